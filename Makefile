@@ -1,0 +1,43 @@
+# The two commands of the README are `make up` and `make test`; the rest is for those who work on the project.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+ARGS   ?=
+SUITE  ?= start
+STAMP  := $(VENV)/.installed
+
+.PHONY: up test check format bench clean help
+
+help:            ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMP): pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[all]' --group dev
+	@touch $@
+
+up: $(STAMP)     ## a Redis, a frontend and two mock workers (ARGS="--workers 4 …")
+	@$(BIN)/dynamo-redis up $(ARGS)
+
+test: $(STAMP)   ## all tests, against a real Redis server
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(STAMP)  ## format, lint, types, layers
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/mypy --strict tests benchmarks examples
+	$(BIN)/lint-imports
+
+format: $(STAMP) ## rewrite the code in the project's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(STAMP)  ## a benchmark suite against its rivals (SUITE=start)
+	$(BIN)/python -m benchmarks.$(SUITE) $(ARGS)
+
+clean:           ## remove what the targets above made
+	rm -rf $(VENV) .bench .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,1 @@
+"""Engines, and the worker that serves one."""

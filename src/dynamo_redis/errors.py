@@ -1,0 +1,324 @@
+"""Every error this package raises, in one tree.
+
+    DynamoRedisError
+    ├── ConfigError                 a setting or an argument is wrong
+    ├── StoreError                  the registry, a lock or the object store
+    │   ├── StoreUnavailable        no answer from Redis in time        (retryable)
+    │   ├── StoreRefused            Redis answers, and says no: password, permission, read-only, too old
+    │   ├── SchemaMismatch          the registry was written by an incompatible release
+    │   ├── KeyExists               create-if-absent found the key
+    │   ├── RevisionMismatch        compare-and-put found another revision
+    │   ├── LeaseNotFound           the lease has ended
+    │   ├── Compacted               the wanted revision is no longer in the change log
+    │   ├── ObjectNotFound          no such object
+    │   └── ObjectChanged           the object was replaced or damaged while it was read (retryable)
+    ├── PlaneError                  a request on its way to a worker and back
+    │   ├── CannotConnect           nobody answers at the instance's address      (retryable)
+    │   ├── ConnectionLost          the connection broke under the request        (retryable)
+    │   ├── AuthenticationFailed    a side could not prove the instance's secret  (retryable once)
+    │   ├── Draining                the worker is shutting down                   (retryable)
+    │   ├── Overloaded              the worker's queue is full                    (retryable)
+    │   ├── NotAccepted             the worker did not take the request in time   (retryable)
+    │   ├── EndpointNotFound        the worker does not serve that endpoint       (retryable)
+    │   ├── InstanceRemoved         the instance left the registry                (retryable)
+    │   ├── NoInstances             no instance can be chosen                     (retryable)
+    │   ├── DeadlineExceeded        the request's deadline passed
+    │   ├── RequestCancelled        the caller stopped or killed the request
+    │   ├── PayloadTooLarge         a message is over the limit
+    │   ├── InvalidRequest          the handler refused the request's content
+    │   ├── HandlerFailed           the handler raised
+    │   └── ProtocolViolation       the peer sent what the protocol does not allow
+    ├── ModelError                  a model's files or its card are missing or broken
+    │   └── TemplateError           the chat template refused the messages
+    ├── BarrierError                a leader/worker barrier was aborted, misused or timed out
+    └── PortUnavailable             no port of the wanted range could be reserved
+
+Each class has a stable `code`: it travels on the wire, and labels metrics. `retryable` says whether the
+same request may succeed elsewhere or later; whether to retry is the caller's policy.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class DynamoRedisError(Exception):
+    """Base of every error of this package."""
+
+    code: ClassVar[str] = "internal"
+    retryable: ClassVar[bool] = False
+
+
+class ConfigError(DynamoRedisError):
+    """A setting or argument is wrong. The message names it and says what to write instead."""
+
+    code = "config"
+
+
+# --------------------------------------------------------------------------- store
+
+
+class StoreError(DynamoRedisError):
+    """Base of what the registry, the lock and the object store raise."""
+
+    code = "store"
+
+
+class StoreUnavailable(StoreError):
+    """Redis did not answer in time, or the connection broke.
+
+    After a write this is ambiguous: the write may or may not have happened.
+    """
+
+    code = "store_unavailable"
+    retryable = True
+
+
+class StoreRefused(StoreError):
+    """Redis answers but refuses: wrong password, missing permission, read-only replica, too old."""
+
+    code = "store_refused"
+
+
+class SchemaMismatch(StoreError):
+    """The registry was written by a release whose schema this one does not read."""
+
+    code = "schema_mismatch"
+
+    def __init__(self, found: str, supported: str) -> None:
+        super().__init__(
+            f"the registry has schema version {found}, this release reads {supported}: "
+            "upgrade the older side, or choose another DYN_REDIS_PREFIX"
+        )
+        self.found = found
+        self.supported = supported
+
+
+class KeyExists(StoreError):
+    """Create-if-absent found the key."""
+
+    code = "key_exists"
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"key exists: {key}")
+        self.key = key
+
+
+class RevisionMismatch(StoreError):
+    """The key's `mod_revision` is not the expected one; `found` is None if the key is absent."""
+
+    code = "revision_mismatch"
+
+    def __init__(self, key: str, expected: str | None, found: str | None) -> None:
+        super().__init__(f"key {key}: expected revision {expected or 'none'}, found {found or 'none'}")
+        self.key = key
+        self.expected = expected
+        self.found = found
+
+
+class LeaseNotFound(StoreError):
+    """The lease has ended: expired, revoked, or lost with the registry's data."""
+
+    code = "lease_not_found"
+
+
+class Compacted(StoreError):
+    """The change log no longer holds the wanted revision; take a snapshot and go on from there."""
+
+    code = "compacted"
+
+    def __init__(self, revision: str) -> None:
+        super().__init__(f"revision {revision} is no longer in the change log")
+        self.revision = revision
+
+
+class ObjectNotFound(StoreError):
+    """There is no object of that bucket and name."""
+
+    code = "object_not_found"
+
+    def __init__(self, url: str) -> None:
+        super().__init__(f"no such object: {url}")
+        self.url = url
+
+
+class ObjectChanged(StoreError):
+    """The object was replaced, removed or damaged while it was read. Read it again from the start."""
+
+    code = "object_changed"
+    retryable = True
+
+    def __init__(self, url: str, reason: str) -> None:
+        super().__init__(f"object {url} changed while it was read: {reason}")
+        self.url = url
+        self.reason = reason
+
+
+# --------------------------------------------------------------------------- request plane
+
+
+class PlaneError(DynamoRedisError):
+    """Base of what a request can end with. Travels on the wire as (`code`, message)."""
+
+    code = "plane"
+
+
+class CannotConnect(PlaneError):
+    """Nobody answers at the instance's address."""
+
+    code = "cannot_connect"
+    retryable = True
+
+
+class ConnectionLost(PlaneError):
+    """The connection broke while the request was under way."""
+
+    code = "connection_lost"
+    retryable = True
+
+
+class AuthenticationFailed(PlaneError):
+    """One side could not prove that it knows the instance's secret.
+
+    The usual cause is an old registry record: refresh it and try once more.
+    """
+
+    code = "authentication_failed"
+    retryable = True
+
+
+class Draining(PlaneError):
+    """The worker is shutting down and takes no new work."""
+
+    code = "draining"
+    retryable = True
+
+
+class Overloaded(PlaneError):
+    """The worker's in-flight and queue limits are reached. `retry_after_s` is its hint, or None."""
+
+    code = "overloaded"
+    retryable = True
+
+    def __init__(
+        self, message: str = "the worker is at its limit", retry_after_s: float | None = None
+    ) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class NotAccepted(PlaneError):
+    """The worker did not admit the request within `DYN_TCP_REQUEST_TIMEOUT`."""
+
+    code = "not_accepted"
+    retryable = True
+
+
+class EndpointNotFound(PlaneError):
+    """The worker does not serve the addressed endpoint."""
+
+    code = "endpoint_not_found"
+    retryable = True
+
+
+class InstanceRemoved(PlaneError):
+    """The instance left the registry while the request was pending on it."""
+
+    code = "instance_removed"
+    retryable = True
+
+
+class NoInstances(PlaneError):
+    """No instance of the endpoint is known, or all that are have been tried."""
+
+    code = "no_instances"
+    retryable = True
+
+
+class DeadlineExceeded(PlaneError):
+    """The request's deadline passed."""
+
+    code = "deadline_exceeded"
+
+
+class RequestCancelled(PlaneError):
+    """The caller stopped or killed the request."""
+
+    code = "cancelled"
+
+
+class PayloadTooLarge(PlaneError):
+    """A message is over the limit of `limit_bytes`; `size_bytes` is its size, or None if unknown."""
+
+    code = "payload_too_large"
+
+    def __init__(
+        self, message: str | None = None, *, size_bytes: int | None = None, limit_bytes: int | None = None
+    ) -> None:
+        super().__init__(
+            message
+            or f"message of {size_bytes} bytes is over the limit of {limit_bytes} (DYN_TCP_MAX_MESSAGE_SIZE)"
+        )
+        self.size_bytes = size_bytes
+        self.limit_bytes = limit_bytes
+
+
+class InvalidRequest(PlaneError):
+    """The handler refused the request's content. Raise it in a handler to say what is wrong."""
+
+    code = "invalid_request"
+
+
+class HandlerFailed(PlaneError):
+    """The handler raised; the message carries the exception's type and text, never a traceback."""
+
+    code = "handler_failed"
+
+
+class ProtocolViolation(PlaneError):
+    """The peer sent what the protocol does not allow."""
+
+    code = "protocol_violation"
+
+
+# --------------------------------------------------------------------------- the rest
+
+
+class ModelError(DynamoRedisError):
+    """A model's files or its card are missing or broken."""
+
+    code = "model"
+
+
+class TemplateError(ModelError):
+    """The chat template refused the messages; the message is the template's own."""
+
+    code = "template"
+
+
+class BarrierError(DynamoRedisError):
+    """A leader/worker barrier was aborted, misused or timed out."""
+
+    code = "barrier"
+
+
+class PortUnavailable(DynamoRedisError):
+    """No port, or no run of consecutive ports, of the wanted range could be reserved."""
+
+    code = "port_unavailable"
+
+
+def _concrete(base: type[PlaneError]) -> dict[str, type[PlaneError]]:
+    found = {base.code: base}
+    for child in base.__subclasses__():
+        found |= _concrete(child)
+    return found
+
+
+_PLANE_ERRORS = _concrete(PlaneError)
+
+
+def plane_error(code: str, message: str) -> PlaneError:
+    """The error a peer reported as (`code`, `message`). An unknown code keeps its name in the message."""
+    error = _PLANE_ERRORS.get(code)
+    return error(message) if error else PlaneError(f"{code}: {message}")

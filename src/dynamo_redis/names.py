@@ -1,0 +1,127 @@
+"""The names of things: namespaces, components, endpoints, instances, and their registry keys.
+
+An endpoint is named `namespace.component.endpoint`. An instance is one process that serves it; its id is a
+random 63-bit integer, written as lowercase hexadecimal in keys and as a number in JSON. Key segments are
+percent-encoded, so that no name can escape its place in the path.
+
+Layout of the keys (relative to the registry's prefix):
+
+    v1/instances/<namespace>/<component>/<endpoint>/<instance id>
+    v1/mdc/<namespace>/<component>/<endpoint>/<instance id>[/<lora>]     model deployment cards
+    v1/ports/<host>/<port>
+    v1/barrier/<id>/…
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from dataclasses import dataclass
+from typing import NewType
+from urllib.parse import quote, unquote
+
+from dynamo_redis.errors import ConfigError
+
+InstanceId = NewType("InstanceId", int)
+
+INSTANCES = "v1/instances/"
+MODEL_CARDS = "v1/mdc/"
+PORTS = "v1/ports/"
+BARRIERS = "v1/barrier/"
+
+_SAFE = "-_.~:@+[]"
+_SLUG = re.compile(r"[^a-z0-9_-]+")
+
+
+def new_instance_id() -> InstanceId:
+    """A random id: 63 bits, so that it is a positive int64 in every language and in JSON parsers."""
+    return InstanceId(secrets.randbits(63) | 1)
+
+
+def format_instance_id(instance_id: int) -> str:
+    """`7587888160958627806` → `"694d98147d54bfde"`."""
+    return f"{instance_id:x}"
+
+
+def parse_instance_id(text: str) -> InstanceId:
+    """The reverse of `format_instance_id`. Raises ValueError."""
+    return InstanceId(int(text, 16))
+
+
+def encode_segment(name: str) -> str:
+    """One path segment of a key, percent-encoded."""
+    return quote(name, safe=_SAFE)
+
+
+def decode_segment(segment: str) -> str:
+    """The reverse of `encode_segment`."""
+    return unquote(segment)
+
+
+def slug(name: str) -> str:
+    """A model's display name as an identifier: `Qwen/Qwen3-0.6B` → `qwen_qwen3-0_6b`."""
+    return _SLUG.sub("_", name.lower())
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointName:
+    """`namespace.component.endpoint`; the three parts are non-empty and hold no dot or slash."""
+
+    namespace: str
+    component: str
+    endpoint: str
+
+    def __post_init__(self) -> None:
+        for part in (self.namespace, self.component, self.endpoint):
+            if not part or "." in part or "/" in part:
+                raise ConfigError(
+                    f"{self.namespace!r}, {self.component!r}, {self.endpoint!r} do not name an endpoint: "
+                    "each part must be non-empty and free of '.' and '/'"
+                )
+
+    @classmethod
+    def parse(cls, text: str) -> EndpointName:
+        """Read `namespace.component.endpoint`, or the same with a `dyn://` in front. Raises ConfigError."""
+        parts = text.removeprefix("dyn://").split(".")
+        if len(parts) != 3:
+            raise ConfigError(
+                f"{text!r} does not name an endpoint: write namespace.component.endpoint, "
+                "for example dynamo.backend.generate"
+            )
+        return cls(*parts)
+
+    def __str__(self) -> str:
+        return f"{self.namespace}.{self.component}.{self.endpoint}"
+
+    @property
+    def path(self) -> str:
+        """The three parts as a key path, encoded: `dynamo/backend/generate`."""
+        return "/".join(map(encode_segment, (self.namespace, self.component, self.endpoint)))
+
+    @property
+    def instances_prefix(self) -> str:
+        """The registry prefix under which this endpoint's instances stand."""
+        return f"{INSTANCES}{self.path}/"
+
+    def instance_key(self, instance_id: int) -> str:
+        """The registry key of one instance's record."""
+        return self.instances_prefix + format_instance_id(instance_id)
+
+    def subject(self, instance_id: int) -> str:
+        """What a request plane server calls this endpoint of one instance: `<id>/dynamo/backend/generate`."""
+        return f"{format_instance_id(instance_id)}/{self.path}"
+
+    def model_card_key(self, instance_id: int, lora: str | None = None) -> str:
+        """The registry key of a model card; a LoRA adapter stands below its base model."""
+        key = f"{MODEL_CARDS}{self.path}/{format_instance_id(instance_id)}"
+        return key if lora is None else f"{key}/{encode_segment(lora)}"
+
+
+def port_key(host: str, port: int) -> str:
+    """The registry key that reserves a port of a host."""
+    return f"{PORTS}{encode_segment(host)}/{port}"
+
+
+def barrier_prefix(barrier_id: str) -> str:
+    """The registry prefix of one leader/worker barrier."""
+    return f"{BARRIERS}{encode_segment(barrier_id)}/"

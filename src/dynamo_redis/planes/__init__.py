@@ -1,0 +1,1 @@
+"""Request planes: sockets around the wire protocol."""

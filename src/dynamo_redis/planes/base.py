@@ -1,0 +1,128 @@
+"""What a request plane promises, as Protocols.
+
+A plane carries one request to one endpoint of one instance and a stream of items back: 0..N items, then an
+end or a typed `PlaneError`. Four planes can stand behind this contract, and one conformance suite
+(`tests/contract/`) holds for each. Requests and items are anything msgpack carries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, Self
+
+from dynamo_redis.planes.context import Context
+
+Handler = Callable[[Any, Context], AsyncIterator[Any] | Awaitable[Any]]
+"""Serves an endpoint. An async generator function answers with its items; a coroutine function with one item.
+
+For an endpoint registered with `request_stream=True` the first argument is an `AsyncIterator` of the
+caller's messages. When the caller stops or kills the request, the context says so; on a kill, a passed
+deadline or a lost caller the handler is also cancelled (`CancelledError` at its current await).
+Raise a `PlaneError` to answer with it; any other exception becomes `HandlerFailed`.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One endpoint of one instance, as its registry record describes it.
+
+    `address` is the plane's own (`host:port` for tcp), `subject` what the server calls the endpoint, and
+    `secret` the instance's, which both sides prove; None where `DYN_PLANE_AUTH` is off.
+    """
+
+    instance_id: int
+    address: str
+    subject: str
+    secret: bytes | None = None
+
+
+class ResponseStream(Protocol):
+    """The answer to one request, item by item. Iterate it once, from one task.
+
+    Iteration ends with StopAsyncIteration after a normal end, or raises the PlaneError the request ended
+    with. Abandoning it early (`aclose()`, leaving `async with`) kills the request at the worker; so does
+    cancelling the task that waits in `__anext__`.
+    """
+
+    def __aiter__(self) -> Self: ...
+    async def __anext__(self) -> Any: ...
+    async def aclose(self) -> None: ...
+    async def __aenter__(self) -> Self: ...
+    async def __aexit__(self, *exc_info: object) -> None: ...
+
+    def fail(self, error: Exception) -> None:
+        """End the stream from outside with `error`, unless it has ended. The worker is told to kill."""
+        ...
+
+
+class RequestPlaneClient(Protocol):
+    """Sends requests. One a process; it owns and shares the connections."""
+
+    def open(
+        self,
+        target: Target,
+        request: Any,
+        context: Context,
+        *,
+        messages: AsyncIterable[Any] | None = None,
+    ) -> ResponseStream:
+        """Send a request, without waiting: connecting, refusal and errors show when the answer is read.
+
+        With `messages`, these follow `request` as a request stream, under flow control. The context's
+        deadline and cancellation go with the request. Raises PayloadTooLarge and TypeError (not msgpack)
+        at once.
+        """
+        ...
+
+    async def probe(self, target: Target, timeout_s: float) -> None:
+        """Ask whether the instance answers. Raises PlaneError (CannotConnect, AuthenticationFailed, …)."""
+        ...
+
+    def forget(self, target: Target) -> None:
+        """Close the connections to an instance that has left; what is pending on them fails, retryable."""
+        ...
+
+    async def aclose(self) -> None:
+        """Close all connections; pending requests end with ConnectionLost."""
+        ...
+
+
+class RequestPlaneServer(Protocol):
+    """Receives requests for the endpoints of this process."""
+
+    @property
+    def plane(self) -> str:
+        """The plane's name, the key of its address in an instance record: `tcp`, …"""
+        ...
+
+    @property
+    def address(self) -> str:
+        """What callers dial. Valid after `start`."""
+        ...
+
+    @property
+    def in_flight_count(self) -> int:
+        """Requests admitted and not yet answered, over all endpoints."""
+        ...
+
+    async def start(self) -> None:
+        """Listen. Raises ConfigError if an explicit address cannot be had."""
+        ...
+
+    def register(self, subject: str, handler: Handler, *, request_stream: bool = False) -> None:
+        """Serve an endpoint from now on. Raises ValueError if the subject is taken."""
+        ...
+
+    async def unregister(self, subject: str, *, grace_s: float) -> None:
+        """Refuse new requests of the endpoint (retryable), let those under way finish, at most `grace_s`
+        seconds, then kill the rest. Idempotent."""
+        ...
+
+    async def drain(self, grace_s: float) -> None:
+        """The same for all endpoints, after telling every caller to go elsewhere (GOAWAY)."""
+        ...
+
+    async def aclose(self) -> None:
+        """Stop listening, kill what is under way, close all connections."""
+        ...

@@ -1,0 +1,130 @@
+"""The context of one request: its identity, its deadline, and its cancellation."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+Strength = Literal["stop", "kill"]
+
+_RUNNING, _STOPPED, _KILLED = 0, 1, 2
+
+
+class Context:
+    """Carried with a request from the caller to the handler, on both sides of the plane.
+
+    Cancellation has two strengths. *Stop* asks the handler to end soon and lets what it still yields reach
+    the caller; *kill* means that nobody listens any more. Both are one-way and idempotent. A handler that
+    passes its context on to another call links the two: cancelling the first cancels the second.
+
+    Not thread-safe: use it on the event loop that made it.
+    """
+
+    __slots__ = ("_callbacks", "_id", "_metadata", "_state", "_traceparent", "deadline")
+
+    def __init__(
+        self,
+        id: str | None = None,  # noqa: A002 - the name users of dynamo.runtime know
+        metadata: Mapping[str, str] | None = None,
+        *,
+        deadline: float | None = None,
+        traceparent: str | None = None,
+    ) -> None:
+        """`deadline` is a `time.monotonic()` value, or None; `traceparent` a W3C trace context header."""
+        self._id = id
+        self._metadata: Mapping[str, str] | None = metadata
+        self._traceparent = traceparent
+        self.deadline = deadline
+        self._state = _RUNNING
+        self._callbacks: list[Callable[[Strength], None]] | None = None
+
+    def __repr__(self) -> str:
+        state = ("running", "stopped", "killed")[self._state]
+        return f"<Context {self.id()} {state}>"
+
+    def id(self) -> str:
+        """The request id; made on first use if none was given."""
+        if self._id is None:
+            self._id = uuid.uuid4().hex
+        return self._id
+
+    @property
+    def given_id(self) -> str | None:
+        """The request id if it was given or asked for; None otherwise."""
+        return self._id
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """Headers that travel with the request."""
+        return self._metadata if self._metadata is not None else {}
+
+    @property
+    def traceparent(self) -> str | None:
+        """The W3C trace context that the request came with."""
+        return self._traceparent
+
+    def remaining_s(self) -> float | None:
+        """Seconds until the deadline (negative once passed), or None without one."""
+        return None if self.deadline is None else self.deadline - time.monotonic()
+
+    def is_stopped(self) -> bool:
+        """Whether the request was stopped or killed."""
+        return self._state >= _STOPPED
+
+    def is_killed(self) -> bool:
+        """Whether the request was killed."""
+        return self._state >= _KILLED
+
+    def stop_generating(self) -> None:
+        """Ask for an early end; what is still yielded reaches the caller."""
+        self._advance(_STOPPED, "stop")
+
+    def kill(self) -> None:
+        """End the request; nothing more is delivered."""
+        self._advance(_KILLED, "kill")
+
+    def on_cancel(self, callback: Callable[[Strength], None]) -> Callable[[], None]:
+        """Call `callback` at a stop and at a kill, at once if that has happened. Returns how to unsubscribe.
+
+        The callback runs inside `stop_generating`/`kill`, must not raise, and must be quick.
+        """
+        if self._state:
+            callback("kill" if self._state == _KILLED else "stop")
+        if self._callbacks is None:
+            self._callbacks = []
+        self._callbacks.append(callback)
+        callbacks = self._callbacks
+
+        def unsubscribe() -> None:
+            if callback in callbacks:
+                callbacks.remove(callback)
+
+        return unsubscribe
+
+    async def async_killed_or_stopped(self) -> bool:
+        """Wait until the request is stopped or killed; True then. Cancel the wait to give up."""
+        if self._state:
+            return True
+        woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def wake(_: Strength) -> None:
+            if not woken.done():
+                woken.set_result(None)
+
+        unsubscribe = self.on_cancel(wake)
+        try:
+            await woken
+        finally:
+            unsubscribe()
+        return True
+
+    def _advance(self, state: int, strength: Strength) -> None:
+        if self._state >= state:
+            return
+        self._state = state
+        if self._callbacks:
+            for callback in tuple(self._callbacks):
+                callback(strength)

@@ -1,0 +1,58 @@
+"""What frontend and worker say to each other: tokens in, tokens out.
+
+Plain dicts, as msgpack carries them; the names are those of Dynamo's preprocessed request and engine
+output, so that an engine written for one fits the other. A receiver ignores keys it does not know.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NotRequired, TypedDict
+
+FinishReason = Literal["stop", "length", "error", "cancelled"]
+
+
+class StopConditions(TypedDict, total=False):
+    """When to end. The worker ends at token level; stop strings are found by the frontend."""
+
+    max_tokens: int
+    min_tokens: int
+    stop: list[str]
+    stop_token_ids_hidden: list[int]
+    ignore_eos: bool
+
+
+class SamplingOptions(TypedDict, total=False):
+    """How to choose tokens; all optional, engine defaults apply."""
+
+    n: int
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float
+    seed: int
+
+
+class GenerateRequest(TypedDict):
+    """A request to a worker's `generate` endpoint."""
+
+    model: str
+    token_ids: list[int]
+    stop_conditions: StopConditions
+    sampling_options: SamplingOptions
+    eos_token_ids: list[int]
+    annotations: NotRequired[list[str]]
+
+
+class GenerateItem(TypedDict, total=False):
+    """One item of the answer: new tokens, and on the last item why it ended.
+
+    `cached_tokens` (on the first item) says how many prompt tokens the engine found in its KV cache.
+    A hidden stop token (EOS) is not among `token_ids`.
+    """
+
+    token_ids: list[int]
+    finish_reason: FinishReason | None
+    cached_tokens: int

@@ -1,0 +1,326 @@
+"""What the store promises: the registry and the object store, as Protocols.
+
+Two implementations of each stand behind one contract suite: Redis (`registry.py`, `objects.py`) and the
+in-memory twin (`memory.py`). Nothing above this package knows which one it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Literal, NewType, Protocol, Self
+
+Revision = NewType("Revision", str)
+"""The entry id of a change in the change log, `<ms>-<n>`. Opaque: compare for equality only."""
+
+LeaseId = NewType("LeaseId", int)
+"""A process's lease; also its instance id. 63 bits, random."""
+
+
+# --------------------------------------------------------------------------- values
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A key as it stands: its value, and when it was made and last changed.
+
+    `version` counts the writes since creation, from 1. `lease` is the lease the key dies with, or None.
+    """
+
+    key: str
+    value: bytes
+    create_revision: Revision
+    mod_revision: Revision
+    version: int
+    lease: LeaseId | None
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """All live records under a prefix, ordered by key, as of `revision`."""
+
+    records: tuple[Record, ...]
+    revision: Revision
+
+
+class DeleteCause(StrEnum):
+    """Why a key went away."""
+
+    DELETED = "deleted"  # somebody deleted it
+    REVOKED = "revoked"  # its lease was ended by its owner
+    EXPIRED = "expired"  # its lease ran out
+    RESYNC = "resync"  # absent after history was lost; the cause is unknown
+
+
+@dataclass(frozen=True, slots=True)
+class Put:
+    """A key was created or changed."""
+
+    record: Record
+
+
+@dataclass(frozen=True, slots=True)
+class Delete:
+    """A key went away. `revision` is the change's own (of the snapshot, after a resync)."""
+
+    key: str
+    revision: Revision
+    cause: DeleteCause
+
+
+@dataclass(frozen=True, slots=True)
+class WatchBatch:
+    """Changes of one prefix, in the order of the log.
+
+    The first batch of a watch is the state at its start (empty if there is none). `resync` is None for
+    changes read from the log; otherwise history was lost for the reason it names, and the events are the
+    difference by value between what this watch had reported and the server's state: afterwards the watcher
+    is exactly at that state.
+    """
+
+    events: tuple[Put | Delete, ...]
+    revision: Revision
+    resync: str | None = None
+
+
+# --------------------------------------------------------------------------- transactions
+
+
+@dataclass(frozen=True, slots=True)
+class Compare:
+    """A condition on a key: its `mod_revision`, or None for "the key is absent"."""
+
+    key: str
+    mod_revision: Revision | None
+
+
+@dataclass(frozen=True, slots=True)
+class PutOp:
+    """Write a key, without a lease."""
+
+    key: str
+    value: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteOp:
+    """Delete a key; no effect if it is absent."""
+
+    key: str
+
+
+# --------------------------------------------------------------------------- registry
+
+
+class Watch(Protocol):
+    """Changes of one prefix. Iterate it once; `aclose()` or leaving `async with` ends it.
+
+    It outlives Redis: while the server is away it is silent, and afterwards it goes on, with a resync if
+    history was lost. A consumer that falls behind its bounded queue gets a resync too, never a gap.
+    """
+
+    def __aiter__(self) -> AsyncIterator[WatchBatch]: ...
+    async def __anext__(self) -> WatchBatch: ...
+    async def aclose(self) -> None: ...
+    async def __aenter__(self) -> Self: ...
+    async def __aexit__(self, *exc_info: object) -> None: ...
+
+
+LostReason = Literal["deleted", "conflict"]
+"""Why a registered key is no longer ours: somebody deleted it, or re-created it first (exclusive keys)."""
+
+
+class Registration(Protocol):
+    """A key that this process keeps in the registry for as long as it lives."""
+
+    @property
+    def key(self) -> str: ...
+
+    @property
+    def lost(self) -> LostReason | None:
+        """None while the key is ours (or will be again once Redis is back)."""
+        ...
+
+    async def update(self, value: bytes, *, stalled_value: bytes | None = None) -> Revision:
+        """Replace the value. Raises StoreError; an ambiguous failure is repaired in the background."""
+        ...
+
+    async def unregister(self) -> None:
+        """Delete the key and forget it. Idempotent. Raises StoreError if Redis cannot be told: the key then
+        ends with the lease."""
+        ...
+
+
+class Registry(Protocol):
+    """One process's view of the registry: one lease, one log reader, any number of keys and watches.
+
+    Cancellation-safe: a cancelled write may or may not have happened, and is repaired in the background if
+    the key is registered. Reads and plain writes raise StoreUnavailable when Redis does not answer within
+    `DYN_REDIS_TIMEOUT_S`; registered keys and watches survive any outage by themselves.
+    """
+
+    @property
+    def lease_id(self) -> LeaseId:
+        """This process's lease. The same id is granted again if the registry loses it."""
+        ...
+
+    @property
+    def connected(self) -> bool:
+        """Whether the last exchange with Redis succeeded."""
+        ...
+
+    @property
+    def lease_losses(self) -> int:
+        """How many times the lease had to be granted again, since start."""
+        ...
+
+    async def start(self) -> None:
+        """Connect, check server and schema, and start the log reader.
+
+        The lease is granted at the first `register`. Raises StoreUnavailable, StoreRefused or SchemaMismatch.
+        """
+        ...
+
+    async def aclose(self) -> None:
+        """Revoke the lease (its keys go at once), end watches and threads. Never raises for a dead Redis."""
+        ...
+
+    async def get(self, key: str) -> Record | None: ...
+
+    async def get_prefix(self, prefix: str) -> Snapshot: ...
+
+    async def put(self, key: str, value: bytes) -> Revision:
+        """Create or replace a key that outlives this process."""
+        ...
+
+    async def create(self, key: str, value: bytes) -> Revision:
+        """Create if absent. Raises KeyExists."""
+        ...
+
+    async def create_or_validate(self, key: str, value: bytes) -> Revision:
+        """Create if absent; if it stands with the same value, answer its `mod_revision`. Raises KeyExists."""
+        ...
+
+    async def compare_and_put(self, key: str, value: bytes, expected: Revision | None) -> Revision:
+        """Replace if `mod_revision` is `expected` (None: if absent). Raises RevisionMismatch."""
+        ...
+
+    async def delete(self, key: str) -> bool:
+        """Delete a key, whoever owns it. Answers whether it was there."""
+        ...
+
+    async def transact(self, compares: Sequence[Compare], ops: Sequence[PutOp | DeleteOp]) -> Revision:
+        """All operations, if all comparisons hold, atomically; answers the last revision.
+
+        Raises RevisionMismatch, naming the first comparison that failed; nothing is written then.
+        """
+        ...
+
+    async def register(
+        self,
+        key: str,
+        value: bytes,
+        *,
+        exclusive: bool = False,
+        stalled_value: bytes | None = None,
+        prepare: Callable[[], Awaitable[None]] | None = None,
+        on_lost: Callable[[LostReason], None] | None = None,
+    ) -> Registration:
+        """Write a key under this process's lease and keep it there.
+
+        It is written again, in the order of registration, when the registry lost it with its data; it is
+        not brought back when somebody deleted it: `on_lost` is called, on the event loop. `exclusive` keys
+        are created only if absent, now and later; a conflict raises KeyExists now, and is `on_lost` later.
+        `stalled_value` replaces the value while the event loop hangs (see `DYN_LOOP_STALL_S`). `prepare` is
+        awaited before the key is written *again*: it restores what the value refers to, such as uploaded files.
+        Raises StoreError; after StoreUnavailable nothing stays registered.
+        """
+        ...
+
+    def watch(self, prefix: str, *, start_revision: Revision | None = None) -> Watch:
+        """Watch a prefix: its present state first, then every change.
+
+        With `start_revision`, no state: the changes after that revision. The first iteration raises
+        Compacted if the log no longer holds it.
+        """
+        ...
+
+
+# --------------------------------------------------------------------------- objects
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """An object as it stands. `created_at` in seconds since the epoch, by the server's clock."""
+
+    bucket: str
+    name: str
+    size_bytes: int
+    sha256: str
+    chunk_count: int
+    created_at: float
+
+    @property
+    def url(self) -> str:
+        """`redis-object://bucket/name`."""
+        return f"redis-object://{self.bucket}/{self.name}"
+
+
+ObjectSource = bytes | Path | AsyncIterable[bytes]
+"""What can be stored: bytes, a file, or pieces of any size."""
+
+Progress = Callable[[int, int | None], None]
+"""Called with (bytes done, bytes in all or None)."""
+
+
+class ObjectStore(Protocol):
+    """Files in Redis: chunked, checked, replaced atomically."""
+
+    async def put(
+        self, bucket: str, name: str, source: ObjectSource, *, progress: Progress | None = None
+    ) -> ObjectInfo:
+        """Store or replace. Readers see the old object until the new one is whole.
+
+        Content that is there already is not sent twice. Raises StoreError.
+        """
+        ...
+
+    def get(self, bucket: str, name: str) -> AsyncIterator[bytes]:
+        """The content, chunk by chunk, each verified, in constant memory.
+
+        Raises ObjectNotFound, and ObjectChanged if the version being read vanishes or is damaged.
+        """
+        ...
+
+    async def read(self, bucket: str, name: str) -> bytes:
+        """The whole content. Starts over once if the object changes meanwhile."""
+        ...
+
+    async def fetch(
+        self, bucket: str, name: str, path: Path, *, progress: Progress | None = None
+    ) -> ObjectInfo:
+        """Write the content to a file, which appears only when whole. Starts over once, as `read` does."""
+        ...
+
+    async def info(self, bucket: str, name: str) -> ObjectInfo | None: ...
+
+    async def list(self, bucket: str | None = None) -> list[ObjectInfo]:
+        """All objects, or those of one bucket, ordered by bucket and name."""
+        ...
+
+    async def remove(self, bucket: str, name: str) -> bool:
+        """Remove an object. Answers whether it was there."""
+        ...
+
+    async def aclose(self) -> None: ...
+
+
+def parse_object_url(url: str) -> tuple[str, str]:
+    """`redis-object://bucket/name` → (bucket, name). Raises ValueError."""
+    scheme, _, rest = url.partition("://")
+    bucket, _, name = rest.partition("/")
+    if scheme != "redis-object" or not bucket or not name:
+        raise ValueError(f"{url!r} is not an object URL: write redis-object://bucket/name")
+    return bucket, name
