@@ -234,7 +234,7 @@ class Registry(Protocol):
         not brought back when somebody deleted it: `on_lost` is called, on the event loop. `exclusive` keys
         are created only if absent, now and later; a conflict raises KeyExists now, and is `on_lost` later.
         `stalled_value` replaces the value while the event loop hangs (see `DYN_LOOP_STALL_S`). `prepare` is
-        awaited before the key is written *again*: it restores what the value refers to, such as uploaded files.
+        awaited before the key is written *again*: it restores what the value refers to (uploaded files).
         Raises StoreError; after StoreUnavailable nothing stays registered.
         """
         ...
