@@ -49,7 +49,7 @@ class DynamoRedisError(Exception):
     retryable: ClassVar[bool] = False
 
 
-class ConfigError(DynamoRedisError):
+class ConfigError(DynamoRedisError, ValueError):
     """A setting or argument is wrong. The message names it and says what to write instead."""
 
     code = "config"

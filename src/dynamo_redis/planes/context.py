@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Literal
 
 Strength = Literal["stop", "kill"]
@@ -28,14 +28,14 @@ class Context:
     def __init__(
         self,
         id: str | None = None,  # noqa: A002 - the name users of dynamo.runtime know
-        metadata: Mapping[str, str] | None = None,
+        metadata: dict[str, str] | None = None,
         *,
         deadline: float | None = None,
         traceparent: str | None = None,
     ) -> None:
         """`deadline` is a `time.monotonic()` value, or None; `traceparent` a W3C trace context header."""
         self._id = id
-        self._metadata: Mapping[str, str] | None = metadata
+        self._metadata = metadata
         self._traceparent = traceparent
         self.deadline = deadline
         self._state = _RUNNING
@@ -57,9 +57,20 @@ class Context:
         return self._id
 
     @property
-    def metadata(self) -> Mapping[str, str]:
-        """Headers that travel with the request."""
-        return self._metadata if self._metadata is not None else {}
+    def metadata(self) -> dict[str, str]:
+        """Headers that travel with the request. What is added before a call is made goes along."""
+        if self._metadata is None:
+            self._metadata = {}
+        return self._metadata
+
+    @metadata.setter
+    def metadata(self, metadata: dict[str, str]) -> None:
+        self._metadata = metadata
+
+    @property
+    def given_metadata(self) -> dict[str, str] | None:
+        """The metadata if any was given or asked for; None otherwise."""
+        return self._metadata
 
     @property
     def traceparent(self) -> str | None:
