@@ -14,8 +14,11 @@ from dynamo_redis.errors import ModelError
 
 CARD_VERSION = 1
 
-MODEL_FILES = ("tokenizer.json", "tokenizer_config.json", "config.json", "generation_config.json")
-"""The files a card can name, in the order of upload. The first two are required."""
+REQUIRED_MODEL_FILES = ("tokenizer.json", "tokenizer_config.json")
+"""The files every card names."""
+
+MODEL_FILES = (*REQUIRED_MODEL_FILES, "config.json", "generation_config.json", "chat_template.jinja")
+"""The files a card can name, in the order of upload. Newer models keep the chat template in its own file."""
 
 
 class CardModel(BaseModel):

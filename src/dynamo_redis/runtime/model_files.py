@@ -1,0 +1,381 @@
+"""A model's files: read from a directory, carried through the object store, fetched by those who have none.
+
+A worker reads its model directory (`read_model_directory`), uploads the files and then registers the card
+that names them (`publish_model`). A frontend turns a card back into a directory of the same files
+(`fetch_model_files`), which `read_model_directory` reads there just as it does at the worker.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import re
+import secrets
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeGuard
+
+import anyio
+import anyio.to_thread
+
+from dynamo_redis.errors import ModelError, ObjectChanged
+from dynamo_redis.names import EndpointName, InstanceId, slug
+from dynamo_redis.runtime.model_card import (
+    MODEL_FILES,
+    REQUIRED_MODEL_FILES,
+    FileReference,
+    ModelCard,
+    RuntimeConfig,
+)
+from dynamo_redis.store.base import ObjectStore, Registration, Registry, parse_object_url
+
+MODEL_BUCKET = "models"
+"""The object store's bucket for model files. Names in it: `<model slug>/<start of sha256>/<file name>`."""
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_UNLIMITED = 10**9  # tokenizers without a limit of their own write 1e30
+
+_CONTEXT_LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
+
+
+# --------------------------------------------------------------------------- the directory
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFile:
+    """One file of a model. Size and sha256 are those of the content, unpacked if the file is gzipped."""
+
+    name: str
+    path: Path
+    size_bytes: int
+    sha256: str
+
+    @property
+    def packed(self) -> bool:
+        """Whether the file on disk is gzipped (`tokenizer.json.gz`)."""
+        return self.path.suffix == ".gz"
+
+    def read(self) -> bytes:
+        """The content, unpacked. Blocks. Raises ModelError."""
+        return _read(self.path)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelDirectory:
+    """A model's files, checked, and what follows from them.
+
+    `chat_templates` maps `default` (and further names some models have, such as `tool_use`) to Jinja
+    source; it is empty for a model that can only complete text. `eos_token_ids` are the model's own, from
+    generation_config.json, else config.json, else tokenizer_config.json.
+    """
+
+    path: Path
+    files: Mapping[str, ModelFile]
+    context_length: int
+    eos_token_ids: tuple[int, ...]
+    chat_templates: Mapping[str, str]
+    tokenizer_config: Mapping[str, Any]
+
+    @property
+    def model_type(self) -> Literal["completions", "chat+completions"]:
+        """What the model can be asked for."""
+        return "chat+completions" if self.chat_templates else "completions"
+
+    def read_tokenizer(self) -> bytes:
+        """The content of tokenizer.json. Blocks."""
+        return self.files["tokenizer.json"].read()
+
+
+def read_model_directory(path: Path, *, context_length: int | None = None) -> ModelDirectory:
+    """Read and check a model directory. Blocks for as long as hashing and parsing takes (11 MiB: 0.2 s).
+
+    A file may be there gzipped, with `.gz` after its name. `context_length` replaces what the files say.
+    Raises ModelError, one line, for what is missing or broken.
+    """
+    files: dict[str, ModelFile] = {}
+    contents: dict[str, bytes] = {}
+    for name, found in _find_files(path).items():
+        contents[name] = content = _read(found)
+        files[name] = ModelFile(name, found, len(content), hashlib.sha256(content).hexdigest())
+    for name in REQUIRED_MODEL_FILES:
+        if name not in files:
+            raise ModelError(f"{path} has no {name}: every model needs {' and '.join(REQUIRED_MODEL_FILES)}")
+    parsed = {
+        name: _parse(files[name].path, content)
+        for name, content in contents.items()
+        if name.endswith(".json")
+    }
+    if not isinstance(parsed["tokenizer.json"].get("model"), dict):
+        raise ModelError(f"{files['tokenizer.json'].path} is not a tokenizer: it has no 'model' object")
+    return ModelDirectory(
+        path=path,
+        files=files,
+        context_length=context_length or _context_length(path, parsed),
+        eos_token_ids=_eos_token_ids(path, parsed),
+        chat_templates=_chat_templates(path, parsed["tokenizer_config.json"], contents),
+        tokenizer_config=parsed["tokenizer_config.json"],
+    )
+
+
+def _find_files(directory: Path) -> dict[str, Path]:
+    try:
+        present = {entry.name for entry in directory.iterdir()}
+    except NotADirectoryError as exc:
+        raise ModelError(f"{directory} is a file: give the directory that holds tokenizer.json") from exc
+    except OSError as exc:
+        raise ModelError(f"cannot read model directory {directory}: {exc.strerror or exc}") from exc
+    found: dict[str, Path] = {}
+    for name in MODEL_FILES:
+        for candidate in (name, f"{name}.gz"):
+            if candidate in present:
+                found.setdefault(name, directory / candidate)
+    return found
+
+
+def _read(path: Path) -> bytes:
+    try:
+        content = path.read_bytes()
+        return gzip.decompress(content) if path.suffix == ".gz" else content
+    except (OSError, EOFError, zlib.error) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
+        raise ModelError(f"cannot read {path}: {reason}") from exc
+
+
+def _parse(path: Path, content: bytes) -> dict[str, Any]:
+    try:
+        parsed = json.loads(content)
+    except (ValueError, RecursionError) as exc:
+        raise ModelError(f"{path} is not valid JSON: {exc}") from exc
+    if not isinstance(parsed, dict):
+        raise ModelError(f"{path} holds {type(parsed).__name__}, not a JSON object")
+    return parsed
+
+
+def _context_length(path: Path, parsed: Mapping[str, dict[str, Any]]) -> int:
+    config = parsed.get("config.json", {})
+    text_config = config.get("text_config")  # models of several media keep the language model's part there
+    for source in (config, text_config if isinstance(text_config, dict) else {}):
+        for key in _CONTEXT_LENGTH_KEYS:
+            if _is_length(length := source.get(key)):
+                return int(length)
+    declared = parsed["tokenizer_config.json"].get("model_max_length")
+    if _is_length(declared):
+        return int(declared)
+    raise ModelError(
+        f"{path} does not say how long the model's context is (max_position_embeddings in config.json): "
+        "give --context-length"
+    )
+
+
+def _is_length(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < _UNLIMITED
+
+
+def _eos_token_ids(path: Path, parsed: Mapping[str, dict[str, Any]]) -> tuple[int, ...]:
+    config = parsed.get("config.json", {})
+    text_config = config.get("text_config")
+    sources = (
+        ("generation_config.json", parsed.get("generation_config.json", {})),
+        ("config.json", config),
+        ("config.json", text_config if isinstance(text_config, dict) else {}),
+    )
+    for name, source in sources:
+        declared = source.get("eos_token_id")
+        if declared is None:
+            continue
+        ids = declared if isinstance(declared, list) else [declared]
+        if not all(isinstance(item, int) and item >= 0 for item in ids):
+            raise ModelError(f"{path / name}: eos_token_id is {declared!r}, not a token id or a list of them")
+        return tuple(ids)
+    token = parsed["tokenizer_config.json"].get("eos_token")
+    content = token.get("content") if isinstance(token, dict) else token
+    found = _token_id(content, parsed["tokenizer.json"]) if isinstance(content, str) else None
+    return () if found is None else (found,)
+
+
+def _token_id(content: str, tokenizer: Mapping[str, Any]) -> int | None:
+    for added in tokenizer.get("added_tokens") or ():
+        if isinstance(added, dict) and added.get("content") == content and isinstance(added.get("id"), int):
+            return int(added["id"])
+    vocabulary = tokenizer["model"].get("vocab")
+    found = vocabulary.get(content) if isinstance(vocabulary, dict) else None
+    return found if isinstance(found, int) else None
+
+
+def _chat_templates(
+    path: Path, tokenizer_config: Mapping[str, Any], contents: Mapping[str, bytes]
+) -> dict[str, str]:
+    if (own_file := contents.get("chat_template.jinja")) is not None:
+        try:
+            return {"default": own_file.decode()}
+        except UnicodeDecodeError as exc:
+            raise ModelError(f"{path / 'chat_template.jinja'} is not UTF-8: {exc}") from exc
+    declared = tokenizer_config.get("chat_template")
+    if declared is None:
+        return {}
+    if isinstance(declared, str):
+        return {"default": declared}
+    try:
+        return {str(entry["name"]): str(entry["template"]) for entry in declared}
+    except (TypeError, KeyError) as exc:
+        raise ModelError(
+            f"{path / 'tokenizer_config.json'}: chat_template is neither text nor a list of named templates"
+        ) from exc
+
+
+# --------------------------------------------------------------------------- to the object store
+
+
+class Publisher(Protocol):
+    """What publishing needs of a runtime."""
+
+    @property
+    def registry(self) -> Registry: ...
+    @property
+    def objects(self) -> ObjectStore: ...
+    @property
+    def instance_id(self) -> InstanceId: ...
+
+
+def make_card(
+    model: ModelDirectory,
+    *,
+    model_name: str,
+    kv_cache_block_size: int,
+    runtime_config: RuntimeConfig | None = None,
+) -> ModelCard:
+    """The card of a model as a worker serves it, naming where `upload_model_files` puts its files."""
+    return ModelCard(
+        display_name=model_name,
+        slug=slug(model_name),
+        model_type=model.model_type,
+        context_length=model.context_length,
+        kv_cache_block_size=kv_cache_block_size,
+        runtime_config=runtime_config or RuntimeConfig(),
+        files={
+            file.name: FileReference(
+                url=f"redis-object://{MODEL_BUCKET}/{slug(model_name)}/{file.sha256[:16]}/{file.name}",
+                sha256=file.sha256,
+                size_bytes=file.size_bytes,
+            )
+            for file in model.files.values()
+        },
+    )
+
+
+async def upload_model_files(objects: ObjectStore, model: ModelDirectory, card: ModelCard) -> None:
+    """Put the model's files where the card says. Content that is there already is not sent again.
+
+    Raises ModelError if a file has changed on disk since the directory was read, and StoreError.
+    """
+    for name, reference in card.files.items():
+        content = await anyio.to_thread.run_sync(model.files[name].read)
+        if hashlib.sha256(content).hexdigest() != reference.sha256:
+            raise ModelError(f"{model.files[name].path} has changed since this worker read it: restart it")
+        bucket, object_name = parse_object_url(reference.url)
+        await objects.put(bucket, object_name, content)
+
+
+async def publish_model(
+    runtime: Publisher,
+    endpoint: EndpointName,
+    model: ModelDirectory,
+    *,
+    model_name: str,
+    kv_cache_block_size: int,
+    runtime_config: RuntimeConfig | None = None,
+) -> Registration:
+    """Upload the model's files, then register its card for this process's instance of `endpoint`.
+
+    The card lives as long as the process's lease. After a registry that lost its data the files are
+    uploaded again before the card, so that no card ever stands whose files cannot be fetched.
+    Raises ModelError and StoreError; nothing is registered then.
+    """
+    card = make_card(
+        model,
+        model_name=model_name,
+        kv_cache_block_size=kv_cache_block_size,
+        runtime_config=runtime_config,
+    )
+
+    async def upload() -> None:
+        await upload_model_files(runtime.objects, model, card)
+
+    await upload()
+    key = endpoint.model_card_key(runtime.instance_id)
+    return await runtime.registry.register(key, card.to_bytes(), prepare=upload)
+
+
+# --------------------------------------------------------------------------- from the object store
+
+
+async def fetch_model_files(objects: ObjectStore, card: ModelCard, cache_dir: Path) -> Path:
+    """A directory with the card's files, downloaded where `cache_dir` does not hold them already.
+
+    The cache is addressed by content: `blobs/<sha256>`, and for each set of files a directory of links,
+    `models/<digest of the set>`, which is the answer. Any number of processes may share it; a blob appears
+    only when whole and right, and one that is found damaged is fetched anew. Raises ModelError for a card
+    that cannot be satisfied or a cache directory that cannot be written, ObjectChanged where the object
+    store holds other content than the card says, and otherwise StoreError.
+    """
+    for name in REQUIRED_MODEL_FILES:
+        if name not in card.files:
+            raise ModelError(f"the card of model {card.display_name!r} names no {name}")
+    # Only known names become paths: a card is data from the registry.
+    wanted = {name: card.files[name] for name in MODEL_FILES if name in card.files}
+    for name, reference in wanted.items():
+        if not _SHA256.fullmatch(reference.sha256):
+            raise ModelError(f"the card of model {card.display_name!r} has no valid sha256 for {name}")
+    blobs = cache_dir / "blobs"
+    try:
+        blobs.mkdir(parents=True, exist_ok=True)
+        for reference in wanted.values():
+            blob = blobs / reference.sha256
+            if not await anyio.to_thread.run_sync(_is_whole, blob, reference):
+                await _download(objects, reference, blob)
+        return _link(cache_dir, wanted)
+    except OSError as exc:
+        raise ModelError(f"cannot write the model cache {cache_dir}: {exc.strerror or exc}") from exc
+
+
+async def _download(objects: ObjectStore, reference: FileReference, blob: Path) -> None:
+    try:
+        bucket, name = parse_object_url(reference.url)
+    except ValueError as exc:
+        raise ModelError(str(exc)) from exc
+    draft = blob.with_name(f"{blob.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    try:
+        info = await objects.fetch(bucket, name, draft)
+        if not await anyio.to_thread.run_sync(_is_whole, draft, reference):
+            raise ObjectChanged(
+                reference.url, f"it holds sha256 {info.sha256[:16]}…, the card says {reference.sha256[:16]}…"
+            )
+        draft.replace(blob)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _is_whole(path: Path, reference: FileReference) -> bool:
+    try:
+        if path.stat().st_size != reference.size_bytes:
+            return False
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == reference.sha256
+    except FileNotFoundError:
+        return False
+
+
+def _link(cache_dir: Path, wanted: Mapping[str, FileReference]) -> Path:
+    listing = "".join(f"{name} {reference.sha256}\n" for name, reference in sorted(wanted.items()))
+    directory = cache_dir / "models" / hashlib.sha256(listing.encode()).hexdigest()[:32]
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, reference in wanted.items():
+        link = directory / name
+        draft = directory / f".{name}.{secrets.token_hex(4)}"
+        draft.symlink_to(Path("../../blobs") / reference.sha256)
+        draft.replace(link)
+    return directory
