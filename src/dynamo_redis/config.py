@@ -11,13 +11,14 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import platformdirs
 from pydantic import BeforeValidator, ByteSize, Field, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, DotEnvSettingsSource, EnvSettingsSource, SettingsConfigDict
 
 from dynamo_redis.errors import ConfigError
 
@@ -124,17 +125,28 @@ class StoreSettings(SettingsGroup):
         "DYN_REDIS_TIMEOUT_S", 3.0, "Longest wait for one answer from Redis.", unit="s"
     )
 
+    @classmethod
+    def load(cls, **overrides: Any) -> Self:
+        """Read the group; where no server is set, that of a running `dynamo-redis up`, with its prefix."""
+        settings = super().load(**overrides)
+        if settings.redis_url is not None:
+            return settings
+        running = read_runtime_file()
+        if "redis_url" not in running:
+            return settings
+        found: dict[str, Any] = {"redis_url": SecretStr(running["redis_url"])}
+        if "prefix" in running and "prefix" not in settings.model_fields_set:
+            found["prefix"] = running["prefix"]
+        return settings.model_copy(update=found)
+
     def require_url(self) -> str:
-        """The server's URL, from the setting or from a running `dynamo-redis up`. Raises ConfigError."""
-        if self.redis_url is not None:
-            return self.redis_url.get_secret_value()
-        url = read_runtime_file().get("redis_url")
-        if url is None:
+        """The server's URL. Raises ConfigError if there is none."""
+        if self.redis_url is None:
             raise ConfigError(
                 "no Redis is configured: set DYN_REDIS_URL (or --redis-url) to redis://host:6379, "
                 "or run `dynamo-redis up`, which starts one"
             )
-        return url
+        return self.redis_url.get_secret_value()
 
 
 class PlaneSettings(SettingsGroup):
@@ -226,39 +238,90 @@ GROUPS: tuple[type[SettingsGroup], ...] = (StoreSettings, PlaneSettings, Runtime
 """All groups, in the order in which `docs/settings.md` and `dynamo-redis settings` list them."""
 
 
-# --------------------------------------------------------------------------- the runtime file of `up`
+# --------------------------------------------------------------------------- where a value comes from
+
+Origin = Literal["command line", "environment", ".env", "default"]
 
 
-def runtime_file() -> Path:
-    """Where `dynamo-redis up` leaves its address for this user's other commands."""
-    return platformdirs.user_runtime_path("dynamo-redis") / "up.json"
+def origins(group: type[SettingsGroup], given: Collection[str] = ()) -> dict[str, Origin]:
+    """Where each field of a group gets its value, by field name; `given` are those on the command line."""
+    environment, dotenv = EnvSettingsSource(group)(), DotEnvSettingsSource(group)()
+
+    def origin(name: str, env: str) -> Origin:
+        if name in given:
+            return "command line"
+        if env in environment:
+            return "environment"
+        return ".env" if env in dotenv else "default"
+
+    return {name: origin(name, env_name(field)) for name, field in group.model_fields.items()}
+
+
+def child_environment(values: Mapping[str, str]) -> dict[str, str]:
+    """The environment for a child process: this process's, with these settings (by `DYN_…` name) over it.
+
+    Settings go to children this way and not as arguments, which every user of the machine can read.
+    """
+    replaced = {name.upper() for name in values}
+    return {name: value for name, value in os.environ.items() if name.upper() not in replaced} | dict(values)
+
+
+# --------------------------------------------------------------------------- the runtime files of `up`
+
+
+def runtime_directory() -> Path:
+    """Where each `dynamo-redis up` leaves its addresses for this user's other commands."""
+    return platformdirs.user_runtime_path("dynamo-redis")
 
 
 def read_runtime_file() -> dict[str, str]:
-    """The running `up`'s addresses; empty if none runs (a stale file of a dead process counts as none)."""
-    try:
-        content = json.loads(runtime_file().read_text())
-        os.kill(int(content["pid"]), 0)
-    except (OSError, ValueError, KeyError, TypeError):
+    """The addresses of the `up` that was started last and still runs; empty if none does."""
+    live: list[tuple[float, dict[str, str]]] = []
+    for path in runtime_directory().glob("up.*.json"):
+        try:
+            content, status = json.loads(path.read_text()), path.stat()
+            os.kill(int(content["pid"]), 0)
+            if _is_ours(status.st_uid):
+                live.append((status.st_mtime, content))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # a file of a dead process, or one that just went away
+    if not live:
         return {}
-    return {name: value for name, value in content.items() if isinstance(value, str)}
+    newest = max(live, key=lambda found: found[0])[1]
+    return {name: value for name, value in newest.items() if isinstance(value, str)}
 
 
 def write_runtime_file(**addresses: str) -> None:
-    """Say where this process's servers are, readable by this user only."""
-    path = runtime_file()
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    draft = path.with_suffix(f".{os.getpid()}")
+    """Say where this process's servers are, readable by this user only. Dead processes' files are removed."""
+    directory = runtime_directory()
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    _remove_stale_files(directory)
+    path = _own_runtime_file()
+    draft = path.with_suffix(".draft")
     draft.touch(mode=0o600)
     draft.write_text(json.dumps({"pid": os.getpid(), **addresses}))
     draft.replace(path)
 
 
 def remove_runtime_file() -> None:
-    """Forget this process's addresses, unless a later `up` has written its own."""
-    try:
-        mine = json.loads(runtime_file().read_text()).get("pid") == os.getpid()
-    except (OSError, ValueError, AttributeError):
-        return
-    if mine:
-        runtime_file().unlink(missing_ok=True)
+    """Forget this process's addresses; those of another `up` stay."""
+    _own_runtime_file().unlink(missing_ok=True)
+
+
+def _is_ours(owner_id: int) -> bool:
+    """Whether this user wrote the file: without a runtime directory of the system's it may stand in `/tmp`."""
+    return not hasattr(os, "getuid") or owner_id == os.getuid()
+
+
+def _own_runtime_file() -> Path:
+    return runtime_directory() / f"up.{os.getpid()}.json"
+
+
+def _remove_stale_files(directory: Path) -> None:
+    for path in directory.glob("up.*"):
+        try:
+            os.kill(int(path.name.split(".")[1]), 0)
+        except (ProcessLookupError, ValueError, IndexError):
+            path.unlink(missing_ok=True)
+        except OSError:
+            continue  # alive, but another user's
