@@ -1,0 +1,441 @@
+"""Connections to Redis or Valkey, and what their errors mean.
+
+Everything that this package knows about redis-py is here. Four kinds of connection, because they wait in
+different ways:
+
+- commands (`execute`, `script`, `pipeline`, `scan`): a bounded pool, one deadline a call, no retry. Only
+  the caller knows which command may be repeated.
+- blocking reads (`blocking`): a connection of their own, whose deadline is the block time plus the usual one.
+- subscriptions (`subscribe`): a connection of their own that never reconnects behind its owner's back,
+  since a reconnect is the only sign that messages were lost.
+- a thread's connection (`sync`): for the keepalive, which must not depend on the event loop.
+
+All speak RESP2, which every server speaks, to database 0, and answer raw protocol values (bytes, int, None,
+list). Exceptions of redis-py become a `StoreError` here, once; no message carries a password.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import ssl
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from typing import Any, Final
+
+import redis.asyncio
+import redis.asyncio.connection
+import redis.connection
+from redis import exceptions as redis_errors
+from redis.asyncio.retry import Retry as AsyncRetry
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from dynamo_redis.errors import ConfigError, StoreError, StoreRefused, StoreUnavailable
+from dynamo_redis.store.scripts import Script
+
+logger = logging.getLogger(__name__)
+
+MINIMUM_VERSION: Final = (6, 2)
+MAX_CONNECTIONS_COUNT: Final = 32
+"""Commands in flight at once; further ones wait for a connection, within their deadline."""
+CLOSE_TIMEOUT_S: Final = 1.0
+
+Argument = bytes | str | int | float
+"""What a command is made of."""
+
+_FAILURES: Final = (redis_errors.RedisError, OSError)  # a deadline's TimeoutError is an OSError
+
+
+class Backoff:
+    """Waits between attempts: full jitter, doubling from `first_s` to `cap_s`."""
+
+    def __init__(
+        self, first_s: float = 0.05, cap_s: float = 2.0, *, rng: random.Random | None = None
+    ) -> None:
+        self._first_s = first_s
+        self._cap_s = cap_s
+        self._rng = rng or random.Random()  # noqa: S311 - jitter, not a secret
+        self._attempts = 0
+
+    def next_s(self) -> float:
+        """How long to wait now; the next wait may be twice as long."""
+        ceiling = min(self._cap_s, self._first_s * 2 ** min(self._attempts, 16))
+        self._attempts += 1
+        return self._rng.uniform(0, ceiling)
+
+    def reset(self) -> None:
+        """An attempt succeeded: start from `first_s` again."""
+        self._attempts = 0
+
+
+class RedisClient:
+    """A process's way to one Redis. Opens nothing before the first command; close it with `aclose`.
+
+    `timeout_s` bounds each call, connecting included. Cancelling a call is safe: its connection is dropped,
+    and whether the server ran the command is unknown. Raises ConfigError for a URL that cannot be used.
+    """
+
+    def __init__(self, url: str, *, timeout_s: float, client_name: str = "dynamo-redis") -> None:
+        self.timeout_s = timeout_s
+        self._client_name = client_name
+        self._url = url
+        options = _parse(url, redis.asyncio.connection.parse_url)
+        self.address: Final = _address(options)
+        pool = redis.asyncio.BlockingConnectionPool(
+            max_connections=MAX_CONNECTIONS_COUNT,
+            timeout=timeout_s,
+            **self._async_options(timeout_s),
+        )
+        self._pool = pool
+        self._redis = _raw(redis.asyncio.Redis(connection_pool=pool))
+
+    def __repr__(self) -> str:
+        return f"<RedisClient {self.address}>"
+
+    # ------------------------------------------------------------------ commands
+
+    async def connect(self) -> None:
+        """Check that the server answers, lets us in, is recent enough and takes writes.
+
+        Raises StoreUnavailable if it does not answer, StoreRefused with what to do if it says no. A server
+        that does not allow INFO (some managed services) is taken at its word.
+        """
+        await self.execute("PING")
+        try:
+            server = _parse_info(await self.execute("INFO", "server"))
+            replication = _parse_info(await self.execute("INFO", "replication"))
+        except StoreRefused as exc:
+            logger.debug("INFO is not allowed, server version and role are not checked: %s", exc)
+            return
+        self._check_version(server)
+        if replication.get("role") == "slave":
+            raise StoreRefused(
+                f"Redis at {self.address} is a read-only replica: set DYN_REDIS_URL to its primary"
+                f" ({replication.get('master_host', '?')}:{replication.get('master_port', '?')})"
+            )
+
+    async def execute(self, *command: Argument) -> Any:
+        """Run one command once; answer the raw reply. Raises StoreError."""
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                return await self._redis.execute_command(*command)
+        except _FAILURES as exc:
+            raise await self._failed(exc) from exc
+
+    async def script(self, script: Script, keys: Sequence[Argument], args: Sequence[Argument] = ()) -> Any:
+        """Run a script by its hash, sending its source only if the server does not know it.
+
+        NOSCRIPT means that nothing ran, so the second attempt is no repetition. Raises StoreError.
+        """
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                try:
+                    return await self._redis.execute_command("EVALSHA", script.sha, len(keys), *keys, *args)
+                except redis_errors.NoScriptError:
+                    return await self._redis.execute_command("EVAL", script.source, len(keys), *keys, *args)
+        except _FAILURES as exc:
+            raise await self._failed(exc) from exc
+
+    async def pipeline(
+        self, commands: Iterable[Sequence[Argument]], *, transaction: bool = False
+    ) -> list[Any]:
+        """Run commands in one round trip, in order; answer their raw replies.
+
+        Not atomic unless `transaction`. Raises StoreError for the first command that failed; the others
+        may have run.
+        """
+        pipe = self._redis.pipeline(transaction=transaction)
+        for command in commands:
+            pipe.execute_command(*command)
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                return list(await pipe.execute())
+        except _FAILURES as exc:
+            raise await self._failed(exc) from exc
+
+    async def scan(self, match: str, *, count: int = 500) -> AsyncIterator[bytes]:
+        """Keys that match a glob pattern. A key may come twice; one made meanwhile may be missed."""
+        cursor = b"0"
+        while True:
+            cursor, found = await self.execute("SCAN", cursor, "MATCH", match, "COUNT", count)
+            for key in found:
+                yield key
+            if cursor == b"0":
+                return
+
+    async def aclose(self) -> None:
+        """Close the pool. Never raises for a dead server."""
+        await _close(self._redis, self._pool)
+
+    # ------------------------------------------------------------------ other connections
+
+    def blocking(self) -> BlockingConnection:
+        """A connection for blocking reads; its owner closes it."""
+        return BlockingConnection(self)
+
+    async def subscribe(self, *patterns: str) -> Subscription:
+        """Subscribe to channel patterns, on a connection of their own. Raises StoreError."""
+        connection = _make(self._async_options(self.timeout_s))
+        subscription = Subscription(self, connection)
+        await subscription._start(patterns)
+        return subscription
+
+    def sync(self, timeout_s: float) -> SyncConnection:
+        """A connection for another thread, each step of which waits at most `timeout_s`."""
+        options = _parse(self._url, redis.connection.parse_url) | self._common(timeout_s)
+        options |= {"retry": Retry(NoBackoff(), 0), "redis_connect_func": self._greet_sync}
+        return SyncConnection(self, redis.ConnectionPool(max_connections=1, **options))
+
+    # ------------------------------------------------------------------ how connections are made
+
+    def _common(self, timeout_s: float) -> dict[str, Any]:
+        return {
+            "socket_timeout": timeout_s,
+            "socket_connect_timeout": timeout_s,
+            "health_check_interval": 0,
+            "decode_responses": False,
+            "protocol": 2,
+            "db": 0,
+        }
+
+    def _async_options(self, timeout_s: float) -> dict[str, Any]:
+        options = _parse(self._url, redis.asyncio.connection.parse_url) | self._common(timeout_s)
+        return options | {"retry": AsyncRetry(NoBackoff(), 0), "redis_connect_func": self._greet}
+
+    async def _greet(self, connection: Any) -> None:
+        """Log in, and give the connection a name for CLIENT LIST, where that is allowed."""
+        await connection.on_connect()
+        try:
+            await connection.send_command("CLIENT", "SETNAME", self._client_name)
+            await connection.read_response()
+        except redis_errors.ResponseError:
+            logger.debug("CLIENT SETNAME is not allowed at %s", self.address)
+
+    def _greet_sync(self, connection: Any) -> None:
+        connection.on_connect()
+        try:
+            connection.send_command("CLIENT", "SETNAME", self._client_name)
+            connection.read_response()
+        except redis_errors.ResponseError:
+            logger.debug("CLIENT SETNAME is not allowed at %s", self.address)
+
+    def _check_version(self, server: dict[str, str]) -> None:
+        text = server.get("redis_version", "")
+        parts = [int(part) for part in text.split(".")[:2] if part.isdigit()]
+        if parts and tuple(parts) < MINIMUM_VERSION:
+            wanted = ".".join(map(str, MINIMUM_VERSION))
+            raise StoreRefused(
+                f"Redis at {self.address} is version {text}: upgrade it to {wanted} or later, or to Valkey"
+            )
+
+    async def _failed(self, exc: BaseException) -> StoreError:
+        """The error to raise; idle connections go when the server is no longer the primary it was."""
+        error = store_error(exc, self.address)
+        if "READONLY" in str(exc):
+            # Only a new connection resolves the name again, and so finds the new primary.
+            await self._pool.disconnect(inuse_connections=False)
+        return error
+
+
+class BlockingConnection:
+    """A connection that waits for the server: XREAD BLOCK and the like. For one task at a time."""
+
+    def __init__(self, client: RedisClient) -> None:
+        self._client = client
+        self._pool: Any = redis.asyncio.ConnectionPool(
+            max_connections=1, **client._async_options(client.timeout_s)
+        )
+        self._redis = _raw(redis.asyncio.Redis(connection_pool=self._pool))
+
+    async def execute(self, *command: Argument, block_s: float) -> Any:
+        """Run a command that may block for `block_s`. After any StoreError the next call connects anew."""
+        limit_s = block_s + self._client.timeout_s
+        try:
+            async with asyncio.timeout(limit_s):
+                connection = await self._pool.get_connection()
+                try:
+                    await connection.send_command(*command)
+                    # The socket's own time-out is for connecting; this read is bounded by `limit_s`.
+                    reply = await connection.read_response(timeout=float("inf"))
+                finally:
+                    await self._pool.release(connection)
+                return reply
+        except _FAILURES as exc:
+            await self._pool.disconnect()
+            raise store_error(exc, self._client.address) from exc
+
+    async def aclose(self) -> None:
+        """Close the connection. Never raises for a dead server."""
+        await _close(self._redis, self._pool)
+
+
+class Subscription:
+    """Messages of subscribed patterns, from one connection that is never replaced silently."""
+
+    def __init__(self, client: RedisClient, connection: Any) -> None:
+        self._client = client
+        self._connection = connection
+
+    async def _start(self, patterns: Sequence[str]) -> None:
+        try:
+            async with asyncio.timeout(self._client.timeout_s):
+                await self._connection.connect()
+                await self._connection.send_command("PSUBSCRIBE", *patterns)
+                for _ in patterns:
+                    await self._connection.read_response()
+        except _FAILURES as exc:
+            await self.aclose()
+            raise store_error(exc, self._client.address) from exc
+
+    async def next_message(self, timeout_s: float) -> tuple[bytes, bytes] | None:
+        """The next (channel, payload); None if there is none within `timeout_s`.
+
+        Raises StoreError when the connection is gone: subscribe again, and take it as a gap.
+        """
+        try:
+            while (reply := await self._connection.read_response(timeout=timeout_s)) is not None:
+                if reply[0] == b"pmessage":
+                    return reply[2], reply[3]
+        except _FAILURES as exc:
+            await self.aclose()
+            raise store_error(exc, self._client.address) from exc
+        return None
+
+    async def aclose(self) -> None:
+        """Drop the connection without waiting for the server."""
+        await self._connection.disconnect(nowait=True)
+
+
+class SyncConnection:
+    """A connection for one thread. `close` may be called from any thread once that thread has ended."""
+
+    def __init__(self, client: RedisClient, pool: redis.ConnectionPool) -> None:
+        self._address = client.address
+        self._pool = pool
+        self._redis = _raw(redis.Redis(connection_pool=pool))
+
+    def script(self, script: Script, keys: Sequence[Argument], args: Sequence[Argument] = ()) -> Any:
+        """As `RedisClient.script`. After any StoreError the next call connects anew."""
+        try:
+            try:
+                return self._redis.execute_command("EVALSHA", script.sha, len(keys), *keys, *args)
+            except redis_errors.NoScriptError:
+                return self._redis.execute_command("EVAL", script.source, len(keys), *keys, *args)
+        except _FAILURES as exc:
+            self._pool.disconnect()
+            raise store_error(exc, self._address) from exc
+
+    def close(self) -> None:
+        """Close the connection. Never raises."""
+        self._pool.disconnect()
+
+
+# ---------------------------------------------------------------------- errors
+
+_REFUSALS: Final = (
+    # (in the server's message, what it means and what to do)
+    ("NOAUTH", "needs a password: set DYN_REDIS_URL to redis://[user]:password@host:port"),
+    ("Authentication required", "needs a password: set DYN_REDIS_URL to redis://[user]:password@host:port"),
+    ("WRONGPASS", "refuses the user name or password of DYN_REDIS_URL"),
+    ("invalid username-password", "refuses the user name or password of DYN_REDIS_URL"),
+    ("invalid password", "refuses the user name or password of DYN_REDIS_URL"),
+    ("without any password configured", "has no password, but DYN_REDIS_URL gives one: leave it out"),
+    ("READONLY", "takes no writes, it is a read-only replica: set DYN_REDIS_URL to the primary"),
+    ("read only replica", "takes no writes, it is a read-only replica: set DYN_REDIS_URL to the primary"),
+    ("OOM ", "is out of memory: raise its maxmemory"),
+    ("MISCONF", "takes no writes because it cannot save to disk: repair its disk, or see its log"),
+    ("MOVED ", "is a cluster node that does not hold these keys: use the node that does, or a proxy"),
+)
+
+_AWAY: Final = ("LOADING", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "NOREPLICAS", "UNBLOCKED", "BUSY ")
+"""Answers of a server that will serve again: starting, failing over, or waiting for its replicas."""
+
+
+def store_error(exc: BaseException, address: str) -> StoreError:
+    """What a failed exchange with the server at `address` means to a caller."""
+    text = _one_line(exc)
+    if isinstance(exc, TimeoutError | redis_errors.TimeoutError):
+        return StoreUnavailable(f"Redis at {address} does not answer in time")
+    if isinstance(exc, redis_errors.ConnectionError | redis_errors.ResponseError):
+        for mark, meaning in _REFUSALS:
+            if mark in text:
+                return StoreRefused(f"Redis at {address} {meaning}")
+    if isinstance(exc, redis_errors.NoPermissionError) or "NOPERM" in text:
+        return StoreRefused(f"Redis at {address} does not permit this user to do that (ACL): {text}")
+    if _caused_by(exc, ssl.SSLError):
+        return StoreRefused(
+            f"no TLS connection to Redis at {address}: {text}"
+            " (add ?ssl_ca_certs=FILE to DYN_REDIS_URL for a CA of your own)"
+        )
+    if isinstance(exc, redis_errors.ConnectionError | OSError) or any(mark in text for mark in _AWAY):
+        return StoreUnavailable(f"no connection to Redis at {address}: {text}")
+    return StoreRefused(f"Redis at {address} refuses a command: {text}")
+
+
+def _one_line(exc: BaseException) -> str:
+    return " ".join(str(exc).split()) or type(exc).__name__
+
+
+def _caused_by(exc: BaseException | None, kind: type[BaseException]) -> bool:
+    while exc is not None:
+        if isinstance(exc, kind):
+            return True
+        exc = exc.__cause__ or exc.__context__
+    return False
+
+
+# ---------------------------------------------------------------------- redis-py's edges
+
+
+def _parse(url: str, parser: Callable[[str], Any]) -> dict[str, Any]:
+    """redis-py's connection options of a URL. Raises ConfigError, which never shows the URL."""
+    try:
+        options: dict[str, Any] = dict(parser(url))
+    except ValueError as exc:
+        raise ConfigError(f"DYN_REDIS_URL: {exc}") from None
+    if options.get("db", 0) != 0:
+        raise ConfigError("DYN_REDIS_URL: only database 0 is used; separate deployments by DYN_REDIS_PREFIX")
+    options.setdefault("connection_class", _default_class(parser))
+    try:
+        _make(options)
+    except (TypeError, ValueError, redis_errors.RedisError) as exc:
+        raise ConfigError(f"DYN_REDIS_URL: its options cannot be used: {_one_line(exc)}") from None
+    return options
+
+
+def _default_class(parser: Callable[[str], Any]) -> type:
+    is_async = parser is redis.asyncio.connection.parse_url
+    return redis.asyncio.Connection if is_async else redis.Connection
+
+
+def _address(options: dict[str, Any]) -> str:
+    if "path" in options:
+        return str(options["path"])
+    host = str(options.get("host", "localhost"))
+    return f"[{host}]:{options.get('port', 6379)}" if ":" in host else f"{host}:{options.get('port', 6379)}"
+
+
+def _make(options: dict[str, Any]) -> Any:
+    """An unconnected connection of the options' own class."""
+    return options["connection_class"](**{k: v for k, v in options.items() if k != "connection_class"})
+
+
+def _raw(client: Any) -> Any:
+    """Answer replies as the protocol has them: redis-py's own shapes differ between its releases."""
+    client.response_callbacks.clear()
+    return client
+
+
+async def _close(client: redis.asyncio.Redis, pool: redis.asyncio.ConnectionPool) -> None:
+    try:
+        async with asyncio.timeout(CLOSE_TIMEOUT_S):
+            await client.aclose()
+            await pool.disconnect()
+    except _FAILURES as exc:
+        logger.debug("closing a connection: %s", exc)
+
+
+def _parse_info(reply: bytes) -> dict[str, str]:
+    lines = (line.partition(":") for line in reply.decode("utf-8", "replace").splitlines())
+    return {name: value for name, colon, value in lines if colon}
