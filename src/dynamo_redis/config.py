@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -271,12 +272,16 @@ def child_environment(values: Mapping[str, str]) -> dict[str, str]:
 
 def runtime_directory() -> Path:
     """Where each `dynamo-redis up` leaves its addresses for this user's other commands."""
-    return platformdirs.user_runtime_path("dynamo-redis")
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # that the system has no runtime directory: its fallback serves as well
+        return platformdirs.user_runtime_path("dynamo-redis")
 
 
 def read_runtime_file() -> dict[str, str]:
     """The addresses of the `up` that was started last and still runs; empty if none does."""
-    live: list[tuple[float, dict[str, str]]] = []
+    live: list[tuple[float, dict[str, object]]] = []
     for path in runtime_directory().glob("up.*.json"):
         try:
             content, status = json.loads(path.read_text()), path.stat()
@@ -309,7 +314,7 @@ def remove_runtime_file() -> None:
 
 
 def _is_ours(owner_id: int) -> bool:
-    """Whether this user wrote the file: without a runtime directory of the system's it may stand in `/tmp`."""
+    """Whether this user wrote the file: on a system without runtime directories it stands in `/tmp`."""
     return not hasattr(os, "getuid") or owner_id == os.getuid()
 
 
