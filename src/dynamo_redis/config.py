@@ -235,7 +235,24 @@ class FrontendSettings(SettingsGroup):
     )
 
 
-GROUPS: tuple[type[SettingsGroup], ...] = (StoreSettings, PlaneSettings, RuntimeSettings, FrontendSettings)
+class FixtureSettings(SettingsGroup):
+    """Where the pytest fixtures of `dynamo_redis.testing` get their Redis."""
+
+    redis: Annotated[str, Field(pattern=r"^(auto|container|path|wheel|(redis|rediss|unix)://.+)$")] = setting(
+        "DYN_TEST_REDIS",
+        "auto",
+        "container: a container engine; path: redis-server or valkey-server on PATH; wheel: the one of "
+        "dynamo-redis[embedded]; auto: the first of these that is there; a URL: that server.",
+    )
+
+
+GROUPS: tuple[type[SettingsGroup], ...] = (
+    StoreSettings,
+    PlaneSettings,
+    RuntimeSettings,
+    FrontendSettings,
+    FixtureSettings,
+)
 """All groups, in the order in which `docs/settings.md` and `dynamo-redis settings` list them."""
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import re
 import shutil
 import socket
 import tempfile
@@ -29,6 +30,8 @@ _PING_TIMEOUT_S = 1.0
 _PING_INTERVAL_S = 0.01
 _PORT_TRIES = 5
 _LOG_TAIL_LINES = 10
+
+_PROCESS_ID = re.compile(rb"process_id:(\d+)\r\n")
 
 _SETTINGS = {
     "appendonly": "yes",
@@ -243,8 +246,8 @@ class EmbeddedServer:
             # While it loads its data it answers -LOADING. The process id tells it from a stranger's server
             # that took the port first.
             while answer.startswith(b"+PONG"):
-                if f"process_id:{self.pid}\r\n".encode() in answer:
-                    return True
+                if found := _PROCESS_ID.search(answer):
+                    return int(found[1]) == self.pid
                 answer += await stream.receive()
             return False
 

@@ -1,0 +1,82 @@
+"""What all tests share. The Redis server and the prefix come from the package's own pytest plugin,
+`dynamo_redis.testing`, as they do for its users.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dynamo_redis.store.server import EmbeddedServer
+
+_THREADS_MAY_END_S = 3.0
+_TASKS_MAY_END_S = 0.5
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> tuple[str, dict[str, Any]]:
+    """The event loop that the programs run on."""
+    return "asyncio", {"use_uvloop": True}
+
+
+@pytest.fixture(autouse=True)
+def no_leaked_threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A thread that a test leaves behind fails it, and so does a task.
+
+    Threads of fixtures with a wider scope are known from their second test on; none of ours has any.
+    """
+    before = set(threading.enumerate())
+    if "anyio_backend" in request.fixturenames:
+        request.getfixturevalue("no_leaked_tasks")
+    yield
+    deadline = time.monotonic() + _THREADS_MAY_END_S
+    while (left := set(threading.enumerate()) - before) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not left, f"the test left threads: {sorted(thread.name for thread in left)}"
+
+
+@pytest.fixture
+async def no_leaked_tasks() -> AsyncIterator[None]:
+    """A task that a test or its fixtures leave behind fails it. Requested before all others, checked last."""
+    yield
+    deadline = time.monotonic() + _TASKS_MAY_END_S
+    while (left := _tasks_of_the_code()) and time.monotonic() < deadline:
+        await asyncio.sleep(0.005)
+    assert not left, f"the test left tasks: {left}"
+
+
+def _tasks_of_the_code() -> list[asyncio.Task[object]]:
+    """All tasks but those in which anyio's plugin runs tests and fixtures."""
+    return [task for task in asyncio.all_tasks() if "TestRunner." not in str(task.get_coro())]
+
+
+@pytest.fixture
+def repository() -> Path:
+    """The root of the checkout."""
+    return REPOSITORY
+
+
+@pytest.fixture
+def shared() -> Path:
+    """The directory of real inputs beside the checkout; the test is skipped where it is absent."""
+    path = REPOSITORY.parent / "shared"
+    if not path.is_dir():
+        pytest.skip(f"needs the inputs in {path}")
+    return path
+
+
+@pytest.fixture
+async def own_redis_server(tmp_path: Path) -> AsyncIterator[EmbeddedServer]:
+    """A server of the test's own, on a loopback port, which it may kill, freeze, erase and restart."""
+    directory = tmp_path / "redis"
+    directory.mkdir()
+    async with EmbeddedServer(directory, port=0) as server:
+        yield server
