@@ -1,0 +1,1 @@
+"""Choosing workers by what their KV caches hold."""

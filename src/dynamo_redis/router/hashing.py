@@ -1,0 +1,58 @@
+"""Names of KV blocks: what engines report and routers match. Pure.
+
+Tokens are cut into blocks of `block_size`; a partial tail has no name. A *local* hash names a block's own
+tokens; a *sequence* hash names a block together with everything before it, so that equal sequence hashes
+mean equal prefixes. Both are xxh3_64, as Dynamo computes them:
+
+    b_i = xxh3_64(tokens of block i as LE u32, seed)
+    s_0 = b_0,   s_i = xxh3_64(LE u64 s_{i-1} ‖ LE u64 b_i, seed)
+
+with seed 1337, or `1337 + xxh3_64(name, 0)` for tokens that a LoRA adapter `name` reads.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections.abc import Iterable
+from itertools import repeat
+from struct import Struct
+
+from xxhash import xxh3_64_intdigest
+
+SEED = 1337
+
+_U64_PAIR = Struct("<QQ")
+_U64_MASK = (1 << 64) - 1
+
+
+def lora_seed(name: str) -> int:
+    """The seed for blocks read by a LoRA adapter."""
+    return (SEED + xxh3_64_intdigest(name.encode(), 0)) & _U64_MASK
+
+
+def local_hashes(token_ids: Iterable[int], block_size: int, *, seed: int = SEED) -> list[int]:
+    """The hash of each whole block. Fastest on an `array('I')`.
+
+    Raises TypeError for what is not a sequence of integers, OverflowError for one that is not a u32.
+    """
+    tokens = (
+        token_ids if isinstance(token_ids, array) and token_ids.typecode == "I" else array("I", token_ids)
+    )
+    count = len(tokens) // block_size
+    if sys.byteorder == "big":
+        tokens = array("I", tokens)
+        tokens.byteswap()
+    whole = tokens.tobytes()[: count * block_size * 4]
+    blocks = Struct(f"{block_size * 4}s" * count).unpack(whole)
+    return list(map(xxh3_64_intdigest, blocks, repeat(seed)))
+
+
+def chain(local: Iterable[int], parent: int | None = None, *, seed: int = SEED) -> list[int]:
+    """Sequence hashes of blocks that follow `parent` (None: that begin the sequence)."""
+    hashes: list[int] = []
+    pack = _U64_PAIR.pack
+    for block in local:
+        parent = block if parent is None else xxh3_64_intdigest(pack(parent, block), seed)
+        hashes.append(parent)
+    return hashes
