@@ -128,7 +128,7 @@ class Phrasebook:
         return sum(len(self._pick(key, index)) for index in range(count))
 
     def tokens(self, key: int) -> Iterator[int]:
-        """The answer of `key`, token by token. It never ends: after its length it goes on in further sentences."""
+        """The answer of `key`, token by token. It never ends: past its length come further sentences."""
         index = 0
         while True:
             yield from self._pick(key, index)
