@@ -1,1 +1,29 @@
-"""What workers and clients use: the distributed runtime and what it hands out."""
+"""What workers and clients use, under the names of `dynamo.runtime`."""
+
+from dynamo_redis.planes.context import Context
+from dynamo_redis.runtime.annotated import Annotated
+from dynamo_redis.runtime.client import Client
+from dynamo_redis.runtime.endpoint import Component, Endpoint, Namespace
+from dynamo_redis.runtime.handlers import dynamo_endpoint
+from dynamo_redis.runtime.instance import Instance
+from dynamo_redis.runtime.runtime import DistributedRuntime, Settings
+from dynamo_redis.runtime.serving import ServedEndpoint
+from dynamo_redis.runtime.unary import UnaryClient, serve_unary_endpoint
+from dynamo_redis.runtime.worker import dynamo_worker
+
+__all__ = [
+    "Annotated",
+    "Client",
+    "Component",
+    "Context",
+    "DistributedRuntime",
+    "Endpoint",
+    "Instance",
+    "Namespace",
+    "ServedEndpoint",
+    "Settings",
+    "UnaryClient",
+    "dynamo_endpoint",
+    "dynamo_worker",
+    "serve_unary_endpoint",
+]

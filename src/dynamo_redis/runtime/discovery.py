@@ -1,0 +1,349 @@
+"""The instances of one endpoint, as this process sees them.
+
+The registry and its watch tell the truth at once; this view is careful with it:
+
+* A record that cannot be read never removes an instance: the last good one stays.
+* An instance deleted on purpose is forgotten at once, and what it has in hand may finish.
+* An instance that *expired* is forgotten too, and its pending requests fail, retryable. But when at least
+  two, and at least half of the endpoint's, go that way within one lease TTL, the registry is the likelier
+  culprit: they become *suspects*, chosen last, probed at once, dropped on refusal or a second of silence.
+* An instance that refuses a request is marked *down* here, long before its lease ends, and probed until it
+  answers. It is chosen only if no other is left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Coroutine, Iterator
+from contextlib import suppress
+from enum import Enum
+from typing import Any, Protocol
+
+from dynamo_redis.clock import SYSTEM_CLOCK, Clock
+from dynamo_redis.errors import (
+    DynamoRedisError,
+    InstanceRemoved,
+    PlaneError,
+    SchemaMismatch,
+    StoreUnavailable,
+)
+from dynamo_redis.names import EndpointName, parse_instance_id
+from dynamo_redis.planes.base import RequestPlaneClient, Target
+from dynamo_redis.runtime.instance import Instance
+from dynamo_redis.store.base import Delete, DeleteCause, Put, Record, Registry, Watch, WatchBatch
+
+log = logging.getLogger(__name__)
+
+PROBE_TIMEOUT_S = 1.0
+_PROBE_PAUSE_S = (0.1, 5.0)
+_WATCH_PAUSE_S = 1.0
+
+
+class Pending(Protocol):
+    """A request that waits for its first item."""
+
+    def fail(self, error: Exception) -> None: ...
+
+
+class State(Enum):
+    """How far an instance is trusted here."""
+
+    UP = "up"
+    SUSPECT = "suspect"  # gone from the registry, together with many others
+    DOWN = "down"  # did not answer
+
+
+class Member:
+    """One instance, with what this process knows of it beyond its record."""
+
+    __slots__ = ("answered_probe", "in_flight", "instance", "instance_id", "pending", "state", "target")
+
+    def __init__(self, instance: Instance, target: Target) -> None:
+        self.instance_id = instance.instance_id
+        self.instance = instance
+        self.target = target
+        self.state = State.UP
+        self.answered_probe = False
+        self.in_flight = 0
+        self.pending: set[Pending] = set()
+
+    @property
+    def trusted(self) -> bool:
+        """Whether it counts as able to serve: in the registry and answering, or a suspect that answered."""
+        return self.instance.ready and (
+            self.state is State.UP or (self.state is State.SUSPECT and self.answered_probe)
+        )
+
+    def fail_pending(self, error: PlaneError) -> None:
+        """End what waits for a first item."""
+        for request in tuple(self.pending):
+            request.fail(error)
+
+    def __repr__(self) -> str:
+        return f"<Member {self.instance_id:x} {self.state.value} in_flight={self.in_flight}>"
+
+
+class EndpointView:
+    """The live set of one endpoint's instances; one watch, shared by all clients of the endpoint.
+
+    It owns one task that reads the watch, and one short task for each instance under probe. Both end with
+    `aclose`. The watch's queue is bounded by the registry: if this process falls behind, it gets a resync.
+    """
+
+    def __init__(
+        self,
+        name: EndpointName,
+        registry: Registry,
+        plane: str,
+        plane_client: RequestPlaneClient,
+        *,
+        lease_ttl_s: float,
+        clock: Clock = SYSTEM_CLOCK,
+    ) -> None:
+        self.name = name
+        self.candidates: list[Member] = []
+        """Those to choose from first, ordered by instance id."""
+        self._members: dict[int, Member] = {}
+        self._losses: dict[int, tuple[Member, float]] = {}
+        self._registry = registry
+        self._plane = plane
+        self._plane_client = plane_client
+        self._lease_ttl_s = lease_ttl_s
+        self._clock = clock
+        self._changed: asyncio.Event = asyncio.Event()
+        self._first_state: asyncio.Event = asyncio.Event()
+        self._watch: Watch | None = None
+        self._reader: asyncio.Task[None] | None = None
+        self._probes: set[asyncio.Task[None]] = set()
+
+    # ----------------------------------------------------------------- lifetime
+
+    async def start(self, timeout_s: float) -> None:
+        """Begin to watch, and wait for the present state. Raises StoreUnavailable after `timeout_s`."""
+        if self._reader is None:
+            self._watch = self._registry.watch(self.name.instances_prefix)
+            self._reader = asyncio.create_task(self._read(self._watch), name=f"view {self.name}")
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._first_state.wait()
+        except TimeoutError:
+            raise StoreUnavailable(
+                f"the registry did not list the instances of {self.name} in time"
+            ) from None
+
+    async def aclose(self) -> None:
+        """End the watch and all probes."""
+        tasks = [task for task in (self._reader, *self._probes) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._watch is not None:
+            await self._watch.aclose()
+            self._watch = None
+
+    # ----------------------------------------------------------------- reading
+
+    def __iter__(self) -> Iterator[Member]:
+        return iter(self._members.values())
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def get(self, instance_id: int) -> Member | None:
+        """The member of that instance id, in whatever state."""
+        return self._members.get(instance_id)
+
+    def last_resorts(self) -> list[Member]:
+        """Those to choose from when no candidate is left: suspects first, then those marked down.
+
+        Instances whose event loop hangs (`ready` false) are never chosen.
+        """
+        others = [m for m in self._members.values() if m.state is not State.UP and m.instance.ready]
+        others.sort(key=lambda m: m.state is State.DOWN)
+        if others and others[0].state is State.SUSPECT:
+            return [m for m in others if m.state is State.SUSPECT]
+        return others
+
+    async def wait_for_change(self) -> None:
+        """Wait until the set of candidates changes."""
+        await self._changed.wait()
+
+    # ----------------------------------------------------------------- the client's findings
+
+    def mark_down(self, member: Member, reason: PlaneError, *, probe: bool = True) -> None:
+        """Choose an instance no more until it answers a probe (or, without `probe`, is registered anew)."""
+        if member.state is State.DOWN or self._members.get(member.instance_id) is not member:
+            return
+        log.warning("instance %x of %s is down: %s", member.instance_id, self.name, reason)
+        member.state = State.DOWN
+        self._rebuild()
+        if probe:
+            self._spawn(self._probe_until_up(member))
+
+    async def refresh(self, member: Member) -> Member | None:
+        """Read an instance's record again: the member as it is now, or None if the record is gone."""
+        key = self.name.instance_key(member.instance_id)
+        record = await self._registry.get(key)
+        if record is None:
+            return None
+        self._put(record)
+        self._rebuild()
+        return self._members.get(member.instance_id)
+
+    # ----------------------------------------------------------------- the watch
+
+    async def _read(self, watch: Watch) -> None:
+        while True:
+            try:
+                async for batch in watch:
+                    self.apply(batch)
+                    self._first_state.set()
+                return
+            except DynamoRedisError as exc:
+                log.warning("watch of %s failed, starting it again: %s", self.name, exc)
+            await watch.aclose()
+            await asyncio.sleep(_WATCH_PAUSE_S)
+            watch = self._watch = self._registry.watch(self.name.instances_prefix)
+
+    def apply(self, batch: WatchBatch) -> None:
+        """Bring the view to the batch's end."""
+        lost: list[Member] = []
+        for event in batch.events:
+            if isinstance(event, Put):
+                self._put(event.record)
+            else:
+                member = self._delete(event)
+                if member is not None:
+                    lost.append(member)
+        if lost:
+            self._lose(lost)
+        self._rebuild()
+
+    def _put(self, record: Record) -> None:
+        try:
+            instance = Instance.from_bytes(record.value)
+        except (ValueError, SchemaMismatch) as exc:
+            log.warning("keeping the last good record of %s: %s", record.key, exc)
+            return
+        target = instance.target(self._plane)
+        if target is None:
+            log.warning(
+                "instance %x of %s does not offer the %s plane (it offers %s): set DYN_REQUEST_PLANE alike",
+                instance.instance_id,
+                self.name,
+                self._plane,
+                ", ".join(instance.transports),
+            )
+            return
+        self._losses.pop(instance.instance_id, None)
+        known = self._members.get(instance.instance_id)
+        if known is None:
+            self._members[instance.instance_id] = Member(instance, target)
+        elif known.target != target:
+            # The same id at another address or with another secret: a new process. Nothing of the old
+            # one's state carries over, and what waits for it will wait in vain.
+            self._members[instance.instance_id] = Member(instance, target)
+            self._dismiss(known)
+        else:
+            known.instance = instance
+            known.state = State.UP
+
+    def _delete(self, event: Delete) -> Member | None:
+        """Forget an instance that left on purpose; answer one that was lost."""
+        with suppress(ValueError):
+            member = self._members.get(parse_instance_id(event.key.rpartition("/")[2]))
+            if member is None:
+                return None
+            if event.cause in (DeleteCause.EXPIRED, DeleteCause.RESYNC):
+                return member
+            del self._members[member.instance_id]
+            if event.cause is DeleteCause.REVOKED:
+                self._dismiss(member)
+        return None
+
+    def _lose(self, lost: list[Member]) -> None:
+        now = self._clock.monotonic()
+        for instance_id, (_, at) in tuple(self._losses.items()):
+            if now - at > self._lease_ttl_s:
+                del self._losses[instance_id]
+        for member in lost:
+            self._losses[member.instance_id] = (member, now)
+        total = len(self._members.keys() | self._losses.keys())
+        if len(self._losses) >= 2 and 2 * len(self._losses) >= total:
+            self._suspect([member for member, _ in self._losses.values()])
+            return
+        for member in lost:
+            self._members.pop(member.instance_id, None)
+            self._dismiss(member)
+
+    def _suspect(self, members: list[Member]) -> None:
+        log.warning(
+            "%d of the instances of %s left the registry together: keeping those that answer",
+            len(members),
+            self.name,
+        )
+        for member in members:
+            if member.state is State.SUSPECT:
+                continue
+            member.state = State.SUSPECT
+            member.answered_probe = False
+            self._members[member.instance_id] = member
+            self._spawn(self._probe_suspect(member))
+
+    def _dismiss(self, member: Member) -> None:
+        member.fail_pending(
+            InstanceRemoved(f"instance {member.instance_id:x} of {self.name} left the registry")
+        )
+        self._plane_client.forget(member.target)
+
+    def _rebuild(self) -> None:
+        candidates = [m for m in self._members.values() if m.state is State.UP and m.instance.ready]
+        candidates.sort(key=lambda m: m.instance_id)
+        if candidates != self.candidates:
+            self.candidates = candidates
+            # Whoever waits holds the old event; the next waiter starts afresh.
+            self._changed.set()
+            self._changed = asyncio.Event()
+
+    # ----------------------------------------------------------------- probes
+
+    def _spawn(self, probe: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(probe, name=f"probe {self.name}")
+        self._probes.add(task)
+        task.add_done_callback(self._probes.discard)
+
+    def _is_current(self, member: Member, state: State) -> bool:
+        return self._members.get(member.instance_id) is member and member.state is state
+
+    async def _answers(self, member: Member) -> bool:
+        try:
+            await self._plane_client.probe(member.target, PROBE_TIMEOUT_S)
+        except PlaneError:
+            return False
+        return True
+
+    async def _probe_suspect(self, member: Member) -> None:
+        """Drop a suspect as soon as it fails to answer; ends when it is registered again or dropped."""
+        while self._is_current(member, State.SUSPECT):
+            if not await self._answers(member):
+                if self._is_current(member, State.SUSPECT):
+                    del self._members[member.instance_id]
+                    self._losses.pop(member.instance_id, None)
+                    self._dismiss(member)
+                    self._rebuild()
+                return
+            member.answered_probe = True
+            await asyncio.sleep(PROBE_TIMEOUT_S)
+
+    async def _probe_until_up(self, member: Member) -> None:
+        """Ask an instance that is down until it answers, at growing, jittered intervals."""
+        pause_s, longest_s = _PROBE_PAUSE_S
+        while self._is_current(member, State.DOWN):
+            await asyncio.sleep(pause_s * (0.5 + random.random() / 2))  # noqa: S311 - jitter
+            pause_s = min(2 * pause_s, longest_s)
+            if await self._answers(member) and self._is_current(member, State.DOWN):
+                log.info("instance %x of %s answers again", member.instance_id, self.name)
+                member.state = State.UP
+                self._rebuild()

@@ -1,0 +1,111 @@
+"""An endpoint: what a worker serves and a client calls."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from dynamo_redis.names import EndpointName
+from dynamo_redis.runtime.client import Client
+from dynamo_redis.runtime.handlers import AnyHandler
+from dynamo_redis.runtime.serving import ServedEndpoint
+
+
+class Host(Protocol):
+    """What an endpoint needs of its runtime."""
+
+    async def serve(
+        self, name: EndpointName, handler: AnyHandler, *, graceful_shutdown: bool
+    ) -> ServedEndpoint: ...
+
+    async def open_client(self, name: EndpointName, router_mode: str) -> Client: ...
+
+    async def wait_for_shutdown(self) -> None: ...
+
+    async def connection_id(self) -> int: ...
+
+
+class Endpoint:
+    """`namespace.component.endpoint` of one runtime."""
+
+    def __init__(self, host: Host, name: EndpointName) -> None:
+        self._host = host
+        self.name = name
+
+    def __repr__(self) -> str:
+        return f"<Endpoint {self.name}>"
+
+    async def serve_endpoint(
+        self,
+        handler: AnyHandler,
+        graceful_shutdown: bool = True,
+        metrics_labels: list[tuple[str, str]] | None = None,
+        health_check_payload: dict[str, Any] | None = None,
+    ) -> None:
+        """Serve until the runtime shuts down; then leave the registry and let requests under way finish.
+
+        `handler` takes `(request)` or `(request, context)`; as an async generator it answers with its items,
+        as a coroutine function with one. Without `graceful_shutdown` requests under way are killed.
+        `metrics_labels` and `health_check_payload` are accepted so that existing workers run unchanged.
+        Raises StoreError if it cannot be registered, ConfigError if no address can be had.
+        """
+        served = await self.start_serving(
+            handler,
+            graceful_shutdown,
+            metrics_labels=metrics_labels,
+            health_check_payload=health_check_payload,
+        )
+        try:
+            await self._host.wait_for_shutdown()
+        finally:
+            await served.unregister()
+
+    async def start_serving(
+        self,
+        handler: AnyHandler,
+        graceful_shutdown: bool = True,
+        *,
+        metrics_labels: list[tuple[str, str]] | None = None,
+        health_check_payload: dict[str, Any] | None = None,
+    ) -> ServedEndpoint:
+        """As `serve_endpoint`, but return as soon as callers can find the endpoint."""
+        return await self._host.serve(self.name, handler, graceful_shutdown=graceful_shutdown)
+
+    async def client(self, router_mode: str | None = None) -> Client:
+        """A client of this endpoint; its first view of the instances is complete.
+
+        `router_mode`, which `generate` follows: round_robin (default), random, p2c or least_loaded.
+        Raises ConfigError for an unknown mode, StoreError if the registry cannot be read.
+        """
+        return await self._host.open_client(self.name, router_mode or "round_robin")
+
+    async def connection_id(self) -> int:
+        """The id by which this process's instance of the endpoint is known."""
+        return await self._host.connection_id()
+
+
+class Component:
+    """`namespace.component`: the older way to an endpoint."""
+
+    def __init__(self, host: Host, namespace: str, component: str) -> None:
+        self._host = host
+        self._namespace = namespace
+        self._component = component
+
+    async def create_service(self) -> None:
+        """Nothing to create: an endpoint registers itself. Kept so that older workers run."""
+
+    def endpoint(self, name: str) -> Endpoint:
+        """One of the component's endpoints."""
+        return Endpoint(self._host, EndpointName(self._namespace, self._component, name))
+
+
+class Namespace:
+    """A namespace: the older way to a component."""
+
+    def __init__(self, host: Host, name: str) -> None:
+        self._host = host
+        self._name = name
+
+    def component(self, name: str) -> Component:
+        """One of the namespace's components."""
+        return Component(self._host, self._name, name)

@@ -1,0 +1,112 @@
+"""Handlers as people write them, turned into what a request plane calls."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import AsyncIterator, Callable
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from dynamo_redis.errors import InvalidRequest
+from dynamo_redis.planes.base import Handler
+
+AnyHandler = Callable[..., Any]
+"""An async generator function, or a coroutine function: `(request)`, `(request, context)`, or with `context`
+as a keyword. Bound methods and callable objects too."""
+
+H = TypeVar("H", bound=AnyHandler)
+
+
+def adapt(handler: AnyHandler) -> Handler:
+    """The handler as `(request, context)`. Raises TypeError if it takes no request."""
+    parameters = inspect.signature(handler).parameters
+    if "context" in parameters and list(parameters).index("context") != 0:
+        return lambda request, context: handler(request, context=context)
+    positional = [
+        p
+        for p in parameters.values()
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.VAR_POSITIONAL)
+    ]
+    if not positional:
+        raise TypeError(f"{handler!r} must take a request: `async def {handler.__name__}(request)`")
+    takes_context = sum(p.default is p.empty or p.kind is p.VAR_POSITIONAL for p in positional) >= 2
+    if takes_context:
+        return lambda request, context: handler(request, context)
+    return lambda request, context: handler(request)
+
+
+def dynamo_endpoint(request_type: type[Any], response_type: type[Any]) -> Callable[[H], AnyHandler]:
+    """Declare a handler's request and item types: pydantic models, or plain types such as `str`.
+
+    The request is validated before the handler runs; what does not fit ends the call with `InvalidRequest`,
+    which names the field. A JSON string is parsed where a model is wanted. Items that are models are sent as
+    plain values. `response_type` documents the items; they are sent as they are yielded.
+    """
+    validate = _validator(request_type)
+
+    def decorate(handler: H) -> AnyHandler:
+        # A method's first argument is the object; the request comes after it.
+        position = 1 if next(iter(inspect.signature(handler).parameters), "") == "self" else 0
+        streams = inspect.isasyncgenfunction(handler)
+
+        def checked(args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (*args[:position], validate(args[position]), *args[position + 1 :])
+
+        if streams:
+
+            @functools.wraps(handler)
+            async def stream(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+                async for item in handler(*checked(args), **kwargs):
+                    yield _plain(item)
+
+            return stream
+
+        @functools.wraps(handler)
+        async def unary(*args: Any, **kwargs: Any) -> Any:
+            return _plain(await handler(*checked(args), **kwargs))
+
+        return unary
+
+    return decorate
+
+
+def _validator(request_type: type[Any]) -> Callable[[Any], Any]:
+    adapter: TypeAdapter[Any] = TypeAdapter(request_type)
+    is_model = inspect.isclass(request_type) and issubclass(request_type, BaseModel)
+
+    def validate(request: Any) -> Any:
+        try:
+            if is_model and isinstance(request, str | bytes):
+                return adapter.validate_json(request)
+            return adapter.validate_python(request)
+        except ValidationError as exc:
+            error = exc.errors(include_url=False)[0]
+            where = ".".join(map(str, error["loc"])) or "request"
+            raise InvalidRequest(f"{where}: {error['msg']}") from exc
+
+    return validate
+
+
+def _plain(item: Any) -> Any:
+    return item.model_dump(mode="json") if isinstance(item, BaseModel) else item
+
+
+async def collect_one(stream: AsyncIterator[Any]) -> Any:
+    """The only item of a response. Raises RuntimeError if there is none, or more than one."""
+    iterator = aiter(stream)
+    try:
+        try:
+            item = await anext(iterator)
+        except StopAsyncIteration:
+            raise RuntimeError("the endpoint answered with no item where one was expected") from None
+        try:
+            await anext(iterator)
+        except StopAsyncIteration:
+            return item
+        raise RuntimeError("the endpoint answered with several items where one was expected")
+    finally:
+        close = getattr(iterator, "aclose", None)
+        if close is not None:
+            await close()

@@ -1,0 +1,134 @@
+"""Reserve ports of a host through the registry, for engines that need fixed or consecutive ones.
+
+Prefer binding port 0 and advertising what came out. Where an engine insists on being told its ports, a
+reservation keeps two workers of one host, in containers that share its network, from choosing the same.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import socket
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict
+
+from dynamo_redis.clock import SYSTEM_CLOCK
+from dynamo_redis.errors import KeyExists, PortUnavailable, StoreError
+from dynamo_redis.names import port_key
+from dynamo_redis.store.base import LostReason, Registration, Registry
+
+log = logging.getLogger(__name__)
+
+DEFAULT_RANGE = (20000, 30000)
+
+
+class PortRecord(BaseModel):
+    """Who holds a port, and what for. `reserved_at` in seconds since the epoch."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    worker_id: str
+    reason: str
+    reserved_at: float
+    pid: int
+    version: int = 1
+
+
+class PortReservation:
+    """Ports that are this process's until `release`, the end of `async with`, or of its lease."""
+
+    def __init__(self, host: str, ports: Sequence[int], registrations: Sequence[Registration]) -> None:
+        self.host = host
+        self.ports = tuple(ports)
+        self._registrations = list(registrations)
+
+    @property
+    def lost(self) -> bool:
+        """Whether another process holds one of the ports now: possible only after Redis lost its data."""
+        return any(registration.lost for registration in self._registrations)
+
+    async def release(self) -> None:
+        """Give the ports back. Idempotent; what Redis cannot be told ends with the lease."""
+        while self._registrations:
+            registration = self._registrations.pop()
+            try:
+                await registration.unregister()
+            except StoreError as exc:
+                log.warning("could not release %s, the lease will: %s", registration.key, exc)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.release()
+
+
+async def reserve_ports(
+    registry: Registry,
+    host: str,
+    *,
+    count: int = 1,
+    port_range: tuple[int, int] = DEFAULT_RANGE,
+    worker_id: str,
+    reason: str,
+    rng: random.Random | None = None,
+) -> PortReservation:
+    """Reserve `count` consecutive ports of `host` within `port_range` (first, last + 1).
+
+    A port counts as free if nobody has reserved it and this machine can bind it. Tries start at a random
+    place and go round the range once. Raises PortUnavailable, StoreError; nothing stays reserved then.
+    """
+    first, end = port_range
+    starts = end - first - count + 1
+    if count < 1 or starts < 1:
+        raise PortUnavailable(f"{count} consecutive ports do not fit into the range {first}-{end - 1}")
+    offset = (rng or random.Random()).randrange(starts)  # noqa: S311 - spreads tries, no secret
+    record = PortRecord(worker_id=worker_id, reason=reason, reserved_at=SYSTEM_CLOCK.wall(), pid=os.getpid())
+    for step in range(starts):
+        start = first + (offset + step) % starts
+        ports = range(start, start + count)
+        if _can_bind(ports):
+            reservation = await _reserve(registry, host, ports, record)
+            if reservation is not None:
+                return reservation
+    raise PortUnavailable(
+        f"no {count} consecutive free port{'s' if count > 1 else ''} of {host} in {first}-{end - 1}"
+    )
+
+
+async def _reserve(registry: Registry, host: str, ports: range, record: PortRecord) -> PortReservation | None:
+    taken: list[Registration] = []
+    try:
+        for port in ports:
+            registration = await _register(registry, port_key(host, port), record)
+            taken.append(registration)  # at once: a failure gives back those before it
+    except KeyExists:
+        await PortReservation(host, ports, taken).release()
+        return None
+    except BaseException:
+        await PortReservation(host, ports, taken).release()
+        raise
+    return PortReservation(host, ports, taken)
+
+
+async def _register(registry: Registry, key: str, record: PortRecord) -> Registration:
+    def on_lost(why: LostReason) -> None:
+        log.error("%s is no longer reserved by this process: %s", key, why)
+
+    return await registry.register(key, record.model_dump_json().encode(), exclusive=True, on_lost=on_lost)
+
+
+def _can_bind(ports: range) -> bool:
+    with ExitStack() as sockets:
+        for port in ports:
+            listener = sockets.enter_context(socket.socket())
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                listener.bind(("", port))
+            except OSError:
+                return False
+    return True

@@ -1,0 +1,298 @@
+"""The distributed runtime: one process's part in a deployment."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import signal
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from dynamo_redis.clock import SYSTEM_CLOCK
+from dynamo_redis.config import PlaneSettings, RuntimeSettings, SettingsGroup, StoreSettings
+from dynamo_redis.errors import ConfigError
+from dynamo_redis.names import EndpointName, InstanceId
+from dynamo_redis.planes.base import RequestPlaneClient, RequestPlaneServer
+from dynamo_redis.planes.select import make_client, make_server
+from dynamo_redis.runtime.client import Client
+from dynamo_redis.runtime.discovery import EndpointView
+from dynamo_redis.runtime.endpoint import Endpoint, Namespace
+from dynamo_redis.runtime.handlers import AnyHandler
+from dynamo_redis.runtime.instance import Instance
+from dynamo_redis.runtime.serving import ServedEndpoint
+from dynamo_redis.store.base import ObjectStore, Registry
+from dynamo_redis.store.connect import open_store
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The settings a runtime needs, by group."""
+
+    store: StoreSettings = field(default_factory=StoreSettings.load)
+    plane: PlaneSettings = field(default_factory=PlaneSettings.load)
+    runtime: RuntimeSettings = field(default_factory=RuntimeSettings.load)
+
+    @classmethod
+    def load(cls, **overrides: Any) -> Self:
+        """Read all groups; `overrides` are fields of any of them. Raises ConfigError."""
+
+        def of(group: type[SettingsGroup]) -> dict[str, Any]:
+            return {name: overrides.pop(name) for name in tuple(overrides) if name in group.model_fields}
+
+        settings = cls(
+            store=StoreSettings.load(**of(StoreSettings)),
+            plane=PlaneSettings.load(**of(PlaneSettings)),
+            runtime=RuntimeSettings.load(**of(RuntimeSettings)),
+        )
+        if overrides:
+            raise ConfigError(f"unknown settings: {', '.join(sorted(overrides))}")
+        return settings
+
+
+class DistributedRuntime:
+    """Serves and calls endpoints, found through one Redis.
+
+    Made on the event loop's thread, it connects at the first call that needs to, or at `start`. It owns the
+    process's lease, its request plane server and client, and one watch an endpoint called. `aclose` ends all
+    of them in order: leave the registry, drain, revoke the lease, close. `async with` does both.
+
+    While Redis is away everything goes on from the last view; afterwards all is registered again under the
+    same instance id.
+    """
+
+    def __init__(
+        self,
+        event_loop: asyncio.AbstractEventLoop | None = None,
+        discovery_backend: str | None = None,
+        request_plane: str | None = None,
+        enable_nats: bool | None = None,
+        *,
+        settings: Settings | None = None,
+        registry: Registry | None = None,
+        objects: ObjectStore | None = None,
+    ) -> None:
+        """The first four arguments are those of `dynamo.runtime`; the loop is always the running one.
+
+        `registry` and `objects` replace the Redis ones, as the in-memory twins do in tests; they are closed
+        with the runtime. Raises ConfigError for wrong settings.
+        """
+        if settings is None:
+            settings = Settings.load(request_plane=request_plane)
+        self.settings = settings
+        if discovery_backend not in (None, "redis"):
+            log.info("discovery_backend=%r is ignored: discovery here is Redis", discovery_backend)
+        self._given = (registry, objects)
+        self._registry: Registry | None = None
+        self._objects: ObjectStore | None = None
+        self._plane_client: RequestPlaneClient | None = None
+        self._server: RequestPlaneServer | None = None
+        self._secret = secrets.token_bytes(32) if settings.plane.auth == "secret" else None
+        self._served: list[ServedEndpoint] = []
+        self._views: dict[EndpointName, _SharedView] = {}
+        self._starting = asyncio.Lock()
+        self._shutdown = asyncio.Event()
+        self._signals: list[signal.Signals] = []
+        self._closed = False
+
+    # ----------------------------------------------------------------- lifetime
+
+    async def start(self) -> None:
+        """Connect. Idempotent. Raises ConfigError, StoreUnavailable, StoreRefused or SchemaMismatch."""
+        async with self._starting:
+            if self._registry is not None:
+                return
+            if self._closed:
+                raise RuntimeError("the runtime is closed")
+            registry, objects = self._given
+            if registry is None:
+                registry, objects = open_store(self.settings.store)
+            try:
+                await registry.start()
+            except BaseException:
+                await registry.aclose()
+                raise
+            self._plane_client = make_client(self.settings.plane)
+            self._objects = objects
+            self._registry = registry
+
+    def shutdown(self) -> None:
+        """Ask everything that serves to end. Returns at once; idempotent."""
+        self._shutdown.set()
+
+    async def wait_for_shutdown(self) -> None:
+        """Wait until `shutdown` is called. With `handle_signals`, SIGTERM and SIGINT call it."""
+        await self._shutdown.wait()
+
+    def handle_signals(self) -> None:
+        """Let SIGTERM and SIGINT call `shutdown`, until `aclose`. A second one takes its default effect."""
+        loop = asyncio.get_running_loop()
+
+        def on_signal() -> None:
+            self._release_signals()
+            self.shutdown()
+
+        # Only the main thread may, and Windows cannot.
+        with suppress(NotImplementedError, ValueError, RuntimeError):
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, on_signal)
+                self._signals.append(number)
+
+    async def aclose(self) -> None:
+        """Leave the registry, drain, revoke the lease, close. Idempotent; bounded by the drain time."""
+        if self._closed:
+            return
+        self._closed = True
+        self.shutdown()
+        for served in self._served:
+            await served.leave()
+        if self._server is not None:
+            # Those without a graceful shutdown are killed first, the others share one drain.
+            await asyncio.gather(*(served.unregister() for served in self._served))
+            await self._server.drain(self.settings.runtime.drain_s)
+        if self._registry is not None:
+            await self._registry.aclose()
+        for shared in tuple(self._views.values()):
+            await shared.view.aclose()
+        self._views.clear()
+        if self._plane_client is not None:
+            await self._plane_client.aclose()
+        if self._server is not None:
+            await self._server.aclose()
+        if self._objects is not None:
+            await self._objects.aclose()
+        self._release_signals()
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self.start()
+        except BaseException:
+            await self.aclose()
+            raise
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.aclose()
+
+    def _release_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        while self._signals:
+            loop.remove_signal_handler(self._signals.pop())
+
+    # ----------------------------------------------------------------- what it hands out
+
+    @property
+    def registry(self) -> Registry:
+        """The registry. Valid after `start`."""
+        if self._registry is None:
+            raise RuntimeError("the runtime is not started: await runtime.start() first")
+        return self._registry
+
+    @property
+    def objects(self) -> ObjectStore:
+        """The object store. Valid after `start`."""
+        if self._objects is None:
+            raise RuntimeError("the runtime is not started: await runtime.start() first")
+        return self._objects
+
+    @property
+    def instance_id(self) -> InstanceId:
+        """The id of every instance that this process serves; its lease's too. Valid after `start`."""
+        return InstanceId(self.registry.lease_id)
+
+    def endpoint(self, name: str) -> Endpoint:
+        """The endpoint `namespace.component.endpoint`. Raises ConfigError (a ValueError) for other names."""
+        return Endpoint(self, EndpointName.parse(name))
+
+    def namespace(self, name: str) -> Namespace:
+        """The older way to an endpoint: `runtime.namespace(n).component(c).endpoint(e)`."""
+        return Namespace(self, name)
+
+    # ----------------------------------------------------------------- for endpoints
+
+    async def serve(
+        self, name: EndpointName, handler: AnyHandler, *, graceful_shutdown: bool
+    ) -> ServedEndpoint:
+        """Open an endpoint for requests and make it known."""
+        await self.start()
+        server = await self._plane_server()
+        instance_id = self.instance_id
+        instance = Instance(
+            name=name,
+            instance_id=instance_id,
+            transports={server.plane: f"{server.address}/{name.subject(instance_id)}"},
+            secret=self._secret,
+            started_at=SYSTEM_CLOCK.wall(),
+        )
+        served = ServedEndpoint(
+            server,
+            instance,
+            graceful_shutdown=graceful_shutdown,
+            drain_s=self.settings.runtime.drain_s,
+        )
+        await served.start(self.registry, handler)
+        self._served.append(served)
+        return served
+
+    async def open_client(self, name: EndpointName, router_mode: str) -> Client:
+        """A client on the endpoint's view, which all clients of the endpoint share."""
+        await self.start()
+        assert self._plane_client is not None
+        shared = self._views.get(name)
+        if shared is None:
+            view = EndpointView(
+                name,
+                self.registry,
+                self.settings.plane.request_plane,
+                self._plane_client,
+                lease_ttl_s=self.settings.store.lease_ttl_s,
+            )
+            shared = self._views[name] = _SharedView(view)
+        client = Client(
+            shared.view, self._plane_client, router_mode, release=lambda: self._release(name, client)
+        )
+        shared.clients.add(client)
+        try:
+            await shared.view.start(self.settings.store.command_timeout_s)
+        except BaseException:
+            await client.aclose()
+            raise
+        return client
+
+    async def connection_id(self) -> int:
+        """This process's instance id; connects if need be."""
+        await self.start()
+        return self.instance_id
+
+    async def _release(self, name: EndpointName, client: Client) -> None:
+        shared = self._views.get(name)
+        if shared is None:
+            return
+        shared.clients.discard(client)
+        if not shared.clients:
+            del self._views[name]
+            await shared.view.aclose()
+
+    async def _plane_server(self) -> RequestPlaneServer:
+        async with self._starting:
+            if self._server is None:
+                server = make_server(
+                    self.settings.plane,
+                    instance_id=self.instance_id,
+                    secret=self._secret,
+                    redis_url=self.settings.store.require_url() if self._given[0] is None else None,
+                )
+                await server.start()
+                self._server = server
+            return self._server
+
+
+@dataclass(slots=True)
+class _SharedView:
+    """A view and the clients that use it; the last one to go ends it."""
+
+    view: EndpointView
+    clients: set[Client] = field(default_factory=set)

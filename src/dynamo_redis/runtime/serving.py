@@ -1,0 +1,63 @@
+"""An endpoint while it is served: its place on the request plane and its record in the registry."""
+
+from __future__ import annotations
+
+import logging
+
+from dynamo_redis.errors import StoreError
+from dynamo_redis.planes.base import RequestPlaneServer
+from dynamo_redis.runtime.handlers import AnyHandler, adapt
+from dynamo_redis.runtime.instance import Instance
+from dynamo_redis.store.base import LostReason, Registration, Registry
+
+log = logging.getLogger(__name__)
+
+
+class ServedEndpoint:
+    """One endpoint of this process, open for requests."""
+
+    def __init__(
+        self, server: RequestPlaneServer, instance: Instance, *, graceful_shutdown: bool, drain_s: float
+    ) -> None:
+        self.instance = instance
+        self._server = server
+        self._subject = instance.name.subject(instance.instance_id)
+        self._grace_s = drain_s if graceful_shutdown else 0.0
+        self._registration: Registration | None = None
+
+    async def start(self, registry: Registry, handler: AnyHandler) -> None:
+        """Open the endpoint, then make it known. Raises StoreError; nothing stays half-registered."""
+        self._server.register(self._subject, adapt(handler))
+        try:
+            self._registration = await registry.register(
+                self.instance.name.instance_key(self.instance.instance_id),
+                self.instance.to_bytes(),
+                stalled_value=self.instance.to_bytes(ready=False),
+                on_lost=self._on_lost,
+            )
+        except BaseException:
+            await self._server.unregister(self._subject, grace_s=0)
+            raise
+
+    async def leave(self) -> None:
+        """Take the record out of the registry; requests are still answered. Idempotent."""
+        registration, self._registration = self._registration, None
+        if registration is None:
+            return
+        try:
+            await registration.unregister()
+        except StoreError as exc:
+            log.warning("could not unregister %s, its lease will: %s", self.instance.name, exc)
+
+    async def unregister(self) -> None:
+        """Leave the registry, refuse new requests, let those under way finish. Idempotent."""
+        await self.leave()
+        await self._server.unregister(self._subject, grace_s=self._grace_s)
+
+    def _on_lost(self, reason: LostReason) -> None:
+        log.warning(
+            "somebody took instance %x of %s out of the registry (%s): it gets no new requests",
+            self.instance.instance_id,
+            self.instance.name,
+            reason,
+        )

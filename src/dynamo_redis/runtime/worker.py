@@ -1,0 +1,44 @@
+"""The decorator that turns a coroutine function into a worker process's main."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import warnings
+from collections.abc import Awaitable, Callable
+from typing import Concatenate, ParamSpec, TypeVar
+
+from dynamo_redis.runtime.runtime import DistributedRuntime
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def dynamo_worker(
+    enable_nats: bool | None = None,
+) -> Callable[[Callable[Concatenate[DistributedRuntime, P], Awaitable[R]]], Callable[P, Awaitable[R]]]:
+    """Give a coroutine function a runtime, made from the settings and closed in order at its end.
+
+        @dynamo_worker()
+        async def worker(runtime: DistributedRuntime) -> None:
+            await runtime.endpoint("dynamo.backend.generate").serve_endpoint(handler)
+
+        asyncio.run(worker())
+
+    SIGTERM and SIGINT shut the runtime down, so `serve_endpoint` returns and the worker ends cleanly.
+    """
+    if enable_nats is not None:
+        warnings.warn("enable_nats has no effect: no NATS is used", DeprecationWarning, stacklevel=2)
+
+    def decorate(
+        main: Callable[Concatenate[DistributedRuntime, P], Awaitable[R]],
+    ) -> Callable[P, Awaitable[R]]:
+        @functools.wraps(main)
+        async def run(*args: P.args, **kwargs: P.kwargs) -> R:
+            async with DistributedRuntime(asyncio.get_running_loop()) as runtime:
+                runtime.handle_signals()
+                return await main(runtime, *args, **kwargs)
+
+        return run
+
+    return decorate

@@ -1,0 +1,123 @@
+"""Handlers as people write them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from dynamo_redis.errors import InvalidRequest
+from dynamo_redis.planes.context import Context
+from dynamo_redis.runtime.handlers import AnyHandler, adapt, collect_one, dynamo_endpoint
+
+
+class Prompt(BaseModel):
+    text: str
+    count: int = 2
+
+
+class Word(BaseModel):
+    word: str
+
+
+async def answers(handler: AnyHandler, request: Any, context: Context | None = None) -> list[Any]:
+    """What a plane would send back."""
+    answer = adapt(handler)(request, context or Context("r1"))
+    if isinstance(answer, AsyncIterator):
+        return [item async for item in answer]
+    return [await answer]
+
+
+async def takes_request(request: Any) -> AsyncIterator[Any]:
+    yield request
+
+
+async def takes_context(request: Any, ctx: Context) -> AsyncIterator[Any]:
+    yield request, ctx.id()
+
+
+async def takes_keyword(request: Any, *, context: Context) -> Any:
+    return request, context.id()
+
+
+async def takes_optional(request: Any, factor: int = 3) -> Any:
+    return request, factor
+
+
+class Worker:
+    async def generate(self, request: Any, context: Context) -> AsyncIterator[Any]:
+        yield request, context.id()
+
+    async def __call__(self, request: Any) -> Any:
+        return request
+
+    @dynamo_endpoint(Prompt, Word)
+    async def words(self, request: Prompt) -> AsyncIterator[Word]:
+        for _ in range(request.count):
+            yield Word(word=request.text)
+
+    @dynamo_endpoint(Prompt, Word)
+    async def one(self, request: Prompt, context: Context) -> Word:
+        return Word(word=f"{request.text} {context.id()}")
+
+
+@pytest.mark.parametrize(
+    ("handler", "expected"),
+    [
+        (takes_request, "q"),
+        (takes_context, ("q", "r1")),
+        (takes_keyword, ("q", "r1")),
+        (takes_optional, ("q", 3)),
+        (Worker().generate, ("q", "r1")),
+        (Worker(), "q"),
+    ],
+)
+async def test_every_shape_of_handler(handler: AnyHandler, expected: object) -> None:
+    assert await answers(handler, "q") == [expected]
+
+
+def test_a_handler_without_a_request_is_refused_at_once() -> None:
+    async def nothing() -> None: ...
+
+    with pytest.raises(TypeError, match="must take a request"):
+        adapt(nothing)
+
+
+async def test_models_are_validated_and_sent_plain() -> None:
+    worker = Worker()
+    assert await answers(worker.words, {"text": "hi"}) == [{"word": "hi"}, {"word": "hi"}]
+    assert await answers(worker.words, '{"text": "hi", "count": 1}') == [{"word": "hi"}]
+    assert await answers(worker.one, {"text": "hi"}) == [{"word": "hi r1"}]
+
+
+@pytest.mark.parametrize(
+    ("request_", "named"), [({"text": 5}, "text"), ({}, "text"), (None, "request"), ("{", "request")]
+)
+async def test_what_does_not_fit_names_the_field(request_: object, named: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"^{named}: "):
+        await answers(Worker().words, request_)
+
+
+async def test_plain_types() -> None:
+    @dynamo_endpoint(str, str)
+    async def shout(request: str) -> AsyncIterator[str]:
+        yield request.upper()
+
+    assert await answers(shout, "hi") == ["HI"]
+    with pytest.raises(InvalidRequest):
+        await answers(shout, 5)
+
+
+async def _items(*items: int) -> AsyncIterator[int]:
+    for item in items:
+        yield item
+
+
+async def test_collect_one() -> None:
+    assert await collect_one(_items(1)) == 1
+    with pytest.raises(RuntimeError, match="no item"):
+        await collect_one(_items())
+    with pytest.raises(RuntimeError, match="several"):
+        await collect_one(_items(1, 2))
