@@ -1,0 +1,200 @@
+"""Calls: choosing, retrying before the first item, and leaving nothing behind."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from dynamo_redis.errors import (
+    AuthenticationFailed,
+    CannotConnect,
+    ConnectionLost,
+    DeadlineExceeded,
+    Draining,
+    HandlerFailed,
+    InvalidRequest,
+    NoInstances,
+    Overloaded,
+    PlaneError,
+)
+from dynamo_redis.planes.context import Context
+from dynamo_redis.runtime.annotated import Annotated
+
+from .conftest import Bench, instance, put
+
+
+async def collect(call: AsyncIterator[Any]) -> list[Any]:
+    return [item async for item in call]
+
+
+def loads(bench: Bench) -> list[tuple[int, int]]:
+    """(in flight, pending) of each instance."""
+    return [(member.in_flight, len(member.pending)) for member in bench.view]
+
+
+async def test_items_are_annotated_unless_plain_ones_are_wanted(bench: Bench) -> None:
+    bench.register(1)
+    bench.plane.scripts[1] = ["a", "b"]
+    annotated = await collect(await bench.client.round_robin("q"))
+    assert all(isinstance(item, Annotated) for item in annotated)
+    assert [item.data() for item in annotated] == ["a", "b"]
+    assert await collect(await bench.client.round_robin("q", annotated=False)) == ["a", "b"]
+
+
+async def test_falsy_items_and_requests_are_carried(bench: Bench) -> None:
+    bench.register(1)
+    bench.plane.scripts[1] = ["", 0, False]
+    assert await collect(await bench.client.round_robin(None, annotated=False)) == ["", 0, False]
+    assert bench.plane.opened == [(1, None)]
+
+
+async def test_no_instance_is_said_at_once(bench: Bench) -> None:
+    with pytest.raises(NoInstances, match=r"dynamo\.backend\.generate"):
+        await bench.client.generate("q")
+
+
+@pytest.mark.parametrize("error", [CannotConnect("x"), ConnectionLost("x"), Draining("x"), Overloaded("x")])
+async def test_a_retryable_failure_before_the_first_item_goes_elsewhere(
+    bench: Bench, error: PlaneError
+) -> None:
+    bench.register(1, 2)
+    bench.plane.scripts[1] = [error]
+    for _ in range(4):
+        assert await collect(await bench.client.round_robin("q", annotated=False)) == [2]
+    assert loads(bench) == [(0, 0), (0, 0)]
+
+
+async def test_a_dead_instance_is_avoided_from_the_first_refusal_on(bench: Bench) -> None:
+    bench.register(1, 2, 3)
+    bench.plane.scripts[1] = [CannotConnect("refused")]
+    bench.plane.alive[1] = False
+    for _ in range(30):
+        await collect(await bench.client.round_robin("q"))
+    assert [number for number, _ in bench.plane.opened].count(1) == 1
+
+
+async def test_an_overloaded_instance_is_not_marked_down(bench: Bench) -> None:
+    bench.register(1, 2)
+    bench.plane.scripts[1] = [Overloaded("full")]
+    await collect(await bench.client.round_robin("q"))
+    await collect(await bench.client.round_robin("q"))
+    assert bench.chosen_first() == [1, 2]
+
+
+async def test_overload_everywhere_is_tried_at_few_instances_only(bench: Bench) -> None:
+    bench.register(*range(1, 11))
+    for number in range(1, 11):
+        bench.plane.scripts[number] = [Overloaded("full", 2.0)]
+    with pytest.raises(Overloaded) as caught:
+        await collect(await bench.client.round_robin("q"))
+    assert caught.value.retry_after_s == 2.0
+    assert len(bench.plane.opened) == 3
+
+
+async def test_each_instance_is_tried_once_and_the_last_error_is_raised(bench: Bench) -> None:
+    bench.register(1, 2, 3)
+    for number in (1, 2, 3):
+        bench.plane.scripts[number] = [CannotConnect(f"refused by {number}")]
+        bench.plane.alive[number] = False
+    with pytest.raises(CannotConnect):
+        await collect(await bench.client.round_robin("q"))
+    assert sorted(number for number, _ in bench.plane.opened) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("error", [InvalidRequest("bad"), HandlerFailed("boom"), DeadlineExceeded("late")])
+async def test_other_errors_are_raised_at_once(bench: Bench, error: PlaneError) -> None:
+    bench.register(1, 2)
+    bench.plane.scripts[1] = bench.plane.scripts[2] = [error]
+    with pytest.raises(type(error)):
+        await collect(await bench.client.round_robin("q"))
+    assert len(bench.plane.opened) == 1
+
+
+async def test_nothing_is_repeated_after_the_first_item(bench: Bench) -> None:
+    bench.register(1, 2)
+    for number in (1, 2):
+        bench.plane.scripts[number] = ["item", ConnectionLost("cut")]
+    call = await bench.client.round_robin("q", annotated=False)
+    assert await anext(call) == "item"
+    with pytest.raises(ConnectionLost):
+        await anext(call)
+    assert len(bench.plane.opened) == 1
+    assert loads(bench) == [(0, 0), (0, 0)]
+
+
+async def test_a_stopped_request_is_not_repeated(bench: Bench) -> None:
+    bench.register(1, 2)
+    bench.plane.scripts[1] = bench.plane.scripts[2] = [CannotConnect("x")]
+    context = Context()
+    call = await bench.client.round_robin("q", context=context)
+    context.stop_generating()
+    with pytest.raises(CannotConnect):
+        await anext(call)
+    assert len(bench.plane.opened) == 1
+
+
+async def test_an_outdated_secret_is_refreshed_once(bench: Bench) -> None:
+    bench.register(1)
+    bench.plane.scripts[1] = [AuthenticationFailed("old secret")]
+    bench.registry.record = put(instance(1, secret=b"new")).record
+    with pytest.raises(AuthenticationFailed):
+        await collect(await bench.client.round_robin("q"))
+    assert bench.registry.reads == 1
+    assert len(bench.plane.opened) == 2
+    assert bench.view.candidates[0].target.secret == b"new"
+
+
+async def test_direct_reaches_its_instance_and_no_other(bench: Bench) -> None:
+    bench.register(1, 2)
+    assert await collect(await bench.client.direct("q", 2, annotated=False)) == [2]
+    with pytest.raises(NoInstances):
+        await bench.client.direct("q", 9)
+    bench.plane.scripts[1] = [CannotConnect("x")]
+    with pytest.raises(CannotConnect):
+        await collect(await bench.client.direct("q", 1))
+    assert [number for number, _ in bench.plane.opened] == [2, 1]
+
+
+async def test_in_flight_counts_until_the_end(bench: Bench) -> None:
+    bench.register(1)
+    bench.plane.scripts[1] = ["a", "b"]
+    call = await bench.client.round_robin("q")
+    assert loads(bench) == [(1, 1)]
+    await anext(call)
+    assert loads(bench) == [(1, 0)]
+    await collect(call)
+    assert loads(bench) == [(0, 0)]
+
+
+async def test_a_dropped_iterator_kills_the_request(bench: Bench) -> None:
+    bench.register(1)
+    bench.plane.scripts[1] = ["a", None]
+    call = await bench.client.round_robin("q")
+    await anext(call)
+    del call
+    gc.collect()
+    assert [number for number, _ in bench.plane.failed] == [1]
+    assert loads(bench) == [(0, 0)]
+
+
+async def test_a_cancelled_wait_leaves_nothing(bench: Bench) -> None:
+    bench.register(1)
+    bench.plane.scripts[1] = [None]
+    call = await bench.client.round_robin("q")
+    waiting = asyncio.ensure_future(anext(call))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert loads(bench) == [(0, 0)]
+
+
+async def test_modes(bench: Bench) -> None:
+    bench.register(1, 2)
+    client = bench.client
+    for call in (client.random, client.p2c, client.least_loaded, client.generate):
+        assert await collect(await call("q", annotated=False)) in ([1], [2])
