@@ -1,0 +1,149 @@
+"""What a client is told when a request fails: OpenAI's form of an error, and the HTTP status it goes with.
+
+Source: the error codes page of OpenAI's API guide, and what its Python client makes of a status (404
+NotFoundError, 400 BadRequestError, ≥ 500 InternalServerError, which it retries).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from dynamo_redis import errors
+
+_INVALID = "invalid_request_error"
+_SERVER = "server_error"
+_UNAVAILABLE = "service_unavailable"
+
+
+class ApiError(Exception):
+    """An answer that is an error. `param` names the field of the body that caused it, if one did."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str = _INVALID,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.kind = kind
+        self.param = param
+        self.code = code
+        self.retry_after_s = retry_after_s
+
+    def body(self) -> dict[str, Any]:
+        """`{"error": {…}}`."""
+        error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
+        return {"error": error}
+
+    def body_bytes(self) -> bytes:
+        """The body as JSON."""
+        return json.dumps(self.body(), ensure_ascii=False).encode(errors="replace")
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """Headers of the answer, without its length."""
+        headers = [(b"content-type", b"application/json")]
+        if self.retry_after_s is not None:
+            headers.append((b"retry-after", b"%d" % max(1, math.ceil(self.retry_after_s))))
+        return headers
+
+
+def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    """400: the body is not what the API takes."""
+    return ApiError(400, message, param=param, code=code)
+
+
+def model_not_found(model: str) -> ApiError:
+    """404 for a model that nobody serves."""
+    return ApiError(
+        404,
+        f"The model `{model}` does not exist or is not served now: GET /v1/models lists those that are.",
+        param="model",
+        code="model_not_found",
+    )
+
+
+def model_loading(model: str) -> ApiError:
+    """503 for a model whose files are still being fetched."""
+    return ApiError(
+        503,
+        f"The model `{model}` is being loaded.",
+        kind=_UNAVAILABLE,
+        code="model_loading",
+        retry_after_s=1.0,
+    )
+
+
+def model_broken(model: str, reason: str) -> ApiError:
+    """503 for a model whose files cannot be used here."""
+    return ApiError(
+        503, f"The model `{model}` cannot be loaded: {reason}", kind=_UNAVAILABLE, code="model_unavailable"
+    )
+
+
+def body_too_large(limit_bytes: int) -> ApiError:
+    """413."""
+    return ApiError(
+        413,
+        f"The request body is over the limit of {limit_bytes} bytes (DYN_HTTP_BODY_LIMIT).",
+        code="body_too_large",
+    )
+
+
+def context_length_exceeded(prompt_tokens: int, max_tokens: int | None, context_length: int) -> ApiError:
+    """400 for a prompt, or a prompt and its `max_tokens`, that the model's context cannot hold."""
+    wanted = f"{prompt_tokens} tokens in the prompt"
+    if max_tokens is not None:
+        wanted = f"{prompt_tokens + max_tokens} tokens ({wanted}, {max_tokens} in the completion)"
+    return ApiError(
+        400,
+        f"This model's maximum context length is {context_length} tokens, but you requested {wanted}. "
+        "Reduce the length of either.",
+        param="messages" if max_tokens is None else "max_tokens",
+        code="context_length_exceeded",
+    )
+
+
+# --------------------------------------------------------------------------- from this package's errors
+
+_STATUS: dict[type[errors.DynamoRedisError], tuple[int, str]] = {
+    errors.InvalidRequest: (400, _INVALID),
+    errors.TemplateError: (400, _INVALID),
+    errors.PayloadTooLarge: (413, _INVALID),
+    errors.DeadlineExceeded: (504, "timeout_error"),
+    errors.NoInstances: (503, _UNAVAILABLE),
+    errors.Overloaded: (503, _UNAVAILABLE),
+    errors.Draining: (503, _UNAVAILABLE),
+    errors.NotAccepted: (503, _UNAVAILABLE),
+    errors.EndpointNotFound: (503, _UNAVAILABLE),
+    errors.CannotConnect: (503, _UNAVAILABLE),
+    errors.RequestCancelled: (503, _UNAVAILABLE),
+    errors.ConnectionLost: (502, _SERVER),
+    errors.InstanceRemoved: (502, _SERVER),
+    errors.AuthenticationFailed: (502, _SERVER),
+    errors.ProtocolViolation: (502, _SERVER),
+    errors.HandlerFailed: (500, _SERVER),
+}
+
+
+def api_error(error: Exception) -> ApiError:
+    """What the client is told of an error. An unforeseen one is 500, and says no more than its type."""
+    if isinstance(error, ApiError):
+        return error
+    if not isinstance(error, errors.DynamoRedisError):
+        return ApiError(500, f"Internal error: {type(error).__name__}.", kind=_SERVER, code="internal")
+    status, kind = _STATUS.get(type(error), (502, _SERVER))
+    param = "messages" if isinstance(error, errors.TemplateError) else None
+    retry_after_s = None
+    if isinstance(error, errors.Overloaded):
+        retry_after_s = error.retry_after_s or 1.0
+    elif status == 503:
+        retry_after_s = 1.0
+    return ApiError(status, str(error), kind=kind, param=param, code=error.code, retry_after_s=retry_after_s)

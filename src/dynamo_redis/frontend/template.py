@@ -1,0 +1,327 @@
+"""Chat templates: a conversation → the text of a prompt, as `transformers` renders it.
+
+Source of the semantics: `transformers` 5.23, `apply_chat_template` and `render_jinja_template`. A template
+comes with a model's files, so it runs in Jinja's immutable sandbox, and within limits of time and output.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime
+from typing import Any, Literal
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.runtime
+import jinja2.sandbox
+
+from dynamo_redis.errors import ModelError, TemplateError
+
+Message = dict[str, Any]
+
+RENDER_LIMIT_S = 5.0
+"""A template that runs for longer is stopped: at its next call or output, see `_Environment`."""
+
+_PROBE_LIMIT_S = 1.0
+"""The same for the trial renderings of one short message, when a model is loaded."""
+
+OUTPUT_LIMIT_CHARS = 64 << 20
+"""A template that writes more is stopped; far above any prompt that fits a body."""
+
+_CONTINUE_TAG = "CONTINUE_FINAL_MESSAGE_TAG "
+_REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+ContentForm = Literal["text", "parts", "either"]
+
+
+class _Runaway(TemplateError):
+    """A rendering was over its limit of time or output."""
+
+
+class ChatTemplate:
+    """The chat templates of one model, compiled. May be used from several threads."""
+
+    def __init__(self, templates: Mapping[str, str], tokenizer_config: Mapping[str, Any]) -> None:
+        """`templates` maps names to Jinja source; `default` is used, and `tool_use` (if any) with tools.
+
+        Blocks while probes are rendered. Raises ModelError for a template that does not compile or does not
+        end, or for named ones without a default.
+        Special tokens (`bos_token`, …) come from `tokenizer_config`, as strings or as token objects.
+        """
+        if "default" not in templates:
+            raise ModelError(
+                "the model has no chat template called 'default', "
+                f"only {', '.join(map(repr, sorted(templates))) or 'none at all'}"
+            )
+        environment = _Environment()
+        self._variants = {name: _Variant(name, source, environment) for name, source in templates.items()}
+        self._special_tokens = special_tokens(tokenizer_config)
+        for variant in self._variants.values():
+            variant.examine(self._special_tokens)
+
+    def render(
+        self,
+        messages: list[Message],
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        documents: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **variables: Any,
+    ) -> str:
+        """The prompt's text. `variables` are what the template may ask for beyond these (`enable_thinking`).
+
+        Messages are in OpenAI's form and are not changed. Text parts are joined for templates that expect
+        text, and text is made a part for those that expect parts. Arguments of tool calls, which OpenAI
+        writes as a JSON string, stay one where the template can write a string, and become an object where
+        it cannot. Raises TemplateError, with the template's own message, for what it refuses.
+        """
+        variant = self._variants["default"]
+        if tools is not None:
+            variant = self._variants.get("tool_use", variant)
+        conversation = [variant.normalise(message) for message in messages]
+        if continue_final_message:
+            _mark_final(conversation)
+        text = variant.render(
+            {
+                **self._special_tokens,
+                **variables,
+                "messages": conversation,
+                "tools": tools,
+                "documents": documents,
+                "add_generation_prompt": add_generation_prompt and not continue_final_message,
+            }
+        )
+        return _cut_at_mark(text) if continue_final_message else text
+
+
+def special_tokens(tokenizer_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Special tokens by name, as templates see them. A token is a string or `{"content": …, …}`."""
+    found: dict[str, Any] = {}
+    for name in _SPECIAL_TOKENS:
+        text = _token_text(tokenizer_config.get(name))
+        if text is not None:
+            found[name] = text
+    additional = tokenizer_config.get("additional_special_tokens")
+    if isinstance(additional, list):
+        found["additional_special_tokens"] = [_token_text(token) for token in additional]
+    return found
+
+
+def _token_text(token: object) -> str | None:
+    content = token.get("content") if isinstance(token, Mapping) else token
+    return content if isinstance(content, str) else None
+
+
+# --------------------------------------------------------------------------- one template
+
+
+class _Variant:
+    """One compiled template, and what trial renderings tell about the messages it expects."""
+
+    def __init__(self, name: str, source: str, environment: _Environment) -> None:
+        self._name = name
+        self._environment = environment
+        try:
+            self._template = environment.from_string(source)
+        except (jinja2.TemplateError, RecursionError) as exc:
+            raise ModelError(f"chat template {name!r} does not compile: {exc}") from exc
+        self._content_form: ContentForm = "text"
+        self._writes_string_arguments = False
+
+    def examine(self, variables: Mapping[str, Any]) -> None:
+        """Find out, by rendering probes, which form of content and of tool call arguments is understood."""
+        probe = "content-probe"
+        as_text = self._try([{"role": "user", "content": probe}], variables)
+        as_parts = self._try([{"role": "user", "content": [{"type": "text", "text": probe}]}], variables)
+        reads_parts = as_parts is not None and probe in as_parts and "'text'" not in as_parts
+        reads_parts = reads_parts and as_parts is not None and '"text"' not in as_parts
+        if reads_parts:
+            self._content_form = "either" if as_text is not None and probe in as_text else "parts"
+        arguments = '{"probe": "argument"}'
+        call = {"type": "function", "id": "call00000", "function": {"name": "f", "arguments": arguments}}
+        with_call = self._try(
+            [
+                self.normalise({"role": "user", "content": probe}),
+                {"role": "assistant", "content": "", "tool_calls": [call]},
+            ],
+            variables,
+        )
+        self._writes_string_arguments = with_call is not None and arguments in with_call
+
+    def _try(self, messages: list[Message], variables: Mapping[str, Any]) -> str | None:
+        values = {"tools": None, "documents": None, "add_generation_prompt": True}
+        try:
+            return self.render({**variables, **values, "messages": messages}, limit_s=_PROBE_LIMIT_S)
+        except _Runaway as exc:
+            raise ModelError(f"chat template {self._name!r} does not end on a short message: {exc}") from exc
+        except TemplateError:
+            return None
+
+    def render(self, variables: Mapping[str, Any], *, limit_s: float = RENDER_LIMIT_S) -> str:
+        """Render within the limits. Raises TemplateError."""
+        pieces: list[str] = []
+        written = 0
+        with self._environment.time_limit(limit_s):
+            try:
+                for piece in self._template.generate(variables):
+                    written += len(piece)
+                    if written > OUTPUT_LIMIT_CHARS:
+                        raise _Runaway(f"the chat template wrote over {OUTPUT_LIMIT_CHARS} characters")
+                    self._environment.check_time()
+                    pieces.append(piece)
+            except TemplateError:
+                raise
+            except jinja2.TemplateError as exc:
+                raise TemplateError(exc.message or type(exc).__name__) from exc
+            except Exception as exc:  # whatever operations on a conversation it did not expect may raise
+                raise TemplateError(f"the chat template failed: {type(exc).__name__}: {exc}") from exc
+        return "".join(pieces)
+
+    def normalise(self, message: Message) -> Message:
+        """A copy of an OpenAI message, as the template expects it.
+
+        Keys without a value are dropped. An assistant's message that has only tool calls gets empty
+        content: OpenAI's clients send null there, and many templates concatenate it.
+        """
+        result = {key: value for key, value in message.items() if value is not None}
+        if message.get("role") == "assistant":
+            result.setdefault("content", "")
+        content = result.get("content")
+        if isinstance(content, list) and self._content_form == "text":
+            result["content"] = "\n".join(map(_part_text, content))
+        elif isinstance(content, str) and self._content_form == "parts":
+            result["content"] = [{"type": "text", "text": content}]
+        reasoning = next((result[name] for name in _REASONING_FIELDS if name in result), None)
+        if reasoning is not None:
+            result = {"thinking": reasoning, **result, "reasoning_content": reasoning}
+        if (calls := result.get("tool_calls")) and not self._writes_string_arguments:
+            result["tool_calls"] = [_with_parsed_arguments(call) for call in calls]
+        return result
+
+
+def _part_text(part: Any) -> str:
+    return part if isinstance(part, str) else str(part.get("text") or part.get("refusal") or "")
+
+
+def _with_parsed_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(arguments := function.get("arguments"), str):
+        return call
+    try:
+        parsed = json.loads(arguments) if arguments.strip() else {}
+    except (ValueError, RecursionError) as exc:
+        raise TemplateError(f"the arguments of a tool call are not JSON: {exc}") from exc
+    return {**call, "function": {**function, "arguments": parsed}}
+
+
+# --------------------------------------------------------------------------- continuing the final message
+
+
+def _mark_final(conversation: list[Message]) -> None:
+    """Put a mark behind the final message's text, at which the rendered prompt is cut."""
+    content = conversation[-1].get("content") if conversation else None
+    if isinstance(content, str) and content:
+        conversation[-1]["content"] = content + _CONTINUE_TAG
+        return
+    if isinstance(content, list):
+        for index in range(len(content) - 1, -1, -1):
+            if "text" in content[index]:
+                marked = {**content[index], "text": content[index]["text"] + _CONTINUE_TAG}
+                conversation[-1]["content"] = [*content[:index], marked, *content[index + 1 :]]
+                return
+    raise TemplateError("continue_final_message is set, but the final message has no text to continue")
+
+
+def _cut_at_mark(text: str) -> str:
+    position = text.rfind(_CONTINUE_TAG.strip())
+    if position < 0:
+        raise TemplateError("continue_final_message is set, but the template leaves the final message out")
+    kept = text[:position]
+    # Where the template trims messages, the space at the mark's end is gone: then trim here as well.
+    return kept if text.startswith(_CONTINUE_TAG, position) else kept.rstrip()
+
+
+# --------------------------------------------------------------------------- the environment
+
+
+class _GenerationBlock(jinja2.ext.Extension):
+    """`{% generation %}…{% endgeneration %}` marks text for training; here it is transparent."""
+
+    tags = {"generation"}  # noqa: RUF012 - the base class's declaration
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        """The block's content, in a scope of its own."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        call = self.call_method("_transparent")
+        return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+    def _transparent(self, caller: Callable[[], str]) -> str:
+        return caller()
+
+
+class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """The sandbox, with transformers' options, filters and globals, and a limit of time.
+
+    The limit is checked at each call a template makes and each piece it writes. Since the sandbox caps
+    `range` at 100,000, loops within loops meet one of the two; what escapes is a loop over the request's own
+    messages that neither writes nor calls, and a single long operation.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
+        )
+        self._ends = threading.local()
+        self.filters["tojson"] = _to_json
+        self.globals["raise_exception"] = _raise_exception
+        self.globals["strftime_now"] = _strftime_now
+
+    @contextmanager
+    def time_limit(self, limit_s: float) -> Iterator[None]:
+        """Bound what this thread renders inside the `with` block. Not for nesting."""
+        self._ends.at = time.monotonic() + limit_s
+        try:
+            yield
+        finally:
+            self._ends.at = math.inf
+
+    def check_time(self) -> None:
+        """Raise _Runaway if the time of this thread's rendering is up."""
+        if time.monotonic() > getattr(self._ends, "at", math.inf):
+            raise _Runaway("the chat template ran for too long")
+
+    def call(self, context: jinja2.runtime.Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """Call an object for a template, unless its time is up."""
+        self.check_time()
+        return super().call(context, obj, *args, **kwargs)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own filter escapes HTML, which is wrong in a prompt.
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _raise_exception(message: str) -> None:
+    raise TemplateError(str(message))
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)  # noqa: DTZ005 - local time, as templates expect
