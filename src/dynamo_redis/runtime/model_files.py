@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import logging
 import os
 import re
 import secrets
@@ -31,7 +32,9 @@ from dynamo_redis.runtime.model_card import (
     ModelCard,
     RuntimeConfig,
 )
-from dynamo_redis.store.base import ObjectStore, Registration, Registry, parse_object_url
+from dynamo_redis.store.base import LostReason, ObjectStore, Registration, Registry, parse_object_url
+
+log = logging.getLogger(__name__)
 
 MODEL_BUCKET = "models"
 """The object store's bucket for model files. Names in it: `<model slug>/<start of sha256>/<file name>`."""
@@ -305,9 +308,16 @@ async def publish_model(
     async def upload() -> None:
         await upload_model_files(runtime.objects, model, card)
 
+    def on_lost(reason: LostReason) -> None:
+        log.warning(
+            "somebody took this worker's card of model %s out of the registry (%s): it gets no new requests",
+            model_name,
+            reason,
+        )
+
     await upload()
     key = endpoint.model_card_key(runtime.instance_id)
-    return await runtime.registry.register(key, card.to_bytes(), prepare=upload)
+    return await runtime.registry.register(key, card.to_bytes(), prepare=upload, on_lost=on_lost)
 
 
 # --------------------------------------------------------------------------- from the object store
