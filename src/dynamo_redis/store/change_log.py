@@ -1,0 +1,95 @@
+"""What the registry's change log and its records look like, as values. Pure.
+
+Each entry names its predecessor by id *and* operation, since after a failover to a slower clock the same id
+can come twice. A reader that sees an entry whose predecessor is not the last one it saw has lost history.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import msgpack
+
+from dynamo_redis.store.base import Delete, DeleteCause, LeaseId, Put, Record, Revision
+from dynamo_redis.store.keys import parse_lease
+
+ChangeKind = Literal["p", "d", "r", "x", "i"]
+"""put, deleted, revoked, expired, new incarnation."""
+
+CAUSES: Final = {"d": DeleteCause.DELETED, "r": DeleteCause.REVOKED, "x": DeleteCause.EXPIRED}
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """A point in a registry's history: which registry, its last change, and the operation that made it."""
+
+    incarnation: str
+    revision: Revision
+    operation: str
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One entry of the change log.
+
+    `record` is what a put wrote, None otherwise. `previous` is (revision, operation) of the entry before.
+    """
+
+    revision: Revision
+    kind: ChangeKind
+    key: str
+    lease: LeaseId | None
+    operation: str
+    previous: tuple[Revision, str]
+    record: Record | None = None
+    incarnation: str | None = None
+
+    @property
+    def event(self) -> Put | Delete | None:
+        """What a watcher sees of it; None for an entry that changes no key."""
+        if self.record is not None:
+            return Put(self.record)
+        cause = CAUSES.get(self.kind)
+        return None if cause is None else Delete(self.key, self.revision, cause)
+
+
+def order(revision: Revision) -> tuple[int, int]:
+    """Sorts revisions of *one* history. Across a lost tail only equality means anything."""
+    milliseconds, _, counter = revision.partition("-")
+    return int(milliseconds), int(counter or 0)
+
+
+def parse_change(entry_id: bytes, fields: list[bytes]) -> Change:
+    """Read a log entry. Raises ValueError for an entry this package did not write."""
+    named = dict(zip(fields[::2], fields[1::2], strict=True))
+    try:
+        revision = Revision(entry_id.decode())
+        kind: Any = named[b"o"].decode()
+        key, lease = named[b"k"].decode(), parse_lease(named[b"l"])
+        record = None
+        if kind == "p":
+            created = Revision(named[b"c"].decode()) or revision
+            record = Record(key, named[b"v"], created, revision, int(named[b"n"]), lease)
+        return Change(
+            revision=revision,
+            kind=kind,
+            key=key,
+            lease=lease,
+            operation=named[b"w"].decode(),
+            previous=(Revision(named[b"p"].decode()), named[b"q"].decode()),
+            record=record,
+            incarnation=named[b"v"].decode() if kind == "i" else None,
+        )
+    except (KeyError, UnicodeDecodeError) as exc:
+        raise ValueError(f"entry {entry_id!r} is not a change: {exc!r}") from exc
+
+
+def parse_record(key: str, packed: bytes) -> Record | None:
+    """Read a packed record, as scripts answer it; None for the empty answer "there is none"."""
+    if not packed:
+        return None
+    modified, created, version, lease, value = msgpack.unpackb(packed, raw=True)
+    return Record(
+        key, value, Revision(created.decode()), Revision(modified.decode()), int(version), parse_lease(lease)
+    )
