@@ -1,0 +1,55 @@
+"""From the command line's options to an open registry or object store, and the event loop they run in."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine, Mapping
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+from dynamo_redis.cli.options import load
+from dynamo_redis.config import RuntimeSettings, StoreSettings, origins
+from dynamo_redis.store.base import ObjectStore, Registry
+
+Answer = TypeVar("Answer")
+
+
+def run(main: Coroutine[Any, Any, Answer]) -> Answer:
+    """Run a command that asks Redis something. Ctrl-C cancels it and raises KeyboardInterrupt."""
+    return asyncio.run(main)
+
+
+@asynccontextmanager
+async def open_registry(options: Mapping[str, Any]) -> AsyncIterator[Registry]:
+    """The registry that the options and the settings name. Raises ConfigError and StoreError."""
+    async with _open_store(options) as (registry, _):
+        yield registry
+
+
+@asynccontextmanager
+async def open_objects(options: Mapping[str, Any]) -> AsyncIterator[ObjectStore]:
+    """The object store that the options and the settings name. Raises ConfigError and StoreError."""
+    async with _open_store(options) as (_, objects):
+        yield objects
+
+
+@asynccontextmanager
+async def _open_store(options: Mapping[str, Any]) -> AsyncIterator[tuple[Registry, ObjectStore]]:
+    from dynamo_redis.runtime.logging import configure_dynamo_logging
+    from dynamo_redis.store.connect import open_store
+
+    configure_dynamo_logging(service_name="cli", level=_log_level(options))
+    registry, objects = open_store(load(StoreSettings, options))
+    try:
+        await registry.start()  # also for objects: it checks the server, the password and the schema
+        yield registry, objects
+    finally:
+        await registry.aclose()
+        await objects.aclose()
+
+
+def _log_level(options: Mapping[str, Any]) -> str:
+    """The level that was asked for; else warnings only, since a command's answer is what matters."""
+    level = load(RuntimeSettings, options).log
+    chosen = options.get("log") is not None or origins(RuntimeSettings)["log"] != "default"
+    return level if chosen else "warn"

@@ -1,0 +1,164 @@
+"""What `dynamo-redis up` runs: Redis, a frontend, workers; how they start, are kept running, and end.
+
+| task | started by | ends |
+|---|---|---|
+| one keeper a service (`_keep`) | `start` | cancelled by `stop` |
+| the embedded server's keeper | `start` | cancelled by `stop` |
+
+A service that ends before the deployment is up fails `start`: everything is stopped and its own words are the
+error. One that ends later is started again, after a pause that doubles from 0.5 s to 10 s and starts over
+once it has run for 30 s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from dynamo_redis.cli.children import LineSink, Service, ServiceProcess
+from dynamo_redis.cli.failures import CommandFailed
+from dynamo_redis.store.server import EmbeddedServer
+
+Answer = TypeVar("Answer")
+
+START_TIMEOUT_S = 30.0
+SERVER_GRACE_S = 1.0
+_PAUSE_FIRST_S, _PAUSE_LAST_S = 0.5, 10.0
+_STABLE_AFTER_S = 30.0
+_SERVER_LOOK_S = 0.25
+
+
+@dataclass(slots=True)
+class Deployment:
+    """The processes of one `up`. `start` it, then `stop` it, from one event loop.
+
+    `env` is the services' environment. At `stop` they have `grace_s` to leave the registry and to finish.
+    `notice` is called with a line for the user whenever a process ended and is started again; `log` with each
+    line that a service logs.
+    """
+
+    server: EmbeddedServer | None
+    frontend: Service
+    workers: Sequence[Service]
+    env: Mapping[str, str]
+    grace_s: float
+    notice: Callable[[str], None]
+    log: LineSink
+    url: str = ""
+    """Where the frontend listens, as it says itself."""
+    models: Sequence[str] = ()
+    """The model of each worker."""
+    _running: dict[str, ServiceProcess] = field(default_factory=dict)
+    _keepers: list[asyncio.Task[None]] = field(default_factory=list)
+
+    async def start(self) -> None:
+        """Start everything, and wait until each service says that it is ready.
+
+        Raises CommandFailed with the words of the first process that ended, or of the one that was not ready
+        within 30 s, and StoreUnavailable for an embedded server that does not start. Call `stop` in any case.
+        """
+        if self.server is not None:
+            await self.server.start()
+        services = (self.frontend, *self.workers)
+        processes = [await self._launch(service) for service in services]
+        try:
+            async with asyncio.timeout(START_TIMEOUT_S):
+                self.url, *lines = await _all_or_first_error([_started(process) for process in processes])
+            self.models = [line.rpartition(" at ")[0] for line in lines]
+        except TimeoutError:
+            late = next(process for process in processes if not process.is_ready)
+            raise CommandFailed(
+                f"{late.service.name} was not ready within {START_TIMEOUT_S:g} s: {late.last_words()}"
+            ) from None
+        self._keepers = [asyncio.create_task(self._keep(process)) for process in processes]
+        if self.server is not None:
+            self._keepers.append(asyncio.create_task(self._keep_server(self.server)))
+
+    async def stop(self) -> None:
+        """End frontend and workers, then the embedded server, in `grace_s` + 1 s at most. Idempotent."""
+        for keeper in self._keepers:
+            keeper.cancel()
+        await asyncio.gather(*self._keepers, return_exceptions=True)
+        self._keepers.clear()
+        await asyncio.gather(*(process.stop(self.grace_s) for process in self._running.values()))
+        self._running.clear()
+        if self.server is not None:
+            await self.server.stop(SERVER_GRACE_S)
+
+    def kill(self) -> None:
+        """Kill every process at once; `stop` then reaps them."""
+        for process in self._running.values():
+            process.kill()
+
+    def last_words(self, name: str) -> str:
+        """What a service said last."""
+        process = self._running.get(name)
+        return process.last_words() if process is not None else "it does not run"
+
+    async def _launch(self, service: Service) -> ServiceProcess:
+        process = await ServiceProcess.start(service, self.env, self.log)
+        self._running[service.name] = process
+        return process
+
+    async def _keep(self, process: ServiceProcess) -> None:
+        """Start a service again whenever it ends."""
+        service = process.service
+        pause_s = _PAUSE_FIRST_S
+        while True:
+            started_s = time.monotonic()
+            code = await process.ended()
+            self._running.pop(service.name, None)
+            if time.monotonic() - started_s > _STABLE_AFTER_S:
+                pause_s = _PAUSE_FIRST_S
+            self.notice(f"{service.name} {_how(code)}: {process.last_words()}; starting it again")
+            await asyncio.sleep(pause_s)
+            pause_s = min(pause_s * 2, _PAUSE_LAST_S)
+            process = await self._launch(service)
+
+    async def _keep_server(self, server: EmbeddedServer) -> None:
+        """Start the embedded server again, with its data, whenever it ends."""
+        pause_s = _PAUSE_FIRST_S
+        while True:
+            await asyncio.sleep(_SERVER_LOOK_S)
+            if server.pid is not None:
+                continue
+            self.notice("redis ended; starting it again with its data")
+            try:
+                await server.start()
+                pause_s = _PAUSE_FIRST_S
+            except Exception as exc:  # noqa: BLE001 - it is said, and tried again
+                self.notice(f"redis does not start: {exc}")
+                await asyncio.sleep(pause_s)
+                pause_s = min(pause_s * 2, _PAUSE_LAST_S)
+
+
+async def _started(process: ServiceProcess) -> str:
+    """Wait for readiness. Raises CommandFailed if the process ends before."""
+    ready, ended = asyncio.create_task(process.ready()), asyncio.create_task(process.ended())
+    try:
+        await asyncio.wait((ready, ended), return_when=asyncio.FIRST_COMPLETED)
+        if ready.done():
+            return ready.result()
+        raise CommandFailed(f"{process.service.name}: {process.last_words()}")
+    finally:
+        ready.cancel()
+        ended.cancel()
+        await asyncio.gather(ready, ended, return_exceptions=True)
+
+
+async def _all_or_first_error(waits: Sequence[Awaitable[Answer]]) -> list[Answer]:
+    """All answers in order; the first error cancels the rest."""
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _how(code: int) -> str:
+    return f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"

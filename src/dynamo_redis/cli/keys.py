@@ -1,0 +1,202 @@
+"""`dynamo-redis get`, `put`, `del` and `watch`: the registry's keys as they are."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from dynamo_redis.cli import connect
+from dynamo_redis.cli.failures import CommandFailed
+from dynamo_redis.cli.formats import ShownValue, human_size, printable, show_value
+from dynamo_redis.cli.options import SettingsCommand, store_options
+from dynamo_redis.cli.output import json_option, print_json, print_json_line, print_line, print_table
+from dynamo_redis.names import format_instance_id
+from dynamo_redis.store.base import Put, Record, WatchBatch
+
+_secrets_option = click.option("--show-secrets", is_flag=True, help="Show the secrets of instances.")
+
+
+@click.command("get", cls=SettingsCommand)
+@click.argument("key", required=False)
+@click.option("--prefix", "key_prefix", metavar="P", help="All keys that begin so; `` for all keys.")
+@click.option("--raw", is_flag=True, help="Print the stored bytes of KEY, and nothing else.")
+@json_option
+@_secrets_option
+@store_options
+def get(
+    key: str | None,
+    key_prefix: str | None,
+    raw: bool,
+    as_json: bool,
+    show_secrets: bool,
+    **options: str | None,
+) -> None:
+    """Print the value of KEY, or list all keys under a prefix.
+
+    JSON is printed indented. What is not text is printed as base64, with `base64:` before it.
+
+    \b
+    Examples:
+      dynamo-redis get v1/instances/dynamo/backend/generate/694d98147d54bfde
+      dynamo-redis get --prefix v1/mdc/
+      dynamo-redis get --prefix v1/ --json
+    """
+    if (key is None) == (key_prefix is None):
+        raise click.UsageError("give either a KEY or --prefix")
+    if raw and (key is None or as_json):
+        raise click.UsageError("--raw prints one KEY, and not as --json")
+    records = connect.run(_read(key, key_prefix or "", options))
+    if as_json:
+        print_json([record_json(record, secrets=show_secrets) for record in records])
+    elif key_prefix is not None:
+        rows = [_row(record, secrets=show_secrets) for record in records]
+        columns = ["KEY", "SIZE", "WRITES", "LEASE", "VALUE"]
+        print_table(columns, rows, empty=f"no keys under {key_prefix!r}", wrap="VALUE")
+    elif raw:
+        _print_bytes(records[0].value)
+    else:
+        print_line(printable(show_value(records[0].key, records[0].value, secrets=show_secrets).pretty()))
+
+
+@click.command("put", cls=SettingsCommand)
+@click.argument("key")
+@click.argument("value")
+@json_option
+@store_options
+def put(key: str, value: str, as_json: bool, **options: str | None) -> None:
+    """Write KEY, which stays until somebody deletes it; `-` as VALUE reads standard input.
+
+    Prints the revision of the change.
+
+    \b
+    Examples:
+      dynamo-redis put app/motd '{"text": "hello"}'
+      dynamo-redis put app/blob - < blob.bin
+    """
+    content = sys.stdin.buffer.read() if value == "-" else value.encode(errors="surrogateescape")
+
+    async def write() -> str:
+        async with connect.open_registry(options) as registry:
+            return await registry.put(key, content)
+
+    revision = connect.run(write())
+    if as_json:
+        print_json([{"key": key, "mod_revision": revision}])
+    else:
+        print_line(revision)
+
+
+@click.command("del", cls=SettingsCommand)
+@click.argument("key")
+@json_option
+@store_options
+def delete(key: str, as_json: bool, **options: str | None) -> None:
+    """Delete KEY, whoever owns it. An instance whose key is deleted is not called any more.
+
+    \b
+    Example:
+      dynamo-redis del app/motd
+    """
+
+    async def remove() -> bool:
+        async with connect.open_registry(options) as registry:
+            return await registry.delete(key)
+
+    if not connect.run(remove()):
+        raise _absent(key)
+    if as_json:
+        print_json([{"key": key, "deleted": True}])
+
+
+@click.command("watch", cls=SettingsCommand)
+@click.argument("prefix_of_keys", metavar="PREFIX")
+@json_option
+@_secrets_option
+@store_options
+def watch(prefix_of_keys: str, as_json: bool, show_secrets: bool, **options: str | None) -> None:
+    """Print what stands under PREFIX, and then every change, until Ctrl-C.
+
+    With --json each event is one JSON object on a line of its own. Its `resync` is null, or says why
+    history was lost: then the events are the difference to what was printed before.
+
+    \b
+    Examples:
+      dynamo-redis watch v1/instances/
+      dynamo-redis watch '' --json | jq .key
+    """
+
+    async def follow() -> None:
+        async with connect.open_registry(options) as registry, registry.watch(prefix_of_keys) as changes:
+            async for batch in changes:
+                for line in _events(batch, secrets=show_secrets):
+                    if as_json:
+                        print_json_line(line)
+                    else:
+                        print_line(printable(_event_text(line)))
+
+    connect.run(follow())
+
+
+async def _read(key: str | None, prefix: str, options: dict[str, str | None]) -> tuple[Record, ...]:
+    async with connect.open_registry(options) as registry:
+        if key is None:
+            return (await registry.get_prefix(prefix)).records
+        record = await registry.get(key)
+    if record is None:
+        raise _absent(key)
+    return (record,)
+
+
+def _absent(key: str) -> CommandFailed:
+    return CommandFailed(f"no such key: {key}")
+
+
+def record_json(record: Record, *, secrets: bool) -> dict[str, Any]:
+    """A record for programs. `encoding` says what `value` is: `json`, `text`, or `base64` of the bytes."""
+    shown = show_value(record.key, record.value, secrets=secrets)
+    return {
+        "key": record.key,
+        "value": shown.value,
+        "encoding": shown.encoding,
+        "size_bytes": len(record.value),
+        "create_revision": record.create_revision,
+        "mod_revision": record.mod_revision,
+        "version": record.version,
+        "lease": record.lease,
+    }
+
+
+def _row(record: Record, *, secrets: bool) -> list[str]:
+    value = show_value(record.key, record.value, secrets=secrets).compact()
+    lease = "" if record.lease is None else format_instance_id(record.lease)
+    return [record.key, human_size(len(record.value)), str(record.version), lease, value]
+
+
+def _events(batch: WatchBatch, *, secrets: bool) -> list[dict[str, Any]]:
+    lines: list[dict[str, Any]] = []
+    for event in batch.events:
+        if isinstance(event, Put):
+            line = {"event": "put", **record_json(event.record, secrets=secrets)}
+        else:
+            line = {
+                "event": "delete",
+                "key": event.key,
+                "cause": str(event.cause),
+                "mod_revision": event.revision,
+            }
+        lines.append({**line, "resync": batch.resync})
+    return lines
+
+
+def _event_text(line: dict[str, Any]) -> str:
+    note = f"   (resync: {line['resync']})" if line["resync"] else ""
+    if line["event"] == "delete":
+        return f"delete  {line['key']}   ({line['cause']}){note}"
+    return f"put     {line['key']}   {ShownValue(line['encoding'], line['value']).compact()}{note}"
+
+
+def _print_bytes(value: bytes) -> None:
+    sys.stdout.buffer.write(value)
+    sys.stdout.buffer.flush()

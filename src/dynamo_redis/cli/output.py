@@ -1,0 +1,84 @@
+"""What commands print: tables for people, JSON lists for programs, a progress bar for large transfers.
+
+Results go to stdout, everything else to stderr. rich is imported only where a table or a bar is drawn.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from dynamo_redis.cli.formats import printable
+from dynamo_redis.store.base import Progress as Report
+
+PROGRESS_FROM_BYTES = 4 << 20
+"""Transfers of at least this size get a bar, on a terminal."""
+
+_WIDTH_OF_A_PIPE = 10_000  # nothing is cut short for a program that reads along
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print a JSON list, for programs.")
+
+
+def print_line(text: str) -> None:
+    """One line on stdout, at once."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def print_json(rows: Sequence[Any]) -> None:
+    """A JSON list."""
+    print_line(json.dumps(list(rows), indent=2, ensure_ascii=False))
+
+
+def print_json_line(row: Any) -> None:
+    """One JSON value on one line."""
+    print_line(json.dumps(row, ensure_ascii=False))
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, empty: str, wrap: str = "") -> None:
+    """A table; `empty` instead, on stderr, if there are no rows. On a terminal too narrow for the table the
+    column `wrap` is cut short, or else all are folded."""
+    if not rows:
+        sys.stderr.write(empty + "\n")
+        return
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
+    for column in columns:
+        if column == wrap:
+            table.add_column(column, no_wrap=True, overflow="ellipsis")
+        else:
+            table.add_column(column, overflow="fold", no_wrap=bool(wrap))
+    for row in rows:
+        table.add_row(*map(printable, row))
+    width = None if sys.stdout.isatty() else _WIDTH_OF_A_PIPE
+    Console(markup=False, highlight=False, emoji=False, width=width).print(table)
+
+
+@contextmanager
+def progress_bar(description: str, size_bytes: int | None) -> Iterator[Report | None]:
+    """A bar on stderr for as long as the block runs; yields what to report to, None where no bar is due."""
+    if not sys.stderr.isatty() or (size_bytes is not None and size_bytes < PROGRESS_FROM_BYTES):
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import TransferSpeedColumn as SpeedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        SpeedColumn(),
+    )
+    bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+    with bar:
+        task = bar.add_task(printable(description), total=size_bytes)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

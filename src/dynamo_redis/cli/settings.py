@@ -1,0 +1,74 @@
+"""`dynamo-redis settings`: every setting, its value now, and where that comes from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+from pydantic import ByteSize, SecretStr
+
+from dynamo_redis.cli.formats import human_size, redact
+from dynamo_redis.cli.options import SettingsCommand, load, option_name, setting_options
+from dynamo_redis.cli.output import json_option, print_json, print_table
+from dynamo_redis.config import GROUPS, SettingsGroup, env_name, origins, unit_of
+
+
+def _all_options(command: Any) -> Any:
+    for group in reversed(GROUPS):
+        command = setting_options(group)(command)
+    return command
+
+
+@click.command("settings", cls=SettingsCommand)
+@json_option
+@_all_options
+def settings(as_json: bool, **options: str | None) -> None:
+    """List every setting: its variable, its value now, its unit, and where the value comes from.
+
+    A value on the command line goes before the environment, that before a `.env` file in the working
+    directory, and that before the default. Passwords are masked.
+
+    \b
+    Examples:
+      dynamo-redis settings
+      DYN_LEASE_TTL_S=30s dynamo-redis settings
+      dynamo-redis settings --json | jq '.[] | select(.source != "default")'
+    """
+    rows = [row for group in GROUPS for row in describe(group, options)]
+    if as_json:
+        print_json(rows)
+        return
+    columns = ["SETTING", "VALUE", "SOURCE", "OPTION"]
+    print_table(columns, [[row["env"], _shown(row), row["source"], row["option"]] for row in rows], empty="")
+
+
+def describe(group: type[SettingsGroup], options: dict[str, str | None]) -> list[dict[str, Any]]:
+    """The settings of a group as they are now. Raises ConfigError for a wrong value."""
+    loaded = load(group, options)
+    sources = origins(group, {name for name, value in options.items() if value is not None})
+    rows = []
+    for name, field in group.model_fields.items():
+        value = getattr(loaded, name)
+        source: str = sources[name]
+        if source == "default" and value != field.default:
+            source = "running up"
+        rows.append(
+            {
+                "env": env_name(field),
+                "option": option_name(name),
+                "value": redact(value.get_secret_value()) if isinstance(value, SecretStr) else value,
+                "unit": unit_of(field),
+                "source": source,
+                "description": field.description,
+            }
+        )
+    return rows
+
+
+def _shown(row: dict[str, Any]) -> str:
+    value, unit = row["value"], row["unit"]
+    if value is None:
+        return "-"
+    if isinstance(value, ByteSize):
+        return human_size(value)
+    return f"{value:g} {unit}" if isinstance(value, float) else f"{value} {unit}".strip()

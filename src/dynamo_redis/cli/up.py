@@ -1,0 +1,263 @@
+"""`dynamo-redis up`: everything on this machine, in one command."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import shlex
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import click
+
+from dynamo_redis.cli import probe
+from dynamo_redis.cli.children import Service
+from dynamo_redis.cli.deployment import Deployment
+from dynamo_redis.cli.failures import CommandFailed
+from dynamo_redis.cli.formats import redact
+from dynamo_redis.cli.options import SettingsCommand, given_settings, load, setting_options
+from dynamo_redis.cli.status import Display, Status, make_display
+from dynamo_redis.config import (
+    FrontendSettings,
+    MockEngineSettings,
+    ModelSettings,
+    PlaneSettings,
+    RuntimeSettings,
+    SettingsGroup,
+    StoreSettings,
+    child_environment,
+    env_name,
+    origins,
+    remove_runtime_file,
+    write_runtime_file,
+)
+from dynamo_redis.store.server import EmbeddedServer
+
+_DRAIN_S = 2.0
+"""How long requests under way may go on after Ctrl-C, unless `--drain` says so: `up` is to end within 5 s."""
+_GRACE_BEYOND_DRAIN_S = 1.5
+_SERVING_TIMEOUT_S = 10.0
+_LOOK_S = 1.0
+_FIRST_LOOK_S = 0.02
+_GROUPS: tuple[type[SettingsGroup], ...] = (
+    StoreSettings,
+    PlaneSettings,
+    RuntimeSettings,
+    FrontendSettings,
+    ModelSettings,
+    MockEngineSettings,
+)
+
+
+@click.command("up", cls=SettingsCommand)
+@click.option(
+    "--workers",
+    "workers_count",
+    type=click.IntRange(0, 64),
+    default=2,
+    metavar="N",
+    help="How many mock workers to start.  [default 2]",
+)
+@click.option(
+    "--data-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Keep the data of the embedded Redis here.  [default: a temporary directory]",
+)
+@setting_options(ModelSettings)
+@setting_options(MockEngineSettings)
+@setting_options(FrontendSettings)
+@setting_options(RuntimeSettings)
+@setting_options(PlaneSettings, "request_plane", "auth")
+@setting_options(StoreSettings, "redis_url", "prefix", "lease_ttl_s")
+def up(workers_count: int, data_dir: Path | None, **options: str | None) -> None:
+    """Start a Redis, a frontend and mock workers, each as its own process, and show how they are.
+
+    With --redis-url or DYN_REDIS_URL that server is used instead of an embedded one. Ctrl-C stops
+    everything within 5 s. A worker that dies is started again. Meanwhile the other commands of this user
+    find the Redis by themselves.
+
+    \b
+    Examples:
+      dynamo-redis up
+      dynamo-redis up --http-port 8123 --workers 4
+      dynamo-redis up --model-path ./Qwen3-0.6B --model-name Qwen/Qwen3-0.6B
+      dynamo-redis up --redis-url redis://10.0.0.5:6379
+    """
+    for group in _GROUPS:
+        load(group, options)  # a wrong setting is said before anything starts
+    external = origins(StoreSettings, _given(options))["redis_url"] != "default"
+    if external and data_dir is not None:
+        raise click.UsageError("--data-dir is for the embedded Redis, but a Redis is given")
+    with _directory(data_dir, needed=not external) as directory:
+        asyncio.run(_Up(options, workers_count, directory).run())
+
+
+class _Up:
+    """One run of the command. `directory` is for the data of an embedded Redis; None if one is given."""
+
+    def __init__(self, options: Mapping[str, str | None], workers_count: int, directory: Path | None) -> None:
+        self._options = options
+        self._stopping = asyncio.Event()
+        self._display: Display = make_display()
+        server = None if directory is None else EmbeddedServer(directory)
+        # With a server of our own, what another running `up` says of its server must not count.
+        self._store = load(StoreSettings, options if server is None else {**options, "redis_url": server.url})
+        self._drain_s = load(RuntimeSettings, options).drain_s
+        if origins(RuntimeSettings, _given(options))["drain_s"] == "default":
+            self._drain_s = _DRAIN_S
+        self._deployment = Deployment(
+            server=server,
+            frontend=Service("frontend", ("frontend",)),
+            workers=[Service(f"worker-{n}", ("worker", "mock")) for n in range(1, workers_count + 1)],
+            env=self._environment(),
+            grace_s=self._drain_s + _GRACE_BEYOND_DRAIN_S,
+            notice=self._display.notice,
+            log=self._display.log,
+        )
+
+    async def run(self) -> None:
+        """Start, show, and stop at a signal. Raises what `Deployment.start` raises; nothing runs then."""
+        with _on_signal(self._stop):
+            work = asyncio.create_task(self._work())
+            stopping = asyncio.create_task(self._stopping.wait())
+            try:
+                await asyncio.wait((work, stopping), return_when=asyncio.FIRST_COMPLETED)
+                if work.done():
+                    work.result()
+            finally:
+                for task in (work, stopping):
+                    task.cancel()
+                await asyncio.gather(work, stopping, return_exceptions=True)
+                self._display.close()
+                await self._deployment.stop()
+                remove_runtime_file()
+
+    def _stop(self) -> None:
+        if self._stopping.is_set():
+            self._deployment.kill()  # asked twice: do not wait for requests under way
+        self._stopping.set()
+
+    async def _work(self) -> None:
+        await self._deployment.start()
+        url = _dialled(self._deployment.url)
+        write_runtime_file(redis_url=self._store.require_url(), prefix=self._store.prefix, http_url=url)
+        status = await self._until_serving(url)
+        self._announce(url)
+        while True:
+            self._display.status(status)
+            await asyncio.sleep(_LOOK_S)
+            status = await self._look(url)
+
+    async def _until_serving(self, url: str) -> Status:
+        """Wait until the frontend serves the workers' model. Raises CommandFailed after 10 s."""
+        deadline_s = time.monotonic() + _SERVING_TIMEOUT_S
+        while True:
+            status = await self._look(url)
+            if status.serving and status.instances_ready >= len(self._deployment.workers):
+                return status
+            if not self._deployment.workers and status.answering:
+                return status
+            if time.monotonic() > deadline_s:
+                raise CommandFailed(
+                    f"the frontend does not serve the workers' model within {_SERVING_TIMEOUT_S:g} s: "
+                    f"{self._deployment.last_words('frontend')}"
+                )
+            await asyncio.sleep(_FIRST_LOOK_S)
+
+    async def _look(self, url: str) -> Status:
+        """Ask the frontend how it is."""
+        health, listing = await asyncio.gather(probe.get(url, "/health"), probe.get(url, "/v1/models"))
+        instances = _items(health, "instances")
+        return Status(
+            answering=health is not None,
+            serving=health is not None and health.status == 200,
+            workers_wanted=len(self._deployment.workers),
+            instances_ready=sum(bool(instance.get("ready", True)) for instance in instances),
+            models=tuple(str(model.get("id")) for model in _items(listing, "data")),
+        )
+
+    def _announce(self, url: str) -> None:
+        say = self._display.notice
+        store = self._store
+        embedded = "an embedded Redis" if self._deployment.server is not None else "Redis"
+        say(f"dynamo-redis is up at {url}")
+        say(f"  {embedded} at {redact(store.require_url())}, prefix {store.prefix}")
+        if self._deployment.models:
+            say("Try it:")
+            say(f"  {curl_line(url, self._deployment.models[0])}")
+        else:
+            say("No worker runs. Start one beside it: dynamo-redis worker mock")
+        say("Ctrl-C stops everything.")
+
+    def _environment(self) -> dict[str, str]:
+        """What the services are to know: all that was given to `up`, and where the registry is."""
+        values = {name: value for group in _GROUPS for name, value in given_settings(group, self._options)}
+        fields = StoreSettings.model_fields
+        values[env_name(fields["redis_url"])] = self._store.require_url()
+        values[env_name(fields["prefix"])] = self._store.prefix
+        values[env_name(RuntimeSettings.model_fields["drain_s"])] = f"{self._drain_s:g}"
+        return child_environment(values)
+
+
+def curl_line(url: str, model: str) -> str:
+    """A command for a POSIX shell that asks the model something."""
+    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello!"}]})
+    words = ("curl", f"{url}/v1/chat/completions", "-H", "Content-Type: application/json", "-d", body)
+    return shlex.join(words)
+
+
+def _given(options: Mapping[str, str | None]) -> set[str]:
+    return {name for name, value in options.items() if value is not None}
+
+
+def _items(answer: probe.Answer | None, name: str) -> list[dict[str, Any]]:
+    """The objects of a list in an answer; none if it is not there."""
+    body = answer.body if answer is not None else None
+    found = body.get(name) if isinstance(body, dict) else None
+    return [item for item in found if isinstance(item, dict)] if isinstance(found, list) else []
+
+
+def _dialled(url: str) -> str:
+    """A URL to dial where a server listens on all addresses: `http://0.0.0.0:8000` → `http://localhost:8000`."""
+    parts = urlsplit(url)
+    return f"http://localhost:{parts.port}" if parts.hostname in ("0.0.0.0", "::") else url  # noqa: S104
+
+
+@contextmanager
+def _directory(data_dir: Path | None, *, needed: bool) -> Iterator[Path | None]:
+    """Where the embedded Redis keeps its data: `data_dir`, held against a second `up`, or a temporary one."""
+    if not needed:
+        yield None
+    elif data_dir is None:
+        with tempfile.TemporaryDirectory(prefix="dynamo-redis-up-", ignore_cleanup_errors=True) as directory:
+            yield Path(directory)
+    else:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        with (data_dir / "up.lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise CommandFailed(f"{data_dir} is in use by another `dynamo-redis up`") from None
+            yield data_dir
+
+
+@contextmanager
+def _on_signal(callback: Callable[[], None]) -> Iterator[None]:
+    """Call back at Ctrl-C, SIGTERM, and when the terminal goes away."""
+    loop = asyncio.get_running_loop()
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    for number in numbers:
+        loop.add_signal_handler(number, callback)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)
