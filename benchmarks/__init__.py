@@ -1,0 +1,1 @@
+"""Benchmarks, one module a suite: `make bench SUITE=start`."""

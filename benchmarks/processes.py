@@ -1,0 +1,120 @@
+"""Processes of a benchmark: the servers, and what runs on both sides."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import venv
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+BENCH = Path(__file__).resolve().parents[1] / ".bench"
+HERE = Path(__file__).parent
+DYNAMO = "ai-dynamo-runtime==1.6.1"
+INSTANCES = 4
+_READY_S = 60
+
+
+def rival_python(name: str, *requirements: str) -> str:
+    """The interpreter of a rival's own virtual environment, made on first use."""
+    directory = BENCH / name
+    python = directory / "bin" / "python"
+    done = directory / ".installed"
+    if not done.exists():
+        print(f"installing {', '.join(requirements)} into {directory.name} …", flush=True)
+        venv.create(directory, with_pip=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *requirements], check=True)
+        done.touch()
+    return str(python)
+
+
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def running(
+    command: list[str], environment: Mapping[str, str], **options: Any
+) -> Iterator[subprocess.Popen[str]]:
+    """A process that ends with the block."""
+    process = subprocess.Popen(command, env={**os.environ, **environment}, text=True, **options)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+class EchoSide:
+    """Four echo workers and a client, each a process, on one of the two runtimes."""
+
+    def __init__(self, client: subprocess.Popen[str]) -> None:
+        self._client = client
+
+    def round(self, requests: int, concurrency: int) -> dict[str, float]:
+        """Requests/s and the client's CPU seconds of one round."""
+        assert self._client.stdin is not None
+        assert self._client.stdout is not None
+        self._client.stdin.write(f"{requests} {concurrency}\n")
+        self._client.stdin.flush()
+        answer: dict[str, float] = json.loads(self._client.stdout.readline())
+        return {"per_s": requests / answer["seconds"], "cpu_s": answer["cpu_seconds"]}
+
+
+@contextmanager
+def echo_side(python: str, module: str, environment: Mapping[str, str]) -> Iterator[EchoSide]:
+    """The echo deployment of one runtime, ready for rounds."""
+    with ExitStack() as stack:
+        for _ in range(INSTANCES):
+            stack.enter_context(
+                running([python, str(HERE / "rivals" / "echo_worker.py"), module], environment)
+            )
+        client = stack.enter_context(
+            running(
+                [python, str(HERE / "rivals" / "echo_client.py"), module, str(INSTANCES)],
+                environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+            )
+        )
+        assert client.stdout is not None
+        if client.stdout.readline().strip() != "ready":
+            raise RuntimeError(f"the client on {module} did not start")
+        yield EchoSide(client)
+
+
+@contextmanager
+def dynamo_side() -> Iterator[EchoSide]:
+    """The rival: Dynamo's own Python runtime, tcp plane, discovery through files."""
+    with tempfile.TemporaryDirectory() as directory:
+        environment = {
+            "DYN_DISCOVERY_BACKEND": "file",
+            "DYN_FILE_KV": directory,
+            "DYN_REQUEST_PLANE": "tcp",
+            "DYN_EVENT_PLANE": "zmq",
+            "DYN_LOG": "off",
+            "DYNAMO_SKIP_PYTHON_LOG_INIT": "1",
+        }
+        with echo_side(rival_python("dynamo", DYNAMO), "dynamo.runtime", environment) as side:
+            yield side
+
+
+@contextmanager
+def our_side(redis_url: str) -> Iterator[EchoSide]:
+    """This project, with its defaults."""
+    environment = {"DYN_REDIS_URL": redis_url, "DYN_REDIS_PREFIX": "bench-echo", "DYN_LOG": "warn"}
+    with echo_side(sys.executable, "dynamo_redis.runtime", environment) as side:
+        yield side

@@ -1,0 +1,1 @@
+"""What the project is measured against, and programs that run on both sides."""

@@ -1,0 +1,284 @@
+"""Suite `start`: how soon it runs, and what it costs Redis.
+
+S1  a cold `dynamo-redis up` until the first streamed token
+S2  the runtime API, echo of 128 bytes, 64 at a time over 4 worker processes, against Dynamo's own runtime
+S3  `start_serving` until another runtime's client lists the instance, against PING on the same server
+S4  commands that clients send to Redis (seen by MONITOR, those inside scripts left out) for each of 1,000
+    chats through a settled deployment of a frontend and two workers
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from benchmarks.processes import DYNAMO, dynamo_side, free_port, our_side
+from benchmarks.report import Row, median, report
+from dynamo_redis.runtime import Client, DistributedRuntime, Settings
+from dynamo_redis.store.client import RedisClient
+from dynamo_redis.store.server import EmbeddedServer
+
+CONCURRENCY = 64
+CHATS = 1000
+CHAT_CONCURRENCY = 32
+SETTLE_S = 3.0
+
+
+@contextmanager
+def up(*arguments: str) -> Iterator[str]:
+    """A running `dynamo-redis up`; its URL at once, ready or not."""
+    port = free_port()
+    with tempfile.TemporaryDirectory() as directory:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dynamo_redis", "up", "--http-port", str(port), *arguments],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "XDG_RUNTIME_DIR": directory},
+        )
+        try:
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(15)
+
+
+def first_model(url: str, patience_s: float) -> str:
+    """The name of the first model served, as soon as there is one."""
+    deadline = time.perf_counter() + patience_s
+    while time.perf_counter() < deadline:
+        try:
+            models = httpx.get(f"{url}/v1/models", timeout=1).json()["data"]
+            if models:
+                return str(models[0]["id"])
+        except httpx.TransportError:
+            pass
+        time.sleep(0.01)
+    raise RuntimeError(f"no model within {patience_s} s")
+
+
+def chat_body(model: str, text: str, *, stream: bool) -> dict[str, Any]:
+    """A short chat."""
+    messages = [{"role": "user", "content": text}]
+    return {"model": model, "messages": messages, "max_tokens": 16, "stream": stream}
+
+
+def start_round() -> float:
+    """Seconds from the start of the command to the first streamed token."""
+    started = time.perf_counter()
+    with up("--speedup-ratio", "0") as url:
+        body = chat_body(first_model(url, 30), "Hello!", stream=True)
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=10) as answer:
+            for line in answer.iter_lines():
+                if line.startswith("data:") and '"content":"' in line and '"content":""' not in line:
+                    return time.perf_counter() - started
+    raise RuntimeError("the answer held no token")
+
+
+def throughput(redis_url: str, rounds: int, requests: int) -> tuple[list[float], list[float]]:
+    """Requests/s of each round: ours, and the rival's, in turn."""
+    ours: list[float] = []
+    rivals: list[float] = []
+    with our_side(redis_url) as mine, dynamo_side() as rival:
+        for side in (mine, rival):
+            side.round(640, CONCURRENCY)
+        for number in range(rounds):
+            ours.append(mine.round(8 * requests, CONCURRENCY)["per_s"])
+            rivals.append(rival.round(requests, CONCURRENCY)["per_s"])
+            print(f"S2 round {number + 1}: {ours[-1]:.0f} against {rivals[-1]:.0f} requests/s", flush=True)
+    return ours, rivals
+
+
+async def discovery_round(
+    worker: DistributedRuntime, client: Client, ping: RedisClient, repeats: int
+) -> tuple[list[float], list[float]]:
+    """Seconds from serving to being listed, and of a PING before each."""
+    listed: list[float] = []
+    pings: list[float] = []
+    endpoint = worker.endpoint("bench.discovery.generate")
+    for _ in range(repeats):
+        started = time.perf_counter()
+        await ping.execute("PING")
+        pings.append(time.perf_counter() - started)
+        started = time.perf_counter()
+        serving = asyncio.create_task(endpoint.start_serving(_nothing))
+        await client.wait_for_instances(5)
+        listed.append(time.perf_counter() - started)
+        await (await serving).unregister()
+        while client.instance_ids():
+            await asyncio.sleep(0.001)
+    return listed, pings
+
+
+async def _nothing(request: Any) -> Any:
+    return request
+
+
+async def discovery(redis_url: str, rounds: int) -> tuple[list[float], list[float]]:
+    """The medians of each round, in ms."""
+    settings = Settings.load(redis_url=redis_url, prefix="bench-discovery")
+    listed: list[float] = []
+    pings: list[float] = []
+    ping = RedisClient(redis_url, timeout_s=3, client_name="bench")
+    async with (
+        DistributedRuntime(settings=settings) as worker,
+        DistributedRuntime(settings=settings) as caller,
+    ):
+        client = await caller.endpoint("bench.discovery.generate").client()
+        await ping.connect()
+        await discovery_round(worker, client, ping, 10)
+        for number in range(rounds):
+            one, other = await discovery_round(worker, client, ping, 50)
+            listed.append(1e3 * statistics.median(one))
+            pings.append(1e3 * statistics.median(other))
+            print(f"S3 round {number + 1}: {listed[-1]:.3f} ms against PING {pings[-1]:.3f} ms", flush=True)
+        await ping.aclose()
+    return listed, pings
+
+
+@asynccontextmanager
+async def monitor(redis_url: str) -> AsyncIterator[list[str]]:
+    """The commands that clients send meanwhile, without those that scripts run."""
+    host, _, port = redis_url.rpartition("/")[2].rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"MONITOR\r\n")
+    await reader.readline()
+    seen: list[str] = []
+
+    async def read() -> None:
+        while line := await reader.readline():
+            if b" lua] " not in line:
+                seen.append(line.decode(errors="replace"))
+
+    reading = asyncio.create_task(read())
+    try:
+        yield seen
+    finally:
+        reading.cancel()
+        writer.close()
+
+
+async def chats(url: str, model: str) -> None:
+    """1,000 chats, 32 at a time."""
+    limits = httpx.Limits(max_connections=CHAT_CONCURRENCY)
+    async with httpx.AsyncClient(timeout=30, limits=limits) as http:
+
+        async def some(worker: int) -> None:
+            for number in range(worker, CHATS, CHAT_CONCURRENCY):
+                body = chat_body(model, f"Question {number}?", stream=False)
+                answer = await http.post(f"{url}/v1/chat/completions", json=body)
+                answer.raise_for_status()
+
+        await asyncio.gather(*(some(worker) for worker in range(CHAT_CONCURRENCY)))
+
+
+async def redis_load(redis_url: str, url: str, rounds: int) -> list[float]:
+    """Commands a chat, of each round."""
+    figures = []
+    model = first_model(url, 30)
+    await asyncio.sleep(SETTLE_S)
+    for number in range(rounds):
+        async with monitor(redis_url) as seen:
+            started = time.perf_counter()
+            await chats(url, model)
+            seconds = time.perf_counter() - started
+        figures.append(len(seen) / CHATS)
+        print(f"S4 round {number + 1}: {len(seen)} commands, {CHATS} chats, {seconds:.2f} s", flush=True)
+    return figures
+
+
+async def with_server(directory: Path, arguments: argparse.Namespace) -> list[Row]:
+    """The measurements that share a Redis."""
+    rounds = arguments.rounds
+    server = EmbeddedServer(directory, port=0)
+    await server.start()
+    try:
+        ours, rivals = await asyncio.to_thread(throughput, server.url, rounds, arguments.requests)
+        listed, pings = await discovery(server.url, rounds)
+        with up("--speedup-ratio", "0", "--redis-url", server.url, "--prefix", "bench-load") as url:
+            load = await redis_load(server.url, url, rounds)
+    finally:
+        await server.stop()
+    ratio = median(one / other for one, other in zip(ours, rivals, strict=True))
+    discovery_ratio = median(one / other for one, other in zip(listed, pings, strict=True))
+    return [
+        Row(
+            "S2",
+            "runtime API, unary c=64 over 4 instances ÷ Dynamo 1.6.1 tcp "
+            "(see `performance.md` for how to run it)",
+            median(ours),
+            median(rivals),
+            ratio,
+            5,
+            15,
+            rounds,
+        ),
+        Row(
+            "S3",
+            "serve → in a client's list, p50, ÷ PING round trip in the same run",
+            median(listed),
+            median(pings),
+            discovery_ratio,
+            25,
+            8,
+            rounds,
+        ),
+        Row(
+            "S4",
+            "Redis commands a request while 1,000 requests flow over a settled deployment",
+            median(load),
+            None,
+            None,
+            0.05,
+            0.01,
+            rounds,
+        ),
+    ]
+
+
+def main() -> None:
+    """Run the suite."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of each measurement (default 5)")
+    parser.add_argument("--requests", type=int, default=3200, help="requests a round of the rival in S2")
+    arguments = parser.parse_args()
+
+    starts = []
+    for number in range(arguments.rounds):
+        starts.append(start_round())
+        print(f"S1 round {number + 1}: {starts[-1]:.2f} s", flush=True)
+    first = Row(
+        "S1",
+        "`dynamo-redis up` (installed) → first token, s",
+        median(starts),
+        None,
+        None,
+        4,
+        2,
+        arguments.rounds,
+    )
+    with tempfile.TemporaryDirectory() as directory:
+        rest = asyncio.run(with_server(Path(directory), arguments))
+    report(
+        "start",
+        [first, *rest],
+        [f"rival of S2: {DYNAMO}, discovery by file, same worker and client files, alternating rounds"],
+    )
+
+
+if __name__ == "__main__":
+    main()
