@@ -1,0 +1,84 @@
+"""The leader/worker barrier on a real registry."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from dynamo_redis.errors import BarrierError
+from dynamo_redis.runtime import DistributedRuntime
+from dynamo_redis.runtime.barrier import LeaderBarrier, WorkerBarrier
+
+OpenRuntime = Callable[..., Awaitable[DistributedRuntime]]
+DATA = {"master": "10.0.0.1:29500", "ranks": [0, 1, 2]}
+
+
+async def test_all_go_on_together_with_the_leaders_data(open_runtime: OpenRuntime) -> None:
+    leader = await open_runtime()
+    workers = [await open_runtime() for _ in range(3)]
+    barriers = [WorkerBarrier("group", f"worker/{rank}", 10) for rank in range(3)]
+    waiting = [
+        asyncio.create_task(barrier.sync(runtime.registry))
+        for barrier, runtime in zip(barriers[:2], workers[:2], strict=True)
+    ]
+    leading = asyncio.create_task(LeaderBarrier("group", 3, 10).sync(leader.registry, DATA))
+    await asyncio.sleep(0.1)
+    assert not any(task.done() for task in (*waiting, leading))
+    assert await barriers[2].sync(workers[2].registry) == DATA
+    assert await asyncio.gather(*waiting) == [DATA, DATA]
+    assert await leading == ["worker/0", "worker/1", "worker/2"]
+
+
+async def test_a_missing_worker_aborts_all(open_runtime: OpenRuntime) -> None:
+    leader, worker = await open_runtime(), await open_runtime()
+    waiting = asyncio.create_task(WorkerBarrier("group", "a", 10).sync(worker.registry))
+    with pytest.raises(BarrierError, match="1 of 2 workers"):
+        await LeaderBarrier("group", 2, 0.3).sync(leader.registry, DATA)
+    with pytest.raises(BarrierError, match=r"aborted.*1 of 2"):
+        await waiting
+
+
+async def test_a_worker_that_gives_up_is_not_counted(open_runtime: OpenRuntime) -> None:
+    leader, worker = await open_runtime(), await open_runtime()
+    leading = asyncio.create_task(LeaderBarrier("group", 2, 1.0).sync(leader.registry, DATA))
+    with pytest.raises(BarrierError, match="not complete within"):
+        await WorkerBarrier("group", "a", 0.3).sync(worker.registry)
+    with pytest.raises(BarrierError, match="0 of 2"):
+        await leading
+
+
+async def test_ids_are_unique(open_runtime: OpenRuntime) -> None:
+    leader, one, other = await open_runtime(), await open_runtime(), await open_runtime()
+    leading = asyncio.create_task(LeaderBarrier("group", 2, 5).sync(leader.registry, DATA))
+    first = asyncio.create_task(WorkerBarrier("group", "same", 5).sync(one.registry))
+    await asyncio.sleep(0.1)
+    with pytest.raises(BarrierError, match="'same' already"):
+        await WorkerBarrier("group", "same", 5).sync(other.registry)
+    with pytest.raises(BarrierError, match="leader already"):
+        await LeaderBarrier("group", 2, 5).sync(other.registry, DATA)
+    await WorkerBarrier("group", "another", 5).sync(other.registry)
+    assert await first == DATA
+    assert await leading == ["another", "same"]
+
+
+async def test_a_leader_that_dies_frees_its_workers(open_runtime: OpenRuntime) -> None:
+    leader, worker = await open_runtime(), await open_runtime()
+    leading = asyncio.create_task(LeaderBarrier("group", 2, 30).sync(leader.registry, DATA))
+    waiting = asyncio.create_task(WorkerBarrier("group", "a", 10).sync(worker.registry))
+    await asyncio.sleep(0.1)
+    leading.cancel()
+    await asyncio.gather(leading, return_exceptions=True)
+    with pytest.raises(BarrierError, match=r"aborted|gone"):
+        await waiting
+
+
+async def test_an_id_can_be_used_again(open_runtime: OpenRuntime) -> None:
+    leader, worker = await open_runtime(), await open_runtime()
+    for round_ in range(2):
+        lead, join = LeaderBarrier("group", 1, 5), WorkerBarrier("group", "a", 5)
+        results = await asyncio.gather(lead.sync(leader.registry, round_), join.sync(worker.registry))
+        assert results == [["a"], round_]
+        await join.aclose()
+        await lead.aclose()

@@ -1,0 +1,291 @@
+"""Workers and clients on a real Redis and real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from dynamo_redis.errors import ConfigError, InvalidRequest, NoInstances, StoreUnavailable
+from dynamo_redis.names import INSTANCES
+from dynamo_redis.runtime import (
+    Client,
+    Context,
+    DistributedRuntime,
+    Settings,
+    UnaryClient,
+    dynamo_endpoint,
+    dynamo_worker,
+    serve_unary_endpoint,
+)
+
+OpenRuntime = Callable[..., Awaitable[DistributedRuntime]]
+
+ENDPOINT = "dynamo.backend.generate"
+
+
+async def collect(call: AsyncIterator[Any]) -> list[Any]:
+    return [item async for item in call]
+
+
+async def until(condition: Callable[[], bool], within_s: float = 5) -> None:
+    async with asyncio.timeout(within_s):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+class Counter:
+    """A handler that counts up to the request, and remembers."""
+
+    def __init__(self, name: str = "", pause_s: float = 0) -> None:
+        self.name = name
+        self.pause_s = pause_s
+        self.started = 0
+        self.cancelled = 0
+
+    async def generate(self, request: int, context: Context) -> AsyncIterator[Any]:
+        self.started += 1
+        try:
+            for number in range(request):
+                if self.pause_s:
+                    await asyncio.sleep(self.pause_s)
+                yield f"{self.name}{number}"
+        except (asyncio.CancelledError, GeneratorExit):
+            self.cancelled += 1
+            raise
+
+
+async def serve(runtime: DistributedRuntime, handler: Any, endpoint: str = ENDPOINT) -> None:
+    await runtime.endpoint(endpoint).start_serving(handler)
+
+
+async def client_of(runtime: DistributedRuntime, count: int, endpoint: str = ENDPOINT) -> Client:
+    client = await runtime.endpoint(endpoint).client()
+    await until(lambda: len(client.instance_ids()) == count)
+    return client
+
+
+async def test_a_worker_is_found_and_answers(open_runtime: OpenRuntime) -> None:
+    worker, caller = await open_runtime(), await open_runtime()
+    await serve(worker, Counter().generate)
+    client = await client_of(caller, 1)
+    assert client.instance_ids() == [worker.instance_id]
+    assert [item.data() for item in [i async for i in await client.round_robin(3)]] == ["0", "1", "2"]
+    assert await collect(await client.direct(2, worker.instance_id, annotated=False)) == ["0", "1"]
+
+
+async def test_the_older_chain_names_the_same_endpoint(open_runtime: OpenRuntime) -> None:
+    runtime = await open_runtime()
+    component = runtime.namespace("dynamo").component("backend")
+    await component.create_service()
+    assert component.endpoint("generate").name == runtime.endpoint("dyn://dynamo.backend.generate").name
+    with pytest.raises(ValueError, match="does not name an endpoint"):
+        runtime.endpoint("only.two")
+
+
+async def test_the_record_stands_as_long_as_the_worker(open_runtime: OpenRuntime) -> None:
+    worker, caller = await open_runtime(), await open_runtime()
+    await serve(worker, Counter().generate)
+    (record,) = (await caller.registry.get_prefix(INSTANCES)).records
+    stored = json.loads(record.value)
+    assert stored["type"] == "Endpoint"
+    assert stored["instance_id"] == worker.instance_id == record.lease
+    assert stored["transport"]["tcp"].endswith(f"/{worker.instance_id:x}/dynamo/backend/generate")
+    await worker.aclose()
+    assert (await caller.registry.get_prefix(INSTANCES)).records == ()
+
+
+async def test_several_endpoints_share_a_process(open_runtime: OpenRuntime) -> None:
+    worker, caller = await open_runtime(), await open_runtime()
+    for name in ("a", "b"):
+        await serve(worker, Counter(name).generate, f"dynamo.backend.{name}")
+    for name in ("a", "b"):
+        client = await client_of(caller, 1, f"dynamo.backend.{name}")
+        assert await collect(await client.generate(1, annotated=False)) == [f"{name}0"]
+
+
+async def test_requests_spread_over_the_instances(open_runtime: OpenRuntime) -> None:
+    handlers = [Counter(str(number)) for number in range(4)]
+    for handler in handlers:
+        await serve(await open_runtime(), handler.generate)
+    client = await client_of(await open_runtime(), 4)
+    for _ in range(20):
+        await collect(await client.round_robin(1))
+    assert [handler.started for handler in handlers] == [5, 5, 5, 5]
+
+
+async def test_a_worker_that_leaves_finishes_what_it_has(open_runtime: OpenRuntime) -> None:
+    leaving, staying = Counter("leaving", 0.02), Counter("staying")
+    first, second = await open_runtime(), await open_runtime()
+    await serve(first, leaving.generate)
+    client = await client_of(await open_runtime(), 1)
+    call = await client.generate(20, annotated=False)
+    assert await anext(call) == "leaving0"
+    await serve(second, staying.generate)
+    closing = asyncio.create_task(first.aclose())
+    await until(lambda: client.instance_ids() == [second.instance_id])
+    assert await collect(await client.generate(1, annotated=False)) == ["staying0"]
+    assert len(await collect(call)) == 19
+    await closing
+    assert leaving.cancelled == 0
+
+
+async def test_no_request_fails_while_workers_come_and_go(open_runtime: OpenRuntime) -> None:
+    await serve(await open_runtime(), Counter().generate)
+    client = await client_of(await open_runtime(), 1)
+    answered = 0
+    stop = False
+
+    async def load() -> None:
+        nonlocal answered
+        while not stop:
+            assert await collect(await client.round_robin(3, annotated=False)) == ["0", "1", "2"]
+            answered += 1
+
+    loads = [asyncio.create_task(load()) for _ in range(8)]
+    for _ in range(5):
+        coming = await open_runtime()
+        await serve(coming, Counter().generate)
+        await until(lambda id_=coming.instance_id: id_ in client.instance_ids())
+        await asyncio.sleep(0.02)
+        await coming.aclose()
+    stop = True
+    await asyncio.gather(*loads)
+    assert answered > 50
+
+
+async def test_leaving_the_iteration_cancels_the_handler(open_runtime: OpenRuntime) -> None:
+    handler = Counter(pause_s=0.01)
+    await serve(await open_runtime(), handler.generate)
+    client = await client_of(await open_runtime(), 1)
+    async for _ in await client.generate(1000):
+        break
+    await until(lambda: handler.cancelled == 1)
+
+
+async def test_a_context_passed_on_links_the_cancellation(open_runtime: OpenRuntime) -> None:
+    worker, relay, caller = await open_runtime(), await open_runtime(), await open_runtime()
+    handler = Counter(pause_s=0.01)
+    await serve(worker, handler.generate, "dynamo.backend.inner")
+    inner = await client_of(relay, 1, "dynamo.backend.inner")
+
+    async def forward(request: Any, context: Context) -> AsyncIterator[Any]:
+        async for item in await inner.generate(request, annotated=False, context=context):
+            yield item
+
+    await serve(relay, forward, "dynamo.backend.outer")
+    outer = await client_of(caller, 1, "dynamo.backend.outer")
+    context = Context()
+    call = await outer.generate(1000, annotated=False, context=context)
+    await anext(call)
+    context.kill()
+    await until(lambda: handler.cancelled == 1)
+
+
+async def test_context_id_and_metadata_reach_the_handler(open_runtime: OpenRuntime) -> None:
+    async def who(request: Any, context: Context) -> Any:
+        return [context.id(), dict(context.metadata), context.remaining_s()]
+
+    await serve(await open_runtime(), who)
+    client = await client_of(await open_runtime(), 1)
+    context = Context("req-7", {"tenant": "a"}, deadline=time.monotonic() + 30)
+    ((id_, metadata, remaining_s),) = await collect(await client.generate(None, False, context))
+    assert (id_, metadata) == ("req-7", {"tenant": "a"})
+    assert 25 < remaining_s <= 30
+
+
+async def test_a_handler_says_what_is_wrong_with_a_request(open_runtime: OpenRuntime) -> None:
+    from pydantic import BaseModel
+
+    class Body(BaseModel):
+        text: str
+
+    @dynamo_endpoint(Body, str)
+    async def handler(request: Body) -> AsyncIterator[str]:
+        yield request.text
+
+    await serve(await open_runtime(), handler)
+    client = await client_of(await open_runtime(), 1)
+    assert await collect(await client.generate({"text": "hi"}, annotated=False)) == ["hi"]
+    with pytest.raises(InvalidRequest, match="text: "):
+        await collect(await client.generate({"text": 1}))
+
+
+async def test_unary(open_runtime: OpenRuntime) -> None:
+    worker = await open_runtime()
+
+    async def double(request: int, *, context: Context) -> int:
+        return 2 * request
+
+    serving = asyncio.create_task(serve_unary_endpoint(worker.endpoint(ENDPOINT), double))
+    client = UnaryClient(await client_of(await open_runtime(), 1))
+    assert await client.complete(21) == 42
+    worker.shutdown()
+    await serving
+
+
+async def test_dynamo_worker_runs_and_closes(
+    monkeypatch: pytest.MonkeyPatch,
+    open_runtime: OpenRuntime,
+    dynamo_redis_url: str,
+    dynamo_redis_prefix: str,
+) -> None:
+    monkeypatch.setenv("DYN_REDIS_URL", dynamo_redis_url)
+    monkeypatch.setenv("DYN_REDIS_PREFIX", dynamo_redis_prefix)
+    client = await client_of(await open_runtime(), 0)
+
+    @dynamo_worker()
+    async def main(runtime: DistributedRuntime, greeting: str) -> str:
+        serving = asyncio.create_task(runtime.endpoint(ENDPOINT).serve_endpoint(Counter(greeting).generate))
+        await client.wait_for_instances(5)
+        assert await collect(await client.generate(1, annotated=False)) == ["hi0"]
+        runtime.shutdown()
+        await serving
+        return greeting
+
+    assert await main("hi") == "hi"
+    await until(lambda: client.instance_ids() == [])
+
+
+async def test_no_worker_is_said_at_once(open_runtime: OpenRuntime) -> None:
+    client = await client_of(await open_runtime(), 0)
+    with pytest.raises(NoInstances, match="is a worker running"):
+        await client.generate(1)
+    with pytest.raises(NoInstances, match=r"within 0\.05 s"):
+        await client.wait_for_instances(0.05)
+
+
+async def test_clients_share_a_watch_and_the_last_one_ends_it(open_runtime: OpenRuntime) -> None:
+    runtime = await open_runtime()
+    one, other = await client_of(runtime, 0), await client_of(runtime, 0)
+    await one.aclose()
+    await serve(runtime, Counter().generate)
+    assert await other.wait_for_instances(5) == [runtime.instance_id]
+    await other.aclose()
+    again = await client_of(runtime, 1)
+    assert again.instance_ids() == [runtime.instance_id]
+
+
+async def test_an_unreachable_redis_is_one_clear_error() -> None:
+    settings = Settings.load(redis_url="redis://user:hush@127.0.0.1:1/0", command_timeout_s=1)
+    with pytest.raises(StoreUnavailable, match=r"127\.0\.0\.1:1") as caught:
+        async with DistributedRuntime(settings=settings):
+            pass
+    assert "hush" not in str(caught.value)
+
+
+def test_unknown_settings_are_named() -> None:
+    with pytest.raises(ConfigError, match="colour"):
+        Settings.load(colour="red")
+
+
+async def test_a_foreign_discovery_backend_is_accepted(
+    open_runtime: OpenRuntime, dynamo_redis_url: str
+) -> None:
+    settings = Settings.load(redis_url=dynamo_redis_url)
+    runtime = DistributedRuntime(asyncio.get_running_loop(), "etcd", "tcp", settings=settings)
+    await runtime.aclose()
