@@ -9,6 +9,7 @@ from __future__ import annotations
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -24,7 +25,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 _SUFFIXES = ("_s", "_bytes", "_count")  # of field names: units, which an option's help says instead
 _NAMES = {"prefix": "--redis-prefix"}  # beside `get --prefix`, which is about keys
-_METAVARS: dict[Any, str] = {int: "N", float: "NUMBER", bool: "BOOL", ByteSize: "SIZE"}
+_METAVARS: dict[Any, str] = {int: "N", float: "NUMBER", bool: "BOOL", ByteSize: "SIZE", Path: "DIR"}
 
 
 def option_name(field_name: str) -> str:

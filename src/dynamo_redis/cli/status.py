@@ -47,7 +47,7 @@ class Status:
 
 
 class Display(Protocol):
-    """Where `up` writes. `log` is for the services' lines, `notice` for its own; `status` replaces the last."""
+    """Where `up` writes: lines of the services, lines of its own, and a status that replaces the last one."""
 
     def notice(self, line: str) -> None: ...
     def log(self, service: str, line: str) -> None: ...
