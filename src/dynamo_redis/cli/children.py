@@ -146,17 +146,17 @@ class _Lines(asyncio.Protocol):
         *lines, self._rest = (self._rest + data).split(b"\n")
         for line in lines:
             self._emit(line)
-        while len(self._rest) > _LINE_LIMIT_BYTES:
-            self._emit(self._rest[:_LINE_LIMIT_BYTES])
-            self._rest = self._rest[_LINE_LIMIT_BYTES:]
+        if len(self._rest) > _LINE_LIMIT_BYTES:
+            self._emit(self._rest)
+            self._rest = b""
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._rest:
-            self._emit(self._rest)
+        self._emit(self._rest)
         if not self.closed.done():
             self.closed.set_result(None)
 
     def _emit(self, line: bytes) -> None:
-        text = line.decode(errors="replace").rstrip()
-        if text:
-            self._on_line(text)
+        for start in range(0, len(line), _LINE_LIMIT_BYTES):
+            text = line[start : start + _LINE_LIMIT_BYTES].decode(errors="replace").rstrip()
+            if text:
+                self._on_line(text)

@@ -52,10 +52,9 @@ def test_a_traceback_only_when_debugging(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("DYN_LOG", "debug")
-    try:
+    with pytest.raises(RuntimeError) as caught:
         raise RuntimeError("boo at redis://:pw@h")
-    except RuntimeError as exc:
-        assert failures.report(exc) == 1
+    assert failures.report(caught.value) == 1
     err = capsys.readouterr().err
     assert "Traceback" in err
     assert "pw" not in err
