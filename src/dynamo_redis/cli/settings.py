@@ -9,7 +9,8 @@ from pydantic import ByteSize, SecretStr
 
 from dynamo_redis.cli.formats import human_size, redact
 from dynamo_redis.cli.options import SettingsCommand, load, option_name, setting_options
-from dynamo_redis.cli.output import json_option, print_json, print_table
+from dynamo_redis.cli.output import json_option, print_json, print_line, print_table
+from dynamo_redis.cli.settings_page import render
 from dynamo_redis.config import GROUPS, SettingsGroup, env_name, origins, unit_of
 
 
@@ -21,8 +22,9 @@ def _all_options(command: Any) -> Any:
 
 @click.command("settings", cls=SettingsCommand)
 @json_option
+@click.option("--markdown", is_flag=True, help="Print the tables of docs/settings.md instead.")
 @_all_options
-def settings(as_json: bool, **options: str | None) -> None:
+def settings(as_json: bool, markdown: bool, **options: str | None) -> None:
     """List every setting: its variable, its value now, its unit, and where the value comes from.
 
     A value on the command line goes before the environment, that before a `.env` file in the working
@@ -34,6 +36,9 @@ def settings(as_json: bool, **options: str | None) -> None:
       DYN_LEASE_TTL_S=30s dynamo-redis settings
       dynamo-redis settings --json | jq '.[] | select(.source != "default")'
     """
+    if markdown:
+        print_line(render())
+        return
     rows = [row for group in GROUPS for row in describe(group, options)]
     if as_json:
         print_json(rows)
