@@ -11,38 +11,42 @@ from dynamo_redis.cli.formats import human_duration, printable
 from dynamo_redis.cli.output import print_line
 
 if TYPE_CHECKING:
+    from rich.live import Live
     from rich.text import Text
+
+_MODELS_SHOWN = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """How a deployment is. `serving` is what the frontend's `/health` says; counts come from it, too."""
+    """How a deployment is, as its frontend's `/health` says it.
 
-    serving: bool
+    `instances_count` are those that can serve, whoever started them; `workers_count` is how many `up` started.
+    """
+
     answering: bool
-    workers_wanted: int
-    instances_ready: int
+    serving: bool
+    redis_away: bool
+    workers_count: int
+    instances_count: int
     models: tuple[str, ...]
-    requests_count: int | None = None
-    in_flight_count: int | None = None
 
     @property
     def headline(self) -> str:
-        """One word or two on the whole."""
+        """The whole in a word or two."""
         if not self.answering:
-            return "frontend does not answer"
-        return "serving" if self.serving else "not serving"
+            return "the frontend does not answer"
+        return "serving" if self.serving else "no worker can serve"
 
     def details(self) -> list[str]:
         """The parts of the line, in its order."""
-        parts = [
-            f"{self.instances_ready}/{self.workers_wanted} instances",
-            f"{len(self.models)} model{'s' * (len(self.models) != 1)}",
-        ]
-        if self.requests_count is not None:
-            parts.append(f"{self.requests_count} request{'s' * (self.requests_count != 1)}")
-        if self.in_flight_count:
-            parts.append(f"{self.in_flight_count} in flight")
+        names = ", ".join(self.models[:_MODELS_SHOWN])
+        more = f" and {len(self.models) - _MODELS_SHOWN} more" if len(self.models) > _MODELS_SHOWN else ""
+        parts = [f"{self.instances_count}/{self.workers_count} workers ready"] if self.answering else []
+        if self.models:
+            parts.append(f"model{'s' * (len(self.models) > 1)} {names}{more}")
+        if self.redis_away:
+            parts.append("Redis is away, serving from the last view")
         return parts
 
 
@@ -56,11 +60,10 @@ class Display(Protocol):
 
 
 class PlainDisplay:
-    """Lines only: logs to stderr, and a status line on stdout whenever something other than a counter
-    changed."""
+    """Lines only: logs to stderr, and a status line on stdout whenever it changed."""
 
     def __init__(self) -> None:
-        self._shown: tuple[object, ...] = ()
+        self._shown: Status | None = None
 
     def notice(self, line: str) -> None:
         print_line(line)
@@ -70,9 +73,8 @@ class PlainDisplay:
         sys.stderr.flush()
 
     def status(self, status: Status) -> None:
-        state = (status.headline, status.instances_ready, status.models)
-        if state != self._shown:
-            self._shown = state
+        if status != self._shown:
+            self._shown = status
             print_line(f"status: {', '.join([status.headline, *status.details()])}")
 
     def close(self) -> None:
@@ -80,36 +82,47 @@ class PlainDisplay:
 
 
 class LiveDisplay:
-    """A line at the bottom of the terminal that is drawn anew; everything else scrolls above it."""
+    """A line at the bottom of the terminal that is drawn anew; everything else scrolls above it.
+
+    Before the first status it writes plain lines: rich is imported only then, when the deployment is up.
+    """
 
     def __init__(self) -> None:
-        from rich.console import Console
-        from rich.live import Live
-
-        self._console = Console(highlight=False, markup=False, emoji=False)
+        self._plain = PlainDisplay()
         self._started_s = time.monotonic()
         self._status: Status | None = None
-        self._live = Live(
-            get_renderable=self._render, console=self._console, refresh_per_second=4, transient=True
-        )
+        self._live: Live | None = None
 
     def notice(self, line: str) -> None:
-        # Without wrapping, so that a line can be copied as it is.
-        self._console.print(line, soft_wrap=True)
+        if self._live is None:
+            self._plain.notice(line)
+        else:
+            # Without wrapping, so that a line can be copied as it is.
+            self._live.console.print(line, soft_wrap=True)
 
     def log(self, service: str, line: str) -> None:
-        from rich.text import Text
-
-        self._console.print(Text.assemble((f"{service} | ", "dim cyan"), printable(line)), soft_wrap=True)
+        if self._live is None:
+            self._plain.log(service, line)
+        else:
+            self._live.console.print(f"{service} | {printable(line)}", style="dim", soft_wrap=True)
 
     def status(self, status: Status) -> None:
         self._status = status
-        if not self._live.is_started:
+        if self._live is None:
+            from rich.console import Console
+            from rich.live import Live
+
+            console = Console(highlight=False, markup=False, emoji=False)
+            self._live = Live(
+                get_renderable=self._render, console=console, refresh_per_second=2, transient=True
+            )
             self._live.start()
 
     def close(self) -> None:
         """Take the line away."""
-        self._live.stop()
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
 
     def _render(self) -> Text:
         from rich.text import Text
@@ -117,12 +130,12 @@ class LiveDisplay:
         status = self._status
         if status is None:
             return Text()
-        colour = "green" if status.serving else "red" if not status.answering else "yellow"
+        colour = "red" if not status.answering else "green" if status.serving else "yellow"
+        line = Text("● ", colour, no_wrap=True, overflow="ellipsis")
+        line.append(status.headline, f"bold {colour}")
         up = f"up {human_duration(time.monotonic() - self._started_s)}"
-        line = Text(no_wrap=True, overflow="ellipsis")
-        line.append("● ", colour).append(status.headline, f"bold {colour}")
         for part in (*status.details(), up, "Ctrl-C stops"):
-            line.append("  ·  ", "dim").append(part)
+            line.append("  ·  ", "dim").append(part, "default")
         return line
 
 

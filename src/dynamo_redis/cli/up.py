@@ -12,8 +12,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
 
 import click
 
@@ -147,7 +145,7 @@ class _Up:
 
     async def _work(self) -> None:
         await self._deployment.start()
-        url = _dialled(self._deployment.url)
+        url = self._deployment.url
         write_runtime_file(redis_url=self._store.require_url(), prefix=self._store.prefix, http_url=url)
         status = await self._until_serving(url)
         self._announce(url)
@@ -161,7 +159,7 @@ class _Up:
         deadline_s = time.monotonic() + _SERVING_TIMEOUT_S
         while True:
             status = await self._look(url)
-            if status.serving and status.instances_ready >= len(self._deployment.workers):
+            if status.serving and status.instances_count >= len(self._deployment.workers):
                 return status
             if not self._deployment.workers and status.answering:
                 return status
@@ -174,14 +172,15 @@ class _Up:
 
     async def _look(self, url: str) -> Status:
         """Ask the frontend how it is."""
-        health, listing = await asyncio.gather(probe.get(url, "/health"), probe.get(url, "/v1/models"))
-        instances = _items(health, "instances")
+        health = await probe.get(url, "/health")
+        body = health.body if health is not None and isinstance(health.body, dict) else {}
         return Status(
             answering=health is not None,
             serving=health is not None and health.status == 200,
-            workers_wanted=len(self._deployment.workers),
-            instances_ready=sum(bool(instance.get("ready", True)) for instance in instances),
-            models=tuple(str(model.get("id")) for model in _items(listing, "data")),
+            redis_away=body.get("registry") == "unreachable",
+            workers_count=len(self._deployment.workers),
+            instances_count=len(body.get("instances", ())),
+            models=tuple(str(model["name"]) for model in body.get("models", ())),
         )
 
     def _announce(self, url: str) -> None:
@@ -216,19 +215,6 @@ def curl_line(url: str, model: str) -> str:
 
 def _given(options: Mapping[str, str | None]) -> set[str]:
     return {name for name, value in options.items() if value is not None}
-
-
-def _items(answer: probe.Answer | None, name: str) -> list[dict[str, Any]]:
-    """The objects of a list in an answer; none if it is not there."""
-    body = answer.body if answer is not None else None
-    found = body.get(name) if isinstance(body, dict) else None
-    return [item for item in found if isinstance(item, dict)] if isinstance(found, list) else []
-
-
-def _dialled(url: str) -> str:
-    """A URL to dial where a server listens on all addresses: `http://0.0.0.0:8000` → `http://localhost:8000`."""
-    parts = urlsplit(url)
-    return f"http://localhost:{parts.port}" if parts.hostname in ("0.0.0.0", "::") else url  # noqa: S104
 
 
 @contextmanager
