@@ -97,7 +97,9 @@ def body_too_large(limit_bytes: int) -> ApiError:
     )
 
 
-def context_length_exceeded(prompt_tokens: int, max_tokens: int | None, context_length: int) -> ApiError:
+def context_length_exceeded(
+    prompt_tokens: int, max_tokens: int | None, context_length: int, param: str
+) -> ApiError:
     """400 for a prompt, or a prompt and its `max_tokens`, that the model's context cannot hold."""
     wanted = f"{prompt_tokens} tokens in the prompt"
     if max_tokens is not None:
@@ -106,7 +108,7 @@ def context_length_exceeded(prompt_tokens: int, max_tokens: int | None, context_
         400,
         f"This model's maximum context length is {context_length} tokens, but you requested {wanted}. "
         "Reduce the length of either.",
-        param="messages" if max_tokens is None else "max_tokens",
+        param=param,
         code="context_length_exceeded",
     )
 

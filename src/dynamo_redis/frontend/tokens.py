@@ -24,12 +24,15 @@ _MAX_WINDOW_TOKENS = 32
 class Tokenizer:
     """A model's tokenizer, from its `tokenizer.json`. Immutable; may be used from several threads."""
 
-    def __init__(self, content: bytes | str, *, origin: str = "tokenizer.json") -> None:
-        """`content` is that of a `tokenizer.json`. Raises ModelError if it is not one."""
-        text = content.decode(errors="replace") if isinstance(content, bytes) else content
+    def __init__(self, content: bytes, *, origin: str = "tokenizer.json") -> None:
+        """`content` is that of a `tokenizer.json`. Raises ModelError if it is not one.
+
+        Blocks (11 MiB: about 0.5 s), and lets other threads run meanwhile.
+        """
         try:
-            self._tokenizer = HuggingFaceTokenizer.from_str(text)
-            decoder = json.loads(text).get("decoder")
+            self._tokenizer = HuggingFaceTokenizer.from_buffer(content)
+            decoder = self._tokenizer.decoder
+            decoder = json.loads(decoder.__getstate__()) if decoder is not None else None
         except Exception as exc:  # the library raises bare Exception
             raise ModelError(f"{origin} is not a tokenizer: {exc}") from exc
         # A file may ask for these; they are training-time settings that would cut or fill prompts.
@@ -42,7 +45,7 @@ class Tokenizer:
 
     @classmethod
     def from_files(cls, directory: Path) -> Tokenizer:
-        """Read `tokenizer.json` of a model directory. Blocks (11 MiB: about 0.7 s). Raises ModelError."""
+        """Read `tokenizer.json` of a model directory. Blocks. Raises ModelError."""
         path = directory / "tokenizer.json"
         try:
             content = path.read_bytes()

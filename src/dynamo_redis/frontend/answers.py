@@ -1,0 +1,67 @@
+"""One answer in the making: a worker's items in, text out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from dynamo_redis.errors import ConnectionLost, HandlerFailed, ProtocolViolation, RequestCancelled
+from dynamo_redis.frontend.tokens import Detokenizer, StopStrings
+
+
+class Answer:
+    """Follows one choice of a completion, item by item, until it has a `finish_reason`.
+
+    That is "length" if the worker ran into the token limit, else "stop": an end-of-sequence token, or one
+    of the stop strings, which is cut off with what follows it.
+    """
+
+    __slots__ = ("_detokenizer", "_stops", "cached_tokens", "finish_reason", "token_count")
+
+    def __init__(self, detokenizer: Detokenizer, stops: Sequence[str]) -> None:
+        self._detokenizer = detokenizer
+        self._stops = StopStrings(stops) if stops else None
+        self.finish_reason: str | None = None
+        self.token_count = 0
+        self.cached_tokens: int | None = None
+
+    def feed(self, item: Any) -> str:
+        """The text that an item of the worker's answer (a GenerateItem) completes. Raises PlaneError."""
+        if not isinstance(item, dict):
+            raise ProtocolViolation(f"the worker answered with {type(item).__name__}, not with tokens")
+        token_ids = item.get("token_ids") or ()
+        self.token_count += len(token_ids)
+        if self.cached_tokens is None:
+            self.cached_tokens = item.get("cached_tokens")
+        text = self._detokenizer.feed(token_ids)
+        reason = item.get("finish_reason")
+        if reason is not None:
+            text += self._detokenizer.finish()
+        if self._stops is not None:
+            text = self._stops.feed(text)
+            if self._stops.found is not None:
+                self.finish_reason = "stop"
+                return text
+            if reason is not None:
+                text += self._stops.finish()
+        if reason is not None:
+            self.finish_reason = _reason(reason)
+        return text
+
+    @property
+    def cut_off(self) -> bool:
+        """Whether a stop string ended the answer, so that the worker does not know that it is over."""
+        return self._stops is not None and self._stops.found is not None
+
+    def check_complete(self) -> None:
+        """To be called when the items have ended. Raises ConnectionLost unless the answer has."""
+        if self.finish_reason is None:
+            raise ConnectionLost("the worker ended its answer before it was complete")
+
+
+def _reason(reason: str) -> str:
+    if reason in ("stop", "length"):
+        return reason
+    if reason == "cancelled":
+        raise RequestCancelled("the worker cancelled the request")
+    raise HandlerFailed(f"the worker ended its answer with {reason!r}")

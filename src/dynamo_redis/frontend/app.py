@@ -1,0 +1,200 @@
+"""The HTTP interface: routes, and the way of a request through the frontend's parts."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from dynamo_redis.config import FrontendSettings
+from dynamo_redis.errors import DynamoRedisError
+from dynamo_redis.frontend.answers import Answer
+from dynamo_redis.frontend.exchange import Choice, Exchange, send_error
+from dynamo_redis.frontend.health import health
+from dynamo_redis.frontend.http_errors import ApiError, api_error, invalid
+from dynamo_redis.frontend.model import Model
+from dynamo_redis.frontend.models import LiveModels
+from dynamo_redis.frontend.openai import ChatBody, CompletionOptions, TextBody, read_body
+from dynamo_redis.frontend.prompts import Preparation
+from dynamo_redis.frontend.request_body import ClientGone, read_limited
+from dynamo_redis.frontend.sse import Kind
+from dynamo_redis.planes.context import Context
+from dynamo_redis.runtime.llm_protocol import GenerateRequest
+
+_REQUEST_ID = re.compile(rb"[\w.:-]{1,128}")
+_TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(-.{0,128})?")
+
+
+def make_app(
+    models: LiveModels,
+    preparation: Preparation,
+    settings: FrontendSettings,
+    registry_connected: Callable[[], bool],
+) -> Starlette:
+    """The ASGI application. It owns nothing: its parts are made and ended by the caller."""
+
+    async def list_models(_: Request) -> Response:
+        listed = [_describe(model) for model in models.served()]
+        return _json(200, {"object": "list", "data": listed})
+
+    async def retrieve_model(request: Request) -> Response:
+        return _json(200, _describe(models.get(request.path_params["model"])))
+
+    async def show_health(_: Request) -> Response:
+        return _json(*health(models.served(), registry_connected()))
+
+    async def show_live(_: Request) -> Response:
+        return _json(200, {"status": "live"})
+
+    def completions(kind: Kind, body: type[CompletionOptions]) -> Completions:
+        return Completions(kind, body, models, preparation, settings)
+
+    return Starlette(
+        routes=[
+            Route("/v1/models", list_models),
+            Route("/v1/models/{model:path}", retrieve_model),
+            Route("/v1/chat/completions", completions("chat", ChatBody), methods=["POST"]),
+            Route("/v1/completions", completions("text", TextBody), methods=["POST"]),
+            Route("/health", show_health),
+            Route("/live", show_live),
+        ],
+        exception_handlers={
+            HTTPException: _on_http_exception,
+            ApiError: _on_error,
+            Exception: _on_error,
+        },
+    )
+
+
+class Completions:
+    """`POST /v1/chat/completions` and `POST /v1/completions`, as an ASGI application of its own.
+
+    Below the router there is no middleware and no response class: a streamed token costs its encoding and
+    its share of a write.
+    """
+
+    def __init__(
+        self,
+        kind: Kind,
+        body: type[CompletionOptions],
+        models: LiveModels,
+        preparation: Preparation,
+        settings: FrontendSettings,
+    ) -> None:
+        self._kind: Kind = kind
+        self._body = body
+        self._models = models
+        self._preparation = preparation
+        self._limit_bytes = int(settings.max_body_bytes)
+        self._timeout_s = settings.request_timeout_s or None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        started_at = time.monotonic()
+        request_id = _request_id(scope)
+        headers = [(b"x-request-id", request_id.encode())]
+        try:
+            content = await read_limited(scope, receive, self._limit_bytes)
+            body = read_body(self._body, content)
+            model = self._models.get(body.model)
+            assert model.loaded is not None
+            requests = await self._preparation.requests(model.loaded, body, len(content))
+        except ClientGone:
+            return
+        except (ApiError, DynamoRedisError) as exc:
+            await send_error(send, api_error(exc), headers)
+            return
+        del content
+        deadline = None if self._timeout_s is None else started_at + self._timeout_s
+        contexts = _contexts(scope, request_id, len(requests), deadline)
+        exchange = self._exchange(model, body, requests, contexts)
+        if body.stream:
+            await exchange.stream(receive, send, headers, includes_usage=body.includes_usage)
+        else:
+            await exchange.respond(receive, send, headers)
+
+    def _exchange(
+        self,
+        model: Model,
+        body: CompletionOptions,
+        requests: list[GenerateRequest],
+        contexts: list[Context],
+    ) -> Exchange:
+        assert model.loaded is not None
+        tokenizer = model.loaded.tokenizer
+        choices = [
+            Choice(index, request, Answer(tokenizer.detokenizer(), body.stops), context)
+            for index, (request, context) in enumerate(zip(requests, contexts, strict=True))
+        ]
+        prompt_token_count = sum(len(request["token_ids"]) for request in requests[:: body.n or 1])
+        prefix = "chatcmpl" if self._kind == "chat" else "cmpl"
+        frame = {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model.name}
+
+        async def generate(request: GenerateRequest, context: Context) -> Any:
+            return await self._models.generate(model, request, context)
+
+        return Exchange(self._kind, frame, choices, prompt_token_count, generate)
+
+
+def _request_id(scope: Scope) -> str:
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
+            return str(value, "ascii")
+    return uuid.uuid4().hex
+
+
+def _contexts(scope: Scope, request_id: str, count: int, deadline: float | None) -> list[Context]:
+    traceparent = None
+    for name, value in scope["headers"]:
+        if name == b"traceparent" and _TRACEPARENT.fullmatch(value):
+            traceparent = str(value, "latin-1")
+    ids = [request_id] if count == 1 else [f"{request_id}-{index}" for index in range(count)]
+    return [Context(given, deadline=deadline, traceparent=traceparent) for given in ids]
+
+
+def _describe(model: Model) -> dict[str, Any]:
+    assert model.loaded is not None
+    return {
+        "id": model.name,
+        "object": "model",
+        "created": int(model.created_at),
+        "owned_by": "dynamo",
+        "max_model_len": model.loaded.context_length,
+    }
+
+
+def _json(status: int, value: Any) -> Response:
+    return Response(json.dumps(value, ensure_ascii=False), status, media_type="application/json")
+
+
+def _error(error: ApiError) -> Response:
+    headers = {str(name, "latin-1"): str(value, "latin-1") for name, value in error.headers()}
+    return Response(error.body_bytes(), error.status, headers)
+
+
+async def _on_http_exception(request: Request, exc: Exception) -> Response:
+    """Unknown paths and methods, in OpenAI's form."""
+    assert isinstance(exc, HTTPException)
+    error = invalid(f"Unknown request: {request.method} {request.url.path}.")
+    if exc.status_code == 405:
+        error = invalid(f"Not allowed to {request.method} on {request.url.path}.")
+    error.status = exc.status_code
+    error.code = "unknown_url" if exc.status_code == 404 else "method_not_allowed"
+    response = _error(error)
+    response.headers.update(exc.headers or {})
+    return response
+
+
+async def _on_error(_: Request, exc: Exception) -> Response:
+    """An error raised in a route; one that nobody foresaw is logged by the server, too."""
+    return _error(api_error(exc))

@@ -1,0 +1,287 @@
+"""One request and its answer: from workers' items to HTTP, whole or as server-sent events.
+
+Of each request these tasks exist, all ended before the response is: the server's own, which writes; one
+that waits for the client to hang up, and then kills the request at its workers; and one a choice, which
+reads a worker's items. Readers and writer share one list of encoded events: it is written in one piece
+whenever the writer gets its turn, so all events of one tick share a write, and it is bounded: past
+`BUFFER_BYTES` readers wait, the plane's flow control holds the worker back, and a slow client costs no more.
+
+Writing happens in the server's task alone, never where a worker's connection delivers its frames: a client
+that is gone disturbs nobody else's stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
+from typing import Any
+
+from dynamo_redis.errors import DynamoRedisError
+from dynamo_redis.frontend.answers import Answer
+from dynamo_redis.frontend.http_errors import ApiError, api_error
+from dynamo_redis.frontend.sse import DONE, ChunkEncoder, Kind, event
+from dynamo_redis.planes.context import Context
+from dynamo_redis.runtime.llm_protocol import GenerateRequest
+
+log = logging.getLogger(__name__)
+
+Event = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Event]]
+Send = Callable[[Event], Awaitable[None]]
+
+BUFFER_BYTES = 64 * 1024
+
+_END_GRACE_S = 1.0
+"""How long a worker may take from the item with the finish reason to the end of its answer."""
+
+Generate = Callable[[GenerateRequest, Context], Awaitable[AsyncIterator[Any]]]
+"""Sends a request to a worker; awaited, and then iterated. Raises PlaneError at either step."""
+
+
+class Choice:
+    """One choice of a completion: what is asked for, and what has come."""
+
+    __slots__ = ("answer", "context", "index", "pieces", "request")
+
+    def __init__(self, index: int, request: GenerateRequest, answer: Answer, context: Context) -> None:
+        self.index = index
+        self.request = request
+        self.answer = answer
+        self.context = context
+        self.pieces: list[str] = []
+
+
+class Exchange:
+    """Runs the choices of one completion and writes the response."""
+
+    def __init__(
+        self,
+        kind: Kind,
+        frame: dict[str, Any],
+        choices: Sequence[Choice],
+        prompt_token_count: int,
+        generate: Generate,
+    ) -> None:
+        """`frame` holds what every chunk and the whole response have: id, created, model."""
+        self._kind: Kind = kind
+        self._frame = frame
+        self._choices = choices
+        self._prompt_token_count = prompt_token_count
+        self._generate = generate
+        self._events: list[bytes] = []
+        self._buffered = 0
+        self._open = len(choices)
+        self._error: ApiError | None = None
+        self._hung_up = False
+        self._wake = asyncio.Event()
+        self._room = asyncio.Event()
+        self._encoders: list[ChunkEncoder] = []
+
+    # ----------------------------------------------------------------- whole
+
+    async def respond(self, receive: Receive, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
+        """Answer with one JSON object, or with an error. Returns early if the client hangs up."""
+        await self._run(receive, self._collect, self._wait_for_end)
+        if self._hung_up:
+            return
+        if self._error is not None:
+            await send_error(send, self._error, headers)
+            return
+        content = json.dumps(self._whole(), ensure_ascii=False).encode(errors="replace")
+        await send_json(send, 200, content, headers)
+
+    async def _collect(self, choice: Choice, text: str) -> None:
+        choice.pieces.append(text)
+
+    async def _wait_for_end(self) -> None:
+        while self._open and self._error is None and not self._hung_up:
+            self._wake.clear()
+            await self._wake.wait()
+
+    def _whole(self) -> dict[str, Any]:
+        choices: list[dict[str, Any]] = []
+        for choice in self._choices:
+            text = "".join(choice.pieces)
+            content: dict[str, Any] = {"text": text}
+            if self._kind == "chat":
+                content = {"message": {"role": "assistant", "content": text, "refusal": None}}
+            choices.append(
+                {
+                    "index": choice.index,
+                    **content,
+                    "logprobs": None,
+                    "finish_reason": choice.answer.finish_reason,
+                }
+            )
+        kind = "chat.completion" if self._kind == "chat" else "text_completion"
+        return {**_ordered(self._frame, kind), "choices": choices, "usage": self._usage()}
+
+    # ----------------------------------------------------------------- streamed
+
+    async def stream(
+        self, receive: Receive, send: Send, headers: list[tuple[bytes, bytes]], *, includes_usage: bool
+    ) -> None:
+        """Answer with server-sent events. An error before the first item is answered as a JSON error, a
+        later one as an event after which the stream ends. Returns early if the client hangs up."""
+        kind = "chat.completion.chunk" if self._kind == "chat" else "text_completion"
+        frame = _ordered(self._frame, kind)
+        self._encoders = [
+            ChunkEncoder(self._kind, frame, choice.index, includes_usage=includes_usage)
+            for choice in self._choices
+        ]
+
+        async def write() -> None:
+            await self._write(send, headers, frame if includes_usage else None)
+
+        await self._run(receive, self._encode, write)
+
+    async def _encode(self, choice: Choice, text: str) -> None:
+        encoder = self._encoders[choice.index]
+        answer = choice.answer
+        piece = encoder.delta(text) if text or answer.finish_reason is None else b""
+        if not choice.pieces:
+            piece = encoder.begin() + piece
+            choice.pieces.append("")
+        if answer.finish_reason is not None:
+            piece += encoder.end(answer.finish_reason)
+        self._events.append(piece)
+        self._buffered += len(piece)
+        self._wake.set()
+        while self._buffered > BUFFER_BYTES:
+            self._room.clear()
+            await self._room.wait()
+
+    async def _write(
+        self, send: Send, headers: list[tuple[bytes, bytes]], usage_frame: dict[str, Any] | None
+    ) -> None:
+        started = False
+        while not self._hung_up:
+            if not self._events and self._open and self._error is None:
+                self._wake.clear()
+                await self._wake.wait()
+                continue
+            if not started and self._error is not None and not self._events:
+                await send_error(send, self._error, headers)
+                return
+            if not started:
+                started = True
+                await send({"type": "http.response.start", "status": 200, "headers": [*_SSE, *headers]})
+            ended = not self._open or self._error is not None
+            if ended:
+                self._events.append(self._last(usage_frame))
+            content = b"".join(self._events)
+            self._events.clear()
+            self._buffered = 0
+            self._room.set()
+            await send({"type": "http.response.body", "body": content, "more_body": not ended})
+            if ended:
+                return
+
+    def _last(self, usage_frame: dict[str, Any] | None) -> bytes:
+        """The events that end a stream."""
+        if self._error is not None:
+            return event(self._error.body())
+        if usage_frame is None:
+            return DONE
+        return event({**usage_frame, "choices": [], "usage": self._usage()}) + DONE
+
+    # ----------------------------------------------------------------- both
+
+    async def _run(
+        self,
+        receive: Receive,
+        deliver: Callable[[Choice, str], Awaitable[None]],
+        respond: Callable[[], Awaitable[None]],
+    ) -> None:
+        """Read all choices while `respond` runs, and end every task when it returns or is cancelled."""
+        tasks = [asyncio.create_task(self._read(choice, deliver)) for choice in self._choices]
+        tasks.append(asyncio.create_task(self._wait_for_hang_up(receive)))
+        try:
+            await respond()
+        finally:
+            for task in tasks:
+                task.cancel()
+            for choice in self._choices:
+                choice.context.kill()  # no effect on one that has ended
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _read(self, choice: Choice, deliver: Callable[[Choice, str], Awaitable[None]]) -> None:
+        answer = choice.answer
+        items: Any = None
+        try:
+            items = await self._generate(choice.request, choice.context)
+            async for item in items:
+                await deliver(choice, answer.feed(item))
+                if answer.finish_reason is not None:
+                    break
+            answer.check_complete()
+            if not answer.cut_off:
+                await _read_to_end(items)
+        except Exception as exc:
+            if not isinstance(exc, (DynamoRedisError, ApiError)):
+                log.exception("request %s failed", choice.context.id())
+            if self._error is None:
+                self._error = api_error(exc)
+        finally:
+            self._open -= 1
+            self._wake.set()
+            if items is not None:
+                await items.aclose()
+
+    async def _wait_for_hang_up(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self._hung_up = True
+        for choice in self._choices:
+            choice.context.kill()
+        self._wake.set()
+
+    def _usage(self) -> dict[str, Any]:
+        completion = sum(choice.answer.token_count for choice in self._choices)
+        usage: dict[str, Any] = {
+            "prompt_tokens": self._prompt_token_count,
+            "completion_tokens": completion,
+            "total_tokens": self._prompt_token_count + completion,
+        }
+        cached = [choice.answer.cached_tokens for choice in self._choices]
+        if any(count is not None for count in cached):
+            usage["prompt_tokens_details"] = {"cached_tokens": sum(count or 0 for count in cached)}
+        return usage
+
+
+async def _read_to_end(items: AsyncIterator[Any]) -> None:
+    """Let a worker that has said its last word end by itself: closing now would count as a kill there."""
+    with contextlib.suppress(TimeoutError, DynamoRedisError):
+        async with asyncio.timeout(_END_GRACE_S):
+            async for _ in items:
+                pass
+
+
+# --------------------------------------------------------------------------- plain responses
+
+_SSE = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx would hold events back
+]
+
+
+def _ordered(frame: dict[str, Any], kind: str) -> dict[str, Any]:
+    return {"id": frame["id"], "object": kind, **frame}
+
+
+async def send_json(
+    send: Send, status: int, content: bytes, headers: Sequence[tuple[bytes, bytes]] = ()
+) -> None:
+    """Answer with a JSON document."""
+    own = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(content))]
+    await send({"type": "http.response.start", "status": status, "headers": [*own, *headers]})
+    await send({"type": "http.response.body", "body": content, "more_body": False})
+
+
+async def send_error(send: Send, error: ApiError, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
+    """Answer with an error in OpenAI's form."""
+    await send_json(send, error.status, error.body_bytes(), [*error.headers(), *headers])

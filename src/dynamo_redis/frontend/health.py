@@ -1,0 +1,45 @@
+"""What `/health` says: whether a model can be served, and by whom."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dynamo_redis.frontend.model import Model
+from dynamo_redis.runtime.instance import Instance
+
+
+def health(models: list[Model], registry_connected: bool) -> tuple[int, dict[str, Any]]:
+    """Status and body: 200 once an instance of a loaded model can be reached, else 503.
+
+    The instances are those that the registry lists (by the last view, while Redis is away) and that can
+    serve; their secrets are left out.
+    """
+    endpoints: set[str] = set()
+    instances: dict[tuple[str, int], dict[str, Any]] = {}
+    served = []
+    for model in models:
+        reachable = model.instances()
+        served.append({"name": model.name, "instances": len(reachable)})
+        for instance in reachable:
+            endpoints.add(f"dyn://{instance.name}")
+            instances[str(instance.name), instance.instance_id] = _describe(instance)
+    body = {
+        "status": "healthy" if instances else "unhealthy",
+        "models": served,
+        "endpoints": sorted(endpoints),
+        "instances": [instances[key] for key in sorted(instances)],
+        "registry": "connected" if registry_connected else "unreachable",
+    }
+    if not instances:
+        body["reason"] = "no model can be served yet: start a worker, or wait until it has registered"
+    return (200 if instances else 503), body
+
+
+def _describe(instance: Instance) -> dict[str, Any]:
+    return {
+        "namespace": instance.namespace,
+        "component": instance.component,
+        "endpoint": instance.endpoint,
+        "instance_id": instance.instance_id,
+        "transport": instance.transports,
+    }

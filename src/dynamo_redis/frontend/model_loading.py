@@ -1,0 +1,61 @@
+"""From a model card to a model that can be served: its files, tokenizer and chat template."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from pathlib import Path
+
+from dynamo_redis.errors import DynamoRedisError, ModelError
+from dynamo_redis.frontend.template import ChatTemplate
+from dynamo_redis.frontend.tokens import Tokenizer
+from dynamo_redis.runtime.model_card import ModelCard
+from dynamo_redis.runtime.model_files import fetch_model_files, read_model_directory
+from dynamo_redis.store.base import ObjectStore
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """What turns a model's requests into token ids and its token ids into text.
+
+    `template` is None for a model that has none: it completes text only.
+    """
+
+    name: str
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    eos_token_ids: tuple[int, ...]
+    context_length: int
+
+
+async def load_model(
+    objects: ObjectStore, card: ModelCard, cache_dir: Path, executor: Executor
+) -> LoadedModel:
+    """Fetch the card's files, unless the cache has them, and build the model in the executor's thread.
+
+    Raises ModelError for what will not get better by itself, StoreError for what may.
+    """
+    if card.model_input != "tokens":
+        raise ModelError(
+            f"model {card.display_name!r} takes {card.model_input!r} as input; this frontend sends tokens"
+        )
+    directory = await fetch_model_files(objects, card, cache_dir)
+    try:
+        return await asyncio.get_running_loop().run_in_executor(executor, _build, card, directory)
+    except DynamoRedisError:
+        raise
+    except Exception as exc:
+        raise ModelError(f"its files are of no use: {type(exc).__name__}: {exc}") from exc
+
+
+def _build(card: ModelCard, directory: Path) -> LoadedModel:
+    files = read_model_directory(directory, context_length=card.context_length)
+    wants_chat = card.model_type != "completions" and files.chat_templates
+    return LoadedModel(
+        name=card.display_name,
+        tokenizer=Tokenizer(files.read_tokenizer(), origin=f"tokenizer.json of {card.display_name!r}"),
+        template=ChatTemplate(files.chat_templates, files.tokenizer_config) if wants_chat else None,
+        eos_token_ids=files.eos_token_ids,
+        context_length=files.context_length,
+    )

@@ -1,0 +1,297 @@
+"""The models that can be served now: a live set, made from the model cards in the registry."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import AsyncIterator, Collection, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+from dynamo_redis.clock import SYSTEM_CLOCK, Clock
+from dynamo_redis.errors import ConfigError, DynamoRedisError, ModelError, StoreError
+from dynamo_redis.frontend.http_errors import model_broken, model_loading, model_not_found
+from dynamo_redis.frontend.model import CardEntry, EndpointClient, Model, Source
+from dynamo_redis.frontend.model_loading import load_model
+from dynamo_redis.names import MODEL_CARDS, EndpointName
+from dynamo_redis.planes.context import Context
+from dynamo_redis.runtime.llm_protocol import GenerateRequest
+from dynamo_redis.store.base import Delete, DeleteCause, ObjectStore, Put, Record, Registry, WatchBatch
+
+log = logging.getLogger(__name__)
+
+LINGER_S = 2.0
+"""How long a card whose lease expired still counts: the time its instance has to answer a probe."""
+
+_RETRY_PAUSE_S = (0.25, 5.0)
+_WATCH_PAUSE_S = 1.0
+
+
+class ClientSource(Protocol):
+    """An endpoint, as a place to get a client of."""
+
+    async def client(self, router_mode: str | None = None) -> EndpointClient: ...
+
+
+class Runtime(Protocol):
+    """What the set needs of a runtime."""
+
+    @property
+    def registry(self) -> Registry: ...
+    @property
+    def objects(self) -> ObjectStore: ...
+    def endpoint(self, name: str) -> ClientSource: ...
+
+
+class LiveModels:
+    """Watches the cards and keeps the set. Use it as `async with`.
+
+    A model is served from the moment it is loaded until its last card is gone. A card that was deleted or
+    revoked is gone at once. One that *expired*, or that a resync no longer finds, counts for as long as its
+    instance is in the endpoint's view (see `runtime/discovery.py`), and at least for a moment: losing the
+    registry must not take the service down. While Redis is away the set stays as it is.
+
+    It owns a task that reads the watch, one that loads for each model being loaded, one while cards linger,
+    and two threads that build models. The watch's queue is bounded by the registry (overflow: a resync); the
+    handler only updates dictionaries and starts tasks, so it never falls behind because of a large model.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        *,
+        router_mode: str,
+        cache_dir: Path,
+        lease_ttl_s: float = 10.0,
+        clock: Clock = SYSTEM_CLOCK,
+    ) -> None:
+        self._runtime = runtime
+        self._router_mode = router_mode
+        self._cache_dir = cache_dir
+        self._lease_ttl_s = lease_ttl_s
+        self._clock = clock
+        self._models: dict[str, Model] = {}
+        self._names: dict[str, str] = {}  # card key → name of the model it belongs to
+        self._clients: dict[EndpointName, EndpointClient] = {}
+        self._client_lock = asyncio.Lock()
+        self._lingering: dict[str, float] = {}  # card key → until when it counts, whatever its instance
+        self._puts = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._sweeper: asyncio.Task[None] | None = None
+        self._executor = ThreadPoolExecutor(max_workers=2, thread_name_prefix="model")
+        self.first_state = asyncio.Event()
+        """Set once the cards that stood at start are known."""
+
+    # ----------------------------------------------------------------- lifetime
+
+    async def __aenter__(self) -> Self:
+        self._start(self._read())
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for client in self._clients.values():
+            await client.aclose()
+        self._clients.clear()
+        # A build under way cannot be interrupted; nobody waits for it.
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def _start(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    # ----------------------------------------------------------------- reading
+
+    def served(self) -> list[Model]:
+        """The models that are loaded, ordered by name."""
+        return sorted((m for m in self._models.values() if m.loaded is not None), key=lambda m: m.name)
+
+    def get(self, name: str) -> Model:
+        """A loaded model. Raises ApiError: 404 if there is none of that name, 503 while it is not loaded."""
+        model = self._models.get(name)
+        if model is None:
+            # Before the first state is known nobody can say that there is no such model.
+            raise model_not_found(name) if self.first_state.is_set() else model_loading(name)
+        if model.loaded is None:
+            raise model_loading(name) if model.failure is None else model_broken(name, model.failure)
+        return model
+
+    async def generate(self, model: Model, request: GenerateRequest, context: Context) -> AsyncIterator[Any]:
+        """Send a request to one of the model's instances. Raises PlaneError."""
+        assert model.client is not None
+        return await model.client.generate(request, False, context, among=model.among)
+
+    # ----------------------------------------------------------------- the watch
+
+    async def _read(self) -> None:
+        while True:
+            try:
+                async with self._runtime.registry.watch(MODEL_CARDS) as watch:
+                    async for batch in watch:
+                        self.apply(batch)
+                        self.first_state.set()
+                return
+            except DynamoRedisError as exc:
+                log.warning("watch of the model cards failed, starting it again: %s", exc)
+            await asyncio.sleep(_WATCH_PAUSE_S)
+
+    def apply(self, batch: WatchBatch) -> None:
+        """Bring the set to the batch's end; loading goes on in the background."""
+        touched: set[str] = set()
+        for event in batch.events:
+            if isinstance(event, Put):
+                touched |= self._put(event.record)
+            else:
+                touched |= self._delete(event)
+        self._reconcile(touched)
+
+    def _put(self, record: Record) -> set[str]:
+        try:
+            entry = CardEntry.from_record(record, self._puts)
+        except (ModelError, ConfigError) as exc:
+            log.warning("ignoring the model card at %s: %s", record.key, exc)
+            return set()
+        self._puts += 1
+        self._lingering.pop(record.key, None)
+        name = entry.card.display_name
+        touched = self._forget(record.key, keep=name)
+        self._models.setdefault(name, Model(name)).cards[record.key] = entry
+        self._names[record.key] = name
+        return touched | {name}
+
+    def _delete(self, event: Delete) -> set[str]:
+        if event.key not in self._names:
+            return set()
+        if event.cause in (DeleteCause.EXPIRED, DeleteCause.RESYNC):
+            linger_s = LINGER_S if event.cause is DeleteCause.EXPIRED else max(LINGER_S, self._lease_ttl_s)
+            self._lingering[event.key] = self._clock.monotonic() + linger_s
+            if self._sweeper is None or self._sweeper.done():
+                self._sweeper = self._start(self._sweep())
+            return set()
+        self._lingering.pop(event.key, None)
+        return self._forget(event.key)
+
+    def _forget(self, key: str, *, keep: str | None = None) -> set[str]:
+        """Take a card out of the model it belonged to, unless that is `keep`; answer the models changed."""
+        name = self._names.get(key)
+        if name is None or name == keep:
+            return set()
+        del self._names[key]
+        del self._models[name].cards[key]
+        return {name}
+
+    async def _sweep(self) -> None:
+        """Drop lingering cards whose time is up and whose instance is gone."""
+        while self._lingering:
+            await asyncio.sleep(LINGER_S / 4)
+            now = self._clock.monotonic()
+            for key, until in tuple(self._lingering.items()):
+                if now < until or self._has_instance(key):
+                    continue
+                del self._lingering[key]
+                self._reconcile(self._forget(key))
+
+    def _has_instance(self, key: str) -> bool:
+        model = self._models[self._names[key]]
+        entry = model.cards[key]
+        client = self._clients.get(entry.endpoint)
+        return client is not None and entry.instance_id in client.instance_ids()
+
+    # ----------------------------------------------------------------- loading
+
+    def _reconcile(self, names: Collection[str]) -> None:
+        """Bring models in line with their cards."""
+        for name in names:
+            model = self._models[name]
+            if model.cards:
+                self._choose_source(model)
+            else:
+                self._stop_loading(model)
+                del self._models[name]
+                self._start(self._release_clients())
+                log.info("model %r is no longer served", name)
+        self._update_routes()
+
+    def _choose_source(self, model: Model) -> None:
+        """Keep what is loaded, or being loaded, while a card still names it; else load the newest card."""
+        sources = {entry.source for entry in model.cards.values()}
+        model.broken &= sources
+        if model.source in sources:
+            self._stop_loading(model)
+            return
+        usable = [entry for entry in model.cards.values() if entry.source not in model.broken]
+        if not usable or (model.loading is not None and model.loading_source in sources):
+            return
+        self._stop_loading(model)
+        newest = max(usable, key=lambda entry: entry.order)
+        model.failure = None
+        model.loading_source = newest.source
+        model.loading = self._start(self._load(model, newest))
+
+    def _update_routes(self) -> None:
+        """Restrict models to their own instances where an endpoint serves more than one."""
+        kinds: dict[EndpointName, set[tuple[str, Source]]] = {}
+        for model in self._models.values():
+            for entry in model.cards.values():
+                kinds.setdefault(entry.endpoint, set()).add((model.name, entry.source))
+        for model in self._models.values():
+            shared = model.source is not None and len(kinds.get(model.source.endpoint, ())) > 1
+            model.among = model.instance_ids() if shared else None
+
+    def _stop_loading(self, model: Model) -> None:
+        if model.loading is not None:
+            model.loading.cancel()
+        model.loading = model.loading_source = None
+
+    async def _load(self, model: Model, entry: CardEntry) -> None:
+        pause_s, longest_s = _RETRY_PAUSE_S
+        while True:
+            try:
+                await self._load_once(model, entry)
+            except StoreError as exc:
+                if model.failure is None:
+                    log.warning("model %r cannot be loaded yet, trying again: %s", model.name, exc)
+                model.failure = str(exc)
+            except ModelError as exc:
+                log.error("model %r cannot be served: %s", model.name, exc)
+                model.failure = str(exc)
+                model.broken.add(entry.source)
+                model.loading = model.loading_source = None
+                self._reconcile({model.name})
+                return
+            else:
+                return
+            await asyncio.sleep(pause_s * (0.5 + random.random() / 2))  # noqa: S311 - jitter
+            pause_s = min(2 * pause_s, longest_s)
+
+    async def _load_once(self, model: Model, entry: CardEntry) -> None:
+        loaded = await load_model(self._runtime.objects, entry.card, self._cache_dir, self._executor)
+        client = await self._client(entry.endpoint)
+        log.info("model %r is %s", model.name, "served" if model.loaded is None else "served from new files")
+        model.loaded, model.source, model.failure = loaded, entry.source, None
+        model.client = client
+        model.created_at = model.created_at or self._clock.wall()
+        model.loading = model.loading_source = None
+        self._update_routes()
+        await self._release_clients()
+
+    async def _client(self, endpoint: EndpointName) -> EndpointClient:
+        async with self._client_lock:
+            client = self._clients.get(endpoint)
+            if client is None:
+                client = await self._runtime.endpoint(str(endpoint)).client(self._router_mode)
+                self._clients[endpoint] = client
+            return client
+
+    async def _release_clients(self) -> None:
+        """Close the clients of endpoints that no card names; requests under way go on."""
+        async with self._client_lock:
+            used = {entry.endpoint for model in self._models.values() for entry in model.cards.values()}
+            for endpoint in self._clients.keys() - used:
+                await self._clients.pop(endpoint).aclose()

@@ -1,0 +1,188 @@
+"""The frontend process: binds the port, serves until the runtime's shutdown, drains."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import ipaddress
+import logging
+import socket
+import tempfile
+from collections.abc import Awaitable, Callable, Generator, Iterator
+from pathlib import Path
+
+import uvicorn
+from starlette.applications import Starlette
+
+from dynamo_redis.config import FrontendSettings, user_model_cache
+from dynamo_redis.errors import ConfigError
+from dynamo_redis.frontend.app import make_app
+from dynamo_redis.frontend.models import LiveModels
+from dynamo_redis.frontend.prompts import Preparation
+from dynamo_redis.runtime.runtime import DistributedRuntime
+
+log = logging.getLogger(__name__)
+
+BACKLOG = 2048
+
+
+async def serve_frontend(
+    runtime: DistributedRuntime,
+    settings: FrontendSettings,
+    *,
+    on_ready: Callable[[str], None] | None = None,
+) -> None:
+    """Serve HTTP until the runtime shuts down; then finish what is under way, within the runtime's grace.
+
+    `on_ready` is called with the server's URL once it accepts connections; models may still be missing then.
+    The port is bound before anything else. Raises ConfigError if it cannot be had.
+    """
+    listener = bind(settings.http_host, settings.http_port)
+    with contextlib.closing(listener), model_cache(settings.model_cache) as cache_dir:
+        await runtime.start()
+        preparation = Preparation()
+        models = LiveModels(
+            runtime,
+            router_mode=settings.router_mode,
+            cache_dir=cache_dir,
+            lease_ttl_s=runtime.settings.store.lease_ttl_s,
+        )
+        try:
+            async with models:
+                await run_server(
+                    make_app(models, preparation, settings, lambda: runtime.registry.connected),
+                    listener,
+                    runtime.wait_for_shutdown,
+                    drain_s=runtime.settings.runtime.drain_s,
+                    on_ready=on_ready,
+                )
+        finally:
+            preparation.close()
+
+
+@contextlib.contextmanager
+def model_cache(wanted: Path | None) -> Iterator[Path]:
+    """A directory for model files: `wanted`, else the user's; a temporary one if that cannot be written.
+
+    Raises ConfigError if `wanted` cannot be written.
+    """
+    directory = wanted if wanted is not None else user_model_cache()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as exc:
+        if wanted is not None:
+            raise ConfigError(
+                f"DYN_MODEL_CACHE={str(wanted)!r}: {exc.strerror}: choose a directory that can be written"
+            ) from exc
+        log.info("model files are kept in a temporary directory, since %s cannot be written", directory)
+    else:
+        yield directory
+        return
+    with tempfile.TemporaryDirectory(prefix="dynamo-redis-models-") as temporary:
+        yield Path(temporary)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket's address, taken. Raises ConfigError that says what to do."""
+    try:
+        [(family, _, _, _, address), *_] = socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+    except OSError as exc:
+        raise ConfigError(
+            f"DYN_HTTP_HOST={host!r}: {exc.strerror}: write an address of this machine"
+        ) from exc
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as exc:
+        listener.close()
+        raise ConfigError(_bind_failure(host, port, exc)) from exc
+    listener.setblocking(False)
+    return listener
+
+
+def _bind_failure(host: str, port: int, exc: OSError) -> str:
+    if exc.errno == errno.EADDRINUSE:
+        return (
+            f"port {port} is in use: stop the program that has it, "
+            "or choose another with --http-port (DYN_HTTP_PORT); 0 takes a free one"
+        )
+    if exc.errno == errno.EACCES:
+        return f"port {port} needs a privilege: choose one above 1023 with --http-port (DYN_HTTP_PORT)"
+    return f"cannot listen on {host}:{port}: {exc.strerror}: set --http-host (DYN_HTTP_HOST)"
+
+
+def url_of(listener: socket.socket) -> str:
+    """What a person on this machine opens."""
+    host, port = listener.getsockname()[:2]
+    address = ipaddress.ip_address(host.partition("%")[0])
+    if address.is_unspecified:
+        return f"http://localhost:{port}"
+    return f"http://[{host}]:{port}" if address.version == 6 else f"http://{host}:{port}"
+
+
+# --------------------------------------------------------------------------- uvicorn
+
+
+async def run_server(
+    app: Starlette,
+    listener: socket.socket,
+    wait_for_shutdown: Callable[[], Awaitable[None]],
+    *,
+    drain_s: float,
+    on_ready: Callable[[str], None] | None = None,
+) -> None:
+    """Serve an application on a bound socket until `wait_for_shutdown()` returns, then drain.
+
+    Draining takes at most `drain_s`; requests that are still under way then are cancelled. Cancelling this
+    coroutine ends everything at once.
+    """
+    server = _Server(
+        uvicorn.Config(
+            app,
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            backlog=BACKLOG,
+            timeout_graceful_shutdown=max(1, round(drain_s)),
+        )
+    )
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    shutdown = asyncio.ensure_future(wait_for_shutdown())
+    try:
+        await asyncio.wait({serving, server.accepting}, return_when=asyncio.FIRST_COMPLETED)
+        if on_ready is not None and not serving.done():
+            on_ready(url_of(listener))
+        await asyncio.wait({serving, shutdown}, return_when=asyncio.FIRST_COMPLETED)
+        server.should_exit = True
+        await serving
+    finally:
+        for task in (serving, shutdown):
+            task.cancel()
+        await asyncio.gather(serving, shutdown, return_exceptions=True)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn inside somebody else's event loop, which leaves signals to the runtime."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.accepting: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Install no handlers."""
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to accept connections."""
+        await super().startup(sockets)
+        self.accepting.set_result(None)
