@@ -233,6 +233,11 @@ class FrontendSettings(SettingsGroup):
     request_timeout_s: Duration = setting(
         "DYN_HTTP_REQUEST_TIMEOUT_S", 600.0, "Longest time one request may take; 0 means no limit.", unit="s"
     )
+    model_cache: Path | None = setting(
+        "DYN_MODEL_CACHE",
+        None,
+        "Directory that keeps model files fetched from Redis. Unset: one in the user's cache directory.",
+    )
 
 
 class ModelSettings(SettingsGroup):
@@ -339,6 +344,11 @@ def child_environment(values: Mapping[str, str]) -> dict[str, str]:
     """
     replaced = {name.upper() for name in values}
     return {name: value for name, value in os.environ.items() if name.upper() not in replaced} | dict(values)
+
+
+def user_model_cache() -> Path:
+    """Where this user's frontends keep model files, unless `DYN_MODEL_CACHE` says otherwise."""
+    return platformdirs.user_cache_path("dynamo-redis") / "models"
 
 
 # --------------------------------------------------------------------------- the runtime files of `up`

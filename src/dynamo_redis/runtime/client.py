@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from typing import Any, Self
 
 from dynamo_redis.errors import (
@@ -68,10 +68,15 @@ class Client:
     # ----------------------------------------------------------------- calls
 
     async def generate(
-        self, request: Any, annotated: bool | None = True, context: Context | None = None
+        self,
+        request: Any,
+        annotated: bool | None = True,
+        context: Context | None = None,
+        *,
+        among: Collection[int] | None = None,
     ) -> AsyncIterator[Any]:
-        """Call an instance chosen by the client's router mode."""
-        return Call(self, self._default, request, bool(annotated), context)
+        """Call an instance chosen by the client's router mode; one of the ids in `among`, if given."""
+        return Call(self, self._default, request, bool(annotated), context, among)
 
     async def round_robin(
         self, request: Any, annotated: bool | None = True, context: Context | None = None
@@ -140,10 +145,12 @@ class Client:
 
     # ----------------------------------------------------------------- for Call
 
-    def choose(self, select: Policy, tried: set[int] | None) -> Member | None:
-        """An instance that has not been tried: a candidate, else a last resort, else None."""
-        member = _select(select, self._view.candidates, tried)
-        return member if member is not None else _select(select, self._view.last_resorts(), tried)
+    def choose(
+        self, select: Policy, tried: set[int] | None, among: Collection[int] | None = None
+    ) -> Member | None:
+        """An instance, of `among`, that has not been tried: a candidate, else a last resort, else None."""
+        member = _select(select, self._view.candidates, tried, among)
+        return member if member is not None else _select(select, self._view.last_resorts(), tried, among)
 
     def note_failure(self, member: Member, error: PlaneError) -> None:
         """Let the view know what a failed request says about its instance."""
@@ -169,7 +176,11 @@ class Client:
         return NoInstances(f"no instance of {self._view.name} is known: is a worker running?")
 
 
-def _select(select: Policy, members: Sequence[Member], tried: set[int] | None) -> Member | None:
+def _select(
+    select: Policy, members: Sequence[Member], tried: set[int] | None, among: Collection[int] | None
+) -> Member | None:
+    if among is not None:
+        members = [member for member in members if member.instance_id in among]
     if tried:
         members = [member for member in members if member.instance_id not in tried]
     if not members:
@@ -184,6 +195,7 @@ class Call:
     """One request and its answer, across the instances it is tried on."""
 
     __slots__ = (
+        "_among",
         "_annotated",
         "_answered",
         "_client",
@@ -203,8 +215,10 @@ class Call:
         request: Any,
         annotated: bool,
         context: Context | None,
+        among: Collection[int] | None = None,
     ) -> None:
         self._client = client
+        self._among = among
         self._select = select
         self._request = request
         self._annotated = annotated
@@ -214,7 +228,7 @@ class Call:
         self._refreshed = False
         self._member: Member | None = None
         self._stream: ResponseStream | None = None
-        member = client.choose(select, None)
+        member = client.choose(select, None, among)
         if member is None:
             raise client.no_instances()
         self._open(member)
@@ -308,4 +322,4 @@ class Call:
         self._tried.add(failed.instance_id)
         if isinstance(error, Overloaded) and len(self._tried) >= _MAX_OVERLOADED_TRIES:
             return None
-        return self._client.choose(self._select, self._tried)
+        return self._client.choose(self._select, self._tried, self._among)
