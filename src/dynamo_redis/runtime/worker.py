@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import functools
 import warnings
-from collections.abc import Awaitable, Callable
-from typing import Concatenate, ParamSpec, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from dynamo_redis.runtime.runtime import DistributedRuntime
 
@@ -16,7 +16,9 @@ R = TypeVar("R")
 
 def dynamo_worker(
     enable_nats: bool | None = None,
-) -> Callable[[Callable[Concatenate[DistributedRuntime, P], Awaitable[R]]], Callable[P, Awaitable[R]]]:
+) -> Callable[
+    [Callable[Concatenate[DistributedRuntime, P], Awaitable[R]]], Callable[P, Coroutine[Any, Any, R]]
+]:
     """Give a coroutine function a runtime, made from the settings and closed in order at its end.
 
         @dynamo_worker()
@@ -32,7 +34,7 @@ def dynamo_worker(
 
     def decorate(
         main: Callable[Concatenate[DistributedRuntime, P], Awaitable[R]],
-    ) -> Callable[P, Awaitable[R]]:
+    ) -> Callable[P, Coroutine[Any, Any, R]]:
         @functools.wraps(main)
         async def run(*args: P.args, **kwargs: P.kwargs) -> R:
             async with DistributedRuntime(asyncio.get_running_loop()) as runtime:
