@@ -6,6 +6,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 Strength = Literal["stop", "kill"]
@@ -102,18 +103,22 @@ class Context:
 
         The callback runs inside `stop_generating`/`kill`, must not raise, and must be quick.
         """
+        self.subscribe(callback)
+        return partial(self.unsubscribe, callback)
+
+    def subscribe(self, callback: Callable[[Strength], None]) -> None:
+        """As `on_cancel`; end it with `unsubscribe(callback)`."""
         if self._state:
             callback("kill" if self._state == _KILLED else "stop")
         if self._callbacks is None:
-            self._callbacks = []
-        self._callbacks.append(callback)
-        callbacks = self._callbacks
+            self._callbacks = [callback]
+        else:
+            self._callbacks.append(callback)
 
-        def unsubscribe() -> None:
-            if callback in callbacks:
-                callbacks.remove(callback)
-
-        return unsubscribe
+    def unsubscribe(self, callback: Callable[[Strength], None]) -> None:
+        """Call `callback` no more. Idempotent."""
+        if self._callbacks is not None and callback in self._callbacks:
+            self._callbacks.remove(callback)
 
     async def async_killed_or_stopped(self) -> bool:
         """Wait until the request is stopped or killed; True then. Cancel the wait to give up."""

@@ -1,0 +1,356 @@
+"""One connection of the tcp plane: what client and server have in common.
+
+Reads land in a buffer shared by the event loop's connections (`wire.decoder`), frames go to `_on_frame`.
+Writes of one turn of the event loop leave in one piece: the first schedules the flush. A connection with
+requests under way is swept a few times a keepalive interval: the sweep probes a silent peer, gives up on a
+dead one, and does each side's slow bookkeeping (acceptance time-outs, ACCEPT), so that no request needs a
+timer of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+from abc import abstractmethod
+from collections.abc import Sized
+from typing import Any, Final, Protocol, cast
+
+from dynamo_redis.errors import ConnectionLost, PlaneError, ProtocolViolation
+from dynamo_redis.wire import frame
+from dynamo_redis.wire.decoder import FrameDecoder, ReadBuffers
+
+SWEEPS_PER_INTERVAL: Final = 4
+WRITE_HIGH_WATER_BYTES: Final = 512 * 1024
+"""Unsent bytes past which a connection takes no more items until the peer has read."""
+
+_PROBE_AT: Final = SWEEPS_PER_INTERVAL
+_DEAD_AT: Final = 2 * SWEEPS_PER_INTERVAL
+_LINGER_S: Final = 1.0
+"""How long a closing connection may take to hand over what was written."""
+
+_TCP_KEEPALIVE: Final = (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4))
+
+_log = logging.getLogger(__name__)
+
+
+class Outgoing(Protocol):
+    """Sends the items of one stream (`tcp_flow.Sender`)."""
+
+    def flush_batch(self) -> None:
+        """Write what was gathered in this turn of the event loop."""
+        ...
+
+    def wake(self) -> None:
+        """The connection takes more, or has ended."""
+        ...
+
+
+class Connection(asyncio.BufferedProtocol):
+    """Bytes in, frames out, and back; keepalive.
+
+    Subclasses implement the handshake (`_on_handshake`), the frames (`_on_frames`), the sweep, and what the
+    end of the connection means. Nothing here awaits; everything runs in the event loop's callbacks.
+    """
+
+    __slots__ = (
+        "_abort_handle",
+        "_blocked",
+        "_dirty",
+        "_flush_scheduled",
+        "_heard",
+        "_life_shown_at",
+        "_loop",
+        "_out",
+        "_out_has_raw",
+        "_ready",
+        "_silent_sweeps",
+        "_sweep_handle",
+        "_sweep_interval_s",
+        "closed",
+        "decoder",
+        "error",
+        "max_message_bytes",
+        "paused",
+        "peer_window_count",
+        "streams",
+        "sweeping",
+        "sweeps",
+        "transport",
+    )
+
+    streams: Sized
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        buffers: ReadBuffers,
+        *,
+        max_message_bytes: int,
+        keepalive_interval_s: float,
+    ) -> None:
+        self._loop = loop
+        self._out: list[bytes] = []
+        self._out_has_raw = False
+        self._dirty: list[Outgoing] = []
+        self._flush_scheduled = False
+        self._abort_handle: asyncio.TimerHandle | None = None
+        self._blocked: set[Outgoing] = set()
+        self._heard = False
+        self._life_shown_at = loop.time()
+        self._ready = False
+        self._silent_sweeps = 0
+        self._sweep_handle: asyncio.TimerHandle | None = None
+        self._sweep_interval_s = keepalive_interval_s / SWEEPS_PER_INTERVAL
+        self.sweeping = False
+        self.sweeps = 0
+        self.closed = False
+        self.paused = False
+        self.error: PlaneError | None = None
+        self.peer_window_count = 0
+        self.max_message_bytes = max_message_bytes
+        self.decoder = FrameDecoder(buffers, max_message_bytes)
+        self.transport: asyncio.Transport
+
+    # ------------------------------------------------------------------- what the event loop calls
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast("asyncio.Transport", transport)  # uvloop's is one in all but name
+        self.transport.set_write_buffer_limits(high=WRITE_HIGH_WATER_BYTES)
+        _keep_alive(transport.get_extra_info("socket"))
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self.decoder.buffer()
+
+    def buffer_updated(self, nbytes: int) -> None:
+        if self.closed:
+            return
+        self._heard = True
+        if self._ready:
+            self._dispatch(self.decoder.received(nbytes))
+            if self.decoder.in_raw_payload:
+                self._show_life()
+        else:
+            self._shake_hands(self.decoder.buffer()[:nbytes])
+
+    def eof_received(self) -> bool:
+        return False  # nothing is sent to a peer that has closed its side
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        reason = f": {exc}" if exc is not None else ""
+        if self._abort_handle is not None:
+            self._abort_handle.cancel()
+        self._end(self.error or ConnectionLost(f"the connection broke{reason}"))
+
+    def pause_writing(self) -> None:
+        self.paused = True
+
+    def resume_writing(self) -> None:
+        self.paused = False
+        blocked, self._blocked = self._blocked, set()
+        for waiter in blocked:
+            waiter.wake()
+
+    # ------------------------------------------------------------------- reading
+
+    def _shake_hands(self, data: memoryview) -> None:
+        try:
+            rest = self._on_handshake(data)
+        except PlaneError as exc:
+            self._on_handshake_failed(exc)
+            return
+        if self._ready and rest:
+            self._dispatch(self.decoder.feed(rest))
+
+    def _show_life(self) -> None:
+        """Tell a peer that is busy sending a large payload that it is being read."""
+        now = self._loop.time()
+        if now - self._life_shown_at >= self._sweep_interval_s:
+            self._life_shown_at = now
+            self.send(frame.encode_ping(0))
+
+    def _dispatch(self, frames: list[list[Any]]) -> None:
+        try:
+            self._on_frames(frames)
+        except (IndexError, TypeError, ValueError) as exc:
+            _log.debug("malformed frame", exc_info=exc)
+            self.fail(ProtocolViolation(f"a malformed frame: {exc}"))
+        except ProtocolViolation as exc:
+            self.fail(exc)
+        else:
+            if self.decoder.error is not None:
+                self.fail(self.decoder.error)
+
+    def _on_connection_frame(self, received: list[Any]) -> bool:
+        """Handle the frames that mean the same on both sides. False if it is none of them."""
+        kind = received[0]
+        if kind == frame.PING:
+            self.send(frame.encode_pong(_token(received)))
+        elif kind == frame.PONG:
+            self._on_pong(_token(received))
+        elif type(kind) is int and 0 < kind < 0x80 and kind & frame.OPTIONAL:
+            pass
+        else:
+            return False
+        return True
+
+    def _on_pong(self, token: int) -> None:
+        """The answer to a PING."""
+
+    @abstractmethod
+    def _on_handshake(self, data: memoryview) -> memoryview:
+        """Take handshake bytes; set `_ready` at its end; return what is left over. Raises PlaneError."""
+
+    @abstractmethod
+    def _on_handshake_failed(self, error: PlaneError) -> None:
+        """The peer is not the one to talk to."""
+
+    @abstractmethod
+    def _on_frames(self, frames: list[list[Any]]) -> None:
+        """Handle frames in order. Raises ProtocolViolation, or what a malformed frame makes Python raise."""
+
+    # ------------------------------------------------------------------- writing
+
+    def send(self, data: bytes) -> None:
+        """Write a frame, with the others of this turn of the event loop."""
+        self._out.append(data)
+        if not self._flush_scheduled:
+            self._flush_scheduled = True
+            self._loop.call_soon(self.flush)
+
+    def send_raw(self, header: bytes, payload: bytes) -> None:
+        """Write a header frame and the raw bytes it announces, without copying them."""
+        self._out_has_raw = True
+        self.send(header)
+        self._out.append(payload)
+
+    def mark_dirty(self, sender: Outgoing) -> None:
+        """Have the flush collect the sender's batch."""
+        self._dirty.append(sender)
+        if not self._flush_scheduled:
+            self._flush_scheduled = True
+            self._loop.call_soon(self.flush)
+
+    def flush(self) -> None:
+        """Hand everything to the transport."""
+        self._flush_scheduled = False
+        if self._dirty:
+            dirty, self._dirty = self._dirty, []
+            for sender in dirty:
+                sender.flush_batch()
+            self._flush_scheduled = False
+        out = self._out
+        if not out or self.closed:
+            out.clear()
+            return
+        self._out = []
+        if len(out) == 1:
+            self.transport.write(out[0])
+        elif self._out_has_raw:
+            self._out_has_raw = False
+            self.transport.writelines(out)
+        else:
+            self.transport.write(b"".join(out))
+
+    def when_writable(self, waiter: Outgoing) -> None:
+        """Wake the waiter when the peer has read."""
+        self._blocked.add(waiter)
+
+    def no_longer_waits(self, waiter: Outgoing) -> None:
+        """Forget a waiter."""
+        self._blocked.discard(waiter)
+
+    # ------------------------------------------------------------------- sweep and keepalive
+
+    def start_sweeping(self) -> None:
+        """Sweep regularly from now on, until no stream is left."""
+        self.sweeping = True
+        self._heard = True
+        if self._sweep_handle is not None:
+            self._sweep_handle.cancel()
+        self._sweep_handle = self._loop.call_later(self._sweep_interval_s, self._sweep)
+
+    def _sweep(self) -> None:
+        self.sweeps += 1
+        if not self.streams:
+            self.sweeping = False
+            self._sweep_handle = None
+            self._on_idle()
+            return
+        self._sweep_handle = self._loop.call_later(self._sweep_interval_s, self._sweep)
+        self._silent_sweeps = 0 if self._heard else self._silent_sweeps + 1
+        self._heard = False
+        if self._silent_sweeps >= _DEAD_AT - 1:
+            silent_s = self._silent_sweeps * self._sweep_interval_s
+            self.fail(ConnectionLost(f"the peer has been silent for {silent_s:.1f} s"))
+            return
+        if self._silent_sweeps == _PROBE_AT - 1:
+            self.send(frame.encode_ping(self.sweeps))
+        self._on_sweep()
+
+    @abstractmethod
+    def _on_sweep(self) -> None:
+        """Bookkeeping of the streams, a few times a keepalive interval."""
+
+    def _on_idle(self) -> None:
+        """No stream is left at a sweep."""
+
+    # ------------------------------------------------------------------- the end
+
+    def fail(self, error: PlaneError) -> None:
+        """Close because of `error`. The peer is told, unless it is gone."""
+        if self.closed:
+            return
+        self.error = error
+        if self._ready and not isinstance(error, ConnectionLost):
+            self.send(frame.encode_goaway(error.code, str(error)))
+        self.flush()
+        self._end(error)
+        if isinstance(error, ConnectionLost):
+            self.transport.abort()
+        else:
+            self._linger()
+
+    def close(self) -> None:
+        """Close after what has been written."""
+        if not self.closed:
+            self.flush()
+            self._end(self.error or ConnectionLost("the connection was closed"))
+            self._linger()
+
+    def _linger(self) -> None:
+        self.transport.close()
+        self._abort_handle = self._loop.call_later(_LINGER_S, self.transport.abort)
+
+    def _end(self, error: PlaneError) -> None:
+        if self.closed:
+            return
+        self.closed = True
+        if self._sweep_handle is not None:
+            self._sweep_handle.cancel()
+            self._sweep_handle = None
+        self._out.clear()
+        self._dirty.clear()
+        self._on_closed(error)
+        self.resume_writing()
+
+    @abstractmethod
+    def _on_closed(self, error: PlaneError) -> None:
+        """Fail what is under way. Called once."""
+
+
+def _token(received: list[Any]) -> int:
+    token = received[2]
+    if type(token) is not int:
+        raise ProtocolViolation("a malformed PING or PONG")
+    return token
+
+
+def _keep_alive(sock: socket.socket) -> None:
+    """Have the kernel find dead peers of idle connections; ours does it for those with requests."""
+    with contextlib.suppress(OSError):  # a unix socket, or a platform without the option
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in _TCP_KEEPALIVE:
+            if (option := getattr(socket, name, None)) is not None:
+                sock.setsockopt(socket.IPPROTO_TCP, option, value)

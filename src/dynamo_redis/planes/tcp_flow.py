@@ -1,0 +1,293 @@
+"""Flow control of the tcp plane: the sending and the receiving half of a stream of items.
+
+The receiver grants credit: its window at first (it is in the handshake), then back as its reader takes
+items, half a window at a time. An item costs one credit, a raw payload one more for each 64 KiB. The sender
+may go below zero with one item, then waits. So a stream whose reader has stopped costs at most a window of
+items on the receiver's side and one item on the sender's, and stops no other stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import Any, Final, Self
+
+from dynamo_redis.errors import PayloadTooLarge, ProtocolViolation, RequestCancelled
+from dynamo_redis.planes.tcp_connection import Connection
+from dynamo_redis.wire.codec import MAX_INLINE_BYTES
+from dynamo_redis.wire.frame import (
+    encode_credit,
+    encode_end,
+    encode_item_raw,
+    encode_items,
+    payload_of,
+    raw_cost,
+)
+
+
+class Sender:
+    """Sends the items of one stream. Those of one turn of the event loop share a frame.
+
+    Push only while `ready`; otherwise `await wait_ready()` first. The batch is bounded by the credit and by
+    64 KiB, whichever comes first.
+    """
+
+    __slots__ = (
+        "_batch",
+        "_batch_bytes",
+        "_connection",
+        "_credit",
+        "_stream_id",
+        "_wake",
+        "has_sent",
+        "open",
+    )
+
+    def __init__(self, connection: Connection, stream_id: int) -> None:
+        self._connection = connection
+        self._stream_id = stream_id
+        self._credit = connection.peer_window_count
+        self._batch: list[bytes] = []
+        self._batch_bytes = 0
+        self._wake: asyncio.Future[None] | None = None
+        self.has_sent = False
+        self.open = True
+
+    @property
+    def ready(self) -> bool:
+        """Whether an item may be sent now."""
+        return self._credit > 0 and not self._connection.paused
+
+    def push(self, item: Any) -> None:
+        """Send one item. Raises TypeError (not msgpack) and PayloadTooLarge; nothing is sent then."""
+        payload, encoding = payload_of(item)
+        size = len(payload)
+        self.has_sent = True
+        if size > MAX_INLINE_BYTES:
+            check_size(size, self._connection.max_message_bytes)
+            self._credit -= raw_cost(size)
+            self.flush_batch()
+            header = encode_item_raw(self._stream_id, size, encoding, last=False)
+            self._connection.send_raw(header, payload)
+            return
+        self._credit -= 1
+        if self._batch_bytes + size > MAX_INLINE_BYTES:
+            self.flush_batch()
+            self._connection.flush()
+        if not self._batch:
+            self._connection.mark_dirty(self)
+        self._batch.append(payload)
+        self._batch_bytes += size
+
+    def flush_batch(self) -> None:
+        """Write what was gathered."""
+        if self._batch:
+            self._connection.send(encode_items(self._stream_id, self._batch, last=False))
+            self._batch = []
+            self._batch_bytes = 0
+
+    def end(self) -> None:
+        """Send the end, on the last item if that has not left yet."""
+        self.open = False
+        if self._batch:
+            self._connection.send(encode_items(self._stream_id, self._batch, last=True))
+            self._batch = []
+        else:
+            self._connection.send(encode_end(self._stream_id))
+
+    def end_with(self, item: Any) -> None:
+        """Send the only item and the end. Raises as `push` does."""
+        payload, encoding = payload_of(item)
+        size = len(payload)
+        if size <= MAX_INLINE_BYTES:
+            self._connection.send(encode_items(self._stream_id, [payload], last=True))
+        else:
+            check_size(size, self._connection.max_message_bytes)
+            header = encode_item_raw(self._stream_id, size, encoding, last=True)
+            self._connection.send_raw(header, payload)
+        self.open = False
+
+    def drop(self) -> None:
+        """Send nothing more; what was gathered is lost."""
+        self.open = False
+        self._batch.clear()
+        self.wake()
+
+    def grant(self, count: Any) -> None:
+        """The receiver gave credit. Raises ProtocolViolation."""
+        if type(count) is not int or count < 1:
+            raise ProtocolViolation("a malformed CREDIT")
+        self._credit += count
+        self.wake()
+
+    def wake(self) -> None:
+        """Let `wait_ready` look again."""
+        if self._wake is not None and not self._wake.done():
+            self._wake.set_result(None)
+
+    async def wait_ready(self) -> None:
+        """Wait until an item may be sent, or the stream is closed. Cancel it to give up."""
+        while self.open and not self.ready and not self._connection.closed:
+            self._wake = asyncio.get_running_loop().create_future()
+            if self._connection.paused:
+                self._connection.when_writable(self)
+            try:
+                await self._wake
+            finally:
+                self._wake = None
+                self._connection.no_longer_waits(self)
+
+
+def check_size(size_bytes: int, limit_bytes: int) -> None:
+    """Raises PayloadTooLarge."""
+    if size_bytes > limit_bytes:
+        raise PayloadTooLarge(size_bytes=size_bytes, limit_bytes=limit_bytes)
+
+
+class _Raw:
+    """An item that cost more than one credit, until it is read."""
+
+    __slots__ = ("cost", "item")
+
+    def __init__(self, item: Any, cost: int) -> None:
+        self.item = item
+        self.cost = cost
+
+
+_WAKE_UP: Final = object()
+"""Wakes a reader that must look again: the stream has ended."""
+
+
+class Mailbox:
+    """The received items of one stream, and its one reader.
+
+    An item that arrives while the reader waits goes to it directly; others are kept, at most a window of
+    them: more is a violation of the protocol. Items that came before an end or an error are read first.
+    """
+
+    __slots__ = (
+        "_connection",
+        "_ended",
+        "_error",
+        "_items",
+        "_limit",
+        "_loop",
+        "_owed",
+        "_stream_id",
+        "_waiter",
+        "_window",
+    )
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, window_count: int) -> None:
+        self._loop = loop
+        self._window = window_count
+        self._limit = window_count
+        self._connection: Connection | None = None
+        self._stream_id = 0
+        self._items: deque[Any] = deque()
+        self._waiter: asyncio.Future[Any] | None = None
+        self._owed = 0
+        self._ended = False
+        self._error: Exception | None = None
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Any:
+        item = _WAKE_UP
+        if not self._items and not self._ended:
+            item = await self._wait()
+        if item is _WAKE_UP:
+            if not self._items:
+                self._raise_end()
+            item = self._items.popleft()
+        self._owed += 1
+        if type(item) is _Raw:
+            self._owed += item.cost - 1
+            item = item.item
+        if self._owed * 2 >= self._window and not self._ended:
+            self._give_credit()
+        return item
+
+    async def _wait(self) -> Any:
+        if self._waiter is not None:
+            raise RuntimeError("a response stream has one reader")
+        self._waiter = waiter = self._loop.create_future()
+        try:
+            return await waiter
+        except asyncio.CancelledError:
+            self._on_reader_cancelled()
+            raise
+        finally:
+            self._waiter = None
+
+    def _raise_end(self) -> None:
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+        raise StopAsyncIteration
+
+    def _give_credit(self) -> None:
+        if self._connection is not None:
+            self._connection.send(encode_credit(self._stream_id, self._owed))
+        self._owed = 0
+
+    def _on_reader_cancelled(self) -> None:
+        """The task that reads was cancelled while it waited."""
+
+    def deliver(self, item: Any) -> None:
+        """One item came."""
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(item)
+            return
+        self._items.append(item)
+        if len(self._items) > self._limit:
+            raise ProtocolViolation("more items than the window allows")
+
+    def deliver_raw(self, item: Any, size_bytes: int) -> None:
+        """One item came as a raw payload."""
+        self.deliver(_Raw(item, raw_cost(size_bytes)))
+
+    def deliver_batch(self, items: Any) -> None:
+        """Several items came."""
+        if type(items) is not list or not items:
+            raise ProtocolViolation("a malformed batch")
+        self._items.extend(items)
+        if len(self._items) > self._limit:
+            raise ProtocolViolation("more items than the window allows")
+        self._wake()
+
+    def finish(self, error: Exception | None = None) -> None:
+        """Nothing more comes."""
+        if not self._ended:
+            self._ended = True
+            self._error = error
+            self._wake()
+
+    def discard(self) -> None:
+        """Forget what has not been read."""
+        self._items.clear()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(_WAKE_UP)
+
+
+class RequestMessages(Mailbox):
+    """What a request-stream handler iterates: the request, then the messages that follow it."""
+
+    __slots__ = ()
+
+    def __init__(self, connection: Connection, stream_id: int, request: Any, window_count: int) -> None:
+        super().__init__(asyncio.get_running_loop(), window_count)
+        self._connection = connection
+        self._stream_id = stream_id
+        self._limit = window_count + 1
+        self._owed = -1  # the request itself cost no credit
+        self._items.append(request)
+
+    def kill(self) -> None:
+        """The caller is gone."""
+        self.discard()
+        self.finish(RequestCancelled("the caller is gone"))

@@ -1,0 +1,54 @@
+"""msgpack, as this protocol uses it: one packer, and unpackers that refuse before they allocate.
+
+Every value on the wire is msgpack (https://github.com/msgpack/msgpack/blob/master/spec.md). Strings are
+UTF-8, tuples arrive as lists, map keys may be of any scalar type.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgpack
+
+MAX_INLINE_BYTES = 64 * 1024
+"""The largest payload inside a frame. A larger one follows its header frame as raw bytes."""
+
+MAX_FRAME_BYTES = 128 * 1024
+"""The largest frame: a payload or a batch, the request's headers, and room to spare."""
+
+MAX_HEADERS_BYTES = 32 * 1024
+"""The largest headers of one request: request id, trace context and metadata, packed."""
+
+READ_BYTES = 256 * 1024
+"""The size of the shared read buffer: the most that one read can bring."""
+
+_pack = msgpack.Packer(autoreset=True).pack
+
+
+def pack(value: Any) -> bytes:
+    """`value` as msgpack. Raises TypeError if msgpack cannot carry it."""
+    try:
+        return _pack(value)
+    except (ValueError, OverflowError) as exc:
+        raise TypeError(f"not a msgpack value: {exc}") from exc
+
+
+def unpack(payload: bytes | bytearray | memoryview) -> Any:
+    """The one value in `payload`. Raises ValueError."""
+    try:
+        return msgpack.unpackb(payload, strict_map_key=False)
+    except msgpack.UnpackException as exc:
+        raise ValueError(f"not msgpack: {exc!r}") from exc
+
+
+def new_unpacker() -> msgpack.Unpacker:
+    """A streaming unpacker for frames. It holds about 45 KB, so connections share them."""
+    return msgpack.Unpacker(
+        max_buffer_size=MAX_FRAME_BYTES + 2 * READ_BYTES,
+        strict_map_key=False,
+        max_str_len=MAX_FRAME_BYTES,
+        max_bin_len=MAX_FRAME_BYTES,
+        max_array_len=MAX_FRAME_BYTES,
+        max_map_len=MAX_FRAME_BYTES // 2,
+        max_ext_len=MAX_FRAME_BYTES,
+    )

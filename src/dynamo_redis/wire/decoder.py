@@ -1,0 +1,225 @@
+"""Bytes to frames, incrementally: the receiving half of the wire.
+
+The owner of a socket asks `buffer()` where the next read may go, and says `received(n)` afterwards. Reads go
+into a scratch buffer that all connections of an event loop share, and are fed to a shared msgpack unpacker;
+a connection keeps an unpacker of its own only while it holds a partial frame. The raw bytes of a large
+payload are read straight into their destination.
+
+Frames that announced raw bytes come out whole, as OPEN, DATA and LAST with the value in place of size and
+encoding, and the payload's size behind it: `[DATA, id, value, size]`.
+"""
+
+from __future__ import annotations
+
+from io import BytesIO
+from typing import Any, Final
+
+import msgpack
+
+from dynamo_redis.errors import ProtocolViolation
+from dynamo_redis.wire.codec import MAX_FRAME_BYTES, READ_BYTES, new_unpacker, unpack
+from dynamo_redis.wire.frame import DATA, DATA_RAW, LAST, LAST_RAW, OPEN, OPEN_RAW, Encoding
+
+_WHOLE: Final = {OPEN_RAW: OPEN, DATA_RAW: DATA, LAST_RAW: LAST}
+_RAW_LENGTH: Final = {OPEN_RAW: 7, DATA_RAW: 4, LAST_RAW: 4}
+_ENCODINGS: Final = tuple(map(int, Encoding))
+_NOTHING: Final = memoryview(b"")
+_MAX_ANNOUNCED_BYTES: Final = 2**32
+_MAX_SPARE_COUNT: Final = 4
+
+
+class Oversized:
+    """Stands for a payload over the receiver's limit, whose bytes are dropped as they come."""
+
+    __slots__ = ("size_bytes",)
+
+    def __init__(self, size_bytes: int) -> None:
+        self.size_bytes = size_bytes
+
+
+class ReadBuffers:
+    """What the connections of one event loop share: the scratch buffer and idle unpackers."""
+
+    __slots__ = ("_spare", "scratch")
+
+    def __init__(self) -> None:
+        self.scratch = memoryview(bytearray(READ_BYTES))
+        self._spare: list[msgpack.Unpacker] = []
+
+    def take(self) -> msgpack.Unpacker:
+        """An unpacker that holds nothing."""
+        return self._spare.pop() if self._spare else new_unpacker()
+
+    def give(self, unpacker: msgpack.Unpacker) -> None:
+        """Hand back an unpacker that holds nothing."""
+        if len(self._spare) < _MAX_SPARE_COUNT:
+            self._spare.append(unpacker)
+
+
+class _RawPayload:
+    """The raw bytes behind a header frame, on their way in.
+
+    The bytes land in a `bytes` object that nobody has seen yet (through BytesIO, which hands it out without
+    a copy), so that a large binary value is written once, by the kernel. `bytes(n)` is zero memory that the
+    system maps page by page as data comes: a lying size costs address space only.
+    """
+
+    __slots__ = ("_encoding", "_frame", "_sink", "_view", "received_bytes", "size_bytes")
+
+    def __init__(self, frame: list[Any], size_bytes: int, encoding: int) -> None:
+        self._frame = frame
+        self._encoding = encoding
+        self._sink = BytesIO(bytes(size_bytes))
+        self._view = self._sink.getbuffer()
+        self.size_bytes = size_bytes
+        self.received_bytes = 0
+
+    def buffer(self) -> memoryview:
+        """Where the missing bytes go."""
+        return self._view[self.received_bytes :]
+
+    def append(self, data: bytes | bytearray | memoryview) -> None:
+        """Take bytes that were read elsewhere."""
+        end = self.received_bytes + len(data)
+        self._view[self.received_bytes : end] = data
+        self.received_bytes = end
+
+    def finish(self) -> list[Any]:
+        """The whole frame. Raises ValueError if the bytes are not what the header says."""
+        self._view.release()
+        payload = self._sink.getvalue()
+        value = payload if self._encoding == Encoding.BINARY else unpack(payload)
+        return [*self._frame, value, self.size_bytes]
+
+
+class FrameDecoder:
+    """The incoming side of one connection.
+
+    `error` is set once the peer has sent what is not a frame; nothing is decoded after it. The frames that
+    came before it are still handed out.
+    """
+
+    __slots__ = (
+        "_buffers",
+        "_end",
+        "_max_payload_bytes",
+        "_raw",
+        "_skip_bytes",
+        "_start",
+        "_unpacker",
+        "error",
+    )
+
+    def __init__(self, buffers: ReadBuffers, max_payload_bytes: int) -> None:
+        self._buffers = buffers
+        self._max_payload_bytes = max_payload_bytes
+        self._unpacker: msgpack.Unpacker | None = None
+        self._start = 0  # where the partial frame begins in the unpacker's stream
+        self._end = 0  # where the bytes fed to it end
+        self._raw: _RawPayload | None = None
+        self._skip_bytes = 0
+        self.error: ProtocolViolation | None = None
+
+    @property
+    def is_between_frames(self) -> bool:
+        """Whether the input so far ends with a whole frame."""
+        return self._unpacker is None and self._raw is None and not self._skip_bytes
+
+    @property
+    def in_raw_payload(self) -> bool:
+        """Whether the rest of a large payload is still to come."""
+        return self._raw is not None or self._skip_bytes > 0
+
+    def buffer(self) -> memoryview:
+        """Where the next read goes."""
+        return self._buffers.scratch if self._raw is None else self._raw.buffer()
+
+    def received(self, count: int) -> list[list[Any]]:
+        """The frames completed by the `count` bytes that were read into `buffer()`, in order."""
+        raw = self._raw
+        if raw is None:
+            return self.feed(self._buffers.scratch[:count])
+        raw.received_bytes += count
+        return self.feed(_NOTHING) if raw.received_bytes == raw.size_bytes else []
+
+    def feed(self, data: memoryview) -> list[list[Any]]:
+        """The frames completed by `data`, in order."""
+        frames: list[list[Any]] = []
+        if self.error is None:
+            try:
+                if self._raw is not None or self._skip_bytes:
+                    data = self._feed_raw(data, frames)
+                if data:
+                    self._feed_frames(data, frames)
+            except ProtocolViolation as exc:
+                self._fail(exc)
+            except (ValueError, TypeError, msgpack.UnpackException) as exc:
+                self._fail(ProtocolViolation(f"not a frame: {exc!r}"))
+        return frames
+
+    def _fail(self, error: ProtocolViolation) -> None:
+        self.error = error
+        self._unpacker = None  # it is in the middle of something: not to be shared again
+        self._raw = None
+
+    def _feed_raw(self, data: memoryview, frames: list[list[Any]]) -> memoryview:
+        """Take what belongs to a raw payload; return the rest."""
+        if self._skip_bytes:
+            skipped = min(self._skip_bytes, len(data))
+            self._skip_bytes -= skipped
+            return data[skipped:]
+        raw = self._raw
+        assert raw is not None
+        wanted = raw.size_bytes - raw.received_bytes
+        raw.append(data[:wanted])
+        if raw.received_bytes == raw.size_bytes:
+            self._raw = None
+            frames.append(raw.finish())
+        return data[wanted:]
+
+    def _feed_frames(self, data: memoryview, frames: list[list[Any]]) -> None:
+        unpacker = self._unpacker
+        if unpacker is None:
+            unpacker = self._unpacker = self._buffers.take()
+            self._start = self._end = unpacker.tell()
+        unpacker.feed(data)
+        self._end = end = self._end + len(data)
+        offset = self._start
+        unpack_one, tell = unpacker.unpack, unpacker.tell
+        try:
+            while offset != end:
+                frame = unpack_one()
+                offset = tell()
+                if type(frame) is not list or len(frame) < 2:
+                    raise ProtocolViolation("a frame is an array of a type, a stream id, and more")
+                if frame[0] in _WHOLE:
+                    self._begin_raw(frame, unpacker, frames)
+                    offset = tell()
+                else:
+                    frames.append(frame)
+        except msgpack.OutOfData:
+            if end - offset > MAX_FRAME_BYTES:
+                raise ProtocolViolation(f"a frame is over the limit of {MAX_FRAME_BYTES} bytes") from None
+            self._start = offset
+            return
+        self._unpacker = None
+        self._buffers.give(unpacker)
+
+    def _begin_raw(self, header: list[Any], unpacker: msgpack.Unpacker, frames: list[list[Any]]) -> None:
+        """A header frame was read: take its raw bytes, as far as they are here already."""
+        kind, size_bytes, encoding = header[0], header[-2], header[-1]
+        if len(header) != _RAW_LENGTH[kind] or type(size_bytes) is not int or encoding not in _ENCODINGS:
+            raise ProtocolViolation("a malformed header of a raw payload")
+        if not 0 <= size_bytes < _MAX_ANNOUNCED_BYTES:
+            raise ProtocolViolation(f"a raw payload of {size_bytes} bytes was announced")
+        frame = [_WHOLE[kind], *header[1:-2]]
+        if size_bytes > self._max_payload_bytes:
+            frames.append([*frame, Oversized(size_bytes), size_bytes])
+            self._skip_bytes = size_bytes - len(unpacker.read_bytes(size_bytes))
+            return
+        raw = _RawPayload(frame, size_bytes, encoding)
+        raw.append(unpacker.read_bytes(size_bytes))
+        if raw.received_bytes == size_bytes:
+            frames.append(raw.finish())
+        else:
+            self._raw = raw

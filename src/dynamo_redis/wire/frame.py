@@ -1,0 +1,185 @@
+"""The frames of the tcp plane: their types, and how each is written.
+
+A frame is a msgpack array `[type, stream_id, …]`. The type is a small integer; with `OPTIONAL` set, a peer
+that does not know it skips the frame, otherwise an unknown type is a protocol error. `stream_id` is 0 for
+frames about the connection. docs/wire-protocol.md describes each byte by byte.
+
+    OPEN        [1, id, subject, flags, headers, request]         client → server
+    DATA        [2, id, item]                                     both
+    BATCH       [3, id, [item, …]]                                both
+    END         [4, id]                                           both
+    LAST        [5, id, item]              DATA + END             both
+    LAST_BATCH  [6, id, [item, …]]         BATCH + END            both
+    ERROR       [7, id, code, message, details]                   server → client
+    ACCEPT      [8, id]                                           server → client
+    CREDIT      [9, id, count]                                    both
+    CANCEL      [10, id, strength]         1 stop, 2 kill         client → server
+    GOAWAY      [11, 0, code, message]                            both
+    PING, PONG  [12, 0, token], [13, 0, token]                    both
+    OPEN_RAW    [14, id, subject, flags, headers, size, encoding] then `size` raw bytes
+    DATA_RAW    [15, id, size, encoding]                          then `size` raw bytes
+    LAST_RAW    [16, id, size, encoding]                          then `size` raw bytes
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import IntEnum
+from functools import lru_cache
+from typing import Any, Final
+
+from dynamo_redis.errors import PayloadTooLarge
+from dynamo_redis.wire.codec import MAX_HEADERS_BYTES, MAX_INLINE_BYTES, pack
+
+OPEN: Final = 1
+DATA: Final = 2
+BATCH: Final = 3
+END: Final = 4
+LAST: Final = 5
+LAST_BATCH: Final = 6
+ERROR: Final = 7
+ACCEPT: Final = 8
+CREDIT: Final = 9
+CANCEL: Final = 10
+GOAWAY: Final = 11
+PING: Final = 12
+PONG: Final = 13
+OPEN_RAW: Final = 14
+DATA_RAW: Final = 15
+LAST_RAW: Final = 16
+
+OPTIONAL: Final = 0x40
+"""Set in the type of a frame that a peer may skip. Such a frame never announces raw bytes."""
+
+FLAG_REQUEST_STREAM: Final = 1
+"""In OPEN: more messages follow the request, until END."""
+
+MAX_STREAM_ID: Final = 2**31 - 1
+"""The last stream id of a connection; then the client opens another connection."""
+
+CREDIT_UNIT_BYTES: Final = MAX_INLINE_BYTES
+"""A raw payload costs one credit for each started unit of this size; any other item costs one."""
+
+
+class Encoding(IntEnum):
+    """What the raw bytes of a payload are."""
+
+    MSGPACK = 0  # one packed value
+    BINARY = 1  # the content of a `bytes` value, as it is
+
+
+class Strength(IntEnum):
+    """How a request is cancelled."""
+
+    STOP = 1
+    KILL = 2
+
+
+Headers = Mapping[str, Any]
+"""The headers of a request: `id` str, `deadline_ms` int (what remains), `traceparent` str, `meta` map of
+str to str. All may be absent; unknown ones are ignored."""
+
+_OPEN = b"\x96\x01"
+_OPEN_RAW = b"\x97\x0e"
+_SINGLE = {False: b"\x93\x02", True: b"\x93\x05"}
+_BATCHED = {False: b"\x93\x03", True: b"\x93\x06"}
+
+
+def raw_cost(size_bytes: int) -> int:
+    """How many credits a raw payload takes."""
+    return 1 + size_bytes // CREDIT_UNIT_BYTES
+
+
+def payload_of(value: Any) -> tuple[bytes, Encoding]:
+    """A value's payload: packed, except that large `bytes` stay as they are. Raises TypeError."""
+    if type(value) is bytes and len(value) > MAX_INLINE_BYTES:
+        return value, Encoding.BINARY
+    return pack(value), Encoding.MSGPACK
+
+
+def encode_route(subject: str, flags: int, headers: Headers | None) -> bytes:
+    """The middle of OPEN: subject, flags, headers. Raises TypeError or PayloadTooLarge for the headers."""
+    packed = pack(headers)
+    if len(packed) > MAX_HEADERS_BYTES:
+        raise PayloadTooLarge(
+            f"request headers of {len(packed)} bytes are over the limit of {MAX_HEADERS_BYTES}",
+            size_bytes=len(packed),
+            limit_bytes=MAX_HEADERS_BYTES,
+        )
+    return b"".join((pack(subject), pack(flags), packed))
+
+
+@lru_cache(maxsize=1024)
+def plain_route(subject: str, flags: int) -> bytes:
+    """`encode_route` without headers, remembered."""
+    return encode_route(subject, flags, None)
+
+
+def encode_open(stream_id: int, route: bytes, payload: bytes) -> bytes:
+    """OPEN, with a payload of at most `MAX_INLINE_BYTES`."""
+    return b"".join((_OPEN, pack(stream_id), route, payload))
+
+
+def encode_open_raw(stream_id: int, route: bytes, size_bytes: int, encoding: Encoding) -> bytes:
+    """OPEN_RAW; the payload follows it."""
+    return b"".join((_OPEN_RAW, pack(stream_id), route, pack(size_bytes), pack(int(encoding))))
+
+
+def encode_items(stream_id: int, items: list[bytes], *, last: bool) -> bytes:
+    """DATA, BATCH, LAST or LAST_BATCH of packed items (at least one)."""
+    if len(items) == 1:
+        return b"".join((_SINGLE[last], pack(stream_id), items[0]))
+    return b"".join((_BATCHED[last], pack(stream_id), _array_header(len(items)), *items))
+
+
+def encode_item_raw(stream_id: int, size_bytes: int, encoding: Encoding, *, last: bool) -> bytes:
+    """DATA_RAW or LAST_RAW; the payload follows it."""
+    return pack((LAST_RAW if last else DATA_RAW, stream_id, size_bytes, int(encoding)))
+
+
+def encode_end(stream_id: int) -> bytes:
+    """END without an item."""
+    return pack((END, stream_id))
+
+
+def encode_error(stream_id: int, code: str, message: str, details: Mapping[str, Any] | None) -> bytes:
+    """ERROR. The message is cut so that the frame stays small."""
+    return pack((ERROR, stream_id, code, message[:4096], details))
+
+
+def encode_accept(stream_id: int) -> bytes:
+    """ACCEPT."""
+    return pack((ACCEPT, stream_id))
+
+
+def encode_credit(stream_id: int, count: int) -> bytes:
+    """CREDIT: the sender of this stream's items may send `count` more."""
+    return pack((CREDIT, stream_id, count))
+
+
+def encode_cancel(stream_id: int, strength: Strength) -> bytes:
+    """CANCEL."""
+    return pack((CANCEL, stream_id, int(strength)))
+
+
+def encode_goaway(code: str, message: str) -> bytes:
+    """GOAWAY. With code `draining` the connection goes on for what is under way; else it closes now."""
+    return pack((GOAWAY, 0, code, message[:4096]))
+
+
+def encode_ping(token: int) -> bytes:
+    """PING."""
+    return pack((PING, 0, token))
+
+
+def encode_pong(token: int) -> bytes:
+    """PONG, with the PING's token."""
+    return pack((PONG, 0, token))
+
+
+def _array_header(count: int) -> bytes:
+    if count < 16:
+        return bytes((0x90 | count,))
+    if count < 1 << 16:
+        return b"\xdc" + count.to_bytes(2, "big")
+    return b"\xdd" + count.to_bytes(4, "big")

@@ -1,0 +1,222 @@
+"""Who is there: the exchange that opens each connection.
+
+    client → server   HELLO   ["DYNR", version, features, window, instance_id, nonce]
+    server → client   HELLO   ["DYNR", version, features, window, instance_id, nonce, proof]
+                   or REFUSAL ["DYNR", 0, code, message], and the connection is closed
+    client → server   PROOF   [proof], and frames right behind it
+
+Each message is a msgpack array behind its length as two big-endian bytes; both are small, and nothing is
+kept for a peer that sends more. Both sides prove that they know the instance's secret: HMAC-SHA256 over
+role, both nonces, and what each side said about itself. The nonces are random for each connection, so a
+recorded handshake proves nothing later; the role is in the proof, so a proof cannot be sent back to its
+maker. With authentication off the proofs are empty. This is no defence against a relay in the middle of an
+unencrypted connection.
+
+`version` is the protocol's: the client names the highest it speaks, the server answers with the one that
+both will use. `features` is a bit set of which each side uses what both have; none is defined yet.
+`window` is the number of items that the sender of the HELLO lets the other side be ahead, a stream.
+"""
+
+from __future__ import annotations
+
+import hmac
+import secrets
+import struct
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from dynamo_redis.errors import AuthenticationFailed, PlaneError, ProtocolViolation, plane_error
+from dynamo_redis.wire.codec import pack, unpack
+
+MAGIC: Final = "DYNR"
+VERSION: Final = 1
+FEATURES: Final = 0
+NONCE_BYTES: Final = 32
+PROOF_BYTES: Final = 32
+MAX_MESSAGE_BYTES: Final = 1024
+MAX_WINDOW_COUNT: Final = 2**31 - 1
+
+_LENGTH: Final = struct.Struct(">H")
+_TRANSCRIPT: Final = struct.Struct(">32s32sHQIHQIQ")
+_LABEL: Final = {"client": b"dynamo-redis tcp client\0", "server": b"dynamo-redis tcp server\0"}
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """What a side says about itself. `instance_id` is the server's on both sides."""
+
+    version: int
+    features: int
+    window_count: int
+    instance_id: int
+    nonce: bytes
+
+
+def new_hello(window_count: int, instance_id: int) -> Hello:
+    """This release's hello, with a fresh nonce."""
+    return Hello(VERSION, FEATURES, window_count, instance_id, secrets.token_bytes(NONCE_BYTES))
+
+
+def proof(role: Literal["client", "server"], secret: bytes | None, client: Hello, server: Hello) -> bytes:
+    """The proof that `role` owes; empty without a secret."""
+    if secret is None:
+        return b""
+    transcript = _TRANSCRIPT.pack(
+        client.nonce,
+        server.nonce,
+        client.version,
+        client.features,
+        client.window_count,
+        server.version,
+        server.features,
+        server.window_count,
+        server.instance_id,
+    )
+    return hmac.digest(secret, _LABEL[role] + transcript, "sha256")
+
+
+class MessageReader:
+    """Collects one message behind its length."""
+
+    __slots__ = ("_data",)
+
+    def __init__(self) -> None:
+        self._data = bytearray()
+
+    def feed(self, data: memoryview) -> tuple[list[Any] | None, memoryview]:
+        """The message once it is whole (else None), and what came behind it. Raises ProtocolViolation."""
+        taken = data[: self._wanted_bytes()]
+        self._data += taken
+        rest = data[len(taken) :]
+        if len(self._data) == _LENGTH.size and rest:
+            return self.feed(rest)
+        if len(self._data) <= _LENGTH.size or self._wanted_bytes():
+            return None, rest
+        body = bytes(self._data[_LENGTH.size :])
+        self._data.clear()
+        return _fields(body), rest
+
+    def _wanted_bytes(self) -> int:
+        if len(self._data) < _LENGTH.size:
+            return _LENGTH.size - len(self._data)
+        size_bytes = _LENGTH.unpack_from(self._data)[0]
+        if not 0 < size_bytes <= MAX_MESSAGE_BYTES:
+            raise ProtocolViolation("the peer does not speak this protocol")
+        return int(_LENGTH.size + size_bytes - len(self._data))
+
+
+class ClientHandshake:
+    """The client's side of one handshake. Feed it until `server` is set."""
+
+    def __init__(self, secret: bytes | None, window_count: int, instance_id: int) -> None:
+        self._secret = secret
+        self._reader = MessageReader()
+        self.client = new_hello(window_count, instance_id)
+        self.server: Hello | None = None
+
+    def begin(self) -> bytes:
+        """The first message."""
+        return _message(_hello_fields(self.client))
+
+    def feed(self, data: memoryview) -> tuple[bytes, memoryview]:
+        """What to send now, and the bytes behind the handshake.
+
+        Raises AuthenticationFailed, ProtocolViolation, or the error that the server refused with.
+        """
+        fields, rest = self._reader.feed(data)
+        if fields is None:
+            return b"", rest
+        if len(fields) == 4 and fields[:2] == [MAGIC, 0]:
+            raise plane_error(str(fields[2]), str(fields[3]))
+        server = _parse_hello(fields[:-1])
+        if server.version != VERSION:
+            raise ProtocolViolation(f"the server wants protocol version {server.version}, this side speaks 1")
+        if server.instance_id != self.client.instance_id:
+            raise AuthenticationFailed("another instance answers at this address")
+        _check(fields[-1], proof("server", self._secret, self.client, server))
+        self.server = server
+        return _message([proof("client", self._secret, self.client, server)]), rest
+
+
+class ServerHandshake:
+    """The server's side of one handshake. Feed it until `done`."""
+
+    def __init__(self, secret: bytes | None, window_count: int, instance_id: int) -> None:
+        self._secret = secret
+        self._reader = MessageReader()
+        self.server = new_hello(window_count, instance_id)
+        self.client: Hello | None = None
+        self.done = False
+
+    def feed(self, data: memoryview) -> tuple[bytes, memoryview]:
+        """What to send now, and the bytes behind the handshake (only once `done`).
+
+        Raises AuthenticationFailed or ProtocolViolation; answer with `refusal` and close.
+        """
+        fields, rest = self._reader.feed(data)
+        if fields is None:
+            return b"", rest
+        if self.client is None:
+            answer = self._answer(_parse_hello(fields))
+            more, rest = self.feed(rest) if rest else (b"", rest)
+            return answer + more, rest
+        if len(fields) != 1:
+            raise ProtocolViolation("the peer does not speak this protocol")
+        _check(fields[0], proof("client", self._secret, self.client, self.server))
+        self.done = True
+        return b"", rest
+
+    def _answer(self, client: Hello) -> bytes:
+        if client.version < VERSION:
+            raise ProtocolViolation(f"protocol version {client.version} is not spoken here, {VERSION} is")
+        if client.instance_id != self.server.instance_id:
+            raise AuthenticationFailed("another instance answers at this address")
+        self.client = client
+        mine = proof("server", self._secret, client, self.server)
+        return _message([*_hello_fields(self.server), mine])
+
+
+def refusal(error: PlaneError) -> bytes:
+    """The server's last message, instead of its HELLO."""
+    return _message([MAGIC, 0, error.code, str(error)[:512]])
+
+
+def _check(theirs: object, expected: bytes) -> None:
+    if type(theirs) is not bytes or not hmac.compare_digest(theirs, expected):
+        raise AuthenticationFailed("the peer did not prove that it knows the instance's secret")
+
+
+def _message(fields: list[Any]) -> bytes:
+    body = pack(fields)
+    return _LENGTH.pack(len(body)) + body
+
+
+def _fields(body: bytes) -> list[Any]:
+    try:
+        fields = unpack(body)
+    except ValueError as exc:
+        raise ProtocolViolation("the peer does not speak this protocol") from exc
+    if type(fields) is not list:
+        raise ProtocolViolation("the peer does not speak this protocol")
+    return fields
+
+
+def _hello_fields(hello: Hello) -> list[Any]:
+    return [MAGIC, hello.version, hello.features, hello.window_count, hello.instance_id, hello.nonce]
+
+
+def _parse_hello(fields: list[Any]) -> Hello:
+    if len(fields) != 6 or fields[0] != MAGIC:
+        raise ProtocolViolation("the peer does not speak this protocol")
+    _, version, features, window_count, instance_id, nonce = fields
+    limits = (
+        (version, 0xFFFF),
+        (features, 2**64 - 1),
+        (window_count, MAX_WINDOW_COUNT),
+        (instance_id, 2**64 - 1),
+    )
+    if not all(type(value) is int and 0 <= value <= most for value, most in limits):
+        raise ProtocolViolation("a malformed handshake")
+    if window_count < 1 or type(nonce) is not bytes or len(nonce) != NONCE_BYTES:
+        raise ProtocolViolation("a malformed handshake")
+    return Hello(version, features, window_count, instance_id, nonce)
