@@ -1,8 +1,8 @@
 """The registry's scripts as typed calls: read, write, snapshot, log, and the life of a lease.
 
 Each method is one script, run once, unless it says otherwise. None waits longer than the client's time-out.
-What a script may answer instead of a result becomes an exception: SchemaMismatch, LeaseNotFound, and two
-that only this package sees, since they are repaired and tried again: `Wiped` and `OtherIncarnation`.
+A registry that is missing or damaged is made anew on the way. What a script may answer instead of a result
+becomes an exception: SchemaMismatch, LeaseNotFound, CompareFailed, OtherIncarnation.
 """
 
 from __future__ import annotations
@@ -28,11 +28,15 @@ SNAPSHOT_ATTEMPTS_COUNT: Final = 5
 
 
 class Wiped(StoreError):
-    """There is no registry, or a part of it is gone. `KeyValue.initialize` makes a new one."""
+    """There is no registry, or a part of it is gone. Only the keepalive's thread sees this."""
 
 
 class OtherIncarnation(StoreError):
-    """The registry is not the one the caller knew: everything in that one is lost."""
+    """The registry is not the one the caller knew: everything in that one is lost. `found` is the new one."""
+
+    def __init__(self, found: str) -> None:
+        super().__init__(f"the registry was replaced: it is {found} now")
+        self.found = found
 
 
 class HistoryLost(StoreError):
@@ -145,7 +149,7 @@ def checked(answer: list[Any]) -> list[Any]:
         case [b"wiped"]:
             raise Wiped("the registry is not there")
         case [b"incarnation", found]:
-            raise OtherIncarnation(f"the registry was replaced: it is {found.decode()} now")
+            raise OtherIncarnation(found.decode())
         case [b"schema", found]:
             raise SchemaMismatch(found.decode(), SCHEMA_VERSION)
         case [b"no-lease"]:
@@ -184,8 +188,12 @@ class KeyValue:
         self.keys = keys
 
     async def _run(self, script: Script, *args: Argument, lease: LeaseId | None = None) -> list[Any]:
+        """Run a script; a registry that is not there is made first, of which the script then takes note."""
         keys = self.keys.structures if lease is None else (*self.keys.structures, self.keys.lease(lease))
         answer: list[Any] = await self.client.script(script, keys, args)
+        if answer == [b"wiped"] and script is not self._INIT:
+            await self.initialize()
+            answer = await self.client.script(script, keys, args)
         return answer
 
     # ------------------------------------------------------------------ the registry itself
@@ -201,14 +209,14 @@ class KeyValue:
         return _position(fields) if all(field is not None for field in fields) else None
 
     async def tick(self) -> Tick:
-        """Reap a bounded number of ended leases. Raises Wiped."""
+        """Reap a bounded number of ended leases."""
         *position, leases, overdue = checked(await self._run(self._TICK, "", new_operation()))
         return Tick(_position(position), int(leases), int(overdue))
 
     # ------------------------------------------------------------------ read
 
     async def read(self, keys: Sequence[str], lease: LeaseId | None = None) -> Owned:
-        """Keys, and the state of a lease. Raises Wiped."""
+        """Keys, and the state of a lease."""
         answer = checked(await self._run(self._READ, "", new_operation(), format_lease(lease), *keys))
         records = (parse_record(key, packed) for key, packed in zip(keys, answer[5:], strict=True))
         found = {record.key: record for record in records if record is not None}
@@ -219,13 +227,13 @@ class KeyValue:
 
         Takes several calls if there are more than `PAGE_KEYS_COUNT`: the log from the first page's revision
         to the last page's is replayed over what was read, each entry only if it is newer than the record's
-        own `mod_revision`. Starts over if the log was trimmed meanwhile. Raises Wiped, HistoryLost.
+        own `mod_revision`. Starts over if the log was trimmed meanwhile. Raises HistoryLost.
         """
         for _ in range(SNAPSHOT_ATTEMPTS_COUNT):
             records, first, last = await self._pages(prefix)
             try:
                 if first != last:
-                    replay(records, prefix, await self.changes(first, last))
+                    replay(records, prefix, await self.changes(first.revision, first.operation, last))
             except HistoryLost:
                 continue
             return Snapshot(tuple(records[key] for key in sorted(records)), last.revision), last
@@ -248,21 +256,23 @@ class KeyValue:
             if not after:
                 return records, first, position
 
-    async def changes(self, after: Position, until: Position) -> list[Change]:
-        """The log's entries behind one position, up to and with another. Raises HistoryLost."""
+    async def changes(self, after: Revision, operation: str | None, until: Position) -> list[Change]:
+        """The log's entries behind a revision (of that operation, if given), up to and with a position.
+
+        Raises HistoryLost if the log does not connect the two.
+        """
         changes: list[Change] = []
-        last = (after.revision, after.operation)
-        while last[0] != until.revision:
+        while after != until.revision:
             reply = await self.client.execute(
-                "XRANGE", self.keys.log, f"({last[0]}", until.revision, "COUNT", PAGE_ENTRIES_COUNT
+                "XRANGE", self.keys.log, f"({after}", until.revision, "COUNT", PAGE_ENTRIES_COUNT
             )
             page = parse_changes(reply)
-            check_chain(last, page)
+            check_chain(after, operation, page)
             if not page:
                 raise HistoryLost(f"the log ends before {until.revision}")
             changes += page
-            last = (page[-1].revision, page[-1].operation)
-        if last != (until.revision, until.operation):
+            after, operation = page[-1].revision, page[-1].operation
+        if operation not in (None, until.operation):
             raise HistoryLost(f"{until.revision} was written twice")
         return changes
 
@@ -282,7 +292,7 @@ class KeyValue:
 
         A broken connection is tried again under the same operation id, within the client's time-out. With a
         lease, the keys are written under it; it is granted if it is not alive and `ttl_s` is given. Raises
-        CompareFailed, LeaseNotFound, Wiped, OtherIncarnation, StoreError.
+        CompareFailed, LeaseNotFound, OtherIncarnation, StoreError.
         """
         operation = operation or new_operation()
         keys = [compare.key for compare in compares]
@@ -301,7 +311,7 @@ class KeyValue:
                 await asyncio.sleep(wait_s)
 
     async def revoke(self, lease: LeaseId) -> None:
-        """End a lease and delete its keys; no effect if it has ended. Raises Wiped."""
+        """End a lease and delete its keys; no effect if it has ended."""
         checked(await self._run(self._REVOKE, "", new_operation(), format_lease(lease), lease=lease))
 
 
@@ -329,12 +339,12 @@ def parse_changes(entries: Sequence[Any] | None) -> list[Change]:
         raise HistoryLost(str(exc)) from exc
 
 
-def check_chain(last: tuple[Revision, str], changes: Sequence[Change]) -> None:
-    """That `changes` follow `last` and one another without a gap. Raises HistoryLost."""
+def check_chain(after: Revision, operation: str | None, changes: Sequence[Change]) -> None:
+    """That `changes` follow a revision and one another without a gap. Raises HistoryLost."""
     for change in changes:
-        if change.previous != last:
-            raise HistoryLost(f"the log does not connect {last[0]} to {change.revision}")
-        last = (change.revision, change.operation)
+        if change.previous[0] != after or operation not in (None, change.previous[1]):
+            raise HistoryLost(f"the log does not connect {after} to {change.revision}")
+        after, operation = change.revision, change.operation
 
 
 def replay(records: dict[str, Record], prefix: str, changes: Sequence[Change]) -> None:

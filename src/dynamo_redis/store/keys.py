@@ -67,8 +67,13 @@ def parse_lease(text: bytes) -> LeaseId | None:
     return LeaseId(int(text, 16)) if text else None
 
 
+def check_prefix(prefix: str) -> str:
+    """A prefix that can be watched: as a key, but it may be empty. Raises ConfigError."""
+    return check_key(prefix) if prefix else prefix
+
+
 def check_key(key: str) -> str:
-    """A key that the registry can hold: Unicode text without NUL, 1 to `KEY_MAX_BYTES`. Raises ConfigError."""
+    """A key that the registry can hold: text without NUL, of 1 to `KEY_MAX_BYTES`. Raises ConfigError."""
     try:
         fits = 0 < len(key.encode()) <= KEY_MAX_BYTES and "\0" not in key
     except UnicodeEncodeError:

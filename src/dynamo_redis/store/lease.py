@@ -1,0 +1,256 @@
+"""Keeping a lease: the writer chain, and the thread that renews the lease and watches the event loop.
+
+The thread has its own connection, so that a busy event loop costs no lease. It renews at half of the
+remaining time. It also watches a heartbeat of the event loop: stalled for `STALL_TTLS` TTLs, the lease is
+kept, but each registered key gets its `stalled_value`, so that nobody chooses this process; stalled for
+`DYN_LOOP_STALL_S`, renewal stops and the lease ends. C code that holds the interpreter lock for so long
+stops this thread too: then the lease ends after its TTL.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from dynamo_redis.errors import LeaseNotFound, StoreError
+from dynamo_redis.store.base import LeaseId, Revision
+from dynamo_redis.store.change_log import order
+from dynamo_redis.store.client import Backoff, RedisClient, SyncConnection
+from dynamo_redis.store.key_value import (
+    KeyValue,
+    OtherIncarnation,
+    OwnedPut,
+    Wiped,
+    encode_write,
+    keep_alive,
+    new_operation,
+    parse_written,
+)
+from dynamo_redis.store.keys import RegistryKeys
+
+logger = logging.getLogger(__name__)
+
+STALL_TTLS: Final = 2.0
+CLOSE_TIMEOUT_S: Final = 1.0
+
+
+class WriterChain:
+    """What the registry should say was this lease's last write by its owner. Shared by two threads.
+
+    The registry keeps `"revision operation"` for each lease. If it names another write than the last one
+    acknowledged here, an acknowledged write was lost in a failover, unless it names one whose outcome is
+    unknown here: then that one arrived.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._last = ""
+        self._in_flight: set[str] = set()
+        self._doubtful: set[str] = set()
+        self._changes = 0
+
+    def begin(self, operation: str) -> None:
+        """A write is about to be sent."""
+        with self._lock:
+            self._in_flight.add(operation)
+            self._changes += 1
+
+    def acknowledged(self, operation: str, revision: Revision | None) -> None:
+        """It was answered; `revision` is None if it changed nothing."""
+        with self._lock:
+            self._in_flight.discard(operation)
+            known = Revision(self._last.partition(" ")[0] or "0-0")
+            if revision is not None and order(revision) > order(known):
+                self._last = f"{revision} {operation}"
+
+    def in_doubt(self, operation: str) -> None:
+        """Its outcome is unknown."""
+        with self._lock:
+            self._in_flight.discard(operation)
+            self._doubtful.add(operation)
+
+    def settle(self, last_write: str) -> None:
+        """Take the registry's word, after everything of this lease was compared with it."""
+        with self._lock:
+            self._last = last_write
+            self._doubtful.clear()
+            self._changes += 1
+
+    def agrees(self, last_write: str) -> bool:
+        """Whether the registry's word fits what was written here."""
+        with self._lock:
+            return last_write == self._last or last_write.partition(" ")[2] in self._doubtful
+
+    def observe(self) -> int | None:
+        """A mark to compare with after an exchange; None while a write is in flight."""
+        with self._lock:
+            return None if self._in_flight else self._changes
+
+    def diverged(self, mark: int | None, last_write: str) -> bool:
+        """Whether an acknowledged write is missing; False if writes went on since `mark`."""
+        return mark is not None and mark == self.observe() and not self.agrees(last_write)
+
+
+class Keepalive:
+    """Renews one lease from a thread, from the first `granted` to `aclose`.
+
+    `on_disturbance` is called on the event loop, with a reason, when the registered keys must be compared
+    with the registry. `stalled_values` is called from the thread.
+    """
+
+    def __init__(
+        self,
+        client: RedisClient,
+        keys: RegistryKeys,
+        lease: LeaseId,
+        chain: WriterChain,
+        *,
+        ttl_s: float,
+        loop_stall_s: float,
+        on_disturbance: Callable[[str], None],
+        stalled_values: Callable[[], Sequence[tuple[str, bytes]]],
+    ) -> None:
+        self._client = client
+        self._keys = keys
+        self._lease = lease
+        self._chain = chain
+        self._ttl_s = ttl_s
+        self._loop_stall_s = loop_stall_s
+        self._on_disturbance = on_disturbance
+        self._stalled_values = stalled_values
+        self._incarnation = ""
+        self._deadline = 0.0
+        self._renew_at = float("inf")
+        self._beat_at = time.monotonic()
+        self._marked_stalled = False
+        self._gave_up = False
+        self._backoff = Backoff(cap_s=ttl_s / 4)
+        self._wake = threading.Event()
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._heartbeat: asyncio.TimerHandle | None = None
+
+    # ------------------------------------------------------------------ on the event loop
+
+    def granted(self, incarnation: str, sent_at: float) -> None:
+        """The lease was granted by a call sent at `sent_at` (monotonic): keep it from now on."""
+        self._incarnation = incarnation
+        self._deadline = sent_at + self._ttl_s
+        self._renew_at = self._half_way()
+        if self._thread is None:
+            self._loop = asyncio.get_running_loop()
+            self._beat()
+            self._thread = threading.Thread(target=self._run, name="registry keepalive", daemon=True)
+            self._thread.start()
+        self._wake.set()
+
+    def _beat(self) -> None:
+        assert self._loop is not None
+        self._beat_at = time.monotonic()
+        self._heartbeat = self._loop.call_later(self._poll_s, self._beat)
+
+    async def aclose(self) -> None:
+        """Stop the thread. It ends after the exchange it is in; waits at most `CLOSE_TIMEOUT_S` for that."""
+        self._stopping = True
+        self._wake.set()
+        if self._heartbeat is not None:
+            self._heartbeat.cancel()
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join, CLOSE_TIMEOUT_S)
+
+    # ------------------------------------------------------------------ in the thread
+
+    @property
+    def _poll_s(self) -> float:
+        return min(1.0, self._ttl_s / 4)
+
+    def _half_way(self) -> float:
+        now = time.monotonic()
+        return now + max(0.0, self._deadline - now) / 2
+
+    def _run(self) -> None:
+        connection = self._client.sync(min(self._client.timeout_s, max(0.5, self._ttl_s / 4)))
+        try:
+            while not self._stopping:
+                self._wake.wait(max(0.0, min(self._poll_s, self._renew_at - time.monotonic())))
+                self._wake.clear()
+                if not self._stopping:
+                    self._step(connection)
+        finally:
+            connection.close()
+
+    def _step(self, connection: SyncConnection) -> None:
+        stalled_s = time.monotonic() - self._beat_at
+        try:
+            self._watch_loop(connection, stalled_s)
+            if stalled_s < self._loop_stall_s and time.monotonic() >= self._renew_at:
+                self._renew(connection)
+        except StoreError as exc:
+            logger.debug("keepalive: %s", exc)
+            remaining_s = self._deadline - time.monotonic()
+            wait_s = self._backoff.next_s()
+            self._renew_at = time.monotonic() + (min(wait_s, remaining_s / 2) if remaining_s > 0 else wait_s)
+
+    def _renew(self, connection: SyncConnection) -> None:
+        mark, sent_at = self._chain.observe(), time.monotonic()
+        try:
+            last_write = keep_alive(connection, self._keys, self._incarnation, self._lease, self._ttl_s)
+        except (LeaseNotFound, Wiped, OtherIncarnation) as exc:
+            # Only the event loop grants it again, together with the keys; `granted` then resumes this.
+            self._renew_at = float("inf")
+            self._disturb(str(exc))
+            return
+        self._backoff.reset()
+        self._deadline = sent_at + self._ttl_s
+        self._renew_at = self._half_way()
+        if self._chain.diverged(mark, last_write):
+            self._disturb("the registry lost a write")
+
+    def _watch_loop(self, connection: SyncConnection, stalled_s: float) -> None:
+        if stalled_s >= STALL_TTLS * self._ttl_s:
+            if not self._marked_stalled:
+                logger.warning(
+                    "the event loop hangs since %.1f s: marking this process as not ready", stalled_s
+                )
+                self._write_stalled(connection)
+                self._marked_stalled = True
+        elif self._marked_stalled:
+            self._marked_stalled = self._gave_up = False
+            logger.warning("the event loop is back")
+            self._disturb("the event loop was hanging")
+        if stalled_s >= self._loop_stall_s and not self._gave_up:
+            self._gave_up = True
+            logger.error("the event loop hangs since %.1f s: giving up the lease", stalled_s)
+
+    def _write_stalled(self, connection: SyncConnection) -> None:
+        puts = [OwnedPut(key, value, owned=True) for key, value in self._stalled_values()]
+        if not puts:
+            return
+        operation = new_operation()
+        self._chain.begin(operation)
+        try:
+            answer = connection.script(
+                KeyValue.WRITE,
+                (*self._keys.structures, self._keys.lease(self._lease)),
+                encode_write(self._incarnation, operation, False, self._lease, 0.0, (), puts),
+            )
+            written = parse_written((), answer)
+        except (LeaseNotFound, Wiped, OtherIncarnation):
+            self._chain.acknowledged(operation, None)
+        except StoreError:
+            self._chain.in_doubt(operation)
+            raise
+        else:
+            self._chain.acknowledged(operation, written.revision if written.change_count else None)
+
+    def _disturb(self, reason: str) -> None:
+        assert self._loop is not None
+        try:
+            self._loop.call_soon_threadsafe(self._on_disturbance, reason)
+        except RuntimeError:
+            logger.debug("the event loop has closed")

@@ -1,0 +1,210 @@
+"""The one reader of the change log in a process: follows it, notices lost history, and feeds the watches.
+
+It keeps a position. An entry whose predecessor is not that position, a position that the registry no longer
+has (compared after each empty read and each reconnect), or another incarnation mean that history was lost:
+then every view is read again and every watch gets the difference. A broken connection alone means nothing:
+reading goes on at the position.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from dynamo_redis.errors import Compacted, SchemaMismatch, StoreError, StoreUnavailable
+from dynamo_redis.store.base import Revision
+from dynamo_redis.store.change_log import Change, Position, order
+from dynamo_redis.store.client import Backoff
+from dynamo_redis.store.health import Health
+from dynamo_redis.store.key_value import HistoryLost, KeyValue, check_chain, parse_changes
+from dynamo_redis.store.watch import Fanout, QueueWatch
+
+logger = logging.getLogger(__name__)
+
+BLOCK_S: Final = 2.0
+READ_ENTRIES_COUNT: Final = 500
+CATCH_UP_POLL_S: Final = 0.002
+
+
+def spread_s(process_count: int) -> float:
+    """A random wait that keeps that many processes from doing the same at once; at most 1 s."""
+    return random.uniform(0, min(1.0, 0.05 * max(1.0, process_count / 8)))  # noqa: S311 - jitter
+
+
+class LogReader:
+    """Follows the log from `start` to `aclose`, in a task of its own.
+
+    `on_changes` is called with the entries read, in order; `on_disturbance` with a reason, after a
+    reconnect or lost history. Both run on the event loop and must not raise.
+    """
+
+    def __init__(
+        self,
+        kv: KeyValue,
+        health: Health,
+        *,
+        on_changes: Callable[[Sequence[Change]], None],
+        on_disturbance: Callable[[str], None],
+    ) -> None:
+        self.fanout = Fanout()
+        self.process_count = 1
+        self._kv = kv
+        self._health = health
+        self._on_changes = on_changes
+        self._on_disturbance = on_disturbance
+        self._position: Position | None = None
+        self._lost: str | None = None
+        self._loading = asyncio.Lock()
+        self._connection = kv.client.blocking()
+        self._task: asyncio.Task[None] | None = None
+        self._loads: set[asyncio.Task[None]] = set()
+
+    @property
+    def position(self) -> Position:
+        """Where the reader is."""
+        assert self._position is not None, "the registry has not been started"
+        return self._position
+
+    def start(self, position: Position) -> None:
+        """Follow the log from there."""
+        self._position = position
+        self._task = asyncio.create_task(self._run(), name="registry log reader")
+
+    async def aclose(self) -> None:
+        """Stop reading and end every watch."""
+        tasks = [task for task in (self._task, *self._loads) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self.fanout.aclose()
+        await self._connection.aclose()
+
+    # ------------------------------------------------------------------ following
+
+    async def _run(self) -> None:
+        backoff = Backoff()
+        while True:
+            try:
+                await self._verify()
+                backoff.reset()
+                await self._follow()
+            except HistoryLost as exc:
+                self._lost = str(exc)
+            except StoreError as exc:
+                self._health.failed(exc)
+                await asyncio.sleep(backoff.next_s())
+
+    async def _follow(self) -> None:
+        """Read until something is wrong."""
+        command = ("XREAD", "COUNT", READ_ENTRIES_COUNT, "BLOCK", round(BLOCK_S * 1000), "STREAMS")
+        while True:
+            reply = await self._connection.execute(
+                *command, self._kv.keys.log, self.position.revision, block_s=BLOCK_S
+            )
+            if reply is None:
+                await self._verify()
+            else:
+                self._advance(parse_changes(reply[0][1]))
+
+    def _advance(self, changes: Sequence[Change]) -> None:
+        check_chain(self.position.revision, self.position.operation, changes)
+        last = changes[-1]
+        self._position = Position(self.position.incarnation, last.revision, last.operation)
+        self.fanout.follow(changes)
+        self._on_changes(changes)
+
+    async def _verify(self) -> None:
+        """That the registry still has the reader's position; otherwise, and after lost history, resync."""
+        now = await self._kv.position() or await self._kv.initialize()
+        reason = self._compare(now) or self._lost
+        if reason is not None:
+            self._lost = reason
+            await self._resync(reason)
+            self._lost = None
+        if not self._health.connected:
+            self._health.succeeded()
+            self._on_disturbance("the connection was lost")
+
+    def _compare(self, now: Position) -> str | None:
+        known = self.position
+        if now.incarnation != known.incarnation:
+            return "the registry was wiped"
+        if order(now.revision) < order(known.revision):
+            return "the registry's history was rewound"
+        if now.revision == known.revision and now.operation != known.operation:
+            return "the registry's history was rewritten"
+        return None
+
+    async def _resync(self, reason: str) -> None:
+        await asyncio.sleep(spread_s(self.process_count))
+        async with self._loading:
+            position = await self._kv.initialize()
+            loaded = [(view, *await self._kv.snapshot(view.prefix)) for view in self.fanout.views.values()]
+            if any(at.incarnation != position.incarnation for _, _, at in loaded):
+                raise HistoryLost("the registry was wiped")
+            for view, snapshot, at in loaded:
+                view.replace(snapshot, at, reason)
+            self._position = position
+        logger.info("resync of %d watched prefixes: %s", len(loaded), reason)
+        self._on_disturbance(reason)
+
+    # ------------------------------------------------------------------ watches
+
+    def watch(self, prefix: str, start_revision: Revision | None) -> QueueWatch:
+        """A new watch; a task loads what it begins with."""
+        watch = self.fanout.watch(prefix, after=start_revision is not None)
+        if watch.view.position is None or start_revision is not None:
+            task = asyncio.create_task(self._load(watch, start_revision), name=f"watch of {prefix!r}")
+            self._loads.add(task)
+            task.add_done_callback(self._loads.discard)
+        return watch
+
+    async def _load(self, watch: QueueWatch, start_revision: Revision | None) -> None:
+        backoff = Backoff()
+        while not watch.closed:
+            try:
+                await self._load_view(watch)
+                if start_revision is not None:
+                    await self._load_history(watch, start_revision)
+                return
+            except (Compacted, SchemaMismatch) as exc:
+                watch.fail(exc)
+                return
+            except StoreError as exc:
+                logger.debug("watch of %r: %s", watch.view.prefix, exc)
+                await asyncio.sleep(backoff.next_s())
+
+    async def _load_view(self, watch: QueueWatch) -> None:
+        view = watch.view
+        while view.position is None:
+            async with self._loading:
+                if view.position is None:
+                    view.begin_load()
+                    snapshot, position = await self._kv.snapshot(view.prefix)
+                    if position.incarnation != self.position.incarnation:
+                        raise HistoryLost("the registry was wiped")
+                    view.finish_load(snapshot, position)
+
+    async def _load_history(self, watch: QueueWatch, start_revision: Revision) -> None:
+        """What happened between `start_revision` and the view's position. Raises Compacted."""
+        now = await self._kv.position()
+        try:
+            if now is None or order(now.revision) < order(start_revision):
+                raise Compacted(start_revision)
+            await self._catch_up(watch, start_revision)
+            joined = watch.join()
+            watch.begin_with(await self._kv.changes(start_revision, None, joined), joined.revision)
+        except (HistoryLost, ValueError) as exc:
+            raise Compacted(start_revision) from exc
+
+    async def _catch_up(self, watch: QueueWatch, revision: Revision) -> None:
+        """Wait until the view has reached a revision that the registry has."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._kv.client.timeout_s
+        while watch.view.position is None or order(watch.view.position.revision) < order(revision):
+            if loop.time() > deadline:
+                raise StoreUnavailable("the change log is not being read")
+            await asyncio.sleep(CATCH_UP_POLL_S)

@@ -1,0 +1,128 @@
+"""What makes ended leases go: ticks, and the hint that a lease's key has expired.
+
+A tick is one script call, which reaps a bounded number of leases. Ticks come every `TICK_S` while there are
+few processes, and less often the more there are, so that all of them together make about 16 a second. Expiry
+notifications only make it faster: they may be late, lost or switched off.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from dynamo_redis.errors import StoreError, StoreRefused
+from dynamo_redis.store.base import LeaseId
+from dynamo_redis.store.change_log import Change
+from dynamo_redis.store.client import Backoff, Subscription
+from dynamo_redis.store.key_value import KeyValue
+from dynamo_redis.store.keys import parse_lease
+
+logger = logging.getLogger(__name__)
+
+TICK_S: Final = 0.5
+HINT_WAIT_S: Final = 0.05
+POLL_S: Final = 2.0
+REMEMBERED_LEASES_COUNT: Final = 1024
+ENDINGS: Final = (b"expired", b"del", b"evicted")
+
+
+class Reaper:
+    """Two tasks from `start` to `aclose`. `on_tick` gets the number of processes that hold a lease."""
+
+    def __init__(self, kv: KeyValue, on_tick: Callable[[int], None]) -> None:
+        self._kv = kv
+        self._on_tick = on_tick
+        self._process_count = 1
+        self._ended: deque[LeaseId | None] = deque(maxlen=REMEMBERED_LEASES_COUNT)
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        """Begin ticking and listening."""
+        self._tasks = [
+            asyncio.create_task(self._tick_on(), name="registry ticks"),
+            asyncio.create_task(self._listen_on(), name="registry hints"),
+        ]
+
+    async def aclose(self) -> None:
+        """Stop both."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def note(self, changes: Sequence[Change]) -> None:
+        """Remember which leases the log has shown to end: a hint about them is old news."""
+        self._ended.extend({change.lease for change in changes if change.kind in ("x", "r")})
+
+    # ------------------------------------------------------------------ ticks
+
+    async def _tick_on(self) -> None:
+        while True:
+            interval_s = TICK_S * max(1.0, self._process_count / 8)
+            await asyncio.sleep(interval_s * random.uniform(0.75, 1.25))  # noqa: S311 - jitter
+            try:
+                await self._tick()
+            except StoreError as exc:
+                logger.debug("tick: %s", exc)
+
+    async def _tick(self) -> None:
+        """Reap until nothing is overdue."""
+        while True:
+            tick = await self._kv.tick()
+            self._process_count = tick.lease_count
+            self._on_tick(tick.lease_count)
+            if not tick.overdue_count:
+                return
+
+    # ------------------------------------------------------------------ hints
+
+    async def _listen_on(self) -> None:
+        backoff = Backoff()
+        while True:
+            subscription: Subscription | None = None
+            try:
+                await self._allow_notifications()
+                subscription = await self._kv.client.subscribe(self._kv.keys.lease_channel)
+                backoff.reset()
+                await self._tick()  # whatever ended while nobody listened
+                while True:
+                    await self._await_hint(subscription)
+            except StoreError as exc:
+                logger.debug("hints: %s", exc)
+            finally:
+                if subscription is not None:
+                    await subscription.aclose()
+            await asyncio.sleep(backoff.next_s())
+
+    async def _await_hint(self, subscription: Subscription) -> None:
+        message = await subscription.next_message(POLL_S)
+        if message is None or message[1] not in ENDINGS:
+            return
+        lease = _lease_of(message[0])
+        if lease not in self._ended:
+            await asyncio.sleep(random.uniform(0, HINT_WAIT_S))  # noqa: S311 - somebody else may be first
+        if lease not in self._ended:
+            await self._tick()
+
+    async def _allow_notifications(self) -> None:
+        """Switch on the notifications that hints need, beside those in use, where that is allowed."""
+        client = self._kv.client
+        try:
+            reply = await client.execute("CONFIG", "GET", "notify-keyspace-events")
+            flags = reply[1].decode() if reply else ""
+            wanted = "K" if "A" in flags else "Kgxe"
+            missing = "".join(flag for flag in wanted if flag not in flags)
+            if missing:
+                await client.execute("CONFIG", "SET", "notify-keyspace-events", flags + missing)
+        except StoreRefused as exc:
+            logger.debug("expiry notifications stay as they are: %s", exc)
+
+
+def _lease_of(channel: bytes) -> LeaseId | None:
+    try:
+        return parse_lease(channel.rpartition(b":")[2])
+    except ValueError:
+        return None

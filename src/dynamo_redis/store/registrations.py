@@ -1,0 +1,435 @@
+"""The keys that a process keeps in the registry under its lease, and how they come back.
+
+Writes of a lease are serial. After anything that may have lost a write (a broken connection, lost history, an
+ended lease, an answer that never came) the registered keys are *repaired*: read in one call together with
+the lease's state, compared, and written again where needed, each only if it still stands as it was read.
+
+Why a key is absent decides what happens to it. If the lease has lived on and its writer chain is intact, its
+history is whole, so somebody deleted the key: that is reported, not undone. Otherwise it was lost with the
+lease or with the registry's data, and is brought back, in the order of registration.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final
+
+from dynamo_redis.errors import KeyExists, LeaseNotFound, StoreError, StoreUnavailable
+from dynamo_redis.store.base import Compare, LeaseId, LostReason, Record, Revision
+from dynamo_redis.store.change_log import Change, order
+from dynamo_redis.store.client import Backoff
+from dynamo_redis.store.key_value import (
+    CompareFailed,
+    KeyValue,
+    Operation,
+    OtherIncarnation,
+    Owned,
+    OwnedDelete,
+    OwnedPut,
+    Written,
+    new_operation,
+)
+from dynamo_redis.store.lease import WriterChain
+
+logger = logging.getLogger(__name__)
+
+STRAY_S: Final = 60.0
+"""How long a key whose write or delete failed is looked for: a stalled server may still run the command."""
+
+
+class KeyRegistration:
+    """One kept key; see `base.Registration`. Made by `Registrations.register`."""
+
+    def __init__(
+        self,
+        owner: Registrations,
+        key: str,
+        value: bytes,
+        *,
+        exclusive: bool,
+        stalled_value: bytes | None,
+        prepare: Callable[[], Awaitable[None]] | None,
+        on_lost: Callable[[LostReason], None] | None,
+    ) -> None:
+        self.value = value
+        self.exclusive = exclusive
+        self.stalled_value = stalled_value
+        self.prepare = prepare
+        self.on_lost = on_lost
+        self.revision = Revision("")
+        self._key = key
+        self._owner = owner
+        self._lost: LostReason | None = None
+
+    @property
+    def key(self) -> str:
+        return self._key
+
+    @property
+    def lost(self) -> LostReason | None:
+        return self._lost
+
+    async def update(self, value: bytes, *, stalled_value: bytes | None = None) -> Revision:
+        return await self._owner.update(self, value, stalled_value)
+
+    async def unregister(self) -> None:
+        await self._owner.unregister(self)
+
+    def lose(self, reason: LostReason) -> None:
+        """Say that the key is no longer ours."""
+        self._lost = reason
+        logger.warning("registered key %s was lost: %s", self._key, reason)
+        if self.on_lost is not None:
+            try:
+                self.on_lost(reason)
+            except Exception:
+                logger.exception("on_lost of %s raised", self._key)
+
+
+class Registrations:
+    """All kept keys of one lease. `start` before the first registration; `aclose` stops repairs.
+
+    `on_grant` is called with the incarnation and the time at which the granting call was sent.
+    """
+
+    def __init__(
+        self,
+        kv: KeyValue,
+        lease: LeaseId,
+        ttl_s: float,
+        chain: WriterChain,
+        *,
+        on_grant: Callable[[str, float], None],
+        spread_s: Callable[[], float],
+    ) -> None:
+        self.lease_losses = 0
+        self._kv = kv
+        self._lease = lease
+        self._ttl_s = ttl_s
+        self._chain = chain
+        self._on_grant = on_grant
+        self._spread_s = spread_s
+        self._entries: dict[str, KeyRegistration] = {}
+        self._writing: set[str] = set()
+        self._strays: dict[str, float] = {}
+        self._incarnation = ""
+        self._held = False  # granted at least once
+        self._may_grant = True  # the next grant is expected: the first, or one that a repair makes
+        self._break_count = 0  # how often the lease's history broke; repaired up to `_repaired_count`
+        self._repaired_count = 0
+        self._serial = asyncio.Lock()
+        self._repairing = asyncio.Lock()
+        self._disturbed = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self, incarnation: str) -> None:
+        """Repair in the background from now on."""
+        self._incarnation = incarnation
+        self._task = asyncio.create_task(self._repair_on(), name="registry repair")
+
+    async def aclose(self) -> None:
+        """Stop repairing, and forget the keys."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        self._entries.clear()
+
+    @property
+    def held(self) -> bool:
+        """Whether the lease was ever granted."""
+        return self._held
+
+    def stalled_values(self) -> list[tuple[str, bytes]]:
+        """What to write while the event loop hangs. Called from another thread."""
+        entries = list(self._entries.values())
+        return [(entry.key, entry.stalled_value) for entry in entries if entry.stalled_value is not None]
+
+    # ------------------------------------------------------------------ what users call
+
+    async def register(
+        self,
+        key: str,
+        value: bytes,
+        *,
+        exclusive: bool,
+        stalled_value: bytes | None,
+        prepare: Callable[[], Awaitable[None]] | None,
+        on_lost: Callable[[LostReason], None] | None,
+    ) -> KeyRegistration:
+        """See `base.Registry.register`. One round trip. A key that this process keeps already: KeyExists."""
+        if key in self._entries or key in self._writing:
+            raise KeyExists(key)
+        entry = KeyRegistration(
+            self,
+            key,
+            value,
+            exclusive=exclusive,
+            stalled_value=stalled_value,
+            prepare=prepare,
+            on_lost=on_lost,
+        )
+        was_stray = self._strays.pop(key, None) is not None
+        compare = Compare(key, None) if exclusive and not was_stray else None
+        self._writing.add(key)
+        try:
+            async with self._serial:
+                written = await self._write_new(entry, compare)
+                entry.revision = written.revision
+                self._entries[key] = entry
+        except CompareFailed as exc:
+            raise KeyExists(key) from exc
+        except BaseException:
+            self._strays[key] = time.monotonic()
+            raise
+        finally:
+            self._writing.discard(key)
+        return entry
+
+    async def _write_new(self, entry: KeyRegistration, compare: Compare | None) -> Written:
+        operation = OwnedPut(entry.key, entry.value)
+        try:
+            return await self._write([operation], [compare] if compare else [], grant=True)
+        except CompareFailed as exc:
+            if exc.found is None or exc.found.lease != self._lease:
+                raise
+            # Left over from a registration of ours whose answer was lost.
+            return await self._write([operation], [Compare(entry.key, exc.found.mod_revision)], grant=True)
+
+    async def update(
+        self, entry: KeyRegistration, value: bytes, stalled_value: bytes | None = None
+    ) -> Revision:
+        """See `base.Registration.update`. Raises LeaseNotFound if the key is not ours any more."""
+        async with self._serial:
+            self._check_kept(entry)
+            entry.value = value
+            if stalled_value is not None:
+                entry.stalled_value = stalled_value
+            written = None
+            try:
+                written = await self._write([OwnedPut(entry.key, value, owned=True)], [], grant=False)
+            except LeaseNotFound:
+                self.disturb("the lease ended")
+            if written is not None and written.change_count:
+                entry.revision = written.revision
+                return written.revision
+        await self._repair_now()
+        self._check_kept(entry)
+        return entry.revision
+
+    def _check_kept(self, entry: KeyRegistration) -> None:
+        if self._entries.get(entry.key) is not entry:
+            raise LeaseNotFound(f"{entry.key} is no longer registered: {entry.lost or 'unregistered'}")
+
+    async def unregister(self, entry: KeyRegistration) -> None:
+        """See `base.Registration.unregister`."""
+        if self._entries.get(entry.key) is not entry:
+            return
+        del self._entries[entry.key]
+        self._strays[entry.key] = time.monotonic()
+        async with self._serial:
+            if entry.key in self._entries:
+                return  # registered again meanwhile: it belongs to the new registration
+            try:
+                await self._write([OwnedDelete(entry.key)], [], grant=False)
+            except LeaseNotFound:
+                logger.debug("%s ended with its lease", entry.key)
+            self._strays.pop(entry.key, None)
+
+    # ------------------------------------------------------------------ writing
+
+    async def _write(
+        self, operations: Sequence[Operation], compares: Sequence[Compare], *, grant: bool
+    ) -> Written:
+        """One write of the lease; the caller holds `_serial`."""
+        while True:
+            operation, sent_at = new_operation(), time.monotonic()
+            self._chain.begin(operation)
+            try:
+                written = await self._kv.write(
+                    operations,
+                    compares=compares,
+                    incarnation=self._incarnation,
+                    lease=self._lease,
+                    ttl_s=self._ttl_s if grant else 0.0,
+                    operation=operation,
+                )
+            except OtherIncarnation as exc:
+                self._chain.acknowledged(operation, None)
+                self._note_break(exc.found)
+            except (CompareFailed, LeaseNotFound):
+                self._chain.acknowledged(operation, None)
+                raise
+            except BaseException:
+                self._chain.in_doubt(operation)
+                self.disturb("the outcome of a write is unknown")
+                raise
+            else:
+                if written.granted:
+                    self._chain.settle("")
+                    self._note_grant(sent_at)
+                self._chain.acknowledged(operation, written.revision if written.change_count else None)
+                return written
+
+    def _note_break(self, incarnation: str) -> None:
+        """The registry was replaced: the lease and its keys are gone."""
+        self._incarnation = incarnation
+        self._break_count += 1
+        self.disturb("the registry was replaced")
+
+    def _note_grant(self, sent_at: float) -> None:
+        if self._held:
+            self.lease_losses += 1
+            logger.warning(
+                "the lease was lost and has been granted again (%d times so far)", self.lease_losses
+            )
+        if not self._may_grant:
+            self._break_count += 1
+            self.disturb("the lease had ended")
+        self._held, self._may_grant = True, False
+        self._on_grant(self._incarnation, sent_at)
+
+    # ------------------------------------------------------------------ noticing
+
+    def disturb(self, reason: str) -> None:
+        """Something may have been lost: compare soon."""
+        if not self._disturbed.is_set():
+            logger.debug("registered keys will be compared with the registry: %s", reason)
+        self._disturbed.set()
+
+    def note(self, changes: Sequence[Change]) -> None:
+        """See in the log what others did to our keys, and our lease's end."""
+        for change in changes:
+            if change.kind in ("x", "r"):
+                if change.lease == self._lease and self._held:
+                    self.disturb("the lease ended")
+                continue
+            if change.key in self._writing:
+                if change.lease != self._lease or change.kind == "d":
+                    self.disturb("a key was changed while it was being registered")
+                continue
+            entry = self._entries.get(change.key)
+            if entry is None or order(change.revision) <= order(entry.revision):
+                continue
+            if change.kind == "d":
+                self._lose(entry, "deleted")
+            elif change.kind == "p" and change.lease != self._lease:
+                self._lose(entry, "conflict")
+
+    def _lose(self, entry: KeyRegistration, reason: LostReason) -> None:
+        del self._entries[entry.key]
+        entry.lose(reason)
+
+    # ------------------------------------------------------------------ repairing
+
+    async def _repair_on(self) -> None:
+        backoff = Backoff()
+        while True:
+            await self._disturbed.wait()
+            try:
+                await self._repair()
+                backoff.reset()
+            except StoreError as exc:
+                self._disturbed.set()
+                logger.debug("repair: %s", exc)
+                await asyncio.sleep(backoff.next_s())
+
+    async def _repair_now(self) -> None:
+        """One repair, within the usual time-out. Raises StoreError."""
+        try:
+            async with asyncio.timeout(self._kv.client.timeout_s):
+                await self._repair()
+        except TimeoutError as exc:
+            raise StoreUnavailable("the registered keys could not be compared in time") from exc
+
+    async def _repair(self) -> None:
+        async with self._repairing:
+            self._disturbed.clear()
+            try:
+                breaks, again = await self._repair_once()
+            except BaseException:
+                self._disturbed.set()
+                raise
+            if again:
+                raise StoreError("some keys could not be brought back yet")
+            self._repaired_count = max(self._repaired_count, breaks)
+
+    async def _repair_once(self) -> tuple[int, bool]:
+        """Compare and restore; answers which breaks this repaired, and whether some keys are left."""
+        async with self._serial:
+            state = await self._kv.read([*self._entries, *self._strays], self._lease)
+            self._take_state(state)
+            breaks = self._break_count
+            is_whole = breaks == self._repaired_count
+            restore = self._compare(state.records, is_whole)
+            await self._remove_strays(state.records)
+        if restore and not is_whole:
+            logger.info("registering %d keys again", len(restore))
+            await asyncio.sleep(self._spread_s())
+        left = False
+        for entry, found in restore:
+            left |= not await self._restore(entry, found)
+        return breaks, left
+
+    def _take_state(self, state: Owned) -> None:
+        """Note whether the lease's history is whole, and take the registry's word for what comes now."""
+        if not self._held:
+            self._incarnation = state.position.incarnation
+            return
+        if state.position.incarnation != self._incarnation:
+            self._incarnation = state.position.incarnation
+            self._break_count += 1
+        elif not state.alive or not self._chain.agrees(state.last_write):
+            self._break_count += 1
+        self._may_grant = not state.alive
+        self._chain.settle(state.last_write)
+
+    def _compare(
+        self, records: dict[str, Record], is_whole: bool
+    ) -> list[tuple[KeyRegistration, Record | None]]:
+        """Which keys have to be written again; those that are lost are told so."""
+        restore: list[tuple[KeyRegistration, Record | None]] = []
+        for entry in list(self._entries.values()):
+            record = records.get(entry.key)
+            if record is None and is_whole:
+                self._lose(entry, "deleted")
+            elif record is not None and record.lease != self._lease:
+                self._lose(entry, "conflict")
+            elif record is None or record.value != entry.value:
+                restore.append((entry, record))
+            else:
+                entry.revision = record.mod_revision
+        return restore
+
+    async def _restore(self, entry: KeyRegistration, found: Record | None) -> bool:
+        """Write a key again if it still stands as it was found; False: look at it again."""
+        if found is None and entry.prepare is not None:
+            try:
+                await entry.prepare()
+            except StoreError:
+                raise
+            except Exception:
+                logger.exception("cannot prepare %s to be registered again; trying again", entry.key)
+                return False
+        async with self._serial:
+            if self._entries.get(entry.key) is not entry:
+                return True
+            compare = Compare(entry.key, found.mod_revision if found else None)
+            try:
+                written = await self._write([OwnedPut(entry.key, entry.value)], [compare], grant=True)
+            except CompareFailed:
+                return False
+            entry.revision = written.revision
+            return True
+
+    async def _remove_strays(self, records: dict[str, Record]) -> None:
+        """Delete keys that a failed registration left behind, or whose delete failed."""
+        for key, since in list(self._strays.items()):
+            record = records.get(key)
+            if record is not None and record.lease == self._lease:
+                await self._write([OwnedDelete(key)], [Compare(key, record.mod_revision)], grant=False)
+                self._strays.pop(key, None)
+            elif time.monotonic() - since > STRAY_S:
+                self._strays.pop(key, None)

@@ -1,0 +1,221 @@
+"""The registry on Redis: puts the parts together and gives them one start and one end.
+
+Long-lived parts, all started by `start` (the keepalive by the first `register`) and stopped by `aclose`:
+
+    log reader    task    follows the change log on a connection of its own, feeds the watches
+    reaper        2 tasks ticks, and expiry notifications on a connection of their own
+    repair        task    brings registered keys back
+    keepalive     thread  renews the lease on a connection of its own
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+
+from dynamo_redis.config import StoreSettings
+from dynamo_redis.errors import KeyExists, RevisionMismatch, StoreError, StoreUnavailable
+from dynamo_redis.names import new_instance_id
+from dynamo_redis.store.base import (
+    Compare,
+    DeleteOp,
+    LeaseId,
+    LostReason,
+    PutOp,
+    Record,
+    Registration,
+    Revision,
+    Snapshot,
+    Watch,
+)
+from dynamo_redis.store.change_log import Change
+from dynamo_redis.store.client import RedisClient
+from dynamo_redis.store.health import Health
+from dynamo_redis.store.key_value import CompareFailed, KeyValue, Written
+from dynamo_redis.store.keys import RegistryKeys, check_key, check_prefix
+from dynamo_redis.store.lease import Keepalive, WriterChain
+from dynamo_redis.store.log_reader import LogReader, spread_s
+from dynamo_redis.store.reaper import Reaper
+from dynamo_redis.store.registrations import Registrations
+
+logger = logging.getLogger(__name__)
+
+
+class RedisRegistry:
+    """See `base.Registry`. Raises ConfigError if the settings name no server, or one that cannot be used."""
+
+    def __init__(self, settings: StoreSettings, *, instance_id: LeaseId | None = None) -> None:
+        self._lease = LeaseId(new_instance_id()) if instance_id is None else instance_id
+        self._client = RedisClient(
+            settings.require_url(),
+            timeout_s=settings.command_timeout_s,
+            client_name=f"dynamo-redis:{self._lease:x}",
+        )
+        keys = RegistryKeys(settings.prefix)
+        chain = WriterChain()
+        self._kv = KeyValue(self._client, keys)
+        self._health = Health(self._client.address)
+        self._reader = LogReader(
+            self._kv, self._health, on_changes=self._on_changes, on_disturbance=self._on_disturbance
+        )
+        self._reaper = Reaper(self._kv, self._on_tick)
+        self._registrations = Registrations(
+            self._kv,
+            self._lease,
+            settings.lease_ttl_s,
+            chain,
+            on_grant=self._on_grant,
+            spread_s=lambda: spread_s(self._reader.process_count),
+        )
+        self._keepalive = Keepalive(
+            self._client,
+            keys,
+            self._lease,
+            chain,
+            ttl_s=settings.lease_ttl_s,
+            loop_stall_s=settings.loop_stall_s,
+            on_disturbance=self._on_disturbance,
+            stalled_values=self._registrations.stalled_values,
+        )
+        self._started = False
+        self._closed = False
+
+    def __repr__(self) -> str:
+        state = "connected" if self.connected else "away"
+        return (
+            f"<RedisRegistry {self._client.address} {self._kv.keys.prefix!r} lease {self._lease:x} {state}>"
+        )
+
+    # ------------------------------------------------------------------ state and life
+
+    @property
+    def lease_id(self) -> LeaseId:
+        return self._lease
+
+    @property
+    def connected(self) -> bool:
+        return self._health.connected
+
+    @property
+    def lease_losses(self) -> int:
+        return self._registrations.lease_losses
+
+    async def start(self) -> None:
+        try:
+            await self._client.connect()
+            position = await self._kv.initialize()
+        except BaseException:
+            await self._client.aclose()
+            raise
+        self._started = True
+        self._health.succeeded()
+        self._registrations.start(position.incarnation)
+        self._reader.start(position)
+        self._reaper.start()
+
+    async def aclose(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        await self._registrations.aclose()
+        if self._started and self._registrations.held:
+            await self._revoke()
+        await self._keepalive.aclose()
+        await self._reaper.aclose()
+        await self._reader.aclose()
+        await self._client.aclose()
+
+    async def _revoke(self) -> None:
+        try:
+            await self._kv.revoke(self._lease)
+        except StoreError as exc:
+            logger.warning("the lease could not be revoked, it ends with its TTL: %s", exc)
+
+    # ------------------------------------------------------------------ reads and plain writes
+
+    async def get(self, key: str) -> Record | None:
+        return (await self._kv.read([check_key(key)])).records.get(key)
+
+    async def get_prefix(self, prefix: str) -> Snapshot:
+        snapshot, _ = await self._kv.snapshot(check_prefix(prefix))
+        return snapshot
+
+    async def put(self, key: str, value: bytes) -> Revision:
+        return (await self._write([PutOp(key, value)])).revision
+
+    async def create(self, key: str, value: bytes) -> Revision:
+        try:
+            return (await self._write([PutOp(key, value)], [Compare(key, None)])).revision
+        except CompareFailed as exc:
+            raise KeyExists(key) from exc
+
+    async def create_or_validate(self, key: str, value: bytes) -> Revision:
+        try:
+            return (await self._write([PutOp(key, value)], [Compare(key, None)])).revision
+        except CompareFailed as exc:
+            if exc.found is None or exc.found.value != value:
+                raise KeyExists(key) from exc
+            return exc.found.mod_revision
+
+    async def compare_and_put(self, key: str, value: bytes, expected: Revision | None) -> Revision:
+        return await self.transact([Compare(key, expected)], [PutOp(key, value)])
+
+    async def delete(self, key: str) -> bool:
+        return (await self._write([DeleteOp(key)])).change_count > 0
+
+    async def transact(self, compares: Sequence[Compare], ops: Sequence[PutOp | DeleteOp]) -> Revision:
+        try:
+            return (await self._write(ops, compares)).revision
+        except CompareFailed as exc:
+            failed = compares[exc.index]
+            found = exc.found.mod_revision if exc.found else None
+            raise RevisionMismatch(failed.key, failed.mod_revision, found) from exc
+
+    async def _write(self, ops: Sequence[PutOp | DeleteOp], compares: Sequence[Compare] = ()) -> Written:
+        for item in (*ops, *compares):
+            check_key(item.key)
+        try:
+            async with asyncio.timeout(self._client.timeout_s):
+                return await self._kv.write(ops, compares=compares)
+        except TimeoutError as exc:
+            raise StoreUnavailable(f"Redis at {self._client.address} does not answer in time") from exc
+
+    # ------------------------------------------------------------------ kept keys and watches
+
+    async def register(
+        self,
+        key: str,
+        value: bytes,
+        *,
+        exclusive: bool = False,
+        stalled_value: bytes | None = None,
+        prepare: Callable[[], Awaitable[None]] | None = None,
+        on_lost: Callable[[LostReason], None] | None = None,
+    ) -> Registration:
+        return await self._registrations.register(
+            check_key(key),
+            value,
+            exclusive=exclusive,
+            stalled_value=stalled_value,
+            prepare=prepare,
+            on_lost=on_lost,
+        )
+
+    def watch(self, prefix: str, *, start_revision: Revision | None = None) -> Watch:
+        return self._reader.watch(check_prefix(prefix), start_revision)
+
+    # ------------------------------------------------------------------ what the parts tell each other
+
+    def _on_changes(self, changes: Sequence[Change]) -> None:
+        self._reaper.note(changes)
+        self._registrations.note(changes)
+
+    def _on_disturbance(self, reason: str) -> None:
+        self._registrations.disturb(reason)
+
+    def _on_grant(self, incarnation: str, sent_at: float) -> None:
+        self._keepalive.granted(incarnation, sent_at)
+
+    def _on_tick(self, process_count: int) -> None:
+        self._reader.process_count = process_count
