@@ -1,0 +1,274 @@
+"""A frontend on a loopback port, before a worker that does what the test says."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import httpx
+import openai
+import pytest
+
+from dynamo_redis.config import FrontendSettings
+from dynamo_redis.engines.demo_model import DEMO_MODEL_PATH
+from dynamo_redis.errors import NoInstances
+from dynamo_redis.frontend.app import make_app
+from dynamo_redis.frontend.models import LiveModels
+from dynamo_redis.frontend.prompts import Preparation
+from dynamo_redis.frontend.server import bind, run_server, url_of
+from dynamo_redis.frontend.tokens import Tokenizer
+from dynamo_redis.names import EndpointName, InstanceId
+from dynamo_redis.planes.context import Context
+from dynamo_redis.runtime.instance import Instance
+from dynamo_redis.runtime.llm_protocol import GenerateItem, GenerateRequest
+from dynamo_redis.runtime.model_files import make_card, read_model_directory, upload_model_files
+from dynamo_redis.store.base import Delete, DeleteCause, LeaseId, Put, Record, Revision, WatchBatch
+from dynamo_redis.store.memory_objects import MemoryObjectStore
+
+ENDPOINT = EndpointName("dynamo", "backend", "generate")
+Script = Callable[[GenerateRequest, Context], AsyncGenerator[Any]]
+
+
+class FakeWatch:
+    """A watch that the test feeds."""
+
+    def __init__(self) -> None:
+        self.batches: asyncio.Queue[WatchBatch] = asyncio.Queue()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> WatchBatch:
+        return await self.batches.get()
+
+    async def aclose(self) -> None:
+        pass
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        pass
+
+
+@dataclass
+class FakeRegistry:
+    """A registry of which only the watch is used."""
+
+    watching: FakeWatch = field(default_factory=FakeWatch)
+    connected: bool = True
+
+    def watch(self, prefix: str, *, start_revision: Revision | None = None) -> FakeWatch:
+        assert prefix == "v1/mdc/"
+        assert start_revision is None
+        return self.watching
+
+    def put(self, key: str, value: bytes) -> None:
+        record = Record(key, value, Revision("1-0"), Revision("1-0"), 1, LeaseId(1))
+        self.watching.batches.put_nowait(WatchBatch((Put(record),), Revision("1-0")))
+
+    def delete(self, key: str, cause: DeleteCause = DeleteCause.DELETED) -> None:
+        self.watching.batches.put_nowait(WatchBatch((Delete(key, Revision("2-0"), cause),), Revision("2-0")))
+
+
+class Worker:
+    """Stands for all instances of one endpoint: answers as `script` says, and remembers what happened."""
+
+    def __init__(self, endpoint: EndpointName, tokenizer: Tokenizer) -> None:
+        self.endpoint = endpoint
+        self.tokenizer = tokenizer
+        self.ids: list[int] = [1]
+        self.requests: list[GenerateRequest] = []
+        self.contexts: list[Context] = []
+        self.among: list[Collection[int] | None] = []
+        self.ended: list[str] = []
+        """How each answer ended here: `complete`, or `closed` by the frontend."""
+        self.script: Script = self.says("Hello, world! How are you?")
+
+    def says(
+        self, text: str, *, finish_reason: str = "stop", pause_s: float | None = None, **extra: Any
+    ) -> Script:
+        """A script that answers with a text, a token an item, one loop turn (or `pause_s`) apart."""
+        token_ids = self.tokenizer.encode(text)
+
+        async def script(request: GenerateRequest, context: Context) -> AsyncGenerator[GenerateItem]:
+            for index, token_id in enumerate(token_ids):
+                if pause_s is not None:
+                    await asyncio.sleep(pause_s)
+                last = {"finish_reason": finish_reason} if index == len(token_ids) - 1 else {}
+                yield {"token_ids": [token_id], **(extra if index == 0 else {}), **last}  # type: ignore[typeddict-item]
+
+        return script
+
+    async def generate(
+        self,
+        request: Any,
+        annotated: bool | None = True,
+        context: Context | None = None,
+        *,
+        among: Collection[int] | None = None,
+    ) -> AsyncIterator[Any]:
+        assert annotated is False
+        assert context is not None
+        if not self.ids:
+            raise NoInstances("no instance of dynamo.backend.generate is known")
+        self.requests.append(request)
+        self.contexts.append(context)
+        self.among.append(among)
+        return self._answer(request, context)
+
+    async def _answer(self, request: GenerateRequest, context: Context) -> AsyncGenerator[Any]:
+        ended = "closed"
+        try:
+            async for item in self.script(request, context):
+                yield item
+            ended = "complete"
+        finally:
+            self.ended.append(ended)
+
+    def instance_ids(self) -> list[int]:
+        return self.ids
+
+    def instances(self) -> list[Instance]:
+        transports = {"tcp": "127.0.0.1:1/x"}
+        return [Instance(self.endpoint, InstanceId(i), transports, secret=b"never shown") for i in self.ids]
+
+    async def aclose(self) -> None:
+        pass
+
+
+@dataclass
+class FakeRuntime:
+    """What the frontend needs of a runtime."""
+
+    registry: Any = field(default_factory=FakeRegistry)
+    objects: MemoryObjectStore = field(default_factory=MemoryObjectStore)
+    workers: dict[str, Worker] = field(default_factory=dict)
+    opened: list[str] = field(default_factory=list)
+
+    def endpoint(self, name: str) -> Any:
+        runtime = self
+
+        class Endpoint:
+            async def client(self, router_mode: str | None = None) -> Worker:
+                runtime.opened.append(name)
+                return runtime.workers[name]
+
+        return Endpoint()
+
+    async def publish(
+        self,
+        name: str,
+        *,
+        path: Path = DEMO_MODEL_PATH,
+        endpoint: EndpointName = ENDPOINT,
+        instance_id: int = 1,
+        **changes: Any,
+    ) -> str:
+        """Upload a model's files and put its card; answers the card's key."""
+        model = read_model_directory(path)
+        card = make_card(model, model_name=name, kv_cache_block_size=16).model_copy(update=changes)
+        await upload_model_files(self.objects, model, card)
+        key = endpoint.model_card_key(instance_id)
+        self.registry.put(key, card.to_bytes())
+        return key
+
+
+@dataclass
+class Frontend:
+    """The frontend under test."""
+
+    url: str
+    models: LiveModels
+    runtime: FakeRuntime
+    worker: Worker
+    http: httpx.AsyncClient
+    client: openai.AsyncOpenAI
+    shutdown: asyncio.Event
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Wait until something is so; the test's own time-out bounds it."""
+        async with asyncio.timeout(10):
+            while not condition():
+                await asyncio.sleep(0.005)
+
+    async def until_served(self, name: str) -> None:
+        await self.until(lambda: any(model.name == name for model in self.models.served()))
+
+
+OpenFrontend = Callable[..., Awaitable[Frontend]]
+
+
+@pytest.fixture(scope="session")
+def demo_tokenizer() -> Tokenizer:
+    return Tokenizer.from_files(DEMO_MODEL_PATH)
+
+
+@pytest.fixture
+async def open_frontend(tmp_path: Path, demo_tokenizer: Tokenizer) -> AsyncIterator[OpenFrontend]:
+    """Open a frontend with settings of the test's choice; it serves the demo model as `demo`."""
+    # The openai client and `asyncio.to_thread` start threads in the loop's executor, which end here.
+    executor = ThreadPoolExecutor(4)
+    asyncio.get_running_loop().set_default_executor(executor)
+    closing: list[Any] = []
+
+    async def open_(*, model: str | None = "demo", **settings: Any) -> Frontend:
+        context = _frontend(tmp_path, demo_tokenizer, settings)
+        frontend = await context.__aenter__()
+        closing.append(context)
+        if model is not None:
+            await frontend.runtime.publish(model)
+            await frontend.until_served(model)
+        return frontend
+
+    yield open_
+    for context in closing:
+        await context.__aexit__(None, None, None)
+    executor.shutdown()
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(4))
+
+
+@pytest.fixture
+async def frontend(open_frontend: OpenFrontend) -> Frontend:
+    """A frontend with default settings."""
+    return await open_frontend()
+
+
+@asynccontextmanager
+async def _frontend(
+    directory: Path, tokenizer: Tokenizer, overrides: dict[str, Any]
+) -> AsyncIterator[Frontend]:
+    settings = FrontendSettings.load(http_host="127.0.0.1", http_port=0, **overrides)
+    runtime = FakeRuntime()
+    worker = runtime.workers[str(ENDPOINT)] = Worker(ENDPOINT, tokenizer)
+    preparation = Preparation()
+    shutdown = asyncio.Event()
+    listener = bind(settings.http_host, settings.http_port)
+    accepting = asyncio.Event()
+
+    async def wait_for_shutdown() -> None:
+        await shutdown.wait()
+
+    with listener:
+        async with LiveModels(
+            runtime, router_mode="round_robin", cache_dir=directory / "cache", lease_ttl_s=1.0
+        ) as models:
+            app = make_app(models, preparation, settings, lambda: runtime.registry.connected)
+            serving = asyncio.create_task(
+                run_server(app, listener, wait_for_shutdown, drain_s=2, on_ready=lambda _: accepting.set())
+            )
+            await accepting.wait()
+            url = url_of(listener)
+            async with (
+                httpx.AsyncClient(base_url=url, timeout=20) as http,
+                openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+            ):
+                yield Frontend(url, models, runtime, worker, http, client, shutdown)
+            shutdown.set()
+            await serving
+    preparation.close()

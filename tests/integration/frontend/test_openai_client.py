@@ -1,0 +1,226 @@
+"""The official `openai` client, unchanged, against the frontend."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from dynamo_redis.frontend.tokens import Tokenizer
+from dynamo_redis.planes.context import Context
+from dynamo_redis.runtime.llm_protocol import GenerateRequest
+
+TEXT = "Hello, world! How are you?"
+MESSAGES: Any = [{"role": "user", "content": "Hi!"}]
+
+
+async def test_lists_and_retrieves_models(frontend: Any) -> None:
+    models = await frontend.client.models.list()
+    assert [model.id for model in models.data] == ["demo"]
+    model = await frontend.client.models.retrieve("demo")
+    assert (model.id, model.object) == ("demo", "model")
+    assert abs(model.created - time.time()) < 60
+
+
+async def test_answers_a_chat(frontend: Any, demo_tokenizer: Tokenizer) -> None:
+    frontend.worker.script = frontend.worker.says(TEXT, cached_tokens=3)
+    answer = await frontend.client.chat.completions.create(model="demo", messages=MESSAGES)
+    assert answer.object == "chat.completion"
+    assert answer.id.startswith("chatcmpl-")
+    assert answer.model == "demo"
+    [choice] = answer.choices
+    assert choice.message.role == "assistant"
+    assert choice.message.content == TEXT
+    assert choice.finish_reason == "stop"
+    [request] = frontend.worker.requests
+    assert answer.usage.prompt_tokens == len(request["token_ids"])
+    assert answer.usage.completion_tokens == len(demo_tokenizer.encode(TEXT))
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+    assert answer.usage.prompt_tokens_details.cached_tokens == 3
+    assert "Hi!" in demo_tokenizer.decode(request["token_ids"])
+
+
+async def test_streams_a_chat(frontend: Any, demo_tokenizer: Tokenizer) -> None:
+    stream = await frontend.client.chat.completions.create(model="demo", messages=MESSAGES, stream=True)
+    chunks = [chunk async for chunk in stream]
+    assert {chunk.object for chunk in chunks} == {"chat.completion.chunk"}
+    assert len({chunk.id for chunk in chunks}) == 1
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == TEXT
+    assert [chunk.choices[0].finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + ["stop"]
+    # A chunk a token, between the one with the role and the one with the reason: deltas are not merged.
+    assert len(chunks) == len(demo_tokenizer.encode(TEXT)) + 2
+    assert all(chunk.usage is None for chunk in chunks)
+
+
+async def test_streams_usage_when_asked(frontend: Any, demo_tokenizer: Tokenizer) -> None:
+    stream = await frontend.client.chat.completions.create(
+        model="demo", messages=MESSAGES, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = [chunk async for chunk in stream]
+    assert all(chunk.usage is None for chunk in chunks[:-1])
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage.completion_tokens == len(demo_tokenizer.encode(TEXT))
+    assert chunks[-1].usage.prompt_tokens == len(frontend.worker.requests[0]["token_ids"])
+
+
+async def test_completes_text(frontend: Any) -> None:
+    answer = await frontend.client.completions.create(model="demo", prompt="Once upon a time", max_tokens=64)
+    assert answer.object == "text_completion"
+    assert answer.choices[0].text == TEXT
+    stream = await frontend.client.completions.create(
+        model="demo", prompt="Once", stream=True, stream_options={"include_usage": True}
+    )
+    chunks = [chunk async for chunk in stream]
+    assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices) == TEXT
+    assert chunks[-1].usage.total_tokens > 0
+
+
+async def test_takes_prompts_in_every_form(frontend: Any, demo_tokenizer: Tokenizer) -> None:
+    one, other = demo_tokenizer.encode("Once upon"), demo_tokenizer.encode("a time")
+    prompts: list[Any] = ["Once upon", ["Once upon", "a time"], one, [one, other]]
+    for prompt, wanted in zip(prompts, ([one], [one, other], [one], [one, other]), strict=True):
+        frontend.worker.requests.clear()
+        answer = await frontend.client.completions.create(model="demo", prompt=prompt, max_tokens=5)
+        assert [request["token_ids"] for request in frontend.worker.requests] == wanted
+        assert [choice.index for choice in answer.choices] == list(range(len(wanted)))
+        assert answer.usage.prompt_tokens == sum(map(len, wanted))
+
+
+async def test_streams_several_choices(frontend: Any) -> None:
+    def by_prompt(request: GenerateRequest, context: Context) -> AsyncGenerator[Any]:
+        text = f"answer to {frontend.worker.tokenizer.decode(request['token_ids'])}"
+        return frontend.worker.says(text, pause_s=0.001)(request, context)  # type: ignore[no-any-return]
+
+    frontend.worker.script = by_prompt
+    stream = await frontend.client.completions.create(model="demo", prompt=["one", "two"], stream=True)
+    texts = ["", ""]
+    async for chunk in stream:
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+    assert texts == ["answer to one", "answer to two"]
+
+
+async def test_n_choices_have_different_seeds(frontend: Any) -> None:
+    answer = await frontend.client.chat.completions.create(model="demo", messages=MESSAGES, n=3, seed=7)
+    assert [choice.index for choice in answer.choices] == [0, 1, 2]
+    assert [request["sampling_options"]["seed"] for request in frontend.worker.requests] == [7, 8, 9]
+    # The prompt counts once.
+    assert answer.usage.prompt_tokens == len(frontend.worker.requests[0]["token_ids"])
+
+
+async def test_passes_options_on(frontend: Any, demo_tokenizer: Tokenizer) -> None:
+    await frontend.client.chat.completions.create(
+        model="demo",
+        messages=MESSAGES,
+        max_completion_tokens=17,
+        temperature=0.5,
+        top_p=0.9,
+        presence_penalty=1,
+        frequency_penalty=-1,
+        seed=42,
+        stop=["END"],
+        extra_body={"top_k": 5, "min_tokens": 2, "ignore_eos": True, "a_field_of_tomorrow": {"x": 1}},
+    )
+    [request] = frontend.worker.requests
+    assert request["model"] == "demo"
+    assert request["stop_conditions"] == {
+        "max_tokens": 17,
+        "min_tokens": 2,
+        "ignore_eos": True,
+        "stop": ["END"],
+    }
+    assert request["sampling_options"] == {
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 5,
+        "presence_penalty": 1.0,
+        "frequency_penalty": -1.0,
+        "seed": 42,
+    }
+    assert demo_tokenizer.token_id("<|im_end|>") in request["eos_token_ids"]
+    await frontend.client.chat.completions.create(
+        model="demo", messages=MESSAGES, extra_body={"nvext": {"ignore_eos": True}}
+    )
+    assert frontend.worker.requests[1]["stop_conditions"]["ignore_eos"] is True
+
+
+async def test_without_max_tokens_the_context_is_the_limit(frontend: Any) -> None:
+    await frontend.client.chat.completions.create(model="demo", messages=MESSAGES)
+    [request] = frontend.worker.requests
+    context_length = frontend.models.get("demo").loaded.context_length
+    assert request["stop_conditions"]["max_tokens"] == context_length - len(request["token_ids"])
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_stop_string_ends_the_answer_and_the_work(frontend: Any, stream: bool) -> None:
+    async def endless(request: GenerateRequest, context: Context) -> AsyncGenerator[Any]:
+        async for item in frontend.worker.says("Hello, world! How are you?")(request, context):
+            yield {"token_ids": item["token_ids"]}
+        while True:
+            await asyncio.sleep(0.001)
+            yield {"token_ids": frontend.worker.tokenizer.encode(" on")}
+
+    frontend.worker.script = endless
+    answer = await frontend.client.chat.completions.create(
+        model="demo", messages=MESSAGES, stop="are y", stream=stream
+    )
+    if stream:
+        chunks = [chunk async for chunk in answer]
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        assert chunks[-1].choices[0].finish_reason == "stop"
+    else:
+        text = answer.choices[0].message.content
+        assert answer.choices[0].finish_reason == "stop"
+    assert text == "Hello, world! How "
+    await frontend.until(lambda: frontend.worker.ended == ["closed"])
+    assert frontend.worker.contexts[0].is_killed()
+
+
+async def test_a_complete_answer_is_not_killed_at_the_worker(frontend: Any) -> None:
+    await frontend.client.chat.completions.create(model="demo", messages=MESSAGES)
+    stream = await frontend.client.chat.completions.create(model="demo", messages=MESSAGES, stream=True)
+    async for _ in stream:
+        pass
+    await frontend.until(lambda: len(frontend.worker.ended) == 2)
+    assert frontend.worker.ended == ["complete", "complete"]
+
+
+async def test_the_synchronous_client_works_too(frontend: Any) -> None:
+    def use() -> str:
+        with openai.OpenAI(base_url=f"{frontend.url}/v1", api_key="none") as client:
+            stream = client.chat.completions.create(model="demo", messages=MESSAGES, stream=True)
+            return "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+
+    assert await asyncio.to_thread(use) == TEXT
+
+
+async def test_events_are_written_as_the_standard_says(frontend: Any) -> None:
+    frontend.worker.script = frontend.worker.says("a\u2028b\x85c\r\nd")
+    async with frontend.http.stream(
+        "POST", "/v1/completions", json={"model": "demo", "prompt": "x", "stream": True}
+    ) as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        assert response.headers["cache-control"] == "no-cache"
+        content = await response.aread()
+    events = content.decode().split("\n\n")
+    assert events[-2:] == ["data: [DONE]", ""]
+    assert all(event.startswith("data: ") for event in events[:-1])
+    assert len(content.decode().splitlines()) == 2 * (len(events) - 1)
+
+
+async def test_a_request_id_of_the_callers_reaches_the_worker(frontend: Any) -> None:
+    trace = f"00-{'a' * 32}-{'b' * 16}-01"
+    response: httpx.Response = await frontend.http.post(
+        "/v1/completions",
+        json={"model": "demo", "prompt": "x"},
+        headers={"x-request-id": "my-id-7", "traceparent": trace},
+    )
+    assert response.headers["x-request-id"] == "my-id-7"
+    [context] = frontend.worker.contexts
+    assert (context.id(), context.traceparent) == ("my-id-7", trace)
