@@ -13,11 +13,14 @@ fails them.
 
 from __future__ import annotations
 
+import gc
 import logging
 import secrets
 import socket
 import time
+import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -101,11 +104,14 @@ def _embedded(binary: ServerBinary, directories: pytest.TempPathFactory) -> Iter
 
     # Loopback TCP, so that a test can also reach it through a proxy or from a container of its own.
     server = EmbeddedServer(directories.mktemp("redis"), port=0, binary=binary)
-    anyio.run(server.start)
+    # In a thread, because the fixture may be asked for while the test's event loop runs.
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(lambda: anyio.run(server.start)).result()
     try:
         yield server.url
     finally:
-        anyio.run(server.stop)
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(lambda: anyio.run(server.stop)).result()
 
 
 def _container_engine_answers() -> bool:
@@ -113,18 +119,19 @@ def _container_engine_answers() -> bool:
         import docker
     except ImportError:
         return False
-    try:
-        client = docker.from_env(timeout=_ENGINE_ANSWER_S)
-    except Exception as exc:  # noqa: BLE001 (whatever the engine's library raises means "no engine")
-        log.debug("no container engine: %s", exc)
-        return False
-    try:
-        return bool(client.ping())
-    except Exception as exc:  # noqa: BLE001
-        log.debug("no container engine: %s", exc)
-        return False
-    finally:
-        client.close()
+    with warnings.catch_warnings():
+        # Where nothing answers, the library drops its socket unclosed: the suite's warnings are not for that.
+        warnings.simplefilter("ignore", ResourceWarning)
+        try:
+            client = docker.from_env(timeout=_ENGINE_ANSWER_S)
+            try:
+                return bool(client.ping())
+            finally:
+                client.close()
+        except Exception as exc:  # noqa: BLE001 (whatever the library raises means "no engine")
+            log.debug("no container engine: %s", exc)
+        gc.collect()
+    return False
 
 
 def _container() -> AbstractContextManager[str]:

@@ -1,0 +1,178 @@
+"""An object's keys, and the manifest that its pointer holds."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dynamo_redis.errors import ObjectChanged, SchemaMismatch
+from dynamo_redis.names import decode_segment, encode_segment
+from dynamo_redis.store.base import ObjectInfo
+
+SCHEMA = "1"
+_CODEC = "none"
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_EMPTY_DIGEST = hashlib.sha256().hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectKeys:
+    """Where an object is kept: all its keys have one hash tag. Raises ValueError for an empty name."""
+
+    prefix: str
+    bucket: str
+    name: str
+
+    def __post_init__(self) -> None:
+        if not self.bucket or not self.name:
+            raise ValueError(f"an object has a bucket and a name, not {self.bucket!r} and {self.name!r}")
+
+    @property
+    def path(self) -> str:
+        """`<bucket>/<name>`, both percent-encoded: the object's name in the index."""
+        return f"{encode_segment(self.bucket)}/{encode_segment(self.name)}"
+
+    @property
+    def url(self) -> str:
+        return f"redis-object://{self.bucket}/{self.name}"
+
+    @property
+    def current(self) -> str:
+        """The pointer to the current version: a hash that holds its manifest."""
+        return f"{{{self.prefix}/object/{self.path}}}:current"
+
+    def chunk(self, digest: str) -> str:
+        """A chunk, by its SHA-256."""
+        return f"{{{self.prefix}/object/{self.path}}}:chunk:{digest}"
+
+    def chunks(self, digests: Sequence[str]) -> list[str]:
+        """The keys of several chunks, each once."""
+        return [self.chunk(digest) for digest in dict.fromkeys(digests)]
+
+    @classmethod
+    def of_path(cls, prefix: str, path: str) -> ObjectKeys:
+        """The reverse of `path`. Raises ValueError."""
+        bucket, _, name = path.partition("/")
+        return cls(prefix, decode_segment(bucket), decode_segment(name))
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """One version of an object. `version` is random: content that is put again later has a new one.
+
+    `chunks` are the SHA-256 of each chunk in order; all chunks but the last are of `chunk_bytes`.
+    """
+
+    version: str
+    size_bytes: int
+    sha256: str
+    chunk_bytes: int
+    chunks: tuple[str, ...]
+    created_at_ms: int = 0  # the server's, when it became current
+
+    def fields(self) -> list[str | int]:
+        """Fields and values of the pointer, in turn; `created_at_ms` is the server's to add."""
+        return [
+            *("v", SCHEMA, "version", self.version, "size_bytes", self.size_bytes, "sha256", self.sha256),
+            *("codec", _CODEC, "chunk_bytes", self.chunk_bytes, "chunk_count", len(self.chunks)),
+            *("chunks", " ".join(self.chunks)),
+        ]
+
+    @classmethod
+    def of_fields(cls, flat: Sequence[bytes], url: str) -> Manifest:
+        """Read the pointer's fields and values; unknown ones are ignored.
+
+        Raises SchemaMismatch for a manifest of an incompatible release, ObjectChanged for a damaged one.
+        """
+        found = _pairs(flat)
+        _check_schema(found.get("v"), found.get("codec"))
+        try:
+            manifest = cls(
+                version=found["version"].decode(),
+                size_bytes=int(found["size_bytes"]),
+                sha256=found["sha256"].decode(),
+                chunk_bytes=int(found["chunk_bytes"]),
+                chunks=tuple(found["chunks"].decode().split()),
+                created_at_ms=int(found["created_at_ms"]),
+            )
+        except (KeyError, ValueError) as exc:
+            raise ObjectChanged(url, f"its manifest is damaged ({exc!r})") from exc
+        if not manifest._is_consistent():
+            raise ObjectChanged(url, "its manifest is damaged")
+        return manifest
+
+    def info(self, keys: ObjectKeys, created_at_ms: int) -> ObjectInfo:
+        """What users see of it."""
+        return ObjectInfo(
+            bucket=keys.bucket,
+            name=keys.name,
+            size_bytes=self.size_bytes,
+            sha256=self.sha256,
+            chunk_count=len(self.chunks),
+            created_at=created_at_ms / 1000,
+        )
+
+    def _is_consistent(self) -> bool:
+        if not self.chunks:
+            return self.size_bytes == 0 and self.sha256 == _EMPTY_DIGEST
+        fits = 0 < self.size_bytes - (len(self.chunks) - 1) * self.chunk_bytes <= self.chunk_bytes
+        return fits and all(map(_DIGEST.fullmatch, (self.sha256, *self.chunks)))
+
+
+@dataclass(frozen=True, slots=True)
+class Replaceable:
+    """What must be known of a version to replace or remove it: less than to read it, so that a damaged
+    manifest can be put right."""
+
+    version: str
+    chunks: tuple[str, ...]
+
+    @classmethod
+    def of_fields(cls, flat: Sequence[bytes]) -> Replaceable | None:
+        """Read the pointer's fields and values; None if there is no object.
+
+        Raises SchemaMismatch: an incompatible release's chunks would be left behind.
+        """
+        if not flat:
+            return None
+        found = _pairs(flat)
+        _check_schema(found.get("v"), found.get("codec"))
+        chunks = _DIGEST.findall(found.get("chunks", b"").decode("utf-8", "replace"))
+        return cls(found.get("version", b"").decode("utf-8", "surrogateescape"), tuple(chunks))
+
+
+INFO_FIELDS = ("v", "codec", "size_bytes", "sha256", "chunk_count", "created_at_ms")
+"""What a listing needs of a pointer."""
+
+
+def info_of_fields(values: Sequence[bytes | None], keys: ObjectKeys) -> ObjectInfo | None:
+    """Read the values of `INFO_FIELDS`; None if there is no object. Raises as `Manifest.of_fields`."""
+    schema, codec, size_bytes, sha256, chunk_count, created_at_ms = values
+    if sha256 is None:
+        return None
+    _check_schema(schema, codec)
+    try:
+        return ObjectInfo(
+            bucket=keys.bucket,
+            name=keys.name,
+            size_bytes=int(size_bytes or b""),
+            sha256=sha256.decode(),
+            chunk_count=int(chunk_count or b""),
+            created_at=int(created_at_ms or b"") / 1000,
+        )
+    except ValueError as exc:
+        raise ObjectChanged(keys.url, f"its manifest is damaged ({exc!r})") from exc
+
+
+def _pairs(flat: Sequence[bytes]) -> dict[str, bytes]:
+    return {flat[i].decode("utf-8", "replace"): flat[i + 1] for i in range(0, len(flat), 2)}
+
+
+def _check_schema(schema: bytes | None, codec: bytes | None) -> None:
+    found = tuple((value or b"absent").decode("utf-8", "replace") for value in (schema, codec))
+    if found != (SCHEMA, _CODEC):
+        raise SchemaMismatch(
+            f"{found[0]} with codec {found[1]} for an object", f"{SCHEMA} with codec {_CODEC}"
+        )

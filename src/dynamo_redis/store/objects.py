@@ -1,0 +1,300 @@
+"""The object store on Redis: files of any size in chunks, replaced atomically, checked when read.
+
+An object's keys share a hash tag of its own, `{prefix/object/<bucket>/<name>}`, so that one script can see
+all of them, also in a cluster:
+
+    {tag}:current           hash: the current version's manifest (size, sha256, the chunks' digests, codec)
+    {tag}:chunk:<sha256>    a chunk, stored under its own digest
+
+A *put* writes the chunks beside the current version, with an expiry that it renews until it is done. Then
+one script checks that every chunk is there, takes its expiry away, and replaces the manifest. An upload that
+dies leaves chunks that expire, and nothing else. Content that is there is not sent again, be it of an earlier
+upload, of the current version, or of one just replaced.
+
+A *reader* takes the manifest once and reads what it lists. The chunks of a replaced version get an expiry;
+the reader renews it for those still to come, each third of it. It checks each chunk's digest, and at the end
+that of the whole.
+
+The names of all objects stand in an index under a tag of its own, `{prefix/object}:names`. No script can
+change two tags, so a name goes there *before* its object is made current, and listing checks each name: an
+object that is current is always listed. A name without an object is dropped once it is an hour old; a put
+takes far less time from the one step to the other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import secrets
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from pathlib import Path
+from typing import Self
+
+from dynamo_redis.config import StoreSettings
+from dynamo_redis.errors import ObjectChanged, ObjectNotFound, StoreError, StoreUnavailable
+from dynamo_redis.store.base import ObjectInfo, ObjectSource, Progress
+from dynamo_redis.store.client import RedisClient
+from dynamo_redis.store.object_content import CHUNK_BYTES, WholeReads, chunks_of, digest_of, source_size_bytes
+from dynamo_redis.store.object_manifest import (
+    INFO_FIELDS,
+    Manifest,
+    ObjectKeys,
+    Replaceable,
+    info_of_fields,
+)
+from dynamo_redis.store.scripts import load_script
+
+log = logging.getLogger(__name__)
+
+EXPIRY_S = 600.0
+"""How long chunks live that no current version has, unless renewed: of uploads, and of replaced versions."""
+
+_UPLOAD_TRIES = 3
+_COMMIT_TRIES = 100
+_KEYS_A_CALL = 500
+_FORGET_AFTER_S = 3600.0
+
+_TOUCH = load_script("object_touch")
+_RENEW = load_script("object_renew")
+_COMMIT = load_script("object_commit")
+_REMOVE = load_script("object_remove")
+_FORGET = load_script("object_forget")
+
+_ABSENT, _INTACT, _DAMAGED = range(3)  # what _TOUCH answers
+
+
+class RedisObjectStore(WholeReads):
+    """`ObjectStore` on one Redis or Valkey. `aclose` closes the client.
+
+    Cancelling a call is safe at any point: an object is replaced as a whole or not at all.
+    """
+
+    def __init__(
+        self,
+        client: RedisClient,
+        prefix: str,
+        *,
+        chunk_bytes: int = CHUNK_BYTES,
+        expiry_s: float = EXPIRY_S,
+    ) -> None:
+        self._client = client
+        self._prefix = prefix
+        self._chunk_bytes = chunk_bytes
+        self._expiry_s = expiry_s
+        self._expiry_ms = round(expiry_s * 1000)
+
+    @classmethod
+    def from_settings(cls, settings: StoreSettings) -> Self:
+        """With a client of its own, not yet connected. Raises ConfigError if no server is configured."""
+        url, timeout_s = settings.require_url(), settings.command_timeout_s
+        return cls(RedisClient(url, timeout_s=timeout_s, client_name="dynamo-redis-objects"), settings.prefix)
+
+    # ------------------------------------------------------------------ put
+
+    async def put(
+        self, bucket: str, name: str, source: ObjectSource, *, progress: Progress | None = None
+    ) -> ObjectInfo:
+        """As `ObjectStore.put`; holds one chunk in memory. Of several puts at once, the last to end stays.
+
+        Raises OSError if a file cannot be read. If Redis loses chunks meanwhile (a restart without its data),
+        bytes and files are sent again; pieces are gone by then, and it raises StoreUnavailable.
+        """
+        keys = ObjectKeys(self._prefix, bucket, name)
+        tries = _UPLOAD_TRIES if isinstance(source, bytes | Path) else 1
+        for _ in range(tries):
+            sent: dict[str, None] = {}
+            async with self._renewing(keys, sent):
+                manifest = await self._upload(keys, source, sent, progress)
+                info = await self._commit(keys, manifest)
+            if info is not None:
+                return info
+        raise StoreUnavailable(
+            f"{keys.url}: Redis lost chunks while they were uploaded; put the object again"
+        )
+
+    async def _upload(
+        self, keys: ObjectKeys, source: ObjectSource, sent: dict[str, None], progress: Progress | None
+    ) -> Manifest:
+        """Bring every chunk to Redis; `sent` names those that must be kept alive from now on."""
+        total_bytes = await source_size_bytes(source)
+        whole = hashlib.sha256()
+        digests: list[str] = []
+        done_bytes = 0
+        async with contextlib.aclosing(chunks_of(source, self._chunk_bytes)) as chunks:
+            async for content in chunks:
+                digest = await digest_of(content, whole)
+                if digest not in sent:
+                    await self._send(keys.chunk(digest), content)
+                    sent[digest] = None
+                digests.append(digest)
+                done_bytes += len(content)
+                if progress is not None:
+                    progress(done_bytes, total_bytes)
+        return Manifest(
+            version=secrets.token_hex(8),
+            size_bytes=done_bytes,
+            sha256=whole.hexdigest(),
+            chunk_bytes=self._chunk_bytes,
+            chunks=tuple(digests),
+        )
+
+    async def _send(self, key: str, content: bytes) -> None:
+        """Write a chunk, unless it is there. A chunk of the current version never gets an expiry here."""
+        sha1 = hashlib.sha1(content, usedforsecurity=False).hexdigest()
+        state = await self._client.script(_TOUCH, [key], [self._expiry_ms, sha1])
+        if state == _ABSENT:
+            # If another upload of the same content wrote it first, it is right as it is.
+            await self._client.execute("SET", key, content, "PX", self._expiry_ms, "NX")
+        elif state == _DAMAGED:
+            await self._client.execute("SET", key, content, "KEEPTTL", "XX")
+
+    async def _commit(self, keys: ObjectKeys, new: Manifest) -> ObjectInfo | None:
+        """Make the manifest current; None if chunks are missing."""
+        await self._remember(keys)
+        kept = set(new.chunks)
+        new_keys = keys.chunks(new.chunks)
+        for _ in range(_COMMIT_TRIES):
+            old = await self._replaceable(keys)
+            replaced = [digest for digest in old.chunks if digest not in kept] if old else []
+            answer, *rest = await self._client.script(
+                _COMMIT,
+                [keys.current, *new_keys, *keys.chunks(replaced)],
+                [len(new_keys), old.version if old else "", self._expiry_ms, *new.fields()],
+            )
+            if answer == b"ok":
+                return new.info(keys, created_at_ms=int(rest[0]))
+            if answer == b"missing":
+                log.info("%s: %d chunks are gone before the upload is complete", keys.url, rest[0])
+                return None
+        raise StoreUnavailable(f"{keys.url} is replaced by others all the time; put it again later")
+
+    @contextlib.asynccontextmanager
+    async def _renewing(self, keys: ObjectKeys, sent: dict[str, None]) -> AsyncIterator[None]:
+        """Keep the chunks named in `sent` alive, however slowly further ones come."""
+
+        async def renew() -> None:
+            while True:
+                await asyncio.sleep(self._expiry_s / 3)
+                try:
+                    await self._renew(keys, tuple(sent))
+                except StoreError as exc:
+                    log.debug("%s: chunks not renewed: %s", keys.url, exc)  # the commit checks them
+
+        task = asyncio.create_task(renew(), name=f"renew chunks of {keys.url}")
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.wait([task])
+
+    async def _renew(self, keys: ObjectKeys, digests: Sequence[str]) -> None:
+        chunks = keys.chunks(digests)
+        for start in range(0, len(chunks), _KEYS_A_CALL):
+            await self._client.script(_RENEW, chunks[start : start + _KEYS_A_CALL], [self._expiry_ms])
+
+    # ------------------------------------------------------------------ read
+
+    async def _open(self, bucket: str, name: str) -> tuple[ObjectInfo, AsyncGenerator[bytes]]:
+        keys = ObjectKeys(self._prefix, bucket, name)
+        manifest = await self._manifest(keys)
+        if manifest is None:
+            raise ObjectNotFound(keys.url)
+        return manifest.info(keys, manifest.created_at_ms), self._chunks(keys, manifest)
+
+    async def _chunks(self, keys: ObjectKeys, manifest: Manifest) -> AsyncGenerator[bytes]:
+        whole = hashlib.sha256()
+        renewed_at = time.monotonic()
+        for index, digest in enumerate(manifest.chunks):
+            if time.monotonic() - renewed_at > self._expiry_s / 3:
+                renewed_at = time.monotonic()
+                await self._renew(keys, manifest.chunks[index:])
+            content: bytes | None = await self._client.execute("GET", keys.chunk(digest))
+            if content is None:
+                raise ObjectChanged(keys.url, f"chunk {index} of {len(manifest.chunks)} is gone")
+            if await digest_of(content, whole) != digest:
+                raise ObjectChanged(keys.url, f"chunk {index} of {len(manifest.chunks)} is damaged")
+            yield content
+        if whole.hexdigest() != manifest.sha256:
+            raise ObjectChanged(keys.url, "its manifest is damaged")
+
+    async def info(self, bucket: str, name: str) -> ObjectInfo | None:
+        """As `ObjectStore.info`."""
+        keys = ObjectKeys(self._prefix, bucket, name)
+        return info_of_fields(await self._client.execute("HMGET", keys.current, *INFO_FIELDS), keys)
+
+    async def _manifest(self, keys: ObjectKeys) -> Manifest | None:
+        fields = await self._client.execute("HGETALL", keys.current)
+        return Manifest.of_fields(fields, keys.url) if fields else None
+
+    async def _replaceable(self, keys: ObjectKeys) -> Replaceable | None:
+        return Replaceable.of_fields(await self._client.execute("HGETALL", keys.current))
+
+    # ------------------------------------------------------------------ list and remove
+
+    async def list(self, bucket: str | None = None) -> list[ObjectInfo]:
+        """As `ObjectStore.list`. An object whose manifest cannot be read is left out, with a warning."""
+        names = await self._client.execute("ZRANGE", self._names, 0, -1, "WITHSCORES")
+        entries = [
+            (ObjectKeys.of_path(self._prefix, path.decode()), path, score)
+            for path, score in zip(names[::2], names[1::2], strict=True)
+        ]
+        entries = [entry for entry in entries if bucket is None or entry[0].bucket == bucket]
+        found: list[ObjectInfo] = []
+        unused: list[tuple[bytes, bytes]] = []
+        for start in range(0, len(entries), _KEYS_A_CALL):
+            part = entries[start : start + _KEYS_A_CALL]
+            pointers = await self._client.pipeline(
+                ("HMGET", keys.current, *INFO_FIELDS) for keys, _, _ in part
+            )
+            for (keys, path, score), values in zip(part, pointers, strict=True):
+                try:
+                    info = info_of_fields(values, keys)
+                except StoreError as exc:
+                    log.warning("left out of the list: %s", exc)
+                    continue
+                if info is not None:
+                    found.append(info)
+                else:
+                    unused.append((path, score))
+        await self._forget(unused)
+        return sorted(found, key=lambda info: (info.bucket, info.name))
+
+    async def remove(self, bucket: str, name: str) -> bool:
+        """As `ObjectStore.remove`. Those who read it can finish. Its name leaves the index later."""
+        keys = ObjectKeys(self._prefix, bucket, name)
+        for _ in range(_COMMIT_TRIES):
+            old = await self._replaceable(keys)
+            if old is None:
+                return False
+            chunks = keys.chunks(old.chunks)
+            if await self._client.script(_REMOVE, [keys.current, *chunks], [old.version, self._expiry_ms]):
+                return True
+        raise StoreUnavailable(f"{keys.url} is replaced by others all the time; remove it again later")
+
+    @property
+    def _names(self) -> str:
+        return f"{{{self._prefix}/object}}:names"
+
+    async def _remember(self, keys: ObjectKeys) -> None:
+        await self._client.execute("ZADD", self._names, await self._server_time_s(), keys.path)
+
+    async def _forget(self, unused: Sequence[tuple[bytes, bytes]]) -> None:
+        """Drop names that have had no object for so long that no put can be about to make one current."""
+        if not unused:
+            return
+        limit = await self._server_time_s() - _FORGET_AFTER_S
+        for start in range(0, len(unused), _KEYS_A_CALL):
+            part = [pair for pair in unused[start : start + _KEYS_A_CALL] if float(pair[1]) < limit]
+            if part:
+                await self._client.script(_FORGET, [self._names], [word for pair in part for word in pair])
+
+    async def _server_time_s(self) -> int:
+        seconds, _ = await self._client.execute("TIME")
+        return int(seconds)
+
+    async def aclose(self) -> None:
+        """Close the connections. Never raises for a dead server."""
+        await self._client.aclose()

@@ -1,0 +1,13 @@
+-- Drop names from the index of objects, unless somebody has put them there again meanwhile.
+--
+-- KEYS[1]  the index: a sorted set of object names by the time of their last put
+-- ARGV     pairs of name and the score it was seen with
+-- Answers  how many were dropped
+-- Atomic:  a name whose score has changed stays.
+local dropped = 0
+for i = 1, #ARGV, 2 do
+  if redis.call('ZSCORE', KEYS[1], ARGV[i]) == ARGV[i + 1] then
+    dropped = dropped + redis.call('ZREM', KEYS[1], ARGV[i])
+  end
+end
+return dropped

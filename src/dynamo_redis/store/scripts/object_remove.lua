@@ -1,0 +1,16 @@
+-- Remove an object; those who read it can finish.
+--
+-- KEYS[1]  the pointer
+-- KEYS[2…] the chunks of the version that the caller knows as current
+-- ARGV[1]  that version, '' if it has no name
+-- ARGV[2]  ms that the chunks stay
+-- Answers  1 removed, 0 another version is current, or none
+-- Atomic:  the object is there with all its chunks, or gone.
+if (redis.call('HGET', KEYS[1], 'version') or '') ~= ARGV[1] then
+  return 0
+end
+local removed = redis.call('DEL', KEYS[1])
+for i = 2, #KEYS do
+  redis.call('PEXPIRE', KEYS[i], ARGV[2])
+end
+return removed

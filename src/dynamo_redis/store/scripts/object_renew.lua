@@ -1,0 +1,16 @@
+-- Keep chunks alive: those being uploaded, or those of a replaced version that is still being read.
+--
+-- KEYS     chunks
+-- ARGV[1]  ms that they shall live; chunks without an expiry (of the current version) keep none
+-- Answers  how many of them are gone
+-- Atomic:  each chunk for itself would do.
+local gone = 0
+for _, chunk in ipairs(KEYS) do
+  local left = redis.call('PTTL', chunk)
+  if left == -2 then
+    gone = gone + 1
+  elseif left >= 0 and left < tonumber(ARGV[1]) then
+    redis.call('PEXPIRE', chunk, ARGV[1])
+  end
+end
+return gone
