@@ -187,6 +187,11 @@ class KeyValue:
         self.client = client
         self.keys = keys
 
+    @property
+    def timeout_s(self) -> float:
+        """Longest wait for one answer."""
+        return self.client.timeout_s
+
     async def _run(self, script: Script, *args: Argument, lease: LeaseId | None = None) -> list[Any]:
         """Run a script; a registry that is not there is made first, of which the script then takes note."""
         keys = self.keys.structures if lease is None else (*self.keys.structures, self.keys.lease(lease))

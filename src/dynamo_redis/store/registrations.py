@@ -23,7 +23,6 @@ from dynamo_redis.store.change_log import Change, order
 from dynamo_redis.store.client import Backoff
 from dynamo_redis.store.key_value import (
     CompareFailed,
-    KeyValue,
     Operation,
     OtherIncarnation,
     Owned,
@@ -33,6 +32,7 @@ from dynamo_redis.store.key_value import (
     new_operation,
 )
 from dynamo_redis.store.lease import WriterChain
+from dynamo_redis.store.operations import Storage
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class Registrations:
 
     def __init__(
         self,
-        kv: KeyValue,
+        kv: Storage,
         lease: LeaseId,
         ttl_s: float,
         chain: WriterChain,
@@ -339,7 +339,7 @@ class Registrations:
     async def _repair_now(self) -> None:
         """One repair, within the usual time-out. Raises StoreError."""
         try:
-            async with asyncio.timeout(self._kv.client.timeout_s):
+            async with asyncio.timeout(self._kv.timeout_s):
                 await self._repair()
         except TimeoutError as exc:
             raise StoreUnavailable("the registered keys could not be compared in time") from exc

@@ -10,39 +10,28 @@ Long-lived parts, all started by `start` (the keepalive by the first `register`)
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 
 from dynamo_redis.config import StoreSettings
-from dynamo_redis.errors import KeyExists, RevisionMismatch, StoreError, StoreUnavailable
+from dynamo_redis.errors import StoreError
 from dynamo_redis.names import new_instance_id
-from dynamo_redis.store.base import (
-    Compare,
-    DeleteOp,
-    LeaseId,
-    LostReason,
-    PutOp,
-    Record,
-    Registration,
-    Revision,
-    Snapshot,
-    Watch,
-)
+from dynamo_redis.store.base import LeaseId, LostReason, Registration, Revision, Watch
 from dynamo_redis.store.change_log import Change
 from dynamo_redis.store.client import RedisClient
 from dynamo_redis.store.health import Health
-from dynamo_redis.store.key_value import CompareFailed, KeyValue, Written
+from dynamo_redis.store.key_value import KeyValue
 from dynamo_redis.store.keys import RegistryKeys, check_key, check_prefix
 from dynamo_redis.store.lease import Keepalive, WriterChain
 from dynamo_redis.store.log_reader import LogReader, spread_s
+from dynamo_redis.store.operations import KeyOperations
 from dynamo_redis.store.reaper import Reaper
 from dynamo_redis.store.registrations import Registrations
 
 logger = logging.getLogger(__name__)
 
 
-class RedisRegistry:
+class RedisRegistry(KeyOperations):
     """See `base.Registry`. Raises ConfigError if the settings name no server, or one that cannot be used."""
 
     def __init__(self, settings: StoreSettings, *, instance_id: LeaseId | None = None) -> None:
@@ -55,6 +44,7 @@ class RedisRegistry:
         keys = RegistryKeys(settings.prefix)
         chain = WriterChain()
         self._kv = KeyValue(self._client, keys)
+        super().__init__(self._kv)
         self._health = Health(self._client.address)
         self._reader = LogReader(
             self._kv, self._health, on_changes=self._on_changes, on_disturbance=self._on_disturbance
@@ -131,55 +121,6 @@ class RedisRegistry:
             await self._kv.revoke(self._lease)
         except StoreError as exc:
             logger.warning("the lease could not be revoked, it ends with its TTL: %s", exc)
-
-    # ------------------------------------------------------------------ reads and plain writes
-
-    async def get(self, key: str) -> Record | None:
-        return (await self._kv.read([check_key(key)])).records.get(key)
-
-    async def get_prefix(self, prefix: str) -> Snapshot:
-        snapshot, _ = await self._kv.snapshot(check_prefix(prefix))
-        return snapshot
-
-    async def put(self, key: str, value: bytes) -> Revision:
-        return (await self._write([PutOp(key, value)])).revision
-
-    async def create(self, key: str, value: bytes) -> Revision:
-        try:
-            return (await self._write([PutOp(key, value)], [Compare(key, None)])).revision
-        except CompareFailed as exc:
-            raise KeyExists(key) from exc
-
-    async def create_or_validate(self, key: str, value: bytes) -> Revision:
-        try:
-            return (await self._write([PutOp(key, value)], [Compare(key, None)])).revision
-        except CompareFailed as exc:
-            if exc.found is None or exc.found.value != value:
-                raise KeyExists(key) from exc
-            return exc.found.mod_revision
-
-    async def compare_and_put(self, key: str, value: bytes, expected: Revision | None) -> Revision:
-        return await self.transact([Compare(key, expected)], [PutOp(key, value)])
-
-    async def delete(self, key: str) -> bool:
-        return (await self._write([DeleteOp(key)])).change_count > 0
-
-    async def transact(self, compares: Sequence[Compare], ops: Sequence[PutOp | DeleteOp]) -> Revision:
-        try:
-            return (await self._write(ops, compares)).revision
-        except CompareFailed as exc:
-            failed = compares[exc.index]
-            found = exc.found.mod_revision if exc.found else None
-            raise RevisionMismatch(failed.key, failed.mod_revision, found) from exc
-
-    async def _write(self, ops: Sequence[PutOp | DeleteOp], compares: Sequence[Compare] = ()) -> Written:
-        for item in (*ops, *compares):
-            check_key(item.key)
-        try:
-            async with asyncio.timeout(self._client.timeout_s):
-                return await self._kv.write(ops, compares=compares)
-        except TimeoutError as exc:
-            raise StoreUnavailable(f"Redis at {self._client.address} does not answer in time") from exc
 
     # ------------------------------------------------------------------ kept keys and watches
 
