@@ -247,16 +247,17 @@ class Pool:
 
     def begin(self, stream: TcpResponseStream) -> None:
         """Send the stream's request, or park it until there is a connection."""
+        if not stream.attach():
+            return
         connection = self._pick()
         if connection is not None:
-            if stream.attach(connection):
-                connection.begin(stream)
+            connection.begin(stream)
         elif self._draining is not None:
             stream.lose(self._draining)
         else:
             self._parked[stream] = None
-            if stream.attach(self):
-                self._connect()
+            stream.park(self)
+            self._connect()
 
     def remove(self, stream: TcpResponseStream) -> None:
         """Forget a parked stream that has ended."""

@@ -68,6 +68,7 @@ class Connection(asyncio.BufferedProtocol):
         "_silent_sweeps",
         "_sweep_handle",
         "_sweep_interval_s",
+        "_unsent_bytes",
         "closed",
         "decoder",
         "error",
@@ -103,6 +104,7 @@ class Connection(asyncio.BufferedProtocol):
         self._silent_sweeps = 0
         self._sweep_handle: asyncio.TimerHandle | None = None
         self._sweep_interval_s = keepalive_interval_s / SWEEPS_PER_INTERVAL
+        self._unsent_bytes = 0
         self.sweeping = False
         self.sweeps = 0
         self.closed = False
@@ -135,7 +137,8 @@ class Connection(asyncio.BufferedProtocol):
             self._shake_hands(self.decoder.buffer()[:nbytes])
 
     def eof_received(self) -> bool:
-        return False  # nothing is sent to a peer that has closed its side
+        self.fail(ConnectionLost("the peer closed the connection"))
+        return False
 
     def connection_lost(self, exc: Exception | None) -> None:
         reason = f": {exc}" if exc is not None else ""
@@ -279,8 +282,11 @@ class Connection(asyncio.BufferedProtocol):
             self._on_idle()
             return
         self._sweep_handle = self._loop.call_later(self._sweep_interval_s, self._sweep)
-        self._silent_sweeps = 0 if self._heard else self._silent_sweeps + 1
+        unsent_bytes = self.transport.get_write_buffer_size()
+        heard = self._heard or unsent_bytes < self._unsent_bytes  # a peer that reads is alive, too
+        self._silent_sweeps = 0 if heard else self._silent_sweeps + 1
         self._heard = False
+        self._unsent_bytes = unsent_bytes
         if self._silent_sweeps >= _DEAD_AT - 1:
             silent_s = self._silent_sweeps * self._sweep_interval_s
             self.fail(ConnectionLost(f"the peer has been silent for {silent_s:.1f} s"))

@@ -130,6 +130,7 @@ class TcpServer:
             self._listener = None
         for connection in tuple(self._connections):
             connection.close()
+        await asyncio.sleep(0)  # handlers that were started in this turn of the loop have a task after it
         tasks = [request.task for request in self._running if request.task is not None]
         if tasks:
             await asyncio.wait(tasks, timeout=_ACLOSE_S)

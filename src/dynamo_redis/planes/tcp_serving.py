@@ -21,7 +21,6 @@ from dynamo_redis.errors import (
     HandlerFailed,
     InvalidRequest,
     Overloaded,
-    PayloadTooLarge,
     PlaneError,
     ProtocolViolation,
 )
@@ -30,12 +29,13 @@ from dynamo_redis.planes.context import Context
 from dynamo_redis.planes.tcp_connection import Connection
 from dynamo_redis.planes.tcp_flow import RequestMessages, Sender
 from dynamo_redis.wire import frame
-from dynamo_redis.wire.decoder import Oversized, ReadBuffers
+from dynamo_redis.wire.decoder import ReadBuffers, Unusable
 from dynamo_redis.wire.handshake import ServerHandshake, refusal
 from dynamo_redis.wire.session import KILL, OPEN_STREAMING, SERVER_STEPS, ServerStream
 
 _ACCEPT_AFTER_S: Final = 0.5
 _EAGER: Final = sys.version_info >= (3, 12)
+_OPEN_LENGTH: Final = {frame.OPEN: 6, frame.OPEN_RAW: 7}
 _ENDLESS_MS: Final = 2**53
 _LOG_INTERVAL_S: Final = 1.0
 
@@ -212,13 +212,15 @@ class ServerConnection(Connection):
         for received in frames:
             if self.closed:
                 return
-            if received[0] == frame.OPEN:
+            if received[0] == frame.OPEN or received[0] == frame.OPEN_RAW:
                 self._on_open(received)
             else:
                 self._on_stream_frame(received)
 
     def _on_open(self, received: list[Any]) -> None:
-        _, stream_id, subject, flags, headers, message = received[:6]
+        if len(received) != _OPEN_LENGTH[received[0]]:
+            raise ProtocolViolation("a malformed OPEN")
+        _, stream_id, subject, flags, headers, *_, message = received
         if type(stream_id) is not int or not self._last_stream_id < stream_id <= frame.MAX_STREAM_ID:
             raise ProtocolViolation("stream ids go up")
         if type(subject) is not str or type(flags) is not int or not isinstance(headers, dict | None):
@@ -228,8 +230,8 @@ class ServerConnection(Connection):
         state = SERVER_STEPS[ServerStream.UNOPENED][OPEN_STREAMING if streaming else frame.OPEN]
         try:
             endpoint = self._service.endpoint(subject)
-            if type(message) is Oversized:
-                raise PayloadTooLarge(size_bytes=message.size_bytes, limit_bytes=self.max_message_bytes)
+            if type(message) is Unusable:
+                raise message.error
             if streaming and not endpoint.request_stream:
                 raise InvalidRequest("the endpoint takes one message, not a stream of them")
             context = _context(headers)
@@ -379,7 +381,7 @@ class Request(Sender):
             self.fail(exc)
         else:
             self.endpoint.log_failure(exc)
-            self.fail(HandlerFailed(f"{type(exc).__name__}: {exc}"))
+            self.fail(HandlerFailed(_describe(exc)))
 
     # ------------------------------------------------------------------- what the caller says
 
@@ -401,15 +403,15 @@ class Request(Sender):
         assert messages is not None  # only a request-stream endpoint has a stream in state RECEIVING
         if kind in (frame.BATCH, frame.LAST_BATCH):
             messages.deliver_batch(received[2])
+        elif kind in (frame.DATA, frame.LAST):
+            messages.deliver(received[2])
         elif kind != frame.END:
-            if len(received) == 3:
-                messages.deliver(received[2])
-            elif type(received[2]) is Oversized:
-                limit_bytes = self._connection.max_message_bytes
-                self.abort(PayloadTooLarge(size_bytes=received[3], limit_bytes=limit_bytes))
+            _, _, size_bytes, message = received
+            if type(message) is Unusable:
+                self.abort(message.error)
             else:
-                messages.deliver_raw(received[2], received[3])
-        if kind in (frame.END, frame.LAST, frame.LAST_BATCH):
+                messages.deliver_raw(message, size_bytes)
+        if self.state is ServerStream.RUNNING:
             messages.finish()
 
     # ------------------------------------------------------------------- its end
@@ -487,6 +489,13 @@ def _error_frame(stream_id: int, error: PlaneError) -> bytes:
     if isinstance(error, Overloaded) and error.retry_after_s is not None:
         details = {"retry_after_ms": round(error.retry_after_s * 1000)}
     return frame.encode_error(stream_id, error.code, str(error), details)
+
+
+def _describe(exc: Exception) -> str:
+    try:
+        return f"{type(exc).__name__}: {exc}"
+    except Exception:  # noqa: BLE001 - an exception that cannot say what it is
+        return type(exc).__name__
 
 
 def _quietly(cancel: Callable[[], None]) -> None:

@@ -15,7 +15,6 @@ from typing import Any, Protocol, Self
 from dynamo_redis.errors import (
     DeadlineExceeded,
     Overloaded,
-    PayloadTooLarge,
     PlaneError,
     ProtocolViolation,
     RequestCancelled,
@@ -26,7 +25,7 @@ from dynamo_redis.planes.tcp_connection import Connection
 from dynamo_redis.planes.tcp_flow import Mailbox, Sender
 from dynamo_redis.wire import frame
 from dynamo_redis.wire.codec import MAX_INLINE_BYTES
-from dynamo_redis.wire.decoder import Oversized
+from dynamo_redis.wire.decoder import Unusable
 from dynamo_redis.wire.session import ClientStream
 
 
@@ -93,9 +92,8 @@ class TcpResponseStream(Mailbox):
 
     # ------------------------------------------------------------------- its way to the server
 
-    def attach(self, home: Home) -> bool:
+    def attach(self) -> bool:
         """Take up the context's deadline and cancellation. False if they have ended the stream already."""
-        self._home = home
         context = self._context
         if context.deadline is not None:
             remaining_s = context.remaining_s() or 0.0
@@ -108,6 +106,10 @@ class TcpResponseStream(Mailbox):
             return False
         context.subscribe(self._on_context)
         return True
+
+    def park(self, home: Home) -> None:
+        """Wait for a connection."""
+        self._home = home
 
     def start(self, connection: Connection, home: Home, stream_id: int) -> None:
         """Send the request."""
@@ -166,10 +168,10 @@ class TcpResponseStream(Mailbox):
         kind = received[0]
         if kind == frame.LAST:
             self._release()
-            self._deliver_one(received)
+            self.deliver(received[2])
             self.finish()
         elif kind == frame.DATA:
-            self._deliver_one(received)
+            self.deliver(received[2])
         elif kind == frame.BATCH:
             self.deliver_batch(received[2])
         elif kind == frame.LAST_BATCH:
@@ -182,19 +184,21 @@ class TcpResponseStream(Mailbox):
         elif kind == frame.ERROR:
             self._release()
             self.finish(_reported(received))
+        elif kind in (frame.DATA_RAW, frame.LAST_RAW):
+            self._on_raw(*received)
         elif kind == frame.CREDIT and self._sender is not None:
             self._sender.grant(received[2])
 
-    def _deliver_one(self, received: list[Any]) -> None:
-        if len(received) == 3:
-            self.deliver(received[2])
-        elif type(received[2]) is not Oversized:
-            self.deliver_raw(received[2], received[3])
-        else:
-            limit = self._connection.max_message_bytes if self._connection is not None else None
-            error = PayloadTooLarge(size_bytes=received[3], limit_bytes=limit)
+    def _on_raw(self, kind: int, _: int, size_bytes: int, item: Any) -> None:
+        error = item.error if type(item) is Unusable else None
+        if kind == frame.LAST_RAW:
+            self._release()
+        if error is None:
+            self.deliver_raw(item, size_bytes)
+        if kind == frame.LAST_RAW:
+            self.finish(error)
+        elif error is not None:
             self.fail(error)
-            self.finish(error)  # where the item was the last one
 
     # ------------------------------------------------------------------- its end
 

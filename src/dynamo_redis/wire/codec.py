@@ -22,6 +22,11 @@ MAX_HEADERS_BYTES = 32 * 1024
 READ_BYTES = 256 * 1024
 """The size of the shared read buffer: the most that one read can bring."""
 
+MAX_DEPTH = 1022
+"""How deep a value may nest: msgpack's own limit, less the frame and the batch around it."""
+
+_FRAME_AND_BATCH = b"\x91\x91"
+
 _pack = msgpack.Packer(autoreset=True).pack
 
 
@@ -31,6 +36,21 @@ def pack(value: Any) -> bytes:
         return _pack(value)
     except (ValueError, OverflowError) as exc:
         raise TypeError(f"not a msgpack value: {exc}") from exc
+
+
+def check_depth(payload: bytes) -> None:
+    """Refuse a packed value that no unpacker takes inside a frame. Raises TypeError.
+
+    The packer nests one level deeper than the unpacker (1024), which sees the frame and its batch around
+    the value: a value of such a depth would cost the receiver the whole connection.
+    """
+    unpacker = msgpack.Unpacker(max_buffer_size=2 * MAX_INLINE_BYTES)
+    unpacker.feed(_FRAME_AND_BATCH)
+    unpacker.feed(payload)
+    try:
+        unpacker.skip()
+    except msgpack.StackError:
+        raise TypeError(f"not a msgpack value: nested more than {MAX_DEPTH} deep") from None
 
 
 def unpack(payload: bytes | bytearray | memoryview) -> Any:

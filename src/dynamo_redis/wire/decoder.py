@@ -5,8 +5,9 @@ into a scratch buffer that all connections of an event loop share, and are fed t
 a connection keeps an unpacker of its own only while it holds a partial frame. The raw bytes of a large
 payload are read straight into their destination.
 
-Frames that announced raw bytes come out whole, as OPEN, DATA and LAST with the value in place of size and
-encoding, and the payload's size behind it: `[DATA, id, value, size]`.
+A frame that announced raw bytes comes out whole, with the value in place of its encoding, behind the size:
+`[DATA_RAW, id, size, value]`. Where the value is over the limit or no msgpack, an `Unusable` stands for it:
+that is the affair of its stream, not of the connection.
 """
 
 from __future__ import annotations
@@ -16,11 +17,10 @@ from typing import Any, Final
 
 import msgpack
 
-from dynamo_redis.errors import ProtocolViolation
+from dynamo_redis.errors import InvalidRequest, PayloadTooLarge, PlaneError, ProtocolViolation
 from dynamo_redis.wire.codec import MAX_FRAME_BYTES, READ_BYTES, new_unpacker, unpack
-from dynamo_redis.wire.frame import DATA, DATA_RAW, LAST, LAST_RAW, OPEN, OPEN_RAW, Encoding
+from dynamo_redis.wire.frame import DATA_RAW, LAST_RAW, OPEN_RAW, Encoding
 
-_WHOLE: Final = {OPEN_RAW: OPEN, DATA_RAW: DATA, LAST_RAW: LAST}
 _RAW_LENGTH: Final = {OPEN_RAW: 7, DATA_RAW: 4, LAST_RAW: 4}
 _ENCODINGS: Final = tuple(map(int, Encoding))
 _NOTHING: Final = memoryview(b"")
@@ -28,13 +28,13 @@ _MAX_ANNOUNCED_BYTES: Final = 2**32
 _MAX_SPARE_COUNT: Final = 4
 
 
-class Oversized:
-    """Stands for a payload over the receiver's limit, whose bytes are dropped as they come."""
+class Unusable:
+    """Stands for a raw payload that the receiver did not take, and says why."""
 
-    __slots__ = ("size_bytes",)
+    __slots__ = ("error",)
 
-    def __init__(self, size_bytes: int) -> None:
-        self.size_bytes = size_bytes
+    def __init__(self, error: PlaneError) -> None:
+        self.error = error
 
 
 class ReadBuffers:
@@ -85,11 +85,15 @@ class _RawPayload:
         self.received_bytes = end
 
     def finish(self) -> list[Any]:
-        """The whole frame. Raises ValueError if the bytes are not what the header says."""
+        """The whole frame."""
         self._view.release()
-        payload = self._sink.getvalue()
-        value = payload if self._encoding == Encoding.BINARY else unpack(payload)
-        return [*self._frame, value, self.size_bytes]
+        payload: Any = self._sink.getvalue()
+        if self._encoding != Encoding.BINARY:
+            try:
+                payload = unpack(payload)
+            except ValueError as exc:
+                payload = Unusable(InvalidRequest(f"a payload of {self.size_bytes} bytes is broken: {exc}"))
+        return [*self._frame, payload]
 
 
 class FrameDecoder:
@@ -192,7 +196,7 @@ class FrameDecoder:
                 offset = tell()
                 if type(frame) is not list or len(frame) < 2:
                     raise ProtocolViolation("a frame is an array of a type, a stream id, and more")
-                if frame[0] in _WHOLE:
+                if frame[0] in _RAW_LENGTH:
                     self._begin_raw(frame, unpacker, frames)
                     offset = tell()
                 else:
@@ -212,9 +216,10 @@ class FrameDecoder:
             raise ProtocolViolation("a malformed header of a raw payload")
         if not 0 <= size_bytes < _MAX_ANNOUNCED_BYTES:
             raise ProtocolViolation(f"a raw payload of {size_bytes} bytes was announced")
-        frame = [_WHOLE[kind], *header[1:-2]]
+        frame = header[:-1]
         if size_bytes > self._max_payload_bytes:
-            frames.append([*frame, Oversized(size_bytes), size_bytes])
+            error = PayloadTooLarge(size_bytes=size_bytes, limit_bytes=self._max_payload_bytes)
+            frames.append([*frame, Unusable(error)])
             self._skip_bytes = size_bytes - len(unpacker.read_bytes(size_bytes))
             return
         raw = _RawPayload(frame, size_bytes, encoding)

@@ -29,7 +29,7 @@ from functools import lru_cache
 from typing import Any, Final
 
 from dynamo_redis.errors import PayloadTooLarge
-from dynamo_redis.wire.codec import MAX_HEADERS_BYTES, MAX_INLINE_BYTES, pack
+from dynamo_redis.wire.codec import MAX_DEPTH, MAX_HEADERS_BYTES, MAX_INLINE_BYTES, check_depth, pack
 
 OPEN: Final = 1
 DATA: Final = 2
@@ -79,6 +79,8 @@ Headers = Mapping[str, Any]
 """The headers of a request: `id` str, `deadline_ms` int (what remains), `traceparent` str, `meta` map of
 str to str. All may be absent; unknown ones are ignored."""
 
+_MAX_MESSAGE_CHARS = 4096
+
 _OPEN = b"\x96\x01"
 _OPEN_RAW = b"\x97\x0e"
 _SINGLE = {False: b"\x93\x02", True: b"\x93\x05"}
@@ -94,7 +96,10 @@ def payload_of(value: Any) -> tuple[bytes, Encoding]:
     """A value's payload: packed, except that large `bytes` stay as they are. Raises TypeError."""
     if type(value) is bytes and len(value) > MAX_INLINE_BYTES:
         return value, Encoding.BINARY
-    return pack(value), Encoding.MSGPACK
+    payload = pack(value)
+    if MAX_DEPTH < len(payload) <= MAX_INLINE_BYTES:
+        check_depth(payload)
+    return payload, Encoding.MSGPACK
 
 
 def encode_route(subject: str, flags: int, headers: Headers | None) -> bytes:
@@ -144,7 +149,7 @@ def encode_end(stream_id: int) -> bytes:
 
 def encode_error(stream_id: int, code: str, message: str, details: Mapping[str, Any] | None) -> bytes:
     """ERROR. The message is cut so that the frame stays small."""
-    return pack((ERROR, stream_id, code, message[:4096], details))
+    return pack((ERROR, stream_id, code, _text(message), details))
 
 
 def encode_accept(stream_id: int) -> bytes:
@@ -164,7 +169,7 @@ def encode_cancel(stream_id: int, strength: Strength) -> bytes:
 
 def encode_goaway(code: str, message: str) -> bytes:
     """GOAWAY. With code `draining` the connection goes on for what is under way; else it closes now."""
-    return pack((GOAWAY, 0, code, message[:4096]))
+    return pack((GOAWAY, 0, code, _text(message)))
 
 
 def encode_ping(token: int) -> bytes:
@@ -175,6 +180,11 @@ def encode_ping(token: int) -> bytes:
 def encode_pong(token: int) -> bytes:
     """PONG, with the PING's token."""
     return pack((PONG, 0, token))
+
+
+def _text(message: str) -> str:
+    """A message that fits, and that UTF-8 can carry."""
+    return message[:_MAX_MESSAGE_CHARS].encode("utf-8", "replace").decode()
 
 
 def _array_header(count: int) -> bytes:

@@ -41,7 +41,7 @@ class ServerStream(IntEnum):
 
 
 OPEN_STREAMING: Final = -frame.OPEN
-"""As input: an OPEN that announces a request stream."""
+"""As input: an OPEN (or OPEN_RAW, which is the same to the tables) that announces a request stream."""
 
 KILL: Final = -frame.CANCEL
 """As input: a CANCEL with strength kill; `frame.CANCEL` stands for a stop."""
@@ -52,9 +52,11 @@ def _client_steps() -> tuple[dict[int, ClientStream], ...]:
         frame.ACCEPT: ClientStream.ANSWERED,
         frame.CREDIT: ClientStream.ANSWERED,
         frame.DATA: ClientStream.ANSWERED,
+        frame.DATA_RAW: ClientStream.ANSWERED,
         frame.BATCH: ClientStream.ANSWERED,
         frame.END: ClientStream.CLOSED,
         frame.LAST: ClientStream.CLOSED,
+        frame.LAST_RAW: ClientStream.CLOSED,
         frame.LAST_BATCH: ClientStream.CLOSED,
         frame.ERROR: ClientStream.CLOSED,
     }
@@ -65,9 +67,11 @@ def _server_steps() -> tuple[dict[int, ServerStream], ...]:
     unopened = {frame.OPEN: ServerStream.RUNNING, OPEN_STREAMING: ServerStream.RECEIVING}
     receiving = {
         frame.DATA: ServerStream.RECEIVING,
+        frame.DATA_RAW: ServerStream.RECEIVING,
         frame.BATCH: ServerStream.RECEIVING,
         frame.END: ServerStream.RUNNING,
         frame.LAST: ServerStream.RUNNING,
+        frame.LAST_RAW: ServerStream.RUNNING,
         frame.LAST_BATCH: ServerStream.RUNNING,
         frame.CREDIT: ServerStream.RECEIVING,
         frame.CANCEL: ServerStream.RECEIVING,
