@@ -344,6 +344,7 @@ _REFUSALS: Final = (
     ("READONLY", "takes no writes, it is a read-only replica: set DYN_REDIS_URL to the primary"),
     ("read only replica", "takes no writes, it is a read-only replica: set DYN_REDIS_URL to the primary"),
     ("OOM ", "is out of memory: raise its maxmemory"),
+    ("used memory > 'maxmemory'", "is out of memory: raise its maxmemory"),
     ("MISCONF", "takes no writes because it cannot save to disk: repair its disk, or see its log"),
     ("MOVED ", "is a cluster node that does not hold these keys: use the node that does, or a proxy"),
 )

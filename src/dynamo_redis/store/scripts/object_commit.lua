@@ -6,13 +6,12 @@
 -- ARGV[1]           n
 -- ARGV[2]           the version that the caller knows as current, '' for none
 -- ARGV[3]           ms that replaced chunks stay, for those who read them
--- ARGV[4 ..]        fields and values of the new manifest; among them `version`, `sha256` and `chunks`
+-- ARGV[4 ..]        fields and values of the new manifest
 -- Answers           {'ok', created_at in ms}, {'missing', number of chunks gone},
 --                   or {'changed'}: another version is current, the list of replaced chunks is not right
 -- Atomic:           a reader sees the old manifest or the new one; every chunk of the new one is there, and
---                   none of them expires. With the content that is current already nothing changes, but
---                   that each chunk is checked and kept.
-local current = redis.call('HMGET', KEYS[1], 'version', 'sha256', 'chunks', 'created_at_ms')
+--                   none of them expires. A manifest that is current already, but for `version`, stays.
+local current = redis.call('HMGET', KEYS[1], 'version', 'created_at_ms')
 if (current[1] or '') ~= ARGV[2] then
   return {'changed'}
 end
@@ -26,12 +25,12 @@ if gone > 0 then
   return {'missing', gone}
 end
 
-local manifest = {}
+local same = current[1] and current[2] and string.match(current[2], '^%d+$')
 for i = 4, #ARGV, 2 do
-  manifest[ARGV[i]] = ARGV[i + 1]
+  same = same and (ARGV[i] == 'version' or redis.call('HGET', KEYS[1], ARGV[i]) == ARGV[i + 1])
 end
-local created_at_ms = current[4]
-if manifest.sha256 ~= current[2] or manifest.chunks ~= current[3] then
+local created_at_ms = current[2]
+if not same then
   local now = redis.call('TIME')
   created_at_ms = string.format('%d%03d', now[1], math.floor(now[2] / 1000))
   -- First, because it is the one write that a full server refuses: then nothing has happened.

@@ -1,0 +1,471 @@
+"""The object store on Redis: what dies, what is damaged, what expires, and what it costs."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import signal
+import sys
+import time
+import tracemalloc
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import anyio
+import pytest
+from redis import Redis
+
+from dynamo_redis.child import ChildProcess
+from dynamo_redis.errors import ObjectChanged, ObjectNotFound, SchemaMismatch, StoreRefused, StoreUnavailable
+from dynamo_redis.store.client import RedisClient
+from dynamo_redis.store.object_manifest import ObjectKeys
+from dynamo_redis.store.objects import RedisObjectStore
+from dynamo_redis.store.server import EmbeddedServer
+
+CHUNK_BYTES = 1000
+CHUNKS = 6
+
+
+class Killed(Exception):
+    """Ends an upload at a chosen point."""
+
+
+@pytest.fixture
+async def objects(dynamo_redis_url: str, dynamo_redis_prefix: str) -> AsyncIterator[RedisObjectStore]:
+    async with opened(dynamo_redis_url, dynamo_redis_prefix) as store:
+        yield store
+
+
+@pytest.fixture
+def redis(dynamo_redis_url: str) -> Iterator[Redis]:
+    """Another way to the same keys, for what no caller of the store would do."""
+    with Redis.from_url(dynamo_redis_url) as client:
+        yield client
+
+
+@pytest.fixture
+def keys(dynamo_redis_prefix: str) -> ObjectKeys:
+    return ObjectKeys(dynamo_redis_prefix, "b", "n")
+
+
+@asynccontextmanager
+async def opened(
+    url: str, prefix: str, *, chunk_bytes: int = CHUNK_BYTES, expiry_s: float = 600.0
+) -> AsyncIterator[RedisObjectStore]:
+    client = RedisClient(url, timeout_s=3.0)
+    store = RedisObjectStore(client, prefix, chunk_bytes=chunk_bytes, expiry_s=expiry_s)
+    try:
+        yield store
+    finally:
+        await store.aclose()
+
+
+def content_of(seed: str, size_bytes: int = CHUNKS * CHUNK_BYTES - 1) -> bytes:
+    return hashlib.shake_128(seed.encode()).digest(size_bytes)
+
+
+def chunk_keys(keys: ObjectKeys, content: bytes) -> list[str]:
+    parts = [content[at : at + CHUNK_BYTES] for at in range(0, len(content), CHUNK_BYTES)]
+    return [keys.chunk(hashlib.sha256(part).hexdigest()) for part in parts]
+
+
+def after(done_bytes: int, action: Callable[[], object]) -> Callable[[int, int | None], None]:
+    """A progress callback that acts when so much is done."""
+
+    def progress(done: int, total: int | None) -> None:
+        if done >= done_bytes:
+            action()
+
+    return progress
+
+
+def die() -> None:
+    raise Killed
+
+
+# --------------------------------------------------------------------------- uploads that die
+
+
+@pytest.mark.parametrize("after_chunks", range(1, CHUNKS + 1))
+async def test_an_uploader_that_dies_at_a_chunk_leaves_the_old_object_and_chunks_that_expire(
+    objects: RedisObjectStore, redis: Redis, keys: ObjectKeys, after_chunks: int
+) -> None:
+    old, new = content_of("old"), content_of("new")
+    await objects.put("b", "n", old)
+    with pytest.raises(Killed):
+        await objects.put("b", "n", new, progress=after(min(after_chunks * CHUNK_BYTES, len(new)), die))
+    assert await objects.read("b", "n") == old
+    assert [redis.pttl(key) for key in chunk_keys(keys, old)] == [-1] * CHUNKS
+    left = [key for key in chunk_keys(keys, new) if redis.exists(key)]
+    assert len(left) == after_chunks
+    assert all(0 < int(redis.pttl(key)) <= 600_000 for key in left)
+    await objects.put("b", "n", new)
+    assert await objects.read("b", "n") == new
+
+
+async def test_an_uploader_cancelled_anywhere_leaves_one_object_whole(
+    objects: RedisObjectStore, dynamo_redis_url: str, dynamo_redis_prefix: str
+) -> None:
+    old, new = content_of("old"), content_of("new")
+    await objects.put("b", "n", old)
+    for pause_s in [step * 0.0005 for step in range(20)]:
+        with anyio.move_on_after(pause_s):
+            await objects.put("b", "n", new)
+        assert await objects.read("b", "n") in (old, new)
+        await objects.put("b", "n", old)
+
+
+_UPLOADER = """
+import asyncio, sys
+from dynamo_redis.store.client import RedisClient
+from dynamo_redis.store.objects import RedisObjectStore
+
+async def main():
+    url, prefix = sys.argv[1:]
+    async def pieces():
+        yield bytes(2500)
+        print("uploading", flush=True)
+        await asyncio.sleep(60)
+    await RedisObjectStore(RedisClient(url, timeout_s=3), prefix, chunk_bytes=1000).put("b", "n", pieces())
+
+asyncio.run(main())
+"""
+
+
+async def test_a_process_killed_while_it_uploads(
+    objects: RedisObjectStore,
+    dynamo_redis_url: str,
+    dynamo_redis_prefix: str,
+    redis: Redis,
+    keys: ObjectKeys,
+    tmp_path: Path,
+) -> None:
+    await objects.put("b", "n", b"old")
+    with (tmp_path / "out").open("wb") as out:
+        argv = [sys.executable, "-c", _UPLOADER, dynamo_redis_url, dynamo_redis_prefix]
+        uploader = ChildProcess.start(argv, stdout=out)
+    try:
+        with anyio.fail_after(20):
+            while not (tmp_path / "out").read_text():
+                await anyio.sleep(0.02)
+    finally:
+        uploader.send_signal(signal.SIGKILL)
+        await uploader.wait(5)
+    assert await objects.read("b", "n") == b"old"
+    assert 0 < int(redis.pttl(chunk_keys(keys, bytes(1000))[0])) <= 600_000
+
+
+async def test_a_slow_source_keeps_its_chunks_alive(dynamo_redis_url: str, dynamo_redis_prefix: str) -> None:
+    async with opened(dynamo_redis_url, dynamo_redis_prefix, expiry_s=0.3) as objects:
+        content = content_of("slow")
+
+        async def slow() -> AsyncIterator[bytes]:
+            yield content[:2000]
+            await anyio.sleep(1.0)
+            yield content[2000:]
+
+        await objects.put("b", "n", slow())
+        assert await objects.read("b", "n") == content
+
+
+async def test_chunks_lost_during_the_upload_are_sent_again(
+    objects: RedisObjectStore, redis: Redis, keys: ObjectKeys
+) -> None:
+    content = content_of("lost")
+    loss = iter([lambda: redis.delete(*chunk_keys(keys, content)[:2])])
+    await objects.put("b", "n", content, progress=after(3000, lambda: next(loss, int)()))
+    assert await objects.read("b", "n") == content
+
+
+async def test_pieces_cannot_be_sent_again_and_the_old_object_stays(
+    objects: RedisObjectStore, redis: Redis, keys: ObjectKeys
+) -> None:
+    content = content_of("lost")
+
+    async def pieces() -> AsyncIterator[bytes]:
+        yield content[:3000]
+        redis.delete(*chunk_keys(keys, content)[:1])
+        yield content[3000:]
+
+    await objects.put("b", "n", b"old")
+    with pytest.raises(StoreUnavailable, match="put the object again"):
+        await objects.put("b", "n", pieces())
+    assert await objects.read("b", "n") == b"old"
+
+
+# --------------------------------------------------------------------------- replaced versions
+
+
+async def test_replaced_chunks_expire_and_kept_ones_do_not(
+    objects: RedisObjectStore, redis: Redis, keys: ObjectKeys
+) -> None:
+    old = content_of("old")
+    new = old[:3000] + content_of("new", 3000)
+    await objects.put("b", "n", old)
+    await objects.put("b", "n", new)
+    assert [redis.pttl(key) for key in chunk_keys(keys, new)] == [-1] * 6
+    assert all(0 < int(redis.pttl(key)) <= 600_000 for key in chunk_keys(keys, old)[3:])
+    await objects.put("b", "n", old)  # chunks about to expire are kept again
+    assert [redis.pttl(key) for key in chunk_keys(keys, old)] == [-1] * 6
+    assert await objects.read("b", "n") == old
+    await objects.remove("b", "n")
+    assert all(0 < int(redis.pttl(key)) <= 600_000 for key in chunk_keys(keys, old))
+
+
+async def test_a_reader_of_a_replaced_version_renews_what_it_has_still_to_read(
+    dynamo_redis_url: str, dynamo_redis_prefix: str
+) -> None:
+    async with opened(dynamo_redis_url, dynamo_redis_prefix, expiry_s=0.6) as objects:
+        old = content_of("old")
+        await objects.put("b", "n", old)
+        reader = objects.get("b", "n")
+        seen = await anext(reader)
+        await objects.put("b", "n", b"new")
+        async for chunk in reader:
+            seen += chunk
+            await anyio.sleep(0.25)
+        assert seen == old
+
+
+async def test_a_reader_that_stops_for_too_long_is_told(
+    dynamo_redis_url: str, dynamo_redis_prefix: str
+) -> None:
+    async with opened(dynamo_redis_url, dynamo_redis_prefix, expiry_s=0.1) as objects:
+        await objects.put("b", "n", content_of("old"))
+        reader = objects.get("b", "n")
+        await anext(reader)
+        await objects.put("b", "n", b"new")
+        await anyio.sleep(0.2)
+        with pytest.raises(ObjectChanged, match="chunk 1 of 6 is gone"):
+            await anext(reader)
+        assert await objects.read("b", "n") == b"new"
+
+
+# --------------------------------------------------------------------------- damage
+
+
+async def test_a_damaged_chunk_is_seen_and_put_right_by_the_next_put(
+    objects: RedisObjectStore, redis: Redis, keys: ObjectKeys, tmp_path: Path
+) -> None:
+    content = content_of("x")
+    await objects.put("b", "n", content)
+    redis.setrange(chunk_keys(keys, content)[3], 500, b"damage")
+    with pytest.raises(ObjectChanged, match="chunk 3 of 6 is damaged"):
+        await objects.read("b", "n")
+    with pytest.raises(ObjectChanged):
+        await objects.fetch("b", "n", tmp_path / "file")
+    assert list(tmp_path.iterdir()) == []
+    await objects.put("b", "n", content)
+    assert await objects.read("b", "n") == content
+    assert [redis.pttl(key) for key in chunk_keys(keys, content)] == [-1] * CHUNKS
+
+
+async def test_a_missing_chunk_is_seen_and_put_right_by_the_next_put(
+    objects: RedisObjectStore, redis: Redis, keys: ObjectKeys
+) -> None:
+    content = content_of("x")
+    await objects.put("b", "n", content)
+    redis.delete(chunk_keys(keys, content)[5])
+    reader = objects.get("b", "n")
+    for _ in range(5):
+        await anext(reader)
+    with pytest.raises(ObjectChanged, match="chunk 5 of 6 is gone"):
+        await anext(reader)
+    await objects.put("b", "n", content)
+    assert await objects.read("b", "n") == content
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("chunks", "0" * 64),
+        ("chunks", ""),
+        ("size_bytes", "1"),
+        ("size_bytes", "many"),
+        ("sha256", "0" * 64),
+        ("version", None),
+    ],
+)
+async def test_a_damaged_manifest_is_seen_and_put_right_by_the_next_put(
+    objects: RedisObjectStore, redis: Redis, keys: ObjectKeys, field: str, value: str | None
+) -> None:
+    content = content_of("x")
+    await objects.put("b", "n", content)
+    if value is None:
+        redis.hdel(keys.current, field)
+    else:
+        redis.hset(keys.current, field, value)
+    with pytest.raises(ObjectChanged, match="its manifest is damaged"):
+        await objects.read("b", "n")
+    await objects.put("b", "n", content)
+    assert await objects.read("b", "n") == content
+
+
+async def test_swapped_chunks_are_seen(objects: RedisObjectStore, redis: Redis, keys: ObjectKeys) -> None:
+    await objects.put("b", "n", content_of("x", 2000))
+    first, second = str(redis.hget(keys.current, "chunks"), "ascii").split()  # type: ignore[arg-type]
+    redis.hset(keys.current, "chunks", f"{second} {first}")
+    with pytest.raises(ObjectChanged, match="its manifest is damaged"):
+        await objects.read("b", "n")
+
+
+async def test_fetch_starts_over_once(
+    objects: RedisObjectStore, redis: Redis, keys: ObjectKeys, tmp_path: Path
+) -> None:
+    content = content_of("x")
+    await objects.put("b", "n", content)
+    key = chunk_keys(keys, content)[2]
+    # The chunk goes away before the first try reaches it, and is back before the second one does.
+    renames = iter([(key, key + "x"), None, (key + "x", key)])
+
+    def rename(done_bytes: int, size_bytes: int | None) -> None:
+        if names := next(renames, None):
+            redis.rename(*names)
+
+    await objects.fetch("b", "n", tmp_path / "file", progress=rename)
+    assert next(renames, "used up") == "used up"
+    assert (tmp_path / "file").read_bytes() == content
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+async def test_a_newer_releases_object_is_neither_read_nor_replaced(
+    objects: RedisObjectStore, redis: Redis, keys: ObjectKeys
+) -> None:
+    await objects.put("b", "n", b"x")
+    redis.hset(keys.current, "later_releases_field", "kept")
+    assert await objects.read("b", "n") == b"x"
+    redis.hset(keys.current, "v", "2")
+    for call in (objects.read("b", "n"), objects.put("b", "n", b"y"), objects.remove("b", "n")):
+        with pytest.raises(SchemaMismatch, match="schema version 2 "):
+            await call
+    redis.hset(keys.current, mapping={"v": "1", "codec": "zstd"})
+    with pytest.raises(SchemaMismatch, match="codec zstd"):
+        await objects.read("b", "n")
+    assert await objects.list() == []  # with a warning
+
+
+# --------------------------------------------------------------------------- index
+
+
+async def test_every_object_is_listed_even_if_its_put_ended_in_a_crash(
+    objects: RedisObjectStore, redis: Redis, keys: ObjectKeys, dynamo_redis_prefix: str
+) -> None:
+    names = f"{{{dynamo_redis_prefix}/object}}:names"
+    redis.zadd(names, {"b/started": time.time(), "b/long%20ago": time.time() - 4000})
+    await objects.put("b", "n", b"x")
+    assert [info.name for info in await objects.list()] == ["n"]
+    # The name of a put that is under way must stay; it becomes current a moment later.
+    assert sorted(redis.zrange(names, 0, -1)) == [b"b/n", b"b/started"]
+
+
+async def test_an_objects_keys_share_one_hash_tag(
+    objects: RedisObjectStore, redis: Redis, dynamo_redis_prefix: str
+) -> None:
+    await objects.put("b {x}", "n/{y}", content_of("x"))
+    keys = {key.decode() for key in redis.scan_iter(f"{{{dynamo_redis_prefix}*")}
+    tag = f"{{{dynamo_redis_prefix}/object/b%20%7Bx%7D/n%2F%7By%7D}}"
+    assert len([key for key in keys if key.startswith(tag)]) == 1 + CHUNKS
+    assert {key for key in keys if not key.startswith(tag)} == {f"{{{dynamo_redis_prefix}/object}}:names"}
+
+
+# --------------------------------------------------------------------------- cost
+
+
+async def test_the_same_content_is_sent_once(
+    own_redis_server: EmbeddedServer, dynamo_redis_prefix: str
+) -> None:
+    async with opened(own_redis_server.url, dynamo_redis_prefix) as objects:
+        content = content_of("x", 200_000)
+        with Redis.from_url(own_redis_server.url) as redis:
+
+            def received_bytes() -> int:
+                return int(redis.info("stats")["total_net_input_bytes"])
+
+            before = received_bytes()
+            await objects.put("b", "n", content)
+            between = received_bytes()
+            await objects.put("b", "n", content)
+            assert between - before > 200_000
+            # 200 chunks of 1000 bytes: what is sent are their hashes and keys.
+            assert received_bytes() - between < 100_000
+
+
+async def test_a_large_object_takes_constant_memory(
+    objects: RedisObjectStore, dynamo_redis_url: str, dynamo_redis_prefix: str, redis: Redis
+) -> None:
+    size_bytes = 64 << 20
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for n in range(size_bytes // 65536):
+            yield n.to_bytes(4, "big") * 16384
+
+    async with opened(dynamo_redis_url, dynamo_redis_prefix, chunk_bytes=1 << 20) as store:
+        tracemalloc.start()
+        try:
+            info = await store.put("big", "n", pieces())
+            digest = hashlib.sha256()
+            async for chunk in store.get("big", "n"):
+                digest.update(chunk)
+            _, peak_bytes = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert info.size_bytes == size_bytes
+    assert digest.hexdigest() == info.sha256
+    assert peak_bytes < 12 << 20
+    redis.delete(*redis.scan_iter(f"{{{dynamo_redis_prefix}/object/big/*"))
+
+
+async def test_a_server_that_is_full_refuses_and_keeps_the_old_object(
+    own_redis_server: EmbeddedServer, dynamo_redis_prefix: str
+) -> None:
+    async with opened(own_redis_server.url, dynamo_redis_prefix) as objects:
+        await objects.put("b", "n", b"old")
+        with Redis.from_url(own_redis_server.url) as redis:
+            redis.config_set("maxmemory", "3mb")
+            with pytest.raises(StoreRefused, match="out of memory"):
+                await objects.put("b", "n", content_of("x", 4 << 20))
+            assert await objects.read("b", "n") == b"old"
+
+
+async def test_writers_of_different_content_all_succeed_and_one_stays(
+    objects: RedisObjectStore, redis: Redis, keys: ObjectKeys
+) -> None:
+    versions = {n: content_of(str(n)) for n in range(8)}
+    await asyncio.gather(*[objects.put("b", "n", content) for content in versions.values()])
+    winner = await objects.read("b", "n")
+    assert winner in versions.values()
+    for content in versions.values():
+        expected = [-1] if content == winner else range(1, 600_001)
+        assert all(redis.pttl(key) in expected for key in chunk_keys(keys, content))
+
+
+async def test_an_object_outlives_a_restart_of_redis_and_is_gone_with_its_data(
+    own_redis_server: EmbeddedServer, dynamo_redis_prefix: str
+) -> None:
+    async with opened(own_redis_server.url, dynamo_redis_prefix) as objects:
+        content = content_of("x")
+        info = await objects.put("b", "n", content)
+        await own_redis_server.restart()
+        with anyio.fail_after(5):
+            while await objects_or_none(objects) != content:
+                await anyio.sleep(0.05)
+        assert await objects.info("b", "n") == info
+        await own_redis_server.restart(keep_data=False)
+        with anyio.fail_after(5):
+            while True:
+                try:
+                    await objects.read("b", "n")
+                except ObjectNotFound:
+                    break
+                except StoreUnavailable:
+                    await anyio.sleep(0.05)
+        await objects.put("b", "n", content)
+        assert await objects.read("b", "n") == content
+
+
+async def objects_or_none(objects: RedisObjectStore) -> bytes | None:
+    try:
+        return await objects.read("b", "n")
+    except StoreUnavailable:
+        return None
