@@ -42,14 +42,15 @@ async def load_model(
         )
     directory = await fetch_model_files(objects, card, cache_dir)
     try:
-        return await asyncio.get_running_loop().run_in_executor(executor, _build, card, directory)
+        return await asyncio.get_running_loop().run_in_executor(executor, build_model, card, directory)
     except DynamoRedisError:
         raise
     except Exception as exc:
         raise ModelError(f"its files are of no use: {type(exc).__name__}: {exc}") from exc
 
 
-def _build(card: ModelCard, directory: Path) -> LoadedModel:
+def build_model(card: ModelCard, directory: Path) -> LoadedModel:
+    """Build a model from a directory of its files. Blocks. Raises ModelError."""
     files = read_model_directory(directory, context_length=card.context_length)
     wants_chat = card.model_type != "completions" and files.chat_templates
     return LoadedModel(

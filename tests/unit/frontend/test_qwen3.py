@@ -1,0 +1,116 @@
+"""Prompts of a real model: token ids equal to those of `transformers`, on golden vectors and live."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dynamo_redis.frontend.model_loading import LoadedModel, build_model
+from dynamo_redis.frontend.openai import ChatBody, read_body
+from dynamo_redis.frontend.prompts import tokenize
+from dynamo_redis.frontend.tokens import Tokenizer
+from dynamo_redis.runtime.model_card import ModelCard
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+VECTORS: dict[str, Any] = json.loads((REPOSITORY / "tests" / "vectors" / "qwen3_chat.json").read_text())
+CASES: list[dict[str, Any]] = VECTORS["cases"]
+
+
+@pytest.fixture(scope="module")
+def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of the real Qwen3 tokenizer."""
+    source = REPOSITORY.parent / "shared" / "data" / "qwen3-tokenizer"
+    if not source.is_dir():
+        pytest.skip(f"needs the Qwen3 tokenizer in {source}")
+    directory = tmp_path_factory.mktemp("qwen3")
+    content = gzip.decompress((source / "tokenizer.json.gz").read_bytes())
+    assert hashlib.sha256(content).hexdigest() == VECTORS["tokenizer_sha256"]
+    (directory / "tokenizer.json").write_bytes(content)
+    (directory / "tokenizer_config.json").write_bytes((source / "tokenizer_config.json").read_bytes())
+    return directory
+
+
+@pytest.fixture(scope="module")
+def model(qwen3: Path) -> LoadedModel:
+    card = ModelCard(display_name="qwen3", slug="qwen3", context_length=131072, kv_cache_block_size=16)
+    return build_model(card, qwen3)
+
+
+def prompt_ids(model: LoadedModel, case: dict[str, Any]) -> list[int]:
+    """The ids of a case, by the whole way from the body of a request."""
+    options = dict(case.get("options", {}))
+    body = {"model": "qwen3", "messages": case["messages"], "tools": case.get("tools")}
+    for field in ("add_generation_prompt", "continue_final_message"):
+        if field in options:
+            body[field] = options.pop(field)
+    content = json.dumps({**body, "chat_template_kwargs": options}).encode()
+    [ids] = tokenize(model, read_body(ChatBody, content))
+    return ids
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case["name"] for case in CASES])
+def test_prompts_have_the_ids_that_transformers_gives(model: LoadedModel, case: dict[str, Any]) -> None:
+    ids = prompt_ids(model, case)
+    assert ids == case.get("ids", ids)
+    assert len(ids) == case["token_count"]
+    assert hashlib.sha256(",".join(map(str, ids)).encode()).hexdigest() == case["ids_sha256"]
+
+
+def test_text_comes_back_as_it_went_in(model: LoadedModel) -> None:
+    """The detokenizer against the library's decoder, on the tokens of real text, of any cut."""
+    rng = random.Random(20261122)
+    texts = [str(message["content"]) for case in CASES for message in case["messages"]]
+    for text in texts:
+        ids = model.tokenizer.encode(text)
+        start = rng.randrange(len(ids) + 1)
+        for part in (ids, ids[start:], ids[:start]):
+            assert streamed(model.tokenizer, part) == model.tokenizer.decode(part)
+
+
+def test_any_tokens_at_all_come_back(model: LoadedModel) -> None:
+    rng = random.Random(7)
+    for _ in range(500):
+        count = rng.randrange(1, 40)
+        # Ids below 260 are single bytes: they make broken and half characters. Some ids do not exist.
+        ids = [rng.randrange(rng.choice((260, 152_000))) for _ in range(count)]
+        assert streamed(model.tokenizer, ids) == model.tokenizer.decode(ids)
+
+
+def streamed(tokenizer: Tokenizer, ids: list[int]) -> str:
+    detokenizer = tokenizer.detokenizer()
+    return "".join(detokenizer.feed([token_id]) for token_id in ids) + detokenizer.finish()
+
+
+@pytest.fixture(scope="module")
+def reference(qwen3: Path) -> Any:
+    """The tokenizer of `transformers`, where that is installed."""
+    transformers = pytest.importorskip(
+        "transformers", reason="compares with transformers where it is installed"
+    )
+    return transformers.AutoTokenizer.from_pretrained(str(qwen3))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_prompts_equal_those_of_transformers_live(model: LoadedModel, reference: Any) -> None:
+    rng = random.Random(3)
+    pool = [str(message["content"]) for case in CASES for message in case["messages"]]
+    for _ in range(200):
+        texts = [rng.choice(pool)[rng.randrange(20) :] for _ in range(rng.randrange(1, 8))]
+        messages = [
+            {"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(texts)
+        ]
+        if rng.random() < 0.3:
+            messages.insert(0, {"role": "system", "content": rng.choice(pool)})
+        tools = rng.choice([case.get("tools") for case in CASES])
+        options = rng.choice(({}, {"enable_thinking": False}, {"add_generation_prompt": False}))
+        case = {"messages": messages, "tools": tools, "options": options}
+        expected = reference.apply_chat_template(
+            messages, tools=tools, tokenize=True, **{"add_generation_prompt": True, **options}
+        )
+        assert prompt_ids(model, case) == expected["input_ids"]
