@@ -1,0 +1,984 @@
+"""What every request plane promises. Parametrized over the planes; nothing here knows one from another."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from dynamo_redis.config import PlaneSettings
+from dynamo_redis.errors import (
+    AuthenticationFailed,
+    CannotConnect,
+    ConnectionLost,
+    DeadlineExceeded,
+    Draining,
+    EndpointNotFound,
+    HandlerFailed,
+    InstanceRemoved,
+    InvalidRequest,
+    Overloaded,
+    PayloadTooLarge,
+    PlaneError,
+    RequestCancelled,
+)
+from dynamo_redis.planes.base import Handler, RequestPlaneClient, RequestPlaneServer, ResponseStream, Target
+from dynamo_redis.planes.context import Context
+from dynamo_redis.planes.select import make_client, make_server
+
+PLANES = ("tcp",)
+SECRET = b"a secret of the instance, random"
+INSTANCE = 0x694D98147D54BFDE
+MIB = 1 << 20
+
+
+@dataclass
+class Deployment:
+    """One server, one client."""
+
+    server: RequestPlaneServer
+    client: RequestPlaneClient
+    settings: PlaneSettings
+
+    def target(self, subject: str, **changes: Any) -> Target:
+        return Target(
+            **{
+                "instance_id": INSTANCE,
+                "address": self.server.address,
+                "subject": subject,
+                "secret": SECRET,
+                **changes,
+            }
+        )
+
+    def serve(self, handler: Handler, subject: str = "test", **options: Any) -> Target:
+        self.server.register(subject, handler, **options)
+        return self.target(subject)
+
+    def open(
+        self, target: Target, request: Any = None, context: Context | None = None, **options: Any
+    ) -> ResponseStream:
+        return self.client.open(target, request, context or Context(), **options)
+
+    async def ask(
+        self, target: Target, request: Any = None, context: Context | None = None, **options: Any
+    ) -> list[Any]:
+        return [item async for item in self.open(target, request, context, **options)]
+
+
+@asynccontextmanager
+async def deployment(plane: str, **overrides: Any) -> AsyncIterator[Deployment]:
+    settings = PlaneSettings.load(request_plane=plane, **overrides)
+    server = make_server(settings, secret=SECRET, instance_id=INSTANCE)
+    await server.start()
+    client = make_client(settings)
+    try:
+        yield Deployment(server, client, settings)
+    finally:
+        await client.aclose()
+        await server.aclose()
+
+
+@pytest.fixture(params=PLANES)
+def plane(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+async def deployed(plane: str) -> AsyncIterator[Deployment]:
+    async with deployment(plane) as made:
+        yield made
+
+
+async def eventually(condition: Callable[[], bool], within_s: float = 3.0) -> None:
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come true"
+        await asyncio.sleep(0.005)
+
+
+def depth_of(value: Any) -> int:
+    depth = 0
+    while isinstance(value, list):
+        depth, value = depth + 1, value[0]
+    return depth
+
+
+async def echo(request: Any, _: Context) -> Any:
+    return request
+
+
+async def count_to(request: int, _: Context) -> AsyncIterator[int]:
+    for number in range(request):
+        yield number
+
+
+# --------------------------------------------------------------------------- answers
+
+
+async def test_one_request_one_answer(deployed: Deployment) -> None:
+    target = deployed.serve(echo)
+    assert await deployed.ask(target, {"token_ids": [1, 2, 3], "text": "héllo 🙂"}) == [
+        {"token_ids": [1, 2, 3], "text": "héllo 🙂"}
+    ]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [None, True, 0, -1, 2**64 - 1, -(2**63), 1.5, "", "é" * 70_000, b"", b"\xff", [], {}, {1: [None]}],
+)
+async def test_what_msgpack_carries_arrives_as_it_was(deployed: Deployment, value: Any) -> None:
+    [answer] = await deployed.ask(deployed.serve(echo), value)
+    assert answer == value
+    assert type(answer) is type(value)
+
+
+async def test_items_arrive_in_order_and_then_the_end(deployed: Deployment) -> None:
+    target = deployed.serve(count_to)
+    assert await deployed.ask(target, 1000) == list(range(1000))
+
+
+async def test_an_empty_stream_just_ends(deployed: Deployment) -> None:
+    assert await deployed.ask(deployed.serve(count_to), 0) == []
+
+
+async def test_items_come_as_they_are_made(deployed: Deployment) -> None:
+    go_on = asyncio.Event()
+
+    async def handler(_: Any, __: Context) -> AsyncIterator[int]:
+        yield 1
+        await go_on.wait()
+        yield 2
+
+    stream = deployed.open(deployed.serve(handler))
+    assert await anext(stream) == 1
+    go_on.set()
+    assert [item async for item in stream] == [2]
+
+
+async def test_a_handler_may_change_an_item_after_it_yielded_it(deployed: Deployment) -> None:
+    async def handler(_: Any, __: Context) -> AsyncIterator[dict[str, int]]:
+        item = {"n": 0}
+        for number in range(5):
+            item["n"] = number
+            yield item
+
+    answer = await deployed.ask(deployed.serve(handler))
+    assert answer == [{"n": number} for number in range(5)]
+
+
+async def test_bound_methods_callables_and_awaitables_can_serve(deployed: Deployment) -> None:
+    class Engine:
+        async def generate(self, request: Any, _: Context) -> AsyncIterator[Any]:
+            yield request
+
+        async def unary(self, request: Any, _: Context) -> Any:
+            return request
+
+        def __call__(self, request: Any, _: Context) -> asyncio.Future[Any]:
+            return asyncio.ensure_future(self.unary(request, _))
+
+    engine = Engine()
+    for number, handler in enumerate(
+        (engine.generate, engine.unary, engine, lambda r, c: engine.generate(r, c))
+    ):
+        assert await deployed.ask(deployed.serve(handler, f"s{number}"), "x") == ["x"]
+
+
+async def test_five_hundred_streams_at_once(deployed: Deployment) -> None:
+    async def handler(request: int, _: Context) -> AsyncIterator[int]:
+        for number in range(20):
+            await asyncio.sleep(0)
+            yield request * 100 + number
+
+    target = deployed.serve(handler)
+    answers = await asyncio.gather(*(deployed.ask(target, number) for number in range(500)))
+    assert answers == [[number * 100 + item for item in range(20)] for number in range(500)]
+
+
+async def test_headers_reach_the_handler(deployed: Deployment) -> None:
+    seen: list[Context] = []
+
+    async def handler(_: Any, context: Context) -> None:
+        seen.append(context)
+
+    trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    context = Context("request-1", {"user": "é"}, deadline=time.monotonic() + 60, traceparent=trace)
+    await deployed.ask(deployed.serve(handler), None, context)
+    [received] = seen
+    assert received.id() == "request-1"
+    assert received.metadata == {"user": "é"}
+    assert received.traceparent == trace
+    remaining_s = received.remaining_s()
+    assert remaining_s is not None
+    assert 55 < remaining_s <= 60
+
+
+# --------------------------------------------------------------------------- sizes
+
+
+@pytest.mark.parametrize("size_bytes", [1, 65_533, 65_536, 65_537, 300_000, 8 * MIB])
+@pytest.mark.parametrize("kind", ["bytes", "text"])
+async def test_payloads_of_all_sizes_both_ways(deployed: Deployment, size_bytes: int, kind: str) -> None:
+    value: Any = (
+        random.Random(size_bytes).randbytes(size_bytes) if kind == "bytes" else {"t": "é" * (size_bytes // 2)}
+    )
+
+    async def handler(request: Any, _: Context) -> AsyncIterator[Any]:
+        yield request
+        yield "between"
+        yield request
+
+    [first, between, last] = await deployed.ask(deployed.serve(handler), value)
+    assert first == value
+    assert between == "between"
+    assert last == value
+    assert type(first) is type(value)
+
+
+async def test_a_request_over_the_limit_is_refused_at_once(deployed: Deployment) -> None:
+    target = deployed.serve(echo)
+    with pytest.raises(PayloadTooLarge) as caught:
+        deployed.open(target, bytes(40 * MIB))
+    assert caught.value.size_bytes == 40 * MIB
+    assert caught.value.limit_bytes == 32 * MIB
+    with pytest.raises(PayloadTooLarge):
+        deployed.open(target, {"text": "x" * (40 * MIB)})
+    with pytest.raises(PayloadTooLarge):
+        deployed.open(target, None, Context(metadata={"much": "x" * MIB}))
+    assert await deployed.ask(target, 1) == [1]
+
+
+async def test_an_item_over_the_limit_ends_its_stream_only(plane: str) -> None:
+    async with deployment(plane, max_message_bytes=MIB) as deployed:
+
+        async def handler(request: int, _: Context) -> AsyncIterator[Any]:
+            yield "first"
+            yield bytes(request)
+
+        target = deployed.serve(handler)
+        other = deployed.open(deployed.serve(count_to, "other"), 500)
+        assert await anext(other) == 0
+        stream = deployed.open(target, 2 * MIB)
+        assert await anext(stream) == "first"
+        with pytest.raises(PayloadTooLarge):
+            await anext(stream)
+        assert [item async for item in other] == list(range(1, 500))
+
+
+async def test_a_receiver_with_a_smaller_limit_refuses_without_losing_others(plane: str) -> None:
+    async with deployment(plane, max_message_bytes=MIB) as deployed:
+        target = deployed.serve(echo)
+        roomy = make_client(PlaneSettings.load(request_plane=plane))
+        other = roomy.open(deployed.serve(count_to, "other"), 500, Context())
+        assert await anext(other) == 0
+        with pytest.raises(PayloadTooLarge) as caught:
+            await anext(roomy.open(target, bytes(8 * MIB), Context()))
+        assert "1048576" in str(caught.value)
+        assert [item async for item in other] == list(range(1, 500))
+        await roomy.aclose()
+
+
+async def test_a_caller_with_a_smaller_limit_refuses_without_losing_others(deployed: Deployment) -> None:
+    async def handler(request: int, _: Context) -> AsyncIterator[bytes]:
+        yield bytes(request)
+        yield bytes(request)
+
+    target = deployed.serve(handler)
+    tight = make_client(
+        PlaneSettings.load(request_plane=deployed.settings.request_plane, max_message_bytes=MIB)
+    )
+    other = tight.open(deployed.serve(count_to, "other"), 500, Context())
+    assert await anext(other) == 0
+    with pytest.raises(PayloadTooLarge):
+        await anext(tight.open(target, 8 * MIB, Context()))
+    with pytest.raises(PayloadTooLarge):
+        await anext(
+            tight.open(deployed.serve(echo, "one"), bytes(MIB - 1), Context(metadata={"k": "v" * MIB}))
+        )
+    assert [item async for item in other] == list(range(1, 500))
+    await tight.aclose()
+
+
+@pytest.mark.parametrize("value", [object(), 2**64, "\ud800", {"a": {1, 2}}])
+async def test_a_request_that_msgpack_cannot_carry_is_a_type_error_at_once(
+    deployed: Deployment, value: Any
+) -> None:
+    target = deployed.serve(echo)
+    with pytest.raises(TypeError):
+        deployed.open(target, value)
+    assert await deployed.ask(target, 1) == [1]
+
+
+@pytest.mark.parametrize("depth", [1020, 1021, 1022, 1023, 1024, 1025, 5000])
+@pytest.mark.parametrize("padding_bytes", [0, 100_000])
+async def test_deep_nesting_arrives_or_is_refused_and_costs_nobody_else(
+    deployed: Deployment, depth: int, padding_bytes: int
+) -> None:
+    async def handler(_: Any, __: Context) -> AsyncIterator[Any]:
+        yield value
+        yield value
+
+    value: Any = [b"x" * padding_bytes]
+    for _ in range(depth - 1):
+        value = [value]
+    nested, one_way = deployed.serve(echo, "echo"), deployed.serve(handler, "two")
+    other = deployed.open(deployed.serve(count_to, "other"), 500)
+    assert await anext(other) == 0
+    for attempt in (lambda: deployed.ask(nested, value), lambda: deployed.ask(one_way)):
+        try:
+            answer = await attempt()
+        except (TypeError, HandlerFailed, InvalidRequest):
+            assert depth > 1022
+        else:
+            assert {depth_of(item) for item in answer} == {depth}
+    assert [item async for item in other] == list(range(1, 500))
+
+
+# --------------------------------------------------------------------------- request streams
+
+
+async def total(messages: Any, _: Context) -> int:
+    return sum([message async for message in messages])
+
+
+async def numbers(count: int) -> AsyncIterator[int]:
+    for number in range(count):
+        yield number
+
+
+async def test_a_request_stream_starts_with_the_request(deployed: Deployment) -> None:
+    target = deployed.serve(total, request_stream=True)
+    assert await deployed.ask(target, 1000, messages=numbers(3)) == [1003]
+    assert await deployed.ask(target, 7, messages=numbers(0)) == [7]
+    assert await deployed.ask(target, 7) == [7]
+
+
+async def test_both_directions_flow_at_once(deployed: Deployment) -> None:
+    async def handler(messages: AsyncIterator[int], _: Context) -> AsyncIterator[int]:
+        async for message in messages:
+            yield message * 2
+
+    target = deployed.serve(handler, request_stream=True)
+    answer = await deployed.ask(target, 0, messages=numbers(5000))
+    assert answer == [0, *(number * 2 for number in range(5000))]
+
+
+async def test_large_messages_in_a_request_stream(deployed: Deployment) -> None:
+    async def handler(messages: AsyncIterator[bytes], _: Context) -> AsyncIterator[int]:
+        async for message in messages:
+            yield len(message)
+
+    async def source() -> AsyncIterator[bytes]:
+        for _ in range(12):
+            yield bytes(MIB)
+
+    target = deployed.serve(handler, request_stream=True)
+    assert await deployed.ask(target, b"", messages=source()) == [0, *[MIB] * 12]
+
+
+async def test_a_handler_that_does_not_read_stops_the_source(deployed: Deployment) -> None:
+    sent = 0
+    release = asyncio.Event()
+
+    async def source() -> AsyncIterator[int]:
+        nonlocal sent
+        for number in range(10_000):
+            sent = number
+            yield number
+
+    async def handler(messages: AsyncIterator[int], _: Context) -> int:
+        await release.wait()
+        return len([message async for message in messages])
+
+    stream = deployed.open(deployed.serve(handler, request_stream=True), None, messages=source())
+    reader = asyncio.ensure_future(anext(stream))
+    await asyncio.sleep(0.2)
+    assert 0 < sent <= 2 * deployed.settings.channel_buffer_count
+    release.set()
+    assert await reader == 10_001
+
+
+async def test_an_answer_may_end_before_its_request_stream(deployed: Deployment) -> None:
+    ended = asyncio.Event()
+
+    async def source() -> AsyncIterator[int]:
+        try:
+            while True:
+                await asyncio.sleep(0)
+                yield 1
+        finally:
+            ended.set()
+
+    async def handler(messages: AsyncIterator[int], _: Context) -> int:
+        return await anext(messages)
+
+    assert await deployed.ask(deployed.serve(handler, request_stream=True), 5, messages=source()) == [5]
+    await asyncio.wait_for(ended.wait(), 2)
+
+
+async def test_what_the_source_raises_reaches_the_reader_and_kills_the_request(deployed: Deployment) -> None:
+    killed = asyncio.Event()
+
+    async def source() -> AsyncIterator[int]:
+        yield 1
+        raise LookupError("no more")
+
+    async def handler(messages: AsyncIterator[int], _: Context) -> int:
+        try:
+            return len([message async for message in messages])
+        finally:
+            killed.set()
+
+    stream = deployed.open(deployed.serve(handler, request_stream=True), 5, messages=source())
+    with pytest.raises(LookupError):
+        await anext(stream)
+    await asyncio.wait_for(killed.wait(), 2)
+
+
+async def test_a_stream_for_an_endpoint_of_single_messages_is_refused(deployed: Deployment) -> None:
+    with pytest.raises(InvalidRequest):
+        await deployed.ask(deployed.serve(echo), 1, messages=numbers(3))
+
+
+# --------------------------------------------------------------------------- errors
+
+
+async def test_a_handler_that_raises_before_the_first_item(deployed: Deployment) -> None:
+    async def handler(_: Any, __: Context) -> Any:
+        raise KeyError("missing")
+
+    with pytest.raises(HandlerFailed, match="KeyError: 'missing'"):
+        await deployed.ask(deployed.serve(handler))
+
+
+async def test_items_made_before_an_exception_arrive_before_it(deployed: Deployment) -> None:
+    async def handler(_: Any, __: Context) -> AsyncIterator[int]:
+        yield 1
+        yield 2
+        raise ValueError("broken")
+
+    stream = deployed.open(deployed.serve(handler))
+    assert [await anext(stream), await anext(stream)] == [1, 2]
+    with pytest.raises(HandlerFailed, match="ValueError: broken"):
+        await anext(stream)
+    with pytest.raises(StopAsyncIteration):
+        await anext(stream)
+
+
+@pytest.mark.parametrize("error", [InvalidRequest("no"), Draining("bye"), Overloaded("full", 0.25)])
+async def test_a_plane_error_travels_as_it_is(deployed: Deployment, error: PlaneError) -> None:
+    async def handler(_: Any, __: Context) -> Any:
+        raise error
+
+    with pytest.raises(type(error), match=str(error)) as caught:
+        await deployed.ask(deployed.serve(handler))
+    assert getattr(caught.value, "retry_after_s", None) == getattr(error, "retry_after_s", None)
+
+
+async def test_exceptions_with_impossible_texts_travel_too(deployed: Deployment) -> None:
+    class Mute(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError
+
+    async def handler(request: str, _: Context) -> Any:
+        raise {"mute": Mute(), "surrogate": ValueError("\ud800"), "long": ValueError("x" * MIB)}[request]
+
+    target = deployed.serve(handler)
+    for request in ("mute", "surrogate", "long"):
+        with pytest.raises(HandlerFailed):
+            await deployed.ask(target, request)
+
+
+async def test_an_answer_that_msgpack_cannot_carry_is_the_handlers_failure(deployed: Deployment) -> None:
+    async def unary(_: Any, __: Context) -> Any:
+        return object()
+
+    async def stream(_: Any, __: Context) -> AsyncIterator[Any]:
+        yield 1
+        yield object()
+
+    for number, handler in enumerate((unary, stream)):
+        with pytest.raises(HandlerFailed, match="object"):
+            await deployed.ask(deployed.serve(handler, str(number)))
+
+
+async def test_a_handler_cancelled_from_within_fails_its_request_only(deployed: Deployment) -> None:
+    async def handler(_: Any, __: Context) -> Any:
+        raise asyncio.CancelledError
+
+    target = deployed.serve(handler)
+    with pytest.raises(HandlerFailed):
+        await deployed.ask(target)
+    assert await deployed.ask(deployed.serve(echo, "echo"), 1) == [1]
+
+
+async def test_an_unknown_subject(deployed: Deployment) -> None:
+    with pytest.raises(EndpointNotFound):
+        await deployed.ask(deployed.target("nobody"))
+
+
+async def test_a_subject_is_served_once(deployed: Deployment) -> None:
+    deployed.serve(echo)
+    with pytest.raises(ValueError, match="test"):
+        deployed.serve(echo)
+
+
+async def test_nobody_at_the_address(deployed: Deployment) -> None:
+    target = deployed.serve(echo)
+    await deployed.server.aclose()
+    with pytest.raises(CannotConnect):
+        await deployed.ask(target)
+
+
+@pytest.mark.parametrize("secret", [b"another secret, of another worker", None])
+async def test_who_does_not_know_the_secret_may_not_call(deployed: Deployment, secret: bytes | None) -> None:
+    ran = False
+
+    async def handler(_: Any, __: Context) -> None:
+        nonlocal ran
+        ran = True
+
+    target = deployed.serve(handler)
+    with pytest.raises(AuthenticationFailed):
+        await deployed.ask(Target(target.instance_id, target.address, target.subject, secret))
+    with pytest.raises(AuthenticationFailed):
+        await deployed.client.probe(Target(target.instance_id, target.address, target.subject, secret), 2)
+    assert not ran
+
+
+async def test_a_caller_with_a_secret_does_not_talk_to_a_server_without(plane: str) -> None:
+    settings = PlaneSettings.load(request_plane=plane, auth="off")
+    server = make_server(settings, secret=None, instance_id=INSTANCE)
+    await server.start()
+    server.register("test", echo)
+    client = make_client(settings)
+    with pytest.raises(AuthenticationFailed):
+        await anext(client.open(Target(INSTANCE, server.address, "test", SECRET), 1, Context()))
+    assert await anext(client.open(Target(INSTANCE, server.address, "test", None), 1, Context())) == 1
+    await client.aclose()
+    await server.aclose()
+
+
+async def test_another_instance_at_the_address_is_not_mistaken_for_the_right_one(
+    deployed: Deployment,
+) -> None:
+    target = deployed.serve(echo)
+    with pytest.raises(AuthenticationFailed):
+        await deployed.ask(Target(42, target.address, target.subject, SECRET))
+
+
+# --------------------------------------------------------------------------- cancelling
+
+
+class Watched:
+    """A handler that yields until it is told to end, and says how it ended."""
+
+    def __init__(self) -> None:
+        self.context: Context | None = None
+        self.ended = asyncio.Event()
+        self.cancelled = False
+
+    async def __call__(self, _: Any, context: Context) -> AsyncIterator[str]:
+        self.context = context
+        try:
+            while not context.is_stopped():
+                yield "more"
+                await asyncio.sleep(0.001)
+            yield "last words"
+        except (asyncio.CancelledError, GeneratorExit):
+            self.cancelled = True
+            raise
+        finally:
+            self.ended.set()
+
+
+async def test_stop_lets_the_rest_arrive(deployed: Deployment) -> None:
+    watched, context = Watched(), Context()
+    stream = deployed.open(deployed.serve(watched), None, context)
+    assert await anext(stream) == "more"
+    context.stop_generating()
+    rest = [item async for item in stream]
+    assert rest[-1] == "last words"
+    assert not watched.cancelled
+
+
+async def test_kill_ends_both_sides_at_once(deployed: Deployment) -> None:
+    watched, context = Watched(), Context()
+    stream = deployed.open(deployed.serve(watched), None, context)
+    assert await anext(stream) == "more"
+    context.kill()
+    with pytest.raises(RequestCancelled):
+        await anext(stream)
+    await asyncio.wait_for(watched.ended.wait(), 2)
+    assert watched.cancelled
+    assert watched.context is not None
+    assert watched.context.is_killed()
+
+
+async def test_closing_the_stream_kills(deployed: Deployment) -> None:
+    watched = Watched()
+    async with deployed.open(deployed.serve(watched)) as stream:
+        assert await anext(stream) == "more"
+    await asyncio.wait_for(watched.ended.wait(), 2)
+    assert watched.cancelled
+    with pytest.raises(StopAsyncIteration):
+        await anext(stream)
+
+
+async def test_cancelling_the_waiting_reader_kills(deployed: Deployment) -> None:
+    started, cancelled = asyncio.Event(), asyncio.Event()
+
+    async def handler(_: Any, context: Context) -> None:
+        started.set()
+        try:
+            await asyncio.sleep(60)
+        finally:
+            assert context.is_killed()
+            cancelled.set()
+
+    reader = asyncio.ensure_future(deployed.ask(deployed.serve(handler)))
+    await asyncio.wait_for(started.wait(), 2)
+    reader.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reader
+    await asyncio.wait_for(cancelled.wait(), 2)
+
+
+async def test_a_context_wakes_whoever_waits_for_its_end(deployed: Deployment) -> None:
+    async def handler(_: Any, context: Context) -> str:
+        await context.async_killed_or_stopped()
+        return "woken"
+
+    context = Context()
+    reader = asyncio.ensure_future(deployed.ask(deployed.serve(handler), None, context))
+    await asyncio.sleep(0.05)
+    context.stop_generating()
+    assert await reader == ["woken"]
+
+
+async def test_a_cancelled_context_sends_nothing(deployed: Deployment) -> None:
+    watched, context = Watched(), Context()
+    target = deployed.serve(watched)
+    context.stop_generating()
+    with pytest.raises(RequestCancelled):
+        await deployed.ask(target, None, context)
+    assert watched.context is None
+
+
+async def test_a_context_handed_on_links_the_cancellation(deployed: Deployment) -> None:
+    inner, outer_context = Watched(), Context()
+    inner_target = deployed.serve(inner, "inner")
+
+    async def outer(_: Any, context: Context) -> AsyncIterator[Any]:
+        async for item in deployed.open(inner_target, None, context):
+            yield item
+
+    stream = deployed.open(deployed.serve(outer, "outer"), None, outer_context)
+    assert await anext(stream) == "more"
+    outer_context.stop_generating()
+    assert [item async for item in stream][-1] == "last words"
+
+
+async def test_a_kill_passes_down_a_chain_of_calls(deployed: Deployment) -> None:
+    inner = Watched()
+    inner_target = deployed.serve(inner, "inner")
+
+    async def outer(_: Any, context: Context) -> AsyncIterator[Any]:
+        async for item in deployed.open(inner_target, None, context):
+            yield item
+
+    async with deployed.open(deployed.serve(outer, "outer")) as stream:
+        assert await anext(stream) == "more"
+    await asyncio.wait_for(inner.ended.wait(), 2)
+    assert inner.cancelled
+
+
+async def test_failing_a_stream_from_outside(deployed: Deployment) -> None:
+    watched = Watched()
+    stream = deployed.open(deployed.serve(watched))
+    assert await anext(stream) == "more"
+    reader = asyncio.ensure_future(_exhaust(stream))
+    stream.fail(InstanceRemoved("gone"))
+    with pytest.raises(InstanceRemoved):
+        await reader
+    await asyncio.wait_for(watched.ended.wait(), 2)
+    stream.fail(ConnectionLost("too late"))
+
+
+async def _exhaust(stream: ResponseStream) -> list[Any]:
+    return [item async for item in stream]
+
+
+async def test_forgetting_an_instance_fails_what_is_pending_on_its_endpoint(deployed: Deployment) -> None:
+    watched = Watched()
+    target = deployed.serve(watched)
+    stream = deployed.open(target)
+    assert await anext(stream) == "more"
+    deployed.client.forget(target)
+    with pytest.raises(InstanceRemoved):
+        await _exhaust(stream)
+    assert await deployed.ask(deployed.serve(echo, "echo"), 1) == [1]
+
+
+async def test_a_handler_that_ignores_its_cancellation_reaches_nobody(deployed: Deployment) -> None:
+    ended = asyncio.Event()
+
+    async def handler(_: Any, __: Context) -> AsyncIterator[int]:
+        yield 1
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(60)
+        yield 2
+        ended.set()
+
+    async with deployed.open(deployed.serve(handler)) as stream:
+        assert await anext(stream) == 1
+    await eventually(lambda: deployed.server.in_flight_count == 0)
+
+
+# --------------------------------------------------------------------------- deadlines
+
+
+async def test_a_deadline_ends_both_sides(deployed: Deployment) -> None:
+    ended = asyncio.Event()
+
+    async def handler(_: Any, context: Context) -> AsyncIterator[int]:
+        yield 1
+        try:
+            await asyncio.sleep(60)
+        finally:
+            assert context.is_killed()
+            ended.set()
+
+    stream = deployed.open(deployed.serve(handler), None, Context(deadline=time.monotonic() + 0.1))
+    assert await anext(stream) == 1
+    with pytest.raises(DeadlineExceeded):
+        await anext(stream)
+    await asyncio.wait_for(ended.wait(), 2)
+
+
+async def test_a_deadline_that_has_passed_sends_nothing(deployed: Deployment) -> None:
+    watched = Watched()
+    target = deployed.serve(watched)
+    with pytest.raises(DeadlineExceeded):
+        await deployed.ask(target, None, Context(deadline=time.monotonic() - 1))
+    assert watched.context is None
+
+
+# --------------------------------------------------------------------------- flow control
+
+
+async def test_a_reader_that_stops_costs_bounded_memory_and_stops_nobody_else(deployed: Deployment) -> None:
+    made = 0
+
+    async def handler(_: Any, __: Context) -> AsyncIterator[bytes]:
+        nonlocal made
+        for _i in range(100_000):
+            made += 1
+            yield b"x" * 1000
+
+    stopped = deployed.open(deployed.serve(handler))
+    assert len(await anext(stopped)) == 1000
+    assert await deployed.ask(deployed.serve(count_to, "other"), 2000) == list(range(2000))
+    await asyncio.sleep(0.1)
+    assert made <= 2 * deployed.settings.channel_buffer_count
+    before = made
+    for _ in range(deployed.settings.channel_buffer_count):
+        await anext(stopped)
+    await eventually(lambda: made > before)
+    await stopped.aclose()
+
+
+async def test_large_items_are_bounded_by_size_too(deployed: Deployment) -> None:
+    made = 0
+
+    async def handler(_: Any, __: Context) -> AsyncIterator[bytes]:
+        nonlocal made
+        for _i in range(50):
+            made += 1
+            yield bytes(MIB)
+
+    stream = deployed.open(deployed.serve(handler))
+    assert len(await anext(stream)) == MIB
+    await asyncio.sleep(0.2)
+    assert made <= 10
+    assert [len(item) async for item in stream] == [MIB] * 49
+
+
+# --------------------------------------------------------------------------- admission
+
+
+async def test_admission_is_bounded_and_overload_is_told(plane: str) -> None:
+    async with deployment(plane, max_in_flight_count=2, max_queued_count=3) as deployed:
+        release, running = asyncio.Event(), 0
+
+        async def handler(request: int, _: Context) -> int:
+            nonlocal running
+            running += 1
+            await release.wait()
+            return request
+
+        target = deployed.serve(handler)
+        readers = [asyncio.ensure_future(deployed.ask(target, number)) for number in range(5)]
+        await eventually(lambda: deployed.server.in_flight_count == 5)
+        with pytest.raises(Overloaded) as caught:
+            await deployed.ask(target, 5)
+        assert caught.value.retry_after_s
+        assert running == 2
+        release.set()
+        assert await asyncio.gather(*readers) == [[number] for number in range(5)]
+        assert deployed.server.in_flight_count == 0
+
+
+async def test_a_queued_request_that_is_cancelled_leaves_the_queue(plane: str) -> None:
+    async with deployment(plane, max_in_flight_count=1, max_queued_count=1) as deployed:
+        release = asyncio.Event()
+
+        async def handler(request: int, _: Context) -> int:
+            await release.wait()
+            return request
+
+        target = deployed.serve(handler)
+        first = asyncio.ensure_future(deployed.ask(target, 1))
+        await eventually(lambda: deployed.server.in_flight_count == 1)
+        second = deployed.open(target, 2)
+        await eventually(lambda: deployed.server.in_flight_count == 2)
+        await second.aclose()
+        await eventually(lambda: deployed.server.in_flight_count == 1)
+        third = asyncio.ensure_future(deployed.ask(target, 3))
+        await eventually(lambda: deployed.server.in_flight_count == 2)
+        release.set()
+        assert await asyncio.gather(first, third) == [[1], [3]]
+
+
+# --------------------------------------------------------------------------- draining and closing
+
+
+async def test_unregister_finishes_what_is_under_way_and_refuses_the_rest(deployed: Deployment) -> None:
+    release = asyncio.Event()
+
+    async def handler(_: Any, __: Context) -> str:
+        await release.wait()
+        return "done"
+
+    target = deployed.serve(handler)
+    reader = asyncio.ensure_future(deployed.ask(target))
+    await eventually(lambda: deployed.server.in_flight_count == 1)
+    leaving = asyncio.ensure_future(deployed.server.unregister("test", grace_s=5))
+    await asyncio.sleep(0.02)
+    with pytest.raises(Draining):
+        await deployed.ask(target)
+    assert await deployed.ask(deployed.serve(echo, "other"), 1) == [1]
+    release.set()
+    await leaving
+    assert await reader == ["done"]
+    with pytest.raises(EndpointNotFound):
+        await deployed.ask(target)
+    await deployed.server.unregister("test", grace_s=5)
+
+
+async def test_what_outlives_the_grace_is_ended_as_retryable(deployed: Deployment) -> None:
+    watched = Watched()
+    stream = deployed.open(deployed.serve(watched))
+    assert await anext(stream) == "more"
+    await deployed.server.unregister("test", grace_s=0.05)
+    with pytest.raises(Draining):
+        await _exhaust(stream)
+    await asyncio.wait_for(watched.ended.wait(), 2)
+
+
+async def test_drain_finishes_what_is_under_way(deployed: Deployment) -> None:
+    async def handler(request: int, _: Context) -> AsyncIterator[int]:
+        for number in range(request):
+            await asyncio.sleep(0.01)
+            yield number
+
+    target = deployed.serve(handler)
+    readers = [asyncio.ensure_future(deployed.ask(target, 10)) for _ in range(10)]
+    await eventually(lambda: deployed.server.in_flight_count == 10)
+    draining = asyncio.ensure_future(deployed.server.drain(5))
+    await asyncio.sleep(0.02)
+    with pytest.raises(Draining):
+        await deployed.ask(target, 1)
+    assert await asyncio.gather(*readers) == [list(range(10))] * 10
+    await draining
+    late = make_client(deployed.settings)
+    with pytest.raises(Draining):
+        await anext(late.open(target, 1, Context()))
+    await late.aclose()
+
+
+async def test_closing_the_client_ends_pending_requests_and_their_handlers(deployed: Deployment) -> None:
+    watched = Watched()
+    stream = deployed.open(deployed.serve(watched))
+    assert await anext(stream) == "more"
+    reader = asyncio.ensure_future(_exhaust(stream))
+    await asyncio.sleep(0)
+    await deployed.client.aclose()
+    with pytest.raises(ConnectionLost):
+        await reader
+    await asyncio.wait_for(watched.ended.wait(), 2)
+    await deployed.client.aclose()
+
+
+async def test_closing_the_server_ends_pending_requests(deployed: Deployment) -> None:
+    watched = Watched()
+    stream = deployed.open(deployed.serve(watched))
+    assert await anext(stream) == "more"
+    await deployed.server.aclose()
+    assert watched.ended.is_set()
+    with pytest.raises(PlaneError):
+        await _exhaust(stream)
+    await deployed.server.aclose()
+
+
+async def test_probe_says_whether_an_instance_answers(deployed: Deployment) -> None:
+    target = deployed.serve(echo)
+    await deployed.client.probe(target, 2)
+    await deployed.ask(target)
+    await deployed.client.probe(target, 2)
+    await deployed.server.aclose()
+    with pytest.raises(PlaneError):
+        await deployed.client.probe(target, 2)
+
+
+async def test_randomly_cancelled_requests_leave_nothing_behind(deployed: Deployment) -> None:
+    rng = random.Random(1)
+
+    async def handler(request: int, _: Context) -> AsyncIterator[int]:
+        for number in range(request):
+            if number % 3 == 0:
+                await asyncio.sleep(0)
+            yield number
+
+    streaming, single = deployed.serve(handler, "stream"), deployed.serve(echo, "echo")
+
+    async def caller() -> None:
+        for _ in range(40):
+            context = Context(deadline=time.monotonic() + 10) if rng.random() < 0.3 else Context()
+            target = rng.choice((streaming, single))
+            stream = deployed.open(target, rng.randrange(300), context)
+            way, wanted = rng.randrange(6), rng.randrange(8)
+            asyncio.get_running_loop().call_later(
+                rng.random() * 0.01, (context.kill, context.stop_generating)[way % 2]
+            )
+            with suppress(PlaneError, TimeoutError, StopAsyncIteration):
+                async with asyncio.timeout(rng.random() * 0.02 if way < 2 else 5):
+                    for _i in range(wanted):
+                        await anext(stream)
+                    if way == 2:
+                        stream.fail(InstanceRemoved("gone"))
+                    elif way > 3:
+                        await _exhaust(stream)
+            await stream.aclose()
+
+    await asyncio.gather(*(caller() for _ in range(50)))
+    await eventually(lambda: deployed.server.in_flight_count == 0)
+    assert await deployed.ask(single, "still well") == ["still well"]
+    assert getattr(deployed.client, "pending_count", 0) == 0
