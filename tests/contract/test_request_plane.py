@@ -185,9 +185,8 @@ async def test_bound_methods_callables_and_awaitables_can_serve(deployed: Deploy
             return asyncio.ensure_future(self.unary(request, _))
 
     engine = Engine()
-    for number, handler in enumerate(
-        (engine.generate, engine.unary, engine, lambda r, c: engine.generate(r, c))
-    ):
+    handlers: list[Handler] = [engine.generate, engine.unary, engine, lambda r, c: engine.generate(r, c)]
+    for number, handler in enumerate(handlers):
         assert await deployed.ask(deployed.serve(handler, f"s{number}"), "x") == ["x"]
 
 
@@ -331,9 +330,9 @@ async def test_deep_nesting_arrives_or_is_refused_and_costs_nobody_else(
     nested, one_way = deployed.serve(echo, "echo"), deployed.serve(handler, "two")
     other = deployed.open(deployed.serve(count_to, "other"), 500)
     assert await anext(other) == 0
-    for attempt in (lambda: deployed.ask(nested, value), lambda: deployed.ask(one_way)):
+    for target, request in ((nested, value), (one_way, None)):
         try:
-            answer = await attempt()
+            answer = await deployed.ask(target, request)
         except (TypeError, HandlerFailed, InvalidRequest):
             assert depth > 1022
         else:
@@ -504,7 +503,8 @@ async def test_an_answer_that_msgpack_cannot_carry_is_the_handlers_failure(deplo
         yield 1
         yield object()
 
-    for number, handler in enumerate((unary, stream)):
+    handlers: list[Handler] = [unary, stream]
+    for number, handler in enumerate(handlers):
         with pytest.raises(HandlerFailed, match="object"):
             await deployed.ask(deployed.serve(handler, str(number)))
 
@@ -854,7 +854,7 @@ async def test_a_queued_request_that_is_cancelled_leaves_the_queue(plane: str) -
         third = asyncio.ensure_future(deployed.ask(target, 3))
         await eventually(lambda: deployed.server.in_flight_count == 2)
         release.set()
-        assert await asyncio.gather(first, third) == [[1], [3]]
+        assert [await first, await third] == [[1], [3]]
 
 
 # --------------------------------------------------------------------------- draining and closing

@@ -137,7 +137,8 @@ class Connection(asyncio.BufferedProtocol):
             self._shake_hands(self.decoder.buffer()[:nbytes])
 
     def eof_received(self) -> bool:
-        self.fail(ConnectionLost("the peer closed the connection"))
+        where = "" if self.decoder.is_between_frames else " in the middle of a frame"
+        self.fail(ConnectionLost(f"the peer closed the connection{where}"))
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:

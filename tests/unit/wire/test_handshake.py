@@ -1,0 +1,225 @@
+"""Who may talk to whom, what a recording is worth, and what is not a handshake."""
+
+from __future__ import annotations
+
+import json
+import random
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dynamo_redis.errors import AuthenticationFailed, PlaneError, ProtocolViolation
+from dynamo_redis.wire.codec import pack
+from dynamo_redis.wire.handshake import (
+    ClientHandshake,
+    Hello,
+    MessageReader,
+    ServerHandshake,
+    new_hello,
+    proof,
+    refusal,
+)
+
+SECRET = b"s" * 32
+VECTORS = json.loads((Path(__file__).parents[2] / "vectors" / "handshake.json").read_text())
+
+
+def client(secret: bytes | None = SECRET, instance_id: int = 7) -> ClientHandshake:
+    return ClientHandshake(secret, 100, instance_id)
+
+
+def server(secret: bytes | None = SECRET, instance_id: int = 7) -> ServerHandshake:
+    return ServerHandshake(secret, 50, instance_id)
+
+
+def view(data: bytes) -> memoryview:
+    return memoryview(data)
+
+
+def shake(a: ClientHandshake, b: ServerHandshake) -> None:
+    answer, rest = b.feed(view(a.begin()))
+    assert not rest
+    last, rest = a.feed(view(answer))
+    assert not rest
+    b.feed(view(last))
+
+
+@pytest.mark.parametrize("secret", [SECRET, None])
+def test_two_that_know_the_secret_meet(secret: bytes | None) -> None:
+    a, b = client(secret), server(secret)
+    shake(a, b)
+    assert b.done
+    assert a.server is not None
+    assert a.server.window_count == 50
+    assert b.client is not None
+    assert b.client.window_count == 100
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [(b"x" * 32, SECRET), (None, SECRET), (SECRET, None), (b"", SECRET), (SECRET[:-1], SECRET)],
+)
+def test_the_client_notices_a_wrong_server(theirs: bytes | None, ours: bytes | None) -> None:
+    a, b = client(ours), server(theirs)
+    answer, _ = b.feed(view(a.begin()))
+    with pytest.raises(AuthenticationFailed):
+        a.feed(view(answer))
+
+
+def test_the_server_notices_a_wrong_client() -> None:
+    a, b = client(), server()
+    b.feed(view(a.begin()))
+    for wrong in (b"", bytes(32), b"x", "text", None, 1):
+        made = server()
+        made.feed(view(a.begin()))
+        with pytest.raises(AuthenticationFailed):
+            made.feed(view(_message([wrong])))
+        assert not made.done
+
+
+def test_a_recording_proves_nothing_to_another_connection() -> None:
+    a, b = client(), server()
+    hello = a.begin()
+    answer, _ = b.feed(view(hello))
+    last, _ = a.feed(view(answer))
+    b.feed(view(last))
+    assert b.done
+    replayed = server()
+    replayed.feed(view(hello))
+    with pytest.raises(AuthenticationFailed):
+        replayed.feed(view(last))
+    with pytest.raises(AuthenticationFailed):
+        client().feed(view(answer))
+
+
+def test_a_proof_sent_back_proves_nothing() -> None:
+    a, b = client(), server()
+    answer, _ = b.feed(view(a.begin()))
+    fields, _ = MessageReader().feed(view(answer))
+    assert fields is not None
+    with pytest.raises(AuthenticationFailed):
+        b.feed(view(_message([fields[-1]])))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"version": 2}, {"features": 1}, {"window_count": 9}, {"instance_id": 8}, {"nonce": bytes(32)}],
+)
+@pytest.mark.parametrize("role", ["client", "server"])
+@pytest.mark.parametrize("whose", [0, 1])
+def test_the_proof_covers_what_both_sides_said(change: dict[str, Any], role: Any, whose: int) -> None:
+    said = [new_hello(5, 7), new_hello(6, 7)]
+    before = proof(role, SECRET, said[0], said[1])
+    said[whose] = replace(said[whose], **change)
+    changed = proof(role, SECRET, said[0], said[1]) != before
+    assert changed == (not (whose == 0 and "instance_id" in change))  # compared outright, on the server
+
+
+def test_another_instance() -> None:
+    with pytest.raises(AuthenticationFailed, match="another instance"):
+        server(instance_id=8).feed(view(client().begin()))
+
+
+def test_a_refusal_reaches_the_client_as_the_error_it_is() -> None:
+    with pytest.raises(AuthenticationFailed, match="go away"):
+        client().feed(view(refusal(AuthenticationFailed("go away"))))
+
+
+def test_a_newer_client_is_answered_with_the_version_both_speak() -> None:
+    newer = _message(["DYNR", 9, 0xFF, 10, 7, bytes(32)])
+    made = server(None)
+    answer, _ = made.feed(view(newer))
+    fields, _ = MessageReader().feed(view(answer))
+    assert fields is not None
+    assert fields[1] == 1
+
+
+def test_a_server_of_another_version_is_refused() -> None:
+    with pytest.raises(ProtocolViolation, match="version 2"):
+        client(None).feed(view(_message(["DYNR", 2, 0, 10, 7, bytes(32), b""])))
+
+
+GOOD = ["DYNR", 1, 0, 10, 7, bytes(32)]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        [],
+        ["DYNR"],
+        ["HTTP", *GOOD[1:]],
+        ["DYNR", 0, *GOOD[2:]],
+        ["DYNR", -1, *GOOD[2:]],
+        ["DYNR", "1", *GOOD[2:]],
+        ["DYNR", True, *GOOD[2:]],
+        ["DYNR", 1, 0, 0, 7, bytes(32)],
+        ["DYNR", 1, 0, 2**31, 7, bytes(32)],
+        ["DYNR", 1, 0, 10, 7, bytes(31)],
+        ["DYNR", 1, 0, 10, 7, "x" * 32],
+        [*GOOD, 1],
+        {"a": 1},
+        5,
+    ],
+)
+def test_a_malformed_hello(fields: Any) -> None:
+    with pytest.raises(PlaneError):
+        server().feed(view(_message(fields)))
+
+
+@pytest.mark.parametrize(
+    "data", [b"GET / HTTP/1.1\r\n\r\n", b"\x00\x00rest", b"\xff\xff", b"\x16\x03\x01\x02", b"\x00\x01\xc1"]
+)
+def test_other_protocols_are_refused_at_their_first_bytes(data: bytes) -> None:
+    with pytest.raises(ProtocolViolation):
+        server().feed(view(data + b"x"))
+
+
+@given(st.integers(0, 2**32))
+def test_any_splitting_gives_the_same_handshake(seed: int) -> None:
+    rng = random.Random(seed)
+    a, b = client(), server()
+    to_client, to_server = b"", a.begin()
+    while a.server is None or not b.done:
+        step = rng.randint(1, 40)
+        answer, rest = b.feed(view(to_server[:step]))
+        to_client, to_server = to_client + answer, bytes(rest) + to_server[step:]
+        step = rng.randint(1, 40)
+        if a.server is None:
+            answer, rest = a.feed(view(to_client[:step]))
+            to_server, to_client = to_server + answer, bytes(rest) + to_client[step:]
+
+
+def test_frames_right_behind_the_proof_are_left_for_the_decoder() -> None:
+    a, b = client(), server()
+    answer, _ = b.feed(view(a.begin()))
+    last, _ = a.feed(view(answer))
+    _, rest = b.feed(view(last + b"frames"))
+    assert b.done
+    assert bytes(rest) == b"frames"
+
+
+@given(st.binary(max_size=200))
+def test_random_bytes_raise_plane_errors_only(data: bytes) -> None:
+    for side in (client(), server()):
+        with suppress(PlaneError):
+            side.feed(view(data))
+
+
+def test_golden_proofs() -> None:
+    secret = bytes.fromhex(VECTORS["secret"])
+    a, b = (
+        Hello(**{**VECTORS[side], "nonce": bytes.fromhex(VECTORS[side]["nonce"])})
+        for side in ("client", "server")
+    )
+    assert proof("client", secret, a, b).hex() == VECTORS["client_proof"]
+    assert proof("server", secret, a, b).hex() == VECTORS["server_proof"]
+
+
+def _message(fields: Any) -> bytes:
+    body = pack(fields)
+    return len(body).to_bytes(2, "big") + body
