@@ -119,6 +119,21 @@ def test_the_newest_gives_way_when_blocks_run_out_and_comes_back() -> None:
     assert step.prefill_token_count < len(new.tokens)  # its own blocks were still stored
 
 
+def test_who_gave_way_comes_back_before_those_who_came_later() -> None:
+    batch = _batch(total_blocks=4)
+    old, new, later = _sequence(range(7)), _sequence(range(50, 57)), _sequence([99])
+    for sequence in (old, new):
+        batch.submit(sequence)
+    _step(batch)
+    batch.submit(later)
+    for _ in range(2):
+        old.tokens.append(1)
+        new.tokens.append(1)
+        _step(batch)
+    assert (new.state, later.state) == ("waiting", "waiting")
+    assert batch.sequences() == [old, new, later]
+
+
 def test_a_removed_sequence_frees_its_blocks_at_once_even_within_a_step() -> None:
     batch = _batch()
     sequence = _sequence(range(20))

@@ -109,3 +109,17 @@ def test_clearing_spares_what_is_in_use(oracle: Oracle) -> None:
     assert cache.clear() == 1
     assert oracle.events[-1] == AllBlocksCleared()
     assert cache.stored() == oracle.stored == set()
+
+
+def test_what_is_stored_after_a_shared_block_names_it_as_its_parent(oracle: Oracle) -> None:
+    """Another sequence stored the first of two blocks while both were computed."""
+    cache = BlockCache(8, BLOCK, oracle)
+    tokens = list(range(8))
+    table = BlockTable()
+    assert cache.reserve(table, 2)
+    _store(cache, tokens[:4])
+    cache.store(table, _hashes(tokens), tokens)
+
+    first, second = _hashes(tokens)
+    assert oracle.events[-1] == BlocksStored((second,), first, tuple(tokens[4:]), BLOCK)
+    assert cache.active_count == 2
