@@ -213,7 +213,7 @@ class MockEngine:
                 # Timers come late; counting from when the step was due keeps the rate right on average.
                 now = loop.time()
                 due_at = max(due_at, now - _LARGEST_LAG_S) + step_duration_s(step, self._settings)
-                await asyncio.sleep(max(due_at - now, 0) if self._settings.speedup_ratio else 0)
+                await asyncio.sleep(max(due_at - now, 0))
                 for answer in self._batch.complete(step):
                     self._yield_token(answer)
         finally:

@@ -362,7 +362,9 @@ async def _download(objects: ObjectStore, reference: FileReference, blob: Path) 
         info = await objects.fetch(bucket, name, draft)
         if not await anyio.to_thread.run_sync(_is_whole, draft, reference):
             raise ObjectChanged(
-                reference.url, f"it holds sha256 {info.sha256[:16]}…, the card says {reference.sha256[:16]}…"
+                reference.url,
+                f"it has {info.size_bytes} bytes and sha256 {info.sha256[:16]}…, "
+                f"the card says {reference.size_bytes} and {reference.sha256[:16]}…",
             )
         draft.replace(blob)
     finally:

@@ -269,6 +269,13 @@ async def test_other_content_than_the_card_says_is_refused(
     await _uploaded(objects, directory, card)
     name = card.files["config.json"].url.removeprefix("redis-object://models/")
     size = card.files["config.json"].size_bytes
+    lying = card.files["config.json"].model_copy(update={"size_bytes": size + 1})
+    with pytest.raises(ObjectChanged, match=f"has {size} bytes .* the card says {size + 1}"):
+        await fetch_model_files(
+            objects,
+            card.model_copy(update={"files": card.files | {"config.json": lying}}),
+            tmp_path / "cache",
+        )
     for content in (b"{}", b"x" * size):
         await objects.put("models", name, content)
         with pytest.raises(ObjectChanged, match="the card says"):
