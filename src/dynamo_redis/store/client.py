@@ -201,7 +201,7 @@ class RedisClient:
 
     def _async_options(self, timeout_s: float) -> dict[str, Any]:
         options = _parse(self._url, redis.asyncio.connection.parse_url) | self._common(timeout_s)
-        # Each call has its deadline here. With one of its own, redis-py would send through `asyncio.wait_for`,
+        # Each call has its deadline here. With one of redis-py's it would send through `asyncio.wait_for`,
         # which costs a task a command and, before Python 3.12, can swallow the caller's cancellation.
         options["socket_timeout"] = None
         return options | {"retry": AsyncRetry(NoBackoff(), 0), "redis_connect_func": self._greet}
