@@ -1,0 +1,64 @@
+"""The examples, as a reader of the README would run them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def environment(dynamo_redis_url: str, dynamo_redis_prefix: str) -> dict[str, str]:
+    return os.environ | {"DYN_REDIS_URL": dynamo_redis_url, "DYN_REDIS_PREFIX": dynamo_redis_prefix}
+
+
+@contextmanager
+def _started(command: list[str], environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def test_the_client_hears_the_worker(repository: Path, environment: dict[str, str]) -> None:
+    examples = repository / "examples"
+    with _started([sys.executable, str(examples / "hello_worker.py")], environment) as worker:
+        client = subprocess.run(
+            [sys.executable, str(examples / "hello_client.py"), "Grüße", "aus", "Köln"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+        assert (client.returncode, client.stdout.split()) == (0, ["Grüße", "aus", "Köln"]), client.stderr
+
+        worker.send_signal(signal.SIGTERM)
+        assert worker.wait(timeout=10) == 0
+
+
+def test_the_readme_shows_the_examples(repository: Path) -> None:
+    """Line by line, but for the type annotations and docstrings that the README leaves out."""
+    readme = (repository / "README.md").read_text(encoding="utf-8")
+    for name, lines in {
+        "hello_worker.py": ('.endpoint("demo.words.generate").serve_endpoint(generate)', "@dynamo_worker()"),
+        "hello_client.py": (
+            '.endpoint("demo.words.generate").client()',
+            "client.wait_for_instances(",
+            "await client.round_robin(",
+            "annotated=False)",
+        ),
+    }.items():
+        source = (repository / "examples" / name).read_text(encoding="utf-8")
+        for line in lines:
+            assert line in readme
+            assert line in source
