@@ -11,6 +11,7 @@ import tracemalloc
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import anyio
 import pytest
@@ -21,6 +22,7 @@ from dynamo_redis.errors import ObjectChanged, ObjectNotFound, SchemaMismatch, S
 from dynamo_redis.store.client import RedisClient
 from dynamo_redis.store.object_manifest import ObjectKeys
 from dynamo_redis.store.objects import RedisObjectStore
+from dynamo_redis.store.scripts import Script
 from dynamo_redis.store.server import EmbeddedServer
 
 CHUNK_BYTES = 1000
@@ -120,6 +122,7 @@ _UPLOADER = """
 import asyncio, sys
 from dynamo_redis.store.client import RedisClient
 from dynamo_redis.store.objects import RedisObjectStore
+from dynamo_redis.store.scripts import Script
 
 async def main():
     url, prefix = sys.argv[1:]
@@ -154,6 +157,30 @@ async def test_a_process_killed_while_it_uploads(
         await uploader.wait(5)
     assert await objects.read("b", "n") == b"old"
     assert 0 < int(redis.pttl(chunk_keys(keys, bytes(1000))[0])) <= 600_000
+
+
+async def test_an_upload_never_gives_the_chunks_of_a_current_version_an_expiry(
+    objects: RedisObjectStore,
+    dynamo_redis_url: str,
+    dynamo_redis_prefix: str,
+    redis: Redis,
+    keys: ObjectKeys,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another upload of the same content ends between this one's look at a chunk and its write."""
+    content = content_of("x")
+    execute = objects._client.execute
+
+    async def late(*command: Any) -> Any:
+        if command[0] == "SET" and not redis.exists(keys.current):
+            async with opened(dynamo_redis_url, dynamo_redis_prefix) as other:
+                await other.put("b", "n", content)
+        return await execute(*command)
+
+    monkeypatch.setattr(objects._client, "execute", late)
+    with pytest.raises(Killed):
+        await objects.put("b", "n", content, progress=after(1000, die))
+    assert [redis.pttl(key) for key in chunk_keys(keys, content)] == [-1] * CHUNKS
 
 
 async def test_a_slow_source_keeps_its_chunks_alive(dynamo_redis_url: str, dynamo_redis_prefix: str) -> None:
@@ -367,6 +394,25 @@ async def test_an_objects_keys_share_one_hash_tag(
     tag = f"{{{dynamo_redis_prefix}/object/b%20%7Bx%7D/n%2F%7By%7D}}"
     assert len([key for key in keys if key.startswith(tag)]) == 1 + CHUNKS
     assert {key for key in keys if not key.startswith(tag)} == {f"{{{dynamo_redis_prefix}/object}}:names"}
+
+
+async def test_an_object_is_listed_if_its_put_dies_right_after_it_became_current(
+    objects: RedisObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_script = objects._client.script
+
+    async def script(script: Script, *arguments: Any) -> Any:
+        answer = await run_script(script, *arguments)
+        if script.name == "object_commit":
+            raise Killed
+        return answer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(objects._client, "script", script)
+        with pytest.raises(Killed):
+            await objects.put("b", "n", b"x")
+    assert await objects.read("b", "n") == b"x"
+    assert [info.name for info in await objects.list()] == ["n"]
 
 
 # --------------------------------------------------------------------------- cost
