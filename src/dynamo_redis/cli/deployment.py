@@ -13,6 +13,7 @@ once it has run for 30 s.
 from __future__ import annotations
 
 import asyncio
+import signal
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -93,6 +94,12 @@ class Deployment:
         for process in self._running.values():
             process.kill()
 
+    @property
+    def running_workers_count(self) -> int:
+        """Workers that run and have said that they are ready."""
+        processes = (self._running.get(service.name) for service in self.workers)
+        return sum(process is not None and process.is_ready for process in processes)
+
     def last_words(self, name: str) -> str:
         """What a service said last."""
         process = self._running.get(name)
@@ -113,7 +120,7 @@ class Deployment:
             self._running.pop(service.name, None)
             if time.monotonic() - started_s > _STABLE_AFTER_S:
                 pause_s = _PAUSE_FIRST_S
-            self.notice(f"{service.name} {_how(code)}: {process.last_words()}; starting it again")
+            self.notice(f"{service.name} {_how(code, process.last_words())}; starting it again")
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 2, _PAUSE_LAST_S)
             process = await self._launch(service)
@@ -160,5 +167,7 @@ async def _all_or_first_error(waits: Sequence[Awaitable[Answer]]) -> list[Answer
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _how(code: int) -> str:
-    return f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+def _how(code: int, words: str) -> str:
+    if code < 0:
+        return f"was killed by {signal.Signals(-code).name}"
+    return f"ended with exit code {code} ({words})"

@@ -21,13 +21,15 @@ _MODELS_SHOWN = 3
 class Status:
     """How a deployment is, as its frontend's `/health` says it.
 
-    `instances_count` are those that can serve, whoever started them; `workers_count` is how many `up` started.
+    `running_count` of the `workers_count` workers of `up` run now; `instances_count` is what the frontend
+    finds in the registry: also others' workers, and for its lease's time one that was killed.
     """
 
     answering: bool
     serving: bool
     redis_away: bool
     workers_count: int
+    running_count: int
     instances_count: int
     models: tuple[str, ...]
 
@@ -42,7 +44,9 @@ class Status:
         """The parts of the line, in its order."""
         names = ", ".join(self.models[:_MODELS_SHOWN])
         more = f" and {len(self.models) - _MODELS_SHOWN} more" if len(self.models) > _MODELS_SHOWN else ""
-        parts = [f"{self.instances_count}/{self.workers_count} workers ready"] if self.answering else []
+        parts = [f"{self.running_count}/{self.workers_count} workers"]
+        if self.answering and self.instances_count != self.running_count:
+            parts.append(f"{self.instances_count} instance{'s' * (self.instances_count != 1)} registered")
         if self.models:
             parts.append(f"model{'s' * (len(self.models) > 1)} {names}{more}")
         if self.redis_away:

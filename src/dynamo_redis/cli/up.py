@@ -108,9 +108,11 @@ class _Up:
         server = None if directory is None else EmbeddedServer(directory)
         # With a server of our own, what another running `up` says of its server must not count.
         self._store = load(StoreSettings, options if server is None else {**options, "redis_url": server.url})
-        self._drain_s = load(RuntimeSettings, options).drain_s
-        if origins(RuntimeSettings, _given(options))["drain_s"] == "default":
-            self._drain_s = _DRAIN_S
+        runtime, chosen = load(RuntimeSettings, options), origins(RuntimeSettings, _given(options))
+        self._drain_s = _DRAIN_S if chosen["drain_s"] == "default" else runtime.drain_s
+        # The status says what the services log at `info`: who has come, who has gone.
+        self._log = "warn" if chosen["log"] == "default" else runtime.log
+        self._held_lines: list[tuple[str, str]] | None = None if self._log == "debug" else []
         self._deployment = Deployment(
             server=server,
             frontend=Service("frontend", ("frontend",)),
@@ -118,7 +120,7 @@ class _Up:
             env=self._environment(),
             grace_s=self._drain_s + _GRACE_BEYOND_DRAIN_S,
             notice=self._display.notice,
-            log=self._display.log,
+            log=self._on_log,
         )
 
     async def run(self) -> None:
@@ -138,6 +140,18 @@ class _Up:
                 await self._deployment.stop()
                 remove_runtime_file()
 
+    def _on_log(self, service: str, line: str) -> None:
+        """Pass a service's line on; before the deployment is up keep it, so that a failure is one line."""
+        if self._held_lines is None:
+            self._display.log(service, line)
+        else:
+            self._held_lines.append((service, line))
+
+    def _release_held_lines(self) -> None:
+        held, self._held_lines = self._held_lines or [], None
+        for service, line in held:
+            self._display.log(service, line)
+
     def _stop(self) -> None:
         if self._stopping.is_set():
             self._deployment.kill()  # asked twice: do not wait for requests under way
@@ -148,6 +162,7 @@ class _Up:
         url = self._deployment.url
         write_runtime_file(redis_url=self._store.require_url(), prefix=self._store.prefix, http_url=url)
         status = await self._until_serving(url)
+        self._release_held_lines()
         self._announce(url)
         while True:
             self._display.status(status)
@@ -179,6 +194,7 @@ class _Up:
             serving=health is not None and health.status == 200,
             redis_away=body.get("registry") == "unreachable",
             workers_count=len(self._deployment.workers),
+            running_count=self._deployment.running_workers_count,
             instances_count=len(body.get("instances", ())),
             models=tuple(str(model["name"]) for model in body.get("models", ())),
         )
@@ -202,7 +218,9 @@ class _Up:
         fields = StoreSettings.model_fields
         values[env_name(fields["redis_url"])] = self._store.require_url()
         values[env_name(fields["prefix"])] = self._store.prefix
-        values[env_name(RuntimeSettings.model_fields["drain_s"])] = f"{self._drain_s:g}"
+        fields = RuntimeSettings.model_fields
+        values[env_name(fields["drain_s"])] = f"{self._drain_s:g}"
+        values[env_name(fields["log"])] = self._log
         return child_environment(values)
 
 

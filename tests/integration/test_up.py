@@ -1,0 +1,443 @@
+"""`dynamo-redis up`, `frontend` and `worker` as their users start them: own processes, real sockets."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import secrets
+import select
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import anyio
+import psutil
+import pytest
+
+from dynamo_redis.engines.demo_model import DEMO_MODEL_PATH
+from dynamo_redis.store.client import RedisClient
+from dynamo_redis.store.server import EmbeddedServer
+
+UP_WITHIN_S = 20.0
+STOP_WITHIN_S = 5.0
+_MARK = "DYNAMO_REDIS_TEST_MARK"
+
+
+class Program:
+    """A run of the program, with its output and every process it has started."""
+
+    def __init__(self, arguments: list[str], env: dict[str, str], directory: Path) -> None:
+        self.mark = secrets.token_hex(8)
+        self._out = directory / f"{self.mark}.out"
+        self._err = directory / f"{self.mark}.err"
+        with self._out.open("wb") as out, self._err.open("wb") as err:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "dynamo_redis", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                env={**env, _MARK: self.mark},
+                cwd=directory,
+            )
+
+    @property
+    def out(self) -> str:
+        return self._out.read_text()
+
+    @property
+    def err(self) -> str:
+        return self._err.read_text()
+
+    def until(self, pattern: str, within_s: float = UP_WITHIN_S) -> re.Match[str]:
+        """Wait until the output holds the pattern."""
+        deadline = time.monotonic() + within_s
+        while (found := re.search(pattern, self.out, re.MULTILINE)) is None:
+            assert time.monotonic() < deadline, f"no {pattern!r} in\n{self.out}\n{self.err}"
+            assert self.process.poll() is None, f"ended without {pattern!r}:\n{self.out}\n{self.err}"
+            time.sleep(0.01)
+        return found
+
+    def url(self) -> str:
+        return self.until(r"^dynamo-redis is up at (http://\S+)$")[1]
+
+    def processes(self) -> list[psutil.Process]:
+        """All processes that this run has started and that still live, itself included."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get(_MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+    def find(self, *words: str) -> psutil.Process:
+        """The one process with these words in its command line."""
+        (found,) = (p for p in self.processes() if all(word in p.cmdline() for word in words))
+        return found
+
+    def stop(self, number: int = signal.SIGINT) -> float:
+        """Signal it, and wait; answers how many seconds it took."""
+        started = time.monotonic()
+        self.process.send_signal(number)
+        self.process.wait(STOP_WITHIN_S + 5)
+        return time.monotonic() - started
+
+    def failed(self) -> tuple[int, str]:
+        """Wait until it has ended by itself; answers its exit code and what it wrote to stderr."""
+        code = self.process.wait(UP_WITHIN_S)
+        return code, self.err
+
+
+Start = Callable[..., Program]
+
+
+@pytest.fixture
+def env(tmp_path: Path) -> dict[str, str]:
+    """An environment without settings, and with a runtime and a temporary directory of the test's own."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("DYN_")}
+    (tmp_path / "run").mkdir(mode=0o700)
+    own |= {"XDG_RUNTIME_DIR": str(tmp_path / "run"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    return own
+
+
+@pytest.fixture
+def start(env: dict[str, str], tmp_path: Path) -> Iterator[Start]:
+    """Start the program with these arguments; what is left at the end of the test is killed."""
+    started: list[Program] = []
+
+    def run(*arguments: str, **settings: str) -> Program:
+        program = Program(list(arguments), {**env, **settings}, tmp_path)
+        started.append(program)
+        return program
+
+    yield run
+    for program in started:
+        for process in program.processes():
+            process.kill()
+        program.process.wait()
+
+
+@pytest.fixture
+def command(env: dict[str, str], tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
+    """Run a command that answers with a JSON list."""
+
+    def run(*arguments: str, **settings: str) -> list[dict[str, Any]]:
+        done = subprocess.run(
+            [sys.executable, "-m", "dynamo_redis", *arguments, "--json"],
+            capture_output=True,
+            env={**env, **settings},
+            cwd=tmp_path,
+            timeout=20,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        found: list[dict[str, Any]] = json.loads(done.stdout)
+        return found
+
+    return run
+
+
+def up(*arguments: str) -> tuple[str, ...]:
+    return ("up", "--http-port", "0", "--http-host", "127.0.0.1", "--speedup-ratio", "0", *arguments)
+
+
+def ask(url: str, model: str = "demo") -> str:
+    """A chat; answers the text."""
+    body = {"model": model, "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 16}
+    request = urllib.request.Request(
+        f"{url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        text: str = json.load(answer)["choices"][0]["message"]["content"]
+    return text
+
+
+def until(condition: Callable[[], bool], within_s: float = 10.0) -> None:
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def registry_keys(url: str, prefix: str) -> list[bytes]:
+    """All names that stand anywhere in the registry's structures, live or stale."""
+
+    async def scan() -> list[bytes]:
+        client = RedisClient(url, timeout_s=3)
+        try:
+            keys: list[bytes] = await client.execute("HKEYS", f"{{{prefix}}}:kv")
+            return sorted(key for key in keys if key.startswith(b"v1/"))
+        finally:
+            await client.aclose()
+
+    return anyio.run(scan)
+
+
+# --------------------------------------------------------------------------- the normal way
+
+
+def test_up_serves_and_leaves_nothing(start: Start, command: Callable[..., Any], tmp_path: Path) -> None:
+    program = start(*up(), TMPDIR=str(tmp_path))
+    url = program.url()
+    line = program.until(r"^  (curl .*)$")[1]
+    program.until(r"^status: serving, 2/2 workers, model demo$")
+
+    assert len(command("instances", "dynamo.backend.generate")) == 2, "found without DYN_REDIS_URL"
+    assert [model["model"] for model in command("models")] == ["demo"]
+    words = shlex.split(line)
+    assert words[0] == "curl"
+    if shutil.which("curl"):
+        done = subprocess.run(words, capture_output=True, timeout=10, check=True)
+        assert json.loads(done.stdout)["choices"][0]["message"]["content"]
+    assert ask(url)
+    names = sorted(process.name() for process in program.processes())
+    assert len([name for name in names if "python" in name]) == 4, names
+
+    assert program.stop() <= STOP_WITHIN_S
+    assert program.process.returncode == 0
+    assert program.processes() == []
+    assert list((tmp_path / "run").rglob("*.json")) == []
+    assert list(tmp_path.glob("dynamo-redis-*")) == []
+    assert program.err == "" or "Traceback" not in program.err
+
+
+def test_with_a_redis_of_ones_own_no_key_is_left(
+    start: Start, dynamo_redis_url: str, dynamo_redis_prefix: str
+) -> None:
+    program = start(*up("--redis-url", dynamo_redis_url, "--redis-prefix", dynamo_redis_prefix))
+    program.url()
+    keys = registry_keys(dynamo_redis_url, dynamo_redis_prefix)
+    assert [key.split(b"/")[1] for key in keys] == [b"instances", b"instances", b"mdc", b"mdc"]
+    assert not [process for process in program.processes() if "server" in process.name()]
+    assert program.stop(signal.SIGTERM) <= STOP_WITHIN_S
+    assert program.process.returncode == 0
+    assert registry_keys(dynamo_redis_url, dynamo_redis_prefix) == []
+    assert program.processes() == []
+
+
+def test_two_at_once_do_not_disturb_each_other(
+    start: Start, command: Callable[..., Any], dynamo_redis_url: str, dynamo_redis_prefix: str
+) -> None:
+    first = start(*up("--workers", "1"))
+    second = start(
+        *up("--workers", "1", "--redis-url", dynamo_redis_url, "--redis-prefix", f"{dynamo_redis_prefix}-2")
+    )
+    third = start(
+        *up("--workers", "1", "--redis-url", dynamo_redis_url, "--redis-prefix", f"{dynamo_redis_prefix}-3")
+    )
+    urls = [program.url() for program in (first, second, third)]
+    assert len(set(urls)) == 3
+    third.stop()
+    second.stop()
+    assert len(command("instances")) == 1, "the first is found again"
+    assert ask(urls[0])
+
+
+def test_kill_9_leaves_no_process(start: Start) -> None:
+    program = start(*up("--workers", "1"))
+    program.url()
+    assert len(program.processes()) >= 4
+    program.process.kill()
+    program.process.wait()
+    until(lambda: program.processes() == [], 3)
+
+
+def test_what_dies_is_started_again(start: Start) -> None:
+    program = start(*up())
+    url = program.url()
+    worker = next(process for process in program.processes() if "worker" in process.cmdline())
+    worker.kill()
+    program.until(r"^worker-[12] was killed by SIGKILL; starting it again$")
+    program.until(r"^status: serving, 1/2 workers[^$]*^status: serving, 2/2 workers")
+    next(process for process in program.processes() if "server" in process.name()).kill()
+    program.until(r"^redis ended; starting it again with its data$")
+    assert ask(url), "requests do not wait for Redis"
+    program.find("frontend").kill()
+    program.until(r"^frontend was killed by SIGKILL; starting it again$")
+    program.until(r"^status: the frontend does not answer, 2/2 workers\n[^$]*^status: serving, 2/2 workers, ")
+    assert ask(program.url())
+    assert program.stop() <= STOP_WITHIN_S
+    assert program.processes() == []
+
+
+def test_the_data_can_be_kept(start: Start, command: Callable[..., Any], tmp_path: Path) -> None:
+    arguments = up("--workers", "0", "--data-dir", str(tmp_path / "data"))
+    program = start(*arguments)
+    program.until(r"^No worker runs\. Start one beside it: dynamo-redis worker mock$")
+    command("put", "app/kept", "yes")
+    code, line = start(*arguments).failed()
+    assert (code, line) == (1, f"dynamo-redis: {tmp_path}/data is in use by another `dynamo-redis up`\n")
+    program.stop()
+    start(*arguments).url()
+    assert command("get", "app/kept")[0]["value"] == "yes"
+
+
+def test_requests_under_way_finish_when_it_is_stopped(start: Start) -> None:
+    program = start(*up("--workers", "1", "--speedup-ratio", "1", "--decode-step", "20ms"))
+    url = program.url()
+    body = {
+        "model": "demo",
+        "messages": [{"role": "user", "content": "Hello!"}],
+        "max_tokens": 40,
+        "ignore_eos": True,
+        "stream": True,
+    }
+    request = urllib.request.Request(
+        f"{url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        assert answer.readline().startswith(b"data: ")
+        program.process.send_signal(signal.SIGINT)
+        assert answer.read().endswith(b"data: [DONE]\n\n")
+    program.process.wait(STOP_WITHIN_S)
+
+
+def test_on_a_terminal_there_is_a_live_line(env: dict[str, str], tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dynamo_redis", *up("--workers", "1")],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env={**env, "TERM": "xterm-256color", "COLUMNS": "120", "LINES": "30"},
+        cwd=tmp_path,
+        start_new_session=True,
+    )
+    os.close(theirs)
+    seen = ""
+    deadline = time.monotonic() + UP_WITHIN_S
+    try:
+        while "·  \x1b[39mCtrl-C stops" not in seen and time.monotonic() < deadline:
+            if select.select([ours], [], [], 0.1)[0]:
+                seen += os.read(ours, 1 << 16).decode(errors="replace")
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(STOP_WITHIN_S)
+        os.close(ours)
+    assert re.search(r"curl http://\S+/v1/chat/completions -H .* -d '\{.*\}'\r\n", seen), "one line, to copy"
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", seen)
+    assert re.search(r"● serving  ·  1/1 workers  ·  model demo  ·  up \d+s  ·  Ctrl-C stops", plain)
+
+
+# --------------------------------------------------------------------------- one by one
+
+
+def test_the_parts_start_one_by_one_and_in_any_order(
+    start: Start, dynamo_redis_url: str, dynamo_redis_prefix: str
+) -> None:
+    settings = {"DYN_REDIS_URL": dynamo_redis_url, "DYN_REDIS_PREFIX": dynamo_redis_prefix}
+    frontend = start("frontend", "--http-port", "0", "--http-host", "127.0.0.1", **settings)
+    worker = start(
+        "worker", "mock", "--model-path", str(DEMO_MODEL_PATH), "--model-name", "my/model",
+        "--speedup-ratio", "0", "--endpoint", "other.pool.generate", **settings,
+    )  # fmt: skip
+    url = frontend.until(r"^ready (http://\S+)$")[1]
+    worker.until(r"^ready my/model at other\.pool\.generate, instance [0-9a-f]+$")
+    until(lambda: urllib.request.urlopen(f"{url}/v1/models").read().count(b"my/model") > 0)
+    assert ask(url, "my/model")
+    for program in (worker, frontend):
+        assert program.stop(signal.SIGTERM) <= STOP_WITHIN_S
+        assert program.process.returncode == 0
+        assert program.processes() == []
+    assert registry_keys(dynamo_redis_url, dynamo_redis_prefix) == []
+
+
+# --------------------------------------------------------------------------- what can go wrong
+
+
+def failed_in_one_line(program: Program, code: int) -> str:
+    """Wait for the failure; nothing may be left of it. Answers the line."""
+    found = program.failed()
+    assert found[0] == code, found
+    assert found[1].count("\n") == 1, found[1]
+    assert program.out == ""
+    until(lambda: program.processes() == [], 2)
+    return found[1].removeprefix("dynamo-redis: ").rstrip("\n")
+
+
+def test_a_port_in_use_is_one_line(start: Start, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        program = start(*up("--http-port", str(port)), TMPDIR=str(tmp_path))
+        line = failed_in_one_line(program, 1)
+    assert line.startswith(f"frontend: port {port} is in use")
+    assert "--http-port" in line
+    assert list(tmp_path.glob("dynamo-redis-*")) == []
+
+
+def broken_model(path: Path) -> Path:
+    shutil.copytree(DEMO_MODEL_PATH, path)
+    (path / "tokenizer.json").write_text('{"version": "1.0", "model": ')
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "line"),
+    [
+        (["--lease-ttl", "abc"], 2, r"--lease-ttl: 'abc' is not a duration: .*"),
+        (["--model-path", "nowhere"], 1, r"worker-\d: cannot read model directory nowhere: No such file.*"),
+        (["--model-path", "broken"], 1, r"worker-\d: broken/tokenizer.json is not valid JSON: .*"),
+        (["--http-host", "no.such.host.invalid"], 1, r"frontend: DYN_HTTP_HOST='no.such.host.invalid': .*"),
+        (["--redis-url", "redis://u:s3cret@127.0.0.1:1"], 1, r".*no connection to Redis at 127.0.0.1:1: .*"),
+        (["--redis-url", "http://127.0.0.1"], 1, r".*DYN_REDIS_URL: .*"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    arguments: list[str], code: int, line: str, start: Start, tmp_path: Path
+) -> None:
+    broken_model(tmp_path / "broken")
+    program = start(*up(*arguments), TMPDIR=str(tmp_path))
+    said = failed_in_one_line(program, code)
+    assert re.fullmatch(line, said), said
+    assert "s3cret" not in said
+    assert list(tmp_path.glob("dynamo-redis-*")) == []
+
+
+def test_a_wrong_setting_in_the_environment_is_one_line(start: Start) -> None:
+    line = failed_in_one_line(start(*up(), DYN_LEASE_TTL_S="abc"), 2)
+    assert line.startswith("DYN_LEASE_TTL_S: 'abc' is not a duration")
+
+
+def test_a_wrong_password_is_one_line(start: Start, tmp_path: Path) -> None:
+    directory = Path(tempfile.mkdtemp(dir=tmp_path))
+    server = EmbeddedServer(directory, port=0, settings={"requirepass": "right"})
+    anyio.run(server.start)
+    try:
+        address = server.url.removeprefix("redis://")
+        for arguments in (up(), ("worker", "mock"), ("frontend", "--http-port", "0")):
+            line = failed_in_one_line(start(*arguments, DYN_REDIS_URL=f"redis://:wr0ng@{address}"), 1)
+            assert line.endswith(f"Redis at {address} refuses the user name or password of DYN_REDIS_URL")
+    finally:
+        anyio.run(server.stop)
+
+
+def test_no_password_is_in_any_command_line(start: Start, tmp_path: Path) -> None:
+    directory = Path(tempfile.mkdtemp(dir=tmp_path))
+    server = EmbeddedServer(directory, port=0, settings={"requirepass": "s3cret"})
+    anyio.run(server.start)
+    try:
+        url = server.url.replace("redis://", "redis://:s3cret@")
+        program = start(*up("--workers", "1"), DYN_REDIS_URL=url)
+        program.url()
+        assert [
+            process.cmdline() for process in program.processes() if "s3cret" in str(process.cmdline())
+        ] == []
+        assert "redis://:***@" in program.out
+        assert program.stop() <= STOP_WITHIN_S
+        assert "s3cret" not in program.out + program.err
+    finally:
+        anyio.run(server.stop)
