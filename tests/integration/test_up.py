@@ -39,6 +39,7 @@ class Program:
 
     def __init__(self, arguments: list[str], env: dict[str, str], directory: Path) -> None:
         self.mark = secrets.token_hex(8)
+        self._temporary = env["TMPDIR"]
         self._out = directory / f"{self.mark}.out"
         self._err = directory / f"{self.mark}.err"
         with self._out.open("wb") as out, self._err.open("wb") as err:
@@ -76,16 +77,20 @@ class Program:
         found = []
         for process in psutil.process_iter():
             try:
-                if process.environ().get(_MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
+                ours = process.environ().get(_MARK) == self.mark or self._is_server(process)
+                if ours and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(process)
             except psutil.Error:
                 continue
         return found
 
-    def find(self, *words: str) -> psutil.Process:
-        """The one process with these words in its command line."""
-        (found,) = (p for p in self.processes() if all(word in p.cmdline() for word in words))
-        return found
+    def _is_server(self, process: psutil.Process) -> bool:
+        """Redis writes its title over its environment: know it by its socket's path."""
+        return "-server" in process.name() and any(self._temporary in word for word in process.cmdline())
+
+    def services(self, command: str) -> list[psutil.Process]:
+        """The processes that run a command of the program (their watchdogs, shells, name it, too)."""
+        return [p for p in self.processes() if command in p.cmdline() and "python" in p.name()]
 
     def stop(self, number: int = signal.SIGINT) -> float:
         """Signal it, and wait; answers how many seconds it took."""
@@ -104,12 +109,19 @@ Start = Callable[..., Program]
 
 
 @pytest.fixture
-def env(tmp_path: Path) -> dict[str, str]:
-    """An environment without settings, and with a runtime and a temporary directory of the test's own."""
+def temporary() -> Iterator[Path]:
+    """A temporary directory for the program; its path is short, because a unix socket's must be."""
+    with tempfile.TemporaryDirectory(prefix="dr-", ignore_cleanup_errors=True) as path:
+        yield Path(path)
+
+
+@pytest.fixture
+def env(tmp_path: Path, temporary: Path) -> dict[str, str]:
+    """An environment without settings, and with directories of the test's own."""
     own = {name: value for name, value in os.environ.items() if not name.startswith("DYN_")}
     (tmp_path / "run").mkdir(mode=0o700)
     own |= {"XDG_RUNTIME_DIR": str(tmp_path / "run"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    return own
+    return own | {"TMPDIR": str(temporary)}
 
 
 @pytest.fixture
@@ -188,8 +200,10 @@ def registry_keys(url: str, prefix: str) -> list[bytes]:
 # --------------------------------------------------------------------------- the normal way
 
 
-def test_up_serves_and_leaves_nothing(start: Start, command: Callable[..., Any], tmp_path: Path) -> None:
-    program = start(*up(), TMPDIR=str(tmp_path))
+def test_up_serves_and_leaves_nothing(
+    start: Start, command: Callable[..., Any], tmp_path: Path, temporary: Path
+) -> None:
+    program = start(*up())
     url = program.url()
     line = program.until(r"^  (curl .*)$")[1]
     program.until(r"^status: serving, 2/2 workers, model demo$")
@@ -204,12 +218,13 @@ def test_up_serves_and_leaves_nothing(start: Start, command: Callable[..., Any],
     assert ask(url)
     names = sorted(process.name() for process in program.processes())
     assert len([name for name in names if "python" in name]) == 4, names
+    assert len([name for name in names if "-server" in name]) == 1, names
 
     assert program.stop() <= STOP_WITHIN_S
     assert program.process.returncode == 0
     assert program.processes() == []
     assert list((tmp_path / "run").rglob("*.json")) == []
-    assert list(tmp_path.glob("dynamo-redis-*")) == []
+    assert list(temporary.iterdir()) == []
     assert program.err == "" or "Traceback" not in program.err
 
 
@@ -220,7 +235,7 @@ def test_with_a_redis_of_ones_own_no_key_is_left(
     program.url()
     keys = registry_keys(dynamo_redis_url, dynamo_redis_prefix)
     assert [key.split(b"/")[1] for key in keys] == [b"instances", b"instances", b"mdc", b"mdc"]
-    assert not [process for process in program.processes() if "server" in process.name()]
+    assert not [process for process in program.processes() if "-server" in process.name()]
     assert program.stop(signal.SIGTERM) <= STOP_WITHIN_S
     assert program.process.returncode == 0
     assert registry_keys(dynamo_redis_url, dynamo_redis_prefix) == []
@@ -248,7 +263,9 @@ def test_two_at_once_do_not_disturb_each_other(
 def test_kill_9_leaves_no_process(start: Start) -> None:
     program = start(*up("--workers", "1"))
     program.url()
-    assert len(program.processes()) >= 4
+    assert len(program.processes()) == 4 + 3, (
+        "up, Redis, frontend, worker, and a watchdog for each of the three"
+    )
     program.process.kill()
     program.process.wait()
     until(lambda: program.processes() == [], 3)
@@ -257,14 +274,13 @@ def test_kill_9_leaves_no_process(start: Start) -> None:
 def test_what_dies_is_started_again(start: Start) -> None:
     program = start(*up())
     url = program.url()
-    worker = next(process for process in program.processes() if "worker" in process.cmdline())
-    worker.kill()
+    program.services("worker")[0].kill()
     program.until(r"^worker-[12] was killed by SIGKILL; starting it again$")
     program.until(r"^status: serving, 1/2 workers[^$]*^status: serving, 2/2 workers")
-    next(process for process in program.processes() if "server" in process.name()).kill()
+    next(process for process in program.processes() if "-server" in process.name()).kill()
     program.until(r"^redis ended; starting it again with its data$")
     assert ask(url), "requests do not wait for Redis"
-    program.find("frontend").kill()
+    program.services("frontend")[0].kill()
     program.until(r"^frontend was killed by SIGKILL; starting it again$")
     program.until(r"^status: the frontend does not answer, 2/2 workers\n[^$]*^status: serving, 2/2 workers, ")
     assert ask(program.url())
@@ -319,7 +335,7 @@ def test_on_a_terminal_there_is_a_live_line(env: dict[str, str], tmp_path: Path)
     seen = ""
     deadline = time.monotonic() + UP_WITHIN_S
     try:
-        while "·  \x1b[39mCtrl-C stops" not in seen and time.monotonic() < deadline:
+        while "·  Ctrl-C stops" not in without_style(seen) and time.monotonic() < deadline:
             if select.select([ours], [], [], 0.1)[0]:
                 seen += os.read(ours, 1 << 16).decode(errors="replace")
     finally:
@@ -327,8 +343,12 @@ def test_on_a_terminal_there_is_a_live_line(env: dict[str, str], tmp_path: Path)
         process.wait(STOP_WITHIN_S)
         os.close(ours)
     assert re.search(r"curl http://\S+/v1/chat/completions -H .* -d '\{.*\}'\r\n", seen), "one line, to copy"
-    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", seen)
-    assert re.search(r"● serving  ·  1/1 workers  ·  model demo  ·  up \d+s  ·  Ctrl-C stops", plain)
+    line = r"● serving  ·  1/1 workers  ·  model demo  ·  up \d+s  ·  Ctrl-C stops"
+    assert re.search(line, without_style(seen))
+
+
+def without_style(drawn: str) -> str:
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", drawn)
 
 
 # --------------------------------------------------------------------------- one by one
@@ -367,16 +387,16 @@ def failed_in_one_line(program: Program, code: int) -> str:
     return found[1].removeprefix("dynamo-redis: ").rstrip("\n")
 
 
-def test_a_port_in_use_is_one_line(start: Start, tmp_path: Path) -> None:
+def test_a_port_in_use_is_one_line(start: Start, temporary: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        program = start(*up("--http-port", str(port)), TMPDIR=str(tmp_path))
+        program = start(*up("--http-port", str(port)))
         line = failed_in_one_line(program, 1)
     assert line.startswith(f"frontend: port {port} is in use")
     assert "--http-port" in line
-    assert list(tmp_path.glob("dynamo-redis-*")) == []
+    assert list(temporary.iterdir()) == []
 
 
 def broken_model(path: Path) -> Path:
@@ -397,14 +417,14 @@ def broken_model(path: Path) -> Path:
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(
-    arguments: list[str], code: int, line: str, start: Start, tmp_path: Path
+    arguments: list[str], code: int, line: str, start: Start, tmp_path: Path, temporary: Path
 ) -> None:
     broken_model(tmp_path / "broken")
-    program = start(*up(*arguments), TMPDIR=str(tmp_path))
+    program = start(*up(*arguments))
     said = failed_in_one_line(program, code)
     assert re.fullmatch(line, said), said
     assert "s3cret" not in said
-    assert list(tmp_path.glob("dynamo-redis-*")) == []
+    assert list(temporary.iterdir()) == []
 
 
 def test_a_wrong_setting_in_the_environment_is_one_line(start: Start) -> None:
