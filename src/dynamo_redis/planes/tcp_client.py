@@ -69,12 +69,12 @@ class ClientConnection(Connection):
     @property
     def takes_streams(self) -> bool:
         """Whether a new stream may start here."""
-        return (
-            self._ready
-            and not self.closed
-            and not self.draining
-            and self._last_stream_id < frame.MAX_STREAM_ID
-        )
+        return self._ready and not self.closed and not self.retired
+
+    @property
+    def retired(self) -> bool:
+        """Whether it only finishes what is under way: the server drains, or the stream ids are used up."""
+        return self.draining or self._last_stream_id >= frame.MAX_STREAM_ID
 
     def begin(self, stream: TcpResponseStream) -> None:
         """Send the stream's request."""
@@ -89,7 +89,7 @@ class ClientConnection(Connection):
     def remove(self, stream: TcpResponseStream) -> None:
         """Forget a stream that has ended."""
         del self.streams[stream.stream_id]
-        if self.draining and not self.streams:
+        if not self.streams and self.retired:
             self._loop.call_soon(self.close)
 
     async def ping(self) -> None:

@@ -277,13 +277,13 @@ class Connection(asyncio.BufferedProtocol):
 
     def _sweep(self) -> None:
         self.sweeps += 1
-        if not self.streams:
+        unsent_bytes = self.transport.get_write_buffer_size()
+        if not self.streams and not unsent_bytes:
             self.sweeping = False
             self._sweep_handle = None
             self._on_idle()
             return
         self._sweep_handle = self._loop.call_later(self._sweep_interval_s, self._sweep)
-        unsent_bytes = self.transport.get_write_buffer_size()
         heard = self._heard or unsent_bytes < self._unsent_bytes  # a peer that reads is alive, too
         self._silent_sweeps = 0 if heard else self._silent_sweeps + 1
         self._heard = False

@@ -1,0 +1,58 @@
+"""Where a server listens, and what it tells others."""
+
+from __future__ import annotations
+
+import pytest
+
+from dynamo_redis.errors import ConfigError
+from dynamo_redis.planes.address import Binding, choose_binding, format_address, parse_address
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "address"),
+    [
+        ("10.0.0.7", 80, "10.0.0.7:80"),
+        ("::1", 80, "[::1]:80"),
+        ("worker-0.local", 65535, "worker-0.local:65535"),
+    ],
+)
+def test_an_address_is_written_and_read(host: str, port: int, address: str) -> None:
+    assert format_address(host, port) == address
+    assert parse_address(address) == (host, port)
+
+
+@pytest.mark.parametrize("text", ["", "host", ":80", "::1:80", "[::1]", "host:port", "[::1]:"])
+def test_what_is_no_address(text: str) -> None:
+    with pytest.raises(ValueError):
+        parse_address(text)
+
+
+LOCAL, ANY = "127.0.0.1", "0.0.0.0"
+
+
+@pytest.mark.parametrize(
+    ("host", "advertise", "redis", "binding"),
+    [
+        (None, None, None, Binding(LOCAL, LOCAL)),
+        (None, None, "127.0.0.1", Binding(LOCAL, LOCAL)),
+        (None, None, "localhost", Binding(LOCAL, LOCAL)),
+        (None, "public.example", "127.0.0.1", Binding(LOCAL, "public.example")),
+        ("10.1.2.3", None, "203.0.113.1", Binding("10.1.2.3", "10.1.2.3")),
+        ("10.1.2.3", "nat.example", None, Binding("10.1.2.3", "nat.example")),
+        (ANY, "nat.example", "no.such.host.invalid", Binding(ANY, "nat.example")),
+        (ANY, None, None, Binding(ANY, LOCAL)),
+        ("::", "nat.example", None, Binding("::", "nat.example")),
+    ],
+)
+async def test_the_rules(
+    host: str | None, advertise: str | None, redis: str | None, binding: Binding
+) -> None:
+    found = await choose_binding(host, advertise, redis)
+    if redis == "localhost" and found.listen_host == "::1":
+        binding = Binding("::1", "::1")
+    assert found == binding
+
+
+async def test_no_route_to_redis_is_a_clear_error() -> None:
+    with pytest.raises(ConfigError, match="DYN_TCP_ADVERTISE_HOST"):
+        await choose_binding(None, None, "no.such.host.invalid")
