@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -36,7 +36,8 @@ _SERVER_LOOK_S = 0.25
 class Deployment:
     """The processes of one `up`. `start` it, then `stop` it, from one event loop.
 
-    `env` is the services' environment. At `stop` they have `grace_s` to leave the registry and to finish.
+    `env` is the environment of services that are started from now on. At `stop` they have `grace_s` to leave
+    the registry and to finish.
     `notice` is called with a line for the user whenever a process ended and is started again; `log` with each
     line that a service logs.
     """
@@ -44,7 +45,7 @@ class Deployment:
     server: EmbeddedServer | None
     frontend: Service
     workers: Sequence[Service]
-    env: Mapping[str, str]
+    env: dict[str, str]
     grace_s: float
     notice: Callable[[str], None]
     log: LineSink

@@ -135,11 +135,12 @@ class LiveDisplay:
         if status is None:
             return Text()
         colour = "red" if not status.answering else "green" if status.serving else "yellow"
-        line = Text("● ", colour, no_wrap=True, overflow="ellipsis")
+        line = Text(no_wrap=True, overflow="ellipsis")
+        line.append("● ", colour)
         line.append(status.headline, f"bold {colour}")
         up = f"up {human_duration(time.monotonic() - self._started_s)}"
         for part in (*status.details(), up, "Ctrl-C stops"):
-            line.append("  ·  ", "dim").append(part, "default")
+            line.append("  ·  ", "dim").append(part)
         return line
 
 

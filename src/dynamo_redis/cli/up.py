@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import click
 
@@ -155,11 +156,15 @@ class _Up:
     def _stop(self) -> None:
         if self._stopping.is_set():
             self._deployment.kill()  # asked twice: do not wait for requests under way
+        else:
+            self._display.notice("Stopping.")
         self._stopping.set()
 
     async def _work(self) -> None:
         await self._deployment.start()
         url = self._deployment.url
+        # A frontend that is started again is found where the first one was, also where port 0 chose the port.
+        self._deployment.env[env_name(FrontendSettings.model_fields["http_port"])] = str(urlsplit(url).port)
         write_runtime_file(redis_url=self._store.require_url(), prefix=self._store.prefix, http_url=url)
         status = await self._until_serving(url)
         self._release_held_lines()

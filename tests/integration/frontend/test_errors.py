@@ -46,7 +46,8 @@ async def test_a_wrong_value_is_named(frontend: Any) -> None:
         assert response.status_code == 400
         error = error_of(response)
         assert (error["param"], error["type"]) == (param, "invalid_request_error")
-    for prompt in ("", [10**6], [], [[]]):
+    prompts: list[Any] = ["", [10**6], [], [[]]]
+    for prompt in prompts:
         response = await frontend.http.post("/v1/completions", json={"model": "demo", "prompt": prompt})
         assert response.status_code == 400
         assert error_of(response)["param"].startswith("prompt")
