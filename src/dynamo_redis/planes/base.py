@@ -17,9 +17,10 @@ Handler = Callable[[Any, Context], AsyncIterator[Any] | Awaitable[Any]]
 """Serves an endpoint. An async generator function answers with its items; a coroutine function with one item.
 
 For an endpoint registered with `request_stream=True` the first argument is an `AsyncIterator` of the
-caller's messages. When the caller stops or kills the request, the context says so; on a kill, a passed
-deadline or a lost caller the handler is also cancelled (`CancelledError` at its current await).
-Raise a `PlaneError` to answer with it; any other exception becomes `HandlerFailed`.
+caller's messages: the request, then those that follow it. When the caller stops or kills the request, the
+context says so; on a kill, a passed deadline or a lost caller the handler is also cancelled
+(`CancelledError` at its current await). Raise a `PlaneError` to answer with it; any other exception becomes
+`HandlerFailed`.
 """
 
 
@@ -80,7 +81,9 @@ class RequestPlaneClient(Protocol):
         ...
 
     def forget(self, target: Target) -> None:
-        """Close the connections to an instance that has left; what is pending on them fails, retryable."""
+        """An instance has left: what is pending on the target's endpoint fails with InstanceRemoved,
+        retryable, and connections that have nothing else to do are closed. Other endpoints of the same
+        instance keep theirs."""
         ...
 
     async def aclose(self) -> None:

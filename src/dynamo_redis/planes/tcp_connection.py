@@ -79,6 +79,7 @@ class Connection(asyncio.BufferedProtocol):
         "sweeping",
         "sweeps",
         "transport",
+        "window_count",
     )
 
     streams: Sized
@@ -88,6 +89,7 @@ class Connection(asyncio.BufferedProtocol):
         loop: asyncio.AbstractEventLoop,
         buffers: ReadBuffers,
         *,
+        window_count: int,
         max_message_bytes: int,
         keepalive_interval_s: float,
     ) -> None:
@@ -110,6 +112,7 @@ class Connection(asyncio.BufferedProtocol):
         self.closed = False
         self.paused = False
         self.error: PlaneError | None = None
+        self.window_count = window_count
         self.peer_window_count = 0
         self.max_message_bytes = max_message_bytes
         self.decoder = FrameDecoder(buffers, max_message_bytes)

@@ -16,7 +16,8 @@ from dynamo_redis.config import PlaneSettings
 from dynamo_redis.errors import ConfigError, Draining, EndpointNotFound, Overloaded
 from dynamo_redis.planes.address import choose_binding, format_address
 from dynamo_redis.planes.base import Handler
-from dynamo_redis.planes.tcp_serving import Endpoint, Request, ServerConnection
+from dynamo_redis.planes.tcp_request import Endpoint, Request
+from dynamo_redis.planes.tcp_serving import ServerConnection
 from dynamo_redis.wire.decoder import ReadBuffers
 from dynamo_redis.wire.handshake import ServerHandshake
 

@@ -1,0 +1,377 @@
+"""The connections to one instance, shared by the requests that go there.
+
+Requests share connections: one is enough for an instance until its socket takes no more, then another is
+opened beside it, up to `DYN_TCP_POOL_SIZE`. A request never waits for a connection while there is one. A
+pool without any parks its requests, which are bounded by the connect time-out, their deadlines and their
+callers. Connections without requests are closed after `IDLE_CLOSE_S`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable
+from typing import Any, Final
+
+from dynamo_redis.config import PlaneSettings
+from dynamo_redis.errors import (
+    CannotConnect,
+    ConnectionLost,
+    Draining,
+    NotAccepted,
+    PlaneError,
+    ProtocolViolation,
+    plane_error,
+)
+from dynamo_redis.planes.address import parse_address
+from dynamo_redis.planes.base import Target
+from dynamo_redis.planes.tcp_connection import Connection
+from dynamo_redis.planes.tcp_stream import TcpResponseStream
+from dynamo_redis.wire import frame
+from dynamo_redis.wire.decoder import ReadBuffers
+from dynamo_redis.wire.handshake import ClientHandshake
+from dynamo_redis.wire.session import CLIENT_STEPS, ClientStream
+
+IDLE_CLOSE_S: Final = 90.0
+
+
+class ClientConnection(Connection):
+    """A connection to one instance, with the streams under way on it."""
+
+    def __init__(self, pool: Pool, loop: asyncio.AbstractEventLoop, buffers: ReadBuffers) -> None:
+        settings = pool.settings
+        super().__init__(
+            loop,
+            buffers,
+            window_count=settings.channel_buffer_count,
+            max_message_bytes=settings.max_message_bytes,
+            keepalive_interval_s=settings.keepalive_interval_s,
+        )
+        self._pool = pool
+        self._handshake = ClientHandshake(
+            pool.target.secret, settings.channel_buffer_count, pool.target.instance_id
+        )
+        self._accept_sweeps = max(1, round(settings.accept_timeout_s / self._sweep_interval_s))
+        self._last_stream_id = 0
+        self._pings: dict[int, asyncio.Future[None]] = {}
+        self._ping_tokens = itertools.count(1 << 32)
+        self._idle_handle: asyncio.TimerHandle | None = None
+        self.streams: dict[int, TcpResponseStream] = {}
+        self.draining = False
+        self.shaken: asyncio.Future[None] = loop.create_future()
+
+    # ------------------------------------------------------------------- requests
+
+    @property
+    def takes_streams(self) -> bool:
+        """Whether a new stream may start here."""
+        return self._ready and not self.closed and not self.retired
+
+    @property
+    def retired(self) -> bool:
+        """Whether it only finishes what is under way: the server drains, or the stream ids are used up."""
+        return self.draining or self._last_stream_id >= frame.MAX_STREAM_ID
+
+    def begin(self, stream: TcpResponseStream) -> None:
+        """Send the stream's request."""
+        self._last_stream_id = stream_id = self._last_stream_id + 1
+        stream.opened_at_sweep = self.sweeps
+        self.streams[stream_id] = stream
+        if not self.sweeping:
+            self._stop_idling()
+            self.start_sweeping()
+        stream.start(self, self, stream_id)
+
+    def remove(self, stream: TcpResponseStream) -> None:
+        """Forget a stream that has ended."""
+        del self.streams[stream.stream_id]
+        if not self.streams and self.retired:
+            self._loop.call_soon(self.close)
+
+    async def ping(self) -> None:
+        """Wait for the answer to a PING. Raises ConnectionLost."""
+        token = next(self._ping_tokens)
+        self._pings[token] = answered = self._loop.create_future()
+        try:
+            self.send(frame.encode_ping(token))
+            await answered
+        finally:
+            self._pings.pop(token, None)
+
+    # ------------------------------------------------------------------- what the connection says
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self.transport.write(self._handshake.begin())
+
+    def _on_handshake(self, data: memoryview) -> memoryview:
+        answer, rest = self._handshake.feed(data)
+        if answer:
+            self.transport.write(answer)
+        server = self._handshake.server
+        if server is not None:
+            self._ready = True
+            self.peer_window_count = server.window_count
+            if not self.shaken.done():
+                self.shaken.set_result(None)
+        return rest
+
+    def _on_handshake_failed(self, error: PlaneError) -> None:
+        self.fail(error)
+
+    def _on_frames(self, frames: list[list[Any]]) -> None:
+        streams = self.streams
+        for received in frames:
+            stream = streams.get(received[1])
+            if stream is None:
+                self._on_other(received)
+                continue
+            state = CLIENT_STEPS[stream.state].get(received[0])
+            if state is None:
+                self._on_unknown(received)
+            else:
+                stream.state = state
+                stream.on_frame(received)
+
+    def _on_other(self, received: list[Any]) -> None:
+        """A frame about the connection, or of a stream that has closed."""
+        kind, stream_id = received[0], received[1]
+        if stream_id == 0 and kind == frame.GOAWAY:
+            self._on_goaway(received)
+            return
+        was_opened = type(stream_id) is int and 0 < stream_id <= self._last_stream_id
+        state = ClientStream.CLOSED if was_opened else ClientStream.UNOPENED
+        if kind not in CLIENT_STEPS[state]:
+            self._on_unknown(received)
+
+    def _on_unknown(self, received: list[Any]) -> None:
+        if not self._on_connection_frame(received):
+            raise ProtocolViolation(f"a frame of type {received[0]!r} is not allowed here")
+
+    def _on_goaway(self, received: list[Any]) -> None:
+        _, _, code, message = received
+        error = plane_error(str(code), str(message))
+        if not isinstance(error, Draining):
+            self.error = error
+            self.close()
+            return
+        self.draining = True
+        self._pool.on_draining(error)
+        if not self.streams:
+            self.close()
+
+    def _on_pong(self, token: int) -> None:
+        answered = self._pings.get(token)
+        if answered is not None and not answered.done():
+            answered.set_result(None)
+
+    # ------------------------------------------------------------------- time passes
+
+    def _on_sweep(self) -> None:
+        oldest = self.sweeps - self._accept_sweeps
+        late = [
+            stream
+            for stream in self.streams.values()
+            if stream.state is ClientStream.WAITING and stream.opened_at_sweep < oldest
+        ]
+        for stream in late:
+            stream.fail(
+                NotAccepted(
+                    f"the worker did not accept the request in {self._pool.settings.accept_timeout_s} s"
+                )
+            )
+
+    def _on_idle(self) -> None:
+        self._idle_handle = self._loop.call_later(IDLE_CLOSE_S, self.close)
+
+    def _stop_idling(self) -> None:
+        if self._idle_handle is not None:
+            self._idle_handle.cancel()
+            self._idle_handle = None
+
+    def _on_closed(self, error: PlaneError) -> None:
+        self._stop_idling()
+        self._pool.on_closed(self)
+        if not self.shaken.done():
+            self.shaken.set_exception(error)
+            self.shaken.exception()  # retrieved: nobody may be waiting any more
+        for answered in self._pings.values():
+            if not answered.done():
+                answered.set_exception(error)
+        for stream in tuple(self.streams.values()):
+            stream.lose(error)
+
+
+class Pool:
+    """The connections to one instance, and the requests that wait for the first of them."""
+
+    def __init__(
+        self,
+        target: Target,
+        settings: PlaneSettings,
+        loop: asyncio.AbstractEventLoop,
+        buffers: ReadBuffers,
+        on_empty: Callable[[Pool], None],
+    ) -> None:
+        self.target = target
+        self.settings = settings
+        self.loop = loop
+        self._on_empty = on_empty
+        self._awaiting: list[asyncio.Future[ClientConnection]] = []
+        self._buffers = buffers
+        self._connections: list[ClientConnection] = []
+        self._connecting: asyncio.Task[None] | None = None
+        self._parked: dict[TcpResponseStream, None] = {}
+        self._draining: Draining | None = None
+
+    def __repr__(self) -> str:
+        streams = sum(len(connection.streams) for connection in self._connections)
+        return (
+            f"<Pool {self.target.address}: {len(self._connections)} connections, {streams} streams, "
+            f"{len(self._parked)} parked>"
+        )
+
+    @property
+    def pending_count(self) -> int:
+        """Requests under way, parked ones included."""
+        return len(self._parked) + sum(len(connection.streams) for connection in self._connections)
+
+    @property
+    def connection_count(self) -> int:
+        """Connections, those in their handshake included."""
+        return len(self._connections)
+
+    def begin(self, stream: TcpResponseStream) -> None:
+        """Send the stream's request, or park it until there is a connection."""
+        if not stream.attach():
+            return
+        connection = self._pick()
+        if connection is not None:
+            connection.begin(stream)
+        elif self._draining is not None:
+            stream.lose(self._draining)
+        else:
+            self._parked[stream] = None
+            stream.park(self)
+            self._connect()
+
+    def remove(self, stream: TcpResponseStream) -> None:
+        """Forget a parked stream that has ended."""
+        self._parked.pop(stream, None)
+
+    def _pick(self) -> ClientConnection | None:
+        best = None
+        for connection in self._connections:
+            if connection.takes_streams:
+                if not connection.paused:
+                    return connection
+                if best is None or len(connection.streams) < len(best.streams):
+                    best = connection
+        if best is not None and len(self._connections) < self.settings.pool_size:
+            self._connect()
+        return best
+
+    def _connect(self) -> None:
+        if self._connecting is None:
+            self._connecting = self.loop.create_task(self._open_connection())
+
+    async def _open_connection(self) -> None:
+        error: PlaneError = ConnectionLost("the client was closed")
+        connection: ClientConnection | None = None
+        try:
+            connection = await self._dial()
+            error = connection.error or self._draining or ConnectionLost("the connection broke")
+        except PlaneError as exc:
+            error = exc
+        finally:
+            self._connecting = None
+            parked, self._parked = self._parked, {}
+            awaiting, self._awaiting = self._awaiting, []
+            if connection is not None and not connection.takes_streams:
+                connection = None
+            for stream in parked:
+                if connection is not None:
+                    connection.begin(stream)
+                else:
+                    stream.lose(error)
+            for connected in awaiting:
+                if connected.done():
+                    continue
+                if connection is not None:
+                    connected.set_result(connection)
+                else:
+                    connected.set_exception(error)
+            self._discard_if_empty()
+
+    async def _dial(self) -> ClientConnection:
+        """A connection whose handshake is done. Raises CannotConnect, AuthenticationFailed, …"""
+        address, timeout_s = self.target.address, self.settings.connect_timeout_s
+        connection: ClientConnection | None = None
+        try:
+            host, port = parse_address(address)
+            async with asyncio.timeout(timeout_s):
+                _, connection = await self.loop.create_connection(
+                    lambda: ClientConnection(self, self.loop, self._buffers), host, port
+                )
+                self._connections.append(connection)
+                await connection.shaken
+            return connection
+        except TimeoutError:
+            self._abandon(connection)
+            raise CannotConnect(f"no answer from {address} in {timeout_s} s") from None
+        except (OSError, ValueError) as exc:
+            raise CannotConnect(f"cannot connect to {address}: {exc}") from exc
+        except asyncio.CancelledError:
+            self._abandon(connection)
+            raise
+
+    def _abandon(self, connection: ClientConnection | None) -> None:
+        if connection is not None:
+            connection.fail(ConnectionLost("the handshake was given up"))
+
+    async def ping(self) -> None:
+        """Wait until the instance has answered a PING. Raises PlaneError."""
+        connection = self._pick()
+        if connection is not None:
+            await connection.ping()
+            return
+        if self._draining is not None:
+            raise self._draining
+        connected: asyncio.Future[ClientConnection] = self.loop.create_future()
+        self._awaiting.append(connected)
+        self._connect()
+        await (await connected).ping()
+
+    def on_draining(self, error: Draining) -> None:
+        """The instance takes no more requests."""
+        self._draining = error
+
+    def on_closed(self, connection: ClientConnection) -> None:
+        """A connection has ended."""
+        if connection in self._connections:
+            self._connections.remove(connection)
+        self._discard_if_empty()
+
+    def _discard_if_empty(self) -> None:
+        if not self._connections and not self._parked and self._connecting is None:
+            self._on_empty(self)
+
+    def end(self, error: PlaneError, subject: str | None = None) -> None:
+        """Fail the requests of one endpoint, or all; close the connections that have none left."""
+        for stream in tuple(self._parked):
+            if subject in (None, stream.subject):
+                stream.lose(error)
+        for connection in tuple(self._connections):
+            for stream in tuple(connection.streams.values()):
+                if subject in (None, stream.subject):
+                    stream.fail(error)
+            if not connection.streams:
+                connection.close()
+
+    async def aclose(self) -> None:
+        """Close everything. Requests under way end with ConnectionLost."""
+        connecting = self._connecting
+        if connecting is not None:
+            connecting.cancel()
+            await asyncio.wait([connecting])
+        self.end(ConnectionLost("the client was closed"))

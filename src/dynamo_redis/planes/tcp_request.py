@@ -1,0 +1,325 @@
+"""One request at the server: its handler, what the caller says to it, and its one end.
+
+A request is a task that runs the handler and sends what it yields. Whatever ends it (the handler, a kill,
+its deadline, the caller's disappearance, the end of a drain), `_close` runs exactly once and leaves nothing
+behind. An exception of a handler becomes an ERROR of its stream; it never reaches the connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from types import CoroutineType
+from typing import Any, Final, Protocol
+
+from dynamo_redis.errors import (
+    DeadlineExceeded,
+    HandlerFailed,
+    InvalidRequest,
+    Overloaded,
+    PlaneError,
+    ProtocolViolation,
+)
+from dynamo_redis.planes.base import Handler
+from dynamo_redis.planes.context import Context
+from dynamo_redis.planes.tcp_connection import Connection
+from dynamo_redis.planes.tcp_flow import RequestMessages, Sender
+from dynamo_redis.wire import frame
+from dynamo_redis.wire.decoder import Unusable
+from dynamo_redis.wire.session import KILL, ServerStream
+
+_EAGER: Final = sys.version_info >= (3, 12)
+"""Eager tasks run a handler up to its first await at once, as themselves. On 3.11 the same could be had by
+stepping the coroutine by hand, but then `asyncio.current_task()` is None in that step, and handlers that
+use `asyncio.timeout` or anyio break."""
+
+_ENDLESS_MS: Final = 2**53
+_LOG_INTERVAL_S: Final = 1.0
+
+_log = logging.getLogger(__name__)
+
+
+class Endpoint:
+    """A served subject. `active_count` are its requests that are admitted and not finished."""
+
+    __slots__ = ("_logged_at", "active_count", "draining", "handler", "idle", "request_stream", "subject")
+
+    def __init__(self, subject: str, handler: Handler, *, request_stream: bool) -> None:
+        self.subject = subject
+        self.handler = handler
+        self.request_stream = request_stream
+        self.active_count = 0
+        self.draining = False
+        self.idle: asyncio.Future[None] | None = None
+        self._logged_at = -_LOG_INTERVAL_S
+
+    def when_idle(self, loop: asyncio.AbstractEventLoop) -> asyncio.Future[None]:
+        """A future that is done when the last request has finished."""
+        if self.idle is None:
+            self.idle = loop.create_future()
+        return self.idle
+
+    def release(self) -> None:
+        """A request has finished."""
+        self.active_count -= 1
+        if not self.active_count and self.idle is not None:
+            self.idle.set_result(None)
+            self.idle = None
+
+    def log_failure(self, exc: Exception) -> None:
+        """Log what a handler raised, at most once in `_LOG_INTERVAL_S`."""
+        now = time.monotonic()
+        if now - self._logged_at >= _LOG_INTERVAL_S:
+            self._logged_at = now
+            _log.error("the handler of %s raised", self.subject, exc_info=exc)
+
+
+class Admission(Protocol):
+    """What a request tells its server."""
+
+    def dequeue(self, request: Request) -> None:
+        """The request has ended before its handler started."""
+        ...
+
+    def finished(self, request: Request) -> None:
+        """The request's handler is over."""
+        ...
+
+
+class Request(Sender):
+    """One request, from admission to its end. `state` is the state table's."""
+
+    __slots__ = (
+        "_admission",
+        "_argument",
+        "_deadline_timer",
+        "_messages",
+        "_siblings",
+        "_task",
+        "context",
+        "endpoint",
+        "opened_at_sweep",
+        "state",
+    )
+
+    def __init__(
+        self,
+        connection: Connection,
+        siblings: dict[int, Request],
+        admission: Admission,
+        endpoint: Endpoint,
+        stream_id: int,
+        state: ServerStream,
+        context: Context,
+        message: Any,
+    ) -> None:
+        """`siblings` are the connection's requests by stream id; the request leaves them at its end."""
+        super().__init__(connection, stream_id)
+        self._siblings = siblings
+        self._admission = admission
+        self._task: asyncio.Task[None] | None = None
+        self._deadline_timer: asyncio.TimerHandle | None = None
+        self._messages: RequestMessages | None = None
+        self._argument = message
+        self.endpoint = endpoint
+        self.context = context
+        self.state = state
+        self.opened_at_sweep = connection.sweeps
+        if endpoint.request_stream:
+            self._messages = self._argument = RequestMessages(
+                connection, stream_id, message, connection.window_count
+            )
+            if state is ServerStream.RUNNING:
+                self._messages.finish()
+
+    def __repr__(self) -> str:
+        return f"<Request {self._stream_id} of {self.endpoint.subject}: {self.state.name.lower()}>"
+
+    @property
+    def task(self) -> asyncio.Task[None] | None:
+        """The task that runs the handler, once it has begun."""
+        return self._task
+
+    # ------------------------------------------------------------------- the handler
+
+    def launch(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Start the handler."""
+        if _EAGER and loop.get_task_factory() is None:
+            asyncio.Task(self._run(), loop=loop, eager_start=True)  # type: ignore[call-arg,unused-ignore]
+        else:
+            loop.create_task(self._run())
+
+    async def _run(self) -> None:
+        self._task = asyncio.current_task()
+        try:
+            if self.open:
+                result: Any = self.endpoint.handler(self._argument, self.context)
+                if type(result) is not CoroutineType and hasattr(result, "__anext__"):
+                    await self._answer_stream(result)
+                else:
+                    self._answer(await result)
+        except asyncio.CancelledError:
+            if self.open:  # not by us: the handler awaited something that was cancelled, or the loop ends
+                self.fail(HandlerFailed("the handler was cancelled"))
+                raise
+        except Exception as exc:  # noqa: BLE001 - whatever a handler raises, its caller gets
+            self._on_raised(exc)
+        finally:
+            self._task = None
+            self._admission.finished(self)
+
+    def _answer(self, item: Any) -> None:
+        if self.open:
+            self.end_with(item)
+            self._close()
+
+    async def _answer_stream(self, items: AsyncIterator[Any]) -> None:
+        try:
+            async for item in items:
+                if self._credit <= 0 or self._connection.paused:
+                    await self.wait_ready()
+                if not self.open:
+                    return
+                self.push(item)
+        finally:
+            if isinstance(items, AsyncGenerator):
+                await items.aclose()
+        if self.open:
+            self.end()
+            self._close()
+
+    def _on_raised(self, exc: Exception) -> None:
+        if not self.open:
+            _log.debug(
+                "the handler of %s raised after its request had ended", self.endpoint.subject, exc_info=exc
+            )
+        elif isinstance(exc, PlaneError):
+            self.fail(exc)
+        else:
+            self.endpoint.log_failure(exc)
+            self.fail(HandlerFailed(_describe(exc)))
+
+    # ------------------------------------------------------------------- what the caller says
+
+    def on_frame(self, kind: int, received: list[Any]) -> None:
+        """Take a frame that the state table allows. Raises ProtocolViolation."""
+        if kind == frame.CREDIT:
+            self.grant(received[2])
+        elif kind == KILL:
+            self.kill()
+        elif kind == frame.CANCEL:
+            if received[2] != frame.Strength.STOP:
+                raise ProtocolViolation("a malformed CANCEL")
+            _quietly(self.context.stop_generating)
+        else:
+            self._on_message(kind, received)
+
+    def _on_message(self, kind: int, received: list[Any]) -> None:
+        messages = self._messages
+        assert messages is not None  # only a request-stream endpoint has a stream in state RECEIVING
+        if kind in (frame.BATCH, frame.LAST_BATCH):
+            messages.deliver_batch(received[2])
+        elif kind in (frame.DATA, frame.LAST):
+            messages.deliver(received[2])
+        elif kind != frame.END:
+            _, _, size_bytes, message = received
+            if type(message) is Unusable:
+                self.abort(message.error)
+            else:
+                messages.deliver_raw(message, size_bytes)
+        if self.state is ServerStream.RUNNING:
+            messages.finish()
+
+    # ------------------------------------------------------------------- its end
+
+    def watch_deadline(self, loop: asyncio.AbstractEventLoop) -> None:
+        """End the request when its deadline passes."""
+        remaining_s = self.context.remaining_s()
+        if remaining_s is not None and self.open:
+            self._deadline_timer = loop.call_later(max(0.0, remaining_s), self._deadline_passed)
+
+    def _deadline_passed(self) -> None:
+        self.abort(DeadlineExceeded("the request's deadline passed"))
+
+    def accept(self) -> None:
+        """Tell the caller that the request is in hand."""
+        self.has_sent = True
+        self._connection.send(frame.encode_accept(self._stream_id))
+
+    def fail(self, error: PlaneError) -> None:
+        """End with an error, after what was sent before it."""
+        if self.open:
+            self.flush_batch()
+            self._connection.send(error_frame(self._stream_id, error))
+            self._close()
+
+    def abort(self, error: PlaneError) -> None:
+        """End with an error, and end the handler."""
+        if self.open:
+            self.fail(error)
+            self._stop_handler()
+
+    def kill(self) -> None:
+        """End without a word: nobody listens."""
+        if self.open:
+            self._close()
+            self._stop_handler()
+
+    def _stop_handler(self) -> None:
+        _quietly(self.context.kill)
+        if self._task is not None:
+            self._task.cancel()
+        else:
+            self._admission.dequeue(self)  # if it was launched, it will see that it is closed
+
+    def _close(self) -> None:
+        self.drop()
+        self.state = ServerStream.CLOSED
+        self._siblings.pop(self._stream_id, None)
+        if self._deadline_timer is not None:
+            self._deadline_timer.cancel()
+            self._deadline_timer = None
+        if self._messages is not None:
+            self._messages.kill()
+
+
+def context_of(headers: dict[str, Any] | None) -> Context:
+    """The context that the headers describe. Raises InvalidRequest."""
+    if headers is None:
+        return Context()
+    request_id, deadline_ms = headers.get("id"), headers.get("deadline_ms")
+    traceparent, meta = headers.get("traceparent"), headers.get("meta")
+    if not (
+        isinstance(request_id, str | None)
+        and isinstance(traceparent, str | None)
+        and isinstance(meta, dict | None)
+        and (deadline_ms is None or (type(deadline_ms) is int and 0 <= deadline_ms < _ENDLESS_MS))
+    ):
+        raise InvalidRequest("malformed request headers")
+    deadline = None if deadline_ms is None else time.monotonic() + deadline_ms / 1000
+    return Context(request_id, meta, deadline=deadline, traceparent=traceparent)
+
+
+def error_frame(stream_id: int, error: PlaneError) -> bytes:
+    details = None
+    if isinstance(error, Overloaded) and error.retry_after_s is not None:
+        details = {"retry_after_ms": round(error.retry_after_s * 1000)}
+    return frame.encode_error(stream_id, error.code, str(error), details)
+
+
+def _describe(exc: Exception) -> str:
+    try:
+        return f"{type(exc).__name__}: {exc}"
+    except Exception:  # noqa: BLE001 - an exception that cannot say what it is
+        return type(exc).__name__
+
+
+def _quietly(cancel: Callable[[], None]) -> None:
+    """Run a context's callbacks: what they raise is the handler's affair, not the connection's."""
+    try:
+        cancel()
+    except Exception:  # noqa: BLE001 - see above
+        _log.exception("a cancellation callback raised")
