@@ -44,7 +44,8 @@ CLOSE_TIMEOUT_S: Final = 1.0
 Argument = bytes | str | int | float
 """What a command is made of."""
 
-_FAILURES: Final = (redis_errors.RedisError, OSError)  # a deadline's TimeoutError is an OSError
+# A deadline's TimeoutError is an OSError; uvloop raises RuntimeError on a transport that the peer has closed.
+_FAILURES: Final = (redis_errors.RedisError, OSError, RuntimeError)
 
 
 class Backoff:
@@ -372,7 +373,9 @@ def store_error(exc: BaseException, address: str) -> StoreError:
             f"no TLS connection to Redis at {address}: {text}"
             " (add ?ssl_ca_certs=FILE to DYN_REDIS_URL for a CA of your own)"
         )
-    if isinstance(exc, redis_errors.ConnectionError | OSError) or any(mark in text for mark in _AWAY):
+    if isinstance(exc, redis_errors.ConnectionError | OSError | RuntimeError) or any(
+        mark in text for mark in _AWAY
+    ):
         return StoreUnavailable(f"no connection to Redis at {address}: {text}")
     return StoreRefused(f"Redis at {address} refuses a command: {text}")
 
