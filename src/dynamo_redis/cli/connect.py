@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
+from dynamo_redis.cli import collection
 from dynamo_redis.cli.options import load
 from dynamo_redis.config import RuntimeSettings, StoreSettings, origins
 from dynamo_redis.store.base import ObjectStore, Registry
@@ -38,6 +39,7 @@ async def _open_store(options: Mapping[str, Any]) -> AsyncIterator[tuple[Registr
     from dynamo_redis.runtime.logging import configure_dynamo_logging
     from dynamo_redis.store.connect import open_store
 
+    collection.resume()  # a watch may run for days
     configure_dynamo_logging(service_name="cli", level=_log_level(options))
     registry, objects = open_store(load(StoreSettings, options))
     try:

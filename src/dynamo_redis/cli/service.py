@@ -7,6 +7,7 @@ import sys
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from dynamo_redis.cli import collection
 from dynamo_redis.cli.options import load, setting_options
 from dynamo_redis.cli.output import print_line
 from dynamo_redis.config import PlaneSettings, RuntimeSettings, StoreSettings
@@ -55,6 +56,7 @@ def run_service(
 
 def announce_ready(what: str) -> None:
     """Tell who started this process that it serves: `ready http://0.0.0.0:8000`."""
+    collection.resume()
     print_line(f"{READY} {what}")
 
 

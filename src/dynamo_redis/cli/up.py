@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 import click
 
-from dynamo_redis.cli import probe
+from dynamo_redis.cli import collection, probe
 from dynamo_redis.cli.children import Service
 from dynamo_redis.cli.deployment import Deployment
 from dynamo_redis.cli.failures import CommandFailed
@@ -167,6 +167,7 @@ class _Up:
         self._deployment.env[env_name(FrontendSettings.model_fields["http_port"])] = str(urlsplit(url).port)
         write_runtime_file(redis_url=self._store.require_url(), prefix=self._store.prefix, http_url=url)
         status = await self._until_serving(url)
+        collection.resume()
         self._release_held_lines()
         self._announce(url)
         while True:
