@@ -353,6 +353,9 @@ _REFUSALS: Final = (
     ("MOVED ", "is a cluster node that does not hold these keys: use the node that does, or a proxy"),
 )
 
+_DENIALS: Final = ("NOPERM", "can't run this command", "can't access at least one")
+"""What an ACL answers, to a command itself and, in other words, to one inside a script."""
+
 _AWAY: Final = ("LOADING", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "NOREPLICAS", "UNBLOCKED", "BUSY ")
 """Answers of a server that will serve again: starting, failing over, or waiting for its replicas."""
 
@@ -366,7 +369,7 @@ def store_error(exc: BaseException, address: str) -> StoreError:
         for mark, meaning in _REFUSALS:
             if mark in text:
                 return StoreRefused(f"Redis at {address} {meaning}")
-    if isinstance(exc, redis_errors.NoPermissionError) or "NOPERM" in text:
+    if isinstance(exc, redis_errors.NoPermissionError) or any(mark in text for mark in _DENIALS):
         return StoreRefused(f"Redis at {address} does not permit this user to do that (ACL): {text}")
     if _caused_by(exc, ssl.SSLError):
         return StoreRefused(
@@ -404,6 +407,8 @@ def _parse(url: str, parser: Callable[[str], Any]) -> dict[str, Any]:
     if options.get("db", 0) != 0:
         raise ConfigError("DYN_REDIS_URL: only database 0 is used; separate deployments by DYN_REDIS_PREFIX")
     options.setdefault("connection_class", _default_class(parser))
+    if url.startswith("unix://") and not options.get("path"):
+        raise ConfigError("DYN_REDIS_URL: write unix:///path/of/the/socket")
     try:
         _make(options)
     except (TypeError, ValueError, redis_errors.RedisError) as exc:

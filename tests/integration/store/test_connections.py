@@ -1,0 +1,310 @@
+"""Which servers are taken, how they are reached, and what is said when one is not."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import subprocess
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dynamo_redis.config import StoreSettings
+from dynamo_redis.errors import ConfigError, SchemaMismatch, StoreError, StoreRefused, StoreUnavailable
+from dynamo_redis.store.client import RedisClient
+from dynamo_redis.store.keys import RegistryKeys
+from dynamo_redis.store.registry import RedisRegistry
+from dynamo_redis.store.server import EmbeddedServer
+
+SECRET = "s3cret/with:odd@signs"
+QUOTED = "s3cret%2Fwith%3Aodd%40signs"
+
+
+async def refusal(url: str, timeout_s: float = 1.0) -> StoreError:
+    registry = RedisRegistry(StoreSettings.load(redis_url=url, command_timeout_s=timeout_s))
+    with pytest.raises(StoreError) as error:
+        await registry.start()
+    assert "\n" not in str(error.value)
+    assert SECRET not in str(error.value)
+    assert QUOTED not in str(error.value)
+    await registry.aclose()
+    return error.value
+
+
+@pytest.fixture
+async def server_with_users(tmp_path: Path) -> AsyncIterator[EmbeddedServer]:
+    """`admin` may do all; `registry` only what the registry needs; `reader` may not write."""
+    (tmp_path / "users.acl").write_text(
+        "user default off\n"
+        f"user admin on >{SECRET} ~* &* +@all\n"
+        f"user registry on >{SECRET} ~{{dynamo}}:* &__keyspace@0__:* -@all"
+        " +@read +@write +@stream +@scripting +ping +time +psubscribe\n"
+        f"user reader on >{SECRET} ~* &* +@all -@write\n"
+    )
+    async with EmbeddedServer(tmp_path, port=0, settings={"aclfile": str(tmp_path / "users.acl")}) as server:
+        yield server
+
+
+def with_user(server: EmbeddedServer, user: str, password: str = QUOTED) -> str:
+    return server.url.replace("redis://", f"redis://{user}:{password}@")
+
+
+async def test_an_unreachable_server_is_named_without_its_password() -> None:
+    error = await refusal(f"redis://user:{QUOTED}@127.0.0.1:1")
+    assert isinstance(error, StoreUnavailable)
+    assert "127.0.0.1:1" in str(error)
+    assert error.retryable
+
+
+async def _say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while await reader.read(1000):
+        pass
+    writer.close()
+    await writer.wait_closed()
+
+
+async def test_a_server_that_does_not_answer_is_given_up_in_time() -> None:
+    silent = await asyncio.start_server(_say_nothing, "127.0.0.1", 0)
+    loop = asyncio.get_running_loop()
+    began_at = loop.time()
+    error = await refusal(f"redis://127.0.0.1:{silent.sockets[0].getsockname()[1]}", timeout_s=0.5)
+    assert isinstance(error, StoreUnavailable)
+    assert "in time" in str(error)
+    assert loop.time() - began_at < 1.5
+    silent.close()
+    await silent.wait_closed()
+
+
+async def test_a_missing_or_wrong_password_is_said(server_with_users: EmbeddedServer) -> None:
+    error = await refusal(server_with_users.url)
+    assert isinstance(error, StoreRefused)
+    assert "needs a password" in str(error)
+    for url in (with_user(server_with_users, "admin", "wrong"), with_user(server_with_users, "nobody")):
+        error = await refusal(url)
+        assert isinstance(error, StoreRefused)
+        assert "refuses the user name or password" in str(error)
+
+
+async def test_a_password_for_a_server_without_one_is_said(dynamo_redis_url: str) -> None:
+    error = await refusal(dynamo_redis_url.replace("redis://", f"redis://:{QUOTED}@"))
+    if isinstance(error, StoreRefused):
+        assert "password" in str(error)
+
+
+async def test_a_user_who_may_not_write_is_refused(server_with_users: EmbeddedServer) -> None:
+    error = await refusal(with_user(server_with_users, "reader"))
+    assert isinstance(error, StoreRefused)
+    assert "permit" in str(error)
+
+
+async def test_a_user_with_the_least_rights_is_enough(
+    server_with_users: EmbeddedServer, mirror: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "dynamo_redis")
+    settings = StoreSettings.load(redis_url=with_user(server_with_users, "registry"), lease_ttl_s=1)
+    worker, watcher = RedisRegistry(settings), RedisRegistry(settings)
+    await worker.start()
+    await watcher.start()
+    view = await mirror(watcher, "i/")
+    await worker.register("i/1", b"v")
+    await view.until_state({"i/1": b"v"})
+    worker._registrations._held = False  # so that closing it does not revoke the lease
+    await worker.aclose()
+    await view.until_state({})  # by ticks and by whatever notifications there are
+    await watcher.aclose()
+    assert SECRET not in caplog.text
+    assert QUOTED not in caplog.text
+
+
+async def test_expiry_notifications_are_added_to_those_in_use(
+    own_redis_server: EmbeddedServer, open_registry: Any
+) -> None:
+    client = RedisClient(own_redis_server.url, timeout_s=1.0)
+    await client.execute("CONFIG", "SET", "notify-keyspace-events", "El")
+    await open_registry(own_redis_server.url)
+    async with asyncio.timeout(3):
+        while True:
+            flags = (await client.execute("CONFIG", "GET", "notify-keyspace-events"))[1].decode()
+            if set("ElKgxe") <= set(flags):
+                break
+            await asyncio.sleep(0.02)
+    await client.aclose()
+
+
+async def test_a_read_only_replica_is_refused(own_redis_server: EmbeddedServer, tmp_path: Path) -> None:
+    directory = tmp_path / "replica"
+    directory.mkdir()
+    port = own_redis_server.url.rpartition(":")[2]
+    settings = {"replicaof": f"127.0.0.1 {port}"}
+    async with EmbeddedServer(directory, port=0, settings=settings) as replica:
+        error = await refusal(replica.url)
+    assert isinstance(error, StoreRefused)
+    assert "read-only replica" in str(error)
+    assert f"127.0.0.1:{port}" in str(error)
+
+
+async def test_a_demoted_primary_is_left_and_found_again(
+    own_redis_server: EmbeddedServer, open_registry: Any
+) -> None:
+    registry = await open_registry(own_redis_server.url)
+    client = RedisClient(own_redis_server.url, timeout_s=1.0)
+    await client.execute("REPLICAOF", "127.0.0.1", "1")
+    with pytest.raises(StoreError):
+        await registry.put("k", b"v")
+    await client.execute("REPLICAOF", "NO", "ONE")
+    async with asyncio.timeout(5):
+        while True:
+            try:
+                await registry.put("k", b"v")
+                break
+            except StoreError:
+                await asyncio.sleep(0.05)
+    await client.aclose()
+
+
+async def _answer_as_old(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Just enough of a Redis 5 to be asked for its version."""
+    info = b"redis_version:5.0.14\r\nredis_mode:standalone\r\n"
+    while line := await reader.readline():
+        words = []
+        for _ in range(int(line[1:])):
+            size = int((await reader.readline())[1:])
+            words.append((await reader.readexactly(size + 2))[:-2].upper())
+        match words[0]:
+            case b"PING":
+                writer.write(b"+PONG\r\n")
+            case b"INFO":
+                writer.write(b"$%d\r\n%s\r\n" % (len(info), info))
+            case _:
+                writer.write(b"-ERR unknown command\r\n")
+    writer.close()
+    await writer.wait_closed()
+
+
+async def test_a_server_that_is_too_old_is_refused() -> None:
+    old = await asyncio.start_server(_answer_as_old, "127.0.0.1", 0)
+    error = await refusal(f"redis://127.0.0.1:{old.sockets[0].getsockname()[1]}")
+    assert isinstance(error, StoreRefused)
+    assert "version 5.0.14" in str(error)
+    assert "upgrade it to 6.2" in str(error)
+    old.close()
+    await old.wait_closed()
+
+
+async def test_another_major_schema_is_refused_and_a_minor_one_is_not(
+    dynamo_redis_url: str, dynamo_redis_prefix: str, open_registry: Any
+) -> None:
+    registry = await open_registry(dynamo_redis_url)
+    await registry.put("k", b"v")
+    meta = RegistryKeys(dynamo_redis_prefix).meta
+    client = RedisClient(dynamo_redis_url, timeout_s=1.0)
+    await client.execute("HSET", meta, "schema", "1.7")
+    other = await open_registry(dynamo_redis_url)
+    assert (await other.get("k")).value == b"v"
+    await client.execute("HSET", meta, "schema", "2")
+    with pytest.raises(SchemaMismatch, match=r"schema version 2, this release reads 1"):
+        await open_registry(dynamo_redis_url)
+    with pytest.raises(SchemaMismatch):
+        await registry.put("k", b"w")
+    await client.execute("HSET", meta, "schema", "1")
+    assert (await registry.get("k")).value == b"v", "nothing was touched"
+    await client.aclose()
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("http://localhost", "redis://, rediss://, unix://"),
+        ("localhost:6379", "redis://, rediss://, unix://"),
+        ("redis://localhost:port", "DYN_REDIS_URL"),
+        (f"redis://:{QUOTED}@localhost:6379/3", "only database 0"),
+        (f"redis://:{QUOTED}@localhost?no_such_option=1", "no_such_option"),
+        ("unix://", "DYN_REDIS_URL"),
+    ],
+)
+async def test_a_url_that_cannot_be_used_is_a_config_error(url: str, says: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        RedisClient(url, timeout_s=1.0)
+    assert says in str(error.value)
+    assert QUOTED not in str(error.value)
+    assert SECRET not in str(error.value)
+
+
+async def test_a_unix_socket_works(tmp_path: Path, dynamo_redis_prefix: str) -> None:
+    async with EmbeddedServer(tmp_path) as server:
+        assert server.url.startswith("unix://")
+        registry = RedisRegistry(StoreSettings.load(redis_url=server.url, prefix=dynamo_redis_prefix))
+        await registry.start()
+        await registry.register("i/1", b"v")
+        assert (await registry.get("i/1")) is not None
+        await registry.aclose()
+    assert isinstance(await refusal(server.url), StoreUnavailable)
+
+
+# --------------------------------------------------------------------------- TLS
+
+
+def _make_certificates(directory: Path) -> None:
+    """A CA, and a certificate of it for 127.0.0.1."""
+
+    def openssl(*arguments: str) -> None:
+        subprocess.run(["openssl", *arguments], cwd=directory, check=True, capture_output=True)
+
+    new = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2")
+    openssl("req", "-x509", *new, "-keyout", "ca.key", "-out", "ca.crt", "-subj", "/CN=test-ca")
+    (directory / "san").write_text("subjectAltName=IP:127.0.0.1")
+    openssl("req", *new[:-2], "-keyout", "redis.key", "-out", "redis.csr", "-subj", "/CN=redis")
+    openssl(
+        "x509", "-req", "-in", "redis.csr", "-CA", "ca.crt", "-CAkey", "ca.key", "-CAcreateserial",
+        "-days", "2", "-extfile", "san", "-out", "redis.crt",
+    )  # fmt: skip
+
+
+async def test_tls_is_used_and_verified(tmp_path: Path, mirror: Any) -> None:
+    server = shutil.which("redis-server")
+    if server is None or shutil.which("openssl") is None:
+        pytest.skip("needs redis-server and openssl on PATH")
+    _make_certificates(tmp_path)
+    port = _free_port()
+    process = subprocess.Popen(
+        [
+            server, "--port", "0", "--tls-port", str(port), "--bind", "127.0.0.1", "--save", "",
+            "--tls-cert-file", "redis.crt", "--tls-key-file", "redis.key", "--tls-ca-cert-file", "ca.crt",
+            "--tls-auth-clients", "no",
+        ],
+        cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        await asyncio.sleep(0.5)
+        if process.poll() is not None:
+            pytest.skip("this redis-server was built without TLS")
+        url = f"rediss://127.0.0.1:{port}"
+        error = await refusal(url)
+        assert isinstance(error, StoreRefused), "an untrusted certificate is not a passing trouble"
+        assert "ssl_ca_certs" in str(error)
+        trusted = f"{url}?ssl_ca_certs={tmp_path}/ca.crt"
+        registry = RedisRegistry(StoreSettings.load(redis_url=trusted, lease_ttl_s=1))
+        await registry.start()
+        view = await mirror(registry, "i/")
+        await registry.register("i/1", b"v")
+        await view.until_state({"i/1": b"v"})
+        await asyncio.sleep(1.5)
+        assert view.state == {"i/1": b"v"}, "the keepalive's connection is encrypted as well"
+        await registry.aclose()
+        wrong_name = trusted.replace("127.0.0.1", "localhost")
+        assert isinstance(await refusal(wrong_name), StoreRefused)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
