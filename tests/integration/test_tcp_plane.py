@@ -674,7 +674,7 @@ async def test_a_server_that_speaks_something_else(answer: bytes) -> None:
 
     async with raw_server(serve, shake=False) as target, running_client() as client:
         _, error = await items_of(client.open(target, None, Context()))
-        assert isinstance(error, ProtocolViolation | ConnectionLost)
+        assert isinstance(error, ProtocolViolation | CannotConnect)
 
 
 async def test_an_address_that_is_none() -> None:

@@ -6,6 +6,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Literal
 
@@ -74,6 +75,11 @@ class Context:
         return self._metadata
 
     @property
+    def travels_bare(self) -> bool:
+        """Whether there is nothing to tell the handler: no id, deadline, metadata or trace."""
+        return self._id is None and self.deadline is None and self._traceparent is None and not self._metadata
+
+    @property
     def traceparent(self) -> str | None:
         """The W3C trace context that the request came with."""
         return self._traceparent
@@ -117,8 +123,9 @@ class Context:
 
     def unsubscribe(self, callback: Callable[[Strength], None]) -> None:
         """Call `callback` no more. Idempotent."""
-        if self._callbacks is not None and callback in self._callbacks:
-            self._callbacks.remove(callback)
+        if self._callbacks:
+            with suppress(ValueError):
+                self._callbacks.remove(callback)
 
     async def async_killed_or_stopped(self) -> bool:
         """Wait until the request is stopped or killed; True then. Cancel the wait to give up."""

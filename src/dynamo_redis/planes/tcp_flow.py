@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Iterable
 from typing import Any, Final, Self
 
 from dynamo_redis.errors import PayloadTooLarge, ProtocolViolation, RequestCancelled
@@ -20,6 +21,7 @@ from dynamo_redis.wire.frame import (
     encode_end,
     encode_item_raw,
     encode_items,
+    encode_last,
     payload_of,
     raw_cost,
 )
@@ -100,7 +102,7 @@ class Sender:
         payload, encoding = payload_of(item)
         size = len(payload)
         if size <= MAX_INLINE_BYTES:
-            self._connection.send(encode_items(self._stream_id, [payload], last=True))
+            self._connection.send(encode_last(self._stream_id, payload))
         else:
             check_size(size, self._connection.max_message_bytes)
             header = encode_item_raw(self._stream_id, size, encoding, last=True)
@@ -154,6 +156,9 @@ class _Raw:
         self.cost = cost
 
 
+_NO_ITEMS: Final[deque[Any]] = deque(maxlen=0)
+"""What a mailbox holds before its first item: most answers go to a waiting reader and never need one."""
+
 _WAKE_UP: Final = object()
 """Wakes a reader that must look again: the stream has ended."""
 
@@ -184,7 +189,7 @@ class Mailbox:
         self._limit = window_count
         self._connection: Connection | None = None
         self._stream_id = 0
-        self._items: deque[Any] = deque()
+        self._items = _NO_ITEMS
         self._waiter: asyncio.Future[Any] | None = None
         self._owed = 0
         self._ended = False
@@ -196,7 +201,16 @@ class Mailbox:
     async def __anext__(self) -> Any:
         item = _WAKE_UP
         if not self._items and not self._ended:
-            item = await self._wait()
+            if self._waiter is not None:
+                raise RuntimeError("a stream of items has one reader")
+            self._waiter = waiter = self._loop.create_future()
+            try:
+                item = await waiter
+            except asyncio.CancelledError:
+                self._on_reader_cancelled()
+                raise
+            finally:
+                self._waiter = None
         if item is _WAKE_UP:
             if not self._items:
                 self._raise_end()
@@ -208,18 +222,6 @@ class Mailbox:
         if self._owed * 2 >= self._window and not self._ended:
             self._give_credit()
         return item
-
-    async def _wait(self) -> Any:
-        if self._waiter is not None:
-            raise RuntimeError("a response stream has one reader")
-        self._waiter = waiter = self._loop.create_future()
-        try:
-            return await waiter
-        except asyncio.CancelledError:
-            self._on_reader_cancelled()
-            raise
-        finally:
-            self._waiter = None
 
     def _raise_end(self) -> None:
         error, self._error = self._error, None
@@ -241,9 +243,7 @@ class Mailbox:
         if waiter is not None and not waiter.done():
             waiter.set_result(item)
             return
-        self._items.append(item)
-        if len(self._items) > self._limit:
-            raise ProtocolViolation("more items than the window allows")
+        self._keep((item,))
 
     def deliver_raw(self, item: Any, size_bytes: int) -> None:
         """One item came as a raw payload."""
@@ -253,10 +253,16 @@ class Mailbox:
         """Several items came."""
         if type(items) is not list or not items:
             raise ProtocolViolation("a malformed batch")
-        self._items.extend(items)
+        self._keep(items)
+        self._wake()
+
+    def _keep(self, items: Iterable[Any]) -> None:
+        if self._items is _NO_ITEMS:
+            self._items = deque(items)
+        else:
+            self._items.extend(items)
         if len(self._items) > self._limit:
             raise ProtocolViolation("more items than the window allows")
-        self._wake()
 
     def finish(self, error: Exception | None = None) -> None:
         """Nothing more comes."""
@@ -267,7 +273,7 @@ class Mailbox:
 
     def discard(self) -> None:
         """Forget what has not been read."""
-        self._items.clear()
+        self._items = _NO_ITEMS
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -285,7 +291,7 @@ class RequestMessages(Mailbox):
         self._stream_id = stream_id
         self._limit = window_count + 1
         self._owed = -1  # the request itself cost no credit
-        self._items.append(request)
+        self._items = deque((request,))
 
     def kill(self) -> None:
         """The caller is gone."""

@@ -57,24 +57,18 @@ class ClientConnection(Connection):
         self._ping_tokens = itertools.count(1 << 32)
         self._idle_handle: asyncio.TimerHandle | None = None
         self.streams: dict[int, TcpResponseStream] = {}
-        self.draining = False
+        self.usable = False
+        """Whether new streams may start here: from the handshake until the server drains, the stream ids
+        are used up, or the connection ends."""
         self.shaken: asyncio.Future[None] = loop.create_future()
 
     # ------------------------------------------------------------------- requests
 
-    @property
-    def takes_streams(self) -> bool:
-        """Whether a new stream may start here."""
-        return self._ready and not self.closed and not self.retired
-
-    @property
-    def retired(self) -> bool:
-        """Whether it only finishes what is under way: the server drains, or the stream ids are used up."""
-        return self.draining or self._last_stream_id >= frame.MAX_STREAM_ID
-
     def begin(self, stream: TcpResponseStream) -> None:
         """Send the stream's request."""
         self._last_stream_id = stream_id = self._last_stream_id + 1
+        if stream_id >= frame.MAX_STREAM_ID:
+            self.usable = False
         stream.opened_at_sweep = self.sweeps
         self.streams[stream_id] = stream
         if not self.sweeping:
@@ -85,7 +79,7 @@ class ClientConnection(Connection):
     def remove(self, stream: TcpResponseStream) -> None:
         """Forget a stream that has ended."""
         del self.streams[stream.stream_id]
-        if not self.streams and self.retired:
+        if not self.streams and not self.usable:
             self._loop.call_soon(self.close)
 
     async def ping(self) -> None:
@@ -110,7 +104,7 @@ class ClientConnection(Connection):
             self.transport.write(answer)
         server = self._handshake.server
         if server is not None:
-            self._ready = True
+            self._ready = self.usable = True
             self.peer_window_count = server.window_count
             if not self.shaken.done():
                 self.shaken.set_result(None)
@@ -155,7 +149,7 @@ class ClientConnection(Connection):
             self.error = error
             self.close()
             return
-        self.draining = True
+        self.usable = False
         self._pool.on_draining(error)
         if not self.streams:
             self.close()
@@ -190,6 +184,7 @@ class ClientConnection(Connection):
             self._idle_handle = None
 
     def _on_closed(self, error: PlaneError) -> None:
+        self.usable = False
         self._stop_idling()
         self._pool.on_closed(self)
         if not self.shaken.done():
@@ -262,7 +257,7 @@ class Pool:
     def _pick(self) -> ClientConnection | None:
         best = None
         for connection in self._connections:
-            if connection.takes_streams:
+            if connection.usable:
                 if not connection.paused:
                     return connection
                 if best is None or len(connection.streams) < len(best.streams):
@@ -287,7 +282,7 @@ class Pool:
             self._connecting = None
             parked, self._parked = self._parked, {}
             awaiting, self._awaiting = self._awaiting, []
-            if connection is not None and not connection.takes_streams:
+            if connection is not None and not connection.usable:
                 connection = None
             for stream in parked:
                 if connection is not None:
@@ -319,7 +314,7 @@ class Pool:
         except TimeoutError:
             self._abandon(connection)
             raise CannotConnect(f"no answer from {address} in {timeout_s} s") from None
-        except (OSError, ValueError) as exc:
+        except (OSError, ValueError, ConnectionLost) as exc:
             raise CannotConnect(f"cannot connect to {address}: {exc}") from exc
         except asyncio.CancelledError:
             self._abandon(connection)

@@ -36,6 +36,7 @@ _EAGER: Final = sys.version_info >= (3, 12)
 stepping the coroutine by hand, but then `asyncio.current_task()` is None in that step, and handlers that
 use `asyncio.timeout` or anyio break."""
 
+_RUNNING, _CLOSED = ServerStream.RUNNING, ServerStream.CLOSED
 _ENDLESS_MS: Final = 2**53
 _LOG_INTERVAL_S: Final = 1.0
 
@@ -132,7 +133,7 @@ class Request(Sender):
             self._messages = self._argument = RequestMessages(
                 connection, stream_id, message, connection.window_count
             )
-            if state is ServerStream.RUNNING:
+            if state is _RUNNING:
                 self._messages.finish()
 
     def __repr__(self) -> str:
@@ -230,7 +231,7 @@ class Request(Sender):
                 self.abort(message.error)
             else:
                 messages.deliver_raw(message, size_bytes)
-        if self.state is ServerStream.RUNNING:
+        if self.state is _RUNNING:
             messages.finish()
 
     # ------------------------------------------------------------------- its end
@@ -277,7 +278,7 @@ class Request(Sender):
 
     def _close(self) -> None:
         self.drop()
-        self.state = ServerStream.CLOSED
+        self.state = _CLOSED
         self._siblings.pop(self._stream_id, None)
         if self._deadline_timer is not None:
             self._deadline_timer.cancel()

@@ -14,7 +14,7 @@ from dynamo_redis.wire.handshake import ServerHandshake, refusal
 from dynamo_redis.wire.session import KILL, OPEN_STREAMING, SERVER_STEPS, ServerStream
 
 _ACCEPT_AFTER_S: Final = 0.5
-_OPEN_LENGTH: Final = {frame.OPEN: 6, frame.OPEN_RAW: 7}
+_UNOPENED_STEPS: Final = SERVER_STEPS[ServerStream.UNOPENED]
 
 
 class Service(Admission, Protocol):
@@ -153,16 +153,17 @@ class ServerConnection(Connection):
                 self._on_stream_frame(received)
 
     def _on_open(self, received: list[Any]) -> None:
-        if len(received) != _OPEN_LENGTH[received[0]]:
-            raise ProtocolViolation("a malformed OPEN")
-        _, stream_id, subject, flags, headers, *_, message = received
+        if received[0] == frame.OPEN:
+            _, stream_id, subject, flags, headers, message = received
+        else:
+            _, stream_id, subject, flags, headers, _, message = received
         if type(stream_id) is not int or not self._last_stream_id < stream_id <= frame.MAX_STREAM_ID:
             raise ProtocolViolation("stream ids go up")
         if type(subject) is not str or type(flags) is not int or not isinstance(headers, dict | None):
             raise ProtocolViolation("a malformed OPEN")
         self._last_stream_id = stream_id
         streaming = bool(flags & frame.FLAG_REQUEST_STREAM)
-        state = SERVER_STEPS[ServerStream.UNOPENED][OPEN_STREAMING if streaming else frame.OPEN]
+        state = _UNOPENED_STEPS[OPEN_STREAMING if streaming else frame.OPEN]
         try:
             endpoint = self._service.endpoint(subject)
             if type(message) is Unusable:

@@ -28,6 +28,8 @@ from dynamo_redis.wire.codec import MAX_INLINE_BYTES
 from dynamo_redis.wire.decoder import Unusable
 from dynamo_redis.wire.session import ClientStream
 
+_UNOPENED, _WAITING, _CLOSED = ClientStream.UNOPENED, ClientStream.WAITING, ClientStream.CLOSED
+
 
 class Home(Protocol):
     """Where a stream lives: its pool while it is parked, its connection once it is started."""
@@ -74,7 +76,7 @@ class TcpResponseStream(Mailbox):
         self._deadline_timer: asyncio.TimerHandle | None = None
         self._pump: asyncio.Task[None] | None = None
         self._sender: Sender | None = None
-        self.state = ClientStream.UNOPENED
+        self.state: ClientStream = _UNOPENED
         self.opened_at_sweep = 0
 
     def __repr__(self) -> str:
@@ -118,7 +120,7 @@ class TcpResponseStream(Mailbox):
         self._home = home
         self._connection = connection
         self._stream_id = stream_id
-        self.state = ClientStream.WAITING
+        self.state = _WAITING
         if len(payload) <= MAX_INLINE_BYTES:
             connection.send(frame.encode_open(stream_id, route, payload))
         else:
@@ -130,12 +132,11 @@ class TcpResponseStream(Mailbox):
 
     def _encode_route(self) -> bytes:
         flags = 0 if self._messages is None else frame.FLAG_REQUEST_STREAM
-        headers = self._headers()
-        if headers is None:
+        if self._context.travels_bare:
             return frame.plain_route(self.subject, flags)
-        return frame.encode_route(self.subject, flags, headers)
+        return frame.encode_route(self.subject, flags, self._headers())
 
-    def _headers(self) -> dict[str, Any] | None:
+    def _headers(self) -> dict[str, Any]:
         context = self._context
         headers: dict[str, Any] = {}
         if context.given_id is not None:
@@ -144,9 +145,9 @@ class TcpResponseStream(Mailbox):
             headers["deadline_ms"] = max(0, round((context.remaining_s() or 0.0) * 1000))
         if context.traceparent is not None:
             headers["traceparent"] = context.traceparent
-        if context.metadata:
-            headers["meta"] = dict(context.metadata)
-        return headers or None
+        if context.given_metadata:
+            headers["meta"] = context.given_metadata
+        return headers
 
     async def _send_messages(self, messages: AsyncIterable[Any], sender: Sender) -> None:
         try:
@@ -203,19 +204,19 @@ class TcpResponseStream(Mailbox):
     # ------------------------------------------------------------------- its end
 
     def fail(self, error: Exception) -> None:
-        if self.state is not ClientStream.CLOSED:
+        if self.state is not _CLOSED:
             self._kill()
             self.finish(error)
 
     def lose(self, error: Exception) -> None:
         """The connection is gone, and the request with it."""
-        if self.state is not ClientStream.CLOSED:
+        if self.state is not _CLOSED:
             self._release()
             self.finish(error)
 
     async def aclose(self) -> None:
         self.discard()
-        if self.state is not ClientStream.CLOSED:
+        if self.state is not _CLOSED:
             self._kill()
         self._ended = True
         self._error = None
@@ -248,7 +249,7 @@ class TcpResponseStream(Mailbox):
         self._release()
 
     def _release(self) -> None:
-        self.state = ClientStream.CLOSED
+        self.state = _CLOSED
         self._payload = b""
         self._context.unsubscribe(self._on_context)
         if self._deadline_timer is not None:

@@ -83,7 +83,8 @@ _MAX_MESSAGE_CHARS = 4096
 
 _OPEN = b"\x96\x01"
 _OPEN_RAW = b"\x97\x0e"
-_SINGLE = {False: b"\x93\x02", True: b"\x93\x05"}
+_LAST = b"\x93\x05"
+_SINGLE = {False: b"\x93\x02", True: _LAST}
 _BATCHED = {False: b"\x93\x03", True: b"\x93\x06"}
 
 
@@ -135,6 +136,11 @@ def encode_items(stream_id: int, items: list[bytes], *, last: bool) -> bytes:
     if len(items) == 1:
         return b"".join((_SINGLE[last], pack(stream_id), items[0]))
     return b"".join((_BATCHED[last], pack(stream_id), _array_header(len(items)), *items))
+
+
+def encode_last(stream_id: int, item: bytes) -> bytes:
+    """LAST of one packed item: what `encode_items` makes of it, for the answers that are one item."""
+    return b"".join((_LAST, pack(stream_id), item))
 
 
 def encode_item_raw(stream_id: int, size_bytes: int, encoding: Encoding, *, last: bool) -> bytes:
