@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 import signal
 import sys
 import time
@@ -515,3 +516,19 @@ async def objects_or_none(objects: RedisObjectStore) -> bytes | None:
         return await objects.read("b", "n")
     except StoreUnavailable:
         return None
+
+
+async def test_the_documented_keys_and_fields_are_those_in_redis(
+    objects: RedisObjectStore, redis: Redis, keys: ObjectKeys, dynamo_redis_prefix: str, repository: Path
+) -> None:
+    await objects.put("b", "n", content_of("x"))
+    text = (repository / "docs" / "redis-schema.md").read_text()
+    section = text.partition("\n## Objects\n")[2].partition("\n## ")[0]
+    documented = set(re.findall(r"^\| `([^`]+)` \|", section, re.MULTILINE))
+
+    tag = keys.current.removesuffix(":current")
+    names = {key.decode() for key in redis.scan_iter(f"{{{dynamo_redis_prefix}*")}
+    shapes = {re.sub(r"[0-9a-f]{64}$", "<sha256>", name.replace(tag, "tag")) for name in names}
+    shapes = {shape.replace(dynamo_redis_prefix, "<prefix>") for shape in shapes}
+    fields = {field.decode() for field in redis.hgetall(keys.current)}
+    assert documented == shapes | fields
