@@ -530,5 +530,5 @@ async def test_the_documented_keys_and_fields_are_those_in_redis(
     names = {key.decode() for key in redis.scan_iter(f"{{{dynamo_redis_prefix}*")}
     shapes = {re.sub(r"[0-9a-f]{64}$", "<sha256>", name.replace(tag, "tag")) for name in names}
     shapes = {shape.replace(dynamo_redis_prefix, "<prefix>") for shape in shapes}
-    fields = {field.decode() for field in redis.hgetall(keys.current)}
+    fields = {field if isinstance(field, str) else field.decode() for field in redis.hgetall(keys.current)}
     assert documented == shapes | fields
