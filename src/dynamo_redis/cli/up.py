@@ -39,10 +39,10 @@ from dynamo_redis.config import (
 )
 from dynamo_redis.store.server import EmbeddedServer
 
-_DRAIN_S = 2.0
+DRAIN_S = 2.0
 """How long requests under way may go on after Ctrl-C, unless `--drain` says so: `up` is to end within 5 s."""
-_GRACE_BEYOND_DRAIN_S = 1.5
-_SERVING_TIMEOUT_S = 10.0
+GRACE_BEYOND_DRAIN_S = 1.5
+SERVING_TIMEOUT_S = 10.0
 _LOOK_S = 1.0
 _FIRST_LOOK_S = 0.02
 _GROUPS: tuple[type[SettingsGroup], ...] = (
@@ -110,7 +110,7 @@ class _Up:
         # With a server of our own, what another running `up` says of its server must not count.
         self._store = load(StoreSettings, options if server is None else {**options, "redis_url": server.url})
         runtime, chosen = load(RuntimeSettings, options), origins(RuntimeSettings, _given(options))
-        self._drain_s = _DRAIN_S if chosen["drain_s"] == "default" else runtime.drain_s
+        self._drain_s = DRAIN_S if chosen["drain_s"] == "default" else runtime.drain_s
         # The status says what the services log at `info`: who has come, who has gone.
         self._log = "warn" if chosen["log"] == "default" else runtime.log
         self._held_lines: list[tuple[str, str]] | None = None if self._log == "debug" else []
@@ -119,7 +119,7 @@ class _Up:
             frontend=Service("frontend", ("frontend",)),
             workers=[Service(f"worker-{n}", ("worker", "mock")) for n in range(1, workers_count + 1)],
             env=self._environment(),
-            grace_s=self._drain_s + _GRACE_BEYOND_DRAIN_S,
+            grace_s=self._drain_s + GRACE_BEYOND_DRAIN_S,
             notice=self._display.notice,
             log=self._on_log,
         )
@@ -177,7 +177,7 @@ class _Up:
 
     async def _until_serving(self, url: str) -> Status:
         """Wait until the frontend serves the workers' model. Raises CommandFailed after 10 s."""
-        deadline_s = time.monotonic() + _SERVING_TIMEOUT_S
+        deadline_s = time.monotonic() + SERVING_TIMEOUT_S
         while True:
             status = await self._look(url)
             if status.serving and status.instances_count >= len(self._deployment.workers):
@@ -186,7 +186,7 @@ class _Up:
                 return status
             if time.monotonic() > deadline_s:
                 raise CommandFailed(
-                    f"the frontend does not serve the workers' model within {_SERVING_TIMEOUT_S:g} s: "
+                    f"the frontend does not serve the workers' model within {SERVING_TIMEOUT_S:g} s: "
                     f"{self._deployment.last_words('frontend')}"
                 )
             await asyncio.sleep(_FIRST_LOOK_S)
