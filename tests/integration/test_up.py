@@ -319,24 +319,49 @@ def test_the_data_can_be_kept(start: Start, command: Callable[..., Any], tmp_pat
     assert command("get", "app/kept")[0]["value"] == "yes"
 
 
-def test_requests_under_way_finish_when_it_is_stopped(start: Start) -> None:
-    program = start(*up("--workers", "1", "--speedup-ratio", "1", "--decode-step", "20ms"))
-    url = program.url()
+def streamed(url: str, max_tokens: int) -> urllib.request.Request:
+    """A request for exactly so many tokens, streamed."""
     body = {
         "model": "demo",
         "messages": [{"role": "user", "content": "Hello!"}],
-        "max_tokens": 40,
+        "max_tokens": max_tokens,
         "ignore_eos": True,
         "stream": True,
     }
-    request = urllib.request.Request(
+    return urllib.request.Request(
         f"{url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(request, timeout=10) as answer:
+
+
+def test_requests_under_way_finish_when_it_is_stopped(start: Start) -> None:
+    program = start(*up("--workers", "1", "--speedup-ratio", "1", "--decode-step", "20ms"))
+    with urllib.request.urlopen(streamed(program.url(), 40), timeout=10) as answer:
         assert answer.readline().startswith(b"data: ")
         program.process.send_signal(signal.SIGINT)
         assert answer.read().endswith(b"data: [DONE]\n\n")
     program.process.wait(STOP_WITHIN_S)
+
+
+@pytest.mark.parametrize("ctrl_c_count", [1, 2])
+def test_requests_that_do_not_finish_hold_nothing_up(
+    ctrl_c_count: int, start: Start, dynamo_redis_url: str, dynamo_redis_prefix: str
+) -> None:
+    program = start(
+        *up("--workers", "1", "--speedup-ratio", "1", "--decode-step", "500ms"),
+        DYN_REDIS_URL=dynamo_redis_url,
+        DYN_REDIS_PREFIX=dynamo_redis_prefix,
+    )
+    with urllib.request.urlopen(streamed(program.url(), 1000), timeout=10) as answer:
+        assert answer.readline().startswith(b"data: ")
+        started = time.monotonic()
+        for _ in range(ctrl_c_count):
+            program.process.send_signal(signal.SIGINT)
+            time.sleep(0.5)
+        program.process.wait(10)
+    assert time.monotonic() - started <= (STOP_WITHIN_S if ctrl_c_count == 1 else 1.5)
+    assert program.process.returncode == 0
+    assert registry_keys(dynamo_redis_url, dynamo_redis_prefix) == []
+    assert program.processes() == []
 
 
 def test_on_a_terminal_there_is_a_live_line(env: dict[str, str], tmp_path: Path) -> None:
