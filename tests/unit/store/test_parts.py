@@ -1,0 +1,198 @@
+"""The registry's small parts, without a server."""
+
+from __future__ import annotations
+
+import logging
+import random
+import ssl
+
+import pytest
+from redis import exceptions as redis_errors
+
+from dynamo_redis.errors import StoreError, StoreRefused, StoreUnavailable
+from dynamo_redis.store.base import LeaseId, Revision, Snapshot
+from dynamo_redis.store.change_log import Change, Position
+from dynamo_redis.store.client import Backoff, RedisClient, store_error
+from dynamo_redis.store.health import Health
+from dynamo_redis.store.keys import RegistryKeys
+from dynamo_redis.store.lease import WriterChain
+from dynamo_redis.store.scripts import load_script
+from dynamo_redis.store.watch import BUFFER_CHANGES_COUNT, PrefixView
+
+# --------------------------------------------------------------------------- client
+
+
+def test_backoff_doubles_under_full_jitter_up_to_its_cap() -> None:
+    backoff = Backoff(0.05, 2.0, rng=random.Random(1))
+    waits = [backoff.next_s() for _ in range(2000)]
+    assert all(0 <= wait <= min(2.0, 0.05 * 2**n) for n, wait in enumerate(waits[:10]))
+    assert max(waits) <= 2.0
+    assert 0.9 < sum(waits[10:]) / len(waits[10:]) < 1.1
+    backoff.reset()
+    assert backoff.next_s() <= 0.05
+
+
+@pytest.mark.parametrize(
+    ("exc", "kind", "says"),
+    [
+        (redis_errors.TimeoutError("Timeout reading"), StoreUnavailable, "in time"),
+        (TimeoutError(), StoreUnavailable, "in time"),
+        (redis_errors.ConnectionError("Error 111"), StoreUnavailable, "no connection"),
+        (ConnectionResetError("reset"), StoreUnavailable, "no connection"),
+        (redis_errors.BusyLoadingError("LOADING Redis is loading"), StoreUnavailable, "LOADING"),
+        (redis_errors.ResponseError("UNBLOCKED force unblock from blocking"), StoreUnavailable, "UNBLOCKED"),
+        (redis_errors.ResponseError("NOREPLICAS Not enough good replicas"), StoreUnavailable, "NOREPLICAS"),
+        (redis_errors.AuthenticationError("Authentication required."), StoreRefused, "needs a password"),
+        (redis_errors.AuthenticationError("WRONGPASS invalid"), StoreRefused, "user name or password"),
+        (redis_errors.ReadOnlyError("READONLY You can't write"), StoreRefused, "read-only replica"),
+        (
+            redis_errors.ResponseError("ERR Error running script: -READONLY You can't write"),
+            StoreRefused,
+            "read-only replica",
+        ),
+        (redis_errors.OutOfMemoryError("OOM command not allowed"), StoreRefused, "maxmemory"),
+        (redis_errors.NoPermissionError("NOPERM this user"), StoreRefused, "ACL"),
+        (redis_errors.ResponseError("WRONGTYPE Operation"), StoreRefused, "WRONGTYPE"),
+    ],
+)
+def test_an_error_of_the_server_says_what_it_means(exc: Exception, kind: type[StoreError], says: str) -> None:
+    error = store_error(exc, "redis.example:6379")
+    assert type(error) is kind
+    assert says in str(error)
+    assert "redis.example:6379" in str(error)
+
+
+def test_a_certificate_that_is_not_trusted_is_a_refusal() -> None:
+    exc = redis_errors.ConnectionError("Error 1 connecting: certificate verify failed")
+    exc.__context__ = ssl.SSLCertVerificationError("self-signed certificate")
+    error = store_error(exc, "redis.example:6379")
+    assert isinstance(error, StoreRefused)
+    assert "ssl_ca_certs" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("url", "address"),
+    [
+        ("redis://", "localhost:6379"),
+        ("redis://user:secret@redis.example", "redis.example:6379"),
+        ("rediss://redis.example:7000/0", "redis.example:7000"),
+        ("redis://:secret@[::1]:6380", "[::1]:6380"),
+        ("unix:///run/redis.sock", "/run/redis.sock"),
+    ],
+)
+async def test_a_client_shows_where_it_connects_and_no_secret(url: str, address: str) -> None:
+    client = RedisClient(url, timeout_s=1.0)
+    assert client.address == address
+    assert "secret" not in repr(client)
+    await client.aclose()
+
+
+# --------------------------------------------------------------------------- keys and scripts
+
+
+def test_all_keys_share_the_tag() -> None:
+    keys = RegistryKeys("dep[1]*")
+    for key in (*keys.structures, keys.lease(LeaseId(7))):
+        assert key.startswith("{dep[1]*}:")
+    assert keys.lease_channel == "__keyspace@0__:{dep\\[1\\]\\*}:lease:*"
+
+
+def test_a_script_is_its_prelude_and_its_own_file_without_comments() -> None:
+    script = load_script("registry_tick", "registry_prelude")
+    assert "local function open()" in script.source
+    assert "ZCOUNT" in script.source
+    assert not any(line.lstrip().startswith("--") for line in script.source.splitlines())
+    assert len(script.sha) == 40
+    assert script is load_script("registry_tick", "registry_prelude")
+
+
+# --------------------------------------------------------------------------- writer chain
+
+
+def test_the_chain_agrees_with_the_last_acknowledged_write() -> None:
+    chain = WriterChain()
+    assert chain.agrees("")
+    chain.begin("a")
+    chain.acknowledged("a", Revision("1-0"))
+    assert chain.agrees("1-0 a")
+    assert not chain.agrees("")
+    assert not chain.agrees("1-0 b")
+    chain.begin("b")
+    chain.acknowledged("b", None)  # it changed nothing
+    assert chain.agrees("1-0 a")
+
+
+def test_a_doubtful_write_may_or_may_not_have_arrived() -> None:
+    chain = WriterChain()
+    chain.begin("a")
+    chain.acknowledged("a", Revision("1-0"))
+    chain.begin("b")
+    chain.in_doubt("b")
+    assert chain.agrees("1-0 a")
+    assert chain.agrees("2-0 b")
+    chain.settle("2-0 b")
+    assert not chain.agrees("1-0 a")
+
+
+def test_acknowledgements_may_arrive_out_of_order() -> None:
+    chain = WriterChain()
+    chain.begin("a")
+    chain.begin("b")
+    chain.acknowledged("b", Revision("10-0"))
+    chain.acknowledged("a", Revision("9-0"))
+    assert chain.agrees("10-0 b")
+
+
+def test_nothing_diverges_while_writes_are_under_way() -> None:
+    chain = WriterChain()
+    quiet = chain.observe()
+    assert chain.diverged(quiet, "1-0 stranger")
+    chain.begin("a")
+    assert chain.observe() is None
+    assert not chain.diverged(quiet, "1-0 a")
+    assert not chain.diverged(None, "1-0 a")
+    chain.acknowledged("a", Revision("1-0"))
+    assert not chain.diverged(quiet, ""), "a write went between"
+    assert chain.diverged(chain.observe(), "")
+
+
+# --------------------------------------------------------------------------- views
+
+
+def change(number: int, key: str = "a/1") -> Change:
+    return Change(Revision(f"{number}-0"), "d", key, None, "op", (Revision(f"{number - 1}-0"), "op"))
+
+
+async def test_a_view_that_is_overrun_while_it_loads_asks_for_another_load() -> None:
+    view = PrefixView("a/")
+    snapshot, position = Snapshot((), Revision("5-0")), Position("i", Revision("5-0"), "op")
+    view.begin_load()
+    for number in range(BUFFER_CHANGES_COUNT + 1):
+        view.follow([change(number + 1)])
+    assert not view.finish_load(snapshot, position)
+    view.begin_load()
+    view.follow([change(4), change(6)])
+    assert view.finish_load(snapshot, position)
+    assert view.position == Position("i", Revision("6-0"), "op")
+
+
+# --------------------------------------------------------------------------- health
+
+
+def test_an_outage_is_two_log_lines(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    health = Health("redis.example:6379")
+    states = [health.connected]
+    health.succeeded()
+    states.append(health.connected)
+    for _ in range(100):
+        health.failed(StoreUnavailable("no connection to Redis at redis.example:6379: refused"))
+    states.append(health.connected)
+    health.succeeded()
+    health.succeeded()
+    assert states == [False, True, False]
+    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
+    for _ in range(10):  # flapping
+        health.failed(StoreUnavailable("again"))
+        health.succeeded()
+    assert len(caplog.records) == 2
