@@ -137,8 +137,8 @@ def start(env: dict[str, str], tmp_path: Path) -> Iterator[Start]:
 
     yield run
     for program in started:
-        for process in program.processes():
-            process.kill()
+        # Only itself: killed together with its watchdogs it would leave the server, which hides its mark.
+        program.process.kill()
         program.process.wait()
 
 
