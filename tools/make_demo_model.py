@@ -39,7 +39,7 @@ def train() -> Tokenizer:
         show_progress=False,
     )
     corpus = (HERE / "demo_corpus.txt").read_text(encoding="utf-8").splitlines(keepends=True)
-    tokenizer.train_from_iterator([*corpus, *(f" {text}" for text in sentences())], trainer)
+    tokenizer.train_from_iterator([*corpus, *sentences(), *(f" {text}" for text in sentences())], trainer)
     return tokenizer
 
 
