@@ -575,6 +575,37 @@ async def test_the_client_takes_exactly_what_its_table_allows(state: ClientStrea
         assert client.pending_count == 0
 
 
+@pytest.mark.parametrize(
+    "malformed",
+    [
+        b"\xc1",
+        [frame.DATA, 1],
+        [frame.LAST, 1],
+        [frame.BATCH, 1, "x"],
+        [frame.LAST_BATCH, 1],
+        [frame.LAST_BATCH, 1, []],
+        [frame.LAST_BATCH, 1, list(range(WINDOW + 1))],
+        [frame.ERROR, 1],
+        [frame.ERROR, 1, 5, "x", None],
+        [frame.ERROR, 1, "overloaded", "x", "y"],
+        [frame.GOAWAY, 0],
+        [frame.PONG, 0, "x"],
+    ],
+)
+async def test_malformed_frames_end_the_requests_with_the_reason(malformed: Any) -> None:
+    async def serve(peer: RawPeer) -> None:
+        await peer.receive()
+        peer.send(malformed)
+        assert await peer.reason() == "protocol_violation"
+
+    async with raw_server(serve) as target, running_client() as client:
+        reading = asyncio.ensure_future(items_of(client.open(target, None, Context())))
+        later = client.open(target, None, Context())
+        assert isinstance((await asyncio.wait_for(reading, 3))[1], ProtocolViolation)
+        assert isinstance((await items_of(later))[1], ProtocolViolation)
+        assert client.pending_count == 0
+
+
 @pytest.mark.parametrize("example", OPTIONAL_EXAMPLES)
 async def test_the_client_skips_unknown_optional_frames(example: list[Any]) -> None:
     async def serve(peer: RawPeer) -> None:

@@ -35,6 +35,9 @@ from dynamo_redis.wire.session import CLIENT_STEPS, ClientStream
 IDLE_CLOSE_S: Final = 90.0
 
 
+_CLOSED: Final = ClientStream.CLOSED
+
+
 class ClientConnection(Connection):
     """A connection to one instance, with the streams under way on it."""
 
@@ -124,7 +127,8 @@ class ClientConnection(Connection):
             if state is None:
                 self._on_unknown(received)
             else:
-                stream.state = state
+                if state is not _CLOSED:  # the stream closes itself, once it has taken the frame
+                    stream.state = state
                 stream.on_frame(received)
 
     def _on_other(self, received: list[Any]) -> None:

@@ -168,23 +168,19 @@ class TcpResponseStream(Mailbox):
         """Take a frame that the state table allows. Raises ProtocolViolation."""
         kind = received[0]
         if kind == frame.LAST:
-            self._release()
             self.deliver(received[2])
-            self.finish()
+            self._end()
         elif kind == frame.DATA:
             self.deliver(received[2])
         elif kind == frame.BATCH:
             self.deliver_batch(received[2])
         elif kind == frame.LAST_BATCH:
-            self._release()
             self.deliver_batch(received[2])
-            self.finish()
+            self._end()
         elif kind == frame.END:
-            self._release()
-            self.finish()
+            self._end()
         elif kind == frame.ERROR:
-            self._release()
-            self.finish(_reported(received))
+            self._end(_reported(received))
         elif kind in (frame.DATA_RAW, frame.LAST_RAW):
             self._on_raw(*received)
         elif kind == frame.CREDIT and self._sender is not None:
@@ -192,12 +188,10 @@ class TcpResponseStream(Mailbox):
 
     def _on_raw(self, kind: int, _: int, size_bytes: int, item: Any) -> None:
         error = item.error if type(item) is Unusable else None
-        if kind == frame.LAST_RAW:
-            self._release()
         if error is None:
             self.deliver_raw(item, size_bytes)
         if kind == frame.LAST_RAW:
-            self.finish(error)
+            self._end(error)
         elif error is not None:
             self.fail(error)
 
@@ -211,8 +205,7 @@ class TcpResponseStream(Mailbox):
     def lose(self, error: Exception) -> None:
         """The connection is gone, and the request with it."""
         if self.state is not _CLOSED:
-            self._release()
-            self.finish(error)
+            self._end(error)
 
     async def aclose(self) -> None:
         self.discard()
@@ -247,6 +240,10 @@ class TcpResponseStream(Mailbox):
         if self._connection is not None:
             self._connection.send(frame.encode_cancel(self._stream_id, frame.Strength.KILL))
         self._release()
+
+    def _end(self, error: Exception | None = None) -> None:
+        self._release()
+        self.finish(error)
 
     def _release(self) -> None:
         self.state = _CLOSED
