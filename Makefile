@@ -29,7 +29,7 @@ check: $(STAMP)  ## format, lint, types, layers
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/mypy --strict tests benchmarks examples
+	$(BIN)/mypy --strict tests benchmarks examples tools
 	$(BIN)/lint-imports
 
 format: $(STAMP) ## rewrite the code in the project's format
