@@ -11,7 +11,7 @@ from dynamo_redis.errors import ModelError, TemplateError
 from dynamo_redis.frontend import template
 from dynamo_redis.frontend.template import ChatTemplate, special_tokens
 
-USER = [{"role": "user", "content": "Hi"}]
+USER: list[dict[str, Any]] = [{"role": "user", "content": "Hi"}]
 
 
 def chat(source: str, config: dict[str, Any] | None = None, **named: str) -> ChatTemplate:

@@ -1,0 +1,286 @@
+"""The live set of models, as cards come, change, break and go."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dynamo_redis.engines.demo_model import DEMO_MODEL_PATH
+from dynamo_redis.errors import StoreUnavailable
+from dynamo_redis.frontend import model_loading, models
+from dynamo_redis.frontend.http_errors import ApiError
+from dynamo_redis.names import EndpointName
+from dynamo_redis.planes.context import Context
+from dynamo_redis.runtime import model_files
+from dynamo_redis.store.base import DeleteCause
+
+OTHER = EndpointName("dynamo", "other", "generate")
+
+
+def names(frontend: Any) -> list[str]:
+    return [model.name for model in frontend.models.served()]
+
+
+def status_of(frontend: Any, name: str) -> int:
+    try:
+        frontend.models.get(name)
+    except ApiError as exc:
+        return exc.status
+    return 200
+
+
+@pytest.fixture
+async def frontend(open_frontend: Any) -> Any:
+    """A frontend whose registry is empty."""
+    return await open_frontend(model=None)
+
+
+def changed_model(directory: Path, **config: Any) -> Path:
+    """A copy of the demo model with other settings."""
+    shutil.copytree(DEMO_MODEL_PATH, directory, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    return directory
+
+
+async def test_a_model_is_served_while_a_card_stands(frontend: Any) -> None:
+    first = await frontend.runtime.publish("m", instance_id=1)
+    second = await frontend.runtime.publish("m", instance_id=2)
+    await frontend.until_served("m")
+    frontend.runtime.registry.delete(first)
+    await asyncio.sleep(0.05)
+    assert names(frontend) == ["m"]
+    frontend.runtime.registry.delete(second)
+    await frontend.until(lambda: names(frontend) == [])
+    assert status_of(frontend, "m") == 404
+    await frontend.runtime.publish("m", instance_id=3)
+    await frontend.until_served("m")
+
+
+async def test_several_models_at_several_endpoints(frontend: Any) -> None:
+    frontend.runtime.workers[str(OTHER)] = frontend.worker
+    for index in range(5):
+        await frontend.runtime.publish(f"m{index}", instance_id=index + 1)
+    await frontend.runtime.publish("o", endpoint=OTHER, instance_id=9)
+    await frontend.until(lambda: len(names(frontend)) == 6)
+    # A client an endpoint, not one a model.
+    assert sorted(frontend.runtime.opened) == ["dynamo.backend.generate", "dynamo.other.generate"]
+
+
+async def test_models_of_one_endpoint_go_to_their_own_instances(frontend: Any) -> None:
+    await frontend.runtime.publish("a", instance_id=1)
+    await frontend.until_served("a")
+    await frontend.http.post("/v1/completions", json={"model": "a", "prompt": "x"})
+    await frontend.runtime.publish("b", instance_id=2)
+    await frontend.runtime.publish("b", instance_id=3)
+    await frontend.until_served("b")
+    await frontend.until(lambda: len(frontend.models.get("b").among or ()) == 2)
+    for name in ("a", "b"):
+        await frontend.http.post("/v1/completions", json={"model": name, "prompt": "x"})
+    assert frontend.worker.among == [None, {1}, {2, 3}]
+
+
+async def test_requests_that_race_the_load_are_told_to_come_back(
+    frontend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert status_of(frontend, "m") == 503  # nobody knows yet
+    frontend.runtime.registry.put("v1/mdc/not-a-card", b"{}")
+    await frontend.until(lambda: frontend.models.first_state.is_set())
+    assert status_of(frontend, "m") == 404
+    go_on = asyncio.Event()
+    fetch = model_files.fetch_model_files
+
+    async def slow(*args: Any) -> Path:
+        await go_on.wait()
+        return await fetch(*args)
+
+    monkeypatch.setattr(model_loading, "fetch_model_files", slow)
+    await frontend.runtime.publish("m")
+    await frontend.until(lambda: status_of(frontend, "m") == 503)
+    response = await frontend.http.post("/v1/completions", json={"model": "m", "prompt": "x"})
+    assert response.status_code == 503
+    assert response.json()["error"]["code"] == "model_loading"
+    assert response.headers["retry-after"] == "1"
+    assert names(frontend) == []
+    go_on.set()
+    await frontend.until_served("m")
+
+
+async def test_a_changed_card_is_loaded_anew_and_the_old_one_serves_meanwhile(
+    frontend: Any, tmp_path: Path
+) -> None:
+    await frontend.runtime.publish("m")
+    await frontend.until_served("m")
+    before = frontend.models.get("m").loaded
+    await frontend.runtime.publish("m", path=changed_model(tmp_path / "new", max_position_embeddings=777))
+    assert frontend.models.get("m").loaded is before
+    await frontend.until(lambda: frontend.models.get("m").loaded.context_length == 777)
+    # The same value again changes nothing.
+    after = frontend.models.get("m").loaded
+    await frontend.runtime.publish("m", path=tmp_path / "new")
+    await asyncio.sleep(0.05)
+    assert frontend.models.get("m").loaded is after
+
+
+async def test_a_card_that_changes_its_name_moves(frontend: Any) -> None:
+    await frontend.runtime.publish("old")
+    await frontend.until_served("old")
+    await frontend.runtime.publish("new")
+    await frontend.until(lambda: names(frontend) == ["new"])
+
+
+async def test_old_workers_keep_their_model_while_new_ones_come(frontend: Any, tmp_path: Path) -> None:
+    old = await frontend.runtime.publish("m", instance_id=1)
+    await frontend.until_served("m")
+    new = changed_model(tmp_path / "new", max_position_embeddings=777)
+    await frontend.runtime.publish("m", instance_id=2, path=new)
+    await frontend.until(lambda: frontend.models.get("m").among == {1})
+    frontend.runtime.registry.delete(old)
+    await frontend.until(lambda: frontend.models.get("m").loaded.context_length == 777)
+    assert frontend.models.get("m").among is None
+
+
+async def test_a_broken_card_is_one_line_and_takes_nobody_down(
+    frontend: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    await frontend.runtime.publish("good", instance_id=1)
+    frontend.runtime.registry.put("v1/mdc/dynamo/backend/generate/2", b"not json")
+    frontend.runtime.registry.put("v1/mdc/dynamo/backend/generate/xyz", b"{}")
+    await frontend.runtime.publish("future", instance_id=3, version=99)
+    broken = changed_model(tmp_path / "broken")
+    (broken / "tokenizer.json").write_text('{"model": {"type": "Nonsense"}}')
+    await frontend.runtime.publish("broken", instance_id=4, path=broken)
+    raising = changed_model(tmp_path / "raising")
+    config = json.loads((raising / "tokenizer_config.json").read_text())
+    (raising / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": "{% for %}"}))
+    await frontend.runtime.publish("raising", instance_id=5, path=raising)
+    await frontend.runtime.publish("last", instance_id=6)
+    await frontend.until_served("last")
+    await frontend.until_served("good")
+    await frontend.until(lambda: len(caplog.records) >= 5)
+    assert names(frontend) == ["good", "last"]
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 5
+    assert all("\n" not in line for line in lines)
+    response = await frontend.http.post("/v1/completions", json={"model": "broken", "prompt": "x"})
+    assert response.status_code == 503
+    assert "not a tokenizer" in response.json()["error"]["message"]
+    # A whole card repairs it.
+    await frontend.runtime.publish("broken", instance_id=4)
+    await frontend.until_served("broken")
+
+
+async def test_a_broken_card_beside_a_good_one_of_the_same_model(frontend: Any, tmp_path: Path) -> None:
+    broken = changed_model(tmp_path / "broken")
+    (broken / "tokenizer.json").write_text('{"model": {"type": "Nonsense"}}')
+    await frontend.runtime.publish("m", instance_id=1)
+    await frontend.runtime.publish("m", instance_id=2, path=broken)
+    await frontend.until_served("m")
+    assert frontend.models.get("m").instance_ids() == {1}
+
+
+async def test_loading_goes_on_when_redis_comes_back(
+    frontend: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fetch = model_files.fetch_model_files
+    attempts = 0
+
+    async def failing(*args: Any) -> Path:
+        nonlocal attempts
+        attempts += 1
+        if attempts < 3:
+            raise StoreUnavailable("no answer from Redis")
+        return await fetch(*args)
+
+    monkeypatch.setattr(model_loading, "fetch_model_files", failing)
+    monkeypatch.setattr(models, "_RETRY_PAUSE_S", (0.02, 0.1))
+    await frontend.runtime.publish("m")
+    await frontend.until_served("m")
+    assert attempts == 3
+    assert [record.levelname for record in caplog.records].count("WARNING") == 1
+
+
+async def test_a_restart_needs_no_download(open_frontend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both frontends of this test share a cache directory, as two runs of one user do."""
+    await open_frontend()
+    again = await open_frontend(model=None)
+
+    async def refused(*args: Any) -> None:
+        raise AssertionError("nothing should be downloaded")
+
+    monkeypatch.setattr(again.runtime.objects, "fetch", refused)
+    await again.runtime.publish("demo")
+    await again.until_served("demo")
+
+
+@pytest.mark.parametrize("cause", [DeleteCause.EXPIRED, DeleteCause.RESYNC])
+async def test_a_lost_card_counts_while_its_instance_answers(
+    frontend: Any, cause: DeleteCause, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "LINGER_S", 0.1)
+    key = await frontend.runtime.publish("m", instance_id=1)
+    await frontend.until_served("m")
+    frontend.models._lease_ttl_s = 0.1
+    frontend.runtime.registry.delete(key, cause)
+    await asyncio.sleep(0.4)
+    assert names(frontend) == ["m"]
+    frontend.worker.ids = []
+    await frontend.until(lambda: names(frontend) == [])
+
+
+async def test_a_lost_card_that_comes_back_stays(frontend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "LINGER_S", 0.1)
+    frontend.models._lease_ttl_s = 0.2
+    key = await frontend.runtime.publish("m", instance_id=1)
+    await frontend.until_served("m")
+    loaded = frontend.models.get("m").loaded
+    frontend.worker.ids = []
+    frontend.runtime.registry.delete(key, DeleteCause.RESYNC)
+    await asyncio.sleep(0.05)
+    await frontend.runtime.publish("m", instance_id=1)
+    await asyncio.sleep(0.5)
+    assert frontend.models.get("m").loaded is loaded
+
+
+async def test_a_large_model_does_not_hold_up_the_watch(
+    frontend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other models are served, and the loop turns, while one takes its time."""
+    go_on = threading.Event()
+    build: Callable[..., Any] = model_loading.build_model
+
+    def slow(card: Any, directory: Path) -> Any:
+        if card.display_name == "large":
+            go_on.wait(10)
+        return build(card, directory)
+
+    monkeypatch.setattr(model_loading, "build_model", slow)
+    await frontend.runtime.publish("large", instance_id=1)
+    for index in range(3):
+        await frontend.runtime.publish(f"small{index}", instance_id=2 + index)
+    await frontend.until(lambda: len(names(frontend)) == 3)
+    assert status_of(frontend, "large") == 503
+    go_on.set()
+    await frontend.until_served("large")
+
+
+async def test_requests_under_way_outlive_their_model(frontend: Any) -> None:
+    key = await frontend.runtime.publish("m")
+    await frontend.until_served("m")
+    frontend.worker.script = frontend.worker.says("one two three", pause_s=0.05)
+    model = frontend.models.get("m")
+    request: Any = {"model": "m", "token_ids": [1]}
+    items = await frontend.models.generate(model, request, Context())
+    frontend.runtime.registry.delete(key)
+    await frontend.until(lambda: names(frontend) == [])
+    received = [item async for item in items]
+    assert received[-1]["finish_reason"] == "stop"

@@ -1,0 +1,116 @@
+"""The server around the application: its port, its sockets, its end; health."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from dynamo_redis.errors import ConfigError
+from dynamo_redis.frontend import server
+from dynamo_redis.frontend.server import bind, model_cache, url_of
+
+
+def test_a_port_in_use_is_one_line_that_says_what_to_do() -> None:
+    with bind("127.0.0.1", 0) as taken:
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"port {port} is in use: .*--http-port") as caught:
+            bind("127.0.0.1", port)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_address_that_is_not_ours_is_one_line() -> None:
+    with pytest.raises(ConfigError, match="DYN_HTTP_HOST"):
+        bind("192.0.2.1", 0)
+    with pytest.raises(ConfigError, match="DYN_HTTP_HOST"):
+        bind("no such host", 0)
+
+
+def test_the_url_is_one_that_opens() -> None:
+    for host, expected in (("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "localhost")):
+        with bind(host, 0) as listener:
+            assert url_of(listener) == f"http://{expected}:{listener.getsockname()[1]}"
+
+
+async def test_small_events_do_not_wait_for_more(open_frontend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TCP_NODELAY is on: with it off, Nagle and delayed acknowledgements cost 40 ms an event."""
+    servers: list[Any] = []
+
+    class Recorded(server._Server):
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            servers.append(self)
+
+    monkeypatch.setattr(server, "_Server", Recorded)
+    frontend = await open_frontend()
+    await frontend.http.get("/live")
+    [connection] = servers[0].server_state.connections
+    transport_socket = connection.transport.get_extra_info("socket")
+    assert transport_socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+async def test_signals_stay_the_runtimes(frontend: Any) -> None:
+    """uvicorn would take them, and end the process in its own way."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        handler = signal.getsignal(number)
+        assert "uvicorn" not in repr(handler)
+
+
+async def test_health_tells_who_serves(frontend: Any) -> None:
+    response = await frontend.http.get("/health")
+    assert response.status_code == 200
+    body = response.json()
+    assert body["status"] == "healthy"
+    assert body["models"] == [{"name": "demo", "instances": 1}]
+    assert body["endpoints"] == ["dyn://dynamo.backend.generate"]
+    [instance] = body["instances"]
+    assert instance["instance_id"] == 1
+    assert "secret" not in response.text
+    frontend.worker.ids = []
+    response = await frontend.http.get("/health")
+    assert response.status_code == 503
+    assert response.json()["status"] == "unhealthy"
+    assert (await frontend.http.get("/live")).status_code == 200
+
+
+async def test_before_the_first_model_health_is_not_ok(open_frontend: Any) -> None:
+    frontend = await open_frontend(model=None)
+    response = await frontend.http.get("/health")
+    assert response.status_code == 503
+    assert "start a worker" in response.json()["reason"]
+    assert (await frontend.http.get("/v1/models")).json()["data"] == []
+
+
+async def test_a_shutdown_lets_streams_finish(frontend: Any) -> None:
+    frontend.worker.script = frontend.worker.says("one two three four five six", pause_s=0.05)
+    stream = await frontend.client.chat.completions.create(
+        model="demo", messages=[{"role": "user", "content": "Hi"}], stream=True
+    )
+    pieces = [(await anext(stream)).choices[0].delta.content or ""]
+    frontend.shutdown.set()
+    await asyncio.sleep(0.02)
+    async with httpx.AsyncClient() as other:
+        with pytest.raises(httpx.ConnectError):
+            await other.get(f"{frontend.url}/live")
+    pieces += [chunk.choices[0].delta.content or "" async for chunk in stream]
+    assert "".join(pieces) == "one two three four five six"
+    assert frontend.worker.ended == ["complete"]
+
+
+async def test_model_files_go_where_they_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with model_cache(tmp_path / "given") as directory:
+        assert directory == tmp_path / "given"
+    assert directory.is_dir()
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="DYN_MODEL_CACHE"), model_cache(tmp_path / "file" / "x"):
+        pass
+    monkeypatch.setattr(server, "user_model_cache", lambda: tmp_path / "file" / "x")
+    with model_cache(None) as directory:
+        assert directory.is_dir()
+    assert not directory.exists()

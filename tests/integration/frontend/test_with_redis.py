@@ -1,0 +1,288 @@
+"""The whole way: real Redis, real workers with the mock engine, the official client."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from dynamo_redis.config import FrontendSettings, MockEngineSettings
+from dynamo_redis.engines.demo_model import DEMO_MODEL_PATH
+from dynamo_redis.engines.mock import MockEngine
+from dynamo_redis.engines.worker import serve_engine
+from dynamo_redis.errors import ConfigError
+from dynamo_redis.frontend.server import bind, serve_frontend
+from dynamo_redis.planes.context import Context
+from dynamo_redis.runtime import DistributedRuntime, Settings
+from dynamo_redis.runtime.llm_protocol import GenerateItem, GenerateRequest
+from dynamo_redis.runtime.model_files import ModelDirectory, read_model_directory
+
+MESSAGES: Any = [{"role": "user", "content": "Hello!"}]
+
+
+class NotingEngine(MockEngine):
+    """Remembers the models that it was asked for."""
+
+    def __init__(self, settings: MockEngineSettings, model: ModelDirectory) -> None:
+        super().__init__(settings, model)
+        self.asked_for: list[str] = []
+
+    def generate(self, request: GenerateRequest, context: Context) -> AsyncGenerator[GenerateItem]:
+        self.asked_for.append(request["model"])
+        return super().generate(request, context)
+
+
+@dataclass
+class Process:
+    """A service in a runtime of its own."""
+
+    runtime: DistributedRuntime
+    serving: asyncio.Task[None]
+
+    async def end(self) -> None:
+        self.runtime.shutdown()
+        try:
+            await self.serving
+        finally:
+            await self.runtime.aclose()
+
+
+@dataclass
+class Deployment:
+    """Starts the services of one registry."""
+
+    open_runtime: Callable[[], Awaitable[DistributedRuntime]]
+    cache: Path
+    processes: list[Process]
+
+    async def worker(self, name: str = "demo", **engine: Any) -> NotingEngine:
+        runtime = await self.open_runtime()
+        model = read_model_directory(DEMO_MODEL_PATH)
+        mock = NotingEngine(MockEngineSettings.load(**{"speedup_ratio": 0, **engine}), model)
+        ready = asyncio.Event()
+        serving = asyncio.create_task(
+            serve_engine(
+                runtime,
+                mock,
+                model,
+                endpoint="dynamo.backend.generate",
+                model_name=name,
+                on_ready=lambda _: ready.set(),
+            )
+        )
+        await self._started(runtime, serving, ready)
+        return mock
+
+    async def frontend(self, **settings: Any) -> str:
+        runtime = await self.open_runtime()
+        ready = asyncio.Event()
+        urls: list[str] = []
+
+        def on_ready(url: str) -> None:
+            urls.append(url)
+            ready.set()
+
+        given = {"http_host": "127.0.0.1", "http_port": 0, "model_cache": self.cache, **settings}
+        serving = asyncio.create_task(
+            serve_frontend(runtime, FrontendSettings.load(**given), on_ready=on_ready)
+        )
+        await self._started(runtime, serving, ready)
+        return urls[0]
+
+    async def _started(
+        self, runtime: DistributedRuntime, serving: asyncio.Task[None], ready: asyncio.Event
+    ) -> None:
+        self.processes.append(Process(runtime, serving))
+        waiting = asyncio.create_task(ready.wait())
+        await asyncio.wait({serving, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        waiting.cancel()
+        if serving.done():
+            await serving
+
+
+@pytest.fixture
+async def deployment(
+    dynamo_redis_url: str, dynamo_redis_prefix: str, tmp_path: Path
+) -> AsyncIterator[Deployment]:
+    executor = ThreadPoolExecutor(4)
+    asyncio.get_running_loop().set_default_executor(executor)
+
+    async with AsyncExitStack() as ending:
+
+        async def open_runtime() -> DistributedRuntime:
+            settings = Settings.load(redis_url=dynamo_redis_url, prefix=dynamo_redis_prefix, drain_s=2)
+            return await ending.enter_async_context(DistributedRuntime(settings=settings))
+
+        deployment = Deployment(open_runtime, tmp_path / "cache", [])
+        yield deployment
+        for process in reversed(deployment.processes):
+            await process.end()
+    executor.shutdown()
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(4))
+
+
+@asynccontextmanager
+async def client_of(url: str) -> AsyncIterator[openai.AsyncOpenAI]:
+    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+async def until_healthy(url: str, instances: int = 1) -> dict[str, Any]:
+    async with httpx.AsyncClient() as http, asyncio.timeout(10):
+        while True:
+            response = await http.get(f"{url}/health")
+            body: dict[str, Any] = response.json()
+            if len(body["instances"]) == instances:
+                assert response.status_code == (200 if instances else 503)
+                return body
+            await asyncio.sleep(0.02)
+
+
+async def test_chats_with_workers_found_through_redis(deployment: Deployment) -> None:
+    url = await deployment.frontend()
+    assert (await until_healthy(url, 0))["status"] == "unhealthy"
+    await deployment.worker()
+    await deployment.worker()
+    await until_healthy(url, 2)
+    async with client_of(url) as client:
+        assert [model.id async for model in client.models.list()] == ["demo"]
+        whole = await client.chat.completions.create(model="demo", messages=MESSAGES, max_tokens=30)
+        stream = await client.chat.completions.create(
+            model="demo",
+            messages=MESSAGES,
+            max_tokens=30,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+        chunks = [chunk async for chunk in stream]
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+        assert text == whole.choices[0].message.content != ""
+        assert whole.usage is not None
+        assert chunks[-1].usage is not None
+        assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+        limited = await client.completions.create(
+            model="demo", prompt=["a", "b"], max_tokens=7, extra_body={"ignore_eos": True}
+        )
+        assert [choice.finish_reason for choice in limited.choices] == ["length", "length"]
+        assert limited.usage is not None
+        assert limited.usage.completion_tokens == 14
+
+
+async def test_a_hang_up_reaches_the_engine(deployment: Deployment) -> None:
+    await deployment.worker(speedup_ratio=1)
+    url = await deployment.frontend()
+    await until_healthy(url)
+    async with client_of(url) as client:
+        stream = await client.chat.completions.create(
+            model="demo", messages=MESSAGES, stream=True, max_tokens=20_000, extra_body={"ignore_eos": True}
+        )
+        await anext(stream)
+        assert in_flight(deployment) == 1
+        await stream.close()
+        async with asyncio.timeout(2):
+            while in_flight(deployment):
+                await asyncio.sleep(0.01)
+
+
+def in_flight(deployment: Deployment) -> int:
+    """Requests admitted at the first worker."""
+    server = deployment.processes[0].runtime._server
+    assert server is not None
+    return server.in_flight_count
+
+
+async def test_a_deadline_is_a_gateway_timeout(deployment: Deployment) -> None:
+    await deployment.worker(speedup_ratio=1)
+    url = await deployment.frontend(request_timeout_s=0.3)
+    await until_healthy(url)
+    async with client_of(url) as client:
+        with pytest.raises(openai.InternalServerError) as caught:
+            await client.chat.completions.create(
+                model="demo", messages=MESSAGES, max_tokens=20_000, extra_body={"ignore_eos": True}
+            )
+        assert caught.value.status_code == 504
+        assert caught.value.code == "deadline_exceeded"
+
+
+async def test_a_full_engine_is_overloaded(deployment: Deployment) -> None:
+    await deployment.worker(speedup_ratio=1, max_num_seqs=1, max_num_waiting=1)
+    url = await deployment.frontend()
+    await until_healthy(url)
+    long: dict[str, Any] = {"max_tokens": 20_000, "extra_body": {"ignore_eos": True}}
+    async with client_of(url) as client:
+        streams = [
+            asyncio.create_task(
+                client.chat.completions.create(model="demo", messages=MESSAGES, stream=True, **long)
+            )
+            for _ in range(2)
+        ]
+        async with asyncio.timeout(5):
+            while in_flight(deployment) < 2:
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+        with pytest.raises(openai.InternalServerError) as caught:
+            await client.chat.completions.create(model="demo", messages=MESSAGES, **long)
+        assert caught.value.status_code == 503
+        assert caught.value.code == "overloaded"
+        assert int(caught.value.response.headers["retry-after"]) >= 1
+        for stream in streams:
+            stream.cancel()
+        await asyncio.gather(*streams, return_exceptions=True)
+
+
+async def test_workers_come_and_go_while_requests_flow(deployment: Deployment) -> None:
+    await deployment.worker()
+    url = await deployment.frontend()
+    await until_healthy(url)
+    async with client_of(url) as client:
+        stop = asyncio.Event()
+        answered = 0
+
+        async def flow() -> None:
+            nonlocal answered
+            while not stop.is_set():
+                answer = await client.chat.completions.create(model="demo", messages=MESSAGES, max_tokens=8)
+                assert answer.choices[0].message.content
+                answered += 1
+
+        flows = [asyncio.create_task(flow()) for _ in range(4)]
+        for _ in range(2):
+            await deployment.worker()
+            await until_healthy(url, 2)
+            await workers(deployment)[0].end()
+            await until_healthy(url, 1)
+        stop.set()
+        await asyncio.gather(*flows)
+    assert answered > 10
+
+
+def workers(deployment: Deployment) -> list[Process]:
+    """Those that still run, oldest first."""
+    return [p for p in deployment.processes if p.runtime._server is not None and not p.serving.done()]
+
+
+async def test_two_models_at_one_endpoint_do_not_mix(deployment: Deployment) -> None:
+    first = await deployment.worker("first")
+    second = await deployment.worker("second")
+    url = await deployment.frontend()
+    await until_healthy(url, 2)
+    async with client_of(url) as client:
+        for name in ("first", "second") * 5:
+            await client.completions.create(model=name, prompt="x", max_tokens=2)
+    assert (first.asked_for, second.asked_for) == (["first"] * 5, ["second"] * 5)
+
+
+async def test_a_port_in_use_fails_before_anything_is_registered(deployment: Deployment) -> None:
+    with bind("127.0.0.1", 0) as taken:
+        taken.listen()
+        with pytest.raises(ConfigError, match="in use"):
+            await deployment.frontend(http_port=taken.getsockname()[1])
+    deployment.processes[-1].serving = asyncio.create_task(asyncio.sleep(0))
