@@ -241,12 +241,12 @@ class Connection(asyncio.BufferedProtocol):
 
     def flush(self) -> None:
         """Hand everything to the transport."""
-        self._flush_scheduled = False
         if self._dirty:
+            self._flush_scheduled = True  # what the batches write leaves with this flush
             dirty, self._dirty = self._dirty, []
             for sender in dirty:
                 sender.flush_batch()
-            self._flush_scheduled = False
+        self._flush_scheduled = False
         out = self._out
         if not out or self.closed:
             out.clear()
@@ -313,6 +313,7 @@ class Connection(asyncio.BufferedProtocol):
         if self.closed:
             return
         self.error = error
+        self.flush()
         if self._ready and not isinstance(error, ConnectionLost):
             self.send(frame.encode_goaway(error.code, str(error)))
         self.flush()
@@ -340,6 +341,7 @@ class Connection(asyncio.BufferedProtocol):
         if self._sweep_handle is not None:
             self._sweep_handle.cancel()
             self._sweep_handle = None
+        self.decoder.close()
         self._out.clear()
         self._dirty.clear()
         self._on_closed(error)

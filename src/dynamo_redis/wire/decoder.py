@@ -84,9 +84,13 @@ class _RawPayload:
         self._view[self.received_bytes : end] = data
         self.received_bytes = end
 
+    def release(self) -> None:
+        """Let go of the destination. A BytesIO that is dropped while it is exported complains (3.13)."""
+        self._view.release()
+
     def finish(self) -> list[Any]:
         """The whole frame."""
-        self._view.release()
+        self.release()
         payload: Any = self._sink.getvalue()
         if self._encoding != Encoding.BINARY:
             try:
@@ -161,10 +165,16 @@ class FrameDecoder:
                 self._fail(ProtocolViolation(f"not a frame: {exc!r}"))
         return frames
 
+    def close(self) -> None:
+        """Drop what is incomplete."""
+        self._unpacker = None  # it is in the middle of something: not to be shared again
+        if self._raw is not None:
+            self._raw.release()
+            self._raw = None
+
     def _fail(self, error: ProtocolViolation) -> None:
         self.error = error
-        self._unpacker = None  # it is in the middle of something: not to be shared again
-        self._raw = None
+        self.close()
 
     def _feed_raw(self, data: memoryview, frames: list[list[Any]]) -> memoryview:
         """Take what belongs to a raw payload; return the rest."""
