@@ -393,9 +393,13 @@ async def test_a_slow_consumer_gets_the_difference(
 ) -> None:
     monkeypatch.setattr("dynamo_redis.store.watch.QUEUE_EVENTS_COUNT", 10)
     await registry.put("a/gone", b"")
+    await registry.put("a/old", b"0")
+    await registry.put("a/unchanged", b"0")
     watch = registry.watch("a/")
     await asyncio.wait_for(anext(watch), WAIT_S)
-    await registry.put("a/same", b"0")
+    await registry.put("a/new", b"0")
+    await registry.put("a/old", b"1")
+    await registry.put("a/unchanged", b"0")
     for n in range(30):
         await registry.put("a/1", b"%d" % n)
     await registry.delete("a/gone")
@@ -407,7 +411,7 @@ async def test_a_slow_consumer_gets_the_difference(
     assert batch.resync is not None
     assert "slow consumer" in batch.resync
     assert [event.key if isinstance(event, Delete) else event.record.value for event in batch.events] == [
-        "a/gone", b"29", b"0",
+        "a/gone", b"29", b"0", b"1",
     ]  # fmt: skip
     assert batch.events[0] == Delete("a/gone", batch.revision, DeleteCause.RESYNC)
     await registry.put("a/2", b"")

@@ -171,12 +171,11 @@ class Registrations:
             prepare=prepare,
             on_lost=on_lost,
         )
-        was_stray = self._strays.pop(key, None) is not None
-        compare = Compare(key, None) if exclusive and not was_stray else None
+        self._strays.pop(key, None)
         self._writing.add(key)
         try:
             async with self._serial:
-                written = await self._write_new(entry, compare)
+                written = await self._write_new(entry)
                 entry.revision = written.revision
                 self._entries[key] = entry
         except CompareFailed as exc:
@@ -188,15 +187,17 @@ class Registrations:
             self._writing.discard(key)
         return entry
 
-    async def _write_new(self, entry: KeyRegistration, compare: Compare | None) -> Written:
-        operation = OwnedPut(entry.key, entry.value)
+    async def _write_new(self, entry: KeyRegistration) -> Written:
+        puts = [OwnedPut(entry.key, entry.value)]
+        if not entry.exclusive:
+            return await self._write(puts, [], grant=True)
         try:
-            return await self._write([operation], [compare] if compare else [], grant=True)
+            return await self._write(puts, [Compare(entry.key, None)], grant=True)
         except CompareFailed as exc:
             if exc.found is None or exc.found.lease != self._lease:
                 raise
-            # Left over from a registration of ours whose answer was lost.
-            return await self._write([operation], [Compare(entry.key, exc.found.mod_revision)], grant=True)
+            # It is ours: left over from a registration whose answer was lost.
+            return await self._write(puts, [Compare(entry.key, exc.found.mod_revision)], grant=True)
 
     async def update(
         self, entry: KeyRegistration, value: bytes, stalled_value: bytes | None = None

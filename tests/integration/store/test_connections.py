@@ -217,9 +217,9 @@ async def test_another_major_schema_is_refused_and_a_minor_one_is_not(
 @pytest.mark.parametrize(
     ("url", "says"),
     [
-        ("http://localhost", "redis://, rediss://, unix://"),
+        (f"http://:{QUOTED}@localhost", "redis://, rediss://, unix://"),
         ("localhost:6379", "redis://, rediss://, unix://"),
-        ("redis://localhost:port", "DYN_REDIS_URL"),
+        (f"redis://:{QUOTED}@localhost:port", "DYN_REDIS_URL"),
         (f"redis://:{QUOTED}@localhost:6379/3", "only database 0"),
         (f"redis://:{QUOTED}@localhost?no_such_option=1", "no_such_option"),
         ("unix://", "DYN_REDIS_URL"),

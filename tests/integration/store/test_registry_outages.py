@@ -292,6 +292,52 @@ async def test_a_registration_without_an_answer_leaves_nothing_behind(
     await view.until_state({"k/kept": b"v", "k/1": b"again"})
 
 
+async def test_an_exclusive_registration_without_an_answer_can_be_repeated(
+    dynamo_redis_url: str, open_registry: Any, open_proxy: Any, mirror: Any
+) -> None:
+    proxy = await open_proxy(dynamo_redis_url)
+    worker = await open_registry(proxy.url, timeout_s=0.5, ttl_s=5)
+    view = await mirror(await open_registry(dynamo_redis_url), "k/")
+    worker._registrations._remove_strays = _do_nothing  # too late to help
+    proxy.swallow_answers = True
+    with pytest.raises(StoreUnavailable):
+        await worker.register("k/1", b"v", exclusive=True)
+    await view.until(lambda: "k/1" in view.state)
+    proxy.swallow_answers = False
+    proxy.cut()
+    await worker.register("k/1", b"again", exclusive=True)
+    await view.until_state({"k/1": b"again"})
+
+
+async def _do_nothing(*_: object) -> None:
+    pass
+
+
+async def test_a_key_deleted_while_its_owner_was_away_stays_deleted(
+    dynamo_redis_url: str, dynamo_redis_prefix: str, open_registry: Any, open_proxy: Any, mirror: Any
+) -> None:
+    proxy = await open_proxy(dynamo_redis_url)
+    worker = await open_registry(proxy.url, timeout_s=0.5, ttl_s=5)
+    other = await open_registry(dynamo_redis_url)
+    view = await mirror(other, "k/")
+    lost: list[str] = []
+    await worker.register("k/1", b"v", on_lost=lost.append)
+    await worker.register("k/2", b"v")
+    proxy.refuse = True
+    proxy.cut()
+    await other.delete("k/1")
+    await other.put("k/3", b"w")
+    # Nor can the log tell the owner.
+    await other._client.execute("XTRIM", RegistryKeys(dynamo_redis_prefix).log, "MAXLEN", 1)
+    proxy.refuse = False
+    async with asyncio.timeout(5):
+        while not lost:
+            await asyncio.sleep(0.01)
+    assert lost == ["deleted"]
+    await asyncio.sleep(0.5)
+    assert view.state == {"k/2": b"v", "k/3": b"w"}
+
+
 async def test_an_update_without_an_answer_is_repaired(
     dynamo_redis_url: str, open_registry: Any, open_proxy: Any, mirror: Any
 ) -> None:
@@ -393,6 +439,28 @@ async def test_a_failover_that_loses_the_tail_is_repaired(
     records = {record.key: record for record in (await watcher.get_prefix("")).records}
     assert {key: record.value for key, record in records.items()} == view.state
     assert records["i/new"].lease == worker.lease_id
+
+
+async def test_a_failover_after_which_nothing_happens_is_noticed(
+    dynamo_redis_prefix: str,
+    own_redis_server: EmbeddedServer,
+    replica: EmbeddedServer,
+    open_registry: Any,
+    open_proxy: Any,
+    mirror: Any,
+) -> None:
+    proxy = await open_proxy(own_redis_server.url)
+    watcher = await open_registry(proxy.url)
+    view = await mirror(watcher, "")
+    await watcher.put("free/kept", b"v")
+    await _replicated(own_redis_server, replica, RegistryKeys(dynamo_redis_prefix).log)
+    await _promote(replica)
+    await watcher.put("free/lost", b"v")
+    await view.until_state({"free/kept": b"v", "free/lost": b"v"})
+    proxy.target = replica.url
+    proxy.cut()
+    await view.until_state({"free/kept": b"v"})
+    assert view.resyncs == ["the registry's history was rewound"]
 
 
 async def test_a_lost_write_is_found_by_the_keepalive_alone(
