@@ -18,6 +18,7 @@ from starlette.applications import Starlette
 from dynamo_redis.config import FrontendSettings, user_model_cache
 from dynamo_redis.errors import ConfigError
 from dynamo_redis.frontend.app import make_app
+from dynamo_redis.frontend.http_protocol import HttpProtocol
 from dynamo_redis.frontend.models import LiveModels
 from dynamo_redis.frontend.prompts import Preparation
 from dynamo_redis.runtime.runtime import DistributedRuntime
@@ -25,6 +26,9 @@ from dynamo_redis.runtime.runtime import DistributedRuntime
 log = logging.getLogger(__name__)
 
 BACKLOG = 2048
+
+KEEP_ALIVE_S = 75
+"""How long an idle connection stays open: longer than clients' pools and proxies keep theirs."""
 
 
 async def serve_frontend(
@@ -145,12 +149,14 @@ async def run_server(
     server = _Server(
         uvicorn.Config(
             app,
-            http="httptools",
+            http=HttpProtocol,
             ws="none",
             lifespan="off",
             log_config=None,
             access_log=False,
             server_header=False,
+            proxy_headers=False,  # nothing here depends on a client's address
+            timeout_keep_alive=KEEP_ALIVE_S,
             backlog=BACKLOG,
             timeout_graceful_shutdown=max(1, round(drain_s)),
         )

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from dynamo_redis.errors import ConfigError
-from dynamo_redis.frontend import server
+from dynamo_redis.frontend import http_protocol, server
 from dynamo_redis.frontend.server import bind, model_cache, url_of
 
 
@@ -55,11 +55,11 @@ async def test_small_events_do_not_wait_for_more(open_frontend: Any, monkeypatch
     assert transport_socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
-async def test_signals_stay_the_runtimes(frontend: Any) -> None:
+async def test_signals_stay_the_runtimes(open_frontend: Any) -> None:
     """uvicorn would take them, and end the process in its own way."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        handler = signal.getsignal(number)
-        assert "uvicorn" not in repr(handler)
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    await open_frontend()
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 async def test_health_tells_who_serves(frontend: Any) -> None:
@@ -114,3 +114,45 @@ async def test_model_files_go_where_they_can(tmp_path: Path, monkeypatch: pytest
     with model_cache(None) as directory:
         assert directory.is_dir()
     assert not directory.exists()
+
+
+async def send_raw(url: str, content: bytes) -> bytes:
+    """Send bytes and read until the server closes."""
+    host, port = url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(content)
+    answer = await reader.read()
+    writer.close()
+    return answer
+
+
+async def test_what_is_not_http_is_refused(frontend: Any) -> None:
+    answer = await send_raw(frontend.url, b"\x16\x03\x01\x02\x00 hello\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert b'{"error": {"message": "Invalid HTTP request received."' in answer
+
+
+async def test_headers_without_end_are_refused(frontend: Any) -> None:
+    host, port = frontend.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"GET /live HTTP/1.1\r\nHost: x\r\nX-Endless: ")
+    answer = asyncio.create_task(reader.readline())
+    while not answer.done():
+        writer.write(b"x" * 1024)
+        await asyncio.sleep(0.001)
+    assert (await answer).startswith(b"HTTP/1.1 431 ")
+    writer.close()
+    assert (await frontend.http.get("/live")).status_code == 200
+
+
+async def test_a_client_that_sends_no_request_is_let_go(
+    open_frontend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_protocol, "HEAD_TIMEOUT_S", 0.1)
+    frontend = await open_frontend()
+    for beginning in (b"", b"GET /live HT", b"GET /live HTTP/1.1\r\nHost: x\r\n\r\nGET /li"):
+        assert b"HTTP/1.1 408 " in await send_raw(frontend.url, beginning)
+    # Once its head is here a request may take longer.
+    frontend.worker.script = frontend.worker.says("one two three four", pause_s=0.1)
+    response = await frontend.http.post("/v1/completions", json={"model": "demo", "prompt": "x"})
+    assert response.status_code == 200
