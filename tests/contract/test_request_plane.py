@@ -422,6 +422,23 @@ async def test_an_answer_may_end_before_its_request_stream(deployed: Deployment)
     await asyncio.wait_for(ended.wait(), 2)
 
 
+async def test_a_source_that_waits_ends_with_the_answer(deployed: Deployment) -> None:
+    ended = asyncio.Event()
+
+    async def source() -> AsyncIterator[int]:
+        try:
+            await asyncio.Event().wait()
+            yield 1
+        finally:
+            ended.set()
+
+    async def handler(messages: AsyncIterator[int], _: Context) -> int:
+        return await anext(messages)
+
+    assert await deployed.ask(deployed.serve(handler, request_stream=True), 5, messages=source()) == [5]
+    await asyncio.wait_for(ended.wait(), 2)
+
+
 async def test_what_the_source_raises_reaches_the_reader_and_kills_the_request(deployed: Deployment) -> None:
     killed = asyncio.Event()
 
@@ -740,6 +757,25 @@ async def test_a_handler_that_ignores_its_cancellation_reaches_nobody(deployed: 
     async with deployed.open(deployed.serve(handler)) as stream:
         assert await anext(stream) == 1
     await eventually(lambda: deployed.server.in_flight_count == 0)
+
+
+async def test_a_killed_handler_has_cleaned_up_before_it_counts_as_ended(deployed: Deployment) -> None:
+    clean = False
+
+    async def handler(_: Any, __: Context) -> AsyncIterator[int]:
+        nonlocal clean
+        try:
+            for number in range(10_000):
+                yield number
+        finally:
+            await asyncio.sleep(0.05)
+            clean = True
+
+    async with deployed.open(deployed.serve(handler)) as stream:
+        assert await anext(stream) == 0
+        await asyncio.sleep(0.02)  # it waits for its reader now
+    await eventually(lambda: deployed.server.in_flight_count == 0)
+    assert clean
 
 
 # --------------------------------------------------------------------------- deadlines
