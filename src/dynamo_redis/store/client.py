@@ -90,6 +90,7 @@ class RedisClient:
         )
         self._pool = pool
         self._redis = _raw(redis.asyncio.Redis(connection_pool=pool))
+        self._closed = False
 
     def __repr__(self) -> str:
         return f"<RedisClient {self.address}>"
@@ -118,6 +119,7 @@ class RedisClient:
 
     async def execute(self, *command: Argument) -> Any:
         """Run one command once; answer the raw reply. Raises StoreError."""
+        self._check_open()
         try:
             async with asyncio.timeout(self.timeout_s):
                 return await self._redis.execute_command(*command)
@@ -129,6 +131,7 @@ class RedisClient:
 
         NOSCRIPT means that nothing ran, so the second attempt is no repetition. Raises StoreError.
         """
+        self._check_open()
         try:
             async with asyncio.timeout(self.timeout_s):
                 try:
@@ -146,6 +149,7 @@ class RedisClient:
         Not atomic unless `transaction`. Raises StoreError for the first command that failed; the others
         may have run.
         """
+        self._check_open()
         pipe = self._redis.pipeline(transaction=transaction)
         for command in commands:
             pipe.execute_command(*command)
@@ -166,8 +170,13 @@ class RedisClient:
                 return
 
     async def aclose(self) -> None:
-        """Close the pool. Never raises for a dead server."""
+        """Close the pool; later calls raise StoreUnavailable. Never raises for a dead server."""
+        self._closed = True
         await _close(self._redis, self._pool)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StoreUnavailable(f"the connection to Redis at {self.address} has been closed")
 
     # ------------------------------------------------------------------ other connections
 
@@ -260,8 +269,8 @@ class BlockingConnection:
                 connection = await self._pool.get_connection()
                 try:
                     await connection.send_command(*command)
-                    # The socket's own time-out is for connecting; this read is bounded by `limit_s`.
-                    reply = await connection.read_response(timeout=float("inf"))
+                    # Not the socket's own time-out, and one that never passes: `limit_s` does first.
+                    reply = await connection.read_response(timeout=limit_s + 1.0)
                 finally:
                     await self._pool.release(connection)
                 return reply

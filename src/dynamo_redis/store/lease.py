@@ -119,7 +119,8 @@ class Keepalive:
         self._lease = lease
         self._chain = chain
         self._ttl_s = ttl_s
-        self._loop_stall_s = loop_stall_s
+        # Below a TTL a hang is nothing to give up for; 0 means never.
+        self._loop_stall_s = max(loop_stall_s, ttl_s) if loop_stall_s else float("inf")
         self._on_disturbance = on_disturbance
         self._stalled_values = stalled_values
         self._incarnation = ""

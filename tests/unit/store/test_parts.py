@@ -87,6 +87,19 @@ async def test_a_client_shows_where_it_connects_and_no_secret(url: str, address:
     await client.aclose()
 
 
+async def test_a_closed_client_stays_closed() -> None:
+    client = RedisClient("redis://127.0.0.1:1", timeout_s=1.0)
+    await client.aclose()
+    await client.aclose()
+    for call in (
+        client.execute("PING"),
+        client.script(load_script("registry_tick"), []),
+        client.pipeline([]),
+    ):
+        with pytest.raises(StoreUnavailable, match="has been closed"):
+            await call
+
+
 # --------------------------------------------------------------------------- keys and scripts
 
 
