@@ -38,7 +38,15 @@ _MARK = "DYNAMO_REDIS_TEST_MARK"
 class Program:
     """A run of the program, with its output and every process it has started."""
 
-    def __init__(self, arguments: list[str], env: dict[str, str], directory: Path) -> None:
+    def __init__(
+        self,
+        arguments: list[str],
+        env: dict[str, str],
+        directory: Path,
+        output: tuple[int, int] | None = None,
+    ) -> None:
+        """`output`: where stdout goes instead of a file, as (descriptor to read, descriptor to write)."""
+        self.reader = -1 if output is None else output[0]
         self.mark = secrets.token_hex(8)
         self._temporary = env["TMPDIR"]
         self._out = directory / f"{self.mark}.out"
@@ -47,11 +55,13 @@ class Program:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "dynamo_redis", *arguments],
                 stdin=subprocess.DEVNULL,
-                stdout=out,
+                stdout=out if output is None else output[1],
                 stderr=err,
                 env={**env, _MARK: self.mark},
                 cwd=directory,
             )
+        if output is not None:
+            os.close(output[1])
 
     @property
     def out(self) -> str:
@@ -130,8 +140,8 @@ def start(env: dict[str, str], tmp_path: Path) -> Iterator[Start]:
     """Start the program with these arguments; what is left at the end of the test is killed."""
     started: list[Program] = []
 
-    def run(*arguments: str, **settings: str) -> Program:
-        program = Program(list(arguments), {**env, **settings}, tmp_path)
+    def run(*arguments: str, output: tuple[int, int] | None = None, **settings: str) -> Program:
+        program = Program(list(arguments), {**env, **settings}, tmp_path, output)
         started.append(program)
         return program
 
@@ -389,6 +399,19 @@ def test_on_a_terminal_there_is_a_live_line(env: dict[str, str], tmp_path: Path)
     assert re.search(r"curl http://\S+/v1/chat/completions -H .* -d '\{.*\}'\r\n", seen), "one line, to copy"
     line = r"● serving  ·  1/1 workers  ·  model demo  ·  up \d+s  ·  Ctrl-C stops"
     assert re.search(line, without_style(seen))
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_without_a_reader_it_still_stops_in_order(terminal: bool, start: Start) -> None:
+    program = start(*up("--workers", "1"), output=pty.openpty() if terminal else os.pipe())
+    until(lambda: len(program.services("worker")) == 1)
+    seen = ""
+    while "Ctrl-C stops everything" not in seen:
+        seen += os.read(program.reader, 1 << 16).decode(errors="replace")
+    os.close(program.reader)
+    assert program.stop() <= STOP_WITHIN_S
+    assert program.process.returncode == 0
+    assert program.processes() == []
 
 
 def without_style(drawn: str) -> str:

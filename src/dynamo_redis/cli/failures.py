@@ -42,7 +42,7 @@ def report(exc: BaseException) -> int:
         case KeyboardInterrupt() | click.Abort():
             return INTERRUPTED
         case BrokenPipeError():
-            _discard_output()
+            discard_output()
             return BROKEN_PIPE
         case click.exceptions.NoArgsIsHelpError():
             say(exc.format_message(), prefix="")
@@ -99,6 +99,6 @@ def _debugging() -> bool:
         return False
 
 
-def _discard_output() -> None:
+def discard_output() -> None:
     """Point stdout at nothing, so that the interpreter's last flush finds no broken pipe."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from dynamo_redis.cli.failures import discard_output
 from dynamo_redis.cli.formats import human_duration, printable
 from dynamo_redis.cli.output import print_line
 
@@ -55,7 +57,10 @@ class Status:
 
 
 class Display(Protocol):
-    """Where `up` writes: lines of the services, lines of its own, and a status that replaces the last one."""
+    """Where `up` writes: lines of the services, lines of its own, and a status that replaces the last one.
+
+    No method raises when nobody reads any more: what runs goes on, and must still be stopped in order.
+    """
 
     def notice(self, line: str) -> None: ...
     def log(self, service: str, line: str) -> None: ...
@@ -70,16 +75,20 @@ class PlainDisplay:
         self._shown: Status | None = None
 
     def notice(self, line: str) -> None:
-        print_line(line)
+        try:
+            print_line(line)
+        except OSError:
+            discard_output()
 
     def log(self, service: str, line: str) -> None:
-        sys.stderr.write(f"{service} | {line}\n")
-        sys.stderr.flush()
+        with suppress(OSError):
+            sys.stderr.write(f"{service} | {line}\n")
+            sys.stderr.flush()
 
     def status(self, status: Status) -> None:
         if status != self._shown:
             self._shown = status
-            print_line(f"status: {', '.join([status.headline, *status.details()])}")
+            self.notice(f"status: {', '.join([status.headline, *status.details()])}")
 
     def close(self) -> None:
         """Nothing to restore."""
@@ -102,13 +111,15 @@ class LiveDisplay:
             self._plain.notice(line)
         else:
             # Without wrapping, so that a line can be copied as it is.
-            self._live.console.print(line, soft_wrap=True)
+            with suppress(OSError):
+                self._live.console.print(line, soft_wrap=True)
 
     def log(self, service: str, line: str) -> None:
         if self._live is None:
             self._plain.log(service, line)
         else:
-            self._live.console.print(f"{service} | {printable(line)}", style="dim", soft_wrap=True)
+            with suppress(OSError):
+                self._live.console.print(f"{service} | {printable(line)}", style="dim", soft_wrap=True)
 
     def status(self, status: Status) -> None:
         self._status = status
@@ -120,12 +131,14 @@ class LiveDisplay:
             self._live = Live(
                 get_renderable=self._render, console=console, refresh_per_second=2, transient=True
             )
-            self._live.start()
+            with suppress(OSError):
+                self._live.start()
 
     def close(self) -> None:
         """Take the line away."""
         if self._live is not None:
-            self._live.stop()
+            with suppress(OSError):
+                self._live.stop()
             self._live = None
 
     def _render(self) -> Text:

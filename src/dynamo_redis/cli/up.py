@@ -156,9 +156,9 @@ class _Up:
     def _stop(self) -> None:
         if self._stopping.is_set():
             self._deployment.kill()  # asked twice: do not wait for requests under way
-        else:
-            self._display.notice("Stopping.")
+            return
         self._stopping.set()
+        self._display.notice("Stopping.")
 
     async def _work(self) -> None:
         await self._deployment.start()
