@@ -7,6 +7,8 @@ The registry and its watch tell the truth at once; this view is careful with it:
 * An instance that *expired* is forgotten too, and its pending requests fail, retryable. But when at least
   two, and at least half of the endpoint's, go that way within one lease TTL, the registry is the likelier
   culprit: they become *suspects*, chosen last, probed at once, dropped on refusal or a second of silence.
+* An instance that is missing after a *resync* is a suspect even if it is the only one: nobody deleted it, the
+  registry lost its history.
 * An instance that refuses a request is marked *down* here, long before its lease ends, and probed until it
   answers. It is chosen only if no other is left.
 """
@@ -218,7 +220,7 @@ class EndpointView:
                 if member is not None:
                     lost.append(member)
         if lost:
-            self._lose(lost)
+            self._lose(lost, history_lost=batch.resync is not None)
         self._rebuild()
 
     def _put(self, record: Record) -> None:
@@ -263,7 +265,7 @@ class EndpointView:
                 self._dismiss(member)
         return None
 
-    def _lose(self, lost: list[Member]) -> None:
+    def _lose(self, lost: list[Member], *, history_lost: bool) -> None:
         now = self._clock.monotonic()
         for instance_id, (_, at) in tuple(self._losses.items()):
             if now - at > self._lease_ttl_s:
@@ -271,7 +273,7 @@ class EndpointView:
         for member in lost:
             self._losses[member.instance_id] = (member, now)
         total = len(self._members.keys() | self._losses.keys())
-        if len(self._losses) >= 2 and 2 * len(self._losses) >= total:
+        if history_lost or (len(self._losses) >= 2 and 2 * len(self._losses) >= total):
             self._suspect([member for member, _ in self._losses.values()])
             return
         for member in lost:

@@ -80,7 +80,7 @@ async def test_a_deliberate_delete_lets_requests_finish(bench: Bench) -> None:
     del call
 
 
-@pytest.mark.parametrize("cause", [EXPIRED, REVOKED, RESYNC])
+@pytest.mark.parametrize("cause", [EXPIRED, REVOKED])
 async def test_one_lost_instance_fails_what_is_pending_on_it(bench: Bench, cause: DeleteCause) -> None:
     bench.register(1, 2, 3)
     bench.plane.scripts[1] = [None]
@@ -128,10 +128,17 @@ async def test_losses_far_apart_do_not_add_up(bench: Bench) -> None:
     assert bench.known() == {3}
 
 
-async def test_a_single_instance_is_never_a_suspect(bench: Bench) -> None:
+async def test_a_single_instance_that_expires_is_gone(bench: Bench) -> None:
     bench.register(1)
     bench.view.apply(batch(gone(1, EXPIRED)))
     assert bench.known() == set()
+
+
+async def test_a_single_instance_survives_an_emptied_registry(bench: Bench) -> None:
+    bench.register(1)
+    bench.view.apply(batch(gone(1, RESYNC), resync="incarnation changed"))
+    call = await bench.client.generate("q", annotated=False)
+    assert [item async for item in call] == [1]
 
 
 async def test_deliberate_deletes_make_no_suspects(bench: Bench) -> None:
