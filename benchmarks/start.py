@@ -207,7 +207,7 @@ async def with_server(directory: Path, arguments: argparse.Namespace) -> list[Ro
     try:
         ours, rivals = await asyncio.to_thread(throughput, server.url, rounds, arguments.requests)
         listed, pings = await discovery(server.url, rounds)
-        with up("--speedup-ratio", "0", "--redis-url", server.url, "--prefix", "bench-load") as url:
+        with up("--speedup-ratio", "0", "--redis-url", server.url, "--redis-prefix", "bench-load") as url:
             load = await redis_load(server.url, url, rounds)
     finally:
         await server.stop()
