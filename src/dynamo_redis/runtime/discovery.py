@@ -247,7 +247,7 @@ class EndpointView:
             # The same id at another address or with another secret: a new process. Nothing of the old
             # one's state carries over, and what waits for it will wait in vain.
             self._members[instance.instance_id] = Member(instance, target)
-            self._dismiss(known)
+            self._dismiss(known, is_over=True)
         else:
             known.instance = instance
             known.state = State.UP
@@ -262,7 +262,7 @@ class EndpointView:
                 return member
             del self._members[member.instance_id]
             if event.cause is DeleteCause.REVOKED:
-                self._dismiss(member)
+                self._dismiss(member, is_over=True)
         return None
 
     def _lose(self, lost: list[Member], *, history_lost: bool) -> None:
@@ -294,11 +294,14 @@ class EndpointView:
             self._members[member.instance_id] = member
             self._spawn(self._probe_suspect(member))
 
-    def _dismiss(self, member: Member) -> None:
+    def _dismiss(self, member: Member, *, is_over: bool = False) -> None:
+        """Fail what waits for a first item. What is being answered ends with its connection, which the
+        plane watches, unless the process `is_over`: an expired one may just have lost its Redis."""
         member.fail_pending(
             InstanceRemoved(f"instance {member.instance_id:x} of {self.name} left the registry")
         )
-        self._plane_client.forget(member.target)
+        if is_over:
+            self._plane_client.forget(member.target)
 
     def _rebuild(self) -> None:
         candidates = [m for m in self._members.values() if m.state is State.UP and m.instance.ready]

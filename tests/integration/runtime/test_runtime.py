@@ -289,3 +289,16 @@ async def test_a_foreign_discovery_backend_is_accepted(
     settings = Settings.load(redis_url=dynamo_redis_url)
     runtime = DistributedRuntime(asyncio.get_running_loop(), "etcd", "tcp", settings=settings)
     await runtime.aclose()
+
+
+async def test_an_expired_worker_finishes_the_answer_it_is_giving(open_runtime: OpenRuntime) -> None:
+    """A worker that lost its Redis, and with it its lease, still has its callers."""
+    worker = await open_runtime(lease_ttl_s=1)
+    await serve(worker, Counter(pause_s=0.02).generate)
+    client = await client_of(await open_runtime(), 1)
+    call = await client.generate(100, annotated=False)
+    assert await anext(call) == "0"
+    keepalive = worker.registry._keepalive  # type: ignore[attr-defined]
+    await keepalive.aclose()
+    await until(lambda: client.instance_ids() == [])
+    assert len(await collect(call)) == 99
