@@ -191,13 +191,17 @@ async def test_a_paged_snapshot_is_one_moment(
     state: dict[str, bytes] = {}
 
     async def record(watch: Any) -> None:
+        first = await anext(watch)  # one moment, whatever its records' own revisions are
+        state.update((event.record.key, event.record.value) for event in first.events)
+        history[first.revision] = dict(state)
         async for batch in watch:
+            assert batch.resync is None
             for event in batch.events:
                 if isinstance(event, Put):
                     state[event.record.key] = event.record.value
                     history[event.record.mod_revision] = dict(state)
                 else:
-                    state.pop(event.key, None)
+                    del state[event.key]
                     history[event.revision] = dict(state)
 
     for n in range(60):
