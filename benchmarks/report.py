@@ -59,7 +59,7 @@ def machine() -> str:
 
 def report(suite: str, rows: Sequence[Row], conditions: Sequence[str]) -> None:
     """Print the table and write the results."""
-    console = Console()
+    console = Console(width=max(150, Console().width))
     table = Table(title=f"suite {suite}", caption="\n".join([*conditions, machine()]), caption_justify="left")
     for column in ("id", "what", "ours", "rival", "ratio", "must", "aim", "reached", "rounds"):
         table.add_column(column)
