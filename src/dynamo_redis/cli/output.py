@@ -21,7 +21,9 @@ PROGRESS_FROM_BYTES = 4 << 20
 
 _WIDTH_OF_A_PIPE = 10_000  # nothing is cut short for a program that reads along
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs: a list (watch: an object a line).")
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print JSON for programs: a list; in watch, an object a line."
+)
 
 
 def print_line(text: str) -> None:

@@ -78,7 +78,8 @@ async def test_an_id_can_be_used_again(open_runtime: OpenRuntime) -> None:
     leader, worker = await open_runtime(), await open_runtime()
     for round_ in range(2):
         lead, join = LeaderBarrier("group", 1, 5), WorkerBarrier("group", "a", 5)
-        results = await asyncio.gather(lead.sync(leader.registry, round_), join.sync(worker.registry))
-        assert results == [["a"], round_]
+        workers, data = await asyncio.gather(lead.sync(leader.registry, round_), join.sync(worker.registry))
+        assert workers == ["a"]
+        assert data == round_
         await join.aclose()
         await lead.aclose()

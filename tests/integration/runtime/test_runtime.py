@@ -93,7 +93,8 @@ async def test_the_record_stands_as_long_as_the_worker(open_runtime: OpenRuntime
     (record,) = (await caller.registry.get_prefix(INSTANCES)).records
     stored = json.loads(record.value)
     assert stored["type"] == "Endpoint"
-    assert stored["instance_id"] == worker.instance_id == record.lease
+    assert stored["instance_id"] == int(worker.instance_id)
+    assert record.lease == worker.registry.lease_id
     assert stored["transport"]["tcp"].endswith(f"/{worker.instance_id:x}/dynamo/backend/generate")
     await worker.aclose()
     assert (await caller.registry.get_prefix(INSTANCES)).records == ()
@@ -150,7 +151,8 @@ async def test_no_request_fails_while_workers_come_and_go(open_runtime: OpenRunt
     for _ in range(5):
         coming = await open_runtime()
         await serve(coming, Counter().generate)
-        await until(lambda id_=coming.instance_id: id_ in client.instance_ids())
+        while coming.instance_id not in client.instance_ids():
+            await asyncio.sleep(0.005)
         await asyncio.sleep(0.02)
         await coming.aclose()
     stop = True
