@@ -98,10 +98,13 @@ def body_too_large(limit_bytes: int) -> ApiError:
 
 
 def context_length_exceeded(
-    prompt_tokens: int, max_tokens: int | None, context_length: int, param: str
+    prompt_tokens: int, max_tokens: int | None, context_length: int, param: str, *, at_least: bool = False
 ) -> ApiError:
-    """400 for a prompt, or a prompt and its `max_tokens`, that the model's context cannot hold."""
-    wanted = f"{prompt_tokens} tokens in the prompt"
+    """400 for a prompt, or a prompt and its `max_tokens`, that the model's context cannot hold.
+
+    `at_least`: the prompt was not counted to its end.
+    """
+    wanted = f"{'at least ' if at_least else ''}{prompt_tokens} tokens in the prompt"
     if max_tokens is not None:
         wanted = f"{prompt_tokens + max_tokens} tokens ({wanted}, {max_tokens} in the completion)"
     return ApiError(

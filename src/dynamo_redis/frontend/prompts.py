@@ -15,6 +15,11 @@ from dynamo_redis.runtime.llm_protocol import GenerateRequest, SamplingOptions, 
 INLINE_BYTES = 1024
 """Bodies up to this size (at most some 200 tokens, under a millisecond) are tokenized on the event loop."""
 
+PROBE_CHARS = 8
+"""A text longer than this for each token of the context is first tokenized up to there. Tokenizing takes some
+50 bytes a byte of text, so that a body at its limit would take gigabytes only to be refused."""
+_PROBE_SLACK_TOKENS = 64  # where a text is cut, its last token can fall into several
+
 _SAMPLING = (
     "temperature",
     "top_p",
@@ -82,12 +87,25 @@ def _tokenize_chat(model: LoadedModel, body: ChatBody) -> list[int]:
         continue_final_message=bool(body.continue_final_message),
         **variables,
     )
-    return model.tokenizer.encode(text)
+    return _encode(model, body, text)
+
+
+def _encode(
+    model: LoadedModel, body: CompletionOptions, text: str, *, add_special_tokens: bool = False
+) -> list[int]:
+    """Token ids of a text. Raises ApiError for one whose beginning alone fills the context."""
+    start = text[: PROBE_CHARS * model.context_length]
+    if len(start) < len(text):
+        count = len(model.tokenizer.encode(start)) - _PROBE_SLACK_TOKENS
+        if count > model.context_length:
+            raise _too_long(body, count, None, model.context_length, at_least=True)
+    return model.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
 
 def _tokenize_text(model: LoadedModel, body: TextBody, prompt: str | list[int], index: int) -> list[int]:
     if isinstance(prompt, str):
-        token_ids = model.tokenizer.encode(prompt, add_special_tokens=body.add_special_tokens is not False)
+        special = body.add_special_tokens is not False
+        token_ids = _encode(model, body, prompt, add_special_tokens=special)
         if not token_ids:
             raise invalid("The prompt is empty.", "prompt")
         return token_ids
@@ -147,8 +165,13 @@ def _stop_conditions(prompt: list[int], model: LoadedModel, body: CompletionOpti
 
 
 def _too_long(
-    body: CompletionOptions, prompt_tokens: int, wanted: int | None, context_length: int
+    body: CompletionOptions,
+    prompt_tokens: int,
+    wanted: int | None,
+    context_length: int,
+    *,
+    at_least: bool = False,
 ) -> ApiError:
     prompt_field = "messages" if isinstance(body, ChatBody) else "prompt"
     param = "max_tokens" if wanted is not None else prompt_field
-    return context_length_exceeded(prompt_tokens, wanted, context_length, param)
+    return context_length_exceeded(prompt_tokens, wanted, context_length, param, at_least=at_least)

@@ -12,6 +12,7 @@ import openai
 import pytest
 
 from dynamo_redis import errors
+from dynamo_redis.frontend.prompts import PROBE_CHARS
 from dynamo_redis.planes.context import Context
 from dynamo_redis.runtime.llm_protocol import GenerateRequest
 
@@ -82,6 +83,26 @@ async def test_a_prompt_longer_than_the_context_is_refused(frontend: Any) -> Non
             model="demo", prompt=[5] * (context_length - 1), max_tokens=2
         )
     assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "max_tokens")
+
+
+async def test_a_text_far_beyond_the_context_is_refused_by_its_beginning(
+    frontend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = frontend.models.get("demo").loaded
+    encode = model.tokenizer.encode
+    sizes: list[int] = []
+
+    def counting(_: object, text: str, **options: Any) -> list[int]:
+        sizes.append(len(text))
+        token_ids: list[int] = encode(text, **options)
+        return token_ids
+
+    monkeypatch.setattr(type(model.tokenizer), "encode", counting)
+    with pytest.raises(openai.BadRequestError) as caught:
+        await frontend.client.completions.create(model="demo", prompt="word " * 4_000_000)
+    assert caught.value.code == "context_length_exceeded"
+    assert "at least" in caught.value.message
+    assert sizes == [PROBE_CHARS * model.context_length]
 
 
 async def test_an_unknown_model_is_not_found(frontend: Any) -> None:
