@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import secrets
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,11 +74,12 @@ async def digest_of(content: bytes, whole: hashlib._Hash) -> str:
     return compute() if len(content) <= _INLINE_BYTES else await run_sync(compute)
 
 
-class WholeReads:
+class WholeReads(ABC):
     """`get`, `read` and `fetch`, over a store's `_open`."""
 
+    @abstractmethod
     async def _open(self, bucket: str, name: str) -> tuple[ObjectInfo, AsyncGenerator[bytes]]:
-        raise NotImplementedError
+        """An object, and its chunks, verified one by one. Raises ObjectNotFound."""
 
     async def get(self, bucket: str, name: str) -> AsyncIterator[bytes]:
         """As `ObjectStore.get`."""

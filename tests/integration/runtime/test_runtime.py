@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -286,10 +287,12 @@ def test_unknown_settings_are_named() -> None:
 
 
 async def test_a_foreign_discovery_backend_is_accepted(
-    open_runtime: OpenRuntime, dynamo_redis_url: str
+    dynamo_redis_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = Settings.load(redis_url=dynamo_redis_url)
-    runtime = DistributedRuntime(asyncio.get_running_loop(), "etcd", "tcp", settings=settings)
+    with caplog.at_level(logging.INFO):
+        runtime = DistributedRuntime(asyncio.get_running_loop(), "etcd", "tcp", settings=settings)
+    assert "discovery here is Redis" in caplog.text
     await runtime.aclose()
 
 
