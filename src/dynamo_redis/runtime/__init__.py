@@ -2,7 +2,7 @@
 
 from dynamo_redis.planes.context import Context
 from dynamo_redis.runtime.annotated import Annotated
-from dynamo_redis.runtime.client import Client
+from dynamo_redis.runtime.client import Call, Client
 from dynamo_redis.runtime.endpoint import Component, Endpoint, Namespace
 from dynamo_redis.runtime.handlers import dynamo_endpoint
 from dynamo_redis.runtime.instance import Instance
@@ -13,6 +13,7 @@ from dynamo_redis.runtime.worker import dynamo_worker
 
 __all__ = [
     "Annotated",
+    "Call",
     "Client",
     "Component",
     "Context",

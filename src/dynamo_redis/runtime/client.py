@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Any, Self
 
 from dynamo_redis.errors import (
@@ -74,31 +74,29 @@ class Client:
         context: Context | None = None,
         *,
         among: Collection[int] | None = None,
-    ) -> AsyncIterator[Any]:
+    ) -> Call:
         """Call an instance chosen by the client's router mode; one of the ids in `among`, if given."""
         return Call(self, self._default, request, bool(annotated), context, among)
 
     async def round_robin(
         self, request: Any, annotated: bool | None = True, context: Context | None = None
-    ) -> AsyncIterator[Any]:
+    ) -> Call:
         """Call the next instance in turn."""
         return Call(self, self._policies["round_robin"], request, bool(annotated), context)
 
     async def random(
         self, request: Any, annotated: bool | None = True, context: Context | None = None
-    ) -> AsyncIterator[Any]:
+    ) -> Call:
         """Call any instance."""
         return Call(self, self._policies["random"], request, bool(annotated), context)
 
-    async def p2c(
-        self, request: Any, annotated: bool | None = True, context: Context | None = None
-    ) -> AsyncIterator[Any]:
+    async def p2c(self, request: Any, annotated: bool | None = True, context: Context | None = None) -> Call:
         """Call the less loaded of two random instances."""
         return Call(self, self._policies["p2c"], request, bool(annotated), context)
 
     async def least_loaded(
         self, request: Any, annotated: bool | None = True, context: Context | None = None
-    ) -> AsyncIterator[Any]:
+    ) -> Call:
         """Call the instance with the fewest requests of this process under way."""
         return Call(self, self._policies["least_loaded"], request, bool(annotated), context)
 
@@ -108,7 +106,7 @@ class Client:
         instance_id: int,
         annotated: bool | None = True,
         context: Context | None = None,
-    ) -> AsyncIterator[Any]:
+    ) -> Call:
         """Call one instance, and no other if it fails. Raises NoInstances if it is not known."""
         return Call(self, Only(instance_id), request, bool(annotated), context)
 
@@ -192,7 +190,10 @@ def _select(
 
 
 class Call:
-    """One request and its answer, across the instances it is tried on."""
+    """One request and its answer, across the instances it is tried on. Iterate it once, from one task.
+
+    `aclose`, or leaving `async with`, ends it early; the worker is told to kill the request.
+    """
 
     __slots__ = (
         "_among",
