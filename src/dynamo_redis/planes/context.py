@@ -84,6 +84,28 @@ class Context:
         """The W3C trace context that the request came with."""
         return self._traceparent
 
+    @property
+    def trace_id(self) -> str | None:
+        """The trace the request belongs to, 32 hex digits; None without a (valid) trace context."""
+        return self._trace_part(1, 32)
+
+    @property
+    def span_id(self) -> str | None:
+        """The caller's span within the trace, 16 hex digits; None without a (valid) trace context."""
+        return self._trace_part(2, 16)
+
+    def trace_headers(self) -> dict[str, str] | None:
+        """W3C trace headers to hand on to an engine; None without a trace context."""
+        return None if self._traceparent is None else {"traceparent": self._traceparent}
+
+    def _trace_part(self, index: int, length: int) -> str | None:
+        parts = (self._traceparent or "").split("-")
+        return parts[index] if len(parts) >= 4 and len(parts[index]) == length else None
+
+    def detached(self, id: str) -> Context:  # noqa: A002 - the name users of dynamo.runtime know
+        """A context of its own cancellation and id, with this one's trace and a copy of its metadata."""
+        return Context(id, dict(self._metadata or {}), traceparent=self._traceparent)
+
     def remaining_s(self) -> float | None:
         """Seconds until the deadline (negative once passed), or None without one."""
         return None if self.deadline is None else self.deadline - time.monotonic()

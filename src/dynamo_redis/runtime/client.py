@@ -108,6 +108,10 @@ class Client:
         context: Context | None = None,
     ) -> Call:
         """Call one instance, and no other if it fails. Raises NoInstances if it is not known."""
+        if self._view.get(instance_id) is None:
+            raise NoInstances(
+                f"instance {instance_id:x} is not among the {len(self._view)} known of {self._view.name}"
+            )
         return Call(self, Only(instance_id), request, bool(annotated), context)
 
     # ----------------------------------------------------------------- who is there

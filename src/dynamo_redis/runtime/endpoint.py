@@ -17,6 +17,8 @@ class Host(Protocol):
         self, name: EndpointName, handler: AnyHandler, *, graceful_shutdown: bool
     ) -> ServedEndpoint: ...
 
+    def served(self, name: EndpointName) -> ServedEndpoint | None: ...
+
     async def open_client(self, name: EndpointName, router_mode: str) -> Client: ...
 
     async def wait_for_shutdown(self) -> None: ...
@@ -69,6 +71,23 @@ class Endpoint:
     ) -> ServedEndpoint:
         """As `serve_endpoint`, but return as soon as callers can find the endpoint."""
         return await self._host.serve(self.name, handler, graceful_shutdown=graceful_shutdown)
+
+    async def unregister_endpoint_instance(self) -> None:
+        """Take this process's instance out of the registry, for as long as its engine sleeps.
+
+        It goes on answering what still arrives. Raises RuntimeError if the endpoint is not served here.
+        """
+        await self._served_here().leave()
+
+    async def register_endpoint_instance(self) -> None:
+        """Put this process's instance back into the registry. Raises RuntimeError, StoreError."""
+        await self._served_here().announce()
+
+    def _served_here(self) -> ServedEndpoint:
+        served = self._host.served(self.name)
+        if served is None:
+            raise RuntimeError(f"{self.name} is not served by this process")
+        return served
 
     async def client(self, router_mode: str | None = None) -> Client:
         """A client of this endpoint; its first view of the instances is complete.

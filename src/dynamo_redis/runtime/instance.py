@@ -37,6 +37,9 @@ class Instance:
     secret: bytes | None = field(default=None, repr=False)
     started_at: float = 0.0
 
+    def __str__(self) -> str:
+        return f"{self.namespace}/{self.component}/{self.endpoint}/{self.instance_id}"
+
     @property
     def namespace(self) -> str:
         """The namespace's name."""

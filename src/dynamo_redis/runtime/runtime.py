@@ -229,13 +229,22 @@ class DistributedRuntime:
         )
         served = ServedEndpoint(
             server,
+            self.registry,
             instance,
             graceful_shutdown=graceful_shutdown,
             drain_s=self.settings.runtime.drain_s,
         )
-        await served.start(self.registry, handler)
+        await served.start(handler)
+        self._served = [other for other in self._served if not other.closed]
         self._served.append(served)
         return served
+
+    def served(self, name: EndpointName) -> ServedEndpoint | None:
+        """The endpoint of that name, if this process serves it."""
+        for served in self._served:
+            if served.instance.name == name and not served.closed:
+                return served
+        return None
 
     async def open_client(self, name: EndpointName, router_mode: str) -> Client:
         """A client on the endpoint's view, which all clients of the endpoint share."""

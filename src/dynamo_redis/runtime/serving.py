@@ -17,27 +17,41 @@ class ServedEndpoint:
     """One endpoint of this process, open for requests."""
 
     def __init__(
-        self, server: RequestPlaneServer, instance: Instance, *, graceful_shutdown: bool, drain_s: float
+        self,
+        server: RequestPlaneServer,
+        registry: Registry,
+        instance: Instance,
+        *,
+        graceful_shutdown: bool,
+        drain_s: float,
     ) -> None:
         self.instance = instance
+        self.closed = False
         self._server = server
         self._subject = instance.name.subject(instance.instance_id)
         self._grace_s = drain_s if graceful_shutdown else 0.0
+        self._registry = registry
         self._registration: Registration | None = None
 
-    async def start(self, registry: Registry, handler: AnyHandler) -> None:
+    async def start(self, handler: AnyHandler) -> None:
         """Open the endpoint, then make it known. Raises StoreError; nothing stays half-registered."""
         self._server.register(self._subject, adapt(handler))
         try:
-            self._registration = await registry.register(
-                self.instance.name.instance_key(self.instance.instance_id),
-                self.instance.to_bytes(),
-                stalled_value=self.instance.to_bytes(ready=False),
-                on_lost=self._on_lost,
-            )
+            await self.announce()
         except BaseException:
             await self._server.unregister(self._subject, grace_s=0)
             raise
+
+    async def announce(self) -> None:
+        """Put the record into the registry; no effect if it is there. Raises StoreError."""
+        if self._registration is not None and self._registration.lost is None:
+            return
+        self._registration = await self._registry.register(
+            self.instance.name.instance_key(self.instance.instance_id),
+            self.instance.to_bytes(),
+            stalled_value=self.instance.to_bytes(ready=False),
+            on_lost=self._on_lost,
+        )
 
     async def leave(self) -> None:
         """Take the record out of the registry; requests are still answered. Idempotent."""
@@ -51,6 +65,7 @@ class ServedEndpoint:
 
     async def unregister(self) -> None:
         """Leave the registry, refuse new requests, let those under way finish. Idempotent."""
+        self.closed = True
         await self.leave()
         await self._server.unregister(self._subject, grace_s=self._grace_s)
 

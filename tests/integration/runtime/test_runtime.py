@@ -101,6 +101,21 @@ async def test_the_record_stands_as_long_as_the_worker(open_runtime: OpenRuntime
     assert (await caller.registry.get_prefix(INSTANCES)).records == ()
 
 
+async def test_an_instance_can_sleep_and_wake(open_runtime: OpenRuntime) -> None:
+    worker = await open_runtime()
+    await serve(worker, Counter().generate)
+    client = await client_of(await open_runtime(), 1)
+    call = await client.generate(3, annotated=False)
+    await worker.endpoint(ENDPOINT).unregister_endpoint_instance()
+    await until(lambda: client.instance_ids() == [])
+    assert await collect(call) == ["0", "1", "2"]
+    await worker.endpoint(ENDPOINT).register_endpoint_instance()
+    assert await client.wait_for_instances(5) == [worker.instance_id]
+    assert await collect(await client.generate(1, annotated=False)) == ["0"]
+    with pytest.raises(RuntimeError, match="not served by this process"):
+        await worker.endpoint("dynamo.backend.other").register_endpoint_instance()
+
+
 async def test_several_endpoints_share_a_process(open_runtime: OpenRuntime) -> None:
     worker, caller = await open_runtime(), await open_runtime()
     for name in ("a", "b"):

@@ -101,3 +101,40 @@ def test_the_programs_help_imports_nothing_slow(spelling: str) -> None:
     done = subprocess.run([sys.executable, "-c", code, spelling], capture_output=True, text=True, check=True)
     assert "Look into the registry:" in done.stdout
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+_WITHOUT_EXTRAS = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"httptools", "jinja2", "starlette", "tokenizers", "uvicorn", "xxhash"}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+from dynamo_redis.cli.app import run
+raise SystemExit(run())
+"""
+
+
+@pytest.mark.parametrize("arguments", [["worker", "mock"], ["frontend", "--http-port", "0"]])
+def test_a_missing_extra_is_named_with_how_to_install_it(
+    arguments: list[str], dynamo_redis_url: str, dynamo_redis_prefix: str
+) -> None:
+    store = ["--redis-url", dynamo_redis_url, "--prefix", dynamo_redis_prefix]
+    done = subprocess.run(
+        [sys.executable, "-c", _WITHOUT_EXTRAS, *arguments, *store, "--log", "warn"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=20,
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("dynamo-redis: this needs further packages ("), done.stderr
+    assert done.stderr.endswith("): pip install 'dynamo-redis[http]'\n")
+    assert done.stderr.count("\n") == 1
+
+
+def test_another_missing_module_is_not_taken_for_an_extra(capsys: pytest.CaptureFixture[str]) -> None:
+    assert failures.report(ModuleNotFoundError("No module named 'nonsense'", name="nonsense")) == 1
+    assert "unexpected ModuleNotFoundError" in capsys.readouterr().err

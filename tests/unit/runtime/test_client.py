@@ -151,7 +151,7 @@ async def test_an_outdated_secret_is_refreshed_once(bench: Bench) -> None:
 async def test_direct_reaches_its_instance_and_no_other(bench: Bench) -> None:
     bench.register(1, 2)
     assert await collect(await bench.client.direct("q", 2, annotated=False)) == [2]
-    with pytest.raises(NoInstances):
+    with pytest.raises(NoInstances, match="instance 9 is not among the 2 known"):
         await bench.client.direct("q", 9)
     bench.plane.scripts[1] = [CannotConnect("x")]
     with pytest.raises(CannotConnect):
