@@ -75,6 +75,8 @@ class SettingsGroup(BaseSettings):
             return cls(**{name: value for name, value in overrides.items() if value is not None})
         except ValidationError as exc:
             raise ConfigError(cls._explain(exc)) from exc
+        except (UnicodeDecodeError, OSError) as exc:
+            raise _unreadable_dotenv(exc) from exc
 
     @classmethod
     def _explain(cls, exc: ValidationError) -> str:
@@ -88,6 +90,12 @@ class SettingsGroup(BaseSettings):
         reason = error["msg"].removeprefix("Value error, ")
         shown = "" if secret or repr(error["input"]) in reason else f"={error['input']!r}"
         return f"{env}{shown}: {reason}"
+
+
+def _unreadable_dotenv(exc: Exception) -> ConfigError:
+    """The `.env` file in the working directory is the only file that settings are read from."""
+    reason = exc.strerror if isinstance(exc, OSError) else f"it is not UTF-8 text: {exc}"
+    return ConfigError(f"{Path.cwd() / '.env'} cannot be read: {reason}")
 
 
 def env_name(field: FieldInfo) -> str:
@@ -324,8 +332,14 @@ Origin = Literal["command line", "environment", ".env", "default"]
 
 
 def origins(group: type[SettingsGroup], given: Collection[str] = ()) -> dict[str, Origin]:
-    """Where each field of a group gets its value, by field name; `given` are those on the command line."""
-    environment, dotenv = EnvSettingsSource(group)(), DotEnvSettingsSource(group)()
+    """Where each field of a group gets its value, by field name; `given` are those on the command line.
+
+    Raises ConfigError if the `.env` file cannot be read.
+    """
+    try:
+        environment, dotenv = EnvSettingsSource(group)(), DotEnvSettingsSource(group)()
+    except (UnicodeDecodeError, OSError) as exc:
+        raise _unreadable_dotenv(exc) from exc
 
     def origin(name: str, env: str) -> Origin:
         if name in given:

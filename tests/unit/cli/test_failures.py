@@ -103,6 +103,27 @@ def test_the_programs_help_imports_nothing_slow(spelling: str) -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+@pytest.mark.parametrize("arguments", [["settings"], ["instances"], ["worker", "mock"], ["up"]])
+def test_a_dotenv_file_that_is_no_text_is_one_line(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / ".env").write_bytes(b"DYN_NAMESPACE=caf\xe9\n")
+    assert run(arguments) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"dynamo-redis: {tmp_path / '.env'} cannot be read: it is not UTF-8 text"), err
+    assert err.count("\n") == 1
+
+
+def test_an_unexpected_error_is_told_also_where_settings_cannot_be_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / ".env").write_bytes(b"DYN_LOG=\xff\n")
+    assert failures.report(RuntimeError("boo")) == 1
+    assert (
+        capsys.readouterr().err == "dynamo-redis: unexpected RuntimeError: boo (DYN_LOG=debug shows where)\n"
+    )
+
+
 _WITHOUT_EXTRAS = """
 import sys
 
