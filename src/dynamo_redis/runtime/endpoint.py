@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from dynamo_redis.names import EndpointName
+from dynamo_redis.names import EndpointName, InstanceId
 from dynamo_redis.runtime.client import Client
 from dynamo_redis.runtime.handlers import AnyHandler
 from dynamo_redis.runtime.serving import ServedEndpoint
@@ -23,7 +23,8 @@ class Host(Protocol):
 
     async def wait_for_shutdown(self) -> None: ...
 
-    async def connection_id(self) -> int: ...
+    @property
+    def instance_id(self) -> InstanceId: ...
 
 
 class Endpoint:
@@ -97,9 +98,9 @@ class Endpoint:
         """
         return await self._host.open_client(self.name, router_mode or "round_robin")
 
-    async def connection_id(self) -> int:
+    def connection_id(self) -> int:
         """The id by which this process's instance of the endpoint is known."""
-        return await self._host.connection_id()
+        return self._host.instance_id
 
 
 class Component:

@@ -85,9 +85,12 @@ class DistributedRuntime:
         self.settings = settings
         if discovery_backend not in (None, "redis"):
             log.info("discovery_backend=%r is ignored: discovery here is Redis", discovery_backend)
-        self._given = (registry, objects)
-        self._registry: Registry | None = None
-        self._objects: ObjectStore | None = None
+        # What to advertise depends on where Redis is; nothing is known of a given registry.
+        self._redis_url = settings.store.require_url() if registry is None else None
+        if registry is None:
+            registry, objects = open_store(settings.store)
+        self.registry = registry
+        self._objects = objects
         self._plane_client: RequestPlaneClient | None = None
         self._server: RequestPlaneServer | None = None
         self._secret = secrets.token_bytes(32) if settings.plane.auth == "secret" else None
@@ -103,21 +106,13 @@ class DistributedRuntime:
     async def start(self) -> None:
         """Connect. Idempotent. Raises ConfigError, StoreUnavailable, StoreRefused or SchemaMismatch."""
         async with self._starting:
-            if self._registry is not None:
+            if self._plane_client is not None:
                 return
             if self._closed:
                 raise RuntimeError("the runtime is closed")
-            registry, objects = self._given
-            if registry is None:
-                registry, objects = open_store(self.settings.store)
-            try:
-                await registry.start()
-            except BaseException:
-                await registry.aclose()
-                raise
-            self._plane_client = make_client(self.settings.plane)
-            self._objects = objects
-            self._registry = registry
+            plane_client = make_client(self.settings.plane)
+            await self.registry.start()
+            self._plane_client = plane_client
 
     def shutdown(self) -> None:
         """Ask everything that serves to end. Returns at once; idempotent."""
@@ -153,8 +148,7 @@ class DistributedRuntime:
             # Those without a graceful shutdown are killed first, the others share one drain.
             await asyncio.gather(*(served.unregister() for served in self._served))
             await self._server.drain(self.settings.runtime.drain_s)
-        if self._registry is not None:
-            await self._registry.aclose()
+        await self.registry.aclose()
         for shared in tuple(self._views.values()):
             await shared.view.aclose()
         self._views.clear()
@@ -185,22 +179,15 @@ class DistributedRuntime:
     # ----------------------------------------------------------------- what it hands out
 
     @property
-    def registry(self) -> Registry:
-        """The registry. Valid after `start`."""
-        if self._registry is None:
-            raise RuntimeError("the runtime is not started: await runtime.start() first")
-        return self._registry
-
-    @property
     def objects(self) -> ObjectStore:
-        """The object store. Valid after `start`."""
+        """The object store. Raises RuntimeError if a registry was given and no object store with it."""
         if self._objects is None:
-            raise RuntimeError("the runtime is not started: await runtime.start() first")
+            raise RuntimeError("the runtime was made without an object store")
         return self._objects
 
     @property
     def instance_id(self) -> InstanceId:
-        """The id of every instance that this process serves; its lease's too. Valid after `start`."""
+        """The id of every instance that this process serves; its lease's too."""
         return InstanceId(self.registry.lease_id)
 
     def endpoint(self, name: str) -> Endpoint:
@@ -271,11 +258,6 @@ class DistributedRuntime:
             raise
         return client
 
-    async def connection_id(self) -> int:
-        """This process's instance id; connects if need be."""
-        await self.start()
-        return self.instance_id
-
     async def _release(self, name: EndpointName, client: Client) -> None:
         shared = self._views.get(name)
         if shared is None:
@@ -292,7 +274,7 @@ class DistributedRuntime:
                     self.settings.plane,
                     instance_id=self.instance_id,
                     secret=self._secret,
-                    redis_url=self.settings.store.require_url() if self._given[0] is None else None,
+                    redis_url=self._redis_url,
                 )
                 await server.start()
                 self._server = server
