@@ -63,12 +63,9 @@ def report(exc: BaseException) -> int:
             return exc.exit_code
         case BaseExceptionGroup() if len(exc.exceptions) == 1:
             return report(exc.exceptions[0])
-        case ConfigError():
-            say(str(exc))
-            return WRONG_USE
         case DynamoRedisError():
             say(str(exc))
-            return FAILED
+            return WRONG_USE if isinstance(exc, ConfigError) else FAILED
         case ModuleNotFoundError() if (extra := _extra_with(exc.name)) is not None:
             say(f"this needs further packages ({exc.name}): pip install 'dynamo-redis[{extra}]'")
             return WRONG_USE

@@ -1,7 +1,7 @@
-"""Connections to Redis or Valkey, and what their errors mean.
+"""Connections to Redis or Valkey.
 
-Everything that this package knows about redis-py is here. Four kinds of connection, because they wait in
-different ways:
+Everything that this package knows about redis-py is here, and in `server_errors.py` what its errors mean.
+Four kinds of connection, because they wait in different ways:
 
 - commands (`execute`, `script`, `pipeline`, `scan`): a bounded pool, one deadline a call, no retry. Only
   the caller knows which command may be repeated.
@@ -19,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import ssl
+import re
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any, Final
 
@@ -33,6 +33,7 @@ from redis.retry import Retry
 
 from dynamo_redis.errors import ConfigError, StoreError, StoreRefused, StoreUnavailable
 from dynamo_redis.store.scripts import Script
+from dynamo_redis.store.server_errors import FAILURES, Stranger, one_line, store_error
 
 logger = logging.getLogger(__name__)
 
@@ -41,11 +42,11 @@ MAX_CONNECTIONS_COUNT: Final = 32
 """Commands in flight at once; further ones wait for a connection, within their deadline."""
 CLOSE_TIMEOUT_S: Final = 1.0
 
+_UNKNOWN_OPTION: Final = re.compile(r"unexpected keyword argument '(\w+)'")
+"""How Python words it that a connection class does not know an option."""
+
 Argument = bytes | str | int | float
 """What a command is made of."""
-
-# A deadline's TimeoutError is an OSError; uvloop raises RuntimeError on a transport that the peer has closed.
-_FAILURES: Final = (redis_errors.RedisError, OSError, RuntimeError)
 
 
 class Backoff:
@@ -91,6 +92,7 @@ class RedisClient:
         self._pool = pool
         self._redis = _raw(redis.asyncio.Redis(connection_pool=pool))
         self._closed = False
+        self._met = False
 
     def __repr__(self) -> str:
         return f"<RedisClient {self.address}>"
@@ -100,17 +102,20 @@ class RedisClient:
     async def connect(self) -> None:
         """Check that the server answers, lets us in, is recent enough and takes writes.
 
-        Raises StoreUnavailable if it does not answer, StoreRefused with what to do if it says no. A server
+        Raises StoreUnavailable if it does not answer, StoreRefused with what to do if it says no. Warns of a
+        server that evicts keys. A server
         that does not allow INFO (some managed services) is taken at its word.
         """
         await self.execute("PING")
         try:
             server = _parse_info(await self.execute("INFO", "server"))
             replication = _parse_info(await self.execute("INFO", "replication"))
+            memory = _parse_info(await self.execute("INFO", "memory"))
         except StoreRefused as exc:
             logger.debug("INFO is not allowed, server version and role are not checked: %s", exc)
             return
         self._check_version(server)
+        self._check_eviction(memory)
         if replication.get("role") == "slave":
             raise StoreRefused(
                 f"Redis at {self.address} is a read-only replica: set DYN_REDIS_URL to its primary"
@@ -123,7 +128,7 @@ class RedisClient:
         try:
             async with asyncio.timeout(self.timeout_s):
                 return await self._redis.execute_command(*command)
-        except _FAILURES as exc:
+        except FAILURES as exc:
             raise await self._failed(exc) from exc
 
     async def script(self, script: Script, keys: Sequence[Argument], args: Sequence[Argument] = ()) -> Any:
@@ -138,7 +143,7 @@ class RedisClient:
                     return await self._redis.execute_command("EVALSHA", script.sha, len(keys), *keys, *args)
                 except redis_errors.NoScriptError:
                     return await self._redis.execute_command("EVAL", script.source, len(keys), *keys, *args)
-        except _FAILURES as exc:
+        except FAILURES as exc:
             raise await self._failed(exc) from exc
 
     async def pipeline(
@@ -156,7 +161,7 @@ class RedisClient:
         try:
             async with asyncio.timeout(self.timeout_s):
                 return list(await pipe.execute())
-        except _FAILURES as exc:
+        except FAILURES as exc:
             raise await self._failed(exc) from exc
 
     async def scan(self, match: str, *, count: int = 500) -> AsyncIterator[bytes]:
@@ -224,6 +229,7 @@ class RedisClient:
             await connection.read_response()
         except redis_errors.ResponseError:
             logger.debug("CLIENT SETNAME is not allowed at %s", self.address)
+        self._met = True
 
     def _greet_sync(self, connection: Any) -> None:
         connection.on_connect()
@@ -232,6 +238,7 @@ class RedisClient:
             connection.read_response()
         except redis_errors.ResponseError:
             logger.debug("CLIENT SETNAME is not allowed at %s", self.address)
+        self._met = True
 
     def _check_version(self, server: dict[str, str]) -> None:
         text = server.get("redis_version", "")
@@ -242,9 +249,24 @@ class RedisClient:
                 f"Redis at {self.address} is version {text}: upgrade it to {wanted} or later, or to Valkey"
             )
 
+    def _check_eviction(self, memory: dict[str, str]) -> None:
+        policy = memory.get("maxmemory_policy", "noeviction")
+        if policy != "noeviction":
+            logger.warning(
+                "Redis at %s drops keys of its choice when its memory is full (maxmemory-policy %s),"
+                " instances and model files among them: set maxmemory-policy to noeviction",
+                self.address,
+                policy,
+            )
+
+    def error(self, exc: BaseException) -> StoreError:
+        """What a failed exchange with this server means; safe from any thread."""
+        scheme: Stranger = "tls" if self._url.startswith("rediss:") else "plain"
+        return store_error(exc, self.address, stranger=None if self._met else scheme)
+
     async def _failed(self, exc: BaseException) -> StoreError:
         """The error to raise; idle connections go when the server is no longer the primary it was."""
-        error = store_error(exc, self.address)
+        error = self.error(exc)
         if "READONLY" in str(exc):
             # Only a new connection resolves the name again, and so finds the new primary.
             await self._pool.disconnect(inuse_connections=False)
@@ -274,9 +296,9 @@ class BlockingConnection:
                 finally:
                     await self._pool.release(connection)
                 return reply
-        except _FAILURES as exc:
+        except FAILURES as exc:
             await self._pool.disconnect()
-            raise store_error(exc, self._client.address) from exc
+            raise self._client.error(exc) from exc
 
     async def aclose(self) -> None:
         """Close the connection. Never raises for a dead server."""
@@ -297,9 +319,9 @@ class Subscription:
                 await self._connection.send_command("PSUBSCRIBE", *patterns)
                 for _ in patterns:
                     await self._connection.read_response()
-        except _FAILURES as exc:
+        except FAILURES as exc:
             await self.aclose()
-            raise store_error(exc, self._client.address) from exc
+            raise self._client.error(exc) from exc
 
     async def next_message(self, timeout_s: float) -> tuple[bytes, bytes] | None:
         """The next (channel, payload); None if there is none within `timeout_s`.
@@ -310,9 +332,9 @@ class Subscription:
             while (reply := await self._connection.read_response(timeout=timeout_s)) is not None:
                 if reply[0] == b"pmessage":
                     return reply[2], reply[3]
-        except _FAILURES as exc:
+        except FAILURES as exc:
             await self.aclose()
-            raise store_error(exc, self._client.address) from exc
+            raise self._client.error(exc) from exc
         return None
 
     async def aclose(self) -> None:
@@ -324,7 +346,7 @@ class SyncConnection:
     """A connection for one thread. `close` may be called from any thread once that thread has ended."""
 
     def __init__(self, client: RedisClient, pool: redis.ConnectionPool) -> None:
-        self._address = client.address
+        self._client = client
         self._pool = pool
         self._redis = _raw(redis.Redis(connection_pool=pool))
 
@@ -335,73 +357,13 @@ class SyncConnection:
                 return self._redis.execute_command("EVALSHA", script.sha, len(keys), *keys, *args)
             except redis_errors.NoScriptError:
                 return self._redis.execute_command("EVAL", script.source, len(keys), *keys, *args)
-        except _FAILURES as exc:
+        except FAILURES as exc:
             self._pool.disconnect()
-            raise store_error(exc, self._address) from exc
+            raise self._client.error(exc) from exc
 
     def close(self) -> None:
         """Close the connection. Never raises."""
         self._pool.disconnect()
-
-
-# ---------------------------------------------------------------------- errors
-
-_REFUSALS: Final = (
-    # (in the server's message, what it means and what to do)
-    ("NOAUTH", "needs a password: set DYN_REDIS_URL to redis://[user]:password@host:port"),
-    ("Authentication required", "needs a password: set DYN_REDIS_URL to redis://[user]:password@host:port"),
-    ("WRONGPASS", "refuses the user name or password of DYN_REDIS_URL"),
-    ("invalid username-password", "refuses the user name or password of DYN_REDIS_URL"),
-    ("invalid password", "refuses the user name or password of DYN_REDIS_URL"),
-    ("without any password configured", "has no password, but DYN_REDIS_URL gives one: leave it out"),
-    ("READONLY", "takes no writes, it is a read-only replica: set DYN_REDIS_URL to the primary"),
-    ("read only replica", "takes no writes, it is a read-only replica: set DYN_REDIS_URL to the primary"),
-    ("OOM ", "is out of memory: raise its maxmemory"),
-    ("used memory > 'maxmemory'", "is out of memory: raise its maxmemory"),
-    ("MISCONF", "takes no writes because it cannot save to disk: repair its disk, or see its log"),
-    ("MOVED ", "is a cluster node that does not hold these keys: use the node that does, or a proxy"),
-)
-
-_DENIALS: Final = ("NOPERM", "can't run this command", "can't access at least one")
-"""What an ACL answers, to a command itself and, in other words, to one inside a script."""
-
-_AWAY: Final = ("LOADING", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "NOREPLICAS", "UNBLOCKED", "BUSY ")
-"""Answers of a server that will serve again: starting, failing over, or waiting for its replicas."""
-
-
-def store_error(exc: BaseException, address: str) -> StoreError:
-    """What a failed exchange with the server at `address` means to a caller."""
-    text = _one_line(exc)
-    if isinstance(exc, TimeoutError | redis_errors.TimeoutError):
-        return StoreUnavailable(f"Redis at {address} does not answer in time")
-    if isinstance(exc, redis_errors.ConnectionError | redis_errors.ResponseError):
-        for mark, meaning in _REFUSALS:
-            if mark in text:
-                return StoreRefused(f"Redis at {address} {meaning}")
-    if isinstance(exc, redis_errors.NoPermissionError) or any(mark in text for mark in _DENIALS):
-        return StoreRefused(f"Redis at {address} does not permit this user to do that (ACL): {text}")
-    if _caused_by(exc, ssl.SSLError):
-        return StoreRefused(
-            f"no TLS connection to Redis at {address}: {text}"
-            " (add ?ssl_ca_certs=FILE to DYN_REDIS_URL for a CA of your own)"
-        )
-    if isinstance(exc, redis_errors.ConnectionError | OSError | RuntimeError) or any(
-        mark in text for mark in _AWAY
-    ):
-        return StoreUnavailable(f"no connection to Redis at {address}: {text}")
-    return StoreRefused(f"Redis at {address} refuses a command: {text}")
-
-
-def _one_line(exc: BaseException) -> str:
-    return " ".join(str(exc).split()) or type(exc).__name__
-
-
-def _caused_by(exc: BaseException | None, kind: type[BaseException]) -> bool:
-    while exc is not None:
-        if isinstance(exc, kind):
-            return True
-        exc = exc.__cause__ or exc.__context__
-    return False
 
 
 # ---------------------------------------------------------------------- redis-py's edges
@@ -421,7 +383,9 @@ def _parse(url: str, parser: Callable[[str], Any]) -> dict[str, Any]:
     try:
         _make(options)
     except (TypeError, ValueError, redis_errors.RedisError) as exc:
-        raise ConfigError(f"DYN_REDIS_URL: its options cannot be used: {_one_line(exc)}") from None
+        unknown = _UNKNOWN_OPTION.search(str(exc))
+        reason = f"there is no option {unknown[1]!r}" if unknown else f"they cannot be used: {one_line(exc)}"
+        raise ConfigError(f"DYN_REDIS_URL: its options, behind the `?`: {reason}") from None
     return options
 
 
@@ -453,7 +417,7 @@ async def _close(client: redis.asyncio.Redis, pool: redis.asyncio.ConnectionPool
         async with asyncio.timeout(CLOSE_TIMEOUT_S):
             await client.aclose()
             await pool.disconnect()
-    except _FAILURES as exc:
+    except FAILURES as exc:
         logger.debug("closing a connection: %s", exc)
 
 

@@ -55,7 +55,7 @@ def with_user(server: EmbeddedServer, user: str, password: str = QUOTED) -> str:
 async def test_an_unreachable_server_is_named_without_its_password() -> None:
     error = await refusal(f"redis://user:{QUOTED}@127.0.0.1:1")
     assert isinstance(error, StoreUnavailable)
-    assert "127.0.0.1:1" in str(error)
+    assert "no Redis answers at 127.0.0.1:1 (connection refused): is it running there?" in str(error)
     assert error.retryable
 
 
@@ -76,6 +76,70 @@ async def test_a_server_that_does_not_answer_is_given_up_in_time() -> None:
     assert loop.time() - began_at < 1.5
     silent.close()
     await silent.wait_closed()
+
+
+@pytest.mark.parametrize("scheme", ["redis", "rediss"])
+async def test_what_is_not_a_redis_is_said(scheme: str) -> None:
+    async def answer_as_a_web_server(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1000)
+        writer.write(b"<html>no</html>\r\n")
+        writer.close()
+
+    web = await asyncio.start_server(answer_as_a_web_server, "127.0.0.1", 0)
+    error = await refusal(f"{scheme}://127.0.0.1:{web.sockets[0].getsockname()[1]}")
+    assert isinstance(error, StoreRefused)
+    assert ("is not a Redis" if scheme == "redis" else "If not, write redis://") in str(error)
+    web.close()
+    await web.wait_closed()
+
+
+async def test_tls_with_a_server_that_does_not_speak_it_is_said(dynamo_redis_url: str) -> None:
+    error = await refusal(dynamo_redis_url.replace("redis://", "rediss://"), timeout_s=0.5)
+    assert isinstance(error, StoreUnavailable)
+    assert "If not, write redis://" in str(error)
+
+
+async def test_a_server_that_answered_once_is_not_suspected_of_another_protocol(
+    own_redis_server: EmbeddedServer, open_proxy: Any
+) -> None:
+    proxy = await open_proxy(own_redis_server.url)
+    client = RedisClient(proxy.url, timeout_s=1.0)
+    await client.connect()
+    proxy.refuse = True
+    proxy.cut()
+    with pytest.raises(StoreUnavailable) as error:
+        await client.execute("PING")
+    assert "TLS" not in str(error.value)
+    await client.aclose()
+
+
+@pytest.mark.parametrize("policy", ["allkeys-lru", "volatile-ttl", "noeviction"])
+async def test_a_server_that_evicts_keys_is_warned_of(
+    own_redis_server: EmbeddedServer, caplog: pytest.LogCaptureFixture, policy: str
+) -> None:
+    client = RedisClient(own_redis_server.url, timeout_s=1.0)
+    await client.execute("CONFIG", "SET", "maxmemory-policy", policy)
+    await client.connect()
+    warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    if policy == "noeviction":
+        assert warnings == []
+    else:
+        assert len(warnings) == 1
+        assert f"maxmemory-policy {policy}" in warnings[0]
+        assert "noeviction" in warnings[0]
+    await client.aclose()
+
+
+async def test_a_foreign_key_in_the_place_of_ours_is_said(
+    dynamo_redis_url: str, dynamo_redis_prefix: str
+) -> None:
+    client = RedisClient(dynamo_redis_url, timeout_s=1.0)
+    await client.execute("SET", RegistryKeys(dynamo_redis_prefix).meta, "another program's")
+    registry = RedisRegistry(StoreSettings.load(redis_url=dynamo_redis_url, prefix=dynamo_redis_prefix))
+    with pytest.raises(StoreRefused, match="choose another DYN_REDIS_PREFIX"):
+        await registry.start()
+    await registry.aclose()
+    await client.aclose()
 
 
 async def test_a_missing_or_wrong_password_is_said(server_with_users: EmbeddedServer) -> None:
@@ -221,7 +285,7 @@ async def test_another_major_schema_is_refused_and_a_minor_one_is_not(
         ("localhost:6379", "redis://, rediss://, unix://"),
         (f"redis://:{QUOTED}@localhost:port", "DYN_REDIS_URL"),
         (f"redis://:{QUOTED}@localhost:6379/3", "only database 0"),
-        (f"redis://:{QUOTED}@localhost?no_such_option=1", "no_such_option"),
+        (f"redis://:{QUOTED}@localhost?no_such_option=1", "there is no option 'no_such_option'"),
         ("unix://", "DYN_REDIS_URL"),
     ],
 )
@@ -286,6 +350,9 @@ async def test_tls_is_used_and_verified(tmp_path: Path, mirror: Any) -> None:
         error = await refusal(url)
         assert isinstance(error, StoreRefused), "an untrusted certificate is not a passing trouble"
         assert "ssl_ca_certs" in str(error)
+        error = await refusal(f"redis://127.0.0.1:{port}")
+        assert isinstance(error, StoreUnavailable | StoreRefused)
+        assert "rediss://" in str(error)
         trusted = f"{url}?ssl_ca_certs={tmp_path}/ca.crt"
         registry = RedisRegistry(StoreSettings.load(redis_url=trusted, lease_ttl_s=1))
         await registry.start()

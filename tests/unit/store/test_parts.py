@@ -12,11 +12,12 @@ from redis import exceptions as redis_errors
 from dynamo_redis.errors import StoreError, StoreRefused, StoreUnavailable
 from dynamo_redis.store.base import LeaseId, Revision, Snapshot
 from dynamo_redis.store.change_log import Change, Position
-from dynamo_redis.store.client import Backoff, RedisClient, store_error
+from dynamo_redis.store.client import Backoff, RedisClient
 from dynamo_redis.store.health import Health
 from dynamo_redis.store.keys import RegistryKeys
 from dynamo_redis.store.lease import WriterChain
 from dynamo_redis.store.scripts import load_script
+from dynamo_redis.store.server_errors import store_error
 from dynamo_redis.store.watch import BUFFER_CHANGES_COUNT, PrefixView
 
 # --------------------------------------------------------------------------- client
@@ -52,7 +53,9 @@ def test_backoff_doubles_under_full_jitter_up_to_its_cap() -> None:
         ),
         (redis_errors.OutOfMemoryError("OOM command not allowed"), StoreRefused, "maxmemory"),
         (redis_errors.NoPermissionError("NOPERM this user"), StoreRefused, "ACL"),
-        (redis_errors.ResponseError("WRONGTYPE Operation"), StoreRefused, "WRONGTYPE"),
+        (redis_errors.ResponseError("WRONGTYPE Operation"), StoreRefused, "choose another DYN_REDIS_PREFIX"),
+        (redis_errors.NoPermissionError("NOPERM this user"), StoreRefused, "SECURITY.md"),
+        (OSError("Multiple exceptions: [Errno 111] Connect call failed"), StoreUnavailable, "is it running"),
     ],
 )
 def test_an_error_of_the_server_says_what_it_means(exc: Exception, kind: type[StoreError], says: str) -> None:
