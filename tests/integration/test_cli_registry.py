@@ -329,7 +329,7 @@ def test_a_server_that_is_not_there_is_one_line(
     monkeypatch.setenv("DYN_REDIS_URL", "redis://user:s3cret@127.0.0.1:1")
     done = cli(*command)
     assert (done.code, done.out) == (1, "")
-    assert done.err.startswith("dynamo-redis: no connection to Redis at 127.0.0.1:1: ")
+    assert done.err.startswith("dynamo-redis: no Redis answers at 127.0.0.1:1 (connection refused)")
     assert done.err.count("\n") == 1
     assert "s3cret" not in done.err
 

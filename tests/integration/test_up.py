@@ -479,7 +479,11 @@ def broken_model(path: Path) -> Path:
         (["--model-path", "nowhere"], 1, r"worker-\d: cannot read model directory nowhere: No such file.*"),
         (["--model-path", "broken"], 1, r"worker-\d: broken/tokenizer.json is not valid JSON: .*"),
         (["--http-host", "no.such.host.invalid"], 1, r"frontend: DYN_HTTP_HOST='no.such.host.invalid': .*"),
-        (["--redis-url", "redis://u:s3cret@127.0.0.1:1"], 1, r".*no connection to Redis at 127.0.0.1:1: .*"),
+        (
+            ["--redis-url", "redis://u:s3cret@127.0.0.1:1"],
+            1,
+            r".*no Redis answers at 127.0.0.1:1 .connection refused.: .*",
+        ),
         (["--redis-url", "http://127.0.0.1"], 1, r".*DYN_REDIS_URL: .*"),
     ],
 )

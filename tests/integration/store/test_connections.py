@@ -16,6 +16,7 @@ from dynamo_redis.config import StoreSettings
 from dynamo_redis.errors import ConfigError, SchemaMismatch, StoreError, StoreRefused, StoreUnavailable
 from dynamo_redis.store.client import RedisClient
 from dynamo_redis.store.keys import RegistryKeys
+from dynamo_redis.store.objects import RedisObjectStore
 from dynamo_redis.store.registry import RedisRegistry
 from dynamo_redis.store.server import EmbeddedServer
 
@@ -40,7 +41,7 @@ async def server_with_users(tmp_path: Path) -> AsyncIterator[EmbeddedServer]:
     (tmp_path / "users.acl").write_text(
         "user default off\n"
         f"user admin on >{SECRET} ~* &* +@all\n"
-        f"user registry on >{SECRET} ~{{dynamo}}:* &__keyspace@0__:* -@all"
+        f"user registry on >{SECRET} ~{{dynamo}}:* &__keyspace@0__:{{dynamo}}:lease:* -@all"
         " +@read +@write +@stream +@scripting +ping +time +psubscribe\n"
         f"user reader on >{SECRET} ~* &* +@all -@write\n"
     )
@@ -181,6 +182,45 @@ async def test_a_user_with_the_least_rights_is_enough(
     await watcher.aclose()
     assert SECRET not in caplog.text
     assert QUOTED not in caplog.text
+
+
+async def test_the_rights_that_the_security_page_names_are_enough(
+    own_redis_server: EmbeddedServer, repository: Path, tmp_path: Path, mirror: Any
+) -> None:
+    page = (repository / "SECURITY.md").read_text()
+    (line,) = [line for line in page.splitlines() if line.startswith("ACL SETUSER ")]
+    admin = RedisClient(own_redis_server.url, timeout_s=1.0)
+    await admin.execute(*line.replace("PASSWORD", SECRET).split())
+    settings = StoreSettings.load(
+        redis_url=with_user(own_redis_server, "dyn"), prefix="dynamo", lease_ttl_s=1
+    )
+    worker, watcher = RedisRegistry(settings), RedisRegistry(settings)
+    await worker.start()
+    await watcher.start()
+    view = await mirror(watcher, "i/")
+    await worker.register("i/1", b"v")
+    await view.until_state({"i/1": b"v"})
+    await watcher.put("k", b"v")
+    assert await watcher.delete("k")
+    worker._registrations._held = False  # so that closing it does not revoke the lease
+    await worker.aclose()
+    await view.until_state({})  # expired
+    await watcher.aclose()
+    objects = RedisObjectStore.from_settings(settings)
+    await objects.put("bucket", "name", b"content" * 1000)
+    await objects.fetch("bucket", "name", tmp_path / "fetched")
+    assert [info.name for info in await objects.list()] == ["name"]
+    assert await objects.remove("bucket", "name")
+    await objects.aclose()
+    denied = {_denied(entry) for entry in await admin.execute("ACL", "LOG")}
+    await admin.aclose()
+    assert denied <= {"config|get", "config|set", "client|setinfo"}
+
+
+def _denied(entry: list[bytes | int]) -> str:
+    """The command or key of an entry of ACL LOG, which is a flat list of names and values."""
+    found = dict(zip(entry[::2], entry[1::2], strict=True))
+    return bytes(found[b"object"]).decode().lower()
 
 
 async def test_expiry_notifications_are_added_to_those_in_use(
