@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dynamo_redis.errors import DynamoRedisError, ModelError
-from dynamo_redis.frontend.template import ChatTemplate
 from dynamo_redis.frontend.tokens import Tokenizer
+from dynamo_redis.runtime.chat_template import ChatTemplate
 from dynamo_redis.runtime.model_card import ModelCard
 from dynamo_redis.runtime.model_files import fetch_model_files, read_model_directory
 from dynamo_redis.store.base import ObjectStore

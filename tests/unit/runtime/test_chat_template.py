@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import resource
 import time
 from typing import Any
 
+import psutil
 import pytest
 
 from dynamo_redis.errors import ModelError, TemplateError
-from dynamo_redis.frontend import template
-from dynamo_redis.frontend.template import ChatTemplate, special_tokens
+from dynamo_redis.runtime import chat_template
+from dynamo_redis.runtime.chat_template import ChatTemplate, special_tokens
 
 USER: list[dict[str, Any]] = [{"role": "user", "content": "Hi"}]
 
@@ -169,7 +171,7 @@ ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% 
 
 
 def test_a_template_that_never_ends_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template, "_PROBE_LIMIT_S", 0.05)
+    monkeypatch.setattr(chat_template, "_PROBE_LIMIT_S", 0.05)
     with pytest.raises(ModelError, match="does not end"):
         chat(ENDLESS)
 
@@ -177,8 +179,92 @@ def test_a_template_that_never_ends_is_refused(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("body", [ENDLESS, "{% for i in range(99999) %}{{ 'x' * 9999 }}{% endfor %}"])
 def test_a_rendering_that_runs_away_is_stopped(monkeypatch: pytest.MonkeyPatch, body: str) -> None:
     runaway = chat("{% if messages | length > 2 %}" + body + "{% endif %}")
-    monkeypatch.setattr(template, "OUTPUT_LIMIT_CHARS", 1 << 20)
+    monkeypatch.setattr(chat_template, "OUTPUT_LIMIT_CHARS", 1 << 20)
     started = time.monotonic()
+    monkeypatch.setattr(chat_template, "RENDER_LIMIT_S", 0.1)
     with pytest.raises(TemplateError, match=r"ran for too long|wrote over"):
-        runaway._variants["default"].render({"messages": USER * 3}, limit_s=0.1)
+        runaway.render(USER * 3)
     assert time.monotonic() - started < 5
+
+
+NESTED = "{% set ns = namespace(x=[1]) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}"
+
+BOMBS = [
+    "{{ 'x' * 10000000000 }}",
+    "{{ [0] * 10000000000 }}",
+    "{{ 'x' | center(10000000000) }}",
+    "{{ 'x' | center(10**10) }}",
+    "{{ '%10000000000d' % 1 }}",
+    "{{ '%10000000000d' | format(1) }}",
+    "{{ '%*d' % (10000000000, 1) }}",
+    "{{ '{:>10000000000}'.format(1) }}",
+    "{{ '{:>{w}}'.format(1, w=10000000000) }}",
+    "{{ '{x:>10000000000}'.format_map({'x': 1}) }}",
+    "{{ 10 ** (10 ** 8) }}",
+    "{{ 'x'.ljust(10000000000) }}",
+    "{{ 'x'.encode().rjust(10000000000) }}",
+    "{{ (1).to_bytes(10000000000, 'big') }}",
+    "{{ '\t'.expandtabs(1000000000) * 99 }}",
+    "{{ ('x' * 90000).replace('x', 'y' * 90000) }}",
+    "{{ ('x' * 90000) | replace('x', 'y' * 90000) }}",
+    "{{ ('y' * 90000).join('x' * 90000) }}",
+    "{{ range(90000) | join('y' * 90000) }}",
+    "{{ ('x' * 90000).translate({120: 'y' * 90000}) }}",
+    "{{ 'x\ny' | indent(10000000000) }}",
+    "{{ [1] | batch(10000000000, 0) | list }}",
+    "{{ [1] | slice(10000000000) | list }}",
+    "{{ [1] | tojson(indent=10000000000) }}",
+    "{{ 1 | round(1000000000, 'ceil') }}",
+    "{{ lipsum(1000000000) }}",
+    "{% set ns = namespace(x='x' * 9999) %}{% for i in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+    "{% set ns = namespace(x='x' * 9999) %}{% for i in range(99) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
+    NESTED + "{{ ns.x }}",
+    NESTED + "{{ ns }}",
+    NESTED + "{{ ns.x | tojson }}",
+    "{% set b = 'x' * 999999 %}{% set y %}{% for i in range(99999) %}{{ b }}{% endfor %}{% endset %}{{ y }}",
+    "{% set n = namespace(l=[],b='x' * 9999999) %}{% for i in range(999) %}{% set n.l = n.l + [n.b[1:]] %}{% endfor %}",
+    "{% set b = 'x' * 9999999 %}{% for i in b %}{% for j in b %}{% endfor %}{% endfor %}",
+]
+
+
+@pytest.mark.parametrize("source", BOMBS)
+def test_a_template_that_takes_all_memory_is_stopped(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the model's load and at a request; the address space is limited, so that a failure is one here."""
+    monkeypatch.setattr(chat_template, "RENDER_LIMIT_S", 0.5)
+    monkeypatch.setattr(chat_template, "_PROBE_LIMIT_S", 0.5)
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + (1 << 30), before[1]))
+    started = time.monotonic()
+    try:
+        later = chat("{% if messages | length > 2 %}" + source + "{% endif %}")
+        with pytest.raises(TemplateError, match=r"the chat template (?!failed|needs)|undefined"):
+            later.render(USER * 3)
+        if "lipsum" not in source:
+            with pytest.raises(ModelError, match=r"does not end on a short message: .*(?<!there is)$"):
+                chat(source)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("{{ 'ab' * 3 ~ 2 ** 10 }}", "ababab1024"),
+        ("{{ '%5.1f|%s' % (1.25, 'x') }}{{ '%03d' | format(7) }}", "  1.2|x007"),
+        ("{{ '{:>4}{x!r}'.format(1, x='y') }}", "   1'y'"),
+        ("{{ 'x' | center(3) }}{{ 'a\nb' | indent(2) }}", " x a\n  b"),
+        ("{{ [1, 2] | join(', ') }}{{ ['a', 'b'] | map('upper') | join }}", "1, 2AB"),
+        ("{{ messages | map(attribute='role') | join('|') }}", "user"),
+        (
+            "{{ messages | join('|', attribute='content') }}{{ 'abc'[1:] }}{{ messages[::-1] | length }}",
+            "Hibc1",
+        ),
+        ("{{ 'a b'.split() | list }}{{ 'a-b'.split('-', 1)[1] }}{{ 'a'.replace('a', 'b') }}", "['a', 'b']bb"),
+        ("{% for i in range(3) if i %}{{ loop.index }}{{ loop.last }}{% endfor %}", "1False2True"),
+        ("{% macro m(x) %}<{{ x }}>{% endmacro %}{{ m(1) + m(none) }}", "<1><None>"),
+        ("{{ {'a': [1, 2.5]} }}{{ {'a': 1}.items() | list }}{{ none }}", "{'a': [1, 2.5]}[('a', 1)]None"),
+    ],
+)
+def test_what_templates_usually_do_is_not_in_the_limits_way(source: str, expected: str) -> None:
+    assert chat(source).render(USER) == expected

@@ -1,33 +1,25 @@
 """Chat templates: a conversation → the text of a prompt, as `transformers` renders it.
 
 Source of the semantics: `transformers` 5.23, `apply_chat_template` and `render_jinja_template`. A template
-comes with a model's files, so it runs in Jinja's immutable sandbox, and within limits of time and output.
+comes with a model's files, so it runs in a sandbox and within limits of time, memory and output, see
+`template_sandbox.py`.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from datetime import datetime
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.runtime
-import jinja2.sandbox
 
 from dynamo_redis.errors import ModelError, TemplateError
+from dynamo_redis.runtime.template_sandbox import Runaway, TemplateEnvironment
 
 Message = dict[str, Any]
 
 RENDER_LIMIT_S = 5.0
-"""A template that runs for longer is stopped: at its next call or output, see `_Environment`."""
+"""A template that runs for longer is stopped: at its next operation or output."""
 
 _PROBE_LIMIT_S = 1.0
 """The same for the trial renderings of one short message, when a model is loaded."""
@@ -35,15 +27,16 @@ _PROBE_LIMIT_S = 1.0
 OUTPUT_LIMIT_CHARS = 64 << 20
 """A template that writes more is stopped; far above any prompt that fits a body."""
 
+MEMORY_LIMIT_BYTES = 512 << 20
+"""All that the texts and lists made by one rendering may take together, those given up included."""
+
+_PROBE_MEMORY_LIMIT_BYTES = 64 << 20
+
 _CONTINUE_TAG = "CONTINUE_FINAL_MESSAGE_TAG "
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 ContentForm = Literal["text", "parts", "either"]
-
-
-class _Runaway(TemplateError):
-    """A rendering was over its limit of time or output."""
 
 
 class ChatTemplate:
@@ -61,7 +54,7 @@ class ChatTemplate:
                 "the model has no chat template called 'default', "
                 f"only {', '.join(map(repr, sorted(templates))) or 'none at all'}"
             )
-        environment = _Environment()
+        environment = TemplateEnvironment()
         self._variants = {name: _Variant(name, source, environment) for name, source in templates.items()}
         self._special_tokens = special_tokens(tokenizer_config)
         for variant in self._variants.values():
@@ -127,13 +120,13 @@ def _token_text(token: object) -> str | None:
 class _Variant:
     """One compiled template, and what trial renderings tell about the messages it expects."""
 
-    def __init__(self, name: str, source: str, environment: _Environment) -> None:
+    def __init__(self, name: str, source: str, environment: TemplateEnvironment) -> None:
         self._name = name
         self._environment = environment
         try:
             self._template = environment.from_string(source)
-        except (jinja2.TemplateError, RecursionError) as exc:
-            raise ModelError(f"chat template {name!r} does not compile: {exc}") from exc
+        except Exception as exc:  # Jinja's own errors, and Python's for what nests too deeply
+            raise ModelError(f"chat template {name!r} does not compile: {_one_line(exc)}") from exc
         self._content_form: ContentForm = "text"
         self._writes_string_arguments = False
 
@@ -160,28 +153,32 @@ class _Variant:
     def _try(self, messages: list[Message], variables: Mapping[str, Any]) -> str | None:
         values = {"tools": None, "documents": None, "add_generation_prompt": True}
         try:
-            return self.render({**variables, **values, "messages": messages}, limit_s=_PROBE_LIMIT_S)
-        except _Runaway as exc:
+            return self.render({**variables, **values, "messages": messages}, is_probe=True)
+        except Runaway as exc:
             raise ModelError(f"chat template {self._name!r} does not end on a short message: {exc}") from exc
         except TemplateError:
             return None
 
-    def render(self, variables: Mapping[str, Any], *, limit_s: float = RENDER_LIMIT_S) -> str:
+    def render(self, variables: Mapping[str, Any], *, is_probe: bool = False) -> str:
         """Render within the limits. Raises TemplateError."""
         pieces: list[str] = []
         written = 0
-        with self._environment.time_limit(limit_s):
+        time_s = _PROBE_LIMIT_S if is_probe else RENDER_LIMIT_S
+        memory_bytes = _PROBE_MEMORY_LIMIT_BYTES if is_probe else MEMORY_LIMIT_BYTES
+        with self._environment.limits(time_s=time_s, memory_bytes=memory_bytes):
             try:
                 for piece in self._template.generate(variables):
                     written += len(piece)
                     if written > OUTPUT_LIMIT_CHARS:
-                        raise _Runaway(f"the chat template wrote over {OUTPUT_LIMIT_CHARS} characters")
+                        raise Runaway(f"the chat template wrote over {OUTPUT_LIMIT_CHARS} characters")
                     self._environment.check_time()
                     pieces.append(piece)
             except TemplateError:
                 raise
             except jinja2.TemplateError as exc:
                 raise TemplateError(exc.message or type(exc).__name__) from exc
+            except MemoryError as exc:
+                raise Runaway("the chat template needs more memory than there is") from exc
             except Exception as exc:  # whatever operations on a conversation it did not expect may raise
                 raise TemplateError(f"the chat template failed: {type(exc).__name__}: {exc}") from exc
         return "".join(pieces)
@@ -206,6 +203,11 @@ class _Variant:
         if (calls := result.get("tool_calls")) and not self._writes_string_arguments:
             result["tool_calls"] = [_with_parsed_arguments(call) for call in calls]
         return result
+
+
+def _one_line(exc: Exception) -> str:
+    line = f", line {exc.lineno}" if isinstance(exc, jinja2.TemplateSyntaxError) else ""
+    return " ".join(f"{getattr(exc, 'message', None) or str(exc) or type(exc).__name__}".split()) + line
 
 
 def _part_text(part: Any) -> str:
@@ -248,80 +250,3 @@ def _cut_at_mark(text: str) -> str:
     kept = text[:position]
     # Where the template trims messages, the space at the mark's end is gone: then trim here as well.
     return kept if text.startswith(_CONTINUE_TAG, position) else kept.rstrip()
-
-
-# --------------------------------------------------------------------------- the environment
-
-
-class _GenerationBlock(jinja2.ext.Extension):
-    """`{% generation %}…{% endgeneration %}` marks text for training; here it is transparent."""
-
-    tags = {"generation"}  # noqa: RUF012 - the base class's declaration
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        """The block's content, in a scope of its own."""
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        call = self.call_method("_transparent")
-        return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
-
-    def _transparent(self, caller: Callable[[], str]) -> str:
-        return caller()
-
-
-class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """The sandbox, with transformers' options, filters and globals, and a limit of time.
-
-    The limit is checked at each call a template makes and each piece it writes. Since the sandbox caps
-    `range` at 100,000, loops within loops meet one of the two; what escapes is a loop over the request's own
-    messages that neither writes nor calls, and a single long operation.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
-        )
-        self._ends = threading.local()
-        self.filters["tojson"] = _to_json
-        self.globals["raise_exception"] = _raise_exception
-        self.globals["strftime_now"] = _strftime_now
-
-    @contextmanager
-    def time_limit(self, limit_s: float) -> Iterator[None]:
-        """Bound what this thread renders inside the `with` block. Not for nesting."""
-        self._ends.at = time.monotonic() + limit_s
-        try:
-            yield
-        finally:
-            self._ends.at = math.inf
-
-    def check_time(self) -> None:
-        """Raise _Runaway if the time of this thread's rendering is up."""
-        if time.monotonic() > getattr(self._ends, "at", math.inf):
-            raise _Runaway("the chat template ran for too long")
-
-    def call(self, context: jinja2.runtime.Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """Call an object for a template, unless its time is up."""
-        self.check_time()
-        return super().call(context, obj, *args, **kwargs)
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # Jinja's own filter escapes HTML, which is wrong in a prompt.
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-def _raise_exception(message: str) -> None:
-    raise TemplateError(str(message))
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)  # noqa: DTZ005 - local time, as templates expect

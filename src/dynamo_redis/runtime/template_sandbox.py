@@ -1,0 +1,413 @@
+"""Where chat templates run: Jinja's immutable sandbox, within limits of time and of memory.
+
+A template comes with a model's files, and one that says `{{ "x" * 10**10 }}` must not take the process down.
+Nothing is computed when a template is compiled. When it is rendered, every operation whose result can be
+larger than what went into it (operators, filters, methods, joins) is sized before it is done, and what it
+made is charged to the rendering's budget; time is checked there as well, and at each turn of a loop.
+
+What escapes is the time of one comparison of nested lists, and of one sort, within the budget of memory.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from string import Formatter
+from typing import Any
+
+import jinja2
+import jinja2.compiler
+import jinja2.ext
+import jinja2.filters
+import jinja2.nodes
+import jinja2.parser
+import jinja2.runtime
+import jinja2.sandbox
+import jinja2.utils
+
+from dynamo_redis.errors import TemplateError
+
+_INT_BITS = 1 << 16
+_CHAR_BYTES = 4  # the widest a character is stored
+_ITEM_BYTES = 64  # an item of a list that a text is split into
+_NUMBER_CHARS = 330  # the longest text of a float
+_JSON_INDENT = 64
+_ROUND_DIGITS = 300
+_DATE_FORM_CHARS = 256
+_DIGITS = re.compile(r"\d+")
+_PRINTF_FIELD = re.compile(r"%(?:\([^)]*\))?[#0\- +]*(\*|\d*)(?:\.(\*|\d*))?")
+
+_WRITES_TEXT = {
+    *("capitalize", "center", "e", "escape", "forceescape", "format", "indent", "lower", "pprint", "replace"),
+    *("safe", "string", "striptags", "title", "trim", "truncate", "upper", "urlencode", "urlize"),
+    *("wordcount", "wordwrap", "xmlattr"),
+}
+"""Filters that turn whatever they are given into text."""
+
+
+class Runaway(TemplateError):
+    """A rendering was over its limit of time, memory or output."""
+
+
+class _Budget(threading.local):
+    """What the rendering that runs in this thread may still take."""
+
+    ends_at: float = math.inf
+    left_bytes: int = 0
+
+
+class _GenerationBlock(jinja2.ext.Extension):
+    """`{% generation %}…{% endgeneration %}` marks text for training; here it is transparent."""
+
+    tags = {"generation"}  # noqa: RUF012 - the base class's declaration
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        """The block's content, in a scope of its own."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        call = self.call_method("_transparent")
+        return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+    def _transparent(self, caller: Callable[[], str]) -> str:
+        return caller()
+
+
+class _CodeGenerator(jinja2.compiler.CodeGenerator):
+    """Leads to the environment what Jinja would compile to plain Python, or compute at once."""
+
+    def visit_Concat(self, node: jinja2.nodes.Concat, frame: jinja2.compiler.Frame) -> None:  # noqa: N802 - Jinja's name
+        """`a ~ b`."""
+        self.write("environment.concat_values((")
+        for part in node.nodes:
+            self.visit(part, frame)
+            self.write(", ")
+        self.write("))")
+
+    def visit_Getitem(self, node: jinja2.nodes.Getitem, frame: jinja2.compiler.Frame) -> None:  # noqa: N802 - Jinja's name
+        """`a[1:]`, which copies."""
+        is_slice = isinstance(node.arg, jinja2.nodes.Slice)
+        self.write("environment.charged(" if is_slice else "")
+        super().visit_Getitem(node, frame)
+        self.write(")" if is_slice else "")
+
+    def _output_child_to_const(
+        self, node: jinja2.nodes.Expr, frame: jinja2.compiler.Frame, finalize: Any
+    ) -> str:
+        if not isinstance(node, jinja2.nodes.TemplateData):
+            raise jinja2.nodes.Impossible
+        return super()._output_child_to_const(node, frame, finalize)
+
+
+class TemplateEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """The sandbox, with transformers' options, filters and globals, and the limits."""
+
+    code_generator_class = _CodeGenerator
+    intercepted_binops = frozenset(("+", "-", "*", "/", "//", "%", "**"))
+
+    def __init__(self) -> None:
+        super().__init__(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[_GenerationBlock, jinja2.ext.loopcontrols],
+            optimized=False,
+            finalize=self.bounded,
+        )
+        self._budget = _Budget()
+        self.filters["tojson"] = self._to_json
+        self.filters["join"] = self._join
+        self.filters = {name: self._limited(name, function) for name, function in self.filters.items()}
+        del self.globals["lipsum"]
+        self.globals["raise_exception"] = _raise_exception
+        self.globals["strftime_now"] = _strftime_now
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> jinja2.nodes.Template:
+        tree = super()._parse(source, name, filename)
+        for loop in tree.find_all(jinja2.nodes.For):
+            check = jinja2.nodes.EnvironmentAttribute("check_time")
+            call = jinja2.nodes.Call(check, [], [], None, None)
+            loop.body.insert(0, jinja2.nodes.ExprStmt(call).set_lineno(loop.lineno, override=True))
+        return tree
+
+    # ----------------------------------------------------------------- the budget
+
+    @contextmanager
+    def limits(self, *, time_s: float, memory_bytes: int) -> Iterator[None]:
+        """Bound what this thread renders inside the `with` block. Not for nesting."""
+        self._budget.ends_at = time.monotonic() + time_s
+        self._budget.left_bytes = memory_bytes
+        try:
+            yield
+        finally:
+            self._budget.ends_at = math.inf
+            self._budget.left_bytes = 0
+
+    def check_time(self) -> None:
+        """Raise Runaway if the time of this thread's rendering is up."""
+        if time.monotonic() > self._budget.ends_at:
+            raise Runaway("the chat template ran for too long")
+
+    def expect(self, size_bytes: int) -> None:
+        """Raise Runaway if a result of this size is more than the rendering may still make."""
+        if size_bytes > self._budget.left_bytes:
+            raise Runaway("the chat template makes more text than it may")
+
+    def charged(self, value: Any) -> Any:
+        """The value, taken from the budget if it is one that has a size."""
+        if isinstance(value, (str, bytes, list, tuple, dict, set)):
+            size_bytes = sys.getsizeof(value)
+            self.expect(size_bytes)
+            self._budget.left_bytes -= size_bytes
+            self.check_time()
+        return value
+
+    def weigh(self, value: Any) -> int:
+        """At most how many characters a value's text has. Raises Runaway if that is too many.
+
+        Lists that hold a list twice make texts exponentially longer than they are themselves.
+        """
+        weight = 0
+        pending = [iter((value,))]
+        while pending:
+            for item in pending[-1]:
+                weight += 4
+                if isinstance(item, (str, bytes)):
+                    weight += len(item)
+                elif isinstance(item, (int, float)):
+                    weight += _NUMBER_CHARS if isinstance(item, float) else item.bit_length()
+                elif (inner := _items_of(item)) is not None:
+                    pending.append(iter(inner))
+                    self.check_time()
+                    break
+                else:
+                    weight += 256
+                self.expect(weight)
+            else:
+                pending.pop()
+        return weight
+
+    def bounded(self, value: Any) -> Any:
+        """The value, if its text may be made."""
+        if not isinstance(value, str):
+            self.weigh(value)
+        return value
+
+    # ----------------------------------------------------------------- what makes larger things
+
+    def concat(self, pieces: Iterable[str]) -> str:
+        """Join the pieces of a macro's or a block's output."""
+        pieces = list(pieces)
+        self.expect(sum(map(len, pieces)))
+        text: str = self.charged("".join(pieces))
+        return text
+
+    def concat_values(self, values: Iterable[Any]) -> str:
+        """`a ~ b ~ …`."""
+        return self.concat([str(self.bounded(value)) for value in values])
+
+    def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
+        """Compute `left operator right`, if the result is not too large."""
+        sizes = [side.bit_length() for side in (left, right) if isinstance(side, int)]
+        if sizes and max(sizes) > _INT_BITS:
+            raise Runaway("the chat template computes with too large a number")
+        if operator == "*":
+            for text, count in ((left, right), (right, left)):
+                if isinstance(text, (str, bytes, list, tuple)) and isinstance(count, int):
+                    self.expect(sys.getsizeof(text) * max(count, 0))
+        elif operator == "**" and len(sizes) == 2 and sizes[0] * abs(right) > _INT_BITS:
+            raise Runaway("the chat template computes too large a number")
+        elif operator == "%" and isinstance(left, (str, bytes)):
+            self._expect_printf(str(left), right)
+        elif operator == "+" and isinstance(left, (str, list, tuple)) and isinstance(right, Sequence):
+            self.expect(len(left) + len(right))
+        return self.charged(super().call_binop(context, operator, left, right))
+
+    def call(self, context: jinja2.runtime.Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """Call an object for a template, unless its time is up or it would make too large a thing."""
+        self.check_time()
+        if args:
+            self.charged(args)
+        owner = getattr(obj, "__self__", None)
+        if isinstance(owner, (str, bytes, int)):
+            self._expect_method(owner, getattr(obj, "__name__", ""), [*args, *kwargs.values()])
+        return self.charged(super().call(context, obj, *args, **kwargs))
+
+    def _expect_method(self, owner: str | bytes | int, name: str, args: list[Any]) -> None:
+        if isinstance(owner, int):
+            self.expect(_largest(args))  # to_bytes
+        elif name in ("center", "ljust", "rjust", "zfill"):
+            self.expect(_largest(args) * _CHAR_BYTES)
+        elif name == "expandtabs":
+            self.expect(len(owner) * max(8, _largest(args)))
+        elif name == "replace" and len(args) >= 2:
+            self._expect_replaced(owner, *args[:2])
+        elif name == "join" and args:
+            self._expect_joined(owner, args[0])
+        elif name == "translate" and args and isinstance(args[0], Mapping):
+            widest = max((len(value) for value in args[0].values() if isinstance(value, str)), default=1)
+            self.expect(len(owner) * widest * _CHAR_BYTES)
+        elif name in ("split", "rsplit", "splitlines"):
+            separator = next((arg for arg in args if isinstance(arg, type(owner)) and arg), None)
+            count = len(owner) // 2 if separator is None else owner.count(separator)  # type: ignore[arg-type]
+            self.expect(count * _ITEM_BYTES)
+
+    def _expect_replaced(self, text: Any, old: Any, new: Any) -> None:
+        if isinstance(old, type(text)) and isinstance(new, type(text)):
+            count = text.count(old) if old else len(text) + 1
+            self.expect(len(text) + count * len(new))
+
+    def _expect_joined(self, separator: str | bytes, items: Any) -> None:
+        if isinstance(items, (str, bytes)):
+            self.expect(len(items) * (1 + len(separator)))
+        elif isinstance(items, Collection):
+            sizes = [len(item) if isinstance(item, (str, bytes)) else 0 for item in items]
+            self.expect(sum(sizes) + len(sizes) * len(separator))
+        else:
+            raise Runaway("the chat template joins what has no length: make it a list first")
+
+    def _expect_printf(self, form: str, values: Any) -> None:
+        fields = _PRINTF_FIELD.findall(form)
+        if any("*" in field for field in fields):
+            raise Runaway("the chat template gives the width of a field as a value")
+        widths = sum(int(digits or 0) for field in fields for digits in field)
+        # A mapping's value may be written by each of the fields.
+        self.expect(len(form) + widths + len(fields) * _NUMBER_CHARS + len(fields) * self.weigh(values))
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        """`str.format` and `format_map`, through a formatter that keeps the limits."""
+        if super().wrap_str_format(value) is None:
+            return None
+        form = str(value.__self__)
+        is_map = value.__name__ == "format_map"
+
+        def format_(*args: Any, **kwargs: Any) -> str:
+            formatter = _Formatter(self)
+            return formatter.vformat(form, () if is_map else args, args[0] if is_map else kwargs)
+
+        return format_
+
+    # ----------------------------------------------------------------- filters
+
+    def _limited(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The filter, with its arguments sized and its result charged."""
+        leading = 0 if jinja2.utils._PassArg.from_obj(function) is None else 1
+
+        @functools.wraps(function)
+        def limited(*given: Any, **options: Any) -> Any:
+            self.check_time()
+            if len(given) > leading:
+                self._expect_filter(name, given[leading], [*given[leading + 1 :], *options.values()])
+            return self.charged(function(*given, **options))
+
+        return limited
+
+    def _expect_filter(self, name: str, value: Any, args: list[Any]) -> None:
+        if name in _WRITES_TEXT:
+            self.bounded(value)
+        match name:
+            case "center" | "batch" | "slice":
+                self.expect(_largest(args) * 8)
+            case "format":
+                self._expect_printf(str(value), args)
+            case "indent":
+                widths = [len(arg) if isinstance(arg, str) else arg for arg in args]
+                text = str(value)
+                self.expect(len(text) + (1 + len(text.splitlines())) * _largest([4, *widths]))
+            case "replace" if len(args) >= 2:
+                self._expect_replaced(str(value), str(self.bounded(args[0])), str(self.bounded(args[1])))
+            case "wordwrap" | "urlize" | "xmlattr":
+                widest = max((len(arg) for arg in args if isinstance(arg, str)), default=1)
+                self.expect(self.weigh(value) * max(widest, 8))
+            case "round" if _largest(args) > _ROUND_DIGITS:
+                raise Runaway("the chat template rounds to too many digits")
+            case "list" | "sort" | "unique" | "reverse" | "groupby" if isinstance(value, (str, bytes)):
+                self.expect(len(value) * _ITEM_BYTES)
+            case "sum":
+                self.weigh(value if isinstance(value, Collection) else None)
+
+    @jinja2.utils.pass_eval_context
+    def _join(
+        self,
+        eval_ctx: jinja2.nodes.EvalContext,
+        value: Iterable[Any],
+        d: str = "",
+        attribute: str | int | None = None,
+    ) -> str:
+        # As Jinja's own, but summed up as it goes.
+        if attribute is not None:
+            value = map(jinja2.filters.make_attrgetter(self, attribute), value)
+        separator = str(self.bounded(d))
+        parts: list[str] = []
+        size = 0
+        for item in value:
+            parts.append(str(self.bounded(item)))
+            size += len(parts[-1]) + len(separator)
+            self.expect(size)
+        return separator.join(parts)
+
+    def _to_json(
+        self,
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | str | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        # Jinja's own filter escapes HTML, which is wrong in a prompt.
+        depth = len(indent) if isinstance(indent, str) else indent or 0
+        if max(depth, *map(len, separators or ("", ""))) > _JSON_INDENT:
+            raise Runaway("the chat template indents JSON too far")
+        self.expect(self.weigh(value) * (6 if ensure_ascii else 1))
+        return json.dumps(
+            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+        )
+
+
+class _Formatter(jinja2.sandbox.SandboxedFormatter, Formatter):
+    """`str.format` in the sandbox, each field of which is sized before it is written."""
+
+    def __init__(self, environment: TemplateEnvironment) -> None:
+        super().__init__(environment)
+        self._limits = environment
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        """One field."""
+        self._limits.bounded(value)
+        self._limits.expect(_CHAR_BYTES * sum(map(int, _DIGITS.findall(format_spec))))
+        text: str = self._limits.charged(super().format_field(value, format_spec))
+        return text
+
+    def convert_field(self, value: Any, conversion: Any) -> Any:
+        """`!r` and its like."""
+        return super().convert_field(self._limits.bounded(value), conversion)
+
+
+def _items_of(value: object) -> Iterable[Any] | None:
+    """What a value's text is made of besides its own, if it holds others."""
+    if isinstance(value, jinja2.utils.Namespace):
+        value = value._Namespace__attrs
+    if isinstance(value, Mapping):
+        return (part for entry in value.items() for part in entry)
+    # A range's text is short, and whatever else has a length may write its items.
+    return value if isinstance(value, Collection) and not isinstance(value, range) else None
+
+
+def _largest(args: Iterable[Any]) -> int:
+    return max((arg for arg in args if isinstance(arg, int)), default=0)
+
+
+def _raise_exception(message: str) -> None:
+    raise TemplateError(str(message))
+
+
+def _strftime_now(form: str) -> str:
+    if len(form) > _DATE_FORM_CHARS:
+        raise Runaway("the chat template asks for too long a date")
+    return datetime.now().strftime(form)  # noqa: DTZ005 - local time, as templates expect
