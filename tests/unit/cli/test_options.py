@@ -9,7 +9,16 @@ import pytest
 
 from dynamo_redis.cli.app import SECTIONS, program
 from dynamo_redis.cli.options import given_settings, load, option_name, setting_options, shown_default
-from dynamo_redis.config import GROUPS, FrontendSettings, PlaneSettings, RuntimeSettings, StoreSettings
+from dynamo_redis.config import (
+    GROUPS,
+    FixtureSettings,
+    FrontendSettings,
+    ModelSettings,
+    PlaneSettings,
+    RuntimeSettings,
+    SettingsGroup,
+    StoreSettings,
+)
 from dynamo_redis.errors import ConfigError
 
 
@@ -122,3 +131,29 @@ def test_options_of_another_group_are_left_to_it() -> None:
     assert load(RuntimeSettings, given).log == "debug"
     assert dict(given_settings(StoreSettings, given)) == {"DYN_LEASE_TTL_S": "20"}
     assert dict(given_settings(FrontendSettings, given)) == {}
+
+
+@pytest.mark.parametrize(
+    ("group", "given", "message"),
+    [
+        (StoreSettings, {"lease_ttl_s": "1ms"}, "--lease-ttl='1ms': must be at least 1 s"),
+        (StoreSettings, {"lease_ttl_s": "2h"}, "--lease-ttl='2h': must be at most 3600 s"),
+        (StoreSettings, {"command_timeout_s": "0"}, "--command-timeout='0': must be more than 0 s"),
+        (PlaneSettings, {"tcp_port": "70000"}, "--tcp-port='70000': must be at most 65535"),
+        (
+            StoreSettings,
+            {"prefix": "f1{x}"},
+            "='f1{x}': must be 1 to 64 characters, without braces and spaces",
+        ),
+        (StoreSettings, {"prefix": "a b"}, "without braces and spaces"),
+        (StoreSettings, {"prefix": "x" * 65}, "1 to 64 characters"),
+        (ModelSettings, {"model_path": ""}, "--model-path='': must name a directory"),
+        (FixtureSettings, {"redis": "memcached"}, "must be auto, container, path, wheel, or a URL"),
+    ],
+)
+def test_what_is_wrong_with_a_value_is_said_in_words_and_units(
+    group: type[SettingsGroup], given: dict[str, str], message: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        load(group, given)
+    assert message in str(error.value)
