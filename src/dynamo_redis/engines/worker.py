@@ -8,8 +8,9 @@ from collections.abc import Callable
 from dynamo_redis.config import ModelSettings
 from dynamo_redis.engines.base import Engine, EngineCapacity
 from dynamo_redis.engines.demo_model import DEMO_MODEL_NAME, DEMO_MODEL_PATH
-from dynamo_redis.errors import StoreError
+from dynamo_redis.errors import ModelError, StoreError
 from dynamo_redis.names import EndpointName
+from dynamo_redis.runtime.chat_template import ChatTemplate
 from dynamo_redis.runtime.model_card import RuntimeConfig
 from dynamo_redis.runtime.model_files import ModelDirectory, publish_model, read_model_directory
 from dynamo_redis.runtime.runtime import DistributedRuntime
@@ -21,11 +22,17 @@ log = logging.getLogger(__name__)
 def open_model(settings: ModelSettings) -> tuple[ModelDirectory, str]:
     """The model to serve and its name in requests, by the settings; the demo model if they name none.
 
-    Blocks while the files are read. Raises ModelError.
+    Blocks while the files are read and the chat templates tried, just as a frontend will do: what it could
+    not use is not to be registered. Raises ModelError.
     """
     path = settings.model_path or DEMO_MODEL_PATH
     default_name = DEMO_MODEL_NAME if settings.model_path is None else path.resolve().name
     model = read_model_directory(path, context_length=settings.context_length)
+    if model.chat_templates:
+        try:
+            ChatTemplate(model.chat_templates, model.tokenizer_config)
+        except ModelError as exc:
+            raise ModelError(f"{path}: {exc}") from exc
     return model, settings.model_name or default_name
 
 

@@ -87,7 +87,10 @@ def _tokenize_chat(model: LoadedModel, body: ChatBody) -> list[int]:
         continue_final_message=bool(body.continue_final_message),
         **variables,
     )
-    return _encode(model, body, text)
+    token_ids = _encode(model, body, text)
+    if not token_ids:
+        raise invalid("The chat template makes an empty prompt of the messages.", "messages")
+    return token_ids
 
 
 def _encode(

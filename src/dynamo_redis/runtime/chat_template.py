@@ -27,7 +27,7 @@ _PROBE_LIMIT_S = 1.0
 OUTPUT_LIMIT_CHARS = 64 << 20
 """A template that writes more is stopped; far above any prompt that fits a body."""
 
-MEMORY_LIMIT_BYTES = 512 << 20
+MEMORY_LIMIT_BYTES = 1 << 30
 """All that the texts and lists made by one rendering may take together, those given up included."""
 
 _PROBE_MEMORY_LIMIT_BYTES = 64 << 20

@@ -163,8 +163,11 @@ def _context_length(path: Path, parsed: Mapping[str, dict[str, Any]]) -> int:
     text_config = config.get("text_config")  # models of several media keep the language model's part there
     for source in (config, text_config if isinstance(text_config, dict) else {}):
         for key in _CONTEXT_LENGTH_KEYS:
-            if _is_length(length := source.get(key)):
+            length = source.get(key)
+            if _is_length(length):
                 return int(length)
+            if length is not None:
+                raise ModelError(f"{path / 'config.json'}: {key} is {length!r}, not a number of tokens")
     declared = parsed["tokenizer_config.json"].get("model_max_length")
     if _is_length(declared):
         return int(declared)

@@ -299,3 +299,14 @@ async def test_a_chat_template_that_raises_is_the_callers_error(frontend: Any) -
         )
     assert caught.value.code == "template"
     assert "no text to continue" in caught.value.message
+
+
+async def test_messages_that_make_no_prompt_are_the_callers_error(
+    frontend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = frontend.models.get("demo").loaded.template
+    monkeypatch.setattr(type(template), "render", lambda *_, **__: "")
+    response = await frontend.http.post(CHAT, json=BODY)
+    assert response.status_code == 400
+    assert error_of(response)["param"] == "messages"
+    assert frontend.worker.requests == []

@@ -188,6 +188,10 @@ def test_a_rendering_that_runs_away_is_stopped(monkeypatch: pytest.MonkeyPatch, 
 
 
 NESTED = "{% set ns = namespace(x=[1]) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}"
+COPIES = (
+    "{% set n = namespace(l=[], b='x' * 9999999) %}"
+    "{% for i in range(999) %}{% set n.l = n.l + [n.b[1:]] %}{% endfor %}"
+)
 
 BOMBS = [
     "{{ 'x' * 10000000000 }}",
@@ -222,7 +226,7 @@ BOMBS = [
     NESTED + "{{ ns }}",
     NESTED + "{{ ns.x | tojson }}",
     "{% set b = 'x' * 999999 %}{% set y %}{% for i in range(99999) %}{{ b }}{% endfor %}{% endset %}{{ y }}",
-    "{% set n = namespace(l=[],b='x' * 9999999) %}{% for i in range(999) %}{% set n.l = n.l + [n.b[1:]] %}{% endfor %}",
+    COPIES,
     "{% set b = 'x' * 9999999 %}{% for i in b %}{% for j in b %}{% endfor %}{% endfor %}",
 ]
 
@@ -232,6 +236,7 @@ def test_a_template_that_takes_all_memory_is_stopped(source: str, monkeypatch: p
     """At the model's load and at a request; the address space is limited, so that a failure is one here."""
     monkeypatch.setattr(chat_template, "RENDER_LIMIT_S", 0.5)
     monkeypatch.setattr(chat_template, "_PROBE_LIMIT_S", 0.5)
+    monkeypatch.setattr(chat_template, "MEMORY_LIMIT_BYTES", 256 << 20)
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + (1 << 30), before[1]))
     started = time.monotonic()

@@ -98,6 +98,7 @@ def test_other_files_may_be_missing(directory: Path, name: str) -> None:
         ("generation_config.json", b'{"eos_token_id": "</s>"}', "not a token id"),
         ("tokenizer_config.json", b'{"chat_template": 5}', "chat_template is neither"),
         ("chat_template.jinja", b"\xff", "not UTF-8"),
+        ("config.json", b'{"max_position_embeddings": "many"}', "not a number of tokens"),
         ("config.json", b"[" * 100_000, "not valid JSON"),
     ],
 )
