@@ -293,6 +293,33 @@ def test_kill_9_leaves_no_process(start: Start) -> None:
     until(lambda: program.processes() == [], 3)
 
 
+def test_what_a_killed_one_left_is_removed_by_the_next_and_what_a_running_one_has_is_not(
+    start: Start, temporary: Path, tmp_path: Path
+) -> None:
+    def directories() -> set[Path]:
+        return set(temporary.glob("dynamo-redis-up-*"))
+
+    running = start(*up("--workers", "0"))
+    running.url()
+    (kept,) = directories()
+    killed = start(*up("--workers", "0"))
+    killed.url()
+    (abandoned,) = directories() - {kept}
+    killed.process.kill()
+    killed.process.wait()
+    until(lambda: not any(str(abandoned) in " ".join(p.cmdline()) for p in killed.processes()), 3)
+    (temporary / "dynamo-redis-up-link").symlink_to(tmp_path)
+    third = start(*up("--workers", "0"))
+    third.url()
+    assert abandoned not in directories()
+    assert kept in directories()
+    assert tmp_path.is_dir()
+    assert (kept / "redis.sock").exists()
+    assert third.stop() < STOP_WITHIN_S
+    assert running.stop() < STOP_WITHIN_S
+    assert directories() == {temporary / "dynamo-redis-up-link"}
+
+
 def test_what_dies_is_started_again(start: Start, command: Callable[..., Any]) -> None:
     program = start(*up())
     url = program.url()

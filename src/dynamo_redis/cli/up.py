@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import json
 import shlex
 import signal
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +16,7 @@ import click
 
 from dynamo_redis.cli import collection, probe
 from dynamo_redis.cli.children import Service
+from dynamo_redis.cli.data_directory import data_directory
 from dynamo_redis.cli.deployment import Deployment
 from dynamo_redis.cli.failures import CommandFailed
 from dynamo_redis.cli.formats import redact
@@ -243,20 +242,12 @@ def _given(options: Mapping[str, str | None]) -> set[str]:
 
 @contextmanager
 def _directory(data_dir: Path | None, *, needed: bool) -> Iterator[Path | None]:
-    """Where the embedded Redis keeps its data: `data_dir`, held against a second `up`, or a temporary one."""
+    """Where the embedded Redis keeps its data; None if there is none."""
     if not needed:
         yield None
-    elif data_dir is None:
-        with tempfile.TemporaryDirectory(prefix="dynamo-redis-up-", ignore_cleanup_errors=True) as directory:
-            yield Path(directory)
-    else:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        with (data_dir / "up.lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise CommandFailed(f"{data_dir} is in use by another `dynamo-redis up`") from None
-            yield data_dir
+        return
+    with data_directory(data_dir) as directory:
+        yield directory
 
 
 @contextmanager
