@@ -27,9 +27,12 @@ def test_a_temporary_directory_ends_with_its_use(temporary: Path) -> None:
 
 
 def test_a_directory_that_was_chosen_stays_and_is_held(tmp_path: Path) -> None:
-    with data_directory(tmp_path / "data"), pytest.raises(CommandFailed, match="in use by another"):
-        with data_directory(tmp_path / "data"):
-            pass
+    with (
+        data_directory(tmp_path / "data"),
+        pytest.raises(CommandFailed, match="in use by another"),
+        data_directory(tmp_path / "data"),
+    ):
+        pass
     with data_directory(tmp_path / "data"):
         pass
     assert (tmp_path / "data").is_dir()
