@@ -179,7 +179,7 @@ def _json(status: int, value: Any) -> Response:
 
 def _error(error: ApiError) -> Response:
     headers = {str(name, "latin-1"): str(value, "latin-1") for name, value in error.headers()}
-    return Response(error.body_bytes(), error.status, headers)
+    return Response(error.body_bytes(), error.status, headers, media_type="application/json")
 
 
 async def _on_http_exception(request: Request, exc: Exception) -> Response:

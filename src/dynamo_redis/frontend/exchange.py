@@ -16,12 +16,13 @@ import asyncio
 import contextlib
 import json
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
 from dynamo_redis.errors import DynamoRedisError
 from dynamo_redis.frontend.answers import Answer
-from dynamo_redis.frontend.http_errors import ApiError, api_error
+from dynamo_redis.frontend.http_errors import ApiError, worker_error, worker_lost
 from dynamo_redis.frontend.sse import DONE, ChunkEncoder, Kind, event
 from dynamo_redis.planes.context import Context
 from dynamo_redis.runtime.llm_protocol import GenerateRequest
@@ -211,9 +212,11 @@ class Exchange:
     async def _read(self, choice: Choice, deliver: Callable[[Choice, str], Awaitable[None]]) -> None:
         answer = choice.answer
         items: Any = None
+        begun = False
         try:
             items = await self._generate(choice.request, choice.context)
             async for item in items:
+                begun = True
                 await deliver(choice, answer.feed(item))
                 if answer.finish_reason is not None:
                     break
@@ -223,8 +226,10 @@ class Exchange:
         except Exception as exc:
             if not isinstance(exc, (DynamoRedisError, ApiError)):
                 log.exception("request %s failed", choice.context.id())
+            elif worker_lost(exc):
+                _losses.report(choice.context.id(), exc)
             if self._error is None:
-                self._error = api_error(exc)
+                self._error = worker_error(exc, self._frame["model"], begun=begun)
         finally:
             self._open -= 1
             self._wake.set()
@@ -250,6 +255,28 @@ class Exchange:
         if any(count is not None for count in cached):
             usage["prompt_tokens_details"] = {"cached_tokens": sum(count or 0 for count in cached)}
         return usage
+
+
+class _Losses:
+    """Logs why requests lost their workers: one a second, since a worker that dies takes thousands along."""
+
+    def __init__(self) -> None:
+        self._next_at = 0.0
+        self._unreported_count = 0
+
+    def report(self, request_id: str | None, error: Exception) -> None:
+        """Log one, or count it."""
+        now = time.monotonic()
+        if now < self._next_at:
+            self._unreported_count += 1
+            return
+        self._next_at = now + 1.0
+        others = f" (and {self._unreported_count} more since the last)" if self._unreported_count else ""
+        self._unreported_count = 0
+        log.warning("request %s lost its worker: %s%s", request_id, error, others)
+
+
+_losses = _Losses()
 
 
 async def _read_to_end(items: AsyncIterator[Any]) -> None:

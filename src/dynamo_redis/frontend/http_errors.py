@@ -48,11 +48,10 @@ class ApiError(Exception):
         return json.dumps(self.body(), ensure_ascii=False).encode(errors="replace")
 
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """Headers of the answer, without its length."""
-        headers = [(b"content-type", b"application/json")]
-        if self.retry_after_s is not None:
-            headers.append((b"retry-after", b"%d" % max(1, math.ceil(self.retry_after_s))))
-        return headers
+        """Headers of the answer besides those of its content."""
+        if self.retry_after_s is None:
+            return []
+        return [(b"retry-after", b"%d" % max(1, math.ceil(self.retry_after_s)))]
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
@@ -77,6 +76,17 @@ def model_loading(model: str) -> ApiError:
         f"The model `{model}` is being loaded.",
         kind=_UNAVAILABLE,
         code="model_loading",
+        retry_after_s=1.0,
+    )
+
+
+def no_workers(model: str, code: str = errors.NoInstances.code) -> ApiError:
+    """503 for a model none of whose workers can be reached: they may be about to be replaced."""
+    return ApiError(
+        503,
+        f"no worker of model `{model}` can be reached now; try again",
+        kind=_UNAVAILABLE,
+        code=code,
         retry_after_s=1.0,
     )
 
@@ -136,6 +146,35 @@ _STATUS: dict[type[errors.DynamoRedisError], tuple[int, str]] = {
     errors.ProtocolViolation: (502, _SERVER),
     errors.HandlerFailed: (500, _SERVER),
 }
+
+
+_UNREACHABLE = (
+    errors.NoInstances,
+    errors.CannotConnect,
+    errors.ConnectionLost,
+    errors.AuthenticationFailed,
+    errors.Draining,
+    errors.NotAccepted,
+    errors.EndpointNotFound,
+    errors.InstanceRemoved,
+)
+"""What ends a request because of its way to the worker. Their messages name internal addresses."""
+
+
+def worker_lost(error: Exception) -> bool:
+    """Whether a request ended because of its way to the worker, and not because of what it asks."""
+    return isinstance(error, _UNREACHABLE)
+
+
+def worker_error(error: Exception, model: str, *, begun: bool) -> ApiError:
+    """What the client is told of an error of its worker. `begun`: part of the answer had come."""
+    if not isinstance(error, _UNREACHABLE):
+        return api_error(error)
+    if not begun:
+        return no_workers(model, error.code)
+    status, kind = _STATUS[type(error)]
+    message = "the worker was lost while answering; this answer is incomplete, send the request again"
+    return ApiError(status, message, kind=kind, code=error.code, retry_after_s=1.0 if status == 503 else None)
 
 
 def api_error(error: Exception) -> ApiError:

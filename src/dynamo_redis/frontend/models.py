@@ -12,7 +12,7 @@ from typing import Any, Protocol, Self
 
 from dynamo_redis.clock import SYSTEM_CLOCK, Clock
 from dynamo_redis.errors import ConfigError, DynamoRedisError, ModelError, StoreError
-from dynamo_redis.frontend.http_errors import model_broken, model_loading, model_not_found
+from dynamo_redis.frontend.http_errors import model_broken, model_loading, model_not_found, no_workers
 from dynamo_redis.frontend.model import CardEntry, EndpointClient, Model, Source
 from dynamo_redis.frontend.model_loading import load_model
 from dynamo_redis.names import MODEL_CARDS, EndpointName
@@ -24,6 +24,11 @@ log = logging.getLogger(__name__)
 
 LINGER_S = 2.0
 """How long a card whose lease expired still counts: the time its instance has to answer a probe."""
+
+REMEMBERED_S = 300.0
+"""For this long a model that is no longer served is unavailable, not unknown: its workers may come back."""
+
+_REMEMBERED_COUNT = 1024  # past it the one that went first is forgotten
 
 _RETRY_PAUSE_S = (0.25, 5.0)
 _WATCH_PAUSE_S = 1.0
@@ -77,6 +82,7 @@ class LiveModels:
         self._clients: dict[EndpointName, EndpointClient] = {}
         self._client_lock = asyncio.Lock()
         self._lingering: dict[str, float] = {}  # card key → until when it counts, whatever its instance
+        self._gone: dict[str, float] = {}  # names once served → since when no more, in that order
         self._puts = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._sweeper: asyncio.Task[None] | None = None
@@ -113,9 +119,12 @@ class LiveModels:
         return sorted((m for m in self._models.values() if m.loaded is not None), key=lambda m: m.name)
 
     def get(self, name: str) -> Model:
-        """A loaded model. Raises ApiError: 404 if there is none of that name, 503 while it is not loaded."""
+        """A loaded model. Raises ApiError: 404 if there is none of that name, 503 while it is not loaded and
+        when it has not been served only since lately."""
         model = self._models.get(name)
         if model is None:
+            if self._clock.monotonic() < self._gone.get(name, -REMEMBERED_S) + REMEMBERED_S:
+                raise no_workers(name)
             # Before the first state is known nobody can say that there is no such model.
             raise model_not_found(name) if self.first_state.is_set() else model_loading(name)
         if model.loaded is None:
@@ -214,9 +223,17 @@ class LiveModels:
             else:
                 self._stop_loading(model)
                 del self._models[name]
+                if model.loaded is not None:
+                    self._remember(name)
                 self._start(self._release_clients())
                 log.info("model %r is no longer served", name)
         self._update_routes()
+
+    def _remember(self, name: str) -> None:
+        self._gone.pop(name, None)
+        self._gone[name] = self._clock.monotonic()
+        if len(self._gone) > _REMEMBERED_COUNT:
+            del self._gone[next(iter(self._gone))]
 
     def _choose_source(self, model: Model) -> None:
         """Keep what is loaded, or being loaded, while a card still names it; else load the newest card."""
@@ -257,7 +274,7 @@ class LiveModels:
             except StoreError as exc:
                 if model.failure is None:
                     log.warning("model %r cannot be loaded yet, trying again: %s", model.name, exc)
-                model.failure = str(exc)
+                model.failure = "its files cannot be fetched now"
             except ModelError as exc:
                 log.error("model %r cannot be served: %s", model.name, exc)
                 model.failure = str(exc)

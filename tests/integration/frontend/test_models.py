@@ -60,7 +60,27 @@ async def test_a_model_is_served_while_a_card_stands(frontend: Any) -> None:
     assert names(frontend) == ["m"]
     frontend.runtime.registry.delete(second)
     await frontend.until(lambda: names(frontend) == [])
-    assert status_of(frontend, "m") == 404
+    assert status_of(frontend, "m") == 503
+    assert status_of(frontend, "never") == 404
+
+
+async def test_a_model_no_longer_served_is_remembered_for_a_while(
+    frontend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "_REMEMBERED_COUNT", 2)
+    for index in range(3):
+        key = await frontend.runtime.publish(f"m{index}", instance_id=1)
+        await frontend.until_served(f"m{index}")
+        frontend.runtime.registry.delete(key)
+        await frontend.until(lambda: names(frontend) == [])
+    assert [status_of(frontend, f"m{index}") for index in range(3)] == [404, 503, 503]
+    response = await frontend.http.post(
+        "/v1/chat/completions", json={"model": "m2", "messages": [{"role": "user", "content": "Hi"}]}
+    )
+    assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+    assert "no worker of model `m2` can be reached now; try again" in response.text
+    monkeypatch.setattr(models, "REMEMBERED_S", 0.0)
+    assert status_of(frontend, "m2") == 404
     await frontend.runtime.publish("m", instance_id=3)
     await frontend.until_served("m")
 
