@@ -88,7 +88,7 @@ class Message(TypedDict):
     """One message of a conversation. Keys beyond these reach the chat template as they are."""
 
     __pydantic_config__ = _OPEN  # type: ignore[misc]
-    role: str
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: NotRequired[Content]
     tool_calls: NotRequired[list[ToolCall] | None]
 

@@ -129,6 +129,7 @@ class _Variant:
             raise ModelError(f"chat template {name!r} does not compile: {_one_line(exc)}") from exc
         self._content_form: ContentForm = "text"
         self._writes_string_arguments = False
+        self._knows_developers = True
 
     def examine(self, variables: Mapping[str, Any]) -> None:
         """Find out, by rendering probes, which form of content and of tool call arguments is understood."""
@@ -139,6 +140,9 @@ class _Variant:
         reads_parts = reads_parts and as_parts is not None and '"text"' not in as_parts
         if reads_parts:
             self._content_form = "either" if as_text is not None and probe in as_text else "parts"
+        developer = self.normalise({"role": "developer", "content": probe})
+        written = self._try([developer, self.normalise({"role": "user", "content": "Hi"})], variables)
+        self._knows_developers = written is not None and probe in written
         arguments = '{"probe": "argument"}'
         call = {"type": "function", "id": "call00000", "function": {"name": "f", "arguments": arguments}}
         with_call = self._try(
@@ -187,11 +191,14 @@ class _Variant:
         """A copy of an OpenAI message, as the template expects it.
 
         Keys without a value are dropped. An assistant's message that has only tool calls gets empty
-        content: OpenAI's clients send null there, and many templates concatenate it.
+        content: OpenAI's clients send null there, and many templates concatenate it. A developer's message
+        is a system message where the template would leave it out.
         """
         result = {key: value for key, value in message.items() if value is not None}
         if message.get("role") == "assistant":
             result.setdefault("content", "")
+        elif message.get("role") == "developer" and not self._knows_developers:
+            result["role"] = "system"
         content = result.get("content")
         if isinstance(content, list) and self._content_form == "text":
             result["content"] = "\n".join(map(_part_text, content))

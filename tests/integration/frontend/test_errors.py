@@ -12,6 +12,8 @@ import openai
 import pytest
 
 from dynamo_redis import errors
+from dynamo_redis.frontend import exchange
+from dynamo_redis.frontend.http_errors import worker_lost
 from dynamo_redis.frontend.prompts import PROBE_CHARS
 from dynamo_redis.planes.context import Context
 from dynamo_redis.runtime.llm_protocol import GenerateRequest
@@ -40,6 +42,7 @@ async def test_a_wrong_value_is_named(frontend: Any) -> None:
         ({"max_tokens": "many"}, "max_tokens"),
         ({"max_tokens": 10**6}, "max_tokens"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
+        ({"messages": [{"role": "alien", "content": "Hi"}]}, "messages[0].role"),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages"),
     ]
     for change, param in changes:
@@ -205,8 +208,8 @@ async def test_an_error_before_the_first_item_is_an_http_error(frontend: Any) ->
         (errors.Overloaded("full", retry_after_s=2.5), 503),
         (errors.Draining("leaving"), 503),
         (errors.CannotConnect("refused"), 503),
-        (errors.ConnectionLost("reset"), 502),
-        (errors.InstanceRemoved("gone"), 502),
+        (errors.ConnectionLost("reset"), 503),
+        (errors.InstanceRemoved("gone"), 503),
         (errors.DeadlineExceeded("too late"), 504),
         (errors.InvalidRequest("no such LoRA"), 400),
         (errors.PayloadTooLarge(size_bytes=9, limit_bytes=8), 413),
@@ -220,7 +223,10 @@ async def test_an_error_before_the_first_item_is_an_http_error(frontend: Any) ->
             assert response.status_code == status
             body = error_of(response)
             assert body["code"] == error.code
-            assert str(error) in body["message"]
+            unreachable = worker_lost(error)
+            assert ("no worker of model `demo` can be reached" if unreachable else str(error)) in body[
+                "message"
+            ]
             if isinstance(error, errors.Overloaded):
                 assert response.headers["retry-after"] == "3"
 
@@ -242,7 +248,7 @@ async def test_an_error_amid_a_stream_is_an_event(frontend: Any) -> None:
         async for chunk in stream:
             chunks.append(chunk)  # noqa: PERF401 - what came before the error counts
 
-    with pytest.raises(openai.APIError, match="the worker is gone"):
+    with pytest.raises(openai.APIError, match="the worker was lost while answering"):
         await read()
     assert len(chunks) >= 3
     response = await frontend.http.post(CHAT, json={**BODY, "stream": True})
@@ -267,7 +273,7 @@ async def test_one_choice_that_fails_ends_the_others(frontend: Any) -> None:
 
     frontend.worker.script = script
     response = await frontend.http.post(CHAT, json={**BODY, "n": 2, "seed": 0, "stream": False})
-    assert response.status_code == 502
+    assert response.status_code == 503
     await frontend.until(lambda: len(frontend.worker.ended) == 2)
 
 
@@ -310,3 +316,30 @@ async def test_messages_that_make_no_prompt_are_the_callers_error(
     assert response.status_code == 400
     assert error_of(response)["param"] == "messages"
     assert frontend.worker.requests == []
+
+
+async def test_an_error_has_one_content_type(frontend: Any) -> None:
+    frontend.worker.script = fails(errors.HandlerFailed("boom"))
+    for path, body in ((CHAT, {}), (CHAT, BODY), ("/nowhere", {})):
+        response = await frontend.http.post(path, json=body)
+        assert response.status_code >= 400
+        assert response.headers.get_list("content-type") == ["application/json"]
+
+
+async def test_a_lost_worker_is_told_without_its_address(frontend: Any, caplog: Any) -> None:
+    detail = "cannot connect to 127.0.0.1:46579: [Errno 111]"
+    for after, status, words in (
+        (0, 503, "no worker of model `demo` can be reached"),
+        (2, 502, "incomplete"),
+    ):
+        exchange._losses._next_at = 0.0
+        caplog.clear()
+        frontend.worker.script = fails(errors.ConnectionLost(detail), after=after)
+        response = await frontend.http.post(CHAT, json=BODY)
+        assert response.status_code == status
+        assert words in error_of(response)["message"]
+        assert response.headers.get("retry-after") == ("1" if status == 503 else None)
+        streamed = await frontend.http.post(CHAT, json={**BODY, "stream": True})
+        assert words in streamed.text
+        assert "127.0.0.1" not in response.text + streamed.text
+        assert [record.levelname for record in caplog.records if detail in record.message] == ["WARNING"]

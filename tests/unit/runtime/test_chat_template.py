@@ -137,6 +137,15 @@ def test_the_final_message_is_cut_where_it_ends() -> None:
         chat("{{ messages[0].content }}").render(messages, continue_final_message=True)
 
 
+def test_a_developer_is_the_system_for_a_template_that_knows_none() -> None:
+    source = "{% for m in messages if m.role in ROLES %}{{ m.role }}:{{ m.content }} {% endfor %}"
+    messages = [{"role": "developer", "content": "Be kind."}, *USER]
+    without = source.replace("ROLES", "['system', 'user']")
+    assert chat(without).render(messages) == "system:Be kind. user:Hi "
+    knowing = source.replace("ROLES", "['developer', 'user']")
+    assert chat(knowing).render(messages) == "developer:Be kind. user:Hi "
+
+
 # --------------------------------------------------------------------------- what goes wrong
 
 
