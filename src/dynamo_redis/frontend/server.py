@@ -161,6 +161,8 @@ async def run_server(
             timeout_graceful_shutdown=max(1, round(drain_s)),
         )
     )
+    server_log = logging.getLogger("uvicorn.error")
+    server_log.addFilter(quiet := _QuietServerLog())
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     shutdown = asyncio.ensure_future(wait_for_shutdown())
     try:
@@ -174,6 +176,20 @@ async def run_server(
         for task in (serving, shutdown):
             task.cancel()
         await asyncio.gather(serving, shutdown, return_exceptions=True)
+        server_log.removeFilter(quiet)
+
+
+class _QuietServerLog(logging.Filter):
+    """Takes down to DEBUG what uvicorn says louder than it is: port scanners' bytes, drains without loss."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the record is still to be written."""
+        said = str(record.msg)
+        nothing_lost = said.startswith("Cancel %s running task(s)") and record.args == (0,)
+        if nothing_lost or said.startswith("Invalid HTTP request received"):
+            record.levelno, record.levelname = logging.DEBUG, logging.getLevelName(logging.DEBUG)
+            return logging.getLogger(record.name).isEnabledFor(logging.DEBUG)
+        return True
 
 
 class _Server(uvicorn.Server):

@@ -214,7 +214,10 @@ class _Variant:
 
 def _one_line(exc: Exception) -> str:
     line = f", line {exc.lineno}" if isinstance(exc, jinja2.TemplateSyntaxError) else ""
-    return " ".join(f"{getattr(exc, 'message', None) or str(exc) or type(exc).__name__}".split()) + line
+    return (
+        " ".join(f"{getattr(exc, 'message', None) or str(exc) or type(exc).__name__}".split()).rstrip(".")
+        + line
+    )
 
 
 def _part_text(part: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import socket
 from pathlib import Path
@@ -156,3 +157,17 @@ async def test_a_client_that_sends_no_request_is_let_go(
     frontend.worker.script = frontend.worker.says("one two three four", pause_s=0.1)
     response = await frontend.http.post("/v1/completions", json={"model": "demo", "prompt": "x"})
     assert response.status_code == 200
+
+
+async def test_a_port_scanner_and_a_drain_without_loss_are_not_worth_a_line(
+    open_frontend: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    frontend = await open_frontend()
+    with caplog.at_level(logging.INFO):
+        assert b" 400 " in await send_raw(frontend.url, b"\x16\x03\x01\x00\xee\r\n\r\n")
+        # What uvicorn says at the end of a drain that only idle connections outlast.
+        log = logging.getLogger("uvicorn.error")
+        log.error("Cancel %s running task(s), timeout graceful shutdown exceeded", 0)
+        assert [record for record in caplog.records if record.name == "uvicorn.error"] == []
+        log.error("Cancel %s running task(s), timeout graceful shutdown exceeded", 2)
+    assert [record.levelname for record in caplog.records if record.name == "uvicorn.error"] == ["ERROR"]
