@@ -74,7 +74,7 @@ async def test_exit_codes_and_output(tmp_path: Path) -> None:
 
 async def test_a_program_that_is_not_there() -> None:
     child = ChildProcess.start(["no-such-program"], stderr=subprocess.DEVNULL)
-    assert await child.wait(5) == 127
+    assert await child.wait(5) in (126, 127)  # 126 where a directory of PATH may not be read
 
 
 async def test_arguments_are_not_expanded(tmp_path: Path) -> None:

@@ -6,14 +6,16 @@ import re
 import subprocess
 import sys
 import textwrap
+from typing import Literal
 
 import pytest
 from redis import Redis
 
 import dynamo_redis.testing
+from dynamo_redis.errors import ConfigError
 from dynamo_redis.store.base import parse_object_url
 from dynamo_redis.store.erase import erase_prefix
-from dynamo_redis.store.server import EmbeddedServer
+from dynamo_redis.store.server import EmbeddedServer, find_server
 from dynamo_redis.testing import MockWorker, MockWorkerFactory, RuntimeFactory, SessionRedis
 
 pytest_plugins = ["pytester"]
@@ -50,6 +52,7 @@ def test_the_plugin_imports_nothing_that_costs_time() -> None:
         import sys, pytest, anyio.pytest_plugin
         before = set(sys.modules)
         import dynamo_redis.testing
+from dynamo_redis.errors import ConfigError
         heavy = {"redis", "pydantic", "msgpack", "uvloop", "testcontainers", "docker", "tokenizers"}
         print(sorted(heavy & (set(sys.modules) - before)))
     """
@@ -124,7 +127,7 @@ def test_a_wrong_source_is_an_error_of_one_line(
 
 @pytest.mark.parametrize("source", ["path", "wheel"])
 def test_the_source_can_be_chosen(
-    users: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, source: str
+    users: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, source: Literal["path", "wheel"]
 ) -> None:
     try:
         find_server(source)
