@@ -236,7 +236,10 @@ class TemplateEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             self.charged(args)
         owner = getattr(obj, "__self__", None)
         if isinstance(owner, (str, bytes, int)):
-            self._expect_method(owner, getattr(obj, "__name__", ""), [*args, *kwargs.values()])
+            name = getattr(obj, "__name__", "")
+            if name == "join" and args:
+                args = (self._listed(args[0]), *args[1:])
+            self._expect_method(owner, name, [*args, *kwargs.values()])
         return self.charged(super().call(context, obj, *args, **kwargs))
 
     def _expect_method(self, owner: str | bytes | int, name: str, args: list[Any]) -> None:
@@ -250,8 +253,9 @@ class TemplateEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             self._expect_replaced(owner, *args[:2])
         elif name == "join" and args:
             self._expect_joined(owner, args[0])
-        elif name == "translate" and args and isinstance(args[0], Mapping):
-            widest = max((len(value) for value in args[0].values() if isinstance(value, str)), default=1)
+        elif name == "translate" and args and isinstance(args[0], (Mapping, Sequence)):
+            table = args[0].values() if isinstance(args[0], Mapping) else args[0]
+            widest = max((len(value) for value in table if isinstance(value, str)), default=1)
             self.expect(len(owner) * widest * _CHAR_BYTES)
         elif name in ("split", "rsplit", "splitlines"):
             separator = next((arg for arg in args if isinstance(arg, type(owner)) and arg), None)
@@ -269,8 +273,16 @@ class TemplateEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         elif isinstance(items, Collection):
             sizes = [len(item) if isinstance(item, (str, bytes)) else 0 for item in items]
             self.expect(sum(sizes) + len(sizes) * len(separator))
-        else:
-            raise Runaway("the chat template joins what has no length: make it a list first")
+
+    def _listed(self, items: Any) -> Any:
+        """Items that can be looked at before they are used, which those of an iterator cannot."""
+        if isinstance(items, Collection) or not isinstance(items, Iterable):
+            return items
+        found: list[Any] = []
+        for item in items:
+            found.append(item)
+            self.expect(len(found) * 8)
+        return found
 
     def _expect_printf(self, form: str, values: Any) -> None:
         fields = _PRINTF_FIELD.findall(form)

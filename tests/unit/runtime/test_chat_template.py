@@ -224,6 +224,9 @@ BOMBS = [
     "{{ range(90000) | join('y' * 90000) }}",
     "{{ ('x' * 90000).translate({120: 'y' * 90000}) }}",
     "{{ 'x\ny' | indent(10000000000) }}",
+    "{{ ('x' * 90000).translate(['y' * 90000] * 200) }}",
+    "{{ ('x' | attr('center'))(10000000000) }}",
+    "{{ ('y' * 90000).join(range(90000) | map('string')) }}",
     "{{ [1] | batch(10000000000, 0) | list }}",
     "{{ [1] | slice(10000000000) | list }}",
     "{{ [1] | tojson(indent=10000000000) }}",
@@ -268,6 +271,7 @@ def test_a_template_that_takes_all_memory_is_stopped(source: str, monkeypatch: p
         ("{{ '%5.1f|%s' % (1.25, 'x') }}{{ '%03d' | format(7) }}", "  1.2|x007"),
         ("{{ '{:>4}{x!r}'.format(1, x='y') }}", "   1'y'"),
         ("{{ 'x' | center(3) }}{{ 'a\nb' | indent(2) }}", " x a\n  b"),
+        ("{{ '-'.join(['a', 'b'] | map('upper')) }}", "A-B"),
         ("{{ [1, 2] | join(', ') }}{{ ['a', 'b'] | map('upper') | join }}", "1, 2AB"),
         ("{{ messages | map(attribute='role') | join('|') }}", "user"),
         (
