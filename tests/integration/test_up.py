@@ -533,6 +533,21 @@ def test_a_wrong_setting_in_the_environment_is_one_line(start: Start) -> None:
     assert line.startswith("DYN_LEASE_TTL_S: 'abc' is not a duration")
 
 
+def test_a_missing_extra_is_one_line_that_says_what_to_install(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Absent:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name in ('uvicorn', 'starlette', 'tokenizers'):\n"
+        "            raise ModuleNotFoundError(name, name=name)\n"
+        "sys.meta_path.insert(0, Absent())\n"
+    )
+    line = failed_in_one_line(start(*up("--workers", "1"), PYTHONPATH=str(tmp_path / "modules")), 2)
+    assert "needs further packages" in line
+    assert line.endswith("pip install 'dynamo-redis[http]'")
+
+
 def test_a_wrong_password_is_one_line(start: Start, tmp_path: Path) -> None:
     directory = Path(tempfile.mkdtemp(dir=tmp_path))
     server = EmbeddedServer(directory, port=0, settings={"requirepass": "right"})

@@ -14,6 +14,7 @@ import logging
 import os
 import sys
 import traceback
+from importlib.util import find_spec
 
 import click
 
@@ -84,6 +85,13 @@ def say(message: str, *, prefix: str = "dynamo-redis: ") -> None:
         sys.stderr.flush()
     except OSError:
         return  # nobody listens
+
+
+def require_extra(extra: str) -> None:
+    """Raise the ModuleNotFoundError that a child process would otherwise end with."""
+    for module in _EXTRAS[extra]:
+        if find_spec(module) is None:
+            raise ModuleNotFoundError(f"No module named {module!r}", name=module)
 
 
 def _extra_with(module: str | None) -> str | None:

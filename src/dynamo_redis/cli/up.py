@@ -18,7 +18,7 @@ from dynamo_redis.cli import collection, probe
 from dynamo_redis.cli.children import Service
 from dynamo_redis.cli.data_directory import data_directory
 from dynamo_redis.cli.deployment import Deployment
-from dynamo_redis.cli.failures import CommandFailed
+from dynamo_redis.cli.failures import CommandFailed, require_extra
 from dynamo_redis.cli.formats import redact
 from dynamo_redis.cli.options import SettingsCommand, given_settings, load, setting_options
 from dynamo_redis.cli.status import Display, Status, make_display
@@ -89,6 +89,7 @@ def up(workers_count: int, data_dir: Path | None, **options: str | None) -> None
       dynamo-redis up --model-path ./Qwen3-0.6B --model-name Qwen/Qwen3-0.6B
       dynamo-redis up --redis-url redis://10.0.0.5:6379
     """
+    require_extra("http")
     for group in _GROUPS:
         load(group, options)  # a wrong setting is said before anything starts
     external = origins(StoreSettings, _given(options))["redis_url"] != "default"
