@@ -52,7 +52,6 @@ def test_the_plugin_imports_nothing_that_costs_time() -> None:
         import sys, pytest, anyio.pytest_plugin
         before = set(sys.modules)
         import dynamo_redis.testing
-from dynamo_redis.errors import ConfigError
         heavy = {"redis", "pydantic", "msgpack", "uvloop", "testcontainers", "docker", "tokenizers"}
         print(sorted(heavy & (set(sys.modules) - before)))
     """

@@ -41,7 +41,7 @@ _REFUSALS: Final = (
     ("MOVED ", "is a cluster node that does not hold these keys: use the node that does, or a proxy"),
 )
 
-_DENIALS: Final = ("NOPERM", "can't run this command", "can't access at least one")
+_DENIALS: Final = ("NOPERM", "ACL failure", "can't run this command", "can't access at least one")
 """What an ACL answers, to a command itself and, in other words, to one inside a script."""
 
 _AWAY: Final = ("LOADING", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "NOREPLICAS", "UNBLOCKED", "BUSY ")
