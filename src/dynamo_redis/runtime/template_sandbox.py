@@ -5,7 +5,7 @@ Nothing is computed when a template is compiled. When it is rendered, every oper
 larger than what went into it (operators, filters, methods, joins) is sized before it is done, and what it
 made is charged to the rendering's budget; time is checked there as well, and at each turn of a loop.
 
-What escapes is the time of one comparison of nested lists, and of one sort, within the budget of memory.
+What escapes is the time of one comparison of nested lists, and of one sort: they keep their thread busy.
 """
 
 from __future__ import annotations
