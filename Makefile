@@ -6,7 +6,7 @@ ARGS   ?=
 SUITE  ?= start
 STAMP  := $(VENV)/.installed
 
-.PHONY: up test check format bench clean help
+.PHONY: up test check format bench faults clean help
 
 help:            ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -30,7 +30,7 @@ check: $(STAMP)  ## format, lint, types, layers
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/mypy --strict tests benchmarks examples tools
+	$(BIN)/mypy --strict tests benchmarks faults examples tools
 	$(BIN)/lint-imports
 
 format: $(STAMP) ## rewrite the code in the project's format
@@ -39,6 +39,9 @@ format: $(STAMP) ## rewrite the code in the project's format
 
 bench: $(STAMP)  ## a benchmark suite against its rivals (SUITE=start)
 	$(BIN)/python -m benchmarks.$(SUITE) $(ARGS)
+
+faults: $(STAMP) ## faults of every kind against a real deployment, short (ARGS="--help" shows the long form)
+	$(BIN)/python -m faults $(ARGS)
 
 clean:           ## remove what the targets above made
 	rm -rf $(VENV) .bench .mypy_cache .ruff_cache .pytest_cache
