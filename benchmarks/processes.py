@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import multiprocessing
 import os
 import socket
 import subprocess
 import sys
 import tempfile
 import venv
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-BENCH = Path(__file__).resolve().parents[1] / ".bench"
+from dynamo_redis.store.server import EmbeddedServer
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+BENCH = REPOSITORY / ".bench"
 HERE = Path(__file__).parent
 DYNAMO = "ai-dynamo-runtime==1.6.1"
 INSTANCES = 4
@@ -56,6 +62,58 @@ def running(
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+@contextmanager
+def redis_server() -> Iterator[EmbeddedServer]:
+    """A Redis as `dynamo-redis up` starts it, empty, on a loopback port."""
+    with tempfile.TemporaryDirectory() as directory:
+        server = EmbeddedServer(Path(directory), port=0)
+        asyncio.run(server.start())
+        try:
+            yield server
+        finally:
+            asyncio.run(server.stop())
+
+
+class Driver:
+    """A program of `rivals/` that is led by lines on its standard input and answers with lines."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+
+    def say(self, line: str = "") -> None:
+        """Send a line."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{line}\n")
+        self._process.stdin.flush()
+
+    def answer(self) -> str:
+        """Wait for a line. Raises RuntimeError if the program has ended."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self._process.args!r} ended without an answer")
+        return line.strip()
+
+
+@contextmanager
+def driver(python: str, module: str, *arguments: str) -> Iterator[Driver]:
+    """A driver, run by one of the interpreters, until the block ends."""
+    command = [python, "-m", f"benchmarks.rivals.{module}", *arguments]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with running(command, {"DYN_LOG": "error"}, cwd=REPOSITORY, **pipes) as process:
+        yield Driver(process)
+
+
+Result = TypeVar("Result")
+
+
+def in_fresh_process(function: Callable[..., Result], *arguments: object) -> Result:
+    """What a function answers in a process of its own, which ends with it."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 class EchoSide:

@@ -8,11 +8,15 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Self
 
 from rich.console import Console
 from rich.table import Table
 
 RESULTS = Path(__file__).parent / "results"
+
+Figure = float | list[float]
+"""One number, or one for each of the things that a row holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,29 +24,65 @@ class Row:
     """One line of a suite's table: medians over `rounds`, and the bounds they are held against.
 
     `ratio` is None where nothing is compared; then `ours` counts. An aim below the must says that lower is
-    better.
+    better. Where a row holds several figures, the one that counts and both bounds are lists of one length.
     """
 
     id: str
     row: str
-    ours: float
-    rival: float | None
-    ratio: float | None
-    must: float
-    aim: float
+    ours: Figure
+    rival: Figure | None
+    ratio: Figure | None
+    must: Figure
+    aim: Figure
     rounds: int
 
     @property
-    def figure(self) -> float:
+    def figures(self) -> list[float]:
         """What is held against the bounds."""
-        return self.ours if self.ratio is None else self.ratio
+        return several(self.ours if self.ratio is None else self.ratio)
 
     @property
     def verdict(self) -> str:
-        """Where the figure stands: better is below the bounds where the aim lies below the must."""
-        lower = self.aim < self.must
-        reached = [self.figure <= bound if lower else self.figure >= bound for bound in (self.must, self.aim)]
-        return "aim" if all(reached) else "must" if reached[0] else "missed"
+        """Where the row stands: as far as its worst figure."""
+        if self._reach(self.aim):
+            return "aim"
+        return "must" if self._reach(self.must) else "missed"
+
+    @property
+    def sign(self) -> str:
+        """Whether figures are to stay below the bounds or above them."""
+        return "≤" if several(self.aim)[0] < several(self.must)[0] else "≥"
+
+    def _reach(self, bounds: Figure) -> bool:
+        pairs = list(zip(self.figures, several(bounds), strict=True))
+        return all(figure <= bound if self.sign == "≤" else figure >= bound for figure, bound in pairs)
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a measurement found, before it is held against anything: medians over `rounds`."""
+
+    ours: Figure
+    rival: Figure | None
+    ratio: Figure | None
+    rounds: int
+
+    @classmethod
+    def alone(cls, *ours: Sequence[float]) -> Self:
+        """Figures without a rival, each by its rounds."""
+        figures = [median(rounds) for rounds in ours]
+        return cls(figures if len(figures) > 1 else figures[0], None, None, len(ours[0]))
+
+    @classmethod
+    def against(cls, ours: Sequence[float], rival: Sequence[float]) -> Self:
+        """Rounds of both sides, which took turns: the ratio is the median of those of the rounds."""
+        ratio = median(one / other for one, other in zip(ours, rival, strict=True))
+        return cls(median(ours), median(rival), ratio, len(ours))
+
+
+def several(figure: Figure) -> list[float]:
+    """A row's figures as a list, however many they are."""
+    return figure if isinstance(figure, list) else [figure]
 
 
 def median(values: Iterable[float]) -> float:
@@ -58,25 +98,34 @@ def machine() -> str:
 
 
 def report(suite: str, rows: Sequence[Row], conditions: Sequence[str]) -> None:
-    """Print the table and write the results."""
+    """Print the table and write the results. Rows of the suite that did not run keep their former figures."""
     console = Console(width=max(150, Console().width))
     table = Table(title=f"suite {suite}", caption="\n".join([*conditions, machine()]), caption_justify="left")
     for column in ("id", "what", "ours", "rival", "ratio", "must", "aim", "reached", "rounds"):
         table.add_column(column)
     for row in rows:
-        bound = "≤" if row.aim < row.must else "≥"
         table.add_row(
             row.id,
             row.row,
-            f"{row.ours:g}",
-            "–" if row.rival is None else f"{row.rival:g}",
-            "–" if row.ratio is None else f"{row.ratio:g}",
-            f"{bound} {row.must:g}",
-            f"{bound} {row.aim:g}",
+            _shown(row.ours),
+            _shown(row.rival),
+            _shown(row.ratio),
+            f"{row.sign} {_shown(row.must)}",
+            f"{row.sign} {_shown(row.aim)}",
             row.verdict,
             str(row.rounds),
         )
     console.print(table)
-    RESULTS.mkdir(exist_ok=True)
-    content = json.dumps([asdict(row) for row in rows], indent=2, ensure_ascii=False)
-    (RESULTS / f"{suite}.json").write_text(content + "\n")
+    _write(RESULTS / f"{suite}.json", rows)
+
+
+def _shown(figure: Figure | None) -> str:
+    return "–" if figure is None else "; ".join(f"{number:g}" for number in several(figure))
+
+
+def _write(path: Path, rows: Sequence[Row]) -> None:
+    former = json.loads(path.read_text()) if path.exists() else []
+    merged = {entry["id"]: entry for entry in former} | {row.id: asdict(row) for row in rows}
+    ordered = sorted(merged.values(), key=lambda entry: (len(entry["id"]), entry["id"]))
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(ordered, indent=2, ensure_ascii=False) + "\n")
