@@ -62,7 +62,7 @@ def round_of(side: str, address: str) -> float:
     fewest = min(map(len, watches))
     if fewest < LEAST_SEEN * SECONDS * PUTS_PER_S:
         raise RuntimeError(f"a watch of {side} saw only {fewest} of {SECONDS * PUTS_PER_S:.0f} puts")
-    times = sorted(time_us / 1e3 for watch in watches for time_us in watch)
+    times: list[float] = sorted(time_us / 1e3 for watch in watches for time_us in watch)
     middle, high = times[len(times) // 2], times[len(times) * 99 // 100]
     print(f"  {side}: {len(times)} deliveries, p50 {middle:.2f} ms, p99 {high:.2f} ms", flush=True)
     return high
