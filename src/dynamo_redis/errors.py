@@ -11,7 +11,9 @@
     │   ├── LeaseNotFound           the lease has ended
     │   ├── Compacted               the wanted revision is no longer in the change log
     │   ├── ObjectNotFound          no such object
-    │   └── ObjectChanged           the object was replaced or damaged while it was read (retryable)
+    │   ├── ObjectChanged           the object was replaced or damaged while it was read (retryable)
+    │   ├── LockNotAcquired         somebody else has the lock              (retryable)
+    │   └── LockLost                the lock ended while it was held, or was not held at all
     ├── PlaneError                  a request on its way to a worker and back
     │   ├── CannotConnect           nobody answers at the instance's address      (retryable)
     │   ├── ConnectionLost          the connection broke under the request        (retryable)
@@ -151,6 +153,29 @@ class ObjectChanged(StoreError):
     def __init__(self, url: str, reason: str) -> None:
         super().__init__(f"object {url} changed while it was read: {reason}")
         self.url = url
+        self.reason = reason
+
+
+class LockNotAcquired(StoreError):
+    """Somebody else has the lock, and kept it for as long as the caller would wait. `holder` says who."""
+
+    code = "lock_not_acquired"
+    retryable = True
+
+    def __init__(self, name: str, holder: str) -> None:
+        super().__init__(f"lock {name} is held by {holder}")
+        self.name = name
+        self.holder = holder
+
+
+class LockLost(StoreError):
+    """The lock is not, or no longer, the caller's. Raised by a write: it has not happened and never will."""
+
+    code = "lock_lost"
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"lock {name} is lost: {reason}")
+        self.name = name
         self.reason = reason
 
 

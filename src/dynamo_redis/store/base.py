@@ -1,12 +1,13 @@
-"""What the store promises: the registry and the object store, as Protocols.
+"""What the store promises: the registry, the object store and the locks, as Protocols.
 
-Two implementations of each stand behind one contract suite: Redis (`registry.py`, `objects.py`) and the
-in-memory twin (`memory.py`). Nothing above this package knows which one it has.
+Two implementations of each stand behind one contract suite: Redis (`registry.py`, `objects.py`,
+`lock_redis.py`) and the in-memory twins (`memory*.py`). Nothing above this package knows which one it has.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -324,3 +325,100 @@ def parse_object_url(url: str) -> tuple[str, str]:
     if scheme != "redis-object" or not bucket or not name:
         raise ValueError(f"{url!r} is not an object URL: write redis-object://bucket/name")
     return bucket, name
+
+
+# --------------------------------------------------------------------------- locks
+
+LOCK_TTL_S = 10.0
+"""How long a lock outlives a holder that has died, unless said otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class LockedValue:
+    """What a lock protects: the bytes last written under it, and the fencing token of who wrote them."""
+
+    value: bytes
+    fencing_token: int
+
+
+@dataclass(frozen=True, slots=True)
+class LockHolder:
+    """Who has a lock, for people: `process` is host and process id, `remaining_s` what is left of its TTL."""
+
+    owner: str
+    fencing_token: int
+    process: str
+    remaining_s: float
+
+
+class HeldLock(Protocol):
+    """A lock while it is held. Its methods may be called from any task of the event loop."""
+
+    @property
+    def name(self) -> str:
+        """The lock's name; of an object's lock, the object's URL."""
+        ...
+
+    @property
+    def owner(self) -> str:
+        """Random, of this holding alone."""
+        ...
+
+    @property
+    def fencing_token(self) -> int:
+        """Higher than that of every holder before. A resource that keeps the highest token it has seen can
+        refuse whoever comes with a lower one."""
+        ...
+
+    @property
+    def lost(self) -> bool:
+        """Whether the lock is held no longer: it was lost, its TTL may have passed, or the block is left."""
+        ...
+
+    async def write(self, value: bytes) -> None:
+        """Replace the value that the lock protects, if it is held at that very moment.
+
+        Writes of one holding take effect in the order of their calls. Raises LockLost: the value was not
+        written, and will not be. Raises StoreUnavailable: it may or may not have been.
+        """
+        ...
+
+
+class Lock(Protocol):
+    """A lock that ends by itself when its holder dies. Not reentrant; any number of holdings may wait."""
+
+    def hold(self, *, timeout_s: float = 0.0) -> AbstractAsyncContextManager[HeldLock]:
+        """`async with lock.hold() as held:` runs the block while nobody else has the lock.
+
+        Waits at most `timeout_s` for whoever has it, 0 is one try; then raises LockNotAcquired. In which
+        order those who wait get it is not said. Raises StoreUnavailable if Redis has not answered when that
+        time, or if longer `DYN_REDIS_TIMEOUT_S`, is over; StoreRefused if it says no.
+
+        The lock is renewed while the block runs. When it is lost, and at the latest when 90 % of its TTL
+        have passed since the last renewal was *sent*, the task that entered is cancelled and `hold` raises
+        LockLost, as it does when the block ends by itself after that. Any other cancellation stays one. A
+        block that will not be cancelled goes on, but its `write` is refused.
+        """
+        ...
+
+    async def read(self) -> LockedValue | None:
+        """The protected value, or None if there has been none. Needs no lock."""
+        ...
+
+    async def holder(self) -> LockHolder | None:
+        """Who has the lock now."""
+        ...
+
+
+class Locks(Protocol):
+    """The locks of a deployment, by name."""
+
+    def lock(self, name: str, *, ttl_s: float = LOCK_TTL_S) -> Lock:
+        """The lock `name`. Raises ConfigError for an empty name or a TTL under 0.1 s."""
+        ...
+
+    def object_lock(self, bucket: str, name: str, *, ttl_s: float = LOCK_TTL_S) -> Lock:
+        """The lock of an object, which `ObjectStore.put(…, fence=held)` obeys."""
+        ...
+
+    async def aclose(self) -> None: ...

@@ -1,0 +1,10 @@
+-- Give a lock back.
+--
+-- KEYS[1]  the lock
+-- ARGV[1]  owner
+-- Answers  1 released, 0 it is not the owner's
+-- Atomic:  the lock of another owner is never released.
+if redis.call('HGET', KEYS[1], 'owner') ~= ARGV[1] then
+  return 0
+end
+return redis.call('DEL', KEYS[1])
