@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 
 from benchmarks.etcd import etcd_version
+from benchmarks.registry_snapshot import memory, snapshots
 from benchmarks.registry_watch import watching
 from benchmarks.report import Figure, Measured, Row, report
 from dynamo_redis.store.server import find_server
@@ -48,7 +49,14 @@ BOUNDS: dict[str, tuple[str, Figure, Figure]] = {
 }
 """Each row's words, what it must reach, and what it aims at."""
 
-GROUPS: tuple[tuple[tuple[str, ...], Callable[[int], dict[str, Measured]]], ...] = ((("R1", "R2"), watching),)
+Measurement = Callable[[int], dict[str, Measured]]
+"""Measures some rows, in so many rounds."""
+
+GROUPS: tuple[tuple[tuple[str, ...], Measurement], ...] = (
+    (("R1", "R2"), watching),
+    (("R3",), snapshots),
+    (("R4",), memory),
+)
 """Rows that one measurement yields."""
 
 
