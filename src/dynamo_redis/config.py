@@ -223,8 +223,8 @@ class PlaneSettings(SettingsGroup):
     keepalive_interval_s: Annotated[Duration, Field(gt=0)] = setting(
         "DYN_TCP_KEEPALIVE_S",
         1.0,
-        "A connection with requests under way, silent for so long, is probed; "
-        "silent for so long again, it is dead.",
+        "A connection with requests under way is probed after a quarter of this in silence; after three "
+        "quarters other instances are preferred, and after twice this it is dead.",
         unit="s",
     )
     max_in_flight_count: Annotated[int, Field(ge=1)] = setting(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from urllib.parse import urlsplit
 
 from dynamo_redis.config import PlaneSettings
 from dynamo_redis.errors import ConfigError
-from dynamo_redis.planes.base import RequestPlaneClient, RequestPlaneServer
+from dynamo_redis.planes.base import RequestPlaneClient, RequestPlaneServer, Target
 from dynamo_redis.planes.tcp_client import TcpClient
 from dynamo_redis.planes.tcp_server import TcpServer
 
@@ -29,10 +30,17 @@ def make_server(
     return TcpServer(settings, secret=secret, instance_id=instance_id, redis_host=redis_host)
 
 
-def make_client(settings: PlaneSettings) -> RequestPlaneClient:
-    """The client of the plane that `DYN_REQUEST_PLANE` names. Raises ConfigError."""
+def make_client(
+    settings: PlaneSettings, *, on_quiet: Callable[[Target], None] | None = None
+) -> RequestPlaneClient:
+    """The client of the plane that `DYN_REQUEST_PLANE` names. Raises ConfigError.
+
+    `on_quiet` is called on the event loop, with any target of the instance, when an instance that owes an
+    answer has given no sign of life for three quarters of `DYN_TCP_KEEPALIVE_S`. Requests under way there go
+    on: it may be slow. Whoever chooses instances should prefer others, and probe.
+    """
     _check_plane(settings)
-    return TcpClient(settings)
+    return TcpClient(settings, on_quiet)
 
 
 def _check_plane(settings: PlaneSettings) -> None:

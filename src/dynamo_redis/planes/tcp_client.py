@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable
+from collections.abc import AsyncIterable, Callable
 from typing import Any
 
 from dynamo_redis.config import PlaneSettings
@@ -21,8 +21,10 @@ _PoolKey = tuple[str, int, bytes | None]
 class TcpClient:
     """Implements `RequestPlaneClient`. Use it on the event loop that first opens a request."""
 
-    def __init__(self, settings: PlaneSettings) -> None:
+    def __init__(self, settings: PlaneSettings, on_quiet: Callable[[Target], None] | None = None) -> None:
+        """`on_quiet`: see `select.make_client`."""
         self._settings = settings
+        self._on_quiet = on_quiet or _ignore
         self._pools: dict[_PoolKey, Pool] = {}
         self._buffers = ReadBuffers()
         self._closed = False
@@ -85,9 +87,15 @@ class TcpClient:
             if self._closed:
                 raise ConnectionLost("the client is closed")
             loop = asyncio.get_running_loop()
-            pool = self._pools[key] = Pool(target, self._settings, loop, self._buffers, self._on_empty)
+            pool = self._pools[key] = Pool(
+                target, self._settings, loop, self._buffers, self._on_empty, self._on_quiet
+            )
         return pool
 
     def _on_empty(self, pool: Pool) -> None:
         target = pool.target
         self._pools.pop((target.address, target.instance_id, target.secret), None)
+
+
+def _ignore(_: Target) -> None:
+    """Nobody wants to know."""

@@ -2,9 +2,9 @@
 
 Reads land in a buffer shared by the event loop's connections (`wire.decoder`), frames go to `_on_frame`.
 Writes of one turn of the event loop leave in one piece: the first schedules the flush. A connection with
-requests under way is swept a few times a keepalive interval: the sweep probes a silent peer, gives up on a
-dead one, and does each side's slow bookkeeping (acceptance time-outs, ACCEPT), so that no request needs a
-timer of its own.
+requests under way is swept several times a keepalive interval: the sweep probes a silent peer, says so of
+one that does not answer, gives up on a dead one, and does each side's slow bookkeeping (acceptance time-outs,
+ACCEPT), so that no request needs a timer of its own.
 """
 
 from __future__ import annotations
@@ -21,11 +21,14 @@ from dynamo_redis.errors import ConnectionLost, PlaneError, ProtocolViolation
 from dynamo_redis.wire import frame
 from dynamo_redis.wire.decoder import FrameDecoder, ReadBuffers
 
-SWEEPS_PER_INTERVAL: Final = 4
+SWEEPS_PER_INTERVAL: Final = 8
 WRITE_HIGH_WATER_BYTES: Final = 512 * 1024
 """Unsent bytes past which a connection takes no more items until the peer has read."""
 
-_PROBE_AT: Final = SWEEPS_PER_INTERVAL
+# Silent sweeps in a row. A peer that was switched off is avoided after three quarters of an interval to seven
+# eighths, for half an interval of which it owes a PONG; it is given up after twice the interval.
+_PING_AT: Final = 2
+QUIET_AT: Final = 6
 _DEAD_AT: Final = 2 * SWEEPS_PER_INTERVAL
 _LINGER_S: Final = 1.0
 """How long a closing connection may take to hand over what was written."""
@@ -295,13 +298,18 @@ class Connection(asyncio.BufferedProtocol):
             silent_s = self._silent_sweeps * self._sweep_interval_s
             self.fail(ConnectionLost(f"the peer has been silent for {silent_s:.1f} s"))
             return
-        if self._silent_sweeps == _PROBE_AT - 1:
+        if self._silent_sweeps == _PING_AT:
             self.send(frame.encode_ping(self.sweeps))
+        elif self._silent_sweeps == QUIET_AT:
+            self._on_quiet()
         self._on_sweep()
 
     @abstractmethod
     def _on_sweep(self) -> None:
         """Bookkeeping of the streams, a few times a keepalive interval."""
+
+    def _on_quiet(self) -> None:
+        """The peer owes a PONG: slow, hanging, or gone."""
 
     def _on_idle(self) -> None:
         """No stream is left at a sweep."""

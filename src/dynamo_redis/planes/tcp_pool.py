@@ -3,7 +3,8 @@
 Requests share connections: one is enough for an instance until its socket takes no more, then another is
 opened beside it, up to `DYN_TCP_POOL_SIZE`. A request never waits for a connection while there is one. A
 pool without any parks its requests, which are bounded by the connect time-out, their deadlines and their
-callers. Connections without requests are closed after `IDLE_CLOSE_S`.
+callers. Connections without requests are closed after `IDLE_CLOSE_S`. When an instance neither answers a PING
+nor lets itself be dialled for `QUIET_AT` sweeps, the pool says so, and goes on waiting.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from dynamo_redis.errors import (
 )
 from dynamo_redis.planes.address import parse_address
 from dynamo_redis.planes.base import Target
-from dynamo_redis.planes.tcp_connection import Connection
+from dynamo_redis.planes.tcp_connection import QUIET_AT, SWEEPS_PER_INTERVAL, Connection
 from dynamo_redis.planes.tcp_stream import TcpResponseStream
 from dynamo_redis.wire import frame
 from dynamo_redis.wire.decoder import ReadBuffers
@@ -179,6 +180,9 @@ class ClientConnection(Connection):
                 )
             )
 
+    def _on_quiet(self) -> None:
+        self._pool.on_quiet(self._pool.target)
+
     def _on_idle(self) -> None:
         self._idle_handle = self._loop.call_later(IDLE_CLOSE_S, self.close)
 
@@ -211,7 +215,9 @@ class Pool:
         loop: asyncio.AbstractEventLoop,
         buffers: ReadBuffers,
         on_empty: Callable[[Pool], None],
+        on_quiet: Callable[[Target], None],
     ) -> None:
+        self.on_quiet = on_quiet
         self.target = target
         self.settings = settings
         self.loop = loop
@@ -306,6 +312,8 @@ class Pool:
         """A connection whose handshake is done. Raises CannotConnect, AuthenticationFailed, …"""
         address, timeout_s = self.target.address, self.settings.connect_timeout_s
         connection: ClientConnection | None = None
+        quiet_after_s = self.settings.keepalive_interval_s * QUIET_AT / SWEEPS_PER_INTERVAL
+        quiet_handle = self.loop.call_later(quiet_after_s, self.on_quiet, self.target)
         try:
             host, port = parse_address(address)
             async with asyncio.timeout(timeout_s):
@@ -323,6 +331,8 @@ class Pool:
         except asyncio.CancelledError:
             self._abandon(connection)
             raise
+        finally:
+            quiet_handle.cancel()
 
     def _abandon(self, connection: ClientConnection | None) -> None:
         if connection is not None:

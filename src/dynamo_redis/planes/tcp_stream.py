@@ -88,6 +88,11 @@ class TcpResponseStream(Mailbox):
         return self._stream_id
 
     @property
+    def sent(self) -> bool:
+        """See `ResponseStream.sent`."""
+        return self._stream_id > 0
+
+    @property
     def payload_bytes(self) -> int:
         """The size of the packed request."""
         return len(self._payload)

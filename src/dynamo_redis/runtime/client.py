@@ -152,7 +152,10 @@ class Client:
     ) -> Member | None:
         """An instance, of `among`, that has not been tried: a candidate, else a last resort, else None."""
         member = _select(select, self._view.candidates, tried, among)
-        return member if member is not None else _select(select, self._view.last_resorts(), tried, among)
+        if member is not None:
+            return member
+        resorts = (_select(select, members, tried, among) for members in self._view.last_resorts())
+        return next((member for member in resorts if member is not None), None)
 
     def note_failure(self, member: Member, error: PlaneError) -> None:
         """Let the view know what a failed request says about its instance."""

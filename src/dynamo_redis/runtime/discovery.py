@@ -11,6 +11,8 @@ The registry and its watch tell the truth at once; this view is careful with it:
   registry lost its history.
 * An instance that refuses a request is marked *down* here, long before its lease ends, and probed until it
   answers. It is chosen only if no other is left.
+* An instance that owes an answer and is silent is *quiet*: others are chosen, and it is probed at once. It
+  may be slow, so what it has in hand stays there; what waits for a connection to it goes elsewhere.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from typing import Any, Protocol
 
 from dynamo_redis.clock import SYSTEM_CLOCK, Clock
 from dynamo_redis.errors import (
+    CannotConnect,
     DynamoRedisError,
     InstanceRemoved,
     PlaneError,
@@ -46,6 +49,9 @@ _WATCH_PAUSE_S = 1.0
 class Pending(Protocol):
     """A request that waits for its first item."""
 
+    @property
+    def sent(self) -> bool: ...
+
     def fail(self, error: Exception) -> None: ...
 
 
@@ -53,6 +59,7 @@ class State(Enum):
     """How far an instance is trusted here."""
 
     UP = "up"
+    QUIET = "quiet"  # owes an answer
     SUSPECT = "suspect"  # gone from the registry, together with many others
     DOWN = "down"  # did not answer
 
@@ -73,15 +80,17 @@ class Member:
 
     @property
     def trusted(self) -> bool:
-        """Whether it counts as able to serve: in the registry and answering, or a suspect that answered."""
+        """Whether it counts as able to serve: in the registry and not known to be down, or a suspect that
+        answered."""
         return self.instance.ready and (
-            self.state is State.UP or (self.state is State.SUSPECT and self.answered_probe)
+            self.state in (State.UP, State.QUIET) or (self.state is State.SUSPECT and self.answered_probe)
         )
 
-    def fail_pending(self, error: PlaneError) -> None:
-        """End what waits for a first item."""
+    def fail_pending(self, error: PlaneError, *, sent: bool = True) -> None:
+        """End what waits for a first item; without `sent`, only what has not even been sent."""
         for request in tuple(self.pending):
-            request.fail(error)
+            if sent or not request.sent:
+                request.fail(error)
 
     def __repr__(self) -> str:
         return f"<Member {self.instance_id:x} {self.state.value} in_flight={self.in_flight}>"
@@ -157,16 +166,14 @@ class EndpointView:
         """The member of that instance id, in whatever state."""
         return self._members.get(instance_id)
 
-    def last_resorts(self) -> list[Member]:
-        """Those to choose from when no candidate is left: suspects first, then those marked down.
+    def last_resorts(self) -> list[list[Member]]:
+        """Those to choose from when no candidate is left, by rank: suspects, the quiet, those marked down.
 
         Instances whose event loop hangs (`ready` false) are never chosen.
         """
-        others = [m for m in self._members.values() if m.state is not State.UP and m.instance.ready]
-        others.sort(key=lambda m: m.state is State.DOWN)
-        if others and others[0].state is State.SUSPECT:
-            return [m for m in others if m.state is State.SUSPECT]
-        return others
+        ready = [member for member in self._members.values() if member.instance.ready]
+        ranks = (State.SUSPECT, State.QUIET, State.DOWN)
+        return [[member for member in ready if member.state is state] for state in ranks]
 
     async def wait_for_change(self) -> None:
         """Wait until the set of candidates changes."""
@@ -175,14 +182,33 @@ class EndpointView:
     # ----------------------------------------------------------------- the client's findings
 
     def mark_down(self, member: Member, reason: PlaneError, *, probe: bool = True) -> None:
-        """Choose an instance no more until it answers a probe (or, without `probe`, is registered anew)."""
+        """Choose an instance no more until it answers a probe (or, without `probe`, is registered anew).
+
+        A suspect is dropped: it has neither a record nor an answer.
+        """
         if member.state is State.DOWN or self._members.get(member.instance_id) is not member:
+            return
+        if member.state is State.SUSPECT:
+            self._drop(member)
             return
         log.warning("instance %x of %s is down: %s", member.instance_id, self.name, reason)
         member.state = State.DOWN
         self._rebuild()
         if probe:
             self._spawn(self._probe_until_up(member))
+
+    def note_quiet(self, target: Target) -> None:
+        """An instance owes an answer: choose others until it has answered a probe."""
+        member = self._members.get(target.instance_id)
+        if member is None or member.target.address != target.address:
+            return
+        if member.state is State.UP:
+            log.info("instance %x of %s is silent, preferring others", member.instance_id, self.name)
+            member.state = State.QUIET
+            self._rebuild()
+            self._spawn(self._probe_quiet(member))
+        if self.candidates or member.state is State.DOWN:
+            member.fail_pending(CannotConnect(f"no connection to {target.address} yet"), sent=False)
 
     async def refresh(self, member: Member) -> Member | None:
         """Read an instance's record again: the member as it is now, or None if the record is gone."""
@@ -258,11 +284,13 @@ class EndpointView:
             member = self._members.get(parse_instance_id(event.key.rpartition("/")[2]))
             if member is None:
                 return None
-            if event.cause in (DeleteCause.EXPIRED, DeleteCause.RESYNC):
+            # An expired one that is down here, too, leaves nothing to doubt: nobody reaches it.
+            is_dead = event.cause is DeleteCause.EXPIRED and member.state is State.DOWN
+            if event.cause in (DeleteCause.EXPIRED, DeleteCause.RESYNC) and not is_dead:
                 return member
             del self._members[member.instance_id]
-            if event.cause is DeleteCause.REVOKED:
-                self._dismiss(member, is_over=True)
+            if event.cause is DeleteCause.REVOKED or is_dead:
+                self._dismiss(member, is_over=not is_dead)
         return None
 
     def _lose(self, lost: list[Member], *, history_lost: bool) -> None:
@@ -293,6 +321,13 @@ class EndpointView:
             member.answered_probe = False
             self._members[member.instance_id] = member
             self._spawn(self._probe_suspect(member))
+
+    def _drop(self, member: Member) -> None:
+        """Forget a suspect that did not answer."""
+        del self._members[member.instance_id]
+        self._losses.pop(member.instance_id, None)
+        self._dismiss(member)
+        self._rebuild()
 
     def _dismiss(self, member: Member, *, is_over: bool = False) -> None:
         """Fail what waits for a first item. What is being answered ends with its connection, which the
@@ -334,13 +369,21 @@ class EndpointView:
         while self._is_current(member, State.SUSPECT):
             if not await self._answers(member):
                 if self._is_current(member, State.SUSPECT):
-                    del self._members[member.instance_id]
-                    self._losses.pop(member.instance_id, None)
-                    self._dismiss(member)
-                    self._rebuild()
+                    self._drop(member)
                 return
             member.answered_probe = True
             await asyncio.sleep(PROBE_TIMEOUT_S)
+
+    async def _probe_quiet(self, member: Member) -> None:
+        """Ask a silent instance once more: it is up if it answers, else down."""
+        answers = await self._answers(member)
+        if not self._is_current(member, State.QUIET):
+            return
+        if answers:
+            member.state = State.UP
+            self._rebuild()
+        else:
+            self.mark_down(member, CannotConnect(f"no answer from {member.target.address}"))
 
     async def _probe_until_up(self, member: Member) -> None:
         """Ask an instance that is down until it answers, at growing, jittered intervals."""

@@ -14,7 +14,7 @@ from dynamo_redis.clock import SYSTEM_CLOCK
 from dynamo_redis.config import PlaneSettings, RuntimeSettings, SettingsGroup, StoreSettings
 from dynamo_redis.errors import ConfigError
 from dynamo_redis.names import EndpointName, InstanceId
-from dynamo_redis.planes.base import RequestPlaneClient, RequestPlaneServer
+from dynamo_redis.planes.base import RequestPlaneClient, RequestPlaneServer, Target
 from dynamo_redis.planes.select import make_client, make_server
 from dynamo_redis.runtime.client import Client
 from dynamo_redis.runtime.discovery import EndpointView
@@ -110,7 +110,7 @@ class DistributedRuntime:
                 return
             if self._closed:
                 raise RuntimeError("the runtime is closed")
-            plane_client = make_client(self.settings.plane)
+            plane_client = make_client(self.settings.plane, on_quiet=self._on_quiet)
             await self.registry.start()
             self._plane_client = plane_client
 
@@ -257,6 +257,10 @@ class DistributedRuntime:
             await client.aclose()
             raise
         return client
+
+    def _on_quiet(self, target: Target) -> None:
+        for shared in self._views.values():
+            shared.view.note_quiet(target)
 
     async def _release(self, name: EndpointName, client: Client) -> None:
         shared = self._views.get(name)

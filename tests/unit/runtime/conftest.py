@@ -38,6 +38,7 @@ class ScriptedStream:
         self._script = deque(script)
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.target = target
+        self.sent = target.instance_id not in plane.unconnected
 
     def __aiter__(self) -> Self:
         return self
@@ -76,6 +77,7 @@ class ScriptedPlane:
     def __init__(self) -> None:
         self.scripts: dict[int, list[Any]] = {}
         self.alive: dict[int, bool] = {}
+        self.unconnected: set[int] = set()
         self.opened: list[tuple[int, Any]] = []
         self.failed: list[tuple[int, Exception]] = []
         self.forgotten: list[Target] = []

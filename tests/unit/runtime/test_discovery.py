@@ -65,7 +65,7 @@ async def test_a_hanging_instance_is_not_chosen_until_it_is_back(bench: Bench) -
     bench.register(1, 2)
     bench.view.apply(batch(put(instance(1, ready=False))))
     assert bench.chosen_first() == [2]
-    assert bench.view.last_resorts() == []
+    assert not any(bench.view.last_resorts())
     bench.view.apply(batch(put(instance(1))))
     assert bench.chosen_first() == [1, 2]
 
@@ -186,3 +186,105 @@ async def test_wait_for_instances_wakes_at_the_first(bench: Bench) -> None:
     await settled()
     bench.register(7)
     assert await waiting == [7]
+
+
+async def test_a_silent_instance_is_passed_over_until_it_answers(bench: Bench) -> None:
+    bench.register(1, 2)
+    bench.view.note_quiet(bench.view.candidates[0].target)
+    assert bench.chosen_first() == [2]
+    assert bench.client.instance_ids() == [1, 2]
+    await settled()
+    assert bench.chosen_first() == [1, 2]
+
+
+async def test_a_silent_instance_that_does_not_answer_is_down(bench: Bench) -> None:
+    bench.register(1, 2)
+    bench.plane.alive[1] = False
+    bench.view.note_quiet(bench.view.candidates[0].target)
+    await settled()
+    assert bench.chosen_first() == [2]
+    assert bench.client.instance_ids() == [2]
+
+
+async def test_silence_at_an_old_address_says_nothing_of_the_new_one(bench: Bench) -> None:
+    bench.register(1, 2)
+    old = bench.view.candidates[0].target
+    bench.view.apply(batch(put(instance(1, host="elsewhere"))))
+    bench.view.note_quiet(old)
+    assert bench.chosen_first() == [1, 2]
+
+
+async def test_a_silent_instance_keeps_what_was_sent_and_loses_what_waits_to_be(bench: Bench) -> None:
+    bench.register(1, 2, 3)
+    bench.plane.unconnected.add(1)
+    bench.plane.scripts = {1: [None], 2: [None], 3: ["from another"]}
+    target = {member.instance_id: member.target for member in bench.view}
+    unsent, sent = await bench.client.direct("q", 1), await bench.client.direct("q", 2)
+    bench.view.note_quiet(target[1])
+    bench.view.note_quiet(target[2])
+    assert [(number, type(error)) for number, error in bench.plane.failed] == [(1, CannotConnect)]
+    del unsent, sent
+
+
+async def test_with_no_other_a_silent_instance_keeps_all_and_is_chosen(bench: Bench) -> None:
+    bench.register(1)
+    bench.plane.alive[1] = False
+    bench.plane.unconnected.add(1)
+    bench.plane.scripts[1] = [None]
+    call = await bench.client.generate("q")
+    bench.view.note_quiet(bench.view.candidates[0].target)
+    assert bench.plane.failed == []
+    another = await bench.client.generate("q")
+    assert len(bench.plane.opened) == 2
+    del call, another
+
+
+async def test_where_all_are_down_nobody_waits_long_for_a_connection(bench: Bench) -> None:
+    bench.register(1)
+    bench.plane.unconnected.add(1)
+    bench.plane.scripts[1] = [None]
+    (member,) = bench.view.candidates
+    bench.view.mark_down(member, CannotConnect("no answer"))
+    call = await bench.client.generate("q")
+    bench.view.note_quiet(member.target)
+    with pytest.raises(CannotConnect):
+        await anext(call)
+
+
+async def test_the_least_doubtful_is_the_last_resort(bench: Bench) -> None:
+    bench.register(1, 2, 3)
+    bench.plane.scripts = {number: [CannotConnect("refused")] for number in (1, 2, 3)}
+    target = {member.instance_id: member.target for member in bench.view}
+    bench.view.mark_down(bench.view.candidates[0], CannotConnect("refused"))
+    bench.view.note_quiet(target[2])
+    bench.view.apply(batch(gone(3, RESYNC), resync="incarnation changed"))
+    assert bench.chosen_first() == []
+    with pytest.raises(CannotConnect):
+        [item async for item in await bench.client.generate("q")]
+    assert [number for number, _ in bench.plane.opened] == [3, 2, 1]
+
+
+async def test_an_instance_that_is_down_and_expires_is_forgotten_at_once(bench: Bench) -> None:
+    bench.register(1, 2)
+    for member in tuple(bench.view.candidates):
+        bench.view.mark_down(member, CannotConnect("no answer"))
+    bench.view.apply(batch(gone(1, EXPIRED), gone(2, EXPIRED)))
+    assert bench.known() == set()
+
+
+async def test_an_instance_that_is_down_is_kept_by_a_wiped_registry_while_it_may_answer(bench: Bench) -> None:
+    bench.register(1)
+    bench.view.mark_down(bench.view.candidates[0], CannotConnect("no answer"))
+    bench.view.apply(batch(gone(1, RESYNC), resync="incarnation changed"))
+    assert bench.known() == {1}
+    await settled()
+    assert bench.client.instance_ids() == [1]
+
+
+async def test_a_suspect_that_fails_a_request_is_dropped(bench: Bench) -> None:
+    bench.register(1)
+    bench.view.apply(batch(gone(1, RESYNC), resync="incarnation changed"))
+    member = bench.view.get(1)
+    assert member is not None
+    bench.view.mark_down(member, CannotConnect("refused"))
+    assert bench.known() == set()
