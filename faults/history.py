@@ -108,7 +108,7 @@ class Recorder:
         self._file = os.open(directory / f"{process}.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         self._calls = 0
 
-    def begin(self, action: str, **arguments: Any) -> int:
+    def begin(self, action: str, /, **arguments: Any) -> int:
         """A request is about to be sent; answers its number, for `end`."""
         self._calls += 1
         self._write({"call": self._calls, "begin": action, "arguments": arguments})
@@ -118,7 +118,7 @@ class Recorder:
         """Its outcome. Of an unknown one nothing need be written."""
         self._write({"call": call, "end": outcome, "answer": answer})
 
-    def note(self, kind: str, **fields: Any) -> None:
+    def note(self, kind: str, /, **fields: Any) -> None:
         """Something seen or done now."""
         self._write({"note": kind, **fields})
 

@@ -1,0 +1,128 @@
+"""`python -m faults`: the short form by default; `--help` has the rest."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import click
+import uvloop
+from rich.console import Console
+
+from faults import report
+from faults.run import Scenario
+from faults.scenarios import ALL
+from faults.servers import ServerKind, installed_servers
+from faults.session import Options, Plan, Result, perform_all
+
+SHORT_LOAD_S: Final = 4.0
+LONG_LOAD_S: Final = 15.0
+SHORT_BEGIN_S: Final = 60.0
+"""In the short form no run begins later than this: the last ones end within 90 s."""
+RESULTS: Final = Path(__file__).parent / "results"
+PLAIN_WIDTH: Final = 140
+KEPT: Final = Path(".faults")
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option("--list", "list_only", is_flag=True, help="Show scenarios and servers, and do nothing.")
+@click.option("--scenario", "names", multiple=True, metavar="NAME", help="Only these (may be repeated).")
+@click.option("--server", "servers", multiple=True, metavar="NAME", help="Only these, e.g. redis-6.2.")
+@click.option("--seed", type=int, help="Run exactly this seed: what a failure tells you to do.")
+@click.option("--seeds", type=click.IntRange(min=1), default=1, show_default=True, help="How many, from 1.")
+@click.option("--long", "is_long", is_flag=True, help="Every scenario on every server; write results/.")
+@click.option("--load-s", type=float, help="Seconds of faults a run. [default: 4; 15 in the long form]")
+@click.option("--jobs", type=click.IntRange(1, 16), default=3, show_default=True, help="Runs at a time.")
+@click.option("--keep", is_flag=True, help="Keep all histories, not only those of failures.")
+def main(
+    list_only: bool,
+    names: tuple[str, ...],
+    servers: tuple[str, ...],
+    seed: int | None,
+    seeds: int,
+    is_long: bool,
+    load_s: float | None,
+    jobs: int,
+    keep: bool,
+) -> None:
+    """Break Redis in every way, under load, and check that every promise held.
+
+    Without options: the short form, at most 90 s. All scenarios, each on one of the servers that are
+    installed, which take turns from day to day.
+
+    Each run has a server and processes of its own. What they did and saw is judged afterwards. When a
+    promise was broken, the exit code is 1, the histories are kept, and the command that makes the run again
+    is printed. A seed fixes which faults come and when; the processes race anew each time.
+    """
+    scenarios = [_named(ALL, name) for name in names] or list(ALL.values())
+    kinds = _kinds(servers)
+    if list_only:
+        _list(scenarios, kinds)
+        return
+    short = not (is_long or names or servers or seed is not None or seeds > 1)
+    wanted = [seed] if seed is not None else list(range(1, seeds + 1))
+    plans = _take_turns(scenarios, kinds) if short else _all(scenarios, kinds, wanted)
+    options = Options(KEPT, load_s or (LONG_LOAD_S if is_long else SHORT_LOAD_S), jobs, keep)
+    began = time.monotonic()
+    results = _perform(plans, options, began + SHORT_BEGIN_S if short else float("inf"))
+    console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+    console.print(report.table(results))
+    left = len(plans) - len(results)
+    console.print(
+        f"{len(results)} runs in {time.monotonic() - began:.0f} s"
+        + (f"; no time was left for {left} more (they come first next time)" if left else "")
+    )
+    if is_long:
+        for path in report.write_results(results, RESULTS):
+            console.print(f"wrote {path}")
+    sys.exit(1 if any(result.bad for result in results) else 0)
+
+
+def _perform(plans: Sequence[Plan], options: Options, until: float) -> list[Result]:
+    console = Console(stderr=True, width=None if sys.stderr.isatty() else PLAIN_WIDTH)
+    return uvloop.run(
+        perform_all(plans, options, lambda result: report.progress(console, result), until=until)
+    )
+
+
+def _named(known: dict[str, Scenario], name: str) -> Scenario:
+    if name not in known:
+        raise click.BadParameter(f"there is no scenario {name!r}; --list shows all", param_hint="--scenario")
+    return known[name]
+
+
+def _kinds(names: Sequence[str]) -> list[ServerKind]:
+    installed = installed_servers()
+    unknown = set(names) - {kind.name for kind in installed}
+    if unknown or not installed:
+        there = ", ".join(kind.name for kind in installed) or "none"
+        raise click.UsageError(f"not installed: {', '.join(unknown) or 'any server'} (there is: {there})")
+    return [kind for kind in installed if not names or kind.name in names]
+
+
+def _take_turns(scenarios: Sequence[Scenario], kinds: Sequence[ServerKind]) -> list[Plan]:
+    """Each scenario once, on one server each, in an order and with a seed that change from day to day."""
+    day = int(time.time() // 86400)
+    rng = random.Random(day)
+    order = rng.sample(list(scenarios), len(scenarios))
+    servers = itertools.islice(itertools.cycle(kinds), day % len(kinds), None)
+    return [Plan(scenario, kind, day) for scenario, kind in zip(order, servers, strict=False)]
+
+
+def _all(scenarios: Sequence[Scenario], kinds: Sequence[ServerKind], seeds: Sequence[int]) -> list[Plan]:
+    return [Plan(*parts) for parts in itertools.product(scenarios, kinds, seeds)]
+
+
+def _list(scenarios: Sequence[Scenario], kinds: Sequence[ServerKind]) -> None:
+    for scenario in scenarios:
+        click.echo(f"{scenario.name:<22} {scenario.summary}")
+    click.echo(f"\nservers: {', '.join(kind.name for kind in kinds)}")
+
+
+if __name__ == "__main__":
+    main()

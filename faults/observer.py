@@ -1,0 +1,116 @@
+"""The truth: every entry of the change log, read directly from each server and written into the history.
+
+An entry is known by its id *and* operation. When a server's history is rewound, or its registry made anew,
+the log is read again from its beginning, and what has not been written yet for that server is. So the notes
+of one server are a tree, whose branches leave where an entry's `previous` says.
+
+Faults that destroy history are done through `look_and`, which reads what is new and does the deed in one
+MULTI, or after `catch_up` while writes are held back: the notes have no holes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from dynamo_redis.errors import StoreError
+from dynamo_redis.store.client import Argument
+from dynamo_redis.store.keys import RegistryKeys
+from faults.history import Recorder
+from faults.servers import ServerUnderTest
+
+POLL_S: Final = 0.1
+
+
+@dataclass(slots=True)
+class _Place:
+    """Where reading one server's log has come."""
+
+    server: ServerUnderTest
+    incarnation: str = ""
+    last: str = "0-0"
+    operation: str = ""
+    written: set[tuple[str, str]] = field(default_factory=set)
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+class Observer:
+    """Follows any number of servers, in a task each, from `follow` to `aclose`."""
+
+    def __init__(self, recorder: Recorder, prefix: str) -> None:
+        self._recorder = recorder
+        self._keys = RegistryKeys(prefix)
+        self._places: dict[str, _Place] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def entry_count(self) -> int:
+        """Entries written so far."""
+        return sum(len(place.written) for place in self._places.values())
+
+    def follow(self, server: ServerUnderTest) -> None:
+        """Read this server's log from now on."""
+        self._places[server.label] = _Place(server)
+        self._tasks.append(asyncio.create_task(self._run(server), name=f"observer of {server.label}"))
+
+    async def aclose(self) -> None:
+        """Stop reading."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for task in self._tasks:
+            if not task.cancelled():
+                task.result()  # it ends by itself only when it broke down
+
+    async def _run(self, server: ServerUnderTest) -> None:
+        while True:
+            with contextlib.suppress(StoreError):
+                await self.catch_up(server)
+            await asyncio.sleep(POLL_S)
+
+    async def catch_up(self, server: ServerUnderTest) -> None:
+        """Read all that is there now."""
+        await self.look_and(server)
+
+    async def look_and(self, server: ServerUnderTest, *commands: Sequence[Argument]) -> None:
+        """Read what is new, and in the same moment do something that may destroy it. Raises StoreError."""
+        place, log = self._places[server.label], self._keys.log
+        async with place.turn:
+            head, at, new, everything, *_ = await server.atomically(
+                ("HMGET", self._keys.meta, "inc", "rev"),
+                ("XRANGE", log, place.last, place.last),
+                ("XRANGE", log, f"({place.last}", "+"),
+                ("XRANGE", log, "-", "+" if commands else "0-1"),  # whole only where nothing comes after
+                *commands,
+            )
+            incarnation = (head[0] or b"").decode()
+            unbroken = at and at[0][1][13].decode() == place.operation and incarnation == place.incarnation
+            if not unbroken:
+                new = everything if commands else await server.execute("XRANGE", log, "-", "+")
+            place.incarnation = incarnation
+            for entry_id, fields in new:
+                self._write(place, entry_id.decode(), dict(zip(fields[::2], fields[1::2], strict=True)))
+
+    def _write(self, place: _Place, entry_id: str, fields: dict[bytes, Any]) -> None:
+        said = {name.decode(): value.decode() for name, value in fields.items()}
+        place.last, place.operation = entry_id, said["w"]
+        if said["o"] == "i":
+            place.incarnation = said["v"]
+        if (entry_id, said["w"]) in place.written:
+            return
+        place.written.add((entry_id, said["w"]))
+        self._recorder.note(
+            "log",
+            server=place.server.label,
+            incarnation=place.incarnation,
+            id=entry_id,
+            operation=said["w"],
+            previous=[said["p"], said["q"]],
+            kind=said["o"],
+            key=said["k"],
+            value=said["v"],
+            lease=said["l"],
+        )

@@ -1,0 +1,205 @@
+"""A TCP proxy that breaks what passes through it, in the ways that networks do.
+
+What can be done to all connections or to one (`Conditions`): swallow requests, swallow answers, both (a black
+hole: nothing is even dialled), stall, delay, slow down. Beside these: cut, half-close, refuse, and send new
+connections elsewhere (`target`).
+
+TCP never loses bytes in the middle of a stream. So a connection that has swallowed something never carries
+anything again in that direction, and `heal` breaks it: the peers see silence, then an end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from dataclasses import dataclass
+from typing import Final, Literal, Self
+
+_READ_BYTES: Final = 1 << 16
+_POLL_S: Final = 0.005
+
+Side = Literal["client", "server"]
+
+
+@dataclass(frozen=True, slots=True)
+class Conditions:
+    """What a connection goes through. The default is a good network.
+
+    `delay_s` is added to each piece, in each direction; `bytes_per_s` bounds each direction.
+    """
+
+    swallow_requests: bool = False
+    swallow_answers: bool = False
+    stalled: bool = False
+    delay_s: float = 0.0
+    bytes_per_s: float | None = None
+
+    def swallows(self, towards: Side) -> bool:
+        """Whether bytes that travel to that side are thrown away."""
+        return self.swallow_requests if towards == "server" else self.swallow_answers
+
+
+GOOD: Final = Conditions()
+BLACK_HOLE: Final = Conditions(swallow_requests=True, swallow_answers=True)
+STALL: Final = Conditions(stalled=True)
+
+
+class Connection:
+    """One connection through a proxy: two pumps."""
+
+    def __init__(self, proxy: Proxy, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.conditions: Conditions | None = None
+        self.swallowed = False
+        self._proxy = proxy
+        self._ends: dict[Side, tuple[asyncio.StreamReader, asyncio.StreamWriter]] = {
+            "client": (reader, writer)
+        }
+
+    @property
+    def _now(self) -> Conditions:
+        return self.conditions or self._proxy.conditions
+
+    async def run(self) -> None:
+        """Carry bytes until one end breaks, or both have ended."""
+        try:
+            if self._now == BLACK_HOLE:
+                await self._swallow_all()
+            else:
+                host, port = self._proxy.address
+                self._ends["server"] = await asyncio.open_connection(host, port)
+                await asyncio.gather(self._pump("server"), self._pump("client"))
+        except (OSError, RuntimeError):  # uvloop raises the latter on a closed transport
+            pass
+        finally:
+            self.cut()
+
+    async def _swallow_all(self) -> None:
+        self.swallowed = True
+        reader, _ = self._ends["client"]
+        while await reader.read(_READ_BYTES):
+            pass
+
+    async def _pump(self, towards: Side) -> None:
+        reader, _ = self._ends["client" if towards == "server" else "server"]
+        _, writer = self._ends[towards]
+        has_swallowed = False
+        try:
+            while content := await reader.read(_READ_BYTES):
+                while self._now.stalled:
+                    await asyncio.sleep(_POLL_S)
+                has_swallowed = has_swallowed or self._now.swallows(towards)
+                if has_swallowed:
+                    self.swallowed = True
+                else:
+                    await self._pass(content, writer)
+            if not has_swallowed:
+                writer.write_eof()
+        except (OSError, RuntimeError):
+            self.cut()  # the other direction ends as well
+
+    async def _pass(self, content: bytes, writer: asyncio.StreamWriter) -> None:
+        now = self._now
+        if now.delay_s:
+            await asyncio.sleep(now.delay_s)
+        step = len(content) if now.bytes_per_s is None else max(1, int(now.bytes_per_s / 50))
+        for start in range(0, len(content), step):
+            writer.write(content[start : start + step])
+            await writer.drain()
+            if now.bytes_per_s is not None:
+                await asyncio.sleep(step / now.bytes_per_s)
+
+    def half_close(self, towards: Side) -> None:
+        """Tell one side that nothing more comes; the other direction goes on."""
+        with contextlib.suppress(OSError, RuntimeError, KeyError):
+            self._ends[towards][1].write_eof()
+
+    def cut(self) -> None:
+        """Break both sides at once, as a reset does."""
+        for _, writer in self._ends.values():
+            writer.transport.abort()
+
+
+class Proxy:
+    """Listens on a loopback port and carries connections to `target`, a `redis://host:port` URL.
+
+    Use it as an async context manager, or `start` and `aclose` it.
+    """
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+        self.conditions = GOOD
+        self.refuse = False
+        self.url = ""
+        self.connections: list[Connection] = []
+        self._server: asyncio.Server | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Where new connections go."""
+        host, _, port = self.target.removeprefix("redis://").partition(":")
+        return host, int(port)
+
+    async def start(self) -> None:
+        """Listen; `url` says where."""
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self.url = f"redis://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+
+    async def aclose(self) -> None:
+        """Stop listening and break all connections."""
+        if self._server is not None:
+            self._server.close()
+            self.refuse = True
+            self.cut()
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.aclose()
+
+    # ------------------------------------------------------------------ faults
+
+    def cut(self) -> None:
+        """Break all connections."""
+        for connection in list(self.connections):
+            connection.cut()
+
+    def cut_one(self) -> None:
+        """Break the oldest connection."""
+        if self.connections:
+            self.connections[0].cut()
+
+    def half_close(self, towards: Side) -> None:
+        """Half-close all connections."""
+        for connection in list(self.connections):
+            connection.half_close(towards)
+
+    def heal(self) -> None:
+        """A good network from now on; connections that have lost bytes break."""
+        self.conditions, self.refuse = GOOD, False
+        for connection in list(self.connections):
+            connection.conditions = None
+            if connection.swallowed:
+                connection.cut()
+
+    # ------------------------------------------------------------------ connections
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self.refuse:
+            writer.transport.abort()
+            return
+        connection = Connection(self, reader, writer)
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        self.connections.append(connection)
+        try:
+            await connection.run()
+        finally:
+            self.connections.remove(connection)
+            self._tasks.discard(task)

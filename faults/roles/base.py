@@ -1,0 +1,79 @@
+"""What every role has: its history, its own registry, a seeded random source, and how it is told to rest."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from dynamo_redis.config import StoreSettings
+from dynamo_redis.errors import StoreError
+from faults.history import Outcome, Recorder
+
+DATA: Final = "data/"
+INSTANCES: Final = "instances/"
+
+
+@dataclass(frozen=True, slots=True)
+class Orders:
+    """What the runner gives a process. `pace_s` is the mean wait between two requests of one client."""
+
+    role: str
+    process: str
+    directory: Path
+    url: str
+    prefix: str
+    seed: str
+    ttl_s: float = 2.0
+    timeout_s: float = 1.0
+    pace_s: float = 0.03
+
+
+Attempt = Callable[[], Awaitable[tuple[Outcome, Any]]]
+
+
+@dataclass(slots=True)
+class Process:
+    """One load process. `resting` is set when it must make no new changes."""
+
+    orders: Orders
+    recorder: Recorder
+    rng: random.Random
+    resting: asyncio.Event = field(default_factory=asyncio.Event)
+    _values: int = 0
+
+    def settings(self) -> StoreSettings:
+        """As a user's environment would give them."""
+        orders = self.orders
+        return StoreSettings.load(
+            redis_url=orders.url,
+            prefix=orders.prefix,
+            lease_ttl_s=orders.ttl_s,
+            command_timeout_s=orders.timeout_s,
+        )
+
+    def new_value(self) -> str:
+        """A value that nobody else writes, ever."""
+        self._values += 1
+        return f"{self.orders.process}:{self._values}"
+
+    async def call(self, action: str, attempt: Attempt, **arguments: Any) -> tuple[Outcome, Any]:
+        """Make one request and write down how it went.
+
+        `attempt` answers the outcome and what was said. Every StoreError that it lets through leaves the
+        outcome open: even an error that says "no" may follow a first attempt whose answer was lost.
+        """
+        number = self.recorder.begin(action, **arguments)
+        try:
+            outcome, answer = await attempt()
+        except StoreError as exc:
+            outcome, answer = "unknown", {"error": f"{type(exc).__name__}: {exc}"}
+        self.recorder.end(number, outcome, answer)
+        return outcome, answer
+
+    async def pause(self) -> None:
+        """Between two requests."""
+        await asyncio.sleep(self.rng.uniform(0, 2 * self.orders.pace_s))

@@ -1,0 +1,314 @@
+"""One run: a server, load processes with a proxy each, faults for a while, then peace; all written down.
+
+    start servers, observer, proxies, load
+    the scenario's faults, and beside them the workers' own (killed, frozen, hanging), until the time is over
+    heal everything; tell the load to rest; wait, bounded, until all agree
+    write the server's state down; end everything
+
+What comes out of it is a directory: `*.jsonl` histories (`faults.history`), `*.log` of each process, the
+servers' directories. Judging it is another program's work (`faults.judge`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from dynamo_redis.errors import StoreError
+from faults.following import Followed
+from faults.history import Recorder
+from faults.observer import Observer
+from faults.processes import LoadProcess, end_all
+from faults.proxy import Proxy
+from faults.roles.base import Orders
+from faults.servers import Persistence, ServerKind, ServerUnderTest, final_state, until_answers
+
+PREFIX: Final = "faults"
+TTL_S: Final = 2.0
+START_TIMEOUT_S: Final = 20.0
+QUIET_TIMEOUT_S: Final = 25.0
+QUIET_S: Final = 1.2
+"""Everything must agree, and nothing change, for so long."""
+
+Loses = Literal["data", "tail", "log"]
+"""What a fault may destroy of what was acknowledged: all, the last writes, or only the change log's past."""
+
+REGISTRY_LOAD: Final[Mapping[str, int]] = {"writer": 1, "worker": 3, "watcher": 2}
+
+
+class Skipped(Exception):
+    """This run cannot be made here; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """A kind of fault, and what it is done to.
+
+    `faults` is called once, with the run, and returns when `run.over`. `load` is how many processes of each
+    role. `workers_fail`: whether workers are killed, frozen and hung meanwhile. `keeps_leases`: the faults
+    may not cost a process that works its lease.
+    """
+
+    name: str
+    summary: str
+    faults: Callable[[Run], Coroutine[Any, Any, None]]
+    persistence: Persistence = "everysec"
+    clock: bool = False
+    replica: bool = False
+    load: Mapping[str, int] = field(default_factory=lambda: REGISTRY_LOAD)
+    workers_fail: bool = True
+    keeps_leases: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What a run amounted to. `recovery_s`: from the last heal until all agreed; None if they never did."""
+
+    calls: int
+    unknown: int
+    watch_batches: int
+    log_entries: int
+    resyncs: int
+    lease_losses: int
+    recovery_s: float | None
+
+
+class Run:
+    """One run of a scenario. Scenarios use what is public here; `perform` does the rest."""
+
+    def __init__(
+        self, scenario: Scenario, kind: ServerKind, seed: int, directory: Path, *, load_s: float
+    ) -> None:
+        self.scenario = scenario
+        self.kind = kind
+        self.directory = directory
+        self.rng = random.Random(f"{scenario.name} {seed}")
+        self.seed = seed
+        self.proxies: dict[str, Proxy] = {}
+        self.processes: list[LoadProcess] = []
+        directory.mkdir(parents=True)
+        self.recorder = Recorder(directory, "runner")
+        self._observed = Recorder(directory, "observer")
+        self.observer = Observer(self._observed, PREFIX)
+        self.server = ServerUnderTest(
+            "a", kind, directory / "server-a", persistence=scenario.persistence, clock=scenario.clock
+        )
+        self.replica: ServerUnderTest | None = None
+        self._load_s = load_s
+        self._ends_at = float("inf")
+        self._healed_at = 0.0
+        self._followed = Followed(directory)
+
+    # ------------------------------------------------------------------ for scenarios
+
+    @property
+    def over(self) -> bool:
+        """Whether the time for faults has passed."""
+        return time.monotonic() >= self._ends_at
+
+    async def pause(self, least_s: float, most_s: float) -> None:
+        """Let a random time pass."""
+        await asyncio.sleep(self.rng.uniform(least_s, most_s))
+
+    @contextlib.asynccontextmanager
+    async def fault(self, name: str, *, loses: Loses | None = None, **arguments: Any) -> AsyncIterator[None]:
+        """Note when a fault begins and ends, and what it may destroy."""
+        self.recorder.note("fault", name=name, **arguments)
+        if loses is not None:
+            self.recorder.note("loses", what=loses)
+        try:
+            yield
+        finally:
+            self.recorder.note("healed", name=name)
+            self._healed_at = time.monotonic()
+
+    async def look_all(self, server: ServerUnderTest) -> None:
+        """Hold back writes on a server that is about to lose data, and read its log to the end."""
+        await server.pause_writes()
+        await self.observer.catch_up(server)
+
+    def some_proxies(self) -> list[Proxy]:
+        """A random, non-empty part of the processes' connections; often all of them."""
+        proxies = list(self.proxies.values())
+        if self.rng.random() < 0.4:
+            return proxies
+        return self.rng.sample(proxies, self.rng.randint(1, len(proxies)))
+
+    # ------------------------------------------------------------------ the whole
+
+    async def perform(self) -> Figures:
+        """Do it all. Raises Skipped, and StoreError when a server cannot be started at all."""
+        try:
+            await self._start()
+            await self._disturb()
+            return await self._settle()
+        finally:
+            await self._end()
+
+    async def _start(self) -> None:
+        await self.server.start()
+        self.observer.follow(self.server)
+        if self.scenario.clock and abs(await self._shift(60.0) - 60.0) > 5.0:
+            raise Skipped(f"libfaketime does not move the clock of {self.kind.name}")
+        if self.scenario.replica:
+            await self._start_replica()
+        self.recorder.note(
+            "began",
+            scenario=self.scenario.name,
+            seed=self.seed,
+            server=self.kind.name,
+            ttl_s=TTL_S,
+            keeps_leases=self.scenario.keeps_leases,
+        )
+        for role, count in self.scenario.load.items():
+            for number in range(1, count + 1):
+                await self.start_process(role, f"{role}-{number}")
+        await self._until_started()
+
+    async def _shift(self, offset_s: float) -> float:
+        """Try the shifted clock; it is right again afterwards."""
+        self.server.set_clock(offset_s)
+        found = await self.server.clock_offset_s()
+        self.server.set_clock(0.0)
+        return found
+
+    async def _start_replica(self) -> None:
+        self.replica = ServerUnderTest(
+            "b",
+            self.kind,
+            self.directory / "server-b",
+            persistence=self.scenario.persistence,
+            clock=self.scenario.clock,
+            replica_of=self.server,
+        )
+        await self.replica.start()
+        await self.replica.wait_in_sync()
+        self.observer.follow(self.replica)
+
+    async def start_process(self, role: str, name: str) -> None:
+        """One more load process, behind a proxy of its own."""
+        proxy = Proxy(self.server.url)
+        await proxy.start()
+        self.proxies[name] = proxy
+        orders = Orders(
+            role, name, self.directory, proxy.url, PREFIX, f"{self.scenario.name} {self.seed}", ttl_s=TTL_S
+        )
+        self.processes.append(LoadProcess.start(orders, self.recorder))
+
+    async def _until_started(self) -> None:
+        """Until each process has written something; faults before that would only keep it from starting."""
+        names = [process.name for process in self.processes]
+        async with asyncio.timeout(START_TIMEOUT_S):
+            while any(b'"started"' not in _content(self.directory / f"{name}.jsonl") for name in names):
+                await asyncio.sleep(0.05)
+
+    async def _disturb(self) -> None:
+        await asyncio.sleep(0.5)
+        self._ends_at = time.monotonic() + self._load_s
+        self._healed_at = time.monotonic()
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self.scenario.faults(self))
+            if self.scenario.workers_fail:
+                group.create_task(self._break_workers())
+        remaining_s = self._ends_at - time.monotonic()
+        await asyncio.sleep(max(0.0, remaining_s))
+
+    async def _break_workers(self) -> None:
+        """One worker is killed, one frozen beyond its TTL, one hangs; in random order, at random times."""
+        rng = random.Random(f"workers {self.scenario.name} {self.seed}")
+        workers = [process for process in self.processes if process.orders.role == "worker"]
+        rng.shuffle(workers)
+
+        async def break_one(worker: LoadProcess, how: str) -> None:
+            await asyncio.sleep(rng.uniform(0, max(0.5, self._load_s - 2 * TTL_S)))
+            match how:
+                case "kill":
+                    await worker.kill()
+                case "freeze":
+                    worker.freeze()
+                    await asyncio.sleep(TTL_S * rng.uniform(1.2, 2.0))
+                    worker.thaw()
+                case _:
+                    worker.hang()
+
+        await asyncio.gather(
+            *(
+                break_one(worker, how)
+                for worker, how in zip(workers, ("kill", "freeze", "hang"), strict=False)
+            )
+        )
+
+    # ------------------------------------------------------------------ peace
+
+    async def _settle(self) -> Figures:
+        for proxy in self.proxies.values():
+            proxy.heal()
+        self.server.thaw()
+        await until_answers(self.server)
+        for process in self.processes:
+            process.thaw()
+            if process.alive:
+                process.rest()
+        self.recorder.note("rest")
+        recovery_s = await self._until_quiet()
+        self.recorder.note("quiet", seconds=recovery_s)
+        await self.observer.catch_up(self.server)
+        self.recorder.note("state", server=self.server.label, **await final_state(self.server, PREFIX))
+        for process in self.processes:
+            if process.alive:
+                self.recorder.note("alive", process=process.name)
+        followed = self._followed
+        followed.read()
+        return Figures(
+            followed.call_count,
+            followed.unknown_count,
+            followed.batch_count,
+            self.observer.entry_count,
+            followed.resync_count,
+            followed.lease_loss_count,
+            recovery_s,
+        )
+
+    async def _until_quiet(self) -> float | None:
+        """How long after the last heal everything agreed, and went on agreeing; None if it never did."""
+        deadline = time.monotonic() + QUIET_TIMEOUT_S
+        agreed_at, agreed_on, why = 0.0, None, "nothing was read"
+        while time.monotonic() < deadline:
+            await asyncio.sleep(0.1)
+            try:
+                state = await final_state(self.server, PREFIX)
+            except StoreError as exc:
+                agreed_on, why = None, str(exc)
+                continue
+            self._followed.read()
+            alive = {process.name for process in self.processes if process.alive}
+            found = self._followed.disagreement(state["records"], alive)
+            if found is not None:
+                agreed_on, why = None, found
+            elif agreed_on != state["revision"]:
+                agreed_at, agreed_on = time.monotonic(), state["revision"]
+            elif time.monotonic() - agreed_at >= QUIET_S:
+                return max(0.0, agreed_at - self._healed_at)
+        self.recorder.note("restless", why=why)
+        return None
+
+    async def _end(self) -> None:
+        await self.observer.aclose()
+        await end_all(self.processes)
+        for proxy in self.proxies.values():
+            await proxy.aclose()
+        for server in (self.server, self.replica):
+            if server is not None:
+                await server.aclose()
+        self._observed.close()
+        self.recorder.close()
+
+
+def _content(path: Path) -> bytes:
+    return path.read_bytes() if path.exists() else b""

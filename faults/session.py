@@ -1,0 +1,131 @@
+"""Many runs: which scenarios, with which seeds, on which server; some at a time; what each came to."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from faults.run import Figures, Run, Scenario, Skipped
+from faults.servers import ServerKind
+
+JUDGE_TIMEOUT_S: Final = 120.0
+RUN_TIMEOUT_S: Final = 180.0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One run to be made."""
+
+    scenario: Scenario
+    kind: ServerKind
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.scenario.name} on {self.kind.name}, seed {self.seed}"
+
+    @property
+    def replay(self) -> str:
+        """The command that makes it again: the same faults at the same times; the processes race anew."""
+        return (
+            f'make faults ARGS="--scenario {self.scenario.name} --server {self.kind.name} --seed {self.seed}"'
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a run came to. `violations` are (oracle, report); `kept` is where its histories are."""
+
+    plan: Plan
+    figures: Figures | None
+    violations: tuple[tuple[str, str], ...] = ()
+    skipped: str | None = None
+    failed: str | None = None
+    kept: Path | None = None
+
+    @property
+    def bad(self) -> bool:
+        """Whether a promise was broken, or the run could not be carried out."""
+        return bool(self.violations) or self.failed is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How runs are made. `keep`: also keep the histories of runs that found nothing."""
+
+    directory: Path
+    load_s: float
+    jobs: int
+    keep: bool = False
+
+
+async def perform_all(
+    plans: Sequence[Plan], options: Options, report: Callable[[Result], None], *, until: float = float("inf")
+) -> list[Result]:
+    """Make the runs, `jobs` at a time, in order; none is begun after `until` (monotonic)."""
+    results: list[Result] = []
+    queue = list(reversed(plans))
+
+    async def work() -> None:
+        while queue and time.monotonic() < until:
+            result = await perform(queue.pop(), options)
+            results.append(result)
+            report(result)
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(options.jobs):
+            group.create_task(work())
+    return results
+
+
+async def perform(plan: Plan, options: Options) -> Result:
+    """Make one run and judge it."""
+    directory = options.directory / f"{plan.kind.name}-{plan.scenario.name}-{plan.seed}"
+    shutil.rmtree(directory, ignore_errors=True)
+    figures: Figures | None = None
+    try:
+        run = Run(plan.scenario, plan.kind, plan.seed, directory, load_s=options.load_s)
+        async with asyncio.timeout(RUN_TIMEOUT_S):
+            figures = await run.perform()
+            violations = await _judge(directory)
+    except Skipped as exc:
+        shutil.rmtree(directory, ignore_errors=True)
+        return Result(plan, None, skipped=str(exc))
+    except Exception as exc:  # noqa: BLE001 - one run that breaks down does not end the session
+        return Result(plan, figures, failed=_describe(exc), kept=directory)
+    if violations or options.keep:
+        return Result(plan, figures, violations, kept=directory)
+    shutil.rmtree(directory, ignore_errors=True)
+    return Result(plan, figures)
+
+
+async def _judge(directory: Path) -> tuple[tuple[str, str], ...]:
+    """What the oracles find, in a process of their own."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "faults.judge", "--json", str(directory)),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        async with asyncio.timeout(JUDGE_TIMEOUT_S):
+            said, errors = await process.communicate()
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+        return (("judge", f"the oracles had not decided after {JUDGE_TIMEOUT_S:g} s"),)
+    if process.returncode not in (0, 1) or not said:
+        raise RuntimeError(f"the oracles broke down:\n{errors.decode()}")
+    return tuple((oracle, text) for oracle, text in json.loads(said))
+
+
+def _describe(exc: BaseException) -> str:
+    """An exception on a line; of a group, the first."""
+    while isinstance(exc, BaseExceptionGroup):
+        exc = exc.exceptions[0]
+    return f"{type(exc).__name__}: {exc}"
