@@ -44,7 +44,8 @@ class MemoryLockStorage:
         """As `LockStorage.acquire`."""
         held = self._current(keys)
         if held is None:
-            token = max(self._last_tokens.get(keys.tag, 0) + 1, int(self._clock.wall() * 1_000_000))
+            seen = (self._last_tokens.get(keys.tag, 0), self._stored(keys)[0])
+            token = max(int(self._clock.wall() * 1_000_000), max(seen) + 1)
             self._last_tokens[keys.tag] = token
             held = self._holdings[keys.tag] = _Holding(owner, token, process, 0.0)
         elif held.owner != owner:
@@ -68,8 +69,7 @@ class MemoryLockStorage:
 
     async def write(self, keys: LockKeys, owner: str, token: int, number: int, value: bytes) -> bool:
         """As `LockStorage.write`."""
-        stored, stored_number = self._values.get(keys.tag, (None, 0))
-        stored_token = 0 if stored is None else stored.fencing_token
+        stored_token, stored_number = self._stored(keys)
         if stored_token == token and stored_number >= number:
             return True
         held = self._current(keys)
@@ -96,6 +96,11 @@ class MemoryLockStorage:
             del self._holdings[keys.tag]
             return None
         return held
+
+    def _stored(self, keys: LockKeys) -> tuple[int, int]:
+        """Token and number of the last protected write."""
+        stored, number = self._values.get(keys.tag, (None, 0))
+        return (0 if stored is None else stored.fencing_token), number
 
     def _describe(self, held: _Holding) -> LockHolder:
         left_s = held.ends_at - self._clock.monotonic()
