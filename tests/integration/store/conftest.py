@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
@@ -11,6 +10,7 @@ import pytest
 from dynamo_redis.config import StoreSettings
 from dynamo_redis.store.base import Put, Registry, WatchBatch
 from dynamo_redis.store.registry import RedisRegistry
+from faults.proxy import Proxy
 
 WAIT_S = 10.0
 
@@ -95,66 +95,6 @@ async def mirror() -> AsyncIterator[Callable[[Registry, str], Awaitable[Mirror]]
     yield begin
     for made in mirrors:
         await made.aclose()
-
-
-class Proxy:
-    """A TCP proxy that can cut its connections, swallow the answers, and be sent elsewhere."""
-
-    def __init__(self, target: str) -> None:
-        self.target = target
-        self.swallow_answers = False
-        self.refuse = False
-        self.url = ""
-        self._writers: set[asyncio.StreamWriter] = set()
-        self._server: asyncio.Server | None = None
-
-    async def start(self) -> None:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        self.url = f"redis://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
-
-    async def aclose(self) -> None:
-        assert self._server is not None
-        self._server.close()
-        self.cut()
-        await self._server.wait_closed()
-
-    def cut(self) -> None:
-        """Break all connections."""
-        for writer in list(self._writers):
-            writer.transport.abort()
-
-    def cut_one(self) -> None:
-        """Break one connection."""
-        if self._writers:
-            next(iter(self._writers)).transport.abort()
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self.refuse:
-            writer.transport.abort()
-            return
-        host, _, port = self.target.removeprefix("redis://").partition(":")
-        try:
-            to_reader, to_writer = await asyncio.open_connection(host, int(port))
-        except OSError:
-            writer.transport.abort()
-            return
-        self._writers |= {writer, to_writer}
-        try:
-            await asyncio.gather(
-                self._pump(reader, to_writer, is_answer=False), self._pump(to_reader, writer, is_answer=True)
-            )
-        finally:
-            self._writers -= {writer, to_writer}
-
-    async def _pump(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, is_answer: bool
-    ) -> None:
-        with contextlib.suppress(OSError, RuntimeError):  # uvloop raises the latter on a closed transport
-            while content := await reader.read(1 << 16):
-                if not (is_answer and self.swallow_answers):
-                    writer.write(content)
-                    await writer.drain()
-        writer.transport.abort()
 
 
 @pytest.fixture

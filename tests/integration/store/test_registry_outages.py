@@ -21,6 +21,7 @@ from dynamo_redis.store.client import RedisClient
 from dynamo_redis.store.key_value import KeyValue, OwnedPut
 from dynamo_redis.store.keys import STRUCTURES, RegistryKeys
 from dynamo_redis.store.server import EmbeddedServer
+from faults.proxy import Conditions
 
 
 async def test_a_restart_with_its_data_is_not_even_noticed(
@@ -263,11 +264,10 @@ async def test_a_write_whose_answer_is_lost_happens_once(
     watcher = await open_registry(dynamo_redis_url)
     view = await mirror(watcher, "k/")
     await writer.put("k/n", b"0")
-    proxy.swallow_answers = True
+    proxy.conditions = Conditions(swallow_answers=True)
     writing = asyncio.create_task(writer.create("k/1", b"mine"))
     await view.until(lambda: "k/1" in view.state)
-    proxy.swallow_answers = False
-    proxy.cut()
+    proxy.heal()
     record = await watcher.get("k/1")
     assert record is not None
     assert await writing == record.mod_revision, "the first answer, not KeyExists"
@@ -281,12 +281,11 @@ async def test_a_registration_without_an_answer_leaves_nothing_behind(
     worker = await open_registry(proxy.url, timeout_s=0.5, ttl_s=5)
     view = await mirror(await open_registry(dynamo_redis_url), "k/")
     await worker.register("k/kept", b"v")
-    proxy.swallow_answers = True
+    proxy.conditions = Conditions(swallow_answers=True)
     with pytest.raises(StoreUnavailable):
         await worker.register("k/1", b"v")
     await view.until(lambda: "k/1" in view.state)  # it did arrive
-    proxy.swallow_answers = False
-    proxy.cut()
+    proxy.heal()
     await view.until_state({"k/kept": b"v"}, 4.0)
     await worker.register("k/1", b"again", exclusive=True)
     await view.until_state({"k/kept": b"v", "k/1": b"again"})
@@ -299,12 +298,11 @@ async def test_an_exclusive_registration_without_an_answer_can_be_repeated(
     worker = await open_registry(proxy.url, timeout_s=0.5, ttl_s=5)
     view = await mirror(await open_registry(dynamo_redis_url), "k/")
     worker._registrations._remove_strays = _do_nothing  # too late to help
-    proxy.swallow_answers = True
+    proxy.conditions = Conditions(swallow_answers=True)
     with pytest.raises(StoreUnavailable):
         await worker.register("k/1", b"v", exclusive=True)
     await view.until(lambda: "k/1" in view.state)
-    proxy.swallow_answers = False
-    proxy.cut()
+    proxy.heal()
     await worker.register("k/1", b"again", exclusive=True)
     await view.until_state({"k/1": b"again"})
 
