@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 
 from benchmarks.etcd import etcd_version
+from benchmarks.registry_leases import deaths, idle_leases
 from benchmarks.registry_snapshot import memory, snapshots
 from benchmarks.registry_watch import watching
 from benchmarks.report import Figure, Measured, Row, report
@@ -56,6 +57,8 @@ GROUPS: tuple[tuple[tuple[str, ...], Measurement], ...] = (
     (("R1", "R2"), watching),
     (("R3",), snapshots),
     (("R4",), memory),
+    (("R5",), idle_leases),
+    (("R6",), deaths),
 )
 """Rows that one measurement yields."""
 
