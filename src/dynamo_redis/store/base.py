@@ -280,11 +280,20 @@ class ObjectStore(Protocol):
     """Files in Redis: chunked, checked, replaced atomically."""
 
     async def put(
-        self, bucket: str, name: str, source: ObjectSource, *, progress: Progress | None = None
+        self,
+        bucket: str,
+        name: str,
+        source: ObjectSource,
+        *,
+        progress: Progress | None = None,
+        fence: HeldLock | None = None,
     ) -> ObjectInfo:
         """Store or replace. Readers see the old object until the new one is whole.
 
-        Content that is there already is not sent twice. Raises StoreError.
+        Content that is there already is not sent twice. `fence` is the held `Locks.object_lock` of this very
+        object (ValueError if it is another): the object is replaced only if it is held at that moment, and
+        no later holder has put it; otherwise LockLost is raised, and it has not been and will not be
+        replaced. Raises StoreError; after StoreUnavailable it may or may not have been replaced.
         """
         ...
 

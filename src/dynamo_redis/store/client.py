@@ -97,6 +97,11 @@ class RedisClient:
     def __repr__(self) -> str:
         return f"<RedisClient {self.address}>"
 
+    @property
+    def closed(self) -> bool:
+        """Whether `aclose` was called: nothing will work any more."""
+        return self._closed
+
     # ------------------------------------------------------------------ commands
 
     async def connect(self) -> None:

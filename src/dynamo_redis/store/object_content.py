@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -15,8 +15,8 @@ from typing import TypeVar
 import anyio
 from anyio.to_thread import run_sync
 
-from dynamo_redis.errors import ObjectChanged
-from dynamo_redis.store.base import ObjectInfo, ObjectSource, Progress
+from dynamo_redis.errors import LockLost, ObjectChanged
+from dynamo_redis.store.base import HeldLock, ObjectInfo, ObjectSource, Progress
 
 CHUNK_BYTES = 1 << 20
 _INLINE_BYTES = 1 << 16  # hashing this takes less than handing it to a thread
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A piece of an object, and its SHA-256 in hex, by which it is stored."""
+    """A piece of an object, and the SHA-256, in hex, of the object up to the end of this piece."""
 
     content: bytes
     digest: str
@@ -41,18 +41,29 @@ async def source_size_bytes(source: ObjectSource) -> int | None:
     return None
 
 
-async def chunks_of(source: ObjectSource, chunk_bytes: int) -> AsyncGenerator[bytes]:
-    """Cut a source into chunks, all full but the last, holding about one of them. Raises OSError.
+async def chunks_of(source: ObjectSource, chunk_bytes: int, whole: hashlib._Hash) -> AsyncGenerator[Chunk]:
+    """Cut a source into chunks, all full but the last, holding about one of them; `whole` hashes them all.
 
-    Close it (`contextlib.aclosing`): it may hold a file open.
+    Raises OSError. Close it (`contextlib.aclosing`): it may hold a file open.
     """
+    if isinstance(source, Path):
+        async with await anyio.open_file(source, "rb") as file:
+
+            def read() -> Chunk:
+                return _hashed(file.wrapped.read(chunk_bytes), whole)
+
+            while (chunk := await run_sync(read)).content:
+                yield chunk
+    else:
+        async with contextlib.aclosing(_cut(source, chunk_bytes)) as contents:
+            async for content in contents:
+                yield await next_chunk(content, whole)
+
+
+async def _cut(source: bytes | AsyncIterable[bytes], chunk_bytes: int) -> AsyncGenerator[bytes]:
     if isinstance(source, bytes):
         for start in range(0, len(source), chunk_bytes):
             yield source[start : start + chunk_bytes]
-    elif isinstance(source, Path):
-        async with await anyio.open_file(source, "rb") as file:
-            while content := await file.read(chunk_bytes):
-                yield content
     else:
         held = bytearray()
         async for piece in source:
@@ -64,14 +75,26 @@ async def chunks_of(source: ObjectSource, chunk_bytes: int) -> AsyncGenerator[by
             yield bytes(held)
 
 
-async def digest_of(content: bytes, whole: hashlib._Hash) -> str:
-    """The SHA-256 of one chunk, in hex; feeds the hash of the whole object, too. Off the loop if large."""
+def _hashed(content: bytes, whole: hashlib._Hash) -> Chunk:
+    whole.update(content)
+    return Chunk(content, whole.hexdigest())
 
-    def compute() -> str:
-        whole.update(content)
-        return hashlib.sha256(content).hexdigest()
 
-    return compute() if len(content) <= _INLINE_BYTES else await run_sync(compute)
+async def next_chunk(content: bytes, whole: hashlib._Hash) -> Chunk:
+    """The chunk that follows what `whole` has seen, and now sees, too. Off the event loop if it is large."""
+    if len(content) <= _INLINE_BYTES:
+        return _hashed(content, whole)
+    return await run_sync(_hashed, content, whole)
+
+
+def check_fence(fence: HeldLock | None, url: str) -> None:
+    """Raises ValueError if a lock is another object's, LockLost if its holder knows that it is lost."""
+    if fence is None:
+        return
+    if fence.name != url:
+        raise ValueError(f"{url} is fenced by its own lock, not by that of {fence.name}")
+    if fence.lost:
+        raise LockLost(url, "the object is not put without it")
 
 
 class WholeReads(ABC):
@@ -92,11 +115,8 @@ class WholeReads(ABC):
         """As `ObjectStore.read`."""
 
         async def attempt() -> bytes:
-            content = bytearray()
             async with contextlib.aclosing((await self._open(bucket, name))[1]) as pieces:
-                async for piece in pieces:
-                    content += piece
-            return bytes(content)
+                return b"".join([piece async for piece in pieces])
 
         return await _twice(attempt)
 

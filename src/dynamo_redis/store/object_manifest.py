@@ -13,6 +13,7 @@ from dynamo_redis.store.base import ObjectInfo
 
 SCHEMA = "1"
 _CODEC = "none"
+_DIGEST_KIND = "sha256-prefix"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _EMPTY_DIGEST = hashlib.sha256().hexdigest()
 
@@ -43,13 +44,22 @@ class ObjectKeys:
         """The pointer to the current version: a hash that holds its manifest."""
         return f"{{{self.prefix}/object/{self.path}}}:current"
 
-    def chunk(self, digest: str) -> str:
-        """A chunk, by its SHA-256."""
-        return f"{{{self.prefix}/object/{self.path}}}:chunk:{digest}"
+    @property
+    def damaged(self) -> str:
+        """The names of chunks that a reader found damaged: the next put sends them again."""
+        return f"{{{self.prefix}/object/{self.path}}}:damaged"
 
-    def chunks(self, digests: Sequence[str]) -> list[str]:
-        """The keys of several chunks, each once."""
-        return [self.chunk(digest) for digest in dict.fromkeys(digests)]
+    def chunk(self, name: str) -> str:
+        """A chunk, by the name that `chunk_name` gives it."""
+        return f"{{{self.prefix}/object/{self.path}}}:chunk:{name}"
+
+    def chunks(self, names: Sequence[str]) -> list[str]:
+        """The keys of several chunks."""
+        return [self.chunk(name) for name in names]
+
+    def claim(self, name: str) -> str:
+        """Who is sending that chunk just now."""
+        return f"{{{self.prefix}/object/{self.path}}}:claim:{name}"
 
     @classmethod
     def of_path(cls, prefix: str, path: str) -> ObjectKeys:
@@ -58,26 +68,41 @@ class ObjectKeys:
         return cls(prefix, decode_segment(bucket), decode_segment(name))
 
 
+def chunk_name(digest: str, chunk_bytes: int) -> str:
+    """What identifies a chunk among all versions of an object, whatever size their chunks have.
+
+    The digest tells where a chunk ends, and its size where it begins.
+    """
+    return f"{chunk_bytes}:{digest}"
+
+
 @dataclass(frozen=True, slots=True)
 class Manifest:
     """One version of an object. `version` is random: content that is put again later has a new one.
 
-    `chunks` are the SHA-256 of each chunk in order; all chunks but the last are of `chunk_bytes`.
+    All chunks but the last are of `chunk_bytes`. `digests` has, for each, the SHA-256 of the object up to its
+    end, in hex: so one pass over the content makes all of them and `sha256`, which is the last.
     """
 
     version: str
     size_bytes: int
     sha256: str
     chunk_bytes: int
-    chunks: tuple[str, ...]
+    digests: tuple[str, ...]
     created_at_ms: int = 0  # the server's, when it became current
+
+    @property
+    def chunks(self) -> list[str]:
+        """The names of its chunks, in order."""
+        return [chunk_name(digest, self.chunk_bytes) for digest in self.digests]
 
     def fields(self) -> list[str | int]:
         """Fields and values of the pointer, in turn; `created_at_ms` is the server's to add."""
         return [
             *("v", SCHEMA, "version", self.version, "size_bytes", self.size_bytes, "sha256", self.sha256),
-            *("codec", _CODEC, "chunk_bytes", self.chunk_bytes, "chunk_count", len(self.chunks)),
-            *("chunks", " ".join(self.chunks)),
+            *("codec", _CODEC, "digest", _DIGEST_KIND),
+            *("chunk_bytes", self.chunk_bytes, "chunk_count", len(self.digests)),
+            *("chunks", " ".join(self.digests)),
         ]
 
     @classmethod
@@ -87,14 +112,14 @@ class Manifest:
         Raises SchemaMismatch for a manifest of an incompatible release, ObjectChanged for a damaged one.
         """
         found = _pairs(flat)
-        _check_schema(found.get("v"), found.get("codec"))
+        _check_schema(found.get("v"), found.get("codec"), found.get("digest"))
         try:
             manifest = cls(
                 version=found["version"].decode(),
                 size_bytes=int(found["size_bytes"]),
                 sha256=found["sha256"].decode(),
                 chunk_bytes=int(found["chunk_bytes"]),
-                chunks=tuple(found["chunks"].decode().split()),
+                digests=tuple(found["chunks"].decode().split()),
                 created_at_ms=int(found["created_at_ms"]),
             )
         except (KeyError, ValueError) as exc:
@@ -110,21 +135,21 @@ class Manifest:
             name=keys.name,
             size_bytes=self.size_bytes,
             sha256=self.sha256,
-            chunk_count=len(self.chunks),
+            chunk_count=len(self.digests),
             created_at=created_at_ms / 1000,
         )
 
     def _is_consistent(self) -> bool:
-        if not self.chunks:
+        if not self.digests:
             return self.size_bytes == 0 and self.sha256 == _EMPTY_DIGEST
-        fits = 0 < self.size_bytes - (len(self.chunks) - 1) * self.chunk_bytes <= self.chunk_bytes
-        return fits and all(map(_DIGEST.fullmatch, (self.sha256, *self.chunks)))
+        fits = 0 < self.size_bytes - (len(self.digests) - 1) * self.chunk_bytes <= self.chunk_bytes
+        return fits and self.digests[-1] == self.sha256 and all(map(_DIGEST.fullmatch, self.digests))
 
 
 @dataclass(frozen=True, slots=True)
 class Replaceable:
     """What must be known of a version to replace or remove it: less than to read it, so that a damaged
-    manifest can be put right."""
+    manifest can be put right. `chunks` are the names of those that it still tells."""
 
     version: str
     chunks: tuple[str, ...]
@@ -138,21 +163,23 @@ class Replaceable:
         if not flat:
             return None
         found = _pairs(flat)
-        _check_schema(found.get("v"), found.get("codec"))
-        chunks = _DIGEST.findall(found.get("chunks", b"").decode("utf-8", "replace"))
+        _check_schema(found.get("v"), found.get("codec"), found.get("digest"))
+        digests = _DIGEST.findall(found.get("chunks", b"").decode("utf-8", "replace"))
+        size = found.get("chunk_bytes", b"")
+        chunks = [chunk_name(digest, int(size)) for digest in digests] if size.isdigit() else []
         return cls(found.get("version", b"").decode("utf-8", "surrogateescape"), tuple(chunks))
 
 
-INFO_FIELDS = ("v", "codec", "size_bytes", "sha256", "chunk_count", "created_at_ms")
+INFO_FIELDS = ("v", "codec", "digest", "size_bytes", "sha256", "chunk_count", "created_at_ms")
 """What a listing needs of a pointer."""
 
 
 def info_of_fields(values: Sequence[bytes | None], keys: ObjectKeys) -> ObjectInfo | None:
     """Read the values of `INFO_FIELDS`; None if there is no object. Raises as `Manifest.of_fields`."""
-    schema, codec, size_bytes, sha256, chunk_count, created_at_ms = values
+    schema, codec, digest_kind, size_bytes, sha256, chunk_count, created_at_ms = values
     if sha256 is None:
         return None
-    _check_schema(schema, codec)
+    _check_schema(schema, codec, digest_kind)
     try:
         return ObjectInfo(
             bucket=keys.bucket,
@@ -170,9 +197,10 @@ def _pairs(flat: Sequence[bytes]) -> dict[str, bytes]:
     return {flat[i].decode("utf-8", "replace"): flat[i + 1] for i in range(0, len(flat), 2)}
 
 
-def _check_schema(schema: bytes | None, codec: bytes | None) -> None:
-    found = tuple((value or b"absent").decode("utf-8", "replace") for value in (schema, codec))
-    if found != (SCHEMA, _CODEC):
+def _check_schema(schema: bytes | None, codec: bytes | None, digest_kind: bytes | None) -> None:
+    found = [(value or b"absent").decode("utf-8", "replace") for value in (schema, codec, digest_kind)]
+    if found != [SCHEMA, _CODEC, _DIGEST_KIND]:
         raise SchemaMismatch(
-            f"{found[0]} with codec {found[1]} for an object", f"{SCHEMA} with codec {_CODEC}"
+            f"{found[0]} with codec {found[1]} and digest {found[2]} for an object",
+            f"{SCHEMA} with codec {_CODEC} and digest {_DIGEST_KIND}",
         )

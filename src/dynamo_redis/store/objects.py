@@ -3,17 +3,21 @@
 An object's keys share a hash tag of its own, `{prefix/object/<bucket>/<name>}`, so that one script can see
 all of them, also in a cluster:
 
-    {tag}:current           hash: the current version's manifest (size, sha256, the chunks' digests, codec)
-    {tag}:chunk:<sha256>    a chunk, stored under its own digest
+    {tag}:current                        hash: the current version's manifest (size, sha256, digests, codec)
+    {tag}:chunk:<chunk_bytes>:<sha256>   a chunk, under the digest of the content up to its end
 
 A *put* writes the chunks beside the current version, with an expiry that it renews until it is done. Then
 one script checks that every chunk is there, takes its expiry away, and replaces the manifest. An upload that
 dies leaves chunks that expire, and nothing else. Content that is there is not sent again, be it of an earlier
-upload, of the current version, or of one just replaced.
+upload, of the current version, or of one just replaced; and of several uploads of the same content at once
+each chunk is sent by one of them.
 
 A *reader* takes the manifest once and reads what it lists. The chunks of a replaced version get an expiry;
-the reader renews it for those still to come, each third of it. It checks each chunk's digest, and at the end
-that of the whole.
+the reader renews it for those still to come, each third of it. Each chunk is verified before it is handed on,
+and with the last one the whole: the digests are those of the content from its beginning.
+
+Both go on when their connection breaks, for some seconds (`Patience`): a few chunks are under way at a time,
+and each of them, and the commit, can be repeated.
 
 The names of all objects stand in an index under a tag of its own, `{prefix/object}:names`. No script can
 change two tags, so a name goes there *before* its object is made current, and listing checks each name: an
@@ -29,41 +33,52 @@ import hashlib
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self, TypeVar
 
 from dynamo_redis.config import StoreSettings
-from dynamo_redis.errors import ObjectChanged, ObjectNotFound, StoreError, StoreUnavailable
-from dynamo_redis.store.base import ObjectInfo, ObjectSource, Progress
+from dynamo_redis.errors import LockLost, ObjectChanged, ObjectNotFound, StoreError, StoreUnavailable
+from dynamo_redis.store.base import HeldLock, ObjectInfo, ObjectSource, Progress
 from dynamo_redis.store.client import RedisClient
-from dynamo_redis.store.object_content import CHUNK_BYTES, WholeReads, chunks_of, digest_of, source_size_bytes
+from dynamo_redis.store.lock_keys import LockKeys
+from dynamo_redis.store.object_chunks import ObjectChunks, Patience, recovering
+from dynamo_redis.store.object_content import (
+    CHUNK_BYTES,
+    Chunk,
+    WholeReads,
+    check_fence,
+    chunks_of,
+    next_chunk,
+    source_size_bytes,
+)
 from dynamo_redis.store.object_manifest import (
     INFO_FIELDS,
     Manifest,
     ObjectKeys,
     Replaceable,
+    chunk_name,
     info_of_fields,
 )
+from dynamo_redis.store.object_overlap import overlapped
 from dynamo_redis.store.scripts import load_script
 
 log = logging.getLogger(__name__)
 
-EXPIRY_S = 600.0
-"""How long chunks live that no current version has, unless renewed: of uploads, and of replaced versions."""
+CHUNKS_UNDER_WAY_COUNT = 3
+"""How many chunks an upload sends, or a read fetches, at a time: enough that none waits for another's round
+trip, few enough that the memory of both sides is bounded and the server is never given a burst."""
 
 _UPLOAD_TRIES = 3
 _COMMIT_TRIES = 100
 _KEYS_A_CALL = 500
 _FORGET_AFTER_S = 3600.0
 
-_TOUCH = load_script("object_touch")
-_RENEW = load_script("object_renew")
 _COMMIT = load_script("object_commit")
 _REMOVE = load_script("object_remove")
 _FORGET = load_script("object_forget")
 
-_ABSENT, _INTACT, _DAMAGED = range(3)  # what _TOUCH answers
+T = TypeVar("T")
 
 
 class RedisObjectStore(WholeReads):
@@ -78,13 +93,12 @@ class RedisObjectStore(WholeReads):
         prefix: str,
         *,
         chunk_bytes: int = CHUNK_BYTES,
-        expiry_s: float = EXPIRY_S,
+        patience: Patience | None = None,
     ) -> None:
         self._client = client
         self._prefix = prefix
         self._chunk_bytes = chunk_bytes
-        self._expiry_s = expiry_s
-        self._expiry_ms = round(expiry_s * 1000)
+        self._patience = patience or Patience()
 
     @classmethod
     def from_settings(cls, settings: StoreSettings) -> Self:
@@ -95,20 +109,28 @@ class RedisObjectStore(WholeReads):
     # ------------------------------------------------------------------ put
 
     async def put(
-        self, bucket: str, name: str, source: ObjectSource, *, progress: Progress | None = None
+        self,
+        bucket: str,
+        name: str,
+        source: ObjectSource,
+        *,
+        progress: Progress | None = None,
+        fence: HeldLock | None = None,
     ) -> ObjectInfo:
-        """As `ObjectStore.put`; holds one chunk in memory. Of several puts at once, the last to end stays.
+        """As `ObjectStore.put`; holds a few chunks in memory. Of several puts at once, the last to end stays.
 
         Raises OSError if a file cannot be read. If Redis loses chunks meanwhile (a restart without its data),
         bytes and files are sent again; pieces are gone by then, and it raises StoreUnavailable.
         """
         keys = ObjectKeys(self._prefix, bucket, name)
+        check_fence(fence, keys.url)
+        await self._replaceable(keys)  # refused before anything is sent, and no patience with a dead server
         tries = _UPLOAD_TRIES if isinstance(source, bytes | Path) else 1
         for _ in range(tries):
-            sent: dict[str, None] = {}
+            sent: list[str] = []
             async with self._renewing(keys, sent):
                 manifest = await self._upload(keys, source, sent, progress)
-                info = await self._commit(keys, manifest)
+                info = await self._commit(keys, manifest, fence)
             if info is not None:
                 return info
         raise StoreUnavailable(
@@ -116,21 +138,31 @@ class RedisObjectStore(WholeReads):
         )
 
     async def _upload(
-        self, keys: ObjectKeys, source: ObjectSource, sent: dict[str, None], progress: Progress | None
+        self, keys: ObjectKeys, source: ObjectSource, sent: list[str], progress: Progress | None
     ) -> Manifest:
         """Bring every chunk to Redis; `sent` names those that must be kept alive from now on."""
         total_bytes = await source_size_bytes(source)
         whole = hashlib.sha256()
         digests: list[str] = []
         done_bytes = 0
-        async with contextlib.aclosing(chunks_of(source, self._chunk_bytes)) as chunks:
-            async for content in chunks:
-                digest = await digest_of(content, whole)
-                if digest not in sent:
-                    await self._send(keys.chunk(digest), content)
-                    sent[digest] = None
+        chunks = self._chunks(keys)
+        upload = secrets.token_hex(8)
+
+        async def send(chunk: Chunk) -> tuple[str, int]:
+            name = chunk_name(chunk.digest, self._chunk_bytes)
+            await chunks.send(name, chunk.content, upload)
+            sent.append(name)
+            return chunk.digest, len(chunk.content)
+
+        async def sends() -> AsyncGenerator[Coroutine[Any, Any, tuple[str, int]]]:
+            async with contextlib.aclosing(chunks_of(source, self._chunk_bytes, whole)) as found:
+                async for chunk in found:
+                    yield send(chunk)
+
+        async with contextlib.aclosing(overlapped(sends(), limit_count=CHUNKS_UNDER_WAY_COUNT)) as done:
+            async for digest, size_bytes in done:
                 digests.append(digest)
-                done_bytes += len(content)
+                done_bytes += size_bytes
                 if progress is not None:
                     progress(done_bytes, total_bytes)
         return Manifest(
@@ -138,48 +170,61 @@ class RedisObjectStore(WholeReads):
             size_bytes=done_bytes,
             sha256=whole.hexdigest(),
             chunk_bytes=self._chunk_bytes,
-            chunks=tuple(digests),
+            digests=tuple(digests),
         )
 
-    async def _send(self, key: str, content: bytes) -> None:
-        """Write a chunk, unless it is there. A chunk of the current version never gets an expiry here."""
-        sha1 = hashlib.sha1(content, usedforsecurity=False).hexdigest()
-        state = await self._client.script(_TOUCH, [key], [self._expiry_ms, sha1])
-        if state == _ABSENT:
-            # If another upload of the same content wrote it first, it is right as it is.
-            await self._client.execute("SET", key, content, "PX", self._expiry_ms, "NX")
-        elif state == _DAMAGED:
-            await self._client.execute("SET", key, content, "KEEPTTL", "XX")
-
-    async def _commit(self, keys: ObjectKeys, new: Manifest) -> ObjectInfo | None:
+    async def _commit(self, keys: ObjectKeys, new: Manifest, fence: HeldLock | None) -> ObjectInfo | None:
         """Make the manifest current; None if chunks are missing."""
-        await self._remember(keys)
+        await self._recovering(lambda: self._remember(keys))
+        new_chunks = keys.chunks(new.chunks)
         kept = set(new.chunks)
-        new_keys = keys.chunks(new.chunks)
-        for _ in range(_COMMIT_TRIES):
+        ambiguous = False
+
+        async def attempt() -> list[Any]:
+            nonlocal ambiguous
+            check_fence(fence, keys.url)
             old = await self._replaceable(keys)
-            replaced = [digest for digest in old.chunks if digest not in kept] if old else []
-            answer, *rest = await self._client.script(
-                _COMMIT,
-                [keys.current, *new_keys, *keys.chunks(replaced)],
-                [len(new_keys), old.version if old else "", self._expiry_ms, *new.fields()],
-            )
+            replaced = [chunk for chunk in old.chunks if chunk not in kept] if old else []
+            owner, token = (fence.owner, fence.fencing_token) if fence else ("", "")
+            try:
+                answer: list[Any] = await self._client.script(
+                    _COMMIT,
+                    [keys.current, self._lock(keys), *new_chunks, *keys.chunks(replaced)],
+                    [
+                        *(len(new_chunks), old.version if old else "", self._patience.expiry_ms),
+                        *(owner, token, *new.fields()),
+                    ],
+                )
+            except StoreUnavailable:
+                ambiguous = True
+                raise
+            return answer
+
+        for _ in range(_COMMIT_TRIES):
+            answer, *rest = await self._recovering(attempt)
             if answer == b"ok":
                 return new.info(keys, created_at_ms=int(rest[0]))
             if answer == b"missing":
                 log.info("%s: %d chunks are gone before the upload is complete", keys.url, rest[0])
                 return None
+            if answer == b"lost":
+                if ambiguous:
+                    raise StoreUnavailable(f"{keys.url}: the lock was lost while Redis did not answer")
+                raise LockLost(keys.url, "somebody else has it, or nobody")
         raise StoreUnavailable(f"{keys.url} is replaced by others all the time; put it again later")
 
+    def _lock(self, keys: ObjectKeys) -> str:
+        return LockKeys.of_object(self._prefix, keys.bucket, keys.name).lock
+
     @contextlib.asynccontextmanager
-    async def _renewing(self, keys: ObjectKeys, sent: dict[str, None]) -> AsyncIterator[None]:
+    async def _renewing(self, keys: ObjectKeys, sent: list[str]) -> AsyncIterator[None]:
         """Keep the chunks named in `sent` alive, however slowly further ones come."""
 
         async def renew() -> None:
             while True:
-                await asyncio.sleep(self._expiry_s / 3)
+                await asyncio.sleep(self._patience.expiry_s / 3)
                 try:
-                    await self._renew(keys, tuple(sent))
+                    await self._chunks(keys).renew(tuple(sent))
                 except StoreError as exc:
                     log.debug("%s: chunks not renewed: %s", keys.url, exc)  # the commit checks them
 
@@ -190,11 +235,6 @@ class RedisObjectStore(WholeReads):
             task.cancel()
             await asyncio.wait([task])
 
-    async def _renew(self, keys: ObjectKeys, digests: Sequence[str]) -> None:
-        chunks = keys.chunks(digests)
-        for start in range(0, len(chunks), _KEYS_A_CALL):
-            await self._client.script(_RENEW, chunks[start : start + _KEYS_A_CALL], [self._expiry_ms])
-
     # ------------------------------------------------------------------ read
 
     async def _open(self, bucket: str, name: str) -> tuple[ObjectInfo, AsyncGenerator[bytes]]:
@@ -202,23 +242,34 @@ class RedisObjectStore(WholeReads):
         manifest = await self._manifest(keys)
         if manifest is None:
             raise ObjectNotFound(keys.url)
-        return manifest.info(keys, manifest.created_at_ms), self._chunks(keys, manifest)
+        return manifest.info(keys, manifest.created_at_ms), self._verified(keys, manifest)
 
-    async def _chunks(self, keys: ObjectKeys, manifest: Manifest) -> AsyncGenerator[bytes]:
+    async def _verified(self, keys: ObjectKeys, manifest: Manifest) -> AsyncGenerator[bytes]:
+        """The content, each chunk once its digest is known to be right."""
+        count = len(manifest.digests)
         whole = hashlib.sha256()
+        contents = overlapped(self._fetches(keys, manifest), limit_count=CHUNKS_UNDER_WAY_COUNT)
+        async with contextlib.aclosing(contents):
+            for index, digest in enumerate(manifest.digests):
+                content = await anext(contents)
+                if content is None:
+                    raise ObjectChanged(keys.url, f"chunk {index} of {count} is gone")
+                if (await next_chunk(content, whole)).digest != digest:
+                    await self._chunks(keys).report_damage(manifest.chunks[index])
+                    raise ObjectChanged(keys.url, f"chunk {index} of {count} is damaged")
+                yield content
+
+    async def _fetches(
+        self, keys: ObjectKeys, manifest: Manifest
+    ) -> AsyncGenerator[Coroutine[Any, Any, bytes | None]]:
+        """A call for each chunk; those that are still to come are kept alive meanwhile."""
+        chunks, names = self._chunks(keys), manifest.chunks
         renewed_at = time.monotonic()
-        for index, digest in enumerate(manifest.chunks):
-            if time.monotonic() - renewed_at > self._expiry_s / 3:
+        for index, name in enumerate(names):
+            if time.monotonic() - renewed_at > self._patience.expiry_s / 3:
                 renewed_at = time.monotonic()
-                await self._renew(keys, manifest.chunks[index:])
-            content: bytes | None = await self._client.execute("GET", keys.chunk(digest))
-            if content is None:
-                raise ObjectChanged(keys.url, f"chunk {index} of {len(manifest.chunks)} is gone")
-            if await digest_of(content, whole) != digest:
-                raise ObjectChanged(keys.url, f"chunk {index} of {len(manifest.chunks)} is damaged")
-            yield content
-        if whole.hexdigest() != manifest.sha256:
-            raise ObjectChanged(keys.url, "its manifest is damaged")
+                await self._recovering(lambda rest=names[index:]: chunks.renew(rest))
+            yield chunks.fetch(name)
 
     async def info(self, bucket: str, name: str) -> ObjectInfo | None:
         """As `ObjectStore.info`."""
@@ -231,6 +282,12 @@ class RedisObjectStore(WholeReads):
 
     async def _replaceable(self, keys: ObjectKeys) -> Replaceable | None:
         return Replaceable.of_fields(await self._client.execute("HGETALL", keys.current))
+
+    def _chunks(self, keys: ObjectKeys) -> ObjectChunks:
+        return ObjectChunks(self._client, keys, self._patience)
+
+    async def _recovering(self, call: Callable[[], Awaitable[T]]) -> T:
+        return await recovering(self._client, self._patience.recovery_s, call)
 
     # ------------------------------------------------------------------ list and remove
 
@@ -270,7 +327,9 @@ class RedisObjectStore(WholeReads):
             if old is None:
                 return False
             chunks = keys.chunks(old.chunks)
-            if await self._client.script(_REMOVE, [keys.current, *chunks], [old.version, self._expiry_ms]):
+            if await self._client.script(
+                _REMOVE, [keys.current, *chunks], [old.version, self._patience.expiry_ms]
+            ):
                 return True
         raise StoreUnavailable(f"{keys.url} is replaced by others all the time; remove it again later")
 

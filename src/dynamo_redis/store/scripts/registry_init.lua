@@ -5,18 +5,17 @@
 -- Answers {'ok', incarnation, revision, operation} or {'schema', found}.
 -- Atomic: of many callers that find the registry gone, the first makes it, the others find it whole.
 
-local refused = open()
+local refused = open(true)
 if refused and refused[1] ~= 'wiped' then return refused end
 if refused then
-  redis.call('DEL', META, KV, IDX, LEASES, LK, LR, LOG)
+  redis.call('UNLINK', META, KV, IDX, LEASES, LK, LR, LOG)
   INC, REV, LAST_OP = ARGV[3], '0-0', ''
-  redis.call('HSET', META, 'schema', ARGV[4], 'inc', INC, 'clock', 0, 'seen', 0)
+  redis.call('HSET', META, 'schema', ARGV[4], 'inc', INC, 'clock', 0, 'seen', tell_time(0, 0))
   redis.call('HSET', KV, '', INC)
   redis.call('HSET', LR, '', INC)
   redis.call('ZADD', IDX, 0, '\0' .. INC)
   redis.call('ZADD', LK, 0, '\0' .. INC)
   redis.call('ZADD', LEASES, '+inf', '\0' .. INC)
-  advance_clock(0, 0)
   emit('i', '', INC, '', '', 0)
 end
-return {'ok', INC, REV, LAST_OP}
+return close({'ok', INC, REV, LAST_OP})

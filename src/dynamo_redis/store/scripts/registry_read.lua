@@ -1,21 +1,27 @@
--- Read keys, and the state of a lease.
+-- Read keys, and the state of a lease with the names of its keys.
 --
 -- KEYS    1-7 the registry's structures
--- ARGV    1 incarnation or ''   2 operation id   3 lease or ''   4… keys
+-- ARGV    1 incarnation or ''   2 operation id   3 lease or ''
+--         4 name to go on behind, or ''   5 most names to answer   6… keys
 -- Answers {'ok', incarnation, revision, operation, 1 if the lease is alive, its owner's last write or '',
---         then for each key its packed record or ''}
+--         names of its keys in order, then for each key its packed record or ''}
 -- Atomic: one moment. Records of ended leases are not shown.
 
-local refused = open()
-if refused then return refused end
-local lease = ARGV[3]
-local alive = lease ~= '' and is_alive(lease)
-local records = {}
-for index = 4, #ARGV do
-  local _, packed = current(ARGV[index])
-  records[#records + 1] = packed or ''
-end
-local last_write = alive and redis.call('HGET', LR, lease) or ''
-local answer = {'ok', INC, REV, LAST_OP, alive and 1 or 0, last_write}
-for _, record in ipairs(records) do answer[#answer + 1] = record end
-return answer
+return run(function()
+  local lease, after, most = ARGV[3], ARGV[4], tonumber(ARGV[5])
+  local alive = lease ~= '' and is_alive(lease)
+  local names = {}
+  if alive then
+    local from = (after == '' and '[' or '(') .. lease .. '\0' .. after
+    for _, member in ipairs(redis.call('ZRANGEBYLEX', LK, from, '(' .. lease .. '\1', 'LIMIT', 0, most)) do
+      names[#names + 1] = string.sub(member, #lease + 2)
+    end
+  end
+  local last_write = alive and redis.call('HGET', LR, lease) or ''
+  local answer = {'ok', INC, REV, LAST_OP, alive and 1 or 0, last_write, names}
+  for index = 6, #ARGV do
+    local _, packed = current(ARGV[index])
+    answer[#answer + 1] = packed or ''
+  end
+  return answer
+end)

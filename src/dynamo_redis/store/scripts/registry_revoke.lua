@@ -3,10 +3,20 @@
 -- KEYS    1-7 the registry's structures   8 the lease's TTL key
 -- ARGV    1 incarnation or ''   2 operation id   3 lease
 -- Answers {'ok', revision}; also if the lease had ended before.
--- Atomic: watchers see the deletes, marked as revoked, in one run of log entries.
+--         {'again'}: the lease has ended, but some of its keys still have to be deleted
+-- Atomic: from the first call on nobody is shown any of the keys.
 
-local refused = open()
-if refused then return refused end
-if is_alive(ARGV[3]) then finish(ARGV[3], 'r') end
-redis.call('DEL', KEYS[8])
-return {'ok', REV}
+return run(function()
+  local lease = ARGV[3]
+  local alive, deadline = is_alive(lease)
+  if alive then
+    deadline = REVOKED
+    redis.call('ZADD', LEASES, REVOKED, lease)
+  end
+  if deadline then
+    local _, gone = finish(lease, cause(deadline), REAP_KEYS)
+    if not gone then return {'again'} end
+  end
+  redis.call('DEL', KEYS[8])
+  return {'ok', REV}
+end)

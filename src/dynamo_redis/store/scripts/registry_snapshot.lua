@@ -2,30 +2,37 @@
 --
 -- KEYS    1-7 the registry's structures
 -- ARGV    1 incarnation or ''   2 operation id   3 prefix   4 key to go on behind, or ''   5 most keys to answer
+--         6 bytes of records at which a page ends
 -- Answers {'ok', incarnation, revision, operation, last key looked at or '' if no more are left,
 --         key, packed record, key, packed record, …}
 -- Atomic: one page is one moment. Records of ended leases are not shown.
 
-local refused = open()
-if refused then return refused end
-local prefix, after, limit = ARGV[3], ARGV[4], tonumber(ARGV[5])
--- No key begins with a zero byte (the structure's own mark does), and none holds the byte 255.
-local from = after ~= '' and '(' .. after or '[' .. (prefix ~= '' and prefix or '\1')
-local keys = redis.call('ZRANGEBYLEX', IDX, from, '(' .. prefix .. '\255', 'LIMIT', 0, limit)
-local ended = {}
-local some_ended = false
-for _, lease in ipairs(redis.call('ZRANGEBYSCORE', LEASES, '-inf', CLOCK)) do
-  ended[lease] = true
-  some_ended = true
-end
-local answer = {'ok', INC, REV, LAST_OP, #keys == limit and keys[#keys] or ''}
-if #keys > 0 then
-  local records = redis.call('HMGET', KV, unpack(keys))
-  for index, packed in ipairs(records) do
-    if not (some_ended and ended[cmsgpack.unpack(packed)[4]]) then
-      answer[#answer + 1] = keys[index]
-      answer[#answer + 1] = packed
-    end
+local CHUNK = 50
+
+return run(function()
+  local prefix, after, most, most_bytes = ARGV[3], ARGV[4], tonumber(ARGV[5]), tonumber(ARGV[6])
+  -- No key begins with a zero byte (the structure's own mark does), and none holds the byte 255.
+  local from = after ~= '' and '(' .. after or '[' .. (prefix ~= '' and prefix or '\1')
+  local keys = redis.call('ZRANGEBYLEX', IDX, from, '(' .. prefix .. '\255', 'LIMIT', 0, most)
+  local answer, bytes, seen = {'ok', INC, REV, LAST_OP, ''}, 0, 0
+  local alive = {}
+  local function is_shown(packed)
+    local lease = cmsgpack.unpack(packed)[4]
+    if lease == '' then return true end
+    if alive[lease] == nil then alive[lease] = is_alive(lease) end
+    return alive[lease]
   end
-end
-return answer
+  while seen < #keys and bytes < most_bytes do
+    local last = math.min(seen + CHUNK, #keys)
+    for index, packed in ipairs(redis.call('HMGET', KV, unpack(keys, seen + 1, last))) do
+      if not OVERDUE or is_shown(packed) then
+        answer[#answer + 1] = keys[seen + index]
+        answer[#answer + 1] = packed
+        bytes = bytes + #packed
+      end
+    end
+    seen = last
+  end
+  if seen < #keys or #keys == most then answer[5] = keys[seen] end
+  return answer
+end)

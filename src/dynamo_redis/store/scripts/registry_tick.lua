@@ -2,10 +2,11 @@
 --
 -- KEYS    1-7 the registry's structures
 -- ARGV    1 incarnation or ''   2 operation id
--- Answers {'ok', incarnation, revision, operation, live leases, leases that ended but are left for the next call}
--- Atomic: a lease's keys go all at once.
+-- Answers {'ok', incarnation, revision, operation, live leases, leases that ended but are left for the next call,
+--         ms since the script before}
+-- Atomic, and bounded by the prelude's REAP_LEASES and REAP_KEYS.
 
-local refused = open()
-if refused then return refused end
-local overdue = redis.call('ZCOUNT', LEASES, '-inf', CLOCK)
-return {'ok', INC, REV, LAST_OP, redis.call('ZCARD', LEASES) - 1 - overdue, overdue}
+return run(function()
+  local live, overdue = count_leases()
+  return {'ok', INC, REV, LAST_OP, live, overdue, IDLE_MS}
+end)

@@ -2,41 +2,72 @@
 -- transactions, and the keys that a process registers under its lease.
 --
 -- KEYS    1-7 the registry's structures   8 the lease's TTL key, if there is a lease
--- ARGV    1 incarnation or ''   2 operation id   3 '1' if this repeats the operation, else '0'
+-- ARGV    1 incarnation or ''   2 operation id
+--         3 a log entry from before the operation was first sent, as 'revision operation', if this call repeats
+--           it; '' if it is the first
 --         4 lease or ''   5 TTL in ms to grant the lease with if it is not alive; 0: do not grant
 --         6 msgpack {comparisons, operations}
 --           a comparison {key, mod_revision}, '' for "absent"
 --           an operation {'p', key, value, owned} or {'d', key, '', owned}; with owned = 1 it has no effect
 --           unless the key stands under this lease
--- Answers {'ok', last revision, 1 if the lease was granted, changes made}
+-- Answers {'ok', last revision, 1 if the lease was granted (2: perhaps, and it was renewed), changes made}
 --         {'failed', index of the comparison from 0, the packed record found or ''}: nothing was written
---         {'no-lease'}: nothing was written
--- Atomic, and once for an operation id: a repeated call finds the first one's entries among the newest
--- SEARCH of the log, and answers as it did. What wrote nothing is evaluated again.
+--         {'no-lease'}: nothing was written, or what was has ended with the lease
+--         {'again'}: nothing was written; the lease has ended and some of its keys still have to be deleted
+--         {'unknown'}: nothing was written now; whether it was before cannot be told any more
+-- Atomic, and once for an operation id: a repeated call looks for the first one's entries among the newest
+-- SEARCH of the log, as far back as the entry it names, and answers as that did. What wrote nothing is
+-- evaluated again.
 
-local SEARCH = 2000
+local SEARCH = 1000
+local ENTRY_BYTES = 4096
 
-local function find_first_answer()
+local lease, ttl_ms = ARGV[4], tonumber(ARGV[5])
+
+-- The revision of the first call's last change, and how many it made; or nil, and whether that is certain.
+-- An entry with a long value counts for several: what a call copies is bounded, too.
+local function find_first_answer(bottom)
   local revision, changes, before, seen = nil, 0, '+', 0
   while seen < SEARCH do
-    local entries = redis.call('XREVRANGE', LOG, before, '-', 'COUNT', 100)
+    local entries = redis.call('XREVRANGE', LOG, before, '-', 'COUNT', 50)
     for _, entry in ipairs(entries) do
-      local fields = entry[2]
-      if fields[14] == OPERATION and (fields[2] == 'p' or fields[2] == 'd') then
-        revision = revision or entry[1]
-        changes = changes + 1
+      local id, kind, value, operation = entry[1], entry[2][2], entry[2][6], entry[2][14]
+      if operation == OPERATION then
+        if kind == 'p' or kind == 'd' then revision, changes = revision or id, changes + 1 end
+      elseif revision or id .. ' ' .. operation == bottom then
+        return revision, changes, true -- a call's entries stand together
       end
-      before = '(' .. entry[1]
+      before, seen = '(' .. id, seen + 1 + math.floor(#value / ENTRY_BYTES)
     end
-    seen = seen + 100
-    if #entries < 100 then break end
+    if #entries < 50 then return revision, changes, true end
   end
-  if revision then return {'ok', revision, 0, changes} end
+  return revision, changes, false
 end
 
-local function put(key, value, lease, owned)
-  local old = current(key)
+local function renew()
+  redis.call('ZADD', LEASES, CLOCK + ttl_ms, lease)
+  redis.call('SET', KEYS[8], INC, 'PX', ttl_ms)
+end
+
+local function answer_again()
+  local revision, changes, certain = find_first_answer(ARGV[3])
+  if not revision then return not certain and {'unknown'} or nil end
+  if lease == '' then return {'ok', revision, 0, changes} end
+  if is_alive(lease) then
+    if ttl_ms == 0 then return {'ok', revision, 0, changes} end
+    renew()
+    return {'ok', revision, 2, changes}
+  end
+  if ttl_ms == 0 then return {'no-lease'} end
+end
+
+local function put(key, value, owned)
+  local old, _, ended = current(key)
   if owned == 1 and not (old and old[4] == lease) then return 0 end
+  if ended then
+    local _, deadline = is_alive(ended[4])
+    remove(key, cause(deadline or 0), ended[4])
+  end
   local create, version = '', 1
   if old then
     create, version = old[2], old[3] + 1
@@ -51,39 +82,42 @@ local function put(key, value, lease, owned)
   return 1
 end
 
-local function delete(key, lease, owned)
+local function delete(key, owned)
   local old = current(key)
   if not old or (owned == 1 and old[4] ~= lease) then return 0 end
   remove(key, 'd', old[4])
   return 1
 end
 
-local refused = open()
-if refused then return refused end
-if ARGV[3] == '1' then
-  local answer = find_first_answer()
+return run(function()
+  local answer = ARGV[3] ~= '' and answer_again()
   if answer then return answer end
-end
 
-local lease, ttl_ms = ARGV[4], tonumber(ARGV[5])
-local request = cmsgpack.unpack(ARGV[6])
-for index, comparison in ipairs(request[1]) do
-  local found, packed = current(comparison[1])
-  if (found and found[1] or '') ~= comparison[2] then return {'failed', index - 1, packed or ''} end
-end
+  local request = cmsgpack.unpack(ARGV[6])
+  for index, comparison in ipairs(request[1]) do
+    local found, packed = current(comparison[1])
+    if (found and found[1] or '') ~= comparison[2] then return {'failed', index - 1, packed or ''} end
+  end
 
-local granted = 0
-if lease ~= '' and not is_alive(lease) then
-  if ttl_ms == 0 then return {'no-lease'} end
-  redis.call('ZADD', LEASES, CLOCK + ttl_ms, lease)
-  redis.call('SET', KEYS[8], INC, 'PX', ttl_ms)
-  granted = 1
-end
+  local granted = 0
+  if lease ~= '' then
+    local alive, deadline = is_alive(lease)
+    if not alive then
+      if ttl_ms == 0 then return {'no-lease'} end
+      if deadline then -- none of its old keys may live under the new grant
+        local _, gone = finish(lease, cause(deadline), REAP_KEYS)
+        if not gone then return {'again'} end
+      end
+      renew()
+      granted = 1
+    end
+  end
 
-local changes = 0
-for _, operation in ipairs(request[2]) do
-  local kind, key, value, owned = operation[1], operation[2], operation[3], operation[4]
-  changes = changes + (kind == 'p' and put(key, value, lease, owned) or kind == 'd' and delete(key, lease, owned))
-end
-if lease ~= '' and changes > 0 then redis.call('HSET', LR, lease, REV .. ' ' .. OPERATION) end
-return {'ok', REV, granted, changes}
+  local changes = 0
+  for _, operation in ipairs(request[2]) do
+    local kind, key, value, owned = operation[1], operation[2], operation[3], operation[4]
+    changes = changes + (kind == 'p' and put(key, value, owned) or kind == 'd' and delete(key, owned))
+  end
+  if lease ~= '' and changes > 0 then redis.call('HSET', LR, lease, REV .. ' ' .. OPERATION) end
+  return {'ok', REV, granted, changes}
+end)
