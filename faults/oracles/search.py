@@ -1,0 +1,184 @@
+"""The search for an order of calls: Wing and Gong's, with Lowe's memory.
+
+Take any call that may come next, remember each combination of calls taken and registers reached, go back
+when nothing fits. A call may come next if no other call, not taken yet, had ended before it began, and, if it
+is a write with a revision, none with an earlier one is left.
+
+What keeps the search small: a read that fits and tells nothing new is taken at once, as wherever it may come
+later, it may come here. And of unknown calls that do the same, the one that began first stands for all.
+
+(J. Wing and C. Gong, Testing and Verifying Concurrent Objects, 1993; G. Lowe, Testing for Linearizability,
+2017.)
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+from dynamo_redis.store.base import Revision
+from dynamo_redis.store.change_log import order
+from faults.oracles.registers import ABSENT, Cell, Operation, join
+
+STEPS_COUNT: Final = 200_000
+"""Steps (a few seconds) after which a search is given up, undecided."""
+
+State = tuple[Cell, ...]
+
+
+class Node(NamedTuple):
+    """A point of a search: calls before `base` are taken, and those whose bits are set in `taken`, counted
+    from there; `used` counts the calls of unknown outcome that took effect, of each kind; `writes` the writes
+    with a revision that are taken."""
+
+    base: int
+    taken: int
+    used: tuple[int, ...]
+    writes: int
+    state: State
+
+    def taken_count(self) -> int:
+        """How many answered calls are taken."""
+        return self.base + self.taken.bit_count()
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """`found`: there is an order; None: undecided. Otherwise the longest order that fits: how many calls,
+    the last of them, the registers behind it, and the calls of which one would have to come next."""
+
+    found: bool | None
+    count: int
+    last: tuple[Operation, ...]
+    state: State
+    stuck: tuple[Operation, ...]
+
+
+class Search:
+    """A search over some keys. `answered` must all fit, `unknown` may."""
+
+    def __init__(
+        self, keys: Sequence[str], answered: Sequence[Operation], unknown: Sequence[Operation], initial: Cell
+    ) -> None:
+        self._index = {key: position for position, key in enumerate(keys)}
+        self._answered = sorted(answered, key=lambda operation: operation.call.began_at)
+        self._alike = _alike(unknown)
+        self._may_chain = any(cell == ABSENT for one in unknown for _, cell in one.demands)
+        self._start = Node(0, 0, (0,) * len(self._alike), 0, (initial,) * len(keys))
+        ranked = [operation for operation in self._answered if operation.revision is not None]
+        ranked.sort(key=lambda operation: order(Revision(operation.revision or "")))
+        self._rank = {id(operation): rank for rank, operation in enumerate(ranked)}
+
+    def run(self) -> Result:
+        """Search until an order is found, there is none, or `STEPS_COUNT` steps are done."""
+        best = self._start
+        last: tuple[Operation, ...] = ()
+        seen = {self._start}
+        path: list[Operation] = []
+        stack = [self._moves(self._start)]
+        found: bool | None = not self._answered
+        steps_left = STEPS_COUNT
+        while stack and found is False:
+            for operation, node in stack[-1]:
+                steps_left -= 1
+                if node in seen:
+                    continue
+                seen.add(node)
+                path.append(operation)
+                stack.append(self._moves(node))
+                if node.taken_count() > best.taken_count():
+                    best, last = node, tuple(path[-4:])
+                break
+            else:
+                stack.pop()
+                if path:
+                    path.pop()
+            if best.base == len(self._answered):
+                found = True
+            elif steps_left <= 0:
+                found = None
+        stuck = tuple(self._answered[index] for index in self._next(best)[0])
+        return Result(found, best.taken_count(), last, best.state, stuck)
+
+    def _next(self, node: Node) -> tuple[list[int], float]:
+        """Answered calls that may come next, the first to end first; and when the first of them ended."""
+        open_: list[int] = []
+        limit = float("inf")
+        for index in range(node.base, len(self._answered)):
+            if node.taken >> (index - node.base) & 1:
+                continue
+            call = self._answered[index].call
+            if call.began_at > limit:
+                break
+            limit = min(limit, call.ended_at)
+            open_.append(index)
+        fitting = [index for index in open_ if self._answered[index].call.began_at <= limit]
+        return sorted(fitting, key=lambda index: self._answered[index].call.ended_at), limit
+
+    def _moves(self, node: Node) -> Iterator[tuple[Operation, Node]]:
+        candidates, limit = self._next(node)
+        fitting: list[tuple[int, State]] = []
+        refused: list[Operation] = []
+        for index in candidates:
+            operation = self._answered[index]
+            state = self._after(node.state, operation)
+            if state is None or self._rank.get(id(operation), node.writes) != node.writes:
+                refused.append(operation)
+            elif state == node.state and not operation.effects:
+                yield operation, self._take(node, index, state)
+                return
+            else:
+                fitting.append((index, state))
+        for index, state in fitting:
+            yield self._answered[index], self._take(node, index, state)
+        for number, alike in enumerate(self._alike):
+            used = node.used[number]
+            if used == len(alike) or alike[used].call.began_at > limit:
+                continue
+            operation = alike[used]
+            after = self._after(node.state, operation)
+            if after is not None and after != node.state and self._may_help(operation, after, refused):
+                counts = (*node.used[:number], used + 1, *node.used[number + 1 :])
+                yield operation, node._replace(used=counts, state=after)
+
+    def _take(self, node: Node, index: int, state: State) -> Node:
+        taken = node.taken | 1 << (index - node.base)
+        base = node.base
+        while taken & 1:
+            taken >>= 1
+            base += 1
+        writes = node.writes + (id(self._answered[index]) in self._rank)
+        return Node(base, taken, node.used, writes, state)
+
+    def _may_help(self, operation: Operation, state: State, refused: Sequence[Operation]) -> bool:
+        """Whether to let a call of unknown outcome take effect here.
+
+        On a single key it is enough to do so right before a call that does not fit without it: if that call
+        fits either way, it may as well go first (or overwrites it). A delete may also help an unknown call
+        that wants the key absent.
+        """
+        if len(state) > 1 or (self._may_chain and operation.effects[0][1] == ABSENT):
+            return bool(refused) or len(state) > 1
+        return any(self._after(state, other) is not None for other in refused)
+
+    def _after(self, state: State, operation: Operation) -> State | None:
+        """The registers behind an operation; None if they are not what it demands."""
+        cells = list(state)
+        for key, demanded in operation.demands:
+            cell = join(cells[self._index[key]], demanded)
+            if cell is None:
+                return None
+            cells[self._index[key]] = cell
+        for key, cell in operation.effects:
+            cells[self._index[key]] = cell
+        return tuple(cells)
+
+
+def _alike(unknown: Sequence[Operation]) -> list[list[Operation]]:
+    """Calls that demand and do the same, each list in order of time."""
+    kinds: defaultdict[object, list[Operation]] = defaultdict(list)
+    for operation in sorted(unknown, key=lambda operation: operation.call.began_at):
+        kinds[operation.demands, operation.effects].append(operation)
+    return list(kinds.values())

@@ -1,0 +1,76 @@
+"""What an oracle says when a promise was broken, written for whoever reads it at night."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from faults.history import Call, Note
+
+SHOWN_LINES_COUNT = 12
+"""Lines of a history shown with a violation; more are counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """A broken promise.
+
+    `what` is one sentence of what was seen; `at` when, on the history's clock; `process` by whom; `promise`
+    what should have held; `lines` those of the history that show it.
+    """
+
+    oracle: str
+    promise: str
+    what: str
+    at: float
+    process: str
+    lines: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"[{self.oracle}] {self.at:.6f} {self.process}: {self.what}"
+
+    def report(self) -> str:
+        """All of it, over several lines."""
+        shown = self.lines[:SHOWN_LINES_COUNT]
+        left = len(self.lines) - len(shown)
+        return "\n".join(
+            (
+                str(self),
+                f"    promised: {self.promise}",
+                *(f"    {line}" for line in shown),
+                *([f"    … and {left} lines more"] if left else []),
+            )
+        )
+
+
+def show(*events: Call | Note) -> tuple[str, ...]:
+    """Calls and notes as lines, in order of time."""
+    return tuple(_line(event) for event in sorted(events, key=_when))
+
+
+def shorten(names: Iterable[str], most: int = 5) -> str:
+    """Names for a sentence: the first few, and how many more."""
+    listed = list(names)
+    more = f" and {len(listed) - most} more" if len(listed) > most else ""
+    return ", ".join(listed[:most]) + more
+
+
+def _when(event: Call | Note) -> float:
+    return event.began_at if isinstance(event, Call) else event.at
+
+
+def _line(event: Call | Note) -> str:
+    if isinstance(event, Note):
+        return f"{event.at:.6f}            {event.process}: {event.kind} {_short(event.fields)}"
+    took = "never answered" if event.ended_at == float("inf") else f"+{event.ended_at - event.began_at:.6f}"
+    answer = "" if event.outcome == "unknown" else f" {_short(event.answer)}"
+    return (
+        f"{event.began_at:.6f} {took} {event.process} #{event.number}:"
+        f" {event.action} {_short(event.arguments)} → {event.outcome}{answer}"
+    )
+
+
+def _short(value: object, most: int = 300) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= most else f"{text[:most]}… ({len(text)} characters)"
