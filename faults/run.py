@@ -15,7 +15,7 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -57,7 +57,7 @@ class Scenario:
 
     name: str
     summary: str
-    faults: Callable[[Run], Coroutine[Any, Any, None]]
+    faults: Callable[[Run], Awaitable[None]]
     persistence: Persistence = "everysec"
     clock: bool = False
     replica: bool = False
@@ -213,11 +213,13 @@ class Run:
         self._ends_at = time.monotonic() + self._load_s
         self._healed_at = time.monotonic()
         async with asyncio.TaskGroup() as group:
-            group.create_task(self.scenario.faults(self))
+            group.create_task(self._perform_faults())
             if self.scenario.workers_fail:
                 group.create_task(self._break_workers())
-        remaining_s = self._ends_at - time.monotonic()
-        await asyncio.sleep(max(0.0, remaining_s))
+        await asyncio.sleep(max(0.0, self._ends_at - time.monotonic()))
+
+    async def _perform_faults(self) -> None:
+        await self.scenario.faults(self)
 
     async def _break_workers(self) -> None:
         """One worker is killed, one frozen beyond its TTL, one hangs; in random order, at random times."""

@@ -145,7 +145,7 @@ class ServerUnderTest:
         await self._disconnect()
         await self.embedded.kill()
 
-    async def wipe(self) -> None:
+    def wipe(self) -> None:
         """Delete the data of a server that does not run."""
         self.embedded.erase()
 
@@ -185,8 +185,9 @@ class ServerUnderTest:
         await self.execute("CLIENT", "PAUSE", _PAUSE_MS, "WRITE")
 
     async def kill_clients(self, *filter_words: str) -> None:
-        """CLIENT KILL; without a filter, all but our own connection."""
+        """CLIENT KILL; without a filter, all. Our own idle connections may be among them: we begin anew."""
         await self.execute("CLIENT", "KILL", *(filter_words or ("SKIPME", "yes")))
+        await self._disconnect()
 
     async def client_ids(self) -> list[str]:
         """Ids of all connections but our own."""

@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from faults.run import Scenario
-from faults.scenarios import crashes
+from typing import Final
 
-ALL: dict[str, Scenario] = {scenario.name: scenario for scenario in (*crashes.SCENARIOS,)}
+from faults.run import Scenario
+from faults.scenarios import clients, crashes, data, failover, mixed, network
+
+ALL: Final[dict[str, Scenario]] = {
+    scenario.name: scenario
+    for scenario in (
+        *crashes.SCENARIOS,
+        *data.SCENARIOS,
+        *network.SCENARIOS,
+        *clients.SCENARIOS,
+        *failover.SCENARIOS,
+        *mixed.SCENARIOS,
+    )
+}
+"""Every scenario, by name."""

@@ -1,23 +1,96 @@
-"""The server dies, stops, or comes back with less than it had."""
+"""The server dies, stops answering, or comes back with less than it had."""
 
 from __future__ import annotations
 
-from faults.run import Loses, Run, Scenario
+from collections.abc import Awaitable, Callable
+
+from faults.run import TTL_S, Loses, Run, Scenario
 
 
-async def _kill_and_restart(run: Run, loses: Loses | None) -> None:
-    while not run.over:
-        await run.pause(0.3, 1.5)
-        if loses is not None:
-            await run.look_all(run.server)
-        async with run.fault("kill -9", loses=loses):
-            await run.server.kill()
-            await run.pause(0.05, 1.5)
-            await run.server.start()
+async def kill(run: Run, loses: Loses | None) -> None:
+    """kill -9, and a restart after a while. What may be lost is read first, while writes are held back."""
+    if loses is not None:
+        await run.look_all(run.server)
+    async with run.fault("kill -9", loses=loses):
+        await run.server.kill()
+        await run.pause(0.05, 1.5)
+        await run.server.start()
 
 
-async def _restart_everysec(run: Run) -> None:
-    await _kill_and_restart(run, "tail")
+async def lose_power(run: Run) -> None:
+    """The host dies: the end of what was not synced to disk is gone."""
+    synced_bytes = run.server.log_file_bytes()
+    await run.pause(0.2, 1.0)
+    await run.look_all(run.server)
+    async with run.fault("power", loses="tail"):
+        await run.server.kill()
+        run.recorder.note("truncated", bytes=run.server.truncate_log_file(run.rng, synced_bytes))
+        await run.pause(0.05, 1.0)
+        await run.server.start()
 
 
-SCENARIOS = (Scenario("kill-everysec", "kill -9, restart with a file synced each second", _restart_everysec),)
+async def freeze(run: Run) -> None:
+    """SIGSTOP, sometimes for longer than a TTL."""
+    async with run.fault("freeze"):
+        run.server.freeze()
+        await run.pause(0.2, 2.0 * TTL_S)
+        run.server.thaw()
+
+
+async def wipe(run: Run) -> None:
+    """A restart without its data."""
+    await run.look_all(run.server)
+    async with run.fault("wipe", loses="data"):
+        await run.server.kill()
+        run.server.wipe()
+        await run.pause(0.05, 1.0)
+        await run.server.start()
+
+
+def again_and_again(
+    fault: Callable[[Run], Awaitable[None]], least_s: float = 0.3, most_s: float = 1.5
+) -> Callable[[Run], Awaitable[None]]:
+    """The same fault, after pauses of random length, until the run is over. At least once."""
+
+    async def faults(run: Run) -> None:
+        while True:
+            await run.pause(least_s, most_s)
+            await fault(run)
+            if run.over:
+                return
+
+    return faults
+
+
+SCENARIOS = (
+    Scenario(
+        "kill-always",
+        "kill -9 and restart, its file synced before each answer",
+        again_and_again(lambda run: kill(run, None)),
+        persistence="always",
+        keeps_leases=True,
+    ),
+    Scenario(
+        "kill-everysec",
+        "kill -9 and restart, its file synced each second",
+        again_and_again(lambda run: kill(run, "tail")),
+    ),
+    Scenario(
+        "kill-none",
+        "kill -9 and restart, without a file: all data lost",
+        again_and_again(lambda run: kill(run, "data")),
+        persistence="none",
+    ),
+    Scenario(
+        "power",
+        "the host loses power: the unsynced end of its file is gone",
+        again_and_again(lose_power),
+    ),
+    Scenario(
+        "freeze",
+        "SIGSTOP, for up to two TTLs",
+        again_and_again(freeze),
+        keeps_leases=True,
+    ),
+    Scenario("wipe", "restart with an empty disk", again_and_again(wipe)),
+)

@@ -1,0 +1,68 @@
+"""A server that goes on running, and loses data, its log, or the keys that announce ended leases."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from dynamo_redis.store.keys import STRUCTURES, RegistryKeys
+from faults.run import PREFIX, Run, Scenario
+from faults.scenarios.crashes import again_and_again
+
+_KEYS: Final = RegistryKeys(PREFIX)
+
+
+async def flush(run: Run) -> None:
+    """FLUSHALL."""
+    async with run.fault("FLUSHALL", loses="data"):
+        await run.observer.look_and(run.server, ("FLUSHALL",))
+
+
+async def delete_structure(run: Run) -> None:
+    """One of the registry's keys is deleted, which counts as the loss of all."""
+    structure = run.rng.choice(STRUCTURES)
+    async with run.fault("DEL structure", loses="data", structure=structure):
+        await run.observer.look_and(run.server, ("DEL", _KEYS.structure(structure)))
+
+
+async def delete_lease_keys(run: Run) -> None:
+    """The keys whose expiry hints at the end of leases are deleted; no lease ends by that."""
+    async with run.fault("DEL lease keys"):
+        keys = await run.server.execute("KEYS", _KEYS.structure("lease:*"))
+        doomed = run.rng.sample(keys, run.rng.randint(0, len(keys)))
+        if doomed:
+            await run.server.execute("DEL", *doomed)
+
+
+async def trim(run: Run) -> None:
+    """The log is trimmed past every watcher: some of them are cut off meanwhile, so as to miss something."""
+    proxies = run.some_proxies()
+    kept = run.rng.choice((0, 1))
+    async with run.fault("XTRIM", kept=kept):
+        for proxy in proxies:
+            proxy.refuse = True
+            proxy.cut()
+        await run.pause(0.2, 1.0)
+        await run.observer.look_and(run.server, ("XTRIM", _KEYS.log, "MAXLEN", kept))
+        await run.pause(0.0, 0.5)
+        for proxy in proxies:
+            proxy.heal()
+
+
+SCENARIOS = (
+    Scenario("flushall", "FLUSHALL", again_and_again(flush, 0.8, 2.5)),
+    Scenario(
+        "structures", "single keys of the registry deleted", again_and_again(delete_structure, 0.8, 2.5)
+    ),
+    Scenario(
+        "lease-keys",
+        "the TTL keys of leases deleted",
+        again_and_again(delete_lease_keys, 0.2, 1.0),
+        keeps_leases=True,
+    ),
+    Scenario(
+        "trim",
+        "the change log trimmed past watchers that are cut off",
+        again_and_again(trim),
+        keeps_leases=True,
+    ),
+)

@@ -1,0 +1,80 @@
+"""Another server takes over, without the last writes and with a clock of its own; and clocks that step."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+from faults.run import Run, Scenario
+
+HOUR_S: Final = 3600.0
+
+
+async def promote(run: Run, offset_s: float) -> None:
+    """The replica becomes the primary while the old one still takes writes; those are lost.
+
+    Then the old one is cut off, read to its end by the observer, and killed; connections go to the new one.
+    """
+    new, old = run.replica, run.server
+    assert new is not None
+    async with run.fault("failover", loses="tail", offset_s=offset_s):
+        if offset_s:
+            new.set_clock(offset_s)
+        await new.promote()
+        await run.pause(0.1, 1.0)
+        for proxy in run.proxies.values():
+            proxy.refuse = True
+            proxy.cut()
+        await run.look_all(old)
+        await old.kill()
+        await run.pause(0.0, 1.0)
+        for proxy in run.proxies.values():
+            proxy.target = new.url
+            proxy.heal()
+        run.server, run.replica = new, old
+
+
+def _promoting(clock: str) -> Callable[[Run], Awaitable[None]]:
+    async def faults(run: Run) -> None:
+        await run.pause(0.5, 2.0)
+        offset_s = {"equal": 0.0, "ahead": 1.0, "behind": -1.0}[clock] * run.rng.uniform(1.0, HOUR_S)
+        await promote(run, offset_s)
+
+    return faults
+
+
+async def step_clock(run: Run) -> None:
+    """The server's clock jumps by up to an hour, and perhaps back."""
+    async with run.fault("clock"):
+        offset_s = run.rng.choice((-HOUR_S, HOUR_S, run.rng.uniform(-HOUR_S, HOUR_S)))
+        run.server.set_clock(offset_s)
+        await asyncio.sleep(0)
+        run.recorder.note("stepped", offset_s=offset_s)
+
+
+async def _step_clocks(run: Run) -> None:
+    while not run.over:
+        await run.pause(0.2, 1.5)
+        await step_clock(run)
+
+
+SCENARIOS = (
+    *(
+        Scenario(
+            f"failover-{clock}",
+            f"a replica without the last writes takes over, its clock {words}",
+            _promoting(clock),
+            replica=True,
+            clock=clock != "equal",
+        )
+        for clock, words in (
+            ("equal", "right"),
+            ("ahead", "up to 1 h ahead"),
+            ("behind", "up to 1 h behind"),
+        )
+    ),
+    Scenario(
+        "clock-steps", "the clock jumps by up to 1 h, both ways", _step_clocks, clock=True, keeps_leases=True
+    ),
+)

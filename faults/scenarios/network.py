@@ -1,0 +1,78 @@
+"""What lies between the processes and the server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from faults.proxy import BLACK_HOLE, STALL, Conditions, Proxy
+from faults.run import Run, Scenario
+from faults.scenarios.crashes import again_and_again
+
+Strike = Callable[[Run, Proxy], None]
+
+
+def _conditions(conditions: Conditions) -> Strike:
+    def strike(_: Run, proxy: Proxy) -> None:
+        proxy.conditions = conditions
+
+    return strike
+
+
+def _slow(run: Run, proxy: Proxy) -> None:
+    proxy.conditions = Conditions(delay_s=run.rng.uniform(0, 0.3), bytes_per_s=run.rng.uniform(2e3, 5e4))
+
+
+def _half_close(run: Run, proxy: Proxy) -> None:
+    proxy.half_close(run.rng.choice(("client", "server")))
+
+
+def _cut(run: Run, proxy: Proxy) -> None:
+    if run.rng.random() < 0.5:
+        proxy.cut()
+    else:
+        proxy.cut_one()
+
+
+def _refuse(_: Run, proxy: Proxy) -> None:
+    proxy.refuse = True
+    proxy.cut()
+
+
+def _one_connection(run: Run, proxy: Proxy) -> None:
+    """Something happens to one connection of the process, while its others work."""
+    if proxy.connections:
+        chosen = run.rng.choice(proxy.connections)
+        chosen.conditions = run.rng.choice((BLACK_HOLE, STALL, Conditions(swallow_answers=True)))
+
+
+STRIKES: Final[dict[str, tuple[str, Strike]]] = {
+    "drop-answers": ("answers are lost, requests arrive", _conditions(Conditions(swallow_answers=True))),
+    "drop-requests": ("requests are lost", _conditions(Conditions(swallow_requests=True))),
+    "black-hole": ("connections are accepted, nothing comes through", _conditions(BLACK_HOLE)),
+    "stall": ("nothing comes through for a while, then everything", _conditions(STALL)),
+    "slow": ("2 to 50 kB/s, with delays", _slow),
+    "half-close": ("one side hears that nothing more comes", _half_close),
+    "cut": ("connections break", _cut),
+    "refuse": ("connections break, new ones are refused", _refuse),
+    "one-connection": ("one of a process's connections goes dead, the others work", _one_connection),
+}
+
+
+async def strike(run: Run, name: str) -> None:
+    """One of `STRIKES`, on some of the processes, for up to 3 s: longer than any wait for an answer."""
+    proxies = run.some_proxies()
+    names = [process for process, proxy in run.proxies.items() if proxy in proxies]
+    async with run.fault(name, processes=names):
+        for proxy in proxies:
+            STRIKES[name][1](run, proxy)
+        await run.pause(0.05, 0.6 if run.rng.random() < 0.5 else 3.0)
+        for proxy in proxies:
+            proxy.heal()
+
+
+def _scenario(name: str) -> Scenario:
+    return Scenario(name, STRIKES[name][0], again_and_again(lambda run: strike(run, name), 0.1, 0.8))
+
+
+SCENARIOS = tuple(_scenario(name) for name in STRIKES)
