@@ -1,9 +1,9 @@
 """When a run's faults may have destroyed what had been acknowledged.
 
-A `loses` note opens a window, the next `healed` note ends it; without one it is a moment. Acknowledged writes
-of before may be gone afterwards, which no asynchronous replica and no log flushed once a second promises
-otherwise (`docs/guarantees.md`); so promises about values hold within each stretch between two windows, and
-nothing is assumed about what a stretch begins with.
+A `loses` note opens a window, which ends when its fault, the last one named before it, is `healed`; without
+that it is a moment. What was acknowledged before it may be gone afterwards: no asynchronous replica, and no
+file synced once a second, promises otherwise (`docs/guarantees.md`). So promises about values hold within
+each stretch between two windows, and nothing is assumed about what a stretch begins with.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ class Losses:
 
     def __init__(self, history: History, kinds: Collection[str] = OF_VALUES) -> None:
         self.windows: list[tuple[float, float]] = []
-        opened: float | None = None
-        for note in history.of("loses", "healed"):
-            if note.kind == "loses" and note.fields["what"] in kinds:
-                opened = note.at if opened is None else opened
-            elif note.kind == "healed" and opened is not None:
-                self.windows.append((opened, note.at))
-                opened = None
-        if opened is not None:
-            self.windows.append((opened, opened))
+        fault: str | None = None
+        opened: dict[str | None, float] = {}
+        for note in history.of("fault", "loses", "healed"):
+            if note.kind == "fault":
+                fault = note.fields["name"]
+            elif note.kind == "loses" and note.fields["what"] in kinds:
+                opened.setdefault(fault, note.at)
+            elif note.kind == "healed" and note.fields.get("name") in opened:
+                self.windows.append((opened.pop(note.fields["name"]), note.at))
+        self.windows = _merged([*self.windows, *((at, at) for at in opened.values())])
 
     def between(self, earlier: float, later: float) -> bool:
         """Whether something may have been lost in this stretch of time."""
@@ -41,3 +42,14 @@ class Losses:
         begins = [float("-inf"), *(end for _, end in self.windows)]
         ends = [*(begin for begin, _ in self.windows), float("inf")]
         return list(zip(begins, ends, strict=True))
+
+
+def _merged(windows: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The same stretches of time, ordered, without overlaps."""
+    merged: list[tuple[float, float]] = []
+    for begin, end in sorted(windows):
+        if merged and begin <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((begin, end))
+    return merged
