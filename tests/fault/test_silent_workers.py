@@ -1,5 +1,5 @@
-"""Workers that fall silent, as a client's users see it: hosts without power, hosts that cannot be dialled, and
-workers that only pause.
+"""Workers that fall silent, as a client's users see it: hosts without power, hosts that cannot be dialled,
+and workers that only pause.
 
 A host without power refuses nothing and answers nothing. Here it is a network namespace whose link is taken
 down: it needs root and `ip`, and is skipped without.
@@ -83,19 +83,20 @@ class Deployment:
     @contextlib.asynccontextmanager
     async def workers(
         self, *numbers: int, host: str = "127.0.0.1", within: str = ""
-    ) -> AsyncIterator[MemoryRegistry]:
+    ) -> AsyncIterator[list[MemoryRegistry]]:
         """Instances of these ids, in one process; in a network namespace, if one is named. Answers the
-        registry that holds the last one's record."""
+        registries that hold their records."""
         prefix = ("ip", "netns", "exec", within) if within else ()
         process = await asyncio.create_subprocess_exec(
             *prefix, sys.executable, "-c", WORKERS, host, *map(str, numbers), stdout=asyncio.subprocess.PIPE
         )
         assert process.stdout is not None
         try:
-            for number in numbers:
-                line = await asyncio.wait_for(process.stdout.readline(), START_S)
-                holder = await self.register(number, line.decode().strip())
-            yield holder
+            addresses = [await asyncio.wait_for(process.stdout.readline(), START_S) for _ in numbers]
+            yield [
+                await self.register(number, address.decode().strip())
+                for number, address in zip(numbers, addresses, strict=True)
+            ]
         finally:
             process.kill()
             await process.wait()
@@ -203,7 +204,7 @@ async def test_hosts_without_power_are_avoided_and_come_back(deployment: Deploym
     """Two of three instances are switched off at once, under steady requests; then the third leaves."""
     async with deployment.workers(1, 2, host=host.address, within=host.name):
         client = await deployment.client()
-        async with deployment.workers(3) as third:
+        async with deployment.workers(3) as (third,):
             load = SteadyRequests(client)
             await asyncio.sleep(0.3)
             host.switch("down")

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterable, Callable
 from typing import Any
 
 from dynamo_redis.config import PlaneSettings
-from dynamo_redis.errors import CannotConnect, ConnectionLost, InstanceRemoved
+from dynamo_redis.errors import ConnectionLost, InstanceRemoved
 from dynamo_redis.planes.base import Target
 from dynamo_redis.planes.context import Context
 from dynamo_redis.planes.tcp_flow import check_size
@@ -62,11 +62,7 @@ class TcpClient:
 
     async def probe(self, target: Target, timeout_s: float) -> None:
         """See `RequestPlaneClient.probe`."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._pool(target).ping()
-        except TimeoutError:
-            raise CannotConnect(f"no answer from {target.address} in {timeout_s} s") from None
+        await self._pool(target).ping(timeout_s)
 
     def forget(self, target: Target) -> None:
         """See `RequestPlaneClient.forget`. Other endpoints of the instance keep what they have under way."""

@@ -181,7 +181,7 @@ class ClientConnection(Connection):
             )
 
     def _on_quiet(self) -> None:
-        self._pool.on_quiet(self._pool.target)
+        self._pool.on_quiet()
 
     def _on_idle(self) -> None:
         self._idle_handle = self._loop.call_later(IDLE_CLOSE_S, self.close)
@@ -217,11 +217,12 @@ class Pool:
         on_empty: Callable[[Pool], None],
         on_quiet: Callable[[Target], None],
     ) -> None:
-        self.on_quiet = on_quiet
         self.target = target
         self.settings = settings
         self.loop = loop
         self._on_empty = on_empty
+        self._on_quiet = on_quiet
+        self._dial_is_quiet = False
         self._awaiting: list[asyncio.Future[ClientConnection]] = []
         self._buffers = buffers
         self._connections: list[ClientConnection] = []
@@ -259,6 +260,8 @@ class Pool:
             self._parked[stream] = None
             stream.park(self)
             self._connect()
+            if self._dial_is_quiet:
+                self.loop.call_soon(self._on_quiet, self.target)
 
     def remove(self, stream: TcpResponseStream) -> None:
         """Forget a parked stream that has ended."""
@@ -313,7 +316,7 @@ class Pool:
         address, timeout_s = self.target.address, self.settings.connect_timeout_s
         connection: ClientConnection | None = None
         quiet_after_s = self.settings.keepalive_interval_s * QUIET_AT / SWEEPS_PER_INTERVAL
-        quiet_handle = self.loop.call_later(quiet_after_s, self.on_quiet, self.target)
+        quiet_handle = self.loop.call_later(quiet_after_s, self._note_quiet_dial)
         try:
             host, port = parse_address(address)
             async with asyncio.timeout(timeout_s):
@@ -333,23 +336,40 @@ class Pool:
             raise
         finally:
             quiet_handle.cancel()
+            self._dial_is_quiet = False
 
     def _abandon(self, connection: ClientConnection | None) -> None:
         if connection is not None:
             connection.fail(ConnectionLost("the handshake was given up"))
 
-    async def ping(self) -> None:
+    async def ping(self, timeout_s: float) -> None:
         """Wait until the instance has answered a PING. Raises PlaneError."""
-        connection = self._pick()
-        if connection is not None:
-            await connection.ping()
-            return
+        connection: ClientConnection | None = None
+        try:
+            async with asyncio.timeout(timeout_s):
+                connection = self._pick() or await self._connected()
+                await connection.ping()
+        except TimeoutError:
+            if connection is not None and not connection.streams:
+                # Nothing sweeps it, and the kernel may try for minutes: the next PING is to dial anew.
+                connection.fail(ConnectionLost("a PING was not answered"))
+            raise CannotConnect(f"no answer from {self.target.address} in {timeout_s} s") from None
+
+    async def _connected(self) -> ClientConnection:
         if self._draining is not None:
             raise self._draining
         connected: asyncio.Future[ClientConnection] = self.loop.create_future()
         self._awaiting.append(connected)
         self._connect()
-        await (await connected).ping()
+        return await connected
+
+    def _note_quiet_dial(self) -> None:
+        self._dial_is_quiet = True
+        self.on_quiet()
+
+    def on_quiet(self) -> None:
+        """The instance owes an answer."""
+        self._on_quiet(self.target)
 
     def on_draining(self, error: Draining) -> None:
         """The instance takes no more requests."""
