@@ -15,7 +15,7 @@ import logging
 import socket
 from abc import abstractmethod
 from collections.abc import Sized
-from typing import Any, Final, Protocol, cast
+from typing import Any, ClassVar, Final, Protocol, cast
 
 from dynamo_redis.errors import ConnectionLost, PlaneError, ProtocolViolation
 from dynamo_redis.wire import frame
@@ -25,9 +25,7 @@ SWEEPS_PER_INTERVAL: Final = 8
 WRITE_HIGH_WATER_BYTES: Final = 512 * 1024
 """Unsent bytes past which a connection takes no more items until the peer has read."""
 
-# Silent sweeps in a row. A peer that was switched off is avoided after three quarters of an interval to seven
-# eighths, for half an interval of which it owes a PONG; it is given up after twice the interval.
-_PING_AT: Final = 2
+# Silent sweeps in a row.
 QUIET_AT: Final = 6
 _DEAD_AT: Final = 2 * SWEEPS_PER_INTERVAL
 _LINGER_S: Final = 1.0
@@ -84,6 +82,9 @@ class Connection(asyncio.BufferedProtocol):
         "transport",
         "window_count",
     )
+
+    PING_AT: ClassVar[int] = SWEEPS_PER_INTERVAL - 1
+    """Silent sweeps after which the peer is asked for a sign of life."""
 
     streams: Sized
 
@@ -298,7 +299,7 @@ class Connection(asyncio.BufferedProtocol):
             silent_s = self._silent_sweeps * self._sweep_interval_s
             self.fail(ConnectionLost(f"the peer has been silent for {silent_s:.1f} s"))
             return
-        if self._silent_sweeps == _PING_AT:
+        if self._silent_sweeps == self.PING_AT:
             self.send(frame.encode_ping(self.sweeps))
         elif self._silent_sweeps == QUIET_AT:
             self._on_quiet()
@@ -309,7 +310,7 @@ class Connection(asyncio.BufferedProtocol):
         """Bookkeeping of the streams, a few times a keepalive interval."""
 
     def _on_quiet(self) -> None:
-        """The peer owes a PONG: slow, hanging, or gone."""
+        """The peer has been silent for `QUIET_AT` sweeps: slow, hanging, or gone."""
 
     def _on_idle(self) -> None:
         """No stream is left at a sweep."""
