@@ -3,6 +3,7 @@ and from files."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import secrets
@@ -84,7 +85,7 @@ async def next_chunk(content: bytes, whole: hashlib._Hash) -> Chunk:
     """The chunk that follows what `whole` has seen, and now sees, too. Off the event loop if it is large."""
     if len(content) <= _INLINE_BYTES:
         return _hashed(content, whole)
-    return await run_sync(_hashed, content, whole)
+    return await asyncio.get_running_loop().run_in_executor(None, _hashed, content, whole)
 
 
 def check_fence(fence: HeldLock | None, url: str) -> None:

@@ -97,9 +97,9 @@ class Manifest:
         return [chunk_name(digest, self.chunk_bytes) for digest in self.digests]
 
     def fields(self) -> list[str | int]:
-        """Fields and values of the pointer, in turn; `created_at_ms` is the server's to add."""
+        """Fields and values of the pointer, `version` first; `created_at_ms` is the server's to add."""
         return [
-            *("v", SCHEMA, "version", self.version, "size_bytes", self.size_bytes, "sha256", self.sha256),
+            *("version", self.version, "v", SCHEMA, "size_bytes", self.size_bytes, "sha256", self.sha256),
             *("codec", _CODEC, "digest", _DIGEST_KIND),
             *("chunk_bytes", self.chunk_bytes, "chunk_count", len(self.digests)),
             *("chunks", " ".join(self.digests)),

@@ -34,6 +34,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -175,7 +176,7 @@ class RedisObjectStore(WholeReads):
 
     async def _commit(self, keys: ObjectKeys, new: Manifest, fence: HeldLock | None) -> ObjectInfo | None:
         """Make the manifest current; None if chunks are missing."""
-        await self._recovering(lambda: self._remember(keys))
+        await self._recovering(partial(self._remember, keys))
         new_chunks = keys.chunks(new.chunks)
         kept = set(new.chunks)
         ambiguous = False
@@ -268,7 +269,7 @@ class RedisObjectStore(WholeReads):
         for index, name in enumerate(names):
             if time.monotonic() - renewed_at > self._patience.expiry_s / 3:
                 renewed_at = time.monotonic()
-                await self._recovering(lambda rest=names[index:]: chunks.renew(rest))
+                await self._recovering(partial(chunks.renew, names[index:]))
             yield chunks.fetch(name)
 
     async def info(self, bucket: str, name: str) -> ObjectInfo | None:

@@ -1,0 +1,137 @@
+"""The chunks of one object in Redis: sent once, kept alive, fetched, and told of when they are damaged.
+
+Everything here may be repeated, and is, when a connection breaks: a chunk's key says what it holds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Final, TypeVar
+
+from dynamo_redis.errors import StoreError, StoreUnavailable
+from dynamo_redis.store.client import Backoff, RedisClient
+from dynamo_redis.store.object_manifest import ObjectKeys
+from dynamo_redis.store.scripts import load_script
+
+log = logging.getLogger(__name__)
+
+_POLL_S = (0.005, 0.02)
+_DAMAGE_IS_KNOWN_S = 86_400
+_KEYS_A_CALL = 500
+
+_CLAIM = load_script("object_claim")
+_RENEW = load_script("object_renew")
+_ABSENT, _THERE, _DAMAGED, _CLAIMED = range(4)  # what _CLAIM answers
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long things may take.
+
+    `expiry_s`: chunks live that no current version has, unless renewed: of uploads, and of replaced versions.
+    `claim_s`: others wait for an upload to send a chunk that they have, too, before they send it themselves.
+    `recovery_s`: an upload or a read goes on trying while Redis does not answer.
+    """
+
+    expiry_s: float = 600.0
+    claim_s: float = 2.0
+    recovery_s: float = 10.0
+
+    @property
+    def expiry_ms(self) -> int:
+        return round(self.expiry_s * 1000)
+
+
+async def recovering(client: RedisClient, recovery_s: float, call: Callable[[], Awaitable[T]]) -> T:
+    """Repeat what can do no harm twice until it succeeds, or has failed for `recovery_s`.
+
+    Raises the last StoreUnavailable, and any other StoreError at once.
+    """
+    give_up_at = time.monotonic() + recovery_s
+    backoff = Backoff()
+    while True:
+        try:
+            return await call()
+        except StoreUnavailable as exc:
+            pause_s = backoff.next_s()
+            if client.closed or time.monotonic() + pause_s > give_up_at:
+                raise
+            log.debug("once more in %.3f s: %s", pause_s, exc)
+            await asyncio.sleep(pause_s)
+
+
+class ObjectChunks:
+    """One object's chunks. Cancelling a call is safe: a chunk is there as a whole or not at all."""
+
+    def __init__(self, client: RedisClient, keys: ObjectKeys, patience: Patience) -> None:
+        self._client = client
+        self._keys = keys
+        self._patience: Final = patience
+
+    async def send(self, name: str, content: bytes, upload: str) -> None:
+        """Bring a chunk to Redis, unless it is there; it lives for `expiry_s` from now at least.
+
+        What another upload is sending is waited for. A chunk of the current version never gets an expiry
+        here. That a chunk which is there is intact is not checked, but for its size: only a reader can tell,
+        and a chunk that one found damaged is sent again. Raises StoreError.
+        """
+
+        async def attempt() -> bool:
+            return await self._try_to_send(name, content, upload)
+
+        while True:
+            if await recovering(self._client, self._patience.recovery_s, attempt):
+                return
+            await asyncio.sleep(random.uniform(*_POLL_S))  # noqa: S311 - jitter, not a secret
+
+    async def _try_to_send(self, name: str, content: bytes, upload: str) -> bool:
+        """False if another upload is about to."""
+        key, expiry_ms = self._keys.chunk(name), self._patience.expiry_ms
+        claim_ms = round(self._patience.claim_s * 1000)
+        state: int = await self._client.script(
+            _CLAIM,
+            [key, self._keys.claim(name), self._keys.damaged],
+            [name, expiry_ms, len(content), upload, claim_ms],
+        )
+        if state == _ABSENT:
+            # If another upload of the same content wrote it first, it is right as it is.
+            await self._client.execute("SET", key, content, "PX", expiry_ms, "NX")
+        elif state == _DAMAGED:
+            await self._client.execute("SET", key, content, "KEEPTTL", "XX")
+            await self._client.execute("SREM", self._keys.damaged, name)
+        return state != _CLAIMED
+
+    async def fetch(self, name: str) -> bytes | None:
+        """A chunk as it stands, not verified; None if it is gone. Raises StoreError."""
+
+        async def attempt() -> bytes | None:
+            content: bytes | None = await self._client.execute("GET", self._keys.chunk(name))
+            return content
+
+        return await recovering(self._client, self._patience.recovery_s, attempt)
+
+    async def renew(self, names: Sequence[str]) -> None:
+        """Let chunks live for another `expiry_s`; those without an expiry keep none. Raises StoreError."""
+        chunks = self._keys.chunks(names)
+        for start in range(0, len(chunks), _KEYS_A_CALL):
+            part = chunks[start : start + _KEYS_A_CALL]
+            await self._client.script(_RENEW, part, [self._patience.expiry_ms])
+
+    async def report_damage(self, name: str) -> None:
+        """Have the next put send this chunk again. Deletes nothing: it may be the reader that is ill."""
+        try:
+            await self._client.pipeline(
+                [
+                    ("SADD", self._keys.damaged, name),
+                    ("EXPIRE", self._keys.damaged, _DAMAGE_IS_KNOWN_S),
+                ]
+            )
+        except StoreError as exc:
+            log.debug("%s: damage not reported: %s", self._keys.url, exc)
