@@ -23,7 +23,7 @@ import pytest
 
 from dynamo_redis.errors import CannotConnect
 from dynamo_redis.names import EndpointName, InstanceId
-from dynamo_redis.runtime import DistributedRuntime, Settings
+from dynamo_redis.runtime import DistributedRuntime, Settings, discovery
 from dynamo_redis.runtime.client import Client
 from dynamo_redis.runtime.instance import Instance
 from dynamo_redis.store.base import LeaseId
@@ -200,8 +200,11 @@ def host() -> Iterator[Host]:
     made.stop()
 
 
-async def test_hosts_without_power_are_avoided_and_come_back(deployment: Deployment, host: Host) -> None:
+async def test_hosts_without_power_are_avoided_and_come_back(
+    deployment: Deployment, host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two of three instances are switched off at once, under steady requests; then the third leaves."""
+    monkeypatch.setattr(discovery, "_PROBE_PAUSE_S", (0.1, 0.4))
     async with deployment.workers(1, 2, host=host.address, within=host.name):
         client = await deployment.client()
         async with deployment.workers(3) as (third,):
