@@ -16,7 +16,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 import uvloop
 
-from benchmarks.lease_drivers import TTL_S, LeaseDrivers, Ticker, lease_drivers
+from benchmarks.lease_drivers import SETTLE_S, TTL_S, LeaseDrivers, Ticker, lease_drivers
 from benchmarks.population import ENDPOINT, INSTANCES, PREFIX
 from benchmarks.processes import redis_server
 from benchmarks.report import Measured
@@ -27,7 +27,6 @@ from dynamo_redis.store.registry import RedisRegistry
 
 LISTENERS = 8
 WINDOW_S = 20.0
-SETTLE_S = 6.0
 DEATHS = 1000
 PATIENCE_S = 30.0
 
@@ -67,6 +66,7 @@ async def _deaths(redis_url: str, drivers: LeaseDrivers, rounds: int) -> list[fl
             print(f"R6 round {number + 1}: the last key went {figures[-1]:.2f} s after the TTL", flush=True)
             await asyncio.to_thread(drivers.revive)
             await listener.until(INSTANCES)
+            await asyncio.sleep(SETTLE_S)
     return figures
 
 
