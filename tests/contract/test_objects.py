@@ -4,28 +4,47 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from dynamo_redis.errors import ObjectNotFound
-from dynamo_redis.store.base import ObjectInfo, ObjectStore, parse_object_url
+from dynamo_redis.errors import LockLost, ObjectNotFound
+from dynamo_redis.store.base import HeldLock, ObjectInfo, ObjectStore, parse_object_url
 from dynamo_redis.store.client import RedisClient
+from dynamo_redis.store.lock import StoredLocks
+from dynamo_redis.store.lock_keys import LockKeys
+from dynamo_redis.store.lock_redis import RedisLocks
+from dynamo_redis.store.memory_lock import MemoryLocks
 from dynamo_redis.store.memory_objects import MemoryObjectStore
 from dynamo_redis.store.objects import RedisObjectStore
 
 CHUNK_BYTES = 1000
 
-OpenStore = Callable[[], Awaitable[ObjectStore]]
-
 
 @pytest.fixture(params=["memory", "redis"])
-async def objects(request: pytest.FixtureRequest, dynamo_redis_prefix: str) -> AsyncIterator[ObjectStore]:
+async def locks(request: pytest.FixtureRequest, dynamo_redis_prefix: str) -> AsyncIterator[StoredLocks]:
+    """The locks that `objects` obeys."""
+    found: StoredLocks
+    if request.param == "memory":
+        found = MemoryLocks()
+    else:
+        client = RedisClient(request.getfixturevalue("dynamo_redis_url"), timeout_s=3.0)
+        found = RedisLocks(client, dynamo_redis_prefix)
+    yield found
+    await found.aclose()
+
+
+@pytest.fixture
+async def objects(
+    request: pytest.FixtureRequest, locks: StoredLocks, dynamo_redis_prefix: str
+) -> AsyncIterator[ObjectStore]:
     """An empty store of 1000-byte chunks."""
     store: ObjectStore
-    if request.param == "memory":
-        store = MemoryObjectStore(chunk_bytes=CHUNK_BYTES)
+    if isinstance(locks, MemoryLocks):
+        store = MemoryObjectStore(chunk_bytes=CHUNK_BYTES, locks=locks)
     else:
         client = RedisClient(request.getfixturevalue("dynamo_redis_url"), timeout_s=3.0)
         store = RedisObjectStore(client, dynamo_redis_prefix, chunk_bytes=CHUNK_BYTES)
@@ -235,3 +254,102 @@ async def test_a_source_that_fails_leaves_the_old_object(objects: ObjectStore, t
     with pytest.raises(FileNotFoundError):
         await objects.put("b", "n", tmp_path / "absent")
     assert await objects.read("b", "n") == b"old"
+
+
+# --------------------------------------------------------------------------- fenced by a lock
+
+
+@dataclass
+class Claimed:
+    """What somebody takes for a lock that he holds."""
+
+    name: str
+    owner: str
+    fencing_token: int
+    lost: bool = False
+
+    async def write(self, value: bytes) -> None:
+        raise NotImplementedError
+
+
+async def take_away(locks: StoredLocks, held: HeldLock, bucket: str, name: str) -> None:
+    """What a holder that was stopped past its TTL finds: its lock is gone, and it has not been told."""
+    await locks._storage.release(LockKeys.of_object(locks._prefix, bucket, name), held.owner)
+
+
+async def test_a_fenced_put_replaces_while_the_lock_is_held(objects: ObjectStore, locks: StoredLocks) -> None:
+    lock = locks.object_lock("b", "n")
+    async with lock.hold() as held:
+        first = await objects.put("b", "n", content_of(2500), fence=held)
+        assert await objects.put("b", "n", content_of(2500), fence=held) == first
+        await objects.put("b", "n", b"second", fence=held)
+    assert await objects.read("b", "n") == b"second"
+    with pytest.raises(LockLost, match="redis-object://b/n"):
+        await objects.put("b", "n", b"third", fence=held)
+    async with lock.hold() as held:
+        await objects.put("b", "n", b"fourth", fence=held)
+    assert await objects.read("b", "n") == b"fourth"
+
+
+@pytest.mark.parametrize("others", ["nobody", "another", "another who has put"])
+async def test_a_fenced_put_is_refused_once_the_lock_is_lost(
+    objects: ObjectStore, locks: StoredLocks, others: str
+) -> None:
+    await objects.put("b", "n", b"old")
+    lock = locks.object_lock("b", "n")
+    async with lock.hold() as held, lock_of_another(objects, locks, held, others) as expected:
+        assert not held.lost
+        with pytest.raises(LockLost, match="redis-object://b/n"):
+            await objects.put("b", "n", content_of(2500), fence=held)
+        assert await objects.read("b", "n") == expected
+
+
+@asynccontextmanager
+async def lock_of_another(
+    objects: ObjectStore, locks: StoredLocks, held: HeldLock, others: str
+) -> AsyncIterator[bytes]:
+    """Takes the lock away, for another or not; yields what the object holds then."""
+    await take_away(locks, held, "b", "n")
+    if others == "nobody":
+        yield b"old"
+        return
+    async with locks.object_lock("b", "n").hold() as newer:
+        if others == "another who has put":
+            await objects.put("b", "n", b"newer", fence=newer)
+        yield await objects.read("b", "n")
+
+
+async def test_a_lock_lost_during_the_upload_leaves_the_old_object(
+    objects: ObjectStore, locks: StoredLocks
+) -> None:
+    await objects.put("b", "n", b"old")
+    async with locks.object_lock("b", "n").hold() as held:
+
+        async def source() -> AsyncIterator[bytes]:
+            yield content_of(5000)
+            await take_away(locks, held, "b", "n")
+            yield b"end"
+
+        with pytest.raises(LockLost):
+            await objects.put("b", "n", source(), fence=held)
+    assert await objects.read("b", "n") == b"old"
+
+
+async def test_a_token_below_that_of_the_object_is_refused(objects: ObjectStore, locks: StoredLocks) -> None:
+    async with locks.object_lock("b", "n").hold() as held:
+        await objects.put("b", "n", b"x", fence=held)
+        await objects.put("b", "n", b"unfenced")  # which keeps the token
+        older = Claimed(held.name, held.owner, held.fencing_token - 1)
+        with pytest.raises(LockLost):
+            await objects.put("b", "n", b"older", fence=older)
+        await objects.put("b", "n", b"same", fence=held)
+    assert await objects.read("b", "n") == b"same"
+
+
+async def test_the_lock_of_another_object_is_no_fence(objects: ObjectStore, locks: StoredLocks) -> None:
+    async with locks.object_lock("b", "other").hold() as held:
+        with pytest.raises(ValueError, match="fenced by its own lock"):
+            await objects.put("b", "n", b"x", fence=held)
+    async with locks.lock("b/n").hold() as held:
+        with pytest.raises(ValueError, match="fenced by its own lock"):
+            await objects.put("b", "n", b"x", fence=held)

@@ -21,6 +21,7 @@ from redis import Redis
 from dynamo_redis.child import ChildProcess
 from dynamo_redis.errors import ObjectChanged, ObjectNotFound, SchemaMismatch, StoreRefused, StoreUnavailable
 from dynamo_redis.store.client import RedisClient
+from dynamo_redis.store.lock_redis import RedisLocks
 from dynamo_redis.store.object_chunks import Patience
 from dynamo_redis.store.object_manifest import ObjectKeys, chunk_name
 from dynamo_redis.store.objects import CHUNKS_UNDER_WAY_COUNT, RedisObjectStore
@@ -527,14 +528,15 @@ async def objects_or_none(objects: RedisObjectStore) -> bytes | None:
 async def test_the_documented_keys_and_fields_are_those_in_redis(
     objects: RedisObjectStore, redis: Redis, keys: ObjectKeys, dynamo_redis_prefix: str, repository: Path
 ) -> None:
-    await objects.put("b", "n", content_of("x"))
+    async with RedisLocks(objects._client, dynamo_redis_prefix).object_lock("b", "n").hold() as held:
+        await objects.put("b", "n", content_of("x"), fence=held)
     text = (repository / "docs" / "redis-schema.md").read_text()
     section = text.partition("\n## Objects\n")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| ([^|]+) \|", section, re.MULTILINE)
     documented = {row.replace("*tag*", "tag").replace("`", "") for row in rows} - {"key", "field", "---"}
 
     tag = keys.current.removesuffix(":current")
-    names = {key.decode() for key in redis.scan_iter(f"{{{dynamo_redis_prefix}*")}
+    names = {key.decode() for key in redis.scan_iter(f"{{{dynamo_redis_prefix}*")} - {f"{tag}:fence"}
     names |= {keys.damaged}  # the one that only a reader of a damaged object writes
     chunk = re.compile(r"\d+:[0-9a-f]{64}$")
     shapes = {chunk.sub("<chunk_bytes>:<sha256>", name.replace(tag, "tag")) for name in names}
