@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 POLL_S: Final = 0.05
 MINIMUM_TTL_S: Final = 0.1
 RELEASE_S: Final = 1.0
-"""Longest wait for the answer to a release: a lock that is not given back ends with its TTL."""
+"""How long a release is tried: a lock that is not given back ends with its TTL."""
 
 
 class LockStorage(Protocol):
@@ -147,7 +147,8 @@ class StoredLock:
             except (StoreUnavailable, TimeoutError) as exc:
                 wait_s = backoff.next_s()
                 if time.monotonic() + wait_s >= began_at + max(timeout_s, self._storage.timeout_s):
-                    raise _unanswered(exc, self._keys) from exc
+                    name = self._keys.name
+                    raise StoreUnavailable(f"lock {name} cannot be acquired: {_reason(exc)}") from exc
             else:
                 if isinstance(answer, int):
                     return answer, sent_at
@@ -158,12 +159,17 @@ class StoredLock:
             await asyncio.sleep(wait_s)
 
     async def _release(self, owner: str) -> None:
-        """Try for a while; never raises StoreError."""
+        """Try for `RELEASE_S`; never raises StoreError."""
+        backoff = Backoff()
         try:
-            async with asyncio.timeout(min(RELEASE_S, self._ttl_s)):
-                await self._storage.release(self._keys, owner)
+            async with asyncio.timeout(RELEASE_S):
+                while True:
+                    try:
+                        return await self._storage.release(self._keys, owner)
+                    except StoreUnavailable:
+                        await asyncio.sleep(backoff.next_s())
         except (StoreError, TimeoutError) as exc:
-            log.warning("lock %s is not released, it ends with its TTL: %s", self._keys.name, exc)
+            log.warning("lock %s is not released, it ends with its TTL: %s", self._keys.name, _reason(exc))
 
 
 class _Held:
@@ -214,7 +220,5 @@ def _describe(holder: LockHolder) -> str:
     return f"{holder.process} (token {holder.fencing_token}, {holder.remaining_s:.1f} s of its TTL left)"
 
 
-def _unanswered(exc: Exception, keys: LockKeys) -> StoreUnavailable:
-    if isinstance(exc, StoreUnavailable):
-        return exc
-    return StoreUnavailable(f"lock {keys.name}: Redis does not answer in time")
+def _reason(exc: Exception) -> str:
+    return str(exc) or "Redis does not answer in time"

@@ -10,7 +10,11 @@ from contextlib import contextmanager
 import pytest
 
 from dynamo_redis.errors import LockLost, StoreUnavailable
+from dynamo_redis.store.base import LockHolder
+from dynamo_redis.store.lock import StoredLocks
 from dynamo_redis.store.lock_guard import LEASE_SHARE, LeaseGuard
+from dynamo_redis.store.lock_keys import LockKeys
+from dynamo_redis.store.memory_lock import MemoryLockStorage
 
 SHORT_S = 0.1
 LONG_S = 30.0
@@ -271,3 +275,42 @@ async def test_a_task_that_is_being_cancelled_can_enter() -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     assert len(outcome) == 1
+
+
+class SlowAnswers(MemoryLockStorage):
+    """Grants and renews at once, and says so late; from `silent_after` calls on, never."""
+
+    def __init__(self, silent_after: int) -> None:
+        super().__init__()
+        self.ends_at = 0.0
+        self._calls_left = silent_after
+
+    async def _answer(self, ttl_s: float) -> None:
+        self._calls_left -= 1
+        if self._calls_left < 0:
+            await asyncio.sleep(LONG_S)
+        self.ends_at = time.monotonic() + ttl_s
+        await asyncio.sleep(0.15)
+
+    async def acquire(self, keys: LockKeys, owner: str, ttl_s: float, process: str) -> int | LockHolder:
+        answer = await super().acquire(keys, owner, ttl_s, process)
+        await self._answer(ttl_s)
+        return answer
+
+    async def renew(self, keys: LockKeys, owner: str, ttl_s: float) -> bool:
+        answer = await super().renew(keys, owner, ttl_s)
+        await self._answer(ttl_s)
+        return answer
+
+
+@pytest.mark.parametrize("silent_after", [1, 2])
+async def test_slow_answers_prolong_nothing(silent_after: int) -> None:
+    """Be it that of the acquiring call or of a renewal: the server began to count before."""
+    storage = SlowAnswers(silent_after)
+    with ends_with():
+        async with StoredLocks(storage, "p").lock("a", ttl_s=0.5).hold():
+            try:
+                await asyncio.sleep(LONG_S)
+            finally:
+                cancelled_at = time.monotonic()
+    assert cancelled_at < storage.ends_at
