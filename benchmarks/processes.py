@@ -6,6 +6,7 @@ import asyncio
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -65,10 +66,10 @@ def running(
 
 
 @contextmanager
-def redis_server() -> Iterator[EmbeddedServer]:
-    """A Redis as `dynamo-redis up` starts it, empty, on a loopback port."""
+def redis_server(port: int | None = 0) -> Iterator[EmbeddedServer]:
+    """A Redis as `dynamo-redis up` starts it, empty, on a loopback port; on a unix socket if that is None."""
     with tempfile.TemporaryDirectory() as directory:
-        server = EmbeddedServer(Path(directory), port=0)
+        server = EmbeddedServer(Path(directory), port=port)
         asyncio.run(server.start())
         try:
             yield server
@@ -114,6 +115,24 @@ def in_fresh_process(function: Callable[..., Result], *arguments: object) -> Res
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
         return pool.submit(function, *arguments).result()
+
+
+@contextmanager
+def up(*arguments: str) -> Iterator[str]:
+    """A running `dynamo-redis up`; its URL at once, ready or not."""
+    port = free_port()
+    with tempfile.TemporaryDirectory() as directory:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dynamo_redis", "up", "--http-port", str(port), *arguments],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "XDG_RUNTIME_DIR": directory},
+        )
+        try:
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(15)
 
 
 class EchoSide:

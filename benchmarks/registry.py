@@ -18,6 +18,7 @@ import psutil
 
 from benchmarks.etcd import etcd_version
 from benchmarks.registry_leases import deaths, idle_leases
+from benchmarks.registry_rejoin import rejoin
 from benchmarks.registry_snapshot import memory, snapshots
 from benchmarks.registry_watch import watching
 from benchmarks.report import Figure, Measured, Row, report
@@ -59,6 +60,7 @@ GROUPS: tuple[tuple[tuple[str, ...], Measurement], ...] = (
     (("R4",), memory),
     (("R5",), idle_leases),
     (("R6",), deaths),
+    (("R7",), rejoin),
 )
 """Rows that one measurement yields."""
 

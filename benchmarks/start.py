@@ -11,22 +11,18 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
-import os
-import signal
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from benchmarks.processes import DYNAMO, dynamo_side, free_port, our_side
+from benchmarks.chats import Chatter, chat_body, first_model
+from benchmarks.processes import DYNAMO, dynamo_side, our_side, up
 from benchmarks.report import Row, median, report
 from dynamo_redis.runtime import Client, DistributedRuntime, Settings
 from dynamo_redis.store.client import RedisClient
@@ -36,44 +32,6 @@ CONCURRENCY = 64
 CHATS = 1000
 CHAT_CONCURRENCY = 32
 SETTLE_S = 3.0
-
-
-@contextmanager
-def up(*arguments: str) -> Iterator[str]:
-    """A running `dynamo-redis up`; its URL at once, ready or not."""
-    port = free_port()
-    with tempfile.TemporaryDirectory() as directory:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "dynamo_redis", "up", "--http-port", str(port), *arguments],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, "XDG_RUNTIME_DIR": directory},
-        )
-        try:
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            process.send_signal(signal.SIGINT)
-            process.wait(15)
-
-
-def first_model(url: str, patience_s: float) -> str:
-    """The name of the first model served, as soon as there is one."""
-    deadline = time.perf_counter() + patience_s
-    while time.perf_counter() < deadline:
-        try:
-            models = httpx.get(f"{url}/v1/models", timeout=1).json()["data"]
-            if models:
-                return str(models[0]["id"])
-        except httpx.TransportError:
-            pass
-        time.sleep(0.01)
-    raise RuntimeError(f"no model within {patience_s} s")
-
-
-def chat_body(model: str, text: str, *, stream: bool) -> dict[str, Any]:
-    """A short chat."""
-    messages = [{"role": "user", "content": text}]
-    return {"model": model, "messages": messages, "max_tokens": 16, "stream": stream}
 
 
 def start_round() -> float:
@@ -172,25 +130,13 @@ async def monitor(redis_url: str) -> AsyncIterator[list[str]]:
 
 
 async def chats(url: str, model: str) -> None:
-    """1,000 chats, 32 at a time, each on a kept connection: a client that costs the machine little."""
-    host, _, port = url.rpartition("/")[2].rpartition(":")
+    """1,000 chats, 32 at a time."""
 
     async def some(worker: int) -> None:
-        reader, writer = await asyncio.open_connection(host, int(port))
+        chatter = await Chatter.open(url)
         for number in range(worker, CHATS, CHAT_CONCURRENCY):
-            body = json.dumps(chat_body(model, f"Question {number}?", stream=False)).encode()
-            head = (
-                f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n\r\n"
-            )
-            writer.write(head.encode() + body)
-            answer = await reader.readuntil(b"\r\n\r\n")
-            if not answer.startswith(b"HTTP/1.1 200 "):
-                raise RuntimeError(f"a chat failed: {answer[:80]!r}")
-            length = next(
-                line for line in answer.lower().split(b"\r\n") if line.startswith(b"content-length:")
-            )
-            await reader.readexactly(int(length.partition(b":")[2]))
-        writer.close()
+            await chatter.chat(model, f"Question {number}?")
+        chatter.close()
 
     await asyncio.gather(*(some(worker) for worker in range(CHAT_CONCURRENCY)))
 

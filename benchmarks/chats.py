@@ -1,0 +1,61 @@
+"""Chats through a frontend, by a client that costs the machine little."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from typing import Any
+
+import httpx
+
+TOKENS = 16
+
+
+def first_model(url: str, patience_s: float) -> str:
+    """The name of the first model served, as soon as there is one."""
+    deadline = time.perf_counter() + patience_s
+    while time.perf_counter() < deadline:
+        try:
+            models = httpx.get(f"{url}/v1/models", timeout=1).json()["data"]
+            if models:
+                return str(models[0]["id"])
+        except httpx.TransportError:
+            pass
+        time.sleep(0.01)
+    raise RuntimeError(f"no model within {patience_s} s")
+
+
+def chat_body(model: str, text: str, *, stream: bool) -> dict[str, Any]:
+    """A short chat."""
+    messages = [{"role": "user", "content": text}]
+    return {"model": model, "messages": messages, "max_tokens": TOKENS, "stream": stream}
+
+
+class Chatter:
+    """One kept connection to a frontend: one chat at a time."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+
+    @classmethod
+    async def open(cls, url: str) -> Chatter:
+        """Connect to `http://host:port`."""
+        host, _, port = url.rpartition("/")[2].rpartition(":")
+        return cls(*await asyncio.open_connection(host, int(port)))
+
+    async def chat(self, model: str, text: str) -> None:
+        """Ask, and read the whole answer. Raises RuntimeError for any status but 200."""
+        body = json.dumps(chat_body(model, text, stream=False)).encode()
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: bench\r\nContent-Length: {len(body)}\r\n\r\n"
+        self._writer.write(head.encode() + body)
+        answer = await self._reader.readuntil(b"\r\n\r\n")
+        if not answer.startswith(b"HTTP/1.1 200 "):
+            raise RuntimeError(f"a chat failed: {answer[:80]!r}")
+        length = next(line for line in answer.lower().split(b"\r\n") if line.startswith(b"content-length:"))
+        await self._reader.readexactly(int(length.partition(b":")[2]))
+
+    def close(self) -> None:
+        """Hang up."""
+        self._writer.close()
