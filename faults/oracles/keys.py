@@ -70,12 +70,19 @@ def check(history: History) -> list[Violation]:
 
 
 def _follow(history: History, ended_at: float) -> list[Kept]:
-    """What each process keeps, by its calls in the order in which they ended, and what it was told."""
-    events: list[tuple[float, Call | Note]] = [
-        (min(call.ended_at, ended_at), call)
-        for call in history.calls
-        if call.action in ACTIONS and call.began_at < ended_at
-    ]
+    """What each process keeps, by its calls in the order in which they ended, and what it was told.
+
+    A process makes one call after the other on a key, so one of unknown outcome had ended for it before the
+    next began.
+    """
+    events: list[tuple[float, Call | Note]] = []
+    next_began_at: dict[tuple[str, str], float] = {}
+    for call in reversed(history.calls):
+        if call.action in ACTIONS and call.began_at < ended_at:
+            owned = (call.process, call.arguments["key"])
+            events.append((min(call.ended_at, next_began_at.get(owned, ended_at)), call))
+            next_began_at[owned] = call.began_at
+    events.reverse()
     events += [(note.at, note) for note in history.of("lost") if note.at < ended_at]
     kept: dict[tuple[str, str], Kept] = {}
     for _, event in sorted(events, key=lambda timed: timed[0]):

@@ -48,6 +48,7 @@ def check(history: History) -> list[Violation]:
         unknown = [operation_of(_forget(call)) for call in calls if _may_act_in(call, begin, end)]
         attribution = Attribution([*answered, *unknown])
         violations += [_report_conflict(*pair) for pair in attribution.conflicts]
+        violations += _check_refusals(answered)
         violations += _check_rising(answered)
         answered = [attribution.complete(operation) for operation in answered]
         unknown = [attribution.complete(operation) for operation in unknown]
@@ -149,8 +150,8 @@ def _observable(unknown: Sequence[Operation], answered: Sequence[Operation]) -> 
     it is an order without it. Values that nobody read need not be told apart.
     """
     seen: set[str] = set()
-    looked_at: dict[tuple[str, bool], float] = {}  # key, whether it was absent → when nobody said by what
-    for operation in answered:
+    looked_at: dict[tuple[str, bool], float] = {}  # key, whether it was absent → when, without naming a value
+    for operation in (*answered, *unknown):
         for key, cell in operation.demands:
             if isinstance(cell, tuple) and cell[0] is not None:
                 seen.add(cell[0])
@@ -193,6 +194,23 @@ def _check_written(calls: Sequence[Call]) -> list[Violation]:
             if begun.get((key, value), float("inf")) > call.ended_at:
                 what = f"read {value} from {key}, which nobody had begun to write"
                 violations.append(Violation("linear", WRITTEN, what, call.ended_at, call.process, show(call)))
+    return violations
+
+
+def _check_refusals(operations: Sequence[Operation]) -> list[Violation]:
+    """That no comparison was refused by the very revision that it expected."""
+    violations = []
+    for call in (operation.call for operation in operations if operation.call.outcome == "refused"):
+        said, answer = call.arguments, call.answer
+        if call.action == "compare_and_put":
+            wanted = [said["expected"]]
+        elif call.action == "transact":
+            wanted = [revision for key, revision in said["compares"] if key == answer["key"]]
+        else:
+            continue
+        if all(revision == answer["found"] for revision in wanted):
+            what = f"{call.action} was refused, though it found what it expected: {answer['found']}"
+            violations.append(Violation("linear", LINEAR, what, call.ended_at, call.process, show(call)))
     return violations
 
 

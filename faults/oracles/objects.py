@@ -42,8 +42,10 @@ class _Versions:
             self._by_content[_content(call)].append(call)
         self._visible_by = {id(call): call.ended_at for call in self._changes}
         for read in self._reads:
-            made = self._by_content[read.answer["sha256"]]
-            if len(made) == 1:  # what one reader has seen, later ones see too
+            content = read.answer["sha256"]
+            made = self._by_content[content]
+            # What one reader has seen, later ones see too; absence may be that of before the first put.
+            if content is not None and len(made) == 1:
                 self._visible_by[id(made[0])] = min(self._visible_by[id(made[0])], read.ended_at)
 
     def check(self) -> list[Violation]:

@@ -20,7 +20,7 @@ from typing import Final, NamedTuple
 
 from dynamo_redis.store.base import Revision
 from dynamo_redis.store.change_log import order
-from faults.oracles.registers import ABSENT, Cell, Operation, join
+from faults.oracles.registers import ANYTHING, Cell, Operation, join
 
 STEPS_COUNT: Final = 200_000
 """Steps (a few seconds) after which a search is given up, undecided."""
@@ -65,7 +65,7 @@ class Search:
         self._index = {key: position for position, key in enumerate(keys)}
         self._answered = sorted(answered, key=lambda operation: operation.call.began_at)
         self._alike = _alike(unknown)
-        self._may_chain = any(cell == ABSENT for one in unknown for _, cell in one.demands)
+        self._conditional = [one for one in unknown if any(cell != ANYTHING for _, cell in one.demands)]
         self._start = Node(0, 0, (0,) * len(self._alike), 0, (initial,) * len(keys))
         ranked = [operation for operation in self._answered if operation.revision is not None]
         ranked.sort(key=lambda operation: order(Revision(operation.revision or "")))
@@ -156,12 +156,14 @@ class Search:
         """Whether to let a call of unknown outcome take effect here.
 
         On a single key it is enough to do so right before a call that does not fit without it: if that call
-        fits either way, it may as well go first (or overwrites it). A delete may also help an unknown call
-        that wants the key absent.
+        fits either way, it may as well go first (or overwrites it). That call may be another unknown one,
+        which in turn lets an answered one fit.
         """
-        if len(state) > 1 or (self._may_chain and operation.effects[0][1] == ABSENT):
-            return bool(refused) or len(state) > 1
-        return any(self._after(state, other) is not None for other in refused)
+        if len(state) > 1:
+            return True
+        if not refused:
+            return False
+        return any(self._after(state, other) is not None for other in (*refused, *self._conditional))
 
     def _after(self, state: State, operation: Operation) -> State | None:
         """The registers behind an operation; None if they are not what it demands."""

@@ -1,0 +1,390 @@
+"""The linearizability oracle: what fits an order, what does not, and that it decides as trying all does."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import random
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from faults.history import Call, History
+from faults.oracles.linear import check
+from faults.oracles.registers import ABSENT, Cell, Operation, join, operation_of
+from faults.oracles.search import Search
+from faults.story import Story
+
+INFINITY = float("inf")
+
+
+def whats(story: Story) -> list[str]:
+    return [violation.what for violation in check(story.history)]
+
+
+def put(story: Story, value: str, revision: int, process: str = "p", key: str = "k") -> None:
+    story.call(process, "put", {"revision": f"1-{revision}"}, key=key, value=value)
+
+
+def get(story: Story, value: str | None, revision: int | None, process: str = "p", key: str = "k") -> None:
+    at = None if revision is None else f"1-{revision}"
+    story.call(process, "get", {"value": value, "revision": at}, key=key)
+
+
+@pytest.fixture
+def story() -> Story:
+    return Story()
+
+
+# ---------------------------------------------------------------------- right
+
+
+def test_calls_one_after_the_other_fit(story: Story) -> None:
+    get(story, None, None)
+    story.call("p", "create", {"revision": "1-1"}, key="k", value="v1")
+    story.call("q", "create", {"exists": True}, refused=True, key="k", value="v2")
+    story.call("q", "compare_and_put", {"revision": "1-2"}, key="k", value="v3", expected="1-1")
+    story.call("p", "compare_and_put", {"found": "1-2"}, refused=True, key="k", value="v4", expected="1-1")
+    get(story, "v3", 2)
+    story.call("p", "delete", {"deleted": True}, key="k")
+    story.call("q", "delete", {"deleted": False}, key="k")
+    story.call("q", "compare_and_put", {"revision": "1-5"}, key="k", value="v5", expected=None)
+    assert whats(story) == []
+
+
+def test_overlapping_calls_may_take_effect_in_either_order(story: Story) -> None:
+    slow = story.begin("p", "put", key="k", value="v1")
+    put(story, "v2", 2, "q")
+    get(story, "v2", 2, "q")
+    slow.ok({"revision": "1-1"})
+    get(story, "v2", 2)
+    assert whats(story) == []
+
+
+def test_a_call_of_unknown_outcome_may_take_effect_late(story: Story) -> None:
+    put(story, "v1", 1)
+    story.begin("q", "put", key="k", value="late")
+    get(story, "v1", 1)
+    put(story, "v2", 2)
+    get(story, "late", 3)
+    assert whats(story) == []
+
+
+def test_a_call_of_unknown_outcome_may_never_take_effect(story: Story) -> None:
+    put(story, "v1", 1)
+    story.begin("q", "delete", key="k")
+    story.begin("q", "create", key="k", value="v2")
+    get(story, "v1", 1)
+    assert whats(story) == []
+
+
+def test_two_calls_of_unknown_outcome_may_explain_one_answer(story: Story) -> None:
+    put(story, "v1", 1)
+    story.begin("q", "delete", key="k")
+    story.begin("r", "create", key="k", value="v2")
+    get(story, "v2", 3)
+    assert whats(story) == []
+
+
+def test_a_transaction_changes_its_keys_at_once(story: Story) -> None:
+    put(story, "a1", 1, key="a")
+    compares, puts = [["a", "1-1"], ["b", None]], [["a", "a2"], ["b", "b2"]]
+    story.call("p", "transact", {"revision": "1-3"}, compares=compares, puts=puts, deletes=[])
+    found = {"key": "b", "found": "1-3"}
+    story.call(
+        "q", "transact", found, refused=True, compares=[["a", "1-2"], ["b", None]], puts=[], deletes=[]
+    )
+    get(story, "a2", 2, key="a")
+    get(story, "b2", 3, key="b")
+    assert whats(story) == []
+
+
+def test_after_a_loss_nothing_is_known_but_what_follows_must_fit(story: Story) -> None:
+    put(story, "v1", 1)
+    put(story, "v2", 2)
+    story.note("runner", "fault", name="failover")
+    story.note("runner", "loses", what="tail")
+    torn = story.begin("q", "put", key="k", value="v3")
+    story.note("runner", "healed", name="failover")
+    get(story, "v1", 1)
+    torn.ok({"revision": "1-9"})
+    get(story, "v1", 1)
+    assert whats(story) == []
+    get(story, "v2", 2)
+    assert whats(story) != []
+
+
+# ---------------------------------------------------------------------- wrong
+
+
+def _stale_read(story: Story) -> None:
+    put(story, "v1", 1)
+    put(story, "v2", 2)
+    get(story, "v1", 1)
+
+
+def _double_create(story: Story) -> None:
+    story.call("p", "create", {"revision": "1-1"}, key="k", value="v1")
+    story.call("q", "create", {"revision": "1-2"}, key="k", value="v2")
+
+
+def _create_refused_to_its_only_creator(story: Story) -> None:
+    story.call("p", "create", {"exists": True}, refused=True, key="k", value="v1")
+
+
+def _lost_update(story: Story) -> None:
+    put(story, "v1", 1)
+    for process, value, revision in (("p", "v2", 2), ("q", "v3", 3)):
+        answer = {"revision": f"1-{revision}"}
+        story.call(process, "compare_and_put", answer, key="k", value=value, expected="1-1")
+
+
+def _lost_write(story: Story) -> None:
+    put(story, "v1", 1)
+    get(story, None, None)
+
+
+def _compare_with_the_wrong_revision(story: Story) -> None:
+    put(story, "v1", 1)
+    story.call("q", "compare_and_put", {"revision": "1-2"}, key="k", value="v2", expected="1-7")
+
+
+def _refused_though_it_matched(story: Story) -> None:
+    put(story, "v1", 1)
+    story.call("q", "compare_and_put", {"found": "1-5"}, refused=True, key="k", value="v2", expected="1-1")
+
+
+def _found_what_it_expected(story: Story) -> None:
+    put(story, "v1", 1)
+    story.call("q", "compare_and_put", {"found": "1-1"}, refused=True, key="k", value="v2", expected="1-1")
+
+
+def _written_twice(story: Story) -> None:
+    get(story, None, None)
+    slow = story.begin("p", "put", key="k", value="v1")
+    get(story, "v1", 1, "q")
+    slow.ok({"revision": "1-2"})
+
+
+def _deleted_what_was_not_there(story: Story) -> None:
+    story.call("p", "delete", {"deleted": True}, key="k")
+
+
+def _half_a_transaction(story: Story) -> None:
+    puts = [["a", "a1"], ["b", "b1"]]
+    slow = story.begin("p", "transact", compares=[], puts=puts, deletes=[])
+    get(story, "b1", 2, "q", key="b")
+    get(story, None, None, "q", key="a")
+    slow.ok({"revision": "1-2"})
+
+
+def _half_a_transaction_of_unknown_outcome(story: Story) -> None:
+    story.begin("p", "transact", compares=[], puts=[["a", "a1"], ["b", "b1"]], deletes=[])
+    get(story, "b1", 2, "q", key="b")
+    get(story, None, None, "q", key="a")
+
+
+def _read_before_it_was_written(story: Story) -> None:
+    get(story, "v1", 1)
+    put(story, "v1", 1)
+
+
+def _revisions_fall(story: Story) -> None:
+    put(story, "v1", 5, key="a")
+    put(story, "v2", 4, key="b")
+
+
+WRONG: tuple[Callable[[Story], None], ...] = (
+    _stale_read,
+    _double_create,
+    _create_refused_to_its_only_creator,
+    _lost_update,
+    _lost_write,
+    _compare_with_the_wrong_revision,
+    _refused_though_it_matched,
+    _found_what_it_expected,
+    _written_twice,
+    _deleted_what_was_not_there,
+    _half_a_transaction,
+    _half_a_transaction_of_unknown_outcome,
+    _read_before_it_was_written,
+    _revisions_fall,
+)
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: wrong.__name__.strip("_"))
+def test_what_fits_no_order_is_seen(story: Story, wrong: Callable[[Story], None]) -> None:
+    wrong(story)
+    assert whats(story) != []
+
+
+def test_a_violation_shows_the_calls_around_the_one_that_does_not_fit(story: Story) -> None:
+    _stale_read(story)
+    (violation,) = check(story.history)
+    assert "get of k fits nowhere: 2 of 3 calls fit one order, after which k was v2 @ 1-2" in str(violation)
+    assert '#2: get {"key": "k"} → ok {"value": "v1", "revision": "1-1"}' in violation.report()
+
+
+# ---------------------------------------------------------------------- made by a real register
+
+
+def make_history(rng: random.Random, count: int, *, keys: int = 3, processes: int = 5) -> History:
+    """A right history: calls take effect one by one, at a moment within each; some answers are lost."""
+    cells: dict[str, tuple[str, str]] = {}
+    free_at = [0.0] * processes
+    now, revision = 0.0, 0
+    calls: list[Call] = []
+    for number in range(count):
+        process = rng.randrange(processes)
+        began_at = max(free_at[process], now - rng.uniform(0, 3))
+        now = max(now, began_at) + rng.uniform(0, 1)
+        ended_at = free_at[process] = now + rng.uniform(0, 3)
+        key, value = f"k{rng.randrange(keys)}", f"v{number}"
+        there = cells.get(key)
+        action = rng.choice(("get", "get", "put", "create", "compare_and_put", "delete"))
+        arguments: dict[str, Any] = {"key": key}
+        expected = rng.choice((there[1] if there else None, None, "1-0"))
+        outcome: Any = "ok"
+        writes = action == "put"
+        answer: dict[str, Any] = {}
+        match action:
+            case "get":
+                answer = dict(zip(("value", "revision"), there or (None, None), strict=True))
+            case "delete":
+                answer = {"deleted": there is not None}
+                cells.pop(key, None)
+                revision += 1
+            case "create":
+                writes, answer = there is None, {"exists": True}
+            case "compare_and_put":
+                arguments["expected"] = expected
+                found = there[1] if there else None
+                writes, answer = found == expected, {"found": found}
+        if action in ("put", "create", "compare_and_put"):
+            arguments["value"] = value
+            if writes:
+                revision += 1
+                cells[key] = (value, f"1-{revision}")
+                answer = {"revision": f"1-{revision}"}
+            else:
+                outcome = "refused"
+        if rng.random() < 0.05:
+            outcome, answer, ended_at = "unknown", {}, INFINITY
+        calls.append(Call(f"p{process}", number, action, arguments, began_at, ended_at, outcome, answer))
+    return History(sorted(calls, key=lambda call: call.began_at))
+
+
+def mutate(rng: random.Random, history: History) -> History:
+    """The same, but one read answers what another one did."""
+    reads = [
+        index
+        for index, call in enumerate(history.calls)
+        if call.action == "get" and call.outcome == "ok" and call.answer["value"]
+    ]
+    one = rng.choice(reads)
+    other = rng.choice([index for index in reads if history.calls[index].answer != history.calls[one].answer])
+    calls = [*history.calls]
+    calls[one] = dataclasses.replace(
+        calls[one],
+        arguments={"key": history.calls[other].arguments["key"]},
+        answer=history.calls[other].answer,
+    )
+    return History(calls)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32))
+def test_what_a_register_did_fits(seed: int) -> None:
+    assert check(make_history(random.Random(seed), 120)) == []
+
+
+def test_most_reads_of_another_time_do_not_fit() -> None:
+    rng = random.Random(7)
+    seen = sum(bool(check(mutate(rng, make_history(rng, 120)))) for _ in range(60))
+    assert seen >= 45  # the others read what may as well have been there
+
+
+def test_thousands_of_calls_are_judged_at_once() -> None:
+    history = make_history(random.Random(3), 5000, keys=8, processes=12)
+    began_at = time.monotonic()
+    assert check(history) == []
+    assert time.monotonic() - began_at < 10
+
+
+# ---------------------------------------------------------------------- against all orders
+
+
+def fits_by_trial(answered: Sequence[Operation], unknown: Sequence[Operation]) -> bool:
+    """Try every order of the answered and of each choice of the unknown calls, on one key."""
+    for count in range(len(unknown) + 1):
+        for chosen in itertools.combinations(unknown, count):
+            if any(_fits(order) for order in itertools.permutations([*answered, *chosen])):
+                return True
+    return False
+
+
+def _fits(order: Sequence[Operation]) -> bool:
+    cell: Cell = ABSENT
+    for index, operation in enumerate(order):
+        if any(later.call.ended_at < operation.call.began_at for later in order[index + 1 :]):
+            return False
+        for _, demanded in operation.demands:
+            joined = join(cell, demanded)
+            if joined is None:
+                return False
+            cell = joined
+        if operation.effects:
+            cell = operation.effects[-1][1]
+    revisions = [int(one.revision.partition("-")[2]) for one in order if one.revision is not None]
+    return revisions == sorted(revisions)
+
+
+@st.composite
+def tiny_calls(draw: st.DrawFn) -> list[Call]:
+    """Up to five calls on one key, whose answers need not fit."""
+    calls = []
+    for number in range(draw(st.integers(1, 5))):
+        began_at = draw(st.integers(0, 8)) * 2.0
+        ended_at = began_at + 1 + draw(st.integers(0, 4)) * 2.0
+        action = draw(st.sampled_from(("get", "put", "create", "delete", "compare_and_put")))
+        seen = draw(st.sampled_from((None, 0, 1, 2)))
+        arguments: dict[str, Any] = {"key": "k"}
+        outcome: Any = "ok"
+        answer: dict[str, Any] = {"revision": f"1-{number}"}
+        match action:
+            case "get":
+                answer = {"value": seen and f"v{seen}", "revision": seen and f"1-{seen}"}
+            case "delete":
+                answer = {"deleted": seen is not None}
+            case _:
+                arguments |= {"value": f"v{number}"}
+        if action == "compare_and_put":
+            arguments["expected"] = None if seen is None else f"1-{seen}"
+        if action == "create" and draw(st.booleans()):
+            outcome, answer = "refused", {"exists": True}
+        if action != "get" and draw(st.integers(0, 3)) == 0:
+            outcome, answer, ended_at = "unknown", {}, INFINITY
+        calls.append(Call("p", number, action, arguments, began_at, ended_at, outcome, answer))
+    return calls
+
+
+@settings(max_examples=300, deadline=None)
+@given(tiny_calls())
+def test_the_search_decides_as_trying_all_orders_does(calls: list[Call]) -> None:
+    answered = [operation_of(call) for call in calls if call.outcome != "unknown"]
+    unknown = [operation_of(call) for call in calls if call.outcome == "unknown"]
+    assert Search(["k"], answered, unknown, ABSENT).run().found == fits_by_trial(answered, unknown)
+
+
+@settings(max_examples=300, deadline=None)
+@given(tiny_calls())
+def test_the_whole_oracle_accepts_only_what_fits_an_order(calls: list[Call]) -> None:
+    history = History(sorted(calls, key=lambda call: call.began_at))
+    if not check(history):
+        answered = [operation_of(call) for call in calls if call.outcome != "unknown"]
+        unknown = [operation_of(call) for call in calls if call.outcome == "unknown"]
+        assert fits_by_trial(answered, unknown)

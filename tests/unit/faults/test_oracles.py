@@ -1,0 +1,195 @@
+"""The small oracles: objects, chats, members; and what they all stand on: losses and fates."""
+
+from __future__ import annotations
+
+import pytest
+
+from faults.oracles import ORACLES, chats, members, objects
+from faults.oracles.fates import Fates
+from faults.oracles.losses import Losses
+from faults.oracles.violation import Violation
+from faults.story import Story
+
+
+def whats(violations: list[Violation]) -> list[str]:
+    return [violation.what for violation in violations]
+
+
+@pytest.fixture
+def story() -> Story:
+    return Story()
+
+
+def test_nothing_is_wrong_with_nothing(story: Story) -> None:
+    assert [check(story.history) for check in ORACLES.values()] == [[]] * 7
+
+
+# ---------------------------------------------------------------------- objects
+
+
+def put(story: Story, sha256: str) -> None:
+    story.call("u", "object_put", {}, name="o", sha256=sha256, size_bytes=1)
+
+
+def read(story: Story, sha256: str | None) -> None:
+    story.call("r", "object_get", {"sha256": sha256}, name="o")
+
+
+def test_old_and_new_versions_may_be_read_while_the_new_one_is_put(story: Story) -> None:
+    read(story, None)
+    put(story, "old")
+    slow = story.begin("u", "object_put", name="o", sha256="new", size_bytes=1)
+    read(story, "old")
+    read(story, "new")
+    slow.ok({})
+    read(story, "new")
+    story.call("u", "object_remove", {}, name="o")
+    read(story, None)
+    assert objects.check(story.history) == []
+
+
+def test_a_put_of_unknown_outcome_may_show_late(story: Story) -> None:
+    put(story, "old")
+    story.begin("u", "object_put", name="o", sha256="new", size_bytes=1)
+    read(story, "old")
+    read(story, "new")
+    assert objects.check(story.history) == []
+
+
+def test_a_mixture_of_versions_is_seen(story: Story) -> None:
+    put(story, "old")
+    put(story, "new")
+    read(story, "half old, half new")
+    assert whats(objects.check(story.history)) == [
+        "o was read as half old, half new, which nobody had begun to put"
+    ]
+
+
+def test_an_old_version_is_seen(story: Story) -> None:
+    put(story, "old")
+    put(story, "new")
+    read(story, "old")
+    assert whats(objects.check(story.history)) == ["o was read as old, which new had replaced"]
+
+
+def test_what_one_reader_saw_a_later_one_must_see(story: Story) -> None:
+    put(story, "old")
+    story.begin("u", "object_put", name="o", sha256="new", size_bytes=1)
+    read(story, "new")
+    read(story, "old")
+    assert whats(objects.check(story.history)) == ["o was read as old, which new had replaced"]
+
+
+def test_an_object_that_is_gone_is_seen(story: Story) -> None:
+    put(story, "old")
+    read(story, None)
+    assert whats(objects.check(story.history)) == ["o was not there, though it had been put"]
+
+
+def test_an_object_may_go_with_lost_data(story: Story) -> None:
+    put(story, "old")
+    story.note("runner", "loses", what="data")
+    read(story, None)
+    assert objects.check(story.history) == []
+
+
+# ---------------------------------------------------------------------- chats
+
+
+def test_chats_that_were_answered_are_right(story: Story) -> None:
+    story.call("c", "chat", {"text": "hello"}, prompt="hi")
+    story.begin("c", "chat", prompt="under way when the run ended")
+    assert chats.check(story.history) == []
+
+
+def test_a_failed_chat_is_seen(story: Story) -> None:
+    story.call("c", "chat", {"error": "NoInstances"}, refused=True, prompt="hi")
+    assert whats(chats.check(story.history)) == ["a chat failed: NoInstances"]
+
+
+def test_a_chat_that_hung_is_seen(story: Story) -> None:
+    story.begin("c", "chat", prompt="hi")
+    story.call("c", "chat", {"text": "hello"}, prompt="hi again")
+    assert whats(chats.check(story.history)) == ["a chat was never answered"]
+
+
+def test_a_chat_of_a_killed_caller_may_hang(story: Story) -> None:
+    story.begin("c", "chat", prompt="hi")
+    story.note("runner", "killed", process="c", how="SIGKILL")
+    story.note("runner", "state", server="a", revision="1-1", records={})
+    assert chats.check(story.history) == []
+
+
+# ---------------------------------------------------------------------- members
+
+
+def deployment(story: Story) -> None:
+    for process, lease in (("w1", "1e"), ("w2", "2e")):
+        story.note(process, "started", role="worker", lease=lease)
+    story.note("c", "members", ids=[])
+    story.note("c", "members", ids=["1e", "2e"])
+    story.note("runner", "killed", process="w2", how="power off")
+
+
+def test_a_table_that_follows_the_living_is_right(story: Story) -> None:
+    deployment(story)
+    story.note("c", "members", ids=["1e"])
+    assert members.check(story.history) == []
+
+
+def test_an_emptied_table_is_seen(story: Story) -> None:
+    deployment(story)
+    story.note("c", "members", ids=[])
+    story.note("c", "members", ids=["1e"])
+    assert whats(members.check(story.history)) == ["the table of c was emptied, while 1 workers lived on"]
+
+
+def test_a_table_that_is_wrong_in_the_end_is_seen(story: Story) -> None:
+    deployment(story)
+    story.note("c", "members", ids=["2e"])
+    assert whats(members.check(story.history)) == ["the table of c lacks live 1e, holds dead 2e"]
+
+
+# ---------------------------------------------------------------------- losses and fates
+
+
+def test_a_loss_lasts_until_its_own_fault_is_healed(story: Story) -> None:
+    story.note("runner", "fault", name="failover")  # at 1
+    story.note("runner", "loses", what="tail")  # 2
+    story.note("runner", "healed", name="freeze")  # 3, another fault's
+    story.note("runner", "healed", name="failover")  # 4
+    story.note("runner", "fault", name="trim")  # 5
+    story.note("runner", "loses", what="log")  # 6, no loss of values
+    story.note("runner", "fault", name="wipe")  # 7
+    story.note("runner", "loses", what="data")  # 8, never healed
+    losses = Losses(story.history)
+    assert losses.windows == [(2.0, 4.0), (8.0, 8.0)]
+    infinity = float("inf")
+    assert losses.stretches() == [(-infinity, 2.0), (4.0, 8.0), (8.0, infinity)]
+    assert losses.between(3.0, 3.5)
+    assert not losses.between(4.5, 7.5)
+
+
+def test_losses_that_overlap_are_one(story: Story) -> None:
+    for name in ("one", "other"):
+        story.note("runner", "fault", name=name)
+        story.note("runner", "loses", what="data")
+    story.note("runner", "healed", name="one")
+    story.note("runner", "healed", name="other")
+    assert Losses(story.history).windows == [(2.0, 6.0)]
+
+
+def test_a_processs_last_fate_counts(story: Story) -> None:
+    for process in ("a", "b", "c"):
+        story.note(process, "started", role="worker", lease=f"{process}e")
+    story.note("runner", "frozen", process="a")
+    story.note("runner", "thawed", process="a")
+    story.note("runner", "frozen", process="b")
+    story.note("runner", "killed", process="c", how="SIGKILL")
+    fates = Fates(story.history)
+    assert [fates.of(process) for process in "abcd"] == ["live", "stopped", "dead", "live"]
+    assert fates.leases["a"] == {"ae"}
+    assert fates.is_present("a")
+    story.note("runner", "alive", process="d")
+    assert not Fates(story.history).is_present("a")
+    assert Fates(story.history).vanished() == ["a"]
