@@ -18,6 +18,7 @@ import psutil
 
 from benchmarks.etcd import etcd_version
 from benchmarks.registry_leases import deaths, idle_leases
+from benchmarks.registry_outage import powered_off, without_redis
 from benchmarks.registry_rejoin import rejoin
 from benchmarks.registry_snapshot import memory, snapshots
 from benchmarks.registry_watch import watching
@@ -61,6 +62,8 @@ GROUPS: tuple[tuple[tuple[str, ...], Measurement], ...] = (
     (("R5",), idle_leases),
     (("R6",), deaths),
     (("R7",), rejoin),
+    (("R8",), powered_off),
+    (("R9",), without_redis),
 )
 """Rows that one measurement yields."""
 
