@@ -8,13 +8,12 @@ from collections.abc import Callable
 from dynamo_redis.config import ModelSettings
 from dynamo_redis.engines.base import Engine, EngineCapacity
 from dynamo_redis.engines.demo_model import DEMO_MODEL_NAME, DEMO_MODEL_PATH
-from dynamo_redis.errors import ModelError, StoreError
+from dynamo_redis.errors import ModelError
 from dynamo_redis.names import EndpointName
 from dynamo_redis.runtime.chat_template import ChatTemplate
 from dynamo_redis.runtime.model_card import RuntimeConfig
 from dynamo_redis.runtime.model_files import ModelDirectory, publish_model, read_model_directory
 from dynamo_redis.runtime.runtime import DistributedRuntime
-from dynamo_redis.store.base import Registration
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +73,7 @@ async def serve_engine(
                     on_ready(f"{model_name} at {name}, instance {runtime.instance_id:x}")
                 await runtime.wait_for_shutdown()
             finally:
-                await _withdraw(card)
+                await runtime.leave(card)
         finally:
             await served.unregister()
     finally:
@@ -87,10 +86,3 @@ def _runtime_config(capacity: EngineCapacity) -> RuntimeConfig:
         max_num_seqs=capacity.max_num_seqs,
         max_num_batched_tokens=capacity.max_num_batched_tokens,
     )
-
-
-async def _withdraw(card: Registration) -> None:
-    try:
-        await card.unregister()
-    except StoreError as exc:
-        log.warning("could not take the model card %s back, its lease will: %s", card.key, exc)

@@ -17,8 +17,9 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict
 
 from dynamo_redis.clock import SYSTEM_CLOCK
-from dynamo_redis.errors import KeyExists, PortUnavailable, StoreError
+from dynamo_redis.errors import KeyExists, PortUnavailable
 from dynamo_redis.names import port_key
+from dynamo_redis.runtime.withdrawal import withdraw
 from dynamo_redis.store.base import LostReason, Registration, Registry
 
 log = logging.getLogger(__name__)
@@ -53,12 +54,8 @@ class PortReservation:
 
     async def release(self) -> None:
         """Give the ports back. Idempotent; what Redis cannot be told ends with the lease."""
-        while self._registrations:
-            registration = self._registrations.pop()
-            try:
-                await registration.unregister()
-            except StoreError as exc:
-                log.warning("could not release %s, the lease will: %s", registration.key, exc)
+        registrations, self._registrations = self._registrations, []
+        await withdraw(registrations)
 
     async def __aenter__(self) -> Self:
         return self

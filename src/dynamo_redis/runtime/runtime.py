@@ -22,7 +22,8 @@ from dynamo_redis.runtime.endpoint import Endpoint, Namespace
 from dynamo_redis.runtime.handlers import AnyHandler
 from dynamo_redis.runtime.instance import Instance
 from dynamo_redis.runtime.serving import ServedEndpoint
-from dynamo_redis.store.base import ObjectStore, Registry
+from dynamo_redis.runtime.withdrawal import withdraw
+from dynamo_redis.store.base import ObjectStore, Registration, Registry
 from dynamo_redis.store.connect import open_store
 
 log = logging.getLogger(__name__)
@@ -137,13 +138,15 @@ class DistributedRuntime:
                 self._signals.append(number)
 
     async def aclose(self) -> None:
-        """Leave the registry, drain, revoke the lease, close. Idempotent; bounded by the drain time."""
+        """Leave the registry, drain, revoke the lease, close. Idempotent.
+
+        Bounded by the drain time, and for a Redis that is silent by `DYN_REDIS_TIMEOUT_S` and a second.
+        """
         if self._closed:
             return
         self._closed = True
         self.shutdown()
-        for served in self._served:
-            await served.leave()
+        await self.leave()
         if self._server is not None:
             # Those without a graceful shutdown are killed first, the others share one drain.
             await asyncio.gather(*(served.unregister() for served in self._served))
@@ -159,6 +162,14 @@ class DistributedRuntime:
         if self._objects is not None:
             await self._objects.aclose()
         self._release_signals()
+
+    async def leave(self, *registrations: Registration) -> None:
+        """Take these keys and then every served endpoint out of the registry; requests are still answered.
+
+        Waits for a silent Redis no longer than `DYN_REDIS_TIMEOUT_S` in all. Never raises for it.
+        """
+        records = [record for served in self._served for record in served.take_registrations()]
+        await withdraw((*registrations, *records))
 
     async def __aenter__(self) -> Self:
         try:

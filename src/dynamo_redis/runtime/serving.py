@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 
-from dynamo_redis.errors import StoreError
 from dynamo_redis.planes.base import RequestPlaneServer
 from dynamo_redis.runtime.handlers import AnyHandler, adapt
 from dynamo_redis.runtime.instance import Instance
+from dynamo_redis.runtime.withdrawal import withdraw
 from dynamo_redis.store.base import LostReason, Registration, Registry
 
 log = logging.getLogger(__name__)
@@ -55,13 +55,12 @@ class ServedEndpoint:
 
     async def leave(self) -> None:
         """Take the record out of the registry; requests are still answered. Idempotent."""
+        await withdraw(self.take_registrations())
+
+    def take_registrations(self) -> list[Registration]:
+        """What this endpoint keeps in the registry, for its caller to withdraw."""
         registration, self._registration = self._registration, None
-        if registration is None:
-            return
-        try:
-            await registration.unregister()
-        except StoreError as exc:
-            log.warning("could not unregister %s, its lease will: %s", self.instance.name, exc)
+        return [] if registration is None else [registration]
 
     async def unregister(self) -> None:
         """Leave the registry, refuse new requests, let those under way finish. Idempotent."""

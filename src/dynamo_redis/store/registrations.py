@@ -142,6 +142,11 @@ class Registrations:
         """Whether the lease was ever granted."""
         return self._held
 
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is known that the registry has still to be told, or asked."""
+        return not self._strays and not self._disturbed.is_set()
+
     def stalled_values(self) -> list[tuple[str, bytes]]:
         """What to write while the event loop hangs. Called from another thread."""
         entries = list(self._entries.values())
@@ -230,14 +235,18 @@ class Registrations:
             return
         del self._entries[entry.key]
         self._strays[entry.key] = time.monotonic()
-        async with self._serial:
-            if entry.key in self._entries:
-                return  # registered again meanwhile: it belongs to the new registration
-            try:
-                await self._write([OwnedDelete(entry.key)], [], grant=False)
-            except LeaseNotFound:
-                logger.debug("%s ended with its lease", entry.key)
-            self._strays.pop(entry.key, None)
+        try:
+            async with self._serial:
+                if entry.key in self._entries:
+                    return  # registered again meanwhile: it belongs to the new registration
+                try:
+                    await self._write([OwnedDelete(entry.key)], [], grant=False)
+                except LeaseNotFound:
+                    logger.debug("%s ended with its lease", entry.key)
+                self._strays.pop(entry.key, None)
+        except BaseException:
+            self.disturb("a key could not be deleted")
+            raise
 
     # ------------------------------------------------------------------ writing
 

@@ -10,6 +10,7 @@ Long-lived parts, all started by `start` (the keepalive by the first `register`)
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 
@@ -18,7 +19,7 @@ from dynamo_redis.errors import StoreError
 from dynamo_redis.names import new_instance_id
 from dynamo_redis.store.base import LeaseId, LostReason, Registration, Revision, Watch
 from dynamo_redis.store.change_log import Change
-from dynamo_redis.store.client import RedisClient
+from dynamo_redis.store.client import CLOSE_TIMEOUT_S, RedisClient
 from dynamo_redis.store.health import Health
 from dynamo_redis.store.key_value import KeyValue
 from dynamo_redis.store.keys import RegistryKeys, check_key, check_prefix
@@ -66,6 +67,7 @@ class RedisRegistry(KeyOperations):
             ttl_s=settings.lease_ttl_s,
             loop_stall_s=settings.loop_stall_s,
             on_disturbance=self._on_disturbance,
+            on_renewed=self._reaper.renewed,
             stalled_values=self._registrations.stalled_values,
         )
         self._started = False
@@ -108,19 +110,22 @@ class RedisRegistry(KeyOperations):
         if self._closed:
             return
         self._closed = True
+        # A server that has not answered the last write is not waited for as long again.
+        limit_s = self._client.timeout_s if self._registrations.settled else CLOSE_TIMEOUT_S
         await self._registrations.aclose()
         if self._started and self._registrations.held:
-            await self._revoke()
+            await self._revoke(limit_s)
         await self._keepalive.aclose()
         await self._reaper.aclose()
         await self._reader.aclose()
         await self._client.aclose()
 
-    async def _revoke(self) -> None:
+    async def _revoke(self, limit_s: float) -> None:
         try:
-            await self._kv.revoke(self._lease)
-        except StoreError as exc:
-            logger.warning("the lease could not be revoked, it ends with its TTL: %s", exc)
+            async with asyncio.timeout(limit_s):
+                await self._kv.revoke(self._lease)
+        except (StoreError, TimeoutError) as exc:
+            logger.warning("the lease could not be revoked, it ends with its TTL: %s", str(exc) or "no answer")
 
     # ------------------------------------------------------------------ kept keys and watches
 

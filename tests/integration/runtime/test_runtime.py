@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -23,6 +24,7 @@ from dynamo_redis.runtime import (
     dynamo_worker,
     serve_unary_endpoint,
 )
+from dynamo_redis.store.server import EmbeddedServer
 
 OpenRuntime = Callable[..., Awaitable[DistributedRuntime]]
 
@@ -322,3 +324,53 @@ async def test_an_expired_worker_finishes_the_answer_it_is_giving(open_runtime: 
     await keepalive.aclose()
     await until(lambda: client.instance_ids() == [])
     assert len(await collect(call)) == 99
+
+
+async def test_a_silent_redis_is_waited_for_once_at_the_stop(
+    open_runtime: OpenRuntime, own_redis_server: EmbeddedServer
+) -> None:
+    worker = await open_runtime(redis_url=own_redis_server.url, command_timeout_s=1)
+    for number in range(5):
+        await worker.endpoint(f"test.silent.n{number}").start_serving(Counter().generate)
+    own_redis_server.send_signal(signal.SIGSTOP)
+    try:
+        began = time.monotonic()
+        await worker.aclose()
+        assert time.monotonic() - began < 3.5
+    finally:
+        own_redis_server.send_signal(signal.SIGCONT)
+
+
+async def test_what_a_silent_redis_was_not_told_it_is_told_when_it_is_back(
+    open_runtime: OpenRuntime, own_redis_server: EmbeddedServer
+) -> None:
+    """A worker that leaves is not chosen again while it drains, though Redis did not hear it at first."""
+    worker, other = [
+        await open_runtime(redis_url=own_redis_server.url, command_timeout_s=0.5) for _ in range(2)
+    ]
+    for number in range(3):
+        await worker.endpoint(f"test.silent.n{number}").start_serving(Counter().generate)
+    own_redis_server.send_signal(signal.SIGSTOP)
+    try:
+        await worker.leave()
+    finally:
+        own_redis_server.send_signal(signal.SIGCONT)
+    async with asyncio.timeout(5):
+        while (await other.registry.get_prefix("v1/instances/test/silent/")).records:
+            await asyncio.sleep(0.02)
+
+
+async def test_a_key_whose_delete_was_cancelled_before_it_was_sent_goes_nevertheless(
+    open_runtime: OpenRuntime,
+) -> None:
+    runtime = await open_runtime()
+    registration = await runtime.registry.register("test/key", b"value")
+    writing = runtime.registry._registrations._serial  # type: ignore[attr-defined]
+    async with writing:
+        leaving = asyncio.create_task(registration.unregister())
+        await asyncio.sleep(0)
+        leaving.cancel()
+        await asyncio.gather(leaving, return_exceptions=True)
+    async with asyncio.timeout(5):
+        while await runtime.registry.get("test/key") is not None:
+            await asyncio.sleep(0.01)
