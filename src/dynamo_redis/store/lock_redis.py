@@ -71,7 +71,7 @@ class RedisLockStorage:
     async def holder(self, keys: LockKeys) -> LockHolder | None:
         """As `LockStorage.holder`."""
         fields, left_ms = await self._client.pipeline(
-            [("HMGET", keys.lock, "owner", "token", "process"), ("PTTL", keys.lock)], transaction=True
+            [("HMGET", keys.lock, "owner", "token", "process"), ("PTTL", keys.lock)]
         )
         return None if fields[0] is None else _holder([*fields, left_ms])
 
