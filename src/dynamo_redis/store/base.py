@@ -168,6 +168,11 @@ class Registry(Protocol):
         ...
 
     @property
+    def lease_ttl_s(self) -> float:
+        """How long the lease outlives a process that dies."""
+        ...
+
+    @property
     def connected(self) -> bool:
         """Whether the last exchange with Redis succeeded."""
         ...

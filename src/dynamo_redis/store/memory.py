@@ -293,6 +293,10 @@ class MemoryRegistry(KeyOperations):
         return self._lease
 
     @property
+    def lease_ttl_s(self) -> float:
+        return self._ttl_s
+
+    @property
     def lease_losses(self) -> int:
         return self._registrations.lease_losses
 

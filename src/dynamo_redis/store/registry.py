@@ -70,6 +70,7 @@ class RedisRegistry(KeyOperations):
             on_renewed=self._reaper.renewed,
             stalled_values=self._registrations.stalled_values,
         )
+        self._ttl_s = settings.lease_ttl_s
         self._started = False
         self._closed = False
 
@@ -84,6 +85,10 @@ class RedisRegistry(KeyOperations):
     @property
     def lease_id(self) -> LeaseId:
         return self._lease
+
+    @property
+    def lease_ttl_s(self) -> float:
+        return self._ttl_s
 
     @property
     def connected(self) -> bool:
