@@ -23,8 +23,8 @@ from dynamo_redis.runtime.handlers import AnyHandler
 from dynamo_redis.runtime.instance import Instance
 from dynamo_redis.runtime.serving import ServedEndpoint
 from dynamo_redis.runtime.withdrawal import withdraw
-from dynamo_redis.store.base import ObjectStore, Registration, Registry
-from dynamo_redis.store.connect import open_store
+from dynamo_redis.store.base import Locks, ObjectStore, Registration, Registry
+from dynamo_redis.store.connect import open_locks, open_store
 
 log = logging.getLogger(__name__)
 
@@ -75,11 +75,12 @@ class DistributedRuntime:
         settings: Settings | None = None,
         registry: Registry | None = None,
         objects: ObjectStore | None = None,
+        locks: Locks | None = None,
     ) -> None:
         """The first four arguments are those of `dynamo.runtime`; the loop is always the running one.
 
-        `registry` and `objects` replace the Redis ones, as the in-memory twins do in tests; they are closed
-        with the runtime. Raises ConfigError for wrong settings.
+        `registry`, `objects` and `locks` replace the Redis ones, as the in-memory twins do in tests; they are
+        closed with the runtime. Raises ConfigError for wrong settings.
         """
         if settings is None:
             settings = Settings.load(request_plane=request_plane)
@@ -90,8 +91,10 @@ class DistributedRuntime:
         self._redis_url = settings.store.require_url() if registry is None else None
         if registry is None:
             registry, objects = open_store(settings.store)
+            locks = open_locks(settings.store)
         self.registry = registry
         self._objects = objects
+        self._locks = locks
         self._plane_client: RequestPlaneClient | None = None
         self._server: RequestPlaneServer | None = None
         self._secret = secrets.token_bytes(32) if settings.plane.auth == "secret" else None
@@ -161,6 +164,8 @@ class DistributedRuntime:
             await self._server.aclose()
         if self._objects is not None:
             await self._objects.aclose()
+        if self._locks is not None:
+            await self._locks.aclose()
         self._release_signals()
 
     async def leave(self, *registrations: Registration) -> None:
@@ -195,6 +200,13 @@ class DistributedRuntime:
         if self._objects is None:
             raise RuntimeError("the runtime was made without an object store")
         return self._objects
+
+    @property
+    def locks(self) -> Locks:
+        """The locks. Raises RuntimeError if a registry was given and no locks with it."""
+        if self._locks is None:
+            raise RuntimeError("the runtime was made without locks")
+        return self._locks
 
     @property
     def instance_id(self) -> InstanceId:
