@@ -6,6 +6,7 @@ can come twice. A reader that sees an entry whose predecessor is not the last on
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -87,9 +88,19 @@ def parse_change(entry_id: bytes, fields: list[bytes]) -> Change:
 
 def parse_record(key: str, packed: bytes) -> Record | None:
     """Read a packed record, as scripts answer it; None for the empty answer "there is none"."""
-    if not packed:
-        return None
-    modified, created, version, lease, value = msgpack.unpackb(packed, raw=True)
-    return Record(
-        key, value, Revision(created.decode()), Revision(modified.decode()), int(version), parse_lease(lease)
-    )
+    return _record(key, *msgpack.unpackb(packed, raw=True)) if packed else None
+
+
+def parse_records(pairs: Sequence[bytes], into: dict[str, Record]) -> None:
+    """Read a page of key, packed record, key, packed record, …"""
+    records = msgpack.Unpacker(raw=True, max_buffer_size=0)
+    records.feed(b"".join(pairs[1::2]))
+    for raw_key, fields in zip(pairs[::2], records, strict=True):
+        key = raw_key.decode()
+        into[key] = _record(key, *fields)
+
+
+def _record(key: str, modified: bytes, created: bytes, version: float, lease: bytes, value: bytes) -> Record:
+    mod_revision = Revision(modified.decode())
+    create_revision = mod_revision if created == modified else Revision(created.decode())
+    return Record(key, value, create_revision, mod_revision, int(version), parse_lease(lease))

@@ -331,16 +331,23 @@ class Subscription:
     async def next_message(self, timeout_s: float) -> tuple[bytes, bytes] | None:
         """The next (channel, payload); None if there is none within `timeout_s`.
 
-        Raises StoreError when the connection is gone: subscribe again, and take it as a gap.
+        A silent connection is asked whether it is still there. Raises StoreError when it is gone: subscribe
+        again, and take it as a gap.
         """
         try:
-            while (reply := await self._connection.read_response(timeout=timeout_s)) is not None:
-                if reply[0] == b"pmessage":
-                    return reply[2], reply[3]
+            reply = await self._next_reply(timeout_s)
+            if reply is None:
+                await self._connection.send_command("PING", check_health=False)
+                reply = await self._next_reply(self._client.timeout_s)
+                if reply is None:
+                    raise TimeoutError
         except FAILURES as exc:
             await self.aclose()
             raise self._client.error(exc) from exc
-        return None
+        return (reply[2], reply[3]) if reply[0] == b"pmessage" else None
+
+    async def _next_reply(self, timeout_s: float) -> Any:
+        return await self._connection.read_response(timeout=timeout_s)
 
     async def aclose(self) -> None:
         """Drop the connection without waiting for the server."""

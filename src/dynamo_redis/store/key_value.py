@@ -17,13 +17,24 @@ import msgpack
 
 from dynamo_redis.errors import LeaseNotFound, SchemaMismatch, StoreError, StoreUnavailable
 from dynamo_redis.store.base import Compare, DeleteOp, LeaseId, PutOp, Record, Revision, Snapshot
-from dynamo_redis.store.change_log import Change, Position, order, parse_change, parse_record
+from dynamo_redis.store.change_log import (
+    Change,
+    Position,
+    order,
+    parse_change,
+    parse_record,
+    parse_records,
+)
 from dynamo_redis.store.client import Argument, Backoff, RedisClient, SyncConnection
 from dynamo_redis.store.keys import SCHEMA_VERSION, RegistryKeys, format_lease
 from dynamo_redis.store.scripts import Script, load_script
 
 PAGE_KEYS_COUNT: Final = 1000
+PAGE_BYTES: Final = 1 << 20
+"""A page of a snapshot ends at whichever comes first: no script runs long, and no answer is large."""
+READ_KEYS_COUNT: Final = 500
 PAGE_ENTRIES_COUNT: Final = 500
+_PRELUDES: Final = ("registry_clock", "registry_prelude")
 SNAPSHOT_ATTEMPTS_COUNT: Final = 5
 
 
@@ -41,6 +52,10 @@ class OtherIncarnation(StoreError):
 
 class HistoryLost(StoreError):
     """The log does not connect to the position it was read from."""
+
+
+class OutcomeUnknown(StoreUnavailable):
+    """A repeated write was not made, and whether the first attempt was can no longer be told."""
 
 
 class CompareFailed(StoreError):
@@ -73,30 +88,49 @@ Operation = PutOp | DeleteOp | OwnedPut | OwnedDelete
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What a write did. `revision` is that of its last change, or the registry's if it changed nothing."""
+    """What a write did. `revision` is that of its last change, or the registry's if it changed nothing.
+
+    `granted` is None if the write was repeated, and the first attempt may have granted the lease.
+    """
 
     revision: Revision
-    granted: bool
+    granted: bool | None
     change_count: int
 
 
 @dataclass(frozen=True, slots=True)
 class Owned:
-    """A lease and some keys, at one moment. `last_write`: its owner's, `"revision operation"` or ""."""
+    """A lease and some keys, at one moment.
+
+    `last_write` is its owner's, `"revision operation"` or "". `keys` are the names of all its keys.
+    """
 
     position: Position
     alive: bool
     last_write: str
+    keys: frozenset[str]
     records: dict[str, Record]
 
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """What a tick found: how many leases live, and how many ended ones are left to reap."""
+    """What a tick found: leases that live, ended ones that are left, and how long nobody had ticked."""
 
-    position: Position
     lease_count: int
     overdue_count: int
+    idle_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Renewal:
+    """A lease was renewed. `last_write`: its owner's, `"revision operation"` or "".
+
+    `lease_count` has ended leases in it that nobody has reaped. `idle_s`: how long nobody had ticked.
+    """
+
+    last_write: str
+    lease_count: int
+    idle_s: float
 
 
 def new_operation() -> str:
@@ -107,22 +141,21 @@ def new_operation() -> str:
 def encode_write(
     incarnation: str,
     operation: str,
-    repeated: bool,
+    repeats_after: str,
     lease: LeaseId | None,
     ttl_s: float,
     compares: Sequence[Compare],
     operations: Sequence[Operation],
 ) -> tuple[Argument, ...]:
-    """ARGV of `registry_write`."""
+    """ARGV of `registry_write`. `repeats_after`: "", or, if it repeats a call, a log entry from before that."""
     request = (
         [(compare.key, compare.mod_revision or "") for compare in compares],
         [_encode(op) for op in operations],
     )
-    flag = "1" if repeated else "0"
     return (
         incarnation,
         operation,
-        flag,
+        repeats_after,
         format_lease(lease),
         round(ttl_s * 1000),
         msgpack.packb(request, use_bin_type=False),
@@ -154,6 +187,8 @@ def checked(answer: list[Any]) -> list[Any]:
             raise SchemaMismatch(found.decode(), SCHEMA_VERSION)
         case [b"no-lease"]:
             raise LeaseNotFound("the lease has ended")
+        case [b"unknown"]:
+            raise OutcomeUnknown("too much was written since to tell whether the write took effect")
         case _:
             raise StoreError(f"a registry script answered {answer!r:.200}")
 
@@ -164,7 +199,7 @@ def parse_written(keys: Sequence[str], answer: list[Any]) -> Written:
         index = int(answer[1])
         raise CompareFailed(index, parse_record(keys[index], answer[2]))
     revision, granted, changes = checked(answer)
-    return Written(Revision(revision.decode()), bool(granted), int(changes))
+    return Written(Revision(revision.decode()), {0: False, 1: True}.get(granted), int(changes))
 
 
 def _position(fields: Sequence[bytes]) -> Position:
@@ -175,17 +210,18 @@ def _position(fields: Sequence[bytes]) -> Position:
 class KeyValue:
     """One registry, through one client."""
 
-    WRITE: Final = load_script("registry_write", "registry_prelude")
-    KEEPALIVE: Final = load_script("registry_keepalive", "registry_prelude")
-    _INIT: Final = load_script("registry_init", "registry_prelude")
-    _READ: Final = load_script("registry_read", "registry_prelude")
-    _SNAPSHOT: Final = load_script("registry_snapshot", "registry_prelude")
-    _TICK: Final = load_script("registry_tick", "registry_prelude")
-    _REVOKE: Final = load_script("registry_revoke", "registry_prelude")
+    WRITE: Final = load_script("registry_write", *_PRELUDES)
+    KEEPALIVE: Final = load_script("registry_keepalive", "registry_clock")
+    _INIT: Final = load_script("registry_init", *_PRELUDES)
+    _READ: Final = load_script("registry_read", *_PRELUDES)
+    _SNAPSHOT: Final = load_script("registry_snapshot", *_PRELUDES)
+    _TICK: Final = load_script("registry_tick", *_PRELUDES)
+    _REVOKE: Final = load_script("registry_revoke", *_PRELUDES)
 
     def __init__(self, client: RedisClient, keys: RegistryKeys) -> None:
         self.client = client
         self.keys = keys
+        self._seen = ""  # a recent log entry, as "revision operation"
 
     @property
     def timeout_s(self) -> float:
@@ -193,73 +229,106 @@ class KeyValue:
         return self.client.timeout_s
 
     async def _run(self, script: Script, *args: Argument, lease: LeaseId | None = None) -> list[Any]:
-        """Run a script; a registry that is not there is made first, of which the script then takes note."""
+        """Run a script. A registry that is not there is made first; what answers `again` is run again."""
         keys = self.keys.structures if lease is None else (*self.keys.structures, self.keys.lease(lease))
-        answer: list[Any] = await self.client.script(script, keys, args)
-        if answer == [b"wiped"] and script is not self._INIT:
-            await self.initialize()
-            answer = await self.client.script(script, keys, args)
-        return answer
+        made = False
+        while True:
+            answer: list[Any] = await self.client.script(script, keys, args)
+            if answer == [b"wiped"] and not made:
+                await self.initialize()
+                made = True
+            elif answer != [b"again"]:
+                return answer
+
+    def saw(self, position: Position) -> Position:
+        """Remember a log entry that somebody has read: what is written from now on comes behind it."""
+        self._seen = f"{position.revision} {position.operation}"
+        return position
 
     # ------------------------------------------------------------------ the registry itself
 
     async def initialize(self) -> Position:
         """Make the registry if it is missing or damaged; answer where it stands. Raises SchemaMismatch."""
-        answer = await self._run(self._INIT, "", new_operation(), new_operation(), SCHEMA_VERSION)
-        return _position(checked(answer))
+        args = ("", new_operation(), new_operation(), SCHEMA_VERSION)
+        answer = await self.client.script(self._INIT, self.keys.structures, args)
+        return self.saw(_position(checked(answer)))
 
     async def position(self) -> Position | None:
         """Where the registry stands, by one plain command; None if it is not there."""
         fields = await self.client.execute("HMGET", self.keys.meta, "inc", "rev", "op")
-        return _position(fields) if all(field is not None for field in fields) else None
+        return self.saw(_position(fields)) if all(field is not None for field in fields) else None
 
     async def tick(self) -> Tick:
         """Reap a bounded number of ended leases."""
-        *position, leases, overdue = checked(await self._run(self._TICK, "", new_operation()))
-        return Tick(_position(position), int(leases), int(overdue))
+        *position, leases, overdue, idle_ms = checked(await self._run(self._TICK, "", new_operation()))
+        self.saw(_position(position))
+        return Tick(leases, overdue, idle_ms / 1000)
 
     # ------------------------------------------------------------------ read
 
     async def read(self, keys: Sequence[str], lease: LeaseId | None = None) -> Owned:
-        """Keys, and the state of a lease."""
-        answer = checked(await self._run(self._READ, "", new_operation(), format_lease(lease), *keys))
-        records = (parse_record(key, packed) for key, packed in zip(keys, answer[5:], strict=True))
-        found = {record.key: record for record in records if record is not None}
-        return Owned(_position(answer[:3]), bool(answer[3]), answer[4].decode(), found)
+        """Keys, and the state of a lease.
+
+        One moment, unless there are more than `READ_KEYS_COUNT` keys, or names of the lease: then several,
+        of one registry, and `alive` and `position` are the last one's. Raises OtherIncarnation.
+        """
+        records: dict[str, Record] = {}
+        names: set[str] = set()
+        incarnation, after, start = "", b"", 0
+        while True:
+            page = keys[start : start + READ_KEYS_COUNT]
+            bounds = (format_lease(lease), after, READ_KEYS_COUNT)
+            answer = checked(await self._run(self._READ, incarnation, new_operation(), *bounds, *page))
+            position = self.saw(_position(answer[:3]))
+            alive, last_write, listed = bool(answer[3]), answer[4].decode(), answer[5]
+            names.update(name.decode() for name in listed)
+            for key, packed in zip(page, answer[6:], strict=True):
+                record = parse_record(key, packed)
+                if record is not None:
+                    records[key] = record
+            start += READ_KEYS_COUNT
+            if start >= len(keys) and len(listed) < READ_KEYS_COUNT:
+                return Owned(position, alive, last_write, frozenset(names), records)
+            incarnation, after = position.incarnation, listed[-1] if listed else after
 
     async def snapshot(self, prefix: str) -> tuple[Snapshot, Position]:
         """All records under a prefix as of one moment, and that moment's position.
 
-        Takes several calls if there are more than `PAGE_KEYS_COUNT`: the log from the first page's revision
-        to the last page's is replayed over what was read, each entry only if it is newer than the record's
-        own `mod_revision`. Starts over if the log was trimmed meanwhile. Raises HistoryLost.
+        Takes several calls if there are more than a page holds: the log from the first page's revision to
+        the last page's is replayed over what was read, each entry only if it is newer than the record's own
+        `mod_revision`. Starts over if history was lost meanwhile. Raises HistoryLost.
         """
         for _ in range(SNAPSHOT_ATTEMPTS_COUNT):
-            records, first, last = await self._pages(prefix)
             try:
-                if first != last:
-                    replay(records, prefix, await self.changes(first.revision, first.operation, last))
-            except HistoryLost:
+                records, first, last = await self._pages(prefix)
+                if first == last:
+                    return Snapshot(tuple(records.values()), last.revision), last
+                replay(records, prefix, await self.changes(first.revision, first.operation, last))
+            except (HistoryLost, OtherIncarnation):
                 continue
             return Snapshot(tuple(records[key] for key in sorted(records)), last.revision), last
-        raise HistoryLost(f"the log was trimmed {SNAPSHOT_ATTEMPTS_COUNT} times during a snapshot")
+        raise HistoryLost(f"history was lost {SNAPSHOT_ATTEMPTS_COUNT} times during a snapshot")
 
     async def _pages(self, prefix: str) -> tuple[dict[str, Record], Position, Position]:
+        """The records by key, in order, and the positions of the first and the last page."""
         records: dict[str, Record] = {}
-        first: Position | None = None
-        incarnation, after = "", b""
-        while True:
-            args = (incarnation, new_operation(), prefix, after, PAGE_KEYS_COUNT)
-            answer = checked(await self._run(self._SNAPSHOT, *args))
-            position, after = _position(answer[:3]), answer[3]
-            first = first or position
-            incarnation = position.incarnation
-            for raw_key, packed in zip(answer[4::2], answer[5::2], strict=True):
-                record = parse_record(raw_key.decode(), packed or b"")
-                if record is not None:
-                    records[record.key] = record
-            if not after:
-                return records, first, position
+        answer = await self._page("", prefix, b"")
+        first = _position(answer[:3])
+        while answer[3]:
+            # The next page is under way while this one is parsed.
+            following = asyncio.ensure_future(self._page(first.incarnation, prefix, answer[3]))
+            try:
+                await asyncio.sleep(0)
+                parse_records(answer[4:], records)
+                answer = await following
+            finally:
+                following.cancel()
+        parse_records(answer[4:], records)
+        return records, first, self.saw(_position(answer[:3]))
+
+    async def _page(self, incarnation: str, prefix: str, after: bytes) -> list[Any]:
+        args = (incarnation, new_operation(), prefix, after, PAGE_KEYS_COUNT, PAGE_BYTES)
+        return checked(await self._run(self._SNAPSHOT, *args))
 
     async def changes(self, after: Revision, operation: str | None, until: Position) -> list[Change]:
         """The log's entries behind a revision (of that operation, if given), up to and with a position.
@@ -303,17 +372,21 @@ class KeyValue:
         keys = [compare.key for compare in compares]
         loop = asyncio.get_running_loop()
         deadline, backoff = loop.time() + self.client.timeout_s, Backoff()
-        repeated = False
+        seen, repeats_after = self._seen or "none", ""
         while True:
-            args = encode_write(incarnation, operation, repeated, lease, ttl_s, compares, operations)
+            args = encode_write(incarnation, operation, repeats_after, lease, ttl_s, compares, operations)
             try:
-                return parse_written(keys, await self._run(self.WRITE, *args, lease=lease))
-            except StoreUnavailable:
+                written = parse_written(keys, await self._run(self.WRITE, *args, lease=lease))
+            except StoreUnavailable as exc:
                 wait_s = backoff.next_s()
-                if loop.time() + wait_s >= deadline:
+                if isinstance(exc, OutcomeUnknown) or loop.time() + wait_s >= deadline:
                     raise
-                repeated = True
+                repeats_after = seen
                 await asyncio.sleep(wait_s)
+            else:
+                if written.change_count:
+                    self._seen = f"{written.revision} {operation}"
+                return written
 
     async def revoke(self, lease: LeaseId) -> None:
         """End a lease and delete its keys; no effect if it has ended."""
@@ -322,15 +395,15 @@ class KeyValue:
 
 def keep_alive(
     connection: SyncConnection, keys: RegistryKeys, incarnation: str, lease: LeaseId, ttl_s: float
-) -> str:
-    """Renew a lease, from a thread; answers its owner's last write. Raises as `checked` does, StoreError."""
+) -> Renewal:
+    """Renew a lease, from a thread. Raises as `checked` does, StoreError."""
     answer = connection.script(
         KeyValue.KEEPALIVE,
-        (*keys.structures, keys.lease(lease)),
-        (incarnation, new_operation(), format_lease(lease), round(ttl_s * 1000)),
+        (keys.meta, keys.structure("leases"), keys.structure("lr"), keys.lease(lease)),
+        (incarnation, format_lease(lease), round(ttl_s * 1000)),
     )
-    last_write: bytes = checked(answer)[0]
-    return last_write.decode()
+    last_write, lease_count, idle_ms = checked(answer)
+    return Renewal(last_write.decode(), lease_count, idle_ms / 1000)
 
 
 # ---------------------------------------------------------------------- the log

@@ -13,8 +13,9 @@ import asyncio
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Final, TypeVar
 
 from dynamo_redis.errors import LeaseNotFound, StoreError
 from dynamo_redis.store.base import LeaseId, Revision
@@ -24,6 +25,7 @@ from dynamo_redis.store.key_value import (
     KeyValue,
     OtherIncarnation,
     OwnedPut,
+    Renewal,
     Wiped,
     encode_write,
     keep_alive,
@@ -33,24 +35,27 @@ from dynamo_redis.store.key_value import (
 from dynamo_redis.store.keys import RegistryKeys
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 STALL_TTLS: Final = 2.0
 CLOSE_TIMEOUT_S: Final = 1.0
+DOUBTFUL_COUNT: Final = 1000
 
 
 class WriterChain:
     """What the registry should say was this lease's last write by its owner. Shared by two threads.
 
     The registry keeps `"revision operation"` for each lease. If it names another write than the last one
-    acknowledged here, an acknowledged write was lost in a failover, unless it names one whose outcome is
-    unknown here: then that one arrived.
+    acknowledged here, an acknowledged write was lost in a failover, unless it names one that is under way, or
+    whose outcome is unknown here: then that one arrived. Of the latter only the last `DOUBTFUL_COUNT` are
+    remembered; one that is forgotten costs a needless repair.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._last = ""
         self._in_flight: set[str] = set()
-        self._doubtful: set[str] = set()
+        self._doubtful: deque[str] = deque(maxlen=DOUBTFUL_COUNT)
         self._changes = 0
 
     def begin(self, operation: str) -> None:
@@ -71,7 +76,7 @@ class WriterChain:
         """Its outcome is unknown."""
         with self._lock:
             self._in_flight.discard(operation)
-            self._doubtful.add(operation)
+            self._doubtful.append(operation)
 
     def settle(self, last_write: str) -> None:
         """Take the registry's word, after everything of this lease was compared with it."""
@@ -83,7 +88,8 @@ class WriterChain:
     def agrees(self, last_write: str) -> bool:
         """Whether the registry's word fits what was written here."""
         with self._lock:
-            return last_write == self._last or last_write.partition(" ")[2] in self._doubtful
+            operation = last_write.partition(" ")[2]
+            return last_write == self._last or operation in self._in_flight or operation in self._doubtful
 
     def observe(self) -> int | None:
         """A mark to compare with after an exchange; None while a write is in flight."""
@@ -99,7 +105,7 @@ class Keepalive:
     """Renews one lease from a thread, from the first `granted` to `aclose`.
 
     `on_disturbance` is called on the event loop, with a reason, when the registered keys must be compared
-    with the registry. `stalled_values` is called from the thread.
+    with the registry, and `on_renewed` after each renewal. `stalled_values` is called from the thread.
     """
 
     def __init__(
@@ -112,6 +118,7 @@ class Keepalive:
         ttl_s: float,
         loop_stall_s: float,
         on_disturbance: Callable[[str], None],
+        on_renewed: Callable[[Renewal], None],
         stalled_values: Callable[[], Sequence[tuple[str, bytes]]],
     ) -> None:
         self._client = client
@@ -122,7 +129,10 @@ class Keepalive:
         # Below a TTL a hang is nothing to give up for; 0 means never.
         self._loop_stall_s = max(loop_stall_s, ttl_s) if loop_stall_s else float("inf")
         self._on_disturbance = on_disturbance
+        self._on_renewed = on_renewed
         self._stalled_values = stalled_values
+        self._lock = threading.Lock()  # over the next four, which both threads write
+        self._grant_count = 0
         self._incarnation = ""
         self._deadline = 0.0
         self._renew_at = float("inf")
@@ -140,9 +150,11 @@ class Keepalive:
 
     def granted(self, incarnation: str, sent_at: float) -> None:
         """The lease was granted by a call sent at `sent_at` (monotonic): keep it from now on."""
-        self._incarnation = incarnation
-        self._deadline = sent_at + self._ttl_s
-        self._renew_at = self._half_way()
+        with self._lock:
+            self._grant_count += 1
+            self._incarnation = incarnation
+            self._deadline = sent_at + self._ttl_s
+            self._renew_at = self._half_way()
         if self._thread is None:
             self._loop = asyncio.get_running_loop()
             self._beat()
@@ -188,28 +200,45 @@ class Keepalive:
     def _step(self, connection: SyncConnection) -> None:
         stalled_s = time.monotonic() - self._beat_at
         try:
-            self._watch_loop(connection, stalled_s)
             if stalled_s < self._loop_stall_s and time.monotonic() >= self._renew_at:
                 self._renew(connection)
         except StoreError as exc:
             logger.debug("keepalive: %s", exc)
-            remaining_s = self._deadline - time.monotonic()
-            wait_s = self._backoff.next_s()
-            self._renew_at = time.monotonic() + (min(wait_s, remaining_s / 2) if remaining_s > 0 else wait_s)
+            self._try_again_soon()
+        except Exception:
+            logger.exception("the lease could not be renewed, trying again")
+            self._try_again_soon()
+        try:
+            self._watch_loop(connection, stalled_s)
+        except StoreError as exc:
+            logger.debug("marking this process as not ready: %s", exc)
+
+    def _try_again_soon(self) -> None:
+        remaining_s = self._deadline - time.monotonic()
+        wait_s = self._backoff.next_s()
+        self._renew_at = time.monotonic() + (min(wait_s, remaining_s / 2) if remaining_s > 0 else wait_s)
 
     def _renew(self, connection: SyncConnection) -> None:
+        with self._lock:
+            grant, incarnation = self._grant_count, self._incarnation
         mark, sent_at = self._chain.observe(), time.monotonic()
         try:
-            last_write = keep_alive(connection, self._keys, self._incarnation, self._lease, self._ttl_s)
+            renewal = keep_alive(connection, self._keys, incarnation, self._lease, self._ttl_s)
         except (LeaseNotFound, Wiped, OtherIncarnation) as exc:
-            # Only the event loop grants it again, together with the keys; `granted` then resumes this.
-            self._renew_at = float("inf")
+            with self._lock:
+                if grant != self._grant_count:
+                    return  # granted meanwhile: this was about the lease before
+                # Only the event loop grants it again, together with the keys; `granted` then resumes this.
+                self._renew_at = float("inf")
             self._disturb(str(exc))
             return
         self._backoff.reset()
-        self._deadline = sent_at + self._ttl_s
-        self._renew_at = self._half_way()
-        if self._chain.diverged(mark, last_write):
+        with self._lock:
+            if grant == self._grant_count:
+                self._deadline = sent_at + self._ttl_s
+                self._renew_at = self._half_way()
+        self._tell(self._on_renewed, renewal)
+        if self._chain.diverged(mark, renewal.last_write):
             self._disturb("the registry lost a write")
 
     def _watch_loop(self, connection: SyncConnection, stalled_s: float) -> None:
@@ -238,7 +267,7 @@ class Keepalive:
             answer = connection.script(
                 KeyValue.WRITE,
                 (*self._keys.structures, self._keys.lease(self._lease)),
-                encode_write(self._incarnation, operation, False, self._lease, 0.0, (), puts),
+                encode_write(self._incarnation, operation, "", self._lease, 0.0, (), puts),
             )
             written = parse_written((), answer)
         except (LeaseNotFound, Wiped, OtherIncarnation):
@@ -250,8 +279,12 @@ class Keepalive:
             self._chain.acknowledged(operation, written.revision if written.change_count else None)
 
     def _disturb(self, reason: str) -> None:
+        self._tell(self._on_disturbance, reason)
+
+    def _tell(self, call: Callable[[T], None], argument: T) -> None:
+        """Call this on the event loop."""
         assert self._loop is not None
         try:
-            self._loop.call_soon_threadsafe(self._on_disturbance, reason)
+            self._loop.call_soon_threadsafe(call, argument)
         except RuntimeError:
             logger.debug("the event loop has closed")

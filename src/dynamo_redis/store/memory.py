@@ -132,7 +132,8 @@ class MemoryServer:
         self.reap()
         found = {key: self.records[key] for key in keys if key in self.records}
         last_write = "" if lease is None else self._last_writes.get(lease, "")
-        return Owned(self.position, lease in self._deadlines, last_write, found)
+        names = frozenset(key for key, record in self.records.items() if lease and record.lease == lease)
+        return Owned(self.position, lease in self._deadlines, last_write, names, found)
 
     def snapshot(self, prefix: str) -> Snapshot:
         """All records under a prefix."""

@@ -1,8 +1,12 @@
 """What makes ended leases go: ticks, and the hint that a lease's key has expired.
 
-A tick is one script call, which reaps a bounded number of leases. Ticks come every `TICK_S` while there are
-few processes, and less often the more there are, so that all of them together make about 16 a second. Expiry
-notifications only make it faster: they may be late, lost or switched off.
+A tick is one script call, which reaps a bounded number of leases. All processes together tick some 16 times a
+second: each every `TICK_S` while there are few, and less often the more leases there are. How many there are
+is only known from the last look, and thousands may have died since, so whoever finds that nobody has ticked
+for `TICK_S / 2` ticks every `TICK_S` himself. Renewals of the own lease look, too.
+
+Expiry notifications make it faster where there are few processes; they may be late, lost or switched off.
+Where there are many, ticks come as fast, and each notification would go to every process: nobody listens.
 """
 
 from __future__ import annotations
@@ -18,16 +22,50 @@ from dynamo_redis.errors import StoreError, StoreRefused
 from dynamo_redis.store.base import LeaseId
 from dynamo_redis.store.change_log import Change
 from dynamo_redis.store.client import Backoff, Subscription
-from dynamo_redis.store.key_value import KeyValue
+from dynamo_redis.store.key_value import KeyValue, Renewal, Tick
 from dynamo_redis.store.keys import parse_lease
 
 logger = logging.getLogger(__name__)
 
 TICK_S: Final = 0.5
+SHARED_BY_COUNT: Final = 8
+"""From so many leases on, ticks become rarer in each process."""
+LEASELESS_TICK_S: Final = 5.0
+"""Longest pause of a process without a lease, which has no renewals to look at."""
+LISTENERS_COUNT: Final = 16
+"""Up to so many leases, processes listen to notifications; from twice as many on they stop."""
 HINT_WAIT_S: Final = 0.05
 POLL_S: Final = 2.0
 REMEMBERED_LEASES_COUNT: Final = 1024
+FLAGS: Final = "Kxe"
 ENDINGS: Final = (b"expired", b"del", b"evicted")
+
+
+class Pace:
+    """How long to wait between two ticks, from what was last seen of the registry. Pure."""
+
+    def __init__(self) -> None:
+        self.lease_count = 1
+        self._is_alone = True
+        self._has_lease = False
+
+    def ticked(self, tick: Tick) -> None:
+        """A tick of this process found this."""
+        self.lease_count = tick.lease_count
+        self._is_alone = tick.idle_s >= TICK_S / 2
+
+    def renewed(self, renewal: Renewal) -> bool:
+        """A renewal of this process's lease found this. Answers whether a tick is overdue."""
+        self.lease_count, self._has_lease = renewal.lease_count, True
+        return renewal.idle_s >= TICK_S / 2
+
+    @property
+    def interval_s(self) -> float:
+        """The pause to make now, before jitter."""
+        if self._is_alone:
+            return TICK_S
+        shared_s = TICK_S * max(1.0, self.lease_count / SHARED_BY_COUNT)
+        return shared_s if self._has_lease else min(shared_s, LEASELESS_TICK_S)
 
 
 class Reaper:
@@ -36,8 +74,9 @@ class Reaper:
     def __init__(self, kv: KeyValue, on_tick: Callable[[int], None]) -> None:
         self._kv = kv
         self._on_tick = on_tick
-        self._process_count = 1
+        self._pace = Pace()
         self._ended: deque[LeaseId | None] = deque(maxlen=REMEMBERED_LEASES_COUNT)
+        self._overdue = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
@@ -57,12 +96,23 @@ class Reaper:
         """Remember which leases the log has shown to end: a hint about them is old news."""
         self._ended.extend({change.lease for change in changes if change.kind in ("x", "r")})
 
+    def renewed(self, renewal: Renewal) -> None:
+        """See in a renewal of the own lease whether anybody ticks."""
+        if self._pace.renewed(renewal):
+            self._overdue.set()
+        self._on_tick(renewal.lease_count)
+
     # ------------------------------------------------------------------ ticks
 
     async def _tick_on(self) -> None:
         while True:
-            interval_s = TICK_S * max(1.0, self._process_count / 8)
-            await asyncio.sleep(interval_s * random.uniform(0.75, 1.25))  # noqa: S311 - jitter
+            pause_s = self._pace.interval_s * random.uniform(0.75, 1.25)  # noqa: S311 - jitter
+            try:
+                async with asyncio.timeout(pause_s):
+                    await self._overdue.wait()
+            except TimeoutError:
+                pass
+            self._overdue.clear()
             try:
                 await self._tick()
             except StoreError as exc:
@@ -70,25 +120,28 @@ class Reaper:
 
     async def _tick(self) -> None:
         """Reap until nothing is overdue."""
-        while True:
+        tick = await self._kv.tick()
+        self._pace.ticked(tick)
+        while tick.overdue_count:
             tick = await self._kv.tick()
-            self._process_count = tick.lease_count
-            self._on_tick(tick.lease_count)
-            if not tick.overdue_count:
-                return
+        self._pace.lease_count = tick.lease_count
+        self._on_tick(tick.lease_count)
 
     # ------------------------------------------------------------------ hints
 
     async def _listen_on(self) -> None:
         backoff = Backoff()
         while True:
+            if self._pace.lease_count > LISTENERS_COUNT:
+                await asyncio.sleep(POLL_S)
+                continue
             subscription: Subscription | None = None
             try:
                 await self._allow_notifications()
                 subscription = await self._kv.client.subscribe(self._kv.keys.lease_channel)
                 backoff.reset()
                 await self._tick()  # whatever ended while nobody listened
-                while True:
+                while self._pace.lease_count <= 2 * LISTENERS_COUNT:
                     await self._await_hint(subscription)
             except StoreError as exc:
                 logger.debug("hints: %s", exc)
@@ -113,7 +166,7 @@ class Reaper:
         try:
             reply = await client.execute("CONFIG", "GET", "notify-keyspace-events")
             flags = reply[1].decode() if reply else ""
-            wanted = "K" if "A" in flags else "Kgxe"
+            wanted = "K" if "A" in flags else FLAGS
             missing = "".join(flag for flag in wanted if flag not in flags)
             if missing:
                 await client.execute("CONFIG", "SET", "notify-keyspace-events", flags + missing)

@@ -118,19 +118,20 @@ class RedisRegistry(KeyOperations):
         # A server that has not answered the last write is not waited for as long again.
         limit_s = self._client.timeout_s if self._registrations.settled else CLOSE_TIMEOUT_S
         await self._registrations.aclose()
+        parts = [self._keepalive.aclose(), self._reaper.aclose(), self._reader.aclose()]
         if self._started and self._registrations.held:
-            await self._revoke(limit_s)
-        await self._keepalive.aclose()
-        await self._reaper.aclose()
-        await self._reader.aclose()
+            parts.append(self._revoke(limit_s))
+        await asyncio.gather(*parts)
         await self._client.aclose()
 
     async def _revoke(self, limit_s: float) -> None:
         try:
             async with asyncio.timeout(limit_s):
                 await self._kv.revoke(self._lease)
-        except (StoreError, TimeoutError) as exc:
-            logger.warning("the lease could not be revoked, it ends with its TTL: %s", str(exc) or "no answer")
+        except TimeoutError:
+            logger.warning("the lease could not be revoked within %g s, it ends with its TTL", limit_s)
+        except StoreError as exc:
+            logger.warning("the lease could not be revoked, it ends with its TTL: %s", exc)
 
     # ------------------------------------------------------------------ kept keys and watches
 

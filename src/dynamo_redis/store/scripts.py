@@ -1,7 +1,7 @@
 """Lua scripts, kept as files beside this module and sent by their hash.
 
 A script is one file under `scripts/`, headed by its KEYS, ARGV, answer and what is atomic. Definitions that
-several scripts share stand in a prelude file, which is put in front of each. `RedisClient.script` runs
+several scripts share stand in prelude files, which are put in front of each. `RedisClient.script` runs
 them: EVALSHA, and EVAL only when the server does not know the hash.
 """
 
@@ -28,13 +28,13 @@ class Script:
 
 
 @cache
-def load_script(name: str, prelude: str | None = None) -> Script:
-    """The script of `scripts/<name>.lua`, behind `scripts/<prelude>.lua` if one is named.
+def load_script(name: str, *preludes: str) -> Script:
+    """The script of `scripts/<name>.lua`, behind those of the preludes named, in order.
 
     Comments are left out of what is sent: servers keep every script they have seen in memory.
     """
     folder = resources.files(__package__) / "scripts"
-    parts = [folder / f"{part}.lua" for part in (prelude, name) if part]
+    parts = [folder / f"{part}.lua" for part in (*preludes, name)]
     return Script.of(name, "\n".join(_without_comments(part.read_text("utf-8")) for part in parts))
 
 

@@ -69,8 +69,10 @@ async def test_a_lease_that_has_ended_is_not_revived(kv: KeyValue) -> None:
     await kv.write([OwnedPut("k", b"")], lease=ME, ttl_s=10)
     connection = kv.client.sync(3.0)
     try:
-        last_write = await asyncio.to_thread(keep_alive, connection, kv.keys, position.incarnation, ME, 10.0)
-        assert last_write == " ".join(((await kv.position()).revision, (await kv.position()).operation))  # type: ignore[union-attr]
+        renewal = await asyncio.to_thread(keep_alive, connection, kv.keys, position.incarnation, ME, 10.0)
+        assert renewal.last_write == " ".join(
+            ((await kv.position()).revision, (await kv.position()).operation)
+        )  # type: ignore[union-attr]
         await _pass_time(kv, 11)
         with pytest.raises(LeaseNotFound):
             await asyncio.to_thread(keep_alive, connection, kv.keys, position.incarnation, ME, 10.0)

@@ -27,7 +27,7 @@ def fields_of(page: str, key: str) -> list[str]:
 
 
 def prelude() -> str:
-    return load_script("registry_prelude").source
+    return load_script("registry_prelude", "registry_clock").source
 
 
 def test_every_registry_key_is_described_and_no_other(page: str) -> None:

@@ -9,8 +9,9 @@ local refused = open(true)
 if refused and refused[1] ~= 'wiped' then return refused end
 if refused then
   redis.call('UNLINK', META, KV, IDX, LEASES, LK, LR, LOG)
+  local _, _, now = read_clock(0, 0)
   INC, REV, LAST_OP = ARGV[3], '0-0', ''
-  redis.call('HSET', META, 'schema', ARGV[4], 'inc', INC, 'clock', 0, 'seen', tell_time(0, 0))
+  redis.call('HSET', META, 'schema', ARGV[4], 'inc', INC, 'clock', 0, 'seen', now)
   redis.call('HSET', KV, '', INC)
   redis.call('HSET', LR, '', INC)
   redis.call('ZADD', IDX, 0, '\0' .. INC)

@@ -1,4 +1,4 @@
--- What every registry script begins with.
+-- What every registry script but registry_keepalive begins with, after registry_clock.
 --
 -- KEYS  1 meta  2 kv  3 idx  4 leases  5 lk  6 lr  7 log   (8: a lease's TTL key, where a script says so)
 -- ARGV  1 the incarnation the caller knows, '' for any   2 operation id of this call
@@ -15,17 +15,16 @@
 local META, KV, IDX, LEASES, LK, LR, LOG = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]
 local KNOWN, OPERATION = ARGV[1], ARGV[2]
 local MAJOR = '1'
-local REAP_LEASES, REAP_KEYS = 64, 256
+local REAP_LEASES = 64
+local REAP_KEYS = 256
 local LOG_FLOOR = 10000
-local MAX_STEP_MS = 1000
-local KEEP_CLOCK_MS = 10
 local REVOKED = -1
 
--- The registry's head, filled by `open`: incarnation, last log id, its operation, service clock in ms, and
--- how long before this script the last one ran that was not just behind another.
+-- The registry's head, filled by `open`: incarnation, last log id, its operation, service clock in ms, and for
+-- how many ms it had not been kept.
 local INC, REV, LAST_OP, CLOCK, IDLE_MS
 
--- Whether there are ended leases left. If not, every lease in LEASES lives, and so does that of every key.
+-- Whether ended leases may be left. If not, every lease in LEASES lives, and so does that of every key.
 local OVERDUE = false
 
 -- Whether META has to be told of new log entries, and how many entries the log keeps.
@@ -98,24 +97,13 @@ local function count_leases()
   return redis.call('ZCARD', LEASES) - 1 - overdue, overdue
 end
 
--- Time passes on the service clock only while scripts run, and by at most MAX_STEP_MS between two of them:
--- a server that was frozen, restarted or replaced, and a clock that stepped, cost no lease. Between two
--- writes of `clock` and `seen` it is worked out anew by each script.
-local function tell_time(clock, seen)
-  local time = redis.call('TIME')
-  local now = time[1] * 1000 + math.floor(time[2] / 1000)
-  CLOCK = clock + math.max(0, math.min(now - seen, MAX_STEP_MS))
-  IDLE_MS = math.max(0, now - seen)
-  return now
-end
-
 local function reap(ended)
   local left = REAP_KEYS
   for index = 1, #ended, 2 do
     local deleted, gone = finish(ended[index], cause(ended[index + 1]), left)
     left = left - deleted
-    OVERDUE = not gone or (left == 0 and index + 1 < #ended)
-    if OVERDUE or left == 0 then return end
+    OVERDUE = not gone or left == 0
+    if OVERDUE then return end
   end
   OVERDUE = #ended == 2 * REAP_LEASES
 end
@@ -127,14 +115,14 @@ local function open(thorough)
   if meta[1] and meta[1] ~= MAJOR and string.match(meta[1], '^%d+') ~= MAJOR then return {'schema', meta[1]} end
   INC, REV, LAST_OP = meta[2], meta[3], meta[4]
   if not INC or redis.call('EXISTS', KV, IDX, LEASES, LK, LR, LOG) ~= 6 then return {'wiped'} end
-  local seen = tonumber(meta[6])
-  local now = tell_time(tonumber(meta[5]), seen)
-  local new_second = math.floor(now / 1000) ~= math.floor(seen / 1000)
+  local now
+  CLOCK, IDLE_MS, now = read_clock(meta[5], meta[6])
+  local new_second = math.floor(now / 1000) ~= math.floor(meta[6] / 1000)
   if (thorough or new_second) and not is_marked() then return {'wiped'} end
   if KNOWN ~= '' and KNOWN ~= INC then return {'incarnation', INC} end
   local ended = redis.call('ZRANGEBYSCORE', LEASES, '-inf', CLOCK, 'WITHSCORES', 'LIMIT', 0, REAP_LEASES)
   -- A time at which a lease was found ended must not be unmade by a clock that steps back.
-  if new_second or #ended > 0 or now < seen or now - seen >= KEEP_CLOCK_MS then
+  if new_second or #ended > 0 or IDLE_MS >= KEEP_CLOCK_MS then
     redis.call('HSET', META, 'clock', CLOCK, 'seen', now)
   end
   if #ended > 0 then reap(ended) end

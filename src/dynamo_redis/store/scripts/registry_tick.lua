@@ -3,7 +3,7 @@
 -- KEYS    1-7 the registry's structures
 -- ARGV    1 incarnation or ''   2 operation id
 -- Answers {'ok', incarnation, revision, operation, live leases, leases that ended but are left for the next call,
---         ms since the script before}
+--         ms since the clock was kept}
 -- Atomic, and bounded by the prelude's REAP_LEASES and REAP_KEYS.
 
 return run(function()
