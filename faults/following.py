@@ -36,6 +36,7 @@ class Followed:
         self._watches: dict[str, dict[str, _Watch]] = {}
         self._closed: dict[str, _Watch] = {}
         self._kept: dict[str, set[str]] = {}
+        self._served_at: dict[str, float] = {}
         self.leases: dict[str, str] = {}
         self.call_count = 0
         self.unknown_count = 0
@@ -70,13 +71,20 @@ class Followed:
                     self.unknown_count -= 1
                 self._end(path.stem, begun, line["end"])
 
-    # ------------------------------------------------------------------ registered keys
+    def served_at(self, process: str) -> float:
+        """When the process began the last of its calls that was answered; infinity if it never made one."""
+        return self._served_at.get(process, float("inf"))
+
+    # ------------------------------------------------------------------ calls
 
     def _begin(self, process: str, line: dict[str, Any]) -> None:
+        self._served_at.setdefault(process, float("-inf"))
         if line["begin"] == "unregister":
             self._kept.setdefault(process, set()).discard(line["arguments"]["key"])
 
     def _end(self, process: str, begun: dict[str, Any], outcome: str) -> None:
+        if outcome != "unknown":
+            self._served_at[process] = begun["at"]
         if begun["begin"] == "register" and outcome == "ok":
             self._kept.setdefault(process, set()).add(begun["arguments"]["key"])
 

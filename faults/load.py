@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import importlib
 import logging
+import pkgutil
 import random
 import signal
 from pathlib import Path
@@ -18,10 +19,13 @@ from typing import Final
 
 import uvloop
 
+import faults.roles
 from faults.history import Recorder
 from faults.roles.base import Orders, Process
 
-ROLES: Final = ("writer", "worker", "watcher")
+ROLES: Final = tuple(
+    module.name for module in pkgutil.iter_modules(faults.roles.__path__) if module.name != "base"
+)
 
 
 def main() -> None:

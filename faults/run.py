@@ -15,7 +15,7 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -27,7 +27,14 @@ from faults.observer import Observer
 from faults.processes import LoadProcess, end_all
 from faults.proxy import Proxy
 from faults.roles.base import Orders
-from faults.servers import Persistence, ServerKind, ServerUnderTest, final_state, until_answers
+from faults.servers import (
+    Persistence,
+    ServerKind,
+    ServerUnderTest,
+    faketime_library,
+    final_state,
+    until_answers,
+)
 
 PREFIX: Final = "faults"
 TTL_S: Final = 2.0
@@ -39,7 +46,22 @@ QUIET_S: Final = 1.2
 Loses = Literal["data", "tail", "log"]
 """What a fault may destroy of what was acknowledged: all, the last writes, or only the change log's past."""
 
-REGISTRY_LOAD: Final[Mapping[str, int]] = {"writer": 1, "worker": 3, "watcher": 2}
+How = Literal["kill", "freeze", "hang"]
+"""What is done to a process: kill -9; SIGSTOP beyond its TTL, then SIGCONT; a blocked event loop."""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How many processes of each role there are, and what is done to which of them, once each."""
+
+    roles: Mapping[str, int]
+    breaks: Mapping[str, Sequence[How]] = field(default_factory=dict)
+
+
+REGISTRY: Final = Load(
+    {"writer": 1, "worker": 3, "watcher": 2},
+    {"worker": ("kill", "freeze", "hang")},
+)
 
 
 class Skipped(Exception):
@@ -50,9 +72,8 @@ class Skipped(Exception):
 class Scenario:
     """A kind of fault, and what it is done to.
 
-    `faults` is called once, with the run, and returns when `run.over`. `load` is how many processes of each
-    role. `workers_fail`: whether workers are killed, frozen and hung meanwhile. `keeps_leases`: the faults
-    may not cost a process that works its lease.
+    `faults` is called once, with the run, and returns when `run.over`. `keeps_leases`: they may not cost a
+    process that works its lease.
     """
 
     name: str
@@ -61,9 +82,9 @@ class Scenario:
     persistence: Persistence = "everysec"
     clock: bool = False
     replica: bool = False
-    load: Mapping[str, int] = field(default_factory=lambda: REGISTRY_LOAD)
-    workers_fail: bool = True
+    load: Load = REGISTRY
     keeps_leases: bool = False
+    ttl_s: float = TTL_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +101,16 @@ class Figures:
 
 
 class Run:
-    """One run of a scenario. Scenarios use what is public here; `perform` does the rest."""
+    """One run of a scenario. Scenarios use what is public here; `perform` does the rest.
+
+    Raises Skipped, and later, for what this machine lacks.
+    """
 
     def __init__(
         self, scenario: Scenario, kind: ServerKind, seed: int, directory: Path, *, load_s: float
     ) -> None:
+        if scenario.clock and faketime_library() is None:
+            raise Skipped("libfaketime is not installed (Debian: apt install faketime)")
         self.scenario = scenario
         self.kind = kind
         self.directory = directory
@@ -106,6 +132,11 @@ class Run:
         self._followed = Followed(directory)
 
     # ------------------------------------------------------------------ for scenarios
+
+    @property
+    def ttl_s(self) -> float:
+        """How long leases and locks live."""
+        return self.scenario.ttl_s
 
     @property
     def over(self) -> bool:
@@ -163,10 +194,10 @@ class Run:
             scenario=self.scenario.name,
             seed=self.seed,
             server=self.kind.name,
-            ttl_s=TTL_S,
+            ttl_s=self.ttl_s,
             keeps_leases=self.scenario.keeps_leases,
         )
-        for role, count in self.scenario.load.items():
+        for role, count in self.scenario.load.roles.items():
             for number in range(1, count + 1):
                 await self.start_process(role, f"{role}-{number}")
         await self._until_started()
@@ -185,10 +216,9 @@ class Run:
             self.directory / "server-b",
             persistence=self.scenario.persistence,
             clock=self.scenario.clock,
-            replica_of=self.server,
         )
         await self.replica.start()
-        await self.replica.wait_in_sync()
+        await self.replica.replicate(self.server)
         self.observer.follow(self.replica)
 
     async def start_process(self, role: str, name: str) -> None:
@@ -197,7 +227,13 @@ class Run:
         await proxy.start()
         self.proxies[name] = proxy
         orders = Orders(
-            role, name, self.directory, proxy.url, PREFIX, f"{self.scenario.name} {self.seed}", ttl_s=TTL_S
+            role,
+            name,
+            self.directory,
+            proxy.url,
+            PREFIX,
+            f"{self.scenario.name} {self.seed}",
+            ttl_s=self.ttl_s,
         )
         self.processes.append(LoadProcess.start(orders, self.recorder))
 
@@ -214,37 +250,33 @@ class Run:
         self._healed_at = time.monotonic()
         async with asyncio.TaskGroup() as group:
             group.create_task(self._perform_faults())
-            if self.scenario.workers_fail:
-                group.create_task(self._break_workers())
+            for role, hows in self.scenario.load.breaks.items():
+                group.create_task(self._break(role, hows))
         await asyncio.sleep(max(0.0, self._ends_at - time.monotonic()))
 
     async def _perform_faults(self) -> None:
         await self.scenario.faults(self)
 
-    async def _break_workers(self) -> None:
-        """One worker is killed, one frozen beyond its TTL, one hangs; in random order, at random times."""
-        rng = random.Random(f"workers {self.scenario.name} {self.seed}")
-        workers = [process for process in self.processes if process.orders.role == "worker"]
-        rng.shuffle(workers)
+    async def _break(self, role: str, hows: Sequence[How]) -> None:
+        """Break processes of a role, one each way, in random order, at random times."""
+        rng = random.Random(f"{role} {self.scenario.name} {self.seed}")
+        processes = [process for process in self.processes if process.orders.role == role]
+        rng.shuffle(processes)
+        latest_s = max(0.5, self._load_s - 2 * self.ttl_s)
 
-        async def break_one(worker: LoadProcess, how: str) -> None:
-            await asyncio.sleep(rng.uniform(0, max(0.5, self._load_s - 2 * TTL_S)))
+        async def break_one(process: LoadProcess, how: How) -> None:
+            await asyncio.sleep(rng.uniform(0, latest_s))
             match how:
                 case "kill":
-                    await worker.kill()
+                    await process.kill()
                 case "freeze":
-                    worker.freeze()
-                    await asyncio.sleep(TTL_S * rng.uniform(1.2, 2.0))
-                    worker.thaw()
-                case _:
-                    worker.hang()
+                    process.freeze()
+                    await asyncio.sleep(self.ttl_s * rng.uniform(1.2, 2.0))
+                    process.thaw()
+                case "hang":
+                    process.hang()
 
-        await asyncio.gather(
-            *(
-                break_one(worker, how)
-                for worker, how in zip(workers, ("kill", "freeze", "hang"), strict=False)
-            )
-        )
+        await asyncio.gather(*map(break_one, processes, hows))
 
     # ------------------------------------------------------------------ peace
 
@@ -255,10 +287,13 @@ class Run:
         await until_answers(self.server)
         for process in self.processes:
             process.thaw()
+        self._healed_at = max(self._healed_at, self._ends_at)
+        served = await self._until_served()
+        for process in self.processes:
             if process.alive:
                 process.rest()
         self.recorder.note("rest")
-        recovery_s = await self._until_quiet()
+        recovery_s = await self._until_quiet() if served else None
         self.recorder.note("quiet", seconds=recovery_s)
         await self.observer.catch_up(self.server)
         self.recorder.note("state", server=self.server.label, **await final_state(self.server, PREFIX))
@@ -276,6 +311,24 @@ class Run:
             followed.lease_loss_count,
             recovery_s,
         )
+
+    async def _until_served(self) -> bool:
+        """Until each process that lives, and makes calls, has had one answered that it made after the last
+        heal."""
+        deadline = time.monotonic() + QUIET_TIMEOUT_S
+        waiting: list[str] = []
+        while time.monotonic() < deadline:
+            self._followed.read()
+            waiting = [
+                process.name
+                for process in self.processes
+                if process.alive and self._followed.served_at(process.name) < self._healed_at
+            ]
+            if not waiting:
+                return True
+            await asyncio.sleep(0.05)
+        self.recorder.note("restless", why=f"no call of {', '.join(waiting)} was answered after the faults")
+        return False
 
     async def _until_quiet(self) -> float | None:
         """How long after the last heal everything agreed, and went on agreeing; None if it never did."""

@@ -86,7 +86,13 @@ def _name(path: Path) -> str:
 
 def faketime_library() -> Path | None:
     """libfaketime, where Debian puts it."""
-    return next(iter(sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))), None)
+    return next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
+
+
+def c_library() -> Path | None:
+    """The C library. A server under libfaketime needs its `malloc`, put before jemalloc's: that one looks at
+    the clock while libfaketime is not ready, and the server never starts."""
+    return next(Path("/lib").glob("*-linux-gnu/libc.so.6"), None)
 
 
 # --------------------------------------------------------------------------- one server
@@ -106,20 +112,16 @@ class ServerUnderTest:
         *,
         persistence: Persistence = "everysec",
         clock: bool = False,
-        replica_of: ServerUnderTest | None = None,
     ) -> None:
         self.label = label
         self.kind = kind
         self._directory = directory
         directory.mkdir()
-        settings = dict(_PERSISTENCE[persistence])
-        if replica_of is not None:
-            settings["replicaof"] = f"127.0.0.1 {replica_of.url.rpartition(':')[2]}"
         binary = kind.binary
         if clock:
             self.set_clock(0.0)
             binary = self._under_faketime()
-        self.embedded = EmbeddedServer(directory, port=0, binary=binary, settings=settings)
+        self.embedded = EmbeddedServer(directory, port=0, binary=binary, settings=_PERSISTENCE[persistence])
         self._client: RedisClient | None = None
         self._frozen = False
 
@@ -218,8 +220,9 @@ class ServerUnderTest:
 
     # ------------------------------------------------------------------ replication
 
-    async def wait_in_sync(self) -> None:
-        """Wait until this replica has its primary's data."""
+    async def replicate(self, primary: ServerUnderTest) -> None:
+        """Become a replica, and wait until it has the primary's data."""
+        await self.execute("REPLICAOF", "127.0.0.1", primary.url.rpartition(":")[2])
         async with asyncio.timeout(_SYNC_TIMEOUT_S):
             while b"master_link_status:up" not in await self.execute("INFO", "replication"):
                 await asyncio.sleep(0.02)
@@ -247,12 +250,13 @@ class ServerUnderTest:
 
     def _under_faketime(self) -> ServerBinary:
         """A script that runs the server with its wall clock shifted; its process id stays the server's."""
-        library = faketime_library()
-        assert library is not None, "scenarios with clocks are skipped where libfaketime is absent"
+        libraries = [faketime_library(), c_library()]
+        assert None not in libraries, "scenarios with clocks are skipped where libfaketime is absent"
+        preload = ":".join(map(str, libraries))
         script = self._directory / "server"
         script.write_text(
             "#!/bin/sh\n"
-            f"export LD_PRELOAD={shlex.quote(str(library))}\n"
+            f"export LD_PRELOAD={shlex.quote(preload)}\n"
             "export FAKETIME_DONT_FAKE_MONOTONIC=1 FAKETIME_NO_CACHE=1\n"
             f"export FAKETIME_TIMESTAMP_FILE={shlex.quote(str(self._clock_path.absolute()))}\n"
             f'exec {shlex.quote(str(self.kind.binary.path))} "$@"\n'

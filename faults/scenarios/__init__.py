@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from faults.run import Scenario
-from faults.scenarios import clients, crashes, data, failover, mixed, network
+from faults.scenarios import clients, crashes, data, failover, mixed, network, others
 
 ALL: Final[dict[str, Scenario]] = {
     scenario.name: scenario
@@ -16,6 +16,7 @@ ALL: Final[dict[str, Scenario]] = {
         *clients.SCENARIOS,
         *failover.SCENARIOS,
         *mixed.SCENARIOS,
+        *others.SCENARIOS,
     )
 }
 """Every scenario, by name."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
-from faults.run import TTL_S, Loses, Run, Scenario
+from faults.run import Loses, Run, Scenario
 
 
 async def kill(run: Run, loses: Loses | None) -> None:
@@ -33,7 +33,7 @@ async def freeze(run: Run) -> None:
     """SIGSTOP, sometimes for longer than a TTL."""
     async with run.fault("freeze"):
         run.server.freeze()
-        await run.pause(0.2, 2.0 * TTL_S)
+        await run.pause(0.2, 2.0 * run.ttl_s)
         run.server.thaw()
 
 

@@ -1,0 +1,59 @@
+"""Locks and objects under the faults that matter to them: the faults of the other modules, another load."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Final
+
+from faults.run import Load, Scenario
+from faults.scenarios import crashes, data, failover, mixed, network
+
+LOCKS: Final = Load({"locker": 4}, {"locker": ("freeze", "freeze", "kill")})
+OBJECTS: Final = Load({"uploader": 3, "reader": 2}, {"uploader": ("kill", "freeze"), "reader": ("freeze",)})
+
+_FAULTS: Final = {
+    scenario.name: scenario
+    for scenario in (
+        *crashes.SCENARIOS,
+        *data.SCENARIOS,
+        *network.SCENARIOS,
+        *failover.SCENARIOS,
+        *mixed.SCENARIOS,
+    )
+}
+_OF_LOCKS: Final = (
+    "kill-always",
+    "kill-everysec",
+    "freeze",
+    "flushall",
+    "drop-answers",
+    "stall",
+    "cut",
+    "failover-equal",
+    "failover-behind",
+    "clock-steps",
+    "mixed",
+)
+_OF_OBJECTS: Final = (
+    "kill-always",
+    "power",
+    "freeze",
+    "drop-answers",
+    "half-close",
+    "slow",
+    "cut",
+    "failover-equal",
+    "mixed",
+)
+
+
+def _with(load: Load, kind: str, name: str) -> Scenario:
+    scenario = _FAULTS[name]
+    summary = f"{kind}: {scenario.summary}"
+    return replace(scenario, name=f"{kind}-{name}", summary=summary, load=load, keeps_leases=False)
+
+
+SCENARIOS = (
+    *(_with(LOCKS, "locks", name) for name in _OF_LOCKS),
+    *(_with(OBJECTS, "objects", name) for name in _OF_OBJECTS),
+)
