@@ -1,10 +1,14 @@
-"""What every suite writes: a table for people, and `results/SUITE.json` for programs."""
+"""What every suite writes: a table for people, and `results/SUITE.json` for programs.
+
+`python -m benchmarks.report SUITE` prints the results as the Markdown table of the README.
+"""
 
 from __future__ import annotations
 
 import json
 import platform
 import statistics
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -129,3 +133,18 @@ def _write(path: Path, rows: Sequence[Row]) -> None:
     ordered = sorted(merged.values(), key=lambda entry: (len(entry["id"]), entry["id"]))
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(ordered, indent=2, ensure_ascii=False) + "\n")
+
+
+def markdown(suite: str) -> str:
+    """The table of a suite's results."""
+    rows = [Row(**entry) for entry in json.loads((RESULTS / f"{suite}.json").read_text())]
+    lines = ["| | | ours | rival | ratio | must | aim |", "|---|---|---|---|---|---|---|"]
+    for row in rows:
+        cells = [row.id, row.row, _shown(row.ours), _shown(row.rival), _shown(row.ratio)]
+        cells += [f"{row.sign} {_shown(row.must)}", f"{row.sign} {_shown(row.aim)}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(markdown(sys.argv[1]))
