@@ -147,7 +147,7 @@ class LeaseGuard:
                 continue
             if not renewed:
                 self.lose("it ended on the server, or is somebody else's")
-            elif self.lost is None:  # an answer that comes too late is none
+            else:
                 self._sent_at = sent_at
                 wait_s = sent_at + self._ttl_s / 3 - time.monotonic()
                 backoff.reset()
