@@ -1,0 +1,418 @@
+"""Negative controls: each fails its oracle, where the product passes the very same scenario.
+
+A protection that no test misses protects nobody, and an oracle that nothing fails sees nothing. So each test
+here has two halves: a scenario, played by a variant without one protection (`faults/controls/`), which the
+oracle must catch, and by the product, which it must not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from functools import cache
+from pathlib import Path
+from typing import Self
+
+import pytest
+
+from dynamo_redis.config import StoreSettings
+from dynamo_redis.errors import KeyExists, LockLost
+from dynamo_redis.store.base import Put, Watch, WatchBatch
+from dynamo_redis.store.client import RedisClient
+from dynamo_redis.store.key_value import KeyValue
+from dynamo_redis.store.keys import RegistryKeys, format_lease
+from dynamo_redis.store.lock_redis import RedisLocks
+from dynamo_redis.store.operations import KeyOperations
+from dynamo_redis.store.registry import RedisRegistry
+from faults.controls.chains import agreeable_registry
+from faults.controls.locks import PlainLocks
+from faults.controls.retries import RetryingClient
+from faults.controls.watches import CounterClient, CounterWatch, NaiveWatch
+from faults.history import History, Recorder
+from faults.observer import Observer
+from faults.oracles import ORACLES
+from faults.proxy import Conditions, Proxy
+from faults.rewind import Rewind
+from faults.servers import ServerKind, ServerUnderTest, final_state, installed_servers
+
+PREFIX = "controls"
+WAIT_S = 10.0
+TTL_S = 1.0
+TIMEOUT_S = 2.0
+LOCK_TTL_S = 0.3
+
+
+@cache
+def server_kind() -> ServerKind:
+    kinds = installed_servers()
+    if not kinds:
+        pytest.skip("needs a Redis or Valkey")
+    return kinds[0]
+
+
+async def until(condition: Callable[[], Awaitable[bool]]) -> None:
+    async with asyncio.timeout(WAIT_S):
+        while not await condition():
+            await asyncio.sleep(0.005)
+
+
+class Stage:
+    """A server, a proxy in front of it, an observer behind it, and a history of what is played."""
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir()
+        self.server = ServerUnderTest("a", server_kind(), directory / "server", persistence="none")
+        self.proxy = Proxy("")
+        self._directory = directory
+        self._recorders: dict[str, Recorder] = {}
+        self._observer = Observer(self.recorder("observer"), PREFIX)
+
+    def recorder(self, process: str) -> Recorder:
+        """The history of one process, by name."""
+        if process not in self._recorders:
+            self._recorders[process] = Recorder(self._directory, process)
+        return self._recorders[process]
+
+    async def __aenter__(self) -> Self:
+        await self.server.start()
+        self.proxy.target = self.server.url
+        await self.proxy.start()
+        self._observer.follow(self.server)
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self._observer.aclose()
+        await self.proxy.aclose()
+        await self.server.aclose()
+        for recorder in self._recorders.values():
+            recorder.close()
+
+    async def records(self) -> dict[str, list[str | None]]:
+        """What the registry holds: key → value, lease, revision."""
+        records: dict[str, list[str | None]] = (await final_state(self.server, PREFIX))["records"]
+        return records
+
+    @contextlib.asynccontextmanager
+    async def fault(self, name: str, loses: str) -> AsyncIterator[None]:
+        """What is there is seen, then destroyed, and both are noted."""
+        await self._observer.catch_up(self.server)
+        runner = self.recorder("runner")
+        runner.note("fault", name=name)
+        runner.note("loses", what=loses)
+        yield
+        runner.note("healed", name=name)
+
+    async def judged_by(self, oracle: str) -> list[str]:
+        """The final state is read, and the oracle asked."""
+        await self._observer.catch_up(self.server)
+        self.recorder("runner").note("state", server="a", **await final_state(self.server, PREFIX))
+        return [str(violation) for violation in ORACLES[oracle](History.read(self._directory))]
+
+
+@pytest.fixture
+async def stages(tmp_path: Path) -> AsyncIterator[tuple[Stage, Stage]]:
+    """One for the control and one for the product."""
+    async with Stage(tmp_path / "control") as control, Stage(tmp_path / "product") as product:
+        yield control, product
+
+
+def settings_of(stage: Stage) -> StoreSettings:
+    return StoreSettings.load(
+        redis_url=stage.proxy.url, prefix=PREFIX, lease_ttl_s=TTL_S, command_timeout_s=TIMEOUT_S
+    )
+
+
+def key_value(url: str, client: type[RedisClient] = RedisClient) -> KeyValue:
+    return KeyValue(client(url, timeout_s=TIMEOUT_S), RegistryKeys(PREFIX))
+
+
+# ---------------------------------------------------------------------- watches
+
+
+class Shown:
+    """Follows a watch, writes down what it shows, and remembers the state that this makes."""
+
+    def __init__(self, watch: AsyncIterable[WatchBatch], recorder: Recorder) -> None:
+        self.state: dict[str, str] = {}
+        self._recorder = recorder
+        self._task = asyncio.create_task(self._follow(watch))
+
+    async def _follow(self, watch: AsyncIterable[WatchBatch]) -> None:
+        async for batch in watch:
+            events: list[list[str]] = []
+            for event in batch.events:
+                if isinstance(event, Put):
+                    record = event.record
+                    events.append(["put", record.key, record.value.decode(), record.mod_revision])
+                    self.state[record.key] = record.value.decode()
+                else:
+                    events.append(["delete", event.key, event.revision, event.cause])
+                    self.state.pop(event.key, None)
+            self._recorder.note(
+                "watch",
+                watch="w/1",
+                prefix="data/",
+                revision=batch.revision,
+                resync=batch.resync,
+                events=events,
+            )
+
+    async def until(self, key: str) -> None:
+        async def is_shown() -> bool:
+            assert not self._task.done(), self._task
+            return key in self.state
+
+        await until(is_shown)
+
+    async def aclose(self) -> None:
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+
+OpenWatch = Callable[[Stage], AbstractAsyncContextManager[AsyncIterable[WatchBatch]]]
+WatchFault = Callable[[Stage, KeyOperations, Shown], Awaitable[None]]
+
+
+@contextlib.asynccontextmanager
+async def naive_watch(stage: Stage) -> AsyncIterator[NaiveWatch]:
+    async with _small_watch(NaiveWatch(key_value(stage.proxy.url), "data/")) as watch:
+        yield watch
+
+
+@contextlib.asynccontextmanager
+async def counter_watch(stage: Stage) -> AsyncIterator[NaiveWatch]:
+    async with _small_watch(CounterWatch(key_value(stage.proxy.url, CounterClient), "data/")) as watch:
+        yield watch
+
+
+@contextlib.asynccontextmanager
+async def _small_watch(watch: NaiveWatch) -> AsyncIterator[NaiveWatch]:
+    try:
+        yield watch
+    finally:
+        await watch.aclose()
+
+
+@contextlib.asynccontextmanager
+async def product_watch(stage: Stage) -> AsyncIterator[Watch]:
+    registry = RedisRegistry(settings_of(stage))
+    await registry.start()
+    try:
+        yield registry.watch("data/")
+    finally:
+        await registry.aclose()
+
+
+async def play_watch(
+    stage: Stage, open_watch: OpenWatch, fault: WatchFault, client: type[RedisClient] = RedisClient
+) -> list[str]:
+    """A key is written, and seen; the fault; another is written, and seen."""
+    kv = key_value(stage.server.url, client)
+    writer = KeyOperations(kv)
+    async with contextlib.aclosing(kv.client), open_watch(stage) as watch:
+        await writer.put("data/begin", b"begin")
+        async with contextlib.aclosing(Shown(watch, stage.recorder("watcher"))) as shown:
+            await shown.until("data/begin")
+            await fault(stage, writer, shown)
+            await writer.put("data/end", b"end")
+            await shown.until("data/end")
+            return await stage.judged_by("watch")
+
+
+async def trim(stage: Stage, writer: KeyOperations, shown: Shown) -> None:
+    """The log is trimmed past a watcher that is cut off."""
+    stage.proxy.refuse = True
+    stage.proxy.cut()
+    await writer.put("data/1", b"unseen")
+    await writer.put("data/2", b"unseen")
+    async with stage.fault("trim", "log"):
+        await stage.server.execute("XTRIM", RegistryKeys(PREFIX).log, "MAXLEN", 1)
+    stage.proxy.heal()
+
+
+async def wipe(stage: Stage, writer: KeyOperations, shown: Shown) -> None:
+    """All data is gone, connections are not."""
+    async with stage.fault("wipe", "data"):
+        await stage.server.execute("FLUSHALL")
+
+
+async def fail_over(stage: Stage, writer: KeyOperations, shown: Shown) -> None:
+    """The server goes on from before a write that was acknowledged and seen; others take its place."""
+    rewind = await Rewind.take(stage.server, PREFIX)
+    await writer.put("data/1", b"lost")
+    await shown.until("data/1")
+    async with stage.fault("failover", "tail"):
+        await rewind.undo_since()
+        stage.proxy.cut()
+    await writer.put("data/2", b"written in its place")
+    await writer.put("data/3", b"and behind it")
+
+
+@pytest.mark.parametrize("fault", [trim, wipe, fail_over])
+async def test_a_watch_that_resumes_naively_is_caught(stages: tuple[Stage, Stage], fault: WatchFault) -> None:
+    control, product = stages
+    assert await play_watch(control, naive_watch, fault) != []
+    assert await play_watch(product, product_watch, fault) == []
+
+
+async def test_revisions_from_a_counter_are_caught(stages: tuple[Stage, Stage]) -> None:
+    control, product = stages
+    found = await play_watch(control, counter_watch, fail_over, CounterClient)
+    assert any("data/2" in violation for violation in found), found  # an event that never came
+    assert await play_watch(product, product_watch, fail_over) == []
+
+
+# ---------------------------------------------------------------------- registered keys
+
+
+async def play_worker(stage: Stage, open_registry: Callable[[StoreSettings], RedisRegistry]) -> list[str]:
+    """A worker registers two keys; a failover loses the second."""
+    async with contextlib.aclosing(open_registry(settings_of(stage))) as registry:
+        await registry.start()
+        return await _lose_a_registration(stage, registry)
+
+
+async def _lose_a_registration(stage: Stage, registry: RedisRegistry) -> list[str]:
+    worker = stage.recorder("worker")
+    worker.note("started", role="worker", lease=format_lease(registry.lease_id))
+    told_lost = asyncio.Event()
+
+    async def register(key: str) -> None:
+        call = worker.begin("register", key=key, value=key, exclusive=False)
+
+        def on_lost(reason: str) -> None:
+            worker.note("lost", key=key, reason=reason)
+            told_lost.set()
+
+        await registry.register(key, key.encode(), on_lost=on_lost)
+        worker.end(call, "ok", {})
+
+    await register("instances/kept")
+    rewind = await Rewind.take(stage.server, PREFIX)
+    await register("instances/lost")
+    async with stage.fault("failover", "tail"):
+        await rewind.undo_since()
+        stage.proxy.cut()
+
+    async def is_settled() -> bool:
+        return told_lost.is_set() or "instances/lost" in await stage.records()
+
+    await until(is_settled)
+    return await stage.judged_by("keys")
+
+
+async def test_a_registry_without_a_writer_chain_is_caught(stages: tuple[Stage, Stage]) -> None:
+    control, product = stages
+    found = await play_worker(control, agreeable_registry)
+    assert any("instances/lost" in violation for violation in found), found
+    assert await play_worker(product, RedisRegistry) == []
+
+
+# ---------------------------------------------------------------------- retries
+
+
+async def play_create(stage: Stage, client: type[RedisClient]) -> list[str]:
+    """A key is created; the connection breaks after that was done and before it was answered."""
+    kv = key_value(stage.proxy.url, client)
+    operations, caller = KeyOperations(kv), stage.recorder("caller")
+    await operations.put("warm", b"up")
+    stage.proxy.conditions = Conditions(swallow_answers=True)
+    call = caller.begin("create", key="data/1", value="mine")
+    creating = asyncio.create_task(operations.create("data/1", b"mine"))
+
+    async def is_there() -> bool:
+        return "data/1" in await stage.records()
+
+    await until(is_there)
+    stage.proxy.heal()
+    try:
+        caller.end(call, "ok", {"revision": await creating})
+    except KeyExists:
+        caller.end(call, "refused", {"exists": True})
+    await kv.client.aclose()
+    return await stage.judged_by("linear")
+
+
+async def test_retries_that_do_not_say_so_are_caught(stages: tuple[Stage, Stage]) -> None:
+    control, product = stages
+    assert await play_create(control, RetryingClient) != []
+    assert await play_create(product, RedisClient) == []
+
+
+# ---------------------------------------------------------------------- locks
+
+Locks = PlainLocks | RedisLocks
+
+
+def product_locks(url: str) -> RedisLocks:
+    return RedisLocks(RedisClient(url, timeout_s=TIMEOUT_S), PREFIX)
+
+
+def plain_locks(url: str) -> PlainLocks:
+    return PlainLocks(url, PREFIX)
+
+
+class Stop:
+    """Where a holder's whole process stops: nothing of it runs until it may go on."""
+
+    def __init__(self) -> None:
+        self.stopped = threading.Event()
+        self.goes_on = threading.Event()
+
+    def here(self) -> None:
+        self.stopped.set()
+        assert self.goes_on.wait(WAIT_S)
+
+
+async def hold_and_write(locks: Locks, recorder: Recorder, values: list[str], stop: Stop | None) -> None:
+    """Take the lock, and write each value; with a stop, before the last."""
+    call = recorder.begin("lock_acquire", lock="l")
+    with contextlib.suppress(LockLost):
+        async with locks.lock("l", ttl_s=LOCK_TTL_S).hold(timeout_s=WAIT_S) as held:
+            recorder.end(call, "ok", {"token": held.fencing_token})
+            for value in values:
+                if stop is not None and value is values[-1]:
+                    stop.here()
+                call = recorder.begin("lock_write", lock="l", token=held.fencing_token, value=value)
+                try:
+                    await held.write(value.encode())
+                    recorder.end(call, "ok", {})
+                except LockLost:
+                    recorder.end(call, "refused", {})
+
+
+async def play_lock(stage: Stage, open_locks: Callable[[str], Locks]) -> list[str]:
+    """A holder stops past its TTL; another takes over and writes; the first goes on, and writes."""
+    stop = Stop()
+
+    async def first() -> None:
+        locks = open_locks(stage.server.url)
+        await hold_and_write(locks, stage.recorder("first"), ["early", "stale"], stop)
+        await locks.aclose()
+
+    # An event loop and a thread of its own: when it is stopped, so is whatever would renew its lock.
+    holder = asyncio.create_task(asyncio.to_thread(lambda: asyncio.run(first())))
+    await asyncio.to_thread(stop.stopped.wait, WAIT_S)
+    locks = open_locks(stage.server.url)
+    try:
+        await hold_and_write(locks, stage.recorder("second"), ["new"], None)
+    finally:
+        stop.goes_on.set()
+        await holder
+    call = stage.recorder("second").begin("lock_read", lock="l")
+    seen = await locks.lock("l", ttl_s=LOCK_TTL_S).read()
+    assert seen is not None
+    answer = {"value": seen.value.decode(), "token": seen.fencing_token}
+    stage.recorder("second").end(call, "ok", answer)
+    await locks.aclose()
+    return await stage.judged_by("lock")
+
+
+async def test_a_lock_without_fencing_is_caught(stages: tuple[Stage, Stage]) -> None:
+    control, product = stages
+    found = await play_lock(control, plain_locks)
+    assert any("first wrote as holder after second" in violation for violation in found), found
+    assert await play_lock(product, product_locks) == []
