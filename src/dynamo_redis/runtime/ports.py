@@ -2,6 +2,13 @@
 
 Prefer binding port 0 and advertising what came out. Where an engine insists on being told its ports, a
 reservation keeps two workers of one host, in containers that share its network, from choosing the same.
+
+A reservation is kept by its process's lease, and ends with it: a process that dies gives its ports back after
+`DYN_LEASE_TTL_S`. It is no lock. Two processes can believe for a while that they hold the same port: when
+Redis has lost its data and another process reserves before this one has registered again, and when this one
+could not reach Redis, or stood still, for longer than its lease lives. The one that is late is told
+(`on_lost`) as soon as Redis answers. Who already listens on the port keeps it, since nobody else can bind it;
+who does not yet should give the reservation up and make another.
 """
 
 from __future__ import annotations
@@ -10,21 +17,25 @@ import logging
 import os
 import random
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Self
 
 from pydantic import BaseModel, ConfigDict
 
 from dynamo_redis.clock import SYSTEM_CLOCK
-from dynamo_redis.errors import KeyExists, PortUnavailable
+from dynamo_redis.errors import ConfigError, KeyExists, PortUnavailable
 from dynamo_redis.names import port_key
 from dynamo_redis.runtime.withdrawal import withdraw
 from dynamo_redis.store.base import LostReason, Registration, Registry
 
 log = logging.getLogger(__name__)
 
+_END_OF_PORTS = 65536
 DEFAULT_RANGE = (20000, 30000)
+
+OnPortLost = Callable[[int, LostReason], None]
+"""Called on the event loop with a port that is no longer this process's, and why."""
 
 
 class PortRecord(BaseModel):
@@ -49,7 +60,7 @@ class PortReservation:
 
     @property
     def lost(self) -> bool:
-        """Whether another process holds one of the ports now: possible only after Redis lost its data."""
+        """Whether one of the ports is known to be no longer this process's."""
         return any(registration.lost for registration in self._registrations)
 
     async def release(self) -> None:
@@ -72,14 +83,18 @@ async def reserve_ports(
     port_range: tuple[int, int] = DEFAULT_RANGE,
     worker_id: str,
     reason: str,
+    on_lost: OnPortLost | None = None,
     rng: random.Random | None = None,
 ) -> PortReservation:
     """Reserve `count` consecutive ports of `host` within `port_range` (first, last + 1).
 
     A port counts as free if nobody has reserved it and this machine can bind it. Tries start at a random
-    place and go round the range once. Raises PortUnavailable, StoreError; nothing stays reserved then.
+    place and go round the range once. Raises ConfigError, PortUnavailable, StoreError; nothing stays reserved
+    then, but what Redis could not be told is given back when it is reached again.
     """
     first, end = port_range
+    if not 1 <= first < end <= _END_OF_PORTS:
+        raise ConfigError(f"port_range {first}-{end - 1} is not within 1-{_END_OF_PORTS - 1}")
     starts = end - first - count + 1
     if count < 1 or starts < 1:
         raise PortUnavailable(f"{count} consecutive ports do not fit into the range {first}-{end - 1}")
@@ -89,7 +104,7 @@ async def reserve_ports(
         start = first + (offset + step) % starts
         ports = range(start, start + count)
         if _can_bind(ports):
-            reservation = await _reserve(registry, host, ports, record)
+            reservation = await _reserve(registry, host, ports, record, on_lost)
             if reservation is not None:
                 return reservation
     raise PortUnavailable(
@@ -97,11 +112,13 @@ async def reserve_ports(
     )
 
 
-async def _reserve(registry: Registry, host: str, ports: range, record: PortRecord) -> PortReservation | None:
+async def _reserve(
+    registry: Registry, host: str, ports: range, record: PortRecord, on_lost: OnPortLost | None
+) -> PortReservation | None:
     taken: list[Registration] = []
     try:
         for port in ports:
-            registration = await _register(registry, port_key(host, port), record)
+            registration = await _register(registry, host, port, record, on_lost)
             taken.append(registration)  # at once: a failure gives back those before it
     except KeyExists:
         await PortReservation(host, ports, taken).release()
@@ -112,11 +129,16 @@ async def _reserve(registry: Registry, host: str, ports: range, record: PortReco
     return PortReservation(host, ports, taken)
 
 
-async def _register(registry: Registry, key: str, record: PortRecord) -> Registration:
-    def on_lost(why: LostReason) -> None:
-        log.error("%s is no longer reserved by this process: %s", key, why)
+async def _register(
+    registry: Registry, host: str, port: int, record: PortRecord, on_lost: OnPortLost | None
+) -> Registration:
+    def lose(why: LostReason) -> None:
+        log.error("port %d of %s is no longer reserved by this process: %s", port, host, why)
+        if on_lost is not None:
+            on_lost(port, why)
 
-    return await registry.register(key, record.model_dump_json().encode(), exclusive=True, on_lost=on_lost)
+    value = record.model_dump_json().encode()
+    return await registry.register(port_key(host, port), value, exclusive=True, on_lost=lose)
 
 
 def _can_bind(ports: range) -> bool:

@@ -55,9 +55,9 @@ async def test_ids_are_unique(open_runtime: OpenRuntime) -> None:
     first = asyncio.create_task(WorkerBarrier("group", "same", 5).sync(one.registry))
     await asyncio.sleep(0.1)
     with pytest.raises(BarrierError, match="'same' already"):
-        await WorkerBarrier("group", "same", 5).sync(other.registry)
+        await WorkerBarrier("group", "same", 0.5).sync(other.registry)
     with pytest.raises(BarrierError, match="leader already"):
-        await LeaderBarrier("group", 2, 5).sync(other.registry, DATA)
+        await LeaderBarrier("group", 2, 0.5).sync(other.registry, DATA)
     await WorkerBarrier("group", "another", 5).sync(other.registry)
     assert await first == DATA
     assert await leading == ["another", "same"]
