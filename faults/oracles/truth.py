@@ -52,6 +52,8 @@ class Entry:
             entry = entry.parent
 
     def __str__(self) -> str:
+        if self.kind == "i":
+            return f"{self.id}, the beginning of incarnation {self.incarnation}"
         what = f"put {self.key} = {self.value}" if self.is_put else f"{CAUSES.get(self.kind)} {self.key}"
         return f"{self.id} {what}"
 

@@ -246,7 +246,11 @@ class WatchCheck:
             for before in self._up_to_visible(self._back(self._line.last(entry)))
         ):
             last = self._line.last(entries[-1])
-            self._report(note, f"claims revision {note.fields['revision']} but never showed {last}", GAPLESS)
+            if last.incarnation == self._places[-1].incarnation:
+                what = f"claims revision {note.fields['revision']} but never showed {last}"
+            else:
+                what = f"went from {self._places[-1]} to {last}, without a resync"
+            self._report(note, what, GAPLESS)
             self._places = [last]
 
     def _back(self, entry: Entry) -> Iterator[Entry]:

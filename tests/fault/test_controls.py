@@ -239,6 +239,10 @@ async def wipe(stage: Stage, writer: KeyOperations, shown: Shown) -> None:
         await stage.server.execute("FLUSHALL")
 
 
+async def nothing(stage: Stage, writer: KeyOperations, shown: Shown) -> None:
+    """No fault: then a control has to pass, or its failing would prove nothing."""
+
+
 async def fail_over(stage: Stage, writer: KeyOperations, shown: Shown) -> None:
     """The server goes on from before a write that was acknowledged and seen; others take its place."""
     rewind = await Rewind.take(stage.server, PREFIX)
@@ -265,17 +269,25 @@ async def test_revisions_from_a_counter_are_caught(stages: tuple[Stage, Stage]) 
     assert await play_watch(product, product_watch, fail_over) == []
 
 
+async def test_without_a_fault_the_watches_are_right(stages: tuple[Stage, Stage]) -> None:
+    one, other = stages
+    assert await play_watch(one, naive_watch, nothing) == []
+    assert await play_watch(other, counter_watch, nothing, CounterClient) == []
+
+
 # ---------------------------------------------------------------------- registered keys
 
 
-async def play_worker(stage: Stage, open_registry: Callable[[StoreSettings], RedisRegistry]) -> list[str]:
+async def play_worker(
+    stage: Stage, open_registry: Callable[[StoreSettings], RedisRegistry], *, is_lossy: bool = True
+) -> list[str]:
     """A worker registers two keys; a failover loses the second."""
     async with contextlib.aclosing(open_registry(settings_of(stage))) as registry:
         await registry.start()
-        return await _lose_a_registration(stage, registry)
+        return await _register_and_fail_over(stage, registry, is_lossy)
 
 
-async def _lose_a_registration(stage: Stage, registry: RedisRegistry) -> list[str]:
+async def _register_and_fail_over(stage: Stage, registry: RedisRegistry, is_lossy: bool) -> list[str]:
     worker = stage.recorder("worker")
     worker.note("started", role="worker", lease=format_lease(registry.lease_id))
     told_lost = asyncio.Event()
@@ -294,7 +306,8 @@ async def _lose_a_registration(stage: Stage, registry: RedisRegistry) -> list[st
     rewind = await Rewind.take(stage.server, PREFIX)
     await register("instances/lost")
     async with stage.fault("failover", "tail"):
-        await rewind.undo_since()
+        if is_lossy:
+            await rewind.undo_since()
         stage.proxy.cut()
 
     async def is_settled() -> bool:
@@ -311,15 +324,19 @@ async def test_a_registry_without_a_writer_chain_is_caught(stages: tuple[Stage, 
     assert await play_worker(product, RedisRegistry) == []
 
 
+async def test_without_a_loss_nobody_needs_a_writer_chain(stages: tuple[Stage, Stage]) -> None:
+    assert await play_worker(stages[0], agreeable_registry, is_lossy=False) == []
+
+
 # ---------------------------------------------------------------------- retries
 
 
-async def play_create(stage: Stage, client: type[RedisClient]) -> list[str]:
+async def play_create(stage: Stage, client: type[RedisClient], *, loses_answer: bool = True) -> list[str]:
     """A key is created; the connection breaks after that was done and before it was answered."""
     kv = key_value(stage.proxy.url, client)
     operations, caller = KeyOperations(kv), stage.recorder("caller")
     await operations.put("warm", b"up")
-    stage.proxy.conditions = Conditions(swallow_answers=True)
+    stage.proxy.conditions = Conditions(swallow_answers=loses_answer)
     call = caller.begin("create", key="data/1", value="mine")
     creating = asyncio.create_task(operations.create("data/1", b"mine"))
 
@@ -340,6 +357,10 @@ async def test_retries_that_do_not_say_so_are_caught(stages: tuple[Stage, Stage]
     control, product = stages
     assert await play_create(control, RetryingClient) != []
     assert await play_create(product, RedisClient) == []
+
+
+async def test_without_lost_answers_retries_harm_nobody(stages: tuple[Stage, Stage]) -> None:
+    assert await play_create(stages[0], RetryingClient, loses_answer=False) == []
 
 
 # ---------------------------------------------------------------------- locks
@@ -384,9 +405,11 @@ async def hold_and_write(locks: Locks, recorder: Recorder, values: list[str], st
                     recorder.end(call, "refused", {})
 
 
-async def play_lock(stage: Stage, open_locks: Callable[[str], Locks]) -> list[str]:
+async def play_lock(stage: Stage, open_locks: Callable[[str], Locks], *, stops: bool = True) -> list[str]:
     """A holder stops past its TTL; another takes over and writes; the first goes on, and writes."""
     stop = Stop()
+    if not stops:
+        stop.goes_on.set()
 
     async def first() -> None:
         locks = open_locks(stage.server.url)
@@ -416,3 +439,7 @@ async def test_a_lock_without_fencing_is_caught(stages: tuple[Stage, Stage]) -> 
     found = await play_lock(control, plain_locks)
     assert any("first wrote as holder after second" in violation for violation in found), found
     assert await play_lock(product, product_locks) == []
+
+
+async def test_while_nobody_stops_a_plain_lock_will_do(stages: tuple[Stage, Stage]) -> None:
+    assert await play_lock(stages[0], plain_locks, stops=False) == []
