@@ -8,6 +8,7 @@ becomes an exception: SchemaMismatch, LeaseNotFound, CompareFailed, OtherIncarna
 from __future__ import annotations
 
 import asyncio
+import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any, Final
 
 import msgpack
 
-from dynamo_redis.errors import LeaseNotFound, SchemaMismatch, StoreError, StoreUnavailable
+from dynamo_redis.errors import LeaseNotFound, SchemaMismatch, StoreError, StoreRefused, StoreUnavailable
 from dynamo_redis.store.base import Compare, DeleteOp, LeaseId, PutOp, Record, Revision, Snapshot
 from dynamo_redis.store.change_log import (
     Change,
@@ -34,6 +35,7 @@ PAGE_BYTES: Final = 1 << 20
 """A page of a snapshot ends at whichever comes first: no script runs long, and no answer is large."""
 READ_KEYS_COUNT: Final = 500
 PAGE_ENTRIES_COUNT: Final = 500
+CLIENT_COUNT: Final = re.compile(rb"^connected_clients:(\d+)", re.MULTILINE)
 _PRELUDES: Final = ("registry_clock", "registry_prelude")
 SNAPSHOT_ATTEMPTS_COUNT: Final = 5
 
@@ -147,7 +149,7 @@ def encode_write(
     compares: Sequence[Compare],
     operations: Sequence[Operation],
 ) -> tuple[Argument, ...]:
-    """ARGV of `registry_write`. `repeats_after`: "", or, if it repeats a call, a log entry from before that."""
+    """ARGV of `registry_write`. `repeats_after`: "", or, if it repeats a call, an entry from before."""
     request = (
         [(compare.key, compare.mod_revision or "") for compare in compares],
         [_encode(op) for op in operations],
@@ -257,6 +259,14 @@ class KeyValue:
         """Where the registry stands, by one plain command; None if it is not there."""
         fields = await self.client.execute("HMGET", self.keys.meta, "inc", "rev", "op")
         return self.saw(_position(fields)) if all(field is not None for field in fields) else None
+
+    async def client_count(self) -> int:
+        """Connections that the server has, everybody's; 0 where INFO is not allowed."""
+        try:
+            found = CLIENT_COUNT.search(await self.client.execute("INFO", "clients"))
+        except StoreRefused:
+            return 0
+        return int(found[1]) if found else 0
 
     async def tick(self) -> Tick:
         """Reap a bounded number of ended leases."""

@@ -27,6 +27,12 @@ logger = logging.getLogger(__name__)
 BLOCK_S: Final = 2.0
 READ_ENTRIES_COUNT: Final = 500
 CATCH_UP_POLL_S: Final = 0.002
+RESYNC_WINDOW_S: Final = 5.0
+"""Longest that a resync is put off so that not all processes read at once."""
+RESYNC_S: Final = 0.0002
+RESYNC_RECORD_S: Final = 2e-6
+"""What a server needs for one process's resync, and for each record of it."""
+CONNECTIONS_A_PROCESS: Final = 4
 
 
 def spread_s(process_count: int) -> float:
@@ -96,6 +102,10 @@ class LogReader:
             except StoreError as exc:
                 self._health.failed(exc)
                 await asyncio.sleep(backoff.next_s())
+            except Exception:
+                logger.exception("the change log could not be read, reading everything again")
+                self._lost = "the change log could not be read"
+                await asyncio.sleep(backoff.next_s())
 
     async def _follow(self) -> None:
         """Read until something is wrong."""
@@ -112,7 +122,7 @@ class LogReader:
     def _advance(self, changes: Sequence[Change]) -> None:
         check_chain(self.position.revision, self.position.operation, changes)
         last = changes[-1]
-        self._position = Position(self.position.incarnation, last.revision, last.operation)
+        self._position = self._kv.saw(Position(self.position.incarnation, last.revision, last.operation))
         self.fanout.follow(changes)
         self._on_changes(changes)
 
@@ -139,10 +149,11 @@ class LogReader:
         return None
 
     async def _resync(self, reason: str) -> None:
-        await asyncio.sleep(spread_s(self.process_count))
+        await self._take_turns()
         async with self._loading:
             position = await self._kv.initialize()
-            loaded = [(view, *await self._kv.snapshot(view.prefix)) for view in self.fanout.views.values()]
+            views = list(self.fanout.views.values())  # others may come and go meanwhile
+            loaded = [(view, *await self._kv.snapshot(view.prefix)) for view in views]
             if any(at.incarnation != position.incarnation for _, _, at in loaded):
                 raise HistoryLost("the registry was wiped")
             for view, snapshot, at in loaded:
@@ -151,12 +162,23 @@ class LogReader:
         logger.info("resync of %d watched prefixes: %s", len(loaded), reason)
         self._on_disturbance(reason)
 
+    async def _take_turns(self) -> None:
+        """Wait a random time, long enough for all processes to read what they watch one after the other.
+
+        How many there are is told by the leases, and by the connections where INFO is allowed: frontends
+        have no lease.
+        """
+        crowd = max(self.process_count, await self._kv.client_count() // CONNECTIONS_A_PROCESS)
+        record_count = sum(len(view.records) for view in self.fanout.views.values())
+        window_s = min(RESYNC_WINDOW_S, crowd * (RESYNC_S + record_count * RESYNC_RECORD_S))
+        await asyncio.sleep(random.uniform(0, window_s))  # noqa: S311 - jitter
+
     # ------------------------------------------------------------------ watches
 
     def watch(self, prefix: str, start_revision: Revision | None) -> QueueWatch:
         """A new watch; a task loads what it begins with."""
         watch = self.fanout.watch(prefix, after=start_revision is not None)
-        if watch.view.position is None or start_revision is not None:
+        if not watch.view.is_loaded or start_revision is not None:
             task = asyncio.create_task(self._load(watch, start_revision), name=f"watch of {prefix!r}")
             self._loads.add(task)
             task.add_done_callback(self._loads.discard)
@@ -179,9 +201,9 @@ class LogReader:
 
     async def _load_view(self, watch: QueueWatch) -> None:
         view = watch.view
-        while view.position is None:
+        while not view.is_loaded:
             async with self._loading:
-                if view.position is None:
+                if not view.is_loaded:
                     view.begin_load()
                     snapshot, position = await self._kv.snapshot(view.prefix)
                     if position.incarnation != self.position.incarnation:

@@ -345,7 +345,7 @@ class MemoryRegistry(KeyOperations):
 
     def watch(self, prefix: str, *, start_revision: Revision | None = None) -> Watch:
         watch = self._fanout.watch(check_prefix(prefix), after=start_revision is not None)
-        if watch.view.position is None:
+        if not watch.view.is_loaded:
             watch.view.begin_load()
             snapshot = self._server.snapshot(prefix)
             watch.view.finish_load(snapshot, self._server.position)

@@ -1,20 +1,22 @@
 """Watches: one stream of changes fanned out to prefixes. Knows no Redis; the in-memory twin uses it too.
 
 A `Fanout` holds a `PrefixView` for each watched prefix: its records, as of a position in the change log.
-A `QueueWatch` reads one view. What it has handed out is kept, so that after lost history, or when its queue
-overflowed, the difference between that and the view is all it needs: it is worked out when the consumer
-comes for it, and whatever happened in between is in it. Everything here runs on one event loop.
+A `QueueWatch` reads one view. When history was lost, or its queue overflowed, it remembers of each key that
+changes what it had handed out; the difference between that and the view is all its consumer needs. It is
+worked out when the consumer comes for it, and whatever happened in between is in it. Everything here runs on
+one event loop.
 
 Bounds: `QUEUE_EVENTS_COUNT` events a watch (overflow: the queue is dropped, the consumer gets the
 difference, marked as a resync); `BUFFER_CHANGES_COUNT` changes while a view is being loaded (overflow: the
-load starts over).
+load starts over). A long value counts as one event for each `EVENT_BYTES`, so memory is bounded as well.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Final, Self
 
 from dynamo_redis.errors import StoreError
@@ -23,6 +25,24 @@ from dynamo_redis.store.change_log import Change, Position, order
 
 QUEUE_EVENTS_COUNT: Final = 4096
 BUFFER_CHANGES_COUNT: Final = 10_000
+EVENT_BYTES: Final = 4096
+
+Before = Sequence[tuple[str, Record | None]]
+"""Keys, and what stood there before a change."""
+
+
+def weigh(changes: Iterable[Change]) -> int:
+    """How much of a bound these take up."""
+    return sum(1 + (len(change.record.value) // EVENT_BYTES if change.record else 0) for change in changes)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Changes of one view, shared by its watches."""
+
+    batch: WatchBatch
+    before: Before
+    weight: int
 
 
 class PrefixView:
@@ -31,61 +51,102 @@ class PrefixView:
     def __init__(self, prefix: str) -> None:
         self.prefix = prefix
         self.records: dict[str, Record] = {}
-        self.position: Position | None = None
         self.watches: list[QueueWatch] = []
+        self._snapshot: Position | None = None
+        self._reached: Change | None = None  # the last change read since the snapshot
         self._buffer: list[Change] = []
-        self._overran = False
+        self._buffered = 0
+
+    @property
+    def position(self) -> Position | None:
+        """Where in the log the records are."""
+        if self._snapshot is None or self._reached is None:
+            return self._snapshot
+        return Position(self._snapshot.incarnation, self._reached.revision, self._reached.operation)
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the records are there."""
+        return self._snapshot is not None
 
     def begin_load(self) -> None:
         """Keep the changes that arrive from now on: a snapshot is about to be read."""
         self._buffer.clear()
-        self._overran = False
+        self._buffered = 0
+
+    def keep(self, changes: Sequence[Change]) -> None:
+        """Changes, of any key, that arrive while the view is being loaded."""
+        self._buffered += weigh(changes)
+        if self._buffered <= BUFFER_CHANGES_COUNT:
+            self._buffer += changes
 
     def finish_load(self, snapshot: Snapshot, position: Position) -> bool:
-        """Take a snapshot, and the changes since. False: too many arrived meanwhile, load again."""
-        if self._overran:
+        """Take a snapshot, and the changes since.
+
+        False if too many arrived meanwhile, or they are of another history: load again.
+        """
+        since = [change for change in self._buffer if order(change.revision) > order(position.revision)]
+        connects = not since or since[0].previous == (position.revision, position.operation)
+        if self._buffered > BUFFER_CHANGES_COUNT or not connects:
             return False
         self._install(snapshot, position)
-        for change in self._buffer:
+        for change in since:
             self._apply(change)
-        self._buffer.clear()
+            self._reached = change
         for watch in self.watches:
             watch.loaded()
         return True
 
     def replace(self, snapshot: Snapshot, position: Position, reason: str) -> None:
         """Take the place of what was known, after history was lost."""
-        was_loaded = self.position is not None
+        was_loaded, known = self.is_loaded, self.records
         self._install(snapshot, position)
-        self._buffer.clear()
+        before = [
+            (key, known.get(key))
+            for key in known.keys() | self.records.keys()
+            if _value(known.get(key)) != _value(self.records.get(key))
+        ]
         for watch in self.watches:
             if was_loaded:
-                watch.resync(reason)
+                watch.resync(reason, before)
             else:
                 watch.loaded()
 
-    def follow(self, changes: Sequence[Change]) -> None:
-        """Apply log entries in order and pass them on to the watches."""
-        if self.position is None:
-            self._overran = self._overran or len(self._buffer) + len(changes) > BUFFER_CHANGES_COUNT
-            if not self._overran:
-                self._buffer += changes
-            return
-        events = tuple(event for change in changes if (event := self._apply(change)) is not None)
+    def follow(self, changes: Sequence[Change], last: Change) -> None:
+        """Apply the log's changes under the prefix, in order, and pass them on to the watches.
+
+        `last` is the last change of any key that was read with them.
+        """
+        if self._reached is None:
+            changes = [change for change in changes if self._is_news(change)]
+        before, events = [], []
+        for change in changes:
+            old = self.records.get(change.key)
+            event = self._apply(change)
+            if event is not None:
+                before.append((change.key, old))
+                events.append(event)
         if events:
-            batch = WatchBatch(events, changes[-1].revision)
+            step = Step(WatchBatch(tuple(events), last.revision), before, weigh(changes))
             for watch in self.watches:
-                watch.offer(batch)
+                watch.offer(step)
+
+    def reach(self, last: Change) -> None:
+        """All changes up to this one have been read."""
+        if self._reached is not None or self._is_news(last):
+            self._reached = last
+
+    def _is_news(self, change: Change) -> bool:
+        """Whether the snapshot does not have it: that may be ahead of what the log's reader has read."""
+        assert self._snapshot is not None
+        return order(change.revision) > order(self._snapshot.revision)
 
     def _install(self, snapshot: Snapshot, position: Position) -> None:
         self.records = {record.key: record for record in snapshot.records}
-        self.position = position
+        self._snapshot, self._reached = position, None
+        self._buffer.clear()
 
     def _apply(self, change: Change) -> Put | Delete | None:
-        assert self.position is not None
-        if order(change.revision) <= order(self.position.revision):
-            return None  # the snapshot has it
-        self.position = Position(self.position.incarnation, change.revision, change.operation)
         event = change.event if change.key.startswith(self.prefix) else None
         if isinstance(event, Put):
             self.records[change.key] = event.record
@@ -94,18 +155,23 @@ class PrefixView:
         return event
 
 
+def _value(record: Record | None) -> bytes | None:
+    return None if record is None else record.value
+
+
 class QueueWatch:
     """A watch on one prefix; see `base.Watch`. Made by `Fanout.watch`."""
 
     def __init__(self, view: PrefixView, on_close: Callable[[QueueWatch], None], *, after: bool) -> None:
         self.view = view
         self._on_close = on_close
-        self._reported: dict[str, Record] = {}
-        self._queue: deque[WatchBatch] = deque()
-        self._queued_count = 0
+        self._queue: deque[Step] = deque()
+        self._queued = 0
         self._history: WatchBatch | None = None
         self._awaits_history = after
-        self._state_due = not after
+        self._has_begun = after
+        self._reported: dict[str, Record | None] | None = None  # what was, if a difference is due
+        self._prune_at = 0
         self._reason: str | None = None
         self._error: StoreError | None = None
         self.closed = False
@@ -120,29 +186,50 @@ class QueueWatch:
     def join(self) -> Position:
         """Begin at the view's present position; what came before it is for `begin_with`."""
         assert self.view.position is not None
-        self._reported = dict(self.view.records)
-        self._queue.clear()
-        self._queued_count = 0
+        self._drop_queue()
+        self._reported = self._reason = None
         return self.view.position
 
-    def offer(self, batch: WatchBatch) -> None:
-        """New changes. Dropped when a difference is due anyway, which will hold them."""
-        if self._state_due:
+    def offer(self, step: Step) -> None:
+        """New changes. Where a difference is due, it will hold them."""
+        if not self._has_begun:
             return
-        if self._queued_count + len(batch.events) > QUEUE_EVENTS_COUNT:
-            self.resync(f"slow consumer: more than {QUEUE_EVENTS_COUNT} events behind")
+        if self._queue and self._queued + step.weight > QUEUE_EVENTS_COUNT:
+            self.resync(f"slow consumer: {len(self._queue)} batches were waiting", ())
+        if self._reported is not None:
+            self._remember(step.before)
             return
-        self._queue.append(batch)
-        self._queued_count += len(batch.events)
+        self._queue.append(step)
+        self._queued += step.weight
         self._wake.set()
 
-    def resync(self, reason: str) -> None:
-        """Drop what is queued: the consumer gets the difference instead."""
-        self._queue.clear()
-        self._queued_count = 0
-        if not self._state_due:
-            self._state_due, self._reason = True, reason
+    def resync(self, reason: str, before: Before) -> None:
+        """Drop what is queued: the consumer gets the difference instead. `before`: what else has changed."""
+        if not self._has_begun:
+            return
+        if self._reported is None:
+            self._reported, self._prune_at, self._reason = {}, QUEUE_EVENTS_COUNT, reason
+            for step in self._queue:
+                self._remember(step.before)
+            self._drop_queue()
+        self._remember(before)
         self._wake.set()
+
+    def _remember(self, before: Before) -> None:
+        assert self._reported is not None
+        for key, record in before:
+            self._reported.setdefault(key, record)
+        if len(self._reported) > self._prune_at:
+            self._reported = {key: self._reported[key] for key in self._changed(self._reported)}
+            self._prune_at = QUEUE_EVENTS_COUNT + 2 * len(self._reported)
+
+    def _changed(self, reported: dict[str, Record | None]) -> list[str]:
+        now = self.view.records
+        return [key for key, record in reported.items() if _value(record) != _value(now.get(key))]
+
+    def _drop_queue(self) -> None:
+        self._queue.clear()
+        self._queued = 0
 
     def begin_with(self, changes: Sequence[Change], revision: Revision) -> None:
         """The changes between the start revision and the `revision` joined at."""
@@ -175,33 +262,37 @@ class QueueWatch:
             await self._wake.wait()
 
     def _take(self) -> WatchBatch | None:
-        if self.view.position is None or self._awaits_history:
+        if self._awaits_history or not self.view.is_loaded:
             return None
         if self._history is not None:
             batch, self._history = self._history, None
-        elif self._state_due:
-            return self._take_difference(self.view.position.revision)
-        elif self._queue:
-            batch = self._queue.popleft()
-            self._queued_count -= len(batch.events)
-        else:
-            return None
-        for event in batch.events:
-            if isinstance(event, Put):
-                self._reported[event.record.key] = event.record
-            else:
-                self._reported.pop(event.key, None)
-        return batch
+            return batch
+        if not self._has_begun:
+            self._has_begun = True
+            return WatchBatch(tuple(map(Put, self._sorted_records())), self._revision)
+        if self._reported is not None:
+            return self._take_difference(self._reported)
+        if self._queue:
+            step = self._queue.popleft()
+            self._queued -= step.weight
+            return step.batch
+        return None
 
-    def _take_difference(self, revision: Revision) -> WatchBatch:
-        known, now = self._reported, self.view.records
-        gone = (Delete(key, revision, DeleteCause.RESYNC) for key in sorted(known.keys() - now.keys()))
-        changed = (
-            Put(now[key]) for key in sorted(now) if key not in known or known[key].value != now[key].value
-        )
-        batch = WatchBatch((*gone, *changed), revision, self._reason)
-        self._reported = dict(now)
-        self._state_due, self._reason = False, None
+    @property
+    def _revision(self) -> Revision:
+        assert self.view.position is not None
+        return self.view.position.revision
+
+    def _sorted_records(self) -> list[Record]:
+        records = self.view.records
+        return [records[key] for key in sorted(records)]
+
+    def _take_difference(self, reported: dict[str, Record | None]) -> WatchBatch:
+        revision, now = self._revision, self.view.records
+        changed = sorted(self._changed(reported))
+        gone = (Delete(key, revision, DeleteCause.RESYNC) for key in changed if key not in now)
+        batch = WatchBatch((*gone, *(Put(now[key]) for key in changed if key in now)), revision, self._reason)
+        self._reported = self._reason = None
         return batch
 
     async def aclose(self) -> None:
@@ -219,31 +310,49 @@ class QueueWatch:
 
 
 class Fanout:
-    """All views of a process."""
+    """All views of a process. A change goes to those of its key's prefixes, however many others there are."""
 
     def __init__(self) -> None:
         self.views: dict[str, PrefixView] = {}
+        self._lengths: Counter[int] = Counter()  # of the prefixes
 
     def watch(self, prefix: str, *, after: bool = False) -> QueueWatch:
         """A new watch, on a view that may still have to be loaded. `after`: it starts with history."""
         view = self.views.get(prefix)
         if view is None:
             view = self.views[prefix] = PrefixView(prefix)
+            self._lengths[len(prefix)] += 1
         watch = QueueWatch(view, self._forget, after=after)
         view.watches.append(watch)
-        if view.position is not None:
+        if view.is_loaded:
             watch.loaded()
         return watch
 
     def follow(self, changes: Sequence[Change]) -> None:
-        """Pass log entries on to every view."""
+        """Pass log entries on to the views."""
+        last = changes[-1]
+        concerned: dict[PrefixView, list[Change]] = {}
+        for change in changes:
+            for length in self._lengths:
+                view = self.views.get(change.key[:length]) if length <= len(change.key) else None
+                if view is not None and view.is_loaded:
+                    concerned.setdefault(view, []).append(change)
+        for view, its_changes in concerned.items():
+            view.follow(its_changes, last)
         for view in self.views.values():
-            view.follow(changes)
+            if view.is_loaded:
+                view.reach(last)
+            else:
+                view.keep(changes)
 
     def _forget(self, watch: QueueWatch) -> None:
-        watch.view.watches.remove(watch)
-        if not watch.view.watches and self.views.get(watch.view.prefix) is watch.view:
-            del self.views[watch.view.prefix]
+        view = watch.view
+        view.watches.remove(watch)
+        if not view.watches and self.views.get(view.prefix) is view:
+            del self.views[view.prefix]
+            self._lengths[len(view.prefix)] -= 1
+            if not self._lengths[len(view.prefix)]:
+                del self._lengths[len(view.prefix)]
 
     async def aclose(self) -> None:
         """End every watch."""

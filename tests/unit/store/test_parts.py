@@ -184,10 +184,10 @@ async def test_a_view_that_is_overrun_while_it_loads_asks_for_another_load() -> 
     snapshot, position = Snapshot((), Revision("5-0")), Position("i", Revision("5-0"), "op")
     view.begin_load()
     for number in range(BUFFER_CHANGES_COUNT + 1):
-        view.follow([change(number + 1)])
+        view.keep([change(number + 1)])
     assert not view.finish_load(snapshot, position)
     view.begin_load()
-    view.follow([change(4), change(6)])
+    view.keep([change(4), change(6)])
     assert view.finish_load(snapshot, position)
     assert view.position == Position("i", Revision("6-0"), "op")
 
