@@ -40,6 +40,9 @@ SECTIONS: dict[str, dict[str, Entry]] = {
     "Objects": {
         "objects": Entry("dynamo_redis.cli.objects:objects", "List, store, fetch and remove files in Redis."),
     },
+    "Locks": {
+        "lock": Entry("dynamo_redis.cli.lock:lock", "Run a command while nobody else has a lock."),
+    },
     "Settings": {
         "settings": Entry(
             "dynamo_redis.cli.settings:settings", "Every setting: its value now, and from where."

@@ -1,4 +1,5 @@
-"""From the command line's options to an open registry or object store, and the event loop they run in."""
+"""From the command line's options to what they name (the registry, the object store, the locks), and the
+event loop that a command runs in."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from typing import Any, TypeVar
 from dynamo_redis.cli import collection
 from dynamo_redis.cli.options import load
 from dynamo_redis.config import RuntimeSettings, StoreSettings, origins
-from dynamo_redis.store.base import ObjectStore, Registry
+from dynamo_redis.store.base import Locks, ObjectStore, Registry
 
 Answer = TypeVar("Answer")
 
@@ -32,6 +33,20 @@ async def open_objects(options: Mapping[str, Any]) -> AsyncIterator[ObjectStore]
     """The object store that the options and the settings name. Raises ConfigError and StoreError."""
     async with _open_store(options) as (_, objects):
         yield objects
+
+
+@asynccontextmanager
+async def open_locks(options: Mapping[str, Any]) -> AsyncIterator[Locks]:
+    """The locks that the options and the settings name. Raises ConfigError and StoreError."""
+    from dynamo_redis.store import connect
+
+    async with open_registry(options):
+        pass  # it has checked the server, the password and the schema
+    locks = connect.open_locks(load(StoreSettings, options))
+    try:
+        yield locks
+    finally:
+        await locks.aclose()
 
 
 @asynccontextmanager
