@@ -75,7 +75,7 @@ def main(
     left = len(plans) - len(results)
     console.print(
         f"{len(results)} runs in {time.monotonic() - began:.0f} s"
-        + (f"; no time was left for {left} more (they come first next time)" if left else "")
+        + (f"; no time was left for {left} others, which take their turn on other days" if left else "")
     )
     if is_long:
         for path in report.write_results(results, RESULTS):

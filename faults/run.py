@@ -89,7 +89,11 @@ class Scenario:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What a run amounted to. `recovery_s`: from the last heal until all agreed; None if they never did."""
+    """What a run amounted to.
+
+    `recovery_s`: from the end of the last fault (or of the last thing done to a process) until every process
+    was served again and all agreed; None if that never came.
+    """
 
     calls: int
     unknown: int
@@ -275,6 +279,7 @@ class Run:
                     process.thaw()
                 case "hang":
                     process.hang()
+            self._healed_at = time.monotonic()
 
         await asyncio.gather(*map(break_one, processes, hows))
 
@@ -288,15 +293,18 @@ class Run:
         for process in self.processes:
             process.thaw()
         self._healed_at = max(self._healed_at, self._ends_at)
-        served = await self._until_served()
+        served_s = await self._until_served()
         for process in self.processes:
             if process.alive:
                 process.rest()
         self.recorder.note("rest")
-        recovery_s = await self._until_quiet() if served else None
+        agreed_s = None if served_s is None else await self._until_quiet()
+        recovery_s = None if served_s is None or agreed_s is None else max(served_s, agreed_s)
         self.recorder.note("quiet", seconds=recovery_s)
         await self.observer.catch_up(self.server)
-        self.recorder.note("state", server=self.server.label, **await final_state(self.server, PREFIX))
+        state = await final_state(self.server, PREFIX)
+        if state["revision"] is not None:  # there is a registry: the load uses it
+            self.recorder.note("state", server=self.server.label, **state)
         for process in self.processes:
             if process.alive:
                 self.recorder.note("alive", process=process.name)
@@ -312,9 +320,9 @@ class Run:
             recovery_s,
         )
 
-    async def _until_served(self) -> bool:
-        """Until each process that lives, and makes calls, has had one answered that it made after the last
-        heal."""
+    async def _until_served(self) -> float | None:
+        """How long after the last heal each process that lives, and makes calls, had had one answered that it
+        made after it; None if one never had."""
         deadline = time.monotonic() + QUIET_TIMEOUT_S
         waiting: list[str] = []
         while time.monotonic() < deadline:
@@ -325,10 +333,10 @@ class Run:
                 if process.alive and self._followed.served_at(process.name) < self._healed_at
             ]
             if not waiting:
-                return True
+                return time.monotonic() - self._healed_at
             await asyncio.sleep(0.05)
         self.recorder.note("restless", why=f"no call of {', '.join(waiting)} was answered after the faults")
-        return False
+        return None
 
     async def _until_quiet(self) -> float | None:
         """How long after the last heal everything agreed, and went on agreeing; None if it never did."""
