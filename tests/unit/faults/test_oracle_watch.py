@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-import random
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from faults.history import History, Note
-from faults.oracles import ORACLES
 from faults.oracles.watch import check
 from faults.story import Story
 
@@ -286,68 +281,3 @@ def test_a_violation_says_what_was_promised_what_was_seen_by_whom_and_when(story
     report = violation.report()
     assert "promised: a watch shows every change" in report
     assert '"watch": "w/1"' in report.splitlines()[-1]
-
-
-# ---------------------------------------------------------------------- a recorded run
-
-
-@pytest.fixture
-def recorded(repository: Path) -> History:
-    """A real run: one writer, two workers, one watcher with three watches, FLUSHALL twice."""
-    return History.read(repository / "tests" / "vectors" / "flushall")
-
-
-def test_a_recorded_run_is_right(recorded: History) -> None:
-    assert [str(one) for name in ORACLES for one in ORACLES[name](recorded)] == []
-
-
-def _batches(history: History) -> list[int]:
-    ended_at = next(history.of("state")).at
-    return [
-        index
-        for index, note in enumerate(history.notes)
-        if note.kind == "watch" and note.at < ended_at and note.fields["events"]
-    ]
-
-
-def _with_events(note: Note, events: list[Event]) -> Note:
-    return dataclasses.replace(note, fields={**note.fields, "events": events})
-
-
-def _mutations(history: History, rng: random.Random) -> Iterator[tuple[str, History]]:
-    """Each batch with one event dropped, two swapped, one told twice, a value or revision changed."""
-    for index in rng.sample(_batches(history), 25):
-        note = history.notes[index]
-        events: list[Event] = note.fields["events"]
-        place = rng.randrange(len(events))
-        event = events[place]
-        before, after = events[:place], events[place + 1 :]
-        revised = [*event[:3], "1-1"] if event[0] == "put" else [*event[:2], "1-1", event[3]]
-        mutants = {
-            "dropped": [*before, *after],
-            "twice": [*before, event, event, *after],
-            "revised": [*before, revised, *after],
-        }
-        if event[0] == "put":
-            mutants["changed"] = [*before, [*event[:2], "other", event[3]], *after]
-        for name, mutant in mutants.items():
-            notes = [*history.notes]
-            notes[index] = _with_events(note, mutant)
-            yield f"{name} {event} of {note}", History(history.calls, notes)
-
-
-def test_each_mutation_of_a_recorded_watch_is_seen(recorded: History) -> None:
-    unseen = [what for what, mutant in _mutations(recorded, random.Random(1)) if not check(mutant)]
-    assert unseen == []
-
-
-def test_two_swapped_batches_of_a_recorded_watch_are_seen(recorded: History) -> None:
-    changes = [index for index in _batches(recorded) if recorded.notes[index].fields["resync"] is None]
-    by_watch: dict[str, list[int]] = {}
-    for index in changes:
-        by_watch.setdefault(recorded.notes[index].fields["watch"], []).append(index)
-    for indexes in by_watch.values():
-        one, other = indexes[len(indexes) // 2], indexes[len(indexes) // 2 + 1]
-        notes = [*recorded.notes]
-        notes[one], notes[other] = notes[other], notes[one]
-        assert check(History(recorded.calls, notes))
