@@ -17,10 +17,9 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from dynamo_redis.errors import StoreError
-from dynamo_redis.store.client import Argument
 from dynamo_redis.store.keys import RegistryKeys
 from faults.history import Recorder
-from faults.servers import ServerUnderTest
+from faults.servers import ServerUnderTest, Word
 
 POLL_S: Final = 0.1
 
@@ -75,7 +74,7 @@ class Observer:
         """Read all that is there now."""
         await self.look_and(server)
 
-    async def look_and(self, server: ServerUnderTest, *commands: Sequence[Argument]) -> None:
+    async def look_and(self, server: ServerUnderTest, *commands: Sequence[Word]) -> None:
         """Read what is new, and in the same moment do something that may destroy it. Raises StoreError."""
         place, log = self._places[server.label], self._keys.log
         async with place.turn:

@@ -23,12 +23,15 @@ from typing import Any, Final, Literal
 import msgpack
 
 from dynamo_redis.errors import ConfigError, StoreError
-from dynamo_redis.store.client import Argument, RedisClient
+from dynamo_redis.store.client import RedisClient
 from dynamo_redis.store.keys import RegistryKeys
 from dynamo_redis.store.server import EmbeddedServer, ServerBinary, find_server
 
 Persistence = Literal["always", "everysec", "none"]
 """The append-only file: synced before each answer, once a second, or no file at all."""
+
+Word = bytes | str | int | float
+"""What a command is made of."""
 
 ADMIN_TIMEOUT_S: Final = 2.0
 _SYNC_TIMEOUT_S: Final = 10.0
@@ -164,11 +167,11 @@ class ServerUnderTest:
 
     # ------------------------------------------------------------------ commands
 
-    async def execute(self, *command: Argument) -> Any:
+    async def execute(self, *command: Word) -> Any:
         """One command, on a connection that no proxy disturbs."""
         return await self._connected().execute(*command)
 
-    async def atomically(self, *commands: Sequence[Argument]) -> list[Any]:
+    async def atomically(self, *commands: Sequence[Word]) -> list[Any]:
         """Several commands in one MULTI."""
         return await self._connected().pipeline(commands, transaction=True)
 
