@@ -297,6 +297,39 @@ async def test_a_damaged_chunk_is_seen_and_put_right_by_the_next_put(
     assert [redis.pttl(key) for key in chunk_keys(keys, content)] == [-1] * CHUNKS
 
 
+async def test_what_is_known_to_be_damaged_is_sent_once_more_and_never_twice(
+    objects: RedisObjectStore, redis: Redis, keys: ObjectKeys
+) -> None:
+    content = content_of("x")
+    await objects.put("b", "n", content)
+    chunk = chunk_keys(keys, content)[3]
+    redis.setrange(chunk, 500, b"damage")
+    await objects.put("b", "n", content)  # nobody has read it: nobody knows
+    with pytest.raises(ObjectChanged, match="chunk 3 of 6 is damaged"):
+        await objects.read("b", "n")
+    assert redis.smembers(keys.damaged) == {chunk.removeprefix(keys.chunk("")).encode()}
+    assert 0 < int(redis.ttl(keys.damaged)) <= 86_400
+    await objects.put("b", "n", content)
+    assert not redis.exists(keys.damaged)
+    redis.append(chunk, b"what is of a wrong size needs no reader to be seen")
+    await objects.put("b", "n", content)
+    assert await objects.read("b", "n") == content
+    assert [redis.pttl(key) for key in chunk_keys(keys, content)] == [-1] * CHUNKS
+
+
+async def test_chunks_of_another_size_are_other_chunks(
+    objects: RedisObjectStore, dynamo_redis_url: str, dynamo_redis_prefix: str
+) -> None:
+    content = content_of("x")
+    await objects.put("b", "n", content)
+    async with opened(dynamo_redis_url, dynamo_redis_prefix, chunk_bytes=2 * CHUNK_BYTES) as other:
+        reader = objects.get("b", "n")
+        seen = await anext(reader)
+        await other.put("b", "n", content + b"more")
+        assert seen + b"".join([chunk async for chunk in reader]) == content
+        assert await objects.read("b", "n") == content + b"more"
+
+
 async def test_a_missing_chunk_is_seen_and_put_right_by_the_next_put(
     objects: RedisObjectStore, redis: Redis, keys: ObjectKeys
 ) -> None:
@@ -378,6 +411,10 @@ async def test_a_newer_releases_object_is_neither_read_nor_replaced(
     redis.hset(keys.current, mapping={"v": "1", "codec": "zstd"})
     with pytest.raises(SchemaMismatch, match="codec zstd"):
         await objects.read("b", "n")
+    redis.hset(keys.current, mapping={"codec": "none", "digest": "blake3"})
+    for call in (objects.read("b", "n"), objects.put("b", "n", b"y"), objects.remove("b", "n")):
+        with pytest.raises(SchemaMismatch, match="digest blake3"):
+            await call
     assert await objects.list() == []  # with a warning
 
 

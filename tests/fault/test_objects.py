@@ -1,0 +1,459 @@
+"""Objects while uploaders are killed, servers die, forget and fall silent, and everybody comes at once."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import random
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from redis import Redis
+
+from dynamo_redis.child import ChildProcess
+from dynamo_redis.errors import LockLost, ObjectChanged, ObjectNotFound, StoreUnavailable
+from dynamo_redis.store.base import Progress
+from dynamo_redis.store.client import RedisClient
+from dynamo_redis.store.lock_redis import RedisLocks
+from dynamo_redis.store.object_chunks import Patience
+from dynamo_redis.store.object_manifest import ObjectKeys, chunk_name
+from dynamo_redis.store.objects import RedisObjectStore
+from dynamo_redis.store.scripts import Script
+from dynamo_redis.store.server import EmbeddedServer
+from faults.proxy import Conditions, Proxy
+
+CHUNK_BYTES = 1000
+CHUNKS = 6
+WAIT_S = 20.0
+NO_ANSWERS = Conditions(swallow_answers=True)
+
+OpenObjects = Callable[..., RedisObjectStore]
+
+
+@pytest.fixture
+async def open_objects(dynamo_redis_prefix: str) -> AsyncIterator[OpenObjects]:
+    """Opens stores of the test's prefix, each as another process would."""
+    opened: list[RedisObjectStore] = []
+
+    def open_one(
+        url: str, *, timeout_s: float = 3.0, chunk_bytes: int = CHUNK_BYTES, **patience: float
+    ) -> RedisObjectStore:
+        times = Patience(**{"claim_s": 0.1, "recovery_s": WAIT_S, **patience})
+        client = RedisClient(url, timeout_s=timeout_s)
+        opened.append(RedisObjectStore(client, dynamo_redis_prefix, chunk_bytes=chunk_bytes, patience=times))
+        return opened[-1]
+
+    yield open_one
+    for objects in opened:
+        await objects.aclose()
+
+
+@pytest.fixture
+async def proxy(own_redis_server: EmbeddedServer) -> AsyncIterator[Proxy]:
+    async with Proxy(own_redis_server.url) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def redis(dynamo_redis_url: str) -> Iterator[Redis]:
+    """Another way to the same keys, for what no caller of the store would do."""
+    with Redis.from_url(dynamo_redis_url) as client:
+        yield client
+
+
+def content_of(seed: str, size_bytes: int = CHUNKS * CHUNK_BYTES - 1) -> bytes:
+    return hashlib.shake_128(seed.encode()).digest(size_bytes)
+
+
+def chunk_keys(keys: ObjectKeys, content: bytes) -> list[str]:
+    ends = range(CHUNK_BYTES, len(content) + CHUNK_BYTES, CHUNK_BYTES)
+    return [keys.chunk(chunk_name(hashlib.sha256(content[:end]).hexdigest(), CHUNK_BYTES)) for end in ends]
+
+
+def once_at(done_bytes: int, action: Callable[[], object]) -> Progress:
+    """A progress callback that acts when so much is done for the first time."""
+    pending = [action]
+
+    def progress(done: int, total: int | None) -> None:
+        if done >= done_bytes and pending:
+            pending.pop()()
+
+    return progress
+
+
+def at_commit(
+    objects: RedisObjectStore, before: Callable[[], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Act right before the first commit is sent."""
+    run_script = objects._client.script
+    pending = [before]
+
+    async def script(script: Script, *arguments: Any) -> Any:
+        if script.name == "object_commit" and pending:
+            pending.pop()()
+        return await run_script(script, *arguments)
+
+    monkeypatch.setattr(objects._client, "script", script)
+
+
+# --------------------------------------------------------------------------- uploaders killed
+
+_UPLOADERS = """
+import asyncio, os, signal, sys
+from dynamo_redis.store.client import RedisClient
+from dynamo_redis.store.object_chunks import Patience
+from dynamo_redis.store.objects import RedisObjectStore
+
+url, prefix, path, chunks = *sys.argv[1:4], int(sys.argv[4])
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+async def upload(point):
+    client = RedisClient(url, timeout_s=3)
+    store = RedisObjectStore(client, prefix, chunk_bytes=1000, patience=Patience(claim_s=0.1))
+    run_script = client.script
+
+    async def script(script, *arguments):
+        if script.name == "object_commit" and point == "before the commit":
+            die()
+        answer = await run_script(script, *arguments)
+        if script.name == "object_commit" and point == "after the commit":
+            die()
+        return answer
+
+    client.script = script
+    stored = 0
+    def progress(done, total):
+        nonlocal stored
+        stored += 1
+        if point == str(stored):
+            die()
+    await store.put("b", point, open(path, "rb").read(), progress=progress)
+
+points = [*map(str, range(1, chunks + 1)), "before the commit", "after the commit"]
+for point in points:
+    if not os.fork():
+        asyncio.run(upload(point))
+        os._exit(0)
+killed = [os.WTERMSIG(os.wait()[1]) for _ in points]
+assert killed == [signal.SIGKILL] * len(points), killed
+"""
+
+
+async def test_uploaders_killed_at_each_chunk_and_around_the_commit(
+    open_objects: OpenObjects, dynamo_redis_url: str, dynamo_redis_prefix: str, redis: Redis, tmp_path: Path
+) -> None:
+    objects = open_objects(dynamo_redis_url)
+    old, new = content_of("old"), content_of("new")
+    (tmp_path / "new").write_bytes(new)
+    before = [*map(str, range(1, CHUNKS + 1)), "before the commit"]
+    for point in (*before, "after the commit"):
+        await objects.put("b", point, old)
+    argv = ["-c", _UPLOADERS, dynamo_redis_url, dynamo_redis_prefix, str(tmp_path / "new"), str(CHUNKS)]
+    uploaders = ChildProcess.start([sys.executable, *argv])
+    async with asyncio.timeout(WAIT_S):
+        assert await uploaders.wait() == 0
+    for point in before:
+        keys = ObjectKeys(dynamo_redis_prefix, "b", point)
+        assert await objects.read("b", point) == old
+        left = [int(redis.pttl(key)) for key in chunk_keys(keys, new) if redis.exists(key)]
+        assert len(left) >= (int(point) if point.isdigit() else CHUNKS)
+        assert all(0 < ms <= 600_000 for ms in left)
+        assert [redis.pttl(key) for key in chunk_keys(keys, old)] == [-1] * CHUNKS
+    keys = ObjectKeys(dynamo_redis_prefix, "b", "after the commit")
+    assert await objects.read("b", "after the commit") == new
+    assert [redis.pttl(key) for key in chunk_keys(keys, new)] == [-1] * CHUNKS
+    for point in (*before, "after the commit"):
+        await objects.put("b", point, new)
+        assert await objects.read("b", point) == new
+
+
+async def test_what_a_stopped_uploader_has_claimed_is_sent_by_another(
+    open_objects: OpenObjects, dynamo_redis_url: str, dynamo_redis_prefix: str, redis: Redis
+) -> None:
+    objects = open_objects(dynamo_redis_url)
+    content = content_of("x")
+    keys = ObjectKeys(dynamo_redis_prefix, "b", "n")
+    first = chunk_name(hashlib.sha256(content[:CHUNK_BYTES]).hexdigest(), CHUNK_BYTES)
+    redis.set(keys.claim(first), "somebody who was stopped", px=300)
+    async with asyncio.timeout(WAIT_S):
+        await objects.put("b", "n", content)
+    assert await objects.read("b", "n") == content
+
+
+# --------------------------------------------------------------------------- everybody at once
+
+
+async def test_eight_uploaders_of_the_same_content_send_it_once(
+    open_objects: OpenObjects, own_redis_server: EmbeddedServer
+) -> None:
+    content = content_of("the same", 8 << 20)
+    stores = [open_objects(own_redis_server.url, chunk_bytes=1 << 18, claim_s=2.0) for _ in range(8)]
+    with Redis.from_url(own_redis_server.url) as redis:
+
+        def received_bytes() -> int:
+            return int(redis.info("stats")["total_net_input_bytes"])
+
+        before = received_bytes()
+        infos = await asyncio.gather(*[objects.put("b", "n", content) for objects in stores])
+        sent_bytes = received_bytes() - before
+    assert len(set(infos)) == 1
+    assert len(content) < sent_bytes < 1.3 * len(content)
+    assert await stores[0].read("b", "n") == content
+
+
+async def test_readers_of_any_speed_see_one_version_or_are_told(
+    open_objects: OpenObjects, dynamo_redis_url: str
+) -> None:
+    """Old versions expire after 50 ms here, so that slow readers lose theirs."""
+    versions = [content_of(str(n), 12 * CHUNK_BYTES) for n in range(5)]
+    writer, *others = (open_objects(dynamo_redis_url, expiry_s=0.05) for _ in range(7))
+    await writer.put("b", "n", versions[0])
+    whole_count = told_count = 0
+
+    async def write() -> None:
+        rng = random.Random(1)
+        for number in range(40):
+            await writer.put("b", "n", versions[number % 5])
+            if number % 7 == 3:
+                await writer.remove("b", "n")
+            await asyncio.sleep(rng.uniform(0, 0.03))
+
+    async def read(objects: RedisObjectStore, pause_s: float) -> None:
+        nonlocal whole_count, told_count
+        while not writing.done():
+            seen = b""
+            try:
+                async for chunk in objects.get("b", "n"):
+                    seen += chunk
+                    await asyncio.sleep(pause_s)
+                assert seen in versions
+                whole_count += 1
+            except (ObjectChanged, ObjectNotFound):
+                assert any(version.startswith(seen) for version in versions)
+                told_count += 1
+                await asyncio.sleep(0)
+
+    writing = asyncio.create_task(write())
+    await asyncio.gather(writing, *[read(objects, n * 0.004) for n, objects in enumerate(others)])
+    assert whole_count > 10
+    assert told_count > 3
+
+
+# --------------------------------------------------------------------------- servers that die
+
+
+async def die_and_come_back(server: EmbeddedServer) -> None:
+    await server.kill()
+    await asyncio.sleep(0.1)
+    await server.start()
+
+
+@pytest.mark.parametrize("keeps", ["everysec", "nothing"])
+async def test_an_upload_outlives_a_server_that_is_killed_and_restarted(
+    open_objects: OpenObjects, tmp_path: Path, keeps: str
+) -> None:
+    content = content_of("x", 40 * CHUNK_BYTES)
+    (tmp_path / "file").write_bytes(content)
+    settings = {"appendonly": "no"} if keeps == "nothing" else {"appendfsync": keeps}
+    async with EmbeddedServer(tmp_path, port=0, settings=settings) as server, asyncio.timeout(WAIT_S):
+        objects = open_objects(server.url)
+        tasks: list[asyncio.Task[None]] = []
+
+        def kill() -> None:
+            tasks.append(asyncio.create_task(die_and_come_back(server)))
+
+        info = await objects.put("b", "n", tmp_path / "file", progress=once_at(len(content) // 2, kill))
+        await asyncio.gather(*tasks)
+        assert info.sha256 == hashlib.sha256(content).hexdigest()
+        assert await objects.read("b", "n") == content
+
+
+async def test_pieces_outlive_a_restart_that_loses_nothing_and_so_does_a_reader(
+    open_objects: OpenObjects, tmp_path: Path
+) -> None:
+    content = content_of("x", 40 * CHUNK_BYTES)
+    async with (
+        EmbeddedServer(tmp_path, port=0, settings={"appendfsync": "always"}) as server,
+        asyncio.timeout(WAIT_S),
+    ):
+        objects = open_objects(server.url)
+
+        async def pieces() -> AsyncIterator[bytes]:
+            for start in range(0, len(content), CHUNK_BYTES):
+                if start == 20 * CHUNK_BYTES:
+                    await server.kill()
+                    asyncio.get_running_loop().call_later(0.1, lambda: restarts.append(restart()))
+                yield content[start : start + CHUNK_BYTES]
+
+        def restart() -> asyncio.Task[None]:
+            return asyncio.create_task(server.start())
+
+        restarts: list[asyncio.Task[None]] = []
+        await objects.put("b", "n", pieces())
+        reader = objects.get("b", "n")
+        seen = await anext(reader)
+        await server.kill()
+        restarts.append(restart())
+        assert seen + b"".join([chunk async for chunk in reader]) == content
+        await asyncio.gather(*restarts)
+
+
+async def test_an_upload_gives_up_on_a_server_that_stays_away(
+    open_objects: OpenObjects, own_redis_server: EmbeddedServer
+) -> None:
+    objects = open_objects(own_redis_server.url, recovery_s=0.5)
+    await objects.put("b", "n", b"old")
+    reader = objects.get("b", "n")
+
+    async def pieces() -> AsyncIterator[bytes]:
+        yield content_of("x")
+        await own_redis_server.kill()
+        yield content_of("y")
+
+    async with asyncio.timeout(WAIT_S):
+        with pytest.raises(StoreUnavailable, match="connection refused"):
+            await objects.put("b", "n", pieces())
+    patient = open_objects(own_redis_server.url, recovery_s=1000.0)  # with what is under way only
+    async with asyncio.timeout(WAIT_S):
+        for call in (patient.put("b", "n", b"x"), patient.read("b", "n"), anext(reader)):
+            with pytest.raises(StoreUnavailable):
+                await call
+
+
+async def test_a_reader_of_a_wiped_server_is_told(
+    open_objects: OpenObjects, own_redis_server: EmbeddedServer
+) -> None:
+    objects = open_objects(own_redis_server.url)
+    await objects.put("b", "n", content_of("x"))
+    reader = objects.get("b", "n")
+    seen = await anext(reader)
+    with Redis.from_url(own_redis_server.url) as redis:
+        redis.flushall()
+    with pytest.raises(ObjectChanged, match="is gone"):
+        seen += b"".join([chunk async for chunk in reader])
+    with pytest.raises(ObjectNotFound):
+        await objects.read("b", "n")
+
+
+# --------------------------------------------------------------------------- connections that break
+
+
+async def heal_after(proxy: Proxy, pause_s: float) -> None:
+    await asyncio.sleep(pause_s)
+    proxy.heal()
+
+
+@contextlib.asynccontextmanager
+async def silence(proxy: Proxy, pause_s: float) -> AsyncIterator[Callable[[], None]]:
+    """Begins, when called, a time in which the server hears everything and nobody hears it."""
+    tasks: list[asyncio.Task[None]] = []
+
+    def begin() -> None:
+        proxy.conditions = NO_ANSWERS
+        tasks.append(asyncio.create_task(heal_after(proxy, pause_s)))
+
+    yield begin
+    assert tasks
+    await asyncio.gather(*tasks)
+
+
+@pytest.mark.parametrize("after_chunks", [1, 3, 6])
+async def test_answers_lost_during_an_upload_are_made_up_for(
+    open_objects: OpenObjects, own_redis_server: EmbeddedServer, proxy: Proxy, after_chunks: int
+) -> None:
+    objects = open_objects(proxy.url, timeout_s=0.2)
+    content = content_of("x")
+    async with silence(proxy, 0.3) as begin, asyncio.timeout(WAIT_S):
+        at_bytes = min(after_chunks * CHUNK_BYTES, len(content))
+        info = await objects.put("b", "n", content, progress=once_at(at_bytes, begin))
+    direct = open_objects(own_redis_server.url)
+    assert await direct.info("b", "n") == info
+    assert await direct.read("b", "n") == content
+
+
+async def test_a_commit_whose_answer_is_lost_happens_once(
+    open_objects: OpenObjects,
+    own_redis_server: EmbeddedServer,
+    proxy: Proxy,
+    dynamo_redis_prefix: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    objects, direct = open_objects(proxy.url, timeout_s=0.2), open_objects(own_redis_server.url)
+    await direct.put("b", "n", content_of("old"))
+    pointer = ObjectKeys(dynamo_redis_prefix, "b", "n").current
+    with Redis.from_url(own_redis_server.url) as redis:
+        async with silence(proxy, 0.5) as begin, asyncio.timeout(WAIT_S):
+            at_commit(objects, begin, monkeypatch)
+            put = asyncio.create_task(objects.put("b", "n", content_of("new")))
+            while await direct.read("b", "n") != content_of("new"):
+                await anyio.sleep(0.01)
+            committed = redis.hgetall(pointer)
+            assert not put.done()
+            info = await put
+        assert redis.hgetall(pointer) == committed
+    assert await direct.info("b", "n") == info
+
+
+async def test_a_fenced_commit_whose_answer_is_lost_is_told_from_one_that_was_refused(
+    open_objects: OpenObjects,
+    own_redis_server: EmbeddedServer,
+    proxy: Proxy,
+    dynamo_redis_prefix: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first holder's put happens, the second one's replaces it before the first is answered."""
+    objects, direct = open_objects(proxy.url, timeout_s=0.2), open_objects(own_redis_server.url)
+    locks = RedisLocks(RedisClient(own_redis_server.url, timeout_s=3.0), dynamo_redis_prefix)
+    lock = locks.object_lock("b", "n")
+    await direct.put("b", "n", content_of("old"))
+    async with silence(proxy, 0.5) as begin, asyncio.timeout(WAIT_S), lock.hold() as held:
+        at_commit(objects, begin, monkeypatch)
+        put = asyncio.create_task(objects.put("b", "n", content_of("first"), fence=held))
+        while await direct.read("b", "n") != content_of("first"):
+            await anyio.sleep(0.01)
+        await locks._storage.release(lock._keys, held.owner)  # type: ignore[attr-defined]
+        async with lock.hold() as newer:
+            await direct.put("b", "n", content_of("second"), fence=newer)
+        with pytest.raises(StoreUnavailable, match="lock was lost while Redis did not answer"):
+            await put
+        with pytest.raises(LockLost):
+            await objects.put("b", "n", content_of("third"), fence=held)
+    assert await direct.read("b", "n") == content_of("second")
+    await locks.aclose()
+
+
+async def test_connections_cut_again_and_again_during_uploads_and_reads(
+    open_objects: OpenObjects, proxy: Proxy
+) -> None:
+    objects = open_objects(proxy.url, timeout_s=1.0)
+    under_way = asyncio.Event()
+    cuts_count = 0
+
+    async def cut() -> None:
+        nonlocal cuts_count
+        while await under_way.wait():
+            proxy.cut_one()
+            cuts_count += 1
+            await asyncio.sleep(0.005)
+
+    cutting = asyncio.create_task(cut())
+    async with asyncio.timeout(WAIT_S):
+        for number in range(2):
+            content = content_of(str(number), 60 * CHUNK_BYTES)
+            await objects.put("b", "n", content, progress=lambda *_: under_way.set())
+            under_way.clear()
+            reader = objects.get("b", "n")
+            seen = await anext(reader)
+            under_way.set()
+            assert seen + b"".join([chunk async for chunk in reader]) == content
+            under_way.clear()
+    assert cuts_count > 8
+    cutting.cancel()
+    await asyncio.wait([cutting])
