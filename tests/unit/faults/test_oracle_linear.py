@@ -232,50 +232,97 @@ def test_a_violation_shows_the_calls_around_the_one_that_does_not_fit(story: Sto
 # ---------------------------------------------------------------------- made by a real register
 
 
-def make_history(rng: random.Random, count: int, *, keys: int = 3, processes: int = 5) -> History:
-    """A right history: calls take effect one by one, at a moment within each; some answers are lost."""
-    cells: dict[str, tuple[str, str]] = {}
+class Registers:
+    """What a registry does, in a few lines: `apply` answers a call as (outcome, answer)."""
+
+    def __init__(self) -> None:
+        self._cells: dict[str, tuple[str, str]] = {}
+        self._revision = 0
+
+    def revision_of(self, key: str) -> str | None:
+        cell = self._cells.get(key)
+        return None if cell is None else cell[1]
+
+    def _put(self, key: str, value: str) -> dict[str, str]:
+        self._revision += 1
+        self._cells[key] = (value, f"1-{self._revision}")
+        return {"revision": f"1-{self._revision}"}
+
+    def apply(self, action: str, said: dict[str, Any]) -> tuple[Any, Any]:
+        if action == "transact":
+            return self._transact(said)
+        key = said["key"]
+        there = self._cells.get(key)
+        match action:
+            case "get":
+                value, revision = there or (None, None)
+                return "ok", {"value": value, "revision": revision}
+            case "delete":
+                self._revision += there is not None
+                self._cells.pop(key, None)
+                return "ok", {"deleted": there is not None}
+            case "create" if there is not None:
+                return "refused", {"exists": True}
+            case "compare_and_put" if self.revision_of(key) != said["expected"]:
+                return "refused", {"found": self.revision_of(key)}
+            case _:
+                return "ok", self._put(key, said["value"])
+
+    def _transact(self, said: dict[str, Any]) -> tuple[Any, Any]:
+        for key, expected in said["compares"]:
+            if self.revision_of(key) != expected:
+                return "refused", {"key": key, "found": self.revision_of(key)}
+        for key, value in said["puts"]:
+            self._put(key, value)
+        for key in said["deletes"]:
+            self._revision += self._cells.pop(key, None) is not None
+        return "ok", {"revision": f"1-{self._revision}"}
+
+
+ACTIONS = ("get", "get", "get", "put", "create", "compare_and_put", "delete")
+
+
+def make_history(
+    rng: random.Random, count: int, *, keys: int = 3, processes: int = 5, transactions: bool = False
+) -> History:
+    """A right history: calls take effect one by one, at a moment within each. Of some the answer is lost:
+    they take effect at once, much later, or never."""
+    registers = Registers()
     free_at = [0.0] * processes
-    now, revision = 0.0, 0
+    late: list[tuple[str, dict[str, Any]]] = []
     calls: list[Call] = []
+    now = 0.0
     for number in range(count):
         process = rng.randrange(processes)
         began_at = max(free_at[process], now - rng.uniform(0, 3))
         now = max(now, began_at) + rng.uniform(0, 1)
         ended_at = free_at[process] = now + rng.uniform(0, 3)
-        key, value = f"k{rng.randrange(keys)}", f"v{number}"
-        there = cells.get(key)
-        action = rng.choice(("get", "get", "put", "create", "compare_and_put", "delete"))
-        arguments: dict[str, Any] = {"key": key}
-        expected = rng.choice((there[1] if there else None, None, "1-0"))
-        outcome: Any = "ok"
-        writes = action == "put"
-        answer: dict[str, Any] = {}
-        match action:
-            case "get":
-                answer = dict(zip(("value", "revision"), there or (None, None), strict=True))
-            case "delete":
-                answer = {"deleted": there is not None}
-                cells.pop(key, None)
-                revision += 1
-            case "create":
-                writes, answer = there is None, {"exists": True}
-            case "compare_and_put":
-                arguments["expected"] = expected
-                found = there[1] if there else None
-                writes, answer = found == expected, {"found": found}
-        if action in ("put", "create", "compare_and_put"):
-            arguments["value"] = value
-            if writes:
-                revision += 1
-                cells[key] = (value, f"1-{revision}")
-                answer = {"revision": f"1-{revision}"}
-            else:
-                outcome = "refused"
-        if rng.random() < 0.05:
-            outcome, answer, ended_at = "unknown", {}, INFINITY
-        calls.append(Call(f"p{process}", number, action, arguments, began_at, ended_at, outcome, answer))
+        if late and rng.random() < 0.2:
+            registers.apply(*late.pop(rng.randrange(len(late))))
+        action = rng.choice((*ACTIONS, "transact") if transactions else ACTIONS)
+        said = _arguments(rng, action, number, keys, registers)
+        outcome: Any = "unknown"
+        answer = None
+        if rng.random() > 0.05:
+            outcome, answer = registers.apply(action, said)
+        else:
+            ended_at = INFINITY
+            if rng.random() < 0.6:
+                late.append((action, said))
+        calls.append(Call(f"p{process}", number, action, said, began_at, ended_at, outcome, answer))
     return History(sorted(calls, key=lambda call: call.began_at))
+
+
+def _arguments(
+    rng: random.Random, action: str, number: int, keys: int, registers: Registers
+) -> dict[str, Any]:
+    key, other = (f"k{rng.randrange(keys)}" for _ in range(2))
+    expected = rng.choice((registers.revision_of(key), registers.revision_of(key), None, "1-0"))
+    if action == "transact":
+        puts = [[name, f"v{number}{name}"] for name in dict.fromkeys((key, other))]
+        deletes = rng.choice(([], [f"k{keys}"]))
+        return {"compares": [[key, expected]], "puts": puts, "deletes": deletes}
+    return {"key": key, "value": f"v{number}", "expected": expected}
 
 
 def mutate(rng: random.Random, history: History) -> History:
@@ -297,9 +344,9 @@ def mutate(rng: random.Random, history: History) -> History:
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 2**32))
-def test_what_a_register_did_fits(seed: int) -> None:
-    assert check(make_history(random.Random(seed), 120)) == []
+@given(st.integers(0, 2**32), st.booleans())
+def test_what_registers_did_fits(seed: int, transactions: bool) -> None:
+    assert check(make_history(random.Random(seed), 100, transactions=transactions)) == []
 
 
 def test_most_reads_of_another_time_do_not_fit() -> None:
@@ -319,72 +366,100 @@ def test_thousands_of_calls_are_judged_at_once() -> None:
 
 
 def fits_by_trial(answered: Sequence[Operation], unknown: Sequence[Operation]) -> bool:
-    """Try every order of the answered and of each choice of the unknown calls, on one key."""
-    for count in range(len(unknown) + 1):
-        for chosen in itertools.combinations(unknown, count):
-            if any(_fits(order) for order in itertools.permutations([*answered, *chosen])):
-                return True
-    return False
+    """Try every order of the answered and of each choice of the unknown calls."""
+    return any(
+        _fits(order)
+        for count in range(len(unknown) + 1)
+        for chosen in itertools.combinations(unknown, count)
+        for order in itertools.permutations([*answered, *chosen])
+    )
 
 
 def _fits(order: Sequence[Operation]) -> bool:
-    cell: Cell = ABSENT
+    cells: dict[str, Cell] = {}
     for index, operation in enumerate(order):
         if any(later.call.ended_at < operation.call.began_at for later in order[index + 1 :]):
             return False
-        for _, demanded in operation.demands:
-            joined = join(cell, demanded)
+        for key, demanded in operation.demands:
+            joined = join(cells.get(key, ABSENT), demanded)
             if joined is None:
                 return False
-            cell = joined
-        if operation.effects:
-            cell = operation.effects[-1][1]
+            cells[key] = joined
+        cells.update(operation.effects)
     revisions = [int(one.revision.partition("-")[2]) for one in order if one.revision is not None]
     return revisions == sorted(revisions)
 
 
+def split(calls: Sequence[Call]) -> tuple[list[Operation], list[Operation]]:
+    """The answered ones, and those of unknown outcome."""
+    operations = [operation_of(call) for call in calls]
+    return (
+        [operation for operation in operations if operation.call.outcome != "unknown"],
+        [operation for operation in operations if operation.call.outcome == "unknown"],
+    )
+
+
 @st.composite
-def tiny_calls(draw: st.DrawFn) -> list[Call]:
-    """Up to five calls on one key, whose answers need not fit."""
-    calls = []
-    for number in range(draw(st.integers(1, 5))):
-        began_at = draw(st.integers(0, 8)) * 2.0
-        ended_at = began_at + 1 + draw(st.integers(0, 4)) * 2.0
-        action = draw(st.sampled_from(("get", "put", "create", "delete", "compare_and_put")))
-        seen = draw(st.sampled_from((None, 0, 1, 2)))
-        arguments: dict[str, Any] = {"key": "k"}
-        outcome: Any = "ok"
-        answer: dict[str, Any] = {"revision": f"1-{number}"}
-        match action:
-            case "get":
-                answer = {"value": seen and f"v{seen}", "revision": seen and f"1-{seen}"}
-            case "delete":
-                answer = {"deleted": seen is not None}
-            case _:
-                arguments |= {"value": f"v{number}"}
-        if action == "compare_and_put":
-            arguments["expected"] = None if seen is None else f"1-{seen}"
-        if action == "create" and draw(st.booleans()):
-            outcome, answer = "refused", {"exists": True}
-        if action != "get" and draw(st.integers(0, 3)) == 0:
-            outcome, answer, ended_at = "unknown", {}, INFINITY
-        calls.append(Call("p", number, action, arguments, began_at, ended_at, outcome, answer))
-    return calls
+def tiny_calls(draw: st.DrawFn, keys: str) -> list[Call]:
+    """Up to five calls, whose answers need not fit. On several keys some are transactions."""
+    return [_tiny_call(draw, number, keys) for number in range(draw(st.integers(1, 5)))]
+
+
+def _tiny_call(draw: st.DrawFn, number: int, keys: str) -> Call:
+    began_at = draw(st.integers(0, 8)) * 2.0
+    ended_at = began_at + 1 + draw(st.integers(0, 4)) * 2.0
+    actions = [
+        "get",
+        "put",
+        "create",
+        "delete",
+        "compare_and_put",
+        *(["transact"] * 3 if len(keys) > 1 else []),
+    ]
+    action = draw(st.sampled_from(actions))
+    seen = draw(st.sampled_from((None, 0, 1, 2)))
+    expected = None if seen is None else f"1-{seen}"
+    arguments: dict[str, Any] = {"key": draw(st.sampled_from(keys))}
+    outcome: Any = "ok"
+    answer: dict[str, Any] = {"revision": f"1-{number}"}
+    match action:
+        case "get":
+            answer = {"value": None if seen is None else f"v{seen}", "revision": expected}
+        case "delete":
+            answer = {"deleted": seen is not None}
+        case "transact":
+            puts, deletes = draw(st.sampled_from((("a", "b"), ("ab", ""), ("b", ""))))
+            arguments = {
+                "compares": [["a", expected]] if draw(st.booleans()) else [],
+                "puts": [[key, f"v{number}"] for key in puts],
+                "deletes": list(deletes),
+            }
+        case _:
+            arguments |= {"value": f"v{number}", "expected": expected}
+    if action == "create" and draw(st.booleans()):
+        outcome, answer = "refused", {"exists": True}
+    if action != "get" and draw(st.integers(0, 3)) == 0:
+        outcome, answer, ended_at = "unknown", {}, INFINITY
+    return Call("p", number, action, arguments, began_at, ended_at, outcome, answer)
 
 
 @settings(max_examples=300, deadline=None)
-@given(tiny_calls())
+@given(tiny_calls("k"))
 def test_the_search_decides_as_trying_all_orders_does(calls: list[Call]) -> None:
-    answered = [operation_of(call) for call in calls if call.outcome != "unknown"]
-    unknown = [operation_of(call) for call in calls if call.outcome == "unknown"]
+    answered, unknown = split(calls)
     assert Search(["k"], answered, unknown, ABSENT).run().found == fits_by_trial(answered, unknown)
 
 
 @settings(max_examples=300, deadline=None)
-@given(tiny_calls())
+@given(tiny_calls("ab"))
+def test_the_search_of_joined_keys_decides_as_trying_all_orders_does(calls: list[Call]) -> None:
+    answered, unknown = split(calls)
+    assert Search(["a", "b"], answered, unknown, ABSENT).run().found == fits_by_trial(answered, unknown)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.one_of(tiny_calls("k"), tiny_calls("ab")))
 def test_the_whole_oracle_accepts_only_what_fits_an_order(calls: list[Call]) -> None:
     history = History(sorted(calls, key=lambda call: call.began_at))
     if not check(history):
-        answered = [operation_of(call) for call in calls if call.outcome != "unknown"]
-        unknown = [operation_of(call) for call in calls if call.outcome == "unknown"]
-        assert fits_by_trial(answered, unknown)
+        assert fits_by_trial(*split(calls))
