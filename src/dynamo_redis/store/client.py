@@ -1,7 +1,7 @@
 """Connections to Redis or Valkey.
 
-Everything that this package knows about redis-py is here, and in `server_errors.py` what its errors mean.
-Four kinds of connection, because they wait in different ways:
+Everything that this package knows about redis-py is here and in `blocking.py`, and in `server_errors.py` what
+its errors mean. Four kinds of connection, because they wait in different ways:
 
 - commands (`execute`, `script`, `pipeline`, `scan`): a bounded pool, one deadline a call, no retry. Only
   the caller knows which command may be repeated.
@@ -32,6 +32,8 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from dynamo_redis.errors import ConfigError, StoreError, StoreRefused, StoreUnavailable
+from dynamo_redis.store.blocking import Argument as Argument
+from dynamo_redis.store.blocking import BlockingConnection
 from dynamo_redis.store.scripts import Script
 from dynamo_redis.store.server_errors import FAILURES, Stranger, one_line, store_error
 
@@ -44,9 +46,6 @@ CLOSE_TIMEOUT_S: Final = 1.0
 
 _UNKNOWN_OPTION: Final = re.compile(r"unexpected keyword argument '(\w+)'")
 """How Python words it that a connection class does not know an option."""
-
-Argument = bytes | str | int | float
-"""What a command is made of."""
 
 
 class Backoff:
@@ -192,7 +191,14 @@ class RedisClient:
 
     def blocking(self) -> BlockingConnection:
         """A connection for blocking reads; its owner closes it."""
-        return BlockingConnection(self)
+        options = self._async_options(self.timeout_s)
+
+        async def connect() -> Any:
+            connection = _make(options)
+            await connection.connect()
+            return connection
+
+        return BlockingConnection(connect, self.error, self.timeout_s)
 
     async def subscribe(self, *patterns: str) -> Subscription:
         """Subscribe to channel patterns, on a connection of their own. Raises StoreError."""
@@ -276,38 +282,6 @@ class RedisClient:
             # Only a new connection resolves the name again, and so finds the new primary.
             await self._pool.disconnect(inuse_connections=False)
         return error
-
-
-class BlockingConnection:
-    """A connection that waits for the server: XREAD BLOCK and the like. For one task at a time."""
-
-    def __init__(self, client: RedisClient) -> None:
-        self._client = client
-        self._pool: Any = redis.asyncio.ConnectionPool(
-            max_connections=1, **client._async_options(client.timeout_s)
-        )
-        self._redis = _raw(redis.asyncio.Redis(connection_pool=self._pool))
-
-    async def execute(self, *command: Argument, block_s: float) -> Any:
-        """Run a command that may block for `block_s`. After any StoreError the next call connects anew."""
-        limit_s = block_s + self._client.timeout_s
-        try:
-            async with asyncio.timeout(limit_s):
-                connection = await self._pool.get_connection()
-                try:
-                    await connection.send_command(*command)
-                    # Not the socket's own time-out, and one that never passes: `limit_s` does first.
-                    reply = await connection.read_response(timeout=limit_s + 1.0)
-                finally:
-                    await self._pool.release(connection)
-                return reply
-        except FAILURES as exc:
-            await self._pool.disconnect()
-            raise self._client.error(exc) from exc
-
-    async def aclose(self) -> None:
-        """Close the connection. Never raises for a dead server."""
-        await _close(self._redis, self._pool)
 
 
 class Subscription:

@@ -18,6 +18,7 @@ import msgpack
 
 from dynamo_redis.errors import LeaseNotFound, SchemaMismatch, StoreError, StoreRefused, StoreUnavailable
 from dynamo_redis.store.base import Compare, DeleteOp, LeaseId, PutOp, Record, Revision, Snapshot
+from dynamo_redis.store.blocking import Argument
 from dynamo_redis.store.change_log import (
     Change,
     Position,
@@ -26,7 +27,7 @@ from dynamo_redis.store.change_log import (
     parse_record,
     parse_records,
 )
-from dynamo_redis.store.client import Argument, Backoff, RedisClient, SyncConnection
+from dynamo_redis.store.client import Backoff, RedisClient, SyncConnection
 from dynamo_redis.store.keys import SCHEMA_VERSION, RegistryKeys, format_lease
 from dynamo_redis.store.scripts import Script, load_script
 
