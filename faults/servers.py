@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import os
-import random
 import shlex
 import signal
 import subprocess
@@ -201,16 +200,10 @@ class ServerUnderTest:
 
     # ------------------------------------------------------------------ data that goes
 
-    def truncate_log_file(self, rng: random.Random, since_bytes: int) -> int:
-        """Cut the end off the append-only file, no more than was written since it had `since_bytes`: what a
-        host that loses power does to a file that is synced once a second. Answers how many bytes."""
-        path = self._append_only_file()
-        size = path.stat().st_size
-        if size <= since_bytes:
-            return 0
-        kept = rng.randint(since_bytes, size)
-        os.truncate(path, kept)
-        return size - kept
+    def truncate_log_file(self, kept_bytes: int) -> None:
+        """Cut the end off the append-only file of a server that does not run: what a host that loses power
+        does to a file that was synced when it had `kept_bytes`, or later."""
+        os.truncate(self._append_only_file(), kept_bytes)
 
     def log_file_bytes(self) -> int:
         """Size of the append-only file."""

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from typing import Final
 
 from faults.run import Run, Scenario
+from faults.scenarios.crashes import KEPT_TTL_S
 
 HOUR_S: Final = 3600.0
 
@@ -80,7 +81,6 @@ SCENARIOS = (
         _step_clocks,
         clock=True,
         keeps_leases=True,
-        # A jump ahead lets leases age by up to 1 s: more than once within a TTL is more than is promised.
-        ttl_s=4.0,
+        ttl_s=KEPT_TTL_S,
     ),
 )
