@@ -8,8 +8,8 @@ from typing import Final
 from faults.run import Loses, Run, Scenario
 
 KEPT_TTL_S: Final = 4.0
-"""The TTL where no lease may be lost. Leases age by up to 1 s when a server comes back or its clock jumps ahead;
-of a TTL of 2 s, half of which may have passed before it is renewed, that leaves nothing."""
+"""The TTL where no lease may be lost. Leases age by up to 1 s when a server comes back or its clock jumps
+ahead; of a TTL of 2 s, half of which may have passed before it is renewed, that leaves nothing."""
 
 
 async def kill(run: Run, loses: Loses | None) -> None:
