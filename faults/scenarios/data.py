@@ -6,7 +6,7 @@ from typing import Final
 
 from dynamo_redis.store.keys import STRUCTURES, RegistryKeys
 from faults.run import PREFIX, Run, Scenario
-from faults.scenarios.crashes import again_and_again
+from faults.scenarios.crashes import KEPT_TTL_S, again_and_again
 
 _KEYS: Final = RegistryKeys(PREFIX)
 
@@ -64,5 +64,6 @@ SCENARIOS = (
         "the change log trimmed past watchers that are cut off",
         again_and_again(trim),
         keeps_leases=True,
+        ttl_s=KEPT_TTL_S,
     ),
 )
