@@ -183,7 +183,7 @@ async def test_a_lock_is_renewed_while_it_is_held(deployed: Deployed) -> None:
 
 
 async def test_what_a_lost_lock_guards_is_cancelled(deployed: Deployed) -> None:
-    lock = deployed.locks.lock("a", ttl_s=0.3)
+    lock = deployed.locks.lock("a", ttl_s=0.9)
     cancelled = False
     with is_lost("it ended on the server"):
         async with lock.hold() as held:

@@ -167,12 +167,11 @@ async def test_a_frozen_server_s_ttl_goes_on_and_so_does_the_holder_s_deadline(
 ) -> None:
     entered = asyncio.Event()
     lock = open_locks(own_redis_server.url, timeout_s=LONG_S).lock("a", ttl_s=0.4)
-    began_at = time.monotonic()
     holding = asyncio.create_task(hold_until_lost(lock, entered))
     await entered.wait()
     own_redis_server.send_signal(signal.SIGSTOP)
     await holding
-    await asyncio.sleep(max(0.0, began_at + 0.42 - time.monotonic()))
+    await asyncio.sleep(0.1)  # the tenth of the TTL that was kept back, and some more
     own_redis_server.send_signal(signal.SIGCONT)
     other = open_locks(own_redis_server.url).lock("a")
     assert await other.holder() is None, "its TTL has passed on the server's clock, too"
@@ -425,7 +424,7 @@ async def test_under_faults_no_update_is_lost_and_no_stale_one_made(
         await asyncio.sleep(rng.uniform(0, 0.3 if rng.random() < 0.1 else 0.005))
         try:
             await held.write(b"%d" % value)
-        except StoreUnavailable:
+        except (StoreUnavailable, asyncio.CancelledError):
             doubtful += 1
             raise
         history.append((value, held.fencing_token))
