@@ -346,6 +346,16 @@ async def test_a_token_below_that_of_the_object_is_refused(objects: ObjectStore,
     assert await objects.read("b", "n") == b"same"
 
 
+async def test_a_holder_that_takes_its_lock_for_lost_puts_nothing(
+    objects: ObjectStore, locks: StoredLocks
+) -> None:
+    async with locks.object_lock("b", "n").hold() as held:
+        gone = Claimed(held.name, held.owner, held.fencing_token, lost=True)
+        with pytest.raises(LockLost):
+            await objects.put("b", "n", b"x", fence=gone)
+    assert await objects.info("b", "n") is None
+
+
 async def test_the_lock_of_another_object_is_no_fence(objects: ObjectStore, locks: StoredLocks) -> None:
     async with locks.object_lock("b", "other").hold() as held:
         with pytest.raises(ValueError, match="fenced by its own lock"):
