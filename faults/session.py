@@ -26,6 +26,7 @@ class Plan:
     scenario: Scenario
     kind: ServerKind
     seed: int
+    load_s: float
 
     def __str__(self) -> str:
         return f"{self.scenario.name} on {self.kind.name}, seed {self.seed}"
@@ -33,9 +34,8 @@ class Plan:
     @property
     def replay(self) -> str:
         """The command that makes it again: the same faults at the same times; the processes race anew."""
-        return (
-            f'make faults ARGS="--scenario {self.scenario.name} --server {self.kind.name} --seed {self.seed}"'
-        )
+        run = f"--scenario {self.scenario.name} --server {self.kind.name} --seed {self.seed}"
+        return f'make faults ARGS="{run} --load-s {self.load_s:g}"'
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,6 @@ class Options:
     """How runs are made. `keep`: also keep the histories of runs that found nothing."""
 
     directory: Path
-    load_s: float
     jobs: int
     keep: bool = False
 
@@ -90,7 +89,7 @@ async def perform(plan: Plan, options: Options) -> Result:
     shutil.rmtree(directory, ignore_errors=True)
     figures: Figures | None = None
     try:
-        run = Run(plan.scenario, plan.kind, plan.seed, directory, load_s=options.load_s)
+        run = Run(plan.scenario, plan.kind, plan.seed, directory, load_s=plan.load_s)
         async with asyncio.timeout(RUN_TIMEOUT_S):
             figures = await run.perform()
             violations = await _judge(directory)
