@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 STALL_TTLS: Final = 2.0
 CLOSE_TIMEOUT_S: Final = 1.0
-DOUBTFUL_COUNT: Final = 1000
+REMEMBERED_COUNT: Final = 1000
 
 
 class WriterChain:
@@ -47,15 +47,16 @@ class WriterChain:
 
     The registry keeps `"revision operation"` for each lease. If it names another write than the last one
     acknowledged here, an acknowledged write was lost in a failover, unless it names one that is under way, or
-    whose outcome is unknown here: then that one arrived. Of the latter only the last `DOUBTFUL_COUNT` are
-    remembered; one that is forgotten costs a needless repair.
+    whose outcome is unknown here: then that one arrived. Of the latter only the last `REMEMBERED_COUNT`
+    are remembered; one that is forgotten costs a needless repair.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._last = ""
         self._in_flight: set[str] = set()
-        self._doubtful: deque[str] = deque(maxlen=DOUBTFUL_COUNT)
+        self._doubtful: deque[str] = deque(maxlen=REMEMBERED_COUNT)
+        self._done: deque[str] = deque(maxlen=REMEMBERED_COUNT)
         self._changes = 0
 
     def begin(self, operation: str) -> None:
@@ -68,6 +69,7 @@ class WriterChain:
         """It was answered; `revision` is None if it changed nothing."""
         with self._lock:
             self._in_flight.discard(operation)
+            self._done.append(operation)
             known = Revision(self._last.partition(" ")[0] or "0-0")
             if revision is not None and order(revision) > order(known):
                 self._last = f"{revision} {operation}"
@@ -77,6 +79,11 @@ class WriterChain:
         with self._lock:
             self._in_flight.discard(operation)
             self._doubtful.append(operation)
+
+    def expects(self, operation: str) -> bool:
+        """Whether a write that the log shows is one that is under way, or whose answer has come."""
+        with self._lock:
+            return operation in self._in_flight or operation in self._done
 
     def settle(self, last_write: str) -> None:
         """Take the registry's word, after everything of this lease was compared with it."""

@@ -7,6 +7,10 @@ the lease's state, compared, and written again where needed, each only if it sti
 Why a key is absent decides what happens to it. If the lease has lived on and its writer chain is intact, its
 history is whole, so somebody deleted the key: that is reported, not undone. Otherwise it was lost with the
 lease or with the registry's data, and is brought back, in the order of registration.
+
+The reverse is repaired, too: a key under our lease that we do not keep is deleted. It was left by a
+registration whose answer was lost, or brought back by a failover that lost its delete. When a stalled server
+runs a write later, the log shows it, and it is compared then.
 """
 
 from __future__ import annotations
@@ -36,8 +40,7 @@ from dynamo_redis.store.operations import Storage
 
 logger = logging.getLogger(__name__)
 
-STRAY_S: Final = 60.0
-"""How long a key whose write or delete failed is looked for: a stalled server may still run the command."""
+STRAYS_A_WRITE_COUNT: Final = 100
 
 
 class KeyRegistration:
@@ -114,7 +117,7 @@ class Registrations:
         self._spread_s = spread_s
         self._entries: dict[str, KeyRegistration] = {}
         self._writing: set[str] = set()
-        self._strays: dict[str, float] = {}
+        self._strays: set[str] = set()  # keys whose write or delete failed
         self._incarnation = ""
         self._held = False  # granted at least once
         self._may_grant = True  # the next grant is expected: the first, or one that a repair makes
@@ -176,7 +179,7 @@ class Registrations:
             prepare=prepare,
             on_lost=on_lost,
         )
-        self._strays.pop(key, None)
+        self._strays.discard(key)
         self._writing.add(key)
         try:
             async with self._serial:
@@ -186,7 +189,7 @@ class Registrations:
         except CompareFailed as exc:
             raise KeyExists(key) from exc
         except BaseException:
-            self._strays[key] = time.monotonic()
+            self._strays.add(key)
             raise
         finally:
             self._writing.discard(key)
@@ -234,7 +237,7 @@ class Registrations:
         if self._entries.get(entry.key) is not entry:
             return
         del self._entries[entry.key]
-        self._strays[entry.key] = time.monotonic()
+        self._strays.add(entry.key)
         try:
             async with self._serial:
                 if entry.key in self._entries:
@@ -243,7 +246,7 @@ class Registrations:
                     await self._write([OwnedDelete(entry.key)], [], grant=False)
                 except LeaseNotFound:
                     logger.debug("%s ended with its lease", entry.key)
-                self._strays.pop(entry.key, None)
+                self._strays.discard(entry.key)
         except BaseException:
             self.disturb("a key could not be deleted")
             raise
@@ -277,9 +280,11 @@ class Registrations:
                 self.disturb("the outcome of a write is unknown")
                 raise
             else:
-                if written.granted:
+                if written.granted or not self._held:
                     self._chain.settle("")
                     self._note_grant(sent_at)
+                elif written.granted is None and grant:
+                    self._suspect_grant(sent_at)
                 self._chain.acknowledged(operation, written.revision if written.change_count else None)
                 return written
 
@@ -301,6 +306,13 @@ class Registrations:
         self._held, self._may_grant = True, False
         self._on_grant(self._incarnation, sent_at)
 
+    def _suspect_grant(self, sent_at: float) -> None:
+        """The lease was renewed; an attempt whose answer was lost may have granted it anew before."""
+        self._break_count += 1
+        self.disturb("the lease may have ended")
+        self._may_grant = False
+        self._on_grant(self._incarnation, sent_at)
+
     # ------------------------------------------------------------------ noticing
 
     def disturb(self, reason: str) -> None:
@@ -316,6 +328,12 @@ class Registrations:
                 if change.lease == self._lease and self._held:
                     self.disturb("the lease ended")
                 continue
+            if (
+                change.kind == "p"
+                and change.lease == self._lease
+                and not self._chain.expects(change.operation)
+            ):
+                self.disturb("a write whose outcome was unknown took effect")
             if change.key in self._writing:
                 if change.lease != self._lease or change.kind == "d":
                     self.disturb("a key was changed while it was being registered")
@@ -369,12 +387,12 @@ class Registrations:
     async def _repair_once(self) -> tuple[int, bool]:
         """Compare and restore; answers which breaks this repaired, and whether some keys are left."""
         async with self._serial:
-            state = await self._kv.read([*self._entries, *self._strays], self._lease)
+            state = await self._kv.read(list(self._entries), self._lease)
             self._take_state(state)
             breaks = self._break_count
             is_whole = breaks == self._repaired_count
             restore = self._compare(state.records, is_whole)
-            await self._remove_strays(state.records)
+            await self._remove_strays(state.keys)
         if restore and not is_whole:
             logger.info("registering %d keys again", len(restore))
             await asyncio.sleep(self._spread_s())
@@ -434,12 +452,10 @@ class Registrations:
             entry.revision = written.revision
             return True
 
-    async def _remove_strays(self, records: dict[str, Record]) -> None:
-        """Delete keys that a failed registration left behind, or whose delete failed."""
-        for key, since in list(self._strays.items()):
-            record = records.get(key)
-            if record is not None and record.lease == self._lease:
-                await self._write([OwnedDelete(key)], [Compare(key, record.mod_revision)], grant=False)
-                self._strays.pop(key, None)
-            elif time.monotonic() - since > STRAY_S:
-                self._strays.pop(key, None)
+    async def _remove_strays(self, names: frozenset[str]) -> None:
+        """Delete those of the lease's keys that we do not keep."""
+        strays = sorted(names - self._entries.keys() - self._writing)
+        for start in range(0, len(strays), STRAYS_A_WRITE_COUNT):
+            page = strays[start : start + STRAYS_A_WRITE_COUNT]
+            await self._write([OwnedDelete(key) for key in page], [], grant=False)
+        self._strays.clear()
