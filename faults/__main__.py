@@ -107,8 +107,8 @@ def _kinds(names: Sequence[str]) -> list[ServerKind]:
 
 
 def _take_turns(scenarios: Sequence[Scenario], kinds: Sequence[ServerKind]) -> list[Plan]:
-    """Each scenario once, on one server each, with a seed and in an order that change from day to day. The one
-    that has everything in it always comes first."""
+    """Each scenario once, on one server each, with a seed and in an order that change from day to day. The
+    one that has everything in it always comes first."""
     day = int(time.time() // 86400)
     order = random.Random(day).sample(list(scenarios), len(scenarios))
     order.sort(key=lambda scenario: scenario.name != "mixed")
