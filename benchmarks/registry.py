@@ -6,6 +6,7 @@ Rows are measured by group, each against a fresh server; see README.md for how. 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import subprocess
 import tempfile
@@ -18,6 +19,7 @@ import psutil
 
 from benchmarks.etcd import etcd_version
 from benchmarks.registry_leases import deaths, idle_leases
+from benchmarks.registry_objects import large_object, model_file
 from benchmarks.registry_outage import powered_off, without_redis
 from benchmarks.registry_rejoin import rejoin
 from benchmarks.registry_snapshot import memory, snapshots
@@ -64,6 +66,8 @@ GROUPS: tuple[tuple[tuple[str, ...], Measurement], ...] = (
     (("R7",), rejoin),
     (("R8",), powered_off),
     (("R9",), without_redis),
+    (("R10",), model_file),
+    (("R11",), large_object),
 )
 """Rows that one measurement yields."""
 
@@ -79,6 +83,8 @@ def main() -> None:
     wanted = set(arguments.rows.upper().split(","))
     if unknown := wanted - BOUNDS.keys():
         parser.error(f"unknown rows: {', '.join(sorted(unknown))}")
+    # What a worker or a server that is gone leaves in the log is what is being measured.
+    logging.getLogger("dynamo_redis").setLevel(logging.ERROR)
     conditions = _conditions()
     print("\n".join(conditions), flush=True)
     rows: list[Row] = []

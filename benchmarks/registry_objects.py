@@ -1,0 +1,34 @@
+"""R10 and R11: see `objects.py`. Both on a server of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+import uvloop
+
+from benchmarks.objects import r10, r11
+from benchmarks.processes import redis_server
+from benchmarks.report import Measured
+
+
+def model_file(rounds: int) -> dict[str, Measured]:
+    """R10, in ms."""
+    ours, plain = _run(r10, rounds)
+    for number, (one, other) in enumerate(zip(ours, plain, strict=True), 1):
+        print(f"R10 round {number}: {one:.0f} ms, plain SET and GET {other:.0f} ms", flush=True)
+    return {"R10": Measured.against(ours, plain)}
+
+
+def large_object(rounds: int) -> dict[str, Measured]:
+    """R11, in ms."""
+    return {"R11": Measured.against(*_run(r11, rounds))}
+
+
+def _run(
+    measure: Callable[[str, int], Awaitable[tuple[list[float], list[float]]]], rounds: int
+) -> tuple[list[float], list[float]]:
+    async def run(redis_url: str) -> tuple[list[float], list[float]]:
+        return await measure(redis_url, rounds)
+
+    with redis_server() as server:
+        return uvloop.run(run(server.url))
