@@ -20,6 +20,10 @@ from dynamo_redis.store.scripts import load_script
 
 log = logging.getLogger(__name__)
 
+EXPIRY_S = 600.0
+CLAIM_S = 2.0
+RECOVERY_S = 10.0
+
 _POLL_S = (0.005, 0.02)
 _DAMAGE_IS_KNOWN_S = 86_400
 _KEYS_A_CALL = 500
@@ -35,17 +39,19 @@ T = TypeVar("T")
 class Patience:
     """How long things may take.
 
-    `expiry_s`: chunks live that no current version has, unless renewed: of uploads, and of replaced versions.
-    `claim_s`: others wait for an upload to send a chunk that they have, too, before they send it themselves.
-    `recovery_s`: an upload or a read goes on trying while Redis does not answer.
+    `expiry_s`: how long chunks live that no current version has, unless renewed: of uploads, and of replaced
+    versions. `claim_s`: how long others wait for an upload to send a chunk that they have, too, before they
+    send it themselves. `recovery_s`: how long an upload or a read under way tries again while Redis does not
+    answer.
     """
 
-    expiry_s: float = 600.0
-    claim_s: float = 2.0
-    recovery_s: float = 10.0
+    expiry_s: float = EXPIRY_S
+    claim_s: float = CLAIM_S
+    recovery_s: float = RECOVERY_S
 
     @property
     def expiry_ms(self) -> int:
+        """The same, as Redis wants it."""
         return round(self.expiry_s * 1000)
 
 
