@@ -1,8 +1,8 @@
 """R5 and R6: what 10,000 leases cost Redis, and how soon the registry knows that a tenth of them has died.
 
 R5  Redis's CPU time (INFO cpu) over `WINDOW_S` of a settled deployment: keepalives by a few drivers, ticks at
-    the rate that 10,000 processes have together, and `LISTENERS` whole registries, each with its lease, its
-    watch of all instances and its subscription to expiry notifications.
+    the rate that 10,000 processes have together, and `WATCHERS` whole registries, each with its lease and its
+    watch of all instances. Expiry notifications are on, and somebody listens.
 R6  From the moment at which the drivers drop 1,000 leases, plus the TTL, until one of those registries has
     seen the last of their keys go.
 """
@@ -23,9 +23,11 @@ from benchmarks.report import Measured
 from dynamo_redis.config import StoreSettings
 from dynamo_redis.store.base import Put
 from dynamo_redis.store.client import RedisClient
+from dynamo_redis.store.keys import RegistryKeys
+from dynamo_redis.store.reaper import FLAGS
 from dynamo_redis.store.registry import RedisRegistry
 
-LISTENERS = 8
+WATCHERS = 8
 WINDOW_S = 20.0
 DEATHS = 1000
 PATIENCE_S = 30.0
@@ -39,14 +41,14 @@ def idle_leases(rounds: int) -> dict[str, Measured]:
 
 async def _idle(redis_url: str, rounds: int) -> list[float]:
     figures = []
-    async with _rest_of_deployment(redis_url) as (client, listener):
+    async with _rest_of_deployment(redis_url) as (client, view):
         for number in range(rounds):
             before, began = await _cpu_s(client), time.monotonic()
             await asyncio.sleep(WINDOW_S)
             figures.append(100 * (await _cpu_s(client) - before) / (time.monotonic() - began))
             print(f"R5 round {number + 1}: {figures[-1]:.1f} % of a core", flush=True)
-            if len(listener.keys) < INSTANCES:
-                raise RuntimeError(f"{INSTANCES - len(listener.keys)} leases ended though they were kept")
+            if len(view.keys) < INSTANCES:
+                raise RuntimeError(f"{INSTANCES - len(view.keys)} leases ended though they were kept")
     return figures
 
 
@@ -58,14 +60,14 @@ def deaths(rounds: int) -> dict[str, Measured]:
 
 async def _deaths(redis_url: str, drivers: LeaseDrivers, rounds: int) -> list[float]:
     figures = []
-    async with _rest_of_deployment(redis_url) as (_, listener):
+    async with _rest_of_deployment(redis_url) as (_, view):
         for number in range(rounds):
             died_at = await asyncio.to_thread(drivers.kill, DEATHS)
-            gone_at = await listener.until(INSTANCES - DEATHS)
+            gone_at = await view.until(INSTANCES - DEATHS)
             figures.append(gone_at - died_at - TTL_S)
             print(f"R6 round {number + 1}: the last key went {figures[-1]:.2f} s after the TTL", flush=True)
             await asyncio.to_thread(drivers.revive)
-            await listener.until(INSTANCES)
+            await view.until(INSTANCES)
             await asyncio.sleep(SETTLE_S)
     return figures
 
@@ -78,7 +80,7 @@ async def _cpu_s(client: RedisClient) -> float:
     return sum(float(fields[name]) for name in names)
 
 
-class Listener:
+class View:
     """The instances that one registry's watch shows, and when they last changed."""
 
     def __init__(self, registry: RedisRegistry) -> None:
@@ -113,22 +115,25 @@ class Listener:
 
 
 @asynccontextmanager
-async def _rest_of_deployment(redis_url: str) -> AsyncIterator[tuple[RedisClient, Listener]]:
-    """The listening registries and the ticks; yields a client, and the first registry's view."""
+async def _rest_of_deployment(redis_url: str) -> AsyncIterator[tuple[RedisClient, View]]:
+    """The watching registries and the ticks; yields a client, and the first registry's view."""
     settings = StoreSettings.load(redis_url=redis_url, prefix=PREFIX, lease_ttl_s=TTL_S)
     async with AsyncExitStack() as stack:
         client = RedisClient(redis_url, timeout_s=3, client_name="benchmark")
         stack.push_async_callback(client.aclose)
+        await client.execute("CONFIG", "SET", "notify-keyspace-events", FLAGS)
+        subscription = await client.subscribe(RegistryKeys(PREFIX).lease_channel)
+        stack.push_async_callback(subscription.aclose)
         ticker = Ticker(client)
         stack.push_async_callback(ticker.aclose)
-        listeners = []
-        for number in range(LISTENERS):
+        views = []
+        for number in range(WATCHERS):
             registry = RedisRegistry(settings)
             await registry.start()
             stack.push_async_callback(registry.aclose)
             await registry.register(f"v1/processes/{number}", b"{}")
-            listeners.append(Listener(registry))
-            stack.push_async_callback(listeners[-1].aclose)
-        await listeners[0].until(INSTANCES)
+            views.append(View(registry))
+            stack.push_async_callback(views[-1].aclose)
+        await views[0].until(INSTANCES)
         await asyncio.sleep(SETTLE_S)
-        yield client, listeners[0]
+        yield client, views[0]
