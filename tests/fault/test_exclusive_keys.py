@@ -6,7 +6,8 @@ import asyncio
 import random
 import socket
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -215,42 +216,44 @@ class Tenant:
 
 async def test_no_port_ever_has_two_tenants(open_registry: Open, server: ServerUnderTest) -> None:
     """Whatever breaks for less than a lease lives, as long as Redis keeps its data."""
-    rng = random.Random(20260101)
     first = free_ports(8)
     held: dict[int, Tenant] = {}
-    proxies = [Proxy(server.url) for _ in range(4)]
-    for proxy in proxies:
-        await proxy.start()
-    tenants = [
-        Tenant(await open_registry(proxy.url, timeout_s=0.2), (first, first + 8), held, seed)
-        for seed, proxy in enumerate(proxies)
-    ]
     stop = asyncio.Event()
-    running = asyncio.gather(*(tenant.run(stop) for tenant in tenants))
+    async with AsyncExitStack() as stack:
+        proxies = [await stack.enter_async_context(Proxy(server.url)) for _ in range(4)]
+        tenants = [
+            Tenant(await open_registry(proxy.url, timeout_s=0.2), (first, first + 8), held, seed)
+            for seed, proxy in enumerate(proxies)
+        ]
+        running = [asyncio.create_task(tenant.run(stop)) for tenant in tenants]
+        try:
+            await disturb(server, proxies, random.Random(20260101))
+        finally:
+            stop.set()
+            outcomes = await asyncio.gather(*running, return_exceptions=True)
+    assert outcomes == [None] * len(tenants)
+    assert all(tenant.reservations > 3 for tenant in tenants), [tenant.reservations for tenant in tenants]
+
+
+async def disturb(server: ServerUnderTest, proxies: Sequence[Proxy], rng: random.Random) -> None:
+    """Ten faults, one after the other, and in the middle a kill of Redis."""
     for step in range(10):
         proxy = rng.choice(proxies)
-        fault = rng.randrange(4)
-        if fault == 0:
-            proxy.cut()
-        elif fault == 1:
-            proxy.conditions = Conditions(swallow_answers=True)
-        elif fault == 2:
-            proxy.conditions = BLACK_HOLE
-        elif fault == 3:
-            server.freeze()
-        if step == 5:
-            server.thaw()
-            await server.kill()
-            await server.start()
+        match rng.randrange(4):
+            case 0:
+                proxy.cut()
+            case 1:
+                proxy.conditions = Conditions(swallow_answers=True)
+            case 2:
+                proxy.conditions = BLACK_HOLE
+            case _:
+                server.freeze()
         await asyncio.sleep(0.12)
         server.thaw()
         proxy.heal()
-        assert not running.done(), running
-    stop.set()
-    await running
-    assert all(tenant.reservations > 3 for tenant in tenants), [tenant.reservations for tenant in tenants]
-    for proxy in proxies:
-        await proxy.aclose()
+        if step == 5:
+            await server.kill()
+            await server.start()
 
 
 # --------------------------------------------------------------------------- barriers
