@@ -413,9 +413,11 @@ async def test_under_faults_no_update_is_lost_and_no_stale_one_made(
     connections break all the time. A write that was acknowledged is there; of the others each may be."""
     rng = random.Random(3)
     near = open_locks(own_redis_server.url).lock("a")
-    history: list[tuple[int, int]] = []  # value and token of acknowledged writes, in order
+    history: list[tuple[int, int]] = []  # token and value of acknowledged writes
     doubtful = 0
-    end_at = time.monotonic() + 1.0
+
+    def is_enough() -> bool:
+        return len(history) >= 25
 
     async def count(held: HeldLock) -> None:
         nonlocal doubtful
@@ -427,17 +429,17 @@ async def test_under_faults_no_update_is_lost_and_no_stale_one_made(
         except (StoreUnavailable, asyncio.CancelledError):
             doubtful += 1
             raise
-        history.append((value, held.fencing_token))
+        history.append((held.fencing_token, value))
 
     async def contend() -> None:
         lock = open_locks(proxy.url, timeout_s=0.3).lock("a", ttl_s=0.2)
-        while time.monotonic() < end_at:
+        while not is_enough():
             with contextlib.suppress(StoreUnavailable, LockLost, LockNotAcquired):
                 async with lock.hold(timeout_s=0.3) as held:
                     await count(held)
 
     async def disturb() -> None:
-        while time.monotonic() < end_at:
+        while not is_enough():
             await asyncio.sleep(rng.uniform(0.01, 0.05))
             match rng.randrange(4):
                 case 0:
@@ -449,15 +451,14 @@ async def test_under_faults_no_update_is_lost_and_no_stale_one_made(
                 case _:
                     proxy.cut()
 
-    async with asyncio.TaskGroup() as group:
+    async with asyncio.timeout(2 * WAIT_S), asyncio.TaskGroup() as group:
         group.create_task(disturb())
         for _ in range(8):
             group.create_task(contend())
     stored = await near.read()
     assert stored is not None
-    assert len(history) > 10
-    assert [token for _, token in history] == sorted({token for _, token in history})
-    assert [value for value, _ in history] == sorted({value for value, _ in history})
+    values = [value for _, value in sorted(history)]
+    assert values == sorted(set(values)), "in the order of their tokens"
     assert len(history) <= int(stored.value) <= len(history) + doubtful
 
 
