@@ -11,20 +11,21 @@ import os
 import subprocess
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from importlib.metadata import version as distribution_version
 from pathlib import Path
 
 import psutil
 
-from benchmarks.etcd import etcd_version
+from benchmarks.etcd import EtcdMissing, etcd_version
 from benchmarks.registry_leases import deaths, idle_leases
 from benchmarks.registry_objects import large_object, model_file
 from benchmarks.registry_outage import powered_off, without_redis
 from benchmarks.registry_rejoin import rejoin
 from benchmarks.registry_snapshot import memory, snapshots
 from benchmarks.registry_watch import watching
-from benchmarks.report import Figure, Measured, Row, report
+from benchmarks.report import Figure, Measured, Row, report, save
 from dynamo_redis.store.server import find_server
 
 BOUNDS: dict[str, tuple[str, Figure, Figure]] = {
@@ -85,17 +86,35 @@ def main() -> None:
         parser.error(f"unknown rows: {', '.join(sorted(unknown))}")
     # What a worker or a server that is gone leaves in the log is what is being measured.
     logging.getLogger("dynamo_redis").setLevel(logging.ERROR)
-    conditions = _conditions()
+    try:
+        conditions = _conditions(wanted)
+    except EtcdMissing as exc:
+        parser.exit(1, f"{exc}\n")
     print("\n".join(conditions), flush=True)
+    rows, failed = _measure(wanted, arguments.rounds)
+    report("registry", rows, conditions)
+    if failed:
+        parser.exit(1, f"could not be measured: {', '.join(failed)}\n")
+
+
+def _measure(wanted: set[str], rounds: int) -> tuple[list[Row], list[str]]:
+    """The rows wanted, and those that failed. What was measured is kept if the suite ends early."""
     rows: list[Row] = []
+    failed: list[str] = []
     for ids, measure in GROUPS:
         if wanted.isdisjoint(ids):
             continue
         began = time.monotonic()
-        measured = measure(arguments.rounds)
+        try:
+            measured = measure(rounds)
+        except Exception:
+            traceback.print_exc()
+            failed += ids
+            continue
         print(f"{' '.join(ids)} took {time.monotonic() - began:.0f} s", flush=True)
         rows += [_row(name, measured[name]) for name in ids if name in wanted]
-    report("registry", rows, conditions)
+        save("registry", rows)
+    return rows, failed
 
 
 def _row(name: str, measured: Measured) -> Row:
@@ -103,7 +122,7 @@ def _row(name: str, measured: Measured) -> Row:
     return Row(name, text, measured.ours, measured.rival, measured.ratio, must, aim, measured.rounds)
 
 
-def _conditions() -> list[str]:
+def _conditions(wanted: set[str]) -> list[str]:
     """What a reader has to know to judge the figures."""
     redis = subprocess.run([find_server().path, "--version"], capture_output=True, text=True, check=True)
     version = " ".join(redis.stdout.split()[:3])
@@ -112,10 +131,11 @@ def _conditions() -> list[str]:
     mounts = {Path(part.mountpoint): part.fstype for part in psutil.disk_partitions(all=True)}
     filesystem = next(mounts[path] for path in (directory, *directory.parents) if path in mounts)
     memory_gib = psutil.virtual_memory().total / 2**30
+    rival = [f"rival of R1: {etcd_version()}, defaults"] if wanted & {"R1", "R2"} else []
     return [
         f"server: {version}, defaults of the embedded server (append-only file, everysec)",
-        f"clients: {clients}, uvloop; all over loopback",
-        f"rival of R1: {etcd_version()}, defaults; data of both on {filesystem}",
+        f"clients: {clients}, uvloop; all over loopback; data on {filesystem}",
+        *rival,
         f"{os.cpu_count()} cores, {memory_gib:.0f} GiB; load average at the start: {os.getloadavg()[0]:.2f}",
     ]
 

@@ -102,7 +102,7 @@ def machine() -> str:
 
 
 def report(suite: str, rows: Sequence[Row], conditions: Sequence[str]) -> None:
-    """Print the table and write the results. Rows of the suite that did not run keep their former figures."""
+    """Print the table and save the results."""
     console = Console(width=max(150, Console().width))
     table = Table(title=f"suite {suite}", caption="\n".join([*conditions, machine()]), caption_justify="left")
     for column in ("id", "what", "ours", "rival", "ratio", "must", "aim", "reached", "rounds"):
@@ -120,14 +120,16 @@ def report(suite: str, rows: Sequence[Row], conditions: Sequence[str]) -> None:
             str(row.rounds),
         )
     console.print(table)
-    _write(RESULTS / f"{suite}.json", rows)
+    save(suite, rows)
 
 
 def _shown(figure: Figure | None) -> str:
     return "–" if figure is None else "; ".join(f"{number:g}" for number in several(figure))
 
 
-def _write(path: Path, rows: Sequence[Row]) -> None:
+def save(suite: str, rows: Sequence[Row]) -> None:
+    """Write the results. Rows of the suite that did not run keep their former figures."""
+    path = RESULTS / f"{suite}.json"
     former = json.loads(path.read_text()) if path.exists() else []
     merged = {entry["id"]: entry for entry in former} | {row.id: asdict(row) for row in rows}
     ordered = sorted(merged.values(), key=lambda entry: (len(entry["id"]), entry["id"]))
