@@ -133,13 +133,14 @@ class Search:
                 fitting.append((index, state))
         for index, state in fitting:
             yield self._answered[index], self._take(node, index, state)
+        others = [self._answered[index] for index, _ in fitting]
         for number, alike in enumerate(self._alike):
             used = node.used[number]
             if used == len(alike) or alike[used].call.began_at > limit:
                 continue
             operation = alike[used]
             after = self._after(node.state, operation)
-            if after is not None and after != node.state and self._may_help(operation, after, refused):
+            if after is not None and after != node.state and self._may_help(operation, refused, others):
                 counts = (*node.used[:number], used + 1, *node.used[number + 1 :])
                 yield operation, node._replace(used=counts, state=after)
 
@@ -152,18 +153,21 @@ class Search:
         writes = node.writes + (id(self._answered[index]) in self._rank)
         return Node(base, taken, node.used, writes, state)
 
-    def _may_help(self, operation: Operation, state: State, refused: Sequence[Operation]) -> bool:
-        """Whether to let a call of unknown outcome take effect here.
+    def _may_help(
+        self, unknown: Operation, refused: Sequence[Operation], fitting: Sequence[Operation]
+    ) -> bool:
+        """Whether to let a call of unknown outcome take effect here, or leave it for later (or for never).
 
-        On a single key it is enough to do so right before a call that does not fit without it: if that call
-        fits either way, it may as well go first (or overwrites it). That call may be another unknown one,
-        which in turn lets an answered one fit.
+        Here, if it makes one of its keys what a call wants that does not fit without it; that may be
+        another unknown call, which in turn lets one fit. A call that fits may as well go first, unless it
+        writes what the unknown one wants, or overwrites a part of what that one wrote.
         """
-        if len(state) > 1:
-            return True
-        if not refused:
-            return False
-        return any(self._after(state, other) is not None for other in (*refused, *self._conditional))
+        for key, cell in unknown.effects:
+            for other in (*refused, *self._conditional):
+                if any(key == wanted and join(cell, demanded) for wanted, demanded in other.demands):
+                    return True
+        keys = unknown.keys
+        return len(keys) > 1 and any(key in keys for other in fitting for key, _ in other.effects)
 
     def _after(self, state: State, operation: Operation) -> State | None:
         """The registers behind an operation; None if they are not what it demands."""
