@@ -48,6 +48,13 @@ def test_an_update_of_unknown_outcome_leaves_either_value(story: Story, value: s
     assert whats(story) == []
 
 
+def test_a_later_update_settles_one_of_unknown_outcome(story: Story) -> None:
+    story.begin("w1", "update", key=KEY, value="v2")
+    story.call("w1", "update", {"revision": "1-5"}, key=KEY, value="v3")
+    finish(story, {KEY: ["v2", "1e", "1-4"]}, "w1", "w2")
+    assert whats(story) == [f"{KEY} of live w1 holds v2; it should hold v3"]
+
+
 @pytest.mark.parametrize("is_there", [True, False])
 def test_an_unregistration_of_unknown_outcome_leaves_either(story: Story, is_there: bool) -> None:
     story.begin("w1", "unregister", key=KEY)
