@@ -422,17 +422,34 @@ async def test_what_an_earlier_round_left_is_not_counted(open_registry: Open) ->
     assert await leading == ["two"]
 
 
-async def test_a_leader_whose_place_is_taken_or_deleted_says_so(open_registry: Open) -> None:
-    leader, other = [await open_registry() for _ in range(2)]
-    leading = asyncio.create_task(LeaderBarrier("group", 1, 30).sync(leader, DATA))
-    worker = asyncio.create_task(WorkerBarrier("group", "never", 30).sync(other))
-    key = f"{barrier_prefix('group')}data"
-
-    async def stands() -> bool:
-        return await other.get(key) is not None
-
-    worker.cancel()
-    await until(stands)
-    await other.delete(key)
+async def test_who_is_taken_out_of_a_barrier_is_told(open_registry: Open) -> None:
+    leader, worker, other = [await open_registry() for _ in range(3)]
+    prefix = barrier_prefix("group")
+    leading = asyncio.create_task(LeaderBarrier("group", 2, 30).sync(leader, DATA))
+    waiting = asyncio.create_task(WorkerBarrier("group", "one", 30).sync(worker))
+    await counted(other, 1)
+    await other.delete(f"{prefix}workers/one")
+    with pytest.raises(BarrierError, match="'one' was taken out"):
+        await waiting
+    await other.delete(f"{prefix}data")
     with pytest.raises(BarrierError, match="deleted"):
         await leading
+
+
+async def test_of_two_leaders_after_a_wipe_the_later_one_is_told(
+    open_registry: Open, server: ServerUnderTest, proxy: Proxy
+) -> None:
+    late, early, one, two = await open_registry(proxy.url), *[await open_registry() for _ in range(3)]
+    leading = asyncio.create_task(LeaderBarrier("group", 2, 30).sync(late, "of the late one"))
+    waiting = asyncio.create_task(WorkerBarrier("group", "one", 30).sync(one))
+    await counted(two, 1)
+    proxy.conditions = BLACK_HOLE
+    await server.execute("FLUSHALL")
+    succeeding = asyncio.create_task(LeaderBarrier("group", 1, 30).sync(early, DATA))
+    with pytest.raises(BarrierError, match="another has begun"):
+        await waiting
+    proxy.heal()
+    with pytest.raises(BarrierError, match="another leader has taken its place"):
+        await leading
+    assert await WorkerBarrier("group", "two", 30).sync(two) == DATA
+    assert await succeeding == ["two"]

@@ -15,23 +15,37 @@ keys die with their owner's lease. While Redis is away both sides wait, as long 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import math
 import secrets
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, Final, Self
 
 from dynamo_redis.errors import BarrierError, KeyExists, StoreError, StoreUnavailable
 from dynamo_redis.names import barrier_prefix, decode_segment, encode_segment
 from dynamo_redis.runtime.withdrawal import withdraw
-from dynamo_redis.store.base import Delete, DeleteCause, Put, Registration, Registry, Watch, WatchBatch
+from dynamo_redis.store.base import (
+    Delete,
+    DeleteCause,
+    LostReason,
+    Put,
+    Registration,
+    Registry,
+    Watch,
+    WatchBatch,
+)
 
 log = logging.getLogger(__name__)
 
 _DATA, _WORKERS, _COMPLETE, _ABORT = "data", "workers/", "complete", "abort"
 _VERSION: Final = 1
 _RETRY_S: Final = 0.2
+_LOST_LEADER: Final[Mapping[LostReason, str]] = {
+    "conflict": "another leader has taken its place",
+    "deleted": "somebody has deleted it",
+}
 GRACE_S: Final = 2.0
 """How much longer than its lease somebody who died, or lost the registry's data, is waited for."""
 
@@ -48,6 +62,7 @@ class LeaderBarrier:
         self._timeout_s = timeout_s
         self._round = ""
         self._registrations: list[Registration] = []
+        self._wait = _Wait()
 
     async def sync(self, registry: Registry, data: Any) -> list[str]:
         """Publish `data` (JSON), wait for all workers, let them go; answer their ids, sorted.
@@ -60,6 +75,7 @@ class LeaderBarrier:
         StoreUnavailable some workers may have been let go.
         """
         self._round = secrets.token_hex(8)
+        self._wait = _Wait()
         deadline = asyncio.get_running_loop().time() + self._timeout_s
         await self._publish(registry, _DATA, {"data": data}, deadline)
         try:
@@ -87,7 +103,9 @@ class LeaderBarrier:
     ) -> None:
         value = _encode(self._round, fields)
         taken = f"{self._name} has a leader already"
-        self._registrations.append(await _claim(registry, self._prefix + name, value, deadline, taken))
+        key = self._prefix + name
+        registration = await _claim(registry, key, value, deadline, taken, self._wait.on_lost)
+        self._registrations.append(registration)
 
     async def _abort(self, registry: Registry, reason: str) -> None:
         """Tell the workers. What cannot be published they learn when the leader's own key goes."""
@@ -102,39 +120,31 @@ class LeaderBarrier:
 
     async def _wait_for_workers(self, registry: Registry, deadline: float) -> list[str]:
         present: dict[str, None] = {}
+        prefix = self._prefix + _WORKERS
         try:
-            async with asyncio.timeout_at(deadline), registry.watch(self._prefix) as watch:
+            async with self._wait.until(deadline), registry.watch(prefix) as watch:
                 async for batch in watch:
                     for event in batch.events:
-                        self._note(present, event)
+                        self._count(present, event)
                     if len(present) >= self._worker_count:
                         return sorted(list(present)[: self._worker_count])
         except TimeoutError:
+            if self._wait.lost is not None:
+                raise BarrierError(f"{self._name}: {_LOST_LEADER[self._wait.lost]}") from None
             raise BarrierError(
                 f"{self._name}: {len(present)} of {self._worker_count} workers came "
                 f"within {self._timeout_s} s"
             ) from None
         raise BarrierError(f"{self._name}: the registry was closed")
 
-    def _note(self, present: dict[str, None], event: Put | Delete) -> None:
-        """Count the workers of this round, in the order in which they came; see that it is still ours."""
-        if isinstance(event, Put):
-            name, is_ours = event.record.key.removeprefix(self._prefix), self._is_ours(event.record.value)
+    def _count(self, present: dict[str, None], event: Put | Delete) -> None:
+        """Note who is there of this round, in the order in which they came."""
+        key = event.record.key if isinstance(event, Put) else event.key
+        worker_id = decode_segment(key.removeprefix(self._prefix + _WORKERS))
+        if isinstance(event, Put) and _decode(event.record.value).get("round") == self._round:
+            present.setdefault(worker_id)
         else:
-            name, is_ours = event.key.removeprefix(self._prefix), False
-        if name.startswith(_WORKERS):
-            worker_id = decode_segment(name.removeprefix(_WORKERS))
-            if is_ours:
-                present.setdefault(worker_id)
-            else:
-                present.pop(worker_id, None)
-        elif name == _DATA and isinstance(event, Put) and not is_ours:
-            raise BarrierError(f"{self._name}: another leader has taken its place")
-        elif name == _DATA and isinstance(event, Delete) and event.cause is DeleteCause.DELETED:
-            raise BarrierError(f"{self._name}: somebody has deleted it")
-
-    def _is_ours(self, value: bytes) -> bool:
-        return _decode(value).get("round") == self._round
+            present.pop(worker_id, None)
 
 
 class WorkerBarrier:
@@ -147,6 +157,7 @@ class WorkerBarrier:
         self._worker_id = worker_id
         self._timeout_s = timeout_s
         self._registration: Registration | None = None
+        self._wait = _Wait()
 
     async def sync(self, registry: Registry) -> Any:
         """Wait for the leader's data, say that this worker is there, wait for the others; answer the data.
@@ -159,11 +170,17 @@ class WorkerBarrier:
         barrier was complete without this worker, or the time is over; this worker is then no longer counted.
         Raises StoreError.
         """
+        self._wait = _Wait()
+        deadline = math.inf
+        if self._timeout_s is not None:
+            deadline = asyncio.get_running_loop().time() + self._timeout_s
         try:
-            async with asyncio.timeout(self._timeout_s) as limit:
-                return await self._join(registry, limit.when() or math.inf)
+            async with self._wait.until(deadline):
+                return await self._join(registry, deadline)
         except TimeoutError:
             await self.aclose()
+            if self._wait.lost is not None:
+                raise BarrierError(f"{self._name}: {self._worker_id!r} was taken out of it") from None
             raise BarrierError(f"{self._name} was not complete within {self._timeout_s} s") from None
         except BaseException:
             await self.aclose()
@@ -192,7 +209,7 @@ class WorkerBarrier:
             while (end := room.ends.get(joined["round"])) is None:
                 await self._wait_for_leader(registry, room, watch, joined)
         self._raise_if_aborted(end)
-        if self._worker_id not in end.get("workers", ()) or self._registration.lost is not None:
+        if self._worker_id not in end.get("workers", ()):
             raise BarrierError(f"{self._name} was complete without {self._worker_id!r}")
         return joined.get("data")
 
@@ -210,9 +227,6 @@ class WorkerBarrier:
         self, registry: Registry, room: _Room, watch: Watch, joined: Mapping[str, Any]
     ) -> None:
         """Take one step towards the round's end. Raises BarrierError if there will be none."""
-        assert self._registration is not None
-        if self._registration.lost is not None:
-            raise BarrierError(f"{self._name}: {self._worker_id!r} was taken out of it")
         if room.leader is None and not room.history_lost:
             raise BarrierError(f"{self._name}: the leader is gone")
         if room.leader is not None and room.leader["round"] != joined["round"]:
@@ -227,7 +241,7 @@ class WorkerBarrier:
     async def _register(self, registry: Registry, round_: str, deadline: float) -> Registration:
         key = f"{self._prefix}{_WORKERS}{encode_segment(self._worker_id)}"
         taken = f"{self._name} has a worker {self._worker_id!r} already"
-        return await _claim(registry, key, _encode(round_, {}), deadline, taken)
+        return await _claim(registry, key, _encode(round_, {}), deadline, taken, self._wait.on_lost)
 
 
 class _Room:
@@ -260,7 +274,39 @@ class _Room:
                 self.ends[record["round"]] = record
 
 
-async def _claim(registry: Registry, key: str, value: bytes, deadline: float, taken: str) -> Registration:
+class _Wait:
+    """A wait with a deadline, which also ends (as TimeoutError) when a key that it rests on is lost."""
+
+    def __init__(self) -> None:
+        self.lost: LostReason | None = None
+        self._limit: asyncio.Timeout | None = None
+
+    @contextlib.asynccontextmanager
+    async def until(self, deadline: float) -> AsyncIterator[None]:
+        """Wait inside; `deadline` by the event loop's clock, or infinity."""
+        try:
+            async with asyncio.timeout_at(None if math.isinf(deadline) else deadline) as self._limit:
+                if self.lost is not None:
+                    self._limit.reschedule(0)
+                yield
+        finally:
+            self._limit = None
+
+    def on_lost(self, reason: LostReason) -> None:
+        """A key is no longer ours."""
+        self.lost = reason
+        if self._limit is not None and not self._limit.expired():
+            self._limit.reschedule(0)
+
+
+async def _claim(
+    registry: Registry,
+    key: str,
+    value: bytes,
+    deadline: float,
+    taken: str,
+    on_lost: Callable[[LostReason], None],
+) -> Registration:
     """Register an exclusive key, once nobody else has it and Redis answers.
 
     A holder that does not go within its lease's time lives. Raises BarrierError(`taken`) then, at once if it
@@ -271,7 +317,7 @@ async def _claim(registry: Registry, key: str, value: bytes, deadline: float, ta
     patient_until = min(last_try_at, now() + registry.lease_ttl_s + GRACE_S)
     while True:
         try:
-            return await registry.register(key, value, exclusive=True)
+            return await registry.register(key, value, exclusive=True, on_lost=on_lost)
         except KeyExists:
             if now() >= patient_until or await _is_held_here(registry, key):
                 raise BarrierError(taken) from None
