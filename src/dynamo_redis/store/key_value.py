@@ -93,19 +93,21 @@ Operation = PutOp | DeleteOp | OwnedPut | OwnedDelete
 class Written:
     """What a write did. `revision` is that of its last change, or the registry's if it changed nothing.
 
-    `granted` is None if the write was repeated, and the first attempt may have granted the lease.
+    `granted` is None if the write was repeated, and the first attempt may have granted the lease. `follows`
+    is the operation of the lease's write before: "" if there is none, None if that cannot be told.
     """
 
     revision: Revision
     granted: bool | None
     change_count: int
+    follows: str | None = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Owned:
     """A lease and some keys, at one moment.
 
-    `last_write` is its owner's, `"revision operation"` or "". `keys` are the names of all its keys.
+    `last_write` is its owner's, `"revision operation previous"` or "". `keys` are the names of all its keys.
     """
 
     position: Position
@@ -126,7 +128,7 @@ class Tick:
 
 @dataclass(frozen=True, slots=True)
 class Renewal:
-    """A lease was renewed. `last_write`: its owner's, `"revision operation"` or "".
+    """A lease was renewed. `last_write`: its owner's, `"revision operation previous"` or "".
 
     `lease_count` has ended leases in it that nobody has reaped. `idle_s`: how long nobody had ticked.
     """
@@ -201,8 +203,13 @@ def parse_written(keys: Sequence[str], answer: list[Any]) -> Written:
     if answer[0] == b"failed":
         index = int(answer[1])
         raise CompareFailed(index, parse_record(keys[index], answer[2]))
-    revision, granted, changes = checked(answer)
-    return Written(Revision(revision.decode()), {0: False, 1: True}.get(granted), int(changes))
+    revision, granted, changes, follows = checked(answer)
+    return Written(
+        Revision(revision.decode()),
+        {0: False, 1: True}.get(granted),
+        int(changes),
+        None if follows is None else follows.decode(),
+    )
 
 
 def _position(fields: Sequence[bytes]) -> Position:

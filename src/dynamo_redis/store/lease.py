@@ -45,18 +45,22 @@ REMEMBERED_COUNT: Final = 1000
 class WriterChain:
     """What the registry should say was this lease's last write by its owner. Shared by two threads.
 
-    The registry keeps `"revision operation"` for each lease. If it names another write than the last one
-    acknowledged here, an acknowledged write was lost in a failover, unless it names one that is under way, or
-    whose outcome is unknown here: then that one arrived. Of the latter only the last `REMEMBERED_COUNT`
-    are remembered; one that is forgotten costs a needless repair.
+    The registry keeps `"revision operation previous"` for each lease, `previous` being the operation of the
+    write before, or "" for the one that the lease was granted with. If it names another write than the last
+    one acknowledged here, an acknowledged write was lost in a failover, or the lease has ended and was granted
+    again; unless it names one that is under way, or whose outcome is unknown here, and that follows the last
+    acknowledged one: then that one arrived.
+
+    Only the last `REMEMBERED_COUNT` operations are remembered; one that is forgotten costs a needless repair.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._last = ""
+        self._last = ("", "")  # revision and operation
         self._in_flight: set[str] = set()
         self._doubtful: deque[str] = deque(maxlen=REMEMBERED_COUNT)
         self._done: deque[str] = deque(maxlen=REMEMBERED_COUNT)
+        self._broken = False
         self._changes = 0
 
     def begin(self, operation: str) -> None:
@@ -65,14 +69,20 @@ class WriterChain:
             self._in_flight.add(operation)
             self._changes += 1
 
-    def acknowledged(self, operation: str, revision: Revision | None) -> None:
-        """It was answered; `revision` is None if it changed nothing."""
+    def acknowledged(self, operation: str, revision: Revision | None, follows: str | None = None) -> bool:
+        """It was answered; `revision` is None if it changed nothing.
+
+        Answers whether it `follows` what it should (None: not known, taken for granted). If not, nothing
+        agrees any more until things are settled.
+        """
         with self._lock:
             self._in_flight.discard(operation)
             self._done.append(operation)
-            known = Revision(self._last.partition(" ")[0] or "0-0")
-            if revision is not None and order(revision) > order(known):
-                self._last = f"{revision} {operation}"
+            connects = follows is None or follows == self._last[1]
+            self._broken = self._broken or not connects
+            if revision is not None and order(revision) > order(Revision(self._last[0] or "0-0")):
+                self._last = (revision, operation)
+            return connects
 
     def in_doubt(self, operation: str) -> None:
         """Its outcome is unknown."""
@@ -87,16 +97,21 @@ class WriterChain:
 
     def settle(self, last_write: str) -> None:
         """Take the registry's word, after everything of this lease was compared with it."""
+        revision, operation, _ = _parse(last_write)
         with self._lock:
-            self._last = last_write
+            self._last = (revision, operation)
+            self._broken = False
             self._doubtful.clear()
             self._changes += 1
 
     def agrees(self, last_write: str) -> bool:
         """Whether the registry's word fits what was written here."""
+        revision, operation, previous = _parse(last_write)
         with self._lock:
-            operation = last_write.partition(" ")[2]
-            return last_write == self._last or operation in self._in_flight or operation in self._doubtful
+            if self._broken or (revision, operation) == self._last:
+                return not self._broken
+            may_be = operation in self._in_flight or operation in self._doubtful
+            return may_be and previous == self._last[1]
 
     def observe(self) -> int | None:
         """A mark to compare with after an exchange; None while a write is in flight."""
@@ -106,6 +121,12 @@ class WriterChain:
     def diverged(self, mark: int | None, last_write: str) -> bool:
         """Whether an acknowledged write is missing; False if writes went on since `mark`."""
         return mark is not None and mark == self.observe() and not self.agrees(last_write)
+
+
+def _parse(last_write: str) -> tuple[str, str, str]:
+    revision, _, operations = last_write.partition(" ")
+    operation, _, previous = operations.partition(" ")
+    return revision, operation, previous
 
 
 class Keepalive:
@@ -144,6 +165,7 @@ class Keepalive:
         self._deadline = 0.0
         self._renew_at = float("inf")
         self._beat_at = time.monotonic()
+        self._hangs = False
         self._marked_stalled = False
         self._gave_up = False
         self._backoff = Backoff(cap_s=ttl_s / 4)
@@ -250,14 +272,16 @@ class Keepalive:
 
     def _watch_loop(self, connection: SyncConnection, stalled_s: float) -> None:
         if stalled_s >= STALL_TTLS * self._ttl_s:
-            if not self._marked_stalled:
+            if not self._hangs:
+                self._hangs = True
                 logger.warning(
                     "the event loop hangs since %.1f s: marking this process as not ready", stalled_s
                 )
+            if not self._marked_stalled:
                 self._write_stalled(connection)
                 self._marked_stalled = True
-        elif self._marked_stalled:
-            self._marked_stalled = self._gave_up = False
+        elif self._hangs:
+            self._hangs = self._marked_stalled = self._gave_up = False
             logger.warning("the event loop is back")
             self._disturb("the event loop was hanging")
         if stalled_s >= self._loop_stall_s and not self._gave_up:
@@ -283,7 +307,8 @@ class Keepalive:
             self._chain.in_doubt(operation)
             raise
         else:
-            self._chain.acknowledged(operation, written.revision if written.change_count else None)
+            revision = written.revision if written.change_count else None
+            self._chain.acknowledged(operation, revision, written.follows)
 
     def _disturb(self, reason: str) -> None:
         self._tell(self._on_disturbance, reason)

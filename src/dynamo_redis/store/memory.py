@@ -174,10 +174,11 @@ class MemoryServer:
                 raise LeaseNotFound("the lease has ended")
             self._deadlines[lease] = self._clock.monotonic() + ttl_s
         change_count = sum(self._apply(op, lease, operation) for op in operations)
+        follows = "" if lease is None else self._last_writes.get(lease, "  ").split(" ")[1]
         if lease is not None and change_count:
-            self._last_writes[lease] = " ".join(self._last)
+            self._last_writes[lease] = " ".join((*self._last, follows))
         self._publish()
-        return Written(self._last[0], granted, change_count)
+        return Written(self._last[0], granted, change_count, follows)
 
     # ------------------------------------------------------------------ inside a step
 

@@ -23,7 +23,7 @@ async def overlapped(calls: AsyncGenerator[Coroutine[Any, Any, T]], *, limit_cou
         try:
             async for call in calls:
                 running.append(asyncio.create_task(call))
-                if len(running) == limit_count:
+                if len(running) == limit_count or running[0].done():
                     yield await _first(running)
             while running:
                 yield await _first(running)

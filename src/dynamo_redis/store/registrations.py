@@ -285,7 +285,9 @@ class Registrations:
                     self._note_grant(sent_at)
                 elif written.granted is None and grant:
                     self._suspect_grant(sent_at)
-                self._chain.acknowledged(operation, written.revision if written.change_count else None)
+                revision = written.revision if written.change_count else None
+                if not self._chain.acknowledged(operation, revision, written.follows):
+                    self.disturb("the registry lost a write")
                 return written
 
     def _note_break(self, incarnation: str) -> None:

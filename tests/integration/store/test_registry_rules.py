@@ -70,12 +70,13 @@ async def test_a_lease_that_has_ended_is_not_revived(kv: KeyValue) -> None:
     connection = kv.client.sync(3.0)
     try:
         renewal = await asyncio.to_thread(keep_alive, connection, kv.keys, position.incarnation, ME, 10.0)
-        assert renewal.last_write == " ".join(
-            ((await kv.position()).revision, (await kv.position()).operation)
-        )  # type: ignore[union-attr]
+        position = await kv.position()
+        assert position is not None
+        assert renewal.last_write == f"{position.revision} {position.operation} "
+        incarnation = position.incarnation
         await _pass_time(kv, 11)
         with pytest.raises(LeaseNotFound):
-            await asyncio.to_thread(keep_alive, connection, kv.keys, position.incarnation, ME, 10.0)
+            await asyncio.to_thread(keep_alive, connection, kv.keys, incarnation, ME, 10.0)
         with pytest.raises(LeaseNotFound):
             await kv.write([OwnedPut("k", b"")], lease=ME)
         with pytest.raises(OtherIncarnation):

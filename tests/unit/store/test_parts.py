@@ -144,10 +144,40 @@ def test_a_doubtful_write_may_or_may_not_have_arrived() -> None:
     chain.acknowledged("a", Revision("1-0"))
     chain.begin("b")
     chain.in_doubt("b")
-    assert chain.agrees("1-0 a")
-    assert chain.agrees("2-0 b")
-    chain.settle("2-0 b")
-    assert not chain.agrees("1-0 a")
+    assert chain.agrees("1-0 a ")
+    assert chain.agrees("2-0 b a")
+    assert not chain.agrees("2-0 b "), "the lease had ended, and b was what it was granted with"
+    chain.settle("2-0 b a")
+    assert not chain.agrees("1-0 a ")
+
+
+def test_a_write_says_what_it_follows() -> None:
+    chain = WriterChain()
+    chain.begin("a")
+    assert chain.acknowledged("a", Revision("1-0"), "")
+    chain.begin("b")
+    assert chain.acknowledged("b", Revision("2-0"), "a")
+    chain.begin("c")
+    assert not chain.acknowledged("c", Revision("3-0"), "a"), "b was lost"
+    assert not chain.agrees("3-0 c a"), "until it is settled"
+    chain.settle("3-0 c a")
+    assert chain.agrees("3-0 c a")
+    assert chain.acknowledged("d", Revision("4-0"), None)
+
+
+def test_the_chain_expects_what_it_sent_and_remembers_a_bounded_number() -> None:
+    chain = WriterChain()
+    chain.begin("a")
+    assert chain.expects("a")
+    chain.acknowledged("a", Revision("1-0"))
+    assert chain.expects("a")
+    for number in range(5000):
+        chain.begin(str(number))
+        chain.in_doubt(str(number))
+    assert not chain.expects("4999")
+    assert chain.agrees("2-0 4999 a")
+    assert not chain.agrees("2-0 1 a")
+    assert len(chain._doubtful) <= 1000
 
 
 def test_acknowledgements_may_arrive_out_of_order() -> None:

@@ -5,7 +5,7 @@
 --
 -- KEYS    1 meta   2 leases   3 lr   4 the lease's TTL key
 -- ARGV    1 incarnation   2 lease   3 TTL in ms
--- Answers {'ok', its owner's last write as 'revision operation' or '', leases, ms since the clock was kept}
+-- Answers {'ok', its owner's last write as 'revision operation previous' or '', leases, ms since the clock was kept}
 --         {'wiped'}, {'incarnation', found}, as the prelude says; {'no-lease'}
 -- Atomic: a lease that has ended, even unnoticed so far, is not revived.
 

@@ -10,7 +10,8 @@
 --           a comparison {key, mod_revision}, '' for "absent"
 --           an operation {'p', key, value, owned} or {'d', key, '', owned}; with owned = 1 it has no effect
 --           unless the key stands under this lease
--- Answers {'ok', last revision, 1 if the lease was granted (2: perhaps, and it was renewed), changes made}
+-- Answers {'ok', last revision, 1 if the lease was granted (2: perhaps, and it was renewed), changes made,
+--          operation of the lease's write before this one: '' if there is none, nil if that is not known}
 --         {'failed', index of the comparison from 0, the packed record found or ''}: nothing was written
 --         {'no-lease'}: nothing was written, or what was has ended with the lease
 --         {'again'}: nothing was written; the lease has ended and some of its keys still have to be deleted
@@ -49,14 +50,21 @@ local function renew()
   redis.call('SET', KEYS[8], INC, 'PX', ttl_ms)
 end
 
+-- The operation of the lease's last write, and of the one before that.
+local function last_writes()
+  local last = lease ~= '' and redis.call('HGET', LR, lease) or ''
+  local operation, before = string.match(last, '^%S+ (%S+) (%S*)$')
+  return operation or '', before
+end
+
 local function answer_again()
   local revision, changes, certain = find_first_answer(ARGV[3])
   if not revision then return not certain and {'unknown'} or nil end
-  if lease == '' then return {'ok', revision, 0, changes} end
+  if lease == '' then return {'ok', revision, 0, changes, ''} end
   if is_alive(lease) then
-    if ttl_ms == 0 then return {'ok', revision, 0, changes} end
-    renew()
-    return {'ok', revision, 2, changes}
+    local operation, before = last_writes()
+    if ttl_ms > 0 then renew() end
+    return {'ok', revision, ttl_ms > 0 and 2 or 0, changes, operation == OPERATION and before}
   end
   if ttl_ms == 0 then return {'no-lease'} end
 end
@@ -113,11 +121,11 @@ return run(function()
     end
   end
 
-  local changes = 0
+  local changes, before = 0, last_writes()
   for _, operation in ipairs(request[2]) do
     local kind, key, value, owned = operation[1], operation[2], operation[3], operation[4]
     changes = changes + (kind == 'p' and put(key, value, owned) or kind == 'd' and delete(key, owned))
   end
-  if lease ~= '' and changes > 0 then redis.call('HSET', LR, lease, REV .. ' ' .. OPERATION) end
-  return {'ok', REV, granted, changes}
+  if lease ~= '' and changes > 0 then redis.call('HSET', LR, lease, REV .. ' ' .. OPERATION .. ' ' .. before) end
+  return {'ok', REV, granted, changes, before}
 end)
