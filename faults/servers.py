@@ -205,8 +205,8 @@ class ServerUnderTest:
         """Cut the end off the append-only file of a server that does not run: what a host that loses power
         does to a file that was synced when it had `kept_bytes`, or later.
 
-        Redis 6.2 leaves a transaction open that was cut in the middle, and applies that half of it at its next
-        start but one; it is cut behind a whole one.
+        Redis 6.2 leaves a transaction open that was cut in the middle, and applies that half of it when it
+        starts the next time but one; so its file is cut behind a whole one.
         """
         path = self._append_only_file()
         if self.kind.name == "redis-6.2":
