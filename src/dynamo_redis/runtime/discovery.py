@@ -237,16 +237,17 @@ class EndpointView:
 
     def apply(self, batch: WatchBatch) -> None:
         """Bring the view to the batch's end."""
-        lost: list[Member] = []
+        lost: dict[str, Member] = {}
         for event in batch.events:
             if isinstance(event, Put):
                 self._put(event.record)
+                lost.pop(event.record.key, None)  # it expired and was registered again, before we looked
             else:
                 member = self._delete(event)
                 if member is not None:
-                    lost.append(member)
+                    lost[event.key] = member
         if lost:
-            self._lose(lost, history_lost=batch.resync is not None)
+            self._lose(list(lost.values()), history_lost=batch.resync is not None)
         self._rebuild()
 
     def _put(self, record: Record) -> None:

@@ -288,3 +288,20 @@ async def test_a_suspect_that_fails_a_request_is_dropped(bench: Bench) -> None:
     assert member is not None
     bench.view.mark_down(member, CannotConnect("refused"))
     assert bench.known() == set()
+
+
+@pytest.mark.parametrize("cause", [EXPIRED, RESYNC, DELETED, REVOKED])
+async def test_an_instance_that_went_and_came_back_in_one_batch_is_there(
+    bench: Bench, cause: DeleteCause
+) -> None:
+    bench.register(1, 2, 3)
+    bench.view.apply(batch(gone(1, cause), put(instance(1))))
+    assert bench.chosen_first() == [1, 2, 3]
+    bench.view.apply(batch(gone(2, cause), put(instance(2, host="elsewhere"))))
+    assert bench.chosen_first() == [1, 2, 3]
+
+
+async def test_an_instance_that_came_and_went_in_one_batch_is_gone(bench: Bench) -> None:
+    bench.register(1, 2, 3)
+    bench.view.apply(batch(gone(1, EXPIRED), put(instance(1)), gone(1, EXPIRED)))
+    assert bench.known() == {2, 3}
