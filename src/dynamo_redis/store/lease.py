@@ -47,9 +47,9 @@ class WriterChain:
 
     The registry keeps `"revision operation previous"` for each lease, `previous` being the operation of the
     write before, or "" for the one that the lease was granted with. If it names another write than the last
-    one acknowledged here, an acknowledged write was lost in a failover, or the lease has ended and was granted
-    again; unless it names one that is under way, or whose outcome is unknown here, and that follows the last
-    acknowledged one: then that one arrived.
+    one acknowledged here, an acknowledged write was lost in a failover, or the lease has ended and been
+    granted again; unless it names one that is under way, or whose outcome is unknown here, and that follows
+    the last acknowledged one: then that one arrived.
 
     Only the last `REMEMBERED_COUNT` operations are remembered; one that is forgotten costs a needless repair.
     """

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dynamo_redis.errors import Compacted, StoreUnavailable
-from dynamo_redis.store.base import LostReason
+from dynamo_redis.store.base import LostReason, Watch
 from dynamo_redis.store.client import RedisClient
 from dynamo_redis.store.key_value import KeyValue, OwnedPut, new_operation
 from dynamo_redis.store.keys import RegistryKeys
@@ -84,7 +84,8 @@ async def test_a_lease_whose_grant_was_answered_at_the_second_attempt_is_kept(
 ) -> None:
     proxy = await open_proxy(dynamo_redis_url)
     worker = await open_registry(proxy.url, ttl_s=1.0, timeout_s=3.0)
-    await asyncio.gather(*(worker.get("a") for _ in range(4)))  # connections for ticks, and one to spare
+    # The server knows the script, and there are connections for ticks and to spare.
+    await asyncio.gather(*(worker.delete("a") for _ in range(4)))
     proxy.conditions = Conditions(swallow_answers=True)
     registering = asyncio.create_task(worker.register("a", b"v"))
     await until_keys(kv, ["a"])
@@ -126,7 +127,8 @@ async def test_watches_may_come_and_go_while_everything_is_read_again(
     await reader.register("a/1", b"v")
     view, going = await mirror(reader, "a/"), reader.watch("b/")
     await asyncio.wait_for(anext(going), WAIT_S)
-    snapshot, coming = reader._kv.snapshot, []
+    snapshot = reader._kv.snapshot
+    coming: list[Watch] = []
 
     async def interrupted(prefix: str) -> Any:
         if not coming:
