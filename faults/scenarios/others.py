@@ -1,4 +1,4 @@
-"""Locks and objects under the faults that matter to them: the faults of the other modules, another load."""
+"""Locks, objects and chats under the faults that matter to them: other modules' faults, another load."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from faults.run import Load, Scenario
 from faults.scenarios import crashes, data, failover, mixed, network
 
 LOCKS: Final = Load({"locker": 4}, {"locker": ("freeze", "freeze", "kill")})
+CHATS: Final = Load({"engine": 2, "frontend": 1})
 OBJECTS: Final = Load({"uploader": 3, "reader": 2}, {"uploader": ("kill", "freeze"), "reader": ("freeze",)})
 
 _FAULTS: Final = {
@@ -45,6 +46,18 @@ _OF_OBJECTS: Final = (
     "failover-equal",
     "mixed",
 )
+_OF_CHATS: Final = (
+    "kill-everysec",
+    "freeze",
+    "wipe",
+    "flushall",
+    "structures",
+    "black-hole",
+    "drop-answers",
+    "cut",
+    "failover-behind",
+    "mixed",
+)
 
 
 def _with(load: Load, kind: str, name: str) -> Scenario:
@@ -56,4 +69,5 @@ def _with(load: Load, kind: str, name: str) -> Scenario:
 SCENARIOS = (
     *(_with(LOCKS, "locks", name) for name in _OF_LOCKS),
     *(_with(OBJECTS, "objects", name) for name in _OF_OBJECTS),
+    *(_with(CHATS, "chats", name) for name in _OF_CHATS),
 )

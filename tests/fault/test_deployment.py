@@ -15,6 +15,7 @@ import pytest
 
 from dynamo_redis.child import ChildProcess
 from dynamo_redis.store.server import EmbeddedServer
+from faults.chats import ChatFailed, chat
 
 READY_S = 20.0
 BACK_S = 5.0
@@ -71,26 +72,9 @@ class Deployment:
             while len(await self.instances()) != count:
                 await asyncio.sleep(0.05)
 
-    async def chat(self, max_tokens: int = 50) -> AsyncIterator[str]:
+    def chat(self, max_tokens: int = 50) -> AsyncIterator[str]:
         """The pieces of a streamed answer. An error event or status fails the test."""
-        body = {
-            "model": "demo",
-            "messages": [{"role": "user", "content": f"Hello at {time.monotonic()}!"}],
-            "max_tokens": max_tokens,
-            "stream": True,
-            "ignore_eos": True,
-        }
-        async with self.http.stream("POST", "/v1/chat/completions", json=body) as answer:
-            assert answer.status_code == 200, await answer.aread()
-            async for line in answer.aiter_lines():
-                if not line or line == "data: [DONE]":
-                    continue
-                event = json.loads(line.removeprefix("data: "))
-                if "error" in event:
-                    raise ChatFailed(event["error"]["message"])
-                for choice in event["choices"]:
-                    if choice["delta"].get("content"):
-                        yield choice["delta"]["content"]
+        return chat(self.http, f"Hello at {time.monotonic()}!", max_tokens)
 
     async def aclose(self) -> None:
         await self.http.aclose()
@@ -98,10 +82,6 @@ class Deployment:
 
     def log_tail(self) -> str:
         return "\n".join(f"== {log.name}\n{log.read_text()[-2000:]}" for log in self._logs)
-
-
-class ChatFailed(Exception):
-    """The answer ended with an error event."""
 
 
 @pytest.fixture
