@@ -251,7 +251,7 @@ async def test_replaced_chunks_expire_and_kept_ones_do_not(
 async def test_a_reader_of_a_replaced_version_renews_what_it_has_still_to_read(
     dynamo_redis_url: str, dynamo_redis_prefix: str
 ) -> None:
-    async with opened(dynamo_redis_url, dynamo_redis_prefix, expiry_s=0.3) as objects:
+    async with opened(dynamo_redis_url, dynamo_redis_prefix, expiry_s=0.6) as objects:
         old = content_of("old")
         await objects.put("b", "n", old)
         reader = objects.get("b", "n")
@@ -259,7 +259,7 @@ async def test_a_reader_of_a_replaced_version_renews_what_it_has_still_to_read(
         await objects.put("b", "n", b"new")
         async for chunk in reader:
             seen += chunk
-            await anyio.sleep(0.2)
+            await anyio.sleep(0.3)
         assert seen == old
 
 
