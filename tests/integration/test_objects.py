@@ -252,14 +252,14 @@ async def test_a_reader_of_a_replaced_version_renews_what_it_has_still_to_read(
     dynamo_redis_url: str, dynamo_redis_prefix: str
 ) -> None:
     async with opened(dynamo_redis_url, dynamo_redis_prefix, expiry_s=0.6) as objects:
-        old = content_of("old")
+        old = content_of("old", 12 * CHUNK_BYTES)
         await objects.put("b", "n", old)
         reader = objects.get("b", "n")
         seen = await anext(reader)
         await objects.put("b", "n", b"new")
         async for chunk in reader:
             seen += chunk
-            await anyio.sleep(0.3)
+            await anyio.sleep(0.12)
         assert seen == old
 
 
