@@ -505,14 +505,20 @@ async def main(url, prefix):
     await registry.register("i/1", b"ready", stalled_value=b"not ready")
     await registry.register("i/2", b"plain")
     await asyncio.sleep(1)
-    time.sleep(float(sys.argv[3]))
+    until = time.monotonic() + float(sys.argv[3])
+    if sys.argv[5] == "C":
+        time.sleep(until - time.monotonic())
+    while time.monotonic() < until:
+        pass
     await asyncio.sleep(60)
 
 asyncio.run(main(*sys.argv[1:3]))
 """
 
 
-@pytest.mark.parametrize(("hang_s", "loop_stall_s"), [(3.0, 60.0), (5.0, 2.5)])
+@pytest.mark.parametrize(
+    ("hang_s", "loop_stall_s", "where"), [(3.0, 60.0, "Python"), (5.0, 2.5, "C")], ids=["Python", "C"]
+)
 async def test_a_worker_that_hangs_says_so_then_gives_up_then_comes_back(
     dynamo_redis_url: str,
     dynamo_redis_prefix: str,
@@ -520,9 +526,10 @@ async def test_a_worker_that_hangs_says_so_then_gives_up_then_comes_back(
     mirror: Any,
     hang_s: float,
     loop_stall_s: float,
+    where: str,
 ) -> None:
     view = await mirror(await open_registry(dynamo_redis_url), "i/")
-    arguments = [dynamo_redis_url, dynamo_redis_prefix, str(hang_s), str(loop_stall_s)]
+    arguments = [dynamo_redis_url, dynamo_redis_prefix, str(hang_s), str(loop_stall_s), where]
     process = subprocess.Popen(
         [sys.executable, "-c", HANGING_WORKER, *arguments], stderr=subprocess.DEVNULL, env=dict(os.environ)
     )
