@@ -21,13 +21,18 @@ from typing import Any
 
 import pytest
 
+from dynamo_redis.config import PlaneSettings
 from dynamo_redis.errors import CannotConnect
 from dynamo_redis.names import EndpointName, InstanceId
+from dynamo_redis.planes.base import Target
+from dynamo_redis.planes.tcp_client import TcpClient
+from dynamo_redis.planes.tcp_server import TcpServer
 from dynamo_redis.runtime import DistributedRuntime, Settings, discovery
 from dynamo_redis.runtime.client import Client
 from dynamo_redis.runtime.instance import Instance
 from dynamo_redis.store.base import LeaseId
 from dynamo_redis.store.memory import MemoryRegistry, MemoryServer
+from faults.proxy import BLACK_HOLE, Proxy
 
 NAME = EndpointName("test", "words", "echo")
 START_S = 20.0
@@ -36,6 +41,7 @@ BACK_S = 15.0
 WORKERS = """
 import asyncio, sys, time
 import uvloop
+from dynamo_redis.config import PlaneSettings
 from dynamo_redis.config import PlaneSettings
 from dynamo_redis.errors import CannotConnect
 from dynamo_redis.names import EndpointName
@@ -284,3 +290,19 @@ async def _chosen(client: Client) -> int:
 
 async def _all(call: Any) -> list[Any]:
     return [item async for item in call]
+
+
+async def test_a_probe_that_an_idle_connection_swallows_is_not_repeated_there() -> None:
+    """A host that came back without its connections answers nothing on the old ones, for minutes."""
+    settings = PlaneSettings.load(tcp_host="127.0.0.1", auth="off")
+    server, client = TcpServer(settings, secret=None, instance_id=1), TcpClient(settings)
+    await server.start()
+    async with Proxy(f"redis://{server.address}") as proxy:
+        target = Target(1, proxy.url.removeprefix("redis://"), "any")
+        await client.probe(target, 5)
+        proxy.connections[0].conditions = BLACK_HOLE
+        with pytest.raises(CannotConnect):
+            await client.probe(target, 0.2)
+        await client.probe(target, 5)
+        await client.aclose()
+    await server.aclose()
