@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any, Final, Protocol
 
@@ -27,11 +28,13 @@ _PART: Final = object()
 
 def pack(command: tuple[Argument, ...]) -> bytes:
     """A command as the protocol has it."""
-    parts = [b"*%d\r\n" % len(command)]
-    for word in command:
-        content = word if isinstance(word, bytes) else str(word).encode()
-        parts.append(b"$%d\r\n%b\r\n" % (len(content), content))
-    return b"".join(parts)
+    return b"".join((b"*%d\r\n" % len(command), *map(_pack_word, command)))
+
+
+@lru_cache(maxsize=64, typed=True)  # a blocking read is the same each time, but for its last word
+def _pack_word(word: Argument) -> bytes:
+    content = word if isinstance(word, bytes) else str(word).encode()
+    return b"$%d\r\n%b\r\n" % (len(content), content)
 
 
 class Link(Protocol):

@@ -61,26 +61,34 @@ def order(revision: Revision) -> tuple[int, int]:
     return int(milliseconds), int(counter or 0)
 
 
+_NAMES: Final = [b"o", b"k", b"v", b"l", b"c", b"n", b"w", b"p", b"q"]
+
+
 def parse_change(entry_id: bytes, fields: list[bytes]) -> Change:
     """Read a log entry. Raises ValueError for an entry this package did not write."""
-    named = dict(zip(fields[::2], fields[1::2], strict=True))
     try:
-        revision = Revision(entry_id.decode())
-        kind: Any = named[b"o"].decode()
-        key, lease = named[b"k"].decode(), parse_lease(named[b"l"])
+        if fields[::2] != _NAMES:  # a later release may add some, in whatever order
+            named = dict(zip(fields[::2], fields[1::2], strict=True))
+            fields = [part for name in _NAMES for part in (name, named[name])]
+        _, kind_, _, key_, _, value, _, lease_, _, created, _, version, _, operation, _, before, _, its = (
+            fields
+        )
+        revision, lease = Revision(entry_id.decode()), parse_lease(lease_)
+        kind: Any = kind_.decode()
+        key = key_.decode()
         record = None
         if kind == "p":
-            created = Revision(named[b"c"].decode()) or revision
-            record = Record(key, named[b"v"], created, revision, int(named[b"n"]), lease)
+            create_revision = Revision(created.decode()) if created else revision
+            record = Record(key, value, create_revision, revision, int(version), lease)
         return Change(
             revision=revision,
             kind=kind,
             key=key,
             lease=lease,
-            operation=named[b"w"].decode(),
-            previous=(Revision(named[b"p"].decode()), named[b"q"].decode()),
+            operation=operation.decode(),
+            previous=(Revision(before.decode()), its.decode()),
             record=record,
-            incarnation=named[b"v"].decode() if kind == "i" else None,
+            incarnation=value.decode() if kind == "i" else None,
         )
     except (KeyError, UnicodeDecodeError) as exc:
         raise ValueError(f"entry {entry_id!r} is not a change: {exc!r}") from exc

@@ -118,6 +118,7 @@ class LogReader:
                 await self._verify()
             else:
                 self._advance(parse_changes(reply[0][1]))
+                await asyncio.sleep(0)  # whoever waits for these changes comes first, then the next read
 
     def _advance(self, changes: Sequence[Change]) -> None:
         check_chain(self.position.revision, self.position.operation, changes)
