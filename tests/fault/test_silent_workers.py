@@ -297,12 +297,14 @@ async def test_a_probe_that_an_idle_connection_swallows_is_not_repeated_there() 
     settings = PlaneSettings.load(tcp_host="127.0.0.1", auth="off")
     server, client = TcpServer(settings, secret=None, instance_id=1), TcpClient(settings)
     await server.start()
-    async with Proxy(f"redis://{server.address}") as proxy:
+    async with (
+        contextlib.aclosing(server),
+        Proxy(f"redis://{server.address}") as proxy,
+        contextlib.aclosing(client),
+    ):
         target = Target(1, proxy.url.removeprefix("redis://"), "any")
         await client.probe(target, 5)
         proxy.connections[0].conditions = BLACK_HOLE
         with pytest.raises(CannotConnect):
             await client.probe(target, 0.2)
         await client.probe(target, 5)
-        await client.aclose()
-    await server.aclose()
