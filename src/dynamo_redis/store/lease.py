@@ -209,7 +209,7 @@ class Keepalive:
 
     @property
     def _poll_s(self) -> float:
-        return min(1.0, self._ttl_s / 4)
+        return min(5.0, self._ttl_s / 4)
 
     def _half_way(self) -> float:
         now = time.monotonic()
