@@ -11,7 +11,6 @@ from dynamo_redis.config import FrontendSettings
 from dynamo_redis.frontend.server import serve_frontend
 from dynamo_redis.names import format_instance_id
 from dynamo_redis.runtime import DistributedRuntime
-from dynamo_redis.runtime.discovery import State
 from faults.chats import ChatFailed, chat
 from faults.history import Outcome
 from faults.roles.base import Process
@@ -70,13 +69,11 @@ async def _talk(process: Process, http: httpx.AsyncClient) -> None:
 
 
 async def _note_members(process: Process, runtime: DistributedRuntime) -> None:
-    """Write down whom a request would be sent to, whenever that changes. Suspects are among them from the
-    first moment; `instance_ids` counts them only once they have answered."""
+    """Write down which instances a user sees, whenever that changes."""
     known: list[str] = []
     client = await runtime.endpoint(ENDPOINT).client()
     while True:
-        members = (member for member in client._view if member.state is not State.DOWN)
-        ids = sorted(format_instance_id(member.instance_id) for member in members)
+        ids = [format_instance_id(instance_id) for instance_id in client.instance_ids()]
         if ids != known:
             known = ids
             process.recorder.note("members", ids=ids)

@@ -27,7 +27,7 @@ class EndpointClient(Protocol):
         *,
         among: Collection[int] | None = None,
     ) -> AsyncIterator[Any]: ...
-    def instances(self) -> list[Instance]: ...
+    def confirmed_instances(self) -> list[Instance]: ...
     def instance_ids(self) -> list[int]: ...
     async def aclose(self) -> None: ...
 
@@ -107,8 +107,8 @@ class Model:
         return frozenset(entry.instance_id for entry in self.cards.values() if entry.source == self.source)
 
     def instances(self) -> list[Instance]:
-        """Those of them that can be reached."""
+        """Those of them that are known to be there."""
         if self.client is None:
             return []
         mine = self.instance_ids()
-        return [instance for instance in self.client.instances() if instance.instance_id in mine]
+        return [instance for instance in self.client.confirmed_instances() if instance.instance_id in mine]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from typing import Any, Self
 
 from dynamo_redis.errors import (
@@ -117,13 +117,20 @@ class Client:
     # ----------------------------------------------------------------- who is there
 
     def instance_ids(self) -> list[int]:
-        """The ids of the instances that can serve, ascending."""
-        return sorted(member.instance_id for member in self._view if member.trusted)
+        """The ids of the instances that can serve, ascending.
+
+        Those that left the registry as a wipe would take them stay until they fail to answer a probe, which
+        is sent at once and takes a second at most: an emptied registry never empties this list.
+        """
+        return sorted(member.instance_id for member in self._view if member.listed)
 
     def instances(self) -> list[Instance]:
-        """The instances that can serve, ordered by id."""
-        trusted = (member.instance for member in self._view if member.trusted)
-        return sorted(trusted, key=lambda instance: instance.instance_id)
+        """The same instances, ordered by id."""
+        return _by_id(member.instance for member in self._view if member.listed)
+
+    def confirmed_instances(self) -> list[Instance]:
+        """Those of them that are in the registry, or have answered since they vanished from it."""
+        return _by_id(member.instance for member in self._view if member.confirmed)
 
     async def wait_for_instances(self, timeout_s: float | None = None) -> list[int]:
         """Wait until an instance can be chosen; answer the ids. Raises NoInstances after `timeout_s`."""
@@ -331,3 +338,7 @@ class Call:
         if isinstance(error, Overloaded) and len(self._tried) >= _MAX_OVERLOADED_TRIES:
             return None
         return self._client.choose(self._select, self._tried, self._among)
+
+
+def _by_id(instances: Iterable[Instance]) -> list[Instance]:
+    return sorted(instances, key=lambda instance: instance.instance_id)

@@ -79,12 +79,14 @@ class Member:
         self.pending: set[Pending] = set()
 
     @property
-    def trusted(self) -> bool:
-        """Whether it counts as able to serve: in the registry and not known to be down, or a suspect that
-        answered."""
-        return self.instance.ready and (
-            self.state in (State.UP, State.QUIET) or (self.state is State.SUSPECT and self.answered_probe)
-        )
+    def listed(self) -> bool:
+        """Whether it can serve as far as is known: suspects too, until a probe has failed."""
+        return self.instance.ready and self.state is not State.DOWN
+
+    @property
+    def confirmed(self) -> bool:
+        """Whether the registry lists it, or it has answered since it vanished from there."""
+        return self.listed and (self.state is not State.SUSPECT or self.answered_probe)
 
     def fail_pending(self, error: PlaneError, *, sent: bool = True) -> None:
         """End what waits for a first item; without `sent`, only what has not even been sent."""

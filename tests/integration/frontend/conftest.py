@@ -134,7 +134,7 @@ class Worker:
     def instance_ids(self) -> list[int]:
         return self.ids
 
-    def instances(self) -> list[Instance]:
+    def confirmed_instances(self) -> list[Instance]:
         transports = {"tcp": "127.0.0.1:1/x"}
         return [Instance(self.endpoint, InstanceId(i), transports, secret=b"never shown") for i in self.ids]
 

@@ -70,9 +70,9 @@ async def test_a_lease_that_has_ended_is_not_revived(kv: KeyValue) -> None:
     connection = kv.client.sync(3.0)
     try:
         renewal = await asyncio.to_thread(keep_alive, connection, kv.keys, position.incarnation, ME, 10.0)
-        position = await kv.position()
-        assert position is not None
-        assert renewal.last_write == f"{position.revision} {position.operation} "
+        written = await kv.position()
+        assert written is not None
+        assert renewal.last_write == f"{written.revision} {written.operation} "
         incarnation = position.incarnation
         await _pass_time(kv, 11)
         with pytest.raises(LeaseNotFound):

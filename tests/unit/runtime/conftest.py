@@ -172,6 +172,9 @@ class Bench:
     def known(self) -> set[int]:
         return {member.instance_id for member in self.view}
 
+    def confirmed(self) -> list[int]:
+        return [instance.instance_id for instance in self.client.confirmed_instances()]
+
     def chosen_first(self) -> list[int]:
         return [member.instance_id for member in self.view.candidates]
 

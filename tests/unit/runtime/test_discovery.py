@@ -8,6 +8,7 @@ import logging
 import pytest
 
 from dynamo_redis.errors import CannotConnect, InstanceRemoved
+from dynamo_redis.planes.base import Target
 from dynamo_redis.runtime.discovery import State
 from dynamo_redis.store.base import DeleteCause
 
@@ -105,10 +106,20 @@ async def test_half_of_them_expiring_together_are_suspects(bench: Bench) -> None
     bench.view.apply(batch(gone(1, EXPIRED), gone(2, EXPIRED)))
     assert bench.chosen_first() == [3, 4]
     assert bench.known() == {1, 2, 3, 4}
-    assert bench.client.instance_ids() == [3, 4]
+    assert bench.client.instance_ids() == [1, 2, 3, 4]
+    assert bench.confirmed() == [3, 4]
     await settled()
     assert set(bench.plane.probed) == {1, 2}
-    assert bench.client.instance_ids() == [1, 2, 3, 4]
+    assert bench.confirmed() == [1, 2, 3, 4]
+
+
+async def test_an_emptied_registry_never_empties_the_list(bench: Bench) -> None:
+    bench.register(1, 2)
+    bench.view.apply(batch(gone(1, RESYNC), gone(2, RESYNC), resync="incarnation changed"))
+    assert bench.client.instance_ids() == [1, 2]
+    assert [one.instance_id for one in bench.client.instances()] == [1, 2]
+    await settled()
+    assert bench.client.instance_ids() == [1, 2]
 
 
 async def test_losses_add_up_within_one_lease_ttl(bench: Bench) -> None:
@@ -218,7 +229,7 @@ async def test_a_silent_instance_keeps_what_was_sent_and_loses_what_waits_to_be(
     bench.register(1, 2, 3)
     bench.plane.unconnected.add(1)
     bench.plane.scripts = {1: [None], 2: [None], 3: ["from another"]}
-    target = {member.instance_id: member.target for member in bench.view}
+    target: dict[int, Target] = {member.instance_id: member.target for member in bench.view}
     unsent, sent = await bench.client.direct("q", 1), await bench.client.direct("q", 2)
     bench.view.note_quiet(target[1])
     bench.view.note_quiet(target[2])
@@ -254,7 +265,7 @@ async def test_where_all_are_down_nobody_waits_long_for_a_connection(bench: Benc
 async def test_the_least_doubtful_is_the_last_resort(bench: Bench) -> None:
     bench.register(1, 2, 3)
     bench.plane.scripts = {number: [CannotConnect("refused")] for number in (1, 2, 3)}
-    target = {member.instance_id: member.target for member in bench.view}
+    target: dict[int, Target] = {member.instance_id: member.target for member in bench.view}
     bench.view.mark_down(bench.view.candidates[0], CannotConnect("refused"))
     bench.view.note_quiet(target[2])
     bench.view.apply(batch(gone(3, RESYNC), resync="incarnation changed"))
