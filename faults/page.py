@@ -1,0 +1,105 @@
+"""`python -m faults.page`: the table of `docs/guarantees.md`, made from `results/`.
+
+A row a scenario: the fault, what is promised under it beside what holds always, and what came out over all
+seeds and servers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from faults.scenarios import ALL
+
+RESULTS: Final = Path(__file__).parent / "results"
+
+_KEPT: Final = "no lease ends, no acknowledged write is lost"
+_LOST: Final = "what live processes registered is back under the same ids; all else begins anew"
+_TAIL: Final = "a resync where something was lost; owners write again what they had registered"
+_PROMISES: Final = {
+    "kill-always": _KEPT,
+    "kill-everysec": _KEPT,
+    "kill-none": _LOST,
+    "power": _TAIL,
+    "freeze": _KEPT,
+    "wipe": _LOST,
+    "flushall": _LOST,
+    "structures": "as a wipe, whichever key it is",
+    "lease-keys": "no lease ends: these keys are a hint",
+    "trim": "one resync, which shows the difference exactly",
+    "drop-answers": "each write happens once, though it is sent again",
+    "drop-requests": "a call fails within its time-out, or is sent again",
+    "black-hole": "a call fails within its time-out; no change is missed afterwards",
+    "stall": "what arrives late happens once, or is refused",
+    "slow": "nothing is lost, however late it is",
+    "half-close": "the connection is given up and made anew",
+    "cut": "reading goes on where it was; no resync is needed",
+    "refuse": "as cut, with growing pauses between attempts",
+    "one-connection": "each connection is watched for itself",
+    "client-kill": "as cut",
+    "lost-notifications": "ended leases go all the same, by ticks",
+    "no-notifications": "the same",
+    "failover-equal": _TAIL,
+    "failover-ahead": _TAIL + "; no lease ends by the clock",
+    "failover-behind": _TAIL + "; no lease ends by the clock",
+    "clock-steps": "no lease ends",
+    "mixed": "all of this at once",
+}
+_OF_KINDS: Final = {
+    "locks": "one accepted holder at a time; no stale write",
+    "objects": "readers get the old version, the new one, or an error",
+    "chats": "no chat fails; the list of workers is never empty",
+}
+_KINDS: Final = {"registry": "Registry", "locks": "Locks", "objects": "Objects", "chats": "Chats"}
+
+
+def promise(scenario: str) -> str:
+    """What is promised under a scenario's faults. Raises KeyError."""
+    kind, _, _ = scenario.partition("-")
+    return _OF_KINDS[kind] if kind in _OF_KINDS else _PROMISES[scenario]
+
+
+def table(results: Path = RESULTS) -> str:
+    """The tables, in Markdown. Empty cells: not run on this machine."""
+    measured = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
+    lines: list[str] = []
+    for kind, title in _KINDS.items():
+        lines += [f"### {title}", "", *_head()]
+        lines += (_row(name, [server[name] for server in measured if name in server]) for name in _of(kind))
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _of(kind: str) -> Iterator[str]:
+    for name in ALL:
+        first, _, _ = name.partition("-")
+        if (first if first in _OF_KINDS else "registry") == kind:
+            yield name
+
+
+def _head() -> Iterable[str]:
+    numbers = ("runs", "calls", "without an answer", "changes", "resyncs", "worst recovery", "broken")
+    yield f"| fault | promised | {' | '.join(numbers)} |"
+    yield f"|---|---|{'--:|' * len(numbers)}"
+
+
+def _row(name: str, measured: list[dict[str, Any]]) -> str:
+    fault = ALL[name].summary.rpartition(": ")[2]
+    runs = sum(len(one["seeds"]) for one in measured)
+    if not runs:
+        return f"| {fault} | {promise(name)} | | | | | | | |"
+    sums = (
+        sum(one[field] for one in measured) for field in ("calls", "unknown_calls", "log_entries", "resyncs")
+    )
+    worst = max(
+        (one["worst_recovery_s"] for one in measured if one["worst_recovery_s"] is not None), default=None
+    )
+    broken = sum(sum(one["violations"].values()) for one in measured)
+    cells = [fault, promise(name), str(runs), *(f"{value:,}" for value in sums)]
+    return f"| {' | '.join(cells)} | {'–' if worst is None else f'{worst:.1f} s'} | {broken} |"
+
+
+if __name__ == "__main__":
+    print(table())  # noqa: T201
