@@ -1,4 +1,4 @@
-"""`python -m faults.page`: the table of `docs/guarantees.md`, made from `results/`.
+"""`python -m faults.page`: the tables of `docs/guarantees.md`, made from `results/`.
 
 A row a scenario: the fault, what is promised under it beside what holds always, and what came out over all
 seeds and servers.
@@ -63,7 +63,7 @@ def promise(scenario: str) -> str:
 
 def table(results: Path = RESULTS) -> str:
     """The tables, in Markdown. Empty cells: not run on this machine."""
-    measured = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
+    measured = [json.loads(path.read_text()) for path in sorted(results.glob("*-*.json"))]
     lines: list[str] = []
     for kind, title in _KINDS.items():
         lines += [f"### {title}", "", *_head()]
@@ -101,5 +101,15 @@ def _row(name: str, measured: list[dict[str, Any]]) -> str:
     return f"| {' | '.join(cells)} | {'–' if worst is None else f'{worst:.1f} s'} | {broken} |"
 
 
+def losses(results: Path = RESULTS) -> str:
+    """What `faults.losses` measured, in Markdown."""
+    path = results / "losses.json"
+    lines = ["| setting | what happens | acknowledged | lost | within |", "|---|---|--:|--:|--:|"]
+    for one in json.loads(path.read_text()) if path.exists() else ():
+        numbers = f"{one['acknowledged']:,} | {one['lost']:,} | {one['window_s']:.1f} s"
+        lines.append(f"| {one['setting']} | {one['fault']} | {numbers} |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
-    print(table())  # noqa: T201
+    print(f"{table()}\n{losses()}")  # noqa: T201
