@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from faults.page import losses, table
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "benchmarks" / "README.md"])
@@ -18,8 +21,16 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert not missing
 
 
+@pytest.mark.parametrize(("name", "made"), [("faults", table), ("losses", losses)])
+def test_the_guarantees_show_what_was_measured(name: str, made: Callable[[], str]) -> None:
+    page = (ROOT / "docs" / "guarantees.md").read_text()
+    shown = re.search(f"<!-- {name} -->\n(.*)<!-- /{name} -->", page, re.DOTALL)
+    assert shown is not None
+    assert shown[1].strip() == made().strip()
+
+
 def test_every_proof_is_a_test() -> None:
-    page = (ROOT / "docs" / "replaces.md").read_text()
+    page = "\n".join((ROOT / "docs" / name).read_text() for name in ("replaces.md", "guarantees.md"))
     tests = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     named = set(re.findall(r"`(test_\w+)`", page))
     assert len(named) > 20
