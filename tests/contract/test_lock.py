@@ -323,6 +323,16 @@ async def test_a_write_that_comes_twice_or_late_changes_nothing(deployed: Deploy
     assert not await storage.write(keys, "one", token, 3, b"3")
 
 
+async def test_another_owner_with_the_same_token_is_not_told_that_it_has_written(deployed: Deployed) -> None:
+    """Two holdings may get one token: after a failover that lost the first, with the clock behind."""
+    keys, storage = deployed.keys("a"), deployed.storage
+    token = await storage.acquire(keys, "one", LONG_S, "p")
+    assert isinstance(token, int)
+    assert await storage.write(keys, "one", token, 1, b"1")
+    assert not await storage.write(keys, "two", token, 1, b"2")
+    assert await storage.read(keys) == LockedValue(b"1", token)
+
+
 async def test_a_token_below_the_stored_one_writes_nothing(deployed: Deployed) -> None:
     """Whoever is the owner: as after a failover to a server that forgot, with its clock behind."""
     keys, storage = deployed.keys("a"), deployed.storage

@@ -29,6 +29,22 @@ class _Holding:
     ends_at: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """The last protected write: its value, and which write of which holding it was."""
+
+    value: LockedValue | None
+    owner: str
+    number: int
+
+    @property
+    def token(self) -> int:
+        return 0 if self.value is None else self.value.fencing_token
+
+
+_NOTHING = _Stored(None, "", 0)
+
+
 class MemoryLockStorage:
     """`LockStorage` in dictionaries. Every method is one atomic step, as one script is."""
 
@@ -38,13 +54,13 @@ class MemoryLockStorage:
         self._clock = clock
         self._holdings: dict[str, _Holding] = {}
         self._last_tokens: dict[str, int] = {}
-        self._values: dict[str, tuple[LockedValue, int]] = {}
+        self._values: dict[str, _Stored] = {}
 
     async def acquire(self, keys: LockKeys, owner: str, ttl_s: float, process: str) -> int | LockHolder:
         """As `LockStorage.acquire`."""
         held = self._current(keys)
         if held is None:
-            seen = (self._last_tokens.get(keys.tag, 0), self._stored(keys)[0])
+            seen = (self._last_tokens.get(keys.tag, 0), self._values.get(keys.tag, _NOTHING).token)
             token = max(int(self._clock.wall() * 1_000_000), max(seen) + 1)
             self._last_tokens[keys.tag] = token
             held = self._holdings[keys.tag] = _Holding(owner, token, process, 0.0)
@@ -69,18 +85,18 @@ class MemoryLockStorage:
 
     async def write(self, keys: LockKeys, owner: str, token: int, number: int, value: bytes) -> bool:
         """As `LockStorage.write`."""
-        stored_token, stored_number = self._stored(keys)
-        if stored_token == token and stored_number >= number:
+        stored = self._values.get(keys.tag, _NOTHING)
+        if stored.owner == owner and stored.number >= number:
             return True
         held = self._current(keys)
-        if held is None or held.owner != owner or stored_token > token:
+        if held is None or held.owner != owner or stored.token > token:
             return False
-        self._values[keys.tag] = (LockedValue(value, token), number)
+        self._values[keys.tag] = _Stored(LockedValue(value, token), owner, number)
         return True
 
     async def read(self, keys: LockKeys) -> LockedValue | None:
         """As `LockStorage.read`."""
-        return self._values.get(keys.tag, (None, 0))[0]
+        return self._values.get(keys.tag, _NOTHING).value
 
     async def holder(self, keys: LockKeys) -> LockHolder | None:
         """As `LockStorage.holder`."""
@@ -96,11 +112,6 @@ class MemoryLockStorage:
             del self._holdings[keys.tag]
             return None
         return held
-
-    def _stored(self, keys: LockKeys) -> tuple[int, int]:
-        """Token and number of the last protected write."""
-        stored, number = self._values.get(keys.tag, (None, 0))
-        return (0 if stored is None else stored.fencing_token), number
 
     def _describe(self, held: _Holding) -> LockHolder:
         left_s = held.ends_at - self._clock.monotonic()

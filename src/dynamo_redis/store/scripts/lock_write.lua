@@ -10,13 +10,14 @@
 -- Atomic:  only the present owner writes, never over a later token; and a write that comes twice, or after a
 --          later one of the same holding, changes nothing.
 local token, number = tonumber(ARGV[2]), tonumber(ARGV[3])
-local stored = redis.call('HMGET', KEYS[2], 'token', 'number')
+local stored = redis.call('HMGET', KEYS[2], 'token', 'number', 'owner')
 local stored_token, stored_number = tonumber(stored[1] or 0), tonumber(stored[2] or 0)
-if stored_token == token and stored_number >= number then
+-- By owner: after a failover two holdings may have got the same token.
+if stored[3] == ARGV[1] and stored_number >= number then
   return 1
 end
 if redis.call('HGET', KEYS[1], 'owner') ~= ARGV[1] or stored_token > token then
   return 0
 end
-redis.call('HSET', KEYS[2], 'value', ARGV[4], 'token', ARGV[2], 'number', ARGV[3])
+redis.call('HSET', KEYS[2], 'value', ARGV[4], 'token', ARGV[2], 'number', ARGV[3], 'owner', ARGV[1])
 return 1
