@@ -38,7 +38,7 @@ from faults.servers import (
 
 PREFIX: Final = "faults"
 TTL_S: Final = 2.0
-START_TIMEOUT_S: Final = 20.0
+START_TIMEOUT_S: Final = 60.0
 QUIET_TIMEOUT_S: Final = 25.0
 QUIET_S: Final = 1.2
 """Everything must agree, and nothing change, for so long."""

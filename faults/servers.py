@@ -32,8 +32,11 @@ Persistence = Literal["always", "everysec", "none"]
 Word = bytes | str | int | float
 """What a command is made of."""
 
-ADMIN_TIMEOUT_S: Final = 2.0
-_SYNC_TIMEOUT_S: Final = 10.0
+START_TIMEOUT_S: Final = 30.0
+ADMIN_TIMEOUT_S: Final = 10.0
+"""Generous, as are all times here: a machine with too much to do must not look like a broken promise."""
+
+_SYNC_TIMEOUT_S: Final = 30.0
 _EXEC: Final = b"EXEC\r\n"
 _PAUSE_MS: Final = 20_000
 
@@ -137,7 +140,7 @@ class ServerUnderTest:
 
     async def start(self) -> None:
         """Start it, with the data that is there."""
-        await self.embedded.start()
+        await self.embedded.start(START_TIMEOUT_S)
 
     async def aclose(self) -> None:
         """Stop it for good."""
@@ -283,7 +286,7 @@ async def final_state(server: ServerUnderTest, prefix: str) -> dict[str, Any]:
     return {"revision": revision and revision.decode(), "records": records}
 
 
-async def until_answers(server: ServerUnderTest, timeout_s: float = 10.0) -> None:
+async def until_answers(server: ServerUnderTest, timeout_s: float = 30.0) -> None:
     """Wait until a server that was frozen or partitioned answers again."""
     async with asyncio.timeout(timeout_s):
         while True:

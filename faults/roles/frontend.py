@@ -20,7 +20,7 @@ USERS_COUNT: Final = 3
 MAX_TOKENS: Final = 12
 CHAT_TIMEOUT_S: Final = 30.0
 LOOK_EVERY_S: Final = 0.05
-START_TIMEOUT_S: Final = 15.0
+START_TIMEOUT_S: Final = 45.0
 
 
 async def run(process: Process) -> None:
