@@ -417,6 +417,24 @@ async def test_one_worker_too_many_is_told_so(open_registry: Open) -> None:
     assert any(isinstance(outcome, BarrierError) for outcome in outcomes)
 
 
+async def test_who_takes_the_place_of_a_counted_worker_is_not_let_through(open_registry: Open) -> None:
+    """It waits while another of its id is there, which is counted, goes on and leaves."""
+    leader, one, two, late = [await open_registry() for _ in range(4)]
+    async with LeaderBarrier("group", 2, 10) as leading:
+        syncing = asyncio.create_task(leading.sync(leader, DATA))
+        first, second = WorkerBarrier("group", "one", 10), WorkerBarrier("group", "one", 10)
+        counting = asyncio.create_task(first.sync(one))
+        await counted(two, 1)
+        outwaiting = asyncio.create_task(second.sync(late))
+        await asyncio.sleep(0.05)
+        assert await WorkerBarrier("group", "two", 10).sync(two) == DATA
+        assert await counting == DATA
+        assert await syncing == ["one", "two"]
+        await first.aclose()
+        with pytest.raises(BarrierError, match="complete without 'one'"):
+            await outwaiting
+
+
 async def test_what_an_earlier_round_left_is_not_counted(open_registry: Open) -> None:
     leader, one, two = [await open_registry() for _ in range(3)]
     old = LeaderBarrier("group", 1, 10)

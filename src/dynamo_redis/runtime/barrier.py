@@ -3,19 +3,22 @@
 Under `v1/barrier/<id>/` stand JSON records, each exclusive and each with the barrier's `round`:
 
     data              the leader's: `data`
-    workers/<id>      each worker's: nothing more
-    complete          the leader's, at the end: the `workers` that were counted
+    workers/<id>      each worker's: its `token`
+    complete          the leader's, at the end: the `workers` that were counted, id → token
     abort             the leader's instead, if it gives up: the `reason`
 
 The round is a random id that the leader makes. It keeps apart what successive barriers of one id leave
-behind: a worker of an earlier round is not counted, and no earlier leader's end is taken for this one's. All
-keys die with their owner's lease. While Redis is away both sides wait, as long as their time-outs allow.
+behind: a worker of an earlier round is not counted, and no earlier leader's end is taken for this one's. The
+token, random too, keeps apart workers of one id: who takes the place of one that was counted and has gone on
+was not counted. All keys die with their owner's lease. While Redis is away both sides wait, as long as their
+time-outs allow.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -85,7 +88,7 @@ class LeaderBarrier:
             reason = str(exc) if isinstance(exc, BarrierError) else "the leader stopped waiting"
             await self._abort(registry, reason)
             raise
-        return workers
+        return sorted(workers)
 
     async def aclose(self) -> None:
         """Take the barrier down. Workers that come later wait for a new leader of that id."""
@@ -118,8 +121,9 @@ class LeaderBarrier:
         else:
             self._registrations.append(registration)
 
-    async def _wait_for_workers(self, registry: Registry, deadline: float) -> list[str]:
-        present: dict[str, None] = {}
+    async def _wait_for_workers(self, registry: Registry, deadline: float) -> dict[str, str]:
+        """The first `worker_count` workers: id → token."""
+        present: dict[str, str] = {}
         prefix = self._prefix + _WORKERS
         try:
             async with self._wait.until(deadline), registry.watch(prefix) as watch:
@@ -127,7 +131,7 @@ class LeaderBarrier:
                     for event in batch.events:
                         self._count(present, event)
                     if len(present) >= self._worker_count:
-                        return sorted(list(present)[: self._worker_count])
+                        return dict(itertools.islice(present.items(), self._worker_count))
         except TimeoutError:
             if self._wait.lost is not None:
                 raise BarrierError(f"{self._name}: {_LOST_LEADER[self._wait.lost]}") from None
@@ -137,12 +141,13 @@ class LeaderBarrier:
             ) from None
         raise BarrierError(f"{self._name}: the registry was closed")
 
-    def _count(self, present: dict[str, None], event: Put | Delete) -> None:
+    def _count(self, present: dict[str, str], event: Put | Delete) -> None:
         """Note who is there of this round, in the order in which they came."""
         key = event.record.key if isinstance(event, Put) else event.key
         worker_id = decode_segment(key.removeprefix(self._prefix + _WORKERS))
-        if isinstance(event, Put) and _decode(event.record.value).get("round") == self._round:
-            present.setdefault(worker_id)
+        record = _decode(event.record.value) if isinstance(event, Put) else {}
+        if record.get("round") == self._round:
+            present[worker_id] = record.get("token", "")
         else:
             present.pop(worker_id, None)
 
@@ -156,6 +161,7 @@ class WorkerBarrier:
         self._name = f"barrier {barrier_id!r}"
         self._worker_id = worker_id
         self._timeout_s = timeout_s
+        self._token = ""
         self._registration: Registration | None = None
         self._wait = _Wait()
 
@@ -170,6 +176,7 @@ class WorkerBarrier:
         barrier was complete without this worker, or the time is over; this worker is then no longer counted.
         Raises StoreError.
         """
+        self._token = secrets.token_hex(8)
         self._wait = _Wait()
         deadline = math.inf
         if self._timeout_s is not None:
@@ -209,7 +216,7 @@ class WorkerBarrier:
             while (end := room.ends.get(joined["round"])) is None:
                 await self._wait_for_leader(registry, room, watch, joined)
         self._raise_if_aborted(end)
-        if self._worker_id not in end.get("workers", ()):
+        if end.get("workers", {}).get(self._worker_id) != self._token:
             raise BarrierError(f"{self._name} was complete without {self._worker_id!r}")
         return joined.get("data")
 
@@ -241,7 +248,9 @@ class WorkerBarrier:
     async def _register(self, registry: Registry, round_: str, deadline: float) -> Registration:
         key = f"{self._prefix}{_WORKERS}{encode_segment(self._worker_id)}"
         taken = f"{self._name} has a worker {self._worker_id!r} already"
-        return await _claim(registry, key, _encode(round_, {}), deadline, taken, self._wait.on_lost)
+        return await _claim(
+            registry, key, _encode(round_, {"token": self._token}), deadline, taken, self._wait.on_lost
+        )
 
 
 class _Room:
