@@ -343,10 +343,10 @@ class Registrations:
             entry = self._entries.get(change.key)
             if entry is None or order(change.revision) <= order(entry.revision):
                 continue
-            if change.kind == "d":
+            if change.kind in ("p", "d") and change.lease != self._lease:
+                self._lose(entry, "conflict")  # a delete of another's record: it had taken the key before
+            elif change.kind == "d":
                 self._lose(entry, "deleted")
-            elif change.kind == "p" and change.lease != self._lease:
-                self._lose(entry, "conflict")
 
     def _lose(self, entry: KeyRegistration, reason: LostReason) -> None:
         del self._entries[entry.key]

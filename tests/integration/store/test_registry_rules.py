@@ -10,6 +10,7 @@ import pytest
 
 from dynamo_redis.errors import KeyExists, LeaseNotFound
 from dynamo_redis.store.base import Compare, LeaseId, LostReason, PutOp
+from dynamo_redis.store.change_log import Change
 from dynamo_redis.store.client import RedisClient
 from dynamo_redis.store.key_value import (
     CompareFailed,
@@ -149,6 +150,18 @@ async def test_an_update_brings_nothing_back_though_the_log_has_not_told(
         await registration.update(b"w")
     assert lost == ["deleted"]
     assert await other.get("k") is None
+
+
+async def test_a_key_that_another_had_meanwhile_and_gave_up_was_lost_to_it(
+    dynamo_redis_url: str, open_registry: Any
+) -> None:
+    """After a lost tail a resync may pass over the other's put; its delete is all that the log then tells."""
+    one, two = await open_registry(dynamo_redis_url), await open_registry(dynamo_redis_url)
+    lost: list[LostReason] = []
+    registration = await one.register("port", b"one", exclusive=True, on_lost=lost.append)
+    revision = await two.put("later", b"")
+    one._registrations.note([Change(revision, "d", "port", two.lease_id, "", (registration.revision, ""))])
+    assert lost == ["conflict"]
 
 
 async def test_a_restored_exclusive_key_overwrites_nobody_though_the_log_has_not_told(
