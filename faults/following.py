@@ -9,7 +9,15 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+
+from dynamo_redis.names import BARRIERS, PORTS
+
+_NEVER_FAIL: Final = frozenset({"release", "barrier_leave"})
+"""Calls that succeed without an answer from Redis: they tell nothing of whether it serves."""
+
+_GIVEN_UP: Final = (PORTS, BARRIERS)
+"""Keys that a process has only while it says so."""
 
 
 @dataclass(slots=True)
@@ -69,7 +77,7 @@ class Followed:
                 begun = file.pending.pop(line["call"])
                 if line["end"] != "unknown":
                     self.unknown_count -= 1
-                self._end(path.stem, begun, line["end"])
+                self._end(path.stem, begun, line)
 
     def served_at(self, process: str) -> float:
         """When the process began the last of its calls that was answered; infinity if it never made one."""
@@ -81,12 +89,16 @@ class Followed:
         self._served_at.setdefault(process, float("-inf"))
         if line["begin"] == "unregister":
             self._kept.setdefault(process, set()).discard(line["arguments"]["key"])
+        elif line["begin"] == "release":
+            self._kept.setdefault(process, set()).difference_update(line["arguments"]["keys"])
 
-    def _end(self, process: str, begun: dict[str, Any], outcome: str) -> None:
-        if outcome != "unknown":
+    def _end(self, process: str, begun: dict[str, Any], end: dict[str, Any]) -> None:
+        if end["end"] != "unknown" and begun["begin"] not in _NEVER_FAIL:
             self._served_at[process] = begun["at"]
-        if begun["begin"] == "register" and outcome == "ok":
+        if begun["begin"] == "register" and end["end"] == "ok":
             self._kept.setdefault(process, set()).add(begun["arguments"]["key"])
+        elif begun["begin"] == "reserve" and end["end"] == "ok":
+            self._kept.setdefault(process, set()).update(end["answer"]["keys"])
 
     # ------------------------------------------------------------------ watches
 
@@ -137,6 +149,9 @@ class Followed:
             held = {key for key, record in records.items() if record[1] == lease}
             if self._kept.get(process, set()) - held:
                 return f"{process} lacks {_some(self._kept[process] - held)}"
+            given_up = {key for key in held - self._kept.get(process, set()) if key.startswith(_GIVEN_UP)}
+            if given_up:
+                return f"{process} has given up {_some(given_up)}, which stands"
         return None
 
 

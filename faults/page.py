@@ -51,8 +51,15 @@ _OF_KINDS: Final = {
     "locks": "one accepted holder at a time; no stale write",
     "objects": "readers get the old version, the new one, or an error",
     "chats": "no chat fails; the list of workers is never empty",
+    "exclusive": "one tenant a port, or the former one is told; a barrier's workers go on together or not",
 }
-_KINDS: Final = {"registry": "Registry", "locks": "Locks", "objects": "Objects", "chats": "Chats"}
+_KINDS: Final = {
+    "registry": "Registry",
+    "locks": "Locks",
+    "objects": "Objects",
+    "chats": "Chats",
+    "exclusive": "Ports and barriers",
+}
 
 
 def promise(scenario: str) -> str:

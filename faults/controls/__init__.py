@@ -8,4 +8,5 @@ scenario (`tests/fault/test_controls.py`). A control that passes means that an o
     chains.agreeable_registry      believes that no acknowledged write was ever lost
     retries.RetryingClient         sends again what was not answered, as redis-py does by default
     locks.PlainLocks               redis-py's lock: no fencing, no check at the write
+    ports.TolerantRegistry         lets a port be registered that somebody else has
 """

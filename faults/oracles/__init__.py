@@ -7,6 +7,7 @@ from typing import Final
 
 from faults.history import History
 from faults.oracles.chats import check as check_chats
+from faults.oracles.exclusive import check as check_exclusive
 from faults.oracles.keys import check as check_keys
 from faults.oracles.linear import check as check_linear
 from faults.oracles.lock import check as check_lock
@@ -23,5 +24,6 @@ ORACLES: Final[dict[str, Callable[[History], list[Violation]]]] = {
     "objects": check_objects,
     "chats": check_chats,
     "members": check_members,
+    "exclusive": check_exclusive,
 }
 """All of them, by name."""

@@ -155,6 +155,8 @@ def _check_losses(history: History, ended_at: float) -> list[Violation]:
     """That whatever a process was told is lost was taken by somebody."""
     violations = []
     for note in history.of("lost"):
+        if not note.fields["key"].startswith(PREFIX):
+            continue
         if note.at < ended_at and not any(_took(call, note) for call in history.calls):
             what = f"was told that {note.fields['key']} is lost ({note.fields['reason']}), but nobody took it"
             violations.append(Violation("keys", LOST_FOR_CAUSE, what, note.at, note.process, show(note)))

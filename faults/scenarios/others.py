@@ -1,4 +1,4 @@
-"""Locks, objects and chats under the faults that matter to them: other modules' faults, another load."""
+"""Other loads under the faults that matter to them: locks, objects, chats, and ports and barriers."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from faults.scenarios import crashes, data, failover, mixed, network
 
 LOCKS: Final = Load({"locker": 4}, {"locker": ("freeze", "freeze", "kill")})
 CHATS: Final = Load({"engine": 2, "frontend": 1})
+TENANTS: Final = Load({"tenant": 4}, {"tenant": ("freeze", "kill", "freeze")})
 OBJECTS: Final = Load({"uploader": 3, "reader": 2}, {"uploader": ("kill", "freeze"), "reader": ("freeze",)})
 
 _FAULTS: Final = {
@@ -58,6 +59,21 @@ _OF_CHATS: Final = (
     "failover-behind",
     "mixed",
 )
+_OF_EXCLUSIVE: Final = (
+    "kill-always",
+    "kill-everysec",
+    "power",
+    "freeze",
+    "wipe",
+    "flushall",
+    "drop-answers",
+    "black-hole",
+    "cut",
+    "failover-equal",
+    "failover-behind",
+    "clock-steps",
+    "mixed",
+)
 
 
 def _with(load: Load, kind: str, name: str) -> Scenario:
@@ -70,4 +86,5 @@ SCENARIOS = (
     *(_with(LOCKS, "locks", name) for name in _OF_LOCKS),
     *(_with(OBJECTS, "objects", name) for name in _OF_OBJECTS),
     *(_with(CHATS, "chats", name) for name in _OF_CHATS),
+    *(_with(TENANTS, "exclusive", name) for name in _OF_EXCLUSIVE),
 )

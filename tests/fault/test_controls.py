@@ -19,7 +19,9 @@ from typing import Self
 import pytest
 
 from dynamo_redis.config import StoreSettings
-from dynamo_redis.errors import KeyExists, LockLost
+from dynamo_redis.errors import KeyExists, LockLost, PortUnavailable
+from dynamo_redis.names import port_key
+from dynamo_redis.runtime.ports import reserve_ports
 from dynamo_redis.store.base import Put, Watch, WatchBatch
 from dynamo_redis.store.client import RedisClient
 from dynamo_redis.store.key_value import KeyValue
@@ -29,12 +31,13 @@ from dynamo_redis.store.operations import KeyOperations
 from dynamo_redis.store.registry import RedisRegistry
 from faults.controls.chains import agreeable_registry
 from faults.controls.locks import PlainLocks
+from faults.controls.ports import TolerantRegistry
 from faults.controls.retries import RetryingClient
 from faults.controls.watches import CounterClient, CounterWatch, NaiveWatch
 from faults.history import History, Recorder
 from faults.observer import Observer
 from faults.oracles import ORACLES
-from faults.proxy import Conditions, Proxy
+from faults.proxy import STALL, Conditions, Proxy
 from faults.rewind import Rewind
 from faults.servers import ServerKind, ServerUnderTest, final_state, installed_servers
 
@@ -119,9 +122,9 @@ async def stages(tmp_path: Path) -> AsyncIterator[tuple[Stage, Stage]]:
         yield control, product
 
 
-def settings_of(stage: Stage) -> StoreSettings:
+def settings_of(stage: Stage, url: str | None = None) -> StoreSettings:
     return StoreSettings.load(
-        redis_url=stage.proxy.url, prefix=PREFIX, lease_ttl_s=TTL_S, command_timeout_s=TIMEOUT_S
+        redis_url=url or stage.proxy.url, prefix=PREFIX, lease_ttl_s=TTL_S, command_timeout_s=TIMEOUT_S
     )
 
 
@@ -443,3 +446,65 @@ async def test_a_lock_without_fencing_is_caught(stages: tuple[Stage, Stage]) -> 
 
 async def test_while_nobody_stops_a_plain_lock_will_do(stages: tuple[Stage, Stage]) -> None:
     assert await play_lock(stages[0], plain_locks, stops=False) == []
+
+
+# ---------------------------------------------------------------------- ports
+
+HOST = "tenement"
+PORT = 29450
+
+
+async def reserve(registry: RedisRegistry, recorder: Recorder, name: str, port: int) -> bool:
+    """Reserve a port as the tenant of that name; what it is told of a loss is written down."""
+
+    def on_lost(port: int, reason: str) -> None:
+        recorder.note("lost", key=port_key(HOST, port), reason=reason, reservation=name)
+
+    call = recorder.begin("reserve", reservation=name, count=1, first=port, end=port + 1)
+    try:
+        made = await reserve_ports(
+            registry,
+            HOST,
+            port_range=(port, port + 1),
+            worker_id=name,
+            reason="a control",
+            on_lost=on_lost,
+        )
+    except PortUnavailable:
+        recorder.end(call, "refused", {})
+        return False
+    recorder.end(call, "ok", {"keys": [port_key(HOST, port) for port in made.ports]})
+    return True
+
+
+async def play_tenants(
+    stage: Stage, open_registry: Callable[[StoreSettings], RedisRegistry], *, is_shared: bool = True
+) -> list[str]:
+    """Two tenants come for one port; the first of them hears nothing just then."""
+    async with contextlib.AsyncExitStack() as stack:
+        registries = {}
+        for name, url in (("first", stage.proxy.url), ("second", stage.server.url)):
+            registry = open_registry(settings_of(stage, url))
+            await stack.enter_async_context(contextlib.aclosing(registry))
+            await registry.start()
+            stage.recorder(name).note("started", role="tenant", lease=format_lease(registry.lease_id))
+            registries[name] = registry
+        assert await reserve(registries["first"], stage.recorder("first"), "first", PORT)
+        stage.proxy.conditions = STALL
+        wanted = PORT if is_shared else PORT + 1
+        await reserve(registries["second"], stage.recorder("second"), "second", wanted)
+        stage.proxy.heal()
+        return await stage.judged_by("exclusive")
+
+
+async def test_ports_that_are_not_exclusive_are_caught(stages: tuple[Stage, Stage]) -> None:
+    control, product = stages
+    found = await play_tenants(control, TolerantRegistry)
+    assert any("was second's while it was first's" in violation for violation in found), found
+    assert await play_tenants(product, RedisRegistry) == []
+
+
+async def test_while_each_wants_a_port_of_its_own_none_need_be_exclusive(
+    stages: tuple[Stage, Stage],
+) -> None:
+    assert await play_tenants(stages[0], TolerantRegistry, is_shared=False) == []

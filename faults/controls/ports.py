@@ -1,0 +1,16 @@
+"""Ports that are written down, and not claimed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dynamo_redis.store.base import Registration
+from dynamo_redis.store.registry import RedisRegistry
+
+
+class TolerantRegistry(RedisRegistry):
+    """Registers what somebody else has as well: the last one to come has it."""
+
+    async def register(self, key: str, value: bytes, *, exclusive: bool = False, **more: Any) -> Registration:
+        """As `RedisRegistry.register` of a key that is not exclusive."""
+        return await super().register(key, value, exclusive=False, **more)

@@ -1,0 +1,171 @@
+"""A process that reserves ports which others want as well, and takes part in barriers, now leading, now led.
+
+Its users of ports do as `dynamo_redis.runtime.ports` advises: who is told that one of its ports is lost gives
+the whole reservation up. What is reserved when the process must rest stays reserved; barriers are left.
+
+Each reservation and each part in a barrier has a name of its own, so that what is said of it later (`lost`,
+`release`, `barrier_leave`) cannot be taken for another's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import Any, Final
+
+from dynamo_redis.errors import BarrierError, PortUnavailable
+from dynamo_redis.names import format_instance_id, port_key
+from dynamo_redis.runtime.barrier import LeaderBarrier, WorkerBarrier
+from dynamo_redis.runtime.ports import PortReservation, reserve_ports
+from dynamo_redis.store.base import LostReason
+from dynamo_redis.store.registry import RedisRegistry
+from faults.history import Outcome
+from faults.roles.base import Process
+
+HOST: Final = "tenement"
+FIRST_PORT: Final = 29400
+PORTS_COUNT: Final = 10
+USERS_COUNT: Final = 2
+MOST_PORTS_COUNT: Final = 3
+HOLD_S: Final = 0.8
+"""Longest that ports are kept before they are given back."""
+
+BARRIER: Final = "group"
+WORKERS: Final = ("w0", "w1", "w2")
+WORKERS_COUNT: Final = 2
+LEADS: Final = 0.3
+"""How often a process leads rather than joins."""
+BARRIER_TIMEOUT_S: Final = 2.5
+STAY_S: Final = 0.1
+"""Longest that a barrier stands after its end, for those who are late."""
+
+
+async def run(process: Process) -> None:
+    """Reserve, release, lead and join until told to rest; then hold what is held."""
+    registry = RedisRegistry(process.settings())
+    await registry.start()
+    process.recorder.note("started", role="tenant", lease=format_instance_id(registry.lease_id))
+    try:
+        users = [_User(process, registry) for _ in range(USERS_COUNT)]
+        await asyncio.gather(*(user.run() for user in users), _Member(process, registry).run())
+        await asyncio.Event().wait()
+    finally:
+        await registry.aclose()
+
+
+class _User:
+    """Has one reservation at a time."""
+
+    def __init__(self, process: Process, registry: RedisRegistry) -> None:
+        self._process = process
+        self._registry = registry
+
+    async def run(self) -> None:
+        while not self._process.resting.is_set():
+            await self._rent()
+            await self._process.pause()
+
+    async def _rent(self) -> None:
+        """Reserve, and give back after a while, at once when a port is lost; not at all when resting."""
+        name, told = self._process.new_value(), asyncio.Event()
+        reservation = await self._reserve(name, told)
+        if reservation is None:
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._process.rng.uniform(0, HOLD_S)):
+                await told.wait()
+        if self._process.resting.is_set():
+            await told.wait()
+        await self._release(name, reservation)
+
+    async def _reserve(self, name: str, told: asyncio.Event) -> PortReservation | None:
+        count = self._process.rng.randint(1, MOST_PORTS_COUNT)
+        end = FIRST_PORT + PORTS_COUNT
+        reserved: list[PortReservation] = []
+
+        def on_lost(port: int, reason: LostReason) -> None:
+            self._process.recorder.note("lost", key=port_key(HOST, port), reason=reason, reservation=name)
+            told.set()
+
+        async def attempt() -> tuple[Outcome, Any]:
+            try:
+                made = await reserve_ports(
+                    self._registry,
+                    HOST,
+                    count=count,
+                    port_range=(FIRST_PORT, end),
+                    worker_id=self._process.orders.process,
+                    reason=name,
+                    on_lost=on_lost,
+                    rng=self._process.rng,
+                )
+            except PortUnavailable:
+                return "refused", {}
+            reserved.append(made)
+            return "ok", {"keys": [port_key(HOST, port) for port in made.ports]}
+
+        asked = {"reservation": name, "count": count, "first": FIRST_PORT, "end": end}
+        await self._process.call("reserve", attempt, **asked)
+        return reserved[0] if reserved else None
+
+    async def _release(self, name: str, reservation: PortReservation) -> None:
+        keys = [port_key(HOST, port) for port in reservation.ports]
+
+        async def attempt() -> tuple[Outcome, Any]:
+            await reservation.release()
+            return "ok", {}
+
+        await self._process.call("release", attempt, reservation=name, keys=keys)
+
+
+class _Member:
+    """Takes part in one barrier after the other, all of one id."""
+
+    def __init__(self, process: Process, registry: RedisRegistry) -> None:
+        self._process = process
+        self._registry = registry
+
+    async def run(self) -> None:
+        while not self._process.resting.is_set():
+            part = self._process.new_value()
+            timeout_s = self._process.rng.uniform(0.2, BARRIER_TIMEOUT_S)
+            if self._process.rng.random() < LEADS:
+                await self._lead(part, timeout_s)
+            else:
+                await self._join(part, timeout_s)
+            await self._process.pause()
+
+    async def _lead(self, part: str, timeout_s: float) -> None:
+        barrier = LeaderBarrier(BARRIER, WORKERS_COUNT, timeout_s)
+
+        async def attempt() -> tuple[Outcome, Any]:
+            try:
+                return "ok", {"workers": await barrier.sync(self._registry, part)}
+            except BarrierError as exc:
+                return "refused", {"reason": str(exc)}
+
+        asked = {"barrier": BARRIER, "count": WORKERS_COUNT, "timeout_s": timeout_s}
+        await self._process.call("barrier_lead", attempt, part=part, **asked)
+        await asyncio.sleep(self._process.rng.uniform(0, STAY_S))
+        await self._leave(part, barrier)
+
+    async def _join(self, part: str, timeout_s: float) -> None:
+        worker = self._process.rng.choice(WORKERS)
+        barrier = WorkerBarrier(BARRIER, worker, timeout_s)
+
+        async def attempt() -> tuple[Outcome, Any]:
+            try:
+                return "ok", {"data": await barrier.sync(self._registry)}
+            except BarrierError as exc:
+                return "refused", {"reason": str(exc)}
+
+        asked = {"barrier": BARRIER, "worker": worker, "timeout_s": timeout_s}
+        await self._process.call("barrier_join", attempt, part=part, **asked)
+        await self._leave(part, barrier)
+
+    async def _leave(self, part: str, barrier: LeaderBarrier | WorkerBarrier) -> None:
+        async def attempt() -> tuple[Outcome, Any]:
+            await barrier.aclose()
+            return "ok", {}
+
+        await self._process.call("barrier_leave", attempt, barrier=BARRIER, part=part)
