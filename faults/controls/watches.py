@@ -8,6 +8,7 @@ from typing import Any
 
 from dynamo_redis.errors import StoreError
 from dynamo_redis.store.base import Delete, DeleteCause, Put, Record, Revision, WatchBatch
+from dynamo_redis.store.blocking import pack
 from dynamo_redis.store.change_log import Change
 from dynamo_redis.store.client import Argument, Backoff, RedisClient
 from dynamo_redis.store.key_value import KeyValue, parse_changes
@@ -52,8 +53,8 @@ class NaiveWatch:
         return True
 
     async def _read(self) -> list[Change]:
-        command = ("XREAD", "BLOCK", round(BLOCK_S * 1000), "STREAMS", self._kv.keys.log, self._at)
-        reply = await self._connection.execute(*command, block_s=BLOCK_S)
+        command = pack("XREAD", "BLOCK", round(BLOCK_S * 1000), "STREAMS", self._kv.keys.log, self._at)
+        reply = await self._connection.execute(command, block_s=BLOCK_S)
         return parse_changes(reply[0][1]) if reply else []
 
     async def _load(self, reason: str | None) -> WatchBatch:

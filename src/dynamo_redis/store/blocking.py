@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any, Final, Protocol
 
@@ -26,13 +25,13 @@ Argument = bytes | str | int | float
 _PART: Final = object()
 
 
-def pack(command: tuple[Argument, ...]) -> bytes:
-    """A command as the protocol has it."""
-    return b"".join((b"*%d\r\n" % len(command), *map(_pack_word, command)))
+def pack(*words: Argument, more_count: int = 0) -> bytes:
+    """A command as the protocol has it; the caller appends `more_count` further words to it."""
+    return b"".join((b"*%d\r\n" % (len(words) + more_count), *map(pack_word, words)))
 
 
-@lru_cache(maxsize=64, typed=True)  # a blocking read is the same each time, but for its last word
-def _pack_word(word: Argument) -> bytes:
+def pack_word(word: Argument) -> bytes:
+    """A word of a command."""
     content = word if isinstance(word, bytes) else str(word).encode()
     return b"$%d\r\n%b\r\n" % (len(content), content)
 
@@ -64,13 +63,13 @@ class BlockingConnection:
         self._timeout_s = timeout_s
         self._link: Link | None = None
 
-    async def execute(self, *command: Argument, block_s: float) -> Any:
-        """Run a command that may block for `block_s`. After any StoreError the next call connects anew."""
+    async def execute(self, command: bytes, *, block_s: float) -> Any:
+        """Run a packed command that may block for `block_s`. After any StoreError the next connects anew."""
         try:
             if self._link is None:
                 async with asyncio.timeout(self._timeout_s):
                     self._link = _link(await self._connect())
-            return await self._link.exchange(pack(command), block_s + self._timeout_s)
+            return await self._link.exchange(command, block_s + self._timeout_s)
         except FAILURES as exc:
             self._drop()
             raise self._error(exc) from exc

@@ -30,9 +30,9 @@ class Position:
     operation: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # one an entry in every process: to be frozen would cost four times as much
 class Change:
-    """One entry of the change log.
+    """One entry of the change log. Nobody changes it: all watches share it.
 
     `record` is what a put wrote, None otherwise. `previous` is (revision, operation) of the entry before.
     """

@@ -16,6 +16,7 @@ from typing import Final
 
 from dynamo_redis.errors import Compacted, SchemaMismatch, StoreError, StoreUnavailable
 from dynamo_redis.store.base import Revision
+from dynamo_redis.store.blocking import pack, pack_word
 from dynamo_redis.store.change_log import Change, Position, order
 from dynamo_redis.store.client import Backoff
 from dynamo_redis.store.health import Health
@@ -109,10 +110,11 @@ class LogReader:
 
     async def _follow(self) -> None:
         """Read until something is wrong."""
-        command = ("XREAD", "COUNT", READ_ENTRIES_COUNT, "BLOCK", round(BLOCK_S * 1000), "STREAMS")
+        limits = ("COUNT", READ_ENTRIES_COUNT, "BLOCK", round(BLOCK_S * 1000))
+        read_after = pack("XREAD", *limits, "STREAMS", self._kv.keys.log, more_count=1)
         while True:
             reply = await self._connection.execute(
-                *command, self._kv.keys.log, self.position.revision, block_s=BLOCK_S
+                read_after + pack_word(self.position.revision), block_s=BLOCK_S
             )
             if reply is None:
                 await self._verify()

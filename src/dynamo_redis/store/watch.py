@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Self
 
@@ -31,14 +31,14 @@ Before = Sequence[tuple[str, Record | None]]
 """Keys, and what stood there before a change."""
 
 
-def weigh(changes: Iterable[Change]) -> int:
-    """How much of a bound these take up."""
-    return sum(1 + (len(change.record.value) // EVENT_BYTES if change.record else 0) for change in changes)
+def weigh(change: Change) -> int:
+    """How much of a bound it takes up."""
+    return 1 if change.record is None else 1 + len(change.record.value) // EVENT_BYTES
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Step:
-    """Changes of one view, shared by its watches."""
+    """Changes of one view, shared by its watches. Nobody changes it."""
 
     batch: WatchBatch
     before: Before
@@ -76,7 +76,7 @@ class PrefixView:
 
     def keep(self, changes: Sequence[Change]) -> None:
         """Changes, of any key, that arrive while the view is being loaded."""
-        self._buffered += weigh(changes)
+        self._buffered += sum(map(weigh, changes))
         if self._buffered <= BUFFER_CHANGES_COUNT:
             self._buffer += changes
 
@@ -119,15 +119,18 @@ class PrefixView:
         """
         if self._reached is None:
             changes = [change for change in changes if self._is_news(change)]
-        before, events = [], []
+        before: list[tuple[str, Record | None]] = []
+        events: list[Put | Delete] = []
+        weight = 0
         for change in changes:
             old = self.records.get(change.key)
             event = self._apply(change)
             if event is not None:
                 before.append((change.key, old))
                 events.append(event)
+                weight += weigh(change)
         if events:
-            step = Step(WatchBatch(tuple(events), last.revision), before, weigh(changes))
+            step = Step(WatchBatch(tuple(events), last.revision), before, weight)
             for watch in self.watches:
                 watch.offer(step)
 
