@@ -89,7 +89,8 @@ async def reserve_ports(
     """Reserve `count` consecutive ports of `host` within `port_range` (first, last + 1).
 
     A port counts as free if nobody has reserved it and this machine can bind it. Tries start at a random
-    place and go round the range once. Raises ConfigError, PortUnavailable, StoreError; nothing stays reserved
+    place and go round the range once. The ports of a try are reserved one by one: two that want overlapping
+    ports at the same moment may both pass them over. Raises ConfigError, PortUnavailable, StoreError; nothing stays reserved
     then, but what Redis could not be told is given back when it is reached again.
     """
     first, end = port_range
