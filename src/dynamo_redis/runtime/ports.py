@@ -90,8 +90,8 @@ async def reserve_ports(
 
     A port counts as free if nobody has reserved it and this machine can bind it. Tries start at a random
     place and go round the range once. The ports of a try are reserved one by one: two that want overlapping
-    ports at the same moment may both pass them over. Raises ConfigError, PortUnavailable, StoreError; nothing stays reserved
-    then, but what Redis could not be told is given back when it is reached again.
+    ports at the same moment may both pass them over. Raises ConfigError, PortUnavailable, StoreError; nothing
+    stays reserved then, but what Redis could not be told is given back when it is reached again.
     """
     first, end = port_range
     if not 1 <= first < end <= _END_OF_PORTS:
