@@ -213,8 +213,12 @@ async def test_many_leases_end_in_bounded_calls(
     watcher = await open_registry(dynamo_redis_url)
     view = await mirror(watcher, "i/")
     kv = KeyValue(watcher._client, RegistryKeys(dynamo_redis_prefix))
-    for n in range(300):
-        await kv.write([OwnedPut(f"i/{n}", b"")], lease=LeaseId(n + 1), ttl_s=1.0)
+
+    async def write(first: int) -> None:
+        for n in range(first, 300, 10):
+            await kv.write([OwnedPut(f"i/{n}", b"")], lease=LeaseId(n + 1), ttl_s=1.5)
+
+    await asyncio.gather(*map(write, range(10)))
     assert len((await watcher.get_prefix("i/")).records) > 200
     await view.until(lambda: not view.state and len(view.batches) > 1)
     deletes = [event for batch in view.batches for event in batch.events if isinstance(event, Delete)]

@@ -165,7 +165,7 @@ def test_the_first_in_line_is_looked_at_again_only_when_room_may_have_come() -> 
     assert due == [large]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(data=st.data())
 def test_any_history_keeps_the_books_and_ends(make_oracle: Callable[[], Oracle], data: st.DataObject) -> None:
     """Submit, step, cancel and clear in any order: the books balance, events tell all, nobody is stuck."""

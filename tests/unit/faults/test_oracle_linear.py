@@ -443,21 +443,21 @@ def _tiny_call(draw: st.DrawFn, number: int, keys: str) -> Call:
     return Call("p", number, action, arguments, began_at, ended_at, outcome, answer)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(tiny_calls("k"))
 def test_the_search_decides_as_trying_all_orders_does(calls: list[Call]) -> None:
     answered, unknown = split(calls)
     assert Search(["k"], answered, unknown, ABSENT).run().found == fits_by_trial(answered, unknown)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(tiny_calls("ab"))
 def test_the_search_of_joined_keys_decides_as_trying_all_orders_does(calls: list[Call]) -> None:
     answered, unknown = split(calls)
     assert Search(["a", "b"], answered, unknown, ABSENT).run().found == fits_by_trial(answered, unknown)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.one_of(tiny_calls("k"), tiny_calls("ab")))
 def test_the_whole_oracle_accepts_only_what_fits_an_order(calls: list[Call]) -> None:
     history = History(sorted(calls, key=lambda call: call.began_at))
