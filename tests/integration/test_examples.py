@@ -37,13 +37,13 @@ def test_the_client_hears_the_worker(repository: Path, environment: dict[str, st
             env=environment,
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=60,
             check=False,
         )
         assert (client.returncode, client.stdout.split()) == (0, ["Grüße", "aus", "Köln"]), client.stderr
 
         worker.send_signal(signal.SIGTERM)
-        assert worker.wait(timeout=10) == 0
+        assert worker.wait(timeout=30) == 0
 
 
 def test_the_readme_shows_the_examples(repository: Path) -> None:

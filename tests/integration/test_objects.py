@@ -541,12 +541,12 @@ async def test_an_object_outlives_a_restart_of_redis_and_is_gone_with_its_data(
         content = content_of("x")
         info = await objects.put("b", "n", content)
         await own_redis_server.restart()
-        with anyio.fail_after(5):
+        with anyio.fail_after(15):
             while await objects_or_none(objects) != content:
                 await anyio.sleep(0.05)
         assert await objects.info("b", "n") == info
         await own_redis_server.restart(keep_data=False)
-        with anyio.fail_after(5):
+        with anyio.fail_after(15):
             while True:
                 try:
                     await objects.read("b", "n")

@@ -162,7 +162,7 @@ def command(env: dict[str, str], tmp_path: Path) -> Callable[..., list[dict[str,
             capture_output=True,
             env={**env, **settings},
             cwd=tmp_path,
-            timeout=20,
+            timeout=60,
             check=False,
         )
         assert done.returncode == 0, done.stderr
@@ -182,7 +182,7 @@ def ask(url: str, model: str = "demo") -> str:
     request = urllib.request.Request(
         f"{url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(request, timeout=10) as answer:
+    with urllib.request.urlopen(request, timeout=30) as answer:
         text: str = json.load(answer)["choices"][0]["message"]["content"]
     return text
 
@@ -235,7 +235,7 @@ def test_up_serves_and_leaves_nothing(
     words = shlex.split(line)
     assert words[0] == "curl"
     if shutil.which("curl"):
-        done = subprocess.run(words, capture_output=True, timeout=10, check=True)
+        done = subprocess.run(words, capture_output=True, timeout=60, check=True)
         assert json.loads(done.stdout)["choices"][0]["message"]["content"]
     assert ask(url)
     names = sorted(process.name() for process in program.processes())
@@ -372,7 +372,7 @@ def streamed(url: str, max_tokens: int) -> urllib.request.Request:
 
 def test_requests_under_way_finish_when_it_is_stopped(start: Start) -> None:
     program = start(*up("--workers", "1", "--speedup-ratio", "1", "--decode-step", "20ms"))
-    with urllib.request.urlopen(streamed(program.url(), 40), timeout=10) as answer:
+    with urllib.request.urlopen(streamed(program.url(), 40), timeout=30) as answer:
         assert answer.readline().startswith(b"data: ")
         program.process.send_signal(signal.SIGINT)
         assert answer.read().endswith(b"data: [DONE]\n\n")
@@ -388,7 +388,7 @@ def test_requests_that_do_not_finish_hold_nothing_up(
         DYN_REDIS_URL=dynamo_redis_url,
         DYN_REDIS_PREFIX=dynamo_redis_prefix,
     )
-    with urllib.request.urlopen(streamed(program.url(), 1000), timeout=10) as answer:
+    with urllib.request.urlopen(streamed(program.url(), 1000), timeout=30) as answer:
         assert answer.readline().startswith(b"data: ")
         started = time.monotonic()
         for _ in range(ctrl_c_count):

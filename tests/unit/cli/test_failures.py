@@ -148,7 +148,7 @@ def test_a_missing_extra_is_named_with_how_to_install_it(
         capture_output=True,
         text=True,
         check=False,
-        timeout=20,
+        timeout=60,
     )
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("dynamo-redis: this needs further packages ("), done.stderr
