@@ -6,7 +6,7 @@ A leader's data names its round. `part` names what one process did in one barrie
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 from dynamo_redis.names import BARRIERS
@@ -24,6 +24,9 @@ NONE_LEFT: Final = "in the end nothing stands of barriers that all have left"
 LATE_S: Final = 6.0
 """How much later than its time-out a call may end: an attempt under way, and the words that it is over, each
 with a time-out of its own."""
+
+WATCH_LAG_S: Final = 1.0
+"""How far a watch may be behind: what a worker learns by it may just have gone."""
 
 
 def check(history: History) -> list[Violation]:
@@ -133,29 +136,28 @@ class _Barriers:
                 yield _violation(TRUE_REASON, f"was told {call.answer['reason']!r}, which is not so", call)
 
     def _is_true(self, call: Call, reason: str) -> bool:
-        around = [
-            lead
-            for lead in self._leads
-            if lead is not call
-            and lead.arguments["barrier"] == call.arguments["barrier"]
-            and self._was_there(lead, call.began_at, call.ended_at)
-        ]
         if "has a leader already" in reason:
-            return any(not _is_duplicate(lead) for lead in around)
+            return any(not _is_duplicate(lead) for lead in self._others(self._leads, call))
         if "already" in reason:
             return any(
-                join is not call
-                and join.arguments["barrier"] == call.arguments["barrier"]
-                and join.arguments["worker"] == call.arguments["worker"]
-                and not _is_duplicate(join)
-                and self._was_there(join, call.began_at, call.ended_at)
-                for join in self._joins
+                join.arguments["worker"] == call.arguments["worker"] and not _is_duplicate(join)
+                for join in self._others(self._joins, call)
             )
         if "was aborted" in reason:
-            return any(lead.outcome != "ok" for lead in around)
+            return any(lead.outcome != "ok" for lead in self._others(self._leads, call, WATCH_LAG_S))
         if "was complete" in reason:
-            return any(self._may_have_completed(lead) for lead in around)
+            return any(map(self._may_have_completed, self._others(self._leads, call, WATCH_LAG_S)))
         return True
+
+    def _others(self, calls: Iterable[Call], call: Call, lag_s: float = 0.0) -> list[Call]:
+        """Those in the same barrier of which something stood during a call, or up to `lag_s` before."""
+        return [
+            other
+            for other in calls
+            if other is not call
+            and other.arguments["barrier"] == call.arguments["barrier"]
+            and self._was_there(other, call.began_at - lag_s, call.ended_at)
+        ]
 
     # ------------------------------------------------------------------ time-outs
 

@@ -31,10 +31,11 @@ HOLD_S: Final = 0.8
 """Longest that ports are kept before they are given back."""
 
 BARRIER: Final = "group"
-WORKERS: Final = ("w0", "w1", "w2")
+MEMBERS_COUNT: Final = 2
+WORKERS: Final = ("w0", "w1", "w2", "w3")
 WORKERS_COUNT: Final = 2
-LEADS: Final = 0.3
-"""How often a process leads rather than joins."""
+LEADS: Final = 0.2
+"""How often somebody leads rather than joins."""
 BARRIER_TIMEOUT_S: Final = 2.5
 STAY_S: Final = 0.1
 """Longest that a barrier stands after its end, for those who are late."""
@@ -47,7 +48,8 @@ async def run(process: Process) -> None:
     process.recorder.note("started", role="tenant", lease=format_instance_id(registry.lease_id))
     try:
         users = [_User(process, registry) for _ in range(USERS_COUNT)]
-        await asyncio.gather(*(user.run() for user in users), _Member(process, registry).run())
+        members = [_Member(process, registry) for _ in range(MEMBERS_COUNT)]
+        await asyncio.gather(*(user.run() for user in users), *(member.run() for member in members))
         await asyncio.Event().wait()
     finally:
         await registry.aclose()

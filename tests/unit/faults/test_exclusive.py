@@ -303,6 +303,14 @@ def test_duplicates_and_the_late_are_told_so(story: Told) -> None:
     assert story.whats == []
 
 
+def test_a_watch_may_still_show_an_end_that_has_just_gone(story: Told) -> None:
+    complete(story)
+    story.leave("a", "a1")
+    story.skipped_s -= 1.5
+    story.join("d", "w3").refused({"reason": "barrier 'g' was complete before 'w3' came"})
+    assert story.whats == []
+
+
 def test_an_abort_is_told_to_all(story: Told) -> None:
     leading, one = story.lead("a"), story.join("b", "w1")
     leading.refused({"reason": "barrier 'g': 1 of 2 workers came within 5 s"})
@@ -382,6 +390,8 @@ def _no_other_leader(story: Told) -> None:
 
 def _no_abort(story: Told) -> None:
     complete(story)
+    leave_all(story)
+    story.skipped_s = 5.0
     story.join("d", "w3").refused({"reason": "barrier 'g' was aborted: time is over"})
 
 
