@@ -28,6 +28,7 @@ _PROMISES: Final = {
     "flushall": _LOST,
     "structures": "as a wipe, whichever key it is",
     "lease-keys": "no lease ends: these keys are a hint",
+    "save": "no lease ends; renewals come in time",
     "trim": "one resync, which shows the difference exactly",
     "drop-answers": "each write happens once, though it is sent again",
     "drop-requests": "a call fails within its time-out, or is sent again",

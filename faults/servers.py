@@ -208,13 +208,12 @@ class ServerUnderTest:
         """Cut the end off the append-only file of a server that does not run: what a host that loses power
         does to a file that was synced when it had `kept_bytes`, or later.
 
-        Redis 6.2 leaves a transaction open that was cut in the middle, and applies that half of it when it
-        starts the next time but one; so its file is cut behind a whole one.
+        It is cut behind a whole transaction: a server that finds half of one at the end of its file cuts off
+        the last command only, and applies the rest of that half at its start after the next.
         """
         path = self._append_only_file()
-        if self.kind.name == "redis-6.2":
-            kept_bytes = path.read_bytes().rfind(_EXEC, 0, kept_bytes) + len(_EXEC)
-        os.truncate(path, kept_bytes)
+        whole_bytes = path.read_bytes().rfind(_EXEC, 0, kept_bytes) + len(_EXEC)
+        os.truncate(path, whole_bytes if whole_bytes >= len(_EXEC) else kept_bytes)
 
     def log_file_bytes(self) -> int:
         """Size of the append-only file."""

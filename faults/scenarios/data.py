@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Final
 
+from dynamo_redis.errors import StoreError
 from dynamo_redis.store.keys import STRUCTURES, RegistryKeys
 from faults.run import PREFIX, Run, Scenario
 from faults.scenarios.crashes import KEPT_TTL_S, again_and_again
@@ -48,6 +50,14 @@ async def trim(run: Run) -> None:
             proxy.heal()
 
 
+async def save(run: Run) -> None:
+    """The server forks, to write a snapshot or its append-only file anew; one at a time, so it may refuse."""
+    command = run.rng.choice(("BGSAVE", "BGREWRITEAOF"))
+    async with run.fault(command):
+        with suppress(StoreError):
+            await run.server.execute(command)
+
+
 SCENARIOS = (
     Scenario("flushall", "FLUSHALL", again_and_again(flush, 0.8, 2.5)),
     Scenario(
@@ -65,5 +75,11 @@ SCENARIOS = (
         again_and_again(trim),
         keeps_leases=True,
         ttl_s=KEPT_TTL_S,
+    ),
+    Scenario(
+        "save",
+        "snapshots (BGSAVE) and rewrites of the append-only file, one after the other",
+        again_and_again(save, 0.05, 0.3),
+        keeps_leases=True,
     ),
 )

@@ -28,6 +28,7 @@ from dynamo_redis.store.base import (
     Watch,
     WatchBatch,
 )
+from dynamo_redis.store.keys import VALUE_MAX_BYTES
 
 WAIT_S = 8.0
 
@@ -165,6 +166,28 @@ async def test_a_key_that_cannot_be_held_is_refused(registry: Registry, key: str
         await registry.put(key, b"")
     with pytest.raises(ConfigError, match="registry key"):
         await registry.register(key, b"")
+
+
+async def test_a_value_too_large_for_the_registry_is_refused(registry: Registry) -> None:
+    await registry.put("a/1", bytes(VALUE_MAX_BYTES))
+    kept = await registry.register("a/2", b"")
+    too_large = bytes(VALUE_MAX_BYTES + 1)
+    for attempt in (
+        registry.put("a/1", too_large),
+        registry.create("a/3", too_large),
+        registry.transact([], [DeleteOp("a/1"), PutOp("a/3", too_large)]),
+        registry.register("a/3", too_large),
+        kept.update(too_large),
+    ):
+        with pytest.raises(ConfigError, match="object store"):
+            await attempt
+    assert [record.key for record in (await registry.get_prefix("a/")).records] == ["a/1", "a/2"]
+
+
+async def test_what_is_no_revision_is_refused(registry: Registry) -> None:
+    for nonsense in ("", "abc", "1-2-3"):
+        with pytest.raises(ConfigError, match="not a revision"):
+            registry.watch("a/", start_revision=Revision(nonsense))
 
 
 async def test_a_prefix_is_read_in_order_and_nothing_beside_it(registry: Registry) -> None:

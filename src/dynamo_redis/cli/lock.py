@@ -54,6 +54,8 @@ def lock(name: str, command: tuple[str, ...], timeout_s: float, ttl_s: float, **
     The lock is renewed while COMMAND runs. COMMAND is killed, before anybody else can have the lock, when
     the lock is lost or Redis does not answer for most of its TTL. It finds its fencing token, higher than
     that of every holder before, in DYN_LOCK_TOKEN. Its standard input is empty; SIGTERM is passed on to it.
+    Should this process itself be stopped (SIGSTOP) past the TTL, COMMAND goes on beside the next holder's
+    until it is continued: what must not be written twice has to compare the token.
 
     \b
     Examples:

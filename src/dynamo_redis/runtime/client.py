@@ -32,6 +32,9 @@ _LEAVING = (Draining, EndpointNotFound)
 _MAX_OVERLOADED_TRIES = 3
 """An overloaded deployment is not helped by each request knocking at every door."""
 
+_MAX_LOST_TRIES = 3
+"""To so many instances one request may be sent without an answer: it may be what hangs or kills them."""
+
 
 class Client:
     """Sends requests to the instances of one endpoint.
@@ -215,6 +218,7 @@ class Call:
         "_answered",
         "_client",
         "_context",
+        "_lost_count",
         "_member",
         "_refreshed",
         "_request",
@@ -241,6 +245,7 @@ class Call:
         self._answered = False
         self._tried: set[int] | None = None
         self._refreshed = False
+        self._lost_count = 0
         self._member: Member | None = None
         self._stream: ResponseStream | None = None
         member = client.choose(select, None, among)
@@ -313,11 +318,13 @@ class Call:
             member.pending.discard(stream)
 
     async def _retry_or_raise(self, error: PlaneError) -> None:
-        member = self._member
+        member, stream = self._member, self._stream
         self._close()
-        if member is None:
+        if member is None or stream is None:
             raise error
         self._client.note_failure(member, error)
+        if isinstance(error, ConnectionLost | NotAccepted) and stream.sent:
+            self._lost_count += 1
         if self._answered or not error.retryable or self._context.is_stopped():
             raise error
         following = await self._next(member, error)
@@ -336,6 +343,8 @@ class Call:
             self._tried = set()
         self._tried.add(failed.instance_id)
         if isinstance(error, Overloaded) and len(self._tried) >= _MAX_OVERLOADED_TRIES:
+            return None
+        if self._lost_count >= _MAX_LOST_TRIES:
             return None
         return self._client.choose(self._select, self._tried, self._among)
 

@@ -12,6 +12,7 @@ from typing import Any, Final, Literal
 
 import msgpack
 
+from dynamo_redis.errors import ConfigError
 from dynamo_redis.store.base import Delete, DeleteCause, LeaseId, Put, Record, Revision
 from dynamo_redis.store.keys import parse_lease
 
@@ -59,6 +60,17 @@ def order(revision: Revision) -> tuple[int, int]:
     """Sorts revisions of *one* history. Across a lost tail only equality means anything."""
     milliseconds, _, counter = revision.partition("-")
     return int(milliseconds), int(counter or 0)
+
+
+def check_revision(revision: Revision) -> Revision:
+    """A revision that some registry may have answered. Raises ConfigError."""
+    try:
+        order(revision)
+    except ValueError:
+        raise ConfigError(
+            f"{revision!r} is not a revision: give one that a write or a watch answered"
+        ) from None
+    return revision
 
 
 _NAMES: Final = [b"o", b"k", b"v", b"l", b"c", b"n", b"w", b"p", b"q"]

@@ -20,6 +20,9 @@ STRUCTURES = ("meta", "kv", "idx", "leases", "lk", "lr", "log")
 KEY_MAX_BYTES = 1024
 """Longest key of the registry, encoded."""
 
+VALUE_MAX_BYTES = 1 << 20
+"""Largest value of the registry: each stays in the change log for thousands of changes. Else: an object."""
+
 
 @dataclass(frozen=True, slots=True)
 class RegistryKeys:
@@ -83,3 +86,13 @@ def check_key(key: str) -> str:
             f"{key[:80]!r} cannot be a registry key: write 1 to {KEY_MAX_BYTES} bytes of text without NUL"
         )
     return key
+
+
+def check_value(value: bytes) -> bytes:
+    """A value that the registry takes: up to `VALUE_MAX_BYTES`. Raises ConfigError."""
+    if len(value) > VALUE_MAX_BYTES:
+        raise ConfigError(
+            f"a value of {len(value):,} bytes is too large for the registry, which takes {VALUE_MAX_BYTES:,}:"
+            " put it into the object store"
+        )
+    return value

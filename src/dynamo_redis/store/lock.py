@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 POLL_S: Final = 0.05
 MINIMUM_TTL_S: Final = 0.1
+MAXIMUM_TTL_S: Final = 86_400.0
 RELEASE_S: Final = 1.0
 """How long a release is tried: a lock that is not given back ends with its TTL."""
 
@@ -94,8 +95,8 @@ class StoredLock:
     """`Lock` on a storage."""
 
     def __init__(self, storage: LockStorage, keys: LockKeys, ttl_s: float) -> None:
-        if not ttl_s >= MINIMUM_TTL_S:
-            raise ConfigError(f"a lock's TTL is {MINIMUM_TTL_S} s or more, not {ttl_s}")
+        if not MINIMUM_TTL_S <= ttl_s <= MAXIMUM_TTL_S:
+            raise ConfigError(f"a lock's TTL is {MINIMUM_TTL_S} s to {MAXIMUM_TTL_S:g} s, not {ttl_s}")
         self._storage = storage
         self._keys = keys
         self._ttl_s = ttl_s

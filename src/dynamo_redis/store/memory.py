@@ -26,7 +26,7 @@ from dynamo_redis.store.base import (
     Snapshot,
     Watch,
 )
-from dynamo_redis.store.change_log import Change, ChangeKind, Position, order
+from dynamo_redis.store.change_log import Change, ChangeKind, Position, check_revision, order
 from dynamo_redis.store.key_value import (
     CompareFailed,
     Operation,
@@ -345,6 +345,8 @@ class MemoryRegistry(KeyOperations):
         )
 
     def watch(self, prefix: str, *, start_revision: Revision | None = None) -> Watch:
+        if start_revision is not None:
+            check_revision(start_revision)
         watch = self._fanout.watch(check_prefix(prefix), after=start_revision is not None)
         if not watch.view.is_loaded:
             watch.view.begin_load()

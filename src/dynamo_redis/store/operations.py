@@ -10,7 +10,7 @@ from dynamo_redis.errors import KeyExists, RevisionMismatch, StoreUnavailable
 from dynamo_redis.store.base import Compare, DeleteOp, LeaseId, PutOp, Record, Revision, Snapshot
 from dynamo_redis.store.change_log import Position
 from dynamo_redis.store.key_value import CompareFailed, Operation, Owned, Written
-from dynamo_redis.store.keys import check_key, check_prefix
+from dynamo_redis.store.keys import check_key, check_prefix, check_value
 
 
 class Storage(Protocol):
@@ -84,6 +84,8 @@ class KeyOperations:
     async def _write(self, ops: Sequence[PutOp | DeleteOp], compares: Sequence[Compare] = ()) -> Written:
         for item in (*ops, *compares):
             check_key(item.key)
+            if isinstance(item, PutOp):
+                check_value(item.value)
         try:
             async with asyncio.timeout(self._storage.timeout_s):
                 return await self._storage.write(ops, compares=compares)

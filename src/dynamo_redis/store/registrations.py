@@ -35,6 +35,7 @@ from dynamo_redis.store.key_value import (
     Written,
     new_operation,
 )
+from dynamo_redis.store.keys import check_value
 from dynamo_redis.store.lease import WriterChain
 from dynamo_redis.store.operations import Storage
 
@@ -168,6 +169,7 @@ class Registrations:
         on_lost: Callable[[LostReason], None] | None,
     ) -> KeyRegistration:
         """See `base.Registry.register`. One round trip. A key that this process keeps already: KeyExists."""
+        check_value(value)
         if key in self._entries or key in self._writing:
             raise KeyExists(key)
         entry = KeyRegistration(
@@ -211,6 +213,7 @@ class Registrations:
         self, entry: KeyRegistration, value: bytes, stalled_value: bytes | None = None
     ) -> Revision:
         """See `base.Registration.update`. Raises LeaseNotFound if the key is not ours any more."""
+        check_value(value)
         async with self._serial:
             self._check_kept(entry)
             entry.value = value

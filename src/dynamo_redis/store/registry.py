@@ -18,7 +18,7 @@ from dynamo_redis.config import StoreSettings
 from dynamo_redis.errors import StoreError
 from dynamo_redis.names import new_instance_id
 from dynamo_redis.store.base import LeaseId, LostReason, Registration, Revision, Watch
-from dynamo_redis.store.change_log import Change
+from dynamo_redis.store.change_log import Change, check_revision
 from dynamo_redis.store.client import CLOSE_TIMEOUT_S, RedisClient
 from dynamo_redis.store.health import Health
 from dynamo_redis.store.key_value import KeyValue
@@ -155,7 +155,8 @@ class RedisRegistry(KeyOperations):
         )
 
     def watch(self, prefix: str, *, start_revision: Revision | None = None) -> Watch:
-        return self._reader.watch(check_prefix(prefix), start_revision)
+        start = None if start_revision is None else check_revision(start_revision)
+        return self._reader.watch(check_prefix(prefix), start)
 
     # ------------------------------------------------------------------ what the parts tell each other
 

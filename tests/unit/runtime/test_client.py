@@ -57,6 +57,14 @@ async def test_no_instance_is_said_at_once(bench: Bench) -> None:
         await bench.client.generate("q")
 
 
+async def test_a_request_that_takes_workers_with_it_takes_three_at_most(bench: Bench) -> None:
+    bench.register(1, 2, 3, 4, 5)
+    bench.plane.scripts = {number: [ConnectionLost("it hangs")] for number in range(1, 6)}
+    with pytest.raises(ConnectionLost):
+        [item async for item in await bench.client.round_robin("poison", annotated=False)]
+    assert len(bench.plane.opened) == 3
+
+
 @pytest.mark.parametrize("error", [CannotConnect("x"), ConnectionLost("x"), Draining("x"), Overloaded("x")])
 async def test_a_retryable_failure_before_the_first_item_goes_elsewhere(
     bench: Bench, error: PlaneError
