@@ -94,7 +94,7 @@ def _head() -> Iterable[str]:
 
 
 def _row(name: str, measured: list[dict[str, Any]]) -> str:
-    fault = ALL[name].summary.rpartition(": ")[2]
+    fault = ALL[name].summary.removeprefix(f"{name.partition('-')[0]}: ")
     runs = sum(len(one["seeds"]) for one in measured)
     if not runs:
         return f"| {fault} | {promise(name)} | | | | | | | |"
