@@ -66,10 +66,11 @@ def running(
 
 
 @contextmanager
-def redis_server(port: int | None = 0) -> Iterator[EmbeddedServer]:
-    """A Redis as `dynamo-redis up` starts it, empty, on a loopback port; on a unix socket if that is None."""
+def redis_server(port: int | None = 0, settings: Mapping[str, str] | None = None) -> Iterator[EmbeddedServer]:
+    """A Redis as `dynamo-redis up` starts it but for `settings`, empty, on a loopback port; on a unix socket
+    if that is None."""
     with tempfile.TemporaryDirectory() as directory:
-        server = EmbeddedServer(Path(directory), port=port)
+        server = EmbeddedServer(Path(directory), port=port, settings=settings)
         asyncio.run(server.start())
         try:
             yield server
