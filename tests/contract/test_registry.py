@@ -538,13 +538,19 @@ async def test_a_port_of_a_killed_process_is_free_after_its_ttl(deployment: Depl
     one, two = await deployment.process(), await deployment.process()
     await one.register("p/80", b"one", exclusive=True)
     await deployment.kill(one)
+    refused_count = 0
     async with asyncio.timeout(WAIT_S):
         while True:
             try:
                 await two.register("p/80", b"two", exclusive=True)
                 break
             except KeyExists:
+                refused_count += 1
                 await asyncio.sleep(0.05)
+    assert refused_count > 0, "it was the dead one's until its TTL had passed"
+    record = await two.get("p/80")
+    assert record is not None
+    assert (record.value, record.lease) == (b"two", two.lease_id)
 
 
 async def _told(lost: list[LostReason]) -> None:

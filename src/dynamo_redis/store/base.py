@@ -198,7 +198,8 @@ class Registry(Protocol):
     async def get_prefix(self, prefix: str) -> Snapshot: ...
 
     async def put(self, key: str, value: bytes) -> Revision:
-        """Create or replace a key that outlives this process."""
+        """Create or replace a key that outlives this process. Raises ConfigError for a value over 1 MiB, as
+        all that write do."""
         ...
 
     async def create(self, key: str, value: bytes) -> Revision:
