@@ -135,6 +135,11 @@ class Proxy:
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
+    def has_swallowed(self) -> bool:
+        """Whether a connection that is still open has lost bytes: `heal` will break it."""
+        return any(connection.swallowed for connection in self.connections)
+
+    @property
     def address(self) -> tuple[str, int]:
         """Where new connections go."""
         host, _, port = self.target.removeprefix("redis://").partition(":")

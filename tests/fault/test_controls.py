@@ -343,10 +343,10 @@ async def play_create(stage: Stage, client: type[RedisClient], *, loses_answer: 
     call = caller.begin("create", key="data/1", value="mine")
     creating = asyncio.create_task(operations.create("data/1", b"mine"))
 
-    async def is_there() -> bool:
-        return "data/1" in await stage.records()
+    async def is_done() -> bool:  # and its answer is on no way any more
+        return "data/1" in await stage.records() and stage.proxy.has_swallowed is loses_answer
 
-    await until(is_there)
+    await until(is_done)
     stage.proxy.heal()
     try:
         caller.end(call, "ok", {"revision": await creating})

@@ -270,7 +270,7 @@ async def test_a_write_whose_answer_is_lost_happens_once(
     await writer.put("k/n", b"0")
     proxy.conditions = Conditions(swallow_answers=True)
     writing = asyncio.create_task(writer.create("k/1", b"mine"))
-    await view.until(lambda: "k/1" in view.state)
+    await view.until(lambda: "k/1" in view.state and proxy.has_swallowed)
     proxy.heal()
     record = await watcher.get("k/1")
     assert record is not None

@@ -89,6 +89,9 @@ async def test_a_lease_whose_grant_was_answered_at_the_second_attempt_is_kept(
     proxy.conditions = Conditions(swallow_answers=True)
     registering = asyncio.create_task(worker.register("a", b"v"))
     await until_keys(kv, ["a"])
+    async with asyncio.timeout(WAIT_S):
+        while not proxy.has_swallowed:  # the write is done; its answer may still be on its way
+            await asyncio.sleep(0.005)
     proxy.heal()
     await registering
     await asyncio.sleep(1.6)

@@ -101,6 +101,7 @@ async def test_swallowed_answers_are_gone_and_the_request_is_not(proxy: Proxy, e
     writer.write(b"lost")
     assert await _is_silent(reader)
     assert echo.received == b"lost"
+    assert proxy.has_swallowed
     proxy.heal()
     assert await _has_ended(reader), "a stream that lost bytes never goes on"
     writer.close()
