@@ -26,7 +26,7 @@ from dynamo_redis.errors import (
     PlaneError,
     ProtocolViolation,
 )
-from dynamo_redis.planes import tcp_pool
+from dynamo_redis.planes import tcp_calling
 from dynamo_redis.planes.base import Handler, Target
 from dynamo_redis.planes.context import Context
 from dynamo_redis.planes.tcp_client import TcpClient
@@ -770,7 +770,7 @@ async def test_a_full_socket_gets_another_connection_beside_it(server: TcpServer
 
 
 async def test_idle_connections_are_closed(server: TcpServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tcp_pool, "IDLE_CLOSE_S", 0.05)
+    monkeypatch.setattr(tcp_calling, "IDLE_CLOSE_S", 0.05)
     async with running_client(keepalive_interval_s=0.1) as client:
         target = Target(INSTANCE, server.address, "echo", SECRET)
         for _ in range(2):

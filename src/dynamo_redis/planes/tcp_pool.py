@@ -3,210 +3,23 @@
 Requests share connections: one is enough for an instance until its socket takes no more, then another is
 opened beside it, up to `DYN_TCP_POOL_SIZE`. A request never waits for a connection while there is one. A
 pool without any parks its requests, which are bounded by the connect time-out, their deadlines and their
-callers. Connections without requests are closed after `IDLE_CLOSE_S`. When an instance neither answers a PING
-nor lets itself be dialled for `QUIET_AT` sweeps, the pool says so, and goes on waiting.
+callers. When an instance neither answers a PING nor lets itself be dialled for `QUIET_AT` sweeps, the pool
+says so, and goes on waiting.
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 from collections.abc import Callable
-from typing import Any, ClassVar, Final
 
 from dynamo_redis.config import PlaneSettings
-from dynamo_redis.errors import (
-    CannotConnect,
-    ConnectionLost,
-    Draining,
-    NotAccepted,
-    PlaneError,
-    ProtocolViolation,
-    plane_error,
-)
+from dynamo_redis.errors import CannotConnect, ConnectionLost, Draining, PlaneError
 from dynamo_redis.planes.address import parse_address
 from dynamo_redis.planes.base import Target
-from dynamo_redis.planes.tcp_connection import QUIET_AT, SWEEPS_PER_INTERVAL, Connection
+from dynamo_redis.planes.tcp_calling import ClientConnection
+from dynamo_redis.planes.tcp_connection import QUIET_AT, SWEEPS_PER_INTERVAL
 from dynamo_redis.planes.tcp_stream import TcpResponseStream
-from dynamo_redis.wire import frame
 from dynamo_redis.wire.decoder import ReadBuffers
-from dynamo_redis.wire.handshake import ClientHandshake
-from dynamo_redis.wire.session import CLIENT_STEPS, ClientStream
-
-IDLE_CLOSE_S: Final = 90.0
-
-
-_CLOSED: Final = ClientStream.CLOSED
-
-
-class ClientConnection(Connection):
-    """A connection to one instance, with the streams under way on it."""
-
-    # An instance that was switched off is avoided after three quarters of an interval to seven eighths; for
-    # half an interval of that it owes a PONG. The server, which chooses nobody, asks later.
-    PING_AT: ClassVar[int] = 2
-
-    def __init__(self, pool: Pool, loop: asyncio.AbstractEventLoop, buffers: ReadBuffers) -> None:
-        settings = pool.settings
-        super().__init__(
-            loop,
-            buffers,
-            window_count=settings.channel_buffer_count,
-            max_message_bytes=settings.max_message_bytes,
-            keepalive_interval_s=settings.keepalive_interval_s,
-        )
-        self._pool = pool
-        self._handshake = ClientHandshake(
-            pool.target.secret, settings.channel_buffer_count, pool.target.instance_id
-        )
-        self._accept_sweeps = max(1, round(settings.accept_timeout_s / self._sweep_interval_s))
-        self._last_stream_id = 0
-        self._pings: dict[int, asyncio.Future[None]] = {}
-        self._ping_tokens = itertools.count(1 << 32)
-        self._idle_handle: asyncio.TimerHandle | None = None
-        self.streams: dict[int, TcpResponseStream] = {}
-        self.usable = False
-        """Whether new streams may start here: from the handshake until the server drains, the stream ids
-        are used up, or the connection ends."""
-        self.shaken: asyncio.Future[None] = loop.create_future()
-
-    # ------------------------------------------------------------------- requests
-
-    def begin(self, stream: TcpResponseStream) -> None:
-        """Send the stream's request."""
-        self._last_stream_id = stream_id = self._last_stream_id + 1
-        if stream_id >= frame.MAX_STREAM_ID:
-            self.usable = False
-        stream.opened_at_sweep = self.sweeps
-        self.streams[stream_id] = stream
-        if not self.sweeping:
-            self._stop_idling()
-            self.start_sweeping()
-        stream.start(self, self, stream_id)
-
-    def remove(self, stream: TcpResponseStream) -> None:
-        """Forget a stream that has ended."""
-        del self.streams[stream.stream_id]
-        if not self.streams and not self.usable:
-            self._loop.call_soon(self.close)
-
-    async def ping(self) -> None:
-        """Wait for the answer to a PING. Raises ConnectionLost."""
-        token = next(self._ping_tokens)
-        self._pings[token] = answered = self._loop.create_future()
-        try:
-            self.send(frame.encode_ping(token))
-            await answered
-        finally:
-            self._pings.pop(token, None)
-
-    # ------------------------------------------------------------------- what the connection says
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
-        self.transport.write(self._handshake.begin())
-
-    def _on_handshake(self, data: memoryview) -> memoryview:
-        answer, rest = self._handshake.feed(data)
-        if answer:
-            self.transport.write(answer)
-        server = self._handshake.server
-        if server is not None:
-            self._ready = self.usable = True
-            self.peer_window_count = server.window_count
-            if not self.shaken.done():
-                self.shaken.set_result(None)
-        return rest
-
-    def _on_handshake_failed(self, error: PlaneError) -> None:
-        self.fail(error)
-
-    def _on_frames(self, frames: list[list[Any]]) -> None:
-        streams = self.streams
-        for received in frames:
-            stream = streams.get(received[1])
-            if stream is None:
-                self._on_other(received)
-                continue
-            state = CLIENT_STEPS[stream.state].get(received[0])
-            if state is None:
-                self._on_unknown(received)
-            else:
-                if state is not _CLOSED:  # the stream closes itself, once it has taken the frame
-                    stream.state = state
-                stream.on_frame(received)
-
-    def _on_other(self, received: list[Any]) -> None:
-        """A frame about the connection, or of a stream that has closed."""
-        kind, stream_id = received[0], received[1]
-        if stream_id == 0 and kind == frame.GOAWAY:
-            self._on_goaway(received)
-            return
-        was_opened = type(stream_id) is int and 0 < stream_id <= self._last_stream_id
-        state = ClientStream.CLOSED if was_opened else ClientStream.UNOPENED
-        if kind not in CLIENT_STEPS[state]:
-            self._on_unknown(received)
-
-    def _on_unknown(self, received: list[Any]) -> None:
-        if not self._on_connection_frame(received):
-            raise ProtocolViolation(f"a frame of type {received[0]!r} is not allowed here")
-
-    def _on_goaway(self, received: list[Any]) -> None:
-        _, _, code, message = received
-        error = plane_error(str(code), str(message))
-        if not isinstance(error, Draining):
-            self.error = error
-            self.close()
-            return
-        self.usable = False
-        self._pool.on_draining(error)
-        if not self.streams:
-            self.close()
-
-    def _on_pong(self, token: int) -> None:
-        answered = self._pings.get(token)
-        if answered is not None and not answered.done():
-            answered.set_result(None)
-
-    # ------------------------------------------------------------------- time passes
-
-    def _on_sweep(self) -> None:
-        oldest = self.sweeps - self._accept_sweeps
-        late = [
-            stream
-            for stream in self.streams.values()
-            if stream.state is ClientStream.WAITING and stream.opened_at_sweep < oldest
-        ]
-        for stream in late:
-            stream.fail(
-                NotAccepted(
-                    f"the worker did not accept the request in {self._pool.settings.accept_timeout_s} s"
-                )
-            )
-
-    def _on_quiet(self) -> None:
-        self._pool.on_quiet()
-
-    def _on_idle(self) -> None:
-        self._idle_handle = self._loop.call_later(IDLE_CLOSE_S, self.close)
-
-    def _stop_idling(self) -> None:
-        if self._idle_handle is not None:
-            self._idle_handle.cancel()
-            self._idle_handle = None
-
-    def _on_closed(self, error: PlaneError) -> None:
-        self.usable = False
-        self._stop_idling()
-        self._pool.on_closed(self)
-        if not self.shaken.done():
-            self.shaken.set_exception(error)
-            self.shaken.exception()  # retrieved: nobody may be waiting any more
-        for answered in self._pings.values():
-            if not answered.done():
-                answered.set_exception(error)
-        for stream in tuple(self.streams.values()):
-            stream.lose(error)
 
 
 class Pool:
@@ -325,7 +138,9 @@ class Pool:
             host, port = parse_address(address)
             async with asyncio.timeout(timeout_s):
                 _, connection = await self.loop.create_connection(
-                    lambda: ClientConnection(self, self.loop, self._buffers), host, port
+                    lambda: ClientConnection(self, self.target, self.settings, self.loop, self._buffers),
+                    host,
+                    port,
                 )
                 self._connections.append(connection)
                 await connection.shaken
