@@ -21,10 +21,12 @@ from dynamo_redis.store.base import LeaseId
 from dynamo_redis.store.client import RedisClient
 from dynamo_redis.store.key_value import keep_alive
 from dynamo_redis.store.keys import RegistryKeys
+from dynamo_redis.store.lease import RENEW_AFTER
 
 DRIVERS = 4
 TTL_S = 10.0
-SETTLE_S = TTL_S / 2 + 1
+RENEW_S = TTL_S * RENEW_AFTER
+SETTLE_S = RENEW_S + 1
 """After so long each lease has been renewed."""
 _FIRST_TTL_S = 60.0
 """Registering thousands may take longer than their TTL; the first renewal brings that."""
@@ -116,13 +118,13 @@ def _drive(pipe: Connection, redis_url: str, ids: Sequence[LeaseId]) -> None:
             raise RuntimeError(
                 f"the machine is too busy: a renewal came {sent_at - due_at:.1f} s late"
             ) from exc
-        heapq.heapreplace(due, (sent_at + TTL_S / 2, lease))
+        heapq.heapreplace(due, (sent_at + RENEW_S, lease))
 
 
 def _schedule(ids: Sequence[LeaseId]) -> list[tuple[float, LeaseId]]:
     """When each is renewed first: workers do not start together."""
     now = time.monotonic()
-    due = [(now + random.uniform(0, TTL_S / 2), lease) for lease in ids]
+    due = [(now + random.uniform(0, RENEW_S), lease) for lease in ids]
     heapq.heapify(due)
     return due
 

@@ -1,10 +1,10 @@
 """Keeping a lease: the writer chain, and the thread that renews the lease and watches the event loop.
 
-The thread has its own connection, so that a busy event loop costs no lease. It renews at half of the
-remaining time. It also watches a heartbeat of the event loop: stalled for `STALL_TTLS` TTLs, the lease is
-kept, but each registered key gets its `stalled_value`, so that nobody chooses this process; stalled for
-`DYN_LOOP_STALL_S`, renewal stops and the lease ends. C code that holds the interpreter lock for so long
-stops this thread too: then the lease ends after its TTL.
+The thread has its own connection, so that a busy event loop costs no lease. It renews when `RENEW_AFTER`
+of the TTL have passed, which leaves time for two attempts. It also watches a heartbeat of the event loop:
+stalled for `STALL_TTLS` TTLs, the lease is kept, but each registered key gets its `stalled_value`, so that
+nobody chooses this process; stalled for `DYN_LOOP_STALL_S`, renewal stops and the lease ends. C code that
+holds the interpreter lock for so long stops this thread too: then the lease ends after its TTL.
 """
 
 from __future__ import annotations
@@ -38,6 +38,10 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 STALL_TTLS: Final = 2.0
+RENEW_AFTER: Final = 0.6
+"""Of the time that the lease has left. A tenth later is a sixth less work for Redis than at half-way."""
+_ATTEMPT: Final = 0.2
+"""Of the TTL: so long one exchange may take."""
 CLOSE_TIMEOUT_S: Final = 1.0
 REMEMBERED_COUNT: Final = 1000
 
@@ -183,7 +187,7 @@ class Keepalive:
             self._grant_count += 1
             self._incarnation = incarnation
             self._deadline = sent_at + self._ttl_s
-            self._renew_at = self._half_way()
+            self._renew_at = self._renewal_time()
         if self._thread is None:
             self._loop = asyncio.get_running_loop()
             self._beat()
@@ -211,12 +215,12 @@ class Keepalive:
     def _poll_s(self) -> float:
         return min(5.0, self._ttl_s / 4)
 
-    def _half_way(self) -> float:
+    def _renewal_time(self) -> float:
         now = time.monotonic()
-        return now + max(0.0, self._deadline - now) / 2
+        return now + max(0.0, self._deadline - now) * RENEW_AFTER
 
     def _run(self) -> None:
-        connection = self._client.sync(min(self._client.timeout_s, max(0.5, self._ttl_s / 4)))
+        connection = self._client.sync(min(self._client.timeout_s, max(0.5, self._ttl_s * _ATTEMPT)))
         try:
             while not self._stopping:
                 self._wake.wait(max(0.0, min(self._poll_s, self._renew_at - time.monotonic())))
@@ -265,7 +269,7 @@ class Keepalive:
         with self._lock:
             if grant == self._grant_count:
                 self._deadline = sent_at + self._ttl_s
-                self._renew_at = self._half_way()
+                self._renew_at = self._renewal_time()
         self._tell(self._on_renewed, renewal)
         if self._chain.diverged(mark, renewal.last_write):
             self._disturb("the registry lost a write")
