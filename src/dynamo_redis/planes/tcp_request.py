@@ -79,7 +79,11 @@ class Endpoint:
 
 
 class Admission(Protocol):
-    """What a request tells its server."""
+    """Who may run at a server, and when."""
+
+    def admit(self, request: Request) -> None:
+        """Start the request, or let it wait. Raises Overloaded."""
+        ...
 
     def dequeue(self, request: Request) -> None:
         """The request has ended before its handler started."""
@@ -138,6 +142,11 @@ class Request(Sender):
 
     def __repr__(self) -> str:
         return f"<Request {self._stream_id} of {self.endpoint.subject}: {self.state.name.lower()}>"
+
+    @property
+    def connection(self) -> Connection:
+        """The connection that it came on."""
+        return self._connection
 
     @property
     def task(self) -> asyncio.Task[None] | None:

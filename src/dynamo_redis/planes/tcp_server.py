@@ -1,9 +1,7 @@
-"""The serving side of the tcp plane: the listening socket, the endpoints, and admission.
+"""The serving side of the tcp plane: the listening socket, its connections, and the endpoints.
 
-At most `DYN_TCP_MAX_IN_FLIGHT` handlers run; up to `DYN_TCP_MAX_QUEUED` requests wait in order of arrival;
-past that a request is refused as Overloaded with a hint when to come again. At most
-`DYN_TCP_MAX_CONNECTIONS` connections are open; past that a new one is refused. A connection must complete
-its handshake within the connect time-out.
+At most `DYN_TCP_MAX_CONNECTIONS` connections are open; past that a new one is refused. A connection must
+complete its handshake within the connect time-out. Which requests run is `tcp_admission`'s.
 """
 
 from __future__ import annotations
@@ -16,15 +14,14 @@ from dynamo_redis.config import PlaneSettings
 from dynamo_redis.errors import ConfigError, Draining, EndpointNotFound, Overloaded
 from dynamo_redis.planes.address import choose_binding, format_address
 from dynamo_redis.planes.base import Handler
-from dynamo_redis.planes.tcp_request import Endpoint, Request
+from dynamo_redis.planes.tcp_admission import AdmissionControl
+from dynamo_redis.planes.tcp_request import Endpoint
 from dynamo_redis.planes.tcp_serving import ServerConnection
 from dynamo_redis.wire.decoder import ReadBuffers
 from dynamo_redis.wire.handshake import ServerHandshake
 
 _BACKLOG: Final = 4096
 _ACLOSE_S: Final = 2.0
-_RETRY_AFTER_S: Final = (0.05, 10.0)
-_RATE_WINDOW_S: Final = 1.0
 
 
 class TcpServer:
@@ -49,19 +46,16 @@ class TcpServer:
         self._address = ""
         self._endpoints: dict[str, Endpoint] = {}
         self._connections: set[ServerConnection] = set()
-        self._running: set[Request] = set()
-        self._queue: dict[Request, None] = {}
+        self._admission = AdmissionControl(
+            max_in_flight_count=settings.max_in_flight_count, max_queued_count=settings.max_queued_count
+        )
         self._draining = False
-        self._starting = False
-        self._finished_count = 0
-        self._rate_since = 0.0
-        self._rate_per_s = 0.0
         self._loop: asyncio.AbstractEventLoop
 
     def __repr__(self) -> str:
         return (
             f"<TcpServer {self._address or 'not started'}: {len(self._connections)} connections, "
-            f"{len(self._running)} in flight, {len(self._queue)} queued>"
+            f"{self._admission.running_count} in flight, {self._admission.waiting_count} queued>"
         )
 
     @property
@@ -77,7 +71,7 @@ class TcpServer:
     @property
     def in_flight_count(self) -> int:
         """See `RequestPlaneServer.in_flight_count`."""
-        return len(self._running) + len(self._queue)
+        return self._admission.running_count + self._admission.waiting_count
 
     @property
     def connection_count(self) -> int:
@@ -89,7 +83,7 @@ class TcpServer:
     async def start(self) -> None:
         """See `RequestPlaneServer.start`."""
         settings = self._settings
-        self._loop = asyncio.get_running_loop()
+        self._loop = self._admission.loop = asyncio.get_running_loop()
         binding = await choose_binding(settings.tcp_host, settings.tcp_advertise_host, self._redis_host)
         try:
             self._listener = await self._loop.create_server(
@@ -132,7 +126,7 @@ class TcpServer:
         for connection in tuple(self._connections):
             connection.close()
         await asyncio.sleep(0)  # handlers that were started in this turn of the loop have a task after it
-        tasks = [request.task for request in self._running if request.task is not None]
+        tasks = [request.task for request in self._admission if request.task is not None]
         if tasks:
             await asyncio.wait(tasks, timeout=_ACLOSE_S)
 
@@ -144,7 +138,7 @@ class TcpServer:
         _, unfinished = await asyncio.wait(idle, timeout=grace_s)
         if unfinished:
             error = Draining("the worker shut down before the request was finished")
-            for request in [*self._queue, *self._running]:
+            for request in tuple(self._admission):
                 if request.endpoint in endpoints:
                     request.abort(error)
 
@@ -161,6 +155,11 @@ class TcpServer:
         )
 
     # ------------------------------------------------------------------- what connections ask (Service)
+
+    @property
+    def admission(self) -> AdmissionControl:
+        """Decides which requests run."""
+        return self._admission
 
     def on_made(self, connection: ServerConnection) -> None:
         """A connection has come."""
@@ -185,56 +184,6 @@ class TcpServer:
         if endpoint is None:
             raise EndpointNotFound(f"{subject} is not served here")
         return endpoint
-
-    def admit(self, request: Request) -> None:
-        """Start or queue a request. Raises Overloaded."""
-        if len(self._running) < self._settings.max_in_flight_count:
-            request.endpoint.active_count += 1
-            self._start(request)
-        elif len(self._queue) < self._settings.max_queued_count:
-            request.endpoint.active_count += 1
-            self._queue[request] = None
-        else:
-            raise Overloaded(retry_after_s=self._retry_after_s())
-
-    def dequeue(self, request: Request) -> None:
-        """A request has ended before its handler was started."""
-        if request in self._queue:
-            del self._queue[request]
-            request.endpoint.release()
-
-    def finished(self, request: Request) -> None:
-        """A request's handler is over: the next in the queue may start."""
-        self._running.discard(request)
-        self._finished_count += 1
-        request.endpoint.release()
-        if self._queue and not self._starting:
-            self._start_queued()
-
-    def _start_queued(self) -> None:
-        self._starting = True  # a handler that ends while it starts must not come back here
-        try:
-            while self._queue and len(self._running) < self._settings.max_in_flight_count:
-                following = next(iter(self._queue))
-                del self._queue[following]
-                self._start(following)
-        finally:
-            self._starting = False
-
-    def _start(self, request: Request) -> None:
-        self._running.add(request)
-        request.launch(self._loop)
-
-    def _retry_after_s(self) -> float:
-        """When the queue should have moved on: its length over the rate at which requests finish."""
-        now = self._loop.time()
-        elapsed_s = now - self._rate_since
-        if elapsed_s >= _RATE_WINDOW_S:
-            self._rate_per_s = self._finished_count / elapsed_s
-            self._rate_since, self._finished_count = now, 0
-        least_s, most_s = _RETRY_AFTER_S
-        waiting = len(self._queue) + 1
-        return min(max(waiting / self._rate_per_s, least_s), most_s) if self._rate_per_s else _RATE_WINDOW_S
 
 
 def _explain(exc: OSError, host: str, port: int) -> str:

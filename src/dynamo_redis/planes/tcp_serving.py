@@ -17,15 +17,16 @@ _ACCEPT_AFTER_S: Final = 0.5
 _UNOPENED_STEPS: Final = SERVER_STEPS[ServerStream.UNOPENED]
 
 
-class Service(Admission, Protocol):
+class Service(Protocol):
     """What a connection needs of its server."""
+
+    @property
+    def admission(self) -> Admission:
+        """Decides which requests run."""
+        ...
 
     def endpoint(self, subject: str) -> Endpoint:
         """Raises EndpointNotFound or Draining."""
-        ...
-
-    def admit(self, request: Request) -> None:
-        """Start the request, or queue it. Raises Overloaded."""
         ...
 
     def on_made(self, connection: ServerConnection) -> None:
@@ -63,6 +64,7 @@ class ServerConnection(Connection):
             keepalive_interval_s=keepalive_interval_s,
         )
         self._service = service
+        self._admission = service.admission
         self._handshake: ServerHandshake | None = handshake
         self._handshake_timeout_s = handshake_timeout_s
         self._handshake_timer: asyncio.TimerHandle | None = None
@@ -171,9 +173,11 @@ class ServerConnection(Connection):
             if streaming and not endpoint.request_stream:
                 raise InvalidRequest("the endpoint takes one message, not a stream of them")
             context = context_of(headers)
-            request = Request(self, self.streams, self._service, endpoint, stream_id, state, context, message)
+            request = Request(
+                self, self.streams, self._admission, endpoint, stream_id, state, context, message
+            )
             self.streams[stream_id] = request
-            self._service.admit(request)
+            self._admission.admit(request)
             request.watch_deadline(self._loop)
         except PlaneError as exc:
             self.streams.pop(stream_id, None)
