@@ -2,7 +2,8 @@
 
 from dynamo_redis.planes.context import Context
 from dynamo_redis.runtime.annotated import Annotated
-from dynamo_redis.runtime.client import Call, Client
+from dynamo_redis.runtime.call import Call
+from dynamo_redis.runtime.client import Client
 from dynamo_redis.runtime.endpoint import Component, Endpoint, Namespace
 from dynamo_redis.runtime.handlers import dynamo_endpoint
 from dynamo_redis.runtime.instance import Instance

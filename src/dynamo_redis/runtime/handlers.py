@@ -33,7 +33,7 @@ def adapt(handler: AnyHandler) -> Handler:
         raise TypeError(f"{handler!r} must take a request: `async def {handler.__name__}(request)`")
     takes_context = sum(p.default is p.empty or p.kind is p.VAR_POSITIONAL for p in positional) >= 2
     if takes_context:
-        return lambda request, context: handler(request, context)
+        return handler
     return lambda request, context: handler(request)
 
 

@@ -34,7 +34,7 @@ async def serve_unary_endpoint(
 ) -> None:
     """Serve a coroutine function `handler(request, *, context)` until shutdown."""
 
-    async def answer(request: Any, *, context: Context) -> Any:
-        return await handler(request, context=context)
+    def answer(request: Any, *, context: Context) -> Awaitable[Any]:
+        return handler(request, context=context)
 
     await endpoint.serve_endpoint(answer, graceful_shutdown, metrics_labels, health_check_payload)

@@ -1,0 +1,172 @@
+"""One request on its way: sent to an instance, and to another one while nothing has been answered."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any, Self
+
+from dynamo_redis.errors import (
+    AuthenticationFailed,
+    ConnectionLost,
+    NoInstances,
+    NotAccepted,
+    Overloaded,
+    PlaneError,
+)
+from dynamo_redis.planes.base import ResponseStream
+from dynamo_redis.planes.context import Context
+from dynamo_redis.runtime.annotated import Annotated
+from dynamo_redis.runtime.discovery import Member
+from dynamo_redis.runtime.dispatch import Dispatcher
+from dynamo_redis.runtime.selection import Policy
+
+_MAX_OVERLOADED_TRIES = 3
+"""An overloaded deployment is not helped by each request knocking at every door."""
+
+_MAX_LOST_TRIES = 3
+"""To so many instances one request may be sent without an answer: it may be what hangs or kills them."""
+
+
+class Call:
+    """One request and its answer, across the instances it is tried on. Iterate it once, from one task.
+
+    `aclose`, or leaving `async with`, ends it early; the worker is told to kill the request.
+    """
+
+    __slots__ = (
+        "_among",
+        "_annotated",
+        "_answered",
+        "_context",
+        "_dispatcher",
+        "_failures",
+        "_member",
+        "_request",
+        "_select",
+        "_stream",
+    )
+
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        select: Policy,
+        request: Any,
+        annotated: bool,
+        context: Context | None,
+        among: Collection[int] | None = None,
+    ) -> None:
+        """Send the request. Raises NoInstances, and what `RequestPlaneClient.open` raises."""
+        self._stream: ResponseStream | None = None
+        self._dispatcher = dispatcher
+        self._select = select
+        self._among = among
+        self._request = request
+        self._annotated = annotated
+        self._context = context if context is not None else Context()
+        self._answered = False
+        self._failures: _Failures | None = None
+        self._member: Member
+        self._open(dispatcher.choose(select, None, among))
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Any:
+        while (stream := self._stream) is not None:
+            try:
+                item = await stream.__anext__()
+            except PlaneError as error:
+                self._close()
+                await self._send_elsewhere(error, was_sent=stream.sent)
+            except BaseException:  # the end of the answer, or of the task that reads it
+                self._close()
+                raise
+            else:
+                if not self._answered:  # from now on the request stays where it is
+                    self._member.pending.discard(stream)
+                    self._answered = True
+                    self._request = None
+                return Annotated(item) if self._annotated else item
+        raise StopAsyncIteration
+
+    async def aclose(self) -> None:
+        """End the call; the worker is told to kill it if it is still under way."""
+        stream = self._stream
+        if stream is not None:
+            self._close()
+            await stream.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.aclose()
+
+    def __del__(self) -> None:
+        # An iterator dropped half-way: nobody will ever read the rest.
+        stream = self._stream
+        if stream is not None:
+            self._close()
+            stream.fail(ConnectionLost("the response was dropped by its reader"))
+
+    # ----------------------------------------------------------------- inner steps
+
+    def _open(self, member: Member) -> None:
+        self._stream = stream = self._dispatcher.open(member.target, self._request, self._context)
+        self._member = member
+        member.in_flight += 1
+        member.pending.add(stream)
+
+    def _close(self) -> None:
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            self._member.in_flight -= 1
+            if not self._answered:
+                self._member.pending.discard(stream)
+
+    async def _send_elsewhere(self, error: PlaneError, *, was_sent: bool) -> None:
+        """Open the request at another instance. Raises `error` if it may not be, or there is no other."""
+        failed = self._member
+        self._dispatcher.note_failure(failed, error)
+        if self._answered or not error.retryable or self._context.is_stopped():
+            raise error
+        if self._failures is None:
+            self._failures = _Failures()
+        if isinstance(error, AuthenticationFailed) and not self._failures.refreshed:
+            # A worker restarted at the same address has a new secret: its record tells, once.
+            self._failures.refreshed = True
+            fresh = await self._dispatcher.refreshed(failed)
+            if fresh is not None:
+                self._open(fresh)
+                return
+        self._failures.add(failed, error, was_sent=was_sent)
+        if self._failures.suffice_after(error):
+            raise error
+        try:
+            following = self._dispatcher.choose(self._select, self._failures.tried, self._among)
+        except NoInstances:
+            raise error from None
+        self._open(following)
+
+
+class _Failures:
+    """What a request has met on its way so far."""
+
+    __slots__ = ("lost_count", "refreshed", "tried")
+
+    def __init__(self) -> None:
+        self.tried: set[int] = set()
+        self.lost_count = 0
+        self.refreshed = False
+
+    def add(self, member: Member, error: PlaneError, *, was_sent: bool) -> None:
+        """An instance did not answer."""
+        self.tried.add(member.instance_id)
+        if was_sent and isinstance(error, ConnectionLost | NotAccepted):
+            self.lost_count += 1
+
+    def suffice_after(self, error: PlaneError) -> bool:
+        """Whether the request has been tried often enough."""
+        if isinstance(error, Overloaded) and len(self.tried) >= _MAX_OVERLOADED_TRIES:
+            return True
+        return self.lost_count >= _MAX_LOST_TRIES
