@@ -123,12 +123,13 @@ class RequestPlaneServer(Protocol):
         ...
 
     async def unregister(self, subject: str, *, grace_s: float) -> None:
-        """Refuse new requests of the endpoint (retryable), let those under way finish, at most `grace_s`
-        seconds, then kill the rest. Idempotent."""
+        """Refuse new requests of the endpoint, and those that still wait for a handler (retryable); let those
+        under way finish, at most `grace_s` seconds, then end the rest, retryable too. Idempotent."""
         ...
 
     async def drain(self, grace_s: float) -> None:
-        """The same for all endpoints, after telling every caller to go elsewhere (GOAWAY)."""
+        """The same for all endpoints, after telling every caller to go elsewhere (GOAWAY); then see that the
+        callers have their answers: at most a second longer, and no longer than `grace_s` for a slow one."""
         ...
 
     async def aclose(self) -> None:

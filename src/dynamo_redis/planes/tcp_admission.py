@@ -10,13 +10,13 @@ take at the rate at which requests have been finishing.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Final
 
-from dynamo_redis.errors import Overloaded
+from dynamo_redis.errors import Overloaded, PlaneError
 from dynamo_redis.planes.fair_queue import FairQueue
 from dynamo_redis.planes.tcp_connection import Connection
-from dynamo_redis.planes.tcp_request import Request
+from dynamo_redis.planes.tcp_request import Endpoint, Request
 
 _RETRY_AFTER_S: Final = (0.05, 10.0)
 _UNKNOWN_RETRY_AFTER_S: Final = 1.0
@@ -106,6 +106,12 @@ class AdmissionControl:
         """See `tcp_request.Admission.dequeue`."""
         if self._waiting.remove(request.connection, request):
             request.endpoint.release()
+
+    def turn_away(self, endpoints: Collection[Endpoint], error: PlaneError) -> None:
+        """Refuse what waits for these endpoints."""
+        for request in tuple(self._waiting):
+            if request.endpoint in endpoints:
+                request.abort(error)  # it leaves by `dequeue`
 
     def finished(self, request: Request) -> None:
         """See `tcp_request.Admission.finished`. The next in turn starts."""

@@ -15,13 +15,17 @@ from dynamo_redis.errors import ConfigError, Draining, EndpointNotFound, Overloa
 from dynamo_redis.planes.address import choose_binding, format_address
 from dynamo_redis.planes.base import Handler
 from dynamo_redis.planes.tcp_admission import AdmissionControl
+from dynamo_redis.planes.tcp_gate import Gate
 from dynamo_redis.planes.tcp_request import Endpoint
 from dynamo_redis.planes.tcp_serving import ServerConnection
+from dynamo_redis.planes.tls import make_tls
 from dynamo_redis.wire.decoder import ReadBuffers
 from dynamo_redis.wire.handshake import ServerHandshake
 
 _BACKLOG: Final = 4096
 _ACLOSE_S: Final = 2.0
+_FAREWELL_S: Final = 1.0
+_FAREWELL_LOOK_S: Final = 0.1
 
 
 class TcpServer:
@@ -50,6 +54,7 @@ class TcpServer:
             max_in_flight_count=settings.max_in_flight_count, max_queued_count=settings.max_queued_count
         )
         self._draining = False
+        self._deserted: asyncio.Future[None] | None = None
         self._loop: asyncio.AbstractEventLoop
 
     def __repr__(self) -> str:
@@ -112,10 +117,12 @@ class TcpServer:
 
     async def drain(self, grace_s: float) -> None:
         """See `RequestPlaneServer.drain`."""
+        deadline = self._loop.time() + grace_s
         self._draining = True
         for connection in self._connections:
             connection.go_away()
         await self._finish_requests(list(self._endpoints.values()), grace_s)
+        await self._see_off(deadline)
 
     async def aclose(self) -> None:
         """See `RequestPlaneServer.aclose`. Idempotent."""
@@ -131,7 +138,9 @@ class TcpServer:
             await asyncio.wait(tasks, timeout=_ACLOSE_S)
 
     async def _finish_requests(self, endpoints: list[Endpoint], grace_s: float) -> None:
-        """Wait for the endpoints' requests, at most `grace_s`; then end those that are left."""
+        """Refuse the endpoints' requests that wait for a handler: another worker may have room. Wait for the
+        others, at most `grace_s`; then end those that are left."""
+        self._admission.turn_away(endpoints, Draining("the worker is shutting down"))
         idle = [endpoint.when_idle(self._loop) for endpoint in endpoints if endpoint.active_count]
         if not idle:
             return
@@ -141,6 +150,21 @@ class TcpServer:
             for request in tuple(self._admission):
                 if request.endpoint in endpoints:
                     request.abort(error)
+
+    async def _see_off(self, deadline: float) -> None:
+        """Wait until the callers have hung up, which they do once they have their answers.
+
+        Those that do not are waited for `_FAREWELL_S`, or until `deadline` while an answer is on its way to
+        them: what a slow reader has not taken yet would end with this process.
+        """
+        farewell = self._loop.time() + _FAREWELL_S
+        while self._connections:
+            is_sending = any(connection.is_sending for connection in self._connections)
+            left_s = (max(deadline, farewell) if is_sending else farewell) - self._loop.time()
+            if left_s <= 0:
+                return
+            self._deserted = self._loop.create_future()
+            await asyncio.wait([self._deserted], timeout=min(left_s, _FAREWELL_LOOK_S))
 
     def _new_connection(self) -> ServerConnection:
         settings = self._settings
@@ -175,6 +199,8 @@ class TcpServer:
     def on_closed(self, connection: ServerConnection) -> None:
         """The connection has ended."""
         self._connections.discard(connection)
+        if not self._connections and self._deserted is not None and not self._deserted.done():
+            self._deserted.set_result(None)
 
     def endpoint(self, subject: str) -> Endpoint:
         """The endpoint of an incoming request. Raises Draining or EndpointNotFound."""

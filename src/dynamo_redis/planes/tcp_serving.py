@@ -94,6 +94,11 @@ class ServerConnection(Connection):
             self.transport.write(refusal(error))
             self.close()
 
+    @property
+    def is_sending(self) -> bool:
+        """Whether the caller has yet to take something that was written."""
+        return not self.closed and self.transport.get_write_buffer_size() > 0
+
     def go_away(self) -> None:
         """Tell the caller to send new requests elsewhere."""
         if self._ready and not self.closed:

@@ -193,7 +193,8 @@ class EndpointView:
         if member.state is State.SUSPECT:
             self._drop(member)
             return
-        log.warning("instance %x of %s is down: %s", member.instance_id, self.name, reason)
+        level = logging.WARNING if probe else logging.INFO  # one that is leaving does what it should
+        log.log(level, "instance %x of %s is down: %s", member.instance_id, self.name, reason)
         member.state = State.DOWN
         self._rebuild()
         if probe:

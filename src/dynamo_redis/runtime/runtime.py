@@ -151,9 +151,11 @@ class DistributedRuntime:
         self.shutdown()
         await self.leave()
         if self._server is not None:
-            # Those without a graceful shutdown are killed first, the others share one drain.
-            await asyncio.gather(*(served.unregister() for served in self._served))
-            await self._server.drain(self.settings.runtime.drain_s)
+            # All callers are told at once. Endpoints without a graceful shutdown do not wait for the others.
+            await asyncio.gather(
+                self._server.drain(self.settings.runtime.drain_s),
+                *(served.unregister() for served in self._served),
+            )
         await self.registry.aclose()
         for shared in tuple(self._views.values()):
             await shared.view.aclose()
