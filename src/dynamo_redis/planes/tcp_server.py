@@ -15,10 +15,8 @@ from dynamo_redis.errors import ConfigError, Draining, EndpointNotFound, Overloa
 from dynamo_redis.planes.address import choose_binding, format_address
 from dynamo_redis.planes.base import Handler
 from dynamo_redis.planes.tcp_admission import AdmissionControl
-from dynamo_redis.planes.tcp_gate import Gate
 from dynamo_redis.planes.tcp_request import Endpoint
 from dynamo_redis.planes.tcp_serving import ServerConnection
-from dynamo_redis.planes.tls import make_tls
 from dynamo_redis.wire.decoder import ReadBuffers
 from dynamo_redis.wire.handshake import ServerHandshake
 
