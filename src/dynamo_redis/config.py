@@ -14,7 +14,7 @@ import re
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NewType, Self
 
 import platformdirs
 from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, SecretStr, ValidationError
@@ -68,6 +68,7 @@ Duration = Annotated[float, BeforeValidator(parse_duration), Field(ge=0)]
 Size = ByteSize
 RequestPlane = Annotated[Literal["tcp", "http", "nats", "redis"], BeforeValidator(_parse_request_plane)]
 Port = Annotated[int, Field(ge=0, le=65535)]
+PemFile = NewType("PemFile", Path)
 
 
 def setting(env: str, default: Any, description: str, *, unit: str = "") -> Any:
@@ -243,6 +244,29 @@ class PlaneSettings(SettingsGroup):
         "DYN_PLANE_AUTH",
         "secret",
         "secret: callers prove that they may read the registry; off: anyone may call.",
+    )
+    tcp_tls: Literal["off", "on", "mutual"] = setting(
+        "DYN_TCP_TLS",
+        "off",
+        "off: requests travel in the clear; on: over TLS, and callers check workers' certificates; mutual: "
+        "workers check callers', too.",
+    )
+    tcp_tls_ca: PemFile | None = setting(
+        "DYN_TCP_TLS_CA", None, "PEM file with the authorities that sign the other side's certificate."
+    )
+    tcp_tls_cert: PemFile | None = setting(
+        "DYN_TCP_TLS_CERT",
+        None,
+        "PEM file with this process's certificate, and those between it and the authority. Workers have one; "
+        "callers, too, where TLS is mutual.",
+    )
+    tcp_tls_key: PemFile | None = setting(
+        "DYN_TCP_TLS_KEY", None, "PEM file with the certificate's private key, not encrypted."
+    )
+    tcp_tls_server_name: str | None = setting(
+        "DYN_TCP_TLS_SERVER_NAME",
+        None,
+        "The name that every worker's certificate has. Unset: the host that is dialled.",
     )
 
 

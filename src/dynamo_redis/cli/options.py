@@ -17,7 +17,7 @@ from pydantic import ByteSize, SecretStr
 from pydantic.fields import FieldInfo
 
 from dynamo_redis.cli.formats import human_size
-from dynamo_redis.config import RuntimeSettings, SettingsGroup, StoreSettings, env_name, unit_of
+from dynamo_redis.config import PemFile, RuntimeSettings, SettingsGroup, StoreSettings, env_name, unit_of
 from dynamo_redis.errors import ConfigError
 
 Group = TypeVar("Group", bound=SettingsGroup)
@@ -25,7 +25,14 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 _SUFFIXES = ("_s", "_bytes", "_count")  # of field names: units, which an option's help says instead
 _NAMES = {"prefix": "--redis-prefix"}  # beside `get --prefix`, which is about keys
-_METAVARS: dict[Any, str] = {int: "N", float: "NUMBER", bool: "BOOL", ByteSize: "SIZE", Path: "DIR"}
+_METAVARS: dict[Any, str] = {
+    int: "N",
+    float: "NUMBER",
+    bool: "BOOL",
+    ByteSize: "SIZE",
+    Path: "DIR",
+    PemFile: "FILE",
+}
 
 
 def option_name(field_name: str) -> str:

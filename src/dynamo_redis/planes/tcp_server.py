@@ -15,8 +15,10 @@ from dynamo_redis.errors import ConfigError, Draining, EndpointNotFound, Overloa
 from dynamo_redis.planes.address import choose_binding, format_address
 from dynamo_redis.planes.base import Handler
 from dynamo_redis.planes.tcp_admission import AdmissionControl
+from dynamo_redis.planes.tcp_gate import Gate
 from dynamo_redis.planes.tcp_request import Endpoint
 from dynamo_redis.planes.tcp_serving import ServerConnection
+from dynamo_redis.planes.tls import make_tls
 from dynamo_redis.wire.decoder import ReadBuffers
 from dynamo_redis.wire.handshake import ServerHandshake
 
@@ -38,8 +40,11 @@ class TcpServer:
         redis_host: str | None = None,
     ) -> None:
         """`redis_host` is where this process finds Redis (None for a unix socket): it decides which address
-        is advertised when the settings do not say. `secret` is None where `DYN_PLANE_AUTH` is off."""
+        is advertised when the settings do not say. `secret` is None where `DYN_PLANE_AUTH` is off.
+        Raises ConfigError for TLS files that cannot be used."""
         self._settings = settings
+        self._tls = make_tls(settings, "server")
+        self._gate: Gate | None = None
         self._secret = secret
         self._instance_id = instance_id
         self._redis_host = redis_host
@@ -88,14 +93,16 @@ class TcpServer:
         settings = self._settings
         self._loop = self._admission.loop = asyncio.get_running_loop()
         binding = await choose_binding(settings.tcp_host, settings.tcp_advertise_host, self._redis_host)
+        if self._tls is not None:
+            self._gate = Gate(self._loop, self._tls, self._new_connection, settings.connect_timeout_s)
         try:
             self._listener = await self._loop.create_server(
-                self._new_connection, binding.listen_host, settings.tcp_port, backlog=_BACKLOG
+                self._gate or self._new_connection, binding.listen_host, settings.tcp_port, backlog=_BACKLOG
             )
         except OSError as exc:
             raise ConfigError(_explain(exc, binding.listen_host, settings.tcp_port)) from exc
         port = settings.tcp_advertise_port or self._listener.sockets[0].getsockname()[1]
-        self._address = format_address(binding.advertise_host, port)
+        self._address = format_address(binding.advertise_host, port) + (self._tls.mark if self._tls else "")
 
     def register(self, subject: str, handler: Handler, *, request_stream: bool = False) -> None:
         """See `RequestPlaneServer.register`."""
@@ -128,6 +135,8 @@ class TcpServer:
         if self._listener is not None:
             self._listener.close()
             self._listener = None
+        if self._gate is not None:
+            self._gate.close()
         for connection in tuple(self._connections):
             connection.close()
         await asyncio.sleep(0)  # handlers that were started in this turn of the loop have a task after it

@@ -1,0 +1,181 @@
+"""Where TLS begins, at a worker: a connection is let through to the server once its TLS stands.
+
+The event loops offer TLS for a listening socket as a whole: with one context for ever, and no word of the
+handshakes under way. So the server listens in the clear, and the gate takes over the socket of each
+connection that comes in, waits for its first byte, and gives it back to the loop with the certificates of
+that moment. A handshake may take as long as `DYN_TCP_CONNECT_TIMEOUT`. At most `MAX_WAITING_COUNT` are under
+way: past that the oldest is dropped, since an honest one takes milliseconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Final, cast
+
+from dynamo_redis.errors import AuthenticationFailed
+from dynamo_redis.planes.address import format_address
+from dynamo_redis.planes.tls import TlsContext, explain
+from dynamo_redis.wire.handshake import refusal
+
+MAX_WAITING_COUNT: Final = 4096
+"""Connections that may be on their way through, beside those of `DYN_TCP_MAX_CONNECTIONS`."""
+
+_TLS_RECORD: Final = b"\x16"  # RFC 8446, 5.1: a handshake record, as the first of every connection is
+_LOG_PAUSE_S: Final = 10.0
+_REFUSAL: Final = refusal(
+    AuthenticationFailed(
+        "the worker speaks TLS only: set DYN_TCP_TLS=on and DYN_TCP_TLS_CA on this side, too"
+    )
+)
+
+_log = logging.getLogger(__name__)
+
+
+class Gate:
+    """The connections on their way through; call it for the protocol of one that comes in.
+
+    It owns a task a connection, which ends with its handshake, after the time-out, or by `close`.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        tls: TlsContext,
+        let_through: Callable[[], asyncio.BaseProtocol],
+        timeout_s: float,
+    ) -> None:
+        """`let_through` makes the protocol of a connection whose TLS stands."""
+        self._loop = loop
+        self._tls = tls
+        self._let_through = let_through
+        self._timeout_s = timeout_s
+        self._tasks: dict[asyncio.Task[None], None] = {}
+        self._log_at = 0.0
+
+    def __call__(self) -> asyncio.BaseProtocol:
+        return _Arrival(self)
+
+    @property
+    def waiting_count(self) -> int:
+        """Connections on their way through."""
+        return len(self._tasks)
+
+    def close(self) -> None:
+        """Drop the connections on their way through. Idempotent."""
+        while self._tasks:
+            self._drop_oldest()
+
+    def admit(self, sock: socket.socket) -> None:
+        """Begin with a connection; its socket is the gate's from now on."""
+        if len(self._tasks) >= MAX_WAITING_COUNT:
+            self._drop_oldest()
+        arrival = _Socket(sock)
+        task = self._loop.create_task(self._pass(arrival))
+        self._tasks[task] = None
+
+        def forget(_: asyncio.Task[None]) -> None:
+            self._tasks.pop(task, None)
+            arrival.close()
+
+        task.add_done_callback(forget)
+
+    def _drop_oldest(self) -> None:
+        oldest = next(iter(self._tasks))
+        del self._tasks[oldest]
+        oldest.cancel()
+
+    async def _pass(self, arrival: _Socket) -> None:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                first = await self._first_byte(arrival.sock)
+                if first == _TLS_RECORD:
+                    await self._loop.connect_accepted_socket(
+                        self._let_through,
+                        arrival.hand_over(),
+                        ssl=self._tls.current(),
+                        ssl_handshake_timeout=self._timeout_s,
+                    )
+                elif first:
+                    self._note(arrival, "it does not speak TLS: set DYN_TCP_TLS there")
+                    _refuse(arrival.sock)
+        except TimeoutError:
+            self._note(arrival, f"its handshake took more than {self._timeout_s} s")
+        except OSError as exc:
+            self._note(arrival, explain(exc))
+
+    async def _first_byte(self, sock: socket.socket) -> bytes:
+        """The first byte, which stays in the socket; none if the peer closes. Raises OSError."""
+        readable = self._loop.create_future()
+        self._loop.add_reader(sock, _set, readable)
+        try:
+            await readable
+        finally:
+            self._loop.remove_reader(sock)
+        return sock.recv(1, socket.MSG_PEEK)
+
+    def _note(self, arrival: _Socket, why: str) -> None:
+        """Log a failure: one a while, for anybody can make them."""
+        now = self._loop.time()
+        is_due = now >= self._log_at
+        if is_due:
+            self._log_at = now + _LOG_PAUSE_S
+        _log.log(logging.WARNING if is_due else logging.DEBUG, "no TLS with %s: %s", arrival.peer, why)
+
+
+class _Arrival(asyncio.Protocol):
+    """A connection at the moment when it comes in."""
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        # The transport is given up before it has read anything. The connection lives on in the copy.
+        try:
+            sock = socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno()))
+            sock.setblocking(False)
+        except OSError as exc:  # no descriptor is left
+            _log.debug("a connection is dropped: %s", exc)
+        else:
+            self._gate.admit(sock)
+        finally:
+            cast("asyncio.Transport", transport).abort()  # uvloop's is one in all but name
+
+
+class _Socket:
+    """A socket that is closed here, unless it has been handed over."""
+
+    __slots__ = ("_mine", "peer", "sock")
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self._mine = True
+        self.peer = "somebody"
+        with suppress(OSError):
+            self.peer = format_address(*sock.getpeername()[:2])
+
+    def hand_over(self) -> socket.socket:
+        """The socket, for somebody who closes it."""
+        self._mine = False
+        return self.sock
+
+    def close(self) -> None:
+        """Close it. Idempotent."""
+        if self._mine:
+            self.sock.close()
+
+
+def _refuse(sock: socket.socket) -> None:
+    """Tell a peer in the clear what is wrong, as far as it goes at once."""
+    with suppress(OSError):
+        sock.recv(4096)  # to close with unread bytes would cut the answer off
+        sock.send(_REFUSAL)
+
+
+def _set(done: asyncio.Future[None]) -> None:
+    if not done.done():
+        done.set_result(None)
