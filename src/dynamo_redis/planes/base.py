@@ -69,15 +69,15 @@ class RequestPlaneClient(Protocol):
         self,
         target: Target,
         request: Any,
-        context: Context,
+        context: Context | None,
         *,
         messages: AsyncIterable[Any] | None = None,
     ) -> ResponseStream:
         """Send a request, without waiting: connecting, refusal and errors show when the answer is read.
 
         With `messages`, these follow `request` as a request stream, under flow control. The context's
-        deadline and cancellation go with the request. Raises PayloadTooLarge and TypeError (not msgpack)
-        at once.
+        deadline and cancellation go with the request; None is a context that nobody keeps. Raises
+        PayloadTooLarge and TypeError (not msgpack) at once.
         """
         ...
 

@@ -6,13 +6,20 @@ import asyncio
 import time
 import uuid
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
-from typing import Literal
+from typing import Literal, Protocol
 
 Strength = Literal["stop", "kill"]
 
 _RUNNING, _STOPPED, _KILLED = 0, 1, 2
+
+
+class Subscriber(Protocol):
+    """What a context tells of its cancellation."""
+
+    def on_cancelled(self, strength: Strength) -> None:
+        """The request was stopped or killed. Must not raise, and must be quick."""
+        ...
 
 
 class Context:
@@ -25,7 +32,7 @@ class Context:
     Not thread-safe: use it on the event loop that made it.
     """
 
-    __slots__ = ("_callbacks", "_id", "_metadata", "_state", "_traceparent", "deadline")
+    __slots__ = ("_id", "_metadata", "_state", "_subscribers", "_traceparent", "deadline")
 
     def __init__(
         self,
@@ -41,7 +48,7 @@ class Context:
         self._traceparent = traceparent
         self.deadline = deadline
         self._state = _RUNNING
-        self._callbacks: list[Callable[[Strength], None]] | None = None
+        self._subscribers: dict[Subscriber, None] | None = None
 
     def __repr__(self) -> str:
         state = ("running", "stopped", "killed")[self._state]
@@ -131,23 +138,23 @@ class Context:
 
         The callback runs inside `stop_generating`/`kill`, must not raise, and must be quick.
         """
-        self.subscribe(callback)
-        return partial(self.unsubscribe, callback)
+        subscriber = _Callback(callback)
+        self.subscribe(subscriber)
+        return partial(self.unsubscribe, subscriber)
 
-    def subscribe(self, callback: Callable[[Strength], None]) -> None:
-        """As `on_cancel`; end it with `unsubscribe(callback)`."""
-        if self._state:
-            callback("kill" if self._state == _KILLED else "stop")
-        if self._callbacks is None:
-            self._callbacks = [callback]
+    def subscribe(self, subscriber: Subscriber) -> None:
+        """As `on_cancel`; end it with `unsubscribe(subscriber)`."""
+        if self._subscribers is None:
+            self._subscribers = {subscriber: None}
         else:
-            self._callbacks.append(callback)
+            self._subscribers[subscriber] = None
+        if self._state:
+            subscriber.on_cancelled("kill" if self._state == _KILLED else "stop")
 
-    def unsubscribe(self, callback: Callable[[Strength], None]) -> None:
-        """Call `callback` no more. Idempotent."""
-        if self._callbacks:
-            with suppress(ValueError):
-                self._callbacks.remove(callback)
+    def unsubscribe(self, subscriber: Subscriber) -> None:
+        """Tell `subscriber` no more. Idempotent."""
+        if self._subscribers is not None:
+            self._subscribers.pop(subscriber, None)
 
     async def async_killed_or_stopped(self) -> bool:
         """Wait until the request is stopped or killed; True then. Cancel the wait to give up."""
@@ -170,6 +177,15 @@ class Context:
         if self._state >= state:
             return
         self._state = state
-        if self._callbacks:
-            for callback in tuple(self._callbacks):
-                callback(strength)
+        if self._subscribers:
+            for subscriber in tuple(self._subscribers):
+                subscriber.on_cancelled(strength)
+
+
+class _Callback:
+    """A subscriber that is a function."""
+
+    __slots__ = ("on_cancelled",)
+
+    def __init__(self, callback: Callable[[Strength], None]) -> None:
+        self.on_cancelled = callback

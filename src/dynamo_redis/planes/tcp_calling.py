@@ -13,13 +13,14 @@ from dynamo_redis.planes.tcp_connection import Connection
 from dynamo_redis.planes.tcp_stream import TcpResponseStream
 from dynamo_redis.wire import frame
 from dynamo_redis.wire.decoder import ReadBuffers
+from dynamo_redis.wire.frame import DATA, LAST
 from dynamo_redis.wire.handshake import ClientHandshake
 from dynamo_redis.wire.session import CLIENT_STEPS, ClientStream
 
 IDLE_CLOSE_S: Final = 90.0
 """How long a connection without requests stays open."""
 
-_CLOSED: Final = ClientStream.CLOSED
+_ANSWERED, _CLOSED = ClientStream.ANSWERED, ClientStream.CLOSED
 
 
 class Owner(Protocol):
@@ -131,14 +132,22 @@ class ClientConnection(Connection):
             stream = streams.get(received[1])
             if stream is None:
                 self._on_other(received)
-                continue
-            state = CLIENT_STEPS[stream.state].get(received[0])
-            if state is None:
-                self._on_unknown(received)
+            elif received[0] == LAST:  # these two are nearly all; no stream here is closed, so they are legal
+                stream.on_last(received[2])
+            elif received[0] == DATA:
+                stream.state = _ANSWERED
+                stream.deliver(received[2])
             else:
-                if state is not _CLOSED:  # the stream closes itself, once it has taken the frame
-                    stream.state = state
-                stream.on_frame(received)
+                self._on_stream_frame(stream, received)
+
+    def _on_stream_frame(self, stream: TcpResponseStream, received: list[Any]) -> None:
+        state = CLIENT_STEPS[stream.state].get(received[0])
+        if state is None:
+            self._on_unknown(received)
+        else:
+            if state is not _CLOSED:  # the stream closes itself, once it has taken the frame
+                stream.state = state
+            stream.on_frame(received)
 
     def _on_other(self, received: list[Any]) -> None:
         """A frame about the connection, or of a stream that has closed."""

@@ -10,7 +10,6 @@ from dynamo_redis.config import PlaneSettings
 from dynamo_redis.errors import ConnectionLost, InstanceRemoved
 from dynamo_redis.planes.base import Target
 from dynamo_redis.planes.context import Context
-from dynamo_redis.planes.tcp_flow import check_size
 from dynamo_redis.planes.tcp_pool import Pool
 from dynamo_redis.planes.tcp_stream import TcpResponseStream
 from dynamo_redis.wire.decoder import ReadBuffers
@@ -24,6 +23,8 @@ class TcpClient:
     def __init__(self, settings: PlaneSettings, on_quiet: Callable[[Target], None] | None = None) -> None:
         """`on_quiet`: see `select.make_client`."""
         self._settings = settings
+        self._window_count = settings.channel_buffer_count
+        self._max_message_bytes = settings.max_message_bytes
         self._on_quiet = on_quiet or _ignore
         self._pools: dict[_PoolKey, Pool] = {}
         self._buffers = ReadBuffers()
@@ -46,23 +47,23 @@ class TcpClient:
         self,
         target: Target,
         request: Any,
-        context: Context,
+        context: Context | None,
         *,
         messages: AsyncIterable[Any] | None = None,
     ) -> TcpResponseStream:
         """See `RequestPlaneClient.open`."""
-        settings = self._settings
-        pool = self._pool(target)
+        pool = self._pools.get((target.address, target.instance_id, target.secret)) or self._new_pool(target)
         stream = TcpResponseStream(
-            pool.loop, settings.channel_buffer_count, target.subject, request, context, messages
+            pool.loop, self._window_count, self._max_message_bytes, target.subject, request, context, messages
         )
-        check_size(stream.payload_bytes, settings.max_message_bytes)
-        pool.begin(stream)
+        if stream.attach():
+            pool.begin(stream)
         return stream
 
     async def probe(self, target: Target, timeout_s: float) -> None:
         """See `RequestPlaneClient.probe`."""
-        await self._pool(target).ping(timeout_s)
+        pool = self._pools.get((target.address, target.instance_id, target.secret)) or self._new_pool(target)
+        await pool.ping(timeout_s)
 
     def forget(self, target: Target) -> None:
         """See `RequestPlaneClient.forget`. Other endpoints of the instance keep what they have under way."""
@@ -76,16 +77,18 @@ class TcpClient:
         for pool in tuple(self._pools.values()):
             await pool.aclose()
 
-    def _pool(self, target: Target) -> Pool:
-        key = (target.address, target.instance_id, target.secret)
-        pool = self._pools.get(key)
-        if pool is None:
-            if self._closed:
-                raise ConnectionLost("the client is closed")
-            loop = asyncio.get_running_loop()
-            pool = self._pools[key] = Pool(
-                target, self._settings, loop, self._buffers, self._on_empty, self._on_quiet
-            )
+    def _new_pool(self, target: Target) -> Pool:
+        if self._closed:
+            raise ConnectionLost("the client is closed")
+        pool = Pool(
+            target,
+            self._settings,
+            asyncio.get_running_loop(),
+            self._buffers,
+            self._on_empty,
+            self._on_quiet,
+        )
+        self._pools[target.address, target.instance_id, target.secret] = pool
         return pool
 
     def _on_empty(self, pool: Pool) -> None:

@@ -14,7 +14,6 @@ import contextlib
 import logging
 import socket
 from abc import abstractmethod
-from collections.abc import Sized
 from typing import Any, ClassVar, Final, Protocol, cast
 
 from dynamo_redis.errors import ConnectionLost, PlaneError, ProtocolViolation
@@ -39,8 +38,11 @@ _log = logging.getLogger(__name__)
 class Outgoing(Protocol):
     """Sends the items of one stream (`tcp_flow.Sender`)."""
 
-    def flush_batch(self) -> None:
-        """Write what was gathered in this turn of the event loop."""
+    batch: list[bytes] | None
+    """What was gathered in this turn of the event loop."""
+
+    def take_batch(self) -> bytes:
+        """The frame of what was gathered; `batch` is None afterwards."""
         ...
 
     def wake(self) -> None:
@@ -86,7 +88,8 @@ class Connection(asyncio.BufferedProtocol):
     PING_AT: ClassVar[int] = SWEEPS_PER_INTERVAL - 1
     """Silent sweeps after which the peer is asked for a sign of life."""
 
-    streams: Sized
+    streams: dict[int, Any]
+    """What is under way, by stream id."""
 
     def __init__(
         self,
@@ -245,13 +248,13 @@ class Connection(asyncio.BufferedProtocol):
 
     def flush(self) -> None:
         """Hand everything to the transport."""
+        out = self._out
         if self._dirty:
-            self._flush_scheduled = True  # what the batches write leaves with this flush
             dirty, self._dirty = self._dirty, []
             for sender in dirty:
-                sender.flush_batch()
+                if sender.batch is not None:
+                    out.append(sender.take_batch())
         self._flush_scheduled = False
-        out = self._out
         if not out or self.closed:
             out.clear()
             return

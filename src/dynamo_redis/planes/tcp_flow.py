@@ -22,6 +22,7 @@ from dynamo_redis.wire.frame import (
     encode_item_raw,
     encode_items,
     encode_last,
+    encoding_of,
     payload_of,
     raw_cost,
 )
@@ -35,12 +36,12 @@ class Sender:
     """
 
     __slots__ = (
-        "_batch",
         "_batch_bytes",
         "_connection",
         "_credit",
         "_stream_id",
         "_wake",
+        "batch",
         "has_sent",
         "open",
     )
@@ -49,8 +50,8 @@ class Sender:
         self._connection = connection
         self._stream_id = stream_id
         self._credit = connection.peer_window_count
-        self._batch: list[bytes] = []
         self._batch_bytes = 0
+        self.batch: list[bytes] | None = None
         self._wake: asyncio.Future[None] | None = None
         self.has_sent = False
         self.open = True
@@ -62,58 +63,67 @@ class Sender:
 
     def push(self, item: Any) -> None:
         """Send one item. Raises TypeError (not msgpack) and PayloadTooLarge; nothing is sent then."""
-        payload, encoding = payload_of(item)
+        payload = payload_of(item)
         size = len(payload)
         self.has_sent = True
         if size > MAX_INLINE_BYTES:
-            check_size(size, self._connection.max_message_bytes)
-            self._credit -= raw_cost(size)
-            self.flush_batch()
-            header = encode_item_raw(self._stream_id, size, encoding, last=False)
-            self._connection.send_raw(header, payload)
+            self._send_raw(item, payload, last=False)
             return
         self._credit -= 1
-        if self._batch_bytes + size > MAX_INLINE_BYTES:
-            self.flush_batch()
+        if self.batch is not None:
+            if self._batch_bytes + size <= MAX_INLINE_BYTES:
+                self.batch.append(payload)
+                self._batch_bytes += size
+                return
             self._connection.flush()
-        if not self._batch:
-            self._connection.mark_dirty(self)
-        self._batch.append(payload)
-        self._batch_bytes += size
+        self.batch = [payload]
+        self._batch_bytes = size
+        self._connection.mark_dirty(self)
+
+    def take_batch(self) -> bytes:
+        """The frame of what was gathered: `batch` is not None."""
+        batch, self.batch = self.batch, None
+        assert batch is not None
+        return encode_items(self._stream_id, batch, last=False)
 
     def flush_batch(self) -> None:
-        """Write what was gathered."""
-        if self._batch:
-            self._connection.send(encode_items(self._stream_id, self._batch, last=False))
-            self._batch = []
-            self._batch_bytes = 0
+        """Write what was gathered, before what is sent next."""
+        if self.batch is not None:
+            self._connection.send(self.take_batch())
 
     def end(self) -> None:
         """Send the end, on the last item if that has not left yet."""
         self.open = False
-        if self._batch:
-            self._connection.send(encode_items(self._stream_id, self._batch, last=True))
-            self._batch = []
+        batch, self.batch = self.batch, None
+        if batch is not None:
+            self._connection.send(encode_items(self._stream_id, batch, last=True))
         else:
             self._connection.send(encode_end(self._stream_id))
 
     def end_with(self, item: Any) -> None:
         """Send the only item and the end. Raises as `push` does."""
-        payload, encoding = payload_of(item)
-        size = len(payload)
-        if size <= MAX_INLINE_BYTES:
+        payload = payload_of(item)
+        if len(payload) <= MAX_INLINE_BYTES:
             self._connection.send(encode_last(self._stream_id, payload))
         else:
-            check_size(size, self._connection.max_message_bytes)
-            header = encode_item_raw(self._stream_id, size, encoding, last=True)
-            self._connection.send_raw(header, payload)
+            self._send_raw(item, payload, last=True)
         self.open = False
+
+    def _send_raw(self, item: Any, payload: bytes, *, last: bool) -> None:
+        size_bytes = len(payload)
+        check_size(size_bytes, self._connection.max_message_bytes)
+        self._credit -= raw_cost(size_bytes)
+        self.flush_batch()
+        header = encode_item_raw(self._stream_id, size_bytes, encoding_of(payload, item), last=last)
+        self._connection.send_raw(header, payload)
 
     def drop(self) -> None:
         """Send nothing more; what was gathered is lost."""
         self.open = False
-        self._batch.clear()
-        self.wake()
+        self.batch = None
+        self._credit = 0  # so that who looks at the credit finds out
+        if self._wake is not None:
+            self.wake()
 
     def grant(self, count: Any) -> None:
         """The receiver gave credit. Raises ProtocolViolation."""
@@ -160,7 +170,7 @@ _NO_ITEMS: Final[deque[Any]] = deque(maxlen=0)
 """What a mailbox holds before its first item: most answers go to a waiting reader and never need one."""
 
 _WAKE_UP: Final = object()
-"""Wakes a reader that must look again: the stream has ended."""
+"""Wakes a reader that must look again: there are items, or the stream has ended."""
 
 
 class Mailbox:
@@ -174,13 +184,14 @@ class Mailbox:
         "_connection",
         "_ended",
         "_error",
+        "_held",
         "_items",
         "_limit",
         "_loop",
         "_owed",
-        "_stream_id",
         "_waiter",
         "_window",
+        "stream_id",
     )
 
     def __init__(self, loop: asyncio.AbstractEventLoop, window_count: int) -> None:
@@ -188,8 +199,9 @@ class Mailbox:
         self._window = window_count
         self._limit = window_count
         self._connection: Connection | None = None
-        self._stream_id = 0
+        self.stream_id = 0
         self._items = _NO_ITEMS
+        self._held = 0  # the credits that raw payloads in `_items` cost beyond one each
         self._waiter: asyncio.Future[Any] | None = None
         self._owed = 0
         self._ended = False
@@ -215,12 +227,12 @@ class Mailbox:
             if not self._items:
                 self._raise_end()
             item = self._items.popleft()
-        self._owed += 1
         if type(item) is _Raw:
-            self._owed += item.cost - 1
-            item = item.item
-        if self._owed * 2 >= self._window and not self._ended:
-            self._give_credit()
+            item = self._unwrapped(item)
+        if not self._ended:
+            self._owed = owed = self._owed + 1
+            if owed * 2 >= self._window:
+                self._give_credit()
         return item
 
     def _raise_end(self) -> None:
@@ -229,28 +241,37 @@ class Mailbox:
             raise error
         raise StopAsyncIteration
 
+    def _unwrapped(self, raw: _Raw) -> Any:
+        self._owed += raw.cost - 1
+        self._held -= raw.cost - 1
+        return raw.item
+
     def _give_credit(self) -> None:
         if self._connection is not None:
-            self._connection.send(encode_credit(self._stream_id, self._owed))
+            self._connection.send(encode_credit(self.stream_id, self._owed))
         self._owed = 0
 
     def _on_reader_cancelled(self) -> None:
         """The task that reads was cancelled while it waited."""
 
     def deliver(self, item: Any) -> None:
-        """One item came."""
+        """One item came. Raises ProtocolViolation."""
         waiter = self._waiter
         if waiter is not None and not waiter.done():
             waiter.set_result(item)
-            return
-        self._keep((item,))
+        else:
+            self._keep((item,))
 
     def deliver_raw(self, item: Any, size_bytes: int) -> None:
-        """One item came as a raw payload."""
-        self.deliver(_Raw(item, raw_cost(size_bytes)))
+        """One item came as a raw payload. Raises ProtocolViolation."""
+        cost = raw_cost(size_bytes)
+        if len(self._items) + self._held >= self._limit:
+            raise ProtocolViolation("more than the window allows")
+        self._held += cost - 1
+        self.deliver(_Raw(item, cost))
 
     def deliver_batch(self, items: Any) -> None:
-        """Several items came."""
+        """Several items came. Raises ProtocolViolation."""
         if type(items) is not list or not items:
             raise ProtocolViolation("a malformed batch")
         self._keep(items)
@@ -274,6 +295,7 @@ class Mailbox:
     def discard(self) -> None:
         """Forget what has not been read."""
         self._items = _NO_ITEMS
+        self._held = 0
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -288,7 +310,7 @@ class RequestMessages(Mailbox):
     def __init__(self, connection: Connection, stream_id: int, request: Any, window_count: int) -> None:
         super().__init__(asyncio.get_running_loop(), window_count)
         self._connection = connection
-        self._stream_id = stream_id
+        self.stream_id = stream_id
         self._limit = window_count + 1
         self._owed = -1  # the request itself cost no credit
         self._items = deque((request,))

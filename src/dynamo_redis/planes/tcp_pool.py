@@ -66,8 +66,6 @@ class Pool:
 
     def begin(self, stream: TcpResponseStream) -> None:
         """Send the stream's request, or park it until there is a connection."""
-        if not stream.attach():
-            return
         connection = self._pick()
         if connection is not None:
             connection.begin(stream)

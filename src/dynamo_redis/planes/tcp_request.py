@@ -100,9 +100,9 @@ class Request(Sender):
     __slots__ = (
         "_admission",
         "_argument",
+        "_begun",
         "_deadline_timer",
         "_messages",
-        "_siblings",
         "_task",
         "context",
         "endpoint",
@@ -113,7 +113,6 @@ class Request(Sender):
     def __init__(
         self,
         connection: Connection,
-        siblings: dict[int, Request],
         admission: Admission,
         endpoint: Endpoint,
         stream_id: int,
@@ -121,10 +120,10 @@ class Request(Sender):
         context: Context,
         message: Any,
     ) -> None:
-        """`siblings` are the connection's requests by stream id; the request leaves them at its end."""
-        super().__init__(connection, stream_id)
-        self._siblings = siblings
+        """The request leaves the connection's `streams` at its end."""
+        Sender.__init__(self, connection, stream_id)
         self._admission = admission
+        self._begun = False
         self._task: asyncio.Task[None] | None = None
         self._deadline_timer: asyncio.TimerHandle | None = None
         self._messages: RequestMessages | None = None
@@ -150,27 +149,31 @@ class Request(Sender):
 
     @property
     def task(self) -> asyncio.Task[None] | None:
-        """The task that runs the handler, once it has begun."""
+        """The task that runs the handler."""
         return self._task
 
     # ------------------------------------------------------------------- the handler
 
     def launch(self, loop: asyncio.AbstractEventLoop) -> None:
         """Start the handler."""
-        if _EAGER and loop.get_task_factory() is None:
-            asyncio.Task(self._run(), loop=loop, eager_start=True)  # type: ignore[call-arg,unused-ignore]
-        else:
-            loop.create_task(self._run())
+        if not _EAGER or loop.get_task_factory() is not None:
+            self._task = loop.create_task(self._run())
+            return
+        task = asyncio.Task(self._run(), loop=loop, eager_start=True)  # type: ignore[call-arg,unused-ignore]
+        if not task.done():
+            self._task = task
+            if not self.open:  # its first step ended the request
+                task.cancel()
 
     async def _run(self) -> None:
-        self._task = asyncio.current_task()
+        self._begun = True
         try:
             if self.open:
                 result: Any = self.endpoint.handler(self._argument, self.context)
-                if type(result) is not CoroutineType and hasattr(result, "__anext__"):
-                    await self._answer_stream(result)
-                else:
+                if type(result) is CoroutineType or not hasattr(result, "__anext__"):
                     self._answer(await result)
+                else:
+                    await self._answer_stream(result)
         except asyncio.CancelledError:
             if self.open:  # not by us: the handler awaited something that was cancelled, or the loop ends
                 self.fail(HandlerFailed("the handler was cancelled"))
@@ -187,15 +190,18 @@ class Request(Sender):
             self._close()
 
     async def _answer_stream(self, items: AsyncIterator[Any]) -> None:
+        connection, exhausted = self._connection, False
         try:
             async for item in items:
-                if self._credit <= 0 or self._connection.paused:
+                if self._credit <= 0 or connection.paused:  # a request that has ended has no credit
                     await self.wait_ready()
-                if not self.open:
-                    return
+                    if not self.open:
+                        break
                 self.push(item)
+            else:
+                exhausted = True
         finally:
-            if isinstance(items, AsyncGenerator):
+            if not exhausted and isinstance(items, AsyncGenerator):
                 await items.aclose()
         if self.open:
             self.end()
@@ -280,15 +286,15 @@ class Request(Sender):
 
     def _stop_handler(self) -> None:
         _quietly(self.context.kill)
-        if self._task is not None:
-            self._task.cancel()
-        else:
+        if not self._begun:
             self._admission.dequeue(self)  # if it was launched, it will see that it is closed
+        elif self._task is not None:
+            self._task.cancel()
 
     def _close(self) -> None:
         self.drop()
         self.state = _CLOSED
-        self._siblings.pop(self._stream_id, None)
+        self._connection.streams.pop(self._stream_id, None)
         if self._deadline_timer is not None:
             self._deadline_timer.cancel()
             self._deadline_timer = None
@@ -296,10 +302,8 @@ class Request(Sender):
             self._messages.kill()
 
 
-def context_of(headers: dict[str, Any] | None) -> Context:
+def context_of(headers: dict[str, Any]) -> Context:
     """The context that the headers describe. Raises InvalidRequest."""
-    if headers is None:
-        return Context()
     request_id, deadline_ms = headers.get("id"), headers.get("deadline_ms")
     traceparent, meta = headers.get("traceparent"), headers.get("meta")
     if not (

@@ -6,6 +6,7 @@ import asyncio
 from typing import Any, Final, Protocol
 
 from dynamo_redis.errors import Draining, InvalidRequest, PlaneError, ProtocolViolation
+from dynamo_redis.planes.context import Context
 from dynamo_redis.planes.tcp_connection import Connection
 from dynamo_redis.planes.tcp_request import Admission, Endpoint, Request, context_of, error_frame
 from dynamo_redis.wire import frame
@@ -14,6 +15,7 @@ from dynamo_redis.wire.handshake import ServerHandshake, refusal
 from dynamo_redis.wire.session import KILL, OPEN_STREAMING, SERVER_STEPS, ServerStream
 
 _ACCEPT_AFTER_S: Final = 0.5
+_HEADERS: Final = (type(None), dict)
 _UNOPENED_STEPS: Final = SERVER_STEPS[ServerStream.UNOPENED]
 
 
@@ -166,7 +168,7 @@ class ServerConnection(Connection):
             _, stream_id, subject, flags, headers, _, message = received
         if type(stream_id) is not int or not self._last_stream_id < stream_id <= frame.MAX_STREAM_ID:
             raise ProtocolViolation("stream ids go up")
-        if type(subject) is not str or type(flags) is not int or not isinstance(headers, dict | None):
+        if type(subject) is not str or type(flags) is not int or type(headers) not in _HEADERS:
             raise ProtocolViolation("a malformed OPEN")
         self._last_stream_id = stream_id
         streaming = bool(flags & frame.FLAG_REQUEST_STREAM)
@@ -177,13 +179,12 @@ class ServerConnection(Connection):
                 raise message.error
             if streaming and not endpoint.request_stream:
                 raise InvalidRequest("the endpoint takes one message, not a stream of them")
-            context = context_of(headers)
-            request = Request(
-                self, self.streams, self._admission, endpoint, stream_id, state, context, message
-            )
+            context = Context() if headers is None else context_of(headers)
+            request = Request(self, self._admission, endpoint, stream_id, state, context, message)
             self.streams[stream_id] = request
             self._admission.admit(request)
-            request.watch_deadline(self._loop)
+            if context.deadline is not None:
+                request.watch_deadline(self._loop)
         except PlaneError as exc:
             self.streams.pop(stream_id, None)
             self.send(error_frame(stream_id, exc))

@@ -22,7 +22,7 @@ from dynamo_redis.errors import (
 )
 from dynamo_redis.planes.context import Context, Strength
 from dynamo_redis.planes.tcp_connection import Connection
-from dynamo_redis.planes.tcp_flow import Mailbox, Sender
+from dynamo_redis.planes.tcp_flow import Mailbox, Sender, check_size
 from dynamo_redis.wire import frame
 from dynamo_redis.wire.codec import MAX_INLINE_BYTES
 from dynamo_redis.wire.decoder import Unusable
@@ -53,6 +53,7 @@ class TcpResponseStream(Mailbox):
         "_route",
         "_sender",
         "opened_at_sweep",
+        "payload_bytes",
         "state",
         "subject",
     )
@@ -61,17 +62,26 @@ class TcpResponseStream(Mailbox):
         self,
         loop: asyncio.AbstractEventLoop,
         window_count: int,
+        max_message_bytes: int,
         subject: str,
         request: Any,
-        context: Context,
+        context: Context | None,
         messages: AsyncIterable[Any] | None,
     ) -> None:
-        super().__init__(loop, window_count)
-        self._payload, self._encoding = frame.payload_of(request)
+        """Raises TypeError (not msgpack) and PayloadTooLarge."""
+        Mailbox.__init__(self, loop, window_count)
+        self._payload = payload = frame.payload_of(request)
+        self.payload_bytes = size_bytes = len(payload)
+        if size_bytes > MAX_INLINE_BYTES:
+            check_size(size_bytes, max_message_bytes)
+            self._encoding = frame.encoding_of(payload, request)
         self._context = context
         self._messages = messages
         self.subject = subject
-        self._route = self._encode_route()
+        if messages is None and (context is None or context.travels_bare):
+            self._route = frame.plain_route(subject)
+        else:
+            self._route = self._encode_route()
         self._home: Home | None = None
         self._deadline_timer: asyncio.TimerHandle | None = None
         self._pump: asyncio.Task[None] | None = None
@@ -80,39 +90,28 @@ class TcpResponseStream(Mailbox):
         self.opened_at_sweep = 0
 
     def __repr__(self) -> str:
-        return f"<TcpResponseStream {self._stream_id} of {self.subject}: {self.state.name.lower()}>"
-
-    @property
-    def stream_id(self) -> int:
-        """The id on the connection; 0 while parked."""
-        return self._stream_id
+        return f"<TcpResponseStream {self.stream_id} of {self.subject}: {self.state.name.lower()}>"
 
     @property
     def sent(self) -> bool:
         """See `ResponseStream.sent`."""
-        return self._stream_id > 0
-
-    @property
-    def payload_bytes(self) -> int:
-        """The size of the packed request."""
-        return len(self._payload)
+        return self.stream_id > 0
 
     # ------------------------------------------------------------------- its way to the server
 
     def attach(self) -> bool:
         """Take up the context's deadline and cancellation. False if they have ended the stream already."""
         context = self._context
+        if context is None:
+            return True
         if context.deadline is not None:
             remaining_s = context.remaining_s() or 0.0
             if remaining_s <= 0:
                 self._deadline_passed()
                 return False
             self._deadline_timer = self._loop.call_later(remaining_s, self._deadline_passed)
-        if context.is_stopped():
-            self.fail(RequestCancelled("the request was cancelled before it was sent"))
-            return False
-        context.subscribe(self._on_context)
-        return True
+        context.subscribe(self)
+        return self.state is not _CLOSED
 
     def park(self, home: Home) -> None:
         """Wait for a connection."""
@@ -121,10 +120,10 @@ class TcpResponseStream(Mailbox):
     def start(self, connection: Connection, home: Home, stream_id: int) -> None:
         """Send the request."""
         payload, self._payload = self._payload, b""
-        route = self._route if self._context.deadline is None else self._encode_route()
+        route = self._route if self._deadline_timer is None else self._encode_route()
         self._home = home
         self._connection = connection
-        self._stream_id = stream_id
+        self.stream_id = stream_id
         self.state = _WAITING
         if len(payload) <= MAX_INLINE_BYTES:
             connection.send(frame.encode_open(stream_id, route, payload))
@@ -137,22 +136,8 @@ class TcpResponseStream(Mailbox):
 
     def _encode_route(self) -> bytes:
         flags = 0 if self._messages is None else frame.FLAG_REQUEST_STREAM
-        if self._context.travels_bare:
-            return frame.plain_route(self.subject, flags)
-        return frame.encode_route(self.subject, flags, self._headers())
-
-    def _headers(self) -> dict[str, Any]:
-        context = self._context
-        headers: dict[str, Any] = {}
-        if context.given_id is not None:
-            headers["id"] = context.given_id
-        if context.deadline is not None:
-            headers["deadline_ms"] = max(0, round((context.remaining_s() or 0.0) * 1000))
-        if context.traceparent is not None:
-            headers["traceparent"] = context.traceparent
-        if context.given_metadata:
-            headers["meta"] = context.given_metadata
-        return headers
+        headers = None if self._context is None else _headers_of(self._context)
+        return frame.encode_route(self.subject, flags, headers)
 
     async def _send_messages(self, messages: AsyncIterable[Any], sender: Sender) -> None:
         try:
@@ -169,19 +154,24 @@ class TcpResponseStream(Mailbox):
 
     # ------------------------------------------------------------------- what the connection says
 
+    def on_last(self, item: Any) -> None:
+        """The last item came, which is the only one of most answers. Raises ProtocolViolation."""
+        self.deliver(item)
+        self._ended = True
+        self._release()
+
     def on_frame(self, received: list[Any]) -> None:
         """Take a frame that the state table allows. Raises ProtocolViolation."""
         kind = received[0]
-        if kind == frame.LAST:
-            self.deliver(received[2])
-            self._end()
-        elif kind == frame.DATA:
-            self.deliver(received[2])
-        elif kind == frame.BATCH:
+        if kind == frame.BATCH:
             self.deliver_batch(received[2])
         elif kind == frame.LAST_BATCH:
             self.deliver_batch(received[2])
             self._end()
+        elif kind == frame.DATA:
+            self.deliver(received[2])
+        elif kind == frame.LAST:
+            self.on_last(received[2])
         elif kind == frame.END:
             self._end()
         elif kind == frame.ERROR:
@@ -229,12 +219,13 @@ class TcpResponseStream(Mailbox):
     def _on_reader_cancelled(self) -> None:
         self.fail(RequestCancelled("the reader was cancelled"))
 
-    def _on_context(self, strength: Strength) -> None:
+    def on_cancelled(self, strength: Strength) -> None:
+        """The context was stopped or killed."""
         if strength == "kill":
             self.discard()
             self.fail(RequestCancelled("the request was killed"))
         elif self._connection is not None:
-            self._connection.send(frame.encode_cancel(self._stream_id, frame.Strength.STOP))
+            self._connection.send(frame.encode_cancel(self.stream_id, frame.Strength.STOP))
         else:
             self.fail(RequestCancelled("the request was stopped before it was sent"))
 
@@ -243,7 +234,7 @@ class TcpResponseStream(Mailbox):
 
     def _kill(self) -> None:
         if self._connection is not None:
-            self._connection.send(frame.encode_cancel(self._stream_id, frame.Strength.KILL))
+            self._connection.send(frame.encode_cancel(self.stream_id, frame.Strength.KILL))
         self._release()
 
     def _end(self, error: Exception | None = None) -> None:
@@ -253,7 +244,8 @@ class TcpResponseStream(Mailbox):
     def _release(self) -> None:
         self.state = _CLOSED
         self._payload = b""
-        self._context.unsubscribe(self._on_context)
+        if self._context is not None:
+            self._context.unsubscribe(self)
         if self._deadline_timer is not None:
             self._deadline_timer.cancel()
             self._deadline_timer = None
@@ -265,6 +257,19 @@ class TcpResponseStream(Mailbox):
         home, self._home = self._home, None
         if home is not None:
             home.remove(self)
+
+
+def _headers_of(context: Context) -> dict[str, Any]:
+    headers: dict[str, Any] = {}
+    if context.given_id is not None:
+        headers["id"] = context.given_id
+    if context.deadline is not None:
+        headers["deadline_ms"] = max(0, round((context.remaining_s() or 0.0) * 1000))
+    if context.traceparent is not None:
+        headers["traceparent"] = context.traceparent
+    if context.given_metadata:
+        headers["meta"] = context.given_metadata
+    return headers
 
 
 def _reported(received: list[Any]) -> PlaneError:

@@ -27,13 +27,16 @@ MAX_DEPTH = 1022
 
 _FRAME_AND_BATCH = b"\x91\x91"
 
-_pack = msgpack.Packer(autoreset=True).pack
+pack_known = msgpack.Packer(autoreset=True).pack
+"""`pack` for what is known to be msgpack, such as the parts of a frame that this side makes."""
+
+_depth_probes: list[msgpack.Unpacker] = []
 
 
 def pack(value: Any) -> bytes:
     """`value` as msgpack. Raises TypeError if msgpack cannot carry it."""
     try:
-        return _pack(value)
+        return pack_known(value)
     except (ValueError, OverflowError) as exc:
         raise TypeError(f"not a msgpack value: {exc}") from exc
 
@@ -44,13 +47,14 @@ def check_depth(payload: bytes) -> None:
     The packer nests one level deeper than the unpacker (1024), which sees the frame and its batch around
     the value: a value of such a depth would cost the receiver the whole connection.
     """
-    unpacker = msgpack.Unpacker(max_buffer_size=2 * MAX_INLINE_BYTES)
-    unpacker.feed(_FRAME_AND_BATCH)
-    unpacker.feed(payload)
+    probe = _depth_probes.pop() if _depth_probes else msgpack.Unpacker(max_buffer_size=2 * MAX_INLINE_BYTES)
+    probe.feed(_FRAME_AND_BATCH)
+    probe.feed(payload)
     try:
-        unpacker.skip()
+        probe.skip()
     except msgpack.StackError:
         raise TypeError(f"not a msgpack value: nested more than {MAX_DEPTH} deep") from None
+    _depth_probes.append(probe)  # a new one costs as much as the check of 64 KiB
 
 
 def unpack(payload: bytes | bytearray | memoryview) -> Any:

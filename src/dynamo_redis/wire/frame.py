@@ -29,7 +29,14 @@ from functools import lru_cache
 from typing import Any, Final
 
 from dynamo_redis.errors import PayloadTooLarge
-from dynamo_redis.wire.codec import MAX_DEPTH, MAX_HEADERS_BYTES, MAX_INLINE_BYTES, check_depth, pack
+from dynamo_redis.wire.codec import (
+    MAX_DEPTH,
+    MAX_HEADERS_BYTES,
+    MAX_INLINE_BYTES,
+    check_depth,
+    pack,
+    pack_known,
+)
 
 OPEN: Final = 1
 DATA: Final = 2
@@ -85,6 +92,7 @@ _OPEN = b"\x96\x01"
 _OPEN_RAW = b"\x97\x0e"
 _LAST = b"\x93\x05"
 _SINGLE = {False: b"\x93\x02", True: _LAST}
+_FLAT = (bytes, str)
 _BATCHED = {False: b"\x93\x03", True: b"\x93\x06"}
 
 
@@ -93,14 +101,22 @@ def raw_cost(size_bytes: int) -> int:
     return 1 + size_bytes // CREDIT_UNIT_BYTES
 
 
-def payload_of(value: Any) -> tuple[bytes, Encoding]:
+def payload_of(value: Any) -> bytes:
     """A value's payload: packed, except that large `bytes` stay as they are. Raises TypeError."""
     if type(value) is bytes and len(value) > MAX_INLINE_BYTES:
-        return value, Encoding.BINARY
-    payload = pack(value)
-    if MAX_DEPTH < len(payload) <= MAX_INLINE_BYTES:
+        return value
+    try:
+        payload = pack_known(value)
+    except (ValueError, OverflowError) as exc:
+        raise TypeError(f"not a msgpack value: {exc}") from exc
+    if len(payload) > MAX_DEPTH and len(payload) <= MAX_INLINE_BYTES and type(value) not in _FLAT:
         check_depth(payload)
-    return payload, Encoding.MSGPACK
+    return payload
+
+
+def encoding_of(payload: bytes, value: Any) -> Encoding:
+    """What `payload_of` made of the value."""
+    return Encoding.BINARY if payload is value else Encoding.MSGPACK
 
 
 def encode_route(subject: str, flags: int, headers: Headers | None) -> bytes:
@@ -116,14 +132,14 @@ def encode_route(subject: str, flags: int, headers: Headers | None) -> bytes:
 
 
 @lru_cache(maxsize=1024)
-def plain_route(subject: str, flags: int) -> bytes:
-    """`encode_route` without headers, remembered."""
-    return encode_route(subject, flags, None)
+def plain_route(subject: str) -> bytes:
+    """`encode_route` without flags and headers, remembered."""
+    return encode_route(subject, 0, None)
 
 
 def encode_open(stream_id: int, route: bytes, payload: bytes) -> bytes:
     """OPEN, with a payload of at most `MAX_INLINE_BYTES`."""
-    return b"".join((_OPEN, pack(stream_id), route, payload))
+    return b"".join((_OPEN, pack_known(stream_id), route, payload))
 
 
 def encode_open_raw(stream_id: int, route: bytes, size_bytes: int, encoding: Encoding) -> bytes:
@@ -134,13 +150,13 @@ def encode_open_raw(stream_id: int, route: bytes, size_bytes: int, encoding: Enc
 def encode_items(stream_id: int, items: list[bytes], *, last: bool) -> bytes:
     """DATA, BATCH, LAST or LAST_BATCH of packed items (at least one)."""
     if len(items) == 1:
-        return b"".join((_SINGLE[last], pack(stream_id), items[0]))
-    return b"".join((_BATCHED[last], pack(stream_id), _array_header(len(items)), *items))
+        return b"".join((_SINGLE[last], pack_known(stream_id), items[0]))
+    return b"".join((_BATCHED[last], pack_known(stream_id), _array_header(len(items)), *items))
 
 
 def encode_last(stream_id: int, item: bytes) -> bytes:
     """LAST of one packed item: what `encode_items` makes of it, for the answers that are one item."""
-    return b"".join((_LAST, pack(stream_id), item))
+    return b"".join((_LAST, pack_known(stream_id), item))
 
 
 def encode_item_raw(stream_id: int, size_bytes: int, encoding: Encoding, *, last: bool) -> bytes:

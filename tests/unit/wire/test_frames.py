@@ -50,7 +50,7 @@ def test_golden_frames_decode(vector: dict[str, Any]) -> None:
 
 
 ENCODERS = {
-    "open": lambda: frame.encode_open(1, frame.plain_route("1a/dynamo/backend/generate", 0), pack({"n": 2})),
+    "open": lambda: frame.encode_open(1, frame.plain_route("1a/dynamo/backend/generate"), pack({"n": 2})),
     "open with headers, request stream": lambda: frame.encode_open(
         2,
         frame.encode_route("1a/d/b/g", 1, {"id": "r-1", "deadline_ms": 1500, "meta": {"k": "v"}}),
@@ -253,9 +253,9 @@ def test_a_payload_that_is_no_msgpack_is_its_streams_affair() -> None:
 
 def test_large_bytes_are_not_packed() -> None:
     value = bytes(MAX_INLINE_BYTES + 1)
-    payload, encoding = frame.payload_of(value)
+    payload = frame.payload_of(value)
     assert payload is value
-    assert encoding is frame.Encoding.BINARY
+    assert frame.encoding_of(payload, value) is frame.Encoding.BINARY
 
 
 @pytest.mark.parametrize(
