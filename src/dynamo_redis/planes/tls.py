@@ -64,6 +64,8 @@ class TlsContext:
         self._seen = self._refused = self._files.stamp()
         self._context = self._make()
         self._look_at = clock.monotonic() + LOOK_S
+        if side == "client" and settings.tcp_tls_server_name is not None:
+            _check_name(self._context, settings.tcp_tls_server_name)
         self.server_name = settings.tcp_tls_server_name
         """The name to look for in workers' certificates; None: the host that is dialled."""
 
@@ -290,6 +292,13 @@ def _shake_hands(server: ssl.SSLContext, client: ssl.SSLContext) -> None:
     for side in sides * 2:  # hello, the server's flight, the client's end, the server's
         with suppress(ssl.SSLWantReadError):
             side.do_handshake()
+
+
+def _check_name(context: ssl.SSLContext, name: str) -> None:
+    try:
+        context.wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO(), server_hostname=name)
+    except ValueError as exc:
+        raise ConfigError(f"DYN_TCP_TLS_SERVER_NAME={name!r}: is no host name: {exc}") from exc
 
 
 def _check_readable(env: str, path: Path) -> None:
