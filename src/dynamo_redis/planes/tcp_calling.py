@@ -197,6 +197,7 @@ class ClientConnection(Connection):
         self._owner.on_quiet()
 
     def _on_idle(self) -> None:
+        self._stop_idling()
         self._idle_handle = self._loop.call_later(IDLE_CLOSE_S, self.close)
 
     def _stop_idling(self) -> None:

@@ -3,8 +3,8 @@
 Reads land in a buffer shared by the event loop's connections (`wire.decoder`), frames go to `_on_frame`.
 Writes of one turn of the event loop leave in one piece: the first schedules the flush. A connection with
 requests under way is swept several times a keepalive interval: the sweep probes a silent peer, says so of
-one that does not answer, gives up on a dead one, and does each side's slow bookkeeping (acceptance time-outs,
-ACCEPT), so that no request needs a timer of its own.
+one that does not answer, gives up on a dead one and on one that does not come to the end of a frame, and does
+each side's slow bookkeeping (acceptance time-outs, ACCEPT), so that no request needs a timer of its own.
 """
 
 from __future__ import annotations
@@ -69,8 +69,10 @@ class Connection(asyncio.BufferedProtocol):
         "_out_has_raw",
         "_ready",
         "_silent_sweeps",
+        "_stuck_sweeps",
         "_sweep_handle",
         "_sweep_interval_s",
+        "_unfinished",
         "_unsent_bytes",
         "closed",
         "decoder",
@@ -111,6 +113,8 @@ class Connection(asyncio.BufferedProtocol):
         self._life_shown_at = loop.time()
         self._ready = False
         self._silent_sweeps = 0
+        self._stuck_sweeps = 0
+        self._unfinished: tuple[int, int] | None = None
         self._sweep_handle: asyncio.TimerHandle | None = None
         self._sweep_interval_s = keepalive_interval_s / SWEEPS_PER_INTERVAL
         self._unsent_bytes = 0
@@ -141,8 +145,6 @@ class Connection(asyncio.BufferedProtocol):
         self._heard = True
         if self._ready:
             self._dispatch(self.decoder.received(nbytes))
-            if self.decoder.in_raw_payload:
-                self._show_life()
         else:
             self._shake_hands(self.decoder.buffer()[:nbytes])
 
@@ -177,6 +179,13 @@ class Connection(asyncio.BufferedProtocol):
         if self._ready and rest:
             self._dispatch(self.decoder.feed(rest))
 
+    def _on_unfinished(self) -> None:
+        """The input ends within a frame: let the sweep see to it that the rest comes."""
+        if self.decoder.in_raw_payload:
+            self._show_life()
+        if not self.sweeping and not self.closed:
+            self.start_sweeping()
+
     def _show_life(self) -> None:
         """Tell a peer that is busy sending a large payload that it is being read."""
         now = self._loop.time()
@@ -195,6 +204,8 @@ class Connection(asyncio.BufferedProtocol):
         else:
             if self.decoder.error is not None:
                 self.fail(self.decoder.error)
+            elif not self.decoder.is_between_frames:
+                self._on_unfinished()
 
     def _on_connection_frame(self, received: list[Any]) -> bool:
         """Handle the frames that mean the same on both sides. False if it is none of them."""
@@ -278,7 +289,7 @@ class Connection(asyncio.BufferedProtocol):
     # ------------------------------------------------------------------- sweep and keepalive
 
     def start_sweeping(self) -> None:
-        """Sweep regularly from now on, until no stream is left."""
+        """Sweep regularly from now on, until no stream and no incomplete frame is left."""
         self.sweeping = True
         self._heard = True
         if self._sweep_handle is not None:
@@ -288,7 +299,8 @@ class Connection(asyncio.BufferedProtocol):
     def _sweep(self) -> None:
         self.sweeps += 1
         unsent_bytes = self.transport.get_write_buffer_size()
-        if not self.streams and not unsent_bytes:
+        unfinished = self.decoder.unfinished
+        if not self.streams and not unsent_bytes and unfinished is None:
             self.sweeping = False
             self._sweep_handle = None
             self._on_idle()
@@ -298,9 +310,16 @@ class Connection(asyncio.BufferedProtocol):
         self._silent_sweeps = 0 if heard else self._silent_sweeps + 1
         self._heard = False
         self._unsent_bytes = unsent_bytes
-        if self._silent_sweeps >= _DEAD_AT - 1:
+        stuck = unfinished is not None and unfinished == self._unfinished and not self.paused
+        self._stuck_sweeps = self._stuck_sweeps + 1 if stuck else 0
+        self._unfinished = unfinished
+        if self._silent_sweeps >= _DEAD_AT - 1 and (self.streams or not stuck):
             silent_s = self._silent_sweeps * self._sweep_interval_s
             self.fail(ConnectionLost(f"the peer has been silent for {silent_s:.1f} s"))
+            return
+        if self._stuck_sweeps >= _DEAD_AT - 1:
+            stuck_s = self._stuck_sweeps * self._sweep_interval_s
+            self.fail(ProtocolViolation(f"a frame has made no progress for {stuck_s:.1f} s"))
             return
         if self._silent_sweeps == self.PING_AT:
             self.send(frame.encode_ping(self.sweeps))

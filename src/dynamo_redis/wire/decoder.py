@@ -26,6 +26,10 @@ _ENCODINGS: Final = tuple(map(int, Encoding))
 _NOTHING: Final = memoryview(b"")
 _MAX_ANNOUNCED_BYTES: Final = 2**32
 _MAX_SPARE_COUNT: Final = 4
+_NOWHERE: Final = -1
+
+STEP_BYTES: Final = 16 * 1024
+"""What counts as progress of a frame or payload that comes in pieces."""
 
 
 class Unusable:
@@ -114,6 +118,7 @@ class FrameDecoder:
         "_raw",
         "_skip_bytes",
         "_start",
+        "_unfinished_count",
         "_unpacker",
         "error",
     )
@@ -126,7 +131,20 @@ class FrameDecoder:
         self._end = 0  # where the bytes fed to it end
         self._raw: _RawPayload | None = None
         self._skip_bytes = 0
+        self._unfinished_count = 0
         self.error: ProtocolViolation | None = None
+
+    @property
+    def unfinished(self) -> tuple[int, int] | None:
+        """The number of the frame under way and the steps of `STEP_BYTES` it has come; None between frames.
+
+        The same at two moments: not one step was made in between.
+        """
+        if self._unpacker is not None:
+            return self._unfinished_count, (self._end - self._start) // STEP_BYTES
+        if self._raw is not None:
+            return self._unfinished_count, self._raw.received_bytes // STEP_BYTES
+        return (self._unfinished_count, self._skip_bytes // STEP_BYTES) if self._skip_bytes else None
 
     @property
     def is_between_frames(self) -> bool:
@@ -195,10 +213,12 @@ class FrameDecoder:
         unpacker = self._unpacker
         if unpacker is None:
             unpacker = self._unpacker = self._buffers.take()
-            self._start = self._end = unpacker.tell()
+            self._start = _NOWHERE
+            offset = self._end = unpacker.tell()
+        else:
+            offset = self._start
         unpacker.feed(data)
         self._end = end = self._end + len(data)
-        offset = self._start
         unpack_one, tell = unpacker.unpack, unpacker.tell
         try:
             while offset != end:
@@ -214,7 +234,9 @@ class FrameDecoder:
         except msgpack.OutOfData:
             if end - offset > MAX_FRAME_BYTES:
                 raise ProtocolViolation(f"a frame is over the limit of {MAX_FRAME_BYTES} bytes") from None
-            self._start = offset
+            if offset != self._start:  # not the one that was incomplete before
+                self._start = offset
+                self._unfinished_count += 1
             return
         self._unpacker = None
         self._buffers.give(unpacker)
@@ -230,9 +252,11 @@ class FrameDecoder:
         if size_bytes > self._max_payload_bytes:
             error = PayloadTooLarge(size_bytes=size_bytes, limit_bytes=self._max_payload_bytes)
             frames.append([*frame, Unusable(error)])
+            self._unfinished_count += 1
             self._skip_bytes = size_bytes - len(unpacker.read_bytes(size_bytes))
             return
         raw = _RawPayload(frame, size_bytes, encoding)
+        self._unfinished_count += 1
         raw.append(unpacker.read_bytes(size_bytes))
         if raw.received_bytes == size_bytes:
             frames.append(raw.finish())
