@@ -35,7 +35,7 @@ def rival_python(name: str, *requirements: str) -> str:
     done = directory / ".installed"
     if not done.exists():
         print(f"installing {', '.join(requirements)} into {directory.name} …", flush=True)
-        venv.create(directory, with_pip=True)
+        venv.create(directory, with_pip=True, clear=True)  # one whose installation was cut short included
         subprocess.run([python, "-m", "pip", "install", "--quiet", *requirements], check=True)
         done.touch()
     return str(python)
@@ -84,6 +84,11 @@ class Driver:
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
 
+    @property
+    def pid(self) -> int:
+        """The process's id."""
+        return self._process.pid
+
     def say(self, line: str = "") -> None:
         """Send a line."""
         assert self._process.stdin is not None
@@ -100,11 +105,14 @@ class Driver:
 
 
 @contextmanager
-def driver(python: str, module: str, *arguments: str) -> Iterator[Driver]:
+def driver(
+    python: str, module: str, *arguments: str, environment: Mapping[str, str] | None = None
+) -> Iterator[Driver]:
     """A driver, run by one of the interpreters, until the block ends."""
     command = [python, "-m", f"benchmarks.rivals.{module}", *arguments]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with running(command, {"DYN_LOG": "error"}, cwd=REPOSITORY, **pipes) as process:
+    variables = {"DYN_LOG": "error", **(environment or {})}
+    with running(command, variables, cwd=REPOSITORY, **pipes) as process:
         yield Driver(process)
 
 
@@ -175,10 +183,10 @@ def echo_side(python: str, module: str, environment: Mapping[str, str]) -> Itera
 
 
 @contextmanager
-def dynamo_side() -> Iterator[EchoSide]:
-    """The rival: Dynamo's own Python runtime, tcp plane, discovery through files."""
+def dynamo_environment() -> Iterator[dict[str, str]]:
+    """Dynamo's own runtime on its tcp plane, with discovery through files that go with the block."""
     with tempfile.TemporaryDirectory() as directory:
-        environment = {
+        yield {
             "DYN_DISCOVERY_BACKEND": "file",
             "DYN_FILE_KV": directory,
             "DYN_REQUEST_PLANE": "tcp",
@@ -186,8 +194,14 @@ def dynamo_side() -> Iterator[EchoSide]:
             "DYN_LOG": "off",
             "DYNAMO_SKIP_PYTHON_LOG_INIT": "1",
         }
-        with echo_side(rival_python("dynamo", DYNAMO), "dynamo.runtime", environment) as side:
-            yield side
+
+
+@contextmanager
+def dynamo_side() -> Iterator[EchoSide]:
+    """The rival: Dynamo's own Python runtime, tcp plane, discovery through files."""
+    python = rival_python("dynamo", DYNAMO)
+    with dynamo_environment() as environment, echo_side(python, "dynamo.runtime", environment) as side:
+        yield side
 
 
 @contextmanager

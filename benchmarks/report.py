@@ -78,9 +78,14 @@ class Measured:
         return cls(figures if len(figures) > 1 else figures[0], None, None, len(ours[0]))
 
     @classmethod
-    def against(cls, ours: Sequence[float], rival: Sequence[float]) -> Self:
-        """Rounds of both sides, which took turns: the ratio is the median of those of the rounds."""
-        ratio = median(one / other for one, other in zip(ours, rival, strict=True))
+    def against(cls, ours: Sequence[float], rival: Sequence[float], *, costs: bool = False) -> Self:
+        """Rounds of both sides, which took turns: the ratio is the median of those of the rounds.
+
+        It is ours by the rival's, and the rival's by ours where the figures are `costs`, of which less is
+        better.
+        """
+        pairs = zip(rival, ours, strict=True) if costs else zip(ours, rival, strict=True)
+        ratio = median(one / other for one, other in pairs)
         return cls(median(ours), median(rival), ratio, len(ours))
 
 
