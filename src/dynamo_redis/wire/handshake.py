@@ -127,7 +127,7 @@ class ClientHandshake:
         if fields is None:
             return b"", rest
         if len(fields) == 4 and fields[:2] == [MAGIC, 0]:
-            raise plane_error(str(fields[2]), str(fields[3]))
+            raise _refused(fields[2], fields[3])
         server = _parse_hello(fields[:-1])
         if server.version != VERSION:
             raise ProtocolViolation(f"the server wants protocol version {server.version}, this side speaks 1")
@@ -186,6 +186,13 @@ def _check(theirs: object, expected: bytes) -> None:
         raise AuthenticationFailed("the peer did not prove that it knows the instance's secret")
 
 
+def _refused(code: object, message: object) -> PlaneError:
+    """The error that a server refused with. It has proved nothing: what it says may end up in a log."""
+    if type(code) is not str or type(message) is not str:
+        return ProtocolViolation("a malformed refusal")
+    return plane_error(*("".join(c if c.isprintable() else "?" for c in text) for text in (code, message)))
+
+
 def _message(fields: list[Any]) -> bytes:
     body = pack(fields)
     return _LENGTH.pack(len(body)) + body
@@ -194,7 +201,7 @@ def _message(fields: list[Any]) -> bytes:
 def _fields(body: bytes) -> list[Any]:
     try:
         fields = unpack(body)
-    except ValueError as exc:
+    except (ValueError, TypeError) as exc:  # TypeError: a map whose key is an array
         raise ProtocolViolation("the peer does not speak this protocol") from exc
     if type(fields) is not list:
         raise ProtocolViolation("the peer does not speak this protocol")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from dynamo_redis.errors import AuthenticationFailed, PlaneError, ProtocolViolation
 from dynamo_redis.wire.codec import pack
 from dynamo_redis.wire.handshake import (
+    MAX_MESSAGE_BYTES,
     ClientHandshake,
     Hello,
     MessageReader,
@@ -120,6 +122,117 @@ def test_the_proof_covers_what_both_sides_said(change: dict[str, Any], role: Any
     assert changed == (not (whose == 0 and "instance_id" in change))  # compared outright, on the server
 
 
+def changes(message: bytes) -> Iterator[bytes]:
+    """The message with each single byte changed to each other value."""
+    for index, byte in enumerate(message):
+        for value in range(256):
+            if value != byte:
+                yield message[:index] + bytes((value,)) + message[index + 1 :]
+
+
+def test_no_changed_byte_of_the_clients_hello_is_accepted() -> None:
+    caller, waiting_count = client(), 0
+    for changed in changes(caller.begin()):
+        answer = b""
+        with suppress(PlaneError):
+            answer, _ = server().feed(view(changed))
+            waiting_count += not answer
+        if (
+            answer
+        ):  # the server takes it for somebody else's: its proof is about other words than the client's
+            with pytest.raises((AuthenticationFailed, ProtocolViolation)):
+                again(caller).feed(view(answer))
+    assert 0 < waiting_count < MAX_MESSAGE_BYTES, "a length that lies in wait for more, until the time-out"
+
+
+def test_no_changed_byte_of_the_servers_hello_is_accepted() -> None:
+    caller = client()
+    answer, _ = server().feed(view(caller.begin()))
+    for changed in changes(answer):
+        made = again(caller)
+        with suppress(PlaneError):
+            assert made.feed(view(changed))[0] == b""
+        assert made.server is None
+
+
+def test_no_changed_byte_of_the_proof_is_accepted() -> None:
+    caller, called = client(), server()
+    answer, _ = called.feed(view(caller.begin()))
+    last, _ = caller.feed(view(answer))
+    for changed in changes(last):
+        made = ServerHandshake(SECRET, 50, 7)
+        made.server, made.client = called.server, called.client
+        with suppress(PlaneError):
+            made.feed(view(changed + b"frames"))
+        assert not made.done
+
+
+def again(caller: ClientHandshake) -> ClientHandshake:
+    """One that has said the same and heard nothing yet."""
+    made = client()
+    made.client = caller.client
+    return made
+
+
+def test_a_proof_sent_back_to_the_client_proves_nothing() -> None:
+    """Who knows no secret answers with the client's own words, and with what another server said."""
+    a = client()
+    hello, _ = MessageReader().feed(view(a.begin()))
+    answer, _ = server().feed(view(client().begin()))
+    fields, _ = MessageReader().feed(view(answer))
+    assert hello is not None
+    assert fields is not None
+    mine = proof("client", SECRET, a.client, a.client)
+    for stolen in (fields[-1], mine, b""):
+        with pytest.raises(AuthenticationFailed):
+            again(a).feed(view(_message([*hello, stolen])))
+
+
+@pytest.mark.parametrize("size", [MAX_MESSAGE_BYTES + 1, 0xFFFF, 0])
+@pytest.mark.parametrize("side", [client, server])
+def test_a_length_over_the_limit_is_refused_before_its_bytes(side: Any, size: int) -> None:
+    with pytest.raises(ProtocolViolation):
+        side().feed(view(size.to_bytes(2, "big") + b"x"))
+
+
+def test_no_more_is_kept_than_one_message() -> None:
+    reader = MessageReader()
+    whole = _message([bytes(MAX_MESSAGE_BYTES - 10)])
+    for byte in whole[:-1]:
+        assert reader.feed(view(bytes((byte,))))[0] is None
+    assert len(reader._data) == len(whole) - 1
+    fields, rest = reader.feed(view(whole[-1:] + bytes(100_000)))
+    assert fields == [bytes(MAX_MESSAGE_BYTES - 10)]
+    assert len(rest) == 100_000
+    assert not reader._data
+
+
+def feed_in_two(side: ClientHandshake | ServerHandshake, data: bytes, cut: int) -> tuple[bytes, bytes]:
+    """What the side answers in all, and what it leaves of the second part."""
+    first, rest = side.feed(view(data[:cut]))
+    assert not rest
+    second, rest = side.feed(view(data[cut:]))
+    return first + second, bytes(rest)
+
+
+def test_a_handshake_split_at_every_byte() -> None:
+    hello = client().begin()
+    answer, _ = server().feed(view(hello))
+    for cut in range(1, len(hello)):
+        a, b = client(), server()
+        answer, _ = feed_in_two(b, a.begin(), cut)
+        last, _ = a.feed(view(answer))
+        b.feed(view(last))
+        assert b.done
+    for cut in range(1, len(answer)):
+        a, b = client(), server()
+        answer, _ = b.feed(view(a.begin()))
+        last, _ = feed_in_two(a, answer, cut)
+        assert a.server is not None
+        assert feed_in_two(b, last + b"frames", min(cut, len(last) - 1)) == (b"", b"frames")
+        assert b.done
+
+
 def test_another_instance() -> None:
     with pytest.raises(AuthenticationFailed, match="another instance"):
         server(instance_id=8).feed(view(client().begin()))
@@ -128,6 +241,33 @@ def test_another_instance() -> None:
 def test_a_refusal_reaches_the_client_as_the_error_it_is() -> None:
     with pytest.raises(AuthenticationFailed, match="go away"):
         client().feed(view(refusal(AuthenticationFailed("go away"))))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        ["DYNR", 0, ["overloaded"], "x"],
+        ["DYNR", 0, "overloaded", None],
+        ["DYNR", 0, 5, b"x"],
+        ["DYNR", 0, [[[]]] * 300, {}],
+    ],
+)
+def test_a_malformed_refusal(fields: Any) -> None:
+    with pytest.raises(ProtocolViolation, match="malformed refusal"):
+        client().feed(view(_message(fields)))
+
+
+def test_a_deeply_nested_refusal_and_a_key_that_is_an_array() -> None:
+    deep = b"\x91" * 900 + b"\xc0"
+    for body in (b"\x94\xa4DYNR\x00" + deep + b"\xa0", b"\x81\x90\xc0", deep):
+        with pytest.raises(ProtocolViolation):
+            client().feed(view(len(body).to_bytes(2, "big") + body))
+
+
+def test_a_refusal_cannot_write_lines_of_its_own_into_a_log() -> None:
+    with pytest.raises(AuthenticationFailed) as caught:
+        client().feed(view(refusal(AuthenticationFailed("no\n2026 ERROR all is lost \x1b[31m"))))
+    assert str(caught.value) == "no?2026 ERROR all is lost ?[31m"
 
 
 def test_a_newer_client_is_answered_with_the_version_both_speak() -> None:
