@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Final, Protocol
 from dynamo_redis.config import PlaneSettings
 from dynamo_redis.errors import Draining, NotAccepted, PlaneError, ProtocolViolation, plane_error
 from dynamo_redis.planes.base import Target
-from dynamo_redis.planes.tcp_connection import Connection
+from dynamo_redis.planes.tcp_connection import WRITE_HIGH_WATER_BYTES, Connection
 from dynamo_redis.planes.tcp_stream import TcpResponseStream
 from dynamo_redis.wire import frame
 from dynamo_redis.wire.decoder import ReadBuffers
@@ -19,6 +19,8 @@ from dynamo_redis.wire.session import CLIENT_STEPS, ClientStream
 
 IDLE_CLOSE_S: Final = 90.0
 """How long a connection without requests stays open."""
+LARGE_BYTES: Final = WRITE_HIGH_WATER_BYTES
+"""A payload over this keeps a connection busy by itself."""
 
 _ANSWERED, _CLOSED = ClientStream.ANSWERED, ClientStream.CLOSED
 
@@ -32,6 +34,10 @@ class Owner(Protocol):
 
     def on_draining(self, error: Draining) -> None:
         """The instance takes no more requests."""
+        ...
+
+    def on_large_answer(self, subject: str) -> None:
+        """An endpoint answers a small request with a large item."""
         ...
 
     def on_quiet(self) -> None:
@@ -73,9 +79,16 @@ class ClientConnection(Connection):
         self.usable = False
         """Whether new streams may start here: from the handshake until the server drains, the stream ids
         are used up, or the connection ends."""
+        self.receives_large = False
+        """Whether more than `LARGE_BYTES` of a payload are still to come, before any other answer."""
         self.shaken: asyncio.Future[None] = loop.create_future()
 
     # ------------------------------------------------------------------- requests
+
+    @property
+    def unsent_bytes(self) -> int:
+        """What has been written here and not been taken by the socket."""
+        return self.transport.get_write_buffer_size() + sum(map(len, self._out))
 
     def begin(self, stream: TcpResponseStream) -> None:
         """Send the stream's request."""
@@ -119,6 +132,7 @@ class ClientConnection(Connection):
         if server is not None:
             self._ready = self.usable = True
             self.peer_window_count = server.window_count
+            self._on_idle()
             if not self.shaken.done():
                 self.shaken.set_result(None)
         return rest
@@ -126,7 +140,16 @@ class ClientConnection(Connection):
     def _on_handshake_failed(self, error: PlaneError) -> None:
         self.fail(error)
 
+    def _show_life(self) -> None:
+        super()._show_life()
+        self.receives_large = self.decoder.missing_bytes > LARGE_BYTES
+        if self.receives_large:
+            stream = self.streams.get(self.decoder.raw_stream_id)
+            if stream is not None and stream.payload_bytes <= LARGE_BYTES:
+                self._owner.on_large_answer(stream.subject)
+
     def _on_frames(self, frames: list[list[Any]]) -> None:
+        self.receives_large = False
         streams = self.streams
         for received in frames:
             stream = streams.get(received[1])

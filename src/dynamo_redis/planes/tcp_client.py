@@ -12,6 +12,7 @@ from dynamo_redis.planes.base import Target
 from dynamo_redis.planes.context import Context
 from dynamo_redis.planes.tcp_pool import Pool
 from dynamo_redis.planes.tcp_stream import TcpResponseStream
+from dynamo_redis.planes.tls import make_tls
 from dynamo_redis.wire.decoder import ReadBuffers
 
 _PoolKey = tuple[str, int, bytes | None]
@@ -21,8 +22,9 @@ class TcpClient:
     """Implements `RequestPlaneClient`. Use it on the event loop that first opens a request."""
 
     def __init__(self, settings: PlaneSettings, on_quiet: Callable[[Target], None] | None = None) -> None:
-        """`on_quiet`: see `select.make_client`."""
+        """`on_quiet`: see `select.make_client`. Raises ConfigError for TLS files that cannot be used."""
         self._settings = settings
+        self._tls = make_tls(settings, "client")
         self._window_count = settings.channel_buffer_count
         self._max_message_bytes = settings.max_message_bytes
         self._on_quiet = on_quiet or _ignore
@@ -83,6 +85,7 @@ class TcpClient:
         pool = Pool(
             target,
             self._settings,
+            self._tls,
             asyncio.get_running_loop(),
             self._buffers,
             self._on_empty,

@@ -1,25 +1,46 @@
 """The connections to one instance, shared by the requests that go there.
 
-Requests share connections: one is enough for an instance until its socket takes no more, then another is
-opened beside it, up to `DYN_TCP_POOL_SIZE`. A request never waits for a connection while there is one. A
-pool without any parks its requests, which are bounded by the connect time-out, their deadlines and their
-callers. When an instance neither answers a PING nor lets itself be dialled for `QUIET_AT` sweeps, the pool
-says so, and goes on waiting.
+One connection carries all small requests: more of them cost CPU and gain nothing. What it does not carry well
+is a large payload beside small ones, which wait behind it. So large requests, and requests of endpoints that
+were seen to answer small ones with large items, go to a connection of their own, and a small request passes
+over a connection that is busy with a large payload. Where all are busy another is opened, up to
+`DYN_TCP_POOL_SIZE`. Earlier connections are preferred, so later ones become idle, and close, when the load
+falls.
+
+A request never waits for a connection while there is one. A pool without any parks its requests, which are
+bounded by the connect time-out, their deadlines and their callers. After a dial that failed the next waits
+for a random time, so that the callers of a worker that comes back do not come in step; a probe does not wait,
+it has pauses of its own. When an instance neither answers a PING nor lets itself be dialled for `QUIET_AT`
+sweeps, the pool says so, and goes on waiting.
+
+Two queues can form here: parked requests, and bytes that a connection's socket does not take. Neither grows
+over `MAX_QUEUED_MESSAGES` of the largest size, the first not over `MAX_PARKED_COUNT` either: what comes then
+ends as Overloaded.
 """
 
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Callable
+from typing import Final
 
 from dynamo_redis.config import PlaneSettings
-from dynamo_redis.errors import CannotConnect, ConnectionLost, Draining, PlaneError
-from dynamo_redis.planes.address import parse_address
+from dynamo_redis.errors import CannotConnect, ConnectionLost, Draining, Overloaded, PlaneError
 from dynamo_redis.planes.base import Target
-from dynamo_redis.planes.tcp_calling import ClientConnection
+from dynamo_redis.planes.tcp_calling import LARGE_BYTES, ClientConnection
 from dynamo_redis.planes.tcp_connection import QUIET_AT, SWEEPS_PER_INTERVAL
+from dynamo_redis.planes.tcp_dialing import dial
 from dynamo_redis.planes.tcp_stream import TcpResponseStream
+from dynamo_redis.planes.tls import TlsContext
 from dynamo_redis.wire.decoder import ReadBuffers
+
+MAX_PARKED_COUNT: Final = 4096
+MAX_QUEUED_MESSAGES: Final = 8
+REDIAL_PAUSE_S: Final = (0.05, 0.5)
+"""The longest pause after the first failed dial, which doubles with each, and the longest of all."""
+FAILURES_REMEMBERED_S: Final = 10.0
+"""How long a pool without requests or connections remembers that its dials failed."""
 
 
 class Pool:
@@ -29,6 +50,7 @@ class Pool:
         self,
         target: Target,
         settings: PlaneSettings,
+        tls: TlsContext | None,
         loop: asyncio.AbstractEventLoop,
         buffers: ReadBuffers,
         on_empty: Callable[[Pool], None],
@@ -36,16 +58,24 @@ class Pool:
     ) -> None:
         self.target = target
         self.settings = settings
+        self._tls = tls
         self.loop = loop
         self._on_empty = on_empty
         self._on_quiet = on_quiet
-        self._dial_is_quiet = False
-        self._awaiting: list[asyncio.Future[ClientConnection]] = []
         self._buffers = buffers
         self._connections: list[ClientConnection] = []
-        self._connecting: asyncio.Task[None] | None = None
-        self._parked: dict[TcpResponseStream, None] = {}
+        self._large_answers: set[str] = set()
+        self._parked: dict[TcpResponseStream, int] = {}
+        self._parked_bytes = 0
+        self._max_queued_bytes = MAX_QUEUED_MESSAGES * settings.max_message_bytes
+        self._awaiting: list[asyncio.Future[ClientConnection]] = []
         self._draining: Draining | None = None
+        self._connecting: asyncio.Task[None] | None = None
+        self._dial_is_quiet = False
+        self._failed_dials = 0
+        self._dial_from = 0.0
+        self._dial_timer: asyncio.TimerHandle | None = None
+        self._forget_timer: asyncio.TimerHandle | None = None
 
     def __repr__(self) -> str:
         streams = sum(len(connection.streams) for connection in self._connections)
@@ -64,100 +94,164 @@ class Pool:
         """Connections, those in their handshake included."""
         return len(self._connections)
 
+    # ------------------------------------------------------------------- requests
+
     def begin(self, stream: TcpResponseStream) -> None:
         """Send the stream's request, or park it until there is a connection."""
-        connection = self._pick()
-        if connection is not None:
-            connection.begin(stream)
-        elif self._draining is not None:
-            stream.lose(self._draining)
+        if stream.payload_bytes > LARGE_BYTES or stream.subject in self._large_answers:
+            connection = self._pick_for_large()
         else:
-            self._parked[stream] = None
-            stream.park(self)
-            self._connect()
-            if self._dial_is_quiet:
-                self.loop.call_soon(self._on_quiet, self.target)
+            connection = self._pick()
+        if connection is None:
+            self._park(stream)
+        elif connection.paused and connection.unsent_bytes > self._max_queued_bytes:
+            stream.lose(Overloaded("the connections to the worker take no more"))
+        else:
+            connection.begin(stream)
 
     def remove(self, stream: TcpResponseStream) -> None:
         """Forget a parked stream that has ended."""
-        self._parked.pop(stream, None)
+        self._parked_bytes -= self._parked.pop(stream, 0)
 
     def _pick(self) -> ClientConnection | None:
-        best = None
+        """The first that is not busy with something large; if all are, the least busy, and one is dialled."""
         for connection in self._connections:
-            if connection.usable:
-                if not connection.paused:
-                    return connection
-                if best is None or len(connection.streams) < len(best.streams):
-                    best = connection
-        if best is not None and len(self._connections) < self.settings.pool_size:
-            self._connect()
+            if connection.usable and not connection.paused and not connection.receives_large:
+                return connection
+        usable = self._usable()
+        if usable:
+            self._extend()
+        return min(usable, key=_unsent_bytes, default=None)
+
+    def _pick_for_large(self) -> ClientConnection | None:
+        """Not the first, if there is another; one more is dialled for each `max_message_bytes` unsent."""
+        usable = self._usable()
+        choice = usable[1:] or usable
+        best = min(choice, key=_unsent_bytes, default=None)
+        if best is not None and (choice is usable or best.unsent_bytes > self.settings.max_message_bytes):
+            self._extend()
         return best
 
-    def _connect(self) -> None:
-        if self._connecting is None:
-            self._connecting = self.loop.create_task(self._open_connection())
+    def _usable(self) -> list[ClientConnection]:
+        return [connection for connection in self._connections if connection.usable]
 
-    async def _open_connection(self) -> None:
-        error: PlaneError = ConnectionLost("the client was closed")
+    def _extend(self) -> None:
+        if len(self._connections) < self.settings.pool_size:
+            self._connect()
+
+    def on_large_answer(self, subject: str) -> None:
+        """An endpoint answers small requests with large items."""
+        self._large_answers.add(subject)
+
+    def _park(self, stream: TcpResponseStream) -> None:
+        if self._draining is not None:
+            stream.lose(self._draining)
+            return
+        size_bytes = stream.payload_bytes
+        too_much = self._parked_bytes + size_bytes > self._max_queued_bytes
+        if len(self._parked) >= MAX_PARKED_COUNT or too_much:
+            stream.lose(Overloaded("too many requests wait for a connection to the worker"))
+            return
+        self._parked[stream] = size_bytes
+        self._parked_bytes += size_bytes
+        stream.park(self)
+        self._connect()
+        if self._dial_is_quiet:
+            self.loop.call_soon(self._on_quiet, self.target)
+
+    # ------------------------------------------------------------------- dialling
+
+    def _connect(self, *, at_once: bool = False) -> None:
+        """Dial, unless a dial is under way; after one that failed, wait for the pause or dial `at_once`."""
+        if self._connecting is not None:
+            return
+        now = self.loop.time()
+        give_up_at = now + self.settings.connect_timeout_s
+        if at_once or now >= self._dial_from:
+            self._dial(give_up_at)
+        elif self._dial_timer is None:
+            self._dial_timer = self.loop.call_at(self._dial_from, self._dial_if_wanted, give_up_at)
+
+    def _dial_if_wanted(self, give_up_at: float) -> None:
+        self._dial_timer = None
+        if self._parked or self._connections:
+            self._dial(give_up_at)
+
+    def _dial(self, give_up_at: float) -> None:
+        self._stop_dial_timer()
+        self._connecting = self.loop.create_task(self._open_connection(give_up_at))
+
+    async def _open_connection(self, give_up_at: float) -> None:
+        quiet_after_s = self.settings.keepalive_interval_s * QUIET_AT / SWEEPS_PER_INTERVAL
+        quiet_timer = self.loop.call_later(quiet_after_s, self._note_quiet_dial)
         connection: ClientConnection | None = None
+        error: PlaneError = ConnectionLost("the client was closed")
         try:
-            connection = await self._dial()
+            connection = await dial(
+                self.target.address, self._tls, self._new_connection, self._connections.append, give_up_at
+            )
             error = connection.error or self._draining or ConnectionLost("the connection broke")
+            self._forget_failures()
         except PlaneError as exc:
             error = exc
+            self._note_failed_dial()
         finally:
+            quiet_timer.cancel()
+            self._dial_is_quiet = False
             self._connecting = None
-            parked, self._parked = self._parked, {}
-            awaiting, self._awaiting = self._awaiting, []
-            if connection is not None and not connection.usable:
-                connection = None
-            for stream in parked:
-                if connection is not None:
-                    connection.begin(stream)
-                else:
-                    stream.lose(error)
-            for connected in awaiting:
-                if connected.done():
-                    continue
-                if connection is not None:
-                    connected.set_result(connection)
-                else:
-                    connected.set_exception(error)
+            usable = connection is not None and connection.usable
+            self._release(connection if usable else None, error)
             self._discard_if_empty()
 
-    async def _dial(self) -> ClientConnection:
-        """A connection whose handshake is done. Raises CannotConnect, AuthenticationFailed, …"""
-        address, timeout_s = self.target.address, self.settings.connect_timeout_s
-        connection: ClientConnection | None = None
-        quiet_after_s = self.settings.keepalive_interval_s * QUIET_AT / SWEEPS_PER_INTERVAL
-        quiet_handle = self.loop.call_later(quiet_after_s, self._note_quiet_dial)
-        try:
-            host, port = parse_address(address)
-            async with asyncio.timeout(timeout_s):
-                _, connection = await self.loop.create_connection(
-                    lambda: ClientConnection(self, self.target, self.settings, self.loop, self._buffers),
-                    host,
-                    port,
-                )
-                self._connections.append(connection)
-                await connection.shaken
-            return connection
-        except TimeoutError:
-            self._abandon(connection)
-            raise CannotConnect(f"no answer from {address} in {timeout_s} s") from None
-        except (OSError, ValueError, ConnectionLost) as exc:
-            raise CannotConnect(f"cannot connect to {address}: {exc}") from exc
-        except asyncio.CancelledError:
-            self._abandon(connection)
-            raise
-        finally:
-            quiet_handle.cancel()
-            self._dial_is_quiet = False
+    def _new_connection(self) -> ClientConnection:
+        return ClientConnection(self, self.target, self.settings, self.loop, self._buffers)
 
-    def _abandon(self, connection: ClientConnection | None) -> None:
-        if connection is not None:
-            connection.fail(ConnectionLost("the handshake was given up"))
+    def _release(self, connection: ClientConnection | None, error: PlaneError) -> None:
+        """The dial is over: what waited for it begins, or ends."""
+        parked, self._parked = self._parked, {}
+        self._parked_bytes = 0
+        awaiting, self._awaiting = self._awaiting, []
+        for stream in parked:
+            if connection is not None:
+                connection.begin(stream)
+            else:
+                stream.lose(error)
+        for connected in awaiting:
+            if connected.done():
+                continue
+            if connection is not None:
+                connected.set_result(connection)
+            else:
+                connected.set_exception(error)
+
+    def _note_failed_dial(self) -> None:
+        least_s, most_s = REDIAL_PAUSE_S
+        longest_s = min(least_s * 2.0 ** min(self._failed_dials, 16), most_s)
+        self._failed_dials += 1
+        self._dial_from = self.loop.time() + random.uniform(0, longest_s)  # noqa: S311 - jitter
+        self._stop_forget_timer()
+        self._forget_timer = self.loop.call_later(FAILURES_REMEMBERED_S, self._forget_and_discard)
+
+    def _forget_failures(self) -> None:
+        self._failed_dials = 0
+        self._dial_from = 0.0
+        self._stop_forget_timer()
+
+    def _forget_and_discard(self) -> None:
+        self._forget_failures()
+        self._discard_if_empty()
+
+    def _stop_dial_timer(self) -> None:
+        if self._dial_timer is not None:
+            self._dial_timer.cancel()
+            self._dial_timer = None
+
+    def _stop_forget_timer(self) -> None:
+        if self._forget_timer is not None:
+            self._forget_timer.cancel()
+            self._forget_timer = None
+
+    # ------------------------------------------------------------------- probes
 
     async def ping(self, timeout_s: float) -> None:
         """Wait until the instance has answered a PING. Raises PlaneError."""
@@ -177,8 +271,10 @@ class Pool:
             raise self._draining
         connected: asyncio.Future[ClientConnection] = self.loop.create_future()
         self._awaiting.append(connected)
-        self._connect()
+        self._connect(at_once=True)
         return await connected
+
+    # ------------------------------------------------------------------- what connections say (Owner)
 
     def _note_quiet_dial(self) -> None:
         self._dial_is_quiet = True
@@ -198,8 +294,10 @@ class Pool:
             self._connections.remove(connection)
         self._discard_if_empty()
 
+    # ------------------------------------------------------------------- the end
+
     def _discard_if_empty(self) -> None:
-        if not self._connections and not self._parked and self._connecting is None:
+        if not (self._connections or self._parked or self._connecting or self._failed_dials):
             self._on_empty(self)
 
     def end(self, error: PlaneError, subject: str | None = None) -> None:
@@ -213,6 +311,9 @@ class Pool:
                     stream.fail(error)
             if not connection.streams:
                 connection.close()
+        if not self._parked:
+            self._stop_dial_timer()
+            self._forget_and_discard()
 
     async def aclose(self) -> None:
         """Close everything. Requests under way end with ConnectionLost."""
@@ -221,3 +322,7 @@ class Pool:
             connecting.cancel()
             await asyncio.wait([connecting])
         self.end(ConnectionLost("the client was closed"))
+
+
+def _unsent_bytes(connection: ClientConnection) -> int:
+    return connection.unsent_bytes

@@ -78,6 +78,12 @@ class _RawPayload:
         self.size_bytes = size_bytes
         self.received_bytes = 0
 
+    @property
+    def stream_id(self) -> int:
+        """The stream that the header names; 0 if that is none."""
+        stream_id = self._frame[1]
+        return stream_id if type(stream_id) is int else 0
+
     def buffer(self) -> memoryview:
         """Where the missing bytes go."""
         return self._view[self.received_bytes :]
@@ -155,6 +161,17 @@ class FrameDecoder:
     def in_raw_payload(self) -> bool:
         """Whether the rest of a large payload is still to come."""
         return self._raw is not None or self._skip_bytes > 0
+
+    @property
+    def missing_bytes(self) -> int:
+        """How much of a large payload is still to come."""
+        raw = self._raw
+        return self._skip_bytes if raw is None else raw.size_bytes - raw.received_bytes
+
+    @property
+    def raw_stream_id(self) -> int:
+        """The stream whose large payload is partly here; 0 without one, or where it is skipped."""
+        return 0 if self._raw is None else self._raw.stream_id
 
     def buffer(self) -> memoryview:
         """Where the next read goes."""

@@ -1,0 +1,189 @@
+"""The door of a worker: the listening sockets, and the sockets of the connections that come in.
+
+The event loops' own servers are not used. At the process's limit of open files asyncio's logs each pending
+connection each second and uvloop's closes callers without a word; and both take in a whole flood in one turn,
+while the answers to those who are connected wait. Here a turn takes in `ACCEPTS_A_TURN`, the rest stays in
+the kernel's backlog: 4,096 connections, or what `net.core.somaxconn` allows. Past that the kernel drops the
+SYN, and the caller's kernel repeats it after a second.
+
+At the limit of open files a caller is told that the worker is overloaded, by means of a file kept in reserve.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+import resource
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Final
+
+from dynamo_redis.errors import Overloaded, PlaneError
+from dynamo_redis.wire.handshake import refusal
+
+BACKLOG: Final = 4096
+ACCEPTS_A_TURN: Final = 64
+
+_NO_FILES: Final = (errno.EMFILE, errno.ENFILE)
+_PAUSE_S: Final = 0.1
+_LOG_PAUSE_S: Final = 10.0
+_RESERVED_FILES: Final = 64
+"""What a process needs beside its server's connections: libraries, Redis, logs, connections of its own."""
+
+_log = logging.getLogger(__name__)
+
+
+class Listener:
+    """Listens until `close`. It owns a timer while the system refuses it sockets."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        sockets: list[socket.socket],
+        on_socket: Callable[[socket.socket], None],
+    ) -> None:
+        """`on_socket` gets each connection's socket, non-blocking, and must not raise; see `open`."""
+        self._loop = loop
+        self._sockets = sockets
+        self._on_socket = on_socket
+        self._paused: dict[socket.socket, asyncio.TimerHandle] = {}
+        self._reserve = _spare_file()
+        self._shed_count = 0
+        self._log_at = 0.0
+        for listening in sockets:
+            loop.add_reader(listening, self._accept, listening)
+
+    @classmethod
+    async def open(
+        cls,
+        loop: asyncio.AbstractEventLoop,
+        host: str,
+        port: int,
+        on_socket: Callable[[socket.socket], None],
+    ) -> Listener:
+        """Listen on every address of the host, on one port; 0 takes a free one. Raises OSError."""
+        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        sockets: list[socket.socket] = []
+        try:
+            for family, _, _, _, address in dict.fromkeys(found):
+                listening = socket.socket(family, socket.SOCK_STREAM)
+                sockets.append(listening)
+                _listen(listening, (address[0], port, *address[2:]))
+                port = listening.getsockname()[1]
+        except OSError:
+            for listening in sockets:
+                listening.close()
+            raise
+        return cls(loop, sockets, on_socket)
+
+    @property
+    def port(self) -> int:
+        """The port that all its sockets listen on."""
+        return int(self._sockets[0].getsockname()[1])
+
+    def close(self) -> None:
+        """Listen no more. Connections that wait in the backlog are reset. Idempotent."""
+        for listening in self._sockets:
+            if (timer := self._paused.pop(listening, None)) is not None:
+                timer.cancel()
+            else:
+                self._loop.remove_reader(listening)
+            listening.close()
+        self._sockets = []
+        if self._reserve is not None:
+            os.close(self._reserve)
+            self._reserve = None
+
+    def _accept(self, listening: socket.socket) -> None:
+        for _ in range(ACCEPTS_A_TURN):
+            try:
+                sock, _address = listening.accept()
+            except (BlockingIOError, InterruptedError):
+                return
+            except ConnectionAbortedError:  # it was gone before its turn came
+                continue
+            except OSError as exc:
+                if exc.errno not in _NO_FILES or not self._shed(listening):
+                    self._pause(listening, exc)
+                    return
+            else:
+                sock.setblocking(False)
+                self._on_socket(sock)
+                if not self._sockets:  # closed meanwhile
+                    return
+
+    def _shed(self, listening: socket.socket) -> bool:
+        """Turn one connection away. False if even the file in reserve is taken."""
+        if self._reserve is None:
+            return False
+        os.close(self._reserve)
+        try:
+            with suppress(BlockingIOError, ConnectionAbortedError):
+                turn_away(listening.accept()[0], Overloaded("the worker has no file left for a connection"))
+                self._shed_count += 1
+        except OSError:  # another thread was faster
+            return False
+        finally:
+            self._reserve = _spare_file()
+        self._say(f"every file this process may open is in use ({describe_file_limit()})")
+        return True
+
+    def _pause(self, listening: socket.socket, exc: OSError) -> None:
+        self._say(str(exc))
+        self._loop.remove_reader(listening)
+        self._paused[listening] = self._loop.call_later(_PAUSE_S, self._resume, listening)
+
+    def _resume(self, listening: socket.socket) -> None:
+        del self._paused[listening]
+        if self._reserve is None:
+            self._reserve = _spare_file()
+        self._loop.add_reader(listening, self._accept, listening)
+
+    def _say(self, reason: str) -> None:
+        now = self._loop.time()
+        if now >= self._log_at:
+            self._log_at = now + _LOG_PAUSE_S
+            _log.error("connections are refused (%d so far): %s", self._shed_count, reason)
+
+
+def turn_away(sock: socket.socket, error: PlaneError) -> None:
+    """Tell a caller why, and close. Never waits."""
+    with suppress(OSError):
+        sock.setblocking(False)
+        sock.send(refusal(error))
+        sock.shutdown(socket.SHUT_WR)
+        sock.recv(4096)  # what is unread at the close would have the kernel reset the connection
+    sock.close()
+
+
+def connection_limit(wanted_count: int) -> int:
+    """How many connections a server may have open: what is wanted, or what the limit of open files leaves."""
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if files == resource.RLIM_INFINITY:
+        return wanted_count
+    return max(1, min(wanted_count, files - _RESERVED_FILES))
+
+
+def describe_file_limit() -> str:
+    """The limit of open files, and how to raise it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return f"RLIMIT_NOFILE is {soft}; `ulimit -n` raises it, up to {hard}"
+
+
+def _listen(listening: socket.socket, address: tuple[object, ...]) -> None:
+    listening.setblocking(False)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if listening.family == socket.AF_INET6:
+        listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    listening.bind(address)
+    listening.listen(BACKLOG)
+
+
+def _spare_file() -> int | None:
+    try:
+        return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
