@@ -237,6 +237,13 @@ class PlaneSettings(SettingsGroup):
         "Most requests a worker keeps waiting; past that it answers Overloaded.",
         unit="requests",
     )
+    max_payload_in_flight_bytes: Size = setting(
+        "DYN_TCP_MAX_PAYLOAD_BYTES_IN_FLIGHT",
+        ByteSize(1 << 30),
+        "Most bytes of messages over 64 KiB that a process holds: coming in, unread, or of requests under "
+        "way at a worker; past that it answers Overloaded.",
+        unit="bytes",
+    )
     max_connections_count: Annotated[int, Field(ge=1)] = setting(
         "DYN_TCP_MAX_CONNECTIONS", 16384, "Most connections a worker accepts.", unit="connections"
     )

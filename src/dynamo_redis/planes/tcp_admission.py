@@ -4,7 +4,8 @@ At most `DYN_TCP_MAX_IN_FLIGHT` handlers run. Up to `DYN_TCP_MAX_QUEUED` request
 turns, so one that sends thousands delays another's next request by one handler start. When the queue is
 full, a connection that has fewer waiting takes the place of the newest request of the one that has most;
 else the request itself is refused. Both get Overloaded, with a hint that says how long what waits now will
-take at the rate at which requests have been finishing.
+take at the rate at which requests have been finishing. Requests that came as raw payloads are held in the
+plane's budget of bytes until they have ended; the decoder refuses those that do not fit.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dynamo_redis.errors import Overloaded, PlaneError
 from dynamo_redis.planes.fair_queue import FairQueue
 from dynamo_redis.planes.tcp_connection import Connection
 from dynamo_redis.planes.tcp_request import Endpoint, Request
+from dynamo_redis.wire.budget import PayloadBudget
 
 _RETRY_AFTER_S: Final = (0.05, 10.0)
 _UNKNOWN_RETRY_AFTER_S: Final = 1.0
@@ -58,8 +60,10 @@ class AdmissionControl:
     """Implements `tcp_request.Admission`. `loop` is the event loop that the handlers run on."""
 
     __slots__ = (
+        "_budget",
         "_finish_rate",
         "_finished_count",
+        "_large",
         "_max_in_flight_count",
         "_max_queued_count",
         "_running",
@@ -70,10 +74,12 @@ class AdmissionControl:
 
     loop: asyncio.AbstractEventLoop
 
-    def __init__(self, *, max_in_flight_count: int, max_queued_count: int) -> None:
+    def __init__(self, *, max_in_flight_count: int, max_queued_count: int, budget: PayloadBudget) -> None:
+        self._budget = budget
         self._max_in_flight_count = max_in_flight_count
         self._max_queued_count = max_queued_count
         self._running: set[Request] = set()
+        self._large: dict[Request, int] = {}  # their sizes in bytes
         self._waiting: FairQueue[Connection, Request] = FairQueue()
         self._starting = False
         self._finished_count = 0
@@ -102,9 +108,20 @@ class AdmissionControl:
         else:
             self._let_wait(request)
 
+    def admit_large(self, request: Request, size_bytes: int) -> None:
+        """See `tcp_request.Admission.admit_large`. Raises Overloaded."""
+        self._large[request] = size_bytes
+        self._budget.hold(size_bytes)
+        try:
+            self.admit(request)
+        except Overloaded:
+            self._let_go(request)
+            raise
+
     def dequeue(self, request: Request) -> None:
         """See `tcp_request.Admission.dequeue`."""
         if self._waiting.remove(request.connection, request):
+            self._let_go(request)
             request.endpoint.release()
 
     def turn_away(self, endpoints: Collection[Endpoint], error: PlaneError) -> None:
@@ -117,6 +134,8 @@ class AdmissionControl:
         """See `tcp_request.Admission.finished`. The next in turn starts."""
         self._running.discard(request)
         self._finished_count += 1
+        if self._large:
+            self._let_go(request)
         request.endpoint.release()
         if self._waiting.size and not self._starting:
             self._start_waiting()
@@ -144,6 +163,10 @@ class AdmissionControl:
             newest.abort(error)  # it leaves by `dequeue`
         request.endpoint.active_count += 1
         waiting.push(request.connection, request)
+
+    def _let_go(self, request: Request) -> None:
+        """The request's payload is held no more, if it was a large one."""
+        self._budget.give(self._large.pop(request, 0))
 
     def _start_waiting(self) -> None:
         self._starting = True  # a handler that ends while it starts must not come back here

@@ -29,7 +29,7 @@ class TcpClient:
         self._max_message_bytes = settings.max_message_bytes
         self._on_quiet = on_quiet or _ignore
         self._pools: dict[_PoolKey, Pool] = {}
-        self._buffers = ReadBuffers()
+        self._buffers = ReadBuffers(settings.max_payload_in_flight_bytes)
         self._closed = False
 
     def __repr__(self) -> str:
@@ -44,6 +44,11 @@ class TcpClient:
     def connection_count(self) -> int:
         """Open connections."""
         return sum(pool.connection_count for pool in self._pools.values())
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of large payloads that are held: coming in, or unread."""
+        return self._buffers.budget.held_bytes
 
     def open(
         self,

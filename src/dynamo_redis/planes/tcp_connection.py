@@ -74,6 +74,7 @@ class Connection(asyncio.BufferedProtocol):
         "_sweep_interval_s",
         "_unfinished",
         "_unsent_bytes",
+        "budget",
         "closed",
         "decoder",
         "error",
@@ -127,6 +128,7 @@ class Connection(asyncio.BufferedProtocol):
         self.peer_window_count = 0
         self.max_message_bytes = max_message_bytes
         self.decoder = FrameDecoder(buffers, max_message_bytes)
+        self.budget = buffers.budget
         self.transport: asyncio.Transport
 
     # ------------------------------------------------------------------- what the event loop calls

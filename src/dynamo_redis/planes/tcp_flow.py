@@ -15,6 +15,7 @@ from typing import Any, Final, Self
 
 from dynamo_redis.errors import PayloadTooLarge, ProtocolViolation, RequestCancelled
 from dynamo_redis.planes.tcp_connection import Connection
+from dynamo_redis.wire.budget import PayloadBudget
 from dynamo_redis.wire.codec import MAX_INLINE_BYTES
 from dynamo_redis.wire.frame import (
     encode_credit,
@@ -157,13 +158,20 @@ def check_size(size_bytes: int, limit_bytes: int) -> None:
 
 
 class _Raw:
-    """An item that cost more than one credit, until it is read."""
+    """An item that came as a raw payload, until it is read. As long as it is kept, the budget holds its
+    size: also in a mailbox that nobody reads any more, which tells nobody when it goes."""
 
-    __slots__ = ("cost", "item")
+    __slots__ = ("_budget", "_size_bytes", "cost", "item")
 
-    def __init__(self, item: Any, cost: int) -> None:
+    def __init__(self, item: Any, size_bytes: int, budget: PayloadBudget) -> None:
         self.item = item
-        self.cost = cost
+        self.cost = raw_cost(size_bytes)
+        self._size_bytes = size_bytes
+        self._budget = budget
+        budget.hold(size_bytes)
+
+    def __del__(self) -> None:
+        self._budget.give(self._size_bytes)
 
 
 _NO_ITEMS: Final[deque[Any]] = deque(maxlen=0)
@@ -219,6 +227,8 @@ class Mailbox:
             try:
                 item = await waiter
             except asyncio.CancelledError:
+                if waiter.done() and not waiter.cancelled() and (item := waiter.result()) is not _WAKE_UP:
+                    self._put_back(item)
                 self._on_reader_cancelled()
                 raise
             finally:
@@ -234,6 +244,12 @@ class Mailbox:
             if owed * 2 >= self._window:
                 self._give_credit()
         return item
+
+    def _put_back(self, item: Any) -> None:
+        """The reader was cancelled in the moment in which it was given this item: the next one gets it."""
+        if self._items is _NO_ITEMS:
+            self._items = deque()
+        self._items.appendleft(item)
 
     def _raise_end(self) -> None:
         error, self._error = self._error, None
@@ -264,11 +280,12 @@ class Mailbox:
 
     def deliver_raw(self, item: Any, size_bytes: int) -> None:
         """One item came as a raw payload. Raises ProtocolViolation."""
-        cost = raw_cost(size_bytes)
+        assert self._connection is not None
         if len(self._items) + self._held >= self._limit:
             raise ProtocolViolation("more than the window allows")
-        self._held += cost - 1
-        self.deliver(_Raw(item, cost))
+        raw = _Raw(item, size_bytes, self._connection.budget)
+        self._held += raw.cost - 1
+        self.deliver(raw)
 
     def deliver_batch(self, items: Any) -> None:
         """Several items came. Raises ProtocolViolation."""

@@ -85,6 +85,14 @@ class Admission(Protocol):
         """Start the request, or let it wait. Raises Overloaded."""
         ...
 
+    def admit_large(self, request: Request, size_bytes: int) -> None:
+        """The same for a request that came as a raw payload, which is held until it has ended."""
+        ...
+
+    def retry_after_s(self) -> float:
+        """When a caller that is refused now should come again, in seconds."""
+        ...
+
     def dequeue(self, request: Request) -> None:
         """The request has ended before its handler started."""
         ...

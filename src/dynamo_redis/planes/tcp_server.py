@@ -48,13 +48,15 @@ class TcpServer:
         self._secret = secret
         self._instance_id = instance_id
         self._redis_host = redis_host
-        self._buffers = ReadBuffers()
+        self._buffers = ReadBuffers(settings.max_payload_in_flight_bytes)
         self._listener: asyncio.Server | None = None
         self._address = ""
         self._endpoints: dict[str, Endpoint] = {}
         self._connections: set[ServerConnection] = set()
         self._admission = AdmissionControl(
-            max_in_flight_count=settings.max_in_flight_count, max_queued_count=settings.max_queued_count
+            max_in_flight_count=settings.max_in_flight_count,
+            max_queued_count=settings.max_queued_count,
+            budget=self._buffers.budget,
         )
         self._draining = False
         self._deserted: asyncio.Future[None] | None = None
@@ -85,6 +87,11 @@ class TcpServer:
     def connection_count(self) -> int:
         """Open connections, those in their handshake included."""
         return len(self._connections)
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of large payloads that are held: coming in, unread, or of requests under way."""
+        return self._buffers.budget.held_bytes
 
     # ------------------------------------------------------------------- life
 

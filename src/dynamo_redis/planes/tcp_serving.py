@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any, Final, Protocol
 
-from dynamo_redis.errors import Draining, InvalidRequest, PlaneError, ProtocolViolation
+from dynamo_redis.errors import Draining, InvalidRequest, Overloaded, PlaneError, ProtocolViolation
 from dynamo_redis.planes.context import Context
 from dynamo_redis.planes.tcp_connection import Connection
 from dynamo_redis.planes.tcp_request import Admission, Endpoint, Request, context_of, error_frame
@@ -176,13 +176,16 @@ class ServerConnection(Connection):
         try:
             endpoint = self._service.endpoint(subject)
             if type(message) is Unusable:
-                raise message.error
+                raise self._refused(message.error)
             if streaming and not endpoint.request_stream:
                 raise InvalidRequest("the endpoint takes one message, not a stream of them")
             context = Context() if headers is None else context_of(headers)
             request = Request(self, self._admission, endpoint, stream_id, state, context, message)
             self.streams[stream_id] = request
-            self._admission.admit(request)
+            if received[0] == frame.OPEN:
+                self._admission.admit(request)
+            else:
+                self._admission.admit_large(request, received[5])
             if context.deadline is not None:
                 request.watch_deadline(self._loop)
         except PlaneError as exc:
@@ -191,6 +194,12 @@ class ServerConnection(Connection):
             return
         if not self.sweeping:
             self.start_sweeping()
+
+    def _refused(self, error: PlaneError) -> PlaneError:
+        """The reason why a payload was not taken, with what the caller should know."""
+        if isinstance(error, Overloaded):
+            error.retry_after_s = self._admission.retry_after_s()
+        return error
 
     def _on_stream_frame(self, received: list[Any]) -> None:
         kind, stream_id = received[0], received[1]

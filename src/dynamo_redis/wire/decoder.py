@@ -12,12 +12,14 @@ that is the affair of its stream, not of the connection.
 
 from __future__ import annotations
 
+import sys
 from io import BytesIO
 from typing import Any, Final
 
 import msgpack
 
-from dynamo_redis.errors import InvalidRequest, PayloadTooLarge, PlaneError, ProtocolViolation
+from dynamo_redis.errors import InvalidRequest, Overloaded, PayloadTooLarge, PlaneError, ProtocolViolation
+from dynamo_redis.wire.budget import PayloadBudget
 from dynamo_redis.wire.codec import MAX_FRAME_BYTES, READ_BYTES, new_unpacker, unpack
 from dynamo_redis.wire.frame import DATA_RAW, LAST_RAW, OPEN_RAW, Encoding
 
@@ -42,11 +44,13 @@ class Unusable:
 
 
 class ReadBuffers:
-    """What the connections of one event loop share: the scratch buffer and idle unpackers."""
+    """What the connections of one event loop share: the scratch buffer, idle unpackers, and a budget of
+    bytes for large payloads."""
 
-    __slots__ = ("_spare", "scratch")
+    __slots__ = ("_spare", "budget", "scratch")
 
-    def __init__(self) -> None:
+    def __init__(self, max_payload_in_flight_bytes: int = sys.maxsize) -> None:
+        self.budget = PayloadBudget(max_payload_in_flight_bytes)
         self.scratch = memoryview(bytearray(READ_BYTES))
         self._spare: list[msgpack.Unpacker] = []
 
@@ -205,6 +209,7 @@ class FrameDecoder:
         self._unpacker = None  # it is in the middle of something: not to be shared again
         if self._raw is not None:
             self._raw.release()
+            self._buffers.budget.give(self._raw.size_bytes)
             self._raw = None
 
     def _fail(self, error: ProtocolViolation) -> None:
@@ -223,7 +228,7 @@ class FrameDecoder:
         raw.append(data[:wanted])
         if raw.received_bytes == raw.size_bytes:
             self._raw = None
-            frames.append(raw.finish())
+            frames.append(self._finish_raw(raw))
         return data[wanted:]
 
     def _feed_frames(self, data: memoryview, frames: list[list[Any]]) -> None:
@@ -266,8 +271,8 @@ class FrameDecoder:
         if not 0 <= size_bytes < _MAX_ANNOUNCED_BYTES:
             raise ProtocolViolation(f"a raw payload of {size_bytes} bytes was announced")
         frame = header[:-1]
-        if size_bytes > self._max_payload_bytes:
-            error = PayloadTooLarge(size_bytes=size_bytes, limit_bytes=self._max_payload_bytes)
+        error = self._refusal(size_bytes)
+        if error is not None:
             frames.append([*frame, Unusable(error)])
             self._unfinished_count += 1
             self._skip_bytes = size_bytes - len(unpacker.read_bytes(size_bytes))
@@ -276,6 +281,23 @@ class FrameDecoder:
         self._unfinished_count += 1
         raw.append(unpacker.read_bytes(size_bytes))
         if raw.received_bytes == size_bytes:
-            frames.append(raw.finish())
+            frames.append(self._finish_raw(raw))
         else:
             self._raw = raw
+
+    def _refusal(self, size_bytes: int) -> PlaneError | None:
+        """Why a payload is not taken. If it is, its size has been taken from the budget."""
+        if size_bytes > self._max_payload_bytes:
+            return PayloadTooLarge(size_bytes=size_bytes, limit_bytes=self._max_payload_bytes)
+        budget = self._buffers.budget
+        if budget.take(size_bytes):
+            return None
+        return Overloaded(
+            f"no room for a payload of {size_bytes} bytes beside the {budget.held_bytes} that are held "
+            "(DYN_TCP_MAX_PAYLOAD_BYTES_IN_FLIGHT)"
+        )
+
+    def _finish_raw(self, raw: _RawPayload) -> list[Any]:
+        """The whole frame. Who keeps its payload counts it from here on."""
+        self._buffers.budget.give(raw.size_bytes)
+        return raw.finish()
