@@ -1,0 +1,37 @@
+"""The worker process of `test_rolling_restart.py`: it says that it serves, and leaves on SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import AsyncIterator
+from typing import Any
+
+import uvloop
+
+from dynamo_redis.runtime import DistributedRuntime, dynamo_worker
+
+
+async def generate(request: dict[str, Any]) -> AsyncIterator[Any]:
+    """`count` items, `pause_s` apart, which tell the process and their number; or one of `size_bytes`."""
+    if "size_bytes" in request:
+        yield bytes(request["size_bytes"])
+        return
+    for number in range(request["count"]):
+        if request["pause_s"]:
+            await asyncio.sleep(request["pause_s"])
+        yield os.getpid(), number
+
+
+@dynamo_worker()
+async def main(runtime: DistributedRuntime) -> None:
+    """Serve until told to stop."""
+    await runtime.endpoint(sys.argv[1]).start_serving(generate)
+    sys.stdout.write("serving\n")
+    sys.stdout.flush()
+    await runtime.wait_for_shutdown()
+
+
+if __name__ == "__main__":
+    uvloop.run(main())
