@@ -2,7 +2,7 @@
 
 All sides stand ready and take turns, workload by workload and round by round; see README.md for how each
 row is measured. `--rows P1,P8` measures what these rows need, `--workloads "tick,unary c=64"` and
-`--sides "ours;nats-py"` a part of the matrix and the rows that it holds. What is not measured keeps its
+`--sides ours,nats-py` a part of the matrix and the rows that it holds. What is not measured keeps its
 figures.
 """
 
@@ -29,9 +29,7 @@ from benchmarks import request_matrix
 from benchmarks.processes import REPOSITORY, rival_python
 from benchmarks.report import Measured, Row, report, save
 from benchmarks.request_connections import idle_connections, stopped_readers
-from benchmarks.request_matrix import Cell
-from benchmarks.request_rounds import STAGES, Rounds, cell, measure
-from benchmarks.request_sides import (
+from benchmarks.request_matrix import (
     DYNAMO_PLANE,
     DYNAMO_RUNTIME,
     GRPC,
@@ -39,9 +37,11 @@ from benchmarks.request_sides import (
     OURS,
     OURS_RUNTIME,
     RAW,
-    SIDES,
-    versions,
+    STAGES,
+    Cell,
 )
+from benchmarks.request_rounds import Rounds, cell, measure
+from benchmarks.request_sides import SIDES, versions
 from benchmarks.request_workloads import WORKLOADS
 
 BOUNDS: dict[str, tuple[str, float, float]] = {
@@ -125,7 +125,13 @@ def main() -> None:
     """Run the suite, or a part of it."""
     parser = _parser()
     arguments = parser.parse_args()
-    wanted, rows = _wanted(parser, arguments)
+    wanted, rows = selection(
+        _chosen(parser, arguments.rows and arguments.rows.upper().split(","), BOUNDS),
+        _chosen(parser, arguments.workloads and arguments.workloads.split(","), WORKLOADS),
+        _chosen(parser, arguments.sides and arguments.sides.split(","), SIDES),
+    )
+    if not wanted and not rows:
+        parser.error("nothing is left to measure: no row needs that workload and side")
     logging.getLogger("dynamo_redis").setLevel(logging.ERROR)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes started here end, too
     _allow_many_files()
@@ -139,7 +145,8 @@ def main() -> None:
             measured[name] = ALONE[name](arguments.rounds, arguments.seconds)
         except Exception:
             traceback.print_exc()
-    _show(cells)
+    if cells:
+        _show(cells)
     report("request", [_row(name, measured[name]) for name in BOUNDS if name in measured], conditions)
     _draw()
     print(f"took {(time.monotonic() - began) / 60:.1f} min; load average: {os.getloadavg()[0]:.2f}")
@@ -156,34 +163,43 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=1.2, help="length of a measurement (default 1.2)")
     parser.add_argument("--rows", help=f"ids, with commas: {', '.join(BOUNDS)}")
     parser.add_argument("--workloads", help=f"names, with commas: {workloads}")
-    parser.add_argument("--sides", help=f"names, with semicolons: {sides}")
+    parser.add_argument("--sides", help=f"names, with commas: {sides}")
     return parser
 
 
-def _wanted(
-    parser: argparse.ArgumentParser, arguments: argparse.Namespace
-) -> tuple[set[tuple[str, str]], set[str]]:
-    """The cells to measure, by workload and side, and the rows that come of the run."""
-    rows = _chosen(parser, arguments.rows and arguments.rows.upper().split(","), BOUNDS)
-    workloads = _chosen(parser, arguments.workloads and arguments.workloads.split(","), WORKLOADS)
-    sides = _chosen(parser, arguments.sides and arguments.sides.split(";"), SIDES)
-    cells = {(workload, side) for stage in STAGES for side, names in stage.items() for workload in names}
-    if arguments.rows:
-        cells = {pair for name in rows for pair in (COMPARISONS[name].cells if name in COMPARISONS else ())}
-    cells = {(workload, side) for workload, side in cells if workload in workloads and side in sides}
-    held = {name for name, comparison in COMPARISONS.items() if comparison.cells <= cells}
-    whole = workloads == WORKLOADS.keys() and sides == SIDES.keys()
-    return cells, rows & (held | ALONE.keys() if whole else held)
-
-
-def _chosen(parser: argparse.ArgumentParser, names: list[str] | None, known: Iterable[str]) -> set[str]:
-    """Those named, or all."""
+def _chosen(
+    parser: argparse.ArgumentParser, names: list[str] | None, known: Iterable[str]
+) -> set[str] | None:
+    """Those named; None for all."""
     if names is None:
-        return set(known)
+        return None
     chosen = {name.strip() for name in names}
     if unknown := chosen - set(known):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     return chosen
+
+
+def selection(
+    rows: set[str] | None, workloads: set[str] | None, sides: set[str] | None
+) -> tuple[set[tuple[str, str]], set[str]]:
+    """The cells to measure, as pairs of workload and side, and the rows that come of them.
+
+    `rows` alone take what they need; `workloads` and `sides` narrow that (None: no wish). A row that lacks a
+    cell is left out, and so are those outside the matrix where it has been narrowed.
+    """
+    if rows is None:
+        cells = {(workload, side) for stage in STAGES for side, names in stage.items() for workload in names}
+    else:
+        cells = {pair for name in rows & COMPARISONS.keys() for pair in COMPARISONS[name].cells}
+    cells = {
+        (workload, side)
+        for workload, side in cells
+        if (workloads is None or workload in workloads) and (sides is None or side in sides)
+    }
+    held = {name for name, comparison in COMPARISONS.items() if comparison.cells <= cells}
+    if workloads is None and sides is None:
+        held |= ALONE.keys()
+    return cells, held if rows is None else held & rows
 
 
 def _matrix(

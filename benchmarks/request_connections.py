@@ -92,26 +92,25 @@ def _readers(address: str, rounds: int, seconds: float) -> tuple[list[float], li
 
 
 async def _read(address: str, rounds: int, seconds: float) -> tuple[list[float], list[float]]:
-    """The rounds of both, in turn, and in the other order each time."""
+    """The rounds of both: each has both in both orders, in quick succession."""
     client = make_client(PlaneSettings.load())
     peer = PlanePeer(client, address)
     await _items_per_s(peer, seconds / 4)
     beside: list[float] = []
     alone: list[float] = []
 
-    async def among_stopped() -> None:
+    async def among_stopped() -> float:
         stopped = [await _stopped(client, address) for _ in range(STOPPED)]
-        beside.append(await _items_per_s(peer, seconds))
-        for stream in stopped:
-            await stream.aclose()
-
-    async def by_themselves() -> None:
-        alone.append(await _items_per_s(peer, seconds))
+        try:
+            return await _items_per_s(peer, seconds / 2)
+        finally:
+            for stream in stopped:
+                await stream.aclose()
 
     for number in range(rounds):
-        order = (among_stopped, by_themselves) if number % 2 else (by_themselves, among_stopped)
-        for part in order:
-            await part()
+        first = await _items_per_s(peer, seconds / 2)
+        beside.append((await among_stopped() + await among_stopped()) / 2)
+        alone.append((first + await _items_per_s(peer, seconds / 2)) / 2)
         print(f"P15 round {number + 1}: {beside[-1]:,.0f} against {alone[-1]:,.0f} items/s", flush=True)
     await client.aclose()
     return beside, alone

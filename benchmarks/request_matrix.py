@@ -1,6 +1,6 @@
-"""The whole matrix of suite `request`, each side on each workload: kept in `results/request_all.json`.
+"""The matrix of suite `request`, each side on each of its workloads, and what was measured of it.
 
-Read within the environment that draws it as well: no third party.
+Imported by the program that draws it as well: no third party.
 """
 
 from __future__ import annotations
@@ -9,13 +9,46 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Final
+
+from benchmarks.request_workloads import WORKLOADS
+
+WORKERS: Final = 4
+"""Serving processes of a side that goes through a runtime API."""
+
+OURS, OURS_RUNTIME = "ours", f"ours runtime ×{WORKERS}"
+NATS, NATS_CALLBACK = "nats-py", "nats-py callback"
+GRPC, AIOHTTP, PYZMQ = "grpc.aio", "aiohttp", "pyzmq"
+RAW, RAW_CALLBACK = "raw uvloop", "raw uvloop callback"
+DYNAMO_PLANE, DYNAMO_RUNTIME = "Dynamo 1.6.1", f"Dynamo 1.6.1 ×{WORKERS}"
+
+_UNARY = ["unary c=1", "unary c=64", "unary c=256"]
+_STREAMS = ["burst", "tick"]
+STAGES: Final[tuple[dict[str, list[str]], ...]] = (
+    {
+        OURS: list(WORKLOADS),
+        NATS: list(WORKLOADS),
+        NATS_CALLBACK: _STREAMS,
+        GRPC: list(WORKLOADS),
+        AIOHTTP: list(WORKLOADS),
+        PYZMQ: list(WORKLOADS),
+        DYNAMO_PLANE: list(WORKLOADS),
+        RAW: _UNARY,
+        RAW_CALLBACK: _UNARY,
+    },
+    {
+        OURS_RUNTIME: ["unary c=64", *_STREAMS],
+        DYNAMO_RUNTIME: ["unary c=64", *_STREAMS],
+    },
+)
+"""Sides that stand ready at the same time, and the workloads of each."""
 
 PATH = Path(__file__).parent / "results" / "request_all.json"
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """What one side made of one workload: medians over the rounds.
+    """What a side made of one workload: medians over the rounds.
 
     `per_s` counts units (requests, streamed items, or MiB sent and echoed), `p50_ms` and `p99_ms` are of
     whole answers, `cpu_s_per_100k` is of all processes of the side for 100,000 units.
@@ -37,8 +70,10 @@ def load() -> list[Cell]:
 
 
 def save(cells: Iterable[Cell]) -> None:
-    """Write these. Cells that were not measured this time keep their figures and their places."""
+    """Write these, in the matrix's order. Cells that were not measured this time keep their figures."""
     merged = {(cell.workload, cell.side): cell for cell in (*load(), *cells)}
+    places = [(workload, side) for workload in WORKLOADS for stage in STAGES for side in stage]
+    kept = [merged[place] for place in places if place in merged]
     PATH.parent.mkdir(exist_ok=True)
-    lines = ",\n".join(json.dumps(asdict(cell), ensure_ascii=False) for cell in merged.values())
+    lines = ",\n".join(json.dumps(asdict(cell), ensure_ascii=False) for cell in kept)
     PATH.write_text(f"[\n{lines}\n]\n")

@@ -7,17 +7,18 @@ matplotlib.
 
 from __future__ import annotations
 
+from math import nan
 from pathlib import Path
 from typing import Any, Final
 
 import matplotlib as mpl
 
-from benchmarks.request_matrix import Cell, load
+from benchmarks.request_matrix import STAGES, Cell, load
 from benchmarks.request_workloads import WORKLOADS
 
 mpl.use("svg")
 from matplotlib import pyplot as plt
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 PATH: Final = Path(__file__).parent / "results" / "request.svg"
 INK: Final = "#7d8590"
@@ -33,7 +34,8 @@ METRICS: Final[tuple[tuple[str, str], ...]] = (
 
 def draw(cells: list[Cell]) -> None:
     """Write the picture."""
-    sides = list(dict.fromkeys(one.side for one in cells))[::-1]
+    measured = {one.side for one in cells}
+    sides = [side for stage in STAGES for side in stage if side in measured][::-1]
     names = [name for name in WORKLOADS if any(one.workload == name for one in cells)]
     figure, panels = plt.subplots(
         len(METRICS),
@@ -46,7 +48,7 @@ def draw(cells: list[Cell]) -> None:
     for column, name in enumerate(names):
         for row, (metric, _) in enumerate(METRICS):
             _panel(panels[row][column], metric, [one for one in cells if one.workload == name], sides)
-        panels[0][column].set_title(f"{name}\n{WORKLOADS[name].unit}", fontsize=9, color=INK)
+        panels[0][column].set_title(f"{name}\n({WORKLOADS[name].unit})", fontsize=9, color=INK)
     for row, (_, title) in enumerate(METRICS):
         panels[row][0].set_ylabel(title, fontsize=9, color=INK)
         panels[row][0].set_yticks(range(len(sides)), sides)
@@ -54,25 +56,27 @@ def draw(cells: list[Cell]) -> None:
 
 
 def _panel(axes: Any, metric: str, cells: list[Cell], sides: list[str]) -> None:
-    for one in cells:
-        level, value = sides.index(one.side), getattr(one, metric)
-        colour = OURS_COLOUR if one.side.startswith("ours") else RIVAL_COLOUR
+    levels = [level for number in range(len(sides)) for level in (number, number, nan)]
+    grid = axes.get_yaxis_transform()
+    axes.plot([0, 1, nan] * len(sides), levels, color=INK, alpha=0.2, linewidth=0.5, transform=grid)
+    for ours, colour in ((True, OURS_COLOUR), (False, RIVAL_COLOUR)):
+        group = [one for one in cells if one.side.startswith("ours") is ours]
         if metric == "p50_ms":
-            axes.plot([value, one.p99_ms], [level, level], color=colour, linewidth=1.5)
-        axes.plot([value], [level], "o", color=colour, markersize=4)
-        axes.annotate(
-            _short(value),
-            (value, level),
-            (0, 3),
-            textcoords="offset points",
-            ha="center",
-            fontsize=6,
-            color=INK,
-        )
+            spans = [end for one in group for end in (one.p50_ms, one.p99_ms, nan)]
+            heights = [level for one in group for level in (*[sides.index(one.side)] * 2, nan)]
+            axes.plot(spans, heights, color=colour, linewidth=1.5)
+        dots = [getattr(one, metric) for one in group]
+        axes.plot(dots, [sides.index(one.side) for one in group], "o", color=colour, markersize=4)
+    for one in cells:
+        value = getattr(one, metric)
+        place = (value, sides.index(one.side))
+        text = {"textcoords": "offset points", "ha": "center", "fontsize": 6, "color": INK}
+        axes.annotate(_short(value), place, (0, 3), **text)
     axes.set_xscale("log")
     axes.margins(x=0.2, y=0.12)
-    axes.grid(axis="y", color=INK, alpha=0.2, linewidth=0.5)
-    axes.tick_params(colors=INK, labelsize=7, length=2)
+    axes.tick_params(colors=INK, labelsize=7, bottom=False, left=False)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
     axes.xaxis.set_minor_locator(NullLocator())
     for spine in axes.spines.values():
         spine.set_color(INK)
@@ -88,5 +92,7 @@ def _short(value: float) -> str:
 
 
 if __name__ == "__main__":
-    plt.rcParams.update({"svg.hashsalt": "request", "svg.fonttype": "none", "font.family": "sans-serif"})
+    plt.rcParams.update(
+        {"svg.hashsalt": "request", "svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans"]}
+    )
     draw(load())

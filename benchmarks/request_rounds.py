@@ -8,33 +8,12 @@ from contextlib import ExitStack
 from typing import Final
 
 from benchmarks.report import median
-from benchmarks.request_matrix import Cell
-from benchmarks.request_sides import (
-    AIOHTTP,
-    DYNAMO_PLANE,
-    DYNAMO_RUNTIME,
-    GRPC,
-    NATS,
-    OURS,
-    OURS_RUNTIME,
-    PYZMQ,
-    RAW,
-    SIDES,
-    Figures,
-    Side,
-    idle_share,
-)
+from benchmarks.request_matrix import STAGES, Cell
+from benchmarks.request_sides import SIDES, Figures, Side, idle_share
 from benchmarks.request_workloads import WORKLOADS
 
 Rounds = dict[str, list[Figures]]
 """The rounds of one workload, by side: as many of each, and those of one index beside one another in time."""
-
-STAGES: Final[tuple[dict[str, list[str]], ...]] = (
-    {side: list(WORKLOADS) for side in (OURS, NATS, GRPC, AIOHTTP, PYZMQ, DYNAMO_PLANE)}
-    | {RAW: ["unary c=1", "unary c=64", "unary c=256"]},
-    {side: ["unary c=64", "burst", "tick"] for side in (OURS_RUNTIME, DYNAMO_RUNTIME)},
-)
-"""The matrix: sides that stand ready at the same time, and the workloads of each."""
 
 _IDLE_S: Final = 2.0
 

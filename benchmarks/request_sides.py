@@ -21,7 +21,6 @@ import psutil
 
 from benchmarks.processes import (
     DYNAMO,
-    INSTANCES,
     Driver,
     driver,
     dynamo_environment,
@@ -30,11 +29,21 @@ from benchmarks.processes import (
     rival_python,
     running,
 )
+from benchmarks.request_matrix import (
+    AIOHTTP,
+    DYNAMO_PLANE,
+    DYNAMO_RUNTIME,
+    GRPC,
+    NATS,
+    NATS_CALLBACK,
+    OURS,
+    OURS_RUNTIME,
+    PYZMQ,
+    RAW,
+    RAW_CALLBACK,
+    WORKERS,
+)
 from benchmarks.request_workloads import WORKLOADS
-
-OURS, OURS_RUNTIME = "ours", f"ours, runtime, {INSTANCES} workers"
-NATS, GRPC, AIOHTTP, PYZMQ, RAW = "nats-py", "grpc.aio", "aiohttp", "pyzmq", "raw uvloop"
-DYNAMO_PLANE, DYNAMO_RUNTIME = "Dynamo 1.6.1", f"Dynamo 1.6.1, {INSTANCES} workers"
 
 MAX_PAYLOAD_BYTES = 16 << 20
 WARM_UP = 0.25
@@ -99,11 +108,11 @@ def idle_share(sides: Sequence[Side], seconds: float) -> float:
 
 
 @contextmanager
-def peers(python: str, module: str, environment: dict[str, str] | None = None) -> Iterator[Side]:
-    """A serving process, and one that calls it."""
+def peers(python: str, module: str, *how: str) -> Iterator[Side]:
+    """A serving process, and one that calls it (`how`: arguments of its `connect`)."""
     with ExitStack() as stack:
-        server = stack.enter_context(driver(python, "peers", "serve", module, environment=environment))
-        caller = stack.enter_context(driver(python, "peers", "call", module, announced(server)))
+        server = stack.enter_context(driver(python, "peers", "serve", module))
+        caller = stack.enter_context(driver(python, "peers", "call", module, announced(server), *how))
         announced(caller)
         yield Side(caller, [server.pid])
 
@@ -114,14 +123,14 @@ def announced(process: Driver) -> str:
 
 
 @contextmanager
-def nats() -> Iterator[Side]:
-    """A server, and a subscriber and a caller that know only it."""
+def nats(how: str) -> Iterator[Side]:
+    """A server, and a subscriber and a caller that know only it (`how` it reads streams)."""
     python = environment_of(NATS)
     with ExitStack() as stack:
         url, server_id = stack.enter_context(nats_server())
         subscriber = stack.enter_context(driver(python, "peers", "serve", "peer_nats", url))
         announced(subscriber)
-        caller = stack.enter_context(driver(python, "peers", "call", "peer_nats", url))
+        caller = stack.enter_context(driver(python, "peers", "call", "peer_nats", url, how))
         announced(caller)
         yield Side(caller, [server_id, subscriber.pid])
 
@@ -182,7 +191,7 @@ def our_runtime() -> Iterator[Side]:
     """Our runtime, with its registry on a real Redis."""
     with redis_server() as server:
         environment = {"DYN_REDIS_URL": server.url, "DYN_REDIS_PREFIX": "bench-request"}
-        with runtime(sys.executable, "dynamo_redis.runtime", environment, INSTANCES) as side:
+        with runtime(sys.executable, "dynamo_redis.runtime", environment, WORKERS) as side:
             yield side
 
 
@@ -204,14 +213,16 @@ def environment_of(side: str) -> str:
 
 SIDES: dict[str, Callable[[], AbstractContextManager[Side]]] = {
     OURS: lambda: peers(sys.executable, "peer_plane"),
-    NATS: nats,
+    NATS: lambda: nats("messages"),
+    NATS_CALLBACK: lambda: nats("callback"),
     GRPC: lambda: peers(environment_of(GRPC), "peer_grpc"),
     AIOHTTP: lambda: peers(environment_of(AIOHTTP), "peer_aiohttp"),
     PYZMQ: lambda: peers(environment_of(PYZMQ), "peer_zmq"),
     RAW: lambda: peers(sys.executable, "peer_raw"),
+    RAW_CALLBACK: lambda: peers(sys.executable, "peer_raw", "callback"),
     DYNAMO_PLANE: lambda: dynamo(1),
     OURS_RUNTIME: our_runtime,
-    DYNAMO_RUNTIME: lambda: dynamo(INSTANCES),
+    DYNAMO_RUNTIME: lambda: dynamo(WORKERS),
 }
 """How each side is brought up."""
 

@@ -1,4 +1,8 @@
-"""A bare uvloop echo: no frames, no tasks; a connection for each request that is under way. The floor."""
+"""A bare uvloop echo, the floor: no frames, no tasks; a connection for each request that is under way.
+
+The caller awaits a future an echo, or, with the argument `callback`, sends the next request from within the
+callback that brings the answer, as no program does that has something to do with its answers.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +25,26 @@ class Echo(asyncio.Protocol):
 
 
 class Caller(asyncio.Protocol):
+    """Has one request under way at a time."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
+        self._loop = asyncio.get_running_loop()
+
+    def ask(self, payload: bytes) -> asyncio.Future[bytes]:
+        """Send it; the future is done when as much has come back."""
+        self._size, self._answer = len(payload), b""
+        self._future: asyncio.Future[bytes] = self._loop.create_future()
+        self._transport.write(payload)
+        return self._future
+
+    def data_received(self, data: bytes) -> None:
+        self._answer += data
+        if len(self._answer) == self._size:
+            self._future.set_result(self._answer)
+
+
+class RestlessCaller(asyncio.Protocol):
     """Sends the next request as soon as the last one's answer has come whole."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -59,31 +83,43 @@ async def serve(announce: Announce) -> None:
 
 
 class RawPeer(Peer):
-    """Connections, as many as a workload wants; they stay for the next one."""
+    """Connections, as many as there are requests at once; they stay for the next ones."""
 
     def __init__(self, address: str) -> None:
         self._host, _, self._port = address.partition(":")
-        self._callers: list[Caller] = []
+        self._free: list[Caller] = []
 
-    async def drive(self, workload: Workload, seconds: float) -> list[float]:
-        loop = asyncio.get_running_loop()
-        while len(self._callers) < workload.concurrency:
-            _, caller = await loop.create_connection(Caller, self._host, int(self._port))
-            self._callers.append(caller)
-        latencies: list[float] = []
-        until = time.perf_counter() + seconds
-        payload = self.payload(workload.size_bytes)
-        callers = self._callers[: workload.concurrency]
-        await asyncio.gather(*(caller.begin(payload, until, latencies) for caller in callers))
-        return latencies
-
-    async def echo(self, payload: bytes) -> Any:
-        raise NotImplementedError("`drive` puts the load on without it")
+    async def echo(self, payload: bytes) -> bytes:
+        caller = self._free.pop() if self._free else await self._connect()
+        answer = await caller.ask(payload)
+        self._free.append(caller)
+        return answer
 
     async def stream(self, kind: Kind, count: int) -> int:
         raise NotImplementedError("there are no frames, so there are no items")
 
+    async def _connect(self) -> Caller:
+        loop = asyncio.get_running_loop()
+        return (await loop.create_connection(Caller, self._host, int(self._port)))[1]
 
-async def connect(address: str) -> RawPeer:
+
+class RestlessPeer(RawPeer):
+    """The same without anybody who awaits."""
+
+    async def drive(self, workload: Workload, seconds: float) -> list[float]:
+        loop, payload = asyncio.get_running_loop(), self.payload(workload.size_bytes)
+        made: list[Any] = [
+            await loop.create_connection(RestlessCaller, self._host, int(self._port))
+            for _ in range(workload.concurrency)
+        ]
+        latencies: list[float] = []
+        until = time.perf_counter() + seconds
+        await asyncio.gather(*(caller.begin(payload, until, latencies) for _, caller in made))
+        for transport, _ in made:
+            transport.close()
+        return latencies
+
+
+async def connect(address: str, how: str = "await") -> RawPeer:
     """The first load connects."""
-    return RawPeer(address)
+    return RestlessPeer(address) if how == "callback" else RawPeer(address)
