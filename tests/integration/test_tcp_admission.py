@@ -113,6 +113,7 @@ async def working(callers: int, **overrides: Any) -> AsyncIterator[tuple[Worker,
         for _ in range(callers):
             client = TcpClient(settings)
             stack.push_async_callback(client.aclose)
+            await client.probe(worker.target, timeout_s=20)  # what waits for a connection has its own bound
             made.append(Caller(worker, client))
         yield worker, made
         await worker.finish_all()

@@ -199,6 +199,10 @@ class ClientConnection(Connection):
         if not self.streams:
             self.close()
 
+    def _on_ping(self, token: int) -> None:
+        if not self.paused:  # a server that asks without reading must not make a heap of the answers
+            super()._on_ping(token)
+
     def _on_pong(self, token: int) -> None:
         answered = self._pings.get(token)
         if answered is not None and not answered.done():

@@ -35,7 +35,15 @@ _TCP_KEEPALIVE: Final = (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEP
 _log = logging.getLogger(__name__)
 
 
-class Outgoing(Protocol):
+class Waiter(Protocol):
+    """Waits until a connection takes more."""
+
+    def wake(self) -> None:
+        """The connection takes more, or has ended."""
+        ...
+
+
+class Outgoing(Waiter, Protocol):
     """Sends the items of one stream (`tcp_flow.Sender`)."""
 
     batch: list[bytes] | None
@@ -43,10 +51,6 @@ class Outgoing(Protocol):
 
     def take_batch(self) -> bytes:
         """The frame of what was gathered; `batch` is None afterwards."""
-        ...
-
-    def wake(self) -> None:
-        """The connection takes more, or has ended."""
         ...
 
 
@@ -109,7 +113,7 @@ class Connection(asyncio.BufferedProtocol):
         self._dirty: list[Outgoing] = []
         self._flush_scheduled = False
         self._abort_handle: asyncio.TimerHandle | None = None
-        self._blocked: set[Outgoing] = set()
+        self._blocked: set[Waiter] = set()
         self._heard = False
         self._life_shown_at = loop.time()
         self._ready = False
@@ -213,7 +217,7 @@ class Connection(asyncio.BufferedProtocol):
         """Handle the frames that mean the same on both sides. False if it is none of them."""
         kind = received[0]
         if kind == frame.PING:
-            self.send(frame.encode_pong(_token(received)))
+            self._on_ping(_token(received))
         elif kind == frame.PONG:
             self._on_pong(_token(received))
         elif type(kind) is int and 0 < kind < 0x80 and kind & frame.OPTIONAL:
@@ -221,6 +225,10 @@ class Connection(asyncio.BufferedProtocol):
         else:
             return False
         return True
+
+    def _on_ping(self, token: int) -> None:
+        """Show life."""
+        self.send(frame.encode_pong(token))
 
     def _on_pong(self, token: int) -> None:
         """The answer to a PING."""
@@ -247,10 +255,13 @@ class Connection(asyncio.BufferedProtocol):
             self._loop.call_soon(self.flush)
 
     def send_raw(self, header: bytes, payload: bytes) -> None:
-        """Write a header frame and the raw bytes it announces, without copying them."""
+        """Write a header frame and the raw bytes it announces, without copying them.
+
+        They leave at once: whoever comes next finds the connection paused if the peer does not keep up.
+        """
         self._out_has_raw = True
-        self.send(header)
-        self._out.append(payload)
+        self._out += (header, payload)
+        self.flush()
 
     def mark_dirty(self, sender: Outgoing) -> None:
         """Have the flush collect the sender's batch."""
@@ -280,11 +291,11 @@ class Connection(asyncio.BufferedProtocol):
         else:
             self.transport.write(b"".join(out))
 
-    def when_writable(self, waiter: Outgoing) -> None:
+    def when_writable(self, waiter: Waiter) -> None:
         """Wake the waiter when the peer has read."""
         self._blocked.add(waiter)
 
-    def no_longer_waits(self, waiter: Outgoing) -> None:
+    def no_longer_waits(self, waiter: Waiter) -> None:
         """Forget a waiter."""
         self._blocked.discard(waiter)
 

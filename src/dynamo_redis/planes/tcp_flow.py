@@ -263,9 +263,18 @@ class Mailbox:
         return raw.item
 
     def _give_credit(self) -> None:
-        if self._connection is not None:
-            self._connection.send(encode_credit(self.stream_id, self._owed))
+        connection = self._connection
+        if connection is not None:
+            if connection.paused:  # a sender that does not read must not make a heap of credit
+                connection.when_writable(self)
+                return
+            connection.send(encode_credit(self.stream_id, self._owed))
         self._owed = 0
+
+    def wake(self) -> None:
+        """The connection takes more: give the credit that was kept back."""
+        if not self._ended:
+            self._give_credit()
 
     def _on_reader_cancelled(self) -> None:
         """The task that reads was cancelled while it waited."""

@@ -179,7 +179,10 @@ class Request(Sender):
             if self.open:
                 result: Any = self.endpoint.handler(self._argument, self.context)
                 if type(result) is CoroutineType or not hasattr(result, "__anext__"):
-                    self._answer(await result)
+                    item = await result
+                    if self._connection.paused:  # the caller takes nothing: keep what it gets as it is
+                        await self.wait_ready()
+                    self._answer(item)
                 else:
                     await self._answer_stream(result)
         except asyncio.CancelledError:
