@@ -62,7 +62,7 @@ class Call:
         self._among = among
         self._request = request
         self._annotated = annotated
-        self._context = context if context is not None else Context()
+        self._context = context
         self._answered = False
         self._failures: _Failures | None = None
         self._member: Member
@@ -128,7 +128,8 @@ class Call:
         """Open the request at another instance. Raises `error` if it may not be, or there is no other."""
         failed = self._member
         self._dispatcher.note_failure(failed, error)
-        if self._answered or not error.retryable or self._context.is_stopped():
+        is_stopped = self._context is not None and self._context.is_stopped()
+        if self._answered or not error.retryable or is_stopped:
             raise error
         if self._failures is None:
             self._failures = _Failures()

@@ -87,7 +87,7 @@ class ScriptedPlane:
         self,
         target: Target,
         request: Any,
-        context: Context,
+        context: Context | None,
         *,
         messages: AsyncIterable[Any] | None = None,
     ) -> ScriptedStream:
