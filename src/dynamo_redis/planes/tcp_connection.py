@@ -140,7 +140,7 @@ class Connection(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)  # uvloop's is one in all but name
         self.transport.set_write_buffer_limits(high=WRITE_HIGH_WATER_BYTES)
-        _keep_alive(transport.get_extra_info("socket"))
+        _set_options(transport.get_extra_info("socket"))
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return self.decoder.buffer()
@@ -403,9 +403,11 @@ def _token(received: list[Any]) -> int:
     return token
 
 
-def _keep_alive(sock: socket.socket) -> None:
-    """Have the kernel find dead peers of idle connections; ours does it for those with requests."""
+def _set_options(sock: socket.socket) -> None:
+    """Send at once, which asyncio forgets to ask for on a socket that was accepted elsewhere. And have the
+    kernel find dead peers of idle connections; ours does it for those with requests."""
     with contextlib.suppress(OSError):  # a unix socket, or a platform without the option
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in _TCP_KEEPALIVE:
             if (option := getattr(socket, name, None)) is not None:
