@@ -1,0 +1,125 @@
+"""What no fuzz may leave behind or cause: errors that nobody handled, tasks, objects, memory."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import sys
+import time
+import traceback
+import warnings
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+SETTLES_WITHIN_S: Final = 10.0
+_POLL_S: Final = 0.01
+_PACKAGE: Final = "dynamo_redis"
+
+
+class Complaints:
+    """Everything that an unhandled mistake of the code shows itself by, collected."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def check(self) -> None:
+        """Raises AssertionError with what was collected."""
+        assert not self.messages, "\n".join(self.messages[:5])
+
+    def on_loop(self, loop: asyncio.AbstractEventLoop, about: dict[str, Any]) -> None:
+        """The event loop's exception handler: a callback raised, or an error was never retrieved."""
+        error = about.get("exception")
+        where = "".join(traceback.format_exception(error)) if error is not None else ""
+        self.messages.append(f"event loop: {about.get('message')}: {error!r}\n{where}")
+
+    def on_unraisable(self, about: Any) -> None:
+        """The interpreter's hook: a finalizer raised, or a coroutine was never awaited."""
+        self.messages.append(f"unraisable: {about.err_msg or about.object!r}: {about.exc_value!r}")
+
+
+class _Recorder(logging.Handler):
+    """Turns what the package logs as an error into a complaint. What handlers raise is meant."""
+
+    def __init__(self, complaints: Complaints) -> None:
+        super().__init__(logging.ERROR)
+        self._complaints = complaints
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if not message.startswith("the handler of"):
+            self._complaints.messages.append(f"log: {message}: {record.exc_info and record.exc_info[1]!r}")
+
+
+@contextmanager
+def complaints() -> Iterator[Complaints]:
+    """Collect the complaints of the running event loop; check them at the end."""
+    found, loop = Complaints(), asyncio.get_running_loop()
+    recorder, log = _Recorder(found), logging.getLogger(_PACKAGE)
+    hooks = loop.get_exception_handler(), sys.unraisablehook, log.propagate
+    loop.set_exception_handler(found.on_loop)
+    sys.unraisablehook = found.on_unraisable
+    log.addHandler(recorder)
+    log.propagate = False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            yield found
+            gc.collect()
+        found.check()
+    finally:
+        loop.set_exception_handler(hooks[0])
+        sys.unraisablehook = hooks[1]
+        log.propagate = hooks[2]
+        log.removeHandler(recorder)
+
+
+async def settled(condition: Callable[[], bool], what: Callable[[], object]) -> None:
+    """Wait until `condition` holds; raises AssertionError with `what()` if it does not come true."""
+    deadline = time.monotonic() + SETTLES_WITHIN_S
+    while not condition():
+        assert time.monotonic() < deadline, f"this did not settle: {what()}"
+        await asyncio.sleep(_POLL_S)
+
+
+def living(*modules: str) -> list[Any]:
+    """The objects whose class one of the package's `modules` defines, garbage collected first."""
+    gc.collect()
+    names = tuple(f"{_PACKAGE}.{module}" for module in modules)
+    return [found for found in gc.get_objects() if str(type(found).__module__).startswith(names)]
+
+
+def census(*modules: str) -> Counter[str]:
+    """How many objects of each class of the package's `modules` there are."""
+    return Counter(type(found).__name__ for found in living(*modules))
+
+
+def contents(owner: object) -> dict[str, int]:
+    """The containers among the attributes of an object that are not empty, with their lengths."""
+    slots = {name for cls in type(owner).__mro__ for name in getattr(cls, "__slots__", ())}
+    found = {name: getattr(owner, name, None) for name in {*slots, *getattr(owner, "__dict__", ())}}
+    return {
+        name: len(value)
+        for name, value in found.items()
+        if isinstance(value, dict | list | set | deque) and value
+    }
+
+
+class MemoryMark:
+    """The memory in use at one moment, to compare with later."""
+
+    def __init__(self) -> None:
+        gc.collect()
+        self._types = Counter(type(found).__qualname__ for found in gc.get_objects())
+        self._blocks = sys.getallocatedblocks()
+
+    def check(self, *, objects: int, blocks: int) -> None:
+        """Raises AssertionError if a class has more than `objects` new objects, or the interpreter has more
+        than `blocks` allocations (whatever they hold) than at the mark."""
+        now = MemoryMark()
+        grown = {name: count for name, count in (now._types - self._types).items() if count > objects}
+        assert not grown, f"objects left: {grown}"
+        more = now._blocks - self._blocks
+        assert more <= blocks, f"{more} allocations left"
