@@ -63,7 +63,7 @@ class TcpClient:
         stream = TcpResponseStream(
             pool.loop, self._window_count, self._max_message_bytes, target.subject, request, context, messages
         )
-        if stream.attach():
+        if context is None or stream.attach(context):
             pool.begin(stream)
         return stream
 

@@ -235,7 +235,8 @@ class Mailbox:
                 self._waiter = None
         if item is _WAKE_UP:
             if not self._items:
-                self._raise_end()
+                error, self._error = self._error, None
+                raise error or StopAsyncIteration
             item = self._items.popleft()
         if type(item) is _Raw:
             item = self._unwrapped(item)
@@ -250,12 +251,6 @@ class Mailbox:
         if self._items is _NO_ITEMS:
             self._items = deque()
         self._items.appendleft(item)
-
-    def _raise_end(self) -> None:
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
-        raise StopAsyncIteration
 
     def _unwrapped(self, raw: _Raw) -> Any:
         self._owed += raw.cost - 1

@@ -165,9 +165,11 @@ class Request(Sender):
     def launch(self, loop: asyncio.AbstractEventLoop) -> None:
         """Start the handler."""
         if not _EAGER or loop.get_task_factory() is not None:
-            self._task = loop.create_task(self._run())
+            self._task = loop.create_task(self._run(), name=self.endpoint.subject)
             return
-        task = asyncio.Task(self._run(), loop=loop, eager_start=True)  # type: ignore[call-arg,unused-ignore]
+        task = asyncio.Task(  # type: ignore[call-arg,unused-ignore]
+            self._run(), loop=loop, name=self.endpoint.subject, eager_start=True
+        )
         if not task.done():
             self._task = task
             if not self.open:  # its first step ended the request
@@ -182,7 +184,9 @@ class Request(Sender):
                     item = await result
                     if self._connection.paused:  # the caller takes nothing: keep what it gets as it is
                         await self.wait_ready()
-                    self._answer(item)
+                    if self.open:
+                        self.end_with(item)
+                        self._close()
                 else:
                     await self._answer_stream(result)
         except asyncio.CancelledError:
@@ -194,11 +198,6 @@ class Request(Sender):
         finally:
             self._task = None
             self._admission.finished(self)
-
-    def _answer(self, item: Any) -> None:
-        if self.open:
-            self.end_with(item)
-            self._close()
 
     async def _answer_stream(self, items: AsyncIterator[Any]) -> None:
         connection, exhausted = self._connection, False

@@ -99,11 +99,8 @@ class TcpResponseStream(Mailbox):
 
     # ------------------------------------------------------------------- its way to the server
 
-    def attach(self) -> bool:
+    def attach(self, context: Context) -> bool:
         """Take up the context's deadline and cancellation. False if they have ended the stream already."""
-        context = self._context
-        if context is None:
-            return True
         if context.deadline is not None:
             remaining_s = context.remaining_s() or 0.0
             if remaining_s <= 0:
@@ -156,7 +153,11 @@ class TcpResponseStream(Mailbox):
 
     def on_last(self, item: Any) -> None:
         """The last item came, which is the only one of most answers. Raises ProtocolViolation."""
-        self.deliver(item)
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(item)
+        else:
+            self._keep((item,))
         self._ended = True
         self._release()
 
