@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from dynamo_redis.config import PlaneSettings
+from dynamo_redis.config import PlaneSettings, env_name
 from dynamo_redis.errors import (
     AuthenticationFailed,
     CannotConnect,
@@ -31,8 +31,9 @@ from dynamo_redis.errors import (
 from dynamo_redis.planes.base import Handler, RequestPlaneClient, RequestPlaneServer, ResponseStream, Target
 from dynamo_redis.planes.context import Context
 from dynamo_redis.planes.select import make_client, make_server
+from tests.certificates import Authority
 
-PLANES = ("tcp",)
+PLANES = ("tcp", "tcp over TLS")
 SECRET = b"a secret of the instance, random"
 INSTANCE = 0x694D98147D54BFDE
 MIB = 1 << 20
@@ -85,9 +86,24 @@ async def deployment(plane: str, **overrides: Any) -> AsyncIterator[Deployment]:
         await server.aclose()
 
 
+@pytest.fixture(scope="module")
+def tls_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What both sides are given so that each shows the other a certificate."""
+    authority = Authority(tmp_path_factory.mktemp("tls"))
+    settings = authority.settings(authority.issue(), "mutual")
+    return {env_name(PlaneSettings.model_fields[name]): str(value) for name, value in settings.items()}
+
+
 @pytest.fixture(params=PLANES)
-def plane(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+def plane(
+    request: pytest.FixtureRequest, tls_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> str:
+    name = str(request.param).removesuffix(" over TLS")
+    if name != request.param:
+        for env, value in tls_environment.items():
+            monkeypatch.setenv(env, value)
+        assert PlaneSettings.load().tcp_tls == "mutual"
+    return name
 
 
 @pytest.fixture
