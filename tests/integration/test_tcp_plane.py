@@ -790,6 +790,7 @@ async def test_a_worker_restarted_on_its_port_with_a_new_secret(server: TcpServe
             settings(tcp_host="127.0.0.1", tcp_port=port), secret=b"new" * 11, instance_id=INSTANCE
         )
         await second.start()
+        await eventually(lambda: client.connection_count == 0)
         _, error = await items_of(client.open(old, 1, Context()))
         assert isinstance(error, AuthenticationFailed)
         fresh = Target(INSTANCE, second.address, "echo", b"new" * 11)

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import socket
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Final, cast
+from typing import Final
 
 from dynamo_redis.errors import AuthenticationFailed
 from dynamo_redis.planes.address import format_address
@@ -37,7 +36,7 @@ _log = logging.getLogger(__name__)
 
 
 class Gate:
-    """The connections on their way through; call it for the protocol of one that comes in.
+    """The connections on their way through.
 
     It owns a task a connection, which ends with its handshake, after the time-out, or by `close`.
     """
@@ -56,9 +55,6 @@ class Gate:
         self._timeout_s = timeout_s
         self._tasks: dict[asyncio.Task[None], None] = {}
         self._log_at = 0.0
-
-    def __call__(self) -> asyncio.BaseProtocol:
-        return _Arrival(self)
 
     @property
     def waiting_count(self) -> int:
@@ -125,25 +121,6 @@ class Gate:
         if is_due:
             self._log_at = now + _LOG_PAUSE_S
         _log.log(logging.WARNING if is_due else logging.DEBUG, "no TLS with %s: %s", arrival.peer, why)
-
-
-class _Arrival(asyncio.Protocol):
-    """A connection at the moment when it comes in."""
-
-    def __init__(self, gate: Gate) -> None:
-        self._gate = gate
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        # The transport is given up before it has read anything. The connection lives on in the copy.
-        try:
-            sock = socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno()))
-            sock.setblocking(False)
-        except OSError as exc:  # no descriptor is left
-            _log.debug("a connection is dropped: %s", exc)
-        else:
-            self._gate.admit(sock)
-        finally:
-            cast("asyncio.Transport", transport).abort()  # uvloop's is one in all but name
 
 
 class _Socket:

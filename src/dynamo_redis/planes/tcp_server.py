@@ -1,13 +1,17 @@
 """The serving side of the tcp plane: the listening socket, its connections, and the endpoints.
 
-At most `DYN_TCP_MAX_CONNECTIONS` connections are open; past that a new one is refused. A connection must
-complete its handshake within the connect time-out. Which requests run is `tcp_admission`'s.
+At most `DYN_TCP_MAX_CONNECTIONS` connections are open, or as many as the process may have files. Past that
+the one that has been longest in its handshake is refused, so callers that proved themselves stay, and those
+who never do cannot keep honest ones out. A handshake must be over within the connect time-out. Which requests
+run is `tcp_admission`'s.
 """
 
 from __future__ import annotations
 
 import asyncio
 import errno
+import logging
+import socket
 from typing import Final
 
 from dynamo_redis.config import PlaneSettings
@@ -16,16 +20,18 @@ from dynamo_redis.planes.address import choose_binding, format_address
 from dynamo_redis.planes.base import Handler
 from dynamo_redis.planes.tcp_admission import AdmissionControl
 from dynamo_redis.planes.tcp_gate import Gate
+from dynamo_redis.planes.tcp_listener import Listener, connection_limit, describe_file_limit, turn_away
 from dynamo_redis.planes.tcp_request import Endpoint
 from dynamo_redis.planes.tcp_serving import ServerConnection
 from dynamo_redis.planes.tls import make_tls
 from dynamo_redis.wire.decoder import ReadBuffers
 from dynamo_redis.wire.handshake import ServerHandshake
 
-_BACKLOG: Final = 4096
 _ACLOSE_S: Final = 2.0
 _FAREWELL_S: Final = 1.0
 _FAREWELL_LOOK_S: Final = 0.1
+
+_log = logging.getLogger(__name__)
 
 
 class TcpServer:
@@ -49,10 +55,13 @@ class TcpServer:
         self._instance_id = instance_id
         self._redis_host = redis_host
         self._buffers = ReadBuffers(settings.max_payload_in_flight_bytes)
-        self._listener: asyncio.Server | None = None
+        self._listener: Listener | None = None
         self._address = ""
         self._endpoints: dict[str, Endpoint] = {}
         self._connections: set[ServerConnection] = set()
+        self._shaking: dict[ServerConnection, None] = {}
+        self._arriving: set[asyncio.Task[None]] = set()
+        self._max_connections_count = settings.max_connections_count
         self._admission = AdmissionControl(
             max_in_flight_count=settings.max_in_flight_count,
             max_queued_count=settings.max_queued_count,
@@ -86,7 +95,7 @@ class TcpServer:
     @property
     def connection_count(self) -> int:
         """Open connections, those in their handshake included."""
-        return len(self._connections)
+        return len(self._connections) + (self._gate.waiting_count if self._gate is not None else 0)
 
     @property
     def payload_bytes(self) -> int:
@@ -102,13 +111,16 @@ class TcpServer:
         binding = await choose_binding(settings.tcp_host, settings.tcp_advertise_host, self._redis_host)
         if self._tls is not None:
             self._gate = Gate(self._loop, self._tls, self._new_connection, settings.connect_timeout_s)
+        self._max_connections_count = connection_limit(settings.max_connections_count)
+        if self._max_connections_count < settings.max_connections_count:
+            _log.info("at most %d connections: %s", self._max_connections_count, describe_file_limit())
         try:
-            self._listener = await self._loop.create_server(
-                self._gate or self._new_connection, binding.listen_host, settings.tcp_port, backlog=_BACKLOG
+            self._listener = await Listener.open(
+                self._loop, binding.listen_host, settings.tcp_port, self._on_socket
             )
         except OSError as exc:
             raise ConfigError(_explain(exc, binding.listen_host, settings.tcp_port)) from exc
-        port = settings.tcp_advertise_port or self._listener.sockets[0].getsockname()[1]
+        port = settings.tcp_advertise_port or self._listener.port
         self._address = format_address(binding.advertise_host, port) + (self._tls.mark if self._tls else "")
 
     def register(self, subject: str, handler: Handler, *, request_stream: bool = False) -> None:
@@ -144,6 +156,8 @@ class TcpServer:
             self._listener = None
         if self._gate is not None:
             self._gate.close()
+        for arrival in tuple(self._arriving):
+            arrival.cancel()
         for connection in tuple(self._connections):
             connection.close()
         await asyncio.sleep(0)  # handlers that were started in this turn of the loop have a task after it
@@ -180,6 +194,23 @@ class TcpServer:
             self._deserted = self._loop.create_future()
             await asyncio.wait([self._deserted], timeout=min(left_s, _FAREWELL_LOOK_S))
 
+    def _on_socket(self, sock: socket.socket) -> None:
+        """A connection has come in."""
+        if self._gate is not None:
+            self._gate.admit(sock)
+        elif len(self._connections) >= self._max_connections_count and not self._shaking:
+            turn_away(sock, _too_many_connections())
+        else:
+            arrival = self._loop.create_task(self._take_in(sock))
+            self._arriving.add(arrival)
+            arrival.add_done_callback(self._arriving.discard)
+
+    async def _take_in(self, sock: socket.socket) -> None:
+        try:
+            await self._loop.connect_accepted_socket(self._new_connection, sock)
+        except OSError:  # it was reset before it was set up
+            sock.close()
+
     def _new_connection(self) -> ServerConnection:
         settings = self._settings
         return ServerConnection(
@@ -202,17 +233,20 @@ class TcpServer:
     def on_made(self, connection: ServerConnection) -> None:
         """A connection has come."""
         self._connections.add(connection)
-        if len(self._connections) > self._settings.max_connections_count:
-            connection.refuse(Overloaded("the worker has as many connections as it takes"))
+        self._shaking[connection] = None
+        if len(self._connections) > self._max_connections_count:
+            next(iter(self._shaking)).refuse(_too_many_connections())
 
     def on_shaken(self, connection: ServerConnection) -> None:
         """The caller has proved itself."""
+        self._shaking.pop(connection, None)
         if self._draining:
             connection.go_away()
 
     def on_closed(self, connection: ServerConnection) -> None:
         """The connection has ended."""
         self._connections.discard(connection)
+        self._shaking.pop(connection, None)
         if not self._connections and self._deserted is not None and not self._deserted.done():
             self._deserted.set_result(None)
 
@@ -224,6 +258,10 @@ class TcpServer:
         if endpoint is None:
             raise EndpointNotFound(f"{subject} is not served here")
         return endpoint
+
+
+def _too_many_connections() -> Overloaded:
+    return Overloaded("the worker has as many connections as it takes")
 
 
 def _explain(exc: OSError, host: str, port: int) -> str:

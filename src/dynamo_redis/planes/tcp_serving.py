@@ -91,10 +91,15 @@ class ServerConnection(Connection):
             self.transport.resume_reading()
 
     def refuse(self, error: PlaneError) -> None:
-        """Close instead of shaking hands."""
-        if not self.closed:
+        """Close instead of finishing the handshake."""
+        if self.closed:
+            return
+        handshake = self._handshake
+        if handshake is not None and handshake.client is not None:  # it has our HELLO, and expects frames
+            self.send(frame.encode_goaway(error.code, str(error)))
+        else:
             self.transport.write(refusal(error))
-            self.close()
+        self.close()
 
     @property
     def is_sending(self) -> bool:
@@ -122,12 +127,7 @@ class ServerConnection(Connection):
         return rest
 
     def _on_handshake_failed(self, error: PlaneError) -> None:
-        handshake = self._handshake
-        if handshake is not None and handshake.client is not None:
-            self.send(frame.encode_goaway(error.code, str(error)))
-            self.close()
-        else:
-            self.refuse(error)
+        self.refuse(error)
 
     def _handshake_late(self) -> None:
         self._handshake_timer = None
