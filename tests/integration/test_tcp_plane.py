@@ -785,6 +785,7 @@ async def test_a_worker_restarted_on_its_port_with_a_new_secret(server: TcpServe
         old = Target(INSTANCE, server.address, "echo", SECRET)
         assert await items_of(client.open(old, 1, Context())) == ([1], None)
         await server.aclose()
+        await eventually(lambda: client.connection_count == 0)
         port = int(server.address.rsplit(":", 1)[1])
         second = TcpServer(
             settings(tcp_host="127.0.0.1", tcp_port=port), secret=b"new" * 11, instance_id=INSTANCE
