@@ -156,8 +156,8 @@ class TcpServer:
             self._listener = None
         if self._gate is not None:
             self._gate.close()
-        for arrival in tuple(self._arriving):
-            arrival.cancel()
+        if self._arriving:  # cancelled, uvloop would close their transports and tell no protocol
+            await asyncio.wait(self._arriving, timeout=_ACLOSE_S)
         for connection in tuple(self._connections):
             connection.close()
         await asyncio.sleep(0)  # handlers that were started in this turn of the loop have a task after it
