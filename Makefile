@@ -6,7 +6,7 @@ ARGS   ?=
 SUITE  ?= start
 STAMP  := $(VENV)/.installed
 
-.PHONY: up test check format bench faults clean help
+.PHONY: up test check format bench faults fuzz clean help
 
 help:            ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -42,6 +42,12 @@ bench: $(STAMP)  ## a benchmark suite against its rivals (SUITE=start)
 
 faults: $(STAMP) ## faults of every kind against a real deployment, short (ARGS="--help" shows the long form)
 	$(BIN)/python -m faults $(ARGS)
+
+fuzz: $(STAMP)   ## a minute of fuzzing the request plane (ARGS="--seconds 600 --seed 7")
+	@$(BIN)/python -c 'import atheris' 2>/dev/null || \
+	    $(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary :all: --group fuzz || \
+	    echo 'no atheris for this platform: the decoder is fuzzed without looking at coverage'
+	$(BIN)/python -m tests.fuzz $(ARGS)
 
 clean:           ## remove what the targets above made
 	rm -rf $(VENV) .bench .mypy_cache .ruff_cache .pytest_cache
