@@ -374,6 +374,21 @@ async def test_handshakes_under_way_are_bounded(
         await eventually(lambda: server.connection_count == 1)
 
 
+async def test_callers_that_do_not_shake_hands_leave_room_for_those_that_do(authority: Authority) -> None:
+    chosen = authority.settings(authority.issue())
+    async with (
+        running_server(chosen | {"max_connections_count": 3}) as server,
+        running_client(chosen) as client,
+    ):
+        idle = [await asyncio.open_connection(*host_and_port(server)) for _ in range(10)]
+        await eventually(lambda: idle[6][0].at_eof())
+        assert server.connection_count == 3
+        assert await ask(client, target(server), "hi") == "hi"
+        for _, writer in idle:
+            writer.transport.abort()
+        await eventually(lambda: server.connection_count == 1)
+
+
 async def test_a_server_that_closes_drops_handshakes_under_way(authority: Authority) -> None:
     async with running_server(authority.settings(authority.issue())) as server:
         reader, writer = await asyncio.open_connection(*host_and_port(server))

@@ -197,6 +197,8 @@ class TcpServer:
     def _on_socket(self, sock: socket.socket) -> None:
         """A connection has come in."""
         if self._gate is not None:
+            if self.connection_count >= self._max_connections_count:
+                self._gate.drop_oldest()
             self._gate.admit(sock)
         elif len(self._connections) >= self._max_connections_count and not self._shaking:
             turn_away(sock, _too_many_connections())

@@ -187,7 +187,7 @@ def explain(error: Exception, dialled: str = "") -> str:
     if isinstance(error, ConnectionLost) and dialled.endswith(f"+{_MUTUAL_TLS}"):
         # In TLS 1.3 the caller's handshake is over before the worker looks at its certificate.
         return f"{error}; if it refuses this side's certificate, its log says why"
-    return str(error)
+    return str(error) or type(error).__name__
 
 
 # --------------------------------------------------------------------------- files to contexts
