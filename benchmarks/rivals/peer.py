@@ -53,6 +53,9 @@ class Peer(ABC):
     async def stream(self, kind: Kind, count: int) -> int:
         """Ask for `count` items, read them one by one, and return how many there were."""
 
+    async def aclose(self) -> None:  # noqa: B027 - most sides just end with their process
+        """Close what is open."""
+
     def payload(self, size: int) -> Any:
         """What is echoed: bytes, or text where the side carries no bytes."""
         return b"x" * size

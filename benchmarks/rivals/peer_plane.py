@@ -41,8 +41,11 @@ async def serve(announce: Announce, host: str = "127.0.0.1") -> None:
     for kind in KINDS:
         server.register(kind, _echo if kind == "echo" else _streaming(kind))
     await server.start()
-    announce(server.address)
-    await asyncio.Event().wait()
+    try:
+        announce(server.address)
+        await asyncio.Event().wait()
+    finally:
+        await server.aclose()
 
 
 class PlanePeer(Peer):
@@ -63,6 +66,9 @@ class PlanePeer(Peer):
         async for _ in self._client.open(self._targets[kind], count, Context()):
             seen += 1
         return seen
+
+    async def aclose(self) -> None:
+        await self._client.aclose()
 
 
 async def connect(address: str) -> PlanePeer:

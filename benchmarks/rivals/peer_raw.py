@@ -20,6 +20,10 @@ class Echo(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
 
+    def close(self) -> None:
+        """Close the connection."""
+        self._transport.close()
+
     def data_received(self, data: bytes) -> None:
         self._transport.write(data)
 
@@ -37,6 +41,10 @@ class Caller(asyncio.Protocol):
         self._future: asyncio.Future[bytes] = self._loop.create_future()
         self._transport.write(payload)
         return self._future
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._transport.close()
 
     def data_received(self, data: bytes) -> None:
         self._answer += data
@@ -76,10 +84,21 @@ class RestlessCaller(asyncio.Protocol):
 
 async def serve(announce: Announce) -> None:
     """Echo."""
-    server = await asyncio.get_running_loop().create_server(Echo, "127.0.0.1", 0)
+    made: list[Echo] = []
+
+    def echo() -> Echo:
+        made.append(Echo())
+        return made[-1]
+
+    server = await asyncio.get_running_loop().create_server(echo, "127.0.0.1", 0)
     host, port = server.sockets[0].getsockname()
-    announce(f"{host}:{port}")
-    await asyncio.Event().wait()
+    try:
+        announce(f"{host}:{port}")
+        await asyncio.Event().wait()
+    finally:
+        server.close()
+        for connection in made:
+            connection.close()
 
 
 class RawPeer(Peer):
@@ -97,6 +116,10 @@ class RawPeer(Peer):
 
     async def stream(self, kind: Kind, count: int) -> int:
         raise NotImplementedError("there are no frames, so there are no items")
+
+    async def aclose(self) -> None:
+        for caller in self._free:
+            caller.close()
 
     async def _connect(self) -> Caller:
         loop = asyncio.get_running_loop()

@@ -1,0 +1,29 @@
+"""What a row says of its rounds."""
+
+from __future__ import annotations
+
+from benchmarks.report import Measured, Row
+
+
+def test_a_ratio_is_the_median_of_those_of_the_rounds() -> None:
+    measured = Measured.against([10, 40, 90], [10, 20, 30])
+    assert measured == Measured(ours=40, rival=20, ratio=2, rounds=3)
+
+
+def test_a_round_that_was_slow_for_both_counts_as_any_other() -> None:
+    assert Measured.against([100, 1, 100], [50, 0.5, 50]).ratio == 2
+
+
+def test_of_costs_the_rival_s_are_divided_by_ours() -> None:
+    assert Measured.against([1, 2, 4], [4, 8, 16], costs=True) == Measured(2, 8, 4, 3)
+
+
+def test_an_aim_below_the_must_wants_less() -> None:
+    def verdict(ours: float) -> str:
+        return Row("P14", "", ours, None, None, 24, 10, 5).verdict
+
+    assert [verdict(ours) for ours in (10, 24, 24.1)] == ["aim", "must", "missed"]
+
+
+def test_the_ratio_is_held_against_the_bounds_where_there_is_one() -> None:
+    assert Row("P1", "", 5, 1, 0.5, 0.45, 0.65, 5).verdict == "must"
