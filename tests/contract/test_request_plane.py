@@ -164,6 +164,30 @@ async def test_an_empty_stream_just_ends(deployed: Deployment) -> None:
     assert await deployed.ask(deployed.serve(count_to), 0) == []
 
 
+async def test_a_stream_knows_when_it_has_been_read_to_its_end(deployed: Deployment) -> None:
+    async def fails(request: int, _: Context) -> AsyncIterator[int]:
+        for number in range(request):
+            yield number
+        raise InvalidRequest("no more")
+
+    one = deployed.open(deployed.serve(echo), "x")
+    assert await anext(one) == "x"
+    assert one.is_over
+    with pytest.raises(StopAsyncIteration):
+        await anext(one)
+    several, failing = (
+        deployed.open(deployed.serve(handler, name), 2) for name, handler in (("n", count_to), ("f", fails))
+    )
+    for stream in (several, failing):
+        assert await anext(stream) == 0
+        assert not stream.is_over
+        assert await anext(stream) == 1
+    await eventually(lambda: several.is_over)
+    assert not failing.is_over
+    with pytest.raises(InvalidRequest):
+        await anext(failing)
+
+
 async def test_items_come_as_they_are_made(deployed: Deployment) -> None:
     go_on = asyncio.Event()
 

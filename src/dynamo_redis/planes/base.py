@@ -57,6 +57,11 @@ class ResponseStream(Protocol):
         """Whether the request has left this process: False while it waits for a connection."""
         ...
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the answer has come to its end, not by an error, and all of it has been read."""
+        ...
+
     def fail(self, error: Exception) -> None:
         """End the stream from outside with `error`, unless it has ended. The worker is told to kill."""
         ...

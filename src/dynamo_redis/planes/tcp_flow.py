@@ -246,6 +246,11 @@ class Mailbox:
                 self._give_credit()
         return item
 
+    @property
+    def is_over(self) -> bool:
+        """See `ResponseStream.is_over`."""
+        return self._ended and not self._items and self._error is None
+
     def _put_back(self, item: Any) -> None:
         """The reader was cancelled in the moment in which it was given this item: the next one gets it."""
         if self._items is _NO_ITEMS:

@@ -86,6 +86,8 @@ class Call:
                     self._member.pending.discard(stream)
                     self._answered = True
                     self._request = None
+                    if stream.is_over:  # the usual answer of one item: nothing more to wait for
+                        self._close()
                 return Annotated(item) if self._annotated else item
         raise StopAsyncIteration
 

@@ -55,6 +55,10 @@ class ScriptedStream:
             raise step
         return step
 
+    @property
+    def is_over(self) -> bool:
+        return not self._script and not self._failed.done()
+
     def fail(self, error: Exception) -> None:
         if not self._failed.done():
             self._failed.set_exception(error)
