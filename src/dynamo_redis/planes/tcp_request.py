@@ -25,6 +25,7 @@ from dynamo_redis.errors import (
 )
 from dynamo_redis.planes.base import Handler
 from dynamo_redis.planes.context import Context
+from dynamo_redis.planes.shared_start import SharedStart
 from dynamo_redis.planes.tcp_connection import Connection
 from dynamo_redis.planes.tcp_flow import RequestMessages, Sender
 from dynamo_redis.wire import frame
@@ -46,7 +47,16 @@ _log = logging.getLogger(__name__)
 class Endpoint:
     """A served subject. `active_count` are its requests that are admitted and not finished."""
 
-    __slots__ = ("_logged_at", "active_count", "draining", "handler", "idle", "request_stream", "subject")
+    __slots__ = (
+        "_logged_at",
+        "active_count",
+        "draining",
+        "handler",
+        "idle",
+        "request_stream",
+        "shared_start",
+        "subject",
+    )
 
     def __init__(self, subject: str, handler: Handler, *, request_stream: bool) -> None:
         self.subject = subject
@@ -55,6 +65,7 @@ class Endpoint:
         self.active_count = 0
         self.draining = False
         self.idle: asyncio.Future[None] | None = None
+        self.shared_start = SharedStart(subject)
         self._logged_at = -_LOG_INTERVAL_S
 
     def when_idle(self, loop: asyncio.AbstractEventLoop) -> asyncio.Future[None]:
@@ -164,18 +175,25 @@ class Request(Sender):
 
     def launch(self, loop: asyncio.AbstractEventLoop) -> None:
         """Start the handler."""
-        if not _EAGER or loop.get_task_factory() is not None:
-            self._task = loop.create_task(self._run(), name=self.endpoint.subject)
-            return
-        task = asyncio.Task(  # type: ignore[call-arg,unused-ignore]
-            self._run(), loop=loop, name=self.endpoint.subject, eager_start=True
-        )
-        if not task.done():
-            self._task = task
-            if not self.open:  # its first step ended the request
-                task.cancel()
+        if loop.get_task_factory() is not None:
+            self._task = loop.create_task(self.run(), name=self.endpoint.subject)
+        elif _EAGER:
+            task = asyncio.Task(  # type: ignore[call-arg,unused-ignore]
+                self.run(), loop=loop, name=self.endpoint.subject, eager_start=True
+            )
+            if not task.done():
+                self.keep(task)
+        else:
+            self.endpoint.shared_start.start(self, loop)
 
-    async def _run(self) -> None:
+    def keep(self, task: asyncio.Task[None]) -> None:
+        """The handler has `task` to itself."""
+        self._task = task
+        if self._begun and not self.open:  # its first step ended the request
+            task.cancel()
+
+    async def run(self) -> None:
+        """Run the handler, and send what it answers."""
         self._begun = True
         try:
             if self.open:
