@@ -72,7 +72,7 @@ async def running_server(chosen: dict[str, Any]) -> AsyncIterator[TcpServer]:
 
 @asynccontextmanager
 async def running_client(chosen: dict[str, Any]) -> AsyncIterator[TcpClient]:
-    made = TcpClient(PlaneSettings.load(**chosen))
+    made = TcpClient(PlaneSettings.load(**{"connect_timeout_s": 30, **chosen}))
     try:
         yield made
     finally:
@@ -96,11 +96,11 @@ async def refusal(client: TcpClient, where: Target, kind: type[PlaneError], mess
     with pytest.raises(kind, match=message) as caught:
         await ask(client, where)
     assert caught.value.retryable
-    assert time.monotonic() - began < 2, "a time-out, and not an answer"
+    assert time.monotonic() - began < 15, "a time-out, and not an answer"
     assert client.connection_count == 0
 
 
-async def eventually(condition: Callable[[], bool], within_s: float = 5.0) -> None:
+async def eventually(condition: Callable[[], bool], within_s: float = 10.0) -> None:
     deadline = time.monotonic() + within_s
     while not condition():
         assert time.monotonic() < deadline, "it did not come true"

@@ -68,7 +68,9 @@ class ClientConnection(Connection):
             keepalive_interval_s=settings.keepalive_interval_s,
         )
         self._owner = owner
-        self._handshake = ClientHandshake(target.secret, settings.channel_buffer_count, target.instance_id)
+        self._handshake: ClientHandshake | None = ClientHandshake(
+            target.secret, settings.channel_buffer_count, target.instance_id
+        )
         self._accept_timeout_s = settings.accept_timeout_s
         self._accept_sweeps = max(1, round(settings.accept_timeout_s / self._sweep_interval_s))
         self._last_stream_id = 0
@@ -122,14 +124,18 @@ class ClientConnection(Connection):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
+        assert self._handshake is not None
         self.transport.write(self._handshake.begin())
 
     def _on_handshake(self, data: memoryview) -> memoryview:
-        answer, rest = self._handshake.feed(data)
+        handshake = self._handshake
+        assert handshake is not None
+        answer, rest = handshake.feed(data)
         if answer:
             self.transport.write(answer)
-        server = self._handshake.server
+        server = handshake.server
         if server is not None:
+            self._handshake = None
             self._ready = self.usable = True
             self.peer_window_count = server.window_count
             self._on_idle()
