@@ -19,7 +19,7 @@
     │   ├── ConnectionLost          the connection broke under the request        (retryable)
     │   ├── AuthenticationFailed    a side could not prove the instance's secret  (retryable once)
     │   ├── Draining                the worker is shutting down                   (retryable)
-    │   ├── Overloaded              the worker's queue is full                    (retryable)
+    │   ├── Overloaded              the worker's queue or payload budget is full  (retryable)
     │   ├── NotAccepted             the worker did not take the request in time   (retryable)
     │   ├── EndpointNotFound        the worker does not serve that endpoint       (retryable)
     │   ├── InstanceRemoved         the instance left the registry                (retryable)
@@ -220,7 +220,8 @@ class Draining(PlaneError):
 
 
 class Overloaded(PlaneError):
-    """The worker's in-flight and queue limits are reached. `retry_after_s` is its hint, or None."""
+    """The worker's in-flight and queue limits are reached, or a process holds as many bytes of large
+    payloads as it may. `retry_after_s` is the worker's hint, or None."""
 
     code = "overloaded"
     retryable = True
