@@ -113,7 +113,7 @@ async def test_callers_are_told_before_the_work_in_hand_is_done(
 async def test_what_waits_for_a_handler_lands_elsewhere(
     open_runtime: OpenRuntime, start_worker: StartWorker
 ) -> None:
-    a = await start_worker("a", max_in_flight_count=1)
+    a = await start_worker("a", max_in_flight_count=1, drain_s=30)
     caller = await open_runtime()
     client = await client_of(caller, a)
     handled = asyncio.create_task(first(client, "slow"))

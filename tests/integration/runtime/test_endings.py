@@ -1,0 +1,201 @@
+"""How a call may end, through a client: the worker knows at once, and nothing is left of it anywhere."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import sys
+import time
+from asyncio.subprocess import PIPE
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+from typing import Any
+
+import pytest
+
+from dynamo_redis.errors import DeadlineExceeded, HandlerFailed, Overloaded, RequestCancelled
+from dynamo_redis.planes.tcp_client import TcpClient
+from dynamo_redis.planes.tcp_server import TcpServer
+from dynamo_redis.runtime import Call, Client, Context, DistributedRuntime
+
+OpenRuntime = Callable[..., Awaitable[DistributedRuntime]]
+
+ENDPOINT = "dynamo.backend.generate"
+
+CALLER = f"""
+import asyncio, sys
+from dynamo_redis.runtime import DistributedRuntime
+
+async def main():
+    async with DistributedRuntime() as runtime:
+        client = await runtime.endpoint("{ENDPOINT}").client()
+        await client.wait_for_instances(10)
+        async for item in await client.round_robin(1000, annotated=False):
+            sys.stdout.write("answered\\n")
+            sys.stdout.flush()
+
+asyncio.run(main())
+"""
+
+
+async def until(condition: Callable[[], bool], within_s: float = 5) -> None:
+    async with asyncio.timeout(within_s):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+class Worker:
+    """Counts up to the request, a tick an item; ends early when it is asked to."""
+
+    def __init__(self, runtime: DistributedRuntime) -> None:
+        self.runtime = runtime
+        self.contexts: list[Context] = []
+        self.running_count = 0
+
+    async def count(self, request: int, context: Context) -> AsyncIterator[Any]:
+        if request < 0:
+            raise ValueError("a negative number")
+        self.contexts.append(context)
+        self.running_count += 1
+        try:
+            for number in range(request):
+                if context.is_stopped():
+                    yield "stopped"
+                    return
+                yield number
+                await asyncio.sleep(0.001)
+        finally:
+            self.running_count -= 1
+
+    @property
+    def server(self) -> TcpServer:
+        server = self.runtime._server
+        assert isinstance(server, TcpServer)
+        return server
+
+
+@pytest.fixture
+async def worker(open_runtime: OpenRuntime) -> Worker:
+    return await started(open_runtime)
+
+
+async def started(open_runtime: OpenRuntime, **overrides: Any) -> Worker:
+    worker = Worker(await open_runtime(**overrides))
+    await worker.runtime.endpoint(ENDPOINT).start_serving(worker.count)
+    return worker
+
+
+async def client_of(runtime: DistributedRuntime, count: int) -> Client:
+    client = await runtime.endpoint(ENDPOINT).client()
+    await until(lambda: len(client.instance_ids()) == count)
+    return client
+
+
+async def test_what_a_stopped_handler_still_says_arrives(open_runtime: OpenRuntime, worker: Worker) -> None:
+    client = await client_of(await open_runtime(), 1)
+    context = Context()
+    call = await client.round_robin(100_000, annotated=False, context=context)
+    assert await anext(call) == 0
+    context.stop_generating()
+    assert [item async for item in call][-1] == "stopped"
+    assert not worker.contexts[0].is_killed()
+
+
+async def test_a_kill_ends_both_sides(open_runtime: OpenRuntime, worker: Worker) -> None:
+    client = await client_of(await open_runtime(), 1)
+    context = Context()
+    call = await client.round_robin(100_000, annotated=False, context=context)
+    assert await anext(call) == 0
+    context.kill()
+    with pytest.raises(RequestCancelled):
+        await anext(call)
+    await until(lambda: worker.contexts[0].is_killed() and not worker.running_count)
+
+
+async def test_a_deadline_ends_both_sides_and_is_not_tried_elsewhere(
+    open_runtime: OpenRuntime, worker: Worker
+) -> None:
+    other = await started(open_runtime)
+    client = await client_of(await open_runtime(), 2)
+    call = await client.round_robin(100_000, False, Context(deadline=time.monotonic() + 0.2))
+    with pytest.raises(DeadlineExceeded):
+        await exhaust(call)
+    contexts = [*worker.contexts, *other.contexts]
+    assert len(contexts) == 1
+    await until(lambda: contexts[0].is_killed() and not worker.running_count + other.running_count)
+
+
+async def test_a_caller_that_is_killed_ends_what_it_asked_for(
+    worker: Worker, dynamo_redis_url: str, dynamo_redis_prefix: str
+) -> None:
+    environment = os.environ | {"DYN_REDIS_URL": dynamo_redis_url, "DYN_REDIS_PREFIX": dynamo_redis_prefix}
+    caller = await asyncio.create_subprocess_exec(sys.executable, "-c", CALLER, env=environment, stdout=PIPE)
+    try:
+        assert caller.stdout is not None
+        assert await caller.stdout.readline() == b"answered\n"
+        assert worker.running_count == 1
+    finally:
+        caller.send_signal(signal.SIGKILL)
+        await caller.communicate()
+    await until(lambda: worker.contexts[0].is_killed() and not worker.running_count)
+
+
+async def exhaust(call: Call) -> None:
+    async for _ in call:
+        pass
+
+
+async def end_somehow(client: Client, rng: random.Random) -> str:
+    """Make a call, and end it in one of the ways there are. Answers how."""
+    way = rng.choice(("read", "leave", "close", "drop", "cancel", "kill", "stop", "late", "fail"))
+    context = Context(deadline=time.monotonic() + rng.random() / 50) if way == "late" else Context()
+    choose = rng.choice((client.round_robin, client.p2c, client.least_loaded, client.random))
+    call = await choose(-1 if way == "fail" else rng.choice((1, 3, 150)), False, context)
+    if way == "drop":
+        return way
+    if way == "close":
+        await call.aclose()
+        return way
+    loop = asyncio.get_running_loop()
+    if way in ("kill", "stop"):
+        loop.call_later(rng.random() / 50, context.kill if way == "kill" else context.stop_generating)
+    elif way == "cancel":
+        reading = asyncio.ensure_future(exhaust(call))
+        loop.call_later(rng.random() / 50, reading.cancel)
+        with suppress(asyncio.CancelledError):
+            await reading
+        return way
+    async for _ in call:
+        if way == "leave":
+            break
+    return way
+
+
+async def test_two_thousand_calls_that_end_somehow_leave_nothing(open_runtime: OpenRuntime) -> None:
+    workers = [await started(open_runtime, max_in_flight_count=24, max_queued_count=4) for _ in range(2)]
+    caller = await open_runtime()
+    client = await client_of(caller, 2)
+    rng = random.Random(7)
+    ends: Counter[str] = Counter()
+
+    async def some() -> None:
+        for _ in range(32):
+            try:
+                ends[await end_somehow(client, rng)] += 1
+            except (DeadlineExceeded, HandlerFailed, Overloaded, RequestCancelled) as exc:
+                ends[exc.code] += 1
+
+    async with asyncio.timeout(30):
+        await asyncio.gather(*(some() for _ in range(64)))
+    assert sum(ends.values()) == 2048
+    assert {DeadlineExceeded.code, HandlerFailed.code, Overloaded.code, RequestCancelled.code} <= ends.keys()
+    plane_client = caller._plane_client
+    assert isinstance(plane_client, TcpClient)
+    assert plane_client.pending_count == 0
+    assert [(member.in_flight, len(member.pending)) for member in client._view] == [(0, 0), (0, 0)]
+    await until(lambda: not any(worker.server.in_flight_count or worker.running_count for worker in workers))
+    for worker in workers:
+        assert not any(connection.streams for connection in worker.server._connections)
