@@ -226,17 +226,20 @@ def _row(name: str, measured: Measured) -> Row:
 
 
 def _show(cells: Sequence[Cell]) -> None:
-    """Print what was measured of the matrix."""
+    """Print what was measured of the matrix. The ratios are of the medians, not those of the rows."""
+    ours = {(one.workload, one.side): one.per_s for one in cells if one.side in (OURS, OURS_RUNTIME)}
     table = Table(title="medians of the rounds; latencies are of whole answers")
-    for column in ("workload", "side", "", "a second", "p50 ms", "p99 ms", "CPU s/100k"):
+    for column in ("workload", "side", "", "a second", "ours ÷ it", "p50 ms", "p99 ms", "CPU s/100k"):
         table.add_column(column, justify="left" if column in ("workload", "side", "") else "right")
     before = ""
     for one in cells:
         if one.workload != before and before:
             table.add_section()
-        figures = (f"{one.p50_ms:.2f}", f"{one.p99_ms:.2f}", f"{one.cpu_s_per_100k:.2f}")
         first = one.workload if one.workload != before else ""
-        table.add_row(first, one.side, one.unit, f"{one.per_s:,.0f}", *figures)
+        mine = ours.get((one.workload, OURS_RUNTIME if one.side in STAGES[1] else OURS))
+        figures = (f"{one.p50_ms:.2f}", f"{one.p99_ms:.2f}", f"{one.cpu_s_per_100k:.2f}")
+        ratio = f"{mine / one.per_s:.2f}" if mine else ""
+        table.add_row(first, one.side, one.unit, f"{one.per_s:,.0f}", ratio, *figures)
         before = one.workload
     Console(width=max(110, Console().width)).print(table)
 
