@@ -154,7 +154,6 @@ class Heard:
             costs = [frame.raw_cost(received[2])]
         left = self._credit.get(stream_id, WINDOW)
         for cost in costs:
-            unary = kind in (frame.LAST, frame.LAST_RAW)  # an answer of one item waits for no credit
-            assert left > 0 or unary, f"{received} without credit"
+            assert left > 0, f"{received} without credit"
             left -= cost
         self._credit[stream_id] = left
