@@ -23,6 +23,7 @@ from dynamo_redis.planes.base import Target
 from dynamo_redis.planes.context import Context
 from dynamo_redis.planes.tcp_client import TcpClient
 from dynamo_redis.planes.tcp_server import TcpServer
+from dynamo_redis.planes.tcp_serving import ServerConnection
 from dynamo_redis.wire import frame
 from dynamo_redis.wire.codec import pack, unpack
 from dynamo_redis.wire.handshake import ClientHandshake
@@ -387,6 +388,28 @@ async def test_callers_that_do_not_shake_hands_leave_room_for_those_that_do(auth
         for _, writer in idle:
             writer.transport.abort()
         await eventually(lambda: server.connection_count == 1)
+
+
+async def test_a_connection_dropped_in_the_turn_in_which_its_tls_stands_leaves_nothing(
+    authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server has it already, and the gate does not know that it is through."""
+    chosen = authority.settings(authority.issue())
+    async with running_server(chosen) as server, running_client(chosen) as client:
+        gate, on_made = server._gate, server.on_made
+        assert gate is not None
+
+        def made_and_dropped(connection: ServerConnection) -> None:
+            on_made(connection)
+            assert gate.waiting_count == 1
+            gate.drop_oldest()
+
+        monkeypatch.setattr(server, "on_made", made_and_dropped)
+        with pytest.raises(CannotConnect):
+            await ask(client, target(server))
+        await eventually(lambda: server.connection_count == 0)
+        monkeypatch.undo()
+        assert await ask(client, target(server), "hi") == "hi"
 
 
 async def test_a_server_that_closes_drops_handshakes_under_way(authority: Authority) -> None:

@@ -23,6 +23,7 @@ MAX_WAITING_COUNT: Final = 1024
 """Connections on their way through. One that stops in its handshake costs 50 KiB with uvloop, else 300."""
 
 _TLS_RECORD: Final = b"\x16"  # RFC 8446, 5.1: a handshake record, as the first of every connection is
+_LEAST_S: Final = 0.01
 _LOG_PAUSE_S: Final = 10.0
 _log = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ _log = logging.getLogger(__name__)
 class Gate:
     """The connections on their way through.
 
-    It owns a task a connection, which ends with its handshake, after the time-out, or by `close`.
+    It owns a task a connection, which ends with its handshake, after the time-out, or by `aclose`.
     """
 
     def __init__(
@@ -45,55 +46,62 @@ class Gate:
         self._tls = tls
         self._let_through = let_through
         self._timeout_s = timeout_s
-        self._tasks: dict[asyncio.Task[None], None] = {}
+        self._arrivals: dict[asyncio.Task[None], _Arrival] = {}
         self._log_at = 0.0
 
     @property
     def waiting_count(self) -> int:
         """Connections on their way through."""
-        return len(self._tasks)
+        return len(self._arrivals)
 
-    def close(self) -> None:
+    async def aclose(self) -> None:
         """Drop the connections on their way through. Idempotent."""
-        while self._tasks:
+        tasks = list(self._arrivals)
+        while self._arrivals:
             self.drop_oldest()
+        if tasks:
+            await asyncio.wait(tasks, timeout=self._timeout_s)
 
     def drop_oldest(self) -> None:
         """Drop the connection that has been on its way for longest, if any is."""
-        for oldest in self._tasks:
-            del self._tasks[oldest]
-            oldest.cancel()
+        for task, arrival in self._arrivals.items():
+            del self._arrivals[task]
+            arrival.drop(task)
             return
 
     def admit(self, sock: socket.socket) -> None:
         """Begin with a connection; its socket is the gate's from now on."""
-        if len(self._tasks) >= MAX_WAITING_COUNT:
+        if len(self._arrivals) >= MAX_WAITING_COUNT:
             self.drop_oldest()
-        arrival = _Socket(sock)
+        arrival = _Arrival(sock)
         task = self._loop.create_task(self._pass(arrival))
-        self._tasks[task] = None
+        self._arrivals[task] = arrival
+        task.add_done_callback(self._forget)
+        task.add_done_callback(lambda _: arrival.close())
 
-        def forget(_: asyncio.Task[None]) -> None:
-            self._tasks.pop(task, None)
-            arrival.close()
+    def _forget(self, task: asyncio.Task[None]) -> None:
+        self._arrivals.pop(task, None)
 
-        task.add_done_callback(forget)
-
-    async def _pass(self, arrival: _Socket) -> None:
+    async def _pass(self, arrival: _Arrival) -> None:
+        give_up_at = self._loop.time() + self._timeout_s
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with asyncio.timeout_at(give_up_at):
                 first = await self._first_byte(arrival.sock)
-                if first == _TLS_RECORD:
-                    await self._loop.connect_accepted_socket(
-                        self._let_through, arrival.hand_over(), ssl=self._tls.current()
-                    )
-                elif first:
-                    self._note(arrival, "it does not speak TLS: set DYN_TCP_TLS there")
-                    turn_away(arrival.hand_over(), _tls_only())
+            if first == _TLS_RECORD:
+                await self._loop.connect_accepted_socket(
+                    self._let_through,
+                    arrival.hand_over(),
+                    ssl=self._tls.current(),
+                    ssl_handshake_timeout=max(give_up_at - self._loop.time(), _LEAST_S),
+                )
+            elif first:
+                self._note(arrival, "it does not speak TLS: set DYN_TCP_TLS there")
+                turn_away(arrival.hand_over(), _tls_only())
         except TimeoutError:
-            self._note(arrival, f"its handshake took more than {self._timeout_s} s")
-        except ConnectionError:
-            self._note(arrival, "it ended the connection; perhaps it refuses this side's certificate")
+            self._note(arrival, f"it says nothing for {self._timeout_s} s")
+        except ConnectionError as exc:
+            reason = str(exc) or "it ended the connection; perhaps it refuses this side's certificate"
+            self._note(arrival, reason)
         except OSError as exc:
             self._note(arrival, explain(exc))
 
@@ -107,7 +115,7 @@ class Gate:
             self._loop.remove_reader(sock)
         return sock.recv(1, socket.MSG_PEEK)
 
-    def _note(self, arrival: _Socket, why: str) -> None:
+    def _note(self, arrival: _Arrival, why: str) -> None:
         """Log a failure: one a while, for anybody can make them."""
         now = self._loop.time()
         is_due = now >= self._log_at
@@ -116,26 +124,36 @@ class Gate:
         _log.log(logging.WARNING if is_due else logging.DEBUG, "no TLS with %s: %s", arrival.peer, why)
 
 
-class _Socket:
-    """A socket that is closed here, unless it has been handed over."""
+class _Arrival:
+    """A connection on its way through. Its socket is closed here, unless it has been handed over."""
 
-    __slots__ = ("_mine", "peer", "sock")
+    __slots__ = ("_is_mine", "peer", "sock")
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
-        self._mine = True
         self.peer = "somebody"
+        self._is_mine = True
         with suppress(OSError):
             self.peer = format_address(*sock.getpeername()[:2])
 
     def hand_over(self) -> socket.socket:
         """The socket, for somebody who closes it."""
-        self._mine = False
+        self._is_mine = False
         return self.sock
 
+    def drop(self, task: asyncio.Task[None]) -> None:
+        """End what the task does with it."""
+        if self._is_mine:
+            task.cancel()
+        else:
+            # The event loop learns it from the socket. Cancelled in the turn in which TLS stands, asyncio
+            # closes the connection without a word to the protocol that has it already.
+            with suppress(OSError):
+                self.sock.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
-        """Close it. Idempotent."""
-        if self._mine:
+        """Close the socket. Idempotent."""
+        if self._is_mine:
             self.sock.close()
 
 

@@ -155,7 +155,7 @@ class TcpServer:
             self._listener.close()
             self._listener = None
         if self._gate is not None:
-            self._gate.close()
+            await self._gate.aclose()
         if self._arriving:  # cancelled, uvloop would close their transports and tell no protocol
             await asyncio.wait(self._arriving, timeout=_ACLOSE_S)
         for connection in tuple(self._connections):
