@@ -34,7 +34,14 @@ _DEAD_AT: Final = 2 * SWEEPS_PER_INTERVAL
 _LINGER_S: Final = 1.0
 """How long a closing connection may take to hand over what was written."""
 
-_TCP_KEEPALIVE: Final = (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4))
+_TCP_KEEPALIVE: Final = (
+    ("TCP_KEEPIDLE", 60),
+    ("TCP_KEEPINTVL", 15),
+    ("TCP_KEEPCNT", 4),
+    # While data is unacknowledged the kernel sends no keepalive, but repeats the data for a quarter of an
+    # hour: so long would a connection stay whose last answer went to a host that had just lost its power.
+    ("TCP_USER_TIMEOUT", 120_000),  # milliseconds; 60 + 4 × 15 s, as with the others
+)
 
 _log = logging.getLogger(__name__)
 

@@ -226,6 +226,7 @@ class Pool:
 
     def _note_failed_dial(self) -> None:
         least_s, most_s = REDIAL_PAUSE_S
+        most_s = min(most_s, self.settings.connect_timeout_s / 2)  # which a request's pause counts towards
         longest_s = min(least_s * 2.0 ** min(self._failed_dials, 16), most_s)
         self._failed_dials += 1
         self._dial_from = self.loop.time() + random.uniform(0, longest_s)  # noqa: S311 - jitter
