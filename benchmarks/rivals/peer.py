@@ -72,7 +72,13 @@ class Peer(ABC):
                 await ask()
                 latencies.append(clock() - began)
 
-        await asyncio.gather(*(caller() for _ in range(workload.concurrency)))
+        callers = [asyncio.create_task(caller()) for _ in range(workload.concurrency)]
+        try:
+            await asyncio.gather(*callers)
+        finally:
+            for task in callers:
+                task.cancel()
+            await asyncio.wait(callers)
         return latencies
 
     def _request(self, workload: Workload) -> Callable[[], Awaitable[None]]:
