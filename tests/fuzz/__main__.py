@@ -11,7 +11,7 @@ from typing import Final
 import click
 import uvloop
 
-from tests.fuzz.decoding import property_of_decoder
+from tests.fuzz.decoding import decoder_property
 from tests.fuzz.rounds import Property, rounds
 from tests.fuzz.session import Arena, properties
 from tests.fuzz.storm import Storm
@@ -53,7 +53,7 @@ def _run(part: str, seed: int, seconds: float, requests: int) -> None:
         _storms(seed, seconds, requests)
     elif part == "decoder":
         guided = importlib.util.find_spec("atheris") is not None
-        rounds(lambda: property_of_decoder, seed, seconds / 2 if guided else seconds, Report(part))
+        rounds(decoder_property, seed, seconds / 2 if guided else seconds, Report(part))
         if guided:
             _guided(seed, seconds / 2)
         else:

@@ -10,6 +10,7 @@ from dynamo_redis.errors import PayloadTooLarge
 from dynamo_redis.wire.codec import pack
 from dynamo_redis.wire.decoder import FrameDecoder, ReadBuffers, Unusable
 from tests.fuzz import reference
+from tests.fuzz.rounds import Property
 from tests.fuzz.streams import MAX_PAYLOAD_BYTES, Edit, Piece, assemble, edits, pieces, splits
 
 
@@ -50,9 +51,13 @@ def plain(decoded: list[Any]) -> bytes:
     return pack([*decoded[:-1], last])
 
 
-@given(pieces, edits, splits)
-def property_of_decoder(parts: list[Piece], damage: list[Edit], sizes: list[int]) -> None:
+def decoder_property() -> Property:
     """What the decoder makes of any bytes in any pieces is what the reference makes of all at once."""
-    expected = check(assemble(parts, damage), sizes)
-    event(f"violation: {expected.violation}, between frames: {expected.between_frames}")
-    target(float(len(expected.frames)), label="frames")
+
+    @given(pieces, edits, splits)
+    def property_of_decoder(parts: list[Piece], damage: list[Edit], sizes: list[int]) -> None:
+        expected = check(assemble(parts, damage), sizes)
+        event(f"violation: {expected.violation}, between frames: {expected.between_frames}")
+        target(float(len(expected.frames)), label="frames")
+
+    return property_of_decoder

@@ -382,11 +382,15 @@ class Storm:
 
     def _left_of_requests(self) -> dict[str, int]:
         found = census("planes")
-        return {name: found[name] for name in _PER_REQUEST & found.keys()} | {
-            repr(endpoint.subject): endpoint.active_count
-            for endpoint in living("planes.tcp_request")
-            if type(endpoint).__name__ == "Endpoint" and (endpoint.active_count or endpoint.idle)
-        }
+        return (
+            {name: found[name] for name in _PER_REQUEST & found.keys()}
+            | {
+                repr(endpoint.subject): endpoint.active_count
+                for endpoint in living("planes.tcp_request")
+                if type(endpoint).__name__ == "Endpoint" and (endpoint.active_count or endpoint.idle)
+            }
+            | {repr(budget): budget.held_bytes for budget in living("wire.budget") if budget.held_bytes}
+        )
 
     def _all_clients(self) -> list[TcpClient]:
         return [*self.clients, self._relay]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.fuzz.decoding import check, property_of_decoder
+from tests.fuzz.decoding import check, decoder_property
 from tests.fuzz.rounds import one_round
 from tests.fuzz.session import Arena, properties
 from tests.fuzz.storm import ENDS, KINDS, Storm
@@ -27,7 +27,7 @@ async def test_randomly_cancelled_requests_of_all_kinds_leave_nothing_behind() -
 
 
 def test_the_decoder_says_what_the_reference_says() -> None:
-    one_round(lambda: property_of_decoder, SEED, 150)
+    one_round(decoder_property, SEED, 150)
 
 
 @pytest.fixture(scope="module")
