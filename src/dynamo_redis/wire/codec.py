@@ -19,7 +19,7 @@ MAX_FRAME_BYTES = 128 * 1024
 MAX_HEADERS_BYTES = 32 * 1024
 """The largest headers of one request: request id, trace context and metadata, packed."""
 
-READ_BYTES = 256 * 1024
+READ_BYTES = 64 * 1024
 """The size of the shared read buffer: the most that one read can bring."""
 
 MAX_DEPTH = 1022
@@ -72,7 +72,7 @@ def new_unpacker() -> msgpack.Unpacker:
         strict_map_key=False,
         max_str_len=MAX_FRAME_BYTES,
         max_bin_len=MAX_FRAME_BYTES,
-        max_array_len=MAX_FRAME_BYTES,
+        max_array_len=MAX_INLINE_BYTES,
         max_map_len=MAX_FRAME_BYTES // 2,
         max_ext_len=MAX_FRAME_BYTES,
     )
