@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
@@ -49,6 +48,8 @@ BYTES_FOUND: list[tuple[bytes | Long, list[int]]] = [
     (Long(b"\x93\x02\x01\xdb\x00\x01\xff\xf9", b"x", 131_065), [1]),
     # An extension whose length has no room for its type.
     (b"\x94\xc9\xff\xff\xff\xff" + b"\xff" * 90, [49, 212]),
+    # A raw payload with an array as a map's key ended the connection instead of its stream.
+    (b"\x94\x0f\x01\x03\x00" + b"\x81\x90\xc0", []),
 ]
 
 
@@ -57,4 +58,17 @@ def test_what_was_found_in_the_decoder(data: bytes | Long, sizes: list[int]) -> 
     check(bytes(data), sizes)
 
 
-SCRIPTS_FOUND: list[tuple[str, list[Any]]] = []
+HANDSHAKES_FOUND: list[bytes] = [
+    # An array as a map's key, and a refusal whose code is an array a thousand deep, raised in the event loop.
+    b"\x00\x04\x91\x81\x90\xc0",
+    bytes(Long(b"\x03\xf3\x94\xa4DYNR\x00", b"\x91", 1000, b"\xc0\xa2no")),
+]
+
+
+@pytest.mark.parametrize("by_client", [True, False])
+@pytest.mark.parametrize("data", HANDSHAKES_FOUND)
+def test_what_was_found_at_the_door(arena: Arena, data: bytes, by_client: bool) -> None:
+    assert int.from_bytes(data[:2], "big") == len(data) - 2
+    arena.run(
+        arena.at_the_door([data], "close") if by_client else arena.with_client([data], "close", shakes=False)
+    )

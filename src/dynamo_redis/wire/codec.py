@@ -61,7 +61,7 @@ def unpack(payload: bytes | bytearray | memoryview) -> Any:
     """The one value in `payload`. Raises ValueError."""
     try:
         return msgpack.unpackb(payload, strict_map_key=False)
-    except msgpack.UnpackException as exc:
+    except (msgpack.UnpackException, TypeError, MemoryError) as exc:  # TypeError: a map with a map as key
         raise ValueError(f"not msgpack: {exc!r}") from exc
 
 
