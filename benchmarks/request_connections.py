@@ -17,7 +17,6 @@ from benchmarks.request_workloads import ITEMS, Workload
 from benchmarks.rivals.peer_plane import PlanePeer, target
 from dynamo_redis.config import PlaneSettings
 from dynamo_redis.planes.base import RequestPlaneClient, ResponseStream, Target
-from dynamo_redis.planes.context import Context
 from dynamo_redis.planes.select import make_client
 
 CONNECTIONS = 1000
@@ -76,7 +75,7 @@ async def _connect(port: int, server_id: int) -> tuple[float, float]:
 
 
 async def _ask(client: RequestPlaneClient, where: Target) -> None:
-    async for _ in client.open(where, b"x" * 128, Context()):
+    async for _ in client.open(where, b"x" * 128, None):
         pass
 
 
@@ -118,7 +117,7 @@ async def _read(address: str, rounds: int, seconds: float) -> tuple[list[float],
 
 async def _stopped(client: RequestPlaneClient, address: str) -> ResponseStream:
     """An endless answer, of which the first item has been read, and nothing more will be."""
-    stream = client.open(target(address, "tick"), _ENDLESS, Context())
+    stream = client.open(target(address, "tick"), _ENDLESS, None)
     await anext(stream)
     return stream
 

@@ -57,13 +57,13 @@ class PlanePeer(Peer):
 
     async def echo(self, payload: bytes) -> Any:
         answer = b""
-        async for item in self._client.open(self._targets["echo"], payload, Context()):
+        async for item in self._client.open(self._targets["echo"], payload, None):
             answer = item
         return answer
 
     async def stream(self, kind: Kind, count: int) -> int:
         seen = 0
-        async for _ in self._client.open(self._targets[kind], count, Context()):
+        async for _ in self._client.open(self._targets[kind], count, None):
             seen += 1
         return seen
 
