@@ -189,7 +189,7 @@ class PlaneError(DynamoRedisError):
 
 
 class CannotConnect(PlaneError):
-    """Nobody answers at the instance's address."""
+    """Nobody answers at the instance's address, or nobody whom the TLS settings let this process talk to."""
 
     code = "cannot_connect"
     retryable = True

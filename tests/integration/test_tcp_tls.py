@@ -6,9 +6,11 @@ The whole contract suite runs over mutual TLS as well (`tests/contract/test_requ
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 import ssl
 import time
+from asyncio.subprocess import DEVNULL
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -288,6 +290,27 @@ async def test_the_secret_is_proved_over_tls_as_well(authority: Authority) -> No
     async with running_server(chosen) as server, running_client(chosen) as client:
         where = Target(INSTANCE, server.address, "echo", b"x" * 32)
         await refusal(client, where, AuthenticationFailed, "did not prove")
+
+
+async def test_the_certificates_that_the_page_makes(repository: Path, tmp_path: Path) -> None:
+    page = (repository / "docs" / "tls.md").read_text()
+    recipe = re.search(r"<!-- recipe: a test runs it -->\n```sh\n(.*?)```", page, re.DOTALL)
+    assert recipe is not None
+    made = await asyncio.create_subprocess_exec(
+        "sh", "-e", "-c", recipe[1], cwd=tmp_path, stdout=DEVNULL, stderr=DEVNULL
+    )
+    assert await made.wait() == 0
+
+    def settings(name: str) -> dict[str, Any]:
+        paths = {"tcp_tls_ca": "ca.crt", "tcp_tls_cert": f"{name}.crt", "tcp_tls_key": f"{name}.key"}
+        return {"tcp_tls": "mutual"} | {field: tmp_path / file for field, file in paths.items()}
+
+    async with running_server(settings("worker")) as server:
+        async with running_client(settings("frontend")) as client:
+            assert await ask(client, target(server), "hi") == "hi"
+        named = settings("frontend") | {"tcp_tls_server_name": "worker.dynamo"}
+        async with running_client(named) as client:
+            assert await ask(client, target(server), "hi") == "hi"
 
 
 # --------------------------------------------------------------------------- new certificates
