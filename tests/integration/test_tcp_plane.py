@@ -330,6 +330,39 @@ async def test_no_item_is_sent_without_credit(server: TcpServer) -> None:
         assert (await peer.receive())[2] == list(range(WINDOW, WINDOW + 5))
 
 
+async def test_streams_that_bring_items_turn_after_turn_share_frames(
+    server: TcpServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for a lone stream, each item of which leaves at once; and what is followed by silence does too."""
+    monkeypatch.setattr("dynamo_redis.planes.tcp_connection._GATHER_S", 60.0)
+
+    async def ticking(request: int, context: Context) -> AsyncIterator[int]:
+        for number in range(request):
+            await asyncio.sleep(0)
+            yield number
+        await context.async_killed_or_stopped()
+
+    server.register("ticking", ticking)
+
+    async def frame_count(peer: RawPeer, item_count: int) -> int:
+        count = 0
+        while item_count > 0:
+            received = await peer.receive()
+            item_count -= len(received[2]) if received[0] == frame.BATCH else 1
+            count += 1
+        return count
+
+    async with raw_client(server, shake=False) as peer:
+        await peer.shake(ClientHandshake(SECRET, 1000, INSTANCE))
+        peer.send(open_frame(1, "ticking", 64))
+        assert await frame_count(peer, 64) == 64
+        peer.send(open_frame(2, "ticking", 64), open_frame(3, "ticking", 64))
+        assert await frame_count(peer, 128) <= 128 / 4
+        for stream_id in range(4, 8):
+            peer.send(open_frame(stream_id, "ticking", 1))
+            assert await peer.receive() == [frame.DATA, stream_id, 0]
+
+
 async def test_a_request_that_keeps_quiet_is_accepted_within_a_second(server: TcpServer) -> None:
     async with raw_client(server) as peer:
         began = time.monotonic()

@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import logging
 import socket
+import time
 from abc import abstractmethod
 from typing import Any, ClassVar, Final, Protocol, cast
 
@@ -27,6 +28,9 @@ this side makes more. On two free cores that is 1.7 times the throughput of 64 s
 SWEEPS_PER_INTERVAL: Final = 8
 WRITE_HIGH_WATER_BYTES: Final = 512 * 1024
 """Unsent bytes past which a connection takes no more items until the peer has read."""
+
+_GATHER_S: Final = 0.0002
+_GATHER_TURNS: Final = 8
 
 # Silent sweeps in a row.
 QUIET_AT: Final = 6
@@ -77,6 +81,8 @@ class Connection(asyncio.BufferedProtocol):
         "_blocked",
         "_dirty",
         "_flush_scheduled",
+        "_gathered_at",
+        "_gathering_turns",
         "_heard",
         "_life_shown_at",
         "_loop",
@@ -123,6 +129,8 @@ class Connection(asyncio.BufferedProtocol):
         self._out_has_raw = False
         self._dirty: list[Outgoing] = []
         self._flush_scheduled = False
+        self._gathered_at = 0.0
+        self._gathering_turns = 0
         self._abort_handle: asyncio.TimerHandle | None = None
         self._blocked: set[Waiter] = set()
         self._heard = False
@@ -282,11 +290,32 @@ class Connection(asyncio.BufferedProtocol):
         self.flush()
 
     def mark_dirty(self, sender: Outgoing) -> None:
-        """Have the flush collect the sender's batch."""
+        """Have the sender's batch collected: with the next flush, at the latest by `_gather`."""
         self._dirty.append(sender)
-        if not self._flush_scheduled:
-            self._flush_scheduled = True
-            self._loop.call_soon(self.flush)
+        if not self._gathering_turns:
+            self._gathering_turns = 1
+            self._loop.call_soon(self._gather)
+
+    def _gather(self) -> None:
+        """Write the items of a turn of the event loop, or let them wait for those of the next turns.
+
+        A write costs what ten items cost, and the peer pays as much for being woken up. So streams that
+        bring items turn after turn share one: within `_GATHER_S` of the last, for `_GATHER_TURNS` at most,
+        since turns without work cost too. A lone stream does not wait: its reader may answer each item.
+        """
+        if not self._dirty:  # another flush has taken them along
+            self._gathering_turns = 0
+        elif (
+            self._gathering_turns < _GATHER_TURNS
+            and len(self.streams) > 1
+            and time.monotonic() - self._gathered_at < _GATHER_S
+        ):
+            self._gathering_turns += 1
+            self._loop.call_soon(self._gather)
+        else:
+            self._gathering_turns = 0
+            self._gathered_at = time.monotonic()
+            self.flush()
 
     def flush(self) -> None:
         """Hand everything to the transport."""
