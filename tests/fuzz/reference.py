@@ -14,7 +14,7 @@ from typing import Any, Final
 import msgpack
 
 MAX_FRAME_BYTES: Final = 128 * 1024
-MAX_ELEMENTS: Final = MAX_FRAME_BYTES
+MAX_ELEMENTS: Final = 64 * 1024
 MAX_DEPTH: Final = 1024
 """Of arrays and maps, the frame and its batch included."""
 
@@ -168,7 +168,7 @@ class _Reader:
         return [self.value(depth + 1) for _ in range(length)]
 
     def _map(self, length: int, depth: int) -> dict[Any, Any]:
-        self._check(length, MAX_ELEMENTS // 2, depth)
+        self._check(length, MAX_ELEMENTS, depth)
         found: dict[Any, Any] = {}
         for _ in range(length):
             key = self.value(depth + 1)

@@ -162,6 +162,7 @@ def test_the_limits_are_the_codes() -> None:
         f"behind it | {codec.MAX_FRAME_BYTES // 1024} KiB |",
         f"| payload inside a frame | {codec.MAX_INLINE_BYTES // 1024} KiB |",
         f"packed | {codec.MAX_HEADERS_BYTES // 1024} KiB |",
+        f"pairs of a map | {codec.MAX_INLINE_BYTES:,} |",
         f"| {codec.MAX_DEPTH} arrays and maps deep |",
         f"`1 + size div {frame.CREDIT_UNIT_BYTES}`",
         f"or {decoder.STEP_BYTES // 1024} KiB further",
