@@ -184,10 +184,11 @@ def explain(error: Exception, dialled: str = "") -> str:
         if error.reason in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"):
             return "the other side does not speak TLS: set DYN_TCP_TLS there"
         return f"TLS failed: {error.reason or error}"
-    if isinstance(error, ConnectionLost) and dialled.endswith(f"+{_MUTUAL_TLS}"):
+    reason = str(error) or type(error).__name__
+    if isinstance(error, ConnectionLost | ConnectionResetError) and dialled.endswith(f"+{_MUTUAL_TLS}"):
         # In TLS 1.3 the caller's handshake is over before the worker looks at its certificate.
-        return f"{error}; if it refuses this side's certificate, its log says why"
-    return str(error) or type(error).__name__
+        return f"{reason}; if it refuses this side's certificate, its log says why"
+    return reason
 
 
 # --------------------------------------------------------------------------- files to contexts
@@ -226,7 +227,7 @@ def _load_authorities(context: ssl.SSLContext, ca: Path, wall_s: float) -> None:
     _check_readable("DYN_TCP_TLS_CA", ca)
     try:
         context.load_verify_locations(cafile=ca)
-    except (ssl.SSLError, OSError) as exc:
+    except OSError as exc:  # ssl.SSLError is one
         raise ConfigError(f"DYN_TCP_TLS_CA={ca}: holds no certificate that can be read, in PEM") from exc
     ends = [ssl.cert_time_to_seconds(str(found["notAfter"])) for found in context.get_ca_certs()]
     if ends and max(ends) < wall_s:
@@ -265,7 +266,7 @@ def _check_certificate(cert: Path, key: Path, side: Side) -> None:
     checking = client if side == "server" else server
     try:
         checking.load_verify_locations(cafile=cert)
-    except ssl.SSLError as exc:
+    except OSError as exc:  # ssl.SSLError is one
         raise ConfigError(f"DYN_TCP_TLS_CERT={cert}: holds no certificate that can be read, in PEM") from exc
     checking.verify_mode = ssl.CERT_REQUIRED
     checking.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN

@@ -14,6 +14,7 @@ from tests.certificates import Authority, Identity
 
 from dynamo_redis.config import PlaneSettings
 from dynamo_redis.errors import CannotConnect, ConfigError
+from dynamo_redis.planes.address import parse_address
 from dynamo_redis.planes.tls import LOOK_S, Side, TlsContext, dial_options, make_tls
 
 
@@ -210,6 +211,13 @@ def test_the_name_in_certificates_may_be_given(authority: Authority) -> None:
     settings = PlaneSettings.load(**authority.settings(), tcp_tls_server_name="worker.example")
     _, _, options = dial_options("[::1]:80+tls", make_tls(settings, "client"))
     assert options["server_hostname"] == "worker.example"
+
+
+@pytest.mark.parametrize("address", ["10.0.0.7:80+tls", "[::1]:80+mtls"])
+def test_a_release_that_knows_no_tls_refuses_the_address(address: str) -> None:
+    """It takes what follows the colon for the port, and so never speaks in the clear to a TLS worker."""
+    with pytest.raises(ValueError, match="invalid literal"):
+        parse_address(address)
 
 
 def test_an_address_of_a_later_release(authority: Authority) -> None:
