@@ -246,8 +246,13 @@ def _show(cells: Sequence[Cell]) -> None:
 
 def _draw() -> None:
     """Draw what is known of the matrix, by a library that nothing else here needs."""
-    command = [rival_python("plot", "matplotlib"), "-m", "benchmarks.request_plot"]
-    subprocess.run(command, cwd=REPOSITORY, check=True)
+    if not request_matrix.load():
+        return
+    try:
+        command = [rival_python("plot", "matplotlib"), "-m", "benchmarks.request_plot"]
+        subprocess.run(command, cwd=REPOSITORY, check=True)
+    except (subprocess.CalledProcessError, OSError) as exc:
+        print(f"not drawn: {exc}", flush=True)
 
 
 def _allow_many_files() -> None:

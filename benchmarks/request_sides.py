@@ -226,7 +226,6 @@ SIDES: dict[str, Callable[[], AbstractContextManager[Side]]] = {
 }
 """How each side is brought up."""
 
-
 _VERSIONS = """
 import sys
 from importlib.metadata import version
@@ -235,12 +234,17 @@ print(*(f"{name} {version(name)}" for name in sys.argv[1:]), sep=", ")
 
 
 def versions(sides: set[str]) -> list[str]:
-    """What the rivals among these are made of."""
+    """What the rivals among these are made of. Installs those that are not there yet."""
     found = []
     for side, (_, requirement) in _REQUIREMENTS.items():
-        if side in sides:
+        if side not in sides:
+            continue
+        try:
             command = [environment_of(side), "-c", _VERSIONS, requirement.partition("==")[0], "uvloop"]
-            found.append(subprocess.run(command, capture_output=True, text=True).stdout.strip())
+            output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            found.append(output.strip())
+        except (subprocess.CalledProcessError, OSError) as exc:
+            found.append(f"{requirement}: not installed ({exc})")
     if NATS in sides and (binary := shutil.which("nats-server")):
         output = subprocess.run([binary, "--version"], capture_output=True, text=True).stdout
         found.append(output.strip().replace(": v", " "))
