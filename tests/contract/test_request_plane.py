@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import random
 import time
 from collections.abc import AsyncIterator, Callable
@@ -531,7 +532,7 @@ async def test_items_made_before_an_exception_arrive_before_it(deployed: Deploym
 @pytest.mark.parametrize("error", [InvalidRequest("no"), Draining("bye"), Overloaded("full", 0.25)])
 async def test_a_plane_error_travels_as_it_is(deployed: Deployment, error: PlaneError) -> None:
     async def handler(_: Any, __: Context) -> Any:
-        raise error
+        raise copy.copy(error)  # one that is raised keeps its traceback, and all that hangs on it
 
     with pytest.raises(type(error), match=str(error)) as caught:
         await deployed.ask(deployed.serve(handler))
@@ -910,6 +911,39 @@ async def test_admission_is_bounded_and_overload_is_told(plane: str) -> None:
         release.set()
         assert await asyncio.gather(*readers) == [[number] for number in range(5)]
         assert deployed.server.in_flight_count == 0
+
+
+async def test_a_callers_flood_costs_another_a_turn_and_no_place_in_the_queue(plane: str) -> None:
+    async with deployment(plane, max_in_flight_count=1, max_queued_count=40) as deployed:
+        gates: list[asyncio.Event] = []
+        started: list[str] = []
+
+        async def handler(request: str, _: Context) -> str:
+            started.append(request)
+            gates.append(asyncio.Event())
+            await gates[-1].wait()
+            return request
+
+        target, other = deployed.serve(handler), make_client(deployed.settings)
+        try:
+            flood = [asyncio.ensure_future(deployed.ask(target, "flood")) for _ in range(41)]
+            await eventually(lambda: deployed.server.in_flight_count == 41 and len(started) == 1)
+            modest = asyncio.ensure_future(anext(other.open(target, "modest", Context())))
+            with pytest.raises(Overloaded):  # the newest of the flood makes room
+                await flood[-1]
+            assert deployed.server.in_flight_count == 41
+            for _ in range(2):
+                count = len(started)
+                gates[-1].set()
+                await eventually(lambda count=count: len(started) > count)  # type: ignore[misc]
+            assert started[-2:].count("modest") == 1
+            while not all(answer.done() for answer in (*flood, modest)):
+                gates[-1].set()
+                await asyncio.sleep(0.001)
+            assert await modest == "modest"
+            assert [await answer for answer in flood[:-1]] == [["flood"]] * 40
+        finally:
+            await other.aclose()
 
 
 async def test_a_queued_request_that_is_cancelled_leaves_the_queue(plane: str) -> None:

@@ -102,9 +102,11 @@ class AdmissionControl:
 
     def admit(self, request: Request) -> None:
         """Start the request, or let it wait. Raises Overloaded."""
-        if len(self._running) < self._max_in_flight_count:
+        running = self._running
+        if len(running) < self._max_in_flight_count:
             request.endpoint.active_count += 1
-            self._start(request)
+            running.add(request)
+            request.launch(self.loop)
         else:
             self._let_wait(request)
 
@@ -136,7 +138,11 @@ class AdmissionControl:
         self._finished_count += 1
         if self._large:
             self._let_go(request)
-        request.endpoint.release()
+        endpoint = request.endpoint
+        if endpoint.idle is None:  # nobody waits for its last request: the usual case
+            endpoint.active_count -= 1
+        else:
+            endpoint.release()
         if self._waiting.size and not self._starting:
             self._start_waiting()
 
@@ -172,10 +178,8 @@ class AdmissionControl:
         self._starting = True  # a handler that ends while it starts must not come back here
         try:
             while self._waiting.size and len(self._running) < self._max_in_flight_count:
-                self._start(self._waiting.pop())
+                following = self._waiting.pop()
+                self._running.add(following)
+                following.launch(self.loop)
         finally:
             self._starting = False
-
-    def _start(self, request: Request) -> None:
-        self._running.add(request)
-        request.launch(self.loop)
