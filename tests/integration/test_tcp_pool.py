@@ -19,7 +19,7 @@ import pytest
 
 from dynamo_redis.config import PlaneSettings
 from dynamo_redis.errors import CannotConnect, DeadlineExceeded, Overloaded, PlaneError
-from dynamo_redis.planes import tcp_calling, tcp_dialing, tcp_listener, tcp_pool
+from dynamo_redis.planes import tcp_calling, tcp_dialing, tcp_listener, tcp_pool, tcp_server
 from dynamo_redis.planes.base import Target
 from dynamo_redis.planes.context import Context
 from dynamo_redis.planes.tcp_client import TcpClient
@@ -213,12 +213,13 @@ async def test_a_pool_of_one_carries_everything() -> None:
 async def test_connections_that_are_not_needed_any_more_close_under_load(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(tcp_calling, "IDLE_CLOSE_S", 0.05)
     async with running_server() as server, running_client(keepalive_interval_s=0.1) as client:
-        small = target_of(server)
+        small, large = target_of(server), target_of(server, "echo")
         await call(client, small)
-        await asyncio.gather(*(call(client, target_of(server, "echo"), bytes(4 * MIB)) for _ in range(4)))
-        assert client.connection_count == 2
+        await call(client, large, bytes(4 * MIB))
+        await eventually(lambda: client.connection_count == 2)
+        monkeypatch.setattr(tcp_calling, "IDLE_CLOSE_S", 0.05)
+        await call(client, large, bytes(4 * MIB))
         deadline = time.monotonic() + 10
         while client.connection_count > 1:
             assert time.monotonic() < deadline
@@ -437,33 +438,48 @@ async def test_a_turn_of_the_event_loop_takes_in_a_few_connections_only() -> Non
         sock.close()
 
 
-async def test_callers_who_prove_nothing_cannot_keep_honest_ones_out() -> None:
-    async with running_server(max_connections_count=8, connect_timeout_s=60) as server:
-        crowd: list[asyncio.StreamWriter] = []
+@asynccontextmanager
+async def crowd(port: int) -> AsyncIterator[list[socket.socket]]:
+    """One caller after the other that never proves anything, half of them with the first word."""
+    loop = asyncio.get_running_loop()
+    crowd: list[socket.socket] = []
 
-        async def crowd_in() -> None:
-            for number in range(200):
-                reader, writer = await asyncio.open_connection("127.0.0.1", port_of(server))
-                crowd.append(writer)
-                if number % 2:
-                    writer.write(ClientHandshake(SECRET, 100, INSTANCE).begin())
-                    await reader.read(1024)
+    async def crowd_in() -> None:
+        while True:
+            sock = socket.socket()
+            sock.setblocking(False)
+            crowd.append(sock)
+            await loop.sock_connect(sock, ("127.0.0.1", port))
+            if len(crowd) % 2:
+                await loop.sock_sendall(sock, ClientHandshake(SECRET, 100, INSTANCE).begin())
+            await asyncio.sleep(0.001)
 
-        crowding = asyncio.ensure_future(crowd_in())
-        await eventually(lambda: len(crowd) > 20)
-        clients = [TcpClient(PlaneSettings()) for _ in range(7)]
+    crowding = asyncio.ensure_future(crowd_in())
+    try:
+        yield crowd
+    finally:
+        crowding.cancel()
+        await asyncio.wait([crowding])
+        for sock in crowd:
+            sock.close()
+
+
+async def test_callers_who_prove_nothing_cannot_keep_honest_ones_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tcp_server, "MAX_SHAKING_COUNT", 40)
+    async with AsyncExitStack() as stack:
+        server = await stack.enter_async_context(
+            running_server(max_connections_count=200, connect_timeout_s=60)
+        )
+        crowded = await stack.enter_async_context(crowd(port_of(server)))
+        await eventually(lambda: len(crowded) > 60)
+        clients = [await stack.enter_async_context(running_client()) for _ in range(8)]
         for client in clients:
             assert await call(client, target_of(server)) == 1
-        await crowding
+        await eventually(lambda: len(crowded) > 150)
         for client in clients:  # and who is in stays in
-            assert client.connection_count == 1
             assert await call(client, target_of(server)) == 1
-            await client.aclose()
-        assert server.connection_count <= 8
-        for writer in crowd:
-            writer.transport.abort()
-            with suppress(OSError):
-                await writer.wait_closed()
+            assert client.connection_count == 1
+        assert server.connection_count <= 40 + len(clients)
 
 
 async def test_a_server_that_is_full_of_proven_callers_says_so() -> None:

@@ -1,9 +1,10 @@
 """The serving side of the tcp plane: the listening socket, its connections, and the endpoints.
 
-At most `DYN_TCP_MAX_CONNECTIONS` connections are open, or as many as the process may have files. Past that
-the one that has been longest in its handshake is refused, so callers that proved themselves stay, and those
-who never do cannot keep honest ones out. A handshake must be over within the connect time-out. Which requests
-run is `tcp_admission`'s.
+At most `DYN_TCP_MAX_CONNECTIONS` callers are connected who have proved themselves, or as many as the process
+may have files; one more is refused. Beside them at most `MAX_SHAKING_COUNT` connections are in their
+handshake, each within the connect time-out; past that the oldest of these is refused. So those who never
+prove anything cannot keep honest ones out, whose handshake takes milliseconds. Which requests run is
+`tcp_admission`'s.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from dynamo_redis.planes.tcp_serving import ServerConnection
 from dynamo_redis.planes.tls import make_tls
 from dynamo_redis.wire.decoder import ReadBuffers
 from dynamo_redis.wire.handshake import ServerHandshake
+
+MAX_SHAKING_COUNT: Final = 4096
 
 _ACLOSE_S: Final = 2.0
 _FAREWELL_S: Final = 1.0
@@ -61,7 +64,8 @@ class TcpServer:
         self._connections: set[ServerConnection] = set()
         self._shaking: dict[ServerConnection, None] = {}
         self._arriving: set[asyncio.Task[None]] = set()
-        self._max_connections_count = settings.max_connections_count
+        self._max_proven_count = settings.max_connections_count
+        self._max_shaking_count = MAX_SHAKING_COUNT
         self._admission = AdmissionControl(
             max_in_flight_count=settings.max_in_flight_count,
             max_queued_count=settings.max_queued_count,
@@ -111,9 +115,7 @@ class TcpServer:
         binding = await choose_binding(settings.tcp_host, settings.tcp_advertise_host, self._redis_host)
         if self._tls is not None:
             self._gate = Gate(self._loop, self._tls, self._new_connection, settings.connect_timeout_s)
-        self._max_connections_count = connection_limit(settings.max_connections_count)
-        if self._max_connections_count < settings.max_connections_count:
-            _log.info("at most %d connections: %s", self._max_connections_count, describe_file_limit())
+        self._divide(connection_limit(settings.max_connections_count + MAX_SHAKING_COUNT))
         try:
             self._listener = await Listener.open(
                 self._loop, binding.listen_host, settings.tcp_port, self._on_socket
@@ -194,13 +196,26 @@ class TcpServer:
             self._deserted = self._loop.create_future()
             await asyncio.wait([self._deserted], timeout=min(left_s, _FAREWELL_LOOK_S))
 
+    def _divide(self, capacity_count: int) -> None:
+        """Share out the connections that the process may have: a quarter at most for handshakes."""
+        self._max_shaking_count = max(1, min(MAX_SHAKING_COUNT, capacity_count // 4))
+        self._max_proven_count = min(
+            self._settings.max_connections_count, max(1, capacity_count - self._max_shaking_count)
+        )
+        if self._max_proven_count < self._settings.max_connections_count:
+            _log.info("at most %d connections: %s", self._max_proven_count, describe_file_limit())
+
+    @property
+    def _proven_count(self) -> int:
+        return len(self._connections) - len(self._shaking)
+
     def _on_socket(self, sock: socket.socket) -> None:
         """A connection has come in."""
         if self._gate is not None:
-            if self.connection_count >= self._max_connections_count:
+            if self.connection_count >= self._max_proven_count + self._max_shaking_count:
                 self._gate.drop_oldest()
             self._gate.admit(sock)
-        elif len(self._connections) >= self._max_connections_count and not self._shaking:
+        elif self._proven_count >= self._max_proven_count:
             turn_away(sock, _too_many_connections())
         else:
             arrival = self._loop.create_task(self._take_in(sock))
@@ -236,13 +251,17 @@ class TcpServer:
         """A connection has come."""
         self._connections.add(connection)
         self._shaking[connection] = None
-        if len(self._connections) > self._max_connections_count:
+        if self._proven_count >= self._max_proven_count:
+            connection.refuse(_too_many_connections())
+        elif len(self._shaking) > self._max_shaking_count:
             next(iter(self._shaking)).refuse(_too_many_connections())
 
     def on_shaken(self, connection: ServerConnection) -> None:
         """The caller has proved itself."""
         self._shaking.pop(connection, None)
-        if self._draining:
+        if self._proven_count > self._max_proven_count:  # others proved themselves meanwhile
+            connection.fail(_too_many_connections())
+        elif self._draining:
             connection.go_away()
 
     def on_closed(self, connection: ServerConnection) -> None:
