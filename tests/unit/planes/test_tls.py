@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from tests.certificates import Authority, Identity
 
 from dynamo_redis.config import PlaneSettings
 from dynamo_redis.errors import CannotConnect, ConfigError
 from dynamo_redis.planes.address import parse_address
 from dynamo_redis.planes.tls import LOOK_S, Side, TlsContext, dial_options, make_tls
+from tests.certificates import Authority, Identity
 
 
 class HeldClock:
