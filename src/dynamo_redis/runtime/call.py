@@ -135,13 +135,12 @@ class Call:
             raise error
         if self._failures is None:
             self._failures = _Failures()
-        if isinstance(error, AuthenticationFailed) and not self._failures.refreshed:
-            # A worker restarted at the same address has a new secret: its record tells, once.
-            self._failures.refreshed = True
-            fresh = await self._dispatcher.refreshed(failed)
+        if isinstance(error, AuthenticationFailed):
+            fresh = await self._refreshed(failed, self._failures)
             if fresh is not None:
                 self._open(fresh)
                 return
+            self._dispatcher.view.mark_down(failed, error)
         self._failures.add(failed, error, was_sent=was_sent)
         if self._failures.suffice_after(error):
             raise error
@@ -150,6 +149,13 @@ class Call:
         except NoInstances:
             raise error from None
         self._open(following)
+
+    async def _refreshed(self, failed: Member, failures: _Failures) -> Member | None:
+        """A worker restarted at the same address has a new secret: its record tells, once a request."""
+        if failures.refreshed:
+            return None
+        failures.refreshed = True
+        return await self._dispatcher.refreshed(failed)
 
 
 class _Failures:

@@ -153,7 +153,20 @@ async def test_an_outdated_secret_is_refreshed_once(bench: Bench) -> None:
         await collect(await bench.client.round_robin("q"))
     assert bench.registry.reads == 1
     assert len(bench.plane.opened) == 2
-    assert bench.view.candidates[0].target.secret == b"new"
+    (member,) = bench.view
+    assert member.target.secret == b"new"
+
+
+async def test_an_instance_that_does_not_know_its_secret_is_avoided(bench: Bench) -> None:
+    """Another process may have taken its port: each request that tried it would read its record again."""
+    bench.register(1, 2)
+    bench.plane.scripts[1] = [AuthenticationFailed("who are you?")]
+    bench.plane.alive[1] = False
+    bench.registry.record = put(instance(1)).record
+    for _ in range(10):
+        assert await collect(await bench.client.round_robin("q", annotated=False)) == [2]
+    assert bench.registry.reads == 1
+    assert bench.chosen_first() == [2]
 
 
 async def test_direct_reaches_its_instance_and_no_other(bench: Bench) -> None:
