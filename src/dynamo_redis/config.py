@@ -240,8 +240,8 @@ class PlaneSettings(SettingsGroup):
     max_payload_in_flight_bytes: Size = setting(
         "DYN_TCP_MAX_PAYLOAD_BYTES_IN_FLIGHT",
         ByteSize(1 << 30),
-        "Most bytes of messages over 64 KiB that a process holds: coming in, unread, or of requests under "
-        "way at a worker; past that it answers Overloaded.",
+        "Most bytes of messages over 64 KiB that a process holds as a worker, and as many as a caller: "
+        "coming in, unread, or of requests under way; what does not fit ends as Overloaded.",
         unit="bytes",
     )
     max_connections_count: Annotated[int, Field(ge=1)] = setting(
