@@ -201,7 +201,7 @@ def _message(fields: list[Any]) -> bytes:
 def _fields(body: bytes) -> list[Any]:
     try:
         fields = unpack(body)
-    except (ValueError, TypeError) as exc:  # TypeError: a map whose key is an array
+    except ValueError as exc:
         raise ProtocolViolation("the peer does not speak this protocol") from exc
     if type(fields) is not list:
         raise ProtocolViolation("the peer does not speak this protocol")
