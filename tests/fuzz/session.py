@@ -133,9 +133,29 @@ _hellos: st.SearchStrategy[Step] = st.builds(
 )
 
 
-def _script(own: st.SearchStrategy[Any]) -> st.SearchStrategy[list[Step]]:
+def _openings(kinds: list[tuple[str, Any]]) -> list[Step]:
+    """Proper requests, numbered as they come."""
+    return [
+        [frame.OPEN, stream_id, subject, int(subject in ("total", "unread")), None, request]
+        for stream_id, (subject, request) in enumerate(kinds, 1)
+    ]
+
+
+_requests = st.lists(
+    st.tuples(
+        st.sampled_from(("echo", "count", "count", "wait", "total", "unread", "hang")), st.integers(0, 29)
+    ),
+    max_size=3,
+).map(_openings)
+
+
+def _script(
+    own: st.SearchStrategy[Any], begins: st.SearchStrategy[list[Step]]
+) -> st.SearchStrategy[list[Step]]:
+    """Something sensible to begin with, and then, mostly, sensible things."""
     sensible = st.one_of(own, own, _by_both, _turns)
-    return st.lists(st.one_of(sensible, sensible, sensible, _goaway, _anything), max_size=12)
+    more = st.lists(st.one_of(sensible, sensible, sensible, _goaway, _anything), max_size=12)
+    return st.tuples(begins, more).map(lambda both: [*both[0], *both[1]])
 
 
 # --------------------------------------------------------------------------- where it is said
@@ -371,11 +391,11 @@ async def soon(condition: Callable[[], bool], otherwise: str) -> None:
 def properties(arena: Arena) -> dict[str, Callable[[], None]]:
     """What holds for every conversation, by what it is with."""
 
-    @given(_script(_by_client), _ends)
+    @given(_script(_by_client, _requests), _ends)
     def property_of_server(script: list[Step], end: End) -> None:
         arena.run(arena.with_server(script, end))
 
-    @given(_script(_by_server), _ends)
+    @given(_script(_by_server, st.just([])), _ends)
     def property_of_client(script: list[Step], end: End) -> None:
         arena.run(arena.with_client(script, end, shakes=True))
 

@@ -21,9 +21,11 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
+from unittest.mock import patch
 
 from dynamo_redis.config import PlaneSettings
 from dynamo_redis.errors import InstanceRemoved, InvalidRequest, Overloaded, PlaneError
+from dynamo_redis.planes import tcp_connection
 from dynamo_redis.planes.base import ResponseStream, Target
 from dynamo_redis.planes.context import Context
 from dynamo_redis.planes.tcp_client import TcpClient
@@ -36,7 +38,11 @@ CLIENTS: Final = 4
 SERVERS: Final = 2
 WEATHER_EVERY: Final = 250
 """A change of weather comes after so many requests."""
-LARGE_BYTES: Final = 70_000
+LARGE_BYTES: Final = (*[70_000] * 7, 1_000_000)
+"""A payload just too large for a frame, mostly; and one that no socket takes at once."""
+SEND_BUFFER_BYTES: Final = 32 * 1024
+HIGH_WATER_BYTES: Final = 16 * 1024
+"""Unsent bytes past which connections make their senders wait: early, so that it happens."""
 OBJECTS_LEFT, BLOCKS_LEFT = 60, 6_000
 """What 100,000 requests may leave by way of caches and noise; a leak of one in a thousand is more."""
 
@@ -69,7 +75,7 @@ async def count(request: Any, context: Context) -> AsyncIterator[int]:
 
 async def large(request: Any, context: Context) -> AsyncIterator[bytes]:
     for _ in range(request["items"] % 4):
-        yield bytes(LARGE_BYTES)
+        yield bytes(request["size"])
         if context.is_stopped():
             return
 
@@ -111,11 +117,14 @@ KINDS: Final = (*SINGLE, "relay", *STREAMED)
 WEIGHTS: Final = (20, 10, 30, 3, 4, 8, 4, 8, 8, 5)
 
 
-async def messages(number: int, size: int) -> AsyncIterator[Any]:
+async def messages(number: int, size: int, *, sticks: bool) -> AsyncIterator[Any]:
+    """So many messages, the second of that size; one that sticks never comes to its end."""
     for index in range(number):
         if index % 3 == 2:
             await asyncio.sleep(0)
         yield bytes(size) if index == 1 else index
+    if sticks:
+        await asyncio.sleep(600)
 
 
 # --------------------------------------------------------------------------- how requests end
@@ -211,6 +220,9 @@ ENDS: Final[tuple[End, ...]] = (
     ignore,
     stop_unread,
 )
+SUDDEN: Final = (cancel, time_out, kill, fail, ignore)
+"""Those that wait for nothing."""
+
 DEADLINES_S: Final = (*[None] * 9, -1.0, 0.002, 0.01, 5.0)
 
 
@@ -240,10 +252,12 @@ class Caller:
         if kind == "waits" and end in (read_all, drop, leave) and allowed_s in (None, 5.0):
             allowed_s = 0.02  # else it would wait for ever, as told
         context = Context(deadline=None if allowed_s is None else time.monotonic() + allowed_s)
-        options = {"messages": messages(rng.randrange(20), rng.choice((1, LARGE_BYTES)))}
-        request = {"items": rng.randrange(60), "delay_s": rng.random() * 0.01}
+        sticks = end in SUDDEN and rng.random() < 0.3
+        options = {"messages": messages(rng.randrange(20), rng.choice((1, LARGE_BYTES[0])), sticks=sticks)}
+        size = rng.choice(LARGE_BYTES)
+        request: dict[str, Any] = {"items": rng.randrange(60), "delay_s": rng.random() * 0.01, "size": size}
         if rng.random() < 0.01:
-            request["ballast"] = bytes(LARGE_BYTES)  # type: ignore[assignment]
+            request["ballast"] = bytes(size)
         outcome = "ended"
         try:
             target = storm.target(kind, rng.randrange(SERVERS))
@@ -296,6 +310,7 @@ class Storm:
         """A request has ended."""
         self._done += 1
         if self._done % WEATHER_EVERY == 0:
+            self._narrow()
             change = self._rng.choice((self._cut, self._cut, self._move, self._replace, self._reopen))
             task = asyncio.ensure_future(change())
             self._changes.add(task)
@@ -303,7 +318,7 @@ class Storm:
 
     async def run(self, requests: int) -> None:
         """Send the requests, wait for calm, and check that nothing is left."""
-        with complaints():
+        with complaints(), patch.object(tcp_connection, "WRITE_HIGH_WATER_BYTES", HIGH_WATER_BYTES):
             self.clients = [TcpClient(self.settings) for _ in range(CLIENTS)]
             self._relay = TcpClient(self.settings)
             self._servers = [await self._start(number) for number in range(SERVERS)]
@@ -340,11 +355,18 @@ class Storm:
 
     # ------------------------------------------------------------------- weather
 
+    def _ports(self) -> set[int]:
+        return {int(server.address.rpartition(":")[2]) for server in self._servers}
+
+    def _narrow(self) -> None:
+        """Have the sockets take little at a time, so that large payloads fill them."""
+        for descriptor in connected_descriptors(self._ports()):
+            with socket.socket(fileno=os.dup(descriptor)) as alias:
+                alias.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+
     async def _cut(self) -> None:
         """Cut a connection, one way or both."""
-        ports = {int(server.address.rpartition(":")[2]) for server in self._servers}
-        found = list(connected_descriptors(ports))
-        if found:
+        if found := list(connected_descriptors(self._ports())):
             with socket.socket(fileno=os.dup(self._rng.choice(found))) as alias, suppress(OSError):
                 alias.shutdown(self._rng.choice((socket.SHUT_RDWR, socket.SHUT_WR, socket.SHUT_RD)))
 
