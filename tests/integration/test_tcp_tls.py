@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from dynamo_redis.config import PlaneSettings
-from dynamo_redis.errors import AuthenticationFailed, CannotConnect, PlaneError
+from dynamo_redis.errors import AuthenticationFailed, CannotConnect, Overloaded, PlaneError
 from dynamo_redis.planes import tcp_gate, tls
 from dynamo_redis.planes.base import Target
 from dynamo_redis.planes.context import Context
@@ -409,6 +409,19 @@ async def test_callers_that_do_not_shake_hands_leave_room_for_those_that_do(auth
         assert await ask(client, target(server), "hi") == "hi"
         for _, writer in idle:
             writer.transport.abort()
+        await eventually(lambda: server.connection_count == 1)
+
+
+async def test_a_full_worker_says_so_over_tls(authority: Authority) -> None:
+    chosen = authority.settings(authority.issue(), "mutual")
+    async with (
+        running_server(chosen | {"max_connections_count": 1}) as server,
+        running_client(chosen) as client,
+        running_client(chosen) as late,
+    ):
+        assert await ask(client, target(server), "hi") == "hi"
+        await refusal(late, target(server), Overloaded, "as many connections as it takes")
+        assert await ask(client, target(server), "hi") == "hi"
         await eventually(lambda: server.connection_count == 1)
 
 
