@@ -32,7 +32,15 @@ class Context:
     Not thread-safe: use it on the event loop that made it.
     """
 
-    __slots__ = ("_id", "_metadata", "_state", "_subscribers", "_traceparent", "deadline")
+    __slots__ = (
+        "_id",
+        "_metadata",
+        "_other_subscribers",
+        "_state",
+        "_subscriber",
+        "_traceparent",
+        "deadline",
+    )
 
     def __init__(
         self,
@@ -48,7 +56,8 @@ class Context:
         self._traceparent = traceparent
         self.deadline = deadline
         self._state = _RUNNING
-        self._subscribers: dict[Subscriber, None] | None = None
+        self._subscriber: Subscriber | None = None  # most requests have one
+        self._other_subscribers: dict[Subscriber, None] | None = None
 
     def __repr__(self) -> str:
         state = ("running", "stopped", "killed")[self._state]
@@ -144,17 +153,21 @@ class Context:
 
     def subscribe(self, subscriber: Subscriber) -> None:
         """As `on_cancel`; end it with `unsubscribe(subscriber)`."""
-        if self._subscribers is None:
-            self._subscribers = {subscriber: None}
+        if self._subscriber is None:
+            self._subscriber = subscriber
+        elif self._other_subscribers is None:
+            self._other_subscribers = {subscriber: None}
         else:
-            self._subscribers[subscriber] = None
+            self._other_subscribers[subscriber] = None
         if self._state:
             subscriber.on_cancelled("kill" if self._state == _KILLED else "stop")
 
     def unsubscribe(self, subscriber: Subscriber) -> None:
         """Tell `subscriber` no more. Idempotent."""
-        if self._subscribers is not None:
-            self._subscribers.pop(subscriber, None)
+        if self._subscriber is subscriber:
+            self._subscriber = None
+        elif self._other_subscribers is not None:
+            self._other_subscribers.pop(subscriber, None)
 
     async def async_killed_or_stopped(self) -> bool:
         """Wait until the request is stopped or killed; True then. Cancel the wait to give up."""
@@ -177,8 +190,8 @@ class Context:
         if self._state >= state:
             return
         self._state = state
-        if self._subscribers:
-            for subscriber in tuple(self._subscribers):
+        for subscriber in (self._subscriber, *(self._other_subscribers or ())):
+            if subscriber is not None:
                 subscriber.on_cancelled(strength)
 
 

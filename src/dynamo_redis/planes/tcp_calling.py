@@ -195,7 +195,9 @@ class ClientConnection(Connection):
 
     def _on_goaway(self, received: list[Any]) -> None:
         _, _, code, message = received
-        error = plane_error(str(code), str(message))
+        if type(code) is not str or type(message) is not str:
+            raise ProtocolViolation("a malformed GOAWAY")
+        error = plane_error(code, message)
         if not isinstance(error, Draining):
             self.error = error
             self.close()

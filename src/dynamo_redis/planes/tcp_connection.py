@@ -221,7 +221,7 @@ class Connection(asyncio.BufferedProtocol):
     def _dispatch(self, frames: list[list[Any]]) -> None:
         try:
             self._on_frames(frames)
-        except (IndexError, TypeError, ValueError) as exc:
+        except (IndexError, TypeError, ValueError, RecursionError, MemoryError) as exc:
             _log.debug("malformed frame", exc_info=exc)
             self.fail(ProtocolViolation(f"a malformed frame: {exc}"))
         except ProtocolViolation as exc:

@@ -35,10 +35,11 @@ from dynamo_redis.wire.session import KILL, ServerStream
 _EAGER: Final = sys.version_info >= (3, 12)
 """Eager tasks run a handler up to its first await at once, as themselves. On 3.11 the same could be had by
 stepping the coroutine by hand, but then `asyncio.current_task()` is None in that step, and handlers that
-use `asyncio.timeout` or anyio break."""
+use `asyncio.timeout` or anyio break: see `shared_start` for what is done there."""
 
 _RUNNING, _CLOSED = ServerStream.RUNNING, ServerStream.CLOSED
 _ENDLESS_MS: Final = 2**53
+_LONGEST_RETRY_S: Final = 86_400.0
 _LOG_INTERVAL_S: Final = 1.0
 
 _log = logging.getLogger(__name__)
@@ -175,16 +176,16 @@ class Request(Sender):
 
     def launch(self, loop: asyncio.AbstractEventLoop) -> None:
         """Start the handler."""
-        if loop.get_task_factory() is not None:
-            self._task = loop.create_task(self.run(), name=self.endpoint.subject)
-        elif _EAGER:
+        if not _EAGER:
+            self.endpoint.shared_start.start(self, loop)
+        elif loop.get_task_factory() is None:
             task = asyncio.Task(  # type: ignore[call-arg,unused-ignore]
                 self.run(), loop=loop, name=self.endpoint.subject, eager_start=True
             )
             if not task.done():
                 self.keep(task)
         else:
-            self.endpoint.shared_start.start(self, loop)
+            self.keep(loop.create_task(self.run(), name=self.endpoint.subject))
 
     def keep(self, task: asyncio.Task[None]) -> None:
         """The handler has `task` to itself."""
@@ -213,6 +214,9 @@ class Request(Sender):
                 raise
         except Exception as exc:  # noqa: BLE001 - whatever a handler raises, its caller gets
             self._on_raised(exc)
+        except BaseException:
+            self.fail(HandlerFailed("the worker's process was told to end"))
+            raise
         finally:
             self._task = None
             self._admission.finished(self)
@@ -320,7 +324,11 @@ class Request(Sender):
             self._task.cancel()
 
     def _close(self) -> None:
-        self.drop()
+        self.open = False
+        self.batch = None
+        self._credit = 0
+        if self._wake is not None:
+            self.wake()
         self.state = _CLOSED
         self._connection.streams.pop(self._stream_id, None)
         if self._deadline_timer is not None:
@@ -348,7 +356,9 @@ def context_of(headers: dict[str, Any]) -> Context:
 def error_frame(stream_id: int, error: PlaneError) -> bytes:
     details = None
     if isinstance(error, Overloaded) and error.retry_after_s is not None:
-        details = {"retry_after_ms": round(error.retry_after_s * 1000)}
+        retry_after_s = error.retry_after_s
+        if 0 <= retry_after_s < _LONGEST_RETRY_S:  # not what a handler made of infinity
+            details = {"retry_after_ms": round(retry_after_s * 1000)}
     return frame.encode_error(stream_id, error.code, str(error), details)
 
 

@@ -15,8 +15,8 @@ from dynamo_redis.wire.handshake import ServerHandshake, refusal
 from dynamo_redis.wire.session import KILL, OPEN_STREAMING, SERVER_STEPS, ServerStream
 
 _ACCEPT_AFTER_S: Final = 0.5
-_HEADERS: Final = (type(None), dict)
-_UNOPENED_STEPS: Final = SERVER_STEPS[ServerStream.UNOPENED]
+_RECEIVING: Final = SERVER_STEPS[ServerStream.UNOPENED][OPEN_STREAMING]
+_RUNNING: Final = SERVER_STEPS[ServerStream.UNOPENED][frame.OPEN]
 
 
 class Service(Protocol):
@@ -168,11 +168,15 @@ class ServerConnection(Connection):
             _, stream_id, subject, flags, headers, _, message = received
         if type(stream_id) is not int or not self._last_stream_id < stream_id <= frame.MAX_STREAM_ID:
             raise ProtocolViolation("stream ids go up")
-        if type(subject) is not str or type(flags) is not int or type(headers) not in _HEADERS:
+        if (
+            type(subject) is not str
+            or type(flags) is not int
+            or not (headers is None or type(headers) is dict)
+        ):
             raise ProtocolViolation("a malformed OPEN")
         self._last_stream_id = stream_id
-        streaming = bool(flags & frame.FLAG_REQUEST_STREAM)
-        state = _UNOPENED_STEPS[OPEN_STREAMING if streaming else frame.OPEN]
+        streaming = flags & frame.FLAG_REQUEST_STREAM
+        state = _RECEIVING if streaming else _RUNNING
         try:
             endpoint = self._service.endpoint(subject)
             if type(message) is Unusable:

@@ -72,7 +72,7 @@ def new_unpacker() -> msgpack.Unpacker:
         strict_map_key=False,
         max_str_len=MAX_FRAME_BYTES,
         max_bin_len=MAX_FRAME_BYTES,
-        max_array_len=MAX_INLINE_BYTES,
+        max_array_len=MAX_FRAME_BYTES,
         max_map_len=MAX_FRAME_BYTES // 2,
         max_ext_len=MAX_FRAME_BYTES,
     )

@@ -31,7 +31,7 @@ _MAX_SPARE_COUNT: Final = 4
 _NOWHERE: Final = -1
 
 _FIRST_PIECE_BYTES: Final = 8 * 1024
-"""How much of a read is unpacked before the rest: behind the header of a large payload, that is copied once."""
+"""How much of a read is unpacked before the rest: behind a large payload's header, that is copied once."""
 
 _KEPT_BLOCK_BYTES: Final = 31 << 20
 
