@@ -59,12 +59,12 @@ class Peer:
             if not await self._read():
                 return None
 
-    async def _with_payload(self, received: list[Any]) -> list[Any]:
+    async def _with_payload(self, received: list[Any]) -> list[Any] | None:
         missing, payload = received[-2], b""
         while len(payload) < missing:
             payload += self._unpacker.read_bytes(missing - len(payload))
             if len(payload) < missing and not await self._read():
-                raise ConnectionResetError
+                return None
         return [*received, payload]
 
     async def _read(self) -> bool:
