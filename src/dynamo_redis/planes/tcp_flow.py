@@ -9,11 +9,12 @@ items on the receiver's side and one item on the sender's, and stops no other st
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections import deque
 from collections.abc import Iterable
 from typing import Any, Final, Self
 
-from dynamo_redis.errors import PayloadTooLarge, ProtocolViolation, RequestCancelled
+from dynamo_redis.errors import PayloadTooLarge, PlaneError, ProtocolViolation, RequestCancelled
 from dynamo_redis.planes.tcp_connection import Connection
 from dynamo_redis.wire.budget import PayloadBudget
 from dynamo_redis.wire.codec import MAX_INLINE_BYTES
@@ -235,8 +236,7 @@ class Mailbox:
                 self._waiter = None
         if item is _WAKE_UP:
             if not self._items:
-                error, self._error = self._error, None
-                raise error or StopAsyncIteration
+                raise self._take_error() or StopAsyncIteration
             item = self._items.popleft()
         if type(item) is _Raw:
             item = self._unwrapped(item)
@@ -245,6 +245,19 @@ class Mailbox:
             if owed * 2 >= self._window:
                 self._give_credit()
         return item
+
+    def _take_error(self) -> Exception | None:
+        """What the stream ends with, if not normally.
+
+        Streams share an error, as all of a connection do that breaks. Each raises a copy: else the tracebacks
+        of all would pile up on the one, and keep alive what their frames hold.
+        """
+        error, self._error = self._error, None
+        if not isinstance(error, PlaneError):
+            return error
+        own = copy.copy(error)
+        own.__cause__ = error.__cause__
+        return own
 
     @property
     def is_over(self) -> bool:

@@ -77,7 +77,8 @@ class Call:
                 item = await stream.__anext__()
             except PlaneError as error:
                 self._close()
-                await self._send_elsewhere(error, was_sent=stream.sent)
+                if not await self._send_elsewhere(error, was_sent=stream.sent):
+                    raise  # from this frame, which forgets it: one that kept it would be kept by it
             except BaseException:  # the end of the answer, or of the task that reads it
                 self._close()
                 raise
@@ -126,29 +127,30 @@ class Call:
             if not self._answered:
                 self._member.pending.discard(stream)
 
-    async def _send_elsewhere(self, error: PlaneError, *, was_sent: bool) -> None:
-        """Open the request at another instance. Raises `error` if it may not be, or there is no other."""
+    async def _send_elsewhere(self, error: PlaneError, *, was_sent: bool) -> bool:
+        """Open the request at another instance. False if it may not be, or if there is no other."""
         failed = self._member
         self._dispatcher.note_failure(failed, error)
         is_stopped = self._context is not None and self._context.is_stopped()
         if self._answered or not error.retryable or is_stopped:
-            raise error
+            return False
         if self._failures is None:
             self._failures = _Failures()
         if isinstance(error, AuthenticationFailed):
             fresh = await self._refreshed(failed, self._failures)
             if fresh is not None:
                 self._open(fresh)
-                return
+                return True
             self._dispatcher.view.mark_down(failed, error)
         self._failures.add(failed, error, was_sent=was_sent)
         if self._failures.suffice_after(error):
-            raise error
+            return False
         try:
             following = self._dispatcher.choose(self._select, self._failures.tried, self._among)
         except NoInstances:
-            raise error from None
+            return False
         self._open(following)
+        return True
 
     async def _refreshed(self, failed: Member, failures: _Failures) -> Member | None:
         """A worker restarted at the same address has a new secret: its record tells, once a request."""

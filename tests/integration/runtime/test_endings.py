@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import random
 import signal
 import sys
 import time
+import weakref
 from asyncio.subprocess import PIPE
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
 import pytest
 
-from dynamo_redis.errors import DeadlineExceeded, HandlerFailed, Overloaded, RequestCancelled
+from dynamo_redis.errors import ConnectionLost, DeadlineExceeded, HandlerFailed, Overloaded, RequestCancelled
 from dynamo_redis.planes.tcp_client import TcpClient
 from dynamo_redis.planes.tcp_server import TcpServer
 from dynamo_redis.runtime import Call, Client, Context, DistributedRuntime
@@ -199,3 +201,55 @@ async def test_two_thousand_calls_that_end_somehow_leave_nothing(open_runtime: O
     await until(lambda: not any(worker.server.in_flight_count or worker.running_count for worker in workers))
     for worker in workers:
         assert not any(connection.streams for connection in worker.server._connections)
+
+
+@pytest.fixture
+def no_collection() -> Iterator[None]:
+    """What is dropped must go by itself: a collection of cycles may be far."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+async def test_a_call_dropped_after_it_was_sent_elsewhere_is_killed_at_once(
+    open_runtime: OpenRuntime, worker: Worker, no_collection: None
+) -> None:
+    """Nothing of its first failure holds on to it."""
+    other = await started(open_runtime)
+    client = await client_of(await open_runtime(), 2)
+    await other.server.drain(0)
+    for _ in range(4):
+        call = await client.round_robin(100_000, annotated=False)
+        assert await anext(call) == 0
+        del call
+        await until(lambda: all(context.is_killed() for context in worker.contexts))
+    assert len(worker.contexts) == 4
+
+
+async def test_an_error_keeps_nothing_alive_once_it_has_been_handled(
+    open_runtime: OpenRuntime, worker: Worker, no_collection: None
+) -> None:
+    client = await client_of(await open_runtime(), 1)
+
+    async def failing() -> weakref.ref[HandlerFailed]:
+        try:
+            await exhaust(await client.round_robin(-1))
+        except HandlerFailed as exc:
+            return weakref.ref(exc)
+        raise AssertionError("it did not fail")
+
+    assert (await failing())() is None
+
+
+async def test_requests_that_end_together_raise_an_error_each(
+    open_runtime: OpenRuntime, worker: Worker
+) -> None:
+    """On one that they shared, the tracebacks of all would pile up."""
+    client = await client_of(await open_runtime(), 1)
+    calls = [await client.round_robin(100_000, annotated=False) for _ in range(5)]
+    assert [await anext(call) for call in calls] == [0] * 5
+    await worker.server.aclose()
+    errors = await asyncio.gather(*map(exhaust, calls), return_exceptions=True)
+    assert all(isinstance(error, ConnectionLost) for error in errors)
+    assert len(set(map(id, errors))) == 5
