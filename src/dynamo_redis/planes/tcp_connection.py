@@ -1,10 +1,11 @@
 """One connection of the tcp plane: what client and server have in common.
 
 Reads land in a buffer shared by the event loop's connections (`wire.decoder`), frames go to `_on_frame`.
-Writes of one turn of the event loop leave in one piece: the first schedules the flush. A connection with
-requests under way is swept several times a keepalive interval: the sweep probes a silent peer, says so of
-one that does not answer, gives up on a dead one and on one that does not come to the end of a frame, and does
-each side's slow bookkeeping (acceptance time-outs, ACCEPT), so that no request needs a timer of its own.
+Writes of one turn of the event loop leave in one piece: the first schedules the flush. Streamed items may
+wait for those of the next turns, 200 µs at most. A connection with requests under way is swept several times
+a keepalive interval: the sweep probes a silent peer, says so of one that does not answer, gives up on a dead
+one and on one that does not come to the end of a frame, and does each side's slow bookkeeping (acceptance
+time-outs, ACCEPT), so that no request needs a timer of its own.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from dynamo_redis.wire.frame import (
 
 
 class Sender:
-    """Sends the items of one stream. Those of one turn of the event loop share a frame.
+    """Sends the items of one stream. Those of one turn of the event loop, or of a few, share a frame.
 
     Push only while `ready`; otherwise `await wait_ready()` first. The batch is bounded by the credit and by
     64 KiB, whichever comes first.
