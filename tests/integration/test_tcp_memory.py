@@ -222,7 +222,7 @@ async def test_many_who_stop_within_a_frame_leave_nothing() -> None:
 
 async def test_large_requests_are_bounded_together() -> None:
     async with (
-        serving(max_payload_in_flight_bytes=3 * MIB) as server,
+        serving(max_payload_in_flight_bytes=6 * MIB) as server,  # a connection never has more than is left
         calling(server) as peer,
     ):
         for stream_id in (1, 2, 3):
@@ -240,6 +240,20 @@ async def test_large_requests_are_bounded_together() -> None:
         peer.send(open_raw(6, "echo", MIB), bytes(MIB))
         assert (await peer.receive_kind(frame.LAST_RAW))[1] == 6
         await eventually(lambda: server.payload_bytes == 2 * MIB)
+
+
+async def test_a_caller_that_takes_all_it_gets_leaves_room_for_others() -> None:
+    async with serving(max_payload_in_flight_bytes=12 * MIB) as server, AsyncExitStack() as stack:
+        greedy, second, third = [await stack.enter_async_context(calling(server)) for _ in range(3)]
+        for peer, share in ((greedy, 6), (second, 3), (third, 2)):
+            for stream_id in range(1, share + 2):
+                peer.send(open_raw(stream_id, "hold", MIB), bytes(MIB))
+            assert (await peer.receive_kind(frame.ERROR))[1:3] == [share + 1, "overloaded"]
+        assert (server.in_flight_count, server.payload_bytes) == (11, 11 * MIB)
+        greedy.writer.transport.abort()
+        await eventually(lambda: server.payload_bytes == 5 * MIB)
+        third.send(open_raw(4, "hold", MIB), bytes(MIB))
+        await eventually(lambda: server.payload_bytes == 6 * MIB)
 
 
 async def test_what_is_only_announced_counts_before_there_is_memory_for_it() -> None:
@@ -434,7 +448,7 @@ def only_connection(client: TcpClient) -> ClientConnection:
 
 
 async def test_unread_large_items_are_bounded_together() -> None:
-    async with called_by_client(max_payload_in_flight_bytes=2 * MIB) as (client, target, server):
+    async with called_by_client(max_payload_in_flight_bytes=4 * MIB) as (client, target, server):
         streams = [client.open(target, None, Context()) for _ in range(3)]
         for stream_id in (1, 2, 3):
             server.send([frame.LAST_RAW, stream_id, MIB, 1], bytes(MIB))

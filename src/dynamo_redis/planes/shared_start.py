@@ -96,7 +96,9 @@ class SharedStart:
                 request.keep(task)
                 self._start_apart(requests[begun_count:], loop, context)
                 begun_count = len(requests)
-                yield from _go_on(run, awaited)
+                going_on = _go_on(run, awaited)
+                del awaited  # or what it brings is kept for as long as the handler runs
+                yield from going_on
                 return
         finally:
             self._start_apart(requests[begun_count:], loop, context)
@@ -113,5 +115,6 @@ def _go_on(run: Coroutine[Any, None, None], awaited: Any) -> Generator[Any, Any,
             except StopIteration:
                 return
         else:
+            del awaited
             yield from run.__await__()
             return

@@ -5,7 +5,8 @@ turns, so one that sends thousands delays another's next request by one handler 
 full, a connection that has fewer waiting takes the place of the newest request of the one that has most;
 else the request itself is refused. Both get Overloaded, with a hint that says how long what waits now will
 take at the rate at which requests have been finishing. Requests that came as raw payloads are held in the
-plane's budget of bytes until they have ended; the decoder refuses those that do not fit.
+plane's budget of bytes, as a share of their connection, until they have ended; the decoder refuses those
+that do not fit.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from dynamo_redis.errors import Overloaded, PlaneError
 from dynamo_redis.planes.fair_queue import FairQueue
 from dynamo_redis.planes.tcp_connection import Connection
 from dynamo_redis.planes.tcp_request import Endpoint, Request
-from dynamo_redis.wire.budget import PayloadBudget
 
 _RETRY_AFTER_S: Final = (0.05, 10.0)
 _UNKNOWN_RETRY_AFTER_S: Final = 1.0
@@ -60,7 +60,6 @@ class AdmissionControl:
     """Implements `tcp_request.Admission`. `loop` is the event loop that the handlers run on."""
 
     __slots__ = (
-        "_budget",
         "_finish_rate",
         "_finished_count",
         "_large",
@@ -74,8 +73,7 @@ class AdmissionControl:
 
     loop: asyncio.AbstractEventLoop
 
-    def __init__(self, *, max_in_flight_count: int, max_queued_count: int, budget: PayloadBudget) -> None:
-        self._budget = budget
+    def __init__(self, *, max_in_flight_count: int, max_queued_count: int) -> None:
         self._max_in_flight_count = max_in_flight_count
         self._max_queued_count = max_queued_count
         self._running: set[Request] = set()
@@ -113,7 +111,7 @@ class AdmissionControl:
     def admit_large(self, request: Request, size_bytes: int) -> None:
         """See `tcp_request.Admission.admit_large`. Raises Overloaded."""
         self._large[request] = size_bytes
-        self._budget.hold(size_bytes)
+        request.connection.payload_share.hold(size_bytes)
         try:
             self.admit(request)
         except Overloaded:
@@ -172,7 +170,7 @@ class AdmissionControl:
 
     def _let_go(self, request: Request) -> None:
         """The request's payload is held no more, if it was a large one."""
-        self._budget.give(self._large.pop(request, 0))
+        request.connection.payload_share.give(self._large.pop(request, 0))
 
     def _start_waiting(self) -> None:
         self._starting = True  # a handler that ends while it starts must not come back here

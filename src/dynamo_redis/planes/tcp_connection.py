@@ -96,12 +96,12 @@ class Connection(asyncio.BufferedProtocol):
         "_sweep_interval_s",
         "_unfinished",
         "_unsent_bytes",
-        "budget",
         "closed",
         "decoder",
         "error",
         "max_message_bytes",
         "paused",
+        "payload_share",
         "peer_window_count",
         "streams",
         "sweeping",
@@ -152,7 +152,7 @@ class Connection(asyncio.BufferedProtocol):
         self.peer_window_count = 0
         self.max_message_bytes = max_message_bytes
         self.decoder = FrameDecoder(buffers, max_message_bytes)
-        self.budget = buffers.budget
+        self.payload_share = self.decoder.share
         self.transport: asyncio.Transport
 
     # ------------------------------------------------------------------- what the event loop calls

@@ -16,7 +16,7 @@ from typing import Any, Final, Self
 
 from dynamo_redis.errors import PayloadTooLarge, PlaneError, ProtocolViolation, RequestCancelled
 from dynamo_redis.planes.tcp_connection import Connection
-from dynamo_redis.wire.budget import PayloadBudget
+from dynamo_redis.wire.budget import PayloadShare
 from dynamo_redis.wire.codec import MAX_INLINE_BYTES
 from dynamo_redis.wire.frame import (
     encode_credit,
@@ -159,20 +159,20 @@ def check_size(size_bytes: int, limit_bytes: int) -> None:
 
 
 class _Raw:
-    """An item that came as a raw payload, until it is read. As long as it is kept, the budget holds its
-    size: also in a mailbox that nobody reads any more, which tells nobody when it goes."""
+    """An item that came as a raw payload, until it is read. As long as it is kept, its connection's
+    share holds its size: also in a mailbox that nobody reads any more, which tells nobody when it goes."""
 
-    __slots__ = ("_budget", "_size_bytes", "cost", "item")
+    __slots__ = ("_share", "_size_bytes", "cost", "item")
 
-    def __init__(self, item: Any, size_bytes: int, budget: PayloadBudget) -> None:
+    def __init__(self, item: Any, size_bytes: int, share: PayloadShare) -> None:
         self.item = item
         self.cost = raw_cost(size_bytes)
         self._size_bytes = size_bytes
-        self._budget = budget
-        budget.hold(size_bytes)
+        self._share = share
+        share.hold(size_bytes)
 
     def __del__(self) -> None:
-        self._budget.give(self._size_bytes)
+        self._share.give(self._size_bytes)
 
 
 _NO_ITEMS: Final[deque[Any]] = deque(maxlen=0)
@@ -305,7 +305,7 @@ class Mailbox:
         assert self._connection is not None
         if len(self._items) + self._held >= self._limit:
             raise ProtocolViolation("more than the window allows")
-        raw = _Raw(item, size_bytes, self._connection.budget)
+        raw = _Raw(item, size_bytes, self._connection.payload_share)
         self._held += raw.cost - 1
         self.deliver(raw)
 

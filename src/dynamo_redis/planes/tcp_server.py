@@ -69,7 +69,6 @@ class TcpServer:
         self._admission = AdmissionControl(
             max_in_flight_count=settings.max_in_flight_count,
             max_queued_count=settings.max_queued_count,
-            budget=self._buffers.budget,
         )
         self._draining = False
         self._deserted: asyncio.Future[None] | None = None

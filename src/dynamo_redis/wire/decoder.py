@@ -20,7 +20,7 @@ from typing import Any, Final
 import msgpack
 
 from dynamo_redis.errors import InvalidRequest, Overloaded, PayloadTooLarge, PlaneError, ProtocolViolation
-from dynamo_redis.wire.budget import PayloadBudget
+from dynamo_redis.wire.budget import PayloadBudget, PayloadShare
 from dynamo_redis.wire.codec import MAX_FRAME_BYTES, READ_BYTES, new_unpacker, unpack
 from dynamo_redis.wire.frame import DATA_RAW, LAST_RAW, OPEN_RAW, Encoding
 
@@ -148,10 +148,12 @@ class FrameDecoder:
         "_unfinished_count",
         "_unpacker",
         "error",
+        "share",
     )
 
     def __init__(self, buffers: ReadBuffers, max_payload_bytes: int) -> None:
         self._buffers = buffers
+        self.share = PayloadShare(buffers.budget)
         self._max_payload_bytes = max_payload_bytes
         self._unpacker: msgpack.Unpacker | None = None
         self._start = 0  # where the partial frame begins in the unpacker's stream
@@ -232,7 +234,7 @@ class FrameDecoder:
         self._unpacker = None  # it is in the middle of something: not to be shared again
         if self._raw is not None:
             self._raw.release()
-            self._buffers.budget.give(self._raw.size_bytes)
+            self.share.give(self._raw.size_bytes)
             self._raw = None
 
     def _fail(self, error: ProtocolViolation) -> None:
@@ -311,20 +313,19 @@ class FrameDecoder:
             self._raw = raw
 
     def _refusal(self, size_bytes: int) -> PlaneError | None:
-        """Why a payload is not taken. If it is, its size has been taken from the budget."""
+        """Why a payload is not taken. If it is, its size has been taken from the share."""
         if size_bytes > self._max_payload_bytes:
             return PayloadTooLarge(size_bytes=size_bytes, limit_bytes=self._max_payload_bytes)
-        budget = self._buffers.budget
-        if budget.take(size_bytes):
+        if self.share.take(size_bytes):
             return None
         return Overloaded(
-            f"no room for a payload of {size_bytes} bytes beside the {budget.held_bytes} that are held "
+            f"no room for a payload of {size_bytes} bytes beside the {self._buffers.budget.held_bytes} that are held "
             "(DYN_TCP_MAX_PAYLOAD_BYTES_IN_FLIGHT)"
         )
 
     def _finish_raw(self, raw: _RawPayload) -> list[Any]:
         """The whole frame. Who keeps its payload counts it from here on."""
-        self._buffers.budget.give(raw.size_bytes)
+        self.share.give(raw.size_bytes)
         return raw.finish()
 
 
