@@ -66,13 +66,17 @@ def unpack(payload: bytes | bytearray | memoryview) -> Any:
 
 
 def new_unpacker() -> msgpack.Unpacker:
-    """A streaming unpacker for frames. It holds about 45 KB, so connections share them."""
+    """A streaming unpacker for frames. It holds about 45 KB, so connections share them.
+
+    msgpack makes room for an array as soon as its head has come, so the limit of its length also bounds what
+    nested heads without content can take: half a MiB a level, of which the system maps little.
+    """
     return msgpack.Unpacker(
         max_buffer_size=MAX_FRAME_BYTES + 2 * READ_BYTES,
         strict_map_key=False,
         max_str_len=MAX_FRAME_BYTES,
         max_bin_len=MAX_FRAME_BYTES,
-        max_array_len=MAX_FRAME_BYTES,
+        max_array_len=MAX_INLINE_BYTES,  # one byte an element, in a payload or a batch
         max_map_len=MAX_FRAME_BYTES // 2,
         max_ext_len=MAX_FRAME_BYTES,
     )
