@@ -1,11 +1,13 @@
 """The tcp request plane by itself, client and server in separate processes, without rivals.
 
     python -m benchmarks.request_plane [--seconds 1] [--only unary-64] [--loop asyncio] [--profile]
+    python -m benchmarks.request_plane --only idle
 
 For work on the plane: a figure a workload, in a few seconds. The workloads are those of `make bench
 SUITE=request`: unary echo of 128 bytes at 1, 64 and 256 at once; `burst`, answers of 200 × 100 bytes from a
 generator that never suspends, 32 at once; `tick`, the same with one turn of the event loop an item; echo of
-1 and 8 MiB. CPU seconds are both sides', for 100,000 requests or items.
+1 and 8 MiB. CPU seconds are both sides', for 100,000 requests or items. `idle` is what each of 1,000
+connections holds that have had a request and have none now.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import uvloop
@@ -33,6 +36,7 @@ from dynamo_redis.planes.tcp_server import TcpServer
 SECRET = b"benchmark" * 4
 ITEMS = 200
 ITEM = b"x" * 100
+IDLE_COUNT = 1000
 
 
 @dataclass(frozen=True)
@@ -74,14 +78,15 @@ async def _tick(request: int, _: Context) -> AsyncIterator[bytes]:
 
 def _serve(pipe: Connection, runner: Callable[[Awaitable[None]], None], profile: bool) -> None:
     async def main() -> None:
-        server = TcpServer(PlaneSettings(), secret=SECRET, instance_id=1)
+        settings = PlaneSettings.load(tcp_host="0.0.0.0", tcp_advertise_host="127.0.0.1")
+        server = TcpServer(settings, secret=SECRET, instance_id=1)
         for subject, handler in (("echo", _echo), ("burst", _burst), ("tick", _tick)):
             server.register(subject, handler)
         await server.start()
         loop = asyncio.get_running_loop()
         pipe.send(server.address)
-        while await loop.run_in_executor(None, pipe.recv) == "cpu":
-            pipe.send(_cpu_s())
+        while (asked := await loop.run_in_executor(None, pipe.recv)) != "stop":
+            pipe.send(_cpu_s() if asked == "cpu" else _resident_kib())
         await server.aclose()
 
     _profiled(lambda: runner(main()), "server" if profile else None)
@@ -123,6 +128,37 @@ async def _measure(address: str, pipe: Connection, workloads: list[Workload], se
     await client.aclose()
 
 
+async def _idle(address: str, pipe: Connection) -> None:
+    """Open a connection to each of many addresses of the loopback network; print what a side holds for it."""
+    client, port = TcpClient(PlaneSettings()), address.rsplit(":", 1)[1]
+    targets = [
+        Target(1, f"127.0.{1 + number // 250}.{1 + number % 250}:{port}", "echo", SECRET)
+        for number in range(IDLE_COUNT)
+    ]
+
+    async def resident_kib() -> tuple[int, int]:
+        await asyncio.sleep(2 * PlaneSettings().keepalive_interval_s)  # until the sweeps have ended
+        pipe.send("resident")
+        return _resident_kib(), pipe.recv()
+
+    async def ask(targets: list[Target]) -> None:
+        for target in targets:
+            assert [item async for item in client.open(target, b"x", None)] == [b"x"]
+
+    await ask(targets[:10])
+    before = await resident_kib()
+    await ask(targets[10:])
+    after = await resident_kib()
+    ours, theirs = ((a - b) / (IDLE_COUNT - 10) for a, b in zip(after, before, strict=True))
+    print(f"{'idle':10} {ours:12.1f} KiB a connection at the caller, {theirs:.1f} at the worker")
+    await client.aclose()
+
+
+def _resident_kib() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() // 1024
+
+
 def _cpu_s() -> float:
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return usage.ru_utime + usage.ru_stime
@@ -154,10 +190,13 @@ def main() -> None:
     )
     process.start()
     address = ours.recv()
-    _profiled(
-        lambda: runner(_measure(address, ours, workloads, arguments.seconds)),
-        "client" if arguments.profile else None,
-    )
+    if workloads:
+        _profiled(
+            lambda: runner(_measure(address, ours, workloads, arguments.seconds)),
+            "client" if arguments.profile else None,
+        )
+    if not arguments.only or "idle" in arguments.only:
+        runner(_idle(address, ours))
     ours.send("stop")
     process.join(10)
 

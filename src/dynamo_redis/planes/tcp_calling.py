@@ -48,6 +48,20 @@ class Owner(Protocol):
 class ClientConnection(Connection):
     """A connection to one instance, with the streams under way on it."""
 
+    __slots__ = (
+        "_accept_sweeps",
+        "_accept_timeout_s",
+        "_handshake",
+        "_idle_handle",
+        "_last_stream_id",
+        "_owner",
+        "_ping_tokens",
+        "_pings",
+        "receives_large",
+        "shaken",
+        "usable",
+    )
+
     # An instance that was switched off is avoided after three quarters of an interval to seven eighths; for
     # half an interval of that it owes a PONG. The server, which chooses nobody, asks later.
     PING_AT: ClassVar[int] = 2

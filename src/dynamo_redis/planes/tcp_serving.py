@@ -47,6 +47,16 @@ class Service(Protocol):
 class ServerConnection(Connection):
     """A caller's connection."""
 
+    __slots__ = (
+        "_accept_sweeps",
+        "_admission",
+        "_handshake",
+        "_handshake_timeout_s",
+        "_handshake_timer",
+        "_last_stream_id",
+        "_service",
+    )
+
     def __init__(
         self,
         service: Service,
