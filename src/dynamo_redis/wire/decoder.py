@@ -318,8 +318,9 @@ class FrameDecoder:
             return PayloadTooLarge(size_bytes=size_bytes, limit_bytes=self._max_payload_bytes)
         if self.share.take(size_bytes):
             return None
+        held_bytes = self._buffers.budget.held_bytes
         return Overloaded(
-            f"no room for a payload of {size_bytes} bytes beside the {self._buffers.budget.held_bytes} that are held "
+            f"no room for a payload of {size_bytes} bytes beside the {held_bytes} that are held "
             "(DYN_TCP_MAX_PAYLOAD_BYTES_IN_FLIGHT)"
         )
 
