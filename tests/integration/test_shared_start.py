@@ -152,6 +152,20 @@ async def test_all_begin_though_the_first_waits() -> None:
     await asyncio.gather(*(work.ended for work in works))
 
 
+async def test_a_handler_that_waits_keeps_none_of_those_it_began_with() -> None:
+    async def handler(number: int) -> None:
+        if number == 5:
+            await asyncio.Event().wait()
+
+    works = await start(10, handler)
+    task, others = works[5].task, [weakref.ref(work) for work in works if work.number != 5]
+    works.clear()
+    assert [other() for other in others] == [None] * 9
+    assert task is not None
+    task.cancel()
+    await asyncio.wait([task])
+
+
 async def test_a_cancellation_hits_the_handler_that_has_the_task_to_itself() -> None:
     cancelled: list[int] = []
 

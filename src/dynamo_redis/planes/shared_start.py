@@ -95,9 +95,9 @@ class SharedStart:
                 self._apart_count = _APART_COUNT
                 request.keep(task)
                 self._start_apart(requests[begun_count:], loop, context)
-                begun_count = len(requests)
+                requests.clear()  # or they, and what this one waits for, are kept for as long as it runs
                 going_on = _go_on(run, awaited)
-                del awaited  # or what it brings is kept for as long as the handler runs
+                del awaited
                 yield from going_on
                 return
         finally:
