@@ -46,6 +46,9 @@ BYTES_FOUND: list[tuple[bytes | Long, list[int]]] = [
     # A frame over the limit was taken when one read brought all of it.
     (Long(b"\x93\x02\x01\xdb\x00\x01\xff\xf9", b"x", 131_065), []),
     (Long(b"\x93\x02\x01\xdb\x00\x01\xff\xf9", b"x", 131_065), [1]),
+    # The most elements that an array may have in a frame, and one more.
+    (Long(b"\x93\x03\x01\xdd\x00\x01\x00\x00", b"\x05", 65_536), []),
+    (Long(b"\x93\x03\x01\xdd\x00\x01\x00\x01", b"\x05", 65_537), []),
     # An extension whose length has no room for its type.
     (b"\x94\xc9\xff\xff\xff\xff" + b"\xff" * 90, [49, 212]),
     # A raw payload with an array as a map's key ended the connection instead of its stream.
