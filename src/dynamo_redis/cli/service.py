@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from dynamo_redis.runtime.runtime import DistributedRuntime
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+MAX_OPEN_FILES = 65_536
+"""A service raises its limit of open files to this, as far as it may: many shells give 1,024."""
 
 READY = "ready"
 """The first word of the line that a service prints on stdout once it serves. Nothing else goes there."""
@@ -45,6 +49,8 @@ def run_service(
         runtime=load(RuntimeSettings, options),
     )
 
+    raise_file_limit()
+
     async def main() -> None:
         runtime = DistributedRuntime(settings=settings)
         # Many workers may log to one place: each stands there under the id that `instances` lists.
@@ -62,6 +68,19 @@ def announce_ready(what: str) -> None:
     """Tell who started this process that it serves: `ready http://0.0.0.0:8000`."""
     collection.resume()
     print_line(f"{READY} {what}")
+
+
+def raise_file_limit() -> None:
+    """Let this process, and those it starts, open as many files as it may, up to `MAX_OPEN_FILES`."""
+    if sys.platform == "win32":
+        return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):  # a system with a lower bound of its own
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
