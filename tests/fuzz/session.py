@@ -31,7 +31,7 @@ from dynamo_redis.wire.handshake import ClientHandshake, ServerHandshake
 from tests.fuzz import reference
 from tests.fuzz.peer import PATIENCE_S, WINDOW, Heard, Peer
 from tests.fuzz.streams import MAX_PAYLOAD_BYTES, Long, pieces, scalars
-from tests.fuzz.watch import Complaints, census, complaints
+from tests.fuzz.watch import Complaints, Newcomers, complaints
 
 SECRET: Final = b"a secret of the instance, random"
 INSTANCE: Final = 7
@@ -168,6 +168,7 @@ class Arena:
         self._loop = uvloop.new_event_loop()
         self._stack = ExitStack()
         self._released = asyncio.Event()
+        self._new = Newcomers()
         self._found: Complaints
         self._server: TcpServer
         self._bystander: TcpClient
@@ -221,7 +222,7 @@ class Arena:
         left = asyncio.all_tasks() - {asyncio.current_task()}
         assert not left, left
         del self._bystander, self._server
-        await soon(lambda: not census("planes.tcp"), "objects are left")
+        await soon(lambda: not self._new.census("planes.tcp"), "objects are left")
         self._stack.close()
 
     # ------------------------------------------------------------------- what the server serves

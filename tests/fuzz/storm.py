@@ -30,7 +30,7 @@ from dynamo_redis.planes.base import ResponseStream, Target
 from dynamo_redis.planes.context import Context
 from dynamo_redis.planes.tcp_client import TcpClient
 from dynamo_redis.planes.tcp_server import TcpServer
-from tests.fuzz.watch import MemoryMark, census, complaints, contents, living, settled
+from tests.fuzz.watch import MemoryMark, Newcomers, complaints, contents, settled
 
 SECRET: Final = b"a secret of the instance, random"
 CALLERS: Final = 192
@@ -295,6 +295,7 @@ class Storm:
         self._servers: list[TcpServer] = []
         self._retired: list[TcpServer] = []
         self._relay: TcpClient
+        self._new = Newcomers()
         self._done = 0
         self._changes: set[asyncio.Task[None]] = set()
         self.settings = PlaneSettings.load(
@@ -318,17 +319,21 @@ class Storm:
 
     async def run(self, requests: int) -> None:
         """Send the requests, wait for calm, and check that nothing is left."""
+        warm_up = max(CALLERS, requests // 10)
         with complaints(), patch.object(tcp_connection, "WRITE_HIGH_WATER_BYTES", HIGH_WATER_BYTES):
             self.clients = [TcpClient(self.settings) for _ in range(CLIENTS)]
             self._relay = TcpClient(self.settings)
-            self._servers = [await self._start(number) for number in range(SERVERS)]
-            await self._send(max(CALLERS, requests // 10))
-            await self._calm()
-            mark = MemoryMark()
-            await self._send(requests - max(CALLERS, requests // 10))
-            await self._calm()
-            mark.check(objects=OBJECTS_LEFT, blocks=BLOCKS_LEFT)
-            await self._close()
+            try:
+                self._servers = [await self._start(number) for number in range(SERVERS)]
+                await self._send(warm_up)
+                await self._calm()
+                mark = MemoryMark()
+                await self._send(requests - warm_up)
+                await self._calm()
+                mark.check(objects=OBJECTS_LEFT, blocks=BLOCKS_LEFT)
+            finally:
+                await self._close()
+            await settled(lambda: not self._new.census("planes.tcp"), lambda: self._new.census("planes.tcp"))
 
     async def _send(self, requests: int) -> None:
         share, rest = divmod(max(0, requests), CALLERS)
@@ -400,25 +405,36 @@ class Storm:
         me = asyncio.current_task()
         await settled(lambda: asyncio.all_tasks() <= {me, *test_tasks()}, asyncio.all_tasks)
         await settled(lambda: not self._left_of_requests(), self._left_of_requests)
-        await settled(lambda: not left_in_connections(), left_in_connections)
+        await settled(lambda: not self._left_in_connections(), self._left_in_connections)
 
     def _left_of_requests(self) -> dict[str, int]:
-        found = census("planes")
+        found = self._new.census("planes")
         return (
             {name: found[name] for name in _PER_REQUEST & found.keys()}
             | {
                 repr(endpoint.subject): endpoint.active_count
-                for endpoint in living("planes.tcp_request")
+                for endpoint in self._new.living("planes.tcp_request")
                 if type(endpoint).__name__ == "Endpoint" and (endpoint.active_count or endpoint.idle)
             }
-            | {repr(budget): budget.held_bytes for budget in living("wire.budget") if budget.held_bytes}
+            | {
+                repr(budget): budget.held_bytes
+                for budget in self._new.living("wire.budget")
+                if budget.held_bytes
+            }
         )
+
+    def _left_in_connections(self) -> list[tuple[str, dict[str, int]]]:
+        """The connections that hold something of a request."""
+        connections = [
+            found for found in self._new.living("planes") if type(found).__name__.endswith("Connection")
+        ]
+        return [(repr(found), full) for found in connections if (full := contents(found))]
 
     def _all_clients(self) -> list[TcpClient]:
         return [*self.clients, self._relay]
 
     def _state(self) -> object:
-        left = [found for found in living("planes") if type(found).__name__ in _PER_REQUEST]
+        left = [found for found in self._new.living("planes") if type(found).__name__ in _PER_REQUEST]
         return self._servers, self._all_clients(), left
 
     async def _close(self) -> None:
@@ -426,13 +442,6 @@ class Storm:
         await asyncio.gather(*(server.aclose() for server in self._servers))
         self.clients, self._servers = [], []
         del self._relay
-        await settled(lambda: not census("planes.tcp"), lambda: census("planes.tcp"))
-
-
-def left_in_connections() -> list[tuple[str, dict[str, int]]]:
-    """The connections that hold something of a request."""
-    connections = [found for found in living("planes") if type(found).__name__.endswith("Connection")]
-    return [(repr(found), full) for found in connections if (full := contents(found))]
 
 
 def connected_descriptors(ports: set[int]) -> Iterator[int]:

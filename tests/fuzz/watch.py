@@ -84,16 +84,25 @@ async def settled(condition: Callable[[], bool], what: Callable[[], object]) -> 
         await asyncio.sleep(_POLL_S)
 
 
-def living(*modules: str) -> list[Any]:
-    """The objects whose class one of the package's `modules` defines, garbage collected first."""
+class Newcomers:
+    """The package's objects that did not exist yet when this was made: others may outlive their tests."""
+
+    def __init__(self) -> None:
+        self._earlier = {id(found): found for found in _living(_PACKAGE)}
+
+    def living(self, *modules: str) -> list[Any]:
+        """Those whose class one of the package's `modules` defines, garbage collected first."""
+        found = _living(*(f"{_PACKAGE}.{module}" for module in modules))
+        return [one for one in found if id(one) not in self._earlier]
+
+    def census(self, *modules: str) -> Counter[str]:
+        """How many there are of each class of the package's `modules`."""
+        return Counter(type(found).__name__ for found in self.living(*modules))
+
+
+def _living(*prefixes: str) -> list[Any]:
     gc.collect()
-    names = tuple(f"{_PACKAGE}.{module}" for module in modules)
-    return [found for found in gc.get_objects() if str(type(found).__module__).startswith(names)]
-
-
-def census(*modules: str) -> Counter[str]:
-    """How many objects of each class of the package's `modules` there are."""
-    return Counter(type(found).__name__ for found in living(*modules))
+    return [found for found in gc.get_objects() if str(type(found).__module__).startswith(prefixes)]
 
 
 def contents(owner: object) -> dict[str, int]:

@@ -20,7 +20,7 @@ from dynamo_redis.wire.codec import pack
 from dynamo_redis.wire.handshake import ClientHandshake, ServerHandshake
 from tests.fuzz.peer import Peer
 from tests.fuzz.session import reset, soon
-from tests.fuzz.watch import census, complaints
+from tests.fuzz.watch import Newcomers, complaints
 
 SECRET = b"a secret of the instance, random"
 INSTANCE = 7
@@ -157,10 +157,11 @@ async def test_a_caller_that_goes_leaves_nothing_at_the_server(server: TcpServer
 
 
 async def test_a_server_that_closes_while_callers_arrive_keeps_nothing() -> None:
+    new = Newcomers()
     with complaints():
         for turns in range(8):
             await _close_after(turns)
-        assert not census("planes.tcp_serving")
+        assert not new.census("planes.tcp_serving")
 
 
 async def _close_after(turns: int) -> None:
