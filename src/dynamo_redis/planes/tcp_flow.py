@@ -236,7 +236,9 @@ class Mailbox:
                 self._waiter = None
         if item is _WAKE_UP:
             if not self._items:
-                raise self._take_error() or StopAsyncIteration
+                if self._error is None:
+                    raise StopAsyncIteration
+                raise self._take_error(self._error)
             item = self._items.popleft()
         if type(item) is _Raw:
             item = self._unwrapped(item)
@@ -246,13 +248,13 @@ class Mailbox:
                 self._give_credit()
         return item
 
-    def _take_error(self) -> Exception | None:
+    def _take_error(self, error: Exception) -> Exception:
         """What the stream ends with, if not normally.
 
         Streams share an error, as all of a connection do that breaks. Each raises a copy: else the tracebacks
         of all would pile up on the one, and keep alive what their frames hold.
         """
-        error, self._error = self._error, None
+        self._error = None
         if not isinstance(error, PlaneError):
             return error
         own = copy.copy(error)
