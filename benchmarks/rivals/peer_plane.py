@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from benchmarks.request_workloads import KINDS, Kind
-from benchmarks.rivals.peer import STREAMS, Announce, Peer
+from benchmarks.rivals.peer import STREAMS, Announce, Peer, WrongAnswer
 from dynamo_redis.config import PlaneSettings
 from dynamo_redis.planes.base import Handler, RequestPlaneClient, Target
 from dynamo_redis.planes.context import Context
@@ -56,9 +56,10 @@ class PlanePeer(Peer):
         self._targets = {kind: target(address, kind) for kind in KINDS}
 
     async def echo(self, payload: bytes) -> Any:
-        answer = b""
-        async for item in self._client.open(self._targets["echo"], payload, None):
-            answer = item
+        answers = self._client.open(self._targets["echo"], payload, None)
+        answer = await anext(answers)
+        if not answers.is_over:
+            raise WrongAnswer("an echo is one item")
         return answer
 
     async def stream(self, kind: Kind, count: int) -> int:
