@@ -6,11 +6,14 @@ import asyncio
 import copy
 import random
 import time
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from enum import IntEnum
+from typing import Any, NamedTuple
 
+import msgpack
 import pytest
 
 from dynamo_redis.config import PlaneSettings, env_name
@@ -354,6 +357,56 @@ async def test_a_request_that_msgpack_cannot_carry_is_a_type_error_at_once(
     with pytest.raises(TypeError):
         deployed.open(target, value)
     assert await deployed.ask(target, 1) == [1]
+
+
+class Pair(NamedTuple):
+    """A tuple with names."""
+
+    left: int
+    right: int
+
+
+KEYS_THAT_ARRIVE_AS_LISTS = [{(1, 2): 3}, ["a", {"b": {Pair(1, 2): 3}}], ({(): "empty"},)]
+
+
+@pytest.mark.parametrize("value", KEYS_THAT_ARRIVE_AS_LISTS)
+async def test_a_map_that_nobody_could_read_costs_its_own_request_only(
+    deployed: Deployment, value: Any
+) -> None:
+    async def give_back(_: Any, __: Context) -> AsyncIterator[Any]:
+        yield 1
+        yield value
+
+    other = deployed.open(deployed.serve(count_to, "other"), 500)
+    assert await anext(other) == 0
+    with pytest.raises(TypeError):
+        deployed.open(deployed.serve(echo), value)
+    with pytest.raises(PlaneError):
+        await deployed.ask(deployed.target("test"), [value, bytes(100_000)])
+    with pytest.raises(HandlerFailed, match="tuple as key"):
+        await deployed.ask(deployed.serve(give_back, "give back"))
+    assert [item async for item in other] == list(range(1, 500))
+
+
+class Colour(IntEnum):
+    """An integer with a name."""
+
+    RED = 1
+
+
+async def test_types_made_of_msgpacks_own_arrive_as_those(deployed: Deployment) -> None:
+    value = {"tuple": (1, (2,)), "enum": Colour.RED, "map": OrderedDict(a=Pair(1, 2)), Colour.RED: "key"}
+    expected = {"tuple": [1, [2]], "enum": 1, "map": {"a": [1, 2]}, 1: "key"}
+    assert await deployed.ask(deployed.serve(echo), value) == [expected]
+
+
+async def test_timestamps_arrive_as_seconds_which_do_not_collide_as_keys(deployed: Deployment) -> None:
+    """`msgpack.Timestamp` hashes to the sum of its parts: thousands of one hash would stop the event loop."""
+    colliding = {msgpack.Timestamp(5000 - number, number): number for number in range(3000)}
+    [answer] = await deployed.ask(deployed.serve(echo), colliding)
+    assert list(answer.values()) == list(range(3000))
+    assert {type(key) for key in answer} == {float}
+    assert len({hash(key) for key in answer}) == 3000
 
 
 @pytest.mark.parametrize("depth", [1020, 1021, 1022, 1023, 1024, 1025, 5000])

@@ -191,7 +191,11 @@ class _Reader:
         [code] = struct.unpack(">b", self._take(1))
         content = self._take(length)
         try:
-            return msgpack.Timestamp.from_bytes(content) if code == -1 else msgpack.ExtType(code, content)
+            return (
+                msgpack.Timestamp.from_bytes(content).to_unix()
+                if code == -1
+                else msgpack.ExtType(code, content)
+            )
         except ValueError:
             raise Broken from None
 

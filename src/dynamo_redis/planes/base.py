@@ -2,7 +2,8 @@
 
 A plane carries one request to one endpoint of one instance and a stream of items back: 0..N items, then an
 end or a typed `PlaneError`. Four planes can stand behind this contract, and one conformance suite
-(`tests/contract/`) holds for each. Requests and items are anything msgpack carries.
+(`tests/contract/`) holds for each. Requests and items are anything msgpack carries: tuples
+arrive as lists, timestamps as seconds since 1970.
 """
 
 from __future__ import annotations

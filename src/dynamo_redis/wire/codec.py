@@ -1,7 +1,7 @@
 """msgpack, as this protocol uses it: one packer, and unpackers that refuse before they allocate.
 
 Every value on the wire is msgpack (https://github.com/msgpack/msgpack/blob/master/spec.md). Strings are
-UTF-8, tuples arrive as lists, map keys may be of any scalar type.
+UTF-8, tuples arrive as lists, timestamps as seconds since 1970, map keys may be of any scalar type.
 """
 
 from __future__ import annotations
@@ -25,10 +25,17 @@ READ_BYTES = 64 * 1024
 MAX_DEPTH = 1022
 """How deep a value may nest: msgpack's own limit, less the frame and the batch around it."""
 
+_TIMESTAMPS_AS_FLOATS = 1
+"""Not as msgpack's own `Timestamp`: whoever likes makes thousands with one hash, and a map that has them as
+keys would occupy the event loop for minutes."""
+
 _FRAME_AND_BATCH = b"\x91\x91"
 
 pack_known = msgpack.Packer(autoreset=True).pack
 """`pack` for what is known to be msgpack, such as the parts of a frame that this side makes."""
+
+pack_plain = msgpack.Packer(autoreset=True, strict_types=True).pack
+"""`pack` for what is made of msgpack's own types. Raises TypeError for tuples and subclasses too."""
 
 _depth_probes: list[msgpack.Unpacker] = []
 
@@ -36,9 +43,29 @@ _depth_probes: list[msgpack.Unpacker] = []
 def pack(value: Any) -> bytes:
     """`value` as msgpack. Raises TypeError if msgpack cannot carry it."""
     try:
-        return pack_known(value)
+        return pack_plain(value)
+    except (TypeError, ValueError, OverflowError):
+        return pack_with_care(value)
+
+
+def pack_with_care(value: Any) -> bytes:
+    """`pack` for what `pack_plain` does not take.
+
+    A tuple may be the key of a dict here, and arrive as a list, which may not: within a frame that would cost
+    the receiver the whole connection. So what fits into one is tried.
+    """
+    try:
+        payload = pack_known(value)
     except (ValueError, OverflowError) as exc:
         raise TypeError(f"not a msgpack value: {exc}") from exc
+    if len(payload) <= MAX_INLINE_BYTES:
+        try:
+            msgpack.unpackb(payload, strict_map_key=False)
+        except TypeError as exc:
+            raise TypeError("not a msgpack value: a map has a tuple as key, which arrives as a list") from exc
+        except (ValueError, msgpack.UnpackException):  # too deep: see `check_depth`
+            pass
+    return payload
 
 
 def check_depth(payload: bytes) -> None:
@@ -60,7 +87,7 @@ def check_depth(payload: bytes) -> None:
 def unpack(payload: bytes | bytearray | memoryview) -> Any:
     """The one value in `payload`. Raises ValueError."""
     try:
-        return msgpack.unpackb(payload, strict_map_key=False)
+        return msgpack.unpackb(payload, strict_map_key=False, timestamp=_TIMESTAMPS_AS_FLOATS)
     except (msgpack.UnpackException, TypeError, MemoryError) as exc:  # TypeError: a map with a map as key
         raise ValueError(f"not msgpack: {exc!r}") from exc
 
@@ -69,11 +96,13 @@ def new_unpacker() -> msgpack.Unpacker:
     """A streaming unpacker for frames. It holds about 45 KB, so connections share them.
 
     msgpack makes room for an array as soon as its head has come, so the limit of its length also bounds what
-    nested heads without content can take: half a MiB a level, of which the system maps little.
+    nested heads without content can take: half a MiB a level of address space, of which some 55 KiB become
+    memory. Half a frame can hold 55 MiB so, until its time is up.
     """
     return msgpack.Unpacker(
         max_buffer_size=MAX_FRAME_BYTES + 2 * READ_BYTES,
         strict_map_key=False,
+        timestamp=_TIMESTAMPS_AS_FLOATS,
         max_str_len=MAX_FRAME_BYTES,
         max_bin_len=MAX_FRAME_BYTES,
         max_array_len=MAX_INLINE_BYTES,  # one byte an element, in a payload or a batch

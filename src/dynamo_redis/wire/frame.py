@@ -36,6 +36,8 @@ from dynamo_redis.wire.codec import (
     check_depth,
     pack,
     pack_known,
+    pack_plain,
+    pack_with_care,
 )
 
 OPEN: Final = 1
@@ -106,9 +108,9 @@ def payload_of(value: Any) -> bytes:
     if type(value) is bytes and len(value) > MAX_INLINE_BYTES:
         return value
     try:
-        payload = pack_known(value)
-    except (ValueError, OverflowError) as exc:
-        raise TypeError(f"not a msgpack value: {exc}") from exc
+        payload = pack_plain(value)
+    except (TypeError, ValueError, OverflowError):
+        payload = pack_with_care(value)
     if len(payload) > MAX_DEPTH and len(payload) <= MAX_INLINE_BYTES and type(value) not in _FLAT:
         check_depth(payload)
     return payload
@@ -128,7 +130,7 @@ def encode_route(subject: str, flags: int, headers: Headers | None) -> bytes:
             size_bytes=len(packed),
             limit_bytes=MAX_HEADERS_BYTES,
         )
-    return b"".join((pack(subject), pack(flags), packed))
+    return b"".join((pack_known(subject), pack_known(flags), packed))
 
 
 @lru_cache(maxsize=1024)
@@ -144,7 +146,9 @@ def encode_open(stream_id: int, route: bytes, payload: bytes) -> bytes:
 
 def encode_open_raw(stream_id: int, route: bytes, size_bytes: int, encoding: Encoding) -> bytes:
     """OPEN_RAW; the payload follows it."""
-    return b"".join((_OPEN_RAW, pack(stream_id), route, pack(size_bytes), pack(int(encoding))))
+    return b"".join(
+        (_OPEN_RAW, pack_known(stream_id), route, pack_known(size_bytes), pack_known(int(encoding)))
+    )
 
 
 def encode_items(stream_id: int, items: list[bytes], *, last: bool) -> bytes:
@@ -161,47 +165,47 @@ def encode_last(stream_id: int, item: bytes) -> bytes:
 
 def encode_item_raw(stream_id: int, size_bytes: int, encoding: Encoding, *, last: bool) -> bytes:
     """DATA_RAW or LAST_RAW; the payload follows it."""
-    return pack((LAST_RAW if last else DATA_RAW, stream_id, size_bytes, int(encoding)))
+    return pack_known((LAST_RAW if last else DATA_RAW, stream_id, size_bytes, int(encoding)))
 
 
 def encode_end(stream_id: int) -> bytes:
     """END without an item."""
-    return pack((END, stream_id))
+    return pack_known((END, stream_id))
 
 
 def encode_error(stream_id: int, code: str, message: str, details: Mapping[str, Any] | None) -> bytes:
     """ERROR. The message is cut so that the frame stays small."""
-    return pack((ERROR, stream_id, code, _text(message), details))
+    return pack_known((ERROR, stream_id, code, _text(message), details))
 
 
 def encode_accept(stream_id: int) -> bytes:
     """ACCEPT."""
-    return pack((ACCEPT, stream_id))
+    return pack_known((ACCEPT, stream_id))
 
 
 def encode_credit(stream_id: int, count: int) -> bytes:
     """CREDIT: the sender of this stream's items may send `count` more."""
-    return pack((CREDIT, stream_id, count))
+    return pack_known((CREDIT, stream_id, count))
 
 
 def encode_cancel(stream_id: int, strength: Strength) -> bytes:
     """CANCEL."""
-    return pack((CANCEL, stream_id, int(strength)))
+    return pack_known((CANCEL, stream_id, int(strength)))
 
 
 def encode_goaway(code: str, message: str) -> bytes:
     """GOAWAY. With code `draining` the connection goes on for what is under way; else it closes now."""
-    return pack((GOAWAY, 0, code, _text(message)))
+    return pack_known((GOAWAY, 0, code, _text(message)))
 
 
 def encode_ping(token: int) -> bytes:
     """PING."""
-    return pack((PING, 0, token))
+    return pack_known((PING, 0, token))
 
 
 def encode_pong(token: int) -> bytes:
     """PONG, with the PING's token."""
-    return pack((PONG, 0, token))
+    return pack_known((PONG, 0, token))
 
 
 def _text(message: str) -> str:
