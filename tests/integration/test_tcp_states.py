@@ -22,6 +22,7 @@ from dynamo_redis.planes.tcp_server import TcpServer
 from dynamo_redis.wire import frame
 from dynamo_redis.wire.codec import pack
 from dynamo_redis.wire.handshake import ClientHandshake, ServerHandshake
+from dynamo_redis.wire.session import KILL, OPEN_STREAMING
 from tests.fuzz.peer import Heard, Peer
 from tests.fuzz.session import soon
 
@@ -75,6 +76,8 @@ FRAMES: Final[dict[str, list[Any] | bytes]] = {
     "GOAWAY of a stream": [frame.GOAWAY, 1, "draining", "bye"],
     "a type of a later release": [17, 0, None],
     "an optional type of a later release": [64, 0, None, "more"],
+    "a table's name for a kill": [KILL, 1],
+    "a table's name for a request stream": [OPEN_STREAMING, 0],
     "no type at all": [None, 0],
     "no frame at all": b"\xc1",
 }

@@ -17,6 +17,8 @@ from dynamo_redis.wire.session import KILL, OPEN_STREAMING, SERVER_STEPS, Server
 _ACCEPT_AFTER_S: Final = 0.5
 _RECEIVING: Final = SERVER_STEPS[ServerStream.UNOPENED][OPEN_STREAMING]
 _RUNNING: Final = SERVER_STEPS[ServerStream.UNOPENED][frame.OPEN]
+_NO_TYPES: Final = (KILL, OPEN_STREAMING)
+"""Inputs of the tables that are no types of frames."""
 
 
 class Service(Protocol):
@@ -218,8 +220,11 @@ class ServerConnection(Connection):
     def _on_stream_frame(self, received: list[Any]) -> None:
         kind, stream_id = received[0], received[1]
         request = self.streams.get(stream_id)
-        if kind == frame.CANCEL and received[2] == frame.Strength.KILL:
-            kind = KILL
+        if kind == frame.CANCEL:
+            if received[2] == frame.Strength.KILL:
+                kind = KILL
+        elif kind in _NO_TYPES:
+            raise _not_allowed(kind)
         if request is not None:
             state = request.state
         elif type(stream_id) is int and 0 < stream_id <= self._last_stream_id:
@@ -238,4 +243,8 @@ class ServerConnection(Connection):
         if kind == frame.GOAWAY and stream_id == 0:
             self.close()
         elif not self._on_connection_frame(received):
-            raise ProtocolViolation(f"a frame of type {kind!r} is not allowed here")
+            raise _not_allowed(kind)
+
+
+def _not_allowed(kind: object) -> ProtocolViolation:
+    return ProtocolViolation(f"a frame of type {kind!r} is not allowed here")
