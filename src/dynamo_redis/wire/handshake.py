@@ -90,7 +90,7 @@ class MessageReader:
         rest = data[len(taken) :]
         if len(self._data) == _LENGTH.size and rest:
             return self.feed(rest)
-        if len(self._data) <= _LENGTH.size or self._wanted_bytes():
+        if self._wanted_bytes():  # which refuses a length before the first byte behind it
             return None, rest
         body = bytes(self._data[_LENGTH.size :])
         self._data.clear()
