@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
+import tracemalloc
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any
@@ -270,6 +271,25 @@ async def test_what_is_only_announced_counts_before_there_is_memory_for_it() -> 
         for peer in peers[:32]:
             peer.writer.transport.abort()
         await eventually(lambda: server.payload_bytes == 0)
+
+
+async def test_a_large_payload_is_in_memory_once_a_side() -> None:
+    """The request is the caller's; of the echo, the worker holds one copy, and the caller gets one."""
+    content = bytes(32 * MIB)
+    async with serving() as server:
+        client = TcpClient(settings())
+        target = Target(INSTANCE, server.address, "echo", SECRET)
+        await anext(client.open(target, b"connect", None))
+        tracemalloc.start()
+        try:
+            answer = await anext(client.open(target, content, None))
+            held_bytes, peak_bytes = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert answer == content
+        assert held_bytes >= len(content), "it does count payloads"
+        assert peak_bytes < 2.1 * len(content)
+        await client.aclose()
 
 
 async def test_one_payload_that_would_never_fit_passes_when_it_is_alone() -> None:
