@@ -27,6 +27,8 @@ from dynamo_redis.errors import ConfigError
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h)?")
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
+_LARGEST_MESSAGE_BYTES = 2**32 - 1
+
 REQUEST_PLANES = ("tcp", "http", "nats", "redis")
 
 
@@ -61,6 +63,12 @@ def _check_directory(value: object) -> object:
 def _check_redis_source(value: str) -> str:
     if not re.fullmatch(r"auto|container|path|wheel|(redis|rediss|unix)://.+", value):
         raise ValueError("must be auto, container, path, wheel, or a URL: redis://, rediss:// or unix://")
+    return value
+
+
+def _check_message_size(value: ByteSize) -> ByteSize:
+    if value > _LARGEST_MESSAGE_BYTES:
+        raise ValueError("must be at most 4 GiB - 1 byte, which is what the wire carries")
     return value
 
 
@@ -206,8 +214,11 @@ class PlaneSettings(SettingsGroup):
     tcp_advertise_port: Port | None = setting(
         "DYN_TCP_ADVERTISE_PORT", None, "Port that others dial. Unset: the one listened on."
     )
-    max_message_bytes: Size = setting(
-        "DYN_TCP_MAX_MESSAGE_SIZE", ByteSize(32 << 20), "Largest request or response item.", unit="bytes"
+    max_message_bytes: Annotated[Size, AfterValidator(_check_message_size)] = setting(
+        "DYN_TCP_MAX_MESSAGE_SIZE",
+        ByteSize(32 << 20),
+        "Largest request or response item; below 4 GiB.",
+        unit="bytes",
     )
     accept_timeout_s: Annotated[Duration, Field(gt=0)] = setting(
         "DYN_TCP_REQUEST_TIMEOUT", 10.0, "Longest wait until a worker accepts a request.", unit="s"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dynamo_redis.config import PlaneSettings
-from dynamo_redis.errors import PayloadTooLarge
+from dynamo_redis.errors import ConfigError, PayloadTooLarge
 from dynamo_redis.planes.base import Target
 from dynamo_redis.planes.context import Context
 from dynamo_redis.planes.tcp_client import TcpClient
@@ -57,6 +57,26 @@ async def client() -> AsyncIterator[TcpClient]:
     made = TcpClient(PlaneSettings.load(max_message_bytes=LIMIT_BYTES))
     yield made
     await made.aclose()
+
+
+@pytest.mark.parametrize("size", ["5GiB", "4GiB", str(2**32)])
+def test_a_limit_that_the_wire_does_not_carry_is_refused(size: str) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"DYN_TCP_MAX_MESSAGE_SIZE='{size}': must be at most 4 GiB - 1 byte"
+    ):
+        PlaneSettings.load(max_message_bytes=size)
+
+
+async def test_the_largest_limit_is_the_largest_size_that_may_be_announced(server: TcpServer) -> None:
+    assert PlaneSettings.load(max_message_bytes=2**32 - 1).max_message_bytes == 2**32 - 1
+    host, port = server.address.rsplit(":", 1)
+    for size_bytes, is_one in ((2**32 - 1, True), (2**32, False)):
+        peer = Peer(*await asyncio.open_connection(host, int(port)))
+        await peer.shake(ClientHandshake(SECRET, WINDOW, INSTANCE))
+        peer.send(pack([frame.OPEN_RAW, 1, "echo", 0, None, size_bytes, 1]))
+        answer = [frame.ERROR, 1, "payload_too_large"] if is_one else [frame.GOAWAY, 0, "protocol_violation"]
+        assert (await peer.receive() or [])[:3] == answer
+        await peer.close()
 
 
 def packed_to(size_bytes: int, kind: type) -> Any:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import math
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 
 from dynamo_redis.config import PlaneSettings
-from dynamo_redis.errors import HandlerFailed, InvalidRequest, Overloaded, ProtocolViolation
+from dynamo_redis.errors import DeadlineExceeded, HandlerFailed, InvalidRequest, Overloaded, ProtocolViolation
 from dynamo_redis.planes.base import Target
 from dynamo_redis.planes.context import Context
 from dynamo_redis.planes.tcp_client import TcpClient
@@ -39,6 +42,24 @@ async def client() -> AsyncIterator[TcpClient]:
     made = TcpClient(PlaneSettings.load())
     yield made
     await made.aclose()
+
+
+@asynccontextmanager
+async def worker(serve: Callable[[Peer], Awaitable[None]]) -> AsyncIterator[Target]:
+    """A worker that shakes hands, and then does as it likes."""
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        peer = Peer(reader, writer)
+        await peer.shake(ServerHandshake(SECRET, 10, INSTANCE))
+        await serve(peer)
+        await peer.close()
+
+    listener = await asyncio.start_server(handle, "127.0.0.1", 0)
+    try:
+        yield Target(INSTANCE, f"127.0.0.1:{listener.sockets[0].getsockname()[1]}", "any", SECRET)
+    finally:
+        listener.close()
+        await listener.wait_closed()
 
 
 class Rude(BaseException):
@@ -77,6 +98,55 @@ async def test_a_handler_that_gives_no_sensible_hint(
     await soon(lambda: server.in_flight_count == 0, "the request is left")
 
 
+@pytest.mark.parametrize(
+    ("retry_after_ms", "retry_after_s"),
+    [
+        (0, 0.0),
+        (250, 0.25),
+        (3_600_001, 3600.0),
+        (2**64 - 1, 3600.0),
+        (-5, None),
+        (1.5, None),
+        (True, None),
+        ("5", None),
+        (None, None),
+    ],
+)
+async def test_a_worker_that_gives_no_sensible_hint(
+    client: TcpClient, retry_after_ms: object, retry_after_s: float | None
+) -> None:
+    async def serve(peer: Peer) -> None:
+        assert await peer.receive() is not None
+        peer.send(pack([frame.ERROR, 1, Overloaded.code, "full", {"retry_after_ms": retry_after_ms}]))
+        await peer.until_closed()
+
+    async with worker(serve) as target:
+        with pytest.raises(Overloaded, match="full") as caught:
+            await anext(client.open(target, None, Context()))
+        assert caught.value.retry_after_s == retry_after_s
+        await client.aclose()
+
+
+@pytest.mark.parametrize("deadline", [1e18, 1e300, sys.float_info.max])
+async def test_a_deadline_that_nobody_will_see(server: TcpServer, client: TcpClient, deadline: float) -> None:
+    async def left(_: Any, context: Context) -> float | None:
+        return context.remaining_s()
+
+    server.register("left", left)
+    target = Target(INSTANCE, server.address, "left", SECRET)
+    with complaints():
+        left_s = await anext(client.open(target, None, Context(deadline=deadline)))
+        assert left_s == pytest.approx(frame.MAX_DEADLINE_MS / 1000)
+        assert await anext(client.open(target, None, Context(deadline=math.inf))) is None
+        with pytest.raises(DeadlineExceeded):
+            await anext(client.open(target, None, Context(deadline=-math.inf)))
+
+
+def test_a_deadline_that_is_no_number() -> None:
+    with pytest.raises(ValueError, match="a deadline must be a number"):
+        Context(deadline=math.nan)
+
+
 @pytest.mark.parametrize("size_bytes", [5_000, 1 << 20])
 async def test_a_payload_of_nested_heads_is_its_streams_affair(server: TcpServer, size_bytes: int) -> None:
     async def echo(request: Any, _: Context) -> Any:
@@ -108,19 +178,13 @@ async def test_a_payload_of_nested_heads_is_its_streams_affair(server: TcpServer
 async def test_frames_with_nested_fields_end_the_connection_as_a_violation(
     client: TcpClient, nested: bytes
 ) -> None:
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        peer = Peer(reader, writer)
-        await peer.shake(ServerHandshake(SECRET, 10, INSTANCE))
+    async def serve(peer: Peer) -> None:
         peer.send(nested)
         await peer.until_closed()
-        await peer.close()
 
     with complaints():
-        listener = await asyncio.start_server(serve, "127.0.0.1", 0)
-        address = f"127.0.0.1:{listener.sockets[0].getsockname()[1]}"
-        with pytest.raises(ProtocolViolation):
-            await anext(client.open(Target(INSTANCE, address, "any", SECRET), None, Context()))
-        assert client.pending_count == 0
-        await client.aclose()
-        listener.close()
-        await listener.wait_closed()
+        async with worker(serve) as target:
+            with pytest.raises(ProtocolViolation):
+                await anext(client.open(target, None, Context()))
+            assert client.pending_count == 0
+            await client.aclose()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 import uuid
 from collections.abc import Callable
@@ -50,11 +51,13 @@ class Context:
         deadline: float | None = None,
         traceparent: str | None = None,
     ) -> None:
-        """`deadline` is a `time.monotonic()` value, or None; `traceparent` a W3C trace context header."""
+        """`deadline` is a `time.monotonic()` value, or None; infinity is None, too. `traceparent` is a W3C
+        trace context header. Raises ValueError for a deadline that is no number.
+        """
         self._id = id
         self._metadata = metadata
         self._traceparent = traceparent
-        self.deadline = deadline
+        self.deadline = deadline if deadline is None else _known_end(deadline)
         self._state = _RUNNING
         self._subscriber: Subscriber | None = None  # most requests have one
         self._other_subscribers: dict[Subscriber, None] | None = None
@@ -193,6 +196,13 @@ class Context:
         for subscriber in (self._subscriber, *(self._other_subscribers or ())):
             if subscriber is not None:
                 subscriber.on_cancelled(strength)
+
+
+def _known_end(deadline: float) -> float | None:
+    """The deadline, or None if it never comes. Raises ValueError."""
+    if math.isnan(deadline):
+        raise ValueError("a deadline must be a number")
+    return None if deadline == math.inf else deadline
 
 
 class _Callback:

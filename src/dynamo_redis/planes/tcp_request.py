@@ -38,7 +38,6 @@ stepping the coroutine by hand, but then `asyncio.current_task()` is None in tha
 use `asyncio.timeout` or anyio break: see `shared_start` for what is done there."""
 
 _RUNNING, _CLOSED = ServerStream.RUNNING, ServerStream.CLOSED
-_ENDLESS_MS: Final = 2**53
 _LONGEST_RETRY_S: Final = 86_400.0
 _LOG_INTERVAL_S: Final = 1.0
 
@@ -346,7 +345,8 @@ def context_of(headers: dict[str, Any]) -> Context:
         isinstance(request_id, str | None)
         and isinstance(traceparent, str | None)
         and isinstance(meta, dict | None)
-        and (deadline_ms is None or (type(deadline_ms) is int and 0 <= deadline_ms < _ENDLESS_MS))
+        and (deadline_ms is None or (type(deadline_ms) is int and 0 <= deadline_ms <= frame.MAX_DEADLINE_MS))
+        and (not meta or all(type(key) is type(value) is str for key, value in meta.items()))
     ):
         raise InvalidRequest("malformed request headers")
     deadline = None if deadline_ms is None else time.monotonic() + deadline_ms / 1000

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterable
-from typing import Any, Protocol, Self
+from typing import Any, Final, Protocol, Self
 
 from dynamo_redis.errors import (
     DeadlineExceeded,
@@ -28,6 +28,7 @@ from dynamo_redis.wire.codec import MAX_INLINE_BYTES
 from dynamo_redis.wire.decoder import Unusable
 from dynamo_redis.wire.session import ClientStream
 
+_LONGEST_RETRY_S: Final = 3600.0
 _UNOPENED, _WAITING, _CLOSED = ClientStream.UNOPENED, ClientStream.WAITING, ClientStream.CLOSED
 
 
@@ -265,7 +266,8 @@ def _headers_of(context: Context) -> dict[str, Any]:
     if context.given_id is not None:
         headers["id"] = context.given_id
     if context.deadline is not None:
-        headers["deadline_ms"] = max(0, round((context.remaining_s() or 0.0) * 1000))
+        remaining_s = context.remaining_s() or 0.0
+        headers["deadline_ms"] = round(min(max(0.0, remaining_s * 1000), frame.MAX_DEADLINE_MS))
     if context.traceparent is not None:
         headers["traceparent"] = context.traceparent
     if context.given_metadata:
@@ -279,6 +281,12 @@ def _reported(received: list[Any]) -> PlaneError:
     if type(code) is not str or type(message) is not str or not isinstance(details, dict | None):
         raise ProtocolViolation("a malformed ERROR")
     if code == Overloaded.code:
-        retry_after_s = (details or {}).get("retry_after_ms")
-        return Overloaded(message, retry_after_s / 1000 if isinstance(retry_after_s, int) else None)
+        return Overloaded(message, _retry_after_s((details or {}).get("retry_after_ms")))
     return plane_error(code, message)
+
+
+def _retry_after_s(retry_after_ms: object) -> float | None:
+    """A worker's hint when to come back, as far as it makes sense."""
+    if type(retry_after_ms) is not int or retry_after_ms < 0:
+        return None
+    return min(retry_after_ms / 1000, _LONGEST_RETRY_S)

@@ -63,6 +63,9 @@ OPTIONAL: Final = 0x40
 FLAG_REQUEST_STREAM: Final = 1
 """In OPEN: more messages follow the request, until END."""
 
+MAX_DEADLINE_MS: Final = 2**53
+"""The largest `deadline_ms`, 285,000 years: a later deadline is said to be that one."""
+
 MAX_STREAM_ID: Final = 2**31 - 1
 """The last stream id of a connection; then the client opens another connection."""
 
