@@ -16,6 +16,7 @@ from collections.abc import Collection, Iterator
 from typing import Final
 
 from dynamo_redis.errors import Overloaded, PlaneError
+from dynamo_redis.planes.complaints import Complaints
 from dynamo_redis.planes.fair_queue import FairQueue
 from dynamo_redis.planes.tcp_connection import Connection
 from dynamo_redis.planes.tcp_request import Endpoint, Request
@@ -24,6 +25,11 @@ _RETRY_AFTER_S: Final = (0.05, 10.0)
 _UNKNOWN_RETRY_AFTER_S: Final = 1.0
 _WINDOW_S: Final = 1.0
 _ENOUGH_COUNT: Final = 20
+
+_FULL: Final = (
+    "requests are refused: DYN_TCP_MAX_IN_FLIGHT=%d are being handled and DYN_TCP_MAX_QUEUED=%d wait; "
+    "start more workers, or raise these limits if this one has room"
+)
 
 
 class FinishRate:
@@ -60,6 +66,7 @@ class AdmissionControl:
     """Implements `tcp_request.Admission`. `loop` is the event loop that the handlers run on."""
 
     __slots__ = (
+        "_complaints",
         "_finish_rate",
         "_finished_count",
         "_large",
@@ -73,7 +80,8 @@ class AdmissionControl:
 
     loop: asyncio.AbstractEventLoop
 
-    def __init__(self, *, max_in_flight_count: int, max_queued_count: int) -> None:
+    def __init__(self, *, max_in_flight_count: int, max_queued_count: int, complaints: Complaints) -> None:
+        self._complaints = complaints
         self._max_in_flight_count = max_in_flight_count
         self._max_queued_count = max_queued_count
         self._running: set[Request] = set()
@@ -161,12 +169,20 @@ class AdmissionControl:
             self._finish_rate.resume(self.loop.time(), self._finished_count)
         if waiting.size >= self._max_queued_count:
             newest = waiting.to_make_room(request.connection)
-            error = Overloaded(retry_after_s=self.retry_after_s())
+            error = self._overloaded()
             if newest is None:
                 raise error
             newest.abort(error)  # it leaves by `dequeue`
         request.endpoint.active_count += 1
         waiting.push(request.connection, request)
+
+    def _overloaded(self) -> Overloaded:
+        self._complaints.say(_FULL, self._max_in_flight_count, self._max_queued_count)
+        return Overloaded(
+            f"the worker is at its limit (DYN_TCP_MAX_IN_FLIGHT={self._max_in_flight_count}, "
+            f"DYN_TCP_MAX_QUEUED={self._max_queued_count})",
+            self.retry_after_s(),
+        )
 
     def _let_go(self, request: Request) -> None:
         """The request's payload is held no more, if it was a large one."""

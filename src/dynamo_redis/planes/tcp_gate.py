@@ -16,6 +16,7 @@ from typing import Final
 
 from dynamo_redis.errors import AuthenticationFailed
 from dynamo_redis.planes.address import format_address
+from dynamo_redis.planes.complaints import Complaints
 from dynamo_redis.planes.tcp_listener import turn_away
 from dynamo_redis.planes.tls import TlsContext, explain
 
@@ -24,7 +25,6 @@ MAX_WAITING_COUNT: Final = 1024
 
 _TLS_RECORD: Final = b"\x16"  # RFC 8446, 5.1: a handshake record, as the first of every connection is
 _LEAST_S: Final = 0.01
-_LOG_PAUSE_S: Final = 10.0
 _log = logging.getLogger(__name__)
 
 
@@ -47,7 +47,7 @@ class Gate:
         self._let_through = let_through
         self._timeout_s = timeout_s
         self._arrivals: dict[asyncio.Task[None], _Arrival] = {}
-        self._log_at = 0.0
+        self._complaints = Complaints(_log)
 
     @property
     def waiting_count(self) -> int:
@@ -116,12 +116,7 @@ class Gate:
         return sock.recv(1, socket.MSG_PEEK)
 
     def _note(self, arrival: _Arrival, why: str) -> None:
-        """Log a failure: one a while, for anybody can make them."""
-        now = self._loop.time()
-        is_due = now >= self._log_at
-        if is_due:
-            self._log_at = now + _LOG_PAUSE_S
-        _log.log(logging.WARNING if is_due else logging.DEBUG, "no TLS with %s: %s", arrival.peer, why)
+        self._complaints.say("no TLS with %s: %s", arrival.peer, why)
 
 
 class _Arrival:

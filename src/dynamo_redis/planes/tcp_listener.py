@@ -22,6 +22,7 @@ from contextlib import suppress
 from typing import Final
 
 from dynamo_redis.errors import Overloaded, PlaneError
+from dynamo_redis.planes.complaints import Complaints
 from dynamo_redis.wire.handshake import refusal
 
 BACKLOG: Final = 4096
@@ -29,7 +30,6 @@ ACCEPTS_A_TURN: Final = 64
 
 _NO_FILES: Final = (errno.EMFILE, errno.ENFILE)
 _PAUSE_S: Final = 0.1
-_LOG_PAUSE_S: Final = 10.0
 _RESERVED_FILES: Final = 64
 """What a process needs beside its server's connections: libraries, Redis, logs, connections of its own."""
 
@@ -51,8 +51,7 @@ class Listener:
         self._on_socket = on_socket
         self._paused: dict[socket.socket, asyncio.TimerHandle] = {}
         self._reserve = _spare_file()
-        self._shed_count = 0
-        self._log_at = 0.0
+        self._complaints = Complaints(_log, logging.ERROR)
         for listening in sockets:
             loop.add_reader(listening, self._accept, listening)
 
@@ -123,16 +122,17 @@ class Listener:
         try:
             with suppress(BlockingIOError, ConnectionAbortedError):
                 turn_away(listening.accept()[0], Overloaded("the worker has no file left for a connection"))
-                self._shed_count += 1
         except OSError:  # another thread was faster
             return False
         finally:
             self._reserve = _spare_file()
-        self._say(f"every file this process may open is in use ({describe_file_limit()})")
+        self._complaints.say(
+            "connections are refused: every file this process may open is in use (%s)", describe_file_limit()
+        )
         return True
 
     def _pause(self, listening: socket.socket, exc: OSError) -> None:
-        self._say(str(exc))
+        self._complaints.say("connections have to wait: %s", exc)
         self._loop.remove_reader(listening)
         self._paused[listening] = self._loop.call_later(_PAUSE_S, self._resume, listening)
 
@@ -141,12 +141,6 @@ class Listener:
         if self._reserve is None:
             self._reserve = _spare_file()
         self._loop.add_reader(listening, self._accept, listening)
-
-    def _say(self, reason: str) -> None:
-        now = self._loop.time()
-        if now >= self._log_at:
-            self._log_at = now + _LOG_PAUSE_S
-            _log.error("connections are refused (%d so far): %s", self._shed_count, reason)
 
 
 def turn_away(sock: socket.socket, error: PlaneError) -> None:

@@ -19,6 +19,7 @@ from dynamo_redis.config import PlaneSettings
 from dynamo_redis.errors import ConfigError, Draining, EndpointNotFound, Overloaded
 from dynamo_redis.planes.address import choose_binding, format_address
 from dynamo_redis.planes.base import Handler
+from dynamo_redis.planes.complaints import Complaints
 from dynamo_redis.planes.tcp_admission import AdmissionControl
 from dynamo_redis.planes.tcp_gate import Gate
 from dynamo_redis.planes.tcp_listener import Listener, connection_limit, describe_file_limit, turn_away
@@ -33,6 +34,12 @@ MAX_SHAKING_COUNT: Final = 4096
 _ACLOSE_S: Final = 2.0
 _FAREWELL_S: Final = 1.0
 _FAREWELL_LOOK_S: Final = 0.1
+
+_FULL: Final = "connections are refused: %d are open (%s); raise this limit, or start more workers"
+_MANY_SHAKING: Final = (
+    "connections are refused: %d are in their handshake already; if callers cannot be that many, somebody "
+    "opens connections and says nothing"
+)
 
 _log = logging.getLogger(__name__)
 
@@ -66,9 +73,11 @@ class TcpServer:
         self._arriving: set[asyncio.Task[None]] = set()
         self._max_proven_count = settings.max_connections_count
         self._max_shaking_count = MAX_SHAKING_COUNT
+        self._complaints = Complaints(_log)
         self._admission = AdmissionControl(
             max_in_flight_count=settings.max_in_flight_count,
             max_queued_count=settings.max_queued_count,
+            complaints=self._complaints,
         )
         self._draining = False
         self._deserted: asyncio.Future[None] | None = None
@@ -208,6 +217,19 @@ class TcpServer:
     def _proven_count(self) -> int:
         return len(self._connections) - len(self._shaking)
 
+    def _too_many_connections(self) -> Overloaded:
+        setting_count = self._settings.max_connections_count
+        if self._max_proven_count < setting_count:
+            limit = "the limit of open files, RLIMIT_NOFILE"
+        else:
+            limit = f"DYN_TCP_MAX_CONNECTIONS={setting_count}"
+        self._complaints.say(_FULL, self._max_proven_count, limit)
+        return Overloaded(f"the worker has as many connections as it takes ({limit})")
+
+    def _too_many_shaking(self) -> Overloaded:
+        self._complaints.say(_MANY_SHAKING, self._max_shaking_count)
+        return Overloaded("the worker has as many connections in their handshake as it takes")
+
     def _on_socket(self, sock: socket.socket) -> None:
         """A connection has come in."""
         if self._gate is not None:
@@ -215,7 +237,7 @@ class TcpServer:
                 self._gate.drop_oldest()
             self._gate.admit(sock)
         elif self._proven_count >= self._max_proven_count:
-            turn_away(sock, _too_many_connections())
+            turn_away(sock, self._too_many_connections())
         else:
             arrival = self._loop.create_task(self._take_in(sock))
             self._arriving.add(arrival)
@@ -246,20 +268,25 @@ class TcpServer:
         """Decides which requests run."""
         return self._admission
 
+    @property
+    def complaints(self) -> Complaints:
+        """Where to say who is refused."""
+        return self._complaints
+
     def on_made(self, connection: ServerConnection) -> None:
         """A connection has come."""
         self._connections.add(connection)
         self._shaking[connection] = None
         if self._proven_count >= self._max_proven_count:
-            connection.refuse(_too_many_connections())
+            connection.refuse(self._too_many_connections())
         elif len(self._shaking) > self._max_shaking_count:
-            next(iter(self._shaking)).refuse(_too_many_connections())
+            next(iter(self._shaking)).refuse(self._too_many_shaking())
 
     def on_shaken(self, connection: ServerConnection) -> None:
         """The caller has proved itself."""
         self._shaking.pop(connection, None)
         if self._proven_count > self._max_proven_count:  # others proved themselves meanwhile
-            connection.fail(_too_many_connections())
+            connection.fail(self._too_many_connections())
         elif self._draining:
             connection.go_away()
 
@@ -278,10 +305,6 @@ class TcpServer:
         if endpoint is None:
             raise EndpointNotFound(f"{subject} is not served here")
         return endpoint
-
-
-def _too_many_connections() -> Overloaded:
-    return Overloaded("the worker has as many connections as it takes")
 
 
 def _explain(exc: OSError, host: str, port: int) -> str:

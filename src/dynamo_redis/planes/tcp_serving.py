@@ -5,7 +5,16 @@ from __future__ import annotations
 import asyncio
 from typing import Any, Final, Protocol
 
-from dynamo_redis.errors import Draining, InvalidRequest, Overloaded, PlaneError, ProtocolViolation
+from dynamo_redis.errors import (
+    AuthenticationFailed,
+    Draining,
+    InvalidRequest,
+    Overloaded,
+    PlaneError,
+    ProtocolViolation,
+)
+from dynamo_redis.planes.address import format_address
+from dynamo_redis.planes.complaints import Complaints
 from dynamo_redis.planes.context import Context
 from dynamo_redis.planes.tcp_connection import Connection
 from dynamo_redis.planes.tcp_request import Admission, Endpoint, Request, context_of, error_frame
@@ -20,6 +29,15 @@ _RUNNING: Final = SERVER_STEPS[ServerStream.UNOPENED][frame.OPEN]
 _NO_TYPES: Final = (KILL, OPEN_STREAMING)
 """Inputs of the tables that are no types of frames."""
 
+# What is said of a peer, and the error.
+_OTHER_INSTANCE: Final = (
+    "%s does not get in: %s; its view of the registry is old, or it reads another registry"
+)
+_NO_PROOF: Final = "%s does not get in: %s; callers find it in the worker's record: do both use one registry?"
+_NO_HANDSHAKE: Final = (
+    "%s does not get in: %s; does it speak this protocol, and TLS only where the worker does?"
+)
+
 
 class Service(Protocol):
     """What a connection needs of its server."""
@@ -27,6 +45,11 @@ class Service(Protocol):
     @property
     def admission(self) -> Admission:
         """Decides which requests run."""
+        ...
+
+    @property
+    def complaints(self) -> Complaints:
+        """Where to say who is refused."""
         ...
 
     def endpoint(self, subject: str) -> Endpoint:
@@ -93,6 +116,14 @@ class ServerConnection(Connection):
         self._handshake_timer = self._loop.call_later(self._handshake_timeout_s, self._handshake_late)
         self._service.on_made(self)
 
+    def eof_received(self) -> bool:
+        handshake = self._handshake
+        if handshake is not None and handshake.client is not None and not self.closed:
+            # An honest caller whose secret is another one: it has seen this side's proof first.
+            error = AuthenticationFailed("it hung up instead of proving that it knows the instance's secret")
+            self._service.complaints.say(_NO_PROOF, self._peer(), error)
+        return super().eof_received()
+
     def pause_writing(self) -> None:
         super().pause_writing()
         self.transport.pause_reading()  # a caller that reads no answers gets no more requests in
@@ -139,11 +170,23 @@ class ServerConnection(Connection):
         return rest
 
     def _on_handshake_failed(self, error: PlaneError) -> None:
+        handshake = self._handshake
+        if not isinstance(error, AuthenticationFailed):
+            complaint = _NO_HANDSHAKE
+        elif handshake is not None and handshake.client is not None:  # its HELLO was all right
+            complaint = _NO_PROOF
+        else:
+            complaint = _OTHER_INSTANCE
+        self._service.complaints.say(complaint, self._peer(), error)
         self.refuse(error)
+
+    def _peer(self) -> str:
+        name = self.transport.get_extra_info("peername")
+        return format_address(*name[:2]) if name else "somebody"
 
     def _handshake_late(self) -> None:
         self._handshake_timer = None
-        self.refuse(ProtocolViolation("the handshake took too long"))
+        self._on_handshake_failed(ProtocolViolation("the handshake took too long"))
 
     def _cancel_handshake_timer(self) -> None:
         if self._handshake_timer is not None:
@@ -187,14 +230,13 @@ class ServerConnection(Connection):
         ):
             raise ProtocolViolation("a malformed OPEN")
         self._last_stream_id = stream_id
-        streaming = flags & frame.FLAG_REQUEST_STREAM
-        state = _RECEIVING if streaming else _RUNNING
+        state = _RECEIVING if flags else _RUNNING
         try:
             endpoint = self._service.endpoint(subject)
             if type(message) is Unusable:
                 raise self._refused(message.error)
-            if streaming and not endpoint.request_stream:
-                raise InvalidRequest("the endpoint takes one message, not a stream of them")
+            if flags:
+                _check_flags(flags, endpoint)
             context = Context() if headers is None else context_of(headers)
             request = Request(self, self._admission, endpoint, stream_id, state, context, message)
             self.streams[stream_id] = request
@@ -215,6 +257,7 @@ class ServerConnection(Connection):
         """The reason why a payload was not taken, with what the caller should know."""
         if isinstance(error, Overloaded):
             error.retry_after_s = self._admission.retry_after_s()
+            self._service.complaints.say("large requests are refused: %s", error)
         return error
 
     def _on_stream_frame(self, received: list[Any]) -> None:
@@ -244,6 +287,14 @@ class ServerConnection(Connection):
             self.close()
         elif not self._on_connection_frame(received):
             raise _not_allowed(kind)
+
+
+def _check_flags(flags: int, endpoint: Endpoint) -> None:
+    """Raises InvalidRequest: a flag that is not known here may change what the request means."""
+    if flags != frame.FLAG_REQUEST_STREAM:
+        raise InvalidRequest(f"flags {flags:#x} of the request are not known here")
+    if not endpoint.request_stream:
+        raise InvalidRequest("the endpoint takes one message, not a stream of them")
 
 
 def _not_allowed(kind: object) -> ProtocolViolation:
