@@ -61,7 +61,9 @@ _headers = st.none() | st.sampled_from(
         {"deadline_ms": 0},
         {"deadline_ms": 3},
         {"id": 5},
+        {"deadline_ms": 2**53},
         {"meta": {"a": "b"}},
+        {"meta": {"a": 1}},
         {"later": [1]},
         [],
     )
@@ -83,7 +85,7 @@ _bytes = st.builds(
 )
 
 _by_client = st.one_of(
-    _frame(frame.OPEN, _ids, _subjects, st.integers(0, 1), _headers, _values),
+    _frame(frame.OPEN, _ids, _subjects, st.sampled_from((0, 1, 0, 1, 2, -1)), _headers, _values),
     _frame(frame.OPEN, _ids, st.sampled_from(("total", "unread")), st.just(1), st.none(), _values),
     _frame(frame.CREDIT, _ids, st.integers(1, 5) | scalars),
     _frame(frame.CANCEL, _ids, st.integers(1, 2) | scalars),
@@ -95,10 +97,12 @@ _by_both = st.one_of(
     _frame(frame.LAST_BATCH, _ids, _items),
     _frame(frame.END, _ids),
     _frame(frame.CREDIT, _ids, st.integers(1, 5) | scalars),
-    _frame(frame.PING, st.just(0), st.integers(0, 9)),
+    _frame(frame.PING, st.sampled_from((0, 0, 1)), st.integers(0, 9)),
+    _frame(frame.CREDIT, _ids, st.integers(1, 5), _values),
     _frame(frame.PONG, st.just(0), st.integers(0, 9)),
     _frame(64, _ids, _values),
     _frame(17, _ids),
+    _frame(-frame.CANCEL, _ids),
     _bytes,
 )
 _by_server = st.one_of(

@@ -294,14 +294,34 @@ async def test_malformed_headers_are_the_requests_affair(server: TcpServer) -> N
         {"deadline_ms": 1.5},
         {"traceparent": 1},
         {"meta": []},
+        {"meta": {"a": 1}},
+        {"meta": {1: "a"}},
+        {"meta": {"a": "b", "c": None}},
+        {"deadline_ms": 2**53 + 1},
+    )
+    right: tuple[dict[str, Any], ...] = (
+        {"of a later release": [1]},
+        {"deadline_ms": 2**53},
+        {"meta": {}},
+        {"meta": {"a": "b"}},
     )
     async with raw_client(server) as peer:
         for number, headers in enumerate(wrong, 1):
             peer.send([frame.OPEN, number, "echo", 0, headers, 1])
             received = await peer.receive()
             assert received[:3] == [frame.ERROR, number, "invalid_request"]
-        peer.send([frame.OPEN, 99, "echo", 0, {"of a later release": [1]}, 1])
-        assert await peer.receive() == [frame.LAST, 99, 1]
+        for number, headers in enumerate(right, 91):
+            peer.send([frame.OPEN, number, "echo", 0, headers, 1])
+            assert await peer.receive() == [frame.LAST, number, 1]
+
+
+@pytest.mark.parametrize("subject", ["echo", "total"])
+async def test_flags_of_a_later_release_are_the_requests_affair(server: TcpServer, subject: str) -> None:
+    async with raw_client(server) as peer:
+        for number, flags in enumerate((2, 3, 2**63, 2**64 - 1, -1), 1):
+            peer.send(open_frame(number, subject, "x", flags), [frame.DATA, number, "x"])
+            assert (await peer.receive())[:3] == [frame.ERROR, number, "invalid_request"]
+        assert await peer.is_alive()
 
 
 async def test_more_messages_than_the_window_are_a_violation(server: TcpServer) -> None:

@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from enum import Enum
+from pathlib import Path
 from typing import Any, Final
 
 import pytest
@@ -28,6 +30,7 @@ from tests.fuzz.session import soon
 
 SECRET: Final = b"a secret of the instance, random"
 INSTANCE: Final = 7
+DOCUMENT: Final = (Path(__file__).parents[2] / "docs" / "wire-protocol.md").read_text()
 WINDOW: Final = 10
 
 
@@ -53,7 +56,7 @@ class Outcome(Enum):
 FRAMES: Final[dict[str, list[Any] | bytes]] = {
     "OPEN": [frame.OPEN, 2, "hang", 0, None, None],
     "OPEN with a request stream": [frame.OPEN, 2, "total", 1, None, None],
-    "OPEN_RAW": pack([frame.OPEN_RAW, 2, "hang", 0, None, 1, 1]) + b"x",
+    "OPEN_RAW": [frame.OPEN_RAW, 2, "hang", 0, None, 1, 1],
     "DATA": [frame.DATA, 1, "x"],
     "BATCH": [frame.BATCH, 1, ["x", "y"]],
     "END": [frame.END, 1],
@@ -64,16 +67,19 @@ FRAMES: Final[dict[str, list[Any] | bytes]] = {
     "CREDIT": [frame.CREDIT, 1, 5],
     "CANCEL stop": [frame.CANCEL, 1, 1],
     "CANCEL kill": [frame.CANCEL, 1, 2],
-    "DATA_RAW": pack([frame.DATA_RAW, 1, 1, 1]) + b"x",
-    "LAST_RAW": pack([frame.LAST_RAW, 1, 1, 1]) + b"x",
+    "DATA_RAW": [frame.DATA_RAW, 1, 1, 1],
+    "LAST_RAW": [frame.LAST_RAW, 1, 1, 1],
     "PING": [frame.PING, 0, 5],
     "PONG": [frame.PONG, 0, 5],
+    "PING of a stream": [frame.PING, 1, 5],
+    "PONG of a stream": [frame.PONG, 1, 5],
     "GOAWAY draining": [frame.GOAWAY, 0, "draining", "bye"],
     "GOAWAY overloaded": [frame.GOAWAY, 0, "overloaded", "bye"],
     "GOAWAY authentication_failed": [frame.GOAWAY, 0, "authentication_failed", "bye"],
     "GOAWAY protocol_violation": [frame.GOAWAY, 0, "protocol_violation", "bye"],
     "GOAWAY of a later release": [frame.GOAWAY, 0, "of_a_later_release", "bye"],
     "GOAWAY of a stream": [frame.GOAWAY, 1, "draining", "bye"],
+    "a short GOAWAY": [frame.GOAWAY, 0, "draining"],
     "a type of a later release": [17, 0, None],
     "an optional type of a later release": [64, 0, None, "more"],
     "a table's name for a kill": [KILL, 1],
@@ -98,13 +104,19 @@ FROM_BOTH: Final = {"CREDIT", "PING", "PONG", "an optional type of a later relea
 FAREWELLS: Final = {name for name in FRAMES if name.startswith("GOAWAY") and "stream" not in name}
 
 
+RAW_TYPES: Final = (frame.OPEN_RAW, frame.DATA_RAW, frame.LAST_RAW)
+EXACT: Final = frozenset(
+    re.findall("[A-Z_]+", re.findall("Only ([A-Z_, and]+) have exactly these fields", DOCUMENT)[0])
+)
+
+
 def of_server(state: State, name: str) -> Outcome:
     """What a server does: one request (stream 1, complete) is under way wherever a connection is shaken."""
     if state is State.NEW:
         return Outcome.REFUSED
     if state is State.SHAKING:
         return Outcome.VIOLATION
-    if state is State.CLOSING or name in FAREWELLS:
+    if state is State.CLOSING or name in FAREWELLS or name == "a short GOAWAY":
         return Outcome.ENDS
     return Outcome.GOES_ON if name in FROM_CALLERS | FROM_BOTH else Outcome.VIOLATION
 
@@ -121,9 +133,16 @@ def of_client(state: State, name: str) -> Outcome:
     return Outcome.VIOLATION
 
 
-def encoded(name: str) -> bytes:
+def with_later_fields(name: str, expected: Outcome) -> Outcome:
+    """What comes of a frame that has more fields than the table of the page."""
+    return Outcome.VIOLATION if name.split()[0] in EXACT and expected is Outcome.GOES_ON else expected
+
+
+def encoded(name: str, *later_fields: str) -> bytes:
     example = FRAMES[name]
-    return example if isinstance(example, bytes) else pack(example)
+    if isinstance(example, bytes):
+        return example
+    return pack([*example, *later_fields]) + (b"x" if example[0] in RAW_TYPES else b"")
 
 
 async def outcome(peer: Peer, *, by_server: bool) -> Outcome:
@@ -200,6 +219,19 @@ async def test_the_server_in_every_state(state: State) -> None:
             await asyncio.wait_for(draining, 5)
 
 
+async def test_what_a_later_release_may_add_for_the_server() -> None:
+    async with serving() as server:
+        host, port = server.address.rsplit(":", 1)
+        for name in FRAMES:
+            peer = Peer(*await asyncio.open_connection(host, int(port)))
+            await reach(server, peer, State.OPEN)
+            peer.send(encoded(name, "of a", "later release"))
+            expected = with_later_fields(name, of_server(State.OPEN, name))
+            assert await outcome(peer, by_server=True) is expected, name
+            await peer.close()
+            await soon(lambda: server.in_flight_count == 0, "the request is left")
+
+
 async def _check_server(server: TcpServer, peer: Peer, state: State, name: str) -> None:
     await reach(server, peer, state)
     peer.send(encoded(name))
@@ -219,10 +251,20 @@ async def _check_server(server: TcpServer, peer: Peer, state: State, name: str) 
 @pytest.mark.parametrize("state", [State.NEW, State.OPEN, State.DRAINING, State.CLOSING])
 async def test_the_client_in_every_state(state: State) -> None:
     for name in FRAMES:
-        assert await _client_takes(state, name) is of_client(state, name), (state, name)
+        expected = of_client(state, name)
+        assert await _client_takes(state, encoded(name), expected) is expected, (state, name)
 
 
-async def _client_takes(state: State, name: str) -> Outcome:
+async def test_what_a_later_release_may_add_for_the_client() -> None:
+    for name in FRAMES:
+        if name == "a short GOAWAY":  # with more fields it is none
+            continue
+        expected = with_later_fields(name, of_client(State.OPEN, name))
+        said = encoded(name, "of a", "later release")
+        assert await _client_takes(State.OPEN, said, expected) is expected, name
+
+
+async def _client_takes(state: State, said: bytes, expected: Outcome) -> Outcome:
     """What a client with one request under way does with a frame."""
     verdict: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
 
@@ -236,8 +278,8 @@ async def _client_takes(state: State, name: str) -> Outcome:
                 peer.send(pack([frame.GOAWAY, 0, "draining", "bye"]))
             elif state is State.CLOSING:
                 peer.send(pack([frame.GOAWAY, 0, "overloaded", "bye"]))
-            peer.send(encoded(name))
-            if of_client(state, name) is Outcome.ENDS:  # it may still answer in the turn in which it closes
+            peer.send(said)
+            if expected is Outcome.ENDS:  # it may still answer in the turn in which it closes
                 await asyncio.wait_for(peer.until_closed(), 3)
                 verdict.set_result(Outcome.ENDS)
             else:

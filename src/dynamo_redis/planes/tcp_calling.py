@@ -208,7 +208,7 @@ class ClientConnection(Connection):
             raise ProtocolViolation(f"a frame of type {received[0]!r} is not allowed here")
 
     def _on_goaway(self, received: list[Any]) -> None:
-        _, _, code, message = received
+        code, message = received[2], received[3]
         if type(code) is not str or type(message) is not str:
             raise ProtocolViolation("a malformed GOAWAY")
         error = plane_error(code, message)

@@ -240,10 +240,10 @@ class Connection(asyncio.BufferedProtocol):
 
     def _on_connection_frame(self, received: list[Any]) -> bool:
         """Handle the frames that mean the same on both sides. False if it is none of them."""
-        kind = received[0]
-        if kind == frame.PING:
+        kind, stream_id = received[0], received[1]
+        if kind == frame.PING and stream_id == 0:
             self._on_ping(_token(received))
-        elif kind == frame.PONG:
+        elif kind == frame.PONG and stream_id == 0:
             self._on_pong(_token(received))
         elif type(kind) is int and 0 < kind < 0x80 and kind & frame.OPTIONAL:
             pass

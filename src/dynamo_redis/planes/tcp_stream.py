@@ -28,7 +28,9 @@ from dynamo_redis.wire.codec import MAX_INLINE_BYTES
 from dynamo_redis.wire.decoder import Unusable
 from dynamo_redis.wire.session import ClientStream
 
-_LONGEST_RETRY_S: Final = 3600.0
+LONGEST_RETRY_S: Final = 3600.0
+"""What is made of a worker's hint to come back later than that."""
+
 _UNOPENED, _WAITING, _CLOSED = ClientStream.UNOPENED, ClientStream.WAITING, ClientStream.CLOSED
 
 
@@ -289,4 +291,4 @@ def _retry_after_s(retry_after_ms: object) -> float | None:
     """A worker's hint when to come back, as far as it makes sense."""
     if type(retry_after_ms) is not int or retry_after_ms < 0:
         return None
-    return min(retry_after_ms / 1000, _LONGEST_RETRY_S)
+    return min(retry_after_ms / 1000, LONGEST_RETRY_S)

@@ -13,7 +13,7 @@ import pytest
 from dynamo_redis import errors
 from dynamo_redis.config import PlaneSettings
 from dynamo_redis.errors import AuthenticationFailed, PlaneError
-from dynamo_redis.planes import tcp_calling, tcp_connection
+from dynamo_redis.planes import tcp_calling, tcp_connection, tcp_stream
 from dynamo_redis.wire import codec, decoder, frame, handshake
 from dynamo_redis.wire.decoder import FrameDecoder, ReadBuffers
 from dynamo_redis.wire.handshake import ClientHandshake, MessageReader, ServerHandshake
@@ -166,6 +166,9 @@ def test_the_limits_are_the_codes() -> None:
         f"| {codec.MAX_DEPTH} arrays and maps deep |",
         f"`1 + size div {frame.CREDIT_UNIT_BYTES}`",
         f"or {decoder.STEP_BYTES // 1024} KiB further",
+        f"| integer, 0 to 2{superscript(frame.MAX_DEADLINE_MS.bit_length() - 1)}: ",
+        f"| stream id | 2{superscript(frame.MAX_STREAM_ID.bit_length())}−1 |",
+        f"more than {tcp_stream.LONGEST_RETRY_S:g} s is",
     ):
         assert said_so in DOCUMENT, said_so
 
@@ -202,6 +205,10 @@ def test_what_a_closed_stream_ignores() -> None:
     at_server = {abs(kind) for kind in SERVER_STEPS[ServerStream.CLOSED]}
     assert numbers(shown[0]) == at_server
     assert numbers(shown[1]) == set(CLIENT_STEPS[ClientStream.CLOSED])
+
+
+def superscript(number: int) -> str:
+    return str(number).translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
 def numbers(text: str) -> set[int]:
