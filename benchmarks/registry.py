@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 
 from benchmarks.etcd import EtcdMissing, etcd_version
+from benchmarks.options import rounds_count
 from benchmarks.registry_leases import deaths, idle_leases
 from benchmarks.registry_objects import large_object, model_file
 from benchmarks.registry_outage import powered_off, without_redis
@@ -78,7 +79,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of each measurement (default 5)")
+    parser.add_argument(
+        "--rounds", type=rounds_count, default=5, help="rounds of each measurement (default 5)"
+    )
     parser.add_argument("--rows", default=",".join(BOUNDS), help="ids, with commas (default: all)")
     arguments = parser.parse_args()
     wanted = set(arguments.rows.upper().split(","))

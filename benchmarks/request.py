@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import request_matrix
+from benchmarks.options import length_s, rounds_count
 from benchmarks.processes import REPOSITORY, rival_python
 from benchmarks.report import Measured, Row, report, save
 from benchmarks.request_connections import idle_connections, stopped_readers
@@ -159,8 +160,10 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     sides, workloads = (", ".join(names) for names in (SIDES, WORKLOADS))
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of each measurement (default 5)")
-    parser.add_argument("--seconds", type=float, default=1.2, help="length of a measurement (default 1.2)")
+    parser.add_argument(
+        "--rounds", type=rounds_count, default=5, help="rounds of each measurement (default 5)"
+    )
+    parser.add_argument("--seconds", type=length_s, default=1.2, help="length of a measurement (default 1.2)")
     parser.add_argument("--rows", help=f"ids, with commas: {', '.join(BOUNDS)}")
     parser.add_argument("--workloads", help=f"names, with commas: {workloads}")
     parser.add_argument("--sides", help=f"names, with commas: {sides}")

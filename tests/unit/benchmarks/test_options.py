@@ -1,0 +1,36 @@
+"""What a suite cannot measure is refused where it is asked for."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+
+import pytest
+from benchmarks import registry, request
+from benchmarks.options import length_s, rounds_count
+
+
+@pytest.mark.parametrize(
+    ("suite", "arguments"),
+    [
+        (request, "--rounds 0"),
+        (request, "--rounds many"),
+        (request, "--seconds -1"),
+        (request, "--seconds 0"),
+        (request, "--seconds nan"),
+        (request, "--seconds inf"),
+        (registry, "--rounds -2"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(
+    suite: ModuleType, arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    option, value = arguments.split()
+    monkeypatch.setattr(sys, "argv", ["suite", option, value])
+    with pytest.raises(SystemExit, match="2"):
+        suite.main()
+    assert f"argument {option}: '{value}' is not a" in capsys.readouterr().err
+
+
+def test_what_can_be_measured_is_taken() -> None:
+    assert (rounds_count("3"), length_s("0.5")) == (3, 0.5)
