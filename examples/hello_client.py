@@ -3,8 +3,9 @@
 DYN_REDIS_URL=redis://localhost:6379 python examples/hello_client.py one two three
 """
 
-import asyncio
 import sys
+
+import uvloop
 
 from dynamo_redis.runtime import DistributedRuntime, dynamo_worker
 
@@ -19,4 +20,4 @@ async def main(runtime: DistributedRuntime) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    uvloop.run(main())

@@ -3,8 +3,9 @@
 DYN_REDIS_URL=redis://localhost:6379 python examples/hello_worker.py
 """
 
-import asyncio
 from collections.abc import AsyncIterator
+
+import uvloop
 
 from dynamo_redis.runtime import Context, DistributedRuntime, dynamo_worker
 
@@ -22,4 +23,4 @@ async def main(runtime: DistributedRuntime) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    uvloop.run(main())

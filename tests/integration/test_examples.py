@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+RUN = "uvloop.run(main())"
+
 
 @pytest.fixture
 def environment(dynamo_redis_url: str, dynamo_redis_prefix: str) -> dict[str, str]:
@@ -50,12 +52,17 @@ def test_the_readme_shows_the_examples(repository: Path) -> None:
     """Line by line, but for the type annotations and docstrings that the README leaves out."""
     readme = (repository / "README.md").read_text(encoding="utf-8")
     for name, lines in {
-        "hello_worker.py": ('.endpoint("demo.words.generate").serve_endpoint(generate)', "@dynamo_worker()"),
+        "hello_worker.py": (
+            '.endpoint("demo.words.generate").serve_endpoint(generate)',
+            "@dynamo_worker()",
+            RUN,
+        ),
         "hello_client.py": (
             '.endpoint("demo.words.generate").client()',
             "client.wait_for_instances(",
             "await client.round_robin(",
             "annotated=False)",
+            RUN,
         ),
     }.items():
         source = (repository / "examples" / name).read_text(encoding="utf-8")

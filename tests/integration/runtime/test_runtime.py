@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import signal
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -269,6 +271,61 @@ async def test_dynamo_worker_runs_and_closes(
 
     assert await main("hi") == "hi"
     await until(lambda: client.instance_ids() == [])
+
+
+@contextmanager
+def no_log_set_up() -> Iterator[logging.Logger]:
+    """The root logger of a process that has not touched it; pytest's own handlers come back afterwards."""
+    root, ours = logging.getLogger(), logging.getLogger("dynamo_redis")
+    handlers, levels = root.handlers, (root.level, ours.level)
+    root.handlers = []
+    try:
+        yield root
+    finally:
+        root.handlers = handlers
+        root.setLevel(levels[0])
+        ours.setLevel(levels[1])
+
+
+@dynamo_worker()
+async def log_something(_: DistributedRuntime) -> None:
+    logging.getLogger("dynamo_redis.worker").info("here")
+    logging.getLogger("dynamo_redis.worker").debug("not here")
+
+
+async def test_dynamo_worker_logs_as_the_settings_say(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    dynamo_redis_url: str,
+) -> None:
+    monkeypatch.setenv("DYN_REDIS_URL", dynamo_redis_url)
+    monkeypatch.setenv("DYN_LOG", "info")
+    with no_log_set_up():
+        await log_something()
+    shown = capsys.readouterr().err
+    assert re.fullmatch(r"20\d\d-\d\d-\d\dT[\d:.]+Z INFO    dynamo_redis\.worker: here\n", shown)
+
+
+async def test_dynamo_worker_refuses_an_unknown_log_level(
+    monkeypatch: pytest.MonkeyPatch, dynamo_redis_url: str
+) -> None:
+    monkeypatch.setenv("DYN_REDIS_URL", dynamo_redis_url)
+    monkeypatch.setenv("DYN_LOG", "bogus")
+    with no_log_set_up(), pytest.raises(ConfigError, match="DYN_LOG='bogus': write one of off, error"):
+        await log_something()
+
+
+async def test_dynamo_worker_leaves_a_log_alone_that_is_set_up(
+    monkeypatch: pytest.MonkeyPatch, dynamo_redis_url: str
+) -> None:
+    monkeypatch.setenv("DYN_REDIS_URL", dynamo_redis_url)
+    mine = logging.NullHandler()
+    with no_log_set_up() as root:
+        root.addHandler(mine)
+        level = root.level
+        await log_something()
+        assert root.handlers == [mine]
+        assert root.level == level
 
 
 async def test_no_worker_is_said_at_once(open_runtime: OpenRuntime) -> None:
