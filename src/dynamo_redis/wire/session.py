@@ -41,7 +41,8 @@ class ServerStream(IntEnum):
 
 
 OPEN_STREAMING: Final = -frame.OPEN
-"""As input: an OPEN (or OPEN_RAW, which is the same to the tables) that announces a request stream."""
+"""As input: an OPEN (or OPEN_RAW, which is the same to the tables) that announces a request stream. No frame
+has such a type, nor that of `KILL`: one that says so is a violation, and must not get to the tables."""
 
 KILL: Final = -frame.CANCEL
 """As input: a CANCEL with strength kill; `frame.CANCEL` stands for a stop."""
