@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import gc
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -14,6 +16,7 @@ from asyncio.subprocess import PIPE
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -128,6 +131,59 @@ async def test_a_deadline_ends_both_sides_and_is_not_tried_elsewhere(
     contexts = [*worker.contexts, *other.contexts]
     assert len(contexts) == 1
     await until(lambda: contexts[0].is_killed() and not worker.running_count + other.running_count)
+
+
+async def test_a_loop_that_is_left_ends_the_call_with_its_last_reference(
+    open_runtime: OpenRuntime, worker: Worker, no_collection: None
+) -> None:
+    client = await client_of(await open_runtime(), 1)
+    call = await client.round_robin(100_000, annotated=False)
+    async for _ in call:
+        break
+    await exhaust(await client.round_robin(1, annotated=False))  # on the same connection, behind any kill
+    assert not worker.contexts[0].is_killed()
+    del call
+    await until(lambda: worker.contexts[0].is_killed() and not worker.running_count)
+
+
+async def test_a_block_that_is_left_ends_the_call_at_once(open_runtime: OpenRuntime, worker: Worker) -> None:
+    client = await client_of(await open_runtime(), 1)
+    async with await client.round_robin(100_000, annotated=False) as call:
+        async for _ in call:
+            break
+    await until(lambda: worker.contexts[0].is_killed() and not worker.running_count)
+    assert [item async for item in call] == []
+
+
+async def test_the_calls_on_the_page_do_what_it_says(open_runtime: OpenRuntime, repository: Path) -> None:
+    page = (repository / "docs" / "python-api.md").read_text(encoding="utf-8")
+    found = re.search(r"## What a call promises.*?```python\n(.*?)```", page, re.DOTALL)
+    assert found is not None
+    contexts: list[Context] = []
+
+    async def say(request: str, context: Context) -> AsyncIterator[Any]:
+        contexts.append(context)
+        yield request
+        yield "stop"
+        left_s = context.remaining_s()
+        if left_s is None:
+            await context.async_killed_or_stopped()
+        yield left_s
+
+    await (await open_runtime()).endpoint(ENDPOINT).start_serving(say)
+    names: dict[str, Any] = {
+        "client": await client_of(await open_runtime(), 1),
+        "request": "go",
+        "time": time,
+        "Context": Context,
+        "DeadlineExceeded": DeadlineExceeded,
+    }
+    code = compile(found[1], "python-api.md", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    await eval(code, names)
+    assert names["word"] == "stop"
+    await until(lambda: contexts[0].is_killed())
+    assert names["words"][:2] == ["go", "stop"]
+    assert 0 < names["words"][2] <= 5
 
 
 async def test_a_caller_that_is_killed_ends_what_it_asked_for(
