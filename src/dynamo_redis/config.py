@@ -261,7 +261,8 @@ class PlaneSettings(SettingsGroup):
     auth: Literal["secret", "off"] = setting(
         "DYN_PLANE_AUTH",
         "secret",
-        "secret: callers prove that they may read the registry; off: anyone may call.",
+        "secret: callers prove that they may read the registry; off: anyone may call. It is the worker's: "
+        "callers prove what its record asks for, whatever they are set to themselves.",
     )
     tcp_tls: Literal["off", "on", "mutual"] = setting(
         "DYN_TCP_TLS",

@@ -174,6 +174,21 @@ def record(server: TcpServer, secret: bytes) -> bytes:
     return Instance(NAME, INSTANCE, transports, secret=secret).to_bytes()
 
 
+@pytest.mark.parametrize(("worker_auth", "caller_auth"), [("secret", "off"), ("off", "secret")])
+async def test_a_caller_does_as_the_workers_record_says(
+    open_runtime: OpenRuntime, worker_auth: str, caller_auth: str
+) -> None:
+    async def echo(request: Any, _: Context) -> Any:
+        return request
+
+    worker, caller = await open_runtime(auth=worker_auth), await open_runtime(auth=caller_auth)
+    served = await worker.endpoint(ENDPOINT).start_serving(echo)
+    assert (served.instance.secret is None) == (worker_auth == "off")
+    client = await caller.endpoint(ENDPOINT).client()
+    await client.wait_for_instances(20)
+    assert [item async for item in await client.round_robin("hi", annotated=False)] == ["hi"]
+
+
 async def test_a_new_secret_is_read_from_the_record_once(open_runtime: OpenRuntime) -> None:
     """The same instance id with a new secret, before the watch has told."""
     runtime = await open_runtime()
