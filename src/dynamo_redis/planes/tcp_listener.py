@@ -121,7 +121,10 @@ class Listener:
         os.close(self._reserve)
         try:
             with suppress(BlockingIOError, ConnectionAbortedError):
-                turn_away(listening.accept()[0], Overloaded("the worker has no file left for a connection"))
+                turn_away(
+                    listening.accept()[0],
+                    Overloaded("the worker has no file left for a connection (RLIMIT_NOFILE)"),
+                )
         except OSError:  # another thread was faster
             return False
         finally:

@@ -34,9 +34,7 @@ _OTHER_INSTANCE: Final = (
     "%s does not get in: %s; its view of the registry is old, or it reads another registry"
 )
 _NO_PROOF: Final = "%s does not get in: %s; callers find it in the worker's record: do both use one registry?"
-_NO_HANDSHAKE: Final = (
-    "%s does not get in: %s; does it speak this protocol, and TLS only where the worker does?"
-)
+_NO_HANDSHAKE: Final = "%s does not get in: %s; is it meant for this port, and its DYN_TCP_TLS the worker's?"
 
 
 class Service(Protocol):
