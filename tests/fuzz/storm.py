@@ -403,7 +403,7 @@ class Storm:
         await settled(lambda: not any(server.in_flight_count for server in self._servers), self._state)
         await settled(lambda: not any(client.pending_count for client in self._all_clients()), self._state)
         me = asyncio.current_task()
-        await settled(lambda: asyncio.all_tasks() <= {me, *test_tasks()}, asyncio.all_tasks)
+        await settled(lambda: asyncio.all_tasks() <= {me, *runner_tasks()}, asyncio.all_tasks)
         await settled(lambda: not self._left_of_requests(), self._left_of_requests)
         await settled(lambda: not self._left_in_connections(), self._left_in_connections)
 
@@ -457,6 +457,6 @@ def connected_descriptors(ports: set[int]) -> Iterator[int]:
                 yield number
 
 
-def test_tasks() -> set[asyncio.Task[Any]]:
+def runner_tasks() -> set[asyncio.Task[Any]]:
     """The tasks in which anyio's plugin runs a test."""
     return {task for task in asyncio.all_tasks() if "TestRunner." in str(task.get_coro())}
