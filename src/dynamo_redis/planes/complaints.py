@@ -12,7 +12,7 @@ PAUSE_S: Final = 10.0
 class Complaints:
     """Logs at most one line in `PAUSE_S` of each kind, with the number of those left out since the last one.
 
-    A kind is a text as it stands in the code, with its placeholders: so there are only so many. What is left
+    A kind is a text as it stands in the code, with its placeholders, so their number is bounded. What is left
     out is logged at debug.
     """
 
