@@ -1,4 +1,4 @@
-"""Options made from settings: one declaration in `config.py` is an option, its help, and its check.
+"""Options made from settings: one declaration in `config/` is an option, its help, and its check.
 
 click reads no environment here and checks no value: what was given goes to `SettingsGroup.load`, which
 knows the precedence (command line > environment > `.env` > default) and what a right value is.

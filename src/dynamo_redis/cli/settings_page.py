@@ -1,4 +1,4 @@
-"""The tables of `docs/settings.md`, made from the declarations in `config.py`."""
+"""The tables of `docs/settings.md`, made from the declarations in `config/`."""
 
 from __future__ import annotations
 

@@ -1,0 +1,65 @@
+"""Settings: the only reader of the environment.
+
+Each group of settings is a frozen pydantic model. A value comes, in this order, from the arguments given
+to `load` (the command line), the environment, a `.env` file in the working directory, the default. Sizes
+and durations accept units (`32MiB`, `10s`, `500ms`). A wrong value is a `ConfigError` of one line that
+names the setting.
+"""
+
+from __future__ import annotations
+
+from dynamo_redis.config.base import PemFile, SettingsGroup, env_name, parse_duration, unit_of
+from dynamo_redis.config.engines import MockEngineSettings, ModelSettings
+from dynamo_redis.config.events import EventSettings
+from dynamo_redis.config.origins import Origin, child_environment, origins
+from dynamo_redis.config.plane import REQUEST_PLANES, PlaneSettings
+from dynamo_redis.config.router import RouterSettings
+from dynamo_redis.config.runtime_files import (
+    read_runtime_file,
+    remove_runtime_file,
+    runtime_directory,
+    user_model_cache,
+    write_runtime_file,
+)
+from dynamo_redis.config.services import FixtureSettings, FrontendSettings, RuntimeSettings
+from dynamo_redis.config.store import StoreSettings
+
+__all__ = [
+    "GROUPS",
+    "REQUEST_PLANES",
+    "EventSettings",
+    "FixtureSettings",
+    "FrontendSettings",
+    "MockEngineSettings",
+    "ModelSettings",
+    "Origin",
+    "PemFile",
+    "PlaneSettings",
+    "RouterSettings",
+    "RuntimeSettings",
+    "SettingsGroup",
+    "StoreSettings",
+    "child_environment",
+    "env_name",
+    "origins",
+    "parse_duration",
+    "read_runtime_file",
+    "remove_runtime_file",
+    "runtime_directory",
+    "unit_of",
+    "user_model_cache",
+    "write_runtime_file",
+]
+
+GROUPS: tuple[type[SettingsGroup], ...] = (
+    StoreSettings,
+    PlaneSettings,
+    EventSettings,
+    RuntimeSettings,
+    FrontendSettings,
+    RouterSettings,
+    ModelSettings,
+    MockEngineSettings,
+    FixtureSettings,
+)
+"""All groups, in the order in which `docs/settings.md` and `dynamo-redis settings` list them."""

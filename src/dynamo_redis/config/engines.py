@@ -1,0 +1,71 @@
+"""Settings of models and engines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field
+
+from dynamo_redis.config.base import Duration, SettingsGroup, setting
+
+
+def _check_directory(value: object) -> object:
+    if isinstance(value, str) and not value.strip():  # a Path of it would be the working directory
+        raise ValueError("must name a directory; leave it out for the demo model")
+    return value
+
+
+class ModelSettings(SettingsGroup):
+    """Which model a worker serves."""
+
+    model_path: Annotated[Path, BeforeValidator(_check_directory)] | None = setting(
+        "DYN_MODEL_PATH",
+        None,
+        "Directory with the model's tokenizer.json, tokenizer_config.json, config.json and "
+        "generation_config.json. Unset: a small demo model.",
+    )
+    model_name: Annotated[str, Field(min_length=1, max_length=256)] | None = setting(
+        "DYN_MODEL_NAME", None, "The model's name in requests. Unset: the directory's name."
+    )
+    context_length: Annotated[int, Field(ge=1)] | None = setting(
+        "DYN_CONTEXT_LENGTH",
+        None,
+        "Most tokens of a prompt and its answer. Unset: what the model's files say.",
+        unit="tokens",
+    )
+
+
+class MockEngineSettings(SettingsGroup):
+    """The mock engine: how large it is, and how fast. The timing model stands in `engines/batching.py`."""
+
+    speedup_ratio: Annotated[float, Field(ge=0, allow_inf_nan=False)] = setting(
+        "DYN_MOCK_SPEEDUP_RATIO", 1.0, "How many times faster than real; 0 does not wait at all."
+    )
+    block_size: Annotated[int, Field(ge=1, le=4096)] = setting(
+        "DYN_MOCK_BLOCK_SIZE", 16, "Tokens in a block of the KV cache.", unit="tokens"
+    )
+    total_kv_blocks: Annotated[int, Field(ge=1)] = setting(
+        "DYN_MOCK_TOTAL_KV_BLOCKS", 16384, "Blocks the KV cache holds.", unit="blocks"
+    )
+    max_num_seqs: Annotated[int, Field(ge=1)] = setting(
+        "DYN_MOCK_MAX_NUM_SEQS", 256, "Most requests that run at once.", unit="requests"
+    )
+    max_num_waiting: Annotated[int, Field(ge=0)] = setting(
+        "DYN_MOCK_MAX_NUM_WAITING",
+        1024,
+        "Most requests that wait for their turn; past that the engine answers Overloaded.",
+        unit="requests",
+    )
+    max_num_batched_tokens: Annotated[int, Field(ge=1)] = setting(
+        "DYN_MOCK_MAX_NUM_BATCHED_TOKENS", 8192, "Most tokens computed in one step.", unit="tokens"
+    )
+    prefill_token_s: Duration = setting(
+        "DYN_MOCK_PREFILL_TOKEN_S", 0.00005, "Time to read one token of a prompt.", unit="s"
+    )
+    decode_step_s: Duration = setting(
+        "DYN_MOCK_DECODE_STEP_S", 0.008, "Time of one step, whatever its batch.", unit="s"
+    )
+    decode_sequence_s: Duration = setting(
+        "DYN_MOCK_DECODE_SEQUENCE_S", 0.00003, "Further time of a step for each answer in it.", unit="s"
+    )

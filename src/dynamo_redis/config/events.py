@@ -1,0 +1,39 @@
+"""Settings of the event plane."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import ByteSize, Field
+
+from dynamo_redis.config.base import Duration, SettingsGroup, Size, setting
+
+
+class EventSettings(SettingsGroup):
+    """The event plane: how KV-cache events reach routers."""
+
+    event_plane: Literal["stream", "pubsub", "none"] = setting(
+        "DYN_EVENT_PLANE",
+        "stream",
+        "stream: durable, in Redis Streams; pubsub: fire and forget, workers keep what was sent; none: "
+        "routers predict from their own decisions.",
+    )
+    event_linger_s: Duration = setting(
+        "DYN_EVENT_LINGER_S", 0.002, "Longest time an event waits for others to be sent with it.", unit="s"
+    )
+    event_batch_count: Annotated[int, Field(ge=1, le=10_000)] = setting(
+        "DYN_EVENT_BATCH", 256, "Most events sent as one entry.", unit="events"
+    )
+    event_queue_count: Annotated[int, Field(ge=1)] = setting(
+        "DYN_EVENT_QUEUE",
+        65_536,
+        "Events a publisher holds while Redis is away; past that they are left out, and routers ask the "
+        "worker for them.",
+        unit="events",
+    )
+    event_stream_events_count: Annotated[int, Field(ge=1000)] = setting(
+        "DYN_EVENT_STREAM_EVENTS", 1_000_000, "Most events one stream keeps.", unit="events"
+    )
+    event_stream_size_bytes: Size = setting(
+        "DYN_EVENT_STREAM_SIZE", ByteSize(256 << 20), "Most bytes one stream keeps.", unit="bytes"
+    )

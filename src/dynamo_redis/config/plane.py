@@ -1,0 +1,121 @@
+"""Settings of the request plane."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BeforeValidator, ByteSize, Field
+
+from dynamo_redis.config.base import Duration, PemFile, Port, SettingsGroup, Size, setting
+
+_LARGEST_MESSAGE_BYTES = 2**32 - 1
+
+REQUEST_PLANES = ("tcp", "http", "nats", "redis")
+
+
+def _parse_request_plane(value: object) -> object:
+    if isinstance(value, str) and value.lower() in REQUEST_PLANES:
+        return value.lower()
+    raise ValueError(f"Invalid request plane mode: {value!r}. Valid options are: {', '.join(REQUEST_PLANES)}")
+
+
+def _check_message_size(value: ByteSize) -> ByteSize:
+    if value > _LARGEST_MESSAGE_BYTES:
+        raise ValueError("must be at most 4 GiB - 1 byte, which is what the wire carries")
+    return value
+
+
+RequestPlane = Annotated[Literal["tcp", "http", "nats", "redis"], BeforeValidator(_parse_request_plane)]
+
+
+class PlaneSettings(SettingsGroup):
+    """The request plane: how requests reach workers."""
+
+    request_plane: RequestPlane = setting(
+        "DYN_REQUEST_PLANE", "tcp", "How requests travel: tcp, http, nats or redis."
+    )
+    tcp_host: str | None = setting(
+        "DYN_TCP_RPC_HOST",
+        None,
+        "Address to listen on. Unset: all interfaces, or loopback if Redis is local.",
+    )
+    tcp_port: Port = setting("DYN_TCP_RPC_PORT", 0, "Port to listen on; 0 takes a free one.")
+    tcp_advertise_host: str | None = setting(
+        "DYN_TCP_ADVERTISE_HOST", None, "Address that others dial, behind NAT or in a container."
+    )
+    tcp_advertise_port: Port | None = setting(
+        "DYN_TCP_ADVERTISE_PORT", None, "Port that others dial. Unset: the one listened on."
+    )
+    max_message_bytes: Annotated[Size, AfterValidator(_check_message_size)] = setting(
+        "DYN_TCP_MAX_MESSAGE_SIZE",
+        ByteSize(32 << 20),
+        "Largest request or response item; below 4 GiB.",
+        unit="bytes",
+    )
+    accept_timeout_s: Annotated[Duration, Field(gt=0)] = setting(
+        "DYN_TCP_REQUEST_TIMEOUT", 10.0, "Longest wait until a worker accepts a request.", unit="s"
+    )
+    pool_size: Annotated[int, Field(ge=1, le=1000)] = setting(
+        "DYN_TCP_POOL_SIZE", 50, "Most connections to one instance; requests share them."
+    )
+    connect_timeout_s: Annotated[Duration, Field(gt=0)] = setting(
+        "DYN_TCP_CONNECT_TIMEOUT", 3.0, "Longest wait for a connection, with its handshake.", unit="s"
+    )
+    channel_buffer_count: Annotated[int, Field(ge=1)] = setting(
+        "DYN_TCP_CHANNEL_BUFFER", 100, "Items a response stream may be ahead of its reader.", unit="items"
+    )
+    keepalive_interval_s: Annotated[Duration, Field(gt=0)] = setting(
+        "DYN_TCP_KEEPALIVE_S",
+        1.0,
+        "A connection with requests under way is probed after a quarter of this in silence; after three "
+        "quarters other instances are preferred, and after twice this it is dead.",
+        unit="s",
+    )
+    max_in_flight_count: Annotated[int, Field(ge=1)] = setting(
+        "DYN_TCP_MAX_IN_FLIGHT", 4096, "Most requests a worker handles at once.", unit="requests"
+    )
+    max_queued_count: Annotated[int, Field(ge=0)] = setting(
+        "DYN_TCP_MAX_QUEUED",
+        4096,
+        "Most requests a worker keeps waiting; past that it answers Overloaded.",
+        unit="requests",
+    )
+    max_payload_in_flight_bytes: Size = setting(
+        "DYN_TCP_MAX_PAYLOAD_BYTES_IN_FLIGHT",
+        ByteSize(1 << 30),
+        "Most bytes of messages over 64 KiB that a process holds as a worker, and as many as a caller: "
+        "coming in, unread, or of requests under way; what does not fit ends as Overloaded.",
+        unit="bytes",
+    )
+    max_connections_count: Annotated[int, Field(ge=1)] = setting(
+        "DYN_TCP_MAX_CONNECTIONS", 16384, "Most connections a worker accepts.", unit="connections"
+    )
+    auth: Literal["secret", "off"] = setting(
+        "DYN_PLANE_AUTH",
+        "secret",
+        "secret: callers prove that they may read the registry; off: anyone may call. It is the worker's: "
+        "callers prove what its record asks for, whatever they are set to themselves.",
+    )
+    tcp_tls: Literal["off", "on", "mutual"] = setting(
+        "DYN_TCP_TLS",
+        "off",
+        "off: requests travel in the clear; on: over TLS, and callers check workers' certificates; mutual: "
+        "workers check callers', too.",
+    )
+    tcp_tls_ca: PemFile | None = setting(
+        "DYN_TCP_TLS_CA", None, "PEM file with the authorities that sign the other side's certificate."
+    )
+    tcp_tls_cert: PemFile | None = setting(
+        "DYN_TCP_TLS_CERT",
+        None,
+        "PEM file with this process's certificate, and those between it and the authority. Workers have one; "
+        "callers, too, where TLS is mutual.",
+    )
+    tcp_tls_key: PemFile | None = setting(
+        "DYN_TCP_TLS_KEY", None, "PEM file with the certificate's private key, not encrypted."
+    )
+    tcp_tls_server_name: str | None = setting(
+        "DYN_TCP_TLS_SERVER_NAME",
+        None,
+        "The name that every worker's certificate has. Unset: the host that is dialled.",
+    )

@@ -1,0 +1,59 @@
+"""Settings of the runtime, the frontend, and the test fixtures."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, ByteSize
+
+from dynamo_redis.config.base import Duration, Port, SettingsGroup, Size, setting
+
+
+def _check_redis_source(value: str) -> str:
+    if not re.fullmatch(r"auto|container|path|wheel|(redis|rediss|unix)://.+", value):
+        raise ValueError("must be auto, container, path, wheel, or a URL: redis://, rediss:// or unix://")
+    return value
+
+
+class RuntimeSettings(SettingsGroup):
+    """What a process does at start and at shutdown, and what it logs."""
+
+    namespace: str = setting("DYN_NAMESPACE", "dynamo", "Namespace of the endpoints.")
+    drain_s: Duration = setting(
+        "DYN_GRACEFUL_SHUTDOWN_S", 30.0, "At shutdown, longest wait for requests under way.", unit="s"
+    )
+    log: str = setting("DYN_LOG", "info", "Log level: error, warn, info or debug; `off` for none.")
+
+
+class FrontendSettings(SettingsGroup):
+    """The OpenAI-compatible HTTP server."""
+
+    http_host: str = setting("DYN_HTTP_HOST", "0.0.0.0", "Address to listen on.")  # noqa: S104
+    http_port: Port = setting("DYN_HTTP_PORT", 8000, "Port to listen on; 0 takes a free one.")
+    router_mode: Literal["round_robin", "random", "p2c", "least_loaded"] = setting(
+        "DYN_ROUTER_MODE", "round_robin", "How a worker is chosen: round_robin, random, p2c, least_loaded."
+    )
+    max_body_bytes: Size = setting(
+        "DYN_HTTP_BODY_LIMIT", ByteSize(45 << 20), "Largest HTTP request body.", unit="bytes"
+    )
+    request_timeout_s: Duration = setting(
+        "DYN_HTTP_REQUEST_TIMEOUT_S", 600.0, "Longest time one request may take; 0 means no limit.", unit="s"
+    )
+    model_cache: Path | None = setting(
+        "DYN_MODEL_CACHE",
+        None,
+        "Directory that keeps model files fetched from Redis. Unset: one in the user's cache directory.",
+    )
+
+
+class FixtureSettings(SettingsGroup):
+    """Where the pytest fixtures of `dynamo_redis.testing` get their Redis."""
+
+    redis: Annotated[str, AfterValidator(_check_redis_source)] = setting(
+        "DYN_TEST_REDIS",
+        "auto",
+        "container: a container engine; path: redis-server or valkey-server on PATH; wheel: the one of "
+        "dynamo-redis[embedded]; auto: the first of these that is there; a URL: that server.",
+    )
