@@ -12,6 +12,8 @@
     │   ├── Compacted               the wanted revision is no longer in the change log
     │   ├── ObjectNotFound          no such object
     │   ├── ObjectChanged           the object was replaced or damaged while it was read (retryable)
+    │   ├── StreamTrimmed           the wanted entries are no longer in the event stream
+    │   ├── StreamLost              the event stream, or the reader's group in it, is gone
     │   ├── LockNotAcquired         somebody else has the lock              (retryable)
     │   └── LockLost                the lock ended while it was held, or was not held at all
     ├── PlaneError                  a request on its way to a worker and back
@@ -154,6 +156,18 @@ class ObjectChanged(StoreError):
         super().__init__(f"object {url} changed while it was read: {reason}")
         self.url = url
         self.reason = reason
+
+
+class StreamTrimmed(StoreError):
+    """What follows a position of an event stream has been trimmed: the reader must begin anew."""
+
+    code = "stream_trimmed"
+
+
+class StreamLost(StoreError):
+    """The event stream, or the reader's group in it, was deleted: the reader must begin anew."""
+
+    code = "stream_lost"
 
 
 class LockNotAcquired(StoreError):

@@ -1,0 +1,80 @@
+"""The envelope of events: one msgpack array holds a batch of one publisher's events in order. Pure.
+
+    [1, topic, instance_id, epoch, dp_rank, first_sequence, published_at_ms, [event, …]]
+
+A publisher's events are numbered from 0 without holes, over all of its batches: the batch's first has
+`first_sequence`. A receiver that has applied all before `n` wants a batch that begins at `n`: what lies below
+is a repetition, and a batch that begins above shows a gap. A batch without events says how far its publisher
+is. The epoch is random, of one start of the process: another one means that nothing of before counts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from dynamo_redis.errors import SchemaMismatch
+from dynamo_redis.wire.codec import pack_known, unpack
+
+ENVELOPE_VERSION = 1
+
+_U63_END = 1 << 63
+
+
+class PublisherId(NamedTuple):
+    """Who numbers events: one data-parallel rank of one start of one instance."""
+
+    instance_id: int
+    epoch: int
+    dp_rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class EventBatch:
+    """Events of one publisher, with consecutive sequences from `first_sequence`."""
+
+    topic: str
+    publisher: PublisherId
+    first_sequence: int
+    published_at_ms: int
+    events: list[Any]
+
+    @property
+    def next_sequence(self) -> int:
+        """What the publisher's next batch begins with."""
+        return self.first_sequence + len(self.events)
+
+    def to_bytes(self) -> bytes:
+        """The stored form. Raises TypeError if an event is not msgpack."""
+        return pack_known(
+            (
+                ENVELOPE_VERSION,
+                self.topic,
+                *self.publisher,
+                self.first_sequence,
+                self.published_at_ms,
+                self.events,
+            )
+        )
+
+    @classmethod
+    def from_bytes(cls, stored: bytes) -> EventBatch:
+        """Read a stored batch; fields of later minors, at its end, are ignored.
+
+        Raises ValueError if it is not one, SchemaMismatch for another version.
+        """
+        fields = unpack(stored)
+        if not isinstance(fields, list) or not fields:
+            raise ValueError("not a batch of events: no array")
+        if fields[0] != ENVELOPE_VERSION:
+            raise SchemaMismatch(str(fields[0])[:20], str(ENVELOPE_VERSION))
+        if len(fields) < 8:
+            raise ValueError(f"not a batch of events: {len(fields)} fields")
+        _, topic, *numbers, events = fields[:8]
+        if not isinstance(topic, str) or not isinstance(events, list):
+            raise ValueError("not a batch of events: topic or events are of the wrong type")
+        if not all(type(number) is int and 0 <= number < _U63_END for number in numbers):
+            raise ValueError("not a batch of events: a number is missing, or not one of 63 bits")
+        instance_id, epoch, dp_rank, first_sequence, published_at_ms = numbers
+        publisher = PublisherId(instance_id, epoch, dp_rank)
+        return cls(topic, publisher, first_sequence, published_at_ms, events)

@@ -1,0 +1,92 @@
+"""KV events as they travel: what a worker's KV cache has taken in and given up. Pure.
+
+An event is a msgpack array `[kind, tier, hashes]`: hashes are sequence hashes (`router/hashing.py`), each as
+eight bytes, little-endian, in one binary. The worker has translated them from its engine's own, so that a
+router neither hashes nor keeps engines' names.
+
+`REMOVED_INSIDE` is a removal that leaves blocks behind which follow the removed one: for a while that worker
+may hold the end of a prefix without its middle. Plain `REMOVED` promises the contrary.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections.abc import Iterable, Sequence
+from typing import Any, Final, NamedTuple
+
+KV_EVENTS: Final = "kv_events"
+"""The topic."""
+
+STORED: Final = 0
+REMOVED: Final = 1
+REMOVED_INSIDE: Final = 2
+CLEARED: Final = 3
+"""The rank's whole cache, on all tiers, is empty."""
+
+DEVICE: Final = 0
+HOST: Final = 1
+DISK: Final = 2
+TIERS: Final = (DEVICE, HOST, DISK)
+
+_BLANK: Final = array("Q")
+
+
+class KvEvent(NamedTuple):
+    """One event, checked. `hashes` (u64) is empty for CLEARED."""
+
+    kind: int
+    tier: int
+    hashes: array[int]
+
+    def to_wire(self) -> list[Any]:
+        """As it stands in a batch."""
+        return [self.kind, self.tier, _to_bytes(self.hashes)]
+
+
+def stored(hashes: Iterable[int], tier: int = DEVICE) -> KvEvent:
+    """Blocks are held now, in the order in which they follow each other."""
+    return KvEvent(STORED, tier, array("Q", hashes))
+
+
+def removed(hashes: Iterable[int], tier: int = DEVICE, *, inside: bool = False) -> KvEvent:
+    """Blocks are held no longer; `inside`: some that follow them are."""
+    return KvEvent(REMOVED_INSIDE if inside else REMOVED, tier, array("Q", hashes))
+
+
+def cleared() -> KvEvent:
+    """No block is held any more."""
+    return KvEvent(CLEARED, DEVICE, _BLANK)
+
+
+def read_kv_events(events: Sequence[Any]) -> list[KvEvent]:
+    """Check the events of a batch. Kinds and tiers of later releases are left out.
+
+    Raises ValueError if one is not a KV event: then none of the batch may be applied.
+    """
+    known: list[KvEvent] = []
+    for event in events:
+        if not isinstance(event, list) or len(event) < 3:
+            raise ValueError("not a KV event: no array of three")
+        kind, tier, content = event[:3]
+        if type(kind) is not int or type(tier) is not int or not isinstance(content, bytes):
+            raise ValueError("not a KV event: a part is of the wrong type")
+        if len(content) % 8:
+            raise ValueError(f"not a KV event: hashes of {len(content)} bytes")
+        if STORED <= kind <= CLEARED and tier in TIERS:
+            known.append(KvEvent(kind, tier, _from_bytes(content)))
+    return known
+
+
+def _to_bytes(hashes: array[int]) -> bytes:
+    if sys.byteorder == "big":
+        hashes = array("Q", hashes)
+        hashes.byteswap()
+    return hashes.tobytes()
+
+
+def _from_bytes(content: bytes) -> array[int]:
+    hashes = array("Q", content)
+    if sys.byteorder == "big":
+        hashes.byteswap()
+    return hashes
