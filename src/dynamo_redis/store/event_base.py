@@ -153,8 +153,8 @@ class EventStreams(Protocol):
         ...
 
     async def trim(self, stream: StreamName, snapshot: EntryId) -> EntryId:
-        """Drop what is no longer needed, up to the oldest of `snapshot` and the groups' positions; drop silent
-        groups first. Answers the floor: the last entry dropped. Raises StoreError."""
+        """Drop what is no longer needed, up to the oldest of `snapshot` and the groups' positions; silent
+        groups are removed first. Answers the floor: the last entry dropped. Raises StoreError."""
         ...
 
     async def info(self, stream: StreamName) -> StreamInfo | None:
