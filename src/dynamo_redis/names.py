@@ -8,6 +8,7 @@ Layout of the keys (relative to the registry's prefix):
 
     v1/instances/<namespace>/<component>/<endpoint>/<instance id>
     v1/mdc/<namespace>/<component>/<endpoint>/<instance id>[/<lora>]     model deployment cards
+    v1/kv_routers/<namespace>/<component>/<router id>
     v1/ports/<host>/<port>
     v1/barrier/<id>/…
 """
@@ -26,6 +27,7 @@ InstanceId = NewType("InstanceId", int)
 
 INSTANCES = "v1/instances/"
 MODEL_CARDS = "v1/mdc/"
+KV_ROUTERS = "v1/kv_routers/"
 PORTS = "v1/ports/"
 BARRIERS = "v1/barrier/"
 
@@ -115,6 +117,16 @@ class EndpointName:
         """The registry key of a model card; a LoRA adapter stands below its base model."""
         key = f"{MODEL_CARDS}{self.path}/{format_instance_id(instance_id)}"
         return key if lora is None else f"{key}/{encode_segment(lora)}"
+
+
+def kv_routers_prefix(namespace: str, component: str) -> str:
+    """The registry prefix of the routers that choose among a component's workers."""
+    return f"{KV_ROUTERS}{encode_segment(namespace)}/{encode_segment(component)}/"
+
+
+def kv_router_key(namespace: str, component: str, router_id: str) -> str:
+    """The registry key of one router."""
+    return kv_routers_prefix(namespace, component) + encode_segment(router_id)
 
 
 def port_key(host: str, port: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Awaitable, Callable, Collection, Iterable
+from contextlib import suppress
 from typing import Any, Self
 
 from dynamo_redis.errors import NoInstances
@@ -116,6 +117,18 @@ class Client:
     def confirmed_instances(self) -> list[Instance]:
         """Those of them that are in the registry, or have answered since they vanished from it."""
         return _by_id(member.instance for member in self._view if member.confirmed)
+
+    def known_ids(self) -> list[int]:
+        """The ids of all instances that have not left, ascending: also of those that are down or hang, which
+        may be back in a moment with all that they hold."""
+        return sorted(member.instance_id for member in self._view)
+
+    async def wait_for_change(self, timeout_s: float) -> None:
+        """Return when other instances can be chosen than now, or after `timeout_s`. One that could not be
+        chosen anyway leaves unnoticed: look again in the end."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._view.wait_for_change()
 
     async def wait_for_instances(self, timeout_s: float | None = None) -> list[int]:
         """Wait until an instance can be chosen; answer the ids. Raises NoInstances after `timeout_s`."""
