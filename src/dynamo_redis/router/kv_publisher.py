@@ -1,0 +1,226 @@
+"""What a worker tells routers of one rank's KV cache, and what it can tell again. Pure.
+
+The engine reports blocks by hashes of its own, with their tokens; what is published are sequence hashes
+(`router/hashing.py`), so that a router neither hashes nor keeps engines' names. Beside it stands the local
+index, and a ring of the events published last: whoever has missed some asks for them, or for everything
+(`router/kv_dump.py`).
+"""
+
+from __future__ import annotations
+
+import logging
+from array import array
+from collections import Counter, deque
+from collections.abc import Collection, Iterator, Sequence
+from itertools import chain as chained
+from itertools import islice
+from typing import Any, Final, Protocol
+
+from dynamo_redis.router.hashing import SEED, chain, local_hashes, lora_seed
+from dynamo_redis.router.local_index import EngineHash, LocalIndex, engine_keys
+from dynamo_redis.wire import kv_event
+from dynamo_redis.wire.kv_event import DEVICE, TIERS, KvEvent
+
+log = logging.getLogger(__name__)
+
+RING_COUNT: Final = 8192
+"""Events that a rank can tell again."""
+
+RING_BLOCK_COUNT: Final = 1 << 18
+"""Hashes in them, at most: 2 MiB."""
+
+DUMP_BLOCK_COUNT: Final = 4096
+"""Hashes in one event of a dump: 32 KiB."""
+
+
+class Publisher(Protocol):
+    """Numbers events and sends them; `planes/event_publisher.py` has it."""
+
+    @property
+    def next_sequence(self) -> int: ...
+
+    def publish(self, event: Any, /) -> int: ...
+
+
+class KvPublisher:
+    """One data-parallel rank. Every change is published before the call returns; none waits or raises.
+
+    What cannot be told is left out, counted by reason in `left_out`, and said once in the log:
+
+    - `unknown_parent`: blocks that follow one which was never told, or is held no longer;
+    - `block_size`: blocks whose tokens are not `block_size` each: set the engine's and the router's alike;
+    - `unknown_block`: blocks reported without tokens, and not held on any other tier;
+    - `bad_tokens`: token ids that are not integers of 32 bits.
+
+    A block that was left out is computed once more than needed, at worst: no router believes in a block
+    that is not there. Not for other threads than the event loop's.
+    """
+
+    def __init__(
+        self,
+        publisher: Publisher | None,
+        *,
+        block_size: int,
+        dp_rank: int = 0,
+        ring_count: int = RING_COUNT,
+    ) -> None:
+        """Without a publisher, events are numbered and kept, and nothing is sent."""
+        self.block_size = block_size
+        self.dp_rank = dp_rank
+        self.left_out: Counter[str] = Counter()
+        self._publisher = publisher
+        self._index = LocalIndex()
+        self._next_sequence = publisher.next_sequence if publisher is not None else 0
+        self._ring: deque[KvEvent] = deque()  # those before `_next_sequence`
+        self._ring_count = ring_count
+        self._ring_block_count = 0
+
+    def __repr__(self) -> str:
+        return f"<KvPublisher rank {self.dp_rank}: {self.block_count} blocks, event {self._next_sequence}>"
+
+    @property
+    def next_sequence(self) -> int:
+        """What the next event will be numbered."""
+        return self._next_sequence
+
+    @property
+    def block_count(self) -> int:
+        """Different blocks held, on whichever tier."""
+        return self._index.block_count
+
+    def blocks(self, tier: int = DEVICE) -> Collection[int]:
+        """The sequence hashes held on a tier: a live view."""
+        return self._index.blocks(tier)
+
+    # ----------------------------------------------------------------- what the engine says
+
+    def stored(
+        self,
+        block_hashes: Sequence[EngineHash],
+        token_ids: Sequence[int],
+        parent_hash: EngineHash | None,
+        *,
+        tier: int = DEVICE,
+        lora_name: str | None = None,
+    ) -> None:
+        """The engine holds these whole blocks now, one after the other, behind `parent_hash` (None: at the
+        start of a sequence). `token_ids` are all their tokens.
+
+        Without token ids the blocks are those known from another tier; `parent_hash` then says nothing.
+        """
+        keys = engine_keys(block_hashes)
+        if len(token_ids):
+            names = self._names(len(keys), token_ids, parent_hash, lora_name)
+            if not names:
+                return
+            parents = [self._parent(parent_hash), *names[:-1]]
+        else:
+            keys = [key for key in keys if self._index.name(key) is not None]
+            if len(keys) < len(block_hashes):
+                self._leave_out("unknown_block", len(block_hashes) - len(keys))
+            names = [self._index.name(key) or 0 for key in keys]
+            parents = [self._index.parent(name) for name in names]
+        new = self._index.store(tier, keys, names, parents)
+        if not new:
+            return
+        if holes := self._index.holes(tier):
+            told = [parent for parent in parents if parent is not None and parent in holes]
+            if told:  # first: a reader must know of a hole before it trusts what lies behind
+                self._publish(kv_event.removed(told, tier, inside=True))
+        self._publish(kv_event.stored(new, tier))
+
+    def removed(self, block_hashes: Sequence[EngineHash], *, tier: int = DEVICE) -> None:
+        """The engine holds these blocks no longer, on this tier. Unknown ones have no effect."""
+        ends, inside = self._index.remove(tier, engine_keys(block_hashes))
+        if ends:
+            self._publish(kv_event.removed(ends, tier))
+        if inside:
+            self._publish(kv_event.removed(inside, tier, inside=True))
+
+    def cleared(self) -> None:
+        """The engine has emptied its cache, on all tiers."""
+        self._index.clear()
+        self._publish(kv_event.cleared())
+
+    def reset(self) -> None:
+        """What the engine said has a gap that nobody can fill: nothing told so far counts any more."""
+        self.left_out["reset"] += 1
+        self.cleared()
+
+    # ----------------------------------------------------------------- what can be told again
+
+    def events_from(self, sequence: int) -> list[KvEvent] | None:
+        """All events from that one on, as they were published; None if some are forgotten, or were never
+        published: then only a dump helps."""
+        missed_count = self._next_sequence - sequence
+        if not 0 <= missed_count <= len(self._ring):
+            return None
+        return list(islice(self._ring, len(self._ring) - missed_count, None))
+
+    def dump(self) -> Iterator[KvEvent]:
+        """Events that make an empty index equal to this one as it is now, before `next_sequence`.
+
+        The copy is made at once (about 3 ms for 100,000 blocks); the events, of up to `DUMP_BLOCK_COUNT`
+        hashes, are made as they are taken.
+        """
+        return chained.from_iterable([self._dump_tier(tier) for tier in TIERS])
+
+    def _dump_tier(self, tier: int) -> Iterator[KvEvent]:
+        holes = array("Q", self._index.holes(tier))
+        blocks = array("Q", self._index.blocks(tier))
+
+        def events() -> Iterator[KvEvent]:
+            for first in range(0, len(holes), DUMP_BLOCK_COUNT):
+                yield kv_event.removed(holes[first : first + DUMP_BLOCK_COUNT], tier, inside=True)
+            for first in range(0, len(blocks), DUMP_BLOCK_COUNT):
+                yield kv_event.stored(blocks[first : first + DUMP_BLOCK_COUNT], tier)
+
+        return events()
+
+    # ----------------------------------------------------------------- inside
+
+    def _parent(self, parent_hash: EngineHash | None) -> int | None:
+        return None if parent_hash is None else self._index.name(*engine_keys((parent_hash,)))
+
+    def _names(
+        self,
+        count: int,
+        token_ids: Sequence[int],
+        parent_hash: EngineHash | None,
+        lora_name: str | None,
+    ) -> list[int]:
+        """The sequence hashes of new blocks; empty if they have none."""
+        if len(token_ids) != count * self.block_size:
+            self._leave_out("block_size", count)
+            return []
+        parent = self._parent(parent_hash)
+        if parent is None and parent_hash is not None:
+            self._leave_out("unknown_parent", count)
+            return []
+        seed = lora_seed(lora_name) if lora_name else SEED
+        try:
+            return chain(local_hashes(token_ids, self.block_size, seed=seed), parent, seed=seed)
+        except (TypeError, ValueError, OverflowError):
+            self._leave_out("bad_tokens", count)
+            return []
+
+    def _leave_out(self, reason: str, count: int) -> None:
+        if reason not in self.left_out:
+            log.warning(
+                "rank %d: routers do not hear of some KV blocks (%s; blocks here have %d tokens); "
+                "further ones are counted only",
+                self.dp_rank,
+                reason.replace("_", " "),
+                self.block_size,
+            )
+        self.left_out[reason] += count
+
+    def _publish(self, event: KvEvent) -> None:
+        self._ring.append(event)
+        self._ring_block_count += len(event.hashes)
+        while len(self._ring) > self._ring_count or self._ring_block_count > RING_BLOCK_COUNT:
+            self._ring_block_count -= len(self._ring.popleft().hashes)
+        if self._publisher is None:
+            self._next_sequence += 1
+        else:
+            self._next_sequence = self._publisher.publish(event.to_wire()) + 1
