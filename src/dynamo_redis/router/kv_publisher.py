@@ -85,12 +85,12 @@ class KvPublisher:
 
     @property
     def block_count(self) -> int:
-        """Different blocks held, on whichever tier."""
-        return self._index.block_count
+        """Blocks held, on all tiers together."""
+        return sum(len(self._index[tier].blocks) for tier in TIERS)
 
     def blocks(self, tier: int = DEVICE) -> Collection[int]:
         """The sequence hashes held on a tier: a live view."""
-        return self._index.blocks(tier)
+        return self._index[tier].blocks.keys()
 
     # ----------------------------------------------------------------- what the engine says
 
@@ -115,23 +115,25 @@ class KvPublisher:
                 return
             parents = [self._parent(parent_hash), *names[:-1]]
         else:
-            keys = [key for key in keys if self._index.name(key) is not None]
-            if len(keys) < len(block_hashes):
-                self._leave_out("unknown_block", len(block_hashes) - len(keys))
-            names = [self._index.name(key) or 0 for key in keys]
-            parents = [self._index.parent(name) for name in names]
-        new = self._index.store(tier, keys, names, parents)
+            known = [(key, block) for key in keys if (block := self._index.block(key)) is not None]
+            if len(known) < len(keys):
+                self._leave_out("unknown_block", len(keys) - len(known))
+            keys = [key for key, _ in known]
+            names = [block.name for _, block in known]
+            parents = [block.parent for _, block in known]
+        place = self._index[tier]
+        new = place.store(keys, names, parents)
         if not new:
             return
-        if holes := self._index.holes(tier):
-            told = [parent for parent in parents if parent is not None and parent in holes]
+        if place.holes:
+            told = [parent for parent in parents if parent is not None and parent in place.holes]
             if told:  # first: a reader must know of a hole before it trusts what lies behind
                 self._publish(kv_event.removed(told, tier, inside=True))
         self._publish(kv_event.stored(new, tier))
 
     def removed(self, block_hashes: Sequence[EngineHash], *, tier: int = DEVICE) -> None:
         """The engine holds these blocks no longer, on this tier. Unknown ones have no effect."""
-        ends, inside = self._index.remove(tier, engine_keys(block_hashes))
+        ends, inside = self._index[tier].remove(engine_keys(block_hashes))
         if ends:
             self._publish(kv_event.removed(ends, tier))
         if inside:
@@ -166,8 +168,8 @@ class KvPublisher:
         return chained.from_iterable([self._dump_tier(tier) for tier in TIERS])
 
     def _dump_tier(self, tier: int) -> Iterator[KvEvent]:
-        holes = array("Q", self._index.holes(tier))
-        blocks = array("Q", self._index.blocks(tier))
+        holes = array("Q", self._index[tier].holes)
+        blocks = array("Q", self._index[tier].blocks)
 
         def events() -> Iterator[KvEvent]:
             for first in range(0, len(holes), DUMP_BLOCK_COUNT):
