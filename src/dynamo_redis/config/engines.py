@@ -48,6 +48,12 @@ class MockEngineSettings(SettingsGroup):
     total_kv_blocks: Annotated[int, Field(ge=1)] = setting(
         "DYN_MOCK_TOTAL_KV_BLOCKS", 16384, "Blocks the KV cache holds.", unit="blocks"
     )
+    data_parallel_size: Annotated[int, Field(ge=1, le=64)] = setting(
+        "DYN_MOCK_DATA_PARALLEL_SIZE",
+        1,
+        "Data-parallel ranks, each with a KV cache and a batch of its own.",
+        unit="ranks",
+    )
     max_num_seqs: Annotated[int, Field(ge=1)] = setting(
         "DYN_MOCK_MAX_NUM_SEQS", 256, "Most requests that run at once.", unit="requests"
     )
@@ -68,4 +74,9 @@ class MockEngineSettings(SettingsGroup):
     )
     decode_sequence_s: Duration = setting(
         "DYN_MOCK_DECODE_SEQUENCE_S", 0.00003, "Further time of a step for each answer in it.", unit="s"
+    )
+    serve_cache: bool = setting(
+        "DYN_MOCK_SERVE_CACHE",
+        False,
+        "Serve the endpoint kv_cache: what the KV cache really holds, for tests of routers.",
     )

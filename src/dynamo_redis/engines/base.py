@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from dynamo_redis.planes.context import Context
+from dynamo_redis.router.kv_publisher import KvPublisher
+from dynamo_redis.runtime.handlers import AnyHandler
 from dynamo_redis.runtime.llm_protocol import GenerateItem, GenerateRequest
 
 
@@ -20,7 +22,7 @@ class BlocksStored:
 
     block_hashes: tuple[int, ...]
     parent_hash: int | None
-    token_ids: tuple[int, ...]
+    token_ids: Sequence[int]
     block_size: int
 
 
@@ -42,18 +44,65 @@ KvEventSink = Callable[[KvEvent], None]
 """Where an engine reports its KV cache; called on the event loop, in order, must not block or raise."""
 
 
+def report_to(publisher: KvPublisher) -> KvEventSink:
+    """A sink that has a publisher tell routers."""
+
+    def report(event: KvEvent) -> None:
+        match event:
+            case BlocksStored(block_hashes, parent_hash, token_ids):
+                publisher.stored(block_hashes, token_ids, parent_hash)
+            case BlocksRemoved(block_hashes):
+                publisher.removed(block_hashes)
+            case AllBlocksCleared():
+                publisher.cleared()
+
+    return report
+
+
 @dataclass(frozen=True, slots=True)
 class EngineCapacity:
-    """What the engine can hold; goes into the model card as `runtime_config`."""
+    """What the engine can hold; goes into the model card as `runtime_config`. All but `data_parallel_size`
+    are of one data-parallel rank."""
 
     total_kv_blocks: int
     kv_block_size: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    data_parallel_size: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardPass:
+    """One step of an engine's rank: what it computed, how long that took, and who waited meanwhile.
+
+    `number` counts the rank's steps from 1.
+    """
+
+    number: int
+    prefill_request_count: int
+    prefill_token_count: int
+    decode_request_count: int
+    duration_s: float
+    waiting_request_count: int
+    waiting_token_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """What one data-parallel rank has to do now. `active_blocks` are those that running requests hold;
+    `prefix_hit_rate` is the part of all prompt tokens that was found in the cache, or None if unknown."""
+
+    dp_rank: int
+    running_count: int
+    waiting_count: int
+    active_blocks: int
+    total_blocks: int
+    prefix_hit_rate: float | None = None
+    last_pass: ForwardPass | None = None
 
 
 class Engine(Protocol):
-    """A generation engine.
+    """A generation engine, of one or several data-parallel ranks.
 
     `generate` is an async generator: it yields items as tokens are made, the last with a `finish_reason`,
     and ends early once the context is stopped. Closing the generator frees what the request holds.
@@ -61,14 +110,35 @@ class Engine(Protocol):
     """
 
     @property
-    def capacity(self) -> EngineCapacity: ...
+    def capacity(self) -> EngineCapacity:
+        """Asked after `start` only."""
+        ...
 
     async def start(self) -> None: ...
+
+    def follow(self, publishers: Sequence[KvPublisher]) -> None:
+        """From now on report each rank's KV cache to its publisher; `publishers` has one a rank, in order.
+
+        Called once, after `start` and before callers can find the engine; not at all without KV events.
+        """
+        ...
 
     def generate(self, request: GenerateRequest, context: Context) -> AsyncIterator[GenerateItem]: ...
 
     async def clear_kv_blocks(self) -> int:
-        """Drop cached blocks that no running request uses; answers how many."""
+        """Drop cached blocks that no running request uses, on all ranks; answers how many."""
+        ...
+
+    def loads(self) -> Sequence[EngineLoad]:
+        """The load of each rank, as last known; empty if nothing is. Cheap: asked several times a second."""
+        ...
+
+    async def wait_health(self, healthy: bool) -> None:
+        """Return when the engine's health is that. While it is not healthy its instance is not registered."""
+        ...
+
+    def endpoints(self) -> Mapping[str, AnyHandler]:
+        """Further endpoints to be served beside `generate`, by name."""
         ...
 
     async def aclose(self) -> None: ...

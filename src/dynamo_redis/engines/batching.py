@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeVar
 
@@ -69,14 +70,19 @@ class Step(Generic[S]):
 
 def step_duration_s(step: Step[S], settings: MockEngineSettings) -> float:
     """How long the step takes at `speedup_ratio`; 0 if that is 0."""
+    return busy_s(step.prefill_token_count, step.decode_count, settings)
+
+
+def busy_s(prefill_token_count: int, decode_count: int, settings: MockEngineSettings) -> float:
+    """How long a step of that content takes, as `step_duration_s`."""
     if not settings.speedup_ratio:
         return 0.0
-    busy_s = (
+    duration_s = (
         settings.decode_step_s
-        + settings.decode_sequence_s * step.decode_count
-        + settings.prefill_token_s * step.prefill_token_count
+        + settings.decode_sequence_s * decode_count
+        + settings.prefill_token_s * prefill_token_count
     )
-    return busy_s / settings.speedup_ratio
+    return duration_s / settings.speedup_ratio
 
 
 class Batch(Generic[S]):
@@ -91,6 +97,8 @@ class Batch(Generic[S]):
     ) -> None:
         self.cache = cache
         self.preemption_count = 0
+        self.prompt_token_count = 0  # of all prompts admitted so far, each counted once …
+        self.cached_token_count = 0  # … and those of them that were found in the cache
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_count = max_num_seqs + max_num_waiting
@@ -107,6 +115,10 @@ class Batch(Generic[S]):
     def waiting_count(self) -> int:
         """Sequences that wait for their turn."""
         return len(self._waiting)
+
+    def waiting(self) -> Collection[S]:
+        """The sequences that wait for their turn: a live view."""
+        return self._waiting
 
     def sequences(self) -> list[S]:
         """All sequences, the running ones first."""
@@ -211,6 +223,8 @@ class Batch(Generic[S]):
         sequence.computed_count = matched_count * block_size
         if sequence.cached_count is None:
             sequence.cached_count = sequence.computed_count
+            self.cached_token_count += sequence.computed_count
+            self.prompt_token_count += sequence.prompt_count
         return True
 
     def _store_whole_blocks(self, sequence: S) -> None:

@@ -35,13 +35,14 @@ class BlockTable:
 
 
 class BlockCache:
-    """`total_blocks` blocks of `block_size` tokens. Every change of what is stored is told to `events`."""
+    """`total_blocks` blocks of `block_size` tokens. Every change of what is stored is told to `events`,
+    which may be set at any time."""
 
     def __init__(self, total_blocks: int, block_size: int, events: KvEventSink | None = None) -> None:
         self.total_blocks = total_blocks
         self.block_size = block_size
         self.release_count = 0  # grows whenever room may have become available
-        self._events: KvEventSink = events or _ignore
+        self.events: KvEventSink = events or _ignore
         self._holders: dict[int, int] = {}  # stored blocks in use → number of sequences that hold them
         self._idle: OrderedDict[int, None] = OrderedDict()  # stored blocks not in use, oldest first
         self._private_count = 0
@@ -85,7 +86,7 @@ class BlockCache:
             return False
         if missing_count > 0:
             evicted = tuple(self._idle.popitem(last=False)[0] for _ in range(missing_count))
-            self._events(BlocksRemoved(evicted))
+            self.events(BlocksRemoved(evicted))
         self._private_count += count
         table.private_count += count
         return True
@@ -108,8 +109,8 @@ class BlockCache:
             parent = hashes[known_count - 1]
             self.release_count += 1
         if new:
-            tokens = tuple(token_ids[known_count * self.block_size :])
-            self._events(BlocksStored(new, parent, tokens, self.block_size))
+            tokens = token_ids[known_count * self.block_size :] if known_count else token_ids
+            self.events(BlocksStored(new, parent, tokens, self.block_size))
 
     def release(self, table: BlockTable) -> None:
         """Take everything back from a table; its stored blocks nobody else holds become idle."""
@@ -130,7 +131,7 @@ class BlockCache:
         dropped = tuple(self._idle)
         self._idle.clear()
         if not self._holders:
-            self._events(AllBlocksCleared())
+            self.events(AllBlocksCleared())
         elif dropped:
-            self._events(BlocksRemoved(dropped))
+            self.events(BlocksRemoved(dropped))
         return len(dropped)

@@ -8,83 +8,49 @@ depends on the prompt and the seed alone, not on what else runs.
 from __future__ import annotations
 
 import asyncio
-import logging
+import sys
 from array import array
-from collections import deque
-from collections.abc import AsyncGenerator, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import Any, Final
 
 import anyio.to_thread
 from tokenizers import Tokenizer
 from xxhash import xxh3_64_intdigest
 
 from dynamo_redis.config import MockEngineSettings
-from dynamo_redis.engines.base import EngineCapacity, KvEventSink
-from dynamo_redis.engines.batching import Batch, Sequence, step_duration_s
+from dynamo_redis.engines.base import EngineCapacity, EngineLoad, report_to
 from dynamo_redis.engines.kv_cache import BlockCache
+from dynamo_redis.engines.mock_rank import Answer, MockRank
 from dynamo_redis.engines.text import Phrasebook
-from dynamo_redis.errors import ConfigError, Draining, InvalidRequest, ModelError, PlaneError
+from dynamo_redis.errors import ConfigError, Draining, InvalidRequest, ModelError
 from dynamo_redis.planes.context import Context
 from dynamo_redis.router.hashing import chain, local_hashes
-from dynamo_redis.runtime.llm_protocol import FinishReason, GenerateItem, GenerateRequest
+from dynamo_redis.router.kv_publisher import KvPublisher
+from dynamo_redis.runtime.handlers import AnyHandler
+from dynamo_redis.runtime.llm_protocol import GenerateItem, GenerateRequest
 from dynamo_redis.runtime.model_files import ModelDirectory
 
-log = logging.getLogger(__name__)
-
-_LARGEST_LAG_S = 0.05
-"""How far behind its schedule the step loop tries to catch up; a longer hang of the loop is lost time."""
-
-
-@dataclass(slots=True, eq=False, kw_only=True)
-class _Answer(Sequence):
-    """A request and its answer so far. `ready` holds at most the answer's tokens, `max_tokens`."""
-
-    text: Iterator[int]
-    natural_length: int
-    min_tokens: int
-    max_tokens: int
-    stop_ids: frozenset[int]
-    ready: deque[GenerateItem] = field(default_factory=deque)
-    ended: PlaneError | None = None
-    waiter: asyncio.Future[None] | None = None
-
-    def wake(self) -> None:
-        if self.waiter is not None and not self.waiter.done():
-            self.waiter.set_result(None)
+_PIECE_BLOCK_COUNT: Final = 4096
 
 
 class MockEngine:
-    """An `Engine` without a model. It owns one task, the step loop, which sleeps while nothing runs."""
+    """An `Engine` without a model. Each of its ranks has a cache, a batch and a step loop of its own."""
 
-    def __init__(
-        self,
-        settings: MockEngineSettings,
-        model: ModelDirectory,
-        *,
-        kv_events: KvEventSink | None = None,
-    ) -> None:
+    def __init__(self, settings: MockEngineSettings, model: ModelDirectory) -> None:
         """Raises ConfigError if the settings contradict each other."""
         if settings.max_num_batched_tokens < settings.max_num_seqs:
             raise ConfigError(
                 f"DYN_MOCK_MAX_NUM_BATCHED_TOKENS={settings.max_num_batched_tokens} must be at least "
                 f"DYN_MOCK_MAX_NUM_SEQS={settings.max_num_seqs}: each running request takes a token a step"
             )
+        self.ranks = tuple(MockRank(settings, dp_rank) for dp_rank in range(settings.data_parallel_size))
         self._settings = settings
         self._model = model
-        self._cache = BlockCache(settings.total_kv_blocks, settings.block_size, kv_events)
-        self._batch: Batch[_Answer] = Batch(
-            self._cache,
-            max_num_seqs=settings.max_num_seqs,
-            max_num_batched_tokens=settings.max_num_batched_tokens,
-            max_num_waiting=settings.max_num_waiting,
-        )
         self._phrasebook: Phrasebook | None = None
-        self._steps: asyncio.Task[None] | None = None
-        self._work_came: asyncio.Future[None] | None = None
 
     def __repr__(self) -> str:
-        return f"<MockEngine {self.running_count} running, {self.waiting_count} waiting, {self._cache}>"
+        caches = ", ".join(repr(rank.cache) for rank in self.ranks)
+        return f"<MockEngine {self.running_count} running, {self.waiting_count} waiting, {caches}>"
 
     @property
     def capacity(self) -> EngineCapacity:
@@ -93,38 +59,66 @@ class MockEngine:
             kv_block_size=self._settings.block_size,
             max_num_seqs=self._settings.max_num_seqs,
             max_num_batched_tokens=self._settings.max_num_batched_tokens,
+            data_parallel_size=len(self.ranks),
         )
 
     @property
     def cache(self) -> BlockCache:
-        """The KV cache, to look at."""
-        return self._cache
+        """The first rank's KV cache, to look at."""
+        return self.ranks[0].cache
 
     @property
     def running_count(self) -> int:
         """Requests that are being answered."""
-        return self._batch.running_count
+        return sum(rank.batch.running_count for rank in self.ranks)
 
     @property
     def waiting_count(self) -> int:
         """Requests that wait for their turn."""
-        return self._batch.waiting_count
+        return sum(rank.batch.waiting_count for rank in self.ranks)
 
     async def start(self) -> None:
-        """Load the tokenizer and start the step loop. Raises ModelError."""
+        """Load the tokenizer and start the step loops. Raises ModelError."""
         self._phrasebook = await anyio.to_thread.run_sync(_load_phrasebook, self._model)
-        self._steps = asyncio.create_task(self._run(), name="mock engine steps")
-        self._steps.add_done_callback(_report_failure)
+        for rank in self.ranks:
+            rank.start()
 
     async def aclose(self) -> None:
-        """End the step loop; requests still under way end with Draining. Idempotent."""
-        if self._steps is not None:
-            self._steps.cancel()
-            await asyncio.wait([self._steps])
-            self._end_all()
+        """End the step loops; requests still under way end with Draining. Idempotent."""
+        for rank in self.ranks:
+            await rank.aclose()
+
+    def follow(self, publishers: Sequence[KvPublisher]) -> None:
+        for rank, publisher in zip(self.ranks, publishers, strict=True):
+            rank.cache.events = report_to(publisher)
 
     async def clear_kv_blocks(self) -> int:
-        return self._cache.clear()
+        return sum(rank.cache.clear() for rank in self.ranks)
+
+    def loads(self) -> Sequence[EngineLoad]:
+        return [rank.load() for rank in self.ranks]
+
+    async def wait_health(self, healthy: bool) -> None:
+        """Healthy from the start on, until a step loop fails: then never again."""
+        steps = [rank.steps for rank in self.ranks if rank.steps is not None]
+        if not healthy:
+            await asyncio.wait(steps, return_when=asyncio.FIRST_COMPLETED)
+        elif not all(rank.running for rank in self.ranks):
+            await asyncio.get_running_loop().create_future()
+
+    def endpoints(self) -> Mapping[str, AnyHandler]:
+        """With `serve_cache` `kv_cache`: what the caches really hold, to check what routers believe."""
+        return {"kv_cache": self._kv_cache} if self._settings.serve_cache else {}
+
+    async def _kv_cache(self, _: object) -> AsyncGenerator[dict[str, Any], None]:
+        """For each rank {"dp_rank", "block_count"}, and then {"hashes": …} with u64, little-endian."""
+        for rank in self.ranks:
+            blocks = array("Q", rank.cache.stored())
+            if sys.byteorder == "big":
+                blocks.byteswap()
+            yield {"dp_rank": rank.dp_rank, "block_count": len(blocks)}
+            for first in range(0, len(blocks), _PIECE_BLOCK_COUNT):
+                yield {"hashes": blocks[first : first + _PIECE_BLOCK_COUNT].tobytes()}
 
     async def generate(
         self, request: GenerateRequest, context: Context
@@ -134,8 +128,8 @@ class MockEngine:
         A prompt that fills the model's context, or the whole KV cache, is an InvalidRequest; an answer that
         would is ended with `length`. A stopped request ends with an item `cancelled`.
         """
-        answer = self._open(request)
-        unsubscribe = context.on_cancel(lambda _: self._cancel(answer))
+        rank, answer = self._open(request)
+        unsubscribe = context.on_cancel(lambda _: rank.cancel(answer))
         try:
             while True:
                 while answer.ready:
@@ -149,86 +143,24 @@ class MockEngine:
                 await answer.waiter
         finally:
             unsubscribe()
-            self._batch.remove(answer)
+            rank.batch.remove(answer)
 
     # ----------------------------------------------------------------- a request
 
-    def _open(self, request: GenerateRequest) -> _Answer:
-        if self._phrasebook is None or self._steps is None or self._steps.done():
+    def _open(self, request: GenerateRequest) -> tuple[MockRank, Answer]:
+        if self._phrasebook is None:
             raise Draining("the engine is not running")
         answer = _read_request(request, self._phrasebook, self._settings, self._model.context_length)
-        self._batch.submit(answer)
-        if self._work_came is not None and not self._work_came.done():
-            self._work_came.set_result(None)
-        return answer
+        rank = self._choose_rank(request.get("dp_rank"))
+        rank.submit(answer)
+        return rank, answer
 
-    def _cancel(self, answer: _Answer) -> None:
-        self._batch.remove(answer)
-        answer.ready.clear()
-        answer.ready.append({"token_ids": [], "finish_reason": "cancelled"})
-        answer.wake()
-
-    def _yield_token(self, answer: _Answer) -> None:
-        """One more token, or the end. Runs when all tokens of the answer so far are computed."""
-        generated_count = answer.generated_count
-        may_stop = generated_count >= answer.min_tokens
-        if may_stop and generated_count >= answer.natural_length:
-            self._finish(answer, [], "stop")
-            return
-        token = next(answer.text)
-        if may_stop and token in answer.stop_ids:
-            self._finish(answer, [], "stop")
-            return
-        answer.tokens.append(token)
-        if generated_count + 1 >= answer.max_tokens:
-            self._finish(answer, [token], "length")
-            return
-        item: GenerateItem = {"token_ids": [token]}
-        if not generated_count:
-            item["cached_tokens"] = answer.cached_count or 0
-        answer.ready.append(item)
-        answer.wake()
-
-    def _finish(self, answer: _Answer, token_ids: list[int], reason: FinishReason) -> None:
-        item: GenerateItem = {"token_ids": token_ids, "finish_reason": reason}
-        if answer.generated_count <= len(token_ids):
-            item["cached_tokens"] = answer.cached_count or 0
-        self._batch.remove(answer)
-        answer.ready.append(item)
-        answer.wake()
-
-    # ----------------------------------------------------------------- the step loop
-
-    async def _run(self) -> None:
-        loop = asyncio.get_running_loop()
-        due_at = loop.time()
-        try:
-            while True:
-                step = self._batch.plan()
-                if step is None:
-                    self._work_came = loop.create_future()
-                    await self._work_came
-                    due_at = loop.time()
-                    continue
-                # Timers come late; counting from when the step was due keeps the rate right on average.
-                now = loop.time()
-                due_at = max(due_at, now - _LARGEST_LAG_S) + step_duration_s(step, self._settings)
-                await asyncio.sleep(max(due_at - now, 0))
-                for answer in self._batch.complete(step):
-                    self._yield_token(answer)
-        finally:
-            self._end_all()
-
-    def _end_all(self) -> None:
-        for answer in self._batch.sequences():
-            self._batch.remove(answer)
-            answer.ended = Draining("the engine has stopped")
-            answer.wake()
-
-
-def _report_failure(steps: asyncio.Task[None]) -> None:
-    if not steps.cancelled() and (failure := steps.exception()) is not None:
-        log.error("the mock engine's step loop failed; it serves no more", exc_info=failure)
+    def _choose_rank(self, wanted: object) -> MockRank:
+        if wanted is None:
+            return min(self.ranks, key=lambda rank: rank.request_count)
+        if isinstance(wanted, bool) or not isinstance(wanted, int) or not 0 <= wanted < len(self.ranks):
+            raise InvalidRequest(f"dp_rank={wanted!r} must be one of 0 to {len(self.ranks) - 1}")
+        return self.ranks[wanted]
 
 
 def _load_phrasebook(model: ModelDirectory) -> Phrasebook:
@@ -246,7 +178,7 @@ def _load_phrasebook(model: ModelDirectory) -> Phrasebook:
 
 def _read_request(
     request: object, phrasebook: Phrasebook, settings: MockEngineSettings, context_length: int
-) -> _Answer:
+) -> Answer:
     """The answer to be given. Raises InvalidRequest for what has no answer."""
     if not isinstance(request, Mapping):
         raise InvalidRequest(f"a request is an object, not {type(request).__name__}")
@@ -264,7 +196,7 @@ def _read_request(
     seed = _integer(sampling, "seed", default=0, least=-(1 << 63)) if sampling.get("temperature") != 0 else 0
     key = xxh3_64_intdigest(prompt.tobytes(), seed & (1 << 64) - 1)
     ignore_eos = bool(stop.get("ignore_eos"))
-    return _Answer(
+    return Answer(
         tokens=prompt,
         prompt_count=len(prompt),
         hashes=chain(local_hashes(prompt, settings.block_size)),

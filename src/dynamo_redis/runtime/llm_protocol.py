@@ -36,7 +36,8 @@ class SamplingOptions(TypedDict, total=False):
 
 
 class GenerateRequest(TypedDict):
-    """A request to a worker's `generate` endpoint."""
+    """A request to a worker's `generate` endpoint. `dp_rank` is the data-parallel rank that is to answer it;
+    without, the worker takes one."""
 
     model: str
     token_ids: list[int]
@@ -44,6 +45,7 @@ class GenerateRequest(TypedDict):
     sampling_options: SamplingOptions
     eos_token_ids: list[int]
     annotations: NotRequired[list[str]]
+    dp_rank: NotRequired[int]
 
 
 class GenerateItem(TypedDict, total=False):

@@ -43,7 +43,7 @@ def test_a_released_prefix_stays_and_is_found(oracle: Oracle) -> None:
     assert cache.active_count == 0
     assert cache.match(_hashes(tokens), 3) == 3
     assert cache.match(_hashes([*range(8), 99, 99, 99, 99]), 3) == 2
-    assert oracle.events == [BlocksStored(tuple(_hashes(tokens)), None, tuple(tokens), BLOCK)]
+    assert oracle.events == [BlocksStored(tuple(_hashes(tokens)), None, tokens, BLOCK)]
 
 
 def test_two_sequences_share_their_prefix(oracle: Oracle) -> None:
@@ -121,5 +121,5 @@ def test_what_is_stored_after_a_shared_block_names_it_as_its_parent(oracle: Orac
     cache.store(table, _hashes(tokens), tokens)
 
     first, second = _hashes(tokens)
-    assert oracle.events[-1] == BlocksStored((second,), first, tuple(tokens[4:]), BLOCK)
+    assert oracle.events[-1] == BlocksStored((second,), first, tokens[4:], BLOCK)
     assert cache.active_count == 2

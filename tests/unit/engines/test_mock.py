@@ -47,9 +47,9 @@ def running(demo_model: ModelDirectory) -> StartEngine:
 
     @asynccontextmanager
     async def run(*, kv_events: KvEventSink | None = None, **settings: Any) -> AsyncIterator[MockEngine]:
-        engine = MockEngine(
-            MockEngineSettings(**{"speedup_ratio": 0, **settings}), demo_model, kv_events=kv_events
-        )
+        engine = MockEngine(MockEngineSettings(**{"speedup_ratio": 0, **settings}), demo_model)
+        if kv_events is not None:
+            engine.cache.events = kv_events
         await engine.start()
         try:
             yield engine
@@ -339,13 +339,13 @@ async def test_an_idle_engine_sleeps(running: StartEngine) -> None:
     async with running() as engine:
         await _items(engine, _request(max_tokens=3))
         await asyncio.sleep(0)
-        steps = engine._steps
+        steps = engine.ranks[0].steps
         assert steps is not None
-        waits_for = engine._work_came
+        waits_for = engine.ranks[0]._work_came
         assert waits_for is not None
         for _ in range(100):
             await asyncio.sleep(0)
-        assert engine._work_came is waits_for
+        assert engine.ranks[0]._work_came is waits_for
         assert not waits_for.done()
         assert len(await _items(engine, _request(max_tokens=3))) == 3
 
@@ -377,7 +377,7 @@ async def test_a_step_loop_that_fails_hangs_nobody(
         raise ZeroDivisionError
 
     async with running() as engine:
-        monkeypatch.setattr(engine._batch, "complete", broken)
+        monkeypatch.setattr(engine.ranks[0].batch, "complete", broken)
         with caplog.at_level(logging.ERROR), pytest.raises(Draining):
             await _items(engine, _request())
         await asyncio.sleep(0)
