@@ -1,0 +1,193 @@
+"""The load book: what each worker has to do, as the sum of the requests booked on it. Pure.
+
+A booking belongs to the router that made it (its *owner*) and has a deadline: it ends by `free`, with its
+deadline, with its owner, or with its worker's instance, whatever comes first. So a lost `free` is never more
+than a load that ends late.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from dynamo_redis.router.base import Worker, WorkerLoad
+
+IDLE = WorkerLoad(0, 0, 0)
+
+_REMEMBERED_S = 60.0
+_REMEMBERED_COUNT = 8192
+_SLACK_COUNT = 256
+
+
+@dataclass(slots=True)
+class _Booking:
+    worker: Worker
+    prefill_tokens: int
+    blocks: int
+    deadline: float
+
+
+_Key = tuple[str, str]
+
+
+class LoadBook:
+    """Bookings by (owner, request id), and each worker's sums. Deadlines are of the caller's one clock.
+
+    Adding and freeing are O(log n), the deadlines' heap holds at most twice the live bookings and a few.
+    """
+
+    def __init__(self, block_size: int) -> None:
+        self._block_size = block_size
+        self._bookings: dict[str, dict[str, _Booking]] = {}
+        self._loads: dict[Worker, WorkerLoad] = {}
+        self._deadlines: list[tuple[float, str, str]] = []
+        self._count = 0
+        self._over = _Over()
+
+    @property
+    def booking_count(self) -> int:
+        """Live bookings."""
+        return self._count
+
+    def add(
+        self,
+        owner: str,
+        request_id: str,
+        worker: Worker,
+        *,
+        prefill_tokens: int,
+        blocks: int,
+        deadline: float,
+    ) -> None:
+        """Book a request, in place of one of the same owner and id. No effect if its `free` came first."""
+        if self._over.take((owner, request_id)):
+            return
+        self._end(owner, request_id)
+        self._bookings.setdefault(owner, {})[request_id] = _Booking(worker, prefill_tokens, blocks, deadline)
+        self._count += 1
+        self._change(worker, prefill_tokens, blocks, 1)
+        heapq.heappush(self._deadlines, (deadline, owner, request_id))
+        if len(self._deadlines) > 2 * self._count + _SLACK_COUNT:
+            self._deadlines = [
+                (booking.deadline, owner, request_id)
+                for owner, bookings in self._bookings.items()
+                for request_id, booking in bookings.items()
+            ]
+            heapq.heapify(self._deadlines)
+
+    def prefill_done(self, owner: str, request_id: str) -> None:
+        """The worker has read the prompt. Idempotent; no effect on what is not booked."""
+        booking = self._bookings.get(owner, {}).get(request_id)
+        if booking is not None and booking.prefill_tokens:
+            self._change(booking.worker, -booking.prefill_tokens, 0, 0)
+            booking.prefill_tokens = 0
+
+    def free(self, owner: str, request_id: str) -> None:
+        """The request is over. Idempotent; one that comes before its `add` is remembered for a while."""
+        if self._end(owner, request_id):
+            self._over.note((owner, request_id), early=False)
+        else:
+            self._over.note((owner, request_id), early=True)
+
+    def drop_owner(self, owner: str) -> None:
+        """A router is gone, and with it all that it booked."""
+        for request_id in list(self._bookings.get(owner, ())):
+            self._end(owner, request_id)
+
+    def drop_instance(self, instance_id: int) -> None:
+        """An instance is gone, with all its ranks. Looks at every booking."""
+        self._drop(
+            (owner, request_id)
+            for owner, bookings in self._bookings.items()
+            for request_id, booking in bookings.items()
+            if booking.worker.instance_id == instance_id
+        )
+
+    def expire(self, now: float) -> int:
+        """End the bookings whose deadline has come; how many there were."""
+        late: list[_Key] = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            deadline, owner, request_id = heapq.heappop(self._deadlines)
+            booking = self._bookings.get(owner, {}).get(request_id)
+            if booking is not None and booking.deadline == deadline:
+                late.append((owner, request_id))
+        count = self._drop(late)
+        self._over.forget(now)
+        return count
+
+    def load(self, worker: Worker) -> WorkerLoad:
+        """What a worker has to do."""
+        return self._loads.get(worker, IDLE)
+
+    def loads(self) -> Mapping[Worker, WorkerLoad]:
+        """What each worker has to do; who has nothing is left out. A view."""
+        return MappingProxyType(self._loads)
+
+    def pending_blocks(self, worker: Worker) -> float:
+        """A worker's load as one number: prompt blocks to read, and blocks held."""
+        load = self.load(worker)
+        return load.prefill_tokens / self._block_size + load.blocks
+
+    def _drop(self, keys: Iterable[_Key]) -> int:
+        dropped = list(keys)
+        ended = 0
+        for owner, request_id in dropped:
+            if self._end(owner, request_id):
+                ended += 1
+                self._over.note((owner, request_id), early=False)
+        return ended
+
+    def _end(self, owner: str, request_id: str) -> bool:
+        bookings = self._bookings.get(owner)
+        booking = bookings.pop(request_id, None) if bookings is not None else None
+        if bookings is None or booking is None:
+            return False
+        if not bookings:
+            del self._bookings[owner]
+        self._count -= 1
+        self._change(booking.worker, -booking.prefill_tokens, -booking.blocks, -1)
+        return True
+
+    def _change(self, worker: Worker, prefill_tokens: int, blocks: int, requests: int) -> None:
+        load = self._loads.get(worker, IDLE)
+        if load.request_count + requests:
+            self._loads[worker] = WorkerLoad(
+                load.prefill_tokens + prefill_tokens, load.blocks + blocks, load.request_count + requests
+            )
+        else:
+            self._loads.pop(worker, None)
+
+
+class _Over:
+    """Requests that are over, for a while: so that an `add` that comes after its `free` books nothing, and a
+    second `free` is not taken for one that came early."""
+
+    def __init__(self) -> None:
+        self._young: dict[_Key, bool] = {}
+        self._old: dict[_Key, bool] = {}
+        self._turned = float("-inf")
+
+    def note(self, key: _Key, *, early: bool) -> None:
+        if early and (key in self._young or key in self._old):
+            return
+        self._young[key] = early
+        if len(self._young) >= _REMEMBERED_COUNT:
+            self._turn()
+
+    def take(self, key: _Key) -> bool:
+        """Whether this one's free came early. It is forgotten then."""
+        early = self._young.pop(key, None)
+        older = self._old.pop(key, None)
+        return bool(older if early is None else early)
+
+    def forget(self, now: float) -> None:
+        """Time passes: what is older than `_REMEMBERED_S` is forgotten before it is twice as old."""
+        if now - self._turned >= _REMEMBERED_S:
+            self._turn()
+            self._turned = now
+
+    def _turn(self) -> None:
+        self._old = self._young
+        self._young = {}
