@@ -54,8 +54,13 @@ class Call:
         annotated: bool,
         context: Context | None,
         among: Collection[int] | None = None,
+        *,
+        member: Member | None = None,
     ) -> None:
-        """Send the request. Raises NoInstances, and what `RequestPlaneClient.open` raises."""
+        """Send the request: to `member`, if somebody has chosen already.
+
+        Raises NoInstances, and what `RequestPlaneClient.open` raises.
+        """
         self._stream: ResponseStream | None = None
         self._dispatcher = dispatcher
         self._select = select
@@ -66,7 +71,7 @@ class Call:
         self._answered = False
         self._failures: _Failures | None = None
         self._member: Member
-        self._open(dispatcher.choose(select, None, among))
+        self._open(dispatcher.choose(select, None, among) if member is None else member)
 
     def __aiter__(self) -> Self:
         return self
@@ -146,11 +151,15 @@ class Call:
         if self._failures.suffice_after(error):
             return False
         try:
-            following = self._dispatcher.choose(self._select, self._failures.tried, self._among)
+            following = await self._choose_again(self._failures.tried)
         except NoInstances:
             return False
         self._open(following)
         return True
+
+    async def _choose_again(self, tried: set[int]) -> Member:
+        """Another instance than those tried. Raises NoInstances."""
+        return self._dispatcher.choose(self._select, tried, self._among)
 
     async def _refreshed(self, failed: Member, failures: _Failures) -> Member | None:
         """A worker restarted at the same address has a new secret: its record tells, once a request."""

@@ -43,7 +43,8 @@ class Client:
     ) -> None:
         rng = rng or random.Random()  # noqa: S311 - spreading load, no secret
         self._view = view
-        self._dispatcher = Dispatcher(view, plane_client)
+        self.dispatcher = Dispatcher(view, plane_client)
+        """For who chooses by other means than the policies here, and sends by the same."""
         self._release = release
         self._round_robin: Policy = policy("round_robin", rng)
         self._random: Policy = policy("random", rng)
@@ -62,29 +63,29 @@ class Client:
         among: Collection[int] | None = None,
     ) -> Call:
         """Call an instance chosen by the client's router mode; one of the ids in `among`, if given."""
-        return Call(self._dispatcher, self._default, request, bool(annotated), context, among)
+        return Call(self.dispatcher, self._default, request, bool(annotated), context, among)
 
     async def round_robin(
         self, request: Any, annotated: bool | None = True, context: Context | None = None
     ) -> Call:
         """Call the next instance in turn."""
-        return Call(self._dispatcher, self._round_robin, request, bool(annotated), context)
+        return Call(self.dispatcher, self._round_robin, request, bool(annotated), context)
 
     async def random(
         self, request: Any, annotated: bool | None = True, context: Context | None = None
     ) -> Call:
         """Call any instance."""
-        return Call(self._dispatcher, self._random, request, bool(annotated), context)
+        return Call(self.dispatcher, self._random, request, bool(annotated), context)
 
     async def p2c(self, request: Any, annotated: bool | None = True, context: Context | None = None) -> Call:
         """Call the less loaded of two random instances."""
-        return Call(self._dispatcher, self._p2c, request, bool(annotated), context)
+        return Call(self.dispatcher, self._p2c, request, bool(annotated), context)
 
     async def least_loaded(
         self, request: Any, annotated: bool | None = True, context: Context | None = None
     ) -> Call:
         """Call the instance with the fewest requests of this process under way."""
-        return Call(self._dispatcher, self._least_loaded, request, bool(annotated), context)
+        return Call(self.dispatcher, self._least_loaded, request, bool(annotated), context)
 
     async def direct(
         self,
@@ -98,7 +99,7 @@ class Client:
             raise NoInstances(
                 f"instance {instance_id:x} is not among the {len(self._view)} known of {self._view.name}"
             )
-        return Call(self._dispatcher, Only(instance_id), request, bool(annotated), context)
+        return Call(self.dispatcher, Only(instance_id), request, bool(annotated), context)
 
     # ----------------------------------------------------------------- who is there
 

@@ -36,8 +36,9 @@ class FileReference(CardModel):
 
 
 class RuntimeConfig(CardModel):
-    """What the worker's engine can hold."""
+    """What the worker's engine can hold: of each data-parallel rank, if it has several."""
 
+    data_parallel_size: int | None = None
     total_kv_blocks: int | None = None
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
