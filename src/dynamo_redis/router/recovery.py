@@ -1,0 +1,186 @@
+"""Asks workers what they hold: those of whom something is missing, and all when anything may be.
+
+An ask is one request to the worker's `kv_dump` endpoint. It says how far each rank has been applied, and the
+worker answers with what followed, or with all its blocks. Asks that succeed cost next to nothing when nothing
+is missing, so there is one cure for every doubt.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import Final
+
+from dynamo_redis.errors import PlaneError, SchemaMismatch
+from dynamo_redis.router.ledger import Answer, Ledger
+from dynamo_redis.runtime.client import Client
+from dynamo_redis.store.client import Backoff
+
+log = logging.getLogger(__name__)
+
+ASKS_AT_ONCE_COUNT: Final = 8
+"""Few enough that answers do not crowd out requests, enough that slow workers hold up few."""
+
+ANSWER_S: Final = 5.0
+"""Longest wait for an answer's first item, and for each further one."""
+
+DOUBT_PAUSE_S: Final = 1.0
+"""Shortest time between two asks of everybody. One that comes early waits: its answer covers all before."""
+
+SLICE_S: Final = 0.002
+"""How long events are applied before others get their turn of the event loop."""
+
+_RETRY_S: Final = (0.1, 5.0)
+
+
+class Recovery:
+    """One task for each instance that is being asked (single flight), `ASKS_AT_ONCE_COUNT` of them at work.
+
+    They are repeated with growing, jittered pauses until the instance answers or `forget` ends them.
+    `aclose` ends all.
+    """
+
+    def __init__(self, ledger: Ledger, client: Client, *, answer_s: float = ANSWER_S) -> None:
+        self.recovered_count = 0
+        """Asks that were answered."""
+        self.failed_count = 0
+        """Asks that were not."""
+        self._ledger = ledger
+        self._client = client
+        self._answer_s = answer_s
+        self._slots = asyncio.Semaphore(ASKS_AT_ONCE_COUNT)
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._ending: set[asyncio.Task[None]] = set()
+        self._sent: set[int] = set()
+        self._again: set[int] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._doubt: asyncio.TimerHandle | None = None
+        self._doubted_at = -DOUBT_PAUSE_S
+        self._closed = False
+
+    # ----------------------------------------------------------------- whom to ask
+
+    def ask(self, instance_id: int) -> None:
+        """Ask an instance now; once more if it is being asked, since that answer may be too old."""
+        if self._closed:
+            return
+        if instance_id in self._sent:
+            self._again.add(instance_id)
+        if instance_id not in self._tasks:
+            task = asyncio.create_task(self._ask_until_known(instance_id), name=f"ask {instance_id:x}")
+            self._tasks[instance_id] = task
+            self._idle.clear()
+
+    def ask_all(self) -> None:
+        """Something may be missing of anybody: ask all, now or `DOUBT_PAUSE_S` after the last time."""
+        if self._doubt is None and not self._closed:
+            pause_s = max(0.0, self._doubted_at + DOUBT_PAUSE_S - time.monotonic())
+            self._doubt = asyncio.get_running_loop().call_later(pause_s, self._ask_all_now)
+            self._idle.clear()
+
+    def _ask_all_now(self) -> None:
+        self._doubt = None
+        self._doubted_at = time.monotonic()
+        for instance_id in self._client.known_ids():
+            self.ask(instance_id)
+        self._note_idle()
+
+    def asking(self) -> list[int]:
+        """Whom an answer is awaited from."""
+        return list(self._tasks)
+
+    def forget(self, instance_id: int) -> None:
+        """Ask an instance no more."""
+        task = self._tasks.pop(instance_id, None)
+        if task is not None:
+            task.cancel()
+            self._ending.add(task)
+            task.add_done_callback(self._ending.discard)
+            self._sent.discard(instance_id)
+            self._note_idle()
+
+    async def settle(self, timeout_s: float) -> bool:
+        """Wait until nobody is being asked; answers whether that is so."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def aclose(self) -> None:
+        """End all asks."""
+        self._closed = True
+        if self._doubt is not None:
+            self._doubt.cancel()
+            self._doubt = None
+        tasks = [*self._tasks.values(), *self._ending]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    # ----------------------------------------------------------------- asking
+
+    async def _ask_until_known(self, instance_id: int) -> None:
+        backoff = Backoff(*_RETRY_S)
+        failure_count = 0
+        try:
+            while True:
+                self._again.discard(instance_id)
+                failure = await self._ask_once(instance_id)
+                if failure is None:
+                    self.recovered_count += 1
+                    if instance_id not in self._again:
+                        return
+                    continue
+                failure_count += 1
+                self.failed_count += 1
+                # One line a state change: it is silent now, and it will be heard of when it answers.
+                level = logging.WARNING if failure_count == 2 else logging.DEBUG
+                log.log(level, "worker %x does not say what it holds, asking on: %s", instance_id, failure)
+                await asyncio.sleep(backoff.next_s())
+        finally:
+            if self._tasks.get(instance_id) is asyncio.current_task():
+                del self._tasks[instance_id]
+                self._note_idle()
+
+    async def _ask_once(self, instance_id: int) -> str | None:
+        """None if the instance is known now; else why it is not."""
+        async with self._slots:
+            answer = self._ledger.begin_ask(instance_id)
+            self._sent.add(instance_id)
+            try:
+                await self._read(answer)
+                if answer.finish():
+                    self._again.add(instance_id)
+            except (PlaneError, SchemaMismatch, ValueError) as exc:
+                answer.fail()
+                return f"{type(exc).__name__}: {exc}"
+            except TimeoutError:
+                answer.fail()
+                return f"no answer within {self._answer_s:g} s"
+            except BaseException:
+                answer.fail()
+                raise
+            finally:
+                self._sent.discard(instance_id)
+        return None
+
+    async def _read(self, answer: Answer) -> None:
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(self._answer_s) as deadline:
+            call = await self._client.direct({"have": answer.have}, answer.instance_id, annotated=False)
+            async with call:
+                began_at = time.monotonic()
+                async for item in call:
+                    answer.take(item)
+                    if time.monotonic() - began_at > SLICE_S:
+                        await asyncio.sleep(0)
+                        began_at = time.monotonic()
+                    deadline.reschedule(loop.time() + self._answer_s)
+
+    def _note_idle(self) -> None:
+        if not self._tasks and self._doubt is None:
+            self._idle.set()
