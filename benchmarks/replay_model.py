@@ -18,7 +18,7 @@ from benchmarks.replay_figures import Outcome
 from benchmarks.replay_trace import TRACE_BLOCK_SIZE, TracedRequest
 from dynamo_redis.config import MockEngineSettings
 from dynamo_redis.engines import batching
-from dynamo_redis.engines.base import KvEventSink
+from dynamo_redis.engines.base import KvEvent, KvEventSink
 from dynamo_redis.engines.batching import Batch, Step, step_duration_s
 from dynamo_redis.engines.kv_cache import BlockCache
 
@@ -63,7 +63,7 @@ class Policy(Protocol):
 class SimulatedEngine:
     """One worker: `Batch` over `BlockCache`, with the mock engine's timing."""
 
-    def __init__(self, settings: MockEngineSettings, events: KvEventSink | None) -> None:
+    def __init__(self, settings: MockEngineSettings, events: KvEventSink) -> None:
         self._settings = settings
         self.cache = BlockCache(settings.total_kv_blocks, settings.block_size, events)
         self.batch: Batch[ModelSequence] = Batch(
@@ -107,18 +107,18 @@ class SimulatedEngine:
         return sum(-(-len(sequence.tokens) // block_size) for sequence in self.batch.sequences())
 
 
+def _unheard(_: int, __: KvEvent) -> None:
+    pass
+
+
 class Simulation:
     """Engines, and the time in which they run. Use: make it, make a policy on it, `run`."""
 
-    def __init__(
-        self,
-        workers: int,
-        settings: MockEngineSettings,
-        events: Callable[[int], KvEventSink | None] = lambda _: None,
-    ) -> None:
-        """`events` makes what hears the KV events of a worker, by its number."""
+    def __init__(self, workers: int, settings: MockEngineSettings) -> None:
         self.now_s = 0.0
-        self.engines = [SimulatedEngine(settings, events(number)) for number in range(workers)]
+        self.on_kv_event: Callable[[int, KvEvent], None] = _unheard
+        """Told of each change of a worker's cache, by the worker's number, at once."""
+        self.engines = [SimulatedEngine(settings, self._sink(number)) for number in range(workers)]
         self._due: list[tuple[float, int, Callable[[], None]]] = []
         self._turn = count()
         self._outcomes: list[Outcome] = []
@@ -137,6 +137,9 @@ class Simulation:
             self.now_s, _, act = heapq.heappop(self._due)
             act()
         return self._outcomes
+
+    def _sink(self, worker: int) -> KvEventSink:
+        return lambda event: self.on_kv_event(worker, event)
 
     def _arrival(
         self, policy: Policy, index: int, request: TracedRequest, replica: int

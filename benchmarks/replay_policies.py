@@ -1,51 +1,170 @@
-"""Policies for the simulation: the omniscient router, and those that users have."""
+"""Policies for the simulation: the omniscient router, the KV-aware ones, and those that look at no cache."""
 
 from __future__ import annotations
 
+import math
 import random
+from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from benchmarks.replay_model import ModelSequence, Simulation
 from benchmarks.replay_trace import TRACE_BLOCK_SIZE, TracedRequest
-from dynamo_redis.router.base import CostWeights
+from dynamo_redis.engines.base import AllBlocksCleared, BlocksRemoved, BlocksStored, KvEvent
+from dynamo_redis.router.approximate import PredictedIndex
+from dynamo_redis.router.base import CostWeights, Worker
+from dynamo_redis.router.index import KvIndex
+from dynamo_redis.router.load import LoadBook
+from dynamo_redis.router.selector import Selector
 from dynamo_redis.runtime.selection import policy
+from dynamo_redis.wire import kv_event
 
 _WEIGHTS: Final = CostWeights()
+PREDICTED_S: Final = 120.0
+"""How long a predicted block counts: the setting's default."""
 
 
 class Omniscient:
-    """One router that sees all caches and queues as they are, and weighs them by the literal cost:
+    """One router that sees every cache as it is and knows of every request at once. It weighs as the product
+    does, by the literal cost, written here again:
 
-    prefill_load_scale × max((queued prompt tokens + prompt) / block_size − credit × held, 0) + blocks in use
+        prefill_load_scale · max((queued prompt tokens + prompt) / block_size − credit · held, 0) + blocks
+
+    Queued are, until its first token, the prompt tokens of a request that its worker did not hold when it was
+    chosen; its prompt's blocks count until its end. With `queues` the engines' true queues count instead:
+    prompt tokens that are still to be read now, and all blocks in use.
     """
 
-    def __init__(self, simulation: Simulation, rng: random.Random, weights: CostWeights = _WEIGHTS) -> None:
+    def __init__(
+        self,
+        simulation: Simulation,
+        rng: random.Random,
+        *,
+        weights: CostWeights = _WEIGHTS,
+        queues: bool = False,
+    ) -> None:
         self._engines = simulation.engines
         self._rng = rng
         self._weights = weights
+        self._queues = queues
+        self._queued = [0] * len(self._engines)
+        self._blocks = [0] * len(self._engines)
 
     def choose(self, index: int, request: TracedRequest, replica: int) -> tuple[int, int]:
         whole = request.block_ids[: request.prompt_count // TRACE_BLOCK_SIZE]
         held = [engine.cache.match(whole, len(whole)) for engine in self._engines]
-        costs = [
-            self._weights.prefill_load_scale
-            * max(
-                (engine.prefill_token_count() + request.prompt_count) / TRACE_BLOCK_SIZE
-                - self._weights.overlap_score_credit * blocks,
-                0.0,
-            )
-            + engine.block_count()
-            for engine, blocks in zip(self._engines, held, strict=True)
-        ]
+        costs = [self._cost(worker, request.prompt_count, blocks) for worker, blocks in enumerate(held)]
         least = min(costs)
         worker = self._rng.choice([number for number, cost in enumerate(costs) if cost == least])
+        self._queued[worker] += request.prompt_count - held[worker] * TRACE_BLOCK_SIZE
+        self._blocks[worker] += len(request.block_ids)
         return worker, held[worker]
 
     def first_token(self, sequence: ModelSequence) -> None:
-        pass
+        self._queued[sequence.worker] -= sequence.prompt_count - sequence.matched_count * TRACE_BLOCK_SIZE
 
     def finished(self, sequence: ModelSequence) -> None:
-        pass
+        self._blocks[sequence.worker] -= -(-sequence.prompt_count // TRACE_BLOCK_SIZE)
+
+    def _cost(self, worker: int, prompt_count: int, held: int) -> float:
+        queued, blocks = self._queued[worker], self._blocks[worker]
+        if self._queues:
+            queued = self._engines[worker].prefill_token_count()
+            blocks = self._engines[worker].block_count()
+        unread = (queued + prompt_count) / TRACE_BLOCK_SIZE - self._weights.overlap_score_credit * held
+        return self._weights.prefill_load_scale * max(unread, 0.0) + blocks
+
+
+class KvAware:
+    """The product's index, load book and selector, in so many replicas, with knowledge that comes late.
+
+    KV events reach all replicas after `events_s`, what one replica booked reaches the others after
+    `messages_s` (None: never). With `predict` each replica goes by its own choices instead of events.
+    """
+
+    def __init__(
+        self,
+        simulation: Simulation,
+        rng: random.Random,
+        *,
+        replicas: int = 1,
+        weights: CostWeights = _WEIGHTS,
+        events_s: float = 0.0,
+        messages_s: float | None = 0.0,
+        predict: bool = False,
+    ) -> None:
+        self._simulation = simulation
+        self._workers = [Worker(number) for number in range(len(simulation.engines))]
+        self._selector = Selector(rng)
+        self._weights = weights
+        self._events_s = events_s
+        self._messages_s = messages_s
+        self._books = [LoadBook(TRACE_BLOCK_SIZE) for _ in range(replicas)]
+        self._index = KvIndex()
+        self._predicted = [PredictedIndex(ttl_s=PREDICTED_S) for _ in range(replicas)] if predict else None
+        if not predict:
+            simulation.on_kv_event = self._hear
+
+    def choose(self, index: int, request: TracedRequest, replica: int) -> tuple[int, int]:
+        whole = request.block_ids[: request.prompt_count // TRACE_BLOCK_SIZE]
+        known = self._index if self._predicted is None else self._predicted[replica]
+        choice = self._selector.select(
+            self._workers,
+            known.find(whole),
+            self._books[replica],
+            token_count=request.prompt_count,
+            block_size=TRACE_BLOCK_SIZE,
+            weights=self._weights,
+        )
+        if self._predicted is not None:
+            self._predicted[replica].predict(choice.worker, whole, self._simulation.now_s)
+        held = choice.matched.device
+        self._tell(
+            replica,
+            lambda book: book.add(
+                str(replica),
+                str(index),
+                choice.worker,
+                prefill_tokens=request.prompt_count - held * TRACE_BLOCK_SIZE,
+                blocks=len(request.block_ids),
+                deadline=math.inf,
+            ),
+        )
+        return choice.worker.instance_id, held
+
+    def first_token(self, sequence: ModelSequence) -> None:
+        owner, request_id = str(sequence.replica), str(sequence.index)
+        self._tell(sequence.replica, lambda book: book.prefill_done(owner, request_id))
+
+    def finished(self, sequence: ModelSequence) -> None:
+        owner, request_id = str(sequence.replica), str(sequence.index)
+        self._tell(sequence.replica, lambda book: book.free(owner, request_id))
+
+    def _tell(self, replica: int, change: Callable[[LoadBook], None]) -> None:
+        change(self._books[replica])
+        if self._messages_s is None:
+            return
+        for other, book in enumerate(self._books):
+            if other != replica:
+                self._simulation.after(self._messages_s, partial(change, book))
+
+    def _hear(self, worker: int, event: KvEvent) -> None:
+        told = _told(event)
+        if self._events_s:
+            self._simulation.after(self._events_s, lambda: self._index.apply(Worker(worker), [told]))
+        else:
+            self._index.apply(Worker(worker), [told])
+
+
+def _told(event: KvEvent) -> kv_event.KvEvent:
+    """An engine's event as it goes to routers; in the simulation both name blocks alike."""
+    match event:
+        case BlocksStored(block_hashes=hashes):
+            return kv_event.stored(hashes)
+        case BlocksRemoved(block_hashes=hashes):
+            return kv_event.removed(hashes)
+        case AllBlocksCleared():
+            return kv_event.cleared()
 
 
 class _Seen:
