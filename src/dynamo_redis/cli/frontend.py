@@ -8,7 +8,7 @@ import click
 
 from dynamo_redis.cli.options import SettingsCommand, load, setting_options
 from dynamo_redis.cli.service import announce_ready, run_service, runtime_options
-from dynamo_redis.config import FrontendSettings
+from dynamo_redis.config import FrontendSettings, RouterSettings
 
 if TYPE_CHECKING:
     from dynamo_redis.runtime.runtime import DistributedRuntime
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 @click.command("frontend", cls=SettingsCommand)
 @setting_options(FrontendSettings)
+@setting_options(RouterSettings)
 @runtime_options
 def frontend(**options: str | None) -> None:
     """Serve the OpenAI API for all models in the registry: chat and text completions, /v1/models, /health.
@@ -28,12 +29,15 @@ def frontend(**options: str | None) -> None:
       dynamo-redis frontend
       dynamo-redis frontend --redis-url redis://10.0.0.5:6379 --http-port 8000
       DYN_REDIS_URL=redis://10.0.0.5 dynamo-redis frontend --router-mode least_loaded
+      dynamo-redis frontend --router-mode kv
+      dynamo-redis frontend --router-mode kv --router-endpoint dynamo.router.generate
     """
     settings = load(FrontendSettings, options)
+    router_settings = load(RouterSettings, options)
 
     async def serve(runtime: DistributedRuntime) -> None:
         from dynamo_redis.frontend.server import serve_frontend
 
-        await serve_frontend(runtime, settings, on_ready=announce_ready)
+        await serve_frontend(runtime, settings, router_settings, on_ready=announce_ready)
 
     run_service("frontend", options, serve)

@@ -25,10 +25,11 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 _SUFFIXES = ("_s", "_bytes", "_count")  # of field names: units, which an option's help says instead
 _NAMES = {"prefix": "--redis-prefix"}  # beside `get --prefix`, which is about keys
+_FURTHER_NAMES = {"kv_overlap_score_weight": ("--router-kv-overlap-score-credit",)}
+"""Other names that users of Dynamo know an option by."""
 _METAVARS: dict[Any, str] = {
     int: "N",
     float: "NUMBER",
-    bool: "BOOL",
     ByteSize: "SIZE",
     Path: "DIR",
     PemFile: "FILE",
@@ -36,12 +37,12 @@ _METAVARS: dict[Any, str] = {
 
 
 def option_name(field_name: str) -> str:
-    """`lease_ttl_s` → `--lease-ttl`."""
+    """`lease_ttl_s` → `--lease-ttl`, `use_kv_events` → `--kv-events`."""
     if field_name in _NAMES:
         return _NAMES[field_name]
     for suffix in _SUFFIXES:
         field_name = field_name.removesuffix(suffix)
-    return "--" + field_name.replace("_", "-")
+    return "--" + field_name.removeprefix("use_").replace("_", "-")
 
 
 class SettingOption(click.Option):
@@ -78,9 +79,7 @@ def setting_options(group: type[SettingsGroup], *names: str) -> Callable[[Comman
 
     def decorate(command: Command) -> Command:
         for name, field in reversed(fields):
-            command = click.option(
-                option_name(name), name, cls=option_class, metavar=_metavar(field), help=_help(field)
-            )(command)
+            command = click.option(*_spellings(name, field), name, cls=option_class, **_shape(field))(command)
         return command
 
     return decorate
@@ -137,6 +136,20 @@ def _help(field: FieldInfo) -> str:
     default = shown_default(field)
     source = f"{env_name(field)}; default {default}" if default else env_name(field)
     return f"{field.description}  [{source}]"
+
+
+def _spellings(name: str, field: FieldInfo) -> tuple[str, ...]:
+    option = option_name(name)
+    if _bare(field.annotation) is bool:
+        return (f"{option}/--no-{option.removeprefix('--')}",)
+    return (option, *_FURTHER_NAMES.get(name, ()))
+
+
+def _shape(field: FieldInfo) -> dict[str, Any]:
+    """What click is told of an option: None stands for one that is not given, also of a flag."""
+    if _bare(field.annotation) is bool:
+        return {"help": _help(field), "is_flag": True, "default": None}
+    return {"help": _help(field), "metavar": _metavar(field)}
 
 
 def _metavar(field: FieldInfo) -> str:

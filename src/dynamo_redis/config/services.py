@@ -32,8 +32,16 @@ class FrontendSettings(SettingsGroup):
 
     http_host: str = setting("DYN_HTTP_HOST", "0.0.0.0", "Address to listen on.")  # noqa: S104
     http_port: Port = setting("DYN_HTTP_PORT", 8000, "Port to listen on; 0 takes a free one.")
-    router_mode: Literal["round_robin", "random", "p2c", "least_loaded"] = setting(
-        "DYN_ROUTER_MODE", "round_robin", "How a worker is chosen: round_robin, random, p2c, least_loaded."
+    router_mode: Literal["round_robin", "random", "p2c", "least_loaded", "kv"] = setting(
+        "DYN_ROUTER_MODE",
+        "round_robin",
+        "How a worker is chosen: round_robin, random, p2c, least_loaded, or kv, by what its KV cache holds.",
+    )
+    router_endpoint: str | None = setting(
+        "DYN_ROUTER_ENDPOINT",
+        None,
+        "With kv: send requests to the router service at this endpoint (`dynamo.router.generate`) instead of "
+        "choosing here.",
     )
     max_body_bytes: Size = setting(
         "DYN_HTTP_BODY_LIMIT", ByteSize(45 << 20), "Largest HTTP request body.", unit="bytes"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import AsyncIterator, Collection, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -34,10 +34,8 @@ _RETRY_PAUSE_S = (0.25, 5.0)
 _WATCH_PAUSE_S = 1.0
 
 
-class ClientSource(Protocol):
-    """An endpoint, as a place to get a client of."""
-
-    async def client(self, router_mode: str | None = None) -> EndpointClient: ...
+OpenClient = Callable[[EndpointName, int], Awaitable[EndpointClient]]
+"""Makes what sends requests to an endpoint, whose KV blocks have so many tokens. Raises StoreError."""
 
 
 class Runtime(Protocol):
@@ -47,7 +45,6 @@ class Runtime(Protocol):
     def registry(self) -> Registry: ...
     @property
     def objects(self) -> ObjectStore: ...
-    def endpoint(self, name: str) -> ClientSource: ...
 
 
 class LiveModels:
@@ -67,13 +64,13 @@ class LiveModels:
         self,
         runtime: Runtime,
         *,
-        router_mode: str,
+        open_client: OpenClient,
         cache_dir: Path,
         lease_ttl_s: float = 10.0,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self._runtime = runtime
-        self._router_mode = router_mode
+        self._open_client = open_client
         self._cache_dir = cache_dir
         self._lease_ttl_s = lease_ttl_s
         self._clock = clock
@@ -289,7 +286,7 @@ class LiveModels:
 
     async def _load_once(self, model: Model, entry: CardEntry) -> None:
         loaded = await load_model(self._runtime.objects, entry.card, self._cache_dir, self._executor)
-        client = await self._client(entry.endpoint)
+        client = await self._client(entry)
         log.info("model %r is %s", model.name, "served" if model.loaded is None else "served from new files")
         model.loaded, model.source, model.failure = loaded, entry.source, None
         model.client = client
@@ -298,12 +295,12 @@ class LiveModels:
         self._update_routes()
         await self._release_clients()
 
-    async def _client(self, endpoint: EndpointName) -> EndpointClient:
+    async def _client(self, entry: CardEntry) -> EndpointClient:
         async with self._client_lock:
-            client = self._clients.get(endpoint)
+            client = self._clients.get(entry.endpoint)
             if client is None:
-                client = await self._runtime.endpoint(str(endpoint)).client(self._router_mode)
-                self._clients[endpoint] = client
+                client = await self._open_client(entry.endpoint, entry.card.kv_cache_block_size)
+                self._clients[entry.endpoint] = client
             return client
 
     async def _release_clients(self) -> None:

@@ -15,12 +15,13 @@ from pathlib import Path
 import uvicorn
 from starlette.applications import Starlette
 
-from dynamo_redis.config import FrontendSettings, user_model_cache
+from dynamo_redis.config import FrontendSettings, RouterSettings, user_model_cache
 from dynamo_redis.errors import ConfigError
 from dynamo_redis.frontend.app import make_app
 from dynamo_redis.frontend.http_protocol import HttpProtocol
 from dynamo_redis.frontend.models import LiveModels
 from dynamo_redis.frontend.prompts import Preparation
+from dynamo_redis.frontend.routing import client_opener
 from dynamo_redis.runtime.runtime import DistributedRuntime
 
 log = logging.getLogger(__name__)
@@ -34,21 +35,24 @@ KEEP_ALIVE_S = 75
 async def serve_frontend(
     runtime: DistributedRuntime,
     settings: FrontendSettings,
+    router_settings: RouterSettings | None = None,
     *,
     on_ready: Callable[[str], None] | None = None,
 ) -> None:
     """Serve HTTP until the runtime shuts down; then finish what is under way, within the runtime's grace.
 
     `on_ready` is called with the server's URL once it accepts connections; models may still be missing then.
-    The port is bound before anything else. Raises ConfigError if it cannot be had.
+    The port is bound before anything else. Raises ConfigError if it cannot be had. `router_settings` count
+    in the router mode `kv`; None: those of the environment.
     """
+    open_client = client_opener(runtime, settings, router_settings or RouterSettings.load())
     listener = bind(settings.http_host, settings.http_port)
     with contextlib.closing(listener), model_cache(settings.model_cache) as cache_dir:
         await runtime.start()
         preparation = Preparation()
         models = LiveModels(
             runtime,
-            router_mode=settings.router_mode,
+            open_client=open_client,
             cache_dir=cache_dir,
             lease_ttl_s=runtime.settings.store.lease_ttl_s,
         )

@@ -151,15 +151,9 @@ class FakeRuntime:
     workers: dict[str, Worker] = field(default_factory=dict)
     opened: list[str] = field(default_factory=list)
 
-    def endpoint(self, name: str) -> Any:
-        runtime = self
-
-        class Endpoint:
-            async def client(self, router_mode: str | None = None) -> Worker:
-                runtime.opened.append(name)
-                return runtime.workers[name]
-
-        return Endpoint()
+    async def client(self, endpoint: EndpointName, block_size: int) -> Worker:
+        self.opened.append(str(endpoint))
+        return self.workers[str(endpoint)]
 
     async def publish(
         self,
@@ -256,7 +250,7 @@ async def _frontend(
 
     with listener:
         async with LiveModels(
-            runtime, router_mode="round_robin", cache_dir=directory / "cache", lease_ttl_s=1.0
+            runtime, open_client=runtime.client, cache_dir=directory / "cache", lease_ttl_s=1.0
         ) as models:
             app = make_app(models, preparation, settings, lambda: runtime.registry.connected)
             serving = asyncio.create_task(

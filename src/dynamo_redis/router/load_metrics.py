@@ -1,0 +1,113 @@
+"""What workers say of their load: fire and forget, the last value wins, and an old one counts for nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from dynamo_redis.clock import SYSTEM_CLOCK, Clock
+from dynamo_redis.errors import DynamoRedisError, StoreError
+from dynamo_redis.router.base import Worker
+from dynamo_redis.store.event_base import EventStreams, StreamName
+from dynamo_redis.wire.event import EventBatch
+
+log = logging.getLogger(__name__)
+
+KV_METRICS = "kv_metrics"
+"""The topic."""
+
+STALE_AFTER_S = 10.0
+"""A worker that has said nothing for so long is judged by its bookings alone."""
+
+_LISTEN_S = 1.0
+_PAUSE_S = (0.1, 5.0)
+
+
+class LoadMetrics:
+    """How full the workers' KV caches are, as they say themselves.
+
+    It owns one task, which listens to the topic until `aclose`. What is published while it does not listen is
+    lost, and followed by the next value a moment later.
+    """
+
+    def __init__(
+        self,
+        streams: EventStreams,
+        namespace: str,
+        component: str,
+        *,
+        on_change: Callable[[], None],
+        clock: Clock = SYSTEM_CLOCK,
+    ) -> None:
+        self._streams = streams
+        self._topic = StreamName(namespace, component, KV_METRICS)
+        self._on_change = on_change
+        self._clock = clock
+        self._used: dict[Worker, tuple[float, float]] = {}  # worker → part of its blocks in use, since when
+        self._reader: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin to listen."""
+        if self._reader is None:
+            self._reader = asyncio.create_task(self._listen(), name=f"load metrics {self._topic.path}")
+
+    async def aclose(self) -> None:
+        """Listen no more."""
+        if self._reader is not None:
+            self._reader.cancel()
+            await asyncio.gather(self._reader, return_exceptions=True)
+
+    def used_part(self, worker: Worker) -> float | None:
+        """The part of its KV blocks that a worker's requests hold, 0 to 1; None if nothing is known."""
+        known = self._used.get(worker)
+        if known is None or self._clock.monotonic() - known[1] > STALE_AFTER_S:
+            return None
+        return known[0]
+
+    def expire(self) -> None:
+        """Forget who has been silent for too long."""
+        oldest = self._clock.monotonic() - STALE_AFTER_S
+        for worker in [worker for worker, (_, at) in self._used.items() if at < oldest]:
+            del self._used[worker]
+
+    def apply(self, message: bytes) -> None:
+        """Take in one message; one that cannot be read says nothing."""
+        try:
+            batch = EventBatch.from_bytes(message)
+        except (ValueError, DynamoRedisError):
+            return
+        for event in batch.events:
+            used = _used_part(event)
+            if used is not None:
+                worker = Worker(batch.publisher.instance_id, batch.publisher.dp_rank)
+                self._used[worker] = (used, self._clock.monotonic())
+        self._on_change()
+
+    async def _listen(self) -> None:
+        pause_s, longest_s = _PAUSE_S
+        while True:
+            try:
+                subscription = await self._streams.subscribe(self._topic)
+                try:
+                    while True:
+                        message = await subscription.next(_LISTEN_S)
+                        pause_s = _PAUSE_S[0]
+                        if message is not None:
+                            self.apply(message)
+                finally:
+                    await subscription.aclose()
+            except StoreError as exc:
+                log.debug("not listening to %s: %s", self._topic.path, exc)
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, longest_s)
+
+
+def _used_part(event: Any) -> float | None:
+    if not isinstance(event, dict) or not isinstance(stats := event.get("kv_stats"), dict):
+        return None
+    active, total = stats.get("kv_active_blocks"), stats.get("kv_total_blocks")
+    if not isinstance(active, int) or not isinstance(total, int) or total <= 0:
+        return None
+    return active / total

@@ -1,0 +1,60 @@
+"""From a request to what is chosen by: the names of its prompt's blocks, and how its choice weighs. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from dynamo_redis.errors import InvalidRequest
+from dynamo_redis.router.base import CostWeights
+from dynamo_redis.router.hashing import SEED, chain, local_hashes, lora_seed
+
+OVERRIDE = "router_config_override"
+"""The key of a request under which it brings weights of its own, as in Dynamo."""
+
+_WEIGHTS = {
+    "overlap_score_credit": "overlap_score_credit",
+    "overlap_score_weight": "overlap_score_credit",  # the older name
+    "prefill_load_scale": "prefill_load_scale",
+    "router_temperature": "temperature",
+}
+
+
+def token_ids_of(request: Any) -> Sequence[int]:
+    """The prompt of a generate request. Raises InvalidRequest."""
+    token_ids = request.get("token_ids") if isinstance(request, dict) else None
+    if not isinstance(token_ids, Sequence) or isinstance(token_ids, str | bytes):
+        raise InvalidRequest(
+            "a request that is routed by its prompt must have `token_ids`, a list of integers"
+        )
+    return token_ids
+
+
+def block_hashes(token_ids: Sequence[int], block_size: int, lora_name: str | None = None) -> list[int]:
+    """The sequence hashes of a prompt's whole blocks. Raises InvalidRequest for what are no token ids."""
+    seed = SEED if lora_name is None else lora_seed(lora_name)
+    try:
+        return chain(local_hashes(token_ids, block_size, seed=seed), seed=seed)
+    except (TypeError, OverflowError) as exc:
+        raise InvalidRequest(f"token_ids: not token ids: {exc}") from exc
+
+
+def weights_of(request: Mapping[str, Any], default: CostWeights) -> CostWeights:
+    """The weights that a request brings, on top of the default. Raises InvalidRequest."""
+    override = request.get(OVERRIDE)
+    if not override:
+        return default
+    if not isinstance(override, dict):
+        raise InvalidRequest(f"{OVERRIDE} must be a map of weights")
+    given: dict[str, float] = {}
+    for name, value in override.items():
+        field = _WEIGHTS.get(name)
+        if field is None:
+            raise InvalidRequest(f"{OVERRIDE}: {name!r} is none of {', '.join(_WEIGHTS)}")
+        if value is None:
+            continue
+        if not isinstance(value, int | float) or not 0 <= value < float("inf"):
+            raise InvalidRequest(f"{OVERRIDE}: {name} must be a number that is not negative")
+        given[field] = float(value)
+    return replace(default, **given)

@@ -1,0 +1,165 @@
+"""A router that is a service of its own: what it serves, and how a frontend uses it.
+
+    <ns>.router.generate        a generate request → the worker's answer, streamed through
+    <ns>.router.best_worker_id  `{"token_ids": […]}` → one item, see `answering.describe_choice`
+
+`generate` takes, beside a generate request's own keys, `routing`: `{"endpoint": …, "among": […]}`, the
+workers' endpoint, as a check, and the instances to choose among.
+
+`best_worker_id` books nothing, unless the request has `"hold": true`: then the answer stays open after its
+item, and the booking lasts until the caller ends the call, is gone, or the deadline passes. The caller sends
+the request itself.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Collection
+from typing import Any
+
+from dynamo_redis.errors import (
+    CannotConnect,
+    ConnectionLost,
+    Draining,
+    EndpointNotFound,
+    InstanceRemoved,
+    InvalidRequest,
+    NoInstances,
+    NotAccepted,
+)
+from dynamo_redis.names import EndpointName
+from dynamo_redis.planes.context import Context
+from dynamo_redis.router.answering import describe_choice
+from dynamo_redis.router.prompts import token_ids_of
+from dynamo_redis.router.service import KvRouter
+from dynamo_redis.runtime.client import Client
+from dynamo_redis.runtime.instance import Instance
+from dynamo_redis.runtime.runtime import DistributedRuntime
+from dynamo_redis.runtime.serving import ServedEndpoint
+
+log = logging.getLogger(__name__)
+
+COMPONENT = "router"
+
+_WORKERS_FAULT = (CannotConnect, ConnectionLost, NotAccepted, Draining, EndpointNotFound)
+"""What a caller would take for the router's own failure."""
+
+
+class RouterService:
+    """The two endpoints of a router. Handlers are methods."""
+
+    def __init__(self, router: KvRouter) -> None:
+        self._router = router
+
+    async def serve(self, runtime: DistributedRuntime, component: str = COMPONENT) -> list[ServedEndpoint]:
+        """Open both, in the namespace of the workers. Raises StoreError, ConfigError."""
+        namespace = self._router.endpoint.namespace
+        handlers = {"generate": self.generate, "best_worker_id": self.best_worker_id}
+        return [
+            await runtime.endpoint(f"{namespace}.{component}.{name}").start_serving(handler)
+            for name, handler in handlers.items()
+        ]
+
+    async def generate(self, request: Any, context: Context) -> AsyncGenerator[Any]:
+        """Forward a request to the worker chosen, and its answer back."""
+        token_ids_of(request)
+        routing = request.pop("routing", None) or {}
+        wanted = routing.get("endpoint")
+        if wanted is not None and wanted != str(self._router.endpoint):
+            raise InvalidRequest(
+                f"this router chooses among {self._router.endpoint}, not among {wanted}: start another with "
+                f"--endpoint {wanted}, and let the frontend that serves that model use it"
+            )
+        begun = False
+        try:
+            call = await self._router.generate(request, False, context, among=_among(routing))
+            async for item in call:
+                begun = True
+                yield item
+        except _WORKERS_FAULT as exc:
+            if begun:
+                raise InstanceRemoved(f"the worker was lost while answering: {exc}") from exc
+            raise NoInstances(f"no worker took the request: {exc}") from exc
+
+    async def best_worker_id(self, request: Any, context: Context) -> AsyncGenerator[Any]:
+        """Say who would be chosen; with `hold` book it until the caller ends the call."""
+        token_ids = token_ids_of(request)
+        if not request.get("hold"):
+            choice = await self._router.best_worker(token_ids, request=request)
+            yield describe_choice(choice, self._router.block_size)
+            return
+        async with self._router.reserve(request, context) as choice:
+            yield describe_choice(choice, self._router.block_size)
+            await context.async_killed_or_stopped()
+
+
+def _among(routing: dict[str, Any]) -> Collection[int] | None:
+    among = routing.get("among")
+    return None if among is None else frozenset(among)
+
+
+class RouterClient:
+    """Stands for a client of the workers' endpoint; a router service chooses, this process keeps no index.
+
+    If no router can be reached, workers are chosen here, by load: a moment without routers costs cache hits,
+    and no request.
+    """
+
+    def __init__(self, routers: Client, workers: Client, endpoint: EndpointName) -> None:
+        """Both clients are closed with this one. The workers' goes by p2c."""
+        self._routers = routers
+        self._workers = workers
+        self._endpoint = str(endpoint)
+        self._routed = True
+
+    @classmethod
+    async def open(
+        cls, runtime: DistributedRuntime, router_endpoint: str, endpoint: EndpointName
+    ) -> RouterClient:
+        """Raises ConfigError for what does not name an endpoint, StoreError."""
+        routers = await runtime.endpoint(router_endpoint).client("p2c")
+        try:
+            workers = await runtime.endpoint(str(endpoint)).client("p2c")
+        except BaseException:
+            await routers.aclose()
+            raise
+        return cls(routers, workers, endpoint)
+
+    async def generate(
+        self,
+        request: Any,
+        annotated: bool | None = True,
+        context: Context | None = None,
+        *,
+        among: Collection[int] | None = None,
+    ) -> AsyncIterator[Any]:
+        """As `Client.generate`, by way of a router."""
+        routing = {"endpoint": self._endpoint, "among": None if among is None else sorted(among)}
+        try:
+            call = await self._routers.generate({**request, "routing": routing}, annotated, context)
+        except NoInstances:
+            self._note(routed=False)
+            return await self._workers.generate(request, annotated, context, among=among)
+        self._note(routed=True)
+        return call
+
+    def _note(self, *, routed: bool) -> None:
+        if routed != self._routed:
+            self._routed = routed
+            if routed:
+                log.info("a router can be reached again")
+            else:
+                log.warning("no router can be reached: workers are chosen by load")
+
+    def instance_ids(self) -> list[int]:
+        """The workers', as `Client.instance_ids`."""
+        return self._workers.instance_ids()
+
+    def confirmed_instances(self) -> list[Instance]:
+        """The workers', as `Client.confirmed_instances`."""
+        return self._workers.confirmed_instances()
+
+    async def aclose(self) -> None:
+        """Close both clients."""
+        await self._routers.aclose()
+        await self._workers.aclose()

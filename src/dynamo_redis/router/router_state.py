@@ -1,0 +1,67 @@
+"""How a router is, in numbers that travel as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dynamo_redis.router.base import Worker, WorkerLoad
+
+
+@dataclass(slots=True)
+class Counts:
+    """What a router has done since it started. Tokens are those of prompts that were answered."""
+
+    request_count: int = 0
+    """Requests that it chose a worker for; retries count."""
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Of them, those that the workers say they had in their caches."""
+    expected_tokens: int = 0
+    """Of them, those that the router expected there."""
+
+    @property
+    def hit_rate(self) -> float | None:
+        """The part of the prompt tokens that the workers had; None before the first answer."""
+        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else None
+
+
+@dataclass(frozen=True, slots=True)
+class RouterState:
+    """A router as it stands. `index` is the state of its `Indexer`, or of its predictions."""
+
+    router_id: str
+    endpoint: str
+    instance_id: int
+    block_size: int
+    mode: str
+    """`events`, or `predicted`."""
+    synced: bool
+    """Whether it exchanges bookings with other routers."""
+    workers: list[dict[str, Any]]
+    active_count: int
+    """Requests of this router that are under way."""
+    waiting_count: int
+    counts: Counts
+    index: Mapping[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """As it is sent and printed."""
+        return {**asdict(self), "hit_rate": self.counts.hit_rate}
+
+
+def describe_workers(
+    workers: list[Worker], blocks: Mapping[Worker, int], loads: Mapping[Worker, WorkerLoad]
+) -> list[dict[str, Any]]:
+    """One entry a rank: the blocks it holds, and what it has to do."""
+    idle = WorkerLoad(0, 0, 0)
+    return [
+        {
+            "instance_id": worker.instance_id,
+            "dp_rank": worker.dp_rank,
+            "cached_blocks": blocks.get(worker, 0),
+            **loads.get(worker, idle)._asdict(),
+        }
+        for worker in workers
+    ]

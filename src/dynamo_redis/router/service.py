@@ -1,0 +1,354 @@
+"""The router as frontends and `dynamo-redis router` use it: it knows, chooses, sends, and says how it is."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import random
+import secrets
+from collections.abc import AsyncIterator, Collection, Coroutine, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any, Self
+
+from dynamo_redis.clock import SYSTEM_CLOCK
+from dynamo_redis.config import RouterSettings
+from dynamo_redis.errors import ConfigError
+from dynamo_redis.names import EndpointName
+from dynamo_redis.planes.context import Context
+from dynamo_redis.router.answering import serve_answers
+from dynamo_redis.router.approximate import PredictedIndex
+from dynamo_redis.router.base import Choice, CostWeights, RoutingRequest, Worker
+from dynamo_redis.router.booking import BookingChooser
+from dynamo_redis.router.indexer import Indexer
+from dynamo_redis.router.load import LoadBook
+from dynamo_redis.router.load_metrics import LoadMetrics
+from dynamo_redis.router.prompts import block_hashes, token_ids_of, weights_of
+from dynamo_redis.router.record import register_router
+from dynamo_redis.router.routed_call import RoutedCall
+from dynamo_redis.router.router_state import Counts, RouterState, describe_workers
+from dynamo_redis.router.selector import Selector
+from dynamo_redis.router.sync import BookingSync, owner_name
+from dynamo_redis.router.waiting import WaitingLine
+from dynamo_redis.router.workers import WorkerCards, Workers
+from dynamo_redis.runtime.client import Client
+from dynamo_redis.runtime.instance import Instance
+from dynamo_redis.runtime.runtime import DistributedRuntime
+from dynamo_redis.store.base import Registration
+from dynamo_redis.wire.event import PublisherId
+
+log = logging.getLogger(__name__)
+
+BOOKING_S = 600.0
+"""How long a request is booked that brings no deadline of its own: the frontend's own limit."""
+
+_TICK_S = 1.0
+_SYNC_START_S = 2.0
+
+
+class KvRouter:
+    """Routes the requests of one endpoint to the workers that hold most of their prompts, and have time.
+
+    Use it as `async with`, or call `start` and `aclose`. It stands for a `Client` of the endpoint. It follows
+    the workers' KV events, or with `use_kv_events` off, or without an event plane, predicts from its own
+    choices. While Redis is away it chooses by what it knows.
+
+    It owns one task, `_tend`, beside those of its parts. All belong to the event loop that starts it.
+    """
+
+    def __init__(
+        self,
+        runtime: DistributedRuntime,
+        endpoint: EndpointName,
+        settings: RouterSettings,
+        *,
+        block_size: int | None = None,
+        rng: random.Random | None = None,
+    ) -> None:
+        """`block_size` counts where the settings name none; else that of the first model card does."""
+        self.endpoint = endpoint
+        self._runtime = runtime
+        self._settings = settings
+        self._wanted_block_size = settings.kv_cache_block_size or block_size
+        self._rng = rng or random.Random()  # noqa: S311 - spreading load, no secret
+        self._publisher = PublisherId(runtime.instance_id, secrets.randbits(32), 0)
+        self.router_id = owner_name(self._publisher)
+        self._ids = itertools.count()
+        self._weights = CostWeights(
+            overlap_score_credit=settings.kv_overlap_score_weight,
+            host_credit=settings.router_host_cache_hit_weight,
+            disk_credit=settings.router_disk_cache_hit_weight,
+            prefill_load_scale=settings.router_prefill_load_scale,
+            temperature=settings.router_temperature,
+        )
+        self._counts = Counts()
+        self._line = WaitingLine(settings.router_queue_count)
+        self._cards = WorkerCards(runtime.registry, endpoint)
+        self._client: Client
+        self._book: LoadBook
+        self._workers: Workers
+        self._predicted: PredictedIndex | None = None
+        self._metrics: LoadMetrics | None = None
+        self._sync: BookingSync | None = None
+        self._record: Registration | None = None
+        self._tending: asyncio.Task[None] | None = None
+        self._closing = AsyncExitStack()
+        self.block_size = 0
+        """Tokens a block. Valid after `start`, as what follows."""
+        self.chooser: BookingChooser
+        self.indexer: Indexer | None = None
+        """None if it predicts."""
+
+    # ----------------------------------------------------------------- lifetime
+
+    async def start(self) -> None:
+        """Return when the router can choose. Raises StoreError; nothing is left open then."""
+        async with AsyncExitStack() as opening:
+            await self._open(opening)
+            self._closing = opening.pop_all()
+
+    async def _open(self, opening: AsyncExitStack) -> None:
+        closes = opening.push_async_callback
+        self._client = await self._runtime.endpoint(str(self.endpoint)).client()
+        closes(self._client.aclose)
+        self._cards.start()
+        closes(self._cards.aclose)
+        self.block_size = self._wanted_block_size or await self._cards.block_size()
+        self._book = LoadBook(self.block_size)
+        starting: list[Coroutine[Any, Any, None]] = []
+        if self._follows_events:
+            self.indexer = Indexer(
+                self._runtime,
+                self.endpoint.namespace,
+                self.endpoint.component,
+                self._settings,
+                router_id=self.router_id,
+            )
+            closes(self.indexer.aclose)
+            starting.append(self.indexer.start())
+        else:
+            self._predicted = PredictedIndex(
+                ttl_s=self._settings.router_ttl_s,
+                max_blocks=self._settings.router_max_tree_size,
+                prune_target_ratio=self._settings.router_prune_target_ratio,
+            )
+        self._workers, self.chooser = self._make_chooser()
+        if self._sync is not None:
+            closes(self._sync.aclose)
+            starting.append(self._sync.start(_SYNC_START_S))
+        if self._metrics is not None:
+            closes(self._metrics.aclose)
+            self._metrics.start()
+        self._tending = asyncio.create_task(self._tend(), name=f"router of {self.endpoint}")
+        closes(_cancel, self._tending)
+        await asyncio.gather(*starting)
+        self._record = await register_router(
+            self._runtime, self.endpoint.namespace, self.endpoint.component, self.router_id, self._settings
+        )
+        closes(self._runtime.leave, self._record)
+        await self._answer(opening)
+
+    async def _answer(self, opening: AsyncExitStack) -> None:
+        """Let `dynamo-redis router-state` and `best-worker` ask this router."""
+        try:
+            served = await serve_answers(self._runtime, self)
+        except (ConfigError, ValueError) as exc:
+            log.warning("`dynamo-redis router-state` cannot ask the router of %s: %s", self.endpoint, exc)
+            return
+        for endpoint in served:
+            opening.push_async_callback(endpoint.unregister)
+
+    async def aclose(self) -> None:
+        """End everything that it started. Requests under way go on. Idempotent."""
+        await self._closing.aclose()
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.aclose()
+
+    @property
+    def _follows_events(self) -> bool:
+        return self._settings.use_kv_events and self._runtime.settings.events.event_plane != "none"
+
+    def _make_chooser(self) -> tuple[Workers, BookingChooser]:
+        events = self._runtime.settings.events
+        place = (self.endpoint.namespace, self.endpoint.component)
+        if self._settings.active_decode_blocks_threshold is not None and events.event_plane != "none":
+            self._metrics = LoadMetrics(self._runtime.events, *place, on_change=self._line.wake)
+        if self._settings.router_replica_sync and events.event_plane != "none":
+            # What others hear late they choose wrongly by: nothing waits for company.
+            at_once = events.model_copy(update={"event_linger_s": 0.0})
+            self._sync = BookingSync(
+                self._runtime.events, *place, self._publisher, at_once, self._book, self._own_bookings
+            )
+        workers = Workers(self._client.dispatcher, self._cards, self._metrics, self._settings)
+        index = self.indexer or self._predicted
+        assert index is not None
+        chooser = BookingChooser(
+            self.router_id,
+            index.find,
+            workers,
+            self._book,
+            Selector(self._rng),
+            self._line,
+            block_size=self.block_size,
+            weights=self._weights,
+            predict=None if self._predicted is None else self._predict,
+            listener=self._sync,
+        )
+        return workers, chooser
+
+    def _own_bookings(self) -> Collection[Any]:
+        return self.chooser.bookings.values()
+
+    def _predict(self, worker: Worker, hashes: Sequence[int]) -> None:
+        assert self._predicted is not None
+        self._predicted.predict(worker, hashes, SYSTEM_CLOCK.monotonic())
+
+    # ----------------------------------------------------------------- requests
+
+    async def generate(
+        self,
+        request: Any,
+        annotated: bool | None = True,
+        context: Context | None = None,
+        *,
+        among: Collection[int] | None = None,
+    ) -> AsyncIterator[Any]:
+        """As `Client.generate`, at the worker that is best for the request's `token_ids`.
+
+        It goes there with `dp_rank`, the rank chosen. Weights of its own it may bring as
+        `router_config_override`. While all workers are busy it waits. Raises InvalidRequest, NoInstances,
+        Overloaded and DeadlineExceeded besides what the call raises.
+        """
+        routing = self._routing(request, context, among)
+        choice = await self.chooser.choose(routing)
+        self._counts.request_count += 1
+        return RoutedCall(
+            self._client.dispatcher,
+            self.chooser,
+            routing,
+            choice,
+            request,
+            bool(annotated),
+            context,
+            on_first_item=self._count,
+        )
+
+    async def best_worker(
+        self,
+        token_ids: Sequence[int],
+        *,
+        lora_name: str | None = None,
+        request: Mapping[str, Any] | None = None,
+    ) -> Choice:
+        """Whom a request with this prompt would go to now, and what each worker would cost; nothing is
+        booked. Of `request` only its weights count. Raises NoInstances, InvalidRequest."""
+        asked = {**(request or {}), "token_ids": token_ids, "lora_name": lora_name}
+        return self.chooser.explain(self._routing(asked, None, None))
+
+    @asynccontextmanager
+    async def reserve(self, request: Any, context: Context | None = None) -> AsyncIterator[Choice]:
+        """Choose for a request that somebody else sends: it is booked for as long as the block runs, and no
+        longer than its deadline. Raises as `generate`."""
+        routing = self._routing(request, context, None)
+        choice = await self.chooser.choose(routing)
+        self._counts.request_count += 1
+        try:
+            yield choice
+        finally:
+            self.chooser.free(routing.request_id)
+
+    def _routing(
+        self, request: Any, context: Context | None, among: Collection[int] | None
+    ) -> RoutingRequest:
+        token_ids = token_ids_of(request)
+        deadline = None if context is None else context.deadline
+        return RoutingRequest(
+            # Not the request's own id: a client may send two with the same.
+            request_id=f"{next(self._ids):x}",
+            hashes=block_hashes(token_ids, self.block_size, request.get("lora_name")),
+            token_count=len(token_ids),
+            deadline=deadline if deadline is not None else SYSTEM_CLOCK.monotonic() + BOOKING_S,
+            among=among,
+            weights=weights_of(request, self._weights),
+        )
+
+    def _count(self, routing: RoutingRequest, choice: Choice, item: Any) -> None:
+        cached = item.get("cached_tokens") if isinstance(item, dict) else None
+        if isinstance(cached, int):
+            self._counts.expected_tokens += choice.matched.device * self.block_size
+            self._counts.prompt_tokens += routing.token_count
+            self._counts.cached_tokens += cached
+
+    # ----------------------------------------------------------------- who is there
+
+    def instance_ids(self) -> list[int]:
+        """As `Client.instance_ids`."""
+        return self._client.instance_ids()
+
+    def confirmed_instances(self) -> list[Instance]:
+        """As `Client.confirmed_instances`."""
+        return self._client.confirmed_instances()
+
+    async def _tend(self) -> None:
+        """End what is over: bookings past their deadline, predictions, and all of instances that left."""
+        known = set(self._client.known_ids())
+        while True:
+            await self._client.wait_for_change(_TICK_S)
+            now = SYSTEM_CLOCK.monotonic()
+            present = set(self._client.known_ids())
+            for instance_id in known - present:
+                self._book.drop_instance(instance_id)
+                self._forget_predictions(instance_id)
+            known = present
+            self._cards.forget_others(present)
+            self.chooser.expire(now)
+            self._book.expire(now)
+            if self._predicted is not None:
+                self._predicted.expire(now)
+            if self._metrics is not None:
+                self._metrics.expire()
+            self._line.wake()
+
+    def _forget_predictions(self, instance_id: int) -> None:
+        if self._predicted is not None:
+            for worker in self._predicted.workers():
+                if worker.instance_id == instance_id:
+                    self._predicted.remove(worker)
+
+    # ----------------------------------------------------------------- how it is
+
+    def state(self) -> RouterState:
+        """The router as it stands."""
+        workers = list(self._workers.candidates(None, ()))
+        return RouterState(
+            router_id=self.router_id,
+            endpoint=str(self.endpoint),
+            instance_id=self._runtime.instance_id,
+            block_size=self.block_size,
+            mode="events" if self.indexer is not None else "predicted",
+            synced=self._sync is not None,
+            workers=describe_workers(workers, self._block_counts(), self._book.loads()),
+            active_count=len(self.chooser.bookings),
+            waiting_count=len(self._line),
+            counts=self._counts,
+            index=self._index_state(),
+        )
+
+    def _block_counts(self) -> Mapping[Worker, int]:
+        return {} if self.indexer is None else self.indexer.index.block_counts()
+
+    def _index_state(self) -> Mapping[str, Any]:
+        if self.indexer is not None:
+            return self.indexer.state().to_json()
+        assert self._predicted is not None
+        return {"blocks": self._predicted.block_count}
+
+
+async def _cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)

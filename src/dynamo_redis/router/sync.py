@@ -1,0 +1,201 @@
+"""What routers of the same workers tell each other: which requests they have under way.
+
+Each router publishes its bookings to one stream a component, bounded by time, and reads the others':
+
+    ["add", request_id, instance_id, dp_rank, prefill_tokens, blocks, ttl_s]
+    ["prefill_done", request_id]
+    ["free", request_id]
+    ["active", [[request_id, instance_id, dp_rank, prefill_tokens, blocks, ttl_s], …]]
+
+The last, every `RENEW_S`, is all that a router has under way, in pieces. Another router's booking counts for
+`LEASE_S` after it was last named, and no longer than its request's deadline. This one rule ends the load of
+routers that died and of requests whose "free" was lost; it brings back an "add" that was lost; and it is why
+a router that starts needs no more of the stream than its last `LEASE_S`.
+
+While Redis is away the others' bookings run out, and this router chooses by its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from dynamo_redis.clock import SYSTEM_CLOCK, Clock
+from dynamo_redis.config import EventSettings
+from dynamo_redis.errors import DynamoRedisError, StoreError
+from dynamo_redis.planes.event_publisher import EventPublisher
+from dynamo_redis.router.base import Worker
+from dynamo_redis.router.booking import Booking
+from dynamo_redis.router.load import LoadBook
+from dynamo_redis.store.event_base import Entry, EventStreams, EventTail, StreamName
+from dynamo_redis.wire.event import EventBatch, PublisherId
+
+log = logging.getLogger(__name__)
+
+ACTIVE_SEQUENCES = "active_sequences_events"
+"""The topic."""
+
+RENEW_S = 10.0
+LEASE_S = 3 * RENEW_S
+
+_KEPT_S = 2 * LEASE_S  # in the stream: more than a late router reads, since clocks and beats are not exact
+_A_PIECE = 256
+_READ_COUNT = 1000
+_BLOCK_S = 1.0
+_GLANCE_S = 0.01
+_PAUSE_S = (0.1, 2.0)
+
+
+def owner_name(publisher: PublisherId) -> str:
+    """What a router is called, in the registry too: `694d98147d54bfde-5f1c`."""
+    return f"{publisher.instance_id:x}-{publisher.epoch:x}"
+
+
+class BookingSync:
+    """Tells other routers of this one's bookings, and books theirs. A `Listener` of the chooser.
+
+    It owns the publisher (bounded; its overflow is made good by the next renewal) and two tasks: one reads
+    the stream, one renews. All end with `aclose`.
+    """
+
+    def __init__(
+        self,
+        streams: EventStreams,
+        namespace: str,
+        component: str,
+        publisher: PublisherId,
+        settings: EventSettings,
+        book: LoadBook,
+        bookings: Callable[[], Iterable[Booking]],
+        *,
+        clock: Clock = SYSTEM_CLOCK,
+    ) -> None:
+        """`bookings` are all that this router has under way, now."""
+        self._streams = streams
+        self._stream = StreamName(namespace, component, ACTIVE_SEQUENCES)
+        self._owner = owner_name(publisher)
+        self._publisher = EventPublisher(streams, self._stream, publisher, settings, max_age_s=_KEPT_S)
+        self._book = book
+        self._bookings = bookings
+        self._clock = clock
+        self._tasks: list[asyncio.Task[None]] = []
+        self._caught_up = asyncio.Event()
+
+    # ----------------------------------------------------------------- lifetime
+
+    async def start(self, timeout_s: float) -> None:
+        """Begin, and wait until what the others have under way is known, for `timeout_s` at most."""
+        await self._publisher.start()
+        self._tasks = [
+            asyncio.create_task(self._read(), name=f"sync {self._stream.path}"),
+            asyncio.create_task(self._renew(), name=f"renewal {self._stream.path}"),
+        ]
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._caught_up.wait()
+        except TimeoutError:
+            log.warning("what other routers have under way is not known yet: Redis is slow, or away")
+
+    async def aclose(self) -> None:
+        """End both tasks, and tell what is still to be told, for a second at most."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._publisher.aclose()
+
+    # ----------------------------------------------------------------- telling
+
+    def added(self, booking: Booking) -> None:
+        """A request was booked."""
+        self._publisher.publish(["add", *self._described(booking)])
+
+    def prefill_done(self, request_id: str) -> None:
+        """Its prompt is read."""
+        self._publisher.publish(["prefill_done", request_id])
+
+    def freed(self, request_id: str) -> None:
+        """It is over."""
+        self._publisher.publish(["free", request_id])
+
+    def _described(self, booking: Booking) -> list[Any]:
+        ttl_s = round(booking.deadline - self._clock.monotonic(), 3)
+        worker = booking.choice.worker
+        return [booking.request_id, *worker, booking.prefill_tokens, booking.blocks, ttl_s]
+
+    async def _renew(self) -> None:
+        while True:
+            await asyncio.sleep(RENEW_S)
+            self.renew()
+
+    def renew(self) -> None:
+        """Name all that is under way."""
+        active = [self._described(booking) for booking in self._bookings()]
+        for start in range(0, len(active), _A_PIECE):
+            self._publisher.publish(["active", active[start : start + _A_PIECE]])
+
+    # ----------------------------------------------------------------- hearing
+
+    async def _read(self) -> None:
+        pause_s, longest_s = _PAUSE_S
+        tail = self._streams.tail(self._stream, max_age_s=LEASE_S)
+        try:
+            while True:
+                try:
+                    await self._read_on(tail)
+                    pause_s = _PAUSE_S[0]
+                    continue
+                except StoreError as exc:
+                    log.debug("other routers cannot be heard: %s", exc)
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, longest_s)
+        finally:
+            await tail.aclose()
+
+    async def _read_on(self, tail: EventTail) -> None:
+        # Until caught up an empty answer says so at once; later there is nothing to hurry for.
+        block_s = _BLOCK_S if self._caught_up.is_set() else _GLANCE_S
+        entries = await tail.read(count=_READ_COUNT, block_s=block_s)
+        for entry in entries:
+            self.apply(entry)
+        if not entries:
+            self._caught_up.set()
+
+    def apply(self, entry: Entry) -> None:
+        """Book what another router says in one entry; one's own, and what cannot be read, is passed over."""
+        try:
+            batch = EventBatch.from_bytes(entry.content)
+        except (ValueError, DynamoRedisError):
+            return
+        owner = owner_name(batch.publisher)
+        if owner == self._owner:
+            return
+        for event in batch.events:
+            try:
+                self._apply_event(owner, event)
+            except (TypeError, ValueError, IndexError):
+                continue  # of a later release, or broken: the next renewal says what matters
+
+    def _apply_event(self, owner: str, event: Any) -> None:
+        match event:
+            case ["add", *described]:
+                self._add(owner, described)
+            case ["prefill_done", str(request_id), *_]:
+                self._book.prefill_done(owner, request_id)
+            case ["free", str(request_id), *_]:
+                self._book.free(owner, request_id)
+            case ["active", list(active), *_]:
+                for described in active:
+                    self._add(owner, described)
+
+    def _add(self, owner: str, described: list[Any]) -> None:
+        request_id, instance_id, dp_rank, prefill_tokens, blocks, ttl_s = described[:6]
+        self._book.add(
+            owner,
+            str(request_id),
+            Worker(int(instance_id), int(dp_rank)),
+            prefill_tokens=max(int(prefill_tokens), 0),
+            blocks=max(int(blocks), 0),
+            deadline=self._clock.monotonic() + min(float(ttl_s), LEASE_S),
+        )

@@ -1,0 +1,172 @@
+"""The workers of an endpoint as a router chooses among them: who is there, of how many ranks, how busy."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+from dynamo_redis.config import RouterSettings
+from dynamo_redis.errors import DynamoRedisError, ModelError
+from dynamo_redis.names import MODEL_CARDS, EndpointName, parse_instance_id
+from dynamo_redis.router.base import Worker
+from dynamo_redis.router.load import LoadBook
+from dynamo_redis.router.load_metrics import LoadMetrics
+from dynamo_redis.runtime.discovery import Member
+from dynamo_redis.runtime.dispatch import Dispatcher
+from dynamo_redis.runtime.model_card import ModelCard
+from dynamo_redis.store.base import Put, Record, Registry
+
+log = logging.getLogger(__name__)
+
+_WATCH_PAUSE_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What an instance can hold, by its model card."""
+
+    block_size: int
+    rank_count: int = 1
+    total_blocks: int | None = None
+    """Of one rank."""
+
+
+class WorkerCards:
+    """The capacities of an endpoint's instances, from their model cards.
+
+    It owns one task, which reads a watch (bounded by the registry; overflow: a resync) until `aclose`. What
+    an instance said stays known until `forget_others`: its card may be gone for a moment with its lease.
+    """
+
+    def __init__(self, registry: Registry, endpoint: EndpointName) -> None:
+        self._registry = registry
+        self._prefix = f"{MODEL_CARDS}{endpoint.path}/"
+        self._capacities: dict[int, Capacity] = {}
+        self._reader: asyncio.Task[None] | None = None
+        self._known = asyncio.Event()
+        self.version = 0
+        """Grows with each change."""
+
+    def start(self) -> None:
+        """Begin to watch."""
+        if self._reader is None:
+            self._reader = asyncio.create_task(self._read(), name=f"cards {self._prefix}")
+
+    async def aclose(self) -> None:
+        """End the watch."""
+        if self._reader is not None:
+            self._reader.cancel()
+            await asyncio.gather(self._reader, return_exceptions=True)
+
+    def get(self, instance_id: int) -> Capacity | None:
+        """What is known of an instance."""
+        return self._capacities.get(instance_id)
+
+    async def block_size(self) -> int:
+        """The block size of the first card there is; waits for one."""
+        await self._known.wait()
+        return next(iter(self._capacities.values())).block_size
+
+    def forget_others(self, known_ids: Collection[int]) -> None:
+        """Forget instances that are no more."""
+        for instance_id in self._capacities.keys() - set(known_ids):
+            del self._capacities[instance_id]
+            self.version += 1
+
+    async def _read(self) -> None:
+        while True:
+            try:
+                async with self._registry.watch(self._prefix) as watch:
+                    async for batch in watch:
+                        for event in batch.events:
+                            if isinstance(event, Put):
+                                self._put(event.record)
+            except DynamoRedisError as exc:
+                log.warning("watch of %s failed, starting it again: %s", self._prefix, exc)
+            await asyncio.sleep(_WATCH_PAUSE_S)
+
+    def _put(self, record: Record) -> None:
+        try:
+            instance_id = parse_instance_id(record.key.removeprefix(self._prefix).partition("/")[0])
+            card = ModelCard.from_bytes(record.value)
+        except (ModelError, ValueError):
+            return  # whoever serves the model says so
+        capacity = Capacity(
+            card.kv_cache_block_size,
+            max(card.runtime_config.data_parallel_size or 1, 1),
+            card.runtime_config.total_kv_blocks,
+        )
+        if self._capacities.get(instance_id) != capacity:
+            self._capacities[instance_id] = capacity
+            self.version += 1
+        self._known.set()
+
+
+class Workers:
+    """Who may be chosen: every rank of the instances that the client's view trusts most."""
+
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        cards: WorkerCards,
+        metrics: LoadMetrics | None,
+        settings: RouterSettings,
+    ) -> None:
+        self._view = dispatcher.view
+        self._cards = cards
+        self._metrics = metrics
+        self._most_used = settings.active_decode_blocks_threshold
+        self._most_prefill_tokens = settings.active_prefill_tokens_threshold
+        self._all: list[Worker] = []
+        self._made_of: tuple[list[Member], int] | None = None
+
+    def candidates(self, among: Collection[int] | None, excluded: Collection[int]) -> Sequence[Worker]:
+        """Ranks of the instances to choose from first; of those of last resort if there are none."""
+        if among is None and not excluded and self._view.candidates:
+            return self._of_all()
+        for members in (self._view.candidates, *self._view.last_resorts()):
+            workers = self._ranks(
+                member
+                for member in members
+                if (among is None or member.instance_id in among) and member.instance_id not in excluded
+            )
+            if workers:
+                return workers
+        return []
+
+    def without_busy(self, workers: Sequence[Worker], book: LoadBook) -> Sequence[Worker]:
+        """Those that are below the thresholds; all of them where none is set."""
+        if self._most_used is None and self._most_prefill_tokens is None:
+            return workers
+        return [worker for worker in workers if not self._is_busy(worker, book)]
+
+    def _of_all(self) -> list[Worker]:
+        # The view makes a new list whenever its candidates change.
+        made_of = self._made_of
+        if made_of is None or made_of[0] is not self._view.candidates or made_of[1] != self._cards.version:
+            self._all = self._ranks(self._view.candidates)
+            self._made_of = (self._view.candidates, self._cards.version)
+        return self._all
+
+    def _ranks(self, members: Iterable[Member]) -> list[Worker]:
+        workers = []
+        for member in members:
+            capacity = self._cards.get(member.instance_id)
+            rank_count = 1 if capacity is None else capacity.rank_count
+            workers += [Worker(member.instance_id, rank) for rank in range(rank_count)]
+        return workers
+
+    def _is_busy(self, worker: Worker, book: LoadBook) -> bool:
+        load = book.load(worker)
+        if self._most_prefill_tokens is not None and load.prefill_tokens > self._most_prefill_tokens:
+            return True
+        if self._most_used is None:
+            return False
+        capacity = self._cards.get(worker.instance_id)
+        total_blocks = 0 if capacity is None else capacity.total_blocks or 0
+        if total_blocks and load.blocks > self._most_used * total_blocks:
+            return True
+        used = None if self._metrics is None else self._metrics.used_part(worker)
+        return used is not None and used > self._most_used
