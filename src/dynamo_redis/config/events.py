@@ -31,6 +31,9 @@ class EventSettings(SettingsGroup):
         "worker for them.",
         unit="events",
     )
+    event_queue_size_bytes: Size = setting(
+        "DYN_EVENT_QUEUE_SIZE", ByteSize(64 << 20), "Most bytes of events a publisher holds.", unit="bytes"
+    )
     event_stream_events_count: Annotated[int, Field(ge=1000)] = setting(
         "DYN_EVENT_STREAM_EVENTS", 1_000_000, "Most events one stream keeps.", unit="events"
     )

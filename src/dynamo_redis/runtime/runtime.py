@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from dynamo_redis.clock import SYSTEM_CLOCK
-from dynamo_redis.config import PlaneSettings, RuntimeSettings, SettingsGroup, StoreSettings
+from dynamo_redis.config import EventSettings, PlaneSettings, RuntimeSettings, SettingsGroup, StoreSettings
 from dynamo_redis.errors import ConfigError
 from dynamo_redis.names import EndpointName, InstanceId
 from dynamo_redis.planes.base import RequestPlaneClient, RequestPlaneServer, Target
@@ -24,7 +24,8 @@ from dynamo_redis.runtime.instance import Instance
 from dynamo_redis.runtime.serving import ServedEndpoint
 from dynamo_redis.runtime.withdrawal import withdraw
 from dynamo_redis.store.base import Locks, ObjectStore, Registration, Registry
-from dynamo_redis.store.connect import open_locks, open_store
+from dynamo_redis.store.connect import open_events, open_locks, open_store
+from dynamo_redis.store.event_base import EventStreams
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ class Settings:
     store: StoreSettings = field(default_factory=StoreSettings.load)
     plane: PlaneSettings = field(default_factory=PlaneSettings.load)
     runtime: RuntimeSettings = field(default_factory=RuntimeSettings.load)
+    events: EventSettings = field(default_factory=EventSettings.load)
 
     @classmethod
     def load(cls, **overrides: Any) -> Self:
@@ -48,6 +50,7 @@ class Settings:
             store=StoreSettings.load(**of(StoreSettings)),
             plane=PlaneSettings.load(**of(PlaneSettings)),
             runtime=RuntimeSettings.load(**of(RuntimeSettings)),
+            events=EventSettings.load(**of(EventSettings)),
         )
         if overrides:
             raise ConfigError(f"unknown settings: {', '.join(sorted(overrides))}")
@@ -76,11 +79,12 @@ class DistributedRuntime:
         registry: Registry | None = None,
         objects: ObjectStore | None = None,
         locks: Locks | None = None,
+        events: EventStreams | None = None,
     ) -> None:
         """The first four arguments are those of `dynamo.runtime`; the loop is always the running one.
 
-        `registry`, `objects` and `locks` replace the Redis ones, as the in-memory twins do in tests; they are
-        closed with the runtime. Raises ConfigError for wrong settings.
+        `registry`, `objects`, `locks` and `events` replace the Redis ones, as the in-memory twins do in
+        tests; they are closed with the runtime. Raises ConfigError for wrong settings.
         """
         if settings is None:
             settings = Settings.load(request_plane=request_plane)
@@ -92,9 +96,11 @@ class DistributedRuntime:
         if registry is None:
             registry, objects = open_store(settings.store)
             locks = open_locks(settings.store)
+            events = open_events(settings.store, settings.events)
         self.registry = registry
         self._objects = objects
         self._locks = locks
+        self._events = events
         self._plane_client: RequestPlaneClient | None = None
         self._server: RequestPlaneServer | None = None
         self._secret = secrets.token_bytes(32) if settings.plane.auth == "secret" else None
@@ -168,6 +174,8 @@ class DistributedRuntime:
             await self._objects.aclose()
         if self._locks is not None:
             await self._locks.aclose()
+        if self._events is not None:
+            await self._events.aclose()
         self._release_signals()
 
     async def leave(self, *registrations: Registration) -> None:
@@ -209,6 +217,13 @@ class DistributedRuntime:
         if self._locks is None:
             raise RuntimeError("the runtime was made without locks")
         return self._locks
+
+    @property
+    def events(self) -> EventStreams:
+        """The event streams. Raises RuntimeError if a registry was given and no event streams with it."""
+        if self._events is None:
+            raise RuntimeError("the runtime was made without event streams")
+        return self._events
 
     @property
     def instance_id(self) -> InstanceId:

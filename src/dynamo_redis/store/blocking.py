@@ -8,7 +8,7 @@ that does nothing but parse what arrives: a fraction of the work of a pool, a st
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from importlib.util import find_spec
 from typing import Any, Final, Protocol
 
@@ -37,10 +37,10 @@ def pack_word(word: Argument) -> bytes:
 
 
 class Link(Protocol):
-    """A connection over which one request at a time is sent."""
+    """A connection over which one request at a time is sent: commands that go, and are answered, together."""
 
-    async def exchange(self, request: bytes, limit_s: float) -> Any:
-        """Send a request and await its answer for `limit_s`. Raises one of FAILURES; then abort it."""
+    async def exchange(self, request: bytes, answer_count: int, limit_s: float) -> list[Any]:
+        """Send commands and await all answers for `limit_s`. Raises one of FAILURES; then abort it."""
         ...
 
     def abort(self) -> None: ...
@@ -65,11 +65,16 @@ class BlockingConnection:
 
     async def execute(self, command: bytes, *, block_s: float) -> Any:
         """Run a packed command that may block for `block_s`. After any StoreError the next connects anew."""
+        return (await self.execute_all((command,), block_s=block_s))[0]
+
+    async def execute_all(self, commands: Sequence[bytes], *, block_s: float) -> list[Any]:
+        """`execute` for several, in order and in one round trip. The first that fails is raised."""
         try:
             if self._link is None:
                 async with asyncio.timeout(self._timeout_s):
                     self._link = _link(await self._connect())
-            return await self._link.exchange(command, block_s + self._timeout_s)
+            request = commands[0] if len(commands) == 1 else b"".join(commands)
+            return await self._link.exchange(request, len(commands), block_s + self._timeout_s)
         except FAILURES as exc:
             self._drop()
             raise self._error(exc) from exc
@@ -108,16 +113,20 @@ class _ParserLink(asyncio.Protocol):
             replyError=redis_errors.ResponseError,
             notEnoughData=_PART,
         )
-        self._answer: asyncio.Future[Any] | None = None
+        self._answer: asyncio.Future[list[Any]] | None = None
+        self._answers: list[Any] = []
+        self._wanted_count = 0
         self._deadline = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._lost: Exception | None = None
         self._transport.set_protocol(self)
 
-    async def exchange(self, request: bytes, limit_s: float) -> Any:
+    async def exchange(self, request: bytes, answer_count: int, limit_s: float) -> list[Any]:
         if self._lost is not None:
             raise self._lost
         self._answer = self._loop.create_future()
+        self._answers = []
+        self._wanted_count = answer_count
         self._deadline = self._loop.time() + limit_s
         if self._timer is None:
             self._timer = self._loop.call_later(limit_s, self._check)
@@ -134,23 +143,28 @@ class _ParserLink(asyncio.Protocol):
         else:
             self._finish(TimeoutError())
 
-    def _finish(self, answer: Any) -> None:
+    def _finish(self, error: Exception | None = None) -> None:
         waiting, self._answer = self._answer, None
         if waiting is None or waiting.done():
             return
-        if isinstance(answer, Exception):
-            waiting.set_exception(answer)
+        if error is not None:
+            waiting.set_exception(error)
         else:
-            waiting.set_result(answer)
+            waiting.set_result(self._answers)
 
     def data_received(self, data: bytes) -> None:
         try:
             self._parser.feed(data)
-            answer = self._parser.gets()
+            while (answer := self._parser.gets()) is not _PART:
+                if isinstance(answer, Exception):
+                    self._finish(answer)
+                    return
+                self._answers.append(answer)
+                if len(self._answers) >= self._wanted_count:
+                    self._finish()
+                    return
         except redis_errors.InvalidResponse as exc:
-            answer = exc
-        if answer is not _PART:
-            self._finish(answer)
+            self._finish(exc)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._lost = redis_errors.ConnectionError(f"Connection lost: {exc or 'closed by server'}")
@@ -169,11 +183,11 @@ class _StreamLink:
     def __init__(self, connection: Any) -> None:
         self._connection = connection
 
-    async def exchange(self, request: bytes, limit_s: float) -> Any:
+    async def exchange(self, request: bytes, answer_count: int, limit_s: float) -> list[Any]:
         async with asyncio.timeout(limit_s):
             await self._connection.send_packed_command(request, check_health=False)
             # Not the socket's own time-out, and one that never passes: `limit_s` does first.
-            return await self._connection.read_response(timeout=limit_s + 1.0)
+            return [await self._connection.read_response(timeout=limit_s + 1.0) for _ in range(answer_count)]
 
     def abort(self) -> None:
         self._connection._close()

@@ -202,9 +202,16 @@ class RedisClient:
 
     async def subscribe(self, *patterns: str) -> Subscription:
         """Subscribe to channel patterns, on a connection of their own. Raises StoreError."""
+        return await self._subscribe("PSUBSCRIBE", patterns)
+
+    async def subscribe_channel(self, channel: str) -> Subscription:
+        """Subscribe to one channel, on a connection of its own. Raises StoreError."""
+        return await self._subscribe("SUBSCRIBE", (channel,))
+
+    async def _subscribe(self, command: str, names: Sequence[str]) -> Subscription:
         connection = _make(self._async_options(self.timeout_s))
         subscription = Subscription(self, connection)
-        await subscription._start(patterns)
+        await subscription._start(command, names)
         return subscription
 
     def sync(self, timeout_s: float) -> SyncConnection:
@@ -285,18 +292,18 @@ class RedisClient:
 
 
 class Subscription:
-    """Messages of subscribed patterns, from one connection that is never replaced silently."""
+    """Messages of subscribed channels, from one connection that is never replaced silently."""
 
     def __init__(self, client: RedisClient, connection: Any) -> None:
         self._client = client
         self._connection = connection
 
-    async def _start(self, patterns: Sequence[str]) -> None:
+    async def _start(self, command: str, names: Sequence[str]) -> None:
         try:
             async with asyncio.timeout(self._client.timeout_s):
                 await self._connection.connect()
-                await self._connection.send_command("PSUBSCRIBE", *patterns)
-                for _ in patterns:
+                await self._connection.send_command(command, *names)
+                for _ in names:
                     await self._connection.read_response()
         except FAILURES as exc:
             await self.aclose()
@@ -318,7 +325,8 @@ class Subscription:
         except FAILURES as exc:
             await self.aclose()
             raise self._client.error(exc) from exc
-        return (reply[2], reply[3]) if reply[0] == b"pmessage" else None
+        kind, *_ = reply
+        return (reply[-2], reply[-1]) if kind in (b"message", b"pmessage") else None
 
     async def _next_reply(self, timeout_s: float) -> Any:
         return await self._connection.read_response(timeout=timeout_s)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dynamo_redis.config import StoreSettings
+from dynamo_redis.config import EventSettings, StoreSettings
 from dynamo_redis.store.base import Locks, ObjectStore, Registry
+from dynamo_redis.store.event_base import EventStreams
 
 
 def open_store(settings: StoreSettings) -> tuple[Registry, ObjectStore]:
@@ -19,3 +20,10 @@ def open_locks(settings: StoreSettings) -> Locks:
     from dynamo_redis.store.lock_redis import RedisLocks
 
     return RedisLocks.from_settings(settings)
+
+
+def open_events(settings: StoreSettings, events: EventSettings) -> EventStreams:
+    """The event streams, not yet connected. Raises ConfigError if no server is configured."""
+    from dynamo_redis.store.streams import RedisEventStreams
+
+    return RedisEventStreams.from_settings(settings, events)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NewType, Protocol, Self
+from typing import Final, NewType, Protocol, Self
 
 from dynamo_redis.names import encode_segment
 
@@ -16,6 +16,11 @@ EntryId = NewType("EntryId", str)
 
 BEGINNING = EntryId("0-0")
 """Before the first entry of any stream."""
+
+
+GROUP_TTL_S: Final = 10.0
+"""A reader gives a sign of life each third of it. A group that is silent for three times as long is
+removed."""
 
 
 def entry_order(entry_id: EntryId) -> tuple[int, int]:
@@ -50,7 +55,7 @@ class NewEntry:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """An entry as it was read."""
+    """An entry as it was read. `content` is empty if somebody else has written it."""
 
     entry_id: EntryId
     content: bytes
@@ -93,14 +98,15 @@ class EventGroup(Protocol):
         ...
 
     async def seek(self, position: EntryId) -> None:
-        """Go on behind `position`. Raises StreamTrimmed if what follows it has been trimmed, StreamLost if
-        the stream or the group is gone."""
+        """Go on behind `position`: an entry, or the floor. Raises StreamTrimmed if what follows it has been
+        trimmed or it is no position of this stream, StreamLost if the stream or the group is gone."""
         ...
 
     async def read(self, *, count: int, block_s: float) -> list[Entry]:
         """The next entries, in order; empty if there are none within `block_s` (at most 2). It is a sign of
         life, too. Raises StreamTrimmed if some were trimmed unread, StreamLost, StoreUnavailable; after
-        that one what was read before, and not acknowledged, may come again."""
+        that one what was read before, and not acknowledged, may come again. A cancelled read loses
+        nothing."""
         ...
 
     async def acknowledge(self, entry_ids: Sequence[EntryId]) -> None:

@@ -12,7 +12,7 @@ from typing import Final, Literal
 
 from redis import exceptions as redis_errors
 
-from dynamo_redis.errors import StoreError, StoreRefused, StoreUnavailable
+from dynamo_redis.errors import StoreError, StoreRefused, StoreUnavailable, StreamLost
 
 # A deadline's TimeoutError is an OSError; uvloop raises RuntimeError on a transport that the peer has closed.
 FAILURES: Final = (redis_errors.RedisError, OSError, RuntimeError)
@@ -78,6 +78,8 @@ def _refused_by_server(exc: BaseException, address: str) -> StoreError | None:
         for mark, meaning in _REFUSALS:
             if mark in text:
                 return StoreRefused(f"Redis at {address} {meaning}")
+    if isinstance(exc, redis_errors.ResponseError) and "NOGROUP" in text:
+        return StreamLost(f"Redis at {address} no longer has the event stream, or the reader's group in it")
     if isinstance(exc, redis_errors.NoPermissionError) or any(mark in text for mark in _DENIALS):
         return StoreRefused(
             f"Redis at {address} does not permit this user to do that (ACL): {text};"

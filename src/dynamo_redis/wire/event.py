@@ -10,6 +10,7 @@ is. The epoch is random, of one start of the process: another one means that not
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from dynamo_redis.wire.codec import pack_known, unpack
 ENVELOPE_VERSION = 1
 
 _U63_END = 1 << 63
+_ARRAY_OF_8 = b"\x98"
 
 
 class PublisherId(NamedTuple):
@@ -58,6 +60,14 @@ class EventBatch:
         )
 
     @classmethod
+    def of_packed(
+        cls, topic: str, publisher: PublisherId, first_sequence: int, now_ms: int, packed: Sequence[bytes]
+    ) -> bytes:
+        """The stored form of a batch whose events are packed already."""
+        head = (ENVELOPE_VERSION, topic, *publisher, first_sequence, now_ms)
+        return b"".join((_ARRAY_OF_8, *map(pack_known, head), _array_head(len(packed)), *packed))
+
+    @classmethod
     def from_bytes(cls, stored: bytes) -> EventBatch:
         """Read a stored batch; fields of later minors, at its end, are ignored.
 
@@ -78,3 +88,10 @@ class EventBatch:
         instance_id, epoch, dp_rank, first_sequence, published_at_ms = numbers
         publisher = PublisherId(instance_id, epoch, dp_rank)
         return cls(topic, publisher, first_sequence, published_at_ms, events)
+
+
+def _array_head(count: int) -> bytes:
+    """msgpack's head of an array."""
+    if count < 16:
+        return bytes((0x90 | count,))
+    return b"\xdc" + count.to_bytes(2) if count < 1 << 16 else b"\xdd" + count.to_bytes(4)

@@ -1,0 +1,251 @@
+"""What sends a process's events: numbered, in batches, in order, and without ever making their maker wait.
+
+An event is packed when it is published, and waits in a bounded queue until its batch is sent: when enough
+have come (by count or bytes), or the oldest has waited for the linger. One round trip is under way at a time,
+of one batch or, when more than one batch waits, of several. While it fails it is repeated, for as long as it
+takes: order holds, and what was stored by an attempt whose answer was lost comes twice, which its sequence
+tells.
+
+When the queue is full, events are left out: they take their sequences, so whoever follows sees a gap, and
+asks the publisher's process for what it missed. None is taken in again before all that waits has been sent;
+then a batch, with events or without, begins at the next sequence, and shows the gap.
+
+A publisher that is silent says now and then how far it is, by a batch without events, so that who lost the
+last ones (a message nobody heard, a write lost with a failover) does not have to wait for the next.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any, Final
+
+from dynamo_redis.clock import SYSTEM_CLOCK
+from dynamo_redis.config import EventSettings
+from dynamo_redis.errors import StoreError
+from dynamo_redis.store.client import Backoff
+from dynamo_redis.store.event_base import EventStreams, NewEntry, StreamName
+from dynamo_redis.wire.codec import pack_known
+from dynamo_redis.wire.event import EventBatch, PublisherId
+
+log = logging.getLogger(__name__)
+
+BATCH_BYTES: Final = 256 << 10
+"""A batch is closed when it has so many bytes of events."""
+TRIP_BATCHES_COUNT: Final = 8
+"""Most batches sent in one round trip."""
+CLOSE_S: Final = 1.0
+SILENCE_S: Final = 30.0
+"""How long a publisher to a stream says nothing before it says how far it is."""
+TOPIC_SILENCE_S: Final = 3.0
+"""The same for a topic, of which any message may be lost."""
+REPORT_S: Final = 30.0
+"""How often a failure that lasts is logged."""
+
+
+class EventPublisher:
+    """One publisher of one stream, or with `durable=False` of one topic. For the event loop's thread.
+
+    `start` begins sending; events may be published before. `aclose` ends it. Its task waits for events, and
+    one timer for the end of the linger or of the silence. `max_age_s` is as in `EventStreams.append`.
+    """
+
+    def __init__(
+        self,
+        streams: EventStreams,
+        stream: StreamName,
+        publisher: PublisherId,
+        settings: EventSettings,
+        *,
+        durable: bool = True,
+        max_age_s: float | None = None,
+    ) -> None:
+        self._streams = streams
+        self._stream = stream
+        self._publisher = publisher
+        self._settings = settings
+        self._durable = durable
+        self._max_age_s = max_age_s
+        self._silence_s = SILENCE_S if durable else TOPIC_SILENCE_S
+
+        self.next_sequence = 0
+        self.left_out_count = 0
+        self._queue: deque[bytes] = deque()
+        self._queued_bytes = 0
+        self._first = 0
+        """The sequence of the queue's first event."""
+        self._is_gap = False
+        """Whether events behind the queue's last have been left out."""
+        self._under_way_count = 0
+        self._under_way_bytes = 0
+        self._sent_sequence = 0
+        """Nothing below it waits any more."""
+        self._due = asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None
+        self._sent = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._failing = False
+        self._reported_at = 0.0
+        self._closed = False
+
+    def __repr__(self) -> str:
+        state = f"{self.next_sequence} published, {self.queued_count} queued, {self.left_out_count} left out"
+        return f"<EventPublisher of {self._stream.path}: {state}>"
+
+    @property
+    def queued_count(self) -> int:
+        """Events that wait, or are under way."""
+        return len(self._queue) + self._under_way_count
+
+    async def start(self) -> None:
+        """Begin to send. Once. Does not wait for Redis."""
+        assert self._task is None, "the publisher has been started"
+        self._task = asyncio.create_task(self._run(), name=f"event publisher of {self._stream.path}")
+
+    # ------------------------------------------------------------------ in
+
+    def publish(self, event: Any) -> int:
+        """Queue an event; answer its sequence. Never waits, and never raises for Redis.
+
+        Raises TypeError, ValueError or OverflowError if msgpack cannot carry it; then it takes no sequence.
+        The event may be changed afterwards.
+        """
+        packed = pack_known(event)
+        sequence = self.next_sequence
+        self.next_sequence = sequence + 1
+        if self._is_gap or self._is_full():
+            self._leave_out()
+            return sequence
+        queue = self._queue
+        queue.append(packed)
+        self._queued_bytes += len(packed)
+        if len(queue) == 1:
+            self._set_timer(self._settings.event_linger_s)
+        if len(queue) >= self._settings.event_batch_count or self._queued_bytes >= BATCH_BYTES:
+            self._due.set()
+        return sequence
+
+    def _is_full(self) -> bool:
+        return (
+            self.queued_count >= self._settings.event_queue_count
+            or self._queued_bytes + self._under_way_bytes >= self._settings.event_queue_size_bytes
+        )
+
+    def _leave_out(self) -> None:
+        if not self._is_gap and not self._closed:
+            log.warning("%s: the queue of events is full, some are left out", self._stream.path)
+            self._is_gap = True
+            self._due.set()
+        self.left_out_count += 1
+
+    # ------------------------------------------------------------------ out
+
+    async def _run(self) -> None:
+        while True:
+            await self._due.wait()
+            self._due.clear()
+            self._stop_timer()
+            await self._send(self._take())
+            if self._queue or self._is_gap:
+                if self._timer is None:  # what is there was left over, and has waited
+                    self._due.set()
+            else:
+                self._set_timer(self._silence_s)
+
+    def _take(self) -> list[NewEntry]:
+        """The batches of the next trip: without events, if there are none."""
+        entries: list[NewEntry] = []
+        while self._queue and len(entries) < TRIP_BATCHES_COUNT:
+            entries.append(self._batch(self._take_events()))
+        if not self._queue and self._is_gap and not self._closed:
+            self._is_gap = False
+            self._first = self.next_sequence
+            entries.append(self._batch([]))
+        return entries or [self._batch([])]
+
+    def _take_events(self) -> list[bytes]:
+        queue, limit_count = self._queue, self._settings.event_batch_count
+        taken: list[bytes] = []
+        size_bytes = 0
+        while queue and len(taken) < limit_count and size_bytes < BATCH_BYTES:
+            packed = queue.popleft()
+            size_bytes += len(packed)
+            taken.append(packed)
+        self._queued_bytes -= size_bytes
+        self._under_way_bytes += size_bytes
+        self._under_way_count += len(taken)
+        return taken
+
+    def _batch(self, packed: list[bytes]) -> NewEntry:
+        now_ms = int(SYSTEM_CLOCK.wall() * 1000)
+        content = EventBatch.of_packed(self._stream.topic, self._publisher, self._first, now_ms, packed)
+        self._first += len(packed)
+        return NewEntry(content, len(packed))
+
+    async def _send(self, entries: Sequence[NewEntry]) -> None:
+        """Send until it has succeeded."""
+        backoff = Backoff()
+        while True:
+            try:
+                await self._send_once(entries)
+                break
+            except StoreError as exc:
+                self._report(exc)
+                await asyncio.sleep(backoff.next_s())
+        if self._failing:
+            self._failing = False
+            log.info("%s: events are sent again", self._stream.path)
+        self._under_way_count = self._under_way_bytes = 0
+        self._sent_sequence = self._first
+        self._sent.set()
+
+    async def _send_once(self, entries: Sequence[NewEntry]) -> None:
+        if self._durable:
+            await self._streams.append(self._stream, entries, max_age_s=self._max_age_s)
+            return
+        for entry in entries:
+            await self._streams.publish(self._stream, entry.content)
+
+    def _report(self, exc: StoreError) -> None:
+        now = SYSTEM_CLOCK.monotonic()
+        if not self._failing or now - self._reported_at >= REPORT_S:
+            log.warning("%s: events are not sent, %d wait: %s", self._stream.path, self.queued_count, exc)
+            self._failing, self._reported_at = True, now
+
+    def _set_timer(self, wait_s: float) -> None:
+        self._stop_timer()
+        if self._task is not None:
+            self._timer = asyncio.get_running_loop().call_later(wait_s, self._due.set)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    # ------------------------------------------------------------------ end
+
+    async def flush(self, timeout_s: float) -> bool:
+        """Send at once what waits. Answers whether nothing of what was published before waits any more."""
+        target = self.next_sequence
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while self._sent_sequence < target:
+                    self._due.set()
+                    self._sent.clear()
+                    await self._sent.wait()
+        return self._sent_sequence >= target
+
+    async def aclose(self) -> None:
+        """Send what waits, for a second, and end. Events published later are left out. Idempotent."""
+        if self._closed:
+            return
+        if self._task is not None:
+            await self.flush(CLOSE_S)
+        self._closed = self._is_gap = True
+        self._stop_timer()
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])

@@ -1,0 +1,252 @@
+"""Readers of one event stream on Redis: a consumer group, and a tail without one.
+
+Each has a connection of its own, for blocking reads. An entry names the one before it (`p`), so a reader that
+keeps the last entry it has seen knows at once when some between the two are gone: trimmed by the ceiling, by
+hand, or deleted. What is gone at the stream's end, where no further entry tells, is found by the group's sign
+of life, which answers what the last entry was. After a failover to a server that had not all, entries may
+come again, or with ids that went back: those are handed on, since the publishers' sequences tell what they
+are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any, Final
+
+from dynamo_redis.errors import SchemaMismatch, StoreError, StreamLost, StreamTrimmed
+from dynamo_redis.store.blocking import Argument, pack, pack_word
+from dynamo_redis.store.client import Backoff, RedisClient
+from dynamo_redis.store.event_base import BEGINNING, GROUP_TTL_S, Entry, EntryId, entry_order
+from dynamo_redis.store.scripts import Script, load_script
+from dynamo_redis.store.stream_keys import StreamKeys
+
+SCHEMA: Final = "1"
+BLOCK_LIMIT_S: Final = 2.0
+BEAT_S: Final = GROUP_TTL_S / 3
+CHECK_S: Final = 1.0
+"""How often a reader that finds nothing asks whether something is gone."""
+_CONSUMER: Final = "reader"
+
+_CREATE = load_script("stream_create", "stream_prelude")
+_SEEK = load_script("stream_seek", "stream_prelude")
+_BEAT = load_script("stream_beat", "stream_prelude")
+
+
+async def stream_script(
+    client: RedisClient, script: Script, keys: StreamKeys, args: Sequence[Argument]
+) -> list[Any]:
+    """Run a stream's script; answer what follows its `ok`. Raises StreamLost, StreamTrimmed, StoreError."""
+    answer: bytes
+    rest: list[Any]
+    answer, *rest = await client.script(script, keys.all, args)
+    if answer == b"schema":
+        raise SchemaMismatch(rest[0].decode("utf-8", "replace"), SCHEMA)
+    if answer == b"lost":
+        raise StreamLost(f"the event stream {keys.stream.path}, or the reader's group in it, is gone")
+    if answer == b"trimmed":
+        raise StreamTrimmed(f"{keys.stream.path} has been trimmed up to {rest[0].decode()}")
+    return rest
+
+
+class RedisEventGroup:
+    """`EventGroup` on a consumer group. For one task; a cancelled read loses nothing."""
+
+    def __init__(self, client: RedisClient, keys: StreamKeys, name: str) -> None:
+        self.name: Final = name
+        self._client = client
+        self._keys = keys
+        self._connection = client.blocking()
+        self._backoff = Backoff()
+        self._failed = False
+        self._last = BEGINNING
+        self._unanswered = False
+        """Whether entries may have been sent that never came: then they are pending in the group."""
+        self._applied: list[EntryId] = []
+        self._beat_at = 0.0
+        self._checked_at = 0.0
+
+    async def create(self) -> EntryId:
+        """As `EventGroup.create`."""
+        (end,) = await self._script(_CREATE)
+        return self._begin(EntryId(end.decode()))
+
+    async def seek(self, position: EntryId) -> None:
+        """As `EventGroup.seek`. Refuses also a position that is no entry of this stream, nor its floor."""
+        await self._script(_SEEK, position)
+        self._begin(position)
+
+    def _begin(self, position: EntryId) -> EntryId:
+        self._last = position
+        self._failed = self._unanswered = False
+        self._applied.clear()
+        self._beat_at = self._checked_at = asyncio.get_running_loop().time()
+        return position
+
+    async def acknowledge(self, entry_ids: Sequence[EntryId]) -> None:
+        """As `EventGroup.acknowledge`: goes with the next `read`."""
+        self._applied += entry_ids
+
+    async def read(self, *, count: int, block_s: float) -> list[Entry]:
+        """As `EventGroup.read`. After a StoreUnavailable it waits, longer each time, before it tries
+        again."""
+        if self._failed:
+            await asyncio.sleep(self._backoff.next_s())
+        try:
+            entries = await self._read(count, min(block_s, BLOCK_LIMIT_S))
+        except StoreError:
+            self._failed = True
+            raise
+        self._failed = False
+        self._backoff.reset()
+        return entries
+
+    async def _read(self, count: int, block_s: float) -> list[Entry]:
+        now = asyncio.get_running_loop().time()
+        if now - self._beat_at >= BEAT_S:
+            await self._beat()
+        if self._unanswered:
+            entries = await self._fetch(count, 0.0, self._last)
+            if entries:
+                return entries
+        self._unanswered = True
+        entries = await self._fetch(count, block_s, ">")
+        self._unanswered = False
+        if not entries and asyncio.get_running_loop().time() - self._checked_at >= CHECK_S:
+            entries = await self._check(count)
+        return entries
+
+    async def _fetch(self, count: int, block_s: float, after: str) -> list[Entry]:
+        """Entries never sent to this group (`>`), or those sent and not acknowledged behind an id."""
+        applied = tuple(self._applied)
+        commands = []
+        if applied:
+            words = b"".join(map(pack_word, applied))
+            commands.append(pack("XACK", self._keys.events, self.name, more_count=len(applied)) + words)
+        place = ("STREAMS", self._keys.events, after)
+        commands.append(
+            pack("XREADGROUP", "GROUP", self.name, _CONSUMER, "COUNT", count, *_wait(block_s), *place)
+        )
+        *_, reply = await self._connection.execute_all(commands, block_s=block_s)
+        del self._applied[: len(applied)]
+        return self._follow(reply[0][1]) if reply else []
+
+    def _follow(self, raw: list[Any]) -> list[Entry]:
+        last, entries = self._last, []
+        for entry_id, fields in raw:
+            if fields is None:
+                raise StreamTrimmed(f"{self._keys.stream.path}: entries were deleted unread")
+            entry, previous = parse_entry(entry_id, fields)
+            if previous != last and previous is not None and entry_order(previous) > entry_order(last):
+                raise StreamTrimmed(f"{self._keys.stream.path}: what follows {last} was trimmed unread")
+            last = entry.entry_id
+            entries.append(entry)
+        self._last = last
+        return entries
+
+    async def _beat(self) -> EntryId:
+        """Give a sign of life; answer the stream's last entry. Raises StreamLost."""
+        (last,) = await self._script(_BEAT)
+        self._beat_at = self._checked_at = asyncio.get_running_loop().time()
+        return EntryId(last.decode())
+
+    async def _check(self, count: int) -> list[Entry]:
+        """Whether a stream in which nothing follows is one in which nothing was. Raises StreamTrimmed."""
+        end = await self._beat()
+        if entry_order(end) <= entry_order(self._last):
+            return []
+        self._unanswered = True
+        entries = await self._fetch(count, 0.0, ">")  # it may have come between the two
+        self._unanswered = False
+        if not entries:
+            raise StreamTrimmed(f"{self._keys.stream.path}: what follows {self._last} was deleted unread")
+        return entries
+
+    async def _script(self, script: Script, *args: Argument) -> list[Any]:
+        return await stream_script(self._client, script, self._keys, [self.name, *args])
+
+    async def aclose(self) -> None:
+        """As `EventGroup.aclose`."""
+        await self._connection.aclose()
+        with suppress(StoreError):
+            await self._client.pipeline(
+                [
+                    ("XGROUP", "DESTROY", self._keys.events, self.name),
+                    ("ZREM", self._keys.groups, self.name),
+                ]
+            )
+
+
+class RedisEventTail:
+    """`EventTail` by XREAD. For one task."""
+
+    def __init__(
+        self, client: RedisClient, keys: StreamKeys, after: EntryId | None, max_age_s: float
+    ) -> None:
+        self._client = client
+        self._keys = keys
+        self._connection = client.blocking()
+        self._after = after
+        self._max_age_s = max_age_s
+        self._backoff = Backoff()
+        self._failed = False
+
+    async def read(self, *, count: int, block_s: float) -> list[Entry]:
+        """As `EventTail.read`. After a StoreUnavailable it waits, longer each time, before it tries again."""
+        if self._failed:
+            await asyncio.sleep(self._backoff.next_s())
+        try:
+            entries = await self._read(count, min(block_s, BLOCK_LIMIT_S))
+        except StoreError:
+            self._failed = True
+            raise
+        self._failed = False
+        self._backoff.reset()
+        return entries
+
+    async def _read(self, count: int, block_s: float) -> list[Entry]:
+        if self._after is None:
+            self._after = await self._youngest()
+        elif self._failed:
+            await self._look_back()
+        place = ("STREAMS", self._keys.events, self._after)
+        command = pack("XREAD", "COUNT", count, *_wait(block_s), *place)
+        reply = await self._connection.execute(command, block_s=block_s)
+        entries = [parse_entry(*raw)[0] for raw in reply[0][1]] if reply else []
+        if entries:
+            self._after = entries[-1].entry_id
+        return entries
+
+    async def _youngest(self) -> EntryId:
+        seconds, microseconds = map(int, await self._client.execute("TIME"))
+        age_ms = round(self._max_age_s * 1000)
+        return EntryId(f"{max(0, seconds * 1000 + microseconds // 1000 - age_ms)}-0")
+
+    async def _look_back(self) -> None:
+        """After a failover a stream may end before what was read of it, and go on from there."""
+        last = await self._client.execute("XREVRANGE", self._keys.events, "+", "-", "COUNT", 1)
+        if last and self._after is not None:
+            self._after = min(self._after, EntryId(last[0][0].decode()), key=entry_order)
+
+    async def aclose(self) -> None:
+        await self._connection.aclose()
+
+
+def _wait(block_s: float) -> tuple[str, int] | tuple[()]:
+    """Part of a reading command: without it, it does not wait; with 0, it would for ever."""
+    block_ms = round(block_s * 1000)
+    return ("BLOCK", block_ms) if block_ms > 0 else ()
+
+
+def parse_entry(entry_id: bytes, fields: Sequence[bytes]) -> tuple[Entry, EntryId | None]:
+    """An entry, and the id of the one before it; without content and None if somebody else has written it."""
+    named = dict(zip(fields[::2], fields[1::2], strict=False))
+    previous = named.get(b"p", b"").decode("ascii", "replace")
+    entry = Entry(EntryId(entry_id.decode()), named.get(b"c", b""))
+    return entry, EntryId(previous) if _is_entry_id(previous) else None
+
+
+def _is_entry_id(text: str) -> bool:
+    ms, dash, number = text.partition("-")
+    return bool(dash) and ms.isdecimal() and number.isdecimal()

@@ -1,0 +1,180 @@
+"""Event streams on Redis: Redis Streams with a consumer group a reader, trimmed by rule, and pub/sub topics.
+
+A stream's keys share a hash tag of its own, `{prefix/<namespace>/<component>/<topic>/<shard>}`:
+
+    {tag}:events   stream: the entries, each of which names the one before it
+    {tag}:meta     hash: the last entry, the floor (the last one that was trimmed), totals, a clock
+    {tag}:groups   zset: each group's last sign of life, on that clock
+
+Everything that changes more than one of them is a script (`scripts/stream_*.lua`). Only two of those trim,
+and both record the floor: `trim`, to what nobody needs any more, and `append`, when the stream is over its
+ceiling, so that publishers alone cannot fill a server. The chain of entries tells a reader of all that is
+gone between two entries, whoever took it (`stream_readers.py`).
+"""
+
+from __future__ import annotations
+
+import builtins
+import logging
+from collections.abc import Sequence
+from typing import Any, Self
+
+from dynamo_redis.config import EventSettings, StoreSettings
+from dynamo_redis.errors import SchemaMismatch, StreamLost
+from dynamo_redis.store.client import RedisClient, Subscription
+from dynamo_redis.store.event_base import (
+    GROUP_TTL_S,
+    EntryId,
+    EventGroup,
+    EventTail,
+    GroupInfo,
+    NewEntry,
+    StreamInfo,
+    StreamName,
+    TopicSubscription,
+)
+from dynamo_redis.store.scripts import load_script
+from dynamo_redis.store.stream_keys import StreamKeys, stream_of_key, stream_pattern
+from dynamo_redis.store.stream_readers import RedisEventGroup, RedisEventTail, stream_script
+
+log = logging.getLogger(__name__)
+
+_APPEND = load_script("stream_append", "stream_prelude")
+_TRIM = load_script("stream_trim", "stream_prelude")
+_INFO = load_script("stream_info", "stream_prelude")
+
+
+class RedisEventStreams:
+    """`EventStreams` on one Redis or Valkey. `aclose` closes the client; readers are closed by their
+    owners."""
+
+    def __init__(self, client: RedisClient, prefix: str, settings: EventSettings) -> None:
+        self._client = client
+        self._prefix = prefix
+        self._settings = settings
+
+    @classmethod
+    def from_settings(cls, store: StoreSettings, events: EventSettings) -> Self:
+        """With a client of its own, not yet connected. Raises ConfigError if no server is configured."""
+        url, timeout_s = store.require_url(), store.command_timeout_s
+        client = RedisClient(url, timeout_s=timeout_s, client_name="dynamo-redis-events")
+        return cls(client, store.prefix, events)
+
+    # ------------------------------------------------------------------ streams
+
+    async def append(
+        self, stream: StreamName, entries: Sequence[NewEntry], *, max_age_s: float | None = None
+    ) -> None:
+        """As `EventStreams.append`; all or nothing, unless the answer is lost."""
+        if not entries:
+            return
+        args: list[bytes | str | int] = [
+            self._settings.event_stream_events_count,
+            int(self._settings.event_stream_size_bytes),
+            "" if max_age_s is None else max(1, round(max_age_s * 1000)),
+        ]
+        for entry in entries:
+            args += (entry.event_count, entry.content)
+        await stream_script(self._client, _APPEND, self._keys(stream), args)
+
+    def group(self, stream: StreamName, name: str) -> EventGroup:
+        """As `EventStreams.group`."""
+        return RedisEventGroup(self._client, self._keys(stream), name)
+
+    def tail(self, stream: StreamName, *, after: EntryId | None = None, max_age_s: float = 0.0) -> EventTail:
+        """As `EventStreams.tail`."""
+        return RedisEventTail(self._client, self._keys(stream), after, max_age_s)
+
+    async def trim(self, stream: StreamName, snapshot: EntryId) -> EntryId:
+        """As `EventStreams.trim`. Raises StreamLost if there is no stream."""
+        answer = await stream_script(
+            self._client, _TRIM, self._keys(stream), [snapshot, round(3 * GROUP_TTL_S * 1000)]
+        )
+        floor, *removed = map(bytes.decode, answer)
+        if removed:
+            log.info("%s: readers silent for long are removed: %s", stream.path, ", ".join(removed))
+        return EntryId(floor)
+
+    async def info(self, stream: StreamName) -> StreamInfo | None:
+        """As `EventStreams.info`."""
+        try:
+            answer = await stream_script(self._client, _INFO, self._keys(stream), ())
+        except StreamLost:
+            return None
+        entry_count, event_count, size_bytes, last, floor, *groups = answer
+        return StreamInfo(
+            stream,
+            entry_count,
+            event_count,
+            size_bytes,
+            EntryId(last.decode()),
+            EntryId(floor.decode()),
+            tuple(
+                GroupInfo(name.decode("utf-8", "replace"), EntryId(position.decode()), lag, silent_ms / 1000)
+                for name, position, lag, silent_ms in zip(
+                    *(groups[part::4] for part in range(4)), strict=True
+                )
+            ),
+        )
+
+    async def list(self) -> builtins.list[StreamInfo]:
+        """As `EventStreams.list`. Streams of another schema are left out, with a warning."""
+        keys = {key async for key in self._client.scan(stream_pattern(self._prefix))}
+        streams = sorted(filter(None, (stream_of_key(self._prefix, key) for key in keys)), key=_order)
+        found: builtins.list[StreamInfo] = []
+        for stream in streams:
+            try:
+                info = await self.info(stream)
+            except SchemaMismatch as exc:
+                log.warning("left out of the list: %s: %s", stream.path, exc)
+                continue
+            if info is not None:
+                found.append(info)
+        return found
+
+    async def delete(self, stream: StreamName) -> bool:
+        """As `EventStreams.delete`."""
+        return bool(await self._client.execute("UNLINK", *self._keys(stream).all))
+
+    # ------------------------------------------------------------------ topics
+
+    async def publish(self, topic: StreamName, message: bytes) -> None:
+        """As `EventStreams.publish`."""
+        await self._client.execute("PUBLISH", self._keys(topic).messages, message)
+
+    async def subscribe(self, topic: StreamName) -> TopicSubscription:
+        """As `EventStreams.subscribe`."""
+        return _Messages(await self._client.subscribe_channel(self._keys(topic).messages))
+
+    # ------------------------------------------------------------------ lifetime
+
+    def _keys(self, stream: StreamName) -> StreamKeys:
+        return StreamKeys(self._prefix, stream)
+
+    async def aclose(self) -> None:
+        """Close the connections. Never raises for a dead server."""
+        await self._client.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.aclose()
+
+
+class _Messages:
+    """`TopicSubscription` on a subscribed connection."""
+
+    def __init__(self, subscription: Subscription) -> None:
+        self._subscription = subscription
+
+    async def next(self, timeout_s: float) -> bytes | None:
+        message = await self._subscription.next_message(timeout_s)
+        return message and message[1]
+
+    async def aclose(self) -> None:
+        await self._subscription.aclose()
+
+
+def _order(stream: StreamName) -> tuple[Any, ...]:
+    return (stream.namespace, stream.component, stream.topic, stream.shard)
