@@ -100,9 +100,11 @@ class StreamFollower:
             try:
                 if self._end is None:
                     self._end = await self._begin()
+                    self._note_caught_up(self._end)
                 entries = await self._group.read(count=READ_COUNT, block_s=BLOCK_S)
                 self._reconnected()
                 await self._apply(entries)
+                self._note_caught_up(self._end if entries else self.position)
             except (StreamTrimmed, StreamLost) as exc:
                 log.warning("KV events of %s begin anew: %s", self._stream.path, exc)
                 self.cut_off_count += 1
@@ -160,7 +162,9 @@ class StreamFollower:
                 began_at = time.monotonic()
         if entries:
             await self._group.acknowledge([entry.entry_id for entry in entries])
-        if not entries or (self._end and entry_order(self.position) >= entry_order(self._end)):
+
+    def _note_caught_up(self, end: EntryId) -> None:
+        if entry_order(self.position) >= entry_order(end):
             self._intake.caught_up()
 
 

@@ -41,14 +41,14 @@ class Recovery:
     `aclose` ends all.
     """
 
-    def __init__(self, ledger: Ledger, client: Client, *, answer_s: float = ANSWER_S) -> None:
+    def __init__(self, ledger: Ledger, client: Client, *, answer_s: float | None = None) -> None:
         self.recovered_count = 0
         """Asks that were answered."""
         self.failed_count = 0
         """Asks that were not."""
         self._ledger = ledger
         self._client = client
-        self._answer_s = answer_s
+        self._answer_s = answer_s or ANSWER_S
         self._slots = asyncio.Semaphore(ASKS_AT_ONCE_COUNT)
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._ending: set[asyncio.Task[None]] = set()

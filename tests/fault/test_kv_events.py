@@ -1,0 +1,357 @@
+"""Routers while events are repeated, lost, damaged and late: afterwards each index equals the caches."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from redis.asyncio import Redis
+
+from dynamo_redis.router import recovery
+from dynamo_redis.store.event_base import NewEntry
+from dynamo_redis.store.server import EmbeddedServer
+from dynamo_redis.store.stream_keys import StreamKeys
+from dynamo_redis.wire.event import EventBatch
+from faults.proxy import STALL, Conditions, Proxy
+from tests.kv_deployment import STREAM, Deployment, deployment, differences, flush, held, wait_until
+
+NO_ANSWERS = Conditions(swallow_answers=True)
+
+
+@pytest.fixture
+async def deployed(dynamo_redis_url: str, dynamo_redis_prefix: str) -> AsyncIterator[Deployment]:
+    async with deployment(dynamo_redis_url, dynamo_redis_prefix) as made:
+        yield made
+
+
+@pytest.fixture
+async def redis(dynamo_redis_url: str) -> AsyncIterator[Redis]:
+    """Another way to the same keys, for what no program of this package does."""
+    async with Redis.from_url(dynamo_redis_url) as client:
+        yield client
+
+
+@pytest.fixture
+def keys(dynamo_redis_prefix: str) -> StreamKeys:
+    return StreamKeys(dynamo_redis_prefix, STREAM)
+
+
+# --------------------------------------------------------------------------- the normal way
+
+
+async def test_a_router_follows_from_the_beginning_of_the_stream(deployed: Deployment) -> None:
+    for _ in range(2):
+        await deployed.worker(rank_count=2)
+    deployed.chat(30)
+    await flush(deployed.workers)
+    router = await deployed.router()
+    assert not differences(router, deployed.truth()), "it serves before it has read what was there"
+    deployed.chat(30)
+    await deployed.agree()
+    assert router.state().gaps_count == 0
+
+
+async def test_a_worker_that_leaves_takes_its_blocks_with_it(deployed: Deployment) -> None:
+    workers = [await deployed.worker() for _ in range(2)]
+    deployed.chat(20)
+    await deployed.router()
+    await deployed.agree()
+    await deployed.end_worker(workers[0])
+    await deployed.agree()
+
+
+async def test_a_worker_that_is_restarted_under_its_id_begins_empty(deployed: Deployment) -> None:
+    worker = await deployed.worker(rank_count=2)
+    await deployed.worker()
+    deployed.chat(20)
+    await deployed.router()
+    await deployed.agree()
+    restarted = await deployed.restart_worker(worker)
+    await deployed.agree()  # before it has said anything
+    restarted.chat(20)
+    await deployed.agree()
+
+
+# --------------------------------------------------------------------------- repeated, lost, damaged
+
+
+async def test_lost_answers_repeat_batches_and_each_is_applied_once(
+    dynamo_redis_url: str, dynamo_redis_prefix: str
+) -> None:
+    async with (
+        Proxy(dynamo_redis_url) as proxy,
+        deployment(dynamo_redis_url, dynamo_redis_prefix, command_timeout_s=0.3) as deployed,
+    ):
+        await deployed.worker(url=proxy.url)
+        router = await deployed.router()
+        for _ in range(2):
+            proxy.conditions = NO_ANSWERS
+            deployed.chat(10)
+            await wait_until(lambda: proxy.has_swallowed, "an answer is swallowed")
+            await asyncio.sleep(0.1)  # it arrives, and the answer does not
+            proxy.heal()
+            deployed.chat(10)
+            await deployed.agree()
+        assert router.state().repeated_count > 0
+
+
+async def test_a_full_queue_leaves_a_gap_that_the_worker_fills(
+    dynamo_redis_url: str, dynamo_redis_prefix: str
+) -> None:
+    async with (
+        Proxy(dynamo_redis_url) as proxy,
+        deployment(
+            dynamo_redis_url, dynamo_redis_prefix, command_timeout_s=0.3, event_queue_count=20
+        ) as deployed,
+    ):
+        worker = await deployed.worker(url=proxy.url)
+        router = await deployed.router()
+        worker.chat(5)
+        await deployed.agree()
+        proxy.conditions = STALL
+        worker.chat(100)
+        assert worker.senders[0].left_out_count > 0
+        proxy.heal()
+        await deployed.agree()
+        assert router.state().gaps_count > 0
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\xc1 no batch", b"\x92\x02\x90"], ids=["empty", "garbage", "newer"]
+)
+async def test_an_entry_that_cannot_be_read_is_made_up_for_by_the_workers(
+    deployed: Deployment, monkeypatch: pytest.MonkeyPatch, content: bytes
+) -> None:
+    worker = await deployed.worker()
+    deployed.chat(10)
+    router = await deployed.router()
+    await deployed.agree()
+    streams = worker.runtime.events
+    append = streams.append
+
+    async def damage(stream: Any, entries: Any, **options: Any) -> None:
+        """What is stored is not what was sent; and then the publisher falls silent."""
+        await append(stream, [NewEntry(content, 1) for _ in entries], **options)
+
+    monkeypatch.setattr(streams, "append", damage)
+    worker.chat(3)
+    await wait_until(lambda: router.state().unreadable_count, "the damaged entry is read")
+    await deployed.agree()
+    monkeypatch.undo()
+    worker.chat(3)
+    await deployed.agree()
+
+
+async def test_events_that_are_none_are_made_up_for_by_a_dump(deployed: Deployment) -> None:
+    worker = await deployed.worker()
+    router = await deployed.router()
+    worker.chat(5)
+    await deployed.agree()
+    sender = worker.senders[0]
+    batch = EventBatch(STREAM.topic, worker.ids[0], sender.next_sequence, 0, [["no", "KV", "event"]])
+    await worker.runtime.events.append(STREAM, [NewEntry(batch.to_bytes(), 1)])
+    await wait_until(lambda: router.state().gaps_count, "the batch is refused")
+    worker.chat(5)
+    await deployed.agree()
+
+
+async def test_a_stream_that_is_deleted_costs_nothing(
+    deployed: Deployment, redis: Redis, keys: StreamKeys
+) -> None:
+    for _ in range(2):
+        await deployed.worker()
+    deployed.chat(20)
+    routers = [await deployed.router() for _ in range(2)]
+    await deployed.agree()
+    await redis.delete(*keys.all)
+    deployed.chat(20)
+    await flush(deployed.workers)
+    await redis.delete(keys.events)  # once more, with what nobody may have read
+    await deployed.agree()
+    await wait_until(lambda: all(each.state().cut_off_count for each in routers), "they find it gone")
+    deployed.chat(5)
+    await deployed.agree()
+
+
+async def test_a_group_that_is_deleted_costs_nothing(
+    deployed: Deployment, redis: Redis, keys: StreamKeys
+) -> None:
+    await deployed.worker()
+    router, other = [await deployed.router() for _ in range(2)]
+    deployed.chat(20)
+    await deployed.agree()
+    await redis.xgroup_destroy(keys.events, router.router_id)
+    deployed.chat(20)
+    await deployed.agree()
+    assert (router.state().cut_off_count, other.state().cut_off_count) == (1, 0)
+
+
+async def test_a_router_that_slept_past_the_trim_asks_the_workers(
+    dynamo_redis_url: str, dynamo_redis_prefix: str
+) -> None:
+    async with (
+        Proxy(dynamo_redis_url) as proxy,
+        deployment(dynamo_redis_url, dynamo_redis_prefix, event_stream_events_count=1000) as deployed,
+    ):
+        for _ in range(2):
+            await deployed.worker()
+        router = await deployed.router(url=proxy.url)
+        other = await deployed.router()
+        deployed.chat(10)
+        await deployed.agree()
+        proxy.conditions = STALL
+        for _ in range(40):
+            deployed.chat(20)
+            await flush(deployed.workers)
+        await deployed.agree(other)
+        assert differences(router, deployed.truth())
+        proxy.heal()
+        await deployed.agree()
+        assert router.state().cut_off_count > 0
+
+
+# --------------------------------------------------------------------------- Redis dies and forgets
+
+
+@pytest.fixture
+async def on_own_server(
+    own_redis_server: EmbeddedServer, dynamo_redis_prefix: str
+) -> AsyncIterator[Deployment]:
+    async with deployment(own_redis_server.url, dynamo_redis_prefix) as made:
+        for _ in range(2):
+            await made.worker()
+        for _ in range(2):
+            await made.router()
+        made.chat(20)
+        await made.agree()
+        yield made
+
+
+async def test_a_wiped_redis_costs_nothing(
+    on_own_server: Deployment, own_redis_server: EmbeddedServer
+) -> None:
+    async with Redis.from_url(own_redis_server.url) as redis:
+        await redis.flushall()
+    on_own_server.chat(20)
+    await on_own_server.agree()
+    late = await on_own_server.router()
+    await on_own_server.agree(late)
+    on_own_server.chat(5)
+    await on_own_server.agree()
+
+
+@pytest.mark.parametrize("keep_data", [True, False])
+async def test_a_redis_that_is_killed_and_restarted_costs_nothing(
+    on_own_server: Deployment, own_redis_server: EmbeddedServer, keep_data: bool
+) -> None:
+    on_own_server.chat(20)  # some of it is being sent right now
+    await asyncio.sleep(0.003)
+    await own_redis_server.kill()
+    on_own_server.chat(20)
+    assert all(held(router) for router in on_own_server.indexers), "the index is there while Redis is not"
+    if not keep_data:
+        own_redis_server.erase()
+    await own_redis_server.restart()
+    await on_own_server.agree()
+    on_own_server.chat(5)
+    await on_own_server.agree()
+
+
+async def test_what_a_failover_forgot_is_asked_of_workers_that_say_no_more(
+    dynamo_redis_url: str, dynamo_redis_prefix: str, redis: Redis, keys: StreamKeys
+) -> None:
+    """A batch was acknowledged and is forgotten before a router has read it, and nothing follows it."""
+    async with (
+        Proxy(dynamo_redis_url) as proxy,
+        deployment(dynamo_redis_url, dynamo_redis_prefix) as deployed,
+    ):
+        worker = await deployed.worker()
+        worker.chat(10)
+        await deployed.router(url=proxy.url)
+        await deployed.agree()
+        before = {key: await redis.dump(key) for key in keys.all}
+        proxy.conditions = STALL
+        worker.chat(10)
+        await flush([worker])
+        for key, content in before.items():
+            assert content is not None
+            await redis.restore(key, 0, content, replace=True)
+        proxy.cut()
+        proxy.heal()
+        await deployed.agree()
+
+
+# --------------------------------------------------------------------------- routers
+
+
+async def test_a_router_that_is_restarted_knows_all(deployed: Deployment) -> None:
+    for _ in range(3):
+        await deployed.worker()
+    deployed.chat(20)
+    router = await deployed.router()
+    await deployed.end_router(router)
+    deployed.chat(20)
+    await deployed.router()
+    deployed.chat(5)
+    await deployed.agree()
+
+
+async def test_a_worker_that_hangs_is_taken_to_hold_nothing_until_it_answers(
+    deployed: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recovery, "ANSWER_S", 0.2)
+    silent, other = [await deployed.worker() for _ in range(2)]
+    deployed.chat(20)
+    router = await deployed.router()
+    await deployed.agree()
+    silent.answers = False
+    router.doubt()
+    await wait_until(lambda: router.state().unanswered_count, "it does not answer")
+    assert held(router) == other.truth()
+    silent.chat(20)
+    other.chat(20)
+    await wait_until(lambda: held(router) == other.truth(), "the others are followed meanwhile")
+    silent.answers = True
+    await deployed.agree()
+
+
+async def test_all_routers_may_ask_a_worker_at_once_and_each_does_so_once(deployed: Deployment) -> None:
+    worker = await deployed.worker()
+    routers = [await deployed.router() for _ in range(4)]
+    asked_before = worker.asked_count
+    for _ in range(20):
+        for router in routers:
+            router.doubt()
+    worker.chat(5)
+    await deployed.agree()
+    assert worker.asked_count - asked_before <= 2 * len(routers)
+
+
+# --------------------------------------------------------------------------- without a stream
+
+
+async def test_pubsub_heals_what_was_published_while_nobody_listened(
+    dynamo_redis_url: str, dynamo_redis_prefix: str
+) -> None:
+    async with (
+        Proxy(dynamo_redis_url) as proxy,
+        deployment(dynamo_redis_url, dynamo_redis_prefix, event_plane="pubsub") as deployed,
+    ):
+        for _ in range(2):
+            await deployed.worker(rank_count=2)
+        deployed.chat(20)
+        await flush(deployed.workers)
+        await deployed.router(url=proxy.url)
+        await deployed.agree()  # from dumps alone
+        deployed.chat(20)
+        await deployed.agree()
+        proxy.refuse = True
+        proxy.cut()
+        deployed.chat(20)
+        await flush(deployed.workers)
+        proxy.heal()
+        await deployed.agree()  # though nobody says any more
+        deployed.chat(5)
+        await deployed.agree()

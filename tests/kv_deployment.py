@@ -1,0 +1,274 @@
+"""A deployment in one process for tests of KV events: workers with simulated caches, and routers' indexers.
+
+Everything between is real: request plane, registry, event streams. What a worker's cache truly holds is known
+from the cache itself, by names that the publisher must translate, so that an index can be compared to it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from array import array
+from collections.abc import AsyncIterator, Iterable
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+from dynamo_redis.config import RouterSettings
+from dynamo_redis.engines.base import AllBlocksCleared, BlocksRemoved, BlocksStored
+from dynamo_redis.engines.kv_cache import BlockCache, BlockTable
+from dynamo_redis.planes.event_publisher import EventPublisher
+from dynamo_redis.router.base import Worker
+from dynamo_redis.router.hashing import chain, local_hashes
+from dynamo_redis.router.indexer import Indexer
+from dynamo_redis.router.kv_dump import KV_DUMP, KvDump
+from dynamo_redis.router.kv_publisher import KvPublisher
+from dynamo_redis.runtime import DistributedRuntime, Settings
+from dynamo_redis.store.base import LeaseId
+from dynamo_redis.store.connect import open_events, open_locks, open_store
+from dynamo_redis.store.event_base import StreamName
+from dynamo_redis.store.registry import RedisRegistry
+from dynamo_redis.wire.event import PublisherId
+from dynamo_redis.wire.kv_event import DEVICE, KV_EVENTS
+
+NAMESPACE, COMPONENT = "test", "backend"
+STREAM = StreamName(NAMESPACE, COMPONENT, KV_EVENTS)
+BLOCK_SIZE = 4
+WAIT_S = 30.0
+
+_SALT = 0x5DEECE66D
+_PREFIXES = 6
+_DEPTH = 8
+
+
+class SimulatedRank:
+    """One rank's cache under random prompts that share prefixes; told to a `KvPublisher`."""
+
+    def __init__(self, publisher: KvPublisher, rng: random.Random, total_blocks: int = 64) -> None:
+        self.publisher = publisher
+        self._rng = rng
+        self._cache = BlockCache(total_blocks, BLOCK_SIZE, self._tell)
+
+    def chat(self) -> None:
+        """One prompt comes, is computed and let go; old blocks make room."""
+        rng = self._rng
+        prefix, depth = rng.randrange(_PREFIXES), rng.randrange(1, _DEPTH + 1)
+        tokens = array("I", [prefix * 1000 + place for place in range(depth * BLOCK_SIZE)])
+        tokens.extend(rng.randrange(1 << 16) for _ in range(rng.randrange(4) * BLOCK_SIZE))
+        names = [block ^ _SALT for block in chain(local_hashes(tokens, BLOCK_SIZE))]
+        table, cache = BlockTable(), self._cache
+        known = cache.match(names, len(names))
+        cache.hold(table, names[:known])
+        assert cache.reserve(table, len(names) - known)
+        cache.store(table, names[known:], tokens[known * BLOCK_SIZE :])
+        cache.release(table)
+
+    def truth(self) -> set[int]:
+        """The sequence hashes of what the cache holds."""
+        return {name ^ _SALT for name in self._cache.stored()}
+
+    def _tell(self, event: BlocksStored | BlocksRemoved | AllBlocksCleared) -> None:
+        if isinstance(event, BlocksStored):
+            self.publisher.stored(event.block_hashes, event.token_ids, event.parent_hash)
+        elif isinstance(event, BlocksRemoved):
+            self.publisher.removed(event.block_hashes)
+        else:
+            self.publisher.cleared()
+
+
+class SimulatedWorker:
+    """One process's part: its ranks, what sends their events, and the endpoint that tells them again."""
+
+    def __init__(self, runtime: DistributedRuntime, seed: int, rank_count: int) -> None:
+        self.runtime = runtime
+        self.instance_id = runtime.instance_id
+        events = runtime.settings.events
+        epoch = random.Random(f"epoch {seed} {time.monotonic_ns()}").getrandbits(62)
+        self.ids = [PublisherId(self.instance_id, epoch, rank) for rank in range(rank_count)]
+        durable = events.event_plane == "stream"
+        self.senders = [
+            EventPublisher(runtime.events, STREAM, each, events, durable=durable) for each in self.ids
+        ]
+        self.ranks = [
+            SimulatedRank(
+                KvPublisher(sender, block_size=BLOCK_SIZE, dp_rank=rank, ring_count=256),
+                random.Random(f"{seed} {rank}"),
+            )
+            for rank, sender in enumerate(self.senders)
+        ]
+        self.answers = True
+        """Set it to False and the worker does not say what it holds: it hangs."""
+        self.asked_count = 0
+
+    async def start(self) -> None:
+        """Be found, and begin to send."""
+        dump = KvDump({each: rank.publisher for each, rank in zip(self.ids, self.ranks, strict=True)})
+
+        async def answer(request: Any) -> AsyncIterator[Any]:
+            self.asked_count += 1
+            while not self.answers:
+                await asyncio.sleep(0.01)
+            async for item in dump.generate(request):
+                yield item
+
+        await self.runtime.endpoint(f"{NAMESPACE}.{COMPONENT}.{KV_DUMP}").start_serving(answer)
+        for sender in self.senders:
+            await sender.start()
+
+    def chat(self, count: int = 1) -> None:
+        """So many prompts for each rank."""
+        for rank in self.ranks:
+            for _ in range(count):
+                rank.chat()
+
+    def truth(self) -> dict[Worker, set[int]]:
+        """What its ranks hold."""
+        return {
+            Worker(self.instance_id, number): held
+            for number, rank in enumerate(self.ranks)
+            if (held := rank.truth())
+        }
+
+    async def aclose(self) -> None:
+        """Leave."""
+        for sender in self.senders:
+            await sender.aclose()
+        await self.runtime.aclose()
+
+
+class Deployment:
+    """Workers and routers on one Redis; all that it opened end with it."""
+
+    def __init__(self, url: str, prefix: str, **settings: Any) -> None:
+        self.workers: list[SimulatedWorker] = []
+        self.indexers: list[Indexer] = []
+        self._url = url
+        self._settings = {"prefix": prefix, "drain_s": 0.2, "lease_ttl_s": 2.0, "auth": "off", **settings}
+        self._runtimes: dict[Indexer, DistributedRuntime] = {}
+        self._started_count = 0
+
+    async def runtime(self, *, url: str | None = None, instance_id: int | None = None) -> DistributedRuntime:
+        """One more process."""
+        settings = Settings.load(**{"redis_url": url or self._url, **self._settings})
+        if instance_id is None:
+            runtime = DistributedRuntime(settings=settings)
+        else:
+            registry = RedisRegistry(settings.store, instance_id=LeaseId(instance_id))
+            _, objects = open_store(settings.store)
+            runtime = DistributedRuntime(
+                settings=settings,
+                registry=registry,
+                objects=objects,
+                locks=open_locks(settings.store),
+                events=open_events(settings.store, settings.events),
+            )
+        await runtime.start()
+        return runtime
+
+    async def worker(
+        self, *, url: str | None = None, instance_id: int | None = None, rank_count: int = 1
+    ) -> SimulatedWorker:
+        """One more worker."""
+        self._started_count += 1
+        runtime = await self.runtime(url=url, instance_id=instance_id)
+        worker = SimulatedWorker(runtime, self._started_count, rank_count)
+        self.workers.append(worker)
+        await worker.start()
+        return worker
+
+    async def router(self, *, url: str | None = None, **settings: Any) -> Indexer:
+        """One more router, started."""
+        self._started_count += 1
+        runtime = await self.runtime(url=url)
+        indexer = Indexer(
+            runtime,
+            NAMESPACE,
+            COMPONENT,
+            RouterSettings.load(**settings),
+            router_id=f"router-{self._started_count}",
+        )
+        self.indexers.append(indexer)
+        self._runtimes[indexer] = runtime
+        await indexer.start()
+        return indexer
+
+    async def end_router(self, indexer: Indexer) -> None:
+        """A router leaves."""
+        self.indexers.remove(indexer)
+        await indexer.aclose()
+        await self._runtimes.pop(indexer).aclose()
+
+    async def end_worker(self, worker: SimulatedWorker) -> None:
+        """A worker leaves."""
+        self.workers.remove(worker)
+        await worker.aclose()
+
+    async def restart_worker(self, worker: SimulatedWorker) -> SimulatedWorker:
+        """A worker ends and is there again under its id, with an empty cache."""
+        await self.end_worker(worker)
+        return await self.worker(instance_id=worker.instance_id, rank_count=len(worker.ranks))
+
+    def chat(self, count: int = 1) -> None:
+        """So many prompts at each worker's ranks."""
+        for worker in self.workers:
+            worker.chat(count)
+
+    def truth(self) -> dict[Worker, set[int]]:
+        """What all caches hold."""
+        return {rank: held for worker in self.workers for rank, held in worker.truth().items()}
+
+    async def agree(self, *indexers: Indexer) -> None:
+        """Wait until every index equals the truth; fails with the difference."""
+        deadline = time.monotonic() + WAIT_S
+        for indexer in indexers or tuple(self.indexers):
+            while (difference := differences(indexer, self.truth())) and time.monotonic() < deadline:
+                await asyncio.sleep(0.01)
+            assert not difference, f"{indexer.router_id}: {difference}; {indexer.state()}"
+
+    async def aclose(self) -> None:
+        """End all."""
+        for indexer in tuple(self.indexers):
+            await self.end_router(indexer)
+        for worker in tuple(self.workers):
+            await self.end_worker(worker)
+
+
+def held(indexer: Indexer) -> dict[Worker, set[int]]:
+    """What a router believes."""
+    index = indexer.index
+    return {worker: blocks for worker in index.workers() if (blocks := index.blocks_of(worker)[DEVICE])}
+
+
+def differences(indexer: Indexer, truth: dict[Worker, set[int]]) -> list[str]:
+    """Where a router is wrong: for each worker, blocks too few and too many."""
+    believed = held(indexer)
+    return [
+        f"{worker}: {len(truth.get(worker, set()) - believed.get(worker, set()))} missing,"
+        f" {len(believed.get(worker, set()) - truth.get(worker, set()))} wrong"
+        for worker in truth.keys() | believed.keys()
+        if truth.get(worker, set()) != believed.get(worker, set())
+    ]
+
+
+@asynccontextmanager
+async def deployment(url: str, prefix: str, **settings: Any) -> AsyncIterator[Deployment]:
+    """A deployment without workers and routers yet."""
+    made = Deployment(url, prefix, **settings)
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(made.aclose)
+        yield made
+
+
+async def wait_until(condition: Any, what: str) -> None:
+    """Poll until it holds; fails naming it."""
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline, f"never: {what}"
+        await asyncio.sleep(0.005)
+
+
+async def flush(workers: Iterable[SimulatedWorker]) -> None:
+    """Wait until everything published has been sent."""
+    for worker in workers:
+        for sender in worker.senders:
+            assert await sender.flush(WAIT_S)
