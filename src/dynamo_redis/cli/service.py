@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from dynamo_redis.cli import collection
 from dynamo_redis.cli.options import load, setting_options
 from dynamo_redis.cli.output import print_line
-from dynamo_redis.config import PlaneSettings, RuntimeSettings, StoreSettings
+from dynamo_redis.config import EventSettings, PlaneSettings, RuntimeSettings, StoreSettings
 from dynamo_redis.names import format_instance_id
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ READY = "ready"
 
 def runtime_options(command: Command) -> Command:
     """All options of a process that has a runtime."""
-    for group in (RuntimeSettings, PlaneSettings, StoreSettings):
+    for group in (RuntimeSettings, PlaneSettings, EventSettings, StoreSettings):
         command = setting_options(group)(command)
     return command
 
@@ -47,6 +47,7 @@ def run_service(
         store=load(StoreSettings, options),
         plane=load(PlaneSettings, options),
         runtime=load(RuntimeSettings, options),
+        events=load(EventSettings, options),
     )
 
     raise_file_limit()

@@ -182,7 +182,13 @@ class KvRouter:
             # What others hear late they choose wrongly by: nothing waits for company.
             at_once = events.model_copy(update={"event_linger_s": 0.0})
             self._sync = BookingSync(
-                self._runtime.events, *place, self._publisher, at_once, self._book, self._own_bookings
+                self._runtime.events,
+                self._runtime.registry,
+                *place,
+                self._publisher,
+                at_once,
+                self._book,
+                self._own_bookings,
             )
         workers = Workers(self._client.dispatcher, self._cards, self._metrics, self._settings)
         index = self.indexer or self._predicted

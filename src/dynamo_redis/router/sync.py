@@ -25,10 +25,12 @@ from typing import Any
 from dynamo_redis.clock import SYSTEM_CLOCK, Clock
 from dynamo_redis.config import EventSettings
 from dynamo_redis.errors import DynamoRedisError, StoreError
+from dynamo_redis.names import decode_segment, kv_routers_prefix
 from dynamo_redis.planes.event_publisher import EventPublisher
 from dynamo_redis.router.base import Worker
 from dynamo_redis.router.booking import Booking
 from dynamo_redis.router.load import LoadBook
+from dynamo_redis.store.base import Delete, DeleteCause, Registry, WatchBatch
 from dynamo_redis.store.event_base import Entry, EventStreams, EventTail, StreamName
 from dynamo_redis.wire.event import EventBatch, PublisherId
 
@@ -56,13 +58,14 @@ def owner_name(publisher: PublisherId) -> str:
 class BookingSync:
     """Tells other routers of this one's bookings, and books theirs. A `Listener` of the chooser.
 
-    It owns the publisher (bounded; its overflow is made good by the next renewal) and two tasks: one reads
-    the stream, one renews. All end with `aclose`.
+    It owns the publisher (bounded; its overflow is made good by the next renewal) and three tasks: one reads
+    the stream, one renews, one watches the routers' records. All end with `aclose`.
     """
 
     def __init__(
         self,
         streams: EventStreams,
+        registry: Registry,
         namespace: str,
         component: str,
         publisher: PublisherId,
@@ -74,6 +77,8 @@ class BookingSync:
     ) -> None:
         """`bookings` are all that this router has under way, now."""
         self._streams = streams
+        self._registry = registry
+        self._records = kv_routers_prefix(namespace, component)
         self._stream = StreamName(namespace, component, ACTIVE_SEQUENCES)
         self._owner = owner_name(publisher)
         self._publisher = EventPublisher(streams, self._stream, publisher, settings, max_age_s=_KEPT_S)
@@ -88,10 +93,12 @@ class BookingSync:
     async def start(self, timeout_s: float) -> None:
         """Begin, and wait until what the others have under way is known, for `timeout_s` at most."""
         await self._publisher.start()
-        self._tasks = [
-            asyncio.create_task(self._read(), name=f"sync {self._stream.path}"),
-            asyncio.create_task(self._renew(), name=f"renewal {self._stream.path}"),
-        ]
+        for what, work in (
+            ("sync", self._read()),
+            ("renewal", self._renew()),
+            ("routers", self._watch_routers()),
+        ):
+            self._tasks.append(asyncio.create_task(work, name=f"{what} {self._stream.path}"))
         try:
             async with asyncio.timeout(timeout_s):
                 await self._caught_up.wait()
@@ -136,6 +143,26 @@ class BookingSync:
             self._publisher.publish(["active", active[start : start + _A_PIECE]])
 
     # ----------------------------------------------------------------- hearing
+
+    async def _watch_routers(self) -> None:
+        """A router that left, or whose lease ended, has nothing under way any more."""
+        while True:
+            try:
+                async with self._registry.watch(self._records) as watch:
+                    async for batch in watch:
+                        self.forget_routers(batch)
+            except DynamoRedisError as exc:
+                log.debug("watch of %s failed, starting it again: %s", self._records, exc)
+            await asyncio.sleep(_PAUSE_S[1])
+
+    def forget_routers(self, batch: WatchBatch) -> None:
+        """End the bookings of routers whose records went. A resync proves nothing: the registry may have
+        lost them, and they are back in a moment."""
+        for event in batch.events:
+            if isinstance(event, Delete) and event.cause is not DeleteCause.RESYNC:
+                owner = decode_segment(event.key.removeprefix(self._records))
+                if owner != self._owner:
+                    self._book.drop_owner(owner)
 
     async def _read(self) -> None:
         pause_s, longest_s = _PAUSE_S

@@ -73,6 +73,11 @@ class Call:
         self._member: Member
         self._open(dispatcher.choose(select, None, among) if member is None else member)
 
+    @property
+    def instance_id(self) -> int:
+        """The instance that the request is at, or was at last."""
+        return self._member.instance_id
+
     def __aiter__(self) -> Self:
         return self
 
