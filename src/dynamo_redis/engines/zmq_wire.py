@@ -1,0 +1,281 @@
+"""What engines say of their KV caches over ZeroMQ: the wire of vLLM, which SGLang speaks too. Pure.
+
+A message is `[topic, sequence, payload]`: the sequence eight bytes, big-endian, from 0 for each start of the
+engine; the payload msgpack, `[ts, events, data_parallel_rank]` or a map of these. An event is a map with a
+`type`, or an array that begins with it and has its fields in the order below (vLLM up to 0.10). Fields and
+types of later releases are ignored. Sources: vLLM's `distributed/kv_events.py`, SGLang's
+`disaggregation/kv_events.py`.
+
+Not everything an engine holds can be found by a prompt's token ids alone. Left out, by reason in `left_out`:
+
+- `unknown_type`, `unknown_medium`: events that this release does not know;
+- `unnamed_adapter`: blocks of a LoRA adapter of which only the engine's number is said;
+- `extra_keys`: blocks whose hash depends on more than tokens and adapter (images, a cache salt).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from typing import Any, Final
+
+from dynamo_redis.wire.codec import unpack
+from dynamo_redis.wire.kv_event import DEVICE, DISK, HOST
+
+EngineHash = int | bytes
+"""An engine's own name of a block; integers as unsigned 64 bits, though engines may send them signed."""
+
+END_OF_REPLAY: Final = -1
+"""The sequence of the last message that a replay socket answers with."""
+
+_STORED_FIELDS: Final = (
+    "block_hashes",
+    "parent_block_hash",
+    "token_ids",
+    "block_size",
+    "lora_id",
+    "medium",
+    "lora_name",
+    "extra_keys",
+    "group_idx",
+    "kv_cache_spec_kind",
+    "kv_cache_spec_sliding_window",
+)
+_REMOVED_FIELDS: Final = ("block_hashes", "medium", "group_idx")
+_FIELDS: Final = {"BlockStored": _STORED_FIELDS, "BlockRemoved": _REMOVED_FIELDS, "AllBlocksCleared": ()}
+_BATCH_FIELDS: Final = ("ts", "events", "data_parallel_rank")
+
+_TIERS: Final = {
+    None: DEVICE,
+    "GPU": DEVICE,
+    "CPU": HOST,
+    "CPU_PINNED": HOST,
+    "STORAGE": DISK,
+    "DISK": DISK,
+}
+
+_FULL_ATTENTION_KINDS: Final = frozenset({None, "full_attention", "mla_attention", "sink_full_attention"})
+"""Kinds of KV-cache groups in which a block, once there, holds for every longer prompt."""
+
+_U64_MASK: Final = (1 << 64) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Blocks that follow each other are held now; the parent is the block before them, or None.
+
+    Without `token_ids` they are blocks told before, now on another tier. `group` is the KV-cache group of
+    a model that has several; `full_attention` whether that group keeps all of a prompt's blocks.
+    """
+
+    block_hashes: list[EngineHash]
+    parent_hash: EngineHash | None
+    token_ids: list[Any]
+    block_size: int
+    tier: int
+    lora_name: str | None
+    group: int | None
+    full_attention: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """Blocks are held no longer, on that tier and in that group."""
+
+    block_hashes: list[EngineHash]
+    tier: int
+    group: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Cleared:
+    """The cache is empty."""
+
+
+EngineEvent = Stored | Removed | Cleared
+
+
+@dataclass(frozen=True, slots=True)
+class EngineBatch:
+    """The events of one message, and how many were left out for which reason."""
+
+    events: list[EngineEvent]
+    dp_rank: int | None
+    left_out: Counter[str] = field(default_factory=Counter)
+
+
+# --------------------------------------------------------------------------- messages
+
+
+def split_message(frames: Sequence[bytes]) -> tuple[int, bytes]:
+    """The sequence and the payload of a published or replayed message; what precedes them (the topic, an
+    empty delimiter) is not looked at. The sequence is END_OF_REPLAY at the end of a replay.
+
+    Raises ValueError.
+    """
+    if len(frames) < 2 or len(frames[-2]) != 8:
+        raise ValueError(f"not a KV event message: frames of {[len(frame) for frame in frames]} bytes")
+    return int.from_bytes(frames[-2], "big", signed=True), frames[-1]
+
+
+def replay_request(first_sequence: int) -> list[bytes]:
+    """What asks a replay socket for all it still has from that sequence on."""
+    return [b"", first_sequence.to_bytes(8, "big")]
+
+
+def decode_batch(payload: bytes) -> EngineBatch:
+    """Read a message's payload. Raises ValueError if it is not one: then none of it may be believed."""
+    batch = _named(unpack(payload), _BATCH_FIELDS, "batch")
+    events, dp_rank = batch.get("events"), batch.get("data_parallel_rank")
+    if not isinstance(events, list):
+        raise ValueError("not a KV event batch: no list of events")
+    decoded = EngineBatch([], _optional_int(dp_rank, "data_parallel_rank"))
+    for event in events:
+        known = _event(event, decoded.left_out)
+        if known is not None:
+            decoded.events.append(known)
+    return decoded
+
+
+# --------------------------------------------------------------------------- events
+
+
+def _event(event: object, left_out: Counter[str]) -> EngineEvent | None:
+    """An event, or None if it is left out, which is counted."""
+    content: object = event
+    if isinstance(event, list) and event:
+        kind, content = event[0], event[1:]
+    elif isinstance(event, dict):
+        kind = event.get("type")
+    else:
+        raise ValueError("not a KV event: neither an array nor a map")
+    if not isinstance(kind, str):
+        raise ValueError("not a KV event: it has no type")
+    names = _FIELDS.get(kind)
+    if names is None:
+        left_out["unknown_type"] += 1
+        return None
+    if kind == "AllBlocksCleared":
+        return Cleared()
+    fields = _named(content, names, kind)
+    medium = fields.get("medium")
+    if medium is not None and not isinstance(medium, str):
+        raise ValueError(f"not a {kind}: medium is {type(medium).__name__}")
+    tier = _TIERS.get(medium)
+    if tier is None:
+        left_out["unknown_medium"] += 1
+        return None
+    return _stored(fields, tier, left_out) if kind == "BlockStored" else _removed(fields, tier)
+
+
+def _removed(fields: Mapping[Any, Any], tier: int) -> Removed:
+    return Removed(
+        _hashes(fields.get("block_hashes")), tier, _optional_int(fields.get("group_idx"), "group_idx")
+    )
+
+
+def _stored(fields: Mapping[Any, Any], tier: int, left_out: Counter[str]) -> Stored | None:
+    block_hashes = _hashes(fields.get("block_hashes"))
+    parent, token_ids = fields.get("parent_block_hash"), fields.get("token_ids")
+    block_size, lora_name = fields.get("block_size"), fields.get("lora_name")
+    if not isinstance(token_ids, list):
+        raise ValueError(f"not a BlockStored: token_ids is {type(token_ids).__name__}")
+    if type(block_size) is not int or block_size < 0:
+        raise ValueError(f"not a BlockStored: block_size is {block_size!r}")
+    if lora_name is not None and not isinstance(lora_name, str):
+        raise ValueError(f"not a BlockStored: lora_name is {type(lora_name).__name__}")
+    if lora_name is None and fields.get("lora_id") is not None:
+        left_out["unnamed_adapter"] += len(block_hashes)
+        return None
+    plain_count = _plain_count(fields.get("extra_keys"), len(block_hashes), lora_name)
+    if plain_count < len(block_hashes):
+        left_out["extra_keys"] += len(block_hashes) - plain_count
+        if not plain_count:
+            return None
+        block_hashes, token_ids = block_hashes[:plain_count], token_ids[: plain_count * block_size]
+    window, kind = fields.get("kv_cache_spec_sliding_window"), fields.get("kv_cache_spec_kind")
+    if kind is not None and not isinstance(kind, str):
+        raise ValueError(f"not a BlockStored: kv_cache_spec_kind is {type(kind).__name__}")
+    return Stored(
+        block_hashes=block_hashes,
+        parent_hash=None if parent is None else _hash(parent),
+        token_ids=token_ids,
+        block_size=block_size,
+        tier=tier,
+        lora_name=lora_name or None,
+        group=_optional_int(fields.get("group_idx"), "group_idx"),
+        full_attention=window is None and kind in _FULL_ATTENTION_KINDS,
+    )
+
+
+def _plain_count(extra_keys: object, block_count: int, lora_name: str | None) -> int:
+    """How many blocks at the beginning have a name that tokens and adapter make."""
+    if extra_keys is None:
+        return block_count
+    if not isinstance(extra_keys, list):
+        raise ValueError(f"not a BlockStored: extra_keys is {type(extra_keys).__name__}")
+    for index, keys in enumerate(extra_keys[:block_count]):
+        if keys is not None and not (isinstance(keys, list) and all(key == lora_name for key in keys)):
+            return index
+    return block_count
+
+
+# --------------------------------------------------------------------------- fields
+
+
+def _named(content: object, names: Sequence[str], what: str) -> Mapping[Any, Any]:
+    """A map as it is, an array as the map of its fields."""
+    if isinstance(content, dict):
+        return content
+    if not isinstance(content, list):
+        raise ValueError(f"not a {what}: {type(content).__name__}")
+    return dict(zip_longest(names, content[: len(names)]))
+
+
+def _hashes(value: object) -> list[EngineHash]:
+    if not isinstance(value, list):
+        raise ValueError(f"not a KV event: block_hashes is {type(value).__name__}")
+    return [_hash(item) for item in value]
+
+
+def _hash(value: object) -> EngineHash:
+    if isinstance(value, bytes):
+        return value
+    if type(value) is not int:
+        raise ValueError(f"not a block hash: {type(value).__name__}")
+    return value & _U64_MASK
+
+
+def _optional_int(value: object, name: str) -> int | None:
+    if value is not None and (type(value) is not int or value < 0):
+        raise ValueError(f"not a KV event: {name} is {value!r}")
+    return value
+
+
+# --------------------------------------------------------------------------- groups
+
+
+class MainGroup:
+    """Picks out, of one rank's events, those of the one KV-cache group that a prompt's hits depend on.
+
+    A model whose layers differ (sliding windows, Mamba) has several groups, and names a block alike in all
+    of them; each evicts it on its own. What counts is the first full-attention group that stores anything:
+    it alone keeps a prompt from its beginning. An event without a group is of the only one.
+    """
+
+    def __init__(self) -> None:
+        self._group: int | None = None
+
+    def holds(self, event: EngineEvent) -> bool:
+        """Whether the event is of that group."""
+        if isinstance(event, Cleared) or event.group is None:
+            return True
+        if self._group is None and isinstance(event, Stored) and event.full_attention:
+            self._group = event.group
+        return event.group == self._group
+
+    def forget(self) -> None:
+        """The engine has started anew."""
+        self._group = None
