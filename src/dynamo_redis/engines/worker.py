@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
 
 from dynamo_redis.config import ModelSettings
+from dynamo_redis.engines.availability import follow_health
 from dynamo_redis.engines.base import Engine, EngineCapacity
 from dynamo_redis.engines.demo_model import DEMO_MODEL_NAME, DEMO_MODEL_PATH
+from dynamo_redis.engines.load_reports import LOAD_METRICS, load_metrics, report_load
 from dynamo_redis.errors import ModelError
 from dynamo_redis.names import EndpointName
+from dynamo_redis.router.load_publisher import LoadPublisher
+from dynamo_redis.router.worker_events import WorkerEvents
 from dynamo_redis.runtime.chat_template import ChatTemplate
+from dynamo_redis.runtime.handlers import AnyHandler
 from dynamo_redis.runtime.model_card import RuntimeConfig
 from dynamo_redis.runtime.model_files import ModelDirectory, publish_model, read_model_directory
 from dynamo_redis.runtime.runtime import DistributedRuntime
@@ -46,38 +54,97 @@ async def serve_engine(
 ) -> None:
     """Serve the engine at `endpoint` (`namespace.component.generate`) until the runtime shuts down.
 
-    In order: the engine starts, the endpoint opens and its instance is registered, the model's files are
-    uploaded and its card is registered, `on_ready` is told. So a card always has an instance that serves it.
-    At shutdown the reverse: the card goes, then the instance; requests under way finish within the drain
-    time; the engine closes. What fails on the way in is undone the same way.
+    In order: the engine starts, its KV events have somewhere to go, what stands beside the endpoint opens
+    (`kv_dump`, `clear_kv_blocks`, `load_metrics` and the engine's own), the endpoint opens and its instance
+    is registered, the model's files are uploaded and its card is registered, `on_ready` is told. So a card
+    always has an instance that serves it, and an instance can always be asked for what it holds. While the
+    engine is down the instance is not registered.
+
+    At shutdown the reverse: the card goes and all instances with it; requests under way finish within the
+    drain time; events that wait are sent, for a second at most; the engine closes. What fails on the way in
+    is undone the same way. With `DYN_EVENT_PLANE=none` nothing is published, and there is no `kv_dump`.
 
     Raises ConfigError, ModelError or StoreError.
     """
     name = EndpointName.parse(endpoint)
     await runtime.start()
-    try:
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(engine.aclose)
         await engine.start()
-        served = await runtime.endpoint(endpoint).start_serving(engine.generate)
-        try:
-            card = await publish_model(
-                runtime,
-                name,
-                model,
-                model_name=model_name,
-                kv_cache_block_size=engine.capacity.kv_block_size,
-                runtime_config=_runtime_config(engine.capacity),
-            )
-            try:
-                log.info("serving model %s at %s, instance %x", model_name, name, runtime.instance_id)
-                if on_ready is not None:
-                    on_ready(f"{model_name} at {name}, instance {runtime.instance_id:x}")
-                await runtime.wait_for_shutdown()
-            finally:
-                await runtime.leave(card)
-        finally:
-            await served.unregister()
+        if runtime.settings.events.event_plane != "none":
+            await _publish(runtime, engine, name, stack)
+        await _serve_beside(runtime, engine, name, stack)
+        generate = runtime.endpoint(endpoint)
+        served = await generate.start_serving(engine.generate)
+        stack.push_async_callback(served.unregister)
+        card = await publish_model(
+            runtime,
+            name,
+            model,
+            model_name=model_name,
+            kv_cache_block_size=engine.capacity.kv_block_size,
+            runtime_config=_runtime_config(engine.capacity),
+        )
+        stack.push_async_callback(runtime.leave, card)
+        await stack.enter_async_context(_running(follow_health(generate, engine), f"health of {name}"))
+        log.info("serving model %s at %s, instance %x", model_name, name, runtime.instance_id)
+        if on_ready is not None:
+            on_ready(f"{model_name} at {name}, instance {runtime.instance_id:x}")
+        await runtime.wait_for_shutdown()
+
+
+async def _publish(
+    runtime: DistributedRuntime, engine: Engine, name: EndpointName, stack: AsyncExitStack
+) -> None:
+    """Let the engine's KV events and its load reach routers, until the stack is left."""
+    capacity = engine.capacity
+    events = WorkerEvents(runtime, name.namespace, name.component, block_size=capacity.kv_block_size)
+    stack.push_async_callback(events.aclose)
+    engine.follow([events.rank(dp_rank) for dp_rank in range(capacity.data_parallel_size)])
+    await events.start()
+    load = LoadPublisher(runtime.events, name.namespace, name.component, runtime.instance_id)
+    stack.push_async_callback(load.aclose)
+    load.start()
+    await stack.enter_async_context(_running(report_load(engine, load), f"load reports of {name}"))
+
+
+async def _serve_beside(
+    runtime: DistributedRuntime, engine: Engine, name: EndpointName, stack: AsyncExitStack
+) -> None:
+    """Serve what is asked of the worker beside answers, until the stack is left."""
+    handlers: dict[str, AnyHandler] = {
+        "clear_kv_blocks": _clear_kv_blocks(engine),
+        LOAD_METRICS: load_metrics(engine),
+        **engine.endpoints(),
+    }
+    for endpoint, handler in handlers.items():
+        beside = EndpointName(name.namespace, name.component, endpoint)
+        served = await runtime.endpoint(str(beside)).start_serving(handler, graceful_shutdown=False)
+        stack.push_async_callback(served.unregister)
+
+
+def _clear_kv_blocks(engine: Engine) -> Callable[[Any], Awaitable[dict[str, Any]]]:
+    async def clear(_: Any) -> dict[str, Any]:
+        return {"status": "success", "cleared": await engine.clear_kv_blocks()}
+
+    return clear
+
+
+@asynccontextmanager
+async def _running(work: Coroutine[Any, Any, None], what: str) -> AsyncIterator[None]:
+    """Do it in a task that ends with the block. If it fails, that is logged, and the block goes on."""
+
+    def report(task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (failure := task.exception()) is not None:
+            log.error("%s: it goes on without", what, exc_info=failure)
+
+    task = asyncio.create_task(work, name=what)
+    task.add_done_callback(report)
+    try:
+        yield
     finally:
-        await engine.aclose()
+        task.cancel()
+        await asyncio.wait([task])
 
 
 def _runtime_config(capacity: EngineCapacity) -> RuntimeConfig:
@@ -85,4 +152,5 @@ def _runtime_config(capacity: EngineCapacity) -> RuntimeConfig:
         total_kv_blocks=capacity.total_kv_blocks,
         max_num_seqs=capacity.max_num_seqs,
         max_num_batched_tokens=capacity.max_num_batched_tokens,
+        data_parallel_size=capacity.data_parallel_size,
     )

@@ -28,15 +28,15 @@ _BATCH_BLOCK_COUNT: Final = 4096
 
 
 class KvDump:
-    """The endpoint of one instance, for all of its ranks."""
+    """The endpoint of one instance, for the ranks that are in `ranks` when it is asked."""
 
     def __init__(self, ranks: Mapping[PublisherId, KvPublisher]) -> None:
-        self._ranks = dict(ranks)
+        self._ranks = ranks
 
     async def generate(self, request: Any) -> AsyncGenerator[dict[str, Any], None]:
         """Answer in pieces of some 32 KiB, one a turn of the loop. Raises InvalidRequest."""
         have = _read(request)
-        for publisher_id, rank in self._ranks.items():
+        for publisher_id, rank in tuple(self._ranks.items()):
             kind, batches = _tell(publisher_id, rank, have.get((publisher_id.epoch, publisher_id.dp_rank)))
             yield {
                 "epoch": publisher_id.epoch,

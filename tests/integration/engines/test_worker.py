@@ -85,27 +85,35 @@ async def test_a_caller_without_any_file_gets_readable_text(deployment: Deployme
     assert text.endswith(".")
 
 
-async def test_the_card_comes_after_the_instance_and_goes_before_it(deployment: Deployment) -> None:
+async def test_callers_find_a_worker_when_all_of_it_stands_and_lose_it_first(deployment: Deployment) -> None:
+    """What routers ask of it is there before `generate`, and the card comes last and goes first."""
+    beside = ["kv_dump", "clear_kv_blocks", "load_metrics"]
     async with deployment.runtime() as runtime, runtime.registry.watch("v1/") as watch:
         assert (await anext(watch)).events == ()
-        seen: list[tuple[str, str]] = []
+        put: list[str] = []
+        deleted: list[str] = []
+
+        def part(key: str) -> str:
+            _, kind, _, _, endpoint, *_ = key.split("/")
+            return "card" if kind == "mdc" else endpoint
 
         def note(events: tuple[Put | Delete, ...]) -> None:
             for event in events:
                 if isinstance(event, Put):
-                    seen.append(("put", event.record.key.split("/")[1]))
+                    put.append(part(event.record.key))
                 else:
                     assert event.cause is DeleteCause.DELETED
-                    seen.append(("delete", event.key.split("/")[1]))
+                    deleted.append(part(event.key))
 
         async with deployment.worker() as worker:
-            while len(seen) < 2:
+            while len(put) < 5:
                 note((await anext(watch)).events)
             assert len(await runtime.objects.list("models")) == 4
             await worker.stop()
-        while len(seen) < 4:
+        while len(deleted) < 5:
             note((await anext(watch)).events)
-    assert seen == [("put", "instances"), ("put", "mdc"), ("delete", "mdc"), ("delete", "instances")]
+    assert put == [*beside, "generate", "card"]
+    assert (deleted[0], set(deleted)) == ("card", set(put))
 
 
 async def test_a_request_under_way_is_finished_at_shutdown(deployment: Deployment) -> None:
@@ -226,5 +234,5 @@ async def test_an_emptied_redis_gets_files_instance_and_card_back(
                 if any(isinstance(event, Put) for event in batch.events):
                     break
             # The card is there: so must be all that it needs.
-            assert len((await runtime.registry.get_prefix(INSTANCES)).records) == 1
+            assert len((await runtime.registry.get_prefix(INSTANCES)).records) == 4
             await fetch_model_files(runtime.objects, await _only_card(runtime.registry), tmp_path / "cache")

@@ -1,0 +1,80 @@
+"""An engine's load, as routers and planners read it: names as in Dynamo."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from typing import Any, Final
+
+from dynamo_redis.engines.base import Engine, EngineLoad, ForwardPass
+from dynamo_redis.router.load_publisher import (
+    FORWARD_PASS_METRICS,
+    INTERVAL_S,
+    KV_METRICS,
+    LoadPublisher,
+)
+
+LOAD_METRICS: Final = "load_metrics"
+"""The endpoint that answers with one item a rank: its kv metrics, and `forward_pass` if one is known."""
+
+
+def kv_metrics(load: EngineLoad, slot_count: int) -> dict[str, Any]:
+    """The event of `kv_metrics`; `slot_count` is how many requests the rank runs at once."""
+    return {
+        "worker_stats": {
+            "data_parallel_rank": load.dp_rank,
+            "request_active_slots": load.running_count,
+            "request_total_slots": slot_count,
+            "num_requests_waiting": load.waiting_count,
+        },
+        "kv_stats": {
+            "kv_active_blocks": load.active_blocks,
+            "kv_total_blocks": load.total_blocks,
+            "gpu_cache_usage_perc": load.active_blocks / load.total_blocks if load.total_blocks else 0.0,
+            "gpu_prefix_cache_hit_rate": load.prefix_hit_rate or 0.0,
+        },
+    }
+
+
+def forward_pass_metrics(dp_rank: int, forward_pass: ForwardPass) -> dict[str, Any]:
+    """The event of `forward_pass_metrics`; `wall_time` is in seconds."""
+    return {
+        "dp_rank": dp_rank,
+        "counter_id": forward_pass.number,
+        "wall_time": forward_pass.duration_s,
+        "scheduled_requests": {
+            "num_prefill_requests": forward_pass.prefill_request_count,
+            "sum_prefill_tokens": forward_pass.prefill_token_count,
+            "num_decode_requests": forward_pass.decode_request_count,
+        },
+        "queued_requests": {
+            "num_prefill_requests": forward_pass.waiting_request_count,
+            "sum_prefill_tokens": forward_pass.waiting_token_count,
+        },
+    }
+
+
+def load_metrics(engine: Engine) -> Callable[[Any], AsyncGenerator[dict[str, Any], None]]:
+    """The handler of `load_metrics`."""
+
+    async def answer(_: Any) -> AsyncGenerator[dict[str, Any], None]:
+        slot_count = engine.capacity.max_num_seqs
+        for load in engine.loads():
+            last_pass = load.last_pass
+            forward_pass = None if last_pass is None else forward_pass_metrics(load.dp_rank, last_pass)
+            yield kv_metrics(load, slot_count) | {"forward_pass": forward_pass}
+
+    return answer
+
+
+async def report_load(engine: Engine, publisher: LoadPublisher) -> None:
+    """Look at the engine's load and hand it on, as often as it can be told. Runs until cancelled."""
+    slot_count = engine.capacity.max_num_seqs
+    while True:
+        for load in engine.loads():
+            publisher.tell(KV_METRICS, load.dp_rank, kv_metrics(load, slot_count))
+            if load.last_pass is not None:
+                publisher.tell(
+                    FORWARD_PASS_METRICS, load.dp_rank, forward_pass_metrics(load.dp_rank, load.last_pass)
+                )
+        await asyncio.sleep(INTERVAL_S)
