@@ -27,6 +27,7 @@ SECTIONS: dict[str, dict[str, Entry]] = {
     "Run": {
         "up": Entry("dynamo_redis.cli.up:up", "A Redis, a frontend and mock workers on this machine."),
         "frontend": Entry("dynamo_redis.cli.frontend:frontend", "The OpenAI-compatible HTTP server."),
+        "router": Entry("dynamo_redis.cli.router:router", "The KV-aware router as a service of its own."),
         "worker": Entry("dynamo_redis.cli.worker:worker", "A worker that serves a model."),
     },
     "Look into the registry": {
@@ -36,6 +37,12 @@ SECTIONS: dict[str, dict[str, Entry]] = {
         "put": Entry("dynamo_redis.cli.keys:put", "Write a key."),
         "del": Entry("dynamo_redis.cli.keys:delete", "Delete a key."),
         "watch": Entry("dynamo_redis.cli.keys:watch", "Follow the changes under a prefix."),
+    },
+    "Routing": {
+        "router-state": Entry("dynamo_redis.cli.router_state:router_state", "How each router is."),
+        "best-worker": Entry(
+            "dynamo_redis.cli.best_worker:best_worker", "Which worker a prompt would go to, and why."
+        ),
     },
     "Objects": {
         "objects": Entry("dynamo_redis.cli.objects:objects", "List, store, fetch and remove files in Redis."),

@@ -6,12 +6,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dynamo_redis.cli import collection
 from dynamo_redis.cli.options import load
 from dynamo_redis.config import RuntimeSettings, StoreSettings, origins
 from dynamo_redis.store.base import Locks, ObjectStore, Registry
+
+if TYPE_CHECKING:
+    from dynamo_redis.runtime.runtime import DistributedRuntime
 
 Answer = TypeVar("Answer")
 
@@ -47,6 +50,19 @@ async def open_locks(options: Mapping[str, Any]) -> AsyncIterator[Locks]:
         yield locks
     finally:
         await locks.aclose()
+
+
+@asynccontextmanager
+async def open_runtime(options: Mapping[str, Any]) -> AsyncIterator[DistributedRuntime]:
+    """A runtime, for a command that asks services themselves. Raises ConfigError and StoreError."""
+    from dynamo_redis.runtime.logging import configure_dynamo_logging
+    from dynamo_redis.runtime.runtime import DistributedRuntime, Settings
+
+    collection.resume()
+    configure_dynamo_logging(service_name="cli", level=_log_level(options))
+    settings = Settings(store=load(StoreSettings, options))
+    async with DistributedRuntime(settings=settings) as runtime:
+        yield runtime
 
 
 @asynccontextmanager

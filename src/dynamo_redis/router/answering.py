@@ -39,6 +39,11 @@ def state_endpoint(workers: EndpointName) -> EndpointName:
     return EndpointName(workers.namespace, workers.component, f"{workers.endpoint}_router_state")
 
 
+def is_state_endpoint(name: EndpointName) -> bool:
+    """Whether a router says there how it is."""
+    return name.endpoint.endswith("_router_state")
+
+
 def best_worker_endpoint(workers: EndpointName) -> EndpointName:
     """Where the routers of these workers explain a choice."""
     return EndpointName(workers.namespace, workers.component, f"{workers.endpoint}_best_worker")

@@ -352,7 +352,7 @@ class KvRouter:
         if self.indexer is not None:
             return self.indexer.state().to_json()
         assert self._predicted is not None
-        return {"blocks": self._predicted.block_count}
+        return {"block_count": self._predicted.block_count}
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:

@@ -1,0 +1,137 @@
+"""`dynamo-redis best-worker`: which worker a prompt would go to, and what each would cost."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dynamo_redis.cli import connect
+from dynamo_redis.cli.failures import CommandFailed, require_extra
+from dynamo_redis.cli.options import SettingsCommand, load, setting_options, store_options
+from dynamo_redis.cli.output import json_option, print_json_line, print_line, print_table
+from dynamo_redis.config import FrontendSettings
+from dynamo_redis.errors import DynamoRedisError, ModelError
+from dynamo_redis.names import MODEL_CARDS, format_instance_id
+
+if TYPE_CHECKING:
+    from dynamo_redis.frontend.model import CardEntry
+    from dynamo_redis.runtime.runtime import DistributedRuntime
+
+
+@click.command("best-worker", cls=SettingsCommand)
+@click.option("--prompt", metavar="TEXT", help="The prompt, as `/v1/completions` takes it.")
+@click.option("--token-ids", metavar="JSON", help="The prompt as a JSON list of token ids, instead.")
+@click.option("--model", metavar="NAME", help="The model.  [default: the only one that is served]")
+@json_option
+@setting_options(FrontendSettings, "model_cache")
+@store_options
+def best_worker(
+    prompt: str | None, token_ids: str | None, model: str | None, as_json: bool, **options: str | None
+) -> None:
+    """Ask a router which worker a prompt would go to now, and explain it cost by cost.
+
+    Nothing is sent to a worker, and nothing is booked. Costs are in blocks: those of the prompt that a worker
+    would still have to read, with what it has to read already, and those that its requests hold. The lowest
+    sum is chosen.
+
+    \b
+    Examples:
+      dynamo-redis best-worker --prompt "Once upon a time"
+      dynamo-redis best-worker --model Qwen/Qwen3-0.6B --token-ids "[1, 2, 3, 4]" --json
+    """
+    if (prompt is None) == (token_ids is None):
+        raise click.UsageError("give either --prompt or --token-ids")
+    require_extra("http")
+    explained = connect.run(_ask(prompt, _parsed(token_ids), model, options))
+    if as_json:
+        print_json_line(explained)
+        return
+    block_size = explained["block_size"]
+    print_line(
+        f"{explained['token_count']} tokens, {explained['token_count'] // block_size} whole blocks of "
+        f"{block_size}"
+    )
+    columns = ["WORKER", "RANK", "MATCHED", "PREFILL", "DECODE", "COST", ""]
+    print_table(columns, [_row(cost, explained) for cost in explained["costs"]], empty="no workers")
+
+
+def _parsed(token_ids: str | None) -> list[int] | None:
+    if token_ids is None:
+        return None
+    try:
+        given = json.loads(token_ids)
+    except ValueError:
+        given = None
+    if not isinstance(given, list) or not all(type(token) is int and 0 <= token < 1 << 32 for token in given):
+        raise click.UsageError("--token-ids takes a JSON list of token ids, for example '[1, 2, 3]'")
+    return given
+
+
+async def _ask(
+    prompt: str | None, token_ids: list[int] | None, model: str | None, options: dict[str, str | None]
+) -> dict[str, Any]:
+    from dynamo_redis.router.asking import ask_best_worker
+
+    async with connect.open_runtime(options) as runtime:
+        entry = await _card(runtime, model)
+        if token_ids is None:
+            assert prompt is not None
+            token_ids = await _tokenized(runtime, entry, prompt, options)
+        explained = await ask_best_worker(runtime, entry.endpoint, {"token_ids": token_ids})
+        return {"model": entry.card.display_name, "token_count": len(token_ids), **explained}
+
+
+async def _card(runtime: DistributedRuntime, wanted: str | None) -> CardEntry:
+    """The card of the model wanted. Raises CommandFailed if there is none, or no telling which."""
+    from dynamo_redis.frontend.model import CardEntry
+
+    entries: dict[str, CardEntry] = {}
+    for record in (await runtime.registry.get_prefix(MODEL_CARDS)).records:
+        try:
+            entry = CardEntry.from_record(record, 0)
+        except DynamoRedisError:
+            continue
+        entries[entry.card.display_name] = entry
+    if wanted is None and len(entries) == 1:
+        return next(iter(entries.values()))
+    if wanted in entries:
+        return entries[wanted]
+    if not entries:
+        raise CommandFailed("no model is served: start a worker")
+    names = ", ".join(sorted(entries))
+    if wanted is None:
+        raise CommandFailed(f"several models are served: choose one with --model: {names}")
+    raise CommandFailed(f"no model {wanted!r} is served; these are: {names}")
+
+
+async def _tokenized(
+    runtime: DistributedRuntime, entry: CardEntry, prompt: str, options: dict[str, str | None]
+) -> list[int]:
+    from dynamo_redis.frontend.model_loading import load_model
+    from dynamo_redis.frontend.server import model_cache
+
+    wanted = load(FrontendSettings, options).model_cache
+    with model_cache(wanted) as cache_dir, ThreadPoolExecutor(1) as executor:
+        try:
+            loaded = await load_model(runtime.objects, entry.card, cache_dir, executor)
+        except ModelError as exc:
+            raise CommandFailed(f"model {entry.card.display_name!r} cannot be loaded: {exc}") from exc
+    return loaded.tokenizer.encode(prompt, add_special_tokens=True)
+
+
+def _row(cost: dict[str, Any], explained: dict[str, Any]) -> list[str]:
+    matched = cost["matched"]
+    tiers = [f"{count} {tier}" for tier, count in matched.items() if count]
+    chosen = all(cost[name] == explained[name] for name in ("instance_id", "dp_rank"))
+    return [
+        format_instance_id(cost["instance_id"]),
+        str(cost["dp_rank"]),
+        ", ".join(tiers) or "0",
+        f"{cost['prefill_blocks']:g}",
+        f"{cost['decode_blocks']:g}",
+        f"{cost['cost']:g}",
+        "chosen" if chosen else "",
+    ]

@@ -1,0 +1,109 @@
+"""`dynamo-redis router-state`: how each router is."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dynamo_redis.cli import connect
+from dynamo_redis.cli.formats import human_duration
+from dynamo_redis.cli.options import SettingsCommand, store_options
+from dynamo_redis.cli.output import json_option, print_json, print_table
+from dynamo_redis.names import format_instance_id
+
+if TYPE_CHECKING:
+    from dynamo_redis.router.asking import Answer
+
+_COLUMNS = [
+    "ROUTER",
+    "CHOOSES AMONG",
+    "KNOWS BY",
+    "WORKERS",
+    "BLOCKS",
+    "CURSOR",
+    "LAG",
+    "SNAPSHOT",
+    "RECOVERED",
+    "ACTIVE",
+    "WAITING",
+    "HIT RATE",
+]
+
+
+@click.command("router-state", cls=SettingsCommand)
+@json_option
+@store_options
+def router_state(as_json: bool, **options: str | None) -> None:
+    """Ask each router, in a frontend or a service of its own, how it is.
+
+    Its workers, and the blocks that it knows them to hold; how far it has read the stream of KV events
+    (cursor), and how much is still unread (lag); how old the last snapshot is; how often a worker had to tell
+    it what it had missed (recovered); its requests under way, and those that wait because all workers are
+    busy; and which part of the prompts' tokens the workers had in their caches (hit rate).
+
+    \b
+    Examples:
+      dynamo-redis router-state
+      dynamo-redis router-state --json
+    """
+    answers = connect.run(_ask(options))
+    if as_json:
+        print_json([_json(answer) for answer in answers])
+        return
+    empty = "no routers: start a frontend with --router-mode kv, or `dynamo-redis router`"
+    print_table(_COLUMNS, [_row(answer) for answer in answers], empty=empty)
+
+
+async def _ask(options: dict[str, str | None]) -> list[Answer]:
+    from dynamo_redis.router.asking import ask_states
+
+    async with connect.open_runtime(options) as runtime:
+        return await ask_states(runtime)
+
+
+def _json(answer: Answer) -> dict[str, Any]:
+    if answer.state is not None:
+        return answer.state
+    return {"instance_id": answer.instance.instance_id, "error": answer.failure}
+
+
+def _row(answer: Answer) -> list[str]:
+    state = answer.state
+    if state is None:
+        instance_id = format_instance_id(answer.instance.instance_id)
+        return [instance_id, f"does not answer: {answer.failure}", *[""] * (len(_COLUMNS) - 2)]
+    index, hit_rate = state["index"], state["hit_rate"]
+    return [
+        state["router_id"],
+        state["endpoint"],
+        _knows_by(state, index),
+        str(len(state["workers"])),
+        str(index["block_count"]),
+        index.get("position") or "-",
+        _lag(index),
+        _snapshot(index),
+        str(index.get("recovered_count", "-")),
+        str(state["active_count"]),
+        str(state["waiting_count"]),
+        "-" if hit_rate is None else f"{hit_rate:.1%}",
+    ]
+
+
+def _knows_by(state: dict[str, Any], index: dict[str, Any]) -> str:
+    if state["mode"] == "predicted":
+        return "prediction"
+    return f"events ({index['mode']}{'' if index['caught_up'] else ', catching up'})"
+
+
+def _lag(index: dict[str, Any]) -> str:
+    count = index.get("lag_count")
+    if count is None:
+        return "-"
+    return f"{count} entries, {human_duration(index['lag_s'])}" if count else "0"
+
+
+def _snapshot(index: dict[str, Any]) -> str:
+    snapshot = index.get("snapshot")
+    return f"{human_duration(max(time.time() - snapshot['at'], 0))} ago" if snapshot else "-"

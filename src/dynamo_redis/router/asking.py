@@ -1,0 +1,74 @@
+"""Asking the routers of a deployment, wherever they live: in frontends, or as services."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Any
+
+from dynamo_redis.clock import SYSTEM_CLOCK
+from dynamo_redis.errors import NoInstances, PlaneError, SchemaMismatch
+from dynamo_redis.names import INSTANCES, EndpointName
+from dynamo_redis.planes.context import Context
+from dynamo_redis.router.answering import best_worker_endpoint, is_state_endpoint
+from dynamo_redis.runtime.handlers import collect_one
+from dynamo_redis.runtime.instance import Instance
+from dynamo_redis.runtime.runtime import DistributedRuntime
+
+_ANSWER_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What one router said: its state as JSON, or why there is none."""
+
+    instance: Instance
+    state: dict[str, Any] | None
+    failure: str | None = None
+
+
+async def ask_states(runtime: DistributedRuntime) -> list[Answer]:
+    """The states of all routers, each within 5 s, ordered by component and instance. Raises StoreError."""
+    found = []
+    for record in (await runtime.registry.get_prefix(INSTANCES)).records:
+        try:
+            instance = Instance.from_bytes(record.value)
+        except (ValueError, SchemaMismatch):
+            continue
+        if is_state_endpoint(instance.name):
+            found.append(instance)
+    return list(await asyncio.gather(*(_ask_state(runtime, instance) for instance in found)))
+
+
+async def _ask_state(runtime: DistributedRuntime, instance: Instance) -> Answer:
+    async with await runtime.endpoint(str(instance.name)).client() as client:
+        try:
+            call = await client.direct({}, instance.instance_id, False, _context())
+            return Answer(instance, await collect_one(call))
+        except PlaneError as exc:
+            return Answer(instance, None, str(exc))
+
+
+async def ask_best_worker(
+    runtime: DistributedRuntime, workers: EndpointName, request: dict[str, Any]
+) -> dict[str, Any]:
+    """Let a router of these workers explain whom it would choose, within 5 s: see `describe_choice`.
+
+    Raises NoInstances if there is no router, PlaneError, StoreError.
+    """
+    async with await runtime.endpoint(str(best_worker_endpoint(workers))).client() as client:
+        try:
+            call = await client.random(request, False, _context())
+            answer: dict[str, Any] = await collect_one(call)
+        except NoInstances as exc:
+            if client.known_ids():
+                raise
+            raise NoInstances(
+                f"no router chooses among {workers}: start a frontend with --router-mode kv, or "
+                f"`dynamo-redis router --endpoint {workers}`"
+            ) from exc
+        return answer
+
+
+def _context() -> Context:
+    return Context(deadline=SYSTEM_CLOCK.monotonic() + _ANSWER_S)
