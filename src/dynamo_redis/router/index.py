@@ -14,13 +14,14 @@ different ends; `remove` O(1), what it leaves behind is taken back by `sweep`. N
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, repeat
 
 from dynamo_redis.router.base import Matched, Worker
-from dynamo_redis.router.worker_slots import WorkerSlots, bits_of, slot_of
+from dynamo_redis.router.worker_slots import Ends, WorkerSlots, bits_of, slot_of
 from dynamo_redis.wire.kv_event import CLEARED, DEVICE, DISK, HOST, REMOVED_INSIDE, STORED, TIERS, KvEvent
 
 MAX_BLOCKS = 4_194_304
@@ -32,13 +33,9 @@ _SPARE_SLOTS_COUNT = 64
 _STEP_COUNT = 4096
 _NOTHING, _LONE, _ANY = range(3)
 """What is to be forgotten now: no block, those of one worker, any."""
-_FEW = 16
-"""Workers written one by one cost so many times what they do in a set that is expanded already."""
 
 Blocks = dict[int, int]
 """A tier: sequence hash → set of workers."""
-Ends = list[tuple[int, int]]
-"""Sets of workers, each with where its run of blocks ends; in order, and no worker twice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,16 +138,7 @@ class KvIndex:
         ends = self._device_ends(hashes)
         if self._tiers[HOST] or self._tiers[DISK]:
             return self._find_below(hashes, ends)
-        found: dict[Worker, Matched] = {}
-        reaching = sum(mask for mask, _ in ends)
-        for mask, end in ends:
-            if mask.bit_count() * _FEW > reaching.bit_count():
-                # Written over for those that reach further. This set stands in the index, and comes again.
-                found.update(dict.fromkeys(self._slots.expand(reaching), Matched(end)))
-            else:
-                found.update(dict.fromkeys(self._slots.each(mask), Matched(end)))
-            reaching ^= mask
-        return found
+        return self._slots.spread(ends)
 
     def sweep(self, count: int) -> bool:
         """Look at `count` blocks for what is owed to removed workers and to the bound. True if more is."""
@@ -196,30 +184,32 @@ class KvIndex:
             self._counts.append(0)
         return bit
 
-    def _store(self, bit: int, held: Blocks, hashes: Sequence[int]) -> None:
+    def _store(self, bit: int, held: Blocks, hashes: array[int]) -> None:
+        blocks = hashes.tolist()
         known = len(held)
-        before = list(map(held.setdefault, hashes, repeat(self._share(bit))))
+        before = list(map(held.setdefault, blocks, repeat(bit)))
         added = len(held) - known
         if before.count(bit) != len(before):
-            for block, mask in zip(hashes, before, strict=True):
-                if not mask & bit:
-                    held[block] = self._share(held[block] | bit)
+            joined: dict[int, int] = {}
+            for block, mask in zip(blocks, before, strict=True):
+                if not mask & bit and held[block] == mask:  # not if it stands here twice
+                    held[block] = joined.get(mask) or joined.setdefault(mask, self._share(mask | bit))
                     added += 1
         self._counts[slot_of(bit)] += added
-        self.repeated_count += len(before) - added
+        self.repeated_count += len(blocks) - added
 
-    def _remove(self, bit: int, held: Blocks, hashes: Sequence[int]) -> None:
-        removed = 0
-        for block in hashes:
-            mask = held.get(block, 0)
-            if mask == bit:
-                del held[block]
-                removed += 1
-            elif mask & bit:
-                held[block] = self._share(mask ^ bit)
-                removed += 1
+    def _remove(self, bit: int, held: Blocks, hashes: array[int]) -> None:
+        blocks = hashes.tolist()
+        before = list(map(held.pop, blocks, repeat(0)))
+        removed = before.count(bit)
+        if removed != len(before):
+            others: dict[int, int] = {}
+            for block, mask in zip(blocks, before, strict=True):
+                if mask != bit and mask:
+                    held[block] = others.get(mask) or others.setdefault(mask, self._share(mask & ~bit))
+                    removed += mask & bit != 0
         self._counts[slot_of(bit)] -= removed
-        self.unknown_count += len(hashes) - removed
+        self.unknown_count += len(blocks) - removed
 
     def _share(self, mask: int) -> int:
         """The one integer that stands for this set."""
@@ -312,28 +302,38 @@ def _each_block(tiers: tuple[Blocks, ...]) -> Iterator[tuple[Blocks, int]]:
 
 
 def _gallop(held: Blocks, hashes: Sequence[int], start: int, mask: int) -> Ends:
-    """Where the runs of workers that all hold block `start` end, if the sets only shrink."""
+    """Where the runs of workers that all hold block `start` end, if the sets only shrink.
+
+    Ever longer leaps find where nobody is left; between what they saw, halving finds the rest.
+    """
     ends: Ends = []
-    low, last, step = start, len(hashes) - 1, 1
+    get, count = held.get, len(hashes)
+    ahead = []
+    position, leap, there = start, 1, mask
+    while there and (position := position + leap) < count:
+        there = get(hashes[position], 0) & mask
+        ahead.append((position, there))
+        leap *= 4
+    ahead.append((count, 0))
+    ahead.reverse()
+    low = start
     while mask:
-        if low == last:
-            ends.append((mask, last + 1))
-            break
-        high = min(low + step, last)
-        kept = held.get(hashes[high], 0) & mask
+        high, kept = ahead[-1]
+        kept &= mask
         if kept == mask:
             low = high
-            step *= 2
-            continue
-        while high - low > 1:
-            middle = (low + high) // 2
-            there = held.get(hashes[middle], 0) & mask
+            ahead.pop()
+        elif high - low == 1:
+            ends.append((mask ^ kept, high))
+            low, mask = high, kept
+            ahead.pop()
+        else:
+            middle = (low + high) >> 1
+            there = get(hashes[middle], 0) & mask
             if there == mask:
                 low = middle
             else:
-                high, kept = middle, there
-        ends.append((mask ^ kept, high))
-        mask, low, step = kept, high, 1
+                ahead.append((middle, there))
     return ends
 
 

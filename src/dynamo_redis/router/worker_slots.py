@@ -7,32 +7,37 @@ it stands in none any more is the slot given to another worker.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 
-from dynamo_redis.router.base import Worker
+from dynamo_redis.router.base import Matched, Worker
 
 _EXPANSIONS_COUNT = 256
-"""Sets that are kept as workers, too. Of 256 workers each takes some 10 KB."""
+"""Sets that are kept written out. Of 256 workers each takes some 10 KB."""
+
+_FEW = 16
+"""A worker that is looked up for its bit costs so many times what it does in a set that is written out."""
+
+Ends = list[tuple[int, int]]
+"""Sets of workers, each with where its run of blocks ends; runs that end first stand first, no worker twice."""
 
 
 class WorkerSlots:
-    """Which bit is whose. `live` is the set of all workers."""
+    """Which bit is whose. `live` is the set of all workers, `dead` that of the dead slots."""
 
     def __init__(self, workers: Iterable[Worker | None] = ()) -> None:
         """`workers` by slot; None where a slot is free."""
-        self._workers = list(workers)
-        self._bits = {worker: 1 << slot for slot, worker in enumerate(self._workers) if worker is not None}
-        self._free = [slot for slot, worker in enumerate(self._workers) if worker is None]
-        self._expansions: dict[int, dict[Worker, None]] = {}
-        self.live = sum(self._bits.values())
+        slots = list(workers)
+        self._workers = {1 << slot: worker for slot, worker in enumerate(slots) if worker is not None}
+        self._bits = {worker: bit for bit, worker in self._workers.items()}
+        self._free = [slot for slot, worker in enumerate(slots) if worker is None]
+        self._expansions: dict[tuple[int, int], dict[Worker, Matched]] = {}
+        self.width = len(slots)
+        """How many slots there are: live, dead and free."""
+        self.live = sum(self._workers)
         self.dead = 0
 
     def __len__(self) -> int:
         return len(self._bits)
-
-    @property
-    def width(self) -> int:
-        """How many slots there are: live, dead and free."""
-        return len(self._workers)
 
     @property
     def workers(self) -> list[Worker]:
@@ -41,7 +46,7 @@ class WorkerSlots:
 
     def by_slot(self) -> list[Worker | None]:
         """All workers, by slot; None where there is none."""
-        return list(self._workers)
+        return [self._workers.get(1 << slot) for slot in range(self.width)]
 
     def find(self, worker: Worker) -> int:
         """A worker's bit, 0 if it has none."""
@@ -53,11 +58,11 @@ class WorkerSlots:
             return bit
         if self._free:
             slot = self._free.pop()
-            self._workers[slot] = worker
         else:
-            slot = len(self._workers)
-            self._workers.append(worker)
+            slot = self.width
+            self.width += 1
         bit = self._bits[worker] = 1 << slot
+        self._workers[bit] = worker
         self.live |= bit
         return bit
 
@@ -65,7 +70,7 @@ class WorkerSlots:
         """Make a worker's slot dead, and return its bit; 0 if it had none."""
         bit = self._bits.pop(worker, 0)
         if bit:
-            self._workers[slot_of(bit)] = None
+            del self._workers[bit]
             self.live ^= bit
             self.dead |= bit
             self._expansions.clear()
@@ -77,23 +82,46 @@ class WorkerSlots:
         self._free.extend(map(slot_of, bits_of(dead)))
 
     def each(self, mask: int) -> Iterator[Worker]:
-        """The workers of a set of live ones. For few."""
-        for bit in bits_of(mask):
-            worker = self._workers[slot_of(bit)]
-            assert worker is not None
-            yield worker
+        """The workers of a set of live ones."""
+        return map(self._workers.__getitem__, bits_of(mask))
 
-    def expand(self, mask: int) -> dict[Worker, None]:
-        """The workers of a set of live ones, as keys: it is kept, so don't change it. For many.
+    def spread(self, ends: Ends) -> dict[Worker, Matched]:
+        """What each worker holds on its device, by where the runs of live workers end.
 
-        A dict made of another takes over the hashes of its keys, where a list's would be computed anew.
+        Runs are met from the shortest on. Where few end, they are written one by one. Where many do, all that
+        reach so far are written, those that reach further included: their set stands in the index, is met
+        again and again, and so kept written out.
         """
-        workers = self._expansions.get(mask)
-        if workers is None:
+        found: dict[Worker, Matched] = {}
+        reaching = 0
+        for mask, _ in ends:
+            reaching |= mask
+        for mask, end in ends:
+            if mask & (mask - 1) == 0:
+                found[self._workers[mask]] = _on_device(end)
+            elif mask.bit_count() * _FEW < reaching.bit_count():
+                found.update(dict.fromkeys(self.each(mask), _on_device(end)))
+            elif found:
+                found.update(self._all_reaching(reaching, end))
+            else:
+                found = self._all_reaching(reaching, end).copy()
+            reaching ^= mask
+        return found
+
+    def _all_reaching(self, mask: int, end: int) -> dict[Worker, Matched]:
+        """The workers of a set, who all hold so much. It is kept, so it must not be changed."""
+        expansion = self._expansions.get((mask, end))
+        if expansion is None:
             if len(self._expansions) >= _EXPANSIONS_COUNT:
                 self._expansions.clear()
-            workers = self._expansions[mask] = dict.fromkeys(self.each(mask))
-        return workers
+            expansion = dict.fromkeys(self.each(mask), _on_device(end))
+            self._expansions[mask, end] = expansion
+        return expansion
+
+
+@lru_cache(maxsize=4096)
+def _on_device(blocks: int) -> Matched:
+    return Matched(blocks)
 
 
 def bits_of(mask: int) -> Iterator[int]:

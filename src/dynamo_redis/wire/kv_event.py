@@ -13,6 +13,7 @@ from __future__ import annotations
 import sys
 from array import array
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 from typing import Any, Final, NamedTuple
 
 KV_EVENTS: Final = "kv_events"
@@ -60,22 +61,32 @@ def cleared() -> KvEvent:
 
 
 def read_kv_events(events: Sequence[Any]) -> list[KvEvent]:
-    """Check the events of a batch. Kinds and tiers of later releases are left out.
+    """Check the events of a batch. Neighbours of one kind and tier come out as one; kinds and tiers of later
+    releases are left out.
 
     Raises ValueError if one is not a KV event: then none of the batch may be applied.
     """
+    if not events:
+        return []
+    if not _all_are(list, events) or min(map(len, events)) < 3:
+        raise ValueError("not a KV event: no array of three")
+    kinds, tiers, contents, *_ = zip(*events, strict=False)  # by column: an engine's events are often small
+    if not (_all_are(int, kinds) and _all_are(int, tiers) and _all_are(bytes, contents)):
+        raise ValueError("not a KV event: a part is of the wrong type")
+    if odd := [size for size in set(map(len, contents)) if size % 8]:
+        raise ValueError(f"not a KV event: hashes of {odd[0]} bytes")
     known: list[KvEvent] = []
-    for event in events:
-        if not isinstance(event, list) or len(event) < 3:
-            raise ValueError("not a KV event: no array of three")
-        kind, tier, content = event[:3]
-        if type(kind) is not int or type(tier) is not int or not isinstance(content, bytes):
-            raise ValueError("not a KV event: a part is of the wrong type")
-        if len(content) % 8:
-            raise ValueError(f"not a KV event: hashes of {len(content)} bytes")
+    start = 0
+    for (kind, tier), run in groupby(zip(kinds, tiers, strict=True)):
+        end = start + sum(1 for _ in run)
         if STORED <= kind <= CLEARED and tier in TIERS:
-            known.append(KvEvent(kind, tier, _from_bytes(content)))
+            known.append(KvEvent(kind, tier, _from_bytes(b"".join(contents[start:end]))))
+        start = end
     return known
+
+
+def _all_are(kind: type, values: Iterable[Any]) -> bool:
+    return set(map(type, values)) == {kind}
 
 
 def _to_bytes(hashes: array[int]) -> bytes:
