@@ -38,8 +38,8 @@ class MockWorker:
 class Deployment:
     """Runtimes over one registry prefix."""
 
-    def __init__(self, redis_url: str, prefix: str) -> None:
-        self._settings = {"redis_url": redis_url, "prefix": prefix, "drain_s": 3}
+    def __init__(self, redis_url: str, prefix: str, **settings: Any) -> None:
+        self._settings = {"redis_url": redis_url, "prefix": prefix, "drain_s": 3, **settings}
 
     @asynccontextmanager
     async def runtime(self) -> AsyncIterator[DistributedRuntime]:
@@ -81,10 +81,10 @@ def deployment(dynamo_redis_url: str, dynamo_redis_prefix: str) -> Deployment:
     return Deployment(dynamo_redis_url, dynamo_redis_prefix)
 
 
-Deploy = Callable[[str, str], Deployment]
+Deploy = Callable[..., Deployment]
 
 
 @pytest.fixture
 def deploy() -> Deploy:
-    """For a server of the test's own."""
+    """For a server or settings of the test's own."""
     return Deployment
