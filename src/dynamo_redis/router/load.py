@@ -38,8 +38,7 @@ class LoadBook:
     Adding and freeing are O(log n), the deadlines' heap holds at most twice the live bookings and a few.
     """
 
-    def __init__(self, block_size: int) -> None:
-        self._block_size = block_size
+    def __init__(self) -> None:
         self._bookings: dict[str, dict[str, _Booking]] = {}
         self._loads: dict[Worker, WorkerLoad] = {}
         self._deadlines: list[tuple[float, str, str]] = []
@@ -124,11 +123,6 @@ class LoadBook:
     def loads(self) -> Mapping[Worker, WorkerLoad]:
         """What each worker has to do; who has nothing is left out. A view."""
         return MappingProxyType(self._loads)
-
-    def pending_blocks(self, worker: Worker) -> float:
-        """A worker's load as one number: prompt blocks to read, and blocks held."""
-        load = self.load(worker)
-        return load.prefill_tokens / self._block_size + load.blocks
 
     def _drop(self, keys: Iterable[_Key]) -> int:
         dropped = list(keys)
