@@ -10,7 +10,6 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 from dynamo_redis.router.base import Worker, WorkerLoad
 
@@ -121,8 +120,8 @@ class LoadBook:
         return self._loads.get(worker, IDLE)
 
     def loads(self) -> Mapping[Worker, WorkerLoad]:
-        """What each worker has to do; who has nothing is left out. A view."""
-        return MappingProxyType(self._loads)
+        """What each worker has to do; who has nothing is left out. It is the book's own: look, don't change."""
+        return self._loads
 
     def _drop(self, keys: Iterable[_Key]) -> int:
         dropped = list(keys)

@@ -5,8 +5,9 @@
     decode_blocks  = blocks the worker's requests hold + blocks of this prompt
     cost           = prefill_load_scale · max(prefill_blocks − credit, 0) + decode_blocks
 
-where device, host and disk are the blocks of the prompt that the worker holds there. The lowest cost wins;
-among equals the lower load, then chance.
+where device, host and disk are the blocks of the prompt that the worker holds there. The lowest cost wins,
+and among equals chance: of two workers that cost the same, the one with less load holds less of the prompt,
+so that neither is the better rule.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
+from itertools import repeat
 
 from dynamo_redis.router.base import Choice, CostWeights, Matched, Worker, WorkerCost
 from dynamo_redis.router.load import IDLE, LoadBook
@@ -52,18 +54,17 @@ class Selector:
         if weights.temperature > 0:
             worker = self._draw(candidates, costs, weights.temperature)
         else:
-            worker = self._least(candidates, costs, book)
+            worker = self._least(candidates, costs)
         explained = _explain(candidates, matched, book, costs, token_count, block_size) if explain else ()
         return Choice(worker, matched.get(worker, NOTHING), costs[candidates.index(worker)], explained)
 
-    def _least(self, candidates: Sequence[Worker], costs: Sequence[float], book: LoadBook) -> Worker:
+    def _least(self, candidates: Sequence[Worker], costs: Sequence[float]) -> Worker:
         lowest = min(costs)
         if costs.count(lowest) == 1:
             return candidates[costs.index(lowest)]
-        equals = [worker for worker, cost in zip(candidates, costs, strict=True) if cost == lowest]
-        loads = [book.pending_blocks(worker) for worker in equals]
-        least = min(loads)
-        return self._rng.choice([worker for worker, load in zip(equals, loads, strict=True) if load == least])
+        return self._rng.choice(
+            [worker for worker, cost in zip(candidates, costs, strict=True) if cost == lowest]
+        )
 
     def _draw(self, candidates: Sequence[Worker], costs: Sequence[float], temperature: float) -> Worker:
         lowest = min(costs)
@@ -82,15 +83,17 @@ def _costs(
     block_size: int,
     weights: CostWeights,
 ) -> list[float]:
-    loads = book.loads()
     own_blocks = -(-token_count // block_size)
     scale = weights.prefill_load_scale
     costs = []
-    for worker in candidates:
-        prefill_tokens, blocks, _ = loads.get(worker, IDLE)
+    known, credit = NOTHING, 0.0  # what most hold is one and the same
+    loads = map(book.loads().get, candidates, repeat(IDLE))
+    for (prefill_tokens, blocks, _), held in zip(loads, map(matched.get, candidates), strict=True):
         prefill_blocks = (prefill_tokens + token_count) / block_size
-        if (held := matched.get(worker)) is not None:
-            prefill_blocks = max(prefill_blocks - _credit(held, weights), 0.0)
+        if held is not None:
+            if held is not known:
+                known, credit = held, _credit(held, weights)
+            prefill_blocks = prefill_blocks - credit if prefill_blocks > credit else 0.0
         costs.append(scale * prefill_blocks + (blocks + own_blocks))
     return costs
 
