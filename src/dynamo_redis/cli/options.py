@@ -68,10 +68,13 @@ class SettingsCommand(click.Command):
                 formatter.write_dl(rows)
 
 
-def setting_options(group: type[SettingsGroup], *names: str) -> Callable[[Command], Command]:
+def setting_options(
+    group: type[SettingsGroup], *names: str, **defaults: object
+) -> Callable[[Command], Command]:
     """Decorate a command with options for these settings of a group (all, if none is named).
 
-    The command gets each under its field name, as text, or None if it was not given.
+    The command gets each under its field name, as text (a flag as a bool), or None if it was not given.
+    `defaults` are those of the command's own that differ: they are shown, the command sees to them.
     """
     fields = [(name, group.model_fields[name]) for name in names or group.model_fields]
     heading = section_title(group)
@@ -79,7 +82,8 @@ def setting_options(group: type[SettingsGroup], *names: str) -> Callable[[Comman
 
     def decorate(command: Command) -> Command:
         for name, field in reversed(fields):
-            command = click.option(*_spellings(name, field), name, cls=option_class, **_shape(field))(command)
+            shape = _shape(field, defaults.get(name, field.default))
+            command = click.option(*_spellings(name, field), name, cls=option_class, **shape)(command)
         return command
 
     return decorate
@@ -115,7 +119,11 @@ def given_settings(group: type[SettingsGroup], given: Mapping[str, Any]) -> Iter
 
 def shown_default(field: FieldInfo) -> str:
     """A setting's default with its unit, as help and documentation show it; empty if there is none."""
-    default, unit = field.default, unit_of(field)
+    return _shown(field, field.default)
+
+
+def _shown(field: FieldInfo, default: object) -> str:
+    unit = unit_of(field)
     if default is None or default == "":
         return ""
     if isinstance(default, bool):
@@ -132,9 +140,9 @@ def section_title(group: type[SettingsGroup]) -> str:
     return (group.__doc__ or group.__name__).splitlines()[0].rstrip(".").partition(":")[0]
 
 
-def _help(field: FieldInfo) -> str:
-    default = shown_default(field)
-    source = f"{env_name(field)}; default {default}" if default else env_name(field)
+def _help(field: FieldInfo, default: object) -> str:
+    shown = _shown(field, default)
+    source = f"{env_name(field)}; default {shown}" if shown else env_name(field)
     return f"{field.description}  [{source}]"
 
 
@@ -145,11 +153,11 @@ def _spellings(name: str, field: FieldInfo) -> tuple[str, ...]:
     return (option, *_FURTHER_NAMES.get(name, ()))
 
 
-def _shape(field: FieldInfo) -> dict[str, Any]:
+def _shape(field: FieldInfo, default: object) -> dict[str, Any]:
     """What click is told of an option: None stands for one that is not given, also of a flag."""
     if _bare(field.annotation) is bool:
-        return {"help": _help(field), "is_flag": True, "default": None}
-    return {"help": _help(field), "metavar": _metavar(field)}
+        return {"help": _help(field, default), "is_flag": True, "default": None}
+    return {"help": _help(field, default), "metavar": _metavar(field)}
 
 
 def _metavar(field: FieldInfo) -> str:

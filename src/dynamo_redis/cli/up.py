@@ -23,10 +23,12 @@ from dynamo_redis.cli.formats import redact
 from dynamo_redis.cli.options import SettingsCommand, given_settings, load, setting_options
 from dynamo_redis.cli.status import Display, Status, make_display
 from dynamo_redis.config import (
+    EventSettings,
     FrontendSettings,
     MockEngineSettings,
     ModelSettings,
     PlaneSettings,
+    RouterSettings,
     RuntimeSettings,
     SettingsGroup,
     StoreSettings,
@@ -41,14 +43,18 @@ from dynamo_redis.store.server import EmbeddedServer
 DRAIN_S = 2.0
 """How long requests under way may go on after Ctrl-C, unless `--drain` says so: `up` is to end within 5 s."""
 GRACE_BEYOND_DRAIN_S = 1.5
+ROUTER_MODE = "kv"
+"""How the frontend chooses, unless `--router-mode` or the environment says so."""
 SERVING_TIMEOUT_S = 10.0
 _LOOK_S = 1.0
 _FIRST_LOOK_S = 0.02
 _GROUPS: tuple[type[SettingsGroup], ...] = (
     StoreSettings,
     PlaneSettings,
+    EventSettings,
     RuntimeSettings,
     FrontendSettings,
+    RouterSettings,
     ModelSettings,
     MockEngineSettings,
 )
@@ -71,8 +77,10 @@ _GROUPS: tuple[type[SettingsGroup], ...] = (
 )
 @setting_options(ModelSettings)
 @setting_options(MockEngineSettings)
-@setting_options(FrontendSettings)
+@setting_options(FrontendSettings, router_mode=ROUTER_MODE)
+@setting_options(RouterSettings)
 @setting_options(RuntimeSettings)
+@setting_options(EventSettings)
 @setting_options(PlaneSettings, "request_plane", "auth")
 @setting_options(StoreSettings, "redis_url", "prefix", "lease_ttl_s")
 def up(workers_count: int, data_dir: Path | None, **options: str | None) -> None:
@@ -86,6 +94,7 @@ def up(workers_count: int, data_dir: Path | None, **options: str | None) -> None
     Examples:
       dynamo-redis up
       dynamo-redis up --http-port 8123 --workers 4
+      dynamo-redis up --router-mode round_robin
       dynamo-redis up --model-path ./Qwen3-0.6B --model-name Qwen/Qwen3-0.6B
       dynamo-redis up --redis-url redis://10.0.0.5:6379
     """
@@ -227,6 +236,9 @@ class _Up:
         fields = RuntimeSettings.model_fields
         values[env_name(fields["drain_s"])] = f"{self._drain_s:g}"
         values[env_name(fields["log"])] = self._log
+        fields = FrontendSettings.model_fields
+        if origins(FrontendSettings, _given(self._options))["router_mode"] == "default":
+            values[env_name(fields["router_mode"])] = ROUTER_MODE
         return child_environment(values)
 
 

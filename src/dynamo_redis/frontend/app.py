@@ -6,7 +6,7 @@ import json
 import re
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Collection
 from typing import Any
 
 from starlette.applications import Starlette
@@ -28,8 +28,12 @@ from dynamo_redis.frontend.openai import ChatBody, CompletionOptions, TextBody, 
 from dynamo_redis.frontend.prompts import Preparation
 from dynamo_redis.frontend.request_body import ClientGone, read_limited
 from dynamo_redis.frontend.sse import Kind
+from dynamo_redis.names import EndpointName
 from dynamo_redis.planes.context import Context
 from dynamo_redis.runtime.llm_protocol import GenerateRequest
+
+ClearCaches = Callable[[Collection[EndpointName]], Awaitable[tuple[int, dict[str, Any]]]]
+"""Clears the caches of the workers at these endpoints: status and body of the answer. Raises StoreError."""
 
 _REQUEST_ID = re.compile(rb"[\w.:-]{1,128}")
 _TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(-.{0,128})?")
@@ -40,6 +44,7 @@ def make_app(
     preparation: Preparation,
     settings: FrontendSettings,
     registry_connected: Callable[[], bool],
+    clear_caches: ClearCaches,
 ) -> Starlette:
     """The ASGI application. It owns nothing: its parts are made and ended by the caller."""
 
@@ -53,6 +58,11 @@ def make_app(
     async def show_health(_: Request) -> Response:
         return _json(*health(models.served(), registry_connected()))
 
+    async def clear_kv_blocks(_: Request) -> Response:
+        return _json(
+            *await clear_caches({model.source.endpoint for model in models.served() if model.source})
+        )
+
     async def show_live(_: Request) -> Response:
         return _json(200, {"status": "live"})
 
@@ -65,6 +75,7 @@ def make_app(
             Route("/v1/models/{model:path}", retrieve_model),
             Route("/v1/chat/completions", completions("chat", ChatBody), methods=["POST"]),
             Route("/v1/completions", completions("text", TextBody), methods=["POST"]),
+            Route("/clear_kv_blocks", clear_kv_blocks, methods=["POST"]),
             Route("/health", show_health),
             Route("/live", show_live),
         ],

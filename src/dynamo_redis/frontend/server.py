@@ -10,6 +10,7 @@ import logging
 import socket
 import tempfile
 from collections.abc import Awaitable, Callable, Generator, Iterator
+from functools import partial
 from pathlib import Path
 
 import uvicorn
@@ -18,6 +19,7 @@ from starlette.applications import Starlette
 from dynamo_redis.config import FrontendSettings, RouterSettings, user_model_cache
 from dynamo_redis.errors import ConfigError
 from dynamo_redis.frontend.app import make_app
+from dynamo_redis.frontend.cache_clearing import clear_kv_blocks
 from dynamo_redis.frontend.http_protocol import HttpProtocol
 from dynamo_redis.frontend.models import LiveModels
 from dynamo_redis.frontend.prompts import Preparation
@@ -59,7 +61,13 @@ async def serve_frontend(
         try:
             async with models:
                 await run_server(
-                    make_app(models, preparation, settings, lambda: runtime.registry.connected),
+                    make_app(
+                        models,
+                        preparation,
+                        settings,
+                        lambda: runtime.registry.connected,
+                        partial(clear_kv_blocks, runtime),
+                    ),
                     listener,
                     runtime.wait_for_shutdown,
                     drain_s=runtime.settings.runtime.drain_s,

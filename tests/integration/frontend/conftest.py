@@ -155,6 +155,9 @@ class FakeRuntime:
         self.opened.append(str(endpoint))
         return self.workers[str(endpoint)]
 
+    async def clear_caches(self, endpoints: Collection[EndpointName]) -> tuple[int, dict[str, Any]]:
+        return 200, {"cleared_workers": sorted(map(str, endpoints))}
+
     async def publish(
         self,
         name: str,
@@ -252,7 +255,9 @@ async def _frontend(
         async with LiveModels(
             runtime, open_client=runtime.client, cache_dir=directory / "cache", lease_ttl_s=1.0
         ) as models:
-            app = make_app(models, preparation, settings, lambda: runtime.registry.connected)
+            app = make_app(
+                models, preparation, settings, lambda: runtime.registry.connected, runtime.clear_caches
+            )
             serving = asyncio.create_task(
                 run_server(app, listener, wait_for_shutdown, drain_s=2, on_ready=lambda _: accepting.set())
             )

@@ -1,0 +1,57 @@
+"""`POST /clear_kv_blocks`: every worker drops the KV blocks that no running request uses."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection
+from typing import Any
+
+from dynamo_redis.clock import SYSTEM_CLOCK
+from dynamo_redis.errors import NoInstances, PlaneError
+from dynamo_redis.names import EndpointName
+from dynamo_redis.planes.context import Context
+from dynamo_redis.runtime.client import Client
+from dynamo_redis.runtime.handlers import collect_one
+from dynamo_redis.runtime.runtime import DistributedRuntime
+
+CLEAR_KV_BLOCKS = "clear_kv_blocks"
+"""The endpoint, beside the one that generates."""
+
+_ANSWER_S = 10.0
+
+
+async def clear_kv_blocks(
+    runtime: DistributedRuntime, endpoints: Collection[EndpointName]
+) -> tuple[int, dict[str, Any]]:
+    """Ask every instance beside these endpoints, all at once, each for 10 s at most.
+
+    Answers status and body: `{"cleared_workers": […], "failed_workers": […]}`; 200 if none failed, else 502,
+    and 503 if there is no worker. Raises StoreError.
+    """
+    components = {(endpoint.namespace, endpoint.component) for endpoint in endpoints}
+    outcomes = await asyncio.gather(*(_clear(runtime, *component) for component in sorted(components)))
+    cleared = [worker for outcome in outcomes for worker in outcome if "error" not in worker]
+    failed = [worker for outcome in outcomes for worker in outcome if "error" in worker]
+    body: dict[str, Any] = {"cleared_workers": cleared, "failed_workers": failed}
+    if not cleared and not failed:
+        return 503, {**body, "message": "no worker can be asked: is one running?"}
+    return (502 if failed else 200), body
+
+
+async def _clear(runtime: DistributedRuntime, namespace: str, component: str) -> list[dict[str, Any]]:
+    name = f"{namespace}.{component}.{CLEAR_KV_BLOCKS}"
+    async with await runtime.endpoint(name).client() as client:
+        asked = client.instance_ids()
+        return list(await asyncio.gather(*(_clear_one(client, name, instance) for instance in asked)))
+
+
+async def _clear_one(client: Client, name: str, instance_id: int) -> dict[str, Any]:
+    worker: dict[str, Any] = {"endpoint": name, "instance_id": instance_id}
+    context = Context(deadline=SYSTEM_CLOCK.monotonic() + _ANSWER_S)
+    try:
+        worker["response"] = await collect_one(await client.direct({}, instance_id, False, context))
+    except NoInstances:
+        worker["error"] = "the worker has left"
+    except (PlaneError, RuntimeError) as exc:
+        worker["error"] = str(exc)
+    return worker
