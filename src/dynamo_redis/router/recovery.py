@@ -41,14 +41,13 @@ class Recovery:
     `aclose` ends all.
     """
 
-    def __init__(self, ledger: Ledger, client: Client, *, answer_s: float | None = None) -> None:
+    def __init__(self, ledger: Ledger, client: Client) -> None:
         self.recovered_count = 0
         """Asks that were answered."""
         self.failed_count = 0
         """Asks that were not."""
         self._ledger = ledger
         self._client = client
-        self._answer_s = answer_s or ANSWER_S
         self._slots = asyncio.Semaphore(ASKS_AT_ONCE_COUNT)
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._ending: set[asyncio.Task[None]] = set()
@@ -160,7 +159,7 @@ class Recovery:
                 return f"{type(exc).__name__}: {exc}"
             except TimeoutError:
                 answer.fail()
-                return f"no answer within {self._answer_s:g} s"
+                return f"no answer within {ANSWER_S:g} s"
             except BaseException:
                 answer.fail()
                 raise
@@ -170,7 +169,7 @@ class Recovery:
 
     async def _read(self, answer: Answer) -> None:
         loop = asyncio.get_running_loop()
-        async with asyncio.timeout(self._answer_s) as deadline:
+        async with asyncio.timeout(ANSWER_S) as deadline:
             call = await self._client.direct({"have": answer.have}, answer.instance_id, annotated=False)
             async with call:
                 began_at = time.monotonic()
@@ -179,7 +178,7 @@ class Recovery:
                     if time.monotonic() - began_at > SLICE_S:
                         await asyncio.sleep(0)
                         began_at = time.monotonic()
-                    deadline.reschedule(loop.time() + self._answer_s)
+                    deadline.reschedule(loop.time() + ANSWER_S)
 
     def _note_idle(self) -> None:
         if not self._tasks and self._doubt is None:

@@ -9,6 +9,7 @@ from whose position the stream goes on. Who dies on the way leaves the old snaps
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import random
 from collections import deque
@@ -62,9 +63,11 @@ class Snapshots:
         self._streams = streams
         self._stream = stream
         self._decode = decode
+        self._unreadable: str | None = None  # the digest of a snapshot that was ignored
 
     async def load(self) -> tuple[Snapshot, StoredSnapshot] | None:
         """Read it. None if there is none, or none that can be read, which is logged. Raises StoreError."""
+        content = b""
         try:
             content = await self._objects.read(SNAPSHOT_BUCKET, self._stream.path)
             # A second or less, of which the event loop gets its share: nobody is served yet.
@@ -74,10 +77,15 @@ class Snapshots:
             return None
         except (ValueError, SchemaMismatch) as exc:
             log.warning("the snapshot of %s is ignored, it cannot be read: %s", self._stream.path, exc)
+            self._unreadable = hashlib.sha256(content).hexdigest()
             return None
 
     async def position(self) -> EntryId | None:
-        """How far the stored one is; None as in `load`. Reads its first chunk. Raises StoreError."""
+        """How far the stored one is; None if there is none that can be read. Reads its first chunk. Raises
+        StoreError."""
+        info = await self._objects.info(SNAPSHOT_BUCKET, self._stream.path)
+        if info is None or info.sha256 == self._unreadable:
+            return None
         try:
             chunks = self._objects.get(SNAPSHOT_BUCKET, self._stream.path)
             head = await anext(chunks, b"")
@@ -133,8 +141,6 @@ class Snapshotter:
         take: Callable[[], Snapshot],
         settle: Callable[[float], Awaitable[bool]],
         threshold: int,
-        *,
-        retry_s: float = RETRY_S,
     ) -> None:
         """`take` answers the index as it stands. Before, `settle` is awaited, with a time-out, so that few
         workers are missing in it."""
@@ -145,7 +151,6 @@ class Snapshotter:
         self._take = take
         self._settle = settle
         self._threshold = threshold
-        self._retry_s = retry_s
         self._marks: deque[tuple[EntryId, int]] = deque(maxlen=_MARKS_COUNT)
         self._event_count = 0
         self._done_count = 0
@@ -201,7 +206,7 @@ class Snapshotter:
         while True:
             await asyncio.sleep(CHECK_S)
             if self._is_due():
-                await self._settle(self._retry_s)
+                await self._settle(RETRY_S)
                 await self._try()
 
     async def _try(self) -> None:
@@ -218,7 +223,7 @@ class Snapshotter:
             log.info("KV snapshot at %s: %d bytes", snapshot.position, snapshot.size_bytes)
 
     async def _pause(self) -> None:
-        await asyncio.sleep(self._retry_s * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
+        await asyncio.sleep(RETRY_S * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
 
 
 async def _turn_by_turn(first: bytes, pieces: Iterator[bytes]) -> AsyncGenerator[bytes]:
