@@ -29,6 +29,11 @@ def entry_order(entry_id: EntryId) -> tuple[int, int]:
     return int(ms), int(number or 0)
 
 
+def just_before(ms: int) -> EntryId:
+    """What is behind all entries that were appended before that millisecond."""
+    return EntryId(f"{ms - 1}-{(1 << 64) - 1}") if ms > 0 else BEGINNING
+
+
 @dataclass(frozen=True, slots=True)
 class StreamName:
     """A stream or topic: of a component, by topic, in shards."""

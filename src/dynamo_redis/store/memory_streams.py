@@ -31,6 +31,7 @@ from dynamo_redis.store.event_base import (
     StreamName,
     TopicSubscription,
     entry_order,
+    just_before,
 )
 
 _TOPIC_MESSAGES_COUNT: Final = 10_000
@@ -53,7 +54,10 @@ class _Group:
     @property
     def kept_behind(self) -> EntryId:
         """What it still needs follows this."""
-        return _just_before(self.pending[0].entry_id) if self.pending else self.position
+        if not self.pending:
+            return self.position
+        ms, number = entry_order(self.pending[0].entry_id)
+        return EntryId(f"{ms}-{number - 1}") if number else just_before(ms)
 
 
 class MemoryStream:
@@ -210,8 +214,8 @@ class MemoryEventStreams:
 
     def tail(self, stream: StreamName, *, after: EntryId | None = None, max_age_s: float = 0.0) -> EventTail:
         """As `EventStreams.tail`."""
-        oldest_ms = max(0, int((self._clock.wall() - max_age_s) * 1000))
-        return _MemoryTail(self, stream, after or EntryId(f"{oldest_ms}-0"))
+        oldest = just_before(int((self._clock.wall() - max_age_s) * 1000))
+        return _MemoryTail(self, stream, after or oldest)
 
     async def trim(self, stream: StreamName, snapshot: EntryId) -> EntryId:
         """As `EventStreams.trim`."""
@@ -352,8 +356,3 @@ async def _wait(stream: MemoryStream, block_s: float) -> None:
     with suppress(TimeoutError):
         async with asyncio.timeout(min(block_s, 2.0)):
             await stream.appended.wait()
-
-
-def _just_before(entry_id: EntryId) -> EntryId:
-    ms, number = entry_order(entry_id)
-    return EntryId(f"{ms}-{number - 1}" if number else f"{ms - 1}-{(1 << 64) - 1}")

@@ -44,6 +44,8 @@ _REFUSALS: Final = (
 _DENIALS: Final = ("NOPERM", "ACL failure", "can't run this command", "can't access at least one")
 """What an ACL answers, to a command itself and, in other words, to one inside a script."""
 
+_LOST_STREAM: Final = ("NOGROUP", "UNBLOCKED the stream key no longer exists")
+
 _AWAY: Final = ("LOADING", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "NOREPLICAS", "UNBLOCKED", "BUSY ")
 """Answers of a server that will serve again: starting, failing over, or waiting for its replicas."""
 
@@ -78,7 +80,7 @@ def _refused_by_server(exc: BaseException, address: str) -> StoreError | None:
         for mark, meaning in _REFUSALS:
             if mark in text:
                 return StoreRefused(f"Redis at {address} {meaning}")
-    if isinstance(exc, redis_errors.ResponseError) and "NOGROUP" in text:
+    if isinstance(exc, redis_errors.ResponseError) and any(mark in text for mark in _LOST_STREAM):
         return StreamLost(f"Redis at {address} no longer has the event stream, or the reader's group in it")
     if isinstance(exc, redis_errors.NoPermissionError) or any(mark in text for mark in _DENIALS):
         return StoreRefused(

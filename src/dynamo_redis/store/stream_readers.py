@@ -18,7 +18,7 @@ from typing import Any, Final
 from dynamo_redis.errors import SchemaMismatch, StoreError, StreamLost, StreamTrimmed
 from dynamo_redis.store.blocking import Argument, pack, pack_word
 from dynamo_redis.store.client import Backoff, RedisClient
-from dynamo_redis.store.event_base import BEGINNING, GROUP_TTL_S, Entry, EntryId, entry_order
+from dynamo_redis.store.event_base import BEGINNING, GROUP_TTL_S, Entry, EntryId, entry_order, just_before
 from dynamo_redis.store.scripts import Script, load_script
 from dynamo_redis.store.stream_keys import StreamKeys
 
@@ -220,8 +220,7 @@ class RedisEventTail:
 
     async def _youngest(self) -> EntryId:
         seconds, microseconds = map(int, await self._client.execute("TIME"))
-        age_ms = round(self._max_age_s * 1000)
-        return EntryId(f"{max(0, seconds * 1000 + microseconds // 1000 - age_ms)}-0")
+        return just_before(seconds * 1000 + microseconds // 1000 - round(self._max_age_s * 1000))
 
     async def _look_back(self) -> None:
         """After a failover a stream may end before what was read of it, and go on from there."""
