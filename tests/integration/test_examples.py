@@ -9,8 +9,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from dynamo_redis.router.hashing import chain, local_hashes
+from dynamo_redis.runtime import DistributedRuntime, Settings
+from dynamo_redis.wire.event import EventBatch
+from dynamo_redis.wire.kv_event import read_kv_events
 
 RUN = "uvloop.run(main())"
 
@@ -44,6 +50,36 @@ def test_the_client_hears_the_worker(repository: Path, environment: dict[str, st
         )
         assert (client.returncode, client.stdout.split()) == (0, ["Grüße", "aus", "Köln"]), client.stderr
 
+        worker.send_signal(signal.SIGTERM)
+        assert worker.wait(timeout=30) == 0
+
+
+async def test_routers_hear_of_the_workers_blocks_and_load(
+    repository: Path, environment: dict[str, str], dynamo_redis_url: str, dynamo_redis_prefix: str
+) -> None:
+    settings = Settings.load(redis_url=dynamo_redis_url, prefix=dynamo_redis_prefix)
+    with _started([sys.executable, str(repository / "examples" / "kv_worker.py")], environment) as worker:
+        async with DistributedRuntime(settings=settings) as runtime:
+
+            async def ask(endpoint: str, request: Any) -> list[Any]:
+                async with await runtime.endpoint(f"demo.llm.{endpoint}").client() as client:
+                    await client.wait_for_instances(60)
+                    return [item async for item in await client.generate(request, annotated=False)]
+
+            prompt = list(range(11))
+            for _ in range(2):
+                answer = await ask("generate", {"token_ids": prompt})
+                assert answer == [{"token_ids": prompt[::-1], "finish_reason": "stop"}]
+            header, told = await ask("kv_dump", {"have": []})
+            assert header["next_sequence"] == 2, "the second request had all it needed in the cache"
+            (event,) = read_kv_events(EventBatch.from_bytes(told["batch"]).events)
+            assert list(event.hashes) == chain(local_hashes(prompt, 4))
+            (load,) = await ask("load_metrics", None)
+            assert load["kv_stats"] == {
+                "kv_active_blocks": 2,
+                "kv_total_blocks": 1000,
+                "gpu_cache_usage_perc": 0.002,
+            }
         worker.send_signal(signal.SIGTERM)
         assert worker.wait(timeout=30) == 0
 

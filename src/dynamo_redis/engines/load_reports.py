@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
-from typing import Any, Final
+from typing import Any
 
 from dynamo_redis.engines.base import Engine, EngineLoad, ForwardPass
 from dynamo_redis.router.load_publisher import (
@@ -13,9 +13,6 @@ from dynamo_redis.router.load_publisher import (
     KV_METRICS,
     LoadPublisher,
 )
-
-LOAD_METRICS: Final = "load_metrics"
-"""The endpoint that answers with one item a rank: its kv metrics, and `forward_pass` if one is known."""
 
 
 def kv_metrics(load: EngineLoad, slot_count: int) -> dict[str, Any]:
@@ -55,7 +52,7 @@ def forward_pass_metrics(dp_rank: int, forward_pass: ForwardPass) -> dict[str, A
 
 
 def load_metrics(engine: Engine) -> Callable[[Any], AsyncGenerator[dict[str, Any], None]]:
-    """The handler of `load_metrics`."""
+    """The handler of `load_metrics`: for each rank its kv metrics, and `forward_pass` if one is known."""
 
     async def answer(_: Any) -> AsyncGenerator[dict[str, Any], None]:
         slot_count = engine.capacity.max_num_seqs

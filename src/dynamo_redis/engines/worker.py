@@ -12,10 +12,10 @@ from dynamo_redis.config import ModelSettings
 from dynamo_redis.engines.availability import follow_health
 from dynamo_redis.engines.base import Engine, EngineCapacity
 from dynamo_redis.engines.demo_model import DEMO_MODEL_NAME, DEMO_MODEL_PATH
-from dynamo_redis.engines.load_reports import LOAD_METRICS, load_metrics, report_load
+from dynamo_redis.engines.load_reports import load_metrics, report_load
 from dynamo_redis.errors import ModelError
 from dynamo_redis.names import EndpointName
-from dynamo_redis.router.load_publisher import LoadPublisher
+from dynamo_redis.router.load_publisher import LOAD_METRICS, LoadPublisher
 from dynamo_redis.router.worker_events import WorkerEvents
 from dynamo_redis.runtime.chat_template import ChatTemplate
 from dynamo_redis.runtime.handlers import AnyHandler

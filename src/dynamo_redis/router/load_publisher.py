@@ -23,6 +23,9 @@ log = logging.getLogger(__name__)
 KV_METRICS: Final = "kv_metrics"
 FORWARD_PASS_METRICS: Final = "forward_pass_metrics"  # noqa: S105  (no password)
 
+LOAD_METRICS: Final = "load_metrics"
+"""The endpoint, beside `generate`, that answers with one item a rank."""
+
 INTERVAL_S: Final = 0.1
 """A value that changes all the time is told this often."""
 
@@ -67,6 +70,10 @@ class LoadPublisher:
         else:
             return
         self._changed.set()
+
+    def values(self, topic: str) -> list[dict[str, Any]]:
+        """The present value of each rank."""
+        return [value.event for (of, _), value in self._values.items() if of == topic]
 
     def start(self) -> None:
         """Begin to publish. Idempotent."""

@@ -98,6 +98,11 @@ class Endpoint:
         """
         return await self._host.open_client(self.name, router_mode or "round_robin")
 
+    @property
+    def host(self) -> Host:
+        """The runtime that it belongs to."""
+        return self._host
+
     def connection_id(self) -> int:
         """The id by which this process's instance of the endpoint is known."""
         return self._host.instance_id

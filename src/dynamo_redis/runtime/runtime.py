@@ -6,9 +6,10 @@ import asyncio
 import logging
 import secrets
 import signal
+from collections.abc import Callable, Hashable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Protocol, Self, TypeVar, cast
 
 from dynamo_redis.clock import SYSTEM_CLOCK
 from dynamo_redis.config import EventSettings, PlaneSettings, RuntimeSettings, SettingsGroup, StoreSettings
@@ -28,6 +29,17 @@ from dynamo_redis.store.connect import open_events, open_locks, open_store
 from dynamo_redis.store.event_base import EventStreams
 
 log = logging.getLogger(__name__)
+
+
+class Attached(Protocol):
+    """What a runtime can be given to close."""
+
+    async def aclose(self) -> None:
+        """End it, in bounded time. Idempotent; must not raise."""
+        ...
+
+
+Thing = TypeVar("Thing", bound=Attached)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +118,7 @@ class DistributedRuntime:
         self._secret = secrets.token_bytes(32) if settings.plane.auth == "secret" else None
         self._served: list[ServedEndpoint] = []
         self._views: dict[EndpointName, _SharedView] = {}
+        self._attached: dict[Hashable, Attached] = {}
         self._starting = asyncio.Lock()
         self._shutdown = asyncio.Event()
         self._signals: list[signal.Signals] = []
@@ -162,6 +175,8 @@ class DistributedRuntime:
                 self._server.drain(self.settings.runtime.drain_s),
                 *(served.unregister() for served in self._served),
             )
+        for attached in reversed(tuple(self._attached.values())):
+            await attached.aclose()
         await self.registry.aclose()
         for shared in tuple(self._views.values()):
             await shared.view.aclose()
@@ -237,6 +252,15 @@ class DistributedRuntime:
     def namespace(self, name: str) -> Namespace:
         """The older way to an endpoint: `runtime.namespace(n).component(c).endpoint(e)`."""
         return Namespace(self, name)
+
+    def attach(self, key: Hashable, make: Callable[[], Thing]) -> Thing:
+        """What stands under a key, made when it is first asked for; the same key has always the same type.
+
+        The runtime closes it: after the drain, and before its own connections.
+        """
+        if key not in self._attached:
+            self._attached[key] = make()
+        return cast("Thing", self._attached[key])
 
     # ----------------------------------------------------------------- for endpoints
 
