@@ -13,14 +13,14 @@ before. While it is asked, batches are held, for they may be newer than the answ
 A gap leaves the worker's blocks for as long as one ask takes. An ask that fails drops them: a worker that
 cannot say what it holds is taken to hold nothing.
 
-The worker's word is the last one. Epochs that it has left behind are remembered, so that a late batch of
-theirs changes nothing.
+Epochs that a worker has left behind are remembered, so that a late batch of theirs changes nothing. Its own
+word is the last one: an epoch that was believed past counts again if it is the one a worker answers with.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Final
@@ -57,15 +57,19 @@ class Outcome(Enum):
 
 @dataclass(slots=True)
 class _Rank:
-    """How far one data-parallel rank has been applied."""
+    """How far one data-parallel rank has been applied: of which epoch (None: there is no such rank now), and
+    up to which sequence (None: what is known of it does not count)."""
 
-    epoch: int
-    next_sequence: int = 0
+    epoch: int | None = None
+    next_sequence: int | None = 0
     retired: deque[int] = field(default_factory=lambda: deque(maxlen=_RETIRED_COUNT))
 
-    def restart(self, epoch: int) -> None:
+    def restart(self, epoch: int | None) -> None:
         if epoch != self.epoch:
-            self.retired.append(self.epoch)
+            if epoch is not None and epoch in self.retired:
+                self.retired.remove(epoch)
+            if self.epoch is not None:
+                self.retired.append(self.epoch)
             self.epoch = epoch
         self.next_sequence = 0
 
@@ -122,6 +126,7 @@ class Ledger:
             for instance_id, known in self._instances.items()
             if known.standing is Standing.EXACT
             for dp_rank, rank in known.ranks.items()
+            if rank.epoch is not None and rank.next_sequence is not None
         }
 
     # ----------------------------------------------------------------- what is heard
@@ -142,13 +147,13 @@ class Ledger:
     def _apply(self, known: _Instance, batch: EventBatch) -> Outcome:
         instance_id, epoch, dp_rank = batch.publisher
         worker = Worker(instance_id, dp_rank)
-        rank = known.ranks.get(dp_rank)
-        if rank is None:
-            rank = known.ranks[dp_rank] = _Rank(epoch)
+        rank = known.ranks.setdefault(dp_rank, _Rank())
+        if epoch in rank.retired:
+            self.repeated_count += len(batch.events)
+            return Outcome.REPEATED
+        if rank.epoch is None:
+            rank.restart(epoch)
         elif rank.epoch != epoch:
-            if epoch in rank.retired:
-                self.repeated_count += len(batch.events)
-                return Outcome.REPEATED
             # The process was started anew, with all of its ranks: it will say where they are.
             self.index.remove(worker)
             rank.restart(epoch)
@@ -157,7 +162,7 @@ class Ledger:
         return self._continue(known, worker, rank, batch)
 
     def _continue(self, known: _Instance, worker: Worker, rank: _Rank, batch: EventBatch) -> Outcome:
-        repeated = rank.next_sequence - batch.first_sequence
+        repeated = -1 if rank.next_sequence is None else rank.next_sequence - batch.first_sequence
         if repeated < 0:
             known.standing = Standing.LOST
             return Outcome.MISSING
@@ -192,7 +197,9 @@ class Ledger:
         if known is not None:
             known.standing = Standing.LOST
             known.release()
-            self._clear(instance_id, known, tuple(known.ranks))
+            for dp_rank, rank in known.ranks.items():
+                self.index.remove(Worker(instance_id, dp_rank))
+                rank.next_sequence = None
 
     def is_current(self, instance_id: int, known: _Instance) -> bool:
         """Whether that is what is known of the instance, and not of one that was forgotten."""
@@ -202,12 +209,8 @@ class Ledger:
         """An instance is no more."""
         known = self._instances.pop(instance_id, None)
         if known is not None:
-            self._clear(instance_id, known, tuple(known.ranks))
-
-    def _clear(self, instance_id: int, known: _Instance, dp_ranks: Iterable[int]) -> None:
-        for dp_rank in dp_ranks:
-            self.index.remove(Worker(instance_id, dp_rank))
-            known.ranks.pop(dp_rank, None)
+            for dp_rank in known.ranks:
+                self.index.remove(Worker(instance_id, dp_rank))
 
     # ----------------------------------------------------------------- snapshots
 
@@ -242,13 +245,19 @@ class Answer:
         self._rank: _Rank | None = None
         self._is_dump = False
         self._next_sequence = 0
-        self.have = [[rank.epoch, dp_rank, rank.next_sequence] for dp_rank, rank in known.ranks.items()]
+        self.have = [
+            [rank.epoch, dp_rank, rank.next_sequence]
+            for dp_rank, rank in known.ranks.items()
+            if rank.epoch is not None and rank.next_sequence is not None
+        ]
         """What to say in the request: what is known of each rank, as [epoch, dp_rank, next_sequence]."""
 
     def take(self, item: Any) -> None:
         """The answer's next item."""
         if not isinstance(item, dict):
             raise ValueError("not an item of a worker's answer: no map")
+        if not self._ledger.is_current(self.instance_id, self._known):
+            raise ValueError("the worker has been forgotten meanwhile")
         if "batch" in item:
             self._take_batch(EventBatch.from_bytes(item["batch"]))
         else:
@@ -261,7 +270,9 @@ class Answer:
         known = self._known
         if not self._ledger.is_current(self.instance_id, known):
             return False
-        self._ledger._clear(self.instance_id, known, self._missing)  # ranks that it has no more
+        for dp_rank in self._missing:  # it has them no more
+            self._ledger.index.remove(Worker(self.instance_id, dp_rank))
+            known.ranks[dp_rank].restart(None)
         known.standing = Standing.LOST if known.overflowed else Standing.EXACT
         for batch in known.release():
             if known.standing is Standing.EXACT:
@@ -279,23 +290,19 @@ class Answer:
         kind = head.get("kind")
         if epoch < 0 or kind not in ("range", "dump"):
             raise ValueError("not an item of a worker's answer: neither a rank nor a batch")
-        rank = self._known.ranks.get(dp_rank)
-        if rank is not None and epoch in rank.retired:
-            raise ValueError(f"rank {dp_rank} answers for an epoch that has passed")
+        rank = self._known.ranks.setdefault(dp_rank, _Rank())
         self._worker = Worker(self.instance_id, dp_rank)
         if kind == "dump":
             self._ledger.index.remove(self._worker)
-            if rank is None:
-                rank = self._known.ranks[dp_rank] = _Rank(epoch)
             rank.restart(epoch)
-        elif rank is None or rank.epoch != epoch:
+        elif rank.epoch != epoch or rank.next_sequence is None:
             raise ValueError(f"rank {dp_rank} answers with a range of what is not known")
         self._missing.discard(dp_rank)
         self._rank, self._is_dump, self._next_sequence = rank, kind == "dump", next_sequence
 
     def _take_batch(self, batch: EventBatch) -> None:
         rank, worker = self._rank, self._worker
-        if rank is None or batch.publisher != PublisherId(worker.instance_id, rank.epoch, worker.dp_rank):
+        if rank is None or batch.publisher != (worker.instance_id, rank.epoch, worker.dp_rank):
             raise ValueError("a batch of another rank than the one before it")
         if self._is_dump:
             self._ledger.index.apply(worker, read_kv_events(batch.events))
