@@ -8,7 +8,7 @@ tells.
 
 When the queue is full, events are left out: they take their sequences, so whoever follows sees a gap, and
 asks the publisher's process for what it missed. None is taken in again before all that waits has been sent;
-then a batch, with events or without, begins at the next sequence, and shows the gap.
+then a batch without events says which sequence is next, and so shows the gap.
 
 A publisher that is silent says now and then how far it is, by a batch without events, so that who lost the
 last ones (a message nobody heard, a write lost with a failover) does not have to wait for the next.
@@ -66,9 +66,12 @@ class EventPublisher:
         self._streams = streams
         self._stream = stream
         self._publisher = publisher
-        self._settings = settings
         self._durable = durable
         self._max_age_s = max_age_s
+        self._linger_s = settings.event_linger_s
+        self._batch_count = settings.event_batch_count
+        self._limit_count = settings.event_queue_count
+        self._limit_bytes = int(settings.event_queue_size_bytes)
         self._silence_s = SILENCE_S if durable else TOPIC_SILENCE_S
 
         self.next_sequence = 0
@@ -104,6 +107,8 @@ class EventPublisher:
         """Begin to send. Once. Does not wait for Redis."""
         assert self._task is None, "the publisher has been started"
         self._task = asyncio.create_task(self._run(), name=f"event publisher of {self._stream.path}")
+        if self._queue:
+            self._due.set()
 
     # ------------------------------------------------------------------ in
 
@@ -123,15 +128,15 @@ class EventPublisher:
         queue.append(packed)
         self._queued_bytes += len(packed)
         if len(queue) == 1:
-            self._set_timer(self._settings.event_linger_s)
-        if len(queue) >= self._settings.event_batch_count or self._queued_bytes >= BATCH_BYTES:
+            self._set_timer(self._linger_s)
+        if len(queue) >= self._batch_count or self._queued_bytes >= BATCH_BYTES:
             self._due.set()
         return sequence
 
     def _is_full(self) -> bool:
         return (
-            self.queued_count >= self._settings.event_queue_count
-            or self._queued_bytes + self._under_way_bytes >= self._settings.event_queue_size_bytes
+            len(self._queue) + self._under_way_count >= self._limit_count
+            or self._queued_bytes + self._under_way_bytes >= self._limit_bytes
         )
 
     def _leave_out(self) -> None:
@@ -156,21 +161,21 @@ class EventPublisher:
                 self._set_timer(self._silence_s)
 
     def _take(self) -> list[NewEntry]:
-        """The batches of the next trip: without events, if there are none."""
+        """The batches of the next trip. If nothing waits: one that says how far the publisher is."""
+        if not self._queue:
+            self._is_gap = False
+            self._first = self.next_sequence
+            return [self._batch([])]
         entries: list[NewEntry] = []
         while self._queue and len(entries) < TRIP_BATCHES_COUNT:
             entries.append(self._batch(self._take_events()))
-        if not self._queue and self._is_gap and not self._closed:
-            self._is_gap = False
-            self._first = self.next_sequence
-            entries.append(self._batch([]))
-        return entries or [self._batch([])]
+        return entries
 
     def _take_events(self) -> list[bytes]:
-        queue, limit_count = self._queue, self._settings.event_batch_count
+        queue = self._queue
         taken: list[bytes] = []
         size_bytes = 0
-        while queue and len(taken) < limit_count and size_bytes < BATCH_BYTES:
+        while queue and len(taken) < self._batch_count and size_bytes < BATCH_BYTES:
             packed = queue.popleft()
             size_bytes += len(packed)
             taken.append(packed)
