@@ -9,7 +9,6 @@ index, and a ring of the events published last: whoever has missed some asks for
 from __future__ import annotations
 
 import logging
-from array import array
 from collections import Counter, deque
 from collections.abc import Collection, Iterator, Sequence
 from itertools import chain as chained
@@ -162,14 +161,14 @@ class KvPublisher:
     def dump(self) -> Iterator[KvEvent]:
         """Events that make an empty index equal to this one as it is now, before `next_sequence`.
 
-        The copy is made at once (about 3 ms for 100,000 blocks); the events, of up to `DUMP_BLOCK_COUNT`
+        The copy is made at once (about 0.5 ms for 100,000 blocks); the events, of up to `DUMP_BLOCK_COUNT`
         hashes, are made as they are taken.
         """
         return chained.from_iterable([self._dump_tier(tier) for tier in TIERS])
 
     def _dump_tier(self, tier: int) -> Iterator[KvEvent]:
-        holes = array("Q", self._index[tier].holes)
-        blocks = array("Q", self._index[tier].blocks)
+        holes = list(self._index[tier].holes)
+        blocks = list(self._index[tier].blocks)
 
         def events() -> Iterator[KvEvent]:
             for first in range(0, len(holes), DUMP_BLOCK_COUNT):
