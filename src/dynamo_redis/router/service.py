@@ -114,7 +114,7 @@ class KvRouter:
         self._cards.start()
         closes(self._cards.aclose)
         self.block_size = self._wanted_block_size or await self._cards.block_size()
-        self._book = LoadBook(self.block_size)
+        self._book = LoadBook()
         starting: list[Coroutine[Any, Any, None]] = []
         if self._follows_events:
             self.indexer = Indexer(

@@ -218,11 +218,14 @@ class BookingSync:
 
     def _add(self, owner: str, described: list[Any]) -> None:
         request_id, instance_id, dp_rank, prefill_tokens, blocks, ttl_s = described[:6]
+        left_s = float(ttl_s)
+        if not left_s > 0:  # nor if it is no number
+            return
         self._book.add(
             owner,
             str(request_id),
             Worker(int(instance_id), int(dp_rank)),
             prefill_tokens=max(int(prefill_tokens), 0),
             blocks=max(int(blocks), 0),
-            deadline=self._clock.monotonic() + min(float(ttl_s), LEASE_S),
+            deadline=self._clock.monotonic() + min(left_s, LEASE_S),
         )

@@ -1,0 +1,233 @@
+"""What routers tell each other of their bookings, and what becomes of it when messages are lost."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from dynamo_redis.config import EventSettings
+from dynamo_redis.router.base import CostWeights, RoutingRequest, Worker, WorkerLoad
+from dynamo_redis.router.booking import BookingChooser
+from dynamo_redis.router.load import LoadBook
+from dynamo_redis.router.selector import Selector
+from dynamo_redis.router.sync import LEASE_S, RENEW_S, BookingSync, owner_name
+from dynamo_redis.router.waiting import WaitingLine
+from dynamo_redis.store.base import Delete, DeleteCause, Revision, WatchBatch
+from dynamo_redis.store.event_base import Entry, EntryId
+from dynamo_redis.store.memory import MemoryRegistry, MemoryServer
+from dynamo_redis.store.memory_streams import MemoryEventStreams
+from dynamo_redis.wire.event import EventBatch, PublisherId
+
+WORKER = Worker(7, 1)
+IDLE = WorkerLoad(0, 0, 0)
+
+
+class HeldClock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def wall(self) -> float:
+        return self.now
+
+
+class Router:
+    """A router's book and its sync, with what it publishes taken from its publisher's hands."""
+
+    def __init__(self, epoch: int, clock: HeldClock) -> None:
+        self.publisher = PublisherId(1, epoch, 0)
+        self.owner = owner_name(self.publisher)
+        self.book = LoadBook()
+        self.clock = clock
+        self.sync = BookingSync(
+            MemoryEventStreams(),
+            MemoryRegistry(MemoryServer()),
+            "dynamo",
+            "backend",
+            self.publisher,
+            EventSettings.load(),
+            self.book,
+            lambda: self.chooser.bookings.values(),
+            clock=clock,
+        )
+        self.said: list[Any] = []
+        self.sync._publisher.publish = self._say  # type: ignore[method-assign]
+        self.chooser = BookingChooser(
+            self.owner,
+            lambda hashes: {},
+            self,
+            self.book,
+            Selector(random.Random(1)),
+            WaitingLine(1),
+            block_size=16,
+            weights=CostWeights(),
+            listener=self.sync,
+            clock=clock,
+        )
+
+    def _say(self, event: Any) -> int:
+        self.said.append(event)
+        return len(self.said) - 1
+
+    def candidates(self, among: object, excluded: object) -> list[Worker]:
+        return [WORKER]
+
+    def without_busy(self, workers: Any, book: LoadBook) -> Any:
+        return workers
+
+    async def book_one(self, request_id: str, deadline_s: float = 600.0) -> None:
+        request = RoutingRequest(request_id, [1, 2], 40, self.clock.now + deadline_s)
+        await self.chooser.choose(request)
+
+    def messages(self) -> Iterator[Entry]:
+        """What it has said since the last time, an event an entry."""
+        said, self.said = self.said, []
+        for event in said:
+            batch = EventBatch("active_sequences_events", self.publisher, 0, 0, [event])
+            yield Entry(EntryId("1-0"), batch.to_bytes())
+
+    def load(self) -> WorkerLoad:
+        return self.book.load(WORKER)
+
+
+def tell(teller: Router, hearer: Router) -> None:
+    for entry in teller.messages():
+        hearer.sync.apply(entry)
+
+
+@pytest.fixture
+def clock() -> HeldClock:
+    return HeldClock()
+
+
+@pytest.fixture
+def one(clock: HeldClock) -> Router:
+    return Router(1, clock)
+
+
+@pytest.fixture
+def other(clock: HeldClock) -> Router:
+    return Router(2, clock)
+
+
+def beats(teller: Router, hearer: Router, for_s: float) -> None:
+    """Time goes on, with all renewals delivered."""
+    for _ in range(round(for_s / RENEW_S)):
+        teller.clock.now += RENEW_S
+        teller.sync.renew()
+        tell(teller, hearer)
+        hearer.book.expire(hearer.clock.now)
+
+
+async def test_what_one_books_the_other_knows(one: Router, other: Router) -> None:
+    await one.book_one("r")
+    tell(one, other)
+    assert other.load() == WorkerLoad(40, 3, 1) == one.load()
+    one.chooser.prefill_done("r")
+    tell(one, other)
+    assert other.load() == WorkerLoad(0, 3, 1)
+    one.chooser.free("r")
+    tell(one, other)
+    assert other.load() == IDLE
+
+
+async def test_ones_own_messages_count_for_nothing(one: Router) -> None:
+    await one.book_one("r")
+    for entry in list(one.messages()):
+        one.sync.apply(entry)
+        one.sync.apply(entry)
+    assert one.load() == WorkerLoad(40, 3, 1)
+
+
+async def test_a_free_that_is_lost_leaves_no_phantom_load(one: Router, other: Router) -> None:
+    await one.book_one("r")
+    tell(one, other)
+    one.chooser.free("r")
+    list(one.messages())  # nobody hears it
+    assert other.load().request_count == 1
+    beats(one, other, LEASE_S)
+    assert other.load() == IDLE
+
+
+async def test_a_request_under_way_is_known_for_as_long_as_it_runs(one: Router, other: Router) -> None:
+    await one.book_one("r", deadline_s=300)
+    tell(one, other)
+    one.chooser.prefill_done("r")
+    list(one.messages())  # lost: the next renewal says it
+    beats(one, other, 4 * LEASE_S)
+    assert other.load() == WorkerLoad(0, 3, 1)
+    other.clock.now += LEASE_S
+    other.book.expire(other.clock.now)
+    assert other.load() == IDLE  # nothing was heard of it for too long
+
+
+async def test_an_add_that_is_lost_is_made_good(one: Router, other: Router) -> None:
+    await one.book_one("r")
+    list(one.messages())
+    assert other.load() == IDLE
+    beats(one, other, RENEW_S)
+    assert other.load() == WorkerLoad(40, 3, 1)
+
+
+async def test_a_booking_never_outlives_its_request(one: Router, other: Router) -> None:
+    await one.book_one("r", deadline_s=5)
+    tell(one, other)
+    other.clock.now += 5
+    other.book.expire(other.clock.now)
+    assert other.load() == IDLE
+
+
+async def test_many_requests_are_renewed_in_pieces(one: Router, other: Router) -> None:
+    for number in range(600):
+        await one.book_one(f"r{number}")
+    list(one.messages())
+    one.sync.renew()
+    assert [len(event[1]) for event in one.said] == [256, 256, 88]
+    tell(one, other)
+    assert other.load().request_count == 600
+
+
+async def test_a_router_that_left_has_nothing_under_way(one: Router, other: Router) -> None:
+    await one.book_one("r")
+    await other.book_one("own")
+    tell(one, other)
+
+    def gone(owner: str, cause: DeleteCause) -> WatchBatch:
+        key = f"v1/kv_routers/dynamo/backend/{owner}"
+        return WatchBatch((Delete(key, Revision("1-0"), cause),), Revision("1-0"))
+
+    other.sync.forget_routers(gone(one.owner, DeleteCause.RESYNC))
+    assert other.load().request_count == 2  # the registry may just have lost it
+    other.sync.forget_routers(gone(one.owner, DeleteCause.EXPIRED))
+    other.sync.forget_routers(gone(other.owner, DeleteCause.EXPIRED))  # it knows better
+    assert other.load().request_count == 1
+
+
+async def test_what_cannot_be_read_is_passed_over(one: Router, other: Router) -> None:
+    def say(*events: Any) -> None:
+        batch = EventBatch("active_sequences_events", one.publisher, 0, 0, list(events))
+        other.sync.apply(Entry(EntryId("1-0"), batch.to_bytes()))
+
+    other.sync.apply(Entry(EntryId("1-0"), b"\xc1 no msgpack"))
+    say(
+        None,
+        "add",
+        ["add"],
+        ["add", "r", "no number", 0, 1, 1, 1.0],
+        ["add", "r", 7, 1, None, 1, 1.0],
+        ["add", "r", 7, 1, 40, 3, float("nan")],
+        ["add", "r", 7, 1, 40, 3, -1.0],
+        ["active", "none"],
+        ["active", [["r"]]],
+        ["free"],
+        ["free", 3],
+        ["of a later release", 1, 2],
+    )
+    assert other.book.booking_count == 0
+    say(["add", "good", 7, 1, 40, 3, 600.0, "and a field of a later release"])
+    assert other.load() == WorkerLoad(40, 3, 1)
