@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import httpx
+import pytest
 
-from tests.routed_deployment import Deployment, until, until_served
+from dynamo_redis.errors import PlaneError
+from dynamo_redis.planes.context import Context
+from dynamo_redis.router.asking import ask_best_worker, ask_states
+from dynamo_redis.router.service import KvRouter
+from tests.routed_deployment import WORKERS, Deployment, until, until_served
 
 STORY = "Once upon a time there was a router that knew what every worker had read before. " * 8
+PROMPT = list(range(2, 162))  # ten blocks
 
 
-async def complete(frontend: httpx.AsyncClient, prompt: str, **fields: Any) -> dict[str, Any]:
+async def complete(frontend: httpx.AsyncClient, prompt: str | list[int], **fields: Any) -> dict[str, Any]:
     response = await frontend.post(
         "/v1/completions", json={"model": "demo", "prompt": prompt, "max_tokens": 4, **fields}
     )
@@ -24,16 +31,171 @@ def cached_tokens(answer: dict[str, Any]) -> int:
     return int(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
 
 
+def ask(router: KvRouter, *, max_tokens: int = 4, **more: Any) -> Any:
+    request = {
+        "model": "demo",
+        "token_ids": PROMPT,
+        "stop_conditions": {"max_tokens": max_tokens, "ignore_eos": True},
+        "sampling_options": {},
+        "eos_token_ids": [],
+    }
+    return router.generate(request, False, Context(), **more)
+
+
+def knows(router: KvRouter, *, blocks: int = 10) -> bool:
+    assert router.indexer is not None
+    return sum(router.indexer.index.block_counts().values()) >= blocks
+
+
 async def test_a_prefix_that_was_read_once_is_read_by_nobody_again(deployment: Deployment) -> None:
     workers = [await deployment.worker() for _ in range(2)]
     frontend = await deployment.frontend()
     await until_served(frontend, instances=2)
     first = await complete(frontend, STORY)
     assert cached_tokens(first) == 0
-    await until(lambda: any(worker.engine.cache.stored() for worker in workers))
+    looking = await deployment.open_runtime()
+
+    async def known_blocks() -> int:
+        [answer] = await ask_states(looking)
+        assert answer.state is not None
+        return int(answer.state["index"]["block_count"])
+
+    while not await known_blocks():
+        await asyncio.sleep(0.01)
     holder = next(worker for worker in workers if worker.engine.request_count)
-    import asyncio
-    await asyncio.sleep(0.5)
-    second = await complete(frontend, STORY + "And then?")
-    assert cached_tokens(second) > 0.7 * first["usage"]["prompt_tokens"]
-    assert holder.engine.request_count == 2
+    for count in (2, 3):
+        again = await complete(frontend, STORY + "And then?")
+        assert holder.engine.request_count == count
+        assert cached_tokens(again) >= first["usage"]["prompt_tokens"] // 16 * 16
+    [answer] = await ask_states(looking)
+    assert answer.state is not None
+    assert answer.state["counts"]["cached_tokens"] > 0
+    assert 0.5 < answer.state["hit_rate"] < 1
+    assert answer.state["active_count"] == 0
+
+    explained = await ask_best_worker(looking, WORKERS, {"token_ids": PROMPT})
+    assert len(explained["costs"]) == 2
+    cleared = await frontend.post("/clear_kv_blocks")
+    assert cleared.status_code == 200, cleared.text
+    assert sorted(worker["instance_id"] for worker in cleared.json()["cleared_workers"]) == sorted(
+        worker.instance_id for worker in workers
+    )
+    assert cleared.json()["failed_workers"] == []
+    while await known_blocks():
+        await asyncio.sleep(0.01)
+    assert cached_tokens(await complete(frontend, STORY)) == 0
+
+
+async def test_a_request_takes_its_load_along_wherever_it_ends(deployment: Deployment) -> None:
+    """The end, a cancel, a drop, an error: whatever becomes of a call, its booking goes with it."""
+    worker = await deployment.worker()
+    router, _ = await deployment.router(router_replica_sync=False)
+    chooser = router.chooser
+
+    items = [item async for item in await ask(router)]
+    assert items[-1]["finish_reason"] == "length"
+    assert not chooser.bookings
+
+    worker.engine.gate.clear()
+    call = await ask(router, max_tokens=2000)
+    [booking] = chooser.bookings.values()
+    assert booking.prefill_tokens == len(PROMPT)
+    worker.engine.gate.set()
+    await anext(call)
+    assert booking.prefill_tokens == 0
+    assert chooser.loads()[booking.choice.worker].request_count == 1
+    await call.aclose()
+    assert not chooser.bookings
+
+    call = await ask(router, max_tokens=2000)
+    await anext(call)
+    assert chooser.bookings
+    del call  # nobody will ever read the rest
+    assert not chooser.bookings
+
+    call = await ask(router, max_tokens=2000)
+    await anext(call)
+    reading = asyncio.ensure_future(collect(call))
+    await asyncio.sleep(0)
+    reading.cancel()
+    await asyncio.gather(reading, return_exceptions=True)
+    assert not chooser.bookings
+
+    with pytest.raises(PlaneError):
+        async for _ in await router.generate({"token_ids": [1] * 100_000, "model": "demo"}, False):
+            pass
+    assert not chooser.bookings
+    assert chooser.loads() == {}
+
+
+async def collect(call: Any) -> list[Any]:
+    return [item async for item in call]
+
+
+async def test_a_worker_that_dies_takes_its_bookings_along(deployment: Deployment) -> None:
+    """Mid-stream the error is the caller's; before the first item another worker takes the request."""
+    workers = [await deployment.worker() for _ in range(2)]
+    router, _ = await deployment.router(router_replica_sync=False)
+    await until(lambda: len(router.instance_ids()) == 2)
+    for worker in workers:
+        worker.engine.gate.clear()
+    call = await ask(router)
+    reading = asyncio.ensure_future(collect(call))
+    await until(lambda: any(worker.engine.request_count for worker in workers))
+    first = next(worker for worker in workers if worker.engine.request_count)
+    other = next(worker for worker in workers if worker is not first)
+    assert [booking.choice.worker.instance_id for booking in router.chooser.bookings.values()] == [
+        first.instance_id
+    ]
+    other.engine.gate.set()
+    assert first.process.runtime._server is not None
+    await first.process.runtime._server.aclose()  # as a crash looks from outside
+    assert (await reading)[-1]["finish_reason"] == "length"
+    assert call.choice.worker.instance_id == other.instance_id
+    assert other.engine.request_count == 1
+    assert not router.chooser.bookings
+    assert router.chooser.loads() == {}
+
+    call = await ask(router, max_tokens=2000)
+    await anext(call)
+    assert other.process.runtime._server is not None
+    await other.process.runtime._server.aclose()
+    with pytest.raises(PlaneError):
+        await collect(call)
+    assert not router.chooser.bookings
+
+
+async def test_ranks_are_chosen_one_by_one(deployment: Deployment) -> None:
+    worker = await deployment.worker(data_parallel_size=2)
+    router, _ = await deployment.router(router_replica_sync=False)
+    worker.engine.gate.clear()
+    calls = [await ask(router) for _ in range(2)]
+    assert sorted(call.choice.worker for call in calls) == [(worker.instance_id, 0), (worker.instance_id, 1)]
+    worker.engine.gate.set()
+    for call in calls:
+        await collect(call)
+    await until(lambda: knows(router, blocks=20))
+    blocks = router.state().workers
+    assert [(entry["dp_rank"], entry["cached_blocks"]) for entry in blocks] == [(0, 10), (1, 10)]
+
+
+@pytest.mark.parametrize("how", ["no events", "no event plane"])
+async def test_without_events_the_router_predicts(deployment: Deployment, how: str) -> None:
+    plane = {"event_plane": "none"} if how == "no event plane" else {}
+    workers = [await deployment.worker() for _ in range(2)]
+    router, _ = await deployment.router(plane, use_kv_events=how != "no events")
+    await until(lambda: len(router.instance_ids()) == 2)
+    assert router.indexer is None
+    first = await ask(router)
+    await collect(first)
+    for _ in range(3):
+        call = await ask(router)
+        assert call.choice.worker == first.choice.worker
+        assert call.choice.matched.device == 10
+        assert (await collect(call))[0]["cached_tokens"] > 0
+    state = router.state()
+    assert (state.mode, state.index["block_count"]) == ("predicted", 10)
+    gone = next(worker for worker in workers if worker.instance_id == first.choice.worker.instance_id)
+    deployment.processes.remove(gone.process)
+    await gone.process.end()
+    await until(lambda: router.state().index["block_count"] == 0)
