@@ -26,16 +26,6 @@ _TOKEN_BASE: Final = 1 << 31
 """Generated tokens of request i are all `_TOKEN_BASE + i`: no two answers share a block."""
 
 
-def engine_settings(total_kv_blocks: int, *, speedup_ratio: float) -> MockEngineSettings:
-    """The mock engine at half of its speed (10,000 prompt tokens a second, 16 ms a step), times a speedup."""
-    return MockEngineSettings(
-        block_size=TRACE_BLOCK_SIZE,
-        total_kv_blocks=total_kv_blocks,
-        speedup_ratio=0.5 * speedup_ratio,
-        max_num_waiting=1 << 20,
-    )
-
-
 @dataclass(slots=True, eq=False, kw_only=True)
 class ModelSequence(batching.Sequence):
     """A request in a simulated engine."""

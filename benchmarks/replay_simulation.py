@@ -1,27 +1,60 @@
-"""Policies for the simulation: the omniscient router, the KV-aware ones, and those that look at no cache."""
+"""Runs in simulated time: by the omniscient router, by KV-aware ones, and by those that look at no cache."""
 
 from __future__ import annotations
 
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Final
 
-from benchmarks.replay_model import ModelSequence, Simulation
+from benchmarks.replay_figures import Outcome
+from benchmarks.replay_model import ModelSequence, Policy, Simulation
+from benchmarks.replay_plan import Plan
 from benchmarks.replay_trace import TRACE_BLOCK_SIZE, TracedRequest
+from dynamo_redis.config import RouterSettings
 from dynamo_redis.engines.base import AllBlocksCleared, BlocksRemoved, BlocksStored, KvEvent
 from dynamo_redis.router.approximate import PredictedIndex
 from dynamo_redis.router.base import CostWeights, Worker
 from dynamo_redis.router.index import KvIndex
 from dynamo_redis.router.load import LoadBook
 from dynamo_redis.router.selector import Selector
-from dynamo_redis.runtime.selection import policy
+from dynamo_redis.runtime import selection
 from dynamo_redis.wire import kv_event
 
 _WEIGHTS: Final = CostWeights()
-PREDICTED_S: Final = 120.0
-"""How long a predicted block counts: the setting's default."""
+
+
+def simulate(
+    plan: Plan,
+    make: Callable[[Simulation, random.Random], Policy] | None = None,
+    *,
+    seed: int = 0,
+    late_s: float = 0.0,
+) -> list[Outcome]:
+    """What the plan's requests come to in the trace's own time, whatever its speedup.
+
+    `make` makes the policy, else it is that of the plan's mode, where what one process learns of another is
+    `late_s` late. `seed` is that of chance among equals.
+    """
+    simulation = Simulation(plan.workers, replace(plan, speedup=1.0).engine)
+    rng = random.Random(seed)
+    policy = make(simulation, rng) if make is not None else _policy(plan, simulation, rng, late_s)
+    return simulation.run(plan.load_trace().requests, policy, replicas=plan.replicas)
+
+
+def _policy(plan: Plan, simulation: Simulation, rng: random.Random, late_s: float) -> Policy:
+    if plan.client_mode is not None:
+        return Blind(simulation, plan.client_mode, plan.replicas, rng)
+    return KvAware(
+        simulation,
+        rng,
+        replicas=plan.replicas,
+        events_s=late_s,
+        messages_s=late_s,
+        predict=plan.mode == "predicted",
+    )
 
 
 class Omniscient:
@@ -99,9 +132,13 @@ class KvAware:
         self._weights = weights
         self._events_s = events_s
         self._messages_s = messages_s
-        self._books = [LoadBook(TRACE_BLOCK_SIZE) for _ in range(replicas)]
+        self._books = [LoadBook() for _ in range(replicas)]
         self._index = KvIndex()
-        self._predicted = [PredictedIndex(ttl_s=PREDICTED_S) for _ in range(replicas)] if predict else None
+        self._predicted = (
+            [PredictedIndex(ttl_s=RouterSettings.load().router_ttl_s) for _ in range(replicas)]
+            if predict
+            else None
+        )
         if not predict:
             simulation.on_kv_event = self._hear
 
@@ -181,7 +218,7 @@ class Blind:
     def __init__(self, simulation: Simulation, mode: str, replicas: int, rng: random.Random) -> None:
         workers = range(len(simulation.engines))
         self._seen = [[_Seen(number) for number in workers] for _ in range(replicas)]
-        self._policies = [policy(mode, rng) for _ in range(replicas)]
+        self._policies = [selection.policy(mode, rng) for _ in range(replicas)]
 
     def choose(self, index: int, request: TracedRequest, replica: int) -> tuple[int, int]:
         chosen = self._policies[replica](self._seen[replica])

@@ -1,0 +1,224 @@
+"""Replays a trace of real requests through real processes, and says what each way of routing makes of it.
+
+Each run has one Redis, mock workers, and router replicas with the users behind them, which send their share
+of the requests as token ids: real sockets, real KV events, in scaled time. Workers share processes, four in
+each, with a runtime, an instance and connections of their own. The omniscient router is simulated, on the
+same engines and caches.
+
+Times are the trace's: with a speedup of 10, a millisecond of this machine counts as ten. Without --trace it
+is ../shared/data/mooncake/conversation_trace.jsonl.gz beside the checkout, or else a made-up one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final, TypeVar, get_args
+
+import uvloop
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from benchmarks.options import length_s, rounds_count
+from benchmarks.processes import REPOSITORY, rival_python
+from benchmarks.replay_figures import figures
+from benchmarks.replay_plan import MODES, Arrivals, Mode, Plan
+from benchmarks.replay_report import PATH, Entry, print_table, run_entry, save, simulated_entry
+from benchmarks.replay_run import Fault, run
+from benchmarks.replay_simulation import Omniscient, simulate
+from dynamo_redis.store.server import EmbeddedServer
+
+_SIMULATED_RUNS: Final = 3
+"""Chance among equal workers moves a run's hit rate by some per cent: the reference is a mean."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What to run, and where to write it."""
+
+    base: Plan
+    modes: Sequence[Mode]
+    replicas: Sequence[int]
+    arrivals: Sequence[Arrivals]
+    faults: Sequence[Fault]
+    given_speedup: float
+    results: Path
+    plot: bool
+
+    def plan(self, arrivals: Arrivals, mode: Mode = "kv", replicas: int = 1) -> Plan:
+        """One run's plan."""
+        speedup = self.given_speedup if arrivals == "given" else self.base.speedup
+        return replace(self.base, arrivals=arrivals, mode=mode, replicas=replicas, speedup=speedup)
+
+    @property
+    def runs(self) -> list[tuple[Plan, Fault | None]]:
+        """All of them, in order."""
+        plain = [
+            (self.plan(arrivals, mode, replicas), None)
+            for arrivals in self.arrivals
+            for mode in self.modes
+            for replicas in self.replicas
+        ]
+        broken = [(self.plan(self.arrivals[0], "kv", max(self.replicas)), fault) for fault in self.faults]
+        return [*plain, *broken]
+
+
+def main(arguments: Sequence[str] | None = None) -> list[Entry]:
+    """Run what the command line asks for; answers the rows."""
+    options = parse(arguments)
+    trace = options.base.load_trace()
+    options = replace(options, base=replace(options.base, requests=len(trace.requests)))
+    print(f"trace {trace.name}, the first {options.base.requests} requests", flush=True)
+    entries = [_reference(options.plan(arrivals), trace.name) for arrivals in options.arrivals]
+    entries += uvloop.run(_run_all(options, trace.name))
+    print_table(entries, _conditions(options))
+    save(entries, options.results)
+    if options.plot:
+        python = rival_python("plot", "matplotlib")
+        subprocess.run([python, "-m", "benchmarks.replay_plot", options.results], cwd=REPOSITORY, check=True)
+    return entries
+
+
+def _reference(plan: Plan, trace: str) -> Entry:
+    """The omniscient router's row."""
+    found = [
+        figures(simulate(plan, Omniscient, seed=plan.seed + number), plan.workers)
+        for number in range(_SIMULATED_RUNS)
+    ]
+    return simulated_entry(plan, trace, found)
+
+
+async def _run_all(options: Options, trace: str) -> list[Entry]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    entries: list[Entry] = []
+    with tempfile.TemporaryDirectory() as directory, Progress(*columns) as progress:
+        async with EmbeddedServer(Path(directory), port=0) as server:
+            for plan, fault in options.runs:
+                task = progress.add_task(_title(plan, fault), total=plan.requests)
+
+                def advance(count: int, task: Any = task) -> None:
+                    progress.update(task, completed=count)
+
+                result = await run(plan, server, fault=fault, progress=advance)
+                entries.append(run_entry(plan, trace, fault, result))
+    return entries
+
+
+def _title(plan: Plan, fault: Fault | None) -> str:
+    arrivals = "as given" if plan.arrivals == "given" else f"Poisson {plan.load:g}"
+    routers = f"{plan.replicas} router{'s' if plan.replicas > 1 else ''}"
+    return f"{arrivals}, {MODES[plan.mode]}, {routers}{f', {fault} killed' if fault else ''}"
+
+
+def _conditions(options: Options) -> list[str]:
+    plan = options.base
+    return [
+        f"{plan.requests} requests to {plan.workers} mock workers with {plan.kv_blocks} KV blocks of 512 tokens",
+        "a worker reads 10,000 prompt tokens a second, and takes 16 ms a step",
+        f"times are the trace's, sped up {plan.speedup:g} times (as given: {options.given_speedup:g} times)",
+        "hit rate: prompt tokens found in caches; balance: prompt tokens read, most loaded worker ÷ mean",
+        "wrong: of the tokens that a router thought cached, those that were not, some evicted in between",
+        "late: how late requests were sent, real time, 99th percentile; cores: of workers and routers",
+    ]
+
+
+# --------------------------------------------------------------------------- the command line
+
+Choice = TypeVar("Choice")
+
+
+def _several(one: Callable[[str], Choice]) -> Callable[[str], list[Choice]]:
+    """A list with commas."""
+    return lambda text: [one(part.strip()) for part in text.split(",")]
+
+
+def _one_of(*choices: Choice) -> Callable[[str], Choice]:
+    def choose(text: str) -> Choice:
+        for choice in choices:
+            if choice == text:
+                return choice
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(map(str, choices))}")
+
+    return choose
+
+
+def parse(arguments: Sequence[str] | None) -> Options:
+    """The command line. Exits with a message for what cannot be run."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.replay",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="The figures and a picture go to benchmarks/results/replay.json and replay.svg; rows that did "
+        "not run keep their figures.",
+    )
+    add = parser.add_argument
+    add("--trace", type=Path, metavar="FILE", help="JSON lines as Mooncake's, plain or .gz")
+    add("--requests", type=rounds_count, default=2000, help="the first so many of the trace [2000]")
+    add(
+        "--modes",
+        type=_several(_one_of(*get_args(Mode))),
+        default=list(get_args(Mode)),
+        help="of kv, predicted (kv without events), rr, p2c [all]",
+    )
+    add("--replicas", type=_several(rounds_count), default=[1, 4], help="routers beside each other [1,4]")
+    add(
+        "--arrivals",
+        type=_several(_one_of(*get_args(Arrivals))),
+        default=["poisson", "given"],
+        help="of poisson, given (the trace's timestamps) [both]",
+    )
+    add(
+        "--load",
+        type=length_s,
+        default=0.7,
+        help="for poisson: prompt tokens that come ÷ that workers can read without caches [0.7]",
+    )
+    add(
+        "--faults",
+        type=_several(_one_of(*get_args(Fault))),
+        default=[],
+        help="further runs of kv with most replicas, in which something is killed and comes back: router, "
+        "redis, worker [none]",
+    )
+    add("--workers", type=rounds_count, default=16, help="mock workers [16]")
+    add("--kv-blocks", type=rounds_count, default=4096, help="blocks in each worker's cache [4096]")
+    add("--speedup", type=length_s, default=10.0, help="trace seconds a second, for poisson [10]")
+    add("--given-speedup", type=length_s, default=20.0, help="the same for given [20]")
+    add("--seed", type=int, default=1, help="of arrivals and of a made-up trace [1]")
+    add("--results", type=Path, default=PATH, metavar="FILE", help="where the figures go")
+    add("--no-plot", action="store_true", help="leave the picture as it is")
+    given = parser.parse_args(arguments)
+    if given.trace is not None and not given.trace.is_file():
+        parser.error(f"there is no file {given.trace}")
+    base = Plan(
+        trace=given.trace and given.trace.resolve(),
+        requests=given.requests,
+        arrivals="poisson",
+        load=given.load,
+        seed=given.seed,
+        workers=given.workers,
+        kv_blocks=given.kv_blocks,
+        speedup=given.speedup,
+    )
+    return Options(
+        base=base,
+        modes=given.modes,
+        replicas=given.replicas,
+        arrivals=given.arrivals,
+        faults=given.faults,
+        given_speedup=given.given_speedup,
+        results=given.results,
+        plot=not given.no_plot,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""One run of a replay, as everybody in it is told: the trace, who plays, and how fast time passes."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final, Literal, Self
+
+from benchmarks.processes import REPOSITORY
+from benchmarks.replay_trace import TRACE_BLOCK_SIZE, Trace, find_trace, offered_rate
+from dynamo_redis.config import MockEngineSettings
+from dynamo_redis.runtime import Settings
+
+Mode = Literal["kv", "predicted", "rr", "p2c"]
+MODES: Final[dict[Mode, str]] = {
+    "kv": "kv",
+    "predicted": "kv without events",
+    "rr": "round robin",
+    "p2c": "p2c",
+}
+"""How they are shown."""
+
+Arrivals = Literal["given", "poisson"]
+
+ENDPOINT: Final = "replay.backend.generate"
+MODEL: Final = "replay"
+CONTEXT_LENGTH: Final = 1 << 18
+
+ENGINE_SPEED: Final = 0.5
+"""Of the mock engine's own speed: 10,000 prompt tokens a second, and 16 ms a step."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What a run is. Times in it are the trace's, of which `speedup` seconds pass in one."""
+
+    trace: Path | None
+    """None: the shared one beside the checkout, or else a made-up one."""
+    requests: int
+    arrivals: Arrivals
+    load: float
+    """For Poisson arrivals: prompt tokens that come ÷ what the workers can read, were nothing cached."""
+    seed: int
+    workers: int
+    kv_blocks: int
+    """Of each worker's cache."""
+    mode: Mode = "kv"
+    replicas: int = 1
+    speedup: float = 1.0
+    redis_url: str = ""
+    prefix: str = ""
+
+    def to_json(self) -> str:
+        """For a process's command line."""
+        return json.dumps({**asdict(self), "trace": self.trace and str(self.trace)})
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """As `to_json` wrote it."""
+        fields: dict[str, Any] = json.loads(text)
+        return cls(**{**fields, "trace": fields["trace"] and Path(fields["trace"])})
+
+    @property
+    def engine(self) -> MockEngineSettings:
+        """A worker's engine."""
+        return MockEngineSettings.load(
+            block_size=TRACE_BLOCK_SIZE,
+            total_kv_blocks=self.kv_blocks,
+            speedup_ratio=ENGINE_SPEED * self.speedup,
+            max_num_waiting=1 << 20,
+        )
+
+    @property
+    def settings(self) -> Settings:
+        """Of each process. Who hears no events has none published."""
+        return Settings.load(
+            redis_url=self.redis_url,
+            prefix=self.prefix,
+            event_plane="stream" if self.mode == "kv" else "none",
+        )
+
+    def load_trace(self) -> Trace:
+        """The requests, the same in every process. Raises OSError or ValueError for a bad file."""
+        trace = find_trace(self.trace, REPOSITORY, self.requests, seed=self.seed)
+        mean_prompt_count = trace.mean_prompt_count
+        trace = trace.first(self.requests)
+        if self.arrivals == "given":
+            return trace
+        tokens_per_s = ENGINE_SPEED / MockEngineSettings.load().prefill_token_s
+        rate = offered_rate(self.load, self.workers, tokens_per_s, mean_prompt_count)
+        return trace.as_poisson(rate, random.Random(self.seed))
+
+    @property
+    def client_mode(self) -> str | None:
+        """How a client chooses; None where a router does."""
+        return {"rr": "round_robin", "p2c": "p2c"}.get(self.mode)

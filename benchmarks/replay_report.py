@@ -1,0 +1,233 @@
+"""What a replay writes: a table for people, `results/replay.json` for programs and for the picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Final
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.replay_figures import Figures, figures
+from benchmarks.replay_oracle import wrong_share
+from benchmarks.replay_plan import MODES, Plan
+from benchmarks.replay_run import RunResult
+from benchmarks.report import RESULTS, machine
+
+PATH: Final = RESULTS / "replay.json"
+OMNISCIENT: Final = "omniscient"
+"""The mode of the simulated reference."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One row: how it was run, and what came of it. Times are the trace's seconds unless said."""
+
+    trace: str
+    arrivals: str
+    mode: str
+    replicas: int
+    fault: str | None
+    requests: int
+    workers: int
+    kv_blocks: int
+    load: float | None
+    """None: the trace's own arrivals."""
+    speedup: float
+    """1 for what was simulated."""
+    hit_rate: float
+    ttft_mean_s: float
+    ttft_p50_s: float
+    ttft_p99_s: float
+    imbalance: float
+    events_per_s: float | None
+    """KV events of all workers, real time."""
+    wrong_share: float | None
+    """Of the tokens that routers thought cached; None where they thought nothing."""
+    index: str | None
+    """Routers' indexes against the caches once quiet: `equal`, or what was wrong."""
+    failed_count: int
+    lost_count: int
+    late_ms: float | None
+    """How late requests were sent, real time, 99th percentile."""
+    cores: float | None
+    """CPU seconds a second, of workers and routers."""
+    machine: str
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Rows of the same key replace each other."""
+        return (self.trace, self.arrivals, self.mode, self.replicas, self.fault)
+
+
+def simulated_entry(plan: Plan, trace: str, all_figures: Sequence[Figures]) -> Entry:
+    """The omniscient router's row: means over several runs."""
+    mean = {
+        field.name: sum(getattr(one, field.name) for one in all_figures) / len(all_figures)
+        for field in fields(Figures)
+    }
+    return _entry(plan, trace, Figures(**mean), mode=OMNISCIENT, replicas=1, speedup=1.0)
+
+
+def run_entry(plan: Plan, trace: str, fault: str | None, result: RunResult) -> Entry:
+    """A run's row."""
+    thought = plan.client_mode is None
+    return _entry(
+        plan,
+        trace,
+        figures(result.outcomes, plan.workers),
+        fault=fault,
+        events_per_s=result.events_count / result.length_s if plan.mode == "kv" else None,
+        wrong_share=wrong_share(result.outcomes) if thought else None,
+        index=_index(result),
+        failed_count=sum(result.failed.values()),
+        lost_count=result.lost_count,
+        late_ms=1e3 * result.late_s,
+        cores=result.cpu_s / result.length_s,
+    )
+
+
+def _entry(plan: Plan, trace: str, found: Figures, **more: Any) -> Entry:
+    values: dict[str, Any] = {
+        "trace": trace,
+        "arrivals": plan.arrivals,
+        "mode": plan.mode,
+        "replicas": plan.replicas,
+        "fault": None,
+        "workers": plan.workers,
+        "kv_blocks": plan.kv_blocks,
+        "load": plan.load if plan.arrivals == "poisson" else None,
+        "speedup": plan.speedup,
+        "events_per_s": None,
+        "wrong_share": None,
+        "index": None,
+        "failed_count": 0,
+        "lost_count": 0,
+        "late_ms": None,
+        "cores": None,
+        "machine": machine(),
+    }
+    measured = {name: round(value, 5) for name, value in asdict(found).items()}
+    return Entry(**(values | measured | more))
+
+
+def _index(result: RunResult) -> str | None:
+    if not result.differences:
+        return None
+    if all(one.equal for one in result.differences):
+        return "equal"
+    missing = max(one.missing_count for one in result.differences)
+    wrong = max(one.wrong_count for one in result.differences)
+    return f"{missing} missing, {wrong} wrong of {result.differences[0].block_count}"
+
+
+# --------------------------------------------------------------------------- files and tables
+
+
+def load_entries(path: Path = PATH) -> list[Entry]:
+    """All rows that were ever measured, the newest of each kind."""
+    return [Entry(**one) for one in json.loads(path.read_text())] if path.exists() else []
+
+
+def save(entries: Iterable[Entry], path: Path = PATH) -> None:
+    """Write rows; those that did not run keep their former figures."""
+    merged = {entry.key: entry for entry in (*load_entries(path), *entries)}
+    order = [OMNISCIENT, *MODES]
+    rows = sorted(
+        merged.values(),
+        key=lambda one: (
+            one.trace,
+            one.arrivals != "poisson",
+            one.fault or "",
+            order.index(one.mode),
+            one.replicas,
+        ),
+    )
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps([asdict(row) for row in rows], indent=1, ensure_ascii=False) + "\n")
+
+
+COLUMNS: Final = (
+    "run",
+    "hit rate",
+    "÷ best",
+    "TTFT mean",
+    "÷ best",
+    "p50",
+    "p99",
+    "balance",
+    "events/s",
+    "wrong",
+    "index",
+    "failed + lost",
+    "late ms",
+    "cores",
+)
+
+
+def title(entry: Entry) -> str:
+    """What was run, in a few words."""
+    arrivals = "as given" if entry.load is None else f"Poisson {entry.load:g}"
+    if entry.mode == OMNISCIENT:
+        return f"{arrivals}, omniscient"
+    mode = next(shown for name, shown in MODES.items() if name == entry.mode)
+    return f"{arrivals}, {mode} × {entry.replicas}{f', {entry.fault} killed' if entry.fault else ''}"
+
+
+def cells(entry: Entry, reference: Entry | None) -> list[str]:
+    """A row of the table, by `COLUMNS`."""
+
+    def ratio(name: str) -> str:
+        return "–" if reference is None else f"{getattr(entry, name) / getattr(reference, name):.2f}"
+
+    def shown(value: float | None, form: str) -> str:
+        return "–" if value is None else format(value, form)
+
+    return [
+        title(entry),
+        f"{entry.hit_rate:.3f}",
+        ratio("hit_rate"),
+        f"{entry.ttft_mean_s:.2f}",
+        ratio("ttft_mean_s"),
+        f"{entry.ttft_p50_s:.2f}",
+        f"{entry.ttft_p99_s:.2f}",
+        f"{entry.imbalance:.2f}",
+        shown(entry.events_per_s, ".0f"),
+        shown(entry.wrong_share, ".1%"),
+        entry.index or "–",
+        f"{entry.failed_count} + {entry.lost_count}",
+        shown(entry.late_ms, ".0f"),
+        shown(entry.cores, ".1f"),
+    ]
+
+
+def print_table(entries: Sequence[Entry], conditions: Sequence[str]) -> None:
+    """The table on the terminal."""
+    console = Console(width=max(170, Console().width))
+    table = Table(caption="\n".join([*conditions, machine()]), caption_justify="left")
+    for column in COLUMNS:
+        table.add_column(column)
+    for entry in entries:
+        table.add_row(*cells(entry, _reference(entry, entries)))
+    console.print(table)
+
+
+def markdown(entries: Sequence[Entry]) -> str:
+    """The same for the README."""
+    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    lines += [f"| {' | '.join(cells(entry, _reference(entry, entries)))} |" for entry in entries]
+    return "\n".join(lines)
+
+
+def _reference(entry: Entry, entries: Sequence[Entry]) -> Entry | None:
+    for other in entries:
+        if other.mode == OMNISCIENT and (other.trace, other.arrivals) == (entry.trace, entry.arrivals):
+            return other
+    return None
+
+
+if __name__ == "__main__":
+    print(markdown(load_entries()))
