@@ -44,6 +44,9 @@ SECTIONS: dict[str, dict[str, Entry]] = {
             "dynamo_redis.cli.best_worker:best_worker", "Which worker a prompt would go to, and why."
         ),
     },
+    "Events": {
+        "events": Entry("dynamo_redis.cli.events:events", "Event streams, who reads them, and how far."),
+    },
     "Objects": {
         "objects": Entry("dynamo_redis.cli.objects:objects", "List, store, fetch and remove files in Redis."),
     },

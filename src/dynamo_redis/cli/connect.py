@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from dynamo_redis.cli import collection
 from dynamo_redis.cli.options import load
-from dynamo_redis.config import RuntimeSettings, StoreSettings, origins
+from dynamo_redis.config import EventSettings, RuntimeSettings, StoreSettings, origins
 from dynamo_redis.store.base import Locks, ObjectStore, Registry
+from dynamo_redis.store.event_base import EventStreams
 
 if TYPE_CHECKING:
     from dynamo_redis.runtime.runtime import DistributedRuntime
@@ -50,6 +51,20 @@ async def open_locks(options: Mapping[str, Any]) -> AsyncIterator[Locks]:
         yield locks
     finally:
         await locks.aclose()
+
+
+@asynccontextmanager
+async def open_events(options: Mapping[str, Any]) -> AsyncIterator[EventStreams]:
+    """The event streams that the options and the settings name. Raises ConfigError and StoreError."""
+    from dynamo_redis.store import connect
+
+    async with open_registry(options):
+        pass  # it has checked the server, the password and the schema
+    streams = connect.open_events(load(StoreSettings, options), EventSettings.load())
+    try:
+        yield streams
+    finally:
+        await streams.aclose()
 
 
 @asynccontextmanager

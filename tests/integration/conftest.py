@@ -1,0 +1,67 @@
+"""What the tests of commands share: a command run in this process, on a registry of the test's own."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from dynamo_redis.cli.app import run
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a command did."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> list[dict[str, object]]:
+        assert self.code == 0, self.err
+        found = json.loads(self.out)
+        assert isinstance(found, list)
+        return found
+
+
+Cli = Callable[..., Done]
+
+
+@pytest.fixture
+def environment(
+    dynamo_redis_url: str, dynamo_redis_prefix: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The commands' settings, from nothing but this environment."""
+    monkeypatch.setenv("DYN_REDIS_URL", dynamo_redis_url)
+    monkeypatch.setenv("DYN_REDIS_PREFIX", dynamo_redis_prefix)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def restored_logging() -> Iterator[None]:
+    root = logging.getLogger()
+    ours = logging.getLogger("dynamo_redis")
+    handlers, levels = root.handlers[:], (root.level, ours.level)
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(levels[0])
+    ours.setLevel(levels[1])
+
+
+@pytest.fixture
+def cli(environment: None, restored_logging: None, capfdbinary: pytest.CaptureFixture[bytes]) -> Cli:
+    """Run a command in this process."""
+
+    def call(*arguments: str) -> Done:
+        capfdbinary.readouterr()
+        code = run(arguments)
+        out, err = capfdbinary.readouterr()
+        return Done(code, out.decode(errors="surrogateescape"), err.decode())
+
+    return call
