@@ -318,22 +318,20 @@ def _gallop(held: Blocks, hashes: Sequence[int], start: int, mask: int) -> Ends:
     ahead.reverse()
     low = start
     while mask:
-        high, kept = ahead[-1]
-        kept &= mask
-        if kept == mask:
-            low = high
-            ahead.pop()
-        elif high - low == 1:
+        high, there = ahead.pop()
+        kept = there & mask
+        if kept != mask:
+            while high - low > 1:
+                middle = (low + high) >> 1
+                there = get(hashes[middle], 0) & mask
+                if there == mask:
+                    low = middle
+                else:
+                    ahead.append((high, kept))
+                    high, kept = middle, there
             ends.append((mask ^ kept, high))
-            low, mask = high, kept
-            ahead.pop()
-        else:
-            middle = (low + high) >> 1
-            there = get(hashes[middle], 0) & mask
-            if there == mask:
-                low = middle
-            else:
-                ahead.append((middle, there))
+            mask = kept
+        low = high
     return ends
 
 

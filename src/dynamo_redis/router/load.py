@@ -120,7 +120,7 @@ class LoadBook:
         return self._loads.get(worker, IDLE)
 
     def loads(self) -> Mapping[Worker, WorkerLoad]:
-        """What each worker has to do; who has nothing is left out. It is the book's own: look, don't change."""
+        """What each worker has to do; who has nothing is left out. The book's own: not to be changed."""
         return self._loads
 
     def _drop(self, keys: Iterable[_Key]) -> int:

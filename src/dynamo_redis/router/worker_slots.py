@@ -18,7 +18,7 @@ _FEW = 16
 """A worker that is looked up for its bit costs so many times what it does in a set that is written out."""
 
 Ends = list[tuple[int, int]]
-"""Sets of workers, each with where its run of blocks ends; runs that end first stand first, no worker twice."""
+"""Sets of workers, each with where its run of blocks ends; short runs first, no worker twice."""
 
 
 class WorkerSlots:
