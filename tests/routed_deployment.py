@@ -80,8 +80,8 @@ class Deployment:
     closing: AsyncExitStack
     processes: list[Process] = field(default_factory=list)
 
-    async def worker(self, **engine: Any) -> Worker:
-        runtime = await self.open_runtime()
+    async def worker(self, runtime_settings: dict[str, Any] | None = None, **engine: Any) -> Worker:
+        runtime = await self.open_runtime(**(runtime_settings or {}))
         model = read_model_directory(DEMO_MODEL_PATH)
         noting = NotingEngine(MockEngineSettings.load(**{"speedup_ratio": 0, **engine}), model)
         ready = asyncio.Event()

@@ -14,7 +14,8 @@ the request itself.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Collection
+import random
+from collections.abc import AsyncGenerator, Collection
 from typing import Any
 
 from dynamo_redis.errors import (
@@ -26,23 +27,28 @@ from dynamo_redis.errors import (
     InvalidRequest,
     NoInstances,
     NotAccepted,
+    PlaneError,
 )
 from dynamo_redis.names import EndpointName
 from dynamo_redis.planes.context import Context
 from dynamo_redis.router.answering import describe_choice
 from dynamo_redis.router.prompts import token_ids_of
 from dynamo_redis.router.service import KvRouter
+from dynamo_redis.runtime.call import Call
 from dynamo_redis.runtime.client import Client
+from dynamo_redis.runtime.discovery import Member
+from dynamo_redis.runtime.dispatch import Dispatcher
 from dynamo_redis.runtime.instance import Instance
 from dynamo_redis.runtime.runtime import DistributedRuntime
+from dynamo_redis.runtime.selection import Policy, policy
 from dynamo_redis.runtime.serving import ServedEndpoint
 
 log = logging.getLogger(__name__)
 
 COMPONENT = "router"
 
-_WORKERS_FAULT = (CannotConnect, ConnectionLost, NotAccepted, Draining, EndpointNotFound)
-"""What a caller would take for the router's own failure."""
+_UNREACHABLE = (CannotConnect, ConnectionLost, NotAccepted, Draining, EndpointNotFound)
+"""A worker's failure that a caller would take for the router's own."""
 
 
 class RouterService:
@@ -76,7 +82,7 @@ class RouterService:
             async for item in call:
                 begun = True
                 yield item
-        except _WORKERS_FAULT as exc:
+        except _UNREACHABLE as exc:
             if begun:
                 raise InstanceRemoved(f"the worker was lost while answering: {exc}") from exc
             raise NoInstances(f"no worker took the request: {exc}") from exc
@@ -101,15 +107,15 @@ def _among(routing: dict[str, Any]) -> Collection[int] | None:
 class RouterClient:
     """Stands for a client of the workers' endpoint; a router service chooses, this process keeps no index.
 
-    If no router can be reached, workers are chosen here, by load: a moment without routers costs cache hits,
-    and no request.
+    While no router can be reached, workers are chosen here, by load: a moment without routers costs cache
+    hits, and no request.
     """
 
-    def __init__(self, routers: Client, workers: Client, endpoint: EndpointName) -> None:
-        """Both clients are closed with this one. The workers' goes by p2c."""
+    def __init__(self, routers: Client, workers: Client) -> None:
+        """Both clients are closed with this one."""
         self._routers = routers
         self._workers = workers
-        self._endpoint = str(endpoint)
+        self._select: Policy = policy("p2c", random.Random())  # noqa: S311 - spreading load, no secret
         self._routed = True
 
     @classmethod
@@ -117,13 +123,13 @@ class RouterClient:
         cls, runtime: DistributedRuntime, router_endpoint: str, endpoint: EndpointName
     ) -> RouterClient:
         """Raises ConfigError for what does not name an endpoint, StoreError."""
-        routers = await runtime.endpoint(router_endpoint).client("p2c")
+        routers = await runtime.endpoint(router_endpoint).client()
         try:
-            workers = await runtime.endpoint(str(endpoint)).client("p2c")
+            workers = await runtime.endpoint(str(endpoint)).client()
         except BaseException:
             await routers.aclose()
             raise
-        return cls(routers, workers, endpoint)
+        return cls(routers, workers)
 
     async def generate(
         self,
@@ -132,16 +138,11 @@ class RouterClient:
         context: Context | None = None,
         *,
         among: Collection[int] | None = None,
-    ) -> AsyncIterator[Any]:
+    ) -> Call:
         """As `Client.generate`, by way of a router."""
-        routing = {"endpoint": self._endpoint, "among": None if among is None else sorted(among)}
-        try:
-            call = await self._routers.generate({**request, "routing": routing}, annotated, context)
-        except NoInstances:
-            self._note(routed=False)
-            return await self._workers.generate(request, annotated, context, among=among)
-        self._note(routed=True)
-        return call
+        routers, workers = self._routers.dispatcher, self._workers.dispatcher
+        self._note(routed=bool(routers.view.candidates))
+        return _ServiceCall(routers, workers, self._select, request, bool(annotated), context, among)
 
     def _note(self, *, routed: bool) -> None:
         if routed != self._routed:
@@ -163,3 +164,47 @@ class RouterClient:
         """Close both clients."""
         await self._routers.aclose()
         await self._workers.aclose()
+
+
+class _ServiceCall(Call):
+    """A call to a router; once none is left that can be reached, the same call to a worker."""
+
+    __slots__ = ("_may_bypass", "_wanted", "_workers")
+
+    def __init__(
+        self,
+        routers: Dispatcher,
+        workers: Dispatcher,
+        select: Policy,
+        request: Any,
+        annotated: bool,
+        context: Context | None,
+        among: Collection[int] | None,
+    ) -> None:
+        self._workers = workers
+        self._wanted = among
+        self._may_bypass = False
+        if not routers.view.candidates:
+            super().__init__(workers, select, request, annotated, context, among)
+            return
+        routing = {
+            "endpoint": str(workers.view.name),
+            "among": None if among is None else sorted(among),
+        }
+        super().__init__(routers, select, {**request, "routing": routing}, annotated, context)
+
+    async def _send_elsewhere(self, error: PlaneError, *, was_sent: bool) -> bool:
+        # A router that says that all workers are busy, or gone, is to be believed.
+        self._may_bypass = isinstance(error, _UNREACHABLE)
+        return await super()._send_elsewhere(error, was_sent=was_sent)
+
+    async def _choose_again(self, tried: set[int]) -> Member:
+        if self._dispatcher is not self._workers:
+            left = [member for member in self._dispatcher.view.candidates if member.instance_id not in tried]
+            if left:
+                return self._select(left)
+            if not self._may_bypass:
+                raise NoInstances("no other router can be reached")
+            self._dispatcher = self._workers
+            self._among = self._wanted
+        return await super()._choose_again(tried)

@@ -34,6 +34,8 @@ from dynamo_redis.router.workers import WorkerCards, Workers
 from dynamo_redis.runtime.client import Client
 from dynamo_redis.runtime.instance import Instance
 from dynamo_redis.runtime.runtime import DistributedRuntime
+from dynamo_redis.runtime.serving import ServedEndpoint
+from dynamo_redis.runtime.withdrawal import withdraw
 from dynamo_redis.store.base import Registration
 from dynamo_redis.wire.event import PublisherId
 
@@ -91,6 +93,7 @@ class KvRouter:
         self._metrics: LoadMetrics | None = None
         self._sync: BookingSync | None = None
         self._record: Registration | None = None
+        self._served: list[ServedEndpoint] = []
         self._tending: asyncio.Task[None] | None = None
         self._closing = AsyncExitStack()
         self.block_size = 0
@@ -145,18 +148,24 @@ class KvRouter:
         self._record = await register_router(
             self._runtime, self.endpoint.namespace, self.endpoint.component, self.router_id, self._settings
         )
-        closes(self._runtime.leave, self._record)
-        await self._answer(opening)
+        closes(self._leave)
+        await self._answer()
 
-    async def _answer(self, opening: AsyncExitStack) -> None:
+    async def _answer(self) -> None:
         """Let `dynamo-redis router-state` and `best-worker` ask this router."""
         try:
-            served = await serve_answers(self._runtime, self)
+            self._served = await serve_answers(self._runtime, self)
         except (ConfigError, ValueError) as exc:
             log.warning("`dynamo-redis router-state` cannot ask the router of %s: %s", self.endpoint, exc)
-            return
-        for endpoint in served:
-            opening.push_async_callback(endpoint.unregister)
+
+    async def _leave(self) -> None:
+        """Take all that stands in the registry out, at once, and answer no more."""
+        records = [record for served in self._served for record in served.take_registrations()]
+        if self._record is not None:
+            records.append(self._record)
+        await withdraw(records)
+        for served in self._served:
+            await served.unregister()
 
     async def aclose(self) -> None:
         """End everything that it started. Requests under way go on. Idempotent."""
@@ -223,7 +232,7 @@ class KvRouter:
         context: Context | None = None,
         *,
         among: Collection[int] | None = None,
-    ) -> AsyncIterator[Any]:
+    ) -> RoutedCall:
         """As `Client.generate`, at the worker that is best for the request's `token_ids`.
 
         It goes there with `dp_rank`, the rank chosen. Weights of its own it may bring as
