@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
-from dynamo_redis.router import recovery
+from dynamo_redis.planes import event_publisher
+from dynamo_redis.router import members, recovery
 from dynamo_redis.store.event_base import NewEntry
 from dynamo_redis.store.server import EmbeddedServer
 from dynamo_redis.store.stream_keys import StreamKeys
@@ -53,7 +54,10 @@ async def test_a_router_follows_from_the_beginning_of_the_stream(deployed: Deplo
     assert router.state().gaps_count == 0
 
 
-async def test_a_worker_that_leaves_takes_its_blocks_with_it(deployed: Deployment) -> None:
+async def test_a_worker_that_leaves_takes_its_blocks_with_it(
+    deployed: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(members, "UNLISTED_S", 1000.0)
     workers = [await deployed.worker() for _ in range(2)]
     deployed.chat(20)
     await deployed.router()
@@ -72,6 +76,20 @@ async def test_a_worker_that_is_restarted_under_its_id_begins_empty(deployed: De
     await deployed.agree()  # before it has said anything
     restarted.chat(20)
     await deployed.agree()
+
+
+async def test_a_worker_that_is_replaced_without_leaving_begins_empty(deployed: Deployment) -> None:
+    """As after a kill: the record of its next start is the first that is heard of it."""
+    killed = await deployed.worker()
+    deployed.chat(20)
+    await deployed.router()
+    await deployed.agree()
+    deployed.workers.remove(killed)
+    try:
+        await deployed.worker(instance_id=killed.instance_id)
+        await deployed.agree()
+    finally:
+        await killed.aclose()
 
 
 # --------------------------------------------------------------------------- repeated, lost, damaged
@@ -95,6 +113,7 @@ async def test_lost_answers_repeat_batches_and_each_is_applied_once(
             deployed.chat(10)
             await deployed.agree()
         assert router.state().repeated_count > 0
+        assert router.state().gaps_count == 0
 
 
 async def test_a_full_queue_leaves_a_gap_that_the_worker_fills(
@@ -333,8 +352,9 @@ async def test_all_routers_may_ask_a_worker_at_once_and_each_does_so_once(deploy
 
 
 async def test_pubsub_heals_what_was_published_while_nobody_listened(
-    dynamo_redis_url: str, dynamo_redis_prefix: str
+    dynamo_redis_url: str, dynamo_redis_prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(event_publisher, "TOPIC_SILENCE_S", 1000.0)
     async with (
         Proxy(dynamo_redis_url) as proxy,
         deployment(dynamo_redis_url, dynamo_redis_prefix, event_plane="pubsub") as deployed,
@@ -354,4 +374,22 @@ async def test_pubsub_heals_what_was_published_while_nobody_listened(
         proxy.heal()
         await deployed.agree()  # though nobody says any more
         deployed.chat(5)
+        await deployed.agree()
+
+
+async def test_pubsub_finds_that_the_last_message_was_lost(
+    dynamo_redis_url: str, dynamo_redis_prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(event_publisher, "TOPIC_SILENCE_S", 0.2)
+    async with deployment(dynamo_redis_url, dynamo_redis_prefix, event_plane="pubsub") as deployed:
+        worker = await deployed.worker()
+        await deployed.router()
+
+        async def lose(*_: Any) -> None:
+            pass
+
+        with monkeypatch.context() as patch:
+            patch.setattr(worker.runtime.events, "publish", lose)
+            worker.chat(10)
+            await flush([worker])
         await deployed.agree()

@@ -114,7 +114,8 @@ class StreamFollower:
                 if self.connected:
                     log.warning("KV events of %s cannot be read, trying on: %s", self._stream.path, exc)
                 self.connected, self._doubted = False, True
-                await asyncio.sleep(backoff.next_s())
+                if self._end is None:  # `read` waits by itself before it tries again
+                    await asyncio.sleep(backoff.next_s())
             else:
                 backoff.reset()
 
