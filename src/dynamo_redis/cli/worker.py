@@ -9,6 +9,7 @@ import click
 
 from dynamo_redis.cli.options import SettingsCommand, load, setting_options
 from dynamo_redis.cli.service import announce_ready, run_service, runtime_options
+from dynamo_redis.cli.worker_openai import openai
 from dynamo_redis.config import MockEngineSettings, ModelSettings, RuntimeSettings
 from dynamo_redis.names import EndpointName
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 @click.group("worker")
 def worker() -> None:
     """A worker that serves a model: it registers itself and uploads the model's small files."""
+
+
+worker.add_command(openai)
 
 
 @worker.command("mock", cls=SettingsCommand)

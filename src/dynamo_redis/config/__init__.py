@@ -9,7 +9,7 @@ names the setting.
 from __future__ import annotations
 
 from dynamo_redis.config.base import PemFile, SettingsGroup, env_name, parse_duration, unit_of
-from dynamo_redis.config.engines import MockEngineSettings, ModelSettings
+from dynamo_redis.config.engines import MockEngineSettings, ModelSettings, OpenAIEngineSettings
 from dynamo_redis.config.events import EventSettings
 from dynamo_redis.config.origins import Origin, child_environment, origins
 from dynamo_redis.config.plane import REQUEST_PLANES, PlaneSettings
@@ -32,6 +32,7 @@ __all__ = [
     "FrontendSettings",
     "MockEngineSettings",
     "ModelSettings",
+    "OpenAIEngineSettings",
     "Origin",
     "PemFile",
     "PlaneSettings",
@@ -60,6 +61,7 @@ GROUPS: tuple[type[SettingsGroup], ...] = (
     RouterSettings,
     ModelSettings,
     MockEngineSettings,
+    OpenAIEngineSettings,
     FixtureSettings,
 )
 """All groups, in the order in which `docs/settings.md` and `dynamo-redis settings` list them."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, SecretStr
 
 from dynamo_redis.config.base import Duration, SettingsGroup, setting
 
@@ -79,4 +79,79 @@ class MockEngineSettings(SettingsGroup):
         "DYN_MOCK_SERVE_CACHE",
         False,
         "Serve the endpoint kv_cache: what the KV cache really holds, for tests of routers.",
+    )
+
+
+class OpenAIEngineSettings(SettingsGroup):
+    """An OpenAI-compatible engine behind a worker: where it is, and how it tells of its KV cache."""
+
+    engine_url: str = setting(
+        "DYN_ENGINE_URL", "http://127.0.0.1:8001", "Address of the engine's HTTP server."
+    )
+    engine_model: str | None = setting(
+        "DYN_ENGINE_MODEL", None, "The model's name at the engine. Unset: the first that it lists."
+    )
+    engine_api_key: SecretStr | None = setting(
+        "DYN_ENGINE_API_KEY", None, "Key that the engine demands, if it does."
+    )
+    engine_kind: Literal["auto", "vllm", "sglang", "llamacpp", "openai"] = setting(
+        "DYN_ENGINE_KIND",
+        "auto",
+        "Whose server it is: vllm, sglang, llamacpp, openai (any other); auto: as it says of itself.",
+    )
+    engine_prompt: Literal["auto", "ids", "text"] = setting(
+        "DYN_ENGINE_PROMPT",
+        "auto",
+        "How prompts are sent: ids (tokens), text, or auto: ids, and text if the engine refuses them.",
+    )
+    kv_events_endpoint: str | None = setting(
+        "DYN_KV_EVENTS_ENDPOINT",
+        None,
+        "Where it publishes its KV events, as tcp://host:port of rank 0. Unset: they are not followed.",
+    )
+    kv_replay_endpoint: str | None = setting(
+        "DYN_KV_REPLAY_ENDPOINT", None, "Where the engine replays them, if it does; also of rank 0."
+    )
+    kv_events_topic: str = setting("DYN_KV_EVENTS_TOPIC", "", "The topic that it publishes under.")
+    data_parallel_size: Annotated[int, Field(ge=1, le=1024)] = setting(
+        "DYN_ENGINE_DATA_PARALLEL_SIZE",
+        1,
+        "Data-parallel ranks of the engine; each publishes at the port after its predecessor's.",
+        unit="ranks",
+    )
+    engine_block_size: Annotated[int, Field(ge=1, le=4096)] | None = setting(
+        "DYN_ENGINE_BLOCK_SIZE",
+        None,
+        "Tokens in a block of its KV cache. Unset: what its metrics say, else 16.",
+        unit="tokens",
+    )
+    engine_total_kv_blocks: Annotated[int, Field(ge=1)] | None = setting(
+        "DYN_ENGINE_TOTAL_KV_BLOCKS",
+        None,
+        "Blocks its KV cache holds, of one rank. Unset: what its metrics say, else 16384.",
+        unit="blocks",
+    )
+    engine_max_num_seqs: Annotated[int, Field(ge=1)] = setting(
+        "DYN_ENGINE_MAX_NUM_SEQS", 256, "Most requests that a rank runs at once.", unit="requests"
+    )
+    engine_max_num_batched_tokens: Annotated[int, Field(ge=1)] = setting(
+        "DYN_ENGINE_MAX_NUM_BATCHED_TOKENS",
+        8192,
+        "Most tokens that a rank computes in one step.",
+        unit="tokens",
+    )
+    engine_start_timeout_s: Duration = setting(
+        "DYN_ENGINE_START_TIMEOUT_S", 1800.0, "At start, longest wait for the engine to load.", unit="s"
+    )
+    engine_connect_timeout_s: Annotated[Duration, Field(gt=0)] = setting(
+        "DYN_ENGINE_CONNECT_TIMEOUT_S", 3.0, "Longest time to connect to the engine.", unit="s"
+    )
+    engine_poll_interval_s: Annotated[Duration, Field(gt=0)] = setting(
+        "DYN_ENGINE_POLL_INTERVAL_S", 1.0, "Time between looks at the engine's health and load.", unit="s"
+    )
+    engine_poll_timeout_s: Annotated[Duration, Field(gt=0)] = setting(
+        "DYN_ENGINE_POLL_TIMEOUT_S",
+        3.0,
+        "Longest time for its answer to that; after three in a row without one it counts as down.",
+        unit="s",
     )

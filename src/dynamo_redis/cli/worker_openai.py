@@ -1,0 +1,87 @@
+"""`dynamo-redis worker openai`: any OpenAI-compatible server behind the frontend."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import click
+
+from dynamo_redis.cli.options import SettingsCommand, load, setting_options
+from dynamo_redis.cli.service import announce_ready, run_service, runtime_options
+from dynamo_redis.config import ModelSettings, OpenAIEngineSettings, RuntimeSettings
+from dynamo_redis.names import EndpointName
+
+if TYPE_CHECKING:
+    from dynamo_redis.engines.openai import OpenAIEngine
+    from dynamo_redis.runtime.runtime import DistributedRuntime
+
+
+@click.command("openai", cls=SettingsCommand)
+@click.option(
+    "--endpoint",
+    metavar="NAME",
+    help="Endpoint to serve, as namespace.component.endpoint.  [default DYN_NAMESPACE.backend.generate]",
+)
+@setting_options(ModelSettings)
+@setting_options(OpenAIEngineSettings)
+@runtime_options
+def openai(endpoint: str | None, **options: str | None) -> None:
+    """Serve the model of an engine that runs already: vLLM, SGLang, llama.cpp's server, or any other with
+    OpenAI's completions.
+
+    Prompts go to the engine as token ids, answers stream back, a cancelled request ends there at once. While
+    the engine does not answer, this worker is not in the registry. With --kv-events-endpoint routers know
+    what the engine holds in its KV cache. --model-path names the model's directory with its tokenizer; the
+    weights are the engine's alone.
+
+    \b
+    Examples:
+      vllm serve ./Qwen3-8B --port 8001 --enable-prefix-caching --kv-events-config \\
+        '{"enable_kv_cache_events": true, "publisher": "zmq",
+          "endpoint": "tcp://*:5557", "replay_endpoint": "tcp://*:5558"}'
+      dynamo-redis worker openai --model-path ./Qwen3-8B --engine-url http://127.0.0.1:8001 \\
+        --kv-events-endpoint tcp://127.0.0.1:5557 --kv-replay-endpoint tcp://127.0.0.1:5558
+    \b
+      python -m sglang.launch_server --model-path ./Qwen3-8B --port 30000 --page-size 16 \\
+        --enable-metrics --kv-events-config '{"publisher": "zmq", "endpoint": "tcp://*:5557"}'
+      dynamo-redis worker openai --model-path ./Qwen3-8B --engine-url http://127.0.0.1:30000 \\
+        --kv-events-endpoint tcp://127.0.0.1:5557 --engine-block-size 16
+    \b
+      llama-server -m qwen3-8b.gguf --port 8080 --metrics
+      dynamo-redis worker openai --model-path ./Qwen3-8B --engine-url http://127.0.0.1:8080
+    """
+    model_settings = load(ModelSettings, options)
+    engine_settings = load(OpenAIEngineSettings, options)
+    name = EndpointName.parse(endpoint or f"{load(RuntimeSettings, options).namespace}.backend.generate")
+
+    async def serve(runtime: DistributedRuntime) -> None:
+        from dynamo_redis.engines.openai import OpenAIEngine
+        from dynamo_redis.engines.worker import open_model, serve_engine
+
+        model, model_name = await asyncio.to_thread(open_model, model_settings)
+        engine = OpenAIEngine(engine_settings, model)
+        if await _is_up(engine, runtime):
+            await serve_engine(
+                runtime, engine, model, endpoint=str(name), model_name=model_name, on_ready=announce_ready
+            )
+
+    run_service("worker", options, serve)
+
+
+async def _is_up(engine: OpenAIEngine, runtime: DistributedRuntime) -> bool:
+    """Wait for the engine, which may take its time to load; False if this process is to end meanwhile."""
+    up = asyncio.create_task(engine.wait_until_up(), name="wait for the engine")
+    leaving = asyncio.create_task(runtime.wait_for_shutdown(), name="wait for shutdown")
+    try:
+        await asyncio.wait((up, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if up.done():
+            up.result()
+            return True
+        return False
+    finally:
+        up.cancel()
+        leaving.cancel()
+        await asyncio.wait((up, leaving))
+        if not up.done() or up.cancelled() or up.exception():
+            await engine.aclose()

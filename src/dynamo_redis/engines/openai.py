@@ -1,0 +1,401 @@
+"""Any OpenAI-compatible server as an engine: vLLM, SGLang, llama.cpp's server, or another.
+
+The server runs on its own, as its users know it. This side forwards requests to it, watches its health and
+load, and relays its KV events.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any, Final
+
+import anyio.to_thread
+from tokenizers import Tokenizer
+
+from dynamo_redis.config import OpenAIEngineSettings
+from dynamo_redis.engines.base import EngineCapacity, EngineLoad
+from dynamo_redis.engines.engine_metrics import EngineMetrics, read_metrics
+from dynamo_redis.engines.openai_http import EngineHttp
+from dynamo_redis.engines.openai_wire import (
+    CompletionReader,
+    Dialect,
+    completion_body,
+    dialect_of,
+    hidden_stop_ids,
+    prompt_ids,
+)
+from dynamo_redis.engines.relay import EventRelay
+from dynamo_redis.errors import (
+    CannotConnect,
+    ConfigError,
+    ConnectionLost,
+    Draining,
+    HandlerFailed,
+    InvalidRequest,
+    ModelError,
+    PlaneError,
+    RequestCancelled,
+)
+from dynamo_redis.planes.context import Context
+from dynamo_redis.router.kv_publisher import KvPublisher
+from dynamo_redis.runtime.handlers import AnyHandler
+from dynamo_redis.runtime.llm_protocol import GenerateItem, GenerateRequest
+from dynamo_redis.runtime.model_files import ModelDirectory
+
+log = logging.getLogger(__name__)
+
+DEFAULT_BLOCK_SIZE: Final = 16
+DEFAULT_TOTAL_KV_BLOCKS: Final = 16384
+
+_SILENCES: Final = 3
+"""Looks at the engine's health without an answer, in a row, until it counts as down. One refused connection
+is enough: nobody listens there."""
+
+_FLUSH_PATHS: Final[Mapping[Dialect, str]] = {"vllm": "/reset_prefix_cache", "sglang": "/flush_cache"}
+_FLUSH_S: Final = 30.0
+
+
+class OpenAIEngine:
+    """An `Engine` over HTTP. It owns one task, which looks at the server's health and load, and with `follow`
+    one a rank for its KV events."""
+
+    def __init__(self, settings: OpenAIEngineSettings, model: ModelDirectory) -> None:
+        """Raises ConfigError if the settings contradict each other."""
+        secret = settings.engine_api_key
+        api_key = None if secret is None else secret.get_secret_value()
+        try:
+            self._http = EngineHttp(settings.engine_url, api_key, settings.engine_connect_timeout_s)
+        except ValueError as exc:
+            raise ConfigError(f"DYN_ENGINE_URL: {exc}") from exc
+        if settings.kv_replay_endpoint and not settings.kv_events_endpoint:
+            raise ConfigError("DYN_KV_REPLAY_ENDPOINT is of no use without DYN_KV_EVENTS_ENDPOINT")
+        self._settings = settings
+        self._model = model
+        self._model_name = settings.engine_model or ""
+        self._dialect: Dialect = "openai"
+        self._prompt_as_text = settings.engine_prompt == "text"
+        self._tokens: _ModelTokens | None = None
+        self._metrics = EngineMetrics({})
+        self._metrics_path: str | None = "/metrics"
+        self._health_path = "/health"
+        self._running_count = 0
+        self._silent_count = 0
+        self._up, self._down, self._look_now = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self._down.set()
+        self._watching: asyncio.Task[None] | None = None
+        self._publishers: Sequence[KvPublisher] = ()
+        self.relay: EventRelay | None = None
+
+    def __repr__(self) -> str:
+        state = "up" if self._up.is_set() else "down"
+        return f"<OpenAIEngine {self._dialect} at {self._http.url}, {state}, {self._running_count} running>"
+
+    @property
+    def capacity(self) -> EngineCapacity:
+        settings, metrics = self._settings, self._metrics
+        block_size = settings.engine_block_size or metrics.block_size or DEFAULT_BLOCK_SIZE
+        block_count = settings.engine_total_kv_blocks or metrics.block_count
+        if block_count is None and metrics.token_count:
+            block_count = metrics.token_count // block_size
+        return EngineCapacity(
+            total_kv_blocks=block_count or DEFAULT_TOTAL_KV_BLOCKS,
+            kv_block_size=block_size,
+            max_num_seqs=settings.engine_max_num_seqs,
+            max_num_batched_tokens=settings.engine_max_num_batched_tokens,
+            data_parallel_size=settings.data_parallel_size,
+        )
+
+    # ----------------------------------------------------------------- start and end
+
+    async def wait_until_up(self) -> None:
+        """Wait for the server to answer, within `DYN_ENGINE_START_TIMEOUT_S`. Raises ConfigError."""
+        settings = self._settings
+        said = False
+        try:
+            async with asyncio.timeout(settings.engine_start_timeout_s):
+                while not await self._look_at_health():
+                    if not said:
+                        said = True
+                        log.info("waiting for the engine at %s", self._http.url)
+                    await asyncio.sleep(settings.engine_poll_interval_s)
+        except TimeoutError:
+            raise ConfigError(
+                f"DYN_ENGINE_URL={self._http.url}: no engine answered there within "
+                f"{settings.engine_start_timeout_s:g} s (DYN_ENGINE_START_TIMEOUT_S)"
+            ) from None
+
+    async def start(self) -> None:
+        """Wait for the server, learn what it is, and begin to watch it. Raises ConfigError, ModelError."""
+        self._tokens = await anyio.to_thread.run_sync(_ModelTokens, self._model)
+        await self.wait_until_up()
+        await self._introduce()
+        await self._look_at_metrics()
+        self._watching = asyncio.create_task(self._watch(), name="engine health and load")
+        log.info("the engine at %s is %s, its model %s", self._http.url, self._dialect, self._model_name)
+
+    async def _introduce(self) -> None:
+        """Whose server it is, and its name for the model."""
+        try:
+            status, content = await self._http.ask("GET", "/v1/models", self._settings.engine_poll_timeout_s)
+            models = json.loads(content) if status == 200 else {}
+        except (PlaneError, ValueError) as exc:
+            raise ConfigError(f"DYN_ENGINE_URL={self._http.url}: cannot list its models: {exc}") from exc
+        models = models if isinstance(models, dict) else {}
+        kind = self._settings.engine_kind
+        self._dialect = dialect_of(models) if kind == "auto" else kind
+        if not self._model_name:
+            entries = models.get("data")
+            first = entries[0] if isinstance(entries, list) and entries else None
+            if not isinstance(first, dict) or not isinstance(first.get("id"), str):
+                raise ConfigError(
+                    f"{self._http.url} lists no models (HTTP {status}): name one with DYN_ENGINE_MODEL"
+                )
+            self._model_name = first["id"]
+
+    async def aclose(self) -> None:
+        """Stop watching and following; requests still under way break off. Idempotent."""
+        if self.relay is not None:
+            await self.relay.aclose()
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.wait([self._watching])
+        await self._http.aclose()
+
+    # ----------------------------------------------------------------- KV events
+
+    def follow(self, publishers: Sequence[KvPublisher]) -> None:
+        """Relay the engine's KV events, if it publishes them. Raises ConfigError for a wrong endpoint."""
+        settings = self._settings
+        self._publishers = publishers
+        if settings.kv_events_endpoint is None:
+            log.info("DYN_KV_EVENTS_ENDPOINT is not set: routers do not hear of this engine's KV cache")
+            return
+        try:
+            self.relay = EventRelay(
+                publishers,
+                events_endpoint=settings.kv_events_endpoint,
+                replay_endpoint=settings.kv_replay_endpoint,
+                topic=settings.kv_events_topic,
+            )
+        except ValueError as exc:
+            raise ConfigError(f"DYN_KV_EVENTS_ENDPOINT or DYN_KV_REPLAY_ENDPOINT: {exc}") from exc
+        self.relay.start()
+
+    async def clear_kv_blocks(self) -> int:
+        """Have the server drop its prefix cache; answers the blocks known so far, as servers do not say.
+
+        Raises HandlerFailed if it cannot: vLLM does with `VLLM_SERVER_DEV_MODE=1` only.
+        """
+        path = _FLUSH_PATHS.get(self._dialect)
+        if path is None:
+            raise HandlerFailed(f"an engine of kind {self._dialect} has no way to clear its cache")
+        known_count = sum(publisher.block_count for publisher in self._publishers)
+        try:
+            status, _ = await self._http.ask("POST", path, _FLUSH_S)
+        except PlaneError as exc:
+            raise Draining(f"the engine does not answer: {exc}") from exc
+        if status != 200:
+            raise HandlerFailed(f"the engine answered POST {path} with HTTP {status}")
+        return known_count
+
+    def endpoints(self) -> Mapping[str, AnyHandler]:
+        return {}
+
+    # ----------------------------------------------------------------- requests
+
+    async def generate(
+        self, request: GenerateRequest, context: Context
+    ) -> AsyncGenerator[GenerateItem, None]:
+        """Forward to the server and stream back, as `Engine` demands; a stopped request ends at once.
+
+        Stop strings go along, and are found by the frontend all the same. Of what the server refuses, 429
+        and 503 are Overloaded, other 4xx InvalidRequest; nobody there is Draining.
+        """
+        if not isinstance(request, Mapping):
+            raise InvalidRequest(f"a request is an object, not {type(request).__name__}")
+        prompt = prompt_ids(request)
+        refused: InvalidRequest | None = None
+        if not self._prompt_as_text:
+            begun = False
+            try:
+                async with aclosing(self._complete(request, prompt, context)) as items:
+                    async for item in items:
+                        begun = True
+                        yield item
+                return
+            except InvalidRequest as exc:
+                if begun or not self._may_want_text():
+                    raise
+                refused = exc
+        async with aclosing(self._complete(request, self._text_of(prompt), context)) as items:
+            async for item in items:
+                if not self._prompt_as_text:
+                    self._prompt_as_text = True
+                    log.info("the engine takes no token ids (%s): prompts go to it as text", refused)
+                yield item
+
+    def _may_want_text(self) -> bool:
+        """Whether a prompt that was refused as token ids may be tried as text. The servers that are known by
+        name take ids: what they refuse, they refuse for another reason."""
+        return self._settings.engine_prompt == "auto" and self._dialect == "openai"
+
+    async def _complete(
+        self, request: Mapping[str, Any], prompt: Sequence[int] | str, context: Context
+    ) -> AsyncGenerator[GenerateItem, None]:
+        dp_rank = self._rank(request)
+        body = completion_body(
+            request, model=self._model_name, dialect=self._dialect, prompt=prompt, dp_rank=dp_rank
+        )
+        headers = {"X-Request-Id": context.id()}
+        if dp_rank is not None and self._dialect == "vllm":
+            headers["X-data-parallel-rank"] = str(dp_rank)
+        if self._tokens is None:
+            raise Draining("the engine is not started")
+        reader = CompletionReader(self._tokens, hidden_stop_ids(request))
+        completion = self._http.complete(body, headers)
+        unsubscribe = context.on_cancel(lambda _: completion.close())
+        self._running_count += 1
+        try:
+            async with aclosing(completion.events()) as events:
+                async for data in events:
+                    item = reader.feed(data)
+                    if item is not None:
+                        yield item
+            last = reader.finish()
+            if last is not None:
+                yield last
+            elif not reader.complete:
+                raise ConnectionLost("the engine ended its answer before it was complete")
+        except RequestCancelled:
+            yield {"token_ids": [], "finish_reason": "cancelled"}
+        except (Draining, ConnectionLost):
+            self._look_now.set()
+            raise
+        finally:
+            self._running_count -= 1
+            unsubscribe()
+            completion.close()
+
+    def _rank(self, request: Mapping[str, Any]) -> int | None:
+        """The rank that a router chose; None leaves it to the engine."""
+        wanted, rank_count = request.get("dp_rank"), self._settings.data_parallel_size
+        if wanted is None or rank_count == 1:
+            return None
+        if type(wanted) is not int or not 0 <= wanted < rank_count:
+            raise InvalidRequest(f"dp_rank={wanted!r} must be one of 0 to {rank_count - 1}")
+        return wanted
+
+    def _text_of(self, prompt: Sequence[int]) -> str:
+        if self._tokens is None:
+            raise Draining("the engine is not started")
+        return self._tokens.prompt_text(prompt)
+
+    # ----------------------------------------------------------------- health and load
+
+    async def wait_health(self, healthy: bool) -> None:
+        await (self._up if healthy else self._down).wait()
+
+    def loads(self) -> Sequence[EngineLoad]:
+        """By the server's metrics; where it has none, rank 0 runs what was forwarded and is not answered."""
+        total_blocks = self.capacity.total_kv_blocks
+        if not self._metrics.ranks:
+            return [EngineLoad(0, self._running_count, 0, 0, total_blocks)]
+        return [
+            EngineLoad(
+                dp_rank=dp_rank,
+                running_count=rank.running_count,
+                waiting_count=rank.waiting_count,
+                active_blocks=round((rank.used_ratio or 0.0) * total_blocks),
+                total_blocks=total_blocks,
+                prefix_hit_rate=rank.prefix_hit_rate,
+            )
+            for dp_rank, rank in sorted(self._metrics.ranks.items())
+            if dp_rank < self._settings.data_parallel_size
+        ]
+
+    async def _watch(self) -> None:
+        """Look at health and load until cancelled; at once after a request found nobody there."""
+        while True:
+            try:
+                async with asyncio.timeout(self._settings.engine_poll_interval_s):
+                    await self._look_now.wait()
+            except TimeoutError:
+                pass
+            self._look_now.clear()
+            if await self._look_at_health():
+                await self._look_at_metrics()
+
+    async def _look_at_health(self) -> bool:
+        try:
+            status = await self._health_status()
+        except PlaneError as exc:
+            refused = isinstance(exc, CannotConnect)
+            self._silent_count = _SILENCES if refused else self._silent_count + 1
+            log.debug("the engine at %s: %s", self._http.url, exc)
+        else:
+            self._silent_count = 0 if status == 200 else self._silent_count + 1
+        up = not self._silent_count
+        if up:
+            self._up.set()
+            self._down.clear()
+        elif self._silent_count >= _SILENCES:
+            self._down.set()
+            self._up.clear()
+        return up
+
+    async def _health_status(self) -> int:
+        timeout_s = self._settings.engine_poll_timeout_s
+        status, _ = await self._http.ask("GET", self._health_path, timeout_s)
+        if status in (404, 405) and self._health_path == "/health":
+            self._health_path = "/v1/models"
+            status, _ = await self._http.ask("GET", self._health_path, timeout_s)
+        return status
+
+    async def _look_at_metrics(self) -> None:
+        if self._metrics_path is None:
+            return
+        try:
+            status, content = await self._http.ask(
+                "GET", self._metrics_path, self._settings.engine_poll_timeout_s
+            )
+        except PlaneError:
+            return
+        if status == 200:
+            self._metrics = read_metrics(content.decode("utf-8", "replace"))
+        elif status in (404, 405, 501):
+            log.info("the engine at %s has no %s: its load is not known", self._http.url, self._metrics_path)
+            self._metrics_path = None
+
+
+class _ModelTokens:
+    """The model's tokenizer, as answers and prompts need it here."""
+
+    def __init__(self, model: ModelDirectory) -> None:
+        """Blocks (about 0.5 s for 11 MiB). Raises ModelError."""
+        try:
+            self._tokenizer = Tokenizer.from_buffer(model.read_tokenizer())
+        except ModelError:
+            raise
+        except Exception as exc:  # the library raises bare Exception
+            raise ModelError(
+                f"{model.files['tokenizer.json'].path} is not a usable tokenizer: {exc}"
+            ) from exc
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        # In an answer's text "<|im_end|>" is what the model wrote; as a token it would have no text.
+        self._tokenizer.encode_special_tokens = True
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(token_ids, skip_special_tokens=True)
+
+    def prompt_text(self, token_ids: Sequence[int]) -> str:
+        """The text of a prompt, its special tokens by name."""
+        return self._tokenizer.decode(token_ids, skip_special_tokens=False)

@@ -1,0 +1,133 @@
+"""HTTP to an engine's server: streamed completions and short questions. aiohttp, and its only importer
+(`pip install dynamo-redis[engines]`)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Mapping
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import aiohttp
+
+from dynamo_redis.engines.openai_wire import DONE, SseReader, refusal
+from dynamo_redis.errors import CannotConnect, ConnectionLost, Draining, RequestCancelled
+
+_ERROR_BYTES: Final = 64 << 10
+_ANSWER_BYTES: Final = 16 << 20
+_END_S: Final = 0.1
+
+_IDLE_CONNECTION_S: Final = 2.0
+"""Shorter than the 5 s after which uvicorn, which most engines run on, closes an idle connection."""
+
+
+class EngineHttp:
+    """Connections to one server; as many as there are requests. Belongs to one event loop."""
+
+    def __init__(self, url: str, api_key: str | None, connect_timeout_s: float) -> None:
+        """`url` is the server's root, with or without `/v1`. Raises ValueError if it is no HTTP URL."""
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"{url!r} is not an HTTP address: write for example http://127.0.0.1:8001")
+        self.url = url.rstrip("/").removesuffix("/v1")
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._connect_timeout_s = connect_timeout_s
+        self._session: aiohttp.ClientSession | None = None
+
+    def _opened(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_CONNECTION_S),
+                headers=self._headers,
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._connect_timeout_s),
+                raise_for_status=False,
+                trust_env=False,
+            )
+        return self._session
+
+    async def ask(self, method: str, path: str, timeout_s: float) -> tuple[int, bytes]:
+        """A short question: status and content, at most 16 MiB of it.
+
+        Raises CannotConnect if nobody listens there, ConnectionLost if there is no answer in time.
+        """
+        timeout = aiohttp.ClientTimeout(total=timeout_s)
+        try:
+            async with self._opened().request(method, self.url + path, timeout=timeout) as response:
+                return response.status, await response.content.read(_ANSWER_BYTES)
+        except TimeoutError as exc:
+            raise ConnectionLost(f"no answer within {timeout_s:g} s") from exc
+        except aiohttp.ClientConnectorError as exc:
+            raise CannotConnect(str(exc)) from exc
+        except aiohttp.ClientError as exc:
+            raise ConnectionLost(f"no answer: {exc!r}") from exc
+
+    def complete(self, body: Mapping[str, Any], headers: Mapping[str, str]) -> Completion:
+        """Begin a streamed completion."""
+        return Completion(self._opened(), f"{self.url}/v1/completions", body, headers)
+
+    async def aclose(self) -> None:
+        """End all connections. Idempotent."""
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+
+class Completion:
+    """One streamed completion. `close` ends it at once, whatever it waits for: the server sees the
+    connection go. Close it in any case."""
+
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        url: str,
+        body: Mapping[str, Any],
+        headers: Mapping[str, str],
+    ) -> None:
+        self._opening = asyncio.ensure_future(_post(session, url, body, headers))
+        self._closed = False
+
+    def close(self) -> None:
+        """Idempotent."""
+        self._closed = True
+        if not self._opening.cancel() and not self._opening.cancelled() and not self._opening.exception():
+            self._opening.result().close()
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        """The data of its events. Raises Draining if nobody answers, the error that the status means,
+        ConnectionLost if it breaks off, RequestCancelled once closed."""
+        reader = SseReader()
+        try:
+            response = await self._opening
+            if response.status != 200:
+                content = await response.content.read(_ERROR_BYTES)
+                raise refusal(response.status, content, response.headers.get("Retry-After"))
+            while content := await response.content.readany():
+                for data in reader.feed(content):
+                    if data == DONE:
+                        await _read_to_end(response)
+                    yield data
+        except asyncio.CancelledError:
+            if self._closed and self._opening.cancelled():
+                raise RequestCancelled("the request was cancelled") from None
+            raise
+        except aiohttp.ClientConnectorError as exc:
+            raise Draining(f"the engine does not answer: {exc}") from exc
+        except (aiohttp.ClientError, ConnectionError, TimeoutError) as exc:
+            if self._closed:
+                raise RequestCancelled("the request was cancelled") from exc
+            raise ConnectionLost(f"the connection to the engine broke: {exc!r}") from exc
+
+
+async def _read_to_end(response: aiohttp.ClientResponse) -> None:
+    """What follows the last event is the end; once it is read the connection can serve again."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_END_S):
+            while not response.content.at_eof():
+                await response.content.readany()
+
+
+async def _post(
+    session: aiohttp.ClientSession, url: str, body: Mapping[str, Any], headers: Mapping[str, str]
+) -> aiohttp.ClientResponse:
+    return await session.post(url, json=body, headers=headers)
