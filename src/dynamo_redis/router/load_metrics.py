@@ -10,13 +10,11 @@ from typing import Any
 from dynamo_redis.clock import SYSTEM_CLOCK, Clock
 from dynamo_redis.errors import DynamoRedisError, StoreError
 from dynamo_redis.router.base import Worker
+from dynamo_redis.router.load_publisher import KV_METRICS
 from dynamo_redis.store.event_base import EventStreams, StreamName
 from dynamo_redis.wire.event import EventBatch
 
 log = logging.getLogger(__name__)
-
-KV_METRICS = "kv_metrics"
-"""The topic."""
 
 STALE_AFTER_S = 10.0
 """A worker that has said nothing for so long is judged by its bookings alone."""
@@ -45,7 +43,7 @@ class LoadMetrics:
         self._topic = StreamName(namespace, component, KV_METRICS)
         self._on_change = on_change
         self._clock = clock
-        self._used: dict[Worker, tuple[float, float]] = {}  # worker → part of its blocks in use, since when
+        self._used: dict[Worker, tuple[int, int | None, float]] = {}  # blocks in use, of how many, since when
         self._reader: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -59,17 +57,17 @@ class LoadMetrics:
             self._reader.cancel()
             await asyncio.gather(self._reader, return_exceptions=True)
 
-    def used_part(self, worker: Worker) -> float | None:
-        """The part of its KV blocks that a worker's requests hold, 0 to 1; None if nothing is known."""
+    def used_blocks(self, worker: Worker) -> tuple[int, int | None] | None:
+        """How many KV blocks a worker's requests hold, of how many if it says; None if nothing is known."""
         known = self._used.get(worker)
-        if known is None or self._clock.monotonic() - known[1] > STALE_AFTER_S:
+        if known is None or self._clock.monotonic() - known[2] > STALE_AFTER_S:
             return None
-        return known[0]
+        return known[:2]
 
     def expire(self) -> None:
         """Forget who has been silent for too long."""
         oldest = self._clock.monotonic() - STALE_AFTER_S
-        for worker in [worker for worker, (_, at) in self._used.items() if at < oldest]:
+        for worker in [worker for worker, (_, _, at) in self._used.items() if at < oldest]:
             del self._used[worker]
 
     def apply(self, message: bytes) -> None:
@@ -78,11 +76,11 @@ class LoadMetrics:
             batch = EventBatch.from_bytes(message)
         except (ValueError, DynamoRedisError):
             return
+        worker = Worker(batch.publisher.instance_id, batch.publisher.dp_rank)
         for event in batch.events:
-            used = _used_part(event)
+            used = _used_blocks(event)
             if used is not None:
-                worker = Worker(batch.publisher.instance_id, batch.publisher.dp_rank)
-                self._used[worker] = (used, self._clock.monotonic())
+                self._used[worker] = (*used, self._clock.monotonic())
         self._on_change()
 
     async def _listen(self) -> None:
@@ -104,10 +102,10 @@ class LoadMetrics:
             pause_s = min(2 * pause_s, longest_s)
 
 
-def _used_part(event: Any) -> float | None:
+def _used_blocks(event: Any) -> tuple[int, int | None] | None:
     if not isinstance(event, dict) or not isinstance(stats := event.get("kv_stats"), dict):
         return None
     active, total = stats.get("kv_active_blocks"), stats.get("kv_total_blocks")
-    if not isinstance(active, int) or not isinstance(total, int) or total <= 0:
+    if not isinstance(active, int):
         return None
-    return active / total
+    return active, total if isinstance(total, int) and total > 0 else None

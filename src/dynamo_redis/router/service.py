@@ -7,8 +7,8 @@ import itertools
 import logging
 import random
 import secrets
-from collections.abc import AsyncIterator, Collection, Coroutine, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
+from contextlib import asynccontextmanager
 from typing import Any, Self
 
 from dynamo_redis.clock import SYSTEM_CLOCK
@@ -95,7 +95,7 @@ class KvRouter:
         self._record: Registration | None = None
         self._served: list[ServedEndpoint] = []
         self._tending: asyncio.Task[None] | None = None
-        self._closing = AsyncExitStack()
+        self._closing: list[Callable[[], Awaitable[None]]] = []
         self.block_size = 0
         """Tokens a block. Valid after `start`, as what follows."""
         self.chooser: BookingChooser
@@ -106,12 +106,13 @@ class KvRouter:
 
     async def start(self) -> None:
         """Return when the router can choose. Raises StoreError; nothing is left open then."""
-        async with AsyncExitStack() as opening:
-            await self._open(opening)
-            self._closing = opening.pop_all()
+        try:
+            await self._open(self._closing.append)
+        except BaseException:
+            await self.aclose()
+            raise
 
-    async def _open(self, opening: AsyncExitStack) -> None:
-        closes = opening.push_async_callback
+    async def _open(self, closes: Callable[[Callable[[], Awaitable[None]]], None]) -> None:
         self._client = await self._runtime.endpoint(str(self.endpoint)).client()
         closes(self._client.aclose)
         self._cards.start()
@@ -143,7 +144,7 @@ class KvRouter:
             closes(self._metrics.aclose)
             self._metrics.start()
         self._tending = asyncio.create_task(self._tend(), name=f"router of {self.endpoint}")
-        closes(_cancel, self._tending)
+        closes(self._stop_tending)
         await asyncio.gather(*starting)
         self._record = await register_router(
             self._runtime, self.endpoint.namespace, self.endpoint.component, self.router_id, self._settings
@@ -169,7 +170,8 @@ class KvRouter:
 
     async def aclose(self) -> None:
         """End everything that it started. Requests under way go on. Idempotent."""
-        await self._closing.aclose()
+        closing, self._closing = self._closing, []
+        await asyncio.gather(*(close() for close in closing))  # at once: each may wait for a silent Redis
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -329,6 +331,11 @@ class KvRouter:
                 self._metrics.expire()
             self._line.wake()
 
+    async def _stop_tending(self) -> None:
+        if self._tending is not None:
+            self._tending.cancel()
+            await asyncio.gather(self._tending, return_exceptions=True)
+
     def _forget_predictions(self, instance_id: int) -> None:
         if self._predicted is not None:
             for worker in self._predicted.workers():
@@ -362,8 +369,3 @@ class KvRouter:
             return self.indexer.state().to_json()
         assert self._predicted is not None
         return {"block_count": self._predicted.block_count}
-
-
-async def _cancel(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)

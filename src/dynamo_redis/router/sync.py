@@ -44,7 +44,7 @@ LEASE_S = 3 * RENEW_S
 
 _KEPT_S = 2 * LEASE_S  # in the stream: more than a late router reads, since clocks and beats are not exact
 _A_PIECE = 256
-_READ_COUNT = 1000
+_READ_COUNT = 64
 _BLOCK_S = 1.0
 _GLANCE_S = 0.01
 _PAUSE_S = (0.1, 2.0)

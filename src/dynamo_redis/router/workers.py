@@ -162,11 +162,16 @@ class Workers:
         load = book.load(worker)
         if self._most_prefill_tokens is not None and load.prefill_tokens > self._most_prefill_tokens:
             return True
-        if self._most_used is None:
-            return False
+        return self._most_used is not None and self._used_part(worker, load.blocks) > self._most_used
+
+    def _used_part(self, worker: Worker, booked_blocks: int) -> float:
+        """The part of its KV blocks that a worker's requests hold: by what is booked, or by what it says if
+        that is more. 0 if nobody says how many blocks it has."""
         capacity = self._cards.get(worker.instance_id)
-        total_blocks = 0 if capacity is None else capacity.total_blocks or 0
-        if total_blocks and load.blocks > self._most_used * total_blocks:
-            return True
-        used = None if self._metrics is None else self._metrics.used_part(worker)
-        return used is not None and used > self._most_used
+        total_blocks = None if capacity is None else capacity.total_blocks
+        used_blocks = booked_blocks
+        said = None if self._metrics is None else self._metrics.used_blocks(worker)
+        if said is not None:
+            used_blocks = max(used_blocks, said[0])
+            total_blocks = said[1] or total_blocks
+        return used_blocks / total_blocks if total_blocks else 0.0
