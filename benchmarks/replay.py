@@ -31,6 +31,9 @@ from benchmarks.replay_run import Fault, run
 from benchmarks.replay_simulation import Omniscient, simulate
 from dynamo_redis.store.server import EmbeddedServer
 
+FAULT_AT: Final = 0.4
+"""When something is killed: part of the time in which requests are due."""
+
 _SIMULATED_RUNS: Final = 3
 """Chance among equal workers moves a run's hit rate by some per cent: the reference is a mean."""
 
@@ -107,7 +110,8 @@ async def _run_all(options: Options, trace: str) -> list[Entry]:
                 def advance(count: int, task: Any = task) -> None:
                     progress.update(task, completed=count)
 
-                result = await run(plan, server, fault=fault, progress=advance)
+                faults = [(FAULT_AT, fault)] if fault is not None else []
+                result = await run(plan, server, faults=faults, progress=advance)
                 entries.append(run_entry(plan, trace, fault, result))
     return entries
 
@@ -121,8 +125,8 @@ def _title(plan: Plan, fault: Fault | None) -> str:
 def _conditions(options: Options) -> list[str]:
     plan = options.base
     return [
-        f"{plan.requests} requests to {plan.workers} mock workers with {plan.kv_blocks} KV blocks of 512 tokens",
-        "a worker reads 10,000 prompt tokens a second, and takes 16 ms a step",
+        f"{plan.requests} requests to {plan.workers} mock workers with {plan.kv_blocks} blocks of 512 tokens",
+        "it reads 10,000 prompt tokens a second, and takes 16 ms a step",
         f"times are the trace's, sped up {plan.speedup:g} times (as given: {options.given_speedup:g} times)",
         "hit rate: prompt tokens found in caches; balance: prompt tokens read, most loaded worker ÷ mean",
         "wrong: of the tokens that a router thought cached, those that were not, some evicted in between",
@@ -161,7 +165,7 @@ def parse(arguments: Sequence[str] | None) -> Options:
     )
     add = parser.add_argument
     add("--trace", type=Path, metavar="FILE", help="JSON lines as Mooncake's, plain or .gz")
-    add("--requests", type=rounds_count, default=2000, help="the first so many of the trace [2000]")
+    add("--requests", type=rounds_count, default=3000, help="the first so many of the trace [3000]")
     add(
         "--modes",
         type=_several(_one_of(*get_args(Mode))),
@@ -189,7 +193,7 @@ def parse(arguments: Sequence[str] | None) -> Options:
         "redis, worker [none]",
     )
     add("--workers", type=rounds_count, default=16, help="mock workers [16]")
-    add("--kv-blocks", type=rounds_count, default=4096, help="blocks in each worker's cache [4096]")
+    add("--kv-blocks", type=rounds_count, default=2048, help="blocks in each worker's cache [2048]")
     add("--speedup", type=length_s, default=10.0, help="trace seconds a second, for poisson [10]")
     add("--given-speedup", type=length_s, default=20.0, help="the same for given [20]")
     add("--seed", type=int, default=1, help="of arrivals and of a made-up trace [1]")

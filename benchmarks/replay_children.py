@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import sys
 from contextlib import suppress
 from typing import Any, Final, Self
@@ -35,7 +34,6 @@ class Child:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             cwd=REPOSITORY,
-            env={**os.environ, "DYN_LOG": "error"},
         )
         return cls(process)
 

@@ -1,11 +1,11 @@
 """A router replica of a replay, and its users: `python -m benchmarks.replay_router PLAN REPLICA FILE`.
 
 It sends its share of the trace's requests as token ids, each when it is due, and appends a line to FILE for
-each answer. It answers {"ready": true}, and to commands:
+each first token and each error. It answers {"ready": true}, and to commands:
 
     go AT             begin: the trace's first request is due at AT, by this machine's monotonic clock; what
-                      was due before now is left out. Then {"answered": count} now and then, and at the end
-                      {"finished": count, "failed": {code: count}, "late_s": 99th percentile}
+                      was due before now is left out. Then now and then, and at the end:
+                      {"answered": count, "finished": …, "blocks": in the index, "late_s": 99th percentile}
     index DIRECTORY   writes what its index holds of each worker   {"state": …}
 """
 
@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import sys
 import time
-from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict
@@ -81,7 +81,6 @@ class Users:
         self._record = record
         self._lateness_s: list[float] = []
         self._answered_count = 0
-        self._failed: Counter[str] = Counter()
 
     async def run(self, begin: float) -> None:
         """Send each request when it is due, and wait for all answers."""
@@ -98,13 +97,21 @@ class Users:
                     group.create_task(self._ask(index, request, due))
         finally:
             reporting.cancel()
-        late_s = quantile(sorted(self._lateness_s), 0.99) if self._lateness_s else 0.0
-        answer(finished=self._answered_count, failed=dict(self._failed), late_s=late_s)
+        self._say(finished=True)
 
     async def _report(self) -> None:
         while True:
             await asyncio.sleep(_PROGRESS_S)
-            answer(answered=self._answered_count)
+            self._say()
+
+    def _say(self, *, finished: bool = False) -> None:
+        index = self._caller.indexer if isinstance(self._caller, KvRouter) else None
+        answer(
+            answered=self._answered_count,
+            finished=finished,
+            blocks=0 if index is None else index.index.block_count,
+            late_s=quantile(sorted(self._lateness_s), 0.99) if finished and self._lateness_s else 0.0,
+        )
 
     async def _ask(self, index: int, request: TracedRequest, due: float) -> None:
         body = {
@@ -122,9 +129,8 @@ class Users:
             async for _ in call:
                 pass
         except DynamoRedisError as error:
-            self._failed[error.code] += 1
-        else:
-            self._answered_count += 1
+            self._write(index=index, failed=error.code)
+        self._answered_count += 1
 
     def _note(
         self, index: int, request: TracedRequest, call: Call, first: dict[str, Any], taken_s: float
@@ -138,7 +144,10 @@ class Users:
             matched_count=matched * TRACE_BLOCK_SIZE,
             ttft_s=taken_s * self._speedup,
         )
-        print(json.dumps(asdict(outcome)), file=self._record, flush=True)  # even if this process is killed
+        self._write(**asdict(outcome))
+
+    def _write(self, **fields: Any) -> None:
+        print(json.dumps(fields), file=self._record, flush=True)  # it counts even if this process is killed
 
 
 def write_index(directory: Path, caller: Caller) -> dict[str, Any]:
@@ -170,4 +179,5 @@ async def main(plan: Plan, replica: int, path: Path) -> None:
 
 
 if __name__ == "__main__":
+    logging.basicConfig(level=logging.ERROR)  # killing things makes many warnings
     uvloop.run(main(Plan.from_json(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])))

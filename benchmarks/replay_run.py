@@ -1,8 +1,8 @@
 """One run of a replay through real processes: workers, router replicas with their users, and one Redis.
 
-With a fault, something happens when two fifths of the requests are due: `router` is killed (kill -9) and
-started again after a second, with its users, whose requests under way are lost; `redis` likewise, with its
-data; `worker`: one is killed and, after a second, replaced.
+Faults come when given parts of the requests' time have passed: `router` is killed (kill -9) and started again
+after a second, with its users, whose requests under way are lost; `redis` likewise, with its data; `worker`:
+one is killed and, after a second, replaced.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ from dynamo_redis.store.server import EmbeddedServer
 
 Fault = Literal["router", "redis", "worker"]
 
-FAULT_AT: Final = 0.4
-"""When the fault comes: part of the time in which requests are due."""
 FAULT_LASTS_S: Final = 1.0
 
 _WORKERS_A_PROCESS: Final = 4
 _BEGIN_S: Final = 0.5
 _QUIET_S: Final = 30.0
 _QUIET_LOOK_S: Final = 0.2
+
+Faults = Sequence[tuple[float, Fault]]
+"""When, as a part of the time in which requests are due, and what; in order."""
 
 Progress = Callable[[int], None]
 """Told how many requests have been answered."""
@@ -46,9 +47,9 @@ class RunResult:
 
     outcomes: list[Outcome]
     failed: dict[str, int]
-    """Requests that ended with an error, by its code."""
+    """Requests that ended with an error, by its code; some after their first token."""
     lost_count: int
-    """Requests nobody knows the end of: their users were killed, or were not there when they were due."""
+    """Requests without a first token or an error: their users were killed, or away when they were due."""
     length_s: float
     """Real time from the first request to the last answer."""
     events_count: int
@@ -66,12 +67,14 @@ class RunResult:
 class Deployment:
     """The processes of one run. Use it as an async context manager."""
 
-    def __init__(self, plan: Plan, server: EmbeddedServer, *, fault: Fault | None = None) -> None:
+    def __init__(self, plan: Plan, server: EmbeddedServer, *, faults: Faults = ()) -> None:
         self.plan = replace(plan, redis_url=server.url, prefix=f"replay-{secrets.token_hex(4)}")
         self.server = server
         self.workers: list[Child] = []
         self.routers: list[Child] = []
-        self._fault = fault
+        self.reports: dict[int, dict[str, Any]] = {}
+        """What each replica said last of its progress."""
+        self._faults = faults
         self._closing = AsyncExitStack()
         self._directory = Path()
 
@@ -79,7 +82,9 @@ class Deployment:
         try:
             self._directory = Path(self._closing.enter_context(tempfile.TemporaryDirectory()))
             self._closing.push_async_callback(self._end)
-            counts = worker_counts(self.plan.workers, alone=self._fault == "worker")
+            counts = worker_counts(
+                self.plan.workers, alone=any(fault == "worker" for _, fault in self._faults)
+            )
             self.workers += await asyncio.gather(*map(self._start_workers, counts))
             self.routers += await asyncio.gather(*map(self._start_router, range(self.plan.replicas)))
         except BaseException:
@@ -109,28 +114,28 @@ class Deployment:
         begin = time.monotonic() + _BEGIN_S
         due_s = trace.requests[-1].arrival_s / self.plan.speedup
         cpu_s = self._cpu_s()
-        answered = Counter[int]()
-        endings = [
-            asyncio.create_task(self._follow(replica, begin, answered, progress))
+        following = [
+            asyncio.create_task(self._follow(replica, begin, progress))
             for replica in range(self.plan.replicas)
         ]
-        if self._fault is not None:
-            await asyncio.sleep(_BEGIN_S + FAULT_AT * due_s)
-            restarted = await self._break(self._fault)
-            if restarted:
-                endings[0].cancel()
-                await asyncio.wait([endings[0]])
-                endings[0] = asyncio.create_task(self._follow(0, begin, answered, progress))
-        ends = await asyncio.gather(*endings)
+        for part, fault in self._faults:
+            await asyncio.sleep(begin + part * due_s - time.monotonic())
+            if fault == "router":
+                following[0].cancel()
+                await asyncio.wait([following[0]])
+            await self._break(fault)
+            if fault == "router":
+                following[0] = asyncio.create_task(self._follow(0, begin, progress))
+        ends = await asyncio.gather(*following)
         length_s = time.monotonic() - begin
         cpu_s = self._cpu_s() - cpu_s
         differences, quiet_s = await self._compare()
-        outcomes = self._outcomes()
-        failed = sum((Counter[str](end["failed"]) for end in ends), Counter[str]())
+        outcomes, failed = self._recorded()
+        known = {outcome.index for outcome in outcomes} | failed.keys()
         return RunResult(
             outcomes=outcomes,
-            failed=dict(failed),
-            lost_count=len(trace.requests) - len(outcomes) - failed.total(),
+            failed=dict(Counter(failed.values())),
+            lost_count=len(trace.requests) - len(known),
             length_s=length_s,
             events_count=await self.events_count(),
             cpu_s=cpu_s,
@@ -139,46 +144,47 @@ class Deployment:
             quiet_s=quiet_s,
         )
 
-    async def _follow(
-        self, replica: int, begin: float, answered: Counter[int], progress: Progress
-    ) -> dict[str, Any]:
+    async def _follow(self, replica: int, begin: float, progress: Progress) -> dict[str, Any]:
         child = self.routers[replica]
         child.say("go", begin)
-        while "finished" not in (line := await child.answer(None)):
-            answered[replica] = line["answered"]
-            progress(answered.total())
-        answered[replica] = line["finished"]
-        progress(answered.total())
-        return line
+        while True:
+            report = self.reports[replica] = await child.answer(None)
+            progress(sum(one["answered"] for one in self.reports.values()))
+            if report["finished"]:
+                return report
 
-    def _outcomes(self) -> list[Outcome]:
-        return [
-            Outcome(**json.loads(line))
-            for path in self._directory.glob("outcomes-*")
-            for line in path.read_text().splitlines()
-        ]
+    def _recorded(self) -> tuple[list[Outcome], dict[int, str]]:
+        """What became of requests, and the codes of those that failed, by their index."""
+        outcomes: list[Outcome] = []
+        failed: dict[int, str] = {}
+        for path in self._directory.glob("outcomes-*"):
+            for line in path.read_text().splitlines():
+                fields = json.loads(line)
+                if "failed" in fields:
+                    failed[fields["index"]] = fields["failed"]
+                else:
+                    outcomes.append(Outcome(**fields))
+        return outcomes, failed
 
     def _cpu_s(self) -> float:
         return sum(child.cpu_s() for child in (*self.workers, *self.routers))
 
     # ----------------------------------------------------------------- faults
 
-    async def _break(self, fault: Fault) -> bool:
-        """Whether replica 0 is another process now."""
-        if fault == "redis":
-            await self.server.kill()
-            await asyncio.sleep(FAULT_LASTS_S)
-            await self.server.start()
-            return False
-        if fault == "worker":
-            await self.workers[0].kill()
-            await asyncio.sleep(FAULT_LASTS_S)
-            self.workers[0] = await self._start_workers(1)
-            return False
-        await self.routers[0].kill()
-        await asyncio.sleep(FAULT_LASTS_S)
-        self.routers[0] = await self._start_router(0)
-        return True
+    async def _break(self, fault: Fault) -> None:
+        match fault:
+            case "redis":
+                await self.server.kill()
+                await asyncio.sleep(FAULT_LASTS_S)
+                await self.server.start()
+            case "worker":
+                await self.workers[0].kill()
+                await asyncio.sleep(FAULT_LASTS_S)
+                self.workers[0] = await self._start_workers(1)
+            case "router":
+                await self.routers[0].kill()
+                await asyncio.sleep(FAULT_LASTS_S)
+                self.routers[0] = await self._start_router(0)
 
     # ----------------------------------------------------------------- the truth
 
@@ -239,8 +245,8 @@ def worker_counts(workers: int, *, alone: bool) -> Sequence[int]:
 
 
 async def run(
-    plan: Plan, server: EmbeddedServer, *, fault: Fault | None = None, progress: Progress = lambda _: None
+    plan: Plan, server: EmbeddedServer, *, faults: Faults = (), progress: Progress = lambda _: None
 ) -> RunResult:
     """Start everything, replay, look, end everything."""
-    async with Deployment(plan, server, fault=fault) as deployment:
+    async with Deployment(plan, server, faults=faults) as deployment:
         return await deployment.replay(progress)

@@ -9,6 +9,7 @@ they share is the event loop and the interpreter. It answers {"ready": [instance
 from __future__ import annotations
 
 import asyncio
+import logging
 import sys
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
@@ -93,4 +94,5 @@ async def main(plan: Plan, count: int) -> None:
 
 
 if __name__ == "__main__":
+    logging.basicConfig(level=logging.ERROR)  # killing things makes many warnings
     uvloop.run(main(Plan.from_json(sys.argv[1]), int(sys.argv[2])))
