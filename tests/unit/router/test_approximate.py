@@ -1,4 +1,4 @@
-"""What is predicted of workers: for as long as the TTL, within the bound, never an end without its beginning."""
+"""What is predicted of workers: within TTL and bound, and never an end without its beginning."""
 
 from __future__ import annotations
 

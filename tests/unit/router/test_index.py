@@ -195,9 +195,9 @@ class BoundedIndex(RuleBasedStateMachine):
 
 
 TestIndex = Index.TestCase
-TestIndex.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+TestIndex.settings = settings(max_examples=30, stateful_step_count=25, deadline=None)
 TestBoundedIndex = BoundedIndex.TestCase
-TestBoundedIndex.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+TestBoundedIndex.settings = settings(max_examples=30, stateful_step_count=25, deadline=None)
 
 
 def test_each_worker_s_end_is_found_however_many_there_are() -> None:

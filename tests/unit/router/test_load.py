@@ -122,7 +122,7 @@ class Book(RuleBasedStateMachine):
 
 
 TestBook = Book.TestCase
-TestBook.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestBook.settings = settings(max_examples=30, stateful_step_count=25, deadline=None)
 
 
 def test_a_free_that_comes_first_leaves_no_load() -> None:
