@@ -1,0 +1,218 @@
+"""A small OpenAI-compatible engine: the mock engine behind HTTP and ZeroMQ, as vLLM has them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
+from typing import Any, cast
+
+from aiohttp import web
+from tokenizers import Tokenizer
+
+from dynamo_redis.config import MockEngineSettings
+from dynamo_redis.engines.base import BlocksRemoved, BlocksStored, KvEvent
+from dynamo_redis.engines.demo_model import DEMO_MODEL_PATH
+from dynamo_redis.engines.mock import MockEngine
+from dynamo_redis.errors import InvalidRequest
+from dynamo_redis.planes.context import Context
+from dynamo_redis.runtime.llm_protocol import GenerateItem, GenerateRequest
+from dynamo_redis.runtime.model_files import read_model_directory
+from tests.integration.engines.kv_event_server import ALL_CLEARED, KvEventServer, block_removed, block_stored
+
+MODEL_NAME = "the-engines-own-name"
+_SAMPLING = ("temperature", "top_p", "seed")
+
+
+class TestEngine:
+    """One start of an engine. `owner` is what it says of itself: vllm answers with token ids, others with
+    text; `takes_ids` False refuses prompts of ids."""
+
+    __test__ = False
+
+    def __init__(self, *, owner: str = "vllm", takes_ids: bool = True, **mock: Any) -> None:
+        model = read_model_directory(DEMO_MODEL_PATH)
+        self.mock = MockEngine(MockEngineSettings(**{"speedup_ratio": 0, **mock}), model)
+        self.tokenizer = Tokenizer.from_buffer(model.read_tokenizer())
+        self.requests: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self.fail_with: tuple[int, dict[str, str]] | None = None
+        self.break_off_after: int | None = None
+        self.cancelled_count = 0
+        self.events: list[KvEventServer] = []
+        self.http_port = 0
+        self._owner = owner
+        self._takes_ids = takes_ids
+        self._runner: web.AppRunner | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.http_port}"
+
+    async def start(self, *, http_port: int = 0, event_port: int = 0, replay_port: int = 0) -> None:
+        """Serve; the ports of an engine before it make this its restart."""
+        await self.mock.start()
+        for rank in self.mock.ranks:
+            server = KvEventServer(port=event_port, replay_port=replay_port, dp_rank=rank.dp_rank)
+            self.events.append(server)
+            rank.cache.events = _publish_to(server)
+        app = web.Application(client_max_size=64 << 20)
+        app.add_routes(
+            [
+                web.get("/health", self._health),
+                web.get("/v1/models", self._models),
+                web.get("/metrics", self._metrics),
+                web.post("/v1/completions", self._completions),
+                web.post("/reset_prefix_cache", self._reset),
+            ]
+        )
+        self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.01)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", http_port)
+        await site.start()
+        self.http_port = self._runner.addresses[0][1]
+
+    async def stop(self) -> None:
+        """As if it was killed: all connections break. Idempotent."""
+        if self._runner is not None:
+            await self.mock.aclose()
+            await self._runner.cleanup()
+            self._runner = None
+        while self.events:
+            await self.events.pop().aclose()
+
+    async def _health(self, _: web.Request) -> web.Response:
+        return web.Response(status=self.fail_with[0] if self.fail_with else 200)
+
+    async def _models(self, _: web.Request) -> web.Response:
+        return web.json_response({"object": "list", "data": [{"id": MODEL_NAME, "owned_by": self._owner}]})
+
+    async def _metrics(self, _: web.Request) -> web.Response:
+        capacity = self.mock.capacity
+        sizes = f'block_size="{capacity.kv_block_size}",num_gpu_blocks="{capacity.total_kv_blocks}"'
+        lines = [
+            "# HELP vllm:num_requests_running Number of requests in model execution batches.",
+            f'vllm:cache_config_info{{{sizes},enable_prefix_caching="True",engine="0"}} 1.0',
+        ]
+        for load in self.mock.loads():
+            labels = f'{{engine="{load.dp_rank}",model_name="{MODEL_NAME}"}}'
+            lines += [
+                f"vllm:num_requests_running{labels} {load.running_count:.1f}",
+                f"vllm:num_requests_waiting{labels} {load.waiting_count:.1f}",
+                f"vllm:kv_cache_usage_perc{labels} {load.active_blocks / load.total_blocks}",
+            ]
+        return web.Response(text="\n".join(lines) + "\n")
+
+    async def _reset(self, _: web.Request) -> web.Response:
+        await self.mock.clear_kv_blocks()
+        return web.Response()
+
+    async def _completions(self, http: web.Request) -> web.StreamResponse:
+        body = await http.json()
+        self.requests.append(body)
+        self.headers.append(dict(http.headers))
+        if self.fail_with:
+            status, headers = self.fail_with
+            return web.json_response({"error": {"message": "as told"}}, status=status, headers=headers)
+        prompt = body["prompt"]
+        if isinstance(prompt, str):
+            prompt = self.tokenizer.encode(prompt, add_special_tokens=False).ids
+        elif not self._takes_ids:
+            return web.json_response({"error": {"message": "prompt must be a string"}}, status=400)
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        try:
+            rank = http.headers.get("X-data-parallel-rank")
+            await self._answer(_request(body, prompt, rank), http, response)
+        except InvalidRequest as exc:
+            return web.json_response({"error": {"message": str(exc), "code": 400}}, status=400)
+        except asyncio.CancelledError:
+            self.cancelled_count += 1
+            raise
+        return response
+
+    async def _answer(
+        self, request: GenerateRequest, http: web.Request, response: web.StreamResponse
+    ) -> None:
+        given: list[int] = []
+        given_text = ""
+        cached_count = 0
+        async with aclosing(self.mock.generate(request, Context())) as items:
+            async for item in items:
+                if not response.prepared:
+                    await response.prepare(http)
+                given += item["token_ids"]
+                cached_count = item.get("cached_tokens", cached_count)
+                text = self.tokenizer.decode(given)
+                ended = "finish_reason" in item
+                whole = text if ended else text.rstrip("\ufffd")
+                await self._send(response, item, whole[len(given_text) :])
+                given_text = whole
+                if self.break_off_after is not None and len(given) >= self.break_off_after:
+                    assert http.transport is not None
+                    http.transport.abort()
+        usage = {"completion_tokens": len(given), "prompt_tokens_details": {"cached_tokens": cached_count}}
+        await _send_event(response, json.dumps({"choices": [], "usage": usage}))
+        await _send_event(response, "[DONE]")
+
+    async def _send(self, response: web.StreamResponse, item: GenerateItem, text: str) -> None:
+        choice: dict[str, Any] = {"index": 0, "text": text, "finish_reason": item.get("finish_reason")}
+        if self._owner == "vllm":
+            choice["token_ids"] = item["token_ids"]
+        await _send_event(response, json.dumps({"choices": [choice]}))
+
+
+async def _send_event(response: web.StreamResponse, data: str) -> None:
+    await response.write(f"data: {data}\n\n".encode())
+
+
+def _request(body: dict[str, Any], prompt: list[int], rank: str | None) -> GenerateRequest:
+    stop = {name: body[name] for name in ("max_tokens", "min_tokens", "ignore_eos") if name in body}
+    sampling = {name: body[name] for name in _SAMPLING if name in body}
+    request: dict[str, Any] = {
+        "model": MODEL_NAME,
+        "token_ids": prompt,
+        "stop_conditions": stop,
+        "sampling_options": sampling,
+        "eos_token_ids": [],
+    }
+    if rank is not None:
+        request["dp_rank"] = int(rank)
+    return cast("GenerateRequest", request)
+
+
+def _publish_to(server: KvEventServer) -> Any:
+    def publish(event: KvEvent) -> None:
+        if isinstance(event, BlocksStored):
+            stored = block_stored(event.block_hashes, event.parent_hash, list(event.token_ids))
+            server.publish([stored])
+        elif isinstance(event, BlocksRemoved):
+            server.publish([block_removed(event.block_hashes)])
+        else:
+            server.publish([ALL_CLEARED])
+
+    return publish
+
+
+@asynccontextmanager
+async def running_engine(**options: Any) -> AsyncIterator[TestEngine]:
+    """An engine on free ports."""
+    engine = TestEngine(**options)
+    try:
+        await engine.start()
+        yield engine
+    finally:
+        await engine.stop()
+
+
+@asynccontextmanager
+async def restarted(engine: TestEngine, **options: Any) -> AsyncIterator[TestEngine]:
+    """Kill that engine and start another in its place; its cache is empty, its events begin at 0."""
+    ports: Sequence[int] = (engine.http_port, engine.events[0].port, engine.events[0].replay_port or 0)
+    await engine.stop()
+    another = TestEngine(**options)
+    try:
+        await another.start(http_port=ports[0], event_port=ports[1], replay_port=ports[2])
+        yield another
+    finally:
+        await another.stop()
