@@ -78,6 +78,7 @@ class KvEventServer:
             await asyncio.gather(self._replays, return_exceptions=True)
 
     async def aclose(self) -> None:
+        """Idempotent."""
         await self.stop_replays()
         if self._replays is not None:
             self._router.close(linger=0)

@@ -79,8 +79,8 @@ class TestEngine:
             await self.mock.aclose()
             await self._runner.cleanup()
             self._runner = None
-        while self.events:
-            await self.events.pop().aclose()
+        for server in self.events:
+            await server.aclose()
 
     async def _health(self, _: web.Request) -> web.Response:
         return web.Response(status=self.fail_with[0] if self.fail_with else 200)
