@@ -12,25 +12,29 @@ import pytest
 from dynamo_redis.router.hashing import SEED, chain, local_hashes, lora_seed
 
 
-@pytest.fixture
-def vectors(shared: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((shared / "data/kv-events/hash_vectors.json").read_text())
-    return content
+VECTORS: dict[str, Any] = json.loads((Path(__file__).parents[2] / "vectors/block_hashes.json").read_text())
 
 
-def test_a_known_block_has_its_known_name() -> None:
-    """One vector of Dynamo 1.6.1, kept here so that the test never skips."""
-    assert local_hashes([1, 2, 3, 4], 4) == [14643705804678351452]
+@pytest.mark.parametrize("vector", VECTORS["local"])
+def test_local_hashes_are_those_of_dynamo(vector: dict[str, Any]) -> None:
+    assert local_hashes(vector["tokens"], vector["block_size"]) == vector["hashes"]
 
 
-def test_local_hashes_are_those_of_dynamo(vectors: dict[str, Any]) -> None:
-    for vector in vectors["local_block_hashes"]:
-        assert local_hashes(vector["tokens"], vector["block_size"]) == vector["hashes"]
+@pytest.mark.parametrize("vector", VECTORS["sequence"])
+def test_sequence_hashes_are_those_of_dynamo(vector: dict[str, Any]) -> None:
+    assert chain(local_hashes(vector["tokens"], vector["block_size"]))[-1] == vector["hash"]
 
 
-def test_sequence_hashes_are_those_of_dynamo(vectors: dict[str, Any]) -> None:
-    for vector in vectors["sequence_hash_of_last_block"]:
-        assert chain(local_hashes(vector["tokens"], vector["block_size"]))[-1] == vector["hash"]
+@pytest.mark.parametrize("vector", VECTORS["lora"])
+def test_an_adapter_s_hashes_are_those_of_dynamo(vector: dict[str, Any]) -> None:
+    seed = lora_seed(vector["lora_name"])
+    assert local_hashes(vector["tokens"], vector["block_size"], seed=seed) == vector["hashes"]
+
+
+def test_the_vectors_kept_here_are_all_there_are(shared: Path) -> None:
+    content = json.loads((shared / "data/kv-events/hash_vectors.json").read_text())
+    assert content["local_block_hashes"] == VECTORS["local"]
+    assert content["sequence_hash_of_last_block"] == VECTORS["sequence"]
 
 
 def test_a_partial_tail_has_no_name() -> None:
