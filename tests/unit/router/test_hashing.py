@@ -11,7 +11,6 @@ import pytest
 
 from dynamo_redis.router.hashing import SEED, chain, local_hashes, lora_seed
 
-
 VECTORS: dict[str, Any] = json.loads((Path(__file__).parents[2] / "vectors/block_hashes.json").read_text())
 
 
