@@ -88,7 +88,8 @@ class Omniscient:
         held = [engine.cache.match(whole, len(whole)) for engine in self._engines]
         costs = [self._cost(worker, request.prompt_count, blocks) for worker, blocks in enumerate(held)]
         least = min(costs)
-        worker = self._rng.choice([number for number, cost in enumerate(costs) if cost == least])
+        equals = [number for number, cost in enumerate(costs) if cost == least]
+        worker = self._rng.choice(equals) if len(equals) > 1 else equals[0]
         self._queued[worker] += request.prompt_count - held[worker] * TRACE_BLOCK_SIZE
         self._blocks[worker] += len(request.block_ids)
         return worker, held[worker]

@@ -1,0 +1,66 @@
+"""X10: how much of an omniscient router's hit rate real routers get from the trace.
+
+Each round replays the trace's beginning through real processes, with other Poisson arrivals, and simulates
+the omniscient router on the same requests, engines and caches. Chance among equal workers moves the hit rate
+of either by some per cent, so the reference is a mean over several runs, and the row a median over rounds.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Final
+
+import uvloop
+
+from benchmarks.replay_figures import figures
+from benchmarks.replay_plan import Plan
+from benchmarks.replay_run import RunResult, run
+from benchmarks.replay_simulation import Omniscient, simulate
+from benchmarks.report import Measured
+from dynamo_redis.store.server import EmbeddedServer
+
+REQUESTS: Final = 3000
+LOAD: Final = 0.7
+WORKERS: Final = 16
+KV_BLOCKS: Final = 2048
+"""A worker: so few that blocks are evicted from the thousandth request on."""
+SPEEDUP: Final = 10.0
+
+_SIMULATED_RUNS: Final = 5
+
+
+def share(rounds: int) -> dict[str, Measured]:
+    """X10, with one router. Raises RuntimeError if its index was not equal to the caches at the end."""
+    ours: list[float] = []
+    omniscient: list[float] = []
+    for number in range(rounds):
+        plan = Plan(
+            trace=None,
+            requests=REQUESTS,
+            arrivals="poisson",
+            load=LOAD,
+            seed=number,
+            workers=WORKERS,
+            kv_blocks=KV_BLOCKS,
+            speedup=SPEEDUP,
+        )
+        omniscient.append(
+            statistics.fmean(
+                figures(simulate(plan, Omniscient, seed=seed), WORKERS).hit_rate
+                for seed in range(_SIMULATED_RUNS)
+            )
+        )
+        result = uvloop.run(_run(plan))
+        if not all(one.equal for one in result.differences):
+            raise RuntimeError(f"the index does not equal the caches: {result.differences}")
+        ours.append(figures(result.outcomes, WORKERS).hit_rate)
+        print(f"X10 round {number + 1}: {ours[-1]:.4f}, omniscient {omniscient[-1]:.4f}", flush=True)
+    return {"X10": Measured.against(ours, omniscient)}
+
+
+async def _run(plan: Plan) -> RunResult:
+    with tempfile.TemporaryDirectory() as directory:
+        async with EmbeddedServer(Path(directory), port=0) as server:
+            return await run(plan, server)

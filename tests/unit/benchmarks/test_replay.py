@@ -1,0 +1,269 @@
+"""A replay counts what it says it counts, and its simulation is the product's rule on its own caches."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import json
+import random
+from pathlib import Path
+
+import pytest
+from benchmarks.replay import parse
+from benchmarks.replay_figures import Figures, Outcome, figures
+from benchmarks.replay_oracle import Difference, difference, read_blocks, write_blocks, wrong_share
+from benchmarks.replay_plan import Mode, Plan
+from benchmarks.replay_report import load_entries, markdown, run_entry, save, simulated_entry
+from benchmarks.replay_run import RunResult, worker_counts
+from benchmarks.replay_simulation import KvAware, Omniscient, simulate
+from benchmarks.replay_trace import TRACE_BLOCK_SIZE, Trace, TracedRequest, read_trace, synthetic_trace
+
+
+@pytest.fixture(scope="module")
+def trace_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("trace") / "made_up.jsonl.gz"
+    write_trace(synthetic_trace(150, seed=3), path)
+    return path
+
+
+def write_trace(trace: Trace, path: Path) -> None:
+    lines = [
+        json.dumps(
+            {
+                "timestamp": 1e3 * request.arrival_s,
+                "input_length": request.prompt_count,
+                "output_length": request.output_count,
+                "hash_ids": request.block_ids,
+            }
+        )
+        for request in trace.requests
+    ]
+    text = "\n".join(lines).encode()
+    path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
+
+
+def plan(path: Path, mode: Mode = "kv", replicas: int = 1) -> Plan:
+    return Plan(
+        trace=path,
+        requests=150,
+        arrivals="poisson",
+        load=0.8,
+        seed=5,
+        workers=8,
+        kv_blocks=128,
+        mode=mode,
+        replicas=replicas,
+    )
+
+
+# --------------------------------------------------------------------------- traces
+
+
+@pytest.mark.parametrize("name", ["trace.jsonl", "trace.jsonl.gz"])
+def test_a_trace_is_read_as_it_was_written(name: str, tmp_path: Path) -> None:
+    trace = synthetic_trace(30)
+    write_trace(trace, tmp_path / name)
+    assert read_trace(tmp_path / name) == dataclasses.replace(trace, name="trace")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        "[]",
+        '{"timestamp": 0, "input_length": 513, "output_length": 1, "hash_ids": [0]}',
+        '{"timestamp": 0, "input_length": 0, "output_length": 1, "hash_ids": []}',
+        '{"timestamp": 0, "input_length": 5, "hash_ids": [0]}',
+    ],
+)
+def test_a_line_that_is_no_request_is_named(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    write_trace(synthetic_trace(1), path)
+    path.write_text(f"{path.read_text()}\n{line}\n")
+    with pytest.raises(ValueError, match="line 2"):
+        read_trace(path)
+
+
+def test_a_made_up_trace_is_that_of_its_seed() -> None:
+    assert synthetic_trace(50, seed=1) == synthetic_trace(50, seed=1)
+    assert synthetic_trace(50, seed=1) != synthetic_trace(50, seed=2)
+
+
+def test_a_block_of_a_made_up_trace_always_follows_the_same_one() -> None:
+    parents: dict[int, int] = {}
+    repeated = 0
+    for request in synthetic_trace(200).requests:
+        for parent, block in zip((-1, *request.block_ids), request.block_ids, strict=False):
+            repeated += block in parents
+            assert parents.setdefault(block, parent) == parent
+    assert repeated > len(parents)
+
+
+def test_equal_blocks_have_equal_tokens() -> None:
+    tokens = TracedRequest(0.0, 2 * TRACE_BLOCK_SIZE + 3, 1, (7, 8, 9)).token_ids()
+    assert len(tokens) == 2 * TRACE_BLOCK_SIZE + 3
+    assert tokens[:TRACE_BLOCK_SIZE] == [7] * TRACE_BLOCK_SIZE
+    assert tokens[-3:] == [9] * 3
+
+
+def test_poisson_arrivals_keep_the_requests_and_have_their_rate() -> None:
+    trace = synthetic_trace(2000)
+    poisson = trace.as_poisson(4.0, random.Random(0))
+    assert [one.block_ids for one in poisson.requests] == [one.block_ids for one in trace.requests]
+    assert poisson.requests[-1].arrival_s == pytest.approx(500, rel=0.1)
+
+
+# --------------------------------------------------------------------------- the simulation
+
+
+def test_routing_by_caches_finds_more_in_them_and_answers_sooner(trace_file: Path) -> None:
+    kv = figures(simulate(plan(trace_file)), 8)
+    blind = figures(simulate(plan(trace_file, "rr")), 8)
+    assert kv.requests == blind.requests == 150
+    assert kv.hit_rate > 1.3 * blind.hit_rate
+    assert kv.ttft_mean_s < 0.8 * blind.ttft_mean_s
+
+
+def test_a_simulation_is_that_of_its_seed(trace_file: Path) -> None:
+    assert simulate(plan(trace_file), seed=1) == simulate(plan(trace_file), seed=1)
+
+
+def test_the_product_decides_as_the_literal_cost_does_on_the_true_caches(trace_file: Path) -> None:
+    """Where its index and its book hear without delay, each choice is the omniscient one."""
+    assert simulate(plan(trace_file), KvAware) == simulate(plan(trace_file), Omniscient)
+
+
+def test_what_is_predicted_is_less_than_what_is_known(trace_file: Path) -> None:
+    known, predicted = (
+        figures(simulate(plan(trace_file, mode, replicas=2)), 8) for mode in ("kv", "predicted")
+    )
+    assert predicted.hit_rate < known.hit_rate
+
+
+# --------------------------------------------------------------------------- figures, the oracle, the report
+
+
+def outcome(
+    index: int, worker: int, *, prompt: int, cached: int, matched: int = 0, ttft_s: float = 1.0
+) -> Outcome:
+    return Outcome(index, worker, prompt, cached, matched, ttft_s)
+
+
+def test_figures_count_tokens() -> None:
+    found = figures(
+        [
+            outcome(0, 1, prompt=100, cached=50, ttft_s=1.0),
+            outcome(1, 1, prompt=100, cached=0, ttft_s=2.0),
+            outcome(2, 2, prompt=100, cached=50, ttft_s=6.0),
+        ],
+        workers=2,
+    )
+    assert found == Figures(
+        hit_rate=1 / 3,
+        ttft_mean_s=3.0,
+        ttft_p50_s=2.0,
+        ttft_p99_s=6.0,
+        imbalance=1.5,
+        requests=3,
+    )
+
+
+def test_a_hit_that_the_worker_did_not_find_is_wrong() -> None:
+    outcomes = [
+        outcome(0, 1, prompt=100, cached=60, matched=40),
+        outcome(1, 1, prompt=100, cached=10, matched=60),
+    ]
+    assert wrong_share(outcomes) == 0.5
+    assert wrong_share([outcome(0, 1, prompt=100, cached=60)]) == 0
+
+
+def test_an_index_differs_by_what_it_lacks_and_by_what_is_not_there(tmp_path: Path) -> None:
+    for name, caches in {
+        "truth": {1: {1, 2, 3}, 2: set[int]()},
+        "index": {1: {2, 3}, 9: {2**64 - 1}},
+    }.items():
+        (tmp_path / name).mkdir()
+        for instance_id, blocks in caches.items():
+            write_blocks(tmp_path / name, instance_id, blocks)
+    truth, index = read_blocks(tmp_path / "truth"), read_blocks(tmp_path / "index")
+    assert difference(index, truth) == Difference(block_count=3, missing_count=1, wrong_count=1)
+    assert not difference(index, truth).equal
+    assert difference(truth, truth).equal
+
+
+def result(*differences: Difference) -> RunResult:
+    return RunResult(
+        outcomes=[outcome(0, 1, prompt=100, cached=60, matched=50)],
+        failed={"connection_lost": 2},
+        lost_count=1,
+        length_s=2.0,
+        events_count=100,
+        cpu_s=3.0,
+        late_s=0.01,
+        differences=differences,
+        quiet_s=0.1,
+    )
+
+
+def test_rows_that_did_not_run_keep_their_figures(trace_file: Path, tmp_path: Path) -> None:
+    path = tmp_path / "replay.json"
+    one = plan(trace_file)
+    former = [
+        run_entry(one, "t", None, result(Difference(5, 0, 0))),
+        run_entry(one, "t", "redis", result(Difference(5, 2, 1))),
+    ]
+    reference = simulated_entry(one, "t", [figures(result().outcomes, 4)])
+    save(former, path)
+    save([reference, run_entry(dataclasses.replace(one, mode="rr"), "t", None, result())], path)
+    kept = load_entries(path)
+    assert [(row.mode, row.fault) for row in kept] == [
+        ("omniscient", None),
+        ("kv", None),
+        ("rr", None),
+        ("kv", "redis"),
+    ]
+    assert {former[0], former[1], reference} <= set(kept)
+    assert [row.index for row in kept] == [None, "equal", None, "2 missing, 1 wrong of 5"]
+
+
+def test_the_table_holds_rows_against_the_omniscient_one(trace_file: Path) -> None:
+    one = plan(trace_file)
+    reference = simulated_entry(one, "t", [figures([outcome(0, 1, prompt=100, cached=80, ttft_s=0.5)], 4)])
+    table = markdown([reference, run_entry(one, "t", None, result(Difference(5, 0, 0)))]).splitlines()
+    assert table[-1].startswith("| Poisson 0.8, kv × 1 | 0.600 | 0.75 | 1.00 | 2.00 |")
+    assert "| equal |" in table[-1]
+
+
+@pytest.mark.parametrize(
+    ("workers", "alone", "counts"),
+    [(16, False, [4] * 4), (6, False, [4, 2]), (6, True, [1, 4, 1]), (1, True, [1])],
+)
+def test_workers_share_processes(workers: int, alone: bool, counts: list[int]) -> None:
+    assert worker_counts(workers, alone=alone) == counts
+
+
+def test_the_command_line_says_what_to_run() -> None:
+    options = parse(["--modes", "kv,rr", "--replicas", "1,4", "--arrivals", "given", "--faults", "redis"])
+    runs = [(plan.arrivals, plan.mode, plan.replicas, plan.speedup, fault) for plan, fault in options.runs]
+    assert runs == [
+        ("given", "kv", 1, 20.0, None),
+        ("given", "kv", 4, 20.0, None),
+        ("given", "rr", 1, 20.0, None),
+        ("given", "rr", 4, 20.0, None),
+        ("given", "kv", 4, 20.0, "redis"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--modes", "kv,x"],
+        ["--replicas", "0"],
+        ["--trace", "nowhere.jsonl"],
+        ["--speedup", "0"],
+        ["--faults", "all"],
+    ],
+)
+def test_what_cannot_be_run_is_refused(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(arguments)
