@@ -200,7 +200,7 @@ async def _registered(deployment: Deployment) -> list[int]:
     registry = RedisRegistry(StoreSettings.load(redis_url=deployment.server.url))
     await registry.start()
     try:
-        snapshot = await registry.get_prefix("v1/instances/")
+        snapshot = await registry.get_prefix("v1/instances/dynamo/backend/generate/")
     finally:
         await registry.aclose()
     return sorted(json.loads(record.value)["instance_id"] for record in snapshot.records)
