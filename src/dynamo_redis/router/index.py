@@ -15,8 +15,7 @@ different ends; `remove` O(1), what it leaves behind is taken back by `sweep`. N
 from __future__ import annotations
 
 from array import array
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, repeat
 
@@ -159,19 +158,19 @@ class KvIndex:
     def of_state(
         cls,
         state: IndexState,
+        sizes: Mapping[int, int],
         *,
         max_blocks: int = MAX_BLOCKS,
         prune_target_ratio: float = PRUNE_TARGET_RATIO,
     ) -> KvIndex:
-        """An index that holds a state, which it takes over. Raises ValueError if it is none."""
+        """An index that holds a state, which it takes over; `sizes`: how many blocks each set holds."""
         index = cls(max_blocks=max_blocks, prune_target_ratio=prune_target_ratio)
         index._slots = WorkerSlots(state.workers)
         index._tiers = state.tiers
         index._holed = state.holed
         index._counts = [0] * len(state.workers)
-        for held in state.tiers:
-            for mask, count in Counter(held.values()).items():
-                index._count(mask, count)
+        for mask, count in sizes.items():
+            index._count(mask, count)
         index._forgetting = _LONE if index.block_count > max_blocks else _NOTHING
         return index
 

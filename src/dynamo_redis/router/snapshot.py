@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import sys
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -84,6 +85,7 @@ def decode_snapshot(
     try:
         publishers, state = _read_workers(next(pieces))
         sets: list[int] = []
+        sizes: Counter[int] = Counter()
         counts = None
         for fields in pieces:
             if counts is not None:
@@ -91,12 +93,12 @@ def decode_snapshot(
             if len(fields) == 1:
                 counts = fields[0]
             else:
-                _read_blocks(fields, sets, state)
+                _read_blocks(fields, sets, sizes, state)
         if counts != [len(held) for held in state.tiers]:
             raise ValueError("blocks are missing")
     except (TypeError, IndexError, StopIteration, ValueError, OverflowError) as exc:
         raise ValueError(f"not a snapshot of an index: {exc!r}") from exc
-    index = KvIndex.of_state(state, max_blocks=max_blocks, prune_target_ratio=prune_target_ratio)
+    index = KvIndex.of_state(state, sizes, max_blocks=max_blocks, prune_target_ratio=prune_target_ratio)
     return Snapshot(position, publishers, index)
 
 
@@ -192,8 +194,8 @@ def _read_workers(fields: list[Any]) -> tuple[dict[PublisherId, int], IndexState
     return publishers, replace(nobody, holed=_read_set(fields[2], nobody.live))
 
 
-def _read_blocks(fields: list[Any], sets: list[int], state: IndexState) -> None:
-    """Add a piece's blocks to its tier."""
+def _read_blocks(fields: list[Any], sets: list[int], sizes: Counter[int], state: IndexState) -> None:
+    """Add a piece's blocks to its tier, its new sets to `sets`, and how many blocks each holds to `sizes`."""
     tier, new, numbers, counts, content = fields[:5]
     live = state.live
     sets.extend(_read_set(mask, live) for mask in new)
@@ -205,8 +207,11 @@ def _read_blocks(fields: list[Any], sets: list[int], state: IndexState) -> None:
     held = state.tiers[tier]
     start = 0
     for number, count in zip(numbers, counts, strict=True):
-        end = start + _number(count)
-        held.update(dict.fromkeys(hashes[start:end], sets[_number(number)]))
+        mask, end = sets[_number(number)], start + _number(count)
+        if not mask:
+            raise ValueError("nobody holds some blocks")
+        held.update(dict.fromkeys(hashes[start:end], mask))
+        sizes[mask] += count
         start = end
 
 

@@ -165,6 +165,16 @@ def test_early_frees_are_bounded() -> None:
     assert book.load(A).request_count == 1, "the oldest is forgotten, the youngest is not"
 
 
+def test_a_prompt_is_read_once() -> None:
+    book = LoadBook()
+    booked(book, "a")
+    book.prefill_done("router", "a")
+    book.prefill_done("router", "a")
+    assert book.load(A) == WorkerLoad(0, 3, 1)
+    book.free("router", "a")
+    assert book.load(A) == IDLE
+
+
 def test_a_lost_free_is_load_until_the_deadline_only() -> None:
     book = LoadBook()
     booked(book, "a", deadline=10.0)
