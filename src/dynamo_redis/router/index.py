@@ -151,7 +151,7 @@ class KvIndex:
         return self._sweep is not None or self._slots.dead != 0 or self._forgetting != _NOTHING
 
     def copy_state(self) -> IndexState:
-        """A copy to store. Takes some 10 ms for a million blocks."""
+        """A copy to store. Takes some 20 ms for a million blocks."""
         return IndexState(self._slots.by_slot(), self._holed, tuple(held.copy() for held in self._tiers))
 
     @classmethod

@@ -52,7 +52,7 @@ class Snapshot:
 def encode_snapshot(snapshot: Snapshot) -> Iterator[bytes]:
     """The pieces of a snapshot.
 
-    It shows the index as it is when the first piece is taken, which copies it: some 10 ms for a million
+    It shows the index as it is when the first piece is taken, which copies it: some 20 ms for a million
     blocks. Each of the others is some milliseconds' work; the index may change in between.
     """
     state = snapshot.index.copy_state()
