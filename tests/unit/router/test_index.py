@@ -272,6 +272,19 @@ def test_a_slot_has_no_new_worker_before_its_blocks_are_swept() -> None:
     assert len(index.copy_state().workers) == 2, "the slot is used again"
 
 
+def test_an_answer_of_before_names_nobody_who_is_gone() -> None:
+    """Answers are kept by set, and a set may mean somebody else once a slot is used again."""
+    index = KvIndex()
+    for number in (1, 2, 3):
+        index.apply(Worker(number), [stored([1, 2])])
+    assert index.find([1, 2]).keys() == {Worker(1), Worker(2), Worker(3)}
+    index.remove(Worker(2))
+    while index.sweep(10):
+        pass
+    index.apply(Worker(4), [stored([1, 2])])
+    assert index.find([1, 2]).keys() == {Worker(1), Worker(3), Worker(4)}
+
+
 def test_workers_that_come_and_go_leave_no_slots_behind() -> None:
     """Without anybody who sweeps: sets of workers stay narrow."""
     index = KvIndex()
