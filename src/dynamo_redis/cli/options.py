@@ -167,7 +167,7 @@ def _metavar(field: FieldInfo) -> str:
     if unit_of(field) == "s":
         return "DURATION"
     if kind is SecretStr:
-        return "URL"
+        return "URL" if env_name(field).endswith("_URL") else "TEXT"
     return _METAVARS.get(kind, "TEXT")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import click
 from pydantic import ByteSize, SecretStr
 
-from dynamo_redis.cli.formats import human_size, redact
+from dynamo_redis.cli.formats import HIDDEN, human_size, redact
 from dynamo_redis.cli.options import SettingsCommand, load, option_name, setting_options
 from dynamo_redis.cli.output import json_option, print_json, print_line, print_table
 from dynamo_redis.cli.settings_page import render
@@ -61,13 +61,19 @@ def describe(group: type[SettingsGroup], options: dict[str, str | None]) -> list
             {
                 "env": env_name(field),
                 "option": option_name(name),
-                "value": redact(value.get_secret_value()) if isinstance(value, SecretStr) else value,
+                "value": _unsecret(value) if isinstance(value, SecretStr) else value,
                 "unit": unit_of(field),
                 "source": source,
                 "description": field.description,
             }
         )
     return rows
+
+
+def _unsecret(value: SecretStr) -> str:
+    """A URL without its password; of any other secret, nothing."""
+    text = value.get_secret_value()
+    return redact(text) if "://" in text else HIDDEN
 
 
 def _shown(row: dict[str, Any]) -> str:

@@ -113,7 +113,7 @@ class OpenAIEngineSettings(SettingsGroup):
         "DYN_KV_REPLAY_ENDPOINT", None, "Where the engine replays them, if it does; also of rank 0."
     )
     kv_events_topic: str = setting("DYN_KV_EVENTS_TOPIC", "", "The topic that it publishes under.")
-    data_parallel_size: Annotated[int, Field(ge=1, le=1024)] = setting(
+    engine_data_parallel_size: Annotated[int, Field(ge=1, le=1024)] = setting(
         "DYN_ENGINE_DATA_PARALLEL_SIZE",
         1,
         "Data-parallel ranks of the engine; each publishes at the port after its predecessor's.",

@@ -106,7 +106,7 @@ class OpenAIEngine:
             kv_block_size=block_size,
             max_num_seqs=settings.engine_max_num_seqs,
             max_num_batched_tokens=settings.engine_max_num_batched_tokens,
-            data_parallel_size=settings.data_parallel_size,
+            data_parallel_size=settings.engine_data_parallel_size,
         )
 
     # ----------------------------------------------------------------- start and end
@@ -282,7 +282,7 @@ class OpenAIEngine:
 
     def _rank(self, request: Mapping[str, Any]) -> int | None:
         """The rank that a router chose; None leaves it to the engine."""
-        wanted, rank_count = request.get("dp_rank"), self._settings.data_parallel_size
+        wanted, rank_count = request.get("dp_rank"), self._settings.engine_data_parallel_size
         if wanted is None or rank_count == 1:
             return None
         if type(wanted) is not int or not 0 <= wanted < rank_count:
@@ -314,7 +314,7 @@ class OpenAIEngine:
                 prefix_hit_rate=rank.prefix_hit_rate,
             )
             for dp_rank, rank in sorted(self._metrics.ranks.items())
-            if dp_rank < self._settings.data_parallel_size
+            if dp_rank < self._settings.engine_data_parallel_size
         ]
 
     async def _watch(self) -> None:

@@ -242,7 +242,7 @@ def test_settings_that_cannot_be(wrong: dict[str, Any]) -> None:
 
 
 async def test_requests_go_to_the_rank_that_was_chosen() -> None:
-    async with running_engine() as server, engine_at(server, data_parallel_size=2) as engine:
+    async with running_engine() as server, engine_at(server, engine_data_parallel_size=2) as engine:
         await answer(engine, request(dp_rank=0))
         assert server.headers[0]["X-data-parallel-rank"] == "0"
         await answer(engine, request())

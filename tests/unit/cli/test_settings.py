@@ -80,3 +80,8 @@ def test_a_wrong_value_is_one_line(
 def test_the_page_can_be_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["settings", "--markdown"]) == 0
     assert capsys.readouterr().out == render() + "\n"
+
+
+def test_a_key_is_never_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("DYN_ENGINE_API_KEY", "sk-very-secret")
+    assert rows(capsys)["DYN_ENGINE_API_KEY"]["value"] == "***"
