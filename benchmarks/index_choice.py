@@ -37,7 +37,7 @@ class Router:
         rng = random.Random(7)
         self._workers = [Worker(number) for number in range(workers)]
         self._index = KvIndex()
-        self._book = LoadBook()
+        self.book = LoadBook()
         self._selector = Selector(random.Random(8))
         self._weights = CostWeights()
         system = rng.choices(range(VOCABULARY), k=SYSTEM_BLOCKS * BLOCK_SIZE)
@@ -54,7 +54,7 @@ class Router:
         for number in range(workers * REQUESTS_A_WORKER):
             worker = rng.choice(self._workers)
             tokens = rng.randrange(TOKENS)
-            self._book.add("other", str(number), worker, prefill_tokens=tokens, blocks=BLOCKS, deadline=1e9)
+            self.book.add("other", str(number), worker, prefill_tokens=tokens, blocks=BLOCKS, deadline=1e9)
 
     def hash_all(self) -> None:
         """Hash all prompts."""
@@ -68,17 +68,17 @@ class Router:
             choice = self._selector.select(
                 self._workers,
                 self._index.find(hashes),
-                self._book,
+                self.book,
                 token_count=TOKENS,
                 block_size=BLOCK_SIZE,
                 weights=self._weights,
             )
             to_read = TOKENS - BLOCK_SIZE * choice.matched.device
             request_id = str(number)
-            self._book.add(
+            self.book.add(
                 "own", request_id, choice.worker, prefill_tokens=to_read, blocks=BLOCKS, deadline=1e9
             )
-            self._book.free("own", request_id)
+            self.book.free("own", request_id)
 
 
 def choices(rounds: int) -> dict[str, Measured]:

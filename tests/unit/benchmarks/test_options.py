@@ -6,7 +6,7 @@ import sys
 from types import ModuleType
 
 import pytest
-from benchmarks import registry, request
+from benchmarks import index, registry, request
 from benchmarks.options import length_s, rounds_count
 
 
@@ -20,6 +20,7 @@ from benchmarks.options import length_s, rounds_count
         (request, "--seconds nan"),
         (request, "--seconds inf"),
         (registry, "--rounds -2"),
+        (index, "--rounds 0.5"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(
