@@ -6,7 +6,7 @@ ARGS   ?=
 SUITE  ?= start
 STAMP  := $(VENV)/.installed
 
-.PHONY: up test check format bench faults fuzz clean help
+.PHONY: up test check format bench replay soak faults fuzz clean help
 
 help:            ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -39,6 +39,12 @@ format: $(STAMP) ## rewrite the code in the project's format
 
 bench: $(STAMP)  ## a benchmark suite against its rivals (SUITE=start)
 	$(BIN)/python -m benchmarks.$(SUITE) $(ARGS)
+
+replay: $(STAMP) ## a real trace through workers and routers (TRACE=file, ARGS="--requests 2000 --modes kv,rr")
+	@$(BIN)/python -m benchmarks.replay $(if $(TRACE),--trace $(TRACE)) $(ARGS)
+
+soak: $(STAMP)   ## the same for ten minutes while parts are killed; memory must stay flat (ARGS="--minutes 2")
+	@$(BIN)/python -m benchmarks.soak $(ARGS)
 
 faults: $(STAMP) ## faults of every kind against a real deployment, short (ARGS="--help" shows the long form)
 	$(BIN)/python -m faults $(ARGS)

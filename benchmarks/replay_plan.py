@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Final, Literal, Self
 
 from benchmarks.processes import REPOSITORY
-from benchmarks.replay_trace import TRACE_BLOCK_SIZE, Trace, find_trace, offered_rate
-from dynamo_redis.config import MockEngineSettings
+from benchmarks.replay_trace import TRACE_BLOCK_SIZE, Trace, find_trace, offered_rate, synthetic_trace
+from dynamo_redis.config import MockEngineSettings, RouterSettings
 from dynamo_redis.runtime import Settings
 
 Mode = Literal["kv", "predicted", "rr", "p2c"]
@@ -51,6 +51,10 @@ class Plan:
     speedup: float = 1.0
     redis_url: str = ""
     prefix: str = ""
+    made_up: bool = False
+    """A made-up trace, whatever others there are."""
+    snapshot_threshold: int | None = None
+    """Events after which routers store their index; None: the setting's default."""
 
     def to_json(self) -> str:
         """For a process's command line."""
@@ -83,7 +87,10 @@ class Plan:
 
     def load_trace(self) -> Trace:
         """The requests, the same in every process. Raises OSError or ValueError for a bad file."""
-        trace = find_trace(self.trace, REPOSITORY, self.requests, seed=self.seed)
+        if self.made_up:
+            trace = synthetic_trace(self.requests, seed=self.seed)
+        else:
+            trace = find_trace(self.trace, REPOSITORY, self.requests, seed=self.seed)
         mean_prompt_count = trace.mean_prompt_count
         trace = trace.first(self.requests)
         if self.arrivals == "given":
@@ -91,6 +98,16 @@ class Plan:
         tokens_per_s = ENGINE_SPEED / MockEngineSettings.load().prefill_token_s
         rate = offered_rate(self.load, self.workers, tokens_per_s, mean_prompt_count)
         return trace.as_poisson(rate, random.Random(self.seed))
+
+    @property
+    def router(self) -> RouterSettings:
+        """Of a KV-aware router. What it predicts lasts as long in the trace's time as it does by default."""
+        default = RouterSettings.load()
+        return RouterSettings.load(
+            use_kv_events=self.mode == "kv",
+            router_ttl_s=default.router_ttl_s / self.speedup,
+            router_snapshot_threshold=self.snapshot_threshold or default.router_snapshot_threshold,
+        )
 
     @property
     def client_mode(self) -> str | None:

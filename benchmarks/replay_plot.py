@@ -38,12 +38,14 @@ NAMES: Final = {
     "p2c": "p2c",
 }
 TITLES: Final = (
-    "prompt tokens found in caches (right is better)",
-    "time to first token, s: median, × mean, to p99 (left is better)",
-    "read by the busiest worker ÷ mean (1 is even)",
+    "prompt tokens found in caches\n(right is better)",
+    "seconds to the first token: • median, × mean\n(its figure stands before), to p99 (left is better)",
+    "prompt tokens read, busiest worker ÷ mean\n(left is better)",
 )
 WIDTH_INCHES: Final = 11.0
-ROW_INCHES, MARGIN_INCHES = 0.24, 0.55
+ROW_INCHES, MARGIN_INCHES = 0.24, 0.3
+_ROOM: Final = 1.25
+"""Width of an axis by its largest value, for the figure behind it."""
 
 Row = dict[str, Any]
 
@@ -53,13 +55,13 @@ def groups(rows: list[Row]) -> dict[str, list[Row]]:
     found: dict[str, list[Row]] = {}
     for row in rows:
         if row["fault"] is not None:
-            name = "killed and back\nwhile it runs"
+            name = "killed while\nit runs"
         elif row["load"] is None:
             name = "arrivals\nas given"
         else:
             name = f"arrivals Poisson,\nload {row['load']:g}"
         found.setdefault(name, []).append(row)
-    return found
+    return dict(sorted(found.items(), key=lambda part: part[1][0]["fault"] is not None))
 
 
 def label(row: Row) -> str:
@@ -86,24 +88,24 @@ def draw(rows: list[Row], path: Path) -> None:
     )
     for (name, part), axes in zip(parts.items(), panels, strict=True):
         part = part[::-1]
-        _hit_rates(axes[0], part)
+        _hit_rates(axes[0], part, max(row["hit_rate"] for row in rows))
         _times(axes[1], part)
-        _balances(axes[2], part)
+        _balances(axes[2], part, max(row["imbalance"] for row in rows))
         for panel in axes:
             _dress(panel, len(part))
         axes[0].set_yticks(range(len(part)), [label(row) for row in part])
         axes[0].set_ylabel(name, fontsize=9, color=INK)
     for title, panel in zip(TITLES, panels[0], strict=True):
         panel.set_title(title, fontsize=8.5, color=INK)
+    figure.align_ylabels(panels[:, 0])
     figure.savefig(path, transparent=True, metadata={"Date": None})
 
 
-def _hit_rates(axes: Any, rows: list[Row]) -> None:
+def _hit_rates(axes: Any, rows: list[Row], most: float) -> None:
     for level, row in enumerate(rows):
         axes.barh(level, row["hit_rate"], 0.62, color=COLOURS[row["mode"]])
         _say(axes, f"{row['hit_rate']:.1%}", row["hit_rate"], level, after=True)
-    axes.set_xlim(left=0)
-    axes.margins(x=0.2)
+    axes.set_xlim(0, _ROOM * most)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
 
 
@@ -116,19 +118,18 @@ def _times(axes: Any, rows: list[Row]) -> None:
         _say(axes, f"{row['ttft_mean_s']:.2f}", row["ttft_p50_s"], level, after=False)
         _say(axes, f"{row['ttft_p99_s']:.0f}", row["ttft_p99_s"], level, after=True)
     axes.set_xscale("log")
-    axes.margins(x=0.18)
+    axes.margins(x=0.15)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_locator(NullLocator())
 
 
-def _balances(axes: Any, rows: list[Row]) -> None:
+def _balances(axes: Any, rows: list[Row], most: float) -> None:
     for level, row in enumerate(rows):
         axes.plot([1, row["imbalance"]], [level, level], color=COLOURS[row["mode"]], linewidth=2, zorder=1)
         axes.plot(row["imbalance"], level, "o", color=COLOURS[row["mode"]], markersize=5)
         _say(axes, f"{row['imbalance']:.2f}", row["imbalance"], level, after=True)
-    axes.set_xlim(left=1)
-    axes.margins(x=0.2)
+    axes.set_xlim(1, 1 + _ROOM * (most - 1))
 
 
 def _say(axes: Any, text: str, x: float, y: float, *, after: bool) -> None:

@@ -16,6 +16,7 @@ import json
 import logging
 import sys
 import time
+from array import array
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict
@@ -29,7 +30,6 @@ from benchmarks.replay_lines import answer, commands
 from benchmarks.replay_oracle import write_blocks
 from benchmarks.replay_plan import ENDPOINT, MODEL, Plan
 from benchmarks.replay_trace import TRACE_BLOCK_SIZE, TracedRequest
-from dynamo_redis.config import RouterSettings
 from dynamo_redis.errors import DynamoRedisError
 from dynamo_redis.names import EndpointName
 from dynamo_redis.router.routed_call import RoutedCall
@@ -60,11 +60,8 @@ async def open_caller(runtime: DistributedRuntime, plan: Plan) -> AsyncIterator[
         if plan.client_mode is not None:
             yield client
             return
-        settings = RouterSettings.load(
-            use_kv_events=plan.mode == "kv",
-            router_ttl_s=RouterSettings.load().router_ttl_s / plan.speedup,
-        )
-        router = KvRouter(runtime, EndpointName.parse(ENDPOINT), settings, block_size=TRACE_BLOCK_SIZE)
+        endpoint = EndpointName.parse(ENDPOINT)
+        router = KvRouter(runtime, endpoint, plan.router, block_size=TRACE_BLOCK_SIZE)
         yield await stack.enter_async_context(router)
 
 
@@ -79,7 +76,7 @@ class Users:
         self._speedup = plan.speedup
         self._caller = caller
         self._record = record
-        self._lateness_s: list[float] = []
+        self._lateness_s = array("d")
         self._answered_count = 0
 
     async def run(self, begin: float) -> None:

@@ -74,6 +74,7 @@ class Deployment:
         self.routers: list[Child] = []
         self.reports: dict[int, dict[str, Any]] = {}
         """What each replica said last of its progress."""
+        self._answered_before = 0  # by those that were killed
         self._faults = faults
         self._closing = AsyncExitStack()
         self._directory = Path()
@@ -123,6 +124,7 @@ class Deployment:
             if fault == "router":
                 following[0].cancel()
                 await asyncio.wait([following[0]])
+                self._answered_before += self.reports.pop(0, {}).get("answered", 0)
             await self._break(fault)
             if fault == "router":
                 following[0] = asyncio.create_task(self._follow(0, begin, progress))
@@ -149,7 +151,7 @@ class Deployment:
         child.say("go", begin)
         while True:
             report = self.reports[replica] = await child.answer(None)
-            progress(sum(one["answered"] for one in self.reports.values()))
+            progress(self._answered_before + sum(one["answered"] for one in self.reports.values()))
             if report["finished"]:
                 return report
 
