@@ -83,7 +83,7 @@ class EventBatch:
         _, topic, *numbers, events = fields[:8]
         if not isinstance(topic, str) or not isinstance(events, list):
             raise ValueError("not a batch of events: topic or events are of the wrong type")
-        if not all(type(number) is int and 0 <= number < _U63_END for number in numbers):
+        if set(map(type, numbers)) != {int} or min(numbers) < 0 or max(numbers) >= _U63_END:
             raise ValueError("not a batch of events: a number is missing, or not one of 63 bits")
         instance_id, epoch, dp_rank, first_sequence, published_at_ms = numbers
         publisher = PublisherId(instance_id, epoch, dp_rank)

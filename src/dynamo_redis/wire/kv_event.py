@@ -13,7 +13,6 @@ from __future__ import annotations
 import sys
 from array import array
 from collections.abc import Iterable, Sequence
-from itertools import groupby
 from typing import Any, Final, NamedTuple
 
 KV_EVENTS: Final = "kv_events"
@@ -66,27 +65,23 @@ def read_kv_events(events: Sequence[Any]) -> list[KvEvent]:
 
     Raises ValueError if one is not a KV event: then none of the batch may be applied.
     """
-    if not events:
-        return []
-    if not _all_are(list, events) or min(map(len, events)) < 3:
-        raise ValueError("not a KV event: no array of three")
-    kinds, tiers, contents, *_ = zip(*events, strict=False)  # by column: an engine's events are often small
-    if not (_all_are(int, kinds) and _all_are(int, tiers) and _all_are(bytes, contents)):
-        raise ValueError("not a KV event: a part is of the wrong type")
-    if odd := [size for size in set(map(len, contents)) if size % 8]:
-        raise ValueError(f"not a KV event: hashes of {odd[0]} bytes")
-    known: list[KvEvent] = []
-    start = 0
-    for (kind, tier), run in groupby(zip(kinds, tiers, strict=True)):
-        end = start + sum(1 for _ in run)
-        if STORED <= kind <= CLEARED and tier in TIERS:
-            known.append(KvEvent(kind, tier, _from_bytes(b"".join(contents[start:end]))))
-        start = end
-    return known
-
-
-def _all_are(kind: type, values: Iterable[Any]) -> bool:
-    return set(map(type, values)) == {kind}
+    runs: list[tuple[int, int, list[bytes]]] = []
+    kind_before = tier_before = None
+    run: list[bytes] = []
+    for event in events:
+        if type(event) is not list or len(event) < 3:
+            raise ValueError("not a KV event: no array of three")
+        kind, tier, content = event if len(event) == 3 else event[:3]
+        if type(kind) is not int or type(tier) is not int or type(content) is not bytes:
+            raise ValueError("not a KV event: a part is of the wrong type")
+        if len(content) % 8:
+            raise ValueError(f"not a KV event: hashes of {len(content)} bytes")
+        if kind != kind_before or tier != tier_before:
+            kind_before, tier_before, run = kind, tier, []
+            if STORED <= kind <= CLEARED and tier in TIERS:
+                runs.append((kind, tier, run))
+        run.append(content)
+    return [KvEvent(kind, tier, _from_bytes(b"".join(contents))) for kind, tier, contents in runs]
 
 
 def _to_bytes(hashes: array[int]) -> bytes:
