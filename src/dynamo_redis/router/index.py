@@ -113,7 +113,8 @@ class KvIndex:
                     self._holed |= bit
                 self._remove(bit, self._tiers[tier], hashes)
         while self.block_count > self._max_blocks:
-            self._forgetting = self._forgetting or _LONE
+            if not (self._slots.dead or self._forgetting):
+                self._forgetting = _LONE
             self.sweep(_STEP_COUNT)
 
     def remove(self, worker: Worker) -> None:
@@ -175,6 +176,8 @@ class KvIndex:
         return index
 
     def _take(self, worker: Worker) -> int:
+        if bit := self._slots.find(worker):
+            return bit
         if self._slots.dead.bit_count() > len(self._slots) + _SPARE_SLOTS_COUNT:
             while self.sweep(_STEP_COUNT):
                 pass

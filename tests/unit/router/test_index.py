@@ -340,6 +340,8 @@ def test_who_is_gone_is_swept_before_anything_is_forgotten() -> None:
     index.apply(Worker(2), [stored(range(100, 107))])
     index.remove(Worker(2))
     index.apply(Worker(3), [stored([4])])
+    while index.sweep(1):
+        pass
     assert (index.forgotten_count, index.block_count) == (0, 4)
 
 
