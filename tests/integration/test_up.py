@@ -232,6 +232,7 @@ def test_up_serves_and_leaves_nothing(
 
     assert len(command("instances", "dynamo.backend.generate")) == 2, "found without DYN_REDIS_URL"
     assert [model["model"] for model in command("models")] == ["demo"]
+    assert [router["mode"] for router in command("router-state")] == ["events"]
     words = shlex.split(line)
     assert words[0] == "curl"
     if shutil.which("curl"):
@@ -248,6 +249,26 @@ def test_up_serves_and_leaves_nothing(
     assert list((tmp_path / "run").rglob("*.json")) == []
     assert list(temporary.iterdir()) == []
     assert program.err == "" or "Traceback" not in program.err
+
+
+def test_a_router_of_its_own_finds_the_workers_and_leaves_in_order(
+    start: Start, command: Callable[..., Any]
+) -> None:
+    program = start(*up("--workers", "1", "--router-mode", "round_robin"))
+    program.url()
+    assert command("router-state") == []
+    router = start("router", "--no-kv-events")
+    router.until(r"^ready dynamo\.router\.generate, choosing among dynamo\.backend\.generate$")
+    assert [found["mode"] for found in command("router-state")] == ["predicted"]
+    assert len(command("instances", "dynamo.router.best_worker_id")) == 1
+    assert router.stop(signal.SIGTERM) <= STOP_WITHIN_S
+    assert (router.process.returncode, router.err.count("Traceback")) == (0, 0)
+    assert command("instances", "dynamo.router") == []
+    # One that waits for a first worker ends as readily.
+    lonely = start("router", "--endpoint", "dynamo.nobody.generate")
+    until(lambda: "waiting for a first worker" in lonely.err)
+    assert lonely.stop(signal.SIGTERM) <= STOP_WITHIN_S
+    assert lonely.process.returncode == 0
 
 
 def test_with_a_redis_of_ones_own_no_key_is_left(

@@ -33,9 +33,10 @@ def best_worker(
 ) -> None:
     """Ask a router which worker a prompt would go to now, and explain it cost by cost.
 
-    Nothing is sent to a worker, and nothing is booked. Costs are in blocks: those of the prompt that a worker
-    would still have to read, with what it has to read already, and those that its requests hold. The lowest
-    sum is chosen.
+    Nothing is sent to a worker, and nothing is booked. All is in blocks: those of the prompt that a worker
+    holds already (matched); those that it would have to read without them, with those that it has to read
+    anyway (prefill); those that its requests would hold (decode). Cost is prefill, less what the matched
+    ones are worth, plus decode; the lowest is chosen.
 
     \b
     Examples:
@@ -50,8 +51,9 @@ def best_worker(
         print_json_line(explained)
         return
     block_size = explained["block_size"]
+    whole_count = explained["token_count"] // block_size
     print_line(
-        f"{explained['token_count']} tokens, {explained['token_count'] // block_size} whole blocks of "
+        f"{explained['token_count']} tokens, {whole_count} whole block{'s' * (whole_count != 1)} of "
         f"{block_size}"
     )
     columns = ["WORKER", "RANK", "MATCHED", "PREFILL", "DECODE", "COST", ""]

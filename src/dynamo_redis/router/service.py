@@ -46,6 +46,7 @@ BOOKING_S = 600.0
 
 _TICK_S = 1.0
 _SYNC_START_S = 2.0
+_CARD_S = 1.0
 
 
 class KvRouter:
@@ -117,7 +118,7 @@ class KvRouter:
         closes(self._client.aclose)
         self._cards.start()
         closes(self._cards.aclose)
-        self.block_size = self._wanted_block_size or await self._cards.block_size()
+        self.block_size = self._wanted_block_size or await self._cards.block_size(_CARD_S)
         self._book = LoadBook()
         starting: list[Coroutine[Any, Any, None]] = []
         if self._follows_events:

@@ -64,9 +64,16 @@ class WorkerCards:
         """What is known of an instance."""
         return self._capacities.get(instance_id)
 
-    async def block_size(self) -> int:
-        """The block size of the first card there is; waits for one."""
-        await self._known.wait()
+    async def block_size(self, patience_s: float) -> int:
+        """The block size of the first card there is. Waits for one, and after `patience_s` says so."""
+        try:
+            async with asyncio.timeout(patience_s):
+                await self._known.wait()
+        except TimeoutError:
+            log.info(
+                "waiting for a first worker: its model card at %s says how large blocks are", self._prefix
+            )
+            await self._known.wait()
         return next(iter(self._capacities.values())).block_size
 
     def forget_others(self, known_ids: Collection[int]) -> None:
