@@ -5,7 +5,8 @@ eight bytes, little-endian, in one binary. The worker has translated them from i
 router neither hashes nor keeps engines' names.
 
 `REMOVED_INSIDE` is a removal that leaves blocks behind which follow the removed one: for a while that worker
-may hold the end of a prefix without its middle. Plain `REMOVED` promises the contrary.
+may hold the end of a prefix without its middle. Plain `REMOVED` promises the contrary. It also goes before
+the `STORED` of a block whose predecessor is not on its tier, and then names blocks that were not held at all.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class KvEvent(NamedTuple):
 
 
 def stored(hashes: Iterable[int], tier: int = DEVICE) -> KvEvent:
-    """Blocks are held now, in the order in which they follow each other."""
+    """Blocks are held now, in the order in which they follow each other; in a dump in any order."""
     return KvEvent(STORED, tier, array("Q", hashes))
 
 
