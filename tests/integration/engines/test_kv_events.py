@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from array import array
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from typing import Any, Protocol
 
 import pytest
@@ -206,8 +206,10 @@ async def test_load_is_told_again_for_who_listens_late(
     async with deployment.worker(**SMALL) as worker, deployment.runtime() as runtime:
         await _work(runtime, 5)
         for topic in ("kv_metrics", "forward_pass_metrics"):
-            listener = await runtime.events.subscribe(StreamName("dynamo", "backend", topic))
-            message = await listener.next(WITHIN_S)
+            async with aclosing(
+                await runtime.events.subscribe(StreamName("dynamo", "backend", topic))
+            ) as listener:
+                message = await listener.next(WITHIN_S)
             assert message is not None
             batch = EventBatch.from_bytes(message)
             assert (batch.topic, batch.publisher.instance_id) == (topic, worker.runtime.instance_id)
@@ -225,7 +227,6 @@ async def test_load_is_told_again_for_who_listens_late(
             else:
                 assert event["counter_id"] > 0
                 assert event["queued_requests"] == {"num_prefill_requests": 0, "sum_prefill_tokens": 0}
-            await listener.aclose()
         (load,) = await _ask(runtime, "load_metrics")
         assert load["kv_stats"]["kv_total_blocks"] == SMALL["total_kv_blocks"]
         assert load["forward_pass"] == event
@@ -236,8 +237,8 @@ async def test_busy_ranks_show_in_their_load(deployment: Deployment) -> None:
         deployment.worker(**SMALL, speedup_ratio=1, decode_step_s=0.02) as worker,
         deployment.runtime() as runtime,
         await runtime.endpoint(ENDPOINT).client() as client,
+        aclosing(await runtime.events.subscribe(StreamName("dynamo", "backend", "kv_metrics"))) as listener,
     ):
-        listener = await runtime.events.subscribe(StreamName("dynamo", "backend", "kv_metrics"))
         call = await client.round_robin(_request(list(range(20)), max_tokens=10_000), annotated=False)
         async with asyncio.timeout(WITHIN_S):
             while True:
@@ -250,7 +251,6 @@ async def test_busy_ranks_show_in_their_load(deployment: Deployment) -> None:
         assert event["kv_stats"]["gpu_cache_usage_perc"] >= 5 / 24
         assert worker.engine.running_count == 1
         await call.aclose()
-        await listener.aclose()
 
 
 async def test_a_restarted_worker_is_another_publisher(deployment: Deployment) -> None:
@@ -296,12 +296,14 @@ async def test_without_an_event_plane_nothing_is_told(
     deploy: Deploy, dynamo_redis_url: str, dynamo_redis_prefix: str
 ) -> None:
     deployment = deploy(dynamo_redis_url, dynamo_redis_prefix, event_plane="none")
-    async with deployment.worker() as worker, deployment.runtime() as runtime:
-        listener = await runtime.events.subscribe(StreamName("dynamo", "backend", "kv_metrics"))
+    async with (
+        deployment.worker() as worker,
+        deployment.runtime() as runtime,
+        aclosing(await runtime.events.subscribe(StreamName("dynamo", "backend", "kv_metrics"))) as listener,
+    ):
         await _work(runtime, 3)
         assert worker.engine.cache.stored()
         assert await listener.next(0.5) is None
-        await listener.aclose()
         assert await runtime.events.info(KV_EVENTS) is None
         with pytest.raises(NoInstances):
             await _ask(runtime, "kv_dump", {"have": []})
@@ -312,17 +314,18 @@ async def test_over_pub_sub_nothing_is_kept_in_redis(
     deploy: Deploy, dynamo_redis_url: str, dynamo_redis_prefix: str
 ) -> None:
     deployment = deploy(dynamo_redis_url, dynamo_redis_prefix, event_plane="pubsub")
-    async with deployment.runtime() as runtime:
-        listener = await runtime.events.subscribe(KV_EVENTS)
-        async with deployment.worker(**SMALL) as worker:
-            await _work(runtime)
-            belief = Belief()
-            async with asyncio.timeout(WITHIN_S):
-                while belief.held.get(0) != worker.engine.cache.stored():
-                    message = await listener.next(WITHIN_S)
-                    assert message is not None
-                    belief.apply(message)
-        await listener.aclose()
+    async with (
+        deployment.runtime() as runtime,
+        aclosing(await runtime.events.subscribe(KV_EVENTS)) as listener,
+        deployment.worker(**SMALL) as worker,
+    ):
+        await _work(runtime)
+        belief = Belief()
+        async with asyncio.timeout(WITHIN_S):
+            while belief.held.get(0) != worker.engine.cache.stored():
+                message = await listener.next(WITHIN_S)
+                assert message is not None
+                belief.apply(message)
         assert await runtime.events.info(KV_EVENTS) is None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import aclosing
 from typing import Any
 
 import pytest
@@ -104,12 +105,11 @@ async def test_without_an_event_plane_nothing_is_told(open_runtime: OpenRuntime)
 
 async def test_load_is_told_with_what_is_known(open_runtime: OpenRuntime) -> None:
     runtime = await open_runtime()
-    listener = await runtime.events.subscribe(StreamName("demo", "llm", "kv_metrics"))
     load = WorkerMetricsPublisher()
     await load.create_endpoint(runtime.endpoint("demo.llm.generate"))
-    load.publish(1, active_decode_blocks=5, num_requests_waiting=2)
-    message = await listener.next(20)
-    await listener.aclose()
+    async with aclosing(await runtime.events.subscribe(StreamName("demo", "llm", "kv_metrics"))) as listener:
+        load.publish(1, active_decode_blocks=5, num_requests_waiting=2)
+        message = await listener.next(20)
     assert message is not None
     batch = EventBatch.from_bytes(message)
     assert batch.publisher.dp_rank == 1
