@@ -137,7 +137,9 @@ class Indexer:
             await client.aclose()
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
-        self._tasks.append(asyncio.create_task(work, name=f"{name} of {self._stream.path}"))
+        task = asyncio.create_task(work, name=f"{name} of {self._stream.path}")
+        task.add_done_callback(_report)
+        self._tasks.append(task)
 
     # ----------------------------------------------------------------- what is known
 
@@ -287,3 +289,9 @@ class Indexer:
         group = next((group for group in info.groups if group.name == self.router_id), None)
         behind_ms = entry_order(info.last_entry_id)[0] - entry_order(self._follower.position)[0]
         return group.lag_count if group else None, max(0, behind_ms) / 1000
+
+
+def _report(task: asyncio.Task[None]) -> None:
+    """None of these tasks ends but by cancellation: a defect must not be silent."""
+    if not task.cancelled() and (exc := task.exception()) is not None:
+        log.error("%s has failed", task.get_name(), exc_info=exc)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import time
 from typing import Final
 
@@ -21,6 +22,9 @@ log = logging.getLogger(__name__)
 
 ASKS_AT_ONCE_COUNT: Final = 8
 """Few enough that answers do not crowd out requests, enough that slow workers hold up few."""
+
+RETRIES_AT_ONCE_COUNT: Final = 2
+"""Those who have not answered before must not keep others from being asked."""
 
 ANSWER_S: Final = 5.0
 """Longest wait for an answer's first item, and for each further one."""
@@ -35,10 +39,10 @@ _RETRY_S: Final = (0.1, 5.0)
 
 
 class Recovery:
-    """One task for each instance that is being asked (single flight), `ASKS_AT_ONCE_COUNT` of them at work.
+    """One task for each instance that is being asked (single flight), `ASKS_AT_ONCE_COUNT` of them at work,
+    and `RETRIES_AT_ONCE_COUNT` of those that are asked again, after growing, jittered pauses.
 
-    They are repeated with growing, jittered pauses until the instance answers or `forget` ends them.
-    `aclose` ends all.
+    They end with an answer, by `forget`, or all by `aclose`.
     """
 
     def __init__(self, ledger: Ledger, client: Client) -> None:
@@ -49,6 +53,7 @@ class Recovery:
         self._ledger = ledger
         self._client = client
         self._slots = asyncio.Semaphore(ASKS_AT_ONCE_COUNT)
+        self._retry_slots = asyncio.Semaphore(RETRIES_AT_ONCE_COUNT)
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._ending: set[asyncio.Task[None]] = set()
         self._sent: set[int] = set()
@@ -82,7 +87,9 @@ class Recovery:
     def _ask_all_now(self) -> None:
         self._doubt = None
         self._doubted_at = time.monotonic()
-        for instance_id in self._client.known_ids():
+        instance_ids = self._client.known_ids()
+        random.shuffle(instance_ids)  # other routers ask them at the same time
+        for instance_id in instance_ids:
             self.ask(instance_id)
         self._note_idle()
 
@@ -128,7 +135,8 @@ class Recovery:
         try:
             while True:
                 self._again.discard(instance_id)
-                failure = await self._ask_once(instance_id)
+                async with self._retry_slots if failure_count else self._slots:
+                    failure = await self._ask_once(instance_id)
                 if failure is None:
                     self.recovered_count += 1
                     if instance_id not in self._again:
@@ -147,24 +155,23 @@ class Recovery:
 
     async def _ask_once(self, instance_id: int) -> str | None:
         """None if the instance is known now; else why it is not."""
-        async with self._slots:
-            answer = self._ledger.begin_ask(instance_id)
-            self._sent.add(instance_id)
-            try:
-                await self._read(answer)
-                if answer.finish():
-                    self._again.add(instance_id)
-            except (PlaneError, SchemaMismatch, ValueError) as exc:
-                answer.fail()
-                return f"{type(exc).__name__}: {exc}"
-            except TimeoutError:
-                answer.fail()
-                return f"no answer within {ANSWER_S:g} s"
-            except BaseException:
-                answer.fail()
-                raise
-            finally:
-                self._sent.discard(instance_id)
+        answer = self._ledger.begin_ask(instance_id)
+        self._sent.add(instance_id)
+        try:
+            await self._read(answer)
+            if answer.finish():
+                self._again.add(instance_id)
+        except (PlaneError, SchemaMismatch, ValueError) as exc:
+            answer.fail()
+            return f"{type(exc).__name__}: {exc}"
+        except TimeoutError:
+            answer.fail()
+            return f"no answer within {ANSWER_S:g} s"
+        except BaseException:
+            answer.fail()
+            raise
+        finally:
+            self._sent.discard(instance_id)
         return None
 
     async def _read(self, answer: Answer) -> None:

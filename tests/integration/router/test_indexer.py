@@ -58,7 +58,8 @@ async def test_who_does_not_answer_keeps_nobody_from_being_asked(
     router.doubt()
     await wait_until(lambda: router.state().unanswered_count >= 2, "it is asked again and again")
     monkeypatch.setattr(recovery, "ANSWER_S", 1000.0)  # the next ask of the silent one lasts
-    await wait_until(lambda: silent.asked_count >= 3, "it is being asked")
+    silent_count = silent.asked_count
+    await wait_until(lambda: silent.asked_count > silent_count, "it is being asked")
     asked_count = other.asked_count
     router.doubt()
     await wait_until(lambda: other.asked_count > asked_count, "the other is asked meanwhile")

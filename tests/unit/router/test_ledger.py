@@ -206,6 +206,7 @@ def test_an_answer_for_an_instance_that_was_forgotten_changes_nothing(exact: Led
         [{"epoch": 1}],
         [{"batch": batch(0).to_bytes()}],
         [{"batch": b"none"}],
+        [head("dump", 2), {"batch": 5}],
         [head("all", 2)],
         [head("range", 2, epoch=3)],
         [head("range", 2, rank=4)],
