@@ -279,21 +279,23 @@ class KvIndex:
             if mask and (self._forgetting == _ANY or mask & (mask - 1) == 0):
                 del held[block]
                 excess -= 1
+                sweep.forgotten_count += 1
                 self.forgotten_count += 1
                 self._count(mask & self._slots.live, -1)
         if excess <= 0:
             self._forgetting = _NOTHING
-        elif looked < count:
+        elif looked < count and sweep.forgotten_count < excess:  # if not, more have come meanwhile
             self._forgetting = _ANY
         return excess <= 0 or looked < count
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Sweep:
     """One pass over all blocks, to take out the dead; or, if there are none, to forget."""
 
     dead: int
     blocks: Iterator[tuple[Blocks, int]]
+    forgotten_count: int = 0
 
 
 def _each_block(tiers: tuple[Blocks, ...]) -> Iterator[tuple[Blocks, int]]:

@@ -9,6 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from dynamo_redis.router import index as index_module
 from dynamo_redis.router.base import Matched, Worker
 from dynamo_redis.router.index import KvIndex
 from dynamo_redis.router.snapshot import Snapshot, decode_snapshot, encode_snapshot
@@ -321,6 +322,18 @@ def test_of_a_full_index_shared_and_young_blocks_are_kept() -> None:
     assert index.forgotten_count == 5
     assert index.blocks_of(Worker(1)) == {DEVICE: {1, 2, 3, 13, 14}, HOST: set(), DISK: set()}
     assert index.blocks_of(Worker(2)) == {DEVICE: {1, 2, 3, 20}, HOST: set(), DISK: set()}
+
+
+def test_shared_blocks_are_kept_however_long_nobody_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass over all blocks is then as long as it takes others to come."""
+    monkeypatch.setattr(index_module, "_STEP_COUNT", 3)
+    index = KvIndex(max_blocks=100, prune_target_ratio=0.5)
+    for number in (1, 2):
+        index.apply(Worker(number), [stored(range(10))])
+    for block in range(1000, 3000):
+        index.apply(Worker(1), [stored([block])])
+    assert index.find(list(range(10))) == {Worker(1): Matched(10), Worker(2): Matched(10)}
+    assert index.block_count <= 100
 
 
 def test_if_all_are_shared_some_of_these_are_forgotten() -> None:
