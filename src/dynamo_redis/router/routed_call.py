@@ -72,9 +72,9 @@ class RoutedCall(Call):
         if not self._begun:
             self._begun = True
             self._chooser.prefill_done(self._routing.request_id)
-            self._on_first_item(
-                self._routing, self.choice, item.data() if isinstance(item, Annotated) else item
-            )
+            content = item.data() if isinstance(item, Annotated) else item
+            self._on_first_item(self._routing, self.choice, content)
+            self._routing = replace(self._routing, hashes=())  # long, and needed no more
         return item
 
     def _close(self) -> None:

@@ -86,6 +86,24 @@ async def test_a_prefix_that_was_read_once_is_read_by_nobody_again(deployment: D
     assert cached_tokens(await complete(frontend, STORY)) == 0
 
 
+async def test_clearing_caches_says_whom_it_did_not_reach(deployment: Deployment) -> None:
+    frontend = await deployment.frontend()
+    answer = await frontend.post("/clear_kv_blocks")
+    assert answer.status_code == 503
+    assert "is one running?" in answer.json()["message"]
+    workers = [await deployment.worker() for _ in range(2)]
+    await until_served(frontend, instances=2)
+    gone = workers[0]
+    assert gone.process.runtime._server is not None
+    await gone.process.runtime._server.aclose()
+    answer = await frontend.post("/clear_kv_blocks")
+    assert answer.status_code == 502
+    [failed], [cleared] = answer.json()["failed_workers"], answer.json()["cleared_workers"]
+    assert (failed["instance_id"], cleared["instance_id"]) == (gone.instance_id, workers[1].instance_id)
+    assert failed["error"]
+    assert cleared["response"] == {"status": "success", "cleared": 0}
+
+
 async def test_a_request_takes_its_load_along_wherever_it_ends(deployment: Deployment) -> None:
     """The end, a cancel, a drop, an error: whatever becomes of a call, its booking goes with it."""
     worker = await deployment.worker()

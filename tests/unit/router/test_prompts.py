@@ -1,0 +1,61 @@
+"""What a request says of its prompt, and of how its choice weighs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from dynamo_redis.errors import InvalidRequest
+from dynamo_redis.router.base import CostWeights
+from dynamo_redis.router.hashing import chain, local_hashes, lora_seed
+from dynamo_redis.router.prompts import block_hashes, token_ids_of, weights_of
+
+DEFAULT = CostWeights(overlap_score_credit=0.5, temperature=0.1)
+
+
+def test_blocks_are_named_as_the_workers_name_them() -> None:
+    tokens = list(range(40))
+    assert block_hashes(tokens, 16) == chain(local_hashes(tokens, 16))
+    seed = lora_seed("mine")
+    assert block_hashes(tokens, 16, "mine") == chain(local_hashes(tokens, 16, seed=seed), seed=seed)
+    assert block_hashes(tokens[:15], 16) == []
+
+
+@pytest.mark.parametrize(
+    "request_", [None, [], {}, {"token_ids": "text"}, {"token_ids": 3}, {"token_ids": b"1"}]
+)
+def test_a_request_without_a_prompt_is_refused(request_: Any) -> None:
+    with pytest.raises(InvalidRequest, match="token_ids"):
+        token_ids_of(request_)
+
+
+@pytest.mark.parametrize("tokens", [["a"], [-1], [1 << 32], [1.5], [None]])
+def test_what_are_no_token_ids_is_refused(tokens: list[Any]) -> None:
+    with pytest.raises(InvalidRequest, match="token_ids"):
+        block_hashes(tokens * 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("override", "weights"),
+    [
+        (None, DEFAULT),
+        ({}, DEFAULT),
+        ({"overlap_score_weight": 2}, CostWeights(overlap_score_credit=2.0, temperature=0.1)),
+        ({"overlap_score_credit": 0}, CostWeights(overlap_score_credit=0.0, temperature=0.1)),
+        ({"router_temperature": 0.7}, CostWeights(overlap_score_credit=0.5, temperature=0.7)),
+        ({"prefill_load_scale": 4.0, "router_temperature": None}, CostWeights(0.5, 0.75, 0.25, 4.0, 0.1)),
+    ],
+)
+def test_a_request_brings_weights_of_its_own(override: Any, weights: CostWeights) -> None:
+    assert weights_of({"router_config_override": override}, DEFAULT) == weights
+
+
+@pytest.mark.parametrize(
+    "override",
+    [[1], {"nonsense": 1}, {"overlap_score_weight": "1"}, {"router_temperature": -1}]
+    + [{"prefill_load_scale": value} for value in (float("inf"), float("nan"))],
+)
+def test_weights_that_make_no_sense_are_refused(override: Any) -> None:
+    with pytest.raises(InvalidRequest, match="router_config_override"):
+        weights_of({"router_config_override": override}, DEFAULT)
