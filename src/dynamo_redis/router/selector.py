@@ -52,27 +52,26 @@ class Selector:
             raise ValueError("no worker to choose from")
         costs = _costs(candidates, matched, book, token_count, block_size, weights)
         if weights.temperature > 0:
-            worker = self._draw(candidates, costs, weights.temperature)
+            place = self._draw(costs, weights.temperature)
         else:
-            worker = self._least(candidates, costs)
+            place = self._least(costs)
+        worker = candidates[place]
         explained = _explain(candidates, matched, book, costs, token_count, block_size) if explain else ()
-        return Choice(worker, matched.get(worker, NOTHING), costs[candidates.index(worker)], explained)
+        return Choice(worker, matched.get(worker, NOTHING), costs[place], explained)
 
-    def _least(self, candidates: Sequence[Worker], costs: Sequence[float]) -> Worker:
+    def _least(self, costs: Sequence[float]) -> int:
         lowest = min(costs)
         if costs.count(lowest) == 1:
-            return candidates[costs.index(lowest)]
-        return self._rng.choice(
-            [worker for worker, cost in zip(candidates, costs, strict=True) if cost == lowest]
-        )
+            return costs.index(lowest)
+        return self._rng.choice([place for place, cost in enumerate(costs) if cost == lowest])
 
-    def _draw(self, candidates: Sequence[Worker], costs: Sequence[float], temperature: float) -> Worker:
+    def _draw(self, costs: Sequence[float], temperature: float) -> int:
         lowest = min(costs)
         scale = (max(costs) - lowest) * temperature
+        places = range(len(costs))
         if scale == 0:
-            return self._rng.choice(candidates)
-        chances = [math.exp((lowest - cost) / scale) for cost in costs]
-        return self._rng.choices(candidates, chances)[0]
+            return self._rng.choice(places)
+        return self._rng.choices(places, [math.exp((lowest - cost) / scale) for cost in costs])[0]
 
 
 def _costs(

@@ -53,7 +53,8 @@ def encode_snapshot(snapshot: Snapshot) -> Iterator[bytes]:
     """The pieces of a snapshot.
 
     It shows the index as it is when the first piece is taken, which copies it: some 20 ms for a million
-    blocks. Each of the others is some milliseconds' work; the index may change in between.
+    blocks. Each of the others is some milliseconds' work; the index may change in between. For the event
+    loop's own thread, with which it shares a packer.
     """
     state = snapshot.index.copy_state()
     publishers = [[*publisher, sequence] for publisher, sequence in snapshot.publishers.items()]
