@@ -51,10 +51,7 @@ class Selector:
         if not candidates:
             raise ValueError("no worker to choose from")
         costs = _costs(candidates, matched, book, token_count, block_size, weights)
-        if weights.temperature > 0:
-            place = self._draw(costs, weights.temperature)
-        else:
-            place = self._least(costs)
+        place = self._draw(costs, weights.temperature) if weights.temperature > 0 else self._least(costs)
         worker = candidates[place]
         explained = _explain(candidates, matched, book, costs, token_count, block_size) if explain else ()
         return Choice(worker, matched.get(worker, NOTHING), costs[place], explained)
