@@ -7,7 +7,7 @@ import itertools
 import logging
 import random
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Self
 
@@ -88,7 +88,7 @@ class KvRouter:
         self._line = WaitingLine(settings.router_queue_count)
         self._cards = WorkerCards(runtime.registry, endpoint)
         self._client: Client
-        self._book: LoadBook
+        self._book = LoadBook()
         self._workers: Workers
         self._predicted: PredictedIndex | None = None
         self._metrics: LoadMetrics | None = None
@@ -119,25 +119,12 @@ class KvRouter:
         self._cards.start()
         closes(self._cards.aclose)
         self.block_size = self._wanted_block_size or await self._cards.block_size(_CARD_S)
-        self._book = LoadBook()
-        starting: list[Coroutine[Any, Any, None]] = []
-        if self._follows_events:
-            self.indexer = Indexer(
-                self._runtime,
-                self.endpoint.namespace,
-                self.endpoint.component,
-                self._settings,
-                router_id=self.router_id,
-            )
+        self._make_index()
+        self._make_chooser()
+        starting: list[Awaitable[None]] = []
+        if self.indexer is not None:
             closes(self.indexer.aclose)
             starting.append(self.indexer.start())
-        else:
-            self._predicted = PredictedIndex(
-                ttl_s=self._settings.router_ttl_s,
-                max_blocks=self._settings.router_max_tree_size,
-                prune_target_ratio=self._settings.router_prune_target_ratio,
-            )
-        self._workers, self.chooser = self._make_chooser()
         if self._sync is not None:
             closes(self._sync.aclose)
             starting.append(self._sync.start(_SYNC_START_S))
@@ -181,34 +168,28 @@ class KvRouter:
     async def __aexit__(self, *exc_info: object) -> None:
         await self.aclose()
 
-    @property
-    def _follows_events(self) -> bool:
-        return self._settings.use_kv_events and self._runtime.settings.events.event_plane != "none"
+    def _make_index(self) -> None:
+        settings = self._settings
+        if settings.use_kv_events and self._runtime.settings.events.event_plane != "none":
+            place = (self.endpoint.namespace, self.endpoint.component)
+            self.indexer = Indexer(self._runtime, *place, settings, router_id=self.router_id)
+            return
+        self._predicted = PredictedIndex(
+            ttl_s=settings.router_ttl_s,
+            max_blocks=settings.router_max_tree_size,
+            prune_target_ratio=settings.router_prune_target_ratio,
+        )
 
-    def _make_chooser(self) -> tuple[Workers, BookingChooser]:
-        events = self._runtime.settings.events
-        place = (self.endpoint.namespace, self.endpoint.component)
-        if self._settings.active_decode_blocks_threshold is not None and events.event_plane != "none":
-            self._metrics = LoadMetrics(self._runtime.events, *place, on_change=self._line.wake)
-        if self._settings.router_replica_sync and events.event_plane != "none":
-            # What others hear late they choose wrongly by: nothing waits for company.
-            at_once = events.model_copy(update={"event_linger_s": 0.0})
-            self._sync = BookingSync(
-                self._runtime.events,
-                self._runtime.registry,
-                *place,
-                self._publisher,
-                at_once,
-                self._book,
-                self._own_bookings,
-            )
-        workers = Workers(self._client.dispatcher, self._cards, self._metrics, self._settings)
+    def _make_chooser(self) -> None:
+        if self._runtime.settings.events.event_plane != "none":
+            self._make_hearing()
+        self._workers = Workers(self._client.dispatcher, self._cards, self._metrics, self._settings)
         index = self.indexer or self._predicted
         assert index is not None
-        chooser = BookingChooser(
+        self.chooser = BookingChooser(
             self.router_id,
             index.find,
-            workers,
+            self._workers,
             self._book,
             Selector(self._rng),
             self._line,
@@ -217,7 +198,24 @@ class KvRouter:
             predict=None if self._predicted is None else self._predict,
             listener=self._sync,
         )
-        return workers, chooser
+
+    def _make_hearing(self) -> None:
+        """What tells of load that this router has not given: other routers, and the workers themselves."""
+        runtime, place = self._runtime, (self.endpoint.namespace, self.endpoint.component)
+        if self._settings.active_decode_blocks_threshold is not None:
+            self._metrics = LoadMetrics(runtime.events, *place, on_change=self._line.wake)
+        if self._settings.router_replica_sync:
+            # What others hear late they choose wrongly by: nothing waits for company.
+            at_once = runtime.settings.events.model_copy(update={"event_linger_s": 0.0})
+            self._sync = BookingSync(
+                runtime.events,
+                runtime.registry,
+                *place,
+                self._publisher,
+                at_once,
+                self._book,
+                self._own_bookings,
+            )
 
     def _own_bookings(self) -> Collection[Any]:
         return self.chooser.bookings.values()
