@@ -126,7 +126,7 @@ def _conditions(options: Options) -> list[str]:
     plan = options.base
     return [
         f"{plan.requests} requests to {plan.workers} mock workers with {plan.kv_blocks} blocks of 512 tokens",
-        "it reads 10,000 prompt tokens a second, and takes 16 ms a step",
+        "a worker reads 10,000 prompt tokens a second; a step takes 64 ms, for every fourth token",
         f"times are the trace's, sped up {plan.speedup:g} times (as given: {options.given_speedup:g} times)",
         "hit rate: prompt tokens found in caches; balance: prompt tokens read, most loaded worker ÷ mean",
         "wrong: of the tokens that a router thought cached, those that were not, some evicted in between",

@@ -65,6 +65,11 @@ class Trace:
         """The beginning of the trace."""
         return replace(self, requests=self.requests[:count])
 
+    def with_shorter_answers(self, divisor: int) -> Trace:
+        """The same with answers of a `divisor`-th of their tokens, one at least."""
+        requests = (replace(one, output_count=-(-one.output_count // divisor)) for one in self.requests)
+        return replace(self, requests=tuple(requests))
+
     def as_poisson(self, rate: float, rng: random.Random) -> Trace:
         """The same requests in the same order, `rate` a second, independently of each other."""
         now = 0.0
