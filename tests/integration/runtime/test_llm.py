@@ -50,7 +50,12 @@ async def test_events_come_from_any_thread_in_order(open_runtime: OpenRuntime) -
         publisher.publish_removed([2])
         publisher.publish_cleared()
 
+    async with asyncio.timeout(20):
+        while runtime.served(EndpointName("demo", "llm", "kv_dump")) is None:
+            await asyncio.sleep(0.005)
+    asyncio.get_running_loop().set_debug(True)  # it raises for what is not done on the loop's thread
     await asyncio.to_thread(engine_thread)
+    asyncio.get_running_loop().set_debug(False)
     events = await _events(runtime, 3)
     assert [(rank, event.kind, list(event.hashes)) for rank, event in events] == [
         (0, STORED, NAMES),
