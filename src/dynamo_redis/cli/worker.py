@@ -37,14 +37,16 @@ worker.add_command(openai)
 def mock(endpoint: str | None, **options: str | None) -> None:
     """Serve a model with the mock engine: real tokens, a KV cache and the timing of a GPU, but no GPU.
 
-    Without --model-path it serves a small demo model. SIGTERM or Ctrl-C takes the worker out of the
-    registry at once and lets requests under way finish.
+    Without --model-path it serves a small demo model. Routers hear what its KV cache holds and how busy it
+    is, unless --event-plane is none. SIGTERM or Ctrl-C takes the worker out of the registry at once and lets
+    requests under way finish.
 
     \b
     Examples:
       dynamo-redis worker mock
       dynamo-redis worker mock --model-path ./Qwen3-0.6B --model-name Qwen/Qwen3-0.6B
       dynamo-redis worker mock --speedup-ratio 0 --redis-url redis://10.0.0.5:6379
+      dynamo-redis worker mock --data-parallel-size 4 --total-kv-blocks 4096
     """
     model_settings = load(ModelSettings, options)
     engine_settings = load(MockEngineSettings, options)
