@@ -26,7 +26,7 @@ from benchmarks.options import length_s, rounds_count
 from benchmarks.processes import REPOSITORY, rival_python
 from benchmarks.replay_figures import figures
 from benchmarks.replay_plan import MODES, Arrivals, Mode, Plan
-from benchmarks.replay_report import PATH, Entry, print_table, run_entry, save, simulated_entry
+from benchmarks.replay_report import OMNISCIENT, PATH, Entry, print_table, run_entry, save, simulated_entry
 from benchmarks.replay_run import Fault, run
 from benchmarks.replay_simulation import Omniscient, simulate
 from dynamo_redis.store.server import EmbeddedServer
@@ -50,6 +50,8 @@ class Options:
     given_speedup: float
     results: Path
     plot: bool
+    simulated: bool
+    late_s: float
 
     def plan(self, arrivals: Arrivals, mode: Mode = "kv", replicas: int = 1) -> Plan:
         """One run's plan."""
@@ -76,6 +78,10 @@ def main(arguments: Sequence[str] | None = None) -> list[Entry]:
     options = replace(options, base=replace(options.base, requests=len(trace.requests)))
     print(f"trace {trace.name}, the first {options.base.requests} requests", flush=True)
     entries = [_reference(options.plan(arrivals), trace.name) for arrivals in options.arrivals]
+    if options.simulated:
+        entries += [_simulated(plan, trace.name, options.late_s) for plan, _ in options.runs]
+        print_table(entries, _conditions(options))
+        return entries
     entries += uvloop.run(_run_all(options, trace.name))
     print_table(entries, _conditions(options))
     save(entries, options.results)
@@ -91,7 +97,16 @@ def _reference(plan: Plan, trace: str) -> Entry:
         figures(simulate(plan, Omniscient, seed=plan.seed + number), plan.workers)
         for number in range(_SIMULATED_RUNS)
     ]
-    return simulated_entry(plan, trace, found)
+    return simulated_entry(plan, trace, found, mode=OMNISCIENT)
+
+
+def _simulated(plan: Plan, trace: str, late_s: float) -> Entry:
+    """The row of the plan's mode, without processes."""
+    found = [
+        figures(simulate(plan, seed=plan.seed + number, late_s=late_s), plan.workers)
+        for number in range(_SIMULATED_RUNS)
+    ]
+    return simulated_entry(plan, trace, found, mode=plan.mode)
 
 
 async def _run_all(options: Options, trace: str) -> list[Entry]:
@@ -198,6 +213,17 @@ def parse(arguments: Sequence[str] | None) -> Options:
     add("--given-speedup", type=length_s, default=20.0, help="the same for given [20]")
     add("--seed", type=int, default=1, help="of arrivals and of a made-up trace [1]")
     add("--results", type=Path, default=PATH, metavar="FILE", help="where the figures go")
+    add(
+        "--simulate",
+        action="store_true",
+        help="simulate all with the product's own index, book and selector, without processes; saves nothing",
+    )
+    add(
+        "--late-ms",
+        type=float,
+        default=20.0,
+        help="in a simulation: how late routers hear events and each other, by the trace's time [20]",
+    )
     add("--no-plot", action="store_true", help="leave the picture as it is")
     given = parser.parse_args(arguments)
     if given.trace is not None and not given.trace.is_file():
@@ -221,6 +247,8 @@ def parse(arguments: Sequence[str] | None) -> Options:
         given_speedup=given.given_speedup,
         results=given.results,
         plot=not given.no_plot,
+        simulated=given.simulate,
+        late_s=given.late_ms / 1e3,
     )
 
 

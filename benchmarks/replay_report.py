@@ -63,13 +63,14 @@ class Entry:
         return (self.trace, self.arrivals, self.mode, self.replicas, self.fault)
 
 
-def simulated_entry(plan: Plan, trace: str, all_figures: Sequence[Figures]) -> Entry:
-    """The omniscient router's row: means over several runs."""
+def simulated_entry(plan: Plan, trace: str, all_figures: Sequence[Figures], *, mode: str) -> Entry:
+    """A row of what was simulated: means over several runs. `mode` is the plan's, or OMNISCIENT."""
     mean = {
         field.name: sum(getattr(one, field.name) for one in all_figures) / len(all_figures)
         for field in fields(Figures)
     }
-    return _entry(plan, trace, Figures(**mean), mode=OMNISCIENT, replicas=1, speedup=1.0)
+    replicas = 1 if mode == OMNISCIENT else plan.replicas
+    return _entry(plan, trace, Figures(**mean), mode=mode, replicas=replicas, speedup=1.0)
 
 
 def run_entry(plan: Plan, trace: str, fault: str | None, result: RunResult) -> Entry:

@@ -9,11 +9,11 @@ import random
 from pathlib import Path
 
 import pytest
-from benchmarks.replay import parse
+from benchmarks.replay import main, parse
 from benchmarks.replay_figures import Figures, Outcome, figures
 from benchmarks.replay_oracle import Difference, difference, read_blocks, write_blocks, wrong_share
 from benchmarks.replay_plan import Mode, Plan
-from benchmarks.replay_report import load_entries, markdown, run_entry, save, simulated_entry
+from benchmarks.replay_report import OMNISCIENT, load_entries, markdown, run_entry, save, simulated_entry
 from benchmarks.replay_run import RunResult, worker_counts
 from benchmarks.replay_simulation import KvAware, Omniscient, simulate
 from benchmarks.replay_trace import TRACE_BLOCK_SIZE, Trace, TracedRequest, read_trace, synthetic_trace
@@ -140,6 +140,22 @@ def test_what_is_predicted_is_less_than_what_is_known(trace_file: Path) -> None:
     assert predicted.hit_rate < known.hit_rate
 
 
+def test_all_can_be_simulated(trace_file: Path, tmp_path: Path) -> None:
+    results = tmp_path / "replay.json"
+    arguments = (
+        f"--trace {trace_file} --simulate --requests 60 --workers 4 --replicas 1,2 --results {results}"
+    )
+    entries = main(arguments.split())
+    assert [(entry.arrivals, entry.mode, entry.replicas) for entry in entries[2:]] == [
+        (arrivals, mode, replicas)
+        for arrivals in ("poisson", "given")
+        for mode in ("kv", "predicted", "rr", "p2c")
+        for replicas in (1, 2)
+    ]
+    assert all(entry.speedup == 1 and entry.requests == 60 for entry in entries)
+    assert not results.exists()
+
+
 # --------------------------------------------------------------------------- figures, the oracle, the report
 
 
@@ -212,7 +228,7 @@ def test_rows_that_did_not_run_keep_their_figures(trace_file: Path, tmp_path: Pa
         run_entry(one, "t", None, result(Difference(5, 0, 0))),
         run_entry(one, "t", "redis", result(Difference(5, 2, 1))),
     ]
-    reference = simulated_entry(one, "t", [figures(result().outcomes, 4)])
+    reference = simulated_entry(one, "t", [figures(result().outcomes, 4)], mode=OMNISCIENT)
     save(former, path)
     save([reference, run_entry(dataclasses.replace(one, mode="rr"), "t", None, result())], path)
     kept = load_entries(path)
@@ -228,7 +244,9 @@ def test_rows_that_did_not_run_keep_their_figures(trace_file: Path, tmp_path: Pa
 
 def test_the_table_holds_rows_against_the_omniscient_one(trace_file: Path) -> None:
     one = plan(trace_file)
-    reference = simulated_entry(one, "t", [figures([outcome(0, 1, prompt=100, cached=80, ttft_s=0.5)], 4)])
+    reference = simulated_entry(
+        one, "t", [figures([outcome(0, 1, prompt=100, cached=80, ttft_s=0.5)], 4)], mode=OMNISCIENT
+    )
     table = markdown([reference, run_entry(one, "t", None, result(Difference(5, 0, 0)))]).splitlines()
     assert table[-1].startswith("| Poisson 0.8, kv × 1 | 0.600 | 0.75 | 1.00 | 2.00 |")
     assert "| equal |" in table[-1]
