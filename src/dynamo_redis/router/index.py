@@ -29,6 +29,7 @@ PRUNE_TARGET_RATIO = 0.8
 _SETS_COUNT = 65_536
 """Different sets of workers that are shared between blocks: equal ones beyond may be there twice."""
 _SPARE_SLOTS_COUNT = 64
+_GUESSES_COUNT = 4096
 _STEP_COUNT = 4096
 _NOTHING, _LONE, _ANY = range(3)
 """What is to be forgotten now: no block, those of one worker, any."""
@@ -69,6 +70,8 @@ class KvIndex:
         self._sets: dict[int, int] = {}
         self._counts: list[int] = []
         self._holed = 0
+        # Where the first run of a prompt that began so ended last: often where a system prompt does.
+        self._guesses: dict[int, int] = {}
         self._forgetting = _NOTHING
         self._sweep: _Sweep | None = None
         self.forgotten_count = 0
@@ -232,12 +235,22 @@ class KvIndex:
             # The beginning may be forgotten, but whoever holds a later block holds it.
             start = next((position for position, block in enumerate(hashes) if block in held), 0)
         mask = held.get(hashes[start], 0) & self._slots.live
-        if not mask & self._holed:
-            return _gallop(held, hashes, start, mask)
-        solid = _gallop(held, hashes, start, mask & ~self._holed)
-        if start:
+        holed = mask & self._holed
+        solid = self._gallop(hashes, start, mask ^ holed) if mask != holed else []
+        if start or not holed:
             return solid
-        return sorted(solid + _walk(held, hashes, 0, mask & self._holed), key=lambda end: end[1])
+        return sorted(solid + _walk(held, hashes, 0, holed), key=lambda end: end[1])
+
+    def _gallop(self, hashes: Sequence[int], start: int, mask: int) -> Ends:
+        """Where the runs of workers that promise no holes, and hold block `start`, end on the device."""
+        guess = self._guesses.get(hashes[start], 0)
+        ends = _gallop(self._tiers[DEVICE], hashes, start, mask, guess)
+        first_end = ends[0][1]
+        if first_end != guess:
+            if len(self._guesses) >= _GUESSES_COUNT:
+                self._guesses.clear()
+            self._guesses[hashes[start]] = first_end
+        return ends
 
     def _find_below(self, hashes: Sequence[int], device_ends: Ends) -> dict[Worker, Matched]:
         found: dict[Worker, Matched] = {}
@@ -305,13 +318,16 @@ def _each_block(tiers: tuple[Blocks, ...]) -> Iterator[tuple[Blocks, int]]:
             yield held, block
 
 
-def _gallop(held: Blocks, hashes: Sequence[int], start: int, mask: int) -> Ends:
+def _gallop(held: Blocks, hashes: Sequence[int], start: int, mask: int, guess: int) -> Ends:
     """Where the runs of workers that all hold block `start` end, if the sets only shrink.
 
-    Ever longer leaps find where nobody is left; between what they saw, halving finds the rest.
+    Ever longer leaps find where nobody is left; between what they saw, halving finds the rest. No run is
+    taken to end before `guess`, if that proves true.
     """
     ends: Ends = []
     get, count = held.get, len(hashes)
+    if start < guess <= count and get(hashes[guess - 1], 0) & mask == mask:
+        start = guess - 1
     ahead = []
     position, leap, there = start, 1, mask
     while there and (position := position + leap) < count:
