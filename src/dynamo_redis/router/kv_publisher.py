@@ -49,6 +49,7 @@ class KvPublisher:
     - `unknown_parent`: blocks that follow one which was never told, or is held no longer;
     - `block_size`: blocks whose tokens are not `block_size` each: set the engine's and the router's alike;
     - `unknown_block`: blocks reported without tokens, and not held on any other tier;
+    - `reused_hash`: blocks whose engine hash is that of another block which is held;
     - `bad_tokens`: token ids that are not integers of 32 bits.
 
     A block that was left out is computed once more than needed, at worst: no router believes in a block
@@ -121,7 +122,10 @@ class KvPublisher:
             names = [block.name for _, block in known]
             parents = [block.parent for _, block in known]
         place = self._index[tier]
+        conflict_count = place.conflict_count
         new = place.store(keys, names, parents)
+        if place.conflict_count > conflict_count:
+            self._leave_out("reused_hash", place.conflict_count - conflict_count)
         if not new:
             return
         if place.holes:

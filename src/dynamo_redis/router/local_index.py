@@ -66,12 +66,13 @@ class LocalIndex:
 class TierIndex:
     """The blocks of one tier. To be changed by `store` and `remove` alone."""
 
-    __slots__ = ("_followers", "_more_copies", "_repeats", "blocks", "held", "holes")
+    __slots__ = ("_followers", "_more_copies", "_repeats", "blocks", "conflict_count", "held", "holes")
 
     def __init__(self) -> None:
         self.held: dict[EngineHash, int] = {}  # engine hash → sequence hash
         self.blocks: dict[int, int | None] = {}  # sequence hash → the one before, in order of arrival
         self.holes: set[int] = set()  # what is not held, although something that follows it is
+        self.conflict_count = 0
         self._followers: dict[int, int] = {}  # sequence hash, held or not → blocks held right behind it
         self._repeats: dict[EngineHash, int] = {}  # how often an engine hash was stored again
         self._more_copies: dict[int, int] = {}  # further engine hashes that hold the same block
@@ -79,12 +80,18 @@ class TierIndex:
     def store(
         self, keys: Sequence[EngineHash], names: Sequence[int], parents: Sequence[int | None]
     ) -> list[int]:
-        """One more copy of each block. Answers those that were not held, in order."""
+        """One more copy of each block. Answers those that were not held, in order.
+
+        A key that is held under another name is left as it is, and counted in `conflict_count`.
+        """
         held, blocks, followers, holes = self.held, self.blocks, self._followers, self.holes
         new: list[int] = []
         for key, name, parent in zip(keys, names, parents, strict=True):
             if key in held:
-                self._repeats[key] = self._repeats.get(key, 0) + 1
+                if held[key] == name:
+                    self._repeats[key] = self._repeats.get(key, 0) + 1
+                else:
+                    self.conflict_count += 1
                 continue
             held[key] = name
             if name in blocks:

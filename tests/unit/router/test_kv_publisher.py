@@ -180,6 +180,15 @@ def test_what_cannot_be_told_is_counted_and_said_once(
     assert listener.events == []
 
 
+def test_a_hash_that_names_two_blocks_counts_for_the_first(rank: KvPublisher, listener: Listener) -> None:
+    """An engine that names a block without what stands before it: no block may be believed for too long."""
+    rank.stored([7], [1, 2], None)
+    rank.stored([8, 7], [5, 6, 1, 2], None)
+    assert rank.left_out == {"reused_hash": 1}
+    rank.removed([7])
+    assert list(rank.blocks()) == _names([5, 6])
+
+
 def test_a_reset_empties_what_was_told(rank: KvPublisher, listener: Listener) -> None:
     rank.stored([1], [1, 2], None)
     rank.reset()
