@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from dynamo_redis.cli.failures import discard_output
@@ -34,6 +34,9 @@ class Status:
     running_count: int
     instances_count: int
     models: tuple[str, ...]
+    hit_percent: int | None = field(default=None, compare=False)
+    """How many of a hundred prompt tokens the workers had in their caches; None if nobody counts. It changes
+    all the time, and is no reason to print a line."""
 
     @property
     def headline(self) -> str:
@@ -51,6 +54,8 @@ class Status:
             parts.append(f"{self.instances_count} instance{'s' * (self.instances_count != 1)} registered")
         if self.models:
             parts.append(f"model{'s' * (len(self.models) > 1)} {names}{more}")
+        if self.hit_percent is not None:
+            parts.append(f"{self.hit_percent} % cache hits")
         if self.redis_away:
             parts.append("Redis is away, serving from the last view")
         return parts

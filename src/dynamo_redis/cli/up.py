@@ -212,6 +212,7 @@ class _Up:
             running_count=self._deployment.running_workers_count,
             instances_count=len(body.get("instances", ())),
             models=tuple(str(model["name"]) for model in body.get("models", ())),
+            hit_percent=None if body.get("hit_rate") is None else round(100 * body["hit_rate"]),
         )
 
     def _announce(self, url: str) -> None:

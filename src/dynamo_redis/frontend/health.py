@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dynamo_redis.frontend.model import Model
+from dynamo_redis.router.service import KvRouter
 from dynamo_redis.runtime.instance import Instance
 
 
@@ -12,7 +13,8 @@ def health(models: list[Model], registry_connected: bool) -> tuple[int, dict[str
     """Status and body: 200 once an instance of a loaded model can be reached, else 503.
 
     The instances are those that the registry lists (by the last view, while Redis is away) and that can
-    serve; their secrets are left out.
+    serve; their secrets are left out. `hit_rate` is there in the router mode `kv`, once a request was
+    answered.
     """
     endpoints: set[str] = set()
     instances: dict[tuple[str, int], dict[str, Any]] = {}
@@ -23,16 +25,27 @@ def health(models: list[Model], registry_connected: bool) -> tuple[int, dict[str
         for instance in reachable:
             endpoints.add(f"dyn://{instance.name}")
             instances[str(instance.name), instance.instance_id] = _describe(instance)
-    body = {
+    body: dict[str, Any] = {
         "status": "healthy" if instances else "unhealthy",
         "models": served,
         "endpoints": sorted(endpoints),
         "instances": [instances[key] for key in sorted(instances)],
         "registry": "connected" if registry_connected else "unreachable",
     }
+    hit_rate = _hit_rate(models)
+    if hit_rate is not None:
+        body["hit_rate"] = hit_rate
     if not instances:
         body["reason"] = "no model can be served yet: start a worker, or wait until it has registered"
     return (200 if instances else 503), body
+
+
+def _hit_rate(models: list[Model]) -> float | None:
+    """Which part of the prompts' tokens workers had in their caches, if a router here counts it."""
+    routers = {model.client for model in models if isinstance(model.client, KvRouter)}
+    prompt_tokens = sum(router.counts.prompt_tokens for router in routers)
+    cached_tokens = sum(router.counts.cached_tokens for router in routers)
+    return cached_tokens / prompt_tokens if prompt_tokens else None
 
 
 def _describe(instance: Instance) -> dict[str, Any]:

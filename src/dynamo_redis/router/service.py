@@ -84,7 +84,8 @@ class KvRouter:
             prefill_load_scale=settings.router_prefill_load_scale,
             temperature=settings.router_temperature,
         )
-        self._counts = Counts()
+        self.counts = Counts()
+        """What it has done since it was made."""
         self._line = WaitingLine(settings.router_queue_count)
         self._cards = WorkerCards(runtime.registry, endpoint)
         self._client: Client
@@ -242,7 +243,7 @@ class KvRouter:
         """
         routing = self._routing(request, context, among)
         choice = await self.chooser.choose(routing)
-        self._counts.request_count += 1
+        self.counts.request_count += 1
         return RoutedCall(
             self._client.dispatcher,
             self.chooser,
@@ -272,7 +273,7 @@ class KvRouter:
         longer than its deadline. Raises as `generate`."""
         routing = self._routing(request, context, None)
         choice = await self.chooser.choose(routing)
-        self._counts.request_count += 1
+        self.counts.request_count += 1
         try:
             yield choice
         finally:
@@ -296,9 +297,9 @@ class KvRouter:
     def _count(self, routing: RoutingRequest, choice: Choice, item: Any) -> None:
         cached = item.get("cached_tokens") if isinstance(item, dict) else None
         if isinstance(cached, int):
-            self._counts.expected_tokens += choice.matched.device * self.block_size
-            self._counts.prompt_tokens += routing.token_count
-            self._counts.cached_tokens += cached
+            self.counts.expected_tokens += choice.matched.device * self.block_size
+            self.counts.prompt_tokens += routing.token_count
+            self.counts.cached_tokens += cached
 
     # ----------------------------------------------------------------- who is there
 
@@ -356,7 +357,7 @@ class KvRouter:
             workers=describe_workers(workers, self._block_counts(), self._book.loads()),
             active_count=len(self.chooser.bookings),
             waiting_count=len(self._line),
-            counts=self._counts,
+            counts=self.counts,
             index=self._index_state(),
         )
 

@@ -71,6 +71,7 @@ async def test_a_prefix_that_was_read_once_is_read_by_nobody_again(deployment: D
     assert answer.state is not None
     assert answer.state["counts"]["cached_tokens"] > 0
     assert 0.5 < answer.state["hit_rate"] < 1
+    assert (await frontend.get("/health")).json()["hit_rate"] == answer.state["hit_rate"]
     assert answer.state["active_count"] == 0
 
     explained = await ask_best_worker(looking, WORKERS, {"token_ids": PROMPT})

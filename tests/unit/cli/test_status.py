@@ -5,6 +5,7 @@ import json
 import shlex
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 
@@ -33,6 +34,7 @@ SERVING = Status(
             "serving, 2/2 workers, 1 instance registered, model demo",
         ),
         ({"redis_away": True}, "serving, 2/2 workers, model demo, Redis is away, serving from the last view"),
+        ({"hit_percent": 54}, "serving, 2/2 workers, model demo, 54 % cache hits"),
         ({"models": tuple("abcde")}, "serving, 2/2 workers, models a, b, c and 2 more"),
         (
             {"serving": False, "running_count": 0, "instances_count": 0, "models": ()},
@@ -56,6 +58,7 @@ def test_off_a_terminal_only_changes_are_printed(capsys: pytest.CaptureFixture[s
     display = make_display()
     display.status(SERVING)
     display.status(SERVING)
+    display.status(replace(SERVING, hit_percent=54))
     display.notice("worker-1 ended")
     display.log("worker-1", "a line")
     display.close()
