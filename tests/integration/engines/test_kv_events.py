@@ -303,7 +303,7 @@ async def test_without_an_event_plane_nothing_is_told(
     ):
         await _work(runtime, 3)
         assert worker.engine.cache.stored()
-        assert await listener.next(0.5) is None
+        assert await listener.next(0.3) is None
         assert await runtime.events.info(KV_EVENTS) is None
         with pytest.raises(NoInstances):
             await _ask(runtime, "kv_dump", {"have": []})
