@@ -7,7 +7,6 @@ figures.
 from __future__ import annotations
 
 import argparse
-import importlib
 import logging
 import os
 import time
@@ -18,10 +17,12 @@ from importlib.metadata import version as distribution_version
 import psutil
 
 from benchmarks.index_choice import choices
+from benchmarks.index_restart import restart
 from benchmarks.index_rivalry import rivalry
 from benchmarks.index_size import million
 from benchmarks.options import rounds_count
 from benchmarks.processes import DYNAMO
+from benchmarks.replay_share import share
 from benchmarks.report import Measured, Row, report, save
 
 BOUNDS: dict[str, tuple[str, float, float]] = {
@@ -50,22 +51,12 @@ Measurement = Callable[[int], dict[str, Measured]]
 """Measures some rows, in so many rounds."""
 
 
-def _later(module: str, function: str) -> Measurement:
-    """A measurement whose module is loaded when it is wanted: it brings a whole deployment."""
-
-    def measure(rounds: int) -> dict[str, Measured]:
-        measurement: Measurement = getattr(importlib.import_module(f"benchmarks.{module}"), function)
-        return measurement(rounds)
-
-    return measure
-
-
 GROUPS: tuple[tuple[tuple[str, ...], Measurement], ...] = (
     (("X1", "X2", "X3"), rivalry),
     (("X4", "X5"), choices),
     (("X6", "X7", "X8"), million),
-    (("X9",), _later("index_restart", "restart")),
-    (("X10",), _later("replay_share", "share")),
+    (("X9",), restart),
+    (("X10",), share),
 )
 """Rows that one measurement yields."""
 
