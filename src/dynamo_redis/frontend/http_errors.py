@@ -188,6 +188,6 @@ def api_error(error: Exception) -> ApiError:
     retry_after_s = None
     if isinstance(error, errors.Overloaded):
         retry_after_s = error.retry_after_s or 1.0
-    elif status == 503:
+    elif status in (503, 504):
         retry_after_s = 1.0
     return ApiError(status, str(error), kind=kind, param=param, code=error.code, retry_after_s=retry_after_s)

@@ -71,6 +71,7 @@ async def test_waiting_ends_with_the_requests_deadline(deployment: Deployment) -
     await until_all_know_of(await deployment.open_runtime(), 160)
     second = await post(hasty)
     assert second.status_code == 504
+    assert int(second.headers["retry-after"]) >= 1
     assert second.json()["error"]["code"] == "deadline_exceeded"
     assert "busy" in second.json()["error"]["message"]
     worker.engine.gate.set()
