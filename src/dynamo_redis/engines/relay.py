@@ -262,6 +262,8 @@ class RankRelay:
                     self._apply(sequence, payload)
                     self._replayed[sequence] = hash(payload)
                     self.counts["replayed"] += 1
+                if sequence % _TURN_COUNT == 0:
+                    await asyncio.sleep(0)
         if known and not seen and not self._verified:
             self._verified = True
             self._begin_anew("restart", "the engine has restarted")

@@ -79,7 +79,8 @@ async def replay(
 ) -> AsyncGenerator[tuple[int, bytes], None]:
     """Messages from that sequence on, as (sequence, payload), as far as the engine still has them.
 
-    `deadline` is the loop's time. Raises TimeoutError if the end does not come, ValueError for nonsense.
+    `deadline` is the loop's time. What is there already comes without letting others run. Raises TimeoutError
+    if the end does not come, ValueError for nonsense.
     """
     loop = asyncio.get_running_loop()
     socket = _open(zmq.DEALER, _REPLAY_QUEUE_COUNT)
@@ -87,10 +88,13 @@ async def replay(
         _connect(socket, endpoint)
         await asyncio.wait_for(socket.send_multipart(replay_request(first_sequence)), _ANSWER_S)
         while True:
-            left_s = min(deadline - loop.time(), _ANSWER_S)
-            if not await socket.poll(max(int(left_s * 1000), 0)):
-                raise TimeoutError
-            sequence, payload = split_message(await socket.recv_multipart())
+            frames = await _take(socket)
+            if frames is None:
+                left_s = min(deadline - loop.time(), _ANSWER_S)
+                if left_s <= 0 or not await socket.poll(int(left_s * 1000)):
+                    raise TimeoutError
+                continue
+            sequence, payload = split_message(frames)
             if sequence == END_OF_REPLAY:
                 return
             yield sequence, payload

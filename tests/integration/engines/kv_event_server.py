@@ -103,8 +103,16 @@ class KvEventServer:
 
 def _bind(socket: Any, port: int) -> int:
     if port:
-        socket.bind(f"tcp://127.0.0.1:{port}")
-        return port
+        deadline = time.monotonic() + 10
+        while True:
+            try:
+                socket.bind(f"tcp://127.0.0.1:{port}")
+            except zmq.ZMQError:  # the socket before is closed a moment after `close`
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.005)
+            else:
+                return port
     return int(socket.bind_to_random_port("tcp://127.0.0.1"))
 
 

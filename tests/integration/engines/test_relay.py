@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -231,12 +232,22 @@ async def test_an_engine_that_is_reached_again_is_the_same() -> None:
         assert not cleared_count(publisher)
 
 
+def neighbouring_ports() -> tuple[int, int]:
+    """Two free ports, one after the other."""
+    while True:
+        with socket.socket() as first, socket.socket() as second:
+            first.bind(("127.0.0.1", 0))
+            port = first.getsockname()[1]
+            try:
+                second.bind(("127.0.0.1", port + 1))
+            except OSError:
+                continue
+            return port, port + 1
+
+
 async def test_each_rank_is_followed_at_its_own_port() -> None:
-    async with server() as first:
-        try:
-            second = KvEventServer(port=first.port + 1, dp_rank=1)
-        except OSError:
-            pytest.skip("the next port is taken")
+    ports = neighbouring_ports()
+    async with server(port=ports[0]) as first, server(port=ports[1], dp_rank=1) as second:
         publishers = [KvPublisher(None, block_size=BLOCK_SIZE, dp_rank=rank) for rank in range(2)]
         relay = EventRelay(publishers, events_endpoint=first.endpoint)
         relay.start()
@@ -248,7 +259,6 @@ async def test_each_rank_is_followed_at_its_own_port() -> None:
             await until(lambda: [set(publisher.blocks()) for publisher in publishers] == [names(1), names(2)])
         finally:
             await relay.aclose()
-            await second.aclose()
 
 
 async def test_a_slow_relay_loses_messages_and_ends_up_right() -> None:
