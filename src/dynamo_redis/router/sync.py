@@ -201,7 +201,7 @@ class BookingSync:
         for event in batch.events:
             try:
                 self._apply_event(owner, event)
-            except (TypeError, ValueError, IndexError):
+            except (TypeError, ValueError, IndexError, OverflowError):
                 continue  # of a later release, or broken: the next renewal says what matters
 
     def _apply_event(self, owner: str, event: Any) -> None:

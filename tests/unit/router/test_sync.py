@@ -223,6 +223,7 @@ async def test_what_cannot_be_read_is_passed_over(one: Router, other: Router) ->
         ["add", "r", 7, 1, None, 1, 1.0],
         ["add", "r", 7, 1, 40, 3, float("nan")],
         ["add", "r", 7, 1, 40, 3, -1.0],
+        ["add", "r", float("inf"), 1, 40, 3, 1.0],
         ["active", "none"],
         ["active", [["r"]]],
         ["free"],
