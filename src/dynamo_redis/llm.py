@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -68,20 +68,21 @@ class KvEventPublisher:
         num_block_tokens: Sequence[int],
         block_hashes: Sequence[EngineHash],
         parent_hash: EngineHash | None = None,
-        *,
+        block_mm_infos: Sequence[Mapping[str, Any] | None] | None = None,
         lora_name: str | None = None,
+        is_eagle: bool | None = None,
+        cache_salt: str | None = None,
     ) -> None:
         """The engine holds these blocks now, one after the other, behind `parent_hash` (None: at the start).
 
-        `num_block_tokens` are the tokens of each block: what follows one that is not full has no name, and is
-        left out. Hashes are the engine's own. Returns at once; never raises for Redis.
+        `num_block_tokens` are the tokens of each block. Hashes are the engine's own. Left out is what has no
+        name here: what follows a block that is not full, or one with an image (`block_mm_infos`), and all
+        blocks of `is_eagle` or with a `cache_salt`. Returns at once; never raises for Redis.
         """
-        if (rank := self._rank) is None:
+        if (rank := self._rank) is None or is_eagle or cache_salt:
             return
         size = rank.block_size
-        count = next(
-            (n for n, tokens in enumerate(num_block_tokens) if tokens != size), len(num_block_tokens)
-        )
+        count = _plain_count(num_block_tokens, block_mm_infos, size)
         hashes, tokens = tuple(block_hashes[:count]), tuple(token_ids[: count * size])
         if hashes:
             self._loop.call(lambda: rank.stored(hashes, tokens, parent_hash, lora_name=lora_name))
@@ -91,6 +92,18 @@ class KvEventPublisher:
         if (rank := self._rank) is not None:
             hashes = tuple(block_hashes)
             self._loop.call(lambda: rank.removed(hashes))
+
+    def publish_batch(self, events: Sequence[Mapping[str, Any]]) -> None:
+        """Several events in order, each the arguments of `publish_stored` or `publish_removed` with a `type`,
+        "stored" or "removed". Raises ValueError or TypeError for what is neither; some may be told then."""
+        for event in events:
+            kind, arguments = event.get("type"), {name: event[name] for name in event if name != "type"}
+            if kind == "stored":
+                self.publish_stored(**arguments)
+            elif kind == "removed":
+                self.publish_removed(**arguments)
+            else:
+                raise ValueError(f"type={kind!r} must be 'stored' or 'removed'")
 
     def publish_cleared(self) -> None:
         """The engine has emptied its cache. Returns at once."""
@@ -216,6 +229,17 @@ def _place(endpoint: Endpoint | Component) -> tuple[DistributedRuntime, Endpoint
     if not isinstance(runtime, DistributedRuntime):
         raise ConfigError(f"{one} does not belong to a DistributedRuntime")
     return runtime, one.name
+
+
+def _plain_count(
+    num_block_tokens: Sequence[int], block_mm_infos: Sequence[Mapping[str, Any] | None] | None, size: int
+) -> int:
+    """How many of the blocks, from the first on, are full and made of tokens alone."""
+    infos = block_mm_infos or [None] * len(num_block_tokens)
+    for index, (tokens, info) in enumerate(zip(num_block_tokens, infos, strict=False)):
+        if tokens != size or info:
+            return index
+    return len(num_block_tokens)
 
 
 def _known(stats: dict[str, Any]) -> dict[str, Any]:

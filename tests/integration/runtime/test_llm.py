@@ -83,6 +83,26 @@ async def test_ranks_of_a_process_share_what_is_asked(open_runtime: OpenRuntime)
         KvEventPublisher(component, kv_block_size=8, dp_rank=1)
 
 
+async def test_blocks_of_more_than_tokens_are_left_out(open_runtime: OpenRuntime) -> None:
+    runtime = await open_runtime()
+    publisher = KvEventPublisher(runtime.endpoint("demo.llm.generate"), kv_block_size=BLOCK)
+    image = {"mm_objects": [{"mm_hash": 1, "offsets": [[4, 8]]}]}
+    publisher.publish_stored(PROMPT[:8], [4, 4], [1, 2], cache_salt="tenant")
+    publisher.publish_stored(PROMPT[:8], [4, 4], [1, 2], is_eagle=True)
+    publisher.publish_stored(PROMPT[:8], [4, 4], [1, 2], block_mm_infos=[image, None])
+    one = {"token_ids": PROMPT[:8], "num_block_tokens": [4, 4], "block_hashes": [1, 2]}
+    publisher.publish_batch(
+        [
+            {"type": "stored", **one, "block_mm_infos": [None, image]},
+            {"type": "removed", "block_hashes": [2, 1]},
+        ]
+    )
+    events = await _events(runtime, 2)
+    assert [(event.kind, list(event.hashes)) for _, event in events] == [(STORED, NAMES[:1]), (1, NAMES[:1])]
+    with pytest.raises(ValueError, match="'stored' or 'removed'"):
+        publisher.publish_batch([{"type": "moved"}])
+
+
 async def test_what_is_wrong_is_said_at_once(open_runtime: OpenRuntime) -> None:
     runtime = await open_runtime()
     endpoint = runtime.endpoint("demo.llm.generate")
