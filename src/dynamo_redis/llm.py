@@ -117,7 +117,7 @@ class KvEventPublisher:
 
 
 class WorkerMetricsPublisher:
-    """Tells routers how loaded this worker is. Its values are told at most ten times a second, the last one
+    """Tells routers how loaded this worker is. Its values are told at most four times a second, the last one
     wins, and each again every two seconds."""
 
     def __init__(self) -> None:

@@ -26,8 +26,9 @@ FORWARD_PASS_METRICS: Final = "forward_pass_metrics"  # noqa: S105  (no password
 LOAD_METRICS: Final = "load_metrics"
 """The endpoint, beside `generate`, that answers with one item a rank."""
 
-INTERVAL_S: Final = 0.1
-"""A value that changes all the time is told this often."""
+INTERVAL_S: Final = 0.25
+"""A value that changes all the time is told this often, whether or not somebody listens: in a cluster Redis
+knows only of the listeners at one of its nodes."""
 
 REPEAT_S: Final = 2.0
 """One that does not is told this often, for who has begun to listen since."""

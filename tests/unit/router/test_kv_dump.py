@@ -40,6 +40,7 @@ async def test_a_rank_that_changes_meanwhile_is_told_as_it_was() -> None:
     assert header == {"epoch": 8, "dp_rank": 0, "kind": "dump", "next_sequence": 1}
     held: set[int] = set()
     number = 0
+    rank.removed([5])
     async for item in answer:
         batch, events = _of(item)
         assert (batch.publisher, batch.first_sequence) == (ME, 1)
