@@ -35,6 +35,7 @@ def _of(item: dict[str, Any]) -> tuple[EventBatch, list[KvEvent]]:
 async def test_a_rank_that_changes_meanwhile_is_told_as_it_was() -> None:
     rank = KvPublisher(None, block_size=1)
     rank.stored(range(COUNT), range(COUNT), None)
+    then = set(rank.blocks())
     answer = KvDump({ME: rank}).generate({"have": []})
     header = await anext(answer)
     assert header == {"epoch": 8, "dp_rank": 0, "kind": "dump", "next_sequence": 1}
@@ -50,6 +51,7 @@ async def test_a_rank_that_changes_meanwhile_is_told_as_it_was() -> None:
         rank.stored([COUNT + number], [COUNT + number], None)
         number += 1
     assert number > 2
+    assert held == then
     later = rank.events_from(header["next_sequence"])
     assert later is not None
     assert _apply(held, later) == set(rank.blocks())
