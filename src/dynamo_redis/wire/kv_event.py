@@ -67,17 +67,19 @@ def read_kv_events(events: Sequence[Any]) -> list[KvEvent]:
     Raises ValueError if one is not a KV event: then none of the batch may be applied.
     """
     runs: list[tuple[int, int, list[bytes]]] = []
-    kind_before = tier_before = None
+    kind_before = tier_before = object()
     run: list[bytes] = []
     for event in events:
         if type(event) is not list or len(event) < 3:
             raise ValueError("not a KV event: no array of three")
         kind, tier, content = event if len(event) == 3 else event[:3]
-        if type(kind) is not int or type(tier) is not int or type(content) is not bytes:
+        if type(content) is not bytes:
             raise ValueError("not a KV event: a part is of the wrong type")
         if len(content) % 8:
             raise ValueError(f"not a KV event: hashes of {len(content)} bytes")
-        if kind != kind_before or tier != tier_before:
+        if kind is not kind_before or tier is not tier_before:  # small integers are one object each
+            if type(kind) is not int or type(tier) is not int:
+                raise ValueError("not a KV event: a part is of the wrong type")
             kind_before, tier_before, run = kind, tier, []
             if STORED <= kind <= CLEARED and tier in TIERS:
                 runs.append((kind, tier, run))
