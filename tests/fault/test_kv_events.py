@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import logging
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
@@ -19,6 +20,13 @@ from faults.proxy import STALL, Conditions, Proxy
 from tests.kv_deployment import STREAM, Deployment, deployment, differences, flush, held, wait_until
 
 NO_ANSWERS = Conditions(swallow_answers=True)
+
+
+@pytest.fixture(autouse=True)
+def no_defects(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """What heals is no excuse for what has broken."""
+    yield
+    assert not [record for record in caplog.get_records("call") if record.levelno >= logging.ERROR]
 
 
 @pytest.fixture

@@ -252,6 +252,7 @@ async def test_uploaders_killed_at_each_chunk_leave_the_old_snapshot_and_all_beh
     deployed.chat(60)
     await flush(deployed.workers)
     await deployed.agree()
+    new = router.state().position
     (tmp_path / "new").write_bytes(encoded(router))
     chunk_bytes = len(encoded(router)) // 3
     streams = deployed.workers[0].runtime.events
@@ -269,7 +270,7 @@ async def test_uploaders_killed_at_each_chunk_leave_the_old_snapshot_and_all_beh
     before = await streams.info(STREAM)
     assert before is not None
     assert await run("1", "2", "3", "before the commit") == (old, before.trim_floor)
-    assert await run("before the trim") == (router.state().position, before.trim_floor)
+    assert await run("before the trim") == (new, before.trim_floor)
 
 
 @pytest.mark.parametrize("how", ["stop", "plain"])
@@ -282,8 +283,8 @@ async def test_an_uploader_that_sleeps_past_its_lock_is_refused(
     deployed.chat(20)
     await flush(deployed.workers)
     await deployed.agree()
-    (tmp_path / "late").write_bytes(encoded(router))
     late = router.state().position
+    (tmp_path / "late").write_bytes(encoded(router))
     arguments = [dynamo_redis_url, dynamo_redis_prefix, str(tmp_path / "late"), "1000", how]
     uploader = ChildProcess.start([sys.executable, "-c", _UPLOADER, *arguments, "before the commit"])
     await wait_until(lambda: stopped_children(uploader.pid), "it sleeps")

@@ -35,6 +35,8 @@ READ_BYTES: Final = 4 << 20
 
 BLOCK_S: Final = 1.0
 
+_DEFECT_PAUSE_S: Final = 1.0
+
 
 class Intake(Protocol):
     """Takes what was read. All but `take` are rare."""
@@ -119,6 +121,11 @@ class StreamFollower:
                 self.connected, self._doubted = False, True
                 if self._end is None:  # `read` waits by itself before it tries again
                     await asyncio.sleep(backoff.next_s())
+            except Exception:
+                # A defect, then. Who stops following here is blind from now on, and nobody notices.
+                log.exception("KV events of %s begin anew", self._stream.path)
+                self._end, self._doubted = None, True
+                await asyncio.sleep(_DEFECT_PAUSE_S)
             else:
                 backoff.reset()
 
