@@ -33,6 +33,8 @@ def token_ids_of(request: Any) -> Sequence[int]:
 
 def block_hashes(token_ids: Sequence[int], block_size: int, lora_name: str | None = None) -> list[int]:
     """The sequence hashes of a prompt's whole blocks. Raises InvalidRequest for what are no token ids."""
+    if lora_name is not None and not isinstance(lora_name, str):
+        raise InvalidRequest("lora_name must be a string")
     seed = SEED if lora_name is None else lora_seed(lora_name)
     try:
         return chain(local_hashes(token_ids, block_size, seed=seed), seed=seed)

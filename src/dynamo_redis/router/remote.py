@@ -70,6 +70,8 @@ class RouterService:
         """Forward a request to the worker chosen, and its answer back."""
         token_ids_of(request)
         routing = request.pop("routing", None) or {}
+        if not isinstance(routing, dict):
+            raise InvalidRequest("routing must be a map")
         wanted = routing.get("endpoint")
         if wanted is not None and wanted != str(self._router.endpoint):
             raise InvalidRequest(

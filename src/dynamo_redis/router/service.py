@@ -19,7 +19,7 @@ from dynamo_redis.planes.context import Context
 from dynamo_redis.router.answering import serve_answers
 from dynamo_redis.router.approximate import PredictedIndex
 from dynamo_redis.router.base import Choice, CostWeights, RoutingRequest, Worker
-from dynamo_redis.router.booking import BookingChooser
+from dynamo_redis.router.booking import Booking, BookingChooser
 from dynamo_redis.router.indexer import Indexer
 from dynamo_redis.router.load import LoadBook
 from dynamo_redis.router.load_metrics import LoadMetrics
@@ -218,7 +218,7 @@ class KvRouter:
                 self._own_bookings,
             )
 
-    def _own_bookings(self) -> Collection[Any]:
+    def _own_bookings(self) -> Collection[Booking]:
         return self.chooser.bookings.values()
 
     def _predict(self, worker: Worker, hashes: Sequence[int]) -> None:

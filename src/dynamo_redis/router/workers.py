@@ -16,7 +16,7 @@ from dynamo_redis.router.load_metrics import LoadMetrics
 from dynamo_redis.runtime.discovery import Member
 from dynamo_redis.runtime.dispatch import Dispatcher
 from dynamo_redis.runtime.model_card import ModelCard
-from dynamo_redis.store.base import Put, Record, Registry
+from dynamo_redis.store.base import Delete, Put, Registry
 
 log = logging.getLogger(__name__)
 
@@ -36,14 +36,16 @@ class Capacity:
 class WorkerCards:
     """The capacities of an endpoint's instances, from their model cards.
 
-    It owns one task, which reads a watch (bounded by the registry; overflow: a resync) until `aclose`. What
-    an instance said stays known until `forget_others`: its card may be gone for a moment with its lease.
+    It owns one task, which reads a watch (bounded by the registry; overflow: a resync) until `aclose`. An
+    instance is known until its card *and* its record are gone: the one may be so for a moment, with a lease
+    that ended, and the other while an engine is down.
     """
 
     def __init__(self, registry: Registry, endpoint: EndpointName) -> None:
         self._registry = registry
         self._prefix = f"{MODEL_CARDS}{endpoint.path}/"
         self._capacities: dict[int, Capacity] = {}
+        self._without_card: set[int] = set()
         self._reader: asyncio.Task[None] | None = None
         self._known = asyncio.Event()
         self.version = 0
@@ -77,8 +79,9 @@ class WorkerCards:
         return next(iter(self._capacities.values())).block_size
 
     def forget_others(self, known_ids: Collection[int]) -> None:
-        """Forget instances that are no more."""
-        for instance_id in self._capacities.keys() - set(known_ids):
+        """Forget instances without a card, unless they are among these."""
+        for instance_id in self._without_card - set(known_ids):
+            self._without_card.discard(instance_id)
             del self._capacities[instance_id]
             self.version += 1
 
@@ -88,23 +91,29 @@ class WorkerCards:
                 async with self._registry.watch(self._prefix) as watch:
                     async for batch in watch:
                         for event in batch.events:
-                            if isinstance(event, Put):
-                                self._put(event.record)
+                            self.apply(event)
             except DynamoRedisError as exc:
                 log.warning("watch of %s failed, starting it again: %s", self._prefix, exc)
             await asyncio.sleep(_WATCH_PAUSE_S)
 
-    def _put(self, record: Record) -> None:
+    def apply(self, event: Put | Delete) -> None:
+        """Take in one change. A card that cannot be read is left out: whoever serves the model says so."""
+        key = event.record.key if isinstance(event, Put) else event.key
         try:
-            instance_id = parse_instance_id(record.key.removeprefix(self._prefix).partition("/")[0])
-            card = ModelCard.from_bytes(record.value)
+            instance_id = parse_instance_id(key.removeprefix(self._prefix).partition("/")[0])
+            card = ModelCard.from_bytes(event.record.value) if isinstance(event, Put) else None
         except (ModelError, ValueError):
-            return  # whoever serves the model says so
+            return
+        if card is None:
+            if instance_id in self._capacities:
+                self._without_card.add(instance_id)
+            return
         capacity = Capacity(
             card.kv_cache_block_size,
             max(card.runtime_config.data_parallel_size or 1, 1),
             card.runtime_config.total_kv_blocks,
         )
+        self._without_card.discard(instance_id)
         if self._capacities.get(instance_id) != capacity:
             self._capacities[instance_id] = capacity
             self.version += 1

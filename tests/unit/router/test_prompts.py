@@ -59,3 +59,9 @@ def test_a_request_brings_weights_of_its_own(override: Any, weights: CostWeights
 def test_weights_that_make_no_sense_are_refused(override: Any) -> None:
     with pytest.raises(InvalidRequest, match="router_config_override"):
         weights_of({"router_config_override": override}, DEFAULT)
+
+
+def test_an_adapter_is_named_by_a_string() -> None:
+    wrong: Any = 3
+    with pytest.raises(InvalidRequest, match="lora_name"):
+        block_hashes([1] * 16, 16, wrong)

@@ -14,7 +14,7 @@ from dynamo_redis.router.load import LoadBook
 from dynamo_redis.router.load_metrics import STALE_AFTER_S, LoadMetrics
 from dynamo_redis.router.workers import WorkerCards, Workers
 from dynamo_redis.runtime.model_card import ModelCard, RuntimeConfig
-from dynamo_redis.store.base import LeaseId, Record, Revision
+from dynamo_redis.store.base import Delete, DeleteCause, LeaseId, Put, Record, Revision
 from dynamo_redis.store.memory import MemoryRegistry, MemoryServer
 from dynamo_redis.store.memory_streams import MemoryEventStreams
 from dynamo_redis.wire.event import EventBatch, PublisherId
@@ -67,7 +67,11 @@ class Scene:
         )
         key = ENDPOINT.model_card_key(instance_id)
         revision = Revision("1-0")
-        self.cards._put(Record(key, value or card.to_bytes(), revision, revision, 1, LeaseId(1)))
+        self.cards.apply(Put(Record(key, value or card.to_bytes(), revision, revision, 1, LeaseId(1))))
+
+    def lose_card(self, instance_id: int) -> None:
+        key = ENDPOINT.model_card_key(instance_id)
+        self.cards.apply(Delete(key, Revision("2-0"), DeleteCause.EXPIRED))
 
     def says(self, event: Any, *, dp_rank: int = 0) -> None:
         batch = EventBatch("kv_metrics", PublisherId(1, 1, dp_rank), 0, 0, [event])
@@ -85,8 +89,24 @@ def test_every_rank_may_be_chosen_as_soon_as_its_card_is_known() -> None:
     assert scene.workers.candidates(None, ()) == [Worker(1, 0), Worker(1, 1), Worker(2)]
     scene.view.candidates = scene.members(1)
     assert scene.workers.candidates(None, ()) == [Worker(1, 0), Worker(1, 1)]
-    scene.cards.forget_others([2])
-    assert scene.workers.candidates(None, ()) == [Worker(1)]
+
+
+def test_an_instance_is_known_until_neither_card_nor_record_is_left() -> None:
+    scene = Scene()
+    scene.card(1, data_parallel_size=2)
+    scene.cards.forget_others([])  # its engine is down, say: the record is away, the card is not
+    assert scene.cards.get(1) is not None
+    scene.lose_card(1)
+    scene.lose_card(2)
+    scene.cards.forget_others([1, 2])  # its lease is lost, but it answers
+    assert scene.workers.candidates({1}, ()) == [Worker(1, 0), Worker(1, 1)]
+    scene.card(1, data_parallel_size=2)
+    scene.cards.forget_others([])
+    assert scene.cards.get(1) is not None
+    scene.lose_card(1)
+    scene.cards.forget_others([])
+    assert scene.cards.get(1) is None
+    assert scene.workers.candidates(None, ()) == [Worker(1), Worker(2)]
 
 
 def test_the_less_trusted_are_a_last_resort() -> None:
