@@ -34,7 +34,7 @@ class Block(NamedTuple):
 
 
 class LocalIndex:
-    """The blocks of one rank, tier by tier. Some 0.4 KB a block."""
+    """The blocks of one rank, tier by tier. Some 0.25 KB a block."""
 
     __slots__ = ("_tiers",)
 
