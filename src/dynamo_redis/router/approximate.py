@@ -44,7 +44,7 @@ class PredictedIndex:
         self._ttl_s = ttl_s
         self._max_blocks = max_blocks
         self._target_blocks = int(max_blocks * prune_target_ratio)
-        # Its own bound never speaks: there are no more blocks than pairs of a block and a worker.
+        # It never forgets by itself: there are no more blocks than pairs of a block and a worker.
         self._index = KvIndex(max_blocks=max_blocks)
         self._latest: dict[Worker, dict[int, int]] = {}
         self._log: deque[_Prediction] = deque()
@@ -60,6 +60,10 @@ class PredictedIndex:
     def workers(self) -> list[Worker]:
         """Those that something is predicted of."""
         return list(self._latest)
+
+    def block_counts(self) -> dict[Worker, int]:
+        """How many blocks are predicted of each."""
+        return {worker: len(latest) for worker, latest in self._latest.items()}
 
     def find(self, hashes: Sequence[int]) -> dict[Worker, Matched]:
         """How much of a prompt each worker should hold, as `KvIndex.find`."""

@@ -50,7 +50,9 @@ def test_a_worker_that_is_gone_should_hold_nothing() -> None:
     index = PredictedIndex()
     index.predict(A, [1, 2], 0.0)
     index.predict(B, [1], 0.0)
+    assert index.block_counts() == {A: 2, B: 1}
     index.remove(A)
+    assert index.block_counts() == {B: 1}
     assert index.find([1, 2]) == {B: Matched(1)}
     assert index.block_count == 1
     index.predict(A, [1], 1.0)
