@@ -113,22 +113,8 @@ class Deployment:
         """Send all requests, and look at everything afterwards."""
         trace = self.plan.load_trace()
         begin = time.monotonic() + _BEGIN_S
-        due_s = trace.requests[-1].arrival_s / self.plan.speedup
         cpu_s = self._cpu_s()
-        following = [
-            asyncio.create_task(self._follow(replica, begin, progress))
-            for replica in range(self.plan.replicas)
-        ]
-        for part, fault in self._faults:
-            await asyncio.sleep(begin + part * due_s - time.monotonic())
-            if fault == "router":
-                following[0].cancel()
-                await asyncio.wait([following[0]])
-                self._answered_before += self.reports.pop(0, {}).get("answered", 0)
-            await self._break(fault)
-            if fault == "router":
-                following[0] = asyncio.create_task(self._follow(0, begin, progress))
-        ends = await asyncio.gather(*following)
+        late_s = await self._drive(begin, trace.requests[-1].arrival_s / self.plan.speedup, progress)
         length_s = time.monotonic() - begin
         cpu_s = self._cpu_s() - cpu_s
         differences, quiet_s = await self._compare()
@@ -141,10 +127,32 @@ class Deployment:
             length_s=length_s,
             events_count=await self.events_count(),
             cpu_s=cpu_s,
-            late_s=max(end["late_s"] for end in ends),
+            late_s=late_s,
             differences=differences,
             quiet_s=quiet_s,
         )
+
+    async def _drive(self, begin: float, due_s: float, progress: Progress) -> float:
+        """Let the users send, break what is to be broken, wait for all answers; how late they sent."""
+        following = [
+            asyncio.create_task(self._follow(replica, begin, progress))
+            for replica in range(self.plan.replicas)
+        ]
+        try:
+            for part, fault in self._faults:
+                await asyncio.sleep(begin + part * due_s - time.monotonic())
+                if fault == "router":
+                    following[0].cancel()
+                    await asyncio.wait([following[0]])
+                    self._answered_before += self.reports.pop(0, {}).get("answered", 0)
+                await self._break(fault)
+                if fault == "router":
+                    following[0] = asyncio.create_task(self._follow(0, begin, progress))
+            reports = await asyncio.gather(*following)
+        finally:
+            for task in following:
+                task.cancel()
+        return max(float(report["late_s"]) for report in reports)
 
     async def _follow(self, replica: int, begin: float, progress: Progress) -> dict[str, Any]:
         child = self.routers[replica]
