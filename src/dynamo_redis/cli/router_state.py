@@ -94,14 +94,18 @@ def _row(answer: Answer) -> list[str]:
 def _knows_by(state: dict[str, Any], index: dict[str, Any]) -> str:
     if state["mode"] == "predicted":
         return "prediction"
-    return f"events ({index['mode']}{'' if index['caught_up'] else ', catching up'})"
+    if index["caught_up"]:
+        return f"events ({index['mode']})"
+    if index["connected"]:
+        return f"events ({index['mode']}, catching up)"
+    return f"events ({index['mode']}, unreadable for {human_duration(index['disconnected_s'])})"
 
 
 def _lag(index: dict[str, Any]) -> str:
     count = index.get("lag_count")
     if count is None:
         return "-"
-    return f"{count} entries, {human_duration(index['lag_s'])}" if count else "0"
+    return f"{count} entries, {human_duration(index['lag_s'] or 0.0)}" if count else "0"
 
 
 def _snapshot(index: dict[str, Any]) -> str:

@@ -66,7 +66,30 @@ LoadSnapshot = Callable[[], Awaitable[Snapshot | None]]
 """The stored snapshot, or None if there is none that can be read. Raises StoreError."""
 
 
-class StreamFollower:
+class _Follower:
+    """What both have: whether events can be read, and since when not."""
+
+    def __init__(self) -> None:
+        self.cut_off_count = 0
+        """How often reading had to begin anew."""
+        self._unread_since: float | None = time.monotonic()
+
+    @property
+    def connected(self) -> bool:
+        """Whether events can be read."""
+        return self._unread_since is None
+
+    @property
+    def disconnected_s(self) -> float:
+        """How long events cannot be read; 0 while they can."""
+        return 0.0 if self._unread_since is None else time.monotonic() - self._unread_since
+
+    def _set_connected(self, connected: bool) -> None:
+        if connected != self.connected:
+            self._unread_since = None if connected else time.monotonic()
+
+
+class StreamFollower(_Follower):
     """Follows a stream: `run` never ends but by cancellation, and `aclose` then removes the group.
 
     The group is made first, so that nothing behind its place is trimmed; then the snapshot is read and the
@@ -84,11 +107,9 @@ class StreamFollower:
         intake: Intake,
         load_snapshot: LoadSnapshot,
     ) -> None:
+        super().__init__()
         self.position: EntryId = BEGINNING
         """The last entry that was applied."""
-        self.cut_off_count = 0
-        """How often reading had to begin anew."""
-        self.connected = False
         self._group: EventGroup = streams.group(stream, group_name)
         self._stream = stream
         self._intake = intake
@@ -118,7 +139,8 @@ class StreamFollower:
             except StoreError as exc:
                 if self.connected:
                     log.warning("KV events of %s cannot be read, trying on: %s", self._stream.path, exc)
-                self.connected, self._doubted = False, True
+                self._set_connected(False)
+                self._doubted = True
                 if self._end is None:  # `read` waits by itself before it tries again
                     await asyncio.sleep(backoff.next_s())
             except Exception:
@@ -160,7 +182,7 @@ class StreamFollower:
             self._doubted = False
         if not self.connected:
             log.info("KV events of %s are followed from %s", self._stream.path, self.position)
-            self.connected = True
+            self._set_connected(True)
 
     async def _apply(self, entries: Sequence[Entry]) -> None:
         began_at = time.monotonic()
@@ -183,15 +205,14 @@ class StreamFollower:
             self._intake.caught_up()
 
 
-class TopicFollower:
+class TopicFollower(_Follower):
     """Follows a topic: `run` never ends but by cancellation.
 
     Nothing of before can be read, so the workers are asked at the start, and after each broken connection.
     """
 
     def __init__(self, streams: EventStreams, topic: StreamName, intake: Intake) -> None:
-        self.cut_off_count = 0
-        self.connected = False
+        super().__init__()
         self._streams = streams
         self._topic = topic
         self._intake = intake
@@ -204,7 +225,7 @@ class TopicFollower:
             try:
                 if self._subscription is None:
                     self._subscription = await self._streams.subscribe(self._topic)
-                    self.connected = True
+                    self._set_connected(True)
                     self._intake.doubt()
                     self._intake.caught_up()
                 await self._read(self._subscription)
@@ -212,7 +233,7 @@ class TopicFollower:
                 if self.connected:
                     log.warning("KV events of %s are interrupted: %s", self._topic.path, exc)
                     self.cut_off_count += 1
-                self.connected = False
+                self._set_connected(False)
                 await self.aclose()
                 await asyncio.sleep(backoff.next_s())
             else:

@@ -46,6 +46,10 @@ _LAG_S: Final = 2.0
 _COMPLAINT_S: Final = 10.0
 
 
+_Lag = tuple[int | None, float | None]
+"""Entries, and seconds; None if unknown."""
+
+
 class Indexer:
     """The index of one component's workers, and the tasks that keep it: one that follows the events, one the
     members, one that tidies up and measures, one that stores snapshots, and one for each worker that is
@@ -93,7 +97,7 @@ class Indexer:
         self._members: Members
         self._tasks: list[asyncio.Task[None]] = []
         self._has_caught_up = asyncio.Event()
-        self._lag: tuple[int | None, float] = (None, 0.0)
+        self._lag: _Lag = (None, None)
         self._gaps_count = 0
         self._unreadable_count = 0
         self._complained_at = -_COMPLAINT_S
@@ -156,11 +160,12 @@ class Indexer:
         """What it knows, and how it came to."""
         is_running = self._client is not None
         follower, recovery = self._follower, self._recovery if is_running else None
-        lag_count, lag_s = self._lag
+        lag_count, lag_s = self._lag if follower.connected else (None, None)
         return IndexerState(
             mode=self._mode,
             connected=follower.connected,
-            caught_up=self._has_caught_up.is_set(),
+            disconnected_s=round(follower.disconnected_s, 3),
+            caught_up=follower.connected and self._has_caught_up.is_set(),
             block_count=self.index.block_count,
             worker_count=len(self.index.workers()),
             position=follower.position if isinstance(follower, StreamFollower) else None,
@@ -278,17 +283,17 @@ class Indexer:
                 looked_at = time.monotonic()
                 self._lag = await self._measure_lag()
 
-    async def _measure_lag(self) -> tuple[int | None, float]:
+    async def _measure_lag(self) -> _Lag:
         assert isinstance(self._follower, StreamFollower)
         try:
             info = await self._streams.info(self._stream)
         except StoreError:
-            return None, 0.0
-        if info is None:
-            return None, 0.0
-        group = next((group for group in info.groups if group.name == self.router_id), None)
+            return None, None
+        group = next((group for group in info.groups if group.name == self.router_id), None) if info else None
+        if info is None or group is None:
+            return None, None
         behind_ms = entry_order(info.last_entry_id)[0] - entry_order(self._follower.position)[0]
-        return group.lag_count if group else None, max(0, behind_ms) / 1000
+        return group.lag_count, max(0, behind_ms) / 1000
 
 
 def _report(task: asyncio.Task[None]) -> None:

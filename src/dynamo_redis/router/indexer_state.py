@@ -15,16 +15,19 @@ class IndexerState:
     mode: str
     """`stream` or `pubsub`."""
     connected: bool
+    """Whether events can be read."""
+    disconnected_s: float
+    """How long they cannot; 0 while they can."""
     caught_up: bool
-    """Whether all has been read that was there at the start."""
+    """Whether they can, and all has been read that was there at the start."""
     block_count: int
     worker_count: int
     position: str | None
     """The last entry that was applied; None without a stream."""
     lag_count: int | None
-    """Entries that are not applied yet, when last looked; None if unknown."""
-    lag_s: float
-    """How long ago the last applied entry was made, if there are others behind it; else 0."""
+    """Entries that are not applied yet, when last looked; None if unknown, as while they cannot be read."""
+    lag_s: float | None
+    """By how much the newest entry is younger than the last that was applied; None likewise."""
     snapshot: StoredSnapshot | None
     snapshots_stored_count: int
     events_count: int
