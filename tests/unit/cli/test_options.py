@@ -15,6 +15,7 @@ from dynamo_redis.config import (
     FrontendSettings,
     ModelSettings,
     PlaneSettings,
+    RouterSettings,
     RuntimeSettings,
     SettingsGroup,
     StoreSettings,
@@ -100,6 +101,45 @@ def test_every_setting_has_one_option_name_and_one_variable() -> None:
     assert [name for name, count in (options + variables).items() if count > 1] == []
     assert all(field.description for _, field in fields)
     assert all("PydanticUndefined" not in shown_default(field) for _, field in fields)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "given"),
+    [
+        ([], {}),
+        (["--no-kv-events"], {"DYN_KV_EVENTS": "False"}),
+        (
+            ["--kv-events", "--router-reset-states"],
+            {"DYN_KV_EVENTS": "True", "DYN_ROUTER_RESET_STATES": "True"},
+        ),
+        (["--router-kv-overlap-score-credit", "2"], {"DYN_KV_OVERLAP_SCORE_WEIGHT": "2"}),
+    ],
+)
+def test_flags_come_in_pairs_and_reach_child_processes(arguments: list[str], given: dict[str, str]) -> None:
+    told: dict[str, str] = {}
+
+    @click.command()
+    @setting_options(RouterSettings)
+    def command(**options: str | None) -> None:
+        told.update(given_settings(RouterSettings, options))
+        expected = RouterSettings.load(
+            **{name: value for name, value in options.items() if value is not None}
+        )
+        assert load(RouterSettings, options) == expected
+
+    command.main(arguments, standalone_mode=False)
+    assert told == given
+    # A child reads them from its environment.
+    assert RouterSettings(**given).use_kv_events == (given.get("DYN_KV_EVENTS") != "False")  # type: ignore[arg-type]
+
+
+def test_up_chooses_by_kv_caches_and_a_frontend_does_not() -> None:
+    def shown(path: str) -> str:
+        command = ALL_COMMANDS[path]
+        return " ".join(command.get_help(click.Context(command, info_name=path)).split())
+
+    assert "[DYN_ROUTER_MODE; default kv]" in shown("dynamo-redis up")
+    assert "[DYN_ROUTER_MODE; default round_robin]" in shown("dynamo-redis frontend")
 
 
 def test_command_line_before_environment_before_dotenv_before_default(
