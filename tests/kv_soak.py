@@ -20,9 +20,11 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
 
+import pytest
 from redis.asyncio import Redis
 
 from dynamo_redis.errors import StoreError
+from dynamo_redis.router import snapshotter
 from dynamo_redis.router.indexer import Indexer
 from dynamo_redis.store.event_base import NewEntry
 from dynamo_redis.store.server import EmbeddedServer
@@ -190,6 +192,12 @@ async def _save(router: Indexer) -> None:
 
 async def soak(server: EmbeddedServer, prefix: str, *, seed: int, duration_s: float) -> Counter[str]:
     """Run on a server of its own; answers how often each fault was done."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(snapshotter, "SPACING_S", 0.0)
+        return await _soak(server, prefix, seed, duration_s)
+
+
+async def _soak(server: EmbeddedServer, prefix: str, seed: int, duration_s: float) -> Counter[str]:
     async with (
         Proxy(server.url) as proxy,
         deployment(

@@ -66,6 +66,7 @@ async def test_the_threshold_s_snapshot_is_stored_by_one_of_many(
 ) -> None:
     monkeypatch.setattr(snapshotter, "CHECK_S", 0.05)
     monkeypatch.setattr(snapshotter, "RETRY_S", 0.2)
+    monkeypatch.setattr(snapshotter, "SPACING_S", 0.0)
     async with deployment(dynamo_redis_url, dynamo_redis_prefix) as deployed:
         await deployed.worker()
         routers = [await deployed.router(router_snapshot_threshold=100) for _ in range(3)]
@@ -82,6 +83,21 @@ async def test_the_threshold_s_snapshot_is_stored_by_one_of_many(
         stored = sum(router.state().snapshots_stored_count for router in routers)
         events = routers[0].state().events_count
         assert 2 <= stored <= events // 100, "one a threshold, of all together"
+
+
+async def test_snapshots_are_not_stored_more_often_than_redis_forgets_them(
+    dynamo_redis_url: str, dynamo_redis_prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(snapshotter, "CHECK_S", 0.01)
+    async with deployment(dynamo_redis_url, dynamo_redis_prefix) as deployed:
+        await deployed.worker()
+        router = await deployed.router(router_snapshot_threshold=10)
+        deployed.chat(20)
+        await wait_until(lambda: router.state().snapshot is not None, "the first")
+        deployed.chat(20)
+        await deployed.agree()
+        await asyncio.sleep(0.1)
+        assert router.state().snapshots_stored_count == 1
 
 
 # --------------------------------------------------------------------------- damaged, of another version

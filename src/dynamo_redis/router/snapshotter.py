@@ -12,6 +12,7 @@ import asyncio
 import hashlib
 import logging
 import random
+import time
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
@@ -26,6 +27,10 @@ log = logging.getLogger(__name__)
 
 SNAPSHOT_BUCKET: Final = "kv_snapshots"
 CHECK_S: Final = 0.5
+SPACING_S: Final = 30.0
+"""Shortest time between two snapshots, however many events there are: Redis keeps a replaced one for ten minutes
+for those who read it, so that twenty of them are there at most."""
+
 RETRY_S: Final = 5.0
 """Pause, jittered, after a snapshot that could not be stored, or that somebody else is storing."""
 
@@ -129,7 +134,7 @@ class Snapshots:
 
 
 class Snapshotter:
-    """Stores a snapshot after each `threshold` events, in one task, until `aclose`.
+    """Stores a snapshot after each `threshold` events, and `SPACING_S` at least, in one task, until `aclose`.
 
     All routers of a component read the same stream, so they come to this at the same time: one gets the lock;
     the others look again a little later, find its snapshot, and count from there.
@@ -154,6 +159,7 @@ class Snapshotter:
         self._marks: deque[tuple[EntryId, int]] = deque(maxlen=_MARKS_COUNT)
         self._event_count = 0
         self._done_count = 0
+        self._done_at = -SPACING_S
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -176,6 +182,7 @@ class Snapshotter:
         """That one is stored: the next is due `threshold` events after it."""
         self.last = snapshot
         self._done_count = self._count_at(snapshot.position)
+        self._done_at = time.monotonic()
 
     async def save(self) -> StoredSnapshot:
         """Store one now, unless one is stored that is young enough. Raises as `Snapshots.save`."""
@@ -205,7 +212,7 @@ class Snapshotter:
     async def _run(self) -> None:
         while True:
             await asyncio.sleep(CHECK_S)
-            if self._is_due():
+            if self._is_due() and time.monotonic() - self._done_at >= SPACING_S:
                 await self._settle(RETRY_S)
                 await self._try()
 
