@@ -30,6 +30,7 @@ _FINISH_REASONS: Final[Mapping[str, FinishReason]] = {"stop": "stop", "length": 
 _ANCHORS: Final = ("", "a", ".", "\n")
 """Texts to encode a piece behind, so that it is not taken for the beginning of a text."""
 _CONTEXT_COUNT: Final = 4
+_U32_END: Final = 1 << 32
 
 
 def dialect_of(models: Mapping[str, Any]) -> Dialect:
@@ -244,6 +245,8 @@ class CompletionReader:
     def _token_ids(self, choice: dict[str, Any]) -> list[int]:
         token_ids = choice.get("token_ids")
         if isinstance(token_ids, list):
+            if not all(type(token) is int and 0 <= token < _U32_END for token in token_ids):
+                raise ProtocolViolation("the engine sent token_ids that are not all token ids")
             return token_ids
         text = choice.get("text")
         if text is not None and not isinstance(text, str):

@@ -51,7 +51,8 @@ class GenerateRequest(TypedDict):
 class GenerateItem(TypedDict, total=False):
     """One item of the answer: new tokens, and on the last item why it ended.
 
-    `cached_tokens` (on the first item) says how many prompt tokens the engine found in its KV cache.
+    `cached_tokens` says how many prompt tokens the engine found in its KV cache: on the first item, or on the
+    last by engines that say it only then.
     A hidden stop token (EOS) is not among `token_ids`.
     """
 

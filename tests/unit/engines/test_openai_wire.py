@@ -217,6 +217,10 @@ def test_other_ends_are_errors() -> None:
         (b"not json", ProtocolViolation),
         (b"[1]", ProtocolViolation),
         (b'{"choices": [{"text": 3}]}', ProtocolViolation),
+        (choice(token_ids=["x"]), ProtocolViolation),
+        (choice(token_ids=[-5]), ProtocolViolation),
+        (choice(token_ids=[1 << 40]), ProtocolViolation),
+        (choice(token_ids=[True]), ProtocolViolation),
     ],
 )
 def test_errors_within_a_stream(data: bytes, error: type[PlaneError]) -> None:
