@@ -79,7 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> list[Entry]:
     print(f"trace {trace.name}, the first {options.base.requests} requests", flush=True)
     entries = [_reference(options.plan(arrivals), trace.name) for arrivals in options.arrivals]
     if options.simulated:
-        entries += [_simulated(plan, trace.name, options.late_s) for plan, _ in options.runs]
+        entries += [
+            _simulated(plan, trace.name, options.late_s) for plan, fault in options.runs if fault is None
+        ]
         print_table(entries, _conditions(options))
         return entries
     entries += uvloop.run(_run_all(options, trace.name))
@@ -180,7 +182,7 @@ def parse(arguments: Sequence[str] | None) -> Options:
     )
     add = parser.add_argument
     add("--trace", type=Path, metavar="FILE", help="JSON lines as Mooncake's, plain or .gz")
-    add("--requests", type=rounds_count, default=3000, help="the first so many of the trace [3000]")
+    add("--requests", type=rounds_count, default=2500, help="the first so many of the trace [2500]")
     add(
         "--modes",
         type=_several(_one_of(*get_args(Mode))),
@@ -202,15 +204,15 @@ def parse(arguments: Sequence[str] | None) -> Options:
     )
     add(
         "--faults",
-        type=_several(_one_of(*get_args(Fault))),
-        default=[],
-        help="further runs of kv with most replicas, in which something is killed and comes back: router, "
-        "redis, worker [none]",
+        type=lambda text: [] if text == "none" else _several(_one_of(*get_args(Fault)))(text),
+        default=list(get_args(Fault)),
+        help="further runs of kv with most replicas, in which something is killed and comes back: of router, "
+        "redis, worker, or none [all]",
     )
     add("--workers", type=rounds_count, default=16, help="mock workers [16]")
     add("--kv-blocks", type=rounds_count, default=2048, help="blocks in each worker's cache [2048]")
     add("--speedup", type=length_s, default=10.0, help="trace seconds a second, for poisson [10]")
-    add("--given-speedup", type=length_s, default=20.0, help="the same for given [20]")
+    add("--given-speedup", type=length_s, default=30.0, help="the same for given [30]")
     add("--seed", type=int, default=1, help="of arrivals and of a made-up trace [1]")
     add("--results", type=Path, default=PATH, metavar="FILE", help="where the figures go")
     add(

@@ -19,7 +19,9 @@ def test_a_replay_ends_with_indexes_that_equal_the_caches(tmp_path: Path) -> Non
             print(json.dumps(dict(zip(names, fields, strict=True))), file=lines)
     results = tmp_path / "replay.json"
     arguments = f"--trace {trace} --modes kv --replicas 2 --arrivals poisson --workers 2 --kv-blocks 112"
-    omniscient, kv = main([*arguments.split(), "--speedup", "100", "--results", str(results), "--no-plot"])
+    omniscient, kv = main(
+        [*arguments.split(), "--speedup", "100", "--results", str(results), "--no-plot", "--faults", "none"]
+    )
     assert kv.index == "equal"
     assert (kv.requests, kv.failed_count, kv.lost_count) == (40, 0, 0)
     assert kv.hit_rate > 0

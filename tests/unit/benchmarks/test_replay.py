@@ -264,11 +264,11 @@ def test_the_command_line_says_what_to_run() -> None:
     options = parse(["--modes", "kv,rr", "--replicas", "1,4", "--arrivals", "given", "--faults", "redis"])
     runs = [(plan.arrivals, plan.mode, plan.replicas, plan.speedup, fault) for plan, fault in options.runs]
     assert runs == [
-        ("given", "kv", 1, 20.0, None),
-        ("given", "kv", 4, 20.0, None),
-        ("given", "rr", 1, 20.0, None),
-        ("given", "rr", 4, 20.0, None),
-        ("given", "kv", 4, 20.0, "redis"),
+        ("given", "kv", 1, 30.0, None),
+        ("given", "kv", 4, 30.0, None),
+        ("given", "rr", 1, 30.0, None),
+        ("given", "rr", 4, 30.0, None),
+        ("given", "kv", 4, 30.0, "redis"),
     ]
 
 
