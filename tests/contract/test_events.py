@@ -449,7 +449,8 @@ async def test_streams_are_listed_with_their_groups(plane: Plane) -> None:
     assert (odd.entry_count, odd.event_count, odd.size_bytes) == (3, 6, 6)
     assert entry_order(odd.last_entry_id) > entry_order(second)
     (told,) = odd.groups
-    assert (told.name, told.lag_count) == ("router", 2)
+    assert told.name == "router"
+    assert told.lag_count in (2, 3)  # servers before 7.0 tell at most how many
     assert entry_order(first) <= entry_order(told.position) < entry_order(second)
     assert 0.0 <= told.silent_s < WAIT_S
     await group.aclose()
@@ -489,22 +490,34 @@ async def destroy_soon(plane: RedisPlane, group: str) -> None:
     await plane.redis.execute("XGROUP", "DESTROY", plane.keys().events, group)
 
 
-async def test_entries_deleted_by_hand_are_missed_by_who_had_not_read_them(redis_plane: RedisPlane) -> None:
-    group, seeker = await reader(redis_plane), await reader(redis_plane, "seeker")
+@pytest.mark.parametrize("deletion", ["XDEL", "XTRIM"])
+async def test_entries_deleted_by_hand_are_noticed_by_every_reader(
+    redis_plane: RedisPlane, impatient: None, deletion: str
+) -> None:
+    groups = [await reader(redis_plane, name) for name in ("one", "two")]
     await append(redis_plane, "a", "b", "c", "d")
-    first, second, _, _ = ids(await take(seeker, 4))
-    await take(group, 1)
-    await redis_plane.redis.execute("XDEL", redis_plane.keys().events, first)  # read by both: no loss
-    assert contents(await take(group, 1)) == ["b"]
-    await redis_plane.redis.execute("XTRIM", redis_plane.keys().events, "MAXLEN", "1")
+    _, second, _, _ = ids(await take(groups[0], 4))
+    await take(groups[1], 1)
+    which = ("XDEL", second) if deletion == "XDEL" else ("XTRIM", "MAXLEN", "1")
+    await redis_plane.redis.execute(which[0], redis_plane.keys().events, *which[1:])
+    for group in groups:
+        with pytest.raises(StreamTrimmed):
+            await read_to_the_end(group)
     with pytest.raises(StreamTrimmed):
-        await group.read(count=10, block_s=0.0)
-    with pytest.raises(StreamTrimmed):
-        await seeker.seek(second)
+        await groups[0].seek(second)
+    held = await info(redis_plane)
+    assert held.entry_count == held.event_count == (1 if deletion == "XTRIM" else 3)
+    for group in groups:
+        await group.create()
     await append(redis_plane, "e")
-    assert contents(await take(seeker, 1)) == ["e"]
-    await group.aclose()
-    await seeker.aclose()
+    for group in groups:
+        assert contents(await take(group, 1)) == ["e"]
+        await group.aclose()
+
+
+async def read_to_the_end(group: EventGroup) -> None:
+    while await group.read(count=1, block_s=0.0):
+        pass
 
 
 async def test_a_trim_by_hand_of_all_that_was_unread_is_noticed(
@@ -545,47 +558,60 @@ async def test_an_entry_of_somebody_else_is_handed_on_empty(redis_plane: RedisPl
     await append(redis_plane, "b")
     entries = await take(group, 3)
     assert contents(entries) == ["a", "", "b"]
-    await group.acknowledge(ids(entries))
-    await group.read(count=1, block_s=0.0)
-    assert await redis_plane.streams.trim(STREAM, entries[1].entry_id) == entries[0].entry_id
-    assert (await info(redis_plane)).entry_count == 1
-    await redis_plane.redis.execute(*foreign)
-    assert await redis_plane.streams.trim(STREAM, EntryId("99999999999999-0"))
+    held = await info(redis_plane)
+    assert (held.entry_count, held.size_bytes) == (3, 2)
+    with pytest.raises(StreamTrimmed):  # what has changed by hand is not to be trusted
+        await group.read(count=1, block_s=0.0)
+    await group.create()
     await group.aclose()
+    assert await redis_plane.streams.trim(STREAM, EntryId("99999999999999-0")) == entries[-1].entry_id
+    assert (await info(redis_plane)).event_count == 0
 
 
-async def test_a_lost_head_is_made_of_the_entries(redis_plane: RedisPlane) -> None:
+@pytest.mark.parametrize("lost", ["meta", "sizes"])
+async def test_a_lost_head_is_made_of_the_entries(
+    redis_plane: RedisPlane, impatient: None, lost: str
+) -> None:
     group = await reader(redis_plane)
     await append(redis_plane, "a", "b", "c")
     first, second, _ = ids(await take(group, 3))
-    await group.seek(first)
-    await redis_plane.redis.execute("XTRIM", redis_plane.keys().events, "MAXLEN", "2")
-    await redis_plane.redis.execute("DEL", f"{redis_plane.keys().tag}:meta")
+    await group.acknowledge([first])
+    await group.read(count=1, block_s=0.0)
+    assert await redis_plane.streams.trim(STREAM, first) == first
+    await redis_plane.redis.execute("DEL", f"{redis_plane.keys().tag}:{lost}")
     await append(redis_plane, "d")
-    assert contents(await take(group, 3)) == ["b", "c", "d"]
+    with pytest.raises(StreamTrimmed):
+        await read_to_the_end(group)
     held = await info(redis_plane)
-    assert (held.entry_count, held.trim_floor) == (3, first)
+    assert (held.entry_count, held.event_count, held.size_bytes) == (3, 3, 3)
+    assert held.trim_floor != BEGINNING
     with pytest.raises(StreamTrimmed):
         await group.seek(BEGINNING)
     await group.seek(second)
+    assert contents(await take(group, 2)) == ["c", "d"]
     await group.aclose()
 
 
-async def test_lost_entries_are_below_the_floor(redis_plane: RedisPlane) -> None:
+async def test_a_stream_whose_entries_were_deleted_is_lost(redis_plane: RedisPlane) -> None:
     group = await reader(redis_plane)
-    await append(redis_plane, "a", "b")
-    first, second = ids(await take(group, 2))
+    await append(redis_plane, "a", "b", "c")
+    first, second, _ = ids(await take(group, 3))
+    await group.acknowledge([first])
+    await group.read(count=1, block_s=0.0)
+    await redis_plane.streams.trim(STREAM, first)
     await redis_plane.redis.execute("DEL", redis_plane.keys().events)
     assert await redis_plane.streams.info(STREAM) is None
     with pytest.raises(StreamLost):
         await group.read(count=1, block_s=0.0)
-    assert await group.create() == second
-    await append(redis_plane, "c")
-    with pytest.raises(StreamTrimmed):
-        await group.seek(first)
-    await group.seek(second)
-    (third,) = await take(group, 1)
-    assert entry_order(third.entry_id) > entry_order(second)
+    assert await group.create() == BEGINNING
+    await append(redis_plane, "d")
+    for position in (first, second):
+        with pytest.raises(StreamTrimmed):
+            await group.seek(position)
+    held = await info(redis_plane)
+    assert (held.entry_count, held.event_count) == (1, 1)
+    await group.seek(BEGINNING)
+    assert contents(await take(group, 1)) == ["d"]
     await group.aclose()
 
 

@@ -73,7 +73,7 @@ class GroupInfo:
     name: str
     position: EntryId
     lag_count: int
-    """Entries that it has not acknowledged."""
+    """Entries that it has not acknowledged; where the server does not count them, at most so many."""
     silent_s: float
 
 

@@ -29,9 +29,19 @@ class StreamKeys:
         return self.tag + _EVENTS
 
     @property
-    def all(self) -> tuple[str, str, str]:
-        """The entries, the head and the groups, as every stream script wants its keys."""
-        return (self.events, f"{self.tag}:meta", self.groups)
+    def meta(self) -> str:
+        """The head."""
+        return f"{self.tag}:meta"
+
+    @property
+    def sizes(self) -> str:
+        """What each entry counts."""
+        return f"{self.tag}:sizes"
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        """The entries, the head, the groups and the sizes, as every stream script wants its keys."""
+        return (self.events, self.meta, self.groups, self.sizes)
 
     @property
     def groups(self) -> str:

@@ -1,11 +1,12 @@
 """Readers of one event stream on Redis: a consumer group, and a tail without one.
 
-Each has a connection of its own, for blocking reads. An entry names the one before it (`p`), so a reader that
-keeps the last entry it has seen knows at once when some between the two are gone: trimmed by the ceiling, by
-hand, or deleted. What is gone at the stream's end, where no further entry tells, is found by the group's sign
-of life, which answers what the last entry was. After a failover to a server that had not all, entries may
-come again, or with ids that went back: those are handed on, since the publishers' sequences tell what they
-are.
+Each has a connection of its own, for blocking reads. With each read a group looks at the floor: if it is
+ahead of what had been read before, entries may have been trimmed unread, by the ceiling. It looks at the
+breaks, too: if they have changed, entries were deleted by hand, nobody knows which. The scripts find that
+out; the sign of life that each reader gives is one of them.
+
+After a failover to a server that had not all, entries may come again, or with ids that went back: they are
+handed on, since the publishers' sequences tell what they are.
 """
 
 from __future__ import annotations
@@ -64,25 +65,27 @@ class RedisEventGroup:
         self._unanswered = False
         """Whether entries may have been sent that never came: then they are pending in the group."""
         self._applied: list[EntryId] = []
+        self._breaks = 0
+        self._floor = b""
         self._beat_at = 0.0
-        self._checked_at = 0.0
+        self._look = pack("HMGET", keys.meta, "floor", "breaks")
 
     async def create(self) -> EntryId:
         """As `EventGroup.create`."""
-        (end,) = await self._script(_CREATE)
-        return self._begin(EntryId(end.decode()))
+        end, breaks = await self._script(_CREATE)
+        self._begin(EntryId(end.decode()), breaks)
+        return self._last
 
     async def seek(self, position: EntryId) -> None:
         """As `EventGroup.seek`. Refuses also a position that is no entry of this stream, nor its floor."""
-        await self._script(_SEEK, position)
-        self._begin(position)
+        (breaks,) = await self._script(_SEEK, position)
+        self._begin(position, breaks)
 
-    def _begin(self, position: EntryId) -> EntryId:
-        self._last = position
+    def _begin(self, position: EntryId, breaks: int) -> None:
+        self._last, self._breaks = position, breaks
         self._failed = self._unanswered = False
         self._applied.clear()
-        self._beat_at = self._checked_at = asyncio.get_running_loop().time()
-        return position
+        self._beat_at = asyncio.get_running_loop().time()
 
     async def acknowledge(self, entry_ids: Sequence[EntryId]) -> None:
         """As `EventGroup.acknowledge`: goes with the next `read`."""
@@ -113,8 +116,8 @@ class RedisEventGroup:
         self._unanswered = True
         entries = await self._fetch(count, block_s, ">")
         self._unanswered = False
-        if not entries and asyncio.get_running_loop().time() - self._checked_at >= CHECK_S:
-            entries = await self._check(count)
+        if not entries and asyncio.get_running_loop().time() - self._beat_at >= CHECK_S:
+            await self._beat()
         return entries
 
     async def _fetch(self, count: int, block_s: float, after: str) -> list[Entry]:
@@ -125,43 +128,38 @@ class RedisEventGroup:
             words = b"".join(map(pack_word, applied))
             commands.append(pack("XACK", self._keys.events, self.name, more_count=len(applied)) + words)
         place = ("STREAMS", self._keys.events, after)
-        commands.append(
-            pack("XREADGROUP", "GROUP", self.name, _CONSUMER, "COUNT", count, *_wait(block_s), *place)
-        )
-        *_, reply = await self._connection.execute_all(commands, block_s=block_s)
+        group = ("GROUP", self.name, _CONSUMER)
+        commands.append(pack("XREADGROUP", *group, "COUNT", count, *_wait(block_s), *place))
+        commands.append(self._look)
+        *_, reply, (floor, breaks) = await self._connection.execute_all(commands, block_s=block_s)
         del self._applied[: len(applied)]
+        self._check(floor, breaks)
         return self._follow(reply[0][1]) if reply else []
 
     def _follow(self, raw: list[Any]) -> list[Entry]:
-        last, entries = self._last, []
+        entries: list[Entry] = []
         for entry_id, fields in raw:
             if fields is None:
                 raise StreamTrimmed(f"{self._keys.stream.path}: entries were deleted unread")
-            entry, previous = parse_entry(entry_id, fields)
-            if previous != last and previous is not None and entry_order(previous) > entry_order(last):
-                raise StreamTrimmed(f"{self._keys.stream.path}: what follows {last} was trimmed unread")
-            last = entry.entry_id
-            entries.append(entry)
-        self._last = last
+            entries.append(parse_entry(entry_id, fields))
+        if entries:
+            self._last = entries[-1].entry_id
         return entries
 
-    async def _beat(self) -> EntryId:
-        """Give a sign of life; answer the stream's last entry. Raises StreamLost."""
-        (last,) = await self._script(_BEAT)
-        self._beat_at = self._checked_at = asyncio.get_running_loop().time()
-        return EntryId(last.decode())
+    def _check(self, floor: bytes | None, breaks: bytes | int | None) -> None:
+        """Whether all that follows what was read is there. Raises StreamTrimmed."""
+        if int(breaks or 0) != self._breaks:
+            raise StreamTrimmed(f"{self._keys.stream.path}: entries were deleted by hand, or its head")
+        if floor is not None and floor != self._floor:
+            if entry_order(EntryId(floor.decode())) > entry_order(self._last):
+                raise StreamTrimmed(f"{self._keys.stream.path}: what follows {self._last} was trimmed unread")
+            self._floor = floor
 
-    async def _check(self, count: int) -> list[Entry]:
-        """Whether a stream in which nothing follows is one in which nothing was. Raises StreamTrimmed."""
-        end = await self._beat()
-        if entry_order(end) <= entry_order(self._last):
-            return []
-        self._unanswered = True
-        entries = await self._fetch(count, 0.0, ">")  # it may have come between the two
-        self._unanswered = False
-        if not entries:
-            raise StreamTrimmed(f"{self._keys.stream.path}: what follows {self._last} was deleted unread")
-        return entries
+    async def _beat(self) -> None:
+        """Give a sign of life. Raises StreamLost, StreamTrimmed."""
+        floor, breaks = await self._script(_BEAT)
+        self._beat_at = asyncio.get_running_loop().time()
+        self._check(floor, breaks)
 
     async def _script(self, script: Script, *args: Argument) -> list[Any]:
         return await stream_script(self._client, script, self._keys, [self.name, *args])
@@ -213,7 +211,7 @@ class RedisEventTail:
         place = ("STREAMS", self._keys.events, self._after)
         command = pack("XREAD", "COUNT", count, *_wait(block_s), *place)
         reply = await self._connection.execute(command, block_s=block_s)
-        entries = [parse_entry(*raw)[0] for raw in reply[0][1]] if reply else []
+        entries = [parse_entry(*raw) for raw in reply[0][1]] if reply else []
         if entries:
             self._after = entries[-1].entry_id
         return entries
@@ -238,14 +236,7 @@ def _wait(block_s: float) -> tuple[str, int] | tuple[()]:
     return ("BLOCK", block_ms) if block_ms > 0 else ()
 
 
-def parse_entry(entry_id: bytes, fields: Sequence[bytes]) -> tuple[Entry, EntryId | None]:
-    """An entry, and the id of the one before it; without content and None if somebody else has written it."""
-    named = dict(zip(fields[::2], fields[1::2], strict=False))
-    previous = named.get(b"p", b"").decode("ascii", "replace")
-    entry = Entry(EntryId(entry_id.decode()), named.get(b"c", b""))
-    return entry, EntryId(previous) if _is_entry_id(previous) else None
-
-
-def _is_entry_id(text: str) -> bool:
-    ms, dash, number = text.partition("-")
-    return bool(dash) and ms.isdecimal() and number.isdecimal()
+def parse_entry(entry_id: bytes, fields: Sequence[bytes]) -> Entry:
+    """An entry; without content if somebody else has written it."""
+    content = fields[1] if fields[0] == b"c" else b""
+    return Entry(EntryId(entry_id.decode()), content)

@@ -2,26 +2,31 @@
 
 A stream's keys share a hash tag of its own, `{prefix/<namespace>/<component>/<topic>/<shard>}`:
 
-    {tag}:events   stream: the entries, each of which names the one before it
-    {tag}:meta     hash: the last entry, the floor (the last one that was trimmed), totals, a clock
+    {tag}:events   stream: the entries
+    {tag}:sizes    list: for each entry its events and bytes
+    {tag}:meta     hash: sums of the sizes, the floor (the last entry that was trimmed), breaks, a clock
     {tag}:groups   zset: each group's last sign of life, on that clock
 
-Everything that changes more than one of them is a script (`scripts/stream_*.lua`). Only two of those trim,
-and both record the floor: `trim`, to what nobody needs any more, and `append`, when the stream is over its
-ceiling, so that publishers alone cannot fill a server. The chain of entries tells a reader of all that is
-gone between two entries, whoever took it (`stream_readers.py`).
+Entries are appended in a transaction with their sizes. A script would copy each of them several times more:
+it takes a server three times as long. Everything else that changes more than one key is a script
+(`scripts/stream_*.lua`). Only two of those trim, and both record the floor: `trim`, to what nobody needs any
+more, and `bound`, when the answer to an append says that the stream is over its ceiling, so that publishers
+alone cannot fill a server.
+
+All scripts look whether there are as many entries as sizes. If not, somebody has deleted some by hand: that
+is a break, of which every reader is told (`stream_readers.py`).
 """
 
 from __future__ import annotations
 
 import builtins
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
 from dynamo_redis.config import EventSettings, StoreSettings
 from dynamo_redis.errors import SchemaMismatch, StreamLost
-from dynamo_redis.store.client import RedisClient, Subscription
+from dynamo_redis.store.client import Argument, RedisClient, Subscription
 from dynamo_redis.store.event_base import (
     GROUP_TTL_S,
     EntryId,
@@ -39,7 +44,8 @@ from dynamo_redis.store.stream_readers import RedisEventGroup, RedisEventTail, s
 
 log = logging.getLogger(__name__)
 
-_APPEND = load_script("stream_append", "stream_prelude")
+_OPEN = load_script("stream_open", "stream_prelude")
+_BOUND = load_script("stream_bound", "stream_prelude")
 _TRIM = load_script("stream_trim", "stream_prelude")
 _INFO = load_script("stream_info", "stream_prelude")
 
@@ -52,6 +58,7 @@ class RedisEventStreams:
         self._client = client
         self._prefix = prefix
         self._settings = settings
+        self._opened: set[StreamName] = set()
 
     @classmethod
     def from_settings(cls, store: StoreSettings, events: EventSettings) -> Self:
@@ -65,17 +72,25 @@ class RedisEventStreams:
     async def append(
         self, stream: StreamName, entries: Sequence[NewEntry], *, max_age_s: float | None = None
     ) -> None:
-        """As `EventStreams.append`; all or nothing, unless the answer is lost."""
+        """As `EventStreams.append`; all or nothing, but after a lost answer one cannot know which."""
         if not entries:
             return
-        args: list[bytes | str | int] = [
-            self._settings.event_stream_events_count,
-            int(self._settings.event_stream_size_bytes),
-            "" if max_age_s is None else max(1, round(max_age_s * 1000)),
-        ]
-        for entry in entries:
-            args += (entry.event_count, entry.content)
-        await stream_script(self._client, _APPEND, self._keys(stream), args)
+        keys = self._keys(stream)
+        if stream not in self._opened:
+            await stream_script(self._client, _OPEN, keys, ())
+            self._opened.add(stream)
+        event_sum, byte_sum = (await self._client.pipeline(_append(keys, entries), transaction=True))[-2:]
+        is_over = (
+            event_sum > self._settings.event_stream_events_count
+            or byte_sum > self._settings.event_stream_size_bytes
+        )
+        if is_over or max_age_s is not None:
+            await self._bound(keys, max_age_s)
+
+    async def _bound(self, keys: StreamKeys, max_age_s: float | None) -> None:
+        limits = (self._settings.event_stream_events_count, int(self._settings.event_stream_size_bytes))
+        age_ms = "" if max_age_s is None else max(1, round(max_age_s * 1000))
+        await stream_script(self._client, _BOUND, keys, (*limits, age_ms))
 
     def group(self, stream: StreamName, name: str) -> EventGroup:
         """As `EventStreams.group`."""
@@ -178,3 +193,17 @@ class _Messages:
 
 def _order(stream: StreamName) -> tuple[Any, ...]:
     return (stream.namespace, stream.component, stream.topic, stream.shard)
+
+
+def _append(keys: StreamKeys, entries: Sequence[NewEntry]) -> Iterator[Sequence[Argument]]:
+    """The commands that append entries. The last two answer the sums with them: of events, and of bytes."""
+    event_count = byte_count = 0
+    sizes: list[Argument] = []
+    for entry in entries:
+        yield ("XADD", keys.events, "*", "c", entry.content)
+        sizes.append(b"%d %d" % (entry.event_count, len(entry.content)))
+        event_count += entry.event_count
+        byte_count += len(entry.content)
+    yield ("RPUSH", keys.sizes, *sizes)
+    yield ("HINCRBY", keys.meta, "events", event_count)
+    yield ("HINCRBY", keys.meta, "bytes", byte_count)

@@ -2,12 +2,11 @@
 --
 -- KEYS     see stream_prelude
 -- ARGV[1]  group
--- Answers  {'ok', the end}, or {'schema', found}
+-- Answers  {'ok', the end, breaks}, or {'schema', found}
 -- Atomic:  what is appended from now on is the group's to read. One of that name begins anew.
 local answer = open()
 if answer then return answer end
 advance()
-restore()
-place(ARGV[1], LAST)
+local position = place(ARGV[1], '$')
 save()
-return {'ok', LAST}
+return {'ok', position, BREAKS}

@@ -1,24 +1,27 @@
 -- What every script of an event stream begins with.
 --
 -- KEYS  1 the stream of entries   2 meta, its head   3 groups: a zset, group -> its last sign of life
+--       4 sizes: a list, for each entry in order its number of events and its bytes, `events bytes`
 --
--- An entry has the fields `c` content, `p` id of the entry before, `t` totals of all entries before it: how many
--- they were, their events, their bytes. So what the stream holds is the totals in the head less those of its
--- first entry, and who reads an entry behind another than its `p` knows that some between them are gone, whoever
--- took them.
+-- Entries are appended without a script, which would copy their content several times: in one transaction with
+-- their sizes, and with the sums in the head. Scripts drop them, and keep all four in step.
+--
+-- The head has `v` the schema's version, `events` and `bytes` of all entries that are there, `floor` the last
+-- entry that was trimmed, and `breaks`: how often entries were found to be gone that no script has dropped, or
+-- the head itself. A reader that finds the floor ahead of itself, or another number of breaks, has missed some.
 --
 -- Signs of life are on a clock that stands in the head as `clock`, ms, and `seen`, what TIME said then. Time
 -- passes on it only by scripts that readers and trimmers run, and by at most MAX_STEP_MS between two of them: a
 -- server that was frozen or away, and a clock that stepped, silence no group.
 
-local EVENTS, META, GROUPS = KEYS[1], KEYS[2], KEYS[3]
+local EVENTS, META, GROUPS, SIZES = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local MAJOR = '1'
 local MAX_STEP_MS = 10000
 local BEGINNING = '0-0'
+local PAGE = 1000
 
--- The head, filled by `open`: last entry, totals with it; floor, the last entry that was trimmed, and totals
--- with that. EXISTS: whether there is a stream.
-local LAST, TOTALS, FLOOR, TRIMMED, CLOCK, SEEN, EXISTS
+-- The head, filled by `open`, and how many entries there are: nil if there is no stream.
+local EVENT_SUM, BYTE_SUM, FLOOR, BREAKS, CLOCK, SEEN, LENGTH
 
 local function parse_id(id)
   local ms, number = string.match(id, '^(%d+)-(%d+)$')
@@ -44,70 +47,91 @@ local function before(id)
   return ms > 0 and string.format('%.0f-', ms - 1) .. LAST_NUMBER or BEGINNING
 end
 
-local function parse_totals(text)
-  local entries, events, bytes = string.match(text or '', '^(%d+) (%d+) (%d+)$')
-  return {tonumber(entries) or 0, tonumber(events) or 0, tonumber(bytes) or 0}
-end
-local function format_totals(totals)
-  return string.format('%.0f %.0f %.0f', totals[1], totals[2], totals[3])
-end
-
--- An entry of an answer: its id, the id before it, the totals before it, its content; without the latter
--- three if somebody else has written it.
-local function parse_entry(entry)
-  local fields = {}
-  for i = 1, #entry[2], 2 do fields[entry[2][i]] = entry[2][i + 1] end
-  return entry[1], fields.p, fields.t and parse_totals(fields.t), fields.c or ''
+-- A flat answer of names and values, as a table.
+local function named(flat)
+  local found = {}
+  for i = 1, #flat, 2 do found[flat[i]] = flat[i + 1] end
+  return found
 end
 
--- What stands before the first entry: everything up to there has been trimmed.
+-- The last id that the stream has given.
+local function find_end()
+  return named(redis.call('XINFO', 'STREAM', EVENTS))['last-generated-id']
+end
+
+-- What stands before all entries that are there.
 local function find_floor()
   local first = redis.call('XRANGE', EVENTS, '-', '+', 'COUNT', 1)[1]
-  if not first then
-    FLOOR, TRIMMED = LAST, TOTALS
-    return
-  end
-  local id, previous, totals = parse_entry(first)
-  FLOOR, TRIMMED = previous or before(id), totals or TRIMMED
+  return first and before(first[1]) or find_end()
 end
 
--- A head for entries whose own is lost.
-local function make_head()
-  LAST, TOTALS, FLOOR, TRIMMED = BEGINNING, {0, 0, 0}, BEGINNING, {0, 0, 0}
-  if not EXISTS then return end
-  local last = redis.call('XREVRANGE', EVENTS, '+', '-', 'COUNT', 1)[1]
-  if last then
-    local id, _, totals, content = parse_entry(last)
-    totals = totals or TOTALS
-    LAST, TOTALS = id, {totals[1] + 1, totals[2], totals[3] + #content}
+-- Sums of the sizes from one place to another, both inclusive, from 0.
+local function sum_sizes(from, to)
+  local events, bytes = 0, 0
+  for start = from, to, PAGE do
+    for _, size in ipairs(redis.call('LRANGE', SIZES, start, math.min(start + PAGE - 1, to))) do
+      local of_entry, bytes_of_entry = string.match(size, '^(%d+) (%d+)$')
+      events, bytes = events + (of_entry or 0), bytes + (bytes_of_entry or 0)
+    end
   end
-  find_floor()
+  return events, bytes
+end
+
+-- Take so many of the oldest sizes away: those of entries that have been dropped.
+local function forget_sizes(count)
+  if count == 0 then return end
+  local all = redis.call('LLEN', SIZES)
+  if 2 * count <= all then
+    local events, bytes = sum_sizes(0, count - 1)
+    EVENT_SUM, BYTE_SUM = math.max(0, EVENT_SUM - events), math.max(0, BYTE_SUM - bytes)
+  else
+    EVENT_SUM, BYTE_SUM = sum_sizes(count, all - 1)
+  end
+  redis.call('LTRIM', SIZES, count, -1)
+end
+
+local function save()
+  redis.call('HSET', META, 'v', MAJOR, 'events', string.format('%.0f', EVENT_SUM), 'bytes',
+    string.format('%.0f', BYTE_SUM), 'floor', FLOOR, 'breaks', string.format('%.0f', BREAKS), 'clock',
+    string.format('%.0f', CLOCK), 'seen', string.format('%.0f', SEEN))
+end
+
+-- Make all agree again, if somebody has changed by hand what only scripts drop.
+local function mend(has_version)
+  local sized = redis.call('LLEN', SIZES)
+  local is_whole = LENGTH == sized and (has_version or LENGTH == 0)
+  if not LENGTH then is_whole = sized == 0 and EVENT_SUM == 0 and BYTE_SUM == 0 and FLOOR == BEGINNING end
+  if is_whole then return end
+  BREAKS = BREAKS + 1
+  if not LENGTH then
+    redis.call('DEL', SIZES)
+    EVENT_SUM, BYTE_SUM, FLOOR = 0, 0, BEGINNING
+  else
+    if sized > LENGTH then redis.call('LTRIM', SIZES, sized - LENGTH, -1) end
+    local mean = string.format('%.0f %.0f', math.floor(EVENT_SUM / LENGTH), math.floor(BYTE_SUM / LENGTH))
+    for _ = sized + 1, LENGTH do redis.call('RPUSH', SIZES, mean) end
+    EVENT_SUM, BYTE_SUM = sum_sizes(0, LENGTH - 1)
+    FLOOR = find_floor()
+  end
+  save()
+end
+
+-- A server whose memory is full refuses a command that may take more only as a script's first write. Scripts
+-- that give memory back, or keep alive what would, must not be refused: they begin with this one.
+local function pass_when_full()
+  redis.call('ZREM', GROUPS, '')
 end
 
 -- Read the head. Answers what the script is to answer at once, or nil.
 local function open()
-  local head = redis.call('HMGET', META, 'v', 'last', 'totals', 'floor', 'trimmed', 'clock', 'seen')
+  local head = redis.call('HMGET', META, 'v', 'events', 'bytes', 'floor', 'breaks', 'clock', 'seen')
   if head[1] and string.match(head[1], '^%d+') ~= MAJOR then return {'schema', head[1]} end
-  EXISTS = redis.call('EXISTS', EVENTS) == 1
+  EVENT_SUM, BYTE_SUM = tonumber(head[2] or 0), tonumber(head[3] or 0)
+  FLOOR, BREAKS = head[4] or BEGINNING, tonumber(head[5] or 0)
   CLOCK, SEEN = tonumber(head[6] or 0), tonumber(head[7] or 0)
-  LAST, TOTALS, FLOOR, TRIMMED = head[2], parse_totals(head[3]), head[4], parse_totals(head[5])
-  if not LAST or not FLOOR then
-    make_head()
-  elseif not EXISTS then
-    FLOOR, TRIMMED = LAST, TOTALS
-  end
-end
-
-local function save()
-  redis.call('HSET', META, 'v', MAJOR, 'last', LAST, 'totals', format_totals(TOTALS), 'floor', FLOOR,
-    'trimmed', format_totals(TRIMMED), 'clock', string.format('%.0f', CLOCK), 'seen', string.format('%.0f', SEEN))
-end
-
--- Let the stream be there; ids go on behind those of one that was deleted, also if the clock was set back.
-local function restore()
-  if EXISTS or LAST == BEGINNING then return end
-  redis.call('XADD', EVENTS, LAST, 'c', '')
-  redis.call('XTRIM', EVENTS, 'MAXLEN', '=', 0)
+  LENGTH = redis.call('EXISTS', EVENTS) == 1 and redis.call('XLEN', EVENTS) or nil
+  pass_when_full()
+  mend(head[1])
 end
 
 local function time_ms()
@@ -122,36 +146,33 @@ local function advance()
   SEEN = now
 end
 
--- A server whose memory is full refuses a command that may take more only as a script's first write. Scripts
--- that give memory back, or keep alive what would, must not be refused: they begin with this one.
-local function pass_when_full()
-  redis.call('ZREM', GROUPS, '')
-end
-
--- The groups as the server has them: {name, position}. What a group has read and not acknowledged is behind
--- its position.
+-- The groups as the server has them: name, `position`, and `lag`, how many entries follow that. What a group has
+-- read and not acknowledged is behind its position. Servers before 7.0 count nothing, later ones not always:
+-- then as many may follow as there are.
 local function list_groups()
-  if not EXISTS then return {} end
+  if not LENGTH then return {} end
   local found = {}
   for _, flat in ipairs(redis.call('XINFO', 'GROUPS', EVENTS)) do
-    local group = {}
-    for i = 1, #flat, 2 do group[flat[i]] = flat[i + 1] end
-    local position = group['last-delivered-id']
-    if tonumber(group.pending) > 0 then
+    local group = named(flat)
+    local pending = tonumber(group.pending)
+    group.position = group['last-delivered-id']
+    group.lag = math.min(LENGTH, pending + (tonumber(group.lag) or LENGTH))
+    if pending > 0 then
       local first = redis.call('XPENDING', EVENTS, group.name)[2]
-      local entry = first and redis.call('XRANGE', EVENTS, first, first)[1]
-      local _, previous
-      if entry then _, previous = parse_entry(entry) end
-      if first then position = previous or before(first) end
+      if first then group.position = before(first) end
     end
-    found[#found + 1] = {group.name, position}
+    found[#found + 1] = group
   end
   return found
 end
 
--- Put a group at a position, with nothing pending.
+-- Put a group at a position (`$`: the end), with nothing pending; answers where that is.
 local function place(group, position)
-  if EXISTS then redis.call('XGROUP', 'DESTROY', EVENTS, group) end
+  if LENGTH then redis.call('XGROUP', 'DESTROY', EVENTS, group) end
   redis.call('XGROUP', 'CREATE', EVENTS, group, position, 'MKSTREAM')
   redis.call('ZADD', GROUPS, string.format('%.0f', CLOCK), group)
+  LENGTH = LENGTH or 0
+  for _, other in ipairs(list_groups()) do
+    if other.name == group then return other.position end
+  end
 end

@@ -8,31 +8,31 @@
 --          is recorded with it.
 local answer = open()
 if answer then return answer end
-if not EXISTS then return {'lost'} end
-pass_when_full()
+if not LENGTH then return {'lost'} end
 advance()
 
-local cut = is_before(ARGV[1], LAST) and ARGV[1] or LAST
-local removed = {}
-local known = {}
+local cut = ARGV[1]
+local removed, known = {}, {}
 for _, group in ipairs(list_groups()) do
-  local name, position = group[1], group[2]
-  known[name] = true
+  known[group.name] = true
   -- One that somebody made by hand is given the time of the others from now on.
-  redis.call('ZADD', GROUPS, 'NX', string.format('%.0f', CLOCK), name)
-  if CLOCK - redis.call('ZSCORE', GROUPS, name) > tonumber(ARGV[2]) then
-    redis.call('XGROUP', 'DESTROY', EVENTS, name)
-    redis.call('ZREM', GROUPS, name)
-    removed[#removed + 1] = name
-  elseif is_before(position, cut) then
-    cut = position
+  redis.call('ZADD', GROUPS, 'NX', string.format('%.0f', CLOCK), group.name)
+  if CLOCK - redis.call('ZSCORE', GROUPS, group.name) > tonumber(ARGV[2]) then
+    redis.call('XGROUP', 'DESTROY', EVENTS, group.name)
+    redis.call('ZREM', GROUPS, group.name)
+    removed[#removed + 1] = group.name
+  elseif is_before(group.position, cut) then
+    cut = group.position
   end
 end
 for _, name in ipairs(redis.call('ZRANGE', GROUPS, 0, -1)) do
   if not known[name] then redis.call('ZREM', GROUPS, name) end
 end
 
-redis.call('XTRIM', EVENTS, 'MINID', '=', behind(cut))
-find_floor()
+local dropped = redis.call('XTRIM', EVENTS, 'MINID', '=', behind(cut))
+if dropped > 0 then
+  forget_sizes(dropped)
+  FLOOR = dropped == LENGTH and find_end() or cut
+end
 save()
 return {'ok', FLOOR, unpack(removed)}

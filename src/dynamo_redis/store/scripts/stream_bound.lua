@@ -1,0 +1,47 @@
+-- Hold a stream under its ceiling.
+--
+-- KEYS     see stream_prelude
+-- ARGV[1]  most events the stream keeps
+-- ARGV[2]  most bytes of content it keeps
+-- ARGV[3]  ms after which an entry is dropped, or ''
+-- Answers  {'ok', floor}, or {'schema', found}
+-- Atomic:  the oldest entries are dropped, whoever has not read them, until what is left is a sixteenth below the
+--          ceiling, so that this is not done at each entry; the newest entry stays. The floor is recorded.
+local answer = open()
+if answer then return answer end
+if not LENGTH then return {'ok', FLOOR} end
+
+if ARGV[3] ~= '' then
+  local newest = before(string.format('%.0f-0', math.max(1, time_ms() - ARGV[3])))
+  local last = redis.call('XREVRANGE', EVENTS, newest, '-', 'COUNT', 1)[1]
+  if last then
+    FLOOR = last[1]
+    local dropped = redis.call('XTRIM', EVENTS, 'MINID', '=', behind(FLOOR))
+    forget_sizes(dropped)
+    LENGTH = LENGTH - dropped
+  end
+end
+
+local most_events, most_bytes = tonumber(ARGV[1]), tonumber(ARGV[2])
+if EVENT_SUM > most_events or BYTE_SUM > most_bytes then
+  local drop = 0
+  local events, bytes = EVENT_SUM, BYTE_SUM
+  local function is_over() return events > most_events * 15 / 16 or bytes > most_bytes * 15 / 16 end
+  while is_over() and drop < LENGTH - 1 do
+    for _, size in ipairs(redis.call('LRANGE', SIZES, drop, math.min(drop + PAGE, LENGTH - 1) - 1)) do
+      local of_entry, bytes_of_entry = string.match(size, '^(%d+) (%d+)$')
+      events, bytes, drop = events - (of_entry or 0), bytes - (bytes_of_entry or 0), drop + 1
+      if not is_over() then break end
+    end
+  end
+  if drop > 0 then
+    -- All but the last of them, to see which one that is; then that one, too.
+    redis.call('XTRIM', EVENTS, 'MAXLEN', '=', LENGTH - drop + 1)
+    FLOOR = redis.call('XRANGE', EVENTS, '-', '+', 'COUNT', 1)[1][1]
+    redis.call('XTRIM', EVENTS, 'MAXLEN', '=', LENGTH - drop)
+    redis.call('LTRIM', SIZES, drop, -1)
+    EVENT_SUM, BYTE_SUM = math.max(0, events), math.max(0, bytes)
+  end
+end
+save()
+return {'ok', FLOOR}
