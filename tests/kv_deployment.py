@@ -102,7 +102,10 @@ class SimulatedWorker:
 
     async def start(self) -> None:
         """Be found, and begin to send."""
-        dump = KvDump({each: rank.publisher for each, rank in zip(self.ids, self.ranks, strict=True)})
+        dump = KvDump(
+            {each: rank.publisher for each, rank in zip(self.ids, self.ranks, strict=True)},
+            event_plane=self.runtime.settings.events.event_plane,
+        )
 
         async def answer(request: Any) -> AsyncIterator[Any]:
             self.asked_count += 1
@@ -147,9 +150,11 @@ class Deployment:
         self._runtimes: dict[Indexer, DistributedRuntime] = {}
         self._started_count = 0
 
-    async def runtime(self, *, url: str | None = None, instance_id: int | None = None) -> DistributedRuntime:
+    async def runtime(
+        self, *, url: str | None = None, instance_id: int | None = None, **others: Any
+    ) -> DistributedRuntime:
         """One more process."""
-        settings = Settings.load(**{"redis_url": url or self._url, **self._settings})
+        settings = Settings.load(**{"redis_url": url or self._url, **self._settings, **others})
         if instance_id is None:
             runtime = DistributedRuntime(settings=settings)
         else:
@@ -166,11 +171,16 @@ class Deployment:
         return runtime
 
     async def worker(
-        self, *, url: str | None = None, instance_id: int | None = None, rank_count: int = 1
+        self,
+        *,
+        url: str | None = None,
+        instance_id: int | None = None,
+        rank_count: int = 1,
+        **settings: Any,
     ) -> SimulatedWorker:
         """One more worker."""
         self._started_count += 1
-        runtime = await self.runtime(url=url, instance_id=instance_id)
+        runtime = await self.runtime(url=url, instance_id=instance_id, **settings)
         worker = SimulatedWorker(runtime, self._started_count, rank_count)
         self.workers.append(worker)
         await worker.start()

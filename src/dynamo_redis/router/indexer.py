@@ -112,7 +112,7 @@ class Indexer:
         seconds at the latest, since what is missing then is made up for. Raises StoreError if the workers
         cannot be listed."""
         self._client = await self._runtime.endpoint(self._workers).client()
-        self._recovery = Recovery(self._ledger, self._client)
+        self._recovery = Recovery(self._ledger, self._client, self._mode)
         self._members = Members(self._ledger, self._recovery, self._client)
         self._members.start()
         self._spawn(self._follow(), "follow KV events")

@@ -1,7 +1,8 @@
 """The endpoint `kv_dump`: a worker tells a router what it has missed, or everything.
 
     request  {"have": [[epoch, dp_rank, next_sequence], …]}   what the caller has applied of this instance
-    answer   for each rank {"epoch", "dp_rank", "kind", "next_sequence"}, and then any number of {"batch": …}
+    answer   for each rank {"epoch", "dp_rank", "kind", "next_sequence", "event_plane"}, and then any number
+             of {"batch": …}
 
 A `range` goes on at the caller's `next_sequence`. A `dump` is the rank's blocks, to be applied to an emptied
 worker; its batches all bear the rank's `next_sequence`. Either way the caller has then applied all before
@@ -30,8 +31,10 @@ _BATCH_BLOCK_COUNT: Final = 4096
 class KvDump:
     """The endpoint of one instance, for the ranks that are in `ranks` when it is asked."""
 
-    def __init__(self, ranks: Mapping[PublisherId, KvPublisher]) -> None:
+    def __init__(self, ranks: Mapping[PublisherId, KvPublisher], *, event_plane: str = "stream") -> None:
+        """`event_plane` is how the ranks' events are sent."""
         self._ranks = ranks
+        self._event_plane = event_plane
 
     async def generate(self, request: Any) -> AsyncGenerator[dict[str, Any], None]:
         """Answer in pieces of some 32 KiB, one a turn of the loop. Raises InvalidRequest."""
@@ -43,6 +46,7 @@ class KvDump:
                 "dp_rank": publisher_id.dp_rank,
                 "kind": kind,
                 "next_sequence": rank.next_sequence,
+                "event_plane": self._event_plane,
             }
             for batch in batches:
                 await asyncio.sleep(0)

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import random
 import time
-from typing import Final
+from typing import Any, Final
 
 from dynamo_redis.errors import PlaneError, SchemaMismatch
 from dynamo_redis.router.ledger import Answer, Ledger
@@ -45,13 +45,16 @@ class Recovery:
     They end with an answer, by `forget`, or all by `aclose`.
     """
 
-    def __init__(self, ledger: Ledger, client: Client) -> None:
+    def __init__(self, ledger: Ledger, client: Client, event_plane: str) -> None:
+        """`event_plane` is the one that is followed: a worker that sends its events by another is taken to
+        hold nothing, since nothing would be heard of it after its answer."""
         self.recovered_count = 0
         """Asks that were answered."""
         self.failed_count = 0
         """Asks that were not."""
         self._ledger = ledger
         self._client = client
+        self._event_plane = event_plane
         self._slots = asyncio.Semaphore(ASKS_AT_ONCE_COUNT)
         self._retry_slots = asyncio.Semaphore(RETRIES_AT_ONCE_COUNT)
         self._tasks: dict[int, asyncio.Task[None]] = {}
@@ -181,11 +184,20 @@ class Recovery:
             async with call:
                 began_at = time.monotonic()
                 async for item in call:
+                    self._check_plane(item)
                     answer.take(item)
                     if time.monotonic() - began_at > SLICE_S:
                         await asyncio.sleep(0)
                         began_at = time.monotonic()
                     deadline.reschedule(loop.time() + ANSWER_S)
+
+    def _check_plane(self, item: Any) -> None:
+        theirs = item.get("event_plane") if isinstance(item, dict) else None
+        if theirs not in (None, self._event_plane):
+            raise ValueError(
+                f"it publishes by {theirs}, but this router follows by {self._event_plane}:"
+                " set DYN_EVENT_PLANE alike"
+            )
 
     def _note_idle(self) -> None:
         if not self._tasks and self._doubt is None:

@@ -28,8 +28,8 @@ log = logging.getLogger(__name__)
 SNAPSHOT_BUCKET: Final = "kv_snapshots"
 CHECK_S: Final = 0.5
 SPACING_S: Final = 30.0
-"""Shortest time between two snapshots, whatever the events: Redis keeps a replaced one for ten minutes, for those
-who read it, so that twenty of them are there at most."""
+"""Shortest time between two snapshots, whatever the events: Redis keeps a replaced one for ten minutes, for
+those who read it, so that twenty of them are there at most."""
 
 RETRY_S: Final = 5.0
 """Pause, jittered, after a snapshot that could not be stored, or that somebody else is storing."""

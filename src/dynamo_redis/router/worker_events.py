@@ -76,7 +76,8 @@ class WorkerEvents:
                 name = EndpointName(self._stream.namespace, self._stream.component, KV_DUMP)
                 # Whoever asks a worker that goes away has no use for the rest of the answer.
                 self._served = await self._runtime.endpoint(str(name)).start_serving(
-                    KvDump(self._ranks).generate, graceful_shutdown=False
+                    KvDump(self._ranks, event_plane=self._settings.event_plane).generate,
+                    graceful_shutdown=False,
                 )
         return self
 

@@ -68,6 +68,17 @@ async def test_who_does_not_answer_keeps_nobody_from_being_asked(
     await wait_until(lambda: held(router) == other.truth(), "the other has answered")
 
 
+async def test_a_worker_of_another_event_plane_is_named_and_taken_to_hold_nothing(
+    deployed: Deployment, caplog: pytest.LogCaptureFixture
+) -> None:
+    await deployed.worker(event_plane="pubsub")
+    worker = await deployed.worker()
+    deployed.chat(10)
+    router = await deployed.router()
+    await wait_until(lambda: "set DYN_EVENT_PLANE alike" in caplog.text, "it says so")
+    assert held(router) == worker.truth()
+
+
 async def test_a_state_is_plain_values(deployed: Deployment) -> None:
     await deployed.worker()
     deployed.chat(10)

@@ -32,13 +32,17 @@ def _of(item: dict[str, Any]) -> tuple[EventBatch, list[KvEvent]]:
     return batch, read_kv_events(batch.events)
 
 
+def _place(header: dict[str, Any]) -> tuple[int, int, str, int]:
+    return header["epoch"], header["dp_rank"], header["kind"], header["next_sequence"]
+
+
 async def test_a_rank_that_changes_meanwhile_is_told_as_it_was() -> None:
     rank = KvPublisher(None, block_size=1)
     rank.stored(range(COUNT), range(COUNT), None)
     then = set(rank.blocks())
     answer = KvDump({ME: rank}).generate({"have": []})
     header = await anext(answer)
-    assert header == {"epoch": 8, "dp_rank": 0, "kind": "dump", "next_sequence": 1}
+    assert header == {"epoch": 8, "dp_rank": 0, "kind": "dump", "next_sequence": 1, "event_plane": "stream"}
     held: set[int] = set()
     number = 0
     rank.removed([5])
@@ -63,7 +67,13 @@ async def test_a_range_goes_on_where_the_caller_is() -> None:
         rank.stored([number], [number], None)
     have = [[8, 0, 10], [8, 1, 3], [9, 0, 5]]
     header, *items = [item async for item in KvDump({ME: rank}).generate({"have": have})]
-    assert header == {"epoch": 8, "dp_rank": 0, "kind": "range", "next_sequence": 600}
+    assert header == {
+        "epoch": 8,
+        "dp_rank": 0,
+        "kind": "range",
+        "next_sequence": 600,
+        "event_plane": "stream",
+    }
     expected = 10
     for item in items:
         batch, _ = _of(item)
@@ -76,7 +86,7 @@ async def test_who_has_all_is_told_so() -> None:
     rank = KvPublisher(None, block_size=1)
     rank.stored([1], [1], None)
     items = [item async for item in KvDump({ME: rank}).generate({"have": [[8, 0, 1]]})]
-    assert items == [{"epoch": 8, "dp_rank": 0, "kind": "range", "next_sequence": 1}]
+    assert items == [{"epoch": 8, "dp_rank": 0, "kind": "range", "next_sequence": 1, "event_plane": "stream"}]
 
 
 @pytest.mark.parametrize("next_sequence", [-1, 2, 1 << 70])
