@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import random
 import resource
 import sys
@@ -215,6 +216,7 @@ async def _main() -> None:
     options.add_argument("--seconds", type=float, default=60.0)
     options.add_argument("--seed", type=int, default=int(time.time()))
     chosen = options.parse_args()
+    logging.disable(logging.CRITICAL)  # of which there is plenty to say
     sys.stdout.write(f"seed {chosen.seed}\n")
     with tempfile.TemporaryDirectory() as directory:
         async with EmbeddedServer(Path(directory), port=0) as server:
