@@ -330,6 +330,7 @@ class OpenAIEngine:
                 await self._look_at_metrics()
 
     async def _look_at_health(self) -> bool:
+        refused = False
         try:
             status = await self._health_status()
         except PlaneError as exc:
@@ -343,6 +344,8 @@ class OpenAIEngine:
             self._up.set()
             self._down.clear()
         elif self._silent_count >= _SILENCES:
+            if refused and self._up.is_set() and self.relay is not None:
+                self.relay.forget("nobody listens at the engine's address")  # its cache went with it
             self._down.set()
             self._up.clear()
         return up

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any, Final
 from urllib.parse import urlsplit
 
 import aiohttp
+from aiohttp.connector import AddrInfoType
 
 from dynamo_redis.engines.openai_wire import DONE, SseReader, refusal
 from dynamo_redis.errors import CannotConnect, ConnectionLost, Draining, RequestCancelled
@@ -20,6 +22,9 @@ _END_S: Final = 0.1
 
 _IDLE_CONNECTION_S: Final = 2.0
 """Shorter than the 5 s after which uvicorn, which most engines run on, closes an idle connection."""
+
+_KEEPALIVE: Final = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3}
+"""Seconds, seconds, probes: a host that is gone is noticed within 11 s."""
 
 
 class EngineHttp:
@@ -38,7 +43,9 @@ class EngineHttp:
     def _opened(self) -> aiohttp.ClientSession:
         if self._session is None:
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_CONNECTION_S),
+                connector=aiohttp.TCPConnector(
+                    limit=0, keepalive_timeout=_IDLE_CONNECTION_S, socket_factory=_open_socket
+                ),
                 headers=self._headers,
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._connect_timeout_s),
                 raise_for_status=False,
@@ -117,6 +124,18 @@ class Completion:
             if self._closed:
                 raise RequestCancelled("the request was cancelled") from exc
             raise ConnectionLost(f"the connection to the engine broke: {exc!r}") from exc
+
+
+def _open_socket(address: AddrInfoType) -> socket.socket:
+    """A socket that notices when the engine's host is gone: there is no limit to how long an answer takes, so
+    nothing else would."""
+    family, kind, protocol, *_ = address
+    opened = socket.socket(family, kind, protocol)
+    opened.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _KEEPALIVE.items():
+        if hasattr(socket, name):
+            opened.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    return opened
 
 
 async def _read_to_end(response: aiohttp.ClientResponse) -> None:

@@ -73,6 +73,11 @@ class EventRelay:
             task.add_done_callback(_report_failure)
             self._tasks.append(task)
 
+    def forget(self, why: str) -> None:
+        """What the engine said so far counts no more: its process is known to have ended."""
+        for relay in self.ranks:
+            relay.begin_anew("restart", why)
+
     async def aclose(self) -> None:
         """Stop. Idempotent."""
         for task in self._tasks:
@@ -164,14 +169,14 @@ class RankRelay:
         try:
             sequence, payload = split_message(frames)
         except ValueError as exc:
-            self._begin_anew("malformed", str(exc))
+            self.begin_anew("malformed", str(exc))
             return
         self.counts["message"] += 1
         if self._next is not None and sequence < self._next:
             if self._replayed.pop(sequence, None) == hash(payload):
                 self.counts["repeated"] += 1
                 return
-            self._begin_anew("restart", "the engine has restarted")
+            self.begin_anew("restart", "the engine has restarted")
         if sequence != (self._next or 0):
             await self._fill_gap(sequence)
             if self._replayed.pop(sequence, None) == hash(payload):
@@ -186,7 +191,7 @@ class RankRelay:
         self.counts["gap"] += first is not None
         await self._catch_up()
         if first is not None and self._next is not None and self._next < sequence:
-            self._begin_anew("lost", f"messages {self._next} to {sequence - 1} are lost")
+            self.begin_anew("lost", f"messages {self._next} to {sequence - 1} are lost")
 
     def _apply(self, sequence: int, payload: bytes) -> None:
         self._next = sequence + 1
@@ -194,7 +199,7 @@ class RankRelay:
         try:
             batch = decode_batch(payload)
         except ValueError as exc:
-            self._begin_anew("malformed", str(exc))
+            self.begin_anew("malformed", str(exc))
             self._next = sequence + 1
             return
         self.counts.update(batch.left_out)
@@ -216,7 +221,7 @@ class RankRelay:
                 case Cleared():
                     self._publisher.cleared()
 
-    def _begin_anew(self, reason: str, what: str) -> None:
+    def begin_anew(self, reason: str, what: str) -> None:
         """Nothing that the engine said so far counts."""
         self.counts[reason] += 1
         self._next = None
@@ -252,9 +257,9 @@ class RankRelay:
             async for sequence, payload in messages:
                 if known and not seen and (sequence, hash(payload)) != known:
                     if sequence == known[0]:
-                        self._begin_anew("restart", "the engine has restarted")
+                        self.begin_anew("restart", "the engine has restarted")
                         return False
-                    self._begin_anew("lost", f"messages {known[0] + 1} to {sequence - 1} are lost")
+                    self.begin_anew("lost", f"messages {known[0] + 1} to {sequence - 1} are lost")
                 seen = True
                 if self._next is not None and sequence > self._next:
                     return False
@@ -266,7 +271,7 @@ class RankRelay:
                     await asyncio.sleep(0)
         if known and not seen and not self._verified:
             self._verified = True
-            self._begin_anew("restart", "the engine has restarted")
+            self.begin_anew("restart", "the engine has restarted")
             return False
         self._verified = True
         return True

@@ -271,11 +271,33 @@ async def test_what_is_relayed_is_what_the_engine_holds() -> None:
 
 
 @asynccontextmanager
-async def following(server: TestEngine) -> AsyncIterator[tuple[OpenAIEngine, KvPublisher]]:
+async def following(
+    server: TestEngine, *, replay: bool = True
+) -> AsyncIterator[tuple[OpenAIEngine, KvPublisher]]:
     """An engine whose KV events are relayed to that publisher."""
     events, publisher = server.events[0], KvPublisher(None, block_size=4)
+    replay_endpoint = events.replay_endpoint if replay else None
     async with engine_at(
-        server, kv_events_endpoint=events.endpoint, kv_replay_endpoint=events.replay_endpoint
+        server, kv_events_endpoint=events.endpoint, kv_replay_endpoint=replay_endpoint
     ) as engine:
         engine.follow([publisher])
         yield engine, publisher
+
+
+async def test_the_cache_of_an_engine_that_is_gone_is_forgotten_at_once() -> None:
+    """Without a replay socket nothing but its next start's first message would tell."""
+    async with running_engine(block_size=4) as server, following(server, replay=False) as pair:
+        engine, publisher = pair
+        async with asyncio.timeout(20):
+            while not publisher.block_count:  # the subscription takes effect some time after it is made
+                await engine.clear_kv_blocks()
+                await answer(engine, request())
+        await server.stop()
+        await until(lambda: not publisher.block_count)
+
+
+async def test_prompts_go_as_text_where_that_is_wanted() -> None:
+    async with running_engine() as server, engine_at(server, engine_prompt="text") as engine:
+        prompt = server.tokenizer.encode("<|im_start|>user").ids
+        await answer(engine, request(token_ids=prompt))
+        assert server.requests[0]["prompt"] == "<|im_start|>user"
