@@ -32,10 +32,6 @@ def _of(item: dict[str, Any]) -> tuple[EventBatch, list[KvEvent]]:
     return batch, read_kv_events(batch.events)
 
 
-def _place(header: dict[str, Any]) -> tuple[int, int, str, int]:
-    return header["epoch"], header["dp_rank"], header["kind"], header["next_sequence"]
-
-
 async def test_a_rank_that_changes_meanwhile_is_told_as_it_was() -> None:
     rank = KvPublisher(None, block_size=1)
     rank.stored(range(COUNT), range(COUNT), None)
