@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -101,19 +102,19 @@ class KvEventServer:
             await self._router.send_multipart([client, b"", END_OF_REPLAY, b""])
 
 
-def _bind(socket: Any, port: int) -> int:
+def _bind(zmq_socket: Any, port: int) -> int:
     if port:
         deadline = time.monotonic() + 10
         while True:
             try:
-                socket.bind(f"tcp://127.0.0.1:{port}")
+                zmq_socket.bind(f"tcp://127.0.0.1:{port}")
             except zmq.ZMQError:  # the socket before is closed a moment after `close`
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.005)
             else:
                 return port
-    return int(socket.bind_to_random_port("tcp://127.0.0.1"))
+    return int(zmq_socket.bind_to_random_port("tcp://127.0.0.1"))
 
 
 def block_stored(
@@ -138,3 +139,16 @@ def block_removed(hashes: Sequence[int | bytes]) -> dict[str, Any]:
 
 
 ALL_CLEARED = {"type": "AllBlocksCleared"}
+
+
+def neighbouring_ports() -> tuple[int, int]:
+    """Two free ports, one after the other."""
+    while True:
+        with socket.socket() as first, socket.socket() as second:
+            first.bind(("127.0.0.1", 0))
+            port = first.getsockname()[1]
+            try:
+                second.bind(("127.0.0.1", port + 1))
+            except OSError:
+                continue
+            return port, port + 1

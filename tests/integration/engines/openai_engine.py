@@ -51,10 +51,12 @@ class TestEngine:
         return f"http://127.0.0.1:{self.http_port}"
 
     async def start(self, *, http_port: int = 0, event_port: int = 0, replay_port: int = 0) -> None:
-        """Serve; the ports of an engine before it make this its restart."""
+        """Serve; the ports of an engine before it make this its restart. Each rank publishes at the port
+        after its predecessor's."""
         await self.mock.start()
         for rank in self.mock.ranks:
-            server = KvEventServer(port=event_port, replay_port=replay_port, dp_rank=rank.dp_rank)
+            port = event_port and event_port + rank.dp_rank
+            server = KvEventServer(port=port, replay_port=replay_port, dp_rank=rank.dp_rank)
             self.events.append(server)
             rank.cache.events = _publish_to(server)
         app = web.Application(client_max_size=64 << 20)

@@ -25,6 +25,7 @@ from dynamo_redis.planes.context import Context
 from dynamo_redis.router.kv_publisher import KvPublisher
 from dynamo_redis.runtime.llm_protocol import GenerateItem, GenerateRequest
 from dynamo_redis.runtime.model_files import read_model_directory
+from tests.integration.engines.kv_event_server import neighbouring_ports
 from tests.integration.engines.openai_engine import MODEL_NAME, TestEngine, restarted, running_engine
 
 PROMPT = list(range(100, 164))
@@ -301,3 +302,31 @@ async def test_prompts_go_as_text_where_that_is_wanted() -> None:
         prompt = server.tokenizer.encode("<|im_start|>user").ids
         await answer(engine, request(token_ids=prompt))
         assert server.requests[0]["prompt"] == "<|im_start|>user"
+
+
+async def test_each_rank_reports_its_own_cache() -> None:
+    server = TestEngine(block_size=4, data_parallel_size=2)
+    try:
+        await server.start(event_port=neighbouring_ports()[0])
+        settings: dict[str, Any] = {
+            "engine_data_parallel_size": 2,
+            "kv_events_endpoint": server.events[0].endpoint,
+        }
+        async with engine_at(server, **settings) as engine:
+            publishers = [KvPublisher(None, block_size=4, dp_rank=rank) for rank in range(2)]
+            engine.follow(publishers)
+            caches = [rank.cache for rank in server.mock.ranks]
+            async with asyncio.timeout(20):
+                while not all(publisher.block_count for publisher in publishers):
+                    await engine.clear_kv_blocks()  # what was said before the subscription took effect
+                    for rank in range(2):
+                        await answer(engine, request(token_ids=list(range(30 + rank)), dp_rank=rank))
+            await until(
+                lambda: (
+                    [set(publisher.blocks()) for publisher in publishers]
+                    == [cache.stored() for cache in caches]
+                )
+            )
+            await until(lambda: len(engine.loads()) == 2)
+    finally:
+        await server.stop()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -19,6 +18,7 @@ from tests.integration.engines.kv_event_server import (
     KvEventServer,
     block_removed,
     block_stored,
+    neighbouring_ports,
 )
 
 BLOCK_SIZE = 4
@@ -230,19 +230,6 @@ async def test_an_engine_that_is_reached_again_is_the_same() -> None:
         await joined(engine, rank)
         await until(lambda: set(publisher.blocks()) == names(1, 2))
         assert not cleared_count(publisher)
-
-
-def neighbouring_ports() -> tuple[int, int]:
-    """Two free ports, one after the other."""
-    while True:
-        with socket.socket() as first, socket.socket() as second:
-            first.bind(("127.0.0.1", 0))
-            port = first.getsockname()[1]
-            try:
-                second.bind(("127.0.0.1", port + 1))
-            except OSError:
-                continue
-            return port, port + 1
 
 
 async def test_each_rank_is_followed_at_its_own_port() -> None:
