@@ -3,7 +3,8 @@
 Every chat begins with one of a few system prompts, which every worker that serves one of its chats holds.
 Each turn brings the blocks of a new message as one event, then the answer's blocks one by one, as engines
 that decode do. Some turns go to another worker, which takes in the whole chat. A worker that is full gives
-up the chat that it has not served for longest. Equal seeds give equal chats in every process.
+up the chat that it has not served for longest, from its end on, and says so block by block, as engines do.
+Equal seeds give equal chats in every process.
 
 Standard library only: rivals import it in their own environments.
 """
@@ -26,7 +27,7 @@ DOCUMENT_READERS = 3
 
 WORKERS = 64
 CAPACITY_BLOCKS = 5000
-SAID_BLOCKS = 300_000
+SAID_BLOCKS = 600_000
 PROMPTS = 256
 PROMPT_BLOCKS = 64
 DOCUMENTS = 32
@@ -138,7 +139,8 @@ class Chats:
             end = cache.chats.pop(oldest)
             given_up = self.chats[oldest].blocks[SYSTEM_BLOCKS:end]
             cache.count -= len(given_up)
-            yield Event(worker, False, None, given_up[::-1])
+            for block in reversed(given_up):
+                yield Event(worker, False, None, [block])
 
     def _choose(self, cache: _Cache) -> int:
         chance = self._rng.random()
