@@ -47,6 +47,7 @@ class Options:
     replicas: Sequence[int]
     arrivals: Sequence[Arrivals]
     faults: Sequence[Fault]
+    given_requests: int
     given_speedup: float
     results: Path
     plot: bool
@@ -55,8 +56,10 @@ class Options:
 
     def plan(self, arrivals: Arrivals, mode: Mode = "kv", replicas: int = 1) -> Plan:
         """One run's plan."""
-        speedup = self.given_speedup if arrivals == "given" else self.base.speedup
-        return replace(self.base, arrivals=arrivals, mode=mode, replicas=replicas, speedup=speedup)
+        plan = replace(self.base, arrivals=arrivals, mode=mode, replicas=replicas)
+        if arrivals == "given":
+            return replace(plan, speedup=self.given_speedup, requests=self.given_requests)
+        return plan
 
     @property
     def runs(self) -> list[tuple[Plan, Fault | None]]:
@@ -75,8 +78,13 @@ def main(arguments: Sequence[str] | None = None) -> list[Entry]:
     """Run what the command line asks for; answers the rows."""
     options = parse(arguments)
     trace = options.base.load_trace()
-    options = replace(options, base=replace(options.base, requests=len(trace.requests)))
-    print(f"trace {trace.name}, the first {options.base.requests} requests", flush=True)
+    count = len(trace.requests)
+    options = replace(
+        options,
+        base=replace(options.base, requests=count),
+        given_requests=min(options.given_requests, count),
+    )
+    print(f"trace {trace.name}", flush=True)
     entries = [_reference(options.plan(arrivals), trace.name) for arrivals in options.arrivals]
     if options.simulated:
         entries += [
@@ -142,8 +150,8 @@ def _title(plan: Plan, fault: Fault | None) -> str:
 def _conditions(options: Options) -> list[str]:
     plan = options.base
     return [
-        f"{plan.requests} requests to {plan.workers} mock workers with {plan.kv_blocks} blocks of 512 tokens",
-        "a worker reads 10,000 prompt tokens a second; a step takes 64 ms, for every fourth token",
+        f"the first {plan.requests} requests (as given: {options.given_requests}) to {plan.workers} mock workers",
+        f"a worker holds {plan.kv_blocks} blocks of 512 tokens, and reads 10,000 prompt tokens a second",
         f"times are the trace's, sped up {plan.speedup:g} times (as given: {options.given_speedup:g} times)",
         "hit rate: prompt tokens found in caches; balance: prompt tokens read, most loaded worker ÷ mean",
         "wrong: of the tokens that a router thought cached, those that were not, some evicted in between",
@@ -182,7 +190,12 @@ def parse(arguments: Sequence[str] | None) -> Options:
     )
     add = parser.add_argument
     add("--trace", type=Path, metavar="FILE", help="JSON lines as Mooncake's, plain or .gz")
-    add("--requests", type=rounds_count, default=2500, help="the first so many of the trace [2500]")
+    add(
+        "--requests",
+        type=rounds_count,
+        default=2500,
+        help="the first so many of the trace, for poisson [2500]",
+    )
     add(
         "--modes",
         type=_several(_one_of(*get_args(Mode))),
@@ -212,7 +225,8 @@ def parse(arguments: Sequence[str] | None) -> Options:
     add("--workers", type=rounds_count, default=16, help="mock workers [16]")
     add("--kv-blocks", type=rounds_count, default=2048, help="blocks in each worker's cache [2048]")
     add("--speedup", type=length_s, default=10.0, help="trace seconds a second, for poisson [10]")
-    add("--given-speedup", type=length_s, default=30.0, help="the same for given [30]")
+    add("--given-requests", type=rounds_count, help="the same for given [half as many]")
+    add("--given-speedup", type=length_s, default=15.0, help="the same for given [15]")
     add("--seed", type=int, default=1, help="of arrivals and of a made-up trace [1]")
     add("--results", type=Path, default=PATH, metavar="FILE", help="where the figures go")
     add(
@@ -246,6 +260,7 @@ def parse(arguments: Sequence[str] | None) -> Options:
         replicas=given.replicas,
         arrivals=given.arrivals,
         faults=given.faults,
+        given_requests=given.given_requests or -(-given.requests // 2),
         given_speedup=given.given_speedup,
         results=given.results,
         plot=not given.no_plot,
