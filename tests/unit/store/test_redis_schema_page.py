@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from dynamo_redis.store.base import LeaseId
+from dynamo_redis.store.event_base import GROUP_TTL_S, StreamName
 from dynamo_redis.store.keys import SCHEMA_VERSION, STRUCTURES, RegistryKeys
 from dynamo_redis.store.scripts import load_script
+from dynamo_redis.store.stream_keys import StreamKeys
 
 
 @pytest.fixture
@@ -21,8 +23,12 @@ def section(page: str, title: str) -> str:
     return re.split(rf"^## {title}$", page, flags=re.MULTILINE)[1].split("\n## ")[0]
 
 
-def fields_of(page: str, key: str) -> list[str]:
-    table = page.split(f"**`{key}`")[1].split("| field | holds |")[1].split("\n\n")[0]
+def fields_of(page: str, key: str, of_what: str = "") -> list[str]:
+    table = (
+        page.split(f"**`{key}`{' ' * bool(of_what)}{of_what}")[1]
+        .split("| field | holds |")[1]
+        .split("\n\n")[0]
+    )
     return re.findall(r"^\| `(\w+)` \|", table, flags=re.MULTILINE)
 
 
@@ -67,3 +73,20 @@ def test_scripts_get_the_structures_in_the_order_they_name_them() -> None:
     names = re.search(r"^local (META.*?) = KEYS\[1\]", prelude(), flags=re.MULTILINE)
     assert names is not None
     assert [name.lower() for name in names[1].split(", ")] == list(STRUCTURES)
+
+
+def test_every_key_of_an_event_stream_is_described_and_no_other(page: str) -> None:
+    keys = StreamKeys("dynamo", StreamName("dynamo", "backend", "kv_events"))
+    assert keys.tag in page
+    described = re.findall(r"^\| \*tag\*`(:\w+)` \|", section(page, "Event streams"), flags=re.MULTILINE)
+    assert sorted(keys.tag + name for name in described) == sorted(keys.all)
+
+
+def test_the_fields_of_a_stream_s_head_are_those_the_scripts_use(page: str) -> None:
+    script = load_script("stream_prelude").source
+    used = re.search(r"'HMGET', META, (.*?)\)", script)
+    assert used is not None
+    assert fields_of(page, ":meta", "of a stream") == re.findall(r"'(\w+)'", used[1])
+    assert "local MAX_STEP_MS = 10000" in script
+    assert "never by more than 10 s" in section(page, "Event streams")
+    assert f"silent for {3 * GROUP_TTL_S:g} s" in section(page, "Event streams")

@@ -6,7 +6,8 @@
 -- ARGV[3]  ms after which an entry is dropped, or ''
 -- Answers  {'ok', floor}, or {'schema', found}
 -- Atomic:  the oldest entries are dropped, whoever has not read them, until what is left is a sixteenth below the
---          ceiling, so that this is not done at each entry; the newest entry stays. The floor is recorded.
+--          ceiling, so that this is not done at each entry; the newest entry stays. The floor is recorded. A
+--          stream whose entries live for a time ends with its last one.
 local answer = open()
 if answer then return answer end
 if not LENGTH then return {'ok', FLOOR} end
@@ -44,4 +45,7 @@ if EVENT_SUM > most_events or BYTE_SUM > most_bytes then
   end
 end
 save()
+if ARGV[3] ~= '' then
+  for _, key in ipairs(KEYS) do redis.call('PEXPIRE', key, 2 * ARGV[3]) end
+end
 return {'ok', FLOOR}

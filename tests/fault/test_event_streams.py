@@ -1,0 +1,170 @@
+"""Publishers and readers of event streams while answers are lost, connections break and servers forget."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from typing import Any
+
+import anyio
+import pytest
+
+from dynamo_redis.config import EventSettings
+from dynamo_redis.errors import StoreUnavailable, StreamLost, StreamTrimmed
+from dynamo_redis.planes.event_publisher import EventPublisher
+from dynamo_redis.store.client import RedisClient
+from dynamo_redis.store.event_base import BEGINNING, EventGroup, StreamName
+from dynamo_redis.store.server import EmbeddedServer
+from dynamo_redis.store.streams import RedisEventStreams
+from dynamo_redis.wire.event import EventBatch, PublisherId
+from faults.proxy import Conditions, Proxy
+
+STREAM = StreamName("dynamo", "backend", "kv_events")
+PUBLISHER = PublisherId(1, 2, 0)
+NO_ANSWERS = Conditions(swallow_answers=True)
+WAIT_S = 30.0
+
+
+class Reader:
+    """Follows a group as a router does: each event once, in order; what is missing is a gap."""
+
+    def __init__(self, group: EventGroup) -> None:
+        self.applied: list[Any] = []
+        self.next_sequence = 0
+        self.duplicate_count = 0
+        self.missed: list[int] = []
+        self.begun_count = 0
+        self._group = group
+
+    async def run(self) -> None:
+        while True:
+            try:
+                entries = await self._group.read(count=64, block_s=0.2)
+            except StoreUnavailable:
+                continue
+            except (StreamLost, StreamTrimmed):
+                with suppress(StoreUnavailable):
+                    await self._group.create()
+                    await self._group.seek(BEGINNING)
+                    self.begun_count += 1
+                continue
+            for entry in entries:
+                self._apply(EventBatch.from_bytes(entry.content))
+            await self._group.acknowledge([entry.entry_id for entry in entries])
+
+    def _apply(self, batch: EventBatch) -> None:
+        self.missed += range(self.next_sequence, batch.first_sequence)
+        self.next_sequence = max(self.next_sequence, batch.first_sequence)
+        new = batch.events[self.next_sequence - batch.first_sequence :]
+        self.duplicate_count += len(batch.events) - len(new)
+        self.applied += new
+        self.next_sequence = max(self.next_sequence, batch.next_sequence)
+
+
+@pytest.fixture
+async def proxy(own_redis_server: EmbeddedServer) -> AsyncIterator[Proxy]:
+    async with Proxy(own_redis_server.url) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+async def publisher(proxy: Proxy) -> AsyncIterator[EventPublisher]:
+    """One whose connection passes through the proxy; with a short queue."""
+    settings = EventSettings(event_queue_count=400, event_batch_count=10, event_linger_s=0.0)
+    streams = RedisEventStreams(RedisClient(proxy.url, timeout_s=0.2), "dynamo", settings)
+    made = EventPublisher(streams, STREAM, PUBLISHER, settings)
+    await made.start()
+    yield made
+    await made.aclose()
+    await streams.aclose()
+
+
+@pytest.fixture
+async def reader(own_redis_server: EmbeddedServer) -> AsyncIterator[Reader]:
+    """One with a connection of its own, that reads until the test ends."""
+    client = RedisClient(own_redis_server.url, timeout_s=0.5)
+    streams = RedisEventStreams(client, "dynamo", EventSettings())
+    group = streams.group(STREAM, "router")
+    await group.create()
+    made = Reader(group)
+    task = asyncio.create_task(made.run())
+    yield made
+    task.cancel()
+    await asyncio.wait([task])
+    await group.aclose()
+    await streams.aclose()
+
+
+async def until(condition: Callable[[], object]) -> None:
+    with anyio.fail_after(WAIT_S):
+        while not condition():
+            await anyio.sleep(0.005)
+
+
+async def test_a_reader_is_exact_whatever_is_lost_on_the_way(
+    proxy: Proxy, publisher: EventPublisher, reader: Reader
+) -> None:
+    for number in range(2000):
+        publisher.publish(number)
+        if number % 400 == 200:
+            proxy.conditions = NO_ANSWERS  # what is sent now is stored, and sent again
+            await until(lambda: proxy.has_swallowed)
+        if number % 400 == 399:
+            proxy.heal()
+        if number % 50 == 0:
+            await anyio.sleep(0.001)
+    proxy.conditions = NO_ANSWERS
+    for number in range(2000, 3000):  # more than the queue holds
+        publisher.publish(number)
+    proxy.heal()
+    await until(lambda: reader.next_sequence == 3000)
+    assert reader.duplicate_count > 0
+    assert publisher.left_out_count == len(reader.missed) > 0
+    assert reader.applied == [number for number in range(3000) if number not in set(reader.missed)]
+
+
+async def test_a_reader_whose_connection_breaks_misses_nothing(
+    own_redis_server: EmbeddedServer, proxy: Proxy
+) -> None:
+    direct = RedisEventStreams(RedisClient(own_redis_server.url, timeout_s=3.0), "dynamo", EventSettings())
+    through = RedisEventStreams(RedisClient(proxy.url, timeout_s=0.2), "dynamo", EventSettings())
+    settings = EventSettings(event_linger_s=0.0, event_batch_count=10)
+    publisher = EventPublisher(direct, STREAM, PUBLISHER, settings)
+    group = through.group(STREAM, "router")
+    await group.create()
+    reader = Reader(group)
+    task = asyncio.create_task(reader.run())
+    await publisher.start()
+    for number in range(1000):
+        publisher.publish(number)
+        if number % 250 == 50:
+            proxy.conditions = NO_ANSWERS  # entries are handed out and never arrive
+        if number % 250 == 150:
+            proxy.heal()
+        if number % 10 == 0:
+            await anyio.sleep(0.001)
+    proxy.heal()
+    await until(lambda: len(reader.applied) == 1000)
+    assert reader.applied == list(range(1000))
+    assert not reader.missed
+    assert not reader.begun_count
+    task.cancel()
+    await asyncio.wait([task])
+    await publisher.aclose()
+    await group.aclose()
+    for streams in (direct, through):
+        await streams.aclose()
+
+
+async def test_a_server_that_forgets_everything_ends_nobody(
+    own_redis_server: EmbeddedServer, publisher: EventPublisher, reader: Reader
+) -> None:
+    publisher.publish("before")
+    await until(lambda: reader.applied == ["before"])
+    admin = RedisClient(own_redis_server.url, timeout_s=3.0)
+    await admin.execute("FLUSHALL")
+    await admin.aclose()
+    await until(lambda: reader.begun_count)
+    publisher.publish("after")
+    await until(lambda: reader.applied == ["before", "after"])
