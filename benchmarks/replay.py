@@ -150,7 +150,7 @@ def _title(plan: Plan, fault: Fault | None) -> str:
 def _conditions(options: Options) -> list[str]:
     plan = options.base
     return [
-        f"the first {plan.requests} requests (as given: {options.given_requests}) to {plan.workers} mock workers",
+        f"{plan.requests} requests (as given: {options.given_requests}), {plan.workers} mock workers",
         f"a worker holds {plan.kv_blocks} blocks of 512 tokens, and reads 10,000 prompt tokens a second",
         f"times are the trace's, sped up {plan.speedup:g} times (as given: {options.given_speedup:g} times)",
         "hit rate: prompt tokens found in caches; balance: prompt tokens read, most loaded worker ÷ mean",
