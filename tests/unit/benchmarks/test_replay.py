@@ -16,7 +16,15 @@ from benchmarks.replay_plan import Mode, Plan
 from benchmarks.replay_report import OMNISCIENT, load_entries, markdown, run_entry, save, simulated_entry
 from benchmarks.replay_run import RunResult, worker_counts
 from benchmarks.replay_simulation import KvAware, Omniscient, simulate
-from benchmarks.replay_trace import TRACE_BLOCK_SIZE, Trace, TracedRequest, read_trace, synthetic_trace
+from benchmarks.replay_trace import (
+    SHARED_TRACE,
+    TRACE_BLOCK_SIZE,
+    Trace,
+    TracedRequest,
+    find_trace,
+    read_trace,
+    synthetic_trace,
+)
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +95,17 @@ def test_a_line_that_is_no_request_is_named(line: str, tmp_path: Path) -> None:
 def test_a_made_up_trace_is_that_of_its_seed() -> None:
     assert synthetic_trace(50, seed=1) == synthetic_trace(50, seed=1)
     assert synthetic_trace(50, seed=1) != synthetic_trace(50, seed=2)
+
+
+def test_a_trace_is_the_one_asked_for_else_the_shared_one_else_made_up(tmp_path: Path) -> None:
+    root = tmp_path / "checkout"
+    root.mkdir()
+    assert find_trace(None, root, 5, seed=2) == synthetic_trace(5, seed=2)
+    for path, count in ((root / SHARED_TRACE, 6), (tmp_path / "own.jsonl", 7)):
+        path.resolve().parent.mkdir(parents=True, exist_ok=True)
+        write_trace(synthetic_trace(count), path)
+    assert len(find_trace(None, root, 5, seed=2).requests) == 6
+    assert len(find_trace(tmp_path / "own.jsonl", root, 5, seed=2).requests) == 7
 
 
 def test_a_block_of_a_made_up_trace_always_follows_the_same_one() -> None:
