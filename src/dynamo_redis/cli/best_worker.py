@@ -11,25 +11,34 @@ import click
 from dynamo_redis.cli import connect
 from dynamo_redis.cli.failures import CommandFailed, require_extra
 from dynamo_redis.cli.options import SettingsCommand, load, setting_options, store_options
-from dynamo_redis.cli.output import json_option, print_json_line, print_line, print_table
+from dynamo_redis.cli.output import print_json_line, print_line, print_table
 from dynamo_redis.config import FrontendSettings
 from dynamo_redis.errors import DynamoRedisError, ModelError
 from dynamo_redis.names import MODEL_CARDS, format_instance_id
 
 if TYPE_CHECKING:
     from dynamo_redis.frontend.model import CardEntry
+    from dynamo_redis.frontend.model_loading import LoadedModel
     from dynamo_redis.runtime.runtime import DistributedRuntime
 
 
 @click.command("best-worker", cls=SettingsCommand)
-@click.option("--prompt", metavar="TEXT", help="The prompt, as `/v1/completions` takes it.")
-@click.option("--token-ids", metavar="JSON", help="The prompt as a JSON list of token ids, instead.")
+@click.option(
+    "--message", metavar="TEXT", help="A chat of this one user message, put through the model's template."
+)
+@click.option("--prompt", metavar="TEXT", help="A prompt, as `/v1/completions` takes it: no template.")
+@click.option("--token-ids", metavar="JSON", help="A prompt as a JSON list of token ids.")
 @click.option("--model", metavar="NAME", help="The model.  [default: the only one that is served]")
-@json_option
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
 @setting_options(FrontendSettings, "model_cache")
 @store_options
 def best_worker(
-    prompt: str | None, token_ids: str | None, model: str | None, as_json: bool, **options: str | None
+    message: str | None,
+    prompt: str | None,
+    token_ids: str | None,
+    model: str | None,
+    as_json: bool,
+    **options: str | None,
 ) -> None:
     """Ask a router which worker a prompt would go to now, and explain it cost by cost.
 
@@ -40,13 +49,14 @@ def best_worker(
 
     \b
     Examples:
+      dynamo-redis best-worker --message "Hello!"
       dynamo-redis best-worker --prompt "Once upon a time"
       dynamo-redis best-worker --model Qwen/Qwen3-0.6B --token-ids "[1, 2, 3, 4]" --json
     """
-    if (prompt is None) == (token_ids is None):
-        raise click.UsageError("give either --prompt or --token-ids")
+    if [message, prompt, token_ids].count(None) != 2:
+        raise click.UsageError("give one of --message, --prompt and --token-ids")
     require_extra("http")
-    explained = connect.run(_ask(prompt, _parsed(token_ids), model, options))
+    explained = connect.run(_ask(message, prompt, _parsed(token_ids), model, options))
     if as_json:
         print_json_line(explained)
         return
@@ -73,15 +83,19 @@ def _parsed(token_ids: str | None) -> list[int] | None:
 
 
 async def _ask(
-    prompt: str | None, token_ids: list[int] | None, model: str | None, options: dict[str, str | None]
+    message: str | None,
+    prompt: str | None,
+    token_ids: list[int] | None,
+    model: str | None,
+    options: dict[str, str | None],
 ) -> dict[str, Any]:
     from dynamo_redis.router.asking import ask_best_worker
 
     async with connect.open_runtime(options) as runtime:
         entry = await _card(runtime, model)
         if token_ids is None:
-            assert prompt is not None
-            token_ids = await _tokenized(runtime, entry, prompt, options)
+            loaded = await _loaded(runtime, entry, options)
+            token_ids = _chat(loaded, message) if prompt is None else _text(loaded, prompt)
         explained = await ask_best_worker(runtime, entry.endpoint, {"token_ids": token_ids})
         return {"model": entry.card.display_name, "token_count": len(token_ids), **explained}
 
@@ -109,19 +123,30 @@ async def _card(runtime: DistributedRuntime, wanted: str | None) -> CardEntry:
     raise CommandFailed(f"no model {wanted!r} is served; these are: {names}")
 
 
-async def _tokenized(
-    runtime: DistributedRuntime, entry: CardEntry, prompt: str, options: dict[str, str | None]
-) -> list[int]:
+async def _loaded(
+    runtime: DistributedRuntime, entry: CardEntry, options: dict[str, str | None]
+) -> LoadedModel:
     from dynamo_redis.frontend.model_loading import load_model
     from dynamo_redis.frontend.server import model_cache
 
     wanted = load(FrontendSettings, options).model_cache
     with model_cache(wanted) as cache_dir, ThreadPoolExecutor(1) as executor:
         try:
-            loaded = await load_model(runtime.objects, entry.card, cache_dir, executor)
+            return await load_model(runtime.objects, entry.card, cache_dir, executor)
         except ModelError as exc:
             raise CommandFailed(f"model {entry.card.display_name!r} cannot be loaded: {exc}") from exc
+
+
+def _text(loaded: LoadedModel, prompt: str) -> list[int]:
     return loaded.tokenizer.encode(prompt, add_special_tokens=True)
+
+
+def _chat(loaded: LoadedModel, message: str | None) -> list[int]:
+    if loaded.template is None:
+        raise CommandFailed(f"model {loaded.name!r} has no chat template: give --prompt")
+    messages = [{"role": "user", "content": message}]
+    text = loaded.template.render(messages, tools=None, documents=None, add_generation_prompt=True)
+    return loaded.tokenizer.encode(text)
 
 
 def _row(cost: dict[str, Any], explained: dict[str, Any]) -> list[str]:

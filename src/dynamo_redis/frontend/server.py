@@ -9,9 +9,10 @@ import ipaddress
 import logging
 import socket
 import tempfile
-from collections.abc import Awaitable, Callable, Generator, Iterator
+from collections.abc import Awaitable, Callable, Collection, Generator, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
@@ -24,6 +25,8 @@ from dynamo_redis.frontend.http_protocol import HttpProtocol
 from dynamo_redis.frontend.models import LiveModels
 from dynamo_redis.frontend.prompts import Preparation
 from dynamo_redis.frontend.routing import client_opener
+from dynamo_redis.names import EndpointName
+from dynamo_redis.router.service import KvRouter
 from dynamo_redis.runtime.runtime import DistributedRuntime
 
 log = logging.getLogger(__name__)
@@ -66,7 +69,7 @@ async def serve_frontend(
                         preparation,
                         settings,
                         lambda: runtime.registry.connected,
-                        partial(clear_kv_blocks, runtime),
+                        partial(_clear_caches, runtime, models),
                     ),
                     listener,
                     runtime.wait_for_shutdown,
@@ -75,6 +78,17 @@ async def serve_frontend(
                 )
         finally:
             preparation.close()
+
+
+async def _clear_caches(
+    runtime: DistributedRuntime, models: LiveModels, endpoints: Collection[EndpointName]
+) -> tuple[int, dict[str, Any]]:
+    status, body = await clear_kv_blocks(runtime, endpoints)
+    for model in models.served():
+        if isinstance(model.client, KvRouter):
+            for worker in body["cleared_workers"]:
+                model.client.forget_predictions(worker["instance_id"])
+    return status, body
 
 
 @contextlib.contextmanager

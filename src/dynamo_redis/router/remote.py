@@ -198,6 +198,11 @@ class _ServiceCall(Call):
     async def _send_elsewhere(self, error: PlaneError, *, was_sent: bool) -> bool:
         # A router that says that all workers are busy, or gone, is to be believed.
         self._may_bypass = isinstance(error, _UNREACHABLE)
+        if self._may_bypass and self._answered and self._dispatcher is not self._workers:
+            self._dispatcher.note_failure(self._member, error)
+            raise InstanceRemoved(
+                f"the router service that passed the answer on was lost: {error}"
+            ) from error
         return await super()._send_elsewhere(error, was_sent=was_sent)
 
     async def _choose_again(self, tried: set[int]) -> Member:

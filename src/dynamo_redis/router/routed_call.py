@@ -15,8 +15,8 @@ from dynamo_redis.runtime.discovery import Member
 from dynamo_redis.runtime.dispatch import Dispatcher
 from dynamo_redis.runtime.selection import Only
 
-FirstItem = Callable[[RoutingRequest, Choice, Any], None]
-"""Told of each request's first item, with the choice that led to it."""
+OnItem = Callable[[RoutingRequest, Choice, Any], bool]
+"""Told of an answer's items, with the choice that led there, until it says that it has heard enough."""
 
 
 class RoutedCall(Call):
@@ -27,7 +27,7 @@ class RoutedCall(Call):
     ended with the refusal.)
     """
 
-    __slots__ = ("_begun", "_chooser", "_on_first_item", "_routing", "choice")
+    __slots__ = ("_begun", "_chooser", "_on_item", "_routing", "choice")
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class RoutedCall(Call):
         annotated: bool,
         context: Context | None,
         *,
-        on_first_item: FirstItem,
+        on_item: OnItem,
     ) -> None:
         """Send the request to the worker chosen, with its rank as `dp_rank`. Raises what `Call` raises; the
         booking has ended then."""
@@ -49,7 +49,7 @@ class RoutedCall(Call):
         self.choice = choice
         """The worker that the request is at, and what it was thought to hold."""
         self._begun = False
-        self._on_first_item = on_first_item
+        self._on_item: OnItem | None = on_item
         instance_id, dp_rank = choice.worker
         try:
             member = dispatcher.view.get(instance_id)
@@ -72,9 +72,11 @@ class RoutedCall(Call):
         if not self._begun:
             self._begun = True
             self._chooser.prefill_done(self._routing.request_id)
-            content = item.data() if isinstance(item, Annotated) else item
-            self._on_first_item(self._routing, self.choice, content)
             self._routing = replace(self._routing, hashes=())  # long, and needed no more
+        if self._on_item is not None:
+            content = item.data() if isinstance(item, Annotated) else item
+            if self._on_item(self._routing, self.choice, content):
+                self._on_item = None
         return item
 
     def _close(self) -> None:

@@ -120,6 +120,7 @@ class KvRouter:
         self._cards.start()
         closes(self._cards.aclose)
         self.block_size = self._wanted_block_size or await self._cards.block_size(_CARD_S)
+        self._cards.expect(self.block_size)
         self._make_index()
         self._make_chooser()
         starting: list[Awaitable[None]] = []
@@ -252,7 +253,7 @@ class KvRouter:
             request,
             bool(annotated),
             context,
-            on_first_item=self._count,
+            on_item=self._count,
         )
 
     async def best_worker(
@@ -294,12 +295,15 @@ class KvRouter:
             weights=weights_of(request, self._weights),
         )
 
-    def _count(self, routing: RoutingRequest, choice: Choice, item: Any) -> None:
+    def _count(self, routing: RoutingRequest, choice: Choice, item: Any) -> bool:
+        """Count what the worker found; some engines say so with the last item only."""
         cached = item.get("cached_tokens") if isinstance(item, dict) else None
-        if isinstance(cached, int):
-            self.counts.expected_tokens += choice.matched.device * self.block_size
-            self.counts.prompt_tokens += routing.token_count
-            self.counts.cached_tokens += cached
+        if not isinstance(cached, int):
+            return False
+        self.counts.expected_tokens += choice.matched.device * self.block_size
+        self.counts.prompt_tokens += routing.token_count
+        self.counts.cached_tokens += cached
+        return True
 
     # ----------------------------------------------------------------- who is there
 
@@ -320,7 +324,7 @@ class KvRouter:
             present = set(self._client.known_ids())
             for instance_id in known - present:
                 self._book.drop_instance(instance_id)
-                self._forget_predictions(instance_id)
+                self.forget_predictions(instance_id)
             known = present
             self._cards.forget_others(present)
             self.chooser.expire(now)
@@ -336,7 +340,8 @@ class KvRouter:
             self._tending.cancel()
             await asyncio.gather(self._tending, return_exceptions=True)
 
-    def _forget_predictions(self, instance_id: int) -> None:
+    def forget_predictions(self, instance_id: int) -> None:
+        """An instance has emptied its cache, or left. No effect on what is known by events."""
         if self._predicted is not None:
             for worker in self._predicted.workers():
                 if worker.instance_id == instance_id:
@@ -362,7 +367,10 @@ class KvRouter:
         )
 
     def _block_counts(self) -> Mapping[Worker, int]:
-        return {} if self.indexer is None else self.indexer.index.block_counts()
+        if self.indexer is not None:
+            return self.indexer.index.block_counts()
+        assert self._predicted is not None
+        return self._predicted.block_counts()
 
     def _index_state(self) -> Mapping[str, Any]:
         if self.indexer is not None:

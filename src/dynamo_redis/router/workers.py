@@ -48,6 +48,8 @@ class WorkerCards:
         self._without_card: set[int] = set()
         self._reader: asyncio.Task[None] | None = None
         self._known = asyncio.Event()
+        self._expected: int | None = None
+        self._wrong_sizes: set[int] = set()
         self.version = 0
         """Grows with each change."""
 
@@ -77,6 +79,27 @@ class WorkerCards:
             )
             await self._known.wait()
         return next(iter(self._capacities.values())).block_size
+
+    def expect(self, block_size: int) -> None:
+        """Warn of instances whose blocks are of another size, once a size: none of theirs can ever match."""
+        self._expected = block_size
+        for instance_id, capacity in self._capacities.items():
+            self._check(instance_id, capacity)
+
+    def _check(self, instance_id: int, capacity: Capacity) -> None:
+        found = capacity.block_size
+        if self._expected in (None, found) or found in self._wrong_sizes:
+            return
+        self._wrong_sizes.add(found)  # sizes are bounded by what engines have
+        log.warning(
+            "instance %x below %s has KV blocks of %d tokens, and this router looks for blocks of %d: none "
+            "of its blocks will ever match. Set DYN_KV_CACHE_BLOCK_SIZE=%d, or give all workers one size",
+            instance_id,
+            self._prefix,
+            found,
+            self._expected,
+            found,
+        )
 
     def forget_others(self, known_ids: Collection[int]) -> None:
         """Forget instances without a card, unless they are among these."""
@@ -117,6 +140,7 @@ class WorkerCards:
         if self._capacities.get(instance_id) != capacity:
             self._capacities[instance_id] = capacity
             self.version += 1
+            self._check(instance_id, capacity)
         self._known.set()
 
 

@@ -45,6 +45,8 @@ async def test_a_router_says_how_it_is_and_explains_a_choice(deployment: Deploym
     assert shown.out.count(f"{worker.instance_id:x}") == 2
     assert shown.out.count("chosen") == 1
 
+    chat = await call(cli, "best-worker", "--message", "Once upon a time", "--json")
+    assert json.loads(chat.out)["token_count"] > 5  # the template's own
     predicting, _ = await deployment.router(use_kv_events=False)
     states = {str(state["router_id"]): state for state in (await call(cli, "router-state", "--json")).json}
     assert states.keys() == {router.router_id, predicting.router_id}
@@ -60,8 +62,8 @@ async def test_a_router_says_how_it_is_and_explains_a_choice(deployment: Deploym
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        ([], 2, "give either --prompt or --token-ids"),
-        (["--prompt", "a", "--token-ids", "[1]"], 2, "give either --prompt or --token-ids"),
+        ([], 2, "give one of --message, --prompt and --token-ids"),
+        (["--prompt", "a", "--token-ids", "[1]"], 2, "give one of --message, --prompt and --token-ids"),
         (["--token-ids", "[1, -1]"], 2, "--token-ids takes a JSON list"),
         (["--prompt", "a", "--model", "other"], 1, "no model 'other' is served; these are: demo"),
         (["--prompt", "a"], 1, "start a frontend with --router-mode kv"),

@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
+from dynamo_redis.config import RouterSettings
 from dynamo_redis.errors import PlaneError
 from dynamo_redis.planes.context import Context
 from dynamo_redis.router.asking import ask_best_worker, ask_states
@@ -103,6 +104,40 @@ async def test_clearing_caches_says_whom_it_did_not_reach(deployment: Deployment
     assert (failed["instance_id"], cleared["instance_id"]) == (gone.instance_id, workers[1].instance_id)
     assert failed["error"]
     assert cleared["response"] == {"status": "success", "cleared": 0}
+
+
+async def test_a_frontend_that_clears_caches_predicts_nothing_of_before(deployment: Deployment) -> None:
+    await deployment.worker()
+    frontend = await deployment.frontend(use_kv_events=False)
+    await until_served(frontend)
+    await complete(frontend, PROMPT)
+    looking = await deployment.open_runtime()
+    [answer] = await ask_states(looking)
+    assert answer.state is not None
+    assert answer.state["index"]["block_count"] == 10
+    assert (await frontend.post("/clear_kv_blocks")).status_code == 200
+    [answer] = await ask_states(looking)
+    assert answer.state is not None
+    assert answer.state["index"]["block_count"] == 0
+
+
+async def test_what_an_engine_found_counts_whenever_it_says_so(deployment: Deployment) -> None:
+    """Engines over HTTP say it with the last item."""
+    runtime = await deployment.open_runtime()
+    caller = await deployment.open_runtime()
+
+    async def generate(request: Any) -> Any:
+        yield {"token_ids": [5]}
+        yield {"token_ids": [6]}
+        yield {"token_ids": [], "finish_reason": "stop", "cached_tokens": 96}
+
+    await runtime.endpoint(str(WORKERS)).start_serving(generate)
+    async with KvRouter(caller, WORKERS, RouterSettings.load(use_kv_events=False), block_size=16) as router:
+        assert len(await collect(await ask(router))) == 3
+        assert (router.counts.prompt_tokens, router.counts.cached_tokens) == (160, 96)
+        call = await router.generate({"token_ids": PROMPT}, True)
+        assert len(await collect(call)) == 3
+        assert router.counts.hit_rate == 0.6
 
 
 async def test_a_request_takes_its_load_along_wherever_it_ends(deployment: Deployment) -> None:
@@ -214,6 +249,7 @@ async def test_without_events_the_router_predicts(deployment: Deployment, how: s
         assert (await collect(call))[0]["cached_tokens"] > 0
     state = router.state()
     assert (state.mode, state.index["block_count"]) == ("predicted", 10)
+    assert sum(entry["cached_blocks"] for entry in state.workers) == 10
     gone = next(worker for worker in workers if worker.instance_id == first.choice.worker.instance_id)
     deployment.processes.remove(gone.process)
     await gone.process.end()

@@ -172,3 +172,17 @@ def test_what_says_nothing_of_blocks_changes_nothing(event: Any) -> None:
     scene.metrics.apply(b"\xc1")
     scene.metrics.apply(b"")
     assert scene.is_busy()
+
+
+def test_blocks_of_another_size_are_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    scene = Scene()
+    scene.card(1)
+    scene.cards.expect(16)
+    assert caplog.messages == []
+    scene = Scene()
+    scene.card(1)
+    scene.cards.expect(64)
+    scene.card(2)
+    [warning] = caplog.messages
+    assert "blocks of 16 tokens" in warning
+    assert "DYN_KV_CACHE_BLOCK_SIZE=16" in warning
