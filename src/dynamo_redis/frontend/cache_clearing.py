@@ -17,7 +17,8 @@ from dynamo_redis.runtime.runtime import DistributedRuntime
 CLEAR_KV_BLOCKS = "clear_kv_blocks"
 """The endpoint, beside the one that generates."""
 
-_ANSWER_S = 10.0
+ANSWER_S = 10.0
+"""How long a worker may take to answer."""
 
 
 async def clear_kv_blocks(
@@ -47,7 +48,7 @@ async def _clear(runtime: DistributedRuntime, namespace: str, component: str) ->
 
 async def _clear_one(client: Client, name: str, instance_id: int) -> dict[str, Any]:
     worker: dict[str, Any] = {"endpoint": name, "instance_id": instance_id}
-    context = Context(deadline=SYSTEM_CLOCK.monotonic() + _ANSWER_S)
+    context = Context(deadline=SYSTEM_CLOCK.monotonic() + ANSWER_S)
     try:
         worker["response"] = await collect_one(await client.direct({}, instance_id, False, context))
     except NoInstances:

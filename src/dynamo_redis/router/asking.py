@@ -15,7 +15,8 @@ from dynamo_redis.runtime.handlers import collect_one
 from dynamo_redis.runtime.instance import Instance
 from dynamo_redis.runtime.runtime import DistributedRuntime
 
-_ANSWER_S = 5.0
+ANSWER_S = 5.0
+"""How long a router may take to answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,4 +72,4 @@ async def ask_best_worker(
 
 
 def _context() -> Context:
-    return Context(deadline=SYSTEM_CLOCK.monotonic() + _ANSWER_S)
+    return Context(deadline=SYSTEM_CLOCK.monotonic() + ANSWER_S)
