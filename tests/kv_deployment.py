@@ -11,19 +11,23 @@ import random
 import time
 from array import array
 from collections.abc import AsyncIterator, Iterable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from typing import Any
+
+import pytest
 
 from dynamo_redis.config import RouterSettings
 from dynamo_redis.engines.base import AllBlocksCleared, BlocksRemoved, BlocksStored
 from dynamo_redis.engines.kv_cache import BlockCache, BlockTable
 from dynamo_redis.planes.event_publisher import EventPublisher
+from dynamo_redis.router import following, members, recovery
 from dynamo_redis.router.base import Worker
 from dynamo_redis.router.hashing import chain, local_hashes
 from dynamo_redis.router.indexer import Indexer
 from dynamo_redis.router.kv_dump import KV_DUMP, KvDump
 from dynamo_redis.router.kv_publisher import KvPublisher
 from dynamo_redis.runtime import DistributedRuntime, Settings
+from dynamo_redis.store import stream_readers
 from dynamo_redis.store.base import LeaseId
 from dynamo_redis.store.connect import open_events, open_locks, open_store
 from dynamo_redis.store.event_base import StreamName
@@ -260,13 +264,24 @@ def differences(indexer: Indexer, truth: dict[Worker, set[int]]) -> list[str]:
     ]
 
 
+def hasten(patch: pytest.MonkeyPatch) -> None:
+    """Shorten the pauses that tests would wait for; what follows what stays the same."""
+    patch.setattr(following, "BLOCK_S", 0.1)
+    patch.setattr(stream_readers, "CHECK_S", 0.1)
+    patch.setattr(recovery, "DOUBT_PAUSE_S", 0.1)
+    patch.setattr(members, "TICK_S", 0.2)
+
+
 @asynccontextmanager
 async def deployment(url: str, prefix: str, **settings: Any) -> AsyncIterator[Deployment]:
     """A deployment without workers and routers yet."""
     made = Deployment(url, prefix, **settings)
-    async with AsyncExitStack() as stack:
-        stack.push_async_callback(made.aclose)
-        yield made
+    with pytest.MonkeyPatch.context() as patch:
+        hasten(patch)
+        try:
+            yield made
+        finally:
+            await made.aclose()
 
 
 async def wait_until(condition: Any, what: str) -> None:

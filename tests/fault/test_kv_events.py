@@ -314,16 +314,25 @@ async def test_what_a_failover_forgot_is_asked_of_workers_that_say_no_more(
 # --------------------------------------------------------------------------- routers
 
 
-async def test_a_router_that_is_restarted_knows_all(deployed: Deployment) -> None:
-    for _ in range(3):
-        await deployed.worker()
-    deployed.chat(20)
-    router = await deployed.router()
-    await deployed.end_router(router)
-    deployed.chat(20)
-    await deployed.router()
-    deployed.chat(5)
-    await deployed.agree()
+@pytest.mark.parametrize("killed", [False, True], ids=["ended", "killed"])
+async def test_a_router_that_is_restarted_knows_all(
+    deployed: Deployment, dynamo_redis_url: str, redis: Redis, keys: StreamKeys, killed: bool
+) -> None:
+    async with Proxy(dynamo_redis_url) as proxy:
+        for _ in range(3):
+            await deployed.worker()
+        deployed.chat(20)
+        router = await deployed.router(url=proxy.url)
+        proxy.refuse = killed  # what it would still do, as leaving its group, it cannot
+        if killed:
+            proxy.cut()
+        await deployed.end_router(router)
+        groups = {group["name"].decode() for group in await redis.xinfo_groups(keys.events)}
+        assert (router.router_id in groups) == killed
+        deployed.chat(20)
+        await deployed.router()
+        deployed.chat(5)
+        await deployed.agree()
 
 
 async def test_a_worker_that_hangs_is_taken_to_hold_nothing_until_it_answers(
