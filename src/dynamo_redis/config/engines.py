@@ -113,6 +113,12 @@ class OpenAIEngineSettings(SettingsGroup):
         "DYN_KV_REPLAY_ENDPOINT", None, "Where the engine replays them, if it does; also of rank 0."
     )
     kv_events_topic: str = setting("DYN_KV_EVENTS_TOPIC", "", "The topic that it publishes under.")
+    kv_events_clear: bool = setting(
+        "DYN_KV_EVENTS_CLEAR",
+        True,
+        "Have the engine clear its prefix cache once events of it are lost for good, so that routers know it "
+        "again.",
+    )
     engine_data_parallel_size: Annotated[int, Field(ge=1, le=1024)] = setting(
         "DYN_ENGINE_DATA_PARALLEL_SIZE",
         1,

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from dynamo_redis.config import OpenAIEngineSettings
 from dynamo_redis.engines.base import EngineCapacity, EngineLoad
 from dynamo_redis.engines.engine_metrics import EngineMetrics, read_metrics
-from dynamo_redis.engines.openai_http import EngineHttp
+from dynamo_redis.engines.openai_http import Completion, EngineHttp
 from dynamo_redis.engines.openai_wire import (
     CompletionReader,
     Dialect,
@@ -57,6 +57,7 @@ is enough: nobody listens there."""
 
 _FLUSH_PATHS: Final[Mapping[Dialect, str]] = {"vllm": "/reset_prefix_cache", "sglang": "/flush_cache"}
 _FLUSH_S: Final = 30.0
+_CLEAR_AGAIN_S: Final = 10.0
 
 
 class OpenAIEngine:
@@ -83,6 +84,8 @@ class OpenAIEngine:
         self._metrics_path: str | None = "/metrics"
         self._health_path = "/health"
         self._running_count = 0
+        self._unanswered: set[Completion] = set()
+        self._clear_again_at = 0.0
         self._silent_count = 0
         self._up, self._down, self._look_now = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._down.set()
@@ -147,14 +150,21 @@ class OpenAIEngine:
         models = models if isinstance(models, dict) else {}
         kind = self._settings.engine_kind
         self._dialect = dialect_of(models) if kind == "auto" else kind
-        if not self._model_name:
-            entries = models.get("data")
-            first = entries[0] if isinstance(entries, list) and entries else None
-            if not isinstance(first, dict) or not isinstance(first.get("id"), str):
-                raise ConfigError(
-                    f"{self._http.url} lists no models (HTTP {status}): name one with DYN_ENGINE_MODEL"
-                )
-            self._model_name = first["id"]
+        entries = models.get("data")
+        names = (
+            [entry.get("id") for entry in entries if isinstance(entry, dict)]
+            if isinstance(entries, list)
+            else []
+        )
+        if not names and not self._model_name:
+            raise ConfigError(
+                f"{self._http.url} lists no models (HTTP {status}): name one with DYN_ENGINE_MODEL"
+            )
+        if names and self._model_name and self._model_name not in names:
+            raise ConfigError(
+                f"DYN_ENGINE_MODEL={self._model_name}: {self._http.url} has {', '.join(map(str, names))}"
+            )
+        self._model_name = self._model_name or str(names[0])
 
     async def aclose(self) -> None:
         """Stop watching and following; requests still under way break off. Idempotent."""
@@ -201,6 +211,31 @@ class OpenAIEngine:
         if status != 200:
             raise HandlerFailed(f"the engine answered POST {path} with HTTP {status}")
         return known_count
+
+    async def _clear_partial_cache(self) -> None:
+        """Have a server drop blocks that it holds and will not tell again, so that all is known from then on.
+
+        Tried each `_CLEAR_AGAIN_S` until it says that it did: servers refuse while requests hold blocks.
+        """
+        now = asyncio.get_running_loop().time()
+        if self.relay is None or not self.relay.partial:
+            self._clear_again_at = 0.0
+            return
+        if not self._settings.kv_events_clear or now < self._clear_again_at:
+            return
+        first, self._clear_again_at = not self._clear_again_at, now + _CLEAR_AGAIN_S
+        try:
+            await self.clear_kv_blocks()
+        except PlaneError as exc:
+            if first:
+                log.warning(
+                    "routers cannot know what this engine stores behind blocks that were not told, and it "
+                    "cannot be made to drop them now: %s (DYN_KV_REPLAY_ENDPOINT, VLLM_SERVER_DEV_MODE)",
+                    exc,
+                )
+        else:
+            if first:
+                log.info("the engine is asked to clear its prefix cache, since part of it was not told")
 
     def endpoints(self) -> Mapping[str, AnyHandler]:
         return {}
@@ -259,9 +294,11 @@ class OpenAIEngine:
         completion = self._http.complete(body, headers)
         unsubscribe = context.on_cancel(lambda _: completion.close())
         self._running_count += 1
+        self._unanswered.add(completion)
         try:
             async with aclosing(completion.events()) as events:
                 async for data in events:
+                    self._unanswered.discard(completion)
                     item = reader.feed(data)
                     if item is not None:
                         yield item
@@ -277,6 +314,7 @@ class OpenAIEngine:
             raise
         finally:
             self._running_count -= 1
+            self._unanswered.discard(completion)
             unsubscribe()
             completion.close()
 
@@ -328,6 +366,7 @@ class OpenAIEngine:
             self._look_now.clear()
             if await self._look_at_health():
                 await self._look_at_metrics()
+                await self._clear_partial_cache()
 
     async def _look_at_health(self) -> bool:
         refused = False
@@ -346,6 +385,8 @@ class OpenAIEngine:
         elif self._silent_count >= _SILENCES:
             if refused and self._up.is_set() and self.relay is not None:
                 self.relay.forget("nobody listens at the engine's address")  # its cache went with it
+            for completion in list(self._unanswered):
+                completion.close(Draining("the engine does not answer"))
             self._down.set()
             self._up.clear()
         return up

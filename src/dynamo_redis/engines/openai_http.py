@@ -14,7 +14,7 @@ import aiohttp
 from aiohttp.connector import AddrInfoType
 
 from dynamo_redis.engines.openai_wire import DONE, SseReader, refusal
-from dynamo_redis.errors import CannotConnect, ConnectionLost, Draining, RequestCancelled
+from dynamo_redis.errors import CannotConnect, ConnectionLost, Draining, PlaneError, RequestCancelled
 
 _ERROR_BYTES: Final = 64 << 10
 _ANSWER_BYTES: Final = 16 << 20
@@ -92,17 +92,17 @@ class Completion:
         headers: Mapping[str, str],
     ) -> None:
         self._opening = asyncio.ensure_future(_post(session, url, body, headers))
-        self._closed = False
+        self._closed: PlaneError | None = None
 
-    def close(self) -> None:
-        """Idempotent."""
-        self._closed = True
+    def close(self, reason: PlaneError | None = None) -> None:
+        """Idempotent. `reason` is what `events` raises if it still waits; else RequestCancelled."""
+        self._closed = self._closed or reason or RequestCancelled("the request was cancelled")
         if not self._opening.cancel() and not self._opening.cancelled() and not self._opening.exception():
             self._opening.result().close()
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """The data of its events. Raises Draining if nobody answers, the error that the status means,
-        ConnectionLost if it breaks off, RequestCancelled once closed."""
+        ConnectionLost if it breaks off, the reason once closed."""
         reader = SseReader()
         try:
             response = await self._opening
@@ -115,14 +115,14 @@ class Completion:
                         await _read_to_end(response)
                     yield data
         except asyncio.CancelledError:
-            if self._closed and self._opening.cancelled():
-                raise RequestCancelled("the request was cancelled") from None
+            if self._closed is not None and self._opening.cancelled():
+                raise self._closed from None
             raise
         except aiohttp.ClientConnectorError as exc:
             raise Draining(f"the engine does not answer: {exc}") from exc
         except (aiohttp.ClientError, ConnectionError, TimeoutError) as exc:
-            if self._closed:
-                raise RequestCancelled("the request was cancelled") from exc
+            if self._closed is not None:
+                raise self._closed from exc
             raise ConnectionLost(f"the connection to the engine broke: {exc!r}") from exc
 
 

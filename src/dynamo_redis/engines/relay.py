@@ -73,6 +73,11 @@ class EventRelay:
             task.add_done_callback(_report_failure)
             self._tasks.append(task)
 
+    @property
+    def partial(self) -> bool:
+        """Whether some rank may hold blocks that it will not tell again."""
+        return any(relay.partial for relay in self.ranks)
+
     def forget(self, why: str) -> None:
         """What the engine said so far counts no more: its process is known to have ended."""
         for relay in self.ranks:
@@ -118,6 +123,8 @@ class RankRelay:
         idle_s: float = IDLE_S,
     ) -> None:
         self.counts: Counter[str] = Counter()
+        self.partial = False
+        """Whether the engine may hold blocks that it will not tell again: none behind them can be known."""
         self._publisher = publisher
         self._subscription = subscription
         self._replay_endpoint = replay_endpoint
@@ -127,6 +134,7 @@ class RankRelay:
         self._last_digest = 0  # of the payload before
         self._replayed: dict[int, int] = {}  # digests of what came by replay, and may come again
         self._connected = False
+        self._missed = False  # whether it was said that nobody is there
         self._connection_count = 0
         self._verified = False  # whether the engine of this connection is known to be the one of before
 
@@ -156,6 +164,7 @@ class RankRelay:
         connected = self._subscription.connected
         if connected != self._connected:
             self._connected = connected
+            self._missed = False
             state = "follows the engine's KV events at" if connected else "has lost the engine's KV events at"
             log.info("rank %d %s %s", self._publisher.dp_rank, state, self._subscription.endpoint)
         if self._subscription.connection_count != self._connection_count:
@@ -164,6 +173,13 @@ class RankRelay:
             await self._catch_up()
         elif quiet and connected:
             await self._catch_up()
+        elif quiet and not self._missed:
+            self._missed = True
+            log.warning(
+                "rank %d: nobody publishes KV events at %s: routers do not know this engine's cache",
+                self._publisher.dp_rank,
+                self._subscription.endpoint,
+            )
 
     async def _take(self, frames: list[bytes]) -> None:
         try:
@@ -194,6 +210,7 @@ class RankRelay:
             self.begin_anew("lost", f"messages {self._next} to {sequence - 1} are lost")
 
     def _apply(self, sequence: int, payload: bytes) -> None:
+        self.partial |= self._next is None and sequence > 0
         self._next = sequence + 1
         self._last_digest = hash(payload)
         try:
@@ -219,11 +236,13 @@ class RankRelay:
                 case Removed():
                     self._publisher.removed(event.block_hashes, tier=event.tier)
                 case Cleared():
+                    self.partial = False
                     self._publisher.cleared()
 
     def begin_anew(self, reason: str, what: str) -> None:
         """Nothing that the engine said so far counts."""
         self.counts[reason] += 1
+        self.partial = reason != "restart"
         self._next = None
         self._replayed.clear()
         self._group.forget()

@@ -330,3 +330,37 @@ async def test_each_rank_reports_its_own_cache() -> None:
             await until(lambda: len(engine.loads()) == 2)
     finally:
         await server.stop()
+
+
+async def test_a_warm_engine_without_replay_becomes_known() -> None:
+    """All that it stores stands behind blocks that it told nobody who listened: it is made to begin anew."""
+    prefix = list(range(64))
+    async with running_engine(block_size=4) as server:
+        for number in range(3):
+            await answer(server.mock, request(token_ids=[*prefix, number]))
+        async with following(server, replay=False) as (engine, publisher):
+            held = server.mock.cache.stored
+            async with asyncio.timeout(20):
+                number = 3
+                while not (publisher.block_count and set(publisher.blocks()) == held()):
+                    number += 1
+                    await answer(engine, request(token_ids=[*prefix, number]))
+                    await asyncio.sleep(0.02)
+            assert engine.relay is not None
+            assert not engine.relay.partial
+
+
+async def test_an_engine_that_freezes_loses_the_requests_it_has_not_answered() -> None:
+    async with running_engine(speedup_ratio=0.001) as server, engine_at(server) as engine:
+        waiting = asyncio.create_task(answer(engine, request()))
+        await until(lambda: server.mock.running_count)
+        server.fail_with = (500, {})
+        with pytest.raises(Draining):
+            await asyncio.wait_for(waiting, 20)
+
+
+async def test_a_model_that_the_engine_has_not_is_refused_at_start() -> None:
+    async with running_engine() as server:
+        with pytest.raises(ConfigError, match=MODEL_NAME):
+            async with engine_at(server, engine_model="another"):
+                pass

@@ -283,3 +283,18 @@ def test_endpoints_of_ranks() -> None:
 async def test_an_endpoint_must_be_an_address() -> None:
     with pytest.raises(ValueError, match="not an address"):
         EventRelay([KvPublisher(None, block_size=4)], events_endpoint="http://host:1")
+
+
+async def test_that_nobody_publishes_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    relay = EventRelay(
+        [KvPublisher(None, block_size=4)],
+        events_endpoint=f"tcp://127.0.0.1:{neighbouring_ports()[0]}",
+        idle_s=0.02,
+    )
+    relay.start()
+    try:
+        await until(lambda: "nobody publishes KV events" in caplog.text)
+        await asyncio.sleep(0.1)
+        assert caplog.text.count("nobody publishes") == 1
+    finally:
+        await relay.aclose()
