@@ -14,7 +14,7 @@ from collections.abc import Coroutine, Sequence
 from typing import Any, Final
 
 from dynamo_redis.config import RouterSettings
-from dynamo_redis.errors import SchemaMismatch, StoreError
+from dynamo_redis.errors import SchemaMismatch, StoreError, StoreUnavailable
 from dynamo_redis.names import format_instance_id
 from dynamo_redis.router.base import Matched, Worker
 from dynamo_redis.router.following import StreamFollower, TopicFollower
@@ -110,8 +110,8 @@ class Indexer:
     async def start(self) -> None:
         """Return when the past has been read and who was not known has answered; after `START_S` and some
         seconds at the latest, since what is missing then is made up for. Raises StoreError if the workers
-        cannot be listed."""
-        self._client = await self._runtime.endpoint(self._workers).client()
+        cannot be listed for as long."""
+        self._client = await self._list_workers()
         self._recovery = Recovery(self._ledger, self._client, self._mode)
         self._members = Members(self._ledger, self._recovery, self._client)
         self._members.start()
@@ -125,6 +125,17 @@ class Indexer:
             await self._recovery.settle(_SETTLE_S)
         except TimeoutError:
             log.warning("%r serves with what it has: the events of before cannot be read yet", self)
+
+    async def _list_workers(self) -> Client:
+        until = time.monotonic() + START_S
+        backoff = Backoff()
+        while True:
+            try:
+                return await self._runtime.endpoint(self._workers).client()
+            except StoreUnavailable:
+                if time.monotonic() > until:
+                    raise
+                await asyncio.sleep(backoff.next_s())
 
     async def aclose(self) -> None:
         """End all tasks and leave the stream. Idempotent."""
