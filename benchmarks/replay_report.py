@@ -136,19 +136,20 @@ def load_entries(path: Path = PATH) -> list[Entry]:
 def save(entries: Iterable[Entry], path: Path = PATH) -> None:
     """Write rows; those that did not run keep their former figures."""
     merged = {entry.key: entry for entry in (*load_entries(path), *entries)}
-    order = [OMNISCIENT, *MODES]
-    rows = sorted(
-        merged.values(),
-        key=lambda one: (
-            one.trace,
-            one.arrivals != "poisson",
-            one.fault or "",
-            order.index(one.mode),
-            one.replicas,
-        ),
-    )
+    rows = [asdict(row) for row in ordered(merged.values())]
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps([asdict(row) for row in rows], indent=1, ensure_ascii=False) + "\n")
+    path.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+
+
+def ordered(entries: Iterable[Entry]) -> list[Entry]:
+    """As they are shown: each trace's arrivals together, what was killed at the end of them."""
+    modes = [OMNISCIENT, *MODES]
+
+    def place(one: Entry) -> tuple[object, ...]:
+        is_given = one.arrivals == "given"
+        return one.trace, is_given, one.fault or "", modes.index(one.mode), one.replicas
+
+    return sorted(entries, key=place)
 
 
 COLUMNS: Final = (
@@ -211,7 +212,7 @@ def print_table(entries: Sequence[Entry], conditions: Sequence[str]) -> None:
     table = Table(caption="\n".join([*conditions, machine()]), caption_justify="left")
     for column in COLUMNS:
         table.add_column(column)
-    for entry in entries:
+    for entry in ordered(entries):
         table.add_row(*cells(entry, _reference(entry, entries)))
     console.print(table)
 
