@@ -2,8 +2,8 @@
 
 A row a way of routing, in a group for each kind of arrivals, and one for the runs in which something was
 killed; from the left: the hit rate, the time to the first token (a dot at the median, a cross at the mean, a
-line to the 99th percentile), and the balance of what workers read. It needs nothing but matplotlib: run it
-within the environment that has it.
+line to the 99th percentile), the balance of what workers read, and the rate of KV events. It needs nothing
+but matplotlib: run it within the environment that has it.
 """
 
 from __future__ import annotations
@@ -40,9 +40,11 @@ NAMES: Final = {
 TITLES: Final = (
     "prompt tokens found in caches\n(right is better)",
     "seconds to the first token: • median, × mean\n(its figure stands before), to p99 (left is better)",
-    "prompt tokens read, busiest worker ÷ mean\n(left is better)",
+    "prompt tokens read, busiest\nworker ÷ mean (left is better)",
+    "KV events a second,\nreal time",
 )
-WIDTH_INCHES: Final = 11.0
+WIDTHS: Final = (1.0, 1.0, 0.8, 0.4)
+WIDTH_INCHES: Final = 12.0
 ROW_INCHES, MARGIN_INCHES = 0.24, 0.3
 _ROOM: Final = 1.25
 """Width of an axis by its largest value, for the figure behind it."""
@@ -81,6 +83,7 @@ def draw(rows: list[Row], path: Path) -> None:
         len(TITLES),
         figsize=(WIDTH_INCHES, sum(heights)),
         height_ratios=heights,
+        width_ratios=WIDTHS,
         sharex="col",
         sharey="row",
         squeeze=False,
@@ -91,6 +94,7 @@ def draw(rows: list[Row], path: Path) -> None:
         _hit_rates(axes[0], part, max(row["hit_rate"] for row in rows))
         _times(axes[1], part)
         _balances(axes[2], part, max(row["imbalance"] for row in rows))
+        _events(axes[3], part, max(row["events_per_s"] or 0 for row in rows))
         for panel in axes:
             _dress(panel, len(part))
         axes[0].set_yticks(range(len(part)), [label(row) for row in part])
@@ -130,6 +134,14 @@ def _balances(axes: Any, rows: list[Row], most: float) -> None:
         axes.plot(row["imbalance"], level, "o", color=COLOURS[row["mode"]], markersize=5)
         _say(axes, f"{row['imbalance']:.2f}", row["imbalance"], level, after=True)
     axes.set_xlim(1, 1 + _ROOM * (most - 1))
+
+
+def _events(axes: Any, rows: list[Row], most: float) -> None:
+    for level, row in enumerate(rows):
+        if row["events_per_s"] is not None:
+            axes.barh(level, row["events_per_s"], 0.62, color=COLOURS[row["mode"]])
+            _say(axes, f"{row['events_per_s']:.0f}", row["events_per_s"], level, after=True)
+    axes.set_xlim(0, 1.4 * most or 1)
 
 
 def _say(axes: Any, text: str, x: float, y: float, *, after: bool) -> None:
