@@ -85,6 +85,7 @@ class OpenAIEngine:
         self._health_path = "/health"
         self._running_count = 0
         self._unanswered: set[Completion] = set()
+        self._clearing = False
         self._clear_again_at = 0.0
         self._silent_count = 0
         self._up, self._down, self._look_now = asyncio.Event(), asyncio.Event(), asyncio.Event()
@@ -215,15 +216,17 @@ class OpenAIEngine:
     async def _clear_partial_cache(self) -> None:
         """Have a server drop blocks that it holds and will not tell again, so that all is known from then on.
 
-        Tried each `_CLEAR_AGAIN_S` until it says that it did: servers refuse while requests hold blocks.
+        Tried each `_CLEAR_AGAIN_S` until it says that it did, since servers refuse while requests hold blocks;
+        and not more often, however often events are lost.
         """
-        now = asyncio.get_running_loop().time()
         if self.relay is None or not self.relay.partial:
-            self._clear_again_at = 0.0
+            self._clearing = False
             return
+        now = asyncio.get_running_loop().time()
         if not self._settings.kv_events_clear or now < self._clear_again_at:
             return
-        first, self._clear_again_at = not self._clear_again_at, now + _CLEAR_AGAIN_S
+        first, self._clearing = not self._clearing, True
+        self._clear_again_at = now + _CLEAR_AGAIN_S
         try:
             await self.clear_kv_blocks()
         except PlaneError as exc:
