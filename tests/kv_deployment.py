@@ -103,6 +103,8 @@ class SimulatedWorker:
         self.answers = True
         """Set it to False and the worker does not say what it holds: it hangs."""
         self.asked_count = 0
+        self.told_count = 0
+        """Batches of answers."""
 
     async def start(self) -> None:
         """Be found, and begin to send."""
@@ -116,6 +118,7 @@ class SimulatedWorker:
             while not self.answers:
                 await asyncio.sleep(0.01)
             async for item in dump.generate(request):
+                self.told_count += "batch" in item
                 yield item
 
         await self.runtime.endpoint(f"{NAMESPACE}.{COMPONENT}.{KV_DUMP}").start_serving(answer)

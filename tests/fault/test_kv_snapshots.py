@@ -15,6 +15,7 @@ import pytest
 
 from dynamo_redis.child import ChildProcess
 from dynamo_redis.errors import LockNotAcquired
+from dynamo_redis.planes import event_publisher
 from dynamo_redis.router import snapshotter
 from dynamo_redis.router.indexer import Indexer
 from dynamo_redis.router.snapshot import Snapshot, encode_snapshot
@@ -54,11 +55,25 @@ async def test_a_restart_is_the_snapshot_and_what_followed_it(deployed: Deployme
     await deployed.agree()
     await deployed.end_router(router)
     deployed.chat(10)
-    asked = [worker.asked_count for worker in deployed.workers]
+    await flush(deployed.workers)
+    told = [worker.told_count for worker in deployed.workers]
     restarted = await deployed.router()
     await deployed.agree()
-    assert [worker.asked_count for worker in deployed.workers] == asked, "nobody had to be asked"
+    assert [worker.told_count for worker in deployed.workers] == told, "nobody had anything to tell"
     assert restarted.state().events_count < router.state().events_count
+
+
+async def test_a_worker_that_was_restarted_while_no_router_ran_begins_empty(
+    deployed: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The snapshot has its blocks, and the stream nothing new of it."""
+    monkeypatch.setattr(event_publisher, "SILENCE_S", 1000.0)
+    router = await deployed.router()
+    await router.save_snapshot()
+    await deployed.end_router(router)
+    await deployed.restart_worker(deployed.workers[0])
+    await deployed.router()
+    await deployed.agree()
 
 
 async def test_the_threshold_s_snapshot_is_stored_by_one_of_many(

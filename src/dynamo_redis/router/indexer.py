@@ -233,6 +233,8 @@ class Indexer:
         """As `Intake.caught_up`."""
         if not self._has_caught_up.is_set():
             self._members.begin()
+            # What a snapshot says of a worker is of a process that may have been followed by another since.
+            self._recovery.ask_all()
             self._has_caught_up.set()
 
     def _complain(self, exc: Exception) -> None:

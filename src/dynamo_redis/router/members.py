@@ -39,7 +39,7 @@ class Members:
         self._task = asyncio.create_task(self._follow(), name="follow KV workers")
 
     def begin(self) -> None:
-        """The past has been read: who is not listed now is gone, and who is not known is asked."""
+        """The past has been read: who is not listed now is gone; from now on who is not known is asked."""
         self._begun = True
         self._look()
         for instance_id in set(self._ledger.instance_ids()) - self._listed:
