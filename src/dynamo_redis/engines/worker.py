@@ -83,7 +83,7 @@ async def serve_engine(
             model,
             model_name=model_name,
             kv_cache_block_size=engine.capacity.kv_block_size,
-            runtime_config=_runtime_config(engine.capacity),
+            runtime_config=_runtime_config(engine.capacity, runtime.settings.events.event_plane),
         )
         stack.push_async_callback(runtime.leave, card)
         await stack.enter_async_context(_running(follow_health(generate, engine), f"health of {name}"))
@@ -147,10 +147,11 @@ async def _running(work: Coroutine[Any, Any, None], what: str) -> AsyncIterator[
         await asyncio.wait([task])
 
 
-def _runtime_config(capacity: EngineCapacity) -> RuntimeConfig:
+def _runtime_config(capacity: EngineCapacity, event_plane: str) -> RuntimeConfig:
     return RuntimeConfig(
         total_kv_blocks=capacity.total_kv_blocks,
         max_num_seqs=capacity.max_num_seqs,
         max_num_batched_tokens=capacity.max_num_batched_tokens,
         data_parallel_size=capacity.data_parallel_size,
+        event_plane=event_plane,
     )

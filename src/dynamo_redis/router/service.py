@@ -120,8 +120,9 @@ class KvRouter:
         self._cards.start()
         closes(self._cards.aclose)
         self.block_size = self._wanted_block_size or await self._cards.block_size(_CARD_S)
-        self._cards.expect(self.block_size)
         self._make_index()
+        followed = None if self.indexer is None else self._runtime.settings.events.event_plane
+        self._cards.expect(self.block_size, followed)
         self._make_chooser()
         starting: list[Awaitable[None]] = []
         if self.indexer is not None:

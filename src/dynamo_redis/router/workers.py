@@ -21,6 +21,7 @@ from dynamo_redis.store.base import Delete, Put, Registry
 log = logging.getLogger(__name__)
 
 _WATCH_PAUSE_S = 1.0
+_WARNINGS_COUNT = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,7 @@ class Capacity:
     rank_count: int = 1
     total_blocks: int | None = None
     """Of one rank."""
+    event_plane: str | None = None
 
 
 class WorkerCards:
@@ -48,8 +50,8 @@ class WorkerCards:
         self._without_card: set[int] = set()
         self._reader: asyncio.Task[None] | None = None
         self._known = asyncio.Event()
-        self._expected: int | None = None
-        self._wrong_sizes: set[int] = set()
+        self._expected: tuple[int, str | None] | None = None
+        self._warned: set[str] = set()
         self.version = 0
         """Grows with each change."""
 
@@ -80,26 +82,35 @@ class WorkerCards:
             await self._known.wait()
         return next(iter(self._capacities.values())).block_size
 
-    def expect(self, block_size: int) -> None:
-        """Warn of instances whose blocks are of another size, once a size: none of theirs can ever match."""
-        self._expected = block_size
+    def expect(self, block_size: int, event_plane: str | None) -> None:
+        """Warn of instances of which the router will never know a block, once for each way to be wrong:
+        their blocks are of another size, or their events travel otherwise (None: it follows none)."""
+        self._expected = (block_size, event_plane)
         for instance_id, capacity in self._capacities.items():
             self._check(instance_id, capacity)
 
     def _check(self, instance_id: int, capacity: Capacity) -> None:
-        found = capacity.block_size
-        if self._expected in (None, found) or found in self._wrong_sizes:
+        if self._expected is None:
             return
-        self._wrong_sizes.add(found)  # sizes are bounded by what engines have
-        log.warning(
-            "instance %x below %s has KV blocks of %d tokens, and this router looks for blocks of %d: none "
-            "of its blocks will ever match. Set DYN_KV_CACHE_BLOCK_SIZE=%d, or give all workers one size",
-            instance_id,
-            self._prefix,
-            found,
-            self._expected,
-            found,
-        )
+        block_size, plane = self._expected
+        if capacity.block_size != block_size:
+            self._warn(
+                instance_id,
+                f"has KV blocks of {capacity.block_size} tokens, and this router looks for blocks of "
+                f"{block_size}: none of its blocks will ever match. Set "
+                f"DYN_KV_CACHE_BLOCK_SIZE={capacity.block_size}, or give all workers blocks of one size",
+            )
+        if plane is not None and capacity.event_plane not in (None, plane):
+            self._warn(
+                instance_id,
+                f"sends its KV events by the event plane {capacity.event_plane!r}, and this router follows "
+                f"{plane!r}: it hears of none of its blocks. Set DYN_EVENT_PLANE alike",
+            )
+
+    def _warn(self, instance_id: int, what: str) -> None:
+        if what not in self._warned and len(self._warned) < _WARNINGS_COUNT:
+            self._warned.add(what)
+            log.warning("instance %x below %s %s", instance_id, self._prefix, what)
 
     def forget_others(self, known_ids: Collection[int]) -> None:
         """Forget instances without a card, unless they are among these."""
@@ -135,6 +146,7 @@ class WorkerCards:
             card.kv_cache_block_size,
             max(card.runtime_config.data_parallel_size or 1, 1),
             card.runtime_config.total_kv_blocks,
+            card.runtime_config.event_plane,
         )
         self._without_card.discard(instance_id)
         if self._capacities.get(instance_id) != capacity:

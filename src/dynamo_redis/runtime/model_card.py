@@ -42,6 +42,8 @@ class RuntimeConfig(CardModel):
     total_kv_blocks: int | None = None
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
+    event_plane: str | None = None
+    """How its KV events travel, `DYN_EVENT_PLANE`."""
 
 
 class ModelCard(CardModel):

@@ -177,12 +177,27 @@ def test_what_says_nothing_of_blocks_changes_nothing(event: Any) -> None:
 def test_blocks_of_another_size_are_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
     scene = Scene()
     scene.card(1)
-    scene.cards.expect(16)
+    scene.cards.expect(16, "stream")
     assert caplog.messages == []
     scene = Scene()
     scene.card(1)
-    scene.cards.expect(64)
+    scene.cards.expect(64, None)
     scene.card(2)
     [warning] = caplog.messages
     assert "blocks of 16 tokens" in warning
     assert "DYN_KV_CACHE_BLOCK_SIZE=16" in warning
+
+
+def test_events_that_travel_otherwise_are_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    for followed in ("stream", None):
+        scene = Scene()
+        scene.card(1, event_plane="stream")
+        scene.cards.expect(16, followed)
+    assert caplog.messages == []
+    scene = Scene()
+    scene.cards.expect(16, "stream")
+    scene.card(1, event_plane="pubsub")
+    scene.card(2, event_plane="pubsub")
+    [warning] = caplog.messages
+    assert "'pubsub'" in warning
+    assert "Set DYN_EVENT_PLANE alike" in warning
