@@ -14,11 +14,11 @@ from contextlib import aclosing
 from typing import Any, Final
 
 import anyio.to_thread
-from tokenizers import Tokenizer
 
 from dynamo_redis.config import OpenAIEngineSettings
 from dynamo_redis.engines.base import EngineCapacity, EngineLoad
 from dynamo_redis.engines.engine_metrics import EngineMetrics, read_metrics
+from dynamo_redis.engines.model_tokens import ModelTokens
 from dynamo_redis.engines.openai_http import Completion, EngineHttp
 from dynamo_redis.engines.openai_wire import (
     CompletionReader,
@@ -36,7 +36,6 @@ from dynamo_redis.errors import (
     Draining,
     HandlerFailed,
     InvalidRequest,
-    ModelError,
     PlaneError,
     RequestCancelled,
 )
@@ -56,7 +55,7 @@ _SILENCES: Final = 3
 is enough: nobody listens there."""
 
 _FLUSH_PATHS: Final[Mapping[Dialect, str]] = {"vllm": "/reset_prefix_cache", "sglang": "/flush_cache"}
-_FLUSH_S: Final = 30.0
+_FLUSH_S: Final = 10.0
 _CLEAR_AGAIN_S: Final = 10.0
 
 
@@ -79,7 +78,7 @@ class OpenAIEngine:
         self._model_name = settings.engine_model or ""
         self._dialect: Dialect = "openai"
         self._prompt_as_text = settings.engine_prompt == "text"
-        self._tokens: _ModelTokens | None = None
+        self._tokens: ModelTokens | None = None
         self._metrics = EngineMetrics({})
         self._metrics_path: str | None = "/metrics"
         self._health_path = "/health"
@@ -134,7 +133,7 @@ class OpenAIEngine:
 
     async def start(self) -> None:
         """Wait for the server, learn what it is, and begin to watch it. Raises ConfigError, ModelError."""
-        self._tokens = await anyio.to_thread.run_sync(_ModelTokens, self._model)
+        self._tokens = await anyio.to_thread.run_sync(ModelTokens, self._model)
         await self.wait_until_up()
         await self._introduce()
         await self._look_at_metrics()
@@ -216,8 +215,8 @@ class OpenAIEngine:
     async def _clear_partial_cache(self) -> None:
         """Have a server drop blocks that it holds and will not tell again, so that all is known from then on.
 
-        Tried each `_CLEAR_AGAIN_S` until it says that it did, since servers refuse while requests hold blocks;
-        and not more often, however often events are lost.
+        Tried each `_CLEAR_AGAIN_S` until it says that it did, since servers refuse while requests hold
+        blocks; and not more often, however often events are lost.
         """
         if self.relay is None or not self.relay.partial:
             self._clearing = False
@@ -416,33 +415,3 @@ class OpenAIEngine:
         elif status in (404, 405, 501):
             log.info("the engine at %s has no %s: its load is not known", self._http.url, self._metrics_path)
             self._metrics_path = None
-
-
-class _ModelTokens:
-    """The model's tokenizer, as answers and prompts need it here."""
-
-    def __init__(self, model: ModelDirectory) -> None:
-        """Blocks (about 0.5 s for 11 MiB). Raises ModelError."""
-        try:
-            self._tokenizer = Tokenizer.from_buffer(model.read_tokenizer())
-        except ModelError:
-            raise
-        except Exception as exc:  # the library raises bare Exception
-            raise ModelError(
-                f"{model.files['tokenizer.json'].path} is not a usable tokenizer: {exc}"
-            ) from exc
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        # In an answer's text "<|im_end|>" is what the model wrote; as a token it would have no text.
-        self._tokenizer.encode_special_tokens = True
-
-    def encode(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(token_ids, skip_special_tokens=True)
-
-    def prompt_text(self, token_ids: Sequence[int]) -> str:
-        """The text of a prompt, its special tokens by name."""
-        return self._tokenizer.decode(token_ids, skip_special_tokens=False)
