@@ -10,7 +10,7 @@ FROM python:3.12-slim AS build
 COPY pyproject.toml README.md /source/
 COPY src /source/src
 RUN python -m venv /opt/dynamo-redis \
-    && /opt/dynamo-redis/bin/pip install --no-cache-dir '/source[http]'
+    && /opt/dynamo-redis/bin/pip install --no-cache-dir '/source[http,engines]'
 
 FROM python:3.12-slim
 
