@@ -5,7 +5,7 @@ of the requests as token ids: real sockets, real KV events, in scaled time. Work
 each, with a runtime, an instance and connections of their own. The omniscient router is simulated, on the
 same engines and caches.
 
-Times are the trace's: with a speedup of 10, a millisecond of this machine counts as ten. Without --trace it
+Times are the trace's: with a speedup of 5, a millisecond of this machine counts as five. Without --trace it
 is ../shared/data/mooncake/conversation_trace.jsonl.gz beside the checkout, or else a made-up one.
 """
 
@@ -137,6 +137,7 @@ async def _run_all(options: Options, trace: str) -> list[Entry]:
 
                 faults = [(FAULT_AT, fault)] if fault is not None else []
                 result = await run(plan, server, faults=faults, progress=advance)
+                progress.update(task, completed=plan.requests)  # the lost ones, too
                 entries.append(run_entry(plan, trace, fault, result))
     return entries
 
@@ -193,8 +194,8 @@ def parse(arguments: Sequence[str] | None) -> Options:
     add(
         "--requests",
         type=rounds_count,
-        default=2500,
-        help="the first so many of the trace, for poisson [2500]",
+        default=1500,
+        help="the first so many of the trace, for poisson [1500]",
     )
     add(
         "--modes",
@@ -223,10 +224,10 @@ def parse(arguments: Sequence[str] | None) -> Options:
         "redis, worker, or none [all]",
     )
     add("--workers", type=rounds_count, default=16, help="mock workers [16]")
-    add("--kv-blocks", type=rounds_count, default=2048, help="blocks in each worker's cache [2048]")
-    add("--speedup", type=length_s, default=10.0, help="trace seconds a second, for poisson [10]")
+    add("--kv-blocks", type=rounds_count, default=1024, help="blocks in each worker's cache [1024]")
+    add("--speedup", type=length_s, default=5.0, help="trace seconds a second, for poisson [5]")
     add("--given-requests", type=rounds_count, help="the same for given [half as many]")
-    add("--given-speedup", type=length_s, default=15.0, help="the same for given [15]")
+    add("--given-speedup", type=length_s, default=8.0, help="the same for given [8]")
     add("--seed", type=int, default=1, help="of arrivals and of a made-up trace [1]")
     add("--results", type=Path, default=PATH, metavar="FILE", help="where the figures go")
     add(

@@ -284,11 +284,11 @@ def test_the_command_line_says_what_to_run() -> None:
     options = parse(["--modes", "kv,rr", "--replicas", "1,4", "--arrivals", "given", "--faults", "redis"])
     runs = [(plan.arrivals, plan.mode, plan.replicas, plan.speedup, fault) for plan, fault in options.runs]
     assert runs == [
-        ("given", "kv", 1, 15.0, None),
-        ("given", "kv", 4, 15.0, None),
-        ("given", "rr", 1, 15.0, None),
-        ("given", "rr", 4, 15.0, None),
-        ("given", "kv", 4, 15.0, "redis"),
+        ("given", "kv", 1, 8.0, None),
+        ("given", "kv", 4, 8.0, None),
+        ("given", "rr", 1, 8.0, None),
+        ("given", "rr", 4, 8.0, None),
+        ("given", "kv", 4, 8.0, "redis"),
     ]
 
 
