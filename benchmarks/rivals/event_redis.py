@@ -14,6 +14,9 @@ from dynamo_redis.wire.event import EventBatch, PublisherId
 
 _STREAM = StreamName("bench", "backend", STREAM)
 _QUEUE_COUNT = 20_000
+_TURN_COUNT = 512
+"""Events published in one turn of the loop: between turns it sends, as JetStream's client does with each."""
+_PAUSE_S = 0.001
 _BIN_16_BYTES = 3
 """What msgpack puts in front of an event that is nothing but bytes."""
 
@@ -32,9 +35,10 @@ class RedisPeer:
         await publisher.start()
         for number in range(count):
             publisher.publish(event_bytes(number)[_BIN_16_BYTES:])
-            if publisher.queued_count >= _QUEUE_COUNT:
-                while publisher.queued_count > _QUEUE_COUNT // 2:
-                    await asyncio.sleep(0)
+            if number % _TURN_COUNT == 0:
+                await asyncio.sleep(0)
+            while publisher.queued_count >= _QUEUE_COUNT:
+                await asyncio.sleep(_PAUSE_S)
         while not await publisher.flush(1.0):
             pass
         if publisher.left_out_count:

@@ -75,15 +75,20 @@ class EventPublisher:
         self._silence_s = SILENCE_S if durable else TOPIC_SILENCE_S
 
         self.next_sequence = 0
+        self.queued_count = 0
+        """Events that wait, or are under way."""
         self.left_out_count = 0
-        self._queue: deque[bytes] = deque()
-        self._queued_bytes = 0
+        self._open: list[bytes] = []
+        """The events of the batch that is being filled."""
+        self._open_bytes = 0
         self._first = 0
-        """The sequence of the queue's first event."""
+        """The sequence of the first of them."""
+        self._ready: deque[NewEntry] = deque()
+        """Batches that are full, or have waited."""
+        self._closed_bytes = 0
+        """Of all batches that wait, or are under way, but the open one."""
         self._is_gap = False
-        """Whether events behind the queue's last have been left out."""
-        self._under_way_count = 0
-        self._under_way_bytes = 0
+        """Whether events behind the last that waits have been left out."""
         self._sent_sequence = 0
         """Nothing below it waits any more."""
         self._due = asyncio.Event()
@@ -98,16 +103,11 @@ class EventPublisher:
         state = f"{self.next_sequence} published, {self.queued_count} queued, {self.left_out_count} left out"
         return f"<EventPublisher of {self._stream.path}: {state}>"
 
-    @property
-    def queued_count(self) -> int:
-        """Events that wait, or are under way."""
-        return len(self._queue) + self._under_way_count
-
     async def start(self) -> None:
         """Begin to send. Once. Does not wait for Redis."""
         assert self._task is None, "the publisher has been started"
         self._task = asyncio.create_task(self._run(), name=f"event publisher of {self._stream.path}")
-        if self._queue:
+        if self._open or self._ready:
             self._due.set()
 
     # ------------------------------------------------------------------ in
@@ -124,20 +124,31 @@ class EventPublisher:
         if self._is_gap or self._is_full():
             self._leave_out()
             return sequence
-        queue = self._queue
-        queue.append(packed)
-        self._queued_bytes += len(packed)
-        if len(queue) == 1:
-            self._set_timer(self._linger_s)
-        if len(queue) >= self._batch_count or self._queued_bytes >= BATCH_BYTES:
+        events = self._open
+        events.append(packed)
+        self.queued_count += 1
+        self._open_bytes += len(packed)
+        if len(events) >= self._batch_count or self._open_bytes >= BATCH_BYTES:
+            self._close_batch()
             self._due.set()
+        elif len(events) == 1:
+            self._set_timer(self._linger_s)
         return sequence
 
     def _is_full(self) -> bool:
         return (
-            len(self._queue) + self._under_way_count >= self._limit_count
-            or self._queued_bytes + self._under_way_bytes >= self._limit_bytes
+            self.queued_count >= self._limit_count
+            or self._open_bytes + self._closed_bytes >= self._limit_bytes
         )
+
+    def _close_batch(self) -> None:
+        """Take the open batch as it is, with events or without."""
+        packed, self._open, self._open_bytes = self._open, [], 0
+        now_ms = int(SYSTEM_CLOCK.wall() * 1000)
+        content = EventBatch.of_packed(self._stream.topic, self._publisher, self._first, now_ms, packed)
+        self._ready.append(NewEntry(content, len(packed)))
+        self._closed_bytes += len(content)
+        self._first += len(packed)
 
     def _leave_out(self) -> None:
         if not self._is_gap and not self._closed:
@@ -154,41 +165,21 @@ class EventPublisher:
             self._due.clear()
             self._stop_timer()
             await self._send(self._take())
-            if self._queue or self._is_gap:
-                if self._timer is None:  # what is there was left over, and has waited
+            if self._open or self._ready or self._is_gap:
+                if self._ready or self._timer is None:  # what is there was left over, and has waited
                     self._due.set()
             else:
                 self._set_timer(self._silence_s)
 
     def _take(self) -> list[NewEntry]:
         """The batches of the next trip. If nothing waits: one that says how far the publisher is."""
-        if not self._queue:
-            self._is_gap = False
-            self._first = self.next_sequence
-            return [self._batch([])]
-        entries: list[NewEntry] = []
-        while self._queue and len(entries) < TRIP_BATCHES_COUNT:
-            entries.append(self._batch(self._take_events()))
-        return entries
-
-    def _take_events(self) -> list[bytes]:
-        queue = self._queue
-        taken: list[bytes] = []
-        size_bytes = 0
-        while queue and len(taken) < self._batch_count and size_bytes < BATCH_BYTES:
-            packed = queue.popleft()
-            size_bytes += len(packed)
-            taken.append(packed)
-        self._queued_bytes -= size_bytes
-        self._under_way_bytes += size_bytes
-        self._under_way_count += len(taken)
-        return taken
-
-    def _batch(self, packed: list[bytes]) -> NewEntry:
-        now_ms = int(SYSTEM_CLOCK.wall() * 1000)
-        content = EventBatch.of_packed(self._stream.topic, self._publisher, self._first, now_ms, packed)
-        self._first += len(packed)
-        return NewEntry(content, len(packed))
+        if not self._ready:
+            if not self._open:
+                self._is_gap = False
+                self._first = self._sent_sequence = self.next_sequence
+            self._close_batch()
+        count = min(len(self._ready), TRIP_BATCHES_COUNT)
+        return [self._ready.popleft() for _ in range(count)]
 
     async def _send(self, entries: Sequence[NewEntry]) -> None:
         """Send until it has succeeded."""
@@ -203,8 +194,10 @@ class EventPublisher:
         if self._failing:
             self._failing = False
             log.info("%s: events are sent again", self._stream.path)
-        self._under_way_count = self._under_way_bytes = 0
-        self._sent_sequence = self._first
+        event_count = sum(entry.event_count for entry in entries)
+        self.queued_count -= event_count
+        self._closed_bytes -= sum(len(entry.content) for entry in entries)
+        self._sent_sequence += event_count
         self._sent.set()
 
     async def _send_once(self, entries: Sequence[NewEntry]) -> None:
