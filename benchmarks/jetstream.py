@@ -17,7 +17,7 @@ _READY_S = 10.0
 
 def nats_python() -> str:
     """The interpreter of the rival's client."""
-    return rival_python("nats", "nats-py", "uvloop")
+    return rival_python("jetstream", "nats-py", "uvloop", "msgpack")
 
 
 def nats_binary() -> str:
