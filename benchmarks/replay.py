@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -77,7 +78,10 @@ class Options:
 def main(arguments: Sequence[str] | None = None) -> list[Entry]:
     """Run what the command line asks for; answers the rows."""
     options = parse(arguments)
-    trace = options.base.load_trace()
+    try:
+        trace = options.base.load_trace()
+    except (OSError, ValueError) as exc:
+        sys.exit(f"the trace cannot be read: {exc}")
     count = len(trace.requests)
     options = replace(
         options,
@@ -96,9 +100,16 @@ def main(arguments: Sequence[str] | None = None) -> list[Entry]:
     print_table(entries, _conditions(options))
     save(entries, options.results)
     if options.plot:
-        python = rival_python("plot", "matplotlib")
-        subprocess.run([python, "-m", "benchmarks.replay_plot", options.results], cwd=REPOSITORY, check=True)
+        _draw(options.results)
     return entries
+
+
+def _draw(results: Path) -> None:
+    try:
+        python = rival_python("plot", "matplotlib")
+        subprocess.run([python, "-m", "benchmarks.replay_plot", results], cwd=REPOSITORY, check=True)
+    except (OSError, subprocess.CalledProcessError) as exc:
+        print(f"the figures are in {results.name}; there is no picture of them: {exc}", file=sys.stderr)
 
 
 def _reference(plan: Plan, trace: str) -> Entry:
@@ -263,7 +274,7 @@ def parse(arguments: Sequence[str] | None) -> Options:
         faults=given.faults,
         given_requests=given.given_requests or -(-given.requests // 2),
         given_speedup=given.given_speedup,
-        results=given.results,
+        results=given.results.resolve(),
         plot=not given.no_plot,
         simulated=given.simulate,
         late_s=given.late_ms / 1e3,

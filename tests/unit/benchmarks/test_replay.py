@@ -159,6 +159,13 @@ def test_what_is_predicted_is_less_than_what_is_known(trace_file: Path) -> None:
     assert predicted.hit_rate < known.hit_rate
 
 
+def test_a_file_that_is_no_trace_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "notes.jsonl"
+    path.write_text("{}\n")
+    with pytest.raises(SystemExit, match="line 1"):
+        main(["--trace", str(path), "--simulate"])
+
+
 def test_all_can_be_simulated(trace_file: Path, tmp_path: Path) -> None:
     results = tmp_path / "replay.json"
     arguments = (
