@@ -62,7 +62,8 @@ def share(rounds: int) -> dict[str, Measured]:
         if result.late_s > LARGEST_LATENESS_S:
             raise RuntimeError(f"this machine is too busy: requests were sent {result.late_s:.2f} s late")
         ours.append(figures(result.outcomes, WORKERS).hit_rate)
-        print(f"X10 round {number + 1}: {ours[-1]:.4f}, omniscient {omniscient[-1]:.4f}", flush=True)
+        trace = plan.load_trace().name
+        print(f"X10 round {number + 1}, {trace}: {ours[-1]:.4f}, omniscient {omniscient[-1]:.4f}", flush=True)
     return {"X10": Measured.against(ours, omniscient)}
 
 
