@@ -4,19 +4,24 @@ The engine reports blocks by hashes of its own, with their tokens; what is publi
 (`router/hashing.py`), so that a router neither hashes nor keeps engines' names. Beside it stands the local
 index, and a ring of the events published last: whoever has missed some asks for them, or for everything
 (`router/kv_dump.py`).
+
+Blocks that follow one of which this side never heard, because it came after the engine or has missed
+something, get their names from the prompts that the engine was sent (`router/recent_prompts.py`).
 """
 
 from __future__ import annotations
 
 import logging
+from array import array
 from collections import Counter, deque
 from collections.abc import Collection, Iterator, Sequence
 from itertools import chain as chained
 from itertools import islice
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 from dynamo_redis.router.hashing import SEED, chain, local_hashes, lora_seed
-from dynamo_redis.router.local_index import EngineHash, LocalIndex, engine_keys
+from dynamo_redis.router.local_index import EngineHash, LocalIndex, LooseBlocks, engine_keys
+from dynamo_redis.router.recent_prompts import Content, RecentPrompts
 from dynamo_redis.wire import kv_event
 from dynamo_redis.wire.kv_event import DEVICE, TIERS, KvEvent
 
@@ -31,6 +36,21 @@ RING_BLOCK_COUNT: Final = 1 << 18
 DUMP_BLOCK_COUNT: Final = 4096
 """Hashes in one event of a dump: 32 KiB."""
 
+LOOSE_BLOCK_COUNT: Final = 1 << 14
+"""Blocks without a name of which the content is kept: some 0.5 KB each."""
+
+RUN_COUNT: Final = 256
+"""So many of them, one behind the other, are held against prompts."""
+
+_REASONS: Final = {
+    "unknown_parent": "they follow blocks that the engine stored before it was heard here. Prompts that pass "
+    "this worker and bring new blocks heal it; where the engine can replay its events, let it do so at once",
+    "block_size": "they have not {block_size} tokens each: set the engine's block size and this one alike",
+    "unknown_block": "they came without tokens, and are not known from another tier",
+    "reused_hash": "their hash is that of another block",
+    "bad_tokens": "their token ids are none",
+}
+
 
 class Publisher(Protocol):
     """Numbers events and sends them; `planes/event_publisher.py` has it."""
@@ -41,12 +61,22 @@ class Publisher(Protocol):
     def publish(self, event: Any, /) -> int: ...
 
 
+class _Placed(NamedTuple):
+    """Blocks one behind the other, by both names; what stands before them, and of that what must be held."""
+
+    keys: Sequence[EngineHash]
+    names: Sequence[int]
+    parent: int | None
+    inferred: Sequence[int] = ()
+
+
 class KvPublisher:
     """One data-parallel rank. Every change is published before the call returns; none waits or raises.
 
     What cannot be told is left out, counted by reason in `left_out`, and said once in the log:
 
-    - `unknown_parent`: blocks that follow one which was never told, or is held no longer;
+    - `unknown_parent`: blocks that follow one which was never told, or is held no longer, and whose prompt is
+      not known either; they are told once they, or what follows them, are found in a prompt;
     - `block_size`: blocks whose tokens are not `block_size` each: set the engine's and the router's alike;
     - `unknown_block`: blocks reported without tokens, and not held on any other tier;
     - `reused_hash`: blocks whose engine hash is that of another block which is held;
@@ -70,6 +100,8 @@ class KvPublisher:
         self.left_out: Counter[str] = Counter()
         self._publisher = publisher
         self._index = LocalIndex()
+        self._loose = LooseBlocks(LOOSE_BLOCK_COUNT)
+        self._prompts = RecentPrompts(block_size)
         self._next_sequence = publisher.next_sequence if publisher is not None else 0
         self._ring: deque[KvEvent] = deque()  # those before `_next_sequence`
         self._ring_count = ring_count
@@ -92,6 +124,13 @@ class KvPublisher:
         """The sequence hashes held on a tier: a live view."""
         return self._index[tier].blocks.keys()
 
+    # ----------------------------------------------------------------- what the engine is sent
+
+    def note_prompt(self, token_ids: Sequence[int], lora_name: str | None = None) -> None:
+        """The engine is about to be sent this prompt. To be called for every one, before it is sent, where
+        not all of the engine's events are sure to arrive; it copies the ids (about 40 µs for 4,096)."""
+        self._prompts.note(token_ids, lora_seed(lora_name) if lora_name else SEED)
+
     # ----------------------------------------------------------------- what the engine says
 
     def stored(
@@ -108,12 +147,19 @@ class KvPublisher:
 
         Without token ids the blocks are those known from another tier; `parent_hash` then says nothing.
         """
-        keys = engine_keys(block_hashes)
+        keys: Sequence[EngineHash] = engine_keys(block_hashes)
+        place = self._index[tier]
+        new: list[int] = []
         if len(token_ids):
-            names = self._names(len(keys), token_ids, parent_hash, lora_name)
-            if not names:
+            placed = self._place(keys, token_ids, parent_hash, tier, lora_name)
+            if placed is None:
                 return
-            parents = [self._parent(parent_hash), *names[:-1]]
+            keys, names = placed.keys, placed.names
+            parents = [placed.parent, *names[:-1]]
+            if placed.inferred:
+                new = place.infer(placed.inferred)
+            if self._loose:
+                self._loose.drop(keys)
         else:
             known = [(key, block) for key in keys if (block := self._index.block(key)) is not None]
             if len(known) < len(keys):
@@ -121,9 +167,8 @@ class KvPublisher:
             keys = [key for key, _ in known]
             names = [block.name for _, block in known]
             parents = [block.parent for _, block in known]
-        place = self._index[tier]
         conflict_count = place.conflict_count
-        new = place.store(keys, names, parents)
+        new += place.store(keys, names, parents)
         if place.conflict_count > conflict_count:
             self._leave_out("reused_hash", place.conflict_count - conflict_count)
         if not new:
@@ -136,15 +181,19 @@ class KvPublisher:
 
     def removed(self, block_hashes: Sequence[EngineHash], *, tier: int = DEVICE) -> None:
         """The engine holds these blocks no longer, on this tier. Unknown ones have no effect."""
-        ends, inside = self._index[tier].remove(engine_keys(block_hashes))
+        keys = engine_keys(block_hashes)
+        if self._loose and tier == DEVICE:
+            self._loose.drop(keys)
+        ends, inside = self._index[tier].remove(keys)
+        if inside:  # first: a reader must know of a hole before it trusts what lies around
+            self._publish(kv_event.removed(inside, tier, inside=True))
         if ends:
             self._publish(kv_event.removed(ends, tier))
-        if inside:
-            self._publish(kv_event.removed(inside, tier, inside=True))
 
     def cleared(self) -> None:
         """The engine has emptied its cache, on all tiers."""
         self._index.clear()
+        self._loose.clear()
         self._publish(kv_event.cleared())
 
     def reset(self) -> None:
@@ -184,39 +233,71 @@ class KvPublisher:
 
     # ----------------------------------------------------------------- inside
 
-    def _parent(self, parent_hash: EngineHash | None) -> int | None:
-        return None if parent_hash is None else self._index.name(*engine_keys((parent_hash,)))
-
-    def _names(
+    def _place(
         self,
-        count: int,
+        keys: Sequence[EngineHash],
         token_ids: Sequence[int],
         parent_hash: EngineHash | None,
+        tier: int,
         lora_name: str | None,
-    ) -> list[int]:
-        """The sequence hashes of new blocks; empty if they have none."""
-        if len(token_ids) != count * self.block_size:
-            self._leave_out("block_size", count)
-            return []
-        parent = self._parent(parent_hash)
-        if parent is None and parent_hash is not None:
-            self._leave_out("unknown_parent", count)
-            return []
+    ) -> _Placed | None:
+        """New blocks by their names, with what is found to precede them; None if they can have none."""
+        if len(token_ids) != len(keys) * self.block_size:
+            self._leave_out("block_size", len(keys))
+            return None
         seed = lora_seed(lora_name) if lora_name else SEED
         try:
-            return chain(local_hashes(token_ids, self.block_size, seed=seed), parent, seed=seed)
+            tokens = array("I", token_ids)
         except (TypeError, ValueError, OverflowError):
-            self._leave_out("bad_tokens", count)
-            return []
+            self._leave_out("bad_tokens", len(keys))
+            return None
+        local = local_hashes(tokens, self.block_size, seed=seed)
+        if parent_hash is None:
+            return _Placed(keys, chain(local, seed=seed), None)
+        (before,) = engine_keys((parent_hash,))
+        parent = self._index.name(before)
+        if parent is not None:
+            return _Placed(keys, chain(local, parent, seed=seed), parent)
+        if tier == DEVICE:
+            contents = self._contents(local, tokens)
+            placed = self._search(keys, contents, before, seed)
+            if placed is not None:
+                return placed
+            self._loose.add(keys, before, contents)
+        self._leave_out("unknown_parent", len(keys))
+        return None
+
+    def _contents(self, local: Sequence[int], tokens: array[int]) -> list[Content]:
+        content = tokens.tobytes()
+        size = self.block_size * tokens.itemsize
+        return [Content(block, content[n * size : (n + 1) * size]) for n, block in enumerate(local)]
+
+    def _search(
+        self, keys: Sequence[EngineHash], contents: Sequence[Content], before: EngineHash, seed: int
+    ) -> _Placed | None:
+        """Blocks behind one without a name, by the prompt that they are of. With them goes what lies between
+        them and the first block that has a name, or whose name is found; all before that is held, too."""
+        loose = self._loose.run_to(before, RUN_COUNT)
+        if loose:
+            before = loose[0][1].before
+        keys = [*(key for key, _ in loose), *keys]
+        run = [*(block.content for _, block in loose), *contents]
+        parent = self._index.name(before)
+        if parent is not None:
+            return _Placed(keys, chain((block.local for block in run), parent, seed=seed), parent)
+        lineage = self._prompts.find(run, seed)
+        if lineage is None:
+            return None
+        names = [lineage[-1], *chain((block.local for block in run), lineage[-1], seed=seed)]
+        parent = lineage[-2] if len(lineage) > 1 else None
+        return _Placed([before, *keys], names, parent, lineage[:-1])
 
     def _leave_out(self, reason: str, count: int) -> None:
         if reason not in self.left_out:
             log.warning(
-                "rank %d: routers do not hear of some KV blocks (%s; blocks here have %d tokens); "
-                "further ones are counted only",
+                "rank %d: routers do not hear of some KV blocks: %s; further ones are counted only",
                 self.dp_rank,
-                reason.replace("_", " "),
-                self.block_size,
+                _REASONS[reason].format(block_size=self.block_size),
             )
         self.left_out[reason] += count
 

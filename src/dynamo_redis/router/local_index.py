@@ -4,6 +4,10 @@ An engine names blocks as it likes (numbers, digests); routers know sequence has
 held several times: on several tiers, by one engine hash more than once (vLLM computes a block twice when two
 requests bring it at once, and reports each copy), or under different engine hashes. It counts as held on a
 tier from its first copy there to its last.
+
+Of some blocks the engine's name is not known, only that it must hold them, since it holds what follows them:
+they are *inferred*. Of others only the engine's name is known, and what they contain, but not what stands
+before them: they are *loose*.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final, NamedTuple, TypeVar
 
+from dynamo_redis.router.recent_prompts import Content
 from dynamo_redis.wire.kv_event import TIERS
 
 EngineHash = int | bytes
@@ -64,9 +69,18 @@ class LocalIndex:
 
 
 class TierIndex:
-    """The blocks of one tier. To be changed by `store` and `remove` alone."""
+    """The blocks of one tier. To be changed by `store`, `infer` and `remove` alone."""
 
-    __slots__ = ("_followers", "_more_copies", "_repeats", "blocks", "conflict_count", "held", "holes")
+    __slots__ = (
+        "_followers",
+        "_inferred",
+        "_more_copies",
+        "_repeats",
+        "blocks",
+        "conflict_count",
+        "held",
+        "holes",
+    )
 
     def __init__(self) -> None:
         self.held: dict[EngineHash, int] = {}  # engine hash → sequence hash
@@ -74,6 +88,7 @@ class TierIndex:
         self.holes: set[int] = set()  # what is not held, although something that follows it is
         self.conflict_count = 0
         self._followers: dict[int, int] = {}  # sequence hash, held or not → blocks held right behind it
+        self._inferred: set[int] = set()  # those of `blocks` that are held under no known engine hash
         self._repeats: dict[EngineHash, int] = {}  # how often an engine hash was stored again
         self._more_copies: dict[int, int] = {}  # further engine hashes that hold the same block
 
@@ -95,7 +110,10 @@ class TierIndex:
                 continue
             held[key] = name
             if name in blocks:
-                self._more_copies[name] = self._more_copies.get(name, 0) + 1
+                if self._inferred and name in self._inferred:
+                    self._inferred.discard(name)  # now it has a name, and ends with that
+                else:
+                    self._more_copies[name] = self._more_copies.get(name, 0) + 1
                 continue
             blocks[name] = parent
             new.append(name)
@@ -107,10 +125,28 @@ class TierIndex:
                     holes.add(parent)
         return new
 
+    def infer(self, lineage: Sequence[int]) -> list[int]:
+        """Blocks from the beginning of a sequence on are held, since one that follows them is, or is about to
+        be stored. Each stays until the last that follows it is gone, or `store` gives it an engine hash.
+        Answers those that were not held, in order.
+        """
+        new: list[int] = []
+        parent: int | None = None
+        for name in lineage:
+            if name not in self.blocks:
+                self.blocks[name] = parent
+                self._inferred.add(name)
+                self.holes.discard(name)
+                if parent is not None:
+                    self._followers[parent] = self._followers.get(parent, 0) + 1
+                new.append(name)
+            parent = name
+        return new
+
     def remove(self, keys: Sequence[EngineHash]) -> tuple[list[int], list[int]]:
         """One copy less of each block that is held. Answers what is held no more: blocks that nothing
         follows here now, and blocks that something still does."""
-        held, blocks, followers, holes = self.held, self.blocks, self._followers, self.holes
+        held, followers = self.held, self._followers
         gone: list[int] = []
         for key in keys:
             name = held.get(key)
@@ -119,20 +155,75 @@ class TierIndex:
             del held[key]
             if self._more_copies and _take_one(self._more_copies, name):
                 continue
-            parent = blocks.pop(name)
-            gone.append(name)
-            if parent is not None:
-                left_count = followers[parent] - 1
-                if left_count:
-                    followers[parent] = left_count
-                else:
-                    del followers[parent]
-                    holes.discard(parent)
+            lost: int | None = name
+            while lost is not None:
+                gone.append(lost)
+                lost = self._take_out(lost)
         inside = [name for name in gone if name in followers]
         if not inside:
             return gone, inside
-        holes.update(inside)
+        self.holes.update(inside)
         return [name for name in gone if name not in followers], inside
+
+    def _take_out(self, name: int) -> int | None:
+        """Answers the block before, if it was inferred from this one and no other."""
+        parent = self.blocks.pop(name)
+        if parent is None:
+            return None
+        left_count = self._followers[parent] - 1
+        if left_count:
+            self._followers[parent] = left_count
+            return None
+        del self._followers[parent]
+        self.holes.discard(parent)
+        if parent not in self._inferred:
+            return None
+        self._inferred.discard(parent)
+        return parent
+
+
+class LooseBlock(NamedTuple):
+    """A block whose place is not known: the engine's name of the one before it, and what it contains."""
+
+    before: EngineHash
+    content: Content
+
+
+class LooseBlocks:
+    """Blocks of the device that have no sequence hash yet; past `max_count` the oldest are forgotten."""
+
+    def __init__(self, max_count: int) -> None:
+        self._max_count = max_count
+        self._blocks: dict[EngineHash, LooseBlock] = {}
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def add(self, keys: Sequence[EngineHash], before: EngineHash, contents: Sequence[Content]) -> None:
+        """Blocks that follow each other, the first of them `before`."""
+        for key, content in zip(keys, contents, strict=True):
+            self._blocks[key] = LooseBlock(before, content)
+            before = key
+        while len(self._blocks) > self._max_count:
+            del self._blocks[next(iter(self._blocks))]
+
+    def drop(self, keys: Sequence[EngineHash]) -> None:
+        """They are held no longer, or have a place now."""
+        for key in keys:
+            self._blocks.pop(key, None)
+
+    def run_to(self, key: EngineHash, max_count: int) -> list[tuple[EngineHash, LooseBlock]]:
+        """The loose blocks that follow each other up to that one, if it is loose; at most so many."""
+        run: list[tuple[EngineHash, LooseBlock]] = []
+        while len(run) < max_count and (block := self._blocks.get(key)) is not None:
+            run.append((key, block))
+            key = block.before
+        run.reverse()
+        return run
+
+    def clear(self) -> None:
+        """Nothing is held any more."""
+        self._blocks.clear()
 
 
 def _take_one(counts: dict[_Key, int], key: _Key) -> bool:
