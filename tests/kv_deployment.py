@@ -21,6 +21,7 @@ from dynamo_redis.engines.base import AllBlocksCleared, BlocksRemoved, BlocksSto
 from dynamo_redis.engines.kv_cache import BlockCache, BlockTable
 from dynamo_redis.planes.event_publisher import EventPublisher
 from dynamo_redis.router import following, members, recovery
+from dynamo_redis.router import indexer as indexer_module
 from dynamo_redis.router.base import Worker
 from dynamo_redis.router.hashing import chain, local_hashes
 from dynamo_redis.router.indexer import Indexer
@@ -273,6 +274,7 @@ def hasten(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(stream_readers, "CHECK_S", 0.1)
     patch.setattr(recovery, "DOUBT_PAUSE_S", 0.1)
     patch.setattr(members, "TICK_S", 0.2)
+    patch.setattr(indexer_module, "VERIFY_S", 0.1)
 
 
 @asynccontextmanager

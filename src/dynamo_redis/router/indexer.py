@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import time
 from collections.abc import Coroutine, Sequence
 from typing import Any, Final
@@ -37,6 +38,9 @@ log = logging.getLogger(__name__)
 
 START_S: Final = 10.0
 """How long `start` waits for the past to be read."""
+
+VERIFY_S: Final = 1.0
+"""How long after the start all workers are asked, jittered."""
 
 _SETTLE_S: Final = 2.0  # and then for workers to answer
 
@@ -234,7 +238,8 @@ class Indexer:
         if not self._has_caught_up.is_set():
             self._members.begin()
             # What a snapshot says of a worker is of a process that may have been followed by another since.
-            self._recovery.ask_all()
+            # That is rare, and routers may start together: they ask later, while requests are served.
+            self._recovery.ask_all(after_s=VERIFY_S * random.uniform(0.5, 1.5))  # noqa: S311 - jitter
             self._has_caught_up.set()
 
     def _complain(self, exc: Exception) -> None:

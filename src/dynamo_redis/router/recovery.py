@@ -64,6 +64,7 @@ class Recovery:
         self._idle = asyncio.Event()
         self._idle.set()
         self._doubt: asyncio.TimerHandle | None = None
+        self._doubt_due_at = 0.0
         self._doubted_at = -DOUBT_PAUSE_S
         self._closed = False
 
@@ -80,12 +81,19 @@ class Recovery:
             self._tasks[instance_id] = task
             self._idle.clear()
 
-    def ask_all(self) -> None:
-        """Something may be missing of anybody: ask all, now or `DOUBT_PAUSE_S` after the last time."""
-        if self._doubt is None and not self._closed:
-            pause_s = max(0.0, self._doubted_at + DOUBT_PAUSE_S - time.monotonic())
-            self._doubt = asyncio.get_running_loop().call_later(pause_s, self._ask_all_now)
-            self._idle.clear()
+    def ask_all(self, *, after_s: float = 0.0) -> None:
+        """Something may be missing of anybody: ask all, `after_s` from now, and `DOUBT_PAUSE_S` after the
+        last time."""
+        if self._closed:
+            return
+        now = time.monotonic()
+        due_at = max(now + after_s, self._doubted_at + DOUBT_PAUSE_S)
+        if self._doubt is not None:
+            if self._doubt_due_at <= due_at:
+                return
+            self._doubt.cancel()
+        self._doubt_due_at = due_at
+        self._doubt = asyncio.get_running_loop().call_later(due_at - now, self._ask_all_now)
 
     def _ask_all_now(self) -> None:
         self._doubt = None
@@ -94,7 +102,6 @@ class Recovery:
         random.shuffle(instance_ids)  # other routers ask them at the same time
         for instance_id in instance_ids:
             self.ask(instance_id)
-        self._note_idle()
 
     def asking(self) -> list[int]:
         """Whom an answer is awaited from."""
@@ -200,5 +207,5 @@ class Recovery:
             )
 
     def _note_idle(self) -> None:
-        if not self._tasks and self._doubt is None:
+        if not self._tasks:
             self._idle.set()

@@ -42,7 +42,7 @@ async def test_a_router_whose_events_cannot_be_read_starts_all_the_same_and_heal
         assert state.disconnected_s > 0
         assert router.find([1, 2, 3]) == {}
     await deployed.agree()
-    assert router.state().caught_up
+    await wait_until(lambda: router.state().caught_up, "it has caught up")
 
 
 async def test_who_does_not_answer_keeps_nobody_from_being_asked(
