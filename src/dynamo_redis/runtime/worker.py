@@ -6,11 +6,14 @@ import asyncio
 import functools
 import logging
 import warnings
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from dynamo_redis.runtime.logging import configure_dynamo_logging
 from dynamo_redis.runtime.runtime import DistributedRuntime
+
+log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -29,9 +32,10 @@ def dynamo_worker(
 
         uvloop.run(worker())
 
-    SIGTERM and SIGINT shut the runtime down, so `serve_endpoint` returns and the worker ends cleanly. Logs go
-    to stderr as `DYN_LOG` says, unless the program has given the root logger a handler before. Raises
-    ConfigError for wrong settings.
+    SIGTERM and SIGINT shut the runtime down, so `serve_endpoint` returns and the worker ends cleanly. One
+    that waits for something else is cancelled `DYN_GRACEFUL_SHUTDOWN_S` later. Logs go to stderr as `DYN_LOG`
+    says, unless the program has given the root logger a handler before. Raises ConfigError for wrong
+    settings.
     """
     if enable_nats is not None:
         warnings.warn("enable_nats has no effect: no NATS is used", DeprecationWarning, stacklevel=2)
@@ -45,8 +49,39 @@ def dynamo_worker(
                 configure_dynamo_logging()
             async with DistributedRuntime(asyncio.get_running_loop()) as runtime:
                 runtime.handle_signals()
-                return await main(runtime, *args, **kwargs)
+                async with _ended_after_shutdown(runtime):
+                    return await main(runtime, *args, **kwargs)
 
         return run
 
     return decorate
+
+
+@asynccontextmanager
+async def _ended_after_shutdown(runtime: DistributedRuntime) -> AsyncIterator[None]:
+    """Cancel the block if it has not ended `DYN_GRACEFUL_SHUTDOWN_S` after the runtime was shut down: the
+    process then ends with 1 (SystemExit)."""
+    task = asyncio.current_task()
+    assert task is not None
+    drain_s = runtime.settings.runtime.drain_s
+    is_late = False
+
+    async def watch() -> None:
+        nonlocal is_late
+        await runtime.wait_for_shutdown()
+        log.info("shutting down within %g s; a second signal ends this process at once", drain_s)
+        await asyncio.sleep(drain_s)
+        log.warning("what still runs %g s after the shutdown is cancelled", drain_s)
+        is_late = True
+        task.cancel()
+
+    watcher = asyncio.create_task(watch(), name="end after shutdown")
+    try:
+        yield
+    except asyncio.CancelledError:
+        if is_late and not task.uncancel():
+            raise SystemExit(1) from None
+        raise
+    finally:
+        watcher.cancel()
+        await asyncio.wait([watcher])

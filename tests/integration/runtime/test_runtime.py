@@ -273,6 +273,23 @@ async def test_dynamo_worker_runs_and_closes(
     await until(lambda: client.instance_ids() == [])
 
 
+async def test_dynamo_worker_ends_a_main_that_waits_for_something_else(
+    monkeypatch: pytest.MonkeyPatch, dynamo_redis_url: str, dynamo_redis_prefix: str
+) -> None:
+    monkeypatch.setenv("DYN_REDIS_URL", dynamo_redis_url)
+    monkeypatch.setenv("DYN_REDIS_PREFIX", dynamo_redis_prefix)
+    monkeypatch.setenv("DYN_GRACEFUL_SHUTDOWN_S", "0.05")
+
+    @dynamo_worker()
+    async def main(runtime: DistributedRuntime) -> None:
+        client = await runtime.endpoint(ENDPOINT).client()
+        runtime.shutdown()
+        await client.wait_for_instances()
+
+    with pytest.raises(SystemExit):
+        await main()
+
+
 @contextmanager
 def no_log_set_up() -> Iterator[logging.Logger]:
     """The root logger of a process that has not touched it; pytest's own handlers come back afterwards."""
