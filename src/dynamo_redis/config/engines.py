@@ -115,9 +115,9 @@ class OpenAIEngineSettings(SettingsGroup):
     kv_events_topic: str = setting("DYN_KV_EVENTS_TOPIC", "", "The topic that it publishes under.")
     kv_events_clear: bool = setting(
         "DYN_KV_EVENTS_CLEAR",
-        True,
-        "Have the engine clear its prefix cache once events of it are lost for good, so that routers know it "
-        "again.",
+        False,
+        "Have the engine clear its prefix cache once events of it are lost for good, so that all of it is "
+        "known again at once, and not as prompts bring it up.",
     )
     engine_data_parallel_size: Annotated[int, Field(ge=1, le=1024)] = setting(
         "DYN_ENGINE_DATA_PARALLEL_SIZE",

@@ -231,8 +231,8 @@ class OpenAIEngine:
         except PlaneError as exc:
             if first:
                 log.warning(
-                    "routers cannot know what this engine stores behind blocks that were not told, and it "
-                    "cannot be made to drop them now: %s (DYN_KV_REPLAY_ENDPOINT, VLLM_SERVER_DEV_MODE)",
+                    "the engine holds blocks that were not told, and cannot be made to drop them now: %s; "
+                    "routers learn of them as prompts bring them up (VLLM_SERVER_DEV_MODE)",
                     exc,
                 )
         else:
@@ -293,6 +293,10 @@ class OpenAIEngine:
         if self._tokens is None:
             raise Draining("the engine is not started")
         reader = CompletionReader(self._tokens, hidden_stop_ids(request))
+        if self.relay is not None and not isinstance(prompt, str):
+            for publisher in self._publishers:
+                if dp_rank is None or publisher.dp_rank == dp_rank:
+                    publisher.note_prompt(prompt)
         completion = self._http.complete(body, headers)
         unsubscribe = context.on_cancel(lambda _: completion.close())
         self._running_count += 1

@@ -124,7 +124,7 @@ class RankRelay:
     ) -> None:
         self.counts: Counter[str] = Counter()
         self.partial = False
-        """Whether the engine may hold blocks that it will not tell again: none behind them can be known."""
+        """Whether the engine may hold blocks that it will not tell again: only prompts say what."""
         self._publisher = publisher
         self._subscription = subscription
         self._replay_endpoint = replay_endpoint

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from typing import Any, cast
@@ -22,6 +23,7 @@ from dynamo_redis.errors import (
     PlaneError,
 )
 from dynamo_redis.planes.context import Context
+from dynamo_redis.router.hashing import chain, local_hashes
 from dynamo_redis.router.kv_publisher import KvPublisher
 from dynamo_redis.runtime.llm_protocol import GenerateItem, GenerateRequest
 from dynamo_redis.runtime.model_files import read_model_directory
@@ -273,13 +275,13 @@ async def test_what_is_relayed_is_what_the_engine_holds() -> None:
 
 @asynccontextmanager
 async def following(
-    server: TestEngine, *, replay: bool = True
+    server: TestEngine, *, replay: bool = True, **settings: Any
 ) -> AsyncIterator[tuple[OpenAIEngine, KvPublisher]]:
     """An engine whose KV events are relayed to that publisher."""
     events, publisher = server.events[0], KvPublisher(None, block_size=4)
     replay_endpoint = events.replay_endpoint if replay else None
     async with engine_at(
-        server, kv_events_endpoint=events.endpoint, kv_replay_endpoint=replay_endpoint
+        server, kv_events_endpoint=events.endpoint, kv_replay_endpoint=replay_endpoint, **settings
     ) as engine:
         engine.follow([publisher])
         yield engine, publisher
@@ -332,22 +334,25 @@ async def test_each_rank_reports_its_own_cache() -> None:
         await server.stop()
 
 
-async def test_a_warm_engine_without_replay_becomes_known() -> None:
-    """All that it stores stands behind blocks that it told nobody who listened: it is made to begin anew."""
+@pytest.mark.parametrize("clear", [False, True])
+async def test_a_warm_engine_without_replay_becomes_known(clear: bool) -> None:
+    """What it stores stands behind blocks of which nobody heard: prompts tell them, or it begins anew."""
     prefix = list(range(64))
     async with running_engine(block_size=4) as server:
         for number in range(3):
             await answer(server.mock, request(token_ids=[*prefix, number]))
-        async with following(server, replay=False) as (engine, publisher):
-            held = server.mock.cache.stored
+        async with following(server, replay=False, kv_events_clear=clear) as (engine, publisher):
+            prompt = prefix
             async with asyncio.timeout(20):
-                number = 3
-                while not (publisher.block_count and set(publisher.blocks()) == held()):
-                    number += 1
-                    await answer(engine, request(token_ids=[*prefix, number]))
+                while not set(publisher.blocks()) >= set(chain(local_hashes(prompt, 4))):
+                    prompt = [*prefix, *random.choices(range(100, 1000), k=20)]
+                    await answer(engine, request(token_ids=prompt))
                     await asyncio.sleep(0.02)
-            assert engine.relay is not None
-            assert not engine.relay.partial
+            held = server.mock.cache.stored
+            assert set(publisher.blocks()) <= held()
+            if clear:
+                await until(lambda: set(publisher.blocks()) == held())
+                await until(lambda: engine.relay is not None and not engine.relay.partial)
 
 
 async def test_an_engine_that_freezes_loses_the_requests_it_has_not_answered() -> None:

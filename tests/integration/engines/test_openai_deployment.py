@@ -17,6 +17,7 @@ from dynamo_redis.engines.openai import OpenAIEngine
 from dynamo_redis.engines.worker import serve_engine
 from dynamo_redis.frontend.server import serve_frontend
 from dynamo_redis.router.base import Worker
+from dynamo_redis.router.hashing import chain, local_hashes
 from dynamo_redis.router.indexer import Indexer
 from dynamo_redis.runtime import DistributedRuntime
 from dynamo_redis.runtime.model_files import read_model_directory
@@ -49,13 +50,13 @@ class Services:
         await engine.start()
         return engine
 
-    async def worker(self, engine: TestEngine) -> DistributedRuntime:
+    async def worker(self, engine: TestEngine, *, replay: bool = True) -> DistributedRuntime:
         model = read_model_directory(DEMO_MODEL_PATH)
         settings = OpenAIEngineSettings(
             engine_url=engine.url,
             engine_poll_interval_s=0.05,
             kv_events_endpoint=engine.events[0].endpoint,
-            kv_replay_endpoint=engine.events[0].replay_endpoint,
+            kv_replay_endpoint=engine.events[0].replay_endpoint if replay else None,
         )
         return await self._serve(
             lambda runtime, ready: serve_engine(
@@ -211,3 +212,35 @@ async def test_an_engine_is_killed_and_comes_back(services: Services) -> None:
         await asyncio.gather(*[chat(frontend, f"Something new, {number}") for number in range(16)])
         assert another.requests
         await until(lambda: held(indexer, workers[place]) == another.mock.cache.stored())
+
+
+async def test_a_worker_that_comes_to_a_warm_engine_learns_its_cache_from_chats(services: Services) -> None:
+    """Without replay: nobody tells again what stands at the beginning of every prompt."""
+    engine = await services.engine()
+    first = await services.worker(engine)
+    frontend = await services.frontend()
+    indexer = await services.index()
+    await chat(frontend, LONG)
+    await until(lambda: held(indexer, first))
+    first.shutdown()
+    await until(lambda: not held(indexer, first))
+
+    second = await services.worker(engine, replay=False)
+
+    def known() -> bool:
+        names = set(chain(local_hashes(engine.requests[-1]["prompt"], 4)))
+        return names <= held(indexer, second)
+
+    async with asyncio.timeout(30):
+        number = 0
+        while not (len(engine.requests) > 1 and known()):
+            number += 1  # the subscription takes effect some time after it is made
+            response = await frontend.post(
+                "/v1/chat/completions",
+                json=body(f"{LONG} Now write {number} lines about the {number}th boat."),
+            )
+            if response.status_code == 200:  # until then the frontend has not seen the second worker
+                await asyncio.sleep(0.05)
+    assert held(indexer, second) <= engine.mock.cache.stored()
+    again = await chat(frontend, LONG)
+    assert again["usage"]["prompt_tokens_details"]["cached_tokens"] > 50
