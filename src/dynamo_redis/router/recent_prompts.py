@@ -74,9 +74,9 @@ class RecentPrompts:
 
         A run may stand where its first block does in a prompt, if it is as in prompts from there on, up to
         where an answer to one may have begun. It may also be the answer to a prompt that ends within its
-        first block. A place in which it is the rest of a prompt, to the end, goes before all others, since
-        answers do not ask the next question. None if there is no place, or more than one. Answers to prompts
-        that end with a whole block are not thought of: they could be anything, and forbid everything.
+        first block. If it may be the rest of a prompt, to the end, it is no answer, since answers do not ask
+        the next question. None if there is no place, or more than one. Answers to prompts that end with a
+        whole block are not thought of: they could be anything, and forbid everything.
         """
         for half in (self._old, self._young):
             half.hash_waiting()
@@ -84,10 +84,12 @@ class RecentPrompts:
         if len(places) > CANDIDATES_COUNT:
             return None
         fits = {before: fit for before in places if (fit := self._fit(before, run, seed)) is not None}
-        rests = [before for before, fit in fits.items() if fit.is_rest] or list(fits)
-        if len(rests) != 1 or fits[rests[0]].block_count * self._block_size < MATCH_TOKENS_COUNT:
+        if any(fit.is_rest for fit in fits.values()):
+            fits = {before: fit for before, fit in fits.items() if fit.block_count == len(run)}
+        if len(fits) != 1:
             return None
-        return self._lineage(rests[0])
+        ((before, fit),) = fits.items()
+        return self._lineage(before) if fit.block_count * self._block_size >= MATCH_TOKENS_COUNT else None
 
     def _places(self, block: Content) -> set[int]:
         return set(self._old.places.get(block.local, ())) | set(self._young.places.get(block.local, ()))

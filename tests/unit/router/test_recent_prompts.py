@@ -103,6 +103,13 @@ def test_equal_content_behind_different_beginnings_is_left_out(rank: KvPublisher
     assert list(rank.blocks()) == _names([3, 4])
 
 
+def test_the_rest_of_one_prompt_may_be_the_middle_of_another(rank: KvPublisher) -> None:
+    rank.note_prompt([1, 2, 5, 6])
+    rank.note_prompt([3, 4, 5, 6, 8, 8])
+    rank.stored([20], [5, 6], 10)
+    assert rank.block_count == 0
+
+
 def test_an_answer_that_is_in_another_prompt_is_left_out(rank: KvPublisher) -> None:
     """Two conversations that differ in their beginnings only: what answers one stands in the other."""
     rank.note_prompt([1, 2, 5, 6, 7, 8, 1, 1, 9])
