@@ -55,7 +55,8 @@ class Reader:
                 continue
             for entry in entries:
                 self._apply(EventBatch.from_bytes(entry.content))
-            await self._group.acknowledge([entry.entry_id for entry in entries])
+            with suppress(StoreUnavailable):
+                await self._group.acknowledge([entry.entry_id for entry in entries])
 
     def _apply(self, batch: EventBatch) -> None:
         self.missed += range(self.next_sequence, batch.first_sequence)
@@ -76,7 +77,7 @@ async def proxy(own_redis_server: EmbeddedServer) -> AsyncIterator[Proxy]:
 async def publisher(proxy: Proxy) -> AsyncIterator[EventPublisher]:
     """One whose connection passes through the proxy; with a short queue."""
     settings = EventSettings(event_queue_count=400, event_batch_count=10, event_linger_s=0.0)
-    streams = RedisEventStreams(RedisClient(proxy.url, timeout_s=0.2), "dynamo", settings)
+    streams = RedisEventStreams(RedisClient(proxy.url, timeout_s=1.0), "dynamo", settings)
     made = EventPublisher(streams, STREAM, PUBLISHER, settings)
     await made.start()
     yield made
@@ -87,7 +88,7 @@ async def publisher(proxy: Proxy) -> AsyncIterator[EventPublisher]:
 @pytest.fixture
 async def reader(own_redis_server: EmbeddedServer) -> AsyncIterator[Reader]:
     """One with a connection of its own, that reads until the test ends."""
-    client = RedisClient(own_redis_server.url, timeout_s=0.5)
+    client = RedisClient(own_redis_server.url, timeout_s=1.0)
     streams = RedisEventStreams(client, "dynamo", EventSettings())
     group = streams.group(STREAM, "router")
     await group.create()
@@ -135,7 +136,7 @@ async def test_a_reader_whose_connection_breaks_misses_nothing(
     own_redis_server: EmbeddedServer, proxy: Proxy
 ) -> None:
     direct = RedisEventStreams(RedisClient(own_redis_server.url, timeout_s=3.0), "dynamo", EventSettings())
-    through = RedisEventStreams(RedisClient(proxy.url, timeout_s=0.2), "dynamo", EventSettings())
+    through = RedisEventStreams(RedisClient(proxy.url, timeout_s=1.0), "dynamo", EventSettings())
     settings = EventSettings(event_linger_s=0.0, event_batch_count=10)
     publisher = EventPublisher(direct, STREAM, PUBLISHER, settings)
     group = through.group(STREAM, "router")
