@@ -330,6 +330,18 @@ async def test_a_trim_keeps_what_the_snapshot_lacks(plane: Plane) -> None:
     await tail.aclose()
 
 
+async def test_whoever_reads_removes_groups_that_are_silent(
+    plane: Plane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream_readers, "CHECK_S", 0.0)
+    dead, alive = await reader(plane, "dead"), await reader(plane, "alive")
+    await plane.silence(STREAM, "dead")
+    assert await alive.read(count=1, block_s=0.0) == []
+    assert [group.name for group in (await info(plane)).groups] == ["alive"]
+    await dead.aclose()
+    await alive.aclose()
+
+
 async def test_a_silent_group_is_removed_and_no_other(plane: Plane) -> None:
     dead, alive = await reader(plane, "dead"), await reader(plane, "alive")
     await append(plane, "a")

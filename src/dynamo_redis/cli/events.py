@@ -19,7 +19,7 @@ from dynamo_redis.cli.output import json_option, print_json, print_json_line, pr
 from dynamo_redis.config import parse_duration
 from dynamo_redis.errors import SchemaMismatch, StoreUnavailable
 from dynamo_redis.names import decode_segment, format_instance_id
-from dynamo_redis.store.event_base import BEGINNING, Entry, EventStreams, StreamInfo, StreamName
+from dynamo_redis.store.event_base import BEGINNING, GROUP_TTL_S, Entry, EventStreams, StreamInfo, StreamName
 from dynamo_redis.wire import kv_event
 from dynamo_redis.wire.event import EventBatch
 
@@ -85,7 +85,7 @@ def ls(as_json: bool, **options: str | None) -> None:
 def lag(stream: str | None, as_json: bool, **options: str | None) -> None:
     """List the groups that read the streams, or STREAM: how many entries each has still to apply.
 
-    A group is one router. One that is silent for long is removed at the next trim of its stream.
+    A group is one router. One that is silent for long is removed by the others.
 
     \b
     Examples:
@@ -195,7 +195,8 @@ def _absent(stream: StreamName) -> CommandFailed:
 
 def _stream_row(info: StreamInfo, now_s: float) -> list[str]:
     last = "" if info.last_entry_id == BEGINNING else human_time(_time_s(info.last_entry_id), now_s)
-    slowest = max((group.lag_count for group in info.groups), default=None)
+    alive = (group.lag_count for group in info.groups if group.silent_s <= 3 * GROUP_TTL_S)
+    slowest = max(alive, default=None)
     return [
         _name(info.name),
         str(info.entry_count),

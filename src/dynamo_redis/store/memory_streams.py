@@ -131,6 +131,7 @@ class MemoryStream:
         if group is None:
             raise StreamLost(f"the group {name} is gone")
         group.seen = self._clock.monotonic()
+        self._remove_silent()
         if entry_order(group.position) < entry_order(self.floor):
             raise StreamTrimmed(f"{self._name.path} has been trimmed up to {self.floor}")
         entries = self.behind(group.position, count)
@@ -156,15 +157,18 @@ class MemoryStream:
         return found
 
     def trim(self, snapshot: EntryId) -> EntryId:
-        now = self._clock.monotonic()
-        for name, group in tuple(self.groups.items()):
-            if now - group.seen > 3 * GROUP_TTL_S:
-                del self.groups[name]
+        self._remove_silent()
         needed = [snapshot, self.last, *(group.kept_behind for group in self.groups.values())]
         cut = min(map(entry_order, needed))
         while self.entries and entry_order(self.entries[0].entry.entry_id) <= cut:
             self._drop_first()
         return self.floor
+
+    def _remove_silent(self) -> None:
+        now = self._clock.monotonic()
+        for name, group in tuple(self.groups.items()):
+            if now - group.seen > 3 * GROUP_TTL_S:
+                del self.groups[name]
 
     def info(self) -> StreamInfo:
         now = self._clock.monotonic()

@@ -34,6 +34,9 @@ _CREATE = load_script("stream_create", "stream_prelude")
 _SEEK = load_script("stream_seek", "stream_prelude")
 _BEAT = load_script("stream_beat", "stream_prelude")
 
+SILENCE_MS = round(3 * GROUP_TTL_S * 1000)
+"""A group that has been silent for longer is removed."""
+
 
 async def stream_script(
     client: RedisClient, script: Script, keys: StreamKeys, args: Sequence[Argument]
@@ -156,8 +159,8 @@ class RedisEventGroup:
             self._floor = floor
 
     async def _beat(self) -> None:
-        """Give a sign of life. Raises StreamLost, StreamTrimmed."""
-        floor, breaks = await self._script(_BEAT)
+        """Give a sign of life, and remove groups that have given none. Raises StreamLost, StreamTrimmed."""
+        floor, breaks = await self._script(_BEAT, SILENCE_MS)
         self._beat_at = asyncio.get_running_loop().time()
         self._check(floor, breaks)
 

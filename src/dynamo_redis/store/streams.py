@@ -25,10 +25,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
 from dynamo_redis.config import EventSettings, StoreSettings
-from dynamo_redis.errors import SchemaMismatch, StreamLost
+from dynamo_redis.errors import SchemaMismatch, StoreRefused, StreamLost
 from dynamo_redis.store.client import Argument, RedisClient, Subscription
 from dynamo_redis.store.event_base import (
-    GROUP_TTL_S,
     EntryId,
     EventGroup,
     EventTail,
@@ -40,7 +39,7 @@ from dynamo_redis.store.event_base import (
 )
 from dynamo_redis.store.scripts import load_script
 from dynamo_redis.store.stream_keys import StreamKeys, stream_of_key, stream_pattern
-from dynamo_redis.store.stream_readers import RedisEventGroup, RedisEventTail, stream_script
+from dynamo_redis.store.stream_readers import SILENCE_MS, RedisEventGroup, RedisEventTail, stream_script
 
 log = logging.getLogger(__name__)
 
@@ -102,9 +101,7 @@ class RedisEventStreams:
 
     async def trim(self, stream: StreamName, snapshot: EntryId) -> EntryId:
         """As `EventStreams.trim`. Raises StreamLost if there is no stream."""
-        answer = await stream_script(
-            self._client, _TRIM, self._keys(stream), [snapshot, round(3 * GROUP_TTL_S * 1000)]
-        )
+        answer = await stream_script(self._client, _TRIM, self._keys(stream), [snapshot, SILENCE_MS])
         floor, *removed = map(bytes.decode, answer)
         if removed:
             log.info("%s: readers silent for long are removed: %s", stream.path, ", ".join(removed))
@@ -133,18 +130,23 @@ class RedisEventStreams:
         )
 
     async def list(self) -> builtins.list[StreamInfo]:
-        """As `EventStreams.list`. Streams of another schema are left out, with a warning."""
+        """As `EventStreams.list`. Streams that cannot be read are left out, with a warning: those of another
+        schema, and those of which somebody has overwritten a key. Raises StoreRefused if none can be."""
         keys = {key async for key in self._client.scan(stream_pattern(self._prefix))}
         streams = sorted(filter(None, (stream_of_key(self._prefix, key) for key in keys)), key=_order)
         found: builtins.list[StreamInfo] = []
+        refusal: StoreRefused | None = None
         for stream in streams:
             try:
                 info = await self.info(stream)
-            except SchemaMismatch as exc:
-                log.warning("left out of the list: %s: %s", stream.path, exc)
+            except (SchemaMismatch, StoreRefused) as exc:
+                refusal = exc if isinstance(exc, StoreRefused) else refusal
+                log.warning("left out, `dynamo-redis events rm` removes it: %s: %s", stream.path, exc)
                 continue
             if info is not None:
                 found.append(info)
+        if refusal is not None and not found:
+            raise refusal
         return found
 
     async def delete(self, stream: StreamName) -> bool:

@@ -122,6 +122,14 @@ def test_an_answer_that_is_in_another_prompt_is_left_out(rank: KvPublisher) -> N
     assert list(rank.blocks()) == _names([3, 4, 5, 6, 7, 8, 2, 2])
 
 
+def test_an_answer_may_begin_as_a_prompt_goes_on(rank: KvPublisher) -> None:
+    rank.note_prompt([1, 2, 5, 6, 1, 1, 9])
+    rank.note_prompt([1, 2, 5])
+    rank.note_prompt([3, 4, 5, 6, 7, 8, 1, 1, 9])
+    rank.stored([20, 30], [5, 6, 7, 8], 10)  # behind 1, 2 as an answer, or behind 3, 4
+    assert rank.block_count == 0
+
+
 def test_the_rest_of_a_prompt_is_no_answer(rank: KvPublisher) -> None:
     """Many prompts end with a token or two behind their last whole block, which many blocks begin with."""
     rank.note_prompt([8, 8, 5])
@@ -248,7 +256,8 @@ class WarmEngine:
         self.heard = False
         self.copies: Counter[tuple[int, ...]] = Counter()  # by all tokens up to the block's end
 
-    def answer(self, prompt: tuple[int, ...], answer: tuple[int, ...], *, chunk: int) -> None:
+    def answer(self, prompt: tuple[int, ...], answer: tuple[int, ...], *, chunk: int) -> tuple[int, ...]:
+        """Answers both."""
         self.rank.note_prompt(prompt)
         cached_count = 0
         while cached_count + BLOCK < len(prompt) and prompt[: cached_count + BLOCK] in self.copies:
@@ -259,6 +268,7 @@ class WarmEngine:
         whole = prompt + answer
         for start in range(end, len(whole) - BLOCK + 1, BLOCK):
             self._store(whole, start, start + BLOCK)
+        return whole
 
     def _store(self, tokens: tuple[int, ...], start: int, end: int) -> None:
         contents = [tokens[:stop] for stop in range(start + BLOCK, end + 1, BLOCK)]
@@ -286,20 +296,26 @@ _TOKENS = st.lists(st.integers(1, 2), min_size=0, max_size=5).map(tuple)
 
 
 def _serve_a_little(engine: WarmEngine, said: list[tuple[int, ...]], data: st.DataObject) -> None:
-    action = data.draw(st.sampled_from(("answer", "answer", "answer", "evict", "evict", "deaf", "lost")))
-    if action == "answer":
-        prompt = data.draw(st.sampled_from([(), HOT, *said])) + data.draw(_TOKENS)
-        prompt += (1,) * (len(prompt) % BLOCK) + ASK
-        answer = data.draw(_TOKENS)
-        engine.answer(prompt, answer, chunk=data.draw(st.integers(1, 3)))
-        said.append(prompt + answer)
-    elif action == "evict" and (ends := engine.ends()):
-        engine.evict(data.draw(st.sampled_from(ends)))
-    elif action == "deaf":
-        engine.heard = False
-    elif action == "lost" and not engine.heard:
+    action = data.draw(st.sampled_from(("answer", "answer", "answer", "again", "evict", "drain", "deaf")))
+    if not engine.heard and data.draw(st.integers(0, 2)) == 0:
         engine.rank.reset()
         engine.heard = True
+    if action == "answer":
+        prompt = data.draw(st.sampled_from([(), HOT, (2, 2, 2, 2), *said])) + data.draw(_TOKENS)
+        prompt += (1,) * (len(prompt) % BLOCK) + ASK
+        said.append(engine.answer(prompt, data.draw(_TOKENS), chunk=data.draw(st.integers(1, 3))))
+    elif action == "again" and said:  # behind another beginning
+        prompt = data.draw(st.sampled_from([(1, 1), (2, 1)])) + data.draw(st.sampled_from(said))[BLOCK:]
+        prompt = prompt[: len(prompt) // BLOCK * BLOCK] + ASK
+        engine.answer(prompt, data.draw(_TOKENS), chunk=1)
+    elif action == "evict" and (ends := engine.ends()):
+        engine.evict(data.draw(st.sampled_from(ends)))
+    elif action == "drain":
+        while ends := engine.ends():
+            for end in ends:
+                engine.evict(end)
+    elif action == "deaf":
+        engine.heard = False
 
 
 @given(st.data())

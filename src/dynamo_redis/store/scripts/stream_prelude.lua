@@ -176,3 +176,25 @@ local function place(group, position)
     if other.name == group then return other.position end
   end
 end
+
+-- Remove the groups that have been silent for longer than `limit_ms`; answers those that stay, and the names of
+-- the others.
+local function remove_silent(limit_ms)
+  local stay, removed, known = {}, {}, {}
+  for _, group in ipairs(list_groups()) do
+    known[group.name] = true
+    -- One that somebody made by hand is given the time of the others from now on.
+    redis.call('ZADD', GROUPS, 'NX', string.format('%.0f', CLOCK), group.name)
+    if CLOCK - redis.call('ZSCORE', GROUPS, group.name) > tonumber(limit_ms) then
+      redis.call('XGROUP', 'DESTROY', EVENTS, group.name)
+      redis.call('ZREM', GROUPS, group.name)
+      removed[#removed + 1] = group.name
+    else
+      stay[#stay + 1] = group
+    end
+  end
+  for _, name in ipairs(redis.call('ZRANGE', GROUPS, 0, -1)) do
+    if not known[name] then redis.call('ZREM', GROUPS, name) end
+  end
+  return stay, removed
+end

@@ -12,21 +12,9 @@ if not LENGTH then return {'lost'} end
 advance()
 
 local cut = ARGV[1]
-local removed, known = {}, {}
-for _, group in ipairs(list_groups()) do
-  known[group.name] = true
-  -- One that somebody made by hand is given the time of the others from now on.
-  redis.call('ZADD', GROUPS, 'NX', string.format('%.0f', CLOCK), group.name)
-  if CLOCK - redis.call('ZSCORE', GROUPS, group.name) > tonumber(ARGV[2]) then
-    redis.call('XGROUP', 'DESTROY', EVENTS, group.name)
-    redis.call('ZREM', GROUPS, group.name)
-    removed[#removed + 1] = group.name
-  elseif is_before(group.position, cut) then
-    cut = group.position
-  end
-end
-for _, name in ipairs(redis.call('ZRANGE', GROUPS, 0, -1)) do
-  if not known[name] then redis.call('ZREM', GROUPS, name) end
+local groups, removed = remove_silent(ARGV[2])
+for _, group in ipairs(groups) do
+  if is_before(group.position, cut) then cut = group.position end
 end
 
 local dropped = redis.call('XTRIM', EVENTS, 'MINID', '=', behind(cut))
