@@ -36,8 +36,7 @@ _REFUSALS: Final = (
     ("MISCONF", "takes no writes because it cannot save to disk: repair its disk, or see its log"),
     (
         "WRONGTYPE",
-        "holds a key under our names that is not this program's (WRONGTYPE): delete it, or choose another"
-        " DYN_REDIS_PREFIX",
+        "holds a key that is not this program's (WRONGTYPE): delete it, or choose another DYN_REDIS_PREFIX",
     ),
     ("MOVED ", "is a cluster node that does not hold these keys: use the node that does, or a proxy"),
 )
