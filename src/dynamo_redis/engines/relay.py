@@ -233,6 +233,8 @@ class RankRelay:
                         tier=event.tier,
                         lora_name=event.lora_name,
                     )
+                    if event.nameless_hashes:
+                        self._publisher.stored_nameless(event.nameless_hashes)
                 case Removed():
                     self._publisher.removed(event.block_hashes, tier=event.tier)
                 case Cleared():

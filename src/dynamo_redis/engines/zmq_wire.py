@@ -78,6 +78,8 @@ class Stored:
     lora_name: str | None
     group: int | None
     full_attention: bool
+    nameless_hashes: list[EngineHash] = field(default_factory=list)
+    """Blocks behind those, of which the content depends on more than tokens and adapter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,8 +194,8 @@ def _stored(fields: Mapping[Any, Any], tier: int, left_out: Counter[str]) -> Sto
     plain_count = _plain_count(fields.get("extra_keys"), len(block_hashes), lora_name)
     if plain_count < len(block_hashes):
         left_out["extra_keys"] += len(block_hashes) - plain_count
-        if not plain_count:
-            return None
+    nameless_hashes = block_hashes[plain_count:]
+    if nameless_hashes:
         block_hashes, token_ids = block_hashes[:plain_count], token_ids[: plain_count * block_size]
     window, kind = fields.get("kv_cache_spec_sliding_window"), fields.get("kv_cache_spec_kind")
     if kind is not None and not isinstance(kind, str):
@@ -207,6 +209,7 @@ def _stored(fields: Mapping[Any, Any], tier: int, left_out: Counter[str]) -> Sto
         lora_name=lora_name or None,
         group=_optional_int(fields.get("group_idx"), "group_idx"),
         full_attention=window is None and kind in _FULL_ATTENTION_KINDS,
+        nameless_hashes=nameless_hashes,
     )
 
 

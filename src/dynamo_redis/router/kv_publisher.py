@@ -179,6 +179,11 @@ class KvPublisher:
                 self._publish(kv_event.removed(told, tier, inside=True))
         self._publish(kv_event.stored(new, tier))
 
+    def stored_nameless(self, block_hashes: Sequence[EngineHash]) -> None:
+        """The engine holds these blocks now, and what they contain depends on more than tokens and adapter:
+        neither they nor what follows them can be told, whatever prompts it looks like."""
+        self._loose.add_nameless(engine_keys(block_hashes))
+
     def removed(self, block_hashes: Sequence[EngineHash], *, tier: int = DEVICE) -> None:
         """The engine holds these blocks no longer, on this tier. Unknown ones have no effect."""
         keys = engine_keys(block_hashes)
@@ -260,10 +265,12 @@ class KvPublisher:
             return _Placed(keys, chain(local, parent, seed=seed), parent)
         if tier == DEVICE:
             contents = self._contents(local, tokens)
-            placed = self._search(keys, contents, before, seed)
-            if placed is not None:
+            if self._loose.is_nameless(before):
+                self._loose.add_nameless(keys)
+            elif (placed := self._search(keys, contents, before, seed)) is not None:
                 return placed
-            self._loose.add(keys, before, contents)
+            else:
+                self._loose.add(keys, before, contents)
         self._leave_out("unknown_parent", len(keys))
         return None
 

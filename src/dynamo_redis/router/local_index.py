@@ -190,14 +190,16 @@ class LooseBlock(NamedTuple):
 
 
 class LooseBlocks:
-    """Blocks of the device that have no sequence hash yet; past `max_count` the oldest are forgotten."""
+    """Blocks of the device that have no sequence hash yet, and, *nameless*, those that never will. Past
+    `max_count` of either the oldest are forgotten."""
 
     def __init__(self, max_count: int) -> None:
         self._max_count = max_count
         self._blocks: dict[EngineHash, LooseBlock] = {}
+        self._nameless: dict[EngineHash, None] = {}  # in order of arrival
 
     def __len__(self) -> int:
-        return len(self._blocks)
+        return len(self._blocks) + len(self._nameless)
 
     def add(self, keys: Sequence[EngineHash], before: EngineHash, contents: Sequence[Content]) -> None:
         """Blocks that follow each other, the first of them `before`."""
@@ -207,10 +209,21 @@ class LooseBlocks:
         while len(self._blocks) > self._max_count:
             del self._blocks[next(iter(self._blocks))]
 
+    def add_nameless(self, keys: Sequence[EngineHash]) -> None:
+        """Blocks whose tokens do not say what they contain, or do not say it of one before them."""
+        self._nameless.update(dict.fromkeys(keys))
+        while len(self._nameless) > self._max_count:
+            del self._nameless[next(iter(self._nameless))]
+
+    def is_nameless(self, key: EngineHash) -> bool:
+        """Whether nothing behind that block can be told."""
+        return key in self._nameless
+
     def drop(self, keys: Sequence[EngineHash]) -> None:
         """They are held no longer, or have a place now."""
         for key in keys:
             self._blocks.pop(key, None)
+            self._nameless.pop(key, None)
 
     def run_to(self, key: EngineHash, max_count: int) -> list[tuple[EngineHash, LooseBlock]]:
         """The loose blocks that follow each other up to that one, if it is loose; at most so many."""
@@ -224,6 +237,7 @@ class LooseBlocks:
     def clear(self) -> None:
         """Nothing is held any more."""
         self._blocks.clear()
+        self._nameless.clear()
 
 
 def _take_one(counts: dict[_Key, int], key: _Key) -> bool:

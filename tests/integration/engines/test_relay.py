@@ -129,6 +129,16 @@ async def test_without_replay_a_late_relay_takes_what_comes() -> None:
             assert publisher.left_out["unknown_parent"] == 1
 
 
+async def test_a_salted_block_is_no_prompts_whatever_its_tokens() -> None:
+    async with server() as engine, following(engine) as (_, publisher):
+        publisher.note_prompt([*tokens(1), *tokens(2), *tokens(3), *tokens(4), *tokens(5)])
+        salted = block_stored([1], None, tokens(1)) | {"extra_keys": [["salt"]]}
+        behind = block_stored([2, 3, 4, 5], 1, [*tokens(2), *tokens(3), *tokens(4), *tokens(5)])
+        engine.publish([salted, behind, root(6)])
+        await until(lambda: publisher.block_count)
+        assert set(publisher.blocks()) == names(6)
+
+
 async def test_a_gap_is_filled_by_replay() -> None:
     async with server() as engine, following(engine) as (rank, publisher):
         engine.publish([root(1), root(2)])

@@ -155,7 +155,7 @@ def test_blocks_that_more_than_tokens_name_are_left_out() -> None:
     ]
     first = batch.events[0]
     assert isinstance(first, Stored)
-    assert first.token_ids == [1, 2]
+    assert (first.token_ids, first.nameless_hashes) == ([1, 2], [2])
     assert batch.left_out == {"extra_keys": 1, "unnamed_adapter": 2}
 
 

@@ -165,6 +165,18 @@ def test_blocks_that_were_left_out_and_are_gone_contradict_nothing(rank: KvPubli
     assert list(rank.blocks()) == _names(prompt)
 
 
+def test_behind_what_is_more_than_its_tokens_nothing_looks_like_a_prompt(rank: KvPublisher) -> None:
+    """Salted, or with an image: the blocks behind look as if they were plain."""
+    rank.note_prompt([1, 2, 3, 4, 5, 6, 7, 8])
+    rank.stored_nameless([10])
+    rank.stored([20], [3, 4], 10)
+    rank.stored([30, 40], [5, 6, 7, 8], 20)
+    assert (rank.block_count, rank.left_out["unknown_parent"]) == (0, 3)
+    rank.removed([40, 30, 20, 10])
+    rank.stored([21], [3, 4], 10)  # another block's number by now
+    assert list(rank.blocks()) == _names([1, 2, 3, 4])
+
+
 def test_an_adapters_prompt_names_its_blocks_alone(rank: KvPublisher) -> None:
     rank.note_prompt([1, 2, 3, 4], "french")
     rank.stored([20], [3, 4], 10)
@@ -239,6 +251,12 @@ def test_what_is_left_out_is_remembered_within_bounds(monkeypatch: pytest.Monkey
     assert list(few.blocks()) == _names([1, 1, 3, 3])
     few.removed([20])
     assert not few.block_count
+    few.stored_nameless(range(100, 110))
+    few.note_prompt([2, 2, 8, 8])
+    few.stored([200], [8, 8], 109)
+    assert list(few.blocks()) == []
+    few.stored([201], [8, 8], 100)  # of which it is forgotten what it was
+    assert list(few.blocks()) == _names([2, 2, 8, 8])
 
 
 # --------------------------------------------------------------------------- a random life
