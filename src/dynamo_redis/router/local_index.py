@@ -146,7 +146,7 @@ class TierIndex:
     def remove(self, keys: Sequence[EngineHash]) -> tuple[list[int], list[int]]:
         """One copy less of each block that is held. Answers what is held no more: blocks that nothing
         follows here now, and blocks that something still does."""
-        held, followers = self.held, self._followers
+        held, blocks, followers, holes = self.held, self.blocks, self._followers, self.holes
         gone: list[int] = []
         for key in keys:
             name = held.get(key)
@@ -155,31 +155,26 @@ class TierIndex:
             del held[key]
             if self._more_copies and _take_one(self._more_copies, name):
                 continue
-            lost: int | None = name
-            while lost is not None:
-                gone.append(lost)
-                lost = self._take_out(lost)
+            while True:
+                parent = blocks.pop(name)
+                gone.append(name)
+                if parent is None:
+                    break
+                left_count = followers[parent] - 1
+                if left_count:
+                    followers[parent] = left_count
+                    break
+                del followers[parent]
+                holes.discard(parent)
+                if parent not in self._inferred:
+                    break
+                self._inferred.discard(parent)
+                name = parent  # it was inferred from this one
         inside = [name for name in gone if name in followers]
         if not inside:
             return gone, inside
-        self.holes.update(inside)
+        holes.update(inside)
         return [name for name in gone if name not in followers], inside
-
-    def _take_out(self, name: int) -> int | None:
-        """Answers the block before, if it was inferred from this one and no other."""
-        parent = self.blocks.pop(name)
-        if parent is None:
-            return None
-        left_count = self._followers[parent] - 1
-        if left_count:
-            self._followers[parent] = left_count
-            return None
-        del self._followers[parent]
-        self.holes.discard(parent)
-        if parent not in self._inferred:
-            return None
-        self._inferred.discard(parent)
-        return parent
 
 
 class LooseBlock(NamedTuple):
