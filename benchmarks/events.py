@@ -17,7 +17,7 @@ from importlib.metadata import version as distribution_version
 
 from benchmarks.event_workload import BATCH_COUNT, EVENT_BYTES
 from benchmarks.events_latency import EVENTS_PER_S, ROUTERS_COUNT, latency
-from benchmarks.events_rates import consuming, publishing
+from benchmarks.events_rates import OURS_SYNCED_ALIKE, consuming, publishing
 from benchmarks.jetstream import nats_binary, nats_python, sync_interval
 from benchmarks.options import rounds_count
 from benchmarks.report import Measured, Row, report, save
@@ -115,7 +115,8 @@ def _conditions() -> list[str]:
     synced = f"each {interval}" if interval else "at its own interval, minutes, which this release fixes"
     return [
         (
-            f"ours: {' '.join(redis)}, append-only file, appendfsync everysec; redis-py"
+            f"ours: {' '.join(redis)}, append-only file, appendfsync everysec"
+            f" ({OURS_SYNCED_ALIKE.appendfsync} for E2); redis-py"
             f" {distribution_version('redis')}, hiredis {distribution_version('hiredis')}"
         ),
         f"rival: {nats}, JetStream with file storage, synced {synced}; nats-py {client}",

@@ -14,7 +14,7 @@ from dynamo_redis.wire.event import EventBatch, PublisherId
 
 _STREAM = StreamName("bench", "backend", STREAM)
 _QUEUE_COUNT = 20_000
-_TURN_COUNT = 512
+_TURN_COUNT = 256
 """Events published in one turn of the loop: between turns it sends, as JetStream's client does with each."""
 _PAUSE_S = 0.001
 _BIN_16_BYTES = 3

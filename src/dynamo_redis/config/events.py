@@ -18,7 +18,7 @@ class EventSettings(SettingsGroup):
         "stream: durable, in Redis Streams; pubsub: fire and forget, workers keep what was sent; none: "
         "routers predict from their own decisions.",
     )
-    event_linger_s: Annotated[Duration, Field(le=1)] = setting(
+    event_linger_s: Annotated[Duration, Field(le=60)] = setting(
         "DYN_EVENT_LINGER_S", 0.002, "Longest time an event waits for others to be sent with it.", unit="s"
     )
     event_batch_count: Annotated[int, Field(ge=1, le=10_000)] = setting(
