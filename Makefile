@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
+JOBS   ?= 2
 SUITE  ?= start
 STAMP  := $(VENV)/.installed
 
@@ -23,8 +24,8 @@ $(STAMP): pyproject.toml | $(VENV)/bin/python
 up: $(STAMP)     ## a Redis, a frontend and two mock workers (ARGS="--workers 4 …")
 	@$(BIN)/dynamo-redis up $(ARGS)
 
-test: $(STAMP)   ## all tests, against a real Redis server
-	$(BIN)/python -m pytest $(ARGS)
+test: $(STAMP)   ## all tests, against a real Redis server (JOBS=4 processes, ARGS="-k lease")
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 check: $(STAMP)  ## format, lint, types, layers
 	$(BIN)/ruff format --check .
