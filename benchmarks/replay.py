@@ -150,6 +150,8 @@ async def _run_all(options: Options, trace: str) -> list[Entry]:
                 result = await run(plan, server, faults=faults, progress=advance)
                 progress.update(task, completed=plan.requests)  # the lost ones, too
                 entries.append(run_entry(plan, trace, fault, result))
+                if not progress.console.is_terminal:  # which shows the bars
+                    print(f"{len(entries)} of {len(options.runs)}: {_title(plan, fault)}", flush=True)
     return entries
 
 
