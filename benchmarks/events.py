@@ -6,24 +6,18 @@ figures.
 
 from __future__ import annotations
 
-import argparse
-import logging
 import os
 import subprocess
-import time
-import traceback
-from collections.abc import Callable
 from importlib.metadata import version as distribution_version
 
 from benchmarks.event_workload import BATCH_COUNT, EVENT_BYTES
 from benchmarks.events_latency import EVENTS_PER_S, ROUTERS_COUNT, latency
 from benchmarks.events_rates import OURS_SYNCED_ALIKE, consuming, publishing
 from benchmarks.jetstream import nats_binary, nats_python, sync_interval
-from benchmarks.options import rounds_count
-from benchmarks.report import Measured, Row, report, save
+from benchmarks.suite import Bounds, Groups, run_suite
 from dynamo_redis.store.server import find_server
 
-BOUNDS: dict[str, tuple[str, float, float]] = {
+BOUNDS: Bounds = {
     "E1": (
         (
             "publish 300 B events durably, batched ÷ JetStream `publish_async` one a message"
@@ -45,10 +39,7 @@ BOUNDS: dict[str, tuple[str, float, float]] = {
 }
 """Each row's words, what it must reach, and what it aims at."""
 
-Measurement = Callable[[int], dict[str, Measured]]
-"""Measures some rows, in so many rounds."""
-
-GROUPS: tuple[tuple[tuple[str, ...], Measurement], ...] = (
+GROUPS: Groups = (
     (("E1", "E2"), publishing),
     (("E3",), consuming),
     (("E4",), latency),
@@ -58,52 +49,14 @@ GROUPS: tuple[tuple[tuple[str, ...], Measurement], ...] = (
 
 def main() -> None:
     """Run the suite, or the rows asked for."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    run_suite(
+        "events",
+        __doc__,
+        BOUNDS,
+        GROUPS,
+        lambda *_: _conditions(),
+        unavailable=(RuntimeError, OSError, subprocess.CalledProcessError),
     )
-    parser.add_argument(
-        "--rounds", type=rounds_count, default=5, help="rounds of each measurement (default 5)"
-    )
-    parser.add_argument("--rows", default=",".join(BOUNDS), help="ids, with commas (default: all)")
-    arguments = parser.parse_args()
-    wanted = set(arguments.rows.upper().split(","))
-    if unknown := wanted - BOUNDS.keys():
-        parser.error(f"unknown rows: {', '.join(sorted(unknown))}")
-    logging.getLogger("dynamo_redis").setLevel(logging.ERROR)
-    try:
-        conditions = _conditions()
-    except (RuntimeError, OSError, subprocess.CalledProcessError) as exc:
-        parser.exit(1, f"{exc}\n")
-    print("\n".join(conditions), flush=True)
-    rows, failed = _measure(wanted, arguments.rounds)
-    report("events", rows, conditions)
-    if failed:
-        parser.exit(1, f"could not be measured: {', '.join(failed)}\n")
-
-
-def _measure(wanted: set[str], rounds: int) -> tuple[list[Row], list[str]]:
-    """The rows wanted, and those that failed. What was measured is kept if the suite ends early."""
-    rows: list[Row] = []
-    failed: list[str] = []
-    for ids, measure in GROUPS:
-        if wanted.isdisjoint(ids):
-            continue
-        began = time.monotonic()
-        try:
-            measured = measure(rounds)
-        except Exception:
-            traceback.print_exc()
-            failed += ids
-            continue
-        print(f"{' '.join(ids)} took {time.monotonic() - began:.0f} s", flush=True)
-        rows += [_row(name, measured[name]) for name in ids if name in wanted]
-        save("events", rows)
-    return rows, failed
-
-
-def _row(name: str, measured: Measured) -> Row:
-    text, must, aim = BOUNDS[name]
-    return Row(name, text, measured.ours, measured.rival, measured.ratio, must, aim, measured.rounds)
 
 
 def _conditions() -> list[str]:

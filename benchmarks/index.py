@@ -6,12 +6,7 @@ figures.
 
 from __future__ import annotations
 
-import argparse
-import logging
 import os
-import time
-import traceback
-from collections.abc import Callable
 from importlib.metadata import version as distribution_version
 
 import psutil
@@ -20,12 +15,11 @@ from benchmarks.index_choice import choices
 from benchmarks.index_restart import restart
 from benchmarks.index_rivalry import rivalry
 from benchmarks.index_size import million
-from benchmarks.options import rounds_count
 from benchmarks.processes import DYNAMO
 from benchmarks.replay_share import share
-from benchmarks.report import Measured, Row, report, save
+from benchmarks.suite import Bounds, Groups, run_suite
 
-BOUNDS: dict[str, tuple[str, float, float]] = {
+BOUNDS: Bounds = {
     "X1": (
         "decode → gap check → index, blocks/s ÷ Dynamo 1.6.1 `RadixTree` binding fed its own wire",
         4,
@@ -47,11 +41,7 @@ BOUNDS: dict[str, tuple[str, float, float]] = {
 }
 """Each row's words, what it must reach, and what it aims at."""
 
-Measurement = Callable[[int], dict[str, Measured]]
-"""Measures some rows, in so many rounds."""
-
-
-GROUPS: tuple[tuple[tuple[str, ...], Measurement], ...] = (
+GROUPS: Groups = (
     (("X1", "X2", "X3"), rivalry),
     (("X4", "X5"), choices),
     (("X6", "X7", "X8"), million),
@@ -63,49 +53,7 @@ GROUPS: tuple[tuple[tuple[str, ...], Measurement], ...] = (
 
 def main() -> None:
     """Run the suite, or the rows asked for."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--rounds", type=rounds_count, default=5, help="rounds of each measurement (default 5)"
-    )
-    parser.add_argument("--rows", default=",".join(BOUNDS), help="ids, with commas (default: all)")
-    arguments = parser.parse_args()
-    wanted = set(arguments.rows.upper().split(","))
-    if unknown := wanted - BOUNDS.keys():
-        parser.error(f"unknown rows: {', '.join(sorted(unknown))}")
-    logging.getLogger("dynamo_redis").setLevel(logging.ERROR)
-    conditions = _conditions(arguments.rounds)
-    print("\n".join(conditions), flush=True)
-    rows, failed = _measure(wanted, arguments.rounds)
-    report("index", rows, conditions)
-    if failed:
-        parser.exit(1, f"could not be measured: {', '.join(failed)}\n")
-
-
-def _measure(wanted: set[str], rounds: int) -> tuple[list[Row], list[str]]:
-    """The rows wanted, and those that failed. What was measured is kept if the suite ends early."""
-    rows: list[Row] = []
-    failed: list[str] = []
-    for ids, measure in GROUPS:
-        if wanted.isdisjoint(ids):
-            continue
-        began = time.monotonic()
-        try:
-            measured = measure(rounds)
-        except Exception:
-            traceback.print_exc()
-            failed += ids
-            continue
-        print(f"{' '.join(ids)} took {time.monotonic() - began:.0f} s", flush=True)
-        rows += [_row(name, measured[name]) for name in ids if name in wanted]
-        save("index", rows)
-    return rows, failed
-
-
-def _row(name: str, measured: Measured) -> Row:
-    text, must, aim = BOUNDS[name]
-    return Row(name, text, measured.ours, measured.rival, measured.ratio, must, aim, measured.rounds)
+    run_suite("index", __doc__, BOUNDS, GROUPS, lambda _, rounds: _conditions(rounds))
 
 
 def _conditions(rounds: int) -> list[str]:

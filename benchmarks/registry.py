@@ -5,31 +5,25 @@ Rows are measured by group, each against a fresh server; see README.md for how. 
 
 from __future__ import annotations
 
-import argparse
-import logging
 import os
 import subprocess
 import tempfile
-import time
-import traceback
-from collections.abc import Callable
 from importlib.metadata import version as distribution_version
 from pathlib import Path
 
 import psutil
 
 from benchmarks.etcd import EtcdMissing, etcd_version
-from benchmarks.options import rounds_count
 from benchmarks.registry_leases import deaths, idle_leases
 from benchmarks.registry_objects import large_object, model_file
 from benchmarks.registry_outage import powered_off, without_redis
 from benchmarks.registry_rejoin import rejoin
 from benchmarks.registry_snapshot import memory, snapshots
 from benchmarks.registry_watch import watching
-from benchmarks.report import Figure, Measured, Row, report, save
+from benchmarks.suite import Bounds, Groups, run_suite
 from dynamo_redis.store.server import find_server
 
-BOUNDS: dict[str, tuple[str, Figure, Figure]] = {
+BOUNDS: Bounds = {
     "R1": ("put → seen at 100 connections in 4 processes, p99 ÷ etcd", 1.0, 0.5),
     "R2": ("the same ÷ bare XREAD floor", 4, 2),
     "R3": (
@@ -56,10 +50,7 @@ BOUNDS: dict[str, tuple[str, Figure, Figure]] = {
 }
 """Each row's words, what it must reach, and what it aims at."""
 
-Measurement = Callable[[int], dict[str, Measured]]
-"""Measures some rows, in so many rounds."""
-
-GROUPS: tuple[tuple[tuple[str, ...], Measurement], ...] = (
+GROUPS: Groups = (
     (("R1", "R2"), watching),
     (("R3",), snapshots),
     (("R4",), memory),
@@ -76,53 +67,9 @@ GROUPS: tuple[tuple[tuple[str, ...], Measurement], ...] = (
 
 def main() -> None:
     """Run the suite, or the rows asked for."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    run_suite(
+        "registry", __doc__, BOUNDS, GROUPS, lambda wanted, _: _conditions(wanted), unavailable=(EtcdMissing,)
     )
-    parser.add_argument(
-        "--rounds", type=rounds_count, default=5, help="rounds of each measurement (default 5)"
-    )
-    parser.add_argument("--rows", default=",".join(BOUNDS), help="ids, with commas (default: all)")
-    arguments = parser.parse_args()
-    wanted = set(arguments.rows.upper().split(","))
-    if unknown := wanted - BOUNDS.keys():
-        parser.error(f"unknown rows: {', '.join(sorted(unknown))}")
-    # What a worker or a server that is gone leaves in the log is what is being measured.
-    logging.getLogger("dynamo_redis").setLevel(logging.ERROR)
-    try:
-        conditions = _conditions(wanted)
-    except EtcdMissing as exc:
-        parser.exit(1, f"{exc}\n")
-    print("\n".join(conditions), flush=True)
-    rows, failed = _measure(wanted, arguments.rounds)
-    report("registry", rows, conditions)
-    if failed:
-        parser.exit(1, f"could not be measured: {', '.join(failed)}\n")
-
-
-def _measure(wanted: set[str], rounds: int) -> tuple[list[Row], list[str]]:
-    """The rows wanted, and those that failed. What was measured is kept if the suite ends early."""
-    rows: list[Row] = []
-    failed: list[str] = []
-    for ids, measure in GROUPS:
-        if wanted.isdisjoint(ids):
-            continue
-        began = time.monotonic()
-        try:
-            measured = measure(rounds)
-        except Exception:
-            traceback.print_exc()
-            failed += ids
-            continue
-        print(f"{' '.join(ids)} took {time.monotonic() - began:.0f} s", flush=True)
-        rows += [_row(name, measured[name]) for name in ids if name in wanted]
-        save("registry", rows)
-    return rows, failed
-
-
-def _row(name: str, measured: Measured) -> Row:
-    text, must, aim = BOUNDS[name]
-    return Row(name, text, measured.ours, measured.rival, measured.ratio, must, aim, measured.rounds)
 
 
 def _conditions(wanted: set[str]) -> list[str]:
