@@ -35,7 +35,7 @@ READ_BYTES: Final = 4 << 20
 
 BLOCK_S: Final = 1.0
 
-_DEFECT_PAUSE_S: Final = 1.0
+DEFECT_PAUSE_S: Final = 1.0
 
 
 class Intake(Protocol):
@@ -147,7 +147,7 @@ class StreamFollower(_Follower):
                 # A defect, then. Who stops following here is blind from now on, and nobody notices.
                 log.exception("KV events of %s begin anew", self._stream.path)
                 self._end, self._doubted = None, True
-                await asyncio.sleep(_DEFECT_PAUSE_S)
+                await asyncio.sleep(DEFECT_PAUSE_S)
             else:
                 backoff.reset()
 
@@ -236,6 +236,11 @@ class TopicFollower(_Follower):
                 self._set_connected(False)
                 await self.aclose()
                 await asyncio.sleep(backoff.next_s())
+            except Exception:
+                log.exception("KV events of %s begin anew", self._topic.path)  # as in the stream's follower
+                self._set_connected(False)
+                await self.aclose()
+                await asyncio.sleep(DEFECT_PAUSE_S)
             else:
                 backoff.reset()
 
