@@ -54,16 +54,44 @@ async def stream_script(
     return rest
 
 
-class RedisEventGroup:
-    """`EventGroup` on a consumer group. For one task; a cancelled read loses nothing."""
+class _Reader:
+    """What both readers do: read on a connection of their own, and wait after failures."""
 
-    def __init__(self, client: RedisClient, keys: StreamKeys, name: str) -> None:
-        self.name: Final = name
+    def __init__(self, client: RedisClient, keys: StreamKeys) -> None:
         self._client = client
         self._keys = keys
         self._connection = client.blocking()
         self._backoff = Backoff()
         self._failed = False
+
+    async def read(self, *, count: int, block_s: float) -> list[Entry]:
+        """As `EventGroup.read` and `EventTail.read`. After a StoreUnavailable it waits, longer each time,
+        before it tries again."""
+        if self._failed:
+            await asyncio.sleep(self._backoff.next_s())
+        try:
+            entries = await self._read(count, min(block_s, BLOCK_LIMIT_S))
+        except StoreError:
+            self._failed = True
+            raise
+        self._failed = False
+        self._backoff.reset()
+        return entries
+
+    async def _read(self, count: int, block_s: float) -> list[Entry]:
+        raise NotImplementedError
+
+    async def aclose(self) -> None:
+        """Close the connection. Never waits for the server."""
+        await self._connection.aclose()
+
+
+class RedisEventGroup(_Reader):
+    """`EventGroup` on a consumer group. For one task; a cancelled read loses nothing."""
+
+    def __init__(self, client: RedisClient, keys: StreamKeys, name: str) -> None:
+        super().__init__(client, keys)
+        self.name: Final = name
         self._last = BEGINNING
         self._unanswered = False
         """Whether entries may have been sent that never came: then they are pending in the group."""
@@ -93,20 +121,6 @@ class RedisEventGroup:
     async def acknowledge(self, entry_ids: Sequence[EntryId]) -> None:
         """As `EventGroup.acknowledge`: goes with the next `read`."""
         self._applied += entry_ids
-
-    async def read(self, *, count: int, block_s: float) -> list[Entry]:
-        """As `EventGroup.read`. After a StoreUnavailable it waits, longer each time, before it tries
-        again."""
-        if self._failed:
-            await asyncio.sleep(self._backoff.next_s())
-        try:
-            entries = await self._read(count, min(block_s, BLOCK_LIMIT_S))
-        except StoreError:
-            self._failed = True
-            raise
-        self._failed = False
-        self._backoff.reset()
-        return entries
 
     async def _read(self, count: int, block_s: float) -> list[Entry]:
         now = asyncio.get_running_loop().time()
@@ -169,7 +183,7 @@ class RedisEventGroup:
 
     async def aclose(self) -> None:
         """As `EventGroup.aclose`."""
-        await self._connection.aclose()
+        await super().aclose()
         with suppress(StoreError):
             await self._client.pipeline(
                 [
@@ -179,32 +193,15 @@ class RedisEventGroup:
             )
 
 
-class RedisEventTail:
+class RedisEventTail(_Reader):
     """`EventTail` by XREAD. For one task."""
 
     def __init__(
         self, client: RedisClient, keys: StreamKeys, after: EntryId | None, max_age_s: float
     ) -> None:
-        self._client = client
-        self._keys = keys
-        self._connection = client.blocking()
+        super().__init__(client, keys)
         self._after = after
         self._max_age_s = max_age_s
-        self._backoff = Backoff()
-        self._failed = False
-
-    async def read(self, *, count: int, block_s: float) -> list[Entry]:
-        """As `EventTail.read`. After a StoreUnavailable it waits, longer each time, before it tries again."""
-        if self._failed:
-            await asyncio.sleep(self._backoff.next_s())
-        try:
-            entries = await self._read(count, min(block_s, BLOCK_LIMIT_S))
-        except StoreError:
-            self._failed = True
-            raise
-        self._failed = False
-        self._backoff.reset()
-        return entries
 
     async def _read(self, count: int, block_s: float) -> list[Entry]:
         if self._after is None:
@@ -228,9 +225,6 @@ class RedisEventTail:
         last = await self._client.execute("XREVRANGE", self._keys.events, "+", "-", "COUNT", 1)
         if last and self._after is not None:
             self._after = min(self._after, EntryId(last[0][0].decode()), key=entry_order)
-
-    async def aclose(self) -> None:
-        await self._connection.aclose()
 
 
 def _wait(block_s: float) -> tuple[str, int] | tuple[()]:
