@@ -25,7 +25,6 @@ from dynamo_redis.errors import (
 )
 from dynamo_redis.planes.base import Handler
 from dynamo_redis.planes.context import Context
-from dynamo_redis.planes.shared_start import SharedStart
 from dynamo_redis.planes.tcp_connection import Connection
 from dynamo_redis.planes.tcp_flow import RequestMessages, Sender
 from dynamo_redis.wire import frame
@@ -35,7 +34,7 @@ from dynamo_redis.wire.session import KILL, ServerStream
 _EAGER: Final = sys.version_info >= (3, 12)
 """Eager tasks run a handler up to its first await at once, as themselves. On 3.11 the same could be had by
 stepping the coroutine by hand, but then `asyncio.current_task()` is None in that step, and handlers that
-use `asyncio.timeout` or anyio break: see `shared_start` for what is done there."""
+use `asyncio.timeout` or anyio break."""
 
 _RUNNING, _CLOSED = ServerStream.RUNNING, ServerStream.CLOSED
 _LONGEST_RETRY_S: Final = 86_400.0
@@ -54,7 +53,6 @@ class Endpoint:
         "handler",
         "idle",
         "request_stream",
-        "shared_start",
         "subject",
     )
 
@@ -65,7 +63,6 @@ class Endpoint:
         self.active_count = 0
         self.draining = False
         self.idle: asyncio.Future[None] | None = None
-        self.shared_start = SharedStart(subject)
         self._logged_at = -_LOG_INTERVAL_S
 
     def when_idle(self, loop: asyncio.AbstractEventLoop) -> asyncio.Future[None]:
@@ -175,22 +172,26 @@ class Request(Sender):
 
     def launch(self, loop: asyncio.AbstractEventLoop) -> None:
         """Start the handler."""
-        if not _EAGER:
-            self.endpoint.shared_start.start(self, loop)
-        elif loop.get_task_factory() is None:
+        if _EAGER and loop.get_task_factory() is None:
             task = asyncio.Task(  # type: ignore[call-arg,unused-ignore]
                 self.run(), loop=loop, name=self.endpoint.subject, eager_start=True
             )
-            if not task.done():
-                self.keep(task)
+            if task.done():
+                return
+            self._task = task
+            if not self.open:  # its first step ended the request
+                task.cancel()
         else:
-            self.keep(loop.create_task(self.run(), name=self.endpoint.subject))
+            self._task = task = loop.create_task(self.run(), name=self.endpoint.subject)
+            task.add_done_callback(self._on_task_done)
 
-    def keep(self, task: asyncio.Task[None]) -> None:
-        """The handler has `task` to itself."""
-        self._task = task
-        if self._begun and not self.open:  # its first step ended the request
-            task.cancel()
+    def _on_task_done(self, _: asyncio.Task[None]) -> None:
+        """End a request whose task was cancelled before its first step: `run` was not entered."""
+        if not self._begun:
+            self._begun = True
+            self._task = None
+            self.fail(HandlerFailed("the handler was cancelled before it began"))
+            self._admission.finished(self)
 
     async def run(self) -> None:
         """Run the handler, and send what it answers."""

@@ -1,0 +1,65 @@
+"""The tasks that run handlers: each handler has its own, and a task's end is the end of its request."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from typing import Any
+
+import pytest
+
+from dynamo_redis.errors import HandlerFailed
+from dynamo_redis.planes.base import Target
+from dynamo_redis.planes.context import Context
+from dynamo_redis.planes.tcp_client import TcpClient
+from dynamo_redis.planes.tcp_server import TcpServer
+from tests.integration.test_tcp_plane import INSTANCE, SECRET, eventually, running_server, settings
+
+said: contextvars.ContextVar[str] = contextvars.ContextVar("said", default="nothing")
+
+
+async def ask(client: TcpClient, server: TcpServer, subject: str, request: Any = None) -> list[Any]:
+    target = Target(instance_id=INSTANCE, address=server.address, subject=subject, secret=SECRET)
+    return [item async for item in client.open(target, request, None)]
+
+
+def cancel_at_once(loop: asyncio.AbstractEventLoop, coro: Any, **more: Any) -> asyncio.Task[Any]:
+    """A task factory that cancels what runs a handler before its first step, as `all_tasks()` lets one do."""
+    task: asyncio.Task[Any] = asyncio.Task(coro, loop=loop, **more)
+    if getattr(coro, "__qualname__", "") == "Request.run":
+        task.cancel()
+    return task
+
+
+async def test_early_cancellation_ends_the_request() -> None:
+    loop = asyncio.get_running_loop()
+    client = TcpClient(settings())
+    async with running_server() as server:
+        loop.set_task_factory(cancel_at_once)
+        try:
+            with pytest.raises(HandlerFailed, match="cancelled"):
+                await asyncio.wait_for(ask(client, server, "echo"), 10)
+        finally:
+            loop.set_task_factory(None)
+        await eventually(lambda: server.in_flight_count == 0, 10)
+        assert await ask(client, server, "echo", 1) == [1]
+        await client.aclose()
+
+
+async def test_handlers_have_tasks_of_their_own() -> None:
+    tasks: set[asyncio.Task[Any] | None] = set()
+
+    async def handler(_: Any, __: Context) -> str:
+        tasks.add(asyncio.current_task())
+        before = said.get()
+        said.set("something")
+        return before
+
+    client = TcpClient(settings())
+    async with running_server() as server:
+        server.register("say", handler)
+        answers = await asyncio.gather(*(ask(client, server, "say") for _ in range(20)))
+        assert answers == [["nothing"]] * 20
+        assert len(tasks) == 20
+        assert None not in tasks
+        await client.aclose()
