@@ -57,7 +57,7 @@ import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import pytest
@@ -84,7 +84,7 @@ log = logging.getLogger(__name__)
 class SessionRedis:
     """The server that the tests of a session share."""
 
-    url: str
+    url: str = field(repr=False)
     source: Source
 
 

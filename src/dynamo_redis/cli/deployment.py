@@ -45,7 +45,7 @@ class Deployment:
     server: EmbeddedServer | None
     frontend: Service
     workers: Sequence[Service]
-    env: dict[str, str]
+    env: dict[str, str] = field(repr=False)
     grace_s: float
     notice: Callable[[str], None]
     log: LineSink

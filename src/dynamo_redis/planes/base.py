@@ -9,7 +9,7 @@ arrive as lists, timestamps as seconds since 1970.
 from __future__ import annotations
 
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
 
 from dynamo_redis.planes.context import Context
@@ -30,13 +30,13 @@ class Target:
     """One endpoint of one instance, as its registry record describes it.
 
     `address` is the plane's own (`host:port` for tcp), `subject` what the server calls the endpoint, and
-    `secret` the instance's, which both sides prove; None where `DYN_PLANE_AUTH` is off.
+    `secret` the instance's, which both sides prove and no text shows; None where `DYN_PLANE_AUTH` is off.
     """
 
     instance_id: int
     address: str
     subject: str
-    secret: bytes | None = None
+    secret: bytes | None = field(default=None, repr=False)
 
 
 class ResponseStream(Protocol):

@@ -16,10 +16,10 @@ from collections.abc import Collection, Iterator
 from typing import Final
 
 from dynamo_redis.errors import Overloaded, PlaneError
-from dynamo_redis.planes.complaints import Complaints
 from dynamo_redis.planes.fair_queue import FairQueue
 from dynamo_redis.planes.tcp_connection import Connection
 from dynamo_redis.planes.tcp_request import Endpoint, Request
+from dynamo_redis.rate_limited_log import RateLimitedLog
 
 _RETRY_AFTER_S: Final = (0.05, 10.0)
 _UNKNOWN_RETRY_AFTER_S: Final = 1.0
@@ -80,7 +80,9 @@ class AdmissionControl:
 
     loop: asyncio.AbstractEventLoop
 
-    def __init__(self, *, max_in_flight_count: int, max_queued_count: int, complaints: Complaints) -> None:
+    def __init__(
+        self, *, max_in_flight_count: int, max_queued_count: int, complaints: RateLimitedLog
+    ) -> None:
         self._complaints = complaints
         self._max_in_flight_count = max_in_flight_count
         self._max_queued_count = max_queued_count

@@ -16,9 +16,9 @@ from typing import Final
 
 from dynamo_redis.errors import AuthenticationFailed
 from dynamo_redis.planes.address import format_address
-from dynamo_redis.planes.complaints import Complaints
 from dynamo_redis.planes.tcp_listener import turn_away
 from dynamo_redis.planes.tls import TlsContext, explain
+from dynamo_redis.rate_limited_log import RateLimitedLog
 
 MAX_WAITING_COUNT: Final = 1024
 """Connections on their way through. One that stops in its handshake costs 50 KiB with uvloop, else 300."""
@@ -47,7 +47,7 @@ class Gate:
         self._let_through = let_through
         self._timeout_s = timeout_s
         self._arrivals: dict[asyncio.Task[None], _Arrival] = {}
-        self._complaints = Complaints(_log)
+        self._complaints = RateLimitedLog(_log)
 
     @property
     def waiting_count(self) -> int:

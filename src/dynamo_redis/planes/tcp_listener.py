@@ -22,7 +22,7 @@ from contextlib import suppress
 from typing import Final
 
 from dynamo_redis.errors import Overloaded, PlaneError
-from dynamo_redis.planes.complaints import Complaints
+from dynamo_redis.rate_limited_log import RateLimitedLog
 from dynamo_redis.wire.handshake import refusal
 
 BACKLOG: Final = 4096
@@ -51,7 +51,7 @@ class Listener:
         self._on_socket = on_socket
         self._paused: dict[socket.socket, asyncio.TimerHandle] = {}
         self._reserve = _spare_file()
-        self._complaints = Complaints(_log, logging.ERROR)
+        self._complaints = RateLimitedLog(_log, logging.ERROR)
         for listening in sockets:
             loop.add_reader(listening, self._accept, listening)
 

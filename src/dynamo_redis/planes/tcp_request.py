@@ -27,6 +27,7 @@ from dynamo_redis.planes.base import Handler
 from dynamo_redis.planes.context import Context
 from dynamo_redis.planes.tcp_connection import Connection
 from dynamo_redis.planes.tcp_flow import RequestMessages, Sender
+from dynamo_redis.rate_limited_log import RateLimitedLog
 from dynamo_redis.wire import frame
 from dynamo_redis.wire.decoder import Unusable
 from dynamo_redis.wire.session import KILL, ServerStream
@@ -38,7 +39,7 @@ use `asyncio.timeout` or anyio break."""
 
 _RUNNING, _CLOSED = ServerStream.RUNNING, ServerStream.CLOSED
 _LONGEST_RETRY_S: Final = 86_400.0
-_LOG_INTERVAL_S: Final = 1.0
+_LOGGED_CHARS: Final = 200
 
 _log = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class Endpoint:
     """A served subject. `active_count` are its requests that are admitted and not finished."""
 
     __slots__ = (
-        "_logged_at",
+        "_failures",
         "active_count",
         "draining",
         "handler",
@@ -63,7 +64,7 @@ class Endpoint:
         self.active_count = 0
         self.draining = False
         self.idle: asyncio.Future[None] | None = None
-        self._logged_at = -_LOG_INTERVAL_S
+        self._failures = RateLimitedLog(_log, logging.ERROR)
 
     def when_idle(self, loop: asyncio.AbstractEventLoop) -> asyncio.Future[None]:
         """A future that is done when the last request has finished."""
@@ -78,12 +79,15 @@ class Endpoint:
             self.idle.set_result(None)
             self.idle = None
 
-    def log_failure(self, exc: Exception) -> None:
-        """Log what a handler raised, at most once in `_LOG_INTERVAL_S`."""
-        now = time.monotonic()
-        if now - self._logged_at >= _LOG_INTERVAL_S:
-            self._logged_at = now
-            _log.error("the handler of %s raised", self.subject, exc_info=exc)
+    def log_failure(self, exc: BaseException, request_id: str) -> None:
+        """Log what a handler raised, once in a while of each type, text and place in the code."""
+        place = exc.__traceback__
+        while place is not None and place.tb_next is not None:
+            place = place.tb_next
+        where = None if place is None else (place.tb_frame.f_code, place.tb_lineno)
+        kind = type(exc), where, _describe(exc)[:_LOGGED_CHARS]
+        text = "the handler of %s raised on request %s"
+        self._failures.say(text, self.subject, request_id, kind=kind, exc_info=exc)
 
 
 class Admission(Protocol):
@@ -212,11 +216,10 @@ class Request(Sender):
             if self.open:  # not by us: the handler awaited something that was cancelled, or the loop ends
                 self.fail(HandlerFailed("the handler was cancelled"))
                 raise
-        except Exception as exc:  # noqa: BLE001 - whatever a handler raises, its caller gets
+        except BaseException as exc:
             self._on_raised(exc)
-        except BaseException:
-            self.fail(HandlerFailed("the worker's process was told to end"))
-            raise
+            if isinstance(exc, KeyboardInterrupt | SystemExit):  # the event loop's
+                raise
         finally:
             self._task = None
             self._admission.finished(self)
@@ -239,7 +242,7 @@ class Request(Sender):
             self.end()
             self._close()
 
-    def _on_raised(self, exc: Exception) -> None:
+    def _on_raised(self, exc: BaseException) -> None:
         if not self.open:
             _log.debug(
                 "the handler of %s raised after its request had ended", self.endpoint.subject, exc_info=exc
@@ -247,7 +250,7 @@ class Request(Sender):
         elif isinstance(exc, PlaneError):
             self.fail(exc)
         else:
-            self.endpoint.log_failure(exc)
+            self.endpoint.log_failure(exc, self.context.id())
             self.fail(HandlerFailed(_describe(exc)))
 
     # ------------------------------------------------------------------- what the caller says
@@ -363,7 +366,7 @@ def error_frame(stream_id: int, error: PlaneError) -> bytes:
     return frame.encode_error(stream_id, error.code, str(error), details)
 
 
-def _describe(exc: Exception) -> str:
+def _describe(exc: BaseException) -> str:
     try:
         return f"{type(exc).__name__}: {exc}"
     except Exception:  # noqa: BLE001 - an exception that cannot say what it is

@@ -19,13 +19,13 @@ from dynamo_redis.config import PlaneSettings
 from dynamo_redis.errors import ConfigError, Draining, EndpointNotFound, Overloaded
 from dynamo_redis.planes.address import choose_binding, format_address
 from dynamo_redis.planes.base import Handler
-from dynamo_redis.planes.complaints import Complaints
 from dynamo_redis.planes.tcp_admission import AdmissionControl
 from dynamo_redis.planes.tcp_gate import Gate
 from dynamo_redis.planes.tcp_listener import Listener, connection_limit, describe_file_limit, turn_away
 from dynamo_redis.planes.tcp_request import Endpoint
 from dynamo_redis.planes.tcp_serving import ServerConnection
 from dynamo_redis.planes.tls import make_tls
+from dynamo_redis.rate_limited_log import RateLimitedLog
 from dynamo_redis.wire.decoder import ReadBuffers
 from dynamo_redis.wire.handshake import ServerHandshake
 
@@ -73,7 +73,7 @@ class TcpServer:
         self._arriving: set[asyncio.Task[None]] = set()
         self._max_proven_count = settings.max_connections_count
         self._max_shaking_count = MAX_SHAKING_COUNT
-        self._complaints = Complaints(_log)
+        self._complaints = RateLimitedLog(_log)
         self._admission = AdmissionControl(
             max_in_flight_count=settings.max_in_flight_count,
             max_queued_count=settings.max_queued_count,
@@ -269,7 +269,7 @@ class TcpServer:
         return self._admission
 
     @property
-    def complaints(self) -> Complaints:
+    def complaints(self) -> RateLimitedLog:
         """Where to say who is refused."""
         return self._complaints
 

@@ -14,10 +14,10 @@ from dynamo_redis.errors import (
     ProtocolViolation,
 )
 from dynamo_redis.planes.address import format_address
-from dynamo_redis.planes.complaints import Complaints
 from dynamo_redis.planes.context import Context
 from dynamo_redis.planes.tcp_connection import Connection
 from dynamo_redis.planes.tcp_request import Admission, Endpoint, Request, context_of, error_frame
+from dynamo_redis.rate_limited_log import RateLimitedLog
 from dynamo_redis.wire import frame
 from dynamo_redis.wire.decoder import ReadBuffers, Unusable
 from dynamo_redis.wire.handshake import ServerHandshake, refusal
@@ -46,7 +46,7 @@ class Service(Protocol):
         ...
 
     @property
-    def complaints(self) -> Complaints:
+    def complaints(self) -> RateLimitedLog:
         """Where to say who is refused."""
         ...
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -49,27 +49,29 @@ def dynamo_endpoint(request_type: type[Any], response_type: type[Any]) -> Callab
     def decorate(handler: H) -> AnyHandler:
         # A method's first argument is the object; the request comes after it.
         position = 1 if next(iter(inspect.signature(handler).parameters), "") == "self" else 0
-        streams = inspect.isasyncgenfunction(handler)
-
-        def checked(args: tuple[Any, ...]) -> tuple[Any, ...]:
-            return (*args[:position], validate(args[position]), *args[position + 1 :])
-
-        if streams:
-
-            @functools.wraps(handler)
-            async def stream(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
-                async for item in handler(*checked(args), **kwargs):
-                    yield _plain(item)
-
-            return stream
 
         @functools.wraps(handler)
-        async def unary(*args: Any, **kwargs: Any) -> Any:
-            return _plain(await handler(*checked(args), **kwargs))
+        def answer(*args: Any, **kwargs: Any) -> Any:
+            given = handler(*args[:position], validate(args[position]), *args[position + 1 :], **kwargs)
+            return _plain_items(given) if hasattr(given, "__anext__") else _plain_item(given)
 
-        return unary
+        return answer
 
     return decorate
+
+
+async def _plain_items(items: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    """The items with models as plain values. The handler ends when this does, in the same task."""
+    try:
+        async for item in items:
+            yield _plain(item)
+    finally:
+        if isinstance(items, AsyncGenerator):
+            await items.aclose()
+
+
+async def _plain_item(item: Awaitable[Any]) -> Any:
+    return _plain(await item)
 
 
 def _validator(request_type: type[Any]) -> Callable[[Any], Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Literal, NewType, Protocol, Self
@@ -27,11 +27,12 @@ LeaseId = NewType("LeaseId", int)
 class Record:
     """A key as it stands: its value, and when it was made and last changed.
 
-    `version` counts the writes since creation, from 1. `lease` is the lease the key dies with, or None.
+    `version` counts the writes since creation, from 1. `lease` is the lease the key dies with, or None. The
+    value is kept out of the repr: an instance's holds its secret.
     """
 
     key: str
-    value: bytes
+    value: bytes = field(repr=False)
     create_revision: Revision
     mod_revision: Revision
     version: int
@@ -102,7 +103,7 @@ class PutOp:
     """Write a key, without a lease."""
 
     key: str
-    value: bytes
+    value: bytes = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -352,7 +353,7 @@ LOCK_TTL_S = 10.0
 class LockedValue:
     """What a lock protects: the bytes last written under it, and the fencing token of who wrote them."""
 
-    value: bytes
+    value: bytes = field(repr=False)
     fencing_token: int
 
 

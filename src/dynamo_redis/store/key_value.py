@@ -11,7 +11,7 @@ import asyncio
 import re
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import msgpack
@@ -75,7 +75,7 @@ class OwnedPut:
     """Write a key under the caller's lease; if `owned`, only if it stands under that lease already."""
 
     key: str
-    value: bytes
+    value: bytes = field(repr=False)
     owned: bool = False
 
 

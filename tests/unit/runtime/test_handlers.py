@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+import functools
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 import pytest
@@ -121,3 +123,34 @@ async def test_collect_one() -> None:
         await collect_one(_items())
     with pytest.raises(RuntimeError, match="several"):
         await collect_one(_items(1, 2))
+
+
+async def test_declared_handler_ends_with_its_answer() -> None:
+    """At once, and in the task that runs it: what it has opened is closed there."""
+    ended_in: list[asyncio.Task[Any] | None] = []
+
+    @dynamo_endpoint(Prompt, Word)
+    async def endless(request: Prompt) -> AsyncIterator[str]:
+        try:
+            while True:
+                yield request.text
+        finally:
+            await asyncio.sleep(0)
+            ended_in.append(asyncio.current_task())
+
+    answer = adapt(endless)({"text": "hi"}, Context())
+    assert isinstance(answer, AsyncGenerator)
+    assert await anext(answer) == "hi"
+    await answer.aclose()
+    assert ended_in == [asyncio.current_task()]
+
+
+async def test_declared_handler_may_be_wrapped_by_a_plain_function() -> None:
+    async def words(request: Prompt) -> AsyncIterator[str]:
+        yield request.text
+
+    @functools.wraps(words)
+    def traced(*args: Any) -> AsyncIterator[str]:
+        return words(*args)
+
+    assert await answers(dynamo_endpoint(Prompt, str)(traced), {"text": "hi"}) == ["hi"]
