@@ -3,8 +3,8 @@
     DynamoRedisError
     ├── ConfigError                 a setting or an argument is wrong
     ├── StoreError                  the registry, a lock or the object store
-    │   ├── StoreUnavailable        no answer from Redis in time        (retryable)
-    │   ├── StoreRefused            Redis answers, and says no: password, permission, read-only, too old
+    │   ├── StoreUnavailable        no answer from Redis in time, or it is no primary now   (retryable)
+    │   ├── StoreRefused            Redis answers, and says no: password, permission, memory, too old
     │   ├── SchemaMismatch          the registry was written by an incompatible release
     │   ├── KeyExists               create-if-absent found the key
     │   ├── RevisionMismatch        compare-and-put found another revision
@@ -69,9 +69,10 @@ class StoreError(DynamoRedisError):
 
 
 class StoreUnavailable(StoreError):
-    """Redis did not answer in time, or the connection broke.
+    """Redis did not answer in time, the connection broke, or the server does not serve now.
 
-    After a write this is ambiguous: the write may or may not have happened.
+    The latter: it is loading, a replica, busy, or a cluster node without these keys. After a write this is
+    ambiguous: the write may or may not have happened.
     """
 
     code = "store_unavailable"
@@ -79,7 +80,7 @@ class StoreUnavailable(StoreError):
 
 
 class StoreRefused(StoreError):
-    """Redis answers but refuses: wrong password, missing permission, read-only replica, too old."""
+    """Redis answers but refuses until an operator helps: password, permission, memory, disk, too old."""
 
     code = "store_refused"
 

@@ -15,7 +15,7 @@ from typing import Any, Final, Protocol
 from redis import exceptions as redis_errors
 
 from dynamo_redis.errors import StoreError
-from dynamo_redis.store.server_errors import FAILURES
+from dynamo_redis.store.server_errors import FAILURES, ErrorReply
 
 HAS_HIREDIS: Final = find_spec("hiredis") is not None
 
@@ -49,17 +49,21 @@ class Link(Protocol):
 class BlockingConnection:
     """One connection, made when needed. For one task at a time; its owner closes it.
 
-    `connect` answers a redis-py connection that has logged in. `error` tells what a failure means.
+    `connect` answers a redis-py connection that has logged in. `error` tells what a failure means. `epoch`
+    grows when all connections have to be made anew: this one is, before its next command.
     """
 
     def __init__(
         self,
         connect: Callable[[], Awaitable[Any]],
         error: Callable[[BaseException], StoreError],
+        epoch: Callable[[], int],
         timeout_s: float,
     ) -> None:
         self._connect = connect
         self._error = error
+        self._epoch = epoch
+        self._made_in = 0
         self._timeout_s = timeout_s
         self._link: Link | None = None
 
@@ -69,8 +73,11 @@ class BlockingConnection:
 
     async def execute_all(self, commands: Sequence[bytes], *, block_s: float) -> list[Any]:
         """`execute` for several, in order and in one round trip. The first that fails is raised."""
+        if self._made_in != self._epoch():
+            self._drop()
         try:
             if self._link is None:
+                self._made_in = self._epoch()
                 async with asyncio.timeout(self._timeout_s):
                     self._link = _link(await self._connect())
             request = commands[0] if len(commands) == 1 else b"".join(commands)
@@ -110,7 +117,7 @@ class _ParserLink(asyncio.Protocol):
 
         self._parser = hiredis.Reader(
             protocolError=redis_errors.InvalidResponse,
-            replyError=redis_errors.ResponseError,
+            replyError=ErrorReply,
             notEnoughData=_PART,
         )
         self._answer: asyncio.Future[list[Any]] | None = None

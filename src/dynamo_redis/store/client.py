@@ -35,7 +35,14 @@ from dynamo_redis.errors import ConfigError, StoreError, StoreRefused, StoreUnav
 from dynamo_redis.store.blocking import Argument as Argument
 from dynamo_redis.store.blocking import BlockingConnection
 from dynamo_redis.store.scripts import Script
-from dynamo_redis.store.server_errors import FAILURES, Stranger, one_line, store_error
+from dynamo_redis.store.server_errors import (
+    FAILURES,
+    Stranger,
+    is_to_be_left,
+    keep_replies,
+    one_line,
+    store_error,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -83,15 +90,17 @@ class RedisClient:
         self._url = url
         options = _parse(url, redis.asyncio.connection.parse_url)
         self.address: Final = _address(options)
-        pool = redis.asyncio.BlockingConnectionPool(
+        pool = _Pool(
             max_connections=MAX_CONNECTIONS_COUNT,
             timeout=timeout_s,
             **self._async_options(timeout_s),
         )
+        pool.epoch = self._current_epoch
         self._pool = pool
         self._redis = _raw(redis.asyncio.Redis(connection_pool=pool))
         self._closed = False
         self._met = False
+        self._epoch = 0
 
     def __repr__(self) -> str:
         return f"<RedisClient {self.address}>"
@@ -121,6 +130,7 @@ class RedisClient:
         self._check_version(server)
         self._check_eviction(memory)
         if replication.get("role") == "slave":
+            self._leave()
             raise StoreRefused(
                 f"Redis at {self.address} is a read-only replica: set DYN_REDIS_URL to its primary"
                 f" ({replication.get('master_host', '?')}:{replication.get('master_port', '?')})"
@@ -133,7 +143,7 @@ class RedisClient:
             async with asyncio.timeout(self.timeout_s):
                 return await self._redis.execute_command(*command)
         except FAILURES as exc:
-            raise await self._failed(exc) from exc
+            raise self.error(exc) from exc
 
     async def script(self, script: Script, keys: Sequence[Argument], args: Sequence[Argument] = ()) -> Any:
         """Run a script by its hash, sending its source only if the server does not know it.
@@ -148,7 +158,7 @@ class RedisClient:
                 except redis_errors.NoScriptError:
                     return await self._redis.execute_command("EVAL", script.source, len(keys), *keys, *args)
         except FAILURES as exc:
-            raise await self._failed(exc) from exc
+            raise self.error(exc) from exc
 
     async def pipeline(
         self, commands: Iterable[Sequence[Argument]], *, transaction: bool = False
@@ -166,7 +176,7 @@ class RedisClient:
             async with asyncio.timeout(self.timeout_s):
                 return list(await pipe.execute())
         except FAILURES as exc:
-            raise await self._failed(exc) from exc
+            raise self.error(exc) from exc
 
     async def scan(self, match: str, *, count: int = 500) -> AsyncIterator[bytes]:
         """Keys that match a glob pattern. A key may come twice; one made meanwhile may be missed."""
@@ -198,7 +208,7 @@ class RedisClient:
             await connection.connect()
             return connection
 
-        return BlockingConnection(connect, self.error, self.timeout_s)
+        return BlockingConnection(connect, self.error, self._current_epoch, self.timeout_s)
 
     async def subscribe(self, *patterns: str) -> Subscription:
         """Subscribe to channel patterns, on a connection of their own. Raises StoreError."""
@@ -222,6 +232,13 @@ class RedisClient:
 
     # ------------------------------------------------------------------ how connections are made
 
+    def _leave(self) -> None:
+        self._epoch += 1
+
+    def _current_epoch(self) -> int:
+        """A connection that was made in another epoch is not used again."""
+        return self._epoch
+
     def _common(self, timeout_s: float) -> dict[str, Any]:
         return {
             "socket_timeout": timeout_s,
@@ -241,6 +258,7 @@ class RedisClient:
 
     async def _greet(self, connection: Any) -> None:
         """Log in, and give the connection a name for CLIENT LIST, where that is allowed."""
+        keep_replies(connection)
         await connection.on_connect()
         try:
             await connection.send_command("CLIENT", "SETNAME", self._client_name)
@@ -250,6 +268,7 @@ class RedisClient:
         self._met = True
 
     def _greet_sync(self, connection: Any) -> None:
+        keep_replies(connection)
         connection.on_connect()
         try:
             connection.send_command("CLIENT", "SETNAME", self._client_name)
@@ -278,17 +297,15 @@ class RedisClient:
             )
 
     def error(self, exc: BaseException) -> StoreError:
-        """What a failed exchange with this server means; safe from any thread."""
+        """What a failed exchange with this server means; safe from any thread.
+
+        If the server is not, or no longer, the one to talk to, all connections are made anew before they are
+        used again: only that resolves the name again, and so finds the new primary.
+        """
+        if is_to_be_left(exc):
+            self._leave()
         scheme: Stranger = "tls" if self._url.startswith("rediss:") else "plain"
         return store_error(exc, self.address, stranger=None if self._met else scheme)
-
-    async def _failed(self, exc: BaseException) -> StoreError:
-        """The error to raise; idle connections go when the server is no longer the primary it was."""
-        error = self.error(exc)
-        if "READONLY" in str(exc):
-            # Only a new connection resolves the name again, and so finds the new primary.
-            await self._pool.disconnect(inuse_connections=False)
-        return error
 
 
 class Subscription:
@@ -297,6 +314,7 @@ class Subscription:
     def __init__(self, client: RedisClient, connection: Any) -> None:
         self._client = client
         self._connection = connection
+        self._made_in = client._current_epoch()
 
     async def _start(self, command: str, names: Sequence[str]) -> None:
         try:
@@ -315,6 +333,11 @@ class Subscription:
         A silent connection is asked whether it is still there. Raises StoreError when it is gone: subscribe
         again, and take it as a gap.
         """
+        if self._made_in != self._client._current_epoch():
+            await self.aclose()
+            raise StoreUnavailable(
+                f"Redis at {self._client.address} is no longer the primary: subscribe again"
+            )
         try:
             reply = await self._next_reply(timeout_s)
             if reply is None:
@@ -343,9 +366,13 @@ class SyncConnection:
         self._client = client
         self._pool = pool
         self._redis = _raw(redis.Redis(connection_pool=pool))
+        self._made_in = client._current_epoch()
 
     def script(self, script: Script, keys: Sequence[Argument], args: Sequence[Argument] = ()) -> Any:
         """As `RedisClient.script`. After any StoreError the next call connects anew."""
+        if self._made_in != (epoch := self._client._current_epoch()):
+            self._pool.disconnect()
+            self._made_in = epoch
         try:
             try:
                 return self._redis.execute_command("EVALSHA", script.sha, len(keys), *keys, *args)
@@ -361,6 +388,26 @@ class SyncConnection:
 
 
 # ---------------------------------------------------------------------- redis-py's edges
+
+
+class _Pool(redis.asyncio.BlockingConnectionPool):
+    """Uses no connection that was made in another epoch than the current one, and keeps none open."""
+
+    epoch: Callable[[], int]
+    _swept_in = 0
+
+    async def ensure_connection(self, connection: Any) -> None:
+        epoch = self.epoch()
+        if self._swept_in != epoch:
+            self._swept_in = epoch
+            idle: Any
+            for idle in self._available_connections:
+                idle._close()
+        if connection.is_connected and connection.made_in != epoch:
+            connection._close()
+        if not connection.is_connected:
+            connection.made_in = epoch
+        await super().ensure_connection(connection)
 
 
 def _parse(url: str, parser: Callable[[str], Any]) -> dict[str, Any]:

@@ -1,14 +1,20 @@
-"""What it means when an exchange with a server fails, as redis-py tells it: one line, without a password.
+"""Meanings of failed exchanges with a server, as redis-py tells them: one line each, without a password.
 
-Three kinds of trouble: nobody answers (StoreUnavailable, it may pass), a Redis that says no (StoreRefused),
-and something that answers and is no Redis, or is one that speaks TLS where we do not.
+Three kinds of trouble: silence (StoreUnavailable, it may pass), a Redis that answers with an error (`ANSWERS`
+says what each of them is), and something that answers and is no Redis, or is one that speaks TLS where we do
+not.
+
+redis-py takes the code off some errors and leaves it on others. So its parsers are made to keep each error as
+the server sent it (`keep_replies`), and only that is looked at.
 """
 
 from __future__ import annotations
 
 import errno
+import re
 import ssl
-from typing import Final, Literal
+from dataclasses import dataclass
+from typing import Any, Final, Literal, cast
 
 from redis import exceptions as redis_errors
 
@@ -21,33 +27,114 @@ FAILURES: Final = (redis_errors.RedisError, OSError, RuntimeError)
 Stranger = Literal["plain", "tls"]
 """How we spoke to a server that has never answered us yet: it may be that it speaks the other way."""
 
-_REFUSALS: Final = (
-    # (in the server's message, what it means and what to do)
-    ("NOAUTH", "needs a password: set DYN_REDIS_URL to redis://[user]:password@host:port"),
-    ("Authentication required", "needs a password: set DYN_REDIS_URL to redis://[user]:password@host:port"),
-    ("WRONGPASS", "refuses the user name or password of DYN_REDIS_URL"),
-    ("invalid username-password", "refuses the user name or password of DYN_REDIS_URL"),
-    ("invalid password", "refuses the user name or password of DYN_REDIS_URL"),
-    ("without any password configured", "has no password, but DYN_REDIS_URL gives one: leave it out"),
-    ("READONLY", "takes no writes, it is a read-only replica: set DYN_REDIS_URL to the primary"),
-    ("read only replica", "takes no writes, it is a read-only replica: set DYN_REDIS_URL to the primary"),
-    ("OOM ", "is out of memory: raise its maxmemory"),
-    ("used memory > 'maxmemory'", "is out of memory: raise its maxmemory"),
-    ("MISCONF", "takes no writes because it cannot save to disk: repair its disk, or see its log"),
-    (
-        "WRONGTYPE",
-        "holds a key that is not this program's (WRONGTYPE): delete it, or choose another DYN_REDIS_PREFIX",
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An error of a server.
+
+    `kind`: StoreUnavailable is worth another attempt, StoreRefused needs an operator. `leave`: this is not,
+    or no longer, the server to talk to, so all connections are made anew, which resolves its name again.
+    `meaning` follows "Redis at ADDRESS"; it says what to do where something can be done.
+    """
+
+    kind: type[StoreError]
+    meaning: str
+    leave: bool = False
+
+
+_NO_PASSWORD: Final = Answer(
+    StoreRefused,
+    "needs a password: set DYN_REDIS_URL to redis://[user]:password@host:port",
+    leave=True,
+)
+_WRONG_PASSWORD: Final = Answer(StoreRefused, "refuses the user name or password of DYN_REDIS_URL")
+_NEEDLESS_PASSWORD: Final = Answer(StoreRefused, "has no password, but DYN_REDIS_URL gives one: leave it out")
+_DENIED: Final = Answer(
+    StoreRefused,
+    "does not permit this user to do that (ACL): SECURITY.md has the line of ACL SETUSER with the rights it"
+    " needs",
+)
+_TOO_MANY: Final = Answer(
+    StoreUnavailable,
+    "has as many connections as it allows: raise its maxclients, or find out which are needless",
+)
+_UNKNOWN_COMMAND: Final = Answer(
+    StoreRefused, "does not know a command that is needed: is it a proxy, or was the command renamed?"
+)
+_NO_SERVER_BEHIND: Final = Answer(StoreUnavailable, "is a proxy that reaches no server", leave=True)
+_REFUSED: Final = Answer(StoreRefused, "refuses a command")
+
+ANSWERS: Final = {
+    # Not, or no longer, the server for our keys.
+    "READONLY": Answer(
+        StoreUnavailable,
+        "takes no writes, it is a read-only replica: set DYN_REDIS_URL to the primary",
+        leave=True,
     ),
-    ("MOVED ", "is a cluster node that does not hold these keys: use the node that does, or a proxy"),
+    "UNBLOCKED": Answer(StoreUnavailable, "ended a waiting read, it is no longer the primary", leave=True),
+    "MASTERDOWN": Answer(StoreUnavailable, "is a replica that has lost its primary", leave=True),
+    "LOADING": Answer(StoreUnavailable, "is still loading its data", leave=True),
+    "CLUSTERDOWN": Answer(StoreUnavailable, "is a node of a cluster that is down", leave=True),
+    "MOVED": Answer(
+        StoreUnavailable,
+        "is a cluster node that does not hold these keys: set DYN_REDIS_URL to the one that does, or a proxy",
+        leave=True,
+    ),
+    # It will serve again.
+    "ASK": Answer(StoreUnavailable, "is a cluster node that is moving these keys to another node"),
+    "TRYAGAIN": Answer(StoreUnavailable, "is a cluster node that is moving these keys to another node"),
+    "BUSY": Answer(StoreUnavailable, "is busy running a script"),
+    "NOREPLICAS": Answer(
+        StoreUnavailable, "takes no writes, it has too few replicas: see its min-replicas-to-write"
+    ),
+    # An operator is needed.
+    "OOM": Answer(StoreRefused, "is out of memory: raise its maxmemory"),
+    "MISCONF": Answer(
+        StoreRefused, "takes no writes because it cannot save to disk: repair its disk, or see its log"
+    ),
+    "NOAUTH": _NO_PASSWORD,
+    "WRONGPASS": _WRONG_PASSWORD,
+    "NOPERM": _DENIED,
+    "DENIED": Answer(
+        StoreRefused,
+        "is in protected mode, it answers only on its own machine: give it a password (requirepass), and"
+        " DYN_REDIS_URL the same one",
+    ),
+    "WRONGTYPE": Answer(
+        StoreRefused, "holds a key that is not this program's: delete it, or choose another DYN_REDIS_PREFIX"
+    ),
+    "CROSSSLOT": Answer(
+        StoreRefused, "is a cluster, and the keys of a command are not all in one slot of it"
+    ),
+    # It no longer has what was asked for.
+    "NOGROUP": Answer(StreamLost, "no longer has the event stream, or the reader's group in it"),
+}
+"""What each error code means: the first word of what the server sent."""
+
+_BY_WORDS: Final = (
+    # Errors without a code of their own, by how they begin.
+    ("UNBLOCKED the stream key no longer exists", ANSWERS["NOGROUP"]),
+    ("ERR max number of clients", _TOO_MANY),
+    ("ERR invalid password", _WRONG_PASSWORD),
+    ("ERR Client sent AUTH, but no password is set", _NEEDLESS_PASSWORD),
+    ("ERR AUTH <password> called without any password configured", _NEEDLESS_PASSWORD),
+    ("ERR ACL failure in script", _DENIED),
+    ("ERR The user executing the script can't", _DENIED),
+    ("The user executing the script can't", _DENIED),
+    ("ERR unknown command", _UNKNOWN_COMMAND),
+    ("ERR unsupported command", _UNKNOWN_COMMAND),
+    ("upstream failure", _NO_SERVER_BEHIND),
+    ("no upstream host", _NO_SERVER_BEHIND),
 )
 
-_DENIALS: Final = ("NOPERM", "ACL failure", "can't run this command", "can't access at least one")
-"""What an ACL answers, to a command itself and, in other words, to one inside a script."""
-
-_LOST_STREAM: Final = ("NOGROUP", "UNBLOCKED the stream key no longer exists")
-
-_AWAY: Final = ("LOADING", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "NOREPLICAS", "UNBLOCKED", "BUSY ")
-"""Answers of a server that will serve again: starting, failing over, or waiting for its replicas."""
+_RAISED_IN_SCRIPT: Final = re.compile(
+    r"ERR Error running script \(call to \w+\): (?:@?user_script: ?\d+: )+-?"
+)
+"""What Redis 6.2 puts before an error of a command that a script calls."""
+_PLACE_IN_SCRIPT: Final = re.compile(r" script: (?:\w+, )?on @user_script:\d+\.$")
+"""What later releases put behind it."""
+_ARGUMENTS: Final = re.compile(r",? with args beginning with:.*")
+"""What a server repeats of a command that it does not know: a password may be in it."""
 
 _TLS_ALERT: Final = 'got "\\x15"'
 _CONNECTION_REFUSED: Final = f"[Errno {errno.ECONNREFUSED}]"
@@ -60,34 +147,71 @@ def store_error(exc: BaseException, address: str, *, stranger: Stranger | None =
 
     `stranger`: no exchange with that server has succeeded yet, so a wrong URL may be the cause.
     """
+    text = reply(exc)
+    if text is not None:
+        answer = _answer(text)
+        return answer.kind(f"Redis at {address} {answer.meaning} ({text})")
     return (
-        _refused_by_server(exc, address)
-        or _not_understood(exc, address, stranger)
+        _not_understood(exc, address, stranger)
         or _nobody_there(exc, address, stranger)
         or StoreRefused(f"Redis at {address} refuses a command: {one_line(exc)}")
     )
 
 
+def is_to_be_left(exc: BaseException) -> bool:
+    """Whether the server says that it is not, or no longer, the one to talk to."""
+    text = reply(exc)
+    return text is not None and _answer(text).leave
+
+
+def does_not_take(exc: BaseException, command: str) -> bool:
+    """Whether the server, or a proxy before it, does not run a command, and did not look at its arguments."""
+    text = reply(exc) or ""
+    answer = _answer(text)
+    return answer is _UNKNOWN_COMMAND or (answer is _DENIED and f"'{command.lower()}" in text)
+
+
+def reply(exc: BaseException) -> str | None:
+    """The error that a server sent, without what it says of scripts and arguments; None if it sent none."""
+    sent = getattr(exc, "reply", None)
+    if sent is None:
+        return None
+    text = _RAISED_IN_SCRIPT.sub("", " ".join(sent.split()), count=1)
+    return _ARGUMENTS.sub("", _PLACE_IN_SCRIPT.sub("", text))
+
+
+def _answer(text: str) -> Answer:
+    found = next((answer for beginning, answer in _BY_WORDS if text.startswith(beginning)), None)
+    return found or ANSWERS.get(text.partition(" ")[0], _REFUSED)
+
+
+class ErrorReply(redis_errors.ResponseError):
+    """An error that a server sent, whole."""
+
+    def __init__(self, sent: str) -> None:
+        super().__init__(sent)
+        self.reply = sent
+
+
+def keep_replies(connection: Any) -> None:
+    """Let the exceptions of a redis-py connection, which is not logged in yet, have the server's `reply`."""
+    parser = connection._parser
+    parse = type(parser).parse_error
+
+    def parse_error(response: str) -> Exception:
+        try:
+            error: Any = parse(response)
+        except (ValueError, IndexError):  # it takes a MOVED apart, and this one is of another form
+            return ErrorReply(response)
+        error.reply = response
+        return cast("Exception", error)
+
+    parser.parse_error = parse_error
+
+
 def one_line(exc: BaseException) -> str:
     """An exception's message, or its name if it has none."""
     return " ".join(str(exc).split()) or type(exc).__name__
-
-
-def _refused_by_server(exc: BaseException, address: str) -> StoreError | None:
-    """A Redis that answers, and says no."""
-    text = one_line(exc)
-    if isinstance(exc, redis_errors.ConnectionError | redis_errors.ResponseError):
-        for mark, meaning in _REFUSALS:
-            if mark in text:
-                return StoreRefused(f"Redis at {address} {meaning}")
-    if isinstance(exc, redis_errors.ResponseError) and any(mark in text for mark in _LOST_STREAM):
-        return StreamLost(f"Redis at {address} no longer has the event stream, or the reader's group in it")
-    if isinstance(exc, redis_errors.NoPermissionError) or any(mark in text for mark in _DENIALS):
-        return StoreRefused(
-            f"Redis at {address} does not permit this user to do that (ACL): {text};"
-            " SECURITY.md has the line of ACL SETUSER with the rights it needs"
-        )
-    return None
 
 
 def _not_understood(exc: BaseException, address: str, stranger: Stranger | None) -> StoreError | None:
@@ -109,7 +233,7 @@ def _not_understood(exc: BaseException, address: str, stranger: Stranger | None)
 
 
 def _nobody_there(exc: BaseException, address: str, stranger: Stranger | None) -> StoreError | None:
-    """No answer, an end in the middle of it, or one of a server that will serve again."""
+    """No answer, or an end in the middle of it."""
     text = one_line(exc)
     if isinstance(exc, TimeoutError | redis_errors.TimeoutError):
         hint = " (does it speak TLS? If not, write redis://)" if stranger == "tls" else ""
@@ -118,8 +242,6 @@ def _nobody_there(exc: BaseException, address: str, stranger: Stranger | None) -
         return StoreUnavailable(f"no Redis answers at {address} (connection refused): is it running there?")
     if address.startswith("/") and _caused_by(exc, FileNotFoundError):
         return StoreUnavailable(f"no Redis answers at {address} (there is no such socket): is it running?")
-    if any(mark in text for mark in _AWAY):
-        return StoreUnavailable(f"no connection to Redis at {address}: {text}")
     if isinstance(exc, redis_errors.ConnectionError | OSError | RuntimeError):
         cut_off = stranger == "plain" and any(mark in text for mark in _CUT_OFF)
         hint = " (is it TLS? Then write rediss://)" if cut_off else ""
