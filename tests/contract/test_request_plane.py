@@ -748,7 +748,24 @@ async def test_closing_the_stream_kills(deployed: Deployment) -> None:
         await anext(stream)
 
 
-async def test_cancelling_the_waiting_reader_kills(deployed: Deployment) -> None:
+async def test_cancelled_read_takes_nothing(deployed: Deployment) -> None:
+    go_on = asyncio.Event()
+
+    async def handler(_: Any, context: Context) -> AsyncIterator[int]:
+        yield 0
+        await go_on.wait()
+        yield 1
+
+    stream = deployed.open(deployed.serve(handler))
+    assert await asyncio.wait_for(anext(stream), 10) == 0
+    for _ in range(3):
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(anext(stream), 0.01)
+    go_on.set()
+    assert await _exhaust(stream) == [1]
+
+
+async def test_closing_after_a_cancelled_read_kills(deployed: Deployment) -> None:
     started, cancelled = asyncio.Event(), asyncio.Event()
 
     async def handler(_: Any, context: Context) -> None:
@@ -759,12 +776,37 @@ async def test_cancelling_the_waiting_reader_kills(deployed: Deployment) -> None
             assert context.is_killed()
             cancelled.set()
 
-    reader = asyncio.ensure_future(deployed.ask(deployed.serve(handler)))
-    await asyncio.wait_for(started.wait(), 2)
+    stream = deployed.open(deployed.serve(handler))
+    reader = asyncio.ensure_future(anext(stream))
+    await asyncio.wait_for(started.wait(), 10)
     reader.cancel()
     with pytest.raises(asyncio.CancelledError):
         await reader
-    await asyncio.wait_for(cancelled.wait(), 2)
+    await stream.aclose()
+    await asyncio.wait_for(cancelled.wait(), 10)
+
+
+async def test_request_is_packed_as_it_was(deployed: Deployment) -> None:
+    """What a stream has sent can be sent again, whatever the caller has made of its objects since."""
+    seen: list[tuple[Any, Any]] = []
+
+    async def handler(request: Any, context: Context) -> str:
+        seen.append((request, context.metadata))
+        return "done"
+
+    target = deployed.serve(handler)
+    for content in (["a"], ["a" * 200_000], b"a" * 200_000):
+        seen.clear()
+        request = copy.copy(content)
+        context = Context(metadata={"tenant": "one"})
+        stream = deployed.open(target, request, context)
+        if isinstance(request, list):
+            request[0] = "changed"
+        context.metadata["tenant"] = "two"
+        again = stream.packed
+        assert await _exhaust(stream) == ["done"]
+        assert await deployed.ask(target, again, context) == ["done"]
+        assert seen == [(content, {"tenant": "one"})] * 2
 
 
 async def test_a_context_wakes_whoever_waits_for_its_end(deployed: Deployment) -> None:

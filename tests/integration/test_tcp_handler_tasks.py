@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -62,4 +63,73 @@ async def test_handlers_have_tasks_of_their_own() -> None:
         assert answers == [["nothing"]] * 20
         assert len(tasks) == 20
         assert None not in tasks
+        await client.aclose()
+
+
+async def test_queued_request_starts_without_another_ones_variables() -> None:
+    """Its handler starts where another request ends, in the step that ends it."""
+    seen: list[str] = []
+
+    async def handler(request: str, _: Context) -> None:
+        seen.append(said.get())
+        said.set(request)
+        await asyncio.sleep(0.01)
+
+    client = TcpClient(settings())
+    async with running_server(max_in_flight_count=1) as server:
+        server.register("say", handler)
+        async with asyncio.timeout(20):
+            await asyncio.gather(*(ask(client, server, "say", str(number)) for number in range(4)))
+        assert seen == ["nothing"] * 4
+        await client.aclose()
+
+
+async def test_cancellation_callbacks_leave_no_variables_behind() -> None:
+    started = asyncio.Event()
+
+    async def watching(_: Any, context: Context) -> None:
+        context.on_cancel(lambda _: note())
+        started.set()
+        await asyncio.sleep(60)
+
+    def note() -> None:
+        said.set("watcher")
+
+    async def say(_: Any, __: Context) -> str:
+        return said.get()
+
+    client = TcpClient(settings())
+    async with running_server() as server:
+        server.register("watching", watching)
+        server.register("say", say)
+        target = Target(instance_id=INSTANCE, address=server.address, subject="watching", secret=SECRET)
+        stream = client.open(target, None, None)
+        await asyncio.wait_for(started.wait(), 10)
+        await stream.aclose()
+        assert await ask(client, server, "say") == ["nothing"]
+        await client.aclose()
+
+
+async def test_messages_are_made_in_their_callers_variables() -> None:
+    """Also those of a request that waited for a connection, which another request had asked for."""
+    client = TcpClient(settings())
+    received: dict[str, list[Any]] = {}
+
+    async def take(messages: Any, _: Context) -> list[Any]:
+        return [message async for message in messages]
+
+    async def send(name: str) -> None:
+        said.set(name)
+
+        async def messages() -> AsyncIterator[str]:
+            yield said.get()
+
+        received[name] = await anext(client.open(target, "first", None, messages=messages()))
+
+    async with running_server() as server:
+        server.register("take", take, request_stream=True)
+        target = Target(instance_id=INSTANCE, address=server.address, subject="take", secret=SECRET)
+        async with asyncio.timeout(20):
+            await asyncio.gather(*(asyncio.create_task(send(name)) for name in "abc"))
+        assert received == {name: ["first", name] for name in "abc"}
         await client.aclose()

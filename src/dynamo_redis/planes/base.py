@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
 
 from dynamo_redis.planes.context import Context
+from dynamo_redis.wire.frame import Packed
 
 Handler = Callable[[Any, Context], AsyncIterator[Any] | Awaitable[Any]]
 """Serves an endpoint. An async generator function answers with its items; a coroutine function with one item.
@@ -40,11 +41,11 @@ class Target:
 
 
 class ResponseStream(Protocol):
-    """The answer to one request, item by item. Iterate it once, from one task.
+    """The answer to one request, item by item. It has one reader at a time: a second gets a RuntimeError.
 
     Iteration ends with StopAsyncIteration after a normal end, or raises the PlaneError the request ended
-    with. Abandoning it early (`aclose()`, leaving `async with`) kills the request at the worker; so does
-    cancelling the task that waits in `__anext__`.
+    with. Abandoning it early (`aclose()`, leaving `async with`) kills the request at the worker. Cancelling
+    a read, as a time-out does, takes nothing from the stream: the next read goes on.
     """
 
     def __aiter__(self) -> Self: ...
@@ -56,6 +57,15 @@ class ResponseStream(Protocol):
     @property
     def sent(self) -> bool:
         """Whether the request has left this process: False while it waits for a connection."""
+        ...
+
+    @property
+    def packed(self) -> Packed:
+        """The request as it was sent, until `forget_request`: `open` takes it to send the same again."""
+        ...
+
+    def forget_request(self) -> None:
+        """Let go of the request's bytes: it is answered, and is sent nowhere else."""
         ...
 
     @property
@@ -81,9 +91,10 @@ class RequestPlaneClient(Protocol):
     ) -> ResponseStream:
         """Send a request, without waiting: connecting, refusal and errors show when the answer is read.
 
-        With `messages`, these follow `request` as a request stream, under flow control. The context's
-        deadline and cancellation go with the request; None is a context that nobody keeps. Raises
-        PayloadTooLarge and TypeError (not msgpack) at once.
+        The request is packed at once; one that is `Packed`, by another stream, is sent as it is. With
+        `messages`, these follow `request` as a request stream, under flow control. The context's deadline
+        and cancellation go with the request; None is a context that nobody keeps. Raises PayloadTooLarge and
+        TypeError (not msgpack) at once.
         """
         ...
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterable, Callable
+from contextvars import copy_context
 from typing import Any
 
 from dynamo_redis.config import PlaneSettings
@@ -28,6 +29,7 @@ class TcpClient:
         self._window_count = settings.channel_buffer_count
         self._max_message_bytes = settings.max_message_bytes
         self._on_quiet = on_quiet or _ignore
+        self._variables = copy_context()
         self._pools: dict[_PoolKey, Pool] = {}
         self._buffers = ReadBuffers(settings.max_payload_in_flight_bytes)
         self._closed = False
@@ -93,6 +95,7 @@ class TcpClient:
             self._tls,
             asyncio.get_running_loop(),
             self._buffers,
+            self._variables,
             self._on_empty,
             self._on_quiet,
         )

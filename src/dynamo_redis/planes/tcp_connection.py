@@ -16,6 +16,7 @@ import logging
 import socket
 import time
 from abc import abstractmethod
+from contextvars import Context, copy_context
 from typing import Any, ClassVar, Final, Protocol, cast
 
 from dynamo_redis.errors import ConnectionLost, PlaneError, ProtocolViolation
@@ -107,6 +108,7 @@ class Connection(asyncio.BufferedProtocol):
         "sweeping",
         "sweeps",
         "transport",
+        "variables",
         "window_count",
     )
 
@@ -154,11 +156,14 @@ class Connection(asyncio.BufferedProtocol):
         self.decoder = FrameDecoder(buffers, max_message_bytes)
         self.payload_share = self.decoder.share
         self.transport: asyncio.Transport
+        self.variables: Context
+        """The context variables in which the connection was made: no request's."""
 
     # ------------------------------------------------------------------- what the event loop calls
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)  # uvloop's is one in all but name
+        self.variables = copy_context()
         self.transport.set_write_buffer_limits(high=WRITE_HIGH_WATER_BYTES)
         _set_options(transport.get_extra_info("socket"))
 

@@ -186,7 +186,8 @@ class Mailbox:
     """The received items of one stream, and its one reader.
 
     An item that arrives while the reader waits goes to it directly; others are kept, at most a window of
-    them: more is a violation of the protocol. Items that came before an end or an error are read first.
+    them: more is a violation of the protocol. Items that came before an end or an error are read first. A
+    read that is cancelled takes nothing: the next one goes on.
     """
 
     __slots__ = (
@@ -230,7 +231,6 @@ class Mailbox:
             except asyncio.CancelledError:
                 if waiter.done() and not waiter.cancelled() and (item := waiter.result()) is not _WAKE_UP:
                     self._put_back(item)
-                self._on_reader_cancelled()
                 raise
             finally:
                 self._waiter = None
@@ -290,9 +290,6 @@ class Mailbox:
         """The connection takes more: give the credit that was kept back."""
         if not self._ended:
             self._give_credit()
-
-    def _on_reader_cancelled(self) -> None:
-        """The task that reads was cancelled while it waited."""
 
     def deliver(self, item: Any) -> None:
         """One item came. Raises ProtocolViolation."""

@@ -23,6 +23,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
+from contextvars import Context
 from typing import Final
 
 from dynamo_redis.config import PlaneSettings
@@ -53,13 +54,16 @@ class Pool:
         tls: TlsContext | None,
         loop: asyncio.AbstractEventLoop,
         buffers: ReadBuffers,
+        variables: Context,
         on_empty: Callable[[Pool], None],
         on_quiet: Callable[[Target], None],
     ) -> None:
+        """`variables` are the context variables that its connections live in: no request's."""
         self.target = target
         self.settings = settings
         self._tls = tls
         self.loop = loop
+        self._variables = variables
         self._on_empty = on_empty
         self._on_quiet = on_quiet
         self._buffers = buffers
@@ -179,7 +183,9 @@ class Pool:
 
     def _dial(self, give_up_at: float) -> None:
         self._stop_dial_timer()
-        self._connecting = self.loop.create_task(self._open_connection(give_up_at))
+        self._connecting = self.loop.create_task(
+            self._open_connection(give_up_at), context=self._variables.copy()
+        )
 
     async def _open_connection(self, give_up_at: float) -> None:
         quiet_after_s = self.settings.keepalive_interval_s * QUIET_AT / SWEEPS_PER_INTERVAL

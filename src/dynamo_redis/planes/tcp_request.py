@@ -12,6 +12,7 @@ import logging
 import sys
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextvars import copy_context
 from types import CoroutineType
 from typing import Any, Final, Protocol
 
@@ -175,10 +176,15 @@ class Request(Sender):
     # ------------------------------------------------------------------- the handler
 
     def launch(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Start the handler."""
+        """Start the handler, in the context variables that its connection came with: what starts it may be
+        the end of another request."""
         if _EAGER and loop.get_task_factory() is None:
             task = asyncio.Task(  # type: ignore[call-arg,unused-ignore]
-                self.run(), loop=loop, name=self.endpoint.subject, eager_start=True
+                self.run(),
+                loop=loop,
+                name=self.endpoint.subject,
+                context=self._connection.variables.copy(),
+                eager_start=True,
             )
             if task.done():
                 return
@@ -186,7 +192,8 @@ class Request(Sender):
             if not self.open:  # its first step ended the request
                 task.cancel()
         else:
-            self._task = task = loop.create_task(self.run(), name=self.endpoint.subject)
+            variables = self._connection.variables.copy()  # entered, not handed on: for old task factories
+            self._task = task = variables.run(loop.create_task, self.run(), name=self.endpoint.subject)
             task.add_done_callback(self._on_task_done)
 
     def _on_task_done(self, _: asyncio.Task[None]) -> None:
@@ -374,8 +381,9 @@ def _describe(exc: BaseException) -> str:
 
 
 def _quietly(cancel: Callable[[], None]) -> None:
-    """Run a context's callbacks: what they raise is the handler's affair, not the connection's."""
+    """Run a context's callbacks: what they raise, or set in context variables, is the handler's affair, not
+    the connection's."""
     try:
-        cancel()
+        copy_context().run(cancel)
     except Exception:  # noqa: BLE001 - see above
         _log.exception("a cancellation callback raised")

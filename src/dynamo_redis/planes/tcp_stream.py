@@ -1,8 +1,8 @@
 """A request as its caller holds it: the response stream of the tcp plane.
 
 A stream is *parked* until its pool has a connection, then *started* on it. It ends once: by the server's
-end or error, by its reader (`aclose`, a cancelled task), by its context (stop, kill), by its deadline, by
-`fail`, or with its connection. Whatever ends it, `_release` runs exactly once and leaves nothing behind: no
+end or error, by its reader (`aclose`), by its context (stop, kill), by its deadline, by `fail`, or with its
+connection. Whatever ends it, `_release` runs exactly once and leaves nothing behind: no
 entry in a table, no timer, no subscription, no task.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterable
+from contextvars import copy_context
 from typing import Any, Final, Protocol, Self
 
 from dynamo_redis.errors import (
@@ -26,6 +27,7 @@ from dynamo_redis.planes.tcp_flow import Mailbox, Sender, check_size
 from dynamo_redis.wire import frame
 from dynamo_redis.wire.codec import MAX_INLINE_BYTES
 from dynamo_redis.wire.decoder import Unusable
+from dynamo_redis.wire.frame import Packed
 from dynamo_redis.wire.session import ClientStream
 
 LONGEST_RETRY_S: Final = 3600.0
@@ -51,10 +53,12 @@ class TcpResponseStream(Mailbox):
         "_encoding",
         "_home",
         "_messages",
+        "_metadata",
         "_payload",
         "_pump",
         "_route",
         "_sender",
+        "_variables",
         "opened_at_sweep",
         "payload_bytes",
         "state",
@@ -71,20 +75,28 @@ class TcpResponseStream(Mailbox):
         context: Context | None,
         messages: AsyncIterable[Any] | None,
     ) -> None:
-        """Raises TypeError (not msgpack) and PayloadTooLarge."""
+        """`request` is packed now, unless it is `Packed`. Raises TypeError (not msgpack), PayloadTooLarge."""
         Mailbox.__init__(self, loop, window_count)
-        self._payload = payload = frame.payload_of(request)
+        is_packed = type(request) is Packed
+        self._payload = payload = request.payload if is_packed else frame.payload_of(request)
         self.payload_bytes = size_bytes = len(payload)
         if size_bytes > MAX_INLINE_BYTES:
             check_size(size_bytes, max_message_bytes)
-            self._encoding = frame.encoding_of(payload, request)
+            self._encoding = request.encoding if is_packed else frame.encoding_of(payload, request)
         self._context = context
         self._messages = messages
+        self._metadata: dict[str, str] | None = None
         self.subject = subject
         if messages is None and (context is None or context.travels_bare):
             self._route = frame.plain_route(subject)
         else:
+            if is_packed:
+                self._metadata = request.metadata
+            elif context is not None and context.given_metadata:
+                self._metadata = dict(context.given_metadata)
             self._route = self._encode_route()
+            if messages is not None:
+                self._variables = copy_context()
         self._home: Home | None = None
         self._deadline_timer: asyncio.TimerHandle | None = None
         self._pump: asyncio.Task[None] | None = None
@@ -99,6 +111,16 @@ class TcpResponseStream(Mailbox):
     def sent(self) -> bool:
         """See `ResponseStream.sent`."""
         return self.stream_id > 0
+
+    @property
+    def packed(self) -> Packed:
+        """See `ResponseStream.packed`."""
+        is_large = self.payload_bytes > MAX_INLINE_BYTES
+        return Packed(self._payload, self._encoding if is_large else frame.Encoding.MSGPACK, self._metadata)
+
+    def forget_request(self) -> None:
+        """See `ResponseStream.forget_request`."""
+        self._payload = b""
 
     # ------------------------------------------------------------------- its way to the server
 
@@ -119,7 +141,7 @@ class TcpResponseStream(Mailbox):
 
     def start(self, connection: Connection, home: Home, stream_id: int) -> None:
         """Send the request."""
-        payload, self._payload = self._payload, b""
+        payload = self._payload
         route = self._route if self._deadline_timer is None else self._encode_route()
         self._home = home
         self._connection = connection
@@ -132,11 +154,13 @@ class TcpResponseStream(Mailbox):
             connection.send_raw(header, payload)
         if self._messages is not None:
             self._sender = Sender(connection, stream_id)
-            self._pump = self._loop.create_task(self._send_messages(self._messages, self._sender))
+            self._pump = self._loop.create_task(
+                self._send_messages(self._messages, self._sender), context=self._variables
+            )
 
     def _encode_route(self) -> bytes:
         flags = 0 if self._messages is None else frame.FLAG_REQUEST_STREAM
-        headers = None if self._context is None else _headers_of(self._context)
+        headers = None if self._context is None else _headers_of(self._context, self._metadata)
         return frame.encode_route(self.subject, flags, headers)
 
     async def _send_messages(self, messages: AsyncIterable[Any], sender: Sender) -> None:
@@ -220,9 +244,6 @@ class TcpResponseStream(Mailbox):
     async def __aexit__(self, *exc_info: object) -> None:
         await self.aclose()
 
-    def _on_reader_cancelled(self) -> None:
-        self.fail(RequestCancelled("the reader was cancelled"))
-
     def on_cancelled(self, strength: Strength) -> None:
         """The context was stopped or killed."""
         if strength == "kill":
@@ -247,7 +268,6 @@ class TcpResponseStream(Mailbox):
 
     def _release(self) -> None:
         self.state = _CLOSED
-        self._payload = b""
         if self._context is not None:
             self._context.unsubscribe(self)
         if self._deadline_timer is not None:
@@ -263,7 +283,7 @@ class TcpResponseStream(Mailbox):
             home.remove(self)
 
 
-def _headers_of(context: Context) -> dict[str, Any]:
+def _headers_of(context: Context, metadata: dict[str, str] | None) -> dict[str, Any]:
     headers: dict[str, Any] = {}
     if context.given_id is not None:
         headers["id"] = context.given_id
@@ -272,8 +292,8 @@ def _headers_of(context: Context) -> dict[str, Any]:
         headers["deadline_ms"] = round(min(max(0.0, remaining_s * 1000), frame.MAX_DEADLINE_MS))
     if context.traceparent is not None:
         headers["traceparent"] = context.traceparent
-    if context.given_metadata:
-        headers["meta"] = context.given_metadata
+    if metadata:
+        headers["meta"] = metadata
     return headers
 
 

@@ -195,7 +195,7 @@ class _ServiceCall(Call):
         }
         super().__init__(routers, select, {**request, "routing": routing}, annotated, context)
 
-    async def _send_elsewhere(self, error: PlaneError, *, was_sent: bool) -> bool:
+    def _may_send_again(self, error: PlaneError, *, was_sent: bool) -> bool:
         # A router that says that all workers are busy, or gone, is to be believed.
         self._may_bypass = isinstance(error, _UNREACHABLE)
         if self._may_bypass and self._answered and self._dispatcher is not self._workers:
@@ -203,7 +203,7 @@ class _ServiceCall(Call):
             raise InstanceRemoved(
                 f"the router service that passed the answer on was lost: {error}"
             ) from error
-        return await super()._send_elsewhere(error, was_sent=was_sent)
+        return super()._may_send_again(error, was_sent=was_sent)
 
     async def _choose_again(self, tried: set[int]) -> Member:
         if self._dispatcher is not self._workers:

@@ -92,5 +92,5 @@ class RoutedCall(Call):
         if member is None:
             self._chooser.free(routing.request_id)
             raise NoInstances(f"instance {instance_id:x} left as it was chosen")
-        self._request = {**self._request, "dp_rank": dp_rank}
+        self._request = {**self._request.value(), "dp_rank": dp_rank}
         return member

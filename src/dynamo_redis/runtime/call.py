@@ -28,9 +28,10 @@ _MAX_LOST_TRIES = 3
 
 
 class Call:
-    """One request and its answer, across the instances it is tried on. Iterate it once, from one task.
+    """One request and its answer, across the instances it is tried on. It has one reader at a time.
 
-    `aclose`, or leaving `async with`, ends it early; the worker is told to kill the request.
+    A read that is cancelled, as by a time-out, takes nothing: the next read goes on. `aclose`, leaving
+    `async with`, or dropping the call ends it early; the worker is told to kill the request.
     """
 
     __slots__ = (
@@ -39,6 +40,7 @@ class Call:
         "_answered",
         "_context",
         "_dispatcher",
+        "_error",
         "_failures",
         "_member",
         "_request",
@@ -69,6 +71,7 @@ class Call:
         self._annotated = annotated
         self._context = context
         self._answered = False
+        self._error: PlaneError | None = None
         self._failures: _Failures | None = None
         self._member: Member
         self._open(dispatcher.choose(select, None, among) if member is None else member)
@@ -82,29 +85,39 @@ class Call:
         return self
 
     async def __anext__(self) -> Any:
-        while (stream := self._stream) is not None:
+        while True:
+            if (stream := self._stream) is None:
+                if self._error is None:
+                    raise StopAsyncIteration
+                await self._send_again(self._error)
+                continue
             try:
                 item = await stream.__anext__()
             except PlaneError as error:
                 self._close()
-                if not await self._send_elsewhere(error, was_sent=stream.sent):
+                self._request = stream.packed
+                if not self._may_send_again(error, was_sent=stream.sent):
                     raise  # from this frame, which forgets it: one that kept it would be kept by it
-            except BaseException:  # the end of the answer, or of the task that reads it
+                self._error = error.with_traceback(None)
+            except StopAsyncIteration:
                 self._close()
+                raise
+            except Exception:
+                if stream.is_over:  # or this is a second reader, whose mistake is not the first one's end
+                    self._close()
                 raise
             else:
                 if not self._answered:  # from now on the request stays where it is
                     self._member.pending.discard(stream)
                     self._answered = True
-                    self._request = None
+                    stream.forget_request()
                     if stream.is_over:  # the usual answer of one item: nothing more to wait for
                         self._close()
                 return Annotated(item) if self._annotated else item
-        raise StopAsyncIteration
 
     async def aclose(self) -> None:
         """End the call; the worker is told to kill it if it is still under way."""
-        stream = self._stream
+        stream, self._error = self._stream, None
         if stream is not None:
             self._close()
             await stream.aclose()
@@ -126,6 +139,8 @@ class Call:
 
     def _open(self, member: Member) -> None:
         self._stream = stream = self._dispatcher.open(member.target, self._request, self._context)
+        self._request = None  # the stream has it, packed: the caller may fill its object anew
+        self._error = None
         self._member = member
         member.in_flight += 1
         member.pending.add(stream)
@@ -137,8 +152,8 @@ class Call:
             if not self._answered:
                 self._member.pending.discard(stream)
 
-    async def _send_elsewhere(self, error: PlaneError, *, was_sent: bool) -> bool:
-        """Open the request at another instance. False if it may not be, or if there is no other."""
+    def _may_send_again(self, error: PlaneError, *, was_sent: bool) -> bool:
+        """Note a failure. Whether the request may be sent again after it."""
         failed = self._member
         self._dispatcher.note_failure(failed, error)
         is_stopped = self._context is not None and self._context.is_stopped()
@@ -146,21 +161,47 @@ class Call:
             return False
         if self._failures is None:
             self._failures = _Failures()
-        if isinstance(error, AuthenticationFailed):
-            fresh = await self._refreshed(failed, self._failures)
-            if fresh is not None:
-                self._open(fresh)
-                return True
-            self._dispatcher.view.mark_down(failed, error)
+        if isinstance(error, AuthenticationFailed) and not self._failures.refreshed:
+            return True
         self._failures.add(failed, error, was_sent=was_sent)
-        if self._failures.suffice_after(error):
-            return False
+        return not self._failures.suffice_after(error)
+
+    async def _send_again(self, error: PlaneError) -> None:
+        """Open the request at another instance, or raise `error` if there is none.
+
+        A read may be cancelled in here: the next one comes back.
+        """
+        failures = self._failures
+        assert failures is not None
+        if failures.searching:
+            raise RuntimeError("an answer has one reader")
+        failures.searching = True
         try:
-            following = await self._choose_again(self._failures.tried)
+            following = await self._find_another(error, failures)
+            was_closed = self._error is None
+            if following is None:
+                self._error = None
+                raise error
+            self._open(following)
+            if was_closed:
+                await self.aclose()
+        finally:
+            failures.searching = False
+            del error  # else its traceback would keep it, by this frame
+
+    async def _find_another(self, error: PlaneError, failures: _Failures) -> Member | None:
+        """The instance that gets the request next: after an old secret the same one, if it has a new one."""
+        failed = self._member
+        if isinstance(error, AuthenticationFailed):
+            fresh = await self._refreshed(failed, failures)
+            if fresh is not None:
+                return fresh
+            self._dispatcher.view.mark_down(failed, error)
+            failures.add(failed, error, was_sent=False)
+        try:
+            return await self._choose_again(failures.tried)
         except NoInstances:
-            return False
-        self._open(following)
-        return True
+            return None
 
     async def _choose_again(self, tried: set[int]) -> Member:
         """Another instance than those tried. Raises NoInstances."""
@@ -170,19 +211,21 @@ class Call:
         """A worker restarted at the same address has a new secret: its record tells, once a request."""
         if failures.refreshed:
             return None
+        fresh = await self._dispatcher.refreshed(failed)
         failures.refreshed = True
-        return await self._dispatcher.refreshed(failed)
+        return fresh
 
 
 class _Failures:
     """What a request has met on its way so far."""
 
-    __slots__ = ("lost_count", "refreshed", "tried")
+    __slots__ = ("lost_count", "refreshed", "searching", "tried")
 
     def __init__(self) -> None:
         self.tried: set[int] = set()
         self.lost_count = 0
         self.refreshed = False
+        self.searching = False
 
     def add(self, member: Member, error: PlaneError, *, was_sent: bool) -> None:
         """An instance did not answer."""

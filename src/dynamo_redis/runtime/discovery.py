@@ -22,6 +22,7 @@ import logging
 import random
 from collections.abc import Coroutine, Iterator
 from contextlib import suppress
+from contextvars import copy_context
 from enum import Enum
 from typing import Any, Protocol
 
@@ -130,6 +131,7 @@ class EndpointView:
         self._watch: Watch | None = None
         self._reader: asyncio.Task[None] | None = None
         self._probes: set[asyncio.Task[None]] = set()
+        self._variables = copy_context()
 
     # ----------------------------------------------------------------- lifetime
 
@@ -354,7 +356,8 @@ class EndpointView:
     # ----------------------------------------------------------------- probes
 
     def _spawn(self, probe: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(probe, name=f"probe {self.name}")
+        # Not in the context variables of the request that failed: a probe may outlive it by far.
+        task = asyncio.create_task(probe, name=f"probe {self.name}", context=self._variables.copy())
         self._probes.add(task)
         task.add_done_callback(self._probes.discard)
 

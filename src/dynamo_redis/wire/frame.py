@@ -38,6 +38,7 @@ from dynamo_redis.wire.codec import (
     pack_known,
     pack_plain,
     pack_with_care,
+    unpack,
 )
 
 OPEN: Final = 1
@@ -122,6 +123,21 @@ def payload_of(value: Any) -> bytes:
 def encoding_of(payload: bytes, value: Any) -> Encoding:
     """What `payload_of` made of the value."""
     return Encoding.BINARY if payload is value else Encoding.MSGPACK
+
+
+class Packed:
+    """A request as it was sent: to be sent again as the same bytes, whatever became of the object."""
+
+    __slots__ = ("encoding", "metadata", "payload")
+
+    def __init__(self, payload: bytes, encoding: Encoding, metadata: dict[str, str] | None) -> None:
+        self.payload = payload
+        self.encoding = encoding
+        self.metadata = metadata
+
+    def value(self) -> Any:
+        """The request itself, as its worker unpacks it."""
+        return self.payload if self.encoding is Encoding.BINARY else unpack(self.payload)
 
 
 def encode_route(subject: str, flags: int, headers: Headers | None) -> bytes:

@@ -173,6 +173,7 @@ async def test_a_request_takes_its_load_along_wherever_it_ends(deployment: Deplo
     await asyncio.sleep(0)
     reading.cancel()
     await asyncio.gather(reading, return_exceptions=True)
+    await call.aclose()
     assert not chooser.bookings
 
     with pytest.raises(PlaneError):

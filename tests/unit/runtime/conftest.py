@@ -26,6 +26,7 @@ from dynamo_redis.store.base import (
     Revision,
     WatchBatch,
 )
+from dynamo_redis.wire.frame import Encoding, Packed, payload_of
 
 NAME = EndpointName.parse("dynamo.backend.generate")
 
@@ -33,8 +34,9 @@ NAME = EndpointName.parse("dynamo.backend.generate")
 class ScriptedStream:
     """Answers with what it was given: items, errors to raise, or None to wait until failed."""
 
-    def __init__(self, plane: ScriptedPlane, target: Target, script: Iterable[Any]) -> None:
+    def __init__(self, plane: ScriptedPlane, target: Target, script: Iterable[Any], request: Any) -> None:
         self._plane = plane
+        self.packed = Packed(payload_of(request), Encoding.MSGPACK, None)
         self._script = deque(script)
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.target = target
@@ -58,6 +60,8 @@ class ScriptedStream:
     @property
     def is_over(self) -> bool:
         return not self._script and not self._failed.done()
+
+    def forget_request(self) -> None: ...
 
     def fail(self, error: Exception) -> None:
         if not self._failed.done():
@@ -95,8 +99,10 @@ class ScriptedPlane:
         *,
         messages: AsyncIterable[Any] | None = None,
     ) -> ScriptedStream:
-        self.opened.append((target.instance_id, request))
-        return ScriptedStream(self, target, self.scripts.get(target.instance_id, [target.instance_id]))
+        value = request.value() if isinstance(request, Packed) else request
+        self.opened.append((target.instance_id, value))
+        script = self.scripts.get(target.instance_id, [target.instance_id])
+        return ScriptedStream(self, target, script, value)
 
     async def probe(self, target: Target, timeout_s: float) -> None:
         self.probed.append(target.instance_id)
