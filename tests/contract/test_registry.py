@@ -185,7 +185,7 @@ async def test_a_value_too_large_for_the_registry_is_refused(registry: Registry)
 
 
 async def test_what_is_no_revision_is_refused(registry: Registry) -> None:
-    for nonsense in ("", "abc", "1-2-3"):
+    for nonsense in ("", "abc", "1-2-3", "5--3", "1_0-0", " 5-0", "05-0", "٣-0", f"{1 << 64}-0"):
         with pytest.raises(ConfigError, match="not a revision"):
             registry.watch("a/", start_revision=Revision(nonsense))
 

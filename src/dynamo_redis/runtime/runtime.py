@@ -127,14 +127,19 @@ class DistributedRuntime:
     # ----------------------------------------------------------------- lifetime
 
     async def start(self) -> None:
-        """Connect. Idempotent. Raises ConfigError, StoreUnavailable, StoreRefused or SchemaMismatch."""
+        """Connect. Raises ConfigError, StoreUnavailable, StoreRefused or SchemaMismatch, and may then be
+        called again. No effect once it has succeeded."""
         async with self._starting:
             if self._plane_client is not None:
                 return
             if self._closed:
                 raise RuntimeError("the runtime is closed")
             plane_client = make_client(self.settings.plane, on_quiet=self._on_quiet)
-            await self.registry.start()
+            try:
+                await self.registry.start()
+            except BaseException:
+                await plane_client.aclose()
+                raise
             self._plane_client = plane_client
 
     def shutdown(self) -> None:

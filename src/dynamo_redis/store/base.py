@@ -186,7 +186,8 @@ class Registry(Protocol):
     async def start(self) -> None:
         """Connect, check server and schema, and start the log reader.
 
-        The lease is granted at the first `register`. Raises StoreUnavailable, StoreRefused or SchemaMismatch.
+        The lease is granted at the first `register`. Raises StoreUnavailable, StoreRefused or SchemaMismatch;
+        then it may be called again. No effect once it has succeeded.
         """
         ...
 

@@ -6,6 +6,7 @@ can come twice. A reader that sees an entry whose predecessor is not the last on
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -56,6 +57,9 @@ class Change:
         return None if cause is None else Delete(self.key, self.revision, cause)
 
 
+_REVISION: Final = re.compile(r"(?:0|[1-9][0-9]*)-(?:0|[1-9][0-9]*)")
+
+
 def order(revision: Revision) -> tuple[int, int]:
     """Sorts revisions of *one* history. Across a lost tail only equality means anything."""
     milliseconds, _, counter = revision.partition("-")
@@ -64,12 +68,8 @@ def order(revision: Revision) -> tuple[int, int]:
 
 def check_revision(revision: Revision) -> Revision:
     """A revision that some registry may have answered. Raises ConfigError."""
-    try:
-        order(revision)
-    except ValueError:
-        raise ConfigError(
-            f"{revision!r} is not a revision: give one that a write or a watch answered"
-        ) from None
+    if not _REVISION.fullmatch(revision) or max(order(revision)) >= 1 << 64:
+        raise ConfigError(f"{revision!r} is not a revision: give one that a write or a watch answered")
     return revision
 
 

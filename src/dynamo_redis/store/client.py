@@ -130,7 +130,6 @@ class RedisClient:
         self._check_version(server)
         self._check_eviction(memory)
         if replication.get("role") == "slave":
-            self._leave()
             raise StoreRefused(
                 f"Redis at {self.address} is a read-only replica: set DYN_REDIS_URL to its primary"
                 f" ({replication.get('master_host', '?')}:{replication.get('master_port', '?')})"
@@ -192,6 +191,11 @@ class RedisClient:
         """Close the pool; later calls raise StoreUnavailable. Never raises for a dead server."""
         self._closed = True
         await _close(self._redis, self._pool)
+
+    def disconnect(self) -> None:
+        """Close connections that are idle; others are closed before their next use. For the event loop."""
+        self._leave()
+        self._pool.sweep()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -258,7 +262,7 @@ class RedisClient:
 
     async def _greet(self, connection: Any) -> None:
         """Log in, and give the connection a name for CLIENT LIST, where that is allowed."""
-        keep_replies(connection)
+        _prepare(connection)
         await connection.on_connect()
         try:
             await connection.send_command("CLIENT", "SETNAME", self._client_name)
@@ -268,7 +272,7 @@ class RedisClient:
         self._met = True
 
     def _greet_sync(self, connection: Any) -> None:
-        keep_replies(connection)
+        _prepare(connection)
         connection.on_connect()
         try:
             connection.send_command("CLIENT", "SETNAME", self._client_name)
@@ -396,13 +400,17 @@ class _Pool(redis.asyncio.BlockingConnectionPool):
     epoch: Callable[[], int]
     _swept_in = 0
 
+    def sweep(self) -> None:
+        """Close what is idle."""
+        idle: Any
+        for idle in self._available_connections:
+            idle._close()
+
     async def ensure_connection(self, connection: Any) -> None:
         epoch = self.epoch()
         if self._swept_in != epoch:
             self._swept_in = epoch
-            idle: Any
-            for idle in self._available_connections:
-                idle._close()
+            self.sweep()
         if connection.is_connected and connection.made_in != epoch:
             connection._close()
         if not connection.is_connected:
@@ -433,6 +441,13 @@ def _parse(url: str, parser: Callable[[str], Any]) -> dict[str, Any]:
 def _default_class(parser: Callable[[str], Any]) -> type:
     is_async = parser is redis.asyncio.connection.parse_url
     return redis.asyncio.Connection if is_async else redis.Connection
+
+
+def _prepare(connection: Any) -> None:
+    """What is done to each connection before it logs in."""
+    keep_replies(connection)
+    # No CLIENT SETINFO: it is of no use here, and there are proxies that end a connection for it.
+    connection.driver_info = connection.lib_name = connection.lib_version = None
 
 
 def _address(options: dict[str, Any]) -> str:

@@ -96,6 +96,7 @@ class LogReader:
         while True:
             try:
                 await self._verify()
+                await self._read_once()
                 backoff.reset()
                 await self._follow()
             except HistoryLost as exc:
@@ -107,6 +108,16 @@ class LogReader:
                 logger.exception("the change log could not be read, reading everything again")
                 self._lost = "the change log could not be read"
                 await asyncio.sleep(backoff.next_s())
+
+    async def _read_once(self) -> None:
+        """Read without waiting. Only now is it known that the log can be read, not only asked for its end."""
+        read = pack("XREAD", "COUNT", 1, "STREAMS", self._kv.keys.log, self.position.revision)
+        reply = await self._connection.execute(read, block_s=0.0)
+        if not self._health.connected:
+            self._health.succeeded()
+            self._on_disturbance("the connection was lost")
+        if reply is not None:
+            self._advance(parse_changes(reply[0][1]))
 
     async def _follow(self) -> None:
         """Read until something is wrong."""
@@ -137,9 +148,6 @@ class LogReader:
             self._lost = reason
             await self._resync(reason)
             self._lost = None
-        if not self._health.connected:
-            self._health.succeeded()
-            self._on_disturbance("the connection was lost")
 
     def _compare(self, now: Position) -> str | None:
         known = self.position

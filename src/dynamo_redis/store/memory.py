@@ -303,6 +303,8 @@ class MemoryRegistry(KeyOperations):
         return self._registrations.lease_losses
 
     async def start(self) -> None:
+        if self._pulse is not None:
+            return
         self.connected = True
         self._server.follow(self._on_changes, self._on_wipe)
         self._registrations.start(self._server.incarnation)

@@ -18,7 +18,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import Final
 
 from dynamo_redis.errors import KeyExists, LeaseNotFound, StoreError, StoreUnavailable
@@ -184,7 +185,7 @@ class Registrations:
         self._strays.discard(key)
         self._writing.add(key)
         try:
-            async with self._serial:
+            async with self._in_time(), self._serial:
                 written = await self._write_new(entry)
                 entry.revision = written.revision
                 self._entries[key] = entry
@@ -214,22 +215,34 @@ class Registrations:
     ) -> Revision:
         """See `base.Registration.update`. Raises LeaseNotFound if the key is not ours any more."""
         check_value(value)
-        async with self._serial:
+        async with self._in_time():
+            async with self._serial:
+                self._check_kept(entry)
+                entry.value = value
+                if stalled_value is not None:
+                    entry.stalled_value = stalled_value
+                written = None
+                try:
+                    written = await self._write([OwnedPut(entry.key, value, owned=True)], [], grant=False)
+                except LeaseNotFound:
+                    self.disturb("the lease ended")
+                if written is not None and written.change_count:
+                    entry.revision = written.revision
+                    return written.revision
+            await self._repair()
             self._check_kept(entry)
-            entry.value = value
-            if stalled_value is not None:
-                entry.stalled_value = stalled_value
-            written = None
-            try:
-                written = await self._write([OwnedPut(entry.key, value, owned=True)], [], grant=False)
-            except LeaseNotFound:
-                self.disturb("the lease ended")
-            if written is not None and written.change_count:
-                entry.revision = written.revision
-                return written.revision
-        await self._repair_now()
-        self._check_kept(entry)
-        return entry.revision
+            return entry.revision
+
+    @asynccontextmanager
+    async def _in_time(self) -> AsyncIterator[None]:
+        """One time-out for the wait behind other writes of the lease, and for one's own."""
+        try:
+            async with asyncio.timeout(self._kv.timeout_s):
+                yield
+        except TimeoutError as exc:
+            raise StoreUnavailable(
+                f"Redis did not answer in time ({self._kv.timeout_s:g} s), this write or one before it"
+            ) from exc
 
     def _check_kept(self, entry: KeyRegistration) -> None:
         if self._entries.get(entry.key) is not entry:
@@ -242,7 +255,7 @@ class Registrations:
         del self._entries[entry.key]
         self._strays.add(entry.key)
         try:
-            async with self._serial:
+            async with self._in_time(), self._serial:
                 if entry.key in self._entries:
                     return  # registered again meanwhile: it belongs to the new registration
                 try:
@@ -368,14 +381,6 @@ class Registrations:
                 self._disturbed.set()
                 logger.debug("repair: %s", exc)
                 await asyncio.sleep(backoff.next_s())
-
-    async def _repair_now(self) -> None:
-        """One repair, within the usual time-out. Raises StoreError."""
-        try:
-            async with asyncio.timeout(self._kv.timeout_s):
-                await self._repair()
-        except TimeoutError as exc:
-            raise StoreUnavailable("the registered keys could not be compared in time") from exc
 
     async def _repair(self) -> None:
         async with self._repairing:

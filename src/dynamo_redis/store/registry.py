@@ -99,11 +99,13 @@ class RedisRegistry(KeyOperations):
         return self._registrations.lease_losses
 
     async def start(self) -> None:
+        if self._started:
+            return
         try:
             await self._client.connect()
             position = await self._kv.initialize()
         except BaseException:
-            await self._client.aclose()
+            self._client.disconnect()  # the next attempt resolves the name again
             raise
         self._started = True
         self._health.succeeded()

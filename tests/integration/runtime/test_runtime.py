@@ -372,6 +372,18 @@ async def test_an_unreachable_redis_is_one_clear_error() -> None:
     assert "hush" not in str(caught.value)
 
 
+async def test_a_runtime_may_be_started_again_after_a_failure(own_redis_server: EmbeddedServer) -> None:
+    await own_redis_server.stop()
+    runtime = DistributedRuntime(settings=Settings.load(redis_url=own_redis_server.url))
+    for _ in range(2):
+        with pytest.raises(StoreUnavailable):
+            await runtime.start()
+    await own_redis_server.start()
+    await runtime.start()
+    await serve(runtime, Counter().generate)
+    await runtime.aclose()
+
+
 def test_unknown_settings_are_named() -> None:
     with pytest.raises(ConfigError, match="colour"):
         Settings.load(colour="red")

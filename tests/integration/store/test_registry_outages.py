@@ -15,11 +15,13 @@ from typing import Any
 
 import pytest
 
+from dynamo_redis.config import StoreSettings
 from dynamo_redis.errors import StoreUnavailable
 from dynamo_redis.store.base import Delete, DeleteCause, LeaseId, PutOp
 from dynamo_redis.store.client import RedisClient
 from dynamo_redis.store.key_value import KeyValue, OwnedPut
 from dynamo_redis.store.keys import STRUCTURES, RegistryKeys
+from dynamo_redis.store.registry import RedisRegistry
 from dynamo_redis.store.server import EmbeddedServer
 from faults.proxy import Conditions
 
@@ -373,6 +375,73 @@ async def test_a_cancelled_registration_leaves_nothing_behind(
     await asyncio.sleep(0.5)
     assert view.state == {"k/end": b"v"}
     assert [record.key for record in (await worker.get_prefix("k/")).records] == ["k/end"]
+
+
+async def test_a_start_that_failed_can_be_repeated(
+    own_redis_server: EmbeddedServer, dynamo_redis_prefix: str
+) -> None:
+    registry = RedisRegistry(
+        StoreSettings.load(redis_url=own_redis_server.url, prefix=dynamo_redis_prefix, command_timeout_s=1.0)
+    )
+    await own_redis_server.stop()
+    for _ in range(2):
+        with pytest.raises(StoreUnavailable, match="is it running"):
+            await registry.start()
+    await own_redis_server.start()
+    await registry.start()
+    await registry.start()  # no effect
+    await registry.register("i/1", b"v")
+    assert await registry.get("i/1") is not None
+    await registry.aclose()
+
+
+async def test_registrations_that_wait_end_within_one_timeout(
+    own_redis_server: EmbeddedServer, open_registry: Any
+) -> None:
+    registry = await open_registry(own_redis_server.url, timeout_s=2.0)
+    held = await registry.register("i/0", b"v")
+    own_redis_server.send_signal(signal.SIGSTOP)
+    began_at = time.monotonic()
+    results = await asyncio.gather(
+        *(registry.register(f"i/{number}", b"v") for number in range(1, 9)),
+        held.update(b"w"),
+        return_exceptions=True,
+    )
+    took_s = time.monotonic() - began_at
+    own_redis_server.send_signal(signal.SIGCONT)
+    assert all(isinstance(result, StoreUnavailable) for result in results), results
+    assert took_s < 8.0, "one after the other they need 16 s and more"
+    await registry.register("i/9", b"v")
+
+
+async def test_a_log_that_may_not_be_read_is_not_asked_for_without_pause(
+    own_redis_server: EmbeddedServer, open_registry: Any, mirror: Any
+) -> None:
+    registry, writer = await open_registry(own_redis_server.url), await open_registry(own_redis_server.url)
+    view = await mirror(registry, "i/")
+    admin = RedisClient(own_redis_server.url, timeout_s=5.0)
+    await admin.execute("ACL", "SETUSER", "default", "-xread")
+    async with asyncio.timeout(10):
+        while registry.connected:
+            await asyncio.sleep(0.02)
+    before = await _connections_count(admin)
+    for _ in range(400):
+        await asyncio.sleep(0.01)
+        assert not registry.connected, "a log that cannot be read is not followed"
+    made_count = await _connections_count(admin) - before
+    assert made_count <= 30, "two processes, one connection a second each; more at first"
+    await admin.execute("ACL", "SETUSER", "default", "+xread")
+    await writer.put("i/1", b"v")
+    await view.until_state({"i/1": b"v"})
+    assert registry.connected
+    await admin.aclose()
+
+
+async def _connections_count(client: RedisClient) -> int:
+    """How many connections the server has ever been asked for."""
+    lines = (await client.execute("INFO", "stats")).decode().splitlines()
+    (count,) = [line.partition(":")[2] for line in lines if line.startswith("total_connections_received:")]
+    return int(count)
 
 
 # --------------------------------------------------------------------------- a lossy failover
