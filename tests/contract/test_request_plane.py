@@ -694,12 +694,11 @@ async def test_another_instance_at_the_address_is_not_mistaken_for_the_right_one
 
 
 class Watched:
-    """A handler that yields until it is told to end, and says how it ended."""
+    """A handler that yields until it is told to end."""
 
     def __init__(self) -> None:
         self.context: Context | None = None
         self.ended = asyncio.Event()
-        self.cancelled = False
 
     async def __call__(self, _: Any, context: Context) -> AsyncIterator[str]:
         self.context = context
@@ -707,22 +706,19 @@ class Watched:
             while not context.is_stopped():
                 yield "more"
                 await asyncio.sleep(0.001)
-            yield "last words"
-        except (asyncio.CancelledError, GeneratorExit):
-            self.cancelled = True
-            raise
         finally:
             self.ended.set()
 
 
-async def test_stop_lets_the_rest_arrive(deployed: Deployment) -> None:
+async def test_stop_ends_the_answer_where_it_is(deployed: Deployment) -> None:
     watched, context = Watched(), Context()
     stream = deployed.open(deployed.serve(watched), None, context)
     assert await anext(stream) == "more"
     context.stop_generating()
-    rest = [item async for item in stream]
-    assert rest[-1] == "last words"
-    assert not watched.cancelled
+    assert await _exhaust(stream) == []
+    await asyncio.wait_for(watched.ended.wait(), 2)
+    assert watched.context is not None
+    assert watched.context.is_stopped()
 
 
 async def test_kill_ends_both_sides_at_once(deployed: Deployment) -> None:
@@ -733,7 +729,6 @@ async def test_kill_ends_both_sides_at_once(deployed: Deployment) -> None:
     with pytest.raises(RequestCancelled):
         await anext(stream)
     await asyncio.wait_for(watched.ended.wait(), 2)
-    assert watched.cancelled
     assert watched.context is not None
     assert watched.context.is_killed()
 
@@ -743,7 +738,6 @@ async def test_closing_the_stream_kills(deployed: Deployment) -> None:
     async with deployed.open(deployed.serve(watched)) as stream:
         assert await anext(stream) == "more"
     await asyncio.wait_for(watched.ended.wait(), 2)
-    assert watched.cancelled
     with pytest.raises(StopAsyncIteration):
         await anext(stream)
 
@@ -766,15 +760,13 @@ async def test_cancelled_read_takes_nothing(deployed: Deployment) -> None:
 
 
 async def test_closing_after_a_cancelled_read_kills(deployed: Deployment) -> None:
-    started, cancelled = asyncio.Event(), asyncio.Event()
+    started, ended = asyncio.Event(), asyncio.Event()
 
     async def handler(_: Any, context: Context) -> None:
         started.set()
-        try:
-            await asyncio.sleep(60)
-        finally:
-            assert context.is_killed()
-            cancelled.set()
+        await context.async_killed_or_stopped()
+        assert context.is_killed()
+        ended.set()
 
     stream = deployed.open(deployed.serve(handler))
     reader = asyncio.ensure_future(anext(stream))
@@ -783,7 +775,7 @@ async def test_closing_after_a_cancelled_read_kills(deployed: Deployment) -> Non
     with pytest.raises(asyncio.CancelledError):
         await reader
     await stream.aclose()
-    await asyncio.wait_for(cancelled.wait(), 10)
+    await asyncio.wait_for(ended.wait(), 10)
 
 
 async def test_request_is_packed_as_it_was(deployed: Deployment) -> None:
@@ -809,16 +801,20 @@ async def test_request_is_packed_as_it_was(deployed: Deployment) -> None:
         assert seen == [(content, {"tenant": "one"})] * 2
 
 
-async def test_a_context_wakes_whoever_waits_for_its_end(deployed: Deployment) -> None:
-    async def handler(_: Any, context: Context) -> str:
+async def test_a_stopped_context_wakes_its_handler(deployed: Deployment) -> None:
+    started, woken = asyncio.Event(), asyncio.Event()
+
+    async def handler(_: Any, context: Context) -> None:
+        started.set()
         await context.async_killed_or_stopped()
-        return "woken"
+        woken.set()
 
     context = Context()
     reader = asyncio.ensure_future(deployed.ask(deployed.serve(handler), None, context))
-    await asyncio.sleep(0.05)
+    await asyncio.wait_for(started.wait(), 2)
     context.stop_generating()
-    assert await reader == ["woken"]
+    assert await reader == []
+    await asyncio.wait_for(woken.wait(), 2)
 
 
 async def test_a_cancelled_context_sends_nothing(deployed: Deployment) -> None:
@@ -841,7 +837,10 @@ async def test_a_context_handed_on_links_the_cancellation(deployed: Deployment) 
     stream = deployed.open(deployed.serve(outer, "outer"), None, outer_context)
     assert await anext(stream) == "more"
     outer_context.stop_generating()
-    assert [item async for item in stream][-1] == "last words"
+    assert await _exhaust(stream) == []
+    await asyncio.wait_for(inner.ended.wait(), 2)
+    assert inner.context is not None
+    assert inner.context.is_stopped()
 
 
 async def test_a_kill_passes_down_a_chain_of_calls(deployed: Deployment) -> None:
@@ -855,7 +854,8 @@ async def test_a_kill_passes_down_a_chain_of_calls(deployed: Deployment) -> None
     async with deployed.open(deployed.serve(outer, "outer")) as stream:
         assert await anext(stream) == "more"
     await asyncio.wait_for(inner.ended.wait(), 2)
-    assert inner.cancelled
+    assert inner.context is not None
+    assert inner.context.is_killed()
 
 
 async def test_failing_a_stream_from_outside(deployed: Deployment) -> None:
@@ -885,19 +885,85 @@ async def test_forgetting_an_instance_fails_what_is_pending_on_its_endpoint(depl
     assert await deployed.ask(deployed.serve(echo, "echo"), 1) == [1]
 
 
-async def test_a_handler_that_ignores_its_cancellation_reaches_nobody(deployed: Deployment) -> None:
-    ended = asyncio.Event()
+async def test_a_handler_is_cancelled_after_the_grace(plane: str) -> None:
+    """It has not been interrupted before; what it makes of the cancellation reaches no caller."""
+    interrupted_after_s: list[float] = []
 
     async def handler(_: Any, __: Context) -> AsyncIterator[int]:
         yield 1
+        began = time.monotonic()
         with suppress(asyncio.CancelledError):
-            await asyncio.sleep(60)
+            await asyncio.Event().wait()
+        interrupted_after_s.append(time.monotonic() - began)
         yield 2
-        ended.set()
+        raise AssertionError("it was not closed at its next yield")
+
+    async with deployment(plane, cancel_grace_s=0.3) as deployed:
+        async with deployed.open(deployed.serve(handler)) as stream:
+            assert await anext(stream) == 1
+        await eventually(lambda: deployed.server.in_flight_count == 0)
+        assert interrupted_after_s[0] >= 0.29
+
+
+async def test_a_handler_that_ends_within_the_grace_is_not_cancelled(deployed: Deployment) -> None:
+    """As an engine's handler that has to tell its engine to abort, which takes more than one `await`."""
+    told: list[str] = []
+
+    async def handler(_: Any, context: Context) -> AsyncIterator[int]:
+        try:
+            yield 1
+            await context.async_killed_or_stopped()
+            told.append("to abort")
+            await asyncio.sleep(0.02)
+            told.append("it has aborted")
+            yield 2
+            told.append("it went on behind a yield")
+        except BaseException as exc:
+            told.append(type(exc).__name__)
+            raise
 
     async with deployed.open(deployed.serve(handler)) as stream:
         assert await anext(stream) == 1
     await eventually(lambda: deployed.server.in_flight_count == 0)
+    assert told == ["to abort", "it has aborted", "GeneratorExit"]
+
+
+async def test_without_a_grace_a_handler_is_cancelled_at_once(plane: str) -> None:
+    ended: list[str] = []
+
+    async def handler(_: Any, __: Context) -> AsyncIterator[int]:
+        yield 1
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            ended.append("cancelled")
+            raise
+
+    async with deployment(plane, cancel_grace_s=0) as deployed:
+        async with deployed.open(deployed.serve(handler)) as stream:
+            assert await anext(stream) == 1
+        await eventually(lambda: deployed.server.in_flight_count == 0)
+        assert ended == ["cancelled"]
+
+
+async def test_the_end_of_a_drain_cancels_at_once(plane: str) -> None:
+    """A handler in its grace, too: no process outlives its shutdown by it."""
+
+    async def handler(_: Any, __: Context) -> AsyncIterator[int]:
+        yield 1
+        await asyncio.Event().wait()
+
+    async with deployment(plane, cancel_grace_s=3600) as deployed:
+        target = deployed.serve(handler)
+        async with deployed.open(target) as left:
+            assert await anext(left) == 1
+        open_one = deployed.open(target)
+        assert await anext(open_one) == 1
+        assert deployed.server.in_flight_count == 2
+        await deployed.server.unregister("test", grace_s=0.1)
+        with pytest.raises(Draining):
+            await anext(open_one)
+        await eventually(lambda: deployed.server.in_flight_count == 0)
 
 
 async def test_a_killed_handler_has_cleaned_up_before_it_counts_as_ended(deployed: Deployment) -> None:
@@ -927,11 +993,9 @@ async def test_a_deadline_ends_both_sides(deployed: Deployment) -> None:
 
     async def handler(_: Any, context: Context) -> AsyncIterator[int]:
         yield 1
-        try:
-            await asyncio.sleep(60)
-        finally:
-            assert context.is_killed()
-            ended.set()
+        await context.async_killed_or_stopped()
+        assert context.is_killed()
+        ended.set()
 
     stream = deployed.open(deployed.serve(handler), None, Context(deadline=time.monotonic() + 0.1))
     assert await anext(stream) == 1

@@ -108,7 +108,7 @@ class RawPeer:
 
 
 def settings(**overrides: Any) -> PlaneSettings:
-    return PlaneSettings.load(channel_buffer_count=WINDOW, **overrides)
+    return PlaneSettings.load(**{"channel_buffer_count": WINDOW, "cancel_grace_s": 0, **overrides})
 
 
 @asynccontextmanager

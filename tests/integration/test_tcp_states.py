@@ -161,7 +161,8 @@ async def outcome(peer: Peer, *, by_server: bool) -> Outcome:
 
 @asynccontextmanager
 async def serving() -> AsyncIterator[TcpServer]:
-    server = TcpServer(PlaneSettings.load(connect_timeout_s=0.3), secret=SECRET, instance_id=INSTANCE)
+    chosen = PlaneSettings.load(connect_timeout_s=0.3, cancel_grace_s=0)
+    server = TcpServer(chosen, secret=SECRET, instance_id=INSTANCE)
     await server.start()
 
     async def hang(_: Any, context: Context) -> None:

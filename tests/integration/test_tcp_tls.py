@@ -170,12 +170,19 @@ async def test_the_kernel_looks_after_connections_over_tls_too(authority: Author
 async def test_a_drain_over_tls_lets_the_answer_finish(authority: Authority) -> None:
     chosen = authority.settings(authority.issue(), "mutual")
     async with running_server(chosen) as server, running_client(chosen) as client:
-        context = Context()
-        stream = client.open(target(server, "count"), 3, context)
+        may_end = asyncio.Event()
+
+        async def held(request: int, _: Context) -> AsyncIterator[int]:
+            for number in range(request):
+                yield number
+                await may_end.wait()
+
+        server.register("held", held)
+        stream = client.open(target(server, "held"), 3, Context())
         assert await anext(stream) == 0
         draining = asyncio.create_task(server.drain(5))
         await asyncio.sleep(0.02)
-        context.stop_generating()
+        may_end.set()
         assert [item async for item in stream] == [1, 2]
         await draining
         await eventually(lambda: client.connection_count == 0)

@@ -69,7 +69,8 @@ class Endpoints:
 
 @pytest.fixture
 async def server() -> AsyncIterator[TcpServer]:
-    made = TcpServer(PlaneSettings.load(channel_buffer_count=WINDOW), secret=SECRET, instance_id=INSTANCE)
+    chosen = PlaneSettings.load(channel_buffer_count=WINDOW, cancel_grace_s=0)
+    made = TcpServer(chosen, secret=SECRET, instance_id=INSTANCE)
     served = Endpoints()
     await made.start()
     singles = (served.echo, served.count, served.thrice, served.full, served.fails, served.wait, served.hang)

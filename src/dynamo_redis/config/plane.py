@@ -80,6 +80,13 @@ class PlaneSettings(SettingsGroup):
         "Most requests a worker keeps waiting; past that it answers Overloaded.",
         unit="requests",
     )
+    cancel_grace_s: Duration = setting(
+        "DYN_CANCEL_GRACE_S",
+        5.0,
+        "A handler whose caller has left, or whose deadline has passed, is closed at its next yield, and "
+        "cancelled after so long; 0: cancelled at once.",
+        unit="s",
+    )
     max_payload_in_flight_bytes: Size = setting(
         "DYN_TCP_MAX_PAYLOAD_BYTES_IN_FLIGHT",
         ByteSize(1 << 30),

@@ -19,10 +19,10 @@ Handler = Callable[[Any, Context], AsyncIterator[Any] | Awaitable[Any]]
 """Serves an endpoint. An async generator function answers with its items; a coroutine function with one item.
 
 For an endpoint registered with `request_stream=True` the first argument is an `AsyncIterator` of the
-caller's messages: the request, then those that follow it. When the caller stops or kills the request, the
-context says so; on a kill, a passed deadline or a lost caller the handler is also cancelled
-(`CancelledError` at its current await). Raise a `PlaneError` to answer with it; any other exception becomes
-`HandlerFailed`.
+caller's messages: the request, then those that follow it. When the caller stops or kills the request or is
+lost, and when the deadline passes, the context says so; a generator is closed at its next yield, and after
+`DYN_CANCEL_GRACE_S` the handler is cancelled (`CancelledError` at its current await). Raise a `PlaneError` to
+answer with it; any other exception becomes `HandlerFailed`.
 """
 
 

@@ -26,9 +26,10 @@ class Subscriber(Protocol):
 class Context:
     """Carried with a request from the caller to the handler, on both sides of the plane.
 
-    Cancellation has two strengths. *Stop* asks the handler to end soon and lets what it still yields reach
-    the caller; *kill* means that nobody listens any more. Both are one-way and idempotent. A handler that
-    passes its context on to another call links the two: cancelling the first cancels the second.
+    Cancellation has two strengths. *Stop* ends the answer where it is, without an error: the caller wants no
+    more. *Kill* ends it with one. A handler's context is stopped and killed when its caller wants no more or
+    has left. Both are one-way and idempotent. A handler that passes its context on to another call links the
+    two: cancelling the first cancels the second.
 
     Not thread-safe: use it on the event loop that made it.
     """
@@ -138,11 +139,11 @@ class Context:
         return self._state >= _KILLED
 
     def stop_generating(self) -> None:
-        """Ask for an early end; what is still yielded reaches the caller."""
+        """End the answer early: the caller's iteration ends, and the handler at its next yield."""
         self._advance(_STOPPED, "stop")
 
     def kill(self) -> None:
-        """End the request; nothing more is delivered."""
+        """End the request with an error: `RequestCancelled` at the caller."""
         self._advance(_KILLED, "kill")
 
     def on_cancel(self, callback: Callable[[Strength], None]) -> Callable[[], None]:

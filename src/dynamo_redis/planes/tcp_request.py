@@ -51,6 +51,7 @@ class Endpoint:
     __slots__ = (
         "_failures",
         "active_count",
+        "cancel_grace_s",
         "draining",
         "handler",
         "idle",
@@ -58,8 +59,11 @@ class Endpoint:
         "subject",
     )
 
-    def __init__(self, subject: str, handler: Handler, *, request_stream: bool) -> None:
+    def __init__(
+        self, subject: str, handler: Handler, *, request_stream: bool, cancel_grace_s: float
+    ) -> None:
         self.subject = subject
+        self.cancel_grace_s = cancel_grace_s
         self.handler = handler
         self.request_stream = request_stream
         self.active_count = 0
@@ -122,9 +126,9 @@ class Request(Sender):
         "_admission",
         "_argument",
         "_begun",
-        "_deadline_timer",
         "_messages",
         "_task",
+        "_timer",
         "context",
         "endpoint",
         "opened_at_sweep",
@@ -146,7 +150,7 @@ class Request(Sender):
         self._admission = admission
         self._begun = False
         self._task: asyncio.Task[None] | None = None
-        self._deadline_timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.TimerHandle | None = None
         self._messages: RequestMessages | None = None
         self._argument = message
         self.endpoint = endpoint
@@ -190,7 +194,7 @@ class Request(Sender):
                 return
             self._task = task
             if not self.open:  # its first step ended the request
-                task.cancel()
+                self._let_end(task)
         else:
             variables = self._connection.variables.copy()  # entered, not handed on: for old task factories
             self._task = task = variables.run(loop.create_task, self.run(), name=self.endpoint.subject)
@@ -229,6 +233,8 @@ class Request(Sender):
                 raise
         finally:
             self._task = None
+            if self._timer is not None:
+                self._timer.cancel()
             self._admission.finished(self)
 
     async def _answer_stream(self, items: AsyncIterator[Any]) -> None:
@@ -297,7 +303,7 @@ class Request(Sender):
         """End the request when its deadline passes."""
         remaining_s = self.context.remaining_s()
         if remaining_s is not None and self.open:
-            self._deadline_timer = loop.call_later(max(0.0, remaining_s), self._deadline_passed)
+            self._timer = loop.call_later(max(0.0, remaining_s), self._deadline_passed)
 
     def _deadline_passed(self) -> None:
         self.abort(DeadlineExceeded("the request's deadline passed"))
@@ -318,20 +324,34 @@ class Request(Sender):
         """End with an error, and end the handler."""
         if self.open:
             self.fail(error)
-            self._stop_handler()
+            self._end_handler()
 
     def kill(self) -> None:
         """End without a word: nobody listens."""
         if self.open:
             self._close()
-            self._stop_handler()
+            self._end_handler()
 
-    def _stop_handler(self) -> None:
+    def cancel(self) -> None:
+        """Cancel the handler at its current `await`, if it runs."""
+        if self._task is not None:
+            self._task.cancel()
+
+    def _end_handler(self) -> None:
+        """Let the handler end, after its context was told."""
         _quietly(self.context.kill)
         if not self._begun:
             self._admission.dequeue(self)  # if it was launched, it will see that it is closed
         elif self._task is not None:
-            self._task.cancel()
+            self._let_end(self._task)
+
+    def _let_end(self, task: asyncio.Task[None]) -> None:
+        """Leave the handler the time to end by itself. At a yield it is closed at once."""
+        grace_s = self.endpoint.cancel_grace_s
+        if grace_s:
+            self._timer = task.get_loop().call_later(grace_s, task.cancel)
+        else:
+            task.cancel()
 
     def _close(self) -> None:
         self.open = False
@@ -341,9 +361,9 @@ class Request(Sender):
             self.wake()
         self.state = _CLOSED
         self._connection.streams.pop(self._stream_id, None)
-        if self._deadline_timer is not None:
-            self._deadline_timer.cancel()
-            self._deadline_timer = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         if self._messages is not None:
             self._messages.kill()
 

@@ -137,7 +137,12 @@ class TcpServer:
         """See `RequestPlaneServer.register`."""
         if subject in self._endpoints:
             raise ValueError(f"{subject} is served already")
-        self._endpoints[subject] = Endpoint(subject, handler, request_stream=request_stream)
+        self._endpoints[subject] = Endpoint(
+            subject,
+            handler,
+            request_stream=request_stream,
+            cancel_grace_s=self._settings.cancel_grace_s,
+        )
 
     async def unregister(self, subject: str, *, grace_s: float) -> None:
         """See `RequestPlaneServer.unregister`."""
@@ -172,6 +177,8 @@ class TcpServer:
             connection.close()
         await asyncio.sleep(0)  # handlers that were started in this turn of the loop have a task after it
         tasks = [request.task for request in self._admission if request.task is not None]
+        for task in tasks:
+            task.cancel()
         if tasks:
             await asyncio.wait(tasks, timeout=_ACLOSE_S)
 
@@ -188,6 +195,7 @@ class TcpServer:
             for request in tuple(self._admission):
                 if request.endpoint in endpoints:
                     request.abort(error)
+                    request.cancel()
 
     async def _see_off(self, deadline: float) -> None:
         """Wait until the callers have hung up, which they do once they have their answers.

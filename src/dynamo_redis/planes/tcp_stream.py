@@ -251,6 +251,9 @@ class TcpResponseStream(Mailbox):
             self.fail(RequestCancelled("the request was killed"))
         elif self._connection is not None:
             self._connection.send(frame.encode_cancel(self.stream_id, frame.Strength.STOP))
+            self.discard()  # the handler may have more to say, and a stop alone would let it
+            self._kill()
+            self.finish()
         else:
             self.fail(RequestCancelled("the request was stopped before it was sent"))
 

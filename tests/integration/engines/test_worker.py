@@ -147,7 +147,7 @@ async def test_a_caller_that_goes_away_frees_the_engine(deployment: Deployment) 
         assert worker.engine.cache.active_count == 0
 
 
-async def test_a_stopped_request_ends_with_what_it_has(deployment: Deployment) -> None:
+async def test_a_stopped_request_ends_in_the_engine(deployment: Deployment) -> None:
     async with (
         deployment.worker(speedup_ratio=1, decode_step_s=0.005) as worker,
         deployment.runtime() as runtime,
@@ -159,8 +159,7 @@ async def test_a_stopped_request_ends_with_what_it_has(deployment: Deployment) -
         )
         await anext(answer)
         context.stop_generating()
-        items = [item async for item in answer]
-        assert items[-1] == {"token_ids": [], "finish_reason": "cancelled"}
+        assert [item async for item in answer] == []
         await _until(lambda: worker.engine.running_count == 0)
 
 
