@@ -13,6 +13,7 @@ import time
 from asyncio.subprocess import DEVNULL
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from dynamo_redis.planes.tcp_serving import ServerConnection
 from dynamo_redis.wire import frame
 from dynamo_redis.wire.codec import pack, unpack
 from dynamo_redis.wire.handshake import ClientHandshake
+from faults.proxy import GOOD, STALL, Proxy
 from tests.certificates import Authority, Identity
 
 SECRET = b"a secret of the instance, random"
@@ -520,3 +522,63 @@ async def _until_closed(reader: asyncio.StreamReader) -> None:
             continue
     except ConnectionError:
         return
+
+
+# --------------------------------------------------------------------------- large payloads
+
+
+@asynccontextmanager
+async def slow_line(server: TcpServer) -> AsyncIterator[tuple[Proxy, Target]]:
+    """A proxy before the server, and the target that leads through it."""
+    host_and_port, _, mark = server.address.partition("+")
+    async with Proxy(host_and_port) as proxy:
+        port = proxy.url.rpartition(":")[2]
+        yield proxy, Target(INSTANCE, f"127.0.0.1:{port}+{mark}", "echo", SECRET)
+
+
+async def test_small_request_passes_a_stuck_large_one(authority: Authority) -> None:
+    chosen = authority.settings(authority.issue(), "on")
+    async with (
+        running_server(chosen) as server,
+        slow_line(server) as (proxy, where),
+        running_client({**chosen, "keepalive_interval_s": 30}) as client,
+    ):
+        assert await ask(client, where) == 1
+        proxy.connections[0].conditions = STALL
+        large = asyncio.ensure_future(ask(client, where, bytes(16 << 20)))
+        [pool] = client._pools.values()
+        await eventually(lambda: [one.usable for one in pool._connections] == [True, True])
+        assert pool._connections[0].unsent_bytes > 4 << 20
+        async with asyncio.timeout(20):
+            assert await ask(client, where, 2) == 2
+        assert not large.done()
+        proxy.connections[0].conditions = None
+        async with asyncio.timeout(30):
+            assert await large == bytes(16 << 20)
+
+
+async def test_unsent_answer_is_seen_and_arrives(authority: Authority) -> None:
+    chosen = authority.settings(authority.issue(), "on")
+    large = bytes(range(256)) * (16 << 12)
+    async with (
+        running_server({**chosen, "keepalive_interval_s": 30}) as server,
+        slow_line(server) as (proxy, where),
+        running_client({**chosen, "keepalive_interval_s": 30}) as client,
+    ):
+
+        async def answer(_: Any, __: Context) -> bytes:
+            proxy.conditions = STALL
+            return large
+
+        server.register("large", answer)
+        asking = asyncio.ensure_future(ask(client, replace(where, subject="large")))
+        await eventually(lambda: proxy.conditions is STALL and server.in_flight_count == 0)
+        [connection] = server._connections
+        assert connection.is_sending
+        assert connection.unsent_bytes > 4 << 20
+        draining = asyncio.ensure_future(server.drain(grace_s=60))
+        await eventually(lambda: connection.paused)
+        proxy.conditions = GOOD
+        async with asyncio.timeout(30):
+            assert await asking == large
+            await draining

@@ -53,7 +53,10 @@ class PlaneSettings(SettingsGroup):
         unit="bytes",
     )
     accept_timeout_s: Annotated[Duration, Field(gt=0)] = setting(
-        "DYN_TCP_REQUEST_TIMEOUT", 10.0, "Longest wait until a worker accepts a request.", unit="s"
+        "DYN_TCP_REQUEST_TIMEOUT",
+        10.0,
+        "Longest wait until a worker accepts a request that has been sent.",
+        unit="s",
     )
     pool_size: Annotated[int, Field(ge=1, le=1000)] = setting(
         "DYN_TCP_POOL_SIZE", 50, "Most connections to one instance; requests share them."

@@ -9,7 +9,12 @@ from typing import Any, ClassVar, Final, Protocol
 from dynamo_redis.config import PlaneSettings
 from dynamo_redis.errors import Draining, NotAccepted, PlaneError, ProtocolViolation, plane_error
 from dynamo_redis.planes.base import Target
-from dynamo_redis.planes.tcp_connection import WRITE_HIGH_WATER_BYTES, Connection
+from dynamo_redis.planes.tcp_connection import (
+    QUIET_AT,
+    WRITE_HIGH_WATER_BYTES,
+    Connection,
+    unacknowledged_bytes,
+)
 from dynamo_redis.planes.tcp_stream import TcpResponseStream
 from dynamo_redis.wire import frame
 from dynamo_redis.wire.decoder import ReadBuffers
@@ -40,8 +45,12 @@ class Owner(Protocol):
         """An endpoint answers a small request with a large item."""
         ...
 
-    def on_quiet(self) -> None:
-        """The instance owes an answer."""
+    def on_quiet(self, connection: ClientConnection) -> None:
+        """The instance owes an answer on that connection."""
+        ...
+
+    def begin_anew(self, stream: TcpResponseStream) -> None:
+        """Send a request again, which was lost with a connection that had gone stale."""
         ...
 
 
@@ -52,11 +61,13 @@ class ClientConnection(Connection):
         "_accept_sweeps",
         "_accept_timeout_s",
         "_handshake",
+        "_idle_from",
         "_idle_handle",
         "_last_stream_id",
         "_owner",
         "_ping_tokens",
         "_pings",
+        "_unproven",
         "receives_large",
         "shaken",
         "usable",
@@ -91,6 +102,8 @@ class ClientConnection(Connection):
         self._pings: dict[int, asyncio.Future[None]] = {}
         self._ping_tokens = itertools.count(1 << 32)
         self._idle_handle: asyncio.TimerHandle | None = None
+        self._idle_from = 0.0
+        self._unproven: list[TcpResponseStream] | None = None
         self.streams: dict[int, TcpResponseStream] = {}
         self.usable = False
         """Whether new streams may start here: from the handshake until the server drains, the stream ids
@@ -103,26 +116,50 @@ class ClientConnection(Connection):
 
     @property
     def unsent_bytes(self) -> int:
-        """What has been written here and not been taken by the socket."""
-        return self.transport.get_write_buffer_size() + sum(map(len, self._out))
+        """What was written here and has not left for the kernel, with what waits for the next flush."""
+        return super().unsent_bytes + sum(map(len, self._out))
 
     def begin(self, stream: TcpResponseStream) -> None:
         """Send the stream's request."""
         self._last_stream_id = stream_id = self._last_stream_id + 1
         if stream_id >= frame.MAX_STREAM_ID:
             self.usable = False
-        stream.opened_at_sweep = self.sweeps
         self.streams[stream_id] = stream
         if not self.sweeping:
-            self._stop_idling()
+            if self._loop.time() - self._idle_from > self._sweep_interval_s:
+                self._unproven = []
             self.start_sweeping()
         stream.start(self, self, stream_id)
+        if self._unproven is not None:
+            self._unproven.append(stream)
+        stream.waits_from_sweep = self.sweeps
+        stream.ends_at_bytes = self.written_bytes
 
     def remove(self, stream: TcpResponseStream) -> None:
         """Forget a stream that has ended."""
         del self.streams[stream.stream_id]
         if not self.streams and not self.usable:
             self._loop.call_soon(self.close)
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether it was idle, and owes an answer to whatever was sent since, for `QUIET_AT` sweeps."""
+        return self._unproven is not None and self._silent_sweeps >= QUIET_AT
+
+    def give_back(self) -> None:
+        """Have the requests sent anew, on a fresh connection, that went out here after the connection was
+        idle, if nothing was heard since: a firewall, a balancer or the worker has dropped it meanwhile."""
+        unproven, self._unproven = self._unproven, None
+        self.usable = False
+        for stream in unproven or ():
+            if stream.take_back():
+                del self.streams[stream.stream_id]
+                self._owner.begin_anew(stream)
+
+    @property
+    def is_pinged(self) -> bool:
+        """Whether a `ping` waits for its answer."""
+        return bool(self._pings)
 
     async def ping(self) -> None:
         """Wait for the answer to a PING. Raises ConnectionLost."""
@@ -140,6 +177,16 @@ class ClientConnection(Connection):
         super().connection_made(transport)
         assert self._handshake is not None
         self.transport.write(self._handshake.begin())
+
+    def eof_received(self) -> bool:
+        if not self.closed:
+            self.give_back()
+        return super().eof_received()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if not self.closed:
+            self.give_back()
+        super().connection_lost(exc)
 
     def _on_handshake(self, data: memoryview) -> memoryview:
         handshake = self._handshake
@@ -170,6 +217,7 @@ class ClientConnection(Connection):
 
     def _on_frames(self, frames: list[list[Any]]) -> None:
         self.receives_large = False
+        self._unproven = None  # the peer is there: what was sent to it stays sent
         streams = self.streams
         for received in frames:
             stream = streams.get(received[1])
@@ -233,21 +281,46 @@ class ClientConnection(Connection):
     # ------------------------------------------------------------------- time passes
 
     def _on_sweep(self) -> None:
+        """End the requests that the worker has had for the accept time-out and does not take.
+
+        The time runs from the sweep that finds their last byte gone: not while this side's own bytes leave.
+        """
         oldest = self.sweeps - self._accept_sweeps
-        late = [
-            stream
-            for stream in self.streams.values()
-            if stream.state is ClientStream.WAITING and stream.opened_at_sweep < oldest
-        ]
+        gone_bytes = self.written_bytes - self.unsent_bytes
+        late: list[TcpResponseStream] = []
+        for stream in self.streams.values():
+            if stream.state is not ClientStream.WAITING:
+                continue
+            if stream.ends_at_bytes > gone_bytes:
+                stream.waits_from_sweep = self.sweeps
+            elif stream.waits_from_sweep < oldest:
+                late.append(stream)
+        if late:
+            gone_bytes -= unacknowledged_bytes(self.transport)
         for stream in late:
+            if stream.ends_at_bytes > gone_bytes:
+                stream.waits_from_sweep = self.sweeps
+                continue
             stream.fail(NotAccepted(f"the worker did not accept the request in {self._accept_timeout_s} s"))
 
     def _on_quiet(self) -> None:
-        self._owner.on_quiet()
+        self._owner.on_quiet(self)
+
+    def start_sweeping(self) -> None:
+        """See `Connection.start_sweeping`. A connection that is swept is not idle."""
+        self._stop_idling()
+        super().start_sweeping()
 
     def _on_idle(self) -> None:
         self._stop_idling()
-        self._idle_handle = self._loop.call_later(IDLE_CLOSE_S, self.close)
+        self._idle_from = self._loop.time()
+        self._idle_handle = self._loop.call_later(IDLE_CLOSE_S, self._close_idle)
+
+    def _close_idle(self) -> None:
+        if self._pings:  # a probe waits for its answer
+            self._on_idle()
+        else:
+            self.close()
 
     def _stop_idling(self) -> None:
         if self._idle_handle is not None:
@@ -256,6 +329,7 @@ class ClientConnection(Connection):
 
     def _on_closed(self, error: PlaneError) -> None:
         self.usable = False
+        self._unproven = None
         self._stop_idling()
         self._owner.on_closed(self)
         if not self.shaken.done():

@@ -14,12 +14,14 @@ import asyncio
 import contextlib
 import logging
 import socket
+import sys
 import time
 from abc import abstractmethod
 from contextvars import Context, copy_context
 from typing import Any, ClassVar, Final, Protocol, cast
 
 from dynamo_redis.errors import ConnectionLost, PlaneError, ProtocolViolation
+from dynamo_redis.planes.tcp_pacing import PACED_HIGH_WATER_BYTES, PacedWriter
 from dynamo_redis.wire import frame
 from dynamo_redis.wire.decoder import FrameDecoder, ReadBuffers
 
@@ -90,6 +92,7 @@ class Connection(asyncio.BufferedProtocol):
         "_loop",
         "_out",
         "_out_has_raw",
+        "_paced",
         "_ready",
         "_silent_sweeps",
         "_stuck_sweeps",
@@ -110,6 +113,7 @@ class Connection(asyncio.BufferedProtocol):
         "transport",
         "variables",
         "window_count",
+        "written_bytes",
     )
 
     PING_AT: ClassVar[int] = SWEEPS_PER_INTERVAL - 1
@@ -145,6 +149,9 @@ class Connection(asyncio.BufferedProtocol):
         self._sweep_handle: asyncio.TimerHandle | None = None
         self._sweep_interval_s = keepalive_interval_s / SWEEPS_PER_INTERVAL
         self._unsent_bytes = 0
+        self._paced: PacedWriter | None = None
+        self.written_bytes = 0
+        """All that was ever written here; `unsent_bytes` of it have not left yet."""
         self.sweeping = False
         self.sweeps = 0
         self.closed = False
@@ -164,7 +171,11 @@ class Connection(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)  # uvloop's is one in all but name
         self.variables = copy_context()
-        self.transport.set_write_buffer_limits(high=WRITE_HIGH_WATER_BYTES)
+        if transport.get_extra_info("sslcontext") is None:
+            self.transport.set_write_buffer_limits(high=WRITE_HIGH_WATER_BYTES)
+        else:
+            self.transport.set_write_buffer_limits(high=PACED_HIGH_WATER_BYTES)
+            self._paced = PacedWriter(self.transport)
         _set_options(transport.get_extra_info("socket"))
 
     def get_buffer(self, sizehint: int) -> memoryview:
@@ -192,8 +203,14 @@ class Connection(asyncio.BufferedProtocol):
 
     def pause_writing(self) -> None:
         self.paused = True
+        if self._paced is not None:
+            self._paced.paused = True
 
     def resume_writing(self) -> None:
+        if self._paced is not None and not self.closed:
+            self._paced.go_on()
+            if self._paced.paused:
+                return
         self.paused = False
         blocked, self._blocked = self._blocked, set()
         for waiter in blocked:
@@ -339,13 +356,26 @@ class Connection(asyncio.BufferedProtocol):
         out, self._out = self._out, []
         if self.closed:
             return
-        if len(out) == 1:
-            self.transport.write(out[0])
-        elif self._out_has_raw:
+        if self._out_has_raw:
             self._out_has_raw = False
-            self.transport.writelines(out)
+            self.written_bytes += sum(map(len, out))
+            if self._paced is None:
+                self.transport.writelines(out)
+            else:
+                self._paced.write(*out)
+            return
+        data = out[0] if len(out) == 1 else b"".join(out)
+        self.written_bytes += len(data)
+        if self._paced is None:
+            self.transport.write(data)
         else:
-            self.transport.write(b"".join(out))
+            self._paced.write(data)
+
+    @property
+    def unsent_bytes(self) -> int:
+        """What was written here and has not left for the kernel."""
+        held_bytes = 0 if self._paced is None else self._paced.held_bytes
+        return held_bytes + self.transport.get_write_buffer_size()
 
     def when_writable(self, waiter: Waiter) -> None:
         """Wake the waiter when the peer has read."""
@@ -367,7 +397,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _sweep(self) -> None:
         self.sweeps += 1
-        unsent_bytes = self.transport.get_write_buffer_size()
+        unsent_bytes = self.unsent_bytes
         unfinished = self.decoder.unfinished
         if not self.streams and not unsent_bytes and unfinished is None:
             self.sweeping = False
@@ -431,6 +461,8 @@ class Connection(asyncio.BufferedProtocol):
             self._linger()
 
     def _linger(self) -> None:
+        if self._paced is not None:
+            self._paced.write_all()
         self.transport.close()
         self._abort_handle = self._loop.call_later(_LINGER_S, self.transport.abort)
 
@@ -450,6 +482,17 @@ class Connection(asyncio.BufferedProtocol):
     @abstractmethod
     def _on_closed(self, error: PlaneError) -> None:
         """Fail what is under way. Called once."""
+
+
+def unacknowledged_bytes(transport: asyncio.BaseTransport) -> int:
+    """What the kernel has taken and the peer's has not confirmed; 0 where the platform does not say."""
+    with contextlib.suppress(ImportError, OSError, AttributeError):
+        import fcntl
+        import termios
+
+        found = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
+        return int.from_bytes(found, sys.byteorder)
+    return 0
 
 
 def _token(received: list[Any]) -> int:

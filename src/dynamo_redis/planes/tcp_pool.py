@@ -198,6 +198,7 @@ class Pool:
             )
             error = connection.error or self._draining or ConnectionLost("the connection broke")
             self._forget_failures()
+            self._drop_stale()
         except PlaneError as exc:
             error = exc
             self._note_failed_dial()
@@ -208,6 +209,13 @@ class Pool:
             usable = connection is not None and connection.usable
             self._release(connection if usable else None, error)
             self._discard_if_empty()
+
+    def _drop_stale(self) -> None:
+        """After a dial that was answered: drop the connections that are silent since they were idle."""
+        for connection in tuple(self._connections):
+            if connection.is_stale:
+                connection.give_back()
+                connection.fail(ConnectionLost("the connection was dropped on its way while it was idle"))
 
     def _new_connection(self) -> ClientConnection:
         return ClientConnection(self, self.target, self.settings, self.loop, self._buffers)
@@ -265,13 +273,24 @@ class Pool:
         connection: ClientConnection | None = None
         try:
             async with asyncio.timeout(timeout_s):
-                connection = self._pick() or await self._connected()
+                connection = self._pick_for_ping() or await self._connected()
                 await connection.ping()
         except TimeoutError:
             if connection is not None and not connection.streams:
                 # Nothing sweeps it, and the kernel may try for minutes: the next PING is to dial anew.
                 connection.fail(ConnectionLost("a PING was not answered"))
             raise CannotConnect(f"no answer from {self.target.address} in {timeout_s} s") from None
+
+    def _pick_for_ping(self) -> ClientConnection | None:
+        """One on which a PING does not wait behind large payloads, and that has not gone stale."""
+        for connection in self._connections:
+            is_busy = connection.paused or connection.receives_large or connection.is_stale
+            if connection.usable and not is_busy:
+                return connection
+        if len(self._connections) < self.settings.pool_size:
+            return None
+        answering = [connection for connection in self._usable() if not connection.is_stale]
+        return min(answering, key=_unsent_bytes, default=None)
 
     async def _connected(self) -> ClientConnection:
         if self._draining is not None:
@@ -285,11 +304,23 @@ class Pool:
 
     def _note_quiet_dial(self) -> None:
         self._dial_is_quiet = True
-        self.on_quiet()
-
-    def on_quiet(self) -> None:
-        """The instance owes an answer."""
+        for stream in tuple(self._parked):
+            if stream.sent:  # and lost: it has waited long enough, and others may take it
+                stream.lose(CannotConnect(f"no connection to {self.target.address} yet"))
         self._on_quiet(self.target)
+
+    def on_quiet(self, connection: ClientConnection) -> None:
+        """The instance owes an answer. If the connection may have gone stale, a dial tells."""
+        if connection.is_stale:
+            self._connect(at_once=True)
+        self._on_quiet(self.target)
+
+    def begin_anew(self, stream: TcpResponseStream) -> None:
+        """Send a request again that was lost with a stale connection: on a fresh one."""
+        if self._dial_is_quiet:
+            stream.lose(CannotConnect(f"no connection to {self.target.address} yet"))
+        else:
+            self._park(stream)
 
     def on_draining(self, error: Draining) -> None:
         """The instance takes no more requests."""
@@ -316,11 +347,17 @@ class Pool:
             for stream in tuple(connection.streams.values()):
                 if subject in (None, stream.subject):
                     stream.fail(error)
-            if not connection.streams:
+            if not connection.streams and (subject is None or not self._is_wanted(connection)):
                 connection.close()
         if not self._parked:
             self._stop_dial_timer()
             self._forget_and_discard()
+
+    def _is_wanted(self, connection: ClientConnection) -> bool:
+        """Whether requests of other endpoints, or a probe, wait for it."""
+        if connection.shaken.done():
+            return connection.is_pinged
+        return bool(self._parked or self._awaiting)
 
     async def aclose(self) -> None:
         """Close everything. Requests under way end with ConnectionLost."""

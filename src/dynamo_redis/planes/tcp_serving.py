@@ -128,7 +128,7 @@ class ServerConnection(Connection):
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        if not self.closed:
+        if not self.paused and not self.closed:
             self.transport.resume_reading()
 
     def refuse(self, error: PlaneError) -> None:
@@ -145,7 +145,7 @@ class ServerConnection(Connection):
     @property
     def is_sending(self) -> bool:
         """Whether the caller has yet to take something that was written."""
-        return not self.closed and self.transport.get_write_buffer_size() > 0
+        return not self.closed and self.unsent_bytes > 0
 
     def go_away(self) -> None:
         """Tell the caller to send new requests elsewhere."""

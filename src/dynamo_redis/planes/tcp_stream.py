@@ -14,6 +14,8 @@ from contextvars import copy_context
 from typing import Any, Final, Protocol, Self
 
 from dynamo_redis.errors import (
+    CannotConnect,
+    ConnectionLost,
     DeadlineExceeded,
     Overloaded,
     PlaneError,
@@ -52,6 +54,7 @@ class TcpResponseStream(Mailbox):
         "_deadline_timer",
         "_encoding",
         "_home",
+        "_lost_once",
         "_messages",
         "_metadata",
         "_payload",
@@ -59,10 +62,11 @@ class TcpResponseStream(Mailbox):
         "_route",
         "_sender",
         "_variables",
-        "opened_at_sweep",
+        "ends_at_bytes",
         "payload_bytes",
         "state",
         "subject",
+        "waits_from_sweep",
     )
 
     def __init__(
@@ -101,8 +105,11 @@ class TcpResponseStream(Mailbox):
         self._deadline_timer: asyncio.TimerHandle | None = None
         self._pump: asyncio.Task[None] | None = None
         self._sender: Sender | None = None
+        self._lost_once = False
         self.state: ClientStream = _UNOPENED
-        self.opened_at_sweep = 0
+        self.waits_from_sweep = 0
+        self.ends_at_bytes = 0
+        """Where its request ends in what its connection writes."""
 
     def __repr__(self) -> str:
         return f"<TcpResponseStream {self.stream_id} of {self.subject}: {self.state.name.lower()}>"
@@ -157,6 +164,17 @@ class TcpResponseStream(Mailbox):
             self._pump = self._loop.create_task(
                 self._send_messages(self._messages, self._sender), context=self._variables
             )
+
+    def take_back(self) -> bool:
+        """Be as before `start`: the connection led nowhere. False if the request cannot be sent again, or has
+        been once."""
+        is_stopped = self._context is not None and self._context.is_stopped()
+        if self.state is not _WAITING or self._messages is not None or self._lost_once or is_stopped:
+            return False
+        self.state = _UNOPENED
+        self._connection = self._home = None
+        self._lost_once = True
+        return True
 
     def _encode_route(self) -> bytes:
         flags = 0 if self._messages is None else frame.FLAG_REQUEST_STREAM
@@ -228,6 +246,8 @@ class TcpResponseStream(Mailbox):
     def lose(self, error: Exception) -> None:
         """The connection is gone, and the request with it."""
         if self.state is not _CLOSED:
+            if self._lost_once and isinstance(error, CannotConnect):  # it was sent, and may be the reason
+                error = ConnectionLost(f"the connection broke, and there is no other: {error}")
             self._end(error)
 
     async def aclose(self) -> None:
