@@ -327,9 +327,11 @@ class Storm:
                 self._servers = [await self._start(number) for number in range(SERVERS)]
                 await self._send(warm_up)
                 await self._calm()
+                await self._disconnect()
                 mark = MemoryMark()
                 await self._send(requests - warm_up)
                 await self._calm()
+                await self._disconnect()
                 mark.check(objects=OBJECTS_LEFT, blocks=BLOCKS_LEFT)
             finally:
                 await self._close()
@@ -407,6 +409,22 @@ class Storm:
         await settled(lambda: not self._left_of_requests(), self._left_of_requests)
         await settled(lambda: not self._left_in_connections(), self._left_in_connections)
 
+    async def _disconnect(self) -> None:
+        """Close all connections, and wait until they are gone.
+
+        How many of them stand is up to the weather of the last moments, and each has a dozen objects of its
+        own: memory is compared where none does.
+        """
+        old = self._all_clients()
+        self.clients = [TcpClient(self.settings) for _ in range(CLIENTS)]
+        self._relay = TcpClient(self.settings)
+        await asyncio.gather(*(client.aclose() for client in old))
+        del old
+        await settled(lambda: not self._connections(), self._connections)
+
+    def _connections(self) -> list[Any]:
+        return [found for found in self._new.living("planes") if type(found).__name__.endswith("Connection")]
+
     def _left_of_requests(self) -> dict[str, int]:
         found = self._new.census("planes")
         return (
@@ -425,10 +443,7 @@ class Storm:
 
     def _left_in_connections(self) -> list[tuple[str, dict[str, int]]]:
         """The connections that hold something of a request."""
-        connections = [
-            found for found in self._new.living("planes") if type(found).__name__.endswith("Connection")
-        ]
-        return [(repr(found), full) for found in connections if (full := contents(found))]
+        return [(repr(found), full) for found in self._connections() if (full := contents(found))]
 
     def _all_clients(self) -> list[TcpClient]:
         return [*self.clients, self._relay]
