@@ -25,7 +25,17 @@ LONG_LOAD_S: Final = 15.0
 SHORT_BEGIN_S: Final = 60.0
 """In the short form no run begins later than this: the last ones end within 90 s."""
 ALWAYS: Final = frozenset(
-    {"mixed", "trim", "failover-equal", "failover-behind", "clock-steps", "locks-flushall", "exclusive-mixed"}
+    {
+        "mixed",
+        "trim",
+        "failover-equal",
+        "failover-behind",
+        "failover-planned",
+        "full",
+        "clock-steps",
+        "locks-flushall",
+        "exclusive-mixed",
+    }
 )
 """Of the short form."""
 RESULTS: Final = Path(__file__).parent / "results"

@@ -101,6 +101,11 @@ class History:
         )
 
 
+def shown(value: bytes) -> str:
+    """A value as histories hold it: up to a `|`, behind which a large one is filled up; whatever it is."""
+    return value.partition(b"|")[0].decode(errors="backslashreplace")
+
+
 class Recorder:
     """Writes one process's file, named after the process."""
 

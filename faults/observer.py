@@ -18,10 +18,11 @@ from typing import Any, Final
 
 from dynamo_redis.errors import StoreError
 from dynamo_redis.store.keys import RegistryKeys
-from faults.history import Recorder
+from faults.history import Recorder, shown
 from faults.servers import ServerUnderTest, Word
 
 POLL_S: Final = 0.1
+_FIELDS: Final = frozenset({b"o", b"k", b"v", b"l", b"w", b"p", b"q"})
 
 
 @dataclass(slots=True)
@@ -91,10 +92,12 @@ class Observer:
                 new = everything if commands else await server.execute("XRANGE", log, "-", "+")
             place.incarnation = incarnation
             for entry_id, fields in new:
-                self._write(place, entry_id.decode(), dict(zip(fields[::2], fields[1::2], strict=True)))
+                said = dict(zip(fields[::2], fields[1::2], strict=True))
+                if said.keys() >= _FIELDS:  # else no release wrote it
+                    self._write(place, entry_id.decode(), said)
 
     def _write(self, place: _Place, entry_id: str, fields: dict[bytes, Any]) -> None:
-        said = {name.decode(): value.decode() for name, value in fields.items()}
+        said = {name.decode(): shown(value) for name, value in fields.items()}
         place.last, place.operation = entry_id, said["w"]
         if said["o"] == "i":
             place.incarnation = said["v"]

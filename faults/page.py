@@ -46,6 +46,12 @@ _PROMISES: Final = {
     "failover-ahead": _TAIL + "; no lease ends by the clock",
     "failover-behind": _TAIL + "; no lease ends by the clock",
     "clock-steps": "no lease ends",
+    "failover-planned": f"{_KEPT}; all is served 2 s after new connections reach the new primary",
+    "full": "reads, deletes, watches and new readers are served; no lease ends",
+    "misconf": "reads, watches and new readers are served; no lease ends",
+    "lonely": "reads, watches and new readers are served; no lease ends",
+    "rubbish": "it is passed over, and all is served; in the log, as a wipe",
+    "slow-large": "every call is served; no lease ends",
     "mixed": "all of this at once",
 }
 _OF_KINDS: Final = {

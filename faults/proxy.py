@@ -25,7 +25,8 @@ Side = Literal["client", "server"]
 class Conditions:
     """What a connection goes through. The default is a good network.
 
-    `delay_s` is added to each piece, in each direction; `bytes_per_s` bounds each direction.
+    `delay_s` is added to each piece, in each direction; `bytes_per_s` bounds each direction of a connection,
+    `link_bytes_per_s` each direction of all connections of a proxy together.
     """
 
     swallow_requests: bool = False
@@ -33,6 +34,7 @@ class Conditions:
     stalled: bool = False
     delay_s: float = 0.0
     bytes_per_s: float | None = None
+    link_bytes_per_s: float | None = None
 
     def swallows(self, towards: Side) -> bool:
         """Whether bytes that travel to that side are thrown away."""
@@ -91,19 +93,24 @@ class Connection:
                 if has_swallowed:
                     self.swallowed = True
                 else:
-                    await self._pass(content, writer)
+                    await self._pass(content, towards)
             if not has_swallowed:
                 writer.write_eof()
         except (OSError, RuntimeError):
             self.cut()  # the other direction ends as well
 
-    async def _pass(self, content: bytes, writer: asyncio.StreamWriter) -> None:
+    async def _pass(self, content: bytes, towards: Side) -> None:
+        _, writer = self._ends[towards]
         now = self._now
         if now.delay_s:
             await asyncio.sleep(now.delay_s)
-        step = len(content) if now.bytes_per_s is None else max(1, int(now.bytes_per_s / 50))
+        rate = now.bytes_per_s or now.link_bytes_per_s
+        step = len(content) if rate is None else max(1, int(rate / 50))
         for start in range(0, len(content), step):
-            writer.write(content[start : start + step])
+            piece = content[start : start + step]
+            if now.link_bytes_per_s is not None:
+                await self._proxy.turn(towards, len(piece) / now.link_bytes_per_s)
+            writer.write(piece)
             await writer.drain()
             if now.bytes_per_s is not None:
                 await asyncio.sleep(step / now.bytes_per_s)
@@ -133,6 +140,7 @@ class Proxy:
         self.connections: list[Connection] = []
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._free_at: dict[Side, float] = {"client": 0.0, "server": 0.0}
 
     @property
     def has_swallowed(self) -> bool:
@@ -193,6 +201,12 @@ class Proxy:
                 connection.cut()
 
     # ------------------------------------------------------------------ connections
+
+    async def turn(self, towards: Side, seconds: float) -> None:
+        """Wait until the link, which carries one piece at a time, has carried this one."""
+        now = asyncio.get_running_loop().time()
+        self._free_at[towards] = max(now, self._free_at[towards]) + seconds
+        await asyncio.sleep(self._free_at[towards] - now)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self.refuse:

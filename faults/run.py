@@ -43,6 +43,12 @@ QUIET_TIMEOUT_S: Final = 25.0
 QUIET_S: Final = 1.2
 """Everything must agree, and nothing change, for so long."""
 
+JOIN_TIMEOUT_S: Final = 15.0
+"""Longest wait for a process that is started while a fault lasts."""
+
+_SIGN_OF_LIFE: Final = {"watcher": "watch", "frontend": "started"}
+"""By role: the note that shows that a process which was started late is served."""
+
 Loses = Literal["data", "tail", "log"]
 """What a fault may destroy of what was acknowledged: all, the last writes, or only the change log's past."""
 
@@ -131,6 +137,7 @@ class Run:
         )
         self.replica: ServerUnderTest | None = None
         self._load_s = load_s
+        self._joined = False
         self._ends_at = float("inf")
         self._healed_at = 0.0
         self._followed = Followed(directory)
@@ -174,6 +181,21 @@ class Run:
         if self.rng.random() < 0.4:
             return proxies
         return self.rng.sample(proxies, self.rng.randint(1, len(proxies)))
+
+    async def join(self, fault: str) -> None:
+        """Start one more process while a fault lasts, the first time that it is asked for, and wait for what
+        it needs of the server: a watch's first batch, a chat. Not for ever: the oracles judge."""
+        role = next((role for role in _SIGN_OF_LIFE if role in self.scenario.load.roles), None)
+        if role is None or self._joined:
+            return
+        self._joined = True
+        name = f"{role}-new"
+        self.recorder.note("joining", process=name, fault=fault, sign=_SIGN_OF_LIFE[role])
+        await self.start_process(role, name)
+        sign = f'"note": "{_SIGN_OF_LIFE[role]}"'.encode()
+        deadline = time.monotonic() + JOIN_TIMEOUT_S
+        while sign not in _content(self.directory / f"{name}.jsonl") and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
 
     # ------------------------------------------------------------------ the whole
 

@@ -8,9 +8,11 @@ at each look at the clock.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.util
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import time
@@ -25,6 +27,7 @@ from dynamo_redis.errors import ConfigError, StoreError
 from dynamo_redis.store.client import RedisClient
 from dynamo_redis.store.keys import RegistryKeys
 from dynamo_redis.store.server import EmbeddedServer, ServerBinary, find_server
+from faults.history import shown
 
 Persistence = Literal["always", "everysec", "none"]
 """The append-only file: synced before each answer, once a second, or no file at all."""
@@ -202,6 +205,46 @@ class ServerUnderTest:
         lines = (await self.execute("CLIENT", "LIST")).decode().splitlines()
         return [line.split()[0].removeprefix("id=") for line in lines if " name=faults " not in line]
 
+    # ------------------------------------------------------------------ writes that are refused
+
+    async def used_bytes(self) -> int:
+        """Memory in use, as `maxmemory` counts it."""
+        lines = (await self.execute("INFO", "memory")).decode().splitlines()
+        return int(next(line for line in lines if line.startswith("used_memory:")).partition(":")[2])
+
+    async def break_saving(self) -> None:
+        """Make a snapshot fail, so that the server refuses writes: a directory stands where it would go."""
+        snapshot = self._directory / "dump.rdb"
+        snapshot.unlink(missing_ok=True)
+        (snapshot / "in the way").mkdir(parents=True)
+        await self.execute("CONFIG", "SET", "save", "3600 1")
+        await self._save("err")
+
+    async def mend_saving(self) -> None:
+        """Make a snapshot succeed again."""
+        shutil.rmtree(self._directory / "dump.rdb")
+        await self._save("ok")
+        await self.execute("CONFIG", "SET", "save", "")
+
+    async def _save(self, outcome: str) -> None:
+        """Take a snapshot, perhaps after what the server is writing just now, and wait for that outcome."""
+        async with asyncio.timeout(_SYNC_TIMEOUT_S):
+            while True:
+                with contextlib.suppress(StoreError):
+                    await self.execute("BGSAVE")
+                    break
+                await asyncio.sleep(0.02)
+        await self.until_info("persistence", f"rdb_last_bgsave_status:{outcome}")
+
+    async def until_info(self, section: str, *lines: str) -> None:
+        """Wait until INFO shows these lines. Raises TimeoutError."""
+        async with asyncio.timeout(_SYNC_TIMEOUT_S):
+            while True:
+                told = (await self.execute("INFO", section)).decode().splitlines()
+                if set(lines) <= set(told):
+                    return
+                await asyncio.sleep(0.02)
+
     # ------------------------------------------------------------------ data that goes
 
     def truncate_log_file(self, kept_bytes: int) -> None:
@@ -229,13 +272,17 @@ class ServerUnderTest:
     async def replicate(self, primary: ServerUnderTest) -> None:
         """Become a replica, and wait until it has the primary's data."""
         await self.execute("REPLICAOF", "127.0.0.1", primary.url.rpartition(":")[2])
-        async with asyncio.timeout(_SYNC_TIMEOUT_S):
-            while b"master_link_status:up" not in await self.execute("INFO", "replication"):
-                await asyncio.sleep(0.02)
+        await self.until_info("replication", "master_link_status:up")
 
     async def promote(self) -> None:
         """Make this replica a primary; what the old one acknowledged and did not send is lost to it."""
         await self.execute("REPLICAOF", "NO", "ONE")
+
+    async def hand_over(self, replica: ServerUnderTest) -> None:
+        """Make that replica the primary once it has everything, and become its replica: nothing is lost."""
+        await self.execute("FAILOVER", "TO", "127.0.0.1", replica.url.rpartition(":")[2])
+        await replica.until_info("replication", "role:master")
+        await self.until_info("replication", "role:slave", "master_link_status:up")
 
     # ------------------------------------------------------------------ the clock
 
@@ -280,8 +327,11 @@ async def final_state(server: ServerUnderTest, prefix: str) -> dict[str, Any]:
     records: dict[str, list[str | None]] = {}
     for key, record in zip(packed[::2], packed[1::2], strict=True):
         if key:  # the empty field carries the incarnation
-            modified, _, _, lease, value = msgpack.unpackb(record, raw=True)
-            records[key.decode()] = [value.decode(), lease.decode() or None, modified.decode()]
+            try:
+                modified, _, _, lease, value = msgpack.unpackb(record, raw=True)
+            except ValueError:
+                continue  # no release wrote it
+            records[key.decode()] = [shown(value), lease.decode() or None, modified.decode()]
     return {"revision": revision and revision.decode(), "records": records}
 
 

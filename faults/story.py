@@ -25,6 +25,10 @@ class Begun:
         """It was certainly not done."""
         self._end("refused", answer)
 
+    def fails(self, answer: Any = None) -> None:
+        """Its caller was told of an error: the outcome stays unknown."""
+        self._end("unknown", answer)
+
     def _end(self, outcome: Outcome, answer: Any) -> None:
         calls = self._story.calls
         begun = calls[self._index]
@@ -35,7 +39,7 @@ class Begun:
             begun.action,
             begun.arguments,
             begun.began_at,
-            self._story.now(),
+            float("inf") if outcome == "unknown" else self._story.now(),
             outcome,
             answer,
         )

@@ -13,6 +13,7 @@ from faults.oracles.linear import check as check_linear
 from faults.oracles.lock import check as check_lock
 from faults.oracles.members import check as check_members
 from faults.oracles.objects import check as check_objects
+from faults.oracles.served import check as check_served
 from faults.oracles.violation import Violation
 from faults.oracles.watch import check as check_watch
 
@@ -25,5 +26,6 @@ ORACLES: Final[dict[str, Callable[[History], list[Violation]]]] = {
     "chats": check_chats,
     "members": check_members,
     "exclusive": check_exclusive,
+    "served": check_served,
 }
 """All of them, by name."""

@@ -11,7 +11,7 @@ from typing import Any, Final
 from dynamo_redis.errors import KeyExists, RevisionMismatch
 from dynamo_redis.store.base import Compare, DeleteOp, PutOp, Registry, Revision
 from dynamo_redis.store.registry import RedisRegistry
-from faults.history import Outcome
+from faults.history import Outcome, shown
 from faults.roles.base import DATA, Process
 
 CLIENTS_COUNT: Final = 2
@@ -60,7 +60,7 @@ class _Client:
             record = await self._registry.get(key)
             if record is None:
                 return "ok", {"value": None, "revision": None}
-            return "ok", {"value": record.value.decode(), "revision": record.mod_revision}
+            return "ok", {"value": shown(record.value), "revision": record.mod_revision}
 
         outcome, answer = await self._process.call("get", attempt, key=key)
         if outcome == "ok":

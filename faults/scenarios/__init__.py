@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from faults.run import Scenario
-from faults.scenarios import clients, crashes, data, failover, mixed, network, others
+from faults.scenarios import clients, crashes, data, failover, mixed, network, others, refusals
 
 ALL: Final[dict[str, Scenario]] = {
     scenario.name: scenario
@@ -15,6 +15,7 @@ ALL: Final[dict[str, Scenario]] = {
         *network.SCENARIOS,
         *clients.SCENARIOS,
         *failover.SCENARIOS,
+        *refusals.SCENARIOS,
         *mixed.SCENARIOS,
         *others.SCENARIOS,
     )

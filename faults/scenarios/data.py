@@ -7,8 +7,10 @@ from typing import Final
 
 from dynamo_redis.errors import StoreError
 from dynamo_redis.store.keys import STRUCTURES, RegistryKeys
-from faults.run import PREFIX, Run, Scenario
+from faults.oracles.served import EVERYTHING
+from faults.run import PREFIX, Loses, Run, Scenario
 from faults.scenarios.crashes import KEPT_TTL_S, again_and_again
+from faults.servers import Word
 
 _KEYS: Final = RegistryKeys(PREFIX)
 
@@ -50,6 +52,31 @@ async def trim(run: Run) -> None:
             proxy.heal()
 
 
+_JUNK: Final = b"\xc1\xff\x00junk"
+_RUBBISH: Final[dict[str, list[tuple[Word, ...]]]] = {
+    "meta": [("HSET", "meta", "of a later release", _JUNK)],
+    "kv": [("HSET", "kv", "data/junk", _JUNK), ("ZADD", "idx", 0, "data/junk")],
+    "idx": [("ZADD", "idx", 0, "data/nothing", 0, _JUNK)],
+    "leases": [("ZADD", "leases", 1, "no lease", 1, _JUNK)],
+    "lk": [("ZADD", "lk", 0, "no lease\0no key", 0, "~")],
+    "lr": [("HSET", "lr", "no lease", _JUNK)],
+    "log": [("XADD", "log", "*", "junk", _JUNK)],
+    "lease keys": [("SETEX", "lease:no lease", 1, _JUNK)],
+}
+"""What no release writes: by structure, commands, each with the structure that it is for."""
+
+
+async def litter(run: Run) -> None:
+    """Somebody writes rubbish into one of the registry's structures, and leaves it there."""
+    where = run.rng.choice(list(_RUBBISH))
+    loses: Loses | None = "data" if where == "log" else None
+    async with run.fault("rubbish", loses=loses, serves=EVERYTHING, where=where):
+        commands = [
+            (command, _KEYS.structure(str(name)), *words) for command, name, *words in _RUBBISH[where]
+        ]
+        await run.observer.look_and(run.server, *commands)
+
+
 async def save(run: Run) -> None:
     """The server forks, to write a snapshot or its append-only file anew; one at a time, so it may refuse."""
     command = run.rng.choice(("BGSAVE", "BGREWRITEAOF"))
@@ -75,6 +102,12 @@ SCENARIOS = (
         again_and_again(trim),
         keeps_leases=True,
         ttl_s=KEPT_TTL_S,
+    ),
+    Scenario(
+        "rubbish",
+        "rubbish written into the registry's own keys",
+        again_and_again(litter, 0.1, 0.6),
+        keeps_leases=True,
     ),
     Scenario(
         "save",

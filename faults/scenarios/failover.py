@@ -7,9 +7,11 @@ from collections.abc import Awaitable, Callable
 from typing import Final
 
 from faults.run import Run, Scenario
-from faults.scenarios.crashes import KEPT_TTL_S
+from faults.scenarios.crashes import KEPT_TTL_S, again_and_again
 
 HOUR_S: Final = 3600.0
+BACK_S: Final = 2.0
+"""After so long all calls are served again by the server that new connections reach."""
 
 
 async def promote(run: Run, offset_s: float) -> None:
@@ -33,6 +35,22 @@ async def promote(run: Run, offset_s: float) -> None:
         for proxy in run.proxies.values():
             proxy.target = new.url
             proxy.heal()
+        run.server, run.replica = new, old
+
+
+async def hand_over(run: Run) -> None:
+    """A planned failover behind one address: the old primary lives on, as the replica of the new one.
+
+    Nothing is lost and no connection breaks. New connections reach the new primary a little later; those that
+    stand go on to the old one, which refuses their writes.
+    """
+    new, old = run.replica, run.server
+    assert new is not None
+    async with run.fault("planned failover", back_s=BACK_S):
+        await old.hand_over(new)
+        await run.pause(0.0, 1.0)
+        for proxy in run.proxies.values():
+            proxy.target = new.url
         run.server, run.replica = new, old
 
 
@@ -74,6 +92,14 @@ SCENARIOS = (
             ("ahead", "up to 1 h ahead"),
             ("behind", "up to 1 h behind"),
         )
+    ),
+    Scenario(
+        "failover-planned",
+        "a planned failover behind one address: the old primary lives on as a replica",
+        again_and_again(hand_over, 2 * BACK_S, 3 * BACK_S),
+        replica=True,
+        keeps_leases=True,
+        ttl_s=KEPT_TTL_S,
     ),
     Scenario(
         "clock-steps",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Final
 
+from faults.oracles.served import EVERYTHING
 from faults.proxy import BLACK_HOLE, STALL, Conditions, Proxy
-from faults.run import Run, Scenario
-from faults.scenarios.crashes import again_and_again
+from faults.run import Load, Run, Scenario
+from faults.scenarios.crashes import KEPT_TTL_S, again_and_again
 
 Strike = Callable[[Run, Proxy], None]
 
@@ -75,4 +76,35 @@ def _scenario(name: str) -> Scenario:
     return Scenario(name, STRIKES[name][0], again_and_again(lambda run: strike(run, name), 0.1, 0.8))
 
 
-SCENARIOS = tuple(_scenario(name) for name in STRIKES)
+def _on_slow_links(bytes_per_s: float) -> Callable[[Run], Awaitable[None]]:
+    """Everything over links of so many bytes a second, one for each process, from the start to the end."""
+
+    async def faults(run: Run) -> None:
+        async with run.fault("slow links", serves=EVERYTHING, bytes_per_s=bytes_per_s):
+            for proxy in run.proxies.values():
+                proxy.conditions = Conditions(link_bytes_per_s=bytes_per_s)
+            while not run.over:
+                await run.pause(0.1, 0.2)
+            for proxy in run.proxies.values():
+                proxy.heal()
+
+    return faults
+
+
+SCENARIOS = (
+    *(_scenario(name) for name in STRIKES),
+    Scenario(
+        "slow-large",
+        "values of 1 MiB over links of 1 MB/s",
+        _on_slow_links(1e6),
+        load=Load({"hoarder": 1, "writer": 1, "worker": 2, "watcher": 2}),
+        keeps_leases=True,
+        ttl_s=KEPT_TTL_S,
+    ),
+    Scenario(
+        "objects-slow-link",
+        "objects: of up to 2.5 MiB over links of 500 kB/s",
+        _on_slow_links(5e5),
+        load=Load({"uploader": 2, "reader": 2}),
+    ),
+)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Final
 
 from faults.run import Load, Scenario
-from faults.scenarios import crashes, data, failover, mixed, network
+from faults.scenarios import crashes, data, failover, mixed, network, refusals
 
 LOCKS: Final = Load({"locker": 4}, {"locker": ("freeze", "freeze", "kill")})
 CHATS: Final = Load({"engine": 2, "frontend": 1})
@@ -20,6 +20,7 @@ _FAULTS: Final = {
         *data.SCENARIOS,
         *network.SCENARIOS,
         *failover.SCENARIOS,
+        *refusals.SCENARIOS,
         *mixed.SCENARIOS,
     )
 }
@@ -33,6 +34,7 @@ _OF_LOCKS: Final = (
     "cut",
     "failover-equal",
     "failover-behind",
+    "failover-planned",
     "clock-steps",
     "mixed",
 )
@@ -45,6 +47,8 @@ _OF_OBJECTS: Final = (
     "slow",
     "cut",
     "failover-equal",
+    "failover-planned",
+    "full",
     "mixed",
 )
 _OF_CHATS: Final = (
@@ -57,6 +61,10 @@ _OF_CHATS: Final = (
     "drop-answers",
     "cut",
     "failover-behind",
+    "failover-planned",
+    "full",
+    "misconf",
+    "lonely",
     "mixed",
 )
 _OF_EXCLUSIVE: Final = (

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from faults.oracles import ORACLES, chats, members, objects
+from faults.oracles import ORACLES, chats, members, objects, served
 from faults.oracles.fates import Fates
 from faults.oracles.losses import Losses
 from faults.oracles.violation import Violation
@@ -193,3 +195,70 @@ def test_a_processs_last_fate_counts(story: Story) -> None:
     story.note("runner", "alive", process="d")
     assert not Fates(story.history).is_present("a")
     assert Fates(story.history).vanished() == ["a"]
+
+
+# ---------------------------------------------------------------------- what goes on
+
+
+def fails(story: Story, action: str, *, process: str = "w") -> None:
+    """A call whose caller is told of an error: its outcome stays unknown."""
+    call = story.begin(process, action, key="a")
+    call.fails({"error": "StoreRefused: out of memory"})
+
+
+def during(story: Story, name: str = "full", **fields: Any) -> None:
+    story.note("runner", "fault", name=name, **fields)
+
+
+def test_a_read_that_fails_beside_a_fault_is_seen(story: Story) -> None:
+    fails(story, "get")
+    during(story, serves=["get"])
+    fails(story, "put")
+    fails(story, "get")
+    story.note("runner", "healed", name="full")
+    fails(story, "get")
+    assert whats(served.check(story.history)) == [
+        "get failed during 'full': StoreRefused: out of memory",
+    ]
+
+
+def test_a_fault_may_have_to_leave_everything_alone(story: Story) -> None:
+    during(story, "slow", serves=["*"])
+    fails(story, "put")
+    story.begin("w", "put", key="a")  # under way when the run ended
+    assert whats(served.check(story.history)) == ["put failed during 'slow': StoreRefused: out of memory"]
+
+
+def test_calls_of_stopped_processes_may_fail(story: Story) -> None:
+    story.note("runner", "frozen", process="w")
+    during(story, serves=["get"])
+    fails(story, "get")
+    assert served.check(story.history) == []
+
+
+def test_a_fault_that_goes_on_after_its_end_is_seen(story: Story) -> None:
+    during(story, "handed over", back_s=2.0)
+    story.note("runner", "healed", name="handed over")
+    fails(story, "put")
+    fails(story, "put")
+    fails(story, "get")
+    assert whats(served.check(story.history)) == [
+        "get failed more than 2 s after 'handed over': StoreRefused: out of memory"
+    ]
+
+
+def test_a_process_that_cannot_join_is_seen(story: Story) -> None:
+    during(story)
+    story.note("runner", "joining", process="late", fault="full", sign="watch")
+    story.note("late", "started", role="watcher")
+    story.note("runner", "healed", name="full")
+    story.note("late", "watch", watch="late/1", prefix="", revision="1-1", resync=None, events=[])
+    assert whats(served.check(story.history)) == ["late was not served while 'full' lasted"]
+
+
+def test_a_process_that_joins_in_time_is_right(story: Story) -> None:
+    during(story)
+    story.note("runner", "joining", process="late", fault="full", sign="started")
+    story.note("late", "started", role="frontend")
+    story.note("runner", "healed", name="full")
+    assert served.check(story.history) == []
