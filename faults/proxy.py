@@ -219,6 +219,8 @@ class Proxy:
         self.connections.append(connection)
         try:
             await connection.run()
+        except asyncio.CancelledError:
+            pass  # by `aclose`; asyncio's streams log an error for a task that ends so
         finally:
             self.connections.remove(connection)
             self._tasks.discard(task)

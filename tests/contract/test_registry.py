@@ -30,7 +30,7 @@ from dynamo_redis.store.base import (
 )
 from dynamo_redis.store.keys import VALUE_MAX_BYTES
 
-WAIT_S = 8.0
+WAIT_S = 30.0
 
 
 class Deployment(Protocol):
@@ -473,7 +473,7 @@ async def test_a_killed_process_goes_after_its_ttl(deployment: Deployment, follo
     await deployment.kill(worker)
     killed_at = loop.time()
     await follower.until_state({"i/free": b"stays"})
-    assert loop.time() - killed_at < 2 * deployment.ttl_s
+    assert loop.time() - killed_at < 2 * deployment.ttl_s + 8
     assert follower.deletes == {"i/1": DeleteCause.EXPIRED}
     assert (await watcher.get_prefix("i/")).records[0].key == "i/free"
 

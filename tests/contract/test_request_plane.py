@@ -514,7 +514,7 @@ async def test_an_answer_may_end_before_its_request_stream(deployed: Deployment)
         return await anext(messages)
 
     assert await deployed.ask(deployed.serve(handler, request_stream=True), 5, messages=source()) == [5]
-    await asyncio.wait_for(ended.wait(), 2)
+    await asyncio.wait_for(ended.wait(), 30)
 
 
 async def test_a_source_that_waits_ends_with_the_answer(deployed: Deployment) -> None:
@@ -531,7 +531,7 @@ async def test_a_source_that_waits_ends_with_the_answer(deployed: Deployment) ->
         return await anext(messages)
 
     assert await deployed.ask(deployed.serve(handler, request_stream=True), 5, messages=source()) == [5]
-    await asyncio.wait_for(ended.wait(), 2)
+    await asyncio.wait_for(ended.wait(), 30)
 
 
 async def test_what_the_source_raises_reaches_the_reader_and_kills_the_request(deployed: Deployment) -> None:
@@ -550,7 +550,7 @@ async def test_what_the_source_raises_reaches_the_reader_and_kills_the_request(d
     stream = deployed.open(deployed.serve(handler, request_stream=True), 5, messages=source())
     with pytest.raises(LookupError):
         await anext(stream)
-    await asyncio.wait_for(killed.wait(), 2)
+    await asyncio.wait_for(killed.wait(), 30)
 
 
 async def test_a_stream_for_an_endpoint_of_single_messages_is_refused(deployed: Deployment) -> None:
@@ -716,7 +716,7 @@ async def test_stop_ends_the_answer_where_it_is(deployed: Deployment) -> None:
     assert await anext(stream) == "more"
     context.stop_generating()
     assert await _exhaust(stream) == []
-    await asyncio.wait_for(watched.ended.wait(), 2)
+    await asyncio.wait_for(watched.ended.wait(), 30)
     assert watched.context is not None
     assert watched.context.is_stopped()
 
@@ -728,7 +728,7 @@ async def test_kill_ends_both_sides_at_once(deployed: Deployment) -> None:
     context.kill()
     with pytest.raises(RequestCancelled):
         await anext(stream)
-    await asyncio.wait_for(watched.ended.wait(), 2)
+    await asyncio.wait_for(watched.ended.wait(), 30)
     assert watched.context is not None
     assert watched.context.is_killed()
 
@@ -737,7 +737,7 @@ async def test_closing_the_stream_kills(deployed: Deployment) -> None:
     watched = Watched()
     async with deployed.open(deployed.serve(watched)) as stream:
         assert await anext(stream) == "more"
-    await asyncio.wait_for(watched.ended.wait(), 2)
+    await asyncio.wait_for(watched.ended.wait(), 30)
     with pytest.raises(StopAsyncIteration):
         await anext(stream)
 
@@ -751,7 +751,7 @@ async def test_cancelled_read_takes_nothing(deployed: Deployment) -> None:
         yield 1
 
     stream = deployed.open(deployed.serve(handler))
-    assert await asyncio.wait_for(anext(stream), 10) == 0
+    assert await asyncio.wait_for(anext(stream), 30) == 0
     for _ in range(3):
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(anext(stream), 0.01)
@@ -770,12 +770,12 @@ async def test_closing_after_a_cancelled_read_kills(deployed: Deployment) -> Non
 
     stream = deployed.open(deployed.serve(handler))
     reader = asyncio.ensure_future(anext(stream))
-    await asyncio.wait_for(started.wait(), 10)
+    await asyncio.wait_for(started.wait(), 30)
     reader.cancel()
     with pytest.raises(asyncio.CancelledError):
         await reader
     await stream.aclose()
-    await asyncio.wait_for(ended.wait(), 10)
+    await asyncio.wait_for(ended.wait(), 30)
 
 
 async def test_request_is_packed_as_it_was(deployed: Deployment) -> None:
@@ -811,10 +811,10 @@ async def test_a_stopped_context_wakes_its_handler(deployed: Deployment) -> None
 
     context = Context()
     reader = asyncio.ensure_future(deployed.ask(deployed.serve(handler), None, context))
-    await asyncio.wait_for(started.wait(), 2)
+    await asyncio.wait_for(started.wait(), 30)
     context.stop_generating()
     assert await reader == []
-    await asyncio.wait_for(woken.wait(), 2)
+    await asyncio.wait_for(woken.wait(), 30)
 
 
 async def test_a_cancelled_context_sends_nothing(deployed: Deployment) -> None:
@@ -838,7 +838,7 @@ async def test_a_context_handed_on_links_the_cancellation(deployed: Deployment) 
     assert await anext(stream) == "more"
     outer_context.stop_generating()
     assert await _exhaust(stream) == []
-    await asyncio.wait_for(inner.ended.wait(), 2)
+    await asyncio.wait_for(inner.ended.wait(), 30)
     assert inner.context is not None
     assert inner.context.is_stopped()
 
@@ -853,7 +853,7 @@ async def test_a_kill_passes_down_a_chain_of_calls(deployed: Deployment) -> None
 
     async with deployed.open(deployed.serve(outer, "outer")) as stream:
         assert await anext(stream) == "more"
-    await asyncio.wait_for(inner.ended.wait(), 2)
+    await asyncio.wait_for(inner.ended.wait(), 30)
     assert inner.context is not None
     assert inner.context.is_killed()
 
@@ -866,7 +866,7 @@ async def test_failing_a_stream_from_outside(deployed: Deployment) -> None:
     stream.fail(InstanceRemoved("gone"))
     with pytest.raises(InstanceRemoved):
         await reader
-    await asyncio.wait_for(watched.ended.wait(), 2)
+    await asyncio.wait_for(watched.ended.wait(), 30)
     stream.fail(ConnectionLost("too late"))
 
 
@@ -1001,7 +1001,7 @@ async def test_a_deadline_ends_both_sides(deployed: Deployment) -> None:
     assert await anext(stream) == 1
     with pytest.raises(DeadlineExceeded):
         await anext(stream)
-    await asyncio.wait_for(ended.wait(), 2)
+    await asyncio.wait_for(ended.wait(), 30)
 
 
 async def test_a_deadline_that_has_passed_sends_nothing(deployed: Deployment) -> None:
@@ -1164,7 +1164,7 @@ async def test_what_outlives_the_grace_is_ended_as_retryable(deployed: Deploymen
     await deployed.server.unregister("test", grace_s=0.05)
     with pytest.raises(Draining):
         await _exhaust(stream)
-    await asyncio.wait_for(watched.ended.wait(), 2)
+    await asyncio.wait_for(watched.ended.wait(), 30)
 
 
 async def test_drain_finishes_what_is_under_way(deployed: Deployment) -> None:
@@ -1197,7 +1197,7 @@ async def test_closing_the_client_ends_pending_requests_and_their_handlers(deplo
     await deployed.client.aclose()
     with pytest.raises(ConnectionLost):
         await reader
-    await asyncio.wait_for(watched.ended.wait(), 2)
+    await asyncio.wait_for(watched.ended.wait(), 30)
     await deployed.client.aclose()
 
 

@@ -42,7 +42,7 @@ from faults.rewind import Rewind
 from faults.servers import ServerKind, ServerUnderTest, final_state, installed_servers
 
 PREFIX = "controls"
-WAIT_S = 10.0
+WAIT_S = 30.0
 TTL_S = 1.0
 TIMEOUT_S = 2.0
 LOCK_TTL_S = 0.3

@@ -14,7 +14,7 @@ from dynamo_redis.runtime.client import Client
 from dynamo_redis.testing import RuntimeFactory
 
 NAME = "test.hung.echo"
-START_S = 20.0
+START_S = 60.0
 HANG_S = 3.2
 
 WORKER = """

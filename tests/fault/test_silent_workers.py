@@ -35,7 +35,7 @@ from dynamo_redis.store.memory import MemoryRegistry, MemoryServer
 from faults.proxy import BLACK_HOLE, Proxy
 
 NAME = EndpointName("test", "words", "echo")
-START_S = 20.0
+START_S = 60.0
 BACK_S = 15.0
 
 WORKERS = """

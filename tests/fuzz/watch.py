@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
-SETTLES_WITHIN_S: Final = 10.0
+SETTLES_WITHIN_S: Final = 40.0
 _POLL_S: Final = 0.01
 _PACKAGE: Final = "dynamo_redis"
 

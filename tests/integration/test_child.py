@@ -90,7 +90,7 @@ async def test_captured_output_ends_with_the_program() -> None:
     with os.fdopen(reading, "rb") as output:
         with os.fdopen(writing, "wb") as file:
             child = ChildProcess.start(["echo", "hello"], stdout=file)
-        text = await asyncio.wait_for(asyncio.to_thread(output.read), 5)
+        text = await asyncio.wait_for(asyncio.to_thread(output.read), 30)
     assert text == b"hello\n"
     assert await child.wait(5) == 0
 
@@ -108,7 +108,7 @@ async def test_what_ignores_sigterm_is_killed_after_the_grace(tmp_path: Path) ->
     async with family(tmp_path, "stubborn") as child:
         started = time.monotonic()
         assert await child.stop(grace_s=0.3) == -signal.SIGKILL
-        assert 0.3 <= time.monotonic() - started < 2
+        assert 0.3 <= time.monotonic() - started < 8
         await until(lambda: group(child.pid) == [])
 
 

@@ -29,7 +29,7 @@ from redis import Redis, RedisError
 from dynamo_redis.child import ChildProcess
 from dynamo_redis.store.server import find_server
 
-START_S = 30.0
+START_S = 60.0
 STOP_S = 10.0
 
 

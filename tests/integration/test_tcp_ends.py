@@ -38,7 +38,7 @@ async def _leave(peer: Peer, way: str) -> None:
         peer.writer.close()
     else:
         peer.writer.write_eof()
-        await asyncio.wait_for(peer.until_closed(), 3)
+        await asyncio.wait_for(peer.until_closed(), 30)
 
 
 # --------------------------------------------------------------------------- a caller that goes
@@ -279,7 +279,7 @@ async def _ends_when(point: Point, way: str) -> list[PlaneError | None]:
         (1, {"messages": _messages()}),
     )
     streams = [client.open(target, request, Context(), **options) for request, options in requests]
-    ends = await asyncio.wait_for(asyncio.gather(*map(_end_of, streams)), 5)
+    ends = await asyncio.wait_for(asyncio.gather(*map(_end_of, streams)), 30)
     assert client.pending_count == 0
     await client.aclose()
     listener.close()

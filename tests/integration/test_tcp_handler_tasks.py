@@ -39,7 +39,7 @@ async def test_early_cancellation_ends_the_request() -> None:
         loop.set_task_factory(cancel_at_once)
         try:
             with pytest.raises(HandlerFailed, match="cancelled"):
-                await asyncio.wait_for(ask(client, server, "echo"), 10)
+                await asyncio.wait_for(ask(client, server, "echo"), 30)
         finally:
             loop.set_task_factory(None)
         await eventually(lambda: server.in_flight_count == 0, 10)
@@ -104,7 +104,7 @@ async def test_cancellation_callbacks_leave_no_variables_behind() -> None:
         server.register("say", say)
         target = Target(instance_id=INSTANCE, address=server.address, subject="watching", secret=SECRET)
         stream = client.open(target, None, None)
-        await asyncio.wait_for(started.wait(), 10)
+        await asyncio.wait_for(started.wait(), 30)
         await stream.aclose()
         assert await ask(client, server, "say") == ["nothing"]
         await client.aclose()

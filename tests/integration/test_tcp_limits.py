@@ -213,7 +213,7 @@ async def test_a_frame_at_its_limit_to_the_client(client: TcpClient, pieces: int
         listener = await asyncio.start_server(serve, "127.0.0.1", 0)
         target = Target(INSTANCE, f"127.0.0.1:{listener.sockets[0].getsockname()[1]}", "any", SECRET)
         async with client.open(target, None, Context()):
-            assert await asyncio.wait_for(goes_on, 5) == (difference <= 0)
+            assert await asyncio.wait_for(goes_on, 30) == (difference <= 0)
         listener.close()
         await listener.wait_closed()
 

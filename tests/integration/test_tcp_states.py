@@ -217,7 +217,7 @@ async def test_the_server_in_every_state(state: State) -> None:
             await peer.close()
         await soon(lambda: server.in_flight_count == 0, "requests are left")
         if draining is not None:
-            await asyncio.wait_for(draining, 5)
+            await asyncio.wait_for(draining, 30)
 
 
 async def test_what_a_later_release_may_add_for_the_server() -> None:
@@ -238,7 +238,7 @@ async def _check_server(server: TcpServer, peer: Peer, state: State, name: str) 
     peer.send(encoded(name))
     expected = of_server(state, name)
     if expected is Outcome.REFUSED:
-        said = await asyncio.wait_for(peer.reader.read(), 3)
+        said = await asyncio.wait_for(peer.reader.read(), 30)
         assert said[2:].startswith(b"\x94\xa4DYNR\x00" + pack("protocol_violation")), (state, name, said)
     else:
         assert await outcome(peer, by_server=True) is expected, (state, name)
@@ -281,7 +281,7 @@ async def _client_takes(state: State, said: bytes, expected: Outcome) -> Outcome
                 peer.send(pack([frame.GOAWAY, 0, "overloaded", "bye"]))
             peer.send(said)
             if expected is Outcome.ENDS:  # it may still answer in the turn in which it closes
-                await asyncio.wait_for(peer.until_closed(), 3)
+                await asyncio.wait_for(peer.until_closed(), 30)
                 verdict.set_result(Outcome.ENDS)
             else:
                 verdict.set_result(await outcome(peer, by_server=False))
@@ -294,7 +294,7 @@ async def _client_takes(state: State, said: bytes, expected: Outcome) -> Outcome
     with suppress(PlaneError, StopAsyncIteration):
         async with client.open(target, None, Context()) as stream:
             reader = asyncio.ensure_future(_exhaust(stream))
-            await asyncio.wait_for(verdict, 5)
+            await asyncio.wait_for(verdict, 30)
             reader.cancel()
             await asyncio.wait([reader])
     await client.aclose()

@@ -386,7 +386,7 @@ async def test_a_tls_handshake_that_never_ends_is_ended(authority: Authority) ->
         for opening in (b"", b"\x16", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"):
             reader, writer = await asyncio.open_connection(*host_and_port(server))
             writer.write(opening)
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(30):
                 await _until_closed(reader)
             writer.transport.abort()
         await eventually(lambda: server.connection_count == 0)
@@ -477,7 +477,7 @@ async def test_a_recorded_connection_cannot_be_replayed(authority: Authority) ->
         await eventually(lambda: server.connection_count == 0)
         reader, writer = await asyncio.open_connection(*host_and_port(server))
         writer.write(recorded)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             await _until_closed(reader)
         writer.transport.abort()
         await eventually(lambda: server.connection_count == 0)
@@ -502,7 +502,7 @@ async def _call_by_hand(server: TcpServer, context: ssl.SSLContext) -> tuple[byt
             writer.write(sent)
             if not waits:
                 return answer
-            received = await asyncio.wait_for(reader.read(65_536), 5)
+            received = await asyncio.wait_for(reader.read(65_536), 30)
             assert received
             incoming.write(received)
 

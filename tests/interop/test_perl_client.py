@@ -60,7 +60,7 @@ class Endpoints:
             self.killed.set()
 
     async def killed_(self, _: Any, __: Context) -> int:
-        await asyncio.wait_for(self.killed.wait(), 5)
+        await asyncio.wait_for(self.killed.wait(), 30)
         return 1
 
     async def total(self, messages: AsyncIterator[int], _: Context) -> int:

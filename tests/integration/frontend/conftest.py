@@ -190,7 +190,7 @@ class Frontend:
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Wait until something is so; the test's own time-out bounds it."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while not condition():
                 await asyncio.sleep(0.005)
 

@@ -48,10 +48,13 @@ async def test_a_router_says_how_it_is_and_explains_a_choice(deployment: Deploym
     chat = await call(cli, "best-worker", "--message", "Once upon a time", "--json")
     assert json.loads(chat.out)["token_count"] > 5  # the template's own
     predicting, _ = await deployment.router(use_kv_events=False)
-    states = {str(state["router_id"]): state for state in (await call(cli, "router-state", "--json")).json}
-    assert states.keys() == {router.router_id, predicting.router_id}
-    state = states[router.router_id]
-    assert state == json.loads(json.dumps(router.state().to_json()))
+    async with asyncio.timeout(60):  # what it has read, and from whom, goes on changing
+        while True:
+            told = (await call(cli, "router-state", "--json")).json
+            states = {str(state["router_id"]): state for state in told}
+            assert states.keys() == {router.router_id, predicting.router_id}
+            if states[router.router_id] == json.loads(json.dumps(router.state().to_json())):
+                break
     table = (await call(cli, "router-state")).out
     assert router.router_id in table
     assert "events (stream)" in table

@@ -8,11 +8,19 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from dynamo_redis.errors import BarrierError
+from dynamo_redis.names import BARRIERS
 from dynamo_redis.runtime import DistributedRuntime
 from dynamo_redis.runtime.barrier import LeaderBarrier, WorkerBarrier
 
 OpenRuntime = Callable[..., Awaitable[DistributedRuntime]]
 DATA = {"master": "10.0.0.1:29500", "ranks": [0, 1, 2]}
+
+
+async def until_places(runtime: DistributedRuntime, count: int) -> None:
+    """Wait until so many keys of barriers are there, the leader's included."""
+    async with asyncio.timeout(30):
+        while len((await runtime.registry.get_prefix(BARRIERS)).records) < count:
+            await asyncio.sleep(0.01)
 
 
 async def test_all_go_on_together_with_the_leaders_data(open_runtime: OpenRuntime) -> None:
@@ -24,7 +32,7 @@ async def test_all_go_on_together_with_the_leaders_data(open_runtime: OpenRuntim
         for barrier, runtime in zip(barriers[:2], workers[:2], strict=True)
     ]
     leading = asyncio.create_task(LeaderBarrier("group", 3, 10).sync(leader.registry, DATA))
-    await asyncio.sleep(0.1)
+    await until_places(leader, 3)
     assert not any(task.done() for task in (*waiting, leading))
     assert await barriers[2].sync(workers[2].registry) == DATA
     assert await asyncio.gather(*waiting) == [DATA, DATA]
@@ -53,7 +61,7 @@ async def test_ids_are_unique(open_runtime: OpenRuntime) -> None:
     leader, one, other = await open_runtime(), await open_runtime(), await open_runtime()
     leading = asyncio.create_task(LeaderBarrier("group", 2, 5).sync(leader.registry, DATA))
     first = asyncio.create_task(WorkerBarrier("group", "same", 5).sync(one.registry))
-    await asyncio.sleep(0.1)
+    await until_places(leader, 2)
     with pytest.raises(BarrierError, match="'same' already"):
         await WorkerBarrier("group", "same", 0.5).sync(other.registry)
     with pytest.raises(BarrierError, match="leader already"):
@@ -67,7 +75,7 @@ async def test_a_leader_that_dies_frees_its_workers(open_runtime: OpenRuntime) -
     leader, worker = await open_runtime(), await open_runtime()
     leading = asyncio.create_task(LeaderBarrier("group", 2, 30).sync(leader.registry, DATA))
     waiting = asyncio.create_task(WorkerBarrier("group", "a", 10).sync(worker.registry))
-    await asyncio.sleep(0.1)
+    await until_places(leader, 2)
     leading.cancel()
     await asyncio.gather(leading, return_exceptions=True)
     with pytest.raises(BarrierError, match=r"aborted|gone"):

@@ -64,7 +64,7 @@ async def start_worker(dynamo_redis_url: str, dynamo_redis_prefix: str) -> Async
 
 async def client_of(runtime: DistributedRuntime, count: int) -> Client:
     client = await runtime.endpoint(ENDPOINT).client()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while len(client.instance_ids()) < count:
             await asyncio.sleep(0.01)
     return client
@@ -143,7 +143,7 @@ async def test_a_slow_reader_gets_all_of_the_last_answer(
     time.sleep(0.4)  # and the worker to its own
     assert len(await reading) == 30 * MIB
     assert [item async for item in call] == []
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         assert await worker.wait() == 0
 
 
@@ -155,7 +155,7 @@ async def test_a_second_signal_ends_the_worker_at_once(
     call = await client.round_robin({"count": 10_000, "pause_s": 0.01}, annotated=False)
     await anext(call)
     worker.terminate()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while client.instance_ids():
             await anext(call)
         worker.terminate()

@@ -416,13 +416,13 @@ async def test_a_silent_redis_is_waited_for_once_at_the_stop(
     open_runtime: OpenRuntime, own_redis_server: EmbeddedServer
 ) -> None:
     worker = await open_runtime(redis_url=own_redis_server.url, command_timeout_s=0.5)
-    for number in range(8):
+    for number in range(24):
         await worker.endpoint(f"test.silent.n{number}").start_serving(Counter().generate)
     own_redis_server.send_signal(signal.SIGSTOP)
     try:
         began = time.monotonic()
         await worker.aclose()
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 8
     finally:
         own_redis_server.send_signal(signal.SIGCONT)
 
@@ -441,7 +441,7 @@ async def test_what_a_silent_redis_was_not_told_it_is_told_when_it_is_back(
         await worker.leave()
     finally:
         own_redis_server.send_signal(signal.SIGCONT)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while (await other.registry.get_prefix("v1/instances/test/silent/")).records:
             await asyncio.sleep(0.02)
 
@@ -457,6 +457,6 @@ async def test_a_key_whose_delete_was_cancelled_before_it_was_sent_goes_neverthe
         await asyncio.sleep(0)
         leaving.cancel()
         await asyncio.gather(leaving, return_exceptions=True)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while await runtime.registry.get("test/key") is not None:
             await asyncio.sleep(0.01)

@@ -12,7 +12,7 @@ from dynamo_redis.store.base import Put, Registry, WatchBatch
 from dynamo_redis.store.registry import RedisRegistry
 from faults.proxy import Proxy
 
-WAIT_S = 10.0
+WAIT_S = 30.0
 
 OpenRegistry = Callable[..., Awaitable[RedisRegistry]]
 

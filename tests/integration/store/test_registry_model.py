@@ -132,9 +132,9 @@ async def settle(side: Side) -> None:
 
 async def settle_one(side: Side, process: Registry) -> None:
     marker = process.watch("marker")
-    await asyncio.wait_for(anext(marker), 5)
+    await asyncio.wait_for(anext(marker), 30)
     await side.processes[0].put("marker", str(side.step).encode())
-    await asyncio.wait_for(anext(marker), 5)
+    await asyncio.wait_for(anext(marker), 30)
     await marker.aclose()
 
 
@@ -223,7 +223,7 @@ async def test_a_paged_snapshot_is_one_moment(
     snapshots = [await reader.get_prefix("k/") for _ in range(25)]
     done.set()
     await writing
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while snapshots[-1].revision not in history:
             await asyncio.sleep(0.01)
     await watch.aclose()

@@ -15,7 +15,7 @@ from dynamo_redis.store.key_value import KeyValue, OwnedPut, new_operation
 from dynamo_redis.store.keys import RegistryKeys
 from faults.proxy import Conditions
 
-WAIT_S = 15.0
+WAIT_S = 30.0
 
 
 @pytest.fixture

@@ -179,10 +179,10 @@ async def test_a_restored_exclusive_key_overwrites_nobody_though_the_log_has_not
     await one.register("slow", b"", prepare=take_long)
     await one.register("port", b"one", exclusive=True, on_lost=lost.append)
     await two._client.execute("DEL", *RegistryKeys(dynamo_redis_prefix).structures)
-    await asyncio.wait_for(restoring.wait(), 5)
+    await asyncio.wait_for(restoring.wait(), 30)
     await two.register("port", b"two", exclusive=True)
     hold.set()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while not lost:
             await asyncio.sleep(0.01)
     assert lost == ["conflict"]

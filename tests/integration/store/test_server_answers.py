@@ -254,7 +254,7 @@ async def test_a_waiting_read_ends_when_its_server_is_demoted(server: EmbeddedSe
     waiting = asyncio.create_task(
         reader.execute(pack("XREAD", "BLOCK", 60_000, "STREAMS", "s", "$"), block_s=60.0)
     )
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while b"cmd=xread" not in await admin.execute("CLIENT", "LIST"):
             await asyncio.sleep(0.01)
         await admin.execute("REPLICAOF", "127.0.0.1", "1")

@@ -29,7 +29,7 @@ class Door:
 
 
 async def waiting(line: WaitingLine, count: int) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while len(line) != count:
             await asyncio.sleep(0)
 

@@ -107,4 +107,4 @@ async def test_changes_of_another_history_are_not_put_on_a_snapshot(fanout: Fano
     assert not view.finish_load(Snapshot((), Revision("5-0")), Position("incarnation", Revision("5-0"), "op"))
     view.begin_load()
     assert view.finish_load(Snapshot((), Revision("5-0")), Position("incarnation", Revision("5-0"), "op"))
-    assert (await asyncio.wait_for(anext(watch), 1)).events == ()
+    assert (await asyncio.wait_for(anext(watch), 30)).events == ()
