@@ -63,9 +63,13 @@ class ConfigError(DynamoRedisError, ValueError):
 
 
 class StoreError(DynamoRedisError):
-    """Base of what the registry, the lock and the object store raise."""
+    """Base of what the registry, the lock and the object store raise.
+
+    `answered`: Redis answered, with an error. Then nothing was written, unless a script failed in its middle.
+    """
 
     code = "store"
+    answered = False
 
 
 class StoreUnavailable(StoreError):

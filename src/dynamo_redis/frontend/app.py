@@ -31,6 +31,7 @@ from dynamo_redis.frontend.sse import Kind
 from dynamo_redis.names import EndpointName
 from dynamo_redis.planes.context import Context
 from dynamo_redis.runtime.llm_protocol import GenerateRequest
+from dynamo_redis.store.base import Registry
 
 ClearCaches = Callable[[Collection[EndpointName]], Awaitable[tuple[int, dict[str, Any]]]]
 """Clears the caches of the workers at these endpoints: status and body of the answer. Raises StoreError."""
@@ -43,7 +44,7 @@ def make_app(
     models: LiveModels,
     preparation: Preparation,
     settings: FrontendSettings,
-    registry_connected: Callable[[], bool],
+    registry: Registry,
     clear_caches: ClearCaches,
 ) -> Starlette:
     """The ASGI application. It owns nothing: its parts are made and ended by the caller."""
@@ -56,7 +57,7 @@ def make_app(
         return _json(200, _describe(models.get(request.path_params["model"])))
 
     async def show_health(_: Request) -> Response:
-        return _json(*health(models.served(), registry_connected()))
+        return _json(*health(models.served(), registry))
 
     async def clear_kv_blocks(_: Request) -> Response:
         return _json(

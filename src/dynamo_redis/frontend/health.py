@@ -7,9 +7,10 @@ from typing import Any
 from dynamo_redis.frontend.model import Model
 from dynamo_redis.router.service import KvRouter
 from dynamo_redis.runtime.instance import Instance
+from dynamo_redis.store.base import Registry
 
 
-def health(models: list[Model], registry_connected: bool) -> tuple[int, dict[str, Any]]:
+def health(models: list[Model], registry: Registry) -> tuple[int, dict[str, Any]]:
     """Status and body: 200 once an instance of a loaded model can be reached, else 503.
 
     The instances are those that the registry lists (by the last view, while Redis is away) and that can
@@ -30,14 +31,22 @@ def health(models: list[Model], registry_connected: bool) -> tuple[int, dict[str
         "models": served,
         "endpoints": sorted(endpoints),
         "instances": [instances[key] for key in sorted(instances)],
-        "registry": "connected" if registry_connected else "unreachable",
+        "registry": _registry_state(registry),
     }
+    if registry.connected and registry.write_refusal is not None:
+        body["registry_reason"] = registry.write_refusal
     hit_rate = _hit_rate(models)
     if hit_rate is not None:
         body["hit_rate"] = hit_rate
     if not instances:
         body["reason"] = "no model can be served yet: start a worker, or wait until it has registered"
     return (200 if instances else 503), body
+
+
+def _registry_state(registry: Registry) -> str:
+    if not registry.connected:
+        return "unreachable"
+    return "connected" if registry.write_refusal is None else "refuses writes"
 
 
 def _hit_rate(models: list[Model]) -> float | None:

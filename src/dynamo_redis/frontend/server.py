@@ -68,7 +68,7 @@ async def serve_frontend(
                         models,
                         preparation,
                         settings,
-                        lambda: runtime.registry.connected,
+                        runtime.registry,
                         partial(_clear_caches, runtime, models),
                     ),
                     listener,

@@ -175,7 +175,15 @@ class Registry(Protocol):
 
     @property
     def connected(self) -> bool:
-        """Whether the last exchange with Redis succeeded."""
+        """Whether Redis answered the last read."""
+        ...
+
+    @property
+    def write_refusal(self) -> str | None:
+        """The reason why Redis takes no writes, or none that need memory, though it answers; None if it does.
+
+        Meanwhile reads, watches and `start` work and no lease ends. Registered keys follow when they can.
+        """
         ...
 
     @property

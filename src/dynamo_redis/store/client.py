@@ -41,6 +41,7 @@ from dynamo_redis.store.server_errors import (
     is_to_be_left,
     keep_replies,
     one_line,
+    reply,
     store_error,
 )
 
@@ -113,13 +114,17 @@ class RedisClient:
     # ------------------------------------------------------------------ commands
 
     async def connect(self) -> None:
-        """Check that the server answers, lets us in, is recent enough and takes writes.
+        """Check that the server answers, lets us in and is recent enough.
 
         Raises StoreUnavailable if it does not answer, StoreRefused with what to do if it says no. Warns of a
-        server that evicts keys. A server
-        that does not allow INFO (some managed services) is taken at its word.
+        server that evicts keys, and of a read-only replica: it may be promoted, and can be read until then. A
+        server that does not allow INFO (some managed services) is taken at its word.
         """
-        await self.execute("PING")
+        try:
+            await self.execute("PING")
+        except StoreRefused as exc:
+            if "MISCONF" not in str(exc):  # a server that cannot save answers even this one so
+                raise
         try:
             server = _parse_info(await self.execute("INFO", "server"))
             replication = _parse_info(await self.execute("INFO", "replication"))
@@ -130,9 +135,12 @@ class RedisClient:
         self._check_version(server)
         self._check_eviction(memory)
         if replication.get("role") == "slave":
-            raise StoreRefused(
-                f"Redis at {self.address} is a read-only replica: set DYN_REDIS_URL to its primary"
-                f" ({replication.get('master_host', '?')}:{replication.get('master_port', '?')})"
+            logger.warning(
+                "Redis at %s is a read-only replica: set DYN_REDIS_URL to its primary (%s:%s);"
+                " until then this process reads what others write, and writes nothing",
+                self.address,
+                replication.get("master_host", "?"),
+                replication.get("master_port", "?"),
             )
 
     async def execute(self, *command: Argument) -> Any:
@@ -309,7 +317,9 @@ class RedisClient:
         if is_to_be_left(exc):
             self._leave()
         scheme: Stranger = "tls" if self._url.startswith("rediss:") else "plain"
-        return store_error(exc, self.address, stranger=None if self._met else scheme)
+        error = store_error(exc, self.address, stranger=None if self._met else scheme)
+        error.answered = reply(exc) is not None
+        return error
 
 
 class Subscription:
@@ -346,7 +356,12 @@ class Subscription:
             reply = await self._next_reply(timeout_s)
             if reply is None:
                 await self._connection.send_command("PING", check_health=False)
-                reply = await self._next_reply(self._client.timeout_s)
+                try:
+                    reply = await self._next_reply(self._client.timeout_s)
+                except redis_errors.ResponseError as exc:
+                    if "MISCONF" not in str(self._client.error(exc)):
+                        raise
+                    return None  # a server that cannot save answers even PING so: it is there
                 if reply is None:
                     raise TimeoutError
         except FAILURES as exc:
@@ -373,7 +388,7 @@ class SyncConnection:
         self._made_in = client._current_epoch()
 
     def script(self, script: Script, keys: Sequence[Argument], args: Sequence[Argument] = ()) -> Any:
-        """As `RedisClient.script`. After any StoreError the next call connects anew."""
+        """As `RedisClient.script`. After an error of the connection the next call connects anew."""
         if self._made_in != (epoch := self._client._current_epoch()):
             self._pool.disconnect()
             self._made_in = epoch
@@ -383,8 +398,10 @@ class SyncConnection:
             except redis_errors.NoScriptError:
                 return self._redis.execute_command("EVAL", script.source, len(keys), *keys, *args)
         except FAILURES as exc:
-            self._pool.disconnect()
-            raise self._client.error(exc) from exc
+            error = self._client.error(exc)
+            if not error.answered:
+                self._pool.disconnect()
+            raise error from exc
 
     def close(self) -> None:
         """Close the connection. Never raises."""

@@ -119,23 +119,29 @@ class Owned:
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """What a tick found: leases that live, ended ones that are left, and how long nobody had ticked."""
+    """What a tick found: leases that live, ended ones that are left, and how long no other tick had come.
+
+    `full`: the server's memory is, so it refuses what takes more.
+    """
 
     lease_count: int
     overdue_count: int
     idle_s: float
+    full: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Renewal:
     """A lease was renewed. `last_write`: its owner's, `"revision operation previous"` or "".
 
-    `lease_count` has ended leases in it that nobody has reaped. `idle_s`: how long nobody had ticked.
+    `lease_count` has ended leases in it that are not yet reaped. `idle_s`: how long no tick had come.
+    `full`: as in `Tick`.
     """
 
     last_write: str
     lease_count: int
     idle_s: float
+    full: bool = False
 
 
 def new_operation() -> str:
@@ -258,7 +264,10 @@ class KeyValue:
     # ------------------------------------------------------------------ the registry itself
 
     async def initialize(self) -> Position:
-        """Make the registry if it is missing or damaged; answer where it stands. Raises SchemaMismatch."""
+        """Make the registry if it is missing or damaged; answer where it stands. Raises SchemaMismatch.
+
+        Writes nothing where it is whole, so this works on a server that refuses writes.
+        """
         args = ("", new_operation(), new_operation(), SCHEMA_VERSION)
         answer = await self.client.script(self._INIT, self.keys.structures, args)
         return self.saw(_position(checked(answer)))
@@ -278,36 +287,46 @@ class KeyValue:
 
     async def tick(self) -> Tick:
         """Reap a bounded number of ended leases."""
-        *position, leases, overdue, idle_ms = checked(await self._run(self._TICK, "", new_operation()))
+        *position, leases, overdue, idle_ms, full = checked(await self._run(self._TICK, "", new_operation()))
         self.saw(_position(position))
-        return Tick(leases, overdue, idle_ms / 1000)
+        return Tick(leases, overdue, idle_ms / 1000, bool(full))
 
     # ------------------------------------------------------------------ read
 
     async def read(self, keys: Sequence[str], lease: LeaseId | None = None) -> Owned:
         """Keys, and the state of a lease.
 
-        One moment, unless there are more than `READ_KEYS_COUNT` keys, or names of the lease: then several,
-        of one registry, and `alive` and `position` are the last one's. Raises OtherIncarnation.
+        One moment, unless there are more than `READ_KEYS_COUNT` keys or names of the lease, or `PAGE_BYTES`
+        of records: then several, of one registry, and `alive` and `position` are the last one's. Raises
+        OtherIncarnation.
         """
         records: dict[str, Record] = {}
         names: set[str] = set()
         incarnation, after, start = "", b"", 0
         while True:
             page = keys[start : start + READ_KEYS_COUNT]
-            bounds = (format_lease(lease), after, READ_KEYS_COUNT)
-            answer = checked(await self._run(self._READ, incarnation, new_operation(), *bounds, *page))
+            answer = await self._read_page(incarnation, lease, after, page)
             position = self.saw(_position(answer[:3]))
             alive, last_write, listed = bool(answer[3]), answer[4].decode(), answer[5]
             names.update(name.decode() for name in listed)
-            for key, packed in zip(page, answer[6:], strict=True):
+            for key, packed in zip(page, answer[6:], strict=False):
                 record = parse_record(key, packed)
                 if record is not None:
                     records[key] = record
-            start += READ_KEYS_COUNT
+            start += len(answer) - 6
             if start >= len(keys) and len(listed) < READ_KEYS_COUNT:
                 return Owned(position, alive, last_write, frozenset(names), records)
             incarnation, after = position.incarnation, listed[-1] if listed else after
+
+    async def _read_page(
+        self, incarnation: str, lease: LeaseId | None, after: bytes, keys: Sequence[str]
+    ) -> list[Any]:
+        bounds = (format_lease(lease), after, READ_KEYS_COUNT, PAGE_BYTES)
+        while True:
+            answer = await self._run(self._READ, incarnation, new_operation(), *bounds, *keys)
+            if answer != [b"unmade"]:
+                return checked(answer)
+            await self.tick()
 
     async def snapshot(self, prefix: str) -> tuple[Snapshot, Position]:
         """All records under a prefix as of one moment, and that moment's position.
@@ -328,21 +347,24 @@ class KeyValue:
         raise HistoryLost(f"history was lost {SNAPSHOT_ATTEMPTS_COUNT} times during a snapshot")
 
     async def _pages(self, prefix: str) -> tuple[dict[str, Record], Position, Position]:
-        """The records by key, in order, and the positions of the first and the last page."""
+        """The records by key, in order, and the ends of the part of the log that is to be replayed over them.
+
+        These are the last change that the first page has, and the last one logged when the last was read.
+        """
         records: dict[str, Record] = {}
         answer = await self._page("", prefix, b"")
         first = _position(answer[:3])
-        while answer[3]:
+        while answer[5]:
             # The next page is under way while this one is parsed.
-            following = asyncio.ensure_future(self._page(first.incarnation, prefix, answer[3]))
+            following = asyncio.ensure_future(self._page(first.incarnation, prefix, answer[5]))
             try:
                 await asyncio.sleep(0)
-                parse_records(answer[4:], records)
+                parse_records(answer[6:], records)
                 answer = await following
             finally:
                 following.cancel()
-        parse_records(answer[4:], records)
-        return records, first, self.saw(_position(answer[:3]))
+        parse_records(answer[6:], records)
+        return records, first, self.saw(_position((answer[0], *answer[3:5])))
 
     async def _page(self, incarnation: str, prefix: str, after: bytes) -> list[Any]:
         args = (incarnation, new_operation(), prefix, after, PAGE_KEYS_COUNT, PAGE_BYTES)
@@ -420,8 +442,8 @@ def keep_alive(
         (keys.meta, keys.structure("leases"), keys.structure("lr"), keys.lease(lease)),
         (incarnation, format_lease(lease), round(ttl_s * 1000)),
     )
-    last_write, lease_count, idle_ms = checked(answer)
-    return Renewal(last_write.decode(), lease_count, idle_ms / 1000)
+    last_write, lease_count, idle_ms, full = checked(answer)
+    return Renewal(last_write.decode(), lease_count, idle_ms / 1000, bool(full))
 
 
 # ---------------------------------------------------------------------- the log

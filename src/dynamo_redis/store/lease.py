@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import threading
 import time
 from collections import deque
@@ -40,6 +41,12 @@ T = TypeVar("T")
 STALL_TTLS: Final = 2.0
 RENEW_AFTER: Final = 0.6
 """Of the time that the lease has left. A tenth later is a sixth less work for Redis than at half-way."""
+REFUSED_RETRY_S: Final = 0.5
+REFUSED_RETRIES_A_TTL_COUNT: Final = 32
+REFUSED_RETRIES_A_SECOND_COUNT: Final = 20_000
+"""How often a renewal is tried again that a server refuses, and the most that all processes together try.
+
+The service clock stands while a server refuses all writes: many attempts fall into the time that counts."""
 _ATTEMPT: Final = 0.2
 """Of the TTL: so long one exchange may take."""
 CLOSE_TIMEOUT_S: Final = 1.0
@@ -137,7 +144,8 @@ class Keepalive:
     """Renews one lease from a thread, from the first `granted` to `aclose`.
 
     `on_disturbance` is called on the event loop, with a reason, when the registered keys must be compared
-    with the registry, and `on_renewed` after each renewal. `stalled_values` is called from the thread.
+    with the registry, `on_renewed` after each renewal, and `on_refused` when the server has refused one.
+    `stalled_values` is called from the thread.
     """
 
     def __init__(
@@ -151,6 +159,7 @@ class Keepalive:
         loop_stall_s: float,
         on_disturbance: Callable[[str], None],
         on_renewed: Callable[[Renewal], None],
+        on_refused: Callable[[StoreError], None],
         stalled_values: Callable[[], Sequence[tuple[str, bytes]]],
     ) -> None:
         self._client = client
@@ -162,6 +171,7 @@ class Keepalive:
         self._loop_stall_s = max(loop_stall_s, ttl_s) if loop_stall_s else float("inf")
         self._on_disturbance = on_disturbance
         self._on_renewed = on_renewed
+        self._on_refused = on_refused
         self._stalled_values = stalled_values
         self._lock = threading.Lock()  # over the next four, which both threads write
         self._grant_count = 0
@@ -173,6 +183,7 @@ class Keepalive:
         self._marked_stalled = False
         self._gave_up = False
         self._backoff = Backoff(cap_s=ttl_s / 4)
+        self._lease_count = 1
         self._wake = threading.Event()
         self._stopping = False
         self._thread: threading.Thread | None = None
@@ -237,18 +248,24 @@ class Keepalive:
                 self._renew(connection)
         except StoreError as exc:
             logger.debug("keepalive: %s", exc)
-            self._try_again_soon()
+            if exc.answered:
+                self._tell(self._on_refused, exc)
+            self._try_again_in(self._refused_retry_s() if exc.answered else self._backoff.next_s())
         except Exception:
             logger.exception("the lease could not be renewed, trying again")
-            self._try_again_soon()
+            self._try_again_in(self._backoff.next_s())
         try:
             self._watch_loop(connection, stalled_s)
         except StoreError as exc:
             logger.debug("marking this process as not ready: %s", exc)
 
-    def _try_again_soon(self) -> None:
+    def _refused_retry_s(self) -> float:
+        interval_s = min(REFUSED_RETRY_S, self._ttl_s / REFUSED_RETRIES_A_TTL_COUNT)
+        interval_s = max(interval_s, self._lease_count / REFUSED_RETRIES_A_SECOND_COUNT)
+        return interval_s * random.uniform(0.5, 1)  # noqa: S311 - jitter
+
+    def _try_again_in(self, wait_s: float) -> None:
         remaining_s = self._deadline - time.monotonic()
-        wait_s = self._backoff.next_s()
         self._renew_at = time.monotonic() + (min(wait_s, remaining_s / 2) if remaining_s > 0 else wait_s)
 
     def _renew(self, connection: SyncConnection) -> None:
@@ -266,6 +283,7 @@ class Keepalive:
             self._disturb(str(exc))
             return
         self._backoff.reset()
+        self._lease_count = renewal.lease_count
         with self._lock:
             if grant == self._grant_count:
                 self._deadline = sent_at + self._ttl_s

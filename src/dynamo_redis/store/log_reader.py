@@ -142,7 +142,10 @@ class LogReader:
 
     async def _verify(self) -> None:
         """That the registry still has the reader's position; otherwise, and after lost history, resync."""
-        now = await self._kv.position() or await self._kv.initialize()
+        now = await self._kv.position()
+        if now is None or self._compare(now):
+            # The log itself tells: what a script has logged and not yet made is not in the head.
+            now = await self._kv.initialize()
         reason = self._compare(now) or self._lost
         if reason is not None:
             self._lost = reason

@@ -278,6 +278,7 @@ class MemoryRegistry(KeyOperations):
         storage = MemoryStorage(server)
         super().__init__(storage)
         self.connected = False
+        self.write_refusal: str | None = None
         self._server = server
         self._clock = clock
         self._ttl_s = ttl_s

@@ -22,6 +22,7 @@ from dynamo_redis.errors import StoreError, StoreRefused
 from dynamo_redis.store.base import LeaseId
 from dynamo_redis.store.change_log import Change
 from dynamo_redis.store.client import Backoff, Subscription
+from dynamo_redis.store.health import Health
 from dynamo_redis.store.key_value import KeyValue, Renewal, Tick
 from dynamo_redis.store.keys import parse_lease
 
@@ -69,10 +70,14 @@ class Pace:
 
 
 class Reaper:
-    """Two tasks from `start` to `aclose`. `on_tick` gets the number of processes that hold a lease."""
+    """Two tasks from `start` to `aclose`. `on_tick` gets the number of processes that hold a lease.
 
-    def __init__(self, kv: KeyValue, on_tick: Callable[[int], None]) -> None:
+    Ticks are writes that every process makes all the time: `health` learns by them whether writes are taken.
+    """
+
+    def __init__(self, kv: KeyValue, health: Health, on_tick: Callable[[int], None]) -> None:
         self._kv = kv
+        self._health = health
         self._on_tick = on_tick
         self._pace = Pace()
         self._ended: deque[LeaseId | None] = deque(maxlen=REMEMBERED_LEASES_COUNT)
@@ -98,6 +103,7 @@ class Reaper:
 
     def renewed(self, renewal: Renewal) -> None:
         """See in a renewal of the own lease whether anybody ticks."""
+        self._health.wrote(full=renewal.full)
         if self._pace.renewed(renewal):
             self._overdue.set()
         self._on_tick(renewal.lease_count)
@@ -120,7 +126,12 @@ class Reaper:
 
     async def _tick(self) -> None:
         """Reap until nothing is overdue."""
-        tick = await self._kv.tick()
+        try:
+            tick = await self._kv.tick()
+        except StoreError as exc:
+            self._health.refused(exc)
+            raise
+        self._health.wrote(full=tick.full)
         self._pace.ticked(tick)
         while tick.overdue_count:
             tick = await self._kv.tick()

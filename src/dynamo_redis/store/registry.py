@@ -50,7 +50,7 @@ class RedisRegistry(KeyOperations):
         self._reader = LogReader(
             self._kv, self._health, on_changes=self._on_changes, on_disturbance=self._on_disturbance
         )
-        self._reaper = Reaper(self._kv, self._on_tick)
+        self._reaper = Reaper(self._kv, self._health, self._on_tick)
         self._registrations = Registrations(
             self._kv,
             self._lease,
@@ -68,6 +68,7 @@ class RedisRegistry(KeyOperations):
             loop_stall_s=settings.loop_stall_s,
             on_disturbance=self._on_disturbance,
             on_renewed=self._reaper.renewed,
+            on_refused=self._health.refused,
             stalled_values=self._registrations.stalled_values,
         )
         self._ttl_s = settings.lease_ttl_s
@@ -75,7 +76,7 @@ class RedisRegistry(KeyOperations):
         self._closed = False
 
     def __repr__(self) -> str:
-        state = "connected" if self.connected else "away"
+        state = "away" if not self.connected else "refuses writes" if self.write_refusal else "connected"
         return (
             f"<RedisRegistry {self._client.address} {self._kv.keys.prefix!r} lease {self._lease:x} {state}>"
         )
@@ -93,6 +94,10 @@ class RedisRegistry(KeyOperations):
     @property
     def connected(self) -> bool:
         return self._health.connected
+
+    @property
+    def write_refusal(self) -> str | None:
+        return self._health.write_refusal
 
     @property
     def lease_losses(self) -> int:

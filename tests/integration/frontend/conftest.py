@@ -62,6 +62,7 @@ class FakeRegistry:
 
     watching: FakeWatch = field(default_factory=FakeWatch)
     connected: bool = True
+    write_refusal: str | None = None
 
     def watch(self, prefix: str, *, start_revision: Revision | None = None) -> FakeWatch:
         assert prefix == "v1/mdc/"
@@ -255,9 +256,7 @@ async def _frontend(
         async with LiveModels(
             runtime, open_client=runtime.client, cache_dir=directory / "cache", lease_ttl_s=1.0
         ) as models:
-            app = make_app(
-                models, preparation, settings, lambda: runtime.registry.connected, runtime.clear_caches
-            )
+            app = make_app(models, preparation, settings, runtime.registry, runtime.clear_caches)
             serving = asyncio.create_task(
                 run_server(app, listener, wait_for_shutdown, drain_s=2, on_ready=lambda _: accepting.set())
             )

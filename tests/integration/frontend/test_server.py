@@ -80,6 +80,13 @@ async def test_health_tells_who_serves(frontend: Any) -> None:
     assert (await frontend.http.get("/live")).status_code == 200
 
 
+async def test_health_tells_that_the_registry_refuses_writes(frontend: Any) -> None:
+    frontend.runtime.registry.write_refusal = "Redis is out of memory"
+    body = (await frontend.http.get("/health")).json()
+    assert (body["registry"], body["registry_reason"]) == ("refuses writes", "Redis is out of memory")
+    assert body["status"] == "healthy"
+
+
 async def test_before_the_first_model_health_is_not_ok(open_frontend: Any) -> None:
     frontend = await open_frontend(model=None)
     response = await frontend.http.get("/health")

@@ -265,16 +265,30 @@ async def test_expiry_notifications_are_added_to_those_in_use(
     await client.aclose()
 
 
-async def test_a_read_only_replica_is_refused(own_redis_server: EmbeddedServer, tmp_path: Path) -> None:
+async def test_a_process_starts_and_reads_on_a_replica(
+    own_redis_server: EmbeddedServer, tmp_path: Path, open_registry: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     directory = tmp_path / "replica"
     directory.mkdir()
     port = own_redis_server.url.rpartition(":")[2]
+    worker = await open_registry(own_redis_server.url)
+    await worker.register("i/worker", b"v")
     settings = {"replicaof": f"127.0.0.1 {port}"}
     async with EmbeddedServer(directory, port=0, settings=settings) as replica:
-        error = await refusal(replica.url)
-    assert isinstance(error, StoreRefused)
-    assert "read-only replica" in str(error)
-    assert f"127.0.0.1:{port}" in str(error)
+        client = RedisClient(replica.url, timeout_s=3.0)
+        async with asyncio.timeout(20):
+            while not await client.execute("KEYS", "*meta"):
+                await asyncio.sleep(0.05)
+        await client.aclose()
+        reader = await open_registry(replica.url)
+        watch = reader.watch("i/")
+        assert len((await anext(watch)).events) == 1
+        await worker.register("i/more", b"v")
+        assert len((await anext(watch)).events) == 1
+        with pytest.raises(StoreError, match="read-only replica"):
+            await reader.put("k", b"v")
+        await reader.aclose()
+    assert f"set DYN_REDIS_URL to its primary (127.0.0.1:{port})" in caplog.text
 
 
 async def test_a_demoted_primary_is_left_and_found_again(

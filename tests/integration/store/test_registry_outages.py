@@ -222,7 +222,7 @@ async def test_many_leases_end_in_bounded_calls(
 
     await asyncio.gather(*map(write, range(10)))
     assert len((await watcher.get_prefix("i/")).records) > 200
-    await view.until(lambda: not view.state and len(view.batches) > 1)
+    await view.until(lambda: not view.state and len(view.batches) > 1, 30.0)
     deletes = [event for batch in view.batches for event in batch.events if isinstance(event, Delete)]
     assert len(deletes) == 300, "each delete is logged once"
     assert (await watcher.get_prefix("i/")).records == ()

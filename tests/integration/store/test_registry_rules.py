@@ -37,8 +37,7 @@ async def kv(dynamo_redis_url: str, dynamo_redis_prefix: str) -> AsyncIterator[K
 
 
 async def _pass_time(kv: KeyValue, seconds: float) -> None:
-    """On the service clock, which passes at most 1 s between two scripts, without reaping more than one
-    call's worth at the end."""
+    """On the service clock, without reaping more than one call's worth at the end."""
     meta = kv.keys.meta
     clock = int(await kv.client.execute("HGET", meta, "clock"))
     await kv.client.execute("HSET", meta, "clock", clock + round(seconds * 1000))
@@ -96,8 +95,11 @@ async def test_the_clock_does_not_follow_steps_of_the_server_s(kv: KeyValue) -> 
         await kv.client.execute("HSET", meta, "seen", seen + step)
         await kv.tick()
     after = int(await kv.client.execute("HGET", meta, "clock"))
-    assert 0 <= after - before <= 2_000
-    assert after - before >= 1_000, "one step forward counts as 1 s"
+    assert 0 <= after - before <= 900, "a step counts for nothing, whichever way it goes"
+    for _ in range(4):
+        await asyncio.sleep(0.2)
+        await kv.tick()
+    assert int(await kv.client.execute("HGET", meta, "clock")) - after >= 200, "time passes by ticks"
 
 
 async def test_a_failed_comparison_grants_no_lease(kv: KeyValue) -> None:

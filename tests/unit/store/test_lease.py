@@ -65,6 +65,7 @@ async def keepalive(monkeypatch: pytest.MonkeyPatch) -> Keepalive:
         loop_stall_s=0.0,
         on_disturbance=lambda reason: None,
         on_renewed=lambda renewal: None,
+        on_refused=lambda error: None,
         stalled_values=list,
     )
     made.granted("one", asyncio.get_running_loop().time())
@@ -97,5 +98,5 @@ async def test_nothing_ends_the_keepalive(keepalive: Keepalive, caplog: pytest.L
     assert caplog.records == []
     step(keepalive, lambda: [b"ok", "what is this"])
     assert "could not be renewed" in caplog.text
-    step(keepalive, lambda: [b"ok", b"", 1, 0])
+    step(keepalive, lambda: [b"ok", b"", 1, 0, 0])
     assert 3.9 < keepalive._deadline - keepalive._renew_at < 4.1

@@ -101,7 +101,7 @@ def test_all_keys_share_the_tag() -> None:
 def test_a_script_is_its_prelude_and_its_own_file_without_comments() -> None:
     script = load_script("registry_tick", "registry_prelude")
     assert "local function open(" in script.source
-    assert "IDLE_MS}" in script.source
+    assert "IDLE_MS, FULL}" in script.source
     assert not any(line.lstrip().startswith("--") for line in script.source.splitlines())
     assert len(script.sha) == 40
     assert script is load_script("registry_tick", "registry_prelude")
@@ -208,6 +208,29 @@ async def test_a_view_that_is_overrun_while_it_loads_asks_for_another_load() -> 
 
 
 # --------------------------------------------------------------------------- health
+
+
+def test_a_refusal_is_told_apart_from_an_outage(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    health = Health("redis.example:6379")
+    refusal = StoreRefused("Redis at redis.example:6379 takes no writes")
+    refusal.answered = True
+    health.refused(refusal)  # it does not answer reads either
+    reasons = [health.write_refusal]
+    health.succeeded()
+    health.refused(StoreUnavailable("the connection broke"))
+    reasons.append(health.write_refusal)
+    for _ in range(3):
+        health.refused(refusal)
+    assert health.connected
+    reasons.append(health.write_refusal)
+    health.wrote(full=True)
+    reasons.append(health.write_refusal)
+    health.wrote(full=False)
+    reasons.append(health.write_refusal)
+    full = "Redis at redis.example:6379 is out of memory: raise its maxmemory"
+    assert reasons == [None, None, str(refusal), full, None]
+    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
 
 
 def test_an_outage_is_two_log_lines(caplog: pytest.LogCaptureFixture) -> None:

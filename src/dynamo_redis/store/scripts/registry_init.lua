@@ -3,20 +3,20 @@
 -- KEYS    1-7 the registry's structures
 -- ARGV    1 ''   2 operation id   3 a random incarnation, used if one is needed   4 schema version
 -- Answers {'ok', incarnation, revision, operation} or {'schema', found}.
--- Atomic: of many callers that find the registry gone, the first makes it, the others find it whole.
+-- Atomic: of many callers that find the registry gone, the first makes it, the others find it whole, and write nothing.
+--         `meta` comes last: without it there is no registry.
 
-local refused = open(true)
-if refused and refused[1] ~= 'wiped' then return refused end
-if refused then
-  redis.call('UNLINK', META, KV, IDX, LEASES, LK, LR, LOG)
-  local _, _, now = read_clock(0, 0)
-  INC, REV, LAST_OP = ARGV[3], '0-0', ''
-  redis.call('HSET', META, 'schema', ARGV[4], 'inc', INC, 'clock', 0, 'seen', now)
-  redis.call('HSET', KV, '', INC)
-  redis.call('HSET', LR, '', INC)
-  redis.call('ZADD', IDX, 0, '\0' .. INC)
-  redis.call('ZADD', LK, 0, '\0' .. INC)
-  redis.call('ZADD', LEASES, '+inf', '\0' .. INC)
-  emit('i', '', INC, '', '', 0)
-end
-return close({'ok', INC, REV, LAST_OP})
+local answer = look(function() return {'ok', INC, REV, LAST_OP} end, true)
+if answer[1] ~= 'wiped' then return answer end
+
+redis.call('UNLINK', META, KV, IDX, LEASES, LK, LR, LOG)
+local _, _, now = read_clock(0, 0)
+INC, REV, LAST_OP = ARGV[3], '0-0', ''
+emit('i', '', INC, '', '', 0)
+redis.call('HSET', KV, '', INC)
+redis.call('HSET', LR, '', INC)
+redis.call('ZADD', IDX, 0, '\0' .. INC)
+redis.call('ZADD', LK, 0, '\0' .. INC)
+redis.call('ZADD', LEASES, '+inf', '\0' .. INC)
+redis.call('HSET', META, 'schema', ARGV[4], 'inc', INC, 'clock', 0, 'seen', now, 'rev', REV, 'op', LAST_OP)
+return {'ok', INC, REV, LAST_OP}

@@ -3,21 +3,28 @@
 -- KEYS  1 meta  2 kv  3 idx  4 leases  5 lk  6 lr  7 log   (8: a lease's TTL key, where a script says so)
 -- ARGV  1 the incarnation the caller knows, '' for any   2 operation id of this call
 --
--- A script is `return run(function() … end)`. Instead of the function's answer it may give one of these:
+-- A script that changes something is `return run(function() … end)`, one that does not `return look(…)`. Instead
+-- of the function's answer either may give one of these:
 --   {'schema', found}        the registry was written by an incompatible release; nothing was touched
 --   {'wiped'}                there is no registry, or one of its structures is gone: run registry_init
 --   {'incarnation', found}   it is not the registry the caller knows
--- Otherwise the service clock has been advanced and some of the ended leases have been reaped: of up to
--- REAP_LEASES leases, up to REAP_KEYS keys. What is left of an ended lease is shown to nobody.
+-- Otherwise `run` has advanced the service clock and reaped some of the ended leases: of up to REAP_LEASES leases,
+-- up to REAP_KEYS keys. What is left of an ended lease is shown to nobody. `look` writes nothing, so it
+-- works where the server refuses writes, and goes by the time that was last kept.
 --
--- All of a script's effects are atomic. Each touches the seven structures of one hash tag and nothing else.
+-- All of a script's effects are atomic. Each touches the seven structures of one hash tag and nothing else. Should a
+-- script be stopped by an error in its middle, what it meant to do is in the log: changes are logged first, and
+-- made then. The next script that may write makes the rest of them, and readers add them to what they read.
 
 local META, KV, IDX, LEASES, LK, LR, LOG = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]
 local KNOWN, OPERATION = ARGV[1], ARGV[2]
 local MAJOR = '1'
 local REAP_LEASES = 64
 local REAP_KEYS = 256
+local RECORDS = 16
+local COPIED_BYTES = 4194304
 local LOG_FLOOR = 10000
+local MOST_BEHIND = 2000
 local REVOKED = -1
 
 -- The registry's head, filled by `open`: incarnation, last log id, its operation, service clock in ms, and for
@@ -27,35 +34,83 @@ local INC, REV, LAST_OP, CLOCK, IDLE_MS
 -- Whether ended leases may be left. If not, every lease in LEASES lives, and so does that of every key.
 local OVERDUE = false
 
--- Whether META has to be told of new log entries, and how many entries the log keeps.
-local changed, keep = false, nil
+-- Changes that are logged and not yet made, in order; and by key the record that comes of the last, or false.
+local pending, outcome = {}, {}
+
+-- How many entries the log keeps.
+local keep = nil
 
 -- Whether each structure carries the incarnation that `meta` names: losing any one of them is a wipe.
--- The log carries it by its last entry, which must be the one `meta` names, unless it was trimmed empty.
+-- The log carries it by the entry that `meta` names, unless it was trimmed empty.
 local function is_marked()
   if redis.call('HGET', KV, '') ~= INC or redis.call('HGET', LR, '') ~= INC then return false end
   for _, key in ipairs({IDX, LEASES, LK}) do
     if not redis.call('ZSCORE', key, '\0' .. INC) then return false end
   end
-  local last = redis.call('XREVRANGE', LOG, '+', '-', 'COUNT', 1)[1]
-  return not last or last[1] == REV
+  return redis.call('XLEN', LOG) == 0 or #redis.call('XRANGE', LOG, REV, REV) == 1
+end
+
+-- A change of one key, whose log entry is `id`. kind: p put, d deleted, r revoked, x expired. `before` is the
+-- lease under which the key stood.
+local function plan(id, kind, key, value, lease, create, version, before)
+  if create == '' then create = id end
+  local record = kind == 'p' and {id, create, tonumber(version), lease, value}
+  pending[#pending + 1] = {kind, key, lease, before, record}
+  outcome[key] = record
+end
+
+-- Make what is logged. The record comes last: where it is as it should be, all else is.
+local function settle()
+  if #pending == 0 then return end
+  for _, change in ipairs(pending) do
+    local kind, key, lease, before, record = unpack(change, 1, 5)
+    if before ~= '' and (before ~= lease or not record) then redis.call('ZREM', LK, before .. '\0' .. key) end
+    if not record and lease ~= '' and lease ~= before then redis.call('ZREM', LK, lease .. '\0' .. key) end
+    if record then
+      redis.call('ZADD', IDX, 0, key)
+      if lease ~= '' then redis.call('ZADD', LK, 0, lease .. '\0' .. key) end
+      redis.call('HSET', KV, key, cmsgpack.pack(record))
+    else
+      redis.call('ZREM', IDX, key)
+      redis.call('HDEL', KV, key)
+    end
+  end
+  redis.call('HSET', META, 'rev', REV, 'op', LAST_OP)
+  pending, outcome = {}, {}
+end
+
+-- Plan what the log has behind the entry that `meta` names: a script was stopped before it had made it. Answers the
+-- ids of entries that no script wrote.
+local function recall()
+  local foreign = {}
+  local entries = redis.call('XRANGE', LOG, '(' .. REV, '+', 'COUNT', MOST_BEHIND)
+  for _, entry in ipairs(entries) do
+    local id, kind, key, value, lease, create, version, operation, before, its =
+      entry[1], entry[2][2], entry[2][4], entry[2][6], entry[2][8], entry[2][10], entry[2][12], entry[2][14],
+      entry[2][16], entry[2][18]
+    if before == REV and its == LAST_OP and (kind == 'p' or kind == 'd' or kind == 'r' or kind == 'x') then
+      local packed = redis.call('HGET', KV, key)
+      plan(id, kind, key, value, lease, create, version, packed and cmsgpack.unpack(packed)[4] or '')
+      REV, LAST_OP = id, operation
+    else
+      foreign[#foreign + 1] = id
+    end
+  end
+  return foreign
 end
 
 -- Append to the change log; answer the entry's id, which is the revision of the change.
--- kind: p put, d deleted, r revoked, x expired, i a new incarnation (in v).
+-- kind: as in `plan`, or i a new incarnation (in v).
 local function emit(kind, key, value, lease, create, version)
   keep = keep or math.max(LOG_FLOOR, 4 * redis.call('ZCARD', IDX))
   local id = redis.call('XADD', LOG, 'MAXLEN', '~', keep, '*', 'o', kind, 'k', key, 'v', value, 'l', lease,
     'c', create, 'n', version, 'w', OPERATION, 'p', REV, 'q', LAST_OP)
-  REV, LAST_OP, changed = id, OPERATION, true
+  REV, LAST_OP = id, OPERATION
   return id
 end
 
 local function remove(key, kind, lease)
-  redis.call('HDEL', KV, key)
-  redis.call('ZREM', IDX, key)
-  if lease ~= '' then redis.call('ZREM', LK, lease .. '\0' .. key) end
-  emit(kind, key, '', lease, '', 0)
+  plan(emit(kind, key, '', lease, '', 0), kind, key, '', lease, '', 0, lease)
 end
 
 -- Why a lease that is not alive has ended. REVOKED stands for the deadline while its keys go.
@@ -64,14 +119,28 @@ local function cause(deadline)
 end
 
 -- Delete up to `most` keys of an ended lease, logging each, and the lease itself if no more are left.
--- Answers how many were deleted and whether the lease is gone.
+-- Answers how many were looked at and whether the lease is gone.
 local function finish(lease, kind, most)
   local members = redis.call('ZRANGEBYLEX', LK, '[' .. lease .. '\0', '(' .. lease .. '\1', 'LIMIT', 0, most)
-  for _, member in ipairs(members) do remove(string.sub(member, #lease + 2), kind, lease) end
-  if #members == most then return most, false end
+  local seen, copied = 0, 0
+  while seen < #members and copied < COPIED_BYTES do
+    local keys, last = {}, math.min(seen + RECORDS, #members)
+    for index = seen + 1, last do keys[#keys + 1] = string.sub(members[index], #lease + 2) end
+    for index, packed in ipairs(redis.call('HMGET', KV, unpack(keys))) do
+      copied = copied + (packed and #packed or 0)
+      if packed and cmsgpack.unpack(packed)[4] == lease then
+        remove(keys[index], kind, lease)
+      else -- the name stands there alone, or the key has another lease now
+        redis.call('ZREM', LK, lease .. '\0' .. keys[index])
+      end
+    end
+    seen = last
+  end
+  settle()
+  if seen < #members or seen == most then return seen, false end
   redis.call('ZREM', LEASES, lease)
   redis.call('HDEL', LR, lease)
-  return #members, true
+  return seen, true
 end
 
 -- Whether a lease lives, and its deadline: nil if it is unknown.
@@ -84,11 +153,14 @@ end
 -- The live record of a key, {mod_revision, create_revision, version, lease or '', value}, and its packed
 -- form; nil if there is none. Then, third, what an ended lease has left there.
 local function current(key)
-  local packed = redis.call('HGET', KV, key)
-  if not packed then return nil end
-  local record = cmsgpack.unpack(packed)
+  local record, packed = outcome[key], nil
+  if record == nil then
+    packed = redis.call('HGET', KV, key)
+    record = packed and cmsgpack.unpack(packed)
+  end
+  if not record then return nil end
   if OVERDUE and record[4] ~= '' and not is_alive(record[4]) then return nil, nil, record end
-  return record, packed
+  return record, packed or cmsgpack.pack(record)
 end
 
 -- How many leases live, and how many ended ones are left for the next call.
@@ -108,31 +180,59 @@ local function reap(ended)
   OVERDUE = #ended == 2 * REAP_LEASES
 end
 
--- What to answer at once, or nil: then the head above is filled. The marks are looked at by the first script
--- of each second; that each structure is there at all, by every one.
-local function open(thorough)
+-- Read the head. Answers what to answer at once, or nil; then TIME when the clock was kept.
+local function read_head()
   local meta = redis.call('HMGET', META, 'schema', 'inc', 'rev', 'op', 'clock', 'seen')
   if meta[1] and meta[1] ~= MAJOR and string.match(meta[1], '^%d+') ~= MAJOR then return {'schema', meta[1]} end
-  INC, REV, LAST_OP = meta[2], meta[3], meta[4]
+  INC, REV, LAST_OP, CLOCK = meta[2], meta[3], meta[4], meta[5]
   if not INC or redis.call('EXISTS', KV, IDX, LEASES, LK, LR, LOG) ~= 6 then return {'wiped'} end
+  return nil, meta[6]
+end
+
+local function keep_clock(now)
+  write_when_full('HSET', META, 'clock', CLOCK, 'seen', now)
+end
+
+-- What to answer at once, or nil: then the head above is filled. The marks are looked at by the first script
+-- of each second; that each structure is there at all, by every one. `passes`: also on a full server.
+local function open(passes)
+  local refused, seen = read_head()
+  if refused then return refused end
   local now
-  CLOCK, IDLE_MS, now = read_clock(meta[5], meta[6])
-  local new_second = math.floor(now / 1000) ~= math.floor(meta[6] / 1000)
-  if (thorough or new_second) and not is_marked() then return {'wiped'} end
+  CLOCK, IDLE_MS, now = read_clock(CLOCK, seen)
+  local new_second = math.floor(now / 1000) ~= math.floor(seen / 1000)
+  if new_second and not is_marked() then return {'wiped'} end
   if KNOWN ~= '' and KNOWN ~= INC then return {'incarnation', INC} end
   local ended = redis.call('ZRANGEBYSCORE', LEASES, '-inf', CLOCK, 'WITHSCORES', 'LIMIT', 0, REAP_LEASES)
   -- A time at which a lease was found ended must not be unmade by a clock that steps back.
-  if new_second or #ended > 0 or IDLE_MS >= KEEP_CLOCK_MS then
+  local is_due = new_second or #ended > 0 or IDLE_MS >= KEEP_CLOCK_MS
+  if passes then
+    write_when_full('HSET', META, 'clock', CLOCK, 'seen', now)
+  elseif is_due then
     redis.call('HSET', META, 'clock', CLOCK, 'seen', now)
   end
+  for _, id in ipairs(recall()) do redis.call('XDEL', LOG, id) end
+  settle()
   if #ended > 0 then reap(ended) end
 end
 
-local function close(answer)
-  if changed then redis.call('HSET', META, 'rev', REV, 'op', LAST_OP) end
+-- Run a script that changes something. `passes`: also on a full server, since it takes no memory for long.
+local function run(body, passes)
+  local answer = open(passes) or body()
+  settle()
   return answer
 end
 
-local function run(body)
-  return open() or close(body())
+-- Run a script that only reads. Changes that are logged and not yet made count as made; the function gets the
+-- revision and operation of the last that is. `thorough`: look at the marks, too.
+local function look(body, thorough)
+  local refused = read_head()
+  if refused then return refused end
+  CLOCK = tonumber(CLOCK)
+  if thorough and not is_marked() then return {'wiped'} end
+  if KNOWN ~= '' and KNOWN ~= INC then return {'incarnation', INC} end
+  OVERDUE = #redis.call('ZRANGEBYSCORE', LEASES, '-inf', CLOCK, 'LIMIT', 0, 1) > 0
+  local made, by = REV, LAST_OP
+  recall()
+  return body(made, by)
 end

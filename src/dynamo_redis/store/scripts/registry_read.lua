@@ -2,13 +2,15 @@
 --
 -- KEYS    1-7 the registry's structures
 -- ARGV    1 incarnation or ''   2 operation id   3 lease or ''
---         4 name to go on behind, or ''   5 most names to answer   6… keys
+--         4 name to go on behind, or ''   5 most names to answer   6 bytes of records at which an answer ends   7… keys
 -- Answers {'ok', incarnation, revision, operation, 1 if the lease is alive, its owner's last write or '',
---         names of its keys in order, then for each key its packed record or ''}
--- Atomic: one moment. Records of ended leases are not shown.
+--         names of its keys in order, then for each key its packed record or '', until there are enough bytes}
+--         {'unmade'}: a lease was asked for, and changes are logged that are not yet made: tick, and read again
+-- Atomic: one moment. Records of ended leases are not shown. Writes nothing.
 
-return run(function()
-  local lease, after, most = ARGV[3], ARGV[4], tonumber(ARGV[5])
+return look(function(made)
+  local lease, after, most, most_bytes = ARGV[3], ARGV[4], tonumber(ARGV[5]), tonumber(ARGV[6])
+  if lease ~= '' and made ~= REV then return {'unmade'} end
   local alive = lease ~= '' and is_alive(lease)
   local names = {}
   if alive then
@@ -18,10 +20,12 @@ return run(function()
     end
   end
   local last_write = alive and redis.call('HGET', LR, lease) or ''
-  local answer = {'ok', INC, REV, LAST_OP, alive and 1 or 0, last_write, names}
-  for index = 6, #ARGV do
+  local answer, bytes = {'ok', INC, REV, LAST_OP, alive and 1 or 0, last_write, names}, 0
+  for index = 7, #ARGV do
+    if bytes >= most_bytes then break end
     local _, packed = current(ARGV[index])
     answer[#answer + 1] = packed or ''
+    bytes = bytes + #(packed or '')
   end
   return answer
 end)

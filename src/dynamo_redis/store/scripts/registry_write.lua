@@ -18,7 +18,7 @@
 --         {'unknown'}: nothing was written now; whether it was before cannot be told any more
 -- Atomic, and once for an operation id: a repeated call looks for the first one's entries among the newest
 -- SEARCH of the log, as far back as the entry it names, and answers as that did. What wrote nothing is
--- evaluated again.
+-- evaluated again. A call that only deletes passes on a server that is full.
 
 local SEARCH = 1000
 local ENTRY_BYTES = 4096
@@ -30,7 +30,7 @@ local lease, ttl_ms = ARGV[4], tonumber(ARGV[5])
 local function find_first_answer(bottom)
   local revision, changes, before, seen = nil, 0, '+', 0
   while seen < SEARCH do
-    local entries = redis.call('XREVRANGE', LOG, before, '-', 'COUNT', 50)
+    local entries = redis.call('XREVRANGE', LOG, before, '-', 'COUNT', 10)
     for _, entry in ipairs(entries) do
       local id, kind, value, operation = entry[1], entry[2][2], entry[2][6], entry[2][14]
       if operation == OPERATION then
@@ -40,7 +40,7 @@ local function find_first_answer(bottom)
       end
       before, seen = '(' .. id, seen + 1 + math.floor(#value / ENTRY_BYTES)
     end
-    if #entries < 50 then return revision, changes, true end
+    if #entries < 10 then return revision, changes, true end
   end
   return revision, changes, false
 end
@@ -76,32 +76,28 @@ local function put(key, value, owned)
     local _, deadline = is_alive(ended[4])
     remove(key, cause(deadline or 0), ended[4])
   end
-  local create, version = '', 1
-  if old then
-    create, version = old[2], old[3] + 1
-    if old[4] ~= '' and old[4] ~= lease then redis.call('ZREM', LK, old[4] .. '\0' .. key) end
-  else
-    redis.call('ZADD', IDX, 0, key)
-  end
-  if lease ~= '' then redis.call('ZADD', LK, 0, lease .. '\0' .. key) end
-  local id = emit('p', key, value, lease, create, version)
-  if create == '' then create = id end
-  redis.call('HSET', KV, key, cmsgpack.pack({id, create, version, lease, value}))
+  local create, version, before = '', 1, ''
+  if old then create, version, before = old[2], old[3] + 1, old[4] end
+  plan(emit('p', key, value, lease, create, version), 'p', key, value, lease, create, version, before)
   return 1
 end
 
 local function delete(key, owned)
-  local old = current(key)
+  local old, _, ended = current(key)
+  if not old and not ended then redis.call('ZREM', IDX, key) end -- a name without a record
   if not old or (owned == 1 and old[4] ~= lease) then return 0 end
   remove(key, 'd', old[4])
   return 1
 end
 
+local request = cmsgpack.unpack(ARGV[6])
+local only_deletes = #request[2] > 0
+for _, operation in ipairs(request[2]) do only_deletes = only_deletes and operation[1] == 'd' end
+
 return run(function()
   local answer = ARGV[3] ~= '' and answer_again()
   if answer then return answer end
 
-  local request = cmsgpack.unpack(ARGV[6])
   for index, comparison in ipairs(request[1]) do
     local found, packed = current(comparison[1])
     if (found and found[1] or '') ~= comparison[2] then return {'failed', index - 1, packed or ''} end
@@ -126,6 +122,7 @@ return run(function()
     local kind, key, value, owned = operation[1], operation[2], operation[3], operation[4]
     changes = changes + (kind == 'p' and put(key, value, owned) or kind == 'd' and delete(key, owned))
   end
+  settle()
   if lease ~= '' and changes > 0 then redis.call('HSET', LR, lease, REV .. ' ' .. OPERATION .. ' ' .. before) end
   return {'ok', REV, granted, changes, before}
-end)
+end, only_deletes)
