@@ -5,7 +5,8 @@
     ├── StoreError                  the registry, a lock or the object store
     │   ├── StoreUnavailable        no answer from Redis in time, or it is no primary now   (retryable)
     │   ├── StoreRefused            Redis answers, and says no: password, permission, memory, too old
-    │   ├── SchemaMismatch          the registry was written by an incompatible release
+    │   ├── InvalidRecord           what was read is not what its place or sender promises
+    │   │   └── SchemaMismatch      it was written by an incompatible release
     │   ├── KeyExists               create-if-absent found the key
     │   ├── RevisionMismatch        compare-and-put found another revision
     │   ├── LeaseNotFound           the lease has ended
@@ -43,7 +44,10 @@ same request may succeed elsewhere or later; whether to retry is the caller's po
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Final, Self
+
+_SHOWN_CHARS: Final = 200
+"""How much of a stranger's value a message may repeat."""
 
 
 class DynamoRedisError(Exception):
@@ -51,6 +55,16 @@ class DynamoRedisError(Exception):
 
     code: ClassVar[str] = "internal"
     retryable: ClassVar[bool] = False
+
+
+def _shortened(value: object) -> str:
+    """A value as part of a message: on one line, and no longer than a message may be."""
+    try:
+        text = str(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits; a value nested too deep
+        text = f"a {type(value).__name__} that cannot be printed"
+    text = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text[: _SHOWN_CHARS + 1])
+    return text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}…"
 
 
 class ConfigError(DynamoRedisError, ValueError):
@@ -89,18 +103,60 @@ class StoreRefused(StoreError):
     code = "store_refused"
 
 
-class SchemaMismatch(StoreError):
-    """The registry was written by a release whose schema this one does not read."""
+class InvalidRecord(StoreError, ValueError):
+    """One value that was read cannot be used: damaged, contradictory, or not of its kind at all.
+
+    Every decoder of this package raises this and nothing else. It concerns that value alone: a task that
+    reads many leaves it out, says so, and goes on. `what` names the kind of value, as "an instance record";
+    `key` its place, or "" where it has none; `remedy` what puts it right, or "".
+    """
+
+    code = "invalid_record"
+
+    def __init__(self, what: str, reason: object, *, key: str = "", remedy: str = "") -> None:
+        self.what = what
+        self.reason = _shortened(reason)
+        self.key = key
+        self.remedy = remedy
+        super().__init__()
+
+    def __str__(self) -> str:
+        subject = f"{self.key} is not {self.what}" if self.key else f"not {self.what}"
+        return f"{subject}: {self.reason}{f' ({self.remedy})' if self.remedy else ''}"
+
+    def at(self, key: str, remedy: str = "") -> Self:
+        """The same error, with the place of the value."""
+        self.key = self.key or key
+        self.remedy = self.remedy or remedy
+        return self
+
+
+class SchemaMismatch(InvalidRecord):
+    """A value, or the whole registry, has a schema that this release does not read.
+
+    `what` names it; `found` and `supported` are versions.
+    """
 
     code = "schema_mismatch"
 
-    def __init__(self, found: str, supported: str) -> None:
+    def __init__(
+        self, what: str, found: object, supported: object, *, key: str = "", remedy: str = ""
+    ) -> None:
+        self.found = _shortened(found)
+        self.supported = str(supported)
         super().__init__(
-            f"the registry has schema version {found}, this release reads {supported}: "
-            "upgrade the older side, or choose another DYN_REDIS_PREFIX"
+            what,
+            f"it has schema version {self.found}, this release reads {self.supported}",
+            key=key,
+            remedy=remedy or "upgrade the older side",
         )
-        self.found = found
-        self.supported = supported
+
+    def __str__(self) -> str:
+        place = f" at {self.key}" if self.key else ""
+        return (
+            f"{self.what}{place} has schema version {self.found}, this release reads {self.supported}: "
+            f"{self.remedy}"
+        )
 
 
 class KeyExists(StoreError):

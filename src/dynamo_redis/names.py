@@ -33,6 +33,8 @@ BARRIERS = "v1/barrier/"
 
 _SAFE = "-_.~:@+[]"
 _SLUG = re.compile(r"[^a-z0-9_-]+")
+_INSTANCE_ID = re.compile(r"0|[1-9a-f][0-9a-f]{0,15}")
+_INSTANCE_ID_END = 1 << 63
 
 
 def new_instance_id() -> InstanceId:
@@ -46,8 +48,17 @@ def format_instance_id(instance_id: int) -> str:
 
 
 def parse_instance_id(text: str) -> InstanceId:
-    """The reverse of `format_instance_id`. Raises ValueError."""
-    return InstanceId(int(text, 16))
+    """The reverse of `format_instance_id`. Raises ValueError for what that does not write."""
+    if not _INSTANCE_ID.fullmatch(text):
+        raise ValueError(f"{text[:40]!r} is not an instance id")
+    return check_instance_id(int(text, 16))
+
+
+def check_instance_id(value: object) -> InstanceId:
+    """That a value of JSON is an instance id. Raises ValueError."""
+    if type(value) is not int or not 0 <= value < _INSTANCE_ID_END:
+        raise ValueError("an instance id is a whole number of 63 bits")
+    return InstanceId(value)
 
 
 def encode_segment(name: str) -> str:
@@ -75,7 +86,7 @@ class EndpointName:
 
     def __post_init__(self) -> None:
         for part in (self.namespace, self.component, self.endpoint):
-            if not part or "." in part or "/" in part:
+            if type(part) is not str or not part or "." in part or "/" in part:
                 raise ConfigError(
                     f"{self.namespace!r}, {self.component!r}, {self.endpoint!r} do not name an endpoint: "
                     "each part must be non-empty and free of '.' and '/'"

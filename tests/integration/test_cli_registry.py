@@ -16,10 +16,12 @@ import anyio
 import pytest
 
 from dynamo_redis.names import EndpointName, InstanceId
+from dynamo_redis.router.answering import state_endpoint
 from dynamo_redis.runtime.instance import Instance
 from dynamo_redis.runtime.model_card import FileReference, ModelCard
 from dynamo_redis.store.server import EmbeddedServer
 from tests.integration.conftest import Cli, Done
+from tests.rubbish import WORST_JSON
 
 ENDPOINT = EndpointName("dynamo", "backend", "generate")
 
@@ -140,11 +142,46 @@ def test_a_record_that_cannot_be_read_does_not_hide_the_others(cli: Cli) -> None
     put_instance(cli, 1)
     put_instance(cli, 2, version=99)
     assert cli("put", ENDPOINT.instance_key(3), "nonsense").code == 0
-    lines = cli("instances").out.splitlines()[2:]
+    assert cli("put", ENDPOINT.instance_key(4), '{"secret": "c0ffee", "version": 1e999}').code == 0
+    shown = cli("instances")
+    lines = shown.out.splitlines()[2:]
     assert "ready" in lines[0]
-    assert "unreadable: the registry has schema version 99" in lines[1]
-    assert "unreadable: not an instance record" in lines[2]
-    assert len(cli("instances", "--json").json) == 3
+    assert f"unreadable: an instance record at {ENDPOINT.instance_key(2)} has schema version 99" in lines[1]
+    assert f"unreadable: {ENDPOINT.instance_key(3)} is not an instance record" in lines[2]
+    assert (shown.code, shown.err) == (1, "dynamo-redis: 3 instance records cannot be read: see above\n")
+    found = json.loads(cli("instances", "--json").out)
+    assert [("error" in instance) for instance in found] == [False, True, True, True]
+    assert "c0ffee" not in json.dumps(found), "nor in what is no JSON"
+    for key in (3, 4):
+        assert cli("del", ENDPOINT.instance_key(key)).code == 0
+    assert cli("instances").code == 1
+    assert cli("del", ENDPOINT.instance_key(2)).code == 0
+    assert cli("instances").code == 0
+
+
+@pytest.mark.parametrize("name", WORST_JSON)
+def test_worst_values_are_shown_by_every_listing(cli: Cli, name: str, tmp_path: Path) -> None:
+    value = WORST_JSON[name].decode(errors="surrogateescape")
+    put_instance(cli, 1)
+    router = state_endpoint(ENDPOINT)
+    for key in (
+        ENDPOINT.instance_key(2),
+        ENDPOINT.model_card_key(2),
+        "v1/mdc/no/key",
+        router.instance_key(3),
+    ):
+        assert cli("put", key, value).code == 0
+    assert cli("get", "--prefix", "v1/").out.count("v1/") >= 5
+    assert len(cli("get", "--prefix", "v1/", "--json").json) == 5
+    instances, models = cli("instances"), cli("models")
+    assert (instances.code, models.code) == (1, 1)
+    assert "ready" in instances.out
+    assert instances.out.count("unreadable: ") == 2
+    assert models.out.count("unreadable: ") == 2
+    assert cli("models", "--json").out.count('"error": ') == 2
+    states = cli("router-state")
+    assert (states.code, states.err) == (1, "dynamo-redis: 1 router cannot be read: see above\n")
+    assert f"unreadable: {'an instance record at ' * (name == 'a later major version')}v1/" in states.out
 
 
 def test_models_are_listed_with_their_workers(cli: Cli) -> None:
@@ -157,12 +194,15 @@ def test_models_are_listed_with_their_workers(cli: Cli) -> None:
     for instance_id in (1, 2):
         assert cli("put", ENDPOINT.model_card_key(instance_id), card.to_bytes().decode()).code == 0
     assert cli("put", ENDPOINT.model_card_key(3), "{}").code == 0
-    lines = cli("models").out.splitlines()[2:]
+    shown = cli("models")
+    lines = shown.out.splitlines()[2:]
     assert lines[0].split() == [
         "Qwen/Qwen3", "chat+completions", "dynamo.backend.generate", "2", "40960", "16", "11", "MiB",
     ]  # fmt: skip
-    assert lines[1].startswith("unreadable: not a model card")
-    found = cli("models", "--json").json
+    assert lines[1].startswith(f"unreadable: {ENDPOINT.model_card_key(3)} is not a model card")
+    assert (shown.code, shown.err) == (1, "dynamo-redis: 1 model card cannot be read: see above\n")
+    found = json.loads(cli("models", "--json").out)
+    assert list(found[1]) == ["key", "error"]
     assert (found[0]["model"], found[0]["instance_ids"]) == ("Qwen/Qwen3", [1, 2])
 
 

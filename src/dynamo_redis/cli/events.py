@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import logging
+import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -17,7 +18,7 @@ from dynamo_redis.cli.formats import human_duration, human_size, human_time, pri
 from dynamo_redis.cli.options import SettingsCommand, store_options
 from dynamo_redis.cli.output import json_option, print_json, print_json_line, print_line, print_table
 from dynamo_redis.config import parse_duration
-from dynamo_redis.errors import SchemaMismatch, StoreUnavailable
+from dynamo_redis.errors import InvalidRecord, StoreUnavailable
 from dynamo_redis.names import decode_segment, format_instance_id
 from dynamo_redis.store.event_base import BEGINNING, GROUP_TTL_S, Entry, EventStreams, StreamInfo, StreamName
 from dynamo_redis.wire import kv_event
@@ -284,7 +285,7 @@ def _lines(entry: Entry) -> Iterator[dict[str, Any]]:
     head: dict[str, Any] = {"entry_id": entry.entry_id}
     try:
         batch = EventBatch.from_bytes(entry.content)
-    except (ValueError, SchemaMismatch) as exc:
+    except InvalidRecord as exc:
         yield {**head, "error": f"unreadable: {exc}"}
         return
     head |= {
@@ -310,18 +311,34 @@ def _shown(topic: str, event: Any) -> Any:
         else:
             hashes = [f"{value:016x}" for value in known.hashes]
             return {"kind": _KINDS[known.kind], "tier": _TIERS[known.tier], "hashes": hashes}
-    return json.loads(json.dumps(event, default=_plain))
+    return _plain(event)
 
 
-def _plain(value: Any) -> str:
-    return f"base64:{base64.b64encode(value).decode()}" if isinstance(value, bytes) else str(value)
+def _plain(value: Any) -> Any:
+    """A value of msgpack as JSON can have it: bytes in base64, and as text what JSON has no word for."""
+    match value:
+        case dict():
+            return {str(_plain(key)): _plain(part) for key, part in value.items()}
+        case list():
+            return [_plain(part) for part in value]
+        case bytes():
+            return f"base64:{base64.b64encode(value).decode()}"
+        case float() if not math.isfinite(value):
+            return str(value)
+        case str() | int() | float() | None:
+            return value
+        case _:
+            return str(value)
 
 
 def _text(line: dict[str, Any]) -> str:
     """A line for people: when, who, its number, and what."""
     if "error" in line:
         return f"{line['entry_id']}  {line['error']}"
-    when = time.strftime("%H:%M:%S", time.localtime(_time_s(line["entry_id"])))
+    try:
+        when = time.strftime("%H:%M:%S", time.localtime(_time_s(line["entry_id"])))
+    except (ValueError, OverflowError, OSError):
+        when = line["entry_id"]  # beyond the calendar
     rank = f"/{line['dp_rank']}" if line["dp_rank"] else ""
     return f"{when}  {line['instance_id']}{rank}  {line['sequence']:>8}  {_what(line['event'])}"
 

@@ -2,7 +2,7 @@
 
 | exit code | meaning |
 |---|---|
-| 1 | what was asked for could not be done |
+| 1 | what was asked for could not be done, or a part of a listing could not be read |
 | 2 | an argument or a setting is wrong |
 | 130 | ended by Ctrl-C |
 | 141 | the reader of our output went away |
@@ -86,6 +86,13 @@ def say(message: str, *, prefix: str = "dynamo-redis: ") -> None:
         sys.stderr.flush()
     except OSError:
         return  # nobody listens
+
+
+def end_listing(unreadable_count: int, what: str) -> None:
+    """End a command that has shown all rows. Raises CommandFailed if some of them could not be read."""
+    if unreadable_count:
+        plural = "s" * (unreadable_count != 1)
+        raise CommandFailed(f"{unreadable_count} {what}{plural} cannot be read: see above")
 
 
 def require_extra(extra: str) -> None:

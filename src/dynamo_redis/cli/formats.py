@@ -21,6 +21,8 @@ HIDDEN = "***"
 _PASSWORD = re.compile(r"([a-z][a-z0-9+.-]*://[^\s:/@]*):[^\s'\"]*@", re.IGNORECASE)
 _PASSWORD_ARGUMENT = re.compile(r"([?&]password=)[^&\s'\"]+", re.IGNORECASE)
 
+_SECRET_FIELD = re.compile(r"""("secret"\s*:\s*")[^"]*""")
+
 _UNITS = ("KiB", "MiB", "GiB", "TiB")
 
 
@@ -53,7 +55,10 @@ def human_duration(duration_s: float) -> str:
 
 def human_time(epoch_s: float, now_s: float) -> str:
     """`2026-11-22 08:15:30 (3m 20s ago)`, in the local time zone."""
-    local = datetime.fromtimestamp(epoch_s, UTC).astimezone()
+    try:
+        local = datetime.fromtimestamp(epoch_s, UTC).astimezone()
+    except (ValueError, OverflowError, OSError):
+        return f"at {epoch_s:.0f} s"  # beyond the calendar
     return f"{local:%Y-%m-%d %H:%M:%S} ({human_duration(now_s - epoch_s)} ago)"
 
 
@@ -92,8 +97,11 @@ def show_value(key: str, stored: bytes, *, secrets: bool = False) -> ShownValue:
         return ShownValue("base64", base64.b64encode(stored).decode())
     try:
         value = json.loads(text)
+        # What Python reads and could not print again: infinities, halves of characters, nesting too deep.
+        json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError):
-        return ShownValue("text", text)
+        hides = not secrets and key.startswith(INSTANCES)
+        return ShownValue("text", _SECRET_FIELD.sub(rf"\1{HIDDEN}", text) if hides else text)
     if not secrets and key.startswith(INSTANCES) and isinstance(value, dict) and value.get("secret"):
         value = {**value, "secret": HIDDEN}
     return ShownValue("json", value)

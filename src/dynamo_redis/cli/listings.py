@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import time
 from typing import Any
 
 import click
 
 from dynamo_redis.cli import connect
+from dynamo_redis.cli.failures import end_listing
 from dynamo_redis.cli.formats import human_duration, human_size, show_value
 from dynamo_redis.cli.options import SettingsCommand, store_options
 from dynamo_redis.cli.output import json_option, print_json, print_table
-from dynamo_redis.errors import DynamoRedisError
-from dynamo_redis.names import INSTANCES, MODEL_CARDS, decode_segment, parse_instance_id
+from dynamo_redis.decoding import removal
+from dynamo_redis.errors import InvalidRecord
+from dynamo_redis.names import INSTANCES, MODEL_CARDS, decode_segment, format_instance_id
 from dynamo_redis.runtime.instance import Instance
-from dynamo_redis.runtime.model_card import ModelCard
+from dynamo_redis.runtime.model_card import ModelCard, parse_card_key
 from dynamo_redis.store.base import Record, Snapshot
 
 
@@ -37,12 +38,14 @@ def instances(endpoint: str | None, as_json: bool, show_secrets: bool, **options
     """
     snapshot = connect.run(_read(INSTANCES, options))
     records = [record for record in snapshot.records if _within(record.key, INSTANCES, endpoint)]
+    found = [(record, _instance(record)) for record in records]
     if as_json:
-        print_json([_instance_json(record, secrets=show_secrets) for record in records])
-        return
-    columns = ["INSTANCE", "ENDPOINT", "ADDRESS", "STATE", "UP"] + ["SECRET"] * show_secrets
-    rows = [_instance_row(record, secrets=show_secrets) for record in records]
-    print_table(columns, rows, empty=f"no instances{f' of {endpoint}' if endpoint else ''}")
+        print_json([_instance_json(*entry, secrets=show_secrets) for entry in found])
+    else:
+        columns = ["INSTANCE", "ENDPOINT", "ADDRESS", "STATE", "UP"] + ["SECRET"] * show_secrets
+        rows = [_instance_row(*entry, secrets=show_secrets) for entry in found]
+        print_table(columns, rows, empty=f"no instances{f' of {endpoint}' if endpoint else ''}")
+    end_listing(sum(isinstance(instance, InvalidRecord) for _, instance in found), "instance record")
 
 
 @click.command("models", cls=SettingsCommand)
@@ -59,9 +62,10 @@ def models(as_json: bool, **options: str | None) -> None:
     served = _by_model(connect.run(_read(MODEL_CARDS, options)))
     if as_json:
         print_json(served)
-        return
-    columns = ["MODEL", "TYPE", "ENDPOINT", "WORKERS", "CONTEXT", "BLOCK", "FILES"]
-    print_table(columns, [_model_row(model) for model in served], empty="no models")
+    else:
+        columns = ["MODEL", "TYPE", "ENDPOINT", "WORKERS", "CONTEXT", "BLOCK", "FILES"]
+        print_table(columns, [_model_row(model) for model in served], empty="no models")
+    end_listing(sum("error" in model for model in served), "model card")
 
 
 async def _read(prefix: str, options: dict[str, str | None]) -> Snapshot:
@@ -79,20 +83,26 @@ def _path(key: str, prefix: str) -> list[str]:
     return [decode_segment(segment) for segment in key.removeprefix(prefix).split("/")]
 
 
-def _instance_json(record: Record, *, secrets: bool) -> dict[str, Any]:
-    shown = show_value(record.key, record.value, secrets=secrets).value
-    return {"key": record.key, **(shown if isinstance(shown, dict) else {"value": shown})}
-
-
-def _instance_row(record: Record, *, secrets: bool) -> list[str]:
-    *endpoint, instance_id = _path(record.key, INSTANCES)
+def _instance(record: Record) -> Instance | InvalidRecord:
     try:
-        instance = Instance.from_bytes(record.value)
-    except (ValueError, DynamoRedisError) as exc:
-        return [instance_id, ".".join(endpoint), "", f"unreadable: {exc}", ""] + [""] * secrets
+        return Instance.from_record(record)
+    except InvalidRecord as exc:
+        return exc
+
+
+def _instance_json(record: Record, instance: Instance | InvalidRecord, *, secrets: bool) -> dict[str, Any]:
+    shown = show_value(record.key, record.value, secrets=secrets).value
+    fields = {"key": record.key, **(shown if isinstance(shown, dict) else {"value": shown})}
+    return fields | ({"error": str(instance)} if isinstance(instance, InvalidRecord) else {})
+
+
+def _instance_row(record: Record, instance: Instance | InvalidRecord, *, secrets: bool) -> list[str]:
+    if isinstance(instance, InvalidRecord):
+        *endpoint, instance_id = _path(record.key, INSTANCES)
+        return [instance_id, ".".join(endpoint), "", f"unreadable: {instance}", ""] + [""] * secrets
     addresses = (f"{plane} {address.partition('/')[0]}" for plane, address in instance.transports.items())
     return [
-        instance_id,
+        format_instance_id(instance.instance_id),
         str(instance.name),
         ", ".join(addresses),
         "ready" if instance.ready else "stalled",
@@ -101,38 +111,40 @@ def _instance_row(record: Record, *, secrets: bool) -> list[str]:
 
 
 def _by_model(snapshot: Snapshot) -> list[dict[str, Any]]:
-    """One entry a model and endpoint, in the order of the names; unreadable cards stand under their error."""
+    """One entry a model and endpoint, in the order of the names, and then one for each card that cannot be
+    read."""
     found: dict[tuple[str, str], dict[str, Any]] = {}
+    unreadable: list[dict[str, Any]] = []
     for record in snapshot.records:
-        namespace, component, endpoint, instance_id, *lora = _path(record.key, MODEL_CARDS)
-        name, card = _card(record.value)
-        where = f"{namespace}.{component}.{endpoint}"
+        try:
+            endpoint, instance_id = parse_card_key(record.key)
+            card = ModelCard.from_bytes(record.value)
+        except InvalidRecord as exc:
+            unreadable.append({"key": record.key, "error": str(exc.at(record.key, removal(record.key)))})
+            continue
+        name, where = card.display_name, str(endpoint)
         entry = found.setdefault(
-            (name, where), {"model": name, "endpoint": where, "instance_ids": [], "card": card}
+            (name, where),
+            {"model": name, "endpoint": where, "instance_ids": [], "card": card.model_dump(mode="json")},
         )
+        lora = record.key.removeprefix(f"{MODEL_CARDS}{endpoint.path}/").partition("/")[2]
         if lora:
-            entry["lora"] = "/".join(lora)
-        entry["instance_ids"].append(parse_instance_id(instance_id))
-    return [found[name] for name in sorted(found)]
-
-
-def _card(stored: bytes) -> tuple[str, Any]:
-    try:
-        card = ModelCard.from_bytes(stored)
-    except DynamoRedisError as exc:
-        return f"unreadable: {exc}", None
-    return card.display_name, json.loads(stored)
+            entry["lora"] = decode_segment(lora)
+        entry["instance_ids"].append(instance_id)
+    return [found[name] for name in sorted(found)] + unreadable
 
 
 def _model_row(model: dict[str, Any]) -> list[str]:
-    card = model["card"] or {}
-    files = card.get("files", {}).values()
+    if "error" in model:
+        return [f"unreadable: {model['error']}", *[""] * 6]
+    card = model["card"]
+    files = card["files"].values()
     return [
         model["model"],
-        card.get("model_type", ""),
+        card["model_type"],
         model["endpoint"],
         str(len(model["instance_ids"])),
-        str(card.get("context_length", "")),
-        str(card.get("kv_cache_block_size", "")),
+        str(card["context_length"]),
+        str(card["kv_cache_block_size"]),
         human_size(sum(file["size_bytes"] for file in files)) if files else "",
     ]

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dynamo_redis.cli import connect
+from dynamo_redis.cli.failures import end_listing
 from dynamo_redis.cli.formats import human_duration
 from dynamo_redis.cli.options import SettingsCommand, store_options
 from dynamo_redis.cli.output import json_option, print_json, print_table
-from dynamo_redis.names import format_instance_id
+from dynamo_redis.names import parse_instance_id
 
 if TYPE_CHECKING:
     from dynamo_redis.router.asking import Answer
@@ -51,9 +52,10 @@ def router_state(as_json: bool, **options: str | None) -> None:
     answers = connect.run(_ask(options))
     if as_json:
         print_json([_json(answer) for answer in answers])
-        return
-    empty = "no routers: start a frontend with --router-mode kv, or `dynamo-redis router`"
-    print_table(_COLUMNS, [_row(answer) for answer in answers], empty=empty)
+    else:
+        empty = "no routers: start a frontend with --router-mode kv, or `dynamo-redis router`"
+        print_table(_COLUMNS, [_row(answer) for answer in answers], empty=empty)
+    end_listing(sum(not answer.is_readable for answer in answers), "router")
 
 
 async def _ask(options: dict[str, str | None]) -> list[Answer]:
@@ -66,14 +68,22 @@ async def _ask(options: dict[str, str | None]) -> list[Answer]:
 def _json(answer: Answer) -> dict[str, Any]:
     if answer.state is not None:
         return answer.state
-    return {"instance_id": answer.instance.instance_id, "error": answer.failure}
+    return {"key": answer.key, "instance_id": _instance_id(answer.key), "error": answer.failure}
+
+
+def _instance_id(key: str) -> int | None:
+    try:
+        return parse_instance_id(key.rpartition("/")[2])
+    except ValueError:
+        return None
 
 
 def _row(answer: Answer) -> list[str]:
     state = answer.state
     if state is None:
-        instance_id = format_instance_id(answer.instance.instance_id)
-        return [instance_id, f"does not answer: {answer.failure}", *[""] * (len(_COLUMNS) - 2)]
+        problem = "does not answer" if answer.is_readable else "unreadable"
+        instance_id = answer.key.rpartition("/")[2]
+        return [instance_id, f"{problem}: {answer.failure}", *[""] * (len(_COLUMNS) - 2)]
     index, hit_rate = state["index"], state["hit_rate"]
     return [
         state["router_id"],

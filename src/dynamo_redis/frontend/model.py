@@ -7,12 +7,13 @@ from collections.abc import AsyncIterator, Collection
 from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
 
-from dynamo_redis.errors import ModelError
+from dynamo_redis.decoding import removal
+from dynamo_redis.errors import InvalidRecord
 from dynamo_redis.frontend.model_loading import LoadedModel
-from dynamo_redis.names import MODEL_CARDS, EndpointName, InstanceId, decode_segment, parse_instance_id
+from dynamo_redis.names import EndpointName, InstanceId
 from dynamo_redis.planes.context import Context
 from dynamo_redis.runtime.instance import Instance
-from dynamo_redis.runtime.model_card import ModelCard
+from dynamo_redis.runtime.model_card import ModelCard, parse_card_key
 from dynamo_redis.store.base import Record
 
 
@@ -62,17 +63,14 @@ class CardEntry:
 
     @classmethod
     def from_record(cls, record: Record, order: int) -> Self:
-        """Read a record below `MODEL_CARDS`. Raises ModelError."""
-        card = ModelCard.from_bytes(record.value)
-        segments = record.key.removeprefix(MODEL_CARDS).split("/")
-        if len(segments) not in (4, 5):  # the fifth names a LoRA adapter
-            raise ModelError("not the key of a model card")
+        """Read a record below `MODEL_CARDS`. Raises InvalidRecord."""
         try:
-            instance_id = parse_instance_id(segments[3])
-        except ValueError as exc:
-            raise ModelError("not the key of a model card: no instance id") from exc
+            endpoint, instance_id = parse_card_key(record.key)
+            card = ModelCard.from_bytes(record.value)
+        except InvalidRecord as exc:
+            raise exc.at(record.key, removal(record.key)) from None
         source = Source(
-            EndpointName(*map(decode_segment, segments[:3])),
+            endpoint,
             card.context_length,
             card.model_type,
             card.model_input,

@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 from dynamo_redis.clock import SYSTEM_CLOCK, Clock
-from dynamo_redis.errors import ConfigError, DynamoRedisError, ModelError, StoreError
+from dynamo_redis.errors import DynamoRedisError, StoreError
 from dynamo_redis.frontend.http_errors import model_broken, model_loading, model_not_found, no_workers
 from dynamo_redis.frontend.model import CardEntry, EndpointClient, Model, Source
 from dynamo_redis.frontend.model_loading import load_model
 from dynamo_redis.names import MODEL_CARDS, EndpointName
 from dynamo_redis.planes.context import Context
+from dynamo_redis.runtime.following import follow, key_of
 from dynamo_redis.runtime.llm_protocol import GenerateRequest
 from dynamo_redis.store.base import Delete, DeleteCause, ObjectStore, Put, Record, Registry, WatchBatch
+from dynamo_redis.supervision import Supervisor
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +33,6 @@ REMEMBERED_S = 300.0
 _REMEMBERED_COUNT = 1024  # past it the one that went first is forgotten
 
 _RETRY_PAUSE_S = (0.25, 5.0)
-_WATCH_PAUSE_S = 1.0
 
 
 OpenClient = Callable[[EndpointName, int], Awaitable[EndpointClient]]
@@ -83,6 +84,7 @@ class LiveModels:
         self._puts = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._sweeper: asyncio.Task[None] | None = None
+        self._supervisor = Supervisor(log, "the models")
         self._executor = ThreadPoolExecutor(max_workers=2, thread_name_prefix="model")
         self.first_state = asyncio.Event()
         """Set once the cards that stood at start are known."""
@@ -90,7 +92,8 @@ class LiveModels:
     # ----------------------------------------------------------------- lifetime
 
     async def __aenter__(self) -> Self:
-        self._start(self._read())
+        registry = self._runtime.registry
+        self._start(follow(registry, MODEL_CARDS, self._take_batch, self._supervisor))
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -135,34 +138,23 @@ class LiveModels:
 
     # ----------------------------------------------------------------- the watch
 
-    async def _read(self) -> None:
-        while True:
-            try:
-                async with self._runtime.registry.watch(MODEL_CARDS) as watch:
-                    async for batch in watch:
-                        self.apply(batch)
-                        self.first_state.set()
-                return
-            except DynamoRedisError as exc:
-                log.warning("watch of the model cards failed, starting it again: %s", exc)
-            await asyncio.sleep(_WATCH_PAUSE_S)
+    def _take_batch(self, batch: WatchBatch) -> None:
+        self.apply(batch)
+        self.first_state.set()
 
     def apply(self, batch: WatchBatch) -> None:
-        """Bring the set to the batch's end; loading goes on in the background."""
+        """Bring the set to the batch's end; loading goes on in the background. A card that cannot be read is
+        passed over, and named in the log; the last good one of that key stays."""
         touched: set[str] = set()
-        for event in batch.events:
-            if isinstance(event, Put):
-                touched |= self._put(event.record)
-            else:
-                touched |= self._delete(event)
+
+        def take(event: Put | Delete) -> None:
+            touched.update(self._put(event.record) if isinstance(event, Put) else self._delete(event))
+
+        self._supervisor.each(batch.events, take, key_of)
         self._reconcile(touched)
 
     def _put(self, record: Record) -> set[str]:
-        try:
-            entry = CardEntry.from_record(record, self._puts)
-        except (ModelError, ConfigError) as exc:
-            log.warning("ignoring the model card at %s: %s", record.key, exc)
-            return set()
+        entry = CardEntry.from_record(record, self._puts)
         self._puts += 1
         self._lingering.pop(record.key, None)
         name = entry.card.display_name
@@ -272,8 +264,10 @@ class LiveModels:
                 if model.failure is None:
                     log.warning("model %r cannot be loaded yet, trying again: %s", model.name, exc)
                 model.failure = "its files cannot be fetched now"
-            except ModelError as exc:
-                log.error("model %r cannot be served: %s", model.name, exc)
+            except Exception as exc:
+                # Whatever it is: a task that ended here would leave the model at "loading" for ever.
+                is_defect = not isinstance(exc, DynamoRedisError)
+                log.error("model %r cannot be served: %s", model.name, exc, exc_info=is_defect)
                 model.failure = str(exc)
                 model.broken.add(entry.source)
                 model.loading = model.loading_source = None

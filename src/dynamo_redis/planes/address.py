@@ -40,6 +40,8 @@ def parse_address(address: str) -> tuple[str, int]:
         host = host[1:-1]
     elif ":" in host:
         raise ValueError(f"{address!r}: write an IPv6 address in brackets, as [::1]:80")
+    if not (port.isascii() and port.isdigit() and len(port) <= 5 and int(port) < 1 << 16):
+        raise ValueError(f"{address!r}: the port is not one of 0 to 65535")
     return host, int(port)
 
 

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from dynamo_redis.clock import SYSTEM_CLOCK
-from dynamo_redis.errors import NoInstances, PlaneError, SchemaMismatch
-from dynamo_redis.names import INSTANCES, EndpointName
+from dynamo_redis.errors import DynamoRedisError, InvalidRecord, NoInstances
+from dynamo_redis.names import INSTANCES, EndpointName, decode_segment
 from dynamo_redis.planes.context import Context
 from dynamo_redis.router.answering import best_worker_endpoint, is_state_endpoint
+from dynamo_redis.router.router_state import check_state
 from dynamo_redis.runtime.handlers import collect_one
 from dynamo_redis.runtime.instance import Instance
 from dynamo_redis.runtime.runtime import DistributedRuntime
+from dynamo_redis.store.base import Record
 
 ANSWER_S = 5.0
 """How long a router may take to answer."""
@@ -21,33 +23,41 @@ ANSWER_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What one router said: its state as JSON, or why there is none."""
+    """What one router said: its state as JSON, or why there is none. `key` is that of its record."""
 
-    instance: Instance
+    key: str
     state: dict[str, Any] | None
     failure: str | None = None
+    is_readable: bool = True
+    """Whether its record in the registry, and its answer, are what they should be."""
 
 
 async def ask_states(runtime: DistributedRuntime) -> list[Answer]:
     """The states of all routers, each within 5 s, ordered by component and instance. Raises StoreError."""
-    found = []
-    for record in (await runtime.registry.get_prefix(INSTANCES)).records:
-        try:
-            instance = Instance.from_bytes(record.value)
-        except (ValueError, SchemaMismatch):
-            continue
-        if is_state_endpoint(instance.name):
-            found.append(instance)
-    return list(await asyncio.gather(*(_ask_state(runtime, instance) for instance in found)))
+    records = (await runtime.registry.get_prefix(INSTANCES)).records
+    routers = [record for record in records if _is_of_router(record.key)]
+    return list(await asyncio.gather(*(_ask_state(runtime, record) for record in routers)))
 
 
-async def _ask_state(runtime: DistributedRuntime, instance: Instance) -> Answer:
-    async with await runtime.endpoint(str(instance.name)).client() as client:
-        try:
+def _is_of_router(key: str) -> bool:
+    """Whether an instance's key is one of an endpoint that tells a router's state."""
+    try:
+        namespace, component, endpoint, _ = map(decode_segment, key.removeprefix(INSTANCES).split("/"))
+        return is_state_endpoint(EndpointName(namespace, component, endpoint))
+    except ValueError:
+        return False
+
+
+async def _ask_state(runtime: DistributedRuntime, record: Record) -> Answer:
+    try:
+        instance = Instance.from_record(record)
+        async with await runtime.endpoint(str(instance.name)).client() as client:
             call = await client.direct({}, instance.instance_id, False, _context())
-            return Answer(instance, await collect_one(call))
-        except PlaneError as exc:
-            return Answer(instance, None, str(exc))
+            return Answer(record.key, check_state(await collect_one(call)))
+    except InvalidRecord as exc:
+        return Answer(record.key, None, str(exc), is_readable=False)
+    except (DynamoRedisError, RuntimeError) as exc:
+        return Answer(record.key, None, str(exc))
 
 
 async def ask_best_worker(

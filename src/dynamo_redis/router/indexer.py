@@ -15,7 +15,7 @@ from collections.abc import Coroutine, Sequence
 from typing import Any, Final
 
 from dynamo_redis.config import RouterSettings
-from dynamo_redis.errors import SchemaMismatch, StoreError, StoreUnavailable
+from dynamo_redis.errors import InvalidRecord, StoreError, StoreUnavailable
 from dynamo_redis.names import format_instance_id
 from dynamo_redis.router.base import Matched, Worker
 from dynamo_redis.router.following import StreamFollower, TopicFollower
@@ -210,8 +210,8 @@ class Indexer:
         try:
             batch = EventBatch.from_bytes(content)
             if batch.topic != KV_EVENTS:
-                raise ValueError(f"a batch of {batch.topic[:40]!r} among KV events")
-        except (ValueError, SchemaMismatch) as exc:
+                raise InvalidRecord("a batch of KV events", f"its topic is {batch.topic!r}")
+        except InvalidRecord as exc:
             self._unreadable_count += 1
             self._complain(exc)
             self._recovery.ask_all()

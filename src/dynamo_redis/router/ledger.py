@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Final
 
+from dynamo_redis.errors import InvalidRecord
 from dynamo_redis.router.base import Worker
 from dynamo_redis.router.index import KvIndex
 from dynamo_redis.wire.event import EventBatch, PublisherId
@@ -34,6 +35,9 @@ HELD_EVENTS_COUNT: Final = 16_384
 """Events of one instance that are held while it is asked. Past that it is asked once more."""
 
 _RETIRED_COUNT: Final = 8
+_U63_END: Final = 1 << 63
+
+_ANSWER: Final = "a worker's answer to this router"
 
 
 class Standing(Enum):
@@ -171,7 +175,7 @@ class Ledger:
             return Outcome.REPEATED
         try:
             events = read_kv_events(batch.events[repeated:] if repeated else batch.events)
-        except ValueError:
+        except InvalidRecord:
             known.standing = Standing.LOST
             return Outcome.MISSING
         self.index.apply(worker, events)
@@ -233,7 +237,7 @@ class Answer:
 
     For each rank comes `{"epoch", "dp_rank", "kind", "next_sequence"}`, then its `{"batch"}` items: of a
     `range` what followed the caller's next sequence, of a `dump` the rank's blocks as stored events.
-    `take` and `finish` raise ValueError or SchemaMismatch for what is no such answer; then call `fail`.
+    `take` and `finish` raise InvalidRecord for what is no such answer; then call `fail`.
     """
 
     def __init__(self, ledger: Ledger, instance_id: int, known: _Instance) -> None:
@@ -255,9 +259,9 @@ class Answer:
     def take(self, item: Any) -> None:
         """The answer's next item."""
         if not isinstance(item, dict):
-            raise ValueError("not an item of a worker's answer: no map")
+            raise InvalidRecord(_ANSWER, "no map")
         if not self._ledger.is_current(self.instance_id, self._known):
-            raise ValueError("the worker has been forgotten meanwhile")
+            raise InvalidRecord(_ANSWER, "the worker has been forgotten meanwhile")
         if "batch" in item:
             self._take_batch(EventBatch.from_bytes(item["batch"]))
         else:
@@ -285,35 +289,46 @@ class Answer:
             self._ledger.lose(self.instance_id)
 
     def _begin_rank(self, head: dict[Any, Any]) -> None:
-        numbers = [head.get(name) for name in ("epoch", "dp_rank", "next_sequence")]
-        epoch, dp_rank, next_sequence = [n for n in numbers if type(n) is int and n >= 0] or [-1] * 3
+        epoch, dp_rank, next_sequence = (
+            _number(head, name) for name in ("epoch", "dp_rank", "next_sequence")
+        )
         kind = head.get("kind")
-        if epoch < 0 or kind not in ("range", "dump"):
-            raise ValueError("not an item of a worker's answer: neither a rank nor a batch")
+        if kind not in ("range", "dump"):
+            raise InvalidRecord(_ANSWER, "neither a rank nor a batch")
         rank = self._known.ranks.setdefault(dp_rank, _Rank())
         self._worker = Worker(self.instance_id, dp_rank)
         if kind == "dump":
             self._ledger.index.remove(self._worker)
             rank.restart(epoch)
         elif rank.epoch != epoch or rank.next_sequence is None:
-            raise ValueError(f"rank {dp_rank} answers with a range of what is not known")
+            raise InvalidRecord(_ANSWER, f"rank {dp_rank} answers with a range of what is not known")
         self._missing.discard(dp_rank)
         self._rank, self._is_dump, self._next_sequence = rank, kind == "dump", next_sequence
 
     def _take_batch(self, batch: EventBatch) -> None:
         rank, worker = self._rank, self._worker
         if rank is None or batch.publisher != (worker.instance_id, rank.epoch, worker.dp_rank):
-            raise ValueError("a batch of another rank than the one before it")
+            raise InvalidRecord(_ANSWER, "a batch of another rank than the one before it")
         if self._is_dump:
             self._ledger.index.apply(worker, read_kv_events(batch.events))
         elif self._ledger._continue(self._known, worker, rank, batch) is Outcome.MISSING:
-            raise ValueError(f"rank {worker.dp_rank} answers with a range that has holes")
+            raise InvalidRecord(_ANSWER, f"rank {worker.dp_rank} answers with a range that has holes")
 
     def _end_rank(self) -> None:
         rank = self._rank
         if rank is None:
             return
         if not self._is_dump and rank.next_sequence != self._next_sequence:
-            raise ValueError(f"rank {self._worker.dp_rank} answers with a range that is not whole")
+            raise InvalidRecord(
+                _ANSWER, f"rank {self._worker.dp_rank} answers with a range that is not whole"
+            )
         rank.next_sequence = self._next_sequence
         self._rank = None
+
+
+def _number(head: dict[Any, Any], name: str) -> int:
+    """A field of an answer that numbers something. Raises InvalidRecord."""
+    found = head.get(name)
+    if type(found) is not int or not 0 <= found < _U63_END:
+        raise InvalidRecord(_ANSWER, f"its {name} is {found!r}, not a number of 63 bits")
+    return found

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 from dynamo_redis.clock import SYSTEM_CLOCK, Clock
-from dynamo_redis.errors import DynamoRedisError, StoreError
+from dynamo_redis.errors import InvalidRecord
 from dynamo_redis.router.base import Worker
 from dynamo_redis.router.load_publisher import KV_METRICS
 from dynamo_redis.store.event_base import EventStreams, StreamName
+from dynamo_redis.supervision import Supervisor
 from dynamo_redis.wire.event import EventBatch
 
 log = logging.getLogger(__name__)
@@ -20,7 +21,6 @@ STALE_AFTER_S = 10.0
 """A worker that has said nothing for so long is judged by its bookings alone."""
 
 _LISTEN_S = 1.0
-_PAUSE_S = (0.1, 5.0)
 
 
 class LoadMetrics:
@@ -45,11 +45,14 @@ class LoadMetrics:
         self._clock = clock
         self._used: dict[Worker, tuple[int, int | None, float]] = {}  # blocks in use, of how many, since when
         self._reader: asyncio.Task[None] | None = None
+        self._supervisor = Supervisor(log, f"load metrics {self._topic.path}")
 
     def start(self) -> None:
         """Begin to listen."""
         if self._reader is None:
-            self._reader = asyncio.create_task(self._listen(), name=f"load metrics {self._topic.path}")
+            self._reader = asyncio.create_task(
+                self._supervisor.run(self._listen), name=f"load metrics {self._topic.path}"
+            )
 
     async def aclose(self) -> None:
         """Listen no more."""
@@ -74,7 +77,8 @@ class LoadMetrics:
         """Take in one message; one that cannot be read says nothing."""
         try:
             batch = EventBatch.from_bytes(message)
-        except (ValueError, DynamoRedisError):
+        except InvalidRecord as exc:
+            self._supervisor.skip(f"a message of {self._topic.path}", exc)
             return
         worker = Worker(batch.publisher.instance_id, batch.publisher.dp_rank)
         for event in batch.events:
@@ -84,28 +88,20 @@ class LoadMetrics:
         self._on_change()
 
     async def _listen(self) -> None:
-        pause_s, longest_s = _PAUSE_S
-        while True:
-            try:
-                subscription = await self._streams.subscribe(self._topic)
-                try:
-                    while True:
-                        message = await subscription.next(_LISTEN_S)
-                        pause_s = _PAUSE_S[0]
-                        if message is not None:
-                            self.apply(message)
-                finally:
-                    await subscription.aclose()
-            except StoreError as exc:
-                log.debug("not listening to %s: %s", self._topic.path, exc)
-            await asyncio.sleep(pause_s)
-            pause_s = min(2 * pause_s, longest_s)
+        subscription = await self._streams.subscribe(self._topic)
+        try:
+            while True:
+                message = await subscription.next(_LISTEN_S)
+                if message is not None:
+                    self.apply(message)
+        finally:
+            await subscription.aclose()
 
 
 def _used_blocks(event: Any) -> tuple[int, int | None] | None:
     if not isinstance(event, dict) or not isinstance(stats := event.get("kv_stats"), dict):
         return None
     active, total = stats.get("kv_active_blocks"), stats.get("kv_total_blocks")
-    if not isinstance(active, int):
+    if type(active) is not int or active < 0:
         return None
-    return active, total if isinstance(total, int) and total > 0 else None
+    return active, total if type(total) is int and total > 0 else None

@@ -3,38 +3,39 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Field
 
 from dynamo_redis.clock import SYSTEM_CLOCK
 from dynamo_redis.config import RouterSettings
-from dynamo_redis.errors import SchemaMismatch
+from dynamo_redis.decoding import VersionedModel, removal
+from dynamo_redis.errors import InvalidRecord
 from dynamo_redis.names import KV_ROUTERS, kv_router_key
 from dynamo_redis.runtime.runtime import DistributedRuntime
-from dynamo_redis.store.base import Registration, Registry
+from dynamo_redis.store.base import Record, Registration, Registry
 
 log = logging.getLogger(__name__)
 
 RECORD_VERSION = 1
 
 
-class RouterRecord(BaseModel):
+class RouterRecord(VersionedModel):
     """One router of one component. Fields of later releases are kept and ignored.
 
     `consumer_group` is its group in the component's KV event stream; None if it follows none. `settings` are
     the router's, by the names of `RouterSettings`. `started_at` in seconds since 1970.
     """
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    WHAT: ClassVar[str] = "a router's record"
+    VERSION: ClassVar[int] = RECORD_VERSION
 
-    version: int = RECORD_VERSION
     namespace: str
     component: str
     router_id: str
-    instance_id: int
+    instance_id: Annotated[int, Field(ge=0, lt=1 << 63)]
     consumer_group: str | None = None
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = Field(default_factory=dict)
     started_at: float = 0.0
 
     @property
@@ -42,20 +43,19 @@ class RouterRecord(BaseModel):
         """Where it stands in the registry."""
         return kv_router_key(self.namespace, self.component, self.router_id)
 
-    def to_bytes(self) -> bytes:
-        """The stored form, JSON."""
-        return self.model_dump_json().encode()
-
     @classmethod
-    def from_bytes(cls, stored: bytes) -> Self:
-        """Read a stored record. Raises ValueError, SchemaMismatch for an unknown major version."""
+    def from_record(cls, record: Record) -> Self:
+        """Read a record of the registry. Raises InvalidRecord, also for one whose names are not those of its
+        key."""
+        remedy = removal(record.key)
         try:
-            record = cls.model_validate_json(stored)
-        except ValidationError as exc:
-            raise ValueError(f"not a router's record: {exc.errors(include_url=False)[0]['msg']}") from exc
-        if record.version != RECORD_VERSION:
-            raise SchemaMismatch(str(record.version), str(RECORD_VERSION))
-        return record
+            router = cls.from_bytes(record.value)
+        except InvalidRecord as exc:
+            raise exc.at(record.key, remedy) from None
+        if router.key != record.key:
+            reason = f"it is the record of {router.key}"
+            raise InvalidRecord(cls.WHAT, reason, key=record.key, remedy=remedy)
+        return router
 
 
 async def register_router(
@@ -80,7 +80,7 @@ async def list_routers(registry: Registry) -> list[RouterRecord]:
     records = []
     for stored in (await registry.get_prefix(KV_ROUTERS)).records:
         try:
-            records.append(RouterRecord.from_bytes(stored.value))
-        except (ValueError, SchemaMismatch) as exc:
-            log.warning("left out of the routers: %s: %s", stored.key, exc)
+            records.append(RouterRecord.from_record(stored))
+        except InvalidRecord as exc:
+            log.warning("left out of the routers: %s", exc)
     return records

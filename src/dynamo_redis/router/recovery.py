@@ -13,7 +13,7 @@ import random
 import time
 from typing import Any, Final
 
-from dynamo_redis.errors import PlaneError, SchemaMismatch
+from dynamo_redis.errors import InvalidRecord, PlaneError
 from dynamo_redis.router.ledger import Answer, Ledger
 from dynamo_redis.runtime.client import Client
 from dynamo_redis.store.client import Backoff
@@ -171,12 +171,17 @@ class Recovery:
             await self._read(answer)
             if answer.finish():
                 self._again.add(instance_id)
-        except (PlaneError, SchemaMismatch, ValueError) as exc:
+        except (PlaneError, InvalidRecord) as exc:
             answer.fail()
             return f"{type(exc).__name__}: {exc}"
         except TimeoutError:
             answer.fail()
             return f"no answer within {ANSWER_S:g} s"
+        except Exception as exc:
+            # A task that ended here would leave the worker asked for ever, with its events held.
+            log.exception("the answer of worker %x cannot be taken", instance_id)
+            answer.fail()
+            return f"{type(exc).__name__}: {exc}"
         except BaseException:
             answer.fail()
             raise
@@ -201,9 +206,10 @@ class Recovery:
     def _check_plane(self, item: Any) -> None:
         theirs = item.get("event_plane") if isinstance(item, dict) else None
         if theirs not in (None, self._event_plane):
-            raise ValueError(
+            raise InvalidRecord(
+                "an answer to this router",
                 f"it publishes by {theirs}, but this router follows by {self._event_plane}:"
-                " set DYN_EVENT_PLANE alike"
+                " set DYN_EVENT_PLANE alike",
             )
 
     def _note_idle(self) -> None:

@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Final
 
+from dynamo_redis.errors import InvalidRecord
 from dynamo_redis.router.base import Worker, WorkerLoad
+
+_WHAT: Final = "a router's state"
+_NUMBER: Final = (int, float)
+_FIELDS: Final[Mapping[str, tuple[type, ...]]] = {
+    "router_id": (str,),
+    "endpoint": (str,),
+    "mode": (str,),
+    "workers": (list,),
+    "active_count": (int,),
+    "waiting_count": (int,),
+    "hit_rate": (*_NUMBER, type(None)),
+    "index": (dict,),
+}
+_INDEX_FIELDS: Final[Mapping[str, tuple[type, ...]]] = {
+    "block_count": (int,),
+    "mode": (str,),
+    "caught_up": (bool,),
+    "connected": (bool,),
+    "disconnected_s": _NUMBER,
+}
 
 
 @dataclass(slots=True)
@@ -65,3 +87,27 @@ def describe_workers(
         }
         for worker in workers
     ]
+
+
+def check_state(answer: Any) -> dict[str, Any]:
+    """A router's answer, as `RouterState.to_json` makes it; fields of later releases stay. Raises
+    InvalidRecord."""
+    state = _check_fields(answer, _FIELDS)
+    index = state["index"]
+    _check_fields(index, {"block_count": (int,)} if state["mode"] == "predicted" else _INDEX_FIELDS)
+    snapshot = index.get("snapshot")
+    if snapshot is not None:
+        _check_fields(snapshot, {"at": _NUMBER})
+    if index.get("lag_count") is not None:
+        _check_fields(index, {"lag_count": (int,), "lag_s": (*_NUMBER, type(None))})
+    return state
+
+
+def _check_fields(found: Any, fields: Mapping[str, tuple[type, ...]]) -> dict[str, Any]:
+    if type(found) is not dict:
+        raise InvalidRecord(_WHAT, f"a {type(found).__name__} where a map should be")
+    for name, types in fields.items():
+        value = found.get(name)
+        if type(value) not in types or (type(value) is float and not math.isfinite(value)):
+            raise InvalidRecord(_WHAT, f"its {name} is {value!r}")
+    return found

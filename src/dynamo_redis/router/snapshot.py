@@ -8,7 +8,7 @@
 
 Sets of workers are little-endian binaries, bit i for the i-th worker of piece 2; they are numbered as they
 first appear. Blocks stand set by set, each as eight bytes; a piece has 65,536 of them at most, so that
-neither side works long without a pause. Whatever is wrong, down to one bit, makes the whole a ValueError.
+neither side works long without a pause. Whatever is wrong, down to one bit, makes the whole an InvalidRecord.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from typing import Any, Final
 
 from xxhash import xxh3_64_intdigest
 
-from dynamo_redis.errors import SchemaMismatch
+from dynamo_redis.errors import InvalidRecord, SchemaMismatch
 from dynamo_redis.router.base import Worker
 from dynamo_redis.router.index import MAX_BLOCKS, PRUNE_TARGET_RATIO, IndexState, KvIndex
-from dynamo_redis.store.event_base import EntryId
+from dynamo_redis.store.event_base import EntryId, check_entry_id
 from dynamo_redis.wire.codec import pack_known, unpack
 from dynamo_redis.wire.event import PublisherId
 from dynamo_redis.wire.kv_event import TIERS
@@ -36,6 +36,7 @@ SNAPSHOT_VERSION: Final = 1
 
 _MAGIC = b"DYNKVIDX"
 _HEAD = Struct("<IQ")
+_WHAT = "a snapshot of an index"
 _PIECE_COUNT = 65_536
 _U64_END = 1 << 64
 
@@ -79,7 +80,7 @@ def decode_snapshot(
     """Read a snapshot; the index gets these bounds.
 
     A million blocks take some 200 ms, in steps of a few: call it in a thread, it shares nothing. Raises
-    ValueError if the content is not exactly what was encoded, SchemaMismatch for another version.
+    InvalidRecord if the content is not exactly what was encoded, SchemaMismatch for another version.
     """
     pieces = _pieces(content)
     position = _read_position(next(pieces, None))
@@ -97,8 +98,10 @@ def decode_snapshot(
                 _read_blocks(fields, sets, sizes, state)
         if counts != [len(held) for held in state.tiers]:
             raise ValueError("blocks are missing")
+    except InvalidRecord:
+        raise
     except (TypeError, IndexError, StopIteration, ValueError, OverflowError) as exc:
-        raise ValueError(f"not a snapshot of an index: {exc!r}") from exc
+        raise InvalidRecord(_WHAT, repr(exc)) from exc
     index = KvIndex.of_state(state, sizes, max_blocks=max_blocks, prune_target_ratio=prune_target_ratio)
     return Snapshot(position, publishers, index)
 
@@ -106,7 +109,7 @@ def decode_snapshot(
 def snapshot_position(head: bytes) -> EntryId:
     """The position of the snapshot that begins with `head`, of which 4 KiB are enough.
 
-    Raises ValueError if it begins no snapshot, SchemaMismatch for another version.
+    Raises InvalidRecord if it begins no snapshot, SchemaMismatch for another version.
     """
     return _read_position(next(_pieces(head), None))
 
@@ -152,34 +155,37 @@ def _piece(fields: Sequence[Any]) -> bytes:
 
 
 def _pieces(content: bytes) -> Iterator[list[Any]]:
-    """The fields of each piece. Raises ValueError at one that is not whole."""
+    """The fields of each piece. Raises InvalidRecord at one that is not whole."""
     view = memoryview(content)
     if view[: len(_MAGIC)] != _MAGIC:
-        raise ValueError("not a snapshot of an index: it begins otherwise")
+        raise InvalidRecord(_WHAT, "it begins otherwise")
     offset = len(_MAGIC)
     while offset < len(view):
         if len(view) - offset < _HEAD.size:
-            raise ValueError("not a snapshot of an index: cut off")
+            raise InvalidRecord(_WHAT, "cut off")
         length, checksum = _HEAD.unpack_from(view, offset)
         offset += _HEAD.size
         payload = view[offset : offset + length]
         offset += length
         if len(payload) != length or xxh3_64_intdigest(payload) != checksum:
-            raise ValueError("not a snapshot of an index: damaged, or cut off")
-        fields = unpack(payload)
+            raise InvalidRecord(_WHAT, "damaged, or cut off")
+        try:
+            fields = unpack(payload)
+        except ValueError as exc:
+            raise InvalidRecord(_WHAT, exc) from exc
         if not isinstance(fields, list) or not fields:
-            raise ValueError("not a snapshot of an index: a piece is no array")
+            raise InvalidRecord(_WHAT, "a piece is no array")
         yield fields
 
 
 def _read_position(fields: list[Any] | None) -> EntryId:
     if not fields:
-        raise ValueError("not a snapshot of an index: empty")
+        raise InvalidRecord(_WHAT, "empty")
     if fields[0] != SNAPSHOT_VERSION:
-        raise SchemaMismatch(str(fields[0])[:20], str(SNAPSHOT_VERSION))
+        raise SchemaMismatch(_WHAT, fields[0], SNAPSHOT_VERSION)
     if len(fields) < 2 or not isinstance(fields[1], str):
-        raise ValueError("not a snapshot of an index: no position")
-    return EntryId(fields[1])
+        raise InvalidRecord(_WHAT, "no position")
+    return check_entry_id(fields[1], _WHAT)
 
 
 def _read_workers(fields: list[Any]) -> tuple[dict[PublisherId, int], IndexState]:

@@ -18,7 +18,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Final, cast
 
-from dynamo_redis.errors import LockNotAcquired, ObjectNotFound, SchemaMismatch, StoreError
+from dynamo_redis.errors import InvalidRecord, LockNotAcquired, ObjectNotFound, StoreError
 from dynamo_redis.router.snapshot import Snapshot, decode_snapshot, encode_snapshot, snapshot_position
 from dynamo_redis.store.base import LOCK_TTL_S, Locks, ObjectStore
 from dynamo_redis.store.event_base import EntryId, EventStreams, StreamName, entry_order
@@ -80,7 +80,7 @@ class Snapshots:
             return snapshot, await self._describe(EntryId(snapshot.position))
         except ObjectNotFound:
             return None
-        except (ValueError, SchemaMismatch) as exc:
+        except InvalidRecord as exc:
             log.warning("the snapshot of %s is ignored, it cannot be read: %s", self._stream.path, exc)
             self._unreadable = hashlib.sha256(content).hexdigest()
             return None
@@ -96,7 +96,7 @@ class Snapshots:
             head = await anext(chunks, b"")
             await cast("AsyncGenerator[bytes]", chunks).aclose()
             return EntryId(snapshot_position(head))
-        except (ObjectNotFound, ValueError, SchemaMismatch):
+        except (ObjectNotFound, InvalidRecord):
             return None
 
     async def save(self, take: Callable[[], Snapshot], wanted: Callable[[EntryId], bool]) -> StoredSnapshot:

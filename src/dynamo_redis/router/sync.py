@@ -24,14 +24,16 @@ from typing import Any
 
 from dynamo_redis.clock import SYSTEM_CLOCK, Clock
 from dynamo_redis.config import EventSettings
-from dynamo_redis.errors import DynamoRedisError, StoreError
+from dynamo_redis.errors import InvalidRecord
 from dynamo_redis.names import decode_segment, kv_routers_prefix
 from dynamo_redis.planes.event_publisher import EventPublisher
 from dynamo_redis.router.base import Worker
 from dynamo_redis.router.booking import Booking
 from dynamo_redis.router.load import LoadBook
+from dynamo_redis.runtime.following import follow
 from dynamo_redis.store.base import Delete, DeleteCause, Registry, WatchBatch
 from dynamo_redis.store.event_base import Entry, EventStreams, EventTail, StreamName
+from dynamo_redis.supervision import Supervisor
 from dynamo_redis.wire.event import EventBatch, PublisherId
 
 log = logging.getLogger(__name__)
@@ -47,7 +49,6 @@ _A_PIECE = 256
 _READ_COUNT = 64
 _BLOCK_S = 1.0
 _GLANCE_S = 0.01
-_PAUSE_S = (0.1, 2.0)
 
 
 def owner_name(publisher: PublisherId) -> str:
@@ -87,6 +88,7 @@ class BookingSync:
         self._clock = clock
         self._tasks: list[asyncio.Task[None]] = []
         self._caught_up = asyncio.Event()
+        self._supervisor = Supervisor(log, f"sync of {self._stream.path}", pauses_s=(0.1, 2.0))
 
     # ----------------------------------------------------------------- lifetime
 
@@ -132,9 +134,12 @@ class BookingSync:
         return [booking.request_id, *worker, booking.prefill_tokens, booking.blocks, ttl_s]
 
     async def _renew(self) -> None:
-        while True:
-            await asyncio.sleep(RENEW_S)
-            self.renew()
+        async def renew_on() -> None:
+            while True:
+                await asyncio.sleep(RENEW_S)
+                self.renew()
+
+        await self._supervisor.run(renew_on)
 
     def renew(self) -> None:
         """Name all that is under way."""
@@ -146,14 +151,7 @@ class BookingSync:
 
     async def _watch_routers(self) -> None:
         """A router that left, or whose lease ended, has nothing under way any more."""
-        while True:
-            try:
-                async with self._registry.watch(self._records) as watch:
-                    async for batch in watch:
-                        self.forget_routers(batch)
-            except DynamoRedisError as exc:
-                log.debug("watch of %s failed, starting it again: %s", self._records, exc)
-            await asyncio.sleep(_PAUSE_S[1])
+        await follow(self._registry, self._records, self.forget_routers, self._supervisor)
 
     def forget_routers(self, batch: WatchBatch) -> None:
         """End the bookings of routers whose records went. A resync proves nothing: the registry may have
@@ -165,18 +163,14 @@ class BookingSync:
                     self._book.drop_owner(owner)
 
     async def _read(self) -> None:
-        pause_s, longest_s = _PAUSE_S
         tail = self._streams.tail(self._stream, max_age_s=LEASE_S)
-        try:
+
+        async def read_on() -> None:
             while True:
-                try:
-                    await self._read_on(tail)
-                    pause_s = _PAUSE_S[0]
-                    continue
-                except StoreError as exc:
-                    log.debug("other routers cannot be heard: %s", exc)
-                await asyncio.sleep(pause_s)
-                pause_s = min(2 * pause_s, longest_s)
+                await self._read_on(tail)
+
+        try:
+            await self._supervisor.run(read_on)
         finally:
             await tail.aclose()
 
@@ -193,16 +187,15 @@ class BookingSync:
         """Book what another router says in one entry; one's own, and what cannot be read, is passed over."""
         try:
             batch = EventBatch.from_bytes(entry.content)
-        except (ValueError, DynamoRedisError):
+        except InvalidRecord as exc:
+            self._supervisor.skip(f"entry {entry.entry_id} of {self._stream.path}", exc)
             return
         owner = owner_name(batch.publisher)
-        if owner == self._owner:
-            return
-        for event in batch.events:
-            try:
-                self._apply_event(owner, event)
-            except (TypeError, ValueError, IndexError, OverflowError):
-                continue  # of a later release, or broken: the next renewal says what matters
+        if owner != self._owner:
+            # One that is broken costs itself: the next renewal says what matters.
+            self._supervisor.each(
+                batch.events, lambda event: self._apply_event(owner, event), lambda _: f"a word of {owner}"
+            )
 
     def _apply_event(self, owner: str, event: Any) -> None:
         match event:
@@ -213,19 +206,31 @@ class BookingSync:
             case ["free", str(request_id), *_]:
                 self._book.free(owner, request_id)
             case ["active", list(active), *_]:
-                for described in active:
-                    self._add(owner, described)
+                self._supervisor.each(
+                    active, lambda described: self._add(owner, described), lambda _: f"a booking of {owner}"
+                )
 
-    def _add(self, owner: str, described: list[Any]) -> None:
-        request_id, instance_id, dp_rank, prefill_tokens, blocks, ttl_s = described[:6]
-        left_s = float(ttl_s)
+    def _add(self, owner: str, described: Any) -> None:
+        match described:
+            case [
+                str(request_id),
+                int(instance_id),
+                int(dp_rank),
+                int(prefill_tokens),
+                int(blocks),
+                int() | float() as left_s,
+                *_,
+            ]:
+                pass
+            case _:
+                raise InvalidRecord("a booking", "its fields are others")
         if not left_s > 0:  # nor if it is no number
             return
         self._book.add(
             owner,
-            str(request_id),
-            Worker(int(instance_id), int(dp_rank)),
-            prefill_tokens=max(int(prefill_tokens), 0),
-            blocks=max(int(blocks), 0),
+            request_id,
+            Worker(instance_id, dp_rank),
+            prefill_tokens=max(prefill_tokens, 0),
+            blocks=max(blocks, 0),
             deadline=self._clock.monotonic() + min(left_s, LEASE_S),
         )

@@ -8,19 +8,21 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from dynamo_redis.config import RouterSettings
-from dynamo_redis.errors import DynamoRedisError, ModelError
-from dynamo_redis.names import MODEL_CARDS, EndpointName, parse_instance_id
+from dynamo_redis.decoding import removal
+from dynamo_redis.errors import InvalidRecord
+from dynamo_redis.names import MODEL_CARDS, EndpointName
 from dynamo_redis.router.base import Worker
 from dynamo_redis.router.load import LoadBook
 from dynamo_redis.router.load_metrics import LoadMetrics
 from dynamo_redis.runtime.discovery import Member
 from dynamo_redis.runtime.dispatch import Dispatcher
-from dynamo_redis.runtime.model_card import ModelCard
-from dynamo_redis.store.base import Delete, Put, Registry
+from dynamo_redis.runtime.following import follow, key_of
+from dynamo_redis.runtime.model_card import ModelCard, parse_card_key
+from dynamo_redis.store.base import Delete, Put, Registry, WatchBatch
+from dynamo_redis.supervision import Supervisor
 
 log = logging.getLogger(__name__)
 
-_WATCH_PAUSE_S = 1.0
 _WARNINGS_COUNT = 16
 
 
@@ -52,13 +54,15 @@ class WorkerCards:
         self._known = asyncio.Event()
         self._expected: tuple[int, str | None] | None = None
         self._warned: set[str] = set()
+        self._supervisor = Supervisor(log, f"cards below {self._prefix}")
         self.version = 0
         """Grows with each change."""
 
     def start(self) -> None:
         """Begin to watch."""
         if self._reader is None:
-            self._reader = asyncio.create_task(self._read(), name=f"cards {self._prefix}")
+            reading = follow(self._registry, self._prefix, self.apply, self._supervisor)
+            self._reader = asyncio.create_task(reading, name=f"cards {self._prefix}")
 
     async def aclose(self) -> None:
         """End the watch."""
@@ -119,32 +123,24 @@ class WorkerCards:
             del self._capacities[instance_id]
             self.version += 1
 
-    async def _read(self) -> None:
-        while True:
-            try:
-                async with self._registry.watch(self._prefix) as watch:
-                    async for batch in watch:
-                        for event in batch.events:
-                            self.apply(event)
-            except DynamoRedisError as exc:
-                log.warning("watch of %s failed, starting it again: %s", self._prefix, exc)
-            await asyncio.sleep(_WATCH_PAUSE_S)
+    def apply(self, batch: WatchBatch) -> None:
+        """Take in changes. A card that cannot be read is passed over, and named in the log."""
+        self._supervisor.each(batch.events, self._take, key_of)
 
-    def apply(self, event: Put | Delete) -> None:
-        """Take in one change. A card that cannot be read is left out: whoever serves the model says so."""
-        key = event.record.key if isinstance(event, Put) else event.key
+    def _take(self, event: Put | Delete) -> None:
+        key = key_of(event)
         try:
-            instance_id = parse_instance_id(key.removeprefix(self._prefix).partition("/")[0])
+            _, instance_id = parse_card_key(key)
             card = ModelCard.from_bytes(event.record.value) if isinstance(event, Put) else None
-        except (ModelError, ValueError):
-            return
+        except InvalidRecord as exc:
+            raise exc.at(key, removal(key)) from None
         if card is None:
             if instance_id in self._capacities:
                 self._without_card.add(instance_id)
             return
         capacity = Capacity(
             card.kv_cache_block_size,
-            max(card.runtime_config.data_parallel_size or 1, 1),
+            card.runtime_config.data_parallel_size or 1,
             card.runtime_config.total_kv_blocks,
             card.runtime_config.event_plane,
         )

@@ -29,22 +29,21 @@ from typing import Any, Protocol
 from dynamo_redis.clock import SYSTEM_CLOCK, Clock
 from dynamo_redis.errors import (
     CannotConnect,
-    DynamoRedisError,
     InstanceRemoved,
     PlaneError,
-    SchemaMismatch,
     StoreUnavailable,
 )
 from dynamo_redis.names import EndpointName, parse_instance_id
 from dynamo_redis.planes.base import RequestPlaneClient, Target
+from dynamo_redis.runtime.following import follow, key_of
 from dynamo_redis.runtime.instance import Instance
-from dynamo_redis.store.base import Delete, DeleteCause, Put, Record, Registry, Watch, WatchBatch
+from dynamo_redis.store.base import Delete, DeleteCause, Put, Record, Registry, WatchBatch
+from dynamo_redis.supervision import Supervisor
 
 log = logging.getLogger(__name__)
 
 PROBE_TIMEOUT_S = 1.0
 _PROBE_PAUSE_S = (0.1, 5.0)
-_WATCH_PAUSE_S = 1.0
 
 
 class Pending(Protocol):
@@ -128,7 +127,7 @@ class EndpointView:
         self._clock = clock
         self._changed: asyncio.Event = asyncio.Event()
         self._first_state: asyncio.Event = asyncio.Event()
-        self._watch: Watch | None = None
+        self._supervisor = Supervisor(log, f"view of {name}")
         self._reader: asyncio.Task[None] | None = None
         self._probes: set[asyncio.Task[None]] = set()
         self._variables = copy_context()
@@ -138,8 +137,8 @@ class EndpointView:
     async def start(self, timeout_s: float) -> None:
         """Begin to watch, and wait for the present state. Raises StoreUnavailable after `timeout_s`."""
         if self._reader is None:
-            self._watch = self._registry.watch(self.name.instances_prefix)
-            self._reader = asyncio.create_task(self._read(self._watch), name=f"view {self.name}")
+            reading = follow(self._registry, self.name.instances_prefix, self._take_batch, self._supervisor)
+            self._reader = asyncio.create_task(reading, name=f"view {self.name}")
         try:
             async with asyncio.timeout(timeout_s):
                 await self._first_state.wait()
@@ -154,9 +153,6 @@ class EndpointView:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        if self._watch is not None:
-            await self._watch.aclose()
-            self._watch = None
 
     # ----------------------------------------------------------------- reading
 
@@ -227,23 +223,16 @@ class EndpointView:
 
     # ----------------------------------------------------------------- the watch
 
-    async def _read(self, watch: Watch) -> None:
-        while True:
-            try:
-                async for batch in watch:
-                    self.apply(batch)
-                    self._first_state.set()
-                return
-            except DynamoRedisError as exc:
-                log.warning("watch of %s failed, starting it again: %s", self.name, exc)
-            await watch.aclose()
-            await asyncio.sleep(_WATCH_PAUSE_S)
-            watch = self._watch = self._registry.watch(self.name.instances_prefix)
+    def _take_batch(self, batch: WatchBatch) -> None:
+        self.apply(batch)
+        self._first_state.set()
 
     def apply(self, batch: WatchBatch) -> None:
-        """Bring the view to the batch's end."""
+        """Bring the view to the batch's end. A record that cannot be read is passed over, and named in the
+        log; an instance's last good one stays."""
         lost: dict[str, Member] = {}
-        for event in batch.events:
+
+        def take(event: Put | Delete) -> None:
             if isinstance(event, Put):
                 self._put(event.record)
                 lost.pop(event.record.key, None)  # it expired and was registered again, before we looked
@@ -251,16 +240,14 @@ class EndpointView:
                 member = self._delete(event)
                 if member is not None:
                     lost[event.key] = member
+
+        self._supervisor.each(batch.events, take, key_of)
         if lost:
             self._lose(list(lost.values()), history_lost=batch.resync is not None)
         self._rebuild()
 
     def _put(self, record: Record) -> None:
-        try:
-            instance = Instance.from_bytes(record.value)
-        except (ValueError, SchemaMismatch) as exc:
-            log.warning("keeping the last good record of %s: %s", record.key, exc)
-            return
+        instance = Instance.from_record(record)
         target = instance.target(self._plane)
         if target is None:
             log.warning(
@@ -368,6 +355,9 @@ class EndpointView:
         try:
             await self._plane_client.probe(member.target, PROBE_TIMEOUT_S)
         except PlaneError:
+            return False
+        except Exception as exc:  # noqa: BLE001 - logged, with its traceback
+            self._supervisor.skip(f"the probe of instance {member.instance_id:x}", exc)
             return False
         return True
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from dynamo_redis.errors import SchemaMismatch
-from dynamo_redis.names import EndpointName, InstanceId
+from dynamo_redis.decoding import check_version, read_json_object, removal
+from dynamo_redis.errors import InvalidRecord
+from dynamo_redis.names import EndpointName, InstanceId, check_instance_id
 from dynamo_redis.planes.base import Target
+from dynamo_redis.store.base import Record
 
 RECORD_VERSION = 1
+
+_WHAT = "an instance record"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,24 +95,68 @@ class Instance:
     def from_bytes(cls, stored: bytes) -> Instance:
         """Read a stored record; unknown fields are ignored.
 
-        Raises ValueError if it is not an instance record, SchemaMismatch for an unknown major version.
+        Raises InvalidRecord if it is not an instance record, SchemaMismatch for an unknown major version.
         """
+        record = read_json_object(stored, _WHAT)
+        check_version(record.get("version", RECORD_VERSION), RECORD_VERSION, _WHAT)
         try:
-            record = json.loads(stored)
-            version = int(record.get("version", RECORD_VERSION))
-            if version != RECORD_VERSION:
-                raise SchemaMismatch(str(version), str(RECORD_VERSION))
-            secret = record.get("secret")
-            transports = record["transport"]
-            if not transports or not all(isinstance(address, str) for address in transports.values()):
-                raise ValueError("it names no transport")
             return cls(
                 name=EndpointName(record["namespace"], record["component"], record["endpoint"]),
-                instance_id=InstanceId(int(record["instance_id"])),
-                transports=dict(transports),
-                ready=bool(record.get("ready", True)),
-                secret=bytes.fromhex(secret) if secret is not None else None,
-                started_at=float(record.get("started_at", 0.0)),
+                instance_id=check_instance_id(record["instance_id"]),
+                transports=_transports(record["transport"]),
+                ready=_flag(record.get("ready", True)),
+                secret=_secret(record.get("secret")),
+                started_at=_time(record.get("started_at", 0.0)),
             )
-        except (KeyError, TypeError, AttributeError, ValueError) as exc:
-            raise ValueError(f"not an instance record: {exc}") from exc
+        except KeyError as exc:
+            raise InvalidRecord(_WHAT, f"it has no {exc}") from exc
+        except (TypeError, ValueError, OverflowError) as exc:
+            raise InvalidRecord(_WHAT, exc) from exc
+
+    @classmethod
+    def from_record(cls, record: Record) -> Instance:
+        """Read a record of the registry. Raises InvalidRecord, with its key and the command that removes it.
+
+        A record whose names or id are not those of its key is refused: no delete of that key would end it.
+        """
+        try:
+            instance = cls.from_bytes(record.value)
+            own_key = instance.name.instance_key(instance.instance_id)
+        except InvalidRecord as exc:
+            raise exc.at(record.key, removal(record.key)) from None
+        except ValueError as exc:  # a name that no encoding has
+            raise InvalidRecord(_WHAT, exc, key=record.key, remedy=removal(record.key)) from exc
+        if own_key != record.key:
+            reason = f"it is the record of {own_key}"
+            raise InvalidRecord(_WHAT, reason, key=record.key, remedy=removal(record.key))
+        return instance
+
+
+def _transports(found: Any) -> dict[str, str]:
+    if type(found) is not dict or not found:
+        raise ValueError("it names no transport")
+    for plane, address in found.items():
+        if type(address) is not str:
+            raise TypeError(f"its transport {plane!r} is no address")
+    return found
+
+
+def _flag(found: Any) -> bool:
+    if type(found) is not bool:
+        raise TypeError(f"its ready is {found!r}, neither true nor false")
+    return found
+
+
+def _secret(found: Any) -> bytes | None:
+    if found is not None and type(found) is not str:
+        raise TypeError("its secret is no text")  # and is not shown
+    try:
+        return None if found is None else bytes.fromhex(found)
+    except ValueError:
+        raise ValueError("its secret is not hexadecimal") from None
+
+
+def _time(found: Any) -> float:
+    if type(found) not in (int, float) or not math.isfinite(found):
+        raise TypeError("its started_at is not a time")
+    return float(found)

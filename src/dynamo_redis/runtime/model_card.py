@@ -6,11 +6,13 @@ registers a card that names them; a frontend that has none of these files fetche
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Field
 
-from dynamo_redis.errors import ModelError
+from dynamo_redis.decoding import StoredModel, VersionedModel
+from dynamo_redis.errors import InvalidRecord
+from dynamo_redis.names import MODEL_CARDS, EndpointName, InstanceId, decode_segment, parse_instance_id
 
 CARD_VERSION = 1
 
@@ -21,24 +23,24 @@ MODEL_FILES = (*REQUIRED_MODEL_FILES, "config.json", "generation_config.json", "
 """The files a card can name, in the order of upload. Newer models keep the chat template in its own file."""
 
 
-class CardModel(BaseModel):
-    """Base of the stored models: fields of later releases are kept and ignored."""
+MAX_RANKS = 4096
+"""Most data-parallel ranks that a card may tell of: a router has an entry for each."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+_Count = Annotated[int, Field(ge=1, lt=1 << 63)]
 
 
-class FileReference(CardModel):
+class FileReference(StoredModel):
     """A file in the object store."""
 
     url: str
     sha256: str
-    size_bytes: int
+    size_bytes: Annotated[int, Field(ge=0, lt=1 << 63)]
 
 
-class RuntimeConfig(CardModel):
+class RuntimeConfig(StoredModel):
     """What the worker's engine can hold: of each data-parallel rank, if it has several."""
 
-    data_parallel_size: int | None = None
+    data_parallel_size: Annotated[int, Field(ge=1, le=MAX_RANKS)] | None = None
     total_kv_blocks: int | None = None
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
@@ -46,34 +48,33 @@ class RuntimeConfig(CardModel):
     """How its KV events travel, `DYN_EVENT_PLANE`."""
 
 
-class ModelCard(CardModel):
+class ModelCard(VersionedModel):
     """A model as one worker serves it. Stored as JSON at `EndpointName.model_card_key(...)`."""
 
-    version: int = CARD_VERSION
-    display_name: str
+    WHAT: ClassVar[str] = "a model card"
+    VERSION: ClassVar[int] = CARD_VERSION
+
+    display_name: Annotated[str, Field(min_length=1, max_length=1024)]
     slug: str
     model_type: Literal["chat", "completions", "chat+completions"] = "chat+completions"
     model_input: Literal["tokens", "text"] = "tokens"
-    context_length: int
-    kv_cache_block_size: int
+    context_length: _Count
+    kv_cache_block_size: _Count
     migration_limit: int = 0
     runtime_config: RuntimeConfig = RuntimeConfig()
-    files: dict[str, FileReference] = {}
+    files: dict[str, FileReference] = Field(default_factory=dict)
 
-    def to_bytes(self) -> bytes:
-        """The stored form."""
-        return self.model_dump_json().encode()
 
-    @classmethod
-    def from_bytes(cls, stored: bytes) -> ModelCard:
-        """Read a stored card. Raises ModelError: not a card, or of an unknown major version."""
-        try:
-            card = cls.model_validate_json(stored)
-        except ValidationError as exc:
-            raise ModelError(f"not a model card: {exc.errors(include_url=False)[0]['msg']}") from exc
-        if card.version != CARD_VERSION:
-            raise ModelError(
-                f"model card of {card.display_name!r} has version {card.version}, "
-                f"this release reads {CARD_VERSION}: upgrade the older side"
-            )
-        return card
+def parse_card_key(key: str) -> tuple[EndpointName, InstanceId]:
+    """The endpoint and the instance whose card stands at a key of the registry. Raises InvalidRecord."""
+    segments = key.removeprefix(MODEL_CARDS).split("/")
+    if len(segments) not in (4, 5):  # the fifth names a LoRA adapter
+        raise InvalidRecord(ModelCard.WHAT, "no card has such a key", key=key)
+    try:
+        endpoint = EndpointName(*map(decode_segment, segments[:3]))
+        instance_id = parse_instance_id(segments[3])
+    except ValueError as exc:
+        raise InvalidRecord(ModelCard.WHAT, exc, key=key) from exc
+    if not endpoint.model_card_key(instance_id) == "/".join((MODEL_CARDS.rstrip("/"), *segments[:4])):
+        raise InvalidRecord(ModelCard.WHAT, "its key is not written as the product writes it", key=key)
+    return endpoint, instance_id

@@ -5,14 +5,18 @@ Two implementations stand behind one contract suite: Redis (`streams.py`) and th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, NewType, Protocol, Self
 
+from dynamo_redis.errors import InvalidRecord
 from dynamo_redis.names import encode_segment
 
 EntryId = NewType("EntryId", str)
 """An entry's place in its stream, `<ms>-<n>`. `entry_order` orders them."""
+
+_ENTRY_ID: Final = re.compile(r"[0-9]{1,20}-[0-9]{1,20}")
 
 BEGINNING = EntryId("0-0")
 """Before the first entry of any stream."""
@@ -27,6 +31,13 @@ def entry_order(entry_id: EntryId) -> tuple[int, int]:
     """What entry ids are ordered by."""
     ms, _, number = entry_id.partition("-")
     return int(ms), int(number or 0)
+
+
+def check_entry_id(text: str, what: str) -> EntryId:
+    """That a text is an entry's id. Raises InvalidRecord, which calls the value it stands in `what`."""
+    if not _ENTRY_ID.fullmatch(text):
+        raise InvalidRecord(what, f"{text!r} is not the id of an entry")
+    return EntryId(text)
 
 
 def just_before(ms: int) -> EntryId:

@@ -195,7 +195,12 @@ def checked(answer: list[Any]) -> list[Any]:
         case [b"incarnation", found]:
             raise OtherIncarnation(found.decode())
         case [b"schema", found]:
-            raise SchemaMismatch(found.decode(), SCHEMA_VERSION)
+            raise SchemaMismatch(
+                "the registry",
+                found.decode("utf-8", "replace"),
+                SCHEMA_VERSION,
+                remedy="upgrade the older side, or choose another DYN_REDIS_PREFIX",
+            )
         case [b"no-lease"]:
             raise LeaseNotFound("the lease has ended")
         case [b"unknown"]:

@@ -201,6 +201,7 @@ def _check_schema(schema: bytes | None, codec: bytes | None, digest_kind: bytes 
     found = [(value or b"absent").decode("utf-8", "replace") for value in (schema, codec, digest_kind)]
     if found != [SCHEMA, _CODEC, _DIGEST_KIND]:
         raise SchemaMismatch(
-            f"{found[0]} with codec {found[1]} and digest {found[2]} for an object",
+            "the object's manifest",
+            f"{found[0]} with codec {found[1]} and digest {found[2]}",
             f"{SCHEMA} with codec {_CODEC} and digest {_DIGEST_KIND}",
         )

@@ -46,7 +46,12 @@ async def stream_script(
     rest: list[Any]
     answer, *rest = await client.script(script, keys.all, args)
     if answer == b"schema":
-        raise SchemaMismatch(rest[0].decode("utf-8", "replace"), SCHEMA)
+        raise SchemaMismatch(
+            f"the event stream {keys.stream.path}",
+            rest[0].decode("utf-8", "replace"),
+            SCHEMA,
+            remedy=f"upgrade the older side, or `dynamo-redis events rm {keys.stream.path}`",
+        )
     if answer == b"lost":
         raise StreamLost(f"the event stream {keys.stream.path}, or the reader's group in it, is gone")
     if answer == b"trimmed":

@@ -14,10 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from dynamo_redis.errors import SchemaMismatch
+from dynamo_redis.errors import InvalidRecord, SchemaMismatch
 from dynamo_redis.wire.codec import pack_known, unpack
 
 ENVELOPE_VERSION = 1
+
+_WHAT = "a batch of events"
 
 _U63_END = 1 << 63
 _ARRAY_OF_8 = b"\x98"
@@ -71,20 +73,23 @@ class EventBatch:
     def from_bytes(cls, stored: bytes) -> EventBatch:
         """Read a stored batch; fields of later minors, at its end, are ignored.
 
-        Raises ValueError if it is not one, SchemaMismatch for another version.
+        Raises InvalidRecord if it is not one, SchemaMismatch for another version.
         """
-        fields = unpack(stored)
+        try:
+            fields = unpack(stored)
+        except (ValueError, TypeError) as exc:  # TypeError: not bytes, where an answer brought it
+            raise InvalidRecord(_WHAT, exc) from exc
         if not isinstance(fields, list) or not fields:
-            raise ValueError("not a batch of events: no array")
+            raise InvalidRecord(_WHAT, "no array")
         if fields[0] != ENVELOPE_VERSION:
-            raise SchemaMismatch(str(fields[0])[:20], str(ENVELOPE_VERSION))
+            raise SchemaMismatch(_WHAT, fields[0], ENVELOPE_VERSION)
         if len(fields) < 8:
-            raise ValueError(f"not a batch of events: {len(fields)} fields")
+            raise InvalidRecord(_WHAT, f"{len(fields)} fields")
         _, topic, *numbers, events = fields[:8]
         if not isinstance(topic, str) or not isinstance(events, list):
-            raise ValueError("not a batch of events: topic or events are of the wrong type")
+            raise InvalidRecord(_WHAT, "topic or events are of the wrong type")
         if set(map(type, numbers)) != {int} or min(numbers) < 0 or max(numbers) >= _U63_END:
-            raise ValueError("not a batch of events: a number is missing, or not one of 63 bits")
+            raise InvalidRecord(_WHAT, "a number is missing, or not one of 63 bits")
         instance_id, epoch, dp_rank, first_sequence, published_at_ms = numbers
         publisher = PublisherId(instance_id, epoch, dp_rank)
         return cls(topic, publisher, first_sequence, published_at_ms, events)

@@ -16,6 +16,8 @@ from array import array
 from collections.abc import Iterable, Sequence
 from typing import Any, Final, NamedTuple
 
+from dynamo_redis.errors import InvalidRecord
+
 KV_EVENTS: Final = "kv_events"
 """The topic."""
 
@@ -31,6 +33,7 @@ DISK: Final = 2
 TIERS: Final = (DEVICE, HOST, DISK)
 
 _BLANK: Final = array("Q")
+_WHAT: Final = "a KV event"
 
 
 class KvEvent(NamedTuple):
@@ -64,22 +67,22 @@ def read_kv_events(events: Sequence[Any]) -> list[KvEvent]:
     """Check the events of a batch. Neighbours of one kind and tier come out as one; kinds and tiers of later
     releases are left out.
 
-    Raises ValueError if one is not a KV event: then none of the batch may be applied.
+    Raises InvalidRecord if one is not a KV event: then none of the batch may be applied.
     """
     runs: list[tuple[int, int, list[bytes]]] = []
     kind_before = tier_before = object()
     run: list[bytes] = []
     for event in events:
         if type(event) is not list or len(event) < 3:
-            raise ValueError("not a KV event: no array of three")
+            raise InvalidRecord(_WHAT, "no array of three")
         kind, tier, content = event if len(event) == 3 else event[:3]
         if type(content) is not bytes:
-            raise ValueError("not a KV event: a part is of the wrong type")
+            raise InvalidRecord(_WHAT, "a part is of the wrong type")
         if len(content) % 8:
-            raise ValueError(f"not a KV event: hashes of {len(content)} bytes")
+            raise InvalidRecord(_WHAT, f"hashes of {len(content)} bytes")
         if kind is not kind_before or tier is not tier_before:  # small integers are one object each
             if type(kind) is not int or type(tier) is not int:
-                raise ValueError("not a KV event: a part is of the wrong type")
+                raise InvalidRecord(_WHAT, "a part is of the wrong type")
             kind_before, tier_before, run = kind, tier, []
             if STORED <= kind <= CLEARED and tier in TIERS:
                 runs.append((kind, tier, run))

@@ -14,7 +14,7 @@ from dynamo_redis.router.load import LoadBook
 from dynamo_redis.router.load_metrics import STALE_AFTER_S, LoadMetrics
 from dynamo_redis.router.workers import WorkerCards, Workers
 from dynamo_redis.runtime.model_card import ModelCard, RuntimeConfig
-from dynamo_redis.store.base import Delete, DeleteCause, LeaseId, Put, Record, Revision
+from dynamo_redis.store.base import Delete, DeleteCause, LeaseId, Put, Record, Revision, WatchBatch
 from dynamo_redis.store.memory import MemoryRegistry, MemoryServer
 from dynamo_redis.store.memory_streams import MemoryEventStreams
 from dynamo_redis.wire.event import EventBatch, PublisherId
@@ -67,11 +67,13 @@ class Scene:
         )
         key = ENDPOINT.model_card_key(instance_id)
         revision = Revision("1-0")
-        self.cards.apply(Put(Record(key, value or card.to_bytes(), revision, revision, 1, LeaseId(1))))
+        put = Put(Record(key, value or card.to_bytes(), revision, revision, 1, LeaseId(1)))
+        self.cards.apply(WatchBatch((put,), revision))
 
     def lose_card(self, instance_id: int) -> None:
         key = ENDPOINT.model_card_key(instance_id)
-        self.cards.apply(Delete(key, Revision("2-0"), DeleteCause.EXPIRED))
+        revision = Revision("2-0")
+        self.cards.apply(WatchBatch((Delete(key, revision, DeleteCause.EXPIRED),), revision))
 
     def says(self, event: Any, *, dp_rank: int = 0) -> None:
         batch = EventBatch("kv_metrics", PublisherId(1, 1, dp_rank), 0, 0, [event])

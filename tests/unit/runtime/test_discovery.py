@@ -12,7 +12,7 @@ from dynamo_redis.planes.base import Target
 from dynamo_redis.runtime.discovery import State
 from dynamo_redis.store.base import DeleteCause
 
-from .conftest import Bench, batch, gone, instance, put
+from .conftest import NAME, Bench, batch, gone, instance, put
 
 EXPIRED, DELETED, REVOKED, RESYNC = (
     DeleteCause.EXPIRED,
@@ -49,7 +49,7 @@ async def test_an_unreadable_record_keeps_the_last_good_one(
     with caplog.at_level(logging.WARNING):
         bench.view.apply(batch(put(instance(1), value=b"null")))
     assert bench.chosen_first() == [1]
-    assert "last good record" in caplog.text
+    assert f"{NAME.instance_key(1)} is not an instance record" in caplog.text
 
 
 async def test_an_instance_on_another_plane_is_left_out_and_named(

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from dynamo_redis.errors import ModelError
+from dynamo_redis.errors import InvalidRecord, SchemaMismatch
 from dynamo_redis.runtime.model_card import FileReference, ModelCard, RuntimeConfig
 
 CARD = ModelCard(
@@ -31,11 +31,11 @@ def test_fields_of_a_later_release_are_kept() -> None:
 
 def test_an_unknown_version_is_refused_with_what_to_do() -> None:
     stored = json.loads(CARD.to_bytes()) | {"version": 2}
-    with pytest.raises(ModelError, match="version 2, this release reads 1: upgrade"):
+    with pytest.raises(SchemaMismatch, match="version 2, this release reads 1: upgrade"):
         ModelCard.from_bytes(json.dumps(stored).encode())
 
 
 @pytest.mark.parametrize("stored", [b"", b"null", b"[]", b"{}", b"\xff", b'{"version": 1}'])
 def test_what_is_no_card_is_refused(stored: bytes) -> None:
-    with pytest.raises(ModelError, match="not a model card"):
+    with pytest.raises(InvalidRecord, match="not a model card"):
         ModelCard.from_bytes(stored)

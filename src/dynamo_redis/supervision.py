@@ -1,0 +1,87 @@
+"""Keeping long-lived tasks at work: one bad value costs that value, a failure costs a pause.
+
+A task that reads what others wrote gives each value to its `Supervisor`, by `each` or `skip`: a value that
+cannot be taken is left out, counted, and named in the log. What ends the reading itself is for `run`: it
+begins again after a pause, for as long as the task lives. Nothing here waits for anything else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Final, TypeVar
+
+from dynamo_redis.errors import DynamoRedisError, InvalidRecord, StoreUnavailable
+from dynamo_redis.rate_limited_log import RateLimitedLog
+
+PAUSES_S: Final = (0.1, 5.0)
+"""The first pause after a failure, and the longest."""
+
+T = TypeVar("T")
+
+
+class Supervisor:
+    """What keeps one long-lived task at work. It owns nothing, and belongs to that task's event loop.
+
+    `skipped_count` counts values that were left out, `failed_count` how often the work began again.
+    """
+
+    def __init__(self, log: logging.Logger, task: str, *, pauses_s: tuple[float, float] = PAUSES_S) -> None:
+        """`task` is its name in the log, for example "view of dynamo.backend.generate"."""
+        self.skipped_count = 0
+        self.failed_count = 0
+        self._log = log
+        self._lines = RateLimitedLog(log)
+        self._task = task
+        self._pauses_s = pauses_s
+
+    # ----------------------------------------------------------------- one bad value
+
+    def each(self, values: Iterable[T], take: Callable[[T], None], name: Callable[[T], str]) -> None:
+        """Let `take` have each value. One that it raises for is left out; `name` is its name in the log."""
+        for value in values:
+            try:
+                take(value)
+            except Exception as exc:  # noqa: BLE001 - logged, with its traceback
+                self.skip(name(value), exc)
+
+    def skip(self, name: str, exc: Exception) -> None:
+        """Say that a value is left out. An error of this package says all; any other is a defect, and shown
+        with where it was raised."""
+        self.skipped_count += 1
+        says_where = isinstance(exc, InvalidRecord) and exc.key
+        self._say("left out" if says_where else f"left out {name}", exc, name)
+
+    # ----------------------------------------------------------------- a failure of the work itself
+
+    async def run(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Do the work until it returns.
+
+        A failure is logged, and the work begins again after a pause, which grows while it fails at once. That
+        Redis is away is logged at debug only: the registry says so once.
+        """
+        shortest_s, longest_s = self._pauses_s
+        pause_s = shortest_s
+        while True:
+            began_at = time.monotonic()
+            try:
+                await work()
+                return
+            except Exception as exc:  # noqa: BLE001 - logged, with its traceback
+                self.failed_count += 1
+                if isinstance(exc, StoreUnavailable):
+                    self._log.debug("%s: starting it again: %s", self._task, exc)
+                else:
+                    self._say("failed, starting it again", exc, type(exc).__name__)
+            if time.monotonic() - began_at > 2 * longest_s:
+                pause_s = shortest_s
+            await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
+            pause_s = min(2 * pause_s, longest_s)
+
+    def _say(self, text: str, exc: Exception, kind: str) -> None:
+        is_defect = not isinstance(exc, DynamoRedisError)
+        shown = f"{type(exc).__name__}: {exc}" if is_defect else exc
+        self._lines.say("%s: %s: %s", self._task, text, shown, kind=kind, exc_info=exc if is_defect else None)
