@@ -27,8 +27,9 @@ Figure = float | list[float]
 class Row:
     """One line of a suite's table: medians over `rounds`, and the bounds they are held against.
 
-    `ratio` is None where nothing is compared; then `ours` counts. An aim below the must says that lower is
-    better. Where a row holds several figures, the one that counts and both bounds are lists of one length.
+    `ratio` is None where nothing is compared; then `ours` counts. An aim below the must, or equal to it, says
+    that lower is better. Where a row holds several figures, the one that counts and both bounds are lists of
+    one length.
     """
 
     id: str
@@ -55,7 +56,7 @@ class Row:
     @property
     def sign(self) -> str:
         """Whether figures are to stay below the bounds or above them."""
-        return "≤" if several(self.aim)[0] < several(self.must)[0] else "≥"
+        return "≤" if several(self.aim)[0] <= several(self.must)[0] else "≥"
 
     def _reach(self, bounds: Figure) -> bool:
         pairs = list(zip(self.figures, several(bounds), strict=True))

@@ -5,30 +5,33 @@ S2  the runtime API, echo of 128 bytes, 64 at a time over 4 worker processes, ag
 S3  `start_serving` until another runtime's client lists the instance, against PING on the same server
 S4  commands that clients send to Redis (seen by MONITOR, those inside scripts left out) for each of 1,000
     chats through a settled deployment of a frontend and two workers
+S6  chats that fail of 1,000 while Redis is replaced, full, and without its replica (`start_refusals`)
+
+`--rows S1,S2` runs some.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import statistics
-import tempfile
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import httpx
 
 from benchmarks.chats import Chatter, chat_body, first_model
-from benchmarks.processes import DYNAMO, dynamo_side, our_side, up
-from benchmarks.report import Row, median, report
+from benchmarks.processes import DYNAMO, dynamo_side, our_side, redis_server, up
+from benchmarks.report import Measured
+from benchmarks.start_refusals import refusals
+from benchmarks.suite import Bounds, Groups, run_suite
 from dynamo_redis.runtime import Client, DistributedRuntime, Settings
 from dynamo_redis.store.client import RedisClient
-from dynamo_redis.store.server import EmbeddedServer
 
 CONCURRENCY = 64
+REQUESTS = 3200
+"""A round of the rival; ours has eight times as many."""
 CHATS = 1000
 CHAT_CONCURRENCY = 32
 SETTLE_S = 3.0
@@ -46,7 +49,7 @@ def start_round() -> float:
     raise RuntimeError("the answer held no token")
 
 
-def throughput(redis_url: str, rounds: int, requests: int) -> tuple[list[float], list[float]]:
+def throughput(redis_url: str, rounds: int) -> tuple[list[float], list[float]]:
     """Requests/s of each round: ours, and the rival's, in turn."""
     ours: list[float] = []
     rivals: list[float] = []
@@ -54,8 +57,8 @@ def throughput(redis_url: str, rounds: int, requests: int) -> tuple[list[float],
         for side in (mine, rival):
             side.round(640, CONCURRENCY)
         for number in range(rounds):
-            ours.append(mine.round(8 * requests, CONCURRENCY)["per_s"])
-            rivals.append(rival.round(requests, CONCURRENCY)["per_s"])
+            ours.append(mine.round(8 * REQUESTS, CONCURRENCY)["per_s"])
+            rivals.append(rival.round(REQUESTS, CONCURRENCY)["per_s"])
             print(f"S2 round {number + 1}: {ours[-1]:.0f} against {rivals[-1]:.0f} requests/s", flush=True)
     return ours, rivals
 
@@ -144,7 +147,7 @@ async def chats(url: str, model: str) -> None:
 async def redis_load(redis_url: str, url: str, rounds: int) -> list[float]:
     """Commands a chat, of each round."""
     figures = []
-    model = first_model(url, 30)
+    model = await asyncio.to_thread(first_model, url, 30)
     await asyncio.sleep(SETTLE_S)
     for number in range(rounds):
         async with monitor(redis_url) as seen:
@@ -156,85 +159,78 @@ async def redis_load(redis_url: str, url: str, rounds: int) -> list[float]:
     return figures
 
 
-async def with_server(directory: Path, arguments: argparse.Namespace) -> list[Row]:
-    """The measurements that share a Redis."""
-    rounds = arguments.rounds
-    server = EmbeddedServer(directory, port=0)
-    await server.start()
-    try:
-        ours, rivals = await asyncio.to_thread(throughput, server.url, rounds, arguments.requests)
-        listed, pings = await discovery(server.url, rounds)
-        with up("--speedup-ratio", "0", "--redis-url", server.url, "--redis-prefix", "bench-load") as url:
-            load = await redis_load(server.url, url, rounds)
-    finally:
-        await server.stop()
-    ratio = median(one / other for one, other in zip(ours, rivals, strict=True))
-    discovery_ratio = median(one / other for one, other in zip(listed, pings, strict=True))
-    return [
-        Row(
-            "S2",
+def cold_starts(rounds: int) -> dict[str, Measured]:
+    """S1, in s."""
+    starts = []
+    for number in range(rounds):
+        starts.append(start_round())
+        print(f"S1 round {number + 1}: {starts[-1]:.2f} s", flush=True)
+    return {"S1": Measured.alone(starts)}
+
+
+def echoes(rounds: int) -> dict[str, Measured]:
+    """S2, in requests/s."""
+    with redis_server() as server:
+        return {"S2": Measured.against(*throughput(server.url, rounds))}
+
+
+def discoveries(rounds: int) -> dict[str, Measured]:
+    """S3, in ms."""
+    with redis_server() as server:
+        return {"S3": Measured.against(*asyncio.run(discovery(server.url, rounds)))}
+
+
+def commands(rounds: int) -> dict[str, Measured]:
+    """S4, in commands a chat."""
+    with (
+        redis_server() as server,
+        up("--speedup-ratio", "0", "--redis-url", server.url, "--redis-prefix", "bench-load") as url,
+    ):
+        return {"S4": Measured.alone(asyncio.run(redis_load(server.url, url, rounds)))}
+
+
+BOUNDS: Bounds = {
+    "S1": ("`dynamo-redis up` (installed) → first token, s", 4, 2),
+    "S2": (
+        (
             "runtime API, unary c=64 over 4 instances ÷ Dynamo 1.6.1 tcp "
-            "(see `performance.md` for how to run it)",
-            median(ours),
-            median(rivals),
-            ratio,
-            5,
-            15,
-            rounds,
+            "(see `performance.md` for how to run it)"
         ),
-        Row(
-            "S3",
-            "serve → in a client's list, p50, ÷ PING round trip in the same run",
-            median(listed),
-            median(pings),
-            discovery_ratio,
-            25,
-            8,
-            rounds,
+        5,
+        15,
+    ),
+    "S3": ("serve → in a client's list, p50, ÷ PING round trip in the same run", 25, 8),
+    "S4": ("Redis commands a request while 1,000 requests flow over a settled deployment", 0.05, 0.01),
+    "S6": (
+        (
+            "chats failed of 1,000 while Redis fails over behind one address, is full, loses its replica, "
+            "in turn"
         ),
-        Row(
-            "S4",
-            "Redis commands a request while 1,000 requests flow over a settled deployment",
-            median(load),
-            None,
-            None,
-            0.05,
-            0.01,
-            rounds,
-        ),
-    ]
+        0,
+        0,
+    ),
+}
+"""Each row's words, what it must reach, and what it aims at."""
+
+GROUPS: Groups = (
+    (("S1",), cold_starts),
+    (("S2",), echoes),
+    (("S3",), discoveries),
+    (("S4",), commands),
+    (("S6",), refusals),
+)
+"""Rows that one measurement yields."""
 
 
 def main() -> None:
-    """Run the suite."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of each measurement (default 5)")
-    parser.add_argument("--requests", type=int, default=3200, help="requests a round of the rival in S2")
-    arguments = parser.parse_args()
+    """Run the suite, or the rows asked for."""
+    run_suite("start", __doc__, BOUNDS, GROUPS, _conditions)
 
-    starts = []
-    for number in range(arguments.rounds):
-        starts.append(start_round())
-        print(f"S1 round {number + 1}: {starts[-1]:.2f} s", flush=True)
-    first = Row(
-        "S1",
-        "`dynamo-redis up` (installed) → first token, s",
-        median(starts),
-        None,
-        None,
-        4,
-        2,
-        arguments.rounds,
-    )
-    with tempfile.TemporaryDirectory() as directory:
-        rest = asyncio.run(with_server(Path(directory), arguments))
-    report(
-        "start",
-        [first, *rest],
-        [f"rival of S2: {DYNAMO}, discovery by file, same worker and client files, alternating rounds"],
-    )
+
+def _conditions(wanted: set[str], _: int) -> list[str]:
+    """What a reader has to know to judge the figures."""
+    rival = f"rival of S2: {DYNAMO}, discovery by file, same worker and client files, alternating rounds"
+    return [rival] if "S2" in wanted else []
 
 
 if __name__ == "__main__":

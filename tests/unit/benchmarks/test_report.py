@@ -21,5 +21,10 @@ def test_an_aim_below_the_must_wants_less() -> None:
     assert [verdict(ours) for ours in (10, 24, 24.1)] == ["aim", "must", "missed"]
 
 
+def test_equal_bounds_want_no_more() -> None:
+    verdicts = [Row("S6", "", ours, None, None, 0, 0, 5).verdict for ours in (0.0, 1.0)]
+    assert verdicts == ["aim", "missed"]
+
+
 def test_the_ratio_is_held_against_the_bounds_where_there_is_one() -> None:
     assert Row("P1", "", 5, 1, 0.5, 0.45, 0.65, 5).verdict == "must"
