@@ -426,15 +426,40 @@ async def test_a_fenced_commit_whose_answer_is_lost_is_told_from_one_that_was_re
         await locks._storage.release(lock._keys, held.owner)  # type: ignore[attr-defined]
         if replaced:
             async with lock.hold() as newer:
-                await direct.put("b", "n", content_of("second"), fence=newer)
-            with pytest.raises(StoreUnavailable, match="lock was lost while Redis did not answer"):
-                await put
+                newest = await direct.put("b", "n", content_of("second"), fence=newer)
+            assert (await put).sha256 != newest.sha256
         else:
             assert await put == await direct.info("b", "n")
         with pytest.raises(LockLost):
             await objects.put("b", "n", content_of("third"), fence=held)
     assert await direct.read("b", "n") == content_of("second" if replaced else "first")
     await locks.aclose()
+
+
+@pytest.mark.parametrize("later", ["removed", "removed, new", "replaced"])
+async def test_put_repeated_after_a_lost_answer_undoes_nothing(
+    open_objects: OpenObjects, own_redis_server: EmbeddedServer, proxy: Proxy, monkeypatch: Any, later: str
+) -> None:
+    """A put happens; before it is answered another process removes or replaces the object."""
+    objects, direct = open_objects(proxy.url, timeout_s=0.2), open_objects(own_redis_server.url)
+    if later != "removed, new":
+        await direct.put("b", "n", content_of("old"))
+    async with silence(proxy, 0.5) as begin, asyncio.timeout(WAIT_S):
+        at_commit(objects, begin, monkeypatch)
+        put = asyncio.create_task(objects.put("b", "n", content_of("first")))
+        while await direct.info("b", "n") is None or await direct.read("b", "n") != content_of("first"):
+            await anyio.sleep(0.01)
+        first = await direct.info("b", "n")
+        if later == "replaced":
+            await direct.put("b", "n", content_of("second"))
+        else:
+            assert await direct.remove("b", "n")
+        assert await put == first
+    left = await direct.info("b", "n")
+    if later == "replaced":
+        assert await direct.read("b", "n") == content_of("second")
+    else:
+        assert left is None
 
 
 async def test_connections_cut_again_and_again_during_uploads_and_reads(

@@ -40,7 +40,7 @@ class StoreSettings(SettingsGroup):
         unit="s",
     )
     command_timeout_s: Annotated[Duration, Field(gt=0)] = setting(
-        "DYN_REDIS_TIMEOUT_S", 3.0, "Longest wait for one answer from Redis.", unit="s"
+        "DYN_REDIS_TIMEOUT_S", 3.0, "Longest silence of Redis while its answer is awaited.", unit="s"
     )
 
     @classmethod

@@ -28,10 +28,8 @@ from dynamo_redis.store.event_base import (
 
 log = logging.getLogger(__name__)
 
-READ_COUNTS: Final = (64, 1024)
-"""Fewest and most entries a read; in between as many as `READ_BYTES` hold, by the size of those read last."""
-
-READ_BYTES: Final = 4 << 20
+READ_COUNT: Final = 1024
+"""Most entries a read. The group itself reads fewer where they are large."""
 
 BLOCK_S: Final = 1.0
 
@@ -114,7 +112,6 @@ class StreamFollower(_Follower):
         self._stream = stream
         self._intake = intake
         self._load_snapshot = load_snapshot
-        self._count = READ_COUNTS[0]
         self._restored = False
         self._end: EntryId | None = None  # of the stream, when reading began; None: begin anew
         self._doubted = False
@@ -127,7 +124,7 @@ class StreamFollower(_Follower):
                 if self._end is None:
                     self._end = await self._begin()
                     self._note_caught_up(self._end)
-                entries = await self._group.read(count=self._count, block_s=BLOCK_S)
+                entries = await self._group.read(count=READ_COUNT, block_s=BLOCK_S)
                 self._reconnected()
                 await self._apply(entries)
                 self._note_caught_up(self._end if entries else self.position)
@@ -186,10 +183,6 @@ class StreamFollower(_Follower):
 
     async def _apply(self, entries: Sequence[Entry]) -> None:
         began_at = time.monotonic()
-        if entries:
-            size_bytes = sum(len(entry.content) for entry in entries)
-            fewest, most = READ_COUNTS
-            self._count = max(fewest, min(READ_BYTES * len(entries) // (size_bytes + 1), most))
         for entry in entries:
             event_count = self._intake.take(entry.content)
             self.position = entry.entry_id

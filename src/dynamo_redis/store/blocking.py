@@ -15,6 +15,7 @@ from typing import Any, Final, Protocol
 from redis import exceptions as redis_errors
 
 from dynamo_redis.errors import StoreError
+from dynamo_redis.store.deadline import LONGEST_TIMES, Deadline, leaving_s
 from dynamo_redis.store.server_errors import FAILURES, ErrorReply
 
 HAS_HIREDIS: Final = find_spec("hiredis") is not None
@@ -40,7 +41,8 @@ class Link(Protocol):
     """A connection over which one request at a time is sent: commands that go, and are answered, together."""
 
     async def exchange(self, request: bytes, answer_count: int, limit_s: float) -> list[Any]:
-        """Send commands and await all answers for `limit_s`. Raises one of FAILURES; then abort it."""
+        """Send commands and await all answers, `limit_s` from one byte to the next, as a `Deadline` does.
+        Raises one of FAILURES; then abort it."""
         ...
 
     def abort(self) -> None: ...
@@ -107,6 +109,7 @@ class _ParserLink(asyncio.Protocol):
     """On the transport of a redis-py connection, in the place of its stream.
 
     One timer serves all exchanges: it looks at the deadline when it fires, and is set again if there is time.
+    What has arrived of an answer moves the deadline (`deadline.Deadline`), up to the latest.
     """
 
     def __init__(self, connection: Any) -> None:
@@ -123,7 +126,9 @@ class _ParserLink(asyncio.Protocol):
         self._answer: asyncio.Future[list[Any]] | None = None
         self._answers: list[Any] = []
         self._wanted_count = 0
+        self._limit_s = 0.0
         self._deadline = 0.0
+        self._latest = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._lost: Exception | None = None
         self._transport.set_protocol(self)
@@ -134,7 +139,10 @@ class _ParserLink(asyncio.Protocol):
         self._answer = self._loop.create_future()
         self._answers = []
         self._wanted_count = answer_count
-        self._deadline = self._loop.time() + limit_s
+        now = self._loop.time()
+        self._limit_s = limit_s
+        self._deadline = now + limit_s + leaving_s(len(request))
+        self._latest = now + LONGEST_TIMES * limit_s
         if self._timer is None:
             self._timer = self._loop.call_later(limit_s, self._check)
         self._transport.write(request)
@@ -144,7 +152,7 @@ class _ParserLink(asyncio.Protocol):
         self._timer = None
         if self._answer is None:
             return
-        left_s = self._deadline - self._loop.time()
+        left_s = min(self._deadline, self._latest) - self._loop.time()
         if left_s > 0:
             self._timer = self._loop.call_later(left_s, self._check)
         else:
@@ -170,6 +178,7 @@ class _ParserLink(asyncio.Protocol):
                 if len(self._answers) >= self._wanted_count:
                     self._finish()
                     return
+            self._deadline = self._loop.time() + self._limit_s
         except redis_errors.InvalidResponse as exc:
             self._finish(exc)
 
@@ -191,10 +200,9 @@ class _StreamLink:
         self._connection = connection
 
     async def exchange(self, request: bytes, answer_count: int, limit_s: float) -> list[Any]:
-        async with asyncio.timeout(limit_s):
+        async with Deadline(limit_s):
             await self._connection.send_packed_command(request, check_health=False)
-            # Not the socket's own time-out, and one that never passes: `limit_s` does first.
-            return [await self._connection.read_response(timeout=limit_s + 1.0) for _ in range(answer_count)]
+            return [await self._connection.read_response() for _ in range(answer_count)]
 
     def abort(self) -> None:
         self._connection._close()

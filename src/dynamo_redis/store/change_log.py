@@ -106,6 +106,11 @@ def parse_change(entry_id: bytes, fields: list[bytes]) -> Change:
         raise ValueError(f"entry {entry_id!r} is not a change: {exc!r}") from exc
 
 
+def size_bytes(changes: Sequence[Change]) -> int:
+    """How many bytes of values are in them."""
+    return sum(len(change.record.value) for change in changes if change.record is not None)
+
+
 def parse_record(key: str, packed: bytes) -> Record | None:
     """Read a packed record, as scripts answer it; None for the empty answer "there is none"."""
     return _record(key, *msgpack.unpackb(packed, raw=True)) if packed else None

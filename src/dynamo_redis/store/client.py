@@ -34,6 +34,7 @@ from redis.retry import Retry
 from dynamo_redis.errors import ConfigError, StoreError, StoreRefused, StoreUnavailable
 from dynamo_redis.store.blocking import Argument as Argument
 from dynamo_redis.store.blocking import BlockingConnection
+from dynamo_redis.store.deadline import Deadline, watched_class
 from dynamo_redis.store.scripts import Script
 from dynamo_redis.store.server_errors import (
     FAILURES,
@@ -81,8 +82,9 @@ class Backoff:
 class RedisClient:
     """A process's way to one Redis. Opens nothing before the first command; close it with `aclose`.
 
-    `timeout_s` bounds each call, connecting included. Cancelling a call is safe: its connection is dropped,
-    and whether the server ran the command is unknown. Raises ConfigError for a URL that cannot be used.
+    `timeout_s` bounds each call, connecting included; while its answer arrives, it counts from the last byte
+    (`deadline.Deadline`). Cancelling a call is safe: its connection is dropped, and whether the server ran
+    the command is unknown. Raises ConfigError for a URL that cannot be used.
     """
 
     def __init__(self, url: str, *, timeout_s: float, client_name: str = "dynamo-redis") -> None:
@@ -147,19 +149,27 @@ class RedisClient:
         """Run one command once; answer the raw reply. Raises StoreError."""
         self._check_open()
         try:
-            async with asyncio.timeout(self.timeout_s):
+            async with Deadline(self.timeout_s):
                 return await self._redis.execute_command(*command)
         except FAILURES as exc:
             raise self.error(exc) from exc
 
-    async def script(self, script: Script, keys: Sequence[Argument], args: Sequence[Argument] = ()) -> Any:
+    async def script(
+        self,
+        script: Script,
+        keys: Sequence[Argument],
+        args: Sequence[Argument] = (),
+        *,
+        limit_s: float | None = None,
+    ) -> Any:
         """Run a script by its hash, sending its source only if the server does not know it.
 
-        NOSCRIPT means that nothing ran, so the second attempt is no repetition. Raises StoreError.
+        NOSCRIPT means that nothing ran, so the second attempt is no repetition. `limit_s` takes the place of
+        the client's time-out. Raises StoreError.
         """
         self._check_open()
         try:
-            async with asyncio.timeout(self.timeout_s):
+            async with Deadline(self.timeout_s if limit_s is None else limit_s):
                 try:
                     return await self._redis.execute_command("EVALSHA", script.sha, len(keys), *keys, *args)
                 except redis_errors.NoScriptError:
@@ -180,7 +190,7 @@ class RedisClient:
         for command in commands:
             pipe.execute_command(*command)
         try:
-            async with asyncio.timeout(self.timeout_s):
+            async with Deadline(self.timeout_s):
                 return list(await pipe.execute())
         except FAILURES as exc:
             raise self.error(exc) from exc
@@ -266,6 +276,7 @@ class RedisClient:
         # Each call has its deadline here. With one of redis-py's it would send through `asyncio.wait_for`,
         # which costs a task a command and, before Python 3.12, can swallow the caller's cancellation.
         options["socket_timeout"] = None
+        options["connection_class"] = watched_class(options["connection_class"])
         return options | {"retry": AsyncRetry(NoBackoff(), 0), "redis_connect_func": self._greet}
 
     async def _greet(self, connection: Any) -> None:
@@ -332,7 +343,7 @@ class Subscription:
 
     async def _start(self, command: str, names: Sequence[str]) -> None:
         try:
-            async with asyncio.timeout(self._client.timeout_s):
+            async with Deadline(self._client.timeout_s):
                 await self._connection.connect()
                 await self._connection.send_command(command, *names)
                 for _ in names:
@@ -344,8 +355,8 @@ class Subscription:
     async def next_message(self, timeout_s: float) -> tuple[bytes, bytes] | None:
         """The next (channel, payload); None if there is none within `timeout_s`.
 
-        A silent connection is asked whether it is still there. Raises StoreError when it is gone: subscribe
-        again, and take it as a gap.
+        A silent connection is asked whether it is still there, and a message on its way is awaited. Raises
+        StoreError when it is gone: subscribe again, and take it as a gap.
         """
         if self._made_in != self._client._current_epoch():
             await self.aclose()
@@ -353,25 +364,21 @@ class Subscription:
                 f"Redis at {self._client.address} is no longer the primary: subscribe again"
             )
         try:
-            reply = await self._next_reply(timeout_s)
+            reply = await self._connection.read_response(timeout=timeout_s)
             if reply is None:
-                await self._connection.send_command("PING", check_health=False)
                 try:
-                    reply = await self._next_reply(self._client.timeout_s)
+                    async with Deadline(self._client.timeout_s):
+                        await self._connection.send_command("PING", check_health=False)
+                        reply = await self._connection.read_response()
                 except redis_errors.ResponseError as exc:
                     if "MISCONF" not in str(self._client.error(exc)):
                         raise
                     return None  # a server that cannot save answers even PING so: it is there
-                if reply is None:
-                    raise TimeoutError
         except FAILURES as exc:
             await self.aclose()
             raise self._client.error(exc) from exc
         kind, *_ = reply
         return (reply[-2], reply[-1]) if kind in (b"message", b"pmessage") else None
-
-    async def _next_reply(self, timeout_s: float) -> Any:
-        return await self._connection.read_response(timeout=timeout_s)
 
     async def aclose(self) -> None:
         """Drop the connection without waiting for the server."""

@@ -26,14 +26,15 @@ from dynamo_redis.store.change_log import (
     parse_change,
     parse_record,
     parse_records,
+    size_bytes,
 )
 from dynamo_redis.store.client import Backoff, RedisClient, SyncConnection
 from dynamo_redis.store.keys import SCHEMA_VERSION, RegistryKeys, format_lease
+from dynamo_redis.store.page_size import PAGE_BYTES, PageSize
 from dynamo_redis.store.scripts import Script, load_script
 
 PAGE_KEYS_COUNT: Final = 1000
-PAGE_BYTES: Final = 1 << 20
-"""A page of a snapshot ends at whichever comes first: no script runs long, and no answer is large."""
+"""A page of a snapshot ends there or at `PAGE_BYTES`: no script runs long, and no answer is large."""
 READ_KEYS_COUNT: Final = 500
 PAGE_ENTRIES_COUNT: Final = 500
 CLIENT_COUNT: Final = re.compile(rb"^connected_clients:(\d+)", re.MULTILINE)
@@ -242,6 +243,8 @@ class KeyValue:
     def __init__(self, client: RedisClient, keys: RegistryKeys) -> None:
         self.client = client
         self.keys = keys
+        self.log_page = PageSize(PAGE_ENTRIES_COUNT)
+        """How many entries of the log to read at once; shared by all who do."""
         self._seen = ""  # a recent log entry, as "revision operation"
 
     @property
@@ -249,12 +252,14 @@ class KeyValue:
         """Longest wait for one answer."""
         return self.client.timeout_s
 
-    async def _run(self, script: Script, *args: Argument, lease: LeaseId | None = None) -> list[Any]:
+    async def _run(
+        self, script: Script, *args: Argument, lease: LeaseId | None = None, limit_s: float | None = None
+    ) -> list[Any]:
         """Run a script. A registry that is not there is made first; what answers `again` is run again."""
         keys = self.keys.structures if lease is None else (*self.keys.structures, self.keys.lease(lease))
         made = False
         while True:
-            answer: list[Any] = await self.client.script(script, keys, args)
+            answer: list[Any] = await self.client.script(script, keys, args, limit_s=limit_s)
             if answer == [b"wiped"] and not made:
                 await self.initialize()
                 made = True
@@ -382,10 +387,16 @@ class KeyValue:
         """
         changes: list[Change] = []
         while after != until.revision:
-            reply = await self.client.execute(
-                "XRANGE", self.keys.log, f"({after}", until.revision, "COUNT", PAGE_ENTRIES_COUNT
-            )
+            count = self.log_page.count
+            try:
+                reply = await self.client.execute(
+                    "XRANGE", self.keys.log, f"({after}", until.revision, "COUNT", count
+                )
+            except StoreUnavailable:
+                self.log_page.failed()
+                raise
             page = parse_changes(reply)
+            self.log_page.took(len(page), size_bytes(page))
             check_chain(after, operation, page)
             if not page:
                 raise HistoryLost(f"the log ends before {until.revision}")
@@ -421,7 +432,9 @@ class KeyValue:
         while True:
             args = encode_write(incarnation, operation, repeats_after, lease, ttl_s, compares, operations)
             try:
-                written = parse_written(keys, await self._run(self.WRITE, *args, lease=lease))
+                left_s = deadline - loop.time()
+                answer = await self._run(self.WRITE, *args, lease=lease, limit_s=left_s)
+                written = parse_written(keys, answer)
             except StoreUnavailable as exc:
                 wait_s = backoff.next_s()
                 if isinstance(exc, OutcomeUnknown) or loop.time() + wait_s >= deadline:

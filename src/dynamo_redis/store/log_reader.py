@@ -17,7 +17,7 @@ from typing import Final
 from dynamo_redis.errors import Compacted, SchemaMismatch, StoreError, StoreUnavailable
 from dynamo_redis.store.base import Revision
 from dynamo_redis.store.blocking import pack, pack_word
-from dynamo_redis.store.change_log import Change, Position, order
+from dynamo_redis.store.change_log import Change, Position, order, size_bytes
 from dynamo_redis.store.client import Backoff
 from dynamo_redis.store.health import Health
 from dynamo_redis.store.key_value import HistoryLost, KeyValue, check_chain, parse_changes
@@ -26,7 +26,6 @@ from dynamo_redis.store.watch import Fanout, QueueWatch
 logger = logging.getLogger(__name__)
 
 BLOCK_S: Final = 2.0
-READ_ENTRIES_COUNT: Final = 500
 CATCH_UP_POLL_S: Final = 0.002
 RESYNC_WINDOW_S: Final = 5.0
 """Longest that a resync is put off so that not all processes read at once."""
@@ -102,6 +101,7 @@ class LogReader:
             except HistoryLost as exc:
                 self._lost = str(exc)
             except StoreError as exc:
+                self._kv.log_page.failed()
                 self._health.failed(exc)
                 await asyncio.sleep(backoff.next_s())
             except Exception:
@@ -121,16 +121,21 @@ class LogReader:
 
     async def _follow(self) -> None:
         """Read until something is wrong."""
-        limits = ("COUNT", READ_ENTRIES_COUNT, "BLOCK", round(BLOCK_S * 1000))
-        read_after = pack("XREAD", *limits, "STREAMS", self._kv.keys.log, more_count=1)
+        page, block_ms, count, read_after = self._kv.log_page, round(BLOCK_S * 1000), 0, b""
         while True:
+            if count != page.count:
+                count = page.count
+                limits = ("COUNT", count, "BLOCK", block_ms)
+                read_after = pack("XREAD", *limits, "STREAMS", self._kv.keys.log, more_count=1)
             reply = await self._connection.execute(
                 read_after + pack_word(self.position.revision), block_s=BLOCK_S
             )
             if reply is None:
                 await self._verify()
             else:
-                self._advance(parse_changes(reply[0][1]))
+                changes = parse_changes(reply[0][1])
+                page.took(len(changes), size_bytes(changes))
+                self._advance(changes)
                 await asyncio.sleep(0)  # whoever waits for these changes comes first, then the next read
 
     def _advance(self, changes: Sequence[Change]) -> None:

@@ -56,16 +56,18 @@ class Patience:
 
 
 async def recovering(client: RedisClient, recovery_s: float, call: Callable[[], Awaitable[T]]) -> T:
-    """Repeat what can do no harm twice until it succeeds, or has failed for `recovery_s`.
+    """Repeat what can do no harm twice until it succeeds, or has failed for `recovery_s` since its first
+    failure: over a slow link that one may come late.
 
     Raises the last StoreUnavailable, and any other StoreError at once.
     """
-    give_up_at = time.monotonic() + recovery_s
+    give_up_at: float | None = None
     backoff = Backoff()
     while True:
         try:
             return await call()
         except StoreUnavailable as exc:
+            give_up_at = give_up_at or time.monotonic() + recovery_s
             pause_s = backoff.next_s()
             if client.closed or time.monotonic() + pause_s > give_up_at:
                 raise

@@ -57,6 +57,10 @@ class ObjectKeys:
         """The keys of several chunks."""
         return [self.chunk(name) for name in names]
 
+    def done(self, version: str) -> str:
+        """The mark that a commit leaves: it took effect, whatever has become of the object since."""
+        return f"{{{self.prefix}/object/{self.path}}}:done:{version}"
+
     def claim(self, name: str) -> str:
         """Who is sending that chunk just now."""
         return f"{{{self.prefix}/object/{self.path}}}:claim:{name}"

@@ -5,6 +5,7 @@ all of them, also in a cluster:
 
     {tag}:current                        hash: the current version's manifest (size, sha256, digests, codec)
     {tag}:chunk:<chunk_bytes>:<sha256>   a chunk, under the digest of the content up to its end
+    {tag}:done:<version>                 for a while: the commit of that version took effect
 
 A *put* writes the chunks beside the current version, with an expiry that it renews until it is done. Then
 one script checks that every chunk is there, takes its expiry away, and replaces the manifest. An upload that
@@ -17,7 +18,8 @@ the reader renews it for those still to come, each third of it. Each chunk is ve
 and with the last one the whole: the digests are those of the content from its beginning.
 
 Both go on when their connection breaks, for some seconds (`Patience`): a few chunks are under way at a time,
-and each of them, and the commit, can be repeated.
+and each of them, and the commit, can be repeated. A commit that took effect leaves a mark, so that its
+repetition never undoes what others did to the object meanwhile.
 
 The names of all objects stand in an index under a tag of its own, `{prefix/object}:names`. No script can
 change two tags, so a name goes there *before* its object is made current, and listing checks each name: an
@@ -177,28 +179,22 @@ class RedisObjectStore(WholeReads):
     async def _commit(self, keys: ObjectKeys, new: Manifest, fence: HeldLock | None) -> ObjectInfo | None:
         """Make the manifest current; None if chunks are missing."""
         await self._recovering(partial(self._remember, keys))
-        new_chunks = keys.chunks(new.chunks)
+        done, new_chunks = keys.done(new.version), keys.chunks(new.chunks)
         kept = set(new.chunks)
-        ambiguous = False
 
         async def attempt() -> list[Any]:
-            nonlocal ambiguous
             check_fence(fence, keys.url)
             old = await self._replaceable(keys)
             replaced = [chunk for chunk in old.chunks if chunk not in kept] if old else []
             owner, token = (fence.owner, fence.fencing_token) if fence else ("", "")
-            try:
-                answer: list[Any] = await self._client.script(
-                    _COMMIT,
-                    [keys.current, self._lock(keys), *new_chunks, *keys.chunks(replaced)],
-                    [
-                        *(len(new_chunks), old.version if old else "", self._patience.expiry_ms),
-                        *(owner, token, *new.fields()),
-                    ],
-                )
-            except StoreUnavailable:
-                ambiguous = True
-                raise
+            answer: list[Any] = await self._client.script(
+                _COMMIT,
+                [keys.current, self._lock(keys), done, *new_chunks, *keys.chunks(replaced)],
+                [
+                    *(len(new_chunks), old.version if old else "", self._patience.expiry_ms),
+                    *(owner, token, *new.fields()),
+                ],
+            )
             return answer
 
         for _ in range(_COMMIT_TRIES):
@@ -209,8 +205,6 @@ class RedisObjectStore(WholeReads):
                 log.info("%s: %d chunks are gone before the upload is complete", keys.url, rest[0])
                 return None
             if answer == b"lost":
-                if ambiguous:
-                    raise StoreUnavailable(f"{keys.url}: the lock was lost while Redis did not answer")
                 raise LockLost(keys.url, "somebody else has it, or nobody")
         raise StoreUnavailable(f"{keys.url} is replaced by others all the time; put it again later")
 

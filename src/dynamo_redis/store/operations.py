@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from typing import Protocol
 
-from dynamo_redis.errors import KeyExists, RevisionMismatch, StoreUnavailable
+from dynamo_redis.errors import KeyExists, RevisionMismatch
 from dynamo_redis.store.base import Compare, DeleteOp, LeaseId, PutOp, Record, Revision, Snapshot
 from dynamo_redis.store.change_log import Position
 from dynamo_redis.store.key_value import CompareFailed, Operation, Owned, Written
@@ -86,8 +85,4 @@ class KeyOperations:
             check_key(item.key)
             if isinstance(item, PutOp):
                 check_value(item.value)
-        try:
-            async with asyncio.timeout(self._storage.timeout_s):
-                return await self._storage.write(ops, compares=compares)
-        except TimeoutError as exc:
-            raise StoreUnavailable("the registry does not answer in time") from exc
+        return await self._storage.write(ops, compares=compares)

@@ -20,6 +20,7 @@ from dynamo_redis.errors import SchemaMismatch, StoreError, StreamLost, StreamTr
 from dynamo_redis.store.blocking import Argument, pack, pack_word
 from dynamo_redis.store.client import Backoff, RedisClient
 from dynamo_redis.store.event_base import BEGINNING, GROUP_TTL_S, Entry, EntryId, entry_order, just_before
+from dynamo_redis.store.page_size import PageSize
 from dynamo_redis.store.scripts import Script, load_script
 from dynamo_redis.store.stream_keys import StreamKeys
 
@@ -28,6 +29,9 @@ BLOCK_LIMIT_S: Final = 2.0
 BEAT_S: Final = GROUP_TTL_S / 3
 CHECK_S: Final = 1.0
 """How often a reader that finds nothing asks whether something is gone."""
+READ_COUNT: Final = 1024
+READ_BYTES: Final = 4 << 20
+"""Most entries of a read, and about how many bytes."""
 _CONSUMER: Final = "reader"
 
 _CREATE = load_script("stream_create", "stream_prelude")
@@ -66,19 +70,23 @@ class _Reader:
         self._client = client
         self._keys = keys
         self._connection = client.blocking()
+        self._page = PageSize(READ_COUNT, page_bytes=READ_BYTES)
         self._backoff = Backoff()
         self._failed = False
 
     async def read(self, *, count: int, block_s: float) -> list[Entry]:
         """As `EventGroup.read` and `EventTail.read`. After a StoreUnavailable it waits, longer each time,
-        before it tries again."""
+        before it tries again, and then asks for less."""
         if self._failed:
             await asyncio.sleep(self._backoff.next_s())
         try:
-            entries = await self._read(count, min(block_s, BLOCK_LIMIT_S))
+            entries = await self._read(min(count, self._page.count), min(block_s, BLOCK_LIMIT_S))
         except StoreError:
             self._failed = True
+            self._page.failed()
             raise
+        if entries:
+            self._page.took(len(entries), sum(len(entry.content) for entry in entries))
         self._failed = False
         self._backoff.reset()
         return entries

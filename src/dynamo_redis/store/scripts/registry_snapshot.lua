@@ -9,6 +9,8 @@
 -- Atomic: one page is one moment. Records of ended leases are not shown, and no name without a record; what is logged
 --         and not yet made may be in the records or not. Writes nothing.
 
+local CHUNK = 64
+
 return look(function(made, by)
   local prefix, after, most, most_bytes = ARGV[3], ARGV[4], tonumber(ARGV[5]), tonumber(ARGV[6])
   -- No key begins with a zero byte (the structure's own mark does), and none holds the byte 255.
@@ -24,16 +26,20 @@ return look(function(made, by)
     if alive[lease] == nil then alive[lease] = is_alive(lease) end
     return alive[lease]
   end
+  -- One record first, then more each time: how large they are is not known before they are read.
+  local chunk = 1
   while seen < #keys and bytes < most_bytes do
-    local last = math.min(seen + RECORDS, #keys)
-    for index, packed in ipairs(redis.call('HMGET', KV, unpack(keys, seen + 1, last))) do
+    local last = math.min(seen + chunk, #keys)
+    for _, packed in ipairs(redis.call('HMGET', KV, unpack(keys, seen + 1, last))) do
+      seen = seen + 1
       if is_shown(packed) then
-        answer[#answer + 1] = keys[seen + index]
+        answer[#answer + 1] = keys[seen]
         answer[#answer + 1] = packed
         bytes = bytes + #packed
+        if bytes >= most_bytes then break end
       end
     end
-    seen = last
+    chunk = math.min(2 * chunk, CHUNK)
   end
   if seen < #keys or #keys == most then answer[7] = keys[seen] end
   return answer
