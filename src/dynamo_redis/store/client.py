@@ -154,22 +154,14 @@ class RedisClient:
         except FAILURES as exc:
             raise self.error(exc) from exc
 
-    async def script(
-        self,
-        script: Script,
-        keys: Sequence[Argument],
-        args: Sequence[Argument] = (),
-        *,
-        limit_s: float | None = None,
-    ) -> Any:
+    async def script(self, script: Script, keys: Sequence[Argument], args: Sequence[Argument] = ()) -> Any:
         """Run a script by its hash, sending its source only if the server does not know it.
 
-        NOSCRIPT means that nothing ran, so the second attempt is no repetition. `limit_s` takes the place of
-        the client's time-out. Raises StoreError.
+        NOSCRIPT means that nothing ran, so the second attempt is no repetition. Raises StoreError.
         """
         self._check_open()
         try:
-            async with Deadline(self.timeout_s if limit_s is None else limit_s):
+            async with Deadline(self.timeout_s):
                 try:
                     return await self._redis.execute_command("EVALSHA", script.sha, len(keys), *keys, *args)
                 except redis_errors.NoScriptError:

@@ -34,7 +34,8 @@ class Deadline:
     """Bounds what runs in `async with`; raises TimeoutError there.
 
     It begins with `limit_s`, connecting included. Once a request has been sent over a connection of
-    `watched_class`, bytes that this connection receives move it. One timer looks: a byte costs no more.
+    `watched_class`, bytes that this connection receives move it, and those around it. One timer looks: a byte
+    costs no more.
     """
 
     __slots__ = (
@@ -42,6 +43,7 @@ class Deadline:
         "_connection",
         "_limit_s",
         "_loop",
+        "_outer",
         "_request_bytes",
         "_timeout",
         "_timer",
@@ -53,6 +55,7 @@ class Deadline:
         self._loop = asyncio.get_running_loop()
         self._connection: Any = None
         self._request_bytes = 0
+        self._outer = _CURRENT.get()
 
     async def __aenter__(self) -> Self:
         self._timeout = asyncio.timeout(None)
@@ -73,6 +76,8 @@ class Deadline:
         """A request of that size goes over this connection now."""
         self._connection = connection
         self._request_bytes = request_bytes
+        if self._outer is not None:
+            self._outer.watch(connection, request_bytes)
 
     def _check(self) -> None:
         now = self._loop.time()

@@ -252,14 +252,12 @@ class KeyValue:
         """Longest wait for one answer."""
         return self.client.timeout_s
 
-    async def _run(
-        self, script: Script, *args: Argument, lease: LeaseId | None = None, limit_s: float | None = None
-    ) -> list[Any]:
+    async def _run(self, script: Script, *args: Argument, lease: LeaseId | None = None) -> list[Any]:
         """Run a script. A registry that is not there is made first; what answers `again` is run again."""
         keys = self.keys.structures if lease is None else (*self.keys.structures, self.keys.lease(lease))
         made = False
         while True:
-            answer: list[Any] = await self.client.script(script, keys, args, limit_s=limit_s)
+            answer: list[Any] = await self.client.script(script, keys, args)
             if answer == [b"wiped"] and not made:
                 await self.initialize()
                 made = True
@@ -432,9 +430,7 @@ class KeyValue:
         while True:
             args = encode_write(incarnation, operation, repeats_after, lease, ttl_s, compares, operations)
             try:
-                left_s = deadline - loop.time()
-                answer = await self._run(self.WRITE, *args, lease=lease, limit_s=left_s)
-                written = parse_written(keys, answer)
+                written = parse_written(keys, await self._run(self.WRITE, *args, lease=lease))
             except StoreUnavailable as exc:
                 wait_s = backoff.next_s()
                 if isinstance(exc, OutcomeUnknown) or loop.time() + wait_s >= deadline:

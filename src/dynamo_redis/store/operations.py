@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from dynamo_redis.errors import KeyExists, RevisionMismatch
+from dynamo_redis.errors import KeyExists, RevisionMismatch, StoreUnavailable
 from dynamo_redis.store.base import Compare, DeleteOp, LeaseId, PutOp, Record, Revision, Snapshot
 from dynamo_redis.store.change_log import Position
+from dynamo_redis.store.deadline import Deadline
 from dynamo_redis.store.key_value import CompareFailed, Operation, Owned, Written
 from dynamo_redis.store.keys import check_key, check_prefix, check_value
 
@@ -85,4 +86,8 @@ class KeyOperations:
             check_key(item.key)
             if isinstance(item, PutOp):
                 check_value(item.value)
-        return await self._storage.write(ops, compares=compares)
+        try:
+            async with Deadline(self._storage.timeout_s):
+                return await self._storage.write(ops, compares=compares)
+        except TimeoutError as exc:
+            raise StoreUnavailable("the registry does not answer in time") from exc

@@ -26,6 +26,7 @@ from dynamo_redis.errors import KeyExists, LeaseNotFound, StoreError, StoreUnava
 from dynamo_redis.store.base import Compare, LeaseId, LostReason, Record, Revision
 from dynamo_redis.store.change_log import Change, order
 from dynamo_redis.store.client import Backoff
+from dynamo_redis.store.deadline import Deadline
 from dynamo_redis.store.key_value import (
     CompareFailed,
     Operation,
@@ -237,7 +238,7 @@ class Registrations:
     async def _in_time(self) -> AsyncIterator[None]:
         """One time-out for the wait behind other writes of the lease, and for one's own."""
         try:
-            async with asyncio.timeout(self._kv.timeout_s):
+            async with Deadline(self._kv.timeout_s):
                 yield
         except TimeoutError as exc:
             raise StoreUnavailable(

@@ -12,7 +12,6 @@ import pytest
 from dynamo_redis.store.base import LeaseId, Put, PutOp
 from dynamo_redis.store.client import RedisClient
 from dynamo_redis.store.key_value import (
-    PAGE_BYTES,
     KeyValue,
     Operation,
     OutcomeUnknown,
@@ -23,6 +22,7 @@ from dynamo_redis.store.key_value import (
     parse_written,
 )
 from dynamo_redis.store.keys import RegistryKeys
+from dynamo_redis.store.page_size import PAGE_BYTES
 
 ME = LeaseId(1)
 REAP_KEYS = 256
@@ -55,9 +55,9 @@ def most_deletes(kv: KeyValue, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     lengths: list[int] = []
     script = kv.client.script
 
-    async def counted(*arguments: Any, **options: Any) -> Any:
+    async def counted(*arguments: Any) -> Any:
         before = await kv.client.execute("XLEN", kv.keys.log)
-        answer = await script(*arguments, **options)
+        answer = await script(*arguments)
         lengths.append(await kv.client.execute("XLEN", kv.keys.log) - before)
         return answer
 

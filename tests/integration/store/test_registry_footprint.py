@@ -66,10 +66,10 @@ async def test_a_registration_is_one_round_trip_even_when_it_grants_the_lease(
     calls: list[str] = []
     script, execute = registry._kv.client.script, registry._kv.client.execute
 
-    async def counted_script(script_: Any, *rest: Any, **options: Any) -> Any:
+    async def counted_script(script_: Any, *rest: Any) -> Any:
         if script_.name != "registry_tick":
             calls.append(script_.name)
-        return await script(script_, *rest, **options)
+        return await script(script_, *rest)
 
     async def counted_execute(*command: Any) -> Any:
         calls.append(str(command[0]))

@@ -105,7 +105,7 @@ async def dripping() -> AsyncIterator[str]:
                 await asyncio.sleep(0.01)
                 writer.write(b"x")
                 await writer.drain()
-        except OSError:
+        except (OSError, RuntimeError):  # uvloop raises the latter on a closed transport
             pass
         writer.close()
 
@@ -137,7 +137,7 @@ async def test_large_changes_arrive_over_a_slow_link(
     writer = await open_registry(own_redis_server.url)
     reader = await open_registry(slow.url, timeout_s=TIMEOUT_S)
     view = await mirror(reader, "k/")
-    registered = await reader.register("own", b"v")
+    registered = await reader.register("own", content_of("registered"))
     state = {f"k/{n}": content_of(n) for n in range(3)}
     for key, value in state.items():
         await writer.put(key, value)
@@ -161,7 +161,7 @@ async def test_pages_of_large_records_are_bounded(
     for n in range(40, 46):
         await registry.put(f"k/{n:02}", content_of(n))
     page = await registry._kv._page("", "k/", b"")
-    assert PAGE_BYTES < sum(map(len, page[5::2])) < PAGE_BYTES + MIB // 2
+    assert PAGE_BYTES < sum(map(len, page[7::2])) < PAGE_BYTES + MIB // 2
     keys = [f"k/{n:02}" for n in range(46)]
     owned = await registry._kv.read(keys)
     assert list(owned.records) == keys
