@@ -431,6 +431,29 @@ async def test_a_caller_that_vanishes_cancels_its_handlers_at_once(server: TcpSe
         await eventually(lambda: server.connection_count == 0, 0.5)
 
 
+async def test_a_drain_waits_for_what_is_on_its_way(server: TcpServer) -> None:
+    """Nothing of it is left to write here: the caller says with its PONG when it has read it."""
+    may_answer = asyncio.Event()
+
+    async def held(_: Any, __: Context) -> bytes:
+        await may_answer.wait()
+        return b"x" * 60_000
+
+    server.register("held", held)
+    async with raw_client(server) as peer:
+        peer.send(open_frame(1, "held"))
+        await eventually(lambda: server.in_flight_count == 1)
+        may_answer.set()
+        await eventually(lambda: server.in_flight_count == 0)
+        draining = asyncio.create_task(server.drain(60))
+        await asyncio.wait([draining], timeout=1.5)  # longer than callers that have read all are waited for
+        assert not draining.done()
+        assert await peer.receive() == [frame.LAST, 1, b"x" * 60_000]
+        ping = await peer.receive_kind(frame.PING)
+        peer.send([frame.PONG, 0, ping[2]])
+        await asyncio.wait_for(draining, 10)
+
+
 async def test_a_caller_that_reads_nothing_is_read_from_no_more(server: TcpServer) -> None:
     async with raw_client(server) as peer, raw_client(server) as other:
         sent, request = 0, pack(open_frame(0, "echo", b"x" * 60_000))

@@ -10,6 +10,8 @@ from pydantic import AfterValidator, ByteSize
 
 from dynamo_redis.config.base import Duration, Port, SettingsGroup, Size, setting
 
+MAX_CLOSING_S = 2.0
+
 
 def _check_redis_source(value: str) -> str:
     if not re.fullmatch(r"auto|container|path|wheel|(redis|rediss|unix)://.+", value):
@@ -22,9 +24,18 @@ class RuntimeSettings(SettingsGroup):
 
     namespace: str = setting("DYN_NAMESPACE", "dynamo", "Namespace of the endpoints.")
     drain_s: Duration = setting(
-        "DYN_GRACEFUL_SHUTDOWN_S", 30.0, "At shutdown, longest wait for requests under way.", unit="s"
+        "DYN_GRACEFUL_SHUTDOWN_S",
+        30.0,
+        "Longest a shutdown may take, all in all. Requests under way have all of it but the last quarter, at "
+        "most 2 s, in which the process leaves.",
+        unit="s",
     )
     log: str = setting("DYN_LOG", "info", "Log level: error, warn, info or debug; `off` for none.")
+
+    @property
+    def closing_s(self) -> float:
+        """The part of `drain_s` that is kept for what follows the requests."""
+        return min(MAX_CLOSING_S, self.drain_s / 4)
 
 
 class FrontendSettings(SettingsGroup):

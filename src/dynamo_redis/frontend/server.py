@@ -73,7 +73,7 @@ async def serve_frontend(
                     ),
                     listener,
                     runtime.wait_for_shutdown,
-                    drain_s=runtime.settings.runtime.drain_s,
+                    drain_s=runtime.shutdown_deadline.requests_left_s,
                     on_ready=on_ready,
                 )
         finally:

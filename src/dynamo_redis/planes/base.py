@@ -146,7 +146,8 @@ class RequestPlaneServer(Protocol):
 
     async def drain(self, grace_s: float) -> None:
         """The same for all endpoints, after telling every caller to go elsewhere (GOAWAY); then see that the
-        callers have their answers: at most a second longer, and no longer than `grace_s` for a slow one."""
+        callers have their answers: at most a second longer, or up to `grace_s` in all for one that is slow to
+        read."""
         ...
 
     async def aclose(self) -> None:

@@ -200,13 +200,15 @@ class TcpServer:
     async def _see_off(self, deadline: float) -> None:
         """Wait until the callers have hung up, which they do once they have their answers.
 
-        Those that do not are waited for `_FAREWELL_S`, or until `deadline` while an answer is on its way to
-        them: what a slow reader has not taken yet would end with this process.
+        Those that do not are waited for `_FAREWELL_S`, or until `deadline` while they have not read all:
+        what a slow reader has not taken yet would end with this process.
         """
         farewell = self._loop.time() + _FAREWELL_S
+        for connection in self._connections:
+            connection.ask_whether_read()
         while self._connections:
-            is_sending = any(connection.is_sending for connection in self._connections)
-            left_s = (max(deadline, farewell) if is_sending else farewell) - self._loop.time()
+            is_read = all(connection.has_read_all for connection in self._connections)
+            left_s = (farewell if is_read else max(deadline, farewell)) - self._loop.time()
             if left_s <= 0:
                 return
             self._deserted = self._loop.create_future()

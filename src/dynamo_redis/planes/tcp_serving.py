@@ -24,6 +24,9 @@ from dynamo_redis.wire.handshake import ServerHandshake, refusal
 from dynamo_redis.wire.session import KILL, OPEN_STREAMING, SERVER_STEPS, ServerStream
 
 _ACCEPT_AFTER_S: Final = 0.5
+_FAREWELL: Final = 1 << 31
+"""The token of the last PING; those of the sweeps count up from 0."""
+
 _RECEIVING: Final = SERVER_STEPS[ServerStream.UNOPENED][OPEN_STREAMING]
 _RUNNING: Final = SERVER_STEPS[ServerStream.UNOPENED][frame.OPEN]
 _NO_TYPES: Final = (KILL, OPEN_STREAMING)
@@ -76,6 +79,7 @@ class ServerConnection(Connection):
         "_handshake",
         "_handshake_timeout_s",
         "_handshake_timer",
+        "_has_read_all",
         "_last_stream_id",
         "_service",
     )
@@ -105,6 +109,7 @@ class ServerConnection(Connection):
         self._handshake_timer: asyncio.TimerHandle | None = None
         self._accept_sweeps = max(1, int(_ACCEPT_AFTER_S / self._sweep_interval_s))
         self._last_stream_id = 0
+        self._has_read_all = True
         self.streams: dict[int, Request] = {}
 
     # ------------------------------------------------------------------- the connection
@@ -142,10 +147,25 @@ class ServerConnection(Connection):
             self.transport.write(refusal(error))
         self.close()
 
+    def ask_whether_read(self) -> None:
+        """Ask the caller for a PONG, which it sends when it has read all that was written before.
+
+        Only it can tell: megabytes may be on their way, in the kernels of both sides and in proxies, when the
+        transport here has nothing left to write. Closed now, the connection would be reset by whatever the
+        caller sends meanwhile, and they would be lost.
+        """
+        if self._ready and not self.closed:
+            self._has_read_all = False
+            self.send(frame.encode_ping(_FAREWELL))
+
     @property
-    def is_sending(self) -> bool:
-        """Whether the caller has yet to take something that was written."""
-        return not self.closed and self.unsent_bytes > 0
+    def has_read_all(self) -> bool:
+        """Whether the caller has read all that was written before `ask_whether_read`, or is gone."""
+        return self._has_read_all or self.closed
+
+    def _on_pong(self, token: int) -> None:
+        if token == _FAREWELL:
+            self._has_read_all = True
 
     def go_away(self) -> None:
         """Tell the caller to send new requests elsewhere."""

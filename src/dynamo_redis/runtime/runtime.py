@@ -6,10 +6,10 @@ import asyncio
 import logging
 import secrets
 import signal
-from collections.abc import Callable, Hashable
+from collections.abc import Awaitable, Callable, Hashable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Protocol, Self, TypeVar, cast
+from typing import Any, Final, Protocol, Self, TypeVar, cast
 
 from dynamo_redis.clock import SYSTEM_CLOCK
 from dynamo_redis.config import EventSettings, PlaneSettings, RuntimeSettings, SettingsGroup, StoreSettings
@@ -23,12 +23,15 @@ from dynamo_redis.runtime.endpoint import Endpoint, Namespace
 from dynamo_redis.runtime.handlers import AnyHandler
 from dynamo_redis.runtime.instance import Instance
 from dynamo_redis.runtime.serving import ServedEndpoint
+from dynamo_redis.runtime.shutdown import ShutdownDeadline
 from dynamo_redis.runtime.withdrawal import withdraw
 from dynamo_redis.store.base import Locks, ObjectStore, Registration, Registry
 from dynamo_redis.store.connect import open_events, open_locks, open_store
 from dynamo_redis.store.event_base import EventStreams
 
 log = logging.getLogger(__name__)
+
+_LEAST_CLOSING_S: Final = 2.0
 
 
 class Attached(Protocol):
@@ -121,6 +124,7 @@ class DistributedRuntime:
         self._attached: dict[Hashable, Attached] = {}
         self._starting = asyncio.Lock()
         self._shutdown = asyncio.Event()
+        self._deadline = ShutdownDeadline(settings.runtime.drain_s, settings.runtime.closing_s)
         self._signals: list[signal.Signals] = []
         self._closed = False
 
@@ -143,8 +147,17 @@ class DistributedRuntime:
             self._plane_client = plane_client
 
     def shutdown(self) -> None:
-        """Ask everything that serves to end. Returns at once; idempotent."""
+        """Ask everything that serves to end. Returns at once; idempotent.
+
+        From now on runs the one deadline of the shutdown, `DYN_GRACEFUL_SHUTDOWN_S`.
+        """
+        self._deadline.begin()
         self._shutdown.set()
+
+    @property
+    def shutdown_deadline(self) -> ShutdownDeadline:
+        """When the shutdown must be over."""
+        return self._deadline
 
     async def wait_for_shutdown(self) -> None:
         """Wait until `shutdown` is called. With `handle_signals`, SIGTERM and SIGINT call it."""
@@ -167,7 +180,8 @@ class DistributedRuntime:
     async def aclose(self) -> None:
         """Leave the registry, drain, revoke the lease, close. Idempotent.
 
-        Bounded by the drain time, and for a Redis that is silent by `DYN_REDIS_TIMEOUT_S` and a second.
+        All within `DYN_GRACEFUL_SHUTDOWN_S` of the first `shutdown`. Each part of the closing has
+        `_LEAST_CLOSING_S` at least, which only one that waits for a silent Redis needs.
         """
         if self._closed:
             return
@@ -177,12 +191,12 @@ class DistributedRuntime:
         if self._server is not None:
             # All callers are told at once. Endpoints without a graceful shutdown do not wait for the others.
             await asyncio.gather(
-                self._server.drain(self.settings.runtime.drain_s),
+                self._server.drain(self._deadline.requests_left_s),
                 *(served.unregister() for served in self._served),
             )
         for attached in reversed(tuple(self._attached.values())):
-            await attached.aclose()
-        await self.registry.aclose()
+            await self._in_time(attached.aclose(), repr(attached))
+        await self._in_time(self.registry.aclose(), "the registry")
         for shared in tuple(self._views.values()):
             await shared.view.aclose()
         self._views.clear()
@@ -197,6 +211,15 @@ class DistributedRuntime:
         if self._events is not None:
             await self._events.aclose()
         self._release_signals()
+
+    async def _in_time(self, closing: Awaitable[None], what: str) -> None:
+        """Close a part; what is not closed by the shutdown's deadline ends with the process."""
+        limit_s = max(self._deadline.left_s, _LEAST_CLOSING_S)
+        try:
+            async with asyncio.timeout(limit_s):
+                await closing
+        except TimeoutError:
+            log.warning("%s could not be closed within %.1f s, the rest of the shutdown", what, limit_s)
 
     async def leave(self, *registrations: Registration) -> None:
         """Take these keys and then every served endpoint out of the registry; requests are still answered.
@@ -288,7 +311,7 @@ class DistributedRuntime:
             self.registry,
             instance,
             graceful_shutdown=graceful_shutdown,
-            drain_s=self.settings.runtime.drain_s,
+            shutdown=self._deadline,
         )
         await served.start(handler)
         self._served = [other for other in self._served if not other.closed]

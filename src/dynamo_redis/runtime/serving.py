@@ -7,6 +7,7 @@ import logging
 from dynamo_redis.planes.base import RequestPlaneServer
 from dynamo_redis.runtime.handlers import AnyHandler, adapt
 from dynamo_redis.runtime.instance import Instance
+from dynamo_redis.runtime.shutdown import ShutdownDeadline
 from dynamo_redis.runtime.withdrawal import withdraw
 from dynamo_redis.store.base import LostReason, Registration, Registry
 
@@ -23,13 +24,14 @@ class ServedEndpoint:
         instance: Instance,
         *,
         graceful_shutdown: bool,
-        drain_s: float,
+        shutdown: ShutdownDeadline,
     ) -> None:
         self.instance = instance
         self.closed = False
         self._server = server
         self._subject = instance.name.subject(instance.instance_id)
-        self._grace_s = drain_s if graceful_shutdown else 0.0
+        self._graceful_shutdown = graceful_shutdown
+        self._shutdown = shutdown
         self._registry = registry
         self._registration: Registration | None = None
 
@@ -63,10 +65,12 @@ class ServedEndpoint:
         return [] if registration is None else [registration]
 
     async def unregister(self) -> None:
-        """Leave the registry, refuse new requests, let those under way finish. Idempotent."""
+        """Leave the registry, refuse new requests, let those under way finish: within the time that is left
+        of the runtime's shutdown, or that one may take. Idempotent."""
         self.closed = True
         await self.leave()
-        await self._server.unregister(self._subject, grace_s=self._grace_s)
+        grace_s = self._shutdown.requests_left_s if self._graceful_shutdown else 0.0
+        await self._server.unregister(self._subject, grace_s=grace_s)
 
     def _on_lost(self, reason: LostReason) -> None:
         log.warning(

@@ -32,8 +32,9 @@ def dynamo_worker(
 
         uvloop.run(worker())
 
-    SIGTERM and SIGINT shut the runtime down, so `serve_endpoint` returns and the worker ends cleanly. One
-    that waits for something else is cancelled `DYN_GRACEFUL_SHUTDOWN_S` later. Logs go to stderr as `DYN_LOG`
+    SIGTERM and SIGINT shut the runtime down, so `serve_endpoint` returns and the worker ends cleanly, within
+    `DYN_GRACEFUL_SHUTDOWN_S`. One that waits for something else is cancelled when that is nearly over, and
+    the process ends with 1. Logs go to stderr as `DYN_LOG`
     says, unless the program has given the root logger a handler before. Raises ConfigError for wrong
     settings.
     """
@@ -59,19 +60,20 @@ def dynamo_worker(
 
 @asynccontextmanager
 async def _ended_after_shutdown(runtime: DistributedRuntime) -> AsyncIterator[None]:
-    """Cancel the block if it has not ended `DYN_GRACEFUL_SHUTDOWN_S` after the runtime was shut down: the
-    process then ends with 1 (SystemExit)."""
+    """Cancel the block if it has not ended half-way between the end of the requests, after which
+    `serve_endpoint` returns, and the shutdown's deadline: the process then ends with 1 (SystemExit)."""
     task = asyncio.current_task()
     assert task is not None
-    drain_s = runtime.settings.runtime.drain_s
+    deadline = runtime.shutdown_deadline
     is_late = False
 
     async def watch() -> None:
         nonlocal is_late
         await runtime.wait_for_shutdown()
-        log.info("shutting down within %g s; a second signal ends this process at once", drain_s)
-        await asyncio.sleep(drain_s)
-        log.warning("what still runs %g s after the shutdown is cancelled", drain_s)
+        total_s = deadline.total_s
+        log.info("shutting down within %g s; a second signal ends this process at once", total_s)
+        await asyncio.sleep(deadline.left_s - deadline.closing_s / 2)
+        log.warning("the worker's main function has not ended with the shutdown (%g s): cancelled", total_s)
         is_late = True
         task.cancel()
 

@@ -128,8 +128,10 @@ class RedisRegistry(KeyOperations):
         parts = [self._keepalive.aclose(), self._reaper.aclose(), self._reader.aclose()]
         if self._started and self._registrations.held:
             parts.append(self._revoke(limit_s))
-        await asyncio.gather(*parts)
-        await self._client.aclose()
+        try:
+            await asyncio.gather(*parts)
+        finally:
+            await self._client.aclose()
 
     async def _revoke(self, limit_s: float) -> None:
         try:

@@ -14,7 +14,8 @@ from dynamo_redis.runtime import DistributedRuntime, dynamo_worker
 
 
 async def generate(request: dict[str, Any]) -> AsyncIterator[Any]:
-    """`count` items, `pause_s` apart, which tell the process and their number; or one of `size_bytes`."""
+    """`count` items, `pause_s` apart, which tell the process and their number; or one of `size_bytes`.
+    With `then_hang` there is no end."""
     if "size_bytes" in request:
         yield bytes(request["size_bytes"])
         return
@@ -22,15 +23,20 @@ async def generate(request: dict[str, Any]) -> AsyncIterator[Any]:
         if request["pause_s"]:
             await asyncio.sleep(request["pause_s"])
         yield os.getpid(), number
+    if request.get("then_hang"):
+        await asyncio.Event().wait()
 
 
 @dynamo_worker()
 async def main(runtime: DistributedRuntime) -> None:
     """Serve until told to stop."""
-    await runtime.endpoint(sys.argv[1]).start_serving(generate)
+    endpoint = runtime.endpoint(sys.argv[1])
+    serving = asyncio.create_task(endpoint.serve_endpoint(generate))
+    client = await endpoint.client()
+    await client.wait_for_instances()
     sys.stdout.write("serving\n")
     sys.stdout.flush()
-    await runtime.wait_for_shutdown()
+    await serving
 
 
 if __name__ == "__main__":

@@ -168,7 +168,7 @@ async def test_past_the_grace_what_is_unanswered_lands_elsewhere_and_the_rest_is
     open_runtime: OpenRuntime, start_worker: StartWorker
 ) -> None:
     """With the time that is left to it, not with a fresh deadline."""
-    a = await start_worker("a", drain_s=0.3)
+    a = await start_worker("a", drain_s=0.5)
     caller = await open_runtime()
     client = await client_of(caller, a)
     context = Context(deadline=time.monotonic() + 30)
@@ -280,3 +280,33 @@ async def test_an_endpoint_without_a_graceful_shutdown_does_not_wait_for_the_oth
     a.may_go.set()
     assert await collect(graceful) == ["the rest"]
     await leaving
+
+
+async def test_a_shutdown_has_one_deadline(
+    open_runtime: OpenRuntime, start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What has been spent on one endpoint is not there again for the rest."""
+    a = await start_worker("a", drain_s=0.4)
+    first_endpoint = a.runtime.endpoint("dynamo.backend.first")
+    serving = asyncio.ensure_future(first_endpoint.serve_endpoint(a.handle))
+    caller = await open_runtime()
+    client = await client_of(caller, a)
+    other = await caller.endpoint(str(first_endpoint.name)).client()
+    await other.wait_for_instances(10)
+    calls = [await c.round_robin("begun", annotated=False) for c in (client, other)]
+    assert [await anext(call) for call in calls] == ["a", "a"]
+    graces_s: list[float] = []
+    drain = a.server.drain
+
+    async def noted(grace_s: float) -> None:
+        graces_s.append(grace_s)
+        await drain(grace_s)
+
+    monkeypatch.setattr(a.server, "drain", noted)
+    a.runtime.shutdown()
+    await serving
+    await a.leave()
+    assert graces_s == [0.0]
+    for call in calls:
+        with pytest.raises(Draining):
+            await anext(call)

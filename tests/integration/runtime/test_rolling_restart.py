@@ -15,14 +15,14 @@ from typing import Any
 
 import pytest
 
-from dynamo_redis.errors import ConnectionLost
+from dynamo_redis.errors import ConnectionLost, Draining
 from dynamo_redis.planes.tcp_client import TcpClient
 from dynamo_redis.runtime import Client, DistributedRuntime
 
 from .leaving_worker import generate
 
 OpenRuntime = Callable[..., Awaitable[DistributedRuntime]]
-StartWorker = Callable[[], Awaitable[Process]]
+StartWorker = Callable[..., Awaitable[Process]]
 
 ENDPOINT = "dynamo.backend.generate"
 MIB = 1 << 20
@@ -45,10 +45,10 @@ async def start_worker(dynamo_redis_url: str, dynamo_redis_prefix: str) -> Async
         "DYN_GRACEFUL_SHUTDOWN_S": "60",
     }
 
-    async def start() -> Process:
+    async def start(**overrides: str) -> Process:
         program = str(Path(__file__).with_name("leaving_worker.py"))
         process = await asyncio.create_subprocess_exec(
-            sys.executable, program, ENDPOINT, env=environment, stdout=PIPE
+            sys.executable, program, ENDPOINT, env=environment | overrides, stdout=PIPE
         )
         started.append(process)
         assert process.stdout is not None
@@ -163,3 +163,17 @@ async def test_a_second_signal_ends_the_worker_at_once(
             await exhaust(call)
         assert caught.value.retryable
         assert await worker.wait() == -signal.SIGTERM
+
+
+async def test_a_request_that_outlives_the_shutdown_is_no_failure(
+    open_runtime: OpenRuntime, start_worker: StartWorker
+) -> None:
+    """Its caller is told, and the process ends with 0 when its time is over."""
+    worker = await start_worker(DYN_GRACEFUL_SHUTDOWN_S="1")
+    client = await client_of(await open_runtime(), 1)
+    call = await client.round_robin({"count": 2, "pause_s": 0.001, "then_hang": True}, annotated=False)
+    assert await anext(call) == [worker.pid, 0]
+    worker.send_signal(signal.SIGTERM)
+    with pytest.raises(Draining, match="before the request was finished"):
+        await exhaust(call)
+    assert await asyncio.wait_for(worker.wait(), 20) == 0
