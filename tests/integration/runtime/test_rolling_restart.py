@@ -135,10 +135,11 @@ async def test_a_slow_reader_gets_all_of_the_last_answer(
     """What the worker has written and the caller has not read yet would end with the worker's process."""
     worker = await start_worker()
     client = await client_of(await open_runtime(), 1)
+    await exhaust(await client.round_robin(LOADS["unary"], annotated=False))  # they are connected
     call = await client.round_robin({"size_bytes": 30 * MIB}, annotated=False)
     reading = asyncio.ensure_future(anext(call))
     await asyncio.sleep(0.02)
-    time.sleep(0.2)  # the handler comes to its end meanwhile, and nothing is read
+    time.sleep(0.5)  # the handler comes to its end meanwhile, and nothing is read
     worker.terminate()
     time.sleep(0.4)  # and the worker to its own
     assert len(await reading) == 30 * MIB
