@@ -30,6 +30,7 @@
     │   ├── DeadlineExceeded        the request's deadline passed
     │   ├── RequestCancelled        the caller stopped or killed the request
     │   ├── PayloadTooLarge         a message is over the limit
+    │   ├── PayloadBudgetExceeded   this process holds as many bytes of answers as it may
     │   ├── InvalidRequest          the handler refused the request's content
     │   ├── HandlerFailed           the handler raised
     │   └── ProtocolViolation       the peer sent what the protocol does not allow
@@ -362,6 +363,13 @@ class PayloadTooLarge(PlaneError):
         )
         self.size_bytes = size_bytes
         self.limit_bytes = limit_bytes
+
+
+class PayloadBudgetExceeded(PlaneError):
+    """A large answer found no room in this process beside the large answers that it has not read yet
+    (`DYN_TCP_MAX_PAYLOAD_BYTES_IN_FLIGHT`). The worker did its work: another would do it in vain."""
+
+    code = "payload_budget_exceeded"
 
 
 class InvalidRequest(PlaneError):

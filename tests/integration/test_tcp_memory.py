@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from dynamo_redis.config import PlaneSettings
-from dynamo_redis.errors import ConnectionLost, Overloaded
+from dynamo_redis.errors import ConnectionLost, PayloadBudgetExceeded
 from dynamo_redis.planes import tcp_connection
 from dynamo_redis.planes.base import Target
 from dynamo_redis.planes.context import Context
@@ -472,13 +472,14 @@ async def test_unread_large_items_are_bounded_together() -> None:
         streams = [client.open(target, None, Context()) for _ in range(3)]
         for stream_id in (1, 2, 3):
             server.send([frame.LAST_RAW, stream_id, MIB, 1], bytes(MIB))
-        with pytest.raises(Overloaded):
+        with pytest.raises(PayloadBudgetExceeded) as caught:
             await anext(streams[2])
+        assert not caught.value.retryable
         assert client.payload_bytes == 2 * MIB
         assert len(await anext(streams[0])) == MIB
         assert client.payload_bytes == MIB
         del streams  # not closed, only forgotten
-        assert client.payload_bytes == 0
+        await eventually(lambda: client.payload_bytes == 0)
 
 
 async def test_large_items_past_the_window_are_a_violation() -> None:

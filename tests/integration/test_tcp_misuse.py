@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -12,7 +13,14 @@ from typing import Any
 import pytest
 
 from dynamo_redis.config import PlaneSettings
-from dynamo_redis.errors import DeadlineExceeded, HandlerFailed, InvalidRequest, Overloaded, ProtocolViolation
+from dynamo_redis.errors import (
+    DeadlineExceeded,
+    HandlerFailed,
+    InvalidRequest,
+    Overloaded,
+    PlaneError,
+    ProtocolViolation,
+)
 from dynamo_redis.planes.base import Target
 from dynamo_redis.planes.context import Context
 from dynamo_redis.planes.tcp_client import TcpClient
@@ -62,8 +70,60 @@ async def worker(serve: Callable[[Peer], Awaitable[None]]) -> AsyncIterator[Targ
         await listener.wait_closed()
 
 
+class Wordless(PlaneError):
+    """Cannot say what it is."""
+
+    def __str__(self) -> str:
+        raise ValueError("no words")
+
+
+class Numbered(PlaneError):
+    """Has a code that is no text."""
+
+    code = 5  # type: ignore[assignment]
+
+
 class Rude(BaseException):
     """Neither an Exception nor a cancellation."""
+
+
+@pytest.mark.parametrize("error", [Wordless(), Numbered("text"), Overloaded("x", "soon")])  # type: ignore[arg-type]
+async def test_error_that_cannot_be_packed_ends_its_request(
+    server: TcpServer, client: TcpClient, error: PlaneError
+) -> None:
+    async def handler(request: str, _: Context) -> str:
+        if request == "fail":
+            raise error
+        return request
+
+    server.register("handler", handler)
+    target = Target(INSTANCE, server.address, "handler", SECRET)
+    failing, fine = client.open(target, "fail", None), client.open(target, "fine", None)
+    async with asyncio.timeout(20):
+        with pytest.raises(HandlerFailed, match=type(error).__name__):
+            await anext(failing)
+        assert await anext(fine) == "fine"
+    await soon(lambda: not server.in_flight_count, "the request is left")
+
+
+async def test_parked_request_spoils_no_neighbour(server: TcpServer, client: TcpClient) -> None:
+    async def handler(request: int, _: Context) -> int:
+        return request
+
+    server.register("handler", handler)
+    target = Target(INSTANCE, server.address, "handler", SECRET)
+    metadata: dict[str, Any] = {"key": ["no text"]}
+    context = Context(metadata=metadata, deadline=time.monotonic() + 60)
+    changed = client.open(target, 0, context)  # waits for the first connection
+    metadata["key"].append(object())
+    with pytest.raises(TypeError, match="serialize"):
+        client.open(target, 1, context)
+    others = [client.open(target, number, None) for number in range(2, 5)]
+    async with asyncio.timeout(20):
+        with pytest.raises(InvalidRequest):
+            await anext(changed)
+        assert [await anext(other) for other in others] == [2, 3, 4]
+    await soon(lambda: not client.pending_count, "a request is left")
 
 
 @pytest.mark.parametrize("make", [GeneratorExit, Rude, lambda: BaseExceptionGroup("several", [Rude()])])

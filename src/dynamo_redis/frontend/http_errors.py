@@ -135,6 +135,7 @@ _STATUS: dict[type[errors.DynamoRedisError], tuple[int, str]] = {
     errors.DeadlineExceeded: (504, "timeout_error"),
     errors.NoInstances: (503, _UNAVAILABLE),
     errors.Overloaded: (503, _UNAVAILABLE),
+    errors.PayloadBudgetExceeded: (503, _UNAVAILABLE),
     errors.Draining: (503, _UNAVAILABLE),
     errors.NotAccepted: (503, _UNAVAILABLE),
     errors.EndpointNotFound: (503, _UNAVAILABLE),

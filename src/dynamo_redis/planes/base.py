@@ -73,6 +73,11 @@ class ResponseStream(Protocol):
         """Whether the answer has come to its end, not by an error, and all of it has been read."""
         ...
 
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        """Have the event loop of the stream call something, from any thread: a finaliser runs in whichever
+        the garbage collector was called in, in the middle of anything."""
+        ...
+
     def fail(self, error: Exception) -> None:
         """End the stream from outside with `error`, unless it has ended. The worker is told to kill."""
         ...

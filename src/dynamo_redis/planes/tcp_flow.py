@@ -12,6 +12,7 @@ import asyncio
 import copy
 from collections import deque
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any, Final, Self
 
 from dynamo_redis.errors import PayloadTooLarge, PlaneError, ProtocolViolation, RequestCancelled
@@ -159,20 +160,31 @@ def check_size(size_bytes: int, limit_bytes: int) -> None:
 
 
 class _Raw:
-    """An item that came as a raw payload, until it is read. As long as it is kept, its connection's
-    share holds its size: also in a mailbox that nobody reads any more, which tells nobody when it goes."""
+    """An item that came as a raw payload, until it is read. As long as it is kept, its connection's share
+    holds its size. A mailbox that is dropped unread gives it back by the event loop: the garbage collector
+    may run in any thread, and in the middle of the share's own sums."""
 
-    __slots__ = ("_share", "_size_bytes", "cost", "item")
+    __slots__ = ("_loop", "_share", "_size_bytes", "cost", "item")
 
-    def __init__(self, item: Any, size_bytes: int, share: PayloadShare) -> None:
+    def __init__(
+        self, item: Any, size_bytes: int, share: PayloadShare, loop: asyncio.AbstractEventLoop
+    ) -> None:
         self.item = item
         self.cost = raw_cost(size_bytes)
         self._size_bytes = size_bytes
         self._share = share
+        self._loop = loop
         share.hold(size_bytes)
 
+    def release(self) -> None:
+        """Give the size back. Idempotent."""
+        size_bytes, self._size_bytes = self._size_bytes, 0
+        self._share.give(size_bytes)
+
     def __del__(self) -> None:
-        self._share.give(self._size_bytes)
+        if self._size_bytes:
+            with suppress(RuntimeError):  # the event loop is closed, and everything with it
+                self._loop.call_soon_threadsafe(self._share.give, self._size_bytes)
 
 
 _NO_ITEMS: Final[deque[Any]] = deque(maxlen=0)
@@ -275,6 +287,7 @@ class Mailbox:
     def _unwrapped(self, raw: _Raw) -> Any:
         self._owed += raw.cost - 1
         self._held -= raw.cost - 1
+        raw.release()
         return raw.item
 
     def _give_credit(self) -> None:
@@ -304,7 +317,7 @@ class Mailbox:
         assert self._connection is not None
         if len(self._items) + self._held >= self._limit:
             raise ProtocolViolation("more than the window allows")
-        raw = _Raw(item, size_bytes, self._connection.payload_share)
+        raw = _Raw(item, size_bytes, self._connection.payload_share, self._loop)
         self._held += raw.cost - 1
         self.deliver(raw)
 
@@ -332,6 +345,9 @@ class Mailbox:
 
     def discard(self) -> None:
         """Forget what has not been read."""
+        for item in self._items:
+            if type(item) is _Raw:
+                item.release()
         self._items = _NO_ITEMS
         self._held = 0
 

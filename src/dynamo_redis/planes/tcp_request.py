@@ -385,6 +385,16 @@ def context_of(headers: dict[str, Any]) -> Context:
 
 
 def error_frame(stream_id: int, error: PlaneError) -> bytes:
+    """ERROR. A handler's error that cannot say what it is must end its request all the same."""
+    try:
+        return _error_frame(stream_id, error)
+    except Exception:  # noqa: BLE001 - see above
+        return frame.encode_error(stream_id, HandlerFailed.code, type(error).__name__, None)
+
+
+def _error_frame(stream_id: int, error: PlaneError) -> bytes:
+    if type(error.code) is not str:
+        raise TypeError(f"the code of {type(error).__name__} is no text")
     details = None
     if isinstance(error, Overloaded) and error.retry_after_s is not None:
         retry_after_s = error.retry_after_s

@@ -9,7 +9,8 @@ entry in a table, no timer, no subscription, no task.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable
+from collections.abc import AsyncIterable, Callable
+from contextlib import suppress
 from contextvars import copy_context
 from typing import Any, Final, Protocol, Self
 
@@ -18,6 +19,7 @@ from dynamo_redis.errors import (
     ConnectionLost,
     DeadlineExceeded,
     Overloaded,
+    PayloadBudgetExceeded,
     PlaneError,
     ProtocolViolation,
     RequestCancelled,
@@ -53,10 +55,10 @@ class TcpResponseStream(Mailbox):
         "_context",
         "_deadline_timer",
         "_encoding",
+        "_headers",
         "_home",
         "_lost_once",
         "_messages",
-        "_metadata",
         "_payload",
         "_pump",
         "_route",
@@ -89,16 +91,15 @@ class TcpResponseStream(Mailbox):
             self._encoding = request.encoding if is_packed else frame.encoding_of(payload, request)
         self._context = context
         self._messages = messages
-        self._metadata: dict[str, str] | None = None
         self.subject = subject
-        if messages is None and (context is None or context.travels_bare):
+        if messages is None and not is_packed and (context is None or context.travels_bare):
+            self._headers = frame.NO_HEADERS
             self._route = frame.plain_route(subject)
         else:
-            if is_packed:
-                self._metadata = request.metadata
-            elif context is not None and context.given_metadata:
-                self._metadata = dict(context.given_metadata)
-            self._route = self._encode_route()
+            # Now, not when a connection is there: the caller learns what cannot be packed, and nothing that
+            # it does with the context later can keep the request, or those behind it, from being sent.
+            self._headers = request.headers if is_packed else _encode_headers(context)
+            self._route = self._encode_route(self._headers)
             if messages is not None:
                 self._variables = copy_context()
         self._home: Home | None = None
@@ -123,7 +124,7 @@ class TcpResponseStream(Mailbox):
     def packed(self) -> Packed:
         """See `ResponseStream.packed`."""
         is_large = self.payload_bytes > MAX_INLINE_BYTES
-        return Packed(self._payload, self._encoding if is_large else frame.Encoding.MSGPACK, self._metadata)
+        return Packed(self._payload, self._encoding if is_large else frame.Encoding.MSGPACK, self._headers)
 
     def forget_request(self) -> None:
         """See `ResponseStream.forget_request`."""
@@ -149,7 +150,10 @@ class TcpResponseStream(Mailbox):
     def start(self, connection: Connection, home: Home, stream_id: int) -> None:
         """Send the request."""
         payload = self._payload
-        route = self._route if self._deadline_timer is None else self._encode_route()
+        route = self._route
+        if self._deadline_timer is not None:
+            assert self._context is not None
+            route = self._encode_route(frame.add_deadline(self._headers, _deadline_ms(self._context)))
         self._home = home
         self._connection = connection
         self.stream_id = stream_id
@@ -176,9 +180,8 @@ class TcpResponseStream(Mailbox):
         self._lost_once = True
         return True
 
-    def _encode_route(self) -> bytes:
+    def _encode_route(self, headers: bytes) -> bytes:
         flags = 0 if self._messages is None else frame.FLAG_REQUEST_STREAM
-        headers = None if self._context is None else _headers_of(self._context, self._metadata)
         return frame.encode_route(self.subject, flags, headers)
 
     async def _send_messages(self, messages: AsyncIterable[Any], sender: Sender) -> None:
@@ -229,6 +232,8 @@ class TcpResponseStream(Mailbox):
 
     def _on_raw(self, kind: int, _: int, size_bytes: int, item: Any) -> None:
         error = item.error if type(item) is Unusable else None
+        if isinstance(error, Overloaded):  # says the decoder here, of this process and not of the worker
+            error = PayloadBudgetExceeded(str(error))
         if error is None:
             self.deliver_raw(item, size_bytes)
         if kind == frame.LAST_RAW:
@@ -237,6 +242,11 @@ class TcpResponseStream(Mailbox):
             self.fail(error)
 
     # ------------------------------------------------------------------- its end
+
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        """See `ResponseStream.call_soon`."""
+        with suppress(RuntimeError):  # the event loop is closed, and everything with it
+            self._loop.call_soon_threadsafe(callback)
 
     def fail(self, error: Exception) -> None:
         if self.state is not _CLOSED:
@@ -306,18 +316,24 @@ class TcpResponseStream(Mailbox):
             home.remove(self)
 
 
-def _headers_of(context: Context, metadata: dict[str, str] | None) -> dict[str, Any]:
+def _encode_headers(context: Context | None) -> bytes:
+    """What travels of a context, but its deadline. Raises TypeError (not msgpack), PayloadTooLarge."""
+    if context is None:
+        return frame.NO_HEADERS
     headers: dict[str, Any] = {}
     if context.given_id is not None:
         headers["id"] = context.given_id
-    if context.deadline is not None:
-        remaining_s = context.remaining_s() or 0.0
-        headers["deadline_ms"] = round(min(max(0.0, remaining_s * 1000), frame.MAX_DEADLINE_MS))
     if context.traceparent is not None:
         headers["traceparent"] = context.traceparent
-    if metadata:
-        headers["meta"] = metadata
-    return headers
+    if context.given_metadata:
+        headers["meta"] = context.given_metadata
+    return frame.encode_headers(headers)
+
+
+def _deadline_ms(context: Context) -> int:
+    """What remains until the context's deadline."""
+    remaining_s = context.remaining_s() or 0.0
+    return round(min(max(0.0, remaining_s * 1000), frame.MAX_DEADLINE_MS))
 
 
 def _reported(received: list[Any]) -> PlaneError:

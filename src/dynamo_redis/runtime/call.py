@@ -129,7 +129,11 @@ class Call:
         await self.aclose()
 
     def __del__(self) -> None:
-        # An iterator dropped half-way: nobody will ever read the rest.
+        if self._stream is not None:
+            self._stream.call_soon(self._drop)
+
+    def _drop(self) -> None:
+        """End an answer that was dropped half-way: the rest will never be read."""
         stream = self._stream
         if stream is not None:
             self._close()

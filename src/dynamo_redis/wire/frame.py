@@ -92,6 +92,11 @@ Headers = Mapping[str, Any]
 """The headers of a request: `id` str, `deadline_ms` int (what remains), `traceparent` str, `meta` map of
 str to str. All may be absent; unknown ones are ignored."""
 
+NO_HEADERS: Final = b"\xc0"
+"""Packed headers of a request that has none."""
+
+_EMPTY_MAP = b"\x80"
+_DEADLINE_KEY = pack_known("deadline_ms")
 _MAX_MESSAGE_CHARS = 4096
 
 _OPEN = b"\x96\x01"
@@ -128,20 +133,20 @@ def encoding_of(payload: bytes, value: Any) -> Encoding:
 class Packed:
     """A request as it was sent: to be sent again as the same bytes, whatever became of the object."""
 
-    __slots__ = ("encoding", "metadata", "payload")
+    __slots__ = ("encoding", "headers", "payload")
 
-    def __init__(self, payload: bytes, encoding: Encoding, metadata: dict[str, str] | None) -> None:
+    def __init__(self, payload: bytes, encoding: Encoding, headers: bytes) -> None:
         self.payload = payload
         self.encoding = encoding
-        self.metadata = metadata
+        self.headers = headers
 
     def value(self) -> Any:
         """The request itself, as its worker unpacks it."""
         return self.payload if self.encoding is Encoding.BINARY else unpack(self.payload)
 
 
-def encode_route(subject: str, flags: int, headers: Headers | None) -> bytes:
-    """The middle of OPEN: subject, flags, headers. Raises TypeError or PayloadTooLarge for the headers."""
+def encode_headers(headers: Headers | None) -> bytes:
+    """A request's headers, packed before they are sent. Raises TypeError or PayloadTooLarge."""
     packed = pack(headers)
     if len(packed) > MAX_HEADERS_BYTES:
         raise PayloadTooLarge(
@@ -149,13 +154,26 @@ def encode_route(subject: str, flags: int, headers: Headers | None) -> bytes:
             size_bytes=len(packed),
             limit_bytes=MAX_HEADERS_BYTES,
         )
-    return b"".join((pack_known(subject), pack_known(flags), packed))
+    return packed
+
+
+def add_deadline(headers: bytes, deadline_ms: int) -> bytes:
+    """Packed headers with `deadline_ms`, which counts from the moment in which they are sent."""
+    if headers == NO_HEADERS:
+        headers = _EMPTY_MAP
+    map_of_more = bytes((headers[0] + 1,))  # of a few entries, so their number is in its first byte
+    return b"".join((map_of_more, headers[1:], _DEADLINE_KEY, pack_known(deadline_ms)))
+
+
+def encode_route(subject: str, flags: int, headers: bytes) -> bytes:
+    """The middle of OPEN: subject, flags, packed headers."""
+    return b"".join((pack_known(subject), pack_known(flags), headers))
 
 
 @lru_cache(maxsize=1024)
 def plain_route(subject: str) -> bytes:
     """`encode_route` without flags and headers, remembered."""
-    return encode_route(subject, 0, None)
+    return encode_route(subject, 0, NO_HEADERS)
 
 
 def encode_open(stream_id: int, route: bytes, payload: bytes) -> bytes:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Iterable
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable
+from contextlib import suppress
 from typing import Any, Self
 
 import pytest
@@ -26,7 +27,7 @@ from dynamo_redis.store.base import (
     Revision,
     WatchBatch,
 )
-from dynamo_redis.wire.frame import Encoding, Packed, payload_of
+from dynamo_redis.wire.frame import NO_HEADERS, Encoding, Packed, payload_of
 
 NAME = EndpointName.parse("dynamo.backend.generate")
 
@@ -36,7 +37,7 @@ class ScriptedStream:
 
     def __init__(self, plane: ScriptedPlane, target: Target, script: Iterable[Any], request: Any) -> None:
         self._plane = plane
-        self.packed = Packed(payload_of(request), Encoding.MSGPACK, None)
+        self.packed = Packed(payload_of(request), Encoding.MSGPACK, NO_HEADERS)
         self._script = deque(script)
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.target = target
@@ -62,6 +63,10 @@ class ScriptedStream:
         return not self._script and not self._failed.done()
 
     def forget_request(self) -> None: ...
+
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        with suppress(RuntimeError):  # after the test
+            asyncio.get_running_loop().call_soon_threadsafe(callback)
 
     def fail(self, error: Exception) -> None:
         if not self._failed.done():

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from dynamo_redis.errors import InvalidRequest, PayloadTooLarge, ProtocolViolation
 from dynamo_redis.wire import frame
-from dynamo_redis.wire.codec import MAX_FRAME_BYTES, MAX_INLINE_BYTES, pack
+from dynamo_redis.wire.codec import MAX_FRAME_BYTES, MAX_INLINE_BYTES, pack, unpack
 from dynamo_redis.wire.decoder import FrameDecoder, ReadBuffers, Unusable
 
 VECTORS = json.loads((Path(__file__).parents[2] / "vectors" / "frames.json").read_text())
@@ -53,7 +53,9 @@ ENCODERS = {
     "open": lambda: frame.encode_open(1, frame.plain_route("1a/dynamo/backend/generate"), pack({"n": 2})),
     "open with headers, request stream": lambda: frame.encode_open(
         2,
-        frame.encode_route("1a/d/b/g", 1, {"id": "r-1", "deadline_ms": 1500, "meta": {"k": "v"}}),
+        frame.encode_route(
+            "1a/d/b/g", 1, frame.encode_headers({"id": "r-1", "deadline_ms": 1500, "meta": {"k": "v"}})
+        ),
         pack("x"),
     ),
     "data": lambda: frame.encode_items(1, [pack("hi")], last=False),
@@ -90,12 +92,18 @@ def test_a_batch_is_an_array_of_any_length(count: int) -> None:
 # --------------------------------------------------------------------------- split points
 
 
+@pytest.mark.parametrize("headers", [None, {}, {"id": "x", "traceparent": "y", "meta": {"k": "v"}}])
+def test_deadline_joins_packed_headers(headers: dict[str, Any] | None) -> None:
+    packed = frame.add_deadline(frame.encode_headers(headers), 1500)
+    assert unpack(packed) == {**(headers or {}), "deadline_ms": 1500}
+
+
 def conversation() -> tuple[list[bytes], list[Any]]:
     """Frames of all kinds, each with its raw bytes, and what they decode to."""
     blob = random.Random(1).randbytes(MAX_INLINE_BYTES + 1000)
     text = "é" * MAX_INLINE_BYTES
     packed_text = pack(text)
-    route = frame.encode_route("s", 0, {"id": "x"})
+    route = frame.encode_route("s", 0, frame.encode_headers({"id": "x"}))
     pieces = [
         frame.encode_open(1, route, pack([1, {"a": b"b"}])),
         frame.encode_item_raw(1, len(blob), frame.Encoding.BINARY, last=False) + blob,
