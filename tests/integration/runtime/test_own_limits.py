@@ -78,6 +78,8 @@ async def test_answer_dropped_in_a_thread_is_killed(
     client = await client_of(await open_runtime(), 1)
     call = await client.round_robin(None, annotated=False)
     await anext(call)
+    for _ in range(10):  # what the answer has set in motion is over
+        await asyncio.sleep(0)
     cycle: list[Any] = [call]
     cycle.append(cycle)
     del call, cycle
