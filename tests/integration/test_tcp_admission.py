@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from dynamo_redis.config import PlaneSettings
 from dynamo_redis.errors import DeadlineExceeded, Overloaded
 from dynamo_redis.planes.base import Target
 from dynamo_redis.planes.context import Context
+from dynamo_redis.planes.tcp_admission import RESERVED_COUNT
 from dynamo_redis.planes.tcp_client import TcpClient
 from dynamo_redis.planes.tcp_server import TcpServer
 from dynamo_redis.planes.tcp_stream import TcpResponseStream
@@ -274,3 +276,43 @@ async def test_the_hint_says_how_long_the_queue_takes() -> None:
     finally:
         await client.aclose()
         await server.aclose()
+
+
+# --------------------------------------------------------------------------- the reserve of each endpoint
+
+
+async def test_full_worker_answers_on_its_other_endpoints() -> None:
+    async with working(1, max_in_flight_count=1, max_queued_count=1) as (worker, [caller]):
+
+        async def load(request: str, _: Context) -> str:
+            return request
+
+        worker.server.register("load_metrics", load)
+        caller.ask("generate", 2)
+        await worker.has(2)
+        assert isinstance(await caller.ask("generate"), Overloaded)
+        target = replace(worker.target, subject="load_metrics")
+        for client in (caller._client, TcpClient(worker.settings)):
+            for number in range(5):
+                assert await _answer(client.open(target, str(number), None)) == str(number)
+        await client.aclose()
+        assert worker.server.admission.running_count == 1
+        assert worker.started == ["generate"]
+
+
+async def test_reserve_is_bounded_and_leaves_the_limit() -> None:
+    async with working(2, max_in_flight_count=64, max_queued_count=1000) as (worker, [caller, other]):
+        worker.server.register("other", worker._handle)
+        other._target = replace(worker.target, subject="other")
+        caller.ask("test", 100)
+        await worker.has(100)
+        assert worker.server.admission.running_count == 64
+        other.ask("other", 100)
+        await worker.has(200)
+        assert worker.server.admission.running_count == 64 + RESERVED_COUNT
+        for _ in range(RESERVED_COUNT):
+            worker._gates.pop(0).set()
+        await eventually(lambda: worker.server.admission.running_count == 64)
+        await worker.finish_all()
+        assert await other.outcomes() == {"other": 100}
+        assert worker.most_running == 64 + RESERVED_COUNT

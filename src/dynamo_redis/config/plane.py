@@ -75,7 +75,10 @@ class PlaneSettings(SettingsGroup):
         unit="s",
     )
     max_in_flight_count: Annotated[int, Field(ge=1)] = setting(
-        "DYN_TCP_MAX_IN_FLIGHT", 4096, "Most requests a worker handles at once.", unit="requests"
+        "DYN_TCP_MAX_IN_FLIGHT",
+        4096,
+        "Most requests a worker handles at once; each endpoint has 16 more that others cannot take.",
+        unit="requests",
     )
     max_queued_count: Annotated[int, Field(ge=0)] = setting(
         "DYN_TCP_MAX_QUEUED",

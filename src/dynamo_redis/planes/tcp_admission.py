@@ -1,6 +1,8 @@
 """Who may run at a server, who waits, in what order, and who is turned away.
 
-At most `DYN_TCP_MAX_IN_FLIGHT` handlers run. Up to `DYN_TCP_MAX_QUEUED` requests wait; the connections take
+At most `DYN_TCP_MAX_IN_FLIGHT` handlers run. Beside these, an endpoint that has fewer than `RESERVED_COUNT`
+requests may always start one: so a worker that is full of one endpoint's requests still tells its load, its
+health and what its cache holds. Up to `DYN_TCP_MAX_QUEUED` requests wait; the connections take
 turns, so one that sends thousands delays another's next request by one handler start. When the queue is
 full, a connection that has fewer waiting takes the place of the newest request of the one that has most;
 else the request itself is refused. Both get Overloaded, with a hint that says how long what waits now will
@@ -20,6 +22,9 @@ from dynamo_redis.planes.fair_queue import FairQueue
 from dynamo_redis.planes.tcp_connection import Connection
 from dynamo_redis.planes.tcp_request import Endpoint, Request
 from dynamo_redis.rate_limited_log import RateLimitedLog
+
+RESERVED_COUNT: Final = 16
+"""Requests of an endpoint that others' cannot keep out; half of `DYN_TCP_MAX_IN_FLIGHT` if that is less."""
 
 _RETRY_AFTER_S: Final = (0.05, 10.0)
 _UNKNOWN_RETRY_AFTER_S: Final = 1.0
@@ -72,6 +77,7 @@ class AdmissionControl:
         "_large",
         "_max_in_flight_count",
         "_max_queued_count",
+        "_reserved_count",
         "_running",
         "_starting",
         "_waiting",
@@ -86,6 +92,8 @@ class AdmissionControl:
         self._complaints = complaints
         self._max_in_flight_count = max_in_flight_count
         self._max_queued_count = max_queued_count
+        # Of an endpoint that is alone there are always more when the limit is reached: it has no reserve.
+        self._reserved_count = min(RESERVED_COUNT, (max_in_flight_count + 1) // 2)
         self._running: set[Request] = set()
         self._large: dict[Request, int] = {}  # their sizes in bytes
         self._waiting: FairQueue[Connection, Request] = FairQueue()
@@ -111,7 +119,7 @@ class AdmissionControl:
     def admit(self, request: Request) -> None:
         """Start the request, or let it wait. Raises Overloaded."""
         running = self._running
-        if len(running) < self._max_in_flight_count:
+        if len(running) < self._max_in_flight_count or request.endpoint.active_count < self._reserved_count:
             request.endpoint.active_count += 1
             running.add(request)
             request.launch(self.loop)
