@@ -20,6 +20,7 @@ import asyncio
 import logging
 import random
 import re
+import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any, Final
 
@@ -38,7 +39,11 @@ from dynamo_redis.store.deadline import Deadline, watched_class
 from dynamo_redis.store.scripts import Script
 from dynamo_redis.store.server_errors import (
     FAILURES,
+    ErrorReply,
     Stranger,
+    does_not_take,
+    is_about_command,
+    is_cut_off,
     is_to_be_left,
     keep_replies,
     one_line,
@@ -52,6 +57,8 @@ MINIMUM_VERSION: Final = (6, 2)
 MAX_CONNECTIONS_COUNT: Final = 32
 """Commands in flight at once; further ones wait for a connection, within their deadline."""
 CLOSE_TIMEOUT_S: Final = 1.0
+REFUSAL_REPEATED_S: Final = 60.0
+"""How often it is said that new connections are refused, while they are for the same reason."""
 
 _UNKNOWN_OPTION: Final = re.compile(r"unexpected keyword argument '(\w+)'")
 """How Python words it that a connection class does not know an option."""
@@ -103,6 +110,9 @@ class RedisClient:
         self._redis = _raw(redis.asyncio.Redis(connection_pool=pool))
         self._closed = False
         self._met = False
+        self._by_hash = True
+        self._names = True
+        self._refusal = ("", 0.0)
         self._epoch = 0
 
     def __repr__(self) -> str:
@@ -152,22 +162,34 @@ class RedisClient:
             async with Deadline(self.timeout_s):
                 return await self._redis.execute_command(*command)
         except FAILURES as exc:
-            raise self.error(exc) from exc
+            raise self.error(exc, command[0]) from exc
 
     async def script(self, script: Script, keys: Sequence[Argument], args: Sequence[Argument] = ()) -> Any:
         """Run a script by its hash, sending its source only if the server does not know it.
 
-        NOSCRIPT means that nothing ran, so the second attempt is no repetition. Raises StoreError.
+        A server that does not know it, or takes no hashes, ran nothing, so the second attempt is no
+        repetition. Raises StoreError.
         """
         self._check_open()
+        rest = (len(keys), *keys, *args)
         try:
             async with Deadline(self.timeout_s):
-                try:
-                    return await self._redis.execute_command("EVALSHA", script.sha, len(keys), *keys, *args)
-                except redis_errors.NoScriptError:
-                    return await self._redis.execute_command("EVAL", script.source, len(keys), *keys, *args)
+                if self._by_hash:
+                    try:
+                        return await self._redis.execute_command("EVALSHA", script.sha, *rest)
+                    except redis_errors.ResponseError as exc:
+                        if not self._wants_source(exc):
+                            raise
+                return await self._redis.execute_command("EVAL", script.source, *rest)
         except FAILURES as exc:
-            raise self.error(exc) from exc
+            raise self.error(exc, "EVALSHA or EVAL") from exc
+
+    def _wants_source(self, exc: redis_errors.ResponseError) -> bool:
+        """Whether an EVALSHA was not run because its script, or the command itself, is not known."""
+        if does_not_take(exc, "EVALSHA"):
+            self._by_hash = False  # a proxy, or a user without the right: it is not asked for again
+            return True
+        return isinstance(exc, redis_errors.NoScriptError)
 
     async def pipeline(
         self, commands: Iterable[Sequence[Argument]], *, transaction: bool = False
@@ -274,23 +296,66 @@ class RedisClient:
     async def _greet(self, connection: Any) -> None:
         """Log in, and give the connection a name for CLIENT LIST, where that is allowed."""
         _prepare(connection)
-        await connection.on_connect()
+        reader = connection._reader
         try:
-            await connection.send_command("CLIENT", "SETNAME", self._client_name)
-            await connection.read_response()
-        except redis_errors.ResponseError:
-            logger.debug("CLIENT SETNAME is not allowed at %s", self.address)
-        self._met = True
+            await connection.on_connect()
+            if self._names:
+                await connection.send_command("CLIENT", "SETNAME", self._client_name)
+                try:
+                    await connection.read_response()
+                except redis_errors.ResponseError as exc:
+                    self._check_unnamed(exc)
+                self._met = True
+        except FAILURES as exc:
+            if reply(exc) is not None:
+                self._note_refusal(exc)
+                raise
+            if (words := _last_words(reader)) is not None:
+                self._note_refusal(words)
+                raise words from exc
+            if self._met or not self._names or not is_cut_off(exc):
+                raise
+            # There are proxies that end a connection for a command that they do not know.
+            self._names = False
+            try:
+                await connection.disconnect(nowait=True)
+                await connection.connect()
+            except BaseException:
+                self._names = True
+                raise
 
     def _greet_sync(self, connection: Any) -> None:
+        """As `_greet`; the first connection to a server is never one of these."""
         _prepare(connection)
-        connection.on_connect()
         try:
-            connection.send_command("CLIENT", "SETNAME", self._client_name)
-            connection.read_response()
-        except redis_errors.ResponseError:
-            logger.debug("CLIENT SETNAME is not allowed at %s", self.address)
+            connection.on_connect()
+            if self._names:
+                connection.send_command("CLIENT", "SETNAME", self._client_name)
+                try:
+                    connection.read_response()
+                except redis_errors.ResponseError as exc:
+                    self._check_unnamed(exc)
+        except FAILURES as exc:
+            self._note_refusal(exc)
+            raise
         self._met = True
+
+    def _check_unnamed(self, exc: redis_errors.ResponseError) -> None:
+        """That a server refuses just the name of a connection. Raises `exc` if not."""
+        if not is_about_command(exc):
+            raise exc
+        logger.debug("CLIENT SETNAME is not allowed at %s", self.address)
+
+    def _note_refusal(self, exc: BaseException) -> None:
+        """Warn that a server which has let us in refuses a new connection: those that are open may go on for
+        long, and hide it. Safe from any thread."""
+        if not self._met or reply(exc) is None:
+            return
+        text, now = str(store_error(exc, self.address)), time.monotonic()
+        last_text, last_at = self._refusal
+        if text != last_text or now - last_at > REFUSAL_REPEATED_S:
+            self._refusal = (text, now)
+            logger.warning("a new connection is refused: %s", text)
 
     def _check_version(self, server: dict[str, str]) -> None:
         text = server.get("redis_version", "")
@@ -311,8 +376,8 @@ class RedisClient:
                 policy,
             )
 
-    def error(self, exc: BaseException) -> StoreError:
-        """What a failed exchange with this server means; safe from any thread.
+    def error(self, exc: BaseException, command: Argument = "") -> StoreError:
+        """What a failed exchange with this server means; safe from any thread. `command` is what was asked.
 
         If the server is not, or no longer, the one to talk to, all connections are made anew before they are
         used again: only that resolves the name again, and so finds the new primary.
@@ -320,7 +385,8 @@ class RedisClient:
         if is_to_be_left(exc):
             self._leave()
         scheme: Stranger = "tls" if self._url.startswith("rediss:") else "plain"
-        error = store_error(exc, self.address, stranger=None if self._met else scheme)
+        stranger = None if self._met else scheme
+        error = store_error(exc, self.address, stranger=stranger, command=str(command))
         error.answered = reply(exc) is not None
         return error
 
@@ -391,11 +457,23 @@ class SyncConnection:
         if self._made_in != (epoch := self._client._current_epoch()):
             self._pool.disconnect()
             self._made_in = epoch
+        client = self._client
         try:
-            try:
-                return self._redis.execute_command("EVALSHA", script.sha, len(keys), *keys, *args)
-            except redis_errors.NoScriptError:
-                return self._redis.execute_command("EVAL", script.source, len(keys), *keys, *args)
+            if client._by_hash:
+                try:
+                    return self._redis.execute_command("EVALSHA", script.sha, len(keys), *keys, *args)
+                except redis_errors.ResponseError as exc:
+                    if not client._wants_source(exc):
+                        raise
+            return self._redis.execute_command("EVAL", script.source, len(keys), *keys, *args)
+        except FAILURES as exc:
+            self._pool.disconnect()
+            raise client.error(exc, "EVALSHA or EVAL") from exc
+
+    def connect(self) -> None:
+        """Connect now, not at the first script. Raises StoreError."""
+        try:
+            self._redis.execute_command("PING")
         except FAILURES as exc:
             error = self._client.error(exc)
             if not error.answered:
@@ -457,6 +535,13 @@ def _parse(url: str, parser: Callable[[str], Any]) -> dict[str, Any]:
 def _default_class(parser: Callable[[str], Any]) -> type:
     is_async = parser is redis.asyncio.connection.parse_url
     return redis.asyncio.Connection if is_async else redis.Connection
+
+
+def _last_words(reader: Any) -> ErrorReply | None:
+    """The error that a server sent when it ended a connection at once: it has no room for one more, or is in
+    protected mode. A write that fails hides it: then it is still in the reader's buffer."""
+    line, end, _ = bytes(reader._buffer).partition(b"\r\n")
+    return ErrorReply(line[1:].decode("utf-8", "replace")) if end and line[:1] == b"-" else None
 
 
 def _prepare(connection: Any) -> None:

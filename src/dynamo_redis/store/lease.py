@@ -16,6 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Final, TypeVar
 
 from dynamo_redis.errors import LeaseNotFound, StoreError
@@ -233,6 +234,8 @@ class Keepalive:
     def _run(self) -> None:
         connection = self._client.sync(min(self._client.timeout_s, max(0.5, self._ttl_s * _ATTEMPT)))
         try:
+            with suppress(StoreError):
+                connection.connect()  # a refusal shows now, not when the lease is about to end
             while not self._stopping:
                 self._wake.wait(max(0.0, min(self._poll_s, self._renew_at - time.monotonic())))
                 self._wake.clear()

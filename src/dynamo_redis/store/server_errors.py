@@ -133,6 +133,8 @@ _RAISED_IN_SCRIPT: Final = re.compile(
 """What Redis 6.2 puts before an error of a command that a script calls."""
 _PLACE_IN_SCRIPT: Final = re.compile(r" script: (?:\w+, )?on @user_script:\d+\.$")
 """What later releases put behind it."""
+_REPLY_LENGTH: Final = 400
+"""Characters shown of an error; protected mode explains itself in more."""
 _ARGUMENTS: Final = re.compile(r",? with args beginning with:.*")
 """What a server repeats of a command that it does not know: a password may be in it."""
 
@@ -142,10 +144,13 @@ _CONNECTION_REFUSED: Final = f"[Errno {errno.ECONNREFUSED}]"
 _CUT_OFF: Final = ("reset by peer", "closed by server", "Connection lost", "Connection reset")
 
 
-def store_error(exc: BaseException, address: str, *, stranger: Stranger | None = None) -> StoreError:
+def store_error(
+    exc: BaseException, address: str, *, stranger: Stranger | None = None, command: str = ""
+) -> StoreError:
     """What a failed exchange with the server at `address` means to a caller.
 
-    `stranger`: no exchange with that server has succeeded yet, so a wrong URL may be the cause.
+    `stranger`: no exchange with that server has succeeded yet, so a wrong URL may be the cause. `command`:
+    what was asked, where that is known.
     """
     text = reply(exc)
     if text is not None:
@@ -153,7 +158,7 @@ def store_error(exc: BaseException, address: str, *, stranger: Stranger | None =
         return answer.kind(f"Redis at {address} {answer.meaning} ({text})")
     return (
         _not_understood(exc, address, stranger)
-        or _nobody_there(exc, address, stranger)
+        or _nobody_there(exc, address, stranger, command)
         or StoreRefused(f"Redis at {address} refuses a command: {one_line(exc)}")
     )
 
@@ -171,13 +176,24 @@ def does_not_take(exc: BaseException, command: str) -> bool:
     return answer is _UNKNOWN_COMMAND or (answer is _DENIED and f"'{command.lower()}" in text)
 
 
+def is_about_command(exc: BaseException) -> bool:
+    """Whether an error is about what was asked, not about the server or the connection."""
+    return _answer(reply(exc) or "") in (_UNKNOWN_COMMAND, _DENIED, _REFUSED)
+
+
+def is_cut_off(exc: BaseException) -> bool:
+    """Whether a connection was made, and ended by the other side."""
+    return any(mark in one_line(exc) for mark in _CUT_OFF)
+
+
 def reply(exc: BaseException) -> str | None:
     """The error that a server sent, without what it says of scripts and arguments; None if it sent none."""
     sent = getattr(exc, "reply", None)
     if sent is None:
         return None
     text = _RAISED_IN_SCRIPT.sub("", " ".join(sent.split()), count=1)
-    return _ARGUMENTS.sub("", _PLACE_IN_SCRIPT.sub("", text))
+    text = _ARGUMENTS.sub("", _PLACE_IN_SCRIPT.sub("", text))
+    return text if len(text) <= _REPLY_LENGTH else f"{text[:_REPLY_LENGTH]}…"
 
 
 def _answer(text: str) -> Answer:
@@ -232,7 +248,9 @@ def _not_understood(exc: BaseException, address: str, stranger: Stranger | None)
     return None
 
 
-def _nobody_there(exc: BaseException, address: str, stranger: Stranger | None) -> StoreError | None:
+def _nobody_there(
+    exc: BaseException, address: str, stranger: Stranger | None, command: str
+) -> StoreError | None:
     """No answer, or an end in the middle of it."""
     text = one_line(exc)
     if isinstance(exc, TimeoutError | redis_errors.TimeoutError):
@@ -243,8 +261,10 @@ def _nobody_there(exc: BaseException, address: str, stranger: Stranger | None) -
     if address.startswith("/") and _caused_by(exc, FileNotFoundError):
         return StoreUnavailable(f"no Redis answers at {address} (there is no such socket): is it running?")
     if isinstance(exc, redis_errors.ConnectionError | OSError | RuntimeError):
-        cut_off = stranger == "plain" and any(mark in text for mark in _CUT_OFF)
-        hint = " (is it TLS? Then write rediss://)" if cut_off else ""
+        hint = ""
+        if is_cut_off(exc):
+            hint = f" (in answer to {command})" * bool(command)
+            hint += " (is it TLS? Then write rediss://)" * (stranger == "plain")
         return StoreUnavailable(f"no connection to Redis at {address}: {text}{hint}")
     return None
 
