@@ -35,7 +35,8 @@
     │   ├── HandlerFailed           the handler raised
     │   └── ProtocolViolation       the peer sent what the protocol does not allow
     ├── ModelError                  a model's files or its card are missing or broken
-    │   └── TemplateError           the chat template refused the messages
+    │   ├── TemplateError           the chat template refused the messages
+    │   └── ModelCacheError         this process cannot keep the files now, as on a full disk (retryable)
     ├── BarrierError                a leader/worker barrier was aborted, misused or timed out
     └── PortUnavailable             no port of the wanted range could be reserved
 
@@ -403,6 +404,16 @@ class TemplateError(ModelError):
     """The chat template refused the messages; the message is the template's own."""
 
     code = "template"
+
+
+class ModelCacheError(ModelError):
+    """The directory for model files cannot be written or read now: a full disk, a missing permission.
+
+    It works again as soon as that is put right.
+    """
+
+    code = "model_cache"
+    retryable = True
 
 
 class BarrierError(DynamoRedisError):

@@ -197,6 +197,19 @@ async def test_remove(objects: ObjectStore) -> None:
     assert await objects.read("b", "n") == content_of(2500)
 
 
+async def test_store_tells_whether_it_holds_a_content(objects: ObjectStore) -> None:
+    content = content_of(2500)
+    sha256 = hashlib.sha256(content).hexdigest()
+    assert not await objects.holds("b", "n", sha256)
+    await objects.put("b", "n", content)
+    assert await objects.holds("b", "n", sha256)
+    await objects.put("b", "n", b"")
+    assert not await objects.holds("b", "n", sha256)
+    assert await objects.holds("b", "n", hashlib.sha256().hexdigest())
+    await objects.remove("b", "n")
+    assert not await objects.holds("b", "n", hashlib.sha256().hexdigest())
+
+
 async def test_names_of_all_kinds_are_kept_apart(objects: ObjectStore) -> None:
     names = ["a/b", "a", "a/b/tokenizer.json", "ü 日本 🦙", "{tag}", "a%2Fb", "*", "x:current", "\n"]
     for name in names:

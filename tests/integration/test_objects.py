@@ -300,6 +300,27 @@ async def test_a_damaged_chunk_is_seen_and_put_right_by_the_next_put(
     assert [redis.pttl(key) for key in chunk_keys(keys, content)] == [-1] * CHUNKS
 
 
+@pytest.mark.parametrize("damage", ["chunk gone", "chunk damaged", "manifest damaged"])
+async def test_object_that_is_not_whole_is_told_and_put_right(
+    objects: RedisObjectStore, redis: Redis, keys: ObjectKeys, damage: str
+) -> None:
+    content = content_of("x")
+    sha256 = hashlib.sha256(content).hexdigest()
+    await objects.put("b", "n", content)
+    if damage == "chunk gone":
+        redis.delete(chunk_keys(keys, content)[3])
+    elif damage == "manifest damaged":
+        redis.hdel(keys.current, "chunk_bytes")
+    else:
+        redis.setrange(chunk_keys(keys, content)[3], 500, b"damage")
+        with pytest.raises(ObjectChanged):
+            await objects.read("b", "n")
+    assert not await objects.holds("b", "n", sha256)
+    await objects.put("b", "n", content)
+    assert await objects.holds("b", "n", sha256)
+    assert await objects.read("b", "n") == content
+
+
 async def test_what_is_known_to_be_damaged_is_sent_once_more_and_never_twice(
     objects: RedisObjectStore, redis: Redis, keys: ObjectKeys
 ) -> None:

@@ -20,7 +20,13 @@ from dynamo_redis.router.worker_events import WorkerEvents
 from dynamo_redis.runtime.chat_template import ChatTemplate
 from dynamo_redis.runtime.handlers import AnyHandler
 from dynamo_redis.runtime.model_card import RuntimeConfig
-from dynamo_redis.runtime.model_files import ModelDirectory, publish_model, read_model_directory
+from dynamo_redis.runtime.model_files import (
+    ModelDirectory,
+    keep_model_files,
+    make_card,
+    publish_model,
+    read_model_directory,
+)
 from dynamo_redis.runtime.runtime import DistributedRuntime
 
 log = logging.getLogger(__name__)
@@ -77,15 +83,15 @@ async def serve_engine(
         generate = runtime.endpoint(endpoint)
         served = await generate.start_serving(engine.generate)
         stack.push_async_callback(served.unregister)
-        card = await publish_model(
-            runtime,
-            name,
+        card = make_card(
             model,
             model_name=model_name,
             kv_cache_block_size=engine.capacity.kv_block_size,
             runtime_config=_runtime_config(engine.capacity, runtime.settings.events.event_plane),
         )
-        stack.push_async_callback(runtime.leave, card)
+        stack.push_async_callback(runtime.leave, await publish_model(runtime, name, model, card))
+        keeping = keep_model_files(runtime.objects, model, card)
+        await stack.enter_async_context(_running(keeping, f"files of model {model_name}"))
         await stack.enter_async_context(_running(follow_health(generate, engine), f"health of {name}"))
         log.info("serving model %s at %s, instance %x", model_name, name, runtime.instance_id)
         if on_ready is not None:

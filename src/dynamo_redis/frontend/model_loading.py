@@ -7,7 +7,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 
-from dynamo_redis.errors import DynamoRedisError, ModelError
+from dynamo_redis.errors import DynamoRedisError, ModelCacheError, ModelError
 from dynamo_redis.frontend.tokens import Tokenizer
 from dynamo_redis.runtime.chat_template import ChatTemplate
 from dynamo_redis.runtime.model_card import ModelCard
@@ -34,7 +34,8 @@ async def load_model(
 ) -> LoadedModel:
     """Fetch the card's files, unless the cache has them, and build the model in the executor's thread.
 
-    Raises ModelError for what will not get better by itself, StoreError for what may.
+    Raises StoreError and ModelCacheError for what may get better by itself, other ModelErrors for what will
+    not.
     """
     if card.model_input != "tokens":
         raise ModelError(
@@ -43,7 +44,9 @@ async def load_model(
     directory = await fetch_model_files(objects, card, cache_dir)
     try:
         return await asyncio.get_running_loop().run_in_executor(executor, build_model, card, directory)
-    except DynamoRedisError:
+    except DynamoRedisError as exc:
+        if isinstance(exc.__cause__, OSError):  # a file of the cache cannot be read
+            raise ModelCacheError(str(exc)) from exc
         raise
     except Exception as exc:
         raise ModelError(f"its files are of no use: {type(exc).__name__}: {exc}") from exc

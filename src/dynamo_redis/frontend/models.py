@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 from dynamo_redis.clock import SYSTEM_CLOCK, Clock
-from dynamo_redis.errors import DynamoRedisError, StoreError
+from dynamo_redis.errors import DynamoRedisError, ModelCacheError, StoreError
 from dynamo_redis.frontend.http_errors import model_broken, model_loading, model_not_found, no_workers
 from dynamo_redis.frontend.model import CardEntry, EndpointClient, Model, Source
 from dynamo_redis.frontend.model_loading import load_model
@@ -260,10 +260,12 @@ class LiveModels:
         while True:
             try:
                 await self._load_once(model, entry)
-            except StoreError as exc:
-                if model.failure is None:
+            except (StoreError, ModelCacheError) as exc:
+                where = "kept here" if isinstance(exc, ModelCacheError) else "fetched"
+                failure = f"its files cannot be {where} now"
+                if model.failure != failure:
                     log.warning("model %r cannot be loaded yet, trying again: %s", model.name, exc)
-                model.failure = "its files cannot be fetched now"
+                model.failure = failure
             except Exception as exc:
                 # Whatever it is: a task that ended here would leave the model at "loading" for ever.
                 is_defect = not isinstance(exc, DynamoRedisError)

@@ -1,17 +1,20 @@
 """A model's files: read from a directory, carried through the object store, fetched by those who have none.
 
-A worker reads its model directory (`read_model_directory`), uploads the files and then registers the card
-that names them (`publish_model`). A frontend turns a card back into a directory of the same files
-(`fetch_model_files`), which `read_model_directory` reads there just as it does at the worker.
+A worker reads its model directory (`read_model_directory`), uploads the files, registers the card that
+names them (`publish_model`), and keeps them there (`keep_model_files`). A frontend turns a card back into a
+directory of the same files (`fetch_model_files`), which `read_model_directory` reads there just as it does
+at the worker.
 """
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import hashlib
 import json
 import logging
 import os
+import random
 import re
 import secrets
 import zlib
@@ -23,7 +26,7 @@ from typing import Any, Literal, Protocol, TypeGuard
 import anyio
 import anyio.to_thread
 
-from dynamo_redis.errors import ModelError, ObjectChanged
+from dynamo_redis.errors import ModelCacheError, ModelError, ObjectChanged, StoreError
 from dynamo_redis.names import EndpointName, InstanceId, slug
 from dynamo_redis.runtime.model_card import (
     MODEL_FILES,
@@ -38,6 +41,9 @@ log = logging.getLogger(__name__)
 
 MODEL_BUCKET = "models"
 """The object store's bucket for model files. Names in it: `<model slug>/<start of sha256>/<file name>`."""
+
+CHECK_S = 10.0
+"""How often a worker looks whether the files that its card names are there."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _UNLIMITED = 10**9  # tokenizers without a limit of their own write 1e30
@@ -279,34 +285,52 @@ async def upload_model_files(objects: ObjectStore, model: ModelDirectory, card: 
     Raises ModelError if a file has changed on disk since the directory was read, and StoreError.
     """
     for name, reference in card.files.items():
-        content = await anyio.to_thread.run_sync(model.files[name].read)
-        if hashlib.sha256(content).hexdigest() != reference.sha256:
-            raise ModelError(f"{model.files[name].path} has changed since this worker read it: restart it")
-        bucket, object_name = parse_object_url(reference.url)
-        await objects.put(bucket, object_name, content)
+        await _upload(objects, model.files[name], reference)
+
+
+async def _upload(objects: ObjectStore, file: ModelFile, reference: FileReference) -> None:
+    content = await anyio.to_thread.run_sync(file.read)
+    if hashlib.sha256(content).hexdigest() != reference.sha256:
+        raise ModelError(f"{file.path} has changed since this worker read it: restart it")
+    await objects.put(*parse_object_url(reference.url), content)
+
+
+async def keep_model_files(objects: ObjectStore, model: ModelDirectory, card: ModelCard) -> None:
+    """Upload again what vanishes of the model's files while the registry stands. Runs until it is cancelled.
+
+    Every `CHECK_S` or so it asks which of them are there: two small exchanges a file.
+    """
+    failure = ""
+    while True:
+        await asyncio.sleep(CHECK_S * random.uniform(0.5, 1.5))  # noqa: S311 - jitter, not a secret
+        try:
+            for name, reference in card.files.items():
+                if not await objects.holds(*parse_object_url(reference.url), reference.sha256):
+                    log.warning(
+                        "%s of model %s is gone from Redis, or damaged there: uploading it again",
+                        name,
+                        card.display_name,
+                    )
+                    await _upload(objects, model.files[name], reference)
+            failure = ""
+        except (StoreError, ModelError) as exc:
+            if str(exc) != failure:
+                failure = str(exc)
+                log.warning("files of model %s cannot be kept in Redis: %s", card.display_name, failure)
 
 
 async def publish_model(
     runtime: Publisher,
     endpoint: EndpointName,
     model: ModelDirectory,
-    *,
-    model_name: str,
-    kv_cache_block_size: int,
-    runtime_config: RuntimeConfig | None = None,
+    card: ModelCard,
 ) -> Registration:
     """Upload the model's files, then register its card for this process's instance of `endpoint`.
 
     The card lives as long as the process's lease. After a registry that lost its data the files are
-    uploaded again before the card, so that no card ever stands whose files cannot be fetched.
+    uploaded again before the card. Files that vanish alone are for `keep_model_files`.
     Raises ModelError and StoreError; nothing is registered then.
     """
-    card = make_card(
-        model,
-        model_name=model_name,
-        kv_cache_block_size=kv_cache_block_size,
-        runtime_config=runtime_config,
-    )
 
     async def upload() -> None:
         await upload_model_files(runtime.objects, model, card)
@@ -314,7 +338,7 @@ async def publish_model(
     def on_lost(reason: LostReason) -> None:
         log.warning(
             "somebody took this worker's card of model %s out of the registry (%s): it gets no new requests",
-            model_name,
+            card.display_name,
             reason,
         )
 
@@ -332,8 +356,8 @@ async def fetch_model_files(objects: ObjectStore, card: ModelCard, cache_dir: Pa
     The cache is addressed by content: `blobs/<sha256>`, and for each set of files a directory of links,
     `models/<digest of the set>`, which is the answer. Any number of processes may share it; a blob appears
     only when whole and right, and one that is found damaged is fetched anew. Raises ModelError for a card
-    that cannot be satisfied or a cache directory that cannot be written, ObjectChanged where the object
-    store holds other content than the card says, and otherwise StoreError.
+    that cannot be satisfied, ModelCacheError for a cache directory that cannot be written, ObjectChanged
+    where the object store holds other content than the card says, and otherwise StoreError.
     """
     for name in REQUIRED_MODEL_FILES:
         if name not in card.files:
@@ -352,7 +376,7 @@ async def fetch_model_files(objects: ObjectStore, card: ModelCard, cache_dir: Pa
                 await _download(objects, reference, blob)
         return _link(cache_dir, wanted)
     except OSError as exc:
-        raise ModelError(f"cannot write the model cache {cache_dir}: {exc.strerror or exc}") from exc
+        raise ModelCacheError(f"cannot write the model cache {cache_dir}: {exc.strerror or exc}") from exc
 
 
 async def _download(objects: ObjectStore, reference: FileReference, blob: Path) -> None:

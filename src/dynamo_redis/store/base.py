@@ -332,6 +332,11 @@ class ObjectStore(Protocol):
 
     async def info(self, bucket: str, name: str) -> ObjectInfo | None: ...
 
+    async def holds(self, bucket: str, name: str, sha256: str) -> bool:
+        """Whether the object is there with that content, all of it, as far as that is known without reading
+        it. If not, a put makes it so."""
+        ...
+
     async def list(self, bucket: str | None = None) -> list[ObjectInfo]:
         """All objects, or those of one bucket, ordered by bucket and name."""
         ...

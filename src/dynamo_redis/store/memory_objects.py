@@ -90,6 +90,11 @@ class MemoryObjectStore(WholeReads):
         found = self._objects.get((bucket, name))
         return found and found[0]
 
+    async def holds(self, bucket: str, name: str, sha256: str) -> bool:
+        """As `ObjectStore.holds`."""
+        info = await self.info(bucket, name)
+        return info is not None and info.sha256 == sha256
+
     async def list(self, bucket: str | None = None) -> list[ObjectInfo]:
         """As `ObjectStore.list`."""
         infos = [info for info, _ in self._objects.values() if bucket in (None, info.bucket)]

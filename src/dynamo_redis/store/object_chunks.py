@@ -132,6 +132,14 @@ class ObjectChunks:
             part = chunks[start : start + _KEYS_A_CALL]
             await self._client.script(_RENEW, part, [self._patience.expiry_ms])
 
+    async def are_whole(self, names: Sequence[str]) -> bool:
+        """Whether all of these are there, and none is known to be damaged. Raises StoreError."""
+        parts = [names[start : start + _KEYS_A_CALL] for start in range(0, len(names), _KEYS_A_CALL)]
+        damaged, *there = await self._client.pipeline(
+            [("SMEMBERS", self._keys.damaged), *(("EXISTS", *self._keys.chunks(part)) for part in parts)]
+        )
+        return sum(there) == len(names) and not set(damaged).intersection(name.encode() for name in names)
+
     async def report_damage(self, name: str) -> None:
         """Have the next put send this chunk again. Deletes nothing: it may be the reader that is ill."""
         try:

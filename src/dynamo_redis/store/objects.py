@@ -271,6 +271,17 @@ class RedisObjectStore(WholeReads):
         keys = ObjectKeys(self._prefix, bucket, name)
         return info_of_fields(await self._client.execute("HMGET", keys.current, *INFO_FIELDS), keys)
 
+    async def holds(self, bucket: str, name: str, sha256: str) -> bool:
+        """As `ObjectStore.holds`: every chunk is there, and no reader has found one of them damaged."""
+        keys = ObjectKeys(self._prefix, bucket, name)
+        try:
+            manifest = await self._manifest(keys)
+        except ObjectChanged:
+            return False
+        if manifest is None or manifest.sha256 != sha256:
+            return False
+        return await self._chunks(keys).are_whole(manifest.chunks)
+
     async def _manifest(self, keys: ObjectKeys) -> Manifest | None:
         fields = await self._client.execute("HGETALL", keys.current)
         return Manifest.of_fields(fields, keys.url) if fields else None

@@ -229,6 +229,39 @@ async def test_loading_goes_on_when_redis_comes_back(
     assert [record.levelname for record in caplog.records].count("WARNING") == 1
 
 
+@pytest.mark.parametrize("fault", ["not writable", "emptied"])
+async def test_cache_that_is_put_right_heals_by_itself(
+    frontend: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+    fault: str,
+) -> None:
+    """A file stands where its directory should be, or it is emptied before the files that came are read."""
+    monkeypatch.setattr(models, "_RETRY_PAUSE_S", (0.02, 0.1))
+    cache, fetch = tmp_path / "cache", model_files.fetch_model_files
+
+    async def emptied(*args: Any) -> Path:
+        directory = await fetch(*args)
+        shutil.rmtree(cache)
+        return directory
+
+    with monkeypatch.context() as faulty:
+        if fault == "not writable":
+            cache.touch()
+        else:
+            faulty.setattr(model_loading, "fetch_model_files", emptied)
+        await frontend.runtime.publish("m")
+        await frontend.until(lambda: "cannot be loaded yet" in caplog.text)
+        response = await frontend.http.post("/v1/completions", json={"model": "m", "prompt": "x"})
+        assert (response.status_code, "cannot be kept here now" in response.text) == (503, True)
+        assert str(tmp_path) not in response.text
+        assert caplog.text.count(str(cache)) == 1
+        if fault == "not writable":
+            cache.unlink()
+    await frontend.until_served("m")
+
+
 async def test_a_restart_needs_no_download(open_frontend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both frontends of this test share a cache directory, as two runs of one user do."""
     await open_frontend()

@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from redis import Redis
 
 from dynamo_redis.config import FrontendSettings, MockEngineSettings
 from dynamo_redis.engines.demo_model import DEMO_MODEL_PATH
@@ -267,6 +268,24 @@ async def test_workers_come_and_go_while_requests_flow(deployment: Deployment) -
 def workers(deployment: Deployment) -> list[Process]:
     """Those that still run, oldest first."""
     return [p for p in deployment.processes if p.runtime._server is not None and not p.serving.done()]
+
+
+async def test_files_that_vanish_come_back_from_their_workers(
+    deployment: Deployment, dynamo_redis_url: str, dynamo_redis_prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by an eviction: the registry stands. A frontend whose cache is empty starts afterwards."""
+    monkeypatch.setattr("dynamo_redis.runtime.model_files.CHECK_S", 0.2)
+    await deployment.worker()
+    with Redis.from_url(dynamo_redis_url) as redis:
+        keys = list(redis.scan_iter(f"{{{dynamo_redis_prefix}/object*"))
+        assert redis.delete(*keys) == len(keys) > 8
+    url = await deployment.frontend()
+    await until_healthy(url)
+    async with client_of(url) as client, asyncio.timeout(30):
+        while not [model async for model in client.models.list()]:
+            await asyncio.sleep(0.02)
+        answer = await client.chat.completions.create(model="demo", messages=MESSAGES, max_tokens=3)
+    assert answer.choices[0].message.content
 
 
 async def test_two_models_at_one_endpoint_do_not_mix(deployment: Deployment) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import hashlib
 import json
@@ -13,17 +14,18 @@ from typing import Any, cast
 import pytest
 
 from dynamo_redis.engines.demo_model import DEMO_MODEL_PATH
-from dynamo_redis.errors import ModelError, ObjectChanged, ObjectNotFound
+from dynamo_redis.errors import ModelCacheError, ModelError, ObjectChanged, ObjectNotFound, StoreRefused
 from dynamo_redis.names import EndpointName, InstanceId
 from dynamo_redis.runtime.model_card import FileReference, ModelCard, RuntimeConfig
 from dynamo_redis.runtime.model_files import (
     fetch_model_files,
+    keep_model_files,
     make_card,
     publish_model,
     read_model_directory,
     upload_model_files,
 )
-from dynamo_redis.store.base import Registration, Registry
+from dynamo_redis.store.base import ObjectInfo, Registration, Registry
 from dynamo_redis.store.memory_objects import MemoryObjectStore
 
 ENDPOINT = EndpointName.parse("dynamo.backend.generate")
@@ -320,7 +322,7 @@ async def test_a_cache_that_cannot_be_written_is_said(
 ) -> None:
     await _uploaded(objects, directory, card)
     (tmp_path / "file").touch()
-    with pytest.raises(ModelError, match="cannot write the model cache"):
+    with pytest.raises(ModelCacheError, match=f"cannot write the model cache {tmp_path / 'file'}: "):
         await fetch_model_files(objects, card, tmp_path / "file")
 
 
@@ -331,6 +333,46 @@ async def test_a_file_changed_since_it_was_read_is_not_uploaded(
     _edit(directory / "config.json", max_position_embeddings=1)
     with pytest.raises(ModelError, match="has changed"):
         await upload_model_files(objects, model, card)
+
+
+async def test_files_that_vanish_are_uploaded_again(
+    directory: Path, card: ModelCard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    """Also after a while in which they could not be."""
+    objects = Refusing()
+    await _uploaded(objects, directory, card)
+    monkeypatch.setattr("dynamo_redis.runtime.model_files.CHECK_S", 0.01)
+    keeping = asyncio.create_task(keep_model_files(objects, read_model_directory(directory), card))
+    try:
+        async with asyncio.timeout(20):
+            for info in await objects.list():
+                await objects.remove(info.bucket, info.name)
+            objects.refuses = True
+            while objects.refused_count < 3:
+                await asyncio.sleep(0.01)
+            objects.refuses = False
+            while len(await objects.list()) < len(card.files):
+                await asyncio.sleep(0.01)
+        await fetch_model_files(objects, card, tmp_path / "cache")
+    finally:
+        keeping.cancel()
+        await asyncio.wait([keeping])
+    assert [record.message for record in caplog.records].count(
+        "files of model Demo/Model-1.0 cannot be kept in Redis: Redis is full"
+    ) == 1
+
+
+class Refusing(MemoryObjectStore):
+    """Takes nothing while it `refuses`."""
+
+    refuses = False
+    refused_count = 0
+
+    async def put(self, *args: Any, **options: Any) -> ObjectInfo:
+        if self.refuses:
+            self.refused_count += 1
+            raise StoreRefused("Redis is full")
+        return await super().put(*args, **options)
 
 
 # --------------------------------------------------------------------------- the card
@@ -366,14 +408,14 @@ async def test_files_are_there_before_the_card_and_again_after_a_wipe(
     objects: MemoryObjectStore, directory: Path, tmp_path: Path
 ) -> None:
     runtime = OneRegistryRuntime(objects)
-    await publish_model(
-        runtime,
-        ENDPOINT,
-        read_model_directory(directory),
+    model = read_model_directory(directory)
+    made = make_card(
+        model,
         model_name="Demo/Model-1.0",
         kv_cache_block_size=16,
         runtime_config=RuntimeConfig(total_kv_blocks=10, max_num_seqs=2, max_num_batched_tokens=64),
     )
+    await publish_model(runtime, ENDPOINT, model, made)
     entries = runtime.entries
     assert entries.key == "v1/mdc/dynamo/backend/generate/694d98147d54bfde"
     assert entries.objects_at_registration == 4
