@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from typing import Final
 
 from faults.run import Run, Scenario
-from faults.scenarios.crashes import KEPT_TTL_S, again_and_again
+from faults.scenarios.crashes import KEPT_TTL_S
 
 HOUR_S: Final = 3600.0
 BACK_S: Final = 2.0
@@ -54,6 +54,13 @@ async def hand_over(run: Run) -> None:
         run.server, run.replica = new, old
 
 
+async def _hand_over_again_and_again(run: Run) -> None:
+    while not run.over:
+        await run.pause(0.3, 1.0)
+        await hand_over(run)
+        await run.pause(2 * BACK_S, 3 * BACK_S)  # so that it shows whether all is served again
+
+
 def _promoting(clock: str) -> Callable[[Run], Awaitable[None]]:
     async def faults(run: Run) -> None:
         await run.pause(0.5, 2.0)
@@ -96,7 +103,7 @@ SCENARIOS = (
     Scenario(
         "failover-planned",
         "a planned failover behind one address: the old primary lives on as a replica",
-        again_and_again(hand_over, 2 * BACK_S, 3 * BACK_S),
+        _hand_over_again_and_again,
         replica=True,
         keeps_leases=True,
         ttl_s=KEPT_TTL_S,
