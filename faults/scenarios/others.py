@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Final
 
-from faults.run import Load, Scenario
+from dynamo_redis.config import StoreSettings
+from dynamo_redis.store.registry import RedisRegistry
+from faults.roles.engine import ENDPOINT
+from faults.run import PREFIX, Load, Run, Scenario
 from faults.scenarios import crashes, data, failover, mixed, network, refusals
 
 LOCKS: Final = Load({"locker": 4}, {"locker": ("freeze", "freeze", "kill")})
@@ -90,9 +95,51 @@ def _with(load: Load, kind: str, name: str) -> Scenario:
     return replace(scenario, name=f"{kind}-{name}", summary=summary, load=load, keeps_leases=False)
 
 
+_DEEP: Final = b"[" * 100_000
+_BAD_RECORDS: Final = (
+    b"\xff\xfe",
+    b"{}",
+    b'["a list"]',
+    b'{"version": 1e999}',
+    b'{"version": 1, "instance_id": ' + b"9" * 5_000 + b"}",
+    b'{"version": 1, "type": "Endpoint", "namespace": ["x"], "transport": ["x"]}',
+    b'{"version": 1, "x": ' + _DEEP + b"]" * len(_DEEP) + b"}",
+)
+_RECORDS_OF: Final = ("v1/instances/", "v1/mdc/", "v1/kv_routers/")
+
+
+async def _litter_records(run: Run) -> None:
+    """Records of instances, models and routers that nobody can read stand for a while."""
+    async with _registry(run) as registry:
+        while not run.over:
+            await run.pause(0.05, 0.3)
+            key = f"{run.rng.choice(_RECORDS_OF)}{ENDPOINT.replace('.', '/')}/5"
+            async with run.fault("bad record", key=key):
+                await registry.put(key, run.rng.choice(_BAD_RECORDS))
+                await run.join("bad record")
+                await run.pause(0.1, 0.6)
+                await registry.delete(key)
+
+
+@asynccontextmanager
+async def _registry(run: Run) -> AsyncIterator[RedisRegistry]:
+    registry = RedisRegistry(StoreSettings.load(redis_url=run.server.url, prefix=PREFIX))
+    await registry.start()
+    try:
+        yield registry
+    finally:
+        await registry.aclose()
+
+
 SCENARIOS = (
     *(_with(LOCKS, "locks", name) for name in _OF_LOCKS),
     *(_with(OBJECTS, "objects", name) for name in _OF_OBJECTS),
     *(_with(CHATS, "chats", name) for name in _OF_CHATS),
     *(_with(TENANTS, "exclusive", name) for name in _OF_EXCLUSIVE),
+    Scenario(
+        "chats-records",
+        "chats: records of instances, models and routers that cannot be read",
+        _litter_records,
+        load=CHATS,
+    ),
 )
