@@ -46,7 +46,7 @@ QUIET_S: Final = 1.2
 JOIN_TIMEOUT_S: Final = 15.0
 """Longest wait for a process that is started while a fault lasts."""
 
-_SIGN_OF_LIFE: Final = {"watcher": "watch", "frontend": "started"}
+_SIGN_OF_LIFE: Final = {"watcher": "watch", "frontend": "started", "engine": "started"}
 """By role: the note that shows that a process which was started late is served."""
 
 Loses = Literal["data", "tail", "log"]
@@ -137,7 +137,7 @@ class Run:
         )
         self.replica: ServerUnderTest | None = None
         self._load_s = load_s
-        self._joined = False
+        self._joined: set[str] = set()
         self._ends_at = float("inf")
         self._healed_at = 0.0
         self._followed = Followed(directory)
@@ -182,20 +182,25 @@ class Run:
             return proxies
         return self.rng.sample(proxies, self.rng.randint(1, len(proxies)))
 
-    async def join(self, fault: str) -> None:
-        """Start one more process while a fault lasts, the first time that it is asked for, and wait for what
-        it needs of the server: a watch's first batch, a chat. Not for ever: the oracles judge."""
-        role = next((role for role in _SIGN_OF_LIFE if role in self.scenario.load.roles), None)
-        if role is None or self._joined:
-            return
-        self._joined = True
-        name = f"{role}-new"
-        self.recorder.note("joining", process=name, fault=fault, sign=_SIGN_OF_LIFE[role])
-        await self.start_process(role, name)
-        sign = f'"note": "{_SIGN_OF_LIFE[role]}"'.encode()
+    async def join(self, fault: str, *roles: str) -> None:
+        """Start one more process of each role while a fault lasts, the first time that it is asked for, and
+        wait for what it needs of the server: a watch's first batch, a chat. Not for ever: the oracles judge.
+
+        Without roles: a watcher or a frontend, whichever the load has.
+        """
+        wanted = roles or [role for role in ("watcher", "frontend") if role in self.scenario.load.roles]
+        joining = {f"{role}-new": role for role in wanted if role not in self._joined}
+        self._joined.update(wanted)
+        for name, role in joining.items():
+            self.recorder.note("joining", process=name, fault=fault, sign=_SIGN_OF_LIFE[role])
+            await self.start_process(role, name)
         deadline = time.monotonic() + JOIN_TIMEOUT_S
-        while sign not in _content(self.directory / f"{name}.jsonl") and time.monotonic() < deadline:
+        while not all(map(self._is_served, joining)) and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
+
+    def _is_served(self, newcomer: str) -> bool:
+        sign = _SIGN_OF_LIFE[newcomer.removesuffix("-new")]
+        return f'"note": "{sign}"'.encode() in _content(self.directory / f"{newcomer}.jsonl")
 
     # ------------------------------------------------------------------ the whole
 

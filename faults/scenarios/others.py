@@ -95,15 +95,26 @@ def _with(load: Load, kind: str, name: str) -> Scenario:
     return replace(scenario, name=f"{kind}-{name}", summary=summary, load=load, keeps_leases=False)
 
 
-_DEEP: Final = b"[" * 100_000
+_DEEP: Final = "[" * 100_000 + "]" * 100_000
+_RECORD: Final = (
+    '{{"version": {version}, "type": "Endpoint", "namespace": "dynamo", "component": "backend", '
+    '"endpoint": "generate", "instance_id": {instance_id}, "transport": {transport}, "x": {x}}}'
+)
+_FIELDS: Final = {"version": "1", "instance_id": "5", "transport": '{"tcp": "127.0.0.1:1/x"}', "x": "0"}
 _BAD_RECORDS: Final = (
     b"\xff\xfe",
-    b"{}",
     b'["a list"]',
-    b'{"version": 1e999}',
-    b'{"version": 1, "instance_id": ' + b"9" * 5_000 + b"}",
-    b'{"version": 1, "type": "Endpoint", "namespace": ["x"], "transport": ["x"]}',
-    b'{"version": 1, "x": ' + _DEEP + b"]" * len(_DEEP) + b"}",
+    *(
+        _RECORD.format(**_FIELDS | wrong).encode()
+        for wrong in (
+            {"version": "1e999"},
+            {"instance_id": "1e999"},
+            {"instance_id": "9" * 5_000},
+            {"instance_id": "99"},  # another than its key says
+            {"transport": '["x"]'},
+            {"x": _DEEP},
+        )
+    ),
 )
 _RECORDS_OF: Final = ("v1/instances/", "v1/mdc/", "v1/kv_routers/")
 
@@ -116,7 +127,7 @@ async def _litter_records(run: Run) -> None:
             key = f"{run.rng.choice(_RECORDS_OF)}{ENDPOINT.replace('.', '/')}/5"
             async with run.fault("bad record", key=key):
                 await registry.put(key, run.rng.choice(_BAD_RECORDS))
-                await run.join("bad record")
+                await run.join("bad record", "engine", "frontend")
                 await run.pause(0.1, 0.6)
                 await registry.delete(key)
 
