@@ -627,6 +627,73 @@ async def test_a_stream_whose_entries_were_deleted_is_lost(redis_plane: RedisPla
     await group.aclose()
 
 
+@pytest.fixture
+async def most_changed(redis_plane: RedisPlane, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many entries or sizes each call of a stream's script has dropped or made."""
+    changed: list[int] = []
+    keys, client = redis_plane.keys(), redis_plane.streams._client  # type: ignore[attr-defined]
+    script = client.script
+
+    async def count() -> tuple[int, int]:
+        return await redis_plane.redis.execute("XLEN", keys.events), await redis_plane.redis.execute(
+            "LLEN", keys.sizes
+        )
+
+    async def counted(*arguments: object) -> object:
+        before = await count()
+        answer = await script(*arguments)
+        changed.extend(abs(now - then) for now, then in zip(await count(), before, strict=True))
+        return answer
+
+    monkeypatch.setattr(client, "script", counted)
+    return changed
+
+
+async def fill_long(plane: RedisPlane, count: int) -> EntryId:
+    for start in range(0, count, 3000):
+        await append(plane, *["x"] * min(3000, count - start))
+    last, _ = (await plane.redis.execute("XREVRANGE", plane.keys().events, "+", "-", "COUNT", 1))[0]
+    return EntryId(last.decode())
+
+
+async def test_a_long_stream_is_trimmed_in_bounded_calls(
+    redis_plane: RedisPlane, most_changed: list[int]
+) -> None:
+    redis_plane.streams._settings = EventSettings.load()  # type: ignore[attr-defined]
+    last = await fill_long(redis_plane, 15_000)
+    assert await redis_plane.streams.trim(STREAM, last) == last
+    held = await info(redis_plane)
+    assert (held.entry_count, held.event_count, held.size_bytes) == (0, 0, 0)
+    assert 0 < max(most_changed) < 5000
+
+
+async def test_a_long_stream_is_mended_in_bounded_calls(
+    redis_plane: RedisPlane, most_changed: list[int]
+) -> None:
+    redis_plane.streams._settings = EventSettings.load()  # type: ignore[attr-defined]
+    await fill_long(redis_plane, 15_000)
+    for lost in ("sizes", "meta"):
+        await redis_plane.redis.execute("DEL", f"{redis_plane.keys().tag}:{lost}")
+        held = await info(redis_plane)
+        assert (held.entry_count, held.event_count, held.size_bytes) == (15_000, 15_000, 15_000)
+        assert await redis_plane.redis.execute("HGET", redis_plane.keys().meta, "breaks") == b"1"
+        assert await redis_plane.redis.execute("LLEN", redis_plane.keys().sizes) == 15_000
+    assert 0 < max(most_changed) < 5000
+
+
+async def test_a_stream_far_over_its_ceiling_is_cut_in_bounded_calls(
+    redis_plane: RedisPlane, most_changed: list[int]
+) -> None:
+    redis_plane.streams._settings = EventSettings.load()  # type: ignore[attr-defined]
+    await fill_long(redis_plane, 15_000)
+    redis_plane.streams._settings = SETTINGS  # type: ignore[attr-defined]
+    await append(redis_plane, "last")
+    held = await info(redis_plane)
+    assert held.event_count <= SETTINGS.event_stream_events_count
+    assert held.entry_count == held.event_count >= 1
+    assert 0 < max(most_changed) < 5000
+
+
 async def test_a_full_server_still_trims_and_hears_signs_of_life(
     redis_plane: RedisPlane, impatient: None
 ) -> None:

@@ -28,7 +28,7 @@ from dynamo_redis.store.base import (
     Watch,
     WatchBatch,
 )
-from dynamo_redis.store.keys import VALUE_MAX_BYTES
+from dynamo_redis.store.keys import TRANSACTION_MAX_COUNT, VALUE_MAX_BYTES
 
 WAIT_S = 30.0
 
@@ -281,6 +281,23 @@ async def test_a_transaction_happens_whole_or_not_at_all(registry: Registry, fol
     assert len(follower.batches) == 2, "a transaction's changes come together"
     assert follower.batches[1].revision == revision
     assert follower.deletes == {"b": DeleteCause.DELETED}
+
+
+async def test_a_transaction_too_large_for_one_script_is_refused(registry: Registry) -> None:
+    await registry.transact([], [PutOp(f"k/{n}", b"") for n in range(TRANSACTION_MAX_COUNT)])
+    compares = [Compare("none", None)]
+    with pytest.raises(ConfigError, match="split it"):
+        await registry.transact(compares, [DeleteOp(f"k/{n}") for n in range(TRANSACTION_MAX_COUNT)])
+    large = bytes(VALUE_MAX_BYTES)
+    with pytest.raises(ConfigError, match="writes 3,145,728 bytes is too large"):
+        await registry.transact([], [PutOp(f"l/{n}", large) for n in range(3)])
+    for n in range(3):
+        await registry.put(f"l/{n}", large)
+    with pytest.raises(ConfigError, match="finds 3,145,"):
+        await registry.transact([], [DeleteOp(f"l/{n}") for n in range(3)])
+    assert len((await registry.get_prefix("")).records) == TRANSACTION_MAX_COUNT + 3
+    await registry.transact([], [PutOp("l/0", large), PutOp("l/1", large)])
+    await registry.transact([], [DeleteOp("l/0"), DeleteOp("l/1")])
 
 
 async def test_a_transaction_without_effect_answers_the_present_revision(registry: Registry) -> None:

@@ -231,7 +231,9 @@ class Registry(Protocol):
     async def transact(self, compares: Sequence[Compare], ops: Sequence[PutOp | DeleteOp]) -> Revision:
         """All operations, if all comparisons hold, atomically; answers the last revision.
 
-        Raises RevisionMismatch, naming the first comparison that failed; nothing is written then.
+        Raises RevisionMismatch, naming the first comparison that failed; nothing is written then. Raises
+        ConfigError for more than 1,000 comparisons and operations, and, from the third of them on, for more
+        than 2 MiB of values to write or of records that stand under the keys.
         """
         ...
 

@@ -16,7 +16,14 @@ from typing import Any, Final
 
 import msgpack
 
-from dynamo_redis.errors import LeaseNotFound, SchemaMismatch, StoreError, StoreRefused, StoreUnavailable
+from dynamo_redis.errors import (
+    ConfigError,
+    LeaseNotFound,
+    SchemaMismatch,
+    StoreError,
+    StoreRefused,
+    StoreUnavailable,
+)
 from dynamo_redis.store.base import Compare, DeleteOp, LeaseId, PutOp, Record, Revision, Snapshot
 from dynamo_redis.store.blocking import Argument
 from dynamo_redis.store.change_log import (
@@ -29,7 +36,7 @@ from dynamo_redis.store.change_log import (
     size_bytes,
 )
 from dynamo_redis.store.client import Backoff, RedisClient, SyncConnection
-from dynamo_redis.store.keys import SCHEMA_VERSION, RegistryKeys, format_lease
+from dynamo_redis.store.keys import SCHEMA_VERSION, RegistryKeys, format_lease, transaction_too_large
 from dynamo_redis.store.page_size import PAGE_BYTES, PageSize
 from dynamo_redis.store.scripts import Script, load_script
 
@@ -202,6 +209,8 @@ def checked(answer: list[Any]) -> list[Any]:
                 SCHEMA_VERSION,
                 remedy="upgrade the older side, or choose another DYN_REDIS_PREFIX",
             )
+        case [b"large", size_bytes]:
+            raise ConfigError(transaction_too_large("finds", int(size_bytes)))
         case [b"no-lease"]:
             raise LeaseNotFound("the lease has ended")
         case [b"unknown"]:
@@ -420,7 +429,8 @@ class KeyValue:
 
         A broken connection is tried again under the same operation id, within the client's time-out. With a
         lease, the keys are written under it; it is granted if it is not alive and `ttl_s` is given. Raises
-        CompareFailed, LeaseNotFound, OtherIncarnation, StoreError.
+        CompareFailed, LeaseNotFound, OtherIncarnation, StoreError; ConfigError if there is too much of
+        it for one script.
         """
         operation = operation or new_operation()
         keys = [compare.key for compare in compares]

@@ -23,6 +23,15 @@ KEY_MAX_BYTES = 1024
 VALUE_MAX_BYTES = 1 << 20
 """Largest value of the registry: each stays in the change log for thousands of changes. Else: an object."""
 
+TRANSACTION_MAX_COUNT = 1000
+"""Most comparisons and operations of one transaction, together: Redis serves nothing else while it runs."""
+
+TRANSACTION_MAX_BYTES = 2 << 20
+"""Most bytes of the values that a transaction writes, and of the records that it finds under its keys."""
+
+ALWAYS_FIT_COUNT = 2
+"""So many operations are never refused for what they find: each value is `VALUE_MAX_BYTES` at most."""
+
 
 @dataclass(frozen=True, slots=True)
 class RegistryKeys:
@@ -96,3 +105,22 @@ def check_value(value: bytes) -> bytes:
             " put it into the object store"
         )
     return value
+
+
+def check_transaction(count: int, value_bytes: int) -> None:
+    """Raise ConfigError for more comparisons and operations, or bytes to write, than a transaction takes."""
+    if count > TRANSACTION_MAX_COUNT:
+        raise ConfigError(
+            f"a transaction of {count:,} comparisons and operations is too large, the registry takes"
+            f" {TRANSACTION_MAX_COUNT:,}: split it"
+        )
+    if value_bytes > TRANSACTION_MAX_BYTES:
+        raise ConfigError(transaction_too_large("writes", value_bytes))
+
+
+def transaction_too_large(what: str, size_bytes: int) -> str:
+    """A message: the transaction "writes" or "finds" too much."""
+    return (
+        f"a transaction that {what} {size_bytes:,} bytes is too large, the registry takes"
+        f" {TRANSACTION_MAX_BYTES:,}: split it, or put large values into the object store"
+    )

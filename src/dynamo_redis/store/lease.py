@@ -34,7 +34,7 @@ from dynamo_redis.store.key_value import (
     new_operation,
     parse_written,
 )
-from dynamo_redis.store.keys import RegistryKeys
+from dynamo_redis.store.keys import ALWAYS_FIT_COUNT, RegistryKeys
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -315,8 +315,10 @@ class Keepalive:
 
     def _write_stalled(self, connection: SyncConnection) -> None:
         puts = [OwnedPut(key, value, owned=True) for key, value in self._stalled_values()]
-        if not puts:
-            return
+        for start in range(0, len(puts), ALWAYS_FIT_COUNT):
+            self._write_from_thread(connection, puts[start : start + ALWAYS_FIT_COUNT])
+
+    def _write_from_thread(self, connection: SyncConnection, puts: Sequence[OwnedPut]) -> None:
         operation = new_operation()
         self._chain.begin(operation)
         try:

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 from dynamo_redis.clock import SYSTEM_CLOCK, Clock
-from dynamo_redis.errors import Compacted, LeaseNotFound
+from dynamo_redis.errors import Compacted, ConfigError, LeaseNotFound
 from dynamo_redis.names import new_instance_id
 from dynamo_redis.store.base import (
     Compare,
@@ -37,7 +37,13 @@ from dynamo_redis.store.key_value import (
     Written,
     new_operation,
 )
-from dynamo_redis.store.keys import check_key, check_prefix
+from dynamo_redis.store.keys import (
+    ALWAYS_FIT_COUNT,
+    TRANSACTION_MAX_BYTES,
+    check_key,
+    check_prefix,
+    transaction_too_large,
+)
 from dynamo_redis.store.lease import WriterChain
 from dynamo_redis.store.operations import KeyOperations
 from dynamo_redis.store.registrations import Registrations
@@ -164,6 +170,7 @@ class MemoryServer:
         self.reap()
         if incarnation not in ("", self.incarnation):
             raise OtherIncarnation(self.incarnation)
+        self._check_size([*(op.key for op in operations), *(compare.key for compare in compares)])
         for index, compare in enumerate(compares):
             found = self.records.get(compare.key)
             if (found.mod_revision if found else None) != compare.mod_revision:
@@ -181,6 +188,11 @@ class MemoryServer:
         return Written(self._last[0], granted, change_count, follows)
 
     # ------------------------------------------------------------------ inside a step
+
+    def _check_size(self, keys: Sequence[str]) -> None:
+        size_bytes = sum(len(self.records[key].value) for key in keys if key in self.records)
+        if len(keys) > ALWAYS_FIT_COUNT and size_bytes > TRANSACTION_MAX_BYTES:
+            raise ConfigError(transaction_too_large("finds", size_bytes))
 
     def _apply(self, op: Operation, lease: LeaseId | None, operation: str) -> bool:
         old = self.records.get(op.key)

@@ -10,7 +10,7 @@ from dynamo_redis.store.base import Compare, DeleteOp, LeaseId, PutOp, Record, R
 from dynamo_redis.store.change_log import Position
 from dynamo_redis.store.deadline import Deadline
 from dynamo_redis.store.key_value import CompareFailed, Operation, Owned, Written
-from dynamo_redis.store.keys import check_key, check_prefix, check_value
+from dynamo_redis.store.keys import check_key, check_prefix, check_transaction, check_value
 
 
 class Storage(Protocol):
@@ -86,6 +86,8 @@ class KeyOperations:
             check_key(item.key)
             if isinstance(item, PutOp):
                 check_value(item.value)
+        value_bytes = sum(len(op.value) for op in ops if isinstance(op, PutOp))
+        check_transaction(len(ops) + len(compares), value_bytes)
         try:
             async with Deadline(self._storage.timeout_s):
                 return await self._storage.write(ops, compares=compares)

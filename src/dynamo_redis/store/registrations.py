@@ -20,7 +20,6 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import Final
 
 from dynamo_redis.errors import KeyExists, LeaseNotFound, StoreError, StoreUnavailable
 from dynamo_redis.store.base import Compare, LeaseId, LostReason, Record, Revision
@@ -37,13 +36,11 @@ from dynamo_redis.store.key_value import (
     Written,
     new_operation,
 )
-from dynamo_redis.store.keys import check_value
+from dynamo_redis.store.keys import ALWAYS_FIT_COUNT, check_value
 from dynamo_redis.store.lease import WriterChain
 from dynamo_redis.store.operations import Storage
 
 logger = logging.getLogger(__name__)
-
-STRAYS_A_WRITE_COUNT: Final = 100
 
 
 class KeyRegistration:
@@ -466,7 +463,7 @@ class Registrations:
     async def _remove_strays(self, names: frozenset[str]) -> None:
         """Delete those of the lease's keys that we do not keep."""
         strays = sorted(names - self._entries.keys() - self._writing)
-        for start in range(0, len(strays), STRAYS_A_WRITE_COUNT):
-            page = strays[start : start + STRAYS_A_WRITE_COUNT]
+        for start in range(0, len(strays), ALWAYS_FIT_COUNT):
+            page = strays[start : start + ALWAYS_FIT_COUNT]
             await self._write([OwnedDelete(key) for key in page], [], grant=False)
         self._strays.clear()

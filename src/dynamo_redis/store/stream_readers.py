@@ -45,10 +45,18 @@ SILENCE_MS = round(3 * GROUP_TTL_S * 1000)
 async def stream_script(
     client: RedisClient, script: Script, keys: StreamKeys, args: Sequence[Argument]
 ) -> list[Any]:
-    """Run a stream's script; answer what follows its `ok`. Raises StreamLost, StreamTrimmed, StoreError."""
+    """Run a stream's script until all is done; answer what follows its `ok`.
+
+    Raises StreamLost, StreamTrimmed, StoreError.
+    """
     answer: bytes
     rest: list[Any]
     answer, *rest = await client.script(script, keys.all, args)
+    more: list[Any] = []
+    while answer == b"again":  # rest: a floor that is now out of date, and names of groups
+        more += rest[1:]
+        answer, *rest = await client.script(script, keys.all, args)
+    rest += more
     if answer == b"schema":
         raise SchemaMismatch(
             f"the event stream {keys.stream.path}",

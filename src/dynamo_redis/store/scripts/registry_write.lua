@@ -13,6 +13,7 @@
 -- Answers {'ok', last revision, 1 if the lease was granted (2: perhaps, and it was renewed), changes made,
 --          operation of the lease's write before this one: '' if there is none, nil if that is not known}
 --         {'failed', index of the comparison from 0, the packed record found or ''}: nothing was written
+--         {'large', bytes}: nothing was written; the records that it concerns are too much for one call
 --         {'no-lease'}: nothing was written, or what was has ended with the lease
 --         {'again'}: nothing was written; the lease has ended and some of its keys still have to be deleted
 --         {'unknown'}: nothing was written now; whether it was before cannot be told any more
@@ -23,6 +24,8 @@
 local SEARCH = 1000
 local ENTRY_BYTES = 4096
 
+local ALWAYS_FIT = 2
+
 local lease, ttl_ms = ARGV[4], tonumber(ARGV[5])
 
 -- The revision of the first call's last change, and how many it made; or nil, and whether that is certain.
@@ -30,7 +33,7 @@ local lease, ttl_ms = ARGV[4], tonumber(ARGV[5])
 local function find_first_answer(bottom)
   local revision, changes, before, seen = nil, 0, '+', 0
   while seen < SEARCH do
-    local entries = redis.call('XREVRANGE', LOG, before, '-', 'COUNT', 10)
+    local entries = redis.call('XREVRANGE', LOG, before, '-', 'COUNT', 4)
     for _, entry in ipairs(entries) do
       local id, kind, value, operation = entry[1], entry[2][2], entry[2][6], entry[2][14]
       if operation == OPERATION then
@@ -40,7 +43,7 @@ local function find_first_answer(bottom)
       end
       before, seen = '(' .. id, seen + 1 + math.floor(#value / ENTRY_BYTES)
     end
-    if #entries < 10 then return revision, changes, true end
+    if #entries < 4 then return revision, changes, true end
   end
   return revision, changes, false
 end
@@ -94,9 +97,20 @@ local request = cmsgpack.unpack(ARGV[6])
 local only_deletes = #request[2] > 0
 for _, operation in ipairs(request[2]) do only_deletes = only_deletes and operation[1] == 'd' end
 
+-- How many bytes stand under the keys of the request, if there are several: what a call copies is bounded.
+local function concerned_bytes()
+  local bytes = 0
+  if #request[1] + #request[2] <= ALWAYS_FIT then return bytes end
+  for _, part in ipairs(request[1]) do bytes = bytes + redis.call('HSTRLEN', KV, part[1]) end
+  for _, operation in ipairs(request[2]) do bytes = bytes + redis.call('HSTRLEN', KV, operation[2]) end
+  return bytes
+end
+
 return run(function()
   local answer = ARGV[3] ~= '' and answer_again()
   if answer then return answer end
+  local bytes = concerned_bytes()
+  if bytes > COPIED_BYTES then return {'large', bytes} end
 
   for index, comparison in ipairs(request[1]) do
     local found, packed = current(comparison[1])

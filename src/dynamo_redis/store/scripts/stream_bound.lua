@@ -4,23 +4,19 @@
 -- ARGV[1]  most events the stream keeps
 -- ARGV[2]  most bytes of content it keeps
 -- ARGV[3]  ms after which an entry is dropped, or ''
--- Answers  {'ok', floor}, or {'schema', found}
+-- Answers  {'ok', floor}, {'again', floor}: more is left to drop, or {'schema', found}
 -- Atomic:  the oldest entries are dropped, whoever has not read them, until what is left is a sixteenth below the
---          ceiling, so that this is not done at each entry; the newest entry stays. The floor is recorded. A
+--          ceiling, or MOST of them, so that this is not done at each entry; the newest entry stays. The floor is recorded. A
 --          stream whose entries live for a time ends with its last one.
 local answer = open()
 if answer then return answer end
 if not LENGTH then return {'ok', FLOOR} end
 
+local is_last = true
 if ARGV[3] ~= '' then
   local newest = before(string.format('%.0f-0', math.max(1, time_ms() - ARGV[3])))
   local last = redis.call('XREVRANGE', EVENTS, newest, '-', 'COUNT', 1)[1]
-  if last then
-    FLOOR = last[1]
-    local dropped = redis.call('XTRIM', EVENTS, 'MINID', '=', behind(FLOOR))
-    forget_sizes(dropped)
-    LENGTH = LENGTH - dropped
-  end
+  is_last = not last or drop_up_to(last[1])
 end
 
 local most_events, most_bytes = tonumber(ARGV[1]), tonumber(ARGV[2])
@@ -28,7 +24,7 @@ if EVENT_SUM > most_events or BYTE_SUM > most_bytes then
   local drop = 0
   local events, bytes = EVENT_SUM, BYTE_SUM
   local function is_over() return events > most_events * 15 / 16 or bytes > most_bytes * 15 / 16 end
-  while is_over() and drop < LENGTH - 1 do
+  while is_over() and drop < math.min(LENGTH - 1, MOST) do
     for _, size in ipairs(redis.call('LRANGE', SIZES, drop, math.min(drop + PAGE, LENGTH - 1) - 1)) do
       local of_entry, bytes_of_entry = string.match(size, '^(%d+) (%d+)$')
       events, bytes, drop = events - (of_entry or 0), bytes - (bytes_of_entry or 0), drop + 1
@@ -42,10 +38,12 @@ if EVENT_SUM > most_events or BYTE_SUM > most_bytes then
     redis.call('XTRIM', EVENTS, 'MAXLEN', '=', LENGTH - drop)
     redis.call('LTRIM', SIZES, drop, -1)
     EVENT_SUM, BYTE_SUM = math.max(0, events), math.max(0, bytes)
+    LENGTH = LENGTH - drop
   end
+  is_last = is_last and (LENGTH <= 1 or not (EVENT_SUM > most_events or BYTE_SUM > most_bytes))
 end
 save()
 if ARGV[3] ~= '' then
   for _, key in ipairs(KEYS) do redis.call('PEXPIRE', key, 2 * ARGV[3]) end
 end
-return {'ok', FLOOR}
+return {is_last and 'ok' or 'again', FLOOR}

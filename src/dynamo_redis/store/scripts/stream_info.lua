@@ -4,7 +4,7 @@
 -- Answers  {'ok', entries, events, bytes, last entry, floor, then for each group its name, its position, entries
 --          behind that, ms of silence}, {'lost'}: there is none, or {'schema', found}
 -- Atomic:  changes nothing that stands there, unless it has to be mended.
-local answer = open()
+local answer = open(true)
 if answer then return answer end
 if not LENGTH then return {'lost'} end
 advance()

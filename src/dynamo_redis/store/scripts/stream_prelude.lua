@@ -10,6 +10,9 @@
 -- entry that was trimmed, and `breaks`: how often entries were found to be gone that no script has dropped, or
 -- the head itself. A reader that finds the floor ahead of itself, or another number of breaks, has missed some.
 --
+-- A script drops or mends MOST entries at most, so that it holds the server for milliseconds. Any may answer
+-- {'again'}: more is left, run it again. Nothing else that it is for may have been done.
+--
 -- Signs of life are on a clock that stands in the head as `clock`, ms, and `seen`, what TIME said then. Time
 -- passes on it only by scripts that readers and trimmers run, and by at most MAX_STEP_MS between two of them: a
 -- server that was frozen or away, and a clock that stepped, silence no group.
@@ -19,6 +22,7 @@ local MAJOR = '1'
 local MAX_STEP_MS = 10000
 local BEGINNING = '0-0'
 local PAGE = 1000
+local MOST = 4000
 
 -- The head, filled by `open`, and how many entries there are: nil if there is no stream.
 local EVENT_SUM, BYTE_SUM, FLOOR, BREAKS, CLOCK, SEEN, LENGTH
@@ -69,7 +73,8 @@ end
 local function sum_sizes(from, to)
   local events, bytes = 0, 0
   for start = from, to, PAGE do
-    for _, size in ipairs(redis.call('LRANGE', SIZES, start, math.min(start + PAGE - 1, to))) do
+    local page_end = math.min(start + PAGE - 1, to)
+    for _, size in ipairs(redis.call('LRANGE', SIZES, start, page_end)) do
       local of_entry, bytes_of_entry = string.match(size, '^(%d+) (%d+)$')
       events, bytes = events + (of_entry or 0), bytes + (bytes_of_entry or 0)
     end
@@ -80,14 +85,23 @@ end
 -- Take so many of the oldest sizes away: those of entries that have been dropped.
 local function forget_sizes(count)
   if count == 0 then return end
-  local all = redis.call('LLEN', SIZES)
-  if 2 * count <= all then
-    local events, bytes = sum_sizes(0, count - 1)
-    EVENT_SUM, BYTE_SUM = math.max(0, EVENT_SUM - events), math.max(0, BYTE_SUM - bytes)
-  else
-    EVENT_SUM, BYTE_SUM = sum_sizes(count, all - 1)
-  end
+  local events, bytes = sum_sizes(0, count - 1)
+  EVENT_SUM, BYTE_SUM = math.max(0, EVENT_SUM - events), math.max(0, BYTE_SUM - bytes)
   redis.call('LTRIM', SIZES, count, -1)
+end
+
+-- Drop the oldest entries up to an id, and their sizes: MOST of them, and then the rest of a node. `last` is the
+-- newest that is to go. Answers whether it went.
+local function drop_up_to(last)
+  local dropped = redis.call('XTRIM', EVENTS, 'MINID', '~', behind(last), 'LIMIT', MOST)
+  local is_last = dropped < MOST / 2
+  if is_last then dropped = dropped + redis.call('XTRIM', EVENTS, 'MINID', '=', behind(last)) end
+  if dropped > 0 then
+    forget_sizes(dropped)
+    if dropped == LENGTH then FLOOR = find_end() else FLOOR = is_last and last or find_floor() end
+    LENGTH = LENGTH - dropped
+  end
+  return is_last
 end
 
 local function save()
@@ -96,24 +110,41 @@ local function save()
     string.format('%.0f', CLOCK), 'seen', string.format('%.0f', SEEN))
 end
 
--- Make all agree again, if somebody has changed by hand what only scripts drop.
-local function mend(has_version)
+-- Make all agree again, if somebody has changed by hand what only scripts drop. Answers whether they do: MOST
+-- entries are mended at a time, and `mending` stands in the head until all are. Of a long stream whose head was
+-- lost the sums are estimated.
+local function mend(has_version, is_mending)
   local sized = redis.call('LLEN', SIZES)
-  local is_whole = LENGTH == sized and (has_version or LENGTH == 0)
-  if not LENGTH then is_whole = sized == 0 and EVENT_SUM == 0 and BYTE_SUM == 0 and FLOOR == BEGINNING end
-  if is_whole then return end
-  BREAKS = BREAKS + 1
   if not LENGTH then
-    redis.call('DEL', SIZES)
-    EVENT_SUM, BYTE_SUM, FLOOR = 0, 0, BEGINNING
-  else
-    if sized > LENGTH then redis.call('LTRIM', SIZES, sized - LENGTH, -1) end
-    local mean = string.format('%.0f %.0f', math.floor(EVENT_SUM / LENGTH), math.floor(BYTE_SUM / LENGTH))
-    for _ = sized + 1, LENGTH do redis.call('RPUSH', SIZES, mean) end
-    EVENT_SUM, BYTE_SUM = sum_sizes(0, LENGTH - 1)
-    FLOOR = find_floor()
+    if sized == 0 and EVENT_SUM == 0 and BYTE_SUM == 0 and FLOOR == BEGINNING then return true end
+    redis.call('UNLINK', SIZES)
+    EVENT_SUM, BYTE_SUM, FLOOR, BREAKS = 0, 0, BEGINNING, BREAKS + 1
+    save()
+    return true
   end
+  if LENGTH == sized and (has_version or LENGTH == 0) and not is_mending then return true end
+  if not is_mending then BREAKS = BREAKS + 1 end
+  local missing = LENGTH - sized
+  if missing < 0 then
+    forget_sizes(math.min(-missing, MOST))
+  else -- of the oldest, since those that were appended afterwards have theirs
+    local mean = string.format('%.0f %.0f', math.floor(EVENT_SUM / LENGTH), math.floor(BYTE_SUM / LENGTH))
+    local means = {}
+    for i = 1, math.min(missing, PAGE) do means[i] = mean end
+    for start = 1, math.min(missing, MOST), PAGE do
+      redis.call('LPUSH', SIZES, unpack(means, 1, math.min(PAGE, missing - start + 1)))
+    end
+  end
+  local is_done = math.abs(missing) <= MOST
+  if is_done and (LENGTH <= MOST or not has_version) then
+    local events, bytes = sum_sizes(-math.min(LENGTH, MOST), -1)
+    local scale = LENGTH / math.max(1, math.min(LENGTH, MOST))
+    EVENT_SUM, BYTE_SUM = math.floor(events * scale), math.floor(bytes * scale)
+  end
+  FLOOR = find_floor()
   save()
+  if is_done then redis.call('HDEL', META, 'mending') else redis.call('HSET', META, 'mending', '1') end
+  return is_done
 end
 
 -- A server whose memory is full refuses a command that may take more only as a script's first write. Scripts
@@ -122,16 +153,17 @@ local function pass_when_full()
   redis.call('ZREM', GROUPS, '')
 end
 
--- Read the head. Answers what the script is to answer at once, or nil.
-local function open()
-  local head = redis.call('HMGET', META, 'v', 'events', 'bytes', 'floor', 'breaks', 'clock', 'seen')
+-- Read the head. Answers what the script is to answer at once, or nil. `only_reads`: it writes nothing unless
+-- something has to be mended.
+local function open(only_reads)
+  local head = redis.call('HMGET', META, 'v', 'events', 'bytes', 'floor', 'breaks', 'clock', 'seen', 'mending')
   if head[1] and string.match(head[1], '^%d+') ~= MAJOR then return {'schema', head[1]} end
   EVENT_SUM, BYTE_SUM = tonumber(head[2] or 0), tonumber(head[3] or 0)
   FLOOR, BREAKS = head[4] or BEGINNING, tonumber(head[5] or 0)
   CLOCK, SEEN = tonumber(head[6] or 0), tonumber(head[7] or 0)
   LENGTH = redis.call('EXISTS', EVENTS) == 1 and redis.call('XLEN', EVENTS) or nil
-  pass_when_full()
-  mend(head[1])
+  if not only_reads then pass_when_full() end
+  if not mend(head[1], head[8]) then return {'again'} end
 end
 
 local function time_ms()

@@ -3,7 +3,8 @@
 -- KEYS     see stream_prelude
 -- ARGV[1]  the snapshot's position
 -- ARGV[2]  ms of silence after which a group is removed
--- Answers  {'ok', floor, removed group, ...}, {'lost'}: there is no stream, or {'schema', found}
+-- Answers  {'ok', floor, removed group, ...}, {'again', floor, removed group, ...}: more is left to drop,
+--          {'lost'}: there is no stream, or {'schema', found}
 -- Atomic:  no entry behind the snapshot, or behind the position of a group that stays, is dropped; and the floor
 --          is recorded with it.
 local answer = open()
@@ -17,10 +18,6 @@ for _, group in ipairs(groups) do
   if is_before(group.position, cut) then cut = group.position end
 end
 
-local dropped = redis.call('XTRIM', EVENTS, 'MINID', '=', behind(cut))
-if dropped > 0 then
-  forget_sizes(dropped)
-  FLOOR = dropped == LENGTH and find_end() or cut
-end
+local is_last = not is_before(FLOOR, cut) or drop_up_to(cut)
 save()
-return {'ok', FLOOR, unpack(removed)}
+return {is_last and 'ok' or 'again', FLOOR, unpack(removed)}
