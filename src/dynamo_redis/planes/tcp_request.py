@@ -33,7 +33,7 @@ from dynamo_redis.wire import frame
 from dynamo_redis.wire.decoder import Unusable
 from dynamo_redis.wire.session import KILL, ServerStream
 
-_EAGER: Final = sys.version_info >= (3, 12)
+_EAGERLY: Final[dict[str, Any]] = {"eager_start": True} if sys.version_info >= (3, 12) else {}
 """Eager tasks run a handler up to its first await at once, as themselves. On 3.11 the same could be had by
 stepping the coroutine by hand, but then `asyncio.current_task()` is None in that step, and handlers that
 use `asyncio.timeout` or anyio break."""
@@ -182,23 +182,20 @@ class Request(Sender):
     def launch(self, loop: asyncio.AbstractEventLoop) -> None:
         """Start the handler, in the context variables that its connection came with: what starts it may be
         the end of another request."""
-        if _EAGER and loop.get_task_factory() is None:
-            task = asyncio.Task(  # type: ignore[call-arg,unused-ignore]
-                self.run(),
-                loop=loop,
-                name=self.endpoint.subject,
-                context=self._connection.variables.copy(),
-                eager_start=True,
-            )
-            if task.done():
-                return
-            self._task = task
-            if not self.open:  # its first step ended the request
-                self._let_end(task)
+        variables, name = self._connection.variables.copy(), self.endpoint.subject
+        if loop.get_task_factory() is None:  # `create_task` would cost 0.3 µs more
+            task = asyncio.Task(self.run(), loop=loop, name=name, context=variables, **_EAGERLY)
         else:
-            variables = self._connection.variables.copy()  # entered, not handed on: for old task factories
-            self._task = task = variables.run(loop.create_task, self.run(), name=self.endpoint.subject)
+            task = variables.run(
+                loop.create_task, self.run(), name=name
+            )  # for factories that take no context
+        if task.done():
+            return
+        self._task = task
+        if not self._begun:
             task.add_done_callback(self._on_task_done)
+        elif not self.open:  # its first step ended the request
+            self._let_end(task)
 
     def _on_task_done(self, _: asyncio.Task[None]) -> None:
         """End a request whose task was cancelled before its first step: `run` was not entered."""
