@@ -6,10 +6,11 @@ Everything here may be repeated, and is, when a connection breaks: a chunk's key
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
@@ -40,9 +41,9 @@ class Patience:
     """How long things may take.
 
     `expiry_s`: how long chunks live that no current version has, unless renewed: of uploads, and of replaced
-    versions. `claim_s`: how long others wait for an upload to send a chunk that they have, too, before they
-    send it themselves. `recovery_s`: how long an upload or a read under way tries again while Redis does not
-    answer.
+    versions. `claim_s`: how long others wait for an upload that has stopped saying that it sends a chunk
+    which they have, too, before they send it themselves. `recovery_s`: how long an upload or a read under way
+    tries again while Redis does not answer.
     """
 
     expiry_s: float = EXPIRY_S
@@ -53,6 +54,11 @@ class Patience:
     def expiry_ms(self) -> int:
         """The same, as Redis wants it."""
         return round(self.expiry_s * 1000)
+
+    @property
+    def claim_ms(self) -> int:
+        """The same, as Redis wants it."""
+        return round(self.claim_s * 1000)
 
 
 async def recovering(client: RedisClient, recovery_s: float, call: Callable[[], Awaitable[T]]) -> T:
@@ -102,19 +108,39 @@ class ObjectChunks:
     async def _try_to_send(self, name: str, content: bytes, upload: str) -> bool:
         """False if another upload is about to."""
         key, expiry_ms = self._keys.chunk(name), self._patience.expiry_ms
-        claim_ms = round(self._patience.claim_s * 1000)
         state: int = await self._client.script(
             _CLAIM,
             [key, self._keys.claim(name), self._keys.damaged],
-            [name, expiry_ms, len(content), upload, claim_ms],
+            [name, expiry_ms, len(content), upload, self._patience.claim_ms],
         )
         if state == _ABSENT:
-            # If another upload of the same content wrote it first, it is right as it is.
-            await self._client.execute("SET", key, content, "PX", expiry_ms, "NX")
+            async with self._claiming(name, upload):
+                # If another upload of the same content wrote it first, it is right as it is.
+                await self._client.execute("SET", key, content, "PX", expiry_ms, "NX")
         elif state == _DAMAGED:
-            await self._client.execute("SET", key, content, "KEEPTTL", "XX")
+            async with self._claiming(name, upload):
+                await self._client.execute("SET", key, content, "KEEPTTL", "XX")
             await self._client.execute("SREM", self._keys.damaged, name)
         return state != _CLAIMED
+
+    @contextlib.asynccontextmanager
+    async def _claiming(self, name: str, upload: str) -> AsyncIterator[None]:
+        """Keep the claim on a chunk while it is sent: over a slow link a claim alone would end before."""
+
+        async def claim() -> None:
+            while True:
+                await asyncio.sleep(self._patience.claim_s / 2)
+                with contextlib.suppress(StoreError):
+                    await self._client.execute(
+                        "SET", self._keys.claim(name), upload, "PX", self._patience.claim_ms, "XX"
+                    )
+
+        task = asyncio.create_task(claim(), name=f"claim a chunk of {self._keys.url}")
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.wait([task])
 
     async def fetch(self, name: str) -> bytes | None:
         """A chunk as it stands, not verified; None if it is gone. Raises StoreError."""

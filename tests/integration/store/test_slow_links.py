@@ -19,6 +19,7 @@ from dynamo_redis.store.blocking import pack
 from dynamo_redis.store.client import RedisClient
 from dynamo_redis.store.deadline import LONGEST_TIMES
 from dynamo_redis.store.event_base import Entry, NewEntry, StreamName
+from dynamo_redis.store.object_chunks import Patience
 from dynamo_redis.store.object_content import CHUNK_BYTES
 from dynamo_redis.store.objects import RedisObjectStore
 from dynamo_redis.store.page_size import PAGE_BYTES
@@ -239,3 +240,32 @@ async def test_object_goes_and_comes_over_a_slow_link(slow: Proxy, dynamo_redis_
         await objects.put("b", "n", content)
         assert await objects.read("b", "n") == content
     await objects.aclose()
+
+
+async def test_same_content_is_sent_once_over_a_slow_link(slow: Proxy, dynamo_redis_prefix: str) -> None:
+    """By one of several uploads at once, though each chunk takes longer than a claim stands."""
+    content, clients = content_of("object"), [RedisClient(slow.url, timeout_s=TIMEOUT_S) for _ in range(3)]
+    uploads = [
+        RedisObjectStore(client, dynamo_redis_prefix, patience=Patience(claim_s=0.4)) for client in clients
+    ]
+    sent: list[int] = []
+    for client in clients:
+        _note_sizes(client, sent)
+    async with asyncio.timeout(WAIT_S):
+        await asyncio.gather(*(objects.put("b", "n", content) for objects in uploads))
+        assert await uploads[0].read("b", "n") == content
+    assert sent == [len(content)]
+    for objects in uploads:
+        await objects.aclose()
+
+
+def _note_sizes(client: RedisClient, sent: list[int]) -> None:
+    """Note how large each chunk is that this client sends."""
+    execute = client.execute
+
+    async def noted(*command: Any) -> Any:
+        if command[0] == "SET" and isinstance(command[2], bytes):
+            sent.append(len(command[2]))
+        return await execute(*command)
+
+    client.execute = noted  # type: ignore[method-assign]
