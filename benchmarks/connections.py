@@ -119,7 +119,7 @@ def _cpu_s() -> float:
 
 
 async def _call(client: TcpClient, target: Target, request: Any) -> None:
-    async for _ in client.open(target, request, Context()):
+    async for _ in client.open(target, request, None):
         pass
 
 

@@ -17,7 +17,7 @@ import logging
 import sys
 import time
 from array import array
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -45,7 +45,7 @@ _PROGRESS_S: Final = 0.5
 class Caller(Protocol):
     """What requests go through: a client or a router."""
 
-    async def generate(self, request: Any, annotated: bool | None = True) -> AsyncIterator[Any]: ...
+    def generate(self, request: Any, annotated: bool | None = True) -> Awaitable[AsyncIterator[Any]]: ...
 
 
 @asynccontextmanager

@@ -100,7 +100,7 @@ async def _drive(
 
     async def caller() -> None:
         while (began := time.perf_counter()) < until:
-            async for _item in client.open(target, workload.request, Context()):
+            async for _item in client.open(target, workload.request, None):
                 pass
             latencies.append(time.perf_counter() - began)
 

@@ -373,14 +373,20 @@ class PayloadBudgetExceeded(PlaneError):
     code = "payload_budget_exceeded"
 
 
-class InvalidRequest(PlaneError):
-    """The handler refused the request's content. Raise it in a handler to say what is wrong."""
+class InvalidRequest(PlaneError, ValueError):
+    """The handler refused the request's content. Raise it in a handler to say what is wrong.
+
+    A ValueError, as what a handler raises is for callers of `dynamo.runtime`.
+    """
 
     code = "invalid_request"
 
 
-class HandlerFailed(PlaneError):
-    """The handler raised; the message carries the exception's type and text, never a traceback."""
+class HandlerFailed(PlaneError, ValueError):
+    """The handler raised; the message carries the exception's type and text, never a traceback.
+
+    A ValueError, as what a handler raises is for callers of `dynamo.runtime`.
+    """
 
     code = "handler_failed"
 

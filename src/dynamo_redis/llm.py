@@ -18,6 +18,7 @@ from dynamo_redis.router.kv_publisher import KvPublisher
 from dynamo_redis.router.load_publisher import KV_METRICS, LOAD_METRICS, LoadPublisher
 from dynamo_redis.router.local_index import EngineHash
 from dynamo_redis.router.worker_events import WorkerEvents
+from dynamo_redis.runtime.awaitables import started
 from dynamo_redis.runtime.endpoint import Component, Endpoint
 from dynamo_redis.runtime.runtime import DistributedRuntime
 
@@ -124,8 +125,11 @@ class WorkerMetricsPublisher:
         self._loop = _Loop()
         self._load: LoadPublisher | None = None
 
-    async def create_endpoint(self, endpoint: Endpoint | Component) -> None:
+    def create_endpoint(self, endpoint: Endpoint | Component) -> asyncio.Task[None]:
         """Begin, for the worker's component, and serve `load_metrics` there. Raises StoreError."""
+        return started(self._create_endpoint(endpoint))
+
+    async def _create_endpoint(self, endpoint: Endpoint | Component) -> None:
         runtime, name = _place(endpoint)
         key = ("load", name.namespace, name.component)
         load = runtime.attach(

@@ -350,7 +350,7 @@ async def test_a_caller_with_a_smaller_limit_refuses_without_losing_others(deplo
     await tight.aclose()
 
 
-@pytest.mark.parametrize("value", [object(), 2**64, "\ud800", {"a": {1, 2}}])
+@pytest.mark.parametrize("value", [object(), 2**64, "\ud800", {"a": 1j}])
 async def test_a_request_that_msgpack_cannot_carry_is_a_type_error_at_once(
     deployed: Deployment, value: Any
 ) -> None:

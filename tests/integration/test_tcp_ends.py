@@ -123,7 +123,7 @@ CALLER_POINTS: list[Point] = [
 
 @pytest.fixture
 async def server() -> AsyncIterator[TcpServer]:
-    made = TcpServer(PlaneSettings.load(), secret=SECRET, instance_id=INSTANCE)
+    made = TcpServer(PlaneSettings.load(cancel_grace_s=0), secret=SECRET, instance_id=INSTANCE)
     await made.start()
 
     async def hang(_: Any, __: Context) -> None:

@@ -131,9 +131,9 @@ async def test_messages_of_nothing(server: TcpServer, client: TcpClient, empty: 
 
 async def test_headers_at_their_limit(server: TcpServer, client: TcpClient) -> None:
     target = Target(INSTANCE, server.address, "echo", SECRET)
-    around = len(pack({"meta": {"k": "x" * 30_000}})) - 30_000
+    around = len(pack({"id": "r", "meta": {"k": "x" * 30_000}})) - 30_000
     for difference in AROUND:
-        context = Context(metadata={"k": "x" * (MAX_HEADERS_BYTES - around + difference)})
+        context = Context("r", {"k": "x" * (MAX_HEADERS_BYTES - around + difference)})
         if difference > 0:
             with pytest.raises(PayloadTooLarge):
                 client.open(target, 1, context)

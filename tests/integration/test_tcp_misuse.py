@@ -112,8 +112,9 @@ async def test_parked_request_spoils_no_neighbour(server: TcpServer, client: Tcp
 
     server.register("handler", handler)
     target = Target(INSTANCE, server.address, "handler", SECRET)
-    metadata: dict[str, Any] = {"key": ["no text"]}
-    context = Context(metadata=metadata, deadline=time.monotonic() + 60)
+    context = Context(deadline=time.monotonic() + 60)
+    metadata: dict[str, Any] = context.metadata  # type: ignore[assignment]
+    metadata["key"] = ["no text"]
     changed = client.open(target, 0, context)  # waits for the first connection
     metadata["key"].append(object())
     with pytest.raises(TypeError, match="serialize"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Awaitable, Collection
 from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
 
@@ -20,14 +20,14 @@ from dynamo_redis.store.base import Record
 class EndpointClient(Protocol):
     """What serving needs of a `runtime.Client`."""
 
-    async def generate(
+    def generate(
         self,
         request: Any,
         annotated: bool | None = True,
         context: Context | None = None,
         *,
         among: Collection[int] | None = None,
-    ) -> AsyncIterator[Any]: ...
+    ) -> Awaitable[AsyncIterator[Any]]: ...
     def confirmed_instances(self) -> list[Instance]: ...
     def instance_ids(self) -> list[int]: ...
     async def aclose(self) -> None: ...

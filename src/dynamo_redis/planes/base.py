@@ -78,6 +78,11 @@ class ResponseStream(Protocol):
         the garbage collector was called in, in the middle of anything."""
         ...
 
+    def abandon(self) -> None:
+        """End the stream once the request has been sent: its answer is not wanted. A handler that is started
+        at once runs to its first `yield`, or for `DYN_CANCEL_GRACE_S`."""
+        ...
+
     def fail(self, error: Exception) -> None:
         """End the stream from outside with `error`, unless it has ended. The worker is told to kill."""
         ...

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
+import os
 import time
-import uuid
 from collections.abc import Callable
 from functools import partial
 from typing import Literal, Protocol
@@ -53,8 +54,11 @@ class Context:
         traceparent: str | None = None,
     ) -> None:
         """`deadline` is a `time.monotonic()` value, or None; infinity is None, too. `traceparent` is a W3C
-        trace context header. Raises ValueError for a deadline that is no number.
+        trace context header. Raises ValueError for a deadline that is no number, and TypeError for
+        metadata of other types than text.
         """
+        if metadata and not all(type(key) is type(value) is str for key, value in metadata.items()):
+            raise TypeError("metadata maps texts to texts")
         self._id = id
         self._metadata = metadata
         self._traceparent = traceparent
@@ -70,12 +74,7 @@ class Context:
     def id(self) -> str:
         """The request id; made on first use if none was given."""
         if self._id is None:
-            self._id = uuid.uuid4().hex
-        return self._id
-
-    @property
-    def given_id(self) -> str | None:
-        """The request id if it was given or asked for; None otherwise."""
+            self._id = _ids.next()
         return self._id
 
     @property
@@ -93,11 +92,6 @@ class Context:
     def given_metadata(self) -> dict[str, str] | None:
         """The metadata if any was given or asked for; None otherwise."""
         return self._metadata
-
-    @property
-    def travels_bare(self) -> bool:
-        """Whether there is nothing to tell the handler: no id, deadline, metadata or trace."""
-        return self._id is None and self.deadline is None and self._traceparent is None and not self._metadata
 
     @property
     def traceparent(self) -> str | None:
@@ -173,22 +167,20 @@ class Context:
         elif self._other_subscribers is not None:
             self._other_subscribers.pop(subscriber, None)
 
-    async def async_killed_or_stopped(self) -> bool:
-        """Wait until the request is stopped or killed; True then. Cancel the wait to give up."""
+    def async_killed_or_stopped(self) -> asyncio.Future[bool]:
+        """A future that is True once the request is stopped or killed. Cancel it to give up."""
+        woken: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         if self._state:
-            return True
-        woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            woken.set_result(True)
+            return woken
 
         def wake(_: Strength) -> None:
             if not woken.done():
-                woken.set_result(None)
+                woken.set_result(True)
 
         unsubscribe = self.on_cancel(wake)
-        try:
-            await woken
-        finally:
-            unsubscribe()
-        return True
+        woken.add_done_callback(lambda _: unsubscribe())
+        return woken
 
     def _advance(self, state: int, strength: Strength) -> None:
         if self._state >= state:
@@ -197,6 +189,22 @@ class Context:
         for subscriber in (self._subscriber, *(self._other_subscribers or ())):
             if subscriber is not None:
                 subscriber.on_cancelled(strength)
+
+
+class _Ids:
+    """Makes request ids: 32 hexadecimal digits, a count and what is random to this process. A `uuid4` would
+    cost a small request a twentieth of its time."""
+
+    def __init__(self) -> None:
+        self._random = os.urandom(10).hex()
+        self._count = itertools.count(int.from_bytes(os.urandom(5)))
+
+    def next(self) -> str:
+        return f"{next(self._count):012x}{self._random}"
+
+
+_ids = _Ids()
+os.register_at_fork(after_in_child=_ids.__init__)  # type: ignore[misc]
 
 
 def _known_end(deadline: float) -> float | None:

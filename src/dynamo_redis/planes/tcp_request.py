@@ -209,17 +209,16 @@ class Request(Sender):
         """Run the handler, and send what it answers."""
         self._begun = True
         try:
-            if self.open:
-                result: Any = self.endpoint.handler(self._argument, self.context)
-                if type(result) is CoroutineType or not hasattr(result, "__anext__"):
-                    item = await result
-                    if self._connection.paused:  # the caller takes nothing: keep what it gets as it is
-                        await self.wait_ready()
-                    if self.open:
-                        self.end_with(item)
-                        self._close()
-                else:
-                    await self._answer_stream(result)
+            result: Any = self.endpoint.handler(self._argument, self.context)
+            if type(result) is CoroutineType or not hasattr(result, "__anext__"):
+                item = await result
+                if self._connection.paused:  # the caller takes nothing: keep what it gets as it is
+                    await self.wait_ready()
+                if self.open:
+                    self.end_with(item)
+                    self._close()
+            else:
+                await self._answer_stream(result)
         except asyncio.CancelledError:
             if self.open:  # not by us: the handler awaited something that was cancelled, or the loop ends
                 self.fail(HandlerFailed("the handler was cancelled"))
@@ -337,10 +336,10 @@ class Request(Sender):
     def _end_handler(self) -> None:
         """Let the handler end, after its context was told."""
         _quietly(self.context.kill)
-        if not self._begun:
-            self._admission.dequeue(self)  # if it was launched, it will see that it is closed
-        elif self._task is not None:
+        if self._task is not None:  # it is started, if it has not been, in its next turn
             self._let_end(self._task)
+        elif not self._begun:
+            self._admission.dequeue(self)
 
     def _let_end(self, task: asyncio.Task[None]) -> None:
         """Leave the handler the time to end by itself. At a yield it is closed at once."""

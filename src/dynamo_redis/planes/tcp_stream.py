@@ -64,6 +64,7 @@ class TcpResponseStream(Mailbox):
         "_route",
         "_sender",
         "_variables",
+        "_was_abandoned",
         "ends_at_bytes",
         "payload_bytes",
         "state",
@@ -92,7 +93,7 @@ class TcpResponseStream(Mailbox):
         self._context = context
         self._messages = messages
         self.subject = subject
-        if messages is None and not is_packed and (context is None or context.travels_bare):
+        if messages is None and not is_packed and context is None:
             self._headers = frame.NO_HEADERS
             self._route = frame.plain_route(subject)
         else:
@@ -107,6 +108,7 @@ class TcpResponseStream(Mailbox):
         self._pump: asyncio.Task[None] | None = None
         self._sender: Sender | None = None
         self._lost_once = False
+        self._was_abandoned = False
         self.state: ClientStream = _UNOPENED
         self.waits_from_sweep = 0
         self.ends_at_bytes = 0
@@ -168,6 +170,8 @@ class TcpResponseStream(Mailbox):
             self._pump = self._loop.create_task(
                 self._send_messages(self._messages, self._sender), context=self._variables
             )
+        if self._was_abandoned:
+            self.abandon()
 
     def take_back(self) -> bool:
         """Be as before `start`: the connection led nowhere. False if the request cannot be sent again, or has
@@ -253,6 +257,12 @@ class TcpResponseStream(Mailbox):
             self._kill()
             self.finish(error)
 
+    def abandon(self) -> None:
+        if self._connection is None:
+            self._was_abandoned = True
+        else:
+            self.fail(ConnectionLost("the answer was not wanted"))
+
     def lose(self, error: Exception) -> None:
         """The connection is gone, and the request with it."""
         if self.state is not _CLOSED:
@@ -320,9 +330,7 @@ def _encode_headers(context: Context | None) -> bytes:
     """What travels of a context, but its deadline. Raises TypeError (not msgpack), PayloadTooLarge."""
     if context is None:
         return frame.NO_HEADERS
-    headers: dict[str, Any] = {}
-    if context.given_id is not None:
-        headers["id"] = context.given_id
+    headers: dict[str, Any] = {"id": context.id()}
     if context.traceparent is not None:
         headers["traceparent"] = context.traceparent
     if context.given_metadata:

@@ -30,9 +30,9 @@ class Annotated:
         """The event's name; None for ordinary items."""
         return self._event
 
-    def comments(self) -> list[str]:
-        """Remarks that came with the item."""
-        return self._comments or []
+    def comments(self) -> list[str] | None:
+        """Remarks that came with the item; None without any."""
+        return self._comments
 
     def id(self) -> str | None:
         """The item's own id, if it has one."""

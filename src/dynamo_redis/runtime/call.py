@@ -46,6 +46,7 @@ class Call:
         "_request",
         "_select",
         "_stream",
+        "_was_read",
     )
 
     def __init__(
@@ -64,6 +65,7 @@ class Call:
         Raises NoInstances, and what `RequestPlaneClient.open` raises.
         """
         self._stream: ResponseStream | None = None
+        self._was_read = False
         self._dispatcher = dispatcher
         self._select = select
         self._among = among
@@ -85,6 +87,7 @@ class Call:
         return self
 
     async def __anext__(self) -> Any:
+        self._was_read = True
         while True:
             if (stream := self._stream) is None:
                 if self._error is None:
@@ -107,13 +110,10 @@ class Call:
                     self._close()
                 raise
             else:
-                if not self._answered:  # from now on the request stays where it is
-                    self._member.pending.discard(stream)
-                    self._answered = True
-                    stream.forget_request()
-                    if stream.is_over:  # the usual answer of one item: nothing more to wait for
-                        self._close()
-                return Annotated(item) if self._annotated else item
+                if not self._answered:
+                    self._on_answered(stream)
+                if self._annotated or item is not None:
+                    return Annotated(item) if self._annotated else item
 
     async def aclose(self) -> None:
         """End the call; the worker is told to kill it if it is still under way."""
@@ -133,11 +133,15 @@ class Call:
             self._stream.call_soon(self._drop)
 
     def _drop(self) -> None:
-        """End an answer that was dropped half-way: the rest will never be read."""
+        """End an answer that was dropped half-way: the rest will never be read. What a request asks for whose
+        answer was never read is done."""
         stream = self._stream
         if stream is not None:
             self._close()
-            stream.fail(ConnectionLost("the response was dropped by its reader"))
+            if self._was_read:
+                stream.fail(ConnectionLost("the response was dropped by its reader"))
+            else:
+                stream.abandon()
 
     # ----------------------------------------------------------------- inner steps
 
@@ -148,6 +152,14 @@ class Call:
         self._member = member
         member.in_flight += 1
         member.pending.add(stream)
+
+    def _on_answered(self, stream: ResponseStream) -> None:
+        """From now on the request stays where it is."""
+        self._member.pending.discard(stream)
+        self._answered = True
+        stream.forget_request()
+        if stream.is_over:  # the usual answer of one item: nothing more to wait for
+            self._close()
 
     def _close(self) -> None:
         stream, self._stream = self._stream, None

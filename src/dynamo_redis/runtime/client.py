@@ -11,6 +11,7 @@ from typing import Any, Self
 from dynamo_redis.errors import NoInstances
 from dynamo_redis.planes.base import RequestPlaneClient
 from dynamo_redis.planes.context import Context
+from dynamo_redis.runtime.awaitables import failed, started
 from dynamo_redis.runtime.call import Call
 from dynamo_redis.runtime.discovery import EndpointView
 from dynamo_redis.runtime.dispatch import Dispatcher
@@ -21,7 +22,7 @@ from dynamo_redis.runtime.selection import Only, Policy, policy
 class Client:
     """Sends requests to the instances of one endpoint.
 
-    Each call is awaited, which chooses an instance and sends, and then iterated:
+    Each call chooses an instance and sends at once. It is awaited, and then iterated:
 
         async for item in await client.round_robin({"prompt": "hi"}, annotated=False):
             ...
@@ -29,7 +30,7 @@ class Client:
     Until the first item has arrived, a request that fails in a retryable way goes to another instance, each
     instance at most once; afterwards its error is raised. Errors are `PlaneError`s; `NoInstances` at once if
     none is known. Leaving the iteration early kills the request at the worker, and so does dropping the
-    iterator. Items are `Annotated` (`.data()`), or plain with `annotated=False`.
+    iterator. Items are `Annotated` (`.data()`), or plain with `annotated=False`, where None is left out.
     """
 
     def __init__(
@@ -54,52 +55,73 @@ class Client:
 
     # ----------------------------------------------------------------- calls
 
-    async def generate(
+    def generate(
         self,
         request: Any,
         annotated: bool | None = True,
         context: Context | None = None,
         *,
         among: Collection[int] | None = None,
-    ) -> Call:
+    ) -> asyncio.Future[Call]:
         """Call an instance chosen by the client's router mode; one of the ids in `among`, if given."""
-        return Call(self.dispatcher, self._default, request, bool(annotated), context, among)
+        return self._call(self._default, request, annotated, context, among)
 
-    async def round_robin(
+    def round_robin(
         self, request: Any, annotated: bool | None = True, context: Context | None = None
-    ) -> Call:
+    ) -> asyncio.Future[Call]:
         """Call the next instance in turn."""
-        return Call(self.dispatcher, self._round_robin, request, bool(annotated), context)
+        return self._call(self._round_robin, request, annotated, context)
 
-    async def random(
+    def random(
         self, request: Any, annotated: bool | None = True, context: Context | None = None
-    ) -> Call:
+    ) -> asyncio.Future[Call]:
         """Call any instance."""
-        return Call(self.dispatcher, self._random, request, bool(annotated), context)
+        return self._call(self._random, request, annotated, context)
 
-    async def p2c(self, request: Any, annotated: bool | None = True, context: Context | None = None) -> Call:
-        """Call the less loaded of two random instances."""
-        return Call(self.dispatcher, self._p2c, request, bool(annotated), context)
-
-    async def least_loaded(
+    def p2c(
         self, request: Any, annotated: bool | None = True, context: Context | None = None
-    ) -> Call:
-        """Call the instance with the fewest requests of this process under way."""
-        return Call(self.dispatcher, self._least_loaded, request, bool(annotated), context)
+    ) -> asyncio.Future[Call]:
+        """Call the less loaded of two random instances."""
+        return self._call(self._p2c, request, annotated, context)
 
-    async def direct(
+    def least_loaded(
+        self, request: Any, annotated: bool | None = True, context: Context | None = None
+    ) -> asyncio.Future[Call]:
+        """Call the instance with the fewest requests of this process under way."""
+        return self._call(self._least_loaded, request, annotated, context)
+
+    def direct(
         self,
         request: Any,
         instance_id: int,
         annotated: bool | None = True,
         context: Context | None = None,
-    ) -> Call:
-        """Call one instance, and no other if it fails. Raises NoInstances if it is not known."""
+    ) -> asyncio.Future[Call]:
+        """Call one instance, and no other if it fails. It ends with NoInstances if it is not known."""
         if self._view.get(instance_id) is None:
-            raise NoInstances(
-                f"instance {instance_id:x} is not among the {len(self._view)} known of {self._view.name}"
+            return failed(
+                NoInstances(
+                    f"instance {instance_id:x} is not among the {len(self._view)} known of {self._view.name}"
+                )
             )
-        return Call(self.dispatcher, Only(instance_id), request, bool(annotated), context)
+        return self._call(Only(instance_id), request, annotated, context)
+
+    def _call(
+        self,
+        select: Policy,
+        request: Any,
+        annotated: bool | None,
+        context: Context | None,
+        among: Collection[int] | None = None,
+    ) -> asyncio.Future[Call]:
+        """Send the request, before it returns. What keeps it from being sent shows when it is awaited."""
+        try:
+            call = Call(self.dispatcher, select, request, bool(annotated), context, among)
+        except Exception as exc:  # noqa: BLE001 - raised where it is awaited
+            return failed(exc)
+        future: asyncio.Future[Call] = asyncio.get_running_loop().create_future()
+        future.set_result(call)
+        return future
 
     # ----------------------------------------------------------------- who is there
 
@@ -131,8 +153,11 @@ class Client:
             async with asyncio.timeout(timeout_s):
                 await self._view.wait_for_change()
 
-    async def wait_for_instances(self, timeout_s: float | None = None) -> list[int]:
+    def wait_for_instances(self, timeout_s: float | None = None) -> asyncio.Task[list[int]]:
         """Wait until an instance can be chosen; answer the ids. Raises NoInstances after `timeout_s`."""
+        return started(self._wait_for_instances(timeout_s))
+
+    async def _wait_for_instances(self, timeout_s: float | None) -> list[int]:
         try:
             async with asyncio.timeout(timeout_s):
                 while not self._view.candidates:

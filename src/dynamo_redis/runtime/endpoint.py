@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
+from collections.abc import Coroutine, Mapping
 from typing import Any, Protocol
 
 from dynamo_redis.names import EndpointName, InstanceId
+from dynamo_redis.runtime.awaitables import started
 from dynamo_redis.runtime.client import Client
 from dynamo_redis.runtime.handlers import AnyHandler
 from dynamo_redis.runtime.serving import ServedEndpoint
+
+log = logging.getLogger(__name__)
+
+
+def note_ignored(call: str, arguments: Mapping[str, object]) -> None:
+    """Say that arguments which a later release of `dynamo.runtime` may have are not known here."""
+    for name in arguments:
+        log.warning("%s: the argument %s is not known here and has no effect", call, name)
 
 
 class Host(Protocol):
@@ -19,7 +31,7 @@ class Host(Protocol):
 
     def served(self, name: EndpointName) -> ServedEndpoint | None: ...
 
-    async def open_client(self, name: EndpointName, router_mode: str) -> Client: ...
+    def open_client(self, name: EndpointName, router_mode: str) -> Coroutine[Any, Any, Client]: ...
 
     async def wait_for_shutdown(self) -> None: ...
 
@@ -37,26 +49,27 @@ class Endpoint:
     def __repr__(self) -> str:
         return f"<Endpoint {self.name}>"
 
-    async def serve_endpoint(
+    def serve_endpoint(
         self,
         handler: AnyHandler,
         graceful_shutdown: bool = True,
         metrics_labels: list[tuple[str, str]] | None = None,
         health_check_payload: dict[str, Any] | None = None,
-    ) -> None:
+        **later: object,
+    ) -> asyncio.Task[None]:
         """Serve until the runtime shuts down; then leave the registry and let requests under way finish.
 
         `handler` takes `(request)` or `(request, context)`; as an async generator it answers with its items,
         as a coroutine function with one. Without `graceful_shutdown` requests under way are killed.
-        `metrics_labels` and `health_check_payload` are accepted so that existing workers run unchanged.
+        `metrics_labels` and `health_check_payload` are accepted so that existing workers run unchanged;
+        arguments of later releases of `dynamo.runtime` are, too, and named in the log.
         Raises StoreError if it cannot be registered, ConfigError if no address can be had.
         """
-        served = await self.start_serving(
-            handler,
-            graceful_shutdown,
-            metrics_labels=metrics_labels,
-            health_check_payload=health_check_payload,
-        )
+        note_ignored("serve_endpoint", later)
+        return started(self._serve(handler, graceful_shutdown))
+
+    async def _serve(self, handler: AnyHandler, graceful_shutdown: bool) -> None:
+        served = await self.start_serving(handler, graceful_shutdown)
         try:
             await self._host.wait_for_shutdown()
         finally:
@@ -73,16 +86,16 @@ class Endpoint:
         """As `serve_endpoint`, but return as soon as callers can find the endpoint."""
         return await self._host.serve(self.name, handler, graceful_shutdown=graceful_shutdown)
 
-    async def unregister_endpoint_instance(self) -> None:
+    def unregister_endpoint_instance(self) -> asyncio.Task[None]:
         """Take this process's instance out of the registry, for as long as its engine sleeps.
 
         It goes on answering what still arrives. Raises RuntimeError if the endpoint is not served here.
         """
-        await self._served_here().leave()
+        return started(self._served_here().leave())
 
-    async def register_endpoint_instance(self) -> None:
+    def register_endpoint_instance(self) -> asyncio.Task[None]:
         """Put this process's instance back into the registry. Raises RuntimeError, StoreError."""
-        await self._served_here().announce()
+        return started(self._served_here().announce())
 
     def _served_here(self) -> ServedEndpoint:
         served = self._host.served(self.name)
@@ -90,13 +103,13 @@ class Endpoint:
             raise RuntimeError(f"{self.name} is not served by this process")
         return served
 
-    async def client(self, router_mode: str | None = None) -> Client:
+    def client(self, router_mode: str | None = None) -> asyncio.Task[Client]:
         """A client of this endpoint; its first view of the instances is complete.
 
         `router_mode`, which `generate` follows: round_robin (default), random, p2c or least_loaded.
         Raises ConfigError for an unknown mode, StoreError if the registry cannot be read.
         """
-        return await self._host.open_client(self.name, router_mode or "round_robin")
+        return started(self._host.open_client(self.name, router_mode or "round_robin"))
 
     @property
     def host(self) -> Host:

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from dynamo_redis.errors import InvalidRequest
 from dynamo_redis.planes.base import Handler
@@ -40,9 +40,10 @@ def adapt(handler: AnyHandler) -> Handler:
 def dynamo_endpoint(request_type: type[Any], response_type: type[Any]) -> Callable[[H], AnyHandler]:
     """Declare a handler's request and item types: pydantic models, or plain types such as `str`.
 
-    The request is validated before the handler runs; what does not fit ends the call with `InvalidRequest`,
-    which names the field. A JSON string is parsed where a model is wanted. Items that are models are sent as
-    plain values. `response_type` documents the items; they are sent as they are yielded.
+    A request for a model is validated before the handler runs, and may be a JSON string; what does not fit
+    ends the call with `InvalidRequest`, which names the field. With any other type the handler gets the
+    request as it came. Items that are models are sent as plain values. `response_type` documents the items;
+    they are sent as they are yielded.
     """
     validate = _validator(request_type)
 
@@ -75,14 +76,14 @@ async def _plain_item(item: Awaitable[Any]) -> Any:
 
 
 def _validator(request_type: type[Any]) -> Callable[[Any], Any]:
-    adapter: TypeAdapter[Any] = TypeAdapter(request_type)
-    is_model = inspect.isclass(request_type) and issubclass(request_type, BaseModel)
+    if not (inspect.isclass(request_type) and issubclass(request_type, BaseModel)):
+        return lambda request: request
 
     def validate(request: Any) -> Any:
         try:
-            if is_model and isinstance(request, str | bytes):
-                return adapter.validate_json(request)
-            return adapter.validate_python(request)
+            if isinstance(request, str | bytes):
+                return request_type.model_validate_json(request)
+            return request_type.model_validate(request)
         except ValidationError as exc:
             error = exc.errors(include_url=False)[0]
             where = ".".join(map(str, error["loc"])) or "request"

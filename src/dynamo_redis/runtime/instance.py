@@ -61,6 +61,11 @@ class Instance:
         return self.name.endpoint
 
     @property
+    def device_type(self) -> str | None:
+        """None: the record does not say on which kind of device an instance runs."""
+        return None
+
+    @property
     def transport(self) -> Transport:
         """The first transport of the record."""
         kind, address = next(iter(self.transports.items()))

@@ -19,7 +19,7 @@ from dynamo_redis.planes.base import RequestPlaneClient, RequestPlaneServer, Tar
 from dynamo_redis.planes.select import make_client, make_server
 from dynamo_redis.runtime.client import Client
 from dynamo_redis.runtime.discovery import EndpointView
-from dynamo_redis.runtime.endpoint import Endpoint, Namespace
+from dynamo_redis.runtime.endpoint import Endpoint, Namespace, note_ignored
 from dynamo_redis.runtime.handlers import AnyHandler
 from dynamo_redis.runtime.instance import Instance
 from dynamo_redis.runtime.serving import ServedEndpoint
@@ -32,6 +32,7 @@ from dynamo_redis.store.event_base import EventStreams
 log = logging.getLogger(__name__)
 
 _LEAST_CLOSING_S: Final = 2.0
+_EVENT_PLANES: Final = ("stream", "pubsub", "none")
 
 
 class Attached(Protocol):
@@ -90,20 +91,31 @@ class DistributedRuntime:
         request_plane: str | None = None,
         enable_nats: bool | None = None,
         *,
+        event_plane: str | None = None,
+        response_plane: str | None = None,
         settings: Settings | None = None,
         registry: Registry | None = None,
         objects: ObjectStore | None = None,
         locks: Locks | None = None,
         events: EventStreams | None = None,
+        **later: object,
     ) -> None:
-        """The first four arguments are those of `dynamo.runtime`; the loop is always the running one.
+        """The first six arguments are those of `dynamo.runtime`; the loop is always the running one. Of the
+        planes of events and responses, others than there are here are named in the log, as are arguments of
+        its later releases.
 
         `registry`, `objects`, `locks` and `events` replace the Redis ones, as the in-memory twins do in
         tests; they are closed with the runtime. Raises ConfigError for wrong settings.
         """
         if settings is None:
-            settings = Settings.load(request_plane=request_plane)
+            own_event_plane = event_plane if event_plane in _EVENT_PLANES else None
+            settings = Settings.load(request_plane=request_plane, event_plane=own_event_plane)
         self.settings = settings
+        if event_plane is not None and event_plane != settings.events.event_plane:
+            log.info("event_plane=%r is ignored: DYN_EVENT_PLANE says how events travel", event_plane)
+        if response_plane not in (None, "tcp"):
+            log.info("response_plane=%r is ignored: answers travel as requests do", response_plane)
+        note_ignored("DistributedRuntime", later)
         if discovery_backend not in (None, "redis"):
             log.info("discovery_backend=%r is ignored: discovery here is Redis", discovery_backend)
         # What to advertise depends on where Redis is; nothing is known of a given registry.
@@ -273,9 +285,9 @@ class DistributedRuntime:
         """The id of every instance that this process serves; its lease's too."""
         return InstanceId(self.registry.lease_id)
 
-    def endpoint(self, name: str) -> Endpoint:
+    def endpoint(self, path: str) -> Endpoint:
         """The endpoint `namespace.component.endpoint`. Raises ConfigError (a ValueError) for other names."""
-        return Endpoint(self, EndpointName.parse(name))
+        return Endpoint(self, EndpointName.parse(path))
 
     def namespace(self, name: str) -> Namespace:
         """The older way to an endpoint: `runtime.namespace(n).component(c).endpoint(e)`."""

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from dynamo_redis.planes.context import Context
+from dynamo_redis.runtime.annotated import Annotated
 from dynamo_redis.runtime.client import Client
 from dynamo_redis.runtime.endpoint import Endpoint
 from dynamo_redis.runtime.handlers import collect_one
@@ -20,8 +21,8 @@ class UnaryClient:
     async def complete(self, request: Any, *, context: Context | None = None) -> Any:
         """Call the next instance in turn and answer its item. Raises PlaneError, and RuntimeError if the
         endpoint does not answer with exactly one item."""
-        stream = await self._client.round_robin(request, annotated=False, context=context)
-        return await collect_one(stream)
+        item: Annotated = await collect_one(await self._client.round_robin(request, context=context))
+        return item.data()
 
 
 async def serve_unary_endpoint(

@@ -31,7 +31,16 @@ keys would occupy the event loop for minutes."""
 
 _FRAME_AND_BATCH = b"\x91\x91"
 
-pack_known = msgpack.Packer(autoreset=True).pack
+
+def _as_list(value: Any) -> list[Any]:
+    if isinstance(value, set | frozenset):
+        return list(value)
+    if isinstance(value, int):
+        raise OverflowError("Integer value out of range")
+    raise TypeError(f"can not serialize {type(value).__name__!r} object")
+
+
+pack_known = msgpack.Packer(autoreset=True, default=_as_list).pack
 """`pack` for what is known to be msgpack, such as the parts of a frame that this side makes."""
 
 pack_plain = msgpack.Packer(autoreset=True, strict_types=True).pack

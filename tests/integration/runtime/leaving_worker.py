@@ -31,7 +31,7 @@ async def generate(request: dict[str, Any]) -> AsyncIterator[Any]:
 async def main(runtime: DistributedRuntime) -> None:
     """Serve until told to stop."""
     endpoint = runtime.endpoint(sys.argv[1])
-    serving = asyncio.create_task(endpoint.serve_endpoint(generate))
+    serving = endpoint.serve_endpoint(generate)
     client = await endpoint.client()
     await client.wait_for_instances()
     sys.stdout.write("serving\n")

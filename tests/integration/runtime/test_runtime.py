@@ -262,7 +262,7 @@ async def test_dynamo_worker_runs_and_closes(
 
     @dynamo_worker()
     async def main(runtime: DistributedRuntime, greeting: str) -> str:
-        serving = asyncio.create_task(runtime.endpoint(ENDPOINT).serve_endpoint(Counter(greeting).generate))
+        serving = runtime.endpoint(ENDPOINT).serve_endpoint(Counter(greeting).generate)
         await client.wait_for_instances(5)
         assert await collect(await client.generate(1, annotated=False)) == ["hi0"]
         runtime.shutdown()

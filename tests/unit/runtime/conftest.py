@@ -68,6 +68,9 @@ class ScriptedStream:
         with suppress(RuntimeError):  # after the test
             asyncio.get_running_loop().call_soon_threadsafe(callback)
 
+    def abandon(self) -> None:
+        self.fail(ConnectionLost("the answer was not wanted"))
+
     def fail(self, error: Exception) -> None:
         if not self._failed.done():
             self._failed.set_exception(error)

@@ -193,7 +193,7 @@ async def test_marked_down_is_chosen_last_and_comes_back_when_it_answers(bench: 
 
 
 async def test_wait_for_instances_wakes_at_the_first(bench: Bench) -> None:
-    waiting = asyncio.create_task(bench.client.wait_for_instances(5))
+    waiting = bench.client.wait_for_instances(5)
     await settled()
     bench.register(7)
     assert await waiting == [7]

@@ -1,0 +1,94 @@
+"""Every name of `dynamo.runtime` is accounted for, and what is said to be here is here."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dynamo_redis import llm, runtime
+from dynamo_redis.planes.context import Context
+from dynamo_redis.runtime.instance import Transport
+
+HERE: dict[str, type[Any]] = {
+    "Client": runtime.Client,
+    "Context": Context,
+    "ContextMetadata": dict,
+    "DistributedRuntime": runtime.DistributedRuntime,
+    "Endpoint": runtime.Endpoint,
+    "Instance": runtime.Instance,
+    "KvEventPublisher": llm.KvEventPublisher,
+    "TransportType": Transport,
+    "WorkerMetricsPublisher": llm.WorkerMetricsPublisher,
+}
+
+Parameters = list[str] | None
+"""None for an attribute."""
+
+
+@pytest.fixture(scope="module")
+def names() -> dict[str, Any]:
+    path = Path(__file__).parents[2] / "vectors" / "dynamo_runtime_names.json"
+    loaded = json.loads(path.read_text(encoding="utf-8"))
+    assert isinstance(loaded, dict)
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def table() -> dict[str, str]:
+    """What the page says of each name: yes, differs or no."""
+    page = (Path(__file__).parents[3] / "docs" / "dynamo-names.md").read_text(encoding="utf-8")
+    said: dict[str, str] = {}
+    for cell, verdict in re.findall(r"^\| (`[^|]+`) \| (yes|differs|no) \|", page, re.MULTILINE):
+        for name in re.findall(r"`([^`]+)`", cell):
+            assert name not in said, f"{name} has two rows"
+            said[name] = verdict
+    return said
+
+
+def wanted(names: dict[str, Any]) -> dict[str, Parameters]:
+    """The rows that the page must have: one a function, one a class that is not here, one a member."""
+    rows: dict[str, Parameters] = dict(names["functions"])
+    for cls, members in names["classes"].items():
+        rows |= {f"{cls}.{name}": of for name, of in members.items()} if cls in HERE else {cls: None}
+    return rows
+
+
+def test_every_name_has_its_row(names: dict[str, Any], table: dict[str, str]) -> None:
+    assert set(wanted(names)) == set(table)
+
+
+def test_what_is_said_to_be_here_is_here(names: dict[str, Any], table: dict[str, str]) -> None:
+    for name, parameters in wanted(names).items():
+        cls, _, member = name.partition(".")
+        if table[name] == "no":
+            assert not (member and hasattr(HERE[cls], member)), f"{name} is here"
+            continue
+        assert hasattr(HERE[cls], member) or member in HERE[cls].__annotations__, f"{name} is missing"
+        if table[name] == "yes" and parameters is not None and HERE[cls] is not dict:
+            own = [p for p in inspect.signature(getattr(HERE[cls], member)).parameters if p != "self"]
+            positional = own[: len(parameters)]
+            assert set(parameters) <= set(own) if member == "publish" else positional == parameters, name
+
+
+def test_the_runtime_takes_all_arguments(names: dict[str, Any]) -> None:
+    own = list(inspect.signature(runtime.DistributedRuntime.__init__).parameters)[1:]
+    theirs = names["classes"]["DistributedRuntime"]["__init__"]
+    assert own[: len(theirs)] == theirs
+
+
+def test_the_list_is_the_installed_wheels(names: dict[str, Any]) -> None:
+    """Where the wheel is installed; one of a later release may have more."""
+    try:
+        core = importlib.import_module("dynamo._core")
+    except ImportError:
+        pytest.skip("ai-dynamo-runtime is not installed")
+    for cls, members in names["classes"].items():
+        if cls in HERE:
+            missing = {name for name in members if not hasattr(getattr(core, cls), name)}
+            assert not missing, f"{cls} has no {missing}"
