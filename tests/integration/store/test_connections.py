@@ -12,15 +12,12 @@ from typing import Any
 
 import pytest
 
-from dynamo_redis.config import EventSettings, StoreSettings
+from dynamo_redis.config import StoreSettings
 from dynamo_redis.errors import ConfigError, SchemaMismatch, StoreError, StoreRefused, StoreUnavailable
 from dynamo_redis.store.client import RedisClient
-from dynamo_redis.store.event_base import NewEntry, StreamName
 from dynamo_redis.store.keys import RegistryKeys
-from dynamo_redis.store.objects import RedisObjectStore
 from dynamo_redis.store.registry import RedisRegistry
 from dynamo_redis.store.server import EmbeddedServer
-from dynamo_redis.store.streams import RedisEventStreams
 
 SECRET = "s3cret/with:odd@signs"
 QUOTED = "s3cret%2Fwith%3Aodd%40signs"
@@ -184,69 +181,6 @@ async def test_a_user_with_the_least_rights_is_enough(
     await watcher.aclose()
     assert SECRET not in caplog.text
     assert QUOTED not in caplog.text
-
-
-async def test_the_rights_that_the_security_page_names_are_enough(
-    own_redis_server: EmbeddedServer, repository: Path, tmp_path: Path, mirror: Any
-) -> None:
-    page = (repository / "SECURITY.md").read_text()
-    (line,) = [line for line in page.splitlines() if line.startswith("ACL SETUSER ")]
-    admin = RedisClient(own_redis_server.url, timeout_s=1.0)
-    await admin.execute(*line.replace("PASSWORD", SECRET).split())
-    settings = StoreSettings.load(
-        redis_url=with_user(own_redis_server, "dyn"), prefix="dynamo", lease_ttl_s=1
-    )
-    worker, watcher = RedisRegistry(settings), RedisRegistry(settings)
-    await worker.start()
-    await watcher.start()
-    view = await mirror(watcher, "i/")
-    await worker.register("i/1", b"v")
-    await view.until_state({"i/1": b"v"})
-    await watcher.put("k", b"v")
-    assert await watcher.delete("k")
-    worker._registrations._held = False  # so that closing it does not revoke the lease
-    await worker.aclose()
-    await view.until_state({})  # expired
-    await watcher.aclose()
-    objects = RedisObjectStore.from_settings(settings)
-    await objects.put("bucket", "name", b"content" * 1000)
-    await objects.fetch("bucket", "name", tmp_path / "fetched")
-    assert [info.name for info in await objects.list()] == ["name"]
-    assert await objects.remove("bucket", "name")
-    await objects.aclose()
-    await _pass_events(RedisEventStreams.from_settings(settings, EventSettings.load()))
-    denied = {_denied(entry) for entry in await admin.execute("ACL", "LOG")}
-    await admin.aclose()
-    assert denied <= {"config|get", "config|set", "client|setinfo"}
-
-
-async def _pass_events(streams: RedisEventStreams) -> None:
-    """Everything that publishers, routers and the command line do with event streams."""
-    name = StreamName("dynamo", "backend", "kv_events")
-    group, tail = streams.group(name, "router"), streams.tail(name, max_age_s=60.0)
-    await group.create()
-    await streams.append(name, [NewEntry(b"x", 1)], max_age_s=60.0)
-    (entry,) = await group.read(count=1, block_s=1.0)
-    await group.acknowledge([entry.entry_id])
-    assert await group.read(count=1, block_s=0.0) == []
-    await group.seek(entry.entry_id)
-    assert await tail.read(count=1, block_s=1.0) == [entry]
-    assert await streams.trim(name, entry.entry_id) == entry.entry_id
-    assert len(await streams.list()) == 1
-    topic = await streams.subscribe(name)
-    await streams.publish(name, b"message")
-    assert await topic.next(3.0) == b"message"
-    await topic.aclose()
-    await tail.aclose()
-    await group.aclose()
-    assert await streams.delete(name)
-    await streams.aclose()
-
-
-def _denied(entry: list[bytes | int]) -> str:
-    """The command or key of an entry of ACL LOG, which is a flat list of names and values."""
-    found = dict(zip(entry[::2], entry[1::2], strict=True))
-    return bytes(found[b"object"]).decode().lower()
 
 
 async def test_expiry_notifications_are_added_to_those_in_use(
