@@ -49,6 +49,7 @@ NEWCOMER_CHATS: Final = 20
 CHATS_PER_S: Final = 50.0
 BEFORE_S: Final = 1.0
 LATE_S: Final = 30.0
+IDLE_S: Final = 2.0
 READY_S: Final = 60.0
 SETTLE_S: Final = 3.0
 
@@ -118,12 +119,16 @@ def _newcomers(redis_url: str) -> Iterator[str]:
 
 
 class Chats:
-    """Chats at a fixed pace, each on a kept connection that is free; one is opened if none is."""
+    """Chats at a fixed pace, each on a kept connection that is free; one is opened if none is.
+
+    A server may close an idle connection at the moment in which a request is sent: those that have been idle
+    for `IDLE_S` are not used again, as careful clients do it.
+    """
 
     def __init__(self, url: str, model: str) -> None:
         self._url = url
         self._model = model
-        self._free: list[Chatter] = []
+        self._free: list[tuple[float, Chatter]] = []
 
     async def flow(self, count: int) -> int:
         """So many chats; how many failed."""
@@ -137,17 +142,25 @@ class Chats:
     async def _is_answered(self, text: str) -> bool:
         try:
             async with asyncio.timeout(LATE_S):
-                chatter = self._free.pop() if self._free else await Chatter.open(self._url)
+                chatter = self._kept() or await Chatter.open(self._url)
                 await chatter.chat(self._model, text)
         except (OSError, EOFError, RuntimeError) as exc:  # a time-out is an OSError
             print(f"S6: a chat failed: {exc!r}", flush=True)
             return False
-        self._free.append(chatter)
+        self._free.append((time.monotonic(), chatter))
         return True
+
+    def _kept(self) -> Chatter | None:
+        while self._free:
+            since, chatter = self._free.pop()
+            if time.monotonic() - since < IDLE_S:
+                return chatter
+            chatter.close()
+        return None
 
     def close(self) -> None:
         """Hang up."""
-        for chatter in self._free:
+        for _, chatter in self._free:
             chatter.close()
 
 
