@@ -20,6 +20,7 @@
     ├── PlaneError                  a request on its way to a worker and back
     │   ├── CannotConnect           nobody answers at the instance's address      (retryable)
     │   ├── ConnectionLost          the connection broke under the request        (retryable)
+    │   │   └── PeerSilent          the peer gives no sign of life any more       (retryable once)
     │   ├── AuthenticationFailed    a side could not prove the instance's secret  (retryable once)
     │   ├── Draining                the worker is shutting down                   (retryable)
     │   ├── Overloaded              the worker's queue or payload budget is full  (retryable)
@@ -277,6 +278,14 @@ class ConnectionLost(PlaneError):
 
     code = "connection_lost"
     retryable = True
+
+
+class PeerSilent(ConnectionLost):
+    """The peer was given up because it gives no sign of life: its host or the way there is gone, or its
+    process stands still. A request that was with it is tried on one more instance only: it may be what
+    makes them stand still."""
+
+    code = "peer_silent"
 
 
 class AuthenticationFailed(PlaneError):

@@ -109,7 +109,8 @@ class RequestPlaneClient(Protocol):
         ...
 
     async def probe(self, target: Target, timeout_s: float) -> None:
-        """Ask whether the instance answers. Raises PlaneError (CannotConnect, AuthenticationFailed, …)."""
+        """Ask whether the instance answers. Raises PlaneError: NotAccepted if its process lives but takes no
+        requests, as its event loop is busy; CannotConnect, AuthenticationFailed, …."""
         ...
 
     def forget(self, target: Target) -> None:

@@ -15,6 +15,7 @@ from dynamo_redis.planes.tcp_connection import (
     Connection,
     unacknowledged_bytes,
 )
+from dynamo_redis.planes.tcp_life import ask_for_life
 from dynamo_redis.planes.tcp_stream import TcpResponseStream
 from dynamo_redis.wire import frame
 from dynamo_redis.wire.decoder import ReadBuffers
@@ -26,6 +27,9 @@ IDLE_CLOSE_S: Final = 90.0
 """How long a connection without requests stays open."""
 LARGE_BYTES: Final = WRITE_HIGH_WATER_BYTES
 """A payload over this keeps a connection busy by itself."""
+
+LIFE_TIMEOUT_S: Final = 2.0
+"""How long an instance may take for a sign of life, before it is asked again."""
 
 _ANSWERED, _CLOSED = ClientStream.ANSWERED, ClientStream.CLOSED
 
@@ -64,9 +68,11 @@ class ClientConnection(Connection):
         "_idle_from",
         "_idle_handle",
         "_last_stream_id",
+        "_life_check",
         "_owner",
         "_ping_tokens",
         "_pings",
+        "_target",
         "_unproven",
         "receives_large",
         "shaken",
@@ -76,6 +82,8 @@ class ClientConnection(Connection):
     # An instance that was switched off is avoided after three quarters of an interval to seven eighths; for
     # half an interval of that it owes a PONG. The server, which chooses nobody, asks later.
     PING_AT: ClassVar[int] = 2
+    _ASK_AT: ClassVar[int] = 5
+    """Silent sweeps after which the instance is asked for a sign of life on another connection."""
 
     def __init__(
         self,
@@ -93,6 +101,8 @@ class ClientConnection(Connection):
             keepalive_interval_s=settings.keepalive_interval_s,
         )
         self._owner = owner
+        self._target = target
+        self._life_check: asyncio.Task[None] | None = None
         self._handshake: ClientHandshake | None = ClientHandshake(
             target.secret, settings.channel_buffer_count, target.instance_id
         )
@@ -281,10 +291,13 @@ class ClientConnection(Connection):
     # ------------------------------------------------------------------- time passes
 
     def _on_sweep(self) -> None:
-        """End the requests that the worker has had for the accept time-out and does not take.
+        """Ask a silent instance for a sign of life. End the requests that the worker has had for the accept
+        time-out and does not take.
 
         The time runs from the sweep that finds their last byte gone: not while this side's own bytes leave.
         """
+        if self._silent_sweeps >= self._ASK_AT and self._life_check is None:
+            self._life_check = self._loop.create_task(self._check_life(), context=self.variables.copy())
         oldest = self.sweeps - self._accept_sweeps
         gone_bytes = self.written_bytes - self.unsent_bytes
         late: list[TcpResponseStream] = []
@@ -302,6 +315,18 @@ class ClientConnection(Connection):
                 stream.waits_from_sweep = self.sweeps
                 continue
             stream.fail(NotAccepted(f"the worker did not accept the request in {self._accept_timeout_s} s"))
+
+    async def _check_life(self) -> None:
+        """Ask for a sign of life once; the sweep asks again."""
+        target = self._target
+        try:
+            async with asyncio.timeout(LIFE_TIMEOUT_S):
+                if await ask_for_life(target.address, target.secret, target.instance_id):
+                    self.show_life()
+        except (OSError, ValueError):  # TimeoutError is an OSError
+            pass
+        finally:
+            self._life_check = None
 
     def _on_quiet(self) -> None:
         self._owner.on_quiet(self)
@@ -331,6 +356,8 @@ class ClientConnection(Connection):
         self.usable = False
         self._unproven = None
         self._stop_idling()
+        if self._life_check is not None:
+            self._life_check.cancel()
         self._owner.on_closed(self)
         if not self.shaken.done():
             self.shaken.set_exception(error)

@@ -3,9 +3,12 @@
 Reads land in a buffer shared by the event loop's connections (`wire.decoder`), frames go to `_on_frame`.
 Writes of one turn of the event loop leave in one piece: the first schedules the flush. Streamed items may
 wait for those of the next turns, 200 µs at most. A connection with requests under way is swept several times
-a keepalive interval: the sweep probes a silent peer, says so of one that does not answer, gives up on a dead
-one and on one that does not come to the end of a frame, and does each side's slow bookkeeping (acceptance
-time-outs, ACCEPT), so that no request needs a timer of its own.
+a keepalive interval: the sweep probes a silent peer, says so of one that does not answer, gives up on one
+whose host is gone, whose process stands still, or that does not come to the end of a frame, and does each
+side's slow bookkeeping (acceptance time-outs, ACCEPT), so that no request needs a timer of its own.
+
+Silence is counted in sweeps of this side, from the last byte that came: a pause of this side's own event loop
+counts as one sweep at most.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import socket
 import sys
 import time
@@ -20,7 +24,7 @@ from abc import abstractmethod
 from contextvars import Context, copy_context
 from typing import Any, ClassVar, Final, Protocol, cast
 
-from dynamo_redis.errors import ConnectionLost, PlaneError, ProtocolViolation
+from dynamo_redis.errors import ConnectionLost, PeerSilent, PlaneError, ProtocolViolation
 from dynamo_redis.planes.tcp_pacing import PACED_HIGH_WATER_BYTES, PacedWriter
 from dynamo_redis.wire import frame
 from dynamo_redis.wire.decoder import FrameDecoder, ReadBuffers
@@ -38,7 +42,19 @@ _GATHER_TURNS: Final = 8
 
 # Silent sweeps in a row.
 QUIET_AT: Final = 6
-_DEAD_AT: Final = 2 * SWEEPS_PER_INTERVAL
+_CUT_OFF_AT: Final = 2 * SWEEPS_PER_INTERVAL
+_STUCK_AT: Final = 2 * SWEEPS_PER_INTERVAL
+
+SILENT_S: Final = 5.0
+"""How long a PING is unanswered at least, at least five keepalive intervals, before a peer is given up whose
+host still acknowledges what is sent: its event loop may be busy."""
+_SILENT_INTERVALS: Final = 5
+
+_TCP_INFO: Final = getattr(socket, "TCP_INFO", None)
+_TCP_INFO_BYTES: Final = 8
+_RETRANSMITS_AT: Final = 2  # tcpi_retransmits, u8: time-outs of the data under way since the last ACK
+_CUT_OFF_RETRANSMITS: Final = 2
+
 _LINGER_S: Final = 1.0
 """How long a closing connection may take to hand over what was written."""
 
@@ -90,6 +106,7 @@ class Connection(asyncio.BufferedProtocol):
         "_heard",
         "_life_shown_at",
         "_loop",
+        "_lost_at",
         "_out",
         "_out_has_raw",
         "_paced",
@@ -148,6 +165,9 @@ class Connection(asyncio.BufferedProtocol):
         self._unfinished: tuple[int, int] | None = None
         self._sweep_handle: asyncio.TimerHandle | None = None
         self._sweep_interval_s = keepalive_interval_s / SWEEPS_PER_INTERVAL
+        self._lost_at = self.PING_AT + max(
+            _SILENT_INTERVALS * SWEEPS_PER_INTERVAL, math.ceil(SILENT_S / self._sweep_interval_s)
+        )
         self._unsent_bytes = 0
         self._paced: PacedWriter | None = None
         self.written_bytes = 0
@@ -410,21 +430,50 @@ class Connection(asyncio.BufferedProtocol):
         self._heard = False
         self._unsent_bytes = unsent_bytes
         stuck = unfinished is not None and unfinished == self._unfinished and not self.paused
-        self._stuck_sweeps = self._stuck_sweeps + 1 if stuck else 0
+        if not stuck:
+            self._stuck_sweeps = 0
+        elif self._silent_sweeps < SWEEPS_PER_INTERVAL:  # else it pauses as a whole
+            self._stuck_sweeps += 1
         self._unfinished = unfinished
-        if self._silent_sweeps >= _DEAD_AT - 1 and (self.streams or not stuck):
-            silent_s = self._silent_sweeps * self._sweep_interval_s
-            self.fail(ConnectionLost(f"the peer has been silent for {silent_s:.1f} s"))
-            return
-        if self._stuck_sweeps >= _DEAD_AT - 1:
-            stuck_s = self._stuck_sweeps * self._sweep_interval_s
-            self.fail(ProtocolViolation(f"a frame has made no progress for {stuck_s:.1f} s"))
+        error = self._verdict(stuck=stuck)
+        if error is not None:
+            self.fail(error)
             return
         if self._silent_sweeps == self.PING_AT:
             self.send(frame.encode_ping(self.sweeps))
         elif self._silent_sweeps == QUIET_AT:
             self._on_quiet()
         self._on_sweep()
+
+    def _verdict(self, *, stuck: bool) -> PlaneError | None:
+        """Why the connection is to be given up, if it is."""
+        silent_s = self._silent_sweeps * self._sweep_interval_s
+        if self._silent_sweeps >= _CUT_OFF_AT - 1 and self._is_cut_off():
+            return PeerSilent(f"the peer's host has acknowledged nothing for {silent_s:.1f} s")
+        if self._silent_sweeps >= self._lost_at:
+            if self.streams or not stuck:
+                return PeerSilent(f"the peer has been silent for {silent_s:.1f} s")
+            return ProtocolViolation(f"a frame has made no progress for {silent_s:.1f} s")
+        if self._stuck_sweeps >= _STUCK_AT - 1:
+            stuck_s = self._stuck_sweeps * self._sweep_interval_s
+            return ProtocolViolation(f"a frame has made no progress for {stuck_s:.1f} s")
+        return None
+
+    def _is_cut_off(self) -> bool:
+        """Whether the peer's kernel, too, has stopped to answer; False where this system does not say."""
+        if _TCP_INFO is None:
+            return False
+        try:
+            sock = self.transport.get_extra_info("socket")
+            info = sock.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, _TCP_INFO_BYTES)
+        except OSError:
+            return False
+        return bool(info[_RETRANSMITS_AT] >= _CUT_OFF_RETRANSMITS)
+
+    def show_life(self) -> None:
+        """The peer's process was heard of by another way: it is slow, not dead."""
+        self._heard = True
+        self._stuck_sweeps = 0
 
     @abstractmethod
     def _on_sweep(self) -> None:

@@ -79,6 +79,11 @@ class Listener:
         return cls(loop, sockets, on_socket)
 
     @property
+    def sockets(self) -> list[socket.socket]:
+        """The listening sockets."""
+        return self._sockets
+
+    @property
     def port(self) -> int:
         """The port that all its sockets listen on."""
         return int(self._sockets[0].getsockname()[1])

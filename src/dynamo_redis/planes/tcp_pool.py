@@ -27,11 +27,19 @@ from contextvars import Context
 from typing import Final
 
 from dynamo_redis.config import PlaneSettings
-from dynamo_redis.errors import CannotConnect, ConnectionLost, Draining, Overloaded, PlaneError
+from dynamo_redis.errors import (
+    CannotConnect,
+    ConnectionLost,
+    Draining,
+    NotAccepted,
+    Overloaded,
+    PlaneError,
+)
 from dynamo_redis.planes.base import Target
 from dynamo_redis.planes.tcp_calling import LARGE_BYTES, ClientConnection
 from dynamo_redis.planes.tcp_connection import QUIET_AT, SWEEPS_PER_INTERVAL
 from dynamo_redis.planes.tcp_dialing import dial
+from dynamo_redis.planes.tcp_life import ask_for_life
 from dynamo_redis.planes.tcp_stream import TcpResponseStream
 from dynamo_redis.planes.tls import TlsContext
 from dynamo_redis.wire.decoder import ReadBuffers
@@ -269,17 +277,30 @@ class Pool:
     # ------------------------------------------------------------------- probes
 
     async def ping(self, timeout_s: float) -> None:
-        """Wait until the instance has answered a PING. Raises PlaneError."""
+        """Wait until the instance has answered a PING. Raises PlaneError: NotAccepted if its event loop is
+        busy but its process lives."""
         connection: ClientConnection | None = None
+        life = self.loop.create_task(self._shows_life(timeout_s / 3), context=self._variables.copy())
         try:
             async with asyncio.timeout(timeout_s):
                 connection = self._pick_for_ping() or await self._connected()
                 await connection.ping()
         except TimeoutError:
+            if life.done() and life.result():
+                raise NotAccepted(f"the process at {self.target.address} lives, but is busy") from None
             if connection is not None and not connection.streams:
                 # Nothing sweeps it, and the kernel may try for minutes: the next PING is to dial anew.
                 connection.fail(ConnectionLost("a PING was not answered"))
             raise CannotConnect(f"no answer from {self.target.address} in {timeout_s} s") from None
+        finally:
+            life.cancel()
+
+    async def _shows_life(self, after_s: float) -> bool:
+        await asyncio.sleep(after_s)
+        try:
+            return await ask_for_life(self.target.address, self.target.secret, self.target.instance_id)
+        except (OSError, ValueError):
+            return False
 
     def _pick_for_ping(self) -> ClientConnection | None:
         """One on which a PING does not wait behind large payloads, and that has not gone stale."""

@@ -21,6 +21,7 @@ from dynamo_redis.planes.address import choose_binding, format_address
 from dynamo_redis.planes.base import Handler
 from dynamo_redis.planes.tcp_admission import AdmissionControl
 from dynamo_redis.planes.tcp_gate import Gate
+from dynamo_redis.planes.tcp_life import LifeThread, answer_question
 from dynamo_redis.planes.tcp_listener import Listener, connection_limit, describe_file_limit, turn_away
 from dynamo_redis.planes.tcp_request import Endpoint
 from dynamo_redis.planes.tcp_serving import ServerConnection
@@ -66,6 +67,7 @@ class TcpServer:
         self._redis_host = redis_host
         self._buffers = ReadBuffers(settings.max_payload_in_flight_bytes)
         self._listener: Listener | None = None
+        self._life: LifeThread | None = None
         self._address = ""
         self._endpoints: dict[str, Endpoint] = {}
         self._connections: set[ServerConnection] = set()
@@ -122,7 +124,9 @@ class TcpServer:
         self._loop = self._admission.loop = asyncio.get_running_loop()
         binding = await choose_binding(settings.tcp_host, settings.tcp_advertise_host, self._redis_host)
         if self._tls is not None:
-            self._gate = Gate(self._loop, self._tls, self._new_connection, settings.connect_timeout_s)
+            self._gate = Gate(
+                self._loop, self._tls, self._new_connection, self._answer_question, settings.connect_timeout_s
+            )
         self._divide(connection_limit(settings.max_connections_count + MAX_SHAKING_COUNT))
         try:
             self._listener = await Listener.open(
@@ -130,6 +134,7 @@ class TcpServer:
             )
         except OSError as exc:
             raise ConfigError(_explain(exc, binding.listen_host, settings.tcp_port)) from exc
+        self._life = LifeThread(self._loop, self._listener.sockets, self._answer_question, self._on_socket)
         port = settings.tcp_advertise_port or self._listener.port
         self._address = format_address(binding.advertise_host, port) + (self._tls.mark if self._tls else "")
 
@@ -166,6 +171,8 @@ class TcpServer:
     async def aclose(self) -> None:
         """See `RequestPlaneServer.aclose`. Idempotent."""
         self._draining = True
+        if self._life is not None:
+            self._life.close()
         if self._listener is not None:
             self._listener.close()
             self._listener = None
@@ -252,6 +259,9 @@ class TcpServer:
             arrival = self._loop.create_task(self._take_in(sock))
             self._arriving.add(arrival)
             arrival.add_done_callback(self._arriving.discard)
+
+    def _answer_question(self, sock: socket.socket) -> bool:
+        return answer_question(sock, self._secret, self._instance_id)
 
     async def _take_in(self, sock: socket.socket) -> None:
         try:

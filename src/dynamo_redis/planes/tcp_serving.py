@@ -178,7 +178,9 @@ class ServerConnection(Connection):
         answer, rest = handshake.feed(data)
         if answer:
             self.transport.write(answer)
-        if handshake.done:
+        if handshake.asks_for_life:
+            self.close()
+        elif handshake.done:
             assert handshake.client is not None
             self.peer_window_count = handshake.client.window_count
             self._ready = True

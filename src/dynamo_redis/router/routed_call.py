@@ -14,6 +14,7 @@ from dynamo_redis.runtime.call import Call
 from dynamo_redis.runtime.discovery import Member
 from dynamo_redis.runtime.dispatch import Dispatcher
 from dynamo_redis.runtime.selection import Only
+from dynamo_redis.wire.frame import Packed
 
 OnItem = Callable[[RoutingRequest, Choice, Any], bool]
 """Told of an answer's items, with the choice that led there, until it says that it has heard enough."""
@@ -84,6 +85,9 @@ class RoutedCall(Call):
             self._chooser.free(self._routing.request_id)
         super()._close()
 
+    def _pass_over(self) -> None:
+        self._chooser.free(self._routing.request_id)
+
     async def _choose_again(self, tried: set[int]) -> Member:
         routing = replace(self._routing, excluded=tried)
         self.choice = await self._chooser.choose(routing)
@@ -92,5 +96,6 @@ class RoutedCall(Call):
         if member is None:
             self._chooser.free(routing.request_id)
             raise NoInstances(f"instance {instance_id:x} left as it was chosen")
-        self._request = {**self._request.value(), "dp_rank": dp_rank}
+        request = self._request.value() if isinstance(self._request, Packed) else self._request
+        self._request = {**request, "dp_rank": dp_rank}
         return member

@@ -11,6 +11,7 @@ from dynamo_redis.errors import (
     NoInstances,
     NotAccepted,
     Overloaded,
+    PeerSilent,
     PlaneError,
 )
 from dynamo_redis.planes.base import ResponseStream
@@ -24,7 +25,10 @@ _MAX_OVERLOADED_TRIES = 3
 """An overloaded deployment is not helped by each request knocking at every door."""
 
 _MAX_LOST_TRIES = 3
-"""To so many instances one request may be sent without an answer: it may be what hangs or kills them."""
+"""To so many instances one request may be sent without an answer: it may be what kills them."""
+
+_MAX_SILENT_TRIES = 2
+"""So many instances may fall silent with one request: it may be what makes them stand still."""
 
 
 class Call:
@@ -214,10 +218,35 @@ class Call:
                 return fresh
             self._dispatcher.view.mark_down(failed, error)
             failures.add(failed, error, was_sent=False)
+        if failures.lost:
+            answering = await self._find_answering(failures.tried)
+            if answering is not None:
+                return answering
         try:
             return await self._choose_again(failures.tried)
         except NoInstances:
             return None
+
+    async def _find_answering(self, tried: set[int]) -> Member | None:
+        """An instance that answers a probe now: where one was lost, others may be lost as well."""
+        passed_over = set(tried)
+        while True:
+            try:
+                chosen = await self._choose_again(passed_over)
+            except NoInstances:
+                return None
+            answers = False
+            try:
+                answers = await self._dispatcher.view.answers(chosen)
+            finally:
+                if not answers:
+                    self._pass_over()
+            if answers:
+                return chosen
+            passed_over.add(chosen.instance_id)
+
+    def _pass_over(self) -> None:
+        """The instance that `_choose_again` chose last is not used."""
 
     async def _choose_again(self, tried: set[int]) -> Member:
         """Another instance than those tried. Raises NoInstances."""
@@ -235,11 +264,12 @@ class Call:
 class _Failures:
     """What a request has met on its way so far."""
 
-    __slots__ = ("lost_count", "refreshed", "searching", "tried")
+    __slots__ = ("lost", "refreshed", "searching", "silent", "tried")
 
     def __init__(self) -> None:
         self.tried: set[int] = set()
-        self.lost_count = 0
+        self.lost: set[int] = set()
+        self.silent: set[int] = set()
         self.refreshed = False
         self.searching = False
 
@@ -247,10 +277,17 @@ class _Failures:
         """An instance did not answer."""
         self.tried.add(member.instance_id)
         if was_sent and isinstance(error, ConnectionLost | NotAccepted):
-            self.lost_count += 1
+            self.lost.add(member.instance_id)
+        if was_sent and isinstance(error, PeerSilent | NotAccepted):
+            self.silent.add(member.instance_id)
 
     def suffice_after(self, error: PlaneError) -> bool:
-        """Whether the request has been tried often enough."""
+        """Whether the request has been tried often enough. Raises PeerSilent if too many fell silent."""
         if isinstance(error, Overloaded) and len(self.tried) >= _MAX_OVERLOADED_TRIES:
             return True
-        return self.lost_count >= _MAX_LOST_TRIES
+        if len(self.silent) >= _MAX_SILENT_TRIES:
+            raise PeerSilent(
+                f"{len(self.silent)} instances fell silent with this request, which may be the cause; it is "
+                f"sent to no other: {error}"
+            ) from error
+        return len(self.lost) >= _MAX_LOST_TRIES

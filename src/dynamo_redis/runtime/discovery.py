@@ -11,8 +11,9 @@ The registry and its watch tell the truth at once; this view is careful with it:
   registry lost its history.
 * An instance that refuses a request is marked *down* here, long before its lease ends, and probed until it
   answers. It is chosen only if no other is left.
-* An instance that owes an answer and is silent is *quiet*: others are chosen, and it is probed at once. It
-  may be slow, so what it has in hand stays there; what waits for a connection to it goes elsewhere.
+* An instance that owes an answer and is silent is *quiet*: others are chosen, and it is probed until it
+  answers, or until not even its process does, which marks it down. It may be slow, so what it has in hand
+  stays there; what waits for a connection to it goes elsewhere.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from dynamo_redis.clock import SYSTEM_CLOCK, Clock
 from dynamo_redis.errors import (
     CannotConnect,
     InstanceRemoved,
+    NotAccepted,
     PlaneError,
     StoreUnavailable,
 )
@@ -44,6 +46,7 @@ log = logging.getLogger(__name__)
 
 PROBE_TIMEOUT_S = 1.0
 _PROBE_PAUSE_S = (0.1, 5.0)
+_SLOW_PAUSE_S = 0.25
 
 
 class Pending(Protocol):
@@ -62,6 +65,14 @@ class State(Enum):
     QUIET = "quiet"  # owes an answer
     SUSPECT = "suspect"  # gone from the registry, together with many others
     DOWN = "down"  # did not answer
+
+
+class _Answer(Enum):
+    """What a probe found."""
+
+    READY = "ready"
+    SLOW = "slow"  # its process lives, its event loop is busy
+    NONE = "none"
 
 
 class Member:
@@ -211,6 +222,15 @@ class EndpointView:
         if self.candidates or member.state is State.DOWN:
             member.fail_pending(CannotConnect(f"no connection to {target.address} yet"), sent=False)
 
+    async def answers(self, member: Member) -> bool:
+        """Ask an instance, which is marked down or quiet if it does not answer."""
+        answer = await self._ask(member)
+        if answer is _Answer.SLOW:
+            self.note_quiet(member.target)
+        elif answer is _Answer.NONE:
+            self.mark_down(member, CannotConnect(f"no answer from {member.target.address}"))
+        return answer is _Answer.READY
+
     async def refresh(self, member: Member) -> Member | None:
         """Read an instance's record again: the member as it is now, or None if the record is gone."""
         key = self.name.instance_key(member.instance_id)
@@ -351,20 +371,22 @@ class EndpointView:
     def _is_current(self, member: Member, state: State) -> bool:
         return self._members.get(member.instance_id) is member and member.state is state
 
-    async def _answers(self, member: Member) -> bool:
+    async def _ask(self, member: Member) -> _Answer:
         try:
             await self._plane_client.probe(member.target, PROBE_TIMEOUT_S)
+        except NotAccepted:
+            return _Answer.SLOW
         except PlaneError:
-            return False
+            return _Answer.NONE
         except Exception as exc:  # noqa: BLE001 - logged, with its traceback
             self._supervisor.skip(f"the probe of instance {member.instance_id:x}", exc)
-            return False
-        return True
+            return _Answer.NONE
+        return _Answer.READY
 
     async def _probe_suspect(self, member: Member) -> None:
         """Drop a suspect as soon as it fails to answer; ends when it is registered again or dropped."""
         while self._is_current(member, State.SUSPECT):
-            if not await self._answers(member):
+            if await self._ask(member) is _Answer.NONE:
                 if self._is_current(member, State.SUSPECT):
                     self._drop(member)
                 return
@@ -372,15 +394,18 @@ class EndpointView:
             await asyncio.sleep(PROBE_TIMEOUT_S)
 
     async def _probe_quiet(self, member: Member) -> None:
-        """Ask a silent instance once more: it is up if it answers, else down."""
-        answers = await self._answers(member)
-        if not self._is_current(member, State.QUIET):
-            return
-        if answers:
-            member.state = State.UP
-            self._rebuild()
-        else:
-            self.mark_down(member, CannotConnect(f"no answer from {member.target.address}"))
+        """Ask a silent instance until it is up, or until not even its process answers: then it is down."""
+        while self._is_current(member, State.QUIET):
+            answer = await self._ask(member)
+            if not self._is_current(member, State.QUIET):
+                return
+            if answer is _Answer.READY:
+                member.state = State.UP
+                self._rebuild()
+            elif answer is _Answer.NONE:
+                self.mark_down(member, CannotConnect(f"no answer from {member.target.address}"))
+            else:
+                await asyncio.sleep(_SLOW_PAUSE_S)
 
     async def _probe_until_up(self, member: Member) -> None:
         """Ask an instance that is down until it answers, at growing, jittered intervals."""
@@ -388,7 +413,13 @@ class EndpointView:
         while self._is_current(member, State.DOWN):
             await asyncio.sleep(pause_s * (0.5 + random.random() / 2))  # noqa: S311 - jitter
             pause_s = min(2 * pause_s, longest_s)
-            if await self._answers(member) and self._is_current(member, State.DOWN):
-                log.info("instance %x of %s answers again", member.instance_id, self.name)
+            answer = await self._ask(member)
+            if answer is _Answer.NONE or not self._is_current(member, State.DOWN):
+                continue
+            log.info("instance %x of %s answers again", member.instance_id, self.name)
+            if answer is _Answer.READY:
                 member.state = State.UP
                 self._rebuild()
+            else:
+                member.state = State.QUIET
+                self._spawn(self._probe_quiet(member))

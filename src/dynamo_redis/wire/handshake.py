@@ -12,6 +12,12 @@ recorded handshake proves nothing later; the role is in the proof, so a proof ca
 maker. With authentication off the proofs are empty. This is no defence against a relay in the middle of an
 unencrypted connection.
 
+Instead of a HELLO a client may ask for a sign of life, on a connection of its own, which ends with the
+answer. Both are in the clear even where the worker speaks TLS, and say nothing else:
+
+    client → server   ["DYNL", instance_id, nonce]
+    server → client   ["DYNL", proof]
+
 `version` is the protocol's: the client names the highest it speaks, the server answers with the one that
 both will use. `features` is a bit set of which each side uses what both have; none is defined yet.
 `window` is the number of items that the sender of the HELLO lets the other side be ahead, a stream.
@@ -29,6 +35,7 @@ from dynamo_redis.errors import AuthenticationFailed, PlaneError, ProtocolViolat
 from dynamo_redis.wire.codec import pack, unpack
 
 MAGIC: Final = "DYNR"
+LIFE_MAGIC: Final = "DYNL"
 VERSION: Final = 1
 FEATURES: Final = 0
 NONCE_BYTES: Final = 32
@@ -38,6 +45,9 @@ MAX_WINDOW_COUNT: Final = 2**31 - 1
 
 _LENGTH: Final = struct.Struct(">H")
 _TRANSCRIPT: Final = struct.Struct(">32s32sHQIHQIQ")
+_LIFE: Final = struct.Struct(">32sQ")
+_LIFE_LABEL: Final = b"dynamo-redis tcp life\0"
+_LIFE_HEAD: Final = b"\x93\xa4DYNL"
 _LABEL: Final = {"client": b"dynamo-redis tcp client\0", "server": b"dynamo-redis tcp server\0"}
 
 
@@ -73,6 +83,48 @@ def proof(role: Literal["client", "server"], secret: bytes | None, client: Hello
         server.instance_id,
     )
     return hmac.digest(secret, _LABEL[role] + transcript, "sha256")
+
+
+def life_question(instance_id: int, nonce: bytes) -> bytes:
+    """What asks an instance for a sign of life."""
+    return _message([LIFE_MAGIC, instance_id, nonce])
+
+
+def life_answer(secret: bytes | None, instance_id: int, nonce: bytes) -> bytes:
+    """The answer: whoever knows the secret lives."""
+    return _message([LIFE_MAGIC, _life_proof(secret, instance_id, nonce)])
+
+
+def answer_to(data: bytes, secret: bytes | None, instance_id: int) -> bytes | None:
+    """What to answer if `data`, the first bytes of a connection, ask this instance for a sign of life."""
+    if data[_LENGTH.size : _LENGTH.size + len(_LIFE_HEAD)] != _LIFE_HEAD:
+        return None
+    try:
+        fields, _ = MessageReader().feed(memoryview(data))
+        nonce = None if fields is None else _nonce_of(fields, instance_id)
+    except (AuthenticationFailed, ProtocolViolation):
+        return None
+    return None if nonce is None else life_answer(secret, instance_id, nonce)
+
+
+def is_life_answer(data: bytes, secret: bytes | None, instance_id: int, nonce: bytes) -> bool:
+    """Whether `data` is the answer of the instance that was asked."""
+    return hmac.compare_digest(data, life_answer(secret, instance_id, nonce))
+
+
+def _life_proof(secret: bytes | None, instance_id: int, nonce: bytes) -> bytes:
+    if secret is None:
+        return b""
+    return hmac.digest(secret, _LIFE_LABEL + _LIFE.pack(nonce, instance_id), "sha256")
+
+
+def _nonce_of(question: list[Any], instance_id: int) -> bytes:
+    """Raises ProtocolViolation or AuthenticationFailed."""
+    if len(question) != 3 or type(question[2]) is not bytes or len(question[2]) != NONCE_BYTES:
+        raise ProtocolViolation("a malformed question for a sign of life")
+    if question[1] != instance_id:
+        raise AuthenticationFailed("another instance answers at this address")
+    return question[2]
 
 
 class MessageReader:
@@ -147,6 +199,8 @@ class ServerHandshake:
         self.server = new_hello(window_count, instance_id)
         self.client: Hello | None = None
         self.done = False
+        self.asks_for_life = False
+        """Whether the client wanted a sign of life and nothing else: close behind the answer."""
 
     def feed(self, data: memoryview) -> tuple[bytes, memoryview]:
         """What to send now, and the bytes behind the handshake (only once `done`).
@@ -156,6 +210,10 @@ class ServerHandshake:
         fields, rest = self._reader.feed(data)
         if fields is None:
             return b"", rest
+        if self.client is None and fields[:1] == [LIFE_MAGIC]:
+            nonce = _nonce_of(fields, self.server.instance_id)
+            self.asks_for_life = True
+            return life_answer(self._secret, self.server.instance_id, nonce), rest[:0]
         if self.client is None:
             answer = self._answer(_parse_hello(fields))
             more, rest = self.feed(rest) if rest else (b"", rest)

@@ -1,0 +1,149 @@
+"""Signs of life of a worker whose event loop is busy, and how a caller asks for one.
+
+A handler may hold the event loop for seconds, and then the loop answers no PING. So a thread watches the
+listening sockets. A connection that the loop has not taken in for `_PATIENCE_S` is taken in by the thread: if
+it asks for a sign of life, the thread answers, else the loop gets it later. A process that is stopped, or
+whose interpreter is held by C code, runs no thread either, and answers nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextvars import copy_context
+from typing import Final
+
+from dynamo_redis.planes.address import parse_address
+from dynamo_redis.wire.handshake import (
+    MAX_MESSAGE_BYTES,
+    NONCE_BYTES,
+    answer_to,
+    is_life_answer,
+    life_question,
+)
+
+_PATIENCE_S: Final = 0.25
+"""How long the event loop may take to accept a connection, and a caller to say what it wants, before the
+thread acts in their place."""
+_MAX_TAKEN_COUNT: Final = 256
+"""Connections that the thread has taken in and the event loop has not: the others stay in the backlog."""
+_JOIN_S: Final = 2.0
+
+Answer = Callable[[socket.socket], bool]
+
+
+class LifeThread:
+    """Accepts in place of an event loop that does not, and answers those that ask whether it lives."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        listening: list[socket.socket],
+        answer: Answer,
+        on_socket: Callable[[socket.socket], None],
+    ) -> None:
+        """`answer` answers and closes a connection that asks for a sign of life, and is called on the thread;
+        `on_socket` gets all others, on the event loop."""
+        self._loop = loop
+        self._listening = listening
+        self._answer = answer
+        self._on_socket = on_socket
+        self._taken_count = 0  # counted on the thread
+        self._handed_on_count = 0  # counted on the event loop
+        self._variables = copy_context()
+        self._wake, self._waker = socket.socketpair()
+        self._thread = threading.Thread(target=self._run, name="sign of life", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread. Call it before the listening sockets are closed. Idempotent."""
+        if self._waker.fileno() >= 0:
+            self._waker.close()
+            self._thread.join(_JOIN_S)
+
+    def _run(self) -> None:
+        waiting: dict[socket.socket, float] = {}
+        with self._wake, selectors.DefaultSelector() as selector, selectors.DefaultSelector() as stop:
+            stop.register(self._wake, selectors.EVENT_READ)
+            for sock in (self._wake, *self._listening):
+                selector.register(sock, selectors.EVENT_READ)
+            while True:
+                timeout_s = max(0.0, min(waiting.values()) - time.monotonic()) if waiting else None
+                ready = {key.fileobj for key, _ in selector.select(timeout_s)}
+                if self._wake in ready:
+                    break
+                now = time.monotonic()
+                for sock, give_up_at in tuple(waiting.items()):
+                    if sock in ready or now >= give_up_at:
+                        selector.unregister(sock)
+                        del waiting[sock]
+                        self._decide(sock)
+                pending = [sock for sock in self._listening if sock in ready]
+                if pending and stop.select(_PATIENCE_S):
+                    break
+                for listening in pending:
+                    for sock in self._accept(listening):
+                        selector.register(sock, selectors.EVENT_READ)
+                        waiting[sock] = time.monotonic() + _PATIENCE_S
+        for sock in waiting:
+            sock.close()
+
+    def _accept(self, listening: socket.socket) -> list[socket.socket]:
+        """Take in what the event loop has left."""
+        taken: list[socket.socket] = []
+        with contextlib.suppress(OSError):  # nothing is left, or no file for it: the loop complains of that
+            while self._taken_count - self._handed_on_count < _MAX_TAKEN_COUNT:
+                sock, _ = listening.accept()
+                sock.setblocking(False)
+                self._taken_count += 1
+                taken.append(sock)
+        return taken
+
+    def _decide(self, sock: socket.socket) -> None:
+        try:
+            if self._answer(sock):
+                self._taken_count -= 1
+            else:
+                self._loop.call_soon_threadsafe(self._hand_on, sock, context=self._variables)
+        except RuntimeError:  # the event loop has ended
+            sock.close()
+
+    def _hand_on(self, sock: socket.socket) -> None:
+        self._handed_on_count += 1
+        if self._waker.fileno() >= 0:
+            self._on_socket(sock)
+        else:
+            sock.close()
+
+
+def answer_question(sock: socket.socket, secret: bytes | None, instance_id: int) -> bool:
+    """Answer and close a connection whose first bytes ask for a sign of life. False if they do not; then
+    they stay unread. Never waits."""
+    try:
+        answer = answer_to(sock.recv(2 + MAX_MESSAGE_BYTES, socket.MSG_PEEK), secret, instance_id)
+        if answer is None:
+            return False
+        sock.recv(2 + MAX_MESSAGE_BYTES)  # what is unread at the close would have the kernel reset it
+        sock.send(answer)
+    except OSError:
+        return False
+    sock.close()
+    return True
+
+
+async def ask_for_life(address: str, secret: bytes | None, instance_id: int) -> bool:
+    """Ask whether the instance's process lives. Bound it by a time-out. Raises OSError or ValueError."""
+    host, port = parse_address(address.partition("+")[0])
+    nonce = secrets.token_bytes(NONCE_BYTES)
+    reader, writer = await asyncio.open_connection(host, port)
+    try:
+        writer.write(life_question(instance_id, nonce))
+        return is_life_answer(await reader.read(MAX_MESSAGE_BYTES), secret, instance_id, nonce)
+    finally:
+        writer.transport.abort()
