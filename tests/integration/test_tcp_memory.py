@@ -440,6 +440,9 @@ async def called_by_client(**overrides: Any) -> AsyncIterator[tuple[TcpClient, T
         handshake = ServerHandshake(SECRET, WINDOW, INSTANCE)
         while not handshake.done:
             answer, _ = handshake.feed(memoryview(await reader.read(4096)))
+            if handshake.asks_for_life:
+                writer.transport.abort()
+                return
             writer.write(answer)
         arrived.set_result(BareServer(reader, writer))
 

@@ -23,12 +23,14 @@ from dynamo_redis.errors import (
     EndpointNotFound,
     NotAccepted,
     Overloaded,
+    PeerSilent,
     PlaneError,
     ProtocolViolation,
 )
 from dynamo_redis.planes.base import Handler, Target
 from dynamo_redis.planes.context import Context
 from dynamo_redis.planes.tcp_client import TcpClient
+from dynamo_redis.planes.tcp_connection import SILENT_S
 from dynamo_redis.planes.tcp_server import TcpServer
 from dynamo_redis.planes.tcp_stream import TcpResponseStream
 from dynamo_redis.wire import frame
@@ -467,7 +469,7 @@ async def test_a_caller_that_reads_nothing_is_read_from_no_more(server: TcpServe
             except TimeoutError:
                 stalled = True
         assert stalled
-        await eventually(lambda: server.connection_count == 1)  # and it is given up in the end
+        await eventually(lambda: server.connection_count == 1, 60)  # and it is given up in the end
         assert await other.is_alive()
 
 
@@ -843,15 +845,18 @@ async def test_a_silent_peer_is_probed_and_given_up() -> None:
     frames: list[Any] = []
 
     async def serve(peer: RawPeer) -> None:
-        while (received := await peer.receive(10)) is not None:
+        while (received := await peer.receive(60)) is not None:
             frames.append(received)
 
-    async with raw_server(serve) as target, running_client(keepalive_interval_s=0.2) as client:
+    async with (
+        raw_server(serve) as target,
+        running_client(keepalive_interval_s=0.2, accept_timeout_s=60) as client,
+    ):
         began = time.monotonic()
         _, error = await items_of(client.open(target, None, Context()))
-        assert isinstance(error, ConnectionLost)
+        assert isinstance(error, PeerSilent)
         assert "silent" in str(error)
-        assert 0.3 < time.monotonic() - began < 8
+        assert time.monotonic() - began > SILENT_S
         assert frame.PING in [received[0] for received in frames]
 
 
@@ -873,7 +878,7 @@ async def test_the_server_gives_up_a_silent_caller() -> None:
     async with running_server(keepalive_interval_s=0.2) as server, raw_client(server) as peer:
         peer.send(open_frame(1, "hang"))
         await eventually(lambda: server.in_flight_count == 1)
-        await eventually(lambda: server.in_flight_count == 0, 1.0)
+        await eventually(lambda: server.in_flight_count == 0, 60)
         assert await peer.receive_kind(frame.PING) is not None
 
 

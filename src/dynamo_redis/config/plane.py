@@ -71,7 +71,8 @@ class PlaneSettings(SettingsGroup):
         "DYN_TCP_KEEPALIVE_S",
         1.0,
         "A connection with requests under way is probed after a quarter of this in silence; after three "
-        "quarters other instances are preferred, and after twice this it is dead.",
+        "quarters other instances are preferred; after twice this a host that acknowledges nothing is dead, "
+        "after five times this, and 5 s at least, a process that gives no sign of life.",
         unit="s",
     )
     max_in_flight_count: Annotated[int, Field(ge=1)] = setting(

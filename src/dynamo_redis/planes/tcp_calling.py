@@ -11,6 +11,7 @@ from dynamo_redis.errors import Draining, NotAccepted, PlaneError, ProtocolViola
 from dynamo_redis.planes.base import Target
 from dynamo_redis.planes.tcp_connection import (
     QUIET_AT,
+    SWEEPS_PER_INTERVAL,
     WRITE_HIGH_WATER_BYTES,
     Connection,
     unacknowledged_bytes,
@@ -317,7 +318,7 @@ class ClientConnection(Connection):
             stream.fail(NotAccepted(f"the worker did not accept the request in {self._accept_timeout_s} s"))
 
     async def _check_life(self) -> None:
-        """Ask for a sign of life once; the sweep asks again."""
+        """Ask for a sign of life once; the sweep asks again, after an interval at least."""
         target = self._target
         try:
             async with asyncio.timeout(LIFE_TIMEOUT_S):
@@ -325,6 +326,8 @@ class ClientConnection(Connection):
                     self.show_life()
         except (OSError, ValueError):  # TimeoutError is an OSError
             pass
+        try:
+            await asyncio.sleep(self._sweep_interval_s * SWEEPS_PER_INTERVAL)
         finally:
             self._life_check = None
 

@@ -16,7 +16,7 @@ from typing import Final
 
 from dynamo_redis.errors import AuthenticationFailed
 from dynamo_redis.planes.address import format_address
-from dynamo_redis.planes.tcp_life import Answer
+from dynamo_redis.planes.tcp_life import asks_for_life
 from dynamo_redis.planes.tcp_listener import turn_away
 from dynamo_redis.planes.tls import TlsContext, explain
 from dynamo_redis.rate_limited_log import RateLimitedLog
@@ -40,15 +40,12 @@ class Gate:
         loop: asyncio.AbstractEventLoop,
         tls: TlsContext,
         let_through: Callable[[], asyncio.BaseProtocol],
-        answer: Answer,
         timeout_s: float,
     ) -> None:
-        """`let_through` makes the protocol of a connection whose TLS stands; `answer` takes those that ask
-        for a sign of life, which is in the clear."""
+        """`let_through` makes the protocol of a connection whose TLS stands."""
         self._loop = loop
         self._tls = tls
         self._let_through = let_through
-        self._answer = answer
         self._timeout_s = timeout_s
         self._arrivals: dict[asyncio.Task[None], _Arrival] = {}
         self._complaints = RateLimitedLog(_log)
@@ -98,7 +95,7 @@ class Gate:
                     ssl=self._tls.current(),
                     ssl_handshake_timeout=max(give_up_at - self._loop.time(), _LEAST_S),
                 )
-            elif first and not self._answer(arrival.sock):
+            elif first and not asks_for_life(arrival.sock):
                 self._note(arrival, "it does not speak TLS: set DYN_TCP_TLS there")
                 turn_away(arrival.hand_over(), _tls_only())
         except TimeoutError:

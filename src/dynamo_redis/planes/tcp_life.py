@@ -2,8 +2,9 @@
 
 A handler may hold the event loop for seconds, and then the loop answers no PING. So a thread watches the
 listening sockets. A connection that the loop has not taken in for `_PATIENCE_S` is taken in by the thread: if
-it asks for a sign of life, the thread answers, else the loop gets it later. A process that is stopped, or
-whose interpreter is held by C code, runs no thread either, and answers nothing.
+it asks for a sign of life, the thread answers, else the loop gets it later. A loop that takes such a
+connection in by itself is not busy, and closes it: it answers PINGs. A process that is stopped, or whose
+interpreter is held by C code, runs no thread either, and answers nothing.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from dynamo_redis.wire.handshake import (
     NONCE_BYTES,
     answer_to,
     is_life_answer,
+    is_life_question,
     life_question,
 )
 
@@ -137,8 +139,19 @@ def answer_question(sock: socket.socket, secret: bytes | None, instance_id: int)
     return True
 
 
+def asks_for_life(sock: socket.socket) -> bool:
+    """Whether the first bytes of a connection ask for a sign of life. They stay unread. Never waits."""
+    try:
+        return is_life_question(sock.recv(2 + MAX_MESSAGE_BYTES, socket.MSG_PEEK))
+    except OSError:
+        return False
+
+
 async def ask_for_life(address: str, secret: bytes | None, instance_id: int) -> bool:
-    """Ask whether the instance's process lives. Bound it by a time-out. Raises OSError or ValueError."""
+    """Ask whether the instance's event loop is busy, but its process lives. Bound it by a time-out.
+
+    Raises OSError or ValueError.
+    """
     host, port = parse_address(address.partition("+")[0])
     nonce = secrets.token_bytes(NONCE_BYTES)
     reader, writer = await asyncio.open_connection(host, port)

@@ -124,9 +124,7 @@ class TcpServer:
         self._loop = self._admission.loop = asyncio.get_running_loop()
         binding = await choose_binding(settings.tcp_host, settings.tcp_advertise_host, self._redis_host)
         if self._tls is not None:
-            self._gate = Gate(
-                self._loop, self._tls, self._new_connection, self._answer_question, settings.connect_timeout_s
-            )
+            self._gate = Gate(self._loop, self._tls, self._new_connection, settings.connect_timeout_s)
         self._divide(connection_limit(settings.max_connections_count + MAX_SHAKING_COUNT))
         try:
             self._listener = await Listener.open(

@@ -12,11 +12,12 @@ recorded handshake proves nothing later; the role is in the proof, so a proof ca
 maker. With authentication off the proofs are empty. This is no defence against a relay in the middle of an
 unencrypted connection.
 
-Instead of a HELLO a client may ask for a sign of life, on a connection of its own, which ends with the
-answer. Both are in the clear even where the worker speaks TLS, and say nothing else:
+Instead of a HELLO a client may ask for a sign of life, on a connection of its own. A worker whose event loop
+is busy answers, by a thread; one that takes requests closes the connection. Both messages are in the clear
+even where the worker speaks TLS:
 
     client → server   ["DYNL", instance_id, nonce]
-    server → client   ["DYNL", proof]
+    server → client   ["DYNL", proof], and the connection is closed
 
 `version` is the protocol's: the client names the highest it speaks, the server answers with the one that
 both will use. `features` is a bit set of which each side uses what both have; none is defined yet.
@@ -95,9 +96,14 @@ def life_answer(secret: bytes | None, instance_id: int, nonce: bytes) -> bytes:
     return _message([LIFE_MAGIC, _life_proof(secret, instance_id, nonce)])
 
 
+def is_life_question(data: bytes) -> bool:
+    """Whether `data`, the first bytes of a connection, ask for a sign of life."""
+    return data[_LENGTH.size : _LENGTH.size + len(_LIFE_HEAD)] == _LIFE_HEAD
+
+
 def answer_to(data: bytes, secret: bytes | None, instance_id: int) -> bytes | None:
     """What to answer if `data`, the first bytes of a connection, ask this instance for a sign of life."""
-    if data[_LENGTH.size : _LENGTH.size + len(_LIFE_HEAD)] != _LIFE_HEAD:
+    if not is_life_question(data):
         return None
     try:
         fields, _ = MessageReader().feed(memoryview(data))
@@ -200,7 +206,7 @@ class ServerHandshake:
         self.client: Hello | None = None
         self.done = False
         self.asks_for_life = False
-        """Whether the client wanted a sign of life and nothing else: close behind the answer."""
+        """Whether the client wanted a sign of life and nothing else: close."""
 
     def feed(self, data: memoryview) -> tuple[bytes, memoryview]:
         """What to send now, and the bytes behind the handshake (only once `done`).
@@ -211,9 +217,8 @@ class ServerHandshake:
         if fields is None:
             return b"", rest
         if self.client is None and fields[:1] == [LIFE_MAGIC]:
-            nonce = _nonce_of(fields, self.server.instance_id)
             self.asks_for_life = True
-            return life_answer(self._secret, self.server.instance_id, nonce), rest[:0]
+            return b"", rest[:0]
         if self.client is None:
             answer = self._answer(_parse_hello(fields))
             more, rest = self.feed(rest) if rest else (b"", rest)

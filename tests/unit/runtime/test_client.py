@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 from collections.abc import AsyncIterator
+from random import Random
 from typing import Any
 
 import pytest
@@ -18,11 +19,15 @@ from dynamo_redis.errors import (
     HandlerFailed,
     InvalidRequest,
     NoInstances,
+    NotAccepted,
     Overloaded,
+    PeerSilent,
     PlaneError,
 )
 from dynamo_redis.planes.context import Context
 from dynamo_redis.runtime.annotated import Annotated
+from dynamo_redis.runtime.call import Call
+from dynamo_redis.runtime.selection import policy
 
 from .conftest import Bench, instance, put
 
@@ -63,6 +68,26 @@ async def test_a_request_that_takes_workers_with_it_takes_three_at_most(bench: B
     with pytest.raises(ConnectionLost):
         [item async for item in await bench.client.round_robin("poison", annotated=False)]
     assert len(bench.plane.opened) == 3
+
+
+async def test_silent_request_is_sent_to_no_third_instance(bench: Bench) -> None:
+    bench.register(1, 2, 3, 4, 5)
+    bench.plane.scripts = {number: [PeerSilent("it hangs")] for number in range(1, 6)}
+    with pytest.raises(PeerSilent, match="2 instances fell silent with this request"):
+        await collect(await bench.client.round_robin("poison", annotated=False))
+    assert len(bench.plane.opened) == 2
+
+
+@pytest.mark.parametrize("error", [PeerSilent("x"), ConnectionLost("x"), NotAccepted("x")])
+async def test_lost_request_goes_to_one_that_answers(bench: Bench, error: PlaneError) -> None:
+    """Five of six hang: only the one that answers a probe gets the request."""
+    bench.register(1, 2, 3, 4, 5, 6)
+    bench.plane.scripts = {number: [error] for number in (1, 2, 3, 4, 5)}
+    bench.plane.alive = dict.fromkeys((1, 2, 3, 4, 5), False)
+    first = next(member for member in bench.view if member.instance_id == 1)
+    call = Call(bench.client.dispatcher, policy("round_robin", Random()), "q", False, None, member=first)
+    assert await collect(call) == [6]
+    assert [number for number, _ in bench.plane.opened] == [1, 6]
 
 
 @pytest.mark.parametrize("error", [CannotConnect("x"), ConnectionLost("x"), Draining("x"), Overloaded("x")])

@@ -18,10 +18,14 @@ from dynamo_redis.errors import AuthenticationFailed, PlaneError, ProtocolViolat
 from dynamo_redis.wire.codec import pack
 from dynamo_redis.wire.handshake import (
     MAX_MESSAGE_BYTES,
+    NONCE_BYTES,
     ClientHandshake,
     Hello,
     MessageReader,
     ServerHandshake,
+    answer_to,
+    is_life_answer,
+    life_question,
     new_hello,
     proof,
     refusal,
@@ -372,3 +376,24 @@ def test_golden_proofs() -> None:
 def _message(fields: Any) -> bytes:
     body = pack(fields)
     return len(body).to_bytes(2, "big") + body
+
+
+@pytest.mark.parametrize("secret", [SECRET, None])
+def test_sign_of_life_is_the_instances_own(secret: bytes | None) -> None:
+    nonce = bytes(range(NONCE_BYTES))
+    question = life_question(7, nonce)
+    answer = answer_to(question, secret, 7)
+    assert answer is not None
+    assert is_life_answer(answer, secret, 7, nonce)
+    assert not is_life_answer(answer, b"another" * 5, 7, nonce)
+    assert not is_life_answer(question, secret, 7, nonce)
+    assert answer_to(question, secret, 8) is None
+    assert answer_to(client().begin(), secret, 7) is None
+    for length in range(len(question)):
+        assert answer_to(question[:length], secret, 7) is None
+
+
+def test_server_that_takes_requests_answers_no_question() -> None:
+    handshake = server()
+    answer, rest = handshake.feed(memoryview(life_question(7, bytes(NONCE_BYTES))))
+    assert (answer, bytes(rest), handshake.asks_for_life, handshake.done) == (b"", b"", True, False)
