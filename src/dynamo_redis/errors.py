@@ -83,10 +83,12 @@ class StoreError(DynamoRedisError):
     """Base of what the registry, the lock and the object store raise.
 
     `answered`: Redis answered, with an error. Then nothing was written, unless a script failed in its middle.
+    `refuses_writes`: it takes no writes at present, whose they may be, and will again.
     """
 
     code = "store"
     answered = False
+    refuses_writes = False
 
 
 class StoreUnavailable(StoreError):

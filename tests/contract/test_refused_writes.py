@@ -125,6 +125,7 @@ async def test_reading_goes_on_while_writes_are_refused(
 
     async def follow() -> None:
         async for batch in reader.watch("i/"):
+            assert batch.resync is None
             seen.extend(batch.events)
 
     following = asyncio.create_task(follow())
@@ -149,9 +150,16 @@ async def test_reading_goes_on_while_writes_are_refused(
     await newcomer.start()
     assert len((await anext(newcomer.watch("i/"))).events) == 1
     assert newcomer.connected
+    await newcomer.register("i/newcomer", b"v")
+    await worker.register("i/more", b"v")
+    with pytest.raises(StoreError):
+        await worker.register("i/exclusive", b"v", exclusive=True)
 
     await server.allow(why)
-    await until(lambda: len(seen) == 2)
+    await until(lambda: len(seen) == 4)
+    keys = [record.key for record in (await reader.get_prefix("i/")).records]
+    assert keys == ["i/more", "i/newcomer", "i/worker"]
+    assert newcomer.lease_losses == 0
     assert (await reader.get("i/worker")).value == b"owed"  # type: ignore[union-attr]
     await until(lambda: reader.write_refusal is None)
     assert worker.lease_losses == 0

@@ -42,6 +42,8 @@ log = logging.getLogger(__name__)
 MODEL_BUCKET = "models"
 """The object store's bucket for model files. Names in it: `<model slug>/<start of sha256>/<file name>`."""
 
+UPLOAD_AGAIN_S = 1.0
+"""The time between two attempts to upload to a Redis that refuses all writes."""
 CHECK_S = 10.0
 """How often a worker looks whether the files that its card names are there."""
 
@@ -328,8 +330,8 @@ async def publish_model(
     """Upload the model's files, then register its card for this process's instance of `endpoint`.
 
     The card lives as long as the process's lease. After a registry that lost its data the files are
-    uploaded again before the card. Files that vanish alone are for `keep_model_files`.
-    Raises ModelError and StoreError; nothing is registered then.
+    uploaded again before the card. Files that vanish alone are for `keep_model_files`. Waits while Redis
+    refuses all writes. Raises ModelError and StoreError otherwise; nothing is registered then.
     """
 
     async def upload() -> None:
@@ -342,7 +344,18 @@ async def publish_model(
             reason,
         )
 
-    await upload()
+    warned = False
+    while True:
+        try:
+            await upload()
+            break
+        except StoreError as exc:
+            if not exc.refuses_writes:
+                raise
+            if not warned:
+                log.warning("model %s waits for Redis to take its files: %s", card.display_name, exc)
+            warned = True
+            await asyncio.sleep(UPLOAD_AGAIN_S * random.uniform(0.5, 1.5))  # noqa: S311 - jitter, not a secret
     key = endpoint.model_card_key(runtime.instance_id)
     return await runtime.registry.register(key, card.to_bytes(), prepare=upload, on_lost=on_lost)
 

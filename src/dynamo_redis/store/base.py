@@ -254,7 +254,8 @@ class Registry(Protocol):
         are created only if absent, now and later; a conflict raises KeyExists now, and is `on_lost` later.
         `stalled_value` replaces the value while the event loop hangs (see `DYN_LOOP_STALL_S`). `prepare` is
         awaited before the key is written *again*: it restores what the value refers to (uploaded files).
-        Raises StoreError; after StoreUnavailable nothing stays registered.
+        While Redis refuses all writes (`write_refusal`), a key that is not `exclusive` is owed: it is written
+        as soon as writes are taken. Raises StoreError otherwise; then nothing stays registered.
         """
         ...
 

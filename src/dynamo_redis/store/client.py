@@ -39,6 +39,7 @@ from dynamo_redis.store.deadline import Deadline, watched_class
 from dynamo_redis.store.scripts import Script
 from dynamo_redis.store.server_errors import (
     FAILURES,
+    WRITE_REFUSALS,
     ErrorReply,
     Stranger,
     does_not_take,
@@ -387,7 +388,9 @@ class RedisClient:
         scheme: Stranger = "tls" if self._url.startswith("rediss:") else "plain"
         stranger = None if self._met else scheme
         error = store_error(exc, self.address, stranger=stranger, command=str(command))
-        error.answered = reply(exc) is not None
+        text = reply(exc)
+        error.answered = text is not None
+        error.refuses_writes = text is not None and text.partition(" ")[0] in WRITE_REFUSALS
         return error
 
 

@@ -189,12 +189,22 @@ class Registrations:
                 self._entries[key] = entry
         except CompareFailed as exc:
             raise KeyExists(key) from exc
-        except BaseException:
-            self._strays.add(key)
-            raise
+        except BaseException as exc:
+            if exclusive or not isinstance(exc, StoreError) or not exc.refuses_writes:
+                self._strays.add(key)
+                raise
+            self._owe(entry, exc)
         finally:
             self._writing.discard(key)
         return entry
+
+    def _owe(self, entry: KeyRegistration, exc: StoreError) -> None:
+        """Keep a key that the server refuses to write now. It counts as lost, so a repair writes it."""
+        logger.warning("%s is registered as soon as writes are taken: %s", entry.key, exc)
+        entry.revision = Revision("0-0")
+        self._entries[entry.key] = entry
+        self._break_count += 1
+        self.disturb("a key could not be written yet")
 
     async def _write_new(self, entry: KeyRegistration) -> Written:
         puts = [OwnedPut(entry.key, entry.value)]

@@ -111,6 +111,9 @@ ANSWERS: Final = {
 }
 """What each error code means: the first word of what the server sent."""
 
+WRITE_REFUSALS: Final = frozenset({"READONLY", "NOREPLICAS", "OOM", "MISCONF"})
+"""Codes by which a server refuses whatever writes, until its trouble is over."""
+
 _BY_WORDS: Final = (
     # Errors without a code of their own, by how they begin.
     ("UNBLOCKED the stream key no longer exists", ANSWERS["NOGROUP"]),
