@@ -113,7 +113,7 @@ async def test_parked_request_spoils_no_neighbour(server: TcpServer, client: Tcp
     server.register("handler", handler)
     target = Target(INSTANCE, server.address, "handler", SECRET)
     context = Context(deadline=time.monotonic() + 60)
-    metadata: dict[str, Any] = context.metadata  # type: ignore[assignment]
+    metadata: dict[str, Any] = context.metadata
     metadata["key"] = ["no text"]
     changed = client.open(target, 0, context)  # waits for the first connection
     metadata["key"].append(object())
