@@ -12,6 +12,7 @@ import pytest
 
 import dynamo_redis
 from dynamo_redis.config import StoreSettings
+from dynamo_redis.engines.openai_http import EngineHttp
 from dynamo_redis.names import EndpointName, InstanceId
 from dynamo_redis.planes.base import Target
 from dynamo_redis.runtime import Instance, Settings
@@ -78,3 +79,8 @@ def test_values_made_from_a_secret_do_not_show_it(instance: Instance) -> None:
             assert SECRET.hex() not in text
             assert repr(SECRET)[2:-1] not in text
             assert PASSWORD not in text
+
+
+def test_engine_is_shown_without_its_password() -> None:
+    engine = EngineHttp(f"http://user:{PASSWORD}@127.0.0.1:8001/v1", None, 1.0)
+    assert engine.url == "http://127.0.0.1:8001"

@@ -35,7 +35,9 @@ class EngineHttp:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"{url!r} is not an HTTP address: write for example http://127.0.0.1:8001")
-        self.url = url.rstrip("/").removesuffix("/v1")
+        self._root = url.rstrip("/").removesuffix("/v1")
+        self.url = self._root.replace(parts.netloc, parts.netloc.rpartition("@")[2], 1)
+        """For showing: without a user and password."""
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._connect_timeout_s = connect_timeout_s
         self._session: aiohttp.ClientSession | None = None
@@ -60,7 +62,7 @@ class EngineHttp:
         """
         timeout = aiohttp.ClientTimeout(total=timeout_s)
         try:
-            async with self._opened().request(method, self.url + path, timeout=timeout) as response:
+            async with self._opened().request(method, self._root + path, timeout=timeout) as response:
                 return response.status, await response.content.read(_ANSWER_BYTES)
         except TimeoutError as exc:
             raise ConnectionLost(f"no answer within {timeout_s:g} s") from exc
@@ -71,7 +73,7 @@ class EngineHttp:
 
     def complete(self, body: Mapping[str, Any], headers: Mapping[str, str]) -> Completion:
         """Begin a streamed completion."""
-        return Completion(self._opened(), f"{self.url}/v1/completions", body, headers)
+        return Completion(self._opened(), f"{self._root}/v1/completions", body, headers)
 
     async def aclose(self) -> None:
         """End all connections. Idempotent."""
