@@ -71,15 +71,19 @@ class Supervisor:
                 await work()
                 return
             except Exception as exc:  # noqa: BLE001 - logged, with its traceback
-                self.failed_count += 1
-                if isinstance(exc, StoreUnavailable):
-                    self._log.debug("%s: starting it again: %s", self._task, exc)
-                else:
-                    self._say("failed, starting it again", exc, type(exc).__name__)
+                self.failed(exc)
             if time.monotonic() - began_at > 2 * longest_s:
                 pause_s = shortest_s
             await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
             pause_s = min(2 * pause_s, longest_s)
+
+    def failed(self, exc: Exception) -> None:
+        """Say that the work begins again; for one that makes its own pauses."""
+        self.failed_count += 1
+        if isinstance(exc, StoreUnavailable):
+            self._log.debug("%s: starting it again: %s", self._task, exc)
+        else:
+            self._say("failed, starting it again", exc, type(exc).__name__)
 
     def _say(self, text: str, exc: Exception, kind: str) -> None:
         is_defect = not isinstance(exc, DynamoRedisError)

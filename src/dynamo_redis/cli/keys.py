@@ -8,10 +8,11 @@ from typing import Any
 import click
 
 from dynamo_redis.cli import connect
-from dynamo_redis.cli.failures import CommandFailed
+from dynamo_redis.cli.failures import CommandFailed, end_listing
 from dynamo_redis.cli.formats import ShownValue, human_size, printable, show_value
 from dynamo_redis.cli.options import SettingsCommand, store_options
 from dynamo_redis.cli.output import json_option, print_json, print_json_line, print_line, print_table
+from dynamo_redis.errors import InvalidRecord
 from dynamo_redis.names import format_instance_id
 from dynamo_redis.store.base import Put, Record, WatchBatch
 
@@ -47,17 +48,20 @@ def get(
         raise click.UsageError("give either a KEY or --prefix")
     if raw and (key is None or as_json):
         raise click.UsageError("--raw prints one KEY, and not as --json")
-    records = connect.run(_read(key, key_prefix or "", options))
+    records, invalid = connect.run(_read(key, key_prefix or "", options))
     if as_json:
-        print_json([record_json(record, secrets=show_secrets) for record in records])
+        shown = [record_json(record, secrets=show_secrets) for record in records]
+        print_json([*shown, *({"key": exc.key, "error": str(exc)} for exc in invalid)])
     elif key_prefix is not None:
         rows = [_row(record, secrets=show_secrets) for record in records]
+        rows += [[exc.key, "", "", "", f"unreadable: {exc}"] for exc in invalid]
         columns = ["KEY", "SIZE", "WRITES", "LEASE", "VALUE"]
         print_table(columns, rows, empty=f"no keys under {key_prefix!r}", wrap="VALUE")
     elif raw:
         _print_bytes(records[0].value)
     else:
         print_line(printable(show_value(records[0].key, records[0].value, secrets=show_secrets).pretty()))
+    end_listing(len(invalid), "record")
 
 
 @click.command("put", cls=SettingsCommand)
@@ -139,14 +143,17 @@ def watch(prefix_of_keys: str, as_json: bool, show_secrets: bool, **options: str
     connect.run(follow())
 
 
-async def _read(key: str | None, prefix: str, options: dict[str, str | None]) -> tuple[Record, ...]:
+async def _read(
+    key: str | None, prefix: str, options: dict[str, str | None]
+) -> tuple[tuple[Record, ...], tuple[InvalidRecord, ...]]:
     async with connect.open_registry(options) as registry:
         if key is None:
-            return (await registry.get_prefix(prefix)).records
+            snapshot = await registry.get_prefix(prefix)
+            return snapshot.records, snapshot.invalid
         record = await registry.get(key)
     if record is None:
         raise _absent(key)
-    return (record,)
+    return (record,), ()
 
 
 def _absent(key: str) -> CommandFailed:

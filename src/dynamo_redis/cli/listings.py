@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import click
@@ -37,15 +38,15 @@ def instances(endpoint: str | None, as_json: bool, show_secrets: bool, **options
       dynamo-redis instances dynamo.backend --json
     """
     snapshot = connect.run(_read(INSTANCES, options))
-    records = [record for record in snapshot.records if _within(record.key, INSTANCES, endpoint)]
-    found = [(record, _instance(record)) for record in records]
+    found = [_instance(record) for record in snapshot.records if _within(record.key, INSTANCES, endpoint)]
+    found += [_Found(exc.key, exc) for exc in snapshot.invalid if _within(exc.key, INSTANCES, endpoint)]
     if as_json:
-        print_json([_instance_json(*entry, secrets=show_secrets) for entry in found])
+        print_json([_instance_json(entry, secrets=show_secrets) for entry in found])
     else:
         columns = ["INSTANCE", "ENDPOINT", "ADDRESS", "STATE", "UP"] + ["SECRET"] * show_secrets
-        rows = [_instance_row(*entry, secrets=show_secrets) for entry in found]
+        rows = [_instance_row(entry, secrets=show_secrets) for entry in found]
         print_table(columns, rows, empty=f"no instances{f' of {endpoint}' if endpoint else ''}")
-    end_listing(sum(isinstance(instance, InvalidRecord) for _, instance in found), "instance record")
+    end_listing(sum(isinstance(entry.instance, InvalidRecord) for entry in found), "instance record")
 
 
 @click.command("models", cls=SettingsCommand)
@@ -83,22 +84,34 @@ def _path(key: str, prefix: str) -> list[str]:
     return [decode_segment(segment) for segment in key.removeprefix(prefix).split("/")]
 
 
-def _instance(record: Record) -> Instance | InvalidRecord:
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """The instance at a key, or why it cannot be read; and the value there, if that can be."""
+
+    key: str
+    instance: Instance | InvalidRecord
+    value: bytes | None = None
+
+
+def _instance(record: Record) -> _Found:
     try:
-        return Instance.from_record(record)
+        return _Found(record.key, Instance.from_record(record), record.value)
     except InvalidRecord as exc:
-        return exc
+        return _Found(record.key, exc, record.value)
 
 
-def _instance_json(record: Record, instance: Instance | InvalidRecord, *, secrets: bool) -> dict[str, Any]:
-    shown = show_value(record.key, record.value, secrets=secrets).value
-    fields = {"key": record.key, **(shown if isinstance(shown, dict) else {"value": shown})}
-    return fields | ({"error": str(instance)} if isinstance(instance, InvalidRecord) else {})
+def _instance_json(found: _Found, *, secrets: bool) -> dict[str, Any]:
+    error = {"error": str(found.instance)} if isinstance(found.instance, InvalidRecord) else {}
+    if found.value is None:
+        return {"key": found.key, **error}
+    shown = show_value(found.key, found.value, secrets=secrets).value
+    return {"key": found.key, **(shown if isinstance(shown, dict) else {"value": shown}), **error}
 
 
-def _instance_row(record: Record, instance: Instance | InvalidRecord, *, secrets: bool) -> list[str]:
+def _instance_row(found: _Found, *, secrets: bool) -> list[str]:
+    instance = found.instance
     if isinstance(instance, InvalidRecord):
-        *endpoint, instance_id = _path(record.key, INSTANCES)
+        *endpoint, instance_id = _path(found.key, INSTANCES)
         return [instance_id, ".".join(endpoint), "", f"unreadable: {instance}", ""] + [""] * secrets
     addresses = (f"{plane} {address.partition('/')[0]}" for plane, address in instance.transports.items())
     return [
@@ -114,7 +127,7 @@ def _by_model(snapshot: Snapshot) -> list[dict[str, Any]]:
     """One entry a model and endpoint, in the order of the names, and then one for each card that cannot be
     read."""
     found: dict[tuple[str, str], dict[str, Any]] = {}
-    unreadable: list[dict[str, Any]] = []
+    unreadable = [{"key": exc.key, "error": str(exc)} for exc in snapshot.invalid]
     for record in snapshot.records:
         try:
             endpoint, instance_id = parse_card_key(record.key)

@@ -34,9 +34,11 @@ class Answer:
 
 async def ask_states(runtime: DistributedRuntime) -> list[Answer]:
     """The states of all routers, each within 5 s, ordered by component and instance. Raises StoreError."""
-    records = (await runtime.registry.get_prefix(INSTANCES)).records
-    routers = [record for record in records if _is_of_router(record.key)]
-    return list(await asyncio.gather(*(_ask_state(runtime, record) for record in routers)))
+    found = await runtime.registry.get_prefix(INSTANCES)
+    routers = [record for record in found.records if _is_of_router(record.key)]
+    answers = await asyncio.gather(*(_ask_state(runtime, record) for record in routers))
+    unreadable = (exc for exc in found.invalid if _is_of_router(exc.key))
+    return [*answers, *(Answer(exc.key, None, str(exc), is_readable=False) for exc in unreadable)]
 
 
 def _is_of_router(key: str) -> bool:

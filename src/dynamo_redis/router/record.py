@@ -78,7 +78,10 @@ async def register_router(
 async def list_routers(registry: Registry) -> list[RouterRecord]:
     """All routers of the deployment, by key. Records that cannot be read are left out, with a warning."""
     records = []
-    for stored in (await registry.get_prefix(KV_ROUTERS)).records:
+    found = await registry.get_prefix(KV_ROUTERS)
+    for damaged in found.invalid:
+        log.warning("left out of the routers: %s", damaged)
+    for stored in found.records:
         try:
             records.append(RouterRecord.from_record(stored))
         except InvalidRecord as exc:

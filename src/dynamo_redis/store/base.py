@@ -13,6 +13,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Literal, NewType, Protocol, Self
 
+from dynamo_redis.errors import InvalidRecord
+
 Revision = NewType("Revision", str)
 """The entry id of a change in the change log, `<ms>-<n>`. Opaque: compare for equality only."""
 
@@ -41,10 +43,12 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """All live records under a prefix, ordered by key, as of `revision`."""
+    """All live records under a prefix, ordered by key, as of `revision`. `invalid` are those that cannot be
+    read, each with its key."""
 
     records: tuple[Record, ...]
     revision: Revision
+    invalid: tuple[InvalidRecord, ...] = ()
 
 
 class DeleteCause(StrEnum):

@@ -13,7 +13,8 @@ from typing import Any, Final, Literal
 
 import msgpack
 
-from dynamo_redis.errors import ConfigError
+from dynamo_redis.decoding import removal
+from dynamo_redis.errors import ConfigError, InvalidRecord
 from dynamo_redis.store.base import Delete, DeleteCause, LeaseId, Put, Record, Revision
 from dynamo_redis.store.keys import parse_lease
 
@@ -66,9 +67,14 @@ def order(revision: Revision) -> tuple[int, int]:
     return int(milliseconds), int(counter or 0)
 
 
+def is_revision(text: str) -> bool:
+    """Whether a text has the form of a revision."""
+    return _REVISION.fullmatch(text) is not None
+
+
 def check_revision(revision: Revision) -> Revision:
     """A revision that some registry may have answered. Raises ConfigError."""
-    if not _REVISION.fullmatch(revision) or max(order(revision)) >= 1 << 64:
+    if not is_revision(revision) or max(order(revision)) >= 1 << 64:
         raise ConfigError(f"{revision!r} is not a revision: give one that a write or a watch answered")
     return revision
 
@@ -77,7 +83,7 @@ _NAMES: Final = [b"o", b"k", b"v", b"l", b"c", b"n", b"w", b"p", b"q"]
 
 
 def parse_change(entry_id: bytes, fields: list[bytes]) -> Change:
-    """Read a log entry. Raises ValueError for an entry this package did not write."""
+    """Read a log entry. Raises InvalidRecord for an entry this package did not write."""
     try:
         if fields[::2] != _NAMES:  # a later release may add some, in whatever order
             named = dict(zip(fields[::2], fields[1::2], strict=True))
@@ -102,8 +108,8 @@ def parse_change(entry_id: bytes, fields: list[bytes]) -> Change:
             record=record,
             incarnation=value.decode() if kind == "i" else None,
         )
-    except (KeyError, UnicodeDecodeError) as exc:
-        raise ValueError(f"entry {entry_id!r} is not a change: {exc!r}") from exc
+    except (KeyError, ValueError) as exc:
+        raise InvalidRecord("an entry of the change log", repr(exc), key=entry_id.decode()) from exc
 
 
 def size_bytes(changes: Sequence[Change]) -> int:
@@ -112,20 +118,55 @@ def size_bytes(changes: Sequence[Change]) -> int:
 
 
 def parse_record(key: str, packed: bytes) -> Record | None:
-    """Read a packed record, as scripts answer it; None for the empty answer "there is none"."""
-    return _record(key, *msgpack.unpackb(packed, raw=True)) if packed else None
+    """Read a packed record, as scripts answer it; None for the empty answer "there is none".
+
+    Raises InvalidRecord for one that no script wrote. Fields of a later minor, at its end, are ignored.
+    """
+    try:
+        return _record(key, *msgpack.unpackb(packed, raw=True)) if packed else None
+    except Exception as exc:  # msgpack has many, and a hash that others write has what they like
+        reason = f"no script of the registry wrote it: {exc!r}"
+        raise InvalidRecord("a record of the registry", reason, key=key, remedy=removal(key)) from exc
 
 
-def parse_records(pairs: Sequence[bytes], into: dict[str, Record]) -> None:
-    """Read a page of key, packed record, key, packed record, …"""
+def parse_records(pairs: Sequence[bytes], into: dict[str, Record], invalid: dict[str, InvalidRecord]) -> None:
+    """Read a page of key, packed record, key, packed record, … Those that cannot be read go to `invalid`."""
     records = msgpack.Unpacker(raw=True, max_buffer_size=0)
     records.feed(b"".join(pairs[1::2]))
-    for raw_key, fields in zip(pairs[::2], records, strict=True):
-        key = raw_key.decode()
-        into[key] = _record(key, *fields)
+    try:
+        for raw_key, fields in zip(pairs[::2], records, strict=True):
+            key = raw_key.decode()
+            into[key] = _record(key, *fields)
+    except Exception:  # noqa: BLE001 - one of them is damaged: which one?
+        _parse_one_by_one(pairs, into, invalid)
 
 
-def _record(key: str, modified: bytes, created: bytes, version: float, lease: bytes, value: bytes) -> Record:
+def _parse_one_by_one(
+    pairs: Sequence[bytes], into: dict[str, Record], invalid: dict[str, InvalidRecord]
+) -> None:
+    for raw_key, packed in zip(pairs[::2], pairs[1::2], strict=True):
+        key = raw_key.decode("utf-8", "backslashreplace")
+        into.pop(key, None)
+        try:
+            record = parse_record(key, packed)
+        except InvalidRecord as exc:
+            invalid[key] = exc
+        else:
+            if record is not None:
+                into[key] = record
+
+
+def _record(
+    key: str,
+    modified: bytes,
+    created: bytes,
+    version: float,
+    lease: bytes,
+    value: bytes,
+    *_later: object,
+) -> Record:
+    if type(value) is not bytes or not modified.replace(b"-", b"", 1).isdigit():
+        raise TypeError("its fields are others")
     mod_revision = Revision(modified.decode())
     create_revision = mod_revision if created == modified else Revision(created.decode())
     return Record(key, value, create_revision, mod_revision, int(version), parse_lease(lease))

@@ -36,6 +36,7 @@ from dynamo_redis.errors import ConfigError, StoreError, StoreRefused, StoreUnav
 from dynamo_redis.store.blocking import Argument as Argument
 from dynamo_redis.store.blocking import BlockingConnection
 from dynamo_redis.store.deadline import Deadline, watched_class
+from dynamo_redis.store.key_types import MOST_KEYS_COUNT, describe_wrong_types
 from dynamo_redis.store.scripts import Script
 from dynamo_redis.store.server_errors import (
     FAILURES,
@@ -163,7 +164,7 @@ class RedisClient:
             async with Deadline(self.timeout_s):
                 return await self._redis.execute_command(*command)
         except FAILURES as exc:
-            raise self.error(exc, command[0]) from exc
+            raise await self.named(self.error(exc, command[0]), command[1:2]) from exc
 
     async def script(self, script: Script, keys: Sequence[Argument], args: Sequence[Argument] = ()) -> Any:
         """Run a script by its hash, sending its source only if the server does not know it.
@@ -183,7 +184,7 @@ class RedisClient:
                             raise
                 return await self._redis.execute_command("EVAL", script.source, *rest)
         except FAILURES as exc:
-            raise self.error(exc, "EVALSHA or EVAL") from exc
+            raise await self.named(self.error(exc, "EVALSHA or EVAL"), keys) from exc
 
     def _wants_source(self, exc: redis_errors.ResponseError) -> bool:
         """Whether an EVALSHA was not run because its script, or the command itself, is not known."""
@@ -202,13 +203,15 @@ class RedisClient:
         """
         self._check_open()
         pipe = self._redis.pipeline(transaction=transaction)
+        keys: dict[Argument, None] = {}
         for command in commands:
             pipe.execute_command(*command)
+            keys.update(dict.fromkeys(command[1:2]))
         try:
             async with Deadline(self.timeout_s):
                 return list(await pipe.execute())
         except FAILURES as exc:
-            raise self.error(exc) from exc
+            raise await self.named(self.error(exc), tuple(keys)) from exc
 
     async def scan(self, match: str, *, count: int = 500) -> AsyncIterator[bytes]:
         """Keys that match a glob pattern. A key may come twice; one made meanwhile may be missed."""
@@ -377,6 +380,25 @@ class RedisClient:
                 policy,
             )
 
+    async def named(self, error: StoreError, keys: Sequence[Argument]) -> StoreError:
+        """The same refusal, with the key of a wrong type if that is why, and the command that mends it."""
+        if "(WRONGTYPE" not in str(error):
+            return error
+        found: dict[str, str] = {}
+        try:
+            async with Deadline(self.timeout_s):
+                for key in keys[:MOST_KEYS_COUNT]:
+                    kind = await self._redis.execute_command("TYPE", key)
+                    found[_text(key)] = _text(kind)
+        except FAILURES:  # not allowed, say: the refusal stands as it is
+            return error
+        described = describe_wrong_types(found)
+        if not described:
+            return error
+        named = type(error)(f"Redis at {self.address}: {described}")
+        named.answered = error.answered
+        return named
+
     def error(self, exc: BaseException, command: Argument = "") -> StoreError:
         """What a failed exchange with this server means; safe from any thread. `command` is what was asked.
 
@@ -392,6 +414,10 @@ class RedisClient:
         error.answered = text is not None
         error.refuses_writes = text is not None and text.partition(" ")[0] in WRITE_REFUSALS
         return error
+
+
+def _text(value: Argument) -> str:
+    return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)
 
 
 class Subscription:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -18,6 +18,7 @@ import msgpack
 
 from dynamo_redis.errors import (
     ConfigError,
+    InvalidRecord,
     LeaseNotFound,
     SchemaMismatch,
     StoreError,
@@ -116,6 +117,7 @@ class Owned:
     """A lease and some keys, at one moment.
 
     `last_write` is its owner's, `"revision operation previous"` or "". `keys` are the names of all its keys.
+    Records that cannot be read are in `invalid`, by key.
     """
 
     position: Position
@@ -123,6 +125,7 @@ class Owned:
     last_write: str
     keys: frozenset[str]
     records: dict[str, Record]
+    invalid: Mapping[str, InvalidRecord] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +226,11 @@ def parse_written(keys: Sequence[str], answer: list[Any]) -> Written:
     """The answer of `registry_write`; `keys` are those of its comparisons."""
     if answer[0] == b"failed":
         index = int(answer[1])
-        raise CompareFailed(index, parse_record(keys[index], answer[2]))
+        try:
+            found = parse_record(keys[index], answer[2])
+        except InvalidRecord:
+            found = None  # as scripts see it: a write takes its place
+        raise CompareFailed(index, found)
     revision, granted, changes, follows = checked(answer)
     return Written(
         Revision(revision.decode()),
@@ -318,6 +325,7 @@ class KeyValue:
         OtherIncarnation.
         """
         records: dict[str, Record] = {}
+        invalid: dict[str, InvalidRecord] = {}
         names: set[str] = set()
         incarnation, after, start = "", b"", 0
         while True:
@@ -325,14 +333,18 @@ class KeyValue:
             answer = await self._read_page(incarnation, lease, after, page)
             position = self.saw(_position(answer[:3]))
             alive, last_write, listed = bool(answer[3]), answer[4].decode(), answer[5]
-            names.update(name.decode() for name in listed)
+            names.update(name.decode("utf-8", "backslashreplace") for name in listed)
             for key, packed in zip(page, answer[6:], strict=False):
-                record = parse_record(key, packed)
-                if record is not None:
-                    records[key] = record
+                try:
+                    record = parse_record(key, packed)
+                except InvalidRecord as exc:
+                    invalid[key] = exc
+                else:
+                    if record is not None:
+                        records[key] = record
             start += len(answer) - 6
             if start >= len(keys) and len(listed) < READ_KEYS_COUNT:
-                return Owned(position, alive, last_write, frozenset(names), records)
+                return Owned(position, alive, last_write, frozenset(names), records, invalid)
             incarnation, after = position.incarnation, listed[-1] if listed else after
 
     async def _read_page(
@@ -354,16 +366,22 @@ class KeyValue:
         """
         for _ in range(SNAPSHOT_ATTEMPTS_COUNT):
             try:
-                records, first, last = await self._pages(prefix)
-                if first == last:
-                    return Snapshot(tuple(records.values()), last.revision), last
-                replay(records, prefix, await self.changes(first.revision, first.operation, last))
+                invalid: dict[str, InvalidRecord] = {}
+                records, first, last = await self._pages(prefix, invalid)
+                if first != last:
+                    changes = await self.changes(first.revision, first.operation, last)
+                    replay(records, prefix, changes)
+                    for change in changes:
+                        invalid.pop(change.key, None)
+                    records = {key: records[key] for key in sorted(records)}
             except (HistoryLost, OtherIncarnation):
                 continue
-            return Snapshot(tuple(records[key] for key in sorted(records)), last.revision), last
+            return Snapshot(tuple(records.values()), last.revision, tuple(invalid.values())), last
         raise HistoryLost(f"history was lost {SNAPSHOT_ATTEMPTS_COUNT} times during a snapshot")
 
-    async def _pages(self, prefix: str) -> tuple[dict[str, Record], Position, Position]:
+    async def _pages(
+        self, prefix: str, invalid: dict[str, InvalidRecord]
+    ) -> tuple[dict[str, Record], Position, Position]:
         """The records by key, in order, and the ends of the part of the log that is to be replayed over them.
 
         These are the last change that the first page has, and the last one logged when the last was read.
@@ -376,11 +394,11 @@ class KeyValue:
             following = asyncio.ensure_future(self._page(first.incarnation, prefix, answer[5]))
             try:
                 await asyncio.sleep(0)
-                parse_records(answer[6:], records)
+                parse_records(answer[6:], records, invalid)
                 answer = await following
             finally:
                 following.cancel()
-        parse_records(answer[6:], records)
+        parse_records(answer[6:], records, invalid)
         return records, first, self.saw(_position((answer[0], *answer[3:5])))
 
     async def _page(self, incarnation: str, prefix: str, after: bytes) -> list[Any]:
@@ -393,22 +411,25 @@ class KeyValue:
         Raises HistoryLost if the log does not connect the two.
         """
         changes: list[Change] = []
+        cursor = after
         while after != until.revision:
             count = self.log_page.count
             try:
                 reply = await self.client.execute(
-                    "XRANGE", self.keys.log, f"({after}", until.revision, "COUNT", count
+                    "XRANGE", self.keys.log, f"({cursor}", until.revision, "COUNT", count
                 )
             except StoreUnavailable:
                 self.log_page.failed()
                 raise
+            if not reply:
+                raise HistoryLost(f"the log ends before {until.revision}")
             page = parse_changes(reply)
             self.log_page.took(len(page), size_bytes(page))
             check_chain(after, operation, page)
-            if not page:
-                raise HistoryLost(f"the log ends before {until.revision}")
             changes += page
-            after, operation = page[-1].revision, page[-1].operation
+            cursor = Revision(reply[-1][0].decode())
+            if page:
+                after, operation = page[-1].revision, page[-1].operation
         if operation not in (None, until.operation):
             raise HistoryLost(f"{until.revision} was written twice")
         return changes
@@ -473,12 +494,22 @@ def keep_alive(
 # ---------------------------------------------------------------------- the log
 
 
-def parse_changes(entries: Sequence[Any] | None) -> list[Change]:
-    """Log entries as XRANGE and XREAD answer them. Raises HistoryLost for foreign ones."""
-    try:
-        return [parse_change(entry_id, fields) for entry_id, fields in entries or ()]
-    except ValueError as exc:
-        raise HistoryLost(str(exc)) from exc
+def parse_changes(
+    entries: Sequence[Any], on_invalid: Callable[[InvalidRecord], None] | None = None
+) -> list[Change]:
+    """Log entries as XRANGE and XREAD answer them.
+
+    Those that cannot be read are left out, and `on_invalid` is told of each. A stranger's were never part of
+    the chain; where one of ours is missing, `check_chain` finds the gap.
+    """
+    changes = []
+    for entry_id, fields in entries:
+        try:
+            changes.append(parse_change(entry_id, fields))
+        except InvalidRecord as exc:
+            if on_invalid is not None:
+                on_invalid(exc)
+    return changes
 
 
 def check_chain(after: Revision, operation: str | None, changes: Sequence[Change]) -> None:

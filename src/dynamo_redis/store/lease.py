@@ -21,7 +21,7 @@ from typing import Final, TypeVar
 
 from dynamo_redis.errors import LeaseNotFound, StoreError
 from dynamo_redis.store.base import LeaseId, Revision
-from dynamo_redis.store.change_log import order
+from dynamo_redis.store.change_log import is_revision, order
 from dynamo_redis.store.client import Backoff, RedisClient, SyncConnection
 from dynamo_redis.store.key_value import (
     KeyValue,
@@ -136,7 +136,10 @@ class WriterChain:
 
 
 def _parse(last_write: str) -> tuple[str, str, str]:
+    """Revision, operation and previous one; all empty for what no script wrote, as if there were none."""
     revision, _, operations = last_write.partition(" ")
+    if not is_revision(revision):
+        return "", "", ""
     operation, _, previous = operations.partition(" ")
     return revision, operation, previous
 
@@ -261,6 +264,8 @@ class Keepalive:
             self._watch_loop(connection, stalled_s)
         except StoreError as exc:
             logger.debug("marking this process as not ready: %s", exc)
+        except Exception:
+            logger.exception("this process cannot be marked as not ready, trying again")
 
     def _refused_retry_s(self) -> float:
         interval_s = min(REFUSED_RETRY_S, self._ttl_s / REFUSED_RETRIES_A_TTL_COUNT)

@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Final, Self
 
-from dynamo_redis.errors import LockLost, StoreError
+from dynamo_redis.errors import LockLost
 from dynamo_redis.store.client import Backoff
 
 log = logging.getLogger(__name__)
@@ -141,7 +141,7 @@ class LeaseGuard:
             try:
                 async with asyncio.timeout(self._attempt_s):
                     renewed = await self._renew()
-            except (StoreError, TimeoutError) as exc:
+            except Exception as exc:  # noqa: BLE001 - whatever it is, the deadline is watched
                 log.debug("lock %s is not renewed: %r", self._name, exc)
                 wait_s = backoff.next_s()
                 continue

@@ -12,16 +12,17 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Any, Final
 
-from dynamo_redis.errors import Compacted, SchemaMismatch, StoreError, StoreUnavailable
-from dynamo_redis.store.base import Revision
+from dynamo_redis.errors import Compacted, InvalidRecord, SchemaMismatch, StoreError, StoreUnavailable
+from dynamo_redis.store.base import Revision, Snapshot
 from dynamo_redis.store.blocking import pack, pack_word
 from dynamo_redis.store.change_log import Change, Position, order, size_bytes
 from dynamo_redis.store.client import Backoff
 from dynamo_redis.store.health import Health
 from dynamo_redis.store.key_value import HistoryLost, KeyValue, check_chain, parse_changes
 from dynamo_redis.store.watch import Fanout, QueueWatch
+from dynamo_redis.supervision import Supervisor
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,9 @@ class LogReader:
         self._on_changes = on_changes
         self._on_disturbance = on_disturbance
         self._position: Position | None = None
+        self._cursor = Revision("")  # the last entry that was read, also one that is nobody's change
         self._lost: str | None = None
+        self._supervisor = Supervisor(logger, "registry log reader")
         self._loading = asyncio.Lock()
         self._connection = kv.client.blocking()
         self._task: asyncio.Task[None] | None = None
@@ -100,24 +103,26 @@ class LogReader:
                 await self._follow()
             except HistoryLost as exc:
                 self._lost = str(exc)
+                await asyncio.sleep(backoff.next_s())  # what a stranger has written may be found again
             except StoreError as exc:
                 self._kv.log_page.failed()
-                self._health.failed(exc)
+                self._health.failed(await self._kv.client.named(exc, self._kv.keys.structures))
                 await asyncio.sleep(backoff.next_s())
-            except Exception:
-                logger.exception("the change log could not be read, reading everything again")
+            except Exception as exc:  # noqa: BLE001 - logged, with its traceback
+                self._supervisor.failed(exc)
                 self._lost = "the change log could not be read"
                 await asyncio.sleep(backoff.next_s())
 
     async def _read_once(self) -> None:
         """Read without waiting. Only now is it known that the log can be read, not only asked for its end."""
-        read = pack("XREAD", "COUNT", 1, "STREAMS", self._kv.keys.log, self.position.revision)
+        self._cursor = self.position.revision
+        read = pack("XREAD", "COUNT", 1, "STREAMS", self._kv.keys.log, self._cursor)
         reply = await self._connection.execute(read, block_s=0.0)
         if not self._health.connected:
             self._health.succeeded()
             self._on_disturbance("the connection was lost")
         if reply is not None:
-            self._advance(parse_changes(reply[0][1]))
+            self._advance(reply[0][1])
 
     async def _follow(self) -> None:
         """Read until something is wrong."""
@@ -127,23 +132,29 @@ class LogReader:
                 count = page.count
                 limits = ("COUNT", count, "BLOCK", block_ms)
                 read_after = pack("XREAD", *limits, "STREAMS", self._kv.keys.log, more_count=1)
-            reply = await self._connection.execute(
-                read_after + pack_word(self.position.revision), block_s=BLOCK_S
-            )
+            reply = await self._connection.execute(read_after + pack_word(self._cursor), block_s=BLOCK_S)
             if reply is None:
                 await self._verify()
             else:
-                changes = parse_changes(reply[0][1])
+                changes = self._advance(reply[0][1])
                 page.took(len(changes), size_bytes(changes))
-                self._advance(changes)
                 await asyncio.sleep(0)  # whoever waits for these changes comes first, then the next read
 
-    def _advance(self, changes: Sequence[Change]) -> None:
+    def _advance(self, entries: Sequence[Any]) -> Sequence[Change]:
+        """Take in entries; answers the changes that they are."""
+        changes = parse_changes(entries, self._leave_out)
         check_chain(self.position.revision, self.position.operation, changes)
+        self._cursor = Revision(entries[-1][0].decode())
+        if not changes:
+            return changes
         last = changes[-1]
         self._position = self._kv.saw(Position(self.position.incarnation, last.revision, last.operation))
         self.fanout.follow(changes)
         self._on_changes(changes)
+        return changes
+
+    def _leave_out(self, exc: InvalidRecord) -> None:
+        self._supervisor.skip(exc.key, exc)
 
     async def _verify(self) -> None:
         """That the registry still has the reader's position; otherwise, and after lost history, resync."""
@@ -176,10 +187,15 @@ class LogReader:
             if any(at.incarnation != position.incarnation for _, _, at in loaded):
                 raise HistoryLost("the registry was wiped")
             for view, snapshot, at in loaded:
+                self._name_invalid(snapshot)
                 view.replace(snapshot, at, reason)
-            self._position = position
+            self._position, self._cursor = position, position.revision
         logger.info("resync of %d watched prefixes: %s", len(loaded), reason)
         self._on_disturbance(reason)
+
+    def _name_invalid(self, snapshot: Snapshot) -> None:
+        for exc in snapshot.invalid:
+            self._leave_out(exc)
 
     async def _take_turns(self) -> None:
         """Wait a random time, long enough for all processes to read what they watch one after the other.
@@ -216,7 +232,9 @@ class LogReader:
                 return
             except StoreError as exc:
                 logger.debug("watch of %r: %s", watch.view.prefix, exc)
-                await asyncio.sleep(backoff.next_s())
+            except Exception as exc:  # noqa: BLE001 - logged, with its traceback
+                self._supervisor.failed(exc)
+            await asyncio.sleep(backoff.next_s())
 
     async def _load_view(self, watch: QueueWatch) -> None:
         view = watch.view
@@ -227,6 +245,7 @@ class LogReader:
                     snapshot, position = await self._kv.snapshot(view.prefix)
                     if position.incarnation != self.position.incarnation:
                         raise HistoryLost("the registry was wiped")
+                    self._name_invalid(snapshot)
                     view.finish_load(snapshot, position)
 
     async def _load_history(self, watch: QueueWatch, start_revision: Revision) -> None:

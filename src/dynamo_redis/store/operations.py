@@ -44,7 +44,10 @@ class KeyOperations:
         self._storage = storage
 
     async def get(self, key: str) -> Record | None:
-        return (await self._storage.read([check_key(key)])).records.get(key)
+        found = await self._storage.read([check_key(key)])
+        if key in found.invalid:
+            raise found.invalid[key]
+        return found.records.get(key)
 
     async def get_prefix(self, prefix: str) -> Snapshot:
         snapshot, _ = await self._storage.snapshot(check_prefix(prefix))

@@ -25,6 +25,7 @@ from dynamo_redis.store.client import Backoff, Subscription
 from dynamo_redis.store.health import Health
 from dynamo_redis.store.key_value import KeyValue, Renewal, Tick
 from dynamo_redis.store.keys import parse_lease
+from dynamo_redis.supervision import Supervisor
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +84,7 @@ class Reaper:
         self._ended: deque[LeaseId | None] = deque(maxlen=REMEMBERED_LEASES_COUNT)
         self._overdue = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
+        self._supervisor = Supervisor(logger, "registry ticks and hints")
 
     def start(self) -> None:
         """Begin ticking and listening."""
@@ -123,6 +125,8 @@ class Reaper:
                 await self._tick()
             except StoreError as exc:
                 logger.debug("tick: %s", exc)
+            except Exception as exc:  # noqa: BLE001 - logged, with its traceback
+                self._supervisor.failed(exc)
 
     async def _tick(self) -> None:
         """Reap until nothing is overdue."""
@@ -156,6 +160,8 @@ class Reaper:
                     await self._await_hint(subscription)
             except StoreError as exc:
                 logger.debug("hints: %s", exc)
+            except Exception as exc:  # noqa: BLE001 - logged, with its traceback
+                self._supervisor.failed(exc)
             finally:
                 if subscription is not None:
                     await subscription.aclose()

@@ -39,6 +39,7 @@ from dynamo_redis.store.key_value import (
 from dynamo_redis.store.keys import ALWAYS_FIT_COUNT, check_value
 from dynamo_redis.store.lease import WriterChain
 from dynamo_redis.store.operations import Storage
+from dynamo_redis.supervision import Supervisor
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ class KeyRegistration:
         self.prepare = prepare
         self.on_lost = on_lost
         self.revision = Revision("")
+        self.was_damaged = False  # somebody has deleted what had become of its record: to be written again
         self._key = key
         self._owner = owner
         self._lost: LostReason | None = None
@@ -127,6 +129,7 @@ class Registrations:
         self._repairing = asyncio.Lock()
         self._disturbed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._supervisor = Supervisor(logger, "registry repair")
 
     def start(self, incarnation: str) -> None:
         """Repair in the background from now on."""
@@ -367,7 +370,11 @@ class Registrations:
             entry = self._entries.get(change.key)
             if entry is None or order(change.revision) <= order(entry.revision):
                 continue
-            if change.kind in ("p", "d") and change.lease != self._lease:
+            if change.kind == "d" and change.lease is None:
+                # Not another's record, whose put would have come before: ours was damaged, and is gone now.
+                entry.was_damaged = True
+                self.disturb("a damaged record was deleted")
+            elif change.kind in ("p", "d") and change.lease != self._lease:
                 self._lose(entry, "conflict")  # a delete of another's record: it had taken the key before
             elif change.kind == "d":
                 self._lose(entry, "deleted")
@@ -389,6 +396,10 @@ class Registrations:
                 self._disturbed.set()
                 logger.debug("repair: %s", exc)
                 await asyncio.sleep(backoff.next_s())
+            except Exception as exc:  # noqa: BLE001 - logged, with its traceback
+                self._disturbed.set()
+                self._supervisor.failed(exc)
+                await asyncio.sleep(backoff.next_s())
 
     async def _repair(self) -> None:
         async with self._repairing:
@@ -409,7 +420,7 @@ class Registrations:
             self._take_state(state)
             breaks = self._break_count
             is_whole = breaks == self._repaired_count
-            restore = self._compare(state.records, is_whole)
+            restore = self._compare(state, is_whole)
             await self._remove_strays(state.keys)
         if restore and not is_whole:
             logger.info("registering %d keys again", len(restore))
@@ -432,14 +443,16 @@ class Registrations:
         self._may_grant = not state.alive
         self._chain.settle(state.last_write)
 
-    def _compare(
-        self, records: dict[str, Record], is_whole: bool
-    ) -> list[tuple[KeyRegistration, Record | None]]:
-        """Which keys have to be written again; those that are lost are told so."""
+    def _compare(self, state: Owned, is_whole: bool) -> list[tuple[KeyRegistration, Record | None]]:
+        """Which keys have to be written again; those that are lost are told so. A record that cannot be read
+        is nobody's: scripts take it for absent, and it is written again."""
         restore: list[tuple[KeyRegistration, Record | None]] = []
         for entry in list(self._entries.values()):
-            record = records.get(entry.key)
-            if record is None and is_whole:
+            record = state.records.get(entry.key)
+            if entry.key in state.invalid:
+                self._supervisor.skip(entry.key, state.invalid[entry.key])
+                restore.append((entry, None))
+            elif record is None and is_whole and not entry.was_damaged:
                 self._lose(entry, "deleted")
             elif record is not None and record.lease != self._lease:
                 self._lose(entry, "conflict")
@@ -467,7 +480,7 @@ class Registrations:
                 written = await self._write([OwnedPut(entry.key, entry.value)], [compare], grant=True)
             except CompareFailed:
                 return False
-            entry.revision = written.revision
+            entry.revision, entry.was_damaged = written.revision, False
             return True
 
     async def _remove_strays(self, names: frozenset[str]) -> None:

@@ -101,6 +101,9 @@ class PrefixView:
         """Take the place of what was known, after history was lost."""
         was_loaded, known = self.is_loaded, self.records
         self._install(snapshot, position)
+        for damaged in snapshot.invalid:  # the last good one stays, until its key is changed or deleted
+            if damaged.key in known:
+                self.records[damaged.key] = known[damaged.key]
         before = [
             (key, known.get(key))
             for key in known.keys() | self.records.keys()

@@ -245,5 +245,5 @@ async def test_snapshots_have_an_order_and_a_bound(dynamo_redis_url: str, open_r
     snapshot = await registry.get_prefix("k/")
     assert [record.key for record in snapshot.records] == [f"k/{n:05}" for n in range(2500)]
     kv: KeyValue = registry._kv
-    _, first, last = await kv._pages("k/")
+    _, first, last = await kv._pages("k/", {})
     assert first == last

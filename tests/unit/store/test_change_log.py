@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from typing import Any
+
 import msgpack
 import pytest
+from hypothesis import given, settings
 
+from dynamo_redis.errors import InvalidRecord
 from dynamo_redis.store.base import Delete, DeleteCause, LeaseId, Put, Record, Revision
-from dynamo_redis.store.change_log import order, parse_change, parse_record
+from dynamo_redis.store.change_log import order, parse_change, parse_record, parse_records
+from dynamo_redis.store.key_types import describe_wrong_types
 from dynamo_redis.store.key_value import HistoryLost, check_chain, parse_changes, replay
+from tests.rubbish import WORST_MSGPACK, arrays_like
+
+unhurried = settings(deadline=None)
 
 Fields = dict[str, str]
 
@@ -43,10 +52,28 @@ def test_an_entry_of_no_known_kind_changes_nothing() -> None:
 def test_unknown_fields_are_ignored_and_missing_ones_are_not() -> None:
     assert parse_change(*entry("5-1", z="later")).key == "k"
     entry_id, fields = entry("5-1")
-    with pytest.raises(ValueError, match="is not a change"):
+    with pytest.raises(InvalidRecord, match="5-1 is not an entry of the change log"):
         parse_change(entry_id, fields[:-2])
-    with pytest.raises(HistoryLost):
-        parse_changes([[b"5-1", [b"foreign", b"entry"]]])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        [b"foreign", b"entry"],
+        [],
+        [b"o"],
+        [b"o", b"p"] * 9,
+        entry("5-1", l="no lease")[1],
+        entry("5-1", n="no number")[1],
+        [b"\xff" if part == b"k" else part for part in entry("5-1")[1]],
+        [b"\xff" if part == b"op1-0" else part for part in entry("5-1")[1]],
+    ],
+)
+def test_foreign_entry_is_left_out_and_named(fields: list[bytes]) -> None:
+    invalid: list[InvalidRecord] = []
+    changes = parse_changes([[b"5-1", fields], entry("5-2")], invalid.append)
+    assert [change.revision for change in changes] == ["5-2"]
+    assert [exc.key for exc in invalid] == ["5-1"]
 
 
 def test_revisions_sort_by_number() -> None:
@@ -94,3 +121,42 @@ def test_a_record_is_unpacked() -> None:
         "k", b"\x00\xff", Revision("5-1"), Revision("5-2"), 2, LeaseId(255)
     )
     assert parse_record("k", b"") is None
+
+
+def test_fields_of_a_later_minor_are_ignored() -> None:
+    later = msgpack.packb(["5-2", "5-1", 2, "ff", b"v", ["a later field"]], use_bin_type=False)
+    records: dict[str, Record] = {}
+    invalid: dict[str, InvalidRecord] = {}
+    parse_records([b"k", later], records, invalid)
+    assert records == {"k": parse_record("k", later)}
+    assert not invalid
+
+
+@pytest.mark.parametrize("name", [name for name in WORST_MSGPACK if WORST_MSGPACK[name]])
+def test_damaged_record_is_invalid_and_alone(name: str) -> None:
+    with pytest.raises(InvalidRecord, match=r"^k is not a record of the registry: .*dynamo-redis del k"):
+        parse_record("k", WORST_MSGPACK[name])
+    good = msgpack.packb(["5-2", "5-1", 2, "ff", b"v"], use_bin_type=False)
+    records: dict[str, Record] = {}
+    invalid: dict[str, InvalidRecord] = {}
+    parse_records([b"a", good, b"k", WORST_MSGPACK[name], b"z", good], records, invalid)
+    assert list(records) == ["a", "z"]
+    assert list(invalid) == ["k"]
+
+
+@unhurried
+@given(arrays_like(["5-2", "5-1", 2, "ff", "v"]))
+def test_any_record_is_read_or_invalid(fields: list[Any]) -> None:
+    with suppress(InvalidRecord):
+        record = parse_record("k", msgpack.packb(fields, use_bin_type=False))
+        assert record is not None
+        order(record.mod_revision)
+
+
+def test_wrong_types_are_named_with_a_command() -> None:
+    found = {"{dynamo}:kv": "string", "{dynamo}:idx": "zset", "{dynamo}:log": "none", "other:x": "list"}
+    assert describe_wrong_types(found) == (
+        "{dynamo}:kv is a string and should be a hash: `redis-cli DEL '{dynamo}:kv'` mends it, and owners "
+        "write theirs again"
+    )
+    assert not describe_wrong_types({"{dynamo}:kv": "hash"})

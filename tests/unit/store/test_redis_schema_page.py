@@ -9,6 +9,7 @@ import pytest
 
 from dynamo_redis.store.base import LeaseId
 from dynamo_redis.store.event_base import GROUP_TTL_S, StreamName
+from dynamo_redis.store.key_types import TYPES
 from dynamo_redis.store.keys import SCHEMA_VERSION, STRUCTURES, RegistryKeys
 from dynamo_redis.store.scripts import load_script
 from dynamo_redis.store.stream_keys import StreamKeys
@@ -34,6 +35,11 @@ def fields_of(page: str, key: str, of_what: str = "") -> list[str]:
 
 def prelude() -> str:
     return load_script("registry_prelude", "registry_clock").source
+
+
+def test_every_key_is_of_the_type_described(page: str) -> None:
+    rows = re.findall(r"^\| (?:\*tag\*)?`[^`]*:([a-z]+)` \| (\w+) \|", page, flags=re.MULTILINE)
+    assert dict(rows) == TYPES
 
 
 def test_every_registry_key_is_described_and_no_other(page: str) -> None:

@@ -40,6 +40,17 @@ local pending, outcome = {}, {}
 -- How many entries the log keeps.
 local keep = nil
 
+-- A packed record as a table. One that no script wrote counts as a record without revision, lease and value: a
+-- comparison with "absent" holds for it, any write takes its place, and readers say that it is damaged.
+local function read_record(packed)
+  local whole, record = pcall(cmsgpack.unpack, packed)
+  if whole and type(record) == 'table' and type(record[1]) == 'string' and type(record[2]) == 'string'
+    and type(record[3]) == 'number' and type(record[4]) == 'string' and type(record[5]) == 'string' then
+    return record
+  end
+  return {'', '', 0, '', ''}
+end
+
 -- Whether each structure carries the incarnation that `meta` names: losing any one of them is a wipe.
 -- The log carries it by the entry that `meta` names, unless it was trimmed empty.
 local function is_marked()
@@ -90,7 +101,7 @@ local function recall()
       entry[2][16], entry[2][18]
     if before == REV and its == LAST_OP and (kind == 'p' or kind == 'd' or kind == 'r' or kind == 'x') then
       local packed = redis.call('HGET', KV, key)
-      plan(id, kind, key, value, lease, create, version, packed and cmsgpack.unpack(packed)[4] or '')
+      plan(id, kind, key, value, lease, create, version, packed and read_record(packed)[4] or '')
       REV, LAST_OP = id, operation
     else
       foreign[#foreign + 1] = id
@@ -128,7 +139,8 @@ local function finish(lease, kind, most)
     for index = seen + 1, last do keys[#keys + 1] = string.sub(members[index], #lease + 2) end
     for index, packed in ipairs(redis.call('HMGET', KV, unpack(keys))) do
       copied = copied + (packed and #packed or 0)
-      if packed and cmsgpack.unpack(packed)[4] == lease then
+      local record = packed and read_record(packed)
+      if record and (record[4] == lease or record[1] == '') then
         remove(keys[index], kind, lease)
       else -- the name stands there alone, or the key has another lease now
         redis.call('ZREM', LK, lease .. '\0' .. keys[index])
@@ -156,7 +168,7 @@ local function current(key)
   local record, packed = outcome[key], nil
   if record == nil then
     packed = redis.call('HGET', KV, key)
-    record = packed and cmsgpack.unpack(packed)
+    record = packed and read_record(packed)
   end
   if not record then return nil end
   if OVERDUE and record[4] ~= '' and not is_alive(record[4]) then return nil, nil, record end

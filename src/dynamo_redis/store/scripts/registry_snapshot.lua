@@ -21,7 +21,7 @@ return look(function(made, by)
   local function is_shown(packed)
     if not packed then return false end
     if not OVERDUE then return true end
-    local lease = cmsgpack.unpack(packed)[4]
+    local lease = read_record(packed)[4]
     if lease == '' then return true end
     if alive[lease] == nil then alive[lease] = is_alive(lease) end
     return alive[lease]

@@ -72,8 +72,17 @@ local function answer_again()
   if ttl_ms == 0 then return {'no-lease'} end
 end
 
+-- As `current`. A damaged record stands under this lease if the lease has its name.
+local function standing(key)
+  local old, packed, ended = current(key)
+  if old and old[1] == '' and lease ~= '' and redis.call('ZSCORE', LK, lease .. '\0' .. key) then
+    old[4] = lease
+  end
+  return old, packed, ended
+end
+
 local function put(key, value, owned)
-  local old, _, ended = current(key)
+  local old, _, ended = standing(key)
   if owned == 1 and not (old and old[4] == lease) then return 0 end
   if ended then
     local _, deadline = is_alive(ended[4])
@@ -86,7 +95,7 @@ local function put(key, value, owned)
 end
 
 local function delete(key, owned)
-  local old, _, ended = current(key)
+  local old, _, ended = standing(key)
   if not old and not ended then redis.call('ZREM', IDX, key) end -- a name without a record
   if not old or (owned == 1 and old[4] ~= lease) then return 0 end
   remove(key, 'd', old[4])
