@@ -121,6 +121,36 @@ async def test_accept_timeout_waits_for_the_own_upload() -> None:
         assert await answer == ["all of it"]
 
 
+async def test_small_request_waits_for_a_dial_not_an_upload() -> None:
+    async with bare_servers() as (port, arrived):
+        client = TcpClient(settings())
+        probing = asyncio.ensure_future(client.probe(target_at(port), 20))
+        stuck = await shake(*await arrived())
+        _, _, token = await stuck.receive_kind(frame.PING)
+        stuck.send([frame.PONG, 0, token])
+        await probing
+        upload = client.open(target_at(port), bytes(24 * MIB), None)  # of which nothing is read
+        small = asyncio.ensure_future(ask(client, target_at(port)))
+        await answer_one(await shake(*await arrived()), "passed")
+        assert await small == ["passed"]
+        await upload.aclose()
+        await client.aclose()
+
+
+async def test_small_request_takes_a_busy_connection_after_a_failed_dial() -> None:
+    async with serving() as server, Proxy(server.address) as proxy:
+        client = TcpClient(settings())
+        target = target_at(int(proxy.url.rpartition(":")[2]), "echo")
+        await ask(client, target)
+        proxy.refuse = True
+        upload = asyncio.ensure_future(ask(client, target, bytes(1 << 25)))
+        await pass_time(0)
+        assert await ask(client, target, "small") == ["small"]
+        assert await upload == [bytes(1 << 25)]
+        assert client.connection_count == 1
+        await client.aclose()
+
+
 async def test_probe_does_not_wait_behind_an_upload() -> None:
     async with bare_servers() as (port, arrived):
         client = TcpClient(settings())

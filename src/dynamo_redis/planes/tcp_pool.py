@@ -7,11 +7,12 @@ over a connection that is busy with a large payload. Where all are busy another 
 `DYN_TCP_POOL_SIZE`. Earlier connections are preferred, so later ones become idle, and close, when the load
 falls.
 
-A request never waits for a connection while there is one. A pool without any parks its requests, which are
-bounded by the connect time-out, their deadlines and their callers. After a dial that failed the next waits
-for a random time, so that the callers of a worker that comes back do not come in step; a probe does not wait,
-it has pauses of its own. When an instance neither answers a PING nor lets itself be dialled for `QUIET_AT`
-sweeps, the pool says so, and goes on waiting.
+A request waits for a connection only where there is none, or, if it is small, where all are busy and another
+is being dialled; should that one not come soon, it takes a busy one. Requests that wait are bounded by the
+connect time-out, their deadlines and their callers. After a dial that failed the next waits for a random
+time, so that the callers of a worker that comes back do not come in step; a probe does not wait, it has
+pauses of its own. When an instance neither answers a PING nor lets itself be dialled for `QUIET_AT` sweeps,
+the pool says so, and goes on waiting.
 
 Two queues can form here: parked requests, and bytes that a connection's socket does not take. Neither grows
 over `MAX_QUEUED_MESSAGES` of the largest size, the first not over `MAX_PARKED_COUNT` either: what comes then
@@ -114,6 +115,8 @@ class Pool:
             connection = self._pick_for_large()
         else:
             connection = self._pick()
+            if connection is not None and _is_busy(connection) and self._may_wait_for_dial:
+                connection = None
         if connection is None:
             self._park(stream)
         elif connection.paused and connection.unsent_bytes > self._max_queued_bytes:
@@ -125,15 +128,26 @@ class Pool:
         """Forget a parked stream that has ended."""
         self._parked_bytes -= self._parked.pop(stream, 0)
 
+    @property
+    def _may_wait_for_dial(self) -> bool:
+        """Whether a connection is about to come, and small requests that wait for it are not too many."""
+        is_coming = self._connecting is not None and not self._dial_is_quiet
+        return is_coming and len(self._parked) < MAX_PARKED_COUNT
+
     def _pick(self) -> ClientConnection | None:
         """The first that is not busy with something large; if all are, the least busy, and one is dialled."""
         for connection in self._connections:
-            if connection.usable and not connection.paused and not connection.receives_large:
+            if connection.usable and not _is_busy(connection):
                 return connection
         usable = self._usable()
         if usable:
             self._extend()
         return min(usable, key=_unsent_bytes, default=None)
+
+    def _least_busy(self) -> ClientConnection | None:
+        """Of those that are there, and lead somewhere."""
+        answering = [connection for connection in self._usable() if not connection.is_stale]
+        return min(answering, key=_unsent_bytes, default=None)
 
     def _pick_for_large(self) -> ClientConnection | None:
         """Not the first, if there is another; one more is dialled for each `max_message_bytes` unsent."""
@@ -229,15 +243,9 @@ class Pool:
         return ClientConnection(self, self.target, self.settings, self.loop, self._buffers)
 
     def _release(self, connection: ClientConnection | None, error: PlaneError) -> None:
-        """The dial is over: what waited for it begins, or ends."""
-        parked, self._parked = self._parked, {}
-        self._parked_bytes = 0
+        """The dial is over: what waited for it begins, there or on a busy connection, or ends."""
+        self._begin_parked(connection or self._least_busy(), error)
         awaiting, self._awaiting = self._awaiting, []
-        for stream in parked:
-            if connection is not None:
-                connection.begin(stream)
-            else:
-                stream.lose(error)
         for connected in awaiting:
             if connected.done():
                 continue
@@ -245,6 +253,15 @@ class Pool:
                 connected.set_result(connection)
             else:
                 connected.set_exception(error)
+
+    def _begin_parked(self, connection: ClientConnection | None, error: PlaneError) -> None:
+        parked, self._parked = self._parked, {}
+        self._parked_bytes = 0
+        for stream in parked:
+            if connection is not None:
+                connection.begin(stream)
+            else:
+                stream.lose(error)
 
     def _note_failed_dial(self) -> None:
         least_s, most_s = REDIAL_PAUSE_S
@@ -305,13 +322,11 @@ class Pool:
     def _pick_for_ping(self) -> ClientConnection | None:
         """One on which a PING does not wait behind large payloads, and that has not gone stale."""
         for connection in self._connections:
-            is_busy = connection.paused or connection.receives_large or connection.is_stale
-            if connection.usable and not is_busy:
+            if connection.usable and not (_is_busy(connection) or connection.is_stale):
                 return connection
         if len(self._connections) < self.settings.pool_size:
             return None
-        answering = [connection for connection in self._usable() if not connection.is_stale]
-        return min(answering, key=_unsent_bytes, default=None)
+        return self._least_busy()
 
     async def _connected(self) -> ClientConnection:
         if self._draining is not None:
@@ -325,9 +340,13 @@ class Pool:
 
     def _note_quiet_dial(self) -> None:
         self._dial_is_quiet = True
+        error = CannotConnect(f"no connection to {self.target.address} yet")
+        busy = self._least_busy()
+        if busy is not None:
+            self._begin_parked(busy, error)
         for stream in tuple(self._parked):
             if stream.sent:  # and lost: it has waited long enough, and others may take it
-                stream.lose(CannotConnect(f"no connection to {self.target.address} yet"))
+                stream.lose(error)
         self._on_quiet(self.target)
 
     def on_quiet(self, connection: ClientConnection) -> None:
@@ -382,11 +401,19 @@ class Pool:
 
     async def aclose(self) -> None:
         """Close everything. Requests under way end with ConnectionLost."""
+        error = ConnectionLost("the client was closed")
+        for stream in tuple(self._parked):
+            stream.lose(error)
         connecting = self._connecting
         if connecting is not None:
             connecting.cancel()
             await asyncio.wait([connecting])
-        self.end(ConnectionLost("the client was closed"))
+        self.end(error)
+
+
+def _is_busy(connection: ClientConnection) -> bool:
+    """Whether a request would wait there, behind a large one or for a large answer."""
+    return connection.paused or connection.receives_large
 
 
 def _unsent_bytes(connection: ClientConnection) -> int:
