@@ -101,6 +101,11 @@ def unpack(payload: bytes | bytearray | memoryview) -> Any:
         raise ValueError(f"not msgpack: {exc!r}") from exc
 
 
+def new_payload_unpacker(size_bytes: int) -> msgpack.Unpacker:
+    """A streaming unpacker for one value of `size_bytes`, with the limits of `unpack`."""
+    return msgpack.Unpacker(max_buffer_size=size_bytes, strict_map_key=False, timestamp=_TIMESTAMPS_AS_FLOATS)
+
+
 def new_unpacker() -> msgpack.Unpacker:
     """A streaming unpacker for frames. It holds about 45 KB, so connections share them.
 

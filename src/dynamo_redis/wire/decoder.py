@@ -3,7 +3,8 @@
 The owner of a socket asks `buffer()` where the next read may go, and says `received(n)` afterwards. Reads go
 into a scratch buffer that all connections of an event loop share, and are fed to a shared msgpack unpacker;
 a connection keeps an unpacker of its own only while it holds a partial frame. The raw bytes of a large
-payload are read straight into their destination.
+payload are read straight into their destination; those of a large packed value are unpacked as they come, so
+that no read holds the event loop for the seconds that millions of objects take.
 
 A frame that announced raw bytes comes out whole, with the value in place of its encoding, behind the size:
 `[DATA_RAW, id, size, value]`. Where the value is over the limit or no msgpack, an `Unusable` stands for it:
@@ -21,7 +22,13 @@ import msgpack
 
 from dynamo_redis.errors import InvalidRequest, Overloaded, PayloadTooLarge, PlaneError, ProtocolViolation
 from dynamo_redis.wire.budget import PayloadBudget, PayloadShare
-from dynamo_redis.wire.codec import MAX_FRAME_BYTES, READ_BYTES, new_unpacker, unpack
+from dynamo_redis.wire.codec import (
+    MAX_FRAME_BYTES,
+    READ_BYTES,
+    new_payload_unpacker,
+    new_unpacker,
+    unpack,
+)
 from dynamo_redis.wire.frame import DATA_RAW, LAST_RAW, OPEN_RAW, Encoding
 
 _RAW_LENGTH: Final = {OPEN_RAW: 7, DATA_RAW: 4, LAST_RAW: 4}
@@ -32,6 +39,9 @@ _NOWHERE: Final = -1
 
 _FIRST_PIECE_BYTES: Final = 8 * 1024
 """How much of a read is unpacked before the rest: behind a large payload's header, that is copied once."""
+
+UNPACKED_AT_ONCE_BYTES: Final = 1 << 20
+"""The largest packed value that is unpacked in one step, once it is whole."""
 
 _KEPT_BLOCK_BYTES: Final = 31 << 20
 
@@ -109,6 +119,10 @@ class _RawPayload:
         """Where the missing bytes go."""
         return self._view[self.received_bytes :]
 
+    def received(self, count: int) -> None:
+        """Take the `count` bytes that were read into `buffer()`."""
+        self.received_bytes += count
+
     def append(self, data: bytes | bytearray | memoryview) -> None:
         """Take bytes that were read elsewhere."""
         end = self.received_bytes + len(data)
@@ -129,6 +143,85 @@ class _RawPayload:
             except (ValueError, RecursionError, MemoryError) as exc:
                 payload = Unusable(InvalidRequest(f"a payload of {self.size_bytes} bytes is broken: {exc}"))
         return [*self._frame, payload]
+
+
+class _PackedPayload:
+    """As `_RawPayload`, for a packed value that is unpacked as its bytes come.
+
+    An unpacker that runs out of data keeps what it has made, and goes on from there.
+    """
+
+    __slots__ = (
+        "_error",
+        "_frame",
+        "_scratch",
+        "_unpacked_bytes",
+        "_unpacker",
+        "_value",
+        "received_bytes",
+        "size_bytes",
+    )
+
+    def __init__(self, frame: list[Any], size_bytes: int, scratch: memoryview) -> None:
+        self._frame = frame
+        self._scratch = scratch
+        self._unpacker: msgpack.Unpacker | None = new_payload_unpacker(size_bytes)
+        self._unpacked_bytes = 0
+        self._value: Any = None
+        self._error: Exception | None = None
+        self.size_bytes = size_bytes
+        self.received_bytes = 0
+
+    @property
+    def stream_id(self) -> int:
+        """See `_RawPayload.stream_id`."""
+        stream_id = self._frame[1]
+        return stream_id if type(stream_id) is int else 0
+
+    def buffer(self) -> memoryview:
+        """Where the next bytes go; they are to be taken before anything else is read."""
+        return self._scratch[: self.size_bytes - self.received_bytes]
+
+    def received(self, count: int) -> None:
+        """Take the `count` bytes that were read into `buffer()`."""
+        self.append(self._scratch[:count])
+
+    def append(self, data: bytes | bytearray | memoryview) -> None:
+        """Unpack on."""
+        self.received_bytes += len(data)
+        unpacker = self._unpacker
+        if unpacker is None or not data:
+            return
+        try:
+            unpacker.feed(data)
+            self._value = unpacker.unpack()
+        except msgpack.OutOfData:
+            return
+        except (ValueError, TypeError, RecursionError, MemoryError, msgpack.UnpackException) as exc:
+            self._error = exc
+        else:
+            self._unpacked_bytes = unpacker.tell()
+        self._unpacker = None
+
+    def release(self) -> None:
+        """Let go of what has been made."""
+        self._unpacker = None
+
+    def finish(self) -> list[Any]:
+        """The whole frame."""
+        self.release()
+        if self._error is None and self._unpacked_bytes == self.size_bytes:
+            return [*self._frame, self._value]
+        if self._error is not None:
+            reason = repr(self._error)
+        else:
+            reason = (
+                f"its value has {self._unpacked_bytes} bytes"
+                if self._unpacked_bytes
+                else "its value does not end"
+            )
+        broken = f"a payload of {self.size_bytes} bytes is broken: not msgpack: {reason}"
+        return [*self._frame, Unusable(InvalidRequest(broken))]
 
 
 class FrameDecoder:
@@ -158,7 +251,7 @@ class FrameDecoder:
         self._unpacker: msgpack.Unpacker | None = None
         self._start = 0  # where the partial frame begins in the unpacker's stream
         self._end = 0  # where the bytes fed to it end
-        self._raw: _RawPayload | None = None
+        self._raw: _RawPayload | _PackedPayload | None = None
         self._skip_bytes = 0
         self._unfinished_count = 0
         self.error: ProtocolViolation | None = None
@@ -205,7 +298,7 @@ class FrameDecoder:
         raw = self._raw
         if raw is None:
             return self.feed(self._buffers.scratch[:count])
-        raw.received_bytes += count
+        raw.received(count)
         if raw.received_bytes < raw.size_bytes:
             return []
         self._raw = None
@@ -304,7 +397,11 @@ class FrameDecoder:
             self._unfinished_count += 1
             self._skip_bytes = size_bytes - len(unpacker.read_bytes(size_bytes))
             return
-        raw = _RawPayload(frame, size_bytes, encoding)
+        raw: _RawPayload | _PackedPayload
+        if encoding == Encoding.MSGPACK and size_bytes > UNPACKED_AT_ONCE_BYTES:
+            raw = _PackedPayload(frame, size_bytes, self._buffers.scratch)
+        else:
+            raw = _RawPayload(frame, size_bytes, encoding)
         self._unfinished_count += 1
         raw.append(unpacker.read_bytes(size_bytes))
         if raw.received_bytes == size_bytes:
@@ -324,7 +421,7 @@ class FrameDecoder:
             "(DYN_TCP_MAX_PAYLOAD_BYTES_IN_FLIGHT)"
         )
 
-    def _finish_raw(self, raw: _RawPayload) -> list[Any]:
+    def _finish_raw(self, raw: _RawPayload | _PackedPayload) -> list[Any]:
         """The whole frame. Who keeps its payload counts it from here on."""
         self.share.give(raw.size_bytes)
         return raw.finish()

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from dynamo_redis.errors import InvalidRequest, PayloadTooLarge, ProtocolViolation
 from dynamo_redis.wire import frame
-from dynamo_redis.wire.codec import MAX_FRAME_BYTES, MAX_INLINE_BYTES, pack, unpack
-from dynamo_redis.wire.decoder import FrameDecoder, ReadBuffers, Unusable
+from dynamo_redis.wire.codec import MAX_FRAME_BYTES, MAX_INLINE_BYTES, READ_BYTES, pack, unpack
+from dynamo_redis.wire.decoder import UNPACKED_AT_ONCE_BYTES, FrameDecoder, ReadBuffers, Unusable
 
 VECTORS = json.loads((Path(__file__).parents[2] / "vectors" / "frames.json").read_text())
 MIB = 1 << 20
@@ -271,3 +271,63 @@ def test_large_bytes_are_not_packed() -> None:
 )
 def test_what_a_raw_payload_costs(size_bytes: int, cost: int) -> None:
     assert frame.raw_cost(size_bytes) == cost
+
+
+# --------------------------------------------------------------------------- large packed values
+
+
+LARGE_VALUES: dict[str, Any] = {
+    "many lists": [[number, "x" * (number % 50)] for number in range(50_000)],
+    "a long string": {"text": "é" * MIB},
+    "bytes within": [b"x" * MIB, {"more": b"y" * 70_000}, None, 1.5, -1, 2**63],
+    "token ids": list(range(400_000)),
+}
+
+
+def raw_of(payload: bytes, size_bytes: int | None = None) -> bytes:
+    return pack([frame.DATA_RAW, 1, len(payload) if size_bytes is None else size_bytes, 0]) + payload
+
+
+@pytest.mark.parametrize("value", LARGE_VALUES.values(), ids=LARGE_VALUES)
+@pytest.mark.parametrize("piece_bytes", [1000, 65_536])
+def test_large_value_is_unpacked_as_it_comes(value: Any, piece_bytes: int) -> None:
+    data = raw_of(pack(value)) + pack([frame.END, 1])
+    frames, made = decode(data, [piece_bytes] * (len(data) // piece_bytes))
+    assert len(pack(value)) > UNPACKED_AT_ONCE_BYTES
+    assert [received[:2] for received in frames] == [[frame.DATA_RAW, 1], [frame.END, 1]]
+    assert frames[0][3] == value
+    assert made.share.held_bytes == 0
+
+
+def test_reads_of_a_large_value_are_short() -> None:
+    """So that none of them holds the event loop for long."""
+    made = decoder()
+    made.feed(memoryview(raw_of(b"", 3 * MIB)))
+    assert 0 < len(made.buffer()) <= READ_BYTES
+
+
+_LARGE = pack([None] * (2 * MIB))
+
+
+@pytest.mark.parametrize(
+    ("payload", "why"),
+    [
+        (_LARGE + b"\xc0", "its value has"),
+        (_LARGE[:-1], "does not end"),
+        (b"\xc1" + _LARGE, "FormatError"),
+        (b"\x91" * 2 * MIB, "StackError"),
+        (b"\x81\x80\xc0" + _LARGE, "TypeError"),
+    ],
+    ids=["more than one", "cut", "no msgpack", "too deep", "a map as key"],
+)
+def test_broken_large_value_costs_its_stream_only(payload: bytes, why: str) -> None:
+    made = decoder()
+    data = memoryview(raw_of(payload) + pack([frame.END, 2]))
+    frames = made.feed(data)
+    assert made.error is None
+    assert [received[:2] for received in frames] == [[frame.DATA_RAW, 1], [frame.END, 2]]
+    broken = frames[0][3]
+    assert isinstance(broken, Unusable)
+    assert isinstance(broken.error, InvalidRequest)
+    assert why in str(broken.error)
+    assert made.share.held_bytes == 0
