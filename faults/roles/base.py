@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from dynamo_redis.config import StoreSettings
-from dynamo_redis.errors import StoreError
+from dynamo_redis.errors import StoreError, StoreUnavailable
+from dynamo_redis.store.registry import RedisRegistry
 from faults.history import Outcome, Recorder
 
 DATA: Final = "data/"
 INSTANCES: Final = "instances/"
+START_AGAIN_S: Final = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,17 @@ class Process:
             lease_ttl_s=orders.ttl_s,
             command_timeout_s=orders.timeout_s,
         )
+
+    async def open_registry(self) -> RedisRegistry:
+        """A registry, as soon as the server answers: on a busy machine it may not do so at once."""
+        registry = RedisRegistry(self.settings())
+        while True:
+            try:
+                await registry.start()
+            except StoreUnavailable:
+                await asyncio.sleep(START_AGAIN_S)
+            else:
+                return registry
 
     def new_value(self) -> str:
         """A value that nobody else writes, ever."""

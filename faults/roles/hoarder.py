@@ -17,8 +17,7 @@ PAUSE_S: Final = 2.0
 
 async def run(process: Process) -> None:
     """Put and get until told to rest, then stay."""
-    registry = RedisRegistry(process.settings())
-    await registry.start()
+    registry = await process.open_registry()
     process.recorder.note("started", role="hoarder", lease=None)
     try:
         while not process.resting.is_set():

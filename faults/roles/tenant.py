@@ -43,8 +43,7 @@ STAY_S: Final = 0.1
 
 async def run(process: Process) -> None:
     """Reserve, release, lead and join until told to rest; then hold what is held."""
-    registry = RedisRegistry(process.settings())
-    await registry.start()
+    registry = await process.open_registry()
     process.recorder.note("started", role="tenant", lease=format_instance_id(registry.lease_id))
     try:
         users = [_User(process, registry) for _ in range(USERS_COUNT)]

@@ -8,7 +8,6 @@ from typing import Final
 
 from dynamo_redis.errors import Compacted
 from dynamo_redis.store.base import Put, Registry, Revision, Watch, WatchBatch
-from dynamo_redis.store.registry import RedisRegistry
 from faults.history import shown
 from faults.roles.base import DATA, INSTANCES, Process
 
@@ -20,8 +19,7 @@ RESUME_S: Final = 2.5
 
 async def run(process: Process) -> None:
     """Watch until the end."""
-    registry = RedisRegistry(process.settings())
-    await registry.start()
+    registry = await process.open_registry()
     process.recorder.note("started", role="watcher", lease=None)
     watcher = _Watcher(process, registry)
     try:

@@ -26,8 +26,7 @@ LOSS_POLL_S: Final = 0.1
 
 async def run(process: Process) -> None:
     """Keep keys until the end; change them until told to rest."""
-    registry = RedisRegistry(process.settings())
-    await registry.start()
+    registry = await process.open_registry()
     process.recorder.note("started", role="worker", lease=format_instance_id(registry.lease_id))
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGUSR2, time.sleep, HANG_TTLS * process.orders.ttl_s)

@@ -10,7 +10,6 @@ from typing import Any, Final
 
 from dynamo_redis.errors import KeyExists, RevisionMismatch
 from dynamo_redis.store.base import Compare, DeleteOp, PutOp, Registry, Revision
-from dynamo_redis.store.registry import RedisRegistry
 from faults.history import Outcome, shown
 from faults.roles.base import DATA, Process
 
@@ -30,8 +29,7 @@ _ACTIONS: Final = {
 
 async def run(process: Process) -> None:
     """Write until told to rest, then stay."""
-    registry = RedisRegistry(process.settings())
-    await registry.start()
+    registry = await process.open_registry()
     process.recorder.note("started", role="writer", lease=None)
     try:
         await asyncio.gather(*(_Client(process, registry).run() for _ in range(CLIENTS_COUNT)))
