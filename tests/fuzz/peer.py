@@ -16,7 +16,7 @@ from dynamo_redis.wire.session import CLIENT_STEPS, SERVER_STEPS, ClientStream, 
 WINDOW: Final = 6
 """The credit that both sides grant at first."""
 
-PATIENCE_S: Final = 5.0
+PATIENCE_S: Final = 30.0
 """How long an answer may take: only a failing run waits so long."""
 
 _TOKEN: Final = 0x7FFF_0001

@@ -404,8 +404,9 @@ async def test_sockets_on_both_sides_send_at_once_and_notice_dead_peers() -> Non
 
 @both_loops
 async def test_idle_connections_wake_nobody_up(many_files: None) -> None:
-    async with running_server() as server:
-        clients = [TcpClient(PlaneSettings.load(keepalive_interval_s=0.1)) for _ in range(300)]
+    patient = {"connect_timeout_s": 60}  # all dial at once
+    async with running_server(**patient) as server:
+        clients = [TcpClient(PlaneSettings.load(keepalive_interval_s=0.1, **patient)) for _ in range(300)]
         await asyncio.gather(*(call(client, target_of(server)) for client in clients))
         assert server.connection_count == len(clients)
         for _ in range(20):  # on a busy machine the last sweeps may take a while

@@ -161,7 +161,7 @@ async def outcome(peer: Peer, *, by_server: bool) -> Outcome:
 
 @asynccontextmanager
 async def serving() -> AsyncIterator[TcpServer]:
-    chosen = PlaneSettings.load(connect_timeout_s=0.3, cancel_grace_s=0)
+    chosen = PlaneSettings.load(connect_timeout_s=1.0, cancel_grace_s=0)
     server = TcpServer(chosen, secret=SECRET, instance_id=INSTANCE)
     await server.start()
 
@@ -198,16 +198,17 @@ async def test_the_server_in_every_state(state: State) -> None:
     async with serving() as server:
         draining: asyncio.Task[None] | None = None
         host, port = server.address.rsplit(":", 1)
-        peers = [Peer(*await asyncio.open_connection(host, int(port))) for _ in FRAMES]
-        for peer, name in zip(peers, FRAMES, strict=True):
-            if state is State.DRAINING:
-                break
-            await _check_server(server, peer, state, name)
-        if state is State.DRAINING:
-            for number, peer in enumerate(peers, 1):
+        peers: list[Peer] = []
+        for number, name in enumerate(FRAMES, 1):
+            peer = Peer(*await asyncio.open_connection(host, int(port)))  # its handshake has little time
+            peers.append(peer)
+            if state is not State.DRAINING:
+                await _check_server(server, peer, state, name)
+            else:
                 await peer.shake(ClientHandshake(SECRET, WINDOW, INSTANCE))
                 peer.send(pack([frame.OPEN, 1, "hang", 0, None, None]))
                 await soon(lambda count=number: server.in_flight_count == count, "it has not come")  # type: ignore[misc]
+        if state is State.DRAINING:
             draining = asyncio.ensure_future(server.drain(60))
             for peer, name in zip(peers, FRAMES, strict=True):
                 assert (await peer.receive() or [])[:3] == [frame.GOAWAY, 0, "draining"]

@@ -196,8 +196,8 @@ async def test_group_asks_for_less_after_a_page_that_never_came(
 ) -> None:
     """A first page on which the link would take longer than the longest exchange."""
     publisher, streams = open_streams(own_redis_server.url, 3.0), open_streams(slow.url, 0.1)
+    await open_streams(own_redis_server.url, 30.0).group(STREAM, "router").create()
     group = streams.group(STREAM, "router")
-    await group.create()
     contents = [content_of(n, MIB // 4) for n in range(10)]
     await publisher.append(STREAM, [NewEntry(content, 1) for content in contents])
     entries: list[Entry] = []
