@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -100,3 +101,17 @@ async def test_nothing_ends_the_keepalive(keepalive: Keepalive, caplog: pytest.L
     assert "could not be renewed" in caplog.text
     step(keepalive, lambda: [b"ok", b"", 1, 0, 0])
     assert 3.9 < keepalive._deadline - keepalive._renew_at < 4.1
+
+
+async def test_a_refused_renewal_is_tried_again_soon(keepalive: Keepalive) -> None:
+    def refuse() -> Any:
+        error = StoreUnavailable("too few replicas")
+        error.answered = True
+        raise error
+
+    for _ in range(20):
+        began_at = time.monotonic()
+        step(keepalive, refuse)
+        assert keepalive._renew_at - began_at < 10.0 / 32 + (time.monotonic() - began_at)
+    keepalive._lease_count = 100_000
+    assert keepalive._refused_retry_s() >= 2.5, "all processes together ask no more than the server bears"
