@@ -403,6 +403,20 @@ async def test_swapped_chunks_are_seen(objects: RedisObjectStore, redis: Redis, 
         await objects.read("b", "n")
 
 
+async def test_list_leaves_out_what_cannot_be_read(
+    objects: RedisObjectStore, redis: Redis, keys: ObjectKeys, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("n", "good", "torn"):
+        await objects.put("b", name, content_of("x"))
+    index = f"{{{keys.prefix}/object}}:names"
+    redis.zadd(index, {b"\xff\xfe": 1, b"no bucket": 1, b"/": 1})
+    redis.set(keys.current, "a string")
+    redis.hset(ObjectKeys(keys.prefix, "b", "torn").current, "size_bytes", "many")
+    assert [info.name for info in await objects.list()] == ["good"]
+    assert caplog.text.count("left out of the list: ") == 5
+    assert f"{keys.current} is a string and should be a hash: `redis-cli DEL" in caplog.text
+
+
 async def test_fetch_starts_over_once(
     objects: RedisObjectStore, redis: Redis, keys: ObjectKeys, tmp_path: Path
 ) -> None:

@@ -44,6 +44,7 @@ from dynamo_redis.router.kv_publisher import KvPublisher
 from dynamo_redis.runtime.handlers import AnyHandler
 from dynamo_redis.runtime.llm_protocol import GenerateItem, GenerateRequest
 from dynamo_redis.runtime.model_files import ModelDirectory
+from dynamo_redis.supervision import Supervisor
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +138,9 @@ class OpenAIEngine:
         await self.wait_until_up()
         await self._introduce()
         await self._look_at_metrics()
-        self._watching = asyncio.create_task(self._watch(), name="engine health and load")
+        self._watching = asyncio.create_task(
+            Supervisor(log, "health and load of the engine").run(self._watch), name="engine health and load"
+        )
         log.info("the engine at %s is %s, its model %s", self._http.url, self._dialect, self._model_name)
 
     async def _introduce(self) -> None:

@@ -28,6 +28,7 @@ from typing import Final
 from dynamo_redis.engines.zmq_sockets import Subscription, replay
 from dynamo_redis.engines.zmq_wire import Cleared, MainGroup, Removed, Stored, decode_batch, split_message
 from dynamo_redis.router.kv_publisher import KvPublisher
+from dynamo_redis.supervision import Supervisor
 
 log = logging.getLogger(__name__)
 
@@ -137,6 +138,7 @@ class RankRelay:
         self._missed = False  # whether it was said that nobody is there
         self._connection_count = 0
         self._verified = False  # whether the engine of this connection is known to be the one of before
+        self._supervisor = Supervisor(log, f"KV events of rank {publisher.dp_rank}")
 
     def close(self) -> None:
         """Give the sockets back. Idempotent."""
@@ -145,17 +147,24 @@ class RankRelay:
     async def run(self) -> None:
         """Follow until cancelled."""
         try:
-            while True:
-                quiet = not await self._subscription.wait(self._idle_s)
-                await self._look_at_connection(quiet=quiet)
-                for _ in range(_TURN_COUNT):
-                    frames = await self._subscription.take()
-                    if frames is None:
-                        break
-                    await self._take(frames)
-                await asyncio.sleep(0)
+            await self._supervisor.run(self._follow)
         finally:
             self.close()
+
+    async def _follow(self) -> None:
+        while True:
+            quiet = not await self._subscription.wait(self._idle_s)
+            await self._look_at_connection(quiet=quiet)
+            for _ in range(_TURN_COUNT):
+                frames = await self._subscription.take()
+                if frames is None:
+                    break
+                try:
+                    await self._take(frames)
+                except Exception as exc:  # noqa: BLE001 - logged, with its traceback
+                    self._supervisor.skip("a message of the engine", exc)
+                    self.begin_anew("malformed", "a message cannot be taken")
+            await asyncio.sleep(0)
 
     # ----------------------------------------------------------------- what arrives
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
@@ -28,6 +28,7 @@ from dynamo_redis.runtime.model_files import (
     read_model_directory,
 )
 from dynamo_redis.runtime.runtime import DistributedRuntime
+from dynamo_redis.supervision import Supervisor
 
 log = logging.getLogger(__name__)
 
@@ -90,9 +91,11 @@ async def serve_engine(
             runtime_config=_runtime_config(engine.capacity, runtime.settings.events.event_plane),
         )
         stack.push_async_callback(runtime.leave, await publish_model(runtime, name, model, card))
-        keeping = keep_model_files(runtime.objects, model, card)
-        await stack.enter_async_context(_running(keeping, f"files of model {model_name}"))
-        await stack.enter_async_context(_running(follow_health(generate, engine), f"health of {name}"))
+        files, health = f"files of model {model_name}", f"health of {name}"
+        await stack.enter_async_context(
+            _running(lambda: keep_model_files(runtime.objects, model, card), files)
+        )
+        await stack.enter_async_context(_running(lambda: follow_health(generate, engine), health))
         log.info("serving model %s at %s, instance %x", model_name, name, runtime.instance_id)
         if on_ready is not None:
             on_ready(f"{model_name} at {name}, instance {runtime.instance_id:x}")
@@ -111,7 +114,7 @@ async def _publish(
     load = LoadPublisher(runtime.events, name.namespace, name.component, runtime.instance_id)
     stack.push_async_callback(load.aclose)
     load.start()
-    await stack.enter_async_context(_running(report_load(engine, load), f"load reports of {name}"))
+    await stack.enter_async_context(_running(lambda: report_load(engine, load), f"load reports of {name}"))
 
 
 async def _serve_beside(
@@ -137,15 +140,9 @@ def _clear_kv_blocks(engine: Engine) -> Callable[[Any], Awaitable[dict[str, Any]
 
 
 @asynccontextmanager
-async def _running(work: Coroutine[Any, Any, None], what: str) -> AsyncIterator[None]:
-    """Do it in a task that ends with the block. If it fails, that is logged, and the block goes on."""
-
-    def report(task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and (failure := task.exception()) is not None:
-            log.error("%s: it goes on without", what, exc_info=failure)
-
-    task = asyncio.create_task(work, name=what)
-    task.add_done_callback(report)
+async def _running(work: Callable[[], Awaitable[None]], what: str) -> AsyncIterator[None]:
+    """Do it in a task that ends with the block. Whenever it fails, that is logged, and it begins again."""
+    task = asyncio.create_task(Supervisor(log, what).run(work), name=what)
     try:
         yield
     finally:

@@ -31,6 +31,7 @@ from dynamo_redis.runtime.client import Client
 from dynamo_redis.runtime.runtime import DistributedRuntime
 from dynamo_redis.store.client import Backoff
 from dynamo_redis.store.event_base import EntryId, StreamName, entry_order
+from dynamo_redis.supervision import Supervisor
 from dynamo_redis.wire.event import EventBatch
 from dynamo_redis.wire.kv_event import KV_EVENTS
 
@@ -102,6 +103,7 @@ class Indexer:
         self._tasks: list[asyncio.Task[None]] = []
         self._has_caught_up = asyncio.Event()
         self._lag: _Lag = (None, None)
+        self._supervisor = Supervisor(log, f"index of {self._stream.path}")
         self._gaps_count = 0
         self._unreadable_count = 0
         self._complained_at = -_COMPLAINT_S
@@ -120,7 +122,7 @@ class Indexer:
         self._members = Members(self._ledger, self._recovery, self._client)
         self._members.start()
         self._spawn(self._follow(), "follow KV events")
-        self._spawn(self._keep(), "keep KV index")
+        self._spawn(self._supervisor.run(self._keep), "keep KV index")
         if self._mode == "stream":
             self._snapshotter.start()
         try:

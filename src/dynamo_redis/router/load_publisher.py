@@ -16,6 +16,7 @@ from typing import Any, Final
 from dynamo_redis.clock import SYSTEM_CLOCK
 from dynamo_redis.errors import StoreError
 from dynamo_redis.store.event_base import EventStreams, StreamName
+from dynamo_redis.supervision import Supervisor
 from dynamo_redis.wire.event import EventBatch, PublisherId
 
 log = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ class LoadPublisher:
         """Begin to publish. Idempotent."""
         if self._task is None:
             name = f"load of {self._namespace}.{self._component}"
-            self._task = asyncio.create_task(self._run(), name=name)
+            self._task = asyncio.create_task(Supervisor(log, name).run(self._run), name=name)
 
     async def aclose(self) -> None:
         """Publish no more. Idempotent."""

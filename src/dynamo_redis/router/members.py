@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from typing import Final
 
 from dynamo_redis.router.ledger import Ledger, Standing
 from dynamo_redis.router.recovery import Recovery
 from dynamo_redis.runtime.client import Client
+from dynamo_redis.supervision import Supervisor
+
+log = logging.getLogger(__name__)
 
 TICK_S: Final = 1.0
 UNLISTED_S: Final = 5.0
@@ -32,11 +36,12 @@ class Members:
         self._unlisted_at: dict[int, float] = {}
         self._begun = False
         self._task: asyncio.Task[None] | None = None
+        self._supervisor = Supervisor(log, "KV workers")
 
     def start(self) -> None:
         """Begin to follow."""
         self._look()
-        self._task = asyncio.create_task(self._follow(), name="follow KV workers")
+        self._task = asyncio.create_task(self._supervisor.run(self._follow), name="follow KV workers")
 
     def begin(self) -> None:
         """The past has been read: who is not listed now is gone; from now on who is not known is asked."""

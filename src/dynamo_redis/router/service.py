@@ -37,6 +37,7 @@ from dynamo_redis.runtime.runtime import DistributedRuntime
 from dynamo_redis.runtime.serving import ServedEndpoint
 from dynamo_redis.runtime.withdrawal import withdraw
 from dynamo_redis.store.base import Registration
+from dynamo_redis.supervision import Supervisor
 from dynamo_redis.wire.event import PublisherId
 
 log = logging.getLogger(__name__)
@@ -97,6 +98,7 @@ class KvRouter:
         self._record: Registration | None = None
         self._served: list[ServedEndpoint] = []
         self._tending: asyncio.Task[None] | None = None
+        self._supervisor = Supervisor(log, f"router of {endpoint}")
         self._closing: list[Callable[[], Awaitable[None]]] = []
         self.block_size = 0
         """Tokens a block. Valid after `start`, as what follows."""
@@ -134,7 +136,9 @@ class KvRouter:
         if self._metrics is not None:
             closes(self._metrics.aclose)
             self._metrics.start()
-        self._tending = asyncio.create_task(self._tend(), name=f"router of {self.endpoint}")
+        self._tending = asyncio.create_task(
+            self._supervisor.run(self._tend), name=f"router of {self.endpoint}"
+        )
         closes(self._stop_tending)
         await asyncio.gather(*starting)
         self._record = await register_router(

@@ -22,6 +22,7 @@ from dynamo_redis.errors import InvalidRecord, LockNotAcquired, ObjectNotFound, 
 from dynamo_redis.router.snapshot import Snapshot, decode_snapshot, encode_snapshot, snapshot_position
 from dynamo_redis.store.base import LOCK_TTL_S, Locks, ObjectStore
 from dynamo_redis.store.event_base import EntryId, EventStreams, StreamName, entry_order
+from dynamo_redis.supervision import Supervisor
 
 log = logging.getLogger(__name__)
 
@@ -161,10 +162,11 @@ class Snapshotter:
         self._done_count = 0
         self._done_at = -SPACING_S
         self._task: asyncio.Task[None] | None = None
+        self._supervisor = Supervisor(log, "KV snapshots")
 
     def start(self) -> None:
         """Begin to look, each `CHECK_S`."""
-        self._task = asyncio.create_task(self._run(), name="store KV snapshots")
+        self._task = asyncio.create_task(self._supervisor.run(self._run), name="store KV snapshots")
 
     async def aclose(self) -> None:
         """Stop. A snapshot that is being stored is given up; the old one stays."""

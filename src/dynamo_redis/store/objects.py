@@ -41,7 +41,14 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from dynamo_redis.config import StoreSettings
-from dynamo_redis.errors import LockLost, ObjectChanged, ObjectNotFound, StoreError, StoreUnavailable
+from dynamo_redis.errors import (
+    LockLost,
+    ObjectChanged,
+    ObjectNotFound,
+    StoreError,
+    StoreRefused,
+    StoreUnavailable,
+)
 from dynamo_redis.store.base import HeldLock, ObjectInfo, ObjectSource, Progress
 from dynamo_redis.store.client import RedisClient
 from dynamo_redis.store.lock_keys import LockKeys
@@ -82,6 +89,10 @@ _REMOVE = load_script("object_remove")
 _FORGET = load_script("object_forget")
 
 T = TypeVar("T")
+
+
+_Pointer = list[bytes | None] | StoreRefused
+"""The values of `INFO_FIELDS`; or the refusal, if the key is of another Redis type."""
 
 
 class RedisObjectStore(WholeReads):
@@ -298,22 +309,26 @@ class RedisObjectStore(WholeReads):
     # ------------------------------------------------------------------ list and remove
 
     async def list(self, bucket: str | None = None) -> list[ObjectInfo]:
-        """As `ObjectStore.list`. An object whose manifest cannot be read is left out, with a warning."""
+        """As `ObjectStore.list`. What cannot be read is left out, with a warning: a name, a manifest."""
         names = await self._client.execute("ZRANGE", self._names, 0, -1, "WITHSCORES")
-        entries = [
-            (ObjectKeys.of_path(self._prefix, path.decode()), path, score)
-            for path, score in zip(names[::2], names[1::2], strict=True)
-        ]
-        entries = [entry for entry in entries if bucket is None or entry[0].bucket == bucket]
+        entries: list[tuple[ObjectKeys, bytes, bytes]] = []
+        for path, score in zip(names[::2], names[1::2], strict=True):
+            try:
+                keys = ObjectKeys.of_path(self._prefix, path.decode())
+            except ValueError as exc:
+                log.warning("left out of the list: %r is not the name of an object: %s", path[:80], exc)
+                continue
+            if bucket is None or keys.bucket == bucket:
+                entries.append((keys, path, score))
         found: list[ObjectInfo] = []
         unused: list[tuple[bytes, bytes]] = []
         for start in range(0, len(entries), _KEYS_A_CALL):
             part = entries[start : start + _KEYS_A_CALL]
-            pointers = await self._client.pipeline(
-                ("HMGET", keys.current, *INFO_FIELDS) for keys, _, _ in part
-            )
+            pointers = await self._pointers([keys for keys, _, _ in part])
             for (keys, path, score), values in zip(part, pointers, strict=True):
                 try:
+                    if isinstance(values, StoreRefused):
+                        raise values
                     info = info_of_fields(values, keys)
                 except StoreError as exc:
                     log.warning("left out of the list: %s", exc)
@@ -324,6 +339,20 @@ class RedisObjectStore(WholeReads):
                     unused.append((path, score))
         await self._forget(unused)
         return sorted(found, key=lambda info: (info.bucket, info.name))
+
+    async def _pointers(self, objects: Sequence[ObjectKeys]) -> Sequence[_Pointer]:
+        """What a listing needs of each pointer; the refusal in place of one that is of another Redis type."""
+        commands = [("HMGET", keys.current, *INFO_FIELDS) for keys in objects]
+        try:
+            return await self._client.pipeline(commands)
+        except StoreRefused:
+            found = []
+            for command in commands:
+                try:
+                    found.append(await self._client.execute(*command))
+                except StoreRefused as exc:
+                    found.append(exc)
+            return found
 
     async def remove(self, bucket: str, name: str) -> bool:
         """As `ObjectStore.remove`. Those who read it can finish. Its name leaves the index later."""

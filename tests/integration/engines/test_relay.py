@@ -308,3 +308,29 @@ async def test_that_nobody_publishes_is_said(caplog: pytest.LogCaptureFixture) -
         assert caplog.text.count("nobody publishes") == 1
     finally:
         await relay.aclose()
+
+
+async def test_relay_goes_on_after_bad_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with server() as engine, following(engine) as (relay, publisher):
+        rubbish: list[object] = [None, [], {}, "x", 1 << 63, {"type": "BlockStored"}, ["BlockStored", {}]]
+        hashes: list[object] = [-1, 1.5, None, [], "x"]
+        rubbish += [root(1) | {"block_hashes": [value]} for value in hashes]
+        rubbish += [root(1) | {"token_ids": [value] * BLOCK_SIZE} for value in (-1, 1 << 63, 1.5, None, "x")]
+        rubbish += [root(1) | {"block_size": value} for value in (0, -1, 1 << 62, True, None)]
+        for event in rubbish:
+            engine.publish([event])
+        engine.publish([root(2)])
+        await until(lambda: names(2) <= set(publisher.blocks()))
+
+        real, failures = publisher.stored, [RuntimeError("a defect")]
+
+        def stored(*args: object, **kwargs: object) -> None:
+            if failures:
+                raise failures.pop()
+            real(*args, **kwargs)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(publisher, "stored", stored)
+        engine.publish([root(3)])
+        engine.publish([root(4)])
+        await until(lambda: names(4) <= set(publisher.blocks()))
+        assert relay.counts["malformed"]
