@@ -1,0 +1,93 @@
+"""A worker whose event loop is busy gives signs of life by a thread, in the clear and under TLS."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from dynamo_redis.config import PlaneSettings
+from dynamo_redis.planes.base import Target
+from dynamo_redis.planes.tcp_client import TcpClient
+from dynamo_redis.planes.tcp_life import ask_for_life
+from dynamo_redis.planes.tcp_server import TcpServer
+from dynamo_redis.wire.handshake import ClientHandshake, is_life_answer, life_question
+from tests.certificates import Authority
+from tests.integration.test_tcp_plane import INSTANCE, SECRET
+
+NONCE = bytes(32)
+R = TypeVar("R")
+
+
+@asynccontextmanager
+async def running(tls: bool, tmp_path: Path) -> AsyncIterator[tuple[TcpServer, PlaneSettings]]:
+    chosen: dict[str, Any] = {}
+    if tls:
+        authority = Authority(tmp_path)
+        chosen = authority.settings(authority.issue("127.0.0.1"))
+    settings = PlaneSettings.load(tcp_host="127.0.0.1", **chosen)
+    server = TcpServer(settings, secret=SECRET, instance_id=INSTANCE)
+    await server.start()
+    try:
+        yield server, settings
+    finally:
+        await server.aclose()
+
+
+def while_the_loop_is_busy(act: Callable[[], R]) -> R:
+    """Let another thread act, and hold the event loop until it is done."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(act).result(60)
+
+
+def exchange(server: TcpServer, data: bytes) -> bytes:
+    host, port = server.address.partition("+")[0].rsplit(":", 1)
+    with socket.create_connection((host, int(port)), timeout=60) as sock:
+        sock.sendall(data)
+        return sock.recv(2048)
+
+
+async def answered(server: TcpServer) -> bool:
+    with suppress(ConnectionError):
+        return await ask_for_life(server.address, SECRET, INSTANCE)
+    return False
+
+
+@pytest.mark.parametrize("tls", [False, True])
+async def test_busy_worker_says_that_it_lives(tls: bool, tmp_path: Path) -> None:
+    async with running(tls, tmp_path) as (server, _):
+        for _ in range(3):
+            answer = while_the_loop_is_busy(lambda: exchange(server, life_question(INSTANCE, NONCE)))
+            assert is_life_answer(answer, SECRET, INSTANCE, NONCE)
+
+
+@pytest.mark.parametrize("tls", [False, True])
+async def test_worker_that_takes_requests_closes_instead(
+    tls: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with running(tls, tmp_path) as (server, _):
+        async with asyncio.timeout(60):
+            while await answered(server):  # the loop was late, and its thread was not
+                pass
+        assert not caplog.records
+
+
+async def test_connection_made_meanwhile_is_served_afterwards(tmp_path: Path) -> None:
+    async with running(False, tmp_path) as (server, settings):
+        host, port = server.address.rsplit(":", 1)
+        with socket.create_connection((host, int(port)), timeout=60) as caller:
+            caller.sendall(ClientHandshake(SECRET, 10, INSTANCE).begin())
+            answer = while_the_loop_is_busy(lambda: exchange(server, life_question(INSTANCE, NONCE)))
+            assert is_life_answer(answer, SECRET, INSTANCE, NONCE)
+            caller.setblocking(False)
+            async with asyncio.timeout(60):
+                assert len(await asyncio.get_running_loop().sock_recv(caller, 1024)) > 32
+        client = TcpClient(settings)
+        await client.probe(Target(INSTANCE, server.address, "any", SECRET), 30)
+        await client.aclose()
