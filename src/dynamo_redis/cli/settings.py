@@ -73,7 +73,8 @@ def describe(group: type[SettingsGroup], options: dict[str, str | None]) -> list
 def _unsecret(value: SecretStr) -> str:
     """A URL without its password; of any other secret, nothing."""
     text = value.get_secret_value()
-    return redact(text) if "://" in text else HIDDEN
+    is_plain = "://" in text and not any(c.isspace() or c in "'\"" for c in text)
+    return redact(text) if is_plain else HIDDEN
 
 
 def _shown(row: dict[str, Any]) -> str:

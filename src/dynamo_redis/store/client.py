@@ -1,7 +1,8 @@
 """Connections to Redis or Valkey.
 
-Everything that this package knows about redis-py is here and in `blocking.py`, and in `server_errors.py` what
-its errors mean. Four kinds of connection, because they wait in different ways:
+Everything that this package knows about redis-py is here and in `blocking.py`, in `redis_url.py` (what it is
+told) and in `server_errors.py` (what its errors mean). Four kinds of connection, because they wait in
+different ways:
 
 - commands (`execute`, `script`, `pipeline`, `scan`): a bounded pool, one deadline a call, no retry. Only
   the caller knows which command may be repeated.
@@ -19,7 +20,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any, Final
@@ -32,11 +32,12 @@ from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from dynamo_redis.errors import ConfigError, StoreError, StoreRefused, StoreUnavailable
+from dynamo_redis.errors import StoreError, StoreRefused, StoreUnavailable
 from dynamo_redis.store.blocking import Argument as Argument
 from dynamo_redis.store.blocking import BlockingConnection
 from dynamo_redis.store.deadline import Deadline, watched_class
 from dynamo_redis.store.key_types import MOST_KEYS_COUNT, describe_wrong_types
+from dynamo_redis.store.redis_url import address, make_connection, parse_url
 from dynamo_redis.store.scripts import Script
 from dynamo_redis.store.server_errors import (
     FAILURES,
@@ -48,7 +49,6 @@ from dynamo_redis.store.server_errors import (
     is_cut_off,
     is_to_be_left,
     keep_replies,
-    one_line,
     reply,
     store_error,
 )
@@ -61,9 +61,6 @@ MAX_CONNECTIONS_COUNT: Final = 32
 CLOSE_TIMEOUT_S: Final = 1.0
 REFUSAL_REPEATED_S: Final = 60.0
 """How often it is said that new connections are refused, while they are for the same reason."""
-
-_UNKNOWN_OPTION: Final = re.compile(r"unexpected keyword argument '(\w+)'")
-"""How Python words it that a connection class does not know an option."""
 
 
 class Backoff:
@@ -100,8 +97,8 @@ class RedisClient:
         self.timeout_s = timeout_s
         self._client_name = client_name
         self._url = url
-        options = _parse(url, redis.asyncio.connection.parse_url)
-        self.address: Final = _address(options)
+        options = parse_url(url, redis.asyncio.connection.parse_url)
+        self.address: Final = address(options)
         pool = _Pool(
             max_connections=MAX_CONNECTIONS_COUNT,
             timeout=timeout_s,
@@ -244,7 +241,7 @@ class RedisClient:
         options = self._async_options(self.timeout_s)
 
         async def connect() -> Any:
-            connection = _make(options)
+            connection = make_connection(options)
             await connection.connect()
             return connection
 
@@ -259,14 +256,14 @@ class RedisClient:
         return await self._subscribe("SUBSCRIBE", (channel,))
 
     async def _subscribe(self, command: str, names: Sequence[str]) -> Subscription:
-        connection = _make(self._async_options(self.timeout_s))
+        connection = make_connection(self._async_options(self.timeout_s))
         subscription = Subscription(self, connection)
         await subscription._start(command, names)
         return subscription
 
     def sync(self, timeout_s: float) -> SyncConnection:
         """A connection for another thread, each step of which waits at most `timeout_s`."""
-        options = _parse(self._url, redis.connection.parse_url) | self._common(timeout_s)
+        options = parse_url(self._url, redis.connection.parse_url) | self._common(timeout_s)
         options |= {"retry": Retry(NoBackoff(), 0), "redis_connect_func": self._greet_sync}
         return SyncConnection(self, redis.ConnectionPool(max_connections=1, **options))
 
@@ -290,7 +287,7 @@ class RedisClient:
         }
 
     def _async_options(self, timeout_s: float) -> dict[str, Any]:
-        options = _parse(self._url, redis.asyncio.connection.parse_url) | self._common(timeout_s)
+        options = parse_url(self._url, redis.asyncio.connection.parse_url) | self._common(timeout_s)
         # Each call has its deadline here. With one of redis-py's it would send through `asyncio.wait_for`,
         # which costs a task a command and, before Python 3.12, can swallow the caller's cancellation.
         options["socket_timeout"] = None
@@ -541,31 +538,6 @@ class _Pool(redis.asyncio.BlockingConnectionPool):
         await super().ensure_connection(connection)
 
 
-def _parse(url: str, parser: Callable[[str], Any]) -> dict[str, Any]:
-    """redis-py's connection options of a URL. Raises ConfigError, which never shows the URL."""
-    try:
-        options: dict[str, Any] = dict(parser(url))
-    except ValueError as exc:
-        raise ConfigError(f"DYN_REDIS_URL: {exc}") from None
-    if options.get("db", 0) != 0:
-        raise ConfigError("DYN_REDIS_URL: only database 0 is used; separate deployments by DYN_REDIS_PREFIX")
-    options.setdefault("connection_class", _default_class(parser))
-    if url.startswith("unix://") and not options.get("path"):
-        raise ConfigError("DYN_REDIS_URL: write unix:///path/of/the/socket")
-    try:
-        _make(options)
-    except (TypeError, ValueError, redis_errors.RedisError) as exc:
-        unknown = _UNKNOWN_OPTION.search(str(exc))
-        reason = f"there is no option {unknown[1]!r}" if unknown else f"they cannot be used: {one_line(exc)}"
-        raise ConfigError(f"DYN_REDIS_URL: its options, behind the `?`: {reason}") from None
-    return options
-
-
-def _default_class(parser: Callable[[str], Any]) -> type:
-    is_async = parser is redis.asyncio.connection.parse_url
-    return redis.asyncio.Connection if is_async else redis.Connection
-
-
 def _last_words(reader: Any) -> ErrorReply | None:
     """The error that a server sent when it ended a connection at once: it has no room for one more, or is in
     protected mode. A write that fails hides it: then it is still in the reader's buffer."""
@@ -578,18 +550,6 @@ def _prepare(connection: Any) -> None:
     keep_replies(connection)
     # No CLIENT SETINFO: it is of no use here, and there are proxies that end a connection for it.
     connection.driver_info = connection.lib_name = connection.lib_version = None
-
-
-def _address(options: dict[str, Any]) -> str:
-    if "path" in options:
-        return str(options["path"])
-    host = str(options.get("host", "localhost"))
-    return f"[{host}]:{options.get('port', 6379)}" if ":" in host else f"{host}:{options.get('port', 6379)}"
-
-
-def _make(options: dict[str, Any]) -> Any:
-    """An unconnected connection of the options' own class."""
-    return options["connection_class"](**{k: v for k, v in options.items() if k != "connection_class"})
 
 
 def _raw(client: Any) -> Any:

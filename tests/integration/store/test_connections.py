@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import shutil
 import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
@@ -301,6 +303,15 @@ async def test_another_major_schema_is_refused_and_a_minor_one_is_not(
         (f"redis://:{QUOTED}@localhost:port", "DYN_REDIS_URL"),
         (f"redis://:{QUOTED}@localhost:6379/3", "only database 0"),
         (f"redis://:{QUOTED}@localhost?no_such_option=1", "there is no option 'no_such_option'"),
+        (f"redis://:{QUOTED}@localhost?ssl_ca_certs=x", "there is no option 'ssl_ca_certs'"),
+        (f"redis://:{QUOTED}@localhost?socket_keepalive=yes&socket_timeout=x", "'socket_timeout'"),
+        (f"redis://:{QUOTED}@localhost:6379/cache", "only a database"),
+        (f"redis://:{QUOTED}@::1:6379", "[::1]:6379"),
+        (f"redis://:{QUOTED}@a:6379,b:6379", "several servers"),
+        (f"rediss://:{QUOTED}@localhost?ssl_ca_certs=/no/such/ca.pem", "there is no file /no/such/ca.pem"),
+        (f"rediss://:{QUOTED}@localhost?ssl_certfile=/no/such.crt&ssl_keyfile=/x", "no file /no/such.crt"),
+        (f"rediss://:{QUOTED}@localhost?ssl_ca_certs={__file__}", "certificates (PEM)"),
+        (f"rediss://:{QUOTED}@localhost?ssl_cert_reqs=CERT_NONE", "required, optional or none"),
         ("unix://", "DYN_REDIS_URL"),
     ],
 )
@@ -310,6 +321,37 @@ async def test_a_url_that_cannot_be_used_is_a_config_error(url: str, says: str) 
     assert says in str(error.value)
     assert QUOTED not in str(error.value)
     assert SECRET not in str(error.value)
+
+
+@pytest.mark.parametrize("user", ["", "default"])
+@pytest.mark.parametrize("rest", ["@127.0.0.1:6379", "@127.0.0.1:6379/0", "@[::1]:6379"])
+@pytest.mark.parametrize(
+    "password",
+    [
+        "Hunter#2", "57#Wc903z", "Hunter/2pass", "57/Wc903z", "Hunter?2pass", "57?Wc903z", "57?x=Wc903z",
+        "Hunt[er2", "S3cr#et/9?@:%z w",
+    ],
+)  # fmt: skip
+def test_a_password_that_breaks_a_url_is_not_shown(user: str, password: str, rest: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        RedisClient(f"redis://{user}:{password}{rest}", timeout_s=1.0)
+    said = str(error.value)
+    assert "# as %23, / as %2F, ? as %3F" in said
+    for piece in re.findall(r"[A-Za-z0-9]{2,}", password):
+        assert piece not in said
+
+
+@pytest.mark.parametrize("password", ["S3cr#et/9?@:%z w", "p@ss", "a=b&c", "[x]"])
+def test_an_encoded_password_is_taken(password: str) -> None:
+    for url in (
+        f"redis://:{quote(password, safe='')}@127.0.0.1:6379",
+        f"redis://default:{quote(password, safe='')}@127.0.0.1:6379/0",
+        f"redis://127.0.0.1:6379/0?password={quote(password, safe='')}",
+        f"  redis://:{quote(password, safe='')}@127.0.0.1:6379\n",
+    ):
+        client = RedisClient(url, timeout_s=1.0)
+        assert client.address == "127.0.0.1:6379"
+        assert client._pool.connection_kwargs["password"] == password
 
 
 async def test_a_unix_socket_works(tmp_path: Path, dynamo_redis_prefix: str) -> None:
