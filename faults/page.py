@@ -50,7 +50,7 @@ _PROMISES: Final = {
     "full": "reads, deletes, watches and new readers are served; no lease ends",
     "misconf": "reads, watches and new readers are served; no lease ends",
     "lonely": "reads, watches and new readers are served; no lease ends",
-    "rubbish": "it is passed over, and all is served; in the log, as a wipe",
+    "rubbish": "it is passed over, and all is served",
     "slow-large": "every call is served; no lease ends",
     "mixed": "all of this at once",
 }

@@ -43,7 +43,7 @@ QUIET_TIMEOUT_S: Final = 25.0
 QUIET_S: Final = 1.2
 """Everything must agree, and nothing change, for so long."""
 
-JOIN_TIMEOUT_S: Final = 15.0
+JOIN_TIMEOUT_S: Final = 30.0
 """Longest wait for a process that is started while a fault lasts."""
 
 _SIGN_OF_LIFE: Final = {"watcher": "watch", "frontend": "started", "engine": "started"}

@@ -8,9 +8,10 @@ from typing import Any, Final
 import httpx
 
 from dynamo_redis.config import FrontendSettings
+from dynamo_redis.errors import StoreUnavailable
 from dynamo_redis.frontend.server import serve_frontend
 from dynamo_redis.names import format_instance_id
-from dynamo_redis.runtime import DistributedRuntime
+from dynamo_redis.runtime import Client, DistributedRuntime
 from faults.chats import ChatFailed, chat
 from faults.history import Outcome
 from faults.roles.base import Process
@@ -68,10 +69,19 @@ async def _talk(process: Process, http: httpx.AsyncClient) -> None:
         await process.pause()
 
 
+async def _open_client(runtime: DistributedRuntime) -> Client:
+    """As soon as the server answers: on a busy machine it may not do so at once."""
+    while True:
+        try:
+            return await runtime.endpoint(ENDPOINT).client()
+        except StoreUnavailable:
+            await asyncio.sleep(LOOK_EVERY_S)
+
+
 async def _note_members(process: Process, runtime: DistributedRuntime) -> None:
     """Write down which instances a user sees, whenever that changes."""
     known: list[str] = []
-    client = await runtime.endpoint(ENDPOINT).client()
+    client = await _open_client(runtime)
     while True:
         ids = [format_instance_id(instance_id) for instance_id in client.instance_ids()]
         if ids != known:

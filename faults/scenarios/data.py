@@ -8,7 +8,7 @@ from typing import Final
 from dynamo_redis.errors import StoreError
 from dynamo_redis.store.keys import STRUCTURES, RegistryKeys
 from faults.oracles.served import EVERYTHING
-from faults.run import PREFIX, Loses, Run, Scenario
+from faults.run import PREFIX, Run, Scenario
 from faults.scenarios.crashes import KEPT_TTL_S, again_and_again
 from faults.servers import Word
 
@@ -69,8 +69,7 @@ _RUBBISH: Final[dict[str, list[tuple[Word, ...]]]] = {
 async def litter(run: Run) -> None:
     """Somebody writes rubbish into one of the registry's structures, and leaves it there."""
     where = run.rng.choice(list(_RUBBISH))
-    loses: Loses | None = "data" if where == "log" else None
-    async with run.fault("rubbish", loses=loses, serves=EVERYTHING, where=where):
+    async with run.fault("rubbish", serves=EVERYTHING, where=where):
         commands = [
             (command, _KEYS.structure(str(name)), *words) for command, name, *words in _RUBBISH[where]
         ]
@@ -108,6 +107,7 @@ SCENARIOS = (
         "rubbish written into the registry's own keys",
         again_and_again(litter, 0.1, 0.6),
         keeps_leases=True,
+        ttl_s=KEPT_TTL_S,
     ),
     Scenario(
         "save",
