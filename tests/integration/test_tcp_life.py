@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
+import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,13 +28,15 @@ R = TypeVar("R")
 
 
 @asynccontextmanager
-async def running(tls: bool, tmp_path: Path) -> AsyncIterator[tuple[TcpServer, PlaneSettings]]:
+async def running(
+    tls: bool, tmp_path: Path, *, loop_stall_s: float = 0.0
+) -> AsyncIterator[tuple[TcpServer, PlaneSettings]]:
     chosen: dict[str, Any] = {}
     if tls:
         authority = Authority(tmp_path)
         chosen = authority.settings(authority.issue("127.0.0.1"))
     settings = PlaneSettings.load(tcp_host="127.0.0.1", **chosen)
-    server = TcpServer(settings, secret=SECRET, instance_id=INSTANCE)
+    server = TcpServer(settings, secret=SECRET, instance_id=INSTANCE, loop_stall_s=loop_stall_s)
     await server.start()
     try:
         yield server, settings
@@ -43,12 +47,12 @@ async def running(tls: bool, tmp_path: Path) -> AsyncIterator[tuple[TcpServer, P
 def while_the_loop_is_busy(act: Callable[[], R]) -> R:
     """Let another thread act, and hold the event loop until it is done."""
     with ThreadPoolExecutor(1) as pool:
-        return pool.submit(act).result(60)
+        return pool.submit(act).result(120)
 
 
-def exchange(server: TcpServer, data: bytes) -> bytes:
+def exchange(server: TcpServer, data: bytes, timeout_s: float = 60) -> bytes:
     host, port = server.address.partition("+")[0].rsplit(":", 1)
-    with socket.create_connection((host, int(port)), timeout=60) as sock:
+    with socket.create_connection((host, int(port)), timeout=timeout_s) as sock:
         sock.sendall(data)
         return sock.recv(2048)
 
@@ -91,3 +95,61 @@ async def test_connection_made_meanwhile_is_served_afterwards(tmp_path: Path) ->
         client = TcpClient(settings)
         await client.probe(Target(INSTANCE, server.address, "any", SECRET), 30)
         await client.aclose()
+
+
+def ask_until_silent(server: TcpServer) -> None:
+    """Ask once, and again until there is no answer within 2 s."""
+    question = life_question(INSTANCE, NONCE)
+    assert is_life_answer(exchange(server, question), SECRET, INSTANCE, NONCE)
+    deadline = time.monotonic() + 60
+    with suppress(TimeoutError):
+        while time.monotonic() < deadline:
+            exchange(server, question, timeout_s=2)
+    assert time.monotonic() < deadline
+
+
+async def test_worker_that_hangs_for_good_stops_answering(tmp_path: Path) -> None:
+    async with running(False, tmp_path, loop_stall_s=1.0) as (server, _):
+        for _ in range(2):  # the second time: a loop that came back is spoken for again
+            while_the_loop_is_busy(lambda: ask_until_silent(server))
+            await until_it_runs(server)
+
+
+async def until_it_runs(server: TcpServer) -> None:
+    """Wait until the event loop has taken in what the thread had handed on."""
+    async with asyncio.timeout(60):
+        while await answered(server) or server.connection_count:
+            await asyncio.sleep(0.01)
+
+
+async def test_silent_callers_do_not_keep_the_thread_from_answering(tmp_path: Path) -> None:
+    async with running(False, tmp_path) as (server, _):
+        assert while_the_loop_is_busy(lambda: answered_beside(server, silent_count=300))
+
+
+def answered_beside(server: TcpServer, silent_count: int) -> bool:
+    """Whether a question is answered while so many callers say nothing."""
+    host, port = server.address.rsplit(":", 1)
+    with ExitStack() as silent:
+        for _ in range(silent_count):
+            silent.enter_context(socket.create_connection((host, int(port)), timeout=60))
+        return is_life_answer(exchange(server, life_question(INSTANCE, NONCE)), SECRET, INSTANCE, NONCE)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+async def test_thread_ends_although_a_forked_child_lives(tmp_path: Path) -> None:
+    async with running(False, tmp_path) as (server, _):
+        assert server._life is not None
+        blocked, unblock = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(unblock)
+            os.read(blocked, 1)
+            os._exit(0)
+        try:
+            await server.aclose()
+            assert not server._life._thread.is_alive()
+        finally:
+            os.close(unblock)
+            os.close(blocked)
+            os.waitpid(child, 0)

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 import dynamo_redis
-from dynamo_redis.config import StoreSettings
+from dynamo_redis.cli.settings import describe
+from dynamo_redis.config import OpenAIEngineSettings, StoreSettings
 from dynamo_redis.engines.openai_http import EngineHttp
 from dynamo_redis.names import EndpointName, InstanceId
 from dynamo_redis.planes.base import Target
@@ -22,6 +23,7 @@ from dynamo_redis.store.key_value import OwnedPut
 SECRET = b"the secret of an instance, 32 by"
 PASSWORD = "hunter2"
 URL = f"redis://user:{PASSWORD}@127.0.0.1:6379"
+ENGINE_URL = f"http://user:{PASSWORD}@127.0.0.1:8001/v1"
 
 HOLDS_SECRETS = re.compile(r"secret|password|api_key|^env$|redis_url|^value$")
 HARMLESS = {
@@ -73,6 +75,7 @@ def test_values_made_from_a_secret_do_not_show_it(instance: Instance) -> None:
         OwnedPut("k", instance.to_bytes()),
         Settings.load(redis_url=URL),
         StoreSettings.load(redis_url=URL),
+        OpenAIEngineSettings.load(engine_url=ENGINE_URL),
     ]
     for value in values:
         for text in (repr(value), str(value), f"{value}"):
@@ -82,5 +85,20 @@ def test_values_made_from_a_secret_do_not_show_it(instance: Instance) -> None:
 
 
 def test_engine_is_shown_without_its_password() -> None:
-    engine = EngineHttp(f"http://user:{PASSWORD}@127.0.0.1:8001/v1", None, 1.0)
+    engine = EngineHttp(ENGINE_URL, None, 1.0)
     assert engine.url == "http://127.0.0.1:8001"
+
+
+def test_wrong_engine_address_is_named_without_its_password() -> None:
+    with pytest.raises(ValueError, match="not an HTTP address") as raised:
+        EngineHttp(f"user:{PASSWORD}@127.0.0.1:8001", None, 1.0)
+    assert PASSWORD not in str(raised.value)
+
+
+def test_settings_command_masks_the_password_of_an_engine() -> None:
+    (row,) = [
+        row
+        for row in describe(OpenAIEngineSettings, {"engine_url": ENGINE_URL})
+        if "engine_url" in row["option"].replace("-", "_")
+    ]
+    assert row["value"] == "http://user:***@127.0.0.1:8001/v1"

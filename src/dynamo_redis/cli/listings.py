@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import click
@@ -90,7 +90,7 @@ class _Found:
 
     key: str
     instance: Instance | InvalidRecord
-    value: bytes | None = None
+    value: bytes | None = field(default=None, repr=False)  # holds the instance's secret
 
 
 def _instance(record: Record) -> _Found:

@@ -132,6 +132,8 @@ def _shown(field: FieldInfo, default: object) -> str:
         return human_size(default)
     if isinstance(default, float):
         return f"{default:g} {unit}".strip()
+    if isinstance(default, SecretStr):  # a default is in the code, and no secret
+        return default.get_secret_value()
     return f"{default} {unit}".strip()
 
 

@@ -85,8 +85,8 @@ class MockEngineSettings(SettingsGroup):
 class OpenAIEngineSettings(SettingsGroup):
     """An OpenAI-compatible engine behind a worker: where it is, and how it tells of its KV cache."""
 
-    engine_url: str = setting(
-        "DYN_ENGINE_URL", "http://127.0.0.1:8001", "Address of the engine's HTTP server."
+    engine_url: SecretStr = setting(
+        "DYN_ENGINE_URL", SecretStr("http://127.0.0.1:8001"), "Address of the engine's HTTP server."
     )
     engine_model: str | None = setting(
         "DYN_ENGINE_MODEL", None, "The model's name at the engine. Unset: the first that it lists."

@@ -36,7 +36,7 @@ class StoreSettings(SettingsGroup):
     loop_stall_s: Duration = setting(
         "DYN_LOOP_STALL_S",
         120.0,
-        "A process whose event loop hangs for so long gives up its lease; 0: never.",
+        "A process whose event loop hangs for so long gives up its lease and its requests; 0: never.",
         unit="s",
     )
     command_timeout_s: Annotated[Duration, Field(gt=0)] = setting(

@@ -69,7 +69,8 @@ class OpenAIEngine:
         secret = settings.engine_api_key
         api_key = None if secret is None else secret.get_secret_value()
         try:
-            self._http = EngineHttp(settings.engine_url, api_key, settings.engine_connect_timeout_s)
+            url = settings.engine_url.get_secret_value()
+            self._http = EngineHttp(url, api_key, settings.engine_connect_timeout_s)
         except ValueError as exc:
             raise ConfigError(f"DYN_ENGINE_URL: {exc}") from exc
         if settings.kv_replay_endpoint and not settings.kv_events_endpoint:

@@ -34,7 +34,8 @@ class EngineHttp:
         """`url` is the server's root, with or without `/v1`. Raises ValueError if it is no HTTP URL."""
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"{url!r} is not an HTTP address: write for example http://127.0.0.1:8001")
+            shown = url.rpartition("@")[2]  # a user and password may stand before it
+            raise ValueError(f"{shown!r} is not an HTTP address: write for example http://127.0.0.1:8001")
         self._root = url.rstrip("/").removesuffix("/v1")
         self.url = self._root.replace(parts.netloc, parts.netloc.rpartition("@")[2], 1)
         """For showing: without a user and password."""

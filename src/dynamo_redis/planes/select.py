@@ -18,16 +18,20 @@ def make_server(
     secret: bytes | None,
     instance_id: int,
     redis_url: str | None = None,
+    loop_stall_s: float = 0.0,
 ) -> RequestPlaneServer:
     """The server of the plane that `DYN_REQUEST_PLANE` names. Raises ConfigError.
 
     `secret` is the instance's, which callers must prove; None where `DYN_PLANE_AUTH` is off. `redis_url`
     is where this process finds Redis, if anywhere: it decides which address is advertised when the settings
-    do not say (loopback without a Redis, or for one on a unix socket).
+    do not say (loopback without a Redis, or for one on a unix socket). `loop_stall_s` is how long the event
+    loop may hang before callers take the process for dead; 0: for ever.
     """
     _check_plane(settings)
     redis_host = urlsplit(redis_url).hostname if redis_url else None
-    return TcpServer(settings, secret=secret, instance_id=instance_id, redis_host=redis_host)
+    return TcpServer(
+        settings, secret=secret, instance_id=instance_id, redis_host=redis_host, loop_stall_s=loop_stall_s
+    )
 
 
 def make_client(

@@ -4,13 +4,15 @@ A handler may hold the event loop for seconds, and then the loop answers no PING
 listening sockets. A connection that the loop has not taken in for `_PATIENCE_S` is taken in by the thread: if
 it asks for a sign of life, the thread answers, else the loop gets it later. A loop that takes such a
 connection in by itself is not busy, and closes it: it answers PINGs. A process that is stopped, or whose
-interpreter is held by C code, runs no thread either, and answers nothing.
+interpreter is held by C code, runs no thread either, and answers nothing. A loop that hangs for
+`DYN_LOOP_STALL_S` will not come back: the thread answers no more, and callers take the process for dead.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import secrets
 import selectors
 import socket
@@ -33,8 +35,6 @@ from dynamo_redis.wire.handshake import (
 _PATIENCE_S: Final = 0.25
 """How long the event loop may take to accept a connection, and a caller to say what it wants, before the
 thread acts in their place."""
-_MAX_TAKEN_COUNT: Final = 256
-"""Connections that the thread has taken in and the event loop has not: the others stay in the backlog."""
 _JOIN_S: Final = 2.0
 
 Answer = Callable[[socket.socket], bool]
@@ -49,13 +49,22 @@ class LifeThread:
         listening: list[socket.socket],
         answer: Answer,
         on_socket: Callable[[socket.socket], None],
+        *,
+        max_taken_count: int,
+        loop_stall_s: float,
     ) -> None:
         """`answer` answers and closes a connection that asks for a sign of life, and is called on the thread;
-        `on_socket` gets all others, on the event loop."""
+        `on_socket` gets all others, on the event loop. Of these the thread takes in `max_taken_count` at most
+        that the event loop has not; further ones stay in the backlog. For a loop that has hung for
+        `loop_stall_s` it answers no more (0: it always answers)."""
         self._loop = loop
         self._listening = listening
         self._answer = answer
         self._on_socket = on_socket
+        self._max_taken_count = max_taken_count
+        self._loop_stall_s = loop_stall_s or math.inf
+        self._busy_since: float | None = None
+        """When the thread first acted in place of the event loop, which has not run since."""
         self._taken_count = 0  # counted on the thread
         self._handed_on_count = 0  # counted on the event loop
         self._variables = copy_context()
@@ -66,6 +75,7 @@ class LifeThread:
     def close(self) -> None:
         """End the thread. Call it before the listening sockets are closed. Idempotent."""
         if self._waker.fileno() >= 0:
+            self._waker.shutdown(socket.SHUT_RDWR)  # `close` alone would leave it to a forked child's copy
             self._waker.close()
             self._thread.join(_JOIN_S)
 
@@ -100,7 +110,7 @@ class LifeThread:
         """Take in what the event loop has left."""
         taken: list[socket.socket] = []
         with contextlib.suppress(OSError):  # nothing is left, or no file for it: the loop complains of that
-            while self._taken_count - self._handed_on_count < _MAX_TAKEN_COUNT:
+            while self._taken_count - self._handed_on_count < self._max_taken_count:
                 sock, _ = listening.accept()
                 sock.setblocking(False)
                 self._taken_count += 1
@@ -109,12 +119,20 @@ class LifeThread:
 
     def _decide(self, sock: socket.socket) -> None:
         try:
-            if self._answer(sock):
+            if self._busy_since is None:
+                self._busy_since = time.monotonic()
+                self._loop.call_soon_threadsafe(self._note_turn, context=self._variables)
+            hangs = time.monotonic() - self._busy_since > self._loop_stall_s
+            if not hangs and self._answer(sock):
                 self._taken_count -= 1
             else:
                 self._loop.call_soon_threadsafe(self._hand_on, sock, context=self._variables)
         except RuntimeError:  # the event loop has ended
             sock.close()
+
+    def _note_turn(self) -> None:
+        """The event loop runs."""
+        self._busy_since = None
 
     def _hand_on(self, sock: socket.socket) -> None:
         self._handed_on_count += 1

@@ -55,9 +55,11 @@ class TcpServer:
         secret: bytes | None,
         instance_id: int,
         redis_host: str | None = None,
+        loop_stall_s: float = 0.0,
     ) -> None:
         """`redis_host` is where this process finds Redis (None for a unix socket): it decides which address
-        is advertised when the settings do not say. `secret` is None where `DYN_PLANE_AUTH` is off.
+        is advertised when the settings do not say. `secret` is None where `DYN_PLANE_AUTH` is off. Once the
+        event loop has hung for `loop_stall_s`, the process gives no sign of life (0: it always does).
         Raises ConfigError for TLS files that cannot be used."""
         self._settings = settings
         self._tls = make_tls(settings, "server")
@@ -65,6 +67,7 @@ class TcpServer:
         self._secret = secret
         self._instance_id = instance_id
         self._redis_host = redis_host
+        self._loop_stall_s = loop_stall_s
         self._buffers = ReadBuffers(settings.max_payload_in_flight_bytes)
         self._listener: Listener | None = None
         self._life: LifeThread | None = None
@@ -132,7 +135,14 @@ class TcpServer:
             )
         except OSError as exc:
             raise ConfigError(_explain(exc, binding.listen_host, settings.tcp_port)) from exc
-        self._life = LifeThread(self._loop, self._listener.sockets, self._answer_question, self._on_socket)
+        self._life = LifeThread(
+            self._loop,
+            self._listener.sockets,
+            self._answer_question,
+            self._on_socket,
+            max_taken_count=self._max_shaking_count,
+            loop_stall_s=self._loop_stall_s,
+        )
         port = settings.tcp_advertise_port or self._listener.port
         self._address = format_address(binding.advertise_host, port) + (self._tls.mark if self._tls else "")
 

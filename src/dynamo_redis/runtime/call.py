@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Collection
 from typing import Any, Self
 
 from dynamo_redis.errors import (
     AuthenticationFailed,
     ConnectionLost,
+    DeadlineExceeded,
     NoInstances,
     NotAccepted,
     Overloaded,
     PeerSilent,
     PlaneError,
+    RequestCancelled,
 )
 from dynamo_redis.planes.base import ResponseStream
-from dynamo_redis.planes.context import Context
+from dynamo_redis.planes.context import Context, Strength
 from dynamo_redis.runtime.annotated import Annotated
 from dynamo_redis.runtime.discovery import Member
 from dynamo_redis.runtime.dispatch import Dispatcher
@@ -197,17 +200,46 @@ class Call:
             raise RuntimeError("an answer has one reader")
         failures.searching = True
         try:
-            following = await self._find_another(error, failures)
-            was_closed = self._error is None
+            following = await self._find_another_in_time(error, failures)
+            if self._error is None:  # the call was closed meanwhile
+                self._pass_over()
+                return
             if following is None:
                 self._error = None
                 raise error
             self._open(following)
-            if was_closed:
-                await self.aclose()
         finally:
             failures.searching = False
             del error  # else its traceback would keep it, by this frame
+
+    async def _find_another_in_time(self, error: PlaneError, failures: _Failures) -> Member | None:
+        """As `_find_another`, until the context ends the request: then raise DeadlineExceeded, or
+        RequestCancelled if it is stopped or killed."""
+        context = self._context
+        if context is None:
+            return await self._find_another(error, failures)
+        limit = asyncio.timeout(context.remaining_s())
+
+        def end_now(_: Strength) -> None:
+            if not limit.expired():
+                limit.reschedule(asyncio.get_running_loop().time())
+
+        try:
+            async with limit:
+                unsubscribe = context.on_cancel(end_now)
+                try:
+                    return await self._find_another(error, failures)
+                finally:
+                    unsubscribe()
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            self._error = None
+            if context.is_stopped():
+                raise RequestCancelled("the request was cancelled before it was sent again") from error
+            raise DeadlineExceeded("the request's deadline passed") from error
+        finally:
+            del error  # as in `_send_again`
 
     async def _find_another(self, error: PlaneError, failures: _Failures) -> Member | None:
         """The instance that gets the request next: after an old secret the same one, if it has a new one."""

@@ -383,6 +383,7 @@ class DistributedRuntime:
                     instance_id=self.instance_id,
                     secret=self._secret,
                     redis_url=self._redis_url,
+                    loop_stall_s=self.settings.store.loop_stall_s,
                 )
                 await server.start()
                 self._server = server

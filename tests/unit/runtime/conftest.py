@@ -88,11 +88,12 @@ class ScriptedStream:
 
 
 class ScriptedPlane:
-    """A request plane without a network. `scripts` and `alive` say how each instance behaves."""
+    """A request plane without a network. `scripts`, `alive` and `hanging` say how each instance behaves."""
 
     def __init__(self) -> None:
         self.scripts: dict[int, list[Any]] = {}
         self.alive: dict[int, bool] = {}
+        self.hanging: set[int] = set()
         self.unconnected: set[int] = set()
         self.opened: list[tuple[int, Any]] = []
         self.failed: list[tuple[int, Exception]] = []
@@ -115,6 +116,8 @@ class ScriptedPlane:
     async def probe(self, target: Target, timeout_s: float) -> None:
         self.probed.append(target.instance_id)
         await asyncio.sleep(0)
+        if target.instance_id in self.hanging:
+            await asyncio.Event().wait()
         if not self.alive.get(target.instance_id, True):
             raise CannotConnect("refused")
 

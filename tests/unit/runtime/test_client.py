@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from random import Random
 from typing import Any
 
@@ -23,6 +24,7 @@ from dynamo_redis.errors import (
     Overloaded,
     PeerSilent,
     PlaneError,
+    RequestCancelled,
 )
 from dynamo_redis.planes.context import Context
 from dynamo_redis.runtime.annotated import Annotated
@@ -246,3 +248,52 @@ async def test_modes(bench: Bench) -> None:
     client = bench.client
     for call in (client.random, client.p2c, client.least_loaded, client.generate):
         assert await collect(await call("q", annotated=False)) in ([1], [2])
+
+
+async def search_after_a_loss(bench: Bench, context: Context) -> asyncio.Task[list[Any]]:
+    """Let a call lose its instance, and hang in the probe of the next one."""
+    bench.register(1, 2)
+    bench.plane.scripts = {number: [ConnectionLost("it broke")] for number in (1, 2)}
+    bench.plane.hanging = {1, 2}
+    call = await bench.client.round_robin("q", annotated=False, context=context)
+    reading = asyncio.create_task(collect(call))
+    async with asyncio.timeout(30):
+        while not bench.plane.probed:
+            await asyncio.sleep(0)
+    return reading
+
+
+async def test_deadline_ends_the_search_for_another_instance(bench: Bench) -> None:
+    context = Context(deadline=time.monotonic() + 0.2)
+    reading = await search_after_a_loss(bench, context)
+    with pytest.raises(DeadlineExceeded):
+        await asyncio.wait_for(reading, 30)
+    assert len(bench.plane.opened) == 1
+    assert loads(bench) == [(0, 0)] * 2
+
+
+@pytest.mark.parametrize("end", [Context.stop_generating, Context.kill])
+async def test_cancelling_ends_the_search_for_another_instance(
+    bench: Bench, end: Callable[[Context], None]
+) -> None:
+    context = Context()
+    reading = await search_after_a_loss(bench, context)
+    end(context)
+    context.kill()
+    with pytest.raises(RequestCancelled):
+        await asyncio.wait_for(reading, 30)
+    assert len(bench.plane.opened) == 1
+
+
+async def test_closed_call_is_sent_to_no_other_instance(bench: Bench) -> None:
+    bench.register(1, 2)
+    bench.plane.scripts = {number: [ConnectionLost("it broke")] for number in (1, 2)}
+    call = await bench.client.round_robin("q", annotated=False)
+    reading = asyncio.create_task(collect(call))
+    async with asyncio.timeout(30):
+        while not bench.plane.probed:
+            await asyncio.sleep(0)
+    await call.aclose()
+    assert await asyncio.wait_for(reading, 30) == []
+    assert len(bench.plane.opened) == 1
+    assert loads(bench) == [(0, 0)] * 2
