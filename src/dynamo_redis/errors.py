@@ -83,11 +83,13 @@ class StoreError(DynamoRedisError):
     """Base of what the registry, the lock and the object store raise.
 
     `answered`: Redis answered, with an error. Then nothing was written, unless a script failed in its middle.
+    `answer_code`: that error's code as the server sent it, WRONGTYPE for example; "" where it did not answer.
     `refuses_writes`: it takes no writes at present, whose they may be, and will again.
     """
 
     code = "store"
     answered = False
+    answer_code = ""
     refuses_writes = False
 
 

@@ -379,7 +379,7 @@ class RedisClient:
 
     async def named(self, error: StoreError, keys: Sequence[Argument]) -> StoreError:
         """The same refusal, with the key of a wrong type if that is why, and the command that mends it."""
-        if "(WRONGTYPE" not in str(error):
+        if error.answer_code != "WRONGTYPE":
             return error
         found: dict[str, str] = {}
         try:
@@ -393,7 +393,7 @@ class RedisClient:
         if not described:
             return error
         named = type(error)(f"Redis at {self.address}: {described}")
-        named.answered = error.answered
+        named.answered, named.answer_code = error.answered, error.answer_code
         return named
 
     def error(self, exc: BaseException, command: Argument = "") -> StoreError:
@@ -409,7 +409,8 @@ class RedisClient:
         error = store_error(exc, self.address, stranger=stranger, command=str(command))
         text = reply(exc)
         error.answered = text is not None
-        error.refuses_writes = text is not None and text.partition(" ")[0] in WRITE_REFUSALS
+        error.answer_code = (text or "").partition(" ")[0]
+        error.refuses_writes = error.answer_code in WRITE_REFUSALS
         return error
 
 

@@ -44,4 +44,7 @@ def describe_wrong_types(found: dict[str, str]) -> str:
         return ""
     parts = [f"{key} is a {kind} and should be a {wanted}" for key, (kind, wanted) in wrong.items()]
     command = " ".join(("redis-cli DEL", *map(shlex.quote, wrong)))
-    return f"{', '.join(parts)}: `{command}` mends it, and owners write theirs again"
+    return (
+        f"{', '.join(parts)}: `{command}` mends it, and owners write theirs again;"
+        " if another program wrote it, choose another DYN_REDIS_PREFIX"
+    )

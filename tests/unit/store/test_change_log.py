@@ -157,6 +157,6 @@ def test_wrong_types_are_named_with_a_command() -> None:
     found = {"{dynamo}:kv": "string", "{dynamo}:idx": "zset", "{dynamo}:log": "none", "other:x": "list"}
     assert describe_wrong_types(found) == (
         "{dynamo}:kv is a string and should be a hash: `redis-cli DEL '{dynamo}:kv'` mends it, and owners "
-        "write theirs again"
+        "write theirs again; if another program wrote it, choose another DYN_REDIS_PREFIX"
     )
     assert not describe_wrong_types({"{dynamo}:kv": "hash"})
