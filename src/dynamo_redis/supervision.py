@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 class Supervisor:
-    """What keeps one long-lived task at work. It owns nothing, and belongs to that task's event loop.
+    """Keeps one long-lived task at work. It owns nothing, and belongs to that task's event loop.
 
     `skipped_count` counts values that were left out, `failed_count` how often the work began again.
     """
@@ -78,7 +78,7 @@ class Supervisor:
             pause_s = min(2 * pause_s, longest_s)
 
     def failed(self, exc: Exception) -> None:
-        """Say that the work begins again; for one that makes its own pauses."""
+        """Say that the work begins again; for work that makes its own pauses."""
         self.failed_count += 1
         if isinstance(exc, StoreUnavailable):
             self._log.debug("%s: starting it again: %s", self._task, exc)

@@ -143,9 +143,7 @@ async def test_killed_in_the_middle_of_a_large_payload(client: TcpClient) -> Non
 
 
 @pytest.mark.parametrize("subject", ["tick", "quiet"])
-async def test_frozen_with_requests_under_way_is_given_up_after_five_seconds(
-    client: TcpClient, subject: str
-) -> None:
+async def test_frozen_worker_is_given_up_after_five_seconds(client: TcpClient, subject: str) -> None:
     async with worker() as made:
         reader = asyncio.ensure_future(broken(client, made.target(subject), 100))
         await asyncio.sleep(0.3)

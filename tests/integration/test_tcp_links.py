@@ -137,7 +137,7 @@ async def test_small_request_waits_for_a_dial_not_an_upload() -> None:
         await client.aclose()
 
 
-async def test_small_request_takes_a_busy_connection_after_a_failed_dial() -> None:
+async def test_failed_dial_sends_small_request_to_busy_connection() -> None:
     async with serving() as server, Proxy(server.address) as proxy:
         client = TcpClient(settings())
         target = target_at(int(proxy.url.rpartition(":")[2]), "echo")

@@ -103,7 +103,7 @@ class RequestPlaneClient(Protocol):
 
         The request is packed at once; one that is `Packed`, by another stream, is sent as it is. With
         `messages`, these follow `request` as a request stream, under flow control. The context's deadline
-        and cancellation go with the request; None is a context that nobody keeps. Raises PayloadTooLarge and
+        and cancellation go with the request; None if the caller keeps no context. Raises PayloadTooLarge and
         TypeError (not msgpack) at once.
         """
         ...

@@ -81,7 +81,7 @@ class ClientConnection(Connection):
     )
 
     # An instance that was switched off is avoided after three quarters of an interval to seven eighths; for
-    # half an interval of that it owes a PONG. The server, which chooses nobody, asks later.
+    # half an interval of that it owes a PONG. The server, which chooses no instance, asks later.
     PING_AT: ClassVar[int] = 2
     _ASK_AT: ClassVar[int] = 5
     """Silent sweeps after which the instance is asked for a sign of life on another connection."""
@@ -127,7 +127,7 @@ class ClientConnection(Connection):
 
     @property
     def unsent_bytes(self) -> int:
-        """What was written here and has not left for the kernel, with what waits for the next flush."""
+        """Bytes written here that have not left for the kernel, with those that wait for the next flush."""
         return super().unsent_bytes + sum(map(len, self._out))
 
     def begin(self, stream: TcpResponseStream) -> None:
@@ -154,7 +154,7 @@ class ClientConnection(Connection):
 
     @property
     def is_stale(self) -> bool:
-        """Whether it was idle, and owes an answer to whatever was sent since, for `QUIET_AT` sweeps."""
+        """Whether it was idle, and has not answered for `QUIET_AT` sweeps since."""
         return self._unproven is not None and self._silent_sweeps >= QUIET_AT
 
     def give_back(self) -> None:
@@ -364,7 +364,7 @@ class ClientConnection(Connection):
         self._owner.on_closed(self)
         if not self.shaken.done():
             self.shaken.set_exception(error)
-            self.shaken.exception()  # retrieved: nobody may be waiting any more
+            self.shaken.exception()  # retrieved: there may be no waiter any more
         for answered in self._pings.values():
             if not answered.done():
                 answered.set_exception(error)

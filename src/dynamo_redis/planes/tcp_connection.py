@@ -393,7 +393,7 @@ class Connection(asyncio.BufferedProtocol):
 
     @property
     def unsent_bytes(self) -> int:
-        """What was written here and has not left for the kernel."""
+        """Bytes written here that have not left for the kernel."""
         held_bytes = 0 if self._paced is None else self._paced.held_bytes
         return held_bytes + self.transport.get_write_buffer_size()
 
@@ -446,7 +446,7 @@ class Connection(asyncio.BufferedProtocol):
         self._on_sweep()
 
     def _verdict(self, *, stuck: bool) -> PlaneError | None:
-        """Why the connection is to be given up, if it is."""
+        """Return the reason to give up the connection, if there is one."""
         silent_s = self._silent_sweeps * self._sweep_interval_s
         if self._silent_sweeps >= _CUT_OFF_AT - 1 and self._is_cut_off():
             return PeerSilent(f"the peer's host has acknowledged nothing for {silent_s:.1f} s")
@@ -460,7 +460,7 @@ class Connection(asyncio.BufferedProtocol):
         return None
 
     def _is_cut_off(self) -> bool:
-        """Whether the peer's kernel, too, has stopped to answer; False where this system does not say."""
+        """Tell whether the peer's kernel, too, does not answer; False where this system does not say."""
         if _TCP_INFO is None:
             return False
         try:
@@ -471,7 +471,7 @@ class Connection(asyncio.BufferedProtocol):
         return bool(info[_RETRANSMITS_AT] >= _CUT_OFF_RETRANSMITS)
 
     def show_life(self) -> None:
-        """The peer's process was heard of by another way: it is slow, not dead."""
+        """Note that the peer's process answered on another connection: it is slow, not dead."""
         self._heard = True
         self._stuck_sweeps = 0
 
@@ -534,7 +534,7 @@ class Connection(asyncio.BufferedProtocol):
 
 
 def unacknowledged_bytes(transport: asyncio.BaseTransport) -> int:
-    """What the kernel has taken and the peer's has not confirmed; 0 where the platform does not say."""
+    """Count the bytes that the kernel has taken and the peer's has not confirmed; 0 where it does not say."""
     with contextlib.suppress(ImportError, OSError, AttributeError):
         import fcntl
         import termios

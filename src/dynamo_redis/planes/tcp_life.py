@@ -131,7 +131,7 @@ class LifeThread:
             sock.close()
 
     def _note_turn(self) -> None:
-        """The event loop runs."""
+        """Note that the event loop runs."""
         self._busy_since = None
 
     def _hand_on(self, sock: socket.socket) -> None:

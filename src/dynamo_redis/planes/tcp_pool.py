@@ -145,7 +145,7 @@ class Pool:
         return min(usable, key=_unsent_bytes, default=None)
 
     def _least_busy(self) -> ClientConnection | None:
-        """Of those that are there, and lead somewhere."""
+        """Choose the least busy of the connections that are not stale."""
         answering = [connection for connection in self._usable() if not connection.is_stale]
         return min(answering, key=_unsent_bytes, default=None)
 
@@ -233,7 +233,7 @@ class Pool:
             self._discard_if_empty()
 
     def _drop_stale(self) -> None:
-        """After a dial that was answered: drop the connections that are silent since they were idle."""
+        """Drop the connections that are silent since they were idle, after a dial that was answered."""
         for connection in tuple(self._connections):
             if connection.is_stale:
                 connection.give_back()
@@ -320,7 +320,7 @@ class Pool:
             return False
 
     def _pick_for_ping(self) -> ClientConnection | None:
-        """One on which a PING does not wait behind large payloads, and that has not gone stale."""
+        """Choose one on which a PING does not wait behind large payloads, and that has not gone stale."""
         for connection in self._connections:
             if connection.usable and not (_is_busy(connection) or connection.is_stale):
                 return connection

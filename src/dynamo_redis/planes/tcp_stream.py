@@ -327,7 +327,7 @@ class TcpResponseStream(Mailbox):
 
 
 def _encode_headers(context: Context | None) -> bytes:
-    """What travels of a context, but its deadline. Raises TypeError (not msgpack), PayloadTooLarge."""
+    """Pack what travels of a context, but its deadline. Raises TypeError (not msgpack), PayloadTooLarge."""
     if context is None:
         return frame.NO_HEADERS
     headers: dict[str, Any] = {"id": context.id()}
@@ -339,7 +339,7 @@ def _encode_headers(context: Context | None) -> bytes:
 
 
 def _deadline_ms(context: Context) -> int:
-    """What remains until the context's deadline."""
+    """Return the milliseconds that remain until the context's deadline."""
     remaining_s = context.remaining_s() or 0.0
     return round(min(max(0.0, remaining_s * 1000), frame.MAX_DEADLINE_MS))
 

@@ -29,7 +29,7 @@ def started(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
 
 
 def failed(error: Exception) -> asyncio.Future[Any]:
-    """What has ended with an error already."""
+    """Make a future that has ended with an error already."""
     future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
     future.set_exception(error)
     return future

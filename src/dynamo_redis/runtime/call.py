@@ -67,7 +67,7 @@ class Call:
         *,
         member: Member | None = None,
     ) -> None:
-        """Send the request: to `member`, if somebody has chosen already.
+        """Send the request: to `member`, if the caller has chosen already.
 
         Raises NoInstances, and what `RequestPlaneClient.open` raises.
         """
@@ -161,7 +161,7 @@ class Call:
         member.pending.add(stream)
 
     def _on_answered(self, stream: ResponseStream) -> None:
-        """From now on the request stays where it is."""
+        """Note that the request stays where it is from now on."""
         self._member.pending.discard(stream)
         self._answered = True
         stream.forget_request()
@@ -176,7 +176,7 @@ class Call:
                 self._member.pending.discard(stream)
 
     def _may_send_again(self, error: PlaneError, *, was_sent: bool) -> bool:
-        """Note a failure. Whether the request may be sent again after it."""
+        """Note a failure. Tell whether the request may be sent again after it."""
         failed = self._member
         self._dispatcher.note_failure(failed, error)
         is_stopped = self._context is not None and self._context.is_stopped()
@@ -242,7 +242,7 @@ class Call:
             del error  # as in `_send_again`
 
     async def _find_another(self, error: PlaneError, failures: _Failures) -> Member | None:
-        """The instance that gets the request next: after an old secret the same one, if it has a new one."""
+        """Find the instance that is next: after an old secret the same one, if it has a new one."""
         failed = self._member
         if isinstance(error, AuthenticationFailed):
             fresh = await self._refreshed(failed, failures)
@@ -260,7 +260,7 @@ class Call:
             return None
 
     async def _find_answering(self, tried: set[int]) -> Member | None:
-        """An instance that answers a probe now: where one was lost, others may be lost as well."""
+        """Find an instance that answers a probe now: where one was lost, others may be lost as well."""
         passed_over = set(tried)
         while True:
             try:
@@ -278,10 +278,10 @@ class Call:
             passed_over.add(chosen.instance_id)
 
     def _pass_over(self) -> None:
-        """The instance that `_choose_again` chose last is not used."""
+        """Note that the instance that `_choose_again` chose last is not used."""
 
     async def _choose_again(self, tried: set[int]) -> Member:
-        """Another instance than those tried. Raises NoInstances."""
+        """Choose another instance than those tried. Raises NoInstances."""
         return self._dispatcher.choose(self._select, tried, self._among)
 
     async def _refreshed(self, failed: Member, failures: _Failures) -> Member | None:
@@ -306,7 +306,7 @@ class _Failures:
         self.searching = False
 
     def add(self, member: Member, error: PlaneError, *, was_sent: bool) -> None:
-        """An instance did not answer."""
+        """Note that an instance did not answer."""
         self.tried.add(member.instance_id)
         if was_sent and isinstance(error, ConnectionLost | NotAccepted):
             self.lost.add(member.instance_id)
@@ -314,7 +314,7 @@ class _Failures:
             self.silent.add(member.instance_id)
 
     def suffice_after(self, error: PlaneError) -> bool:
-        """Whether the request has been tried often enough. Raises PeerSilent if too many fell silent."""
+        """Tell whether the request has been tried often enough. Raises PeerSilent if too many fell silent."""
         if isinstance(error, Overloaded) and len(self.tried) >= _MAX_OVERLOADED_TRIES:
             return True
         if len(self.silent) >= _MAX_SILENT_TRIES:

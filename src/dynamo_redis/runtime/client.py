@@ -45,7 +45,7 @@ class Client:
         rng = rng or random.Random()  # noqa: S311 - spreading load, no secret
         self._view = view
         self.dispatcher = Dispatcher(view, plane_client)
-        """For who chooses by other means than the policies here, and sends by the same."""
+        """For callers that choose by other means than the policies here, and send by the same."""
         self._release = release
         self._round_robin: Policy = policy("round_robin", rng)
         self._random: Policy = policy("random", rng)

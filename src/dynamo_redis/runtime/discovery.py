@@ -68,7 +68,7 @@ class State(Enum):
 
 
 class _Answer(Enum):
-    """What a probe found."""
+    """The outcome of a probe."""
 
     READY = "ready"
     SLOW = "slow"  # its process lives, its event loop is busy

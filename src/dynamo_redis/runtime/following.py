@@ -33,12 +33,12 @@ async def follow(
 
 
 def _as_difference(batch: WatchBatch, known: set[str]) -> WatchBatch:
-    """The first batch of a watch, for one who knows these keys from the watch before."""
+    """Add to the first batch of a watch the deletes of `known` keys, of the watch before, that are gone."""
     gone = known - {event.record.key for event in batch.events if isinstance(event, Put)}
     deletes = (Delete(key, batch.revision, DeleteCause.RESYNC) for key in sorted(gone))
     return replace(batch, events=(*deletes, *batch.events), resync="the watch was started again")
 
 
 def key_of(event: Put | Delete) -> str:
-    """The key that a change is of."""
+    """Return the key that a change is of."""
     return event.record.key if isinstance(event, Put) else event.key

@@ -168,7 +168,7 @@ class DistributedRuntime:
 
     @property
     def shutdown_deadline(self) -> ShutdownDeadline:
-        """When the shutdown must be over."""
+        """The deadline of the shutdown, which begins with `shutdown`."""
         return self._deadline
 
     async def wait_for_shutdown(self) -> None:

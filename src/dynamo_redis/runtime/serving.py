@@ -74,7 +74,7 @@ class ServedEndpoint:
 
     def _on_lost(self, reason: LostReason) -> None:
         log.warning(
-            "somebody took instance %x of %s out of the registry (%s): it gets no new requests",
+            "instance %x of %s was taken out of the registry (%s): it gets no new requests",
             self.instance.instance_id,
             self.instance.name,
             reason,

@@ -20,16 +20,16 @@ class ShutdownDeadline:
         self._ends_at: float | None = None
 
     def begin(self) -> None:
-        """The shutdown begins now, unless it has begun."""
+        """Begin the shutdown, unless it has begun."""
         if self._ends_at is None:
             self._ends_at = time.monotonic() + self.total_s
 
     @property
     def left_s(self) -> float:
-        """How long the shutdown may still take, at least 0; all of it if it has not begun."""
+        """Seconds that the shutdown may still take, at least 0; all of them if it has not begun."""
         return self.total_s if self._ends_at is None else max(0.0, self._ends_at - time.monotonic())
 
     @property
     def requests_left_s(self) -> float:
-        """How long requests under way may still take."""
+        """Seconds that requests under way may still take."""
         return max(0.0, self.left_s - self.closing_s)

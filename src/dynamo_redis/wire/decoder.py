@@ -179,7 +179,7 @@ class _PackedPayload:
         return stream_id if type(stream_id) is int else 0
 
     def buffer(self) -> memoryview:
-        """Where the next bytes go; they are to be taken before anything else is read."""
+        """Return the place of the next bytes; take them before anything else is read."""
         return self._scratch[: self.size_bytes - self.received_bytes]
 
     def received(self, count: int) -> None:
@@ -187,7 +187,7 @@ class _PackedPayload:
         self.append(self._scratch[:count])
 
     def append(self, data: bytes | bytearray | memoryview) -> None:
-        """Unpack on."""
+        """Unpack the next bytes."""
         self.received_bytes += len(data)
         unpacker = self._unpacker
         if unpacker is None or not data:
@@ -204,7 +204,7 @@ class _PackedPayload:
         self._unpacker = None
 
     def release(self) -> None:
-        """Let go of what has been made."""
+        """Drop the values that have been made."""
         self._unpacker = None
 
     def finish(self) -> list[Any]:

@@ -141,7 +141,7 @@ class Packed:
         self.headers = headers
 
     def value(self) -> Any:
-        """The request itself, as its worker unpacks it."""
+        """Unpack the request, as its worker does."""
         return self.payload if self.encoding is Encoding.BINARY else unpack(self.payload)
 
 

@@ -87,22 +87,22 @@ def proof(role: Literal["client", "server"], secret: bytes | None, client: Hello
 
 
 def life_question(instance_id: int, nonce: bytes) -> bytes:
-    """What asks an instance for a sign of life."""
+    """Make the question that asks an instance for a sign of life."""
     return _message([LIFE_MAGIC, instance_id, nonce])
 
 
 def life_answer(secret: bytes | None, instance_id: int, nonce: bytes) -> bytes:
-    """The answer: whoever knows the secret lives."""
+    """Make the answer: it proves that a process that knows the secret lives."""
     return _message([LIFE_MAGIC, _life_proof(secret, instance_id, nonce)])
 
 
 def is_life_question(data: bytes) -> bool:
-    """Whether `data`, the first bytes of a connection, ask for a sign of life."""
+    """Tell whether `data`, the first bytes of a connection, ask for a sign of life."""
     return data[_LENGTH.size : _LENGTH.size + len(_LIFE_HEAD)] == _LIFE_HEAD
 
 
 def answer_to(data: bytes, secret: bytes | None, instance_id: int) -> bytes | None:
-    """What to answer if `data`, the first bytes of a connection, ask this instance for a sign of life."""
+    """Make the answer if `data`, the first bytes of a connection, ask this instance for a sign of life."""
     if not is_life_question(data):
         return None
     try:
@@ -114,7 +114,7 @@ def answer_to(data: bytes, secret: bytes | None, instance_id: int) -> bytes | No
 
 
 def is_life_answer(data: bytes, secret: bytes | None, instance_id: int, nonce: bytes) -> bool:
-    """Whether `data` is the answer of the instance that was asked."""
+    """Tell whether `data` is the answer of the instance that was asked."""
     return hmac.compare_digest(data, life_answer(secret, instance_id, nonce))
 
 

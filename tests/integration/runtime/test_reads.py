@@ -76,7 +76,7 @@ async def test_dropped_call_is_killed_after_a_cancelled_read(open_runtime: OpenR
     await asyncio.wait_for(counter.ended.wait(), 30)
 
 
-async def test_second_reader_disturbs_nobody(open_runtime: OpenRuntime) -> None:
+async def test_second_reader_leaves_the_first_one_alone(open_runtime: OpenRuntime) -> None:
     counter = Counter()
     await (await open_runtime()).endpoint(ENDPOINT).start_serving(counter.count)
     call = await (await client_of(await open_runtime())).round_robin(None, annotated=False)
