@@ -62,6 +62,9 @@ CLOSE_TIMEOUT_S: Final = 1.0
 REFUSAL_REPEATED_S: Final = 60.0
 """How often it is said that new connections are refused, while they are for the same reason."""
 
+LEAVE_AGAIN_S: Final = 1.0
+"""A server that is to be left is left once in so long: its address may lead to it again."""
+
 
 class Backoff:
     """Waits between attempts: full jitter, doubling from `first_s` to `cap_s`."""
@@ -113,6 +116,7 @@ class RedisClient:
         self._names = True
         self._refusal = ("", 0.0)
         self._epoch = 0
+        self._left_at = float("-inf")
 
     def __repr__(self) -> str:
         return f"<RedisClient {self.address}>"
@@ -402,7 +406,8 @@ class RedisClient:
         If the server is not, or no longer, the one to talk to, all connections are made anew before they are
         used again: only that resolves the name again, and so finds the new primary.
         """
-        if is_to_be_left(exc):
+        if is_to_be_left(exc) and time.monotonic() - self._left_at >= LEAVE_AGAIN_S:
+            self._left_at = time.monotonic()
             self._leave()
         scheme: Stranger = "tls" if self._url.startswith("rediss:") else "plain"
         stranger = None if self._met else scheme
@@ -494,18 +499,21 @@ class SyncConnection:
                         raise
             return self._redis.execute_command("EVAL", script.source, len(keys), *keys, *args)
         except FAILURES as exc:
-            self._pool.disconnect()
-            raise client.error(exc, "EVALSHA or EVAL") from exc
+            raise self._failed(exc, "EVALSHA or EVAL") from exc
 
     def connect(self) -> None:
         """Connect now, not at the first script. Raises StoreError."""
         try:
             self._redis.execute_command("PING")
         except FAILURES as exc:
-            error = self._client.error(exc)
-            if not error.answered:
-                self._pool.disconnect()
-            raise error from exc
+            raise self._failed(exc) from exc
+
+    def _failed(self, exc: BaseException, command: str = "") -> StoreError:
+        """The failure's meaning. A connection over which an error was answered is kept."""
+        error = self._client.error(exc, command)
+        if not error.answered:
+            self._pool.disconnect()
+        return error
 
     def close(self) -> None:
         """Close the connection. Never raises."""

@@ -250,7 +250,9 @@ class Keepalive:
     def _step(self, connection: SyncConnection) -> None:
         stalled_s = time.monotonic() - self._beat_at
         try:
-            if stalled_s < self._loop_stall_s and time.monotonic() >= self._renew_at:
+            if stalled_s >= self._loop_stall_s:
+                self._try_again_in(self._refused_retry_s())  # the lease is given up while this lasts
+            elif time.monotonic() >= self._renew_at:
                 self._renew(connection)
         except StoreError as exc:
             logger.debug("keepalive: %s", exc)

@@ -154,8 +154,8 @@ class Reaper:
             try:
                 await self._allow_notifications()
                 subscription = await self._kv.client.subscribe(self._kv.keys.lease_channel)
+                await self._tick()  # what has ended while this process did not listen
                 backoff.reset()
-                await self._tick()  # whatever ended while nobody listened
                 while self._pace.lease_count <= 2 * LISTENERS_COUNT:
                     await self._await_hint(subscription)
             except StoreError as exc:

@@ -130,6 +130,7 @@ class Registrations:
         self._disturbed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._supervisor = Supervisor(logger, "registry repair")
+        self._refusal: StoreError | None = None  # of the last write, if the server takes none at present
 
     def start(self, incarnation: str) -> None:
         """Repair in the background from now on."""
@@ -246,11 +247,16 @@ class Registrations:
 
     @asynccontextmanager
     async def _in_time(self) -> AsyncIterator[None]:
-        """One time-out for the wait behind other writes of the lease, and for one's own."""
+        """One time-out for the wait behind other writes of the lease, and for one's own.
+
+        Where the server has refused the one before, that is why this one did not get there.
+        """
         try:
             async with Deadline(self._kv.timeout_s):
                 yield
         except TimeoutError as exc:
+            if self._refusal is not None:
+                raise self._refusal from exc
             raise StoreUnavailable(
                 f"Redis did not answer in time ({self._kv.timeout_s:g} s), this write or one before it"
             ) from exc
@@ -302,11 +308,14 @@ class Registrations:
             except (CompareFailed, LeaseNotFound):
                 self._chain.acknowledged(operation, None)
                 raise
-            except BaseException:
+            except BaseException as exc:
                 self._chain.in_doubt(operation)
                 self.disturb("the outcome of a write is unknown")
+                if isinstance(exc, StoreError):
+                    self._refusal = exc if exc.refuses_writes else None
                 raise
             else:
+                self._refusal = None
                 if written.granted or not self._held:
                     self._chain.settle("")
                     self._note_grant(sent_at)
