@@ -23,7 +23,7 @@ ANSWER_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What one router said: its state as JSON, or why there is none. `key` is that of its record."""
+    """The answer of one router: its state as JSON, or why there is none. `key` is that of its record."""
 
     key: str
     state: dict[str, Any] | None

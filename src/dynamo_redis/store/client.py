@@ -401,7 +401,7 @@ class RedisClient:
         return named
 
     def error(self, exc: BaseException, command: Argument = "") -> StoreError:
-        """What a failed exchange with this server means; safe from any thread. `command` is what was asked.
+        """Tell what a failed exchange with this server means; safe from any thread. `command` was asked.
 
         If the server is not, or no longer, the one to talk to, all connections are made anew before they are
         used again: only that resolves the name again, and so finds the new primary.
@@ -509,7 +509,7 @@ class SyncConnection:
             raise self._failed(exc) from exc
 
     def _failed(self, exc: BaseException, command: str = "") -> StoreError:
-        """The failure's meaning. A connection over which an error was answered is kept."""
+        """Tell what a failure means. A connection over which an error was answered is kept."""
         error = self._client.error(exc, command)
         if not error.answered:
             self._pool.disconnect()
@@ -555,7 +555,7 @@ def _last_words(reader: Any) -> ErrorReply | None:
 
 
 def _prepare(connection: Any) -> None:
-    """What is done to each connection before it logs in."""
+    """Do what each connection needs before it logs in."""
     keep_replies(connection)
     # No CLIENT SETINFO: it is of no use here, and there are proxies that end a connection for it.
     connection.driver_info = connection.lib_name = connection.lib_version = None

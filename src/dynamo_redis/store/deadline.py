@@ -91,7 +91,7 @@ class Deadline:
 
 
 class _Watched:
-    """What `watched_class` adds to a connection of redis-py."""
+    """The part that `watched_class` adds to a connection of redis-py."""
 
     heard_at = 0.0
     """When it last received something, on the event loop's clock."""

@@ -130,7 +130,7 @@ class Owned:
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """What a tick found: leases that live, ended ones that are left, and how long no other tick had come.
+    """A tick found so many leases that live, ended ones that are left, and no other tick for so long.
 
     `full`: the server's memory is, so it refuses what takes more.
     """
@@ -281,7 +281,7 @@ class KeyValue:
                 return answer
 
     def saw(self, position: Position) -> Position:
-        """Remember a log entry that somebody has read: what is written from now on comes behind it."""
+        """Remember a log entry that was read: what is written from now on comes behind it."""
         self._seen = f"{position.revision} {position.operation}"
         return position
 
@@ -302,7 +302,7 @@ class KeyValue:
         return self.saw(_position(fields)) if all(field is not None for field in fields) else None
 
     async def client_count(self) -> int:
-        """Connections that the server has, everybody's; 0 where INFO is not allowed."""
+        """Count the connections that the server has, of all processes; 0 where INFO is not allowed."""
         try:
             found = CLIENT_COUNT.search(await self.client.execute("INFO", "clients"))
         except StoreRefused:

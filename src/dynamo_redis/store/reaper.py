@@ -2,11 +2,11 @@
 
 A tick is one script call, which reaps a bounded number of leases. All processes together tick some 16 times a
 second: each every `TICK_S` while there are few, and less often the more leases there are. How many there are
-is only known from the last look, and thousands may have died since, so whoever finds that nobody has ticked
-for `TICK_S / 2` ticks every `TICK_S` himself. Renewals of the own lease look, too.
+is only known from the last look, and thousands may have died since, so a process that finds no tick in the
+last `TICK_S / 2` ticks every `TICK_S` itself. Renewals of the own lease look, too.
 
 Expiry notifications make it faster where there are few processes; they may be late, lost or switched off.
-Where there are many, ticks come as fast, and each notification would go to every process: nobody listens.
+Where there are many, ticks come as fast, and each notification would go to every process: none listens.
 """
 
 from __future__ import annotations

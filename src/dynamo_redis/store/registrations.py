@@ -64,7 +64,7 @@ class KeyRegistration:
         self.prepare = prepare
         self.on_lost = on_lost
         self.revision = Revision("")
-        self.was_damaged = False  # somebody has deleted what had become of its record: to be written again
+        self.was_damaged = False  # its damaged record was deleted: to be written again
         self._key = key
         self._owner = owner
         self._lost: LostReason | None = None
@@ -454,7 +454,7 @@ class Registrations:
 
     def _compare(self, state: Owned, is_whole: bool) -> list[tuple[KeyRegistration, Record | None]]:
         """Which keys have to be written again; those that are lost are told so. A record that cannot be read
-        is nobody's: scripts take it for absent, and it is written again."""
+        belongs to no process: scripts take it for absent, and it is written again."""
         restore: list[tuple[KeyRegistration, Record | None]] = []
         for entry in list(self._entries.values()):
             record = state.records.get(entry.key)

@@ -109,7 +109,7 @@ ANSWERS: Final = {
     # It no longer has what was asked for.
     "NOGROUP": Answer(StreamLost, "no longer has the event stream, or the reader's group in it"),
 }
-"""What each error code means: the first word of what the server sent."""
+"""Meanings of error codes: the first word of an error as the server sent it."""
 
 WRITE_REFUSALS: Final = frozenset({"READONLY", "NOREPLICAS", "OOM", "MISCONF"})
 """Codes by which a server refuses whatever writes, until its trouble is over."""
@@ -133,13 +133,13 @@ _BY_WORDS: Final = (
 _RAISED_IN_SCRIPT: Final = re.compile(
     r"ERR Error running script \(call to \w+\): (?:@?user_script: ?\d+: )+-?"
 )
-"""What Redis 6.2 puts before an error of a command that a script calls."""
+"""Text that Redis 6.2 puts before an error of a command that a script calls."""
 _PLACE_IN_SCRIPT: Final = re.compile(r" script: (?:\w+, )?on @user_script:\d+\.$")
-"""What later releases put behind it."""
+"""Text that later releases put behind it."""
 _REPLY_LENGTH: Final = 400
 """Characters shown of an error; protected mode explains itself in more."""
 _ARGUMENTS: Final = re.compile(r",? with args beginning with:.*")
-"""What a server repeats of a command that it does not know: a password may be in it."""
+"""A server's repetition of a command that it does not know: a password may be in it."""
 
 _TLS_ALERT: Final = 'got "\\x15"'
 _CONNECTION_REFUSED: Final = f"[Errno {errno.ECONNREFUSED}]"
@@ -161,7 +161,7 @@ def store_error(
         return answer.kind(f"Redis at {address} {answer.meaning} ({text})")
     return (
         _not_understood(exc, address, stranger)
-        or _nobody_there(exc, address, stranger, command)
+        or _no_answer(exc, address, stranger, command)
         or StoreRefused(f"Redis at {address} refuses a command: {one_line(exc)}")
     )
 
@@ -251,7 +251,7 @@ def _not_understood(exc: BaseException, address: str, stranger: Stranger | None)
     return None
 
 
-def _nobody_there(
+def _no_answer(
     exc: BaseException, address: str, stranger: Stranger | None, command: str
 ) -> StoreError | None:
     """No answer, or an end in the middle of it."""

@@ -414,7 +414,7 @@ async def test_registrations_that_wait_end_within_one_timeout(
     await registry.register("i/9", b"v")
 
 
-async def test_a_log_that_may_not_be_read_is_not_asked_for_without_pause(
+async def test_unreadable_log_is_asked_for_with_pauses(
     own_redis_server: EmbeddedServer, open_registry: Any, mirror: Any
 ) -> None:
     registry, writer = await open_registry(own_redis_server.url), await open_registry(own_redis_server.url)

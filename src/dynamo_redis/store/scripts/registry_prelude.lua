@@ -9,7 +9,7 @@
 --   {'wiped'}                there is no registry, or one of its structures is gone: run registry_init
 --   {'incarnation', found}   it is not the registry the caller knows
 -- Otherwise `run` has advanced the service clock and reaped some of the ended leases: of up to REAP_LEASES leases,
--- up to REAP_KEYS keys. What is left of an ended lease is shown to nobody. `look` writes nothing, so it
+-- up to REAP_KEYS keys. What is left of an ended lease is not shown. `look` writes nothing, so it
 -- works where the server refuses writes, and goes by the time that was last kept.
 --
 -- All of a script's effects are atomic. Each touches the seven structures of one hash tag and nothing else. Should a

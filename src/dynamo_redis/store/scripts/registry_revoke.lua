@@ -4,7 +4,7 @@
 -- ARGV    1 incarnation or ''   2 operation id   3 lease
 -- Answers {'ok', revision}; also if the lease had ended before.
 --         {'again'}: the lease has ended, but some of its keys still have to be deleted
--- Atomic: from the first call on nobody is shown any of the keys. It passes on a server that is full.
+-- Atomic: from the first call on none of the keys is shown. It passes on a server that is full.
 
 return run(function()
   local lease = ARGV[3]
