@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import pytest
@@ -153,3 +154,19 @@ async def test_thread_ends_although_a_forked_child_lives(tmp_path: Path) -> None
             os.close(unblock)
             os.close(blocked)
             os.waitpid(child, 0)
+
+
+async def test_thread_outlives_a_loop_that_wakes_at_once(tmp_path: Path) -> None:
+    """The event loop may run, and say so, between any two steps of the thread."""
+    async with running(False, tmp_path, loop_stall_s=60) as (server, _):
+        life = server._life
+        assert life is not None
+
+        def runs_at_once(callback: Callable[..., None], *args: Any, **_: Any) -> None:
+            callback(*args)
+
+        loop, life._loop = life._loop, SimpleNamespace(call_soon_threadsafe=runs_at_once)  # type: ignore[assignment]
+        answer = while_the_loop_is_busy(lambda: exchange(server, life_question(INSTANCE, NONCE)))
+        life._loop = loop
+        assert is_life_answer(answer, SECRET, INSTANCE, NONCE)
+        assert life._thread.is_alive()

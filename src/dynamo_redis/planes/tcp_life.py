@@ -119,10 +119,12 @@ class LifeThread:
 
     def _decide(self, sock: socket.socket) -> None:
         try:
-            if self._busy_since is None:
-                self._busy_since = time.monotonic()
+            now = time.monotonic()
+            busy_since = self._busy_since  # read once: the event loop may reset it at any moment
+            if busy_since is None:
+                busy_since = self._busy_since = now
                 self._loop.call_soon_threadsafe(self._note_turn, context=self._variables)
-            hangs = time.monotonic() - self._busy_since > self._loop_stall_s
+            hangs = now - busy_since > self._loop_stall_s
             if not hangs and self._answer(sock):
                 self._taken_count -= 1
             else:
