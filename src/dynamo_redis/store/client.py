@@ -20,8 +20,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any, Final
 
 import redis.asyncio
@@ -514,6 +516,14 @@ class SyncConnection:
         if not error.answered:
             self._pool.disconnect()
         return error
+
+    def abort(self) -> None:
+        """End the exchange that is under way: it fails. For another thread than the connection's."""
+        under_way: Any = tuple(self._pool._in_use_connections)
+        for connection in under_way:
+            if (open_socket := connection._sock) is not None:
+                with suppress(OSError):
+                    open_socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Close the connection. Never raises."""

@@ -191,6 +191,8 @@ class Keepalive:
         self._wake = threading.Event()
         self._stopping = False
         self._thread: threading.Thread | None = None
+        self._connection: SyncConnection | None = None
+        self._step_began_at = float("inf")  # the exchange that the thread may be in
         self._loop: asyncio.AbstractEventLoop | None = None
         self._heartbeat: asyncio.TimerHandle | None = None
 
@@ -213,6 +215,8 @@ class Keepalive:
     def _beat(self) -> None:
         assert self._loop is not None
         self._beat_at = time.monotonic()
+        if self._connection is not None and self._beat_at - self._step_began_at > self._ttl_s:
+            self._connection.abort()  # an answer that drips moves each time-out of the thread's
         self._heartbeat = self._loop.call_later(self._poll_s, self._beat)
 
     async def aclose(self) -> None:
@@ -236,14 +240,18 @@ class Keepalive:
 
     def _run(self) -> None:
         connection = self._client.sync(min(self._client.timeout_s, max(0.5, self._ttl_s * _ATTEMPT)))
+        self._connection, self._step_began_at = connection, time.monotonic()
         try:
             with suppress(StoreError):
                 connection.connect()  # a refusal shows now, not when the lease is about to end
+            self._step_began_at = float("inf")
             while not self._stopping:
                 self._wake.wait(max(0.0, min(self._poll_s, self._renew_at - time.monotonic())))
                 self._wake.clear()
                 if not self._stopping:
+                    self._step_began_at = time.monotonic()
                     self._step(connection)
+                    self._step_began_at = float("inf")
         finally:
             connection.close()
 
