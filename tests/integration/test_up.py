@@ -535,7 +535,7 @@ def broken_model(path: Path) -> Path:
             1,
             r".*no Redis answers at 127.0.0.1:1 .connection refused.: .*",
         ),
-        (["--redis-url", "http://127.0.0.1"], 1, r".*DYN_REDIS_URL: .*"),
+        (["--redis-url", "http://127.0.0.1"], 1, r".*DYN_REDIS_URL must begin with redis://.*"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(
@@ -577,7 +577,7 @@ def test_a_wrong_password_is_one_line(start: Start, tmp_path: Path) -> None:
         address = server.url.removeprefix("redis://")
         for arguments in (up(), ("worker", "mock"), ("frontend", "--http-port", "0")):
             line = failed_in_one_line(start(*arguments, DYN_REDIS_URL=f"redis://:wr0ng@{address}"), 1)
-            assert line.endswith(f"Redis at {address} refuses the user name or password of DYN_REDIS_URL")
+            assert f"Redis at {address} refuses the user name or password of DYN_REDIS_URL" in line
     finally:
         anyio.run(server.stop)
 

@@ -212,7 +212,7 @@ class Exchange:
     async def _read(self, choice: Choice, deliver: Callable[[Choice, str], Awaitable[None]]) -> None:
         answer = choice.answer
         items: Any = None
-        begun = False
+        begun = complete = False
         try:
             items = await self._generate(choice.request, choice.context)
             async for item in items:
@@ -223,6 +223,7 @@ class Exchange:
             answer.check_complete()
             if not answer.cut_off:
                 await _read_to_end(items)
+            complete = True
         except Exception as exc:
             if not isinstance(exc, (DynamoRedisError, ApiError)):
                 log.exception("request %s failed", choice.context.id())
@@ -231,6 +232,13 @@ class Exchange:
             if self._error is None:
                 self._error = worker_error(exc, self._frame["model"], begun=begun)
         finally:
+            if not complete and self._error is None:  # no way out of here makes a part look like the whole
+                self._error = ApiError(
+                    500,
+                    "The answer is incomplete: send the request again.",
+                    kind="server_error",
+                    code="internal",
+                )
             self._open -= 1
             self._wake.set()
             if items is not None:

@@ -149,6 +149,11 @@ _STATUS: dict[type[errors.DynamoRedisError], tuple[int, str]] = {
 }
 
 
+def _status_of(error: errors.DynamoRedisError) -> tuple[int, str]:
+    """Find the status and type of an error, or those of the nearest error that it is a kind of."""
+    return next((_STATUS[kind] for kind in type(error).__mro__ if kind in _STATUS), (502, _SERVER))
+
+
 _UNREACHABLE = (
     errors.NoInstances,
     errors.CannotConnect,
@@ -173,7 +178,7 @@ def worker_error(error: Exception, model: str, *, begun: bool) -> ApiError:
         return api_error(error)
     if not begun:
         return no_workers(model, error.code)
-    status, kind = _STATUS[type(error)]
+    status, kind = _status_of(error)
     message = "the worker was lost while answering; this answer is incomplete, send the request again"
     return ApiError(status, message, kind=kind, code=error.code, retry_after_s=1.0 if status == 503 else None)
 
@@ -184,7 +189,7 @@ def api_error(error: Exception) -> ApiError:
         return error
     if not isinstance(error, errors.DynamoRedisError):
         return ApiError(500, f"Internal error: {type(error).__name__}.", kind=_SERVER, code="internal")
-    status, kind = _STATUS.get(type(error), (502, _SERVER))
+    status, kind = _status_of(error)
     param = "messages" if isinstance(error, errors.TemplateError) else None
     retry_after_s = None
     if isinstance(error, errors.Overloaded):

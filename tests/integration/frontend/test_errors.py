@@ -231,6 +231,36 @@ async def test_an_error_before_the_first_item_is_an_http_error(frontend: Any) ->
                 assert response.headers["retry-after"] == "3"
 
 
+def plane_errors(kind: type[errors.PlaneError]) -> list[type[errors.PlaneError]]:
+    """List a kind of error and all kinds below it."""
+    return [kind, *(below for child in kind.__subclasses__() for below in plane_errors(child))]
+
+
+@pytest.mark.parametrize("kind", plane_errors(errors.PlaneError))
+async def test_no_error_makes_a_part_look_whole(frontend: Any, kind: type[errors.PlaneError]) -> None:
+    frontend.worker.script = fails(kind("broken"), after=3)
+    whole = await frontend.http.post(CHAT, json=BODY)
+    assert whole.status_code >= 400
+    assert error_of(whole)["code"] == kind.code
+    streamed = await frontend.http.post(CHAT, json={**BODY, "stream": True})
+    *_, last = streamed.text.strip().split("\n\n")
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == kind.code
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_failing_error_report_ends_no_answer_well(
+    frontend: Any, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise KeyError("unforeseen")
+
+    monkeypatch.setattr(exchange, "worker_error", fail)
+    frontend.worker.script = fails(errors.ConnectionLost("the worker is gone"), after=3)
+    response = await frontend.http.post(CHAT, json={**BODY, "stream": stream})
+    *_, last = response.text.strip().split("\n\n")
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "internal"
+
+
 async def test_no_workers_is_unavailable(frontend: Any) -> None:
     frontend.worker.ids = []
     with pytest.raises(openai.InternalServerError) as caught:
