@@ -12,15 +12,18 @@ MAX_KINDS: Final = 64
 
 
 class RateLimitedLog:
-    """Logs at most one line in `PAUSE_S` of each kind, with the number of those left out since the last one.
+    """Logs at most one line in `pause_s` of each kind, with the number of those left out since the last one.
 
-    At most `MAX_KINDS` kinds are told apart within `PAUSE_S`: further ones are left out, and counted in the
+    At most `MAX_KINDS` kinds are told apart within `pause_s`: further ones are left out, and counted in the
     next line of any kind. What is left out is logged at debug.
     """
 
-    __slots__ = ("_kinds", "_left_out_of_others", "_level", "_log")
+    __slots__ = ("_kinds", "_left_out_of_others", "_level", "_log", "_pause_s")
 
-    def __init__(self, log: logging.Logger, level: int = logging.WARNING) -> None:
+    def __init__(
+        self, log: logging.Logger, level: int = logging.WARNING, *, pause_s: float = PAUSE_S
+    ) -> None:
+        self._pause_s = pause_s
         self._log = log
         self._level = level
         self._kinds: dict[Hashable, tuple[float, int]] = {}  # the one said longest ago is the first
@@ -34,7 +37,7 @@ class RateLimitedLog:
         if kind is None:
             kind = text
         known = self._kinds.get(kind)
-        if known is not None and now - known[0] < PAUSE_S:
+        if known is not None and now - known[0] < self._pause_s:
             self._kinds[kind] = (known[0], known[1] + 1)
         elif known is None and not self._has_room(now):
             self._left_out_of_others += 1
@@ -52,7 +55,7 @@ class RateLimitedLog:
             return True
         oldest = next(iter(self._kinds))
         said_at, left_out_count = self._kinds[oldest]
-        if now - said_at < PAUSE_S:
+        if now - said_at < self._pause_s:
             return False
         del self._kinds[oldest]
         self._left_out_of_others += left_out_count

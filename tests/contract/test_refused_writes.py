@@ -166,6 +166,66 @@ async def test_reading_goes_on_while_writes_are_refused(
     following.cancel()
 
 
+async def test_another_reason_to_refuse_is_told(
+    server: Server, open_registry: Callable[[], RedisRegistry], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "dynamo_redis.store.health")
+    registry = open_registry()
+    await registry.start()
+    await server.refuse("replicas")
+    await until(lambda: "NOREPLICAS" in caplog.text)
+    await server.refuse("replica")
+    await until(lambda: "(READONLY" in caplog.text)
+    await server.allow("replica")
+    await server.allow("replicas")
+    await until(lambda: "takes writes again" in caplog.text)
+    assert registry.write_refusal is None
+
+
+async def test_keys_that_are_owed_are_told_once(
+    server: Server, open_registry: Callable[[], RedisRegistry], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "dynamo_redis.store.registrations")
+    await KeyValue(server.client, RegistryKeys("dynamo")).initialize()
+    await server.refuse("full")
+    registry = open_registry()
+    await registry.start()
+    for number in range(4):
+        await registry.register(f"i/{number}", b"v")
+
+    def said(level: int) -> list[str]:
+        records = [record for record in caplog.records if record.name.endswith("registrations")]
+        return [record.getMessage() for record in records if record.levelno >= level]
+
+    await until(lambda: sum(text.startswith("repair: ") for text in said(logging.DEBUG)) >= 4)
+    assert [text.partition(" ")[0] for text in said(logging.INFO)] == ["i/0"]
+    await server.allow("full")
+
+
+async def test_renewals_do_not_hide_that_ticks_fail(
+    server: Server, open_registry: Callable[[], RedisRegistry], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "dynamo_redis.store.health")
+    registry = open_registry()
+    await registry.start()
+    await registry.register("i/worker", b"v")
+    index = registry._kv.keys.structure("idx")
+    await server.client.execute("SET", index, "no index")
+    await until(lambda: registry.write_refusal is not None)
+    lease = registry._kv.keys.lease(registry.lease_id)
+    for _ in range(2):  # a renewal is seen by how the lease's time to live grows
+        left_ms = await server.client.execute("PTTL", lease)
+        async with asyncio.timeout(WAIT_S):
+            while (now_left_ms := await server.client.execute("PTTL", lease)) <= left_ms:
+                left_ms = now_left_ms
+                await asyncio.sleep(0.02)
+                assert registry.write_refusal is not None
+    assert "takes writes again" not in caplog.text
+    assert "reads, watches and requests go on" not in caplog.text
+    await server.client.execute("DEL", index)
+    await until(lambda: "takes writes again" in caplog.text)
+
+
 @pytest.mark.parametrize("why", ["full"])
 async def test_a_full_server_deletes_and_renews(server: Server, why: str) -> None:
     kv = KeyValue(server.client, RegistryKeys("full"))

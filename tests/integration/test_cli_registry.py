@@ -15,7 +15,7 @@ from pathlib import Path
 import anyio
 import pytest
 
-from dynamo_redis.names import EndpointName, InstanceId
+from dynamo_redis.names import EndpointName, InstanceId, kv_router_key
 from dynamo_redis.router.answering import state_endpoint
 from dynamo_redis.runtime.instance import Instance
 from dynamo_redis.runtime.model_card import FileReference, ModelCard
@@ -179,8 +179,11 @@ def test_worst_values_are_shown_by_every_listing(cli: Cli, name: str, tmp_path: 
     assert instances.out.count("unreadable: ") == 2
     assert models.out.count("unreadable: ") == 2
     assert cli("models", "--json").out.count('"error": ') == 2
+    for key in (kv_router_key("dynamo", "backend", "zz"), "v1/kv_routers/dynamo/backend/ab-cd"):
+        assert cli("put", key, value).code == 0
     states = cli("router-state")
-    assert (states.code, states.err) == (1, "dynamo-redis: 1 router cannot be read: see above\n")
+    assert states.out.count("unreadable: ") == 3
+    assert (states.code, states.err) == (1, "dynamo-redis: 3 routers cannot be read: see above\n")
     assert f"unreadable: {'an instance record at ' * (name == 'a later major version')}v1/" in states.out
 
 

@@ -26,9 +26,15 @@ def run(main: Coroutine[Any, Any, Answer]) -> Answer:
 
 
 @asynccontextmanager
-async def open_registry(options: Mapping[str, Any]) -> AsyncIterator[Registry]:
-    """The registry that the options and the settings name. Raises ConfigError and StoreError."""
-    async with _open_store(options) as (registry, _):
+async def open_registry(
+    options: Mapping[str, Any], *, default_level: str = "warn"
+) -> AsyncIterator[Registry]:
+    """The registry that the options and the settings name. Raises ConfigError and StoreError.
+
+    `default_level`: log level, unless one was asked for. At "error" a single write, whose failure says why,
+    is not warned of as well.
+    """
+    async with _open_store(options, default_level) as (registry, _):
         yield registry
 
 
@@ -81,12 +87,14 @@ async def open_runtime(options: Mapping[str, Any]) -> AsyncIterator[DistributedR
 
 
 @asynccontextmanager
-async def _open_store(options: Mapping[str, Any]) -> AsyncIterator[tuple[Registry, ObjectStore]]:
+async def _open_store(
+    options: Mapping[str, Any], default_level: str = "warn"
+) -> AsyncIterator[tuple[Registry, ObjectStore]]:
     from dynamo_redis.runtime.logging import configure_dynamo_logging
     from dynamo_redis.store.connect import open_store
 
     collection.resume()  # a watch may run for days
-    configure_dynamo_logging(service_name="cli", level=_log_level(options))
+    configure_dynamo_logging(service_name="cli", level=_log_level(options, default_level))
     registry, objects = open_store(load(StoreSettings, options))
     try:
         await registry.start()  # also for objects: it checks the server, the password and the schema
@@ -96,8 +104,8 @@ async def _open_store(options: Mapping[str, Any]) -> AsyncIterator[tuple[Registr
         await objects.aclose()
 
 
-def _log_level(options: Mapping[str, Any]) -> str:
-    """The level that was asked for; else warnings only, since a command's answer is what matters."""
+def _log_level(options: Mapping[str, Any], default: str = "warn") -> str:
+    """The level that was asked for; else warnings at most, since a command's answer is what matters."""
     level = load(RuntimeSettings, options).log
     chosen = options.get("log") is not None or origins(RuntimeSettings)["log"] != "default"
-    return level if chosen else "warn"
+    return level if chosen else default

@@ -26,8 +26,10 @@ from typing import Any, Final
 from dynamo_redis.clock import SYSTEM_CLOCK
 from dynamo_redis.config import EventSettings
 from dynamo_redis.errors import StoreError
+from dynamo_redis.rate_limited_log import RateLimitedLog
 from dynamo_redis.store.client import Backoff
 from dynamo_redis.store.event_base import EventStreams, NewEntry, StreamName
+from dynamo_redis.store.health import Trouble
 from dynamo_redis.wire.codec import pack_known
 from dynamo_redis.wire.event import EventBatch, PublisherId
 
@@ -43,7 +45,7 @@ SILENCE_S: Final = 30.0
 TOPIC_SILENCE_S: Final = 3.0
 """The same for a topic, of which any message may be lost."""
 REPORT_S: Final = 30.0
-"""How often a failure that lasts is logged."""
+"""How often it is logged at most that events are not sent, for one reason: it may come and go."""
 
 
 class EventPublisher:
@@ -95,8 +97,8 @@ class EventPublisher:
         self._timer: asyncio.TimerHandle | None = None
         self._sent = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
-        self._failing = False
-        self._reported_at = 0.0
+        self._trouble = Trouble(REPORT_S)
+        self._overflows = RateLimitedLog(log)
         self._closed = False
 
     def __repr__(self) -> str:
@@ -152,7 +154,7 @@ class EventPublisher:
 
     def _leave_out(self) -> None:
         if not self._is_gap and not self._closed:
-            log.warning("%s: the queue of events is full, some are left out", self._stream.path)
+            self._overflows.say("%s: the queue of events is full, some are left out", self._stream.path)
             self._is_gap = True
             self._due.set()
         self.left_out_count += 1
@@ -191,8 +193,7 @@ class EventPublisher:
             except StoreError as exc:
                 self._report(exc)
                 await asyncio.sleep(backoff.next_s())
-        if self._failing:
-            self._failing = False
+        if self._trouble.end() is not None:
             log.info("%s: events are sent again", self._stream.path)
         event_count = sum(entry.event_count for entry in entries)
         self.queued_count -= event_count
@@ -208,10 +209,10 @@ class EventPublisher:
             await self._streams.publish(self._stream, entry.content)
 
     def _report(self, exc: StoreError) -> None:
-        now = SYSTEM_CLOCK.monotonic()
-        if not self._failing or now - self._reported_at >= REPORT_S:
+        if not self.queued_count:  # it would only have said how far it is
+            log.debug("%s: %s", self._stream.path, exc)
+        elif self._trouble.begin(exc.answer_code):
             log.warning("%s: events are not sent, %d wait: %s", self._stream.path, self.queued_count, exc)
-            self._failing, self._reported_at = True, now
 
     def _set_timer(self, wait_s: float) -> None:
         self._stop_timer()

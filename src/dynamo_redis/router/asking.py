@@ -11,6 +11,7 @@ from dynamo_redis.errors import DynamoRedisError, InvalidRecord, NoInstances
 from dynamo_redis.names import INSTANCES, EndpointName, decode_segment
 from dynamo_redis.planes.context import Context
 from dynamo_redis.router.answering import best_worker_endpoint, is_state_endpoint
+from dynamo_redis.router.record import list_routers
 from dynamo_redis.router.router_state import check_state
 from dynamo_redis.runtime.handlers import collect_one
 from dynamo_redis.runtime.instance import Instance
@@ -33,11 +34,13 @@ class Answer:
 
 
 async def ask_states(runtime: DistributedRuntime) -> list[Answer]:
-    """The states of all routers, each within 5 s, ordered by component and instance. Raises StoreError."""
+    """The states of all routers, each within 5 s, ordered by component and instance; at the end, the records
+    of routers that cannot be read. Raises StoreError."""
     found = await runtime.registry.get_prefix(INSTANCES)
     routers = [record for record in found.records if _is_of_router(record.key)]
     answers = await asyncio.gather(*(_ask_state(runtime, record) for record in routers))
-    unreadable = (exc for exc in found.invalid if _is_of_router(exc.key))
+    _, invalid = await list_routers(runtime.registry)
+    unreadable = [*(exc for exc in found.invalid if _is_of_router(exc.key)), *invalid]
     return [*answers, *(Answer(exc.key, None, str(exc), is_readable=False) for exc in unreadable)]
 
 

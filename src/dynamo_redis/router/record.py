@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import Field
@@ -14,8 +13,6 @@ from dynamo_redis.errors import InvalidRecord
 from dynamo_redis.names import KV_ROUTERS, kv_router_key
 from dynamo_redis.runtime.runtime import DistributedRuntime
 from dynamo_redis.store.base import Record, Registration, Registry
-
-log = logging.getLogger(__name__)
 
 RECORD_VERSION = 1
 
@@ -75,15 +72,13 @@ async def register_router(
     return await runtime.registry.register(record.key, record.to_bytes())
 
 
-async def list_routers(registry: Registry) -> list[RouterRecord]:
-    """All routers of the deployment, by key. Records that cannot be read are left out, with a warning."""
-    records = []
+async def list_routers(registry: Registry) -> tuple[list[RouterRecord], list[InvalidRecord]]:
+    """All routers of the deployment, by key, and the records that cannot be read."""
     found = await registry.get_prefix(KV_ROUTERS)
-    for damaged in found.invalid:
-        log.warning("left out of the routers: %s", damaged)
+    records, invalid = [], list(found.invalid)
     for stored in found.records:
         try:
             records.append(RouterRecord.from_record(stored))
         except InvalidRecord as exc:
-            log.warning("left out of the routers: %s", exc)
-    return records
+            invalid.append(exc)
+    return records, invalid

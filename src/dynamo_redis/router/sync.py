@@ -30,8 +30,9 @@ from dynamo_redis.planes.event_publisher import EventPublisher
 from dynamo_redis.router.base import Worker
 from dynamo_redis.router.booking import Booking
 from dynamo_redis.router.load import LoadBook
+from dynamo_redis.router.record import RouterRecord
 from dynamo_redis.runtime.following import follow
-from dynamo_redis.store.base import Delete, DeleteCause, Registry, WatchBatch
+from dynamo_redis.store.base import DeleteCause, Put, Record, Registry, WatchBatch
 from dynamo_redis.store.event_base import Entry, EventStreams, EventTail, StreamName
 from dynamo_redis.supervision import Supervisor
 from dynamo_redis.wire.event import EventBatch, PublisherId
@@ -155,12 +156,20 @@ class BookingSync:
 
     def forget_routers(self, batch: WatchBatch) -> None:
         """End the bookings of routers whose records went. A resync proves nothing: the registry may have
-        lost them, and they are back in a moment."""
+        lost them, and they are back in a moment. A record that cannot be read is only named."""
         for event in batch.events:
-            if isinstance(event, Delete) and event.cause is not DeleteCause.RESYNC:
+            if isinstance(event, Put):
+                self._check(event.record)
+            elif event.cause is not DeleteCause.RESYNC:
                 owner = decode_segment(event.key.removeprefix(self._records))
                 if owner != self._owner:
                     self._book.drop_owner(owner)
+
+    def _check(self, record: Record) -> None:
+        try:
+            RouterRecord.from_record(record)
+        except InvalidRecord as exc:
+            self._supervisor.skip(record.key, exc)
 
     async def _read(self) -> None:
         tail = self._streams.tail(self._stream, max_age_s=LEASE_S)

@@ -35,6 +35,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from dynamo_redis.errors import StoreError, StoreRefused, StoreUnavailable
+from dynamo_redis.rate_limited_log import RateLimitedLog
 from dynamo_redis.store.blocking import Argument as Argument
 from dynamo_redis.store.blocking import BlockingConnection
 from dynamo_redis.store.deadline import Deadline, watched_class
@@ -48,6 +49,7 @@ from dynamo_redis.store.server_errors import (
     Stranger,
     does_not_take,
     is_about_command,
+    is_about_password,
     is_cut_off,
     is_to_be_left,
     keep_replies,
@@ -63,6 +65,12 @@ MAX_CONNECTIONS_COUNT: Final = 32
 CLOSE_TIMEOUT_S: Final = 1.0
 REFUSAL_REPEATED_S: Final = 60.0
 """How often it is said that new connections are refused, while they are for the same reason."""
+ROTATED_REMEDY: Final = (
+    "; connections that are open go on until they break: change DYN_REDIS_URL and restart this process"
+)
+
+_refusals: Final = RateLimitedLog(logger, pause_s=REFUSAL_REPEATED_S)
+"""Of all clients in this process: each would say the same."""
 
 LEAVE_AGAIN_S: Final = 1.0
 """A server that is to be left is left once in so long: its address may lead to it again."""
@@ -116,7 +124,6 @@ class RedisClient:
         self._met = False
         self._by_hash = True
         self._names = True
-        self._refusal = ("", 0.0)
         self._epoch = 0
         self._left_at = float("-inf")
 
@@ -153,7 +160,7 @@ class RedisClient:
         self._check_eviction(memory)
         if replication.get("role") == "slave":
             logger.warning(
-                "Redis at %s is a read-only replica: set DYN_REDIS_URL to its primary (%s:%s);"
+                "Redis at %s is a read-only replica: set DYN_REDIS_URL to its primary (%s:%s) and restart;"
                 " until then this process reads what others write, and writes nothing",
                 self.address,
                 replication.get("master_host", "?"),
@@ -358,11 +365,9 @@ class RedisClient:
         long, and hide it. Safe from any thread."""
         if not self._met or reply(exc) is None:
             return
-        text, now = str(store_error(exc, self.address)), time.monotonic()
-        last_text, last_at = self._refusal
-        if text != last_text or now - last_at > REFUSAL_REPEATED_S:
-            self._refusal = (text, now)
-            logger.warning("a new connection is refused: %s", text)
+        text = str(store_error(exc, self.address))
+        remedy = ROTATED_REMEDY if is_about_password(exc) else ""
+        _refusals.say("a new connection is refused: %s%s", text, remedy, kind=text)
 
     def _check_version(self, server: dict[str, str]) -> None:
         text = server.get("redis_version", "")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Final
+from typing import Final, Literal
 
 from dynamo_redis.errors import StoreError
 
@@ -15,30 +15,40 @@ FLAP_S: Final = 5.0
 REFUSAL_FLAP_S: Final = 30.0
 """One that takes writes now and then, since its memory is almost full, once in so many."""
 
+Writer = Literal["tick", "renewal"]
+"""Writes that any moment makes. Each learns only of what it needs itself."""
+
 
 class Trouble:
-    """A kind of trouble that begins and ends: since when, and whether to log it."""
+    """A kind of trouble that begins and ends, and whether to log that.
+
+    A reason is logged once in `flap_s`, at most, however often it comes and goes. If it is still there when
+    that time has passed, it is logged then; and an end is logged if the begin before it was.
+    """
 
     def __init__(self, flap_s: float) -> None:
         self._flap_s = flap_s
         self._since: float | None = None
-        self._announced = False
-        self._last_line_at = float("-inf")
+        self._announced: str | None = None
+        self._lines_at: dict[str, float] = {}
 
-    def begin(self) -> bool:
-        """Note that it is there. Answers whether to log that: once, unless it comes and goes."""
-        if self._since is not None:
+    def begin(self, reason: str = "") -> bool:
+        """Note that it is there, or still there. Answers whether to log that now."""
+        now = time.monotonic()
+        if self._since is None:
+            self._since = now
+        if reason == self._announced or now - self._lines_at.get(reason, float("-inf")) < self._flap_s:
             return False
-        self._since = now = time.monotonic()
-        self._announced = now - self._last_line_at >= self._flap_s
-        if self._announced:
-            self._last_line_at = now
-        return self._announced
+        self._lines_at = {was: at for was, at in self._lines_at.items() if now - at < self._flap_s}
+        self._lines_at[reason] = now
+        self._announced = reason
+        return True
 
     def end(self) -> float | None:
         """Note that it is over. Answers how long it lasted, if its begin was logged."""
         since, self._since = self._since, None
-        return time.monotonic() - since if since is not None and self._announced else None
+        announced, self._announced = self._announced, None
+        return time.monotonic() - since if since is not None and announced is not None else None
 
 
 class Health:
@@ -46,11 +56,15 @@ class Health:
 
     def __init__(self, address: str) -> None:
         self.connected = False
-        self.write_refusal: str | None = None
-        """The server's reason for taking no writes, or none that need memory, while it answers."""
         self._address = address
+        self._refusals: dict[Writer, str] = {}
         self._away = Trouble(FLAP_S)
         self._refusing = Trouble(REFUSAL_FLAP_S)
+
+    @property
+    def write_refusal(self) -> str | None:
+        """The server's reason for taking no writes, or none that need memory, while it answers."""
+        return next(iter(self._refusals.values()), None)
 
     def succeeded(self) -> None:
         """The server answered a read."""
@@ -59,34 +73,39 @@ class Health:
         if away_s is not None:
             logger.info("Redis at %s is back after %.1f s", self._address, away_s)
 
-    def failed(self, exc: Exception) -> None:
+    def failed(self, exc: StoreError) -> None:
         """The server did not answer a read, or said no."""
         self.connected = False
-        if self._away.begin():
+        if self._away.begin(exc.answer_code):
             logger.warning("%s; going on from the last view, trying again", exc)
 
-    def refused(self, exc: StoreError) -> None:
+    def refused(self, writer: Writer, exc: StoreError) -> None:
         """A write that any moment makes failed. It tells something of a server that answers reads."""
         if not self.connected or not exc.answered:
             return
-        self.write_refusal = str(exc)
-        if self._refusing.begin():
+        self._refusals[writer] = str(exc)
+        if not self._refusing.begin(exc.answer_code):
+            return
+        if exc.refuses_writes:
             logger.warning(
-                "%s; reads, watches and requests go on, no lease ends, registered keys follow later",
-                exc,
+                "%s; reads, watches and requests go on, no lease ends, registered keys follow later", exc
             )
+        else:  # what it is about may be read as well
+            logger.warning("%s; until then writes are refused, and some reads may be; requests go on", exc)
 
-    def wrote(self, *, full: bool) -> None:
+    def wrote(self, writer: Writer, *, full: bool = False) -> None:
         """The server took such a write. `full`: though its memory is full, since this one needs none."""
         if full:
-            self.write_refusal = f"Redis at {self._address} is out of memory: raise its maxmemory"
-            if self._refusing.begin():
+            self._refusals[writer] = f"Redis at {self._address} is out of memory: raise its maxmemory"
+            if self._refusing.begin("OOM"):
                 logger.warning(
                     "%s; reads, deletes and renewals of leases go on, what needs memory is refused",
-                    self.write_refusal,
+                    self._refusals[writer],
                 )
             return
-        self.write_refusal = None
+        self._refusals.pop(writer, None)
+        if self._refusals:
+            return  # this write did not need what another one still lacks
         refused_s = self._refusing.end()
         if refused_s is not None:
             logger.info("Redis at %s takes writes again, after %.1f s", self._address, refused_s)

@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Final, TypeVar
+from typing import Final, TypeVarTuple
 
 from dynamo_redis.errors import LeaseNotFound, StoreError
 from dynamo_redis.store.base import LeaseId, Revision
@@ -37,7 +37,7 @@ from dynamo_redis.store.key_value import (
 from dynamo_redis.store.keys import ALWAYS_FIT_COUNT, RegistryKeys
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 STALL_TTLS: Final = 2.0
 RENEW_AFTER: Final = 0.6
@@ -148,7 +148,8 @@ class Keepalive:
     """Renews one lease from a thread, from the first `granted` to `aclose`.
 
     `on_disturbance` is called on the event loop, with a reason, when the registered keys must be compared
-    with the registry, `on_renewed` after each renewal, and `on_refused` when the server has refused one.
+    with the registry, `on_renewed` after each renewal, `on_refused` when the server has refused one, and
+    `on_gone` when there is no lease to renew.
     `stalled_values` is called from the thread.
     """
 
@@ -164,6 +165,7 @@ class Keepalive:
         on_disturbance: Callable[[str], None],
         on_renewed: Callable[[Renewal], None],
         on_refused: Callable[[StoreError], None],
+        on_gone: Callable[[], None],
         stalled_values: Callable[[], Sequence[tuple[str, bytes]]],
     ) -> None:
         self._client = client
@@ -176,6 +178,7 @@ class Keepalive:
         self._on_disturbance = on_disturbance
         self._on_renewed = on_renewed
         self._on_refused = on_refused
+        self._on_gone = on_gone
         self._stalled_values = stalled_values
         self._lock = threading.Lock()  # over the next four, which both threads write
         self._grant_count = 0
@@ -298,6 +301,7 @@ class Keepalive:
                     return  # granted meanwhile: this was about the lease before
                 # Only the event loop grants it again, together with the keys; `granted` then resumes this.
                 self._renew_at = float("inf")
+            self._tell(self._on_gone)
             self._disturb(str(exc))
             return
         self._backoff.reset()
@@ -355,10 +359,10 @@ class Keepalive:
     def _disturb(self, reason: str) -> None:
         self._tell(self._on_disturbance, reason)
 
-    def _tell(self, call: Callable[[T], None], argument: T) -> None:
+    def _tell(self, call: Callable[[*Ts], None], *arguments: *Ts) -> None:
         """Call this on the event loop."""
         assert self._loop is not None
         try:
-            self._loop.call_soon_threadsafe(call, argument)
+            self._loop.call_soon_threadsafe(call, *arguments)
         except RuntimeError:
             logger.debug("the event loop has closed")

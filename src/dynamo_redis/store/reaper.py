@@ -105,7 +105,7 @@ class Reaper:
 
     def renewed(self, renewal: Renewal) -> None:
         """See in a renewal of the own lease whether anybody ticks."""
-        self._health.wrote(full=renewal.full)
+        self._health.wrote("renewal", full=renewal.full)
         if self._pace.renewed(renewal):
             self._overdue.set()
         self._on_tick(renewal.lease_count)
@@ -133,9 +133,9 @@ class Reaper:
         try:
             tick = await self._kv.tick()
         except StoreError as exc:
-            self._health.refused(exc)
+            self._health.refused("tick", exc)
             raise
-        self._health.wrote(full=tick.full)
+        self._health.wrote("tick", full=tick.full)
         self._pace.ticked(tick)
         while tick.overdue_count:
             tick = await self._kv.tick()

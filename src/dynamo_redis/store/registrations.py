@@ -20,6 +20,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from typing import Final
 
 from dynamo_redis.errors import KeyExists, LeaseNotFound, StoreError, StoreUnavailable
 from dynamo_redis.store.base import Compare, LeaseId, LostReason, Record, Revision
@@ -42,6 +43,9 @@ from dynamo_redis.store.operations import Storage
 from dynamo_redis.supervision import Supervisor
 
 logger = logging.getLogger(__name__)
+
+OWED: Final = Revision("0-0")
+"""Of a key that was never written: the server took no writes when it was registered."""
 
 
 class KeyRegistration:
@@ -131,6 +135,7 @@ class Registrations:
         self._task: asyncio.Task[None] | None = None
         self._supervisor = Supervisor(logger, "registry repair")
         self._refusal: StoreError | None = None  # of the last write, if the server takes none at present
+        self._told_owed = self._told_again = False  # since keys were last all in place
 
     def start(self, incarnation: str) -> None:
         """Repair in the background from now on."""
@@ -204,8 +209,10 @@ class Registrations:
 
     def _owe(self, entry: KeyRegistration, exc: StoreError) -> None:
         """Keep a key that the server refuses to write now. It counts as lost, so a repair writes it."""
-        logger.warning("%s is registered as soon as writes are taken: %s", entry.key, exc)
-        entry.revision = Revision("0-0")
+        level = logging.DEBUG if self._told_owed else logging.WARNING
+        logger.log(level, "%s is registered as soon as writes are taken, as others are: %s", entry.key, exc)
+        self._told_owed = True
+        entry.revision = OWED
         self._entries[entry.key] = entry
         self._break_count += 1
         self.disturb("a key could not be written yet")
@@ -421,6 +428,7 @@ class Registrations:
             if again:
                 raise StoreError("some keys could not be brought back yet")
             self._repaired_count = max(self._repaired_count, breaks)
+            self._told_owed = self._told_again = False
 
     async def _repair_once(self) -> tuple[int, bool]:
         """Compare and restore; answers which breaks this repaired, and whether some keys are left."""
@@ -432,12 +440,18 @@ class Registrations:
             restore = self._compare(state, is_whole)
             await self._remove_strays(state.keys)
         if restore and not is_whole:
-            logger.info("registering %d keys again", len(restore))
+            self._tell_again(sum(entry.revision != OWED for entry, _ in restore))
             await asyncio.sleep(self._spread_s())
         left = False
         for entry, found in restore:
             left |= not await self._restore(entry, found)
         return breaks, left
+
+    def _tell_again(self, count: int) -> None:
+        """Log that so many keys are written again, once until they are: attempts may fail for long."""
+        if count and not self._told_again:
+            logger.info("registering %d keys again", count)
+            self._told_again = True
 
     def _take_state(self, state: Owned) -> None:
         """Note whether the lease's history is whole, and take the registry's word for what comes now."""

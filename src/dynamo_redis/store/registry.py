@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 
 from dynamo_redis.config import StoreSettings
 from dynamo_redis.errors import StoreError
@@ -68,7 +69,8 @@ class RedisRegistry(KeyOperations):
             loop_stall_s=settings.loop_stall_s,
             on_disturbance=self._on_disturbance,
             on_renewed=self._reaper.renewed,
-            on_refused=self._health.refused,
+            on_refused=partial(self._health.refused, "renewal"),
+            on_gone=partial(self._health.wrote, "renewal"),
             stalled_values=self._registrations.stalled_values,
         )
         self._ttl_s = settings.lease_ttl_s

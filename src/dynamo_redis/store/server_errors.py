@@ -54,6 +54,8 @@ _DENIED: Final = Answer(
     "does not permit this user to do that (ACL): SECURITY.md has the line of ACL SETUSER with the rights it"
     " needs",
 )
+_CREDENTIALS: Final = frozenset({_NO_PASSWORD, _WRONG_PASSWORD, _NEEDLESS_PASSWORD})
+"""Answers to a user name or password that is not, or no longer, the right one."""
 _TOO_MANY: Final = Answer(
     StoreUnavailable,
     "has as many connections as it allows: raise its maxclients, or find out which are needless",
@@ -68,7 +70,8 @@ ANSWERS: Final = {
     # Not, or no longer, the server for our keys.
     "READONLY": Answer(
         StoreUnavailable,
-        "takes no writes, it is a read-only replica: set DYN_REDIS_URL to the primary",
+        "takes no writes, it is a read-only replica: set DYN_REDIS_URL to the primary, and restart what runs"
+        " with this one",
         leave=True,
     ),
     "UNBLOCKED": Answer(StoreUnavailable, "ended a waiting read, it is no longer the primary", leave=True),
@@ -85,7 +88,8 @@ ANSWERS: Final = {
     "TRYAGAIN": Answer(StoreUnavailable, "is a cluster node that is moving these keys to another node"),
     "BUSY": Answer(StoreUnavailable, "is busy running a script"),
     "NOREPLICAS": Answer(
-        StoreUnavailable, "takes no writes, it has too few replicas: see its min-replicas-to-write"
+        StoreUnavailable,
+        "takes no writes, it has too few replicas: start its replica again, or lower min-replicas-to-write",
     ),
     # An operator is needed.
     "OOM": Answer(StoreRefused, "is out of memory: raise its maxmemory"),
@@ -158,7 +162,8 @@ def store_error(
     text = reply(exc)
     if text is not None:
         answer = _answer(text)
-        return answer.kind(f"Redis at {address} {answer.meaning} ({text})")
+        shown = text if answer is _REFUSED else text.partition(". ")[0]  # further sentences explain at length
+        return answer.kind(f"Redis at {address} {answer.meaning} ({shown})")
     return (
         _not_understood(exc, address, stranger)
         or _no_answer(exc, address, stranger, command)
@@ -170,6 +175,11 @@ def is_to_be_left(exc: BaseException) -> bool:
     """Whether the server says that it is not, or no longer, the one to talk to."""
     text = reply(exc)
     return text is not None and _answer(text).leave
+
+
+def is_about_password(exc: BaseException) -> bool:
+    """Whether the server does not take the user name or password, or wants one."""
+    return _answer(reply(exc) or "") in _CREDENTIALS
 
 
 def does_not_take(exc: BaseException, command: str) -> bool:

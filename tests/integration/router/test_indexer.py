@@ -105,20 +105,21 @@ async def test_a_router_is_listed_for_as_long_as_it_lives(deployed: Deployment) 
         settings = RouterSettings.load(router_temperature=0.5)
         await register_router(runtime, NAMESPACE, COMPONENT, "router/1", settings)
         await observer.registry.put(kv_router_key(NAMESPACE, COMPONENT, "broken"), b"{}")
-        (record,) = await list_routers(observer.registry)
+        ((record,), _) = await list_routers(observer.registry)
         assert (record.router_id, record.instance_id) == ("router/1", runtime.instance_id)
         assert record.consumer_group == "router/1"
         assert record.settings["router_temperature"] == 0.5
     finally:
         await runtime.aclose()
-    assert await list_routers(observer.registry) == []
+    (left, invalid) = await list_routers(observer.registry)
+    assert (left, [exc.key for exc in invalid]) == ([], [kv_router_key(NAMESPACE, COMPONENT, "broken")])
     await observer.aclose()
 
 
 async def test_a_router_that_follows_no_stream_has_no_group(deployed: Deployment) -> None:
     runtime = await deployed.runtime()
     await register_router(runtime, NAMESPACE, COMPONENT, "r", RouterSettings.load(use_kv_events=False))
-    (record,) = await list_routers(runtime.registry)
+    ((record,), _) = await list_routers(runtime.registry)
     assert record.consumer_group is None
     await runtime.aclose()
 

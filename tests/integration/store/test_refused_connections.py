@@ -220,8 +220,14 @@ async def test_a_changed_password_is_warned_of(
         assert warning.levelno == logging.WARNING
         assert "a new connection is refused" in warning.getMessage()
         assert "user name or password of DYN_REDIS_URL" in warning.getMessage()
+        assert "change DYN_REDIS_URL and restart this process" in warning.getMessage()
         with pytest.raises(StoreRefused):
             await in_thread(registry._client)
+        other = RedisClient(url, timeout_s=5.0)
+        other._met = True  # as one whose connections are from before
+        with pytest.raises(StoreRefused):
+            await other.execute("PING")
+        await other.aclose()
         assert len([record for record in caplog.records if record.name.endswith("store.client")]) == 1
         await registry.put("k", b"v")  # by a connection that was made before
         await admin.execute("CONFIG", "SET", "requirepass", "old")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 from typing import Any
 
 import anyio
@@ -29,6 +30,7 @@ class Store(MemoryEventStreams):
         super().__init__()
         self.trips: list[list[EventBatch]] = []
         self.is_away = False
+        self.attempt_count = 0
         self.loses_answers = False
         self.open = asyncio.Event()
         self.open.set()
@@ -41,6 +43,7 @@ class Store(MemoryEventStreams):
         self.under_way += 1
         try:
             await self.open.wait()
+            self.attempt_count += 1
             if self.is_away:
                 raise StoreUnavailable("away")
             self.trips.append([EventBatch.from_bytes(entry.content) for entry in entries])
@@ -223,6 +226,40 @@ async def test_an_overflow_is_a_gap_that_shows_without_further_events(
     assert follower.applied[-1] == 81
     assert caplog.text.count("queue of events is full") == 1
     assert caplog.text.count("are sent again") == 1
+
+
+def has_tried(store: Store, before: int) -> bool:
+    return store.attempt_count > before
+
+
+async def test_failures_that_come_and_go_are_told_once(
+    store: Store, publisher_of: Publish, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    publisher = publisher_of()
+    await publisher.start()
+    for round_number in range(4):
+        store.is_away = True
+        before = store.attempt_count
+        publisher.publish(round_number)
+        await until(partial(has_tried, store, before))
+        store.is_away = False
+        assert await publisher.flush(WAIT_S)
+    assert caplog.text.count("are not sent") == caplog.text.count("are sent again") == 1
+
+
+async def test_a_failure_is_not_told_while_no_event_waits(
+    store: Store, publisher_of: Publish, caplog: pytest.LogCaptureFixture
+) -> None:
+    publisher = publisher_of()
+    publisher._silence_s = 0.01
+    await publisher.start()
+    publisher.publish(1)
+    assert await publisher.flush(WAIT_S)
+    store.is_away = True
+    tries = store.attempt_count
+    await until(lambda: store.attempt_count > tries + 1)
+    assert not caplog.records
 
 
 async def test_the_queue_is_bounded_in_bytes(store: Store, publisher_of: Publish) -> None:

@@ -67,6 +67,7 @@ async def keepalive(monkeypatch: pytest.MonkeyPatch) -> Keepalive:
         on_disturbance=lambda reason: None,
         on_renewed=lambda renewal: None,
         on_refused=lambda error: None,
+        on_gone=lambda: None,
         stalled_values=list,
     )
     made.granted("one", asyncio.get_running_loop().time())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import ssl
+from types import SimpleNamespace
 
 import pytest
 from redis import exceptions as redis_errors
@@ -214,19 +215,19 @@ def test_a_refusal_is_told_apart_from_an_outage(caplog: pytest.LogCaptureFixture
     caplog.set_level(logging.INFO)
     health = Health("redis.example:6379")
     refusal = StoreRefused("Redis at redis.example:6379 takes no writes")
-    refusal.answered = True
-    health.refused(refusal)  # it does not answer reads either
+    refusal.answered, refusal.answer_code = True, "OOM"
+    health.refused("tick", refusal)  # it does not answer reads either
     reasons = [health.write_refusal]
     health.succeeded()
-    health.refused(StoreUnavailable("the connection broke"))
+    health.refused("tick", StoreUnavailable("the connection broke"))
     reasons.append(health.write_refusal)
     for _ in range(3):
-        health.refused(refusal)
+        health.refused("tick", refusal)
     assert health.connected
     reasons.append(health.write_refusal)
-    health.wrote(full=True)
+    health.wrote("tick", full=True)
     reasons.append(health.write_refusal)
-    health.wrote(full=False)
+    health.wrote("tick")
     reasons.append(health.write_refusal)
     full = "Redis at redis.example:6379 is out of memory: raise its maxmemory"
     assert reasons == [None, None, str(refusal), full, None]
@@ -250,3 +251,54 @@ def test_an_outage_is_two_log_lines(caplog: pytest.LogCaptureFixture) -> None:
         health.failed(StoreUnavailable("again"))
         health.succeeded()
     assert len(caplog.records) == 2
+
+
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time that health goes by, for a test to set."""
+    times = [1000.0]
+    monkeypatch.setattr("dynamo_redis.store.health.time", SimpleNamespace(monotonic=lambda: times[0]))
+    return times
+
+
+def test_a_second_outage_that_lasts_is_told(now: list[float], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    health = Health("redis.example:6379")
+    health.failed(StoreUnavailable("first"))
+    health.succeeded()
+    for now[0] in (1002.0, 1004.0, 1006.0, 1008.0):
+        health.failed(StoreUnavailable("second"))
+    health.succeeded()
+    told = [record.getMessage() for record in caplog.records]
+    assert told == [
+        "first; going on from the last view, trying again",
+        "Redis at redis.example:6379 is back after 0.0 s",
+        "second; going on from the last view, trying again",
+        "Redis at redis.example:6379 is back after 6.0 s",
+    ]
+
+
+def test_a_second_refusal_that_lasts_is_told(now: list[float], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    health = Health("redis.example:6379")
+    health.succeeded()
+    for begin in (0.0, 3.0, 6.0):
+        now[0] = 1000.0 + begin
+        health.wrote("tick", full=True)
+        health.wrote("tick")
+    assert len(caplog.records) == 2
+    for now[0] in (1010.0, 1029.0, 1031.0, 1033.0):
+        health.wrote("tick", full=True)
+    assert len(caplog.records) == 3
+    health.wrote("tick")
+    assert caplog.records[-1].getMessage() == "Redis at redis.example:6379 takes writes again, after 23.0 s"
+
+
+def test_a_change_of_reason_is_told_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    health = Health("redis.example:6379")
+    health.succeeded()
+    for code in ("NOREPLICAS", "READONLY", "NOREPLICAS", "READONLY"):
+        refusal = StoreUnavailable(code)
+        refusal.answered, refusal.answer_code = True, code
+        health.refused("tick", refusal)
+    assert [record.getMessage().partition(";")[0] for record in caplog.records] == ["NOREPLICAS", "READONLY"]

@@ -206,14 +206,15 @@ local function keep_clock(now)
 end
 
 -- What to answer at once, or nil: then the head above is filled. The marks are looked at by the first script
--- of each second; that each structure is there at all, by every one. `passes`: also on a full server.
-local function open(passes)
+-- of each second, and by a `thorough` one; that each structure is there at all, by every one. `passes`: also on
+-- a full server.
+local function open(passes, thorough)
   local refused, seen = read_head()
   if refused then return refused end
   local now
   CLOCK, IDLE_MS, now = read_clock(CLOCK, seen)
   local new_second = math.floor(now / 1000) ~= math.floor(seen / 1000)
-  if new_second and not is_marked() then return {'wiped'} end
+  if (new_second or thorough) and not is_marked() then return {'wiped'} end
   if KNOWN ~= '' and KNOWN ~= INC then return {'incarnation', INC} end
   local ended = redis.call('ZRANGEBYSCORE', LEASES, '-inf', CLOCK, 'WITHSCORES', 'LIMIT', 0, REAP_LEASES)
   -- A time at which a lease was found ended must not be unmade by a clock that steps back.
@@ -229,8 +230,9 @@ local function open(passes)
 end
 
 -- Run a script that changes something. `passes`: also on a full server, since it takes no memory for long.
-local function run(body, passes)
-  local answer = open(passes) or body()
+-- `thorough`: look at the marks, too.
+local function run(body, passes, thorough)
+  local answer = open(passes, thorough) or body()
   settle()
   return answer
 end
