@@ -14,6 +14,7 @@ from pathlib import Path
 
 import anyio
 import pytest
+import redis
 
 from dynamo_redis.names import EndpointName, InstanceId, kv_router_key
 from dynamo_redis.router.answering import state_endpoint
@@ -341,6 +342,24 @@ def test_without_any_server_the_line_says_what_to_do(cli: Cli, monkeypatch: pyte
     assert done.code == 2
     assert "set DYN_REDIS_URL (or --redis-url)" in done.err
     assert "`dynamo-redis up`" in done.err
+
+
+def test_a_write_on_a_replica_fails_in_one_line(tmp_path: Path) -> None:
+    """In a process of its own, where stderr has the log, too."""
+    server = EmbeddedServer(tmp_path, port=0)
+    anyio.run(server.start)
+    client = redis.Redis.from_url(server.url)
+    try:
+        run = [sys.executable, "-m", "dynamo_redis", "put", "--redis-url", server.url]
+        assert subprocess.run([*run, "app/a", "1"], check=False).returncode == 0
+        client.replicaof("127.0.0.1", "1")
+        done = subprocess.run([*run, "app/a", "2"], check=False, capture_output=True, text=True)
+    finally:
+        client.close()
+        anyio.run(server.stop)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "set DYN_REDIS_URL to the primary" in done.stderr
 
 
 def test_a_wrong_password_is_one_line_and_never_shown(cli: Cli, tmp_path: Path) -> None:
