@@ -146,6 +146,7 @@ async def test_reading_goes_on_while_writes_are_refused(
         await asyncio.sleep(0.1)
     warnings = [record for record in caplog.records if "; reads" in record.message]
     assert len(warnings) == 2, "one a process"
+    assert "Commands that may modify" not in caplog.text, "its first sentence says it"
     newcomer = open_registry()
     await newcomer.start()
     assert len((await anext(newcomer.watch("i/"))).events) == 1

@@ -27,6 +27,7 @@ from dynamo_redis.store.base import Compare, LeaseId, LostReason, Record, Revisi
 from dynamo_redis.store.change_log import Change, order
 from dynamo_redis.store.client import Backoff
 from dynamo_redis.store.deadline import Deadline
+from dynamo_redis.store.health import REFUSAL_FLAP_S, Trouble
 from dynamo_redis.store.key_value import (
     CompareFailed,
     Operation,
@@ -135,7 +136,8 @@ class Registrations:
         self._task: asyncio.Task[None] | None = None
         self._supervisor = Supervisor(logger, "registry repair")
         self._refusal: StoreError | None = None  # of the last write, if the server takes none at present
-        self._told_owed = self._told_again = False  # since keys were last all in place
+        self._owing = Trouble(REFUSAL_FLAP_S)
+        self._restoring = Trouble(REFUSAL_FLAP_S)
 
     def start(self, incarnation: str) -> None:
         """Repair in the background from now on."""
@@ -209,9 +211,8 @@ class Registrations:
 
     def _owe(self, entry: KeyRegistration, exc: StoreError) -> None:
         """Keep a key that the server refuses to write now. It counts as lost, so a repair writes it."""
-        level = logging.DEBUG if self._told_owed else logging.WARNING
+        level = logging.WARNING if self._owing.begin(exc.answer_code) else logging.DEBUG
         logger.log(level, "%s is registered as soon as writes are taken, as others are: %s", entry.key, exc)
-        self._told_owed = True
         entry.revision = OWED
         self._entries[entry.key] = entry
         self._break_count += 1
@@ -428,7 +429,8 @@ class Registrations:
             if again:
                 raise StoreError("some keys could not be brought back yet")
             self._repaired_count = max(self._repaired_count, breaks)
-            self._told_owed = self._told_again = False
+            self._owing.end()
+            self._restoring.end()
 
     async def _repair_once(self) -> tuple[int, bool]:
         """Compare and restore; answers which breaks this repaired, and whether some keys are left."""
@@ -440,18 +442,14 @@ class Registrations:
             restore = self._compare(state, is_whole)
             await self._remove_strays(state.keys)
         if restore and not is_whole:
-            self._tell_again(sum(entry.revision != OWED for entry, _ in restore))
+            again_count = sum(entry.revision != OWED for entry, _ in restore)
+            if again_count and self._restoring.begin():
+                logger.info("registering %d keys again", again_count)
             await asyncio.sleep(self._spread_s())
         left = False
         for entry, found in restore:
             left |= not await self._restore(entry, found)
         return breaks, left
-
-    def _tell_again(self, count: int) -> None:
-        """Log that so many keys are written again, once until they are: attempts may fail for long."""
-        if count and not self._told_again:
-            logger.info("registering %d keys again", count)
-            self._told_again = True
 
     def _take_state(self, state: Owned) -> None:
         """Note whether the lease's history is whole, and take the registry's word for what comes now."""

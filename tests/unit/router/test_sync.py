@@ -15,7 +15,7 @@ from dynamo_redis.router.load import LoadBook
 from dynamo_redis.router.selector import Selector
 from dynamo_redis.router.sync import LEASE_S, RENEW_S, BookingSync, owner_name
 from dynamo_redis.router.waiting import WaitingLine
-from dynamo_redis.store.base import Delete, DeleteCause, Revision, WatchBatch
+from dynamo_redis.store.base import Delete, DeleteCause, Put, Record, Revision, WatchBatch
 from dynamo_redis.store.event_base import Entry, EntryId
 from dynamo_redis.store.memory import MemoryRegistry, MemoryServer
 from dynamo_redis.store.memory_streams import MemoryEventStreams
@@ -207,6 +207,13 @@ async def test_a_router_that_left_has_nothing_under_way(one: Router, other: Rout
     other.sync.forget_routers(gone(one.owner, DeleteCause.EXPIRED))
     other.sync.forget_routers(gone(other.owner, DeleteCause.EXPIRED))  # it knows better
     assert other.load().request_count == 1
+
+
+async def test_a_record_that_cannot_be_read_is_named(other: Router, caplog: pytest.LogCaptureFixture) -> None:
+    key = "v1/kv_routers/dynamo/backend/zz"
+    record = Record(key, b'{"version":1e999}', Revision("1-0"), Revision("1-0"), 1, None)
+    other.sync.forget_routers(WatchBatch((Put(record),), Revision("1-0")))
+    assert f"`dynamo-redis del {key}` removes it" in caplog.text
 
 
 async def test_what_cannot_be_read_is_passed_over(one: Router, other: Router) -> None:
