@@ -110,7 +110,10 @@ async def until(condition: Callable[[], object]) -> None:
 async def test_a_reader_is_exact_whatever_is_lost_on_the_way(
     proxy: Proxy, publisher: EventPublisher, reader: Reader
 ) -> None:
-    for first in range(0, 1500, 500):
+    first = 0
+    # What is swallowed may be the answer to another exchange than a put: go on until it was one.
+    while first < 1500 or not reader.duplicate_count:
+        assert first < 50_000
         for number in range(first, first + 200):
             publisher.publish(number)
         await reader.has_applied(first + 199)
@@ -120,16 +123,17 @@ async def test_a_reader_is_exact_whatever_is_lost_on_the_way(
             publisher.publish(number)
         await until(lambda: proxy.has_swallowed)
         proxy.heal()
-        await reader.has_applied(first + 499)
+        first += 500
+        await reader.has_applied(first - 1)
+    end = first + 1500
     proxy.conditions = NO_ANSWERS
-    for number in range(1500, 3000):  # more than the queue holds
+    for number in range(first, end):  # more than the queue holds
         publisher.publish(number)
     proxy.heal()
-    await until(lambda: reader.next_sequence == 3000)
-    assert reader.duplicate_count > 0
+    await until(lambda: reader.next_sequence == end)
     assert publisher.left_out_count == len(reader.missed) > 0
     missed = set(reader.missed)
-    assert reader.applied == [number for number in range(3000) if number not in missed]
+    assert reader.applied == [number for number in range(end) if number not in missed]
 
 
 async def test_a_reader_whose_connection_breaks_misses_nothing(
