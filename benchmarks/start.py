@@ -228,7 +228,7 @@ def main() -> None:
 
 
 def _conditions(wanted: set[str], _: int) -> list[str]:
-    """What a reader has to know to judge the figures."""
+    """Describe the conditions under which the figures were measured."""
     rival = f"rival of S2: {DYNAMO}, discovery by file, same worker and client files, alternating rounds"
     return [rival] if "S2" in wanted else []
 

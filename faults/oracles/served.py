@@ -1,4 +1,4 @@
-"""What a fault leaves alone goes on: reads while a server refuses writes, everything while a link is slow.
+"""Check that a fault stops nothing it leaves alone: reads while writes are refused, all on a slow link.
 
 A `fault` note names in `serves` the actions that must be served while it lasts, or `*` for all; `back_s` says
 how soon after its end all must be, until the next fault comes. A `joining` note names a process that was

@@ -63,7 +63,7 @@ _RUBBISH: Final[dict[str, list[tuple[Word, ...]]]] = {
     "log": [("XADD", "log", "*", "junk", _JUNK)],
     "lease keys": [("SETEX", "lease:no lease", 1, _JUNK)],
 }
-"""What no release writes: by structure, commands, each with the structure that it is for."""
+"""Commands that write values no release writes, by the structure that each is for."""
 
 
 async def litter(run: Run) -> None:

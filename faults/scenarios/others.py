@@ -120,7 +120,7 @@ _RECORDS_OF: Final = ("v1/instances/", "v1/mdc/", "v1/kv_routers/")
 
 
 async def _litter_records(run: Run) -> None:
-    """Records of instances, models and routers that nobody can read stand for a while."""
+    """Put unreadable records of instances, models and routers, and remove them after a while."""
     async with _registry(run) as registry:
         while not run.over:
             await run.pause(0.05, 0.3)

@@ -12,6 +12,7 @@ handed on, since the publishers' sequences tell what they are.
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, Final
@@ -71,7 +72,7 @@ async def stream_script(
     return rest
 
 
-class _Reader:
+class _Reader(ABC):
     """What both readers do: read on a connection of their own, and wait after failures."""
 
     def __init__(self, client: RedisClient, keys: StreamKeys) -> None:
@@ -99,8 +100,9 @@ class _Reader:
         self._backoff.reset()
         return entries
 
+    @abstractmethod
     async def _read(self, count: int, block_s: float) -> list[Entry]:
-        raise NotImplementedError
+        """Read up to `count` entries, waiting up to `block_s` for the first. Raises StoreError."""
 
     async def aclose(self) -> None:
         """Close the connection. Never waits for the server."""
