@@ -138,9 +138,14 @@ async def test_cancelled_start_leaves_no_server(tmp_path: Path) -> None:
     silent.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec sleep 100\n")
     silent.chmod(0o755)
     server = EmbeddedServer(tmp_path, binary=ServerBinary(silent, "path"))
-    with anyio.move_on_after(0.3):
-        await server.start()
-    assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
+    written = tmp_path / "pid"
+    with anyio.fail_after(20):
+        async with anyio.create_task_group() as group:
+            group.start_soon(server.start)
+            while not (written.exists() and written.read_text().endswith("\n")):
+                await anyio.sleep(0.02)
+            group.cancel_scope.cancel()
+    assert not psutil.pid_exists(int(written.read_text()))
 
 
 def test_no_server_program_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

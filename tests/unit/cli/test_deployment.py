@@ -71,7 +71,9 @@ async def run(
 
 
 def writes_its_pid(path: Path, then: str = SERVES) -> str:
-    return f"open({str(path)!r}, 'w').write(str(os.getpid())); {then}"
+    """A service that may be killed at any time: its file is whole or absent."""
+    whole = f"open({str(path)!r} + '.new', 'w').write(str(os.getpid()))"
+    return f"{whole}; os.replace({str(path)!r} + '.new', {str(path)!r}); {then}"
 
 
 def is_alive(path: Path) -> bool:
@@ -122,7 +124,7 @@ async def test_a_service_that_dies_later_is_started_again(
         await deployment.start()
         first = int(pid_file.read_text())
         os.kill(first, signal.SIGKILL)
-        await notes.until(lambda _: pid_file.read_text() not in ("", str(first)))
+        await notes.until(lambda _: pid_file.read_text() != str(first))
         assert notes.notices == ["worker-1 was killed by SIGKILL; starting it again"]
     assert not is_alive(pid_file)
 
