@@ -1,28 +1,53 @@
 """What frontend and worker say to each other: tokens in, tokens out.
 
 Plain dicts, as msgpack carries them; the names are those of Dynamo's preprocessed request and engine
-output, so that an engine written for one fits the other. A receiver ignores keys it does not know.
+output, so that an engine written for one fits the other. A receiver ignores keys it does not know. An engine
+that knows an option and cannot do it refuses the request, by the option's name, with InvalidRequest.
 """
 
 from __future__ import annotations
 
-from typing import Literal, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 FinishReason = Literal["stop", "length", "error", "cancelled"]
 
 
 class StopConditions(TypedDict, total=False):
-    """When to end. The worker ends at token level; stop strings are found by the frontend."""
+    """When to end. The worker ends at token level; stop strings are found by the frontend.
+
+    `max_thinking_tokens` bounds what a reasoning model thinks before it answers.
+    """
 
     max_tokens: int
     min_tokens: int
     stop: list[str]
     stop_token_ids_hidden: list[int]
     ignore_eos: bool
+    max_thinking_tokens: int
+
+
+class GuidedDecoding(TypedDict, total=False):
+    """A form that the answer must have: exactly one of `json`, `regex`, `choice`, `grammar` and
+    `structural_tag` is there.
+
+    `json` is a JSON schema, as an object; `{"type": "object"}` where any object will do. `whitespace_pattern`
+    goes with it: a regular expression for the white space between its tokens.
+    """
+
+    json: dict[str, Any]
+    regex: str
+    choice: list[str]
+    grammar: str
+    structural_tag: dict[str, Any]
+    whitespace_pattern: str
 
 
 class SamplingOptions(TypedDict, total=False):
-    """How to choose tokens; all optional, engine defaults apply."""
+    """How to choose tokens; all optional, engine defaults apply.
+
+    `logit_bias` maps token ids, written in decimal, to what is added to their logits. With
+    `include_stop_str_in_output` the engine's text, where it sends text, keeps the stop string it ended at.
+    """
 
     n: int
     temperature: float
@@ -33,6 +58,11 @@ class SamplingOptions(TypedDict, total=False):
     frequency_penalty: float
     repetition_penalty: float
     seed: int
+    logit_bias: dict[str, float]
+    allowed_token_ids: list[int]
+    bad_words: list[str]
+    include_stop_str_in_output: bool
+    guided_decoding: GuidedDecoding
 
 
 class GenerateRequest(TypedDict):
