@@ -14,7 +14,7 @@ import errno
 import re
 import ssl
 from dataclasses import dataclass
-from typing import Any, Final, Literal, cast
+from typing import Any, Final, Literal, TypeVar, cast
 
 from redis import exceptions as redis_errors
 
@@ -23,6 +23,8 @@ from dynamo_redis.errors import StoreError, StoreRefused, StoreUnavailable, Stre
 # A deadline's TimeoutError is an OSError; uvloop raises RuntimeError on a transport that the peer has closed.
 FAILURES: Final = (redis_errors.RedisError, OSError, RuntimeError)
 """All that redis-py and the event loop raise for a failed exchange."""
+
+_E = TypeVar("_E", bound=BaseException)
 
 Stranger = Literal["plain", "tls"]
 """How we spoke to a server that has never answered us yet: it may be that it speaks the other way."""
@@ -246,12 +248,9 @@ def one_line(exc: BaseException) -> str:
 def _not_understood(exc: BaseException, address: str, stranger: Stranger | None) -> StoreError | None:
     """Something answers, but not as a Redis does, or not as one that we trust."""
     text = one_line(exc)
-    if _caused_by(exc, ssl.SSLCertVerificationError):
-        return StoreRefused(
-            f"no TLS connection to Redis at {address}: {text}"
-            " (add ?ssl_ca_certs=FILE to DYN_REDIS_URL for a CA of your own)"
-        )
-    if _caused_by(exc, ssl.SSLError):
+    if certificate := _cause(exc, ssl.SSLCertVerificationError):
+        return StoreRefused(f"no TLS connection to Redis at {address}: {text} ({_cure(certificate)})")
+    if _cause(exc, ssl.SSLError):
         hint = ": does it speak TLS? If not, write redis://" if stranger == "tls" else ""
         return StoreRefused(f"no TLS connection to Redis at {address}: {text.rstrip('.')}{hint}")
     if isinstance(exc, redis_errors.InvalidResponse):
@@ -269,9 +268,9 @@ def _no_answer(
     if isinstance(exc, TimeoutError | redis_errors.TimeoutError):
         hint = " (does it speak TLS? If not, write redis://)" if stranger == "tls" else ""
         return StoreUnavailable(f"Redis at {address} does not answer in time{hint}")
-    if _caused_by(exc, ConnectionRefusedError) or _CONNECTION_REFUSED in text:
+    if _cause(exc, ConnectionRefusedError) or _CONNECTION_REFUSED in text:
         return StoreUnavailable(f"no Redis answers at {address} (connection refused): is it running there?")
-    if address.startswith("/") and _caused_by(exc, FileNotFoundError):
+    if address.startswith("/") and _cause(exc, FileNotFoundError):
         return StoreUnavailable(f"no Redis answers at {address} (there is no such socket): is it running?")
     if isinstance(exc, redis_errors.ConnectionError | OSError | RuntimeError):
         hint = ""
@@ -282,9 +281,21 @@ def _no_answer(
     return None
 
 
-def _caused_by(exc: BaseException | None, kind: type[BaseException]) -> bool:
+def _cure(refused: ssl.SSLCertVerificationError) -> str:
+    """Say what to do about a certificate, by OpenSSL's `X509_V_ERR_…` number."""
+    match refused.verify_code:
+        case 62 | 64:  # HOSTNAME_MISMATCH, IP_ADDRESS_MISMATCH
+            return "name the host in DYN_REDIS_URL as its certificate does, or add ?ssl_check_hostname=false"
+        case 9 | 10:  # CERT_NOT_YET_VALID, CERT_HAS_EXPIRED
+            return "the server needs a new certificate, or a clock is wrong"
+        case _:
+            return "add ?ssl_ca_certs=FILE to DYN_REDIS_URL for a CA of your own"
+
+
+def _cause(exc: BaseException | None, kind: type[_E]) -> _E | None:
+    """Return the first exception of a kind in a chain of causes."""
     while exc is not None:
         if isinstance(exc, kind):
-            return True
+            return exc
         exc = exc.__cause__ or exc.__context__
-    return False
+    return None
