@@ -4,22 +4,28 @@
 #   docker run --rm dynamo-redis --help
 #
 # It has no HEALTHCHECK of its own, since only some of its commands have a port to ask: compose/single.yml
-# shows the frontend's.
-FROM python:3.12-slim AS build
+# shows the frontend's and the workers'.
+FROM python:3.12.11-slim-bookworm AS build
 
-COPY pyproject.toml README.md /source/
-COPY src /source/src
-RUN python -m venv /opt/dynamo-redis \
+RUN python -m venv /opt/dynamo-redis
+# What it depends on changes seldom, and stays a layer of its own: it is installed with an empty package.
+COPY pyproject.toml README.md LICENSE /source/
+RUN mkdir -p /source/src/dynamo_redis \
+    && touch /source/src/dynamo_redis/__init__.py \
     && /opt/dynamo-redis/bin/pip install --no-cache-dir '/source[http,engines]'
+COPY src /source/src
+RUN /opt/dynamo-redis/bin/pip install --no-cache-dir --no-deps --force-reinstall /source
 
-FROM python:3.12-slim
+FROM python:3.12.11-slim-bookworm
 
-RUN useradd --system --create-home --uid 10001 --shell /usr/sbin/nologin dynamo
+RUN groupadd --system --gid 10001 dynamo \
+    && useradd --system --create-home --uid 10001 --gid 10001 --shell /usr/sbin/nologin dynamo
 COPY --from=build /opt/dynamo-redis /opt/dynamo-redis
 ENV PATH=/opt/dynamo-redis/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1
-USER dynamo
+# By number: Kubernetes cannot tell from a name that it is not root.
+USER 10001:10001
 WORKDIR /home/dynamo
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["dynamo-redis"]

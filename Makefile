@@ -5,6 +5,7 @@ BIN    := $(VENV)/bin
 ARGS   ?=
 JOBS   ?= 2
 SUITE  ?= start
+RUNS   := $(VENV)/.installed-to-run
 STAMP  := $(VENV)/.installed
 
 .PHONY: up test check format bench replay soak faults fuzz clean help
@@ -15,13 +16,18 @@ help:            ## list the targets
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(STAMP): pyproject.toml | $(VENV)/bin/python
-	@echo 'installing into $(VENV) …'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[all]' --group dev
+$(RUNS): pyproject.toml | $(VENV)/bin/python
+	@echo 'installing what dynamo-redis needs into $(VENV) (once) …'
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[all]'
 	@touch $@
 
-up: $(STAMP)     ## a Redis, a frontend and two mock workers (ARGS="--workers 4 …")
+$(STAMP): pyproject.toml $(RUNS)
+	@echo 'installing what tests and checks need into $(VENV) (once) …'
+	$(BIN)/python -m pip install --disable-pip-version-check --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install --disable-pip-version-check --group dev
+	@touch $@
+
+up: $(RUNS)      ## a Redis, a frontend and two mock workers (ARGS="--workers 4 …")
 	@$(BIN)/dynamo-redis up $(ARGS)
 
 test: $(STAMP)   ## all tests, against a real Redis server (JOBS=4 processes, ARGS="-k lease")

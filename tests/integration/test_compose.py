@@ -14,8 +14,9 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,29 @@ def test_one_redis_a_frontend_and_two_workers(compose: dict[str, Any]) -> None:
     assert set(services) == {"redis", "frontend", "worker"}
     assert services["worker"]["deploy"]["replicas"] == 2
     assert services["frontend"]["ports"] == ["8000:8000"]
-    assert "--appendonly yes" in shlex.join(services["redis"]["command"])
+    command = shlex.join(services["redis"]["command"])
+    assert "--appendonly yes" in command
+    assert "--maxmemory 512mb" in command
+    assert "--maxmemory-policy noeviction" in command
+    assert services["redis"]["mem_limit"] == "1g"
+
+
+def test_no_password_stands_in_the_file(compose: dict[str, Any]) -> None:
+    redis, worker = compose["services"]["redis"], compose["services"]["worker"]
+    assert "requirepass $$REDIS_PASSWORD" in redis["command"][2]
+    assert redis["environment"]["REDIS_PASSWORD"] == "${REDIS_PASSWORD}"
+    assert re.fullmatch(
+        r"redis://:\$\{REDIS_PASSWORD:\?.*\}@redis:6379", worker["environment"]["DYN_REDIS_URL"]
+    )
+
+
+def test_images_have_exact_versions(compose: dict[str, Any], dockerfile: str) -> None:
+    images = [compose["services"]["redis"]["image"], *re.findall(r"^FROM (\S+)", dockerfile, re.MULTILINE)]
+    assert all(re.fullmatch(r"[a-z]+:\d+\.\d+\.\d+-[a-z-]+", image) for image in images), images
+
+
+def test_dependencies_are_a_layer_before_sources(dockerfile: str) -> None:
+    assert dockerfile.index("[http,engines]") < dockerfile.index("COPY src ")
 
 
 def test_processes_stop_gracefully_and_have_no_rights(compose: dict[str, Any], dockerfile: str) -> None:
@@ -95,7 +118,7 @@ def test_processes_stop_gracefully_and_have_no_rights(compose: dict[str, Any], d
         assert service["read_only"]
         assert service["cap_drop"] == ["ALL"]
     last_stage = dockerfile.rpartition("\nFROM ")[2]
-    assert re.search(r"^USER (?!root|0)", last_stage, re.MULTILINE)
+    assert re.search(r"^USER [1-9]\d+:[1-9]\d+$", last_stage, re.MULTILINE)
     assert "STOPSIGNAL SIGTERM" in last_stage
     assert entrypoint(dockerfile) == ["dynamo-redis"]
 
@@ -132,38 +155,49 @@ class NativeDeployment:
     services: dict[str, Any]
     entrypoint: list[str]
     directory: Path
-    redis_port: int
+    redis_path: Path
     http_port: int
+    password: str = "a0b1c2"
     processes: dict[str, ChildProcess] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        (self.directory / "bin").mkdir()
+        (self.directory / "bin" / "redis-server").symlink_to(find_server().path)
+
     def localized(self, text: str) -> str:
-        """The same with local addresses instead of the containers'."""
-        text = text.replace("redis://redis:6379", f"redis://127.0.0.1:{self.redis_port}")
-        return re.sub(r"\b8000\b", str(self.http_port), text).replace("/tmp/", f"{self.directory}/")
+        """What the text means to Compose, with local addresses instead of the containers'."""
+        text = re.sub(r"\b8000\b", str(self.http_port), text).replace("/tmp/", f"{self.directory}/")
+        text = re.sub(r"\$\{REDIS_PASSWORD[^}]*\}", self.password, text).replace("$$", "$")
+        text = text.replace("$(hostname -i | cut -d' ' -f1)", "127.0.0.1")
+        text = re.sub(r"redis://(.*)@redis:6379", rf"unix://\1@{self.redis_path}", text)
+        # Redis is started last: by then another program might have a port that is free now.
+        server = f"redis-server - --port 0 --unixsocket {self.redis_path} --dir {self.directory}"
+        return text.replace("redis-server -", server)
 
     def environment(self, service: str) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("DYN_")}
-        bin_directory = Path(sys.executable).parent
+        places = [str(self.directory / "bin"), str(Path(sys.executable).parent), kept.get("PATH", "")]
         own = {name: self.localized(text) for name, text in self.services[service]["environment"].items()}
-        return {**kept, "PATH": f"{bin_directory}{os.pathsep}{kept.get('PATH', '')}", **own}
+        return {**kept, "PATH": os.pathsep.join(places), **own}
 
     def start(self, service: str, name: str) -> None:
-        command = self.services[service]["command"]
-        if service == "redis":
-            server = [str(find_server().path), *command[1:]]
-            argv = [*server, "--port", str(self.redis_port), "--dir", str(self.directory)]
-            env = None
-        else:
-            argv = [*self.entrypoint, *map(self.localized, command)]
-            env = self.environment(service)
+        command = [self.localized(word) for word in self.services[service]["command"]]
+        argv = command if service == "redis" else [*self.entrypoint, *command]
+        env = self.environment(service)
         with (self.directory / f"{name}.log").open("wb") as log:
             self.processes[name] = ChildProcess.start(
                 argv, env=env, cwd=self.directory, stdout=log, stderr=log
             )
 
+    async def check(self, service: str) -> int | None:
+        """Run a service's health check; the exit code."""
+        kind, *test = map(self.localized, self.services[service]["healthcheck"]["test"])
+        argv = ["sh", "-c", *test] if kind == "CMD-SHELL" else test
+        return await ChildProcess.start(argv, env=self.environment(service)).wait(30)
+
     def redis_answers(self) -> bool:
         try:
-            with Redis(port=self.redis_port) as redis:
+            with Redis(unix_socket_path=str(self.redis_path), password=self.password) as redis:
                 return bool(redis.ping())
         except RedisError:
             return False
@@ -176,35 +210,40 @@ class NativeDeployment:
 
 @pytest.fixture
 async def deployment(
-    compose: dict[str, Any], dockerfile: str, tmp_path: Path
+    compose: dict[str, Any], dockerfile: str, tmp_path: Path, short_directory: Path
 ) -> AsyncIterator[NativeDeployment]:
-    redis_port, http_port = free_ports(2)
     deployment = NativeDeployment(
-        compose["services"], entrypoint(dockerfile), tmp_path, redis_port, http_port
+        compose["services"], entrypoint(dockerfile), tmp_path, short_directory / "redis.sock", free_port()
     )
     try:
-        deployment.start("redis", "redis")
-        with anyio.fail_after(START_S):  # `depends_on` in the file
-            while not deployment.redis_answers():
-                await anyio.sleep(0.02)
         deployment.start("frontend", "frontend")
         for number in range(compose["services"]["worker"]["deploy"]["replicas"]):
             deployment.start("worker", f"worker-{number}")
+        with anyio.fail_after(START_S):  # as when a machine starts again: Redis comes last
+            while "waiting for it" not in (tmp_path / "worker-0.log").read_text():
+                await anyio.sleep(0.02)
+        deployment.start("redis", "redis")
+        with anyio.fail_after(START_S):
+            while not deployment.redis_answers():
+                await anyio.sleep(0.02)
         yield deployment
     finally:
         for process in deployment.processes.values():
             await process.stop(1.0)
 
 
-def free_ports(count: int) -> list[int]:
-    probes = [socket.socket() for _ in range(count)]
-    try:
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()
+@pytest.fixture
+def short_directory() -> Iterator[Path]:
+    """A path of a socket has room for about a hundred characters."""
+    with tempfile.TemporaryDirectory(prefix="dyn-") as directory:
+        yield Path(directory)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 async def test_each_services_command_line_runs_natively(deployment: NativeDeployment) -> None:
@@ -216,10 +255,8 @@ async def test_each_services_command_line_runs_natively(deployment: NativeDeploy
             pytest.fail(f"not healthy within {START_S:g} s\n{deployment.logs()}")
         assert len(instances) == 2
 
-        test = deployment.services["frontend"]["healthcheck"]["test"]
-        assert test[:2] == ["CMD", "python"]
-        check = ChildProcess.start([sys.executable, *map(deployment.localized, test[2:])])
-        assert await check.wait(10) == 0
+        for service in ("frontend", "worker"):
+            assert await deployment.check(service) == 0, f"{service}\n{deployment.logs()}"
 
         model = (await http.get("/v1/models")).json()["data"][0]["id"]
         body = {"model": model, "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 5}
@@ -262,11 +299,15 @@ def test_up_in_containers(compose_file: Path) -> None:
     if subprocess.run([docker, "compose", "version"], capture_output=True, timeout=20).returncode != 0:
         pytest.skip("the container engine has no compose")
     command = [docker, "compose", "--file", str(compose_file), "--project-name", f"dynamo-test-{os.getpid()}"]
+    environment = {**os.environ, "REDIS_PASSWORD": "a0b1c2"}
     try:
         subprocess.run(
-            [*command, "up", "--build", "--wait", "--wait-timeout", "300"], check=True, timeout=500
+            [*command, "up", "--build", "--wait", "--wait-timeout", "300"],
+            check=True,
+            timeout=500,
+            env=environment,
         )
         health = httpx.get("http://127.0.0.1:8000/health", timeout=10)
         assert health.status_code == 200
     finally:
-        subprocess.run([*command, "down", "--volumes", "--timeout", "10"], timeout=90)
+        subprocess.run([*command, "down", "--volumes", "--timeout", "10"], timeout=90, env=environment)

@@ -24,7 +24,10 @@ Group = TypeVar("Group", bound=SettingsGroup)
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 _SUFFIXES = ("_s", "_bytes", "_count")  # of field names: units, which an option's help says instead
-_NAMES = {"prefix": "--redis-prefix"}  # beside `get --prefix`, which is about keys
+_NAMES = {
+    "prefix": "--redis-prefix",  # beside `get --prefix`, which is about keys
+    "wait_for_redis": "--wait",
+}
 _FURTHER_NAMES = {"kv_overlap_score_weight": ("--router-kv-overlap-score-credit",)}
 """Other names that users of Dynamo know an option by."""
 _METAVARS: dict[Any, str] = {

@@ -12,6 +12,7 @@ from dynamo_redis.cli import collection
 from dynamo_redis.cli.options import load, setting_options
 from dynamo_redis.cli.output import print_line
 from dynamo_redis.config import EventSettings, PlaneSettings, RuntimeSettings, StoreSettings
+from dynamo_redis.errors import StoreUnavailable
 from dynamo_redis.names import format_instance_id
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ def run_service(
 ) -> None:
     """Run `serve` with a runtime until SIGTERM or Ctrl-C, and close in order.
 
+    It waits for Redis if `--wait` (DYN_WAIT_FOR_REDIS) says so.
+
     Raises ConfigError for wrong settings and StoreError if Redis cannot be used at start.
     """
     from dynamo_redis.runtime.logging import configure_dynamo_logging
@@ -57,9 +60,13 @@ def run_service(
         # Many workers may log to one place: each stands there under the id that `instances` lists.
         service_name = f"{name}-{format_instance_id(runtime.instance_id)}"
         configure_dynamo_logging(service_name=service_name, level=settings.runtime.log)
-        async with runtime:
-            runtime.handle_signals()
-            await serve(runtime)
+        runtime.handle_signals()  # before it starts: it may have to wait for Redis
+        try:
+            async with runtime:
+                await serve(runtime)
+        except StoreUnavailable:
+            if not runtime.is_shutting_down:
+                raise
 
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(main())

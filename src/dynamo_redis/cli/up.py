@@ -79,7 +79,7 @@ _GROUPS: tuple[type[SettingsGroup], ...] = (
 @setting_options(MockEngineSettings)
 @setting_options(FrontendSettings, router_mode=ROUTER_MODE)
 @setting_options(RouterSettings)
-@setting_options(RuntimeSettings)
+@setting_options(RuntimeSettings, "namespace", "drain_s", "log")
 @setting_options(EventSettings)
 @setting_options(PlaneSettings, "request_plane", "auth")
 @setting_options(StoreSettings, "redis_url", "prefix", "lease_ttl_s")

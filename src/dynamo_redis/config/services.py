@@ -30,6 +30,11 @@ class RuntimeSettings(SettingsGroup):
         "most 2 s, in which the process leaves.",
         unit="s",
     )
+    wait_for_redis: bool = setting(
+        "DYN_WAIT_FOR_REDIS",
+        False,
+        "A service that finds no Redis when it starts waits for it, however long, instead of ending at once.",
+    )
     log: str = setting("DYN_LOG", "info", "Log level: error, warn, info or debug; `off` for none.")
 
     @property

@@ -195,16 +195,26 @@ def _error(error: ApiError) -> Response:
 
 
 async def _on_http_exception(request: Request, exc: Exception) -> Response:
-    """Unknown paths and methods, in OpenAI's form."""
+    """Unknown paths and methods, in OpenAI's form, with those that there are."""
     assert isinstance(exc, HTTPException)
-    error = invalid(f"Unknown request: {request.method} {request.url.path}.")
+    error = invalid(f"Unknown request: {request.method} {request.url.path}. There are: {_offered(request)}.")
     if exc.status_code == 405:
-        error = invalid(f"Not allowed to {request.method} on {request.url.path}.")
+        allowed = (exc.headers or {}).get("Allow", "")
+        error = invalid(f"Not allowed to {request.method} on {request.url.path}: it takes {allowed}.")
     error.status = exc.status_code
     error.code = "unknown_url" if exc.status_code == 404 else "method_not_allowed"
     response = _error(error)
     response.headers.update(exc.headers or {})
     return response
+
+
+def _offered(request: Request) -> str:
+    """All paths of the application, each with its method."""
+    routes = [route for route in request.app.routes if isinstance(route, Route)]
+    return ", ".join(
+        f"{'POST' if 'POST' in (route.methods or ()) else 'GET'} {route.path.replace(':path', '')}"
+        for route in routes
+    )
 
 
 async def _on_error(_: Request, exc: Exception) -> Response:

@@ -18,6 +18,7 @@ from dynamo_redis.names import EndpointName, InstanceId
 from dynamo_redis.planes.base import RequestPlaneClient, RequestPlaneServer, Target
 from dynamo_redis.planes.select import make_client, make_server
 from dynamo_redis.runtime.client import Client
+from dynamo_redis.runtime.connecting import start_registry
 from dynamo_redis.runtime.discovery import EndpointView
 from dynamo_redis.runtime.endpoint import Endpoint, Namespace, note_ignored
 from dynamo_redis.runtime.handlers import AnyHandler
@@ -143,8 +144,11 @@ class DistributedRuntime:
     # ----------------------------------------------------------------- lifetime
 
     async def start(self) -> None:
-        """Connect. Raises ConfigError, StoreUnavailable, StoreRefused or SchemaMismatch, and may then be
-        called again. No effect once it has succeeded."""
+        """Connect; with `DYN_WAIT_FOR_REDIS` wait for a Redis that is not there yet, until `shutdown`.
+
+        Raises ConfigError, StoreUnavailable, StoreRefused or SchemaMismatch, and may then be called again. No
+        effect once it has succeeded.
+        """
         async with self._starting:
             if self._plane_client is not None:
                 return
@@ -152,7 +156,8 @@ class DistributedRuntime:
                 raise RuntimeError("the runtime is closed")
             plane_client = make_client(self.settings.plane, on_quiet=self._on_quiet)
             try:
-                await self.registry.start()
+                waits = self.settings.runtime.wait_for_redis
+                await start_registry(self.registry, self._shutdown, waits=waits)
             except BaseException:
                 await plane_client.aclose()
                 raise
@@ -170,6 +175,11 @@ class DistributedRuntime:
     def shutdown_deadline(self) -> ShutdownDeadline:
         """The deadline of the shutdown, which begins with `shutdown`."""
         return self._deadline
+
+    @property
+    def is_shutting_down(self) -> bool:
+        """Whether `shutdown` was called."""
+        return self._shutdown.is_set()
 
     async def wait_for_shutdown(self) -> None:
         """Wait until `shutdown` is called. With `handle_signals`, SIGTERM and SIGINT call it."""

@@ -131,6 +131,14 @@ async def test_unknown_paths_and_methods(frontend: Any) -> None:
         error_of(response)
 
 
+async def test_an_unknown_path_is_told_those_there_are(frontend: Any) -> None:
+    message = error_of(await frontend.http.post("/chat/completions"))["message"]
+    assert "POST /v1/chat/completions" in message
+    assert "GET /v1/models/{model}" in message
+    wrong_method = error_of(await frontend.http.get(CHAT))["message"]
+    assert wrong_method.endswith("it takes POST.")
+
+
 # --------------------------------------------------------------------------- the body is too large
 
 
