@@ -2,7 +2,8 @@
 
 It batches continuously, keeps a paged KV cache with prefix reuse, takes the time a real engine would
 (`batching.py` has the model of both), reports its KV events, and answers in readable text. The answer
-depends on the prompt and the seed alone, not on what else runs.
+depends on the prompt and the seed alone, not on what else runs: temperature, penalties and their like change
+nothing of it. An option that an answer could be seen to break is refused.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ from dynamo_redis.runtime.llm_protocol import GenerateItem, GenerateRequest
 from dynamo_redis.runtime.model_files import ModelDirectory
 
 _PIECE_BLOCK_COUNT: Final = 4096
+
+_REFUSED_OPTIONS: Final = ("guided_decoding", "logit_bias", "allowed_token_ids", "bad_words")
+"""Sampling options that say which tokens an answer may hold."""
 
 
 class MockEngine:
@@ -192,6 +196,9 @@ def _read_request(
         )
     stop = _mapping(request, "stop_conditions")
     sampling = _mapping(request, "sampling_options")
+    for name in _REFUSED_OPTIONS:
+        if sampling.get(name):
+            raise InvalidRequest(f"the mock engine has no model, and cannot hold an answer to {name!r}")
     max_tokens = _integer(stop, "max_tokens", default=room_count, least=1)
     seed = _integer(sampling, "seed", default=0, least=-(1 << 63)) if sampling.get("temperature") != 0 else 0
     key = xxh3_64_intdigest(prompt.tobytes(), seed & (1 << 64) - 1)

@@ -13,14 +13,14 @@ class Answer:
     """Follows one choice of a completion, item by item, until it has a `finish_reason`.
 
     That is "length" if the worker ran into the token limit, else "stop": an end-of-sequence token, or one
-    of the stop strings, which is cut off with what follows it.
+    of the stop strings. What follows that is cut off, and with it the stop string, unless it is kept.
     """
 
     __slots__ = ("_detokenizer", "_stops", "cached_tokens", "finish_reason", "token_count")
 
-    def __init__(self, detokenizer: Detokenizer, stops: Sequence[str]) -> None:
+    def __init__(self, detokenizer: Detokenizer, stops: Sequence[str], *, keeps_stop: bool = False) -> None:
         self._detokenizer = detokenizer
-        self._stops = StopStrings(stops) if stops else None
+        self._stops = StopStrings(stops, keeps_found=keeps_stop) if stops else None
         self.finish_reason: str | None = None
         self.token_count = 0
         self.cached_tokens: int | None = None

@@ -24,7 +24,8 @@ from dynamo_redis.frontend.health import health
 from dynamo_redis.frontend.http_errors import ApiError, api_error, invalid
 from dynamo_redis.frontend.model import Model
 from dynamo_redis.frontend.models import LiveModels
-from dynamo_redis.frontend.openai import ChatBody, CompletionOptions, TextBody, read_body
+from dynamo_redis.frontend.openai import ChatBody, TextBody, read_body
+from dynamo_redis.frontend.options import CompletionOptions
 from dynamo_redis.frontend.prompts import Preparation
 from dynamo_redis.frontend.request_body import ClientGone, read_limited
 from dynamo_redis.frontend.sse import Kind
@@ -145,7 +146,12 @@ class Completions:
         assert model.loaded is not None
         tokenizer = model.loaded.tokenizer
         choices = [
-            Choice(index, request, Answer(tokenizer.detokenizer(), body.stops), context)
+            Choice(
+                index,
+                request,
+                Answer(tokenizer.detokenizer(), body.stops, keeps_stop=body.keeps_stops),
+                context,
+            )
             for index, (request, context) in enumerate(zip(requests, contexts, strict=True))
         ]
         prompt_token_count = sum(len(request["token_ids"]) for request in requests[:: body.n or 1])

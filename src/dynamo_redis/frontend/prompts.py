@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from dynamo_redis.frontend.http_errors import ApiError, context_length_exceeded, invalid
 from dynamo_redis.frontend.model_loading import LoadedModel
-from dynamo_redis.frontend.openai import ChatBody, CompletionOptions, TextBody
+from dynamo_redis.frontend.openai import ChatBody, TextBody
+from dynamo_redis.frontend.options import CompletionOptions
 from dynamo_redis.runtime.llm_protocol import GenerateRequest, SamplingOptions, StopConditions
 
 INLINE_BYTES = 1024
@@ -19,16 +20,6 @@ PROBE_CHARS = 8
 """A text longer than this for each token of the context is first tokenized up to there. Tokenizing takes some
 50 bytes a byte of text, so that a body at its limit would take gigabytes only to be refused."""
 _PROBE_SLACK_TOKENS = 64  # where a text is cut, its last token can fall into several
-
-_SAMPLING = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-)
 
 
 class Preparation:
@@ -74,10 +65,6 @@ def _tokenize_chat(model: LoadedModel, body: ChatBody) -> list[int]:
             "model",
             "unsupported_model",
         )
-    variables = dict(body.chat_template_kwargs or {})
-    for name in ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message"):
-        if name in variables:
-            raise invalid(f"'{name}' is a field of its own.", f"chat_template_kwargs.{name}")
     text = model.template.render(
         [dict(message) for message in body.messages],
         # With `none` the model shall not call tools: it is not told of any.
@@ -85,9 +72,9 @@ def _tokenize_chat(model: LoadedModel, body: ChatBody) -> list[int]:
         documents=body.documents,
         add_generation_prompt=body.add_generation_prompt is not False,
         continue_final_message=bool(body.continue_final_message),
-        **variables,
+        **body.template_variables(),
     )
-    token_ids = _encode(model, body, text)
+    token_ids = _encode(model, body, text, add_special_tokens=bool(body.add_special_tokens))
     if not token_ids:
         raise invalid("The chat template makes an empty prompt of the messages.", "messages")
     return token_ids
@@ -135,11 +122,7 @@ def _requests_for(
     prompt: list[int], model: LoadedModel, body: CompletionOptions, seeds: list[int | None]
 ) -> list[GenerateRequest]:
     conditions = _stop_conditions(prompt, model, body)
-    sampling: SamplingOptions = {}
-    for name in _SAMPLING:
-        value = getattr(body, name)
-        if value is not None:
-            sampling[name] = value  # type: ignore[literal-required]
+    sampling = _sampling_options(model, body)
     return [
         GenerateRequest(
             model=model.name,
@@ -152,6 +135,20 @@ def _requests_for(
     ]
 
 
+def _sampling_options(model: LoadedModel, body: CompletionOptions) -> SamplingOptions:
+    """What the worker is told. Raises ApiError for tokens that the model does not have."""
+    sampling = body.sampling_options()
+    size = model.tokenizer.vocabulary_size
+    for name, token_ids in (
+        ("allowed_token_ids", sampling.get("allowed_token_ids", [])),
+        ("logit_bias", map(int, sampling.get("logit_bias", {}))),
+    ):
+        largest = max(token_ids, default=-1)
+        if largest >= size:
+            raise invalid(f"Token id {largest} is not in the model's vocabulary of {size}.", name)
+    return sampling
+
+
 def _stop_conditions(prompt: list[int], model: LoadedModel, body: CompletionOptions) -> StopConditions:
     left = model.context_length - len(prompt)
     wanted = body.wanted_tokens
@@ -160,6 +157,8 @@ def _stop_conditions(prompt: list[int], model: LoadedModel, body: CompletionOpti
     conditions = StopConditions(max_tokens=left if wanted is None else wanted, ignore_eos=body.ignores_eos)
     if body.min_tokens:
         conditions["min_tokens"] = body.min_tokens
+    if (thinking := body.thinking_budget()) is not None:
+        conditions["max_thinking_tokens"] = thinking
     if body.stops:
         conditions["stop"] = body.stops
     if body.stop_token_ids:

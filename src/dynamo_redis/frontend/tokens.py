@@ -246,11 +246,12 @@ class StopStrings:
     of a stop string is held until that is decided.
     """
 
-    __slots__ = ("_first", "_held", "_stops", "found")
+    __slots__ = ("_first", "_held", "_keeps_found", "_stops", "found")
 
-    def __init__(self, stops: Iterable[str]) -> None:
-        """None of `stops` may be empty."""
+    def __init__(self, stops: Iterable[str], *, keeps_found: bool = False) -> None:
+        """None of `stops` may be empty. With `keeps_found` the one that is found is shown, too."""
         self._stops = tuple(stops)
+        self._keeps_found = keeps_found
         self._first = frozenset(stop[0] for stop in self._stops)
         self._held = ""
         self.found: str | None = None
@@ -265,7 +266,7 @@ class StopStrings:
         if match is not None:
             start, self.found = match
             self._held = ""
-            return text[:start]
+            return text[: start + len(self.found) if self._keeps_found else start]
         length = self._undecided(text)
         self._held = text[len(text) - length :]
         return text[: len(text) - length]

@@ -125,7 +125,9 @@ async def test_passes_options_on(frontend: Any, demo_tokenizer: Tokenizer) -> No
         frequency_penalty=-1,
         seed=42,
         stop=["END"],
-        extra_body={"top_k": 5, "min_tokens": 2, "ignore_eos": True, "a_field_of_tomorrow": {"x": 1}},
+        logit_bias={"5": -100},
+        response_format={"type": "json_object"},
+        extra_body={"top_k": 5, "min_tokens": 2, "ignore_eos": True, "thinking_token_budget": 9},
     )
     [request] = frontend.worker.requests
     assert request["model"] == "demo"
@@ -133,6 +135,7 @@ async def test_passes_options_on(frontend: Any, demo_tokenizer: Tokenizer) -> No
         "max_tokens": 17,
         "min_tokens": 2,
         "ignore_eos": True,
+        "max_thinking_tokens": 9,
         "stop": ["END"],
     }
     assert request["sampling_options"] == {
@@ -142,6 +145,8 @@ async def test_passes_options_on(frontend: Any, demo_tokenizer: Tokenizer) -> No
         "presence_penalty": 1.0,
         "frequency_penalty": -1.0,
         "seed": 42,
+        "logit_bias": {"5": -100.0},
+        "guided_decoding": {"json": {"type": "object"}},
     }
     assert demo_tokenizer.token_id("<|im_end|>") in request["eos_token_ids"]
     await frontend.client.chat.completions.create(
@@ -155,6 +160,25 @@ async def test_without_max_tokens_the_context_is_the_limit(frontend: Any) -> Non
     [request] = frontend.worker.requests
     context_length = frontend.models.get("demo").loaded.context_length
     assert request["stop_conditions"]["max_tokens"] == context_length - len(request["token_ids"])
+
+
+async def test_tokens_beyond_the_vocabulary_are_refused(frontend: Any) -> None:
+    for field, value in (("logit_bias", {"1000000": 1}), ("allowed_token_ids", [1, 1_000_000])):
+        with pytest.raises(openai.BadRequestError) as caught:
+            await frontend.client.chat.completions.create(
+                model="demo", messages=MESSAGES, extra_body={field: value}
+            )
+        assert caught.value.param == field
+    assert frontend.worker.requests == []
+
+
+@pytest.mark.parametrize("field", ["include_stop_str_in_output", "no_stop_trim"])
+async def test_stop_string_may_stay_in_the_answer(frontend: Any, field: str) -> None:
+    answer = await frontend.client.chat.completions.create(
+        model="demo", messages=MESSAGES, stop=["are y", "world"], extra_body={field: True}
+    )
+    assert answer.choices[0].message.content == "Hello, world"
+    assert frontend.worker.requests[0]["sampling_options"]["include_stop_str_in_output"] is True
 
 
 @pytest.mark.parametrize("stream", [True, False])

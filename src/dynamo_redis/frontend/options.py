@@ -1,0 +1,219 @@
+"""What both kinds of completion may be asked for, beside their prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar, cast
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, Tag
+
+from dynamo_redis.frontend import parameters
+from dynamo_redis.frontend.guided import guided_decoding
+from dynamo_redis.frontend.http_errors import ApiError, invalid
+from dynamo_redis.frontend.parameters import Parameters, unsupported
+from dynamo_redis.runtime.llm_protocol import GuidedDecoding, SamplingOptions
+
+MAX_CHOICES = 128
+MAX_STOPS = 4
+MAX_STOP_CHARS = 1024
+MAX_BAD_WORDS = 1024
+MAX_TOKEN_IDS = 8192
+
+_INT64 = {"ge": -(2**63), "le": 2**63 - 1}
+
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+
+
+def by_type(**tags: str) -> Callable[[object], str | None]:
+    """Chooses the member of a union by the type of the value, so that errors speak of that member alone."""
+
+    def tag(value: object) -> str | None:
+        return tags.get(type(value).__name__)
+
+    return tag
+
+
+_FURTHER = ConfigDict(strict=True, allow_inf_nan=False, extra="allow")
+"""Fields beyond those of a class are kept, so that they can be refused by name."""
+
+TopK = Annotated[int, Field(ge=-1, le=2**31 - 1)]
+RepetitionPenalty = Annotated[float, Field(gt=0)]
+ThinkingBudget = Annotated[int, Field(ge=-1, le=2**31 - 1)]
+
+
+class StreamOptions(BaseModel):
+    """`stream_options`."""
+
+    model_config = _FURTHER
+    include_usage: bool | None = False
+
+
+class Extensions(BaseModel):
+    """`nvext`, Dynamo's extensions."""
+
+    model_config = _FURTHER
+    ignore_eos: bool | None = None
+    greed_sampling: bool | None = None
+    max_thinking_tokens: ThinkingBudget | None = None
+    top_k: TopK | None = None
+    repetition_penalty: RepetitionPenalty | None = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    guided_whitespace_pattern: Any = None
+
+
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+Stop = Annotated[
+    Annotated[StopString, Tag("<text>")]
+    | Annotated[list[StopString], Field(max_length=MAX_STOPS), Tag("<list>")],
+    Discriminator(
+        by_type(str="<text>", list="<list>"),
+        custom_error_type="stop_type",
+        custom_error_message="Input should be a string or a list of at most 4 strings",
+    ),
+]
+
+
+_ABSENT: tuple[Any, ...] = (None, {}, [])
+_SAMPLING = (
+    "temperature",
+    "top_p",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+    "allowed_token_ids",
+    "bad_words",
+)
+
+
+class CompletionOptions(BaseModel):
+    """What both kinds of completion share. Null is the same as absent."""
+
+    model_config = _FURTHER
+    further_parameters: ClassVar[Parameters]
+
+    model: str
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    stop: Stop | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=128)] | None = None
+    include_stop_str_in_output: bool | None = None
+    no_stop_trim: bool | None = None
+    ignore_eos: bool | None = None
+    nvext: Extensions | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = 1
+    best_of: int | None = None
+    seed: Annotated[int, Field(**_INT64)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: TopK | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: RepetitionPenalty | None = None
+    thinking_token_budget: ThinkingBudget | None = None
+    logit_bias: dict[Annotated[str, Field(pattern=r"^[0-9]{1,10}$")], Bias] | None = None
+    allowed_token_ids: Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TOKEN_IDS)] | None = None
+    bad_words: Annotated[list[StopString], Field(max_length=MAX_BAD_WORDS)] | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    guided_whitespace_pattern: Any = None
+    json_schema: Any = None
+    regex: Any = None
+    ebnf: Any = None
+    add_special_tokens: bool | None = None
+
+    _guided: GuidedDecoding | None = PrivateAttr(None)
+
+    def refuse_unsupported(self) -> None:
+        """Raise ApiError for a parameter that asks for what cannot be served, or that is not known."""
+        self.further_parameters.check(self.model_extra, type(self).model_fields)
+        if self.min_tokens and self.wanted_tokens is not None and self.min_tokens > self.wanted_tokens:
+            raise invalid(
+                f"'min_tokens' is over the {self.wanted_tokens} tokens of the answer.", "min_tokens"
+            )
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise unsupported("best_of", "it must be equal to 'n'")
+        if self.stream_options is not None:
+            if not self.stream:
+                raise invalid(
+                    "The 'stream_options' parameter is only allowed when 'stream' is enabled.",
+                    "stream_options",
+                )
+            parameters.STREAM_OPTIONS.check(
+                self.stream_options.model_extra, StreamOptions.model_fields, "stream_options."
+            )
+        if self.nvext is not None:
+            parameters.NVEXT.check(self.nvext.model_extra, Extensions.model_fields, "nvext.")
+        self._guided = guided_decoding(self)
+        self.sampling_options()
+        self.thinking_budget()
+
+    def sampling_options(self) -> SamplingOptions:
+        """How tokens are to be chosen, as the worker is told; without the seed, which each choice has for
+        itself. Raises ApiError for what is given twice, and not alike."""
+        options = {name: getattr(self, name) for name in _SAMPLING}
+        for name in ("top_k", "repetition_penalty"):
+            options[name] = self._once(name, f"nvext.{name}")
+        if self.nvext and self.nvext.greed_sampling:
+            if self.temperature:
+                raise twice("temperature", "nvext.greed_sampling")
+            options["temperature"] = 0.0
+        options["include_stop_str_in_output"] = self.keeps_stops or None
+        options["guided_decoding"] = self._guided
+        return cast(
+            "SamplingOptions", {name: value for name, value in options.items() if value not in _ABSENT}
+        )
+
+    def thinking_budget(self) -> int | None:
+        """The most tokens of thinking; None for no bound of its own."""
+        budget: int | None = self._once("thinking_token_budget", "nvext.max_thinking_tokens")
+        return None if budget == -1 else budget
+
+    def _once(self, name: str, extension: str) -> Any:
+        """A parameter that may stand at two places. Raises ApiError if it stands at both, and not alike."""
+        own = getattr(self, name)
+        extended = getattr(self.nvext, extension.removeprefix("nvext."), None)
+        if own is not None and extended is not None and own != extended:
+            raise twice(name, extension)
+        return extended if own is None else own
+
+    @property
+    def stops(self) -> list[str]:
+        """The stop strings."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    @property
+    def wanted_tokens(self) -> int | None:
+        """The most tokens to generate, or None for what the context leaves."""
+        return self.max_tokens
+
+    @property
+    def keeps_stops(self) -> bool:
+        """Whether a stop string that ends the answer is part of it."""
+        return bool(self.include_stop_str_in_output or self.no_stop_trim)
+
+    @property
+    def ignores_eos(self) -> bool:
+        """Whether to generate past the end-of-sequence token."""
+        return bool(self.ignore_eos or (self.nvext and self.nvext.ignore_eos))
+
+    @property
+    def includes_usage(self) -> bool:
+        """Whether a stream ends with a chunk that counts tokens."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+def twice(name: str, other: str) -> ApiError:
+    """400 for two parameters that say the same."""
+    return invalid(f"'{name}' and '{other}' say the same, and not alike: give one of them.", other)
