@@ -38,7 +38,8 @@ def router(endpoint: str | None, component: str, **options: str | None) -> None:
     It serves NAMESPACE.router.generate, which forwards a request to the worker chosen and streams its answer
     back, and NAMESPACE.router.best_worker_id, which only chooses. Frontends use it with --router-mode kv
     --router-endpoint NAMESPACE.router.generate, and keep no index of their own. Several may run: they tell
-    each other of the requests under way. It waits for a first worker, unless --kv-cache-block-size is given.
+    each other of the requests under way. Unless --kv-cache-block-size is given, the first worker that it
+    finds says how large blocks are.
 
     \b
     Examples:

@@ -17,7 +17,7 @@ class RouterSettings(SettingsGroup):
     kv_cache_block_size: Annotated[int, Field(ge=1, le=4096)] | None = setting(
         "DYN_KV_CACHE_BLOCK_SIZE",
         None,
-        "Tokens in a block of the workers' KV caches. Unset: what their model cards say.",
+        "Tokens in a block of the workers' KV caches. Unset: what the first worker says, and 16 until then.",
         unit="tokens",
     )
     kv_overlap_score_weight: _Weight = setting(

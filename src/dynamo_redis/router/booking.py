@@ -123,6 +123,10 @@ class BookingChooser:
             self._listener.freed(request_id)
         self._line.wake()
 
+    def use_block_size(self, block_size: int) -> None:
+        """From the next choice on a block has so many tokens."""
+        self._block_size = block_size
+
     def loads(self) -> Mapping[Worker, WorkerLoad]:
         """What the workers have to do now."""
         return self._book.loads()

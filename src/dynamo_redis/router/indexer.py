@@ -24,7 +24,7 @@ from dynamo_redis.router.indexer_state import IndexerState
 from dynamo_redis.router.kv_dump import KV_DUMP
 from dynamo_redis.router.ledger import Ledger, Outcome
 from dynamo_redis.router.members import Members
-from dynamo_redis.router.recovery import Recovery
+from dynamo_redis.router.recovery import OnBlockSize, Recovery
 from dynamo_redis.router.snapshot import Snapshot, decode_snapshot
 from dynamo_redis.router.snapshotter import Snapshots, Snapshotter, StoredSnapshot
 from dynamo_redis.runtime.client import Client
@@ -71,11 +71,14 @@ class Indexer:
         settings: RouterSettings,
         *,
         router_id: str,
+        on_block_size: OnBlockSize | None = None,
     ) -> None:
-        """`router_id` is the name of the consumer group: another one for each start of each router."""
+        """`router_id` is the name of the consumer group: another one for each start of each router.
+        `on_block_size` is told how large the blocks of each worker are that says what it holds."""
         self.router_id = router_id
         self._settings = settings
         self._mode = runtime.settings.events.event_plane
+        self._on_block_size = on_block_size
         self._runtime = runtime
         self._streams = runtime.events
         self._stream = StreamName(namespace, component, KV_EVENTS)
@@ -118,7 +121,7 @@ class Indexer:
         seconds at the latest, since what is missing then is made up for. Raises StoreError if the workers
         cannot be listed for as long."""
         self._client = await self._list_workers()
-        self._recovery = Recovery(self._ledger, self._client, self._mode)
+        self._recovery = Recovery(self._ledger, self._client, self._mode, self._on_block_size)
         self._members = Members(self._ledger, self._recovery, self._client)
         self._members.start()
         self._spawn(self._follow(), "follow KV events")

@@ -1,8 +1,8 @@
 """The endpoint `kv_dump`: a worker tells a router what it has missed, or everything.
 
     request  {"have": [[epoch, dp_rank, next_sequence], …]}   what the caller has applied of this instance
-    answer   for each rank {"epoch", "dp_rank", "kind", "next_sequence", "event_plane"}, and then any number
-             of {"batch": …}
+    answer   for each rank {"epoch", "dp_rank", "kind", "next_sequence", "event_plane", "block_size"}, and
+             then any number of {"batch": …}
 
 A `range` goes on at the caller's `next_sequence`. A `dump` is the rank's blocks, to be applied to an emptied
 worker; its batches all bear the rank's `next_sequence`. Either way the caller has then applied all before
@@ -47,6 +47,7 @@ class KvDump:
                 "kind": kind,
                 "next_sequence": rank.next_sequence,
                 "event_plane": self._event_plane,
+                "block_size": rank.block_size,
             }
             for batch in batches:
                 await asyncio.sleep(0)

@@ -235,7 +235,7 @@ class Ledger:
 class Answer:
     """A worker's answer to being asked what it holds, item by item, into a ledger.
 
-    For each rank comes `{"epoch", "dp_rank", "kind", "next_sequence"}`, then its `{"batch"}` items: of a
+    For each rank comes `{"epoch", "dp_rank", "kind", "next_sequence", …}`, then its `{"batch"}` items: of a
     `range` what followed the caller's next sequence, of a `dump` the rank's blocks as stored events.
     `take` and `finish` raise InvalidRecord for what is no such answer; then call `fail`.
     """

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import random
 import time
+from collections.abc import Callable
 from typing import Any, Final
 
 from dynamo_redis.errors import InvalidRecord, PlaneError
@@ -37,6 +38,9 @@ SLICE_S: Final = 0.002
 
 _RETRY_S: Final = (0.1, 5.0)
 
+OnBlockSize = Callable[[int, int], None]
+"""Is told of an instance how many tokens its KV blocks have."""
+
 
 class Recovery:
     """One task for each instance that is being asked (single flight), `ASKS_AT_ONCE_COUNT` of them at work,
@@ -45,9 +49,12 @@ class Recovery:
     They end with an answer, by `forget`, or all by `aclose`.
     """
 
-    def __init__(self, ledger: Ledger, client: Client, event_plane: str) -> None:
+    def __init__(
+        self, ledger: Ledger, client: Client, event_plane: str, on_block_size: OnBlockSize | None = None
+    ) -> None:
         """`event_plane` is the one that is followed: a worker that sends its events by another is taken to
-        hold nothing, since nothing would be heard of it after its answer."""
+        hold nothing, since nothing would be heard of it after its answer. `on_block_size` is told how large
+        the blocks of each instance are that answers."""
         self.recovered_count = 0
         """Asks that were answered."""
         self.failed_count = 0
@@ -55,6 +62,7 @@ class Recovery:
         self._ledger = ledger
         self._client = client
         self._event_plane = event_plane
+        self._on_block_size = on_block_size
         self._slots = asyncio.Semaphore(ASKS_AT_ONCE_COUNT)
         self._retry_slots = asyncio.Semaphore(RETRIES_AT_ONCE_COUNT)
         self._tasks: dict[int, asyncio.Task[None]] = {}
@@ -198,6 +206,7 @@ class Recovery:
                 async for item in call:
                     self._check_plane(item)
                     answer.take(item)
+                    self._note_block_size(answer.instance_id, item)
                     if time.monotonic() - began_at > SLICE_S:
                         await asyncio.sleep(0)
                         began_at = time.monotonic()
@@ -211,6 +220,11 @@ class Recovery:
                 f"it publishes by {theirs}, but this router follows by {self._event_plane}:"
                 " set DYN_EVENT_PLANE alike",
             )
+
+    def _note_block_size(self, instance_id: int, item: dict[str, Any]) -> None:
+        block_size = item.get("block_size")
+        if self._on_block_size is not None and type(block_size) is int and block_size > 0:
+            self._on_block_size(instance_id, block_size)
 
     def _note_idle(self) -> None:
         if not self._tasks:

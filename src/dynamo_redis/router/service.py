@@ -47,7 +47,8 @@ BOOKING_S = 600.0
 
 _TICK_S = 1.0
 _SYNC_START_S = 2.0
-_CARD_S = 1.0
+_BLOCK_SIZE_S = 2.0
+_USUAL_BLOCK_SIZE = 16
 
 
 class KvRouter:
@@ -69,11 +70,11 @@ class KvRouter:
         block_size: int | None = None,
         rng: random.Random | None = None,
     ) -> None:
-        """`block_size` counts where the settings name none; else that of the first model card does."""
+        """`block_size` counts where the settings name none. Without both that of the first worker does which
+        names one, in its model card or with its KV events; until then blocks have 16 tokens."""
         self.endpoint = endpoint
         self._runtime = runtime
         self._settings = settings
-        self._wanted_block_size = settings.kv_cache_block_size or block_size
         self._rng = rng or random.Random()  # noqa: S311 - spreading load, no secret
         self._publisher = PublisherId(runtime.instance_id, secrets.randbits(32), 0)
         self.router_id = owner_name(self._publisher)
@@ -88,7 +89,13 @@ class KvRouter:
         self.counts = Counts()
         """What it has done since it was made."""
         self._line = WaitingLine(settings.router_queue_count)
-        self._cards = WorkerCards(runtime.registry, endpoint)
+        given_block_size = settings.kv_cache_block_size or block_size
+        self.block_size = given_block_size or _USUAL_BLOCK_SIZE
+        """Tokens a block."""
+        self._learns_block_size = given_block_size is None
+        self._cards = WorkerCards(
+            runtime.registry, endpoint, self._use_block_size if self._learns_block_size else None
+        )
         self._client: Client
         self._book = LoadBook()
         self._workers: Workers
@@ -100,16 +107,16 @@ class KvRouter:
         self._tending: asyncio.Task[None] | None = None
         self._supervisor = Supervisor(log, f"router of {endpoint}")
         self._closing: list[Callable[[], Awaitable[None]]] = []
-        self.block_size = 0
-        """Tokens a block. Valid after `start`, as what follows."""
         self.chooser: BookingChooser
+        """Valid after `start`."""
         self.indexer: Indexer | None = None
         """None if it predicts."""
 
     # ----------------------------------------------------------------- lifetime
 
     async def start(self) -> None:
-        """Return when the router can choose. Raises StoreError; nothing is left open then."""
+        """Return when the router can choose, within seconds, whether or not there is a worker. Raises
+        StoreError; nothing is left open then."""
         try:
             await self._open(self._closing.append)
         except BaseException:
@@ -121,11 +128,10 @@ class KvRouter:
         closes(self._client.aclose)
         self._cards.start()
         closes(self._cards.aclose)
-        self.block_size = self._wanted_block_size or await self._cards.block_size(_CARD_S)
         self._make_index()
-        followed = None if self.indexer is None else self._runtime.settings.events.event_plane
-        self._cards.expect(self.block_size, followed)
         self._make_chooser()
+        if not self._learns_block_size:
+            self._expect_cards()
         starting: list[Awaitable[None]] = []
         if self.indexer is not None:
             closes(self.indexer.aclose)
@@ -141,11 +147,35 @@ class KvRouter:
         )
         closes(self._stop_tending)
         await asyncio.gather(*starting)
+        if self._learns_block_size:
+            await self._wait_for_block_size()
         self._record = await register_router(
             self._runtime, self.endpoint.namespace, self.endpoint.component, self.router_id, self._settings
         )
         closes(self._leave)
         await self._answer()
+
+    async def _wait_for_block_size(self) -> None:
+        """Wait for a moment until a worker has named it, if there are workers."""
+        patience_s = _BLOCK_SIZE_S if self._client.known_ids() else 0.0
+        if not await self._cards.wait_for_block_size(patience_s):
+            log.info(
+                "no worker of %s has said yet how many tokens its KV blocks have: until one does they are "
+                "taken to have %d",
+                self.endpoint,
+                self.block_size,
+            )
+
+    def _use_block_size(self, block_size: int) -> None:
+        if block_size != self.block_size:
+            log.info("KV blocks of %s have %d tokens", self.endpoint, block_size)
+        self.block_size = block_size
+        self.chooser.use_block_size(block_size)
+        self._expect_cards()
+
+    def _expect_cards(self) -> None:
+        followed = None if self.indexer is None else self._runtime.settings.events.event_plane
+        self._cards.expect(self.block_size, followed)
 
     async def _answer(self) -> None:
         """Let `dynamo-redis router-state` and `best-worker` ask this router."""
@@ -179,7 +209,13 @@ class KvRouter:
         settings = self._settings
         if settings.use_kv_events and self._runtime.settings.events.event_plane != "none":
             place = (self.endpoint.namespace, self.endpoint.component)
-            self.indexer = Indexer(self._runtime, *place, settings, router_id=self.router_id)
+            self.indexer = Indexer(
+                self._runtime,
+                *place,
+                settings,
+                router_id=self.router_id,
+                on_block_size=self._cards.note_block_size,
+            )
             return
         self._predicted = PredictedIndex(
             ttl_s=settings.router_ttl_s,

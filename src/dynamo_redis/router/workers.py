@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from dynamo_redis.config import RouterSettings
@@ -45,13 +46,20 @@ class WorkerCards:
     that ended, and the other while an engine is down.
     """
 
-    def __init__(self, registry: Registry, endpoint: EndpointName) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        endpoint: EndpointName,
+        on_block_size: Callable[[int], None] | None = None,
+    ) -> None:
+        """`on_block_size` is told the first block size that a worker names."""
         self._registry = registry
         self._prefix = f"{MODEL_CARDS}{endpoint.path}/"
         self._capacities: dict[int, Capacity] = {}
         self._without_card: set[int] = set()
         self._reader: asyncio.Task[None] | None = None
-        self._known = asyncio.Event()
+        self._on_block_size = on_block_size
+        self._said = asyncio.Event()
         self._expected: tuple[int, str | None] | None = None
         self._warned: set[str] = set()
         self._supervisor = Supervisor(log, f"cards below {self._prefix}")
@@ -74,41 +82,45 @@ class WorkerCards:
         """What is known of an instance."""
         return self._capacities.get(instance_id)
 
-    async def block_size(self, patience_s: float) -> int:
-        """The block size of the first card there is. Waits for one, and after `patience_s` says so."""
-        try:
-            async with asyncio.timeout(patience_s):
-                await self._known.wait()
-        except TimeoutError:
-            log.info(
-                "waiting for a first worker: its model card at %s says how large blocks are", self._prefix
-            )
-            await self._known.wait()
-        return next(iter(self._capacities.values())).block_size
+    async def wait_for_block_size(self, timeout_s: float) -> bool:
+        """Wait until a worker has named a block size; answers whether one has."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._said.wait()
+        return self._said.is_set()
+
+    def note_block_size(self, instance_id: int, block_size: int) -> None:
+        """An instance says how many tokens its blocks have: by its card, or with its KV events."""
+        if not self._said.is_set():
+            self._said.set()
+            if self._on_block_size is not None:
+                self._on_block_size(block_size)
+        self._check_block_size(instance_id, block_size)
 
     def expect(self, block_size: int, event_plane: str | None) -> None:
         """Warn of instances of which the router will never know a block, once for each way to be wrong:
         their blocks are of another size, or their events travel otherwise (None: it follows none)."""
         self._expected = (block_size, event_plane)
         for instance_id, capacity in self._capacities.items():
-            self._check(instance_id, capacity)
+            self._check_block_size(instance_id, capacity.block_size)
+            self._check_plane(instance_id, capacity.event_plane)
 
-    def _check(self, instance_id: int, capacity: Capacity) -> None:
-        if self._expected is None:
-            return
-        block_size, plane = self._expected
-        if capacity.block_size != block_size:
+    def _check_block_size(self, instance_id: int, block_size: int) -> None:
+        if self._expected is not None and block_size != self._expected[0]:
             self._warn(
                 instance_id,
-                f"has KV blocks of {capacity.block_size} tokens, and this router looks for blocks of "
-                f"{block_size}: none of its blocks will ever match. Set "
-                f"DYN_KV_CACHE_BLOCK_SIZE={capacity.block_size}, or give all workers blocks of one size",
+                f"has KV blocks of {block_size} tokens, and this router looks for blocks of "
+                f"{self._expected[0]}: none of its blocks will ever match. Set "
+                f"DYN_KV_CACHE_BLOCK_SIZE={block_size}, or give all workers blocks of one size",
             )
-        if plane is not None and capacity.event_plane not in (None, plane):
+
+    def _check_plane(self, instance_id: int, event_plane: str | None) -> None:
+        followed = None if self._expected is None else self._expected[1]
+        if followed is not None and event_plane not in (None, followed):
             self._warn(
                 instance_id,
-                f"sends its KV events by the event plane {capacity.event_plane!r}, and this router follows "
-                f"{plane!r}: it hears of none of its blocks. Set DYN_EVENT_PLANE alike",
+                f"sends its KV events by the event plane {event_plane!r}, and this router follows "
+                f"{followed!r}: it hears of none of its blocks. Set DYN_EVENT_PLANE alike",
             )
 
     def _warn(self, instance_id: int, what: str) -> None:
@@ -148,8 +160,8 @@ class WorkerCards:
         if self._capacities.get(instance_id) != capacity:
             self._capacities[instance_id] = capacity
             self.version += 1
-            self._check(instance_id, capacity)
-        self._known.set()
+            self.note_block_size(instance_id, capacity.block_size)
+            self._check_plane(instance_id, capacity.event_plane)
 
 
 class Workers:

@@ -14,6 +14,7 @@ from dynamo_redis.wire.kv_event import CLEARED, STORED, KvEvent, read_kv_events
 
 COUNT = 10_000
 ME = PublisherId(7, 8, 0)
+HEADER = {"epoch": 8, "dp_rank": 0, "event_plane": "stream", "block_size": 1}
 
 
 def _apply(held: set[int], events: list[KvEvent]) -> set[int]:
@@ -38,7 +39,7 @@ async def test_a_rank_that_changes_meanwhile_is_told_as_it_was() -> None:
     then = set(rank.blocks())
     answer = KvDump({ME: rank}).generate({"have": []})
     header = await anext(answer)
-    assert header == {"epoch": 8, "dp_rank": 0, "kind": "dump", "next_sequence": 1, "event_plane": "stream"}
+    assert header == HEADER | {"kind": "dump", "next_sequence": 1}
     held: set[int] = set()
     number = 0
     rank.removed([5])
@@ -63,13 +64,7 @@ async def test_a_range_goes_on_where_the_caller_is() -> None:
         rank.stored([number], [number], None)
     have = [[8, 0, 10], [8, 1, 3], [9, 0, 5]]
     header, *items = [item async for item in KvDump({ME: rank}).generate({"have": have})]
-    assert header == {
-        "epoch": 8,
-        "dp_rank": 0,
-        "kind": "range",
-        "next_sequence": 600,
-        "event_plane": "stream",
-    }
+    assert header == HEADER | {"kind": "range", "next_sequence": 600}
     expected = 10
     for item in items:
         batch, _ = _of(item)
@@ -82,7 +77,7 @@ async def test_who_has_all_is_told_so() -> None:
     rank = KvPublisher(None, block_size=1)
     rank.stored([1], [1], None)
     items = [item async for item in KvDump({ME: rank}).generate({"have": [[8, 0, 1]]})]
-    assert items == [{"epoch": 8, "dp_rank": 0, "kind": "range", "next_sequence": 1, "event_plane": "stream"}]
+    assert items == [HEADER | {"kind": "range", "next_sequence": 1}]
 
 
 @pytest.mark.parametrize("next_sequence", [-1, 2, 1 << 70])
