@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from benchmarks.report import Measured
 from dynamo_redis.router.base import CostWeights, Worker
-from dynamo_redis.router.hashing import chain, local_hashes
+from dynamo_redis.router.hashing import chain, local_hashes, pack_names
 from dynamo_redis.router.index import KvIndex
 from dynamo_redis.router.load import LoadBook
 from dynamo_redis.router.selector import Selector
@@ -31,7 +31,8 @@ REPEATS = 10
 
 
 class Router:
-    """A router's pure half: workers that share a system prompt, and some of whom have read each prompt."""
+    """A router's pure half: workers that share a system prompt, as do the requests that they run, and some of
+    which have read each prompt."""
 
     def __init__(self, workers: int) -> None:
         rng = random.Random(7)
@@ -51,10 +52,20 @@ class Router:
                 self._index.apply(worker, [stored(hashes[:SYSTEM_BLOCKS])])
             for worker in rng.sample(self._workers, READERS):
                 self._index.apply(worker, [stored(hashes[: rng.randrange(SYSTEM_BLOCKS, BLOCKS)])])
+        shared = chain(local_hashes(system, BLOCK_SIZE))
         for number in range(workers * REQUESTS_A_WORKER):
             worker = rng.choice(self._workers)
             tokens = rng.randrange(TOKENS)
-            self.book.add("other", str(number), worker, prefill_tokens=tokens, blocks=BLOCKS, deadline=1e9)
+            own = [rng.getrandbits(64) for _ in range(BLOCKS - SYSTEM_BLOCKS)]
+            self.book.add(
+                "other",
+                str(number),
+                worker,
+                prefill_tokens=tokens,
+                blocks=BLOCKS,
+                deadline=1e9,
+                names=pack_names(shared + own),
+            )
 
     def hash_all(self) -> None:
         """Hash all prompts."""
@@ -65,6 +76,7 @@ class Router:
         """Choose for all prompts."""
         for number, prompt in enumerate(self._prompts):
             hashes = chain(local_hashes(prompt, BLOCK_SIZE))
+            names = pack_names(hashes)
             choice = self._selector.select(
                 self._workers,
                 self._index.find(hashes),
@@ -72,11 +84,18 @@ class Router:
                 token_count=TOKENS,
                 block_size=BLOCK_SIZE,
                 weights=self._weights,
+                active=self.book.active(names),
             )
             to_read = TOKENS - BLOCK_SIZE * choice.matched.device
             request_id = str(number)
             self.book.add(
-                "own", request_id, choice.worker, prefill_tokens=to_read, blocks=BLOCKS, deadline=1e9
+                "own",
+                request_id,
+                choice.worker,
+                prefill_tokens=to_read,
+                blocks=BLOCKS,
+                deadline=1e9,
+                names=names,
             )
             self.book.free("own", request_id)
 

@@ -92,9 +92,13 @@ class SimulatedEngine:
         return total
 
     def block_count(self) -> int:
-        """Blocks that running requests hold and waiting ones will."""
+        """Blocks that running requests hold and waiting ones will, each counted once."""
         block_size = self.cache.block_size
-        return sum(-(-len(sequence.tokens) // block_size) for sequence in self.batch.sequences())
+        sequences = self.batch.sequences()
+        named = set().union(*(sequence.hashes for sequence in sequences))
+        return len(named) + sum(
+            -(-len(sequence.tokens) // block_size) - len(sequence.hashes) for sequence in sequences
+        )
 
 
 def _unheard(_: int, __: KvEvent) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Final
@@ -17,6 +18,7 @@ from dynamo_redis.config import RouterSettings
 from dynamo_redis.engines.base import AllBlocksCleared, BlocksRemoved, BlocksStored, KvEvent
 from dynamo_redis.router.approximate import PredictedIndex
 from dynamo_redis.router.base import CostWeights, Worker
+from dynamo_redis.router.hashing import pack_names
 from dynamo_redis.router.index import KvIndex
 from dynamo_redis.router.load import LoadBook
 from dynamo_redis.router.selector import Selector
@@ -64,8 +66,9 @@ class Omniscient:
         prefill_load_scale · max((queued prompt tokens + prompt) / block_size − credit · held, 0) + blocks
 
     Queued are, until its first token, the prompt tokens of a request that its worker did not hold when it was
-    chosen; its prompt's blocks count until its end. With `queues` the engines' true queues count instead:
-    prompt tokens that are still to be read now, and all blocks in use.
+    chosen. `blocks` are those of the prompts that run there and of this one, each counted once. With `queues`
+    the engines' true queues count instead: prompt tokens that are still to be read now, and all blocks in
+    use.
     """
 
     def __init__(
@@ -81,32 +84,50 @@ class Omniscient:
         self._weights = weights
         self._queues = queues
         self._queued = [0] * len(self._engines)
-        self._blocks = [0] * len(self._engines)
+        self._running: list[Counter[int]] = [Counter() for _ in self._engines]
+        """Whole blocks of the prompts that run on each, and by how many."""
+        self._parts = [0] * len(self._engines)
+        """Their last blocks, where they are not whole."""
 
     def choose(self, index: int, request: TracedRequest, replica: int) -> tuple[int, int]:
-        whole = request.block_ids[: request.prompt_count // TRACE_BLOCK_SIZE]
+        whole = _whole_blocks(request.block_ids, request.prompt_count)
         held = [engine.cache.match(whole, len(whole)) for engine in self._engines]
-        costs = [self._cost(worker, request.prompt_count, blocks) for worker, blocks in enumerate(held)]
+        costs = [
+            self._cost(worker, request.prompt_count, whole, blocks) for worker, blocks in enumerate(held)
+        ]
         least = min(costs)
         equals = [number for number, cost in enumerate(costs) if cost == least]
         worker = self._rng.choice(equals) if len(equals) > 1 else equals[0]
         self._queued[worker] += request.prompt_count - held[worker] * TRACE_BLOCK_SIZE
-        self._blocks[worker] += len(request.block_ids)
+        self._running[worker].update(whole)
+        self._parts[worker] += len(request.block_ids) - len(whole)
         return worker, held[worker]
 
     def first_token(self, sequence: ModelSequence) -> None:
         self._queued[sequence.worker] -= sequence.prompt_count - sequence.matched_count * TRACE_BLOCK_SIZE
 
     def finished(self, sequence: ModelSequence) -> None:
-        self._blocks[sequence.worker] -= -(-sequence.prompt_count // TRACE_BLOCK_SIZE)
+        running = self._running[sequence.worker]
+        whole = _whole_blocks(sequence.hashes, sequence.prompt_count)
+        running.subtract(whole)
+        for block in whole:
+            if not running[block]:
+                del running[block]
+        self._parts[sequence.worker] -= -(-sequence.prompt_count // TRACE_BLOCK_SIZE) - len(whole)
 
-    def _cost(self, worker: int, prompt_count: int, held: int) -> float:
-        queued, blocks = self._queued[worker], self._blocks[worker]
+    def _cost(self, worker: int, prompt_count: int, whole: Sequence[int], held: int) -> float:
+        running = self._running[worker]
+        queued, blocks = self._queued[worker], len(running) + self._parts[worker]
         if self._queues:
             queued = self._engines[worker].prefill_token_count()
             blocks = self._engines[worker].block_count()
+        blocks += -(-prompt_count // TRACE_BLOCK_SIZE) - sum(map(running.__contains__, whole))
         unread = (queued + prompt_count) / TRACE_BLOCK_SIZE - self._weights.overlap_score_credit * held
         return self._weights.prefill_load_scale * max(unread, 0.0) + blocks
+
+
+def _whole_blocks(block_ids: Sequence[int], prompt_count: int) -> Sequence[int]:
+    return block_ids[: prompt_count // TRACE_BLOCK_SIZE]
 
 
 class KvAware:
@@ -144,7 +165,8 @@ class KvAware:
             simulation.on_kv_event = self._hear
 
     def choose(self, index: int, request: TracedRequest, replica: int) -> tuple[int, int]:
-        whole = request.block_ids[: request.prompt_count // TRACE_BLOCK_SIZE]
+        whole = _whole_blocks(request.block_ids, request.prompt_count)
+        names = pack_names(whole)
         known = self._index if self._predicted is None else self._predicted[replica]
         choice = self._selector.select(
             self._workers,
@@ -153,6 +175,7 @@ class KvAware:
             token_count=request.prompt_count,
             block_size=TRACE_BLOCK_SIZE,
             weights=self._weights,
+            active=self._books[replica].active(names),
         )
         if self._predicted is not None:
             self._predicted[replica].predict(choice.worker, whole, self._simulation.now_s)
@@ -166,6 +189,7 @@ class KvAware:
                 prefill_tokens=request.prompt_count - held * TRACE_BLOCK_SIZE,
                 blocks=len(request.block_ids),
                 deadline=math.inf,
+                names=names,
             ),
         )
         return choice.worker.instance_id, held

@@ -15,6 +15,7 @@ from typing import Protocol
 from dynamo_redis.clock import SYSTEM_CLOCK, Clock
 from dynamo_redis.errors import NoInstances
 from dynamo_redis.router.base import Choice, CostWeights, Matched, RoutingRequest, Worker, WorkerLoad
+from dynamo_redis.router.hashing import pack_names
 from dynamo_redis.router.load import LoadBook
 from dynamo_redis.router.selector import Selector
 from dynamo_redis.router.waiting import WaitingLine
@@ -40,13 +41,17 @@ class Candidates(Protocol):
 
 @dataclass(slots=True)
 class Booking:
-    """One request of this router that is under way. `prefill_tokens` is 0 once its prompt is read."""
+    """One request of this router that is under way. `prefill_tokens` is 0 once its prompt is read.
+
+    `blocks` are all of its prompt; the first of them have `names` (`hashing.pack_names`).
+    """
 
     request_id: str
     choice: Choice
     prefill_tokens: int
     blocks: int
     deadline: float
+    names: bytes
 
 
 class Listener(Protocol):
@@ -138,7 +143,8 @@ class BookingChooser:
 
         Busy workers count as the others.
         """
-        return self._select(request, self._workers_for(request), explain=True)
+        names = pack_names(request.hashes)
+        return self._select(request, self._workers_for(request), names, explain=True)
 
     def expire(self, now: float) -> None:
         """End the bookings whose deadline has passed: their requests are over, whoever forgot to say so."""
@@ -159,7 +165,8 @@ class BookingChooser:
         return self._choose_now(request, workers) if workers else None
 
     def _choose_now(self, request: RoutingRequest, workers: Sequence[Worker]) -> Choice:
-        choice = self._select(request, workers)
+        names = pack_names(request.hashes)
+        choice = self._select(request, workers, names)
         found = choice.matched.device * self._block_size
         booking = Booking(
             request.request_id,
@@ -167,6 +174,7 @@ class BookingChooser:
             prefill_tokens=max(request.token_count - found, 0),
             blocks=-(-request.token_count // self._block_size),
             deadline=request.deadline,
+            names=names,
         )
         self.bookings[request.request_id] = booking
         self._book.add(
@@ -176,6 +184,7 @@ class BookingChooser:
             prefill_tokens=booking.prefill_tokens,
             blocks=booking.blocks,
             deadline=booking.deadline,
+            names=names,
         )
         if self._predict is not None:
             self._predict(choice.worker, request.hashes)
@@ -183,7 +192,9 @@ class BookingChooser:
             self._listener.added(booking)
         return choice
 
-    def _select(self, request: RoutingRequest, workers: Sequence[Worker], *, explain: bool = False) -> Choice:
+    def _select(
+        self, request: RoutingRequest, workers: Sequence[Worker], names: bytes, *, explain: bool = False
+    ) -> Choice:
         return self._selector.select(
             workers,
             self._find(request.hashes),
@@ -191,5 +202,6 @@ class BookingChooser:
             token_count=request.token_count,
             block_size=self._block_size,
             weights=request.weights or self._weights,
+            active=self._book.active(names),
             explain=explain,
         )

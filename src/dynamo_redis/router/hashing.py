@@ -56,3 +56,11 @@ def chain(local: Iterable[int], parent: int | None = None, *, seed: int = SEED) 
         parent = block if parent is None else xxh3_64_intdigest(pack(parent, block), seed)
         hashes.append(parent)
     return hashes
+
+
+def pack_names(hashes: Iterable[int]) -> bytes:
+    """Sequence hashes as eight bytes each, little-endian. Raises OverflowError for what is no u64."""
+    names = array("Q", hashes)
+    if sys.byteorder == "big":
+        names.byteswap()
+    return names.tobytes()

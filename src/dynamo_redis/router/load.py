@@ -1,4 +1,8 @@
-"""The load book: what each worker has to do, as the sum of the requests booked on it. Pure.
+"""The load book: what each worker has to do, by the requests booked on it. Pure.
+
+A worker's blocks are counted once, however many of its requests hold them (`active_blocks.py`). A request's
+blocks without a name, which are those that no other request can share, count on top. What a worker itself
+reports corrects the count until its next report.
 
 A booking belongs to the router that made it (its *owner*) and has a deadline: it ends by `free`, with its
 deadline, with its owner, or with its worker's instance, whatever comes first. So a lost `free` is never more
@@ -11,6 +15,7 @@ import heapq
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from dynamo_redis.router.active_blocks import NAME_BYTES, ActiveBlocks
 from dynamo_redis.router.base import Worker, WorkerLoad
 
 IDLE = WorkerLoad(0, 0, 0)
@@ -24,8 +29,22 @@ _SLACK_COUNT = 256
 class _Booking:
     worker: Worker
     prefill_tokens: int
-    blocks: int
+    unnamed_count: int
+    names: bytes
+    unread_blocks: int
+    """Blocks that the worker has to fill first; 0 once the prompt is read."""
     deadline: float
+
+
+@dataclass(slots=True)
+class _Sums:
+    """A worker's bookings together. `correction` is what its report added to the blocks."""
+
+    prefill_tokens: int = 0
+    blocks: int = 0
+    unread_blocks: int = 0
+    request_count: int = 0
+    correction: int = 0
 
 
 _Key = tuple[str, str]
@@ -39,6 +58,8 @@ class LoadBook:
 
     def __init__(self) -> None:
         self._bookings: dict[str, dict[str, _Booking]] = {}
+        self._blocks = ActiveBlocks()
+        self._sums: dict[Worker, _Sums] = {}
         self._loads: dict[Worker, WorkerLoad] = {}
         self._deadlines: list[tuple[float, str, str]] = []
         self._count = 0
@@ -58,14 +79,28 @@ class LoadBook:
         prefill_tokens: int,
         blocks: int,
         deadline: float,
+        names: bytes = b"",
     ) -> None:
-        """Book a request, in place of one of the same owner and id. No effect if its `free` came first."""
+        """Book a request, in place of one of the same owner and id. No effect if its `free` came first.
+
+        `blocks` are all blocks of its prompt; the first of them have `names` (`hashing.pack_names`).
+        """
         if self._over.take((owner, request_id)):
             return
         self._end(owner, request_id)
-        self._bookings.setdefault(owner, {})[request_id] = _Booking(worker, prefill_tokens, blocks, deadline)
+        unnamed_count = max(blocks - len(names) // NAME_BYTES, 0)
+        new_blocks = self._blocks.hold(worker, names) + unnamed_count
+        unread_blocks = new_blocks if prefill_tokens else 0
+        self._bookings.setdefault(owner, {})[request_id] = _Booking(
+            worker, prefill_tokens, unnamed_count, names, unread_blocks, deadline
+        )
         self._count += 1
-        self._change(worker, prefill_tokens, blocks, 1)
+        sums = self._sums.setdefault(worker, _Sums())
+        sums.prefill_tokens += prefill_tokens
+        sums.blocks += new_blocks
+        sums.unread_blocks += unread_blocks
+        sums.request_count += 1
+        self._show(worker, sums)
         heapq.heappush(self._deadlines, (deadline, owner, request_id))
         if len(self._deadlines) > 2 * self._count + _SLACK_COUNT:
             self._deadlines = [
@@ -79,8 +114,11 @@ class LoadBook:
         """The worker has read the prompt. Idempotent; no effect on what is not booked."""
         booking = self._bookings.get(owner, {}).get(request_id)
         if booking is not None and booking.prefill_tokens:
-            self._change(booking.worker, -booking.prefill_tokens, 0, 0)
-            booking.prefill_tokens = 0
+            sums = self._sums[booking.worker]
+            sums.prefill_tokens -= booking.prefill_tokens
+            sums.unread_blocks -= booking.unread_blocks
+            booking.prefill_tokens = booking.unread_blocks = 0
+            self._show(booking.worker, sums)
 
     def free(self, owner: str, request_id: str) -> None:
         """The request is over. Idempotent; one that comes before its `add` is remembered for a while."""
@@ -102,6 +140,8 @@ class LoadBook:
             for request_id, booking in bookings.items()
             if booking.worker.instance_id == instance_id
         )
+        for worker in [worker for worker in self._sums if worker.instance_id == instance_id]:
+            self.forget_report(worker)
 
     def expire(self, now: float) -> int:
         """End the bookings whose deadline has come; how many there were."""
@@ -115,6 +155,29 @@ class LoadBook:
         self._over.forget(now)
         return count
 
+    # ----------------------------------------------------------------- reports of the workers
+
+    def report(self, worker: Worker, active_blocks: int) -> None:
+        """A worker says how many blocks its requests hold now.
+
+        It knows better than the bookings, except for prompts that it has yet to read, or is reading: of
+        their blocks it may hold any part. So its count stands if it is more than what is booked, or less than
+        what is booked of prompts that are read. What is booked and freed later counts on top.
+        """
+        sums = self._sums.setdefault(worker, _Sums())
+        explained = min(max(active_blocks, sums.blocks - sums.unread_blocks), sums.blocks)
+        sums.correction = active_blocks - explained
+        self._show(worker, sums)
+
+    def forget_report(self, worker: Worker) -> None:
+        """What the worker has said is too old: its bookings alone count."""
+        sums = self._sums.get(worker)
+        if sums is not None:
+            sums.correction = 0
+            self._show(worker, sums)
+
+    # ----------------------------------------------------------------- questions
+
     def load(self, worker: Worker) -> WorkerLoad:
         """What a worker has to do."""
         return self._loads.get(worker, IDLE)
@@ -122,6 +185,12 @@ class LoadBook:
     def loads(self) -> Mapping[Worker, WorkerLoad]:
         """What each worker has to do; who has nothing is left out. The book's own: not to be changed."""
         return self._loads
+
+    def active(self, names: bytes) -> Mapping[Worker, int]:
+        """How many blocks of a prompt requests of each worker hold already; 0 is left out."""
+        return self._blocks.active(names)
+
+    # ----------------------------------------------------------------- inner steps
 
     def _drop(self, keys: Iterable[_Key]) -> int:
         dropped = list(keys)
@@ -140,17 +209,22 @@ class LoadBook:
         if not bookings:
             del self._bookings[owner]
         self._count -= 1
-        self._change(booking.worker, -booking.prefill_tokens, -booking.blocks, -1)
+        worker = booking.worker
+        sums = self._sums[worker]
+        sums.prefill_tokens -= booking.prefill_tokens
+        sums.blocks -= self._blocks.release(worker, booking.names) + booking.unnamed_count
+        sums.unread_blocks -= booking.unread_blocks
+        sums.request_count -= 1
+        self._show(worker, sums)
         return True
 
-    def _change(self, worker: Worker, prefill_tokens: int, blocks: int, requests: int) -> None:
-        load = self._loads.get(worker, IDLE)
-        if load.request_count + requests:
-            self._loads[worker] = WorkerLoad(
-                load.prefill_tokens + prefill_tokens, load.blocks + blocks, load.request_count + requests
-            )
+    def _show(self, worker: Worker, sums: _Sums) -> None:
+        blocks = max(sums.blocks + sums.correction, 0)
+        if sums.request_count or blocks:
+            self._loads[worker] = WorkerLoad(sums.prefill_tokens, blocks, sums.request_count)
         else:
             self._loads.pop(worker, None)
+            del self._sums[worker]
 
 
 class _Over:

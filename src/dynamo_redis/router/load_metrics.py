@@ -10,6 +10,7 @@ from typing import Any
 from dynamo_redis.clock import SYSTEM_CLOCK, Clock
 from dynamo_redis.errors import InvalidRecord
 from dynamo_redis.router.base import Worker
+from dynamo_redis.router.load import LoadBook
 from dynamo_redis.router.load_publisher import KV_METRICS
 from dynamo_redis.store.event_base import EventStreams, StreamName
 from dynamo_redis.supervision import Supervisor
@@ -24,7 +25,7 @@ _LISTEN_S = 1.0
 
 
 class LoadMetrics:
-    """How full the workers' KV caches are, as they say themselves.
+    """How full the workers' KV caches are, as they say themselves: it corrects the load book.
 
     It owns one task, which listens to the topic until `aclose`. What is published while it does not listen is
     lost, and followed by the next value a moment later.
@@ -35,12 +36,14 @@ class LoadMetrics:
         streams: EventStreams,
         namespace: str,
         component: str,
+        book: LoadBook,
         *,
         on_change: Callable[[], None],
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self._streams = streams
         self._topic = StreamName(namespace, component, KV_METRICS)
+        self._book = book
         self._on_change = on_change
         self._clock = clock
         self._used: dict[Worker, tuple[int, int | None, float]] = {}  # blocks in use, of how many, since when
@@ -72,6 +75,7 @@ class LoadMetrics:
         oldest = self._clock.monotonic() - STALE_AFTER_S
         for worker in [worker for worker, (_, _, at) in self._used.items() if at < oldest]:
             del self._used[worker]
+            self._book.forget_report(worker)
 
     def apply(self, message: bytes) -> None:
         """Take in one message; one that cannot be read says nothing."""
@@ -85,6 +89,7 @@ class LoadMetrics:
             used = _used_blocks(event)
             if used is not None:
                 self._used[worker] = (*used, self._clock.monotonic())
+                self._book.report(worker, used[0])
         self._on_change()
 
     async def _listen(self) -> None:

@@ -246,7 +246,7 @@ class KvRouter:
         """What tells of load that this router has not given: other routers, and the workers themselves."""
         runtime, place = self._runtime, (self.endpoint.namespace, self.endpoint.component)
         if self._settings.active_decode_blocks_threshold is not None:
-            self._metrics = LoadMetrics(runtime.events, *place, on_change=self._line.wake)
+            self._metrics = LoadMetrics(runtime.events, *place, self._book, on_change=self._line.wake)
         if self._settings.router_replica_sync:
             # What others hear late they choose wrongly by: nothing waits for company.
             at_once = runtime.settings.events.model_copy(update={"event_linger_s": 0.0})

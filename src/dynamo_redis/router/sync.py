@@ -1,16 +1,10 @@
 """What routers of the same workers tell each other: which requests they have under way.
 
 Each router publishes its bookings to one stream a component, bounded by time, and reads the others':
-
-    ["add", request_id, instance_id, dp_rank, prefill_tokens, blocks, ttl_s]
-    ["prefill_done", request_id]
-    ["free", request_id]
-    ["active", [[request_id, instance_id, dp_rank, prefill_tokens, blocks, ttl_s], …]]
-
-The last, every `RENEW_S`, is all that a router has under way, in pieces. Another router's booking counts for
-`LEASE_S` after it was last named, and no longer than its request's deadline. This one rule ends the load of
-routers that died and of requests whose "free" was lost; it brings back an "add" that was lost; and it is why
-a router that starts needs no more of the stream than its last `LEASE_S`.
+`booking_messages.py` has what they say. Every `RENEW_S` a router names all that it has under way. Another
+router's booking counts for `LEASE_S` after it was last named, and no longer than its request's deadline. This
+one rule ends the load of routers that died and of requests whose "free" was lost; it brings back an "add"
+that was lost; and it is why a router that starts needs no more of the stream than its last `LEASE_S`.
 
 While Redis is away the others' bookings run out, and this router chooses by its own.
 """
@@ -27,8 +21,8 @@ from dynamo_redis.config import EventSettings
 from dynamo_redis.errors import InvalidRecord
 from dynamo_redis.names import decode_segment, kv_routers_prefix
 from dynamo_redis.planes.event_publisher import EventPublisher
-from dynamo_redis.router.base import Worker
 from dynamo_redis.router.booking import Booking
+from dynamo_redis.router.booking_messages import Told, active_messages, add_message, read_booking
 from dynamo_redis.router.load import LoadBook
 from dynamo_redis.router.record import RouterRecord
 from dynamo_redis.runtime.following import follow
@@ -46,7 +40,6 @@ RENEW_S = 10.0
 LEASE_S = 3 * RENEW_S
 
 _KEPT_S = 2 * LEASE_S  # in the stream: more than a late router reads, since clocks and beats are not exact
-_A_PIECE = 256
 _READ_COUNT = 64
 _BLOCK_S = 1.0
 _GLANCE_S = 0.01
@@ -119,7 +112,7 @@ class BookingSync:
 
     def added(self, booking: Booking) -> None:
         """A request was booked."""
-        self._publisher.publish(["add", *self._described(booking)])
+        self._publisher.publish(add_message(booking, self._clock.monotonic()))
 
     def prefill_done(self, request_id: str) -> None:
         """Its prompt is read."""
@@ -128,11 +121,6 @@ class BookingSync:
     def freed(self, request_id: str) -> None:
         """It is over."""
         self._publisher.publish(["free", request_id])
-
-    def _described(self, booking: Booking) -> list[Any]:
-        ttl_s = round(booking.deadline - self._clock.monotonic(), 3)
-        worker = booking.choice.worker
-        return [booking.request_id, *worker, booking.prefill_tokens, booking.blocks, ttl_s]
 
     async def _renew(self) -> None:
         async def renew_on() -> None:
@@ -144,9 +132,8 @@ class BookingSync:
 
     def renew(self) -> None:
         """Name all that is under way."""
-        active = [self._described(booking) for booking in self._bookings()]
-        for start in range(0, len(active), _A_PIECE):
-            self._publisher.publish(["active", active[start : start + _A_PIECE]])
+        for message in active_messages(self._bookings(), self._clock.monotonic()):
+            self._publisher.publish(message)
 
     # ----------------------------------------------------------------- hearing
 
@@ -209,37 +196,34 @@ class BookingSync:
     def _apply_event(self, owner: str, event: Any) -> None:
         match event:
             case ["add", *described]:
-                self._add(owner, described)
+                self._add(owner, read_booking(described))
             case ["prefill_done", str(request_id), *_]:
                 self._book.prefill_done(owner, request_id)
             case ["free", str(request_id), *_]:
                 self._book.free(owner, request_id)
             case ["active", list(active), *_]:
-                self._supervisor.each(
-                    active, lambda described: self._add(owner, described), lambda _: f"a booking of {owner}"
-                )
+                self._add_all(owner, active)
 
-    def _add(self, owner: str, described: Any) -> None:
-        match described:
-            case [
-                str(request_id),
-                int(instance_id),
-                int(dp_rank),
-                int(prefill_tokens),
-                int(blocks),
-                int() | float() as left_s,
-                *_,
-            ]:
-                pass
-            case _:
-                raise InvalidRecord("a booking", "its fields are others")
-        if not left_s > 0:  # nor if it is no number
+    def _add_all(self, owner: str, active: list[Any]) -> None:
+        before = b""
+
+        def take(described: Any) -> None:
+            nonlocal before
+            told = read_booking(described, before)
+            before = told.names
+            self._add(owner, told)
+
+        self._supervisor.each(active, take, lambda _: f"a booking of {owner}")
+
+    def _add(self, owner: str, told: Told) -> None:
+        if not told.left_s > 0:  # nor if it is no number
             return
         self._book.add(
             owner,
-            request_id,
-            Worker(instance_id, dp_rank),
-            prefill_tokens=max(prefill_tokens, 0),
-            blocks=max(blocks, 0),
-            deadline=self._clock.monotonic() + min(left_s, LEASE_S),
+            told.request_id,
+            told.worker,
+            prefill_tokens=told.prefill_tokens,
+            blocks=told.blocks,
+            deadline=self._clock.monotonic() + min(told.left_s, LEASE_S),
+            names=told.names,
         )

@@ -224,14 +224,11 @@ class Workers:
             return True
         return self._most_used is not None and self._used_part(worker, load.blocks) > self._most_used
 
-    def _used_part(self, worker: Worker, booked_blocks: int) -> float:
-        """The part of its KV blocks that a worker's requests hold: by what is booked, or by what it says if
-        that is more. 0 if nobody says how many blocks it has."""
+    def _used_part(self, worker: Worker, used_blocks: int) -> float:
+        """The part of a worker's KV blocks that its requests hold. 0 if it is not known how many it has."""
         capacity = self._cards.get(worker.instance_id)
         total_blocks = None if capacity is None else capacity.total_blocks
-        used_blocks = booked_blocks
         said = None if self._metrics is None else self._metrics.used_blocks(worker)
         if said is not None:
-            used_blocks = max(used_blocks, said[0])
             total_blocks = said[1] or total_blocks
         return used_blocks / total_blocks if total_blocks else 0.0

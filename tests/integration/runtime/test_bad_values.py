@@ -320,7 +320,7 @@ class Loads(_OfEvents):
     @classmethod
     @asynccontextmanager
     async def open(cls, runtime: DistributedRuntime, _: Path) -> AsyncIterator[Fed]:
-        metrics = LoadMetrics(runtime.events, "dynamo", "backend", on_change=lambda: None)
+        metrics = LoadMetrics(runtime.events, "dynamo", "backend", LoadBook(), on_change=lambda: None)
         metrics.start()
         try:
             yield cls(runtime, metrics)

@@ -110,6 +110,22 @@ async def test_two_requests_of_one_tick_see_each_other() -> None:
     assert sorted(choice.worker for choice in choices) == [ONE, ONE, TWO, TWO]
 
 
+async def test_a_shared_beginning_counts_once() -> None:
+    """As Dynamo's potential blocks do: so a worker that holds a system prompt keeps its chats."""
+    bench = Bench(ONE, TWO, held={ONE: Matched(400)})
+    system = list(range(400))
+    for number in range(20):
+        own = range(1000 * number + 1000, 1000 * number + 1004)
+        choice = await bench.chooser.choose(
+            RoutingRequest(str(number), hashes=[*system, *own], token_count=404 * BLOCK, deadline=FAR)
+        )
+        assert choice.worker == ONE
+        assert bench.load(ONE).blocks == 400 + 4 * (number + 1)
+        bench.chooser.prefill_done(str(number))
+    explained = bench.chooser.explain(replace(request(), hashes=system, token_count=404 * BLOCK))
+    assert [cost.decode_blocks for cost in explained.costs] == [400 + 4 * 20 + 4, 404]
+
+
 async def test_a_request_that_is_booked_has_its_choice_again() -> None:
     bench = Bench(ONE, TWO)
     first = await bench.chooser.choose(request())

@@ -1,4 +1,5 @@
-"""The load book: a worker's load is the sum of the live bookings on it, whatever is lost or comes late."""
+"""The load book: a worker's load is that of the live bookings on it, each block once, whatever is lost or
+comes late."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from dynamo_redis.router.base import Worker, WorkerLoad
+from dynamo_redis.router.hashing import pack_names
 from dynamo_redis.router.load import IDLE, LoadBook
 
 A, B = Worker(1), Worker(1, 1)
@@ -19,6 +21,11 @@ def booked(book: LoadBook, request_id: str, worker: Worker = A, *, deadline: flo
     book.add("router", request_id, worker, prefill_tokens=10, blocks=3, deadline=deadline)
 
 
+def _prefixes(hashes: list[int]) -> set[tuple[int, ...]]:
+    """What names a block: all of its prompt up to its end."""
+    return {tuple(hashes[: end + 1]) for end in range(len(hashes))}
+
+
 class Book(RuleBasedStateMachine):
     """Routers that add, free, repeat themselves and die, beside a plain dict of what lives."""
 
@@ -26,7 +33,7 @@ class Book(RuleBasedStateMachine):
         super().__init__()
         self.book = LoadBook()
         self.now = 0.0
-        self.live: dict[tuple[str, str], tuple[Worker, int, int, float]] = {}
+        self.live: dict[tuple[str, str], tuple[Worker, int, int, float, list[int]]] = {}
         self.ended: set[tuple[str, str]] = set()
         self.early: set[tuple[str, str]] = set()
 
@@ -38,18 +45,26 @@ class Book(RuleBasedStateMachine):
         request_id=ids,
         worker=st.sampled_from([A, B, OTHER]),
         tokens=st.integers(0, 9),
-        blocks=st.integers(0, 9),
+        unnamed=st.integers(0, 9),
+        hashes=st.lists(st.integers(0, 2), max_size=6),
         wait=st.floats(0, 40),
     )
     def adds(
-        self, owner: str, request_id: str, worker: Worker, tokens: int, blocks: int, wait: float
+        self,
+        owner: str,
+        request_id: str,
+        worker: Worker,
+        tokens: int,
+        unnamed: int,
+        hashes: list[int],
+        wait: float,
     ) -> None:
-        deadline = self.now + wait
-        self.book.add(owner, request_id, worker, prefill_tokens=tokens, blocks=blocks, deadline=deadline)
+        booking = (worker, tokens, len(hashes) + unnamed, self.now + wait, hashes)
+        self._add(self.book, owner, request_id, booking)
         if (owner, request_id) in self.early:
             self.early.discard((owner, request_id))
         else:
-            self.live[owner, request_id] = (worker, tokens, blocks, deadline)
+            self.live[owner, request_id] = booking
         self.ended.discard((owner, request_id))
 
     @rule(owner=owners, request_id=ids)
@@ -95,23 +110,55 @@ class Book(RuleBasedStateMachine):
         """The same bookings in another book."""
         self.ended, self.early = set(), set()
         book = LoadBook()
-        for (owner, request_id), (worker, tokens, blocks, deadline) in self.live.items():
-            book.add(owner, request_id, worker, prefill_tokens=tokens, blocks=blocks, deadline=deadline)
+        for key, booking in self.live.items():
+            self._add(book, *key, booking)
         return book
 
+    def _add(
+        self,
+        book: LoadBook,
+        owner: str,
+        request_id: str,
+        booking: tuple[Worker, int, int, float, list[int]],
+    ) -> None:
+        worker, tokens, blocks, deadline, hashes = booking
+        names = pack_names(hashes)
+        book.add(
+            owner,
+            request_id,
+            worker,
+            prefill_tokens=tokens,
+            blocks=blocks,
+            deadline=deadline,
+            names=names,
+        )
+
     @invariant()
-    def load_is_the_sum_of_what_lives(self) -> None:
+    def load_is_that_of_what_lives(self) -> None:
         tokens: Counter[Worker] = Counter()
-        blocks: Counter[Worker] = Counter()
+        unnamed: Counter[Worker] = Counter()
+        named: dict[Worker, set[tuple[int, ...]]] = {}
         requests: Counter[Worker] = Counter()
-        for worker, *booking in self.live.values():
-            tokens[worker] += int(booking[0])
-            blocks[worker] += int(booking[1])
+        for worker, prefill_tokens, blocks, _, hashes in self.live.values():
+            tokens[worker] += prefill_tokens
+            unnamed[worker] += blocks - len(hashes)
+            named.setdefault(worker, set()).update(_prefixes(hashes))
             requests[worker] += 1
         assert self.book.loads() == {
-            worker: WorkerLoad(tokens[worker], blocks[worker], requests[worker]) for worker in requests
+            worker: WorkerLoad(tokens[worker], len(named[worker]) + unnamed[worker], requests[worker])
+            for worker in requests
         }
         assert self.book.booking_count == len(self.live)
+
+    @rule(hashes=st.lists(st.integers(0, 2), max_size=6))
+    def asks_what_is_active(self, hashes: list[int]) -> None:
+        asked = _prefixes(hashes)
+        active: dict[Worker, set[tuple[int, ...]]] = {}
+        for worker, *_, held in self.live.values():
+            if shared := asked & _prefixes(held):
+                active.setdefault(worker, set()).update(shared)
+        found = self.book.active(pack_names(hashes))
+        assert found == {worker: len(blocks) for worker, blocks in active.items()}
 
     def teardown(self) -> None:
         """When all routers are gone, nobody has anything to do."""
@@ -119,10 +166,12 @@ class Book(RuleBasedStateMachine):
             self.book.drop_owner(owner)
         assert self.book.loads() == {}
         assert self.book.load(A) == IDLE
+        assert not self.book._blocks
+        assert not self.book._sums
 
 
 TestBook = Book.TestCase
-TestBook.settings = settings(max_examples=30, stateful_step_count=25, deadline=None)
+TestBook.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 
 
 def test_a_free_that_comes_first_leaves_no_load() -> None:
@@ -199,3 +248,67 @@ def test_deadlines_of_what_was_freed_take_no_room() -> None:
         booked(book, str(number))
         book.free("router", str(number))
     assert len(book._deadlines) < 1000
+
+
+SYSTEM = list(range(400))
+
+
+def book_chats(book: LoadBook, count: int, *, read: bool = True) -> None:
+    """Chats of one system prompt of 400 blocks, with four blocks of their own each."""
+    for number in range(count):
+        names = pack_names([*SYSTEM, *range(1000 * number + 400, 1000 * number + 404)])
+        tokens = 0 if read else 64
+        book.add("me", str(number), A, prefill_tokens=tokens, blocks=404, deadline=1e9, names=names)
+
+
+def test_requests_that_begin_alike_share_their_blocks() -> None:
+    book = LoadBook()
+    book_chats(book, 12)
+    assert book.load(A).blocks == 400 + 12 * 4
+    assert book.active(pack_names([*SYSTEM, 999_999])) == {A: 400}
+    for number in range(11):
+        book.free("me", str(number))
+    assert book.load(A).blocks == 404
+    book.free("me", "11")
+    assert book.load(A) == IDLE
+
+
+def test_a_report_counts_where_more_is_held_than_booked() -> None:
+    """Answers that grow, and requests of which this router does not know."""
+    book = LoadBook()
+    book_chats(book, 1)
+    book.report(A, 450)
+    assert book.load(A) == WorkerLoad(0, 450, 1)
+    booked(book, "later")
+    assert book.load(A) == WorkerLoad(10, 453, 2)
+    book.free("me", "0")
+    assert book.load(A) == WorkerLoad(10, 49, 1)
+    book.report(OTHER, 7)
+    assert book.load(OTHER) == WorkerLoad(0, 7, 0)
+    book.forget_report(A)
+    book.forget_report(OTHER)
+    assert dict(book.loads()) == {A: WorkerLoad(10, 3, 1)}
+
+
+def test_a_report_counts_where_less_is_held_than_booked() -> None:
+    """Of prompts that are read. Those that are not, the worker may hold in part, or not yet."""
+    book = LoadBook()
+    book_chats(book, 12)
+    book.report(A, 367)
+    assert book.load(A).blocks == 367
+    book.forget_report(A)
+    booked(book, "unread")
+    for said in (448, 450, 451):
+        book.report(A, said)
+        assert book.load(A).blocks == 451
+    book.report(A, 440)
+    assert book.load(A).blocks == 443
+
+
+def test_a_report_ends_with_its_instance() -> None:
+    book = LoadBook()
+    booked(book, "a")
+    book.report(A, 9)
+    book.report(B, 5)
+    book.drop_instance(A.instance_id)
+    assert book.loads() == {}

@@ -28,6 +28,7 @@ def chosen(
     loads: Mapping[Worker, tuple[int, int]],
     matched: Mapping[Worker, Matched],
     *,
+    active: Mapping[Worker, int] | None = None,
     seed: int = 0,
     weights: CostWeights | None = None,
     tokens: int = 160,
@@ -40,6 +41,7 @@ def chosen(
         token_count=tokens,
         block_size=16,
         weights=weights or CostWeights(),
+        active=active or {},
         explain=True,
     )
 
@@ -51,9 +53,13 @@ matches = st.dictionaries(
 )
 
 
+actives = st.dictionaries(st.sampled_from(W), st.integers(1, 99))
+
+
 @given(
     loads=worker_loads,
     matched=matches,
+    active=actives,
     tokens=st.integers(0, 5000),
     block_size=st.integers(1, 512),
     weights=st.builds(CostWeights, weight, weight, weight, weight),
@@ -61,13 +67,21 @@ matches = st.dictionaries(
 def test_the_cost_is_the_formula(
     loads: dict[Worker, tuple[int, int]],
     matched: dict[Worker, Matched],
+    active: dict[Worker, int],
     tokens: int,
     block_size: int,
     weights: CostWeights,
 ) -> None:
     """Term by term as docs/router.md has it."""
     choice = Selector(random.Random(1)).select(
-        W, matched, book_of(loads), token_count=tokens, block_size=block_size, weights=weights, explain=True
+        W,
+        matched,
+        book_of(loads),
+        token_count=tokens,
+        block_size=block_size,
+        weights=weights,
+        active=active,
+        explain=True,
     )
     costs = {}
     for worker in W:
@@ -79,25 +93,38 @@ def test_the_cost_is_the_formula(
             + weights.host_credit * held.host
             + weights.disk_credit * held.disk
         )
-        decode_blocks = active_blocks + -(-tokens // block_size)
+        decode_blocks = active_blocks + -(-tokens // block_size) - active.get(worker, 0)
         costs[worker] = weights.prefill_load_scale * max(prefill_blocks - credit, 0) + decode_blocks
     assert {each.worker: each.cost for each in choice.costs} == costs
     assert choice.cost == costs[choice.worker] == min(costs.values())
     assert choice.matched == matched.get(choice.worker, NOTHING)
     for each in choice.costs:
         assert each.matched == matched.get(each.worker, NOTHING)
-        assert each.prefill_blocks == (loads.get(each.worker, (0, 0))[0] + tokens) / block_size
+        active_tokens, active_blocks = loads.get(each.worker, (0, 0))
+        assert each.prefill_blocks == (active_tokens + tokens) / block_size
+        assert each.decode_blocks == active_blocks + -(-tokens // block_size) - active.get(each.worker, 0)
 
 
 def test_a_worked_example() -> None:
     """That of docs/router.md."""
     loads = {W[0]: (320, 40), W[1]: (0, 45)}
     matched = {W[0]: Matched(8), W[1]: Matched(4, 2), W[2]: Matched(0)}
-    choice = chosen(loads, matched)
-    assert [each.cost for each in choice.costs] == [72.0, 59.5, 20.0]
+    active = {W[0]: 8, W[1]: 4}
+    choice = chosen(loads, matched, active=active)
+    assert [each.cost for each in choice.costs] == [64.0, 55.5, 20.0]
     assert choice.worker == W[2]
-    of_two = chosen(loads, matched, candidates=W[:2])
-    assert (of_two.worker, of_two.cost) == (W[1], 59.5)
+    of_two = chosen(loads, matched, active=active, candidates=W[:2])
+    assert (of_two.worker, of_two.cost) == (W[1], 55.5)
+
+
+@pytest.mark.parametrize("running", [1, 2, 5, 20, 90])
+def test_a_warm_worker_stays_attractive(running: int) -> None:
+    """Chats of a system prompt of 400 blocks, all on the worker that holds it, which counts it once."""
+    warm, cold = W[:2]
+    loads = {warm: (0, 400 + 4 * running)}
+    choice = chosen(loads, {warm: Matched(400)}, active={warm: 400}, tokens=404 * 16, candidates=[warm, cold])
+    assert [each.cost for each in choice.costs] == [408 + 4 * running, 808]
+    assert choice.worker == warm
 
 
 def test_what_is_held_decides_among_equally_loaded() -> None:

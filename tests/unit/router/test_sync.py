@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -80,9 +80,14 @@ class Router:
     def without_busy(self, workers: Any, book: LoadBook) -> Any:
         return workers
 
-    async def book_one(self, request_id: str, deadline_s: float = 600.0) -> None:
-        request = RoutingRequest(request_id, [1, 2], 40, self.clock.now + deadline_s)
-        await self.chooser.choose(request)
+    async def book_one(
+        self, request_id: str, deadline_s: float = 600.0, *, hashes: Sequence[int] | None = None
+    ) -> None:
+        """40 tokens: two whole blocks, by default of this request alone, and a part of one."""
+        own = (hash(request_id) & 0xFFFFFF) << 1
+        named = [own, own + 1] if hashes is None else hashes
+        tokens = 16 * len(named) + 8
+        await self.chooser.choose(RoutingRequest(request_id, named, tokens, self.clock.now + deadline_s))
 
     def messages(self) -> Iterator[Entry]:
         """What it has said since the last time, an event an entry."""
@@ -193,6 +198,58 @@ async def test_many_requests_are_renewed_in_pieces(one: Router, other: Router) -
     assert other.load().request_count == 600
 
 
+SYSTEM = list(range(1000, 1100))
+
+
+async def test_shared_blocks_count_once_through_sync(one: Router, other: Router) -> None:
+    """By single messages, by renewals, and with requests of the router that hears of them."""
+    for number in range(5):
+        await one.book_one(f"r{number}", hashes=[*SYSTEM, number])
+    assert one.load() == WorkerLoad(5 * 1624, 100 + 5 + 5, 5)
+    tell(one, other)
+    assert other.load() == one.load()
+    late = Router(3, one.clock)
+    await late.book_one("own", hashes=[*SYSTEM, 77])
+    beats(one, late, RENEW_S)
+    assert late.load() == WorkerLoad(6 * 1624, 100 + 6 + 6, 6)
+    for number in range(4):
+        one.chooser.free(f"r{number}")
+    tell(one, late)
+    assert late.load() == WorkerLoad(2 * 1624, 100 + 2 + 2, 2)
+
+
+async def test_renewals_name_shared_blocks_once(one: Router) -> None:
+    for number in range(200):
+        await one.book_one(f"r{number}", hashes=[*SYSTEM, number])
+    list(one.messages())
+    one.sync.renew()
+    [entry] = one.messages()
+    assert len(entry.content) < 200 * 60 + 8 * len(SYSTEM)
+
+
+async def test_renewals_of_long_prompts_are_cut_into_pieces(one: Router, other: Router) -> None:
+    for number in range(6):
+        await one.book_one(f"r{number}", hashes=range(number << 20, (number << 20) + 5000))
+    list(one.messages())
+    one.sync.renew()
+    assert [len(event[1]) for event in one.said] == [2, 2, 2]
+    tell(one, other)
+    assert other.load() == one.load()
+
+
+async def test_a_booking_without_names_counts_whole(one: Router, other: Router) -> None:
+    """As routers of an older release tell of theirs."""
+    batch = EventBatch(
+        "active_sequences_events",
+        one.publisher,
+        0,
+        0,
+        [["add", "a", 7, 1, 40, 3, 600.0], ["active", [["b", 7, 1, 40, 3, 600.0]]]],
+    )
+    other.sync.apply(Entry(EntryId("1-0"), batch.to_bytes()))
+    assert other.load() == WorkerLoad(80, 6, 2)
+
+
 async def test_a_router_that_left_has_nothing_under_way(one: Router, other: Router) -> None:
     await one.book_one("r")
     await other.book_one("own")
@@ -231,6 +288,10 @@ async def test_what_cannot_be_read_is_passed_over(one: Router, other: Router) ->
         ["add", "r", 7, 1, 40, 3, float("nan")],
         ["add", "r", 7, 1, 40, 3, -1.0],
         ["add", "r", float("inf"), 1, 40, 3, 1.0],
+        ["add", "r", 7, 1, 40, 3, 1.0, "no binary"],
+        ["add", "r", 7, 1, 40, 3, 1.0, b"no names"[:7]],
+        ["add", "r", 7, 1, 40, 3, 1.0, bytes(8), 1],
+        ["active", [["r", 7, 1, 40, 3, 1.0, bytes(8), -1]]],
         ["active", "none"],
         ["active", [["r"]]],
         ["free"],
@@ -238,5 +299,5 @@ async def test_what_cannot_be_read_is_passed_over(one: Router, other: Router) ->
         ["of a later release", 1, 2],
     )
     assert other.book.booking_count == 0
-    say(["add", "good", 7, 1, 40, 3, 600.0, "and a field of a later release"])
+    say(["add", "good", 7, 1, 40, 3, 600.0, bytes(16), 0, "and a field of a later release"])
     assert other.load() == WorkerLoad(40, 3, 1)

@@ -10,6 +10,7 @@ import pytest
 from dynamo_redis.config import RouterSettings
 from dynamo_redis.names import EndpointName
 from dynamo_redis.router.base import Worker
+from dynamo_redis.router.hashing import pack_names
 from dynamo_redis.router.load import LoadBook
 from dynamo_redis.router.load_metrics import STALE_AFTER_S, LoadMetrics
 from dynamo_redis.router.workers import WorkerCards, Workers
@@ -43,10 +44,10 @@ class Scene:
         self.cards = WorkerCards(MemoryRegistry(MemoryServer()), ENDPOINT)
         self.clock = HeldClock()
         self.changes = 0
-        self.metrics = LoadMetrics(
-            MemoryEventStreams(), "dynamo", "backend", on_change=self.on_change, clock=self.clock
-        )
         self.book = LoadBook()
+        self.metrics = LoadMetrics(
+            MemoryEventStreams(), "dynamo", "backend", self.book, on_change=self.on_change, clock=self.clock
+        )
         dispatcher: Any = SimpleNamespace(view=self.view)
         self.workers = Workers(dispatcher, self.cards, self.metrics, RouterSettings.load(**settings))
 
@@ -158,9 +159,24 @@ def test_what_a_worker_said_is_replaced_and_grows_old() -> None:
     assert not scene.is_busy()
     scene.says({"kv_stats": {"kv_active_blocks": 60, "kv_total_blocks": 100}})
     scene.clock.now += STALE_AFTER_S + 1
-    assert not scene.is_busy()
     scene.metrics.expire()
+    assert not scene.is_busy()
     assert scene.metrics._used == {}
+
+
+def test_a_worker_that_shares_blocks_is_not_full() -> None:
+    """Twelve chats of one system prompt of 350 blocks, on a worker of 1,000."""
+    scene = Scene(active_decode_blocks_threshold=0.5)
+    scene.card(1, total_kv_blocks=1000)
+    for number in range(12):
+        names = pack_names([*range(350), 1000 + number])
+        scene.book.add("me", str(number), WORKER, prefill_tokens=16, blocks=352, deadline=1e12, names=names)
+    assert scene.book.load(WORKER).blocks == 350 + 12 * 2
+    assert not scene.is_busy()
+    scene.says({"kv_stats": {"kv_active_blocks": 367, "kv_total_blocks": 1000}})
+    assert not scene.is_busy()
+    scene.says({"kv_stats": {"kv_active_blocks": 501, "kv_total_blocks": 1000}})
+    assert scene.is_busy()
 
 
 @pytest.mark.parametrize(
