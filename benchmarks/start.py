@@ -3,9 +3,10 @@
 S1  a cold `dynamo-redis up` until the first streamed token
 S2  the runtime API, echo of 128 bytes, 64 at a time over 4 worker processes, against Dynamo's own runtime
 S3  `start_serving` until another runtime's client lists the instance, against PING on the same server
-S4  commands that clients send to Redis (seen by MONITOR, those inside scripts left out) for each of 1,000
-    chats through a settled deployment of a frontend and two workers
+S4  CPU time of Redis a chat with kv routing, against a SET and a GET (`start_redis`)
+S5  the same with round robin
 S6  chats that fail of 1,000 while Redis is replaced, full, and without its replica (`start_refusals`)
+S8  time of each script and command where there is much, against where there is little (`start_walks`)
 
 `--rows S1,S2` runs some.
 """
@@ -15,16 +16,16 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
 
-from benchmarks.chats import Chatter, chat_body, first_model
+from benchmarks.chats import chat_body, first_model
 from benchmarks.processes import DYNAMO, dynamo_side, our_side, redis_server, up
 from benchmarks.report import Measured
+from benchmarks.start_redis import redis_cost
 from benchmarks.start_refusals import refusals
+from benchmarks.start_walks import walks
 from benchmarks.suite import Bounds, Groups, run_suite
 from dynamo_redis.runtime import Client, DistributedRuntime, Settings
 from dynamo_redis.store.client import RedisClient
@@ -32,9 +33,6 @@ from dynamo_redis.store.client import RedisClient
 CONCURRENCY = 64
 REQUESTS = 3200
 """A round of the rival; ours has eight times as many."""
-CHATS = 1000
-CHAT_CONCURRENCY = 32
-SETTLE_S = 3.0
 
 
 def start_round() -> float:
@@ -110,55 +108,6 @@ async def discovery(redis_url: str, rounds: int) -> tuple[list[float], list[floa
     return listed, pings
 
 
-@asynccontextmanager
-async def monitor(redis_url: str) -> AsyncIterator[list[str]]:
-    """The commands that clients send meanwhile, without those that scripts run."""
-    host, _, port = redis_url.rpartition("/")[2].rpartition(":")
-    reader, writer = await asyncio.open_connection(host, int(port))
-    writer.write(b"MONITOR\r\n")
-    await reader.readline()
-    seen: list[str] = []
-
-    async def read() -> None:
-        while line := await reader.readline():
-            if b" lua] " not in line:
-                seen.append(line.decode(errors="replace"))
-
-    reading = asyncio.create_task(read())
-    try:
-        yield seen
-    finally:
-        reading.cancel()
-        writer.close()
-
-
-async def chats(url: str, model: str) -> None:
-    """1,000 chats, 32 at a time."""
-
-    async def some(worker: int) -> None:
-        chatter = await Chatter.open(url)
-        for number in range(worker, CHATS, CHAT_CONCURRENCY):
-            await chatter.chat(model, f"Question {number}?")
-        chatter.close()
-
-    await asyncio.gather(*(some(worker) for worker in range(CHAT_CONCURRENCY)))
-
-
-async def redis_load(redis_url: str, url: str, rounds: int) -> list[float]:
-    """Commands a chat, of each round."""
-    figures = []
-    model = await asyncio.to_thread(first_model, url, 30)
-    await asyncio.sleep(SETTLE_S)
-    for number in range(rounds):
-        async with monitor(redis_url) as seen:
-            started = time.perf_counter()
-            await chats(url, model)
-            seconds = time.perf_counter() - started
-        figures.append(len(seen) / CHATS)
-        print(f"S4 round {number + 1}: {len(seen)} commands, {CHATS} chats, {seconds:.2f} s", flush=True)
-    return figures
-
-
 def cold_starts(rounds: int) -> dict[str, Measured]:
     """S1, in s."""
     starts = []
@@ -180,15 +129,6 @@ def discoveries(rounds: int) -> dict[str, Measured]:
         return {"S3": Measured.against(*asyncio.run(discovery(server.url, rounds)))}
 
 
-def commands(rounds: int) -> dict[str, Measured]:
-    """S4, in commands a chat."""
-    with (
-        redis_server() as server,
-        up("--speedup-ratio", "0", "--redis-url", server.url, "--redis-prefix", "bench-load") as url,
-    ):
-        return {"S4": Measured.alone(asyncio.run(redis_load(server.url, url, rounds)))}
-
-
 BOUNDS: Bounds = {
     "S1": ("`dynamo-redis up` (installed) → first token, s", 4, 2),
     "S2": (
@@ -200,7 +140,15 @@ BOUNDS: Bounds = {
         15,
     ),
     "S3": ("serve → in a client's list, p50, ÷ PING round trip in the same run", 25, 8),
-    "S4": ("Redis commands a request while 1,000 requests flow over a settled deployment", 0.05, 0.01),
+    "S4": (
+        (
+            "CPU of Redis a chat: kv routing with events, 2 workers, 300 chats/s of 100-word prompts ÷ one "
+            "SET + GET sent alone, in the same run"
+        ),
+        1.0,
+        0.4,
+    ),
+    "S5": ("the same with round robin and no router ÷ one SET + GET", 0.2, 0.05),
     "S6": (
         (
             "chats failed of 1,000 while Redis fails over behind one address, is full, loses its replica, "
@@ -209,6 +157,11 @@ BOUNDS: Bounds = {
         0,
         0,
     ),
+    "S8": (
+        "Redis time of each script and command at 100,000 entries or keys ÷ at 1,000, worst of all",
+        3,
+        1.5,
+    ),
 }
 """Each row's words, what it must reach, and what it aims at."""
 
@@ -216,8 +169,10 @@ GROUPS: Groups = (
     (("S1",), cold_starts),
     (("S2",), echoes),
     (("S3",), discoveries),
-    (("S4",), commands),
+    (("S4",), redis_cost("S4")),
+    (("S5",), redis_cost("S5", "--router-mode", "round_robin")),
     (("S6",), refusals),
+    (("S8",), walks),
 )
 """Rows that one measurement yields."""
 

@@ -310,9 +310,8 @@ class RedisObjectStore(WholeReads):
 
     async def list(self, bucket: str | None = None) -> list[ObjectInfo]:
         """As `ObjectStore.list`. What cannot be read is left out, with a warning: a name, a manifest."""
-        names = await self._client.execute("ZRANGE", self._names, 0, -1, "WITHSCORES")
         entries: list[tuple[ObjectKeys, bytes, bytes]] = []
-        for path, score in zip(names[::2], names[1::2], strict=True):
+        for path, score in (await self._all_names()).items():
             try:
                 keys = ObjectKeys.of_path(self._prefix, path.decode())
             except ValueError as exc:
@@ -339,6 +338,16 @@ class RedisObjectStore(WholeReads):
                     unused.append((path, score))
         await self._forget(unused)
         return sorted(found, key=lambda info: (info.bucket, info.name))
+
+    async def _all_names(self) -> dict[bytes, bytes]:
+        """The index, name → score, page by page: one that is put meanwhile may be missed."""
+        names: dict[bytes, bytes] = {}
+        cursor = b"0"
+        while True:
+            cursor, page = await self._client.execute("ZSCAN", self._names, cursor, "COUNT", _KEYS_A_CALL)
+            names.update(zip(page[::2], page[1::2], strict=True))
+            if cursor == b"0":
+                return names
 
     async def _pointers(self, objects: Sequence[ObjectKeys]) -> Sequence[_Pointer]:
         """What a listing needs of each pointer; the refusal in place of one that is of another Redis type."""

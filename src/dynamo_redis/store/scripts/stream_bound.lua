@@ -15,8 +15,9 @@ if not LENGTH then return {'ok', FLOOR} end
 local is_last = true
 if ARGV[3] ~= '' then
   local newest = before(string.format('%.0f-0', math.max(1, time_ms() - ARGV[3])))
-  local last = redis.call('XREVRANGE', EVENTS, newest, '-', 'COUNT', 1)[1]
-  is_last = not last or drop_up_to(last[1])
+  -- The oldest entry first: where none is old enough, looking for the last of them would walk through all.
+  local oldest = redis.call('XRANGE', EVENTS, '-', newest, 'COUNT', 1)[1]
+  if oldest then is_last = drop_up_to(redis.call('XREVRANGE', EVENTS, newest, '-', 'COUNT', 1)[1][1]) end
 end
 
 local most_events, most_bytes = tonumber(ARGV[1]), tonumber(ARGV[2])

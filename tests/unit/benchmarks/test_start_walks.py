@@ -1,0 +1,41 @@
+"""S8 has a row for whatever the product runs on a server."""
+
+from __future__ import annotations
+
+import re
+from importlib import resources
+from pathlib import Path
+
+from benchmarks.start_walks import Place
+
+ROOT = Path(__file__).resolve().parents[3]
+SHARED = {"registry_clock", "registry_prelude", "stream_prelude"}
+"""Parts of other scripts."""
+ELSEWHERE = {
+    *("ping", "time", "info", "client|setname", "multi", "exec", "eval", "evalsha"),  # look at no key
+    *("subscribe", "psubscribe"),  # once a connection
+    # Sent by scripts alone, which are measured themselves:
+    *("del", "type", "pexpire", "persist", "strlen", "hget", "hstrlen", "hset", "hdel", "lpush", "llen"),
+    *("lrange", "ltrim", "sismember", "zscore", "zcard", "zcount", "zrange", "zrangebylex"),
+    *("zrangebyscore", "xdel", "xlen", "xpending", "xinfo", "xtrim"),
+}
+
+
+def test_each_script_is_measured() -> None:
+    folder = resources.files("dynamo_redis.store") / "scripts"
+    scripts = {entry.name.removesuffix(".lua") for entry in folder.iterdir() if entry.name.endswith(".lua")}
+    measured = {name.partition(":")[0] for name in place().scripts()}
+    assert measured == scripts - SHARED
+
+
+def test_each_command_is_measured() -> None:
+    line = next(line for line in (ROOT / "SECURITY.md").read_text().splitlines() if "ACL SETUSER" in line)
+    allowed = set(re.findall(r" \+([a-z|]+)", line))
+    measured = {name.lower() for name in place().commands()}
+    assert measured == allowed - ELSEWHERE
+
+
+def place() -> Place:
+    made = Place("redis://127.0.0.1:1", 10)
+    made.middle = b"1-1"
+    return made
