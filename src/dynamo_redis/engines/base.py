@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -102,7 +103,8 @@ class EngineLoad:
 
 
 class Engine(Protocol):
-    """A generation engine, of one or several data-parallel ranks.
+    """A generation engine, of one or several data-parallel ranks. `capacity` and `generate` are all that one
+    which derives from this class must have.
 
     `generate` is an async generator: it yields items as tokens are made, the last with a `finish_reason`,
     and ends early once the context is stopped. Closing the generator frees what the request holds.
@@ -114,31 +116,36 @@ class Engine(Protocol):
         """Asked after `start` only."""
         ...
 
-    async def start(self) -> None: ...
+    async def start(self) -> None:
+        """Return when requests can be served; raise to end the worker. Here: at once."""
 
     def follow(self, publishers: Sequence[KvPublisher]) -> None:
         """From now on report each rank's KV cache to its publisher; `publishers` has one a rank, in order.
 
         Called once, after `start` and before callers can find the engine; not at all without KV events.
+        Here: report nothing.
         """
-        ...
 
     def generate(self, request: GenerateRequest, context: Context) -> AsyncIterator[GenerateItem]: ...
 
     async def clear_kv_blocks(self) -> int:
-        """Drop cached blocks that no running request uses, on all ranks; answers how many."""
-        ...
+        """Drop cached blocks that no running request uses, on all ranks; answers how many. Here: none."""
+        return 0
 
     def loads(self) -> Sequence[EngineLoad]:
-        """The load of each rank, as last known; empty if nothing is. Cheap: asked several times a second."""
-        ...
+        """The load of each rank, as last known; empty if nothing is. Cheap: asked several times a second.
+        Here: nothing."""
+        return ()
 
     async def wait_health(self, healthy: bool) -> None:
-        """Return when the engine's health is that. While it is not healthy its instance is not registered."""
-        ...
+        """Return when the engine's health is that. While it is not healthy its instance is not registered.
+        Here: it is always healthy."""
+        if not healthy:
+            await asyncio.Event().wait()
 
     def endpoints(self) -> Mapping[str, AnyHandler]:
-        """Further endpoints to be served beside `generate`, by name."""
-        ...
+        """Further endpoints to be served beside `generate`, by name. Here: none."""
+        return {}
 
-    async def aclose(self) -> None: ...
+    async def aclose(self) -> None:
+        """End. Called once, also after a `start` that has failed. Here: nothing."""

@@ -19,7 +19,8 @@ from dynamo_redis.store.base import ObjectStore
 class LoadedModel:
     """What turns a model's requests into token ids and its token ids into text.
 
-    `template` is None for a model that has none: it completes text only.
+    `template` is None for a model that has none: it completes text only. One that does not complete text
+    takes conversations only.
     """
 
     name: str
@@ -27,6 +28,7 @@ class LoadedModel:
     template: ChatTemplate | None
     eos_token_ids: tuple[int, ...]
     context_length: int
+    completes_text: bool = True
 
 
 async def load_model(
@@ -62,4 +64,5 @@ def build_model(card: ModelCard, directory: Path) -> LoadedModel:
         template=ChatTemplate(files.chat_templates, files.tokenizer_config) if wants_chat else None,
         eos_token_ids=files.eos_token_ids,
         context_length=files.context_length,
+        completes_text=card.model_type != "chat",
     )

@@ -55,6 +55,12 @@ def tokenize(model: LoadedModel, body: CompletionOptions) -> list[list[int]]:
     if isinstance(body, ChatBody):
         return [_tokenize_chat(model, body)]
     assert isinstance(body, TextBody)
+    if not model.completes_text:
+        raise invalid(
+            f"The model `{model.name}` takes conversations only: use /v1/chat/completions.",
+            "model",
+            "unsupported_model",
+        )
     return [_tokenize_text(model, body, prompt, index) for index, prompt in enumerate(body.prompts)]
 
 

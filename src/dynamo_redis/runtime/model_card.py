@@ -23,6 +23,9 @@ MODEL_FILES = (*REQUIRED_MODEL_FILES, "config.json", "generation_config.json", "
 """The files a card can name, in the order of upload. Newer models keep the chat template in its own file."""
 
 
+ModelKind = Literal["chat", "completions", "chat+completions"]
+"""What a model can be asked for."""
+
 MAX_RANKS = 4096
 """Most data-parallel ranks that a card may tell of: a router has an entry for each."""
 
@@ -56,7 +59,7 @@ class ModelCard(VersionedModel):
 
     display_name: Annotated[str, Field(min_length=1, max_length=1024)]
     slug: str
-    model_type: Literal["chat", "completions", "chat+completions"] = "chat+completions"
+    model_type: ModelKind = "chat+completions"
     model_input: Literal["tokens", "text"] = "tokens"
     context_length: _Count
     kv_cache_block_size: _Count

@@ -33,6 +33,7 @@ from dynamo_redis.runtime.model_card import (
     REQUIRED_MODEL_FILES,
     FileReference,
     ModelCard,
+    ModelKind,
     RuntimeConfig,
 )
 from dynamo_redis.store.base import LostReason, ObjectStore, Registration, Registry, parse_object_url
@@ -101,15 +102,21 @@ class ModelDirectory:
         return self.files["tokenizer.json"].read()
 
 
-def read_model_directory(path: Path, *, context_length: int | None = None) -> ModelDirectory:
+def read_model_directory(
+    path: Path, *, context_length: int | None = None, chat_template: Path | None = None
+) -> ModelDirectory:
     """Read and check a model directory. Blocks for as long as hashing and parsing takes (11 MiB: 0.2 s).
 
-    A file may be there gzipped, with `.gz` after its name. `context_length` replaces what the files say.
+    A file may be there gzipped, with `.gz` after its name. `context_length` replaces what the files say,
+    `chat_template` is a file of Jinja source that replaces the model's own template.
     Raises ModelError, one line, for what is missing or broken.
     """
     files: dict[str, ModelFile] = {}
     contents: dict[str, bytes] = {}
-    for name, found in _find_files(path).items():
+    found_files = _find_files(path)
+    if chat_template is not None:
+        found_files["chat_template.jinja"] = chat_template
+    for name, found in found_files.items():
         contents[name] = content = _read(found)
         files[name] = ModelFile(name, found, len(content), hashlib.sha256(content).hexdigest())
     for name in REQUIRED_MODEL_FILES:
@@ -261,12 +268,15 @@ def make_card(
     model_name: str,
     kv_cache_block_size: int,
     runtime_config: RuntimeConfig | None = None,
+    model_type: ModelKind | None = None,
 ) -> ModelCard:
-    """The card of a model as a worker serves it, naming where `upload_model_files` puts its files."""
+    """The card of a model as a worker serves it, naming where `upload_model_files` puts its files.
+
+    `model_type` is what it can be asked for; None: all that its files allow."""
     return ModelCard(
         display_name=model_name,
         slug=slug(model_name),
-        model_type=model.model_type,
+        model_type=model_type or model.model_type,
         context_length=model.context_length,
         kv_cache_block_size=kv_cache_block_size,
         runtime_config=runtime_config or RuntimeConfig(),

@@ -23,8 +23,12 @@ HERE: dict[str, type[Any]] = {
     "Endpoint": runtime.Endpoint,
     "Instance": runtime.Instance,
     "KvEventPublisher": llm.KvEventPublisher,
+    "ModelInput": llm.ModelInput,
+    "ModelRuntimeConfig": llm.ModelRuntimeConfig,
+    "ModelType": llm.ModelType,
     "TransportType": Transport,
     "WorkerMetricsPublisher": llm.WorkerMetricsPublisher,
+    "WorkerType": llm.WorkerType,
 }
 
 Parameters = list[str] | None
@@ -66,8 +70,13 @@ def test_every_name_has_its_row(names: dict[str, Any], table: dict[str, str]) ->
 def test_table_names_only_what_exists(names: dict[str, Any], table: dict[str, str]) -> None:
     for name, parameters in wanted(names).items():
         cls, _, member = name.partition(".")
+        if not member:
+            assert (table[name] != "no") == hasattr(llm, name), name
+            if table[name] == "yes":
+                assert list(inspect.signature(getattr(llm, name)).parameters) == parameters, name
+            continue
         if table[name] == "no":
-            assert not (member and hasattr(HERE[cls], member)), f"{name} is here"
+            assert not hasattr(HERE[cls], member), f"{name} is here"
             continue
         assert hasattr(HERE[cls], member) or member in HERE[cls].__annotations__, f"{name} is missing"
         if table[name] == "yes" and parameters is not None and HERE[cls] is not dict:

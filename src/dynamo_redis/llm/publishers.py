@@ -1,4 +1,4 @@
-"""For engines of one's own: what tells routers of an engine's KV cache and load. Names as in `dynamo.llm`.
+"""What tells routers of an engine's KV cache and load.
 
 Both publishers are made on the event loop, and may then be used from any thread. They end with the runtime.
 """
@@ -22,8 +22,6 @@ from dynamo_redis.runtime.awaitables import started
 from dynamo_redis.runtime.endpoint import Component, Endpoint
 from dynamo_redis.runtime.runtime import DistributedRuntime
 
-__all__ = ["KvEventPublisher", "WorkerMetricsPublisher"]
-
 log = logging.getLogger(__name__)
 
 _RETRY_S = 1.0
@@ -46,7 +44,7 @@ class KvEventPublisher:
     ) -> None:
         """`endpoint` is any of the worker's component. `worker_id`, if given, is this process's instance id.
         `enable_local_indexer` is accepted: there always is one. Raises ConfigError."""
-        runtime, name = _place(endpoint)
+        runtime, name = place_of(endpoint)
         if worker_id is not None and worker_id != runtime.instance_id:
             raise ConfigError(f"worker_id={worker_id} must be this process's instance, {runtime.instance_id}")
         if kv_block_size < 1:
@@ -130,7 +128,7 @@ class WorkerMetricsPublisher:
         return started(self._create_endpoint(endpoint))
 
     async def _create_endpoint(self, endpoint: Endpoint | Component) -> None:
-        runtime, name = _place(endpoint)
+        runtime, name = place_of(endpoint)
         key = ("load", name.namespace, name.component)
         load = runtime.attach(
             key,
@@ -226,7 +224,7 @@ class _Loop:
             self._loop.call_soon_threadsafe(do)
 
 
-def _place(endpoint: Endpoint | Component) -> tuple[DistributedRuntime, EndpointName]:
+def place_of(endpoint: Endpoint | Component) -> tuple[DistributedRuntime, EndpointName]:
     """The runtime and the name of any endpoint of the component."""
     one = endpoint.endpoint("generate") if isinstance(endpoint, Component) else endpoint
     runtime = one.host

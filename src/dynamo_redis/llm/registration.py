@@ -1,0 +1,260 @@
+"""`register_model`: a model that a worker of one's own serves comes behind the frontend."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import pydantic
+
+from dynamo_redis.errors import ConfigError, ModelError
+from dynamo_redis.llm.model_names import ModelInput, ModelRuntimeConfig, ModelType, WorkerType
+from dynamo_redis.llm.publishers import place_of
+from dynamo_redis.names import EndpointName
+from dynamo_redis.runtime.awaitables import started
+from dynamo_redis.runtime.endpoint import Endpoint
+from dynamo_redis.runtime.model_card import ModelCard, ModelKind, RuntimeConfig
+from dynamo_redis.runtime.model_files import (
+    ModelDirectory,
+    keep_model_files,
+    make_card,
+    publish_model,
+    read_model_directory,
+)
+from dynamo_redis.runtime.runtime import DistributedRuntime
+from dynamo_redis.runtime.withdrawal import withdraw
+from dynamo_redis.store.base import Registration
+from dynamo_redis.supervision import Supervisor
+
+log = logging.getLogger(__name__)
+
+_USUAL_BLOCK_SIZE = 16
+
+
+def register_model(
+    model_input: ModelInput,
+    model_type: ModelType,
+    endpoint: Endpoint,
+    model_path: str | Path,
+    model_name: str | None = None,
+    *,
+    worker_type: WorkerType = WorkerType.Aggregated,
+    kv_cache_block_size: int | None = None,
+    router_config: object = None,
+    runtime_config: ModelRuntimeConfig | None = None,
+    tensor_model_config: object = None,
+    user_data: object = None,
+    custom_template_path: str | Path | None = None,
+    media_decoder: object = None,
+    media_fetcher: object = None,
+    lora_name: str | None = None,
+    base_model_path: str | None = None,
+    needs: Sequence[Sequence[WorkerType]] | None = None,
+    self_host_metadata: bool | None = None,
+    ignore_weights: bool = False,
+    max_gpu_lora_count: int | None = None,
+    model_aliases: Sequence[str] | None = None,
+    skip_model_assets: bool = False,
+) -> asyncio.Task[None]:
+    """Let frontends send requests for the model at `model_path` to this process's instance of `endpoint`.
+
+    Frontends serve it from the moment the endpoint is served, too, under `model_name` or the name of the
+    directory. The model stays registered until the runtime shuts down, or `unregister_model`. Its small files
+    are uploaded to Redis and kept there: tokenizer.json, tokenizer_config.json, chat templates, config.json
+    and generation_config.json. Weights are neither read nor sent.
+
+    `model_input` is Tokens, `model_type` Chat, Completions or both: Chat counts only for a model with a chat
+    template, and `custom_template_path` names a file that replaces the model's own. `kv_cache_block_size`
+    (16) is to be that of the worker's `KvEventPublisher`. `self_host_metadata` and `ignore_weights` are
+    accepted, since it is always so here; fields of `runtime_config` that mean nothing here are named in the
+    log.
+
+    Raises ConfigError for whatever cannot be done here, by its name, and for a second model at the endpoint;
+    ModelError for files that are missing or broken; StoreError if Redis does not take them.
+    """
+    not_done = {
+        "router_config": router_config,
+        "tensor_model_config": tensor_model_config,
+        "user_data": user_data,
+        "media_decoder": media_decoder,
+        "media_fetcher": media_fetcher,
+        "lora_name": lora_name,
+        "base_model_path": base_model_path,
+        "needs": needs or None,
+        "max_gpu_lora_count": max_gpu_lora_count,
+        "model_aliases": model_aliases or None,
+        "skip_model_assets": skip_model_assets or None,
+    }
+    _refuse_what_is_not_done(model_input, model_type, worker_type, not_done)
+    config = runtime_config or ModelRuntimeConfig()
+    return started(
+        _register(
+            endpoint,
+            Path(model_path).absolute(),
+            model_name,
+            config,
+            template=None if custom_template_path is None else Path(custom_template_path),
+            completes=ModelType.Completions in model_type,
+            chats=model_type.supports_chat(),
+            block_size=_USUAL_BLOCK_SIZE if kv_cache_block_size is None else kv_cache_block_size,
+        )
+    )
+
+
+def unregister_model(endpoint: Endpoint, lora_name: str | None = None) -> asyncio.Task[None]:
+    """Take the model that `register_model` has registered for the endpoint back. Requests under way finish.
+
+    No effect if there is none. Raises ConfigError for a `lora_name`: there are no adapters here.
+    """
+    if lora_name is not None:
+        raise ConfigError(f"lora_name={lora_name!r}: LoRA adapters are not registered here")
+    runtime, name = place_of(endpoint)
+    return started(_models_of(runtime).withdraw(name))
+
+
+def _refuse_what_is_not_done(
+    model_input: ModelInput, model_type: ModelType, worker_type: WorkerType, others: dict[str, object]
+) -> None:
+    if model_input is not ModelInput.Tokens:
+        raise ConfigError(f"model_input={model_input}: frontends send tokens; use ModelInput.Tokens")
+    served = ModelType.Chat | ModelType.Completions
+    if not model_type or model_type not in served:
+        raise ConfigError(
+            f"model_type={model_type}: use ModelType.Chat | ModelType.Completions, or one of them"
+        )
+    if worker_type is not WorkerType.Aggregated:
+        raise ConfigError(f"worker_type={worker_type}: a worker here handles all of a request (aggregated)")
+    for name, value in others.items():
+        if value is not None:
+            raise ConfigError(f"register_model: {name} is not supported here; leave it out")
+
+
+async def _register(
+    endpoint: Endpoint,
+    path: Path,
+    model_name: str | None,
+    config: ModelRuntimeConfig,
+    *,
+    template: Path | None,
+    completes: bool,
+    chats: bool,
+    block_size: int,
+) -> None:
+    runtime, name = place_of(endpoint)
+    if without_effect := config.without_effect():
+        log.warning("ModelRuntimeConfig: %s: not known here, no effect", ", ".join(without_effect))
+    model = await asyncio.to_thread(_read, path, template, config.context_length)
+    model_type: ModelKind
+    if not model.chat_templates:
+        if not completes:
+            raise ModelError(
+                f"{path} has no chat template, so it cannot be served as ModelType.Chat: give "
+                "custom_template_path, or add ModelType.Completions"
+            )
+        model_type = "completions"
+    elif chats:
+        model_type = "chat+completions" if completes else "chat"
+    else:
+        model_type = "completions"
+    try:
+        card = make_card(
+            model,
+            model_name=model_name or path.name,
+            model_type=model_type,
+            kv_cache_block_size=block_size,
+            runtime_config=_runtime_config(config, runtime.settings.events.event_plane),
+        )
+    except pydantic.ValidationError as exc:
+        found = exc.errors(include_url=False)[0]
+        raise ConfigError(f"{'.'.join(map(str, found['loc']))}: {found['msg']}") from exc
+    await runtime.start()
+    await _models_of(runtime).publish(name, model, card)
+
+
+def _read(path: Path, template: Path | None, context_length: int | None) -> ModelDirectory:
+    """Read the files, and try the templates just as a frontend will. Blocks. Raises ModelError."""
+    if not path.exists():
+        raise ModelError(f"there is no {path}: name a directory on this machine, nothing is downloaded")
+    model = read_model_directory(path, context_length=context_length, chat_template=template)
+    if model.chat_templates:
+        try:
+            from dynamo_redis.runtime.chat_template import ChatTemplate
+        except ImportError:  # a worker needs no jinja2; the frontend says what is wrong then
+            return model
+        ChatTemplate(model.chat_templates, model.tokenizer_config)
+    return model
+
+
+def _runtime_config(config: ModelRuntimeConfig, event_plane: str) -> RuntimeConfig:
+    if config.data_parallel_start_rank:
+        raise ConfigError(
+            f"data_parallel_start_rank={config.data_parallel_start_rank}: a worker's ranks begin at 0 here"
+        )
+    return RuntimeConfig(
+        total_kv_blocks=config.total_kv_blocks,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        data_parallel_size=config.data_parallel_size,
+        event_plane=event_plane,
+    )
+
+
+def _models_of(runtime: DistributedRuntime) -> _OwnModels:
+    return runtime.attach("models", lambda: _OwnModels(runtime))
+
+
+class _OwnModels:
+    """The models that a runtime has registered, one an endpoint. Each has a task that keeps its files in
+    Redis until it is withdrawn, and takes its card back when the runtime shuts down."""
+
+    def __init__(self, runtime: DistributedRuntime) -> None:
+        self._runtime = runtime
+        self._models: dict[EndpointName, tuple[Registration, asyncio.Task[None]] | None] = {}
+
+    async def publish(self, name: EndpointName, model: ModelDirectory, card: ModelCard) -> None:
+        """Upload the files and register the card. Raises ConfigError, ModelError, StoreError."""
+        if name in self._models:
+            raise ConfigError(f"{name} has a model already: call unregister_model first")
+        self._models[name] = None
+        try:
+            registration = await publish_model(self._runtime, name, model, card)
+        except BaseException:
+            del self._models[name]
+            raise
+        if name not in self._models:  # withdrawn meanwhile
+            await withdraw([registration])
+            return
+        keeping = asyncio.create_task(
+            self._keep(registration, model, card), name=f"files of model {card.display_name}"
+        )
+        self._models[name] = registration, keeping
+        log.info("model %s is registered at %s", card.display_name, name)
+
+    async def withdraw(self, name: EndpointName) -> None:
+        """Take the endpoint's card back."""
+        entry = self._models.pop(name, None)
+        if entry is not None:
+            registration, keeping = entry
+            keeping.cancel()
+            await asyncio.wait([keeping])
+            await withdraw([registration])
+
+    async def aclose(self) -> None:
+        """Take all cards back."""
+        await asyncio.gather(*map(self.withdraw, tuple(self._models)))
+
+    async def _keep(self, registration: Registration, model: ModelDirectory, card: ModelCard) -> None:
+        what = f"files of model {card.display_name}"
+
+        async def keep() -> None:
+            await keep_model_files(self._runtime.objects, model, card)
+
+        keeping = asyncio.create_task(Supervisor(log, what).run(keep), name=what)
+        try:
+            await self._runtime.wait_for_shutdown()
+            await withdraw([registration])  # new requests are to end before the endpoint is gone
+        finally:
+            keeping.cancel()
+            await asyncio.wait([keeping])
