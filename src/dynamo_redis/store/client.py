@@ -23,8 +23,9 @@ import random
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from concurrent.futures import CancelledError
 from contextlib import suppress
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import redis.asyncio
 import redis.asyncio.connection
@@ -280,6 +281,10 @@ class RedisClient:
         options |= {"retry": Retry(NoBackoff(), 0), "redis_connect_func": self._greet_sync}
         return SyncConnection(self, redis.ConnectionPool(max_connections=1, **options))
 
+    def from_thread(self, loop: asyncio.AbstractEventLoop, timeout_s: float) -> ThreadScripts:
+        """This client's own connections, for another thread than that of `loop`."""
+        return _Shared(self, loop, timeout_s)
+
     # ------------------------------------------------------------------ how connections are made
 
     def _leave(self) -> None:
@@ -482,6 +487,37 @@ class Subscription:
         await self._connection.disconnect(nowait=True)
 
 
+class ThreadScripts(Protocol):
+    """Scripts that a thread runs, and waits for."""
+
+    def script(self, script: Script, keys: Sequence[Argument], args: Sequence[Argument] = ()) -> Any:
+        """As `RedisClient.script`."""
+        ...
+
+
+class _Shared:
+    """The connections of a client on its event loop, used from a thread. Each call waits at most `timeout_s`."""
+
+    def __init__(self, client: RedisClient, loop: asyncio.AbstractEventLoop, timeout_s: float) -> None:
+        self._client = client
+        self._loop = loop
+        self._timeout_s = timeout_s
+
+    def script(self, script: Script, keys: Sequence[Argument], args: Sequence[Argument] = ()) -> Any:
+        """As `RedisClient.script`. Raises StoreUnavailable, too, if the event loop hangs or has ended."""
+        work = self._client.script(script, keys, args)
+        try:
+            answer = asyncio.run_coroutine_threadsafe(work, self._loop)
+        except RuntimeError as exc:
+            work.close()
+            raise StoreUnavailable("the event loop has ended") from exc
+        try:
+            return answer.result(self._timeout_s)
+        except (TimeoutError, CancelledError) as exc:
+            answer.cancel()
+            raise StoreUnavailable(f"Redis at {self._client.address} does not answer in time") from exc
+
+
 class SyncConnection:
     """A connection for one thread. `close` may be called from any thread once that thread has ended."""
 
@@ -507,6 +543,12 @@ class SyncConnection:
             return self._redis.execute_command("EVAL", script.source, len(keys), *keys, *args)
         except FAILURES as exc:
             raise self._failed(exc, "EVALSHA or EVAL") from exc
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it stands, as far as is known. For its thread."""
+        idle: Any = self._pool._available_connections
+        return any(connection._sock is not None for connection in idle)
 
     def connect(self) -> None:
         """Connect now, not at the first script. Raises StoreError."""

@@ -36,7 +36,7 @@ from dynamo_redis.store.change_log import (
     parse_records,
     size_bytes,
 )
-from dynamo_redis.store.client import Backoff, RedisClient, SyncConnection
+from dynamo_redis.store.client import Backoff, RedisClient, ThreadScripts
 from dynamo_redis.store.keys import SCHEMA_VERSION, RegistryKeys, format_lease, transaction_too_large
 from dynamo_redis.store.page_size import PAGE_BYTES, PageSize
 from dynamo_redis.store.scripts import Script, load_script
@@ -479,7 +479,7 @@ class KeyValue:
 
 
 def keep_alive(
-    connection: SyncConnection, keys: RegistryKeys, incarnation: str, lease: LeaseId, ttl_s: float
+    connection: ThreadScripts, keys: RegistryKeys, incarnation: str, lease: LeaseId, ttl_s: float
 ) -> Renewal:
     """Renew a lease, from a thread. Raises as `checked` does, StoreError."""
     answer = connection.script(

@@ -1,7 +1,8 @@
 """Keeping a lease: the writer chain, and the thread that renews the lease and watches the event loop.
 
 The thread has its own connection, so that a busy event loop costs no lease. It renews when `RENEW_AFTER`
-of the TTL have passed, which leaves time for two attempts. It also watches a heartbeat of the event loop:
+of the TTL have passed, which leaves time for two attempts. While the server lets in no further connection, since
+it has as many as it allows, say, it renews over those that the event loop has. It also watches a heartbeat of the event loop:
 stalled for `STALL_TTLS` TTLs, the lease is kept, but each registered key gets its `stalled_value`, so that
 nobody chooses this process; stalled for `DYN_LOOP_STALL_S`, renewal stops and the lease ends. C code that
 holds the interpreter lock for so long stops this thread too: then the lease ends after its TTL.
@@ -237,12 +238,16 @@ class Keepalive:
     def _poll_s(self) -> float:
         return min(5.0, self._ttl_s / 4)
 
+    @property
+    def _attempt_s(self) -> float:
+        return min(self._client.timeout_s, max(0.5, self._ttl_s * _ATTEMPT))
+
     def _renewal_time(self) -> float:
         now = time.monotonic()
         return now + max(0.0, self._deadline - now) * RENEW_AFTER
 
     def _run(self) -> None:
-        connection = self._client.sync(min(self._client.timeout_s, max(0.5, self._ttl_s * _ATTEMPT)))
+        connection = self._client.sync(self._attempt_s)
         self._connection, self._step_began_at = connection, time.monotonic()
         try:
             with suppress(StoreError):
@@ -292,9 +297,9 @@ class Keepalive:
     def _renew(self, connection: SyncConnection) -> None:
         with self._lock:
             grant, incarnation = self._grant_count, self._incarnation
-        mark, sent_at = self._chain.observe(), time.monotonic()
+        mark = self._chain.observe()
         try:
-            renewal = keep_alive(connection, self._keys, incarnation, self._lease, self._ttl_s)
+            renewal, sent_at = self._keep_alive(connection, incarnation)
         except (LeaseNotFound, Wiped, OtherIncarnation) as exc:
             with self._lock:
                 if grant != self._grant_count:
@@ -313,6 +318,20 @@ class Keepalive:
         self._tell(self._on_renewed, renewal)
         if self._chain.diverged(mark, renewal.last_write):
             self._disturb("the registry lost a write")
+
+    def _keep_alive(self, connection: SyncConnection, incarnation: str) -> tuple[Renewal, float]:
+        """Renew over the thread's own connection; over the event loop's if that does not stand, and cannot be
+        made. Answers when the renewal was sent, too."""
+        keys, lease, ttl_s, sent_at = self._keys, self._lease, self._ttl_s, time.monotonic()
+        try:
+            return keep_alive(connection, keys, incarnation, lease, ttl_s), sent_at
+        except StoreError as exc:
+            if connection.is_open:
+                raise
+            logger.debug("keepalive: %s; trying the event loop's connections", exc)
+        assert self._loop is not None
+        shared, sent_at = self._client.from_thread(self._loop, self._attempt_s), time.monotonic()
+        return keep_alive(shared, keys, incarnation, lease, ttl_s), sent_at
 
     def _watch_loop(self, connection: SyncConnection, stalled_s: float) -> None:
         if stalled_s >= STALL_TTLS * self._ttl_s:

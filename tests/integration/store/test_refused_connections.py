@@ -250,3 +250,44 @@ async def test_the_keepalive_connects_before_it_is_needed(
         while not await is_connected():  # the first renewal is due after 72 s
             await asyncio.sleep(0.02)
     await admin.aclose()
+
+
+async def test_a_full_server_costs_no_lease(tmp_path: Path, open_registry: Any) -> None:
+    async with EmbeddedServer(tmp_path, port=0, settings={"maxclients": "12"}) as server:
+        registry = await open_registry(server.url, ttl_s=5.0)
+        await registry.get("i/1")
+        async with crowd(server.url):
+            await registry.register("i/1", b"v")  # only now the keepalive wants a connection of its own
+            first = await deadline_of_lease(registry)
+            async with asyncio.timeout(WAIT_S):
+                while await deadline_of_lease(registry) < first + 6000:
+                    assert registry.lease_losses == 0
+                    await asyncio.sleep(0.05)
+            assert registry.lease_losses == 0
+            record = await registry.get("i/1")
+            assert record is not None
+            assert record.version == 1
+
+
+@asynccontextmanager
+async def crowd(url: str) -> AsyncIterator[None]:
+    """Take every connection that a server has left."""
+    port = int(url.rpartition(":")[2])
+    others = []
+    try:
+        while True:
+            other = socket.create_connection(("127.0.0.1", port), timeout=WAIT_S)
+            others.append(other)
+            other.sendall(b"PING\r\n")
+            if not other.recv(64).startswith(b"+PONG"):
+                break
+        yield
+    finally:
+        for other in others:
+            other.close()
+
+
+async def deadline_of_lease(registry: Any) -> float:
+    """On the registry's service clock, in milliseconds."""
+    keys = registry._kv.keys
+    return float(await registry._client.execute("ZSCORE", keys.structure("leases"), f"{registry.lease_id:x}"))

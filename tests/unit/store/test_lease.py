@@ -46,6 +46,8 @@ def test_who_finds_that_nobody_ticks_does() -> None:
 class Answers:
     """A thread's connection that answers as it is told."""
 
+    is_open = True
+
     def __init__(self, *answers: Callable[[], Any]) -> None:
         self._answers = list(answers)
 
