@@ -496,7 +496,7 @@ class ThreadScripts(Protocol):
 
 
 class _Shared:
-    """The connections of a client on its event loop, used from a thread. Each call waits at most `timeout_s`."""
+    """A client's connections on its event loop, used from a thread; each call waits at most `timeout_s`."""
 
     def __init__(self, client: RedisClient, loop: asyncio.AbstractEventLoop, timeout_s: float) -> None:
         self._client = client

@@ -1,11 +1,13 @@
 """Keeping a lease: the writer chain, and the thread that renews the lease and watches the event loop.
 
 The thread has its own connection, so that a busy event loop costs no lease. It renews when `RENEW_AFTER`
-of the TTL have passed, which leaves time for two attempts. While the server lets in no further connection, since
-it has as many as it allows, say, it renews over those that the event loop has. It also watches a heartbeat of the event loop:
-stalled for `STALL_TTLS` TTLs, the lease is kept, but each registered key gets its `stalled_value`, so that
-nobody chooses this process; stalled for `DYN_LOOP_STALL_S`, renewal stops and the lease ends. C code that
-holds the interpreter lock for so long stops this thread too: then the lease ends after its TTL.
+of the TTL have passed, which leaves time for two attempts. While the server lets in no further connection,
+because it has as many as it allows, say, it renews over those that the event loop has.
+
+It also watches a heartbeat of the event loop: stalled for `STALL_TTLS` TTLs, the lease is kept, but each
+registered key gets its `stalled_value`, so that nobody chooses this process; stalled for `DYN_LOOP_STALL_S`,
+renewal stops and the lease ends. C code that holds the interpreter lock for so long stops this thread too:
+then the lease ends after its TTL.
 """
 
 from __future__ import annotations
