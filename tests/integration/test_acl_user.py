@@ -74,7 +74,7 @@ SUBSCRIBE bank
 def rights(repository: Path) -> str:
     """The line of SECURITY.md."""
     page = (repository / "SECURITY.md").read_text()
-    (line,) = [line for line in page.splitlines() if line.startswith("ACL SETUSER ")]
+    (line,) = [line for line in page.splitlines() if line.startswith("ACL SETUSER dyn ")]
     return line
 
 

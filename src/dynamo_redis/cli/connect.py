@@ -27,22 +27,40 @@ def run(main: Coroutine[Any, Any, Answer]) -> Answer:
 
 @asynccontextmanager
 async def open_registry(
-    options: Mapping[str, Any], *, default_level: str = "warn"
+    options: Mapping[str, Any], *, looks_only: bool = True, default_level: str = "warn"
 ) -> AsyncIterator[Registry]:
     """The registry that the options and the settings name. Raises ConfigError and StoreError.
 
-    `default_level`: log level, unless one was asked for. At "error" a single write, whose failure says why,
-    is not warned of as well.
+    `looks_only`: it writes nothing, and a user who may only read can open it. `default_level`: log level,
+    unless one was asked for. At "error" a single write, whose failure says why, is not warned of as well.
     """
-    async with _open_store(options, default_level) as (registry, _):
+    from dynamo_redis.store.connect import open_store, open_to_look
+
+    _begin(options, default_level)
+    settings = load(StoreSettings, options)
+    registry, objects = open_to_look(settings) if looks_only else open_store(settings)
+    try:
+        await registry.start()
         yield registry
+    finally:
+        await registry.aclose()
+        await objects.aclose()
 
 
 @asynccontextmanager
-async def open_objects(options: Mapping[str, Any]) -> AsyncIterator[ObjectStore]:
+async def open_objects(options: Mapping[str, Any], *, looks_only: bool = True) -> AsyncIterator[ObjectStore]:
     """The object store that the options and the settings name. Raises ConfigError and StoreError."""
-    async with _open_store(options) as (_, objects):
+    from dynamo_redis.store.connect import open_store, open_to_look
+
+    async with open_registry(options):
+        pass  # it has checked the server, the password and the schema
+    settings = load(StoreSettings, options)
+    registry, objects = open_to_look(settings) if looks_only else open_store(settings)
+    try:
         yield objects
+    finally:
+        await objects.aclose()
+        await registry.aclose()
 
 
 @asynccontextmanager
@@ -75,33 +93,24 @@ async def open_events(options: Mapping[str, Any]) -> AsyncIterator[EventStreams]
 
 @asynccontextmanager
 async def open_runtime(options: Mapping[str, Any]) -> AsyncIterator[DistributedRuntime]:
-    """A runtime, for a command that asks services themselves. Raises ConfigError and StoreError."""
-    from dynamo_redis.runtime.logging import configure_dynamo_logging
+    """A runtime, for a command that asks services themselves; it writes nothing. Raises ConfigError and
+    StoreError."""
     from dynamo_redis.runtime.runtime import DistributedRuntime, Settings
+    from dynamo_redis.store.connect import open_to_look
 
-    collection.resume()
-    configure_dynamo_logging(service_name="cli", level=_log_level(options))
+    _begin(options)
     settings = Settings(store=load(StoreSettings, options))
-    async with DistributedRuntime(settings=settings) as runtime:
+    registry, objects = open_to_look(settings.store)
+    async with DistributedRuntime(settings=settings, registry=registry, objects=objects) as runtime:
         yield runtime
 
 
-@asynccontextmanager
-async def _open_store(
-    options: Mapping[str, Any], default_level: str = "warn"
-) -> AsyncIterator[tuple[Registry, ObjectStore]]:
+def _begin(options: Mapping[str, Any], default_level: str = "warn") -> None:
+    """Do what each command does before it asks anything."""
     from dynamo_redis.runtime.logging import configure_dynamo_logging
-    from dynamo_redis.store.connect import open_store
 
     collection.resume()  # a watch may run for days
     configure_dynamo_logging(service_name="cli", level=_log_level(options, default_level))
-    registry, objects = open_store(load(StoreSettings, options))
-    try:
-        await registry.start()  # also for objects: it checks the server, the password and the schema
-        yield registry, objects
-    finally:
-        await registry.aclose()
-        await objects.aclose()
 
 
 def _log_level(options: Mapping[str, Any], default: str = "warn") -> str:

@@ -148,7 +148,8 @@ class RedisClient:
         try:
             await self.execute("PING")
         except StoreRefused as exc:
-            if "MISCONF" not in str(exc):  # a server that cannot save answers even this one so
+            # A server that cannot save answers even this one so; and a user may have few rights.
+            if exc.answer_code not in ("MISCONF", "NOPERM"):
                 raise
         try:
             server = _parse_info(await self.execute("INFO", "server"))

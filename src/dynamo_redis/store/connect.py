@@ -15,6 +15,14 @@ def open_store(settings: StoreSettings) -> tuple[Registry, ObjectStore]:
     return RedisRegistry(settings), RedisObjectStore.from_settings(settings)
 
 
+def open_to_look(settings: StoreSettings) -> tuple[Registry, ObjectStore]:
+    """As `open_store`, to look only: nothing is written, and what would write raises StoreRefused."""
+    from dynamo_redis.store.looking import LookingRegistry
+    from dynamo_redis.store.objects import RedisObjectStore
+
+    return LookingRegistry(settings), RedisObjectStore.from_settings(settings, looks_only=True)
+
+
 def open_locks(settings: StoreSettings) -> Locks:
     """The locks, not yet connected. Raises ConfigError if no server is configured."""
     from dynamo_redis.store.lock_redis import RedisLocks

@@ -108,17 +108,21 @@ class RedisObjectStore(WholeReads):
         *,
         chunk_bytes: int = CHUNK_BYTES,
         patience: Patience | None = None,
+        looks_only: bool = False,
     ) -> None:
+        """`looks_only`: reading and listing write nothing; a version replaced meanwhile is not kept."""
+        self._looks_only = looks_only
         self._client = client
         self._prefix = prefix
         self._chunk_bytes = chunk_bytes
         self._patience = patience or Patience()
 
     @classmethod
-    def from_settings(cls, settings: StoreSettings) -> Self:
+    def from_settings(cls, settings: StoreSettings, *, looks_only: bool = False) -> Self:
         """With a client of its own, not yet connected. Raises ConfigError if no server is configured."""
         url, timeout_s = settings.require_url(), settings.command_timeout_s
-        return cls(RedisClient(url, timeout_s=timeout_s, client_name="dynamo-redis-objects"), settings.prefix)
+        client = RedisClient(url, timeout_s=timeout_s, client_name="dynamo-redis-objects")
+        return cls(client, settings.prefix, looks_only=looks_only)
 
     # ------------------------------------------------------------------ put
 
@@ -261,7 +265,8 @@ class RedisObjectStore(WholeReads):
                 if content is None:
                     raise ObjectChanged(keys.url, f"chunk {index} of {count} is gone")
                 if (await next_chunk(content, whole)).digest != digest:
-                    await self._chunks(keys).report_damage(manifest.chunks[index])
+                    if not self._looks_only:
+                        await self._chunks(keys).report_damage(manifest.chunks[index])
                     raise ObjectChanged(keys.url, f"chunk {index} of {count} is damaged")
                 yield content
 
@@ -272,7 +277,7 @@ class RedisObjectStore(WholeReads):
         chunks, names = self._chunks(keys), manifest.chunks
         renewed_at = time.monotonic()
         for index, name in enumerate(names):
-            if time.monotonic() - renewed_at > self._patience.expiry_s / 3:
+            if not self._looks_only and time.monotonic() - renewed_at > self._patience.expiry_s / 3:
                 renewed_at = time.monotonic()
                 await self._recovering(partial(chunks.renew, names[index:]))
             yield chunks.fetch(name)
@@ -386,7 +391,7 @@ class RedisObjectStore(WholeReads):
 
     async def _forget(self, unused: Sequence[tuple[bytes, bytes]]) -> None:
         """Drop names that have had no object for so long that no put can be about to make one current."""
-        if not unused:
+        if not unused or self._looks_only:
             return
         limit = await self._server_time_s() - _FORGET_AFTER_S
         for start in range(0, len(unused), _KEYS_A_CALL):
