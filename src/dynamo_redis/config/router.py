@@ -85,6 +85,7 @@ class RouterSettings(SettingsGroup):
     router_queue_count: Annotated[int, Field(ge=0)] = setting(
         "DYN_ROUTER_QUEUE",
         1024,
-        "Requests that wait while all workers are busy; past that the answer is Overloaded.",
+        "Requests that wait while all workers that may take them are busy; past that the answer is "
+        "Overloaded. Each model of a shared endpoint has a line of its own.",
         unit="requests",
     )

@@ -18,7 +18,7 @@ from dynamo_redis.router.base import Choice, CostWeights, Matched, RoutingReques
 from dynamo_redis.router.hashing import pack_names
 from dynamo_redis.router.load import LoadBook
 from dynamo_redis.router.selector import Selector
-from dynamo_redis.router.waiting import WaitingLine
+from dynamo_redis.router.waiting import WaitingLines
 
 Find = Callable[[Sequence[int]], Mapping[Worker, Matched]]
 """Who holds how much of a prompt, by the sequence hashes of its blocks."""
@@ -72,7 +72,7 @@ class BookingChooser:
         candidates: Candidates,
         book: LoadBook,
         selector: Selector,
-        line: WaitingLine,
+        lines: WaitingLines,
         *,
         block_size: int,
         weights: CostWeights,
@@ -88,7 +88,7 @@ class BookingChooser:
         self._candidates = candidates
         self._book = book
         self._selector = selector
-        self._line = line
+        self._lines = lines
         self._block_size = block_size
         self._weights = weights
         self._listener = listener
@@ -97,16 +97,17 @@ class BookingChooser:
     # ----------------------------------------------------------------- the chooser
 
     async def choose(self, request: RoutingRequest) -> Choice:
-        """Choose and book, as `Chooser.choose` says. While all are busy the request waits in the line."""
+        """Choose and book, as `Chooser.choose` says. While all workers that it may go to are busy, the
+        request waits in their line."""
         booking = self.bookings.get(request.request_id)
         if booking is not None:
             if booking.choice.worker.instance_id not in request.excluded:
                 return booking.choice
             self.free(request.request_id)
         if request.excluded:
-            # It has waited once, if it had to: a worker's failure does not send it to the end of the line.
+            # It has waited once, if it had to: a worker's failure does not send it to the end of its line.
             return self._choose_now(request, self._workers_for(request))
-        return await self._line.enter(lambda: self._choose_if_free(request), request.deadline)
+        return await self._lines.enter(lambda: self._choose_if_free(request), request.deadline, request.among)
 
     def prefill_done(self, request_id: str) -> None:
         """The first item has come: the prompt is read."""
@@ -117,7 +118,7 @@ class BookingChooser:
         self._book.prefill_done(self._owner, request_id)
         if self._listener is not None:
             self._listener.prefill_done(request_id)
-        self._line.wake()
+        self._lines.wake()
 
     def free(self, request_id: str) -> None:
         """The request is over. Idempotent."""
@@ -126,7 +127,7 @@ class BookingChooser:
         self._book.free(self._owner, request_id)
         if self._listener is not None:
             self._listener.freed(request_id)
-        self._line.wake()
+        self._lines.wake()
 
     def use_block_size(self, block_size: int) -> None:
         """From the next choice on a block has so many tokens."""

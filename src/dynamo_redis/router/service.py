@@ -29,7 +29,7 @@ from dynamo_redis.router.routed_call import RoutedCall
 from dynamo_redis.router.router_state import Counts, RouterState, describe_workers
 from dynamo_redis.router.selector import Selector
 from dynamo_redis.router.sync import BookingSync, owner_name
-from dynamo_redis.router.waiting import WaitingLine
+from dynamo_redis.router.waiting import WaitingLines
 from dynamo_redis.router.workers import WorkerCards, Workers
 from dynamo_redis.runtime.client import Client
 from dynamo_redis.runtime.instance import Instance
@@ -88,7 +88,7 @@ class KvRouter:
         )
         self.counts = Counts()
         """What it has done since it was made."""
-        self._line = WaitingLine(settings.router_queue_count)
+        self._lines = WaitingLines(settings.router_queue_count)
         given_block_size = settings.kv_cache_block_size or block_size
         self.block_size = given_block_size or _USUAL_BLOCK_SIZE
         """Tokens a block."""
@@ -235,7 +235,7 @@ class KvRouter:
             self._workers,
             self._book,
             Selector(self._rng),
-            self._line,
+            self._lines,
             block_size=self.block_size,
             weights=self._weights,
             predict=None if self._predicted is None else self._predict,
@@ -246,7 +246,7 @@ class KvRouter:
         """What tells of load that this router has not given: other routers, and the workers themselves."""
         runtime, place = self._runtime, (self.endpoint.namespace, self.endpoint.component)
         if self._settings.active_decode_blocks_threshold is not None:
-            self._metrics = LoadMetrics(runtime.events, *place, self._book, on_change=self._line.wake)
+            self._metrics = LoadMetrics(runtime.events, *place, self._book, on_change=self._lines.wake)
         if self._settings.router_replica_sync:
             # What others hear late they choose wrongly by: nothing waits for company.
             at_once = runtime.settings.events.model_copy(update={"event_linger_s": 0.0})
@@ -374,7 +374,7 @@ class KvRouter:
                 self._predicted.expire(now)
             if self._metrics is not None:
                 self._metrics.expire()
-            self._line.wake()
+            self._lines.wake()
 
     async def _stop_tending(self) -> None:
         if self._tending is not None:
@@ -402,7 +402,7 @@ class KvRouter:
             synced=self._sync is not None,
             workers=describe_workers(workers, self._block_counts(), self._book.loads()),
             active_count=len(self.chooser.bookings),
-            waiting_count=len(self._line),
+            waiting_count=len(self._lines),
             counts=self.counts,
             index=self._index_state(),
         )

@@ -1,10 +1,15 @@
-"""Where requests wait while every worker is busy: first come first served, bounded, with deadlines."""
+"""Where requests wait while every worker that may take them is busy: first come first served, bounded, with
+deadlines.
+
+Requests for the same workers stand in one line, and each set of workers has a line of its own: the requests
+for one model wait neither for those for another, nor for their room.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TypeVar
 
 from dynamo_redis.clock import SYSTEM_CLOCK
@@ -16,8 +21,41 @@ RETRY_AFTER_S = 1.0
 """What a request that may not even wait is told."""
 
 
+class WaitingLines:
+    """The lines of a router, by the instances that a request may go to; None are all.
+
+    It owns no task. A line exists while a request waits in it.
+    """
+
+    def __init__(self, limit: int) -> None:
+        """`limit` is how many requests may wait in each."""
+        self._limit = limit
+        self._lines: dict[frozenset[int] | None, WaitingLine] = {}
+
+    def __len__(self) -> int:
+        """Requests that wait, in all lines."""
+        return sum(map(len, self._lines.values()))
+
+    async def enter(
+        self, look: Callable[[], Answer | None], deadline: float, among: Collection[int] | None = None
+    ) -> Answer:
+        """As `WaitingLine.enter`, in the line of those that may go to the same instances."""
+        key = None if among is None else frozenset(among)
+        line = self._lines.setdefault(key, WaitingLine(self._limit))
+        try:
+            return await line.enter(look, deadline)
+        finally:
+            if not len(line):
+                self._lines.pop(key, None)
+
+    def wake(self) -> None:
+        """A worker may have become free: the first of each line looks, that of the oldest line first."""
+        for line in tuple(self._lines.values()):
+            line.wake()
+
+
 class WaitingLine:
-    """A line of requests. `wake` lets the first one look whether its turn has come.
+    """One line of requests. `wake` lets the first one look whether its turn has come.
 
     It owns no task. At most `limit` requests wait; past that the answer is Overloaded, at once.
     """

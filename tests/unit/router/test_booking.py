@@ -16,7 +16,7 @@ from dynamo_redis.router.base import CostWeights, Matched, RoutingRequest, Worke
 from dynamo_redis.router.booking import Booking, BookingChooser
 from dynamo_redis.router.load import LoadBook
 from dynamo_redis.router.selector import Selector
-from dynamo_redis.router.waiting import WaitingLine
+from dynamo_redis.router.waiting import WaitingLines
 
 BLOCK = 16
 ONE, TWO, THREE = Worker(1), Worker(2), Worker(3)
@@ -66,14 +66,14 @@ class Bench:
         self.ear = Ear()
         self.predicted: list[tuple[Worker, list[int]]] = []
         self.held = held or {}
-        self.line = WaitingLine(line)
+        self.lines = WaitingLines(line)
         self.chooser = BookingChooser(
             "me",
             lambda hashes: self.held if hashes else {},
             self.crowd,
             self.book,
             Selector(random.Random(1)),
-            self.line,
+            self.lines,
             block_size=BLOCK,
             weights=CostWeights(),
             predict=lambda worker, hashes: self.predicted.append((worker, list(hashes))),
@@ -181,10 +181,25 @@ async def test_busy_workers_are_left_alone_and_requests_wait_for_them() -> None:
     async with asyncio.TaskGroup() as tasks:
         waits = tasks.create_task(bench.chooser.choose(request("b")))
         await asyncio.sleep(0)
-        assert len(bench.line) == 1
+        assert len(bench.lines) == 1
         bench.crowd.busy = {ONE}
         bench.chooser.free("a")  # which wakes who waits
         assert (await waits).worker == TWO
+
+
+async def test_models_do_not_wait_for_each_other() -> None:
+    """Two models of one endpoint, each with a worker: one is busy, and more wait for it than may."""
+    bench = Bench(ONE, TWO, line=1)
+    bench.crowd.busy = {ONE}
+    waits = asyncio.ensure_future(bench.chooser.choose(request("a", among={1})))
+    await asyncio.sleep(0)
+    with pytest.raises(Overloaded):
+        await bench.chooser.choose(request("b", among={1}))
+    async with asyncio.timeout(30):
+        assert (await bench.chooser.choose(request("c", among={2}))).worker == TWO
+    bench.crowd.busy = set()
+    bench.lines.wake()
+    assert (await waits).worker == ONE
 
 
 async def test_a_retry_does_not_queue_again() -> None:

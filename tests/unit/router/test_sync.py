@@ -14,7 +14,7 @@ from dynamo_redis.router.booking import BookingChooser
 from dynamo_redis.router.load import LoadBook
 from dynamo_redis.router.selector import Selector
 from dynamo_redis.router.sync import LEASE_S, RENEW_S, BookingSync, owner_name
-from dynamo_redis.router.waiting import WaitingLine
+from dynamo_redis.router.waiting import WaitingLines
 from dynamo_redis.store.base import Delete, DeleteCause, Put, Record, Revision, WatchBatch
 from dynamo_redis.store.event_base import Entry, EntryId
 from dynamo_redis.store.memory import MemoryRegistry, MemoryServer
@@ -63,7 +63,7 @@ class Router:
             self,
             self.book,
             Selector(random.Random(1)),
-            WaitingLine(1),
+            WaitingLines(1),
             block_size=16,
             weights=CostWeights(),
             listener=self.sync,

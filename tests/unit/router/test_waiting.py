@@ -1,4 +1,4 @@
-"""The line of requests that wait while all workers are busy."""
+"""The lines of requests that wait while all workers that may take them are busy."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 import pytest
 
 from dynamo_redis.errors import DeadlineExceeded, NoInstances, Overloaded
-from dynamo_redis.router.waiting import WaitingLine
+from dynamo_redis.router.waiting import WaitingLine, WaitingLines
 
 
 class Door:
@@ -18,17 +18,18 @@ class Door:
         self.places = places
         self.passed: list[str] = []
 
+    def look(self, name: str) -> str | None:
+        if not self.places:
+            return None
+        self.places -= 1
+        return name
+
     async def enter(self, line: WaitingLine, name: str, within_s: float = 60.0) -> None:
-        def look() -> str | None:
-            if not self.places:
-                return None
-            self.places -= 1
-            return name
-
-        self.passed.append(await line.enter(look, time.monotonic() + within_s))
+        found = await line.enter(lambda: self.look(name), time.monotonic() + within_s)
+        self.passed.append(found)
 
 
-async def waiting(line: WaitingLine, count: int) -> None:
+async def waiting(line: WaitingLine | WaitingLines, count: int) -> None:
     async with asyncio.timeout(30):
         while len(line) != count:
             await asyncio.sleep(0)
@@ -125,3 +126,41 @@ async def test_what_looking_raises_ends_the_waiting() -> None:
     with pytest.raises(NoInstances):
         await task
     assert len(line) == 0
+
+
+async def enter(lines: WaitingLines, door: Door, name: str, among: set[int] | None = None) -> None:
+    found = await lines.enter(lambda: door.look(name), time.monotonic() + 60, among)
+    door.passed.append(found)
+
+
+async def test_lines_of_other_workers_are_passed_by() -> None:
+    lines, busy, idle = WaitingLines(1), Door(), Door(1)
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(enter(lines, busy, "a", {1}))
+        await waiting(lines, 1)
+        await enter(lines, idle, "b", {2})
+        assert idle.passed == ["b"]
+        # Nor does a full line of others keep a request from waiting.
+        with pytest.raises(Overloaded):
+            await enter(lines, busy, "c", {1})
+        tasks.create_task(enter(lines, idle, "d", {2}))
+        tasks.create_task(enter(lines, idle, "e"))
+        await waiting(lines, 3)
+        idle.places = 2
+        lines.wake()
+        await waiting(lines, 1)
+        busy.places = 1
+        lines.wake()
+    assert busy.passed == ["a"]
+    assert sorted(idle.passed) == ["b", "d", "e"]
+
+
+async def test_a_line_ends_with_its_last_request() -> None:
+    lines, door = WaitingLines(10), Door()
+    tasks = [asyncio.ensure_future(enter(lines, door, "a", {number})) for number in range(5)]
+    await waiting(lines, 5)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert len(lines) == 0
+    assert not lines._lines
