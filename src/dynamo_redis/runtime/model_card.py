@@ -6,6 +6,7 @@ registers a card that names them; a frontend that has none of these files fetche
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -19,9 +20,24 @@ CARD_VERSION = 1
 REQUIRED_MODEL_FILES = ("tokenizer.json", "tokenizer_config.json")
 """The files every card names."""
 
-MODEL_FILES = (*REQUIRED_MODEL_FILES, "config.json", "generation_config.json", "chat_template.jinja")
-"""The files a card can name, in the order of upload. Newer models keep the chat template in its own file."""
+MODEL_FILES = (
+    *REQUIRED_MODEL_FILES,
+    "config.json",
+    "generation_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""The files a card can name, in the order of upload, beside `ADDITIONAL_TEMPLATE`s. The last two are where
+newer models, and those of several media, keep the chat template."""
 
+ADDITIONAL_TEMPLATES = "additional_chat_templates"
+"""The directory of a model's further chat templates."""
+
+ADDITIONAL_TEMPLATE = re.compile(rf"{ADDITIONAL_TEMPLATES}/([A-Za-z0-9_][A-Za-z0-9_.-]{{0,63}})\.jinja")
+"""A file in it, by the name in a card; the group is the template's name."""
+
+MAX_ADDITIONAL_TEMPLATES = 32
 
 ModelKind = Literal["chat", "completions", "chat+completions"]
 """What a model can be asked for."""

@@ -29,6 +29,9 @@ import anyio.to_thread
 from dynamo_redis.errors import ModelCacheError, ModelError, ObjectChanged, StoreError
 from dynamo_redis.names import EndpointName, InstanceId, slug
 from dynamo_redis.runtime.model_card import (
+    ADDITIONAL_TEMPLATE,
+    ADDITIONAL_TEMPLATES,
+    MAX_ADDITIONAL_TEMPLATES,
     MODEL_FILES,
     REQUIRED_MODEL_FILES,
     FileReference,
@@ -82,7 +85,8 @@ class ModelDirectory:
 
     `chat_templates` maps `default` (and further names some models have, such as `tool_use`) to Jinja
     source; it is empty for a model that can only complete text. `eos_token_ids` are the model's own, from
-    generation_config.json, else config.json, else tokenizer_config.json.
+    generation_config.json, else config.json, else tokenizer_config.json. `tokenizer_config` is that of the
+    file, with the tokens of special_tokens_map.json where transformers reads them.
     """
 
     path: Path
@@ -108,14 +112,15 @@ def read_model_directory(
     """Read and check a model directory. Blocks for as long as hashing and parsing takes (11 MiB: 0.2 s).
 
     A file may be there gzipped, with `.gz` after its name. `context_length` replaces what the files say,
-    `chat_template` is a file of Jinja source that replaces the model's own template.
+    `chat_template` is a file of Jinja source that replaces all of the model's own templates.
     Raises ModelError, one line, for what is missing or broken.
     """
     files: dict[str, ModelFile] = {}
     contents: dict[str, bytes] = {}
     found_files = _find_files(path)
     if chat_template is not None:
-        found_files["chat_template.jinja"] = chat_template
+        own = {name: file for name, file in found_files.items() if not ADDITIONAL_TEMPLATE.fullmatch(name)}
+        found_files = own | {"chat_template.jinja": chat_template}
     for name, found in found_files.items():
         contents[name] = content = _read(found)
         files[name] = ModelFile(name, found, len(content), hashlib.sha256(content).hexdigest())
@@ -127,6 +132,7 @@ def read_model_directory(
         for name, content in contents.items()
         if name.endswith(".json")
     }
+    _add_special_tokens(parsed)
     if not isinstance(parsed["tokenizer.json"].get("model"), dict):
         raise ModelError(f"{files['tokenizer.json'].path} is not a tokenizer: it has no 'model' object")
     return ModelDirectory(
@@ -134,7 +140,7 @@ def read_model_directory(
         files=files,
         context_length=context_length or _context_length(path, parsed),
         eos_token_ids=_eos_token_ids(path, parsed),
-        chat_templates=_chat_templates(path, parsed["tokenizer_config.json"], contents),
+        chat_templates=_chat_templates(path, parsed, contents),
         tokenizer_config=parsed["tokenizer_config.json"],
     )
 
@@ -142,6 +148,10 @@ def read_model_directory(
 def _find_files(directory: Path) -> dict[str, Path]:
     try:
         present = {entry.name for entry in directory.iterdir()}
+        if ADDITIONAL_TEMPLATES in present:
+            additional = sorted((directory / ADDITIONAL_TEMPLATES).glob("*.jinja"))
+        else:
+            additional = []
     except NotADirectoryError as exc:
         raise ModelError(f"{directory} is a file: give the directory that holds tokenizer.json") from exc
     except OSError as exc:
@@ -151,6 +161,16 @@ def _find_files(directory: Path) -> dict[str, Path]:
         for candidate in (name, f"{name}.gz"):
             if candidate in present:
                 found.setdefault(name, directory / candidate)
+    for template in additional:
+        name = f"{ADDITIONAL_TEMPLATES}/{template.name}"
+        if not ADDITIONAL_TEMPLATE.fullmatch(name):
+            raise ModelError(f"{template}: give it a name of letters, digits, '_', '.' and '-'")
+        found[name] = template
+    if len(additional) > MAX_ADDITIONAL_TEMPLATES:
+        raise ModelError(
+            f"{directory / ADDITIONAL_TEMPLATES} holds {len(additional)} templates: "
+            f"a model has {MAX_ADDITIONAL_TEMPLATES} at most"
+        )
     return found
 
 
@@ -227,25 +247,53 @@ def _token_id(content: str, tokenizer: Mapping[str, Any]) -> int | None:
     return found if isinstance(found, int) else None
 
 
+def _add_special_tokens(parsed: Mapping[str, dict[str, Any]]) -> None:
+    """Merge special_tokens_map.json into tokenizer_config.json, whose entries it replaces.
+
+    As transformers does (`PreTrainedTokenizerBase._from_pretrained`): files that list `added_tokens_decoder`
+    have their tokens there already.
+    """
+    config = parsed["tokenizer_config.json"]
+    if "added_tokens_decoder" not in config:
+        config.update(parsed.get("special_tokens_map.json", {}))
+
+
 def _chat_templates(
-    path: Path, tokenizer_config: Mapping[str, Any], contents: Mapping[str, bytes]
+    path: Path, parsed: Mapping[str, dict[str, Any]], contents: Mapping[str, bytes]
 ) -> dict[str, str]:
-    if (own_file := contents.get("chat_template.jinja")) is not None:
-        try:
-            return {"default": own_file.decode()}
-        except UnicodeDecodeError as exc:
-            raise ModelError(f"{path / 'chat_template.jinja'} is not UTF-8: {exc}") from exc
-    declared = tokenizer_config.get("chat_template")
-    if declared is None:
-        return {}
+    """The model's templates by name: those of files of their own, else those of tokenizer_config.json, else
+    chat_template.json's, which transformers has for models of several media."""
+    own_files = {
+        "default" if found is None else found[1]: name
+        for name in contents
+        if (found := ADDITIONAL_TEMPLATE.fullmatch(name)) or name == "chat_template.jinja"
+    }
+    if own_files:
+        return {name: _text(path / file, contents[file]) for name, file in own_files.items()}
+    for file in ("tokenizer_config.json", "chat_template.json"):
+        declared = parsed.get(file, {}).get("chat_template")
+        if declared is not None:
+            return _named_templates(path / file, declared)
+    return {}
+
+
+def _text(path: Path, content: bytes) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as exc:
+        raise ModelError(f"{path} is not UTF-8: {exc}") from exc
+
+
+def _named_templates(path: Path, declared: Any) -> dict[str, str]:
     if isinstance(declared, str):
         return {"default": declared}
     try:
-        return {str(entry["name"]): str(entry["template"]) for entry in declared}
-    except (TypeError, KeyError) as exc:
-        raise ModelError(
-            f"{path / 'tokenizer_config.json'}: chat_template is neither text nor a list of named templates"
-        ) from exc
+        named = declared if isinstance(declared, dict) else {one["name"]: one["template"] for one in declared}
+    except (TypeError, KeyError):
+        named = {}
+    if not named or not all(isinstance(part, str) for pair in named.items() for part in pair):
+        raise ModelError(f"{path}: chat_template is neither text nor a list of named templates")
+    return named
 
 
 # --------------------------------------------------------------------------- to the object store
@@ -386,7 +434,10 @@ async def fetch_model_files(objects: ObjectStore, card: ModelCard, cache_dir: Pa
         if name not in card.files:
             raise ModelError(f"the card of model {card.display_name!r} names no {name}")
     # Only known names become paths: a card is data from the registry.
-    wanted = {name: card.files[name] for name in MODEL_FILES if name in card.files}
+    additional = sorted(name for name in card.files if ADDITIONAL_TEMPLATE.fullmatch(name))
+    if len(additional) > MAX_ADDITIONAL_TEMPLATES:
+        raise ModelError(f"the card of model {card.display_name!r} names {len(additional)} chat templates")
+    wanted = {name: card.files[name] for name in (*MODEL_FILES, *additional) if name in card.files}
     for name, reference in wanted.items():
         if not _SHA256.fullmatch(reference.sha256):
             raise ModelError(f"the card of model {card.display_name!r} has no valid sha256 for {name}")
@@ -434,10 +485,10 @@ def _is_whole(path: Path, reference: FileReference) -> bool:
 def _link(cache_dir: Path, wanted: Mapping[str, FileReference]) -> Path:
     listing = "".join(f"{name} {reference.sha256}\n" for name, reference in sorted(wanted.items()))
     directory = cache_dir / "models" / hashlib.sha256(listing.encode()).hexdigest()[:32]
-    directory.mkdir(parents=True, exist_ok=True)
     for name, reference in wanted.items():
         link = directory / name
-        draft = directory / f".{name}.{secrets.token_hex(4)}"
-        draft.symlink_to(Path("../../blobs") / reference.sha256)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        draft = link.with_name(f".{link.name}.{secrets.token_hex(4)}")
+        draft.symlink_to(os.path.relpath(cache_dir / "blobs" / reference.sha256, link.parent))
         draft.replace(link)
     return directory

@@ -178,6 +178,49 @@ def test_chat_templates_are_found_in_all_their_places(directory: Path) -> None:
     assert read_model_directory(directory).chat_templates == {"default": "Ü"}
 
 
+@pytest.mark.parametrize("name", [".hidden.jinja", "a b.jinja", "ü.jinja"])
+def test_additional_template_needs_a_plain_name(directory: Path, name: str) -> None:
+    (directory / "additional_chat_templates").mkdir()
+    (directory / "additional_chat_templates" / name).write_text("T")
+    with pytest.raises(ModelError, match="give it a name of letters"):
+        read_model_directory(directory)
+
+
+def test_additional_templates_have_a_bound(directory: Path) -> None:
+    (directory / "additional_chat_templates").mkdir()
+    for number in range(33):
+        (directory / "additional_chat_templates" / f"t{number}.jinja").write_text("T")
+    with pytest.raises(ModelError, match="holds 33 templates: a model has 32 at most"):
+        read_model_directory(directory)
+
+
+def test_given_template_replaces_all_of_the_models(directory: Path, tmp_path: Path) -> None:
+    (directory / "chat_template.jinja").write_text("NEW")
+    (directory / "additional_chat_templates").mkdir()
+    (directory / "additional_chat_templates" / "tool_use.jinja").write_text("TOOLS")
+    given = tmp_path / "given.jinja"
+    given.write_text("GIVEN")
+    model = read_model_directory(directory, chat_template=given)
+    assert model.chat_templates == {"default": "GIVEN"}
+    assert set(model.files) == {
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "config.json",
+        "generation_config.json",
+        "chat_template.jinja",
+    }
+
+
+def test_end_of_text_is_found_in_special_tokens_map(directory: Path) -> None:
+    for name in ("config.json", "generation_config.json"):
+        (directory / name).unlink()
+    _edit(directory / "tokenizer_config.json", eos_token=None, added_tokens_decoder=None)
+    (directory / "special_tokens_map.json").write_text('{"eos_token": {"content": "<|endoftext|>"}}')
+    assert read_model_directory(directory).eos_token_ids == (0,)
+    _edit(directory / "tokenizer_config.json", added_tokens_decoder={})
+    assert read_model_directory(directory).eos_token_ids == ()
+
+
 def test_a_model_without_a_template_completes_text(directory: Path) -> None:
     _edit(directory / "tokenizer_config.json", chat_template=None)
     model = read_model_directory(directory)
@@ -215,6 +258,31 @@ async def test_files_come_out_as_they_went_in(
         here.eos_token_ids,
         here.chat_templates,
     )
+
+
+async def test_all_template_files_come_out_as_they_went_in(
+    objects: MemoryObjectStore, directory: Path, tmp_path: Path
+) -> None:
+    (directory / "chat_template.jinja").write_text("NEW")
+    (directory / "chat_template.json").write_text('{"chat_template": "OLD"}')
+    _edit(directory / "tokenizer_config.json", added_tokens_decoder=None)
+    (directory / "special_tokens_map.json").write_text('{"bos_token": "<s>"}')
+    (directory / "additional_chat_templates").mkdir()
+    (directory / "additional_chat_templates" / "tool_use.jinja").write_text("TOOLS")
+    here = read_model_directory(directory)
+    card = make_card(here, model_name="m", kv_cache_block_size=16)
+    await _uploaded(objects, directory, card)
+    fetched = await fetch_model_files(objects, ModelCard.from_bytes(card.to_bytes()), tmp_path / "cache")
+    there = read_model_directory(fetched)
+    assert {n: f.sha256 for n, f in there.files.items()} == {n: f.sha256 for n, f in here.files.items()}
+    assert there.chat_templates == here.chat_templates == {"default": "NEW", "tool_use": "TOOLS"}
+    assert there.tokenizer_config == here.tokenizer_config
+    assert there.tokenizer_config["bos_token"] == "<s>"
+    many = {f"additional_chat_templates/t{n}.jinja": card.files["chat_template.jinja"] for n in range(33)}
+    with pytest.raises(ModelError, match="names 34 chat templates"):
+        await fetch_model_files(
+            objects, card.model_copy(update={"files": card.files | many}), tmp_path / "many"
+        )
 
 
 async def test_a_gzipped_file_arrives_unpacked(
