@@ -286,6 +286,15 @@ async def test_a_tail_reads_from_a_position_or_an_age(plane: Plane) -> None:
         await tail.aclose()
 
 
+async def test_the_clock_is_that_of_entries(plane: Plane) -> None:
+    before = await plane.streams.time_ms()
+    tail = plane.streams.tail(STREAM, max_age_s=60.0)
+    await plane.streams.append(STREAM, [NewEntry(b"a", 1)])
+    [entry] = await take(tail, 1)
+    assert before <= entry_order(entry.entry_id)[0] <= await plane.streams.time_ms()
+    await tail.aclose()
+
+
 async def test_a_tail_waits_for_a_stream_and_goes_on_behind_a_trim(plane: Plane) -> None:
     tail = plane.streams.tail(STREAM, max_age_s=60.0)
     assert await tail.read(count=10, block_s=0.0) == []

@@ -127,6 +127,10 @@ class LoadBook:
         else:
             self._over.note((owner, request_id), early=True)
 
+    def owners(self) -> list[str]:
+        """The routers that have booked what lives."""
+        return list(self._bookings)
+
     def drop_owner(self, owner: str) -> None:
         """A router is gone, and with it all that it booked."""
         for request_id in list(self._bookings.get(owner, ())):

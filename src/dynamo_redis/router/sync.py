@@ -3,8 +3,12 @@
 Each router publishes its bookings to one stream a component, bounded by time, and reads the others':
 `booking_messages.py` has what they say. Every `RENEW_S` a router names all that it has under way. Another
 router's booking counts for `LEASE_S` after it was last named, and no longer than its request's deadline. This
-one rule ends the load of routers that died and of requests whose "free" was lost; it brings back an "add"
-that was lost; and it is why a router that starts needs no more of the stream than its last `LEASE_S`.
+one rule ends the load of requests whose "free" was lost; it brings back an "add" that was lost; and it is why
+a router that starts needs no more of the stream than its last `LEASE_S`.
+
+The bookings of a router that died end with its lease, by its record in the registry. A router that starts, or
+that could not read for a while, reads what was said before: that counts from when it was said, by the
+stream's own clock, and not at all if its router has no record any more.
 
 While Redis is away the others' bookings run out, and this router chooses by its own.
 """
@@ -25,9 +29,9 @@ from dynamo_redis.router.booking import Booking
 from dynamo_redis.router.booking_messages import Told, active_messages, add_message, read_booking
 from dynamo_redis.router.load import LoadBook
 from dynamo_redis.router.record import RouterRecord
-from dynamo_redis.runtime.following import follow
+from dynamo_redis.runtime.following import follow, key_of
 from dynamo_redis.store.base import DeleteCause, Put, Record, Registry, WatchBatch
-from dynamo_redis.store.event_base import Entry, EventStreams, EventTail, StreamName
+from dynamo_redis.store.event_base import Entry, EventStreams, EventTail, StreamName, entry_order
 from dynamo_redis.supervision import Supervisor
 from dynamo_redis.wire.event import EventBatch, PublisherId
 
@@ -81,7 +85,10 @@ class BookingSync:
         self._bookings = bookings
         self._clock = clock
         self._tasks: list[asyncio.Task[None]] = []
-        self._caught_up = asyncio.Event()
+        self._routers: set[str] | None = None
+        """Those that have a record; None until it is known."""
+        self._has_caught_up = False
+        self._ready = asyncio.Event()
         self._supervisor = Supervisor(log, f"sync of {self._stream.path}", pauses_s=(0.1, 2.0))
 
     # ----------------------------------------------------------------- lifetime
@@ -97,12 +104,12 @@ class BookingSync:
             self._tasks.append(asyncio.create_task(work, name=f"{what} {self._stream.path}"))
         try:
             async with asyncio.timeout(timeout_s):
-                await self._caught_up.wait()
+                await self._ready.wait()
         except TimeoutError:
             log.warning("what other routers have under way is not known yet: Redis is slow, or away")
 
     async def aclose(self) -> None:
-        """End both tasks, and tell what is still to be told, for a second at most."""
+        """End its tasks, and tell what is still to be told, for a second at most."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -144,13 +151,19 @@ class BookingSync:
     def forget_routers(self, batch: WatchBatch) -> None:
         """End the bookings of routers whose records went. A resync proves nothing: the registry may have
         lost them, and they are back in a moment. A record that cannot be read is only named."""
+        routers = set() if self._routers is None else self._routers
         for event in batch.events:
+            owner = decode_segment(key_of(event).removeprefix(self._records))
             if isinstance(event, Put):
+                routers.add(owner)
                 self._check(event.record)
-            elif event.cause is not DeleteCause.RESYNC:
-                owner = decode_segment(event.key.removeprefix(self._records))
-                if owner != self._owner:
-                    self._book.drop_owner(owner)
+                continue
+            routers.discard(owner)
+            if event.cause is not DeleteCause.RESYNC and owner != self._owner:
+                self._book.drop_owner(owner)
+        if self._routers is None:
+            self._routers = routers
+            self._forget_the_dead()
 
     def _check(self, record: Record) -> None:
         try:
@@ -162,25 +175,40 @@ class BookingSync:
         tail = self._streams.tail(self._stream, max_age_s=LEASE_S)
 
         async def read_on() -> None:
+            await self._catch_up(tail)
             while True:
-                await self._read_on(tail)
+                for entry in await tail.read(count=_READ_COUNT, block_s=_BLOCK_S):
+                    self.apply(entry)
 
         try:
             await self._supervisor.run(read_on)
         finally:
             await tail.aclose()
 
-    async def _read_on(self, tail: EventTail) -> None:
-        # Until caught up an empty answer says so at once; later there is nothing to hurry for.
-        block_s = _BLOCK_S if self._caught_up.is_set() else _GLANCE_S
-        entries = await tail.read(count=_READ_COUNT, block_s=block_s)
-        for entry in entries:
-            self.apply(entry)
-        if not entries:
-            self._caught_up.set()
+    async def _catch_up(self, tail: EventTail) -> None:
+        """Read what was said before, up to what is said now."""
+        now_ms = await self._streams.time_ms()
+        is_behind = True
+        while is_behind:
+            entries = await tail.read(count=_READ_COUNT, block_s=_GLANCE_S)
+            for entry in entries:
+                self.apply(entry, age_s=max(now_ms - entry_order(entry.entry_id)[0], 0) / 1000)
+            is_behind = len(entries) == _READ_COUNT
+        if not self._has_caught_up:
+            self._has_caught_up = True
+            self._forget_the_dead()
 
-    def apply(self, entry: Entry) -> None:
-        """Book what another router says in one entry; one's own, and what cannot be read, is passed over."""
+    def _forget_the_dead(self) -> None:
+        """End the bookings of routers that died before this one started, once what was said before and the
+        routers' records are both known. One that lives after all names its bookings within `RENEW_S`."""
+        if self._has_caught_up and self._routers is not None:
+            for owner in set(self._book.owners()) - self._routers - {self._owner}:
+                self._book.drop_owner(owner)
+            self._ready.set()
+
+    def apply(self, entry: Entry, *, age_s: float = 0.0) -> None:
+        """Book what another router said in one entry, `age_s` ago; one's own, and what cannot be read, is
+        passed over."""
         try:
             batch = EventBatch.from_bytes(entry.content)
         except InvalidRecord as exc:
@@ -190,33 +218,36 @@ class BookingSync:
         if owner != self._owner:
             # One that is broken costs itself: the next renewal says what matters.
             self._supervisor.each(
-                batch.events, lambda event: self._apply_event(owner, event), lambda _: f"a word of {owner}"
+                batch.events,
+                lambda event: self._apply_event(owner, event, age_s),
+                lambda _: f"a word of {owner}",
             )
 
-    def _apply_event(self, owner: str, event: Any) -> None:
+    def _apply_event(self, owner: str, event: Any, age_s: float) -> None:
         match event:
             case ["add", *described]:
-                self._add(owner, read_booking(described))
+                self._add(owner, read_booking(described), age_s)
             case ["prefill_done", str(request_id), *_]:
                 self._book.prefill_done(owner, request_id)
             case ["free", str(request_id), *_]:
                 self._book.free(owner, request_id)
             case ["active", list(active), *_]:
-                self._add_all(owner, active)
+                self._add_all(owner, active, age_s)
 
-    def _add_all(self, owner: str, active: list[Any]) -> None:
+    def _add_all(self, owner: str, active: list[Any], age_s: float) -> None:
         before = b""
 
         def take(described: Any) -> None:
             nonlocal before
             told = read_booking(described, before)
             before = told.names
-            self._add(owner, told)
+            self._add(owner, told, age_s)
 
         self._supervisor.each(active, take, lambda _: f"a booking of {owner}")
 
-    def _add(self, owner: str, told: Told) -> None:
-        if not told.left_s > 0:  # nor if it is no number
+    def _add(self, owner: str, told: Told, age_s: float) -> None:
+        left_s = min(told.left_s, LEASE_S) - age_s
+        if not left_s > 0:  # nor if it is no number
             return
         self._book.add(
             owner,
@@ -224,6 +255,6 @@ class BookingSync:
             told.worker,
             prefill_tokens=told.prefill_tokens,
             blocks=told.blocks,
-            deadline=self._clock.monotonic() + min(told.left_s, LEASE_S),
+            deadline=self._clock.monotonic() + left_s,
             names=told.names,
         )

@@ -174,6 +174,10 @@ class EventStreams(Protocol):
         """Read from behind `after`; else from what is younger than `max_age_s` on, by the server's clock."""
         ...
 
+    async def time_ms(self) -> int:
+        """The server's clock, by which entries have their ids. Raises StoreError."""
+        ...
+
     async def trim(self, stream: StreamName, snapshot: EntryId) -> EntryId:
         """Drop what is no longer needed, up to the oldest of `snapshot` and the groups' positions; silent
         groups are removed first. Answers the floor: the last entry dropped. Raises StoreError."""

@@ -221,6 +221,10 @@ class MemoryEventStreams:
         oldest = just_before(int((self._clock.wall() - max_age_s) * 1000))
         return _MemoryTail(self, stream, after or oldest)
 
+    async def time_ms(self) -> int:
+        """As `EventStreams.time_ms`."""
+        return int(self._clock.wall() * 1000)
+
     async def trim(self, stream: StreamName, snapshot: EntryId) -> EntryId:
         """As `EventStreams.trim`."""
         return self.existing(stream).trim(snapshot)

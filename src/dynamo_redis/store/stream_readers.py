@@ -240,14 +240,19 @@ class RedisEventTail(_Reader):
         return entries
 
     async def _youngest(self) -> EntryId:
-        seconds, microseconds = map(int, await self._client.execute("TIME"))
-        return just_before(seconds * 1000 + microseconds // 1000 - round(self._max_age_s * 1000))
+        return just_before(await server_time_ms(self._client) - round(self._max_age_s * 1000))
 
     async def _look_back(self) -> None:
         """After a failover a stream may end before what was read of it, and go on from there."""
         last = await self._client.execute("XREVRANGE", self._keys.events, "+", "-", "COUNT", 1)
         if last and self._after is not None:
             self._after = min(self._after, EntryId(last[0][0].decode()), key=entry_order)
+
+
+async def server_time_ms(client: RedisClient) -> int:
+    """The server's clock. Raises StoreError."""
+    seconds, microseconds = map(int, await client.execute("TIME"))
+    return seconds * 1000 + microseconds // 1000
 
 
 def _wait(block_s: float) -> tuple[str, int] | tuple[()]:

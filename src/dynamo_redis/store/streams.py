@@ -39,7 +39,13 @@ from dynamo_redis.store.event_base import (
 )
 from dynamo_redis.store.scripts import load_script
 from dynamo_redis.store.stream_keys import StreamKeys, stream_of_key, stream_pattern
-from dynamo_redis.store.stream_readers import SILENCE_MS, RedisEventGroup, RedisEventTail, stream_script
+from dynamo_redis.store.stream_readers import (
+    SILENCE_MS,
+    RedisEventGroup,
+    RedisEventTail,
+    server_time_ms,
+    stream_script,
+)
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +104,10 @@ class RedisEventStreams:
     def tail(self, stream: StreamName, *, after: EntryId | None = None, max_age_s: float = 0.0) -> EventTail:
         """As `EventStreams.tail`."""
         return RedisEventTail(self._client, self._keys(stream), after, max_age_s)
+
+    async def time_ms(self) -> int:
+        """As `EventStreams.time_ms`."""
+        return await server_time_ms(self._client)
 
     async def trim(self, stream: StreamName, snapshot: EntryId) -> EntryId:
         """As `EventStreams.trim`. Raises StreamLost if there is no stream."""

@@ -75,6 +75,8 @@ async def test_a_router_that_dies_takes_its_bookings_along(deployment: Deploymen
     await runtime.registry.aclose()  # its lease ends, it frees nothing
     await until(lambda: load_of(two) == (0, 0, 0))
     assert load_of(one) == (160, 10, 1)
+    late, _ = await deployment.router()  # which reads what the dead one has said
+    assert load_of(late) == (0, 0, 0)
     await call.aclose()
     worker.engine.gate.set()
 

@@ -16,13 +16,15 @@ from dynamo_redis.router.selector import Selector
 from dynamo_redis.router.sync import LEASE_S, RENEW_S, BookingSync, owner_name
 from dynamo_redis.router.waiting import WaitingLines
 from dynamo_redis.store.base import Delete, DeleteCause, Put, Record, Revision, WatchBatch
-from dynamo_redis.store.event_base import Entry, EntryId
+from dynamo_redis.store.event_base import Entry, EntryId, NewEntry, StreamName
 from dynamo_redis.store.memory import MemoryRegistry, MemoryServer
 from dynamo_redis.store.memory_streams import MemoryEventStreams
 from dynamo_redis.wire.event import EventBatch, PublisherId
 
 WORKER = Worker(7, 1)
 IDLE = WorkerLoad(0, 0, 0)
+STREAM = StreamName("dynamo", "backend", "active_sequences_events")
+RECORD = b'{"version": 1}'
 
 
 class HeldClock:
@@ -39,14 +41,20 @@ class HeldClock:
 class Router:
     """A router's book and its sync, with what it publishes taken from its publisher's hands."""
 
-    def __init__(self, epoch: int, clock: HeldClock) -> None:
+    def __init__(
+        self,
+        epoch: int,
+        clock: HeldClock,
+        streams: MemoryEventStreams | None = None,
+        registry: MemoryRegistry | None = None,
+    ) -> None:
         self.publisher = PublisherId(1, epoch, 0)
         self.owner = owner_name(self.publisher)
         self.book = LoadBook()
         self.clock = clock
         self.sync = BookingSync(
-            MemoryEventStreams(),
-            MemoryRegistry(MemoryServer()),
+            streams or MemoryEventStreams(),
+            registry or MemoryRegistry(MemoryServer()),
             "dynamo",
             "backend",
             self.publisher,
@@ -301,3 +309,33 @@ async def test_what_cannot_be_read_is_passed_over(one: Router, other: Router) ->
     assert other.book.booking_count == 0
     say(["add", "good", 7, 1, 40, 3, 600.0, bytes(16), 0, "and a field of a later release"])
     assert other.load() == WorkerLoad(40, 3, 1)
+
+
+async def store(teller: Router, streams: MemoryEventStreams) -> None:
+    """Put what it has said into the stream, now."""
+    for entry in teller.messages():
+        await streams.append(STREAM, [NewEntry(entry.content, 1)])
+
+
+async def test_a_starting_router_counts_from_when_it_was_said(clock: HeldClock) -> None:
+    """Also where it is said to last for long; and what the dead have said counts for nothing."""
+    streams, registry = MemoryEventStreams(clock=clock), MemoryRegistry(MemoryServer())
+    alive, dead, late = (Router(epoch, clock, streams, registry) for epoch in (1, 2, 3))
+    await registry.start()
+    await registry.register(f"v1/kv_routers/dynamo/backend/{alive.owner}", RECORD)
+    for router in (alive, dead):
+        await router.book_one("old")
+        await store(router, streams)
+    clock.now += 20
+    await alive.book_one("young")
+    await store(alive, streams)
+    try:
+        await late.sync.start(30.0)
+        assert late.load().request_count == 2
+        late.book.expire(clock.now + LEASE_S - 20)
+        assert late.load().request_count == 1
+        late.book.expire(clock.now + LEASE_S)
+        assert late.load() == IDLE
+    finally:
+        await late.sync.aclose()
+        await registry.aclose()
