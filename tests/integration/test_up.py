@@ -304,6 +304,31 @@ def test_two_at_once_do_not_disturb_each_other(
     assert ask(urls[0])
 
 
+def test_the_second_says_that_the_first_runs(start: Start, env: dict[str, str], tmp_path: Path) -> None:
+    first = start(*up("--workers", "0"))
+    url = first.url()
+    second = start(*up("--workers", "0"))
+    second_url = second.url()
+    assert "Another `up`" not in first.out
+    assert f"Another `up` of yours runs, at {url}:" in second.out
+    argv = [sys.executable, "-m", "dynamo_redis", "instances"]
+    listed = subprocess.run(argv, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert f"the last one started, {second_url}, not {url};" in listed.stderr
+    second.stop()
+    listed = subprocess.run(argv, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert "deployments" not in listed.stderr
+
+
+def test_one_that_joins_others_says_so(start: Start, dynamo_redis_url: str, dynamo_redis_prefix: str) -> None:
+    shared = ("--redis-url", dynamo_redis_url, "--redis-prefix", dynamo_redis_prefix)
+    first = start(*up("--workers", "1", *shared))
+    first.url()
+    second = start(*up("--workers", "1", *shared))
+    second.url()
+    assert "registered already" not in first.out
+    assert f"registered already under the prefix {dynamo_redis_prefix}, by others" in second.out
+
+
 def test_kill_9_leaves_no_process(start: Start) -> None:
     program = start(*up("--workers", "1"))
     program.url()

@@ -9,8 +9,9 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dynamo_redis.cli import collection
+from dynamo_redis.cli.failures import say
 from dynamo_redis.cli.options import load
-from dynamo_redis.config import EventSettings, RuntimeSettings, StoreSettings, origins
+from dynamo_redis.config import EventSettings, RuntimeSettings, StoreSettings, origins, running_deployments
 from dynamo_redis.store.base import Locks, ObjectStore, Registry
 from dynamo_redis.store.event_base import EventStreams
 
@@ -111,6 +112,21 @@ def _begin(options: Mapping[str, Any], default_level: str = "warn") -> None:
 
     collection.resume()  # a watch may run for days
     configure_dynamo_logging(service_name="cli", level=_log_level(options, default_level))
+    note_choice(options)
+
+
+def note_choice(options: Mapping[str, Any]) -> None:
+    """Say which `up` of this user is taken, where several run and none was named."""
+    given = {name for name, value in options.items() if value is not None}
+    if origins(StoreSettings, given)["redis_url"] != "default":
+        return
+    running = running_deployments()
+    if len(running) > 1:
+        *others, taken = (deployment.get("http_url", "?") for deployment in running)
+        say(
+            f"{len(running)} deployments of `up` run: this is about the last one started, {taken}, not "
+            f"{', '.join(others)}; --redis-url (DYN_REDIS_URL) names another"
+        )
 
 
 def _log_level(options: Mapping[str, Any], default: str = "warn") -> str:

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dynamo_redis.cli import collection
+from dynamo_redis.cli.connect import note_choice
 from dynamo_redis.cli.options import load, setting_options
 from dynamo_redis.cli.output import print_line
 from dynamo_redis.config import EventSettings, PlaneSettings, RuntimeSettings, StoreSettings
@@ -46,6 +47,7 @@ def run_service(
     from dynamo_redis.runtime.logging import configure_dynamo_logging
     from dynamo_redis.runtime.runtime import DistributedRuntime, Settings
 
+    note_choice(options)
     settings = Settings(
         store=load(StoreSettings, options),
         plane=load(PlaneSettings, options),
@@ -62,11 +64,15 @@ def run_service(
         configure_dynamo_logging(service_name=service_name, level=settings.runtime.log)
         runtime.handle_signals()  # before it starts: it may have to wait for Redis
         try:
-            async with runtime:
-                await serve(runtime)
+            await runtime.start()
         except StoreUnavailable:
-            if not runtime.is_shutting_down:
-                raise
+            if runtime.is_shutting_down:
+                return
+            raise
+        else:
+            await serve(runtime)
+        finally:
+            await runtime.aclose()
 
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(main())

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import click
 
-from dynamo_redis.cli import collection, probe
+from dynamo_redis.cli import collection, connect, probe
 from dynamo_redis.cli.children import Service
 from dynamo_redis.cli.data_directory import data_directory
 from dynamo_redis.cli.deployment import Deployment
@@ -36,8 +36,11 @@ from dynamo_redis.config import (
     env_name,
     origins,
     remove_runtime_file,
+    running_deployments,
     write_runtime_file,
 )
+from dynamo_redis.errors import DynamoRedisError
+from dynamo_redis.names import INSTANCES
 from dynamo_redis.store.server import EmbeddedServer
 
 DRAIN_S = 2.0
@@ -170,6 +173,8 @@ class _Up:
         self._display.notice("Stopping.")
 
     async def _work(self) -> None:
+        self._note_others()
+        await self._note_strangers()
         await self._deployment.start()
         url = self._deployment.url
         # A frontend that is started again is found where the first one was, also where port 0 chose the port.
@@ -183,6 +188,32 @@ class _Up:
             self._display.status(status)
             await asyncio.sleep(_LOOK_S)
             status = await self._look(url)
+
+    def _note_others(self) -> None:
+        """Say what runs already, and which of them other commands find from now on."""
+        urls = [deployment.get("http_url", "?") for deployment in running_deployments()]
+        if urls:
+            self._display.notice(
+                f"Another `up` of yours runs, at {', '.join(urls)}: while this one does, commands without "
+                "--redis-url (DYN_REDIS_URL) are about this one."
+            )
+
+    async def _note_strangers(self) -> None:
+        """Say which processes the registry has already: the frontend sends them requests, too."""
+        if self._deployment.server is not None:
+            return
+        try:
+            async with connect.open_registry(self._options) as registry:
+                found = await registry.get_prefix(INSTANCES)
+        except DynamoRedisError:
+            return  # the services will say it
+        count = len({record.key.rpartition("/")[2] for record in found.records})
+        if count:
+            self._display.notice(
+                f"{count} process{'es are' if count > 1 else ' is'} registered already under the prefix "
+                f"{self._store.prefix}, by others: this deployment joins them. --redis-prefix "
+                "(DYN_REDIS_PREFIX) keeps them apart; `dynamo-redis instances` lists them."
+            )
 
     async def _until_serving(self, url: str) -> Status:
         """Wait until the frontend serves the workers' model. Raises CommandFailed after 10 s."""

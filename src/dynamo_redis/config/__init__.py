@@ -17,6 +17,7 @@ from dynamo_redis.config.router import RouterSettings
 from dynamo_redis.config.runtime_files import (
     read_runtime_file,
     remove_runtime_file,
+    running_deployments,
     runtime_directory,
     user_model_cache,
     write_runtime_file,
@@ -46,6 +47,7 @@ __all__ = [
     "parse_duration",
     "read_runtime_file",
     "remove_runtime_file",
+    "running_deployments",
     "runtime_directory",
     "unit_of",
     "user_model_cache",

@@ -24,8 +24,8 @@ def runtime_directory() -> Path:
         return platformdirs.user_runtime_path("dynamo-redis")
 
 
-def read_runtime_file() -> dict[str, str]:
-    """The addresses of the `up` that was started last and still runs; empty if none does."""
+def running_deployments() -> list[dict[str, str]]:
+    """The addresses of each `up` of this user that still runs, in the order in which they were started."""
     live: list[tuple[float, dict[str, object]]] = []
     for path in runtime_directory().glob("up.*.json"):
         try:
@@ -35,10 +35,14 @@ def read_runtime_file() -> dict[str, str]:
                 live.append((status.st_mtime, content))
         except (OSError, ValueError, KeyError, TypeError):
             continue  # a file of a dead process, or one that just went away
-    if not live:
-        return {}
-    newest = max(live, key=lambda found: found[0])[1]
-    return {name: value for name, value in newest.items() if isinstance(value, str)}
+    live.sort(key=lambda found: found[0])
+    return [{name: value for name, value in content.items() if isinstance(value, str)} for _, content in live]
+
+
+def read_runtime_file() -> dict[str, str]:
+    """The addresses of the `up` that was started last and still runs; empty if none does."""
+    running = running_deployments()
+    return running[-1] if running else {}
 
 
 def write_runtime_file(**addresses: str) -> None:
