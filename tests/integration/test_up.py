@@ -251,6 +251,15 @@ def test_up_serves_and_leaves_nothing(
     assert program.err == "" or "Traceback" not in program.err
 
 
+def test_up_listens_on_loopback_unless_told(start: Start) -> None:
+    program = start(*up("--workers", "0"))
+    assert program.url().startswith("http://127.0.0.1:")
+    assert program.stop() <= STOP_WITHIN_S
+    program = start(*up("--workers", "0", "--http-host", "0.0.0.0"))
+    assert program.url().startswith("http://localhost:")
+    assert program.stop() <= STOP_WITHIN_S
+
+
 def test_a_router_of_its_own_finds_the_workers_and_leaves_in_order(
     start: Start, command: Callable[..., Any]
 ) -> None:

@@ -48,6 +48,9 @@ DRAIN_S = 2.0
 GRACE_BEYOND_DRAIN_S = 1.5
 ROUTER_MODE = "kv"
 """How the frontend chooses, unless `--router-mode` or the environment says so."""
+HTTP_HOST = "127.0.0.1"
+"""Where the frontend listens, unless `--http-host` or the environment says so: what runs for a trial on one
+machine is for that machine."""
 SERVING_TIMEOUT_S = 10.0
 _LOOK_S = 1.0
 _FIRST_LOOK_S = 0.02
@@ -80,7 +83,7 @@ _GROUPS: tuple[type[SettingsGroup], ...] = (
 )
 @setting_options(ModelSettings)
 @setting_options(MockEngineSettings)
-@setting_options(FrontendSettings, router_mode=ROUTER_MODE)
+@setting_options(FrontendSettings, router_mode=ROUTER_MODE, http_host=HTTP_HOST)
 @setting_options(RouterSettings)
 @setting_options(RuntimeSettings, "namespace", "drain_s", "log")
 @setting_options(EventSettings)
@@ -269,8 +272,10 @@ class _Up:
         values[env_name(fields["drain_s"])] = f"{self._drain_s:g}"
         values[env_name(fields["log"])] = self._log
         fields = FrontendSettings.model_fields
-        if origins(FrontendSettings, _given(self._options))["router_mode"] == "default":
-            values[env_name(fields["router_mode"])] = ROUTER_MODE
+        chosen = origins(FrontendSettings, _given(self._options))
+        for name, value in (("router_mode", ROUTER_MODE), ("http_host", HTTP_HOST)):
+            if chosen[name] == "default":
+                values[env_name(fields[name])] = value
         return child_environment(values)
 
 

@@ -18,8 +18,10 @@ from starlette.types import Receive, Scope, Send
 
 from dynamo_redis.config import FrontendSettings
 from dynamo_redis.errors import DynamoRedisError
+from dynamo_redis.frontend.administration import changes_state
 from dynamo_redis.frontend.answers import Answer
 from dynamo_redis.frontend.exchange import Choice, Exchange, send_error
+from dynamo_redis.frontend.framing import STREAMS_EVENTS
 from dynamo_redis.frontend.health import health
 from dynamo_redis.frontend.http_errors import ApiError, api_error, invalid
 from dynamo_redis.frontend.model import Model
@@ -77,7 +79,7 @@ def make_app(
             Route("/v1/models/{model:path}", retrieve_model),
             Route("/v1/chat/completions", completions("chat", ChatBody), methods=["POST"]),
             Route("/v1/completions", completions("text", TextBody), methods=["POST"]),
-            Route("/clear_kv_blocks", clear_kv_blocks, methods=["POST"]),
+            Route("/clear_kv_blocks", changes_state(clear_kv_blocks), methods=["POST"]),
             Route("/health", show_health),
             Route("/live", show_live),
         ],
@@ -132,6 +134,7 @@ class Completions:
         contexts = _contexts(scope, request_id, len(requests), deadline)
         exchange = self._exchange(model, body, requests, contexts)
         if body.stream:
+            scope[STREAMS_EVENTS] = True
             await exchange.stream(receive, send, headers, includes_usage=body.includes_usage)
         else:
             await exchange.respond(receive, send, headers)
@@ -201,8 +204,10 @@ def _error(error: ApiError) -> Response:
 
 
 async def _on_http_exception(request: Request, exc: Exception) -> Response:
-    """Unknown paths and methods, in OpenAI's form, with those that there are."""
+    """Unknown paths and methods, in OpenAI's form, with those that there are; OPTIONS asks for just these."""
     assert isinstance(exc, HTTPException)
+    if request.method == "OPTIONS" and exc.status_code == 405:
+        return Response(status_code=204, headers=exc.headers)
     error = invalid(f"Unknown request: {request.method} {request.url.path}. There are: {_offered(request)}.")
     if exc.status_code == 405:
         allowed = (exc.headers or {}).get("Allow", "")

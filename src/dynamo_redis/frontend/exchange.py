@@ -259,10 +259,22 @@ class Exchange:
             "completion_tokens": completion,
             "total_tokens": self._prompt_token_count + completion,
         }
-        cached = [choice.answer.cached_tokens for choice in self._choices]
+        cached = self._cached_counts()
         if any(count is not None for count in cached):
             usage["prompt_tokens_details"] = {"cached_tokens": sum(count or 0 for count in cached)}
         return usage
+
+    def _cached_counts(self) -> list[int | None]:
+        """How much of each prompt was cached, as its first choice says: later ones find what that one left.
+
+        Choices of one prompt share the list of its tokens.
+        """
+        counts: dict[int, int | None] = {}
+        for choice in self._choices:
+            prompt = choice.request["token_ids"]
+            count = choice.answer.cached_tokens
+            counts.setdefault(id(prompt), None if count is None else min(count, len(prompt)))
+        return list(counts.values())
 
 
 class _Losses:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dynamo_redis.frontend.exchange import Receive
-from dynamo_redis.frontend.http_errors import body_too_large, invalid
+from dynamo_redis.frontend.http_errors import ApiError, body_too_large, invalid
 
 _MOST_DISCARDED = 256 << 20
 """Clients that do not look at the answer before they have sent everything are listened to for so long."""
@@ -23,6 +23,7 @@ async def read_limited(scope: Mapping[str, Any], receive: Receive, limit_bytes: 
     (`Expect: 100-continue`); else it is read and dropped, since most clients see no answer before its end.
     """
     headers = dict(scope["headers"])
+    _refuse_encoding(headers)
     announced = _content_length(headers)
     if announced is not None and announced > limit_bytes:
         if b"expect" not in headers:
@@ -38,6 +39,16 @@ async def read_limited(scope: Mapping[str, Any], receive: Receive, limit_bytes: 
             raise body_too_large(limit_bytes)
         pieces.append(piece)
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def _refuse_encoding(headers: Mapping[bytes, bytes]) -> None:
+    encoding = headers.get(b"content-encoding", b"identity").strip().lower()
+    if encoding not in (b"", b"identity"):
+        raise ApiError(
+            415,
+            "The request body has a Content-Encoding: send it as it is.",
+            code="unsupported_content_encoding",
+        )
 
 
 def _content_length(headers: Mapping[bytes, bytes]) -> int | None:

@@ -206,13 +206,13 @@ async def run_server(
 
 
 class _QuietServerLog(logging.Filter):
-    """Takes down to DEBUG what uvicorn says louder than it is: port scanners' bytes, drains without loss."""
+    """Takes down to DEBUG what uvicorn says louder than it is: drains without loss."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether the record is still to be written."""
         said = str(record.msg)
         nothing_lost = said.startswith("Cancel %s running task(s)") and record.args == (0,)
-        if nothing_lost or said.startswith("Invalid HTTP request received"):
+        if nothing_lost:
             record.levelno, record.levelname = logging.DEBUG, logging.getLevelName(logging.DEBUG)
             return logging.getLogger(record.name).isEnabledFor(logging.DEBUG)
         return True

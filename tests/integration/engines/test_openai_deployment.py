@@ -170,7 +170,7 @@ async def test_chats_go_where_their_prefix_is_and_the_index_is_the_engines_cache
         )
     )
     assert all(engine.mock.cache.stored() for engine in engines)
-    cleared = await frontend.post("/clear_kv_blocks")
+    cleared = await frontend.post("/clear_kv_blocks", json={})
     assert cleared.status_code == 200
     await until(lambda: not any(held(indexer, worker) for worker in workers))
     assert not any(engine.mock.cache.stored() for engine in engines)

@@ -77,7 +77,7 @@ async def test_a_prefix_that_was_read_once_is_read_by_nobody_again(deployment: D
 
     explained = await ask_best_worker(looking, WORKERS, {"token_ids": PROMPT})
     assert len(explained["costs"]) == 2
-    cleared = await frontend.post("/clear_kv_blocks")
+    cleared = await frontend.post("/clear_kv_blocks", json={})
     assert cleared.status_code == 200, cleared.text
     assert sorted(worker["instance_id"] for worker in cleared.json()["cleared_workers"]) == sorted(
         worker.instance_id for worker in workers
@@ -90,7 +90,7 @@ async def test_a_prefix_that_was_read_once_is_read_by_nobody_again(deployment: D
 
 async def test_clearing_caches_says_whom_it_did_not_reach(deployment: Deployment) -> None:
     frontend = await deployment.frontend()
-    answer = await frontend.post("/clear_kv_blocks")
+    answer = await frontend.post("/clear_kv_blocks", json={})
     assert answer.status_code == 503
     assert "is one running?" in answer.json()["message"]
     workers = [await deployment.worker() for _ in range(2)]
@@ -98,7 +98,7 @@ async def test_clearing_caches_says_whom_it_did_not_reach(deployment: Deployment
     gone = workers[0]
     assert gone.process.runtime._server is not None
     await gone.process.runtime._server.aclose()
-    answer = await frontend.post("/clear_kv_blocks")
+    answer = await frontend.post("/clear_kv_blocks", json={})
     assert answer.status_code == 502
     [failed], [cleared] = answer.json()["failed_workers"], answer.json()["cleared_workers"]
     assert (failed["instance_id"], cleared["instance_id"]) == (gone.instance_id, workers[1].instance_id)
@@ -115,7 +115,7 @@ async def test_a_frontend_that_clears_caches_predicts_nothing_of_before(deployme
     [answer] = await ask_states(looking)
     assert answer.state is not None
     assert answer.state["index"]["block_count"] == 10
-    assert (await frontend.post("/clear_kv_blocks")).status_code == 200
+    assert (await frontend.post("/clear_kv_blocks", json={})).status_code == 200
     [answer] = await ask_states(looking)
     assert answer.state is not None
     assert answer.state["index"]["block_count"] == 0

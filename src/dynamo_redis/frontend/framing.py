@@ -1,0 +1,62 @@
+"""How an answer's end is told, where uvicorn's own way is not what the client understands."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
+
+from dynamo_redis.frontend.exchange import Event, Receive, Send
+
+Application = Callable[[Any, Receive, Send], Awaitable[None]]
+
+STREAMS_EVENTS = "dynamo_redis.streams_events"
+"""Key of a request's scope: its answer is written in whole server-sent events."""
+
+_COMMENT = b":\n\n"
+
+
+def sign_of_life(cycle: RequestResponseCycle) -> bytes:
+    """What may be sent now that no client takes for part of its answer; empty if there is no such thing.
+
+    That is an interim response before an answer begins, and a comment between the events of a stream.
+    """
+    has_chunks = cycle.scope["http_version"] != "1.0"
+    if not cycle.response_started:
+        return b"HTTP/1.1 100 Continue\r\n\r\n" if has_chunks else b""
+    if cycle.response_complete or not cycle.scope.get(STREAMS_EVENTS):
+        return b""
+    return b"%x\r\n%s\r\n" % (len(_COMMENT), _COMMENT) if has_chunks else _COMMENT
+
+
+def framed(app: Application, cycle: RequestResponseCycle) -> Application:
+    """The application, for the one request of this cycle.
+
+    An answer without a length ends with the connection where the client speaks HTTP/1.0, which has no chunks.
+    An answer to a request whose body was announced (`Expect: 100-continue`) and not asked for closes the
+    connection: whether the body follows all the same is up to the client.
+    """
+    has_chunks = cycle.scope["http_version"] != "1.0"
+    if has_chunks and not cycle.waiting_for_100_continue:
+        return app
+
+    async def serve(scope: Any, receive: Receive, send: Send) -> None:
+        until_close = False
+
+        async def send_framed(event: Event) -> None:
+            nonlocal until_close
+            if event["type"] == "http.response.start":
+                if cycle.waiting_for_100_continue:
+                    cycle.keep_alive = False
+                names = {name.lower() for name, _ in event.get("headers", ())}
+                until_close = not has_chunks and b"content-length" not in names
+                if until_close:
+                    cycle.chunked_encoding = False
+            elif until_close:
+                cycle.expected_content_length = len(event.get("body", b""))
+            await send(event)
+
+        await app(scope, receive, send_framed)
+
+    return serve
