@@ -15,6 +15,7 @@ from dynamo_redis.cli.output import print_json_line, print_line, print_table
 from dynamo_redis.config import FrontendSettings
 from dynamo_redis.errors import DynamoRedisError, ModelError
 from dynamo_redis.names import MODEL_CARDS, format_instance_id
+from dynamo_redis.templates.protocol import render_job
 
 if TYPE_CHECKING:
     from dynamo_redis.frontend.model import CardEntry
@@ -95,7 +96,11 @@ async def _ask(
         entry = await _card(runtime, model)
         if token_ids is None:
             loaded = await _loaded(runtime, entry, options)
-            token_ids = _chat(loaded, message) if prompt is None else _text(loaded, prompt)
+            try:
+                token_ids = await _chat(loaded, message) if prompt is None else _text(loaded, prompt)
+            finally:
+                if loaded.template is not None:
+                    await loaded.template.aclose()
         explained = await ask_best_worker(runtime, entry.endpoint, {"token_ids": token_ids})
         return {"model": entry.card.display_name, "token_count": len(token_ids), **explained}
 
@@ -141,12 +146,11 @@ def _text(loaded: LoadedModel, prompt: str) -> list[int]:
     return loaded.tokenizer.encode(prompt, add_special_tokens=True)
 
 
-def _chat(loaded: LoadedModel, message: str | None) -> list[int]:
+async def _chat(loaded: LoadedModel, message: str | None) -> list[int]:
     if loaded.template is None:
         raise CommandFailed(f"model {loaded.name!r} has no chat template: give --prompt")
-    messages = [{"role": "user", "content": message}]
-    text = loaded.template.render(messages, tools=None, documents=None, add_generation_prompt=True)
-    return loaded.tokenizer.encode(text)
+    text = await loaded.template.render(render_job([{"role": "user", "content": message}]))
+    return loaded.tokenizer.encode(text.decode())
 
 
 def _row(cost: dict[str, Any], explained: dict[str, Any]) -> list[str]:

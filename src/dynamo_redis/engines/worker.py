@@ -44,7 +44,7 @@ def open_model(settings: ModelSettings) -> tuple[ModelDirectory, str]:
     model = read_model_directory(path, context_length=settings.context_length)
     if model.chat_templates:
         try:
-            ChatTemplate(model.chat_templates, model.tokenizer_config)
+            ChatTemplate(model.chat_templates, model.tokenizer_config).check()
         except ModelError as exc:
             raise ModelError(f"{path}: {exc}") from exc
     return model, settings.model_name or default_name

@@ -26,7 +26,7 @@ from dynamo_redis.frontend.health import health
 from dynamo_redis.frontend.http_errors import ApiError, api_error, invalid
 from dynamo_redis.frontend.model import Model
 from dynamo_redis.frontend.models import LiveModels
-from dynamo_redis.frontend.openai import ChatBody, TextBody, read_body
+from dynamo_redis.frontend.openai import ChatBody, TextBody
 from dynamo_redis.frontend.options import CompletionOptions
 from dynamo_redis.frontend.prompts import Preparation
 from dynamo_redis.frontend.request_body import ClientGone, read_limited
@@ -120,16 +120,18 @@ class Completions:
         headers = [(b"x-request-id", request_id.encode())]
         try:
             content = await read_limited(scope, receive, self._limit_bytes)
-            body = read_body(self._body, content)
+            read = await self._preparation.read(self._body, content)
+            del content
+            body = read.options
             model = self._models.get(body.model)
             assert model.loaded is not None
-            requests = await self._preparation.requests(model.loaded, body, len(content))
+            requests = await self._preparation.requests(model.loaded, read)
+            del read
         except ClientGone:
             return
         except (ApiError, DynamoRedisError) as exc:
             await send_error(send, api_error(exc), headers)
             return
-        del content
         deadline = None if self._timeout_s is None else started_at + self._timeout_s
         contexts = _contexts(scope, request_id, len(requests), deadline)
         exchange = self._exchange(model, body, requests, contexts)

@@ -34,10 +34,11 @@ class LoadedModel:
 async def load_model(
     objects: ObjectStore, card: ModelCard, cache_dir: Path, executor: Executor
 ) -> LoadedModel:
-    """Fetch the card's files, unless the cache has them, and build the model in the executor's thread.
+    """Fetch the card's files, unless the cache has them, build the model in the executor's thread, and let a
+    process try its chat templates.
 
-    Raises StoreError and ModelCacheError for what may get better by itself, other ModelErrors for what will
-    not.
+    Raises StoreError, ModelCacheError and Overloaded for what may get better by itself, other ModelErrors for
+    what will not.
     """
     if card.model_input != "tokens":
         raise ModelError(
@@ -45,17 +46,25 @@ async def load_model(
         )
     directory = await fetch_model_files(objects, card, cache_dir)
     try:
-        return await asyncio.get_running_loop().run_in_executor(executor, build_model, card, directory)
+        model = await asyncio.get_running_loop().run_in_executor(executor, build_model, card, directory)
     except DynamoRedisError as exc:
         if isinstance(exc.__cause__, OSError):  # a file of the cache cannot be read
             raise ModelCacheError(str(exc)) from exc
         raise
     except Exception as exc:
         raise ModelError(f"its files are of no use: {type(exc).__name__}: {exc}") from exc
+    if model.template is not None:
+        try:
+            await model.template.open()
+        except BaseException:
+            await model.template.aclose()
+            raise
+    return model
 
 
 def build_model(card: ModelCard, directory: Path) -> LoadedModel:
-    """Build a model from a directory of its files. Blocks. Raises ModelError."""
+    """Build a model from a directory of its files, whose templates are not tried yet. Blocks. Raises
+    ModelError."""
     files = read_model_directory(directory, context_length=card.context_length)
     wants_chat = card.model_type != "completions" and files.chat_templates
     return LoadedModel(

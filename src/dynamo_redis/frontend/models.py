@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 from dynamo_redis.clock import SYSTEM_CLOCK, Clock
-from dynamo_redis.errors import DynamoRedisError, ModelCacheError, StoreError
+from dynamo_redis.errors import DynamoRedisError, ModelCacheError, Overloaded, StoreError
 from dynamo_redis.frontend.http_errors import model_broken, model_loading, model_not_found, no_workers
 from dynamo_redis.frontend.model import CardEntry, EndpointClient, Model, Source
 from dynamo_redis.frontend.model_loading import load_model
 from dynamo_redis.names import MODEL_CARDS, EndpointName
 from dynamo_redis.planes.context import Context
+from dynamo_redis.runtime.chat_template import ChatTemplate
 from dynamo_redis.runtime.following import follow, key_of
 from dynamo_redis.runtime.llm_protocol import GenerateRequest
 from dynamo_redis.store.base import Delete, DeleteCause, ObjectStore, Put, Record, Registry, WatchBatch
@@ -33,6 +34,11 @@ REMEMBERED_S = 300.0
 _REMEMBERED_COUNT = 1024  # past it the one that went first is forgotten
 
 _RETRY_PAUSE_S = (0.25, 5.0)
+
+_NOT_NOW = {
+    ModelCacheError: "its files cannot be kept here now",
+    Overloaded: "its chat templates cannot be tried now",
+}
 
 
 OpenClient = Callable[[EndpointName, int], Awaitable[EndpointClient]]
@@ -57,7 +63,10 @@ class LiveModels:
     registry must not take the service down. While Redis is away the set stays as it is.
 
     It owns a task that reads the watch, one that loads for each model being loaded, one while cards linger,
-    and two threads that build models. The watch's queue is bounded by the registry (overflow: a resync); the
+    two threads that build models, and the processes of the models' chat templates; those of a model that is
+    no longer served end when they are idle.
+
+    The watch's queue is bounded by the registry (overflow: a resync); the
     handler only updates dictionaries and starts tasks, so it never falls behind because of a large model.
     """
 
@@ -82,6 +91,7 @@ class LiveModels:
         self._lingering: dict[str, float] = {}  # card key → until when it counts, whatever its instance
         self._gone: dict[str, float] = {}  # names once served → since when no more, in that order
         self._puts = 0
+        self._templates: set[ChatTemplate] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._sweeper: asyncio.Task[None] | None = None
         self._supervisor = Supervisor(log, "the models")
@@ -103,6 +113,8 @@ class LiveModels:
         for client in self._clients.values():
             await client.aclose()
         self._clients.clear()
+        for template in self._templates:
+            await template.aclose()
         # A build under way cannot be interrupted; nobody waits for it.
         self._executor.shutdown(wait=False, cancel_futures=True)
 
@@ -260,9 +272,8 @@ class LiveModels:
         while True:
             try:
                 await self._load_once(model, entry)
-            except (StoreError, ModelCacheError) as exc:
-                where = "kept here" if isinstance(exc, ModelCacheError) else "fetched"
-                failure = f"its files cannot be {where} now"
+            except (StoreError, ModelCacheError, Overloaded) as exc:
+                failure = _NOT_NOW.get(type(exc), "its files cannot be fetched now")
                 if model.failure != failure:
                     log.warning("model %r cannot be loaded yet, trying again: %s", model.name, exc)
                 model.failure = failure
@@ -282,6 +293,9 @@ class LiveModels:
 
     async def _load_once(self, model: Model, entry: CardEntry) -> None:
         loaded = await load_model(self._runtime.objects, entry.card, self._cache_dir, self._executor)
+        self._templates = {template for template in self._templates if template.has_process}
+        if loaded.template is not None:
+            self._templates.add(loaded.template)
         client = await self._client(entry)
         log.info("model %r is %s", model.name, "served" if model.loaded is None else "served from new files")
         model.loaded, model.source, model.failure = loaded, entry.source, None

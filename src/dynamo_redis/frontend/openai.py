@@ -207,7 +207,7 @@ B = TypeVar("B", bound=CompletionOptions)
 _NO_FIELD = re.compile(r"<.*>|\[key\]")
 
 
-def read_body(kind: type[B], content: bytes) -> B:
+def read_body(kind: type[B], content: bytes | bytearray) -> B:
     """Check a body. Raises ApiError 400, whose `param` names the field: `messages[0].content`."""
     try:
         body = kind.model_validate_json(content)

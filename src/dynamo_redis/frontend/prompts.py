@@ -1,12 +1,16 @@
-"""From a checked body to what workers get: prompts rendered, tokenized, held against the context."""
+"""From a body to what workers get: prompts rendered, tokenized, held against the context."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import secrets
+from array import array
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from dynamo_redis.frontend.bodies import Body, Prompt, Text
+from dynamo_redis.frontend.body_reader import BodyReader
 from dynamo_redis.frontend.http_errors import ApiError, context_length_exceeded, invalid
 from dynamo_redis.frontend.model_loading import LoadedModel
 from dynamo_redis.frontend.openai import ChatBody, TextBody
@@ -14,46 +18,82 @@ from dynamo_redis.frontend.options import CompletionOptions
 from dynamo_redis.runtime.llm_protocol import GenerateRequest, SamplingOptions, StopConditions
 
 INLINE_BYTES = 1024
-"""Bodies up to this size (at most some 200 tokens, under a millisecond) are tokenized on the event loop."""
+"""Texts up to this size (at most some 200 tokens, under a millisecond) are tokenized on the event loop."""
+
+LARGE_BYTES = 64 * 1024
+"""Texts over this size are tokenized apart from those below, so that these need not wait for them."""
 
 PROBE_CHARS = 8
-"""A text longer than this for each token of the context is first tokenized up to there. Tokenizing takes some
-50 bytes a byte of text, so that a body at its limit would take gigabytes only to be refused."""
+"""A text longer than this for each token of the context is first tokenized up to there, then up to twice as
+far, and so on: tokenizing takes some 50 bytes a byte of text, so that a body at its limit would take
+gigabytes only to be refused."""
 _PROBE_SLACK_TOKENS = 64  # where a text is cut, its last token can fall into several
+
+MOST_CHARS = 64
+"""A text longer than this for each token of the context is refused without being tokenized to its end."""
 
 
 class Preparation:
-    """Turns bodies into requests, large ones in threads of its own.
+    """Turns bodies into requests: reads them, renders their templates, makes token ids of the texts.
 
-    The threads' queue holds at most one entry for each open HTTP request.
+    The event loop does what is small. Threads tokenize, which lets the loop run meanwhile; large texts have
+    threads of their own. Their queues hold at most one entry for each open HTTP request.
     """
 
-    def __init__(self) -> None:
-        self._executor = ThreadPoolExecutor(max_workers=os.cpu_count() or 1, thread_name_prefix="prompt")
+    def __init__(self, max_body_bytes: int = 45 << 20) -> None:
+        threads = os.cpu_count() or 1
+        self._small = ThreadPoolExecutor(threads, thread_name_prefix="prompt")
+        self._large = ThreadPoolExecutor(threads, thread_name_prefix="large-prompt")
+        self._reader = BodyReader(max_body_bytes)
 
-    def close(self) -> None:
-        """End the threads, once they are idle."""
-        self._executor.shutdown(wait=False, cancel_futures=True)
+    async def aclose(self) -> None:
+        """End the threads, once they are idle, and the processes."""
+        self._small.shutdown(wait=False, cancel_futures=True)
+        self._large.shutdown(wait=False, cancel_futures=True)
+        await self._reader.aclose()
 
-    async def requests(
-        self, model: LoadedModel, body: CompletionOptions, size_bytes: int
-    ) -> list[GenerateRequest]:
+    async def read(self, kind: type[CompletionOptions], content: bytes) -> Body:
+        """Read and check a body. Raises ApiError."""
+        return await self._reader.read(kind, content)
+
+    async def requests(self, model: LoadedModel, body: Body) -> list[GenerateRequest]:
         """One request for each choice wanted: `n` for the first prompt, then for the next.
 
-        Raises ApiError for what the model cannot do, and TemplateError.
+        Raises ApiError for what the model cannot do, TemplateError, and Overloaded.
         """
-        if size_bytes <= INLINE_BYTES:
-            prompts = tokenize(model, body)
+        options = body.options
+        prompts = await self._prompts(model, body)
+        size = sum(map(len, prompts))
+        if size <= INLINE_BYTES:
+            tokenized = tokenize(model, options, prompts)
         else:
             loop = asyncio.get_running_loop()
-            prompts = await loop.run_in_executor(self._executor, tokenize, model, body)
-        return [request for prompt in prompts for request in _requests_for(prompt, model, body, _seeds(body))]
+            executor = self._small if size <= LARGE_BYTES else self._large
+            tokenized = await loop.run_in_executor(executor, tokenize, model, options, prompts)
+        seeds = _seeds(options)
+        return [request for ids in tokenized for request in _requests_for(ids, model, options, seeds)]
+
+    async def _prompts(self, model: LoadedModel, body: Body) -> list[Prompt]:
+        if isinstance(body.source, list):
+            return body.source
+        if model.template is None:
+            raise invalid(
+                f"The model `{model.name}` has no chat template: use /v1/completions.",
+                "model",
+                "unsupported_model",
+            )
+        return [await model.template.render(body.source)]
 
 
-def tokenize(model: LoadedModel, body: CompletionOptions) -> list[list[int]]:
-    """The body's prompts as token ids. Raises ApiError and TemplateError."""
+def tokenize(model: LoadedModel, body: CompletionOptions, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Prompts as token ids; a chat has one, the text that its template made. Raises ApiError."""
     if isinstance(body, ChatBody):
-        return [_tokenize_chat(model, body)]
+        [text] = prompts
+        assert not isinstance(text, (list, array))
+        token_ids = _encode(model, body, text, add_special_tokens=bool(body.add_special_tokens))
+        if not token_ids:
+            raise invalid("The chat template makes an empty prompt of the messages.", "messages")
+        return [token_ids]
     assert isinstance(body, TextBody)
     if not model.completes_text:
         raise invalid(
@@ -61,50 +101,41 @@ def tokenize(model: LoadedModel, body: CompletionOptions) -> list[list[int]]:
             "model",
             "unsupported_model",
         )
-    return [_tokenize_text(model, body, prompt, index) for index, prompt in enumerate(body.prompts)]
-
-
-def _tokenize_chat(model: LoadedModel, body: ChatBody) -> list[int]:
-    if model.template is None:
-        raise invalid(
-            f"The model `{model.name}` has no chat template: use /v1/completions.",
-            "model",
-            "unsupported_model",
-        )
-    text = model.template.render(
-        [dict(message) for message in body.messages],
-        # With `none` the model shall not call tools: it is not told of any.
-        tools=None if body.tool_choice == "none" or not body.tools else [dict(tool) for tool in body.tools],
-        documents=body.documents,
-        add_generation_prompt=body.add_generation_prompt is not False,
-        continue_final_message=bool(body.continue_final_message),
-        **body.template_variables(),
-    )
-    token_ids = _encode(model, body, text, add_special_tokens=bool(body.add_special_tokens))
-    if not token_ids:
-        raise invalid("The chat template makes an empty prompt of the messages.", "messages")
-    return token_ids
+    return [_tokenize_text(model, body, prompt, index) for index, prompt in enumerate(prompts)]
 
 
 def _encode(
-    model: LoadedModel, body: CompletionOptions, text: str, *, add_special_tokens: bool = False
+    model: LoadedModel, body: CompletionOptions, text: Text, *, add_special_tokens: bool = False
 ) -> list[int]:
-    """Token ids of a text. Raises ApiError for one whose beginning alone fills the context."""
-    start = text[: PROBE_CHARS * model.context_length]
-    if len(start) < len(text):
-        count = len(model.tokenizer.encode(start)) - _PROBE_SLACK_TOKENS
-        if count > model.context_length:
-            raise _too_long(body, count, None, model.context_length, at_least=True)
-    return model.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    """Token ids of a text. Raises ApiError for one that the context cannot hold, as soon as that is known."""
+    context_length = model.context_length
+    size = PROBE_CHARS * context_length
+    while size < len(text):
+        count = len(model.tokenizer.encode(_start(text, size))) - _PROBE_SLACK_TOKENS
+        if count > context_length:
+            raise _too_long(body, count, None, context_length, at_least=True)
+        if size > MOST_CHARS * context_length:
+            raise _too_long(body, context_length + 1, None, context_length, at_least=True)
+        size *= 2
+    return model.tokenizer.encode(_start(text, size), add_special_tokens=add_special_tokens)
 
 
-def _tokenize_text(model: LoadedModel, body: TextBody, prompt: str | list[int], index: int) -> list[int]:
-    if isinstance(prompt, str):
+def _start(text: Text, size: int) -> str:
+    """The beginning of a text, without a character that is cut."""
+    if isinstance(text, str):
+        return text[:size]
+    return bytes(text[:size]).decode(errors="ignore")
+
+
+def _tokenize_text(model: LoadedModel, body: TextBody, prompt: Prompt, index: int) -> list[int]:
+    if not isinstance(prompt, (list, array)):
         special = body.add_special_tokens is not False
         token_ids = _encode(model, body, prompt, add_special_tokens=special)
         if not token_ids:
             raise invalid("The prompt is empty.", "prompt")
         return token_ids
+    if len(prompt) > model.context_length:
+        raise _too_long(body, len(prompt), None, model.context_length)
     largest = max(prompt)
     if largest >= model.tokenizer.vocabulary_size:
         raise invalid(
@@ -112,7 +143,7 @@ def _tokenize_text(model: LoadedModel, body: TextBody, prompt: str | list[int], 
             f"{model.tokenizer.vocabulary_size}.",
             "prompt",
         )
-    return prompt
+    return list(prompt)
 
 
 def _seeds(body: CompletionOptions) -> list[int | None]:

@@ -54,7 +54,7 @@ async def serve_frontend(
     listener = bind(settings.http_host, settings.http_port)
     with contextlib.closing(listener), model_cache(settings.model_cache) as cache_dir:
         await runtime.start()
-        preparation = Preparation()
+        preparation = Preparation(int(settings.max_body_bytes))
         models = LiveModels(
             runtime,
             open_client=open_client,
@@ -77,7 +77,7 @@ async def serve_frontend(
                     on_ready=on_ready,
                 )
         finally:
-            preparation.close()
+            await preparation.aclose()
 
 
 async def _clear_caches(

@@ -1,262 +1,142 @@
-"""Chat templates: a conversation → the text of a prompt, as `transformers` renders it.
+"""Chat templates: a conversation → the text of a prompt, as `transformers` renders it, in another process.
 
-Source of the semantics: `transformers` 5.23, `apply_chat_template` and `render_jinja_template`. A template
-comes with a model's files, so it runs in a sandbox and within limits of time, memory and output, see
-`template_sandbox.py`.
+A template comes with a model's files. Whatever it does, it does in a process that holds nothing else, has
+limits of memory and of time, and is killed at them; see `templates/__main__.py`. So it costs its own model's
+chats, and no one else's.
 """
 
 from __future__ import annotations
 
-import json
+import subprocess
+import sys
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Final
 
-import jinja2
+from dynamo_redis.errors import ModelError, Overloaded, TemplateError
+from dynamo_redis.jobs.lane import (
+    FirstJobRefused,
+    JobDied,
+    JobError,
+    JobOverrun,
+    Lane,
+    NoProcess,
+    QueueFull,
+)
+from dynamo_redis.jobs.serving import FRAME
+from dynamo_redis.templates.protocol import DONE, RENDER_LIMIT_S, to_json
 
-from dynamo_redis.errors import ModelError, TemplateError
-from dynamo_redis.runtime.template_sandbox import Runaway, TemplateEnvironment
+LARGE_JOB_BYTES: Final = 64 << 10
+"""A conversation over this size is rendered apart from the others, so that these need not wait for it."""
 
-Message = dict[str, Any]
+IDLE_S: Final = 300.0
+"""A process that has rendered nothing for so long ends, and another one starts with the next chat."""
 
-RENDER_LIMIT_S = 5.0
-"""A template that runs for longer is stopped: at its next operation or output."""
+QUEUE_COUNT: Final = 1024
+"""Most conversations of one model that wait to be rendered; large ones: an eighth of them."""
 
-_PROBE_LIMIT_S = 1.0
-"""The same for the trial renderings of one short message, when a model is loaded."""
+_AHEAD_COUNT: Final = 16
 
-OUTPUT_LIMIT_CHARS = 64 << 20
-"""A template that writes more is stopped; far above any prompt that fits a body."""
-
-MEMORY_LIMIT_BYTES = 1 << 30
-"""All that the texts and lists made by one rendering may take together, those given up included."""
-
-_PROBE_MEMORY_LIMIT_BYTES = 64 << 20
-
-_CONTINUE_TAG = "CONTINUE_FINAL_MESSAGE_TAG "
-_REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
-_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-
-ContentForm = Literal["text", "parts", "either"]
+_COMMAND: Final = (sys.executable, "-P", "-m", "dynamo_redis.templates")
 
 
 class ChatTemplate:
-    """The chat templates of one model, compiled. May be used from several threads."""
+    """The chat templates of one model. Owns up to two processes, one of them for large conversations."""
 
     def __init__(self, templates: Mapping[str, str], tokenizer_config: Mapping[str, Any]) -> None:
         """`templates` maps names to Jinja source; `default` is used, and `tool_use` (if any) with tools.
-
-        Blocks while probes are rendered. Raises ModelError for a template that does not compile or does not
-        end, or for named ones without a default.
         Special tokens (`bos_token`, …) come from `tokenizer_config`, as strings or as token objects.
+
+        Nothing is tried yet: see `open` and `check`.
         """
-        if "default" not in templates:
-            raise ModelError(
-                "the model has no chat template called 'default', "
-                f"only {', '.join(map(repr, sorted(templates))) or 'none at all'}"
+        self._setup = to_json({"templates": dict(templates), "tokenizer_config": dict(tokenizer_config)})
+        self._small = self._lane(QUEUE_COUNT, _AHEAD_COUNT)
+        self._large = self._lane(QUEUE_COUNT // 8, 1)
+
+    def _lane(self, queue_count: int, ahead_count: int) -> Lane:
+        return Lane(
+            _COMMAND,
+            time_s=RENDER_LIMIT_S,
+            idle_s=IDLE_S,
+            queue_count=queue_count,
+            ahead_count=ahead_count,
+            first_job=self._setup,
+            check_first=_check_setup,
+        )
+
+    @property
+    def has_process(self) -> bool:
+        """Whether a process of its own is there, or about to be."""
+        return self._small.is_running or self._large.is_running
+
+    async def open(self) -> None:
+        """Start the process and let it try the templates.
+
+        Raises ModelError for templates that do not compile or do not end, or have no default, and Overloaded
+        where no process can be started.
+        """
+        try:
+            await self._small.run(b"")
+        except JobError as exc:
+            raise _setup_error(exc) from exc
+
+    def check(self) -> None:
+        """Let a process try the templates; blocks until it has. Raises as `open` does."""
+        frame = FRAME.pack(len(self._setup)) + self._setup
+        limit_s = 3 * RENDER_LIMIT_S
+        try:
+            run = subprocess.run(_COMMAND, input=frame, capture_output=True, timeout=limit_s, check=False)  # noqa: S603
+            if not run.stdout:
+                raise JobDied(f"its process ended with {run.returncode}")
+            _check_setup(bytearray(run.stdout[FRAME.size :]))
+        except subprocess.TimeoutExpired as exc:
+            raise _setup_error(JobOverrun()) from exc
+        except OSError as exc:
+            raise _setup_error(NoProcess(exc.strerror or str(exc))) from exc
+        except JobError as exc:
+            raise _setup_error(exc) from exc
+
+    async def render(self, conversation: bytes | bytearray) -> bytearray:
+        """The prompt's text, in UTF-8, of what `render_job` made.
+
+        Raises TemplateError, with the template's own message, for what it refuses, and Overloaded.
+        """
+        lane = self._small if len(conversation) <= LARGE_JOB_BYTES else self._large
+        try:
+            answer = await lane.run(conversation)
+        except JobOverrun as exc:
+            raise TemplateError("the chat template ran for too long") from exc
+        except JobDied as exc:
+            raise TemplateError("the chat template takes more memory than it may") from exc
+        except (NoProcess, QueueFull) as exc:
+            raise Overloaded(f"chat templates cannot be rendered now: {exc}") from exc
+        except JobError as exc:
+            raise TemplateError(str(exc)) from exc
+        is_done = answer.startswith(DONE)
+        del answer[:1]
+        if not is_done:
+            raise TemplateError(answer.decode())
+        return answer
+
+    async def aclose(self) -> None:
+        """End the processes. Idempotent."""
+        await self._small.aclose()
+        await self._large.aclose()
+
+
+def _check_setup(answer: bytearray) -> None:
+    if not answer.startswith(DONE):
+        raise FirstJobRefused(answer[1:].decode())
+
+
+def _setup_error(exc: JobError) -> Exception:
+    match exc:
+        case NoProcess() | QueueFull():
+            return Overloaded(f"no process can be started for chat templates: {exc}")
+        case JobOverrun():
+            return ModelError("a chat template does not end on a short message: it ran for too long")
+        case JobDied():
+            return ModelError(
+                "a chat template does not end on a short message: it takes more memory than it may, "
+                f"or nests too deeply ({exc})"
             )
-        environment = TemplateEnvironment()
-        self._variants = {name: _Variant(name, source, environment) for name, source in templates.items()}
-        self._special_tokens = special_tokens(tokenizer_config)
-        for variant in self._variants.values():
-            variant.examine(self._special_tokens)
-
-    def render(
-        self,
-        messages: list[Message],
-        *,
-        tools: list[dict[str, Any]] | None = None,
-        documents: list[dict[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        **variables: Any,
-    ) -> str:
-        """The prompt's text. `variables` are what the template may ask for beyond these (`enable_thinking`).
-
-        Messages are in OpenAI's form and are not changed. Text parts are joined for templates that expect
-        text, and text is made a part for those that expect parts. Arguments of tool calls, which OpenAI
-        writes as a JSON string, stay one where the template can write a string, and become an object where
-        it cannot. Raises TemplateError, with the template's own message, for what it refuses.
-        """
-        variant = self._variants["default"]
-        if tools is not None:
-            variant = self._variants.get("tool_use", variant)
-        conversation = [variant.normalise(message) for message in messages]
-        if continue_final_message:
-            _mark_final(conversation)
-        text = variant.render(
-            {
-                **self._special_tokens,
-                **variables,
-                "messages": conversation,
-                "tools": tools,
-                "documents": documents,
-                "add_generation_prompt": add_generation_prompt and not continue_final_message,
-            }
-        )
-        return _cut_at_mark(text) if continue_final_message else text
-
-
-def special_tokens(tokenizer_config: Mapping[str, Any]) -> dict[str, Any]:
-    """Special tokens by name, as templates see them. A token is a string or `{"content": …, …}`."""
-    found: dict[str, Any] = {}
-    for name in _SPECIAL_TOKENS:
-        text = _token_text(tokenizer_config.get(name))
-        if text is not None:
-            found[name] = text
-    additional = tokenizer_config.get("additional_special_tokens")
-    if isinstance(additional, list):
-        found["additional_special_tokens"] = [_token_text(token) for token in additional]
-    return found
-
-
-def _token_text(token: object) -> str | None:
-    content = token.get("content") if isinstance(token, Mapping) else token
-    return content if isinstance(content, str) else None
-
-
-# --------------------------------------------------------------------------- one template
-
-
-class _Variant:
-    """One compiled template, and what trial renderings tell about the messages it expects."""
-
-    def __init__(self, name: str, source: str, environment: TemplateEnvironment) -> None:
-        self._name = name
-        self._environment = environment
-        try:
-            self._template = environment.from_string(source)
-        except Exception as exc:  # Jinja's own errors, and Python's for what nests too deeply
-            raise ModelError(f"chat template {name!r} does not compile: {_one_line(exc)}") from exc
-        self._content_form: ContentForm = "text"
-        self._writes_string_arguments = False
-        self._knows_developers = True
-
-    def examine(self, variables: Mapping[str, Any]) -> None:
-        """Find out, by rendering probes, which form of content and of tool call arguments is understood."""
-        probe = "content-probe"
-        as_text = self._try([{"role": "user", "content": probe}], variables)
-        as_parts = self._try([{"role": "user", "content": [{"type": "text", "text": probe}]}], variables)
-        reads_parts = as_parts is not None and probe in as_parts and "'text'" not in as_parts
-        reads_parts = reads_parts and as_parts is not None and '"text"' not in as_parts
-        if reads_parts:
-            self._content_form = "either" if as_text is not None and probe in as_text else "parts"
-        developer = self.normalise({"role": "developer", "content": probe})
-        written = self._try([developer, self.normalise({"role": "user", "content": "Hi"})], variables)
-        self._knows_developers = written is not None and probe in written
-        arguments = '{"probe": "argument"}'
-        call = {"type": "function", "id": "call00000", "function": {"name": "f", "arguments": arguments}}
-        with_call = self._try(
-            [
-                self.normalise({"role": "user", "content": probe}),
-                {"role": "assistant", "content": "", "tool_calls": [call]},
-            ],
-            variables,
-        )
-        self._writes_string_arguments = with_call is not None and arguments in with_call
-
-    def _try(self, messages: list[Message], variables: Mapping[str, Any]) -> str | None:
-        values = {"tools": None, "documents": None, "add_generation_prompt": True}
-        try:
-            return self.render({**variables, **values, "messages": messages}, is_probe=True)
-        except Runaway as exc:
-            raise ModelError(f"chat template {self._name!r} does not end on a short message: {exc}") from exc
-        except TemplateError:
-            return None
-
-    def render(self, variables: Mapping[str, Any], *, is_probe: bool = False) -> str:
-        """Render within the limits. Raises TemplateError."""
-        pieces: list[str] = []
-        written = 0
-        time_s = _PROBE_LIMIT_S if is_probe else RENDER_LIMIT_S
-        memory_bytes = _PROBE_MEMORY_LIMIT_BYTES if is_probe else MEMORY_LIMIT_BYTES
-        with self._environment.limits(time_s=time_s, memory_bytes=memory_bytes):
-            try:
-                for piece in self._template.generate(variables):
-                    written += len(piece)
-                    if written > OUTPUT_LIMIT_CHARS:
-                        raise Runaway(f"the chat template wrote over {OUTPUT_LIMIT_CHARS} characters")
-                    self._environment.check_time()
-                    pieces.append(piece)
-            except TemplateError:
-                raise
-            except jinja2.TemplateError as exc:
-                raise TemplateError(exc.message or type(exc).__name__) from exc
-            except MemoryError as exc:
-                raise Runaway("the chat template needs more memory than there is") from exc
-            except Exception as exc:  # whatever operations on a conversation it did not expect may raise
-                raise TemplateError(f"the chat template failed: {type(exc).__name__}: {exc}") from exc
-        return "".join(pieces)
-
-    def normalise(self, message: Message) -> Message:
-        """A copy of an OpenAI message, as the template expects it.
-
-        Keys without a value are dropped. An assistant's message that has only tool calls gets empty
-        content: OpenAI's clients send null there, and many templates concatenate it. A developer's message
-        is a system message where the template would leave it out.
-        """
-        result = {key: value for key, value in message.items() if value is not None}
-        if message.get("role") == "assistant":
-            result.setdefault("content", "")
-        elif message.get("role") == "developer" and not self._knows_developers:
-            result["role"] = "system"
-        content = result.get("content")
-        if isinstance(content, list) and self._content_form == "text":
-            result["content"] = "\n".join(map(_part_text, content))
-        elif isinstance(content, str) and self._content_form == "parts":
-            result["content"] = [{"type": "text", "text": content}]
-        reasoning = next((result[name] for name in _REASONING_FIELDS if name in result), None)
-        if reasoning is not None:
-            result = {"thinking": reasoning, **result, "reasoning_content": reasoning}
-        if (calls := result.get("tool_calls")) and not self._writes_string_arguments:
-            result["tool_calls"] = [_with_parsed_arguments(call) for call in calls]
-        return result
-
-
-def _one_line(exc: Exception) -> str:
-    line = f", line {exc.lineno}" if isinstance(exc, jinja2.TemplateSyntaxError) else ""
-    return (
-        " ".join(f"{getattr(exc, 'message', None) or str(exc) or type(exc).__name__}".split()).rstrip(".")
-        + line
-    )
-
-
-def _part_text(part: Any) -> str:
-    return part if isinstance(part, str) else str(part.get("text") or part.get("refusal") or "")
-
-
-def _with_parsed_arguments(call: dict[str, Any]) -> dict[str, Any]:
-    function = call.get("function")
-    if not isinstance(function, dict) or not isinstance(arguments := function.get("arguments"), str):
-        return call
-    try:
-        parsed = json.loads(arguments) if arguments.strip() else {}
-    except (ValueError, RecursionError) as exc:
-        raise TemplateError(f"the arguments of a tool call are not JSON: {exc}") from exc
-    return {**call, "function": {**function, "arguments": parsed}}
-
-
-# --------------------------------------------------------------------------- continuing the final message
-
-
-def _mark_final(conversation: list[Message]) -> None:
-    """Put a mark behind the final message's text, at which the rendered prompt is cut."""
-    content = conversation[-1].get("content") if conversation else None
-    if isinstance(content, str) and content:
-        conversation[-1]["content"] = content + _CONTINUE_TAG
-        return
-    if isinstance(content, list):
-        for index in range(len(content) - 1, -1, -1):
-            if "text" in content[index]:
-                marked = {**content[index], "text": content[index]["text"] + _CONTINUE_TAG}
-                conversation[-1]["content"] = [*content[:index], marked, *content[index + 1 :]]
-                return
-    raise TemplateError("continue_final_message is set, but the final message has no text to continue")
-
-
-def _cut_at_mark(text: str) -> str:
-    position = text.rfind(_CONTINUE_TAG.strip())
-    if position < 0:
-        raise TemplateError("continue_final_message is set, but the template leaves the final message out")
-    kept = text[:position]
-    # Where the template trims messages, the space at the mark's end is gone: then trim here as well.
-    return kept if text.startswith(_CONTINUE_TAG, position) else kept.rstrip()
+    return ModelError(str(exc))

@@ -244,7 +244,7 @@ async def _frontend(
     settings = FrontendSettings.load(http_host="127.0.0.1", http_port=0, **overrides)
     runtime = FakeRuntime()
     worker = runtime.workers[str(ENDPOINT)] = Worker(ENDPOINT, tokenizer)
-    preparation = Preparation()
+    preparation = Preparation(int(settings.max_body_bytes))
     shutdown = asyncio.Event()
     listener = bind(settings.http_host, settings.http_port)
     accepting = asyncio.Event()
@@ -269,4 +269,4 @@ async def _frontend(
                 yield Frontend(url, models, runtime, worker, http, client, shutdown)
             shutdown.set()
             await serving
-    preparation.close()
+    await preparation.aclose()

@@ -349,7 +349,11 @@ async def test_messages_that_make_no_prompt_are_the_callers_error(
     frontend: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     template = frontend.models.get("demo").loaded.template
-    monkeypatch.setattr(type(template), "render", lambda *_, **__: "")
+
+    async def nothing(*_: object) -> bytes:
+        return b""
+
+    monkeypatch.setattr(type(template), "render", nothing)
     response = await frontend.http.post(CHAT, json=BODY)
     assert response.status_code == 400
     assert error_of(response)["param"] == "messages"

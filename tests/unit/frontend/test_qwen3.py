@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import hashlib
 import json
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from dynamo_redis.frontend.bodies import source_of
 from dynamo_redis.frontend.model_loading import LoadedModel, build_model
 from dynamo_redis.frontend.openai import ChatBody, read_body
 from dynamo_redis.frontend.prompts import tokenize
@@ -50,7 +52,18 @@ def prompt_ids(model: LoadedModel, case: dict[str, Any]) -> list[int]:
         if field in options:
             body[field] = options.pop(field)
     content = json.dumps({**body, "chat_template_kwargs": options}).encode()
-    [ids] = tokenize(model, read_body(ChatBody, content))
+    body = read_body(ChatBody, content)
+
+    async def rendered() -> str:
+        assert model.template is not None
+        source = source_of(body)
+        assert isinstance(source, bytes)
+        try:
+            return (await model.template.render(source)).decode()
+        finally:
+            await model.template.aclose()
+
+    [ids] = tokenize(model, body, [asyncio.run(rendered())])
     return ids
 
 

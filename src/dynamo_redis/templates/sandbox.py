@@ -1,11 +1,12 @@
 """Where chat templates run: Jinja's immutable sandbox, within limits of time and of memory.
 
-A template comes with a model's files, and one that says `{{ "x" * 10**10 }}` must not take the process down.
+A template comes with a model's files, and one that says `{{ "x" * 10**10 }}` must be refused by name.
 Nothing is computed when a template is compiled. When it is rendered, every operation whose result can be
 larger than what went into it (operators, filters, methods, joins) is sized before it is done, and what it
 made is charged to the rendering's budget; time is checked there as well, and at each turn of a loop.
 
-What escapes is the time of one comparison of nested lists, and of one sort: they keep their thread busy.
+What escapes is the time of one comparison of nested lists, of one sort, of one sum: for them the process that
+renders is killed, see `__main__.py`.
 """
 
 from __future__ import annotations

@@ -10,14 +10,14 @@ import psutil
 import pytest
 
 from dynamo_redis.errors import ModelError, TemplateError
-from dynamo_redis.runtime import chat_template
-from dynamo_redis.runtime.chat_template import ChatTemplate, special_tokens
+from dynamo_redis.templates import rendering
+from dynamo_redis.templates.rendering import CompiledTemplates, special_tokens
 
 USER: list[dict[str, Any]] = [{"role": "user", "content": "Hi"}]
 
 
-def chat(source: str, config: dict[str, Any] | None = None, **named: str) -> ChatTemplate:
-    return ChatTemplate({"default": source, **named}, config or {})
+def chat(source: str, config: dict[str, Any] | None = None, **named: str) -> CompiledTemplates:
+    return CompiledTemplates({"default": source, **named}, config or {})
 
 
 def test_text_parts_are_joined_for_a_template_that_expects_text() -> None:
@@ -81,7 +81,7 @@ def test_a_template_for_tools_is_used_with_tools() -> None:
     assert both.render(USER) == "plain"
     assert both.render(USER, tools=[{}, {}]) == "with 2"
     with pytest.raises(ModelError, match="no chat template called 'default'"):
-        ChatTemplate({"tool_use": "x"}, {})
+        CompiledTemplates({"tool_use": "x"}, {})
 
 
 def test_special_tokens_are_strings_whatever_the_config_has() -> None:
@@ -180,7 +180,7 @@ ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% 
 
 
 def test_a_template_that_never_ends_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat_template, "_PROBE_LIMIT_S", 0.05)
+    monkeypatch.setattr(rendering, "PROBE_LIMIT_S", 0.05)
     with pytest.raises(ModelError, match="does not end"):
         chat(ENDLESS)
 
@@ -188,9 +188,9 @@ def test_a_template_that_never_ends_is_refused(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("body", [ENDLESS, "{% for i in range(99999) %}{{ 'x' * 9999 }}{% endfor %}"])
 def test_a_rendering_that_runs_away_is_stopped(monkeypatch: pytest.MonkeyPatch, body: str) -> None:
     runaway = chat("{% if messages | length > 2 %}" + body + "{% endif %}")
-    monkeypatch.setattr(chat_template, "OUTPUT_LIMIT_CHARS", 1 << 20)
+    monkeypatch.setattr(rendering, "OUTPUT_LIMIT_CHARS", 1 << 20)
     started = time.monotonic()
-    monkeypatch.setattr(chat_template, "RENDER_LIMIT_S", 0.1)
+    monkeypatch.setattr(rendering, "RENDER_LIMIT_S", 0.1)
     with pytest.raises(TemplateError, match=r"ran for too long|wrote over"):
         runaway.render(USER * 3)
     assert time.monotonic() - started < 5
@@ -246,9 +246,9 @@ BOMBS = [
 @pytest.mark.parametrize("source", BOMBS)
 def test_a_template_that_takes_all_memory_is_stopped(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the model's load and at a request; the address space is limited, so that a failure is one here."""
-    monkeypatch.setattr(chat_template, "RENDER_LIMIT_S", 0.5)
-    monkeypatch.setattr(chat_template, "_PROBE_LIMIT_S", 0.5)
-    monkeypatch.setattr(chat_template, "MEMORY_LIMIT_BYTES", 256 << 20)
+    monkeypatch.setattr(rendering, "RENDER_LIMIT_S", 0.5)
+    monkeypatch.setattr(rendering, "PROBE_LIMIT_S", 0.5)
+    monkeypatch.setattr(rendering, "MEMORY_LIMIT_BYTES", 256 << 20)
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + (1 << 30), before[1]))
     started = time.monotonic()
