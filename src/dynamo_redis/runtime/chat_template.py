@@ -68,6 +68,11 @@ class ChatTemplate:
         """Whether a process of its own is there, or about to be."""
         return self._small.is_running or self._large.is_running
 
+    @property
+    def job_count(self) -> int:
+        """How many conversations wait or are being rendered."""
+        return self._small.job_count + self._large.job_count
+
     async def open(self) -> None:
         """Start the process and let it try the templates.
 

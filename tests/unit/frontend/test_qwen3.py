@@ -52,18 +52,18 @@ def prompt_ids(model: LoadedModel, case: dict[str, Any]) -> list[int]:
         if field in options:
             body[field] = options.pop(field)
     content = json.dumps({**body, "chat_template_kwargs": options}).encode()
-    body = read_body(ChatBody, content)
+    chat = read_body(ChatBody, content)
 
     async def rendered() -> str:
         assert model.template is not None
-        source = source_of(body)
+        source = source_of(chat)
         assert isinstance(source, bytes)
         try:
             return (await model.template.render(source)).decode()
         finally:
             await model.template.aclose()
 
-    [ids] = tokenize(model, body, [asyncio.run(rendered())])
+    [ids] = tokenize(model, chat, [asyncio.run(rendered())])
     return ids
 
 

@@ -1,0 +1,154 @@
+"""Tenants' templates and large bodies: what they cost others."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dynamo_redis.engines.demo_model import DEMO_MODEL_PATH
+from dynamo_redis.frontend.body_reader import INLINE_BYTES
+from dynamo_redis.names import EndpointName
+
+CHAT = "/v1/chat/completions"
+USER = {"role": "user", "content": "Hi"}
+HOLDS_THE_INTERPRETER = "{{ ([[1] * 5] * 60000) | sum(start=[]) }}"
+NEVER_ENDS = (
+    "{% set ns = namespace(a=[1], b=[1]) %}"
+    "{% for i in range(60) %}{% set ns.a = [ns.a, ns.a] %}{% set ns.b = [ns.b, ns.b] %}{% endfor %}"
+    "{{ ns.a == ns.b }}"
+)
+
+
+def model_with(directory: Path, template: str) -> Path:
+    """A model directory like the demo model's, with another chat template."""
+    directory.mkdir()
+    for file in DEMO_MODEL_PATH.iterdir():
+        if file.is_file():
+            (directory / file.name).write_bytes(file.read_bytes())
+    config = json.loads((directory / "tokenizer_config.json").read_text())
+    (directory / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}))
+    return directory
+
+
+async def test_template_holds_up_its_own_chats_alone(frontend: Any, tmp_path: Path) -> None:
+    source = "{% if messages | length > 2 %}" + HOLDS_THE_INTERPRETER + "{% endif %}x"
+    await frontend.runtime.publish("evil", path=model_with(tmp_path / "evil", source), instance_id=2)
+    await frontend.until_served("evil")
+    template = frontend.models.get("evil").loaded.template
+    evil = asyncio.create_task(frontend.http.post(CHAT, json={"model": "evil", "messages": [USER] * 3}))
+    await frontend.until(lambda: template.job_count == 1)
+    assert (await frontend.http.get("/live")).status_code == 200
+    other = await frontend.http.post(CHAT, json={"model": "demo", "messages": [USER]})
+    assert other.status_code == 200
+    assert not evil.done()
+    response = await evil
+    assert response.status_code == 400
+    assert response.json()["error"]["code"] == "template"
+    assert "ran for too long" in response.json()["error"]["message"]
+    again = await frontend.http.post(CHAT, json={"model": "evil", "messages": [USER]})
+    assert again.status_code == 200
+
+
+async def test_card_whose_template_never_ends_breaks_its_model_alone(frontend: Any, tmp_path: Path) -> None:
+    other_endpoint = EndpointName("tenant", "backend", "generate")
+    path = model_with(tmp_path / "evil", NEVER_ENDS)
+    await frontend.runtime.publish("evil", path=path, instance_id=2, endpoint=other_endpoint)
+    await frontend.until(lambda: "evil" in frontend.models._models)
+    model = frontend.models._models["evil"]
+    assert (await frontend.http.get("/live")).status_code == 200
+    other = await frontend.http.post(CHAT, json={"model": "demo", "messages": [USER]})
+    assert other.status_code == 200
+    assert model.failure is None  # it was still being tried
+    await frontend.until(lambda: model.failure is not None)
+    response = await frontend.http.post(CHAT, json={"model": "evil", "messages": [USER]})
+    assert response.status_code == 503
+    assert "does not end on a short message" in response.json()["error"]["message"]
+
+
+async def test_large_conversation_waits_apart(frontend: Any, tmp_path: Path) -> None:
+    """In the same model: a small chat is answered while a large one is still rendered."""
+    source = (
+        "{% for message in messages %}{{ message.content }}{% endfor %}"
+        "{% if messages | length > 2 %}" + HOLDS_THE_INTERPRETER + "{% endif %}"
+    )
+    await frontend.runtime.publish("slow", path=model_with(tmp_path / "slow", source), instance_id=2)
+    await frontend.until_served("slow")
+    template = frontend.models.get("slow").loaded.template
+    large = {"role": "user", "content": "x" * 100_000}
+    waiting = asyncio.create_task(
+        frontend.http.post(CHAT, json={"model": "slow", "messages": [large, USER, USER]})
+    )
+    await frontend.until(lambda: template.job_count == 1)
+    small = await frontend.http.post(CHAT, json={"model": "slow", "messages": [USER]})
+    assert small.status_code == 200
+    assert not waiting.done()
+    assert (await waiting).status_code == 400
+
+
+async def test_large_body_is_the_same_request(frontend: Any) -> None:
+    """Read in the process, it becomes what it would have become on the loop."""
+    tools = [
+        {"type": "function", "function": {"name": f"f{n}", "description": "é🦙" * 40}} for n in range(150)
+    ]
+    options = {
+        "model": "demo",
+        "max_tokens": 5,
+        "temperature": 0.5,
+        "stop": ["zzz"],
+        "nvext": {"ignore_eos": True},
+    }
+    body = {**options, "messages": [USER], "tools": tools, "chat_template_kwargs": {"enable_thinking": False}}
+    assert len(json.dumps(body)) > INLINE_BYTES
+    prompt = ["é🦙 word " * 4000, "b"]
+    ids = [[5, 6, 7] * 6000, [1]]
+    for path, content in (
+        (CHAT, body),
+        ("/v1/completions", {**options, "prompt": prompt, "n": 2}),
+        ("/v1/completions", {**options, "prompt": ids}),
+    ):
+        frontend.worker.requests.clear()
+        large = await frontend.http.post(path, json={**content, "seed": 1})
+        assert large.status_code == 200, large.text
+        from_process = list(frontend.worker.requests)
+        frontend.worker.requests.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("dynamo_redis.frontend.body_reader.INLINE_BYTES", 1 << 30)
+            assert (await frontend.http.post(path, json={**content, "seed": 1})).status_code == 200
+        assert from_process == frontend.worker.requests
+
+
+async def test_large_body_is_refused_with_the_same_words(frontend: Any) -> None:
+    filler = {"messages": [{**USER, "content": "x" * 40_000}]}
+    changes: list[dict[str, Any]] = [{"max_tokens": "many"}, {"nonsense": 1}, {"tools": [{"function": {}}]}]
+    for change in changes:
+        body = {"model": "demo", "messages": [USER], **change}
+        small = await frontend.http.post(CHAT, json=body)
+        large = await frontend.http.post(CHAT, json={**body, **filler})
+        assert (small.status_code, small.json()) == (large.status_code, large.json())
+        assert small.status_code == 400
+    large = await frontend.http.post(CHAT, content=json.dumps(filler)[:-1])
+    assert large.json()["error"]["code"] == "invalid_json"
+
+
+async def test_body_of_many_values_is_refused(open_frontend: Any) -> None:
+    """It would take twenty times its size."""
+    frontend = await open_frontend(max_body_bytes="8MiB")
+    content = b'{"model":"demo","messages":[{"role":"user","content":"a","x":[' + b"{},"[:3] * (2 << 20)
+    content = content[:-1] + b"]}]}"
+    reading = asyncio.create_task(frontend.http.post(CHAT, content=content))
+    assert (await frontend.http.get("/live")).status_code == 200
+    response = await reading
+    assert response.status_code == 413
+    assert response.json()["error"]["code"] == "body_too_complex"
+    assert (await frontend.http.post(CHAT, json={"model": "demo", "messages": [USER]})).status_code == 200
+
+
+async def test_large_other_fields_are_refused(frontend: Any) -> None:
+    content = {"model": "demo", "messages": [USER], "guided_json": {"const": "y" * 300_000}}
+    response = await frontend.http.post(CHAT, json=content)
+    assert response.status_code == 400
+    assert "are over" in response.json()["error"]["message"]

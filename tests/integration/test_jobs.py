@@ -1,0 +1,182 @@
+"""Jobs in a process of their own: answers, limits, deaths, and the end with the parent."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import psutil
+import pytest
+
+from dynamo_redis.jobs.lane import FirstJobRefused, JobDied, JobOverrun, Lane, NoProcess, QueueFull
+
+WORK = """
+import os, time
+from dynamo_redis.jobs.serving import serve
+def answer(job):
+    match bytes(job).partition(b" "):
+        case b"spin", _, _:
+            while True: pass
+        case b"hoard", _, _: return bytes(1 << 30)
+        case b"die", _, _: os._exit(3)
+        case b"pid", _, _: return str(os.getpid()).encode()
+        case b"echo", _, rest: return rest
+        case b"wait", _, path:
+            while not os.path.exists(path): time.sleep(0.005)
+            return b"waited"
+    return b"first"
+serve(answer, memory_bytes=64 << 20, time_s=1)
+"""
+
+OpenLane = Callable[..., Lane]
+
+
+@pytest.fixture
+async def open_lane() -> AsyncIterator[OpenLane]:
+    lanes: list[Lane] = []
+
+    def open_(program: str = WORK, **options: Any) -> Lane:
+        settings: dict[str, Any] = {"time_s": 1, "idle_s": 60, "queue_count": 64, **options}
+        lanes.append(Lane((sys.executable, "-c", program), **settings))
+        return lanes[-1]
+
+    yield open_
+    for lane in lanes:
+        await lane.aclose()
+
+
+async def test_answers_come_to_their_jobs(open_lane: OpenLane) -> None:
+    lane = open_lane(ahead_count=4)
+    texts = [os.urandom(size) for size in (0, 1, 7, 1 << 16, 3 << 20)] * 3
+    answers = await asyncio.gather(*(lane.run(text, b"echo ") for text in texts))
+    assert [bytes(answer) for answer in answers] == texts
+
+
+async def test_overrun_costs_its_own_job_alone(open_lane: OpenLane) -> None:
+    lane = open_lane(ahead_count=4)
+    first = int(await lane.run(b"pid"))
+    spinning = asyncio.create_task(lane.run(b"spin"))
+    later = [asyncio.create_task(lane.run(b"echo %d" % number)) for number in range(6)]
+    with pytest.raises(JobOverrun):
+        await spinning
+    assert [bytes(await task) for task in later] == [b"%d" % number for number in range(6)]
+    assert int(await lane.run(b"pid")) != first
+    assert not psutil.pid_exists(first)
+
+
+@pytest.mark.parametrize("job", [b"hoard", b"die"])
+async def test_death_costs_its_own_job_alone(open_lane: OpenLane, job: bytes) -> None:
+    lane = open_lane(ahead_count=2)
+    dying, living = asyncio.create_task(lane.run(job)), asyncio.create_task(lane.run(b"echo still"))
+    with pytest.raises(JobDied):
+        await dying
+    assert await living == b"still"
+
+
+async def test_killed_process_is_replaced(open_lane: OpenLane, tmp_path: Any) -> None:
+    lane = open_lane()
+    await lane.run(b"echo x")
+    waiting = asyncio.create_task(lane.run(os.fsencode(tmp_path / "never"), b"wait "))
+    await asyncio.sleep(0)
+    assert lane.pid is not None
+    os.kill(lane.pid, signal.SIGKILL)
+    with pytest.raises(JobDied):
+        await waiting
+    assert await lane.run(b"echo y") == b"y"
+
+
+async def test_stopped_process_is_killed_at_last(open_lane: OpenLane) -> None:
+    """It uses no processor time, so the clock must end it."""
+    lane = open_lane()
+    await lane.run(b"echo x")
+    assert lane.pid is not None
+    os.kill(lane.pid, signal.SIGSTOP)
+    with pytest.raises(JobOverrun):
+        await lane.run(b"echo y")
+    assert await lane.run(b"echo z") == b"z"
+
+
+async def test_cancelled_caller_leaves_the_lane_whole(open_lane: OpenLane, tmp_path: Any) -> None:
+    lane = open_lane(ahead_count=2)
+    path = tmp_path / "go"
+    jobs = [lane.run(os.fsencode(path), b"wait "), lane.run(b"echo a"), lane.run(b"echo b")]
+    callers = [asyncio.create_task(job) for job in jobs]
+    await asyncio.sleep(0)
+    callers[0].cancel()
+    callers[1].cancel()
+    path.touch()
+    assert await callers[2] == b"b"
+
+
+async def test_queue_is_bounded(open_lane: OpenLane, tmp_path: Any) -> None:
+    lane = open_lane(queue_count=2)
+    path = tmp_path / "go"
+    callers = [asyncio.create_task(lane.run(os.fsencode(path), b"wait ")) for _ in range(2)]
+    await asyncio.sleep(0)
+    with pytest.raises(QueueFull):
+        await lane.run(b"echo x")
+    path.touch()
+    await asyncio.gather(*callers)
+
+
+async def test_idle_process_ends(open_lane: OpenLane) -> None:
+    lane = open_lane(idle_s=0.05)
+    pid = int(await lane.run(b"pid"))
+    while lane.is_running:
+        await asyncio.sleep(0.01)
+    assert not psutil.pid_exists(pid)
+    assert int(await lane.run(b"pid")) != pid
+
+
+async def test_first_job_decides(open_lane: OpenLane) -> None:
+    def refuse(answer: bytearray) -> None:
+        raise FirstJobRefused(answer.decode())
+
+    with pytest.raises(FirstJobRefused, match="first"):
+        await open_lane(first_job=b"any", check_first=refuse).run(b"echo x")
+    with pytest.raises(JobDied):
+        await open_lane(first_job=b"die").run(b"echo x")
+    assert await open_lane(first_job=b"any").run(b"echo x") == b"x"
+
+
+async def test_program_that_is_not_there_is_said() -> None:
+    lane = Lane(("/nowhere/python",), time_s=1, idle_s=1, queue_count=1)
+    with pytest.raises(NoProcess, match="No such file"):
+        await lane.run(b"x")
+    await lane.aclose()
+
+
+async def test_answer_that_nobody_asked_for_ends_the_process(open_lane: OpenLane) -> None:
+    lane = open_lane("import os, time; os.write(1, bytes([255]) * 4096); time.sleep(600)")
+    with pytest.raises(JobDied):
+        await lane.run(b"x")
+
+
+def test_process_does_not_outlive_its_parent(tmp_path: Any) -> None:
+    """Killed, so that it tells no one: an idle process ends at once, one at work at its limit."""
+    program = f"""
+        import asyncio, sys
+        from dynamo_redis.jobs.lane import Lane
+        async def main():
+            lanes = [Lane((sys.executable, "-c", {WORK!r}), time_s=1, idle_s=60, queue_count=9) for _ in "ab"]
+            print(*[int(await lane.run(b"pid")) for lane in lanes], flush=True)
+            await lanes[0].run(b"spin")
+        asyncio.run(main())
+    """
+    parent = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE)
+    assert parent.stdout is not None
+    with parent.stdout:
+        children = [psutil.Process(int(pid)) for pid in parent.stdout.readline().split()]
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 60
+    while any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
