@@ -183,7 +183,7 @@ def _read(path: Path, template: Path | None, context_length: int | None) -> Mode
             from dynamo_redis.runtime.chat_template import ChatTemplate
         except ImportError:  # a worker needs no jinja2; the frontend says what is wrong then
             return model
-        ChatTemplate(model.chat_templates, model.tokenizer_config)
+        ChatTemplate(model.chat_templates, model.tokenizer_config).check()
     return model
 
 
