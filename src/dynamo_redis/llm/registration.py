@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import pydantic
@@ -14,6 +15,7 @@ from dynamo_redis.llm.model_names import ModelInput, ModelRuntimeConfig, ModelTy
 from dynamo_redis.llm.publishers import place_of
 from dynamo_redis.names import EndpointName
 from dynamo_redis.runtime.awaitables import started
+from dynamo_redis.runtime.chat_template import ChatTemplate
 from dynamo_redis.runtime.endpoint import Endpoint
 from dynamo_redis.runtime.model_card import ModelCard, ModelKind, RuntimeConfig
 from dynamo_redis.runtime.model_files import (
@@ -178,11 +180,7 @@ def _read(path: Path, template: Path | None, context_length: int | None) -> Mode
     if not path.exists():
         raise ModelError(f"there is no {path}: name a directory on this machine, nothing is downloaded")
     model = read_model_directory(path, context_length=context_length, chat_template=template)
-    if model.chat_templates:
-        try:
-            from dynamo_redis.runtime.chat_template import ChatTemplate
-        except ImportError:  # a worker needs no jinja2; the frontend says what is wrong then
-            return model
+    if model.chat_templates and find_spec("jinja2"):  # else the frontend says what is wrong
         ChatTemplate(model.chat_templates, model.tokenizer_config).check()
     return model
 
