@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -19,6 +20,13 @@ _THREADS_MAY_END_S = 20.0
 _TASKS_MAY_END_S = 10.0
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def pytest_configure() -> None:
+    """Let the processes that tests start hear ^C, also where a shell started pytest in the background, with
+    that signal ignored: what a process ignores, its children ignore."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -222,15 +222,18 @@ def test_a_watch_prints_the_state_and_then_each_change(cli: Cli) -> None:
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        lines = [json.loads(process.stdout.readline()) for _ in range(2)]
-        assert cli("put", "app/a", "2").code == 0
-        assert cli("del", "app/a").code == 0
-        lines += [json.loads(process.stdout.readline()) for _ in range(2)]
-        process.send_signal(signal.SIGINT)
-        assert process.wait(5) == 130
-        assert process.stderr.read().strip() == "", "click ends the line of the ^C"
+        try:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            lines = [json.loads(process.stdout.readline()) for _ in range(2)]
+            assert cli("put", "app/a", "2").code == 0
+            assert cli("del", "app/a").code == 0
+            lines += [json.loads(process.stdout.readline()) for _ in range(2)]
+            process.send_signal(signal.SIGINT)
+            assert process.wait(5) == 130
+            assert process.stderr.read().strip() == "", "click ends the line of the ^C"
+        finally:
+            process.kill()
     assert [(line["event"], line["key"]) for line in lines] == [
         ("put", "app/a"),
         ("put", ENDPOINT.instance_key(42)),
