@@ -22,7 +22,7 @@ def sign_of_life(cycle: RequestResponseCycle) -> bytes:
 
     That is an interim response before an answer begins, and a comment between the events of a stream.
     """
-    has_chunks = cycle.scope["http_version"] != "1.0"
+    has_chunks = cycle.scope["http_version"] == "1.1"
     if not cycle.response_started:
         return b"HTTP/1.1 100 Continue\r\n\r\n" if has_chunks else b""
     if cycle.response_complete or not cycle.scope.get(STREAMS_EVENTS):
@@ -37,7 +37,7 @@ def framed(app: Application, cycle: RequestResponseCycle) -> Application:
     An answer to a request whose body was announced (`Expect: 100-continue`) and not asked for closes the
     connection: whether the body follows all the same is up to the client.
     """
-    has_chunks = cycle.scope["http_version"] != "1.0"
+    has_chunks = cycle.scope["http_version"] == "1.1"
     if has_chunks and not cycle.waiting_for_100_continue:
         return app
 

@@ -158,6 +158,7 @@ class CompletionOptions(BaseModel):
         self._guided = guided_decoding(self)
         self.sampling_options()
         self.thinking_budget()
+        _ = self.ignores_eos  # raises, as these do, for what is given twice
 
     def sampling_options(self) -> SamplingOptions:
         """How tokens are to be chosen, as the worker is told; without the seed, which each choice has for
@@ -180,13 +181,14 @@ class CompletionOptions(BaseModel):
         budget: int | None = self._once("thinking_token_budget", "nvext.max_thinking_tokens")
         return None if budget == -1 else budget
 
-    def _once(self, name: str, extension: str) -> Any:
+    def _once(self, name: str, other: str) -> Any:
         """A parameter that may stand at two places. Raises ApiError if it stands at both, and not alike."""
-        own = getattr(self, name)
-        extended = getattr(self.nvext, extension.removeprefix("nvext."), None)
-        if own is not None and extended is not None and own != extended:
-            raise twice(name, extension)
-        return extended if own is None else own
+        value = getattr(self, name)
+        holder = self.nvext if other.startswith("nvext.") else self
+        second = getattr(holder, other.removeprefix("nvext."), None)
+        if value is not None and second is not None and value != second:
+            raise twice(name, other)
+        return second if value is None else value
 
     @property
     def stops(self) -> list[str]:
@@ -201,12 +203,12 @@ class CompletionOptions(BaseModel):
     @property
     def keeps_stops(self) -> bool:
         """Whether a stop string that ends the answer is part of it."""
-        return bool(self.include_stop_str_in_output or self.no_stop_trim)
+        return bool(self._once("include_stop_str_in_output", "no_stop_trim"))
 
     @property
     def ignores_eos(self) -> bool:
         """Whether to generate past the end-of-sequence token."""
-        return bool(self.ignore_eos or (self.nvext and self.nvext.ignore_eos))
+        return bool(self._once("ignore_eos", "nvext.ignore_eos"))
 
     @property
     def includes_usage(self) -> bool:

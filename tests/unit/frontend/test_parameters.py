@@ -169,6 +169,8 @@ def test_extensions_say_the_same_as_parameters() -> None:
     assert read({"nvext": {"greed_sampling": True}}).sampling_options() == {"temperature": 0.0}
     for change, param in (
         ({"top_k": 4, "nvext": {"top_k": 3}}, "nvext.top_k"),
+        ({"ignore_eos": False, "nvext": {"ignore_eos": True}}, "nvext.ignore_eos"),
+        ({"include_stop_str_in_output": True, "no_stop_trim": False}, "no_stop_trim"),
         ({"temperature": 1.0, "nvext": {"greed_sampling": True}}, "nvext.greed_sampling"),
         ({"thinking_token_budget": 1, "nvext": {"max_thinking_tokens": 2}}, "nvext.max_thinking_tokens"),
     ):
