@@ -55,6 +55,7 @@ class CompiledTemplates:
 
     def render(
         self,
+        /,  # a variable may have this name
         messages: list[Message],
         *,
         tools: list[dict[str, Any]] | None = None,

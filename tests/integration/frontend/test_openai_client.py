@@ -162,6 +162,39 @@ async def test_without_max_tokens_the_context_is_the_limit(frontend: Any) -> Non
     assert request["stop_conditions"]["max_tokens"] == context_length - len(request["token_ids"])
 
 
+async def test_large_body_keeps_its_options(frontend: Any) -> None:
+    """It is read elsewhere."""
+    await frontend.client.chat.completions.create(
+        model="demo",
+        messages=[{"role": "user", "content": "word " * 20_000}],
+        logit_bias={"5": 1},
+        response_format={"type": "json_object"},
+        extra_body={"nvext": {"greed_sampling": True}, "include_stop_str_in_output": True},
+    )
+    assert frontend.worker.requests[0]["sampling_options"] == {
+        "temperature": 0.0,
+        "logit_bias": {"5": 1.0},
+        "include_stop_str_in_output": True,
+        "guided_decoding": {"json": {"type": "object"}},
+    }
+    with pytest.raises(openai.BadRequestError) as caught:
+        await frontend.client.chat.completions.create(
+            model="demo",
+            messages=[{"role": "user", "content": "word " * 20_000}],
+            extra_body={"max_token": 5},
+        )
+    assert (caught.value.param, caught.value.code) == ("max_token", "unknown_parameter")
+
+
+async def test_variables_of_any_name_reach_the_template(frontend: Any) -> None:
+    names = ("self", "cls", "variables", "is_probe", "conversation", "environment", "a b", "")
+    answer = await frontend.http.post(
+        "/v1/chat/completions",
+        json={"model": "demo", "messages": MESSAGES, "chat_template_kwargs": dict.fromkeys(names, 1)},
+    )
+    assert answer.status_code == 200, answer.text
+
+
 async def test_tokens_beyond_the_vocabulary_are_refused(frontend: Any) -> None:
     for field, value in (("logit_bias", {"1000000": 1}), ("allowed_token_ids", [1, 1_000_000])):
         with pytest.raises(openai.BadRequestError) as caught:
