@@ -24,6 +24,7 @@
     │   ├── AuthenticationFailed    a side could not prove the instance's secret  (retryable once)
     │   ├── Draining                the worker is shutting down                   (retryable)
     │   ├── Overloaded              the worker's queue or payload budget is full  (retryable)
+    │   │   └── RateLimited         the engine lets its users send so much only   (retryable)
     │   ├── NotAccepted             the worker did not take the request in time   (retryable)
     │   ├── EndpointNotFound        the worker does not serve that endpoint       (retryable)
     │   ├── InstanceRemoved         the instance left the registry                (retryable)
@@ -33,7 +34,9 @@
     │   ├── PayloadTooLarge         a message is over the limit
     │   ├── PayloadBudgetExceeded   this process holds as many bytes of answers as it may
     │   ├── InvalidRequest          the handler refused the request's content
+    │   │   └── ContextLengthExceeded  prompt and answer do not fit the engine's context
     │   ├── HandlerFailed           the handler raised
+    │   │   └── EngineFailed        the worker's engine answered with an error of its own (retryable)
     │   └── ProtocolViolation       the peer sent what the protocol does not allow
     ├── ModelError                  a model's files or its card are missing or broken
     │   ├── TemplateError           the chat template refused the messages
@@ -323,6 +326,12 @@ class Overloaded(PlaneError):
         self.retry_after_s = retry_after_s
 
 
+class RateLimited(Overloaded):
+    """The engine behind the worker answered that its user sends too much (HTTP 429)."""
+
+    code = "rate_limited"
+
+
 class NotAccepted(PlaneError):
     """The worker did not admit the request within `DYN_TCP_REQUEST_TIMEOUT`."""
 
@@ -395,6 +404,12 @@ class InvalidRequest(PlaneError, ValueError):
     code = "invalid_request"
 
 
+class ContextLengthExceeded(InvalidRequest):
+    """Prompt and answer together are longer than the context of the engine that refused them."""
+
+    code = "context_length_exceeded"
+
+
 class HandlerFailed(PlaneError, ValueError):
     """The handler raised; the message carries the exception's type and text, never a traceback.
 
@@ -402,6 +417,14 @@ class HandlerFailed(PlaneError, ValueError):
     """
 
     code = "handler_failed"
+
+
+class EngineFailed(HandlerFailed):
+    """The worker is well, but its engine failed, or does not take what the worker shows it: raise it in a
+    handler for what another worker may well answer."""
+
+    code = "engine_failed"
+    retryable = True
 
 
 class ProtocolViolation(PlaneError):

@@ -135,6 +135,7 @@ _STATUS: dict[type[errors.DynamoRedisError], tuple[int, str]] = {
     errors.DeadlineExceeded: (504, "timeout_error"),
     errors.NoInstances: (503, _UNAVAILABLE),
     errors.Overloaded: (503, _UNAVAILABLE),
+    errors.RateLimited: (429, "rate_limit_error"),
     errors.PayloadBudgetExceeded: (503, _UNAVAILABLE),
     errors.Draining: (503, _UNAVAILABLE),
     errors.NotAccepted: (503, _UNAVAILABLE),
@@ -146,6 +147,7 @@ _STATUS: dict[type[errors.DynamoRedisError], tuple[int, str]] = {
     errors.AuthenticationFailed: (502, _SERVER),
     errors.ProtocolViolation: (502, _SERVER),
     errors.HandlerFailed: (500, _SERVER),
+    errors.EngineFailed: (502, _SERVER),
 }
 
 

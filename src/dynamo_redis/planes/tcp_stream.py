@@ -349,9 +349,10 @@ def _reported(received: list[Any]) -> PlaneError:
     _, _, code, message, details = received
     if type(code) is not str or type(message) is not str or not isinstance(details, dict | None):
         raise ProtocolViolation("a malformed ERROR")
-    if code == Overloaded.code:
-        return Overloaded(message, _retry_after_s((details or {}).get("retry_after_ms")))
-    return plane_error(code, message)
+    error = plane_error(code, message)
+    if isinstance(error, Overloaded):
+        error.retry_after_s = _retry_after_s((details or {}).get("retry_after_ms"))
+    return error
 
 
 def _retry_after_s(retry_after_ms: object) -> float | None:

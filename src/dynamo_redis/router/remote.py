@@ -23,6 +23,7 @@ from dynamo_redis.errors import (
     ConnectionLost,
     Draining,
     EndpointNotFound,
+    HandlerFailed,
     InstanceRemoved,
     InvalidRequest,
     NoInstances,
@@ -196,6 +197,8 @@ class _ServiceCall(Call):
         super().__init__(routers, select, {**request, "routing": routing}, annotated, context)
 
     def _may_send_again(self, error: PlaneError, *, was_sent: bool) -> bool:
+        if isinstance(error, HandlerFailed) and self._dispatcher is not self._workers:
+            return False  # a worker's error, which the router passed on: it has tried others if that helps
         # A router that says that all workers are busy, or gone, is to be believed.
         self._may_bypass = isinstance(error, _UNREACHABLE)
         if self._may_bypass and self._answered and self._dispatcher is not self._workers:

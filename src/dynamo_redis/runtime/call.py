@@ -10,6 +10,7 @@ from dynamo_redis.errors import (
     AuthenticationFailed,
     ConnectionLost,
     DeadlineExceeded,
+    EngineFailed,
     NoInstances,
     NotAccepted,
     Overloaded,
@@ -24,8 +25,9 @@ from dynamo_redis.runtime.discovery import Member
 from dynamo_redis.runtime.dispatch import Dispatcher
 from dynamo_redis.runtime.selection import Policy
 
-_MAX_OVERLOADED_TRIES = 3
-"""An overloaded deployment is not helped by each request knocking at every door."""
+_MAX_REFUSED_TRIES = 3
+"""An overloaded deployment is not helped by each request knocking at every door; and so many engines that
+fail at one request may well fail because of it."""
 
 _MAX_LOST_TRIES = 3
 """To so many instances one request may be sent without an answer: it may be what kills them."""
@@ -162,7 +164,9 @@ class Call:
 
     def _on_answered(self, stream: ResponseStream) -> None:
         """Note that the request stays where it is from now on."""
-        self._member.pending.discard(stream)
+        member = self._member
+        member.pending.discard(stream)
+        member.answers.answered()
         self._answered = True
         stream.forget_request()
         if stream.is_over:  # the usual answer of one item: nothing more to wait for
@@ -315,7 +319,7 @@ class _Failures:
 
     def suffice_after(self, error: PlaneError) -> bool:
         """Tell whether the request has been tried often enough. Raises PeerSilent if too many fell silent."""
-        if isinstance(error, Overloaded) and len(self.tried) >= _MAX_OVERLOADED_TRIES:
+        if isinstance(error, Overloaded | EngineFailed) and len(self.tried) >= _MAX_REFUSED_TRIES:
             return True
         if len(self.silent) >= _MAX_SILENT_TRIES:
             raise PeerSilent(

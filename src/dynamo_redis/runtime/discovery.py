@@ -14,6 +14,8 @@ The registry and its watch tell the truth at once; this view is careful with it:
 * An instance that owes an answer and is silent is *quiet*: others are chosen, and it is probed until it
   answers, or until not even its process does, which marks it down. It may be slow, so what it has in hand
   stays there; what waits for a connection to it goes elsewhere.
+* An instance that answers one request after the other with an error of its own (`ejection.py`) is *ejected*
+  for a pause, each longer than the one before; never more than half of the endpoint's at a time.
 """
 
 from __future__ import annotations
@@ -37,6 +39,8 @@ from dynamo_redis.errors import (
 )
 from dynamo_redis.names import EndpointName, parse_instance_id
 from dynamo_redis.planes.base import RequestPlaneClient, Target
+from dynamo_redis.runtime.ejection import Record as AnswerRecord
+from dynamo_redis.runtime.ejection import may_eject
 from dynamo_redis.runtime.following import follow, key_of
 from dynamo_redis.runtime.instance import Instance
 from dynamo_redis.store.base import Delete, DeleteCause, Put, Record, Registry, WatchBatch
@@ -63,6 +67,7 @@ class State(Enum):
 
     UP = "up"
     QUIET = "quiet"  # owes an answer
+    EJECTED = "ejected"  # answers, with errors of its own
     SUSPECT = "suspect"  # gone from the registry, together with many others
     DOWN = "down"  # did not answer
 
@@ -78,7 +83,16 @@ class _Answer(Enum):
 class Member:
     """One instance, with what this process knows of it beyond its record."""
 
-    __slots__ = ("answered_probe", "in_flight", "instance", "instance_id", "pending", "state", "target")
+    __slots__ = (
+        "answered_probe",
+        "answers",
+        "in_flight",
+        "instance",
+        "instance_id",
+        "pending",
+        "state",
+        "target",
+    )
 
     def __init__(self, instance: Instance, target: Target) -> None:
         self.instance_id = instance.instance_id
@@ -86,6 +100,7 @@ class Member:
         self.target = target
         self.state = State.UP
         self.answered_probe = False
+        self.answers = AnswerRecord()
         self.in_flight = 0
         self.pending: set[Pending] = set()
 
@@ -112,7 +127,7 @@ class Member:
 class EndpointView:
     """The live set of one endpoint's instances; one watch, shared by all clients of the endpoint.
 
-    It owns one task that reads the watch, and one short task for each instance under probe. Both end with
+    It owns one task that reads the watch, and one task for each instance under probe or ejected. All end with
     `aclose`. The watch's queue is bounded by the registry: if this process falls behind, it gets a resync.
     """
 
@@ -178,12 +193,13 @@ class EndpointView:
         return self._members.get(instance_id)
 
     def last_resorts(self) -> list[list[Member]]:
-        """Those to choose from when no candidate is left, by rank: suspects, the quiet, those marked down.
+        """Those to choose from when no candidate is left, by rank: suspects, the quiet, the ejected, those
+        marked down.
 
         Instances whose event loop hangs (`ready` false) are never chosen.
         """
         ready = [member for member in self._members.values() if member.instance.ready]
-        ranks = (State.SUSPECT, State.QUIET, State.DOWN)
+        ranks = (State.SUSPECT, State.QUIET, State.EJECTED, State.DOWN)
         return [[member for member in ready if member.state is state] for state in ranks]
 
     async def wait_for_change(self) -> None:
@@ -221,6 +237,25 @@ class EndpointView:
             self._spawn(self._probe_quiet(member))
         if self.candidates or member.state is State.DOWN:
             member.fail_pending(CannotConnect(f"no connection to {target.address} yet"), sent=False)
+
+    def note_failing(self, member: Member, reason: PlaneError) -> None:
+        """An instance answered with an error of its own: after some in a row, pass it over for a while."""
+        if not member.answers.failed() or not self._is_current(member, State.UP):
+            return
+        ejected = [other for other in self._members.values() if other.state is State.EJECTED]
+        if not may_eject(len(ejected), len(self.candidates) + len(ejected)):
+            return
+        pause_s = member.answers.next_pause_s()
+        log.warning(
+            "instance %x of %s fails one request after the other, it is passed over for %.1f s: %s",
+            member.instance_id,
+            self.name,
+            pause_s,
+            reason,
+        )
+        member.state = State.EJECTED
+        self._rebuild()
+        self._spawn(self._readmit(member, pause_s))
 
     async def answers(self, member: Member) -> bool:
         """Ask an instance, which is marked down or quiet if it does not answer."""
@@ -289,7 +324,8 @@ class EndpointView:
             self._dismiss(known, is_over=True)
         else:
             known.instance = instance
-            known.state = State.UP
+            if known.state is not State.EJECTED:  # its record says nothing of its answers
+                known.state = State.UP
 
     def _delete(self, event: Delete) -> Member | None:
         """Forget an instance that left on purpose; answer one that was lost."""
@@ -382,6 +418,13 @@ class EndpointView:
             self._supervisor.skip(f"the probe of instance {member.instance_id:x}", exc)
             return _Answer.NONE
         return _Answer.READY
+
+    async def _readmit(self, member: Member, pause_s: float) -> None:
+        """Let an ejected instance be chosen again after its pause."""
+        await asyncio.sleep(pause_s)
+        if self._is_current(member, State.EJECTED):
+            member.state = State.UP
+            self._rebuild()
 
     async def _probe_suspect(self, member: Member) -> None:
         """Drop a suspect as soon as it fails to answer; ends when it is registered again or dropped."""

@@ -9,6 +9,7 @@ from dynamo_redis.errors import (
     ConnectionLost,
     Draining,
     EndpointNotFound,
+    HandlerFailed,
     NoInstances,
     NotAccepted,
     PlaneError,
@@ -57,6 +58,8 @@ class Dispatcher:
             self.view.mark_down(member, error)
         elif isinstance(error, _LEAVING):
             self.view.mark_down(member, error, probe=False)
+        elif isinstance(error, HandlerFailed):
+            self.view.note_failing(member, error)
 
     async def refreshed(self, member: Member) -> Member | None:
         """The member by a fresh record, if that differs from the one it had."""
