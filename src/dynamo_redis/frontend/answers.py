@@ -16,13 +16,22 @@ class Answer:
     of the stop strings. What follows that is cut off, and with it the stop string, unless it is kept.
     """
 
-    __slots__ = ("_detokenizer", "_stops", "cached_tokens", "finish_reason", "token_count")
+    __slots__ = (
+        "_detokenizer",
+        "_stops",
+        "cached_tokens",
+        "finish_reason",
+        "prompt_token_count",
+        "token_count",
+    )
 
     def __init__(self, detokenizer: Detokenizer, stops: Sequence[str], *, keeps_stop: bool = False) -> None:
         self._detokenizer = detokenizer
         self._stops = StopStrings(stops, keeps_found=keeps_stop) if stops else None
         self.finish_reason: str | None = None
         self.token_count = 0
+        self.prompt_token_count: int | None = None
+        """As the engine counted, if it did."""
         self.cached_tokens: int | None = None
 
     def feed(self, item: Any) -> str:
@@ -34,9 +43,10 @@ class Answer:
         if self.cached_tokens is None:
             self.cached_tokens = item.get("cached_tokens")
         text = self._detokenizer.feed(token_ids)
-        reason = item.get("finish_reason")
+        reason = item.get("finish_reason") or None  # engines write "" while there is none
         if reason is not None:
             text += self._detokenizer.finish()
+            self._take_counts(item.get("completion_usage"))
         if self._stops is not None:
             text = self._stops.feed(text)
             if self._stops.found is not None:
@@ -47,6 +57,23 @@ class Answer:
         if reason is not None:
             self.finish_reason = _reason(reason)
         return text
+
+    def _take_counts(self, usage: Any) -> None:
+        """Take what the engine counted: it may not be what the tokens sent here make."""
+        if not isinstance(usage, dict):
+            return
+        prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
+        if type(completion) is int and completion >= 0:
+            self.token_count = completion
+        if type(prompt) is int and prompt > 0:
+            self.prompt_token_count = prompt
+
+    def restart(self) -> None:
+        """Forget what has come: another worker answers from the beginning."""
+        self._detokenizer.finish()
+        if self._stops is not None:
+            self._stops.finish()
+        self.token_count, self.prompt_token_count, self.cached_tokens = 0, None, None
 
     @property
     def cut_off(self) -> bool:
@@ -59,9 +86,12 @@ class Answer:
             raise ConnectionLost("the worker ended its answer before it was complete")
 
 
-def _reason(reason: str) -> str:
-    if reason in ("stop", "length"):
-        return reason
+def _reason(reason: Any) -> str:
+    """The reason in OpenAI's words. An end that a worker calls otherwise is an end all the same."""
+    if reason in ("stop", "length", "content_filter"):
+        return str(reason)
     if reason == "cancelled":
         raise RequestCancelled("the worker cancelled the request")
-    raise HandlerFailed(f"the worker ended its answer with {reason!r}")
+    if not isinstance(reason, str) or reason.startswith("error"):
+        raise HandlerFailed(f"the worker ended its answer with {reason!r}")
+    return "stop"

@@ -159,14 +159,13 @@ class Completions:
             )
             for index, (request, context) in enumerate(zip(requests, contexts, strict=True))
         ]
-        prompt_token_count = sum(len(request["token_ids"]) for request in requests[:: body.n or 1])
         prefix = "chatcmpl" if self._kind == "chat" else "cmpl"
         frame = {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model.name}
 
         async def generate(request: GenerateRequest, context: Context) -> Any:
             return await self._models.generate(model, request, context)
 
-        return Exchange(self._kind, frame, choices, prompt_token_count, generate)
+        return Exchange(self._kind, frame, choices, generate)
 
 
 def _request_id(scope: Scope) -> str:

@@ -20,7 +20,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
-from dynamo_redis.errors import DynamoRedisError
+from dynamo_redis.errors import DynamoRedisError, EngineFailed
 from dynamo_redis.frontend.answers import Answer
 from dynamo_redis.frontend.http_errors import ApiError, worker_error, worker_lost
 from dynamo_redis.frontend.sse import DONE, ChunkEncoder, Kind, event
@@ -35,6 +35,9 @@ Send = Callable[[Event], Awaitable[None]]
 
 BUFFER_BYTES = 64 * 1024
 
+_WHOLE_TRIES = 3
+"""So many workers may begin one answer that no client sees before it is whole."""
+
 _END_GRACE_S = 1.0
 """How long a worker may take from the item with the finish reason to the end of its answer."""
 
@@ -45,14 +48,22 @@ Generate = Callable[[GenerateRequest, Context], Awaitable[AsyncIterator[Any]]]
 class Choice:
     """One choice of a completion: what is asked for, and what has come."""
 
-    __slots__ = ("answer", "context", "index", "pieces", "request")
+    __slots__ = ("answer", "begun", "context", "index", "pieces", "request")
 
     def __init__(self, index: int, request: GenerateRequest, answer: Answer, context: Context) -> None:
         self.index = index
         self.request = request
         self.answer = answer
         self.context = context
+        self.begun = False
+        """Whether part of the answer has come."""
         self.pieces: list[str] = []
+
+    def restart(self) -> None:
+        """Forget what has come: another worker answers from the beginning."""
+        self.begun = False
+        self.pieces.clear()
+        self.answer.restart()
 
 
 class Exchange:
@@ -63,14 +74,12 @@ class Exchange:
         kind: Kind,
         frame: dict[str, Any],
         choices: Sequence[Choice],
-        prompt_token_count: int,
         generate: Generate,
     ) -> None:
         """`frame` holds what every chunk and the whole response have: id, created, model."""
         self._kind: Kind = kind
         self._frame = frame
         self._choices = choices
-        self._prompt_token_count = prompt_token_count
         self._generate = generate
         self._events: list[bytes] = []
         self._buffered = 0
@@ -84,8 +93,11 @@ class Exchange:
     # ----------------------------------------------------------------- whole
 
     async def respond(self, receive: Receive, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
-        """Answer with one JSON object, or with an error. Returns early if the client hangs up."""
-        await self._run(receive, self._collect, self._wait_for_end)
+        """Answer with one JSON object, or with an error. Returns early if the client hangs up.
+
+        A choice whose worker is lost half-way is asked of another one from the beginning.
+        """
+        await self._run(receive, self._collect, self._wait_for_end, tries=_WHOLE_TRIES)
         if self._hung_up:
             return
         if self._error is not None:
@@ -137,7 +149,7 @@ class Exchange:
         async def write() -> None:
             await self._write(send, headers, frame if includes_usage else None)
 
-        await self._run(receive, self._encode, write)
+        await self._run(receive, self._encode, write, tries=1)
 
     async def _encode(self, choice: Choice, text: str) -> None:
         encoder = self._encoders[choice.index]
@@ -196,9 +208,11 @@ class Exchange:
         receive: Receive,
         deliver: Callable[[Choice, str], Awaitable[None]],
         respond: Callable[[], Awaitable[None]],
+        *,
+        tries: int,
     ) -> None:
         """Read all choices while `respond` runs, and end every task when it returns or is cancelled."""
-        tasks = [asyncio.create_task(self._read(choice, deliver)) for choice in self._choices]
+        tasks = [asyncio.create_task(self._read(choice, deliver, tries)) for choice in self._choices]
         tasks.append(asyncio.create_task(self._wait_for_hang_up(receive)))
         try:
             await respond()
@@ -209,28 +223,22 @@ class Exchange:
                 choice.context.kill()  # no effect on one that has ended
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _read(self, choice: Choice, deliver: Callable[[Choice, str], Awaitable[None]]) -> None:
-        answer = choice.answer
-        items: Any = None
-        begun = complete = False
+    async def _read(
+        self, choice: Choice, deliver: Callable[[Choice, str], Awaitable[None]], tries: int
+    ) -> None:
+        """Read an answer to its end; from its beginning again, at most `tries` times, if it breaks off."""
+        complete = False
         try:
-            items = await self._generate(choice.request, choice.context)
-            async for item in items:
-                begun = True
-                await deliver(choice, answer.feed(item))
-                if answer.finish_reason is not None:
-                    break
-            answer.check_complete()
-            if not answer.cut_off:
-                await _read_to_end(items)
-            complete = True
+            while not complete:
+                tries -= 1
+                complete = await self._read_once(choice, deliver, is_last=tries <= 0)
         except Exception as exc:
             if not isinstance(exc, (DynamoRedisError, ApiError)):
                 log.exception("request %s failed", choice.context.id())
             elif worker_lost(exc):
                 _losses.report(choice.context.id(), exc)
             if self._error is None:
-                self._error = worker_error(exc, self._frame["model"], begun=begun)
+                self._error = worker_error(exc, self._frame["model"], begun=choice.begun)
         finally:
             if not complete and self._error is None:  # no way out of here makes a part look like the whole
                 self._error = ApiError(
@@ -241,8 +249,34 @@ class Exchange:
                 )
             self._open -= 1
             self._wake.set()
+
+    async def _read_once(
+        self, choice: Choice, deliver: Callable[[Choice, str], Awaitable[None]], *, is_last: bool
+    ) -> bool:
+        """Read an answer to its end, or, unless this is the last try, to where its worker was lost: False."""
+        answer = choice.answer
+        items: Any = None
+        try:
+            items = await self._generate(choice.request, choice.context)
+            async for item in items:
+                choice.begun = True
+                await deliver(choice, answer.feed(item))
+                if answer.finish_reason is not None:
+                    break
+            answer.check_complete()
+            if not answer.cut_off:
+                await _read_to_end(items)
+        except DynamoRedisError as exc:
+            lost = worker_lost(exc) or isinstance(exc, EngineFailed)
+            if is_last or not lost or not choice.begun or choice.context.is_stopped():
+                raise
+            _losses.report(choice.context.id(), exc)
+            choice.restart()
+            return False
+        finally:
             if items is not None:
                 await items.aclose()
+        return True
 
     async def _wait_for_hang_up(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -254,10 +288,16 @@ class Exchange:
 
     def _usage(self) -> dict[str, Any]:
         completion = sum(choice.answer.token_count for choice in self._choices)
+        prompts = {  # each once, however many choices it has; as the engine counted, if it did
+            id(choice.request["token_ids"]): choice.answer.prompt_token_count
+            or len(choice.request["token_ids"])
+            for choice in self._choices
+        }
+        prompt = sum(prompts.values())
         usage: dict[str, Any] = {
-            "prompt_tokens": self._prompt_token_count,
+            "prompt_tokens": prompt,
             "completion_tokens": completion,
-            "total_tokens": self._prompt_token_count + completion,
+            "total_tokens": prompt + completion,
         }
         cached = self._cached_counts()
         if any(count is not None for count in cached):

@@ -191,7 +191,9 @@ def _stop_conditions(prompt: list[int], model: LoadedModel, body: CompletionOpti
     wanted = body.wanted_tokens
     if left <= 0 or (wanted is not None and wanted > left):
         raise _too_long(body, len(prompt), wanted if left > 0 else None, model.context_length)
-    conditions = StopConditions(max_tokens=left if wanted is None else wanted, ignore_eos=body.ignores_eos)
+    conditions = StopConditions(ignore_eos=body.ignores_eos)
+    if wanted is not None:  # else the limit is the engine's, which knows its own context best
+        conditions["max_tokens"] = wanted
     if body.min_tokens:
         conditions["min_tokens"] = body.min_tokens
     if (thinking := body.thinking_budget()) is not None:

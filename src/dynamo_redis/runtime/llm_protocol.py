@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from typing import Any, Literal, NotRequired, TypedDict
 
-FinishReason = Literal["stop", "length", "error", "cancelled"]
+FinishReason = Literal["stop", "length", "content_filter", "error", "cancelled"]
+"""Why an answer ended. A receiver takes any other word, but "error" with something behind it, for "stop"."""
 
 
 class StopConditions(TypedDict, total=False):
-    """When to end. The worker ends at token level; stop strings are found by the frontend.
+    """When to end. The worker ends at token level; stop strings are found by the frontend. Without
+    `max_tokens` the engine's own limit applies, at most what its context leaves.
 
     `max_thinking_tokens` bounds what a reasoning model thinks before it answers.
     """
@@ -78,14 +80,23 @@ class GenerateRequest(TypedDict):
     dp_rank: NotRequired[int]
 
 
+class CompletionUsage(TypedDict, total=False):
+    """How many tokens the engine itself counted."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
 class GenerateItem(TypedDict, total=False):
     """One item of the answer: new tokens, and on the last item why it ended.
 
     `cached_tokens` says how many prompt tokens the engine found in its KV cache: on the first item, or on the
     last by engines that say it only then.
-    A hidden stop token (EOS) is not among `token_ids`.
+    A hidden stop token (EOS) is not among `token_ids`. `completion_usage`, on the last item, is what the
+    engine counted, where it counts otherwise than by `token_ids`.
     """
 
     token_ids: list[int]
     finish_reason: FinishReason | None
     cached_tokens: int
+    completion_usage: CompletionUsage

@@ -80,7 +80,7 @@ async def test_a_prompt_longer_than_the_context_is_refused(frontend: Any) -> Non
     assert str(context_length) in caught.value.message
     # One less, and one token can be generated.
     await frontend.client.completions.create(model="demo", prompt=[5] * (context_length - 1))
-    assert frontend.worker.requests[0]["stop_conditions"]["max_tokens"] == 1
+    assert len(frontend.worker.requests) == 1
     with pytest.raises(openai.BadRequestError) as caught:
         await frontend.client.completions.create(
             model="demo", prompt=[5] * (context_length - 1), max_tokens=2

@@ -155,11 +155,10 @@ async def test_passes_options_on(frontend: Any, demo_tokenizer: Tokenizer) -> No
     assert frontend.worker.requests[1]["stop_conditions"]["ignore_eos"] is True
 
 
-async def test_without_max_tokens_the_context_is_the_limit(frontend: Any) -> None:
+async def test_limit_that_is_not_asked_for_is_left_to_the_engine(frontend: Any) -> None:
     await frontend.client.chat.completions.create(model="demo", messages=MESSAGES)
     [request] = frontend.worker.requests
-    context_length = frontend.models.get("demo").loaded.context_length
-    assert request["stop_conditions"]["max_tokens"] == context_length - len(request["token_ids"])
+    assert "max_tokens" not in request["stop_conditions"]
 
 
 async def test_large_body_keeps_its_options(frontend: Any) -> None:
