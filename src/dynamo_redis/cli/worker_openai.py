@@ -60,7 +60,7 @@ def openai(endpoint: str | None, **options: str | None) -> None:
         from dynamo_redis.engines.worker import open_model, serve_engine
 
         model, model_name = await asyncio.to_thread(open_model, model_settings)
-        engine = OpenAIEngine(engine_settings, model)
+        engine = OpenAIEngine(engine_settings, model, context_length=model_settings.context_length)
         if await _is_up(engine, runtime):
             await serve_engine(
                 runtime, engine, model, endpoint=str(name), model_name=model_name, on_ready=announce_ready

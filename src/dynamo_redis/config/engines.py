@@ -31,7 +31,7 @@ class ModelSettings(SettingsGroup):
     context_length: Annotated[int, Field(ge=1)] | None = setting(
         "DYN_CONTEXT_LENGTH",
         None,
-        "Most tokens of a prompt and its answer. Unset: what the model's files say.",
+        "Most tokens of a prompt and its answer. Unset: what the engine says, else the model's files.",
         unit="tokens",
     )
 
@@ -104,6 +104,12 @@ class OpenAIEngineSettings(SettingsGroup):
         "auto",
         "How prompts are sent: ids (tokens), text, or auto: ids, and text if the engine refuses them.",
     )
+    engine_health_path: Annotated[str, Field(pattern="^/")] | None = setting(
+        "DYN_ENGINE_HEALTH_PATH",
+        None,
+        "Path that the engine answers with 200 while it is well. Unset: /health, or /v1/models where that is "
+        "not found.",
+    )
     kv_events_endpoint: str | None = setting(
         "DYN_KV_EVENTS_ENDPOINT",
         None,
@@ -128,7 +134,7 @@ class OpenAIEngineSettings(SettingsGroup):
     engine_block_size: Annotated[int, Field(ge=1, le=4096)] | None = setting(
         "DYN_ENGINE_BLOCK_SIZE",
         None,
-        "Tokens in a block of its KV cache. Unset: what its metrics say, else 16.",
+        "Tokens in a block of its KV cache. Unset: what it says itself, else 16.",
         unit="tokens",
     )
     engine_total_kv_blocks: Annotated[int, Field(ge=1)] | None = setting(

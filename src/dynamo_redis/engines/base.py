@@ -62,14 +62,16 @@ def report_to(publisher: KvPublisher) -> KvEventSink:
 
 @dataclass(frozen=True, slots=True)
 class EngineCapacity:
-    """What the engine can hold; goes into the model card as `runtime_config`. All but `data_parallel_size`
-    are of one data-parallel rank."""
+    """What the engine can hold; goes into the model card, which follows when it changes. All but
+    `data_parallel_size` and `context_length` are of one data-parallel rank. `context_length` is the engine's
+    own limit of a prompt and its answer, or None if that is what the model's files say."""
 
     total_kv_blocks: int
     kv_block_size: int
     max_num_seqs: int
     max_num_batched_tokens: int
     data_parallel_size: int = 1
+    context_length: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

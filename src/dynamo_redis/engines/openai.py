@@ -7,10 +7,10 @@ load, and relays its KV events.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, Final
 
 import anyio.to_thread
@@ -20,19 +20,27 @@ from dynamo_redis.engines.base import EngineCapacity, EngineLoad
 from dynamo_redis.engines.engine_metrics import EngineMetrics, read_metrics
 from dynamo_redis.engines.model_tokens import ModelTokens
 from dynamo_redis.engines.openai_http import Completion, EngineHttp
-from dynamo_redis.engines.openai_wire import (
-    CompletionReader,
+from dynamo_redis.engines.openai_models import (
+    DETAILS_PATHS,
+    ListedModel,
+    ServerDetails,
+    read_details,
+    read_models,
+)
+from dynamo_redis.engines.openai_request import (
     Dialect,
     completion_body,
-    dialect_of,
     hidden_stop_ids,
     prompt_ids,
+    token_limit,
 )
+from dynamo_redis.engines.openai_wire import CompletionReader, UnknownModel
 from dynamo_redis.engines.relay import EventRelay
 from dynamo_redis.errors import (
     CannotConnect,
     ConfigError,
     ConnectionLost,
+    ContextLengthExceeded,
     Draining,
     HandlerFailed,
     InvalidRequest,
@@ -55,6 +63,9 @@ _SILENCES: Final = 3
 """Looks at the engine's health without an answer, in a row, until it counts as down. One refused connection
 is enough: nobody listens there."""
 
+_ASK_AGAIN_S: Final = 10.0
+"""How often a server that is well is asked whether it is still the same."""
+
 _FLUSH_PATHS: Final[Mapping[Dialect, str]] = {"vllm": "/reset_prefix_cache", "sglang": "/flush_cache"}
 _FLUSH_S: Final = 10.0
 _CLEAR_AGAIN_S: Final = 10.0
@@ -64,8 +75,15 @@ class OpenAIEngine:
     """An `Engine` over HTTP. It owns one task, which looks at the server's health and load, and with `follow`
     one a rank for its KV events."""
 
-    def __init__(self, settings: OpenAIEngineSettings, model: ModelDirectory) -> None:
-        """Raises ConfigError if the settings contradict each other."""
+    def __init__(
+        self,
+        settings: OpenAIEngineSettings,
+        model: ModelDirectory,
+        *,
+        context_length: int | None = None,
+    ) -> None:
+        """`context_length` limits what the engine says of its own. Raises ConfigError if the settings
+        contradict each other."""
         secret = settings.engine_api_key
         api_key = None if secret is None else secret.get_secret_value()
         try:
@@ -77,13 +95,18 @@ class OpenAIEngine:
             raise ConfigError("DYN_KV_REPLAY_ENDPOINT is of no use without DYN_KV_EVENTS_ENDPOINT")
         self._settings = settings
         self._model = model
-        self._model_name = settings.engine_model or ""
-        self._dialect: Dialect = "openai"
+        self._context_limit = context_length
+        self._listed = ListedModel(settings.engine_model or "", "openai")
+        self._details = ServerDetails()
+        self._introduced_at: float | None = None  # None: it may be another one now
+        self._introducing = asyncio.Lock()
+        self._ever_introduced = False
+        self._silence = ""  # why it is not up, as said last
         self._prompt_as_text = settings.engine_prompt == "text"
         self._tokens: ModelTokens | None = None
         self._metrics = EngineMetrics({})
         self._metrics_path: str | None = "/metrics"
-        self._health_path = "/health"
+        self._health_path = settings.engine_health_path or "/health"
         self._running_count = 0
         self._unanswered: set[Completion] = set()
         self._clearing = False
@@ -97,39 +120,42 @@ class OpenAIEngine:
 
     def __repr__(self) -> str:
         state = "up" if self._up.is_set() else "down"
-        return f"<OpenAIEngine {self._dialect} at {self._http.url}, {state}, {self._running_count} running>"
+        running = f"{self._running_count} running"
+        return f"<OpenAIEngine {self._listed.dialect} at {self._http.url}, {state}, {running}>"
 
     @property
     def capacity(self) -> EngineCapacity:
         settings, metrics = self._settings, self._metrics
-        block_size = settings.engine_block_size or metrics.block_size or DEFAULT_BLOCK_SIZE
+        told_size = metrics.block_size or self._details.block_size
+        block_size = settings.engine_block_size or told_size or DEFAULT_BLOCK_SIZE
         block_count = settings.engine_total_kv_blocks or metrics.block_count
         if block_count is None and metrics.token_count:
             block_count = metrics.token_count // block_size
+        lengths = (self._context_limit, self._listed.context_length or self._details.context_length)
         return EngineCapacity(
             total_kv_blocks=block_count or DEFAULT_TOTAL_KV_BLOCKS,
             kv_block_size=block_size,
             max_num_seqs=settings.engine_max_num_seqs,
             max_num_batched_tokens=settings.engine_max_num_batched_tokens,
             data_parallel_size=settings.engine_data_parallel_size,
+            context_length=min((length for length in lengths if length), default=None),
         )
 
     # ----------------------------------------------------------------- start and end
 
     async def wait_until_up(self) -> None:
-        """Wait for the server to answer, within `DYN_ENGINE_START_TIMEOUT_S`. Raises ConfigError."""
+        """Wait for the server to answer and to list its model, within `DYN_ENGINE_START_TIMEOUT_S`.
+
+        Raises ConfigError.
+        """
         settings = self._settings
-        said = False
         try:
             async with asyncio.timeout(settings.engine_start_timeout_s):
-                while not await self._look_at_health():
-                    if not said:
-                        said = True
-                        log.info("waiting for the engine at %s", self._http.url)
+                while not await self._look_at_health():  # noqa: ASYNC110 - no event tells
                     await asyncio.sleep(settings.engine_poll_interval_s)
         except TimeoutError:
             raise ConfigError(
-                f"DYN_ENGINE_URL={self._http.url}: no engine answered there within "
+                f"DYN_ENGINE_URL={self._http.url}: {self._silence or 'no engine answered there'} within "
                 f"{settings.engine_start_timeout_s:g} s (DYN_ENGINE_START_TIMEOUT_S)"
             ) from None
 
@@ -137,38 +163,79 @@ class OpenAIEngine:
         """Wait for the server, learn what it is, and begin to watch it. Raises ConfigError, ModelError."""
         self._tokens = await anyio.to_thread.run_sync(ModelTokens, self._model)
         await self.wait_until_up()
-        await self._introduce()
-        await self._look_at_metrics()
         self._watching = asyncio.create_task(
             Supervisor(log, "health and load of the engine").run(self._watch), name="engine health and load"
         )
-        log.info("the engine at %s is %s, its model %s", self._http.url, self._dialect, self._model_name)
 
-    async def _introduce(self) -> None:
-        """Whose server it is, and its name for the model."""
+    async def _introduce(self) -> bool:
+        """Ask whose server it is, its name for the model, and how large it is. False if it does not say now.
+
+        Raises ConfigError if it has no such model as it is to have.
+        """
+        settings = self._settings
+        async with self._introducing:
+            try:
+                status, content = await self._http.ask("GET", "/v1/models", settings.engine_poll_timeout_s)
+            except PlaneError as exc:
+                self._say_silence(f"cannot list its models ({exc})")
+                return False
+            listed = read_models(content) if status == 200 else []
+            wanted = settings.engine_model
+            if not listed and wanted is None:
+                self._say_silence(f"lists no models (HTTP {status}; DYN_ENGINE_MODEL names one)")
+                return False
+            found = next((model for model in listed if wanted in (None, model.name)), None)
+            if listed and found is None:
+                names = ", ".join(model.name for model in listed)
+                raise ConfigError(f"DYN_ENGINE_MODEL={wanted}: {self._http.url} has {names}")
+            found = found or ListedModel(wanted or "", "openai")
+            if settings.engine_kind != "auto":
+                found = replace(found, dialect=settings.engine_kind)
+            details = await self._ask_details(found.dialect)
+            await self._look_at_metrics()
+            self._take_identity(found, details)
+            return True
+
+    async def _ask_details(self, dialect: Dialect) -> ServerDetails:
+        path = DETAILS_PATHS.get(dialect)
+        if path is None:
+            return ServerDetails()
         try:
-            status, content = await self._http.ask("GET", "/v1/models", self._settings.engine_poll_timeout_s)
-            models = json.loads(content) if status == 200 else {}
-        except (PlaneError, ValueError) as exc:
-            raise ConfigError(f"DYN_ENGINE_URL={self._http.url}: cannot list its models: {exc}") from exc
-        models = models if isinstance(models, dict) else {}
-        kind = self._settings.engine_kind
-        self._dialect = dialect_of(models) if kind == "auto" else kind
-        entries = models.get("data")
-        names = (
-            [entry.get("id") for entry in entries if isinstance(entry, dict)]
-            if isinstance(entries, list)
-            else []
+            status, content = await self._http.ask("GET", path, self._settings.engine_poll_timeout_s)
+        except PlaneError as exc:
+            log.debug("the engine at %s: %s", self._http.url, exc)
+            return self._details
+        return read_details(content) if status == 200 else ServerDetails()
+
+    def _take_identity(self, found: ListedModel, details: ServerDetails) -> None:
+        known, before = (self._listed, self._details), self._describe()
+        self._listed, self._details = found, details
+        if self._introduced_at is None or known != (found, details):
+            changed = self._ever_introduced and before != self._describe()
+            log.log(
+                logging.WARNING if changed else logging.INFO,
+                "the engine at %s is %s%s",
+                self._http.url,
+                self._describe(),
+                f"; it was {before}" if changed else "",
+            )
+        self._introduced_at = asyncio.get_running_loop().time()
+        self._ever_introduced = True
+        self._fit_publishers()
+
+    def _describe(self) -> str:
+        capacity = self.capacity
+        context = capacity.context_length or "unknown"
+        return (
+            f"{self._listed.dialect}, model {self._listed.name}, context {context}, "
+            f"blocks of {capacity.kv_block_size} tokens"
         )
-        if not names and not self._model_name:
-            raise ConfigError(
-                f"{self._http.url} lists no models (HTTP {status}): name one with DYN_ENGINE_MODEL"
-            )
-        if names and self._model_name and self._model_name not in names:
-            raise ConfigError(
-                f"DYN_ENGINE_MODEL={self._model_name}: {self._http.url} has {', '.join(map(str, names))}"
-            )
-        self._model_name = self._model_name or str(names[0])
+
+    def _say_silence(self, why: str) -> None:
+        """Say once why the engine is waited for."""
+        if why != self._silence:
+            self._silence = why
+            log.info("waiting for the engine at %s: it %s", self._http.url, why)
 
     async def aclose(self) -> None:
         """Stop watching and following; requests still under way break off. Idempotent."""
@@ -199,14 +266,21 @@ class OpenAIEngine:
             raise ConfigError(f"DYN_KV_EVENTS_ENDPOINT or DYN_KV_REPLAY_ENDPOINT: {exc}") from exc
         self.relay.start()
 
+    def _fit_publishers(self) -> None:
+        """An engine that came back with blocks of another size holds none of those that were told."""
+        block_size = self.capacity.kv_block_size
+        for publisher in self._publishers:
+            if publisher.block_size != block_size:
+                publisher.resize(block_size)
+
     async def clear_kv_blocks(self) -> int:
         """Have the server drop its prefix cache; answers the blocks known so far, as servers do not say.
 
         Raises HandlerFailed if it cannot: vLLM does with `VLLM_SERVER_DEV_MODE=1` only.
         """
-        path = _FLUSH_PATHS.get(self._dialect)
+        path = _FLUSH_PATHS.get(self._listed.dialect)
         if path is None:
-            raise HandlerFailed(f"an engine of kind {self._dialect} has no way to clear its cache")
+            raise HandlerFailed(f"an engine of kind {self._listed.dialect} has no way to clear its cache")
         known_count = sum(publisher.block_count for publisher in self._publishers)
         try:
             status, _ = await self._http.ask("POST", path, _FLUSH_S)
@@ -253,8 +327,9 @@ class OpenAIEngine:
     ) -> AsyncGenerator[GenerateItem, None]:
         """Forward to the server and stream back, as `Engine` demands; a stopped request ends at once.
 
-        Stop strings go along, and are found by the frontend all the same. Of what the server refuses, 429
-        and 503 are Overloaded, other 4xx InvalidRequest; nobody there is Draining.
+        Stop strings go along, and are found by the frontend all the same. What the server refuses is raised
+        as `openai_wire.refusal` reads it; Draining if no server answers. One that does not know the model
+        is asked for its name anew, and then once again for the answer.
         """
         if not isinstance(request, Mapping):
             raise InvalidRequest(f"a request is an object, not {type(request).__name__}")
@@ -263,7 +338,7 @@ class OpenAIEngine:
         if not self._prompt_as_text:
             begun = False
             try:
-                async with aclosing(self._complete(request, prompt, context)) as items:
+                async with aclosing(self._complete_anew(request, prompt, context)) as items:
                     async for item in items:
                         begun = True
                         yield item
@@ -272,7 +347,8 @@ class OpenAIEngine:
                 if begun or not self._may_want_text():
                     raise
                 refused = exc
-        async with aclosing(self._complete(request, self._text_of(prompt), context)) as items:
+        text = self._text_of(prompt)
+        async with aclosing(self._complete_anew(request, text, context)) as items:
             async for item in items:
                 if not self._prompt_as_text:
                     self._prompt_as_text = True
@@ -282,21 +358,48 @@ class OpenAIEngine:
     def _may_want_text(self) -> bool:
         """Whether a prompt that was refused as token ids may be tried as text. The servers that are known by
         name take ids: what they refuse, they refuse for another reason."""
-        return self._settings.engine_prompt == "auto" and self._dialect == "openai"
+        return self._settings.engine_prompt == "auto" and self._listed.dialect == "openai"
+
+    async def _complete_anew(
+        self, request: Mapping[str, Any], prompt: Sequence[int] | str, context: Context
+    ) -> AsyncGenerator[GenerateItem, None]:
+        """As `_complete`; once more if the server was asked for a model by a name that it no longer has."""
+        name = self._listed.name
+        try:
+            async with aclosing(self._complete(request, prompt, context)) as items:
+                async for item in items:
+                    yield item
+            return
+        except UnknownModel:
+            try:
+                renamed = self._listed.name != name or (await self._introduce() and self._listed.name != name)
+            except ConfigError:
+                renamed = False
+            if not renamed:
+                raise
+        async with aclosing(self._complete(request, prompt, context)) as items:
+            async for item in items:
+                yield item
 
     async def _complete(
         self, request: Mapping[str, Any], prompt: Sequence[int] | str, context: Context
     ) -> AsyncGenerator[GenerateItem, None]:
         dp_rank = self._rank(request)
+        context_length = self.capacity.context_length
         body = completion_body(
-            request, model=self._model_name, dialect=self._dialect, prompt=prompt, dp_rank=dp_rank
+            request,
+            model=self._listed.name,
+            dialect=self._listed.dialect,
+            prompt=prompt,
+            dp_rank=dp_rank,
+            token_room=None if context_length is None else context_length - len(prompt_ids(request)),
         )
         headers = {"X-Request-Id": context.id()}
-        if dp_rank is not None and self._dialect == "vllm":
+        if dp_rank is not None and self._listed.dialect == "vllm":
             headers["X-data-parallel-rank"] = str(dp_rank)
         if self._tokens is None:
             raise Draining("the engine is not started")
-        reader = CompletionReader(self._tokens, hidden_stop_ids(request))
+        reader = CompletionReader(self._tokens, hidden_stop_ids(request), token_limit(request))
         if self.relay is not None and not isinstance(prompt, str):
             for publisher in self._publishers:
                 if dp_rank is None or publisher.dp_rank == dp_rank:
@@ -312,11 +415,12 @@ class OpenAIEngine:
                     item = reader.feed(data)
                     if item is not None:
                         yield item
-            last = reader.finish()
-            if last is not None:
-                yield last
-            elif not reader.complete:
-                raise ConnectionLost("the engine ended its answer before it was complete")
+            yield reader.finish()
+            if reader.gave_up:
+                log.warning("request %s: the engine gave its answer up half-way", context.id())
+        except ContextLengthExceeded:
+            self._introduced_at = None  # its context is not what it said, or is no longer
+            raise
         except RequestCancelled:
             yield {"token_ids": [], "finish_reason": "cancelled"}
         except (Draining, ConnectionLost):
@@ -366,7 +470,7 @@ class OpenAIEngine:
         ]
 
     async def _watch(self) -> None:
-        """Look at health and load until cancelled; at once after a request found nobody there."""
+        """Look at health and load until cancelled; at once after a request found no server there."""
         while True:
             try:
                 async with asyncio.timeout(self._settings.engine_poll_interval_s):
@@ -376,30 +480,50 @@ class OpenAIEngine:
             self._look_now.clear()
             if await self._look_at_health():
                 await self._look_at_metrics()
+                self._fit_publishers()
                 await self._clear_partial_cache()
 
     async def _look_at_health(self) -> bool:
+        """Whether the server is well, and is known: one that was away, or comes up, is asked what it is."""
         refused = False
         try:
             status = await self._health_status()
+            well = status == 200
+            if not well:
+                self._say_silence(f"answered {self._health_path} with HTTP {status}")
+            elif self._is_to_be_asked():
+                try:
+                    well = await self._introduce()
+                except ConfigError as exc:
+                    if not self._ever_introduced:
+                        raise
+                    well = False
+                    self._say_silence(f"cannot be used: {exc}")
         except PlaneError as exc:
+            well = False
             refused = isinstance(exc, CannotConnect)
-            self._silent_count = _SILENCES if refused else self._silent_count + 1
+            self._say_silence("does not answer")
             log.debug("the engine at %s: %s", self._http.url, exc)
-        else:
-            self._silent_count = 0 if status == 200 else self._silent_count + 1
-        up = not self._silent_count
-        if up:
+        if well:
+            self._silent_count = 0
+            self._silence = ""
             self._up.set()
             self._down.clear()
-        elif self._silent_count >= _SILENCES:
+            return True
+        self._introduced_at = None
+        self._silent_count = _SILENCES if refused else self._silent_count + 1
+        if self._silent_count >= _SILENCES:
             if refused and self._up.is_set() and self.relay is not None:
-                self.relay.forget("nobody listens at the engine's address")  # its cache went with it
+                self.relay.forget("no process listens at the engine's address")  # its cache went with it
             for completion in list(self._unanswered):
                 completion.close(Draining("the engine does not answer"))
             self._down.set()
             self._up.clear()
-        return up
+        return False
+
+    def _is_to_be_asked(self) -> bool:
+        at = self._introduced_at
+        return at is None or asyncio.get_running_loop().time() >= at + _ASK_AGAIN_S
 
     async def _health_status(self) -> int:
         timeout_s = self._settings.engine_poll_timeout_s

@@ -14,10 +14,18 @@ import aiohttp
 from aiohttp.connector import AddrInfoType
 
 from dynamo_redis.engines.openai_wire import DONE, SseReader, refusal
-from dynamo_redis.errors import CannotConnect, ConnectionLost, Draining, PlaneError, RequestCancelled
+from dynamo_redis.errors import (
+    CannotConnect,
+    ConnectionLost,
+    Draining,
+    PlaneError,
+    ProtocolViolation,
+    RequestCancelled,
+)
 
 _ERROR_BYTES: Final = 64 << 10
 _ANSWER_BYTES: Final = 16 << 20
+_ERROR_S: Final = 5.0
 _END_S: Final = 0.1
 
 _IDLE_CONNECTION_S: Final = 2.0
@@ -57,14 +65,18 @@ class EngineHttp:
         return self._session
 
     async def ask(self, method: str, path: str, timeout_s: float) -> tuple[int, bytes]:
-        """A short question: status and content, at most 16 MiB of it.
+        """A short question: status and the whole content, of at most 16 MiB.
 
-        Raises CannotConnect if nobody listens there, ConnectionLost if there is no answer in time.
+        Raises CannotConnect if no process listens there, ConnectionLost if there is no whole answer in time,
+        ProtocolViolation for a longer one.
         """
         timeout = aiohttp.ClientTimeout(total=timeout_s)
         try:
             async with self._opened().request(method, self._root + path, timeout=timeout) as response:
-                return response.status, await response.content.read(_ANSWER_BYTES)
+                content = await _content(response, _ANSWER_BYTES)
+                if len(content) > _ANSWER_BYTES:
+                    raise ProtocolViolation(f"the engine's {path} has more than {_ANSWER_BYTES} bytes")
+                return response.status, content
         except TimeoutError as exc:
             raise ConnectionLost(f"no answer within {timeout_s:g} s") from exc
         except aiohttp.ClientConnectorError as exc:
@@ -110,13 +122,20 @@ class Completion:
         try:
             response = await self._opening
             if response.status != 200:
-                content = await response.content.read(_ERROR_BYTES)
-                raise refusal(response.status, content, response.headers.get("Retry-After"))
+                raise refusal(
+                    response.status, await _explanation(response), response.headers.get("Retry-After")
+                )
+            if response.content_type == "application/json":  # a server that does not stream
+                yield await _content(response, _ANSWER_BYTES)
+                yield DONE
+                return
             while content := await response.content.readany():
                 for data in reader.feed(content):
                     if data == DONE:
                         await _read_to_end(response)
                     yield data
+            for data in reader.feed(b"\n"):  # a last line that the server did not end
+                yield data
         except asyncio.CancelledError:
             if self._closed is not None and self._opening.cancelled():
                 raise self._closed from None
@@ -139,6 +158,25 @@ def _open_socket(address: AddrInfoType) -> socket.socket:
         if hasattr(socket, name):
             opened.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
     return opened
+
+
+async def _content(response: aiohttp.ClientResponse, limit_bytes: int) -> bytes:
+    """Read the content to its end, or until it is over the limit; aiohttp's `read` gives what has arrived so
+    far. Raises what aiohttp raises for a content that is cut off."""
+    pieces: list[bytes] = []
+    size_bytes = 0
+    while size_bytes <= limit_bytes and (piece := await response.content.readany()):
+        pieces.append(piece)
+        size_bytes += len(piece)
+    return b"".join(pieces)
+
+
+async def _explanation(response: aiohttp.ClientResponse) -> bytes:
+    """Read what a server says beside the status that refuses a request; nothing, if that does not come."""
+    with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+        async with asyncio.timeout(_ERROR_S):
+            return await _content(response, _ERROR_BYTES)
+    return b""
 
 
 async def _read_to_end(response: aiohttp.ClientResponse) -> None:

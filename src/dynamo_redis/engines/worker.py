@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 from dynamo_redis.config import ModelSettings
@@ -13,13 +14,13 @@ from dynamo_redis.engines.availability import follow_health
 from dynamo_redis.engines.base import Engine, EngineCapacity
 from dynamo_redis.engines.demo_model import DEMO_MODEL_NAME, DEMO_MODEL_PATH
 from dynamo_redis.engines.load_reports import load_metrics, report_load
-from dynamo_redis.errors import ModelError
+from dynamo_redis.errors import ModelError, StoreError
 from dynamo_redis.names import EndpointName
 from dynamo_redis.router.load_publisher import LOAD_METRICS, LoadPublisher
 from dynamo_redis.router.worker_events import WorkerEvents
 from dynamo_redis.runtime.chat_template import ChatTemplate
 from dynamo_redis.runtime.handlers import AnyHandler
-from dynamo_redis.runtime.model_card import RuntimeConfig
+from dynamo_redis.runtime.model_card import ModelCard, RuntimeConfig
 from dynamo_redis.runtime.model_files import (
     ModelDirectory,
     keep_model_files,
@@ -28,9 +29,13 @@ from dynamo_redis.runtime.model_files import (
     read_model_directory,
 )
 from dynamo_redis.runtime.runtime import DistributedRuntime
+from dynamo_redis.store.base import Registration
 from dynamo_redis.supervision import Supervisor
 
 log = logging.getLogger(__name__)
+
+CAPACITY_S = 1.0
+"""How often an engine's capacity is held against its card."""
 
 
 def open_model(settings: ModelSettings) -> tuple[ModelDirectory, str]:
@@ -65,7 +70,7 @@ async def serve_engine(
     (`kv_dump`, `clear_kv_blocks`, `load_metrics` and the engine's own), the endpoint opens and its instance
     is registered, the model's files are uploaded and its card is registered, `on_ready` is told. So a card
     always has an instance that serves it, and an instance can always be asked for what it holds. While the
-    engine is down the instance is not registered.
+    engine is down the instance is not registered; when its capacity changes, the card follows.
 
     At shutdown the reverse: the card goes and all instances with it; requests under way finish within the
     drain time; events that wait are sent, for a second at most; the engine closes. What fails on the way in
@@ -84,14 +89,17 @@ async def serve_engine(
         generate = runtime.endpoint(endpoint)
         served = await generate.start_serving(engine.generate)
         stack.push_async_callback(served.unregister)
-        card = make_card(
-            model,
-            model_name=model_name,
-            kv_cache_block_size=engine.capacity.kv_block_size,
-            runtime_config=_runtime_config(engine.capacity, runtime.settings.events.event_plane),
-        )
-        stack.push_async_callback(runtime.leave, await publish_model(runtime, name, model, card))
+
+        def card_of(capacity: EngineCapacity) -> ModelCard:
+            return _card(model, model_name, capacity, runtime.settings.events.event_plane)
+
+        capacity = engine.capacity
+        card = card_of(capacity)
+        registration = await publish_model(runtime, name, model, card)
+        stack.push_async_callback(runtime.leave, registration)
         files, health = f"files of model {model_name}", f"health of {name}"
+        follower = CardFollower(engine, registration, card_of, capacity)
+        await stack.enter_async_context(_running(follower.run, f"card of model {model_name}"))
         await stack.enter_async_context(
             _running(lambda: keep_model_files(runtime.objects, model, card), files)
         )
@@ -150,11 +158,57 @@ async def _running(work: Callable[[], Awaitable[None]], what: str) -> AsyncItera
         await asyncio.wait([task])
 
 
-def _runtime_config(capacity: EngineCapacity, event_plane: str) -> RuntimeConfig:
-    return RuntimeConfig(
-        total_kv_blocks=capacity.total_kv_blocks,
-        max_num_seqs=capacity.max_num_seqs,
-        max_num_batched_tokens=capacity.max_num_batched_tokens,
-        data_parallel_size=capacity.data_parallel_size,
-        event_plane=event_plane,
+class CardFollower:
+    """Keeps a model's card true to an engine that came back with other capacities than it had."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        registration: Registration,
+        card_of: Callable[[EngineCapacity], ModelCard],
+        published: EngineCapacity,
+    ) -> None:
+        self._engine = engine
+        self._registration = registration
+        self._card_of = card_of
+        self._published = published
+
+    async def run(self) -> None:
+        """Look at the engine's capacity each `CAPACITY_S`. Runs until cancelled."""
+        while True:
+            await asyncio.sleep(CAPACITY_S)
+            capacity = self._engine.capacity
+            if capacity == self._published:
+                continue
+            card = self._card_of(capacity)
+            try:
+                await self._registration.update(card.to_bytes())
+            except StoreError as exc:
+                log.warning("the card of model %s cannot follow its engine yet: %s", card.display_name, exc)
+                continue
+            log.warning(
+                "the card of model %s follows its engine: context %d, blocks of %d tokens",
+                card.display_name,
+                card.context_length,
+                card.kv_cache_block_size,
+            )
+            self._published = capacity
+
+
+def _card(model: ModelDirectory, model_name: str, capacity: EngineCapacity, event_plane: str) -> ModelCard:
+    length = capacity.context_length or model.context_length
+    if length != model.context_length:
+        log.info("model %s: the engine's context of %d tokens counts", model_name, length)
+        model = replace(model, context_length=length)
+    return make_card(
+        model,
+        model_name=model_name,
+        kv_cache_block_size=capacity.kv_block_size,
+        runtime_config=RuntimeConfig(
+            total_kv_blocks=capacity.total_kv_blocks,
+            max_num_seqs=capacity.max_num_seqs,
+            max_num_batched_tokens=capacity.max_num_batched_tokens,
+            data_parallel_size=capacity.data_parallel_size,
+            event_plane=event_plane,
+        ),
     )

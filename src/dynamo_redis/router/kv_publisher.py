@@ -206,6 +206,15 @@ class KvPublisher:
         self.left_out["reset"] += 1
         self.cleared()
 
+    def resize(self, block_size: int) -> None:
+        """The engine has started anew, with blocks of so many tokens: nothing told so far counts any more."""
+        log.warning(
+            "rank %d: its KV blocks have %d tokens now, and had %d", self.dp_rank, block_size, self.block_size
+        )
+        self.block_size = block_size
+        self._prompts = RecentPrompts(block_size)
+        self.reset()
+
     # ----------------------------------------------------------------- what can be told again
 
     def events_from(self, sequence: int) -> list[KvEvent] | None:

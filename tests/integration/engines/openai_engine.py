@@ -27,18 +27,36 @@ _SAMPLING = ("temperature", "top_p", "seed")
 
 class TestEngine:
     """One start of an engine. `owner` is what it says of itself: vllm answers with token ids, others with
-    text; `takes_ids` False refuses prompts of ids."""
+    text; `takes_ids` False refuses prompts of ids. `name` and `max_model_len` are what it lists; a request
+    for another model gets 404."""
 
     __test__ = False
 
-    def __init__(self, *, owner: str = "vllm", takes_ids: bool = True, **mock: Any) -> None:
+    def __init__(
+        self,
+        *,
+        owner: str = "vllm",
+        takes_ids: bool = True,
+        name: str = MODEL_NAME,
+        max_model_len: int | None = None,
+        **mock: Any,
+    ) -> None:
         model = read_model_directory(DEMO_MODEL_PATH)
         self.mock = MockEngine(MockEngineSettings(**{"speedup_ratio": 0, **mock}), model)
         self.tokenizer = Tokenizer.from_buffer(model.read_tokenizer())
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.fail_with: tuple[int, dict[str, str]] | None = None
+        self.refuse_with: tuple[int, str] | None = None
+        """Status and message for each completion; `/health` says that all is well."""
+        self.name: str | None = name
+        """None: it lists no models yet."""
+        self.max_model_len = max_model_len
+        self.counted: dict[str, int] = {}
+        """What it says of its tokens in `usage`."""
         self.break_off_after: int | None = None
+        self.break_off_count = 1 << 30
+        """So many answers break off."""
         self.cancelled_count = 0
         self.events: list[KvEventServer] = []
         self.http_port = 0
@@ -88,7 +106,10 @@ class TestEngine:
         return web.Response(status=self.fail_with[0] if self.fail_with else 200)
 
     async def _models(self, _: web.Request) -> web.Response:
-        return web.json_response({"object": "list", "data": [{"id": MODEL_NAME, "owned_by": self._owner}]})
+        listed: dict[str, Any] = {"id": self.name, "owned_by": self._owner}
+        if self.max_model_len is not None:
+            listed["max_model_len"] = self.max_model_len
+        return web.json_response({"object": "list", "data": [listed] if self.name else []})
 
     async def _metrics(self, _: web.Request) -> web.Response:
         capacity = self.mock.capacity
@@ -117,6 +138,12 @@ class TestEngine:
         if self.fail_with:
             status, headers = self.fail_with
             return web.json_response({"error": {"message": "as told"}}, status=status, headers=headers)
+        if self.refuse_with:
+            status, message = self.refuse_with
+            error = {"error": {"message": message}}
+            return web.json_response(error, status=status, headers={"Retry-After": "7"})
+        if body["model"] != self.name:
+            return web.json_response({"error": {"message": f"no model {body['model']}"}}, status=404)
         prompt = body["prompt"]
         if isinstance(prompt, str):
             prompt = self.tokenizer.encode(prompt, add_special_tokens=False).ids
@@ -128,8 +155,8 @@ class TestEngine:
             await self._answer(_request(body, prompt, rank), http, response)
         except InvalidRequest as exc:
             return web.json_response({"error": {"message": str(exc), "code": 400}}, status=400)
-        except asyncio.CancelledError:
-            self.cancelled_count += 1
+        except (asyncio.CancelledError, ConnectionResetError):
+            self.cancelled_count += 1  # the second if it is about to write just then
             raise
         return response
 
@@ -150,10 +177,12 @@ class TestEngine:
                 whole = text if ended else text.rstrip("\ufffd")
                 await self._send(response, item, whole[len(given_text) :])
                 given_text = whole
-                if self.break_off_after is not None and len(given) >= self.break_off_after:
+                limit = self.break_off_after
+                if limit is not None and self.break_off_count and len(given) >= limit:
+                    self.break_off_count -= 1
                     assert http.transport is not None
                     http.transport.abort()
-        usage = {"completion_tokens": len(given), "prompt_tokens_details": {"cached_tokens": cached_count}}
+        usage = self.counted | {"prompt_tokens_details": {"cached_tokens": cached_count}}
         await _send_event(response, json.dumps({"choices": [], "usage": usage}))
         await _send_event(response, "[DONE]")
 

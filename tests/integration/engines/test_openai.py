@@ -138,7 +138,7 @@ async def test_a_server_that_takes_no_ids_gets_text() -> None:
         (429, Overloaded),
         (503, Overloaded),
         (500, HandlerFailed),
-        (401, HandlerFailed),
+        (502, HandlerFailed),
     ],
 )
 async def test_what_the_engine_refuses_has_a_type(status: int, error: type[PlaneError]) -> None:

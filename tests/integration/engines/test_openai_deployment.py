@@ -19,7 +19,7 @@ from dynamo_redis.frontend.server import serve_frontend
 from dynamo_redis.router.base import Worker
 from dynamo_redis.router.hashing import chain, local_hashes
 from dynamo_redis.router.indexer import Indexer
-from dynamo_redis.runtime import DistributedRuntime
+from dynamo_redis.runtime import DistributedRuntime, ejection
 from dynamo_redis.runtime.model_files import read_model_directory
 from dynamo_redis.wire.kv_event import DEVICE
 from tests.integration.engines.conftest import ENDPOINT, Deployment
@@ -244,3 +244,90 @@ async def test_a_worker_that_comes_to_a_warm_engine_learns_its_cache_from_chats(
     assert held(indexer, second) <= engine.mock.cache.stored()
     again = await chat(frontend, LONG)
     assert again["usage"]["prompt_tokens_details"]["cached_tokens"] > 50
+
+
+async def listed_context(frontend: httpx.AsyncClient) -> int:
+    (model,) = (await frontend.get("/v1/models")).json()["data"]
+    return int(model["max_model_len"])
+
+
+async def test_card_follows_an_engine_that_comes_back_another(services: Services) -> None:
+    engine = await services.engine(max_model_len=700)
+    await services.worker(engine)
+    frontend = await services.frontend()
+    assert await listed_context(frontend) == 700
+    await engine.stop()
+    async with restarted(engine, name="another", max_model_len=300, block_size=4, total_kv_blocks=400):
+        async with asyncio.timeout(60):
+            while await listed_context(frontend) != 300:
+                await asyncio.sleep(0.05)
+        async with asyncio.timeout(60):
+            while (await frontend.post("/v1/chat/completions", json=body("Hello!"))).status_code != 200:
+                await asyncio.sleep(0.05)
+
+
+async def test_usage_is_what_the_engine_counted(services: Services) -> None:
+    engine = await services.engine()
+    engine.counted = {"prompt_tokens": 1234, "completion_tokens": 56}
+    await services.worker(engine)
+    frontend = await services.frontend()
+    usage = (await chat(frontend, "Hello!"))["usage"]
+    assert (usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]) == (1234, 56, 1290)
+    usage = (await chat(frontend, "Hello!", n=2))["usage"]
+    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (1234, 112)
+
+
+@pytest.mark.parametrize(
+    ("refusal", "status", "code"),
+    [
+        ((429, "slow down"), 429, "rate_limited"),
+        ((400, "maximum context length is 8 tokens"), 400, "context_length_exceeded"),
+        ((500, "out of memory"), 502, "engine_failed"),
+    ],
+)
+async def test_refusals_of_the_engine_reach_the_client(
+    services: Services, refusal: tuple[int, str], status: int, code: str
+) -> None:
+    engine = await services.engine()
+    await services.worker(engine)
+    frontend = await services.frontend()
+    engine.refuse_with = refusal
+    response = await frontend.post("/v1/chat/completions", json=body("Hello!"))
+    assert (response.status_code, response.json()["error"]["code"]) == (status, code)
+    assert response.headers.get("retry-after") == ("7" if status == 429 else None)
+
+
+async def test_whole_answer_begins_anew_when_its_engine_dies(services: Services) -> None:
+    engines = [await services.engine() for _ in range(2)]
+    for engine in engines:
+        engine.break_off_after = 3
+        engine.break_off_count = 1
+        await services.worker(engine)
+    frontend = await services.frontend()
+    answer = await chat(frontend, LONG, max_tokens=20, ignore_eos=True)
+    assert answer["usage"]["completion_tokens"] == 20
+    assert sum(engine.break_off_count for engine in engines) < 2
+    assert sum(len(engine.requests) for engine in engines) > 1
+
+
+async def test_failing_engine_loses_its_share(services: Services, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is well by its health, and idle by its load; it even holds the prompt."""
+    monkeypatch.setattr(ejection, "PAUSE_S", (600.0, 600.0))
+    engines = [await services.engine() for _ in range(2)]
+    for engine in engines:
+        await services.worker(engine)
+    frontend = await services.frontend()
+    await chat(frontend, LONG)
+    failing, other = sorted(engines, key=lambda engine: len(engine.requests), reverse=True)
+    failing.refuse_with = (500, "out of memory")
+    for number in range(30):
+        await chat(frontend, f"{LONG} {number}")
+    assert len(failing.requests) <= 1 + ejection.FAILURE_COUNT
+    assert len(other.requests) == 30
+
+    other.refuse_with = (401, "who are you?")  # the last one stays, whatever it answers
+    for _ in range(ejection.FAILURE_COUNT + 1):
+        response = await frontend.post("/v1/chat/completions", json=body("Hello!"))
+        assert response.status_code == 502
+    other.refuse_with = None
+    await chat(frontend, LONG)

@@ -14,22 +14,23 @@ from dynamo_redis.engines.demo_model import DEMO_MODEL_PATH
 from dynamo_redis.engines.openai_wire import (
     DONE,
     CompletionReader,
-    Dialect,
     SseReader,
     TextTokens,
-    completion_body,
-    dialect_of,
-    hidden_stop_ids,
-    prompt_ids,
+    UnknownModel,
     refusal,
 )
 from dynamo_redis.errors import (
+    ConnectionLost,
+    ContextLengthExceeded,
+    EngineFailed,
     HandlerFailed,
     InvalidRequest,
     Overloaded,
     PlaneError,
     ProtocolViolation,
+    RateLimited,
 )
+from dynamo_redis.frontend.tokens import WindowDetokenizer
 from dynamo_redis.runtime.llm_protocol import GenerateItem
 
 
@@ -39,12 +40,17 @@ class Tokens:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.tokenizer.encode_special_tokens = True
+        named = [tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+        self.byte_ids = [token for token in named if token is not None]
 
     def encode(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def decode(self, token_ids: Any) -> str:
         return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+
+    def spell(self, text: str) -> list[int] | None:
+        return [self.byte_ids[byte] for byte in text.encode()] if self.byte_ids else None
 
 
 def words_with_spaces_before_them() -> Tokenizer:
@@ -71,14 +77,25 @@ pieces = st.lists(st.lists(letters, min_size=1, max_size=6).map("".join), min_si
 @pytest.mark.parametrize("tokens", [BYTE_LEVEL, METASPACE], ids=["byte level", "metaspace"])
 @given(pieces)
 def test_tokens_of_text_in_pieces_say_exactly_that_text(tokens: Tokens, texts: list[str]) -> None:
-    if tokens is METASPACE:
-        texts = ["a", *texts]  # such a tokenizer has no word for a text that begins with a space
     encoder = TextTokens(tokens)
     ids = [token for text in texts for token in encoder.feed(text)]
-    if not encoder.inexact_count:
-        assert tokens.decode(ids) == "".join(texts)
-    else:
-        assert tokens is METASPACE
+    assert encoder.inexact_count == 0
+    assert tokens.decode(ids) == "".join(texts)
+
+
+@pytest.mark.parametrize("tokens", [BYTE_LEVEL, METASPACE], ids=["byte level", "metaspace"])
+@given(pieces)
+def test_frontend_shows_text_as_the_engine_wrote_it(tokens: Tokens, texts: list[str]) -> None:
+    encoder, detokenizer = TextTokens(tokens), WindowDetokenizer(tokens.decode)
+    shown = [detokenizer.feed(encoder.feed(text)) for text in texts]
+    assert "".join(shown) + detokenizer.finish() == "".join(texts)
+
+
+@pytest.mark.parametrize("text", ["你好，世界", "한국어 답변입니다", "✓✓✓ done", "नमस्ते दुनिया"])
+def test_letters_one_by_one_get_no_space_between(text: str) -> None:
+    encoder = TextTokens(METASPACE)
+    ids = [token for letter in text for token in encoder.feed(letter)]
+    assert METASPACE.decode(ids) == text
 
 
 def test_plain_text_is_never_inexact() -> None:
@@ -87,70 +104,6 @@ def test_plain_text_is_never_inexact() -> None:
         ids = [token for text in ("The", " cat", "s are", " the", "re.") for token in encoder.feed(text)]
         assert tokens.decode(ids) == "The cats are there."
         assert encoder.inexact_count == 0
-
-
-REQUEST = {
-    "model": "demo",
-    "token_ids": [1, 2],
-    "stop_conditions": {
-        "max_tokens": 5,
-        "min_tokens": 2,
-        "stop": ["END"],
-        "stop_token_ids_hidden": [9],
-        "ignore_eos": False,
-    },
-    "sampling_options": {
-        "n": 1,
-        "temperature": 0.0,
-        "top_p": 0.9,
-        "top_k": 3,
-        "repetition_penalty": 1.1,
-        "seed": 0,
-        "frequency_penalty": None,
-    },
-    "eos_token_ids": [7],
-}
-STANDARD = {
-    "model": "m",
-    "prompt": [1, 2],
-    "stream": True,
-    "stream_options": {"include_usage": True},
-    "max_tokens": 5,
-    "stop": ["END"],
-    "temperature": 0.0,
-    "top_p": 0.9,
-    "seed": 0,
-}
-FURTHER = {"top_k": 3, "min_tokens": 2, "ignore_eos": False, "stop_token_ids": [9]}
-
-
-@pytest.mark.parametrize(
-    ("dialect", "more"),
-    [
-        ("openai", {}),
-        ("vllm", FURTHER | {"repetition_penalty": 1.1, "return_token_ids": True}),
-        ("sglang", FURTHER | {"repetition_penalty": 1.1, "return_token_ids": True, "data_parallel_rank": 1}),
-        ("llamacpp", FURTHER | {"repeat_penalty": 1.1, "cache_prompt": True}),
-    ],
-)
-def test_each_kind_of_server_is_asked_in_its_own_words(dialect: Dialect, more: dict[str, Any]) -> None:
-    body = completion_body(REQUEST, model="m", dialect=dialect, prompt=[1, 2], dp_rank=1)
-    assert body == STANDARD | more
-
-
-def test_requests_that_make_no_sense() -> None:
-    with pytest.raises(InvalidRequest):
-        prompt_ids({"token_ids": [True]})
-    with pytest.raises(InvalidRequest):
-        completion_body({"stop_conditions": 3}, model="m", dialect="vllm", prompt=[1], dp_rank=None)
-    with pytest.raises(InvalidRequest):
-        hidden_stop_ids({"eos_token_ids": 3})
-
-
-def test_who_lists_models_says_whose_server_it_is() -> None:
-    assert dialect_of({"data": [{"owned_by": "vllm"}]}) == "vllm"
-    assert dialect_of({"data": [{"owned_by": "me"}]}) == "openai"
-    assert dialect_of({"data": []}) == dialect_of({}) == "openai"
 
 
 @given(st.integers(1, 7))
@@ -184,10 +137,18 @@ def test_ids_are_taken_before_text_and_the_last_item_waits_for_the_usage() -> No
     assert completion.feed(choice(text="x", token_ids=[5, 6])) == {"token_ids": [5, 6]}
     assert completion.feed(choice(token_ids=[7], finish_reason="length")) is None
     assert completion.feed(b'{"choices":[],"usage":{"prompt_tokens_details":{"cached_tokens":3}}}') is None
+    assert completion.feed(DONE) is None
     last: GenerateItem = {"token_ids": [7], "finish_reason": "length", "cached_tokens": 3}
-    assert completion.feed(DONE) == last
+    assert completion.finish() == last
     assert completion.complete
-    assert completion.finish() is None
+
+
+def test_engines_own_counts_come_with_the_last_item() -> None:
+    completion = reader()
+    completion.feed(choice(text="Hello", finish_reason="stop"))
+    completion.feed(b'{"choices":[],"usage":{"prompt_tokens":9,"completion_tokens":4,"total_tokens":"x"}}')
+    last = completion.finish()
+    assert last["completion_usage"] == {"prompt_tokens": 9, "completion_tokens": 4}
 
 
 def test_the_end_of_sequence_token_is_not_part_of_the_answer() -> None:
@@ -202,17 +163,84 @@ def test_llama_cpp_tells_its_cache_in_its_timings() -> None:
     assert completion.finish() == {"token_ids": [], "finish_reason": "stop", "cached_tokens": 12}
 
 
-def test_other_ends_are_errors() -> None:
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ("stop", "stop"),
+        ("eos", "stop"),
+        ("eos_token", "stop"),
+        ("STOP", "stop"),
+        ("tool_calls", "stop"),
+        ("what no engine says yet", "stop"),
+        (7, "stop"),
+        ({"type": "length", "length": 5}, "length"),
+        ("max_tokens", "length"),
+        ("content_filter", "content_filter"),
+        ("abort", "length"),
+    ],
+)
+def test_finish_reason_of_any_name_loses_no_token(said: Any, reason: str) -> None:
     completion = reader()
-    completion.feed(choice(finish_reason="abort"))
-    assert completion.finish() == {"token_ids": [], "finish_reason": "error"}
+    assert completion.feed(choice(token_ids=[5])) == {"token_ids": [5]}
+    completion.feed(choice(token_ids=[6], finish_reason=said))
+    assert completion.finish() == {"token_ids": [6], "finish_reason": reason}
+    assert completion.gave_up == (said == "abort")
+
+
+def test_empty_finish_reasons_are_none() -> None:
+    completion = reader()
+    for token in (5, 6):
+        assert completion.feed(choice(token_ids=[token], finish_reason="")) == {"token_ids": [token]}
+    completion.feed(choice(finish_reason="stop"))
+    assert completion.finish() == {"token_ids": [], "finish_reason": "stop"}
+
+
+def test_finish_reason_in_each_chunk_loses_no_token() -> None:
+    completion = reader()
+    given = [completion.feed(choice(token_ids=[token], finish_reason="stop")) for token in (5, 6, 7)]
+    assert given == [None, {"token_ids": [5]}, {"token_ids": [6]}]
+    assert completion.finish()["token_ids"] == [7]
+
+
+@pytest.mark.parametrize(("limit", "reason"), [(None, "stop"), (3, "stop"), (2, "length")])
+def test_done_without_a_reason_ends_the_answer(limit: int | None, reason: str) -> None:
+    completion = CompletionReader(BYTE_LEVEL, frozenset(), limit)
+    completion.feed(choice(token_ids=[5, 6]))
+    completion.feed(DONE)
+    assert completion.finish() == {"token_ids": [], "finish_reason": reason}
+
+
+def test_last_usage_without_reason_ends_the_answer() -> None:
+    completion = reader()
+    completion.feed(choice(token_ids=[5, 6]))
+    completion.feed(b'{"choices":[],"usage":{"completion_tokens":2}}')
+    assert completion.finish()["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize(
+    "events",
+    [
+        [],
+        [DONE],
+        [choice(token_ids=[5])],
+        [b'{"choices":[{"token_ids":[5]}],"usage":{"completion_tokens":1}}'],
+        [choice(finish_reason="abort"), DONE],
+    ],
+)
+def test_cut_off_answers_are_never_complete(events: list[bytes]) -> None:
+    completion = reader()
+    for event in events:
+        completion.feed(event)
+    with pytest.raises(ConnectionLost):
+        completion.finish()
 
 
 @pytest.mark.parametrize(
     ("data", "error"),
     [
         (b'{"error": {"message": "no", "code": 400}}', InvalidRequest),
-        (b'{"error": {"message": "no"}}', HandlerFailed),
+        (b'{"error": {"message": "no"}}', EngineFailed),
+        (b'{"error": {"message": "slow down", "code": 429}}', RateLimited),
         (b'{"error": "no"}', HandlerFailed),
         (b"not json", ProtocolViolation),
         (b"[1]", ProtocolViolation),
@@ -235,4 +263,35 @@ def test_refusals_tell_what_the_server_says() -> None:
     assert "loading" in str(busy)
     assert "too long" in str(refusal(400, b'{"error": {"message": "too long"}}', None))
     assert "plain" in str(refusal(500, b"plain \xff", None))
-    assert refusal(429, b"", "Wed, 21 Oct 2015 07:28:00 GMT").retryable
+    limited = refusal(429, b"", "Wed, 21 Oct 2015 07:28:00 GMT")
+    assert limited.retryable
+    assert isinstance(limited, RateLimited)
+    assert limited.retry_after_s is None
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "This model's maximum context length is 2048 tokens and your request has 3000 input tokens",
+        "the request exceeds the available context size, try increasing it",
+        "The decoder prompt (length 9) is longer than the maximum model length of 8",
+        '{"error": {"code": "context_length_exceeded"}}',
+    ],
+)
+def test_overflow_of_the_context_has_its_own_error(message: str) -> None:
+    assert type(refusal(400, message.encode(), None)) is ContextLengthExceeded
+    assert type(refusal(400, b"temperature is too hot", None)) is InvalidRequest
+
+
+def test_refused_keys_are_not_repeated_to_clients() -> None:
+    error = refusal(401, b'{"error": {"message": "Incorrect API key: secret-key"}}', None)
+    assert isinstance(error, EngineFailed)
+    assert "secret-key" not in str(error)
+    assert "DYN_ENGINE_API_KEY" in str(error)
+
+
+def test_unknown_model_is_no_fault_of_the_request() -> None:
+    error = refusal(404, b'{"error": {"message": "The model `old` does not exist."}}', None)
+    assert isinstance(error, UnknownModel)
+    assert not isinstance(error, InvalidRequest)
+    assert error.retryable
