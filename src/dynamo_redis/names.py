@@ -18,7 +18,7 @@ from __future__ import annotations
 import re
 import secrets
 from dataclasses import dataclass
-from typing import NewType
+from typing import Any, NewType
 from urllib.parse import quote, unquote
 
 from dynamo_redis.errors import ConfigError
@@ -59,6 +59,30 @@ def check_instance_id(value: object) -> InstanceId:
     if type(value) is not int or not 0 <= value < _INSTANCE_ID_END:
         raise ValueError("an instance id is a whole number of 63 bits")
     return InstanceId(value)
+
+
+_ID_FIELDS = frozenset({"instance_id", "lease", "worker_id"})
+_ID_LISTS = frozenset({"instance_ids"})
+
+
+def with_hex_ids(value: Any) -> Any:
+    """A value for JSON, with each id a second time, in hexadecimal, as `<field>_hex`.
+
+    Readers whose numbers are floats (JavaScript, jq before 1.7) change integers over 2**53 silently, and ids
+    have 63 bits. What stands under `value` was stored by others, and stays as it is.
+    """
+    if isinstance(value, list):
+        return [with_hex_ids(part) for part in value]
+    if not isinstance(value, dict):
+        return value
+    shown: dict[Any, Any] = {}
+    for name, part in value.items():
+        shown[name] = part if name == "value" else with_hex_ids(part)
+        if name in _ID_FIELDS and type(part) is int:
+            shown[f"{name}_hex"] = format_instance_id(part)
+        elif name in _ID_LISTS and isinstance(part, list):
+            shown[f"{name}_hex"] = [format_instance_id(one) for one in part]
+    return shown
 
 
 def encode_segment(name: str) -> str:

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from dynamo_redis.cli import collection
 from dynamo_redis.cli.failures import say
 from dynamo_redis.cli.options import load
-from dynamo_redis.config import EventSettings, RuntimeSettings, StoreSettings, origins, running_deployments
+from dynamo_redis.config import (
+    EventSettings,
+    RuntimeSettings,
+    StoreSettings,
+    origins,
+    running_deployments,
+    unknown_settings,
+)
 from dynamo_redis.store.base import Locks, ObjectStore, Registry
 from dynamo_redis.store.event_base import EventStreams
 
@@ -112,6 +119,8 @@ def _begin(options: Mapping[str, Any], default_level: str = "warn") -> None:
 
     collection.resume()  # a watch may run for days
     configure_dynamo_logging(service_name="cli", level=_log_level(options, default_level))
+    for sentence in unknown_settings().values():
+        say(sentence)
     note_choice(options)
 
 

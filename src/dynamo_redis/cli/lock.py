@@ -12,7 +12,7 @@ import click
 from dynamo_redis.child import ChildProcess
 from dynamo_redis.cli import connect
 from dynamo_redis.cli.options import SettingsCommand, store_options
-from dynamo_redis.config import child_environment, parse_duration
+from dynamo_redis.config import LOCK_TOKEN, child_environment, parse_duration
 from dynamo_redis.store.base import LOCK_TTL_S, HeldLock, Lock
 
 _GRACE_S = 5.0
@@ -78,7 +78,7 @@ def lock(name: str, command: tuple[str, ...], timeout_s: float, ttl_s: float, **
 async def _run_locked(lock: Lock, timeout_s: float, command: Sequence[str]) -> int:
     """The exit code, as a shell gives it."""
     async with lock.hold(timeout_s=timeout_s) as held:
-        environment = child_environment({"DYN_LOCK_TOKEN": str(held.fencing_token)})
+        environment = child_environment({LOCK_TOKEN: str(held.fencing_token)})
         return await _run_child(held, command, environment)
 
 

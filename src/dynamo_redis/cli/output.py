@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from dynamo_redis.cli.formats import printable
+from dynamo_redis.names import with_hex_ids
 from dynamo_redis.store.base import Progress as Report
 
 PROGRESS_FROM_BYTES = 4 << 20
@@ -33,13 +34,13 @@ def print_line(text: str) -> None:
 
 
 def print_json(rows: Sequence[Any]) -> None:
-    """A JSON list."""
-    print_line(json.dumps(list(rows), indent=2, ensure_ascii=False))
+    """A JSON list; ids stand there in hexadecimal, too."""
+    print_line(json.dumps(with_hex_ids(list(rows)), indent=2, ensure_ascii=False))
 
 
 def print_json_line(row: Any) -> None:
-    """One JSON value on one line."""
-    print_line(json.dumps(row, ensure_ascii=False))
+    """One JSON value on one line; ids stand there in hexadecimal, too."""
+    print_line(json.dumps(with_hex_ids(row), ensure_ascii=False))
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, empty: str, wrap: str = "") -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import sys
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -12,12 +13,14 @@ from dynamo_redis.cli import collection
 from dynamo_redis.cli.connect import note_choice
 from dynamo_redis.cli.options import load, setting_options
 from dynamo_redis.cli.output import print_line
-from dynamo_redis.config import EventSettings, PlaneSettings, RuntimeSettings, StoreSettings
+from dynamo_redis.config import EventSettings, PlaneSettings, RuntimeSettings, StoreSettings, unknown_settings
 from dynamo_redis.errors import StoreUnavailable
 from dynamo_redis.names import format_instance_id
 
 if TYPE_CHECKING:
     from dynamo_redis.runtime.runtime import DistributedRuntime
+
+log = logging.getLogger(__name__)
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -62,6 +65,8 @@ def run_service(
         # Many workers may log to one place: each stands there under the id that `instances` lists.
         service_name = f"{name}-{format_instance_id(runtime.instance_id)}"
         configure_dynamo_logging(service_name=service_name, level=settings.runtime.log)
+        for sentence in unknown_settings().values():
+            log.warning("%s", sentence)
         runtime.handle_signals()  # before it starts: it may have to wait for Redis
         try:
             await runtime.start()

@@ -37,6 +37,7 @@ from dynamo_redis.config import (
     origins,
     remove_runtime_file,
     running_deployments,
+    unknown_settings,
     write_runtime_file,
 )
 from dynamo_redis.errors import DynamoRedisError
@@ -193,7 +194,9 @@ class _Up:
             status = await self._look(url)
 
     def _note_others(self) -> None:
-        """Say what runs already, and which of them other commands find from now on."""
+        """Say which variables have no effect, what runs already, and what commands find from now on."""
+        for sentence in unknown_settings().values():
+            self._display.notice(sentence)
         urls = [deployment.get("http_url", "?") for deployment in running_deployments()]
         if urls:
             self._display.notice(
@@ -276,7 +279,9 @@ class _Up:
         for name, value in (("router_mode", ROUTER_MODE), ("http_host", HTTP_HOST)):
             if chosen[name] == "default":
                 values[env_name(fields[name])] = value
-        return child_environment(values)
+        unknown = unknown_settings()  # said here, and not by each service once more
+        environment = child_environment(values)
+        return {name: value for name, value in environment.items() if name.upper() not in unknown}
 
 
 def curl_line(url: str, model: str) -> str:

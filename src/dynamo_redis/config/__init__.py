@@ -24,9 +24,11 @@ from dynamo_redis.config.runtime_files import (
 )
 from dynamo_redis.config.services import FixtureSettings, FrontendSettings, RuntimeSettings
 from dynamo_redis.config.store import StoreSettings
+from dynamo_redis.config.unknown import unknown_names
 
 __all__ = [
     "GROUPS",
+    "LOCK_TOKEN",
     "REQUEST_PLANES",
     "EventSettings",
     "FixtureSettings",
@@ -50,6 +52,7 @@ __all__ = [
     "running_deployments",
     "runtime_directory",
     "unit_of",
+    "unknown_settings",
     "user_model_cache",
     "write_runtime_file",
 ]
@@ -67,3 +70,18 @@ GROUPS: tuple[type[SettingsGroup], ...] = (
     FixtureSettings,
 )
 """All groups, in the order in which `docs/settings.md` and `dynamo-redis settings` list them."""
+
+LOCK_TOKEN = "DYN_LOCK_TOKEN"  # noqa: S105 - the name of a variable
+"""Not a setting: what `dynamo-redis lock` tells the command that it runs."""
+
+
+def unknown_settings() -> dict[str, str]:
+    """The `DYN_…` variables that are no settings: each with a sentence that says so, and what may be meant.
+
+    Raises ConfigError if `.env` cannot be read.
+    """
+    known = {env_name(field) for group in GROUPS for field in group.model_fields.values()}
+    return {
+        name: f"{name} is not a setting and has no effect" + (f": is {meant} meant?" if meant else "")
+        for name, meant in unknown_names(known | {LOCK_TOKEN}).items()
+    }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ipaddress
+import re
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ByteSize, Field
@@ -9,6 +11,10 @@ from pydantic import AfterValidator, BeforeValidator, ByteSize, Field
 from dynamo_redis.config.base import Duration, PemFile, Port, SettingsGroup, Size, setting
 
 _LARGEST_MESSAGE_BYTES = 2**32 - 1
+
+_HOST_NAME = re.compile(
+    r"(?=.{1,253}\Z)[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?(\.[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?)*\.?"
+)
 
 REQUEST_PLANES = ("tcp", "http", "nats", "redis")
 
@@ -25,6 +31,43 @@ def _check_message_size(value: ByteSize) -> ByteSize:
     return value
 
 
+def _check_host(value: str) -> str:
+    """A host alone; an IPv6 address may stand in brackets, as it does in front of a port."""
+    host = value.strip()
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    try:
+        return str(ipaddress.ip_address(host))
+    except ValueError:
+        pass
+    scope, _, zone = host.partition("%")
+    if zone and _is_address(scope):
+        return host
+    if not _HOST_NAME.fullmatch(host):
+        raise ValueError(
+            "must be a host name or an address alone: without a scheme, and without a port, which has a "
+            "setting of its own"
+        )
+    return host
+
+
+def _check_dialled_host(value: str) -> str:
+    host = _check_host(value)
+    if _is_address(host) and ipaddress.ip_address(host).is_unspecified:
+        raise ValueError("is an address to listen on: others cannot dial it; name one of this machine")
+    return host
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+ListenedHost = Annotated[str, AfterValidator(_check_host)]
+DialledHost = Annotated[str, AfterValidator(_check_dialled_host)]
 RequestPlane = Annotated[Literal["tcp", "http", "nats", "redis"], BeforeValidator(_parse_request_plane)]
 
 
@@ -34,17 +77,24 @@ class PlaneSettings(SettingsGroup):
     request_plane: RequestPlane = setting(
         "DYN_REQUEST_PLANE", "tcp", "How requests travel: tcp, http, nats or redis."
     )
-    tcp_host: str | None = setting(
+    tcp_host: ListenedHost | None = setting(
         "DYN_TCP_RPC_HOST",
         None,
         "Address to listen on. Unset: all interfaces, or loopback if Redis is local.",
     )
     tcp_port: Port = setting("DYN_TCP_RPC_PORT", 0, "Port to listen on; 0 takes a free one.")
-    tcp_advertise_host: str | None = setting(
-        "DYN_TCP_ADVERTISE_HOST", None, "Address that others dial, behind NAT or in a container."
+    tcp_advertise_host: DialledHost | None = setting(
+        "DYN_TCP_ADVERTISE_HOST", None, "Host name or address that others dial, behind NAT or in a container."
     )
-    tcp_advertise_port: Port | None = setting(
+    tcp_advertise_port: Annotated[Port, Field(ge=1)] | None = setting(
         "DYN_TCP_ADVERTISE_PORT", None, "Port that others dial. Unset: the one listened on."
+    )
+    tcp_advertise_check: Literal["warn", "require", "off"] = setting(
+        "DYN_TCP_ADVERTISE_CHECK",
+        "warn",
+        "A worker dials itself once at the address that it advertises, before it registers. If it cannot: "
+        "warn says so and goes on, since some networks lead there only from other machines; require ends the "
+        "worker; off leaves the check out.",
     )
     max_message_bytes: Annotated[Size, AfterValidator(_check_message_size)] = setting(
         "DYN_TCP_MAX_MESSAGE_SIZE",

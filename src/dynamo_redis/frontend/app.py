@@ -31,7 +31,7 @@ from dynamo_redis.frontend.options import CompletionOptions
 from dynamo_redis.frontend.prompts import Preparation
 from dynamo_redis.frontend.request_body import ClientGone, read_limited
 from dynamo_redis.frontend.sse import Kind
-from dynamo_redis.names import EndpointName
+from dynamo_redis.names import EndpointName, with_hex_ids
 from dynamo_redis.planes.context import Context
 from dynamo_redis.runtime.llm_protocol import GenerateRequest
 from dynamo_redis.store.base import Registry
@@ -196,7 +196,9 @@ def _describe(model: Model) -> dict[str, Any]:
 
 
 def _json(status: int, value: Any) -> Response:
-    return Response(json.dumps(value, ensure_ascii=False), status, media_type="application/json")
+    return Response(
+        json.dumps(with_hex_ids(value), ensure_ascii=False), status, media_type="application/json"
+    )
 
 
 def _error(error: ApiError) -> Response:

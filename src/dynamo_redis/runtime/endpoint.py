@@ -7,6 +7,7 @@ import logging
 from collections.abc import Coroutine, Mapping
 from typing import Any, Protocol
 
+from dynamo_redis.errors import StoreUnavailable
 from dynamo_redis.names import EndpointName, InstanceId
 from dynamo_redis.runtime.awaitables import started
 from dynamo_redis.runtime.client import Client
@@ -34,6 +35,9 @@ class Host(Protocol):
     def open_client(self, name: EndpointName, router_mode: str) -> Coroutine[Any, Any, Client]: ...
 
     async def wait_for_shutdown(self) -> None: ...
+
+    @property
+    def is_shutting_down(self) -> bool: ...
 
     @property
     def instance_id(self) -> InstanceId: ...
@@ -69,7 +73,13 @@ class Endpoint:
         return started(self._serve(handler, graceful_shutdown))
 
     async def _serve(self, handler: AnyHandler, graceful_shutdown: bool) -> None:
-        served = await self.start_serving(handler, graceful_shutdown)
+        try:
+            served = await self.start_serving(handler, graceful_shutdown)
+        except (StoreUnavailable, RuntimeError) as exc:
+            if not self._host.is_shutting_down:
+                raise
+            log.info("%s was not served any more before the shutdown: %s", self.name, exc)
+            return
         try:
             await self._host.wait_for_shutdown()
         finally:

@@ -17,6 +17,7 @@ from dynamo_redis.errors import ConfigError
 from dynamo_redis.names import EndpointName, InstanceId
 from dynamo_redis.planes.base import RequestPlaneClient, RequestPlaneServer, Target
 from dynamo_redis.planes.select import make_client, make_server
+from dynamo_redis.runtime.advertised import check_advertised
 from dynamo_redis.runtime.client import Client
 from dynamo_redis.runtime.connecting import start_registry
 from dynamo_redis.runtime.discovery import EndpointView
@@ -396,6 +397,15 @@ class DistributedRuntime:
                     loop_stall_s=self.settings.store.loop_stall_s,
                 )
                 await server.start()
+                try:
+                    assert self._plane_client is not None
+                    target = Target(self.instance_id, server.address, "", self._secret)
+                    await check_advertised(self._plane_client, target, self.settings.plane)
+                    if self._closed:
+                        raise RuntimeError("the runtime is closed")
+                except BaseException:
+                    await server.aclose()
+                    raise
                 self._server = server
             return self._server
 

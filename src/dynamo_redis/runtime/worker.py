@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+from dynamo_redis.config import unknown_settings
 from dynamo_redis.runtime.logging import configure_dynamo_logging
 from dynamo_redis.runtime.runtime import DistributedRuntime
 
@@ -48,6 +49,8 @@ def dynamo_worker(
         async def run(*args: P.args, **kwargs: P.kwargs) -> R:
             if not logging.getLogger().handlers:
                 configure_dynamo_logging()
+            for sentence in unknown_settings().values():
+                log.warning("%s", sentence)
             async with DistributedRuntime(asyncio.get_running_loop()) as runtime:
                 runtime.handle_signals()
                 async with _ended_after_shutdown(runtime):
