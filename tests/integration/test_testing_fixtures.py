@@ -6,17 +6,18 @@ import re
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 from typing import Literal
 
 import pytest
 from redis import Redis
 
-import dynamo_redis.testing
 from dynamo_redis.errors import ConfigError
 from dynamo_redis.store.base import parse_object_url
 from dynamo_redis.store.erase import erase_prefix
 from dynamo_redis.store.server import EmbeddedServer, find_server
 from dynamo_redis.testing import MockWorker, MockWorkerFactory, RuntimeFactory, SessionRedis
+from dynamo_redis.testing.sources import container_engine_answers
 
 pytest_plugins = ["pytester"]
 
@@ -29,22 +30,121 @@ def users(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.
     return pytester
 
 
-def run(users: pytest.Pytester) -> pytest.RunResult:
+def run(users: pytest.Pytester, *options: str) -> pytest.RunResult:
+    """Run the user's tests, as if pytest-asyncio were not installed."""
+    return users.runpytest_subprocess(
+        "-rs", "-p", "no:cacheprovider", "-p", "no:asyncio", *options, timeout=250
+    )
+
+
+def run_with_asyncio(
+    users: pytest.Pytester, mode: str, *, test_loop: str = "function", fixture_loop: str = "function"
+) -> pytest.RunResult:
+    """Run them with pytest-asyncio; skips where it is not installed."""
+    pytest.importorskip("pytest_asyncio", reason="pytest-asyncio is not installed")
+    users.makeini(
+        f"""
+        [pytest]
+        filterwarnings = error
+        asyncio_mode = {mode}
+        asyncio_default_test_loop_scope = {test_loop}
+        asyncio_default_fixture_loop_scope = {fixture_loop}
+        """
+    )
     return users.runpytest_subprocess("-rs", "-p", "no:cacheprovider", timeout=250)
 
 
-def example() -> str:
-    """The test module in the plugin's documentation."""
-    found = re.search(
-        r"A complete test module:\n\n(.*?)\n\nThe server", dynamo_redis.testing.__doc__ or "", re.DOTALL
-    )
-    assert found
-    return textwrap.dedent(found[1])
+@pytest.fixture
+def examples(repository: Path) -> list[str]:
+    """The test modules of docs/testing.md: for anyio's plugin, and for pytest-asyncio."""
+    page = (repository / "docs" / "testing.md").read_text(encoding="utf-8")
+    return re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
 
 
-def test_the_documented_example_passes(users: pytest.Pytester) -> None:
-    users.makepyfile(example())
+def test_documented_example_for_anyio_passes(users: pytest.Pytester, examples: list[str]) -> None:
+    users.makepyfile(examples[0])
     run(users).assert_outcomes(passed=2)
+
+
+@pytest.mark.parametrize("mode", ["strict", "auto"])
+def test_documented_example_for_asyncio_passes(
+    users: pytest.Pytester, examples: list[str], mode: str
+) -> None:
+    users.makepyfile(examples[1])
+    run_with_asyncio(users, mode).assert_outcomes(passed=2)
+
+
+@pytest.mark.parametrize("mode", ["strict", "auto"])
+@pytest.mark.parametrize(("test_loop", "fixture_loop"), [("session", "function"), ("function", "session")])
+def test_fixtures_run_on_the_loop_of_the_test(
+    users: pytest.Pytester, mode: str, test_loop: str, fixture_loop: str
+) -> None:
+    users.makepyfile(
+        """
+        import pytest
+
+        async def ask(client):
+            request = {"token_ids": [1, 2, 3], "stop_conditions": {"max_tokens": 2}}
+            return [item async for item in await client.generate(request, annotated=False)]
+
+        @pytest.mark.asyncio
+        async def test_default(dynamo_mock_worker, dynamo_runtime):
+            client = await dynamo_runtime.endpoint(dynamo_mock_worker.endpoint).client()
+            await client.wait_for_instances()
+            assert await ask(client)
+
+        @pytest.mark.asyncio(loop_scope="class")
+        class TestOnOneLoop:
+            @pytest.mark.parametrize("number", range(2))
+            async def test_factories(self, dynamo_mock_worker_factory, dynamo_runtime_factory, number):
+                worker = await dynamo_mock_worker_factory()
+                client = await (await dynamo_runtime_factory()).endpoint(worker.endpoint).client()
+                await client.wait_for_instances()
+                assert await ask(client)
+        """
+    )
+    result = run_with_asyncio(users, mode, test_loop=test_loop, fixture_loop=fixture_loop)
+    result.assert_outcomes(passed=3)
+
+
+ANYIO_TEST = """
+    import pytest
+
+    @pytest.fixture
+    def anyio_backend():
+        return "asyncio"
+
+    @pytest.mark.anyio
+    async def test_it(dynamo_runtime):
+        assert await dynamo_runtime.registry.get("v1/nothing") is None
+"""
+
+
+def test_anyio_runs_its_tests_beside_strict_asyncio(users: pytest.Pytester) -> None:
+    users.makepyfile(ANYIO_TEST)
+    run_with_asyncio(users, "strict").assert_outcomes(passed=1)
+
+
+def test_test_of_two_plugins_fails_at_collection(users: pytest.Pytester) -> None:
+    users.makepyfile(ANYIO_TEST)
+    result = run_with_asyncio(users, "auto")
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines(["test_it uses dynamo_runtime *write only one of*or set asyncio_mode=strict"])
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("async def test_it(mine):\n    pass", "*no plugin runs it: write @pytest.mark.anyio*"),
+        ("def test_it(mine):\n    pass", "*needs an event loop: make it `async def`"),
+    ],
+)
+def test_test_without_a_loop_fails_at_collection(users: pytest.Pytester, source: str, message: str) -> None:
+    fixture = "import pytest\n\n@pytest.fixture\nasync def mine(dynamo_runtime):\n    yield\n\n"
+    users.makepyfile(fixture + source)
+    result = run(users)
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines([f"test_it uses dynamo_runtime of dynamo_redis.testing{message}"])
 
 
 def test_the_plugin_imports_nothing_that_costs_time() -> None:
@@ -69,9 +169,9 @@ def test_a_run_that_uses_no_fixture_of_it_starts_no_server(
     run(users).assert_outcomes(passed=1)
 
 
-def test_without_any_server_tests_are_skipped_and_say_what_to_do(
-    users: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def serverless(users: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
+    """A user's project with one test, on a machine without any Redis."""
     monkeypatch.setenv("PATH", "/nonexistent")
     monkeypatch.setenv("DOCKER_HOST", "tcp://127.0.0.1:1")
     users.makeconftest(
@@ -85,9 +185,41 @@ def test_without_any_server_tests_are_skipped_and_say_what_to_do(
         """
     )
     users.makepyfile("def test_it(dynamo_redis_url):\n    pass\n")
-    result = run(users)
+    return users
+
+
+def test_tests_fail_without_any_server(serverless: pytest.Pytester) -> None:
+    result = run(serverless)
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines(["*no Redis server program was found: install redis-server*"])
+    result.stdout.fnmatch_lines(["*--dynamo-skip-without-redis skips*"])
+    result.stdout.no_fnmatch_line("*Traceback*")
+
+
+@pytest.mark.parametrize("by", ["option", "variable"])
+def test_tests_are_skipped_without_any_server_if_told_to(
+    serverless: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    if by == "variable":
+        monkeypatch.setenv("DYN_TEST_SKIP_WITHOUT_REDIS", "1")
+    result = run(serverless, *(["--dynamo-skip-without-redis"] if by == "option" else []))
     result.assert_outcomes(skipped=1)
     result.stdout.fnmatch_lines(["*no Redis server program was found: install redis-server*"])
+
+
+def test_container_is_started_and_answers(users: pytest.Pytester) -> None:
+    if not container_engine_answers():
+        pytest.skip("no container engine answers on this machine")
+    users.makepyfile(
+        """
+        import redis
+
+        def test_it(dynamo_redis_server):
+            assert dynamo_redis_server.source == "container"
+            assert redis.Redis.from_url(dynamo_redis_server.url).ping()
+        """
+    )
+    run(users, "--dynamo-redis=container").assert_outcomes(passed=1)
 
 
 def test_a_source_that_was_asked_for_and_is_not_there_fails(
@@ -165,9 +297,16 @@ async def test_a_server_given_by_url_keeps_all_keys_but_those_of_the_tests(
         assert redis.keys() == [b"{dynamo}:meta"]
 
 
-def test_other_event_loops_are_skipped() -> None:
-    with pytest.raises(pytest.skip.Exception, match="runs on asyncio, not on trio"):
-        dynamo_redis.testing._require_asyncio("trio")
+def test_other_event_loops_are_skipped(users: pytest.Pytester) -> None:
+    on_trio = """
+    @pytest.fixture
+    def anyio_backend_name():
+        return "trio"
+    """
+    users.makepyfile(ANYIO_TEST + on_trio)
+    result = run(users)
+    result.assert_outcomes(skipped=1)
+    result.stdout.fnmatch_lines(["*runs on asyncio, not on trio*"])
 
 
 # --------------------------------------------------------------------------- what the fixtures give

@@ -75,9 +75,14 @@ class FrontendSettings(SettingsGroup):
 class FixtureSettings(SettingsGroup):
     """Where the pytest fixtures of `dynamo_redis.testing` get their Redis."""
 
-    redis: Annotated[str, AfterValidator(_check_redis_source)] = setting(
+    dynamo_redis: Annotated[str, AfterValidator(_check_redis_source)] = setting(
         "DYN_TEST_REDIS",
         "auto",
         "container: a container engine; path: redis-server or valkey-server on PATH; wheel: the one of "
         "dynamo-redis[embedded]; auto: the first of these that is there; a URL: that server.",
+    )
+    dynamo_skip_without_redis: bool = setting(
+        "DYN_TEST_SKIP_WITHOUT_REDIS",
+        False,
+        "With auto, skip the tests that need a Redis where none of these is there, instead of failing them.",
     )

