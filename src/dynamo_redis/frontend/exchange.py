@@ -305,7 +305,7 @@ class Exchange:
         return usage
 
     def _cached_counts(self) -> list[int | None]:
-        """How much of each prompt was cached, as its first choice says: later ones find what that one left.
+        """Return how much of each prompt was cached, as its first choice says: later ones find what it left.
 
         Choices of one prompt share the list of its tokens.
         """

@@ -18,7 +18,7 @@ _COMMENT = b":\n\n"
 
 
 def sign_of_life(cycle: RequestResponseCycle) -> bytes:
-    """What may be sent now that no client takes for part of its answer; empty if there is no such thing.
+    """Return what may be sent now that no client takes for part of its answer; empty if there is nothing.
 
     That is an interim response before an answer begins, and a comment between the events of a stream.
     """
@@ -31,7 +31,7 @@ def sign_of_life(cycle: RequestResponseCycle) -> bytes:
 
 
 def framed(app: Application, cycle: RequestResponseCycle) -> Application:
-    """The application, for the one request of this cycle.
+    """Wrap the application for the one request of this cycle.
 
     An answer without a length ends with the connection where the client speaks HTTP/1.0, which has no chunks.
     An answer to a request whose body was announced (`Expect: 100-continue`) and not asked for closes the

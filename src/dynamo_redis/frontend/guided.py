@@ -42,7 +42,7 @@ class Guided(Protocol):
 
 
 def guided_decoding(body: Guided) -> GuidedDecoding | None:
-    """The form asked for, if any. Raises ApiError for one that is not well formed, and for more than one."""
+    """Return the form asked for, if any. Raises ApiError for one that is not well formed, or a second one."""
     wanted = [*_from_fields(body, ""), *_from_format(body.response_format)]
     if body.nvext is not None:
         wanted += _from_fields(body.nvext, "nvext.")
@@ -111,7 +111,7 @@ def _from_structured(wanted: Mapping[str, Any]) -> _Wanted:
 
 
 def _object(value: object, param: str) -> dict[str, Any]:
-    """A JSON object, or the text of one."""
+    """Take a JSON object, or the text of one."""
     if isinstance(value, str):
         try:
             value = from_json(value)

@@ -102,28 +102,28 @@ class HttpProtocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def on_url(self, url: bytes) -> None:
-        """Part of a request's first line."""
+        """Take part of a request's first line."""
         if not self._takes_body_only:
             super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """One line of a request's head."""
+        """Take one line of a request's head."""
         if not self._takes_body_only:
             super().on_header(name, value)
 
     def on_body(self, body: bytes) -> None:
-        """Part of a request's body."""
+        """Take part of a request's body."""
         if not self.transport.is_closing():
             super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """A request is whole, unless its parser left the body to another protocol."""
+        """Take a request for whole, unless its parser left the body to another protocol."""
         if self.transport.is_closing() or (self.parser.should_upgrade() and self._framing()):
             return
         super().on_message_complete()
 
     def _framing(self) -> list[tuple[bytes, bytes]]:
-        """The headers that say where the body of the present request ends; none if it has no body."""
+        """Return the headers that say where the present request's body ends; none if it has no body."""
         return [(name, value) for name, value in self.headers if name in _FRAMING_HEADERS]
 
     def _without_upgrade(self, rest: bytes) -> bytes:
@@ -148,7 +148,7 @@ class HttpProtocol(HttpToolsProtocol):
         super()._start_asgi_task(cycle, framed(app, cycle))  # type: ignore[arg-type]
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """The client sends nothing more. The connection stays while whole requests are to be answered."""
+        """Keep the connection while whole requests are to be answered: the client sends nothing more."""
         if not self._owes_answers():
             return False
         self._stop_head_timer()

@@ -148,7 +148,7 @@ class ChatBody(CompletionOptions):
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
     def template_variables(self) -> dict[str, Any]:
-        """What the chat template may ask for beyond messages, tools and documents.
+        """Return what the chat template may ask for beyond messages, tools and documents.
 
         `reasoning_effort` is a variable as with vLLM: thinking is on unless it is `none`, where the template
         asks for `enable_thinking` and the client does not say otherwise.

@@ -25,7 +25,7 @@ TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
 
 def by_type(**tags: str) -> Callable[[object], str | None]:
-    """Chooses the member of a union by the type of the value, so that errors speak of that member alone."""
+    """Choose the member of a union by the type of the value, so that errors speak of that member alone."""
 
     def tag(value: object) -> str | None:
         return tags.get(type(value).__name__)
@@ -161,8 +161,8 @@ class CompletionOptions(BaseModel):
         _ = self.ignores_eos  # raises, as these do, for what is given twice
 
     def sampling_options(self) -> SamplingOptions:
-        """How tokens are to be chosen, as the worker is told; without the seed, which each choice has for
-        itself. Raises ApiError for what is given twice, and not alike."""
+        """Return how tokens are to be chosen, as the worker is told; without the seed, which each choice has
+        for itself. Raises ApiError for what is given twice, and not alike."""
         options = {name: getattr(self, name) for name in _SAMPLING}
         for name in ("top_k", "repetition_penalty"):
             options[name] = self._once(name, f"nvext.{name}")
@@ -177,12 +177,12 @@ class CompletionOptions(BaseModel):
         )
 
     def thinking_budget(self) -> int | None:
-        """The most tokens of thinking; None for no bound of its own."""
+        """Return the most tokens of thinking; None for no bound of its own."""
         budget: int | None = self._once("thinking_token_budget", "nvext.max_thinking_tokens")
         return None if budget == -1 else budget
 
     def _once(self, name: str, other: str) -> Any:
-        """A parameter that may stand at two places. Raises ApiError if it stands at both, and not alike."""
+        """Return a parameter that may stand at two places. Raises ApiError if it does, and not alike."""
         value = getattr(self, name)
         holder = self.nvext if other.startswith("nvext.") else self
         second = getattr(holder, other.removeprefix("nvext."), None)
@@ -217,5 +217,5 @@ class CompletionOptions(BaseModel):
 
 
 def twice(name: str, other: str) -> ApiError:
-    """400 for two parameters that say the same."""
+    """Make the 400 for two parameters that say the same, and not alike."""
     return invalid(f"'{name}' and '{other}' say the same, and not alike: give one of them.", other)

@@ -27,7 +27,7 @@ class Refusal:
     neutral: tuple[Any, ...] = ()
 
     def permits(self, value: object) -> bool:
-        """Whether a value asks for nothing. 0 and false are not the same."""
+        """Tell whether a value asks for nothing. 0 and false are not the same."""
         return any(value == neutral and type(value) is type(neutral) for neutral in self.neutral)
 
 
@@ -63,7 +63,7 @@ class Parameters:
 
 
 def unsupported(name: str, reason: str) -> ApiError:
-    """400 for a parameter that asks for what cannot be done."""
+    """Make the 400 for a parameter that asks for what cannot be done."""
     return invalid(f"Unsupported parameter: '{name}': {reason}.", name, "unsupported_parameter")
 
 
@@ -107,7 +107,7 @@ _REFUSED: Final[Mapping[str, Refusal]] = {
     "priority": Refusal("requests are answered in the order in which they come", (0,)),
     "request_id": _REQUEST_ID,
     "session_id": Refusal(),
-    "cache_salt": Refusal("prompts share the KV cache, whoever sends them"),
+    "cache_salt": Refusal("prompts of all clients share the KV cache"),
     "kv_transfer_params": Refusal(neutral=({},)),
     "ec_transfer_params": Refusal(neutral=({},)),
     "vllm_xargs": Refusal(neutral=({},)),
@@ -141,7 +141,7 @@ _REFUSED: Final[Mapping[str, Refusal]] = {
     "disagg_prefill_dp_rank": _ROUTING,
     "data_parallel_rank": _ROUTING,
     "rid": _REQUEST_ID,
-    "extra_key": Refusal("prompts share the KV cache, whoever sends them"),
+    "extra_key": Refusal("prompts of all clients share the KV cache"),
     "ngram_corpus_id": Refusal(),
     # Dynamo's
     "dp_rank": _ROUTING,

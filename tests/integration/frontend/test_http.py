@@ -27,14 +27,14 @@ class Raw:
         self.reader, self.writer = reader, writer
 
     async def answer(self) -> tuple[bytes, bytes]:
-        """The next answer: its head, and its body."""
+        """Read the next answer: its head, and its body."""
         async with asyncio.timeout(DEADLINE_S):
             head = await self.reader.readuntil(b"\r\n\r\n")
             length = [line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")]
             return head, await self.reader.readexactly(int(length[0].split(b":")[1])) if length else b""
 
     async def rest(self) -> bytes:
-        """All that comes until the server closes."""
+        """Read all that comes until the server closes."""
         async with asyncio.timeout(DEADLINE_S):
             return await self.reader.read()
 

@@ -36,7 +36,7 @@ def refusal(change: dict[str, Any], kind: type[CompletionOptions] = ChatBody) ->
 
 
 def refused() -> Iterator[tuple[type[CompletionOptions], str, parameters.Refusal]]:
-    """Every parameter that is refused: the body, the path of names, and why."""
+    """List every parameter that is refused: the body, the path of names, and why."""
     for kind in (ChatBody, TextBody):
         for name, why in kind.further_parameters.refused.items():
             yield kind, name, why
@@ -50,7 +50,7 @@ def refused() -> Iterator[tuple[type[CompletionOptions], str, parameters.Refusal
 
 
 def setting(path: str, value: object) -> dict[str, Any]:
-    """A change of a body that gives the parameter at a path this value."""
+    """Make a change of a body that gives the parameter at a path this value."""
     outer, _, inner = path.rpartition(".")
     return {path: value} if not outer else {"stream": True, outer: {inner: value}}
 
@@ -114,7 +114,7 @@ def test_every_parameter_of_openai_is_known(kind: Any, parameters_of_openai: Any
 
 
 def listed(heading: str) -> set[str]:
-    """The names in the first column of the table below a heading of the page."""
+    """Read the names in the first column of the table below a heading of the page."""
     section = PAGE.read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
     cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
     return {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
