@@ -41,6 +41,7 @@ _NAMES: Final[Mapping[Dialect, frozenset[str]]] = {
             "include_stop_str_in_output",
             "allowed_token_ids",
             "bad_words",
+            "max_thinking_tokens",
             "truncate_prompt_tokens",
             "vllm_xargs",
         }
@@ -72,6 +73,7 @@ _NAMES: Final[Mapping[Dialect, frozenset[str]]] = {
 """What each kind of server knows."""
 
 _RENAMED: Final[Mapping[Dialect, Mapping[str, str]]] = {
+    "vllm": {"max_thinking_tokens": "thinking_token_budget"},
     "sglang": {"include_stop_str_in_output": "no_stop_trim"},
     "llamacpp": {"repetition_penalty": "repeat_penalty"},
 }

@@ -8,6 +8,7 @@ import pytest
 
 from dynamo_redis.engines.openai_request import Dialect, completion_body, hidden_stop_ids, prompt_ids
 from dynamo_redis.errors import InvalidRequest
+from dynamo_redis.runtime.llm_protocol import SamplingOptions, StopConditions
 
 REQUEST = {
     "model": "demo",
@@ -91,7 +92,7 @@ def test_options_that_ask_for_nothing_are_left_out() -> None:
         ("sglang", {"sampling": {"guided_decoding": {"whitespace_pattern": " "}}}),
         ("vllm", {"sampling": {"n": 2}}),
         ("vllm", {"sampling": {"an_option_of_tomorrow": 1}}),
-        ("vllm", {"stop": {"max_thinking_tokens": 1}}),
+        ("sglang", {"stop": {"max_thinking_tokens": 1}}),
     ],
 )
 def test_options_that_a_server_lacks_are_refused_by_name(dialect: Dialect, options: dict[str, Any]) -> None:
@@ -119,6 +120,15 @@ def test_every_option_of_sampling_reaches_vllm() -> None:
     }
     sent = body("vllm", sampling=sampling)
     assert sent.items() >= sampling.items()
+
+
+def test_vllm_gets_every_option_of_the_protocol() -> None:
+    apart = {"n", "guided_decoding", "stop_token_ids_hidden"}
+    for name in set(SamplingOptions.__annotations__) - apart:
+        assert 7 in body("vllm", sampling={name: 7}).values(), name
+    for name in set(StopConditions.__annotations__) - apart:
+        assert 7 in body("vllm", stop={name: 7}).values(), name
+    assert body("vllm", stop={"max_thinking_tokens": 7})["thinking_token_budget"] == 7
 
 
 SCHEMA = {"type": "object"}
