@@ -288,32 +288,30 @@ class Exchange:
 
     def _usage(self) -> dict[str, Any]:
         completion = sum(choice.answer.token_count for choice in self._choices)
-        prompts = {  # each once, however many choices it has; as the engine counted, if it did
-            id(choice.request["token_ids"]): choice.answer.prompt_token_count
-            or len(choice.request["token_ids"])
-            for choice in self._choices
-        }
-        prompt = sum(prompts.values())
+        prompts = self._prompt_counts()
+        prompt = sum(count for count, _ in prompts)
         usage: dict[str, Any] = {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
         }
-        cached = self._cached_counts()
-        if any(count is not None for count in cached):
-            usage["prompt_tokens_details"] = {"cached_tokens": sum(count or 0 for count in cached)}
+        cached = [count for _, count in prompts if count is not None]
+        if cached:
+            usage["prompt_tokens_details"] = {"cached_tokens": sum(cached)}
         return usage
 
-    def _cached_counts(self) -> list[int | None]:
-        """Return how much of each prompt was cached, as its first choice says: later ones find what it left.
+    def _prompt_counts(self) -> list[tuple[int, int | None]]:
+        """Return the tokens of each prompt, as the engine counted if it did, and how many were cached.
 
-        Choices of one prompt share the list of its tokens.
+        Each prompt is there once, as its first choice says, however many choices share the list of its
+        tokens: the later ones find what the first has left in the cache.
         """
-        counts: dict[int, int | None] = {}
+        counts: dict[int, tuple[int, int | None]] = {}
         for choice in self._choices:
-            prompt = choice.request["token_ids"]
-            count = choice.answer.cached_tokens
-            counts.setdefault(id(prompt), None if count is None else min(count, len(prompt)))
+            prompt, answer = choice.request["token_ids"], choice.answer
+            count = answer.prompt_token_count or len(prompt)
+            cached = None if answer.cached_tokens is None else min(answer.cached_tokens, count)
+            counts.setdefault(id(prompt), (count, cached))
         return list(counts.values())
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
+from itertools import pairwise
+from random import Random
 from typing import Any
 
 import pytest
@@ -17,7 +20,7 @@ CHAT = "/v1/chat/completions"
 BODY = json.dumps({"model": "demo", "messages": [{"role": "user", "content": "Hi!"}]}).encode()
 STREAM = BODY[:-1] + b', "stream": true}'
 LIVE = b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n"
-DEADLINE_S = 20
+DEADLINE_S = 50
 
 
 class Raw:
@@ -114,6 +117,30 @@ async def test_upgrade_without_a_body_is_one_request(frontend: Any) -> None:
     async with connected(frontend, asked + asked + LIVE) as raw:
         for _ in range(3):
             assert (await raw.answer())[1] == b'{"status": "live"}'
+
+
+@pytest.mark.parametrize("seed", range(8))
+async def test_messages_are_read_alike_however_cut(frontend: Any, seed: int) -> None:
+    random = Random(seed)
+    upgrade = UPGRADES["h2c"]
+    kinds = [
+        (request(BODY), 200),
+        (request(BODY, *upgrade), 200),
+        (request(STREAM, *upgrade, chunked=True), 200),
+        (request(LIVE, *upgrade, path="/live"), 405),
+        (request(LIVE, path="/nothing", chunked=True), 404),
+        (request(b"", *upgrade), 400),
+        (LIVE, 200),
+    ]
+    messages = random.choices(kinds, k=6)
+    last = b"GET /live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    content = b"".join(message for message, _ in messages) + last
+    cuts = sorted(random.sample(range(len(content)), 12))
+    pieces = [content[start:end] for start, end in pairwise([0, *cuts, len(content)])]
+    async with connected(frontend, *pieces) as raw:
+        answers = await raw.rest()
+    statuses = [int(status) for status in re.findall(rb"HTTP/1\.1 (\d+) ", answers)]
+    assert statuses == [*(status for _, status in messages), 200]
 
 
 async def test_tunnel_is_refused_with_all_that_follows(frontend: Any) -> None:
