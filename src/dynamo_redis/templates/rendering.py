@@ -1,6 +1,6 @@
 """Chat templates: a conversation → the text of a prompt, as `transformers` renders it.
 
-Source of the semantics: `transformers` 5.23, `apply_chat_template` and `render_jinja_template`. A template
+Source of the semantics: `transformers` 5.24, `apply_chat_template` and `render_jinja_template`. A template
 comes with a model's files, so it runs in a sandbox and within limits of time, memory and output, see
 `sandbox.py`, and in a process of its own, see `__main__.py`.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jinja2
 
@@ -27,7 +27,6 @@ Message = dict[str, Any]
 
 _CONTINUE_TAG = "CONTINUE_FINAL_MESSAGE_TAG "
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
-_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 ContentForm = Literal["text", "parts", "either"]
 
@@ -39,14 +38,9 @@ class CompiledTemplates:
         """`templates` maps names to Jinja source; `default` is used, and `tool_use` (if any) with tools.
 
         Blocks while probes are rendered. Raises ModelError for a template that does not compile or does not
-        end, or for named ones without a default.
+        end. Named ones without a default are refused by `render` where the default would be used.
         Special tokens (`bos_token`, …) come from `tokenizer_config`, as strings or as token objects.
         """
-        if "default" not in templates:
-            raise ModelError(
-                "the model has no chat template called 'default', "
-                f"only {', '.join(map(repr, sorted(templates))) or 'none at all'}"
-            )
         environment = TemplateEnvironment()
         self._variants = {name: _Variant(name, source, environment) for name, source in templates.items()}
         self._special_tokens = special_tokens(tokenizer_config)
@@ -71,9 +65,14 @@ class CompiledTemplates:
         writes as a JSON string, stay one where the template can write a string, and become an object where
         it cannot. Raises TemplateError, with the template's own message, for what it refuses.
         """
-        variant = self._variants["default"]
+        variant = self._variants.get("default")
         if tools is not None:
             variant = self._variants.get("tool_use", variant)
+        if variant is None:
+            raise TemplateError(
+                f"the model has chat templates called {', '.join(sorted(self._variants))}, and none of them "
+                "is the default"
+            )
         conversation = [variant.normalise(message) for message in messages]
         if continue_final_message:
             _mark_final(conversation)
@@ -91,10 +90,16 @@ class CompiledTemplates:
 
 
 def special_tokens(tokenizer_config: Mapping[str, Any]) -> dict[str, Any]:
-    """Special tokens by name, as templates see them. A token is a string or `{"content": …, …}`."""
+    """Special tokens by name, as templates see them. A token is a string or `{"content": …, …}`.
+
+    Models of several media have further ones under names of their own, which end in `_token` or stand in
+    `extra_special_tokens`.
+    """
+    extra = tokenizer_config.get("extra_special_tokens")
+    named = {name: token for name, token in tokenizer_config.items() if name.endswith("_token")}
     found: dict[str, Any] = {}
-    for name in _SPECIAL_TOKENS:
-        text = _token_text(tokenizer_config.get(name))
+    for name, token in (named | (extra if isinstance(extra, dict) else {})).items():
+        text = _token_text(token)
         if text is not None:
             found[name] = text
     additional = tokenizer_config.get("additional_special_tokens")
@@ -124,6 +129,8 @@ class _Variant:
         self._content_form: ContentForm = "text"
         self._writes_string_arguments = False
         self._knows_developers = True
+        self._takes_null = _Answers(False, False)
+        self._takes_absence = _Answers(False, False)
 
     def examine(self, variables: Mapping[str, Any]) -> None:
         """Find out, by rendering probes, which form of content and of tool call arguments is understood."""
@@ -137,16 +144,32 @@ class _Variant:
         developer = self.normalise({"role": "developer", "content": probe})
         written = self._try([developer, self.normalise({"role": "user", "content": "Hi"})], variables)
         self._knows_developers = written is not None and probe in written
-        arguments = '{"probe": "argument"}'
-        call = {"type": "function", "id": "call00000", "function": {"name": "f", "arguments": arguments}}
-        with_call = self._try(
-            [
-                self.normalise({"role": "user", "content": probe}),
-                {"role": "assistant", "content": "", "tool_calls": [call]},
-            ],
-            variables,
-        )
-        self._writes_string_arguments = with_call is not None and arguments in with_call
+        self._examine_answers(variables)
+
+    def _examine_answers(self, variables: Mapping[str, Any]) -> None:
+        """Find out what the template makes of an assistant's message without content, and of tool calls.
+
+        Content may be null, absent or empty there, and arguments a string or an object: a template that
+        understands the one may fail on the other, or leave the call out.
+        """
+        arguments = {"probe-name": "probe-argument"}
+        written = json.dumps(arguments)
+        user = self.normalise({"role": "user", "content": "Hi"})
+
+        def answers(**message: Any) -> _Contents:
+            message["role"] = "assistant"
+            forms = (message | {"content": None}, message, message | {"content": ""})
+            return _Contents(*(self._try([user, form], variables) for form in forms))
+
+        def calls(arguments: Any) -> _Contents:
+            function = {"name": "probe-call", "arguments": arguments}
+            return answers(tool_calls=[{"type": "function", "id": "call00000", "function": function}])
+
+        by_string, alone = calls(written), answers()
+        self._writes_string_arguments = any(text is not None and written in text for text in by_string)
+        with_calls = by_string if self._writes_string_arguments else calls(arguments)
+        self._takes_null = _Answers(with_calls.takes(with_calls.null), alone.takes(alone.null))
+        self._takes_absence = _Answers(with_calls.takes(with_calls.absent), alone.takes(alone.absent))
 
     def _try(self, messages: list[Message], variables: Mapping[str, Any]) -> str | None:
         values = {"tools": None, "documents": None, "add_generation_prompt": True}
@@ -184,13 +207,15 @@ class _Variant:
     def normalise(self, message: Message) -> Message:
         """A copy of an OpenAI message, as the template expects it.
 
-        Keys without a value are dropped. An assistant's message that has only tool calls gets empty
-        content: OpenAI's clients send null there, and many templates concatenate it. A developer's message
-        is a system message where the template would leave it out.
+        Keys without a value are dropped. An assistant's message without content, which has only tool calls,
+        keeps it null or absent as the client sent it where the template understands that; templates that add
+        it to text get it empty. A developer's message is a system message where the template would leave it
+        out.
         """
         result = {key: value for key, value in message.items() if value is not None}
         if message.get("role") == "assistant":
-            result.setdefault("content", "")
+            if "content" not in result:
+                result |= self._without_content("content" in message, bool(result.get("tool_calls")))
         elif message.get("role") == "developer" and not self._knows_developers:
             result["role"] = "system"
         content = result.get("content")
@@ -204,6 +229,42 @@ class _Variant:
         if (calls := result.get("tool_calls")) and not self._writes_string_arguments:
             result["tool_calls"] = [_with_parsed_arguments(call) for call in calls]
         return result
+
+    def _without_content(self, is_null: bool, has_calls: bool) -> dict[str, str | None]:
+        """The content of an assistant's message that has none: as it was sent, else in the other form, else
+        empty text."""
+        takes_absence = self._takes_absence.of(has_calls)
+        if self._takes_null.of(has_calls) and (is_null or not takes_absence):
+            return {"content": None}
+        return {} if takes_absence else {"content": ""}
+
+
+class _Answers(NamedTuple):
+    """Something that a template does, or does not, with an assistant's message."""
+
+    with_calls: bool
+    alone: bool
+
+    def of(self, has_calls: bool) -> bool:
+        """Whether it does so with one that has tool calls, or has none."""
+        return self.with_calls if has_calls else self.alone
+
+
+class _Contents(NamedTuple):
+    """What a template writes of one message whose content is null, absent or empty; None if it fails."""
+
+    null: str | None
+    absent: str | None
+    empty: str | None
+
+    def takes(self, text: str | None) -> bool:
+        """Whether a text is one that the template means: it is none of a failure, writes no "None" for null,
+        and leaves out no tool call that the template writes of another form."""
+        if text is None:
+            return False
+        writes_calls = any(other is not None and "probe-call" in other for other in self)
+        writes_null = text.count("None") > (self.empty or "").count("None")
+        return not writes_null and ("probe-call" in text or not writes_calls)
 
 
 def _one_line(exc: Exception) -> str:

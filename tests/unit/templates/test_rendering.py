@@ -80,8 +80,10 @@ def test_a_template_for_tools_is_used_with_tools() -> None:
     both = chat("plain", tool_use="with {{ tools | length }}")
     assert both.render(USER) == "plain"
     assert both.render(USER, tools=[{}, {}]) == "with 2"
-    with pytest.raises(ModelError, match="no chat template called 'default'"):
-        CompiledTemplates({"tool_use": "x"}, {})
+    without_default = CompiledTemplates({"rag": "x", "tool_use": "with {{ tools | length }}"}, {})
+    assert without_default.render(USER, tools=[{}]) == "with 1"
+    with pytest.raises(TemplateError, match="called rag, tool_use, and none of them is the default"):
+        without_default.render(USER)
 
 
 def test_special_tokens_are_strings_whatever_the_config_has() -> None:
