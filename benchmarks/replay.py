@@ -26,17 +26,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks.options import length_s, rounds_count
 from benchmarks.processes import REPOSITORY, rival_python
 from benchmarks.replay_figures import figures
-from benchmarks.replay_plan import MODES, Arrivals, Mode, Plan
+from benchmarks.replay_plan import MODES, Arrivals, Mode, Plan, Workload
 from benchmarks.replay_report import OMNISCIENT, PATH, Entry, print_table, run_entry, save, simulated_entry
-from benchmarks.replay_run import Fault, run
+from benchmarks.replay_run import Fault, RunResult, run
 from benchmarks.replay_simulation import Omniscient, simulate
 from dynamo_redis.store.server import EmbeddedServer
 
 FAULT_AT: Final = 0.4
 """When something is killed: part of the time in which requests are due."""
-
-_SIMULATED_RUNS: Final = 3
-"""Chance among equal workers moves a run's hit rate by some per cent: the reference is a mean."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +51,8 @@ class Options:
     plot: bool
     simulated: bool
     late_s: float
+    counts_once: bool
+    repeats: int
 
     def plan(self, arrivals: Arrivals, mode: Mode = "kv", replicas: int = 1) -> Plan:
         """One run's plan."""
@@ -61,6 +60,10 @@ class Options:
         if arrivals == "given":
             return replace(plan, speedup=self.given_speedup, requests=self.given_requests)
         return plan
+
+    def repeated(self, plan: Plan) -> list[Plan]:
+        """The plan as often as it is run, each with arrivals and chance of its own."""
+        return [replace(plan, seed=plan.seed + number) for number in range(self.repeats)]
 
     @property
     def runs(self) -> list[tuple[Plan, Fault | None]]:
@@ -89,11 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> list[Entry]:
         given_requests=min(options.given_requests, count),
     )
     print(f"trace {trace.name}", flush=True)
-    entries = [_reference(options.plan(arrivals), trace.name) for arrivals in options.arrivals]
+    entries = [_reference(options, options.plan(arrivals), trace.name) for arrivals in options.arrivals]
     if options.simulated:
-        entries += [
-            _simulated(plan, trace.name, options.late_s) for plan, fault in options.runs if fault is None
-        ]
+        entries += [_simulated(options, plan, trace.name) for plan, fault in options.runs if fault is None]
         print_table(entries, _conditions(options))
         return entries
     entries += uvloop.run(_run_all(options, trace.name))
@@ -112,20 +113,20 @@ def _draw(results: Path) -> None:
         print(f"the figures are in {results.name}; there is no picture of them: {exc}", file=sys.stderr)
 
 
-def _reference(plan: Plan, trace: str) -> Entry:
-    """The omniscient router's row."""
-    found = [
-        figures(simulate(plan, Omniscient, seed=plan.seed + number), plan.workers)
-        for number in range(_SIMULATED_RUNS)
-    ]
+def _reference(options: Options, plan: Plan, trace: str) -> Entry:
+    """The omniscient router's row, on the same arrivals, and with the same chance among equals."""
+    found = [figures(simulate(one, Omniscient, seed=one.seed), one.workers) for one in options.repeated(plan)]
     return simulated_entry(plan, trace, found, mode=OMNISCIENT)
 
 
-def _simulated(plan: Plan, trace: str, late_s: float) -> Entry:
+def _simulated(options: Options, plan: Plan, trace: str) -> Entry:
     """The row of the plan's mode, without processes."""
     found = [
-        figures(simulate(plan, seed=plan.seed + number, late_s=late_s), plan.workers)
-        for number in range(_SIMULATED_RUNS)
+        figures(
+            simulate(one, seed=one.seed, late_s=options.late_s, counts_once=options.counts_once),
+            one.workers,
+        )
+        for one in options.repeated(plan)
     ]
     return simulated_entry(plan, trace, found, mode=plan.mode)
 
@@ -141,15 +142,19 @@ async def _run_all(options: Options, trace: str) -> list[Entry]:
     with tempfile.TemporaryDirectory() as directory, Progress(*columns) as progress:
         async with EmbeddedServer(Path(directory), port=0) as server:
             for plan, fault in options.runs:
-                task = progress.add_task(_title(plan, fault), total=plan.requests)
-
-                def advance(count: int, task: Any = task) -> None:
-                    progress.update(task, completed=count)
-
+                repeated = options.repeated(plan) if fault is None else [plan]
+                task = progress.add_task(_title(plan, fault), total=plan.requests * len(repeated))
                 faults = [(FAULT_AT, fault)] if fault is not None else []
-                result = await run(plan, server, faults=faults, progress=advance)
-                progress.update(task, completed=plan.requests)  # the lost ones, too
-                entries.append(run_entry(plan, trace, fault, result))
+                results: list[RunResult] = []
+                for one in repeated:
+                    before = plan.requests * len(results)
+
+                    def advance(count: int, task: Any = task, before: int = before) -> None:
+                        progress.update(task, completed=before + count)
+
+                    results.append(await run(one, server, faults=faults, progress=advance))
+                    advance(plan.requests)  # the lost ones, too
+                entries.append(run_entry(plan, trace, fault, results))
                 if not progress.console.is_terminal:  # which shows the bars
                     print(f"{len(entries)} of {len(options.runs)}: {_title(plan, fault)}", flush=True)
     return entries
@@ -164,7 +169,10 @@ def _title(plan: Plan, fault: Fault | None) -> str:
 def _conditions(options: Options) -> list[str]:
     plan = options.base
     return [
-        f"{plan.requests} requests (as given: {options.given_requests}), {plan.workers} mock workers",
+        (
+            f"{plan.requests} requests (as given: {options.given_requests}), {plan.workers} mock workers;"
+            f" means of {options.repeats} runs, seeds {plan.seed} to {plan.seed + options.repeats - 1}"
+        ),
         f"a worker holds {plan.kv_blocks} blocks of 512 tokens, and reads 10,000 prompt tokens a second",
         f"times are the trace's, sped up {plan.speedup:g} times (as given: {options.given_speedup:g} times)",
         "hit rate: prompt tokens found in caches; balance: prompt tokens read, most loaded worker ÷ mean",
@@ -205,6 +213,13 @@ def parse(arguments: Sequence[str] | None) -> Options:
     add = parser.add_argument
     add("--trace", type=Path, metavar="FILE", help="JSON lines as Mooncake's, plain or .gz")
     add(
+        "--workload",
+        choices=get_args(Workload),
+        default="trace",
+        help="trace, or requests made up from the seed: chats that grow (made-up), or that share long system "
+        "prompts (shared-prompts) [trace]",
+    )
+    add(
         "--requests",
         type=rounds_count,
         default=1500,
@@ -241,7 +256,13 @@ def parse(arguments: Sequence[str] | None) -> Options:
     add("--speedup", type=length_s, default=5.0, help="trace seconds a second, for poisson [5]")
     add("--given-requests", type=rounds_count, help="the same for given [half as many]")
     add("--given-speedup", type=length_s, default=8.0, help="the same for given [8]")
-    add("--seed", type=int, default=1, help="of arrivals and of a made-up trace [1]")
+    add("--seed", type=int, default=1, help="of arrivals, chance and made-up requests [1]")
+    add(
+        "--repeats",
+        type=rounds_count,
+        default=3,
+        help="runs of each, with seeds from --seed on: the figures are their means [3]; with faults, one",
+    )
     add("--results", type=Path, default=PATH, metavar="FILE", help="where the figures go")
     add(
         "--simulate",
@@ -254,10 +275,17 @@ def parse(arguments: Sequence[str] | None) -> Options:
         default=20.0,
         help="in a simulation: how late routers hear events and each other, by the trace's time [20]",
     )
+    add(
+        "--count-again",
+        action="store_true",
+        help="in a simulation: count a block for each request that holds it, as releases of before did",
+    )
     add("--no-plot", action="store_true", help="leave the picture as it is")
     given = parser.parse_args(arguments)
     if given.trace is not None and not given.trace.is_file():
         parser.error(f"there is no file {given.trace}")
+    if given.workload != "trace" and (given.trace is not None or "given" in given.arrivals):
+        parser.error(f"{given.workload} is made up: it goes without --trace and with --arrivals poisson")
     base = Plan(
         trace=given.trace and given.trace.resolve(),
         requests=given.requests,
@@ -267,6 +295,7 @@ def parse(arguments: Sequence[str] | None) -> Options:
         workers=given.workers,
         kv_blocks=given.kv_blocks,
         speedup=given.speedup,
+        workload=given.workload,
     )
     return Options(
         base=base,
@@ -280,6 +309,8 @@ def parse(arguments: Sequence[str] | None) -> Options:
         plot=not given.no_plot,
         simulated=given.simulate,
         late_s=given.late_ms / 1e3,
+        counts_once=not given.count_again,
+        repeats=given.repeats,
     )
 
 

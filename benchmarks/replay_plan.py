@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any, Final, Literal, Self
 
 from benchmarks.processes import REPOSITORY
-from benchmarks.replay_trace import TRACE_BLOCK_SIZE, Trace, find_trace, offered_rate, synthetic_trace
+from benchmarks.replay_trace import (
+    TRACE_BLOCK_SIZE,
+    Trace,
+    find_trace,
+    offered_rate,
+    shared_prompts_trace,
+    synthetic_trace,
+)
 from dynamo_redis.config import MockEngineSettings, RouterSettings
 from dynamo_redis.runtime import Settings
 
@@ -24,6 +31,9 @@ MODES: Final[dict[Mode, str]] = {
 
 Arrivals = Literal["given", "poisson"]
 
+Workload = Literal["trace", "made-up", "shared-prompts"]
+"""A trace's file, or made-up requests, which are those of the plan's seed."""
+
 ENDPOINT: Final = "replay.backend.generate"
 MODEL: Final = "replay"
 CONTEXT_LENGTH: Final = 1 << 18
@@ -34,6 +44,22 @@ ENGINE_SPEED: Final = 0.5
 TOKENS_A_STEP: Final = 4
 """A step takes as long as so many, and answers have as many fewer tokens. So an answer takes as long, and
 passing on tokens, which is not what is looked at, does not take most of this machine's time."""
+
+
+class Chance(random.Random):
+    """Chance among workers of equal cost that depends on a seed and on the request, and on nothing before it.
+
+    So two runs of one seed choose alike wherever their workers cost alike, also behind a choice in which they
+    differed: what is left between them is what is asked for, and not chance.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self._seed = seed
+
+    def begin(self, index: int) -> None:
+        """A request's turn has come, by its place in the trace."""
+        self.seed((self._seed << 32) + index)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,8 +81,7 @@ class Plan:
     speedup: float = 1.0
     redis_url: str = ""
     prefix: str = ""
-    made_up: bool = False
-    """A made-up trace, whatever others there are."""
+    workload: Workload = "trace"
     snapshot_threshold: int | None = None
     """Events after which routers store their index; None: the setting's default."""
 
@@ -94,8 +119,10 @@ class Plan:
 
     def load_trace(self) -> Trace:
         """The requests, the same in every process. Raises OSError or ValueError for a bad file."""
-        if self.made_up:
+        if self.workload == "made-up":
             trace = synthetic_trace(self.requests, seed=self.seed)
+        elif self.workload == "shared-prompts":
+            trace = shared_prompts_trace(self.requests, seed=self.seed)
         else:
             trace = find_trace(self.trace, REPOSITORY, self.requests, seed=self.seed)
         mean_prompt_count = trace.mean_prompt_count

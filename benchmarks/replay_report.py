@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import statistics
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -12,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.replay_figures import Figures, figures
-from benchmarks.replay_oracle import wrong_share
+from benchmarks.replay_oracle import Difference, wrong_share
 from benchmarks.replay_plan import MODES, Plan
 from benchmarks.replay_run import RunResult
 from benchmarks.report import RESULTS, machine
@@ -56,6 +58,10 @@ class Entry:
     cores: float | None
     """CPU seconds a second, of workers and routers."""
     machine: str
+    repeats: int = 1
+    """Runs that the figures are means of, each with arrivals and chance of its own."""
+    hit_rate_spread: float | None = None
+    """Standard deviation of the hit rate between them."""
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -65,33 +71,35 @@ class Entry:
 
 def simulated_entry(plan: Plan, trace: str, all_figures: Sequence[Figures], *, mode: str) -> Entry:
     """A row of what was simulated: means over several runs. `mode` is the plan's, or OMNISCIENT."""
-    mean = {
-        field.name: sum(getattr(one, field.name) for one in all_figures) / len(all_figures)
-        for field in fields(Figures)
-    }
     replicas = 1 if mode == OMNISCIENT else plan.replicas
-    return _entry(plan, trace, Figures(**mean), mode=mode, replicas=replicas, speedup=1.0)
+    return _entry(plan, trace, all_figures, mode=mode, replicas=replicas, speedup=1.0)
 
 
-def run_entry(plan: Plan, trace: str, fault: str | None, result: RunResult) -> Entry:
-    """A run's row."""
+def run_entry(plan: Plan, trace: str, fault: str | None, results: Sequence[RunResult]) -> Entry:
+    """The row of one way of routing: means over its runs, what failed in all, and the latest."""
     thought = plan.client_mode is None
+    length_s = sum(result.length_s for result in results)
     return _entry(
         plan,
         trace,
-        figures(result.outcomes, plan.workers),
+        [figures(result.outcomes, plan.workers) for result in results],
         fault=fault,
-        events_per_s=result.events_count / result.length_s if plan.mode == "kv" else None,
-        wrong_share=wrong_share(result.outcomes) if thought else None,
-        index=_index(result),
-        failed_count=sum(result.failed.values()),
-        lost_count=result.lost_count,
-        late_ms=1e3 * result.late_s,
-        cores=result.cpu_s / result.length_s,
+        events_per_s=sum(result.events_count for result in results) / length_s if plan.mode == "kv" else None,
+        wrong_share=wrong_share([one for result in results for one in result.outcomes]) if thought else None,
+        index=_index([one for result in results for one in result.differences]),
+        failed_count=sum(sum(result.failed.values()) for result in results),
+        lost_count=sum(result.lost_count for result in results),
+        late_ms=1e3 * max(result.late_s for result in results),
+        cores=sum(result.cpu_s for result in results) / length_s,
     )
 
 
-def _entry(plan: Plan, trace: str, found: Figures, **more: Any) -> Entry:
+def _entry(plan: Plan, trace: str, all_figures: Sequence[Figures], **more: Any) -> Entry:
+    mean = {
+        field.name: statistics.fmean(getattr(one, field.name) for one in all_figures)
+        for field in fields(Figures)
+    }
+    rates = [one.hit_rate for one in all_figures]
     values: dict[str, Any] = {
         "trace": trace,
         "arrivals": plan.arrivals,
@@ -110,19 +118,22 @@ def _entry(plan: Plan, trace: str, found: Figures, **more: Any) -> Entry:
         "late_ms": None,
         "cores": None,
         "machine": machine(),
+        "repeats": len(all_figures),
+        "hit_rate_spread": round(statistics.stdev(rates), 5) if len(rates) > 1 else None,
     }
-    measured = {name: round(value, 5) for name, value in asdict(found).items()}
+    measured = {name: round(value, 5) for name, value in mean.items()}
+    measured["requests"] = round(mean["requests"])
     return Entry(**(values | measured | more))
 
 
-def _index(result: RunResult) -> str | None:
-    if not result.differences:
+def _index(differences: Sequence[Difference]) -> str | None:
+    if not differences:
         return None
-    if all(one.equal for one in result.differences):
+    if all(one.equal for one in differences):
         return "equal"
-    missing = max(one.missing_count for one in result.differences)
-    wrong = max(one.wrong_count for one in result.differences)
-    return f"{missing} missing, {wrong} wrong of {result.differences[0].block_count}"
+    missing = max(one.missing_count for one in differences)
+    wrong = max(one.wrong_count for one in differences)
+    return f"{missing} missing, {wrong} wrong of {differences[0].block_count}"
 
 
 # --------------------------------------------------------------------------- files and tables
@@ -190,7 +201,8 @@ def cells(entry: Entry, reference: Entry | None) -> list[str]:
 
     return [
         title(entry),
-        f"{entry.hit_rate:.3f}",
+        f"{entry.hit_rate:.3f}"
+        + ("" if entry.hit_rate_spread is None else f" ± {entry.hit_rate_spread:.3f}"),
         ratio("hit_rate"),
         f"{entry.ttft_mean_s:.2f}",
         ratio("ttft_mean_s"),
@@ -232,4 +244,5 @@ def _reference(entry: Entry, entries: Sequence[Entry]) -> Entry | None:
 
 
 if __name__ == "__main__":
-    print(markdown(load_entries()))
+    wanted = sys.argv[1:]
+    print(markdown([entry for entry in load_entries() if not wanted or entry.trace in wanted]))

@@ -28,7 +28,7 @@ import uvloop
 from benchmarks.replay_figures import Outcome, quantile
 from benchmarks.replay_lines import answer, commands
 from benchmarks.replay_oracle import write_blocks
-from benchmarks.replay_plan import ENDPOINT, MODEL, Plan
+from benchmarks.replay_plan import ENDPOINT, MODEL, Chance, Plan
 from benchmarks.replay_trace import TRACE_BLOCK_SIZE, TracedRequest
 from dynamo_redis.errors import DynamoRedisError
 from dynamo_redis.names import EndpointName
@@ -49,7 +49,7 @@ class Caller(Protocol):
 
 
 @asynccontextmanager
-async def open_caller(runtime: DistributedRuntime, plan: Plan) -> AsyncIterator[Caller]:
+async def open_caller(runtime: DistributedRuntime, plan: Plan, chance: Chance) -> AsyncIterator[Caller]:
     """The router of the plan's mode, once all workers can be chosen."""
     async with AsyncExitStack() as stack:
         client: Client = await runtime.endpoint(ENDPOINT).client(router_mode=plan.client_mode)
@@ -61,20 +61,21 @@ async def open_caller(runtime: DistributedRuntime, plan: Plan) -> AsyncIterator[
             yield client
             return
         endpoint = EndpointName.parse(ENDPOINT)
-        router = KvRouter(runtime, endpoint, plan.router, block_size=TRACE_BLOCK_SIZE)
+        router = KvRouter(runtime, endpoint, plan.router, block_size=TRACE_BLOCK_SIZE, rng=chance)
         yield await stack.enter_async_context(router)
 
 
 class Users:
     """Those who send one replica's share of the requests, and what became of them."""
 
-    def __init__(self, plan: Plan, replica: int, caller: Caller, record: IO[str]) -> None:
+    def __init__(self, plan: Plan, replica: int, caller: Caller, chance: Chance, record: IO[str]) -> None:
         requests = plan.load_trace().requests
         self._share = [
             (index, request) for index, request in enumerate(requests) if index % plan.replicas == replica
         ]
         self._speedup = plan.speedup
         self._caller = caller
+        self._chance = chance
         self._record = record
         self._lateness_s = array("d")
         self._answered_count = 0
@@ -119,6 +120,7 @@ class Users:
             "eos_token_ids": [],
         }
         try:
+            self._chance.begin(index)  # no other request comes in between: choosing waits for nothing
             call = await self._caller.generate(body, annotated=False)
             assert isinstance(call, Call)
             first = await anext(call)
@@ -160,9 +162,13 @@ def write_index(directory: Path, caller: Caller) -> dict[str, Any]:
 
 async def main(plan: Plan, replica: int, path: Path) -> None:
     """Do as told, until told to end."""
-    async with DistributedRuntime(settings=plan.settings) as runtime, open_caller(runtime, plan) as caller:
+    chance = Chance(plan.seed)
+    async with (
+        DistributedRuntime(settings=plan.settings) as runtime,
+        open_caller(runtime, plan, chance) as caller,
+    ):
         with path.open("a") as record:
-            users = Users(plan, replica, caller, record)
+            users = Users(plan, replica, caller, chance, record)
             running: asyncio.Task[None] | None = None
             answer(ready=True)
             async for word, *rest in commands():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -12,7 +11,7 @@ from typing import Final
 
 from benchmarks.replay_figures import Outcome
 from benchmarks.replay_model import ModelSequence, Policy, Simulation
-from benchmarks.replay_plan import Plan
+from benchmarks.replay_plan import Chance, Plan
 from benchmarks.replay_trace import TRACE_BLOCK_SIZE, TracedRequest
 from dynamo_redis.config import RouterSettings
 from dynamo_redis.engines.base import AllBlocksCleared, BlocksRemoved, BlocksStored, KvEvent
@@ -30,32 +29,41 @@ _WEIGHTS: Final = CostWeights()
 
 def simulate(
     plan: Plan,
-    make: Callable[[Simulation, random.Random], Policy] | None = None,
+    make: Callable[[Simulation, Chance], Policy] | None = None,
     *,
     seed: int = 0,
     late_s: float = 0.0,
+    counts_once: bool = True,
 ) -> list[Outcome]:
     """What the plan's requests come to in the trace's own time, whatever its speedup.
 
     `make` makes the policy, else it is that of the plan's mode, where what one process learns of another is
-    `late_s` late. `seed` is that of chance among equals.
+    `late_s` late. `seed` is that of chance among equals. Without `counts_once` a KV-aware router counts a
+    block for each request that holds it, as it did once.
     """
     simulation = Simulation(plan.workers, replace(plan, speedup=1.0).engine)
-    rng = random.Random(seed)
-    policy = make(simulation, rng) if make is not None else _policy(plan, simulation, rng, late_s)
+    chance = Chance(seed)
+    policy = (
+        make(simulation, chance)
+        if make is not None
+        else _policy(plan, simulation, chance, late_s, counts_once=counts_once)
+    )
     return simulation.run(plan.load_trace().requests, policy, replicas=plan.replicas)
 
 
-def _policy(plan: Plan, simulation: Simulation, rng: random.Random, late_s: float) -> Policy:
+def _policy(
+    plan: Plan, simulation: Simulation, chance: Chance, late_s: float, *, counts_once: bool
+) -> Policy:
     if plan.client_mode is not None:
-        return Blind(simulation, plan.client_mode, plan.replicas, rng)
+        return Blind(simulation, plan.client_mode, plan.replicas, chance)
     return KvAware(
         simulation,
-        rng,
+        chance,
         replicas=plan.replicas,
         events_s=late_s,
         messages_s=late_s,
         predict=plan.mode == "predicted",
+        counts_once=counts_once,
     )
 
 
@@ -74,13 +82,13 @@ class Omniscient:
     def __init__(
         self,
         simulation: Simulation,
-        rng: random.Random,
+        chance: Chance,
         *,
         weights: CostWeights = _WEIGHTS,
         queues: bool = False,
     ) -> None:
         self._engines = simulation.engines
-        self._rng = rng
+        self._chance = chance
         self._weights = weights
         self._queues = queues
         self._queued = [0] * len(self._engines)
@@ -97,7 +105,8 @@ class Omniscient:
         ]
         least = min(costs)
         equals = [number for number, cost in enumerate(costs) if cost == least]
-        worker = self._rng.choice(equals) if len(equals) > 1 else equals[0]
+        self._chance.begin(index)
+        worker = self._chance.choice(equals) if len(equals) > 1 else equals[0]
         self._queued[worker] += request.prompt_count - held[worker] * TRACE_BLOCK_SIZE
         self._running[worker].update(whole)
         self._parts[worker] += len(request.block_ids) - len(whole)
@@ -140,17 +149,20 @@ class KvAware:
     def __init__(
         self,
         simulation: Simulation,
-        rng: random.Random,
+        chance: Chance,
         *,
         replicas: int = 1,
         weights: CostWeights = _WEIGHTS,
         events_s: float = 0.0,
         messages_s: float | None = 0.0,
         predict: bool = False,
+        counts_once: bool = True,
     ) -> None:
         self._simulation = simulation
+        self._chance = chance
+        self._counts_once = counts_once
         self._workers = [Worker(number) for number in range(len(simulation.engines))]
-        self._selector = Selector(rng)
+        self._selector = Selector(chance)
         self._weights = weights
         self._events_s = events_s
         self._messages_s = messages_s
@@ -166,7 +178,8 @@ class KvAware:
 
     def choose(self, index: int, request: TracedRequest, replica: int) -> tuple[int, int]:
         whole = _whole_blocks(request.block_ids, request.prompt_count)
-        names = pack_names(whole)
+        names = pack_names(whole) if self._counts_once else b""
+        self._chance.begin(index)
         known = self._index if self._predicted is None else self._predicted[replica]
         choice = self._selector.select(
             self._workers,
@@ -240,12 +253,14 @@ class _Seen:
 class Blind:
     """The client's own policies (`round_robin`, `p2c`, …), each replica with its own counts."""
 
-    def __init__(self, simulation: Simulation, mode: str, replicas: int, rng: random.Random) -> None:
+    def __init__(self, simulation: Simulation, mode: str, replicas: int, chance: Chance) -> None:
         workers = range(len(simulation.engines))
+        self._chance = chance
         self._seen = [[_Seen(number) for number in workers] for _ in range(replicas)]
-        self._policies = [selection.policy(mode, rng) for _ in range(replicas)]
+        self._policies = [selection.policy(mode, chance) for _ in range(replicas)]
 
     def choose(self, index: int, request: TracedRequest, replica: int) -> tuple[int, int]:
+        self._chance.begin(index)
         chosen = self._policies[replica](self._seen[replica])
         chosen.in_flight += 1
         return chosen.instance_id, 0

@@ -21,6 +21,13 @@ TRACE_BLOCK_SIZE: Final = 512
 SHARED_TRACE: Final = Path("../shared/data/mooncake/conversation_trace.jsonl.gz")
 """From the root of the checkout."""
 
+_SHARED_PROMPTS: Final = 24
+_SHARED_PROMPT_BLOCKS: Final = (8, 40)
+_SHARED_TURN_BLOCKS: Final = (1, 4)
+_SHARED_TURNS: Final = (1, 5)
+_SHARED_OUTPUT_TOKENS: Final = (50, 600)
+_SHARED_OPEN_CHATS: Final = 96
+
 _SYNTHETIC_SYSTEM_BLOCKS: Final = 2
 _SYNTHETIC_TURN_BLOCKS: Final = (1, 12)
 _SYNTHETIC_OUTPUT_TOKENS: Final = (20, 300)
@@ -133,6 +140,35 @@ def synthetic_trace(count: int, *, seed: int = 0) -> Trace:
                 conversations.remove(conversation)
         now_s += _SYNTHETIC_TICK_S
     return Trace("synthetic", tuple(requests[:count]))
+
+
+def shared_prompts_trace(count: int, *, seed: int = 0) -> Trace:
+    """Chats that share long system prompts, as of so many applications: 24 prompts of 4,096 to 20,480 tokens,
+    the n-th used by every n-th chat as often as the first. A chat has up to five turns, and grows by one to
+    four blocks with each. Requests have no time of their own: all arrive at 0."""
+    rng = random.Random(seed)
+    fresh = iter(range(1 << 31))
+    prompts = [
+        [next(fresh) for _ in range(rng.randint(*_SHARED_PROMPT_BLOCKS))] for _ in range(_SHARED_PROMPTS)
+    ]
+    popularity = [1 / rank for rank in range(1, _SHARED_PROMPTS + 1)]
+    chats: list[_Conversation] = []
+    requests: list[TracedRequest] = []
+    for _ in range(count):
+        while len(chats) < _SHARED_OPEN_CHATS:
+            [system] = rng.choices(prompts, popularity)
+            chats.append(_Conversation(list(system), rng.randint(*_SHARED_TURNS)))
+        chat = rng.choice(chats)
+        added = [next(fresh) for _ in range(rng.randint(*_SHARED_TURN_BLOCKS))]
+        blocks = chat.blocks + added
+        prompt_count = len(blocks) * TRACE_BLOCK_SIZE - rng.randrange(TRACE_BLOCK_SIZE)
+        output_count = rng.randint(*_SHARED_OUTPUT_TOKENS)
+        requests.append(TracedRequest(0.0, prompt_count, output_count, tuple(blocks)))
+        chat.blocks = blocks[:-1]
+        chat.turns_left -= 1
+        if not chat.turns_left:
+            chats.remove(chat)
+    return Trace("shared-prompts", tuple(requests))
 
 
 @dataclass(slots=True, eq=False)

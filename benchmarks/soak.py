@@ -91,7 +91,7 @@ def make_plan(seconds: float, seed: int) -> Plan:
     """So many requests as come in that time, and time at the speed at which they do."""
     plan = Plan(
         trace=None,
-        made_up=True,
+        workload="made-up",
         requests=int(REQUESTS_PER_S * seconds),
         arrivals="poisson",
         load=0.5,

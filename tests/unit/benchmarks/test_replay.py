@@ -6,13 +6,14 @@ import dataclasses
 import gzip
 import json
 import random
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from benchmarks.replay import main, parse
 from benchmarks.replay_figures import Figures, Outcome, figures
 from benchmarks.replay_oracle import Difference, difference, read_blocks, write_blocks, wrong_share
-from benchmarks.replay_plan import Mode, Plan
+from benchmarks.replay_plan import Chance, Mode, Plan
 from benchmarks.replay_report import OMNISCIENT, load_entries, markdown, run_entry, save, simulated_entry
 from benchmarks.replay_run import RunResult, worker_counts
 from benchmarks.replay_simulation import KvAware, Omniscient, simulate
@@ -23,6 +24,7 @@ from benchmarks.replay_trace import (
     TracedRequest,
     find_trace,
     read_trace,
+    shared_prompts_trace,
     synthetic_trace,
 )
 
@@ -118,6 +120,16 @@ def test_a_block_of_a_made_up_trace_always_follows_the_same_one() -> None:
     assert repeated > len(parents)
 
 
+def test_chats_of_the_made_up_trace_share_long_prompts() -> None:
+    trace = shared_prompts_trace(400, seed=1)
+    assert trace == shared_prompts_trace(400, seed=1)
+    firsts = Counter(request.block_ids[0] for request in trace.requests)
+    assert len(firsts) <= 24
+    assert max(firsts.values()) > 60
+    repeated = sum(map(len, (one.block_ids for one in trace.requests)))
+    assert len({block for one in trace.requests for block in one.block_ids}) < 0.25 * repeated
+
+
 def test_equal_blocks_have_equal_tokens() -> None:
     tokens = TracedRequest(0.0, 2 * TRACE_BLOCK_SIZE + 3, 1, (7, 8, 9)).token_ids()
     assert len(tokens) == 2 * TRACE_BLOCK_SIZE + 3
@@ -150,6 +162,33 @@ def test_a_simulation_is_that_of_its_seed(trace_file: Path) -> None:
 def test_the_product_decides_as_the_literal_cost_does_on_the_true_caches(trace_file: Path) -> None:
     """Where its index and its book hear without delay, each choice is the omniscient one."""
     assert simulate(plan(trace_file), KvAware) == simulate(plan(trace_file), Omniscient)
+
+
+def test_chance_is_that_of_the_request() -> None:
+    """Whatever was drawn before it."""
+    one, other = Chance(3), Chance(3)
+    one.random()
+    for chance in (one, other):
+        chance.begin(7)
+    assert [one.random() for _ in range(3)] == [other.random() for _ in range(3)]
+    other.begin(8)
+    assert one.random() != other.random()
+
+
+def test_counting_shared_blocks_once_keeps_chats_where_they_are() -> None:
+    shared = Plan(
+        trace=None,
+        requests=300,
+        arrivals="poisson",
+        load=2.0,
+        seed=1,
+        workers=8,
+        kv_blocks=1024,
+        workload="shared-prompts",
+    )
+    once, again = (figures(simulate(shared, counts_once=once), 8) for once in (True, False))
+    assert once.hit_rate > again.hit_rate
+    assert once.ttft_mean_s < again.ttft_mean_s
 
 
 def test_what_is_predicted_is_less_than_what_is_known(trace_file: Path) -> None:
@@ -252,12 +291,12 @@ def test_rows_that_did_not_run_keep_their_figures(trace_file: Path, tmp_path: Pa
     path = tmp_path / "replay.json"
     one = plan(trace_file)
     former = [
-        run_entry(one, "t", None, result(Difference(5, 0, 0))),
-        run_entry(one, "t", "redis", result(Difference(5, 2, 1))),
+        run_entry(one, "t", None, [result(Difference(5, 0, 0))]),
+        run_entry(one, "t", "redis", [result(Difference(5, 2, 1))]),
     ]
     reference = simulated_entry(one, "t", [figures(result().outcomes, 4)], mode=OMNISCIENT)
     save(former, path)
-    save([reference, run_entry(dataclasses.replace(one, mode="rr"), "t", None, result())], path)
+    save([reference, run_entry(dataclasses.replace(one, mode="rr"), "t", None, [result()])], path)
     kept = load_entries(path)
     assert [(row.mode, row.fault) for row in kept] == [
         ("omniscient", None),
@@ -269,12 +308,23 @@ def test_rows_that_did_not_run_keep_their_figures(trace_file: Path, tmp_path: Pa
     assert [row.index for row in kept] == [None, "equal", None, "2 missing, 1 wrong of 5"]
 
 
+def test_a_row_is_the_mean_of_its_runs(trace_file: Path) -> None:
+    runs = [
+        dataclasses.replace(result(), outcomes=[outcome(0, 1, prompt=100, cached=cached)])
+        for cached in (40, 60)
+    ]
+    row = run_entry(plan(trace_file), "t", None, runs)
+    assert (row.repeats, row.hit_rate, row.hit_rate_spread) == (2, 0.5, 0.14142)
+    assert (row.failed_count, row.lost_count) == (4, 2)
+    assert "| 0.500 ± 0.141 |" in markdown([row])
+
+
 def test_the_table_holds_rows_against_the_omniscient_one(trace_file: Path) -> None:
     one = plan(trace_file)
     reference = simulated_entry(
         one, "t", [figures([outcome(0, 1, prompt=100, cached=80, ttft_s=0.5)], 4)], mode=OMNISCIENT
     )
-    table = markdown([reference, run_entry(one, "t", None, result(Difference(5, 0, 0)))]).splitlines()
+    table = markdown([reference, run_entry(one, "t", None, [result(Difference(5, 0, 0))])]).splitlines()
     assert table[-1].startswith("| Poisson 0.8, kv × 1 | 0.600 | 0.75 | 1.00 | 2.00 |")
     assert "| equal |" in table[-1]
 
@@ -307,6 +357,8 @@ def test_the_command_line_says_what_to_run() -> None:
         ["--trace", "nowhere.jsonl"],
         ["--speedup", "0"],
         ["--faults", "all"],
+        ["--workload", "shared-prompts"],
+        ["--workload", "shared-prompts", "--arrivals", "poisson", "--trace", "pyproject.toml"],
     ],
 )
 def test_what_cannot_be_run_is_refused(arguments: list[str]) -> None:
