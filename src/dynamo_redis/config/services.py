@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, ByteSize
+from pydantic import AfterValidator, ByteSize, Field
 
 from dynamo_redis.config.base import Duration, Port, SettingsGroup, Size, setting
 
@@ -61,6 +61,33 @@ class FrontendSettings(SettingsGroup):
     )
     max_body_bytes: Size = setting(
         "DYN_HTTP_BODY_LIMIT", ByteSize(45 << 20), "Largest HTTP request body.", unit="bytes"
+    )
+    max_bodies_bytes: Size = setting(
+        "DYN_HTTP_BODIES_LIMIT",
+        ByteSize(180 << 20),
+        "Most bytes of HTTP request bodies held at any one time, but for the first 32 KiB of each.",
+        unit="bytes",
+    )
+    max_choices_count: Annotated[int, Field(ge=1)] = setting(
+        "DYN_HTTP_MAX_CHOICES", 256, "Most answers that one HTTP request may ask for: its prompts, times `n`."
+    )
+    max_http_connections_count: Annotated[int, Field(ge=1)] = setting(
+        "DYN_HTTP_MAX_CONNECTIONS",
+        8192,
+        "Most HTTP connections; fewer where the limit of open files leaves fewer. Past it the one makes room "
+        "that has been without a request for longest.",
+    )
+    receive_timeout_s: Annotated[Duration, Field(gt=0)] = setting(
+        "DYN_HTTP_RECEIVE_TIMEOUT_S",
+        60.0,
+        "Longest time from the first byte of an HTTP request to its last.",
+        unit="s",
+    )
+    send_timeout_s: Annotated[Duration, Field(gt=0)] = setting(
+        "DYN_HTTP_SEND_TIMEOUT_S",
+        60.0,
+        "Longest time for which an HTTP client may take nothing of its answer.",
+        unit="s",
     )
     request_timeout_s: Duration = setting(
         "DYN_HTTP_REQUEST_TIMEOUT_S", 600.0, "Longest time one request may take; 0 means no limit.", unit="s"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import time
@@ -17,19 +18,19 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from dynamo_redis.config import FrontendSettings
-from dynamo_redis.errors import DynamoRedisError
+from dynamo_redis.errors import DeadlineExceeded, DynamoRedisError
 from dynamo_redis.frontend.administration import changes_state
 from dynamo_redis.frontend.answers import Answer
 from dynamo_redis.frontend.exchange import Choice, Exchange, send_error
 from dynamo_redis.frontend.framing import STREAMS_EVENTS
 from dynamo_redis.frontend.health import health
-from dynamo_redis.frontend.http_errors import ApiError, api_error, invalid
+from dynamo_redis.frontend.http_errors import ApiError, api_error, invalid, too_many_choices
 from dynamo_redis.frontend.model import Model
 from dynamo_redis.frontend.models import LiveModels
 from dynamo_redis.frontend.openai import ChatBody, TextBody
 from dynamo_redis.frontend.options import CompletionOptions
 from dynamo_redis.frontend.prompts import Preparation
-from dynamo_redis.frontend.request_body import ClientGone, read_limited
+from dynamo_redis.frontend.request_body import BodyBudget, ClientGone, read_limited
 from dynamo_redis.frontend.sse import Kind
 from dynamo_redis.names import EndpointName, with_hex_ids
 from dynamo_redis.planes.context import Context
@@ -71,7 +72,9 @@ def make_app(
         return _json(200, {"status": "live"})
 
     def completions(kind: Kind, body: type[CompletionOptions]) -> Completions:
-        return Completions(kind, body, models, preparation, settings)
+        return Completions(kind, body, models, preparation, bodies, settings)
+
+    bodies = BodyBudget(int(settings.max_bodies_bytes))
 
     return Starlette(
         routes=[
@@ -104,13 +107,16 @@ class Completions:
         body: type[CompletionOptions],
         models: LiveModels,
         preparation: Preparation,
+        bodies: BodyBudget,
         settings: FrontendSettings,
     ) -> None:
         self._kind: Kind = kind
         self._body = body
         self._models = models
         self._preparation = preparation
+        self._bodies = bodies
         self._limit_bytes = int(settings.max_body_bytes)
+        self._max_choices_count = settings.max_choices_count
         self._timeout_s = settings.request_timeout_s or None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -119,15 +125,13 @@ class Completions:
         request_id = _request_id(scope)
         headers = [(b"x-request-id", request_id.encode())]
         try:
-            content = await read_limited(scope, receive, self._limit_bytes)
-            read = await self._preparation.read(self._body, content)
-            del content
-            body = read.options
-            model = self._models.get(body.model)
-            assert model.loaded is not None
-            requests = await self._preparation.requests(model.loaded, read)
-            del read
+            async with asyncio.timeout(self._timeout_s):
+                body, model, requests = await self._read(scope, receive)
         except ClientGone:
+            return
+        except TimeoutError:
+            late = DeadlineExceeded("the request was not read and tokenized in its time")
+            await send_error(send, api_error(late), headers)
             return
         except (ApiError, DynamoRedisError) as exc:
             await send_error(send, api_error(exc), headers)
@@ -140,6 +144,20 @@ class Completions:
             await exchange.stream(receive, send, headers, includes_usage=body.includes_usage)
         else:
             await exchange.respond(receive, send, headers)
+
+    async def _read(
+        self, scope: Scope, receive: Receive
+    ) -> tuple[CompletionOptions, Model, list[GenerateRequest]]:
+        """What is asked for, of which model, and what its workers get. Raises as the parts of it do."""
+        with self._bodies.hold() as held:
+            content = await read_limited(scope, receive, self._limit_bytes, held)
+            body = await self._preparation.read(self._body, content)
+            del content
+            if body.choice_count > self._max_choices_count:
+                raise too_many_choices(body.choice_count, self._max_choices_count)
+            model = self._models.get(body.options.model)
+            assert model.loaded is not None
+            return body.options, model, await self._preparation.requests(model.loaded, body)
 
     def _exchange(
         self,

@@ -41,6 +41,11 @@ class Body:
     options: CompletionOptions
     source: Source
 
+    @property
+    def choice_count(self) -> int:
+        """How many answers it asks for."""
+        return (len(self.source) if isinstance(self.source, list) else 1) * (self.options.n or 1)
+
 
 def source_of(body: CompletionOptions) -> Source:
     """What the body's prompts are made of."""

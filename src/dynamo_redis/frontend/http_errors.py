@@ -107,6 +107,29 @@ def body_too_large(limit_bytes: int) -> ApiError:
     )
 
 
+def bodies_full(limit_bytes: int) -> ApiError:
+    """503: the bodies of others take all the room there is."""
+    return ApiError(
+        503,
+        f"All request bodies together are over the limit of {limit_bytes} bytes (DYN_HTTP_BODIES_LIMIT): "
+        "try again.",
+        kind=_UNAVAILABLE,
+        code="overloaded",
+        retry_after_s=1.0,
+    )
+
+
+def too_many_choices(wanted_count: int, most_count: int) -> ApiError:
+    """400 for a body that asks for too many answers at once."""
+    return ApiError(
+        400,
+        f"You requested {wanted_count} choices (prompts times 'n'): one request may ask for {most_count} "
+        "(DYN_HTTP_MAX_CHOICES).",
+        param="n",
+        code="invalid_value",
+    )
+
+
 def context_length_exceeded(
     prompt_tokens: int, max_tokens: int | None, context_length: int, param: str, *, at_least: bool = False
 ) -> ApiError:

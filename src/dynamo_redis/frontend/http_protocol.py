@@ -1,4 +1,5 @@
-"""uvicorn's HTTP protocol, with bounds on a request's head and rules of HTTP that it does not have itself.
+"""uvicorn's HTTP protocol, with bounds on what clients send and do not read, and rules of HTTP that it does
+not have itself.
 
 Source: RFC 9110 (sections 7.8 "Upgrade", 9.3.6 "CONNECT", 10.1.1 "Expect", 15.2.1 "100 Continue") and
 RFC 9112 (sections 6.1 "Transfer-Encoding", 9.6 "Tear-down").
@@ -7,16 +8,22 @@ RFC 9112 (sections 6.1 "Transfer-Encoding", 9.6 "Tear-down").
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass, field
 from typing import Any
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
+from dynamo_redis.frontend.door import Guest
 from dynamo_redis.frontend.framing import Application, framed, sign_of_life
 from dynamo_redis.frontend.http_errors import ApiError
 
 HEAD_LIMIT_BYTES = 64 * 1024
-"""Largest head of a request: its first line and headers."""
+"""Largest head of a request: its first line and headers. Also the most that may come between two pieces of
+its body, and behind the last: sizes and extensions of chunks, and trailers, which are left out."""
+
+FRAMING_FACTOR = 4
+"""Chunks may take so many bytes for each byte of the body, beside `HEAD_LIMIT_BYTES` in all."""
 
 HEAD_TIMEOUT_S = 30.0
 """Longest time from a connection, or the first byte of a further request, to the end of the head."""
@@ -29,10 +36,23 @@ LONGEST_PROBE_S = 5.0
 _FRAMING_HEADERS = (b"content-length", b"transfer-encoding")
 
 
-class HttpProtocol(HttpToolsProtocol):
-    """Ends connections whose request's head is too large or too slow, and says why in OpenAI's form.
+@dataclass(frozen=True, slots=True)
+class HttpLimits:
+    """What one connection may take, and the connections that may have to make room for others."""
 
-    The limit is checked with each read, so a head may be over it by one read.
+    receive_timeout_s: float = 60.0
+    """From the first byte of a request to its last."""
+    send_timeout_s: float = 60.0
+    """For which a client may take nothing of its answer."""
+    waiting: dict[Guest, None] = field(default_factory=dict)
+    """The connections without a whole request, the longest first."""
+
+
+class HttpProtocol(HttpToolsProtocol):
+    """Ends connections whose request is too slow, or whose head or framing is too large, and says why in
+    OpenAI's form; and those whose client does not read its answer.
+
+    Sizes are checked with each read, so a head may be over its limit by one read.
 
     A request for another protocol (`Upgrade`) is served in this one, with its body. A client that has sent
     everything, and says so (a half-closed connection), gets the answers to its whole requests. One that has
@@ -40,11 +60,18 @@ class HttpProtocol(HttpToolsProtocol):
     host of one that is gone answers that with a reset.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, limits: HttpLimits, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._limits = limits
         self._in_head = True
+        self._in_body = False
         self._head_bytes = 0
-        self._head_timer: asyncio.TimerHandle | None = None
+        self._framing_bytes = 0
+        self._barren_bytes = 0
+        self._body_bytes = 0
+        self._begun_at = 0.0
+        self._receive_timer: asyncio.TimerHandle | None = None
+        self._send_timer: asyncio.TimerHandle | None = None
         self._running: RequestResponseCycle | None = None
         self._probe_timer: asyncio.TimerHandle | None = None
         self._takes_body_only = False
@@ -53,11 +80,14 @@ class HttpProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client has connected."""
         super().connection_made(transport)
-        self._start_head_timer()
+        self._limits.waiting[self] = None
+        self._start_receive_timer(HEAD_TIMEOUT_S)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The client is gone."""
-        self._stop_head_timer()
+        self._limits.waiting.pop(self, None)
+        self._stop_receive_timer()
+        self._stop_send_timer()
         if self._probe_timer is not None:
             self._probe_timer.cancel()
         super().connection_lost(exc)
@@ -65,6 +95,9 @@ class HttpProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Bytes of a request."""
         self._unset_keepalive_if_required()
+        size, body_bytes = len(data), self._body_bytes
+        if self._in_body:
+            self._framing_bytes += size
         while data and not self._ended and not self.transport.is_closing():
             try:
                 self.parser.feed_data(data)
@@ -75,10 +108,24 @@ class HttpProtocol(HttpToolsProtocol):
                 return
             else:
                 break
-        if self._in_head and self._head_timer is not None:
-            self._head_bytes += len(data)
+        if self._in_head and self._receive_timer is not None:
+            self._head_bytes += size
             if self._head_bytes > HEAD_LIMIT_BYTES:
                 self._refuse(431, f"The request's headers are over {HEAD_LIMIT_BYTES} bytes.")
+        elif self._in_body:
+            self._barren_bytes = 0 if self._body_bytes > body_bytes else self._barren_bytes + size
+            self._check_body()
+
+    def _check_body(self) -> None:
+        """Bound what comes of a request beside its body, and how long it may come."""
+        if self._receive_timer is None:
+            left_s = self._begun_at + self._limits.receive_timeout_s - self.loop.time()
+            self._start_receive_timer(max(0.0, left_s))
+        most_bytes = HEAD_LIMIT_BYTES + FRAMING_FACTOR * self._body_bytes
+        if self._barren_bytes > HEAD_LIMIT_BYTES or self._framing_bytes > most_bytes:
+            self._refuse(
+                431, f"The request's chunks and trailers have over {HEAD_LIMIT_BYTES} bytes of framing."
+            )
 
     def on_message_begin(self) -> None:
         """The first byte of a request was parsed."""
@@ -87,7 +134,8 @@ class HttpProtocol(HttpToolsProtocol):
         super().on_message_begin()
         self._in_head = True
         self._head_bytes = 0
-        self._start_head_timer()
+        self._begun_at = self.loop.time()
+        self._start_receive_timer(min(HEAD_TIMEOUT_S, self._limits.receive_timeout_s))
 
     def on_headers_complete(self) -> None:
         """A request's head is whole."""
@@ -95,7 +143,9 @@ class HttpProtocol(HttpToolsProtocol):
             self._takes_body_only = False
             return
         self._in_head = False
-        self._stop_head_timer()
+        self._in_body = True
+        self._framing_bytes = self._barren_bytes = self._body_bytes = 0
+        self._stop_receive_timer()
         if self.parser.get_method() == b"CONNECT":
             self._refuse(405, "This server is no proxy.")
             return
@@ -107,12 +157,14 @@ class HttpProtocol(HttpToolsProtocol):
             super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Take one line of a request's head."""
-        if not self._takes_body_only:
+        """Take one line of a request's head. Trailers, which come behind the body, are left out."""
+        if self._in_head and not self._takes_body_only:
             super().on_header(name, value)
 
     def on_body(self, body: bytes) -> None:
         """Take part of a request's body."""
+        self._body_bytes += len(body)
+        self._framing_bytes -= len(body)
         if not self.transport.is_closing():
             super().on_body(body)
 
@@ -120,6 +172,9 @@ class HttpProtocol(HttpToolsProtocol):
         """Take a request for whole, unless its parser left the body to another protocol."""
         if self.transport.is_closing() or (self.parser.should_upgrade() and self._framing()):
             return
+        self._in_body = False
+        self._stop_receive_timer()
+        self._limits.waiting.pop(self, None)
         super().on_message_complete()
 
     def _framing(self) -> list[tuple[bytes, bytes]]:
@@ -147,11 +202,65 @@ class HttpProtocol(HttpToolsProtocol):
         self._running = cycle
         super()._start_asgi_task(cycle, framed(app, cycle))  # type: ignore[arg-type]
 
+    def on_response_complete(self) -> None:
+        """Wait for the next request, or for the rest to be taken: an answer was written to its end."""
+        super().on_response_complete()
+        if self.transport.is_closing():
+            self._watch_sending()
+        elif not self._owes_answers():
+            self._limits.waiting.pop(self, None)
+            self._limits.waiting[self] = None
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Close a connection that has been idle for long."""
+        super().timeout_keep_alive_handler()
+        self._watch_sending()
+
+    def give_way(self) -> None:
+        """Make room for another connection."""
+        if self._in_body or (self._in_head and self._head_bytes):
+            self._refuse(503, "Other connections need the room: send the request again, in one piece.")
+        self.transport.close()
+        self._watch_sending()
+
+    # ----------------------------------------------------------------- clients that do not read
+
+    def pause_writing(self) -> None:
+        """Write no more for now, and watch the client, which takes less than is written."""
+        super().pause_writing()
+        self._watch_sending()
+
+    def resume_writing(self) -> None:
+        """Write on: the client has taken most of it."""
+        self._stop_send_timer()
+        super().resume_writing()
+
+    def _watch_sending(self) -> None:
+        """Drop the connection if the client takes nothing for too long of what is left to send."""
+        self._stop_send_timer()
+        if left_bytes := self.transport.get_write_buffer_size():
+            self._send_timer = self.loop.call_later(
+                self._limits.send_timeout_s, self._on_send_timeout, left_bytes
+            )
+
+    def _on_send_timeout(self, left_bytes: int) -> None:
+        if self.transport.get_write_buffer_size() >= left_bytes:
+            self.transport.abort()
+        else:
+            self._watch_sending()
+
+    def _stop_send_timer(self) -> None:
+        if self._send_timer is not None:
+            self._send_timer.cancel()
+            self._send_timer = None
+
+    # ----------------------------------------------------------------- clients that send nothing more
+
     def eof_received(self) -> bool:  # type: ignore[override]
         """Keep the connection while whole requests are to be answered: the client sends nothing more."""
         if not self._owes_answers():
             return False
-        self._stop_head_timer()
+        self._stop_receive_timer()
         self._end_after_answers()
         if self._probe_timer is None:
             self._probe_after(FIRST_PROBE_S)
@@ -184,20 +293,23 @@ class HttpProtocol(HttpToolsProtocol):
         """What was received is not HTTP."""
         self._refuse(400, msg)
 
-    def _start_head_timer(self) -> None:
-        self._stop_head_timer()
-        self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self._on_head_timeout)
+    def _start_receive_timer(self, limit_s: float) -> None:
+        self._stop_receive_timer()
+        self._receive_timer = self.loop.call_later(limit_s, self._on_receive_timeout)
 
-    def _stop_head_timer(self) -> None:
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None
+    def _stop_receive_timer(self) -> None:
+        if self._receive_timer is not None:
+            self._receive_timer.cancel()
+            self._receive_timer = None
 
-    def _on_head_timeout(self) -> None:
-        self._refuse(408, f"No whole request head within {HEAD_TIMEOUT_S:g} s.")
+    def _on_receive_timeout(self) -> None:
+        if self._in_body:
+            self._refuse(408, f"No whole request within {self._limits.receive_timeout_s:g} s.")
+        else:
+            self._refuse(408, f"No whole request head within {HEAD_TIMEOUT_S:g} s.")
 
     def _refuse(self, status: int, message: str) -> None:
-        self._stop_head_timer()
+        self._stop_receive_timer()
         if self.transport.is_closing():
             return
         if self._owes_answers():  # to what came before; a refusal would be taken for one of them
@@ -205,8 +317,9 @@ class HttpProtocol(HttpToolsProtocol):
             self.flow.pause_reading()
             return
         running = self._running
-        if running is not None and running.response_started and not running.response_complete:
-            self.transport.close()  # amid the answer to a request that is not whole
+        if running is not None and running.response_started and running.more_body:
+            self.transport.close()  # amid the answer to a request that is not whole, or behind it
+            self._watch_sending()
             return
         body = ApiError(status, message).body_bytes()
         head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(
@@ -214,3 +327,4 @@ class HttpProtocol(HttpToolsProtocol):
         )
         self.transport.write(STATUS_LINE[status] + head + body)
         self.transport.close()
+        self._watch_sending()

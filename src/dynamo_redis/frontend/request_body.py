@@ -3,21 +3,66 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 from dynamo_redis.frontend.exchange import Receive
-from dynamo_redis.frontend.http_errors import ApiError, body_too_large, invalid
+from dynamo_redis.frontend.http_errors import ApiError, bodies_full, body_too_large, invalid
 
 _MOST_DISCARDED = 256 << 20
 """Clients that do not look at the answer before they have sent everything are listened to for so long."""
+
+
+UNCOUNTED_BYTES = 32 << 10
+"""Of each body so much does not count in the budget, so that small requests pass large ones."""
+
+
+class BodyBudget:
+    """The bytes of all bodies that are held at any one time, until they have become requests."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._held_bytes = 0
+
+    def hold(self) -> HeldBody:
+        """Begin to hold a body."""
+        return HeldBody(self)
+
+    def add(self, size_bytes: int) -> None:
+        """Hold so many more bytes, or fewer. Raises ApiError 503 if that is more than may be held."""
+        if size_bytes > 0 and self._held_bytes + size_bytes > self._limit_bytes:
+            raise bodies_full(self._limit_bytes)
+        self._held_bytes += size_bytes
+
+
+class HeldBody:
+    """One body's share of the budget, which is given back at the end of the `with` block."""
+
+    def __init__(self, budget: BodyBudget) -> None:
+        self._budget = budget
+        self._counted_bytes = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._budget.add(-self._counted_bytes)
+
+    def grow_to(self, size_bytes: int) -> None:
+        """The body has so many bytes by now. Raises ApiError 503 if the budget has no more."""
+        counted = max(0, size_bytes - UNCOUNTED_BYTES)
+        self._budget.add(counted - self._counted_bytes)
+        self._counted_bytes = counted
 
 
 class ClientGone(Exception):
     """The client hung up before its request was whole."""
 
 
-async def read_limited(scope: Mapping[str, Any], receive: Receive, limit_bytes: int) -> bytes:
-    """The body. Raises ApiError 413 for one over the limit, which is never held, and ClientGone.
+async def read_limited(
+    scope: Mapping[str, Any], receive: Receive, limit_bytes: int, held: HeldBody | None = None
+) -> bytes:
+    """The body. Raises ApiError 413 for one over the limit, which is never held, 503 for one that the budget
+    has no room for, and ClientGone.
 
     A body whose announced length is over the limit is refused before it is sent if the client asked
     (`Expect: 100-continue`); else it is read and dropped, since most clients see no answer before its end.
@@ -33,10 +78,17 @@ async def read_limited(scope: Mapping[str, Any], receive: Receive, limit_bytes: 
     size = 0
     async for piece in _pieces(receive):
         size += len(piece)
-        if size > limit_bytes:
+        try:
+            if size > limit_bytes:
+                raise body_too_large(limit_bytes)
+            if held is not None:
+                held.grow_to(size)
+        except ApiError:
             pieces.clear()
+            if held is not None:
+                held.grow_to(0)
             await _discard(receive, size)
-            raise body_too_large(limit_bytes)
+            raise
         pieces.append(piece)
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 

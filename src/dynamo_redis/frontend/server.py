@@ -21,7 +21,8 @@ from dynamo_redis.config import FrontendSettings, RouterSettings, user_model_cac
 from dynamo_redis.errors import ConfigError
 from dynamo_redis.frontend.app import make_app
 from dynamo_redis.frontend.cache_clearing import clear_kv_blocks
-from dynamo_redis.frontend.http_protocol import HttpProtocol
+from dynamo_redis.frontend.door import Door
+from dynamo_redis.frontend.http_protocol import HttpLimits, HttpProtocol
 from dynamo_redis.frontend.models import LiveModels
 from dynamo_redis.frontend.prompts import Preparation
 from dynamo_redis.frontend.routing import client_opener
@@ -30,8 +31,6 @@ from dynamo_redis.router.service import KvRouter
 from dynamo_redis.runtime.runtime import DistributedRuntime
 
 log = logging.getLogger(__name__)
-
-BACKLOG = 2048
 
 KEEP_ALIVE_S = 75
 """How long an idle connection stays open: longer than clients' pools and proxies keep theirs."""
@@ -73,6 +72,7 @@ async def serve_frontend(
                     ),
                     listener,
                     runtime.wait_for_shutdown,
+                    settings,
                     drain_s=runtime.shutdown_deadline.requests_left_s,
                     on_ready=on_ready,
                 )
@@ -163,6 +163,7 @@ async def run_server(
     app: Starlette,
     listener: socket.socket,
     wait_for_shutdown: Callable[[], Awaitable[None]],
+    settings: FrontendSettings,
     *,
     drain_s: float,
     on_ready: Callable[[str], None] | None = None,
@@ -183,9 +184,9 @@ async def run_server(
             server_header=False,
             proxy_headers=False,  # nothing here depends on a client's address
             timeout_keep_alive=KEEP_ALIVE_S,
-            backlog=BACKLOG,
             timeout_graceful_shutdown=max(1, round(drain_s)),
-        )
+        ),
+        settings,
     )
     server_log = logging.getLogger("uvicorn.error")
     server_log.addFilter(quiet := _QuietServerLog())
@@ -221,8 +222,14 @@ class _QuietServerLog(logging.Filter):
 class _Server(uvicorn.Server):
     """uvicorn inside somebody else's event loop, which leaves signals to the runtime."""
 
-    def __init__(self, config: uvicorn.Config) -> None:
+    def __init__(self, config: uvicorn.Config, settings: FrontendSettings) -> None:
         super().__init__(config)
+        receive_s = settings.receive_timeout_s
+        self._limits = HttpLimits(
+            receive_timeout_s=min(receive_s, settings.request_timeout_s or receive_s),
+            send_timeout_s=settings.send_timeout_s,
+        )
+        self._max_connections_count = settings.max_http_connections_count
         self.accepting: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._stopped = asyncio.Event()
 
@@ -245,6 +252,19 @@ class _Server(uvicorn.Server):
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begin to accept connections."""
-        await super().startup(sockets)
+        """Begin to accept connections, by a door of our own."""
+        assert sockets is not None
+        make_protocol = partial(
+            HttpProtocol,
+            config=self.config,
+            server_state=self.server_state,
+            app_state={},
+            limits=self._limits,
+        )
+        guests, waiting = self.server_state.connections, self._limits.waiting
+        self.servers: list[Any] = [
+            Door(listening, make_protocol, guests, waiting, self._max_connections_count)
+            for listening in sockets
+        ]
+        self.started = True
         self.accepting.set_result(None)

@@ -44,11 +44,14 @@ class Listener:
         loop: asyncio.AbstractEventLoop,
         sockets: list[socket.socket],
         on_socket: Callable[[socket.socket], None],
+        refuse: Callable[[socket.socket, PlaneError], None] | None = None,
     ) -> None:
-        """`on_socket` gets each connection's socket, non-blocking, and must not raise; see `open`."""
+        """`on_socket` gets each connection's socket, non-blocking, and must not raise; see `open`.
+        `refuse` tells a caller why it is not let in, and closes; None: `turn_away`."""
         self._loop = loop
         self._sockets = sockets
         self._on_socket = on_socket
+        self._refuse = turn_away if refuse is None else refuse
         self._paused: dict[socket.socket, asyncio.TimerHandle] = {}
         self._reserve = _spare_file()
         self._complaints = RateLimitedLog(_log, logging.ERROR)
@@ -126,9 +129,9 @@ class Listener:
         os.close(self._reserve)
         try:
             with suppress(BlockingIOError, ConnectionAbortedError):
-                turn_away(
+                self._refuse(
                     listening.accept()[0],
-                    Overloaded("the worker has no file left for a connection (RLIMIT_NOFILE)"),
+                    Overloaded("this process has no file left for a connection (RLIMIT_NOFILE)"),
                 )
         except OSError:  # another thread was faster
             return False

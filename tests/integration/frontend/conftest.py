@@ -258,7 +258,9 @@ async def _frontend(
         ) as models:
             app = make_app(models, preparation, settings, runtime.registry, runtime.clear_caches)
             serving = asyncio.create_task(
-                run_server(app, listener, wait_for_shutdown, drain_s=2, on_ready=lambda _: accepting.set())
+                run_server(
+                    app, listener, wait_for_shutdown, settings, drain_s=2, on_ready=lambda _: accepting.set()
+                )
             )
             await accepting.wait()
             url = url_of(listener)

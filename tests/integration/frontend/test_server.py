@@ -44,8 +44,8 @@ async def test_small_events_do_not_wait_for_more(open_frontend: Any, monkeypatch
     servers: list[Any] = []
 
     class Recorded(server._Server):
-        def __init__(self, config: Any) -> None:
-            super().__init__(config)
+        def __init__(self, config: Any, settings: Any) -> None:
+            super().__init__(config, settings)
             servers.append(self)
 
     monkeypatch.setattr(server, "_Server", Recorded)
