@@ -144,9 +144,10 @@ class Batch(Generic[S]):
         """The next step, with its blocks reserved; None if there is nothing to do."""
         work: list[tuple[S, int]] = []
         preempted_before = self.preemption_count
-        budget = self._plan_running(work)
-        if self.preemption_count == preempted_before:
-            self._plan_waiting(work, budget)
+        with self.cache.one_removal():
+            budget = self._plan_running(work)
+            if self.preemption_count == preempted_before:
+                self._plan_waiting(work, budget)
         if not work:
             return None
         decode_count = sum(1 for sequence, _ in work if sequence.computed_count >= sequence.prompt_count)

@@ -11,7 +11,8 @@ are released last first, so that an idle block is always older in LRU order than
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from dynamo_redis.engines.base import AllBlocksCleared, BlocksRemoved, BlocksStored, KvEventSink
@@ -46,6 +47,7 @@ class BlockCache:
         self._holders: dict[int, int] = {}  # stored blocks in use → number of sequences that hold them
         self._idle: OrderedDict[int, None] = OrderedDict()  # stored blocks not in use, oldest first
         self._private_count = 0
+        self._evicted: list[int] | None = None  # what is to be told at the end of `one_removal`
 
     def __repr__(self) -> str:
         return f"<BlockCache {self.active_count} active, {self.idle_count} idle of {self.total_blocks}>"
@@ -86,10 +88,25 @@ class BlockCache:
             return False
         if missing_count > 0:
             evicted = tuple(self._idle.popitem(last=False)[0] for _ in range(missing_count))
-            self.events(BlocksRemoved(evicted))
+            if self._evicted is None:
+                self.events(BlocksRemoved(evicted))
+            else:
+                self._evicted += evicted
         self._private_count += count
         table.private_count += count
         return True
+
+    @contextmanager
+    def one_removal(self) -> Iterator[None]:
+        """Within the block nothing is stored; what `reserve` evicts is told as one event at its end."""
+        evicted: list[int] = []
+        self._evicted = evicted
+        try:
+            yield
+        finally:
+            self._evicted = None
+            if evicted:
+                self.events(BlocksRemoved(tuple(evicted)))
 
     def store(self, table: BlockTable, hashes: Sequence[int], token_ids: Sequence[int]) -> None:
         """The table's next private blocks are whole, and hold `token_ids`: name and share them.

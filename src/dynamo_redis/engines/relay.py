@@ -26,7 +26,15 @@ from contextlib import aclosing
 from typing import Final
 
 from dynamo_redis.engines.zmq_sockets import Subscription, replay
-from dynamo_redis.engines.zmq_wire import Cleared, MainGroup, Removed, Stored, decode_batch, split_message
+from dynamo_redis.engines.zmq_wire import (
+    Cleared,
+    MainGroup,
+    Removed,
+    Stored,
+    decode_batch,
+    join_removals,
+    split_message,
+)
 from dynamo_redis.router.kv_publisher import KvPublisher
 from dynamo_redis.supervision import Supervisor
 
@@ -229,7 +237,7 @@ class RankRelay:
             self._next = sequence + 1
             return
         self.counts.update(batch.left_out)
-        for event in batch.events:
+        for event in join_removals(batch.events):
             if not self._group.holds(event):
                 self.counts["other_group"] += 1
                 continue

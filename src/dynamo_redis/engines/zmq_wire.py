@@ -16,9 +16,9 @@ Not everything an engine holds can be found by a prompt's token ids alone. Left 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
+from itertools import groupby, zip_longest
 from typing import Any, Final
 
 from dynamo_redis.wire.codec import unpack
@@ -258,6 +258,21 @@ def _optional_int(value: object, name: str) -> int | None:
 
 
 # --------------------------------------------------------------------------- groups
+
+
+def join_removals(events: Iterable[EngineEvent]) -> Iterator[EngineEvent]:
+    """The events, with neighbours that remove blocks of one tier and group as one: engines name each block
+    that they evict by itself."""
+    for place, run in groupby(events, _removal_place):
+        if place is None:
+            yield from run
+        else:
+            hashes = [each for event in run if isinstance(event, Removed) for each in event.block_hashes]
+            yield Removed(hashes, *place)
+
+
+def _removal_place(event: EngineEvent) -> tuple[int, int | None] | None:
+    return (event.tier, event.group) if isinstance(event, Removed) else None
 
 
 class MainGroup:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynamo_redis.config import MockEngineSettings
-from dynamo_redis.engines.base import KvEvent
+from dynamo_redis.engines.base import BlocksRemoved, KvEvent, KvEventSink
 from dynamo_redis.engines.batching import Batch, Sequence, Step, step_duration_s
 from dynamo_redis.engines.kv_cache import BlockCache
 from dynamo_redis.errors import Overloaded
@@ -35,7 +35,7 @@ def _sequence(tokens: SequenceOf[int]) -> Sequence:
     )
 
 
-def _batch(total_blocks: int = 64, events: Oracle | None = None, **limits: int) -> Batch[Sequence]:
+def _batch(total_blocks: int = 64, events: KvEventSink | None = None, **limits: int) -> Batch[Sequence]:
     sizes = {"max_num_seqs": 8, "max_num_batched_tokens": 32, "max_num_waiting": 8} | limits
     return Batch(BlockCache(total_blocks, BLOCK, events), **sizes)
 
@@ -225,3 +225,19 @@ def test_a_step_takes_the_time_of_what_it_does() -> None:
     assert step_duration_s(step, MockEngineSettings()) == pytest.approx(0.008 + 0.003 + 0.05)
     assert step_duration_s(step, MockEngineSettings(speedup_ratio=10)) == pytest.approx(0.0061)
     assert step_duration_s(step, MockEngineSettings(speedup_ratio=0)) == 0
+
+
+def test_a_step_tells_what_it_evicts_as_one_event() -> None:
+    told: list[KvEvent] = []
+    batch = _batch(total_blocks=6, events=told.append)
+    old = _sequence(range(100, 124))
+    batch.submit(old)
+    _step(batch)
+    batch.remove(old)
+    told.clear()
+    for first in (0, 50):
+        batch.submit(_sequence(range(first, first + 8)))
+    _step(batch)
+    removed = [event for event in told if isinstance(event, BlocksRemoved)]
+    assert [len(event.block_hashes) for event in removed] == [4]
+    assert told[0] is removed[0], "before what is stored in their room"

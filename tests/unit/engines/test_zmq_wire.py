@@ -22,6 +22,7 @@ from dynamo_redis.engines.zmq_wire import (
     Removed,
     Stored,
     decode_batch,
+    join_removals,
     replay_request,
     split_message,
 )
@@ -219,3 +220,19 @@ def test_nonsense_is_a_value_error_and_nothing_else(payload: bytes) -> None:
     for event in batch.events:
         group.holds(event)
         assert all(isinstance(block, bytes) or 0 <= block < 1 << 64 for block in hashes_of(event))
+
+
+def test_neighbours_that_remove_are_one_event() -> None:
+    first, last = stored([1], None, 0), stored([9], None, 0)
+    events: list[EngineEvent] = [
+        Removed([1], DEVICE, None),
+        Removed([2, 3], DEVICE, None),
+        first,
+        Removed([4], DEVICE, 0),
+        Removed([5], DEVICE, 1),
+        Removed([6], HOST, 1),
+        Cleared(),
+        last,
+        Removed([7], DEVICE, None),
+    ]
+    assert list(join_removals(events)) == [Removed([1, 2, 3], DEVICE, None), *events[2:]]
