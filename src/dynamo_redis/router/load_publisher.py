@@ -28,11 +28,14 @@ LOAD_METRICS: Final = "load_metrics"
 """The endpoint, beside `generate`, that answers with one item a rank."""
 
 INTERVAL_S: Final = 0.25
-"""A value that changes all the time is told this often, whether or not somebody listens: in a cluster Redis
-knows only of the listeners at one of its nodes."""
+"""A value that changes all the time is told this often while Redis says that its topic has listeners."""
+
+UNHEARD_S: Final = 1.0
+"""It is told this often while Redis knows of no listener: one may have begun to listen, or listen at another
+node of a cluster, of which the answer to PUBLISH says nothing."""
 
 REPEAT_S: Final = 2.0
-"""One that does not is told this often, for who has begun to listen since."""
+"""A value that does not change is told this often, for those that have begun to listen since."""
 
 _AFTER_FAILURE_S: Final = 1.0
 
@@ -58,6 +61,7 @@ class LoadPublisher:
         self._instance_id = instance_id
         self._epoch = secrets.randbits(63)
         self._values: dict[tuple[str, int], _Value] = {}  # by topic and rank
+        self._heard: set[str] = set()  # topics whose last message had a receiver
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -106,7 +110,8 @@ class LoadPublisher:
     async def _publish(self) -> None:
         now = SYSTEM_CLOCK.monotonic()
         for (topic, dp_rank), value in tuple(self._values.items()):
-            if not value.is_new and now - value.told_at < REPEAT_S:
+            pause_s = REPEAT_S if not value.is_new else 0.0 if topic in self._heard else UNHEARD_S
+            if now - value.told_at < pause_s:
                 continue
             value.is_new = False
             value.told_at = now
@@ -118,4 +123,8 @@ class LoadPublisher:
                 [value.event],
             )
             value.told_count += 1
-            await self._streams.publish(StreamName(self._namespace, self._component, topic), batch.to_bytes())
+            name = StreamName(self._namespace, self._component, topic)
+            if await self._streams.publish(name, batch.to_bytes()):
+                self._heard.add(topic)
+            else:
+                self._heard.discard(topic)
