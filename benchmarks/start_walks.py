@@ -152,6 +152,7 @@ class Place:
             "stream_info": ScriptCase(streams._INFO, keys, ()),
             "stream_bound": ScriptCase(streams._BOUND, keys, (1 << 30, 1 << 40, NO_AGE)),
             "stream_bound: by time": ScriptCase(streams._BOUND, keys, (1 << 30, 1 << 40, LONG_MS)),
+            "stream_keep": ScriptCase(streams._KEEP, keys, (LONG_MS,)),
             "stream_trim": ScriptCase(streams._TRIM, keys, ("0-1", LONG_MS)),
             "stream_trim: ten entries": ScriptCase(streams._TRIM, keys, ("", LONG_MS), self._ten_older),
         }

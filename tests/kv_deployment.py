@@ -92,7 +92,8 @@ class SimulatedWorker:
         self.ids = [PublisherId(self.instance_id, epoch, rank) for rank in range(rank_count)]
         durable = events.event_plane == "stream"
         self.senders = [
-            EventPublisher(runtime.events, STREAM, each, events, durable=durable) for each in self.ids
+            EventPublisher(runtime.events, STREAM, each, events, durable=durable, only_while_read=durable)
+            for each in self.ids
         ]
         self.ranks = [
             SimulatedRank(
@@ -112,6 +113,7 @@ class SimulatedWorker:
         dump = KvDump(
             {each: rank.publisher for each, rank in zip(self.ids, self.ranks, strict=True)},
             event_plane=self.runtime.settings.events.event_plane,
+            on_asked=self._wake,
         )
 
         async def answer(request: Any) -> AsyncIterator[Any]:
@@ -125,6 +127,10 @@ class SimulatedWorker:
         await self.runtime.endpoint(f"{NAMESPACE}.{COMPONENT}.{KV_DUMP}").start_serving(answer)
         for sender in self.senders:
             await sender.start()
+
+    def _wake(self) -> None:
+        for sender in self.senders:
+            sender.wake()
 
     def chat(self, count: int = 1) -> None:
         """So many prompts for each rank."""

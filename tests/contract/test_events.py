@@ -373,6 +373,34 @@ async def test_a_silent_group_is_removed_and_no_other(plane: Plane) -> None:
     await alive.aclose()
 
 
+async def test_a_stream_without_a_use_is_removed(plane: Plane) -> None:
+    assert not await plane.streams.keep_if_wanted(STREAM)
+    await append(plane, "unread")
+    assert not await plane.streams.keep_if_wanted(STREAM)
+    assert await plane.streams.info(STREAM) is None
+    group = await reader(plane)
+    await append(plane, "a")
+    assert await plane.streams.keep_if_wanted(STREAM)
+    assert contents(await take(group, 1)) == ["a"]
+    await plane.silence(STREAM, "router")
+    assert not await plane.streams.keep_if_wanted(STREAM)
+    with pytest.raises(StreamLost):
+        await group.read(count=1, block_s=0.0)
+    await group.aclose()
+
+
+async def test_a_stream_with_a_snapshot_is_kept(plane: Plane) -> None:
+    group = await reader(plane)
+    await append(plane, "a", "b")
+    first, _ = ids(await take(group, 2))
+    await plane.streams.trim(STREAM, first)
+    await group.aclose()
+    assert await plane.streams.keep_if_wanted(STREAM)
+    assert (await info(plane)).entry_count == 2
+    await plane.streams.delete(STREAM)
+    assert not await plane.streams.keep_if_wanted(STREAM)
+
+
 async def test_publishers_alone_cannot_fill_the_store(plane: Plane) -> None:
     for number in range(100):
         await append(plane, f"{number:04}" * 250)
@@ -482,11 +510,11 @@ async def test_streams_are_listed_with_their_groups(plane: Plane) -> None:
 
 
 async def test_a_topic_reaches_who_listens(plane: Plane) -> None:
-    await plane.streams.publish(ODD, b"nobody hears it")
+    assert await plane.streams.publish(ODD, b"nobody hears it") == 0
     one, two = await plane.streams.subscribe(ODD), await plane.streams.subscribe(ODD)
     other = await plane.streams.subscribe(STREAM)
     for number in range(100):
-        await plane.streams.publish(ODD, b"%d" % number)
+        assert await plane.streams.publish(ODD, b"%d" % number) == 2
     for subscription in (one, two):
         assert [await subscription.next(WAIT_S) for _ in range(100)] == [b"%d" % n for n in range(100)]
     assert await other.next(0.01) is None

@@ -69,6 +69,30 @@ async def test_a_router_follows_from_the_beginning_of_the_stream(deployed: Deplo
     assert router.state().gaps_count == 0
 
 
+async def test_a_worker_at_rest_is_woken_by_a_router(
+    deployed: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(event_publisher, "LOOK_S", 0.0)
+    worker = await deployed.worker(rank_count=2)
+
+    async def rests() -> None:
+        worker.chat(10)
+        await wait_until(lambda: all(sender.is_resting for sender in worker.senders), "it rests")
+        worker.chat(10)
+        assert await worker.runtime.events.info(STREAM) is None
+
+    await rests()
+    router = await deployed.router()
+    for _ in range(3):
+        worker.chat(10)
+        await deployed.agree()
+    assert router.state().gaps_count == 0
+    await deployed.end_router(router)
+    await rests()
+    await deployed.router()
+    await deployed.agree()
+
+
 async def test_a_worker_that_leaves_takes_its_blocks_with_it(
     deployed: Deployment, monkeypatch: pytest.MonkeyPatch
 ) -> None:

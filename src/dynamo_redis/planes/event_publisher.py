@@ -12,6 +12,9 @@ then a batch without events says which sequence is next, and so shows the gap.
 
 A publisher that is silent says now and then how far it is, by a batch without events, so that who lost the
 last ones (a message nobody heard, a write lost with a failover) does not have to wait for the next.
+
+While no reader wants its events a publisher *rests*: events take their sequences and go nowhere. A reader
+that comes later learns in another way what it needs of the past, and wakes the publisher before that.
 """
 
 from __future__ import annotations
@@ -44,6 +47,8 @@ SILENCE_S: Final = 30.0
 """How long a publisher to a stream says nothing before it says how far it is."""
 TOPIC_SILENCE_S: Final = 3.0
 """The same for a topic, of which any message may be lost."""
+LOOK_S: Final = 10.0
+"""How often one that rests while it has no readers looks whether there are any, as long as it sends."""
 REPORT_S: Final = 30.0
 """How often it is logged at most that events are not sent, for one reason: it may come and go."""
 
@@ -64,12 +69,15 @@ class EventPublisher:
         *,
         durable: bool = True,
         max_age_s: float | None = None,
+        only_while_read: bool = False,
     ) -> None:
+        """`only_while_read`: it looks itself whether its stream has readers, and rests while it has none."""
         self._streams = streams
         self._stream = stream
         self._publisher = publisher
         self._durable = durable
         self._max_age_s = max_age_s
+        self._only_while_read = only_while_read
         self._linger_s = settings.event_linger_s
         self._batch_count = settings.event_batch_count
         self._limit_count = settings.event_queue_count
@@ -80,6 +88,10 @@ class EventPublisher:
         self.queued_count = 0
         """Events that wait, or are under way."""
         self.left_out_count = 0
+        self.is_resting = False
+        """Whether events take their sequences only, since no reader wants them."""
+        self._rests_count = self._wakes_count = 0
+        self._look_at = 0.0
         self._open: list[bytes] = []
         """The events of the batch that is being filled."""
         self._open_bytes = 0
@@ -108,6 +120,7 @@ class EventPublisher:
     async def start(self) -> None:
         """Begin to send. Once. Does not wait for Redis."""
         assert self._task is None, "the publisher has been started"
+        self._look_at = asyncio.get_running_loop().time() + LOOK_S
         self._task = asyncio.create_task(self._run(), name=f"event publisher of {self._stream.path}")
         if self._open or self._ready:
             self._due.set()
@@ -118,8 +131,11 @@ class EventPublisher:
         """Queue an event; answer its sequence. Never waits, and never raises for Redis.
 
         Raises TypeError, ValueError or OverflowError if msgpack cannot carry it; then it takes no sequence.
-        The event may be changed afterwards.
+        The event may be changed afterwards. While the publisher rests it is not looked at.
         """
+        if self.is_resting:
+            self.next_sequence += 1
+            return self.next_sequence - 1
         packed = pack_known(event)
         sequence = self.next_sequence
         self.next_sequence = sequence + 1
@@ -159,6 +175,40 @@ class EventPublisher:
             self._due.set()
         self.left_out_count += 1
 
+    # ------------------------------------------------------------------ rest
+
+    def rest(self) -> None:
+        """Send nothing until `wake`, not even what waits. Idempotent."""
+        if self.is_resting:
+            return
+        self.is_resting, self._is_gap = True, False
+        self._rests_count += 1
+        self._open, self._open_bytes, self._closed_bytes, self.queued_count = [], 0, 0, 0
+        self._ready.clear()
+        self._stop_timer()
+        self._sent.set()
+
+    def wake(self) -> None:
+        """A reader wants what is published from now on. Idempotent."""
+        self._wakes_count += 1
+        if self.is_resting and not self._closed:
+            self.is_resting = False
+            self._first = self._sent_sequence = self.next_sequence
+            self._set_timer(self._silence_s)
+
+    async def _has_readers(self) -> bool:
+        """Whether there are readers, as far as is known; if there are none it rests. Raises StoreError."""
+        now = asyncio.get_running_loop().time()
+        if not self._only_while_read or (now < self._look_at and not self.is_resting):
+            return not self.is_resting
+        wakes_count = self._wakes_count
+        if await self._streams.keep_if_wanted(self._stream):
+            self._look_at = now + LOOK_S
+            self.wake()
+        elif wakes_count == self._wakes_count:  # else it was woken after the server had answered
+            self.rest()
+        return not self.is_resting
+
     # ------------------------------------------------------------------ out
 
     async def _run(self) -> None:
@@ -166,11 +216,11 @@ class EventPublisher:
             await self._due.wait()
             self._due.clear()
             self._stop_timer()
-            await self._send(self._take())
+            await self._send()
             if self._open or self._ready or self._is_gap:
                 if self._ready or self._timer is None:  # what is there was left over, and has waited
                     self._due.set()
-            else:
+            elif self._only_while_read or not self.is_resting:
                 self._set_timer(self._silence_s)
 
     def _take(self) -> list[NewEntry]:
@@ -183,11 +233,16 @@ class EventPublisher:
         count = min(len(self._ready), TRIP_BATCHES_COUNT)
         return [self._ready.popleft() for _ in range(count)]
 
-    async def _send(self, entries: Sequence[NewEntry]) -> None:
-        """Send until it has succeeded."""
+    async def _send(self) -> None:
+        """Send what is due until it has succeeded, or no reader wants it."""
         backoff = Backoff()
-        while True:
+        entries: list[NewEntry] = []
+        rests_count = self._rests_count
+        while rests_count == self._rests_count:
             try:
+                if not await self._has_readers():
+                    return
+                entries = entries or self._take()
                 await self._send_once(entries)
                 break
             except StoreError as exc:
@@ -195,6 +250,8 @@ class EventPublisher:
                 await asyncio.sleep(backoff.next_s())
         if self._trouble.end() is not None:
             log.info("%s: events are sent again", self._stream.path)
+        if rests_count != self._rests_count:  # it forgot what waited, and what was under way
+            return
         event_count = sum(entry.event_count for entry in entries)
         self.queued_count -= event_count
         self._closed_bytes -= sum(len(entry.content) for entry in entries)
@@ -231,11 +288,11 @@ class EventPublisher:
         target = self.next_sequence
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                while self._sent_sequence < target:
+                while self._sent_sequence < target and not self.is_resting:
                     self._due.set()
                     self._sent.clear()
                     await self._sent.wait()
-        return self._sent_sequence >= target
+        return self.is_resting or self._sent_sequence >= target
 
     async def aclose(self) -> None:
         """Send what waits, for a second, and end. Events published later are left out. Idempotent."""

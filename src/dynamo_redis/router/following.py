@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, Protocol
 
 from dynamo_redis.errors import StoreError, StreamLost, StreamTrimmed
+from dynamo_redis.router.pace import Pace
 from dynamo_redis.router.recovery import SLICE_S
 from dynamo_redis.router.snapshot import Snapshot
 from dynamo_redis.store.client import Backoff
@@ -32,6 +33,12 @@ READ_COUNT: Final = 1024
 """Most entries a read. The group itself reads fewer where they are large."""
 
 BLOCK_S: Final = 1.0
+
+PACE_S: Final = 0.01
+"""Shortest time between two reads while events come one by one."""
+
+UNPACED_COUNT: Final = 256
+"""A read that found so many entries is followed by the next at once."""
 
 DEFECT_PAUSE_S: Final = 1.0
 
@@ -115,6 +122,7 @@ class StreamFollower(_Follower):
         self._restored = False
         self._end: EntryId | None = None  # of the stream, when reading began; None: begin anew
         self._doubted = False
+        self._pace = Pace(PACE_S, UNPACED_COUNT)
 
     async def run(self) -> None:
         """Read and apply, for ever."""
@@ -128,6 +136,7 @@ class StreamFollower(_Follower):
                 self._reconnected()
                 await self._apply(entries)
                 self._note_caught_up(self._end if entries else self.position)
+                await self._pace.keep(len(entries))
             except (StreamTrimmed, StreamLost) as exc:
                 log.warning("KV events of %s begin anew: %s", self._stream.path, exc)
                 self.cut_off_count += 1

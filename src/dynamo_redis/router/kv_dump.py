@@ -12,7 +12,7 @@ the `next_sequence` of the answer. What a rank says is of one moment; ranks are 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
 from typing import Any, Final
 
 from dynamo_redis.clock import SYSTEM_CLOCK
@@ -28,17 +28,30 @@ _BATCH_EVENT_COUNT: Final = 256
 _BATCH_BLOCK_COUNT: Final = 4096
 
 
+def _do_nothing() -> None:
+    pass
+
+
 class KvDump:
     """The endpoint of one instance, for the ranks that are in `ranks` when it is asked."""
 
-    def __init__(self, ranks: Mapping[PublisherId, KvPublisher], *, event_plane: str = "stream") -> None:
-        """`event_plane` is how the ranks' events are sent."""
+    def __init__(
+        self,
+        ranks: Mapping[PublisherId, KvPublisher],
+        *,
+        event_plane: str = "stream",
+        on_asked: Callable[[], None] = _do_nothing,
+    ) -> None:
+        """`event_plane` is how the ranks' events are sent. `on_asked` is called before an answer is made: a
+        router reads events, and wants those that follow the answer."""
         self._ranks = ranks
         self._event_plane = event_plane
+        self._on_asked = on_asked
 
     async def generate(self, request: Any) -> AsyncGenerator[dict[str, Any], None]:
         """Answer in pieces of some 32 KiB, one a turn of the loop. Raises InvalidRequest."""
         have = _read(request)
+        self._on_asked()
         for publisher_id, rank in tuple(self._ranks.items()):
             kind, batches = _tell(publisher_id, rank, have.get((publisher_id.epoch, publisher_id.dp_rank)))
             yield {

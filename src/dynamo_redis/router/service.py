@@ -47,6 +47,7 @@ BOOKING_S = 600.0
 
 _TICK_S = 1.0
 _SYNC_START_S = 2.0
+_MEET_S = 1.0
 _BLOCK_SIZE_S = 2.0
 _USUAL_BLOCK_SIZE = 16
 
@@ -153,6 +154,8 @@ class KvRouter:
             self._runtime, self.endpoint.namespace, self.endpoint.component, self.router_id, self._settings
         )
         closes(self._leave)
+        if self._sync is not None:
+            await self._sync.meet(_MEET_S)
         await self._answer()
 
     async def _wait_for_block_size(self) -> None:

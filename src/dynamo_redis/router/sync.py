@@ -10,6 +10,9 @@ The bookings of a router that died end with its lease, by its record in the regi
 that could not read for a while, reads what was said before: that counts from when it was said, by the
 stream's own clock, and not at all if its router has no record any more.
 
+A router that is alone says nothing: its publisher rests. When the registry lists another one, or another one
+says something, it names all that it has under way, and goes on from there.
+
 While Redis is away the others' bookings run out, and this router chooses by its own.
 """
 
@@ -18,6 +21,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any
 
 from dynamo_redis.clock import SYSTEM_CLOCK, Clock
@@ -28,6 +32,8 @@ from dynamo_redis.planes.event_publisher import EventPublisher
 from dynamo_redis.router.booking import Booking
 from dynamo_redis.router.booking_messages import Told, active_messages, add_message, read_booking
 from dynamo_redis.router.load import LoadBook
+from dynamo_redis.router.pace import Pace
+from dynamo_redis.router.peers import Peers
 from dynamo_redis.router.record import RouterRecord
 from dynamo_redis.runtime.following import follow, key_of
 from dynamo_redis.store.base import DeleteCause, Put, Record, Registry, WatchBatch
@@ -47,6 +53,9 @@ _KEPT_S = 2 * LEASE_S  # in the stream: more than a late router reads, since clo
 _READ_COUNT = 64
 _BLOCK_S = 1.0
 _GLANCE_S = 0.01
+
+PACE_S = 0.005
+"""Shortest time between two reads while others say something: what is heard late makes for worse choices."""
 
 
 def owner_name(publisher: PublisherId) -> str:
@@ -84,17 +93,21 @@ class BookingSync:
         self._book = book
         self._bookings = bookings
         self._clock = clock
+        self._peers = Peers(clock, LEASE_S)
         self._tasks: list[asyncio.Task[None]] = []
         self._routers: set[str] | None = None
         """Those that have a record; None until it is known."""
         self._has_caught_up = False
         self._ready = asyncio.Event()
+        self._news = asyncio.Event()
+        """Set when a router is listed, leaves, or says something."""
         self._supervisor = Supervisor(log, f"sync of {self._stream.path}", pauses_s=(0.1, 2.0))
 
     # ----------------------------------------------------------------- lifetime
 
     async def start(self, timeout_s: float) -> None:
-        """Begin, and wait until what the others have under way is known, for `timeout_s` at most."""
+        """Begin, and wait until what the others have said is known, for `timeout_s` at most."""
+        self._publisher.rest()
         await self._publisher.start()
         for what, work in (
             ("sync", self._read()),
@@ -108,6 +121,15 @@ class BookingSync:
         except TimeoutError:
             log.warning("what other routers have under way is not known yet: Redis is slow, or away")
 
+    async def meet(self, timeout_s: float) -> None:
+        """Wait until the routers that the registry lists beside this one have said what they have under way,
+        for `timeout_s` at most. This router's own record is to stand there."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while self._owner not in (self._routers or ()) or not self._peers.all_heard():
+                    self._news.clear()
+                    await self._news.wait()
+
     async def aclose(self) -> None:
         """End its tasks, and tell what is still to be told, for a second at most."""
         for task in self._tasks:
@@ -119,7 +141,8 @@ class BookingSync:
 
     def added(self, booking: Booking) -> None:
         """A request was booked."""
-        self._publisher.publish(add_message(booking, self._clock.monotonic()))
+        if not self._publisher.is_resting:
+            self._publisher.publish(add_message(booking, self._clock.monotonic()))
 
     def prefill_done(self, request_id: str) -> None:
         """Its prompt is read."""
@@ -139,8 +162,19 @@ class BookingSync:
 
     def renew(self) -> None:
         """Name all that is under way."""
+        self._rest_if_alone()
         for message in active_messages(self._bookings(), self._clock.monotonic()):
             self._publisher.publish(message)
+
+    def _rest_if_alone(self) -> None:
+        if self._tasks and not self._peers:
+            self._publisher.rest()
+
+    def _greet(self) -> None:
+        """Another router has come: name all that is under way, even if that is nothing."""
+        self._publisher.wake()
+        self._publisher.publish(["active", []])
+        self.renew()
 
     # ----------------------------------------------------------------- hearing
 
@@ -149,36 +183,53 @@ class BookingSync:
         await follow(self._registry, self._records, self.forget_routers, self._supervisor)
 
     def forget_routers(self, batch: WatchBatch) -> None:
-        """End the bookings of routers whose records went. A resync proves nothing: the registry may have
-        lost them, and they are back in a moment. A record that cannot be read is only named."""
+        """Note which routers are there, and end the bookings of those whose records went. A resync proves
+        nothing: the registry may have lost them, and they are back in a moment. A record that cannot be read
+        is named, and counts as that of a router which listens."""
         routers = set() if self._routers is None else self._routers
+        has_come = False
         for event in batch.events:
             owner = decode_segment(key_of(event).removeprefix(self._records))
             if isinstance(event, Put):
                 routers.add(owner)
-                self._check(event.record)
+                if not self._listens(event.record):
+                    self._peers.left(owner)
+                elif owner != self._owner:
+                    has_come |= self._peers.listed(owner)
                 continue
             routers.discard(owner)
-            if event.cause is not DeleteCause.RESYNC and owner != self._owner:
+            if event.cause is DeleteCause.RESYNC:
+                self._peers.missed(owner)
+            elif owner != self._owner:
+                self._peers.left(owner)
                 self._book.drop_owner(owner)
         if self._routers is None:
             self._routers = routers
             self._forget_the_dead()
+        if has_come:
+            self._greet()
+        self._rest_if_alone()
+        self._news.set()
 
-    def _check(self, record: Record) -> None:
+    def _listens(self, record: Record) -> bool:
+        """Whether a router's record says that it is told of others' bookings."""
         try:
-            RouterRecord.from_record(record)
+            return RouterRecord.from_record(record).settings.get("router_replica_sync") is not False
         except InvalidRecord as exc:
             self._supervisor.skip(record.key, exc)
+            return True
 
     async def _read(self) -> None:
         tail = self._streams.tail(self._stream, max_age_s=LEASE_S)
+        pace = Pace(PACE_S, _READ_COUNT)
 
         async def read_on() -> None:
             await self._catch_up(tail)
             while True:
-                for entry in await tail.read(count=_READ_COUNT, block_s=_BLOCK_S):
+                entries = await tail.read(count=_READ_COUNT, block_s=_BLOCK_S)
+                for entry in entries:
                     self.apply(entry)
+                await pace.keep(len(entries))
 
         try:
             await self._supervisor.run(read_on)
@@ -216,12 +267,22 @@ class BookingSync:
             return
         owner = owner_name(batch.publisher)
         if owner != self._owner:
+            self._hear(owner)
             # One that is broken costs itself: the next renewal says what matters.
             self._supervisor.each(
                 batch.events,
                 lambda event: self._apply_event(owner, event, age_s),
                 lambda _: f"a word of {owner}",
             )
+
+    def _hear(self, owner: str) -> None:
+        if not self._has_caught_up:  # it may have said that long ago, and be gone, or rest
+            return
+        was_alone = not self._peers
+        self._peers.heard(owner)
+        if was_alone:
+            self._greet()
+        self._news.set()
 
     def _apply_event(self, owner: str, event: Any, age_s: float) -> None:
         match event:

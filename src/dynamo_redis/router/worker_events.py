@@ -24,6 +24,9 @@ class WorkerEvents:
     Each data-parallel rank has a publisher; all bear one epoch, drawn here, which they keep when the instance
     is registered again. `kv_dump` is served beside the component's other endpoints, from `start` on, which is
     therefore to be called before the instance is made known. It owns the publishers' tasks and the endpoint.
+
+    Events go to the stream while it has readers: a router that comes makes its group first and then asks, and
+    its question wakes the publishers.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class WorkerEvents:
             publisher_id,
             self._settings,
             durable=self._settings.event_plane == "stream",
+            only_while_read=self._settings.event_plane == "stream",
         )
         rank = KvPublisher(publisher, block_size=self._block_size, dp_rank=dp_rank)
         self._publishers[dp_rank] = publisher
@@ -76,10 +80,14 @@ class WorkerEvents:
                 name = EndpointName(self._stream.namespace, self._stream.component, KV_DUMP)
                 # Whoever asks a worker that goes away has no use for the rest of the answer.
                 self._served = await self._runtime.endpoint(str(name)).start_serving(
-                    KvDump(self._ranks, event_plane=self._settings.event_plane).generate,
+                    KvDump(self._ranks, event_plane=self._settings.event_plane, on_asked=self._wake).generate,
                     graceful_shutdown=False,
                 )
         return self
+
+    def _wake(self) -> None:
+        for publisher in self._publishers.values():
+            publisher.wake()
 
     async def aclose(self) -> None:
         """Serve no more, send what waits (for a second at most), and end. Idempotent."""

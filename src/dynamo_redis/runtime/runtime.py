@@ -171,8 +171,6 @@ class DistributedRuntime:
         """
         self._deadline.begin()
         self._shutdown.set()
-        for shared in self._views.values():
-            shared.view.end_waits()
 
     @property
     def shutdown_deadline(self) -> ShutdownDeadline:
@@ -364,8 +362,6 @@ class DistributedRuntime:
                 lease_ttl_s=self.settings.store.lease_ttl_s,
             )
             shared = self._views[name] = _SharedView(view)
-        if self.is_shutting_down:
-            shared.view.end_waits()
         client = Client(
             shared.view, self._plane_client, router_mode, release=lambda: self._release(name, client)
         )

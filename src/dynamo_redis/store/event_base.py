@@ -183,6 +183,11 @@ class EventStreams(Protocol):
         groups are removed first. Answers the floor: the last entry dropped. Raises StoreError."""
         ...
 
+    async def keep_if_wanted(self, stream: StreamName) -> bool:
+        """Whether a stream has a reader's group, or was trimmed to a snapshot, from which a reader may go on;
+        silent groups are removed first. One that has neither is deleted. Raises StoreError."""
+        ...
+
     async def info(self, stream: StreamName) -> StreamInfo | None:
         """A stream as it stands, or None if there is none."""
         ...
@@ -195,8 +200,9 @@ class EventStreams(Protocol):
         """Delete a stream with its groups. Answers whether it was there."""
         ...
 
-    async def publish(self, topic: StreamName, message: bytes) -> None:
-        """Send to whoever is subscribed now. Raises StoreError."""
+    async def publish(self, topic: StreamName, message: bytes) -> int:
+        """Send to all that are subscribed now; answers how many, of a cluster those at one node. Raises
+        StoreError."""
         ...
 
     async def subscribe(self, topic: StreamName) -> TopicSubscription:

@@ -70,6 +70,7 @@ class MemoryStream:
         self.groups: dict[str, _Group] = {}
         self.last = BEGINNING
         self.floor = BEGINNING
+        self.has_snapshot = False
         self.appended = asyncio.Event()
         """Set, and replaced, when something is appended or the stream is deleted."""
 
@@ -158,11 +159,16 @@ class MemoryStream:
 
     def trim(self, snapshot: EntryId) -> EntryId:
         self._remove_silent()
+        self.has_snapshot = True
         needed = [snapshot, self.last, *(group.kept_behind for group in self.groups.values())]
         cut = min(map(entry_order, needed))
         while self.entries and entry_order(self.entries[0].entry.entry_id) <= cut:
             self._drop_first()
         return self.floor
+
+    def is_wanted(self) -> bool:
+        self._remove_silent()
+        return bool(self.groups) or self.has_snapshot
 
     def _remove_silent(self) -> None:
         now = self._clock.monotonic()
@@ -229,6 +235,14 @@ class MemoryEventStreams:
         """As `EventStreams.trim`."""
         return self.existing(stream).trim(snapshot)
 
+    async def keep_if_wanted(self, stream: StreamName) -> bool:
+        """As `EventStreams.keep_if_wanted`."""
+        found = self._streams.get(stream)
+        if found is None or found.is_wanted():
+            return found is not None
+        self._delete(stream)
+        return False
+
     async def info(self, stream: StreamName) -> StreamInfo | None:
         """As `EventStreams.info`."""
         found = self._streams.get(stream)
@@ -268,10 +282,12 @@ class MemoryEventStreams:
 
     # ------------------------------------------------------------------ topics
 
-    async def publish(self, topic: StreamName, message: bytes) -> None:
+    async def publish(self, topic: StreamName, message: bytes) -> int:
         """As `EventStreams.publish`."""
-        for subscription in self._topics.get(topic, ()):
+        subscribed = self._topics.get(topic, set())
+        for subscription in subscribed:
             subscription.put(message)
+        return len(subscribed)
 
     async def subscribe(self, topic: StreamName) -> TopicSubscription:
         """As `EventStreams.subscribe`."""

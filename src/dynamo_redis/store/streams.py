@@ -52,6 +52,7 @@ log = logging.getLogger(__name__)
 _OPEN = load_script("stream_open", "stream_prelude")
 _BOUND = load_script("stream_bound", "stream_prelude")
 _TRIM = load_script("stream_trim", "stream_prelude")
+_KEEP = load_script("stream_keep", "stream_prelude")
 _INFO = load_script("stream_info", "stream_prelude")
 
 
@@ -117,6 +118,11 @@ class RedisEventStreams:
             log.info("%s: readers silent for long are removed: %s", stream.path, ", ".join(removed))
         return EntryId(floor)
 
+    async def keep_if_wanted(self, stream: StreamName) -> bool:
+        """As `EventStreams.keep_if_wanted`."""
+        (is_wanted,) = await stream_script(self._client, _KEEP, self._keys(stream), [SILENCE_MS])
+        return bool(is_wanted)
+
     async def info(self, stream: StreamName) -> StreamInfo | None:
         """As `EventStreams.info`."""
         try:
@@ -165,9 +171,9 @@ class RedisEventStreams:
 
     # ------------------------------------------------------------------ topics
 
-    async def publish(self, topic: StreamName, message: bytes) -> None:
+    async def publish(self, topic: StreamName, message: bytes) -> int:
         """As `EventStreams.publish`."""
-        await self._client.execute("PUBLISH", self._keys(topic).messages, message)
+        return int(await self._client.execute("PUBLISH", self._keys(topic).messages, message))
 
     async def subscribe(self, topic: StreamName) -> TopicSubscription:
         """As `EventStreams.subscribe`."""

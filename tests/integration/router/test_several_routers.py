@@ -12,7 +12,9 @@ from dynamo_redis.planes.context import Context
 from dynamo_redis.router.index import KvIndex
 from dynamo_redis.router.remote import RouterService
 from dynamo_redis.router.service import KvRouter
+from dynamo_redis.router.sync import ACTIVE_SEQUENCES
 from dynamo_redis.runtime import DistributedRuntime
+from dynamo_redis.store.event_base import StreamName
 from dynamo_redis.store.server import EmbeddedServer
 from tests.routed_deployment import WORKERS, Deployment, until, until_served
 
@@ -63,6 +65,24 @@ async def test_routers_know_of_each_others_requests_also_one_that_starts_late(de
     for router in (one, two, late):
         await until(partial(has_load, router, (0, 0, 0)))
     assert load_of(alone) == (0, 0, 0)
+
+
+async def test_a_router_alone_says_nothing_until_another_comes(deployment: Deployment) -> None:
+    worker = await deployment.worker()
+    one, runtime = await deployment.router()
+    await deployment.router(router_replica_sync=False)
+    stream = StreamName(one.endpoint.namespace, one.endpoint.component, ACTIVE_SEQUENCES)
+    worker.engine.gate.clear()
+    call = await one.generate(REQUEST, False, Context())
+    assert await runtime.events.info(stream) is None
+    two, _ = await deployment.router()
+    assert load_of(two) == load_of(one) == (160, 10, 1), "it has been told before it serves"
+    worker.engine.gate.set()
+    await call.aclose()
+    await until(partial(has_load, two, (0, 0, 0)))
+    await two.aclose()
+    assert one._sync is not None
+    await until(lambda: one._sync is not None and one._sync._publisher.is_resting)
 
 
 async def test_a_router_that_dies_takes_its_bookings_along(deployment: Deployment) -> None:

@@ -35,6 +35,10 @@ class Store(MemoryEventStreams):
         self.open = asyncio.Event()
         self.open.set()
         self.under_way = 0
+        self.is_wanted = False
+        self.looks: list[asyncio.Event] = []
+        """Looks that have been answered wait for these before the answer arrives."""
+        self.look_count = 0
 
     async def append(
         self, stream: StreamName, entries: Sequence[NewEntry], *, max_age_s: float | None = None
@@ -53,8 +57,16 @@ class Store(MemoryEventStreams):
         finally:
             self.under_way -= 1
 
-    async def publish(self, topic: StreamName, message: bytes) -> None:
+    async def publish(self, topic: StreamName, message: bytes) -> int:
         await self.append(topic, [NewEntry(message, len(EventBatch.from_bytes(message).events))])
+        return 1
+
+    async def keep_if_wanted(self, stream: StreamName) -> bool:
+        self.look_count += 1
+        is_wanted = self.is_wanted
+        for look in self.looks:
+            await look.wait()
+        return is_wanted
 
     @property
     def batches(self) -> list[EventBatch]:
@@ -93,9 +105,10 @@ async def publisher_of(store: Store) -> AsyncIterator[Publish]:
     """Makes publishers, not started; closes them."""
     made: list[EventPublisher] = []
 
-    def make(*, durable: bool = True, **settings: Any) -> EventPublisher:
+    def make(*, durable: bool = True, only_while_read: bool = False, **settings: Any) -> EventPublisher:
         chosen = EventSettings.load(**{"event_linger_s": 0.0, **settings})
-        made.append(EventPublisher(store, STREAM, PUBLISHER, chosen, durable=durable))
+        options = {"durable": durable, "only_while_read": only_while_read}
+        made.append(EventPublisher(store, STREAM, PUBLISHER, chosen, **options))
         return made[-1]
 
     yield make
@@ -336,3 +349,87 @@ async def test_closing_sends_what_waits(store: Store, publisher_of: Publish) -> 
     publisher.publish("last")
     await publisher.aclose()
     assert [batch.events for batch in store.batches] == [["last"]]
+
+
+# --------------------------------------------------------------------------- rest
+
+
+@pytest.fixture
+def looks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(event_publisher, "LOOK_S", 0.0)
+
+
+async def test_a_publisher_without_readers_rests(
+    store: Store, publisher_of: Publish, looks_at_once: None
+) -> None:
+    publisher = publisher_of(only_while_read=True)
+    await publisher.start()
+    publisher.publish("unheard")
+    await until(lambda: publisher.is_resting)
+    assert [publisher.publish(number) for number in range(3)] == [1, 2, 3]
+    assert await publisher.flush(WAIT_S)
+    assert (store.trips, publisher.queued_count, store.look_count) == ([], 0, 1)
+    store.is_wanted = True
+    publisher.wake()
+    assert publisher.publish("heard") == 4
+    assert await publisher.flush(WAIT_S)
+    (batch,) = store.batches
+    assert (batch.first_sequence, batch.events) == (4, ["heard"])
+
+
+async def test_a_resting_publisher_looks_for_readers(
+    store: Store, publisher_of: Publish, looks_at_once: None
+) -> None:
+    """One that has missed a reader's coming shows the gap."""
+    publisher = publisher_of(only_while_read=True)
+    publisher._silence_s = 0.01
+    await publisher.start()
+    publisher.publish("unheard")
+    await until(lambda: publisher.is_resting)
+    publisher.publish("unheard")
+    store.is_wanted = True
+    await until(lambda: store.trips)
+    assert (store.batches[0].first_sequence, store.batches[0].events) == (2, [])
+
+
+async def test_an_answer_from_before_the_wake_counts_not(
+    store: Store, publisher_of: Publish, looks_at_once: None
+) -> None:
+    publisher = publisher_of(only_while_read=True)
+    await publisher.start()
+    answer = asyncio.Event()
+    store.looks.append(answer)
+    publisher.publish("a")
+    await until(lambda: store.look_count)
+    store.is_wanted = True
+    publisher.wake()  # the server had answered that there is no reader
+    publisher.publish("b")
+    answer.set()
+    assert await publisher.flush(WAIT_S)
+    assert [event for batch in store.batches for event in batch.events] == ["a", "b"]
+    assert not publisher.is_resting
+
+
+async def test_a_publisher_told_to_rest_gives_up_a_trip(store: Store, publisher_of: Publish) -> None:
+    publisher = publisher_of()
+    await publisher.start()
+    store.is_away = True
+    publisher.publish("lost")
+    await until(lambda: store.attempt_count)
+    publisher.rest()
+    store.is_away = False
+    publisher.wake()
+    publisher.publish("told")
+    assert await publisher.flush(WAIT_S)
+    assert store.batches[-1].events == ["told"]
+    assert publisher.queued_count == 0
+
+
+async def test_a_publisher_at_rest_says_nothing(store: Store, publisher_of: Publish) -> None:
+    publisher = publisher_of()
+    publisher._silence_s = 0.01
+    publisher.rest()
+    await publisher.start()
+    publisher.publish("unheard")
+    await anyio.sleep(0.05)
+    assert store.trips == []

@@ -9,6 +9,7 @@
 -- The head has `v` the schema's version, `events` and `bytes` of all entries that are there, `floor` the last
 -- entry that was trimmed, and `breaks`: how often entries were found to be gone that no script has dropped, or
 -- the head itself. A reader that finds the floor ahead of itself, or another number of breaks, has missed some.
+-- `snapshot` is the position of the last one to which it was trimmed.
 --
 -- A script drops or mends MOST entries at most, so that it holds the server for milliseconds. Any may answer
 -- {'again'}: more is left, run it again. Nothing else that it is for may have been done.
@@ -25,7 +26,7 @@ local PAGE = 1000
 local MOST = 4000
 
 -- The head, filled by `open`, and how many entries there are: nil if there is no stream.
-local EVENT_SUM, BYTE_SUM, FLOOR, BREAKS, CLOCK, SEEN, LENGTH
+local EVENT_SUM, BYTE_SUM, FLOOR, BREAKS, CLOCK, SEEN, SNAPSHOT, LENGTH
 
 local function parse_id(id)
   local ms, number = string.match(id, '^(%d+)-(%d+)$')
@@ -156,14 +157,14 @@ end
 -- Read the head. Answers what the script is to answer at once, or nil. `only_reads`: it writes nothing unless
 -- something has to be mended.
 local function open(only_reads)
-  local head = redis.call('HMGET', META, 'v', 'events', 'bytes', 'floor', 'breaks', 'clock', 'seen', 'mending')
+  local head = redis.call('HMGET', META, 'v', 'events', 'bytes', 'floor', 'breaks', 'clock', 'seen', 'snapshot', 'mending')
   if head[1] and string.match(head[1], '^%d+') ~= MAJOR then return {'schema', head[1]} end
   EVENT_SUM, BYTE_SUM = tonumber(head[2] or 0), tonumber(head[3] or 0)
   FLOOR, BREAKS = head[4] or BEGINNING, tonumber(head[5] or 0)
-  CLOCK, SEEN = tonumber(head[6] or 0), tonumber(head[7] or 0)
+  CLOCK, SEEN, SNAPSHOT = tonumber(head[6] or 0), tonumber(head[7] or 0), head[8]
   LENGTH = redis.call('EXISTS', EVENTS) == 1 and redis.call('XLEN', EVENTS) or nil
   if not only_reads then pass_when_full() end
-  if not mend(head[1], head[8]) then return {'again'} end
+  if not mend(head[1], head[9]) then return {'again'} end
 end
 
 local function time_ms()

@@ -6,7 +6,7 @@
 -- Answers  {'ok', floor, removed group, ...}, {'again', floor, removed group, ...}: more is left to drop,
 --          {'lost'}: there is no stream, or {'schema', found}
 -- Atomic:  no entry behind the snapshot, or behind the position of a group that stays, is dropped; and the floor
---          is recorded with it.
+--          is recorded with it, and that there is a snapshot.
 local answer = open()
 if answer then return answer end
 if not LENGTH then return {'lost'} end
@@ -18,6 +18,7 @@ for _, group in ipairs(groups) do
   if is_before(group.position, cut) then cut = group.position end
 end
 
+redis.call('HSET', META, 'snapshot', ARGV[1])
 local is_last = not is_before(FLOOR, cut) or drop_up_to(cut)
 save()
 return {is_last and 'ok' or 'again', FLOOR, unpack(removed)}
