@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
-from dynamo.llm import RadixTree  # type: ignore[import-not-found]
+from dynamo.llm import RadixTree
 
 from benchmarks.index_workload import Block, Event, Scene, digest, scene
 

@@ -3,7 +3,9 @@ comes late."""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from pathlib import Path
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -12,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from dynamo_redis.router.base import Worker, WorkerLoad
 from dynamo_redis.router.hashing import pack_names
 from dynamo_redis.router.load import IDLE, LoadBook
+from dynamo_redis.router.prompts import block_hashes
 
 A, B = Worker(1), Worker(1, 1)
 OTHER = Worker(2)
@@ -312,3 +315,32 @@ def test_a_report_ends_with_its_instance() -> None:
     book.report(B, 5)
     book.drop_instance(A.instance_id)
     assert book.loads() == {}
+
+
+def test_blocks_are_those_that_dynamo_counts() -> None:
+    """Its `potential_decode_blocks`, as `tools/make_load_vectors.py` wrote them down."""
+    vectors = json.loads((Path(__file__).parents[2] / "vectors/potential_blocks.json").read_text())
+    size = vectors["block_size"]
+
+    def names_of(prompt: list[int]) -> bytes:
+        return pack_names(block_hashes([token for token in prompt for _ in range(size)], size))
+
+    book = LoadBook()
+    for step in vectors["steps"]:
+        if "free" in step:
+            book.free("me", step["free"])
+        else:
+            prompt = step["prompt"]
+            book.add(
+                "me",
+                step["add"],
+                Worker(step["worker"]),
+                prefill_tokens=0,
+                blocks=len(prompt),
+                deadline=1e9,
+                names=names_of(prompt),
+            )
+        active = book.active(names_of(step["asked"]))
+        for worker in map(Worker, (1, 2)):
+            potential = book.load(worker).blocks + len(step["asked"]) - active.get(worker, 0)
+            assert potential == step["blocks"][str(worker.instance_id)]
