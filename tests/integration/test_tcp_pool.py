@@ -588,7 +588,7 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 async def main():
     target = Target(7, address, "small", b"a secret of the instance, random")
-    clients = [TcpClient(PlaneSettings()) for _ in range(count)]
+    clients = [TcpClient(PlaneSettings(connect_timeout_s=30)) for _ in range(count)]
     loop = asyncio.get_running_loop()
 
     async def call(client, patient):

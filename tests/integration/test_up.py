@@ -31,6 +31,7 @@ from dynamo_redis.store.client import RedisClient
 from dynamo_redis.store.server import EmbeddedServer
 
 UP_WITHIN_S = 60.0
+TEMPLATES = "dynamo_redis.templates"
 STOP_WITHIN_S = 20.0
 _MARK = "DYNAMO_REDIS_TEST_MARK"
 
@@ -239,9 +240,9 @@ def test_up_serves_and_leaves_nothing(
         done = subprocess.run(words, capture_output=True, timeout=60, check=True)
         assert json.loads(done.stdout)["choices"][0]["message"]["content"]
     assert ask(url)
-    names = sorted(process.name() for process in program.processes())
-    assert len([name for name in names if "python" in name]) == 4, names
-    assert len([name for name in names if "-server" in name]) == 1, names
+    started = {name: len(program.services(name)) for name in ("up", "frontend", "worker", TEMPLATES)}
+    assert started == {"up": 1, "frontend": 1, "worker": 2, TEMPLATES: 1}
+    assert len([process for process in program.processes() if "-server" in process.name()]) == 1
 
     assert program.stop() <= STOP_WITHIN_S
     assert program.process.returncode == 0
@@ -341,8 +342,9 @@ def test_one_that_joins_others_says_so(start: Start, dynamo_redis_url: str, dyna
 def test_kill_9_leaves_no_process(start: Start) -> None:
     program = start(*up("--workers", "1"))
     program.url()
-    assert len(program.processes()) == 4 + 3, (
-        "up, Redis, frontend, worker, and a watchdog for each of the three"
+    assert program.services(TEMPLATES), "the frontend has a process of its own"
+    assert len(program.processes()) == 4 + 3 + 1, (
+        "up, Redis, frontend, worker, a watchdog for each of the three, and the process for templates"
     )
     program.process.kill()
     program.process.wait()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import random
-import ssl
 from types import SimpleNamespace
 
 import pytest
@@ -49,14 +48,6 @@ def test_a_failed_exchange_says_what_it_means(exc: Exception, kind: type[StoreEr
     assert type(error) is kind
     assert says in str(error)
     assert "redis.example:6379" in str(error)
-
-
-def test_a_certificate_that_is_not_trusted_is_a_refusal() -> None:
-    exc = redis_errors.ConnectionError("Error 1 connecting: certificate verify failed")
-    exc.__context__ = ssl.SSLCertVerificationError("self-signed certificate")
-    error = store_error(exc, "redis.example:6379")
-    assert isinstance(error, StoreRefused)
-    assert "ssl_ca_certs" in str(error)
 
 
 @pytest.mark.parametrize(
