@@ -29,6 +29,7 @@ from dynamo_redis.frontend.model import Model
 from dynamo_redis.frontend.models import LiveModels
 from dynamo_redis.frontend.openai import ChatBody, TextBody
 from dynamo_redis.frontend.options import CompletionOptions
+from dynamo_redis.frontend.parameters import check_headers
 from dynamo_redis.frontend.prompts import Preparation
 from dynamo_redis.frontend.request_body import BodyBudget, ClientGone, read_limited
 from dynamo_redis.frontend.sse import Kind
@@ -125,6 +126,7 @@ class Completions:
         request_id = _request_id(scope)
         headers = [(b"x-request-id", request_id.encode())]
         try:
+            check_headers(scope["headers"])
             async with asyncio.timeout(self._timeout_s):
                 body, model, requests = await self._read(scope, receive)
         except ClientGone:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, Protocol
 
 from pydantic_core import from_json
 
 from dynamo_redis.frontend.http_errors import invalid
-from dynamo_redis.frontend.parameters import STRUCTURED_OUTPUTS, unsupported
+from dynamo_redis.frontend.parameters import (
+    JSON_SCHEMA,
+    RESPONSE_FORMAT,
+    STRUCTURED_OUTPUTS,
+    Parameters,
+    unsupported,
+)
 from dynamo_redis.runtime.llm_protocol import GuidedDecoding
+from dynamo_redis.wire.codec import pack
 
 _ANY_OBJECT: Final = {"type": "object"}
 _MOST_CHOICES: Final = 1024
@@ -24,6 +32,9 @@ GUIDED_FIELDS: Final = {
     "ebnf": "grammar",
 }
 """A body's fields that each ask for one form, and the name that the worker knows it by."""
+
+JSON_SCHEMA_FIELDS: Final = ("name", "description", "schema", "strict")
+"""Those of `response_format.json_schema`. An answer follows the schema, whatever `strict` says."""
 
 STRUCTURED_FIELDS: Final = ("json", "regex", "choice", "grammar", "structural_tag", "whitespace_pattern")
 ALL_STRUCTURED_FIELDS: Final = (*STRUCTURED_FIELDS, "json_object")
@@ -72,8 +83,13 @@ def _from_fields(holder: object, at: str) -> _Wanted:
 
 
 def _from_format(wanted: Mapping[str, Any] | None) -> _Wanted:
-    kind = None if wanted is None else wanted.get("type", "text")
-    if wanted is None or kind == "text":
+    if wanted is None:
+        return
+    kind = wanted.get("type", "text")
+    if kind in ("text", "json_object", "json_schema"):
+        fields = ("type", "json_schema") if kind == "json_schema" else ("type",)
+        _check_further(RESPONSE_FORMAT, wanted, fields, "response_format.")
+    if kind == "text":
         return
     if kind == "json_object":
         yield "response_format", "json", _ANY_OBJECT
@@ -85,6 +101,7 @@ def _from_format(wanted: Mapping[str, Any] | None) -> _Wanted:
                 "response_format.json_schema.schema",
                 "missing_required_parameter",
             )
+        _check_further(JSON_SCHEMA, described, JSON_SCHEMA_FIELDS, "response_format.json_schema.")
         yield "response_format.json_schema.schema", "json", described["schema"]
     elif kind == "structural_tag":
         yield "response_format", "structural_tag", wanted
@@ -103,8 +120,11 @@ def _from_structured(wanted: Mapping[str, Any]) -> _Wanted:
         if any_object is not True:
             raise invalid(f"Invalid value for '{at}json_object': it is true or false.", f"{at}json_object")
         yield f"{at}json_object", "json", _ANY_OBJECT
-    further = {name: value for name, value in wanted.items() if name not in ALL_STRUCTURED_FIELDS}
-    STRUCTURED_OUTPUTS.check(further, ALL_STRUCTURED_FIELDS, at)
+    _check_further(STRUCTURED_OUTPUTS, wanted, ALL_STRUCTURED_FIELDS, at)
+
+
+def _check_further(known: Parameters, given: Mapping[str, Any], fields: Sequence[str], at: str) -> None:
+    known.check({name: value for name, value in given.items() if name not in fields}, fields, at)
 
 
 # --------------------------------------------------------------------------- checks
@@ -119,6 +139,11 @@ def _object(value: object, param: str) -> dict[str, Any]:
             raise invalid(f"Invalid value for '{param}': it is not JSON: {exc}.", param) from exc
     if not isinstance(value, dict):
         raise invalid(f"Invalid value for '{param}': it must be a JSON object.", param)
+    try:
+        json.dumps(value, allow_nan=False)
+        pack(value)
+    except (ValueError, TypeError) as exc:  # infinity; an integer over 64 bits; a nesting too deep
+        raise invalid(f"Invalid value for '{param}': it cannot be sent to a worker: {exc}.", param) from exc
     return value
 
 

@@ -205,6 +205,25 @@ TEXT: Final = Parameters(
     harmless=_HARMLESS,
 )
 
+REFUSED_HEADERS: Final = frozenset(
+    (
+        b"x-worker-instance-id",
+        b"x-prefill-instance-id",
+        b"x-dp-rank",
+        b"x-prefill-dp-rank",
+        b"x-data-parallel-rank",
+    )
+)
+"""Headers by which Dynamo's and vLLM's servers let a client choose a worker."""
+
+
+def check_headers(headers: Iterable[tuple[bytes, bytes]]) -> None:
+    """Raise ApiError for a header that asks for what cannot be done."""
+    for name, _ in headers:
+        if name in REFUSED_HEADERS:
+            raise unsupported(str(name, "ascii"), _ROUTING.reason)
+
+
 # --------------------------------------------------------------------------- objects within them
 
 NVEXT: Final = Parameters(
@@ -231,6 +250,15 @@ STREAM_OPTIONS: Final = Parameters(
         "include_obfuscation": Refusal("chunks are not padded", _OFF),
     },
 )
+
+RESPONSE_FORMAT: Final = Parameters(
+    refused={
+        "schema": Refusal("give it as 'json_schema.schema', with the type json_schema"),
+        "json_schema": Refusal("it goes with the type json_schema"),
+    },
+)
+
+JSON_SCHEMA: Final = Parameters(refused={})
 
 STRUCTURED_OUTPUTS: Final = Parameters(
     refused={

@@ -291,6 +291,12 @@ async def test_encoded_body_is_refused_by_name(frontend: Any) -> None:
     assert answer.status_code == 200
 
 
+async def test_header_that_chooses_a_worker_is_refused(frontend: Any) -> None:
+    answer = await frontend.http.post(CHAT, content=BODY, headers={"X-Worker-Instance-Id": "1"})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "x-worker-instance-id"
+
+
 async def test_no_page_of_another_site_changes_state(frontend: Any) -> None:
     own = {"Content-Type": "application/json"}
     for headers, content, status in (

@@ -44,6 +44,7 @@ def refused() -> Iterator[tuple[type[CompletionOptions], str, parameters.Refusal
         ("nvext", parameters.NVEXT),
         ("stream_options", parameters.STREAM_OPTIONS),
         ("structured_outputs", parameters.STRUCTURED_OUTPUTS),
+        ("response_format", parameters.RESPONSE_FORMAT),
     ):
         for name, why in table.refused.items():
             yield ChatBody, f"{at}.{name}", why
@@ -116,7 +117,7 @@ def test_every_parameter_of_openai_is_known(kind: Any, parameters_of_openai: Any
 def listed(heading: str) -> set[str]:
     """Read the names in the first column of the table below a heading of the page."""
     section = PAGE.read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
-    cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    cells = [line.split("|")[1] for line in section.splitlines() if re.match(r"\| .*`", line)]
     return {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
 
 
@@ -137,7 +138,8 @@ def test_page_lists_what_is_harmless() -> None:
 
 
 def test_page_lists_what_is_refused() -> None:
-    assert listed("Refused") == {path for _, path, _ in refused()}
+    headers = {str(name, "ascii") for name in parameters.REFUSED_HEADERS}
+    assert listed("Refused") == {path for _, path, _ in refused()} | headers
 
 
 # --------------------------------------------------------------------------- to the worker
@@ -220,6 +222,16 @@ def test_every_way_of_asking_for_a_form_is_one(change: dict[str, Any], form: Any
     ("change", "param"),
     [
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
+        ({"response_format": {"type": "json_object", "schema": SCHEMA}}, "response_format.schema"),
+        ({"response_format": {"type": "text", "json_schema": {}}}, "response_format.json_schema"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {}, "strct": True}}},
+            "response_format.json_schema.strct",
+        ),
+        ({"guided_json": {"maximum": 10**30}}, "guided_json"),
+        ({"guided_json": '{"maximum": 1' + "0" * 300 + "}"}, "guided_json"),
+        ({"guided_json": '{"maximum": Infinity}'}, "guided_json"),
+        ({"structured_outputs": {"json": {"maximum": float("inf")}}}, "structured_outputs.json"),
         ({"guided_json": "{"}, "guided_json"),
         ({"guided_json": [1]}, "guided_json"),
         ({"guided_json": '{"a":' * 100_000}, "guided_json"),
