@@ -9,6 +9,7 @@ Layout of the keys (relative to the registry's prefix):
     v1/instances/<namespace>/<component>/<endpoint>/<instance id>
     v1/mdc/<namespace>/<component>/<endpoint>/<instance id>[/<lora>]     model deployment cards
     v1/kv_routers/<namespace>/<component>/<router id>
+    v1/frontends/<instance id>
     v1/ports/<host>/<port>
     v1/barrier/<id>/…
 """
@@ -28,6 +29,7 @@ InstanceId = NewType("InstanceId", int)
 INSTANCES = "v1/instances/"
 MODEL_CARDS = "v1/mdc/"
 KV_ROUTERS = "v1/kv_routers/"
+FRONTENDS = "v1/frontends/"
 PORTS = "v1/ports/"
 BARRIERS = "v1/barrier/"
 
@@ -162,6 +164,11 @@ def kv_routers_prefix(namespace: str, component: str) -> str:
 def kv_router_key(namespace: str, component: str, router_id: str) -> str:
     """The registry key of one router."""
     return kv_routers_prefix(namespace, component) + encode_segment(router_id)
+
+
+def frontend_key(instance_id: InstanceId) -> str:
+    """The registry key of one frontend."""
+    return FRONTENDS + format_instance_id(instance_id)
 
 
 def port_key(host: str, port: int) -> str:

@@ -7,11 +7,13 @@ from collections.abc import Awaitable, Callable
 
 import anyio
 import pytest
+import redis
 
 from dynamo_redis.config import EventSettings
 from dynamo_redis.names import format_instance_id
 from dynamo_redis.store.client import RedisClient
 from dynamo_redis.store.event_base import EventStreams, NewEntry, StreamName
+from dynamo_redis.store.stream_keys import StreamKeys
 from dynamo_redis.store.stream_readers import RedisEventGroup
 from dynamo_redis.store.streams import RedisEventStreams
 from dynamo_redis.wire.event import EventBatch, PublisherId
@@ -70,7 +72,22 @@ def test_streams_are_listed_with_their_lag(cli: Cli, act: Act) -> None:
     assert "dynamo/backend/kv_events" in table
     assert table.splitlines()[-1].split()[-1] == "0"  # nobody reads the other
     assert "router-1" in cli("events", "lag").out
-    assert cli("events", "lag", str(sync["stream"])).err == "nobody reads event streams\n"
+    assert cli("events", "lag", str(sync["stream"])).err == "no router reads event streams\n"
+
+
+def test_unreadable_streams_end_their_lists_with_1(
+    cli: Cli, act: Act, dynamo_redis_url: str, dynamo_redis_prefix: str
+) -> None:
+    act(fill)
+    act(lambda streams: streams.append(SYNC, [NewEntry(b"x", 1)]))
+    with redis.Redis.from_url(dynamo_redis_url) as admin:
+        admin.hset(StreamKeys(dynamo_redis_prefix, SYNC).meta, "v", "99")
+    for command in (("events", "ls"), ("events", "lag")):
+        shown = cli(*command)
+        assert (shown.code, shown.err) == (1, "dynamo-redis: 1 event stream cannot be read: see above\n")
+        assert "dynamo/backend/kv_events" in shown.out
+        assert "99" in shown.out.splitlines()[-1]
+        assert [list(row) for row in json.loads(cli(*command, "--json").out)][-1] == ["error"]
 
 
 def test_events_are_shown_decoded(cli: Cli, act: Act) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -16,10 +17,12 @@ import anyio
 import pytest
 import redis
 
-from dynamo_redis.names import EndpointName, InstanceId, kv_router_key
+from dynamo_redis.frontend.record import FrontendRecord
+from dynamo_redis.names import EndpointName, InstanceId, frontend_key, kv_router_key
 from dynamo_redis.router.answering import state_endpoint
 from dynamo_redis.runtime.instance import Instance
 from dynamo_redis.runtime.model_card import FileReference, ModelCard
+from dynamo_redis.store.object_manifest import ObjectKeys
 from dynamo_redis.store.server import EmbeddedServer
 from tests.integration.conftest import Cli, Done
 from tests.rubbish import WORST_JSON
@@ -98,7 +101,7 @@ def test_instances_are_listed(cli: Cli) -> None:
     key = put_instance(cli, 0x694D98147D54BFDE)
     put_instance(cli, 0x2A, ready=False)
     head, _, *lines = cli("instances").out.splitlines()
-    assert head.split() == ["INSTANCE", "ENDPOINT", "ADDRESS", "STATE", "UP"]
+    assert head.split() == ["INSTANCE", "SERVES", "ADDRESS", "STATE", "UP"]
     assert lines[0].split()[:5] == ["2a", "dynamo.backend.generate", "tcp", "10.0.0.7:37145", "stalled"]
     assert lines[1].split()[:5] == [
         "694d98147d54bfde",
@@ -115,6 +118,30 @@ def test_instances_are_listed(cli: Cli) -> None:
     assert cli("instances", "dynamo.backend.other", "--json").json == []
     assert cli("instances", "dynamo.back").err == "no instances of dynamo.back\n"
     assert "whole parts" in cli("instances", "--help").out
+
+
+def test_a_process_is_one_row(cli: Cli) -> None:
+    put_instance(cli, 0x2A)
+    other = state_endpoint(ENDPOINT)
+    instance = Instance(other, InstanceId(0x2A), {"tcp": "10.0.0.7:37145/2a/x"})
+    assert cli("put", other.instance_key(0x2A), instance.to_bytes().decode()).code == 0
+    for instance_id, mode in ((0x2A, "kv"), (0x2B, "round_robin")):
+        frontend = FrontendRecord(
+            instance_id=instance_id, http_url=f"http://host-{mode}:8000", router_mode=mode
+        )
+        assert cli("put", frontend_key(InstanceId(instance_id)), frontend.to_bytes().decode()).code == 0
+    _, _, one, two = cli("instances").out.splitlines()
+    assert one.split("  ")[0] == "2a"
+    serves = f"OpenAI API (kv), {ENDPOINT}, {other} "
+    for shown in (serves, "http://host-kv:8000", "tcp 10.0.0.7:37145"):
+        assert one.count(shown) == 1
+    assert "OpenAI API (round_robin)" in two
+    assert "http://host-round_robin:8000" in two
+    assert len(cli("instances", "--json").json) == 4
+    assert "OpenAI" not in cli("instances", "dynamo.backend").out
+    assert cli("put", "v1/frontends/2c", "{}").code == 0
+    broken = cli("instances")
+    assert (broken.code, broken.out.count("unreadable: v1/frontends/2c is not a frontend's record")) == (1, 1)
 
 
 def test_a_place_where_nothing_can_be_written_is_named(cli: Cli, tmp_path: Path) -> None:
@@ -147,8 +174,9 @@ def test_a_record_that_cannot_be_read_does_not_hide_the_others(cli: Cli) -> None
     shown = cli("instances")
     lines = shown.out.splitlines()[2:]
     assert "ready" in lines[0]
-    assert f"unreadable: an instance record at {ENDPOINT.instance_key(2)} has schema version 99" in lines[1]
-    assert f"unreadable: {ENDPOINT.instance_key(3)} is not an instance record" in lines[2]
+    assert [line.split()[-1] for line in lines[1:4]] == ["unreadable"] * 3
+    assert f"unreadable: an instance record at {ENDPOINT.instance_key(2)} has schema version 99" in lines[4]
+    assert f"unreadable: {ENDPOINT.instance_key(3)} is not an instance record" in lines[5]
     assert (shown.code, shown.err) == (1, "dynamo-redis: 3 instance records cannot be read: see above\n")
     found = json.loads(cli("instances", "--json").out)
     assert [("error" in instance) for instance in found] == [False, True, True, True]
@@ -203,7 +231,8 @@ def test_models_are_listed_with_their_workers(cli: Cli) -> None:
     assert lines[0].split() == [
         "Qwen/Qwen3", "chat+completions", "dynamo.backend.generate", "2", "40960", "16", "11", "MiB",
     ]  # fmt: skip
-    assert lines[1].startswith(f"unreadable: {ENDPOINT.model_card_key(3)} is not a model card")
+    assert lines[1].strip() == "unreadable"
+    assert lines[2].startswith(f"unreadable: {ENDPOINT.model_card_key(3)} is not a model card")
     assert (shown.code, shown.err) == (1, "dynamo-redis: 1 model card cannot be read: see above\n")
     found = json.loads(cli("models", "--json").out)
     assert list(found[1]) == ["key", "error"]
@@ -296,20 +325,46 @@ def test_a_large_object_has_a_progress_bar_on_a_terminal(environment: None, tmp_
     name = f"test-{secrets.token_hex(4)}/large"
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "dynamo_redis", "objects"]
-    done = subprocess.run(
+    put = subprocess.Popen(
         [*command, "put", name, "large"],
         stdout=subprocess.PIPE,
         stderr=theirs,
         env={**os.environ, "TERM": "xterm", "COLUMNS": "100"},
-        check=True,
     )
     os.close(theirs)
-    drawn = os.read(ours, 1 << 16).decode()
+    drawn = everything(ours)  # a terminal holds only 4 KiB that nothing has read
     os.close(ours)
+    out, _ = put.communicate(timeout=60)
+    assert put.returncode == 0
     assert f"put {name}" in drawn
     assert "6.3/6.3 MiB" in drawn or "6.0/6.0 MiB" in drawn
-    assert done.stdout.decode().startswith("redis-object://")
+    assert out.decode().startswith("redis-object://")
     subprocess.run([*command, "rm", name], check=True)
+
+
+def test_unreadable_objects_end_their_list_with_1(
+    cli: Cli, tmp_path: Path, dynamo_redis_url: str, dynamo_redis_prefix: str
+) -> None:
+    (tmp_path / "x").write_bytes(b"content")
+    for name in ("b/good", "b/torn"):
+        assert cli("objects", "put", name, str(tmp_path / "x")).code == 0
+    with redis.Redis.from_url(dynamo_redis_url) as admin:
+        admin.set(ObjectKeys(dynamo_redis_prefix, "b", "torn").current, "a string")
+    shown = cli("objects", "ls")
+    assert (shown.code, shown.err) == (1, "dynamo-redis: 1 object cannot be read: see above\n")
+    assert shown.out.splitlines()[2].startswith("b/good ")
+    assert "should be a hash" in shown.out.splitlines()[3]
+    good, torn = json.loads(cli("objects", "ls", "--json").out)
+    assert (good["name"], list(torn)) == ("good", ["error"])
+
+
+def everything(terminal: int) -> str:
+    """What is written to a terminal until its other side is closed."""
+    read = b""
+    with contextlib.suppress(OSError):  # Linux's way to say that it is closed
+        while part := os.read(terminal, 1 << 16):
+            read += part
+    return read.decode()
 
 
 # --------------------------------------------------------------------------- what can go wrong

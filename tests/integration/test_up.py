@@ -266,10 +266,14 @@ def test_a_router_of_its_own_finds_the_workers_and_leaves_in_order(
 ) -> None:
     program = start(*up("--workers", "1", "--router-mode", "round_robin"))
     program.url()
-    assert command("router-state") == []
+    (frontend,) = command("router-state")
+    assert (frontend["router_mode"], frontend["http_url"]) == ("round_robin", program.url())
+    assert frontend["instance_id_hex"] == f"{frontend['instance_id']:x}"
+    listed = [found for found in command("instances") if found["key"].startswith("v1/frontends/")]
+    assert [found["http_url"] for found in listed] == [program.url()]
     router = start("router", "--no-kv-events")
     router.until(r"^ready dynamo\.router\.generate, choosing among dynamo\.backend\.generate$")
-    assert [found["mode"] for found in command("router-state")] == ["predicted"]
+    assert [found.get("mode") for found in command("router-state")] == ["predicted", None]
     assert len(command("instances", "dynamo.router.best_worker_id")) == 1
     assert router.stop(signal.SIGTERM) <= STOP_WITHIN_S
     assert (router.process.returncode, router.err.count("Traceback")) == (0, 0)

@@ -13,10 +13,17 @@ from typing import Any
 import click
 
 from dynamo_redis.cli import connect
-from dynamo_redis.cli.failures import CommandFailed
+from dynamo_redis.cli.failures import CommandFailed, end_listing
 from dynamo_redis.cli.formats import human_duration, human_size, human_time, printable
 from dynamo_redis.cli.options import SettingsCommand, store_options
-from dynamo_redis.cli.output import json_option, print_json, print_json_line, print_line, print_table
+from dynamo_redis.cli.output import (
+    json_option,
+    print_json,
+    print_json_line,
+    print_line,
+    print_reasons,
+    print_table,
+)
 from dynamo_redis.config import parse_duration
 from dynamo_redis.errors import InvalidRecord, StoreUnavailable
 from dynamo_redis.names import decode_segment, format_instance_id
@@ -70,13 +77,15 @@ def ls(as_json: bool, **options: str | None) -> None:
       dynamo-redis events ls
       dynamo-redis events ls --json
     """
-    found = connect.run(_read(None, options))
+    found, unreadable = connect.run(_read(None, options))
     if as_json:
-        print_json([_stream_json(info) for info in found])
-        return
-    now_s = time.time()
-    columns = ["STREAM", "ENTRIES", "EVENTS", "SIZE", "LAST ENTRY", "GROUPS", "LAG"]
-    print_table(columns, [_stream_row(info, now_s) for info in found], empty="no event streams")
+        print_json([*map(_stream_json, found), *({"error": reason} for reason in unreadable)])
+    else:
+        now_s = time.time()
+        columns = ["STREAM", "ENTRIES", "EVENTS", "SIZE", "LAST ENTRY", "GROUPS", "LAG"]
+        print_table(columns, [_stream_row(info, now_s) for info in found], empty="no event streams")
+        print_reasons(unreadable)
+    end_listing(len(unreadable), "event stream")
 
 
 @events.command("lag", cls=SettingsCommand)
@@ -93,11 +102,8 @@ def lag(stream: str | None, as_json: bool, **options: str | None) -> None:
       dynamo-redis events lag
       dynamo-redis events lag dynamo/backend/kv_events --json
     """
-    found = connect.run(_read(stream, options))
+    found, unreadable = connect.run(_read(stream, options))
     groups = [{"stream": _name(info.name), **group} for info in found for group in _groups_json(info)]
-    if as_json:
-        print_json(groups)
-        return
     rows = [
         [
             *(group["stream"], group["group"], group["position"]),
@@ -105,7 +111,13 @@ def lag(stream: str | None, as_json: bool, **options: str | None) -> None:
         ]
         for group in groups
     ]
-    print_table(["STREAM", "GROUP", "POSITION", "LAG", "SILENT"], rows, empty="nobody reads event streams")
+    if as_json:
+        print_json([*groups, *({"error": reason} for reason in unreadable)])
+    else:
+        columns = ["STREAM", "GROUP", "POSITION", "LAG", "SILENT"]
+        print_table(columns, rows, empty="no router reads event streams")
+        print_reasons(unreadable)
+    end_listing(len(unreadable), "event stream")
 
 
 @events.command("tail", cls=SettingsCommand)
@@ -166,15 +178,17 @@ def rm(stream: str, as_json: bool, **options: str | None) -> None:
 # --------------------------------------------------------------------------- streams
 
 
-async def _read(stream: str | None, options: dict[str, str | None]) -> list[StreamInfo]:
+async def _read(stream: str | None, options: dict[str, str | None]) -> tuple[list[StreamInfo], list[str]]:
+    """One stream or all, and why others cannot be read."""
     name = None if stream is None else _parse(stream)
+    unreadable: list[str] = []
     async with connect.open_events(options) as streams:
         if name is None:
-            return await streams.list()
+            return await streams.list(on_left_out=unreadable.append), unreadable
         info = await streams.info(name)
     if info is None:
         raise _absent(name)
-    return [info]
+    return [info], unreadable
 
 
 def _parse(text: str) -> StreamName:

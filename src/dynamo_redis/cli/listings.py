@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,10 +13,11 @@ from dynamo_redis.cli import connect
 from dynamo_redis.cli.failures import end_listing
 from dynamo_redis.cli.formats import human_duration, human_size, show_value
 from dynamo_redis.cli.options import SettingsCommand, store_options
-from dynamo_redis.cli.output import json_option, print_json, print_table
+from dynamo_redis.cli.output import json_option, print_json, print_reasons, print_table
 from dynamo_redis.decoding import removal
 from dynamo_redis.errors import InvalidRecord
-from dynamo_redis.names import INSTANCES, MODEL_CARDS, decode_segment, format_instance_id
+from dynamo_redis.frontend.record import FrontendRecord
+from dynamo_redis.names import FRONTENDS, INSTANCES, MODEL_CARDS, decode_segment, format_instance_id
 from dynamo_redis.runtime.instance import Instance
 from dynamo_redis.runtime.model_card import ModelCard, parse_card_key
 from dynamo_redis.store.base import Record, Snapshot
@@ -27,9 +29,11 @@ from dynamo_redis.store.base import Record, Snapshot
 @click.option("--show-secrets", is_flag=True, help="Show what callers must prove to know.")
 @store_options
 def instances(endpoint: str | None, as_json: bool, show_secrets: bool, **options: str | None) -> None:
-    """List the live instances of all endpoints, of one, or of all in a namespace or component.
+    """List the live processes, and the endpoints that each serves: of all, of one endpoint, or of all in a
+    namespace or component. Without ENDPOINT frontends are listed, too.
 
-    ENDPOINT is one to three whole parts of a name: NAMESPACE[.COMPONENT[.ENDPOINT]].
+    ENDPOINT is one to three whole parts of a name: NAMESPACE[.COMPONENT[.ENDPOINT]]. With --json each
+    endpoint of a process is an object of its own.
 
     \b
     Examples:
@@ -37,16 +41,22 @@ def instances(endpoint: str | None, as_json: bool, show_secrets: bool, **options
       dynamo-redis instances dynamo.backend.generate
       dynamo-redis instances dynamo.backend --json
     """
-    snapshot = connect.run(_read(INSTANCES, options))
+    snapshot, listed = connect.run(_read_instances(options))
     found = [_instance(record) for record in snapshot.records if _within(record.key, INSTANCES, endpoint)]
     found += [_Found(exc.key, exc) for exc in snapshot.invalid if _within(exc.key, INSTANCES, endpoint)]
+    frontends = [] if endpoint else [_frontend(record) for record in listed.records]
+    frontends += [] if endpoint else [_Found(exc.key, exc) for exc in listed.invalid]
+    found += frontends
+    unreadable = [entry for entry in found if isinstance(entry.instance, InvalidRecord)]
     if as_json:
         print_json([_instance_json(entry, secrets=show_secrets) for entry in found])
     else:
-        columns = ["INSTANCE", "ENDPOINT", "ADDRESS", "STATE", "UP"] + ["SECRET"] * show_secrets
-        rows = [_instance_row(entry, secrets=show_secrets) for entry in found]
+        columns = ["INSTANCE", "SERVES", "ADDRESS", "STATE", "UP"] + ["SECRET"] * show_secrets
+        rows = [_process_row(process, secrets=show_secrets) for process in _by_process(found)]
+        rows += [_unreadable_row(entry, secrets=show_secrets) for entry in unreadable]
         print_table(columns, rows, empty=f"no instances{f' of {endpoint}' if endpoint else ''}")
-    end_listing(sum(isinstance(entry.instance, InvalidRecord) for entry in found), "instance record")
+        print_reasons(str(entry.instance) for entry in unreadable)
+    end_listing(len(unreadable), "instance record")
 
 
 @click.command("models", cls=SettingsCommand)
@@ -66,12 +76,18 @@ def models(as_json: bool, **options: str | None) -> None:
     else:
         columns = ["MODEL", "TYPE", "ENDPOINT", "WORKERS", "CONTEXT", "BLOCK", "FILES"]
         print_table(columns, [_model_row(model) for model in served], empty="no models")
+        print_reasons(model["error"] for model in served if "error" in model)
     end_listing(sum("error" in model for model in served), "model card")
 
 
 async def _read(prefix: str, options: dict[str, str | None]) -> Snapshot:
     async with connect.open_registry(options) as registry:
         return await registry.get_prefix(prefix)
+
+
+async def _read_instances(options: dict[str, str | None]) -> tuple[Snapshot, Snapshot]:
+    async with connect.open_registry(options) as registry:
+        return await registry.get_prefix(INSTANCES), await registry.get_prefix(FRONTENDS)
 
 
 def _within(key: str, prefix: str, endpoint: str | None) -> bool:
@@ -86,16 +102,23 @@ def _path(key: str, prefix: str) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """The instance at a key, or why it cannot be read; and the value there, if that can be."""
+    """The instance or frontend at a key, or why it cannot be read; and the value there, if that can be."""
 
     key: str
-    instance: Instance | InvalidRecord
+    instance: Instance | FrontendRecord | InvalidRecord
     value: bytes | None = field(default=None, repr=False)  # holds the instance's secret
 
 
 def _instance(record: Record) -> _Found:
     try:
         return _Found(record.key, Instance.from_record(record), record.value)
+    except InvalidRecord as exc:
+        return _Found(record.key, exc, record.value)
+
+
+def _frontend(record: Record) -> _Found:
+    try:
+        return _Found(record.key, FrontendRecord.from_record(record), record.value)
     except InvalidRecord as exc:
         return _Found(record.key, exc, record.value)
 
@@ -108,19 +131,53 @@ def _instance_json(found: _Found, *, secrets: bool) -> dict[str, Any]:
     return {"key": found.key, **(shown if isinstance(shown, dict) else {"value": shown}), **error}
 
 
-def _instance_row(found: _Found, *, secrets: bool) -> list[str]:
-    instance = found.instance
-    if isinstance(instance, InvalidRecord):
-        *endpoint, instance_id = _path(found.key, INSTANCES)
-        return [instance_id, ".".join(endpoint), "", f"unreadable: {instance}", ""] + [""] * secrets
-    addresses = (f"{plane} {address.partition('/')[0]}" for plane, address in instance.transports.items())
+@dataclass(slots=True)
+class _Process:
+    """What one process serves."""
+
+    instances: list[Instance] = field(default_factory=list)
+    frontend: FrontendRecord | None = None
+
+
+def _by_process(found: Sequence[_Found]) -> list[tuple[int, _Process]]:
+    """One entry a process, in the order in which they are found."""
+    processes: dict[int, _Process] = {}
+    for entry in found:
+        if isinstance(entry.instance, Instance):
+            processes.setdefault(entry.instance.instance_id, _Process()).instances.append(entry.instance)
+        elif isinstance(entry.instance, FrontendRecord):
+            processes.setdefault(entry.instance.instance_id, _Process()).frontend = entry.instance
+    return list(processes.items())
+
+
+def _process_row(found: tuple[int, _Process], *, secrets: bool) -> list[str]:
+    instance_id, process = found
+    serves, addresses, started_at, secret = [], [], [], ""
+    if (frontend := process.frontend) is not None:
+        serves.append(f"OpenAI API ({frontend.router_mode})")
+        addresses.append(frontend.http_url)
+        started_at.append(frontend.started_at)
+    for instance in process.instances:
+        serves.append(str(instance.name))
+        addresses += (
+            f"{plane} {address.partition('/')[0]}" for plane, address in instance.transports.items()
+        )
+        started_at.append(instance.started_at)
+        secret = instance.secret.hex() if instance.secret else secret
+    began_at = min((at for at in started_at if at), default=0.0)
     return [
-        format_instance_id(instance.instance_id),
-        str(instance.name),
-        ", ".join(addresses),
-        "ready" if instance.ready else "stalled",
-        human_duration(time.time() - instance.started_at) if instance.started_at else "",
-    ] + [instance.secret.hex() if instance.secret else ""] * secrets
+        format_instance_id(instance_id),
+        ", ".join(serves),
+        ", ".join(dict.fromkeys(addresses)),
+        "ready" if all(instance.ready for instance in process.instances) else "stalled",
+        human_duration(time.time() - began_at) if began_at else "",
+    ] + [secret] * secrets
+
+
+def _unreadable_row(found: _Found, *, secrets: bool) -> list[str]:
+    prefix = FRONTENDS if found.key.startswith(FRONTENDS) else INSTANCES
+    *endpoint, instance_id = _path(found.key, prefix)
+    return [instance_id, ".".join(endpoint), "", "unreadable", ""] + [""] * secrets
 
 
 def _by_model(snapshot: Snapshot) -> list[dict[str, Any]]:
@@ -149,7 +206,7 @@ def _by_model(snapshot: Snapshot) -> list[dict[str, Any]]:
 
 def _model_row(model: dict[str, Any]) -> list[str]:
     if "error" in model:
-        return [f"unreadable: {model['error']}", *[""] * 6]
+        return ["unreadable", *[""] * 6]
     card = model["card"]
     files = card["files"].values()
     return [

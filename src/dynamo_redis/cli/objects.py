@@ -11,10 +11,17 @@ from typing import Any
 import click
 
 from dynamo_redis.cli import connect
-from dynamo_redis.cli.failures import CommandFailed
+from dynamo_redis.cli.failures import CommandFailed, end_listing
 from dynamo_redis.cli.formats import human_size, human_time
 from dynamo_redis.cli.options import SettingsCommand, store_options
-from dynamo_redis.cli.output import json_option, print_json, print_line, print_table, progress_bar
+from dynamo_redis.cli.output import (
+    json_option,
+    print_json,
+    print_line,
+    print_reasons,
+    print_table,
+    progress_bar,
+)
 from dynamo_redis.errors import ConfigError, ObjectNotFound
 from dynamo_redis.store.base import ObjectInfo, parse_object_url
 
@@ -50,17 +57,21 @@ def ls(bucket: str | None, as_json: bool, **options: str | None) -> None:
       dynamo-redis objects ls models --json
     """
 
+    unreadable: list[str] = []
+
     async def read() -> list[ObjectInfo]:
         async with connect.open_objects(options) as store:
-            return await store.list(bucket)
+            return await store.list(bucket, on_left_out=unreadable.append)
 
     found = connect.run(read())
     if as_json:
-        print_json([_object_json(info) for info in found])
-        return
-    now_s = time.time()
-    rows = [_object_row(info, now_s) for info in found]
-    print_table(["OBJECT", "SIZE", "CREATED", "SHA256"], rows, empty="no objects")
+        print_json([*map(_object_json, found), *({"error": reason} for reason in unreadable)])
+    else:
+        now_s = time.time()
+        rows = [_object_row(info, now_s) for info in found]
+        print_table(["OBJECT", "SIZE", "CREATED", "SHA256"], rows, empty="no objects")
+        print_reasons(unreadable)
+    end_listing(len(unreadable), "object")
 
 
 @objects.command("put", cls=SettingsCommand)

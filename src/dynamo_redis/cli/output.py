@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -63,6 +63,12 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, empty:
         table.add_row(*map(printable, row))
     width = None if sys.stdout.isatty() else _WIDTH_OF_A_PIPE
     Console(markup=False, highlight=False, emoji=False, width=width).print(table)
+
+
+def print_reasons(reasons: Iterable[str]) -> None:
+    """Say below a table why some of its rows cannot be read: a cell has no room for it."""
+    for reason in reasons:
+        print_line(printable(f"unreadable: {reason}"))
 
 
 @contextmanager

@@ -11,14 +11,18 @@ from dynamo_redis.cli import connect
 from dynamo_redis.cli.failures import end_listing
 from dynamo_redis.cli.formats import human_duration
 from dynamo_redis.cli.options import SettingsCommand, store_options
-from dynamo_redis.cli.output import json_option, print_json, print_table
-from dynamo_redis.names import parse_instance_id
+from dynamo_redis.cli.output import json_option, print_json, print_reasons, print_table
+from dynamo_redis.names import format_instance_id, parse_instance_id
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from dynamo_redis.frontend.record import FrontendRecord
     from dynamo_redis.router.asking import Answer
 
 _COLUMNS = [
     "ROUTER",
+    "PROCESS",
     "CHOOSES AMONG",
     "KNOWS BY",
     "WORKERS",
@@ -37,7 +41,7 @@ _COLUMNS = [
 @json_option
 @store_options
 def router_state(as_json: bool, **options: str | None) -> None:
-    """Ask each router, in a frontend or a service of its own, how it is.
+    """Ask each router, in a frontend or a service of its own, how it is; and list the frontends without one.
 
     Its workers, and the blocks that it knows them to hold; how far it has read the stream of KV events
     (cursor), and how much is still unread (lag); how old the last snapshot is; how often a worker had to tell
@@ -49,20 +53,27 @@ def router_state(as_json: bool, **options: str | None) -> None:
       dynamo-redis router-state
       dynamo-redis router-state --json
     """
-    answers = connect.run(_ask(options))
+    answers, frontends = connect.run(_ask(options))
+    routing = {answer.state["instance_id"] for answer in answers if answer.state is not None}
+    plain = [frontend for frontend in frontends if frontend.instance_id not in routing]
+    urls = {frontend.instance_id: frontend.http_url for frontend in frontends}
     if as_json:
-        print_json([_json(answer) for answer in answers])
+        print_json([*map(_json, answers), *(frontend.model_dump(mode="json") for frontend in plain)])
     else:
         empty = "no routers: start a frontend with --router-mode kv, or `dynamo-redis router`"
-        print_table(_COLUMNS, [_row(answer) for answer in answers], empty=empty)
+        rows = [_row(answer, urls) for answer in answers] + [_plain_row(frontend) for frontend in plain]
+        print_table(_COLUMNS, rows, empty=empty)
+        print_reasons(answer.failure or "" for answer in answers if not answer.is_readable)
     end_listing(sum(not answer.is_readable for answer in answers), "router")
 
 
-async def _ask(options: dict[str, str | None]) -> list[Answer]:
+async def _ask(options: dict[str, str | None]) -> tuple[list[Answer], list[FrontendRecord]]:
+    from dynamo_redis.frontend.record import list_frontends
     from dynamo_redis.router.asking import ask_states
 
     async with connect.open_runtime(options) as runtime:
-        return await ask_states(runtime)
+        frontends, _ = await list_frontends(runtime.registry)
+        return await ask_states(runtime), frontends
 
 
 def _json(answer: Answer) -> dict[str, Any]:
@@ -78,15 +89,24 @@ def _instance_id(key: str) -> int | None:
         return None
 
 
-def _row(answer: Answer) -> list[str]:
+def _plain_row(frontend: FrontendRecord) -> list[str]:
+    """A frontend that has no router of its own."""
+    chosen_by = frontend.router_endpoint or frontend.router_mode
+    process = f"{format_instance_id(frontend.instance_id)} {frontend.http_url}"
+    return ["-", process, f"chosen by {chosen_by}", *["-"] * (len(_COLUMNS) - 3)]
+
+
+def _row(answer: Answer, urls: Mapping[int, str]) -> list[str]:
     state = answer.state
     if state is None:
-        problem = "does not answer" if answer.is_readable else "unreadable"
+        problem = f"does not answer: {answer.failure}" if answer.is_readable else "unreadable"
         instance_id = answer.key.rpartition("/")[2]
-        return [instance_id, f"{problem}: {answer.failure}", *[""] * (len(_COLUMNS) - 2)]
+        return ["", instance_id, problem, *[""] * (len(_COLUMNS) - 3)]
+    instance_id = state["instance_id"]
     index, hit_rate = state["index"], state["hit_rate"]
     return [
         state["router_id"],
+        " ".join((format_instance_id(instance_id), *([urls[instance_id]] if instance_id in urls else []))),
         state["endpoint"],
         _knows_by(state, index),
         str(len(state["workers"])),

@@ -25,6 +25,7 @@ from dynamo_redis.frontend.door import Door
 from dynamo_redis.frontend.http_protocol import HttpLimits, HttpProtocol
 from dynamo_redis.frontend.models import LiveModels
 from dynamo_redis.frontend.prompts import Preparation
+from dynamo_redis.frontend.record import keep_listed
 from dynamo_redis.frontend.routing import client_opener
 from dynamo_redis.names import EndpointName
 from dynamo_redis.router.service import KvRouter
@@ -60,6 +61,7 @@ async def serve_frontend(
             cache_dir=cache_dir,
             lease_ttl_s=runtime.settings.store.lease_ttl_s,
         )
+        listing = asyncio.create_task(keep_listed(runtime, settings, listener), name="list frontend")
         try:
             async with models:
                 await run_server(
@@ -77,6 +79,8 @@ async def serve_frontend(
                     on_ready=on_ready,
                 )
         finally:
+            listing.cancel()
+            await asyncio.gather(listing, return_exceptions=True)
             await preparation.aclose()
 
 

@@ -175,7 +175,13 @@ def connection_limit(wanted_count: int) -> int:
 def describe_file_limit() -> str:
     """The limit of open files, and how to raise it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return f"RLIMIT_NOFILE is {soft}; `ulimit -n` raises it, up to {hard}"
+    if soft == hard:
+        return (
+            f"RLIMIT_NOFILE is {soft}, the most that this process may have: what starts it raises it, as "
+            "systemd does by LimitNOFILE= and Docker by --ulimit"
+        )
+    most = "without bound" if hard == resource.RLIM_INFINITY else f"up to {hard}"
+    return f"RLIMIT_NOFILE is {soft}; `ulimit -n` raises it, {most}"
 
 
 def _listen(listening: socket.socket, address: tuple[object, ...]) -> None:

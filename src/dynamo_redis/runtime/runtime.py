@@ -190,14 +190,19 @@ class DistributedRuntime:
         """Let SIGTERM and SIGINT call `shutdown`, until `aclose`. A second one takes its default effect."""
         loop = asyncio.get_running_loop()
 
-        def on_signal() -> None:
+        def on_signal(number: signal.Signals) -> None:
             self._release_signals()
+            log.info(
+                "%s: shutting down within %g s; a second signal ends this process at once",
+                number.name,
+                self._deadline.total_s,
+            )
             self.shutdown()
 
         # Only the main thread may, and Windows cannot.
         with suppress(NotImplementedError, ValueError, RuntimeError):
             for number in (signal.SIGTERM, signal.SIGINT):
-                loop.add_signal_handler(number, on_signal)
+                loop.add_signal_handler(number, on_signal, number)
                 self._signals.append(number)
 
     async def aclose(self) -> None:

@@ -74,7 +74,6 @@ async def _ended_after_shutdown(runtime: DistributedRuntime) -> AsyncIterator[No
         nonlocal is_late
         await runtime.wait_for_shutdown()
         total_s = deadline.total_s
-        log.info("shutting down within %g s; a second signal ends this process at once", total_s)
         await asyncio.sleep(deadline.left_s - deadline.closing_s / 2)
         log.warning("the worker's main function has not ended with the shutdown (%g s): cancelled", total_s)
         is_late = True

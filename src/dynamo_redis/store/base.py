@@ -344,8 +344,13 @@ class ObjectStore(Protocol):
         it. If not, a put makes it so."""
         ...
 
-    async def list(self, bucket: str | None = None) -> list[ObjectInfo]:
-        """All objects, or those of one bucket, ordered by bucket and name."""
+    async def list(
+        self, bucket: str | None = None, *, on_left_out: Callable[[str], None] | None = None
+    ) -> list[ObjectInfo]:
+        """All objects, or those of one bucket, ordered by bucket and name.
+
+        `on_left_out` gets a sentence for each that cannot be read; None: it is logged.
+        """
         ...
 
     async def remove(self, bucket: str, name: str) -> bool:

@@ -6,7 +6,7 @@ Two implementations stand behind one contract suite: Redis (`streams.py`) and th
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, NewType, Protocol, Self
 
@@ -192,8 +192,11 @@ class EventStreams(Protocol):
         """A stream as it stands, or None if there is none."""
         ...
 
-    async def list(self) -> list[StreamInfo]:
-        """All streams, ordered by name."""
+    async def list(self, *, on_left_out: Callable[[str], None] | None = None) -> list[StreamInfo]:
+        """All streams, ordered by name.
+
+        `on_left_out` gets a sentence for each that cannot be read; None: it is logged.
+        """
         ...
 
     async def delete(self, stream: StreamName) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 
 from dynamo_redis.errors import LockLost, ObjectNotFound
 from dynamo_redis.store.base import HeldLock, Locks, ObjectInfo, ObjectSource, Progress
@@ -95,7 +95,9 @@ class MemoryObjectStore(WholeReads):
         info = await self.info(bucket, name)
         return info is not None and info.sha256 == sha256
 
-    async def list(self, bucket: str | None = None) -> list[ObjectInfo]:
+    async def list(
+        self, bucket: str | None = None, *, on_left_out: Callable[[str], None] | None = None
+    ) -> list[ObjectInfo]:
         """As `ObjectStore.list`."""
         infos = [info for info, _ in self._objects.values() if bucket in (None, info.bucket)]
         return sorted(infos, key=lambda info: (info.bucket, info.name))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import builtins
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final, Self
@@ -248,7 +248,7 @@ class MemoryEventStreams:
         found = self._streams.get(stream)
         return None if found is None else found.info()
 
-    async def list(self) -> builtins.list[StreamInfo]:
+    async def list(self, *, on_left_out: Callable[[str], None] | None = None) -> builtins.list[StreamInfo]:
         """As `EventStreams.list`."""
         found = sorted(
             self._streams, key=lambda name: (name.namespace, name.component, name.topic, name.shard)

@@ -313,14 +313,17 @@ class RedisObjectStore(WholeReads):
 
     # ------------------------------------------------------------------ list and remove
 
-    async def list(self, bucket: str | None = None) -> list[ObjectInfo]:
-        """As `ObjectStore.list`. What cannot be read is left out, with a warning: a name, a manifest."""
+    async def list(
+        self, bucket: str | None = None, *, on_left_out: Callable[[str], None] | None = None
+    ) -> list[ObjectInfo]:
+        """As `ObjectStore.list`. What cannot be read is left out: a name, a manifest."""
+        leave_out = on_left_out or partial(log.warning, "left out of the list: %s")
         entries: list[tuple[ObjectKeys, bytes, bytes]] = []
         for path, score in (await self._all_names()).items():
             try:
                 keys = ObjectKeys.of_path(self._prefix, path.decode())
             except ValueError as exc:
-                log.warning("left out of the list: %r is not the name of an object: %s", path[:80], exc)
+                leave_out(f"{path[:80]!r} is not the name of an object: {exc}")
                 continue
             if bucket is None or keys.bucket == bucket:
                 entries.append((keys, path, score))
@@ -335,7 +338,7 @@ class RedisObjectStore(WholeReads):
                         raise values
                     info = info_of_fields(values, keys)
                 except StoreError as exc:
-                    log.warning("left out of the list: %s", exc)
+                    leave_out(str(exc))
                     continue
                 if info is not None:
                     found.append(info)

@@ -21,7 +21,8 @@ from __future__ import annotations
 
 import builtins
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Self
 
 from dynamo_redis.config import EventSettings, StoreSettings
@@ -145,9 +146,10 @@ class RedisEventStreams:
             ),
         )
 
-    async def list(self) -> builtins.list[StreamInfo]:
-        """As `EventStreams.list`. Streams that cannot be read are left out, with a warning: those of another
-        schema, and those of which somebody has overwritten a key. Raises StoreRefused if none can be."""
+    async def list(self, *, on_left_out: Callable[[str], None] | None = None) -> builtins.list[StreamInfo]:
+        """As `EventStreams.list`. Streams of another schema, and those of which a key was overwritten, are
+        left out. Raises StoreRefused if none can be read."""
+        leave_out = on_left_out or partial(log.warning, "left out: %s")
         keys = {key async for key in self._client.scan(stream_pattern(self._prefix))}
         streams = sorted(filter(None, (stream_of_key(self._prefix, key) for key in keys)), key=_order)
         found: builtins.list[StreamInfo] = []
@@ -157,7 +159,7 @@ class RedisEventStreams:
                 info = await self.info(stream)
             except (SchemaMismatch, StoreRefused) as exc:
                 refusal = exc if isinstance(exc, StoreRefused) else refusal
-                log.warning("left out, `dynamo-redis events rm` removes it: %s: %s", stream.path, exc)
+                leave_out(f"{stream.path}: {exc} (`dynamo-redis events rm {stream.path}` removes it)")
                 continue
             if info is not None:
                 found.append(info)

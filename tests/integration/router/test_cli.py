@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from dynamo_redis.names import with_hex_ids
 from tests.integration.conftest import Cli, Done
 from tests.routed_deployment import Deployment, until
 
@@ -53,7 +54,7 @@ async def test_a_router_says_how_it_is_and_explains_a_choice(deployment: Deploym
             told = (await call(cli, "router-state", "--json")).json
             states = {str(state["router_id"]): state for state in told}
             assert states.keys() == {router.router_id, predicting.router_id}
-            if states[router.router_id] == json.loads(json.dumps(router.state().to_json())):
+            if states[router.router_id] == with_hex_ids(json.loads(json.dumps(router.state().to_json()))):
                 break
     table = (await call(cli, "router-state")).out
     assert router.router_id in table
