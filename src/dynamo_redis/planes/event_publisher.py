@@ -139,25 +139,22 @@ class EventPublisher:
         packed = pack_known(event)
         sequence = self.next_sequence
         self.next_sequence = sequence + 1
-        if self._is_gap or self._is_full():
+        queued_count, open_bytes = self.queued_count, self._open_bytes
+        is_full = queued_count >= self._limit_count or open_bytes + self._closed_bytes >= self._limit_bytes
+        if is_full or self._is_gap:
             self._leave_out()
             return sequence
         events = self._open
         events.append(packed)
-        self.queued_count += 1
-        self._open_bytes += len(packed)
-        if len(events) >= self._batch_count or self._open_bytes >= BATCH_BYTES:
+        count = len(events)
+        self.queued_count = queued_count + 1
+        self._open_bytes = open_bytes = open_bytes + len(packed)
+        if count >= self._batch_count or open_bytes >= BATCH_BYTES:
             self._close_batch()
             self._due.set()
-        elif len(events) == 1:
+        elif count == 1:
             self._set_timer(self._linger_s)
         return sequence
-
-    def _is_full(self) -> bool:
-        return (
-            self.queued_count >= self._limit_count
-            or self._open_bytes + self._closed_bytes >= self._limit_bytes
-        )
 
     def _close_batch(self) -> None:
         """Take the open batch as it is, with events or without."""
