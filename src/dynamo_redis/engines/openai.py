@@ -10,23 +10,14 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import replace
 from typing import Any, Final
 
 import anyio.to_thread
 
 from dynamo_redis.config import OpenAIEngineSettings
 from dynamo_redis.engines.base import EngineCapacity, EngineLoad
-from dynamo_redis.engines.engine_metrics import EngineMetrics, read_metrics
 from dynamo_redis.engines.model_tokens import ModelTokens
-from dynamo_redis.engines.openai_http import Completion, EngineHttp
-from dynamo_redis.engines.openai_models import (
-    DETAILS_PATHS,
-    ListedModel,
-    ServerDetails,
-    read_details,
-    read_models,
-)
+from dynamo_redis.engines.openai_http import Completion
 from dynamo_redis.engines.openai_request import (
     Dialect,
     completion_body,
@@ -34,10 +25,10 @@ from dynamo_redis.engines.openai_request import (
     prompt_ids,
     token_limit,
 )
+from dynamo_redis.engines.openai_server import EngineServer
 from dynamo_redis.engines.openai_wire import CompletionReader, UnknownModel
 from dynamo_redis.engines.relay import EventRelay
 from dynamo_redis.errors import (
-    CannotConnect,
     ConfigError,
     ConnectionLost,
     ContextLengthExceeded,
@@ -55,16 +46,6 @@ from dynamo_redis.runtime.model_files import ModelDirectory
 from dynamo_redis.supervision import Supervisor
 
 log = logging.getLogger(__name__)
-
-DEFAULT_BLOCK_SIZE: Final = 16
-DEFAULT_TOTAL_KV_BLOCKS: Final = 16384
-
-_SILENCES: Final = 3
-"""Looks at the engine's health without an answer, in a row, until it counts as down. One refused connection
-is enough: nobody listens there."""
-
-_ASK_AGAIN_S: Final = 10.0
-"""How often a server that is well is asked whether it is still the same."""
 
 _FLUSH_PATHS: Final[Mapping[Dialect, str]] = {"vllm": "/reset_prefix_cache", "sglang": "/flush_cache"}
 _FLUSH_S: Final = 10.0
@@ -84,158 +65,49 @@ class OpenAIEngine:
     ) -> None:
         """`context_length` limits what the engine says of its own. Raises ConfigError if the settings
         contradict each other."""
-        secret = settings.engine_api_key
-        api_key = None if secret is None else secret.get_secret_value()
-        try:
-            url = settings.engine_url.get_secret_value()
-            self._http = EngineHttp(url, api_key, settings.engine_connect_timeout_s)
-        except ValueError as exc:
-            raise ConfigError(f"DYN_ENGINE_URL: {exc}") from exc
         if settings.kv_replay_endpoint and not settings.kv_events_endpoint:
             raise ConfigError("DYN_KV_REPLAY_ENDPOINT is of no use without DYN_KV_EVENTS_ENDPOINT")
+        self._server = EngineServer(
+            settings,
+            context_length=context_length,
+            on_down=self._note_down,
+            on_introduced=self._fit_publishers,
+        )
         self._settings = settings
         self._model = model
-        self._context_limit = context_length
-        self._listed = ListedModel(settings.engine_model or "", "openai")
-        self._details = ServerDetails()
-        self._introduced_at: float | None = None  # None: it may be another one now
-        self._introducing = asyncio.Lock()
-        self._ever_introduced = False
-        self._silence = ""  # why it is not up, as said last
         self._prompt_as_text = settings.engine_prompt == "text"
         self._tokens: ModelTokens | None = None
-        self._metrics = EngineMetrics({})
-        self._metrics_path: str | None = "/metrics"
-        self._health_path = settings.engine_health_path or "/health"
         self._running_count = 0
         self._unanswered: set[Completion] = set()
         self._clearing = False
         self._clear_again_at = 0.0
-        self._silent_count = 0
-        self._up, self._down, self._look_now = asyncio.Event(), asyncio.Event(), asyncio.Event()
-        self._down.set()
+        self._look_now = asyncio.Event()
         self._watching: asyncio.Task[None] | None = None
         self._publishers: Sequence[KvPublisher] = ()
         self.relay: EventRelay | None = None
 
     def __repr__(self) -> str:
-        state = "up" if self._up.is_set() else "down"
+        state = "up" if self._server.up.is_set() else "down"
         running = f"{self._running_count} running"
-        return f"<OpenAIEngine {self._listed.dialect} at {self._http.url}, {state}, {running}>"
+        return f"<OpenAIEngine {self._server.listed.dialect} at {self._server.http.url}, {state}, {running}>"
 
     @property
     def capacity(self) -> EngineCapacity:
-        settings, metrics = self._settings, self._metrics
-        told_size = metrics.block_size or self._details.block_size
-        block_size = settings.engine_block_size or told_size or DEFAULT_BLOCK_SIZE
-        block_count = settings.engine_total_kv_blocks or metrics.block_count
-        if block_count is None and metrics.token_count:
-            block_count = metrics.token_count // block_size
-        lengths = (self._context_limit, self._listed.context_length or self._details.context_length)
-        return EngineCapacity(
-            total_kv_blocks=block_count or DEFAULT_TOTAL_KV_BLOCKS,
-            kv_block_size=block_size,
-            max_num_seqs=settings.engine_max_num_seqs,
-            max_num_batched_tokens=settings.engine_max_num_batched_tokens,
-            data_parallel_size=settings.engine_data_parallel_size,
-            context_length=min((length for length in lengths if length), default=None),
-        )
+        return self._server.capacity
 
     # ----------------------------------------------------------------- start and end
 
     async def wait_until_up(self) -> None:
-        """Wait for the server to answer and to list its model, within `DYN_ENGINE_START_TIMEOUT_S`.
-
-        Raises ConfigError.
-        """
-        settings = self._settings
-        try:
-            async with asyncio.timeout(settings.engine_start_timeout_s):
-                while not await self._look_at_health():  # noqa: ASYNC110 - no event tells
-                    await asyncio.sleep(settings.engine_poll_interval_s)
-        except TimeoutError:
-            raise ConfigError(
-                f"DYN_ENGINE_URL={self._http.url}: {self._silence or 'no engine answered there'} within "
-                f"{settings.engine_start_timeout_s:g} s (DYN_ENGINE_START_TIMEOUT_S)"
-            ) from None
+        """See `EngineServer.wait_until_up`."""
+        await self._server.wait_until_up()
 
     async def start(self) -> None:
         """Wait for the server, learn what it is, and begin to watch it. Raises ConfigError, ModelError."""
         self._tokens = await anyio.to_thread.run_sync(ModelTokens, self._model)
-        await self.wait_until_up()
+        await self._server.wait_until_up()
         self._watching = asyncio.create_task(
             Supervisor(log, "health and load of the engine").run(self._watch), name="engine health and load"
         )
-
-    async def _introduce(self) -> bool:
-        """Ask whose server it is, its name for the model, and how large it is. False if it does not say now.
-
-        Raises ConfigError if it has no such model as it is to have.
-        """
-        settings = self._settings
-        async with self._introducing:
-            try:
-                status, content = await self._http.ask("GET", "/v1/models", settings.engine_poll_timeout_s)
-            except PlaneError as exc:
-                self._say_silence(f"cannot list its models ({exc})")
-                return False
-            listed = read_models(content) if status == 200 else []
-            wanted = settings.engine_model
-            if not listed and wanted is None:
-                self._say_silence(f"lists no models (HTTP {status}; DYN_ENGINE_MODEL names one)")
-                return False
-            found = next((model for model in listed if wanted in (None, model.name)), None)
-            if listed and found is None:
-                names = ", ".join(model.name for model in listed)
-                raise ConfigError(f"DYN_ENGINE_MODEL={wanted}: {self._http.url} has {names}")
-            found = found or ListedModel(wanted or "", "openai")
-            if settings.engine_kind != "auto":
-                found = replace(found, dialect=settings.engine_kind)
-            details = await self._ask_details(found.dialect)
-            await self._look_at_metrics()
-            self._take_identity(found, details)
-            return True
-
-    async def _ask_details(self, dialect: Dialect) -> ServerDetails:
-        path = DETAILS_PATHS.get(dialect)
-        if path is None:
-            return ServerDetails()
-        try:
-            status, content = await self._http.ask("GET", path, self._settings.engine_poll_timeout_s)
-        except PlaneError as exc:
-            log.debug("the engine at %s: %s", self._http.url, exc)
-            return self._details
-        return read_details(content) if status == 200 else ServerDetails()
-
-    def _take_identity(self, found: ListedModel, details: ServerDetails) -> None:
-        known, before = (self._listed, self._details), self._describe()
-        self._listed, self._details = found, details
-        if self._introduced_at is None or known != (found, details):
-            changed = self._ever_introduced and before != self._describe()
-            log.log(
-                logging.WARNING if changed else logging.INFO,
-                "the engine at %s is %s%s",
-                self._http.url,
-                self._describe(),
-                f"; it was {before}" if changed else "",
-            )
-        self._introduced_at = asyncio.get_running_loop().time()
-        self._ever_introduced = True
-        self._fit_publishers()
-
-    def _describe(self) -> str:
-        capacity = self.capacity
-        context = capacity.context_length or "unknown"
-        return (
-            f"{self._listed.dialect}, model {self._listed.name}, context {context}, "
-            f"blocks of {capacity.kv_block_size} tokens"
-        )
-
-    def _say_silence(self, why: str) -> None:
-        """Say once why the engine is waited for."""
-        if why != self._silence:
-            self._silence = why
-            log.info("waiting for the engine at %s: it %s", self._http.url, why)
 
     async def aclose(self) -> None:
         """Stop watching and following; requests still under way break off. Idempotent."""
@@ -244,7 +116,7 @@ class OpenAIEngine:
         if self._watching is not None:
             self._watching.cancel()
             await asyncio.wait([self._watching])
-        await self._http.aclose()
+        await self._server.http.aclose()
 
     # ----------------------------------------------------------------- KV events
 
@@ -268,7 +140,7 @@ class OpenAIEngine:
 
     def _fit_publishers(self) -> None:
         """An engine that came back with blocks of another size holds none of those that were told."""
-        block_size = self.capacity.kv_block_size
+        block_size = self._server.capacity.kv_block_size
         for publisher in self._publishers:
             if publisher.block_size != block_size:
                 publisher.resize(block_size)
@@ -278,12 +150,14 @@ class OpenAIEngine:
 
         Raises HandlerFailed if it cannot: vLLM does with `VLLM_SERVER_DEV_MODE=1` only.
         """
-        path = _FLUSH_PATHS.get(self._listed.dialect)
+        path = _FLUSH_PATHS.get(self._server.listed.dialect)
         if path is None:
-            raise HandlerFailed(f"an engine of kind {self._listed.dialect} has no way to clear its cache")
+            raise HandlerFailed(
+                f"an engine of kind {self._server.listed.dialect} has no way to clear its cache"
+            )
         known_count = sum(publisher.block_count for publisher in self._publishers)
         try:
-            status, _ = await self._http.ask("POST", path, _FLUSH_S)
+            status, _ = await self._server.http.ask("POST", path, _FLUSH_S)
         except PlaneError as exc:
             raise Draining(f"the engine does not answer: {exc}") from exc
         if status != 200:
@@ -358,13 +232,13 @@ class OpenAIEngine:
     def _may_want_text(self) -> bool:
         """Whether a prompt that was refused as token ids may be tried as text. The servers that are known by
         name take ids: what they refuse, they refuse for another reason."""
-        return self._settings.engine_prompt == "auto" and self._listed.dialect == "openai"
+        return self._settings.engine_prompt == "auto" and self._server.listed.dialect == "openai"
 
     async def _complete_anew(
         self, request: Mapping[str, Any], prompt: Sequence[int] | str, context: Context
     ) -> AsyncGenerator[GenerateItem, None]:
         """As `_complete`; once more if the server was asked for a model by a name that it no longer has."""
-        name = self._listed.name
+        name = self._server.listed.name
         try:
             async with aclosing(self._complete(request, prompt, context)) as items:
                 async for item in items:
@@ -372,7 +246,9 @@ class OpenAIEngine:
             return
         except UnknownModel:
             try:
-                renamed = self._listed.name != name or (await self._introduce() and self._listed.name != name)
+                renamed = self._server.listed.name != name or (
+                    await self._server.introduce() and self._server.listed.name != name
+                )
             except ConfigError:
                 renamed = False
             if not renamed:
@@ -385,17 +261,17 @@ class OpenAIEngine:
         self, request: Mapping[str, Any], prompt: Sequence[int] | str, context: Context
     ) -> AsyncGenerator[GenerateItem, None]:
         dp_rank = self._rank(request)
-        context_length = self.capacity.context_length
+        context_length = self._server.capacity.context_length
         body = completion_body(
             request,
-            model=self._listed.name,
-            dialect=self._listed.dialect,
+            model=self._server.listed.name,
+            dialect=self._server.listed.dialect,
             prompt=prompt,
             dp_rank=dp_rank,
             token_room=None if context_length is None else context_length - len(prompt_ids(request)),
         )
         headers = {"X-Request-Id": context.id()}
-        if dp_rank is not None and self._listed.dialect == "vllm":
+        if dp_rank is not None and self._server.listed.dialect == "vllm":
             headers["X-data-parallel-rank"] = str(dp_rank)
         if self._tokens is None:
             raise Draining("the engine is not started")
@@ -404,7 +280,7 @@ class OpenAIEngine:
             for publisher in self._publishers:
                 if dp_rank is None or publisher.dp_rank == dp_rank:
                     publisher.note_prompt(prompt)
-        completion = self._http.complete(body, headers)
+        completion = self._server.http.complete(body, headers)
         unsubscribe = context.on_cancel(lambda _: completion.close())
         self._running_count += 1
         self._unanswered.add(completion)
@@ -419,7 +295,7 @@ class OpenAIEngine:
             if reader.gave_up:
                 log.warning("request %s: the engine gave its answer up half-way", context.id())
         except ContextLengthExceeded:
-            self._introduced_at = None  # its context is not what it said, or is no longer
+            self._server.forget()  # its context is not what it said, or is no longer
             raise
         except RequestCancelled:
             yield {"token_ids": [], "finish_reason": "cancelled"}
@@ -449,25 +325,20 @@ class OpenAIEngine:
     # ----------------------------------------------------------------- health and load
 
     async def wait_health(self, healthy: bool) -> None:
-        await (self._up if healthy else self._down).wait()
+        await (self._server.up if healthy else self._server.down).wait()
 
     def loads(self) -> Sequence[EngineLoad]:
         """By the server's metrics; where it has none, rank 0 runs what was forwarded and is not answered."""
-        total_blocks = self.capacity.total_kv_blocks
-        if not self._metrics.ranks:
-            return [EngineLoad(0, self._running_count, 0, 0, total_blocks)]
-        return [
-            EngineLoad(
-                dp_rank=dp_rank,
-                running_count=rank.running_count,
-                waiting_count=rank.waiting_count,
-                active_blocks=round((rank.used_ratio or 0.0) * total_blocks),
-                total_blocks=total_blocks,
-                prefix_hit_rate=rank.prefix_hit_rate,
-            )
-            for dp_rank, rank in sorted(self._metrics.ranks.items())
-            if dp_rank < self._settings.engine_data_parallel_size
+        return self._server.loads() or [
+            EngineLoad(0, self._running_count, 0, 0, self.capacity.total_kv_blocks)
         ]
+
+    def _note_down(self, refused: bool) -> None:
+        """End what waits for a server that is down; forget the cache of one that has ended."""
+        if refused and self._server.up.is_set() and self.relay is not None:
+            self.relay.forget("no process listens at the engine's address")  # its cache went with it
+        for completion in list(self._unanswered):
+            completion.close(Draining("the engine does not answer"))
 
     async def _watch(self) -> None:
         """Look at health and load until cancelled; at once after a request found no server there."""
@@ -478,72 +349,7 @@ class OpenAIEngine:
             except TimeoutError:
                 pass
             self._look_now.clear()
-            if await self._look_at_health():
-                await self._look_at_metrics()
+            if await self._server.look():
+                await self._server.look_at_metrics()
                 self._fit_publishers()
                 await self._clear_partial_cache()
-
-    async def _look_at_health(self) -> bool:
-        """Whether the server is well, and is known: one that was away, or comes up, is asked what it is."""
-        refused = False
-        try:
-            status = await self._health_status()
-            well = status == 200
-            if not well:
-                self._say_silence(f"answered {self._health_path} with HTTP {status}")
-            elif self._is_to_be_asked():
-                try:
-                    well = await self._introduce()
-                except ConfigError as exc:
-                    if not self._ever_introduced:
-                        raise
-                    well = False
-                    self._say_silence(f"cannot be used: {exc}")
-        except PlaneError as exc:
-            well = False
-            refused = isinstance(exc, CannotConnect)
-            self._say_silence("does not answer")
-            log.debug("the engine at %s: %s", self._http.url, exc)
-        if well:
-            self._silent_count = 0
-            self._silence = ""
-            self._up.set()
-            self._down.clear()
-            return True
-        self._introduced_at = None
-        self._silent_count = _SILENCES if refused else self._silent_count + 1
-        if self._silent_count >= _SILENCES:
-            if refused and self._up.is_set() and self.relay is not None:
-                self.relay.forget("no process listens at the engine's address")  # its cache went with it
-            for completion in list(self._unanswered):
-                completion.close(Draining("the engine does not answer"))
-            self._down.set()
-            self._up.clear()
-        return False
-
-    def _is_to_be_asked(self) -> bool:
-        at = self._introduced_at
-        return at is None or asyncio.get_running_loop().time() >= at + _ASK_AGAIN_S
-
-    async def _health_status(self) -> int:
-        timeout_s = self._settings.engine_poll_timeout_s
-        status, _ = await self._http.ask("GET", self._health_path, timeout_s)
-        if status in (404, 405) and self._health_path == "/health":
-            self._health_path = "/v1/models"
-            status, _ = await self._http.ask("GET", self._health_path, timeout_s)
-        return status
-
-    async def _look_at_metrics(self) -> None:
-        if self._metrics_path is None:
-            return
-        try:
-            status, content = await self._http.ask(
-                "GET", self._metrics_path, self._settings.engine_poll_timeout_s
-            )
-        except PlaneError:
-            return
-        if status == 200:
-            self._metrics = read_metrics(content.decode("utf-8", "replace"))
-        elif status in (404, 405, 501):
-            log.info("the engine at %s has no %s: its load is not known", self._http.url, self._metrics_path)
-            self._metrics_path = None

@@ -52,6 +52,7 @@ class TestEngine:
         self.name: str | None = name
         """None: it lists no models yet."""
         self.max_model_len = max_model_len
+        self.listed_count = 0
         self.counted: dict[str, int] = {}
         """What it says of its tokens in `usage`."""
         self.break_off_after: int | None = None
@@ -106,6 +107,7 @@ class TestEngine:
         return web.Response(status=self.fail_with[0] if self.fail_with else 200)
 
     async def _models(self, _: web.Request) -> web.Response:
+        self.listed_count += 1
         listed: dict[str, Any] = {"id": self.name, "owned_by": self._owner}
         if self.max_model_len is not None:
             listed["max_model_len"] = self.max_model_len
