@@ -121,7 +121,7 @@ class EngineServer:
     async def look(self) -> bool:
         """Whether the server is well, and is known: one that was away, or comes up, is asked what it is. One
         that is well and known stays so while it does not say it again."""
-        refused = False
+        refused, told = False, True
         try:
             status = await self._health_status()
             well = status == 200
@@ -129,7 +129,8 @@ class EngineServer:
                 self._say_silence(f"answered {self._health_path} with HTTP {status}")
             elif not self._known or asyncio.get_running_loop().time() >= self._ask_at:
                 try:
-                    well = await self.introduce() or self._known
+                    told = await self.introduce()
+                    well = told or self._known
                 except ConfigError as exc:
                     if not self._ever_known:
                         raise
@@ -142,7 +143,8 @@ class EngineServer:
             log.debug("the engine at %s: %s", self.http.url, exc)
         if well:
             self._silent_count = 0
-            self.silence = ""
+            if told:
+                self.silence = ""
             self.up.set()
             self.down.clear()
             return True
@@ -247,10 +249,13 @@ class EngineServer:
         )
 
     def _say_silence(self, why: str) -> None:
-        """Say once why the engine is waited for."""
+        """Say once what the engine does not say or do."""
         if why != self.silence:
             self.silence = why
-            log.info("waiting for the engine at %s: it %s", self.http.url, why)
+            if self._known:
+                log.info("the engine at %s %s: what it said before counts", self.http.url, why)
+            else:
+                log.info("waiting for the engine at %s: it %s", self.http.url, why)
 
     # ----------------------------------------------------------------- what it has to do
 
