@@ -41,8 +41,8 @@ _NOT_NOW = {
 }
 
 
-OpenClient = Callable[[EndpointName, int], Awaitable[EndpointClient]]
-"""Makes what sends requests to an endpoint, whose KV blocks have so many tokens. Raises StoreError."""
+OpenClient = Callable[[EndpointName], Awaitable[EndpointClient]]
+"""Makes what sends requests to an endpoint. Raises StoreError."""
 
 
 class Runtime(Protocol):
@@ -309,7 +309,7 @@ class LiveModels:
         async with self._client_lock:
             client = self._clients.get(entry.endpoint)
             if client is None:
-                client = await self._open_client(entry.endpoint, entry.card.kv_cache_block_size)
+                client = await self._open_client(entry.endpoint)
                 self._clients[entry.endpoint] = client
             return client
 

@@ -26,15 +26,15 @@ def client_opener(
             )
         EndpointName.parse(router_endpoint)
 
-    async def by_policy(endpoint: EndpointName, _: int) -> EndpointClient:
+    async def by_policy(endpoint: EndpointName) -> EndpointClient:
         return await runtime.endpoint(str(endpoint)).client(mode)
 
-    async def by_own_router(endpoint: EndpointName, block_size: int) -> EndpointClient:
-        router = KvRouter(runtime, endpoint, router_settings, block_size=block_size)
+    async def by_own_router(endpoint: EndpointName) -> EndpointClient:
+        router = KvRouter(runtime, endpoint, router_settings)
         await router.start()
         return router
 
-    async def by_router_service(endpoint: EndpointName, _: int) -> EndpointClient:
+    async def by_router_service(endpoint: EndpointName) -> EndpointClient:
         assert router_endpoint is not None
         return await RouterClient.open(runtime, router_endpoint, endpoint)
 

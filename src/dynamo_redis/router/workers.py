@@ -52,7 +52,8 @@ class WorkerCards:
         endpoint: EndpointName,
         on_block_size: Callable[[int], None] | None = None,
     ) -> None:
-        """`on_block_size` is told the first block size that a worker names."""
+        """`on_block_size` is told the first block size that a worker names, and another one as soon as all
+        cards name that: engines were started anew with it."""
         self._registry = registry
         self._prefix = f"{MODEL_CARDS}{endpoint.path}/"
         self._capacities: dict[int, Capacity] = {}
@@ -96,6 +97,13 @@ class WorkerCards:
             if self._on_block_size is not None:
                 self._on_block_size(block_size)
         self._check_block_size(instance_id, block_size)
+
+    def _follow_block_size(self, block_size: int) -> None:
+        if self._on_block_size is None or self._expected is None or block_size == self._expected[0]:
+            return
+        carded = (c for instance_id, c in self._capacities.items() if instance_id not in self._without_card)
+        if all(capacity.block_size == block_size for capacity in carded):
+            self._on_block_size(block_size)
 
     def expect(self, block_size: int, event_plane: str | None) -> None:
         """Warn of instances of which the router will never know a block, once for each way to be wrong:
@@ -160,6 +168,7 @@ class WorkerCards:
         if self._capacities.get(instance_id) != capacity:
             self._capacities[instance_id] = capacity
             self.version += 1
+            self._follow_block_size(capacity.block_size)
             self.note_block_size(instance_id, capacity.block_size)
             self._check_plane(instance_id, capacity.event_plane)
 

@@ -152,7 +152,7 @@ class FakeRuntime:
     workers: dict[str, Worker] = field(default_factory=dict)
     opened: list[str] = field(default_factory=list)
 
-    async def client(self, endpoint: EndpointName, block_size: int) -> Worker:
+    async def client(self, endpoint: EndpointName) -> Worker:
         self.opened.append(str(endpoint))
         return self.workers[str(endpoint)]
 

@@ -154,7 +154,7 @@ class Models(_OfKeys):
     @classmethod
     @asynccontextmanager
     async def open(cls, runtime: DistributedRuntime, directory: Path) -> AsyncIterator[Fed]:
-        async def no_client(endpoint: EndpointName, block_size: int) -> Any:
+        async def no_client(endpoint: EndpointName) -> Any:
             raise AssertionError("no model has files, so none is loaded")
 
         async with LiveModels(runtime, open_client=no_client, cache_dir=directory) as models:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,11 +38,11 @@ class HeldClock:
 class Scene:
     """Workers as a view and model cards show them."""
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, *, on_block_size: Callable[[int], None] | None = None, **settings: Any) -> None:
         self.view = SimpleNamespace(
             candidates=self.members(1, 2), last_resorts=lambda: [self.members(8), self.members(9)]
         )
-        self.cards = WorkerCards(MemoryRegistry(MemoryServer()), ENDPOINT)
+        self.cards = WorkerCards(MemoryRegistry(MemoryServer()), ENDPOINT, on_block_size)
         self.clock = HeldClock()
         self.changes = 0
         self.book = LoadBook()
@@ -58,12 +59,14 @@ class Scene:
     def on_change(self) -> None:
         self.changes += 1
 
-    def card(self, instance_id: int, *, value: bytes | None = None, **runtime_config: Any) -> None:
+    def card(
+        self, instance_id: int, *, value: bytes | None = None, block_size: int = 16, **runtime_config: Any
+    ) -> None:
         card = ModelCard(
             display_name="demo",
             slug="demo",
             context_length=100,
-            kv_cache_block_size=16,
+            kv_cache_block_size=block_size,
             runtime_config=RuntimeConfig(**runtime_config),
         )
         key = ENDPOINT.model_card_key(instance_id)
@@ -219,3 +222,22 @@ def test_events_that_travel_otherwise_are_warned_of_once(caplog: pytest.LogCaptu
     [warning] = caplog.messages
     assert "'pubsub'" in warning
     assert "Set DYN_EVENT_PLANE alike" in warning
+
+
+def test_block_size_follows_when_all_cards_name_another() -> None:
+    told: list[int] = []
+
+    def use(block_size: int) -> None:
+        told.append(block_size)
+        scene.cards.expect(block_size, None)
+
+    scene = Scene(on_block_size=use)
+    scene.card(1)
+    scene.card(2)
+    scene.card(1, block_size=32)  # its engine was started anew; the other one's was not yet
+    assert told == [16]
+    scene.card(2, block_size=32)
+    assert told == [16, 32]
+    scene.lose_card(1)
+    scene.card(2, block_size=64)  # what counts are the cards that stand
+    assert told == [16, 32, 64]
