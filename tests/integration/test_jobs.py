@@ -55,7 +55,7 @@ async def open_lane() -> AsyncIterator[OpenLane]:
 async def test_answers_come_to_their_jobs(open_lane: OpenLane) -> None:
     lane = open_lane(ahead_count=4)
     texts = [os.urandom(size) for size in (0, 1, 7, 1 << 16, 3 << 20)] * 3
-    answers = await asyncio.gather(*(lane.run(text, b"echo ") for text in texts))
+    answers = await asyncio.gather(*(lane.run(b"echo ", text) for text in texts))
     assert [bytes(answer) for answer in answers] == texts
 
 
@@ -83,7 +83,7 @@ async def test_death_costs_its_own_job_alone(open_lane: OpenLane, job: bytes) ->
 async def test_killed_process_is_replaced(open_lane: OpenLane, tmp_path: Any) -> None:
     lane = open_lane()
     await lane.run(b"echo x")
-    waiting = asyncio.create_task(lane.run(os.fsencode(tmp_path / "never"), b"wait "))
+    waiting = asyncio.create_task(lane.run(b"wait ", os.fsencode(tmp_path / "never")))
     await asyncio.sleep(0)
     assert lane.pid is not None
     os.kill(lane.pid, signal.SIGKILL)
@@ -106,7 +106,7 @@ async def test_stopped_process_is_killed_at_last(open_lane: OpenLane) -> None:
 async def test_cancelled_caller_leaves_the_lane_whole(open_lane: OpenLane, tmp_path: Any) -> None:
     lane = open_lane(ahead_count=2)
     path = tmp_path / "go"
-    jobs = [lane.run(os.fsencode(path), b"wait "), lane.run(b"echo a"), lane.run(b"echo b")]
+    jobs = [lane.run(b"wait ", os.fsencode(path)), lane.run(b"echo a"), lane.run(b"echo b")]
     callers = [asyncio.create_task(job) for job in jobs]
     await asyncio.sleep(0)
     callers[0].cancel()
@@ -118,7 +118,7 @@ async def test_cancelled_caller_leaves_the_lane_whole(open_lane: OpenLane, tmp_p
 async def test_queue_is_bounded(open_lane: OpenLane, tmp_path: Any) -> None:
     lane = open_lane(queue_count=2)
     path = tmp_path / "go"
-    callers = [asyncio.create_task(lane.run(os.fsencode(path), b"wait ")) for _ in range(2)]
+    callers = [asyncio.create_task(lane.run(b"wait ", os.fsencode(path))) for _ in range(2)]
     await asyncio.sleep(0)
     with pytest.raises(QueueFull):
         await lane.run(b"echo x")

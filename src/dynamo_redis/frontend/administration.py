@@ -36,7 +36,7 @@ def changes_state(handler: Handler) -> Handler:
             content = await read_limited(request.scope, request.receive, _BODY_LIMIT_BYTES)
         except ClientGone:
             return Response(status_code=400)
-        _refuse_parameters(content)
+        _refuse_parameters(b"".join(content))
         return await handler(request)
 
     return guarded

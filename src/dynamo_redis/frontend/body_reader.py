@@ -49,14 +49,21 @@ class BodyReader:
             queue_count=QUEUE_COUNT,
         )
 
-    async def read(self, kind: type[CompletionOptions], content: bytes) -> Body:
-        """Read a body. Raises ApiError."""
-        if len(content) <= INLINE_BYTES:
-            options = read_body(kind, content)
+    async def read(self, kind: type[CompletionOptions], content: list[bytearray]) -> Body:
+        """Read a body, which may be in pieces. Raises ApiError.
+
+        A large one is never put together here, since copying 40 MiB takes longer than a turn of the loop may;
+        and it is let go of on its way to the process: `content` is empty afterwards.
+        """
+        size = sum(map(len, content))
+        if size <= INLINE_BYTES:
+            options = read_body(kind, b"".join(content))
             return Body(options, source_of(options))
-        lane = self._medium if len(content) <= LARGE_BYTES else self._large
+        lane = self._medium if size <= LARGE_BYTES else self._large
         try:
-            answer = await lane.run(content, CHAT if issubclass(kind, ChatBody) else TEXT)
+            reading = lane.run(CHAT if issubclass(kind, ChatBody) else TEXT, *content)
+            content.clear()
+            answer = await reading
         except JobOverrun as exc:
             raise _too_complex(f"it takes over {READ_LIMIT_S:g} s to read") from exc
         except JobDied as exc:

@@ -30,7 +30,8 @@ gigabytes only to be refused."""
 _PROBE_SLACK_TOKENS = 64  # where a text is cut, its last token can fall into several
 
 MOST_CHARS = 64
-"""A text longer than this for each token of the context is refused without being tokenized to its end."""
+"""A text longer than this for each token of the context is refused without being tokenized to its end, and a
+conversation without being rendered."""
 
 
 class Preparation:
@@ -52,8 +53,8 @@ class Preparation:
         self._large.shutdown(wait=False, cancel_futures=True)
         await self._reader.aclose()
 
-    async def read(self, kind: type[CompletionOptions], content: bytes) -> Body:
-        """Read and check a body. Raises ApiError."""
+    async def read(self, kind: type[CompletionOptions], content: list[bytearray]) -> Body:
+        """Read and check a body, which is in pieces, and is let go of. Raises ApiError."""
         return await self._reader.read(kind, content)
 
     async def requests(self, model: LoadedModel, body: Body) -> list[GenerateRequest]:
@@ -82,6 +83,8 @@ class Preparation:
                 "model",
                 "unsupported_model",
             )
+        if len(body.source) > MOST_CHARS * model.context_length:
+            raise _too_long(body.options, model.context_length + 1, None, model.context_length, at_least=True)
         return [await model.template.render(body.source)]
 
 

@@ -16,6 +16,10 @@ UNCOUNTED_BYTES = 32 << 10
 """Of each body so much does not count in the budget, so that small requests pass large ones."""
 
 
+SMALL_PIECE_BYTES = 16 << 10
+"""Smaller pieces of a body are put together, or one of single bytes would take fifty times its size."""
+
+
 class BodyBudget:
     """The bytes of all bodies that are held at any one time, until they have become requests."""
 
@@ -60,9 +64,11 @@ class ClientGone(Exception):
 
 async def read_limited(
     scope: Mapping[str, Any], receive: Receive, limit_bytes: int, held: HeldBody | None = None
-) -> bytes:
-    """The body. Raises ApiError 413 for one over the limit, which is never held, 503 for one that the budget
-    has no room for, and ClientGone.
+) -> list[bytearray]:
+    """Read the body, in pieces much as it came: to put a large one together takes long.
+
+    Raises ApiError 413 for one over the limit, which is never held, 503 for one that the budget has no room
+    for, and ClientGone.
 
     A body whose announced length is over the limit is refused before it is sent if the client asked
     (`Expect: 100-continue`); else it is read and dropped, since most clients see no answer before its end.
@@ -74,7 +80,7 @@ async def read_limited(
         if b"expect" not in headers:
             await _discard(receive, 0)
         raise body_too_large(limit_bytes)
-    pieces: list[bytes] = []
+    pieces: list[bytearray] = []
     size = 0
     async for piece in _pieces(receive):
         size += len(piece)
@@ -89,8 +95,11 @@ async def read_limited(
                 held.grow_to(0)
             await _discard(receive, size)
             raise
-        pieces.append(piece)
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        if pieces and len(pieces[-1]) < SMALL_PIECE_BYTES:
+            pieces[-1] += piece
+        else:
+            pieces.append(bytearray(piece))
+    return pieces
 
 
 def _refuse_encoding(headers: Mapping[bytes, bytes]) -> None:

@@ -95,14 +95,15 @@ class Lane:
         """How many jobs wait or are worked on."""
         return len(self._waiting) + (0 if self._process is None else len(self._process.sent))
 
-    async def run(self, content: bytes | bytearray, head: bytes = b"") -> bytearray:
-        """Do a job, of `head` and `content` in one piece, and return its answer. Raises JobError.
+    async def run(self, *pieces: bytes | bytearray) -> bytearray:
+        """Do a job, which the process gets in one piece, and return its answer. Raises JobError.
 
         A caller that is cancelled gives up the answer; the job ends by itself, or at its limit.
         """
         if self.job_count >= self._queue_count:
             raise QueueFull(f"{self._queue_count} wait already")
-        job = _Job(content, head)
+        job = _Job(pieces)
+        del pieces
         self._waiting.append(job)
         self._ensure_running()
         self._send_waiting()
@@ -135,7 +136,7 @@ class Lane:
         process = await _Process.start(self._command, self._limit_s, self._send_waiting)
         try:
             if self._first_job is not None:
-                process.send(first := _Job(self._first_job))
+                process.send(first := _Job((self._first_job,)))
                 awaited: set[asyncio.Future[Any]] = {first.answer, process.ended}
                 await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
                 if not first.answer.done():
@@ -167,11 +168,10 @@ class Lane:
 
 
 class _Job:
-    __slots__ = ("answer", "content", "head")
+    __slots__ = ("answer", "pieces")
 
-    def __init__(self, content: bytes | bytearray, head: bytes = b"") -> None:
-        self.content = content
-        self.head = head
+    def __init__(self, pieces: Sequence[bytes | bytearray]) -> None:
+        self.pieces = pieces
         self.answer: asyncio.Future[bytearray] = asyncio.get_running_loop().create_future()
 
     def fail(self, error: JobError) -> None:
@@ -195,8 +195,8 @@ class _Process(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._transport: asyncio.Transport | None = None
         self._head = bytearray()
+        self._size = 0
         self._answer = bytearray()
-        self._filled = 0
 
     @classmethod
     async def start(cls, command: Sequence[str], limit_s: float, on_answer: Callable[[], None]) -> _Process:
@@ -230,8 +230,8 @@ class _Process(asyncio.Protocol):
         self.sent.append(job)
         if self._timer is None:
             self._timer = self._loop.call_at(self._begun_at + self._limit_s, self._check_time)
-        self._transport.write(FRAME.pack(len(job.head) + len(job.content)) + job.head)
-        self._transport.write(job.content)
+        self._transport.writelines([FRAME.pack(sum(map(len, job.pieces))), *job.pieces])
+        self.sent[0].pieces = ()  # should the process die, this one is not sent again
 
     def _check_time(self) -> None:
         self._timer = None
@@ -277,17 +277,14 @@ class _Process(asyncio.Protocol):
                 view = view[taken:]
                 if len(self._head) < FRAME.size:
                     return
-                size = FRAME.unpack(self._head)[0]
-                if not self.sent or size > _MOST_ANSWER_BYTES:  # not what the process was made to write
+                self._size = FRAME.unpack(self._head)[0]
+                if not self.sent or self._size > _MOST_ANSWER_BYTES:  # not what the process was made to write
                     self.popen.kill()
                     return
-                self._answer = bytearray(size)
-                self._filled = 0
-            taken = min(len(view), len(self._answer) - self._filled)
-            self._answer[self._filled : self._filled + taken] = view[:taken]
-            self._filled += taken
+            taken = self._size - len(self._answer)
+            self._answer += view[:taken]
             view = view[taken:]
-            if self._filled == len(self._answer):
+            if len(self._answer) == self._size:
                 self._take_answer()
 
     def _take_answer(self) -> None:
@@ -296,6 +293,8 @@ class _Process(asyncio.Protocol):
         self.answer_count += 1
         job = self.sent.popleft()
         self._begun_at = self._loop.time()
+        if self.sent:
+            self.sent[0].pieces = ()
         if not job.answer.done():
             job.answer.set_result(answer)
         self._on_answer()
