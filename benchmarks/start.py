@@ -6,6 +6,7 @@ S3  `start_serving` until another runtime's client lists the instance, against P
 S4  CPU time of Redis a chat with kv routing, against a SET and a GET (`start_redis`)
 S5  the same with round robin
 S6  chats that fail of 1,000 while Redis is replaced, full, and without its replica (`start_refusals`)
+S7  how long `/live` is silent while clients and tenants do their worst (`start_silence`)
 S8  time of each script and command where there is much, against where there is little (`start_walks`)
 
 `--rows S1,S2` runs some.
@@ -25,6 +26,7 @@ from benchmarks.processes import DYNAMO, dynamo_side, our_side, redis_server, up
 from benchmarks.report import Measured
 from benchmarks.start_redis import redis_cost
 from benchmarks.start_refusals import refusals
+from benchmarks.start_silence import silences
 from benchmarks.start_walks import walks
 from benchmarks.suite import Bounds, Groups, run_suite
 from dynamo_redis.runtime import Client, DistributedRuntime, Settings
@@ -157,6 +159,7 @@ BOUNDS: Bounds = {
         0,
         0,
     ),
+    "S7": ("longest silence of `/live` while each body and template of cases/upper is sent, ms", 250, 50),
     "S8": (
         "Redis time of each script and command at 100,000 entries or keys ÷ at 1,000, worst of all",
         3,
@@ -172,6 +175,7 @@ GROUPS: Groups = (
     (("S4",), redis_cost("S4")),
     (("S5",), redis_cost("S5", "--router-mode", "round_robin")),
     (("S6",), refusals),
+    (("S7",), silences),
     (("S8",), walks),
 )
 """Rows that one measurement yields."""

@@ -27,7 +27,7 @@ class Tokenizer:
     def __init__(self, content: bytes, *, origin: str = "tokenizer.json") -> None:
         """`content` is that of a `tokenizer.json`. Raises ModelError if it is not one.
 
-        Blocks (11 MiB: about 0.5 s), and lets other threads run meanwhile.
+        Blocks (11 MiB: about 0.5 s), and holds the interpreter for most of that.
         """
         try:
             self._tokenizer = HuggingFaceTokenizer.from_buffer(content)
