@@ -75,7 +75,7 @@ def publishing(rounds: int) -> dict[str, Measured]:
 
 
 def publishing_alike(rounds: int) -> dict[str, Measured]:
-    """E2, in events/s."""
+    """Measure E2, in events/s."""
     sides = (OURS_SYNCED_ALIKE, RIVAL_ALIKE)
     rates: Rates = {side: [] for side in sides}
     with ExitStack() as stack:

@@ -62,7 +62,7 @@ class Options:
         return plan
 
     def repeated(self, plan: Plan) -> list[Plan]:
-        """The plan as often as it is run, each with arrivals and chance of its own."""
+        """Return the plan as often as it is run, each with arrivals and chance of its own."""
         return [replace(plan, seed=plan.seed + number) for number in range(self.repeats)]
 
     @property

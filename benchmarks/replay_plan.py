@@ -58,7 +58,7 @@ class Chance(random.Random):
         self._seed = seed
 
     def begin(self, index: int) -> None:
-        """A request's turn has come, by its place in the trace."""
+        """Begin what is drawn for a request, by its place in the trace."""
         self.seed((self._seed << 32) + index)
 
 

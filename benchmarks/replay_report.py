@@ -76,7 +76,7 @@ def simulated_entry(plan: Plan, trace: str, all_figures: Sequence[Figures], *, m
 
 
 def run_entry(plan: Plan, trace: str, fault: str | None, results: Sequence[RunResult]) -> Entry:
-    """The row of one way of routing: means over its runs, what failed in all, and the latest."""
+    """Make the row of one way of routing: means over its runs, what failed in all, and the latest."""
     thought = plan.client_mode is None
     length_s = sum(result.length_s for result in results)
     return _entry(

@@ -143,9 +143,11 @@ def synthetic_trace(count: int, *, seed: int = 0) -> Trace:
 
 
 def shared_prompts_trace(count: int, *, seed: int = 0) -> Trace:
-    """Chats that share long system prompts, as of so many applications: 24 prompts of 4,096 to 20,480 tokens,
-    the n-th used by every n-th chat as often as the first. A chat has up to five turns, and grows by one to
-    four blocks with each. Requests have no time of their own: all arrive at 0."""
+    """Make up chats that share long system prompts, as of so many applications.
+
+    There are 24 prompts of 4,096 to 20,480 tokens, of which the n-th is used 1/n as often as the first.
+    A chat has up to five turns, and grows by one to four blocks with each. All requests arrive at 0.
+    """
     rng = random.Random(seed)
     fresh = iter(range(1 << 31))
     prompts = [

@@ -62,7 +62,7 @@ class ActiveBlocks:
         return bool(self._first)
 
     def hold(self, worker: Worker, names: bytes) -> int:
-        """A request begins. Returns how many of its blocks no other request of that worker holds."""
+        """Let a request begin; return how many of its blocks no other request of that worker holds."""
         runs, at, new = self._first, 0, 0
         while at < len(names):
             run = runs.get(_name(names, at))
@@ -79,8 +79,8 @@ class ActiveBlocks:
         return new // NAME_BYTES
 
     def release(self, worker: Worker, names: bytes) -> int:
-        """A request that `hold` was told of ends. Returns how many of its blocks its worker's requests hold
-        no longer."""
+        """End a request that `hold` was told of; return how many of its blocks its worker's requests hold no
+        longer."""
         runs, at, gone = self._first, 0, 0
         last: _Run | None = None
         while at < len(names):
@@ -100,7 +100,7 @@ class ActiveBlocks:
         return gone // NAME_BYTES
 
     def active(self, names: bytes) -> dict[Worker, int]:
-        """How many blocks of a prompt the requests of each worker hold; only workers that hold any."""
+        """Return how many blocks of a prompt the requests of each worker hold; only workers that hold any."""
         found: dict[Worker, int] = {}
         runs, at = self._first, 0
         while at < len(names):
@@ -120,12 +120,12 @@ def _name(names: bytes, at: int) -> bytes:
 
 
 def _common_end(run: _Run, names: bytes) -> int:
-    """Where a run and a prompt that has its first name part, or one of them ends."""
+    """Return where a run and a prompt that has its first name part, or one of them ends."""
     return common_end(run.names, names, run.start + NAME_BYTES, min(run.end, len(names)))
 
 
 def common_end(one: bytes, other: bytes, same: int, end: int) -> int:
-    """Where two prompts part that are alike up to `same`; `end` if they do not part before it. In bytes."""
+    """Return where two prompts part that are alike up to `same`; `end` if they do not before it. In bytes."""
     if one[same:end] == other[same:end]:
         return end
     while end - same > NAME_BYTES:  # alike up to `same`, and not up to `end`

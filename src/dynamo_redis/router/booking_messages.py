@@ -46,12 +46,12 @@ class Told(NamedTuple):
 
 
 def add_message(booking: Booking, now: float) -> list[Any]:
-    """A request was booked."""
+    """Say that a request was booked."""
     return ["add", *_head(booking, now), booking.names[:MOST_NAMES_BYTES]]
 
 
 def active_messages(bookings: Iterable[Booking], now: float) -> Iterator[list[Any]]:
-    """All that a router has under way, in pieces. Sorted by names, so that equal beginnings meet."""
+    """Say all that a router has under way, in pieces; sorted by names, so that equal beginnings meet."""
     piece: list[Any] = []
     piece_bytes, before = 0, b""
     for booking in sorted(bookings, key=attrgetter("names")):

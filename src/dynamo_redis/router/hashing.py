@@ -59,7 +59,7 @@ def chain(local: Iterable[int], parent: int | None = None, *, seed: int = SEED) 
 
 
 def pack_names(hashes: Iterable[int]) -> bytes:
-    """Sequence hashes as eight bytes each, little-endian. Raises OverflowError for what is no u64."""
+    """Pack sequence hashes as eight bytes each, little-endian. Raises OverflowError for what is no u64."""
     names = array("Q", hashes)
     if sys.byteorder == "big":
         names.byteswap()

@@ -128,7 +128,7 @@ class LoadBook:
             self._over.note((owner, request_id), early=True)
 
     def owners(self) -> list[str]:
-        """The routers that have booked what lives."""
+        """Return the routers that have booked what lives."""
         return list(self._bookings)
 
     def drop_owner(self, owner: str) -> None:
@@ -162,7 +162,7 @@ class LoadBook:
     # ----------------------------------------------------------------- reports of the workers
 
     def report(self, worker: Worker, active_blocks: int) -> None:
-        """A worker says how many blocks its requests hold now.
+        """Take in how many blocks a worker says that its requests hold now.
 
         It knows better than the bookings, except for prompts that it has yet to read, or is reading: of
         their blocks it may hold any part. So its count stands if it is more than what is booked, or less than
@@ -174,7 +174,7 @@ class LoadBook:
         self._show(worker, sums)
 
     def forget_report(self, worker: Worker) -> None:
-        """What the worker has said is too old: its bookings alone count."""
+        """Let a worker's bookings alone count: what it has said is too old."""
         sums = self._sums.get(worker)
         if sums is not None:
             sums.correction = 0
@@ -187,11 +187,11 @@ class LoadBook:
         return self._loads.get(worker, IDLE)
 
     def loads(self) -> Mapping[Worker, WorkerLoad]:
-        """What each worker has to do; who has nothing is left out. The book's own: not to be changed."""
+        """Return what each worker with load has to do. The mapping is the book's own: not to be changed."""
         return self._loads
 
     def active(self, names: bytes) -> Mapping[Worker, int]:
-        """How many blocks of a prompt requests of each worker hold already; 0 is left out."""
+        """Return how many blocks of a prompt the requests of each worker hold already; 0 is left out."""
         return self._blocks.active(names)
 
     # ----------------------------------------------------------------- inner steps

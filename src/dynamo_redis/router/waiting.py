@@ -39,7 +39,7 @@ class WaitingLines:
     async def enter(
         self, look: Callable[[], Answer | None], deadline: float, among: Collection[int] | None = None
     ) -> Answer:
-        """As `WaitingLine.enter`, in the line of those that may go to the same instances."""
+        """Wait as `WaitingLine.enter` says, in the line of the requests that may go to the same instances."""
         key = None if among is None else frozenset(among)
         line = self._lines.setdefault(key, WaitingLine(self._limit))
         try:
@@ -49,7 +49,7 @@ class WaitingLines:
                 self._lines.pop(key, None)
 
     def wake(self) -> None:
-        """A worker may have become free: the first of each line looks, that of the oldest line first."""
+        """Let the first of each line look, that of the oldest line first: a worker may have become free."""
         for line in tuple(self._lines.values()):
             line.wake()
 

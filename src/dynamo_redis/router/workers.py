@@ -234,7 +234,7 @@ class Workers:
         return self._most_used is not None and self._used_part(worker, load.blocks) > self._most_used
 
     def _used_part(self, worker: Worker, used_blocks: int) -> float:
-        """The part of a worker's KV blocks that its requests hold. 0 if it is not known how many it has."""
+        """Return the part of a worker's KV blocks that its requests hold; 0 if its total is not known."""
         capacity = self._cards.get(worker.instance_id)
         total_blocks = None if capacity is None else capacity.total_blocks
         said = None if self._metrics is None else self._metrics.used_blocks(worker)

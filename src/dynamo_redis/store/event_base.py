@@ -175,7 +175,7 @@ class EventStreams(Protocol):
         ...
 
     async def time_ms(self) -> int:
-        """The server's clock, by which entries have their ids. Raises StoreError."""
+        """Return the server's clock, by which entries have their ids. Raises StoreError."""
         ...
 
     async def trim(self, stream: StreamName, snapshot: EntryId) -> EntryId:

@@ -250,7 +250,7 @@ class RedisEventTail(_Reader):
 
 
 async def server_time_ms(client: RedisClient) -> int:
-    """The server's clock. Raises StoreError."""
+    """Return the server's clock. Raises StoreError."""
     seconds, microseconds = map(int, await client.execute("TIME"))
     return seconds * 1000 + microseconds // 1000
 
