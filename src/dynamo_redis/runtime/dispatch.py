@@ -26,7 +26,7 @@ _LEAVING = (Draining, EndpointNotFound)
 class Dispatcher:
     """One endpoint's view and the plane that its requests take; shared by a client's calls."""
 
-    __slots__ = ("open", "view")
+    __slots__ = ("__weakref__", "open", "view")
 
     def __init__(self, view: EndpointView, plane_client: RequestPlaneClient) -> None:
         self.view = view

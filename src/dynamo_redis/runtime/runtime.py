@@ -9,7 +9,9 @@ import signal
 from collections.abc import Awaitable, Callable, Hashable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final, Protocol, Self, TypeVar, cast
+from weakref import finalize
 
 from dynamo_redis.clock import SYSTEM_CLOCK
 from dynamo_redis.config import EventSettings, PlaneSettings, RuntimeSettings, SettingsGroup, StoreSettings
@@ -18,6 +20,7 @@ from dynamo_redis.names import EndpointName, InstanceId
 from dynamo_redis.planes.base import RequestPlaneClient, RequestPlaneServer, Target
 from dynamo_redis.planes.select import make_client, make_server
 from dynamo_redis.runtime.advertised import check_advertised
+from dynamo_redis.runtime.awaitables import started
 from dynamo_redis.runtime.client import Client
 from dynamo_redis.runtime.connecting import start_registry
 from dynamo_redis.runtime.discovery import EndpointView
@@ -354,7 +357,11 @@ class DistributedRuntime:
         return None
 
     async def open_client(self, name: EndpointName, router_mode: str) -> Client:
-        """A client on the endpoint's view, which all clients of the endpoint share."""
+        """A client on the endpoint's view, which all clients of the endpoint share.
+
+        One that is dropped, with its calls, is released as one that is closed: the task that waited for it
+        may have been cancelled in the turn of the event loop in which it was ready.
+        """
         await self.start()
         assert self._plane_client is not None
         shared = self._views.get(name)
@@ -367,10 +374,13 @@ class DistributedRuntime:
                 lease_ttl_s=self.settings.store.lease_ttl_s,
             )
             shared = self._views[name] = _SharedView(view)
+        user = object()
+        shared.users.add(user)
         client = Client(
-            shared.view, self._plane_client, router_mode, release=lambda: self._release(name, client)
+            shared.view, self._plane_client, router_mode, release=partial(self._release, name, user)
         )
-        shared.clients.add(client)
+        loop = asyncio.get_running_loop()
+        finalize(client.dispatcher, self._release_dropped, loop, name, user).atexit = False
         try:
             await shared.view.start(self.settings.store.command_timeout_s)
         except BaseException:
@@ -382,12 +392,19 @@ class DistributedRuntime:
         for shared in self._views.values():
             shared.view.note_quiet(target)
 
-    async def _release(self, name: EndpointName, client: Client) -> None:
+    def _release_dropped(self, loop: asyncio.AbstractEventLoop, name: EndpointName, user: object) -> None:
+        """Release a client that nothing refers to any more. The garbage collector calls it, in any thread."""
+        shared = self._views.get(name)
+        if shared is not None and user in shared.users:
+            with suppress(RuntimeError):  # the event loop has closed
+                loop.call_soon_threadsafe(lambda: started(self._release(name, user)))
+
+    async def _release(self, name: EndpointName, user: object) -> None:
         shared = self._views.get(name)
         if shared is None:
             return
-        shared.clients.discard(client)
-        if not shared.clients:
+        shared.users.discard(user)
+        if not shared.users:
             del self._views[name]
             await shared.view.aclose()
 
@@ -417,7 +434,7 @@ class DistributedRuntime:
 
 @dataclass(slots=True)
 class _SharedView:
-    """A view and the clients that use it; the last one to go ends it."""
+    """A view and its users, a mark for each client; the last one to go ends it."""
 
     view: EndpointView
-    clients: set[Client] = field(default_factory=set)
+    users: set[object] = field(default_factory=set)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import re
@@ -362,6 +363,40 @@ async def test_clients_share_a_watch_and_the_last_one_ends_it(open_runtime: Open
     await other.aclose()
     again = await client_of(runtime, 1)
     assert again.instance_ids() == [runtime.instance_id]
+
+
+async def test_dropped_clients_leave_no_watch(open_runtime: OpenRuntime) -> None:
+    runtime = await open_runtime()
+    opening = runtime.endpoint("a.b.c").client()
+
+    async def wait_for(opening: asyncio.Task[Client]) -> None:
+        await opening
+
+    waiting = asyncio.create_task(wait_for(opening))
+
+    def cancel(_: object, task: asyncio.Task[None] = waiting) -> None:
+        task.cancel()
+
+    opening.add_done_callback(cancel)  # in the turn in which it is ready
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    del opening, waiting
+    async with asyncio.timeout(30):
+        while runtime._views:
+            gc.collect()
+            await asyncio.sleep(0.01)
+
+
+async def test_calls_keep_the_watch_of_a_dropped_client(open_runtime: OpenRuntime) -> None:
+    runtime = await open_runtime()
+    await serve(runtime, Counter().generate)
+    client = await client_of(runtime, 1)
+    call = await client.generate(1, annotated=False)
+    del client
+    gc.collect()
+    await asyncio.sleep(0)
+    assert runtime._views
+    assert [item async for item in call]
 
 
 async def test_an_unreachable_redis_is_one_clear_error() -> None:
