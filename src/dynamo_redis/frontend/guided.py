@@ -33,6 +33,11 @@ GUIDED_FIELDS: Final = {
 }
 """A body's fields that each ask for one form, and the name that the worker knows it by."""
 
+FORM_FIELDS: Final = frozenset(
+    {*GUIDED_FIELDS, "guided_whitespace_pattern", "response_format", "structured_outputs", "nvext"}
+)
+"""All fields of a body that can say something of a form."""
+
 JSON_SCHEMA_FIELDS: Final = ("name", "description", "schema", "strict")
 """Those of `response_format.json_schema`. An answer follows the schema, whatever `strict` says."""
 

@@ -8,10 +8,10 @@ from typing import Annotated, Any, ClassVar, cast
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, Tag
 
 from dynamo_redis.frontend import parameters
-from dynamo_redis.frontend.guided import guided_decoding
+from dynamo_redis.frontend.guided import FORM_FIELDS, guided_decoding
 from dynamo_redis.frontend.http_errors import ApiError, invalid
 from dynamo_redis.frontend.parameters import Parameters, unsupported
-from dynamo_redis.runtime.llm_protocol import GuidedDecoding, SamplingOptions
+from dynamo_redis.runtime.llm_protocol import SamplingOptions
 
 MAX_CHOICES = 128
 MAX_STOPS = 4
@@ -77,7 +77,6 @@ Stop = Annotated[
 ]
 
 
-_ABSENT: tuple[Any, ...] = (None, {}, [])
 _SAMPLING = (
     "temperature",
     "top_p",
@@ -133,11 +132,12 @@ class CompletionOptions(BaseModel):
     ebnf: Any = None
     add_special_tokens: bool | None = None
 
-    _guided: GuidedDecoding | None = PrivateAttr(None)
+    _sampling: SamplingOptions = PrivateAttr(default_factory=SamplingOptions)
 
     def refuse_unsupported(self) -> None:
         """Raise ApiError for a parameter that asks for what cannot be served, or that is not known."""
-        self.further_parameters.check(self.model_extra, type(self).model_fields)
+        if self.model_extra:
+            self.further_parameters.check(self.model_extra, type(self).model_fields)
         if self.min_tokens and self.wanted_tokens is not None and self.min_tokens > self.wanted_tokens:
             raise invalid(
                 f"'min_tokens' is over the {self.wanted_tokens} tokens of the answer.", "min_tokens"
@@ -155,26 +155,29 @@ class CompletionOptions(BaseModel):
             )
         if self.nvext is not None:
             parameters.NVEXT.check(self.nvext.model_extra, Extensions.model_fields, "nvext.")
-        self._guided = guided_decoding(self)
-        self.sampling_options()
+        self._sampling = self._read_sampling()
         self.thinking_budget()
         _ = self.ignores_eos  # raises, as these do, for what is given twice
 
     def sampling_options(self) -> SamplingOptions:
         """Return how tokens are to be chosen, as the worker is told; without the seed, which each choice has
-        for itself. Raises ApiError for what is given twice, and not alike."""
-        options = {name: getattr(self, name) for name in _SAMPLING}
-        for name in ("top_k", "repetition_penalty"):
-            options[name] = self._once(name, f"nvext.{name}")
+        for itself."""
+        return self._sampling
+
+    def _read_sampling(self) -> SamplingOptions:
+        """Read all of `sampling_options`. Raises ApiError for what is given twice, and not alike."""
+        given = self.model_fields_set  # of most bodies a few
+        options = {name: getattr(self, name) for name in _SAMPLING if name in given}
+        options["top_k"] = self._once("top_k", "nvext.top_k")
+        options["repetition_penalty"] = self._once("repetition_penalty", "nvext.repetition_penalty")
         if self.nvext and self.nvext.greed_sampling:
             if self.temperature:
                 raise twice("temperature", "nvext.greed_sampling")
             options["temperature"] = 0.0
         options["include_stop_str_in_output"] = self.keeps_stops or None
-        options["guided_decoding"] = self._guided
-        return cast(
-            "SamplingOptions", {name: value for name, value in options.items() if value not in _ABSENT}
-        )
+        if not FORM_FIELDS.isdisjoint(given):
+            options["guided_decoding"] = guided_decoding(self)
+        return cast("SamplingOptions", {name: value for name, value in options.items() if _asks(value)})
 
     def thinking_budget(self) -> int | None:
         """Return the most tokens of thinking; None for no bound of its own."""
@@ -184,8 +187,10 @@ class CompletionOptions(BaseModel):
     def _once(self, name: str, other: str) -> Any:
         """Return a parameter that may stand at two places. Raises ApiError if it does, and not alike."""
         value = getattr(self, name)
-        holder = self.nvext if other.startswith("nvext.") else self
-        second = getattr(holder, other.removeprefix("nvext."), None)
+        holder, _, field = other.rpartition(".")
+        if holder and self.nvext is None:
+            return value
+        second = getattr(self.nvext if holder else self, field)
         if value is not None and second is not None and value != second:
             raise twice(name, other)
         return second if value is None else value
@@ -214,6 +219,11 @@ class CompletionOptions(BaseModel):
     def includes_usage(self) -> bool:
         """Whether a stream ends with a chunk that counts tokens."""
         return bool(self.stream_options and self.stream_options.include_usage)
+
+
+def _asks(value: object) -> bool:
+    """Tell whether a parameter's value asks for anything: null and empty ones do not, 0 does."""
+    return value is not None and value != {} and value != []
 
 
 def twice(name: str, other: str) -> ApiError:
