@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Entry]:
     entries += uvloop.run(_run_all(options, trace.name))
     print_table(entries, _conditions(options))
     save(entries, options.results)
-    if options.plot:
+    if options.plot and options.base.workload == "trace":
         _draw(options.results)
     return entries
 

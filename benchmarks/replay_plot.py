@@ -2,8 +2,9 @@
 
 A row a way of routing, in a group for each kind of arrivals, and one for the runs in which something was
 killed; from the left: the hit rate, the time to the first token (a dot at the median, a cross at the mean, a
-line to the 99th percentile), the balance of what workers read, and the rate of KV events. It needs nothing
-but matplotlib: run it within the environment that has it.
+line to the 99th percentile), the balance of what workers read, and the rate of KV events. Chats that share
+long prompts are left out: the picture is of one trace. It needs nothing but matplotlib: run it within the
+environment that has it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 RESULTS: Final = Path(__file__).parent / "results" / "replay.json"
+LEFT_OUT: Final = "shared-prompts"
 INK: Final = "#7d8590"
 """Readable on white and on black."""
 COLOURS: Final = {
@@ -172,4 +174,5 @@ if __name__ == "__main__":
     plt.rcParams.update(
         {"svg.hashsalt": "replay", "svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans"]}
     )
-    draw(json.loads(source.read_text()), source.with_suffix(".svg"))
+    traced = [row for row in json.loads(source.read_text()) if row["trace"] != LEFT_OUT]
+    draw(traced, source.with_suffix(".svg"))
