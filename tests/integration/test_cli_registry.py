@@ -230,6 +230,7 @@ def test_models_are_listed_with_their_workers(cli: Cli) -> None:
     lines = shown.out.splitlines()[2:]
     assert lines[0].split() == [
         "Qwen/Qwen3", "chat+completions", "dynamo.backend.generate", "2", "40960", "16", "11", "MiB",
+        card.fingerprint[:8],
     ]  # fmt: skip
     assert lines[1].strip() == "unreadable"
     assert lines[2].startswith(f"unreadable: {ENDPOINT.model_card_key(3)} is not a model card")
@@ -237,6 +238,20 @@ def test_models_are_listed_with_their_workers(cli: Cli) -> None:
     found = json.loads(cli("models", "--json").out)
     assert list(found[1]) == ["key", "error"]
     assert (found[0]["model"], found[0]["instance_ids"]) == ("Qwen/Qwen3", [1, 2])
+
+
+def test_models_show_workers_whose_cards_differ(cli: Cli) -> None:
+    for instance_id, length in ((1, 4096), (2, 1000), (3, 1000)):
+        card = ModelCard(display_name="m", slug="m", context_length=length, kv_cache_block_size=16)
+        assert cli("put", ENDPOINT.model_card_key(instance_id), card.to_bytes().decode()).code == 0
+    shown = cli("models")
+    rows = [line.split() for line in shown.out.splitlines()[2:]]
+    assert sorted((row[3], row[4]) for row in rows) == [("1", "4096"), ("2", "1000")]
+    assert len({row[-1] for row in rows}) == 2
+    assert shown.err.startswith("model m has workers of 2 sorts: frontends share its requests out")
+    assert shown.code == 0
+    found = json.loads(cli("models", "--json").out)
+    assert sorted(entry["instance_ids"] for entry in found) == [[1], [2, 3]]
 
 
 # --------------------------------------------------------------------------- watch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,6 +66,8 @@ def instances(endpoint: str | None, as_json: bool, show_secrets: bool, **options
 def models(as_json: bool, **options: str | None) -> None:
     """List the models that are served, with the endpoint and the number of workers behind each.
 
+    Workers of one model whose cards differ, as in a rolling update, have a row for each sort of card.
+
     \b
     Examples:
       dynamo-redis models
@@ -74,9 +77,10 @@ def models(as_json: bool, **options: str | None) -> None:
     if as_json:
         print_json(served)
     else:
-        columns = ["MODEL", "TYPE", "ENDPOINT", "WORKERS", "CONTEXT", "BLOCK", "FILES"]
+        columns = ["MODEL", "TYPE", "ENDPOINT", "WORKERS", "CONTEXT", "BLOCK", "FILES", "CARD"]
         print_table(columns, [_model_row(model) for model in served], empty="no models")
         print_reasons(model["error"] for model in served if "error" in model)
+        _note_differing_cards(served)
     end_listing(sum("error" in model for model in served), "model card")
 
 
@@ -181,9 +185,9 @@ def _unreadable_row(found: _Found, *, secrets: bool) -> list[str]:
 
 
 def _by_model(snapshot: Snapshot) -> list[dict[str, Any]]:
-    """One entry a model and endpoint, in the order of the names, and then one for each card that cannot be
-    read."""
-    found: dict[tuple[str, str], dict[str, Any]] = {}
+    """One entry a model, endpoint and sort of card, in the order of the names, and then one for each card
+    that cannot be read."""
+    found: dict[tuple[str, str, str], dict[str, Any]] = {}
     unreadable = [{"key": exc.key, "error": str(exc)} for exc in snapshot.invalid]
     for record in snapshot.records:
         try:
@@ -194,8 +198,14 @@ def _by_model(snapshot: Snapshot) -> list[dict[str, Any]]:
             continue
         name, where = card.display_name, str(endpoint)
         entry = found.setdefault(
-            (name, where),
-            {"model": name, "endpoint": where, "instance_ids": [], "card": card.model_dump(mode="json")},
+            (name, where, card.fingerprint),
+            {
+                "model": name,
+                "endpoint": where,
+                "fingerprint": card.fingerprint,
+                "instance_ids": [],
+                "card": card.model_dump(mode="json"),
+            },
         )
         lora = record.key.removeprefix(f"{MODEL_CARDS}{endpoint.path}/").partition("/")[2]
         if lora:
@@ -206,7 +216,7 @@ def _by_model(snapshot: Snapshot) -> list[dict[str, Any]]:
 
 def _model_row(model: dict[str, Any]) -> list[str]:
     if "error" in model:
-        return ["unreadable", *[""] * 6]
+        return ["unreadable", *[""] * 7]
     card = model["card"]
     files = card["files"].values()
     return [
@@ -217,4 +227,16 @@ def _model_row(model: dict[str, Any]) -> list[str]:
         str(card["context_length"]),
         str(card["kv_cache_block_size"]),
         human_size(sum(file["size_bytes"] for file in files)) if files else "",
+        model["fingerprint"][:8],
     ]
+
+
+def _note_differing_cards(served: list[dict[str, Any]]) -> None:
+    counts = Counter(model["model"] for model in served if "error" not in model)
+    for name, count in counts.items():
+        if count > 1:
+            click.echo(
+                f"model {name} has workers of {count} sorts: frontends share its requests out among all that "
+                "can take them",
+                err=True,
+            )

@@ -21,11 +21,13 @@ from dynamo_redis.config import FrontendSettings
 from dynamo_redis.errors import DeadlineExceeded, DynamoRedisError
 from dynamo_redis.frontend.administration import changes_state
 from dynamo_redis.frontend.answers import Answer
+from dynamo_redis.frontend.bodies import Body
 from dynamo_redis.frontend.exchange import Choice, Exchange, send_error
 from dynamo_redis.frontend.framing import STREAMS_EVENTS
 from dynamo_redis.frontend.health import health
 from dynamo_redis.frontend.http_errors import ApiError, api_error, invalid, too_many_choices
-from dynamo_redis.frontend.model import Model
+from dynamo_redis.frontend.model import Model, NamedModel
+from dynamo_redis.frontend.model_loading import LoadedModel
 from dynamo_redis.frontend.models import LiveModels
 from dynamo_redis.frontend.openai import ChatBody, TextBody
 from dynamo_redis.frontend.options import CompletionOptions
@@ -59,14 +61,16 @@ def make_app(
         return _json(200, {"object": "list", "data": listed})
 
     async def retrieve_model(request: Request) -> Response:
-        return _json(200, _describe(models.get(request.path_params["model"])))
+        return _json(200, _describe(models.named(request.path_params["model"])))
 
     async def show_health(_: Request) -> Response:
         return _json(*health(models.served(), registry))
 
     async def clear_kv_blocks(_: Request) -> Response:
         return _json(
-            *await clear_caches({model.source.endpoint for model in models.served() if model.source})
+            *await clear_caches(
+                {version.source.endpoint for model in models.served() for version in model.loaded()}
+            )
         )
 
     async def show_live(_: Request) -> Response:
@@ -157,9 +161,26 @@ class Completions:
             del content
             if body.choice_count > self._max_choices_count:
                 raise too_many_choices(body.choice_count, self._max_choices_count)
-            model = self._models.get(body.options.model)
-            assert model.loaded is not None
-            return body.options, model, await self._preparation.requests(model.loaded, body)
+            model, requests = await self._prepare(body)
+            return body.options, model, requests
+
+    async def _prepare(self, body: Body) -> tuple[Model, list[GenerateRequest]]:
+        """The version of the model that serves a request, and what its workers get.
+
+        One that does not fit the version chosen goes to the one with the longest context.
+        """
+        model = self._models.get(body.options.model, self._takes)
+        assert model.loaded is not None
+        try:
+            return model, await self._preparation.requests(model.loaded, body)
+        except ApiError as exc:
+            roomier = self._models.roomier(model, self._takes)
+            if exc.code != "context_length_exceeded" or roomier is None or roomier.loaded is None:
+                raise
+            return roomier, await self._preparation.requests(roomier.loaded, body)
+
+    def _takes(self, model: LoadedModel) -> bool:
+        return model.template is not None if self._kind == "chat" else model.completes_text
 
     def _exchange(
         self,
@@ -204,14 +225,13 @@ def _contexts(scope: Scope, request_id: str, count: int, deadline: float | None)
     return [Context(given, deadline=deadline, traceparent=traceparent) for given in ids]
 
 
-def _describe(model: Model) -> dict[str, Any]:
-    assert model.loaded is not None
+def _describe(model: NamedModel) -> dict[str, Any]:
     return {
         "id": model.name,
         "object": "model",
         "created": int(model.created_at),
         "owned_by": "dynamo",
-        "max_model_len": model.loaded.context_length,
+        "max_model_len": model.context_length,
     }
 
 

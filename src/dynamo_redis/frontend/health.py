@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from dynamo_redis.frontend.model import Model
+from dynamo_redis.frontend.model import NamedModel
 from dynamo_redis.router.service import KvRouter
 from dynamo_redis.runtime.instance import Instance
 from dynamo_redis.store.base import Registry
 
 
-def health(models: list[Model], registry: Registry) -> tuple[int, dict[str, Any]]:
+def health(models: list[NamedModel], registry: Registry) -> tuple[int, dict[str, Any]]:
     """Status and body: 200 once an instance of a loaded model can be reached, else 503.
 
     The instances are those that the registry lists (by the last view, while Redis is away) and that can
@@ -49,9 +49,10 @@ def _registry_state(registry: Registry) -> str:
     return "connected" if registry.write_refusal is None else "refuses writes"
 
 
-def _hit_rate(models: list[Model]) -> float | None:
+def _hit_rate(models: list[NamedModel]) -> float | None:
     """Which part of the prompts' tokens workers had in their caches, if a router here counts it."""
-    routers = {model.client for model in models if isinstance(model.client, KvRouter)}
+    clients = {version.client for model in models for version in model.loaded()}
+    routers = [client for client in clients if isinstance(client, KvRouter)]
     prompt_tokens = sum(router.counts.prompt_tokens for router in routers)
     cached_tokens = sum(router.counts.cached_tokens for router in routers)
     return cached_tokens / prompt_tokens if prompt_tokens else None

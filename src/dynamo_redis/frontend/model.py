@@ -35,16 +35,11 @@ class EndpointClient(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What loading depends on: cards that agree in this are served by the same loaded model.
-
-    `files` are (name, sha256), ordered by name.
-    """
+    """What loading depends on: cards that agree in this are served by the same loaded model."""
 
     endpoint: EndpointName
-    context_length: int
-    model_type: str
-    model_input: str
-    files: tuple[tuple[str, str], ...]
+    fingerprint: str
+    """Of the card."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,44 +64,77 @@ class CardEntry:
             card = ModelCard.from_bytes(record.value)
         except InvalidRecord as exc:
             raise exc.at(record.key, removal(record.key)) from None
-        source = Source(
-            endpoint,
-            card.context_length,
-            card.model_type,
-            card.model_input,
-            tuple(sorted((name, file.sha256) for name, file in card.files.items())),
-        )
+        source = Source(endpoint, card.fingerprint)
         return cls(card, source, instance_id, order)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Model:
-    """One model by the name that requests use: its cards, and, once loaded, what serves it."""
+    """A model as the cards of one source have it, and, once loaded, what serves it."""
+
+    name: str
+    source: Source
+    loaded: LoadedModel | None = None
+    client: EndpointClient | None = None
+    among: frozenset[InstanceId] | None = None
+    """The instances to choose from, or None if all of the endpoint's serve just this."""
+    failure: str | None = None
+    """Why it could not be loaded, the last time."""
+    is_broken: bool = False
+    """Whether it cannot be loaded at all."""
+    loading: asyncio.Task[None] | None = None
+
+
+@dataclass(slots=True)
+class NamedModel:
+    """All that is served under one name: its cards, and a `Model` for each sort of them.
+
+    There is one sort, but while workers are exchanged for others with other files or another length.
+    """
 
     name: str
     cards: dict[str, CardEntry] = field(default_factory=dict)
     """By their keys in the registry."""
-    loaded: LoadedModel | None = None
-    source: Source | None = None
-    """Of what `loaded` was made."""
-    client: EndpointClient | None = None
-    among: frozenset[InstanceId] | None = None
-    """The instances to choose from, or None if all of the endpoint's serve just this."""
+    versions: dict[Source, Model] = field(default_factory=dict)
     created_at: float = 0.0
-    failure: str | None = None
-    """Why it could not be loaded, the last time."""
-    broken: set[Source] = field(default_factory=set)
-    """Sources that cannot be loaded, of those that the cards name."""
-    loading: asyncio.Task[None] | None = None
-    loading_source: Source | None = None
+    told: frozenset[Source] = frozenset()
+    """The sorts that the log was told of last."""
 
-    def instance_ids(self) -> frozenset[InstanceId]:
-        """The instances whose cards say that they serve what is loaded."""
-        return frozenset(entry.instance_id for entry in self.cards.values() if entry.source == self.source)
+    def by_source(self) -> dict[Source, list[CardEntry]]:
+        """The cards of each sort."""
+        sorts: dict[Source, list[CardEntry]] = {}
+        for entry in self.cards.values():
+            sorts.setdefault(entry.source, []).append(entry)
+        return sorts
+
+    def loaded(self) -> list[Model]:
+        """The versions that can be served."""
+        return [model for model in self.versions.values() if model.loaded is not None]
+
+    @property
+    def context_length(self) -> int:
+        """The longest of the versions that can be served."""
+        return max(m.loaded.context_length for m in self.versions.values() if m.loaded is not None)
+
+    def instance_ids(self, model: Model) -> frozenset[InstanceId]:
+        """The instances whose cards say that they serve that version; where no card does any more, those of
+        the other versions at its endpoint, which take its place."""
+        of_endpoint = [entry for entry in self.cards.values() if entry.endpoint == model.source.endpoint]
+        own = [entry for entry in of_endpoint if entry.source == model.source]
+        return frozenset(entry.instance_id for entry in own or of_endpoint)
 
     def instances(self) -> list[Instance]:
-        """Those of them that are known to be there."""
-        if self.client is None:
-            return []
-        mine = self.instance_ids()
-        return [instance for instance in self.client.confirmed_instances() if instance.instance_id in mine]
+        """Those of all versions that are known to be there."""
+        found = {}
+        for model in self.loaded():
+            assert model.client is not None
+            ids = self.instance_ids(model)
+            for instance in model.client.confirmed_instances():
+                if instance.instance_id in ids:
+                    found[instance.name, instance.instance_id] = instance
+        return list(found.values())
+
+    def reachable_count(self, model: Model) -> int:
+        """How many instances of that version can be chosen now."""
+        assert model.client is not None
+        return len(self.instance_ids(model).intersection(model.client.instance_ids()))

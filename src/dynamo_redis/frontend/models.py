@@ -13,8 +13,8 @@ from typing import Any, Protocol, Self
 from dynamo_redis.clock import SYSTEM_CLOCK, Clock
 from dynamo_redis.errors import DynamoRedisError, ModelCacheError, Overloaded, StoreError
 from dynamo_redis.frontend.http_errors import model_broken, model_loading, model_not_found, no_workers
-from dynamo_redis.frontend.model import CardEntry, EndpointClient, Model, Source
-from dynamo_redis.frontend.model_loading import load_model
+from dynamo_redis.frontend.model import CardEntry, EndpointClient, Model, NamedModel, Source
+from dynamo_redis.frontend.model_loading import LoadedModel, load_model
 from dynamo_redis.names import MODEL_CARDS, EndpointName
 from dynamo_redis.planes.context import Context
 from dynamo_redis.runtime.chat_template import ChatTemplate
@@ -34,6 +34,9 @@ REMEMBERED_S = 300.0
 _REMEMBERED_COUNT = 1024  # past it the one that went first is forgotten
 
 _RETRY_PAUSE_S = (0.25, 5.0)
+
+MAX_VERSIONS = 4
+"""Most sorts of cards of one name that are loaded at once: each takes the memory of a tokenizer."""
 
 _NOT_NOW = {
     ModelCacheError: "its files cannot be kept here now",
@@ -57,12 +60,14 @@ class Runtime(Protocol):
 class LiveModels:
     """Watches the cards and keeps the set. Use it as `async with`.
 
-    A model is served from the moment it is loaded until its last card is gone. A card that was deleted or
+    A model is served from the moment it is loaded until its last card is gone. Where the cards of one name
+    differ, as in a rolling update, each sort of them is loaded, `MAX_VERSIONS` at most, and requests are
+    shared out among all that can take them, by the numbers of their instances. A card that was deleted or
     revoked is gone at once. One that *expired*, or that a resync no longer finds, counts for as long as its
     instance is in the endpoint's view (see `runtime/discovery.py`), and at least for a moment: losing the
     registry must not take the service down. While Redis is away the set stays as it is.
 
-    It owns a task that reads the watch, one that loads for each model being loaded, one while cards linger,
+    It owns a task that reads the watch, one that loads for each version being loaded, one while cards linger,
     two threads that build models, and the processes of the models' chat templates; those of a model that is
     no longer served end when they are idle.
 
@@ -84,7 +89,7 @@ class LiveModels:
         self._cache_dir = cache_dir
         self._lease_ttl_s = lease_ttl_s
         self._clock = clock
-        self._models: dict[str, Model] = {}
+        self._models: dict[str, NamedModel] = {}
         self._names: dict[str, str] = {}  # card key → name of the model it belongs to
         self._clients: dict[EndpointName, EndpointClient] = {}
         self._client_lock = asyncio.Lock()
@@ -94,6 +99,7 @@ class LiveModels:
         self._templates: set[ChatTemplate] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._sweeper: asyncio.Task[None] | None = None
+        self._rng = random.Random()  # noqa: S311 - spreading load, no secret
         self._supervisor = Supervisor(log, "the models")
         self._executor = ThreadPoolExecutor(max_workers=2, thread_name_prefix="model")
         self.first_state = asyncio.Event()
@@ -126,22 +132,49 @@ class LiveModels:
 
     # ----------------------------------------------------------------- reading
 
-    def served(self) -> list[Model]:
+    def served(self) -> list[NamedModel]:
         """The models that are loaded, ordered by name."""
-        return sorted((m for m in self._models.values() if m.loaded is not None), key=lambda m: m.name)
+        return sorted((m for m in self._models.values() if m.loaded()), key=lambda m: m.name)
 
-    def get(self, name: str) -> Model:
-        """A loaded model. Raises ApiError: 404 if there is none of that name, 503 while it is not loaded and
-        when it has not been served only since lately."""
-        model = self._models.get(name)
-        if model is None:
+    def named(self, name: str) -> NamedModel:
+        """The loaded model of that name. Raises ApiError: 404 if there is none, 503 while it is not loaded
+        and when it has not been served only since lately."""
+        named = self._models.get(name)
+        if named is None:
             if self._clock.monotonic() < self._gone.get(name, -REMEMBERED_S) + REMEMBERED_S:
                 raise no_workers(name)
             # Before the first state is known nobody can say that there is no such model.
             raise model_not_found(name) if self.first_state.is_set() else model_loading(name)
-        if model.loaded is None:
-            raise model_loading(name) if model.failure is None else model_broken(name, model.failure)
-        return model
+        if not named.loaded():
+            failures = [model.failure for model in named.versions.values()]
+            if not failures or None in failures:
+                raise model_loading(name)
+            raise model_broken(name, failures[-1] or "")
+        return named
+
+    def get(self, name: str, takes: Callable[[LoadedModel], bool] = lambda _: True) -> Model:
+        """The version of a model that is to serve the next request: one that `takes` it, if there is one, at
+        random by the numbers of their instances. Raises as `named` does."""
+        named = self.named(name)
+        versions = named.loaded()
+        if len(versions) == 1:
+            return versions[0]
+        versions = [model for model in versions if model.loaded and takes(model.loaded)] or versions
+        counts = [named.reachable_count(model) for model in versions]
+        return self._rng.choices(versions, counts if any(counts) else None)[0]
+
+    def roomier(self, model: Model, takes: Callable[[LoadedModel], bool] = lambda _: True) -> Model | None:
+        """The version with the longest context of those that `takes` the request, if it is longer than that
+        of `model`; of several one that most instances serve."""
+        assert model.loaded is not None
+        named = self._models.get(model.name)
+        best, found = (model.loaded.context_length, 0), None
+        for other in named.loaded() if named else ():
+            if named and other.loaded and takes(other.loaded):
+                room = other.loaded.context_length, named.reachable_count(other)
+                if other.loaded.context_length > model.loaded.context_length and room > best:
+                    best, found = room, other
+        return found
 
     async def generate(self, model: Model, request: GenerateRequest, context: Context) -> AsyncIterator[Any]:
         """Send a request to one of the model's instances. Raises PlaneError."""
@@ -171,7 +204,7 @@ class LiveModels:
         self._lingering.pop(record.key, None)
         name = entry.card.display_name
         touched = self._forget(record.key, keep=name)
-        self._models.setdefault(name, Model(name)).cards[record.key] = entry
+        self._models.setdefault(name, NamedModel(name)).cards[record.key] = entry
         self._names[record.key] = name
         return touched | {name}
 
@@ -208,8 +241,7 @@ class LiveModels:
                 self._reconcile(self._forget(key))
 
     def _has_instance(self, key: str) -> bool:
-        model = self._models[self._names[key]]
-        entry = model.cards[key]
+        entry = self._models[self._names[key]].cards[key]
         client = self._clients.get(entry.endpoint)
         return client is not None and entry.instance_id in client.instance_ids()
 
@@ -218,17 +250,22 @@ class LiveModels:
     def _reconcile(self, names: Collection[str]) -> None:
         """Bring models in line with their cards."""
         for name in names:
-            model = self._models[name]
-            if model.cards:
-                self._choose_source(model)
+            named = self._models[name]
+            if named.cards:
+                self._choose_versions(named)
+                self._tell_sorts(named)
             else:
-                self._stop_loading(model)
-                del self._models[name]
-                if model.loaded is not None:
-                    self._remember(name)
-                self._start(self._release_clients())
-                log.info("model %r is no longer served", name)
+                self._drop(named)
         self._update_routes()
+
+    def _drop(self, named: NamedModel) -> None:
+        for model in named.versions.values():
+            self._stop_loading(model)
+        del self._models[named.name]
+        if named.loaded():
+            self._remember(named.name)
+        self._start(self._release_clients())
+        log.info("model %r is no longer served", named.name)
 
     def _remember(self, name: str) -> None:
         self._gone.pop(name, None)
@@ -236,42 +273,67 @@ class LiveModels:
         if len(self._gone) > _REMEMBERED_COUNT:
             del self._gone[next(iter(self._gone))]
 
-    def _choose_source(self, model: Model) -> None:
-        """Keep what is loaded, or being loaded, while a card still names it; else load the newest card."""
-        sources = {entry.source for entry in model.cards.values()}
-        model.broken &= sources
-        if model.source in sources:
-            self._stop_loading(model)
+    def _choose_versions(self, named: NamedModel) -> None:
+        """Drop the versions that no card names, and load those that are not, as far as there is room.
+
+        One that was served goes on until another is loaded in its place.
+        """
+        sorts = named.by_source()
+        has_successor = any(model.source in sorts for model in named.loaded())
+        for source, model in tuple(named.versions.items()):
+            if source not in sorts and (has_successor or model.loaded is None):
+                self._stop_loading(model)
+                del named.versions[source]
+        room_count = MAX_VERSIONS - sum(not model.is_broken for model in named.versions.values())
+        waiting = sorted(sorts.keys() - named.versions.keys(), key=lambda source: _weight(sorts[source]))
+        for source in waiting[max(len(waiting) - room_count, 0) :]:
+            model = named.versions[source] = Model(named.name, source)
+            newest = max(sorts[source], key=lambda entry: entry.order)
+            model.loading = self._start(self._load(named, model, newest))
+
+    def _tell_sorts(self, named: NamedModel) -> None:
+        """Say in the log that workers of one name differ, and when they no longer do."""
+        sorts = named.by_source()
+        if sorts.keys() == named.told:
             return
-        usable = [entry for entry in model.cards.values() if entry.source not in model.broken]
-        if not usable or (model.loading is not None and model.loading_source in sources):
-            return
-        self._stop_loading(model)
-        newest = max(usable, key=lambda entry: entry.order)
-        model.failure = None
-        model.loading_source = newest.source
-        model.loading = self._start(self._load(model, newest))
+        before, named.told = named.told, frozenset(sorts)
+        if len(sorts) > 1:
+            described = "; ".join(
+                f"{len(cards)} at {source.endpoint} with card {source.fingerprint[:8]}, context "
+                f"{cards[0].card.context_length}" + ("" if source in named.versions else ": not served")
+                for source, cards in sorts.items()
+            )
+            log.warning(
+                "model %r has workers of %d sorts, and its requests are shared out among all that can take "
+                "them: %s",
+                named.name,
+                len(sorts),
+                described,
+            )
+        elif len(before) > 1:
+            log.info("all workers of model %r are of one sort again", named.name)
 
     def _update_routes(self) -> None:
         """Restrict models to their own instances where an endpoint serves more than one."""
         kinds: dict[EndpointName, set[tuple[str, Source]]] = {}
-        for model in self._models.values():
-            for entry in model.cards.values():
-                kinds.setdefault(entry.endpoint, set()).add((model.name, entry.source))
-        for model in self._models.values():
-            shared = model.source is not None and len(kinds.get(model.source.endpoint, ())) > 1
-            model.among = model.instance_ids() if shared else None
+        for named in self._models.values():
+            for entry in named.cards.values():
+                kinds.setdefault(entry.endpoint, set()).add((named.name, entry.source))
+        for named in self._models.values():
+            for model in named.loaded():
+                shared = len(kinds.get(model.source.endpoint, ())) > 1
+                model.among = named.instance_ids(model) if shared else None
 
     def _stop_loading(self, model: Model) -> None:
         if model.loading is not None:
             model.loading.cancel()
-        model.loading = model.loading_source = None
+        model.loading = None
 
-    async def _load(self, model: Model, entry: CardEntry) -> None:
+    async def _load(self, named: NamedModel, model: Model, entry: CardEntry) -> None:
         pause_s, longest_s = _RETRY_PAUSE_S
         while True:
             try:
-                await self._load_once(model, entry)
+                await self._load_once(named, model, entry)
             except (StoreError, ModelCacheError, Overloaded) as exc:
                 failure = _NOT_NOW.get(type(exc), "its files cannot be fetched now")
                 if model.failure != failure:
@@ -282,8 +344,7 @@ class LiveModels:
                 is_defect = not isinstance(exc, DynamoRedisError)
                 log.error("model %r cannot be served: %s", model.name, exc, exc_info=is_defect)
                 model.failure = str(exc)
-                model.broken.add(entry.source)
-                model.loading = model.loading_source = None
+                model.is_broken, model.loading = True, None
                 self._reconcile({model.name})
                 return
             else:
@@ -291,18 +352,16 @@ class LiveModels:
             await asyncio.sleep(pause_s * (0.5 + random.random() / 2))  # noqa: S311 - jitter
             pause_s = min(2 * pause_s, longest_s)
 
-    async def _load_once(self, model: Model, entry: CardEntry) -> None:
+    async def _load_once(self, named: NamedModel, model: Model, entry: CardEntry) -> None:
         loaded = await load_model(self._runtime.objects, entry.card, self._cache_dir, self._executor)
         self._templates = {template for template in self._templates if template.has_process}
         if loaded.template is not None:
             self._templates.add(loaded.template)
         client = await self._client(entry)
-        log.info("model %r is %s", model.name, "served" if model.loaded is None else "served from new files")
-        model.loaded, model.source, model.failure = loaded, entry.source, None
-        model.client = client
-        model.created_at = model.created_at or self._clock.wall()
-        model.loading = model.loading_source = None
-        self._update_routes()
+        log.info("model %r is %s", model.name, "served from new files" if named.loaded() else "served")
+        model.loaded, model.client, model.failure, model.loading = loaded, client, None, None
+        named.created_at = named.created_at or self._clock.wall()
+        self._reconcile({named.name})
         await self._release_clients()
 
     async def _client(self, entry: CardEntry) -> EndpointClient:
@@ -316,6 +375,12 @@ class LiveModels:
     async def _release_clients(self) -> None:
         """Close the clients of endpoints that no card names; requests under way go on."""
         async with self._client_lock:
-            used = {entry.endpoint for model in self._models.values() for entry in model.cards.values()}
+            used = {entry.endpoint for named in self._models.values() for entry in named.cards.values()}
+            used |= {model.source.endpoint for named in self._models.values() for model in named.loaded()}
             for endpoint in self._clients.keys() - used:
                 await self._clients.pop(endpoint).aclose()
+
+
+def _weight(cards: list[CardEntry]) -> tuple[int, int]:
+    """Which of several sorts goes before others: the one of most workers, then the newest."""
+    return len(cards), max(entry.order for entry in cards)

@@ -88,10 +88,10 @@ async def _clear_caches(
     runtime: DistributedRuntime, models: LiveModels, endpoints: Collection[EndpointName]
 ) -> tuple[int, dict[str, Any]]:
     status, body = await clear_kv_blocks(runtime, endpoints)
-    for model in models.served():
-        if isinstance(model.client, KvRouter):
+    for client in {version.client for model in models.served() for version in model.loaded()}:
+        if isinstance(client, KvRouter):
             for worker in body["cleared_workers"]:
-                model.client.forget_predictions(worker["instance_id"])
+                client.forget_predictions(worker["instance_id"])
     return status, body
 
 

@@ -6,6 +6,8 @@ registers a card that names them; a frontend that has none of these files fetche
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from typing import Annotated, ClassVar, Literal
 
@@ -82,6 +84,13 @@ class ModelCard(VersionedModel):
     migration_limit: int = 0
     runtime_config: RuntimeConfig = RuntimeConfig()
     files: dict[str, FileReference] = Field(default_factory=dict)
+
+    @property
+    def fingerprint(self) -> str:
+        """What a frontend makes of the model, in 16 hex digits: cards that agree in it are served alike."""
+        files = sorted((name, file.sha256) for name, file in self.files.items())
+        content = [self.context_length, self.model_type, self.model_input, files]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def parse_card_key(key: str) -> tuple[EndpointName, InstanceId]:

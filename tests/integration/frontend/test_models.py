@@ -157,15 +157,68 @@ async def test_a_card_that_changes_its_name_moves(frontend: Any) -> None:
     await frontend.until(lambda: names(frontend) == ["new"])
 
 
-async def test_old_workers_keep_their_model_while_new_ones_come(frontend: Any, tmp_path: Path) -> None:
+def versions(frontend: Any) -> dict[int, Any]:
+    """The instances of each version of model m that is loaded, by its context length."""
+    [named] = [model for model in frontend.models.served() if model.name == "m"]
+    return {model.loaded.context_length: model.among for model in named.loaded()}
+
+
+async def test_workers_of_different_cards_share_the_requests(
+    frontend: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    frontend.worker.ids = [1, 2, 3]
     old = await frontend.runtime.publish("m", instance_id=1)
     await frontend.until_served("m")
     new = changed_model(tmp_path / "new", max_position_embeddings=777)
-    await frontend.runtime.publish("m", instance_id=2, path=new)
-    await frontend.until(lambda: frontend.models.get("m").among == {1})
+    for instance_id in (2, 3):
+        await frontend.runtime.publish("m", instance_id=instance_id, path=new)
+    await frontend.until(lambda: versions(frontend) == {32768: {1}, 777: {2, 3}})
+    assert caplog.text.count("model 'm' has workers of 2 sorts") == 1
+    for _ in range(60):
+        await frontend.http.post("/v1/completions", json={"model": "m", "prompt": "x"})
+    asked = [set(among) for among in frontend.worker.among]
+    assert {frozenset(among) for among in asked} == {frozenset({1}), frozenset({2, 3})}
+    listed = (await frontend.http.get("/v1/models")).json()["data"]
+    assert [(model["id"], model["max_model_len"]) for model in listed] == [("m", 32768)]
     frontend.runtime.registry.delete(old)
-    await frontend.until(lambda: frontend.models.get("m").loaded.context_length == 777)
-    assert frontend.models.get("m").among is None
+    await frontend.until(lambda: versions(frontend) == {777: None})
+    assert "all workers of model 'm' are of one sort again" in caplog.text
+
+
+async def test_request_goes_to_workers_whose_card_it_fits(frontend: Any, tmp_path: Path) -> None:
+    frontend.worker.ids = [1, 2, 3]
+    await frontend.runtime.publish("m", instance_id=1)
+    new = changed_model(tmp_path / "new", max_position_embeddings=777)
+    config = json.loads((new / "tokenizer_config.json").read_text())
+    (new / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": None}))
+    for instance_id in (2, 3):
+        await frontend.runtime.publish("m", instance_id=instance_id, path=new)
+    await frontend.until(lambda: frontend.models.served() and len(versions(frontend)) == 2)
+    for _ in range(10):
+        answer = await frontend.http.post("/v1/completions", json={"model": "m", "prompt": [5] * 1000})
+        assert answer.status_code == 200, answer.text
+        answer = await frontend.http.post(
+            "/v1/chat/completions", json={"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
+        )
+        assert answer.status_code == 200, answer.text
+    assert {frozenset(among) for among in frontend.worker.among} == {frozenset({1})}
+    answer = await frontend.http.post("/v1/completions", json={"model": "m", "prompt": [5] * 40_000})
+    assert answer.status_code == 400
+    assert "32768 tokens" in answer.text
+
+
+async def test_versions_of_a_model_have_a_bound(frontend: Any, tmp_path: Path) -> None:
+    keys = []
+    for number in range(models.MAX_VERSIONS + 2):
+        path = changed_model(tmp_path / str(number), max_position_embeddings=1000 + number)
+        keys.append(await frontend.runtime.publish("m", instance_id=number + 1, path=path))
+    await frontend.until(lambda: frontend.models.served() and len(versions(frontend)) == models.MAX_VERSIONS)
+    first = min(versions(frontend))
+    frontend.runtime.registry.delete(keys[first - 1000])
+    await frontend.until(
+        lambda: first not in versions(frontend) and len(versions(frontend)) == models.MAX_VERSIONS
+    )
 
 
 async def test_a_broken_card_is_one_line_and_takes_nobody_down(
@@ -205,7 +258,7 @@ async def test_a_broken_card_beside_a_good_one_of_the_same_model(frontend: Any, 
     await frontend.runtime.publish("m", instance_id=1)
     await frontend.runtime.publish("m", instance_id=2, path=broken)
     await frontend.until_served("m")
-    assert frontend.models.get("m").instance_ids() == {1}
+    assert frontend.models.get("m").among == {1}
 
 
 async def test_loading_goes_on_when_redis_comes_back(

@@ -58,7 +58,7 @@ async def test_card_whose_template_never_ends_breaks_its_model_alone(frontend: A
     path = model_with(tmp_path / "evil", NEVER_ENDS)
     await frontend.runtime.publish("evil", path=path, instance_id=2, endpoint=other_endpoint)
     await frontend.until(lambda: "evil" in frontend.models._models)
-    model = frontend.models._models["evil"]
+    [model] = frontend.models._models["evil"].versions.values()
     assert (await frontend.http.get("/live")).status_code == 200
     other = await frontend.http.post(CHAT, json={"model": "demo", "messages": [USER]})
     assert other.status_code == 200
