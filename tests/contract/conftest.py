@@ -22,6 +22,9 @@ from dynamo_redis.store.server import EmbeddedServer, ServerBinary, find_server
 
 TTL_S = 1.0
 
+_COMMAND_TIMEOUT_S = 15.0
+"""Long: a disk that others use holds up a server that writes all it is told to a file."""
+
 
 class Deployment(Protocol):
     """Several processes on one registry."""
@@ -77,8 +80,10 @@ class RedisDeployment:
     ttl_s = TTL_S
 
     def __init__(self, url: str, prefix: str) -> None:
-        self._settings = StoreSettings.load(redis_url=url, prefix=prefix, lease_ttl_s=self.ttl_s)
-        self._client = RedisClient(url, timeout_s=3.0)
+        self._settings = StoreSettings.load(
+            redis_url=url, prefix=prefix, lease_ttl_s=self.ttl_s, command_timeout_s=_COMMAND_TIMEOUT_S
+        )
+        self._client = RedisClient(url, timeout_s=_COMMAND_TIMEOUT_S)
         self._keys = RegistryKeys(prefix)
         self._processes: list[RedisRegistry] = []
 

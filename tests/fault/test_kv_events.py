@@ -174,7 +174,10 @@ async def test_a_full_queue_leaves_a_gap_that_the_worker_fills(
         assert worker.senders[0].left_out_count > 0
         proxy.heal()
         await deployed.agree()
-        assert router.state().recovered_count > asked_count  # for the gap, or before it was seen
+        await wait_until(
+            lambda: router.state().recovered_count > asked_count,
+            "it asked, for the gap or before it was seen",
+        )
 
 
 @pytest.mark.parametrize(

@@ -172,7 +172,7 @@ async def test_a_cancelled_request_ends_in_the_engine_at_once() -> None:
                 if len(items) == 2:
                     context.stop_generating()
         assert items[-1] == {"token_ids": [], "finish_reason": "cancelled"}
-        await until(lambda: not server.mock.running_count)
+        await until(lambda: not server.mock.running_count and server.cancelled_count)
         assert server.cancelled_count == 1
 
 
