@@ -158,6 +158,8 @@ class KvPublisher:
             parents = [placed.parent, *names[:-1]]
             if placed.inferred:
                 new = place.infer(placed.inferred)
+            if place.doubtful:
+                new += place.revive(placed.parent)
             if self._loose:
                 self._loose.drop(keys)
         else:

@@ -1,9 +1,13 @@
 """What one rank of an engine holds in its KV cache, in the engine's names and in the router's. Pure.
 
 An engine names blocks as it likes (numbers, digests); routers know sequence hashes. The same block may be
-held several times: on several tiers, by one engine hash more than once (vLLM computes a block twice when two
-requests bring it at once, and reports each copy), or under different engine hashes. It counts as held on a
-tier from its first copy there to its last.
+held several times: on several tiers, or under different engine hashes. It counts as held on a tier from its
+first engine hash there to its last.
+
+One engine hash may be reported several times: as present, each time that a request finds it (vLLM's full
+reports), or for each copy, where two requests computed it at once. Nothing tells the two apart, so a report
+again is no further copy, and the first removal ends it. Where a copy is left after that, some block will be
+stored behind it: then it is held after all (`revive`).
 
 Of some blocks the engine's name is not known, only that it must hold them, since it holds what follows them:
 they are *inferred*. Of others only the engine's name is known, and what they contain, but not what stands
@@ -72,12 +76,14 @@ class TierIndex:
     """The blocks of one tier. To be changed by `store`, `infer` and `remove` alone."""
 
     __slots__ = (
+        "_before_doubtful",
         "_followers",
         "_inferred",
         "_more_copies",
-        "_repeats",
+        "_reported_again",
         "blocks",
         "conflict_count",
+        "doubtful",
         "held",
         "holes",
     )
@@ -86,16 +92,20 @@ class TierIndex:
         self.held: dict[EngineHash, int] = {}  # engine hash → sequence hash
         self.blocks: dict[int, int | None] = {}  # sequence hash → the one before, in order of arrival
         self.holes: set[int] = set()  # what is not held, although something that follows it is
+        self.doubtful: dict[int, int | None] = {}
+        """Blocks that were reported again before they were removed, and that something doubtful or held
+        follows: each with the block before it."""
         self.conflict_count = 0
         self._followers: dict[int, int] = {}  # sequence hash, held or not → blocks held right behind it
         self._inferred: set[int] = set()  # those of `blocks` that are held under no known engine hash
-        self._repeats: dict[EngineHash, int] = {}  # how often an engine hash was stored again
+        self._reported_again: set[EngineHash] = set()  # those of `held` that were stored more than once
+        self._before_doubtful: set[int] = set()  # what precedes the doubtful ones
         self._more_copies: dict[int, int] = {}  # further engine hashes that hold the same block
 
     def store(
         self, keys: Sequence[EngineHash], names: Sequence[int], parents: Sequence[int | None]
     ) -> list[int]:
-        """One more copy of each block. Answers those that were not held, in order.
+        """Each block is held. Answers those that were not, in order.
 
         A key that is held under another name is left as it is, and counted in `conflict_count`.
         """
@@ -104,7 +114,7 @@ class TierIndex:
         for key, name, parent in zip(keys, names, parents, strict=True):
             if key in held:
                 if held[key] == name:
-                    self._repeats[key] = self._repeats.get(key, 0) + 1
+                    self._reported_again.add(key)
                 else:
                     self.conflict_count += 1
                 continue
@@ -118,7 +128,7 @@ class TierIndex:
             blocks[name] = parent
             new.append(name)
             if holes:
-                holes.discard(name)
+                self._fill(name)
             if parent is not None:
                 followers[parent] = followers.get(parent, 0) + 1
                 if parent not in blocks:
@@ -136,28 +146,83 @@ class TierIndex:
             if name not in self.blocks:
                 self.blocks[name] = parent
                 self._inferred.add(name)
-                self.holes.discard(name)
+                self._fill(name)
                 if parent is not None:
                     self._followers[parent] = self._followers.get(parent, 0) + 1
                 new.append(name)
             parent = name
         return new
 
+    def revive(self, name: int | None) -> list[int]:
+        """A block is stored behind that one: of what precedes it, the doubtful blocks are held after all, as
+        inferred ones. Answers them, from the beginning on. O(blocks before) while any block is doubtful."""
+        revived: list[int] = []
+        while self.doubtful and name is not None:
+            if name in self.blocks:
+                name = self.blocks[name]
+            elif name in self.doubtful:
+                revived.append(name)
+                self.blocks[name] = parent = self.doubtful[name]
+                self._inferred.add(name)
+                self._fill(name)
+                if parent is not None:
+                    self._followers[parent] = self._followers.get(parent, 0) + 1
+                    if parent not in self.blocks:
+                        self.holes.add(parent)
+                name = parent
+            else:
+                break
+        revived.reverse()
+        return revived
+
+    def _fill(self, name: int) -> None:
+        """A block is held now: it is no hole."""
+        self.holes.discard(name)
+        self.doubtful.pop(name, None)
+
+    def _lose_followers(self, name: int) -> None:
+        """Nothing that follows a block is held any more: whether it is there itself will not be known."""
+        self.holes.discard(name)
+        before: int | None = name
+        while before is not None and before in self.doubtful and before not in self._followers:
+            before = self.doubtful.pop(before)
+        if not self.doubtful:
+            self._before_doubtful.clear()
+
+    def _doubt(self, removed: dict[int, int | None]) -> None:
+        """Keep those of the removed blocks of which a copy may be left, as far as a held one needs them."""
+        for block in removed:
+            name: int | None = block
+            while name in removed and name not in self.doubtful:
+                if name not in self._followers and name not in self._before_doubtful:
+                    break
+                before = removed[name]
+                self.doubtful[name] = before
+                if before is not None:
+                    self._before_doubtful.add(before)
+                name = before
+
     def remove(self, keys: Sequence[EngineHash]) -> tuple[list[int], list[int]]:
-        """One copy less of each block that is held. Answers what is held no more: blocks that nothing
+        """These engine hashes hold their blocks no longer. Answers what is held no more: blocks that nothing
         follows here now, and blocks that something still does."""
         held, blocks, followers, holes = self.held, self.blocks, self._followers, self.holes
         gone: list[int] = []
+        doubtful: dict[int, int | None] = {}
         for key in keys:
             name = held.get(key)
-            if name is None or (self._repeats and _take_one(self._repeats, key)):
+            if name is None:
                 continue
             del held[key]
+            is_doubtful = key in self._reported_again
+            self._reported_again.discard(key)
             if self._more_copies and _take_one(self._more_copies, name):
                 continue
             while True:
                 parent = blocks.pop(name)
                 gone.append(name)
+                if is_doubtful:
+                    doubtful[name] = parent
+                    is_doubtful = False  # those inferred from it were not reported at all
                 if parent is None:
                     break
                 left_count = followers[parent] - 1
@@ -165,11 +230,13 @@ class TierIndex:
                     followers[parent] = left_count
                     break
                 del followers[parent]
-                holes.discard(parent)
+                self._lose_followers(parent)
                 if parent not in self._inferred:
                     break
                 self._inferred.discard(parent)
                 name = parent  # it was inferred from this one
+        if doubtful:
+            self._doubt(doubtful)
         inside = [name for name in gone if name in followers]
         if not inside:
             return gone, inside

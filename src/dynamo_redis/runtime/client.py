@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
+import time
 from collections.abc import Awaitable, Callable, Collection, Iterable
 from contextlib import suppress
 from typing import Any, Self
@@ -17,6 +19,11 @@ from dynamo_redis.runtime.discovery import EndpointView
 from dynamo_redis.runtime.dispatch import Dispatcher
 from dynamo_redis.runtime.instance import Instance
 from dynamo_redis.runtime.selection import Only, Policy, policy
+
+log = logging.getLogger(__name__)
+
+WAIT_SAID_S = 5.0
+"""How often it is said that there is no instance, while one is waited for."""
 
 
 class Client:
@@ -154,17 +161,34 @@ class Client:
                 await self._view.wait_for_change()
 
     def wait_for_instances(self, timeout_s: float | None = None) -> asyncio.Task[list[int]]:
-        """Wait until an instance can be chosen; answer the ids. Raises NoInstances after `timeout_s`."""
+        """Wait until an instance can be chosen; answer the ids. The log says each 5 s what is waited for.
+
+        Raises NoInstances after `timeout_s`, and at once when the runtime shuts down.
+        """
         return started(self._wait_for_instances(timeout_s))
 
     async def _wait_for_instances(self, timeout_s: float | None) -> list[int]:
+        began_at = time.monotonic()
         try:
             async with asyncio.timeout(timeout_s):
                 while not self._view.candidates:
-                    await self._view.wait_for_change()
+                    if self._view.is_ending:
+                        raise NoInstances(f"no instance of {self._view.name} before the shutdown")
+                    try:
+                        async with asyncio.timeout(WAIT_SAID_S):
+                            await self._view.wait_for_change()
+                    except TimeoutError:
+                        waited_s = time.monotonic() - began_at
+                        log.warning("%s, waiting since %.0f s", self._missing(), waited_s)
         except TimeoutError:
             raise NoInstances(f"no instance of {self._view.name} within {timeout_s} s") from None
         return self.instance_ids()
+
+    def _missing(self) -> str:
+        """Say why there is no instance to choose."""
+        if not len(self._view):
+            return f"no instance of {self._view.name} is registered"
+        return f"none of the {len(self._view)} known instances of {self._view.name} can be chosen"
 
     async def aclose(self) -> None:
         """End this client's part in the watch of the endpoint. Calls under way go on."""

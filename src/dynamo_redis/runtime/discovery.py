@@ -144,6 +144,8 @@ class EndpointView:
         self.name = name
         self.candidates: list[Member] = []
         """Those to choose from first, ordered by instance id."""
+        self.is_ending = False
+        """Whether `end_waits` was called: there is nothing to wait for any more."""
         self._members: dict[int, Member] = {}
         self._losses: dict[int, tuple[Member, float]] = {}
         self._registry = registry
@@ -203,8 +205,14 @@ class EndpointView:
         return [[member for member in ready if member.state is state] for state in ranks]
 
     async def wait_for_change(self) -> None:
-        """Wait until the set of candidates changes."""
+        """Wait until the set of candidates changes, or `end_waits` is called."""
         await self._changed.wait()
+
+    def end_waits(self) -> None:
+        """Let those who wait for an instance know that the process is shutting down."""
+        self.is_ending = True
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     # ----------------------------------------------------------------- the client's findings
 

@@ -174,6 +174,8 @@ class DistributedRuntime:
         """
         self._deadline.begin()
         self._shutdown.set()
+        for shared in self._views.values():
+            shared.view.end_waits()
 
     @property
     def shutdown_deadline(self) -> ShutdownDeadline:
@@ -374,6 +376,8 @@ class DistributedRuntime:
                 lease_ttl_s=self.settings.store.lease_ttl_s,
             )
             shared = self._views[name] = _SharedView(view)
+        if self.is_shutting_down:
+            shared.view.end_waits()
         user = object()
         shared.users.add(user)
         client = Client(

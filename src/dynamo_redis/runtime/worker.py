@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from dynamo_redis.config import unknown_settings
+from dynamo_redis.errors import NoInstances, StoreUnavailable
 from dynamo_redis.runtime.logging import configure_dynamo_logging
 from dynamo_redis.runtime.runtime import DistributedRuntime
 
@@ -34,10 +35,10 @@ def dynamo_worker(
         uvloop.run(worker())
 
     SIGTERM and SIGINT shut the runtime down, so `serve_endpoint` returns and the worker ends cleanly, within
-    `DYN_GRACEFUL_SHUTDOWN_S`. One that waits for something else is cancelled when that is nearly over, and
-    the process ends with 1. Logs go to stderr as `DYN_LOG`
-    says, unless the program has given the root logger a handler before. Raises ConfigError for wrong
-    settings.
+    `DYN_GRACEFUL_SHUTDOWN_S`. A client that waits for an instance, or for Redis, ends at once, with exit code
+    1. A program that waits for something else is cancelled when that time is nearly over, and ends with 1,
+    too. Logs go to stderr as `DYN_LOG` says, unless the program has given the root logger a handler before.
+    Raises ConfigError for wrong settings.
     """
     if enable_nats is not None:
         warnings.warn("enable_nats has no effect: no NATS is used", DeprecationWarning, stacklevel=2)
@@ -51,14 +52,29 @@ def dynamo_worker(
                 configure_dynamo_logging()
             for sentence in unknown_settings().values():
                 log.warning("%s", sentence)
-            async with DistributedRuntime(asyncio.get_running_loop()) as runtime:
-                runtime.handle_signals()
+            runtime = DistributedRuntime(asyncio.get_running_loop())
+            runtime.handle_signals()
+            try:
+                await _start(runtime)
                 async with _ended_after_shutdown(runtime):
                     return await main(runtime, *args, **kwargs)
+            finally:
+                await runtime.aclose()
 
         return run
 
     return decorate
+
+
+async def _start(runtime: DistributedRuntime) -> None:
+    """Connect; the process ends with 1 (SystemExit) if it is told to while it waits for Redis."""
+    try:
+        await runtime.start()
+    except StoreUnavailable as exc:
+        if not runtime.is_shutting_down:
+            raise
+        log.info("ended by the shutdown: %s", exc)
+        raise SystemExit(1) from None
 
 
 @asynccontextmanager
@@ -82,6 +98,11 @@ async def _ended_after_shutdown(runtime: DistributedRuntime) -> AsyncIterator[No
     watcher = asyncio.create_task(watch(), name="end after shutdown")
     try:
         yield
+    except NoInstances as exc:
+        if not runtime.is_shutting_down:
+            raise
+        log.info("ended by the shutdown: %s", exc)
+        raise SystemExit(1) from None
     except asyncio.CancelledError:
         if is_late and not task.uncancel():
             raise SystemExit(1) from None

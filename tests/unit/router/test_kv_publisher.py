@@ -111,19 +111,46 @@ def test_an_adapters_blocks_have_names_of_their_own(rank: KvPublisher, listener:
     assert not set(expected) & set(_names([1, 2, 3, 4, 5, 6]))
 
 
-def test_the_same_content_twice_is_told_once_and_gone_with_its_last_copy(
-    rank: KvPublisher, listener: Listener
-) -> None:
+def test_content_under_two_hashes_is_told_once(rank: KvPublisher, listener: Listener) -> None:
     rank.stored([b"a"], [1, 2], None)
-    rank.stored([b"b"], [1, 2], None)  # another engine hash
-    rank.stored([b"a"], [1, 2], None)  # the same: vLLM reports each copy
+    rank.stored([b"b"], [1, 2], None)
     assert len(listener.events) == 1
-    for key in (b"a", b"b"):
-        rank.removed([key])
-        assert rank.block_count == 1
     rank.removed([b"a"])
+    assert rank.block_count == 1
+    rank.removed([b"b"])
     assert [event.kind for event in listener.events] == [STORED, REMOVED]
     assert rank.block_count == 0
+
+
+def test_block_reported_again_is_no_further_copy(rank: KvPublisher, listener: Listener) -> None:
+    """As by vLLM's full reports, which name each block that a request found."""
+    for _ in range(3):
+        rank.stored([1, 2], [1, 2, 3, 4], None)
+    assert len(listener.events) == 1
+    rank.removed([2, 1])
+    assert rank.block_count == 0
+    assert Belief().apply(listener.events).held[DEVICE] == set()
+
+
+def test_copy_that_outlives_a_removal_is_held_after_all(rank: KvPublisher, listener: Listener) -> None:
+    """Two requests computed a prompt at once, each reports its copy, and one copy goes."""
+    for _ in range(2):
+        rank.stored([1, 2, 3], [1, 2, 3, 4, 5, 6], None)
+    rank.removed([2, 1])
+    names = _names([1, 2, 3, 4, 5, 6, 7, 8])
+    assert set(rank.blocks()) == {names[2]}
+    rank.stored([4], [7, 8], 3)  # behind the copy
+    assert set(rank.blocks()) == set(names)
+    assert Belief().apply(listener.events) == Belief().apply(rank.dump())
+    rank.removed([4, 3])
+    assert rank.block_count == 0
+
+
+def test_block_that_was_stored_once_is_not_revived(rank: KvPublisher) -> None:
+    rank.stored([1, 2], [1, 2, 3, 4], None)
+    rank.removed([1])
+    rank.stored([3], [5, 6], 2)
+    assert set(rank.blocks()) == set(_names([1, 2, 3, 4, 5, 6])[1:])
 
 
 def test_a_removal_that_leaves_followers_says_so(rank: KvPublisher, listener: Listener) -> None:
@@ -240,17 +267,19 @@ Key = int | bytes
 
 @dataclass
 class ToyEngine:
-    """An engine with few blocks, which does what real ones do, and what they should not."""
+    """An engine with few blocks, which does what real ones do, and what they should not. It reports blocks
+    again as present; one that it did goes after those that follow it."""
 
     rank: KvPublisher
-    copies: list[Counter[Key]] = field(default_factory=lambda: [Counter() for _ in TIERS])
+    held: list[set[Key]] = field(default_factory=lambda: [set() for _ in TIERS])
+    again: list[set[Key]] = field(default_factory=lambda: [set() for _ in TIERS])
     content: dict[Key, tuple[int, ...]] = field(
         default_factory=dict
     )  # key → all tokens up to the block's end
 
     def keys(self, tier: int | None = None) -> list[Key]:
         tiers = TIERS if tier is None else (tier,)
-        return sorted({key for t in tiers for key in self.copies[t]}, key=str)
+        return sorted({key for t in tiers for key in self.held[t]}, key=str)
 
     def store(self, parent: Key | None, tokens: list[int], tier: int, *, digest: bool) -> None:
         start = () if parent is None else self.content[parent]
@@ -261,26 +290,34 @@ class ToyEngine:
             self.content[key] = content
             keys.append(key)
         self.rank.stored(keys, tokens, parent, tier=tier)
-        self.copies[tier].update(keys)
+        self._hold(keys, tier)
 
     def offload(self, keys: list[Key], tier: int) -> None:
         self.rank.stored(keys, [], None, tier=tier)
-        self.copies[tier].update(keys)
+        self._hold(keys, tier)
+
+    def _hold(self, keys: list[Key], tier: int) -> None:
+        self.again[tier].update(self.held[tier].intersection(keys))
+        self.held[tier].update(keys)
 
     def remove(self, keys: list[Key], tier: int) -> None:
+        for key in self.again[tier].intersection(keys):
+            content = self.content[key]
+            keys = [k for k in self.held[tier] if self.content[k][: len(content)] == content] + keys
         self.rank.removed(keys, tier=tier)
-        self.copies[tier].subtract(keys)
-        self.copies[tier] = +self.copies[tier]
+        self.held[tier].difference_update(keys)
+        self.again[tier].difference_update(keys)
 
     def clear(self) -> None:
-        self.copies = [Counter() for _ in TIERS]
+        self.held = [set() for _ in TIERS]
+        self.again = [set() for _ in TIERS]
 
     def truth(self) -> Belief:
         """By names that are computed from the tokens anew."""
-        held = [{self._name(key) for key in copies} for copies in self.copies]
+        held = [{self._name(key) for key in keys} for keys in self.held]
         parents = [
-            {_names(self.content[key])[-2] for key in copies if len(self.content[key]) > BLOCK}
-            for copies in self.copies
+            {_names(self.content[key])[-2] for key in keys if len(self.content[key]) > BLOCK}
+            for keys in self.held
         ]
         return Belief(held, [parents[tier] - held[tier] for tier in TIERS])
 

@@ -300,6 +300,10 @@ class WarmEngine:
         inside = {content[:-BLOCK] for content in self.copies}
         return sorted(set(self.copies) - inside - {HOT[:BLOCK], HOT})
 
+    def spares(self) -> list[tuple[int, ...]]:
+        """Blocks of which there is more than one copy, whatever follows them."""
+        return sorted(content for content, count in self.copies.items() if count > 1)
+
     def evict(self, content: tuple[int, ...]) -> None:
         self.copies[content] -= 1
         self.copies = +self.copies
@@ -314,7 +318,9 @@ _TOKENS = st.lists(st.integers(1, 2), min_size=0, max_size=5).map(tuple)
 
 
 def _serve_a_little(engine: WarmEngine, said: list[tuple[int, ...]], data: st.DataObject) -> None:
-    action = data.draw(st.sampled_from(("answer", "answer", "answer", "again", "evict", "drain", "deaf")))
+    action = data.draw(
+        st.sampled_from(("answer", "answer", "answer", "again", "evict", "spare", "drain", "deaf"))
+    )
     if not engine.heard and data.draw(st.integers(0, 2)) == 0:
         engine.rank.reset()
         engine.heard = True
@@ -328,6 +334,8 @@ def _serve_a_little(engine: WarmEngine, said: list[tuple[int, ...]], data: st.Da
         engine.answer(prompt, data.draw(_TOKENS), chunk=1)
     elif action == "evict" and (ends := engine.ends()):
         engine.evict(data.draw(st.sampled_from(ends)))
+    elif action == "spare" and (spares := engine.spares()):
+        engine.evict(data.draw(st.sampled_from(spares)))
     elif action == "drain":
         while ends := engine.ends():
             for end in ends:
