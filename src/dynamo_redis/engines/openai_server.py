@@ -237,8 +237,25 @@ class EngineServer:
                 f"; it was {before}" if changed else "",
             )
         self._ask_at = asyncio.get_running_loop().time() + _ASK_AGAIN_S
+        if not self._known:
+            self._warn_of_settings()
         self._known = self._ever_known = True
         self._on_introduced()
+
+    def _warn_of_settings(self) -> None:
+        """Say where a setting contradicts what the server says of itself."""
+        limit, told = self._context_limit, self.listed.context_length or self._details.context_length
+        if limit is not None and told is not None and limit > told:
+            log.warning("DYN_CONTEXT_LENGTH=%d: the engine's context of %d tokens counts", limit, told)
+        size = self._settings.engine_block_size
+        told = self._metrics.block_size or self._details.block_size
+        if size is not None and told is not None and size != told:
+            log.warning(
+                "DYN_ENGINE_BLOCK_SIZE=%d: the engine says that its blocks have %d tokens; "
+                "if they do, routers do not hear of them",
+                size,
+                told,
+            )
 
     def _describe(self) -> str:
         capacity = self.capacity
@@ -284,14 +301,20 @@ class EngineServer:
                 "GET", self._metrics_path, self._settings.engine_poll_timeout_s
             )
         except PlaneError as exc:
-            if not self._metrics_failure:
-                self._metrics_failure = str(exc)
-                log.warning("the load of the engine at %s is not known now: %s", self.http.url, exc)
+            self._say_metrics_failure(str(exc))
             return
-        self._metrics_failure = ""
         if status == 200:
+            self._metrics_failure = ""
             self._metrics = read_metrics(content.decode("utf-8", "replace"))
         elif status in (404, 405, 501):
             log.info("the engine at %s has no %s: its load is not known", self.http.url, self._metrics_path)
             self._metrics_path = None
             self._metrics = EngineMetrics({})
+        else:
+            self._say_metrics_failure(f"it answered HTTP {status}")
+
+    def _say_metrics_failure(self, why: str) -> None:
+        """Say once, until it is read again, why its load is not."""
+        if not self._metrics_failure:
+            log.warning("the load of the engine at %s is not known now: %s", self.http.url, why)
+        self._metrics_failure = why

@@ -46,9 +46,15 @@ def request(max_tokens: int = 20, **more: Any) -> GenerateRequest:
 
 
 @asynccontextmanager
-async def engine_at(server: TestEngine, **settings: Any) -> AsyncIterator[OpenAIEngine]:
+async def engine_at(
+    server: TestEngine, *, context_length: int | None = None, **settings: Any
+) -> AsyncIterator[OpenAIEngine]:
     defaults: dict[str, Any] = {"engine_url": server.url, "engine_poll_interval_s": 0.02}
-    engine = OpenAIEngine(OpenAIEngineSettings(**defaults | settings), read_model_directory(DEMO_MODEL_PATH))
+    engine = OpenAIEngine(
+        OpenAIEngineSettings(**defaults | settings),
+        read_model_directory(DEMO_MODEL_PATH),
+        context_length=context_length,
+    )
     try:
         await engine.start()
         yield engine

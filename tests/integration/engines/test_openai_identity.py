@@ -27,6 +27,16 @@ async def test_engines_own_context_and_blocks_count() -> None:
             assert engine.capacity.context_length is None
 
 
+async def test_settings_that_contradict_the_engine_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    async with running_engine(block_size=32, max_model_len=2048) as server:
+        async with engine_at(server, engine_block_size=16, context_length=4096) as engine:
+            assert engine.capacity.context_length == 2048
+            assert "DYN_ENGINE_BLOCK_SIZE=16" in caplog.text
+            assert "DYN_CONTEXT_LENGTH=4096" in caplog.text
+        async with engine_at(server, context_length=1024) as engine:
+            assert engine.capacity.context_length == 1024
+
+
 async def test_unset_limit_is_what_the_engines_context_leaves() -> None:
     async with running_engine(max_model_len=100) as server, engine_at(server) as engine:
         items = await answer(engine, request(stop_conditions=NO_LIMIT))
