@@ -7,11 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from benchmarks import replay_report
+from benchmarks.pages import MARK, digits, lines, results, updated, written
 
 from faults.page import losses, table
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "benchmarks" / "README.md"])
+CONDITIONS = {"1.6", "1", "128", "64", "4", "1,000", "2,048", "300"}
+"""Numbers of README's figures that say how they were measured."""
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -44,3 +48,50 @@ def test_each_decision_has_a_number_of_its_own() -> None:
     assert len(set(numbers)) == len(numbers) > 50
     for path, number in zip(pages, numbers, strict=True):
         assert path.read_text().startswith(f"# {number}. "), path.name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_figures_are_those_that_were_measured(page: Path) -> None:
+    """`python -m benchmarks.pages` brings them up to date."""
+    text = page.read_text()
+    assert updated(text, results(), lines()) == text
+
+
+def test_each_figure_of_the_readme_names_its_row() -> None:
+    (figures,) = re.findall(r"^\*\*Measured\*\*.*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(MARK.findall(figures)) > 10
+    assert set(re.findall(r"\d[\d,]*(?:\.\d+)?", MARK.sub("", figures))) <= CONDITIONS
+
+
+def test_each_measured_row_is_shown() -> None:
+    page = (ROOT / "benchmarks" / "README.md").read_text()
+    assert [line for line in lines().values() if line not in page] == []
+
+
+def test_the_table_of_replays_is_what_was_measured() -> None:
+    entries = replay_report.load_entries()
+    made = [
+        line
+        for trace in {entry.trace for entry in entries}
+        for line in replay_report.markdown([entry for entry in entries if entry.trace == trace]).splitlines()
+    ]
+    page = (ROOT / "benchmarks" / "README.md").read_text()
+    assert [line for line in made if line not in page] == []
+
+
+@pytest.mark.parametrize(
+    ("shown", "value", "right"),
+    [
+        ("80,000", 79_930.0, "80,000"),
+        ("31,800", 31_750.0, "31,800"),
+        ("765,000", 764_900.0, "765,000"),
+        ("24", 23.82, "24"),
+        ("0.99", 0.9877, "0.99"),
+        ("1.5", 0.694, "0.69"),
+        ("0.7", 1.52, "1.5"),
+        ("none", 0.0, "none"),
+        ("none", 3.0, "3.0"),
+    ],
+)
+def test_a_figure_is_written_as_precisely_as_before(shown: str, value: float, right: str) -> None:
+    assert written(value, digits(shown)) == right
