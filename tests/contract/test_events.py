@@ -28,6 +28,7 @@ from dynamo_redis.store.event_base import (
     entry_order,
 )
 from dynamo_redis.store.memory_streams import MemoryEventStreams
+from dynamo_redis.store.scripts import Script
 from dynamo_redis.store.stream_keys import StreamKeys
 from dynamo_redis.store.streams import RedisEventStreams
 from tests.contract.conftest import SERVERS
@@ -439,6 +440,24 @@ async def test_a_stream_may_be_bounded_by_time(plane: Plane) -> None:
     held = await info(plane)
     assert held.entry_count == held.event_count == 1
     assert held.trim_floor != BEGINNING
+
+
+async def test_age_is_not_looked_at_with_each_entry(
+    redis_plane: RedisPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = redis_plane.streams._client  # type: ignore[attr-defined]
+    script, run = client.script, []
+
+    async def counted(called: Script, *arguments: object) -> object:
+        run.append(called.name)
+        return await script(called, *arguments)
+
+    monkeypatch.setattr(client, "script", counted)
+    for _ in range(5):
+        await redis_plane.streams.append(STREAM, [NewEntry(b"x", 1)], max_age_s=3600.0)
+    assert run == ["stream_open", "stream_bound"]
+    for key in redis_plane.keys().all[:2]:
+        assert await redis_plane.redis.execute("PTTL", key) > 0
 
 
 # ---------------------------------------------------------------------------- loss

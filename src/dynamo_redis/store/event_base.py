@@ -161,9 +161,9 @@ class EventStreams(Protocol):
     async def append(
         self, stream: StreamName, entries: Sequence[NewEntry], *, max_age_s: float | None = None
     ) -> None:
-        """Append in order, in one round trip. With `max_age_s` entries older than that are dropped; else the
-        stream is held under its ceiling. Raises StoreUnavailable: some, in order, may have been appended,
-        and to repeat all makes duplicates."""
+        """Append in order, in one round trip. With `max_age_s` entries older than that, by a sixtieth of it,
+        are dropped; else the stream is held under its ceiling. Raises StoreUnavailable: some, in order, may
+        have been appended, and to repeat all makes duplicates."""
         ...
 
     def group(self, stream: StreamName, name: str) -> EventGroup:

@@ -19,11 +19,12 @@ is a break, of which every reader is told (`stream_readers.py`).
 
 from __future__ import annotations
 
+import asyncio
 import builtins
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from dynamo_redis.config import EventSettings, StoreSettings
 from dynamo_redis.errors import SchemaMismatch, StoreRefused, StreamLost
@@ -50,6 +51,9 @@ from dynamo_redis.store.stream_readers import (
 
 log = logging.getLogger(__name__)
 
+AGE_STEP: Final = 1 / 60
+"""Entries of a stream that is bounded by time live longer than that by such a part of it."""
+
 _OPEN = load_script("stream_open", "stream_prelude")
 _BOUND = load_script("stream_bound", "stream_prelude")
 _TRIM = load_script("stream_trim", "stream_prelude")
@@ -66,6 +70,7 @@ class RedisEventStreams:
         self._prefix = prefix
         self._settings = settings
         self._opened: set[StreamName] = set()
+        self._bounded_at: dict[StreamName, float] = {}
 
     @classmethod
     def from_settings(cls, store: StoreSettings, events: EventSettings) -> Self:
@@ -91,8 +96,17 @@ class RedisEventStreams:
             event_sum > self._settings.event_stream_events_count
             or byte_sum > self._settings.event_stream_size_bytes
         )
-        if is_over or max_age_s is not None:
+        is_new = event_sum <= sum(entry.event_count for entry in entries)  # its keys have no end yet
+        if is_over or (max_age_s is not None and (self._is_aged(stream, max_age_s) or is_new)):
             await self._bound(keys, max_age_s)
+
+    def _is_aged(self, stream: StreamName, max_age_s: float) -> bool:
+        """Whether enough time has passed since the last time for some entries to have become too old."""
+        now = asyncio.get_running_loop().time()
+        if now - self._bounded_at.get(stream, float("-inf")) < max_age_s * AGE_STEP:
+            return False
+        self._bounded_at[stream] = now
+        return True
 
     async def _bound(self, keys: StreamKeys, max_age_s: float | None) -> None:
         limits = (self._settings.event_stream_events_count, int(self._settings.event_stream_size_bytes))
