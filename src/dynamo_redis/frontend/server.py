@@ -7,6 +7,7 @@ import contextlib
 import errno
 import ipaddress
 import logging
+import math
 import socket
 import tempfile
 from collections.abc import Awaitable, Callable, Collection, Generator, Iterator
@@ -228,10 +229,10 @@ class _Server(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, settings: FrontendSettings) -> None:
         super().__init__(config)
-        receive_s = settings.receive_timeout_s
+        request_s = settings.request_timeout_s or math.inf
         self._limits = HttpLimits(
-            receive_timeout_s=min(receive_s, settings.request_timeout_s or receive_s),
-            send_timeout_s=settings.send_timeout_s,
+            receive_timeout_s=min(settings.receive_timeout_s, request_s),
+            send_timeout_s=min(settings.send_timeout_s, request_s),
         )
         self._max_connections_count = settings.max_http_connections_count
         self.accepting: asyncio.Future[None] = asyncio.get_running_loop().create_future()

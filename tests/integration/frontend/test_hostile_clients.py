@@ -11,6 +11,7 @@ import socket
 from collections.abc import AsyncGenerator
 from typing import Any
 
+import psutil
 import pytest
 
 from dynamo_redis.planes.context import Context
@@ -39,6 +40,18 @@ async def everything(reader: asyncio.StreamReader) -> bytes:
     except ConnectionError:
         pass
     return content
+
+
+async def until_dropped(client: socket.socket) -> None:
+    """Wait until the frontend has dropped a connection whose client does not read, and so is told nothing."""
+    frontend, own = client.getpeername()[1], client.getsockname()[1]
+    async with asyncio.timeout(30):
+        while any(
+            (side.laddr.port, side.raddr.port, side.status) == (frontend, own, psutil.CONN_ESTABLISHED)
+            for side in psutil.Process().net_connections("tcp")
+            if side.status != psutil.CONN_LISTEN
+        ):
+            await asyncio.sleep(0.05)
 
 
 async def test_body_that_never_comes_has_a_deadline(open_frontend: Any) -> None:
@@ -121,8 +134,9 @@ async def test_trailers_are_left_out(frontend: Any) -> None:
     writer.close()
 
 
-async def test_reader_that_never_reads_is_cut(open_frontend: Any) -> None:
-    frontend = await open_frontend(send_timeout_s=0.2)
+@pytest.mark.parametrize("setting", ["send_timeout_s", "request_timeout_s"])
+async def test_reader_that_never_reads_is_cut(open_frontend: Any, setting: str) -> None:
+    frontend = await open_frontend(**{setting: 0.2})
 
     async def endless(request: GenerateRequest, context: Context) -> AsyncGenerator[Any]:
         while True:
@@ -139,6 +153,7 @@ async def test_reader_that_never_reads_is_cut(open_frontend: Any) -> None:
         body = json.dumps({**BODY, "stream": True}).encode()
         await loop.sock_sendall(client, HEAD + b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
         await frontend.until(lambda: frontend.worker.ended == ["closed"])
+        await until_dropped(client)
 
 
 async def test_bodies_have_a_budget_together(open_frontend: Any) -> None:
