@@ -132,7 +132,7 @@ def test_a_process_is_one_row(cli: Cli) -> None:
         assert cli("put", frontend_key(InstanceId(instance_id)), frontend.to_bytes().decode()).code == 0
     _, _, one, two = cli("instances").out.splitlines()
     assert one.split("  ")[0] == "2a"
-    serves = f"OpenAI API (kv), {ENDPOINT}, {other} "
+    serves = f"OpenAI API (kv) + {ENDPOINT} + {other} "
     for shown in (serves, "http://host-kv:8000", "tcp 10.0.0.7:37145"):
         assert one.count(shown) == 1
     assert "OpenAI API (round_robin)" in two

@@ -171,7 +171,7 @@ def _process_row(found: tuple[int, _Process], *, secrets: bool) -> list[str]:
     began_at = min((at for at in started_at if at), default=0.0)
     return [
         format_instance_id(instance_id),
-        ", ".join(serves),
+        " + ".join(serves),
         ", ".join(dict.fromkeys(addresses)),
         "ready" if all(instance.ready for instance in process.instances) else "stalled",
         human_duration(time.time() - began_at) if began_at else "",

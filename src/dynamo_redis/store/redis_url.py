@@ -89,8 +89,9 @@ def _check_pieces(url: str) -> None:
 
 
 def _check_server(pieces: SplitResult) -> None:
-    host = pieces.netloc.rpartition("@")[2]
-    if host.count(":") > 1 and not host.startswith("["):
+    user, _, host = pieces.netloc.rpartition("@")
+    # Not every Python refuses brackets there, which are an address's.
+    if "[" in user or "]" in user or (host.count(":") > 1 and not host.startswith("[")):
         raise ConfigError(_wrong_server(host))
     database = unquote(pieces.path).strip("/")
     if database and not database.isdecimal():
