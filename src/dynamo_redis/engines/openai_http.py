@@ -116,7 +116,7 @@ class Completion:
             self._opening.result().close()
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        """The data of its events. Raises Draining if nobody answers, the error that the status means,
+        """The data of its events. Raises Draining if no server answers, the error that the status means,
         ConnectionLost if it breaks off, the reason once closed."""
         reader = SseReader()
         try:
