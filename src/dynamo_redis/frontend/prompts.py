@@ -7,7 +7,8 @@ import os
 import secrets
 from array import array
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
+from weakref import WeakKeyDictionary
 
 from dynamo_redis.frontend.bodies import Body, Prompt, Text
 from dynamo_redis.frontend.body_reader import BodyReader
@@ -15,10 +16,12 @@ from dynamo_redis.frontend.http_errors import ApiError, context_length_exceeded,
 from dynamo_redis.frontend.model_loading import LoadedModel
 from dynamo_redis.frontend.openai import ChatBody, TextBody
 from dynamo_redis.frontend.options import CompletionOptions
+from dynamo_redis.frontend.tokens import Tokenizer
 from dynamo_redis.runtime.llm_protocol import GenerateRequest, SamplingOptions, StopConditions
 
 INLINE_BYTES = 1024
-"""Texts up to this size (at most some 200 tokens, under a millisecond) are tokenized on the event loop."""
+"""Texts up to this size (at most some 200 tokens, under a millisecond) are tokenized on the event loop,
+unless the tokenizer has expressions of its own."""
 
 LARGE_BYTES = 64 * 1024
 """Texts over this size are tokenized apart from those below, so that these need not wait for them."""
@@ -37,20 +40,20 @@ conversation without being rendered."""
 class Preparation:
     """Turns bodies into requests: reads them, renders their templates, makes token ids of the texts.
 
-    The event loop does what is small. Threads tokenize, which lets the loop run meanwhile; large texts have
-    threads of their own. Their queues hold at most one entry for each open HTTP request.
+    The event loop does what is small. Threads tokenize, which lets the loop run meanwhile: threads of the
+    model, since the expressions of a tokenizer may take any time, and others for its large texts. Their
+    queues hold at most one entry for each open HTTP request.
     """
 
     def __init__(self, max_body_bytes: int = 45 << 20) -> None:
-        threads = os.cpu_count() or 1
-        self._small = ThreadPoolExecutor(threads, thread_name_prefix="prompt")
-        self._large = ThreadPoolExecutor(threads, thread_name_prefix="large-prompt")
+        self._threads: WeakKeyDictionary[Tokenizer, tuple[Executor, Executor]] = WeakKeyDictionary()
         self._reader = BodyReader(max_body_bytes)
 
     async def aclose(self) -> None:
         """End the threads, once they are idle, and the processes."""
-        self._small.shutdown(wait=False, cancel_futures=True)
-        self._large.shutdown(wait=False, cancel_futures=True)
+        for executors in self._threads.values():
+            for executor in executors:
+                executor.shutdown(wait=False, cancel_futures=True)
         await self._reader.aclose()
 
     async def read(self, kind: type[CompletionOptions], content: list[bytearray]) -> Body:
@@ -65,14 +68,24 @@ class Preparation:
         options = body.options
         prompts = await self._prompts(model, body)
         size = sum(map(len, prompts))
-        if size <= INLINE_BYTES:
+        if size <= INLINE_BYTES and not model.tokenizer.has_expressions:
             tokenized = tokenize(model, options, prompts)
         else:
             loop = asyncio.get_running_loop()
-            executor = self._small if size <= LARGE_BYTES else self._large
+            executor = self._threads_of(model.tokenizer)[size > LARGE_BYTES]
             tokenized = await loop.run_in_executor(executor, tokenize, model, options, prompts)
         seeds = _seeds(options)
         return [request for ids in tokenized for request in _requests_for(ids, model, options, seeds)]
+
+    def _threads_of(self, tokenizer: Tokenizer) -> tuple[Executor, Executor]:
+        """The threads that tokenize for a model, and those that do it with large texts."""
+        if tokenizer not in self._threads:
+            count = os.cpu_count() or 1
+            self._threads[tokenizer] = (
+                ThreadPoolExecutor(count, thread_name_prefix="prompt"),
+                ThreadPoolExecutor(count, thread_name_prefix="large-prompt"),
+            )
+        return self._threads[tokenizer]
 
     async def _prompts(self, model: LoadedModel, body: Body) -> list[Prompt]:
         if isinstance(body.source, list):

@@ -42,6 +42,9 @@ class Tokenizer:
         special = frozenset(token_id for token_id, token in added.items() if token.special)
         self.vocabulary_size: int = max(self._tokenizer.get_vocab_size(), 1 + max(added, default=-1))
         self._make_detokenizer = self._detokenizer_for(decoder, special)
+        parts = filter(None, (self._tokenizer.normalizer, self._tokenizer.pre_tokenizer))
+        self.has_expressions: bool = any(b'"Regex"' in bytes(part.__getstate__()) for part in parts)
+        """Whether the file brings regular expressions, whose cost depends on the text, and can be much."""
 
     @classmethod
     def from_files(cls, directory: Path) -> Tokenizer:
@@ -57,9 +60,15 @@ class Tokenizer:
         """Token ids of a text; names of special tokens in it become those tokens, as with transformers.
 
         Releases the GIL; about 2 µs a token. `add_special_tokens` adds what the file's post-processor
-        adds (a BOS token, for some models); a rendered chat already has them.
+        adds (a BOS token, for some models); a rendered chat already has them. Raises ModelError for a text at
+        which the library fails.
         """
-        encoding = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
+        try:
+            encoding = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as exc:  # noqa: BLE001 - the library panics, which is no Exception
+            raise ModelError(f"the tokenizer fails at this text: {str(exc).splitlines()[0]}") from None
         ids: list[int] = encoding.ids
         return ids
 

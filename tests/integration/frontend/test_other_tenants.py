@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -152,3 +153,58 @@ async def test_large_other_fields_are_refused(frontend: Any) -> None:
     response = await frontend.http.post(CHAT, json=content)
     assert response.status_code == 400
     assert "are over" in response.json()["error"]["message"]
+
+
+def with_expression(directory: Path, expression: str) -> Path:
+    """A model directory whose tokenizer splits at an expression of its own."""
+    path = model_with(directory, "{{ messages[0].content }}")
+    content = json.loads((path / "tokenizer.json").read_text())
+    split = {"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": False}
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, content["pre_tokenizer"]]}
+    (path / "tokenizer.json").write_text(json.dumps(content))
+    return path
+
+
+async def test_tokenizer_holds_up_its_own_prompts_alone(
+    frontend: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One with expressions may take any time: here until the others have been served."""
+    path = with_expression(tmp_path / "evil", "(a+)+$")
+    await frontend.runtime.publish("evil", path=path, instance_id=2)
+    await frontend.until_served("evil")
+    evil = frontend.models.get("evil").loaded.tokenizer
+    encode = type(evil).encode
+    begun, release = threading.Event(), threading.Event()
+
+    def held_up(self: Any, text: str, **options: Any) -> list[int]:
+        if self is evil:
+            begun.set()
+            assert release.wait(60)
+        token_ids: list[int] = encode(self, text, **options)
+        return token_ids
+
+    monkeypatch.setattr(type(evil), "encode", held_up)
+    try:
+        chats = [
+            asyncio.create_task(frontend.http.post(CHAT, json={"model": "evil", "messages": [USER]}))
+            for _ in range(9)
+        ]
+        await frontend.until(begun.is_set)
+        assert (await frontend.http.get("/live")).status_code == 200
+        for text in ("Hi", "Hi " * 1000):
+            body = {"model": "demo", "messages": [{**USER, "content": text}], "max_tokens": 1}
+            assert (await frontend.http.post(CHAT, json=body)).status_code == 200
+        assert not any(chat.done() for chat in chats)
+    finally:
+        release.set()
+    assert [(await chat).status_code for chat in chats] == [200] * 9
+
+
+async def test_tokenizer_that_fails_is_an_error_of_its_model(frontend: Any, tmp_path: Path) -> None:
+    path = with_expression(tmp_path / "evil", "(a|aa)+$")
+    await frontend.runtime.publish("evil", path=path, instance_id=2)
+    await frontend.until_served("evil")
+    message = {**USER, "content": "a" * 1000 + "b"}
+    response = await frontend.http.post(CHAT, json={"model": "evil", "messages": [message]})
+    assert response.status_code == 502
+    assert "tokenizer fails" in response.json()["error"]["message"]
