@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from dynamo_redis.config import EventSettings
 from dynamo_redis.router.base import CostWeights, RoutingRequest, Worker, WorkerLoad
 from dynamo_redis.router.booking import BookingChooser
 from dynamo_redis.router.load import LoadBook
+from dynamo_redis.router.record import RouterRecord
 from dynamo_redis.router.selector import Selector
 from dynamo_redis.router.sync import LEASE_S, RENEW_S, BookingSync, owner_name
 from dynamo_redis.router.waiting import WaitingLines
@@ -272,6 +274,45 @@ async def test_a_router_that_left_has_nothing_under_way(one: Router, other: Rout
     other.sync.forget_routers(gone(one.owner, DeleteCause.EXPIRED))
     other.sync.forget_routers(gone(other.owner, DeleteCause.EXPIRED))  # it knows better
     assert other.load().request_count == 1
+
+
+def listed(*owners: str, **settings: Any) -> WatchBatch:
+    """Records of these routers come."""
+    puts = []
+    for owner in owners:
+        record = RouterRecord(
+            namespace="dynamo", component="backend", router_id=owner, instance_id=1, settings=settings
+        )
+        stored = Record(record.key, record.to_bytes(), Revision("1-0"), Revision("1-0"), 1, None)
+        puts.append(Put(stored))
+    return WatchBatch(tuple(puts), Revision("1-0"))
+
+
+async def test_a_router_waits_for_the_word_of_those_listed(one: Router, other: Router) -> None:
+    one.sync._has_caught_up = True
+    meeting = asyncio.create_task(one.sync.meet(60.0))
+    await asyncio.sleep(0)
+    one.sync.forget_routers(listed(other.owner, one.owner))
+    await other.book_one("r")
+    await asyncio.sleep(0)
+    assert not meeting.done()
+    other.said.clear()
+    other.sync.forget_routers(listed(one.owner))
+    tell(other, one)
+    await meeting
+    assert one.load().request_count == 1
+
+
+async def test_a_router_that_does_not_listen_is_not_told(one: Router) -> None:
+    await one.book_one("r")
+    one.said.clear()
+    one.sync.forget_routers(listed("deaf", router_replica_sync=False))
+    assert one.said == []
+    one.sync.forget_routers(listed("new"))
+    assert [event[0] for event in one.said] == ["active", "active"]
+    one.said.clear()
+    one.sync.forget_routers(listed("new"))
+    assert one.said == [], "it was known"
 
 
 async def test_a_record_that_cannot_be_read_is_named(other: Router, caplog: pytest.LogCaptureFixture) -> None:
