@@ -24,6 +24,7 @@ def answer(job):
     match bytes(job).partition(b" "):
         case b"spin", _, _:
             while True: pass
+        case b"sleep", _, _: time.sleep(600)
         case b"hoard", _, _: return bytes(1 << 30)
         case b"die", _, _: os._exit(3)
         case b"pid", _, _: return str(os.getpid()).encode()
@@ -160,14 +161,15 @@ async def test_answer_that_nobody_asked_for_ends_the_process(open_lane: OpenLane
 
 
 def test_process_does_not_outlive_its_parent(tmp_path: Any) -> None:
-    """Killed, so that it tells no one: an idle process ends at once, one at work at its limit."""
+    """Killed, so that it tells no one: an idle process ends at once, one at work or asleep at its limit."""
     program = f"""
         import asyncio, sys
         from dynamo_redis.jobs.lane import Lane
         async def main():
-            lanes = [Lane((sys.executable, "-c", {WORK!r}), time_s=1, idle_s=60, queue_count=9) for _ in "ab"]
+            command = (sys.executable, "-c", {WORK!r})
+            lanes = [Lane(command, time_s=1, idle_s=60, queue_count=9) for _ in "abc"]
             print(*[int(await lane.run(b"pid")) for lane in lanes], flush=True)
-            await lanes[0].run(b"spin")
+            await asyncio.gather(lanes[0].run(b"spin"), lanes[1].run(b"sleep"))
         asyncio.run(main())
     """
     parent = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE)

@@ -9,6 +9,7 @@ to a new process.
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import socket
 import subprocess
@@ -16,10 +17,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Final, cast
 
-from dynamo_redis.jobs.serving import FRAME
-
-_WALL_FACTOR: Final = 3
-"""A process that the system gives no processor has so many times its limit of processor time."""
+from dynamo_redis.jobs.serving import FRAME, WALL_FACTOR
 
 _MOST_ANSWER_BYTES: Final = 1 << 28
 
@@ -70,7 +68,7 @@ class Lane:
         jobs are written before the first of them is answered; `queue_count` is the most that there are.
         """
         self._command = command
-        self._limit_s = time_s * _WALL_FACTOR
+        self._limit_s = time_s * WALL_FACTOR
         self._idle_s = idle_s
         self._queue_count = queue_count
         self._ahead_count = ahead_count
@@ -309,6 +307,7 @@ def _spawn(command: Sequence[str]) -> tuple[subprocess.Popen[bytes], socket.sock
                 stdin=theirs.fileno(),
                 stdout=theirs.fileno(),
                 stderr=subprocess.DEVNULL,
+                env={**os.environ, "RUST_BACKTRACE": "0"},  # taking one without memory can wait for itself
                 start_new_session=True,  # Ctrl-C in the terminal is its parent's
             )
         except BaseException:
