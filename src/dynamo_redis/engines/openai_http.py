@@ -133,6 +133,8 @@ class Completion:
                 for data in reader.feed(content):
                     if data == DONE:
                         await _read_to_end(response)
+                        yield data
+                        return  # whatever the server does with the connection
                     yield data
             for data in reader.feed(b"\n"):  # a last line that the server did not end
                 yield data
@@ -180,8 +182,9 @@ async def _explanation(response: aiohttp.ClientResponse) -> bytes:
 
 
 async def _read_to_end(response: aiohttp.ClientResponse) -> None:
-    """What follows the last event is the end; once it is read the connection can serve again."""
-    with contextlib.suppress(TimeoutError):
+    """What follows the last event is the end; once it is read the connection can serve again. A server that
+    breaks it off instead has answered all the same."""
+    with contextlib.suppress(TimeoutError, aiohttp.ClientError):
         async with asyncio.timeout(_END_S):
             while not response.content.at_eof():
                 await response.content.readany()

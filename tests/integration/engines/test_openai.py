@@ -13,6 +13,7 @@ import pytest
 from dynamo_redis.config import OpenAIEngineSettings
 from dynamo_redis.engines.demo_model import DEMO_MODEL_PATH
 from dynamo_redis.engines.openai import OpenAIEngine
+from dynamo_redis.engines.openai_http import EngineHttp
 from dynamo_redis.errors import (
     ConfigError,
     ConnectionLost,
@@ -376,3 +377,35 @@ async def test_a_model_that_the_engine_has_not_is_refused_at_start() -> None:
         with pytest.raises(ConfigError, match=MODEL_NAME):
             async with engine_at(server, engine_model="another"):
                 pass
+
+
+@pytest.mark.parametrize("way", ["stays open", "breaks off", "closes"])
+async def test_answer_ends_with_done_whatever_follows(way: str) -> None:
+    """A server that says that it is done may keep the connection, or break it without an end."""
+    event = b'data: {"choices": [{"text": "hi", "finish_reason": "stop"}]}\n\ndata: [DONE]\n\n'
+    over = asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(
+            b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+        )
+        writer.write(b"%x\r\n%s\r\n" % (len(event), event))
+        await writer.drain()
+        if way == "stays open":
+            await over.wait()
+        elif way == "breaks off":
+            writer.transport.abort()
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    http = EngineHttp(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", None, 20)
+    completion = http.complete({"prompt": "x"}, {})
+    try:
+        async with asyncio.timeout(20):
+            assert len([data async for data in completion.events()]) == 2
+    finally:
+        over.set()
+        completion.close()
+        await http.aclose()
+        server.close()
