@@ -99,7 +99,7 @@ class TierIndex:
         self._followers: dict[int, int] = {}  # sequence hash, held or not → blocks held right behind it
         self._inferred: set[int] = set()  # those of `blocks` that are held under no known engine hash
         self._reported_again: set[EngineHash] = set()  # those of `held` that were stored more than once
-        self._before_doubtful: set[int] = set()  # what precedes the doubtful ones
+        self._before_doubtful: dict[int, int] = {}  # what precedes doubtful ones → how many of them
         self._more_copies: dict[int, int] = {}  # further engine hashes that hold the same block
 
     def store(
@@ -178,16 +178,24 @@ class TierIndex:
     def _fill(self, name: int) -> None:
         """A block is held now: it is no hole."""
         self.holes.discard(name)
-        self.doubtful.pop(name, None)
+        if name in self.doubtful:
+            self._end_doubt(name)
+
+    def _end_doubt(self, name: int) -> int | None:
+        """A doubtful block is so no longer. Answers the block before it."""
+        before = self.doubtful.pop(name)
+        if before is not None:
+            _take_one(self._before_doubtful, before)
+        return before
 
     def _lose_followers(self, name: int) -> None:
         """Nothing that follows a block is held any more: whether it is there itself will not be known."""
         self.holes.discard(name)
         before: int | None = name
-        while before is not None and before in self.doubtful and before not in self._followers:
-            before = self.doubtful.pop(before)
-        if not self.doubtful:
-            self._before_doubtful.clear()
+        while (
+            before in self.doubtful and before not in self._followers and before not in self._before_doubtful
+        ):
+            before = self._end_doubt(before)
 
     def _doubt(self, removed: dict[int, int | None]) -> None:
         """Keep those of the removed blocks of which a copy may be left, as far as a held one needs them."""
@@ -199,7 +207,7 @@ class TierIndex:
                 before = removed[name]
                 self.doubtful[name] = before
                 if before is not None:
-                    self._before_doubtful.add(before)
+                    self._before_doubtful[before] = self._before_doubtful.get(before, 0) + 1
                 name = before
 
     def remove(self, keys: Sequence[EngineHash]) -> tuple[list[int], list[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from dynamo_redis.router import kv_publisher
 from dynamo_redis.router.hashing import chain, local_hashes, lora_seed
 from dynamo_redis.router.kv_publisher import DUMP_BLOCK_COUNT, KvPublisher
+from dynamo_redis.router.local_index import TierIndex
 from dynamo_redis.wire.kv_event import (
     CLEARED,
     DEVICE,
@@ -372,3 +374,32 @@ def test_who_listens_knows_what_the_engine_holds_at_every_point(data: st.DataObj
             else:
                 assert events is not None
                 assert then.copy().apply(events) == belief
+
+
+def test_copies_behind_a_shared_block_are_held_after_all(rank: KvPublisher) -> None:
+    """Two copies go on behind one prompt; that one of them ends says nothing of what is before the other."""
+    for _ in range(2):
+        rank.stored([1, 2], [1, 2, 3, 4], None)
+        rank.stored([4], [7, 8], 1)
+    rank.stored([3], [5, 6], 2)
+    rank.stored([5], [9, 9], 4)
+    rank.removed([1, 2, 4])
+    rank.removed([3])
+    rank.stored([6], [1, 1], 5)
+    assert set(rank.blocks()) == set(_names([1, 2, 7, 8, 9, 9, 1, 1]))
+
+
+def test_doubtful_blocks_are_forgotten_with_what_follows() -> None:
+    index, rng = TierIndex(), random.Random(5)
+    for step in range(4000):
+        start = rng.randrange(12)
+        path = [start, *(100 * (start + 1) + n for n in range(rng.randrange(4)))]
+        if rng.random() < 0.5:
+            parents = [None, *path[:-1]]
+            index.store(path, path, parents)
+        else:
+            index.remove(rng.sample(path, rng.randint(1, len(path))))
+        before = Counter(parent for parent in index.doubtful.values() if parent is not None)
+        assert index._before_doubtful == before
+        for name in index.doubtful:
+            assert name in index._followers or name in before, f"nothing follows {name} at step {step}"
