@@ -43,9 +43,18 @@ class Peers:
 
     def heard(self, owner: str) -> None:
         """It has said something."""
+        until = self._until.get(owner)
+        if until is None:
+            self._forget_the_old()
         self._heard.add(owner)
-        if self._until.get(owner) != inf:
+        if until != inf:
             self._until[owner] = self._clock.monotonic() + self._doubt_s
+
+    def _forget_the_old(self) -> None:
+        """The last words of a router often come after its record has gone: it would be kept for ever."""
+        now = self._clock.monotonic()
+        for owner in [owner for owner, until in self._until.items() if until <= now]:
+            self.left(owner)
 
     def all_heard(self) -> bool:
         """Whether each that is listed has said something."""

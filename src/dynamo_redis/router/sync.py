@@ -239,12 +239,12 @@ class BookingSync:
     async def _catch_up(self, tail: EventTail) -> None:
         """Read what was said before, up to what is said now."""
         now_ms = await self._streams.time_ms()
-        is_behind = True
-        while is_behind:
-            entries = await tail.read(count=_READ_COUNT, block_s=_GLANCE_S)
+        # A read may have fewer entries than asked for, where they are large, and more follow all the same.
+        while entries := await tail.read(count=_READ_COUNT, block_s=_GLANCE_S):
             for entry in entries:
                 self.apply(entry, age_s=max(now_ms - entry_order(entry.entry_id)[0], 0) / 1000)
-            is_behind = len(entries) == _READ_COUNT
+            if entry_order(entries[-1].entry_id)[0] > now_ms:
+                break
         if not self._has_caught_up:
             self._has_caught_up = True
             self._forget_the_dead()
@@ -300,7 +300,8 @@ class BookingSync:
 
         def take(described: Any) -> None:
             nonlocal before
-            told = read_booking(described, before)
+            names, before = before, b""  # of one that cannot be read the next one knows no names
+            told = read_booking(described, names)
             before = told.names
             self._add(owner, told, age_s)
 

@@ -68,3 +68,14 @@ def test_all_listed_routers_have_to_be_heard(peers: Peers) -> None:
     assert not peers.all_heard()
     peers.left("b")
     assert peers.all_heard()
+
+
+def test_routers_that_left_are_not_kept(peers: Peers, clock: HeldClock) -> None:
+    """Their last words come after their records have gone."""
+    for number in range(100):
+        peers.listed(f"r{number}")
+        peers.left(f"r{number}")
+        peers.heard(f"r{number}")
+        clock.now += DOUBT_S + 1
+    assert not peers
+    assert len(peers._until) + len(peers._heard) <= 2

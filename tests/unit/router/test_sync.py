@@ -18,7 +18,7 @@ from dynamo_redis.router.selector import Selector
 from dynamo_redis.router.sync import LEASE_S, RENEW_S, BookingSync, owner_name
 from dynamo_redis.router.waiting import WaitingLines
 from dynamo_redis.store.base import Delete, DeleteCause, Put, Record, Revision, WatchBatch
-from dynamo_redis.store.event_base import Entry, EntryId, NewEntry, StreamName
+from dynamo_redis.store.event_base import Entry, EntryId, EventTail, NewEntry, StreamName
 from dynamo_redis.store.memory import MemoryRegistry, MemoryServer
 from dynamo_redis.store.memory_streams import MemoryEventStreams
 from dynamo_redis.wire.event import EventBatch, PublisherId
@@ -380,3 +380,47 @@ async def test_a_starting_router_counts_from_when_it_was_said(clock: HeldClock) 
     finally:
         await late.sync.aclose()
         await registry.aclose()
+
+
+async def test_a_starting_router_reads_all_of_large_entries(clock: HeldClock) -> None:
+    """A read has fewer of them than it asks for: the dead among the last of them count for nothing, too."""
+    streams, registry = MemoryEventStreams(clock=clock), MemoryRegistry(MemoryServer())
+    dead, alive, late = (Router(epoch, clock, streams, registry) for epoch in (1, 2, 3))
+    tail = streams.tail
+
+    def tail_by_one(*args: Any, **options: Any) -> EventTail:
+        opened = tail(*args, **options)
+        read = opened.read
+
+        async def read_one(*, count: int, block_s: float) -> list[Entry]:
+            return await read(count=1, block_s=block_s)
+
+        opened.read = read_one  # type: ignore[method-assign]
+        return opened
+
+    streams.tail = tail_by_one  # type: ignore[method-assign]
+    await registry.start()
+    await registry.register(f"v1/kv_routers/dynamo/backend/{alive.owner}", RECORD)
+    for name in ("a", "b", "c"):
+        await dead.book_one(name)
+    await alive.book_one("last")
+    await store(dead, streams)
+    await store(alive, streams)
+    late.sync._routers = {alive.owner}
+    try:
+        await late.sync.start(30.0)
+        async with asyncio.timeout(30):
+            while alive.owner not in late.book.owners():
+                await asyncio.sleep(0.01)
+        assert late.load().request_count == 1
+    finally:
+        await late.sync.aclose()
+        await registry.aclose()
+
+
+async def test_names_behind_an_unreadable_booking_are_not_guessed(one: Router, other: Router) -> None:
+    names = bytes(range(16))
+    told = ["active", [["a", 7, 1, 40, 3, 9.0, names, 0], ["b"], ["c", 7, 1, 40, 3, 9.0, b"", 2]]]
+    batch = EventBatch("active_sequences_events", one.publisher, 0, 0, [told])
+    other.sync.apply(Entry(EntryId("1-0"), batch.to_bytes()))
+    assert other.book.booking_count == 1
