@@ -402,6 +402,20 @@ async def test_a_stream_with_a_snapshot_is_kept(plane: Plane) -> None:
     assert not await plane.streams.keep_if_wanted(STREAM)
 
 
+async def test_a_snapshot_behind_the_floor_keeps_no_stream(plane: Plane) -> None:
+    """The ceiling has dropped what follows it: no reader can go on from there."""
+    group = await reader(plane)
+    await append(plane, "a")
+    (first,) = ids(await take(group, 1))
+    await plane.streams.trim(STREAM, first)
+    await group.aclose()
+    for _ in range(3):
+        await plane.streams.append(STREAM, [NewEntry(b"x", 400)])
+    assert entry_order((await info(plane)).trim_floor) > entry_order(first)
+    assert not await plane.streams.keep_if_wanted(STREAM)
+    assert await plane.streams.info(STREAM) is None
+
+
 async def test_publishers_alone_cannot_fill_the_store(plane: Plane) -> None:
     for number in range(100):
         await append(plane, f"{number:04}" * 250)

@@ -184,8 +184,9 @@ class EventStreams(Protocol):
         ...
 
     async def keep_if_wanted(self, stream: StreamName) -> bool:
-        """Whether a stream has a reader's group, or was trimmed to a snapshot, from which a reader may go on;
-        silent groups are removed first. One that has neither is deleted. Raises StoreError."""
+        """Whether a stream has a reader's group, or a snapshot from which a reader may go on: it was trimmed
+        to that, and no further. Silent groups are removed first. One that has neither is deleted. Raises
+        StoreError."""
         ...
 
     async def info(self, stream: StreamName) -> StreamInfo | None:

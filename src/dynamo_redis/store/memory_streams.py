@@ -70,7 +70,7 @@ class MemoryStream:
         self.groups: dict[str, _Group] = {}
         self.last = BEGINNING
         self.floor = BEGINNING
-        self.has_snapshot = False
+        self.snapshot: EntryId | None = None
         self.appended = asyncio.Event()
         """Set, and replaced, when something is appended or the stream is deleted."""
 
@@ -159,7 +159,7 @@ class MemoryStream:
 
     def trim(self, snapshot: EntryId) -> EntryId:
         self._remove_silent()
-        self.has_snapshot = True
+        self.snapshot = snapshot
         needed = [snapshot, self.last, *(group.kept_behind for group in self.groups.values())]
         cut = min(map(entry_order, needed))
         while self.entries and entry_order(self.entries[0].entry.entry_id) <= cut:
@@ -168,7 +168,9 @@ class MemoryStream:
 
     def is_wanted(self) -> bool:
         self._remove_silent()
-        return bool(self.groups) or self.has_snapshot
+        if self.groups:
+            return True
+        return self.snapshot is not None and entry_order(self.snapshot) >= entry_order(self.floor)
 
     def _remove_silent(self) -> None:
         now = self._clock.monotonic()
