@@ -80,7 +80,9 @@ class Deployment:
     closing: AsyncExitStack
     processes: list[Process] = field(default_factory=list)
 
-    async def worker(self, runtime_settings: dict[str, Any] | None = None, **engine: Any) -> Worker:
+    async def worker(
+        self, runtime_settings: dict[str, Any] | None = None, *, model_name: str = "demo", **engine: Any
+    ) -> Worker:
         runtime = await self.open_runtime(**(runtime_settings or {}))
         model = read_model_directory(DEMO_MODEL_PATH)
         noting = NotingEngine(MockEngineSettings.load(**{"speedup_ratio": 0, **engine}), model)
@@ -90,7 +92,7 @@ class Deployment:
             noting,
             model,
             endpoint=str(WORKERS),
-            model_name="demo",
+            model_name=model_name,
             on_ready=lambda _: ready.set(),
         )
         return Worker(noting, await self._started(runtime, serving, ready))

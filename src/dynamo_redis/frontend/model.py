@@ -12,6 +12,7 @@ from dynamo_redis.errors import InvalidRecord
 from dynamo_redis.frontend.model_loading import LoadedModel
 from dynamo_redis.names import EndpointName, InstanceId
 from dynamo_redis.planes.context import Context
+from dynamo_redis.runtime.among import LiveIds
 from dynamo_redis.runtime.instance import Instance
 from dynamo_redis.runtime.model_card import ModelCard, parse_card_key
 from dynamo_redis.store.base import Record
@@ -76,8 +77,8 @@ class Model:
     source: Source
     loaded: LoadedModel | None = None
     client: EndpointClient | None = None
-    among: frozenset[InstanceId] | None = None
-    """The instances to choose from, or None if all of the endpoint's serve just this."""
+    among: LiveIds = field(default_factory=LiveIds)
+    """The instances to choose from. Requests that wait look at it, so it is never replaced."""
     failure: str | None = None
     """Why it could not be loaded, the last time."""
     is_broken: bool = False

@@ -260,7 +260,7 @@ class LiveModels:
 
     def _drop(self, named: NamedModel) -> None:
         for model in named.versions.values():
-            self._stop_loading(model)
+            self._retire(named, model)
         del self._models[named.name]
         if named.loaded():
             self._remember(named.name)
@@ -282,7 +282,7 @@ class LiveModels:
         has_successor = any(model.source in sorts for model in named.loaded())
         for source, model in tuple(named.versions.items()):
             if source not in sorts and (has_successor or model.loaded is None):
-                self._stop_loading(model)
+                self._retire(named, model)
                 del named.versions[source]
         room_count = MAX_VERSIONS - sum(not model.is_broken for model in named.versions.values())
         waiting = sorted(sorts.keys() - named.versions.keys(), key=lambda source: _weight(sorts[source]))
@@ -314,7 +314,8 @@ class LiveModels:
             log.info("all workers of model %r are of one sort again", named.name)
 
     def _update_routes(self) -> None:
-        """Restrict models to their own instances where an endpoint serves more than one."""
+        """Restrict models to their own instances. One without a card is not chosen: it may be about to say
+        that it serves another model."""
         kinds: dict[EndpointName, set[tuple[str, Source]]] = {}
         for named in self._models.values():
             for entry in named.cards.values():
@@ -322,12 +323,14 @@ class LiveModels:
         for named in self._models.values():
             for model in named.loaded():
                 shared = len(kinds.get(model.source.endpoint, ())) > 1
-                model.among = named.instance_ids(model) if shared else None
+                model.among.set(named.instance_ids(model), is_all=not shared)
 
-    def _stop_loading(self, model: Model) -> None:
+    def _retire(self, named: NamedModel, model: Model) -> None:
+        """Let go of a version. Its requests that still wait go to those that take its place."""
         if model.loading is not None:
             model.loading.cancel()
         model.loading = None
+        model.among.set(named.instance_ids(model), is_all=False)
 
     async def _load(self, named: NamedModel, model: Model, entry: CardEntry) -> None:
         pause_s, longest_s = _RETRY_PAUSE_S

@@ -35,6 +35,7 @@ from dynamo_redis.planes.context import Context
 from dynamo_redis.router.answering import describe_choice
 from dynamo_redis.router.prompts import token_ids_of
 from dynamo_redis.router.service import KvRouter
+from dynamo_redis.runtime.among import LiveIds
 from dynamo_redis.runtime.call import Call
 from dynamo_redis.runtime.client import Client
 from dynamo_redis.runtime.discovery import Member
@@ -190,10 +191,8 @@ class _ServiceCall(Call):
         if not routers.view.candidates:
             super().__init__(workers, select, request, annotated, context, among)
             return
-        routing = {
-            "endpoint": str(workers.view.name),
-            "among": None if among is None else sorted(among),
-        }
+        is_all = among is None or (isinstance(among, LiveIds) and among.is_all)
+        routing = {"endpoint": str(workers.view.name), "among": None if is_all else sorted(among or ())}
         super().__init__(routers, select, {**request, "routing": routing}, annotated, context)
 
     def _may_send_again(self, error: PlaneError, *, was_sent: bool) -> bool:

@@ -15,6 +15,7 @@ from dynamo_redis.names import MODEL_CARDS, EndpointName
 from dynamo_redis.router.base import Worker
 from dynamo_redis.router.load import LoadBook
 from dynamo_redis.router.load_metrics import LoadMetrics
+from dynamo_redis.runtime.among import ids_now
 from dynamo_redis.runtime.discovery import Member
 from dynamo_redis.runtime.dispatch import Dispatcher
 from dynamo_redis.runtime.following import follow, key_of
@@ -188,13 +189,16 @@ class Workers:
         self._metrics = metrics
         self._most_used = settings.active_decode_blocks_threshold
         self._most_prefill_tokens = settings.active_prefill_tokens_threshold
-        self._all: list[Worker] = []
-        self._made_of: tuple[list[Member], int] | None = None
+        self._usual: list[Worker] = []
+        self._made_of: tuple[list[Member], int, frozenset[int] | None] | None = None
 
     def candidates(self, among: Collection[int] | None, excluded: Collection[int]) -> Sequence[Worker]:
         """Ranks of the instances to choose from first; of those of last resort if there are none."""
-        if among is None and not excluded and self._view.candidates:
-            return self._of_all()
+        among = ids_now(among)
+        if (among is None or isinstance(among, frozenset)) and not excluded:
+            workers = self._of_candidates(among)
+            if workers:
+                return workers
         for members in (self._view.candidates, *self._view.last_resorts()):
             workers = self._ranks(
                 member
@@ -211,13 +215,21 @@ class Workers:
             return workers
         return [worker for worker in workers if not self._is_busy(worker, book)]
 
-    def _of_all(self) -> list[Worker]:
-        # The view makes a new list whenever its candidates change.
-        made_of = self._made_of
-        if made_of is None or made_of[0] is not self._view.candidates or made_of[1] != self._cards.version:
-            self._all = self._ranks(self._view.candidates)
-            self._made_of = (self._view.candidates, self._cards.version)
-        return self._all
+    def _of_candidates(self, among: frozenset[int] | None) -> list[Worker]:
+        """Return the ranks of the candidates of those ids. Most requests bring the same ids as the one
+        before; the view makes a new list whenever its candidates change."""
+        candidates, version, made_of = self._view.candidates, self._cards.version, self._made_of
+        if (
+            made_of is None
+            or made_of[0] is not candidates
+            or made_of[1] != version
+            or made_of[2] is not among
+        ):
+            self._usual = self._ranks(
+                member for member in candidates if among is None or member.instance_id in among
+            )
+            self._made_of = (candidates, version, among)
+        return self._usual
 
     def _ranks(self, members: Iterable[Member]) -> list[Worker]:
         workers = []

@@ -16,6 +16,7 @@ from dynamo_redis.errors import (
     StoreError,
 )
 from dynamo_redis.planes.base import RequestPlaneClient
+from dynamo_redis.runtime.among import ids_now
 from dynamo_redis.runtime.discovery import EndpointView, Member
 from dynamo_redis.runtime.selection import Policy
 
@@ -26,12 +27,13 @@ _LEAVING = (Draining, EndpointNotFound)
 class Dispatcher:
     """One endpoint's view and the plane that its requests take; shared by a client's calls."""
 
-    __slots__ = ("__weakref__", "open", "view")
+    __slots__ = ("__weakref__", "_picked", "open", "view")
 
     def __init__(self, view: EndpointView, plane_client: RequestPlaneClient) -> None:
         self.view = view
         self.open = plane_client.open
         """See `RequestPlaneClient.open`."""
+        self._picked: tuple[list[Member], frozenset[int], list[Member]] | None = None
 
     def choose(
         self, select: Policy, tried: set[int] | None = None, among: Collection[int] | None = None
@@ -40,10 +42,10 @@ class Dispatcher:
 
         Raises NoInstances if there is none.
         """
-        view = self.view
-        if not tried and among is None and view.candidates:
+        view, among = self.view, ids_now(among)
+        if not tried and (members := self._candidates(among)):
             try:
-                return select(view.candidates)
+                return select(members)
             except NoInstances:
                 pass  # the one that is wanted is a last resort, if it is known at all
         for members in (view.candidates, *view.last_resorts()):
@@ -51,6 +53,19 @@ class Dispatcher:
             if member is not None:
                 return member
         raise NoInstances(f"no instance of {view.name} is known: is a worker running?")
+
+    def _candidates(self, among: Collection[int] | None) -> list[Member]:
+        """Return the candidates of those ids. Most requests bring the same ids as the one before."""
+        candidates = self.view.candidates
+        if among is None:
+            return candidates
+        picked = self._picked  # the view makes a new list whenever its candidates change
+        if picked is None or picked[0] is not candidates or picked[1] is not among:
+            members = [member for member in candidates if member.instance_id in among]
+            if not isinstance(among, frozenset):
+                return members
+            self._picked = picked = (candidates, among, members)
+        return picked[2]
 
     def note_failure(self, member: Member, error: PlaneError) -> None:
         """Let the view know what a failed request says about its instance."""

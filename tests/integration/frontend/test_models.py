@@ -105,7 +105,10 @@ async def test_models_of_one_endpoint_go_to_their_own_instances(frontend: Any) -
     await frontend.until(lambda: len(frontend.models.get("b").among or ()) == 2)
     for name in ("a", "b"):
         await frontend.http.post("/v1/completions", json={"model": name, "prompt": "x"})
-    assert frontend.worker.among == [None, {1}, {2, 3}]
+    assert [set(among) for among in frontend.worker.among] == [{1}, {1}, {2, 3}]
+    await frontend.runtime.publish("a", instance_id=4)
+    await frontend.until(lambda: set(frontend.worker.among[0]) == {1, 4})  # of the request that came first
+    assert not frontend.worker.among[0].is_all
 
 
 async def test_requests_that_race_the_load_are_told_to_come_back(
@@ -160,7 +163,7 @@ async def test_a_card_that_changes_its_name_moves(frontend: Any) -> None:
 def versions(frontend: Any) -> dict[int, Any]:
     """The instances of each version of model m that is loaded, by its context length."""
     [named] = [model for model in frontend.models.served() if model.name == "m"]
-    return {model.loaded.context_length: model.among for model in named.loaded()}
+    return {model.loaded.context_length: set(model.among) for model in named.loaded()}
 
 
 async def test_workers_of_different_cards_share_the_requests(
@@ -182,7 +185,7 @@ async def test_workers_of_different_cards_share_the_requests(
     listed = (await frontend.http.get("/v1/models")).json()["data"]
     assert [(model["id"], model["max_model_len"]) for model in listed] == [("m", 32768)]
     frontend.runtime.registry.delete(old)
-    await frontend.until(lambda: versions(frontend) == {777: None})
+    await frontend.until(lambda: versions(frontend) == {777: {2, 3}})
     assert "all workers of model 'm' are of one sort again" in caplog.text
 
 
@@ -258,7 +261,7 @@ async def test_a_broken_card_beside_a_good_one_of_the_same_model(frontend: Any, 
     await frontend.runtime.publish("m", instance_id=1)
     await frontend.runtime.publish("m", instance_id=2, path=broken)
     await frontend.until_served("m")
-    assert frontend.models.get("m").among == {1}
+    assert set(frontend.models.get("m").among) == {1}
 
 
 async def test_loading_goes_on_when_redis_comes_back(

@@ -17,8 +17,8 @@ PROMPT = list(range(2, 162))  # 160 tokens, ten blocks
 THRESHOLD: dict[str, Any] = {"active_prefill_tokens_threshold": 100}
 
 
-def post(frontend: httpx.AsyncClient) -> asyncio.Task[httpx.Response]:
-    body = {"model": "demo", "prompt": PROMPT, "max_tokens": 4}
+def post(frontend: httpx.AsyncClient, model: str = "demo") -> asyncio.Task[httpx.Response]:
+    body = {"model": model, "prompt": PROMPT, "max_tokens": 4}
     return asyncio.create_task(frontend.post("/v1/completions", json=body))
 
 
@@ -96,7 +96,7 @@ async def test_who_is_not_busy_is_chosen_even_if_the_other_holds_the_prefix(depl
 
 
 async def test_a_worker_that_says_that_it_is_full_is_busy(deployment: Deployment) -> None:
-    worker = await deployment.worker(speedup_ratio=1, total_kv_blocks=20)
+    worker = await deployment.worker(speedup_ratio=0.1, total_kv_blocks=20)
     router, _ = await deployment.router(active_decode_blocks_threshold=0.4, router_queue_count=0)
     other, _ = await deployment.router(router_replica_sync=False, use_kv_events=False)
     metrics = router._metrics
@@ -126,3 +126,40 @@ async def ask(router: KvRouter, *, max_tokens: int = 4) -> Any:
         "eos_token_ids": [],
     }
     return await router.generate(request, False, Context())
+
+
+async def test_waiting_request_goes_to_a_later_worker(deployment: Deployment) -> None:
+    """Also where another model has workers at the same endpoint."""
+    busy, _ = await deployment.worker(), await deployment.worker(model_name="other")
+    frontend = await deployment.frontend(**THRESHOLD)
+    await until_served(frontend, instances=2)
+    busy.engine.gate.clear()
+    held = post(frontend)
+    await until(lambda: busy.engine.request_count == 1)
+    waits = post(frontend)
+    await until_waiting(await deployment.open_runtime(), 1)
+    later = await deployment.worker()
+    assert (await waits).status_code == 200
+    assert later.engine.request_count == 1
+    busy.engine.gate.set()
+    assert (await held).status_code == 200
+
+
+async def test_waiting_request_goes_to_no_other_model(deployment: Deployment) -> None:
+    """Its model was the only one at the endpoint when it came."""
+    busy = await deployment.worker()
+    frontend = await deployment.frontend(**THRESHOLD)
+    await until_served(frontend)
+    busy.engine.gate.clear()
+    held = post(frontend)
+    await until(lambda: busy.engine.request_count == 1)
+    waits = post(frontend)
+    await until_waiting(await deployment.open_runtime(), 1)
+    other = await deployment.worker(model_name="other")
+    async with asyncio.timeout(20):
+        while (await post(frontend, "other")).status_code != 200:
+            await asyncio.sleep(0.01)
+    assert other.engine.request_count == 1
+    busy.engine.gate.set()
+    assert [(await answer).status_code for answer in (held, waits)] == [200, 200]
+    assert (busy.engine.request_count, other.engine.request_count) == (2, 1)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Collection
 
 import pytest
 
 from dynamo_redis.errors import DeadlineExceeded, NoInstances, Overloaded
 from dynamo_redis.router.waiting import WaitingLine, WaitingLines
+from dynamo_redis.runtime.among import LiveIds
 
 
 class Door:
@@ -128,7 +130,7 @@ async def test_what_looking_raises_ends_the_waiting() -> None:
     assert len(line) == 0
 
 
-async def enter(lines: WaitingLines, door: Door, name: str, among: set[int] | None = None) -> None:
+async def enter(lines: WaitingLines, door: Door, name: str, among: Collection[int] | None = None) -> None:
     found = await lines.enter(lambda: door.look(name), time.monotonic() + 60, among)
     door.passed.append(found)
 
@@ -163,4 +165,37 @@ async def test_a_line_ends_with_its_last_request() -> None:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     assert len(lines) == 0
+    assert not lines._lines
+
+
+async def test_lines_for_the_same_worker_take_turns() -> None:
+    """A place goes to the request that came first, whatever line it stands in."""
+    lines, door = WaitingLines(10), Door()
+    async with asyncio.TaskGroup() as tasks:
+        for name, among in (("a", {1, 2}), ("b", {1, 2}), ("c", {2, 3}), ("d", {1, 2}), ("e", None)):
+            tasks.create_task(enter(lines, door, name, among))
+            await waiting(lines, len(lines) + 1)
+        for count in range(5):
+            assert len(door.passed) == count
+            door.places = 1
+            lines.wake()
+            await waiting(lines, 4 - count)
+            await settle()
+    assert door.passed == ["a", "b", "c", "d", "e"]
+
+
+async def test_live_ids_keep_their_line_when_they_change() -> None:
+    lines, door, ids = WaitingLines(1), Door(), LiveIds()
+    ids.set(frozenset({1}), is_all=False)
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(enter(lines, door, "a", ids))
+        await waiting(lines, 1)
+        ids.set(frozenset({1, 2}), is_all=True)
+        with pytest.raises(Overloaded):
+            await enter(lines, door, "b", ids)
+        tasks.create_task(enter(lines, door, "c", LiveIds()))
+        await waiting(lines, 2)
+        door.places = 2
+        lines.wake()
+    assert door.passed == ["a", "c"]
     assert not lines._lines

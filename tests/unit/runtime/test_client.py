@@ -27,6 +27,7 @@ from dynamo_redis.errors import (
     RequestCancelled,
 )
 from dynamo_redis.planes.context import Context
+from dynamo_redis.runtime.among import LiveIds
 from dynamo_redis.runtime.annotated import Annotated
 from dynamo_redis.runtime.call import Call
 from dynamo_redis.runtime.selection import policy
@@ -297,3 +298,17 @@ async def test_closed_call_is_sent_to_no_other_instance(bench: Bench) -> None:
     assert await asyncio.wait_for(reading, 30) == []
     assert len(bench.plane.opened) == 1
     assert loads(bench) == [(0, 0)] * 2
+
+
+async def test_live_ids_count_as_they_are_at_each_choice(bench: Bench) -> None:
+    bench.register(1, 2, 3)
+    ids = LiveIds()
+    ids.set(frozenset({1}), is_all=False)
+    assert await collect(await bench.client.generate("q", annotated=False, among=ids)) == [1]
+    bench.plane.scripts[1] = [Draining("it leaves")]
+    call = await bench.client.generate("q", annotated=False, among=ids)
+    ids.set(frozenset({1, 3}), is_all=False)  # while it is under way
+    assert await collect(call) == [3]
+    ids.set(frozenset(), is_all=True)
+    with pytest.raises(NoInstances):
+        await bench.client.generate("q", among=ids)
