@@ -207,6 +207,34 @@ def test_tests_are_skipped_without_any_server_if_told_to(
     result.stdout.fnmatch_lines(["*no Redis server program was found: install redis-server*"])
 
 
+def test_mock_worker_fails_without_its_extra(users: pytest.Pytester) -> None:
+    """As tests without a Redis do: a run that tested nothing is not green."""
+    users.makeconftest(
+        """
+        import sys
+        sys.modules["tokenizers"] = None
+
+        import pytest
+
+        @pytest.fixture
+        def anyio_backend():
+            return "asyncio"
+        """
+    )
+    users.makepyfile(
+        """
+        import pytest
+
+        @pytest.mark.anyio
+        async def test_it(dynamo_mock_worker):
+            pass
+        """
+    )
+    result = run(users)
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines(["*the mock engine needs dynamo-redis?http?, which is not installed"])
+
+
 def test_container_is_started_and_answers(users: pytest.Pytester) -> None:
     if not container_engine_answers():
         pytest.skip("no container engine answers on this machine")

@@ -33,6 +33,13 @@ def test_the_guarantees_show_what_was_measured(name: str, made: Callable[[], str
     assert shown[1].strip() == made().strip()
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_install_lines_work_from_a_checkout(page: Path) -> None:
+    """The package is in no index: pip finds it by a path alone."""
+    wanted = re.findall(r"pip install ([^`#\n]+)", page.read_text())
+    assert [line for line in wanted if "dynamo-redis" in line] == []
+
+
 def test_every_proof_is_a_test() -> None:
     page = "\n".join((ROOT / "docs" / name).read_text() for name in ("replaces.md", "guarantees.md"))
     tests = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from dynamo_redis.cli.failures import require_extra
 from dynamo_redis.cli.options import SettingsCommand, load, setting_options
 from dynamo_redis.cli.service import announce_ready, run_service, runtime_options
 from dynamo_redis.config import ModelSettings, OpenAIEngineSettings, RuntimeSettings
@@ -51,6 +52,7 @@ def openai(endpoint: str | None, **options: str | None) -> None:
       llama-server -m qwen3-8b.gguf --port 8080 --metrics
       dynamo-redis worker openai --model-path ./Qwen3-8B --engine-url http://127.0.0.1:8080
     """
+    require_extra("engines")
     model_settings = load(ModelSettings, options)
     engine_settings = load(OpenAIEngineSettings, options)
     name = EndpointName.parse(endpoint or f"{load(RuntimeSettings, options).namespace}.backend.generate")

@@ -129,7 +129,9 @@ import sys
 
 class Absent:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {"httptools", "jinja2", "starlette", "tokenizers", "uvicorn", "xxhash"}:
+        if name.partition(".")[0] in {
+            "aiohttp", "httptools", "jinja2", "starlette", "tokenizers", "uvicorn", "xxhash", "zmq"
+        }:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Absent())
@@ -138,9 +140,16 @@ raise SystemExit(run())
 """
 
 
-@pytest.mark.parametrize("arguments", [["worker", "mock"], ["frontend", "--http-port", "0"]])
+@pytest.mark.parametrize(
+    ("arguments", "extra"),
+    [
+        (["worker", "mock"], "http"),
+        (["frontend", "--http-port", "0"], "http"),
+        (["worker", "openai", "--model-path", "."], "engines"),  # which brings http along
+    ],
+)
 def test_a_missing_extra_is_named_with_how_to_install_it(
-    arguments: list[str], dynamo_redis_url: str, dynamo_redis_prefix: str
+    arguments: list[str], extra: str, dynamo_redis_url: str, dynamo_redis_prefix: str
 ) -> None:
     store = ["--redis-url", dynamo_redis_url, "--redis-prefix", dynamo_redis_prefix]
     done = subprocess.run(
@@ -152,7 +161,7 @@ def test_a_missing_extra_is_named_with_how_to_install_it(
     )
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("dynamo-redis: this needs further packages ("), done.stderr
-    assert done.stderr.endswith("): pip install 'dynamo-redis[http]'\n")
+    assert done.stderr.endswith(f"): pip install 'dynamo-redis[{extra}]'\n")
     assert done.stderr.count("\n") == 1
 
 
