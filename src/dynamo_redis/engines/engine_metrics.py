@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 _LINE: Final = re.compile(r"([a-zA-Z_:][\w:]*)(?:\{(.*)\})?\s+([-+.\w]+)")
@@ -48,6 +48,15 @@ class EngineMetrics:
     block_count: int | None = None
     token_count: int | None = None
     """KV cache of one rank: blocks and their size (vLLM), or tokens (SGLang)."""
+
+    def after(self, before: EngineMetrics) -> EngineMetrics:
+        """This reading of the same engine, whose sizes are those said before where it does not say them."""
+        return replace(
+            self,
+            block_size=self.block_size or before.block_size,
+            block_count=self.block_count or before.block_count,
+            token_count=self.token_count or before.token_count,
+        )
 
 
 def read_metrics(text: str) -> EngineMetrics:

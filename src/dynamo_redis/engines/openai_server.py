@@ -207,9 +207,10 @@ class EngineServer:
         if settings.engine_kind != "auto":
             found = replace(found, dialect=settings.engine_kind)
         details = await self._ask_details(found.dialect)
-        if not self._known:
+        is_same = self._known and found == self.listed
+        if not is_same:
             self._metrics_path = "/metrics"
-        await self.look_at_metrics()
+        await self.look_at_metrics(is_same=is_same)
         self._take_identity(found, details)
         return True
 
@@ -292,8 +293,9 @@ class EngineServer:
             if dp_rank < self._settings.engine_data_parallel_size
         ]
 
-    async def look_at_metrics(self) -> None:
-        """Read its load, if it has `/metrics`. One that does not answer now leaves what was read before."""
+    async def look_at_metrics(self, *, is_same: bool = True) -> None:
+        """Read its load, if it has `/metrics`. One that does not answer now leaves what was read before; a
+        page without its sizes leaves those, if the engine `is_same`."""
         if self._metrics_path is None:
             return
         try:
@@ -305,13 +307,16 @@ class EngineServer:
             return
         if status == 200:
             self._metrics_failure = ""
-            self._metrics = read_metrics(content.decode("utf-8", "replace"))
+            self._take_metrics(read_metrics(content.decode("utf-8", "replace")), is_same)
         elif status in (404, 405, 501):
             log.info("the engine at %s has no %s: its load is not known", self.http.url, self._metrics_path)
             self._metrics_path = None
-            self._metrics = EngineMetrics({})
+            self._take_metrics(EngineMetrics({}), is_same)
         else:
             self._say_metrics_failure(f"it answered HTTP {status}")
+
+    def _take_metrics(self, metrics: EngineMetrics, is_same: bool) -> None:
+        self._metrics = metrics.after(self._metrics) if is_same else metrics
 
     def _say_metrics_failure(self, why: str) -> None:
         """Say once, until it is read again, why its load is not."""

@@ -55,6 +55,9 @@ class TestEngine:
         self.listed_count = 0
         self.counted: dict[str, int] = {}
         """What it says of its tokens in `usage`."""
+        self.says_sizes = True
+        """Whether its metrics say how large its cache is."""
+        self.measured_count = 0
         self.break_off_after: int | None = None
         self.break_off_count = 1 << 30
         """So many answers break off."""
@@ -114,12 +117,15 @@ class TestEngine:
         return web.json_response({"object": "list", "data": [listed] if self.name else []})
 
     async def _metrics(self, _: web.Request) -> web.Response:
+        self.measured_count += 1
         capacity = self.mock.capacity
         sizes = f'block_size="{capacity.kv_block_size}",num_gpu_blocks="{capacity.total_kv_blocks}"'
         lines = [
             "# HELP vllm:num_requests_running Number of requests in model execution batches.",
             f'vllm:cache_config_info{{{sizes},enable_prefix_caching="True",engine="0"}} 1.0',
         ]
+        if not self.says_sizes:
+            lines.clear()
         for load in self.mock.loads():
             labels = f'{{engine="{load.dp_rank}",model_name="{MODEL_NAME}"}}'
             lines += [

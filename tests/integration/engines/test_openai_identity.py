@@ -86,6 +86,18 @@ async def test_restarted_engine_is_asked_anew(caplog: pytest.LogCaptureFixture) 
             assert "model another, context 512, blocks of 64 tokens; it was" in caplog.text
 
 
+async def test_sizes_stay_while_the_engine_does_not_say_them() -> None:
+    async with running_engine(block_size=32) as server, engine_at(server) as engine:
+        publisher = KvPublisher(None, block_size=32)
+        engine.follow([publisher])
+        known = engine.capacity
+        server.says_sizes = False
+        seen_count = server.measured_count + 2
+        await until(lambda: server.measured_count > seen_count)
+        assert engine.capacity == known
+        assert not publisher.left_out
+
+
 async def test_engine_renamed_between_two_looks_still_answers() -> None:
     async with running_engine() as server, engine_at(server, engine_poll_interval_s=600) as engine:
         server.name = "renamed"
