@@ -13,7 +13,7 @@ from typing import Any, Protocol, Self
 from dynamo_redis.clock import SYSTEM_CLOCK, Clock
 from dynamo_redis.errors import DynamoRedisError, ModelCacheError, Overloaded, StoreError
 from dynamo_redis.frontend.http_errors import model_broken, model_loading, model_not_found, no_workers
-from dynamo_redis.frontend.model import CardEntry, EndpointClient, Model, NamedModel, Source
+from dynamo_redis.frontend.model import CardEntry, EndpointClient, Model, NamedModel
 from dynamo_redis.frontend.model_loading import LoadedModel, load_model
 from dynamo_redis.names import MODEL_CARDS, EndpointName
 from dynamo_redis.planes.context import Context
@@ -316,21 +316,16 @@ class LiveModels:
     def _update_routes(self) -> None:
         """Restrict models to their own instances. One without a card is not chosen: it may be about to say
         that it serves another model."""
-        kinds: dict[EndpointName, set[tuple[str, Source]]] = {}
-        for named in self._models.values():
-            for entry in named.cards.values():
-                kinds.setdefault(entry.endpoint, set()).add((named.name, entry.source))
         for named in self._models.values():
             for model in named.loaded():
-                shared = len(kinds.get(model.source.endpoint, ())) > 1
-                model.among.set(named.instance_ids(model), is_all=not shared)
+                model.among.set(named.instance_ids(model))
 
     def _retire(self, named: NamedModel, model: Model) -> None:
         """Let go of a version. Its requests that still wait go to those that take its place."""
         if model.loading is not None:
             model.loading.cancel()
         model.loading = None
-        model.among.set(named.instance_ids(model), is_all=False)
+        model.among.set(named.instance_ids(model))
 
     async def _load(self, named: NamedModel, model: Model, entry: CardEntry) -> None:
         pause_s, longest_s = _RETRY_PAUSE_S

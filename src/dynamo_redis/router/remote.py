@@ -35,7 +35,6 @@ from dynamo_redis.planes.context import Context
 from dynamo_redis.router.answering import describe_choice
 from dynamo_redis.router.prompts import token_ids_of
 from dynamo_redis.router.service import KvRouter
-from dynamo_redis.runtime.among import LiveIds
 from dynamo_redis.runtime.call import Call
 from dynamo_redis.runtime.client import Client
 from dynamo_redis.runtime.discovery import Member
@@ -58,6 +57,7 @@ class RouterService:
 
     def __init__(self, router: KvRouter) -> None:
         self._router = router
+        self._among: frozenset[int] | None = None
 
     async def serve(self, runtime: DistributedRuntime, component: str = COMPONENT) -> list[ServedEndpoint]:
         """Open both, in the namespace of the workers. Raises StoreError, ConfigError."""
@@ -82,7 +82,7 @@ class RouterService:
             )
         begun = False
         try:
-            call = await self._router.generate(request, False, context, among=_among(routing))
+            call = await self._router.generate(request, False, context, among=self._read_among(routing))
             async for item in call:
                 begun = True
                 yield item
@@ -102,10 +102,18 @@ class RouterService:
             yield describe_choice(choice, self._router.block_size)
             await context.async_killed_or_stopped()
 
-
-def _among(routing: dict[str, Any]) -> Collection[int] | None:
-    among = routing.get("among")
-    return None if among is None else frozenset(among)
+    def _read_among(self, routing: dict[str, Any]) -> Collection[int] | None:
+        """Return the instances to choose among: the same object as long as requests name the same, by which
+        their workers are found again."""
+        among = routing.get("among")
+        if among is None:
+            return None
+        if not isinstance(among, list) or not all(type(instance_id) is int for instance_id in among):
+            raise InvalidRequest("routing.among must be a list of instance ids")
+        ids = frozenset(among)
+        if ids != self._among:
+            self._among = ids
+        return self._among
 
 
 class RouterClient:
@@ -191,8 +199,10 @@ class _ServiceCall(Call):
         if not routers.view.candidates:
             super().__init__(workers, select, request, annotated, context, among)
             return
-        is_all = among is None or (isinstance(among, LiveIds) and among.is_all)
-        routing = {"endpoint": str(workers.view.name), "among": None if is_all else sorted(among or ())}
+        routing = {
+            "endpoint": str(workers.view.name),
+            "among": None if among is None else sorted(among),
+        }
         super().__init__(routers, select, {**request, "routing": routing}, annotated, context)
 
     def _may_send_again(self, error: PlaneError, *, was_sent: bool) -> bool:

@@ -12,18 +12,15 @@ from collections.abc import Collection, Iterator
 class LiveIds(Collection[int]):
     """The ids as they are now. Two of them are never equal, whatever they hold."""
 
-    __slots__ = ("ids", "is_all")
+    __slots__ = ("ids",)
 
     def __init__(self) -> None:
         self.ids: frozenset[int] = frozenset()
-        self.is_all = False
-        """Whether nothing else is known to be at the endpoint."""
 
-    def set(self, ids: frozenset[int], *, is_all: bool) -> None:
+    def set(self, ids: frozenset[int]) -> None:
         """From now on these."""
         if ids != self.ids:
             self.ids = ids
-        self.is_all = is_all
 
     def __contains__(self, instance_id: object) -> bool:
         return instance_id in self.ids

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
 from functools import partial
 from typing import Any
 
@@ -216,3 +217,41 @@ async def test_routers_choose_on_while_redis_is_away_and_hear_of_each_other_afte
     await call.aclose()
     await until(lambda: load_of(two) == (0, 0, 0))
     worker.engine.gate.set()
+
+
+@pytest.mark.parametrize("among", [3, "abc", [[1]], [1.5], {"1": 2}])
+async def test_service_refuses_what_are_no_instances(deployment: Deployment, among: Any) -> None:
+    await deployment.worker()
+    await open_service(deployment)
+    caller = await deployment.open_runtime()
+    async with await caller.endpoint("dynamo.router.generate").client() as client:
+        await client.wait_for_instances(5)
+        with pytest.raises(InvalidRequest, match="list of instance ids"):
+            await anext(await client.generate({**REQUEST, "routing": {"among": among}}, annotated=False))
+
+
+async def test_worker_without_a_card_gets_no_request(deployment: Deployment) -> None:
+    """It is about to say which model it serves, and may serve another one."""
+    worker = await deployment.worker()
+    router, _, _ = await open_service(deployment)
+    served = [
+        await deployment.frontend(mode="kv", router_endpoint="dynamo.router.generate"),
+        await deployment.frontend(mode="round_robin"),
+        await deployment.frontend(mode="kv"),
+    ]
+    await until_served(*served)
+    asked_count = 0
+
+    async def generate(_: Any) -> AsyncGenerator[dict[str, Any], None]:
+        nonlocal asked_count
+        asked_count += 1
+        yield {"token_ids": [1], "finish_reason": "stop"}
+
+    starting = await deployment.open_runtime()
+    await starting.endpoint(str(WORKERS)).start_serving(generate)
+    await until(lambda: len(router.instance_ids()) == 2)
+    for frontend in served:
+        for _ in range(8):
+            body = {"model": "demo", "prompt": PROMPT, "max_tokens": 1}
+            assert (await frontend.post("/v1/completions", json=body)).status_code == 200
+    assert (worker.engine.request_count, asked_count) == (24, 0)

@@ -186,11 +186,11 @@ async def test_lines_for_the_same_worker_take_turns() -> None:
 
 async def test_live_ids_keep_their_line_when_they_change() -> None:
     lines, door, ids = WaitingLines(1), Door(), LiveIds()
-    ids.set(frozenset({1}), is_all=False)
+    ids.set(frozenset({1}))
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(enter(lines, door, "a", ids))
         await waiting(lines, 1)
-        ids.set(frozenset({1, 2}), is_all=True)
+        ids.set(frozenset({1, 2}))
         with pytest.raises(Overloaded):
             await enter(lines, door, "b", ids)
         tasks.create_task(enter(lines, door, "c", LiveIds()))

@@ -303,12 +303,12 @@ async def test_closed_call_is_sent_to_no_other_instance(bench: Bench) -> None:
 async def test_live_ids_count_as_they_are_at_each_choice(bench: Bench) -> None:
     bench.register(1, 2, 3)
     ids = LiveIds()
-    ids.set(frozenset({1}), is_all=False)
+    ids.set(frozenset({1}))
     assert await collect(await bench.client.generate("q", annotated=False, among=ids)) == [1]
     bench.plane.scripts[1] = [Draining("it leaves")]
     call = await bench.client.generate("q", annotated=False, among=ids)
-    ids.set(frozenset({1, 3}), is_all=False)  # while it is under way
+    ids.set(frozenset({1, 3}))  # while it is under way
     assert await collect(call) == [3]
-    ids.set(frozenset(), is_all=True)
+    ids.set(frozenset())
     with pytest.raises(NoInstances):
         await bench.client.generate("q", among=ids)
