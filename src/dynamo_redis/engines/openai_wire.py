@@ -26,7 +26,7 @@ from dynamo_redis.errors import (
     ProtocolViolation,
     RateLimited,
 )
-from dynamo_redis.runtime.llm_protocol import FinishReason, GenerateItem
+from dynamo_redis.runtime.llm_protocol import FinishReason, GenerateItem, is_count
 
 DONE: Final = b"[DONE]"
 """The last event of a stream."""
@@ -267,18 +267,14 @@ class CompletionReader:
         if isinstance(usage, dict):
             self._done |= is_last
             for name in ("prompt_tokens", "completion_tokens"):
-                if _is_count(usage.get(name)):
+                if is_count(usage.get(name)):
                     self._usage[name] = usage[name]
         details = usage.get("prompt_tokens_details") if isinstance(usage, dict) else None
         count = details.get("cached_tokens") if isinstance(details, dict) else None
         if count is None and isinstance(timings, dict):  # llama.cpp
             count = timings.get("cache_n")
-        if _is_count(count):
+        if is_count(count):
             self._cached = count
-
-
-def _is_count(value: object) -> bool:
-    return type(value) is int and 0 <= value < 1 << 53
 
 
 def _stream_error(event: dict[str, Any], data: bytes) -> PlaneError:

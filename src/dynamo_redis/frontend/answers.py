@@ -7,6 +7,7 @@ from typing import Any
 
 from dynamo_redis.errors import ConnectionLost, HandlerFailed, ProtocolViolation, RequestCancelled
 from dynamo_redis.frontend.tokens import Detokenizer, StopStrings
+from dynamo_redis.runtime.llm_protocol import is_count
 
 
 class Answer:
@@ -39,10 +40,13 @@ class Answer:
         if not isinstance(item, dict):
             raise ProtocolViolation(f"the worker answered with {type(item).__name__}, not with tokens")
         token_ids = item.get("token_ids") or ()
-        self.token_count += len(token_ids)
-        if self.cached_tokens is None:
-            self.cached_tokens = item.get("cached_tokens")
-        text = self._detokenizer.feed(token_ids)
+        try:
+            self.token_count += len(token_ids)
+            text = self._detokenizer.feed(token_ids)
+        except (TypeError, OverflowError) as exc:
+            raise ProtocolViolation("the worker answered with 'token_ids' that are no token ids") from exc
+        if self.cached_tokens is None and is_count(cached := item.get("cached_tokens")):
+            self.cached_tokens = cached
         reason = item.get("finish_reason") or None  # engines write "" while there is none
         if reason is not None:
             text += self._detokenizer.finish()
@@ -63,9 +67,9 @@ class Answer:
         if not isinstance(usage, dict):
             return
         prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
-        if type(completion) is int and completion >= 0:
+        if is_count(completion):
             self.token_count = completion
-        if type(prompt) is int and prompt > 0:
+        if is_count(prompt) and prompt > 0:
             self.prompt_token_count = prompt
 
     def restart(self) -> None:
@@ -83,7 +87,7 @@ class Answer:
     def check_complete(self) -> None:
         """To be called when the items have ended. Raises ConnectionLost unless the answer has."""
         if self.finish_reason is None:
-            raise ConnectionLost("the worker ended its answer before it was complete")
+            raise ConnectionLost("the worker ended its answer before it was complete: no finish_reason")
 
 
 def _reason(reason: Any) -> str:

@@ -20,7 +20,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
-from dynamo_redis.errors import DynamoRedisError, EngineFailed
+from dynamo_redis.errors import DynamoRedisError, EngineFailed, ProtocolViolation
 from dynamo_redis.frontend.answers import Answer
 from dynamo_redis.frontend.http_errors import ApiError, worker_error, worker_lost
 from dynamo_redis.frontend.sse import DONE, ChunkEncoder, Kind, event
@@ -235,7 +235,7 @@ class Exchange:
         except Exception as exc:
             if not isinstance(exc, (DynamoRedisError, ApiError)):
                 log.exception("request %s failed", choice.context.id())
-            elif worker_lost(exc):
+            elif worker_lost(exc) or isinstance(exc, (EngineFailed, ProtocolViolation)):
                 _losses.report(choice.context.id(), exc)
             if self._error is None:
                 self._error = worker_error(exc, self._frame["model"], begun=choice.begun)
@@ -316,7 +316,8 @@ class Exchange:
 
 
 class _Losses:
-    """Logs why requests lost their workers: one a second, since a worker that dies takes thousands along."""
+    """Logs why requests lost their workers, or failed there without a line in the worker's own log: one a
+    second, since a worker that dies takes thousands along."""
 
     def __init__(self) -> None:
         self._next_at = 0.0
@@ -331,7 +332,8 @@ class _Losses:
         self._next_at = now + 1.0
         others = f" (and {self._unreported_count} more since the last)" if self._unreported_count else ""
         self._unreported_count = 0
-        log.warning("request %s lost its worker: %s%s", request_id, error, others)
+        fate = "lost its worker" if worker_lost(error) else "failed at its worker"
+        log.warning("request %s %s: %s%s", request_id, fate, error, others)
 
 
 _losses = _Losses()

@@ -33,6 +33,7 @@ from dynamo_redis.router.waiting import WaitingLines
 from dynamo_redis.router.workers import WorkerCards, Workers
 from dynamo_redis.runtime.client import Client
 from dynamo_redis.runtime.instance import Instance
+from dynamo_redis.runtime.llm_protocol import is_count
 from dynamo_redis.runtime.runtime import DistributedRuntime
 from dynamo_redis.runtime.serving import ServedEndpoint
 from dynamo_redis.runtime.withdrawal import withdraw
@@ -342,7 +343,7 @@ class KvRouter:
     def _count(self, routing: RoutingRequest, choice: Choice, item: Any) -> bool:
         """Count what the worker found; some engines say so with the last item only."""
         cached = item.get("cached_tokens") if isinstance(item, dict) else None
-        if not isinstance(cached, int):
+        if not is_count(cached):
             return False
         self.counts.expected_tokens += choice.matched.device * self.block_size
         self.counts.prompt_tokens += routing.token_count

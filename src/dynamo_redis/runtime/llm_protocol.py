@@ -7,7 +7,7 @@ that knows an option and cannot do it refuses the request, by the option's name,
 
 from __future__ import annotations
 
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict, TypeGuard
 
 FinishReason = Literal["stop", "length", "content_filter", "error", "cancelled"]
 """Why an answer ended. A receiver takes any other word, but "error" with something behind it, for "stop"."""
@@ -100,3 +100,8 @@ class GenerateItem(TypedDict, total=False):
     finish_reason: FinishReason | None
     cached_tokens: int
     completion_usage: CompletionUsage
+
+
+def is_count(value: object) -> TypeGuard[int]:
+    """Tell whether a number of tokens, as an engine or worker says it, is one: an integer from 0 on."""
+    return type(value) is int and 0 <= value < 1 << 53

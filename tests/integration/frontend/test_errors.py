@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -332,6 +333,56 @@ async def test_a_worker_that_answers_nonsense_is_an_error(frontend: Any) -> None
         response = await frontend.http.post(CHAT, json=BODY)
         assert response.status_code in (500, 502)
         error_of(response)
+
+
+def answers(*items: Any) -> Any:
+    """A script that answers with these items."""
+
+    async def script(request: GenerateRequest, context: Context) -> AsyncGenerator[Any]:
+        for item in items:
+            yield item
+
+    return script
+
+
+@pytest.mark.parametrize("token_ids", [5, "abc", ["a"], [[1]], [None]])
+async def test_wrong_token_ids_are_the_workers_fault(frontend: Any, token_ids: Any) -> None:
+    frontend.worker.script = answers({"token_ids": token_ids, "finish_reason": "stop"})
+    for stream in (False, True):
+        response = await frontend.http.post(CHAT, json={**BODY, "stream": stream})
+        error = error_of(response)
+        assert (response.status_code, error["code"]) == (502, "protocol_violation")
+        assert "'token_ids'" in error["message"]
+
+
+@pytest.mark.parametrize("count", ["x", [1], -5, 1.5, True, None])
+async def test_answer_survives_a_wrong_count(frontend: Any, count: Any) -> None:
+    frontend.worker.script = answers({"token_ids": [40], "finish_reason": "stop", "cached_tokens": count})
+    whole = await frontend.http.post(CHAT, json=BODY)
+    assert "prompt_tokens_details" not in whole.json()["usage"]
+    streamed = await frontend.http.post(
+        CHAT, json={**BODY, "stream": True, "stream_options": {"include_usage": True}}
+    )
+    assert streamed.text.endswith("data: [DONE]\n\n")
+    assert "prompt_tokens_details" not in streamed.text
+
+
+@pytest.mark.parametrize(
+    ("script", "detail"),
+    [
+        (
+            fails(errors.EngineFailed("the engine answered 500")),
+            "failed at its worker: the engine answered 500",
+        ),
+        (answers("text"), "failed at its worker: the worker answered with str"),
+        (answers({"token_ids": [40]}), "lost its worker: .* no finish_reason"),
+    ],
+)
+async def test_failure_at_a_worker_is_logged(frontend: Any, caplog: Any, script: Any, detail: str) -> None:
+    exchange._losses._next_at = 0.0
+    frontend.worker.script = script
+    error_of(await frontend.http.post(CHAT, json=BODY))
+    assert [record.levelname for record in caplog.records if re.search(detail, record.message)] == ["WARNING"]
 
 
 async def test_a_chat_template_that_raises_is_the_callers_error(frontend: Any) -> None:

@@ -140,6 +140,20 @@ async def test_what_an_engine_found_counts_whenever_it_says_so(deployment: Deplo
         assert router.counts.hit_rate == 0.6
 
 
+@pytest.mark.parametrize("cached", [-96, True, 9.5, "96"])
+async def test_wrong_count_spoils_no_hit_rate(deployment: Deployment, cached: Any) -> None:
+    runtime = await deployment.open_runtime()
+    caller = await deployment.open_runtime()
+
+    async def generate(request: Any) -> Any:
+        yield {"token_ids": [5], "finish_reason": "stop", "cached_tokens": cached}
+
+    await runtime.endpoint(str(WORKERS)).start_serving(generate)
+    async with KvRouter(caller, WORKERS, RouterSettings.load(use_kv_events=False), block_size=16) as router:
+        assert len(await collect(await ask(router))) == 1
+        assert router.counts.hit_rate is None
+
+
 async def test_a_request_takes_its_load_along_wherever_it_ends(deployment: Deployment) -> None:
     """The end, a cancel, a drop, an error: whatever becomes of a call, its booking goes with it."""
     worker = await deployment.worker()
