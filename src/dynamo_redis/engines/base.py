@@ -93,12 +93,13 @@ class ForwardPass:
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
     """What one data-parallel rank has to do now. `active_blocks` are those that running requests hold;
-    `prefix_hit_rate` is the part of all prompt tokens that was found in the cache, or None if unknown."""
+    `prefix_hit_rate` is the part of all prompt tokens that was found in the cache. Either is None if unknown:
+    then routers go by what they have given the worker."""
 
     dp_rank: int
     running_count: int
     waiting_count: int
-    active_blocks: int
+    active_blocks: int | None
     total_blocks: int
     prefix_hit_rate: float | None = None
     last_pass: ForwardPass | None = None

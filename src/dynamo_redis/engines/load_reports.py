@@ -16,7 +16,16 @@ from dynamo_redis.router.load_publisher import (
 
 
 def kv_metrics(load: EngineLoad, slot_count: int) -> dict[str, Any]:
-    """The event of `kv_metrics`; `slot_count` is how many requests the rank runs at once."""
+    """The event of `kv_metrics`; `slot_count` is how many requests the rank runs at once. What is not known
+    is left out: a 0 would take back what routers have booked."""
+    kv_stats = {
+        "kv_total_blocks": load.total_blocks,
+        "gpu_prefix_cache_hit_rate": load.prefix_hit_rate or 0.0,
+    }
+    if load.active_blocks is not None:
+        kv_stats["kv_active_blocks"] = load.active_blocks
+        used_part = load.active_blocks / load.total_blocks if load.total_blocks else 0.0
+        kv_stats["gpu_cache_usage_perc"] = used_part
     return {
         "worker_stats": {
             "data_parallel_rank": load.dp_rank,
@@ -24,12 +33,7 @@ def kv_metrics(load: EngineLoad, slot_count: int) -> dict[str, Any]:
             "request_total_slots": slot_count,
             "num_requests_waiting": load.waiting_count,
         },
-        "kv_stats": {
-            "kv_active_blocks": load.active_blocks,
-            "kv_total_blocks": load.total_blocks,
-            "gpu_cache_usage_perc": load.active_blocks / load.total_blocks if load.total_blocks else 0.0,
-            "gpu_prefix_cache_hit_rate": load.prefix_hit_rate or 0.0,
-        },
+        "kv_stats": kv_stats,
     }
 
 

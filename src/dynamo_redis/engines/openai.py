@@ -330,7 +330,7 @@ class OpenAIEngine:
     def loads(self) -> Sequence[EngineLoad]:
         """By the server's metrics; where it has none, rank 0 runs what was forwarded and is not answered."""
         return self._server.loads() or [
-            EngineLoad(0, self._running_count, 0, 0, self.capacity.total_kv_blocks)
+            EngineLoad(0, self._running_count, 0, None, self.capacity.total_kv_blocks)
         ]
 
     def _note_down(self, refused: bool) -> None:

@@ -285,7 +285,7 @@ class EngineServer:
                 dp_rank=dp_rank,
                 running_count=rank.running_count,
                 waiting_count=rank.waiting_count,
-                active_blocks=round((rank.used_ratio or 0.0) * total_blocks),
+                active_blocks=None if rank.used_ratio is None else round(rank.used_ratio * total_blocks),
                 total_blocks=total_blocks,
                 prefix_hit_rate=rank.prefix_hit_rate,
             )

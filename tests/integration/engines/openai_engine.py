@@ -57,6 +57,8 @@ class TestEngine:
         """What it says of its tokens in `usage`."""
         self.says_sizes = True
         """Whether its metrics say how large its cache is."""
+        self.says_use = True
+        """Whether its metrics say how much of its cache is in use."""
         self.measured_count = 0
         self.break_off_after: int | None = None
         self.break_off_count = 1 << 30
@@ -131,8 +133,9 @@ class TestEngine:
             lines += [
                 f"vllm:num_requests_running{labels} {load.running_count:.1f}",
                 f"vllm:num_requests_waiting{labels} {load.waiting_count:.1f}",
-                f"vllm:kv_cache_usage_perc{labels} {load.active_blocks / load.total_blocks}",
             ]
+            if self.says_use and load.active_blocks is not None:
+                lines.append(f"vllm:kv_cache_usage_perc{labels} {load.active_blocks / load.total_blocks}")
         return web.Response(text="\n".join(lines) + "\n")
 
     async def _reset(self, _: web.Request) -> web.Response:

@@ -12,6 +12,7 @@ import pytest
 
 from dynamo_redis.config import OpenAIEngineSettings
 from dynamo_redis.engines.demo_model import DEMO_MODEL_PATH
+from dynamo_redis.engines.load_reports import kv_metrics
 from dynamo_redis.engines.openai import OpenAIEngine
 from dynamo_redis.engines.openai_http import EngineHttp
 from dynamo_redis.errors import (
@@ -24,10 +25,15 @@ from dynamo_redis.errors import (
     PlaneError,
 )
 from dynamo_redis.planes.context import Context
+from dynamo_redis.router.base import Worker
 from dynamo_redis.router.hashing import chain, local_hashes
 from dynamo_redis.router.kv_publisher import KvPublisher
+from dynamo_redis.router.load import LoadBook
+from dynamo_redis.router.load_metrics import LoadMetrics
 from dynamo_redis.runtime.llm_protocol import GenerateItem, GenerateRequest
 from dynamo_redis.runtime.model_files import read_model_directory
+from dynamo_redis.store.memory_streams import MemoryEventStreams
+from dynamo_redis.wire.event import EventBatch, PublisherId
 from tests.integration.engines.kv_event_server import neighbouring_ports
 from tests.integration.engines.openai_engine import MODEL_NAME, TestEngine, restarted, running_engine
 
@@ -104,7 +110,7 @@ async def test_the_engine_says_how_large_it_is_and_what_it_has_to_do() -> None:
             assert (engine.capacity.kv_block_size, engine.capacity.total_kv_blocks) == (32, 321)
             running = asyncio.create_task(answer(engine, request(2000)))
             await until(lambda: engine.loads()[0].running_count == 1)
-            await until(lambda: engine.loads()[0].active_blocks >= 3)
+            await until(lambda: (engine.loads()[0].active_blocks or 0) >= 3)
             running.cancel()
             await asyncio.wait([running])
             await until(lambda: engine.loads()[0].running_count == 0)
@@ -377,6 +383,20 @@ async def test_a_model_that_the_engine_has_not_is_refused_at_start() -> None:
         with pytest.raises(ConfigError, match=MODEL_NAME):
             async with engine_at(server, engine_model="another"):
                 pass
+
+
+@pytest.mark.parametrize("says_use", [True, False])
+async def test_unknown_use_takes_no_booking_back(says_use: bool) -> None:
+    """A router goes by what it has booked where the engine does not say how much of its cache is in use."""
+    async with running_engine() as server:
+        server.says_use = says_use
+        async with engine_at(server) as engine:
+            [load] = engine.loads()
+    book, worker = LoadBook(), Worker(7)
+    book.add("router", "1", worker, prefill_tokens=0, blocks=500, deadline=1e12)
+    metrics = LoadMetrics(MemoryEventStreams(), "dynamo", "backend", book, on_change=lambda: None)
+    metrics.apply(EventBatch("kv_metrics", PublisherId(7, 1, 0), 0, 0, [kv_metrics(load, 8)]).to_bytes())
+    assert book.load(worker).blocks == (0 if says_use else 500)
 
 
 @pytest.mark.parametrize("way", ["stays open", "breaks off", "closes"])
