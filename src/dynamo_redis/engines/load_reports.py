@@ -71,8 +71,14 @@ def load_metrics(engine: Engine) -> Callable[[Any], AsyncGenerator[dict[str, Any
 async def report_load(engine: Engine, publisher: LoadPublisher) -> None:
     """Look at the engine's load and hand it on, as often as it can be told. Runs until cancelled."""
     slot_count = engine.capacity.max_num_seqs
+    told: set[int] = set()
     while True:
-        for load in engine.loads():
+        loads = engine.loads()
+        ranks = {load.dp_rank for load in loads}
+        for dp_rank in told - ranks:  # its engine says nothing of it any more
+            publisher.forget(dp_rank)
+        told = ranks
+        for load in loads:
             publisher.tell(KV_METRICS, load.dp_rank, kv_metrics(load, slot_count))
             if load.last_pass is not None:
                 publisher.tell(

@@ -74,6 +74,7 @@ class EngineServer:
         self._metrics_path: str | None = "/metrics"
         self._health_path = settings.engine_health_path or "/health"
         self._metrics_failure = ""
+        self._metrics_failure_count = 0
         self._known = False  # whether it has said what it is since it was away last
         self._ask_at = 0.0  # the loop's time at which it is asked again
         self._ever_known = False
@@ -294,8 +295,9 @@ class EngineServer:
         ]
 
     async def look_at_metrics(self, *, is_same: bool = True) -> None:
-        """Read its load, if it has `/metrics`. One that does not answer now leaves what was read before; a
-        page without its sizes leaves those, if the engine `is_same`."""
+        """Read its load, if it has `/metrics`. One that does not answer leaves what was read before; after
+        `_SILENCES` times in a row the load is not known. A page without its sizes leaves those, if the
+        engine `is_same`."""
         if self._metrics_path is None:
             return
         try:
@@ -306,7 +308,7 @@ class EngineServer:
             self._say_metrics_failure(str(exc))
             return
         if status == 200:
-            self._metrics_failure = ""
+            self._metrics_failure, self._metrics_failure_count = "", 0
             self._take_metrics(read_metrics(content.decode("utf-8", "replace")), is_same)
         elif status in (404, 405, 501):
             log.info("the engine at %s has no %s: its load is not known", self.http.url, self._metrics_path)
@@ -319,7 +321,10 @@ class EngineServer:
         self._metrics = metrics.after(self._metrics) if is_same else metrics
 
     def _say_metrics_failure(self, why: str) -> None:
-        """Say once, until it is read again, why its load is not."""
+        """Say once, until it is read again, why its load is not; what was read last is soon too old."""
+        self._metrics_failure_count += 1
+        if self._metrics_failure_count >= _SILENCES:
+            self._metrics = replace(self._metrics, ranks={})
         if not self._metrics_failure:
             log.warning("the load of the engine at %s is not known now: %s", self.http.url, why)
         self._metrics_failure = why

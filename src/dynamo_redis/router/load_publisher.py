@@ -89,6 +89,11 @@ class LoadPublisher:
             return
         self._changed.set()
 
+    def forget(self, dp_rank: int) -> None:
+        """Nothing is known of the rank's load: tell its last value no more."""
+        for topic in (KV_METRICS, FORWARD_PASS_METRICS):
+            self._values.pop((topic, dp_rank), None)
+
     def values(self, topic: str) -> list[dict[str, Any]]:
         """The present value of each rank."""
         return [value.event for (of, _), value in self._values.items() if of == topic]

@@ -59,6 +59,8 @@ class TestEngine:
         """Whether its metrics say how large its cache is."""
         self.says_use = True
         """Whether its metrics say how much of its cache is in use."""
+        self.measures = True
+        """Whether its metrics can be read."""
         self.measured_count = 0
         self.break_off_after: int | None = None
         self.break_off_count = 1 << 30
@@ -120,6 +122,8 @@ class TestEngine:
 
     async def _metrics(self, _: web.Request) -> web.Response:
         self.measured_count += 1
+        if not self.measures:
+            return web.Response(status=500)
         capacity = self.mock.capacity
         sizes = f'block_size="{capacity.kv_block_size}",num_gpu_blocks="{capacity.total_kv_blocks}"'
         lines = [

@@ -98,6 +98,19 @@ async def test_sizes_stay_while_the_engine_does_not_say_them() -> None:
         assert not publisher.left_out
 
 
+async def test_load_that_cannot_be_read_is_soon_not_known() -> None:
+    """What was read last is told again and again, and would count as what is so now."""
+    async with (
+        running_engine(data_parallel_size=2) as server,
+        engine_at(server, engine_data_parallel_size=2) as engine,
+    ):
+        await until(lambda: [load.active_blocks for load in engine.loads()] == [0, 0])
+        server.measures = False
+        await until(lambda: [load.active_blocks for load in engine.loads()] == [None])
+        server.measures = True
+        await until(lambda: [load.active_blocks for load in engine.loads()] == [0, 0])
+
+
 async def test_engine_renamed_between_two_looks_still_answers() -> None:
     async with running_engine() as server, engine_at(server, engine_poll_interval_s=600) as engine:
         server.name = "renamed"
