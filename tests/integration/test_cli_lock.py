@@ -101,3 +101,29 @@ async def test_a_signal_ends_the_command_in_peace_and_frees_the_lock(
     code, out, _ = await end_of(process)
     assert (code, out) == (7 if number == signal.SIGTERM else 130, "bye\n")
     assert await lock.holder() is None
+
+
+SIGNALLED_AT_ONCE = """
+import os, signal, sys
+from dynamo_redis.child import ChildProcess
+from dynamo_redis.cli.app import run
+
+start = ChildProcess.start
+def start_and_be_ended(*args, **options):
+    child = start(*args, **options)
+    os.kill(os.getpid(), signal.SIGTERM)
+    return child
+ChildProcess.start = start_and_be_ended
+sys.exit(run(sys.argv[1:]))
+"""
+
+
+async def test_signal_that_comes_as_the_command_starts_is_passed_on(
+    own_redis_server: EmbeddedServer, lock: Lock
+) -> None:
+    argv = ("lock", "--redis-url", own_redis_server.url, "nightly", "--", "sleep", "60")
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", SIGNALLED_AT_ONCE, *argv, stdout=PIPE, stderr=PIPE
+    )
+    assert await end_of(process) == (128 + signal.SIGTERM, "", "")
+    assert await lock.holder() is None

@@ -83,19 +83,22 @@ async def _run_locked(lock: Lock, timeout_s: float, command: Sequence[str]) -> i
 
 
 async def _run_child(held: HeldLock, command: Sequence[str], environment: Mapping[str, str]) -> int:
-    child = ChildProcess.start(command, env=environment)
+    child: ChildProcess
     loop = asyncio.get_running_loop()
     with contextlib.suppress(NotImplementedError):  # Windows
-        loop.add_signal_handler(signal.SIGTERM, child.send_signal, signal.SIGTERM)
+        # Before the child starts: it may make itself known at once, and be ended by that.
+        loop.add_signal_handler(signal.SIGTERM, lambda: child.send_signal(signal.SIGTERM))
     try:
-        code = await child.wait()
-    except asyncio.CancelledError:
-        if held.lost:
-            child.kill()  # there is no time to ask
-            await child.wait()
-        else:
-            await child.stop(_GRACE_S, number=signal.SIGINT)
-        raise
+        child = ChildProcess.start(command, env=environment)
+        try:
+            code = await child.wait()
+        except asyncio.CancelledError:
+            if held.lost:
+                child.kill()  # there is no time to ask
+                await child.wait()
+            else:
+                await child.stop(_GRACE_S, number=signal.SIGINT)
+            raise
     finally:
         with contextlib.suppress(NotImplementedError):
             loop.remove_signal_handler(signal.SIGTERM)
