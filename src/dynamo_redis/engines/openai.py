@@ -238,13 +238,16 @@ class OpenAIEngine:
         self, request: Mapping[str, Any], prompt: Sequence[int] | str, context: Context
     ) -> AsyncGenerator[GenerateItem, None]:
         """As `_complete`; once more if the server was asked for a model by a name that it no longer has."""
-        name = self._server.listed.name
+        name, begun = self._server.listed.name, False
         try:
             async with aclosing(self._complete(request, prompt, context)) as items:
                 async for item in items:
+                    begun = True
                     yield item
             return
         except UnknownModel:
+            if begun:  # it would come twice
+                raise
             try:
                 renamed = self._server.listed.name != name or (
                     await self._server.introduce() and self._server.listed.name != name

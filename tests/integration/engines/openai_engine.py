@@ -55,6 +55,8 @@ class TestEngine:
         self.listed_count = 0
         self.counted: dict[str, int] = {}
         """What it says of its tokens in `usage`."""
+        self.give_up_as: str | None = None
+        """The next answer ends after its first tokens with an error 404; then this is the model's name."""
         self.says_sizes = True
         """Whether its metrics say how large its cache is."""
         self.says_use = True
@@ -192,6 +194,11 @@ class TestEngine:
                 whole = text if ended else text.rstrip("\ufffd")
                 await self._send(response, item, whole[len(given_text) :])
                 given_text = whole
+                if self.give_up_as is not None:
+                    self.name, self.give_up_as = self.give_up_as, None
+                    error = {"code": 404, "message": "no such model"}
+                    await _send_event(response, json.dumps({"error": error}))
+                    return
                 limit = self.break_off_after
                 if limit is not None and self.break_off_count and len(given) >= limit:
                     self.break_off_count -= 1

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import aclosing
 
 import pytest
 from aiohttp import web
 
 from dynamo_redis.engines.openai_http import EngineHttp
-from dynamo_redis.errors import ConfigError, ConnectionLost, ContextLengthExceeded
+from dynamo_redis.errors import ConfigError, ConnectionLost, ContextLengthExceeded, EngineFailed
+from dynamo_redis.planes.context import Context
 from dynamo_redis.router.kv_publisher import KvPublisher
 from tests.integration.engines.openai_engine import restarted, running_engine
 from tests.integration.engines.test_openai import PROMPT, answer, engine_at, request, until
@@ -116,6 +118,17 @@ async def test_engine_renamed_between_two_looks_still_answers() -> None:
         server.name = "renamed"
         assert (await answer(engine, request()))[-1]["finish_reason"] == "length"
         assert [sent["model"] for sent in server.requests][1:] == ["renamed"]
+
+
+async def test_answer_that_has_begun_is_not_begun_again() -> None:
+    """Not by an engine either that has another name when it gives the answer up with a 404."""
+    async with running_engine() as server, engine_at(server, engine_poll_interval_s=600) as engine:
+        server.give_up_as = "renamed"
+        async with aclosing(engine.generate(request(), Context())) as items:
+            assert (await anext(items))["token_ids"]
+            with pytest.raises(EngineFailed):
+                await anext(items)
+        assert len(server.requests) == 1
 
 
 async def test_engine_without_the_wanted_model_is_away_until_it_is_back() -> None:
