@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import psutil
@@ -51,6 +54,12 @@ async def open_lane() -> AsyncIterator[OpenLane]:
     yield open_
     for lane in lanes:
         await lane.aclose()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60):
+        while not condition():
+            await asyncio.sleep(0.01)
 
 
 async def test_answers_come_to_their_jobs(open_lane: OpenLane) -> None:
@@ -114,6 +123,44 @@ async def test_cancelled_caller_leaves_the_lane_whole(open_lane: OpenLane, tmp_p
     callers[1].cancel()
     path.touch()
     assert await callers[2] == b"b"
+
+
+async def test_caller_that_leaves_gives_up_its_place(open_lane: OpenLane, tmp_path: Any) -> None:
+    lane = open_lane(queue_count=2)
+    path = tmp_path / "go"
+    working = asyncio.create_task(lane.run(b"wait ", os.fsencode(path)))
+    await asyncio.sleep(0)
+    await until(lambda: lane.pid is not None)
+    job = bytearray(b"echo x")
+    leaving = asyncio.create_task(lane.run(job))
+    await asyncio.sleep(0)
+    leaving.cancel()
+    await asyncio.gather(leaving, return_exceptions=True)
+    assert not [holder for holder in gc.get_referrers(job) if isinstance(holder, tuple)]
+    staying = asyncio.create_task(lane.run(b"echo y"))
+    path.touch()
+    assert await working == b"waited"
+    assert await staying == b"y"
+
+
+async def test_close_while_a_dead_process_is_reaped(open_lane: OpenLane, tmp_path: Any) -> None:
+    """The thread that would wait for it has something else to do, such as looking up a name."""
+    executor, free = ThreadPoolExecutor(1, "asyncio"), threading.Event()
+    asyncio.get_running_loop().set_default_executor(executor)
+    lane = open_lane()
+    working = asyncio.create_task(lane.run(b"wait ", os.fsencode(tmp_path / "never")))
+    await asyncio.sleep(0)
+    await until(lambda: lane.pid is not None)
+    executor.submit(free.wait)
+    assert (pid := lane.pid)
+    os.kill(pid, signal.SIGKILL)
+    await until(lambda: lane.pid is None)
+    closing = asyncio.create_task(lane.aclose())
+    await asyncio.sleep(0)
+    free.set()
+    await closing
+    with pytest.raises(JobDied):
+        await asyncio.wait_for(working, 30)
 
 
 async def test_queue_is_bounded(open_lane: OpenLane, tmp_path: Any) -> None:

@@ -44,7 +44,7 @@ def changes_state(handler: Handler) -> Handler:
 
 def _refuse_foreign(request: Request) -> None:
     origin = request.headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+    if origin is not None and not _is_of(origin, request.headers.get("host")):
         raise ApiError(
             403, f"A page of {origin[:100]!r} may not change anything here.", code="foreign_origin"
         )
@@ -55,6 +55,13 @@ def _refuse_foreign(request: Request) -> None:
             "This request changes state: send it with the header 'Content-Type: application/json'.",
             code="unsupported_media_type",
         )
+
+
+def _is_of(origin: str, host: str | None) -> bool:
+    try:
+        return bool(host) and urlsplit(origin).netloc == host
+    except ValueError:  # brackets without an address
+        return False
 
 
 def _refuse_parameters(content: bytes) -> None:

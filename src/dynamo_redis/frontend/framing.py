@@ -1,8 +1,10 @@
-"""How an answer's end is told, where uvicorn's own way is not what the client understands."""
+"""Where messages begin and end: heads that are refused, and how the end of an answer is told where uvicorn's
+own way is not what the client understands."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import re
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
@@ -15,6 +17,30 @@ STREAMS_EVENTS = "dynamo_redis.streams_events"
 """Key of a request's scope: its answer is written in whole server-sent events."""
 
 _COMMENT = b":\n\n"
+
+
+_HOST = re.compile(rb"[\w.~!$&'()*+,;=%:\[\]-]*", re.ASCII)
+
+
+def head_fault(method: bytes, version: str, headers: Sequence[tuple[bytes, bytes]]) -> tuple[int, str] | None:
+    """Return the status and the message for a request's head that is not to be served; None for others.
+
+    What a proxy on the way may have understood otherwise is refused: two hosts, a version or a coding of the
+    body that is not known here.
+    """
+    if method == b"CONNECT":
+        return 405, "This server is no proxy."
+    if version not in ("1.0", "1.1"):
+        return 505, "This server speaks HTTP/1.1."
+    hosts = [value for name, value in headers if name == b"host"]
+    if len(hosts) > 1 or (not hosts and version == "1.1"):
+        return 400, "A request of HTTP/1.1 has one Host header."
+    if hosts and not _HOST.fullmatch(hosts[0].strip()):
+        return 400, "The Host header is no host."
+    codings = [value.strip().lower() for name, value in headers if name == b"transfer-encoding"]
+    if codings and codings != [b"chunked"]:
+        return 501, "The only Transfer-Encoding that is understood is chunked."
+    return None
 
 
 def sign_of_life(cycle: RequestResponseCycle) -> bytes:

@@ -2,7 +2,7 @@
 not have itself.
 
 Source: RFC 9110 (sections 7.8 "Upgrade", 9.3.6 "CONNECT", 10.1.1 "Expect", 15.2.1 "100 Continue") and
-RFC 9112 (sections 6.1 "Transfer-Encoding", 9.6 "Tear-down").
+RFC 9112 (sections 3.2 "Request Target", 6.1 "Transfer-Encoding", 9.6 "Tear-down").
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httptools
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from dynamo_redis.frontend.door import Guest
-from dynamo_redis.frontend.framing import Application, framed, sign_of_life
+from dynamo_redis.frontend.framing import Application, framed, head_fault, sign_of_life
 from dynamo_redis.frontend.http_errors import ApiError
 
 HEAD_LIMIT_BYTES = 64 * 1024
@@ -28,6 +29,14 @@ FRAMING_FACTOR = 4
 HEAD_TIMEOUT_S = 30.0
 """Longest time from a connection, or the first byte of a further request, to the end of the head."""
 
+PIECE_BYTES = 2048
+"""So much is parsed at a time. A request may have 18 bytes, and takes a hundred times that when parsed."""
+
+TURN_BYTES = 32 * 1024
+"""So much of one connection is parsed before the event loop sees to others."""
+
+MOST_UNPARSED_BYTES = 64 * 1024
+"""Past so much that is not parsed no more is read."""
 
 FIRST_PROBE_S = 0.05
 LONGEST_PROBE_S = 5.0
@@ -52,7 +61,8 @@ class HttpProtocol(HttpToolsProtocol):
     """Ends connections whose request is too slow, or whose head or framing is too large, and says why in
     OpenAI's form; and those whose client does not read its answer.
 
-    Sizes are checked with each read, so a head may be over its limit by one read.
+    Sizes are checked with each piece, so a head may be over its limit by one piece. What comes behind a
+    request that waits for the answer to another is not parsed before that has its turn.
 
     A request for another protocol (`Upgrade`) is served in this one, with its body. A client that has sent
     everything, and says so (a half-closed connection), gets the answers to its whole requests. One that has
@@ -76,10 +86,15 @@ class HttpProtocol(HttpToolsProtocol):
         self._probe_timer: asyncio.TimerHandle | None = None
         self._takes_body_only = False
         self._ended = False
+        self._unparsed = bytearray()
+        self._is_to_parse = False
+        self._has_sent_all = False
+        self._delayed_since: float | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client has connected."""
         super().connection_made(transport)
+        self.flow = _Flow(transport, self._unparsed)
         self._limits.waiting[self] = None
         self._start_receive_timer(HEAD_TIMEOUT_S)
 
@@ -93,12 +108,68 @@ class HttpProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Bytes of a request."""
-        self._unset_keepalive_if_required()
+        """Bytes of requests."""
+        if len(data) <= PIECE_BYTES and not self._unparsed and self._may_parse():
+            self._parse(data)
+            return
+        waits = bool(self._unparsed)
+        self._unparsed += data
+        if not waits:
+            self._parse_on()
+        if len(self._unparsed) > MOST_UNPARSED_BYTES:
+            self.flow.pause_reading()
+
+    def _may_parse(self) -> bool:
+        return not (self.pipeline or self._is_over())
+
+    def _is_over(self) -> bool:
+        """Tell whether what comes now is of no request that will be answered."""
+        return self._ended or self.transport.is_closing()
+
+    def _parse_on(self) -> None:
+        """Parse what has come, for a turn of the loop, or up to a request that has to wait."""
+        unparsed, size = self._unparsed, 0
+        self._is_to_parse = False
+        self._end_delay()
+        while unparsed and size < TURN_BYTES and self._may_parse():
+            piece = bytes(unparsed[:PIECE_BYTES])
+            del unparsed[:PIECE_BYTES]
+            size += len(piece)
+            self._parse(piece)
+        if self._is_over():
+            unparsed.clear()
+        elif unparsed and self.pipeline:
+            self._begin_delay()
+        elif unparsed:
+            self._parse_soon()
+        else:
+            self.flow.resume_reading()
+            if self._has_sent_all:
+                self._take_end()
+
+    def _parse_soon(self) -> None:
+        if not self._is_to_parse:
+            self._is_to_parse = True
+            self.loop.call_soon(self._parse_on)
+
+    def _begin_delay(self) -> None:
+        """Let no time count for a request whose rest is here and has to wait."""
+        self._stop_receive_timer()
+        if self._delayed_since is None:
+            self._delayed_since = self.loop.time()
+
+    def _end_delay(self) -> None:
+        if self._delayed_since is not None and self._may_parse():
+            self._begun_at += self.loop.time() - self._delayed_since
+            self._delayed_since = None
+            if self._in_head:
+                self._start_receive_timer(HEAD_TIMEOUT_S)
+
+    def _parse(self, data: bytes) -> None:
         size, body_bytes = len(data), self._body_bytes
         if self._in_body:
             self._framing_bytes += size
-        while data and not self._ended and not self.transport.is_closing():
+        while data and not self._is_over():
             try:
                 self.parser.feed_data(data)
             except httptools.HttpParserUpgrade as declined:
@@ -131,6 +202,7 @@ class HttpProtocol(HttpToolsProtocol):
         """The first byte of a request was parsed."""
         if self._takes_body_only:
             return
+        self._unset_keepalive_if_required()  # not before: empty lines alone are no request
         super().on_message_begin()
         self._in_head = True
         self._head_bytes = 0
@@ -142,12 +214,14 @@ class HttpProtocol(HttpToolsProtocol):
         if self._takes_body_only:
             self._takes_body_only = False
             return
+        if self._is_over():
+            return
         self._in_head = False
         self._in_body = True
         self._framing_bytes = self._barren_bytes = self._body_bytes = 0
         self._stop_receive_timer()
-        if self.parser.get_method() == b"CONNECT":
-            self._refuse(405, "This server is no proxy.")
+        if fault := head_fault(self.parser.get_method(), self.parser.get_http_version(), self.headers):
+            self._refuse(*fault)
             return
         super().on_headers_complete()
 
@@ -165,12 +239,12 @@ class HttpProtocol(HttpToolsProtocol):
         """Take part of a request's body."""
         self._body_bytes += len(body)
         self._framing_bytes -= len(body)
-        if not self.transport.is_closing():
+        if not self._is_over():
             super().on_body(body)
 
     def on_message_complete(self) -> None:
         """Take a request for whole, unless its parser left the body to another protocol."""
-        if self.transport.is_closing() or (self.parser.should_upgrade() and self._framing()):
+        if self._is_over() or (self.parser.should_upgrade() and self._framing()):
             return
         self._in_body = False
         self._stop_receive_timer()
@@ -205,6 +279,8 @@ class HttpProtocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """Wait for the next request, or for the rest to be taken: an answer was written to its end."""
         super().on_response_complete()
+        if self._unparsed:
+            self._parse_soon()
         if self.transport.is_closing():
             self._watch_sending()
         elif not self._owes_answers():
@@ -258,13 +334,20 @@ class HttpProtocol(HttpToolsProtocol):
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """Keep the connection while whole requests are to be answered: the client sends nothing more."""
+        self._has_sent_all = True
+        if not self._unparsed:
+            self._take_end()
+        return not self.transport.is_closing()
+
+    def _take_end(self) -> None:
+        """Answer the whole requests that have come, and close."""
         if not self._owes_answers():
-            return False
+            self.transport.close()
+            return
         self._stop_receive_timer()
         self._end_after_answers()
         if self._probe_timer is None:
             self._probe_after(FIRST_PROBE_S)
-        return True
 
     def _owes_answers(self) -> bool:
         running = self._running
@@ -273,6 +356,8 @@ class HttpProtocol(HttpToolsProtocol):
     def _end_after_answers(self) -> None:
         """Let the last whole request be the connection's last."""
         assert self._running is not None
+        if self._ended:
+            return
         if self.pipeline and self.cycle.more_body:
             self.pipeline.popleft()  # the newest, which will never be whole
         last = self.pipeline[0][0] if self.pipeline else self._running
@@ -328,3 +413,16 @@ class HttpProtocol(HttpToolsProtocol):
         self.transport.write(STATUS_LINE[status] + head + body)
         self.transport.close()
         self._watch_sending()
+
+
+class _Flow(FlowControl):
+    """Reads no more while much waits to be parsed."""
+
+    def __init__(self, transport: asyncio.Transport, unparsed: bytearray) -> None:
+        super().__init__(transport)
+        self._unparsed = unparsed
+
+    def resume_reading(self) -> None:
+        """Read on, if what has come was parsed."""
+        if len(self._unparsed) <= MOST_UNPARSED_BYTES:
+            super().resume_reading()

@@ -61,7 +61,7 @@ class ToolCall(TypedDict):
 
 Content = Annotated[
     Annotated[str, Tag("<text>")]
-    | Annotated[list[ContentPart], Tag("<parts>")]
+    | Annotated[list[ContentPart], Field(fail_fast=True), Tag("<parts>")]
     | Annotated[None, Tag("<none>")],
     Discriminator(
         by_type(str="<text>", list="<parts>", NoneType="<none>"),
@@ -77,7 +77,7 @@ class Message(TypedDict):
     __pydantic_config__ = _OPEN  # type: ignore[misc]
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: NotRequired[Content]
-    tool_calls: NotRequired[list[ToolCall] | None]
+    tool_calls: NotRequired[Annotated[list[ToolCall], Field(fail_fast=True)] | None]
 
 
 class Function(TypedDict):
@@ -106,13 +106,13 @@ class ChatBody(CompletionOptions):
 
     further_parameters = parameters.CHAT
 
-    messages: Annotated[list[Message], Field(min_length=1), AsGiven]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True), AsGiven]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    tools: Annotated[list[Tool], AsGiven] | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True), AsGiven] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Effort | None = None
-    documents: list[dict[str, Any]] | None = None
+    documents: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -167,12 +167,12 @@ def _prompt_tag(value: object) -> str | None:
     return "<text>" if isinstance(value, str) else None
 
 
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 Prompt = Annotated[
     Annotated[str, Tag("<text>")]
-    | Annotated[list[str], Field(max_length=MAX_PROMPTS), Tag("<texts>")]
+    | Annotated[list[str], Field(max_length=MAX_PROMPTS, fail_fast=True), Tag("<texts>")]
     | Annotated[TokenIds, Tag("<ids>")]
-    | Annotated[list[TokenIds], Field(max_length=MAX_PROMPTS), Tag("<id lists>")],
+    | Annotated[list[TokenIds], Field(max_length=MAX_PROMPTS, fail_fast=True), Tag("<id lists>")],
     Discriminator(
         _prompt_tag,
         custom_error_type="prompt_type",
@@ -204,6 +204,7 @@ class TextBody(CompletionOptions):
 
 B = TypeVar("B", bound=CompletionOptions)
 
+_LONGEST_PART = 64
 _NO_FIELD = re.compile(r"<.*>|\[key\]")
 
 
@@ -224,6 +225,7 @@ def _explain(exc: ValidationError) -> ApiError:
         if isinstance(part, int):
             param += f"[{part}]"
         elif not _NO_FIELD.fullmatch(part):
+            part = part if len(part) <= _LONGEST_PART else part[:_LONGEST_PART] + "…"
             param += f".{part}" if param else part
     reason = error["msg"].removeprefix("Value error, ")
     if error["type"] == "json_invalid":

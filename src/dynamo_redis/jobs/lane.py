@@ -15,6 +15,7 @@ import socket
 import subprocess
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Final, cast
 
 from dynamo_redis.jobs.serving import FRAME, WALL_FACTOR
@@ -96,7 +97,8 @@ class Lane:
     async def run(self, *pieces: bytes | bytearray) -> bytearray:
         """Do a job, which the process gets in one piece, and return its answer. Raises JobError.
 
-        A caller that is cancelled gives up the answer; the job ends by itself, or at its limit.
+        A caller that is cancelled gives up the answer, and its place if the job is not begun; one that is
+        ends by itself, or at its limit.
         """
         if self.job_count >= self._queue_count:
             raise QueueFull(f"{self._queue_count} wait already")
@@ -105,7 +107,16 @@ class Lane:
         self._waiting.append(job)
         self._ensure_running()
         self._send_waiting()
-        return await job.answer
+        try:
+            return await job.answer
+        except asyncio.CancelledError:
+            self._give_up(job)
+            raise
+
+    def _give_up(self, job: _Job) -> None:
+        job.pieces = ()
+        with suppress(ValueError):  # it was sent
+            self._waiting.remove(job)
 
     async def aclose(self) -> None:
         """Kill the process, and fail the jobs that wait. Idempotent."""
@@ -148,10 +159,14 @@ class Lane:
                 await asyncio.wait({process.ended}, timeout=self._idle_s)
         finally:
             self._process = None
-            error = await process.bury()
-            if process.sent:
-                process.sent.popleft().fail(error)
+            begun = process.sent.popleft() if process.sent else None
             self._waiting.extendleft(reversed(process.sent))
+            error: JobError = JobDied("its process was ended")
+            try:
+                error = await process.bury()
+            finally:
+                if begun is not None:
+                    begun.fail(error)
 
     def _send_waiting(self) -> None:
         process = self._process
@@ -249,7 +264,7 @@ class _Process(asyncio.Protocol):
             self._transport.abort()
         if self.popen.returncode is None:
             self.popen.kill()
-        code = await self._loop.run_in_executor(None, self.popen.wait)
+        code = await asyncio.shield(self._loop.run_in_executor(None, self.popen.wait))
         if self._is_late or code == -signal.SIGXCPU:
             return JobOverrun("it ran for too long")
         return JobDied(f"its process ended with {code}")

@@ -306,6 +306,7 @@ async def test_no_page_of_another_site_changes_state(frontend: Any) -> None:
         ({"Content-Type": "application/json; charset=utf-8"}, b"{}", 200),
         ({**own, "Origin": "http://evil.example"}, b"{}", 403),
         ({**own, "Origin": "null"}, b"{}", 403),
+        ({**own, "Origin": "http://[evil"}, b"{}", 403),
         ({}, b"", 415),
         ({"Content-Type": "text/plain"}, b"{}", 415),
         ({"Content-Type": "application/x-www-form-urlencoded"}, b"", 415),
