@@ -152,7 +152,8 @@ async def test_close_while_a_dead_process_is_reaped(open_lane: OpenLane, tmp_pat
     await asyncio.sleep(0)
     await until(lambda: lane.pid is not None)
     executor.submit(free.wait)
-    assert (pid := lane.pid)
+    pid = lane.pid
+    assert pid is not None
     os.kill(pid, signal.SIGKILL)
     await until(lambda: lane.pid is None)
     closing = asyncio.create_task(lane.aclose())
