@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import TYPE_CHECKING
 
 import click
@@ -16,6 +17,8 @@ from dynamo_redis.names import EndpointName
 if TYPE_CHECKING:
     from dynamo_redis.engines.openai import OpenAIEngine
     from dynamo_redis.runtime.runtime import DistributedRuntime
+
+log = logging.getLogger(__name__)
 
 
 @click.command("openai", cls=SettingsCommand)
@@ -61,6 +64,11 @@ def openai(endpoint: str | None, **options: str | None) -> None:
         from dynamo_redis.engines.openai import OpenAIEngine
         from dynamo_redis.engines.worker import open_model, serve_engine
 
+        if model_settings.model_path is None:
+            log.warning(
+                "DYN_MODEL_PATH (--model-path) is not set: prompts are cut by the demo model's tokenizer, which "
+                "is wrong for an engine with any other model"
+            )
         model, model_name = await asyncio.to_thread(open_model, model_settings)
         engine = OpenAIEngine(engine_settings, model, context_length=model_settings.context_length)
         if await _is_up(engine, runtime):

@@ -9,12 +9,17 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import pytest
+
+from dynamo_redis.engines.demo_model import DEMO_MODEL_PATH
 from tests.integration.engines.conftest import ENDPOINT, Deployment
 from tests.integration.engines.openai_engine import running_engine
 
 
 @asynccontextmanager
-async def worker(url: str, redis_url: str, prefix: str) -> AsyncIterator[asyncio.subprocess.Process]:
+async def worker(
+    url: str, redis_url: str, prefix: str, *options: str
+) -> AsyncIterator[asyncio.subprocess.Process]:
     environment = {
         "DYN_REDIS_URL": redis_url,
         "DYN_REDIS_PREFIX": prefix,
@@ -24,6 +29,7 @@ async def worker(url: str, redis_url: str, prefix: str) -> AsyncIterator[asyncio
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         *arguments,
+        *options,
         env=os.environ | environment,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
@@ -75,3 +81,18 @@ async def test_a_worker_that_still_waits_can_be_ended(
             while b"waiting for the engine" not in await process.stderr.readline():
                 pass
         assert await end(process) == 0
+
+
+@pytest.mark.parametrize("options", [[], ["--model-path", str(DEMO_MODEL_PATH)]])
+async def test_missing_model_path_is_warned_of(
+    dynamo_redis_url: str, dynamo_redis_prefix: str, options: list[str]
+) -> None:
+    """Token ids go from this model's tokenizer to the engine: they must be of one model."""
+    nobody = "http://127.0.0.1:9"
+    said = b""
+    async with worker(nobody, dynamo_redis_url, dynamo_redis_prefix, *options) as process:
+        assert process.stderr is not None
+        async with asyncio.timeout(30):
+            while b"waiting for the engine" not in said:
+                said += await process.stderr.readline()
+    assert (b"DYN_MODEL_PATH (--model-path) is not set" in said) == (not options)
