@@ -66,8 +66,8 @@ def openai(endpoint: str | None, **options: str | None) -> None:
 
         if model_settings.model_path is None:
             log.warning(
-                "DYN_MODEL_PATH (--model-path) is not set: prompts are cut by the demo model's tokenizer, which "
-                "is wrong for an engine with any other model"
+                "DYN_MODEL_PATH (--model-path) is not set: prompts are cut by the demo model's tokenizer, "
+                "which is wrong for an engine with any other model"
             )
         model, model_name = await asyncio.to_thread(open_model, model_settings)
         engine = OpenAIEngine(engine_settings, model, context_length=model_settings.context_length)
