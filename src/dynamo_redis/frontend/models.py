@@ -353,6 +353,7 @@ class LiveModels:
     async def _load_once(self, named: NamedModel, model: Model, entry: CardEntry) -> None:
         loaded = await load_model(self._runtime.objects, entry.card, self._cache_dir, self._executor)
         self._templates = {template for template in self._templates if template.has_process}
+        self._templates |= self._served_templates()  # an idle one starts a process again with the next chat
         if loaded.template is not None:
             self._templates.add(loaded.template)
         client = await self._client(entry)
@@ -361,6 +362,10 @@ class LiveModels:
         named.created_at = named.created_at or self._clock.wall()
         self._reconcile({named.name})
         await self._release_clients()
+
+    def _served_templates(self) -> set[ChatTemplate]:
+        models = [model.loaded for named in self._models.values() for model in named.versions.values()]
+        return {loaded.template for loaded in models if loaded is not None and loaded.template is not None}
 
     async def _client(self, entry: CardEntry) -> EndpointClient:
         async with self._client_lock:

@@ -19,7 +19,7 @@ from dynamo_redis.frontend import model_loading, models
 from dynamo_redis.frontend.http_errors import ApiError
 from dynamo_redis.names import EndpointName
 from dynamo_redis.planes.context import Context
-from dynamo_redis.runtime import model_files
+from dynamo_redis.runtime import chat_template, model_files
 from dynamo_redis.store.base import DeleteCause
 
 OTHER = EndpointName("dynamo", "other", "generate")
@@ -392,3 +392,19 @@ async def test_requests_under_way_outlive_their_model(frontend: Any) -> None:
     await frontend.until(lambda: names(frontend) == [])
     received = [item async for item in items]
     assert received[-1]["finish_reason"] == "stop"
+
+
+async def test_template_that_was_idle_ends_with_the_models(
+    open_frontend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat_template, "IDLE_S", 0.05)
+    frontend = await open_frontend()
+    template = frontend.models.get("demo").loaded.template
+    await frontend.until(lambda: not template.has_process)
+    template._small._idle_s = 600
+    await frontend.runtime.publish("other", instance_id=2)
+    await frontend.until_served("other")
+    await frontend.client.chat.completions.create(model="demo", messages=[{"role": "user", "content": "Hi"}])
+    assert template.has_process
+    await frontend.models.__aexit__()
+    assert not template.has_process
