@@ -28,7 +28,7 @@ from dynamo_redis.planes.context import Context
 from dynamo_redis.router.hashing import chain, local_hashes
 from dynamo_redis.router.kv_publisher import KvPublisher
 from dynamo_redis.runtime.handlers import AnyHandler
-from dynamo_redis.runtime.llm_protocol import GenerateItem, GenerateRequest
+from dynamo_redis.runtime.llm_protocol import GUIDED_BY, GenerateItem, GenerateRequest
 from dynamo_redis.runtime.model_files import ModelDirectory
 
 _PIECE_BLOCK_COUNT: Final = 4096
@@ -198,7 +198,10 @@ def _read_request(
     sampling = _mapping(request, "sampling_options")
     for name in _REFUSED_OPTIONS:
         if sampling.get(name):
-            raise InvalidRequest(f"the mock engine has no model, and cannot hold an answer to {name!r}")
+            asked = f" ({GUIDED_BY})" if name == "guided_decoding" else ""
+            raise InvalidRequest(
+                f"the mock engine has no model, and cannot hold an answer to {name!r}{asked}"
+            )
     max_tokens = _integer(stop, "max_tokens", default=room_count, least=1)
     seed = _integer(sampling, "seed", default=0, least=-(1 << 63)) if sampling.get("temperature") != 0 else 0
     key = xxh3_64_intdigest(prompt.tobytes(), seed & (1 << 64) - 1)

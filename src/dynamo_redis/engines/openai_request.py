@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal
 
 from dynamo_redis.errors import InvalidRequest
+from dynamo_redis.runtime.llm_protocol import GUIDED_BY
 
 Dialect = Literal["vllm", "sglang", "llamacpp", "openai"]
 """Whose server it is; `openai` for any other, of which only the standard is expected."""
@@ -218,7 +219,7 @@ def _guide(name: str, value: Any, dialect: Dialect) -> dict[str, Any]:
             return {"grammar": value}
         case "llamacpp", "choice":
             return {"grammar": "root ::= " + " | ".join(json.dumps(text) for text in _texts(value))}
-    raise _unknown(f"guided_decoding.{name}", dialect)
+    raise _unknown(f"guided_decoding.{name} ({GUIDED_BY})", dialect)
 
 
 def _texts(value: Any) -> list[str]:

@@ -28,6 +28,10 @@ class StopConditions(TypedDict, total=False):
     max_thinking_tokens: int
 
 
+GUIDED_BY = "response_format, structured_outputs, guided_json or the like"
+"""What a client calls `guided_decoding`: to be named in a refusal of it."""
+
+
 class GuidedDecoding(TypedDict, total=False):
     """A form that the answer must have: exactly one of `json`, `regex`, `choice`, `grammar` and
     `structural_tag` is there.

@@ -290,7 +290,7 @@ async def test_blocks_run_out_and_yet_everyone_is_answered(running: StartEngine)
         ({"token_ids": [1], "stop_conditions": {"min_tokens": -1}}, "min_tokens"),
         ({"token_ids": [1], "sampling_options": {"seed": 0.5}}, "seed"),
         ({"token_ids": [1], "sampling_options": {"logit_bias": {"5": 1.0}}}, "logit_bias"),
-        ({"token_ids": [1], "sampling_options": {"guided_decoding": {"regex": "a"}}}, "guided_decoding"),
+        ({"token_ids": [1], "sampling_options": {"guided_decoding": {"regex": "a"}}}, "response_format"),
         ({"token_ids": [1], "eos_token_ids": 2}, "stop token ids"),
         ({"token_ids": [1], "stop_conditions": {"stop_token_ids_hidden": [[2]]}}, "stop token ids"),
         ({"token_ids": [1] * 32768}, "context length 32768"),

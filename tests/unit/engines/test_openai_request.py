@@ -101,6 +101,7 @@ def test_options_that_a_server_lacks_are_refused_by_name(dialect: Dialect, optio
     ((_, given),) = options.items()
     name = next(iter(given)).removesuffix("_hidden")
     assert name in str(caught.value)
+    assert ("response_format" in str(caught.value)) == (name == "guided_decoding")
 
 
 def test_every_option_of_sampling_reaches_vllm() -> None:
