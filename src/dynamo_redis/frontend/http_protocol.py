@@ -8,16 +8,14 @@ RFC 9112 (sections 3.2 "Request Target", 6.1 "Transfer-Encoding", 9.6 "Tear-down
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
 from typing import Any
 
 import httptools
-from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from dynamo_redis.frontend.door import Guest
 from dynamo_redis.frontend.framing import Application, framed, head_fault, sign_of_life
 from dynamo_redis.frontend.http_errors import ApiError
+from dynamo_redis.frontend.http_limits import MOST_UNPARSED_BYTES, Flow, HttpLimits
 
 HEAD_LIMIT_BYTES = 64 * 1024
 """Largest head of a request: its first line and headers. Also the most that may come between two pieces of
@@ -35,26 +33,11 @@ PIECE_BYTES = 2048
 TURN_BYTES = 32 * 1024
 """So much of one connection is parsed before the event loop sees to others."""
 
-MOST_UNPARSED_BYTES = 64 * 1024
-"""Past so much that is not parsed no more is read."""
-
 FIRST_PROBE_S = 0.05
 LONGEST_PROBE_S = 5.0
 """Pauses between looks whether a client that sends nothing more still listens: each is twice the last."""
 
 _FRAMING_HEADERS = (b"content-length", b"transfer-encoding")
-
-
-@dataclass(frozen=True, slots=True)
-class HttpLimits:
-    """What one connection may take, and the connections that may have to make room for others."""
-
-    receive_timeout_s: float = 60.0
-    """From the first byte of a request to its last."""
-    send_timeout_s: float = 60.0
-    """For which a client may take nothing of its answer."""
-    waiting: dict[Guest, None] = field(default_factory=dict)
-    """The connections without a whole request, the longest first."""
 
 
 class HttpProtocol(HttpToolsProtocol):
@@ -94,7 +77,7 @@ class HttpProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client has connected."""
         super().connection_made(transport)
-        self.flow = _Flow(transport, self._unparsed)
+        self.flow = Flow(transport, self._unparsed)
         self._limits.waiting[self] = None
         self._start_receive_timer(HEAD_TIMEOUT_S)
 
@@ -413,16 +396,3 @@ class HttpProtocol(HttpToolsProtocol):
         self.transport.write(STATUS_LINE[status] + head + body)
         self.transport.close()
         self._watch_sending()
-
-
-class _Flow(FlowControl):
-    """Reads no more while much waits to be parsed."""
-
-    def __init__(self, transport: asyncio.Transport, unparsed: bytearray) -> None:
-        super().__init__(transport)
-        self._unparsed = unparsed
-
-    def resume_reading(self) -> None:
-        """Read on, if what has come was parsed."""
-        if len(self._unparsed) <= MOST_UNPARSED_BYTES:
-            super().resume_reading()

@@ -23,7 +23,8 @@ from dynamo_redis.errors import ConfigError
 from dynamo_redis.frontend.app import make_app
 from dynamo_redis.frontend.cache_clearing import clear_kv_blocks
 from dynamo_redis.frontend.door import Door
-from dynamo_redis.frontend.http_protocol import HttpLimits, HttpProtocol
+from dynamo_redis.frontend.http_limits import HttpLimits
+from dynamo_redis.frontend.http_protocol import HttpProtocol
 from dynamo_redis.frontend.models import LiveModels
 from dynamo_redis.frontend.prompts import Preparation
 from dynamo_redis.frontend.record import keep_listed
