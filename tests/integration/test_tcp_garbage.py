@@ -147,12 +147,16 @@ async def test_a_request_leaves_nothing_to_the_collector(caller: Caller, kind: s
             await asyncio.gather(*(ask(caller) for _ in range(20)))
         await caller.ask(echo)  # what was sent before it has been handled
 
+    async def found() -> int:
+        gc.collect()
+        gc.disable()
+        try:
+            await several(COUNT)
+            return gc.collect()
+        finally:
+            gc.enable()
+
     await several(20)
-    gc.collect()
-    gc.disable()
-    try:
-        await several(COUNT)
-        found_count = gc.collect()
-    finally:
-        gc.enable()
-    assert found_count < COUNT // 4  # less than one object for each few requests: not theirs
+    # Less than one object for each few requests is not theirs. Other work of a moment, such as a further
+    # connection's handshake, may leave some; what requests leave is there each time.
+    assert min([await found() for _ in range(3)]) < COUNT // 4
