@@ -32,6 +32,7 @@ def answer(job):
         case b"die", _, _: os._exit(3)
         case b"pid", _, _: return str(os.getpid()).encode()
         case b"echo", _, rest: return rest
+        case b"environment", _, _: return repr(sorted(os.environ)).encode()
         case b"wait", _, path:
             while not os.path.exists(path): time.sleep(0.005)
             return b"waited"
@@ -230,3 +231,14 @@ def test_process_does_not_outlive_its_parent(tmp_path: Any) -> None:
     while any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+async def test_process_gets_no_secret_of_the_environment(
+    open_lane: OpenLane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("DYN_REDIS_URL", "OPENAI_API_KEY"):
+        monkeypatch.setenv(name, "s3cret")
+    names = bytes(await open_lane().run(b"environment")).decode()
+    assert "'PATH'" in names
+    assert "DYN_REDIS_URL" not in names
+    assert "OPENAI_API_KEY" not in names

@@ -36,6 +36,13 @@ STOP_WITHIN_S = 20.0
 _MARK = "DYNAMO_REDIS_TEST_MARK"
 
 
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
 class Program:
     """A run of the program, with its output and every process it has started."""
 
@@ -49,6 +56,7 @@ class Program:
         """`output`: where stdout goes instead of a file, as (descriptor to read, descriptor to write)."""
         self.reader = -1 if output is None else output[0]
         self.mark = secrets.token_hex(8)
+        self._unmarked: set[psutil.Process] = set()
         self._temporary = env["TMPDIR"]
         self._out = directory / f"{self.mark}.out"
         self._err = directory / f"{self.mark}.err"
@@ -85,16 +93,20 @@ class Program:
         return self.until(r"^dynamo-redis is up at (http://\S+)$")[1]
 
     def processes(self) -> list[psutil.Process]:
-        """All processes that this run has started and that still live, itself included."""
+        """All processes that this run has started and that still live, itself included.
+
+        Those for jobs do not inherit the mark: they are known once they were seen below one that has it.
+        """
         found = []
         for process in psutil.process_iter():
             try:
                 ours = process.environ().get(_MARK) == self.mark or self._is_server(process)
                 if ours and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(process)
+                    self._unmarked.update(process.children())
             except psutil.Error:
                 continue
-        return found
+        return found + [process for process in self._unmarked.difference(found) if is_alive(process)]
 
     def _is_server(self, process: psutil.Process) -> bool:
         """Redis writes its title over its environment: know it by its socket's path."""

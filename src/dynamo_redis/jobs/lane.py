@@ -22,6 +22,25 @@ from dynamo_redis.jobs.serving import FRAME, WALL_FACTOR
 
 _MOST_ANSWER_BYTES: Final = 1 << 28
 
+_KEPT_NAMES: Final = frozenset(
+    [
+        "PATH",
+        "HOME",
+        "LANG",
+        "LC_ALL",
+        "LC_CTYPE",
+        "TZ",
+        "TMPDIR",
+        "LD_LIBRARY_PATH",
+        "DYLD_LIBRARY_PATH",
+        "PYTHONHOME",
+        "PYTHONPATH",
+        "PYTHONUTF8",
+        "VIRTUAL_ENV",
+        "SYSTEMROOT",
+    ]
+)
+
 
 class JobError(Exception):
     """A job came to no answer."""
@@ -313,6 +332,13 @@ class _Process(asyncio.Protocol):
         self._on_answer()
 
 
+def job_environment() -> dict[str, str]:
+    """The environment of a process that works on what strangers sent: what Python needs to start, and nothing
+    that may hold a password, such as DYN_REDIS_URL."""
+    kept = {name: value for name, value in os.environ.items() if name in _KEPT_NAMES}
+    return kept | {"RUST_BACKTRACE": "0"}  # taking one without memory can wait for itself
+
+
 def _spawn(command: Sequence[str]) -> tuple[subprocess.Popen[bytes], socket.socket]:
     ours, theirs = socket.socketpair()
     with theirs:
@@ -322,7 +348,7 @@ def _spawn(command: Sequence[str]) -> tuple[subprocess.Popen[bytes], socket.sock
                 stdin=theirs.fileno(),
                 stdout=theirs.fileno(),
                 stderr=subprocess.DEVNULL,
-                env={**os.environ, "RUST_BACKTRACE": "0"},  # taking one without memory can wait for itself
+                env=job_environment(),
                 start_new_session=True,  # Ctrl-C in the terminal is its parent's
             )
         except BaseException:

@@ -21,6 +21,7 @@ from dynamo_redis.jobs.lane import (
     Lane,
     NoProcess,
     QueueFull,
+    job_environment,
 )
 from dynamo_redis.jobs.serving import FRAME
 from dynamo_redis.templates.protocol import DONE, RENDER_LIMIT_S, to_json
@@ -89,7 +90,14 @@ class ChatTemplate:
         frame = FRAME.pack(len(self._setup)) + self._setup
         limit_s = 3 * RENDER_LIMIT_S
         try:
-            run = subprocess.run(_COMMAND, input=frame, capture_output=True, timeout=limit_s, check=False)  # noqa: S603
+            run = subprocess.run(  # noqa: S603 - a module of this package
+                _COMMAND,
+                input=frame,
+                capture_output=True,
+                timeout=limit_s,
+                check=False,
+                env=job_environment(),
+            )
             if not run.stdout:
                 raise JobDied(f"its process ended with {run.returncode}")
             _check_setup(bytearray(run.stdout[FRAME.size :]))
