@@ -71,13 +71,14 @@ async def read_limited(
     for, and ClientGone.
 
     A body whose announced length is over the limit is refused before it is sent if the client asked
-    (`Expect: 100-continue`); else it is read and dropped, since most clients see no answer before its end.
+    (`Expect: 100-continue`), or if it is so long that no end of it would be waited for; else it is read and
+    dropped, since most clients see no answer before its end.
     """
     headers = dict(scope["headers"])
     _refuse_encoding(headers)
     announced = _content_length(headers)
     if announced is not None and announced > limit_bytes:
-        if b"expect" not in headers:
+        if b"expect" not in headers and announced <= _MOST_DISCARDED:
             await _discard(receive, 0)
         raise body_too_large(limit_bytes)
     pieces: list[bytearray] = []
