@@ -37,7 +37,7 @@ async def run(process: Process) -> None:
         group.create_task(_note_members(process, runtime))
         async with httpx.AsyncClient(base_url=await listening, timeout=CHAT_TIMEOUT_S) as http:
             await _until_served(http)
-            process.recorder.note("started", role="frontend", lease=None)
+            process.recorder.note("started", role="frontend", lease=format_instance_id(runtime.instance_id))
             await asyncio.gather(*(_talk(process, http) for _ in range(USERS_COUNT)))
         await asyncio.Event().wait()
 
