@@ -38,6 +38,7 @@ from dynamo_redis.store.key_value import (
     parse_written,
 )
 from dynamo_redis.store.keys import ALWAYS_FIT_COUNT, RegistryKeys
+from dynamo_redis.store.server_errors import says_full
 
 logger = logging.getLogger(__name__)
 Ts = TypeVarTuple("Ts")
@@ -322,13 +323,13 @@ class Keepalive:
             self._disturb("the registry lost a write")
 
     def _keep_alive(self, connection: SyncConnection, incarnation: str) -> tuple[Renewal, float]:
-        """Renew over the thread's own connection; over the event loop's if that does not stand, and cannot be
-        made. Answers when the renewal was sent, too."""
+        """Renew over the thread's own connection; over the event loop's if the server is full and lets it in
+        no more. Answers when the renewal was sent, too."""
         keys, lease, ttl_s, sent_at = self._keys, self._lease, self._ttl_s, time.monotonic()
         try:
             return keep_alive(connection, keys, incarnation, lease, ttl_s), sent_at
         except StoreError as exc:
-            if connection.is_open:
+            if not says_full(exc):  # where it is away, a second attempt would take the time of the next
                 raise
             logger.debug("keepalive: %s; trying the event loop's connections", exc)
         assert self._loop is not None

@@ -224,6 +224,11 @@ class ErrorReply(redis_errors.ResponseError):
         self.reply = sent
 
 
+def says_full(error: StoreError) -> bool:
+    """Whether the server let in no further connection, because it has as many as it allows."""
+    return _TOO_MANY.meaning in str(error)
+
+
 def keep_replies(connection: Any) -> None:
     """Let the exceptions of a redis-py connection, which is not logged in yet, have the server's `reply`."""
     parser = connection._parser
