@@ -545,12 +545,6 @@ class SyncConnection:
         except FAILURES as exc:
             raise self._failed(exc, "EVALSHA or EVAL") from exc
 
-    @property
-    def is_open(self) -> bool:
-        """Whether it stands, as far as is known. For its thread."""
-        idle: Any = self._pool._available_connections
-        return any(connection._sock is not None for connection in idle)
-
     def connect(self) -> None:
         """Connect now, not at the first script. Raises StoreError."""
         try:
