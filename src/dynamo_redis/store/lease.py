@@ -38,7 +38,7 @@ from dynamo_redis.store.key_value import (
     parse_written,
 )
 from dynamo_redis.store.keys import ALWAYS_FIT_COUNT, RegistryKeys
-from dynamo_redis.store.server_errors import says_full
+from dynamo_redis.store.server_errors import is_full
 
 logger = logging.getLogger(__name__)
 Ts = TypeVarTuple("Ts")
@@ -329,7 +329,7 @@ class Keepalive:
         try:
             return keep_alive(connection, keys, incarnation, lease, ttl_s), sent_at
         except StoreError as exc:
-            if not says_full(exc):  # where it is away, a second attempt would take the time of the next
+            if not is_full(exc):  # where it is away, a second attempt would take the time of the next
                 raise
             logger.debug("keepalive: %s; trying the event loop's connections", exc)
         assert self._loop is not None

@@ -184,6 +184,16 @@ def is_about_password(exc: BaseException) -> bool:
     return _answer(reply(exc) or "") in _CREDENTIALS
 
 
+def is_full(exc: BaseException | None) -> bool:
+    """Whether the server let in no further connection, because it has as many as it allows; by the reply that
+    caused an error."""
+    while exc is not None:
+        if _answer(reply(exc) or "") is _TOO_MANY:
+            return True
+        exc = exc.__cause__
+    return False
+
+
 def does_not_take(exc: BaseException, command: str) -> bool:
     """Whether the server, or a proxy before it, does not run a command, and did not look at its arguments."""
     text = reply(exc) or ""
@@ -222,11 +232,6 @@ class ErrorReply(redis_errors.ResponseError):
     def __init__(self, sent: str) -> None:
         super().__init__(sent)
         self.reply = sent
-
-
-def says_full(error: StoreError) -> bool:
-    """Whether the server let in no further connection, because it has as many as it allows."""
-    return _TOO_MANY.meaning in str(error)
 
 
 def keep_replies(connection: Any) -> None:

@@ -269,6 +269,23 @@ async def test_a_full_server_costs_no_lease(tmp_path: Path, open_registry: Any) 
             assert record.version == 1
 
 
+async def test_renewal_over_a_cut_link_is_tried_once(
+    tmp_path: Path, open_registry: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A further attempt, over the event loop's connections, would take the time of the next."""
+    caplog.set_level(logging.DEBUG, "dynamo_redis.store.lease")
+    async with EmbeddedServer(tmp_path, port=0) as server:
+        registry = await open_registry(server.url, ttl_s=2.0)
+        await registry.register("i/1", b"v")
+        further: list[float] = []
+        monkeypatch.setattr(registry._client, "from_thread", lambda _, timeout_s: further.append(timeout_s))
+        await server.kill()
+        async with asyncio.timeout(3 * WAIT_S):
+            while sum(record.message.startswith("keepalive: ") for record in caplog.records) < 2:
+                await asyncio.sleep(0.05)
+        assert further == []
+
+
 @asynccontextmanager
 async def crowd(url: str) -> AsyncIterator[None]:
     """Take every connection that a server has left."""
