@@ -32,12 +32,12 @@ Results = Mapping[str, Mapping[str, Any]]
 
 
 def pages() -> list[Path]:
-    """Where figures may stand."""
+    """The pages that show figures."""
     return sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/**/*.md"), RESULTS.parent / "README.md"])
 
 
 def results() -> Results:
-    """What the suites have measured."""
+    """Return the figures that the suites have measured."""
     return {
         entry["id"]: entry
         for suite in SUITES

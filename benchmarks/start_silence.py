@@ -111,7 +111,7 @@ def _tenant(directory: Path, name: str) -> list[str]:
 
 
 class Deployment:
-    """What is done to one frontend."""
+    """One frontend, and the attacks on it."""
 
     def __init__(self, port: int, directory: Path, environment: dict[str, str]) -> None:
         self.url = f"http://127.0.0.1:{port}"

@@ -137,7 +137,7 @@ def _instance_json(found: _Found, *, secrets: bool) -> dict[str, Any]:
 
 @dataclass(slots=True)
 class _Process:
-    """What one process serves."""
+    """One process, and the endpoints that it serves."""
 
     instances: list[Instance] = field(default_factory=list)
     frontend: FrontendRecord | None = None

@@ -62,7 +62,7 @@ def report_to(publisher: KvPublisher) -> KvEventSink:
 
 @dataclass(frozen=True, slots=True)
 class EngineCapacity:
-    """What the engine can hold; goes into the model card, which follows when it changes. All but
+    """The sizes of the engine; they go into the model card, which follows when it changes. All but
     `data_parallel_size` and `context_length` are of one data-parallel rank. `context_length` is the engine's
     own limit of a prompt and its answer, or None if that is what the model's files say."""
 

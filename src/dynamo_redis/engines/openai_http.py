@@ -182,8 +182,8 @@ async def _explanation(response: aiohttp.ClientResponse) -> bytes:
 
 
 async def _read_to_end(response: aiohttp.ClientResponse) -> None:
-    """What follows the last event is the end; once it is read the connection can serve again. A server that
-    breaks it off instead has answered all the same."""
+    """Read on behind the last event to the end, so that the connection can serve again. A server that breaks
+    the answer off there has answered all the same."""
     with contextlib.suppress(TimeoutError, aiohttp.ClientError):
         async with asyncio.timeout(_END_S):
             while not response.content.at_eof():

@@ -1,4 +1,4 @@
-"""What an OpenAI-compatible server says of itself and of the model that it serves. Pure.
+"""The answers by which an OpenAI-compatible server describes itself and its model. Pure.
 
 `GET /v1/models` everywhere; vLLM and SGLang say there how long a model's context is (`max_model_len`). SGLang
 tells its page size at `/get_server_info`, llama.cpp its context at `/props`.
@@ -16,7 +16,7 @@ from dynamo_redis.engines.openai_request import Dialect
 _OWNERS: Final[Mapping[str, Dialect]] = {"vllm": "vllm", "sglang": "sglang", "llamacpp": "llamacpp"}
 
 DETAILS_PATHS: Final[Mapping[Dialect, str]] = {"sglang": "/get_server_info", "llamacpp": "/props"}
-"""Where these servers say more of themselves."""
+"""Paths at which these servers describe themselves further."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class ListedModel:
 
 @dataclass(frozen=True, slots=True)
 class ServerDetails:
-    """What a server says beyond its models; None is what it does not say."""
+    """The sizes that a server states beyond its models; None is a size that it does not state."""
 
     context_length: int | None = None
     block_size: int | None = None

@@ -1,4 +1,4 @@
-"""What an OpenAI-compatible server is asked: a completion, in each kind of server's own words. Pure.
+"""Requests to an OpenAI-compatible server: a completion, in each kind of server's own words. Pure.
 
 The prompt goes as token ids, which vLLM, SGLang and llama.cpp take as `prompt`. What a request asks for is
 passed on under the server's own name for it, or refused by name: nothing is left out in silence. Sources:
@@ -17,7 +17,7 @@ from dynamo_redis.errors import InvalidRequest
 from dynamo_redis.runtime.llm_protocol import GUIDED_BY
 
 Dialect = Literal["vllm", "sglang", "llamacpp", "openai"]
-"""Whose server it is; `openai` for any other, of which only the standard is expected."""
+"""The kind of server; `openai` for any other, of which only the standard is expected."""
 
 _STANDARD: Final = (
     "max_tokens",
@@ -71,7 +71,7 @@ _NAMES: Final[Mapping[Dialect, frozenset[str]]] = {
         }
     ),
 }
-"""What each kind of server knows."""
+"""The options that each kind of server knows."""
 
 _RENAMED: Final[Mapping[Dialect, Mapping[str, str]]] = {
     "vllm": {"max_thinking_tokens": "thinking_token_budget"},

@@ -32,7 +32,7 @@ _SILENCES: Final = 3
 is enough: no process listens there."""
 
 _ASK_AGAIN_S: Final = 10.0
-"""How often a server that is well is asked whether it is still the same."""
+"""Pause between two questions to a healthy server whether it is still the same."""
 
 
 class EngineServer:

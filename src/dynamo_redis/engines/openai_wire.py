@@ -1,4 +1,4 @@
-"""What an OpenAI-compatible server answers, as tokens; what its refusals mean. Pure.
+"""Answers of an OpenAI-compatible server, read as tokens, and the meaning of its refusals. Pure.
 
 Tokens come back as `token_ids` where the server has that (vLLM, with `return_token_ids`). Where it answers
 with text alone, the text is encoded anew (`TextTokens`): it is exactly what the server wrote, but which

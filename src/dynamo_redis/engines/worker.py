@@ -35,7 +35,7 @@ from dynamo_redis.supervision import Supervisor
 log = logging.getLogger(__name__)
 
 CAPACITY_S = 1.0
-"""How often an engine's capacity is held against its card."""
+"""Pause between two comparisons of an engine's capacity with its card."""
 
 
 def open_model(settings: ModelSettings) -> tuple[ModelDirectory, str]:

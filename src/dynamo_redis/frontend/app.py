@@ -154,7 +154,7 @@ class Completions:
     async def _read(
         self, scope: Scope, receive: Receive
     ) -> tuple[CompletionOptions, Model, list[GenerateRequest]]:
-        """What is asked for, of which model, and what its workers get. Raises as the parts of it do."""
+        """Read a request: its options, its model, and the requests to the workers. Raises as its steps do."""
         with self._bodies.hold() as held:
             content = await read_limited(scope, receive, self._limit_bytes, held)
             body = await self._preparation.read(self._body, content)

@@ -31,7 +31,7 @@ Prompt: TypeAlias = "Text | list[int] | array[int]"
 """A prompt, as text or as token ids."""
 
 Source: TypeAlias = "bytes | bytearray | list[Prompt]"
-"""What prompts are made of: a conversation to render, or prompts as they are."""
+"""Prompts of a body: a conversation to render, or prompts as they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +43,12 @@ class Body:
 
     @property
     def choice_count(self) -> int:
-        """How many answers it asks for."""
+        """The number of answers that it asks for."""
         return (len(self.source) if isinstance(self.source, list) else 1) * (self.options.n or 1)
 
 
 def source_of(body: CompletionOptions) -> Source:
-    """What the body's prompts are made of."""
+    """Return the body's prompts: a conversation to render, or prompts as they are."""
     if not isinstance(body, ChatBody):
         assert isinstance(body, TextBody)
         return list(body.prompts)

@@ -1,5 +1,5 @@
-"""Where messages begin and end: heads that are refused, and how the end of an answer is told where uvicorn's
-own way is not what the client understands."""
+"""Beginnings and ends of messages: refused heads, and the end of an answer to a client that does not know
+uvicorn's own way to tell it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one HTTP connection may take, and how much of it is read ahead."""
+"""Limits of one HTTP connection, and the amount of it that is read ahead."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MOST_UNPARSED_BYTES = 64 * 1024
 
 @dataclass(frozen=True, slots=True)
 class HttpLimits:
-    """What one connection may take, and the connections that may have to make room for others."""
+    """Limits of one connection, and the connections that may have to make room for others."""
 
     receive_timeout_s: float = 60.0
     """From the first byte of a request to its last."""

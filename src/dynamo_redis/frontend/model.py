@@ -36,7 +36,7 @@ class EndpointClient(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What loading depends on: cards that agree in this are served by the same loaded model."""
+    """The parts of a card on which loading depends: one loaded model serves all cards that agree in them."""
 
     endpoint: EndpointName
     fingerprint: str
@@ -136,6 +136,6 @@ class NamedModel:
         return list(found.values())
 
     def reachable_count(self, model: Model) -> int:
-        """How many instances of that version can be chosen now."""
+        """Return the number of instances of that version that can be chosen now."""
         assert model.client is not None
         return len(self.instance_ids(model).intersection(model.client.instance_ids()))

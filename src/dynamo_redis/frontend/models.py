@@ -385,5 +385,5 @@ class LiveModels:
 
 
 def _weight(cards: list[CardEntry]) -> tuple[int, int]:
-    """Which of several sorts goes before others: the one of most workers, then the newest."""
+    """Return the sort key by which the sort of most workers comes first, then the newest."""
     return len(cards), max(entry.order for entry in cards)

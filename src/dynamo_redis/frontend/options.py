@@ -1,4 +1,4 @@
-"""What both kinds of completion may be asked for, beside their prompt."""
+"""Options of both kinds of completion, beside their prompt."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ _SAMPLING = (
 
 
 class CompletionOptions(BaseModel):
-    """What both kinds of completion share. Null is the same as absent."""
+    """The fields that both kinds of completion share. Null is the same as absent."""
 
     model_config = _FURTHER
     further_parameters: ClassVar[Parameters]

@@ -33,7 +33,7 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Parameters:
-    """What is known of one object's parameters beyond the fields that it has."""
+    """The known parameters of one object beyond the fields that it has."""
 
     refused: Mapping[str, Refusal]
     harmless: Mapping[str, str] = field(default_factory=dict)

@@ -189,7 +189,7 @@ def _requests_for(
 
 
 def _sampling_options(model: LoadedModel, body: CompletionOptions) -> SamplingOptions:
-    """What the worker is told. Raises ApiError for tokens that the model does not have."""
+    """Return the sampling options for the worker. Raises ApiError for tokens that the model does not have."""
     sampling = body.sampling_options()
     size = model.tokenizer.vocabulary_size
     for name, token_ids in (

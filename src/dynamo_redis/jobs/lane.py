@@ -110,7 +110,7 @@ class Lane:
 
     @property
     def job_count(self) -> int:
-        """How many jobs wait or are worked on."""
+        """The number of jobs that wait or are worked on."""
         return len(self._waiting) + (0 if self._process is None else len(self._process.sent))
 
     async def run(self, *pieces: bytes | bytearray) -> bytearray:

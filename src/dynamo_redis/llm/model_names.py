@@ -1,4 +1,4 @@
-"""What a worker says of its model when it registers it, under the names of `dynamo.llm`. Pure."""
+"""The description of a model that a worker registers, under the names of `dynamo.llm`. Pure."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class ModelInput(Enum):
 
 
 class ModelType(Flag):
-    """What a model can be asked for, joined by `|`. `register_model` takes `Chat` and `Completions`."""
+    """Kinds of request that a model takes, joined by `|`. `register_model` takes `Chat` and `Completions`."""
 
     Empty = 0
     Chat = auto()
@@ -70,7 +70,7 @@ class WorkerType(Enum):
 
 @dataclass
 class ModelRuntimeConfig:
-    """What a worker's engine can hold, and how it serves. All may be set after it is made.
+    """Sizes of a worker's engine, and its ways to serve. All may be set after it is made.
 
     The first five go into the model card. The others are Dynamo's: `register_model` names in the log those
     that were set, and they have no effect.

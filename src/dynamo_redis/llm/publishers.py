@@ -1,4 +1,4 @@
-"""What tells routers of an engine's KV cache and load.
+"""Publishers that tell routers of an engine's KV cache and load.
 
 Both publishers are made on the event loop, and may then be used from any thread. They end with the runtime.
 """

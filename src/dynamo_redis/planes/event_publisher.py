@@ -48,9 +48,9 @@ SILENCE_S: Final = 30.0
 TOPIC_SILENCE_S: Final = 3.0
 """The same for a topic, of which any message may be lost."""
 LOOK_S: Final = 10.0
-"""How often one that rests while it has no readers looks whether there are any, as long as it sends."""
+"""Pause between two looks for readers, of a publisher that has events and rests for want of readers."""
 REPORT_S: Final = 30.0
-"""How often it is logged at most that events are not sent, for one reason: it may come and go."""
+"""Least pause between two log lines that events are not sent, for one reason: it may come and go."""
 
 
 class EventPublisher:

@@ -1,4 +1,4 @@
-"""Which blocks the running requests of each worker hold, each block counted once. Pure.
+"""The blocks that the running requests of each worker hold, each block counted once. Pure.
 
 A request holds the blocks of its prompt from the first one on, so that the requests of all workers form one
 tree of names: requests that begin alike share its upper runs. A *run* is a part of a prompt in which no two

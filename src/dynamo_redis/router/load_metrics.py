@@ -25,7 +25,7 @@ _LISTEN_S = 1.0
 
 
 class LoadMetrics:
-    """How full the workers' KV caches are, as they say themselves: it corrects the load book.
+    """The fill of the workers' KV caches, as they report it themselves: it corrects the load book.
 
     It owns one task, which listens to the topic until `aclose`. What is published while it does not listen is
     lost, and followed by the next value a moment later.

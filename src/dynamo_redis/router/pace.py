@@ -1,4 +1,5 @@
-"""How often to read what comes in small pieces: each read costs a server much, however little it finds."""
+"""The pause between reads of a stream whose entries come singly: each read costs a server much, however
+little it finds."""
 
 from __future__ import annotations
 

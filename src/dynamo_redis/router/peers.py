@@ -1,4 +1,4 @@
-"""Which other routers hear what this one says: those that the registry lists, and those that say something.
+"""The other routers that read this one's bookings: those in the registry, and those that were heard.
 
 A router that has none need not say anything. Pure.
 """

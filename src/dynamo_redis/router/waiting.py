@@ -1,5 +1,5 @@
-"""Where requests wait while every worker that may take them is busy: first come first served, bounded, with
-deadlines.
+"""Lines of requests that wait while all workers that may take them are busy: first come first served, with a
+bound and deadlines.
 
 Requests for the same workers stand in one line, and each set of workers has a line of its own: the requests
 for one model wait neither for those for another, nor for their room. Where sets overlap, a worker that

@@ -1,4 +1,4 @@
-"""Which instances a request may go to, where not all of an endpoint's will do. Pure.
+"""The instances that a request may go to, where not all of an endpoint's will do. Pure.
 
 A request may wait for its turn, and go to another instance after a failure. Ids that are fixed when it begins
 grow old meanwhile: it would never go to an instance that came later. `LiveIds` are looked at for each choice.

@@ -71,7 +71,7 @@ class ChatTemplate:
 
     @property
     def job_count(self) -> int:
-        """How many conversations wait or are being rendered."""
+        """The number of conversations that wait or are being rendered."""
         return self._small.job_count + self._large.job_count
 
     async def open(self) -> None:

@@ -23,7 +23,7 @@ from dynamo_redis.runtime.selection import Only, Policy, policy
 log = logging.getLogger(__name__)
 
 WAIT_SAID_S = 5.0
-"""How often it is said that there is no instance, while one is waited for."""
+"""Pause between two warnings that there is no instance, while a client waits for one."""
 
 
 class Client:

@@ -18,7 +18,7 @@ PAUSE_S: Final = (1.0, 60.0)
 
 
 class Record:
-    """How one instance has answered this process lately."""
+    """The latest answers of one instance to this process."""
 
     __slots__ = ("_failure_count", "_pause_s")
 

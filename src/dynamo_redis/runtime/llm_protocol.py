@@ -29,7 +29,7 @@ class StopConditions(TypedDict, total=False):
 
 
 GUIDED_BY = "response_format, structured_outputs, guided_json or the like"
-"""What a client calls `guided_decoding`: to be named in a refusal of it."""
+"""The client's own name for `guided_decoding`, for a refusal of it."""
 
 
 class GuidedDecoding(TypedDict, total=False):
@@ -49,7 +49,7 @@ class GuidedDecoding(TypedDict, total=False):
 
 
 class SamplingOptions(TypedDict, total=False):
-    """How to choose tokens; all optional, engine defaults apply.
+    """Rules for the choice of tokens; all optional, engine defaults apply.
 
     `logit_bias` maps token ids, written in decimal, to what is added to their logits. With
     `include_stop_str_in_output` the engine's text, where it sends text, keeps the stop string it ended at.
@@ -85,7 +85,7 @@ class GenerateRequest(TypedDict):
 
 
 class CompletionUsage(TypedDict, total=False):
-    """How many tokens the engine itself counted."""
+    """Token counts of the engine itself."""
 
     prompt_tokens: int
     completion_tokens: int

@@ -42,7 +42,7 @@ ADDITIONAL_TEMPLATE = re.compile(rf"{ADDITIONAL_TEMPLATES}/([A-Za-z0-9_][A-Za-z0
 MAX_ADDITIONAL_TEMPLATES = 32
 
 ModelKind = Literal["chat", "completions", "chat+completions"]
-"""What a model can be asked for."""
+"""The kinds of request that a model takes."""
 
 MAX_RANKS = 4096
 """Most data-parallel ranks that a card may tell of: a router has an entry for each."""
@@ -87,7 +87,7 @@ class ModelCard(VersionedModel):
 
     @property
     def fingerprint(self) -> str:
-        """What a frontend makes of the model, in 16 hex digits: cards that agree in it are served alike."""
+        """All that frontends serve by, as 16 hex digits: equal cards share a loaded model."""
         files = sorted((name, file.sha256) for name, file in self.files.items())
         content = [self.context_length, self.model_type, self.model_input, files]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]

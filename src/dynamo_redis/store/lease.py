@@ -5,9 +5,9 @@ of the TTL have passed, which leaves time for two attempts. While the server let
 because it has as many as it allows, say, it renews over those that the event loop has.
 
 It also watches a heartbeat of the event loop: stalled for `STALL_TTLS` TTLs, the lease is kept, but each
-registered key gets its `stalled_value`, so that nobody chooses this process; stalled for `DYN_LOOP_STALL_S`,
-renewal stops and the lease ends. C code that holds the interpreter lock for so long stops this thread too:
-then the lease ends after its TTL.
+registered key gets its `stalled_value`, so that no client chooses this process. Stalled for
+`DYN_LOOP_STALL_S`, renewal stops and the lease ends. C code that holds the interpreter lock for so long stops
+this thread too: then the lease ends after its TTL.
 """
 
 from __future__ import annotations

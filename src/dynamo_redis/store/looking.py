@@ -39,7 +39,7 @@ from dynamo_redis.store.log_reader import LogReader
 from dynamo_redis.store.operations import KeyOperations
 
 ABSENT: Final = Position("", Revision("0-0"), "")
-"""Where a registry stands that nothing has been written to."""
+"""The position of a registry that has no write yet."""
 UNMADE_COUNT: Final = 2000
 RECORDS_A_CALL: Final = 64
 LEASES_A_CALL: Final = 500
@@ -54,7 +54,7 @@ class PlainReads(KeyValue):
         return self.saw(_end(position, await self._unmade(position)))
 
     async def _head(self) -> tuple[Position, float]:
-        """Where the records stand, and the service clock in ms. Raises SchemaMismatch."""
+        """Return the position of the records, and the service clock in ms. Raises SchemaMismatch."""
         fields = await self.client.execute("HMGET", self.keys.meta, "schema", "inc", "rev", "op", "clock")
         schema, *position, clock = (None if field is None else field.decode() for field in fields)
         if schema is not None and schema.partition(".")[0] != SCHEMA_VERSION:
@@ -166,7 +166,7 @@ class PlainReads(KeyValue):
 
 
 def _end(position: Position, changes: Sequence[Change]) -> Position:
-    """Where the log stands after these changes."""
+    """Return the position of the log after these changes."""
     if not changes:
         return position
     return Position(position.incarnation, changes[-1].revision, changes[-1].operation)

@@ -1,4 +1,4 @@
-"""What passes to and from the process that renders chat templates, and what one rendering may take."""
+"""Messages to and from the process that renders chat templates, and the limits of one rendering."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MEMORY_LIMIT_BYTES: Final = 1 << 30
 PROBE_MEMORY_LIMIT_BYTES: Final = 64 << 20
 
 PROCESS_MEMORY_BYTES: Final = 256 << 20
-"""What a process that renders may hold at any one time, beside its code."""
+"""Most memory of a process that renders, beside its code."""
 
 DONE: Final = b"+"
 """Before the text that was rendered."""

@@ -251,7 +251,7 @@ class _Answers(NamedTuple):
 
 
 class _Contents(NamedTuple):
-    """What a template writes of one message whose content is null, absent or empty; None if it fails."""
+    """Texts that a template writes for a message whose content is null, absent or empty; None if it fails."""
 
     null: str | None
     absent: str | None

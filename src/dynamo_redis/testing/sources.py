@@ -1,4 +1,4 @@
-"""Where the tests' Redis comes from: a container, a program on this machine, a wheel, or a URL."""
+"""Sources of the tests' Redis: a container, a program on this machine, a wheel, or a URL."""
 
 from __future__ import annotations
 
