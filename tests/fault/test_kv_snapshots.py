@@ -336,8 +336,8 @@ async def test_an_uploader_that_sleeps_past_its_lock_is_refused(
 
 
 def stopped_children(pid: int) -> list[int]:
-    children = psutil.Process(pid).children()
     with contextlib.suppress(psutil.NoSuchProcess):
+        children = psutil.Process(pid).children()
         return [child.pid for child in children if child.status() == psutil.STATUS_STOPPED]
     return []
 

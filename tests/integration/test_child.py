@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from dynamo_redis.child import ChildProcess
+from tests.processes import command_line
 
 # A program that starts another one, ignores SIGTERM if it is told to, and waits.
 _FAMILY = """
@@ -143,7 +144,7 @@ async def test_a_signal_to_the_parents_group_does_not_reach_it(tmp_path: Path) -
 
 async def test_a_signal_to_its_group_does_not_disarm_the_watchdog(tmp_path: Path) -> None:
     async with family(tmp_path, "stubborn") as child:
-        (watchdog,) = [pid for pid in group(child.pid) if psutil.Process(pid).cmdline()[0] == "/bin/sh"]
+        (watchdog,) = [pid for pid in group(child.pid) if "/bin/sh" in command_line(psutil.Process(pid))]
         for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGQUIT):
             os.kill(watchdog, number)
         await anyio.sleep(0.05)

@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from dynamo_redis.jobs.lane import FirstJobRefused, JobDied, JobOverrun, Lane, NoProcess, QueueFull
+from tests.processes import is_alive
 
 WORK = """
 import os, time
@@ -228,7 +229,7 @@ def test_process_does_not_outlive_its_parent(tmp_path: Any) -> None:
     parent.kill()
     parent.wait()
     deadline = time.monotonic() + 60
-    while any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children):
+    while any(is_alive(child) for child in children):
         assert time.monotonic() < deadline
         time.sleep(0.01)
 

@@ -1,0 +1,29 @@
+"""Looks at other processes, each of which may end between two of a test's steps."""
+
+from __future__ import annotations
+
+import psutil
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Answer whether it runs: a zombie, which only waits to be collected, does not."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def command_line(process: psutil.Process) -> list[str]:
+    """Its program and arguments; empty once it has ended."""
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
+
+
+def program_name(process: psutil.Process) -> str:
+    """The file name of its program; empty once it has ended."""
+    try:
+        return process.name()
+    except psutil.NoSuchProcess:
+        return ""
