@@ -1,9 +1,10 @@
 """What makes ended leases go: ticks, and the hint that a lease's key has expired.
 
-A tick is one script call, which reaps a bounded number of leases. All processes together tick some 16 times a
-second: each every `TICK_S` while there are few, and less often the more leases there are. How many there are
-is only known from the last look, and thousands may have died since, so a process that finds no tick in the
-last `TICK_S / 2` ticks every `TICK_S` itself. Renewals of the own lease look, too.
+A tick is one script call, which reaps a bounded number of leases. All processes together tick some 4 times a
+second where up to `LISTENERS_COUNT` leases live, and some 16 times where there are more: each process every
+`TICK_S` while there are few, and less often the more leases there are. How many there are is only known from
+the last look, and thousands may have died since, so a process that finds too long a pause behind it ticks
+every `TICK_S` itself. Renewals of the own lease look, too.
 
 Expiry notifications make it faster where there are few processes; they may be late, lost or switched off.
 Where there are many, ticks come as fast, and each notification would go to every process: none listens.
@@ -32,6 +33,8 @@ logger = logging.getLogger(__name__)
 TICK_S: Final = 0.5
 SHARED_BY_COUNT: Final = 8
 """From so many leases on, ticks become rarer in each process."""
+SHARED_BY_LISTENERS_COUNT: Final = 2
+"""The same where processes listen to notifications, which tell sooner: idle, they cost Redis less."""
 LEASELESS_TICK_S: Final = 5.0
 """Longest pause of a process without a lease, which has no renewals to look at."""
 LISTENERS_COUNT: Final = 16
@@ -54,20 +57,29 @@ class Pace:
     def ticked(self, tick: Tick) -> None:
         """A tick of this process found this."""
         self.lease_count = tick.lease_count
-        self._is_alone = tick.idle_s >= TICK_S / 2
+        self._is_alone = self._is_overdue(tick.idle_s)
 
     def renewed(self, renewal: Renewal) -> bool:
         """A renewal of this process's lease found this. Answers whether a tick is overdue."""
         self.lease_count, self._has_lease = renewal.lease_count, True
-        return renewal.idle_s >= TICK_S / 2
+        return self._is_overdue(renewal.idle_s)
 
     @property
     def interval_s(self) -> float:
         """The pause to make now, before jitter."""
         if self._is_alone:
             return TICK_S
-        shared_s = TICK_S * max(1.0, self.lease_count / SHARED_BY_COUNT)
+        shared_by_count = SHARED_BY_LISTENERS_COUNT if self._listens else SHARED_BY_COUNT
+        shared_s = TICK_S * max(1.0, self.lease_count / shared_by_count)
         return shared_s if self._has_lease else min(shared_s, LEASELESS_TICK_S)
+
+    @property
+    def _listens(self) -> bool:
+        return self.lease_count <= LISTENERS_COUNT
+
+    def _is_overdue(self, idle_s: float) -> bool:
+        """Answer whether that long without a tick is too long: two to four times the usual pause."""
+        return idle_s >= (TICK_S if self._listens else TICK_S / 2)
 
 
 class Reaper:

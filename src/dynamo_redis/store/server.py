@@ -85,7 +85,8 @@ class EmbeddedServer:
     and `stop` it; it is bound to no event loop.
 
     `port`: None for a unix socket, 0 for a free loopback port (kept over restarts), or a loopback port.
-    `settings` are more lines of redis.conf, or others instead of the defaults.
+    `settings` are more lines of redis.conf, or others instead of the defaults. A value of several words, as
+    that of `replicaof`, is a tuple.
     """
 
     def __init__(
@@ -94,13 +95,13 @@ class EmbeddedServer:
         *,
         port: int | None = None,
         binary: ServerBinary | None = None,
-        settings: Mapping[str, str] | None = None,
+        settings: Mapping[str, str | tuple[str, ...]] | None = None,
     ) -> None:
         self._directory = directory
         self._wanted_port = port
         self._port = port
         self._binary = binary or find_server()
-        self._settings = {**_SETTINGS, **(settings or {})}
+        self._settings: dict[str, str | tuple[str, ...]] = {**_SETTINGS, **(settings or {})}
         self._socket_directory: Path | None = None
         self._process: ChildProcess | None = None
 
@@ -213,12 +214,17 @@ class EmbeddedServer:
         return self._directory / "server.log"
 
     def _spawn(self) -> ChildProcess:
-        settings = {**self._settings, "dir": str(self._directory.absolute())}
+        settings: dict[str, str | tuple[str, ...]] = {
+            **self._settings,
+            "dir": str(self._directory.absolute()),
+        }
         if self._port is None:
             settings |= {"port": "0", "unixsocket": str(self.socket_path), "unixsocketperm": "700"}
         else:
             settings |= {"port": str(self._port), "bind": _LOOPBACK}
-        arguments = [word for name, value in settings.items() for word in (f"--{name}", value)]
+        arguments: list[str] = []
+        for name, value in settings.items():
+            arguments += [f"--{name}", *((value,) if isinstance(value, str) else value)]
         with self._log_path.open("ab") as log:
             return ChildProcess.start([self._binary.path, *arguments], stdout=log, stderr=log)
 

@@ -42,7 +42,7 @@ async def server_with_users(tmp_path: Path) -> AsyncIterator[EmbeddedServer]:
     (tmp_path / "users.acl").write_text(
         "user default off\n"
         f"user admin on >{SECRET} ~* &* +@all\n"
-        f"user registry on >{SECRET} ~{{dynamo}}:* &__keyspace@0__:{{dynamo}}:lease:* -@all"
+        f"user registry on >{SECRET} ~{{dynamo}}:* resetchannels &__keyspace@0__:{{dynamo}}:lease:* -@all"
         " +@read +@write +@stream +@scripting +ping +time +psubscribe\n"
         f"user reader on >{SECRET} ~* &* +@all -@write\n"
     )
@@ -209,7 +209,7 @@ async def test_a_process_starts_and_reads_on_a_replica(
     port = own_redis_server.url.rpartition(":")[2]
     worker = await open_registry(own_redis_server.url)
     await worker.register("i/worker", b"v")
-    settings = {"replicaof": f"127.0.0.1 {port}"}
+    settings = {"replicaof": ("127.0.0.1", str(port))}
     async with EmbeddedServer(directory, port=0, settings=settings) as replica:
         client = RedisClient(replica.url, timeout_s=3.0)
         async with asyncio.timeout(20):

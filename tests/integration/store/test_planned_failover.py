@@ -67,7 +67,7 @@ async def pair(own_redis_server: EmbeddedServer, tmp_path: Path) -> AsyncIterato
     """A primary, its replica, in sync, and an address."""
     directory = tmp_path / "replica"
     directory.mkdir()
-    settings = {"replicaof": f"127.0.0.1 {own_redis_server.url.rpartition(':')[2]}"}
+    settings = {"replicaof": ("127.0.0.1", own_redis_server.url.rpartition(":")[2])}
     async with (
         EmbeddedServer(directory, port=0, settings=settings) as replica,
         Proxy(own_redis_server.url) as proxy,

@@ -453,7 +453,7 @@ async def replica(own_redis_server: EmbeddedServer, tmp_path: Path) -> AsyncIter
     directory = tmp_path / "replica"
     directory.mkdir()
     port = own_redis_server.url.rpartition(":")[2]
-    async with EmbeddedServer(directory, port=0, settings={"replicaof": f"127.0.0.1 {port}"}) as server:
+    async with EmbeddedServer(directory, port=0, settings={"replicaof": ("127.0.0.1", str(port))}) as server:
         client = RedisClient(server.url, timeout_s=1.0)
         async with asyncio.timeout(30):
             while b"master_link_status:up" not in await client.execute("INFO", "replication"):

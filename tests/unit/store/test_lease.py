@@ -18,9 +18,9 @@ from dynamo_redis.store.lease import Keepalive, WriterChain
 from dynamo_redis.store.reaper import LEASELESS_TICK_S, TICK_S, Pace
 
 
-def test_all_processes_together_tick_sixteen_times_a_second() -> None:
+def test_all_processes_together_tick_four_times_a_second_and_sixteen_where_none_listens() -> None:
     pace = Pace()
-    for lease_count, interval_s in ((1, 0.5), (8, 0.5), (80, 5.0), (8000, 500.0)):
+    for lease_count, interval_s in ((1, 0.5), (2, 0.5), (3, 0.75), (16, 4.0), (80, 5.0), (8000, 500.0)):
         assert not pace.renewed(Renewal("", lease_count, 0.06))
         pace.ticked(Tick(lease_count, 0, 0.06))
         assert pace.interval_s == interval_s
@@ -41,6 +41,10 @@ def test_who_finds_that_nobody_ticks_does() -> None:
     assert pace.interval_s == TICK_S
     pace.ticked(Tick(10_000, 0, 0.06))
     assert pace.interval_s == 10_000 / 16
+    pace.ticked(Tick(4, 0, TICK_S))
+    assert pace.interval_s == TICK_S
+    pace.ticked(Tick(4, 0, 0.3))
+    assert pace.interval_s == 1.0
 
 
 class Answers:
