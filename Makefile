@@ -51,7 +51,7 @@ replay: $(STAMP) ## a real trace through workers and routers (TRACE=file, ARGS="
 	@$(BIN)/python -m benchmarks.replay $(if $(TRACE),--trace $(TRACE)) $(ARGS)
 
 soak: $(STAMP)   ## the same for ten minutes while parts are killed; memory must stay flat (ARGS="--minutes 2")
-	@$(BIN)/python -m benchmarks.soak $(ARGS)
+	@$(BIN)/python -m benchmarks.replay.soak $(ARGS)
 
 faults: $(STAMP) ## faults of every kind against a real deployment, short (ARGS="--help" shows the long form)
 	$(BIN)/python -m faults $(ARGS)

@@ -19,8 +19,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.processes import REPOSITORY
-from benchmarks.report import RESULTS, markdown, several
+from benchmarks.harness.processes import REPOSITORY
+from benchmarks.harness.report import RESULTS, markdown, several
 
 SUITES: Final = ("start", "registry", "request", "events", "index")
 

@@ -20,7 +20,7 @@ import uvloop
 
 from dynamo_redis.config import StoreSettings
 from dynamo_redis.errors import StoreError
-from dynamo_redis.store.registry import RedisRegistry
+from dynamo_redis.store.registry.redis_registry import RedisRegistry
 from faults.servers import ServerUnderTest, installed_servers
 
 RESULTS: Final = Path(__file__).parent / "results" / "losses.json"

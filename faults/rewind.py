@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dynamo_redis.store.client import Argument
+from dynamo_redis.store.redis.client import Argument
 from faults.servers import ServerUnderTest
 
 

@@ -24,8 +24,8 @@ from typing import Any, Final, Literal
 import msgpack
 
 from dynamo_redis.errors import ConfigError, StoreError
-from dynamo_redis.store.client import RedisClient
 from dynamo_redis.store.keys import RegistryKeys
+from dynamo_redis.store.redis.client import RedisClient
 from dynamo_redis.store.server import EmbeddedServer, ServerBinary, find_server
 from faults.history import shown
 

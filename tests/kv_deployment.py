@@ -18,21 +18,21 @@ import pytest
 
 from dynamo_redis.config import RouterSettings
 from dynamo_redis.engines.base import AllBlocksCleared, BlocksRemoved, BlocksStored
-from dynamo_redis.engines.kv_cache import BlockCache, BlockTable
-from dynamo_redis.planes.event_publisher import EventPublisher
-from dynamo_redis.router import following, members, recovery
-from dynamo_redis.router import indexer as indexer_module
+from dynamo_redis.engines.mock.kv_cache import BlockCache, BlockTable
+from dynamo_redis.events.block_hashes import chain, local_hashes
+from dynamo_redis.events.kv_dump import KV_DUMP, KvDump
+from dynamo_redis.events.kv_publisher import KvPublisher
+from dynamo_redis.events.publisher import EventPublisher
 from dynamo_redis.router.base import Worker
-from dynamo_redis.router.hashing import chain, local_hashes
-from dynamo_redis.router.indexer import Indexer
-from dynamo_redis.router.kv_dump import KV_DUMP, KvDump
-from dynamo_redis.router.kv_publisher import KvPublisher
+from dynamo_redis.router.index import followers, members, recovery
+from dynamo_redis.router.index import indexer as indexer_module
+from dynamo_redis.router.index.indexer import Indexer
 from dynamo_redis.runtime import DistributedRuntime, Settings
-from dynamo_redis.store import stream_readers
 from dynamo_redis.store.base import LeaseId
 from dynamo_redis.store.connect import open_events, open_locks, open_store
 from dynamo_redis.store.event_base import StreamName
-from dynamo_redis.store.registry import RedisRegistry
+from dynamo_redis.store.registry.redis_registry import RedisRegistry
+from dynamo_redis.store.streams import readers
 from dynamo_redis.wire.event import PublisherId
 from dynamo_redis.wire.kv_event import DEVICE, KV_EVENTS
 
@@ -276,8 +276,8 @@ def differences(indexer: Indexer, truth: dict[Worker, set[int]]) -> list[str]:
 
 def hasten(patch: pytest.MonkeyPatch) -> None:
     """Shorten the pauses that tests would wait for; what follows what stays the same."""
-    patch.setattr(following, "BLOCK_S", 0.1)
-    patch.setattr(stream_readers, "CHECK_S", 0.1)
+    patch.setattr(followers, "BLOCK_S", 0.1)
+    patch.setattr(readers, "CHECK_S", 0.1)
     patch.setattr(recovery, "DOUBT_PAUSE_S", 0.1)
     patch.setattr(members, "TICK_S", 0.2)
     patch.setattr(indexer_module, "VERIFY_S", 0.1)

@@ -25,8 +25,8 @@ import pytest
 from redis.asyncio import Redis
 
 from dynamo_redis.errors import StoreError
-from dynamo_redis.router import snapshotter
-from dynamo_redis.router.indexer import Indexer
+from dynamo_redis.router.index import snapshotter
+from dynamo_redis.router.index.indexer import Indexer
 from dynamo_redis.store.event_base import NewEntry
 from dynamo_redis.store.server import EmbeddedServer
 from dynamo_redis.store.stream_keys import StreamKeys

@@ -15,15 +15,15 @@ import pytest
 
 from dynamo_redis.config import FrontendSettings, MockEngineSettings, RouterSettings
 from dynamo_redis.engines.demo_model import DEMO_MODEL_PATH
-from dynamo_redis.engines.mock import MockEngine
+from dynamo_redis.engines.mock.engine import MockEngine
 from dynamo_redis.engines.worker import serve_engine
-from dynamo_redis.frontend.server import serve_frontend
+from dynamo_redis.frontend.http.server import serve_frontend
+from dynamo_redis.models.files import ModelDirectory, read_model_directory
+from dynamo_redis.models.llm_protocol import GenerateItem, GenerateRequest
 from dynamo_redis.names import EndpointName
 from dynamo_redis.planes.context import Context
-from dynamo_redis.router.service import KvRouter
+from dynamo_redis.router.kv_router import KvRouter
 from dynamo_redis.runtime import DistributedRuntime, Settings
-from dynamo_redis.runtime.llm_protocol import GenerateItem, GenerateRequest
-from dynamo_redis.runtime.model_files import ModelDirectory, read_model_directory
 
 WORKERS = EndpointName("dynamo", "backend", "generate")
 

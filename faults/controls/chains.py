@@ -5,8 +5,8 @@ from __future__ import annotations
 from unittest import mock
 
 from dynamo_redis.config import StoreSettings
-from dynamo_redis.store import registry
-from dynamo_redis.store.lease import WriterChain
+from dynamo_redis.store.registry import redis_registry
+from dynamo_redis.store.registry.lease import WriterChain
 
 
 class AgreeableChain(WriterChain):
@@ -17,7 +17,7 @@ class AgreeableChain(WriterChain):
         return True
 
 
-def agreeable_registry(settings: StoreSettings) -> registry.RedisRegistry:
+def agreeable_registry(settings: StoreSettings) -> redis_registry.RedisRegistry:
     """A registry that believes that no write it was acknowledged was ever lost."""
-    with mock.patch.object(registry, "WriterChain", AgreeableChain):
-        return registry.RedisRegistry(settings)
+    with mock.patch.object(redis_registry, "WriterChain", AgreeableChain):
+        return redis_registry.RedisRegistry(settings)

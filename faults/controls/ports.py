@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dynamo_redis.store.base import Registration
-from dynamo_redis.store.registry import RedisRegistry
+from dynamo_redis.store.registry.redis_registry import RedisRegistry
 
 
 class TolerantRegistry(RedisRegistry):

@@ -9,7 +9,7 @@ from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialWithJitterBackoff
 
-from dynamo_redis.store.client import Argument, RedisClient
+from dynamo_redis.store.redis.client import Argument, RedisClient
 from dynamo_redis.store.scripts import Script
 
 RETRIES_COUNT = 10  # redis-py's default; its waits, of up to 10 s, are shortened

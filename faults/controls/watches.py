@@ -8,10 +8,10 @@ from typing import Any
 
 from dynamo_redis.errors import StoreError
 from dynamo_redis.store.base import Delete, DeleteCause, Put, Record, Revision, WatchBatch
-from dynamo_redis.store.blocking import pack
-from dynamo_redis.store.change_log import Change
-from dynamo_redis.store.client import Argument, Backoff, RedisClient
-from dynamo_redis.store.key_value import KeyValue, parse_changes
+from dynamo_redis.store.redis.blocking import pack
+from dynamo_redis.store.redis.client import Argument, Backoff, RedisClient
+from dynamo_redis.store.registry.change_log import Change
+from dynamo_redis.store.registry.scripts_api import KeyValue, parse_changes
 from dynamo_redis.store.scripts import Script
 
 BLOCK_S = 1.0

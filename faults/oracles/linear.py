@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Final
 
-from dynamo_redis.store.change_log import order
+from dynamo_redis.store.registry.change_log import order
 from faults.history import Call, History
 from faults.oracles.fates import Fates
 from faults.oracles.losses import Losses

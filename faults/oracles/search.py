@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from dynamo_redis.store.base import Revision
-from dynamo_redis.store.change_log import order
+from dynamo_redis.store.registry.change_log import order
 from faults.oracles.registers import ANYTHING, Cell, Operation, join
 
 STEPS_COUNT: Final = 200_000

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from dynamo_redis.config import StoreSettings
 from dynamo_redis.errors import StoreError, StoreUnavailable
-from dynamo_redis.store.registry import RedisRegistry
+from dynamo_redis.store.registry.redis_registry import RedisRegistry
 from faults.history import Outcome, Recorder
 
 DATA: Final = "data/"

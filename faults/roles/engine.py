@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from dynamo_redis.config import MockEngineSettings, ModelSettings
-from dynamo_redis.engines.mock import MockEngine
+from dynamo_redis.engines.mock.engine import MockEngine
 from dynamo_redis.engines.worker import open_model, serve_engine
 from dynamo_redis.names import format_instance_id
 from dynamo_redis.runtime import DistributedRuntime, Settings

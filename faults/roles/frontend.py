@@ -9,7 +9,7 @@ import httpx
 
 from dynamo_redis.config import FrontendSettings
 from dynamo_redis.errors import StoreUnavailable
-from dynamo_redis.frontend.server import serve_frontend
+from dynamo_redis.frontend.http.server import serve_frontend
 from dynamo_redis.names import format_instance_id
 from dynamo_redis.runtime import Client, DistributedRuntime
 from faults.chats import ChatFailed, chat

@@ -6,7 +6,7 @@ import asyncio
 from typing import Any, Final
 
 from dynamo_redis.store.keys import VALUE_MAX_BYTES
-from dynamo_redis.store.registry import RedisRegistry
+from dynamo_redis.store.registry.redis_registry import RedisRegistry
 from faults.history import Outcome, shown
 from faults.roles.base import Process
 

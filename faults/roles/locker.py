@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from dynamo_redis.errors import LockLost, LockNotAcquired
 from dynamo_redis.store.base import HeldLock, Lock
-from dynamo_redis.store.lock_redis import RedisLocks
+from dynamo_redis.store.locks.redis_locks import RedisLocks
 from faults.history import Outcome
 from faults.roles.base import Process
 

@@ -7,7 +7,7 @@ import hashlib
 from typing import Any, Final
 
 from dynamo_redis.errors import ObjectChanged, ObjectNotFound
-from dynamo_redis.store.objects import RedisObjectStore
+from dynamo_redis.store.objects.redis_objects import RedisObjectStore
 from faults.history import Outcome
 from faults.roles.base import Process
 from faults.roles.uploader import BUCKET, NAMES

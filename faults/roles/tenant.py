@@ -18,7 +18,7 @@ from dynamo_redis.names import format_instance_id, port_key
 from dynamo_redis.runtime.barrier import LeaderBarrier, WorkerBarrier
 from dynamo_redis.runtime.ports import PortReservation, reserve_ports
 from dynamo_redis.store.base import LostReason
-from dynamo_redis.store.registry import RedisRegistry
+from dynamo_redis.store.registry.redis_registry import RedisRegistry
 from faults.history import Outcome
 from faults.roles.base import Process
 

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 from typing import Any, Final
 
-from dynamo_redis.store.objects import RedisObjectStore
+from dynamo_redis.store.objects.redis_objects import RedisObjectStore
 from faults.history import Outcome
 from faults.roles.base import Process
 

@@ -13,7 +13,7 @@ from typing import Any, Final
 from dynamo_redis.errors import KeyExists, LeaseNotFound
 from dynamo_redis.names import format_instance_id
 from dynamo_redis.store.base import LostReason, Registration
-from dynamo_redis.store.registry import RedisRegistry
+from dynamo_redis.store.registry.redis_registry import RedisRegistry
 from faults.history import Outcome
 from faults.roles.base import INSTANCES, Process
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Final
 
 from dynamo_redis.config import StoreSettings
-from dynamo_redis.store.registry import RedisRegistry
+from dynamo_redis.store.registry.redis_registry import RedisRegistry
 from faults.roles.engine import ENDPOINT
 from faults.run import PREFIX, Load, Run, Scenario
 from faults.scenarios import crashes, data, failover, mixed, network, refusals

@@ -14,10 +14,10 @@ import pytest
 from dynamo_redis.config import StoreSettings
 from dynamo_redis.errors import ConfigError
 from dynamo_redis.store.base import Registry
-from dynamo_redis.store.client import RedisClient
 from dynamo_redis.store.keys import RegistryKeys
-from dynamo_redis.store.memory import MemoryRegistry, MemoryServer
-from dynamo_redis.store.registry import RedisRegistry
+from dynamo_redis.store.redis.client import RedisClient
+from dynamo_redis.store.registry.memory import MemoryRegistry, MemoryServer
+from dynamo_redis.store.registry.redis_registry import RedisRegistry
 from dynamo_redis.store.server import EmbeddedServer, ServerBinary, find_server
 
 TTL_S = 1.0

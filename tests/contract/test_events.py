@@ -12,8 +12,6 @@ import pytest
 
 from dynamo_redis.config import EventSettings
 from dynamo_redis.errors import StreamLost, StreamTrimmed
-from dynamo_redis.store import stream_readers
-from dynamo_redis.store.client import RedisClient
 from dynamo_redis.store.event_base import (
     BEGINNING,
     GROUP_TTL_S,
@@ -27,10 +25,12 @@ from dynamo_redis.store.event_base import (
     StreamName,
     entry_order,
 )
-from dynamo_redis.store.memory_streams import MemoryEventStreams
+from dynamo_redis.store.redis.client import RedisClient
 from dynamo_redis.store.scripts import Script
 from dynamo_redis.store.stream_keys import StreamKeys
-from dynamo_redis.store.streams import RedisEventStreams
+from dynamo_redis.store.streams import readers
+from dynamo_redis.store.streams.memory import MemoryEventStreams
+from dynamo_redis.store.streams.redis_streams import RedisEventStreams
 from tests.contract.conftest import SERVERS
 
 STREAM = StreamName("dynamo", "backend", "kv_events")
@@ -128,7 +128,7 @@ async def redis_plane(
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Readers that find nothing ask at once whether something is gone."""
-    monkeypatch.setattr(stream_readers, "CHECK_S", 0.0)
+    monkeypatch.setattr(readers, "CHECK_S", 0.0)
 
 
 async def append(plane: Plane, *contents: bytes | str, stream: StreamName = STREAM) -> None:
@@ -343,7 +343,7 @@ async def test_a_trim_keeps_what_the_snapshot_lacks(plane: Plane) -> None:
 async def test_whoever_reads_removes_groups_that_are_silent(
     plane: Plane, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream_readers, "CHECK_S", 0.0)
+    monkeypatch.setattr(readers, "CHECK_S", 0.0)
     dead, alive = await reader(plane, "dead"), await reader(plane, "alive")
     await plane.silence(STREAM, "dead")
     assert await alive.read(count=1, block_s=0.0) == []
@@ -622,7 +622,7 @@ async def test_entries_gone_while_their_answer_was_lost_are_noticed(redis_plane:
     await append(redis_plane, "a", "b")
     raw: Any = group
     raw._unanswered = True
-    consumer = ("XREADGROUP", "GROUP", "router", stream_readers._CONSUMER, "COUNT", 10)
+    consumer = ("XREADGROUP", "GROUP", "router", readers._CONSUMER, "COUNT", 10)
     await redis_plane.redis.execute(*consumer, "STREAMS", redis_plane.keys().events, ">")
     assert contents(await take(group, 1)) == ["a"]
     await redis_plane.redis.execute("XTRIM", redis_plane.keys().events, "MAXLEN", "0")

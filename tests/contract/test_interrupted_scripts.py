@@ -16,11 +16,11 @@ import pytest
 from dynamo_redis.config import StoreSettings
 from dynamo_redis.errors import StoreError
 from dynamo_redis.store.base import Compare, DeleteOp, LeaseId, Put, PutOp, Record
-from dynamo_redis.store.change_log import parse_change
-from dynamo_redis.store.client import RedisClient
-from dynamo_redis.store.key_value import KeyValue, OwnedPut
 from dynamo_redis.store.keys import RegistryKeys
-from dynamo_redis.store.registry import RedisRegistry
+from dynamo_redis.store.redis.client import RedisClient
+from dynamo_redis.store.registry.change_log import parse_change
+from dynamo_redis.store.registry.redis_registry import RedisRegistry
+from dynamo_redis.store.registry.scripts_api import KeyValue, OwnedPut
 
 from .conftest import SERVERS
 

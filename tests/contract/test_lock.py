@@ -13,11 +13,11 @@ import pytest
 
 from dynamo_redis.errors import ConfigError, LockLost, LockNotAcquired
 from dynamo_redis.store.base import HeldLock, Lock, LockedValue, LockHolder
-from dynamo_redis.store.client import RedisClient
-from dynamo_redis.store.lock import LockStorage, StoredLocks
 from dynamo_redis.store.lock_keys import LockKeys
-from dynamo_redis.store.lock_redis import RedisLockStorage
-from dynamo_redis.store.memory_lock import MemoryLockStorage
+from dynamo_redis.store.locks.lock import LockStorage, StoredLocks
+from dynamo_redis.store.locks.memory import MemoryLockStorage
+from dynamo_redis.store.locks.redis_locks import RedisLockStorage
+from dynamo_redis.store.redis.client import RedisClient
 
 SERVERS = ["path", "valkey", "redis-6.2"]
 WAIT_S = 20.0

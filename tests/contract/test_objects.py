@@ -13,13 +13,13 @@ import pytest
 
 from dynamo_redis.errors import LockLost, ObjectNotFound
 from dynamo_redis.store.base import HeldLock, ObjectInfo, ObjectStore, parse_object_url
-from dynamo_redis.store.client import RedisClient
-from dynamo_redis.store.lock import StoredLocks
 from dynamo_redis.store.lock_keys import LockKeys
-from dynamo_redis.store.lock_redis import RedisLocks
-from dynamo_redis.store.memory_lock import MemoryLocks
-from dynamo_redis.store.memory_objects import MemoryObjectStore
-from dynamo_redis.store.objects import RedisObjectStore
+from dynamo_redis.store.locks.lock import StoredLocks
+from dynamo_redis.store.locks.memory import MemoryLocks
+from dynamo_redis.store.locks.redis_locks import RedisLocks
+from dynamo_redis.store.objects.memory import MemoryObjectStore
+from dynamo_redis.store.objects.redis_objects import RedisObjectStore
+from dynamo_redis.store.redis.client import RedisClient
 
 CHUNK_BYTES = 1000
 

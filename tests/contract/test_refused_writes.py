@@ -14,10 +14,10 @@ import pytest
 from dynamo_redis.config import StoreSettings
 from dynamo_redis.errors import ConfigError, StoreError
 from dynamo_redis.store.base import DeleteOp, LeaseId, PutOp
-from dynamo_redis.store.client import RedisClient
-from dynamo_redis.store.key_value import KeyValue, OwnedPut, keep_alive
 from dynamo_redis.store.keys import RegistryKeys
-from dynamo_redis.store.registry import RedisRegistry
+from dynamo_redis.store.redis.client import RedisClient
+from dynamo_redis.store.registry.redis_registry import RedisRegistry
+from dynamo_redis.store.registry.scripts_api import KeyValue, OwnedPut, keep_alive
 from dynamo_redis.store.server import EmbeddedServer
 
 from .conftest import SERVERS
@@ -115,7 +115,7 @@ async def test_reading_goes_on_while_writes_are_refused(
     why: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    caplog.set_level(logging.INFO, "dynamo_redis.store.health")
+    caplog.set_level(logging.INFO, "dynamo_redis.store.redis.health")
     worker, reader = open_registry(), open_registry()
     await worker.start()
     await reader.start()
@@ -170,7 +170,7 @@ async def test_reading_goes_on_while_writes_are_refused(
 async def test_another_reason_to_refuse_is_told(
     server: Server, open_registry: Callable[[], RedisRegistry], caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, "dynamo_redis.store.health")
+    caplog.set_level(logging.INFO, "dynamo_redis.store.redis.health")
     registry = open_registry()
     await registry.start()
     await server.refuse("replicas")
@@ -186,7 +186,7 @@ async def test_another_reason_to_refuse_is_told(
 async def test_keys_that_are_owed_are_told_once(
     server: Server, open_registry: Callable[[], RedisRegistry], caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.DEBUG, "dynamo_redis.store.registrations")
+    caplog.set_level(logging.DEBUG, "dynamo_redis.store.registry.registrations")
     await KeyValue(server.client, RegistryKeys("dynamo")).initialize()
     await server.refuse("full")
     registry = open_registry()
@@ -206,7 +206,7 @@ async def test_keys_that_are_owed_are_told_once(
 async def test_renewals_do_not_hide_that_ticks_fail(
     server: Server, open_registry: Callable[[], RedisRegistry], caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, "dynamo_redis.store.health")
+    caplog.set_level(logging.INFO, "dynamo_redis.store.redis.health")
     registry = open_registry()
     await registry.start()
     await registry.register("i/worker", b"v")

@@ -431,7 +431,7 @@ async def test_a_forgotten_revision_is_compacted(deployment: Deployment, registr
 async def test_a_slow_consumer_gets_the_difference(
     registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dynamo_redis.store.watch.QUEUE_EVENTS_COUNT", 10)
+    monkeypatch.setattr("dynamo_redis.store.registry.watch.QUEUE_EVENTS_COUNT", 10)
     await registry.put("a/gone", b"")
     await registry.put("a/old", b"0")
     await registry.put("a/unchanged", b"0")

@@ -23,12 +23,12 @@ from dynamo_redis.errors import KeyExists, LockLost, PortUnavailable
 from dynamo_redis.names import port_key
 from dynamo_redis.runtime.ports import reserve_ports
 from dynamo_redis.store.base import Put, Watch, WatchBatch
-from dynamo_redis.store.client import RedisClient
-from dynamo_redis.store.key_value import KeyValue
 from dynamo_redis.store.keys import RegistryKeys, format_lease
-from dynamo_redis.store.lock_redis import RedisLocks
-from dynamo_redis.store.operations import KeyOperations
-from dynamo_redis.store.registry import RedisRegistry
+from dynamo_redis.store.locks.redis_locks import RedisLocks
+from dynamo_redis.store.redis.client import RedisClient
+from dynamo_redis.store.registry.operations import KeyOperations
+from dynamo_redis.store.registry.redis_registry import RedisRegistry
+from dynamo_redis.store.registry.scripts_api import KeyValue
 from faults.controls.chains import agreeable_registry
 from faults.controls.locks import PlainLocks
 from faults.controls.ports import TolerantRegistry

@@ -196,7 +196,7 @@ async def _count(pieces: AsyncIterator[str]) -> int:
 async def _registered(deployment: Deployment) -> list[int]:
     """The instances that stand in the registry, whatever the frontend thinks."""
     from dynamo_redis.config import StoreSettings
-    from dynamo_redis.store.registry import RedisRegistry
+    from dynamo_redis.store.registry.redis_registry import RedisRegistry
 
     registry = RedisRegistry(StoreSettings.load(redis_url=deployment.server.url))
     await registry.start()

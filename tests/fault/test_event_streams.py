@@ -12,11 +12,11 @@ import pytest
 
 from dynamo_redis.config import EventSettings
 from dynamo_redis.errors import StoreUnavailable, StreamLost, StreamTrimmed
-from dynamo_redis.planes.event_publisher import EventPublisher
-from dynamo_redis.store.client import RedisClient
+from dynamo_redis.events.publisher import EventPublisher
 from dynamo_redis.store.event_base import BEGINNING, EventGroup, StreamName
+from dynamo_redis.store.redis.client import RedisClient
 from dynamo_redis.store.server import EmbeddedServer
-from dynamo_redis.store.streams import RedisEventStreams
+from dynamo_redis.store.streams.redis_streams import RedisEventStreams
 from dynamo_redis.wire.event import EventBatch, PublisherId
 from faults.proxy import Conditions, Proxy
 

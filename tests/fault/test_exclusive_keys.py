@@ -22,7 +22,7 @@ from dynamo_redis.runtime import barrier
 from dynamo_redis.runtime.barrier import LeaderBarrier, WorkerBarrier
 from dynamo_redis.runtime.ports import PortReservation, reserve_ports
 from dynamo_redis.store.base import LostReason, Registration, Registry
-from dynamo_redis.store.registry import RedisRegistry
+from dynamo_redis.store.registry.redis_registry import RedisRegistry
 from faults.proxy import BLACK_HOLE, Conditions, Proxy
 from faults.servers import ServerUnderTest, installed_servers
 
@@ -36,7 +36,7 @@ LEADER = """
 import asyncio, sys
 from dynamo_redis.config import StoreSettings
 from dynamo_redis.runtime.barrier import LeaderBarrier
-from dynamo_redis.store.registry import RedisRegistry
+from dynamo_redis.store.registry.redis_registry import RedisRegistry
 
 async def main(url):
     registry = RedisRegistry(StoreSettings.load(redis_url=url, lease_ttl_s=2))

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
-from dynamo_redis.planes import event_publisher
-from dynamo_redis.router import indexer, members, recovery
+from dynamo_redis.events import publisher as event_publisher
+from dynamo_redis.router.index import indexer, members, recovery
 from dynamo_redis.store.event_base import NewEntry
 from dynamo_redis.store.server import EmbeddedServer
 from dynamo_redis.store.stream_keys import StreamKeys

@@ -15,11 +15,11 @@ import pytest
 
 from dynamo_redis.child import ChildProcess
 from dynamo_redis.errors import LockNotAcquired
-from dynamo_redis.planes import event_publisher
-from dynamo_redis.router import snapshotter
-from dynamo_redis.router.indexer import Indexer
-from dynamo_redis.router.snapshot import Snapshot, encode_snapshot
-from dynamo_redis.router.snapshotter import SNAPSHOT_BUCKET
+from dynamo_redis.events import publisher
+from dynamo_redis.router.index import snapshotter
+from dynamo_redis.router.index.indexer import Indexer
+from dynamo_redis.router.index.snapshot import Snapshot, encode_snapshot
+from dynamo_redis.router.index.snapshotter import SNAPSHOT_BUCKET
 from dynamo_redis.store.event_base import EntryId, entry_order
 from tests.kv_deployment import STREAM, WAIT_S, Deployment, deployment, flush, wait_until
 
@@ -67,7 +67,7 @@ async def test_a_worker_that_was_restarted_while_no_router_ran_begins_empty(
     deployed: Deployment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The snapshot has its blocks, and the stream nothing new of it."""
-    monkeypatch.setattr(event_publisher, "SILENCE_S", 1000.0)
+    monkeypatch.setattr(publisher, "SILENCE_S", 1000.0)
     router = await deployed.router()
     await router.save_snapshot()
     await deployed.end_router(router)
@@ -147,7 +147,7 @@ async def test_a_snapshot_that_cannot_be_read_is_ignored_with_one_line(
 
 
 def _encoded_as(version: int, snapshot: Snapshot) -> list[bytes]:
-    from dynamo_redis.router import snapshot as module
+    from dynamo_redis.router.index import snapshot as module
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "SNAPSHOT_VERSION", version)
@@ -190,14 +190,14 @@ import asyncio, contextlib, os, signal, sys
 from redis.asyncio import Redis
 from dynamo_redis.config import EventSettings
 from dynamo_redis.errors import LockLost, LockNotAcquired
-from dynamo_redis.router.snapshot import decode_snapshot
-from dynamo_redis.router.snapshotter import Snapshots
-from dynamo_redis.store.client import RedisClient
+from dynamo_redis.router.index.snapshot import decode_snapshot
+from dynamo_redis.router.index.snapshotter import Snapshots
+from dynamo_redis.store.redis.client import RedisClient
 from dynamo_redis.store.event_base import StreamName
-from dynamo_redis.store.lock_redis import RedisLocks
-from dynamo_redis.store.object_chunks import Patience
-from dynamo_redis.store.objects import RedisObjectStore
-from dynamo_redis.store.streams import RedisEventStreams
+from dynamo_redis.store.locks.redis_locks import RedisLocks
+from dynamo_redis.store.objects.chunks import Patience
+from dynamo_redis.store.objects.redis_objects import RedisObjectStore
+from dynamo_redis.store.streams.redis_streams import RedisEventStreams
 
 url, prefix, path, chunk_bytes, how, *points = sys.argv[1:]
 

@@ -16,9 +16,9 @@ import pytest
 
 from dynamo_redis.errors import LockLost, LockNotAcquired, StoreUnavailable
 from dynamo_redis.store.base import HeldLock, Lock
-from dynamo_redis.store.client import RedisClient
 from dynamo_redis.store.lock_keys import LockKeys
-from dynamo_redis.store.lock_redis import RedisLocks, RedisLockStorage
+from dynamo_redis.store.locks.redis_locks import RedisLocks, RedisLockStorage
+from dynamo_redis.store.redis.client import RedisClient
 from dynamo_redis.store.server import EmbeddedServer
 from faults.proxy import BLACK_HOLE, Conditions, Proxy
 from faults.servers import ServerUnderTest, faketime_library, installed_servers
@@ -72,8 +72,8 @@ async def value_of(lock: Lock) -> bytes | None:
 HOLDER = """
 import asyncio, sys
 from dynamo_redis.errors import LockLost
-from dynamo_redis.store.client import RedisClient
-from dynamo_redis.store.lock_redis import RedisLocks
+from dynamo_redis.store.redis.client import RedisClient
+from dynamo_redis.store.locks.redis_locks import RedisLocks
 
 async def write_for_ever(held):
     try:
@@ -395,7 +395,7 @@ async def test_a_release_whose_answer_was_lost_harms_nobody(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     near, far = near_and_far
-    monkeypatch.setattr("dynamo_redis.store.lock.RELEASE_S", 0.2)
+    monkeypatch.setattr("dynamo_redis.store.locks.lock.RELEASE_S", 0.2)
     async with far.hold():
         proxy.conditions = NO_ANSWERS
     assert "not released" in caplog.text

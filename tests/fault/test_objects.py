@@ -19,11 +19,11 @@ from redis import Redis
 from dynamo_redis.child import ChildProcess
 from dynamo_redis.errors import LockLost, ObjectChanged, ObjectNotFound, StoreUnavailable
 from dynamo_redis.store.base import Progress
-from dynamo_redis.store.client import RedisClient
-from dynamo_redis.store.lock_redis import RedisLocks
-from dynamo_redis.store.object_chunks import Patience
-from dynamo_redis.store.object_manifest import ObjectKeys, chunk_name
-from dynamo_redis.store.objects import RedisObjectStore
+from dynamo_redis.store.locks.redis_locks import RedisLocks
+from dynamo_redis.store.objects.chunks import Patience
+from dynamo_redis.store.objects.manifest import ObjectKeys, chunk_name
+from dynamo_redis.store.objects.redis_objects import RedisObjectStore
+from dynamo_redis.store.redis.client import RedisClient
 from dynamo_redis.store.scripts import Script
 from dynamo_redis.store.server import EmbeddedServer
 from faults.proxy import Conditions, Proxy
@@ -106,9 +106,9 @@ def at_commit(
 
 _UPLOADERS = """
 import asyncio, os, signal, sys
-from dynamo_redis.store.client import RedisClient
-from dynamo_redis.store.object_chunks import Patience
-from dynamo_redis.store.objects import RedisObjectStore
+from dynamo_redis.store.redis.client import RedisClient
+from dynamo_redis.store.objects.chunks import Patience
+from dynamo_redis.store.objects.redis_objects import RedisObjectStore
 
 url, prefix, path, chunks = *sys.argv[1:4], int(sys.argv[4])
 

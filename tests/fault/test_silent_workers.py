@@ -25,13 +25,13 @@ from dynamo_redis.config import PlaneSettings
 from dynamo_redis.errors import CannotConnect
 from dynamo_redis.names import EndpointName, InstanceId
 from dynamo_redis.planes.base import Target
-from dynamo_redis.planes.tcp_client import TcpClient
-from dynamo_redis.planes.tcp_server import TcpServer
+from dynamo_redis.planes.tcp.client import TcpClient
+from dynamo_redis.planes.tcp.server import TcpServer
 from dynamo_redis.runtime import DistributedRuntime, Settings, discovery
 from dynamo_redis.runtime.client import Client
 from dynamo_redis.runtime.instance import Instance
 from dynamo_redis.store.base import LeaseId
-from dynamo_redis.store.memory import MemoryRegistry, MemoryServer
+from dynamo_redis.store.registry.memory import MemoryRegistry, MemoryServer
 from faults.proxy import BLACK_HOLE, Proxy
 
 NAME = EndpointName("test", "words", "echo")
@@ -45,7 +45,7 @@ from dynamo_redis.config import PlaneSettings
 from dynamo_redis.config import PlaneSettings
 from dynamo_redis.errors import CannotConnect
 from dynamo_redis.names import EndpointName
-from dynamo_redis.planes.tcp_server import TcpServer
+from dynamo_redis.planes.tcp.server import TcpServer
 
 async def handler(number, request):
     if request == "pause":

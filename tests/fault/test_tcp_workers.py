@@ -24,8 +24,8 @@ from dynamo_redis.errors import (
 )
 from dynamo_redis.planes.base import Target
 from dynamo_redis.planes.context import Context
-from dynamo_redis.planes.tcp_client import TcpClient
-from dynamo_redis.planes.tcp_connection import SILENT_S
+from dynamo_redis.planes.tcp.client import TcpClient
+from dynamo_redis.planes.tcp.connection import SILENT_S
 
 SECRET = b"a secret of the instance, random"
 
@@ -33,7 +33,7 @@ WORKER = """
 import asyncio, sys, time
 import uvloop
 from dynamo_redis.config import PlaneSettings
-from dynamo_redis.planes.tcp_server import TcpServer
+from dynamo_redis.planes.tcp.server import TcpServer
 
 async def echo(request, context):
     return request

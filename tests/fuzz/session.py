@@ -23,8 +23,8 @@ from dynamo_redis.config import PlaneSettings
 from dynamo_redis.errors import PlaneError, ProtocolViolation
 from dynamo_redis.planes.base import Target
 from dynamo_redis.planes.context import Context
-from dynamo_redis.planes.tcp_client import TcpClient
-from dynamo_redis.planes.tcp_server import TcpServer
+from dynamo_redis.planes.tcp.client import TcpClient
+from dynamo_redis.planes.tcp.server import TcpServer
 from dynamo_redis.wire import frame
 from dynamo_redis.wire.codec import pack
 from dynamo_redis.wire.handshake import ClientHandshake, ServerHandshake

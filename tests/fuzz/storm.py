@@ -25,11 +25,11 @@ from unittest.mock import patch
 
 from dynamo_redis.config import PlaneSettings
 from dynamo_redis.errors import InstanceRemoved, InvalidRequest, Overloaded, PlaneError
-from dynamo_redis.planes import tcp_connection
 from dynamo_redis.planes.base import ResponseStream, Target
 from dynamo_redis.planes.context import Context
-from dynamo_redis.planes.tcp_client import TcpClient
-from dynamo_redis.planes.tcp_server import TcpServer
+from dynamo_redis.planes.tcp import connection as tcp_connection
+from dynamo_redis.planes.tcp.client import TcpClient
+from dynamo_redis.planes.tcp.server import TcpServer
 from tests.fuzz.watch import MemoryMark, Newcomers, complaints, contents, settled
 
 SECRET: Final = b"a secret of the instance, random"
@@ -431,7 +431,7 @@ class Storm:
             {name: found[name] for name in _PER_REQUEST & found.keys()}
             | {
                 repr(endpoint.subject): endpoint.active_count
-                for endpoint in self._new.living("planes.tcp_request")
+                for endpoint in self._new.living("planes.tcp.server_request")
                 if type(endpoint).__name__ == "Endpoint" and (endpoint.active_count or endpoint.idle)
             }
             | {

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from dynamo_redis.router.hashing import chain, local_hashes
+from dynamo_redis.events.block_hashes import chain, local_hashes
 from dynamo_redis.runtime import DistributedRuntime, Settings
 from dynamo_redis.wire.event import EventBatch
 from dynamo_redis.wire.kv_event import read_kv_events

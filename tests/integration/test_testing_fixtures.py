@@ -14,7 +14,7 @@ from redis import Redis
 
 from dynamo_redis.errors import ConfigError
 from dynamo_redis.store.base import parse_object_url
-from dynamo_redis.store.erase import erase_prefix
+from dynamo_redis.store.registry.erase import erase_prefix
 from dynamo_redis.store.server import EmbeddedServer, find_server
 from dynamo_redis.testing import MockWorker, MockWorkerFactory, RuntimeFactory, SessionRedis
 from dynamo_redis.testing.sources import container_engine_answers

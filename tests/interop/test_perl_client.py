@@ -13,7 +13,7 @@ import pytest
 from dynamo_redis.config import PlaneSettings
 from dynamo_redis.errors import InvalidRequest, Overloaded
 from dynamo_redis.planes.context import Context
-from dynamo_redis.planes.tcp_server import TcpServer
+from dynamo_redis.planes.tcp.server import TcpServer
 
 CLIENT = Path(__file__).with_name("client.pl")
 SECRET = bytes(range(32))

@@ -13,15 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynamo_redis.errors import InvalidRecord, SchemaMismatch, StoreError
+from dynamo_redis.events.router_record import RouterRecord
 from dynamo_redis.frontend.model import CardEntry
+from dynamo_redis.models.card import ModelCard
 from dynamo_redis.names import EndpointName, InstanceId, kv_router_key
-from dynamo_redis.router.index import KvIndex
-from dynamo_redis.router.ledger import Ledger
-from dynamo_redis.router.record import RouterRecord
+from dynamo_redis.router.index.ledger import Ledger
+from dynamo_redis.router.index.prefix_index import KvIndex
+from dynamo_redis.router.index.snapshot import decode_snapshot, snapshot_position
 from dynamo_redis.router.router_state import check_state
-from dynamo_redis.router.snapshot import decode_snapshot, snapshot_position
 from dynamo_redis.runtime.instance import Instance
-from dynamo_redis.runtime.model_card import ModelCard
 from dynamo_redis.store.base import Record, Revision
 from dynamo_redis.wire.event import EventBatch
 from dynamo_redis.wire.kv_event import read_kv_events

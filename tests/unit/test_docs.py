@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from benchmarks import replay_report
 from benchmarks.pages import MARK, digits, lines, results, updated, written
+from benchmarks.replay import report
 
 from faults.page import losses, table
 
@@ -76,11 +76,11 @@ def test_each_measured_row_is_shown() -> None:
 
 
 def test_the_table_of_replays_is_what_was_measured() -> None:
-    entries = replay_report.load_entries()
+    entries = report.load_entries()
     made = [
         line
         for trace in {entry.trace for entry in entries}
-        for line in replay_report.markdown([entry for entry in entries if entry.trace == trace]).splitlines()
+        for line in report.markdown([entry for entry in entries if entry.trace == trace]).splitlines()
     ]
     page = (ROOT / "benchmarks" / "README.md").read_text()
     assert [line for line in made if line not in page] == []

@@ -13,12 +13,12 @@ import pytest
 import dynamo_redis
 from dynamo_redis.cli.settings import describe
 from dynamo_redis.config import OpenAIEngineSettings, StoreSettings
-from dynamo_redis.engines.openai_http import EngineHttp
+from dynamo_redis.engines.openai.http import EngineHttp
 from dynamo_redis.names import EndpointName, InstanceId
 from dynamo_redis.planes.base import Target
 from dynamo_redis.runtime import Instance, Settings
 from dynamo_redis.store.base import LeaseId, Put, PutOp, Record, Revision, Snapshot, WatchBatch
-from dynamo_redis.store.key_value import OwnedPut
+from dynamo_redis.store.registry.scripts_api import OwnedPut
 
 SECRET = b"the secret of an instance, 32 by"
 PASSWORD = "hunter2"

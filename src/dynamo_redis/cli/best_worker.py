@@ -131,8 +131,8 @@ async def _card(runtime: DistributedRuntime, wanted: str | None) -> CardEntry:
 async def _loaded(
     runtime: DistributedRuntime, entry: CardEntry, options: dict[str, str | None]
 ) -> LoadedModel:
+    from dynamo_redis.frontend.http.server import model_cache
     from dynamo_redis.frontend.model_loading import load_model
-    from dynamo_redis.frontend.server import model_cache
 
     wanted = load(FrontendSettings, options).model_cache
     with model_cache(wanted) as cache_dir, ThreadPoolExecutor(1) as executor:

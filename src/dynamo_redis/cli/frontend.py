@@ -36,7 +36,7 @@ def frontend(**options: str | None) -> None:
     router_settings = load(RouterSettings, options)
 
     async def serve(runtime: DistributedRuntime) -> None:
-        from dynamo_redis.frontend.server import serve_frontend
+        from dynamo_redis.frontend.http.server import serve_frontend
 
         await serve_frontend(runtime, settings, router_settings, on_ready=announce_ready)
 

@@ -18,9 +18,9 @@ from dynamo_redis.cli.output import json_option, print_json, print_reasons, prin
 from dynamo_redis.decoding import removal
 from dynamo_redis.errors import InvalidRecord
 from dynamo_redis.frontend.record import FrontendRecord
+from dynamo_redis.models.card import ModelCard, parse_card_key
 from dynamo_redis.names import FRONTENDS, INSTANCES, MODEL_CARDS, decode_segment, format_instance_id
 from dynamo_redis.runtime.instance import Instance
-from dynamo_redis.runtime.model_card import ModelCard, parse_card_key
 from dynamo_redis.store.base import Record, Snapshot
 
 

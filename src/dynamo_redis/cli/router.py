@@ -52,8 +52,8 @@ def router(endpoint: str | None, component: str, **options: str | None) -> None:
     service_name = EndpointName(workers.namespace, component, "generate")
 
     async def serve(runtime: DistributedRuntime) -> None:
+        from dynamo_redis.router.kv_router import KvRouter
         from dynamo_redis.router.remote import RouterService
-        from dynamo_redis.router.service import KvRouter
 
         kv_router = KvRouter(runtime, workers, settings)
         shutdown = asyncio.create_task(runtime.wait_for_shutdown())

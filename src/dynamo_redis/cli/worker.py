@@ -53,7 +53,7 @@ def mock(endpoint: str | None, **options: str | None) -> None:
     name = EndpointName.parse(endpoint or f"{load(RuntimeSettings, options).namespace}.backend.generate")
 
     async def serve(runtime: DistributedRuntime) -> None:
-        from dynamo_redis.engines.mock import MockEngine
+        from dynamo_redis.engines.mock.engine import MockEngine
         from dynamo_redis.engines.worker import open_model, serve_engine
 
         model, model_name = await asyncio.to_thread(open_model, model_settings)

@@ -15,7 +15,7 @@ from dynamo_redis.config import ModelSettings, OpenAIEngineSettings, RuntimeSett
 from dynamo_redis.names import EndpointName
 
 if TYPE_CHECKING:
-    from dynamo_redis.engines.openai import OpenAIEngine
+    from dynamo_redis.engines.openai.engine import OpenAIEngine
     from dynamo_redis.runtime.runtime import DistributedRuntime
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def openai(endpoint: str | None, **options: str | None) -> None:
     name = EndpointName.parse(endpoint or f"{load(RuntimeSettings, options).namespace}.backend.generate")
 
     async def serve(runtime: DistributedRuntime) -> None:
-        from dynamo_redis.engines.openai import OpenAIEngine
+        from dynamo_redis.engines.openai.engine import OpenAIEngine
         from dynamo_redis.engines.worker import open_model, serve_engine
 
         if model_settings.model_path is None:

@@ -37,7 +37,7 @@ class ModelSettings(SettingsGroup):
 
 
 class MockEngineSettings(SettingsGroup):
-    """The mock engine: how large it is, and how fast. The timing model stands in `engines/batching.py`."""
+    """The mock engine: how large it is, and how fast. Its timing model: `engines/mock/batching.py`."""
 
     speedup_ratio: Annotated[float, Field(ge=0, allow_inf_nan=False)] = setting(
         "DYN_MOCK_SPEEDUP_RATIO", 1.0, "How many times faster than real; 0 does not wait at all."

@@ -7,10 +7,10 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from dynamo_redis.events.kv_publisher import KvPublisher
+from dynamo_redis.models.llm_protocol import GenerateItem, GenerateRequest
 from dynamo_redis.planes.context import Context
-from dynamo_redis.router.kv_publisher import KvPublisher
 from dynamo_redis.runtime.handlers import AnyHandler
-from dynamo_redis.runtime.llm_protocol import GenerateItem, GenerateRequest
 
 
 @dataclass(frozen=True, slots=True)

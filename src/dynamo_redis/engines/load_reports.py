@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from dynamo_redis.engines.base import Engine, EngineLoad, ForwardPass
-from dynamo_redis.router.load_publisher import (
+from dynamo_redis.events.load_publisher import (
     FORWARD_PASS_METRICS,
     INTERVAL_S,
     KV_METRICS,

@@ -15,19 +15,19 @@ from dynamo_redis.engines.base import Engine, EngineCapacity
 from dynamo_redis.engines.demo_model import DEMO_MODEL_NAME, DEMO_MODEL_PATH
 from dynamo_redis.engines.load_reports import load_metrics, report_load
 from dynamo_redis.errors import ModelError, StoreError
-from dynamo_redis.names import EndpointName
-from dynamo_redis.router.load_publisher import LOAD_METRICS, LoadPublisher
-from dynamo_redis.router.worker_events import WorkerEvents
-from dynamo_redis.runtime.chat_template import ChatTemplate
-from dynamo_redis.runtime.handlers import AnyHandler
-from dynamo_redis.runtime.model_card import ModelCard, RuntimeConfig
-from dynamo_redis.runtime.model_files import (
+from dynamo_redis.events.load_publisher import LOAD_METRICS, LoadPublisher
+from dynamo_redis.events.worker_events import WorkerEvents
+from dynamo_redis.models.card import ModelCard, RuntimeConfig
+from dynamo_redis.models.chat_template import ChatTemplate
+from dynamo_redis.models.files import (
     ModelDirectory,
     keep_model_files,
     make_card,
     publish_model,
     read_model_directory,
 )
+from dynamo_redis.names import EndpointName
+from dynamo_redis.runtime.handlers import AnyHandler
 from dynamo_redis.runtime.runtime import DistributedRuntime
 from dynamo_redis.store.base import Registration
 from dynamo_redis.supervision import Supervisor

@@ -15,8 +15,8 @@ from urllib.parse import urlsplit
 from starlette.requests import Request
 from starlette.responses import Response
 
-from dynamo_redis.frontend.http_errors import ApiError, invalid
-from dynamo_redis.frontend.request_body import ClientGone, read_limited
+from dynamo_redis.frontend.http.errors import ApiError, invalid
+from dynamo_redis.frontend.http.request_body import ClientGone, read_limited
 
 Handler = Callable[[Request], Awaitable[Response]]
 

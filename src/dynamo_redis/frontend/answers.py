@@ -7,7 +7,7 @@ from typing import Any
 
 from dynamo_redis.errors import ConnectionLost, HandlerFailed, ProtocolViolation, RequestCancelled
 from dynamo_redis.frontend.tokens import Detokenizer, StopStrings
-from dynamo_redis.runtime.llm_protocol import is_count
+from dynamo_redis.models.llm_protocol import is_count
 
 
 class Answer:

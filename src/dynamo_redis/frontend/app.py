@@ -21,11 +21,13 @@ from dynamo_redis.config import FrontendSettings
 from dynamo_redis.errors import DeadlineExceeded, DynamoRedisError
 from dynamo_redis.frontend.administration import changes_state
 from dynamo_redis.frontend.answers import Answer
-from dynamo_redis.frontend.bodies import Body
 from dynamo_redis.frontend.exchange import Choice, Exchange, send_error
-from dynamo_redis.frontend.framing import STREAMS_EVENTS
 from dynamo_redis.frontend.health import health
-from dynamo_redis.frontend.http_errors import ApiError, api_error, invalid, too_many_choices
+from dynamo_redis.frontend.http.bodies import Body
+from dynamo_redis.frontend.http.errors import ApiError, api_error, invalid, too_many_choices
+from dynamo_redis.frontend.http.framing import STREAMS_EVENTS
+from dynamo_redis.frontend.http.request_body import BodyBudget, ClientGone, read_limited
+from dynamo_redis.frontend.http.sse import Kind
 from dynamo_redis.frontend.model import Model, NamedModel
 from dynamo_redis.frontend.model_loading import LoadedModel
 from dynamo_redis.frontend.models import LiveModels
@@ -33,11 +35,9 @@ from dynamo_redis.frontend.openai import ChatBody, TextBody
 from dynamo_redis.frontend.options import CompletionOptions
 from dynamo_redis.frontend.parameters import check_headers
 from dynamo_redis.frontend.prompts import Preparation
-from dynamo_redis.frontend.request_body import BodyBudget, ClientGone, read_limited
-from dynamo_redis.frontend.sse import Kind
+from dynamo_redis.models.llm_protocol import GenerateRequest
 from dynamo_redis.names import EndpointName, with_hex_ids
 from dynamo_redis.planes.context import Context
-from dynamo_redis.runtime.llm_protocol import GenerateRequest
 from dynamo_redis.store.base import Registry
 
 ClearCaches = Callable[[Collection[EndpointName]], Awaitable[tuple[int, dict[str, Any]]]]

@@ -22,10 +22,10 @@ from typing import Any
 
 from dynamo_redis.errors import DynamoRedisError, EngineFailed, ProtocolViolation
 from dynamo_redis.frontend.answers import Answer
-from dynamo_redis.frontend.http_errors import ApiError, worker_error, worker_lost
-from dynamo_redis.frontend.sse import DONE, ChunkEncoder, Kind, event
+from dynamo_redis.frontend.http.errors import ApiError, worker_error, worker_lost
+from dynamo_redis.frontend.http.sse import DONE, ChunkEncoder, Kind, event
+from dynamo_redis.models.llm_protocol import GenerateRequest
 from dynamo_redis.planes.context import Context
-from dynamo_redis.runtime.llm_protocol import GenerateRequest
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from typing import Any, Final, Protocol
 
 from pydantic_core import from_json
 
-from dynamo_redis.frontend.http_errors import invalid
+from dynamo_redis.frontend.http.errors import invalid
 from dynamo_redis.frontend.parameters import (
     JSON_SCHEMA,
     RESPONSE_FORMAT,
@@ -16,7 +16,7 @@ from dynamo_redis.frontend.parameters import (
     Parameters,
     unsupported,
 )
-from dynamo_redis.runtime.llm_protocol import GuidedDecoding
+from dynamo_redis.models.llm_protocol import GuidedDecoding
 from dynamo_redis.wire.codec import pack
 
 _ANY_OBJECT: Final = {"type": "object"}

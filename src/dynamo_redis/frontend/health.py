@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dynamo_redis.frontend.model import NamedModel
-from dynamo_redis.router.service import KvRouter
+from dynamo_redis.router.kv_router import KvRouter
 from dynamo_redis.runtime.instance import Instance
 from dynamo_redis.store.base import Registry
 

@@ -10,11 +10,11 @@ from typing import Any, Protocol, Self
 from dynamo_redis.decoding import removal
 from dynamo_redis.errors import InvalidRecord
 from dynamo_redis.frontend.model_loading import LoadedModel
+from dynamo_redis.models.card import ModelCard, parse_card_key
 from dynamo_redis.names import EndpointName, InstanceId
 from dynamo_redis.planes.context import Context
 from dynamo_redis.runtime.among import LiveIds
 from dynamo_redis.runtime.instance import Instance
-from dynamo_redis.runtime.model_card import ModelCard, parse_card_key
 from dynamo_redis.store.base import Record
 
 

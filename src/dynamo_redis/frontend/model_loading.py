@@ -9,9 +9,9 @@ from pathlib import Path
 
 from dynamo_redis.errors import DynamoRedisError, ModelCacheError, ModelError
 from dynamo_redis.frontend.tokens import Tokenizer
-from dynamo_redis.runtime.chat_template import ChatTemplate
-from dynamo_redis.runtime.model_card import ModelCard
-from dynamo_redis.runtime.model_files import fetch_model_files, read_model_directory
+from dynamo_redis.models.card import ModelCard
+from dynamo_redis.models.chat_template import ChatTemplate
+from dynamo_redis.models.files import fetch_model_files, read_model_directory
 from dynamo_redis.store.base import ObjectStore
 
 

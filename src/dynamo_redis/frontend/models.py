@@ -12,14 +12,14 @@ from typing import Any, Protocol, Self
 
 from dynamo_redis.clock import SYSTEM_CLOCK, Clock
 from dynamo_redis.errors import DynamoRedisError, ModelCacheError, Overloaded, StoreError
-from dynamo_redis.frontend.http_errors import model_broken, model_loading, model_not_found, no_workers
+from dynamo_redis.frontend.http.errors import model_broken, model_loading, model_not_found, no_workers
 from dynamo_redis.frontend.model import CardEntry, EndpointClient, Model, NamedModel
 from dynamo_redis.frontend.model_loading import LoadedModel, load_model
+from dynamo_redis.models.chat_template import ChatTemplate
+from dynamo_redis.models.llm_protocol import GenerateRequest
 from dynamo_redis.names import MODEL_CARDS, EndpointName
 from dynamo_redis.planes.context import Context
-from dynamo_redis.runtime.chat_template import ChatTemplate
 from dynamo_redis.runtime.following import follow, key_of
-from dynamo_redis.runtime.llm_protocol import GenerateRequest
 from dynamo_redis.store.base import Delete, DeleteCause, ObjectStore, Put, Record, Registry, WatchBatch
 from dynamo_redis.supervision import Supervisor
 

@@ -15,7 +15,7 @@ from pydantic import ConfigDict, Discriminator, Field, Tag, ValidationError, Wra
 from typing_extensions import TypedDict
 
 from dynamo_redis.frontend import parameters
-from dynamo_redis.frontend.http_errors import ApiError, invalid
+from dynamo_redis.frontend.http.errors import ApiError, invalid
 from dynamo_redis.frontend.options import CompletionOptions, TokenId, by_type, twice
 from dynamo_redis.frontend.parameters import unsupported
 

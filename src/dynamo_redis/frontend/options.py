@@ -9,9 +9,9 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, T
 
 from dynamo_redis.frontend import parameters
 from dynamo_redis.frontend.guided import FORM_FIELDS, guided_decoding
-from dynamo_redis.frontend.http_errors import ApiError, invalid
+from dynamo_redis.frontend.http.errors import ApiError, invalid
 from dynamo_redis.frontend.parameters import Parameters, unsupported
-from dynamo_redis.runtime.llm_protocol import SamplingOptions
+from dynamo_redis.models.llm_protocol import SamplingOptions
 
 MAX_CHOICES = 128
 MAX_STOPS = 4

@@ -1,8 +1,8 @@
 """Parameters that no field of a body takes: those that change no answer, and those that are refused.
 
-What a body does take are the fields of its class in `openai.py`. Together these are all parameters of
-OpenAI's two completions, of vLLM's and SGLang's, and of Dynamo's `nvext`; docs/parameters.md lists them. Any
-other name is refused as unknown, so that a misspelt one is noticed. Null is the same as absent.
+What a body does take are the fields of its class in `frontend/openai.py`. Together these are all parameters
+of OpenAI's two completions, of vLLM's and SGLang's, and of Dynamo's `nvext`; docs/parameters.md lists them.
+Any other name is refused as unknown, so that a misspelt one is noticed. Null is the same as absent.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from dynamo_redis.frontend.http_errors import ApiError, invalid
+from dynamo_redis.frontend.http.errors import ApiError, invalid
 
 _LONGEST_NAME: Final = 64
 _LEAST_LIKENESS: Final = 0.75

@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from weakref import WeakKeyDictionary
 
-from dynamo_redis.frontend.bodies import Body, Prompt, Text
-from dynamo_redis.frontend.body_reader import BodyReader
-from dynamo_redis.frontend.http_errors import ApiError, context_length_exceeded, invalid
+from dynamo_redis.frontend.http.bodies import Body, Prompt, Text
+from dynamo_redis.frontend.http.body_reader import BodyReader
+from dynamo_redis.frontend.http.errors import ApiError, context_length_exceeded, invalid
 from dynamo_redis.frontend.model_loading import LoadedModel
 from dynamo_redis.frontend.openai import ChatBody, TextBody
 from dynamo_redis.frontend.options import CompletionOptions
 from dynamo_redis.frontend.tokens import Tokenizer
-from dynamo_redis.runtime.llm_protocol import GenerateRequest, SamplingOptions, StopConditions
+from dynamo_redis.models.llm_protocol import GenerateRequest, SamplingOptions, StopConditions
 
 INLINE_BYTES = 1024
 """Texts up to this size (at most some 200 tokens, under a millisecond) are tokenized on the event loop,

@@ -13,11 +13,11 @@ from contextlib import suppress
 from typing import Any
 
 from dynamo_redis.errors import ConfigError, StoreError
+from dynamo_redis.events.engine_blocks import EngineHash
+from dynamo_redis.events.kv_publisher import KvPublisher
+from dynamo_redis.events.load_publisher import KV_METRICS, LOAD_METRICS, LoadPublisher
+from dynamo_redis.events.worker_events import WorkerEvents
 from dynamo_redis.names import EndpointName
-from dynamo_redis.router.kv_publisher import KvPublisher
-from dynamo_redis.router.load_publisher import KV_METRICS, LOAD_METRICS, LoadPublisher
-from dynamo_redis.router.local_index import EngineHash
-from dynamo_redis.router.worker_events import WorkerEvents
 from dynamo_redis.runtime.awaitables import started
 from dynamo_redis.runtime.endpoint import Component, Endpoint
 from dynamo_redis.runtime.runtime import DistributedRuntime

@@ -13,18 +13,18 @@ import pydantic
 from dynamo_redis.errors import ConfigError, ModelError
 from dynamo_redis.llm.model_names import ModelInput, ModelRuntimeConfig, ModelType, WorkerType
 from dynamo_redis.llm.publishers import place_of
-from dynamo_redis.names import EndpointName
-from dynamo_redis.runtime.awaitables import started
-from dynamo_redis.runtime.chat_template import ChatTemplate
-from dynamo_redis.runtime.endpoint import Endpoint
-from dynamo_redis.runtime.model_card import ModelCard, ModelKind, RuntimeConfig
-from dynamo_redis.runtime.model_files import (
+from dynamo_redis.models.card import ModelCard, ModelKind, RuntimeConfig
+from dynamo_redis.models.chat_template import ChatTemplate
+from dynamo_redis.models.files import (
     ModelDirectory,
     keep_model_files,
     make_card,
     publish_model,
     read_model_directory,
 )
+from dynamo_redis.names import EndpointName
+from dynamo_redis.runtime.awaitables import started
+from dynamo_redis.runtime.endpoint import Endpoint
 from dynamo_redis.runtime.runtime import DistributedRuntime
 from dynamo_redis.runtime.withdrawal import withdraw
 from dynamo_redis.store.base import Registration

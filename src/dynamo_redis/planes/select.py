@@ -8,8 +8,8 @@ from urllib.parse import urlsplit
 from dynamo_redis.config import PlaneSettings
 from dynamo_redis.errors import ConfigError
 from dynamo_redis.planes.base import RequestPlaneClient, RequestPlaneServer, Target
-from dynamo_redis.planes.tcp_client import TcpClient
-from dynamo_redis.planes.tcp_server import TcpServer
+from dynamo_redis.planes.tcp.client import TcpClient
+from dynamo_redis.planes.tcp.server import TcpServer
 
 
 def make_server(

@@ -8,10 +8,10 @@ from typing import Any
 
 from dynamo_redis.clock import SYSTEM_CLOCK
 from dynamo_redis.errors import DynamoRedisError, InvalidRecord, NoInstances
+from dynamo_redis.events.router_record import list_routers
 from dynamo_redis.names import INSTANCES, EndpointName, decode_segment
 from dynamo_redis.planes.context import Context
 from dynamo_redis.router.answering import best_worker_endpoint, is_state_endpoint
-from dynamo_redis.router.record import list_routers
 from dynamo_redis.router.router_state import check_state
 from dynamo_redis.runtime.handlers import collect_one
 from dynamo_redis.runtime.instance import Instance

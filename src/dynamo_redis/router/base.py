@@ -1,7 +1,7 @@
 """The router's words: workers, what they hold of a prompt, what they have to do, and a choice. Pure.
 
 `Chooser` is the seam between knowing and deciding: it chooses a worker and books the request's load in one
-step. `router/booking.py` does it on the process's own load book, told to the others by messages; a chooser
+step. `choice/booking.py` does it on the process's own load book, told to the others by messages; a chooser
 that books in a script in Redis has the same shape, which is why `choose` is awaited.
 """
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from dynamo_redis.errors import InvalidRequest
+from dynamo_redis.events.block_hashes import SEED, chain, local_hashes, lora_seed
 from dynamo_redis.router.base import CostWeights
-from dynamo_redis.router.hashing import SEED, chain, local_hashes, lora_seed
 
 OVERRIDE = "router_config_override"
 """The key of a request under which it brings weights of its own, as in Dynamo."""

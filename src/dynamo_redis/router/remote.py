@@ -33,8 +33,8 @@ from dynamo_redis.errors import (
 from dynamo_redis.names import EndpointName
 from dynamo_redis.planes.context import Context
 from dynamo_redis.router.answering import describe_choice
+from dynamo_redis.router.kv_router import KvRouter
 from dynamo_redis.router.prompts import token_ids_of
-from dynamo_redis.router.service import KvRouter
 from dynamo_redis.runtime.call import Call
 from dynamo_redis.runtime.client import Client
 from dynamo_redis.runtime.discovery import Member

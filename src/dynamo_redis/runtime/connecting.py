@@ -8,7 +8,7 @@ from contextlib import suppress
 
 from dynamo_redis.errors import StoreUnavailable
 from dynamo_redis.store.base import Registry
-from dynamo_redis.store.client import Backoff
+from dynamo_redis.store.redis.client import Backoff
 
 log = logging.getLogger(__name__)
 

@@ -123,7 +123,7 @@ def policy(mode: str, rng: random.Random) -> Policy:
     """The policy of a router mode. Raises ConfigError for an unknown one."""
     make = _POLICIES.get(mode)
     if make is None:
-        hint = "; for kv make a dynamo_redis.router.service.KvRouter" if mode == "kv" else ""
+        hint = "; for kv make a dynamo_redis.router.kv_router.KvRouter" if mode == "kv" else ""
         raise ConfigError(
             f"unknown router mode {mode!r}: choose one of {', '.join(get_args(RouterMode))}{hint}"
         )

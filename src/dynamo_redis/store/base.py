@@ -1,7 +1,8 @@
 """What the store promises: the registry, the object store and the locks, as Protocols.
 
-Two implementations of each stand behind one contract suite: Redis (`registry.py`, `objects.py`,
-`lock_redis.py`) and the in-memory twins (`memory*.py`). Nothing above this package knows which one it has.
+Two implementations of each stand behind one contract suite: Redis (`registry/`, `objects/`, `locks/`)
+and, in the same folders, the in-memory twins (`memory.py`). Nothing above this package knows which one it
+has.
 """
 
 from __future__ import annotations

@@ -9,29 +9,29 @@ from dynamo_redis.store.event_base import EventStreams
 
 def open_store(settings: StoreSettings) -> tuple[Registry, ObjectStore]:
     """The registry and the object store, not yet connected. Raises ConfigError if no server is configured."""
-    from dynamo_redis.store.objects import RedisObjectStore
-    from dynamo_redis.store.registry import RedisRegistry
+    from dynamo_redis.store.objects.redis_objects import RedisObjectStore
+    from dynamo_redis.store.registry.redis_registry import RedisRegistry
 
     return RedisRegistry(settings), RedisObjectStore.from_settings(settings)
 
 
 def open_to_look(settings: StoreSettings) -> tuple[Registry, ObjectStore]:
     """As `open_store`, to look only: nothing is written, and what would write raises StoreRefused."""
-    from dynamo_redis.store.looking import LookingRegistry
-    from dynamo_redis.store.objects import RedisObjectStore
+    from dynamo_redis.store.objects.redis_objects import RedisObjectStore
+    from dynamo_redis.store.registry.looking import LookingRegistry
 
     return LookingRegistry(settings), RedisObjectStore.from_settings(settings, looks_only=True)
 
 
 def open_locks(settings: StoreSettings) -> Locks:
     """The locks, not yet connected. Raises ConfigError if no server is configured."""
-    from dynamo_redis.store.lock_redis import RedisLocks
+    from dynamo_redis.store.locks.redis_locks import RedisLocks
 
     return RedisLocks.from_settings(settings)
 
 
 def open_events(settings: StoreSettings, events: EventSettings) -> EventStreams:
     """The event streams, not yet connected. Raises ConfigError if no server is configured."""
-    from dynamo_redis.store.streams import RedisEventStreams
+    from dynamo_redis.store.streams.redis_streams import RedisEventStreams
 
     return RedisEventStreams.from_settings(settings, events)

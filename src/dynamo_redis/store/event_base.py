@@ -1,6 +1,7 @@
 """What the store promises of events: durable streams with a group a reader, and topics without memory.
 
-Two implementations stand behind one contract suite: Redis (`streams.py`) and the in-memory twin.
+Two implementations stand behind one contract suite: Redis (`streams/redis_streams.py`) and the in-memory
+twin.
 """
 
 from __future__ import annotations

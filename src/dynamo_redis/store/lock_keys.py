@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from dynamo_redis.errors import ConfigError
 from dynamo_redis.names import encode_segment
-from dynamo_redis.store.object_manifest import ObjectKeys
+from dynamo_redis.store.objects.manifest import ObjectKeys
 
 
 @dataclass(frozen=True, slots=True)

@@ -96,7 +96,7 @@ def dynamo_redis_url(dynamo_redis_server: SessionRedis, dynamo_redis_prefix: str
     """The URL of the session's server."""
     yield dynamo_redis_server.url
     if dynamo_redis_server.source == "url":
-        from dynamo_redis.store.erase import erase_prefix
+        from dynamo_redis.store.registry.erase import erase_prefix
 
         run_apart(lambda: erase_prefix(dynamo_redis_server.url, dynamo_redis_prefix))
 
@@ -174,7 +174,7 @@ async def dynamo_mock_worker_factory(
     if find_spec("tokenizers") is None:
         pytest.fail("the mock engine needs dynamo-redis[http], which is not installed", pytrace=False)
     from dynamo_redis.config import MockEngineSettings, ModelSettings
-    from dynamo_redis.engines.mock import MockEngine
+    from dynamo_redis.engines.mock.engine import MockEngine
     from dynamo_redis.engines.worker import open_model, serve_engine
 
     async with AsyncExitStack() as workers:

@@ -1,8 +1,8 @@
 """KV events as they travel: what a worker's KV cache has taken in and given up. Pure.
 
-An event is a msgpack array `[kind, tier, hashes]`: hashes are sequence hashes (`router/hashing.py`), each as
-eight bytes, little-endian, in one binary. The worker has translated them from its engine's own, so that a
-router neither hashes nor keeps engines' names.
+An event is a msgpack array `[kind, tier, hashes]`: hashes are sequence hashes (`block_hashes.py` of
+`events/`), each as eight bytes, little-endian, in one binary. The worker has translated them from its
+engine's own, so that a router neither hashes nor keeps engines' names.
 
 `REMOVED_INSIDE` is a removal that leaves blocks behind which follow the removed one: for a while that worker
 may hold the end of a prefix without its middle. Plain `REMOVED` promises the contrary. It also goes before

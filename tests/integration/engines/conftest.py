@@ -12,10 +12,10 @@ import pytest
 
 from dynamo_redis.config import MockEngineSettings
 from dynamo_redis.engines.demo_model import DEMO_MODEL_PATH
-from dynamo_redis.engines.mock import MockEngine
+from dynamo_redis.engines.mock.engine import MockEngine
 from dynamo_redis.engines.worker import serve_engine
+from dynamo_redis.models.files import read_model_directory
 from dynamo_redis.runtime import DistributedRuntime, Settings
-from dynamo_redis.runtime.model_files import read_model_directory
 
 ENDPOINT = "dynamo.backend.generate"
 

@@ -14,11 +14,11 @@ from tokenizers import Tokenizer
 from dynamo_redis.config import MockEngineSettings
 from dynamo_redis.engines.base import BlocksRemoved, BlocksStored, KvEvent
 from dynamo_redis.engines.demo_model import DEMO_MODEL_PATH
-from dynamo_redis.engines.mock import MockEngine
+from dynamo_redis.engines.mock.engine import MockEngine
 from dynamo_redis.errors import InvalidRequest
+from dynamo_redis.models.files import read_model_directory
+from dynamo_redis.models.llm_protocol import GenerateItem, GenerateRequest
 from dynamo_redis.planes.context import Context
-from dynamo_redis.runtime.llm_protocol import GenerateItem, GenerateRequest
-from dynamo_redis.runtime.model_files import read_model_directory
 from tests.integration.engines.kv_event_server import ALL_CLEARED, KvEventServer, block_removed, block_stored
 
 MODEL_NAME = "the-engines-own-name"

@@ -18,17 +18,17 @@ from dynamo_redis.config import FrontendSettings
 from dynamo_redis.engines.demo_model import DEMO_MODEL_PATH
 from dynamo_redis.errors import NoInstances
 from dynamo_redis.frontend.app import make_app
+from dynamo_redis.frontend.http.server import bind, run_server, url_of
 from dynamo_redis.frontend.models import LiveModels
 from dynamo_redis.frontend.prompts import Preparation
-from dynamo_redis.frontend.server import bind, run_server, url_of
 from dynamo_redis.frontend.tokens import Tokenizer
+from dynamo_redis.models.files import make_card, read_model_directory, upload_model_files
+from dynamo_redis.models.llm_protocol import GenerateItem, GenerateRequest
 from dynamo_redis.names import EndpointName, InstanceId
 from dynamo_redis.planes.context import Context
 from dynamo_redis.runtime.instance import Instance
-from dynamo_redis.runtime.llm_protocol import GenerateItem, GenerateRequest
-from dynamo_redis.runtime.model_files import make_card, read_model_directory, upload_model_files
 from dynamo_redis.store.base import Delete, DeleteCause, LeaseId, Put, Record, Revision, WatchBatch
-from dynamo_redis.store.memory_objects import MemoryObjectStore
+from dynamo_redis.store.objects.memory import MemoryObjectStore
 
 ENDPOINT = EndpointName("dynamo", "backend", "generate")
 Script = Callable[[GenerateRequest, Context], AsyncGenerator[Any]]

@@ -16,10 +16,11 @@ import pytest
 from dynamo_redis.engines.demo_model import DEMO_MODEL_PATH
 from dynamo_redis.errors import StoreUnavailable
 from dynamo_redis.frontend import model_loading, models
-from dynamo_redis.frontend.http_errors import ApiError
+from dynamo_redis.frontend.http.errors import ApiError
+from dynamo_redis.models import chat_template
+from dynamo_redis.models import files as model_files
 from dynamo_redis.names import EndpointName
 from dynamo_redis.planes.context import Context
-from dynamo_redis.runtime import chat_template, model_files
 from dynamo_redis.store.base import DeleteCause
 
 OTHER = EndpointName("dynamo", "other", "generate")

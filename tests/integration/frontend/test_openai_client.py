@@ -12,8 +12,8 @@ import openai
 import pytest
 
 from dynamo_redis.frontend.tokens import Tokenizer
+from dynamo_redis.models.llm_protocol import GenerateRequest
 from dynamo_redis.planes.context import Context
-from dynamo_redis.runtime.llm_protocol import GenerateRequest
 
 TEXT = "Hello, world! How are you?"
 MESSAGES: Any = [{"role": "user", "content": "Hi!"}]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dynamo_redis.engines.demo_model import DEMO_MODEL_PATH
-from dynamo_redis.frontend.body_reader import INLINE_BYTES
+from dynamo_redis.frontend.http.body_reader import INLINE_BYTES
 from dynamo_redis.names import EndpointName
 
 CHAT = "/v1/chat/completions"
@@ -117,7 +117,7 @@ async def test_large_body_is_the_same_request(frontend: Any) -> None:
         from_process = list(frontend.worker.requests)
         frontend.worker.requests.clear()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("dynamo_redis.frontend.body_reader.INLINE_BYTES", 1 << 30)
+            patch.setattr("dynamo_redis.frontend.http.body_reader.INLINE_BYTES", 1 << 30)
             assert (await frontend.http.post(path, json={**content, "seed": 1})).status_code == 200
         assert from_process == frontend.worker.requests
 

@@ -17,14 +17,14 @@ from redis import Redis
 
 from dynamo_redis.config import FrontendSettings, MockEngineSettings
 from dynamo_redis.engines.demo_model import DEMO_MODEL_PATH
-from dynamo_redis.engines.mock import MockEngine
+from dynamo_redis.engines.mock.engine import MockEngine
 from dynamo_redis.engines.worker import serve_engine
 from dynamo_redis.errors import ConfigError
-from dynamo_redis.frontend.server import bind, serve_frontend
+from dynamo_redis.frontend.http.server import bind, serve_frontend
+from dynamo_redis.models.files import ModelDirectory, read_model_directory
+from dynamo_redis.models.llm_protocol import GenerateItem, GenerateRequest
 from dynamo_redis.planes.context import Context
 from dynamo_redis.runtime import DistributedRuntime, Settings
-from dynamo_redis.runtime.llm_protocol import GenerateItem, GenerateRequest
-from dynamo_redis.runtime.model_files import ModelDirectory, read_model_directory
 
 MESSAGES: Any = [{"role": "user", "content": "Hello!"}]
 
@@ -274,7 +274,7 @@ async def test_files_that_vanish_come_back_from_their_workers(
     deployment: Deployment, dynamo_redis_url: str, dynamo_redis_prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As by an eviction: the registry stands. A frontend whose cache is empty starts afterwards."""
-    monkeypatch.setattr("dynamo_redis.runtime.model_files.CHECK_S", 0.2)
+    monkeypatch.setattr("dynamo_redis.models.files.CHECK_S", 0.2)
     await deployment.worker()
     with Redis.from_url(dynamo_redis_url) as redis:
         keys = list(redis.scan_iter(f"{{{dynamo_redis_prefix}/object*"))

@@ -9,7 +9,7 @@ import httpx
 
 from dynamo_redis.planes.context import Context
 from dynamo_redis.router.asking import ask_states
-from dynamo_redis.router.service import KvRouter
+from dynamo_redis.router.kv_router import KvRouter
 from dynamo_redis.runtime import DistributedRuntime
 from tests.routed_deployment import Deployment, until, until_served
 

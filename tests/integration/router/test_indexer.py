@@ -10,11 +10,11 @@ import pytest
 
 from dynamo_redis.config import RouterSettings
 from dynamo_redis.errors import SchemaMismatch, StoreUnavailable
+from dynamo_redis.events.router_record import RouterRecord, list_routers, register_router
 from dynamo_redis.names import kv_router_key
-from dynamo_redis.router import indexer, recovery
-from dynamo_redis.router.record import RouterRecord, list_routers, register_router
+from dynamo_redis.router.index import indexer, recovery
 from dynamo_redis.store.event_base import EntryId
-from dynamo_redis.store.stream_readers import RedisEventGroup
+from dynamo_redis.store.streams.readers import RedisEventGroup
 from tests.kv_deployment import COMPONENT, NAMESPACE, Deployment, deployment, flush, held, wait_until
 
 

@@ -12,7 +12,7 @@ from dynamo_redis.config import RouterSettings
 from dynamo_redis.errors import PlaneError
 from dynamo_redis.planes.context import Context
 from dynamo_redis.router.asking import ask_best_worker, ask_states
-from dynamo_redis.router.service import KvRouter
+from dynamo_redis.router.kv_router import KvRouter
 from tests.routed_deployment import WORKERS, Deployment, until, until_served
 
 STORY = "Once upon a time there was a router that knew what every worker had read before. " * 8

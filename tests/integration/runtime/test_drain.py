@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from dynamo_redis.errors import Draining, NoInstances, PlaneError
-from dynamo_redis.planes.tcp_client import TcpClient
-from dynamo_redis.planes.tcp_server import TcpServer
+from dynamo_redis.planes.tcp.client import TcpClient
+from dynamo_redis.planes.tcp.server import TcpServer
 from dynamo_redis.runtime import Client, Context, DistributedRuntime
 
 OpenRuntime = Callable[..., Awaitable[DistributedRuntime]]

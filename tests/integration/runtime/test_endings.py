@@ -22,8 +22,8 @@ from typing import Any
 import pytest
 
 from dynamo_redis.errors import ConnectionLost, DeadlineExceeded, HandlerFailed, Overloaded, RequestCancelled
-from dynamo_redis.planes.tcp_client import TcpClient
-from dynamo_redis.planes.tcp_server import TcpServer
+from dynamo_redis.planes.tcp.client import TcpClient
+from dynamo_redis.planes.tcp.server import TcpServer
 from dynamo_redis.runtime import Call, Client, Context, DistributedRuntime
 
 OpenRuntime = Callable[..., Awaitable[DistributedRuntime]]

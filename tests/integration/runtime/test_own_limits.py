@@ -13,7 +13,7 @@ import pytest
 
 from dynamo_redis.errors import PayloadBudgetExceeded
 from dynamo_redis.planes.context import Context
-from dynamo_redis.planes.tcp_client import TcpClient
+from dynamo_redis.planes.tcp.client import TcpClient
 from dynamo_redis.runtime import DistributedRuntime
 from dynamo_redis.runtime.client import Client
 from tests.integration.runtime.conftest import OpenRuntime

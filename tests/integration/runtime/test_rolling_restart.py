@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from dynamo_redis.errors import ConnectionLost, Draining
-from dynamo_redis.planes.tcp_client import TcpClient
+from dynamo_redis.planes.tcp.client import TcpClient
 from dynamo_redis.runtime import Client, DistributedRuntime
 
 from .leaving_worker import generate

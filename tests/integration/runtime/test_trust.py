@@ -17,7 +17,7 @@ from dynamo_redis.config import PlaneSettings, child_environment, env_name
 from dynamo_redis.errors import CannotConnect
 from dynamo_redis.names import EndpointName, InstanceId
 from dynamo_redis.planes.context import Context
-from dynamo_redis.planes.tcp_server import TcpServer
+from dynamo_redis.planes.tcp.server import TcpServer
 from dynamo_redis.runtime import Client, DistributedRuntime
 from dynamo_redis.runtime.instance import Instance
 from tests.certificates import Authority

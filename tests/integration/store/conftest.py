@@ -9,7 +9,7 @@ import pytest
 
 from dynamo_redis.config import StoreSettings
 from dynamo_redis.store.base import Put, Registry, WatchBatch
-from dynamo_redis.store.registry import RedisRegistry
+from dynamo_redis.store.registry.redis_registry import RedisRegistry
 from faults.proxy import Proxy
 
 WAIT_S = 30.0

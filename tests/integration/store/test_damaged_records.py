@@ -11,9 +11,9 @@ import pytest
 
 from dynamo_redis.errors import InvalidRecord, KeyExists, StoreError, StoreRefused
 from dynamo_redis.store.base import LostReason
-from dynamo_redis.store.client import RedisClient
 from dynamo_redis.store.keys import STRUCTURES, RegistryKeys
-from dynamo_redis.store.registry import RedisRegistry
+from dynamo_redis.store.redis.client import RedisClient
+from dynamo_redis.store.registry.redis_registry import RedisRegistry
 from dynamo_redis.store.server import EmbeddedServer
 from tests.rubbish import WORST_MSGPACK
 

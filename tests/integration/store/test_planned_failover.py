@@ -14,12 +14,12 @@ import pytest
 
 from dynamo_redis.config import EventSettings, StoreSettings
 from dynamo_redis.errors import StoreError
-from dynamo_redis.store.client import RedisClient
 from dynamo_redis.store.event_base import NewEntry, StreamName
-from dynamo_redis.store.lock_redis import RedisLocks
-from dynamo_redis.store.objects import RedisObjectStore
+from dynamo_redis.store.locks.redis_locks import RedisLocks
+from dynamo_redis.store.objects.redis_objects import RedisObjectStore
+from dynamo_redis.store.redis.client import RedisClient
 from dynamo_redis.store.server import EmbeddedServer
-from dynamo_redis.store.streams import RedisEventStreams
+from dynamo_redis.store.streams.redis_streams import RedisEventStreams
 from faults.proxy import Proxy
 
 WAIT_S = 20.0

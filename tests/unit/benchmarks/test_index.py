@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from benchmarks.index import BOUNDS, GROUPS
-from benchmarks.index_choice import Router
-from benchmarks.index_sides import indexed, to_batches
-from benchmarks.index_workload import Chats, Event
+from benchmarks.index.__main__ import BOUNDS, GROUPS
+from benchmarks.index.choice import Router
+from benchmarks.index.sides import indexed, to_batches
+from benchmarks.index.workload import Chats, Event
 
 from dynamo_redis.router.base import Matched, Worker
 

@@ -6,8 +6,10 @@ import sys
 from types import ModuleType
 
 import pytest
-from benchmarks import index, registry, request
-from benchmarks.options import length_s, rounds_count
+from benchmarks.harness.options import length_s, rounds_count
+from benchmarks.index import __main__ as index
+from benchmarks.registry import __main__ as registry
+from benchmarks.request import __main__ as request
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,14 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from benchmarks.replay import main, parse
-from benchmarks.replay_figures import Figures, Outcome, figures
-from benchmarks.replay_oracle import Difference, difference, read_blocks, write_blocks, wrong_share
-from benchmarks.replay_plan import Chance, Mode, Plan
-from benchmarks.replay_report import OMNISCIENT, load_entries, markdown, run_entry, save, simulated_entry
-from benchmarks.replay_run import RunResult, worker_counts
-from benchmarks.replay_simulation import KvAware, Omniscient, simulate
-from benchmarks.replay_trace import (
+from benchmarks.replay.__main__ import main, parse
+from benchmarks.replay.figures import Figures, Outcome, figures
+from benchmarks.replay.oracle import Difference, difference, read_blocks, write_blocks, wrong_share
+from benchmarks.replay.plan import Chance, Mode, Plan
+from benchmarks.replay.report import OMNISCIENT, load_entries, markdown, run_entry, save, simulated_entry
+from benchmarks.replay.run import RunResult, worker_counts
+from benchmarks.replay.simulation import KvAware, Omniscient, simulate
+from benchmarks.replay.trace import (
     SHARED_TRACE,
     TRACE_BLOCK_SIZE,
     Trace,

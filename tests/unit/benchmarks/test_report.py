@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.report import Measured, Row
+from benchmarks.harness.report import Measured, Row
 
 
 def test_a_ratio_is_the_median_of_those_of_the_rounds() -> None:

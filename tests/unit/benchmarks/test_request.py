@@ -9,15 +9,15 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from benchmarks import request_matrix
-from benchmarks.request import ALONE, BOUNDS, COMPARISONS, selection
-from benchmarks.request_matrix import NATS, OURS, RAW, STAGES, Cell
-from benchmarks.request_rounds import cell
-from benchmarks.request_sides import SIDES, Figures
-from benchmarks.request_workloads import ITEMS, WORKLOADS, Kind, Workload
-from benchmarks.rivals import peer_plane, peer_raw
-from benchmarks.rivals.peer import Peer, WrongAnswer, burst, tick
-from benchmarks.rivals.peers import measure
+from benchmarks.request import matrix as request_matrix
+from benchmarks.request.__main__ import ALONE, BOUNDS, COMPARISONS, selection
+from benchmarks.request.matrix import NATS, OURS, RAW, STAGES, Cell
+from benchmarks.request.rivals import plane, raw
+from benchmarks.request.rivals.peer import Peer, WrongAnswer, burst, tick
+from benchmarks.request.rivals.peers import measure
+from benchmarks.request.rounds import cell
+from benchmarks.request.sides import SIDES, Figures
+from benchmarks.request.workloads import ITEMS, WORKLOADS, Kind, Workload
 
 # --------------------------------------------------------------------------- rows and cells
 
@@ -130,9 +130,9 @@ async def test_the_generators_have_as_many_items_as_they_are_asked_for() -> None
 @pytest.mark.parametrize(
     ("module", "how", "kinds"),
     [
-        (peer_plane, (), ("echo", "burst", "tick")),
-        (peer_raw, (), ("echo",)),
-        (peer_raw, ("callback",), ("echo",)),
+        (plane, (), ("echo", "burst", "tick")),
+        (raw, (), ("echo",)),
+        (raw, ("callback",), ("echo",)),
     ],
 )
 async def test_the_sides_that_need_nothing_installed_answer(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from benchmarks.soak import Sample, grown, growth, make_faults, make_plan
+from benchmarks.replay.soak import Sample, grown, growth, make_faults, make_plan
 
 MIB = 1 << 20
 

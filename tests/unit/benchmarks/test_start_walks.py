@@ -6,7 +6,7 @@ import re
 from importlib import resources
 from pathlib import Path
 
-from benchmarks.start_walks import Place
+from benchmarks.start.walks import Place
 
 ROOT = Path(__file__).resolve().parents[3]
 SHARED = {"registry_clock", "registry_prelude", "stream_prelude"}

@@ -7,9 +7,9 @@ from typing import Any, cast
 
 from dynamo_redis.engines.base import EngineCapacity, EngineLoad
 from dynamo_redis.engines.load_reports import report_load
-from dynamo_redis.router.load_publisher import KV_METRICS, LoadPublisher
-from dynamo_redis.store.memory import MemoryRegistry, MemoryServer
-from dynamo_redis.store.memory_streams import MemoryEventStreams
+from dynamo_redis.events.load_publisher import KV_METRICS, LoadPublisher
+from dynamo_redis.store.registry.memory import MemoryRegistry, MemoryServer
+from dynamo_redis.store.streams.memory import MemoryEventStreams
 
 
 class SayingEngine:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from dynamo_redis.frontend.http_errors import ApiError
+from dynamo_redis.frontend.http.errors import ApiError
 from dynamo_redis.frontend.openai import ChatBody, TextBody, read_body
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}

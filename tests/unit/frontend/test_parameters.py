@@ -14,7 +14,7 @@ from openai.types.completion_create_params import CompletionCreateParamsBase
 from typing_extensions import get_type_hints
 
 from dynamo_redis.frontend import guided, parameters
-from dynamo_redis.frontend.http_errors import ApiError
+from dynamo_redis.frontend.http.errors import ApiError
 from dynamo_redis.frontend.openai import ChatBody, TextBody, read_body
 from dynamo_redis.frontend.options import CompletionOptions, Extensions, StreamOptions
 

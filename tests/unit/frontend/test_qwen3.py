@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from dynamo_redis.frontend.bodies import source_of
+from dynamo_redis.frontend.http.bodies import source_of
 from dynamo_redis.frontend.model_loading import LoadedModel, build_model
 from dynamo_redis.frontend.openai import ChatBody, read_body
 from dynamo_redis.frontend.prompts import tokenize
 from dynamo_redis.frontend.tokens import Tokenizer
-from dynamo_redis.runtime.model_card import ModelCard
+from dynamo_redis.models.card import ModelCard
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 VECTORS: dict[str, Any] = json.loads((REPOSITORY / "tests" / "vectors" / "qwen3_chat.json").read_text())

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from dynamo_redis.errors import InvalidRequest
+from dynamo_redis.events.block_hashes import chain, local_hashes, lora_seed
 from dynamo_redis.router.base import CostWeights
-from dynamo_redis.router.hashing import chain, local_hashes, lora_seed
 from dynamo_redis.router.prompts import block_hashes, token_ids_of, weights_of
 
 DEFAULT = CostWeights(overlap_score_credit=0.5, temperature=0.1)

@@ -11,14 +11,14 @@ from redis import exceptions as redis_errors
 
 from dynamo_redis.errors import StoreError, StoreRefused, StoreUnavailable
 from dynamo_redis.store.base import LeaseId, Revision, Snapshot
-from dynamo_redis.store.change_log import Change, Position
-from dynamo_redis.store.client import Backoff, RedisClient
-from dynamo_redis.store.health import Health
 from dynamo_redis.store.keys import RegistryKeys
-from dynamo_redis.store.lease import WriterChain
+from dynamo_redis.store.redis.client import Backoff, RedisClient
+from dynamo_redis.store.redis.health import Health
+from dynamo_redis.store.redis.server_errors import store_error
+from dynamo_redis.store.registry.change_log import Change, Position
+from dynamo_redis.store.registry.lease import WriterChain
+from dynamo_redis.store.registry.watch import BUFFER_CHANGES_COUNT, PrefixView
 from dynamo_redis.store.scripts import load_script
-from dynamo_redis.store.server_errors import store_error
-from dynamo_redis.store.watch import BUFFER_CHANGES_COUNT, PrefixView
 
 # --------------------------------------------------------------------------- client
 
@@ -248,7 +248,7 @@ def test_an_outage_is_two_log_lines(caplog: pytest.LogCaptureFixture) -> None:
 def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time that health goes by, for a test to set."""
     times = [1000.0]
-    monkeypatch.setattr("dynamo_redis.store.health.time", SimpleNamespace(monotonic=lambda: times[0]))
+    monkeypatch.setattr("dynamo_redis.store.redis.health.time", SimpleNamespace(monotonic=lambda: times[0]))
     return times
 
 

@@ -13,7 +13,7 @@ import pytest
 from dynamo_redis import errors
 from dynamo_redis.config import PlaneSettings
 from dynamo_redis.errors import AuthenticationFailed, PlaneError
-from dynamo_redis.planes import tcp_calling, tcp_connection, tcp_stream
+from dynamo_redis.planes.tcp import client_connection, connection, response_stream
 from dynamo_redis.wire import codec, decoder, frame, handshake
 from dynamo_redis.wire.decoder import FrameDecoder, ReadBuffers
 from dynamo_redis.wire.handshake import ClientHandshake, MessageReader, ServerHandshake
@@ -168,7 +168,7 @@ def test_the_limits_are_the_codes() -> None:
         f"or {decoder.STEP_BYTES // 1024} KiB further",
         f"| integer, 0 to 2{superscript(frame.MAX_DEADLINE_MS.bit_length() - 1)}: ",
         f"| stream id | 2{superscript(frame.MAX_STREAM_ID.bit_length())}−1 |",
-        f"more than {tcp_stream.LONGEST_RETRY_S:g} s is",
+        f"more than {response_stream.LONGEST_RETRY_S:g} s is",
     ):
         assert said_so in DOCUMENT, said_so
 
@@ -181,8 +181,8 @@ def test_the_times_are_the_settings() -> None:
         "DYN_TCP_REQUEST_TIMEOUT": f"{settings.accept_timeout_s:g}",
         "DYN_TCP_KEEPALIVE_S": f"{2 * settings.keepalive_interval_s:g}",  # the last row is of twice that
     }
-    assert f"| {tcp_calling.IDLE_CLOSE_S:g} s | client |" in DOCUMENT
-    assert f"| {tcp_connection._LINGER_S:g} s | both |" in DOCUMENT
+    assert f"| {client_connection.IDLE_CLOSE_S:g} s | client |" in DOCUMENT
+    assert f"| {connection._LINGER_S:g} s | both |" in DOCUMENT
 
 
 def test_the_errors_are_those_of_the_tree() -> None:

@@ -1,0 +1,1 @@
+"""The suite `events`: event streams beside JetStream."""

@@ -1,0 +1,1 @@
+"""Parts that all suites share: options, processes, reports."""

@@ -1,0 +1,92 @@
+"""What suites of rows have in common: their command line, and measuring group by group.
+
+A group is the rows that one measurement yields. One that fails costs its own rows alone, and what has been
+measured is kept as it comes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+
+from benchmarks.harness.options import rounds_count
+from benchmarks.harness.report import Figure, Measured, Row, report, save
+
+Bounds = Mapping[str, tuple[str, Figure, Figure]]
+"""By id: a row's words, what it must reach, and what it aims at."""
+
+Measurement = Callable[[int], dict[str, Measured]]
+"""Measures some rows, in so many rounds."""
+
+Groups = Sequence[tuple[tuple[str, ...], Measurement]]
+"""Rows that one measurement yields."""
+
+Conditions = Callable[[set[str], int], list[str]]
+"""What a reader has to know to judge the figures, of these rows in so many rounds."""
+
+
+def run_suite(
+    name: str,
+    description: str | None,
+    bounds: Bounds,
+    groups: Groups,
+    conditions: Conditions,
+    *,
+    unavailable: tuple[type[Exception], ...] = (),
+) -> None:
+    """Run the suite, or the rows that the command line asks for; print and keep what came out.
+
+    An `unavailable` error of `conditions` says in a line what is not installed.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--rounds", type=rounds_count, default=5, help="rounds of each measurement (default 5)"
+    )
+    parser.add_argument("--rows", default=",".join(bounds), help="ids, with commas (default: all)")
+    arguments = parser.parse_args()
+    wanted = set(arguments.rows.upper().split(","))
+    if unknown := wanted - bounds.keys():
+        parser.error(f"unknown rows: {', '.join(sorted(unknown))}")
+    # What a worker or a server that is gone leaves in the log is what is being measured.
+    logging.getLogger("dynamo_redis").setLevel(logging.ERROR)
+    try:
+        told = conditions(wanted, arguments.rounds)
+    except unavailable as exc:
+        parser.exit(1, f"{exc}\n")
+    print("\n".join(told), flush=True)
+    rows, failed = _measure(name, bounds, groups, wanted, arguments.rounds)
+    report(name, rows, told)
+    if failed:
+        parser.exit(1, f"could not be measured: {', '.join(failed)}\n")
+
+
+def _measure(
+    name: str, bounds: Bounds, groups: Groups, wanted: set[str], rounds: int
+) -> tuple[list[Row], list[str]]:
+    """The rows wanted, and those that failed."""
+    rows: list[Row] = []
+    failed: list[str] = []
+    for ids, measure in groups:
+        if wanted.isdisjoint(ids):
+            continue
+        began = time.monotonic()
+        try:
+            measured = measure(rounds)
+        except Exception:
+            traceback.print_exc()
+            failed += ids
+            continue
+        print(f"{' '.join(ids)} took {time.monotonic() - began:.0f} s", flush=True)
+        rows += [_row(row, bounds[row], measured[row]) for row in ids if row in wanted]
+        save(name, rows)
+    return rows, failed
+
+
+def _row(name: str, bound: tuple[str, Figure, Figure], measured: Measured) -> Row:
+    text, must, aim = bound
+    return Row(name, text, measured.ours, measured.rival, measured.ratio, must, aim, measured.rounds)

@@ -1,0 +1,1 @@
+"""The suite `index`: the prefix index beside a radix tree."""

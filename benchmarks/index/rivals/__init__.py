@@ -1,0 +1,1 @@
+"""Rivals of the suite `index`, and programs that run on both sides."""

@@ -1,0 +1,90 @@
+"""Dynamo's `RadixTree`, led by lines: `apply`, `find WHAT REPEATS SCORES`, `digest WHAT`.
+
+Runs in Dynamo's own environment; `index/sides.py` says what for.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+
+from dynamo.llm import RadixTree
+
+from benchmarks.index.workload import Block, Event, Scene, digest, scene
+
+
+def wire(number: int, event: Event) -> bytes:
+    """An event as the binding takes it."""
+    if event.stored:
+        blocks = [{"block_hash": block.sequence, "tokens_hash": block.local} for block in event.blocks]
+        said: dict[str, object] = {"stored": {"parent_hash": event.parent, "blocks": blocks}}
+    else:
+        said = {"removed": {"block_hashes": [block.sequence for block in event.blocks]}}
+    return json.dumps({"event_id": number, "data": said, "dp_rank": 0}).encode()
+
+
+def applied(said: Sequence[tuple[int, bytes]]) -> RadixTree:
+    """A tree that has taken all in."""
+    tree = RadixTree()
+    apply_event = tree.apply_event
+    for worker, content in said:
+        apply_event(worker, content)
+    tree.find_matches([0])  # behind the last event in the tree's own queue
+    return tree
+
+
+def find(tree: RadixTree, prompts: Sequence[list[Block]], repeats: int, scores: bool) -> float:
+    """Microseconds a find."""
+    asked = [[block.local for block in prompt] for prompt in prompts]
+    began = time.perf_counter()
+    if scores:
+        for _ in range(repeats):
+            deque((tree.find_matches(prompt).scores for prompt in asked), maxlen=0)
+    else:
+        for _ in range(repeats):
+            deque(map(tree.find_matches, asked), maxlen=0)
+    return 1e6 * (time.perf_counter() - began) / (repeats * len(asked))
+
+
+def prompts_of(shown: Scene, what: str) -> list[list[Block]]:
+    """The prompts of a row."""
+    return shown.prompts if what == "prompts" else shown.documents
+
+
+def main() -> None:
+    """Do as told until the input ends."""
+    shown = scene()
+    said = [(event.worker, wire(number, event)) for number, event in enumerate(shown.events)]
+    blocks = sum(len(event.blocks) for event in shown.events)
+    tree = applied(said)
+    for number, event in enumerate(shown.readings):
+        tree.apply_event(event.worker, wire(number, event))
+    gc.collect()
+    gc.freeze()  # a router has no such scene in its memory, which the collector would walk
+    print("ready", flush=True)
+    for line in sys.stdin:
+        match line.split():
+            case ["apply"]:
+                began = time.perf_counter()
+                other = applied(said)
+                answer = f"{blocks / (time.perf_counter() - began)}"
+                del other  # which takes time, too
+            case ["find", what, repeats, scores]:
+                answer = f"{find(tree, prompts_of(shown, what), int(repeats), scores == '1')}"
+            case ["digest", what]:
+                found = (
+                    tree.find_matches([block.local for block in prompt]).scores
+                    for prompt in prompts_of(shown, what)
+                )
+                answer = digest({worker: count for (worker, _), count in one.items()} for one in found)
+            case _:
+                raise ValueError(line)
+        print(answer, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The suite `registry`: registry and objects beside etcd."""

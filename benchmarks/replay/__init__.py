@@ -1,0 +1,1 @@
+"""Replay of a service's request trace through routers and mock workers."""

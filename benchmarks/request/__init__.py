@@ -1,0 +1,1 @@
+"""The suite `request`: the request plane beside its rivals."""

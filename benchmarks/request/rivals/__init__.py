@@ -1,0 +1,1 @@
+"""Rivals of the suite `request`, and programs that run on both sides."""

@@ -1,0 +1,103 @@
+"""What a side of suite `request` has to offer, and the load that is put on it.
+
+A side is a module of this folder with two functions: `serve(announce, *arguments)` serves until it is
+cancelled, and calls `announce` with its address, once, as soon as callers may come; `connect(*arguments)`
+makes the `Peer` that calls it. Imported within the rivals' environments: no third party.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from benchmarks.request.workloads import ITEM_BYTES, ITEMS, Kind, Workload
+
+Announce = Callable[[str], None]
+
+ITEM = b"x" * ITEM_BYTES
+
+
+async def burst(count: int, item: Any = ITEM) -> AsyncIterator[Any]:
+    """Items, without a pause."""
+    for _ in range(count):
+        yield item
+
+
+async def tick(count: int, item: Any = ITEM) -> AsyncIterator[Any]:
+    """Items, one a turn of the event loop."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+        yield item
+
+
+STREAMS = {"burst": burst, "tick": tick}
+"""The generators that each side's server answers from, by kind."""
+
+
+class WrongAnswer(Exception):
+    """A side that loses or shortens what it carries cannot be compared."""
+
+
+class Peer(ABC):
+    """The calling process of one side."""
+
+    @abstractmethod
+    async def echo(self, payload: Any) -> Any:
+        """Send the payload and return the answer."""
+
+    @abstractmethod
+    async def stream(self, kind: Kind, count: int) -> int:
+        """Ask for `count` items, read them one by one, and return how many there were."""
+
+    async def aclose(self) -> None:  # noqa: B027 - most sides just end with their process
+        """Close what is open."""
+
+    def payload(self, size: int) -> Any:
+        """What is echoed: bytes, or text where the side carries no bytes."""
+        return b"x" * size
+
+    async def drive(self, workload: Workload, seconds: float) -> list[float]:
+        """Put the load on for so long; the seconds that each answer took. Raises WrongAnswer."""
+        latencies: list[float] = []
+        until = time.perf_counter() + seconds
+        caller = self._echoing if workload.kind == "echo" else self._streaming
+        callers = [
+            asyncio.create_task(caller(workload, until, latencies)) for _ in range(workload.concurrency)
+        ]
+        try:
+            await asyncio.gather(*callers)
+        finally:
+            for task in callers:
+                task.cancel()
+            await asyncio.wait(callers)
+        return latencies
+
+    # A caller adds as little as it can to what it measures: it is the same for all sides, but not to them.
+
+    async def _echoing(self, workload: Workload, until: float, latencies: list[float]) -> None:
+        """Ask for one echo after the other."""
+        clock, echo, note, size = time.perf_counter, self.echo, latencies.append, workload.size_bytes
+        payload = self.payload(size)
+        began = clock()
+        while began < until:
+            answer = await echo(payload)
+            if len(answer) != size:
+                raise WrongAnswer(f"{len(answer)} bytes came back of {size}")
+            ended = clock()
+            note(ended - began)
+            began = ended
+
+    async def _streaming(self, workload: Workload, until: float, latencies: list[float]) -> None:
+        """Ask for one stream after the other."""
+        clock, kind = time.perf_counter, workload.kind
+        began = clock()
+        while began < until:
+            count = await self.stream(kind, ITEMS)
+            if count != ITEMS:
+                raise WrongAnswer(f"{count} items came of {ITEMS}")
+            ended = clock()
+            latencies.append(ended - began)
+            began = ended

@@ -1,0 +1,74 @@
+"""How the sides of suite `request` take turns."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from typing import Final
+
+from benchmarks.harness.report import median
+from benchmarks.request.matrix import STAGES, Cell
+from benchmarks.request.sides import SIDES, Figures, Side, idle_share
+from benchmarks.request.workloads import WORKLOADS
+
+Rounds = dict[str, list[Figures]]
+"""The rounds of one workload, by side: as many of each, and those of one index beside one another in time."""
+
+_IDLE_S: Final = 2.0
+
+
+def measure(wanted: set[tuple[str, str]], rounds: int, seconds: float) -> Iterator[tuple[str, Rounds]]:
+    """The rounds of each workload, as soon as they are done. `wanted` are pairs of workload and side.
+
+    A side that cannot be brought up or that breaks is left out, and said so.
+    """
+    for stage in STAGES:
+        with ExitStack() as stack:
+            sides = _bring_up(stack, [side for side in stage if any(side == one for _, one in wanted)])
+            if sides:
+                share = idle_share(list(sides.values()), _IDLE_S)
+                print(f"while nobody asks, all sides take {100 * share:.1f} % of a core", flush=True)
+            for workload in WORKLOADS:
+                names = [name for name in sides if (workload, name) in wanted]
+                if names:
+                    yield workload, _take_turns(sides, names, workload, rounds, seconds)
+
+
+def _bring_up(stack: ExitStack, names: Sequence[str]) -> dict[str, Side]:
+    sides = {}
+    for name in names:
+        try:
+            sides[name] = stack.enter_context(SIDES[name]())
+        except Exception:
+            print(f"{name} cannot be brought up:", flush=True)
+            traceback.print_exc()
+    return sides
+
+
+def _take_turns(
+    sides: dict[str, Side], names: list[str], workload: str, rounds: int, seconds: float
+) -> Rounds:
+    """Each round begins with another side, so that none always follows the same one. Breaks are removed."""
+    taken: Rounds = {name: [] for name in names}
+    for number in range(rounds):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            if name not in taken:
+                continue
+            try:
+                taken[name].append(sides[name].measure(workload, seconds))
+            except Exception:
+                print(f"{name} broke:", flush=True)
+                traceback.print_exc()
+                del taken[name], sides[name]
+        shown = " · ".join(f"{name} {figures[-1].per_s:,.0f}" for name, figures in taken.items())
+        print(f"{workload}, round {number + 1}, {WORKLOADS[workload].unit}/s: {shown}", flush=True)
+    return taken
+
+
+def cell(workload: str, side: str, rounds: Sequence[Figures]) -> Cell:
+    """The medians of a side's rounds."""
+    names = ("per_s", "p50_ms", "p99_ms", "cpu_s_per_100k")
+    figures = {name: median(getattr(one, name) for one in rounds) for name in names}
+    return Cell(workload, side, WORKLOADS[workload].unit, rounds=len(rounds), **figures)

@@ -1,1 +1,0 @@
-"""What the project is measured against, and programs that run on both sides."""

@@ -1,0 +1,261 @@
+"""S6: chats while their Redis takes no writes, and while it is replaced.
+
+A frontend and two workers reach Redis by one address, which carries new connections to the primary of the
+moment. Each round has three phases, with a third of the chats each, at a fixed pace:
+
+1. a planned failover: the replica is promoted, the old primary becomes its replica and goes on answering the
+   connections that it has, and the address leads to the new one;
+2. memory is full (`maxmemory`, filled by keys of others);
+3. the replica dies, and the primary demands one (`min-replicas-to-write 1`).
+
+In each phase a worker and a frontend are started while the fault lasts; the last of its chats go through that
+frontend. A chat fails by any status but 200, by a connection that breaks, and by taking longer than `LATE_S`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    ExitStack,
+    asynccontextmanager,
+    contextmanager,
+    suppress,
+)
+from pathlib import Path
+from typing import Final
+
+import uvloop
+
+from benchmarks.harness.chats import Chatter, first_model
+from benchmarks.harness.processes import free_port, running, up
+from benchmarks.harness.report import Measured
+from dynamo_redis.errors import StoreError
+from dynamo_redis.store.redis.client import RedisClient
+from dynamo_redis.store.server import EmbeddedServer
+from faults.proxy import Proxy
+
+Fault = Callable[[], AbstractAsyncContextManager[None]]
+"""Begins a fault; the end of the block heals it."""
+
+PREFIX: Final = "bench-refusals"
+CHATS: Final = 1_000
+NEWCOMER_CHATS: Final = 20
+CHATS_PER_S: Final = 50.0
+BEFORE_S: Final = 1.0
+LATE_S: Final = 30.0
+IDLE_S: Final = 2.0
+READY_S: Final = 60.0
+SETTLE_S: Final = 3.0
+
+SETTINGS: Final = {"maxmemory": "64mb", "min-replicas-to-write": "1", "min-replicas-max-lag": "1"}
+FILLER_BYTES: Final = (1 << 20, 1 << 14, 1 << 10, 1 << 6)
+
+
+def refusals(rounds: int) -> dict[str, Measured]:
+    """S6: chats that failed of 1,000, in the worst round: no median hides one."""
+    return {"S6": Measured(max(uvloop.run(_refusals(rounds))), None, None, rounds)}
+
+
+async def _refusals(rounds: int) -> list[float]:
+    figures = []
+    async with AsyncExitStack() as stack:
+        pair = await stack.enter_async_context(_pair())
+        options = ("--redis-url", pair.address.url, "--redis-prefix", PREFIX, "--speedup-ratio", "0")
+        url = stack.enter_context(up(*options))
+        chats = Chats(url, await asyncio.to_thread(first_model, url, READY_S))
+        stack.callback(chats.close)
+        await asyncio.sleep(SETTLE_S)
+        phases = (pair.fail_over, pair.full, pair.lonely)
+        shares = [CHATS // 3 + (number < CHATS % 3) for number in range(3)]
+        for number in range(rounds):
+            failed = [await _phase(*each, chats, pair) for each in zip(phases, shares, strict=True)]
+            figures.append(float(sum(failed)))
+            print(
+                f"S6 round {number + 1}: failed of {CHATS:,} chats: {failed[0]} at the failover, "
+                f"{failed[1]} while memory was full, {failed[2]} without the replica",
+                flush=True,
+            )
+    return figures
+
+
+async def _phase(fault: Fault, count: int, chats: Chats, pair: Pair) -> int:
+    """So many chats, before, during and after a fault; how many failed."""
+    flow = asyncio.create_task(chats.flow(count - NEWCOMER_CHATS))
+    await asyncio.sleep(BEFORE_S)
+    async with fault():
+        with _newcomers(pair.address.url) as url:
+            try:
+                model = await asyncio.to_thread(first_model, url, READY_S)
+            except RuntimeError:
+                print("S6: a frontend that was started meanwhile serves no model", flush=True)
+                failed_count = NEWCOMER_CHATS
+            else:
+                newcomer = Chats(url, model)
+                failed_count = await newcomer.flow(NEWCOMER_CHATS)
+                newcomer.close()
+    return failed_count + await flow
+
+
+@contextmanager
+def _newcomers(redis_url: str) -> Iterator[str]:
+    """A worker and a frontend; the frontend's URL."""
+    program = [sys.executable, "-m", "dynamo_redis"]
+    environment = {"DYN_REDIS_URL": redis_url, "DYN_REDIS_PREFIX": PREFIX, "DYN_LOG": "error"}
+    port = free_port()
+    with ExitStack() as stack:
+        stack.enter_context(running([*program, "worker", "mock", "--speedup-ratio", "0"], environment))
+        frontend = [*program, "frontend", "--http-host", "127.0.0.1", "--http-port", str(port)]
+        stack.enter_context(running(frontend, environment))
+        yield f"http://127.0.0.1:{port}"
+
+
+# --------------------------------------------------------------------------- chats
+
+
+class Chats:
+    """Chats at a fixed pace, each on a kept connection that is free; one is opened if none is.
+
+    A server may close an idle connection at the moment in which a request is sent: those that have been idle
+    for `IDLE_S` are not used again, as careful clients do it.
+    """
+
+    def __init__(self, url: str, model: str) -> None:
+        self._url = url
+        self._model = model
+        self._free: list[tuple[float, Chatter]] = []
+
+    async def flow(self, count: int) -> int:
+        """So many chats; how many failed."""
+        began = time.monotonic()
+        chats: list[asyncio.Task[bool]] = []
+        for number in range(count):
+            await asyncio.sleep(max(0.0, began + number / CHATS_PER_S - time.monotonic()))
+            chats.append(asyncio.create_task(self._is_answered(f"Question {began}-{number}?")))
+        return (await asyncio.gather(*chats)).count(False)
+
+    async def _is_answered(self, text: str) -> bool:
+        try:
+            async with asyncio.timeout(LATE_S):
+                chatter = self._kept() or await Chatter.open(self._url)
+                await chatter.chat(self._model, text)
+        except (OSError, EOFError, RuntimeError) as exc:  # a time-out is an OSError
+            print(f"S6: a chat failed: {exc!r}", flush=True)
+            return False
+        self._free.append((time.monotonic(), chatter))
+        return True
+
+    def _kept(self) -> Chatter | None:
+        while self._free:
+            since, chatter = self._free.pop()
+            if time.monotonic() - since < IDLE_S:
+                return chatter
+            chatter.close()
+        return None
+
+    def close(self) -> None:
+        """Hang up."""
+        for _, chatter in self._free:
+            chatter.close()
+
+
+# --------------------------------------------------------------------------- the servers
+
+
+class Pair:
+    """A primary, its replica, and the address that leads to the primary."""
+
+    def __init__(self, primary: Server, replica: Server, address: Proxy) -> None:
+        self.primary = primary
+        self.replica = replica
+        self.address = address
+
+    @asynccontextmanager
+    async def fail_over(self) -> AsyncIterator[None]:
+        """The two change places; nothing breaks, and nothing is healed afterwards."""
+        old, new = self.primary, self.replica
+        await new.client.execute("REPLICAOF", "NO", "ONE")
+        await old.follow(new)
+        self.address.target = new.embedded.url
+        self.primary, self.replica = new, old
+        yield
+        await self.until_whole()
+
+    @asynccontextmanager
+    async def full(self) -> AsyncIterator[None]:
+        """Others fill the memory; in the end they delete their keys."""
+        filler: list[str] = []
+        for size_bytes in FILLER_BYTES:
+            with suppress(StoreError):  # it is full for keys of this size
+                while True:
+                    key = f"filler:{len(filler)}"
+                    await self.primary.client.execute("SET", key, bytes(size_bytes))
+                    filler.append(key)
+        yield
+        await self.primary.client.execute("DEL", *filler)
+
+    @asynccontextmanager
+    async def lonely(self) -> AsyncIterator[None]:
+        """The replica is killed; in the end it comes back."""
+        await self.replica.embedded.kill()
+        await self.primary.until("min_slaves_good_slaves:0")
+        yield
+        await self.replica.embedded.start()
+        await self.replica.follow(self.primary)
+        await self.until_whole()
+
+    async def until_whole(self) -> None:
+        """Wait until the replica follows, and the primary knows."""
+        await self.replica.until("master_link_status:up")
+        await self.primary.until("min_slaves_good_slaves:1")
+
+
+class Server:
+    """A Redis, and a connection to it."""
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir()
+        self.embedded = EmbeddedServer(directory, port=0, settings=SETTINGS)
+        self.client: RedisClient
+
+    async def start(self) -> None:
+        await self.embedded.start()
+        self.client = RedisClient(self.embedded.url, timeout_s=10, client_name="bench")
+
+    async def stop(self) -> None:
+        await self.client.aclose()
+        await self.embedded.stop()
+
+    async def follow(self, primary: Server) -> None:
+        """Become its replica."""
+        host, _, port = primary.embedded.url.removeprefix("redis://").partition(":")
+        await self.client.execute("REPLICAOF", host, port)
+
+    async def until(self, line: str) -> None:
+        """Wait until INFO shows a line about replication."""
+        async with asyncio.timeout(READY_S):
+            while line not in (await self.client.execute("INFO", "replication")).decode().splitlines():
+                await asyncio.sleep(0.02)
+
+
+@asynccontextmanager
+async def _pair() -> AsyncIterator[Pair]:
+    """A primary and a replica that has all of it, behind one address."""
+    with tempfile.TemporaryDirectory() as directory:
+        servers = Server(Path(directory) / "a"), Server(Path(directory) / "b")
+        try:
+            for server in servers:
+                await server.start()
+            async with Proxy(servers[0].embedded.url) as address:
+                pair = Pair(*servers, address)
+                await pair.replica.follow(pair.primary)
+                await pair.until_whole()
+                yield pair
+        finally:
+            for server in servers:
+                await server.stop()

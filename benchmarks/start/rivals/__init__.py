@@ -1,0 +1,1 @@
+"""Rivals of the suite `start`, and programs that run on both sides."""

@@ -1,0 +1,59 @@
+"""Asks `/live` again and again on one connection: `python -m benchmarks.start.silence_probe URL`.
+
+For each line on its standard input it prints the longest time from a question to its answer since the last
+line, in seconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from typing import Final
+
+PAUSE_S: Final = 0.005
+QUESTION: Final = b"GET /live HTTP/1.1\r\nHost: bench\r\n\r\n"
+
+
+class Probe:
+    """The connection, and the longest silence on it."""
+
+    def __init__(self) -> None:
+        self._longest_s = 0.0
+        self._asked_at: float | None = None
+
+    async def run(self, host: str, port: int) -> None:
+        """Ask until it is cancelled."""
+        reader, writer = await asyncio.open_connection(host, port)
+        while True:
+            self._asked_at = time.perf_counter()
+            writer.write(QUESTION)
+            head = await reader.readuntil(b"\r\n\r\n")
+            length = next(line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
+            await reader.readexactly(int(length.partition(b":")[2]))
+            self._longest_s = max(self._longest_s, time.perf_counter() - self._asked_at)
+            self._asked_at = None
+            await asyncio.sleep(PAUSE_S)
+
+    def take(self) -> float:
+        """The longest silence since the last call, one that lasts included."""
+        now = time.perf_counter()
+        longest_s = max(self._longest_s, 0.0 if self._asked_at is None else now - self._asked_at)
+        self._longest_s = 0.0
+        return longest_s
+
+
+async def main(url: str) -> None:
+    """Ask, and tell, until the input ends."""
+    host, _, port = url.rpartition("/")[2].rpartition(":")
+    probe = Probe()
+    asking = asyncio.create_task(probe.run(host, int(port)))
+    while await asyncio.to_thread(sys.stdin.readline):
+        print(probe.take(), flush=True)
+        if asking.done():
+            asking.result()
+    asking.cancel()
+
+
+if __name__ == "__main__":
+    asyncio.run(main(sys.argv[1]))

@@ -1,0 +1,1 @@
+"""The mock engine: an engine's timing and KV cache without a model."""

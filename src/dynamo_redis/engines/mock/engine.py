@@ -1,0 +1,255 @@
+"""The mock engine: a GPU engine in all but the GPU.
+
+It batches continuously, keeps a paged KV cache with prefix reuse, takes the time a real engine would
+(`batching.py` has the model of both), reports its KV events, and answers in readable text. The answer
+depends on the prompt and the seed alone, not on what else runs: temperature, penalties and their like change
+nothing of it. An option that an answer could be seen to break is refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from array import array
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import Any, Final
+
+import anyio.to_thread
+from tokenizers import Tokenizer
+from xxhash import xxh3_64_intdigest
+
+from dynamo_redis.config import MockEngineSettings
+from dynamo_redis.engines.base import EngineCapacity, EngineLoad, report_to
+from dynamo_redis.engines.mock.kv_cache import BlockCache
+from dynamo_redis.engines.mock.rank import Answer, MockRank
+from dynamo_redis.engines.text import Phrasebook
+from dynamo_redis.errors import ConfigError, Draining, InvalidRequest, ModelError
+from dynamo_redis.events.block_hashes import chain, local_hashes
+from dynamo_redis.events.kv_publisher import KvPublisher
+from dynamo_redis.models.files import ModelDirectory
+from dynamo_redis.models.llm_protocol import GUIDED_BY, GenerateItem, GenerateRequest
+from dynamo_redis.planes.context import Context
+from dynamo_redis.runtime.handlers import AnyHandler
+
+_PIECE_BLOCK_COUNT: Final = 4096
+
+_REFUSED_OPTIONS: Final = ("guided_decoding", "logit_bias", "allowed_token_ids", "bad_words")
+"""Sampling options that say which tokens an answer may hold."""
+
+
+class MockEngine:
+    """An `Engine` without a model. Each of its ranks has a cache, a batch and a step loop of its own."""
+
+    def __init__(self, settings: MockEngineSettings, model: ModelDirectory) -> None:
+        """Raises ConfigError if the settings contradict each other."""
+        if settings.max_num_batched_tokens < settings.max_num_seqs:
+            raise ConfigError(
+                f"DYN_MOCK_MAX_NUM_BATCHED_TOKENS={settings.max_num_batched_tokens} must be at least "
+                f"DYN_MOCK_MAX_NUM_SEQS={settings.max_num_seqs}: each running request takes a token a step"
+            )
+        self.ranks = tuple(MockRank(settings, dp_rank) for dp_rank in range(settings.data_parallel_size))
+        self._settings = settings
+        self._model = model
+        self._phrasebook: Phrasebook | None = None
+
+    def __repr__(self) -> str:
+        caches = ", ".join(repr(rank.cache) for rank in self.ranks)
+        return f"<MockEngine {self.running_count} running, {self.waiting_count} waiting, {caches}>"
+
+    @property
+    def capacity(self) -> EngineCapacity:
+        return EngineCapacity(
+            total_kv_blocks=self._settings.total_kv_blocks,
+            kv_block_size=self._settings.block_size,
+            max_num_seqs=self._settings.max_num_seqs,
+            max_num_batched_tokens=self._settings.max_num_batched_tokens,
+            data_parallel_size=len(self.ranks),
+        )
+
+    @property
+    def cache(self) -> BlockCache:
+        """The first rank's KV cache, to look at."""
+        return self.ranks[0].cache
+
+    @property
+    def running_count(self) -> int:
+        """Requests that are being answered."""
+        return sum(rank.batch.running_count for rank in self.ranks)
+
+    @property
+    def waiting_count(self) -> int:
+        """Requests that wait for their turn."""
+        return sum(rank.batch.waiting_count for rank in self.ranks)
+
+    async def start(self) -> None:
+        """Load the tokenizer and start the step loops. Raises ModelError."""
+        self._phrasebook = await anyio.to_thread.run_sync(_load_phrasebook, self._model)
+        for rank in self.ranks:
+            rank.start()
+
+    async def aclose(self) -> None:
+        """End the step loops; requests still under way end with Draining. Idempotent."""
+        for rank in self.ranks:
+            await rank.aclose()
+
+    def follow(self, publishers: Sequence[KvPublisher]) -> None:
+        for rank, publisher in zip(self.ranks, publishers, strict=True):
+            rank.cache.events = report_to(publisher)
+
+    async def clear_kv_blocks(self) -> int:
+        return sum(rank.cache.clear() for rank in self.ranks)
+
+    def loads(self) -> Sequence[EngineLoad]:
+        return [rank.load() for rank in self.ranks]
+
+    async def wait_health(self, healthy: bool) -> None:
+        """Healthy from the start on, until a step loop fails: then never again."""
+        steps = [rank.steps for rank in self.ranks if rank.steps is not None]
+        if not healthy:
+            await asyncio.wait(steps, return_when=asyncio.FIRST_COMPLETED)
+        elif not all(rank.running for rank in self.ranks):
+            await asyncio.get_running_loop().create_future()
+
+    def endpoints(self) -> Mapping[str, AnyHandler]:
+        """With `serve_cache` `kv_cache`: what the caches really hold, to check what routers believe."""
+        return {"kv_cache": self._kv_cache} if self._settings.serve_cache else {}
+
+    async def _kv_cache(self, _: object) -> AsyncGenerator[dict[str, Any], None]:
+        """For each rank {"dp_rank", "block_count"}, and then {"hashes": …} with u64, little-endian."""
+        for rank in self.ranks:
+            blocks = array("Q", rank.cache.stored())
+            if sys.byteorder == "big":
+                blocks.byteswap()
+            yield {"dp_rank": rank.dp_rank, "block_count": len(blocks)}
+            for first in range(0, len(blocks), _PIECE_BLOCK_COUNT):
+                yield {"hashes": blocks[first : first + _PIECE_BLOCK_COUNT].tobytes()}
+
+    async def generate(
+        self, request: GenerateRequest, context: Context
+    ) -> AsyncGenerator[GenerateItem, None]:
+        """Answer token by token, as `Engine` demands.
+
+        A prompt that fills the model's context, or the whole KV cache, is an InvalidRequest; an answer that
+        would is ended with `length`. A stopped request ends with an item `cancelled`.
+        """
+        rank, answer = self._open(request)
+        unsubscribe = context.on_cancel(lambda _: rank.cancel(answer))
+        try:
+            while True:
+                while answer.ready:
+                    item = answer.ready.popleft()
+                    yield item
+                    if "finish_reason" in item:
+                        return
+                if answer.ended is not None:
+                    raise answer.ended
+                answer.waiter = asyncio.get_running_loop().create_future()
+                await answer.waiter
+        finally:
+            unsubscribe()
+            rank.batch.remove(answer)
+
+    # ----------------------------------------------------------------- a request
+
+    def _open(self, request: GenerateRequest) -> tuple[MockRank, Answer]:
+        if self._phrasebook is None:
+            raise Draining("the engine is not running")
+        answer = _read_request(request, self._phrasebook, self._settings, self._model.context_length)
+        rank = self._choose_rank(request.get("dp_rank"))
+        rank.submit(answer)
+        return rank, answer
+
+    def _choose_rank(self, wanted: object) -> MockRank:
+        if wanted is None:
+            return min(self.ranks, key=lambda rank: rank.request_count)
+        if isinstance(wanted, bool) or not isinstance(wanted, int) or not 0 <= wanted < len(self.ranks):
+            raise InvalidRequest(f"dp_rank={wanted!r} must be one of 0 to {len(self.ranks) - 1}")
+        return self.ranks[wanted]
+
+
+def _load_phrasebook(model: ModelDirectory) -> Phrasebook:
+    try:
+        tokenizer = Tokenizer.from_buffer(model.read_tokenizer())
+    except ModelError:
+        raise
+    except Exception as exc:  # the library raises bare Exception
+        raise ModelError(f"{model.files['tokenizer.json'].path} is not a usable tokenizer: {exc}") from exc
+    return Phrasebook(tokenizer)
+
+
+# --------------------------------------------------------------------------- reading a request
+
+
+def _read_request(
+    request: object, phrasebook: Phrasebook, settings: MockEngineSettings, context_length: int
+) -> Answer:
+    """The answer to be given. Raises InvalidRequest for what has no answer."""
+    if not isinstance(request, Mapping):
+        raise InvalidRequest(f"a request is an object, not {type(request).__name__}")
+    prompt = _prompt(request)
+    room_count = min(context_length, settings.total_kv_blocks * settings.block_size) - len(prompt)
+    if room_count < 1:
+        raise InvalidRequest(
+            f"the prompt has {len(prompt)} tokens, and no room for an answer: this worker holds at most "
+            f"{room_count + len(prompt)} (context length {context_length}, KV cache "
+            f"{settings.total_kv_blocks} blocks of {settings.block_size})"
+        )
+    stop = _mapping(request, "stop_conditions")
+    sampling = _mapping(request, "sampling_options")
+    for name in _REFUSED_OPTIONS:
+        if sampling.get(name):
+            asked = f" ({GUIDED_BY})" if name == "guided_decoding" else ""
+            raise InvalidRequest(
+                f"the mock engine has no model, and cannot hold an answer to {name!r}{asked}"
+            )
+    max_tokens = _integer(stop, "max_tokens", default=room_count, least=1)
+    seed = _integer(sampling, "seed", default=0, least=-(1 << 63)) if sampling.get("temperature") != 0 else 0
+    key = xxh3_64_intdigest(prompt.tobytes(), seed & (1 << 64) - 1)
+    ignore_eos = bool(stop.get("ignore_eos"))
+    return Answer(
+        tokens=prompt,
+        prompt_count=len(prompt),
+        hashes=chain(local_hashes(prompt, settings.block_size)),
+        text=phrasebook.tokens(key),
+        natural_length=room_count if ignore_eos else phrasebook.length(key),
+        min_tokens=_integer(stop, "min_tokens", default=0, least=0),
+        max_tokens=min(max_tokens, room_count),
+        stop_ids=_stop_ids(request, stop, ignore_eos=ignore_eos),
+    )
+
+
+def _prompt(request: Mapping[str, Any]) -> array[int]:
+    token_ids = request.get("token_ids")
+    try:
+        prompt = array("I", token_ids if isinstance(token_ids, (list, tuple)) else ())
+    except (TypeError, OverflowError) as exc:
+        raise InvalidRequest(f"token_ids are not all token ids: {exc}") from exc
+    if not prompt:
+        raise InvalidRequest("token_ids must be a non-empty list of token ids")
+    return prompt
+
+
+def _mapping(request: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    value = request.get(name)
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise InvalidRequest(f"{name} must be an object, not {type(value).__name__}")
+    return value
+
+
+def _integer(options: Mapping[str, Any], name: str, *, default: int, least: int) -> int:
+    value = options.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise InvalidRequest(f"{name}={value!r} must be a whole number of at least {least}")
+    return value
+
+
+def _stop_ids(request: Mapping[str, Any], stop: Mapping[str, Any], *, ignore_eos: bool) -> frozenset[int]:
+    eos = [] if ignore_eos else request.get("eos_token_ids") or []
+    try:
+        return frozenset(eos) | frozenset(stop.get("stop_token_ids_hidden") or [])
+    except TypeError as exc:
+        raise InvalidRequest(f"stop token ids are not a list of token ids: {exc}") from exc

@@ -1,0 +1,1 @@
+"""A worker for an OpenAI-compatible engine: vLLM, SGLang, llama.cpp server."""

@@ -1,0 +1,358 @@
+"""Any OpenAI-compatible server as an engine: vLLM, SGLang, llama.cpp's server, or another.
+
+The server runs on its own, as its users know it. This side forwards requests to it, watches its health and
+load, and relays its KV events.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any, Final
+
+import anyio.to_thread
+
+from dynamo_redis.config import OpenAIEngineSettings
+from dynamo_redis.engines.base import EngineCapacity, EngineLoad
+from dynamo_redis.engines.model_tokens import ModelTokens
+from dynamo_redis.engines.openai.http import Completion
+from dynamo_redis.engines.openai.relay import EventRelay
+from dynamo_redis.engines.openai.request import (
+    Dialect,
+    completion_body,
+    hidden_stop_ids,
+    prompt_ids,
+    token_limit,
+)
+from dynamo_redis.engines.openai.server import EngineServer
+from dynamo_redis.engines.openai.wire import CompletionReader, UnknownModel
+from dynamo_redis.errors import (
+    ConfigError,
+    ConnectionLost,
+    ContextLengthExceeded,
+    Draining,
+    HandlerFailed,
+    InvalidRequest,
+    PlaneError,
+    RequestCancelled,
+)
+from dynamo_redis.events.kv_publisher import KvPublisher
+from dynamo_redis.models.files import ModelDirectory
+from dynamo_redis.models.llm_protocol import GenerateItem, GenerateRequest
+from dynamo_redis.planes.context import Context
+from dynamo_redis.runtime.handlers import AnyHandler
+from dynamo_redis.supervision import Supervisor
+
+log = logging.getLogger(__name__)
+
+_FLUSH_PATHS: Final[Mapping[Dialect, str]] = {"vllm": "/reset_prefix_cache", "sglang": "/flush_cache"}
+_FLUSH_S: Final = 10.0
+_CLEAR_AGAIN_S: Final = 10.0
+
+
+class OpenAIEngine:
+    """An `Engine` over HTTP. It owns one task, which looks at the server's health and load, and with `follow`
+    one a rank for its KV events."""
+
+    def __init__(
+        self,
+        settings: OpenAIEngineSettings,
+        model: ModelDirectory,
+        *,
+        context_length: int | None = None,
+    ) -> None:
+        """`context_length` limits what the engine says of its own. Raises ConfigError if the settings
+        contradict each other."""
+        if settings.kv_replay_endpoint and not settings.kv_events_endpoint:
+            raise ConfigError("DYN_KV_REPLAY_ENDPOINT is of no use without DYN_KV_EVENTS_ENDPOINT")
+        self._server = EngineServer(
+            settings,
+            context_length=context_length,
+            on_down=self._note_down,
+            on_introduced=self._fit_publishers,
+        )
+        self._settings = settings
+        self._model = model
+        self._prompt_as_text = settings.engine_prompt == "text"
+        self._tokens: ModelTokens | None = None
+        self._running_count = 0
+        self._unanswered: set[Completion] = set()
+        self._clearing = False
+        self._clear_again_at = 0.0
+        self._look_now = asyncio.Event()
+        self._watching: asyncio.Task[None] | None = None
+        self._publishers: Sequence[KvPublisher] = ()
+        self.relay: EventRelay | None = None
+
+    def __repr__(self) -> str:
+        state = "up" if self._server.up.is_set() else "down"
+        running = f"{self._running_count} running"
+        return f"<OpenAIEngine {self._server.listed.dialect} at {self._server.http.url}, {state}, {running}>"
+
+    @property
+    def capacity(self) -> EngineCapacity:
+        return self._server.capacity
+
+    # ----------------------------------------------------------------- start and end
+
+    async def wait_until_up(self) -> None:
+        """See `EngineServer.wait_until_up`."""
+        await self._server.wait_until_up()
+
+    async def start(self) -> None:
+        """Wait for the server, learn what it is, and begin to watch it. Raises ConfigError, ModelError."""
+        self._tokens = await anyio.to_thread.run_sync(ModelTokens, self._model)
+        await self._server.wait_until_up()
+        self._watching = asyncio.create_task(
+            Supervisor(log, "health and load of the engine").run(self._watch), name="engine health and load"
+        )
+
+    async def aclose(self) -> None:
+        """Stop watching and following; requests still under way break off. Idempotent."""
+        if self.relay is not None:
+            await self.relay.aclose()
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.wait([self._watching])
+        await self._server.http.aclose()
+
+    # ----------------------------------------------------------------- KV events
+
+    def follow(self, publishers: Sequence[KvPublisher]) -> None:
+        """Relay the engine's KV events, if it publishes them. Raises ConfigError for a wrong endpoint."""
+        settings = self._settings
+        self._publishers = publishers
+        if settings.kv_events_endpoint is None:
+            log.info("DYN_KV_EVENTS_ENDPOINT is not set: routers do not hear of this engine's KV cache")
+            return
+        try:
+            self.relay = EventRelay(
+                publishers,
+                events_endpoint=settings.kv_events_endpoint,
+                replay_endpoint=settings.kv_replay_endpoint,
+                topic=settings.kv_events_topic,
+            )
+        except ValueError as exc:
+            raise ConfigError(f"DYN_KV_EVENTS_ENDPOINT or DYN_KV_REPLAY_ENDPOINT: {exc}") from exc
+        self.relay.start()
+
+    def _fit_publishers(self) -> None:
+        """An engine that came back with blocks of another size holds none of those that were told."""
+        block_size = self._server.capacity.kv_block_size
+        for publisher in self._publishers:
+            if publisher.block_size != block_size:
+                publisher.resize(block_size)
+
+    async def clear_kv_blocks(self) -> int:
+        """Have the server drop its prefix cache; answers the blocks known so far, as servers do not say.
+
+        Raises HandlerFailed if it cannot: vLLM does with `VLLM_SERVER_DEV_MODE=1` only.
+        """
+        path = _FLUSH_PATHS.get(self._server.listed.dialect)
+        if path is None:
+            raise HandlerFailed(
+                f"an engine of kind {self._server.listed.dialect} has no way to clear its cache"
+            )
+        known_count = sum(publisher.block_count for publisher in self._publishers)
+        try:
+            status, _ = await self._server.http.ask("POST", path, _FLUSH_S)
+        except PlaneError as exc:
+            raise Draining(f"the engine does not answer: {exc}") from exc
+        if status != 200:
+            raise HandlerFailed(f"the engine answered POST {path} with HTTP {status}")
+        return known_count
+
+    async def _clear_partial_cache(self) -> None:
+        """Have a server drop blocks that it holds and will not tell again, so that all is known from then on.
+
+        Tried each `_CLEAR_AGAIN_S` until it says that it did, since servers refuse while requests hold
+        blocks; and not more often, however often events are lost.
+        """
+        if self.relay is None or not self.relay.partial:
+            self._clearing = False
+            return
+        now = asyncio.get_running_loop().time()
+        if not self._settings.kv_events_clear or now < self._clear_again_at:
+            return
+        first, self._clearing = not self._clearing, True
+        self._clear_again_at = now + _CLEAR_AGAIN_S
+        try:
+            await self.clear_kv_blocks()
+        except PlaneError as exc:
+            if first:
+                log.warning(
+                    "the engine holds blocks that were not told, and cannot be made to drop them now: %s; "
+                    "routers learn of them as prompts bring them up (VLLM_SERVER_DEV_MODE)",
+                    exc,
+                )
+        else:
+            if first:
+                log.info("the engine is asked to clear its prefix cache, since part of it was not told")
+
+    def endpoints(self) -> Mapping[str, AnyHandler]:
+        return {}
+
+    # ----------------------------------------------------------------- requests
+
+    async def generate(
+        self, request: GenerateRequest, context: Context
+    ) -> AsyncGenerator[GenerateItem, None]:
+        """Forward to the server and stream back, as `Engine` demands; a stopped request ends at once.
+
+        Stop strings go along, and are found by the frontend all the same. What the server refuses is raised
+        as `openai_wire.refusal` reads it; Draining if no server answers. One that does not know the model
+        is asked for its name anew, and then once again for the answer.
+        """
+        if not isinstance(request, Mapping):
+            raise InvalidRequest(f"a request is an object, not {type(request).__name__}")
+        prompt = prompt_ids(request)
+        refused: InvalidRequest | None = None
+        if not self._prompt_as_text:
+            begun = False
+            try:
+                async with aclosing(self._complete_anew(request, prompt, context)) as items:
+                    async for item in items:
+                        begun = True
+                        yield item
+                return
+            except InvalidRequest as exc:
+                if begun or not self._may_want_text():
+                    raise
+                refused = exc
+        text = self._text_of(prompt)
+        async with aclosing(self._complete_anew(request, text, context)) as items:
+            async for item in items:
+                if not self._prompt_as_text:
+                    self._prompt_as_text = True
+                    log.info("the engine takes no token ids (%s): prompts go to it as text", refused)
+                yield item
+
+    def _may_want_text(self) -> bool:
+        """Whether a prompt that was refused as token ids may be tried as text. The servers that are known by
+        name take ids: what they refuse, they refuse for another reason."""
+        return self._settings.engine_prompt == "auto" and self._server.listed.dialect == "openai"
+
+    async def _complete_anew(
+        self, request: Mapping[str, Any], prompt: Sequence[int] | str, context: Context
+    ) -> AsyncGenerator[GenerateItem, None]:
+        """As `_complete`; once more if the server was asked for a model by a name that it no longer has."""
+        name, begun = self._server.listed.name, False
+        try:
+            async with aclosing(self._complete(request, prompt, context)) as items:
+                async for item in items:
+                    begun = True
+                    yield item
+            return
+        except UnknownModel:
+            if begun:  # it would come twice
+                raise
+            try:
+                renamed = self._server.listed.name != name or (
+                    await self._server.introduce() and self._server.listed.name != name
+                )
+            except ConfigError:
+                renamed = False
+            if not renamed:
+                raise
+        async with aclosing(self._complete(request, prompt, context)) as items:
+            async for item in items:
+                yield item
+
+    async def _complete(
+        self, request: Mapping[str, Any], prompt: Sequence[int] | str, context: Context
+    ) -> AsyncGenerator[GenerateItem, None]:
+        dp_rank = self._rank(request)
+        context_length = self._server.capacity.context_length
+        body = completion_body(
+            request,
+            model=self._server.listed.name,
+            dialect=self._server.listed.dialect,
+            prompt=prompt,
+            dp_rank=dp_rank,
+            token_room=None if context_length is None else context_length - len(prompt_ids(request)),
+        )
+        headers = {"X-Request-Id": context.id()}
+        if dp_rank is not None and self._server.listed.dialect == "vllm":
+            headers["X-data-parallel-rank"] = str(dp_rank)
+        if self._tokens is None:
+            raise Draining("the engine is not started")
+        reader = CompletionReader(self._tokens, hidden_stop_ids(request), token_limit(request))
+        if self.relay is not None and not isinstance(prompt, str):
+            for publisher in self._publishers:
+                if dp_rank is None or publisher.dp_rank == dp_rank:
+                    publisher.note_prompt(prompt)
+        completion = self._server.http.complete(body, headers)
+        unsubscribe = context.on_cancel(lambda _: completion.close())
+        self._running_count += 1
+        self._unanswered.add(completion)
+        try:
+            async with aclosing(completion.events()) as events:
+                async for data in events:
+                    self._unanswered.discard(completion)
+                    item = reader.feed(data)
+                    if item is not None:
+                        yield item
+            yield reader.finish()
+            if reader.gave_up:
+                log.warning("request %s: the engine gave its answer up half-way", context.id())
+        except ContextLengthExceeded:
+            self._server.forget()  # its context is not what it said, or is no longer
+            raise
+        except RequestCancelled:
+            yield {"token_ids": [], "finish_reason": "cancelled"}
+        except (Draining, ConnectionLost):
+            self._look_now.set()
+            raise
+        finally:
+            self._running_count -= 1
+            self._unanswered.discard(completion)
+            unsubscribe()
+            completion.close()
+
+    def _rank(self, request: Mapping[str, Any]) -> int | None:
+        """The rank that a router chose; None leaves it to the engine."""
+        wanted, rank_count = request.get("dp_rank"), self._settings.engine_data_parallel_size
+        if wanted is None or rank_count == 1:
+            return None
+        if type(wanted) is not int or not 0 <= wanted < rank_count:
+            raise InvalidRequest(f"dp_rank={wanted!r} must be one of 0 to {rank_count - 1}")
+        return wanted
+
+    def _text_of(self, prompt: Sequence[int]) -> str:
+        if self._tokens is None:
+            raise Draining("the engine is not started")
+        return self._tokens.prompt_text(prompt)
+
+    # ----------------------------------------------------------------- health and load
+
+    async def wait_health(self, healthy: bool) -> None:
+        await (self._server.up if healthy else self._server.down).wait()
+
+    def loads(self) -> Sequence[EngineLoad]:
+        """By the server's metrics; where it has none, rank 0 runs what was forwarded and is not answered."""
+        return self._server.loads() or [
+            EngineLoad(0, self._running_count, 0, None, self.capacity.total_kv_blocks)
+        ]
+
+    def _note_down(self, refused: bool) -> None:
+        """End what waits for a server that is down; forget the cache of one that has ended."""
+        if refused and self._server.up.is_set() and self.relay is not None:
+            self.relay.forget("no process listens at the engine's address")  # its cache went with it
+        for completion in list(self._unanswered):
+            completion.close(Draining("the engine does not answer"))
+
+    async def _watch(self) -> None:
+        """Look at health and load until cancelled; at once after a request found no server there."""
+        while True:
+            try:
+                async with asyncio.timeout(self._settings.engine_poll_interval_s):
+                    await self._look_now.wait()
+            except TimeoutError:
+                pass
+            self._look_now.clear()
+            if await self._server.look():
+                await self._server.look_at_metrics()
+                self._fit_publishers()
+                await self._clear_partial_cache()

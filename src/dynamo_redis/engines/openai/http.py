@@ -1,0 +1,196 @@
+"""HTTP to an engine's server: streamed completions and short questions. aiohttp, and its only importer
+(`pip install dynamo-redis[engines]`)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncGenerator, Mapping
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import aiohttp
+from aiohttp.connector import AddrInfoType
+
+from dynamo_redis.engines.openai.wire import DONE, SseReader, refusal
+from dynamo_redis.errors import (
+    CannotConnect,
+    ConnectionLost,
+    Draining,
+    PlaneError,
+    ProtocolViolation,
+    RequestCancelled,
+)
+
+_ERROR_BYTES: Final = 64 << 10
+_ANSWER_BYTES: Final = 16 << 20
+_ERROR_S: Final = 5.0
+_END_S: Final = 0.1
+
+_IDLE_CONNECTION_S: Final = 2.0
+"""Shorter than the 5 s after which uvicorn, which most engines run on, closes an idle connection."""
+
+_KEEPALIVE: Final = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3}
+"""Seconds, seconds, probes: a host that is gone is noticed within 11 s."""
+
+
+class EngineHttp:
+    """Connections to one server; as many as there are requests. Belongs to one event loop."""
+
+    def __init__(self, url: str, api_key: str | None, connect_timeout_s: float) -> None:
+        """`url` is the server's root, with or without `/v1`. Raises ValueError if it is no HTTP URL."""
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            shown = url.rpartition("@")[2]  # a user and password may stand before it
+            raise ValueError(f"{shown!r} is not an HTTP address: write for example http://127.0.0.1:8001")
+        self._root = url.rstrip("/").removesuffix("/v1")
+        self.url = self._root.replace(parts.netloc, parts.netloc.rpartition("@")[2], 1)
+        """For showing: without a user and password."""
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._connect_timeout_s = connect_timeout_s
+        self._session: aiohttp.ClientSession | None = None
+
+    def _opened(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(
+                    limit=0, keepalive_timeout=_IDLE_CONNECTION_S, socket_factory=_open_socket
+                ),
+                headers=self._headers,
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._connect_timeout_s),
+                raise_for_status=False,
+                trust_env=False,
+            )
+        return self._session
+
+    async def ask(self, method: str, path: str, timeout_s: float) -> tuple[int, bytes]:
+        """A short question: status and the whole content, of at most 16 MiB.
+
+        Raises CannotConnect if no process listens there, ConnectionLost if there is no whole answer in time,
+        ProtocolViolation for a longer one.
+        """
+        timeout = aiohttp.ClientTimeout(total=timeout_s)
+        try:
+            async with self._opened().request(method, self._root + path, timeout=timeout) as response:
+                content = await _content(response, _ANSWER_BYTES)
+                if len(content) > _ANSWER_BYTES:
+                    raise ProtocolViolation(f"the engine's {path} has more than {_ANSWER_BYTES} bytes")
+                return response.status, content
+        except TimeoutError as exc:
+            raise ConnectionLost(f"no answer within {timeout_s:g} s") from exc
+        except aiohttp.ClientConnectorError as exc:
+            raise CannotConnect(str(exc)) from exc
+        except aiohttp.ClientError as exc:
+            raise ConnectionLost(f"no answer: {exc!r}") from exc
+
+    def complete(self, body: Mapping[str, Any], headers: Mapping[str, str]) -> Completion:
+        """Begin a streamed completion."""
+        return Completion(self._opened(), f"{self._root}/v1/completions", body, headers)
+
+    async def aclose(self) -> None:
+        """End all connections. Idempotent."""
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+
+class Completion:
+    """One streamed completion. `close` ends it at once, whatever it waits for: the server sees the
+    connection go. Close it in any case."""
+
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        url: str,
+        body: Mapping[str, Any],
+        headers: Mapping[str, str],
+    ) -> None:
+        self._opening = asyncio.ensure_future(_post(session, url, body, headers))
+        self._closed: PlaneError | None = None
+
+    def close(self, reason: PlaneError | None = None) -> None:
+        """Idempotent. `reason` is what `events` raises if it still waits; else RequestCancelled."""
+        self._closed = self._closed or reason or RequestCancelled("the request was cancelled")
+        if not self._opening.cancel() and not self._opening.cancelled() and not self._opening.exception():
+            self._opening.result().close()
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        """The data of its events. Raises Draining if no server answers, the error that the status means,
+        ConnectionLost if it breaks off, the reason once closed."""
+        reader = SseReader()
+        try:
+            response = await self._opening
+            if response.status != 200:
+                raise refusal(
+                    response.status, await _explanation(response), response.headers.get("Retry-After")
+                )
+            if response.content_type == "application/json":  # a server that does not stream
+                yield await _content(response, _ANSWER_BYTES)
+                yield DONE
+                return
+            while content := await response.content.readany():
+                for data in reader.feed(content):
+                    if data == DONE:
+                        await _read_to_end(response)
+                        yield data
+                        return  # whatever the server does with the connection
+                    yield data
+            for data in reader.feed(b"\n"):  # a last line that the server did not end
+                yield data
+        except asyncio.CancelledError:
+            if self._closed is not None and self._opening.cancelled():
+                raise self._closed from None
+            raise
+        except aiohttp.ClientConnectorError as exc:
+            raise Draining(f"the engine does not answer: {exc}") from exc
+        except (aiohttp.ClientError, ConnectionError, TimeoutError) as exc:
+            if self._closed is not None:
+                raise self._closed from exc
+            raise ConnectionLost(f"the connection to the engine broke: {exc!r}") from exc
+
+
+def _open_socket(address: AddrInfoType) -> socket.socket:
+    """A socket that notices when the engine's host is gone: there is no limit to how long an answer takes, so
+    nothing else would."""
+    family, kind, protocol, *_ = address
+    opened = socket.socket(family, kind, protocol)
+    opened.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _KEEPALIVE.items():
+        if hasattr(socket, name):
+            opened.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    return opened
+
+
+async def _content(response: aiohttp.ClientResponse, limit_bytes: int) -> bytes:
+    """Read the content to its end, or until it is over the limit; aiohttp's `read` gives what has arrived so
+    far. Raises what aiohttp raises for a content that is cut off."""
+    pieces: list[bytes] = []
+    size_bytes = 0
+    while size_bytes <= limit_bytes and (piece := await response.content.readany()):
+        pieces.append(piece)
+        size_bytes += len(piece)
+    return b"".join(pieces)
+
+
+async def _explanation(response: aiohttp.ClientResponse) -> bytes:
+    """Read what a server says beside the status that refuses a request; nothing, if that does not come."""
+    with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+        async with asyncio.timeout(_ERROR_S):
+            return await _content(response, _ERROR_BYTES)
+    return b""
+
+
+async def _read_to_end(response: aiohttp.ClientResponse) -> None:
+    """Read on behind the last event to the end, so that the connection can serve again. A server that breaks
+    the answer off there has answered all the same."""
+    with contextlib.suppress(TimeoutError, aiohttp.ClientError):
+        async with asyncio.timeout(_END_S):
+            while not response.content.at_eof():
+                await response.content.readany()
+
+
+async def _post(
+    session: aiohttp.ClientSession, url: str, body: Mapping[str, Any], headers: Mapping[str, str]
+) -> aiohttp.ClientResponse:
+    return await session.post(url, json=body, headers=headers)

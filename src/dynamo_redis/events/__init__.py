@@ -1,0 +1,1 @@
+"""Events that workers publish: of their KV caches and their load."""

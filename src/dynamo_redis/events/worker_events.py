@@ -1,0 +1,96 @@
+"""A worker's side of KV events: what tells routers of its ranks' caches, and answers who has missed some."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from typing import Self
+
+from dynamo_redis.config import EventSettings
+from dynamo_redis.events.kv_dump import KV_DUMP, KvDump
+from dynamo_redis.events.kv_publisher import KvPublisher
+from dynamo_redis.events.publisher import EventPublisher
+from dynamo_redis.names import EndpointName
+from dynamo_redis.runtime.runtime import DistributedRuntime
+from dynamo_redis.runtime.serving import ServedEndpoint
+from dynamo_redis.store.event_base import StreamName
+from dynamo_redis.wire.event import PublisherId
+from dynamo_redis.wire.kv_event import KV_EVENTS
+
+
+class WorkerEvents:
+    """The KV events of one component, as far as this process's instance makes them.
+
+    Each data-parallel rank has a publisher; all bear one epoch, drawn here, which they keep when the instance
+    is registered again. `kv_dump` is served beside the component's other endpoints, from `start` on, which is
+    therefore to be called before the instance is made known. It owns the publishers' tasks and the endpoint.
+
+    Events go to the stream while it has readers: a router that comes makes its group first and then asks, and
+    its question wakes the publishers.
+    """
+
+    def __init__(
+        self,
+        runtime: DistributedRuntime,
+        namespace: str,
+        component: str,
+        *,
+        block_size: int,
+        settings: EventSettings | None = None,
+    ) -> None:
+        self.epoch = secrets.randbits(63)
+        self._runtime = runtime
+        self._stream = StreamName(namespace, component, KV_EVENTS)
+        self._block_size = block_size
+        self._settings = settings or runtime.settings.events
+        self._ranks: dict[PublisherId, KvPublisher] = {}
+        self._publishers: dict[int, EventPublisher] = {}
+        self._started: set[int] = set()
+        self._starting = asyncio.Lock()
+        self._served: ServedEndpoint | None = None
+
+    def rank(self, dp_rank: int) -> KvPublisher:
+        """The publisher of a rank, made when it is first asked for. What is reported before `start` waits."""
+        publisher_id = PublisherId(self._runtime.instance_id, self.epoch, dp_rank)
+        known = self._ranks.get(publisher_id)
+        if known is not None:
+            return known
+        publisher = EventPublisher(
+            self._runtime.events,
+            self._stream,
+            publisher_id,
+            self._settings,
+            durable=self._settings.event_plane == "stream",
+            only_while_read=self._settings.event_plane == "stream",
+        )
+        rank = KvPublisher(publisher, block_size=self._block_size, dp_rank=dp_rank)
+        self._publishers[dp_rank] = publisher
+        self._ranks[publisher_id] = rank
+        return rank
+
+    async def start(self) -> Self:
+        """Begin to send what the ranks made so far report, and serve `kv_dump`. Idempotent; call it again
+        for ranks that were made later. Raises StoreError, ConfigError."""
+        async with self._starting:
+            for dp_rank, publisher in self._publishers.items():
+                if dp_rank not in self._started:
+                    self._started.add(dp_rank)
+                    await publisher.start()
+            if self._served is None:
+                name = EndpointName(self._stream.namespace, self._stream.component, KV_DUMP)
+                # Whoever asks a worker that goes away has no use for the rest of the answer.
+                self._served = await self._runtime.endpoint(str(name)).start_serving(
+                    KvDump(self._ranks, event_plane=self._settings.event_plane, on_asked=self._wake).generate,
+                    graceful_shutdown=False,
+                )
+        return self
+
+    def _wake(self) -> None:
+        for publisher in self._publishers.values():
+            publisher.wake()
+
+    async def aclose(self) -> None:
+        """Serve no more, send what waits (for a second at most), and end. Idempotent."""
+        if self._served is not None:
+            await self._served.unregister()
+        await asyncio.gather(*(publisher.aclose() for publisher in self._publishers.values()))

@@ -1,0 +1,125 @@
+"""A body's options and what its prompts are made of, and both on their way out of the process that reads.
+
+That process runs this package's code alone, no template of a tenant: its pickles are our own.
+"""
+
+from __future__ import annotations
+
+import pickle
+from array import array
+from dataclasses import dataclass
+from struct import Struct
+from typing import Any, Final, TypeAlias
+
+from dynamo_redis.frontend.http.errors import ApiError, invalid
+from dynamo_redis.frontend.openai import ChatBody, TextBody, read_body
+from dynamo_redis.frontend.options import CompletionOptions
+from dynamo_redis.templates.protocol import render_job
+
+MOST_OPTIONS_BYTES: Final = 256 << 10
+"""All fields but those that make the prompt, of a body that was read by the process."""
+
+CHAT: Final = b"c"
+TEXT: Final = b"t"
+
+_HEAD: Final = Struct("<I")
+
+Text = str | bytearray | memoryview
+"""A prompt's text; if it is large, in UTF-8."""
+
+Prompt: TypeAlias = "Text | list[int] | array[int]"
+"""A prompt, as text or as token ids."""
+
+Source: TypeAlias = "bytes | bytearray | list[Prompt]"
+"""Prompts of a body: a conversation to render, or prompts as they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """A body that was read. `options` lacks messages, tools and prompts if the body was large."""
+
+    options: CompletionOptions
+    source: Source
+
+    @property
+    def choice_count(self) -> int:
+        """The number of answers that it asks for."""
+        return (len(self.source) if isinstance(self.source, list) else 1) * (self.options.n or 1)
+
+
+def source_of(body: CompletionOptions) -> Source:
+    """Return the body's prompts: a conversation to render, or prompts as they are."""
+    if not isinstance(body, ChatBody):
+        assert isinstance(body, TextBody)
+        return list(body.prompts)
+    return render_job(
+        [dict(message) for message in body.messages],
+        # With `none` the model shall not call tools: it is not told of any.
+        tools=None if body.tool_choice == "none" or not body.tools else [dict(tool) for tool in body.tools],
+        documents=body.documents,
+        add_generation_prompt=body.add_generation_prompt is not False,
+        continue_final_message=bool(body.continue_final_message),
+        variables=body.template_variables(),
+    )
+
+
+# --------------------------------------------------------------------------- between the processes
+
+
+def pack(job: bytearray) -> bytes:
+    """Read a body in the process, and make the answer for `unpack`."""
+    kind: type[CompletionOptions] = ChatBody if job.startswith(CHAT) else TextBody
+    del job[:1]
+    try:
+        options = read_body(kind, job)
+        job.clear()
+        source = source_of(options)
+        options = options.model_copy(update=_WITHOUT_SOURCE[kind])
+        parts = [_packed(part) for part in (source if isinstance(source, list) else [source])]
+        del source
+        told = pickle.dumps((options, [(form, len(part)) for form, part in parts]))
+        if len(told) > MOST_OPTIONS_BYTES:
+            raise invalid(
+                f"All fields but messages, prompt, tools and documents are over {MOST_OPTIONS_BYTES} bytes.",
+                code="body_too_complex",
+            )
+    except ApiError as exc:
+        told, parts = pickle.dumps(vars(exc)), []
+    return b"".join((_HEAD.pack(len(told)), told, *(part for _, part in parts)))
+
+
+_WITHOUT_SOURCE: Final[dict[type[CompletionOptions], dict[str, Any]]] = {
+    ChatBody: {"messages": [], "tools": None, "documents": None, "chat_template_kwargs": None},
+    TextBody: {"prompt": ""},
+}
+
+
+def _packed(part: Prompt | bytes) -> tuple[str, bytes]:
+    if isinstance(part, str):
+        return "text", part.encode()
+    if isinstance(part, list):
+        return "ids", array("I", part).tobytes()
+    assert isinstance(part, bytes)
+    return "conversation", part
+
+
+def unpack(answer: bytearray) -> Body:
+    """The body that `pack` read. Raises the ApiError that it raised."""
+    end = _HEAD.size + _HEAD.unpack_from(answer)[0]
+    told = pickle.loads(memoryview(answer)[_HEAD.size : end])  # noqa: S301 - see above
+    del answer[:end]
+    if isinstance(told, dict):
+        raise ApiError(**told)
+    options, parts = told
+    if parts and parts[0][0] == "conversation":
+        return Body(options, answer)
+    prompts: list[Prompt] = []
+    view = memoryview(answer)
+    for form, size in parts:
+        if form == "text":
+            prompts.append(view[:size])
+        else:
+            prompts.append(ids := array("I"))
+            ids.frombytes(view[:size])
+        view = view[size:]
+    return Body(options, prompts)

@@ -1,0 +1,88 @@
+"""Bodies read and checked: small ones on the event loop, large ones in a process of their own.
+
+Parsing holds the interpreter for as long as it takes, and JSON can take twenty times its size in memory. So
+a body over `INLINE_BYTES` is read by `body_process.py`, within limits of memory and of time, and only its
+options and its texts as they are come back.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Final
+
+from dynamo_redis.frontend.http.bodies import CHAT, TEXT, Body, source_of, unpack
+from dynamo_redis.frontend.http.body_process import READ_LIMIT_S
+from dynamo_redis.frontend.http.errors import ApiError
+from dynamo_redis.frontend.openai import ChatBody, read_body
+from dynamo_redis.frontend.options import CompletionOptions
+from dynamo_redis.jobs.lane import JobDied, JobError, JobOverrun, Lane
+
+INLINE_BYTES: Final = 32 << 10
+"""A body up to this size is read on the event loop: a millisecond at worst."""
+
+LARGE_BYTES: Final = 1 << 20
+"""Bodies over this size are read apart from those below, so that these need not wait for them."""
+
+MEMORY_FACTOR: Final = 4
+"""A body's reading may take so many times the largest body's size."""
+
+IDLE_S: Final = 60.0
+"""A process that has read nothing for so long ends."""
+
+QUEUE_COUNT: Final = 1024
+"""Most bodies that wait to be read by one process."""
+
+
+class BodyReader:
+    """Reads bodies. Owns up to two processes, one of them for the largest bodies."""
+
+    def __init__(self, max_body_bytes: int) -> None:
+        self._memory_bytes = max(MEMORY_FACTOR * max_body_bytes, 64 << 20)
+        self._medium = self._lane()
+        self._large = self._lane()
+
+    def _lane(self) -> Lane:
+        return Lane(
+            (sys.executable, "-P", "-m", "dynamo_redis.frontend.http.body_process", str(self._memory_bytes)),
+            time_s=READ_LIMIT_S,
+            idle_s=IDLE_S,
+            queue_count=QUEUE_COUNT,
+        )
+
+    async def read(self, kind: type[CompletionOptions], content: list[bytearray]) -> Body:
+        """Read a body, which may be in pieces. Raises ApiError.
+
+        A large one is never put together here, since copying 40 MiB takes longer than a turn of the loop may;
+        and it is let go of on its way to the process: `content` is empty afterwards.
+        """
+        size = sum(map(len, content))
+        if size <= INLINE_BYTES:
+            options = read_body(kind, b"".join(content))
+            return Body(options, source_of(options))
+        lane = self._medium if size <= LARGE_BYTES else self._large
+        try:
+            reading = lane.run(CHAT if issubclass(kind, ChatBody) else TEXT, *content)
+            content.clear()
+            answer = await reading
+        except JobOverrun as exc:
+            raise _too_complex(f"it takes over {READ_LIMIT_S:g} s to read") from exc
+        except JobDied as exc:
+            raise _too_complex(f"to read it takes over {self._memory_bytes} bytes of memory") from exc
+        except JobError as exc:
+            raise ApiError(
+                503,
+                f"Large requests cannot be read now: {exc}.",
+                kind="service_unavailable",
+                code="overloaded",
+                retry_after_s=1.0,
+            ) from exc
+        return unpack(answer)
+
+    async def aclose(self) -> None:
+        """End the processes. Idempotent."""
+        await self._medium.aclose()
+        await self._large.aclose()
+
+
+def _too_complex(reason: str) -> ApiError:
+    return ApiError(413, f"The request body holds too many values: {reason}.", code="body_too_complex")

@@ -1,0 +1,135 @@
+"""Reading a request's body within a limit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+from dynamo_redis.frontend.exchange import Receive
+from dynamo_redis.frontend.http.errors import ApiError, bodies_full, body_too_large
+
+_MOST_DISCARDED = 256 << 20
+"""Clients that do not look at the answer before they have sent everything are listened to for so long."""
+
+
+UNCOUNTED_BYTES = 32 << 10
+"""Of each body so much does not count in the budget, so that small requests pass large ones."""
+
+
+SMALL_PIECE_BYTES = 16 << 10
+"""Smaller pieces of a body are put together, or one of single bytes would take fifty times its size."""
+
+
+class BodyBudget:
+    """The bytes of all bodies that are held at any one time, until they have become requests."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._held_bytes = 0
+
+    def hold(self) -> HeldBody:
+        """Begin to hold a body."""
+        return HeldBody(self)
+
+    def add(self, size_bytes: int) -> None:
+        """Hold so many more bytes, or fewer. Raises ApiError 503 if that is more than may be held."""
+        if size_bytes > 0 and self._held_bytes + size_bytes > self._limit_bytes:
+            raise bodies_full(self._limit_bytes)
+        self._held_bytes += size_bytes
+
+
+class HeldBody:
+    """One body's share of the budget, which is given back at the end of the `with` block."""
+
+    def __init__(self, budget: BodyBudget) -> None:
+        self._budget = budget
+        self._counted_bytes = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._budget.add(-self._counted_bytes)
+
+    def grow_to(self, size_bytes: int) -> None:
+        """The body has so many bytes by now. Raises ApiError 503 if the budget has no more."""
+        counted = max(0, size_bytes - UNCOUNTED_BYTES)
+        self._budget.add(counted - self._counted_bytes)
+        self._counted_bytes = counted
+
+
+class ClientGone(Exception):
+    """The client hung up before its request was whole."""
+
+
+async def read_limited(
+    scope: Mapping[str, Any], receive: Receive, limit_bytes: int, held: HeldBody | None = None
+) -> list[bytearray]:
+    """Read the body, in pieces much as it came: to put a large one together takes long.
+
+    Raises ApiError 413 for one over the limit, which is never held, 503 for one that the budget has no room
+    for, and ClientGone.
+
+    A body whose announced length is over the limit is refused before it is sent if the client asked
+    (`Expect: 100-continue`), or if it is so long that no end of it would be waited for; else it is read and
+    dropped, since most clients see no answer before its end.
+    """
+    headers = dict(scope["headers"])
+    _refuse_encoding(headers)
+    announced = _content_length(headers)
+    if announced is not None and announced > limit_bytes:
+        if b"expect" not in headers and announced <= _MOST_DISCARDED:
+            await _discard(receive, 0)
+        raise body_too_large(limit_bytes)
+    pieces: list[bytearray] = []
+    size = 0
+    async for piece in _pieces(receive):
+        size += len(piece)
+        try:
+            if size > limit_bytes:
+                raise body_too_large(limit_bytes)
+            if held is not None:
+                held.grow_to(size)
+        except ApiError:
+            pieces.clear()
+            if held is not None:
+                held.grow_to(0)
+            await _discard(receive, size)
+            raise
+        if pieces and len(pieces[-1]) < SMALL_PIECE_BYTES:
+            pieces[-1] += piece
+        else:
+            pieces.append(bytearray(piece))
+    return pieces
+
+
+def _refuse_encoding(headers: Mapping[bytes, bytes]) -> None:
+    encoding = headers.get(b"content-encoding", b"identity").strip().lower()
+    if encoding not in (b"", b"identity"):
+        raise ApiError(
+            415,
+            "The request body has a Content-Encoding: send it as it is.",
+            code="unsupported_content_encoding",
+        )
+
+
+def _content_length(headers: Mapping[bytes, bytes]) -> int | None:
+    value = headers.get(b"content-length")
+    return None if value is None else int(value)  # the parser has seen to it
+
+
+async def _pieces(receive: Receive) -> Any:
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        yield message.get("body", b"")
+        if not message.get("more_body", False):
+            return
+
+
+async def _discard(receive: Receive, size: int) -> None:
+    async for piece in _pieces(receive):
+        size += len(piece)
+        if size > _MOST_DISCARDED:
+            return

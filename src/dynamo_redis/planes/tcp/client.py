@@ -1,0 +1,111 @@
+"""The calling side of the tcp plane: implements `RequestPlaneClient` over one pool an instance."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterable, Callable
+from contextvars import copy_context
+from typing import Any
+
+from dynamo_redis.config import PlaneSettings
+from dynamo_redis.errors import ConnectionLost, InstanceRemoved
+from dynamo_redis.planes.base import Target
+from dynamo_redis.planes.context import Context
+from dynamo_redis.planes.tcp.pool import Pool
+from dynamo_redis.planes.tcp.response_stream import TcpResponseStream
+from dynamo_redis.planes.tcp.tls import make_tls
+from dynamo_redis.wire.decoder import ReadBuffers
+
+_PoolKey = tuple[str, int, bytes | None]
+
+
+class TcpClient:
+    """Implements `RequestPlaneClient`. Use it on the event loop that first opens a request."""
+
+    def __init__(self, settings: PlaneSettings, on_quiet: Callable[[Target], None] | None = None) -> None:
+        """`on_quiet`: see `select.make_client`. Raises ConfigError for TLS files that cannot be used."""
+        self._settings = settings
+        self._tls = make_tls(settings, "client")
+        self._window_count = settings.channel_buffer_count
+        self._max_message_bytes = settings.max_message_bytes
+        self._on_quiet = on_quiet or _ignore
+        self._variables = copy_context()
+        self._pools: dict[_PoolKey, Pool] = {}
+        self._buffers = ReadBuffers(settings.max_payload_in_flight_bytes)
+        self._closed = False
+
+    def __repr__(self) -> str:
+        return f"<TcpClient: {len(self._pools)} instances>"
+
+    @property
+    def pending_count(self) -> int:
+        """Requests under way, parked ones included."""
+        return sum(pool.pending_count for pool in self._pools.values())
+
+    @property
+    def connection_count(self) -> int:
+        """Open connections."""
+        return sum(pool.connection_count for pool in self._pools.values())
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of large payloads that are held: coming in, or unread."""
+        return self._buffers.budget.held_bytes
+
+    def open(
+        self,
+        target: Target,
+        request: Any,
+        context: Context | None,
+        *,
+        messages: AsyncIterable[Any] | None = None,
+    ) -> TcpResponseStream:
+        """See `RequestPlaneClient.open`."""
+        pool = self._pools.get((target.address, target.instance_id, target.secret)) or self._new_pool(target)
+        stream = TcpResponseStream(
+            pool.loop, self._window_count, self._max_message_bytes, target.subject, request, context, messages
+        )
+        if context is None or stream.attach(context):
+            pool.begin(stream)
+        return stream
+
+    async def probe(self, target: Target, timeout_s: float) -> None:
+        """See `RequestPlaneClient.probe`."""
+        pool = self._pools.get((target.address, target.instance_id, target.secret)) or self._new_pool(target)
+        await pool.ping(timeout_s)
+
+    def forget(self, target: Target) -> None:
+        """See `RequestPlaneClient.forget`. Other endpoints of the instance keep what they have under way."""
+        pool = self._pools.get((target.address, target.instance_id, target.secret))
+        if pool is not None:
+            pool.end(InstanceRemoved("the instance left the registry"), target.subject)
+
+    async def aclose(self) -> None:
+        """See `RequestPlaneClient.aclose`. Idempotent."""
+        self._closed = True
+        for pool in tuple(self._pools.values()):
+            await pool.aclose()
+
+    def _new_pool(self, target: Target) -> Pool:
+        if self._closed:
+            raise ConnectionLost("the client is closed")
+        pool = Pool(
+            target,
+            self._settings,
+            self._tls,
+            asyncio.get_running_loop(),
+            self._buffers,
+            self._variables,
+            self._on_empty,
+            self._on_quiet,
+        )
+        self._pools[target.address, target.instance_id, target.secret] = pool
+        return pool
+
+    def _on_empty(self, pool: Pool) -> None:
+        target = pool.target
+        self._pools.pop((target.address, target.instance_id, target.secret), None)
+
+
+def _ignore(_: Target) -> None:
+    """Nobody wants to know."""

@@ -1,0 +1,372 @@
+"""One connection to an instance, at the caller: the handshake, the streams under way, their frames."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from typing import Any, ClassVar, Final, Protocol
+
+from dynamo_redis.config import PlaneSettings
+from dynamo_redis.errors import Draining, NotAccepted, PlaneError, ProtocolViolation, plane_error
+from dynamo_redis.planes.base import Target
+from dynamo_redis.planes.tcp.connection import (
+    QUIET_AT,
+    SWEEPS_PER_INTERVAL,
+    WRITE_HIGH_WATER_BYTES,
+    Connection,
+    unacknowledged_bytes,
+)
+from dynamo_redis.planes.tcp.life_signs import ask_for_life
+from dynamo_redis.planes.tcp.response_stream import TcpResponseStream
+from dynamo_redis.wire import frame
+from dynamo_redis.wire.decoder import ReadBuffers
+from dynamo_redis.wire.frame import DATA, LAST
+from dynamo_redis.wire.handshake import ClientHandshake
+from dynamo_redis.wire.session import CLIENT_STEPS, ClientStream
+
+IDLE_CLOSE_S: Final = 90.0
+"""How long a connection without requests stays open."""
+LARGE_BYTES: Final = WRITE_HIGH_WATER_BYTES
+"""A payload over this keeps a connection busy by itself."""
+
+LIFE_TIMEOUT_S: Final = 2.0
+"""How long an instance may take for a sign of life, before it is asked again."""
+
+_ANSWERED, _CLOSED = ClientStream.ANSWERED, ClientStream.CLOSED
+
+
+class Owner(Protocol):
+    """What a connection tells its pool."""
+
+    def on_closed(self, connection: ClientConnection) -> None:
+        """A connection has ended."""
+        ...
+
+    def on_draining(self, error: Draining) -> None:
+        """The instance takes no more requests."""
+        ...
+
+    def on_large_answer(self, subject: str) -> None:
+        """An endpoint answers a small request with a large item."""
+        ...
+
+    def on_quiet(self, connection: ClientConnection) -> None:
+        """The instance owes an answer on that connection."""
+        ...
+
+    def begin_anew(self, stream: TcpResponseStream) -> None:
+        """Send a request again, which was lost with a connection that had gone stale."""
+        ...
+
+
+class ClientConnection(Connection):
+    """A connection to one instance, with the streams under way on it."""
+
+    __slots__ = (
+        "_accept_sweeps",
+        "_accept_timeout_s",
+        "_handshake",
+        "_idle_from",
+        "_idle_handle",
+        "_last_stream_id",
+        "_life_check",
+        "_owner",
+        "_ping_tokens",
+        "_pings",
+        "_target",
+        "_unproven",
+        "receives_large",
+        "shaken",
+        "usable",
+    )
+
+    # An instance that was switched off is avoided after three quarters of an interval to seven eighths; for
+    # half an interval of that it owes a PONG. The server, which chooses no instance, asks later.
+    PING_AT: ClassVar[int] = 2
+    _ASK_AT: ClassVar[int] = 5
+    """Silent sweeps after which the instance is asked for a sign of life on another connection."""
+
+    def __init__(
+        self,
+        owner: Owner,
+        target: Target,
+        settings: PlaneSettings,
+        loop: asyncio.AbstractEventLoop,
+        buffers: ReadBuffers,
+    ) -> None:
+        super().__init__(
+            loop,
+            buffers,
+            window_count=settings.channel_buffer_count,
+            max_message_bytes=settings.max_message_bytes,
+            keepalive_interval_s=settings.keepalive_interval_s,
+        )
+        self._owner = owner
+        self._target = target
+        self._life_check: asyncio.Task[None] | None = None
+        self._handshake: ClientHandshake | None = ClientHandshake(
+            target.secret, settings.channel_buffer_count, target.instance_id
+        )
+        self._accept_timeout_s = settings.accept_timeout_s
+        self._accept_sweeps = max(1, round(settings.accept_timeout_s / self._sweep_interval_s))
+        self._last_stream_id = 0
+        self._pings: dict[int, asyncio.Future[None]] = {}
+        self._ping_tokens = itertools.count(1 << 32)
+        self._idle_handle: asyncio.TimerHandle | None = None
+        self._idle_from = 0.0
+        self._unproven: list[TcpResponseStream] | None = None
+        self.streams: dict[int, TcpResponseStream] = {}
+        self.usable = False
+        """Whether new streams may start here: from the handshake until the server drains, the stream ids
+        are used up, or the connection ends."""
+        self.receives_large = False
+        """Whether more than `LARGE_BYTES` of a payload are still to come, before any other answer."""
+        self.shaken: asyncio.Future[None] = loop.create_future()
+
+    # ------------------------------------------------------------------- requests
+
+    @property
+    def unsent_bytes(self) -> int:
+        """Bytes written here that have not left for the kernel, with those that wait for the next flush."""
+        return super().unsent_bytes + sum(map(len, self._out))
+
+    def begin(self, stream: TcpResponseStream) -> None:
+        """Send the stream's request."""
+        self._last_stream_id = stream_id = self._last_stream_id + 1
+        if stream_id >= frame.MAX_STREAM_ID:
+            self.usable = False
+        self.streams[stream_id] = stream
+        if not self.sweeping:
+            if self._loop.time() - self._idle_from > self._sweep_interval_s:
+                self._unproven = []
+            self.start_sweeping()
+        stream.start(self, self, stream_id)
+        if self._unproven is not None:
+            self._unproven.append(stream)
+        stream.waits_from_sweep = self.sweeps
+        stream.ends_at_bytes = self.written_bytes
+
+    def remove(self, stream: TcpResponseStream) -> None:
+        """Forget a stream that has ended."""
+        del self.streams[stream.stream_id]
+        if not self.streams and not self.usable:
+            self._loop.call_soon(self.close)
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether it was idle, and has not answered for `QUIET_AT` sweeps since."""
+        return self._unproven is not None and self._silent_sweeps >= QUIET_AT
+
+    def give_back(self) -> None:
+        """Have the requests sent anew, on a fresh connection, that went out here after the connection was
+        idle, if nothing was heard since: a firewall, a balancer or the worker has dropped it meanwhile."""
+        unproven, self._unproven = self._unproven, None
+        self.usable = False
+        for stream in unproven or ():
+            if stream.take_back():
+                del self.streams[stream.stream_id]
+                self._owner.begin_anew(stream)
+
+    @property
+    def is_pinged(self) -> bool:
+        """Whether a `ping` waits for its answer."""
+        return bool(self._pings)
+
+    async def ping(self) -> None:
+        """Wait for the answer to a PING. Raises ConnectionLost."""
+        token = next(self._ping_tokens)
+        self._pings[token] = answered = self._loop.create_future()
+        try:
+            self.send(frame.encode_ping(token))
+            await answered
+        finally:
+            self._pings.pop(token, None)
+
+    # ------------------------------------------------------------------- what the connection says
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        assert self._handshake is not None
+        self.transport.write(self._handshake.begin())
+
+    def eof_received(self) -> bool:
+        if not self.closed:
+            self.give_back()
+        return super().eof_received()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if not self.closed:
+            self.give_back()
+        super().connection_lost(exc)
+
+    def _on_handshake(self, data: memoryview) -> memoryview:
+        handshake = self._handshake
+        assert handshake is not None
+        answer, rest = handshake.feed(data)
+        if answer:
+            self.transport.write(answer)
+        server = handshake.server
+        if server is not None:
+            self._handshake = None
+            self._ready = self.usable = True
+            self.peer_window_count = server.window_count
+            self._on_idle()
+            if not self.shaken.done():
+                self.shaken.set_result(None)
+        return rest
+
+    def _on_handshake_failed(self, error: PlaneError) -> None:
+        self.fail(error)
+
+    def _show_life(self) -> None:
+        super()._show_life()
+        self.receives_large = self.decoder.missing_bytes > LARGE_BYTES
+        if self.receives_large:
+            stream = self.streams.get(self.decoder.raw_stream_id)
+            if stream is not None and stream.payload_bytes <= LARGE_BYTES:
+                self._owner.on_large_answer(stream.subject)
+
+    def _on_frames(self, frames: list[list[Any]]) -> None:
+        self.receives_large = False
+        self._unproven = None  # the peer is there: what was sent to it stays sent
+        streams = self.streams
+        for received in frames:
+            stream = streams.get(received[1])
+            if stream is None:
+                self._on_other(received)
+            elif received[0] == LAST:  # these two are nearly all; no stream here is closed, so they are legal
+                stream.on_last(received[2])
+            elif received[0] == DATA:
+                stream.state = _ANSWERED
+                stream.deliver(received[2])
+            else:
+                self._on_stream_frame(stream, received)
+
+    def _on_stream_frame(self, stream: TcpResponseStream, received: list[Any]) -> None:
+        state = CLIENT_STEPS[stream.state].get(received[0])
+        if state is None:
+            self._on_unknown(received)
+        else:
+            if state is not _CLOSED:  # the stream closes itself, once it has taken the frame
+                stream.state = state
+            stream.on_frame(received)
+
+    def _on_other(self, received: list[Any]) -> None:
+        """A frame about the connection, or of a stream that has closed."""
+        kind, stream_id = received[0], received[1]
+        if stream_id == 0 and kind == frame.GOAWAY:
+            self._on_goaway(received)
+            return
+        was_opened = type(stream_id) is int and 0 < stream_id <= self._last_stream_id
+        state = ClientStream.CLOSED if was_opened else ClientStream.UNOPENED
+        if kind not in CLIENT_STEPS[state]:
+            self._on_unknown(received)
+
+    def _on_unknown(self, received: list[Any]) -> None:
+        if not self._on_connection_frame(received):
+            raise ProtocolViolation(f"a frame of type {received[0]!r} is not allowed here")
+
+    def _on_goaway(self, received: list[Any]) -> None:
+        code, message = received[2], received[3]
+        if type(code) is not str or type(message) is not str:
+            raise ProtocolViolation("a malformed GOAWAY")
+        error = plane_error(code, message)
+        if not isinstance(error, Draining):
+            self.error = error
+            self.close()
+            return
+        self.usable = False
+        self._owner.on_draining(error)
+        if not self.streams:
+            self.close()
+
+    def _on_ping(self, token: int) -> None:
+        if not self.paused:  # a server that asks without reading must not make a heap of the answers
+            super()._on_ping(token)
+
+    def _on_pong(self, token: int) -> None:
+        answered = self._pings.get(token)
+        if answered is not None and not answered.done():
+            answered.set_result(None)
+
+    # ------------------------------------------------------------------- time passes
+
+    def _on_sweep(self) -> None:
+        """Ask a silent instance for a sign of life. End the requests that the worker has had for the accept
+        time-out and does not take.
+
+        The time runs from the sweep that finds their last byte gone: not while this side's own bytes leave.
+        """
+        if self._silent_sweeps >= self._ASK_AT and self._life_check is None:
+            self._life_check = self._loop.create_task(self._check_life(), context=self.variables.copy())
+        oldest = self.sweeps - self._accept_sweeps
+        gone_bytes = self.written_bytes - self.unsent_bytes
+        late: list[TcpResponseStream] = []
+        for stream in self.streams.values():
+            if stream.state is not ClientStream.WAITING:
+                continue
+            if stream.ends_at_bytes > gone_bytes:
+                stream.waits_from_sweep = self.sweeps
+            elif stream.waits_from_sweep < oldest:
+                late.append(stream)
+        if late:
+            gone_bytes -= unacknowledged_bytes(self.transport)
+        for stream in late:
+            if stream.ends_at_bytes > gone_bytes:
+                stream.waits_from_sweep = self.sweeps
+                continue
+            stream.fail(NotAccepted(f"the worker did not accept the request in {self._accept_timeout_s} s"))
+
+    async def _check_life(self) -> None:
+        """Ask for a sign of life once; the sweep asks again, after an interval at least."""
+        target = self._target
+        try:
+            async with asyncio.timeout(LIFE_TIMEOUT_S):
+                if await ask_for_life(target.address, target.secret, target.instance_id):
+                    self.show_life()
+        except (OSError, ValueError):  # TimeoutError is an OSError
+            pass
+        try:
+            await asyncio.sleep(self._sweep_interval_s * SWEEPS_PER_INTERVAL)
+        finally:
+            self._life_check = None
+
+    def _on_quiet(self) -> None:
+        self._owner.on_quiet(self)
+
+    def start_sweeping(self) -> None:
+        """See `Connection.start_sweeping`. A connection that is swept is not idle."""
+        self._stop_idling()
+        super().start_sweeping()
+
+    def _on_idle(self) -> None:
+        self._stop_idling()
+        self._idle_from = self._loop.time()
+        self._idle_handle = self._loop.call_later(IDLE_CLOSE_S, self._close_idle)
+
+    def _close_idle(self) -> None:
+        if self._pings:  # a probe waits for its answer
+            self._on_idle()
+        else:
+            self.close()
+
+    def _stop_idling(self) -> None:
+        if self._idle_handle is not None:
+            self._idle_handle.cancel()
+            self._idle_handle = None
+
+    def _on_closed(self, error: PlaneError) -> None:
+        self.usable = False
+        self._unproven = None
+        self._stop_idling()
+        if self._life_check is not None:
+            self._life_check.cancel()
+        self._owner.on_closed(self)
+        if not self.shaken.done():
+            self.shaken.set_exception(error)
+            self.shaken.exception()  # retrieved: there may be no waiter any more
+        for answered in self._pings.values():
+            if not answered.done():
+                answered.set_exception(error)
+        for stream in tuple(self.streams.values()):
+            stream.lose(error)

@@ -1,0 +1,562 @@
+"""One connection of the tcp plane: what client and server have in common.
+
+Reads land in a buffer shared by the event loop's connections (`wire.decoder`), frames go to `_on_frame`.
+Writes of one turn of the event loop leave in one piece: the first schedules the flush. Streamed items may
+wait for those of the next turns, 200 µs at most. A connection with requests under way is swept several times
+a keepalive interval: the sweep probes a silent peer, says so of one that does not answer, gives up on one
+whose host is gone, whose process stands still, or that does not come to the end of a frame, and does each
+side's slow bookkeeping (acceptance time-outs, ACCEPT), so that no request needs a timer of its own.
+
+Silence is counted in sweeps of this side, from the last byte that came: a pause of this side's own event loop
+counts as one sweep at most.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import socket
+import sys
+import time
+from abc import abstractmethod
+from contextvars import Context, copy_context
+from typing import Any, ClassVar, Final, Protocol, cast
+
+from dynamo_redis.errors import ConnectionLost, PeerSilent, PlaneError, ProtocolViolation
+from dynamo_redis.planes.tcp.paced_writes import PACED_HIGH_WATER_BYTES, PacedWriter
+from dynamo_redis.wire import frame
+from dynamo_redis.wire.decoder import FrameDecoder, ReadBuffers
+
+EARLY_FLUSH_COUNT: Final = 32
+"""Frames gathered in one turn of the event loop after which they leave at once: the peer handles them while
+this side makes more. On two free cores that is 1.7 times the throughput of 64 small requests at once."""
+
+SWEEPS_PER_INTERVAL: Final = 8
+WRITE_HIGH_WATER_BYTES: Final = 512 * 1024
+"""Unsent bytes past which a connection takes no more items until the peer has read."""
+
+_GATHER_S: Final = 0.0002
+_GATHER_TURNS: Final = 8
+
+# Silent sweeps in a row.
+QUIET_AT: Final = 6
+_CUT_OFF_AT: Final = 2 * SWEEPS_PER_INTERVAL
+_STUCK_AT: Final = 2 * SWEEPS_PER_INTERVAL
+
+SILENT_S: Final = 5.0
+"""How long a PING is unanswered at least, at least five keepalive intervals, before a peer is given up whose
+host still acknowledges what is sent: its event loop may be busy."""
+_SILENT_INTERVALS: Final = 5
+
+_TCP_INFO: Final = getattr(socket, "TCP_INFO", None)
+_TCP_INFO_BYTES: Final = 8
+_RETRANSMITS_AT: Final = 2  # tcpi_retransmits, u8: time-outs of the data under way since the last ACK
+_CUT_OFF_RETRANSMITS: Final = 2
+
+_LINGER_S: Final = 1.0
+"""How long a closing connection may take to hand over what was written."""
+
+_TCP_KEEPALIVE: Final = (
+    ("TCP_KEEPIDLE", 60),
+    ("TCP_KEEPINTVL", 15),
+    ("TCP_KEEPCNT", 4),
+    # While data is unacknowledged the kernel sends no keepalive, but repeats the data for a quarter of an
+    # hour: so long would a connection stay whose last answer went to a host that had just lost its power.
+    ("TCP_USER_TIMEOUT", 120_000),  # milliseconds; 60 + 4 × 15 s, as with the others
+)
+
+_log = logging.getLogger(__name__)
+
+
+class Waiter(Protocol):
+    """Waits until a connection takes more."""
+
+    def wake(self) -> None:
+        """The connection takes more, or has ended."""
+        ...
+
+
+class Outgoing(Waiter, Protocol):
+    """Sends the items of one stream (`tcp_flow.Sender`)."""
+
+    batch: list[bytes] | None
+    """What was gathered in this turn of the event loop."""
+
+    def take_batch(self) -> bytes:
+        """The frame of what was gathered; `batch` is None afterwards."""
+        ...
+
+
+class Connection(asyncio.BufferedProtocol):
+    """Bytes in, frames out, and back; keepalive.
+
+    Subclasses implement the handshake (`_on_handshake`), the frames (`_on_frames`), the sweep, and what the
+    end of the connection means. Nothing here awaits; everything runs in the event loop's callbacks.
+    """
+
+    __slots__ = (
+        "_abort_handle",
+        "_blocked",
+        "_dirty",
+        "_flush_scheduled",
+        "_gathered_at",
+        "_gathering_turns",
+        "_heard",
+        "_life_shown_at",
+        "_loop",
+        "_lost_at",
+        "_out",
+        "_out_has_raw",
+        "_paced",
+        "_ready",
+        "_silent_sweeps",
+        "_stuck_sweeps",
+        "_sweep_handle",
+        "_sweep_interval_s",
+        "_unfinished",
+        "_unsent_bytes",
+        "closed",
+        "decoder",
+        "error",
+        "max_message_bytes",
+        "paused",
+        "payload_share",
+        "peer_window_count",
+        "streams",
+        "sweeping",
+        "sweeps",
+        "transport",
+        "variables",
+        "window_count",
+        "written_bytes",
+    )
+
+    PING_AT: ClassVar[int] = SWEEPS_PER_INTERVAL - 1
+    """Silent sweeps after which the peer is asked for a sign of life."""
+
+    streams: dict[int, Any]
+    """What is under way, by stream id."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        buffers: ReadBuffers,
+        *,
+        window_count: int,
+        max_message_bytes: int,
+        keepalive_interval_s: float,
+    ) -> None:
+        self._loop = loop
+        self._out: list[bytes] = []
+        self._out_has_raw = False
+        self._dirty: list[Outgoing] = []
+        self._flush_scheduled = False
+        self._gathered_at = 0.0
+        self._gathering_turns = 0
+        self._abort_handle: asyncio.TimerHandle | None = None
+        self._blocked: set[Waiter] = set()
+        self._heard = False
+        self._life_shown_at = loop.time()
+        self._ready = False
+        self._silent_sweeps = 0
+        self._stuck_sweeps = 0
+        self._unfinished: tuple[int, int] | None = None
+        self._sweep_handle: asyncio.TimerHandle | None = None
+        self._sweep_interval_s = keepalive_interval_s / SWEEPS_PER_INTERVAL
+        self._lost_at = self.PING_AT + max(
+            _SILENT_INTERVALS * SWEEPS_PER_INTERVAL, math.ceil(SILENT_S / self._sweep_interval_s)
+        )
+        self._unsent_bytes = 0
+        self._paced: PacedWriter | None = None
+        self.written_bytes = 0
+        """All that was ever written here; `unsent_bytes` of it have not left yet."""
+        self.sweeping = False
+        self.sweeps = 0
+        self.closed = False
+        self.paused = False
+        self.error: PlaneError | None = None
+        self.window_count = window_count
+        self.peer_window_count = 0
+        self.max_message_bytes = max_message_bytes
+        self.decoder = FrameDecoder(buffers, max_message_bytes)
+        self.payload_share = self.decoder.share
+        self.transport: asyncio.Transport
+        self.variables: Context
+        """The context variables in which the connection was made: no request's."""
+
+    # ------------------------------------------------------------------- what the event loop calls
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast("asyncio.Transport", transport)  # uvloop's is one in all but name
+        self.variables = copy_context()
+        if transport.get_extra_info("sslcontext") is None:
+            self.transport.set_write_buffer_limits(high=WRITE_HIGH_WATER_BYTES)
+        else:
+            self.transport.set_write_buffer_limits(high=PACED_HIGH_WATER_BYTES)
+            self._paced = PacedWriter(self.transport)
+        _set_options(transport.get_extra_info("socket"))
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self.decoder.buffer()
+
+    def buffer_updated(self, nbytes: int) -> None:
+        if self.closed:
+            return
+        self._heard = True
+        if self._ready:
+            self._dispatch(self.decoder.received(nbytes))
+        else:
+            self._shake_hands(self.decoder.buffer()[:nbytes])
+
+    def eof_received(self) -> bool:
+        where = "" if self.decoder.is_between_frames else " in the middle of a frame"
+        self.fail(ConnectionLost(f"the peer closed the connection{where}"))
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        reason = f": {exc}" if exc is not None else ""
+        if self._abort_handle is not None:
+            self._abort_handle.cancel()
+        self._end(self.error or ConnectionLost(f"the connection broke{reason}"))
+
+    def pause_writing(self) -> None:
+        self.paused = True
+        if self._paced is not None:
+            self._paced.paused = True
+
+    def resume_writing(self) -> None:
+        if self._paced is not None and not self.closed:
+            self._paced.go_on()
+            if self._paced.paused:
+                return
+        self.paused = False
+        blocked, self._blocked = self._blocked, set()
+        for waiter in blocked:
+            waiter.wake()
+
+    # ------------------------------------------------------------------- reading
+
+    def _shake_hands(self, data: memoryview) -> None:
+        try:
+            rest = self._on_handshake(data)
+        except PlaneError as exc:
+            self._on_handshake_failed(exc)
+            return
+        if self._ready and rest:
+            self._dispatch(self.decoder.feed(rest))
+
+    def _on_unfinished(self) -> None:
+        """The input ends within a frame: let the sweep see to it that the rest comes."""
+        if self.decoder.in_raw_payload:
+            self._show_life()
+        if not self.sweeping and not self.closed:
+            self.start_sweeping()
+
+    def _show_life(self) -> None:
+        """Tell a peer that is busy sending a large payload that it is being read."""
+        now = self._loop.time()
+        if now - self._life_shown_at >= self._sweep_interval_s:
+            self._life_shown_at = now
+            self.send(frame.encode_ping(0))
+
+    def _dispatch(self, frames: list[list[Any]]) -> None:
+        try:
+            self._on_frames(frames)
+        except (IndexError, TypeError, ValueError, RecursionError, MemoryError) as exc:
+            _log.debug("malformed frame", exc_info=exc)
+            self.fail(ProtocolViolation(f"a malformed frame: {exc}"))
+        except ProtocolViolation as exc:
+            self.fail(exc)
+        else:
+            if self.decoder.error is not None:
+                self.fail(self.decoder.error)
+                return
+            if not self.decoder.is_between_frames:
+                self._on_unfinished()
+            if not self._flush_scheduled:
+                # Behind what these frames have set in motion: what that sends leaves in the same turn.
+                self._flush_scheduled = True
+                self._loop.call_soon(self.flush)
+
+    def _on_connection_frame(self, received: list[Any]) -> bool:
+        """Handle the frames that mean the same on both sides. False if it is none of them."""
+        kind, stream_id = received[0], received[1]
+        if kind == frame.PING and stream_id == 0:
+            self._on_ping(_token(received))
+        elif kind == frame.PONG and stream_id == 0:
+            self._on_pong(_token(received))
+        elif type(kind) is int and 0 < kind < 0x80 and kind & frame.OPTIONAL:
+            pass
+        else:
+            return False
+        return True
+
+    def _on_ping(self, token: int) -> None:
+        """Show life."""
+        self.send(frame.encode_pong(token))
+
+    def _on_pong(self, token: int) -> None:
+        """The answer to a PING."""
+
+    @abstractmethod
+    def _on_handshake(self, data: memoryview) -> memoryview:
+        """Take handshake bytes; set `_ready` at its end; return what is left over. Raises PlaneError."""
+
+    @abstractmethod
+    def _on_handshake_failed(self, error: PlaneError) -> None:
+        """The peer is not the one to talk to."""
+
+    @abstractmethod
+    def _on_frames(self, frames: list[list[Any]]) -> None:
+        """Handle frames in order. Raises ProtocolViolation, or what a malformed frame makes Python raise."""
+
+    # ------------------------------------------------------------------- writing
+
+    def send(self, data: bytes) -> None:
+        """Write a frame, with the others of this turn of the event loop."""
+        self._out.append(data)
+        if not self._flush_scheduled:
+            self._flush_scheduled = True
+            self._loop.call_soon(self.flush)
+        elif len(self._out) >= EARLY_FLUSH_COUNT:
+            self._write_out()
+
+    def send_raw(self, header: bytes, payload: bytes) -> None:
+        """Write a header frame and the raw bytes it announces, without copying them: on uvloop, and on
+        asyncio's own loop from Python 3.12.
+
+        They leave at once: whoever comes next finds the connection paused if the peer does not keep up.
+        """
+        self._out_has_raw = True
+        self._out += (header, payload)
+        self.flush()
+
+    def mark_dirty(self, sender: Outgoing) -> None:
+        """Have the sender's batch collected: with the next flush, at the latest by `_gather`."""
+        self._dirty.append(sender)
+        if not self._gathering_turns:
+            self._gathering_turns = 1
+            self._loop.call_soon(self._gather)
+
+    def _gather(self) -> None:
+        """Write the items of a turn of the event loop, or let them wait for those of the next turns.
+
+        A write costs what ten items cost, and the peer pays as much for being woken up. So streams that
+        bring items turn after turn share one: within `_GATHER_S` of the last, for `_GATHER_TURNS` at most,
+        since turns without work cost too. A lone stream does not wait: its reader may answer each item.
+        """
+        if not self._dirty:  # another flush has taken them along
+            self._gathering_turns = 0
+        elif (
+            self._gathering_turns < _GATHER_TURNS
+            and len(self.streams) > 1
+            and time.monotonic() - self._gathered_at < _GATHER_S
+        ):
+            self._gathering_turns += 1
+            self._loop.call_soon(self._gather)
+        else:
+            self._gathering_turns = 0
+            self._gathered_at = time.monotonic()
+            self.flush()
+
+    def flush(self) -> None:
+        """Hand everything to the transport."""
+        if self._dirty:
+            dirty, self._dirty = self._dirty, []
+            for sender in dirty:
+                if sender.batch is not None:
+                    self._out.append(sender.take_batch())
+        self._flush_scheduled = False
+        if self._out:
+            self._write_out()
+
+    def _write_out(self) -> None:
+        out, self._out = self._out, []
+        if self.closed:
+            return
+        if self._out_has_raw:
+            self._out_has_raw = False
+            self.written_bytes += sum(map(len, out))
+            if self._paced is None:
+                self.transport.writelines(out)
+            else:
+                self._paced.write(*out)
+            return
+        data = out[0] if len(out) == 1 else b"".join(out)
+        self.written_bytes += len(data)
+        if self._paced is None:
+            self.transport.write(data)
+        else:
+            self._paced.write(data)
+
+    @property
+    def unsent_bytes(self) -> int:
+        """Bytes written here that have not left for the kernel."""
+        held_bytes = 0 if self._paced is None else self._paced.held_bytes
+        return held_bytes + self.transport.get_write_buffer_size()
+
+    def when_writable(self, waiter: Waiter) -> None:
+        """Wake the waiter when the peer has read."""
+        self._blocked.add(waiter)
+
+    def no_longer_waits(self, waiter: Waiter) -> None:
+        """Forget a waiter."""
+        self._blocked.discard(waiter)
+
+    # ------------------------------------------------------------------- sweep and keepalive
+
+    def start_sweeping(self) -> None:
+        """Sweep regularly from now on, until no stream and no incomplete frame is left."""
+        self.sweeping = True
+        self._heard = True
+        if self._sweep_handle is not None:
+            self._sweep_handle.cancel()
+        self._sweep_handle = self._loop.call_later(self._sweep_interval_s, self._sweep)
+
+    def _sweep(self) -> None:
+        self.sweeps += 1
+        unsent_bytes = self.unsent_bytes
+        unfinished = self.decoder.unfinished
+        if not self.streams and not unsent_bytes and unfinished is None:
+            self.sweeping = False
+            self._sweep_handle = None
+            self._on_idle()
+            return
+        self._sweep_handle = self._loop.call_later(self._sweep_interval_s, self._sweep)
+        heard = self._heard or unsent_bytes < self._unsent_bytes  # a peer that reads is alive, too
+        self._silent_sweeps = 0 if heard else self._silent_sweeps + 1
+        self._heard = False
+        self._unsent_bytes = unsent_bytes
+        stuck = unfinished is not None and unfinished == self._unfinished and not self.paused
+        if not stuck:
+            self._stuck_sweeps = 0
+        elif self._silent_sweeps < SWEEPS_PER_INTERVAL:  # else it pauses as a whole
+            self._stuck_sweeps += 1
+        self._unfinished = unfinished
+        error = self._verdict(stuck=stuck)
+        if error is not None:
+            self.fail(error)
+            return
+        if self._silent_sweeps == self.PING_AT:
+            self.send(frame.encode_ping(self.sweeps))
+        elif self._silent_sweeps == QUIET_AT:
+            self._on_quiet()
+        self._on_sweep()
+
+    def _verdict(self, *, stuck: bool) -> PlaneError | None:
+        """Return the reason to give up the connection, if there is one."""
+        silent_s = self._silent_sweeps * self._sweep_interval_s
+        if self._silent_sweeps >= _CUT_OFF_AT - 1 and self._is_cut_off():
+            return PeerSilent(f"the peer's host has acknowledged nothing for {silent_s:.1f} s")
+        if self._silent_sweeps >= self._lost_at:
+            if self.streams or not stuck:
+                return PeerSilent(f"the peer has been silent for {silent_s:.1f} s")
+            return ProtocolViolation(f"a frame has made no progress for {silent_s:.1f} s")
+        if self._stuck_sweeps >= _STUCK_AT - 1:
+            stuck_s = self._stuck_sweeps * self._sweep_interval_s
+            return ProtocolViolation(f"a frame has made no progress for {stuck_s:.1f} s")
+        return None
+
+    def _is_cut_off(self) -> bool:
+        """Tell whether the peer's kernel, too, does not answer; False where this system does not say."""
+        if _TCP_INFO is None:
+            return False
+        try:
+            sock = self.transport.get_extra_info("socket")
+            info = sock.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, _TCP_INFO_BYTES)
+        except OSError:
+            return False
+        return bool(info[_RETRANSMITS_AT] >= _CUT_OFF_RETRANSMITS)
+
+    def show_life(self) -> None:
+        """Note that the peer's process answered on another connection: it is slow, not dead."""
+        self._heard = True
+        self._stuck_sweeps = 0
+
+    @abstractmethod
+    def _on_sweep(self) -> None:
+        """Bookkeeping of the streams, a few times a keepalive interval."""
+
+    def _on_quiet(self) -> None:
+        """The peer has been silent for `QUIET_AT` sweeps: slow, hanging, or gone."""
+
+    def _on_idle(self) -> None:
+        """No stream is left at a sweep."""
+
+    # ------------------------------------------------------------------- the end
+
+    def fail(self, error: PlaneError) -> None:
+        """Close because of `error`. The peer is told, unless it is gone."""
+        if self.closed:
+            return
+        self.error = error
+        self.flush()
+        if self._ready and not isinstance(error, ConnectionLost):
+            self.send(frame.encode_goaway(error.code, str(error)))
+        self.flush()
+        self._end(error)
+        if isinstance(error, ConnectionLost):
+            self.transport.abort()
+        else:
+            self._linger()
+
+    def close(self) -> None:
+        """Close after what has been written."""
+        if not self.closed:
+            self.flush()
+            self._end(self.error or ConnectionLost("the connection was closed"))
+            self._linger()
+
+    def _linger(self) -> None:
+        if self._paced is not None:
+            self._paced.write_all()
+        self.transport.close()
+        self._abort_handle = self._loop.call_later(_LINGER_S, self.transport.abort)
+
+    def _end(self, error: PlaneError) -> None:
+        if self.closed:
+            return
+        self.closed = True
+        if self._sweep_handle is not None:
+            self._sweep_handle.cancel()
+            self._sweep_handle = None
+        self.decoder.close()
+        self._out.clear()
+        self._dirty.clear()
+        self._on_closed(error)
+        self.resume_writing()
+
+    @abstractmethod
+    def _on_closed(self, error: PlaneError) -> None:
+        """Fail what is under way. Called once."""
+
+
+def unacknowledged_bytes(transport: asyncio.BaseTransport) -> int:
+    """Count the bytes that the kernel has taken and the peer's has not confirmed; 0 where it does not say."""
+    with contextlib.suppress(ImportError, OSError, AttributeError):
+        import fcntl
+        import termios
+
+        found = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
+        return int.from_bytes(found, sys.byteorder)
+    return 0
+
+
+def _token(received: list[Any]) -> int:
+    token = received[2]
+    if type(token) is not int:
+        raise ProtocolViolation("a malformed PING or PONG")
+    return token
+
+
+def _set_options(sock: socket.socket) -> None:
+    """Send at once, which asyncio forgets to ask for on a socket that was accepted elsewhere. And have the
+    kernel find dead peers of idle connections; ours does it for those with requests."""
+    with contextlib.suppress(OSError):  # a unix socket, or a platform without the option
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in _TCP_KEEPALIVE:
+            if (option := getattr(socket, name, None)) is not None:
+                sock.setsockopt(socket.IPPROTO_TCP, option, value)

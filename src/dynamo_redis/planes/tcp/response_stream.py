@@ -1,0 +1,362 @@
+"""A request as its caller holds it: the response stream of the tcp plane.
+
+A stream is *parked* until its pool has a connection, then *started* on it. It ends once: by the server's
+end or error, by its reader (`aclose`), by its context (stop, kill), by its deadline, by `fail`, or with its
+connection. Whatever ends it, `_release` runs exactly once and leaves nothing behind: no
+entry in a table, no timer, no subscription, no task.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterable, Callable
+from contextlib import suppress
+from contextvars import copy_context
+from typing import Any, Final, Protocol, Self
+
+from dynamo_redis.errors import (
+    CannotConnect,
+    ConnectionLost,
+    DeadlineExceeded,
+    Overloaded,
+    PayloadBudgetExceeded,
+    PlaneError,
+    ProtocolViolation,
+    RequestCancelled,
+    plane_error,
+)
+from dynamo_redis.planes.context import Context, Strength
+from dynamo_redis.planes.tcp.connection import Connection
+from dynamo_redis.planes.tcp.flow import Mailbox, Sender, check_size
+from dynamo_redis.wire import frame
+from dynamo_redis.wire.codec import MAX_INLINE_BYTES
+from dynamo_redis.wire.decoder import Unusable
+from dynamo_redis.wire.frame import Packed
+from dynamo_redis.wire.session import ClientStream
+
+LONGEST_RETRY_S: Final = 3600.0
+"""What is made of a worker's hint to come back later than that."""
+
+_UNOPENED, _WAITING, _CLOSED = ClientStream.UNOPENED, ClientStream.WAITING, ClientStream.CLOSED
+
+
+class Home(Protocol):
+    """Where a stream lives: its pool while it is parked, its connection once it is started."""
+
+    def remove(self, stream: TcpResponseStream) -> None:
+        """Forget the stream."""
+        ...
+
+
+class TcpResponseStream(Mailbox):
+    """Implements `ResponseStream`."""
+
+    __slots__ = (
+        "_context",
+        "_deadline_timer",
+        "_encoding",
+        "_headers",
+        "_home",
+        "_lost_once",
+        "_messages",
+        "_payload",
+        "_pump",
+        "_route",
+        "_sender",
+        "_variables",
+        "_was_abandoned",
+        "ends_at_bytes",
+        "payload_bytes",
+        "state",
+        "subject",
+        "waits_from_sweep",
+    )
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        window_count: int,
+        max_message_bytes: int,
+        subject: str,
+        request: Any,
+        context: Context | None,
+        messages: AsyncIterable[Any] | None,
+    ) -> None:
+        """`request` is packed now, unless it is `Packed`. Raises TypeError (not msgpack), PayloadTooLarge."""
+        Mailbox.__init__(self, loop, window_count)
+        is_packed = type(request) is Packed
+        self._payload = payload = request.payload if is_packed else frame.payload_of(request)
+        self.payload_bytes = size_bytes = len(payload)
+        if size_bytes > MAX_INLINE_BYTES:
+            check_size(size_bytes, max_message_bytes)
+            self._encoding = request.encoding if is_packed else frame.encoding_of(payload, request)
+        self._context = context
+        self._messages = messages
+        self.subject = subject
+        if messages is None and not is_packed and context is None:
+            self._headers = frame.NO_HEADERS
+            self._route = frame.plain_route(subject)
+        else:
+            # Now, not when a connection is there: the caller learns what cannot be packed, and nothing that
+            # it does with the context later can keep the request, or those behind it, from being sent.
+            self._headers = request.headers if is_packed else _encode_headers(context)
+            self._route = self._encode_route(self._headers)
+            if messages is not None:
+                self._variables = copy_context()
+        self._home: Home | None = None
+        self._deadline_timer: asyncio.TimerHandle | None = None
+        self._pump: asyncio.Task[None] | None = None
+        self._sender: Sender | None = None
+        self._lost_once = False
+        self._was_abandoned = False
+        self.state: ClientStream = _UNOPENED
+        self.waits_from_sweep = 0
+        self.ends_at_bytes = 0
+        """Where its request ends in what its connection writes."""
+
+    def __repr__(self) -> str:
+        return f"<TcpResponseStream {self.stream_id} of {self.subject}: {self.state.name.lower()}>"
+
+    @property
+    def sent(self) -> bool:
+        """See `ResponseStream.sent`."""
+        return self.stream_id > 0
+
+    @property
+    def packed(self) -> Packed:
+        """See `ResponseStream.packed`."""
+        is_large = self.payload_bytes > MAX_INLINE_BYTES
+        return Packed(self._payload, self._encoding if is_large else frame.Encoding.MSGPACK, self._headers)
+
+    def forget_request(self) -> None:
+        """See `ResponseStream.forget_request`."""
+        self._payload = b""
+
+    # ------------------------------------------------------------------- its way to the server
+
+    def attach(self, context: Context) -> bool:
+        """Take up the context's deadline and cancellation. False if they have ended the stream already."""
+        if context.deadline is not None:
+            remaining_s = context.remaining_s() or 0.0
+            if remaining_s <= 0:
+                self._deadline_passed()
+                return False
+            self._deadline_timer = self._loop.call_later(remaining_s, self._deadline_passed)
+        context.subscribe(self)
+        return self.state is not _CLOSED
+
+    def park(self, home: Home) -> None:
+        """Wait for a connection."""
+        self._home = home
+
+    def start(self, connection: Connection, home: Home, stream_id: int) -> None:
+        """Send the request."""
+        payload = self._payload
+        route = self._route
+        if self._deadline_timer is not None:
+            assert self._context is not None
+            route = self._encode_route(frame.add_deadline(self._headers, _deadline_ms(self._context)))
+        self._home = home
+        self._connection = connection
+        self.stream_id = stream_id
+        self.state = _WAITING
+        if len(payload) <= MAX_INLINE_BYTES:
+            connection.send(frame.encode_open(stream_id, route, payload))
+        else:
+            header = frame.encode_open_raw(stream_id, route, len(payload), self._encoding)
+            connection.send_raw(header, payload)
+        if self._messages is not None:
+            self._sender = Sender(connection, stream_id)
+            self._pump = self._loop.create_task(
+                self._send_messages(self._messages, self._sender), context=self._variables
+            )
+        if self._was_abandoned:
+            self.abandon()
+
+    def take_back(self) -> bool:
+        """Be as before `start`: the connection led nowhere. False if the request cannot be sent again, or has
+        been once."""
+        is_stopped = self._context is not None and self._context.is_stopped()
+        if self.state is not _WAITING or self._messages is not None or self._lost_once or is_stopped:
+            return False
+        self.state = _UNOPENED
+        self._connection = self._home = None
+        self._lost_once = True
+        return True
+
+    def _encode_route(self, headers: bytes) -> bytes:
+        flags = 0 if self._messages is None else frame.FLAG_REQUEST_STREAM
+        return frame.encode_route(self.subject, flags, headers)
+
+    async def _send_messages(self, messages: AsyncIterable[Any], sender: Sender) -> None:
+        try:
+            async for message in messages:
+                if not sender.ready:
+                    await sender.wait_ready()
+                if not sender.open:
+                    return
+                sender.push(message)
+            sender.end()
+        except Exception as exc:  # noqa: BLE001 - whatever the caller's iterator raises, its reader gets
+            self._pump = None
+            self.fail(exc)
+
+    # ------------------------------------------------------------------- what the connection says
+
+    def on_last(self, item: Any) -> None:
+        """The last item came, which is the only one of most answers. Raises ProtocolViolation."""
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(item)
+        else:
+            self._keep((item,))
+        self._ended = True
+        self._release()
+
+    def on_frame(self, received: list[Any]) -> None:
+        """Take a frame that the state table allows. Raises ProtocolViolation."""
+        kind = received[0]
+        if kind == frame.BATCH:
+            self.deliver_batch(received[2])
+        elif kind == frame.LAST_BATCH:
+            self.deliver_batch(received[2])
+            self._end()
+        elif kind == frame.DATA:
+            self.deliver(received[2])
+        elif kind == frame.LAST:
+            self.on_last(received[2])
+        elif kind == frame.END:
+            self._end()
+        elif kind == frame.ERROR:
+            self._end(_reported(received))
+        elif kind in (frame.DATA_RAW, frame.LAST_RAW):
+            self._on_raw(*received)
+        elif kind == frame.CREDIT and self._sender is not None:
+            self._sender.grant(received[2])
+
+    def _on_raw(self, kind: int, _: int, size_bytes: int, item: Any) -> None:
+        error = item.error if type(item) is Unusable else None
+        if isinstance(error, Overloaded):  # says the decoder here, of this process and not of the worker
+            error = PayloadBudgetExceeded(str(error))
+        if error is None:
+            self.deliver_raw(item, size_bytes)
+        if kind == frame.LAST_RAW:
+            self._end(error)
+        elif error is not None:
+            self.fail(error)
+
+    # ------------------------------------------------------------------- its end
+
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        """See `ResponseStream.call_soon`."""
+        with suppress(RuntimeError):  # the event loop is closed, and everything with it
+            self._loop.call_soon_threadsafe(callback)
+
+    def fail(self, error: Exception) -> None:
+        if self.state is not _CLOSED:
+            self._kill()
+            self.finish(error)
+
+    def abandon(self) -> None:
+        if self._connection is None:
+            self._was_abandoned = True
+        else:
+            self.fail(ConnectionLost("the answer was not wanted"))
+
+    def lose(self, error: Exception) -> None:
+        """The connection is gone, and the request with it."""
+        if self.state is not _CLOSED:
+            if self._lost_once and isinstance(error, CannotConnect):  # it was sent, and may be the reason
+                error = ConnectionLost(f"the connection broke, and there is no other: {error}")
+            self._end(error)
+
+    async def aclose(self) -> None:
+        self.discard()
+        if self.state is not _CLOSED:
+            self._kill()
+        self._ended = True
+        self._error = None
+        self._wake()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.aclose()
+
+    def on_cancelled(self, strength: Strength) -> None:
+        """The context was stopped or killed."""
+        if strength == "kill":
+            self.discard()
+            self.fail(RequestCancelled("the request was killed"))
+        elif self._connection is not None:
+            self._connection.send(frame.encode_cancel(self.stream_id, frame.Strength.STOP))
+            self.discard()  # the handler may have more to say, and a stop alone would let it
+            self._kill()
+            self.finish()
+        else:
+            self.fail(RequestCancelled("the request was stopped before it was sent"))
+
+    def _deadline_passed(self) -> None:
+        self.fail(DeadlineExceeded("the request's deadline passed"))
+
+    def _kill(self) -> None:
+        if self._connection is not None:
+            self._connection.send(frame.encode_cancel(self.stream_id, frame.Strength.KILL))
+        self._release()
+
+    def _end(self, error: Exception | None = None) -> None:
+        self._release()
+        self.finish(error)
+
+    def _release(self) -> None:
+        self.state = _CLOSED
+        if self._context is not None:
+            self._context.unsubscribe(self)
+        if self._deadline_timer is not None:
+            self._deadline_timer.cancel()
+            self._deadline_timer = None
+        if self._sender is not None:
+            self._sender.drop()
+        if self._pump is not None:
+            self._pump.cancel()
+            self._pump = None
+        home, self._home = self._home, None
+        if home is not None:
+            home.remove(self)
+
+
+def _encode_headers(context: Context | None) -> bytes:
+    """Pack what travels of a context, but its deadline. Raises TypeError (not msgpack), PayloadTooLarge."""
+    if context is None:
+        return frame.NO_HEADERS
+    headers: dict[str, Any] = {"id": context.id()}
+    if context.traceparent is not None:
+        headers["traceparent"] = context.traceparent
+    if context.given_metadata:
+        headers["meta"] = context.given_metadata
+    return frame.encode_headers(headers)
+
+
+def _deadline_ms(context: Context) -> int:
+    """Return the milliseconds that remain until the context's deadline."""
+    remaining_s = context.remaining_s() or 0.0
+    return round(min(max(0.0, remaining_s * 1000), frame.MAX_DEADLINE_MS))
+
+
+def _reported(received: list[Any]) -> PlaneError:
+    """The error that an ERROR frame carries."""
+    _, _, code, message, details = received
+    if type(code) is not str or type(message) is not str or not isinstance(details, dict | None):
+        raise ProtocolViolation("a malformed ERROR")
+    error = plane_error(code, message)
+    if isinstance(error, Overloaded):
+        error.retry_after_s = _retry_after_s((details or {}).get("retry_after_ms"))
+    return error
+
+
+def _retry_after_s(retry_after_ms: object) -> float | None:
+    """A worker's hint when to come back, as far as it makes sense."""
+    if type(retry_after_ms) is not int or retry_after_ms < 0:
+        return None
+    return min(retry_after_ms / 1000, LONGEST_RETRY_S)

@@ -1,0 +1,415 @@
+"""One request at the server: its handler, what the caller says to it, and its one end.
+
+A request is a task that runs the handler and sends what it yields. Whatever ends it (the handler, a kill,
+its deadline, the caller's disappearance, the end of a drain), `_close` runs exactly once and leaves nothing
+behind. An exception of a handler becomes an ERROR of its stream; it never reaches the connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextvars import copy_context
+from types import CoroutineType
+from typing import Any, Final, Protocol
+
+from dynamo_redis.errors import (
+    DeadlineExceeded,
+    HandlerFailed,
+    InvalidRequest,
+    Overloaded,
+    PlaneError,
+    ProtocolViolation,
+)
+from dynamo_redis.planes.base import Handler
+from dynamo_redis.planes.context import Context
+from dynamo_redis.planes.tcp.connection import Connection
+from dynamo_redis.planes.tcp.flow import RequestMessages, Sender
+from dynamo_redis.rate_limited_log import RateLimitedLog
+from dynamo_redis.wire import frame
+from dynamo_redis.wire.decoder import Unusable
+from dynamo_redis.wire.session import KILL, ServerStream
+
+_EAGERLY: Final[dict[str, Any]] = {"eager_start": True} if sys.version_info >= (3, 12) else {}
+"""Eager tasks run a handler up to its first await at once, as themselves. On 3.11 the same could be had by
+stepping the coroutine by hand, but then `asyncio.current_task()` is None in that step, and handlers that
+use `asyncio.timeout` or anyio break."""
+
+_RUNNING, _CLOSED = ServerStream.RUNNING, ServerStream.CLOSED
+_LONGEST_RETRY_S: Final = 86_400.0
+_LOGGED_CHARS: Final = 200
+
+_log = logging.getLogger(__name__)
+
+
+class Endpoint:
+    """A served subject. `active_count` are its requests that are admitted and not finished."""
+
+    __slots__ = (
+        "_failures",
+        "active_count",
+        "cancel_grace_s",
+        "draining",
+        "handler",
+        "idle",
+        "request_stream",
+        "subject",
+    )
+
+    def __init__(
+        self, subject: str, handler: Handler, *, request_stream: bool, cancel_grace_s: float
+    ) -> None:
+        self.subject = subject
+        self.cancel_grace_s = cancel_grace_s
+        self.handler = handler
+        self.request_stream = request_stream
+        self.active_count = 0
+        self.draining = False
+        self.idle: asyncio.Future[None] | None = None
+        self._failures = RateLimitedLog(_log, logging.ERROR)
+
+    def when_idle(self, loop: asyncio.AbstractEventLoop) -> asyncio.Future[None]:
+        """A future that is done when the last request has finished."""
+        if self.idle is None:
+            self.idle = loop.create_future()
+        return self.idle
+
+    def release(self) -> None:
+        """A request has finished."""
+        self.active_count -= 1
+        if not self.active_count and self.idle is not None:
+            self.idle.set_result(None)
+            self.idle = None
+
+    def log_failure(self, exc: BaseException, request_id: str) -> None:
+        """Log what a handler raised, once in a while of each type, text and place in the code."""
+        place = exc.__traceback__
+        while place is not None and place.tb_next is not None:
+            place = place.tb_next
+        where = None if place is None else (place.tb_frame.f_code, place.tb_lineno)
+        kind = type(exc), where, _describe(exc)[:_LOGGED_CHARS]
+        text = "the handler of %s raised on request %s"
+        self._failures.say(text, self.subject, request_id, kind=kind, exc_info=exc)
+
+
+class Admission(Protocol):
+    """Who may run at a server, and when."""
+
+    def admit(self, request: Request) -> None:
+        """Start the request, or let it wait. Raises Overloaded."""
+        ...
+
+    def admit_large(self, request: Request, size_bytes: int) -> None:
+        """The same for a request that came as a raw payload, which is held until it has ended."""
+        ...
+
+    def retry_after_s(self) -> float:
+        """When a caller that is refused now should come again, in seconds."""
+        ...
+
+    def dequeue(self, request: Request) -> None:
+        """The request has ended before its handler started."""
+        ...
+
+    def finished(self, request: Request) -> None:
+        """The request's handler is over."""
+        ...
+
+
+class Request(Sender):
+    """One request, from admission to its end. `state` is the state table's."""
+
+    __slots__ = (
+        "_admission",
+        "_argument",
+        "_begun",
+        "_messages",
+        "_task",
+        "_timer",
+        "context",
+        "endpoint",
+        "opened_at_sweep",
+        "state",
+    )
+
+    def __init__(
+        self,
+        connection: Connection,
+        admission: Admission,
+        endpoint: Endpoint,
+        stream_id: int,
+        state: ServerStream,
+        context: Context,
+        message: Any,
+    ) -> None:
+        """The request leaves the connection's `streams` at its end."""
+        Sender.__init__(self, connection, stream_id)
+        self._admission = admission
+        self._begun = False
+        self._task: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._messages: RequestMessages | None = None
+        self._argument = message
+        self.endpoint = endpoint
+        self.context = context
+        self.state = state
+        self.opened_at_sweep = connection.sweeps
+        if endpoint.request_stream:
+            self._messages = self._argument = RequestMessages(
+                connection, stream_id, message, connection.window_count
+            )
+            if state is _RUNNING:
+                self._messages.finish()
+
+    def __repr__(self) -> str:
+        return f"<Request {self._stream_id} of {self.endpoint.subject}: {self.state.name.lower()}>"
+
+    @property
+    def connection(self) -> Connection:
+        """The connection that it came on."""
+        return self._connection
+
+    @property
+    def task(self) -> asyncio.Task[None] | None:
+        """The task that runs the handler."""
+        return self._task
+
+    # ------------------------------------------------------------------- the handler
+
+    def launch(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Start the handler, in the context variables that its connection came with: what starts it may be
+        the end of another request."""
+        variables, name = self._connection.variables.copy(), self.endpoint.subject
+        if loop.get_task_factory() is None:  # `create_task` would cost 0.3 µs more
+            task = asyncio.Task(self.run(), loop=loop, name=name, context=variables, **_EAGERLY)
+        else:
+            task = variables.run(
+                loop.create_task, self.run(), name=name
+            )  # for factories that take no context
+        if task.done():
+            return
+        self._task = task
+        if not self._begun:
+            task.add_done_callback(self._on_task_done)
+        elif not self.open:  # its first step ended the request
+            self._let_end(task)
+
+    def _on_task_done(self, _: asyncio.Task[None]) -> None:
+        """End a request whose task was cancelled before its first step: `run` was not entered."""
+        if not self._begun:
+            self._begun = True
+            self._task = None
+            self.fail(HandlerFailed("the handler was cancelled before it began"))
+            self._admission.finished(self)
+
+    async def run(self) -> None:
+        """Run the handler, and send what it answers."""
+        self._begun = True
+        try:
+            result: Any = self.endpoint.handler(self._argument, self.context)
+            if type(result) is CoroutineType or not hasattr(result, "__anext__"):
+                item = await result
+                if self._connection.paused:  # the caller takes nothing: keep what it gets as it is
+                    await self.wait_ready()
+                if self.open:
+                    self.end_with(item)
+                    self._close()
+            else:
+                await self._answer_stream(result)
+        except asyncio.CancelledError:
+            if self.open:  # not by us: the handler awaited something that was cancelled, or the loop ends
+                self.fail(HandlerFailed("the handler was cancelled"))
+                raise
+        except BaseException as exc:
+            self._on_raised(exc)
+            if isinstance(exc, KeyboardInterrupt | SystemExit):  # the event loop's
+                raise
+        finally:
+            self._task = None
+            if self._timer is not None:
+                self._timer.cancel()
+            self._admission.finished(self)
+
+    async def _answer_stream(self, items: AsyncIterator[Any]) -> None:
+        connection, exhausted = self._connection, False
+        try:
+            async for item in items:
+                if self._credit <= 0 or connection.paused:  # a request that has ended has no credit
+                    await self.wait_ready()
+                    if not self.open:
+                        break
+                self.push(item)
+            else:
+                exhausted = True
+        finally:
+            if not exhausted and isinstance(items, AsyncGenerator):
+                await items.aclose()
+        if self.open:
+            self.end()
+            self._close()
+
+    def _on_raised(self, exc: BaseException) -> None:
+        if not self.open:
+            _log.debug(
+                "the handler of %s raised after its request had ended", self.endpoint.subject, exc_info=exc
+            )
+        elif isinstance(exc, PlaneError):
+            self.fail(exc)
+        else:
+            self.endpoint.log_failure(exc, self.context.id())
+            self.fail(HandlerFailed(_describe(exc)))
+
+    # ------------------------------------------------------------------- what the caller says
+
+    def on_frame(self, kind: int, received: list[Any]) -> None:
+        """Take a frame that the state table allows. Raises ProtocolViolation."""
+        if kind == frame.CREDIT:
+            self.grant(received[2])
+        elif kind == KILL:
+            self.kill()
+        elif kind == frame.CANCEL:
+            if received[2] != frame.Strength.STOP:
+                raise ProtocolViolation("a malformed CANCEL")
+            _quietly(self.context.stop_generating)
+        else:
+            self._on_message(kind, received)
+
+    def _on_message(self, kind: int, received: list[Any]) -> None:
+        messages = self._messages
+        assert messages is not None  # only a request-stream endpoint has a stream in state RECEIVING
+        if kind in (frame.BATCH, frame.LAST_BATCH):
+            messages.deliver_batch(received[2])
+        elif kind in (frame.DATA, frame.LAST):
+            messages.deliver(received[2])
+        elif kind != frame.END:
+            _, _, size_bytes, message = received
+            if type(message) is Unusable:
+                self.abort(message.error)
+            else:
+                messages.deliver_raw(message, size_bytes)
+        if self.state is _RUNNING:
+            messages.finish()
+
+    # ------------------------------------------------------------------- its end
+
+    def watch_deadline(self, loop: asyncio.AbstractEventLoop) -> None:
+        """End the request when its deadline passes."""
+        remaining_s = self.context.remaining_s()
+        if remaining_s is not None and self.open:
+            self._timer = loop.call_later(max(0.0, remaining_s), self._deadline_passed)
+
+    def _deadline_passed(self) -> None:
+        self.abort(DeadlineExceeded("the request's deadline passed"))
+
+    def accept(self) -> None:
+        """Tell the caller that the request is in hand."""
+        self.has_sent = True
+        self._connection.send(frame.encode_accept(self._stream_id))
+
+    def fail(self, error: PlaneError) -> None:
+        """End with an error, after what was sent before it."""
+        if self.open:
+            self.flush_batch()
+            self._connection.send(error_frame(self._stream_id, error))
+            self._close()
+
+    def abort(self, error: PlaneError) -> None:
+        """End with an error, and end the handler."""
+        if self.open:
+            self.fail(error)
+            self._end_handler()
+
+    def kill(self) -> None:
+        """End without a word: nobody listens."""
+        if self.open:
+            self._close()
+            self._end_handler()
+
+    def cancel(self) -> None:
+        """Cancel the handler at its current `await`, if it runs."""
+        if self._task is not None:
+            self._task.cancel()
+
+    def _end_handler(self) -> None:
+        """Let the handler end, after its context was told."""
+        _quietly(self.context.kill)
+        if self._task is not None:  # it is started, if it has not been, in its next turn
+            self._let_end(self._task)
+        elif not self._begun:
+            self._admission.dequeue(self)
+
+    def _let_end(self, task: asyncio.Task[None]) -> None:
+        """Leave the handler the time to end by itself. At a yield it is closed at once."""
+        grace_s = self.endpoint.cancel_grace_s
+        if grace_s:
+            self._timer = task.get_loop().call_later(grace_s, task.cancel)
+        else:
+            task.cancel()
+
+    def _close(self) -> None:
+        self.open = False
+        self.batch = None
+        self._credit = 0
+        if self._wake is not None:
+            self.wake()
+        self.state = _CLOSED
+        self._connection.streams.pop(self._stream_id, None)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._messages is not None:
+            self._messages.kill()
+
+
+def context_of(headers: dict[str, Any]) -> Context:
+    """The context that the headers describe. Raises InvalidRequest."""
+    request_id, deadline_ms = headers.get("id"), headers.get("deadline_ms")
+    traceparent, meta = headers.get("traceparent"), headers.get("meta")
+    if not (
+        isinstance(request_id, str | None)
+        and isinstance(traceparent, str | None)
+        and isinstance(meta, dict | None)
+        and (deadline_ms is None or (type(deadline_ms) is int and 0 <= deadline_ms <= frame.MAX_DEADLINE_MS))
+        and (not meta or all(type(key) is type(value) is str for key, value in meta.items()))
+    ):
+        raise InvalidRequest("malformed request headers")
+    deadline = None if deadline_ms is None else time.monotonic() + deadline_ms / 1000
+    return Context(request_id, meta, deadline=deadline, traceparent=traceparent)
+
+
+def error_frame(stream_id: int, error: PlaneError) -> bytes:
+    """ERROR. A handler's error that cannot say what it is must end its request all the same."""
+    try:
+        return _error_frame(stream_id, error)
+    except Exception:  # noqa: BLE001 - see above
+        return frame.encode_error(stream_id, HandlerFailed.code, type(error).__name__, None)
+
+
+def _error_frame(stream_id: int, error: PlaneError) -> bytes:
+    if type(error.code) is not str:
+        raise TypeError(f"the code of {type(error).__name__} is no text")
+    details = None
+    if isinstance(error, Overloaded) and error.retry_after_s is not None:
+        retry_after_s = error.retry_after_s
+        if 0 <= retry_after_s < _LONGEST_RETRY_S:  # not what a handler made of infinity
+            details = {"retry_after_ms": round(retry_after_s * 1000)}
+    return frame.encode_error(stream_id, error.code, str(error), details)
+
+
+def _describe(exc: BaseException) -> str:
+    try:
+        return f"{type(exc).__name__}: {exc}"
+    except Exception:  # noqa: BLE001 - an exception that cannot say what it is
+        return type(exc).__name__
+
+
+def _quietly(cancel: Callable[[], None]) -> None:
+    """Run a context's callbacks: what they raise, or set in context variables, is the handler's affair, not
+    the connection's."""
+    try:
+        copy_context().run(cancel)
+    except Exception:  # noqa: BLE001 - see above
+        _log.exception("a cancellation callback raised")

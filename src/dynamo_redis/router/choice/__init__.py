@@ -1,0 +1,1 @@
+"""The choice of a worker: load book, selector, waiting line, and bookings shared with other routers."""

@@ -1,0 +1,255 @@
+"""The workers of an endpoint as a router chooses among them: who is there, of how many ranks, how busy."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from dynamo_redis.config import RouterSettings
+from dynamo_redis.decoding import removal
+from dynamo_redis.errors import InvalidRecord
+from dynamo_redis.models.card import ModelCard, parse_card_key
+from dynamo_redis.names import MODEL_CARDS, EndpointName
+from dynamo_redis.router.base import Worker
+from dynamo_redis.router.choice.load_book import LoadBook
+from dynamo_redis.router.choice.load_metrics import LoadMetrics
+from dynamo_redis.runtime.among import ids_now
+from dynamo_redis.runtime.discovery import Member
+from dynamo_redis.runtime.dispatch import Dispatcher
+from dynamo_redis.runtime.following import follow, key_of
+from dynamo_redis.store.base import Delete, Put, Registry, WatchBatch
+from dynamo_redis.supervision import Supervisor
+
+log = logging.getLogger(__name__)
+
+_WARNINGS_COUNT = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What an instance can hold, by its model card."""
+
+    block_size: int
+    rank_count: int = 1
+    total_blocks: int | None = None
+    """Of one rank."""
+    event_plane: str | None = None
+
+
+class WorkerCards:
+    """The capacities of an endpoint's instances, from their model cards.
+
+    It owns one task, which reads a watch (bounded by the registry; overflow: a resync) until `aclose`. An
+    instance is known until its card *and* its record are gone: the one may be so for a moment, with a lease
+    that ended, and the other while an engine is down.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        endpoint: EndpointName,
+        on_block_size: Callable[[int], None] | None = None,
+    ) -> None:
+        """`on_block_size` is told the first block size that a worker names, and another one as soon as all
+        cards name that: engines were started anew with it."""
+        self._registry = registry
+        self._prefix = f"{MODEL_CARDS}{endpoint.path}/"
+        self._capacities: dict[int, Capacity] = {}
+        self._without_card: set[int] = set()
+        self._reader: asyncio.Task[None] | None = None
+        self._on_block_size = on_block_size
+        self._said = asyncio.Event()
+        self._expected: tuple[int, str | None] | None = None
+        self._warned: set[str] = set()
+        self._supervisor = Supervisor(log, f"cards below {self._prefix}")
+        self.version = 0
+        """Grows with each change."""
+
+    def start(self) -> None:
+        """Begin to watch."""
+        if self._reader is None:
+            reading = follow(self._registry, self._prefix, self.apply, self._supervisor)
+            self._reader = asyncio.create_task(reading, name=f"cards {self._prefix}")
+
+    async def aclose(self) -> None:
+        """End the watch."""
+        if self._reader is not None:
+            self._reader.cancel()
+            await asyncio.gather(self._reader, return_exceptions=True)
+
+    def get(self, instance_id: int) -> Capacity | None:
+        """What is known of an instance."""
+        return self._capacities.get(instance_id)
+
+    async def wait_for_block_size(self, timeout_s: float) -> bool:
+        """Wait until a worker has named a block size; answers whether one has."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._said.wait()
+        return self._said.is_set()
+
+    def note_block_size(self, instance_id: int, block_size: int) -> None:
+        """An instance says how many tokens its blocks have: by its card, or with its KV events."""
+        if not self._said.is_set():
+            self._said.set()
+            if self._on_block_size is not None:
+                self._on_block_size(block_size)
+        self._check_block_size(instance_id, block_size)
+
+    def _follow_block_size(self, block_size: int) -> None:
+        if self._on_block_size is None or self._expected is None or block_size == self._expected[0]:
+            return
+        carded = (c for instance_id, c in self._capacities.items() if instance_id not in self._without_card)
+        if all(capacity.block_size == block_size for capacity in carded):
+            self._on_block_size(block_size)
+
+    def expect(self, block_size: int, event_plane: str | None) -> None:
+        """Warn of instances of which the router will never know a block, once for each way to be wrong:
+        their blocks are of another size, or their events travel otherwise (None: it follows none)."""
+        self._expected = (block_size, event_plane)
+        for instance_id, capacity in self._capacities.items():
+            self._check_block_size(instance_id, capacity.block_size)
+            self._check_plane(instance_id, capacity.event_plane)
+
+    def _check_block_size(self, instance_id: int, block_size: int) -> None:
+        if self._expected is not None and block_size != self._expected[0]:
+            self._warn(
+                instance_id,
+                f"has KV blocks of {block_size} tokens, and this router looks for blocks of "
+                f"{self._expected[0]}: none of its blocks will ever match. Set "
+                f"DYN_KV_CACHE_BLOCK_SIZE={block_size}, or give all workers blocks of one size",
+            )
+
+    def _check_plane(self, instance_id: int, event_plane: str | None) -> None:
+        followed = None if self._expected is None else self._expected[1]
+        if followed is not None and event_plane not in (None, followed):
+            self._warn(
+                instance_id,
+                f"sends its KV events by the event plane {event_plane!r}, and this router follows "
+                f"{followed!r}: it hears of none of its blocks. Set DYN_EVENT_PLANE alike",
+            )
+
+    def _warn(self, instance_id: int, what: str) -> None:
+        if what not in self._warned and len(self._warned) < _WARNINGS_COUNT:
+            self._warned.add(what)
+            log.warning("instance %x below %s %s", instance_id, self._prefix, what)
+
+    def forget_others(self, known_ids: Collection[int]) -> None:
+        """Forget instances without a card, unless they are among these."""
+        for instance_id in self._without_card - set(known_ids):
+            self._without_card.discard(instance_id)
+            del self._capacities[instance_id]
+            self.version += 1
+
+    def apply(self, batch: WatchBatch) -> None:
+        """Take in changes. A card that cannot be read is passed over, and named in the log."""
+        self._supervisor.each(batch.events, self._take, key_of)
+
+    def _take(self, event: Put | Delete) -> None:
+        key = key_of(event)
+        try:
+            _, instance_id = parse_card_key(key)
+            card = ModelCard.from_bytes(event.record.value) if isinstance(event, Put) else None
+        except InvalidRecord as exc:
+            raise exc.at(key, removal(key)) from None
+        if card is None:
+            if instance_id in self._capacities:
+                self._without_card.add(instance_id)
+            return
+        capacity = Capacity(
+            card.kv_cache_block_size,
+            card.runtime_config.data_parallel_size or 1,
+            card.runtime_config.total_kv_blocks,
+            card.runtime_config.event_plane,
+        )
+        self._without_card.discard(instance_id)
+        if self._capacities.get(instance_id) != capacity:
+            self._capacities[instance_id] = capacity
+            self.version += 1
+            self._follow_block_size(capacity.block_size)
+            self.note_block_size(instance_id, capacity.block_size)
+            self._check_plane(instance_id, capacity.event_plane)
+
+
+class Workers:
+    """Who may be chosen: every rank of the instances that the client's view trusts most."""
+
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        cards: WorkerCards,
+        metrics: LoadMetrics | None,
+        settings: RouterSettings,
+    ) -> None:
+        self._view = dispatcher.view
+        self._cards = cards
+        self._metrics = metrics
+        self._most_used = settings.active_decode_blocks_threshold
+        self._most_prefill_tokens = settings.active_prefill_tokens_threshold
+        self._usual: list[Worker] = []
+        self._made_of: tuple[list[Member], int, frozenset[int] | None] | None = None
+
+    def candidates(self, among: Collection[int] | None, excluded: Collection[int]) -> Sequence[Worker]:
+        """Ranks of the instances to choose from first; of those of last resort if there are none."""
+        among = ids_now(among)
+        if (among is None or isinstance(among, frozenset)) and not excluded:
+            workers = self._of_candidates(among)
+            if workers:
+                return workers
+        for members in (self._view.candidates, *self._view.last_resorts()):
+            workers = self._ranks(
+                member
+                for member in members
+                if (among is None or member.instance_id in among) and member.instance_id not in excluded
+            )
+            if workers:
+                return workers
+        return []
+
+    def without_busy(self, workers: Sequence[Worker], book: LoadBook) -> Sequence[Worker]:
+        """Those that are below the thresholds; all of them where none is set."""
+        if self._most_used is None and self._most_prefill_tokens is None:
+            return workers
+        return [worker for worker in workers if not self._is_busy(worker, book)]
+
+    def _of_candidates(self, among: frozenset[int] | None) -> list[Worker]:
+        """Return the ranks of the candidates of those ids. Most requests bring the same ids as the one
+        before; the view makes a new list whenever its candidates change."""
+        candidates, version, made_of = self._view.candidates, self._cards.version, self._made_of
+        if (
+            made_of is None
+            or made_of[0] is not candidates
+            or made_of[1] != version
+            or made_of[2] is not among
+        ):
+            self._usual = self._ranks(
+                member for member in candidates if among is None or member.instance_id in among
+            )
+            self._made_of = (candidates, version, among)
+        return self._usual
+
+    def _ranks(self, members: Iterable[Member]) -> list[Worker]:
+        workers = []
+        for member in members:
+            capacity = self._cards.get(member.instance_id)
+            rank_count = 1 if capacity is None else capacity.rank_count
+            workers += [Worker(member.instance_id, rank) for rank in range(rank_count)]
+        return workers
+
+    def _is_busy(self, worker: Worker, book: LoadBook) -> bool:
+        load = book.load(worker)
+        if self._most_prefill_tokens is not None and load.prefill_tokens > self._most_prefill_tokens:
+            return True
+        return self._most_used is not None and self._used_part(worker, load.blocks) > self._most_used
+
+    def _used_part(self, worker: Worker, used_blocks: int) -> float:
+        """Return the part of a worker's KV blocks that its requests hold; 0 if its total is not known."""
+        capacity = self._cards.get(worker.instance_id)
+        total_blocks = None if capacity is None else capacity.total_blocks
+        said = None if self._metrics is None else self._metrics.used_blocks(worker)
+        if said is not None:
+            total_blocks = said[1] or total_blocks
+        return used_blocks / total_blocks if total_blocks else 0.0

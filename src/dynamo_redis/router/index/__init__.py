@@ -1,0 +1,1 @@
+"""The prefix index: the blocks of each worker's KV cache, from events, snapshots and dumps."""

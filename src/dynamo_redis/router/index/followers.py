@@ -1,0 +1,264 @@
+"""Reads a component's KV events: from a durable stream through a group of its own, or from a topic.
+
+Both call an `Intake` with what they read, in order, and say when something may have been missed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final, Protocol
+
+from dynamo_redis.errors import StoreError, StreamLost, StreamTrimmed
+from dynamo_redis.router.index.recovery import SLICE_S
+from dynamo_redis.router.index.snapshot import Snapshot
+from dynamo_redis.router.pace import Pace
+from dynamo_redis.store.event_base import (
+    BEGINNING,
+    Entry,
+    EntryId,
+    EventGroup,
+    EventStreams,
+    StreamName,
+    TopicSubscription,
+    entry_order,
+)
+from dynamo_redis.store.redis.client import Backoff
+
+log = logging.getLogger(__name__)
+
+READ_COUNT: Final = 1024
+"""Most entries a read. The group itself reads fewer where they are large."""
+
+BLOCK_S: Final = 1.0
+
+PACE_S: Final = 0.01
+"""Shortest time between two reads while events come one by one."""
+
+UNPACED_COUNT: Final = 256
+"""A read that found so many entries is followed by the next at once."""
+
+DEFECT_PAUSE_S: Final = 1.0
+
+
+class Intake(Protocol):
+    """Takes what was read. All but `take` are rare."""
+
+    def take(self, content: bytes) -> int:
+        """One message or entry; answers how many events it has. Never raises."""
+        ...
+
+    def applied(self, position: EntryId, event_count: int) -> None:
+        """The entry up to there, of so many events, was taken."""
+        ...
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Begin with a snapshot. Called once at most, before anything else."""
+        ...
+
+    def doubt(self) -> None:
+        """Something may have been missed, of anybody."""
+        ...
+
+    def caught_up(self) -> None:
+        """Everything has been read that was there when reading began. Idempotent."""
+        ...
+
+
+LoadSnapshot = Callable[[], Awaitable[Snapshot | None]]
+"""The stored snapshot, or None if there is none that can be read. Raises StoreError."""
+
+
+class _Follower:
+    """What both have: whether events can be read, and since when not."""
+
+    def __init__(self) -> None:
+        self.cut_off_count = 0
+        """How often reading had to begin anew."""
+        self._unread_since: float | None = time.monotonic()
+
+    @property
+    def connected(self) -> bool:
+        """Whether events can be read."""
+        return self._unread_since is None
+
+    @property
+    def disconnected_s(self) -> float:
+        """How long events cannot be read; 0 while they can."""
+        return 0.0 if self._unread_since is None else time.monotonic() - self._unread_since
+
+    def _set_connected(self, connected: bool) -> None:
+        if connected != self.connected:
+            self._unread_since = None if connected else time.monotonic()
+
+
+class StreamFollower(_Follower):
+    """Follows a stream: `run` never ends but by cancellation, and `aclose` then removes the group.
+
+    The group is made first, so that nothing behind its place is trimmed; then the snapshot is read and the
+    group moved to its position. If what follows that has been trimmed, reading begins at the stream's end,
+    and the workers are asked for what lies between. So they are when the stream or the group is lost, when
+    entries were trimmed unread, and when the connection broke: a Redis that was restarted, or replaced, may
+    have lost what was written last.
+    """
+
+    def __init__(
+        self,
+        streams: EventStreams,
+        stream: StreamName,
+        group_name: str,
+        intake: Intake,
+        load_snapshot: LoadSnapshot,
+    ) -> None:
+        super().__init__()
+        self.position: EntryId = BEGINNING
+        """The last entry that was applied."""
+        self._group: EventGroup = streams.group(stream, group_name)
+        self._stream = stream
+        self._intake = intake
+        self._load_snapshot = load_snapshot
+        self._restored = False
+        self._end: EntryId | None = None  # of the stream, when reading began; None: begin anew
+        self._doubted = False
+        self._pace = Pace(PACE_S, UNPACED_COUNT)
+
+    async def run(self) -> None:
+        """Read and apply, for ever."""
+        backoff = Backoff()
+        while True:
+            try:
+                if self._end is None:
+                    self._end = await self._begin()
+                    self._note_caught_up(self._end)
+                entries = await self._group.read(count=READ_COUNT, block_s=BLOCK_S)
+                self._reconnected()
+                await self._apply(entries)
+                self._note_caught_up(self._end if entries else self.position)
+                await self._pace.keep(len(entries))
+            except (StreamTrimmed, StreamLost) as exc:
+                log.warning("KV events of %s begin anew: %s", self._stream.path, exc)
+                self.cut_off_count += 1
+                self._end, self._doubted = None, True
+                await asyncio.sleep(backoff.next_s())
+            except StoreError as exc:
+                if self.connected:
+                    log.warning("KV events of %s cannot be read, trying on: %s", self._stream.path, exc)
+                self._set_connected(False)
+                self._doubted = True
+                if self._end is None:  # `read` waits by itself before it tries again
+                    await asyncio.sleep(backoff.next_s())
+            except Exception:
+                # A defect, then. Who stops following here is blind from now on, and nobody notices.
+                log.exception("KV events of %s begin anew", self._stream.path)
+                self._end, self._doubted = None, True
+                await asyncio.sleep(DEFECT_PAUSE_S)
+            else:
+                backoff.reset()
+
+    async def aclose(self) -> None:
+        """Remove the group."""
+        await self._group.aclose()
+
+    async def _begin(self) -> EntryId:
+        end = await self._group.create()
+        if self._restored:
+            self.position = end
+            return end
+        snapshot = await self._load_snapshot()
+        position = BEGINNING if snapshot is None else snapshot.position
+        try:
+            if entry_order(position) > entry_order(end):
+                raise StreamTrimmed(f"the stream ends at {end}, before the snapshot's {position}")
+            await self._group.seek(position)
+        except StreamTrimmed as exc:
+            log.info("KV events of %s begin at their end, workers are asked: %s", self._stream.path, exc)
+            position = end
+            self._doubted = True
+        if snapshot is not None:
+            self._intake.restore(snapshot)
+        self._restored = True
+        self.position = position
+        return end
+
+    def _reconnected(self) -> None:
+        if self._doubted:
+            self._intake.doubt()
+            self._doubted = False
+        if not self.connected:
+            log.info("KV events of %s are followed from %s", self._stream.path, self.position)
+            self._set_connected(True)
+
+    async def _apply(self, entries: Sequence[Entry]) -> None:
+        began_at = time.monotonic()
+        for entry in entries:
+            event_count = self._intake.take(entry.content)
+            self.position = entry.entry_id
+            self._intake.applied(entry.entry_id, event_count)
+            if time.monotonic() - began_at > SLICE_S:
+                await asyncio.sleep(0)
+                began_at = time.monotonic()
+        if entries:
+            await self._group.acknowledge([entry.entry_id for entry in entries])
+
+    def _note_caught_up(self, end: EntryId) -> None:
+        if entry_order(self.position) >= entry_order(end):
+            self._intake.caught_up()
+
+
+class TopicFollower(_Follower):
+    """Follows a topic: `run` never ends but by cancellation.
+
+    Nothing of before can be read, so the workers are asked at the start, and after each broken connection.
+    """
+
+    def __init__(self, streams: EventStreams, topic: StreamName, intake: Intake) -> None:
+        super().__init__()
+        self._streams = streams
+        self._topic = topic
+        self._intake = intake
+        self._subscription: TopicSubscription | None = None
+
+    async def run(self) -> None:
+        """Read and apply, for ever."""
+        backoff = Backoff()
+        while True:
+            try:
+                if self._subscription is None:
+                    self._subscription = await self._streams.subscribe(self._topic)
+                    self._set_connected(True)
+                    self._intake.doubt()
+                    self._intake.caught_up()
+                await self._read(self._subscription)
+            except StoreError as exc:
+                if self.connected:
+                    log.warning("KV events of %s are interrupted: %s", self._topic.path, exc)
+                    self.cut_off_count += 1
+                self._set_connected(False)
+                await self.aclose()
+                await asyncio.sleep(backoff.next_s())
+            except Exception:
+                log.exception("KV events of %s begin anew", self._topic.path)  # as in the stream's follower
+                self._set_connected(False)
+                await self.aclose()
+                await asyncio.sleep(DEFECT_PAUSE_S)
+            else:
+                backoff.reset()
+
+    async def aclose(self) -> None:
+        """Unsubscribe."""
+        subscription, self._subscription = self._subscription, None
+        if subscription is not None:
+            await subscription.aclose()
+
+    async def _read(self, subscription: TopicSubscription) -> None:
+        """Take what comes for one slice of time, or wait for the next message."""
+        message = await subscription.next(BLOCK_S)
+        until = time.monotonic() + SLICE_S
+        while message is not None:
+            self._intake.take(message)
+            if time.monotonic() > until:
+                await asyncio.sleep(0)
+                return
+            message = await subscription.next(BLOCK_S)

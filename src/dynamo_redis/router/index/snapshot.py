@@ -1,0 +1,241 @@
+"""An index as bytes, with where in the event stream it was taken. Pure.
+
+    magic, then pieces: length of the payload (u32), its xxh3_64 (u64), the payload (msgpack); little-endian
+    1.   [version, position]
+    2.   [[instance_id, epoch, dp_rank, next_sequence] …, [[instance_id, dp_rank] | nil …], set with holes]
+    3. … [tier, new sets, numbers of sets, how many blocks each, the blocks]
+    last [blocks on each tier]
+
+Sets of workers are little-endian binaries, bit i for the i-th worker of piece 2; they are numbered as they
+first appear. Blocks stand set by set, each as eight bytes; a piece has 65,536 of them at most, so that
+neither side works long without a pause. Whatever is wrong, down to one bit, makes the whole an InvalidRecord.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from struct import Struct
+from typing import Any, Final
+
+from xxhash import xxh3_64_intdigest
+
+from dynamo_redis.errors import InvalidRecord, SchemaMismatch
+from dynamo_redis.router.base import Worker
+from dynamo_redis.router.index.prefix_index import MAX_BLOCKS, PRUNE_TARGET_RATIO, IndexState, KvIndex
+from dynamo_redis.store.event_base import EntryId, check_entry_id
+from dynamo_redis.wire.codec import pack_known, unpack
+from dynamo_redis.wire.event import PublisherId
+from dynamo_redis.wire.kv_event import TIERS
+
+SNAPSHOT_VERSION: Final = 1
+
+_MAGIC = b"DYNKVIDX"
+_HEAD = Struct("<IQ")
+_WHAT = "a snapshot of an index"
+_PIECE_COUNT = 65_536
+_U64_END = 1 << 64
+
+
+@dataclass(slots=True)
+class Snapshot:
+    """An index, the stream's entry up to which it has applied all, and each publisher's next sequence."""
+
+    position: EntryId
+    publishers: dict[PublisherId, int]
+    index: KvIndex
+
+
+def encode_snapshot(snapshot: Snapshot) -> Iterator[bytes]:
+    """The pieces of a snapshot.
+
+    It shows the index as it is when the first piece is taken, which copies it: some 20 ms for a million
+    blocks. Each of the others is some milliseconds' work; the index may change in between. For the event
+    loop's own thread, with which it shares a packer.
+    """
+    state = snapshot.index.copy_state()
+    publishers = [[*publisher, sequence] for publisher, sequence in snapshot.publishers.items()]
+    yield _MAGIC + _piece([SNAPSHOT_VERSION, snapshot.position])
+    yield _piece([publishers, state.workers, _set_to_bytes(state.holed)])
+    live = state.live
+    numbers: dict[int, int] = {}
+    counts = []
+    for tier, held in enumerate(state.tiers):
+        counts.append(0)
+        blocks = iter(held.items())
+        for _ in range(0, len(held), _PIECE_COUNT):
+            groups = _grouped(islice(blocks, _PIECE_COUNT), live)
+            counts[tier] += sum(map(len, groups.values()))
+            yield _piece(_blocks(tier, groups, numbers))
+    yield _piece([counts])
+
+
+def decode_snapshot(
+    content: bytes, *, max_blocks: int = MAX_BLOCKS, prune_target_ratio: float = PRUNE_TARGET_RATIO
+) -> Snapshot:
+    """Read a snapshot; the index gets these bounds.
+
+    A million blocks take some 200 ms, in steps of a few: call it in a thread, it shares nothing. Raises
+    InvalidRecord if the content is not exactly what was encoded, SchemaMismatch for another version.
+    """
+    pieces = _pieces(content)
+    position = _read_position(next(pieces, None))
+    try:
+        publishers, state = _read_workers(next(pieces))
+        sets: list[int] = []
+        sizes: Counter[int] = Counter()
+        counts = None
+        for fields in pieces:
+            if counts is not None:
+                raise ValueError("something follows its end")
+            if len(fields) == 1:
+                counts = fields[0]
+            else:
+                _read_blocks(fields, sets, sizes, state)
+        if counts != [len(held) for held in state.tiers]:
+            raise ValueError("blocks are missing")
+    except InvalidRecord:
+        raise
+    except (TypeError, IndexError, StopIteration, ValueError, OverflowError) as exc:
+        raise InvalidRecord(_WHAT, repr(exc)) from exc
+    index = KvIndex.of_state(state, sizes, max_blocks=max_blocks, prune_target_ratio=prune_target_ratio)
+    return Snapshot(position, publishers, index)
+
+
+def snapshot_position(head: bytes) -> EntryId:
+    """The position of the snapshot that begins with `head`, of which 4 KiB are enough.
+
+    Raises InvalidRecord if it begins no snapshot, SchemaMismatch for another version.
+    """
+    return _read_position(next(_pieces(head), None))
+
+
+def _grouped(blocks: Iterable[tuple[int, int]], live: int) -> dict[int, list[int]]:
+    """Blocks by the set of living workers that holds them; without those that nobody does."""
+    groups: dict[int, list[int]] = {}
+    for block, mask in blocks:
+        group = groups.get(mask)
+        if group is None:
+            group = groups[mask] = []
+        group.append(block)
+    living: dict[int, list[int]] = {}
+    for mask, group in groups.items():
+        if kept := mask & live:
+            living.setdefault(kept, []).extend(group)
+    return living
+
+
+def _blocks(tier: int, groups: Mapping[int, list[int]], numbers: dict[int, int]) -> list[Any]:
+    new = []
+    for mask in groups:
+        if mask not in numbers:
+            numbers[mask] = len(numbers)
+            new.append(_set_to_bytes(mask))
+    hashes = array("Q")
+    for group in groups.values():
+        hashes.extend(group)
+    if sys.byteorder == "big":
+        hashes.byteswap()
+    return [
+        tier,
+        new,
+        [numbers[mask] for mask in groups],
+        [len(group) for group in groups.values()],
+        hashes.tobytes(),
+    ]
+
+
+def _piece(fields: Sequence[Any]) -> bytes:
+    payload = pack_known(fields)
+    return _HEAD.pack(len(payload), xxh3_64_intdigest(payload)) + payload
+
+
+def _pieces(content: bytes) -> Iterator[list[Any]]:
+    """The fields of each piece. Raises InvalidRecord at one that is not whole."""
+    view = memoryview(content)
+    if view[: len(_MAGIC)] != _MAGIC:
+        raise InvalidRecord(_WHAT, "it begins otherwise")
+    offset = len(_MAGIC)
+    while offset < len(view):
+        if len(view) - offset < _HEAD.size:
+            raise InvalidRecord(_WHAT, "cut off")
+        length, checksum = _HEAD.unpack_from(view, offset)
+        offset += _HEAD.size
+        payload = view[offset : offset + length]
+        offset += length
+        if len(payload) != length or xxh3_64_intdigest(payload) != checksum:
+            raise InvalidRecord(_WHAT, "damaged, or cut off")
+        try:
+            fields = unpack(payload)
+        except ValueError as exc:
+            raise InvalidRecord(_WHAT, exc) from exc
+        if not isinstance(fields, list) or not fields:
+            raise InvalidRecord(_WHAT, "a piece is no array")
+        yield fields
+
+
+def _read_position(fields: list[Any] | None) -> EntryId:
+    if not fields:
+        raise InvalidRecord(_WHAT, "empty")
+    if fields[0] != SNAPSHOT_VERSION:
+        raise SchemaMismatch(_WHAT, fields[0], SNAPSHOT_VERSION)
+    if len(fields) < 2 or not isinstance(fields[1], str):
+        raise InvalidRecord(_WHAT, "no position")
+    return check_entry_id(fields[1], _WHAT)
+
+
+def _read_workers(fields: list[Any]) -> tuple[dict[PublisherId, int], IndexState]:
+    publishers = {
+        PublisherId(_number(instance_id), _number(epoch), _number(dp_rank)): _number(sequence)
+        for instance_id, epoch, dp_rank, sequence in fields[0]
+    }
+    workers = [None if worker is None else Worker(*map(_number, worker)) for worker in fields[1]]
+    named = [worker for worker in workers if worker is not None]
+    if len(set(named)) != len(named):
+        raise ValueError("a worker stands there twice")
+    nobody = IndexState(workers, 0, tuple({} for _ in TIERS))
+    return publishers, replace(nobody, holed=_read_set(fields[2], nobody.live))
+
+
+def _read_blocks(fields: list[Any], sets: list[int], sizes: Counter[int], state: IndexState) -> None:
+    """Add a piece's blocks to its tier, its new sets to `sets`, and how many blocks each holds to `sizes`."""
+    tier, new, numbers, counts, content = fields[:5]
+    live = state.live
+    sets.extend(_read_set(mask, live) for mask in new)
+    hashes = array("Q", content)
+    if sys.byteorder == "big":
+        hashes.byteswap()
+    if len(numbers) != len(counts) or sum(counts) != len(hashes) or tier not in TIERS:
+        raise ValueError("blocks and their sets do not go together")
+    held = state.tiers[tier]
+    start = 0
+    for number, count in zip(numbers, counts, strict=True):
+        mask, end = sets[_number(number)], start + _number(count)
+        if not mask:
+            raise ValueError("nobody holds some blocks")
+        held.update(dict.fromkeys(hashes[start:end], mask))
+        sizes[mask] += count
+        start = end
+
+
+def _set_to_bytes(mask: int) -> bytes:
+    return mask.to_bytes((mask.bit_length() + 7) // 8, "little")
+
+
+def _read_set(content: bytes, live: int) -> int:
+    """A set of workers. Raises ValueError if one of them does not exist."""
+    mask = int.from_bytes(content, "little")
+    if mask & ~live:
+        raise ValueError("a set has workers that do not exist")
+    return mask
+
+
+def _number(value: Any) -> int:
+    """A number that counts or names. Raises TypeError for anything else."""
+    if type(value) is not int or not 0 <= value < _U64_END:
+        raise TypeError("a number is missing")
+    return value

@@ -1,0 +1,153 @@
+"""Guards a block of code by a lease: renews it, and cancels the block when it is lost.
+
+The lease's end is reckoned on this process's monotonic clock, from *before* the call that acquired or renewed
+it was sent: the server starts to count later, when the call arrives. So it is known here, whatever becomes of
+the server or the way to it. A tenth of the TTL is kept back for cancelling the block.
+
+Cancellation is that of `asyncio.timeout`: the task that entered is cancelled; on leaving, that request is
+taken back, and becomes LockLost only if nobody else cancelled the task too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from types import TracebackType
+from typing import Final, Self
+
+from dynamo_redis.errors import LockLost
+from dynamo_redis.store.redis.client import Backoff
+
+log = logging.getLogger(__name__)
+
+LEASE_SHARE: Final = 0.9
+"""The part of a TTL that is used; the rest is for cancelling what the lease guards."""
+
+
+class LeaseGuard:
+    """Runs one `async with` block, in the task that enters it, while a lease lasts.
+
+    `renew` makes one attempt and answers False if the lease is somebody else's, or nobody's. It is called
+    each third of the TTL, in a task that ends with the block; an attempt that fails, or has not ended after
+    `attempt_s`, is repeated until the lease has ended.
+
+    Raises LockLost if the lease was lost before the block ended, unless the block raises something of its own
+    or was cancelled by others as well.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        ttl_s: float,
+        sent_at: float,
+        attempt_s: float,
+        renew: Callable[[], Awaitable[bool]],
+    ) -> None:
+        """`sent_at`: when (monotonic) the call that acquired the lease was sent."""
+        self._name = name
+        self._ttl_s = ttl_s
+        self._attempt_s = attempt_s
+        self._renew = renew
+        self._sent_at = sent_at
+        self._reason: str | None = None
+        self._losing = False
+        self._cancelled = False
+        self._released = False
+        self._task: asyncio.Task[object] | None = None
+        self._cancelling_count = 0
+        self._renewal: asyncio.Task[None] | None = None
+        self._pending: asyncio.Handle | None = None  # the deadline's timer, then the cancellation
+
+    @property
+    def lost(self) -> str | None:
+        """Why the lease is not held, or None while it is. Once set it stays."""
+        if self._reason is None and time.monotonic() >= self._deadline:
+            self._reason = f"not renewed within {LEASE_SHARE:.0%} of its TTL of {self._ttl_s:g} s"
+        return self._reason
+
+    @property
+    def released(self) -> bool:
+        """Whether the block was left while the lease was still held."""
+        return self._released
+
+    def lose(self, reason: str) -> None:
+        """The lease is known to be lost: cancel the block, once, unless it ends first."""
+        self._reason = self._reason or reason
+        if self._pending is not None and not self._losing:
+            self._losing = True
+            self._pending.cancel()
+            # Soon, not now: the caller may be the block itself, which is told by an exception already.
+            self._pending = asyncio.get_running_loop().call_soon(self._cancel)
+
+    async def __aenter__(self) -> Self:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._cancelling_count = task.cancelling()
+        self._watch_deadline()
+        self._renewal = asyncio.create_task(self._renew_until_lost(), name=f"renew lock {self._name}")
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        assert self._task is not None
+        assert self._pending is not None
+        assert self._renewal is not None
+        lost = self.lost
+        self._released = lost is None
+        self._reason = lost or "it was released"
+        self._pending.cancel()
+        self._pending = None
+        # Every cancellation asked for must be taken back, also one that the block has swallowed.
+        others = self._cancelled and self._task.uncancel() > self._cancelling_count
+        self._renewal.cancel()
+        await asyncio.wait([self._renewal])
+        ours = exc is None or (isinstance(exc, asyncio.CancelledError) and self._cancelled and not others)
+        if lost is not None and ours:
+            raise LockLost(self._name, lost) from exc
+
+    @property
+    def _deadline(self) -> float:
+        return self._sent_at + LEASE_SHARE * self._ttl_s
+
+    def _watch_deadline(self) -> None:
+        # The loop's clock is coarser than the one that deadlines are reckoned on: it may call early.
+        left_s = self._deadline - time.monotonic()
+        self._pending = asyncio.get_running_loop().call_later(max(0.0, left_s), self._at_deadline)
+
+    def _at_deadline(self) -> None:
+        reason = self.lost
+        if reason is None:
+            self._watch_deadline()
+        else:
+            self.lose(reason)
+
+    def _cancel(self) -> None:
+        assert self._task is not None
+        log.warning("lock %s is lost, cancelling what it guards: %s", self._name, self._reason)
+        self._cancelled = True
+        self._task.cancel()
+
+    async def _renew_until_lost(self) -> None:
+        backoff = Backoff(cap_s=self._ttl_s / 10)
+        wait_s = self._sent_at + self._ttl_s / 3 - time.monotonic()
+        while self.lost is None:
+            await asyncio.sleep(wait_s)
+            sent_at = time.monotonic()
+            try:
+                async with asyncio.timeout(self._attempt_s):
+                    renewed = await self._renew()
+            except Exception as exc:  # noqa: BLE001 - whatever it is, the deadline is watched
+                log.debug("lock %s is not renewed: %r", self._name, exc)
+                wait_s = backoff.next_s()
+                continue
+            if not renewed:
+                self.lose("it ended on the server, or is somebody else's")
+            else:
+                self._sent_at = sent_at
+                wait_s = sent_at + self._ttl_s / 3 - time.monotonic()
+                backoff.reset()

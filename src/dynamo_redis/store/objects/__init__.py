@@ -1,0 +1,1 @@
+"""The object store: model files in chunks."""

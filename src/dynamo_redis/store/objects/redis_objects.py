@@ -1,0 +1,411 @@
+"""The object store on Redis: files of any size in chunks, replaced atomically, checked when read.
+
+An object's keys share a hash tag of its own, `{prefix/object/<bucket>/<name>}`, so that one script can see
+all of them, also in a cluster:
+
+    {tag}:current                        hash: the current version's manifest (size, sha256, digests, codec)
+    {tag}:chunk:<chunk_bytes>:<sha256>   a chunk, under the digest of the content up to its end
+    {tag}:done:<version>                 for a while: the commit of that version took effect
+
+A *put* writes the chunks beside the current version, with an expiry that it renews until it is done. Then
+one script checks that every chunk is there, takes its expiry away, and replaces the manifest. An upload that
+dies leaves chunks that expire, and nothing else. Content that is there is not sent again, be it of an earlier
+upload, of the current version, or of one just replaced; and of several uploads of the same content at once
+each chunk is sent by one of them.
+
+A *reader* takes the manifest once and reads what it lists. The chunks of a replaced version get an expiry;
+the reader renews it for those still to come, each third of it. Each chunk is verified before it is handed on,
+and with the last one the whole: the digests are those of the content from its beginning.
+
+Both go on when their connection breaks, for some seconds (`Patience`): a few chunks are under way at a time,
+and each of them, and the commit, can be repeated. A commit that took effect leaves a mark, so that its
+repetition never undoes what others did to the object meanwhile.
+
+The names of all objects stand in an index under a tag of its own, `{prefix/object}:names`. No script can
+change two tags, so a name goes there *before* its object is made current, and listing checks each name: an
+object that is current is always listed. A name without an object is dropped once it is an hour old; a put
+takes far less time from the one step to the other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import secrets
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+from dynamo_redis.config import StoreSettings
+from dynamo_redis.errors import (
+    LockLost,
+    ObjectChanged,
+    ObjectNotFound,
+    StoreError,
+    StoreRefused,
+    StoreUnavailable,
+)
+from dynamo_redis.store.base import HeldLock, ObjectInfo, ObjectSource, Progress
+from dynamo_redis.store.lock_keys import LockKeys
+from dynamo_redis.store.objects.chunks import ObjectChunks, Patience, recovering
+from dynamo_redis.store.objects.content import (
+    CHUNK_BYTES,
+    Chunk,
+    WholeReads,
+    check_fence,
+    chunks_of,
+    next_chunk,
+    source_size_bytes,
+)
+from dynamo_redis.store.objects.manifest import (
+    INFO_FIELDS,
+    Manifest,
+    ObjectKeys,
+    Replaceable,
+    chunk_name,
+    info_of_fields,
+)
+from dynamo_redis.store.objects.overlap import overlapped
+from dynamo_redis.store.redis.client import RedisClient
+from dynamo_redis.store.scripts import load_script
+
+log = logging.getLogger(__name__)
+
+CHUNKS_UNDER_WAY_COUNT = 3
+"""How many chunks an upload sends, or a read fetches, at a time: enough that none waits for another's round
+trip, few enough that the memory of both sides is bounded and the server is never given a burst."""
+
+_UPLOAD_TRIES = 3
+_COMMIT_TRIES = 100
+_KEYS_A_CALL = 500
+_FORGET_AFTER_S = 3600.0
+
+_COMMIT = load_script("object_commit")
+_REMOVE = load_script("object_remove")
+_FORGET = load_script("object_forget")
+
+T = TypeVar("T")
+
+
+_Pointer = list[bytes | None] | StoreRefused
+"""The values of `INFO_FIELDS`; or the refusal, if the key is of another Redis type."""
+
+
+class RedisObjectStore(WholeReads):
+    """`ObjectStore` on one Redis or Valkey. `aclose` closes the client.
+
+    Cancelling a call is safe at any point: an object is replaced as a whole or not at all.
+    """
+
+    def __init__(
+        self,
+        client: RedisClient,
+        prefix: str,
+        *,
+        chunk_bytes: int = CHUNK_BYTES,
+        patience: Patience | None = None,
+        looks_only: bool = False,
+    ) -> None:
+        """`looks_only`: reading and listing write nothing; a version replaced meanwhile is not kept."""
+        self._looks_only = looks_only
+        self._client = client
+        self._prefix = prefix
+        self._chunk_bytes = chunk_bytes
+        self._patience = patience or Patience()
+
+    @classmethod
+    def from_settings(cls, settings: StoreSettings, *, looks_only: bool = False) -> Self:
+        """With a client of its own, not yet connected. Raises ConfigError if no server is configured."""
+        url, timeout_s = settings.require_url(), settings.command_timeout_s
+        client = RedisClient(url, timeout_s=timeout_s, client_name="dynamo-redis-objects")
+        return cls(client, settings.prefix, looks_only=looks_only)
+
+    # ------------------------------------------------------------------ put
+
+    async def put(
+        self,
+        bucket: str,
+        name: str,
+        source: ObjectSource,
+        *,
+        progress: Progress | None = None,
+        fence: HeldLock | None = None,
+    ) -> ObjectInfo:
+        """As `ObjectStore.put`; holds a few chunks in memory. Of several puts at once, the last to end stays.
+
+        Raises OSError if a file cannot be read. If Redis loses chunks meanwhile (a restart without its data),
+        bytes and files are sent again; pieces are gone by then, and it raises StoreUnavailable.
+        """
+        keys = ObjectKeys(self._prefix, bucket, name)
+        check_fence(fence, keys.url)
+        await self._replaceable(keys)  # refused before anything is sent, and no patience with a dead server
+        tries = _UPLOAD_TRIES if isinstance(source, bytes | Path) else 1
+        for _ in range(tries):
+            sent: list[str] = []
+            async with self._renewing(keys, sent):
+                manifest = await self._upload(keys, source, sent, progress)
+                info = await self._commit(keys, manifest, fence)
+            if info is not None:
+                return info
+        raise StoreUnavailable(
+            f"{keys.url}: Redis lost chunks while they were uploaded; put the object again"
+        )
+
+    async def _upload(
+        self, keys: ObjectKeys, source: ObjectSource, sent: list[str], progress: Progress | None
+    ) -> Manifest:
+        """Bring every chunk to Redis; `sent` names those that must be kept alive from now on."""
+        total_bytes = await source_size_bytes(source)
+        whole = hashlib.sha256()
+        digests: list[str] = []
+        done_bytes = 0
+        chunks = self._chunks(keys)
+        upload = secrets.token_hex(8)
+
+        async def send(chunk: Chunk) -> tuple[str, int]:
+            name = chunk_name(chunk.digest, self._chunk_bytes)
+            await chunks.send(name, chunk.content, upload)
+            sent.append(name)
+            return chunk.digest, len(chunk.content)
+
+        async def sends() -> AsyncGenerator[Coroutine[Any, Any, tuple[str, int]]]:
+            async with contextlib.aclosing(chunks_of(source, self._chunk_bytes, whole)) as found:
+                async for chunk in found:
+                    yield send(chunk)
+
+        async with contextlib.aclosing(overlapped(sends(), limit_count=CHUNKS_UNDER_WAY_COUNT)) as done:
+            async for digest, size_bytes in done:
+                digests.append(digest)
+                done_bytes += size_bytes
+                if progress is not None:
+                    progress(done_bytes, total_bytes)
+        return Manifest(
+            version=secrets.token_hex(8),
+            size_bytes=done_bytes,
+            sha256=whole.hexdigest(),
+            chunk_bytes=self._chunk_bytes,
+            digests=tuple(digests),
+        )
+
+    async def _commit(self, keys: ObjectKeys, new: Manifest, fence: HeldLock | None) -> ObjectInfo | None:
+        """Make the manifest current; None if chunks are missing."""
+        await self._recovering(partial(self._remember, keys))
+        done, new_chunks = keys.done(new.version), keys.chunks(new.chunks)
+        kept = set(new.chunks)
+
+        async def attempt() -> list[Any]:
+            check_fence(fence, keys.url)
+            old = await self._replaceable(keys)
+            replaced = [chunk for chunk in old.chunks if chunk not in kept] if old else []
+            owner, token = (fence.owner, fence.fencing_token) if fence else ("", "")
+            answer: list[Any] = await self._client.script(
+                _COMMIT,
+                [keys.current, self._lock(keys), done, *new_chunks, *keys.chunks(replaced)],
+                [
+                    *(len(new_chunks), old.version if old else "", self._patience.expiry_ms),
+                    *(owner, token, *new.fields()),
+                ],
+            )
+            return answer
+
+        for _ in range(_COMMIT_TRIES):
+            answer, *rest = await self._recovering(attempt)
+            if answer == b"ok":
+                return new.info(keys, created_at_ms=int(rest[0]))
+            if answer == b"missing":
+                log.info("%s: %d chunks are gone before the upload is complete", keys.url, rest[0])
+                return None
+            if answer == b"lost":
+                raise LockLost(keys.url, "somebody else has it, or nobody")
+        raise StoreUnavailable(f"{keys.url} is replaced by others all the time; put it again later")
+
+    def _lock(self, keys: ObjectKeys) -> str:
+        return LockKeys.of_object(self._prefix, keys.bucket, keys.name).lock
+
+    @contextlib.asynccontextmanager
+    async def _renewing(self, keys: ObjectKeys, sent: list[str]) -> AsyncIterator[None]:
+        """Keep the chunks named in `sent` alive, however slowly further ones come."""
+
+        async def renew() -> None:
+            while True:
+                await asyncio.sleep(self._patience.expiry_s / 3)
+                try:
+                    await self._chunks(keys).renew(tuple(sent))
+                except StoreError as exc:
+                    log.debug("%s: chunks not renewed: %s", keys.url, exc)  # the commit checks them
+
+        task = asyncio.create_task(renew(), name=f"renew chunks of {keys.url}")
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.wait([task])
+
+    # ------------------------------------------------------------------ read
+
+    async def _open(self, bucket: str, name: str) -> tuple[ObjectInfo, AsyncGenerator[bytes]]:
+        keys = ObjectKeys(self._prefix, bucket, name)
+        manifest = await self._manifest(keys)
+        if manifest is None:
+            raise ObjectNotFound(keys.url)
+        return manifest.info(keys, manifest.created_at_ms), self._verified(keys, manifest)
+
+    async def _verified(self, keys: ObjectKeys, manifest: Manifest) -> AsyncGenerator[bytes]:
+        """The content, each chunk once its digest is known to be right."""
+        count = len(manifest.digests)
+        whole = hashlib.sha256()
+        contents = overlapped(self._fetches(keys, manifest), limit_count=CHUNKS_UNDER_WAY_COUNT)
+        async with contextlib.aclosing(contents):
+            for index, digest in enumerate(manifest.digests):
+                content = await anext(contents)
+                if content is None:
+                    raise ObjectChanged(keys.url, f"chunk {index} of {count} is gone")
+                if (await next_chunk(content, whole)).digest != digest:
+                    if not self._looks_only:
+                        await self._chunks(keys).report_damage(manifest.chunks[index])
+                    raise ObjectChanged(keys.url, f"chunk {index} of {count} is damaged")
+                yield content
+
+    async def _fetches(
+        self, keys: ObjectKeys, manifest: Manifest
+    ) -> AsyncGenerator[Coroutine[Any, Any, bytes | None]]:
+        """A call for each chunk; those that are still to come are kept alive meanwhile."""
+        chunks, names = self._chunks(keys), manifest.chunks
+        renewed_at = time.monotonic()
+        for index, name in enumerate(names):
+            if not self._looks_only and time.monotonic() - renewed_at > self._patience.expiry_s / 3:
+                renewed_at = time.monotonic()
+                await self._recovering(partial(chunks.renew, names[index:]))
+            yield chunks.fetch(name)
+
+    async def info(self, bucket: str, name: str) -> ObjectInfo | None:
+        """As `ObjectStore.info`."""
+        keys = ObjectKeys(self._prefix, bucket, name)
+        return info_of_fields(await self._client.execute("HMGET", keys.current, *INFO_FIELDS), keys)
+
+    async def holds(self, bucket: str, name: str, sha256: str) -> bool:
+        """As `ObjectStore.holds`: every chunk is there, and no reader has found one of them damaged."""
+        keys = ObjectKeys(self._prefix, bucket, name)
+        try:
+            manifest = await self._manifest(keys)
+        except ObjectChanged:
+            return False
+        if manifest is None or manifest.sha256 != sha256:
+            return False
+        return await self._chunks(keys).are_whole(manifest.chunks)
+
+    async def _manifest(self, keys: ObjectKeys) -> Manifest | None:
+        fields = await self._client.execute("HGETALL", keys.current)
+        return Manifest.of_fields(fields, keys.url) if fields else None
+
+    async def _replaceable(self, keys: ObjectKeys) -> Replaceable | None:
+        return Replaceable.of_fields(await self._client.execute("HGETALL", keys.current))
+
+    def _chunks(self, keys: ObjectKeys) -> ObjectChunks:
+        return ObjectChunks(self._client, keys, self._patience)
+
+    async def _recovering(self, call: Callable[[], Awaitable[T]]) -> T:
+        return await recovering(self._client, self._patience.recovery_s, call)
+
+    # ------------------------------------------------------------------ list and remove
+
+    async def list(
+        self, bucket: str | None = None, *, on_left_out: Callable[[str], None] | None = None
+    ) -> list[ObjectInfo]:
+        """As `ObjectStore.list`. What cannot be read is left out: a name, a manifest."""
+        leave_out = on_left_out or partial(log.warning, "left out of the list: %s")
+        entries: list[tuple[ObjectKeys, bytes, bytes]] = []
+        for path, score in (await self._all_names()).items():
+            try:
+                keys = ObjectKeys.of_path(self._prefix, path.decode())
+            except ValueError as exc:
+                leave_out(f"{path[:80]!r} is not the name of an object: {exc}")
+                continue
+            if bucket is None or keys.bucket == bucket:
+                entries.append((keys, path, score))
+        found: list[ObjectInfo] = []
+        unused: list[tuple[bytes, bytes]] = []
+        for start in range(0, len(entries), _KEYS_A_CALL):
+            part = entries[start : start + _KEYS_A_CALL]
+            pointers = await self._pointers([keys for keys, _, _ in part])
+            for (keys, path, score), values in zip(part, pointers, strict=True):
+                try:
+                    if isinstance(values, StoreRefused):
+                        raise values
+                    info = info_of_fields(values, keys)
+                except StoreError as exc:
+                    leave_out(str(exc))
+                    continue
+                if info is not None:
+                    found.append(info)
+                else:
+                    unused.append((path, score))
+        await self._forget(unused)
+        return sorted(found, key=lambda info: (info.bucket, info.name))
+
+    async def _all_names(self) -> dict[bytes, bytes]:
+        """The index, name → score, page by page: one that is put meanwhile may be missed."""
+        names: dict[bytes, bytes] = {}
+        cursor = b"0"
+        while True:
+            cursor, page = await self._client.execute("ZSCAN", self._names, cursor, "COUNT", _KEYS_A_CALL)
+            names.update(zip(page[::2], page[1::2], strict=True))
+            if cursor == b"0":
+                return names
+
+    async def _pointers(self, objects: Sequence[ObjectKeys]) -> Sequence[_Pointer]:
+        """What a listing needs of each pointer; the refusal in place of one that is of another Redis type."""
+        commands = [("HMGET", keys.current, *INFO_FIELDS) for keys in objects]
+        try:
+            return await self._client.pipeline(commands)
+        except StoreRefused:
+            found = []
+            for command in commands:
+                try:
+                    found.append(await self._client.execute(*command))
+                except StoreRefused as exc:
+                    found.append(exc)
+            return found
+
+    async def remove(self, bucket: str, name: str) -> bool:
+        """As `ObjectStore.remove`. Those who read it can finish. Its name leaves the index later."""
+        keys = ObjectKeys(self._prefix, bucket, name)
+        for _ in range(_COMMIT_TRIES):
+            old = await self._replaceable(keys)
+            if old is None:
+                return False
+            chunks = keys.chunks(old.chunks)
+            if await self._client.script(
+                _REMOVE, [keys.current, *chunks], [old.version, self._patience.expiry_ms]
+            ):
+                return True
+        raise StoreUnavailable(f"{keys.url} is replaced by others all the time; remove it again later")
+
+    @property
+    def _names(self) -> str:
+        return f"{{{self._prefix}/object}}:names"
+
+    async def _remember(self, keys: ObjectKeys) -> None:
+        await self._client.execute("ZADD", self._names, await self._server_time_s(), keys.path)
+
+    async def _forget(self, unused: Sequence[tuple[bytes, bytes]]) -> None:
+        """Drop names that have had no object for so long that no put can be about to make one current."""
+        if not unused or self._looks_only:
+            return
+        limit = await self._server_time_s() - _FORGET_AFTER_S
+        for start in range(0, len(unused), _KEYS_A_CALL):
+            part = [pair for pair in unused[start : start + _KEYS_A_CALL] if float(pair[1]) < limit]
+            if part:
+                await self._client.script(_FORGET, [self._names], [word for pair in part for word in pair])
+
+    async def _server_time_s(self) -> int:
+        seconds, _ = await self._client.execute("TIME")
+        return int(seconds)
+
+    async def aclose(self) -> None:
+        """Close the connections. Never raises for a dead server."""
+        await self._client.aclose()

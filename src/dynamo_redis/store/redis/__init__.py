@@ -1,0 +1,1 @@
+"""The client of Redis: connections, scripts, errors of the server, health."""

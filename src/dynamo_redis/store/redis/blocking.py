@@ -1,0 +1,208 @@
+"""A connection that waits for the server: XREAD BLOCK and the like.
+
+Every process reads every change of the registry, so this is the hot path of the whole deployment. redis-py
+makes the connection (address, TLS, login); then, where hiredis is there, its transport is given to a protocol
+that does nothing but parse what arrives: a fraction of the work of a pool, a stream and two time-outs a read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from importlib.util import find_spec
+from typing import Any, Final, Protocol
+
+from redis import exceptions as redis_errors
+
+from dynamo_redis.errors import StoreError
+from dynamo_redis.store.redis.deadline import LONGEST_TIMES, Deadline, leaving_s
+from dynamo_redis.store.redis.server_errors import FAILURES, ErrorReply
+
+HAS_HIREDIS: Final = find_spec("hiredis") is not None
+
+Argument = bytes | str | int | float
+"""What a command is made of."""
+
+_PART: Final = object()
+
+
+def pack(*words: Argument, more_count: int = 0) -> bytes:
+    """A command as the protocol has it; the caller appends `more_count` further words to it."""
+    return b"".join((b"*%d\r\n" % (len(words) + more_count), *map(pack_word, words)))
+
+
+def pack_word(word: Argument) -> bytes:
+    """A word of a command."""
+    content = word if isinstance(word, bytes) else str(word).encode()
+    return b"$%d\r\n%b\r\n" % (len(content), content)
+
+
+class Link(Protocol):
+    """A connection over which one request at a time is sent: commands that go, and are answered, together."""
+
+    async def exchange(self, request: bytes, answer_count: int, limit_s: float) -> list[Any]:
+        """Send commands and await all answers, `limit_s` from one byte to the next, as a `Deadline` does.
+        Raises one of FAILURES; then abort it."""
+        ...
+
+    def abort(self) -> None: ...
+
+
+class BlockingConnection:
+    """One connection, made when needed. For one task at a time; its owner closes it.
+
+    `connect` answers a redis-py connection that has logged in. `error` tells what a failure means. `epoch`
+    grows when all connections have to be made anew: this one is, before its next command.
+    """
+
+    def __init__(
+        self,
+        connect: Callable[[], Awaitable[Any]],
+        error: Callable[[BaseException], StoreError],
+        epoch: Callable[[], int],
+        timeout_s: float,
+    ) -> None:
+        self._connect = connect
+        self._error = error
+        self._epoch = epoch
+        self._made_in = 0
+        self._timeout_s = timeout_s
+        self._link: Link | None = None
+
+    async def execute(self, command: bytes, *, block_s: float) -> Any:
+        """Run a packed command that may block for `block_s`. After any StoreError the next connects anew."""
+        return (await self.execute_all((command,), block_s=block_s))[0]
+
+    async def execute_all(self, commands: Sequence[bytes], *, block_s: float) -> list[Any]:
+        """`execute` for several, in order and in one round trip. The first that fails is raised."""
+        if self._made_in != self._epoch():
+            self._drop()
+        try:
+            if self._link is None:
+                self._made_in = self._epoch()
+                async with asyncio.timeout(self._timeout_s):
+                    self._link = _link(await self._connect())
+            request = commands[0] if len(commands) == 1 else b"".join(commands)
+            return await self._link.exchange(request, len(commands), block_s + self._timeout_s)
+        except FAILURES as exc:
+            self._drop()
+            raise self._error(exc) from exc
+        except BaseException:  # cancelled: nobody would read the answer
+            self._drop()
+            raise
+
+    def _drop(self) -> None:
+        if self._link is not None:
+            self._link.abort()
+            self._link = None
+
+    async def aclose(self) -> None:
+        """Close the connection. Never waits for the server."""
+        self._drop()
+
+
+def _link(connection: Any) -> Link:
+    return _ParserLink(connection) if HAS_HIREDIS else _StreamLink(connection)
+
+
+class _ParserLink(asyncio.Protocol):
+    """On the transport of a redis-py connection, in the place of its stream.
+
+    One timer serves all exchanges: it looks at the deadline when it fires, and is set again if there is time.
+    What has arrived of an answer moves the deadline (`deadline.Deadline`), up to the latest.
+    """
+
+    def __init__(self, connection: Any) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._connection = connection  # owns the writer, which would close the transport with itself
+        self._transport: asyncio.Transport = connection._writer.transport
+        import hiredis
+
+        self._parser = hiredis.Reader(
+            protocolError=redis_errors.InvalidResponse,
+            replyError=ErrorReply,
+            notEnoughData=_PART,
+        )
+        self._answer: asyncio.Future[list[Any]] | None = None
+        self._answers: list[Any] = []
+        self._wanted_count = 0
+        self._limit_s = 0.0
+        self._deadline = 0.0
+        self._latest = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+        self._lost: Exception | None = None
+        self._transport.set_protocol(self)
+
+    async def exchange(self, request: bytes, answer_count: int, limit_s: float) -> list[Any]:
+        if self._lost is not None:
+            raise self._lost
+        self._answer = self._loop.create_future()
+        self._answers = []
+        self._wanted_count = answer_count
+        now = self._loop.time()
+        self._limit_s = limit_s
+        self._deadline = now + limit_s + leaving_s(len(request))
+        self._latest = now + LONGEST_TIMES * limit_s
+        if self._timer is None:
+            self._timer = self._loop.call_later(limit_s, self._check)
+        self._transport.write(request)
+        return await self._answer
+
+    def _check(self) -> None:
+        self._timer = None
+        if self._answer is None:
+            return
+        left_s = min(self._deadline, self._latest) - self._loop.time()
+        if left_s > 0:
+            self._timer = self._loop.call_later(left_s, self._check)
+        else:
+            self._finish(TimeoutError())
+
+    def _finish(self, error: Exception | None = None) -> None:
+        waiting, self._answer = self._answer, None
+        if waiting is None or waiting.done():
+            return
+        if error is not None:
+            waiting.set_exception(error)
+        else:
+            waiting.set_result(self._answers)
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            self._parser.feed(data)
+            while (answer := self._parser.gets()) is not _PART:
+                if isinstance(answer, Exception):
+                    self._finish(answer)
+                    return
+                self._answers.append(answer)
+                if len(self._answers) >= self._wanted_count:
+                    self._finish()
+                    return
+            self._deadline = self._loop.time() + self._limit_s
+        except redis_errors.InvalidResponse as exc:
+            self._finish(exc)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._lost = redis_errors.ConnectionError(f"Connection lost: {exc or 'closed by server'}")
+        self._finish(self._lost)
+
+    def abort(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._transport.abort()
+        self._connection._close()
+
+
+class _StreamLink:
+    """All by redis-py."""
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+
+    async def exchange(self, request: bytes, answer_count: int, limit_s: float) -> list[Any]:
+        async with Deadline(limit_s):
+            await self._connection.send_packed_command(request, check_health=False)
+            return [await self._connection.read_response() for _ in range(answer_count)]
+
+    def abort(self) -> None:
+        self._connection._close()

@@ -1,0 +1,1 @@
+"""The registry: leases, keys, the change log and watches."""

@@ -1,0 +1,27 @@
+"""Removes a whole registry, with its objects and events: for tests that share a server with others."""
+
+from __future__ import annotations
+
+import re
+
+from dynamo_redis.store.redis.client import RedisClient
+
+_GLOB = re.compile(r"([*?\[\]\\^])")
+_KEYS_A_CALL = 500
+
+
+async def erase_prefix(url: str, prefix: str, *, timeout_s: float = 3.0) -> int:
+    """Delete every key of the registry `prefix` and answer how many there were. Raises StoreError.
+
+    No process may use it any more: what is written meanwhile may stay.
+    """
+    client = RedisClient(url, timeout_s=timeout_s)
+    erased = 0
+    try:
+        for tag in (f"{{{prefix}}}", f"{{{prefix}/"):  # the registry's own tag, and those below it
+            keys = [key async for key in client.scan(_GLOB.sub(r"\\\1", tag) + "*")]
+            for start in range(0, len(keys), _KEYS_A_CALL):
+                erased += await client.execute("UNLINK", *keys[start : start + _KEYS_A_CALL])
+    finally:
+        await client.aclose()
+    return erased

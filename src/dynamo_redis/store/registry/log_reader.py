@@ -1,0 +1,270 @@
+"""The one reader of the change log in a process: follows it, notices lost history, and feeds the watches.
+
+It keeps a position. An entry whose predecessor is not that position, a position that the registry no longer
+has (compared after each empty read and each reconnect), or another incarnation mean that history was lost:
+then every view is read again and every watch gets the difference. A broken connection alone means nothing:
+reading goes on at the position.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from dynamo_redis.errors import Compacted, InvalidRecord, SchemaMismatch, StoreError, StoreUnavailable
+from dynamo_redis.store.base import Revision, Snapshot
+from dynamo_redis.store.redis.blocking import pack, pack_word
+from dynamo_redis.store.redis.client import Backoff
+from dynamo_redis.store.redis.health import Health
+from dynamo_redis.store.registry.change_log import Change, Position, order, size_bytes
+from dynamo_redis.store.registry.scripts_api import HistoryLost, KeyValue, check_chain, parse_changes
+from dynamo_redis.store.registry.watch import Fanout, QueueWatch
+from dynamo_redis.supervision import Supervisor
+
+logger = logging.getLogger(__name__)
+
+BLOCK_S: Final = 2.0
+CATCH_UP_POLL_S: Final = 0.002
+RESYNC_WINDOW_S: Final = 5.0
+"""Longest that a resync is put off so that not all processes read at once."""
+RESYNC_S: Final = 0.0002
+RESYNC_RECORD_S: Final = 2e-6
+"""What a server needs for one process's resync, and for each record of it."""
+CONNECTIONS_A_PROCESS: Final = 4
+
+
+def spread_s(process_count: int) -> float:
+    """A random wait that keeps that many processes from doing the same at once; at most 1 s."""
+    return random.uniform(0, min(1.0, 0.05 * max(1.0, process_count / 8)))  # noqa: S311 - jitter
+
+
+class LogReader:
+    """Follows the log from `start` to `aclose`, in a task of its own.
+
+    `on_changes` is called with the entries read, in order; `on_disturbance` with a reason, after a
+    reconnect or lost history. Both run on the event loop and must not raise.
+    """
+
+    def __init__(
+        self,
+        kv: KeyValue,
+        health: Health,
+        *,
+        on_changes: Callable[[Sequence[Change]], None],
+        on_disturbance: Callable[[str], None],
+    ) -> None:
+        self.fanout = Fanout()
+        self.process_count = 1
+        self._kv = kv
+        self._health = health
+        self._on_changes = on_changes
+        self._on_disturbance = on_disturbance
+        self._position: Position | None = None
+        self._cursor = Revision("")  # the last entry that was read, also one that is nobody's change
+        self._lost: str | None = None
+        self._supervisor = Supervisor(logger, "registry log reader")
+        self._loading = asyncio.Lock()
+        self._connection = kv.client.blocking()
+        self._task: asyncio.Task[None] | None = None
+        self._loads: set[asyncio.Task[None]] = set()
+
+    @property
+    def position(self) -> Position:
+        """Where the reader is."""
+        assert self._position is not None, "the registry has not been started"
+        return self._position
+
+    def start(self, position: Position) -> None:
+        """Follow the log from there."""
+        self._position = position
+        self._task = asyncio.create_task(self._run(), name="registry log reader")
+
+    async def aclose(self) -> None:
+        """Stop reading and end every watch."""
+        tasks = [task for task in (self._task, *self._loads) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self.fanout.aclose()
+        await self._connection.aclose()
+
+    # ------------------------------------------------------------------ following
+
+    async def _run(self) -> None:
+        backoff = Backoff()
+        while True:
+            try:
+                await self._verify()
+                await self._read_once()
+                backoff.reset()
+                await self._follow()
+            except HistoryLost as exc:
+                self._lost = str(exc)
+                await asyncio.sleep(backoff.next_s())  # what a stranger has written may be found again
+            except StoreError as exc:
+                self._kv.log_page.failed()
+                self._health.failed(await self._kv.client.named(exc, self._kv.keys.structures))
+                await asyncio.sleep(backoff.next_s())
+            except Exception as exc:  # noqa: BLE001 - logged, with its traceback
+                self._supervisor.failed(exc)
+                self._lost = "the change log could not be read"
+                await asyncio.sleep(backoff.next_s())
+
+    async def _read_once(self) -> None:
+        """Read without waiting. Only now is it known that the log can be read, not only asked for its end."""
+        self._cursor = self.position.revision
+        read = pack("XREAD", "COUNT", 1, "STREAMS", self._kv.keys.log, self._cursor)
+        reply = await self._connection.execute(read, block_s=0.0)
+        if not self._health.connected:
+            self._health.succeeded()
+            self._on_disturbance("the connection was lost")
+        if reply is not None:
+            self._advance(reply[0][1])
+
+    async def _follow(self) -> None:
+        """Read until something is wrong."""
+        page, block_ms, count, read_after = self._kv.log_page, round(BLOCK_S * 1000), 0, b""
+        while True:
+            if count != page.count:
+                count = page.count
+                limits = ("COUNT", count, "BLOCK", block_ms)
+                read_after = pack("XREAD", *limits, "STREAMS", self._kv.keys.log, more_count=1)
+            reply = await self._connection.execute(read_after + pack_word(self._cursor), block_s=BLOCK_S)
+            if reply is None:
+                await self._verify()
+            else:
+                changes = self._advance(reply[0][1])
+                page.took(len(changes), size_bytes(changes))
+                await asyncio.sleep(0)  # whoever waits for these changes comes first, then the next read
+
+    def _advance(self, entries: Sequence[Any]) -> Sequence[Change]:
+        """Take in entries; answers the changes that they are."""
+        changes = parse_changes(entries, self._leave_out)
+        check_chain(self.position.revision, self.position.operation, changes)
+        self._cursor = Revision(entries[-1][0].decode())
+        if not changes:
+            return changes
+        last = changes[-1]
+        self._position = self._kv.saw(Position(self.position.incarnation, last.revision, last.operation))
+        self.fanout.follow(changes)
+        self._on_changes(changes)
+        return changes
+
+    def _leave_out(self, exc: InvalidRecord) -> None:
+        self._supervisor.skip(exc.key, exc)
+
+    async def _verify(self) -> None:
+        """That the registry still has the reader's position; otherwise, and after lost history, resync."""
+        now = await self._kv.position()
+        if now is None or self._compare(now):
+            # The log itself tells: what a script has logged and not yet made is not in the head.
+            now = await self._kv.initialize()
+        reason = self._compare(now) or self._lost
+        if reason is not None:
+            self._lost = reason
+            await self._resync(reason)
+            self._lost = None
+
+    def _compare(self, now: Position) -> str | None:
+        known = self.position
+        if now.incarnation != known.incarnation:
+            return "the registry was wiped"
+        if order(now.revision) < order(known.revision):
+            return "the registry's history was rewound"
+        if now.revision == known.revision and now.operation != known.operation:
+            return "the registry's history was rewritten"
+        return None
+
+    async def _resync(self, reason: str) -> None:
+        await self._take_turns()
+        async with self._loading:
+            position = await self._kv.initialize()
+            views = list(self.fanout.views.values())  # others may come and go meanwhile
+            loaded = [(view, *await self._kv.snapshot(view.prefix)) for view in views]
+            if any(at.incarnation != position.incarnation for _, _, at in loaded):
+                raise HistoryLost("the registry was wiped")
+            for view, snapshot, at in loaded:
+                self._name_invalid(snapshot)
+                view.replace(snapshot, at, reason)
+            self._position, self._cursor = position, position.revision
+        logger.info("resync of %d watched prefixes: %s", len(loaded), reason)
+        self._on_disturbance(reason)
+
+    def _name_invalid(self, snapshot: Snapshot) -> None:
+        for exc in snapshot.invalid:
+            self._leave_out(exc)
+
+    async def _take_turns(self) -> None:
+        """Wait a random time, long enough for all processes to read what they watch one after the other.
+
+        How many there are is told by the leases, and by the connections where INFO is allowed: frontends
+        have no lease.
+        """
+        crowd = max(self.process_count, await self._kv.client_count() // CONNECTIONS_A_PROCESS)
+        record_count = sum(len(view.records) for view in self.fanout.views.values())
+        window_s = min(RESYNC_WINDOW_S, crowd * (RESYNC_S + record_count * RESYNC_RECORD_S))
+        await asyncio.sleep(random.uniform(0, window_s))  # noqa: S311 - jitter
+
+    # ------------------------------------------------------------------ watches
+
+    def watch(self, prefix: str, start_revision: Revision | None) -> QueueWatch:
+        """A new watch; a task loads what it begins with."""
+        watch = self.fanout.watch(prefix, after=start_revision is not None)
+        if not watch.view.is_loaded or start_revision is not None:
+            task = asyncio.create_task(self._load(watch, start_revision), name=f"watch of {prefix!r}")
+            self._loads.add(task)
+            task.add_done_callback(self._loads.discard)
+        return watch
+
+    async def _load(self, watch: QueueWatch, start_revision: Revision | None) -> None:
+        backoff = Backoff()
+        while not watch.closed:
+            try:
+                await self._load_view(watch)
+                if start_revision is not None:
+                    await self._load_history(watch, start_revision)
+                return
+            except (Compacted, SchemaMismatch) as exc:
+                watch.fail(exc)
+                return
+            except StoreError as exc:
+                logger.debug("watch of %r: %s", watch.view.prefix, exc)
+            except Exception as exc:  # noqa: BLE001 - logged, with its traceback
+                self._supervisor.failed(exc)
+            await asyncio.sleep(backoff.next_s())
+
+    async def _load_view(self, watch: QueueWatch) -> None:
+        view = watch.view
+        while not view.is_loaded:
+            async with self._loading:
+                if not view.is_loaded:
+                    view.begin_load()
+                    snapshot, position = await self._kv.snapshot(view.prefix)
+                    if position.incarnation != self.position.incarnation:
+                        raise HistoryLost("the registry was wiped")
+                    self._name_invalid(snapshot)
+                    view.finish_load(snapshot, position)
+
+    async def _load_history(self, watch: QueueWatch, start_revision: Revision) -> None:
+        """What happened between `start_revision` and the view's position. Raises Compacted."""
+        now = await self._kv.position()
+        try:
+            if now is None or order(now.revision) < order(start_revision):
+                raise Compacted(start_revision)
+            await self._catch_up(watch, start_revision)
+            joined = watch.join()
+            watch.begin_with(await self._kv.changes(start_revision, None, joined), joined.revision)
+        except (HistoryLost, ValueError) as exc:
+            raise Compacted(start_revision) from exc
+
+    async def _catch_up(self, watch: QueueWatch, revision: Revision) -> None:
+        """Wait until the view has reached a revision that the registry has."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._kv.client.timeout_s
+        while watch.view.position is None or order(watch.view.position.revision) < order(revision):
+            if loop.time() > deadline:
+                raise StoreUnavailable("the change log is not being read")
+            await asyncio.sleep(CATCH_UP_POLL_S)

@@ -1,0 +1,210 @@
+"""What makes ended leases go: ticks, and the hint that a lease's key has expired.
+
+A tick is one script call, which reaps a bounded number of leases. All processes together tick some 4 times a
+second where up to `LISTENERS_COUNT` leases live, and some 16 times where there are more: each process every
+`TICK_S` while there are few, and less often the more leases there are. How many there are is only known from
+the last look, and thousands may have died since, so a process that finds too long a pause behind it ticks
+every `TICK_S` itself. Renewals of the own lease look, too.
+
+Expiry notifications make it faster where there are few processes; they may be late, lost or switched off.
+Where there are many, ticks come as fast, and each notification would go to every process: none listens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from dynamo_redis.errors import StoreError, StoreRefused
+from dynamo_redis.store.base import LeaseId
+from dynamo_redis.store.keys import parse_lease
+from dynamo_redis.store.redis.client import Backoff, Subscription
+from dynamo_redis.store.redis.health import Health
+from dynamo_redis.store.registry.change_log import Change
+from dynamo_redis.store.registry.scripts_api import KeyValue, Renewal, Tick
+from dynamo_redis.supervision import Supervisor
+
+logger = logging.getLogger(__name__)
+
+TICK_S: Final = 0.5
+SHARED_BY_COUNT: Final = 8
+"""From so many leases on, ticks become rarer in each process."""
+SHARED_BY_LISTENERS_COUNT: Final = 2
+"""The same where processes listen to notifications, which tell sooner: idle, they cost Redis less."""
+LEASELESS_TICK_S: Final = 5.0
+"""Longest pause of a process without a lease, which has no renewals to look at."""
+LISTENERS_COUNT: Final = 16
+"""Up to so many leases, processes listen to notifications; from twice as many on they stop."""
+HINT_WAIT_S: Final = 0.05
+POLL_S: Final = 2.0
+REMEMBERED_LEASES_COUNT: Final = 1024
+FLAGS: Final = "Kxe"
+ENDINGS: Final = (b"expired", b"del", b"evicted")
+
+
+class Pace:
+    """How long to wait between two ticks, from what was last seen of the registry. Pure."""
+
+    def __init__(self) -> None:
+        self.lease_count = 1
+        self._is_alone = True
+        self._has_lease = False
+
+    def ticked(self, tick: Tick) -> None:
+        """A tick of this process found this."""
+        self.lease_count = tick.lease_count
+        self._is_alone = self._is_overdue(tick.idle_s)
+
+    def renewed(self, renewal: Renewal) -> bool:
+        """A renewal of this process's lease found this. Answers whether a tick is overdue."""
+        self.lease_count, self._has_lease = renewal.lease_count, True
+        return self._is_overdue(renewal.idle_s)
+
+    @property
+    def interval_s(self) -> float:
+        """The pause to make now, before jitter."""
+        if self._is_alone:
+            return TICK_S
+        shared_by_count = SHARED_BY_LISTENERS_COUNT if self._listens else SHARED_BY_COUNT
+        shared_s = TICK_S * max(1.0, self.lease_count / shared_by_count)
+        return shared_s if self._has_lease else min(shared_s, LEASELESS_TICK_S)
+
+    @property
+    def _listens(self) -> bool:
+        return self.lease_count <= LISTENERS_COUNT
+
+    def _is_overdue(self, idle_s: float) -> bool:
+        """Answer whether that long without a tick is too long: two to four times the usual pause."""
+        return idle_s >= (TICK_S if self._listens else TICK_S / 2)
+
+
+class Reaper:
+    """Two tasks from `start` to `aclose`. `on_tick` gets the number of processes that hold a lease.
+
+    Ticks are writes that every process makes all the time: `health` learns by them whether writes are taken.
+    """
+
+    def __init__(self, kv: KeyValue, health: Health, on_tick: Callable[[int], None]) -> None:
+        self._kv = kv
+        self._health = health
+        self._on_tick = on_tick
+        self._pace = Pace()
+        self._ended: deque[LeaseId | None] = deque(maxlen=REMEMBERED_LEASES_COUNT)
+        self._overdue = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._supervisor = Supervisor(logger, "registry ticks and hints")
+
+    def start(self) -> None:
+        """Begin ticking and listening."""
+        self._tasks = [
+            asyncio.create_task(self._tick_on(), name="registry ticks"),
+            asyncio.create_task(self._listen_on(), name="registry hints"),
+        ]
+
+    async def aclose(self) -> None:
+        """Stop both."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def note(self, changes: Sequence[Change]) -> None:
+        """Remember which leases the log has shown to end: a hint about them is old news."""
+        self._ended.extend({change.lease for change in changes if change.kind in ("x", "r")})
+
+    def renewed(self, renewal: Renewal) -> None:
+        """See in a renewal of the own lease whether anybody ticks."""
+        self._health.wrote("renewal", full=renewal.full)
+        if self._pace.renewed(renewal):
+            self._overdue.set()
+        self._on_tick(renewal.lease_count)
+
+    # ------------------------------------------------------------------ ticks
+
+    async def _tick_on(self) -> None:
+        while True:
+            pause_s = self._pace.interval_s * random.uniform(0.75, 1.25)  # noqa: S311 - jitter
+            try:
+                async with asyncio.timeout(pause_s):
+                    await self._overdue.wait()
+            except TimeoutError:
+                pass
+            self._overdue.clear()
+            try:
+                await self._tick()
+            except StoreError as exc:
+                logger.debug("tick: %s", exc)
+            except Exception as exc:  # noqa: BLE001 - logged, with its traceback
+                self._supervisor.failed(exc)
+
+    async def _tick(self) -> None:
+        """Reap until nothing is overdue."""
+        try:
+            tick = await self._kv.tick()
+        except StoreError as exc:
+            self._health.refused("tick", exc)
+            raise
+        self._health.wrote("tick", full=tick.full)
+        self._pace.ticked(tick)
+        while tick.overdue_count:
+            tick = await self._kv.tick()
+        self._pace.lease_count = tick.lease_count
+        self._on_tick(tick.lease_count)
+
+    # ------------------------------------------------------------------ hints
+
+    async def _listen_on(self) -> None:
+        backoff = Backoff()
+        while True:
+            if self._pace.lease_count > LISTENERS_COUNT:
+                await asyncio.sleep(POLL_S)
+                continue
+            subscription: Subscription | None = None
+            try:
+                await self._allow_notifications()
+                subscription = await self._kv.client.subscribe(self._kv.keys.lease_channel)
+                await self._tick()  # what has ended while this process did not listen
+                backoff.reset()
+                while self._pace.lease_count <= 2 * LISTENERS_COUNT:
+                    await self._await_hint(subscription)
+            except StoreError as exc:
+                logger.debug("hints: %s", exc)
+            except Exception as exc:  # noqa: BLE001 - logged, with its traceback
+                self._supervisor.failed(exc)
+            finally:
+                if subscription is not None:
+                    await subscription.aclose()
+            await asyncio.sleep(backoff.next_s())
+
+    async def _await_hint(self, subscription: Subscription) -> None:
+        message = await subscription.next_message(POLL_S)
+        if message is None or message[1] not in ENDINGS:
+            return
+        lease = _lease_of(message[0])
+        if lease not in self._ended:
+            await asyncio.sleep(random.uniform(0, HINT_WAIT_S))  # noqa: S311 - somebody else may be first
+        if lease not in self._ended:
+            await self._tick()
+
+    async def _allow_notifications(self) -> None:
+        """Switch on the notifications that hints need, beside those in use, where that is allowed."""
+        client = self._kv.client
+        try:
+            reply = await client.execute("CONFIG", "GET", "notify-keyspace-events")
+            flags = reply[1].decode() if reply else ""
+            wanted = "K" if "A" in flags else FLAGS
+            missing = "".join(flag for flag in wanted if flag not in flags)
+            if missing:
+                await client.execute("CONFIG", "SET", "notify-keyspace-events", flags + missing)
+        except StoreRefused as exc:
+            logger.debug("expiry notifications stay as they are: %s", exc)
+
+
+def _lease_of(channel: bytes) -> LeaseId | None:
+    try:
+        return parse_lease(channel.rpartition(b":")[2])
+    except ValueError:
+        return None

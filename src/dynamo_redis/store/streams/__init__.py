@@ -1,0 +1,1 @@
+"""Event streams on Redis Streams."""

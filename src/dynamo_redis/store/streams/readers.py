@@ -1,0 +1,267 @@
+"""Readers of one event stream on Redis: a consumer group, and a tail without one.
+
+Each has a connection of its own, for blocking reads. With each read a group looks at the floor: if it is
+ahead of what had been read before, entries may have been trimmed unread, by the ceiling. It looks at the
+breaks, too: if they have changed, entries were deleted by hand, nobody knows which. The scripts find that
+out; the sign of life that each reader gives is one of them.
+
+After a failover to a server that had not all, entries may come again, or with ids that went back: they are
+handed on, since the publishers' sequences tell what they are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any, Final
+
+from dynamo_redis.errors import SchemaMismatch, StoreError, StreamLost, StreamTrimmed
+from dynamo_redis.store.event_base import BEGINNING, GROUP_TTL_S, Entry, EntryId, entry_order, just_before
+from dynamo_redis.store.redis.blocking import Argument, pack, pack_word
+from dynamo_redis.store.redis.client import Backoff, RedisClient
+from dynamo_redis.store.redis.page_size import PageSize
+from dynamo_redis.store.scripts import Script, load_script
+from dynamo_redis.store.stream_keys import StreamKeys
+
+SCHEMA: Final = "1"
+BLOCK_LIMIT_S: Final = 2.0
+BEAT_S: Final = GROUP_TTL_S / 3
+CHECK_S: Final = 1.0
+"""How often a reader that finds nothing asks whether something is gone."""
+READ_COUNT: Final = 1024
+READ_BYTES: Final = 4 << 20
+"""Most entries of a read, and about how many bytes."""
+_CONSUMER: Final = "reader"
+
+_CREATE = load_script("stream_create", "stream_prelude")
+_SEEK = load_script("stream_seek", "stream_prelude")
+_BEAT = load_script("stream_beat", "stream_prelude")
+
+SILENCE_MS = round(3 * GROUP_TTL_S * 1000)
+"""A group that has been silent for longer is removed."""
+
+
+async def stream_script(
+    client: RedisClient, script: Script, keys: StreamKeys, args: Sequence[Argument]
+) -> list[Any]:
+    """Run a stream's script until all is done; answer what follows its `ok`.
+
+    Raises StreamLost, StreamTrimmed, StoreError.
+    """
+    answer: bytes
+    rest: list[Any]
+    answer, *rest = await client.script(script, keys.all, args)
+    more: list[Any] = []
+    while answer == b"again":  # rest: a floor that is now out of date, and names of groups
+        more += rest[1:]
+        answer, *rest = await client.script(script, keys.all, args)
+    rest += more
+    if answer == b"schema":
+        raise SchemaMismatch(
+            f"the event stream {keys.stream.path}",
+            rest[0].decode("utf-8", "replace"),
+            SCHEMA,
+            remedy=f"upgrade the older side, or `dynamo-redis events rm {keys.stream.path}`",
+        )
+    if answer == b"lost":
+        raise StreamLost(f"the event stream {keys.stream.path}, or the reader's group in it, is gone")
+    if answer == b"trimmed":
+        raise StreamTrimmed(f"{keys.stream.path} has been trimmed up to {rest[0].decode()}")
+    return rest
+
+
+class _Reader(ABC):
+    """What both readers do: read on a connection of their own, and wait after failures."""
+
+    def __init__(self, client: RedisClient, keys: StreamKeys) -> None:
+        self._client = client
+        self._keys = keys
+        self._connection = client.blocking()
+        self._page = PageSize(READ_COUNT, page_bytes=READ_BYTES)
+        self._backoff = Backoff()
+        self._failed = False
+
+    async def read(self, *, count: int, block_s: float) -> list[Entry]:
+        """As `EventGroup.read` and `EventTail.read`. After a StoreUnavailable it waits, longer each time,
+        before it tries again, and then asks for less."""
+        if self._failed:
+            await asyncio.sleep(self._backoff.next_s())
+        try:
+            entries = await self._read(min(count, self._page.count), min(block_s, BLOCK_LIMIT_S))
+        except StoreError:
+            self._failed = True
+            self._page.failed()
+            raise
+        if entries:
+            self._page.took(len(entries), sum(len(entry.content) for entry in entries))
+        self._failed = False
+        self._backoff.reset()
+        return entries
+
+    @abstractmethod
+    async def _read(self, count: int, block_s: float) -> list[Entry]:
+        """Read up to `count` entries, waiting up to `block_s` for the first. Raises StoreError."""
+
+    async def aclose(self) -> None:
+        """Close the connection. Never waits for the server."""
+        await self._connection.aclose()
+
+
+class RedisEventGroup(_Reader):
+    """`EventGroup` on a consumer group. For one task; a cancelled read loses nothing."""
+
+    def __init__(self, client: RedisClient, keys: StreamKeys, name: str) -> None:
+        super().__init__(client, keys)
+        self.name: Final = name
+        self._last = BEGINNING
+        self._unanswered = False
+        """Whether entries may have been sent that never came: then they are pending in the group."""
+        self._applied: list[EntryId] = []
+        self._breaks = 0
+        self._floor = b""
+        self._beat_at = 0.0
+        self._look = pack("HMGET", keys.meta, "floor", "breaks")
+
+    async def create(self) -> EntryId:
+        """As `EventGroup.create`."""
+        end, breaks = await self._script(_CREATE)
+        self._begin(EntryId(end.decode()), breaks)
+        return self._last
+
+    async def seek(self, position: EntryId) -> None:
+        """As `EventGroup.seek`. Refuses also a position that is no entry of this stream, nor its floor."""
+        (breaks,) = await self._script(_SEEK, position)
+        self._begin(position, breaks)
+
+    def _begin(self, position: EntryId, breaks: int) -> None:
+        self._last, self._breaks = position, breaks
+        self._failed = self._unanswered = False
+        self._applied.clear()
+        self._beat_at = asyncio.get_running_loop().time()
+
+    async def acknowledge(self, entry_ids: Sequence[EntryId]) -> None:
+        """As `EventGroup.acknowledge`: goes with the next `read`."""
+        self._applied += entry_ids
+
+    async def _read(self, count: int, block_s: float) -> list[Entry]:
+        now = asyncio.get_running_loop().time()
+        if now - self._beat_at >= BEAT_S:
+            await self._beat()
+        if self._unanswered:
+            entries = await self._fetch(count, 0.0, self._last)
+            if entries:
+                return entries
+        self._unanswered = True
+        entries = await self._fetch(count, block_s, ">")
+        self._unanswered = False
+        if not entries and asyncio.get_running_loop().time() - self._beat_at >= CHECK_S:
+            await self._beat()
+        return entries
+
+    async def _fetch(self, count: int, block_s: float, after: str) -> list[Entry]:
+        """Entries never sent to this group (`>`), or those sent and not acknowledged behind an id."""
+        applied = tuple(self._applied)
+        commands = []
+        if applied:
+            words = b"".join(map(pack_word, applied))
+            commands.append(pack("XACK", self._keys.events, self.name, more_count=len(applied)) + words)
+        place = ("STREAMS", self._keys.events, after)
+        group = ("GROUP", self.name, _CONSUMER)
+        commands.append(pack("XREADGROUP", *group, "COUNT", count, *_wait(block_s), *place))
+        commands.append(self._look)
+        *_, reply, (floor, breaks) = await self._connection.execute_all(commands, block_s=block_s)
+        del self._applied[: len(applied)]
+        self._check(floor, breaks)
+        return self._follow(reply[0][1]) if reply else []
+
+    def _follow(self, raw: list[Any]) -> list[Entry]:
+        entries: list[Entry] = []
+        for entry_id, fields in raw:
+            if fields is None:
+                raise StreamTrimmed(f"{self._keys.stream.path}: entries were deleted unread")
+            entries.append(parse_entry(entry_id, fields))
+        if entries:
+            self._last = entries[-1].entry_id
+        return entries
+
+    def _check(self, floor: bytes | None, breaks: bytes | int | None) -> None:
+        """Whether all that follows what was read is there. Raises StreamTrimmed."""
+        if int(breaks or 0) != self._breaks:
+            raise StreamTrimmed(f"{self._keys.stream.path}: entries were deleted by hand, or its head")
+        if floor is not None and floor != self._floor:
+            if entry_order(EntryId(floor.decode())) > entry_order(self._last):
+                raise StreamTrimmed(f"{self._keys.stream.path}: what follows {self._last} was trimmed unread")
+            self._floor = floor
+
+    async def _beat(self) -> None:
+        """Give a sign of life, and remove groups that have given none. Raises StreamLost, StreamTrimmed."""
+        floor, breaks = await self._script(_BEAT, SILENCE_MS)
+        self._beat_at = asyncio.get_running_loop().time()
+        self._check(floor, breaks)
+
+    async def _script(self, script: Script, *args: Argument) -> list[Any]:
+        return await stream_script(self._client, script, self._keys, [self.name, *args])
+
+    async def aclose(self) -> None:
+        """As `EventGroup.aclose`."""
+        await super().aclose()
+        with suppress(StoreError):
+            await self._client.pipeline(
+                [
+                    ("XGROUP", "DESTROY", self._keys.events, self.name),
+                    ("ZREM", self._keys.groups, self.name),
+                ]
+            )
+
+
+class RedisEventTail(_Reader):
+    """`EventTail` by XREAD. For one task."""
+
+    def __init__(
+        self, client: RedisClient, keys: StreamKeys, after: EntryId | None, max_age_s: float
+    ) -> None:
+        super().__init__(client, keys)
+        self._after = after
+        self._max_age_s = max_age_s
+
+    async def _read(self, count: int, block_s: float) -> list[Entry]:
+        if self._after is None:
+            self._after = await self._youngest()
+        elif self._failed:
+            await self._look_back()
+        place = ("STREAMS", self._keys.events, self._after)
+        command = pack("XREAD", "COUNT", count, *_wait(block_s), *place)
+        reply = await self._connection.execute(command, block_s=block_s)
+        entries = [parse_entry(*raw) for raw in reply[0][1]] if reply else []
+        if entries:
+            self._after = entries[-1].entry_id
+        return entries
+
+    async def _youngest(self) -> EntryId:
+        return just_before(await server_time_ms(self._client) - round(self._max_age_s * 1000))
+
+    async def _look_back(self) -> None:
+        """After a failover a stream may end before what was read of it, and go on from there."""
+        last = await self._client.execute("XREVRANGE", self._keys.events, "+", "-", "COUNT", 1)
+        if last and self._after is not None:
+            self._after = min(self._after, EntryId(last[0][0].decode()), key=entry_order)
+
+
+async def server_time_ms(client: RedisClient) -> int:
+    """Return the server's clock. Raises StoreError."""
+    seconds, microseconds = map(int, await client.execute("TIME"))
+    return seconds * 1000 + microseconds // 1000
+
+
+def _wait(block_s: float) -> tuple[str, int] | tuple[()]:
+    """Part of a reading command: without it, it does not wait; with 0, it would for ever."""
+    block_ms = round(block_s * 1000)
+    return ("BLOCK", block_ms) if block_ms > 0 else ()
+
+
+def parse_entry(entry_id: bytes, fields: Sequence[bytes]) -> Entry:
+    """An entry; without content if somebody else has written it."""
+    content = fields[1] if fields[0] == b"c" else b""
+    return Entry(EntryId(entry_id.decode()), content)

@@ -1,0 +1,180 @@
+"""The server around the application: its port, its sockets, its end; health."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from dynamo_redis.errors import ConfigError
+from dynamo_redis.frontend.http import protocol, server
+from dynamo_redis.frontend.http.server import bind, model_cache, url_of
+
+
+def test_a_port_in_use_is_one_line_that_says_what_to_do() -> None:
+    with bind("127.0.0.1", 0) as taken:
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"port {port} is in use: .*--http-port") as caught:
+            bind("127.0.0.1", port)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_address_that_is_not_ours_is_one_line() -> None:
+    with pytest.raises(ConfigError, match="DYN_HTTP_HOST"):
+        bind("192.0.2.1", 0)
+    with pytest.raises(ConfigError, match="DYN_HTTP_HOST"):
+        bind("no such host", 0)
+
+
+def test_the_url_is_one_that_opens() -> None:
+    for host, expected in (("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "localhost")):
+        with bind(host, 0) as listener:
+            assert url_of(listener) == f"http://{expected}:{listener.getsockname()[1]}"
+
+
+async def test_small_events_do_not_wait_for_more(open_frontend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TCP_NODELAY is on: with it off, Nagle and delayed acknowledgements cost 40 ms an event."""
+    servers: list[Any] = []
+
+    class Recorded(server._Server):
+        def __init__(self, config: Any, settings: Any) -> None:
+            super().__init__(config, settings)
+            servers.append(self)
+
+    monkeypatch.setattr(server, "_Server", Recorded)
+    frontend = await open_frontend()
+    await frontend.http.get("/live")
+    [connection] = servers[0].server_state.connections
+    transport_socket = connection.transport.get_extra_info("socket")
+    assert transport_socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+async def test_signals_stay_the_runtimes(open_frontend: Any) -> None:
+    """uvicorn would take them, and end the process in its own way."""
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    await open_frontend()
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+async def test_health_tells_who_serves(frontend: Any) -> None:
+    response = await frontend.http.get("/health")
+    assert response.status_code == 200
+    body = response.json()
+    assert body["status"] == "healthy"
+    assert body["models"] == [{"name": "demo", "instances": 1}]
+    assert body["endpoints"] == ["dyn://dynamo.backend.generate"]
+    [instance] = body["instances"]
+    assert instance["instance_id"] == 1
+    assert "secret" not in response.text
+    frontend.worker.ids = []
+    response = await frontend.http.get("/health")
+    assert response.status_code == 503
+    assert response.json()["status"] == "unhealthy"
+    assert (await frontend.http.get("/live")).status_code == 200
+
+
+async def test_health_tells_that_the_registry_refuses_writes(frontend: Any) -> None:
+    frontend.runtime.registry.write_refusal = "Redis is out of memory"
+    body = (await frontend.http.get("/health")).json()
+    assert (body["registry"], body["registry_reason"]) == ("refuses writes", "Redis is out of memory")
+    assert body["status"] == "healthy"
+
+
+async def test_before_the_first_model_health_is_not_ok(open_frontend: Any) -> None:
+    frontend = await open_frontend(model=None)
+    response = await frontend.http.get("/health")
+    assert response.status_code == 503
+    assert "start a worker" in response.json()["reason"]
+    assert (await frontend.http.get("/v1/models")).json()["data"] == []
+
+
+async def test_a_shutdown_lets_streams_finish(frontend: Any) -> None:
+    frontend.worker.script = frontend.worker.says("one two three four five six", pause_s=0.05)
+    stream = await frontend.client.chat.completions.create(
+        model="demo", messages=[{"role": "user", "content": "Hi"}], stream=True
+    )
+    pieces = [(await anext(stream)).choices[0].delta.content or ""]
+    frontend.shutdown.set()
+    await asyncio.sleep(0.02)
+    async with httpx.AsyncClient() as other:
+        with pytest.raises(httpx.ConnectError):
+            await other.get(f"{frontend.url}/live")
+    pieces += [chunk.choices[0].delta.content or "" async for chunk in stream]
+    assert "".join(pieces) == "one two three four five six"
+    assert frontend.worker.ended == ["complete"]
+
+
+async def test_model_files_go_where_they_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with model_cache(tmp_path / "given") as directory:
+        assert directory == tmp_path / "given"
+    assert directory.is_dir()
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="DYN_MODEL_CACHE"), model_cache(tmp_path / "file" / "x"):
+        pass
+    monkeypatch.setattr(server, "user_model_cache", lambda: tmp_path / "file" / "x")
+    with model_cache(None) as directory:
+        assert directory.is_dir()
+    assert not directory.exists()
+
+
+async def send_raw(url: str, content: bytes) -> bytes:
+    """Send bytes and read until the server closes."""
+    host, port = url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(content)
+    answer = await reader.read()
+    writer.close()
+    return answer
+
+
+async def test_what_is_not_http_is_refused(frontend: Any) -> None:
+    answer = await send_raw(frontend.url, b"\x16\x03\x01\x02\x00 hello\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert b'{"error": {"message": "Invalid HTTP request received."' in answer
+
+
+async def test_headers_without_end_are_refused(frontend: Any) -> None:
+    host, port = frontend.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"GET /live HTTP/1.1\r\nHost: x\r\nX-Endless: ")
+    answer = asyncio.create_task(reader.readline())
+    while not answer.done():
+        writer.write(b"x" * 1024)
+        await asyncio.sleep(0.001)
+    assert (await answer).startswith(b"HTTP/1.1 431 ")
+    writer.close()
+    assert (await frontend.http.get("/live")).status_code == 200
+
+
+async def test_a_client_that_sends_no_request_is_let_go(
+    open_frontend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "HEAD_TIMEOUT_S", 0.1)
+    frontend = await open_frontend()
+    for beginning in (b"", b"GET /live HT", b"GET /live HTTP/1.1\r\nHost: x\r\n\r\nGET /li"):
+        assert b"HTTP/1.1 408 " in await send_raw(frontend.url, beginning)
+    # Once its head is here a request may take longer.
+    frontend.worker.script = frontend.worker.says("one two three four", pause_s=0.1)
+    response = await frontend.http.post("/v1/completions", json={"model": "demo", "prompt": "x"})
+    assert response.status_code == 200
+
+
+async def test_a_port_scanner_and_a_drain_without_loss_are_not_worth_a_line(
+    open_frontend: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    frontend = await open_frontend()
+    with caplog.at_level(logging.INFO):
+        assert b" 400 " in await send_raw(frontend.url, b"\x16\x03\x01\x00\xee\r\n\r\n")
+        # What uvicorn says at the end of a drain that only idle connections outlast.
+        log = logging.getLogger("uvicorn.error")
+        log.error("Cancel %s running task(s), timeout graceful shutdown exceeded", 0)
+        assert [record for record in caplog.records if record.name == "uvicorn.error"] == []
+        log.error("Cancel %s running task(s), timeout graceful shutdown exceeded", 2)
+    assert [record.levelname for record in caplog.records if record.name == "uvicorn.error"] == ["ERROR"]

@@ -1,0 +1,212 @@
+"""Looking writes nothing, and a user who may only read can do it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dynamo_redis.config import StoreSettings
+from dynamo_redis.errors import SchemaMismatch, StoreRefused
+from dynamo_redis.models.card import ModelCard
+from dynamo_redis.names import EndpointName, InstanceId
+from dynamo_redis.runtime.instance import Instance
+from dynamo_redis.store.base import Put, Registry
+from dynamo_redis.store.objects.redis_objects import RedisObjectStore
+from dynamo_redis.store.redis.client import RedisClient
+from dynamo_redis.store.registry import looking
+from dynamo_redis.store.registry.looking import LookingRegistry
+from dynamo_redis.store.registry.redis_registry import RedisRegistry
+from dynamo_redis.store.server import EmbeddedServer
+from faults.servers import installed_servers
+from tests.integration.conftest import Cli
+
+KINDS = {kind.name: kind for kind in installed_servers()}
+WAIT_S = 30.0
+ENDPOINT = EndpointName("dynamo", "backend", "generate")
+
+
+@pytest.fixture(params=sorted(KINDS))
+async def server(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[EmbeddedServer]:
+    async with EmbeddedServer(tmp_path, port=0, binary=KINDS[request.param].binary) as started:
+        yield started
+
+
+@pytest.fixture
+async def admin(server: EmbeddedServer, repository: Path) -> AsyncIterator[RedisClient]:
+    """Made the user of SECURITY.md who may do nothing but read."""
+    client = RedisClient(server.url, timeout_s=5.0)
+    page = (repository / "SECURITY.md").read_text()
+    (line,) = [line for line in page.splitlines() if line.startswith("ACL SETUSER look ")]
+    await client.execute(*line.replace("PASSWORD", "pw").split())
+    yield client
+    await client.aclose()
+
+
+@pytest.fixture
+async def writer(server: EmbeddedServer) -> AsyncIterator[Registry]:
+    registry = RedisRegistry(StoreSettings.load(redis_url=server.url, prefix="dynamo"))
+    await registry.start()
+    yield registry
+    await registry.aclose()
+
+
+@pytest.fixture
+async def looking_registry(admin: RedisClient, server: EmbeddedServer) -> AsyncIterator[Registry]:
+    registry = LookingRegistry(StoreSettings.load(redis_url=only_reading(server.url), prefix="dynamo"))
+    yield registry
+    await registry.aclose()
+
+
+def only_reading(url: str) -> str:
+    return url.replace("//", "//look:pw@")
+
+
+async def test_it_reads_what_was_written(
+    writer: Registry, looking_registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(looking, "PAGE_KEYS_COUNT", 3)
+    monkeypatch.setattr(looking, "RECORDS_A_CALL", 2)
+    for number in range(8):
+        await writer.put(f"a/{number}", b"%d" % number)
+    await writer.put("b", b"x")
+    await writer.register("a/leased", b"y")
+    await looking_registry.start()
+    for prefix in ("a/", "", "nothing/"):
+        assert await looking_registry.get_prefix(prefix) == await writer.get_prefix(prefix)
+    for key in ("a/3", "a/leased", "none"):
+        assert await looking_registry.get(key) == await writer.get(key)
+
+
+async def test_it_hides_the_keys_of_ended_leases(
+    writer: Registry, looking_registry: Registry, admin: RedisClient
+) -> None:
+    await writer.register("leased", b"y")
+    await writer.put("kept", b"x")
+    stood = await contents(admin)
+    await writer.aclose()
+    for key, dump in stood.items():  # as it would be if the writer had died, and nothing had reaped its lease
+        await admin.execute("RESTORE", key, 0, dump, "REPLACE")
+    await looking_registry.start()
+    assert [record.key for record in (await looking_registry.get_prefix("")).records] == ["kept", "leased"]
+    await admin.execute("ZADD", "{dynamo}:leases", "1", f"{writer.lease_id:x}")
+    assert [record.key for record in (await looking_registry.get_prefix("")).records] == ["kept"]
+    assert await looking_registry.get("leased") is None
+
+
+async def test_its_watch_shows_every_change(writer: Registry, looking_registry: Registry) -> None:
+    await writer.put("a/1", b"x")
+    await looking_registry.start()
+    seen: dict[str, bytes] = {}
+
+    async def follow() -> None:
+        async with looking_registry.watch("a/") as changes:
+            async for batch in changes:
+                for event in batch.events:
+                    if isinstance(event, Put):
+                        seen[event.record.key] = event.record.value
+                    else:
+                        del seen[event.key]
+
+    task = asyncio.create_task(follow())
+    try:
+        async with asyncio.timeout(WAIT_S):
+            while seen != {"a/1": b"x"}:
+                await asyncio.sleep(0.01)
+            await writer.put("a/2", b"y")
+            await writer.delete("a/1")
+            while seen != {"a/2": b"y"}:
+                await asyncio.sleep(0.01)
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_a_registry_that_is_not_there_is_empty(
+    looking_registry: Registry, admin: RedisClient, server: EmbeddedServer
+) -> None:
+    await looking_registry.start()
+    assert (await looking_registry.get_prefix("")).records == ()
+    assert await looking_registry.get("a") is None
+    assert await admin.execute("DBSIZE") == 0
+    watch = looking_registry.watch("a")
+    writer = RedisRegistry(StoreSettings.load(redis_url=server.url, prefix="dynamo"))
+    try:
+        await writer.start()
+        await writer.put("a", b"x")
+        async with asyncio.timeout(WAIT_S):
+            async for batch in watch:
+                if batch.events:
+                    break
+        (event,) = batch.events
+        assert isinstance(event, Put)
+        assert event.record.key == "a"
+    finally:
+        await writer.aclose()
+
+
+async def test_it_refuses_to_write(writer: Registry, looking_registry: Registry) -> None:
+    await looking_registry.start()
+    for write in (looking_registry.put("a", b"x"), looking_registry.delete("a")):
+        with pytest.raises(StoreRefused, match="for looking only"):
+            await write
+    with pytest.raises(StoreRefused, match="for looking only"):
+        await looking_registry.register("a", b"x")
+
+
+async def test_another_major_version_is_refused(
+    writer: Registry, looking_registry: Registry, admin: RedisClient
+) -> None:
+    await admin.execute("HSET", "{dynamo}:meta", "schema", "9.1")
+    with pytest.raises(SchemaMismatch, match="upgrade the older side"):
+        await looking_registry.start()
+
+
+COMMANDS: tuple[tuple[str, ...], ...] = (
+    ("instances",),
+    ("models",),
+    ("get", "app/x"),
+    ("get", "--prefix", ""),
+    ("objects", "ls"),
+    ("objects", "get", "files/one", "-"),
+    ("router-state",),
+)
+
+
+async def test_commands_that_look_write_nothing(
+    writer: Registry, admin: RedisClient, server: EmbeddedServer, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    instance = Instance(ENDPOINT, InstanceId(7), {"tcp": "127.0.0.1:1/7/dynamo/backend/generate"})
+    await writer.put(ENDPOINT.instance_key(7), instance.to_bytes())
+    card = ModelCard(display_name="m", slug="m", context_length=64, kv_cache_block_size=16)
+    await writer.put(ENDPOINT.model_card_key(7), card.to_bytes())
+    await writer.put("app/x", b"1")
+    objects = RedisObjectStore.from_settings(StoreSettings.load(redis_url=server.url, prefix="dynamo"))
+    await objects.put("files", "one", b"content")
+    # A name without an object, so old that a listing which may write drops it.
+    await admin.execute("ZADD", "{dynamo/object}:names", "1", "files/gone")
+    await objects.aclose()
+    await writer.aclose()
+
+    monkeypatch.setenv("DYN_REDIS_URL", only_reading(server.url))
+    monkeypatch.delenv("DYN_REDIS_PREFIX", raising=False)
+    writing = {name.decode() for name in await admin.execute("ACL", "CAT", "write")}
+    before = await contents(admin)
+    await admin.execute("CONFIG", "RESETSTAT")
+    for command in COMMANDS:
+        done = await asyncio.to_thread(cli, *command)
+        assert (done.code, "NOPERM" in done.err) == (0, False), (command, done)
+    stats = (await admin.execute("INFO", "commandstats")).decode()
+    ran = {line.removeprefix("cmdstat_").partition(":")[0] for line in stats.splitlines() if ":" in line}
+    assert {"hmget", "zrangebylex"} <= ran
+    assert not ran & (writing | {"eval", "evalsha", "fcall", "config|set"}), ran
+    assert await contents(admin) == before
+
+
+async def contents(admin: RedisClient) -> dict[bytes, Any]:
+    """What stays: keys that expire by themselves are left out."""
+    keys = [key for key in await admin.execute("KEYS", "*") if await admin.execute("TTL", key) == -1]
+    return {key: await admin.execute("DUMP", key) for key in keys}

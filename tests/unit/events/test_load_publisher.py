@@ -1,0 +1,86 @@
+"""What is told of a worker's load, and how often."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import anyio
+import pytest
+
+from dynamo_redis.events import load_publisher
+from dynamo_redis.events.load_publisher import KV_METRICS, LoadPublisher
+from dynamo_redis.events.router_record import RouterRecord
+from dynamo_redis.store.base import Delete, DeleteCause, Put, Record, Revision, WatchBatch
+from dynamo_redis.store.event_base import StreamName
+from dynamo_redis.store.registry.memory import MemoryRegistry, MemoryServer
+from dynamo_redis.store.streams.memory import MemoryEventStreams
+from dynamo_redis.wire.event import EventBatch
+
+WAIT_S = 20.0
+TOPIC = StreamName("dynamo", "backend", KV_METRICS)
+
+
+class Counting(MemoryEventStreams):
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[int] = []
+
+    async def publish(self, topic: StreamName, message: bytes) -> int:
+        self.told += [event["n"] for event in EventBatch.from_bytes(message).events]
+        return await super().publish(topic, message)
+
+
+@pytest.fixture
+def streams() -> Counting:
+    return Counting()
+
+
+@pytest.fixture
+async def publisher(streams: Counting, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[LoadPublisher]:
+    monkeypatch.setattr(load_publisher, "INTERVAL_S", 0.001)
+    monkeypatch.setattr(load_publisher, "UNHEARD_S", 1000.0)
+    made = LoadPublisher(streams, MemoryRegistry(MemoryServer()), "dynamo", "backend", 7)
+    made.start()
+    yield made
+    await made.aclose()
+
+
+async def tell(streams: Counting, publisher: LoadPublisher, number: int) -> None:
+    publisher.tell(KV_METRICS, 0, {"n": number})
+    with anyio.fail_after(WAIT_S):
+        while streams.told[-1:] != [number]:
+            await asyncio.sleep(0.001)
+
+
+async def test_load_without_a_listener_is_told_rarely(streams: Counting, publisher: LoadPublisher) -> None:
+    await tell(streams, publisher, 0)
+    for number in range(1, 20):
+        publisher.tell(KV_METRICS, 0, {"n": number})
+        await asyncio.sleep(0.005)
+    assert streams.told == [0]
+
+
+async def test_each_change_of_load_reaches_a_listener(streams: Counting, publisher: LoadPublisher) -> None:
+    subscription = await streams.subscribe(TOPIC)
+    for number in range(5):
+        await tell(streams, publisher, number)
+    await subscription.aclose()
+
+
+async def test_a_router_that_judges_by_load_is_a_listener(
+    streams: Counting, publisher: LoadPublisher
+) -> None:
+    settings = {"active_decode_blocks_threshold": 0.5}
+    router = RouterRecord(
+        namespace="dynamo", component="backend", router_id="r", instance_id=1, settings=settings
+    )
+    record = Record(router.key, router.to_bytes(), Revision("1-0"), Revision("1-0"), 1, None)
+    publisher.note_routers(WatchBatch((Put(record),), Revision("1-0")))
+    for number in range(3):
+        await tell(streams, publisher, number)
+    gone = Delete(router.key, Revision("2-0"), DeleteCause.DELETED)
+    publisher.note_routers(WatchBatch((gone,), Revision("2-0")))
+    publisher.tell(KV_METRICS, 0, {"n": 4})
+    await asyncio.sleep(0.05)
+    assert streams.told == [0, 1, 2]

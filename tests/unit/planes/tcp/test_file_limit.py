@@ -1,0 +1,28 @@
+"""The limit of open files is told with what raises it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+SOURCE = """
+import resource
+from dynamo_redis.planes.tcp.listener import describe_file_limit
+resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))
+print(describe_file_limit())
+"""
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "said"),
+    [
+        (100, 200, "RLIMIT_NOFILE is 100; `ulimit -n` raises it, up to 200"),
+        (200, 200, "RLIMIT_NOFILE is 200, the most that this process may have: what starts it raises it"),
+    ],
+)
+def test_the_file_limit_is_told_with_its_remedy(soft: int, hard: int, said: str) -> None:
+    source = SOURCE.format(soft=soft, hard=hard)
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(said)

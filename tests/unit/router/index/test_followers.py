@@ -1,0 +1,75 @@
+"""Following events: a defect in what takes them ends nobody's followers."""
+
+from __future__ import annotations
+
+import asyncio
+
+import anyio
+import pytest
+
+from dynamo_redis.router.index import followers
+from dynamo_redis.router.index.followers import StreamFollower, TopicFollower
+from dynamo_redis.router.index.snapshot import Snapshot
+from dynamo_redis.store.event_base import EntryId, NewEntry, StreamName
+from dynamo_redis.store.streams.memory import MemoryEventStreams
+
+STREAM = StreamName("dynamo", "backend", "kv_events")
+
+
+class Intake:
+    """Takes what comes, but breaks at the first."""
+
+    def __init__(self) -> None:
+        self.taken: list[bytes] = []
+        self.doubt_count = 0
+        self.has_begun = asyncio.Event()
+
+    def take(self, content: bytes) -> int:
+        self.taken.append(content)
+        if len(self.taken) == 1:
+            raise RuntimeError("a defect")
+        return 1
+
+    def applied(self, position: EntryId, event_count: int) -> None:
+        pass
+
+    def restore(self, snapshot: Snapshot) -> None:
+        pass
+
+    def doubt(self) -> None:
+        self.doubt_count += 1
+
+    def caught_up(self) -> None:
+        self.has_begun.set()
+
+
+async def no_snapshot() -> Snapshot | None:
+    return None
+
+
+@pytest.mark.parametrize("mode", ["stream", "pubsub"])
+async def test_a_defect_ends_no_following(
+    mode: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(followers, "DEFECT_PAUSE_S", 0.0)
+    streams, intake = MemoryEventStreams(), Intake()
+    follower: StreamFollower | TopicFollower
+    if mode == "stream":
+        follower = StreamFollower(streams, STREAM, "router", intake, no_snapshot)
+    else:
+        follower = TopicFollower(streams, STREAM, intake)
+    task = asyncio.create_task(follower.run())
+    with anyio.fail_after(10):
+        await intake.has_begun.wait()
+        while len(intake.taken) < 2:
+            if mode == "stream":
+                await streams.append(STREAM, [NewEntry(b"event", 1)])
+            else:
+                await streams.publish(STREAM, b"event")
+            await anyio.sleep(0.01)
+        while not intake.doubt_count:
+            await anyio.sleep(0.01)
+    task.cancel()
+    await asyncio.wait([task])
+    await follower.aclose()
+    assert "a defect" in caplog.text
