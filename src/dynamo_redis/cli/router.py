@@ -53,7 +53,7 @@ def router(endpoint: str | None, component: str, **options: str | None) -> None:
 
     async def serve(runtime: DistributedRuntime) -> None:
         from dynamo_redis.router.kv_router import KvRouter
-        from dynamo_redis.router.remote import RouterService
+        from dynamo_redis.router.service import RouterService
 
         kv_router = KvRouter(runtime, workers, settings)
         shutdown = asyncio.create_task(runtime.wait_for_shutdown())

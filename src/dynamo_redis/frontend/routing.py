@@ -8,7 +8,7 @@ from dynamo_redis.frontend.model import EndpointClient
 from dynamo_redis.frontend.models import OpenClient
 from dynamo_redis.names import EndpointName
 from dynamo_redis.router.kv_router import KvRouter
-from dynamo_redis.router.remote import RouterClient
+from dynamo_redis.router.service import RouterClient
 from dynamo_redis.runtime.runtime import DistributedRuntime
 
 

@@ -13,7 +13,7 @@ from dynamo_redis.planes.context import Context
 from dynamo_redis.router.choice.booking_sync import ACTIVE_SEQUENCES
 from dynamo_redis.router.index.prefix_index import KvIndex
 from dynamo_redis.router.kv_router import KvRouter
-from dynamo_redis.router.remote import RouterService
+from dynamo_redis.router.service import RouterService
 from dynamo_redis.runtime import DistributedRuntime
 from dynamo_redis.store.event_base import StreamName
 from dynamo_redis.store.server import EmbeddedServer
