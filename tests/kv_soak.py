@@ -28,8 +28,8 @@ from dynamo_redis.errors import StoreError
 from dynamo_redis.router.index import snapshotter
 from dynamo_redis.router.index.indexer import Indexer
 from dynamo_redis.store.event_base import NewEntry
+from dynamo_redis.store.keys import StreamKeys
 from dynamo_redis.store.server import EmbeddedServer
-from dynamo_redis.store.stream_keys import StreamKeys
 from faults.proxy import STALL, Conditions, Proxy
 from tests.kv_deployment import STREAM, Deployment, deployment
 

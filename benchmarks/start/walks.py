@@ -23,13 +23,12 @@ from benchmarks.harness.processes import redis_server
 from benchmarks.harness.report import Measured
 from dynamo_redis.store.base import LeaseId
 from dynamo_redis.store.event_base import StreamName
-from dynamo_redis.store.keys import RegistryKeys, format_lease
+from dynamo_redis.store.keys import RegistryKeys, StreamKeys, format_lease
 from dynamo_redis.store.locks import redis_locks
 from dynamo_redis.store.objects import chunks, redis_objects
 from dynamo_redis.store.redis.client import Argument, RedisClient
 from dynamo_redis.store.registry.scripts_api import KeyValue, OwnedPut, encode_write
 from dynamo_redis.store.scripts import Script
-from dynamo_redis.store.stream_keys import StreamKeys
 from dynamo_redis.store.streams import readers, redis_streams
 
 FEW: Final = 1_000

@@ -25,9 +25,9 @@ from dynamo_redis.store.event_base import (
     StreamName,
     entry_order,
 )
+from dynamo_redis.store.keys import StreamKeys
 from dynamo_redis.store.redis.client import RedisClient
 from dynamo_redis.store.scripts import Script
-from dynamo_redis.store.stream_keys import StreamKeys
 from dynamo_redis.store.streams import readers
 from dynamo_redis.store.streams.memory import MemoryEventStreams
 from dynamo_redis.store.streams.redis_streams import RedisEventStreams

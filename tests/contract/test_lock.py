@@ -13,7 +13,7 @@ import pytest
 
 from dynamo_redis.errors import ConfigError, LockLost, LockNotAcquired
 from dynamo_redis.store.base import HeldLock, Lock, LockedValue, LockHolder
-from dynamo_redis.store.lock_keys import LockKeys
+from dynamo_redis.store.keys import LockKeys
 from dynamo_redis.store.locks.lock import LockStorage, StoredLocks
 from dynamo_redis.store.locks.memory import MemoryLockStorage
 from dynamo_redis.store.locks.redis_locks import RedisLockStorage

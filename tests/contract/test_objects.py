@@ -13,7 +13,7 @@ import pytest
 
 from dynamo_redis.errors import LockLost, ObjectNotFound
 from dynamo_redis.store.base import HeldLock, ObjectInfo, ObjectStore, parse_object_url
-from dynamo_redis.store.lock_keys import LockKeys
+from dynamo_redis.store.keys import LockKeys
 from dynamo_redis.store.locks.lock import StoredLocks
 from dynamo_redis.store.locks.memory import MemoryLocks
 from dynamo_redis.store.locks.redis_locks import RedisLocks

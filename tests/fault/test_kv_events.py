@@ -13,8 +13,8 @@ from redis.asyncio import Redis
 from dynamo_redis.events import publisher as event_publisher
 from dynamo_redis.router.index import indexer, members, recovery
 from dynamo_redis.store.event_base import NewEntry
+from dynamo_redis.store.keys import StreamKeys
 from dynamo_redis.store.server import EmbeddedServer
-from dynamo_redis.store.stream_keys import StreamKeys
 from dynamo_redis.wire.event import EventBatch
 from faults.proxy import STALL, Conditions, Proxy
 from tests.kv_deployment import STREAM, Deployment, deployment, differences, flush, held, wait_until

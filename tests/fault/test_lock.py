@@ -16,7 +16,7 @@ import pytest
 
 from dynamo_redis.errors import LockLost, LockNotAcquired, StoreUnavailable
 from dynamo_redis.store.base import HeldLock, Lock
-from dynamo_redis.store.lock_keys import LockKeys
+from dynamo_redis.store.keys import LockKeys
 from dynamo_redis.store.locks.redis_locks import RedisLocks, RedisLockStorage
 from dynamo_redis.store.redis.client import RedisClient
 from dynamo_redis.store.server import EmbeddedServer

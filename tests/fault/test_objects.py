@@ -19,9 +19,10 @@ from redis import Redis
 from dynamo_redis.child import ChildProcess
 from dynamo_redis.errors import LockLost, ObjectChanged, ObjectNotFound, StoreUnavailable
 from dynamo_redis.store.base import Progress
+from dynamo_redis.store.keys import ObjectKeys
 from dynamo_redis.store.locks.redis_locks import RedisLocks
 from dynamo_redis.store.objects.chunks import Patience
-from dynamo_redis.store.objects.manifest import ObjectKeys, chunk_name
+from dynamo_redis.store.objects.manifest import chunk_name
 from dynamo_redis.store.objects.redis_objects import RedisObjectStore
 from dynamo_redis.store.redis.client import RedisClient
 from dynamo_redis.store.scripts import Script

@@ -12,8 +12,8 @@ import redis
 from dynamo_redis.config import EventSettings
 from dynamo_redis.names import format_instance_id
 from dynamo_redis.store.event_base import EventStreams, NewEntry, StreamName
+from dynamo_redis.store.keys import StreamKeys
 from dynamo_redis.store.redis.client import RedisClient
-from dynamo_redis.store.stream_keys import StreamKeys
 from dynamo_redis.store.streams.readers import RedisEventGroup
 from dynamo_redis.store.streams.redis_streams import RedisEventStreams
 from dynamo_redis.wire.event import EventBatch, PublisherId

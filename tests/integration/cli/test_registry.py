@@ -22,7 +22,7 @@ from dynamo_redis.models.card import FileReference, ModelCard
 from dynamo_redis.names import EndpointName, InstanceId, frontend_key, kv_router_key
 from dynamo_redis.router.answering import state_endpoint
 from dynamo_redis.runtime.instance import Instance
-from dynamo_redis.store.objects.manifest import ObjectKeys
+from dynamo_redis.store.keys import ObjectKeys
 from dynamo_redis.store.server import EmbeddedServer
 from tests.integration.conftest import Cli, Done
 from tests.rubbish import WORST_JSON

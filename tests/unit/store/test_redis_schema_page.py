@@ -9,10 +9,9 @@ import pytest
 
 from dynamo_redis.store.base import LeaseId
 from dynamo_redis.store.event_base import GROUP_TTL_S, StreamName
-from dynamo_redis.store.keys import SCHEMA_VERSION, STRUCTURES, RegistryKeys
+from dynamo_redis.store.keys import SCHEMA_VERSION, STRUCTURES, RegistryKeys, StreamKeys
 from dynamo_redis.store.redis.key_types import TYPES
 from dynamo_redis.store.scripts import load_script
-from dynamo_redis.store.stream_keys import StreamKeys
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from dynamo_redis.clock import SYSTEM_CLOCK, Clock
 from dynamo_redis.store.base import LockedValue, LockHolder
-from dynamo_redis.store.lock_keys import LockKeys
+from dynamo_redis.store.keys import LockKeys
 from dynamo_redis.store.locks.lock import StoredLocks
 
 

@@ -9,7 +9,7 @@ from typing import Self
 
 from dynamo_redis.config import StoreSettings
 from dynamo_redis.store.base import LockedValue, LockHolder
-from dynamo_redis.store.lock_keys import LockKeys
+from dynamo_redis.store.keys import LockKeys
 from dynamo_redis.store.locks.lock import StoredLocks
 from dynamo_redis.store.redis.client import RedisClient
 from dynamo_redis.store.scripts import load_script

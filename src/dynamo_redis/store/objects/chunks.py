@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Final, TypeVar
 
 from dynamo_redis.errors import StoreError, StoreUnavailable
-from dynamo_redis.store.objects.manifest import ObjectKeys
+from dynamo_redis.store.keys import ObjectKeys
 from dynamo_redis.store.redis.client import Backoff, RedisClient
 from dynamo_redis.store.scripts import load_script
 

@@ -1,4 +1,4 @@
-"""An object's keys, and the manifest that its pointer holds."""
+"""The manifest of an object, which its pointer holds. Pure."""
 
 from __future__ import annotations
 
@@ -8,68 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dynamo_redis.errors import ObjectChanged, SchemaMismatch
-from dynamo_redis.names import decode_segment, encode_segment
 from dynamo_redis.store.base import ObjectInfo
+from dynamo_redis.store.keys import ObjectKeys
 
 SCHEMA = "1"
 _CODEC = "none"
 _DIGEST_KIND = "sha256-prefix"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _EMPTY_DIGEST = hashlib.sha256().hexdigest()
-
-
-@dataclass(frozen=True, slots=True)
-class ObjectKeys:
-    """Where an object is kept: all its keys have one hash tag. Raises ValueError for an empty name."""
-
-    prefix: str
-    bucket: str
-    name: str
-
-    def __post_init__(self) -> None:
-        if not self.bucket or not self.name:
-            raise ValueError(f"an object has a bucket and a name, not {self.bucket!r} and {self.name!r}")
-
-    @property
-    def path(self) -> str:
-        """`<bucket>/<name>`, both percent-encoded: the object's name in the index."""
-        return f"{encode_segment(self.bucket)}/{encode_segment(self.name)}"
-
-    @property
-    def url(self) -> str:
-        return f"redis-object://{self.bucket}/{self.name}"
-
-    @property
-    def current(self) -> str:
-        """The pointer to the current version: a hash that holds its manifest."""
-        return f"{{{self.prefix}/object/{self.path}}}:current"
-
-    @property
-    def damaged(self) -> str:
-        """The names of chunks that a reader found damaged: the next put sends them again."""
-        return f"{{{self.prefix}/object/{self.path}}}:damaged"
-
-    def chunk(self, name: str) -> str:
-        """A chunk, by the name that `chunk_name` gives it."""
-        return f"{{{self.prefix}/object/{self.path}}}:chunk:{name}"
-
-    def chunks(self, names: Sequence[str]) -> list[str]:
-        """The keys of several chunks."""
-        return [self.chunk(name) for name in names]
-
-    def done(self, version: str) -> str:
-        """The mark that a commit leaves: it took effect, whatever has become of the object since."""
-        return f"{{{self.prefix}/object/{self.path}}}:done:{version}"
-
-    def claim(self, name: str) -> str:
-        """Who is sending that chunk just now."""
-        return f"{{{self.prefix}/object/{self.path}}}:claim:{name}"
-
-    @classmethod
-    def of_path(cls, prefix: str, path: str) -> ObjectKeys:
-        """The reverse of `path`. Raises ValueError."""
-        bucket, _, name = path.partition("/")
-        return cls(prefix, decode_segment(bucket), decode_segment(name))
 
 
 def chunk_name(digest: str, chunk_bytes: int) -> str:

@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Callable
 
 from dynamo_redis.errors import LockLost, ObjectNotFound
 from dynamo_redis.store.base import HeldLock, Locks, ObjectInfo, ObjectSource, Progress
+from dynamo_redis.store.keys import ObjectKeys
 from dynamo_redis.store.locks.memory import MemoryLocks
 from dynamo_redis.store.objects.content import (
     CHUNK_BYTES,
@@ -17,7 +18,6 @@ from dynamo_redis.store.objects.content import (
     chunks_of,
     source_size_bytes,
 )
-from dynamo_redis.store.objects.manifest import ObjectKeys
 
 
 class MemoryObjectStore(WholeReads):

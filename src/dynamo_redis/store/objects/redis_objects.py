@@ -50,7 +50,7 @@ from dynamo_redis.errors import (
     StoreUnavailable,
 )
 from dynamo_redis.store.base import HeldLock, ObjectInfo, ObjectSource, Progress
-from dynamo_redis.store.lock_keys import LockKeys
+from dynamo_redis.store.keys import LockKeys, ObjectKeys
 from dynamo_redis.store.objects.chunks import ObjectChunks, Patience, recovering
 from dynamo_redis.store.objects.content import (
     CHUNK_BYTES,
@@ -61,14 +61,7 @@ from dynamo_redis.store.objects.content import (
     next_chunk,
     source_size_bytes,
 )
-from dynamo_redis.store.objects.manifest import (
-    INFO_FIELDS,
-    Manifest,
-    ObjectKeys,
-    Replaceable,
-    chunk_name,
-    info_of_fields,
-)
+from dynamo_redis.store.objects.manifest import INFO_FIELDS, Manifest, Replaceable, chunk_name, info_of_fields
 from dynamo_redis.store.objects.overlap import overlapped
 from dynamo_redis.store.redis.client import RedisClient
 from dynamo_redis.store.scripts import load_script

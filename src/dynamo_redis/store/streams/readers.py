@@ -19,11 +19,11 @@ from typing import Any, Final
 
 from dynamo_redis.errors import SchemaMismatch, StoreError, StreamLost, StreamTrimmed
 from dynamo_redis.store.event_base import BEGINNING, GROUP_TTL_S, Entry, EntryId, entry_order, just_before
+from dynamo_redis.store.keys import StreamKeys
 from dynamo_redis.store.redis.blocking import Argument, pack, pack_word
 from dynamo_redis.store.redis.client import Backoff, RedisClient
 from dynamo_redis.store.redis.page_size import PageSize
 from dynamo_redis.store.scripts import Script, load_script
-from dynamo_redis.store.stream_keys import StreamKeys
 
 SCHEMA: Final = "1"
 BLOCK_LIMIT_S: Final = 2.0

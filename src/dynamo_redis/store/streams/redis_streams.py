@@ -38,9 +38,9 @@ from dynamo_redis.store.event_base import (
     StreamName,
     TopicSubscription,
 )
+from dynamo_redis.store.keys import StreamKeys, stream_of_key, stream_pattern
 from dynamo_redis.store.redis.client import Argument, RedisClient, Subscription
 from dynamo_redis.store.scripts import load_script
-from dynamo_redis.store.stream_keys import StreamKeys, stream_of_key, stream_pattern
 from dynamo_redis.store.streams.readers import (
     SILENCE_MS,
     RedisEventGroup,

@@ -11,7 +11,7 @@ import pytest
 
 from dynamo_redis.errors import LockLost, StoreUnavailable
 from dynamo_redis.store.base import LockHolder
-from dynamo_redis.store.lock_keys import LockKeys
+from dynamo_redis.store.keys import LockKeys
 from dynamo_redis.store.locks.guard import LEASE_SHARE, LeaseGuard
 from dynamo_redis.store.locks.lock import StoredLocks
 from dynamo_redis.store.locks.memory import MemoryLockStorage
