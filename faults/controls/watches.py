@@ -6,10 +6,11 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+from dynamo_redis.backoff import Backoff
 from dynamo_redis.errors import StoreError
 from dynamo_redis.store.base import Delete, DeleteCause, Put, Record, Revision, WatchBatch
 from dynamo_redis.store.redis.blocking import pack
-from dynamo_redis.store.redis.client import Argument, Backoff, RedisClient
+from dynamo_redis.store.redis.client import Argument, RedisClient
 from dynamo_redis.store.registry.change_log import Change
 from dynamo_redis.store.registry.scripts_api import KeyValue, parse_changes
 from dynamo_redis.store.scripts import Script

@@ -26,12 +26,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, Final
 
+from dynamo_redis.backoff import Backoff
 from dynamo_redis.clock import SYSTEM_CLOCK
 from dynamo_redis.config import EventSettings
 from dynamo_redis.errors import StoreError
 from dynamo_redis.rate_limited_log import RateLimitedLog
 from dynamo_redis.store.event_base import EventStreams, NewEntry, StreamName
-from dynamo_redis.store.redis.client import Backoff
 from dynamo_redis.store.redis.health import Trouble
 from dynamo_redis.wire.codec import pack_known
 from dynamo_redis.wire.event import EventBatch, PublisherId

@@ -6,9 +6,9 @@ import asyncio
 import logging
 from contextlib import suppress
 
+from dynamo_redis.backoff import Backoff
 from dynamo_redis.errors import StoreUnavailable
 from dynamo_redis.store.base import Registry
-from dynamo_redis.store.redis.client import Backoff
 
 log = logging.getLogger(__name__)
 

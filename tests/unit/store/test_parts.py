@@ -9,10 +9,11 @@ from types import SimpleNamespace
 import pytest
 from redis import exceptions as redis_errors
 
+from dynamo_redis.backoff import Backoff
 from dynamo_redis.errors import StoreError, StoreRefused, StoreUnavailable
 from dynamo_redis.store.base import LeaseId, Revision, Snapshot
 from dynamo_redis.store.keys import RegistryKeys
-from dynamo_redis.store.redis.client import Backoff, RedisClient
+from dynamo_redis.store.redis.client import RedisClient
 from dynamo_redis.store.redis.health import Health
 from dynamo_redis.store.redis.server_errors import store_error
 from dynamo_redis.store.registry.change_log import Change, Position

@@ -11,6 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, Protocol
 
+from dynamo_redis.backoff import Backoff
 from dynamo_redis.errors import StoreError, StreamLost, StreamTrimmed
 from dynamo_redis.router.index.recovery import SLICE_S
 from dynamo_redis.router.index.snapshot import Snapshot
@@ -25,7 +26,6 @@ from dynamo_redis.store.event_base import (
     TopicSubscription,
     entry_order,
 )
-from dynamo_redis.store.redis.client import Backoff
 
 log = logging.getLogger(__name__)
 

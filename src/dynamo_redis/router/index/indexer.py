@@ -14,10 +14,12 @@ import time
 from collections.abc import Coroutine, Sequence
 from typing import Any, Final
 
+from dynamo_redis.backoff import Backoff
 from dynamo_redis.config import RouterSettings
 from dynamo_redis.errors import InvalidRecord, StoreError, StoreUnavailable
 from dynamo_redis.events.kv_dump import KV_DUMP
 from dynamo_redis.names import format_instance_id
+from dynamo_redis.rate_limited_log import RateLimitedLog
 from dynamo_redis.router.base import Matched, Worker
 from dynamo_redis.router.index.followers import StreamFollower, TopicFollower
 from dynamo_redis.router.index.ledger import Ledger, Outcome
@@ -30,7 +32,6 @@ from dynamo_redis.router.index.state import IndexerState
 from dynamo_redis.runtime.client import Client
 from dynamo_redis.runtime.runtime import DistributedRuntime
 from dynamo_redis.store.event_base import EntryId, StreamName, entry_order
-from dynamo_redis.store.redis.client import Backoff
 from dynamo_redis.supervision import Supervisor
 from dynamo_redis.wire.event import EventBatch
 from dynamo_redis.wire.kv_event import KV_EVENTS
@@ -48,7 +49,6 @@ _SETTLE_S: Final = 2.0  # and then for workers to answer
 _SWEEP_COUNT: Final = 4096
 _KEEP_S: Final = 1.0
 _LAG_S: Final = 2.0
-_COMPLAINT_S: Final = 10.0
 
 
 _Lag = tuple[int | None, float | None]
@@ -109,7 +109,7 @@ class Indexer:
         self._supervisor = Supervisor(log, f"index of {self._stream.path}")
         self._gaps_count = 0
         self._unreadable_count = 0
-        self._complained_at = -_COMPLAINT_S
+        self._complaints = RateLimitedLog(log)
 
     def __repr__(self) -> str:
         return f"<Indexer {self._stream.path}: {self.index.block_count} blocks>"
@@ -218,7 +218,9 @@ class Indexer:
                 raise InvalidRecord("a batch of KV events", f"its topic is {batch.topic!r}")
         except InvalidRecord as exc:
             self._unreadable_count += 1
-            self._complain(exc)
+            self._complaints.say(
+                "an entry of %s cannot be read, asking all workers: %s", self._stream.path, exc
+            )
             self._recovery.ask_all()
             return 0
         if self._ledger.take(batch) is Outcome.MISSING:
@@ -246,12 +248,6 @@ class Indexer:
             # That is rare, and routers may start together: they ask later, while requests are served.
             self._recovery.ask_all(after_s=VERIFY_S * random.uniform(0.5, 1.5))  # noqa: S311 - jitter
             self._has_caught_up.set()
-
-    def _complain(self, exc: Exception) -> None:
-        now = time.monotonic()
-        if now - self._complained_at >= _COMPLAINT_S:
-            self._complained_at = now
-            log.warning("an entry of %s cannot be read, asking all workers: %s", self._stream.path, exc)
 
     # ----------------------------------------------------------------- snapshots
 

@@ -14,10 +14,10 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
+from dynamo_redis.backoff import Backoff
 from dynamo_redis.errors import InvalidRecord, PlaneError
 from dynamo_redis.router.index.ledger import Answer, Ledger
 from dynamo_redis.runtime.client import Client
-from dynamo_redis.store.redis.client import Backoff
 
 log = logging.getLogger(__name__)
 

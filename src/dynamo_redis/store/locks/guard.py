@@ -17,8 +17,8 @@ from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Final, Self
 
+from dynamo_redis.backoff import Backoff
 from dynamo_redis.errors import LockLost
-from dynamo_redis.store.redis.client import Backoff
 
 log = logging.getLogger(__name__)
 

@@ -21,11 +21,11 @@ import time
 from collections.abc import AsyncIterator
 from typing import Final, Protocol
 
+from dynamo_redis.backoff import Backoff
 from dynamo_redis.errors import ConfigError, LockLost, LockNotAcquired, StoreError, StoreUnavailable
 from dynamo_redis.store.base import LOCK_TTL_S, HeldLock, Lock, LockedValue, LockHolder
 from dynamo_redis.store.keys import LockKeys
 from dynamo_redis.store.locks.guard import LeaseGuard
-from dynamo_redis.store.redis.client import Backoff
 
 log = logging.getLogger(__name__)
 

@@ -14,9 +14,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
+from dynamo_redis.backoff import Backoff
 from dynamo_redis.errors import StoreError, StoreUnavailable
 from dynamo_redis.store.keys import ObjectKeys
-from dynamo_redis.store.redis.client import Backoff, RedisClient
+from dynamo_redis.store.redis.client import RedisClient
 from dynamo_redis.store.scripts import load_script
 
 log = logging.getLogger(__name__)

@@ -14,10 +14,10 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
+from dynamo_redis.backoff import Backoff
 from dynamo_redis.errors import Compacted, InvalidRecord, SchemaMismatch, StoreError, StoreUnavailable
 from dynamo_redis.store.base import Revision, Snapshot
 from dynamo_redis.store.redis.blocking import pack, pack_word
-from dynamo_redis.store.redis.client import Backoff
 from dynamo_redis.store.redis.health import Health
 from dynamo_redis.store.registry.change_log import Change, Position, order, size_bytes
 from dynamo_redis.store.registry.scripts_api import HistoryLost, KeyValue, check_chain, parse_changes

@@ -19,10 +19,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from dynamo_redis.backoff import Backoff
 from dynamo_redis.errors import StoreError, StoreRefused
 from dynamo_redis.store.base import LeaseId
 from dynamo_redis.store.keys import parse_lease
-from dynamo_redis.store.redis.client import Backoff, Subscription
+from dynamo_redis.store.redis.client import Subscription
 from dynamo_redis.store.redis.health import Health
 from dynamo_redis.store.registry.change_log import Change
 from dynamo_redis.store.registry.scripts_api import KeyValue, Renewal, Tick

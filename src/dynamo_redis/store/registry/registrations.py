@@ -22,10 +22,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Final
 
+from dynamo_redis.backoff import Backoff
 from dynamo_redis.errors import KeyExists, LeaseNotFound, StoreError, StoreUnavailable
 from dynamo_redis.store.base import Compare, LeaseId, LostReason, Record, Revision
 from dynamo_redis.store.keys import ALWAYS_FIT_COUNT, check_value
-from dynamo_redis.store.redis.client import Backoff
 from dynamo_redis.store.redis.deadline import Deadline
 from dynamo_redis.store.redis.health import REFUSAL_FLAP_S, Trouble
 from dynamo_redis.store.registry.change_log import Change, order

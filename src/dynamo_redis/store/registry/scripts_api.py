@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import msgpack
 
+from dynamo_redis.backoff import Backoff
 from dynamo_redis.errors import (
     ConfigError,
     InvalidRecord,
@@ -28,7 +29,7 @@ from dynamo_redis.errors import (
 from dynamo_redis.store.base import Compare, DeleteOp, LeaseId, PutOp, Record, Revision, Snapshot
 from dynamo_redis.store.keys import SCHEMA_VERSION, RegistryKeys, format_lease, transaction_too_large
 from dynamo_redis.store.redis.blocking import Argument
-from dynamo_redis.store.redis.client import Backoff, RedisClient, ThreadScripts
+from dynamo_redis.store.redis.client import RedisClient, ThreadScripts
 from dynamo_redis.store.redis.page_size import PAGE_BYTES, PageSize
 from dynamo_redis.store.registry.change_log import (
     Change,

@@ -17,11 +17,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, Final
 
+from dynamo_redis.backoff import Backoff
 from dynamo_redis.errors import SchemaMismatch, StoreError, StreamLost, StreamTrimmed
 from dynamo_redis.store.event_base import BEGINNING, GROUP_TTL_S, Entry, EntryId, entry_order, just_before
 from dynamo_redis.store.keys import StreamKeys
 from dynamo_redis.store.redis.blocking import Argument, pack, pack_word
-from dynamo_redis.store.redis.client import Backoff, RedisClient
+from dynamo_redis.store.redis.client import RedisClient
 from dynamo_redis.store.redis.page_size import PageSize
 from dynamo_redis.store.scripts import Script, load_script
 

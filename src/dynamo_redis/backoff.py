@@ -1,0 +1,27 @@
+"""Pauses between attempts, so that many processes do not come again all at once."""
+
+from __future__ import annotations
+
+import random
+
+
+class Backoff:
+    """Waits between attempts: full jitter, doubling from `first_s` to `cap_s`."""
+
+    def __init__(
+        self, first_s: float = 0.05, cap_s: float = 2.0, *, rng: random.Random | None = None
+    ) -> None:
+        self._first_s = first_s
+        self._cap_s = cap_s
+        self._rng = rng or random.Random()  # noqa: S311 - jitter, not a secret
+        self._attempts = 0
+
+    def next_s(self) -> float:
+        """How long to wait now; the next wait may be twice as long."""
+        ceiling = min(self._cap_s, self._first_s * 2 ** min(self._attempts, 16))
+        self._attempts += 1
+        return self._rng.uniform(0, ceiling)
+
+    def reset(self) -> None:
+        """An attempt succeeded: start from `first_s` again."""
+        self._attempts = 0
