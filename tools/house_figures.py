@@ -1,7 +1,7 @@
 """Figures of how the code reads: `python tools/house_figures.py [DIRECTORY]`.
 
-Prints files a folder, private helpers that are used once, first words of docstrings, words that name processes as
-if they were persons, and lengths of test names, of a checkout of this project.
+Prints files a folder, private helpers that are used once, first words of docstrings, words that name
+processes as if they were persons, and lengths of test names, of a checkout of this project.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def question_docstrings(root: Path) -> list[str]:
 
 
 def docstring_count(root: Path) -> int:
-    """How many docstrings there are."""
+    """Count all docstrings."""
     kinds = ast.Module | ast.ClassDef | Function
     return sum(
         isinstance(node, kinds) and ast.get_docstring(node) is not None
@@ -59,7 +59,7 @@ def texts(root: Path) -> Iterator[Path]:
 
 
 def persons(root: Path) -> tuple[int, int]:
-    """How often a word for a person stands in the prose, and how many words the prose has."""
+    """Count the words for persons in the prose, and all its words."""
     hits = words = 0
     for path in texts(root):
         text = path.read_text(encoding="utf-8")
@@ -84,8 +84,8 @@ def test_names(root: Path) -> list[str]:
 
 
 def single_use_helpers(root: Path) -> tuple[int, int]:
-    """How many private functions of the package are named once beside their definition, and how many functions
-    the package has."""
+    """Count the private functions of the package that are named once beside their definition, and all
+    functions of the package."""
     once = functions = 0
     for _, module in modules(root, "src"):
         names = Counter(node.attr for node in ast.walk(module) if isinstance(node, ast.Attribute))
@@ -99,7 +99,7 @@ def single_use_helpers(root: Path) -> tuple[int, int]:
 
 
 def folder_sizes(root: Path) -> Counter[str]:
-    """How many modules each folder of the package and of the benchmarks has."""
+    """Count the modules of each folder of the package and of the benchmarks."""
     return Counter(
         str(path.parent.relative_to(root))
         for folder in ("src", "benchmarks")
@@ -115,9 +115,8 @@ def main() -> None:
     names = test_names(root)
     print("files a folder:", *(f"{folder} {count}" for folder, count in folder_sizes(root).most_common(6)))
     print(f"private helpers used once: {once} of {functions} functions, {100 * once / functions:.1f} %")
-    print(
-        f"docstrings that begin with a question word: {len(question_docstrings(root))} of {docstring_count(root)}"
-    )
+    asking = len(question_docstrings(root))
+    print(f"docstrings that begin with a question word: {asking} of {docstring_count(root)}")
     print(f"words for persons: {hits}, {1000 * hits / words:.2f} a 1,000 words")
     print(
         f"test names: {len(names)}, median {statistics.median(map(len, names)):.0f} characters,"
