@@ -20,7 +20,7 @@ from dynamo_redis.config import RouterSettings
 from dynamo_redis.engines.base import AllBlocksCleared, BlocksRemoved, BlocksStored
 from dynamo_redis.engines.mock.kv_cache import BlockCache, BlockTable
 from dynamo_redis.events.block_hashes import chain, local_hashes
-from dynamo_redis.events.kv_dump import KV_DUMP, KvDump
+from dynamo_redis.events.kv_dump import KvDump
 from dynamo_redis.events.kv_publisher import KvPublisher
 from dynamo_redis.events.publisher import EventPublisher
 from dynamo_redis.router.base import Worker
@@ -34,7 +34,8 @@ from dynamo_redis.store.event_base import StreamName
 from dynamo_redis.store.registry.redis_registry import RedisRegistry
 from dynamo_redis.store.streams import readers
 from dynamo_redis.wire.event import PublisherId
-from dynamo_redis.wire.kv_event import DEVICE, KV_EVENTS
+from dynamo_redis.wire.kv_event import DEVICE
+from dynamo_redis.wire.topics import KV_DUMP, KV_EVENTS
 
 NAMESPACE, COMPONENT = "test", "backend"
 STREAM = StreamName(NAMESPACE, COMPONENT, KV_EVENTS)

@@ -32,14 +32,15 @@ import uvloop
 from benchmarks.harness.processes import redis_server
 from benchmarks.harness.report import Measured
 from dynamo_redis.config import RouterSettings
-from dynamo_redis.events.kv_dump import KV_DUMP, KvDump
+from dynamo_redis.events.kv_dump import KvDump
 from dynamo_redis.events.kv_publisher import KvPublisher
 from dynamo_redis.events.publisher import EventPublisher
 from dynamo_redis.router.index.indexer import Indexer
 from dynamo_redis.runtime import DistributedRuntime, Settings
 from dynamo_redis.store.event_base import StreamName
 from dynamo_redis.wire.event import PublisherId
-from dynamo_redis.wire.kv_event import DEVICE, KV_EVENTS
+from dynamo_redis.wire.kv_event import DEVICE
+from dynamo_redis.wire.topics import KV_DUMP, KV_EVENTS
 
 INSTANCES = 8
 RANKS = 8

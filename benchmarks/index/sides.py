@@ -19,7 +19,8 @@ from dynamo_redis.router.base import Worker
 from dynamo_redis.router.index.ledger import Ledger
 from dynamo_redis.router.index.prefix_index import KvIndex
 from dynamo_redis.wire.event import EventBatch, PublisherId
-from dynamo_redis.wire.kv_event import DEVICE, KV_EVENTS, REMOVED, STORED, KvEvent
+from dynamo_redis.wire.kv_event import DEVICE, REMOVED, STORED, KvEvent
+from dynamo_redis.wire.topics import KV_EVENTS
 
 BATCH_EVENTS = 32
 """Events an entry holds: what a busy worker says within the publisher's linger."""

@@ -30,6 +30,7 @@ from dynamo_redis.names import decode_segment, format_instance_id
 from dynamo_redis.store.event_base import BEGINNING, GROUP_TTL_S, Entry, EventStreams, StreamInfo, StreamName
 from dynamo_redis.wire import kv_event
 from dynamo_redis.wire.event import EventBatch
+from dynamo_redis.wire.topics import KV_EVENTS
 
 log = logging.getLogger(__name__)
 
@@ -317,7 +318,7 @@ def _lines(entry: Entry) -> Iterator[dict[str, Any]]:
 
 def _shown(topic: str, event: Any) -> Any:
     """An event as JSON has it: KV events by name, bytes in base64."""
-    if topic == kv_event.KV_EVENTS:
+    if topic == KV_EVENTS:
         try:
             (known,) = kv_event.read_kv_events([event])
         except ValueError:

@@ -7,12 +7,8 @@ from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from dynamo_redis.engines.base import Engine, EngineLoad, ForwardPass
-from dynamo_redis.events.load_publisher import (
-    FORWARD_PASS_METRICS,
-    INTERVAL_S,
-    KV_METRICS,
-    LoadPublisher,
-)
+from dynamo_redis.events.load_publisher import INTERVAL_S, LoadPublisher
+from dynamo_redis.wire.topics import FORWARD_PASS_METRICS, KV_METRICS
 
 
 def kv_metrics(load: EngineLoad, slot_count: int) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from dynamo_redis.engines.base import Engine, EngineCapacity
 from dynamo_redis.engines.demo_model import DEMO_MODEL_NAME, DEMO_MODEL_PATH
 from dynamo_redis.engines.load_reports import load_metrics, report_load
 from dynamo_redis.errors import ModelError, StoreError
-from dynamo_redis.events.load_publisher import LOAD_METRICS, LoadPublisher
+from dynamo_redis.events.load_publisher import LoadPublisher
 from dynamo_redis.events.worker_events import WorkerEvents
 from dynamo_redis.models.card import ModelCard, RuntimeConfig
 from dynamo_redis.models.chat_template import ChatTemplate
@@ -31,6 +31,7 @@ from dynamo_redis.runtime.handlers import AnyHandler
 from dynamo_redis.runtime.runtime import DistributedRuntime
 from dynamo_redis.store.base import Registration
 from dynamo_redis.supervision import Supervisor
+from dynamo_redis.wire.topics import CLEAR_KV_BLOCKS, LOAD_METRICS
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +133,7 @@ async def _serve_beside(
 ) -> None:
     """Serve what is asked of the worker beside answers, until the stack is left."""
     handlers: dict[str, AnyHandler] = {
-        "clear_kv_blocks": _clear_kv_blocks(engine),
+        CLEAR_KV_BLOCKS: _clear_kv_blocks(engine),
         LOAD_METRICS: load_metrics(engine),
         **engine.endpoints(),
     }

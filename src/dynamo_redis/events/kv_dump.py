@@ -19,10 +19,8 @@ from dynamo_redis.clock import SYSTEM_CLOCK
 from dynamo_redis.errors import InvalidRequest
 from dynamo_redis.events.kv_publisher import KvPublisher
 from dynamo_redis.wire.event import EventBatch, PublisherId
-from dynamo_redis.wire.kv_event import KV_EVENTS, KvEvent
-
-KV_DUMP: Final = "kv_dump"
-"""The endpoint's name, beside `generate`."""
+from dynamo_redis.wire.kv_event import KvEvent
+from dynamo_redis.wire.topics import KV_EVENTS
 
 _BATCH_EVENT_COUNT: Final = 256
 _BATCH_BLOCK_COUNT: Final = 4096

@@ -22,14 +22,9 @@ from dynamo_redis.store.base import Put, Record, Registry, WatchBatch
 from dynamo_redis.store.event_base import EventStreams, StreamName
 from dynamo_redis.supervision import Supervisor
 from dynamo_redis.wire.event import EventBatch, PublisherId
+from dynamo_redis.wire.topics import FORWARD_PASS_METRICS, KV_METRICS
 
 log = logging.getLogger(__name__)
-
-KV_METRICS: Final = "kv_metrics"
-FORWARD_PASS_METRICS: Final = "forward_pass_metrics"  # noqa: S105  (no password)
-
-LOAD_METRICS: Final = "load_metrics"
-"""The endpoint, beside `generate`, that answers with one item a rank."""
 
 INTERVAL_S: Final = 0.25
 """A value that changes all the time is told this often while its topic has listeners: Redis says so when it

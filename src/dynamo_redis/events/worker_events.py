@@ -7,7 +7,7 @@ import secrets
 from typing import Self
 
 from dynamo_redis.config import EventSettings
-from dynamo_redis.events.kv_dump import KV_DUMP, KvDump
+from dynamo_redis.events.kv_dump import KvDump
 from dynamo_redis.events.kv_publisher import KvPublisher
 from dynamo_redis.events.publisher import EventPublisher
 from dynamo_redis.names import EndpointName
@@ -15,7 +15,7 @@ from dynamo_redis.runtime.runtime import DistributedRuntime
 from dynamo_redis.runtime.serving import ServedEndpoint
 from dynamo_redis.store.event_base import StreamName
 from dynamo_redis.wire.event import PublisherId
-from dynamo_redis.wire.kv_event import KV_EVENTS
+from dynamo_redis.wire.topics import KV_DUMP, KV_EVENTS
 
 
 class WorkerEvents:

@@ -13,9 +13,7 @@ from dynamo_redis.planes.context import Context
 from dynamo_redis.runtime.client import Client
 from dynamo_redis.runtime.handlers import collect_one
 from dynamo_redis.runtime.runtime import DistributedRuntime
-
-CLEAR_KV_BLOCKS = "clear_kv_blocks"
-"""The endpoint, beside the one that generates."""
+from dynamo_redis.wire.topics import CLEAR_KV_BLOCKS
 
 ANSWER_S = 10.0
 """How long a worker may take to answer."""

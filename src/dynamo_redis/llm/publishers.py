@@ -15,12 +15,13 @@ from typing import Any
 from dynamo_redis.errors import ConfigError, StoreError
 from dynamo_redis.events.engine_blocks import EngineHash
 from dynamo_redis.events.kv_publisher import KvPublisher
-from dynamo_redis.events.load_publisher import KV_METRICS, LOAD_METRICS, LoadPublisher
+from dynamo_redis.events.load_publisher import LoadPublisher
 from dynamo_redis.events.worker_events import WorkerEvents
 from dynamo_redis.names import EndpointName
 from dynamo_redis.runtime.awaitables import started
 from dynamo_redis.runtime.endpoint import Component, Endpoint
 from dynamo_redis.runtime.runtime import DistributedRuntime
+from dynamo_redis.wire.topics import KV_METRICS, LOAD_METRICS
 
 log = logging.getLogger(__name__)
 

@@ -18,9 +18,6 @@ from typing import Any, Final, NamedTuple
 
 from dynamo_redis.errors import InvalidRecord
 
-KV_EVENTS: Final = "kv_events"
-"""The topic."""
-
 STORED: Final = 0
 REMOVED: Final = 1
 REMOVED_INSIDE: Final = 2

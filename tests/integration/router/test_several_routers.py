@@ -10,13 +10,13 @@ import pytest
 
 from dynamo_redis.errors import InvalidRequest, PlaneError
 from dynamo_redis.planes.context import Context
-from dynamo_redis.router.choice.booking_sync import ACTIVE_SEQUENCES
 from dynamo_redis.router.index.prefix_index import KvIndex
 from dynamo_redis.router.kv_router import KvRouter
 from dynamo_redis.router.service import RouterService
 from dynamo_redis.runtime import DistributedRuntime
 from dynamo_redis.store.event_base import StreamName
 from dynamo_redis.store.server import EmbeddedServer
+from dynamo_redis.wire.topics import ACTIVE_SEQUENCES
 from tests.routed_deployment import WORKERS, Deployment, until, until_served
 
 PROMPT = list(range(2, 162))  # ten blocks

@@ -19,13 +19,12 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from dynamo_redis.config import EventSettings, RouterSettings
-from dynamo_redis.events.load_publisher import KV_METRICS
 from dynamo_redis.frontend.http.errors import ApiError
 from dynamo_redis.frontend.models import LiveModels
 from dynamo_redis.models.card import MAX_RANKS, ModelCard
 from dynamo_redis.names import MODEL_CARDS, EndpointName, InstanceId, kv_routers_prefix
 from dynamo_redis.router.base import Worker
-from dynamo_redis.router.choice.booking_sync import ACTIVE_SEQUENCES, BookingSync
+from dynamo_redis.router.choice.booking_sync import BookingSync
 from dynamo_redis.router.choice.load_book import LoadBook
 from dynamo_redis.router.choice.load_metrics import LoadMetrics
 from dynamo_redis.router.choice.workers import WorkerCards
@@ -35,7 +34,8 @@ from dynamo_redis.runtime.client import Client
 from dynamo_redis.runtime.instance import Instance
 from dynamo_redis.store.event_base import NewEntry, StreamName
 from dynamo_redis.wire.event import PublisherId
-from dynamo_redis.wire.kv_event import KV_EVENTS, stored
+from dynamo_redis.wire.kv_event import stored
+from dynamo_redis.wire.topics import ACTIVE_SEQUENCES, KV_EVENTS, KV_METRICS
 from tests.rubbish import WORST_JSON, WORST_MSGPACK, WORST_VALUES, arrays_like, records_like, with_field
 
 from .conftest import OpenRuntime

@@ -7,9 +7,10 @@ from typing import Any, cast
 
 from dynamo_redis.engines.base import EngineCapacity, EngineLoad
 from dynamo_redis.engines.load_reports import report_load
-from dynamo_redis.events.load_publisher import KV_METRICS, LoadPublisher
+from dynamo_redis.events.load_publisher import LoadPublisher
 from dynamo_redis.store.registry.memory import MemoryRegistry, MemoryServer
 from dynamo_redis.store.streams.memory import MemoryEventStreams
+from dynamo_redis.wire.topics import KV_METRICS
 
 
 class SayingEngine:

@@ -9,13 +9,14 @@ import anyio
 import pytest
 
 from dynamo_redis.events import load_publisher
-from dynamo_redis.events.load_publisher import KV_METRICS, LoadPublisher
+from dynamo_redis.events.load_publisher import LoadPublisher
 from dynamo_redis.events.router_record import RouterRecord
 from dynamo_redis.store.base import Delete, DeleteCause, Put, Record, Revision, WatchBatch
 from dynamo_redis.store.event_base import StreamName
 from dynamo_redis.store.registry.memory import MemoryRegistry, MemoryServer
 from dynamo_redis.store.streams.memory import MemoryEventStreams
 from dynamo_redis.wire.event import EventBatch
+from dynamo_redis.wire.topics import KV_METRICS
 
 WAIT_S = 20.0
 TOPIC = StreamName("dynamo", "backend", KV_METRICS)

@@ -40,11 +40,9 @@ from dynamo_redis.store.base import DeleteCause, Put, Record, Registry, WatchBat
 from dynamo_redis.store.event_base import Entry, EventStreams, EventTail, StreamName, entry_order
 from dynamo_redis.supervision import Supervisor
 from dynamo_redis.wire.event import EventBatch, PublisherId
+from dynamo_redis.wire.topics import ACTIVE_SEQUENCES
 
 log = logging.getLogger(__name__)
-
-ACTIVE_SEQUENCES = "active_sequences_events"
-"""The topic."""
 
 RENEW_S = 10.0
 LEASE_S = 3 * RENEW_S

@@ -9,12 +9,12 @@ from typing import Any
 
 from dynamo_redis.clock import SYSTEM_CLOCK, Clock
 from dynamo_redis.errors import InvalidRecord
-from dynamo_redis.events.load_publisher import KV_METRICS
 from dynamo_redis.router.base import Worker
 from dynamo_redis.router.choice.load_book import LoadBook
 from dynamo_redis.store.event_base import EventStreams, StreamName
 from dynamo_redis.supervision import Supervisor
 from dynamo_redis.wire.event import EventBatch
+from dynamo_redis.wire.topics import KV_METRICS
 
 log = logging.getLogger(__name__)
 

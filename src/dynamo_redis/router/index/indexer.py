@@ -17,7 +17,6 @@ from typing import Any, Final
 from dynamo_redis.backoff import Backoff
 from dynamo_redis.config import RouterSettings
 from dynamo_redis.errors import InvalidRecord, StoreError, StoreUnavailable
-from dynamo_redis.events.kv_dump import KV_DUMP
 from dynamo_redis.names import format_instance_id
 from dynamo_redis.rate_limited_log import RateLimitedLog
 from dynamo_redis.router.base import Matched, Worker
@@ -34,7 +33,7 @@ from dynamo_redis.runtime.runtime import DistributedRuntime
 from dynamo_redis.store.event_base import EntryId, StreamName, entry_order
 from dynamo_redis.supervision import Supervisor
 from dynamo_redis.wire.event import EventBatch
-from dynamo_redis.wire.kv_event import KV_EVENTS
+from dynamo_redis.wire.topics import KV_DUMP, KV_EVENTS
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,8 @@ from dynamo_redis.router.index import ledger as ledger_module
 from dynamo_redis.router.index.ledger import Answer, Ledger, Outcome, Standing
 from dynamo_redis.router.index.prefix_index import KvIndex
 from dynamo_redis.wire.event import EventBatch, PublisherId
-from dynamo_redis.wire.kv_event import DEVICE, KV_EVENTS, KvEvent, cleared, removed, stored
+from dynamo_redis.wire.kv_event import DEVICE, KvEvent, cleared, removed, stored
+from dynamo_redis.wire.topics import KV_EVENTS
 
 WORKER = Worker(7, 0)
 
