@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -11,29 +13,75 @@ from benchmarks.pages import MARK, digits, lines, results, updated, written
 from benchmarks.replay import report
 
 from faults.page import losses, table
+from tests.rendered_pages import (
+    PAGES,
+    ROOT,
+    anchors,
+    clicks_from,
+    code_blocks,
+    inline,
+    links,
+    name,
+    rows_of_another_width,
+)
 
-ROOT = Path(__file__).resolve().parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "benchmarks" / "README.md"])
 CONDITIONS = {"1.6", "1", "128", "64", "4", "1,000", "2,048", "300"}
 """Numbers of README's figures that say how they were measured."""
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+PYTHON_BLOCKS = [
+    pytest.param(page, code, id=f"{name(page)}-{number}")
+    for page in PAGES
+    for number, code in enumerate(code_blocks(page, "python"))
+]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
 def test_links_lead_somewhere(page: Path) -> None:
-    targets = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())
-    missing = [target for target in targets if not (page.parent / target).exists()]
-    assert not missing
+    dead = [
+        str(link)
+        for link in links(page)
+        if not link.target.exists()
+        or (link.anchor and link.target.suffix == ".md" and link.anchor not in anchors(link.target))
+    ]
+    assert dead == []
 
 
-@pytest.mark.parametrize(("name", "made"), [("faults", table), ("losses", losses)])
-def test_the_guarantees_show_what_was_measured(name: str, made: Callable[[], str]) -> None:
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_tables_are_shown_as_tables(page: Path) -> None:
+    """A row behind a blank line is shown as text with pipes; a cell too many is not shown at all."""
+    assert [piece.content for piece in inline(page) if piece.type == "text" and "|" in piece.content] == []
+    assert rows_of_another_width(page) == []
+
+
+def test_each_page_is_two_clicks_from_the_readme() -> None:
+    """Decisions stand in their folder, which the README names."""
+    clicks = clicks_from(ROOT / "README.md")
+    far = [page for page in PAGES if clicks.get(page, 99) > 2 and page.parent.name != "decisions"]
+    assert [name(page) for page in far] == []
+
+
+@pytest.mark.parametrize(("page", "code"), PYTHON_BLOCKS)
+def test_python_on_pages_fits_the_package(page: Path, code: str) -> None:
+    """Each block compiles, and what it imports of this package is there."""
+    tree = compile(code, name(page), "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT | ast.PyCF_ONLY_AST)
+    assert isinstance(tree, ast.Module)
+    compile(tree, name(page), "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dynamo_redis"):
+            module = import_module(node.module or "")
+            assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
+
+
+@pytest.mark.parametrize(("mark", "made"), [("faults", table), ("losses", losses)])
+def test_the_guarantees_show_what_was_measured(mark: str, made: Callable[[], str]) -> None:
     page = (ROOT / "docs" / "guarantees.md").read_text()
-    shown = re.search(f"<!-- {name} -->\n(.*)<!-- /{name} -->", page, re.DOTALL)
+    shown = re.search(f"<!-- {mark} -->\n(.*)<!-- /{mark} -->", page, re.DOTALL)
     assert shown is not None
     assert shown[1].strip() == made().strip()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", PAGES, ids=name)
 def test_install_lines_work_from_a_checkout(page: Path) -> None:
     """The package is in no index: pip finds it by a path alone."""
     wanted = re.findall(r"pip install ([^`#\n]+)", page.read_text())
@@ -41,11 +89,11 @@ def test_install_lines_work_from_a_checkout(page: Path) -> None:
 
 
 def test_every_proof_is_a_test() -> None:
-    page = "\n".join((ROOT / "docs" / name).read_text() for name in ("replaces.md", "guarantees.md"))
+    page = "\n".join((ROOT / "docs" / file).read_text() for file in ("replaces.md", "guarantees.md"))
     tests = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     named = set(re.findall(r"`(test_\w+)`", page))
     assert len(named) > 20
-    assert {name for name in named if f"def {name}(" not in tests} == set()
+    assert {test for test in named if f"def {test}(" not in tests} == set()
 
 
 def test_each_decision_has_a_number_of_its_own() -> None:
@@ -57,7 +105,7 @@ def test_each_decision_has_a_number_of_its_own() -> None:
         assert path.read_text().startswith(f"# {number}. "), path.name
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", PAGES, ids=name)
 def test_figures_are_those_that_were_measured(page: Path) -> None:
     """`python -m benchmarks.pages` brings them up to date."""
     text = page.read_text()
