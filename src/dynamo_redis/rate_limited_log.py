@@ -1,4 +1,4 @@
-"""Log lines about what others cause, and may cause a thousand times a second: one a while says it."""
+"""Log lines about events that a peer can cause a thousand times a second: at most one line each pause."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ MAX_KINDS: Final = 64
 class RateLimitedLog:
     """Logs at most one line in `pause_s` of each kind, with the number of those left out since the last one.
 
-    At most `MAX_KINDS` kinds are told apart within `pause_s`: further ones are left out, and counted in the
-    next line of any kind. What is left out is logged at debug.
+    It remembers at most `MAX_KINDS` kinds within `pause_s`. Lines of further kinds are left out, and counted in
+    the next line of any kind. A line that is left out is logged at debug.
     """
 
     __slots__ = ("_kinds", "_left_out_of_others", "_level", "_log", "_pause_s")
@@ -26,13 +26,15 @@ class RateLimitedLog:
         self._pause_s = pause_s
         self._log = log
         self._level = level
-        self._kinds: dict[Hashable, tuple[float, int]] = {}  # the one said longest ago is the first
+        self._kinds: dict[
+            Hashable, tuple[float, int]
+        ] = {}  # kind: (time of its last line, lines left out since); the oldest is first
         self._left_out_of_others = 0
 
-    def say(
+    def log(
         self, text: str, *args: object, kind: Hashable = None, exc_info: BaseException | None = None
     ) -> None:
-        """Log `text % args`, if it is time for a line of this kind: by default, of this text."""
+        """Log `text % args` if the pause of its kind is over. The kind is the text unless given."""
         now = time.monotonic()
         if kind is None:
             kind = text
@@ -44,13 +46,17 @@ class RateLimitedLog:
         else:
             self._kinds.pop(kind, None)
             self._kinds[kind] = (now, 0)
-            more = self._left_out(0 if known is None else known[1])
+            alike_count = 0 if known is None else known[1]
+            others_count, self._left_out_of_others = self._left_out_of_others, 0
+            parts = [f"{alike_count} more of these"] * bool(alike_count)
+            parts += [f"{others_count} of other kinds"] * bool(others_count)
+            more = f" ({' and '.join(parts)} since the last such line)" if parts else ""
             self._log.log(self._level, "%s%s", text % args, more, exc_info=exc_info)
             return
         self._log.debug(text, *args, exc_info=exc_info)
 
     def _has_room(self, now: float) -> bool:
-        """Whether one more kind can be remembered; the oldest is forgotten if its pause is over."""
+        """Return whether one more kind can be remembered. Forgets the oldest kind if its pause is over."""
         if len(self._kinds) < MAX_KINDS:
             return True
         oldest = next(iter(self._kinds))
@@ -60,11 +66,3 @@ class RateLimitedLog:
         del self._kinds[oldest]
         self._left_out_of_others += left_out_count
         return True
-
-    def _left_out(self, alike_count: int) -> str:
-        others_count, self._left_out_of_others = self._left_out_of_others, 0
-        if not alike_count and not others_count:
-            return ""
-        parts = [f"{alike_count} more of these"] * bool(alike_count)
-        parts += [f"{others_count} of other kinds"] * bool(others_count)
-        return f" ({' and '.join(parts)} since the last such line)"

@@ -1,8 +1,8 @@
 """Keeping long-lived tasks at work: one bad value costs that value, a failure costs a pause.
 
-A task that reads what others wrote gives each value to its `Supervisor`, by `each` or `skip`: a value that
-cannot be taken is left out, counted, and named in the log. What ends the reading itself is for `run`: it
-begins again after a pause, for as long as the task lives. Nothing here waits for anything else.
+A task that reads values of other processes gives each value to its `Supervisor`, by `each` or `skip`. A value
+that cannot be used is left out, counted, and named in the log. `run` is for failures of the reading itself: it
+starts the work again after a pause, for as long as the task lives.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ T = TypeVar("T")
 
 
 class Supervisor:
-    """Keeps one long-lived task at work. It owns nothing, and belongs to that task's event loop.
+    """Keeps one long-lived task at work. It owns no resources and belongs to that task's event loop.
 
-    `skipped_count` counts values that were left out, `failed_count` how often the work began again.
+    `skipped_count` is the number of values left out, `failed_count` that of failures of the work.
     """
 
     def __init__(self, log: logging.Logger, task: str, *, pauses_s: tuple[float, float] = PAUSES_S) -> None:
@@ -41,7 +41,7 @@ class Supervisor:
     # ----------------------------------------------------------------- one bad value
 
     def each(self, values: Iterable[T], take: Callable[[T], None], name: Callable[[T], str]) -> None:
-        """Let `take` have each value. One that it raises for is left out; `name` is its name in the log."""
+        """Call `take` with each value. A value for which it raises is left out; `name` gives its name in the log."""
         for value in values:
             try:
                 take(value)
@@ -49,19 +49,19 @@ class Supervisor:
                 self.skip(name(value), exc)
 
     def skip(self, name: str, exc: Exception) -> None:
-        """Say that a value is left out. An error of this package says all; any other is a defect, and shown
-        with where it was raised."""
+        """Log that a value is left out. An exception that is not of this package is a defect: it is logged with
+        its traceback."""
         self.skipped_count += 1
-        says_where = isinstance(exc, InvalidRecord) and exc.key
-        self._say("left out" if says_where else f"left out {name}", exc, name)
+        names_its_key = isinstance(exc, InvalidRecord) and exc.key
+        self._log_failure("left out" if names_its_key else f"left out {name}", exc, name)
 
     # ----------------------------------------------------------------- a failure of the work itself
 
     async def run(self, work: Callable[[], Awaitable[None]]) -> None:
-        """Do the work until it returns.
+        """Run the work until it returns.
 
-        A failure is logged, and the work begins again after a pause, which grows while it fails at once. That
-        Redis is away is logged at debug only: the registry says so once.
+        A failure is logged, and the work starts again after a pause. The pause grows while the work keeps
+        failing soon after its start. StoreUnavailable is logged at debug only: the registry logs it once.
         """
         shortest_s, longest_s = self._pauses_s
         pause_s = shortest_s
@@ -78,14 +78,14 @@ class Supervisor:
             pause_s = min(2 * pause_s, longest_s)
 
     def failed(self, exc: Exception) -> None:
-        """Say that the work begins again; for work that makes its own pauses."""
+        """Log that the work failed and starts again; for work that makes its own pauses."""
         self.failed_count += 1
         if isinstance(exc, StoreUnavailable):
             self._log.debug("%s: starting it again: %s", self._task, exc)
         else:
-            self._say("failed, starting it again", exc, type(exc).__name__)
+            self._log_failure("failed, starting it again", exc, type(exc).__name__)
 
-    def _say(self, text: str, exc: Exception, kind: str) -> None:
+    def _log_failure(self, text: str, exc: Exception, kind: str) -> None:
         is_defect = not isinstance(exc, DynamoRedisError)
         shown = f"{type(exc).__name__}: {exc}" if is_defect else exc
-        self._lines.say("%s: %s: %s", self._task, text, shown, kind=kind, exc_info=exc if is_defect else None)
+        self._lines.log("%s: %s: %s", self._task, text, shown, kind=kind, exc_info=exc if is_defect else None)

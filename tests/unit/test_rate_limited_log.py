@@ -1,4 +1,4 @@
-"""What is said of others, and how often."""
+"""`RateLimitedLog`: one line a while of each kind, with a count of those left out."""
 
 from __future__ import annotations
 
@@ -30,39 +30,39 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def test_one_line_a_while_of_each_kind(caplog: pytest.LogCaptureFixture, clock: Clock) -> None:
-    said = RateLimitedLog(LOG)
+    limited = RateLimitedLog(LOG)
     with caplog.at_level(logging.INFO, "dynamo_redis.test"):
         for number in range(4):
-            said.say("%d is refused", number)
-            said.say("%d has gone", number)
+            limited.log("%d is refused", number)
+            limited.log("%d has gone", number)
             clock.now += PAUSE_S / 4 - 0.01
         assert caplog.messages == ["0 is refused", "0 has gone"]
         caplog.clear()
         clock.now += 1
-        said.say("%d is refused", 4)
+        limited.log("%d is refused", 4)
         clock.now += PAUSE_S
-        said.say("%d is refused", 5)
+        limited.log("%d is refused", 5)
         assert caplog.messages == ["4 is refused (3 more of these since the last such line)", "5 is refused"]
         assert {record.levelno for record in caplog.records} == {logging.WARNING}
 
 
 def test_kinds_are_bounded_and_the_rest_is_counted(caplog: pytest.LogCaptureFixture, clock: Clock) -> None:
-    said = RateLimitedLog(LOG)
+    limited = RateLimitedLog(LOG)
     with caplog.at_level(logging.INFO, LOG.name):
         for number in range(MAX_KINDS + 9):
-            said.say("kind %d", number, kind=number)
+            limited.log("kind %d", number, kind=number)
         assert len(caplog.messages) == MAX_KINDS
-        said.say("kind %d", 0, kind=0)
+        limited.log("kind %d", 0, kind=0)
         caplog.clear()
         clock.now += PAUSE_S
-        said.say("kind %d", MAX_KINDS, kind=MAX_KINDS)  # in the place of 0, of which one was left out
+        limited.log("kind %d", MAX_KINDS, kind=MAX_KINDS)  # in the place of 0, of which one was left out
         assert caplog.messages == [f"kind {MAX_KINDS} (10 of other kinds since the last such line)"]
 
 
 def test_a_line_has_the_traceback(caplog: pytest.LogCaptureFixture) -> None:
-    said = RateLimitedLog(LOG, logging.ERROR)
+    limited = RateLimitedLog(LOG, logging.ERROR)
     error = ValueError("no")
-    said.say("it broke", exc_info=error)
+    limited.log("it broke", exc_info=error)
     (record,) = caplog.records
     assert record.exc_info is not None
     assert record.exc_info[1] is error

@@ -35,18 +35,18 @@ def run(main: Coroutine[Any, Any, Answer]) -> Answer:
 
 @asynccontextmanager
 async def open_registry(
-    options: Mapping[str, Any], *, looks_only: bool = True, default_level: str = "warn"
+    options: Mapping[str, Any], *, read_only: bool = True, default_level: str = "warn"
 ) -> AsyncIterator[Registry]:
     """The registry that the options and the settings name. Raises ConfigError and StoreError.
 
-    `looks_only`: it writes nothing, and a user who may only read can open it. `default_level`: log level,
+    `read_only`: it writes nothing, and a user who may only read can open it. `default_level`: log level,
     unless one was asked for. At "error" a single write, whose failure says why, is not warned of as well.
     """
-    from dynamo_redis.store.connect import open_store, open_to_look
+    from dynamo_redis.store.connect import open_store, open_read_only
 
     _begin(options, default_level)
     settings = load(StoreSettings, options)
-    registry, objects = open_to_look(settings) if looks_only else open_store(settings)
+    registry, objects = open_read_only(settings) if read_only else open_store(settings)
     try:
         await registry.start()
         yield registry
@@ -56,14 +56,14 @@ async def open_registry(
 
 
 @asynccontextmanager
-async def open_objects(options: Mapping[str, Any], *, looks_only: bool = True) -> AsyncIterator[ObjectStore]:
+async def open_objects(options: Mapping[str, Any], *, read_only: bool = True) -> AsyncIterator[ObjectStore]:
     """The object store that the options and the settings name. Raises ConfigError and StoreError."""
-    from dynamo_redis.store.connect import open_store, open_to_look
+    from dynamo_redis.store.connect import open_store, open_read_only
 
     async with open_registry(options):
         pass  # it has checked the server, the password and the schema
     settings = load(StoreSettings, options)
-    registry, objects = open_to_look(settings) if looks_only else open_store(settings)
+    registry, objects = open_read_only(settings) if read_only else open_store(settings)
     try:
         yield objects
     finally:
@@ -104,11 +104,11 @@ async def open_runtime(options: Mapping[str, Any]) -> AsyncIterator[DistributedR
     """A runtime, for a command that asks services themselves; it writes nothing. Raises ConfigError and
     StoreError."""
     from dynamo_redis.runtime.runtime import DistributedRuntime, Settings
-    from dynamo_redis.store.connect import open_to_look
+    from dynamo_redis.store.connect import open_read_only
 
     _begin(options)
     settings = Settings(store=load(StoreSettings, options))
-    registry, objects = open_to_look(settings.store)
+    registry, objects = open_read_only(settings.store)
     async with DistributedRuntime(settings=settings, registry=registry, objects=objects) as runtime:
         yield runtime
 

@@ -82,7 +82,7 @@ def put(key: str, value: str, as_json: bool, **options: str | None) -> None:
     content = sys.stdin.buffer.read() if value == "-" else value.encode(errors="surrogateescape")
 
     async def write() -> str:
-        async with connect.open_registry(options, looks_only=False, default_level="error") as registry:
+        async with connect.open_registry(options, read_only=False, default_level="error") as registry:
             return await registry.put(key, content)
 
     revision = connect.run(write())
@@ -105,7 +105,7 @@ def delete(key: str, as_json: bool, **options: str | None) -> None:
     """
 
     async def remove() -> bool:
-        async with connect.open_registry(options, looks_only=False, default_level="error") as registry:
+        async with connect.open_registry(options, read_only=False, default_level="error") as registry:
             return await registry.delete(key)
 
     if not connect.run(remove()):

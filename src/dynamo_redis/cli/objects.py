@@ -92,7 +92,7 @@ def put(name: str, file: Path, as_json: bool, **options: str | None) -> None:
 
     async def write() -> ObjectInfo:
         with progress_bar(f"put {bucket}/{name}", size_bytes) as report:
-            async with connect.open_objects(options, looks_only=False) as store:
+            async with connect.open_objects(options, read_only=False) as store:
                 source = _standard_input() if standard_input else file
                 return await store.put(bucket, name, source, progress=report)
 
@@ -137,7 +137,7 @@ def rm(name: str, as_json: bool, **options: str | None) -> None:
     bucket, name = _split(name)
 
     async def remove() -> bool:
-        async with connect.open_objects(options, looks_only=False) as store:
+        async with connect.open_objects(options, read_only=False) as store:
             return await store.remove(bucket, name)
 
     if not connect.run(remove()):

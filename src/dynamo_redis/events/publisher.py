@@ -167,7 +167,7 @@ class EventPublisher:
 
     def _leave_out(self) -> None:
         if not self._is_gap and not self._closed:
-            self._overflows.say("%s: the queue of events is full, some are left out", self._stream.path)
+            self._overflows.log("%s: the queue of events is full, some are left out", self._stream.path)
             self._is_gap = True
             self._due.set()
         self.left_out_count += 1

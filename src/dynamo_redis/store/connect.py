@@ -15,12 +15,12 @@ def open_store(settings: StoreSettings) -> tuple[Registry, ObjectStore]:
     return RedisRegistry(settings), RedisObjectStore.from_settings(settings)
 
 
-def open_to_look(settings: StoreSettings) -> tuple[Registry, ObjectStore]:
-    """As `open_store`, to look only: nothing is written, and what would write raises StoreRefused."""
+def open_read_only(settings: StoreSettings) -> tuple[Registry, ObjectStore]:
+    """As `open_store`, but read-only: methods that write raise StoreRefused."""
     from dynamo_redis.store.objects.redis_objects import RedisObjectStore
-    from dynamo_redis.store.registry.looking import LookingRegistry
+    from dynamo_redis.store.registry.read_only import ReadOnlyRegistry
 
-    return LookingRegistry(settings), RedisObjectStore.from_settings(settings, looks_only=True)
+    return ReadOnlyRegistry(settings), RedisObjectStore.from_settings(settings, read_only=True)
 
 
 def open_locks(settings: StoreSettings) -> Locks:

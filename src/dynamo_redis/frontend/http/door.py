@@ -66,7 +66,7 @@ class Door:
 
     def _let_in(self, sock: socket.socket) -> None:
         if len(self._guests) + len(self._arriving) >= self._most_count and not self._make_room():
-            self._complaints.say(
+            self._complaints.log(
                 "connections are refused: %d are open, and all have a request", self._most_count
             )
             turn_away(sock, Overloaded(f"{self._most_count} connections are open (DYN_HTTP_MAX_CONNECTIONS)"))

@@ -187,7 +187,7 @@ class AdmissionControl:
         waiting.push(request.connection, request)
 
     def _overloaded(self) -> Overloaded:
-        self._complaints.say(_FULL, self._max_in_flight_count, self._max_queued_count)
+        self._complaints.log(_FULL, self._max_in_flight_count, self._max_queued_count)
         return Overloaded(
             f"the worker is at its limit (DYN_TCP_MAX_IN_FLIGHT={self._max_in_flight_count}, "
             f"DYN_TCP_MAX_QUEUED={self._max_queued_count})",

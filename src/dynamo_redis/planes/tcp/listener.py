@@ -137,13 +137,13 @@ class Listener:
             return False
         finally:
             self._reserve = _spare_file()
-        self._complaints.say(
+        self._complaints.log(
             "connections are refused: every file this process may open is in use (%s)", describe_file_limit()
         )
         return True
 
     def _pause(self, listening: socket.socket, exc: OSError) -> None:
-        self._complaints.say("connections have to wait: %s", exc)
+        self._complaints.log("connections have to wait: %s", exc)
         self._loop.remove_reader(listening)
         self._paused[listening] = self._loop.call_later(_PAUSE_S, self._resume, listening)
 

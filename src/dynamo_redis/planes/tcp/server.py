@@ -248,11 +248,11 @@ class TcpServer:
             limit = "the limit of open files, RLIMIT_NOFILE"
         else:
             limit = f"DYN_TCP_MAX_CONNECTIONS={setting_count}"
-        self._complaints.say(_FULL, self._max_proven_count, limit)
+        self._complaints.log(_FULL, self._max_proven_count, limit)
         return Overloaded(f"the worker has as many connections as it takes ({limit})")
 
     def _too_many_shaking(self) -> Overloaded:
-        self._complaints.say(_MANY_SHAKING, self._max_shaking_count)
+        self._complaints.log(_MANY_SHAKING, self._max_shaking_count)
         return Overloaded("the worker has as many connections in their handshake as it takes")
 
     def _on_socket(self, sock: socket.socket) -> None:

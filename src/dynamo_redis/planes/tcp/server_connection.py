@@ -124,7 +124,7 @@ class ServerConnection(Connection):
         if handshake is not None and handshake.client is not None and not self.closed:
             # An honest caller whose secret is another one: it has seen this side's proof first.
             error = AuthenticationFailed("it hung up instead of proving that it knows the instance's secret")
-            self._service.complaints.say(_NO_PROOF, self._peer(), error)
+            self._service.complaints.log(_NO_PROOF, self._peer(), error)
         return super().eof_received()
 
     def pause_writing(self) -> None:
@@ -197,7 +197,7 @@ class ServerConnection(Connection):
             complaint = _NO_PROOF
         else:
             complaint = _OTHER_INSTANCE
-        self._service.complaints.say(complaint, self._peer(), error)
+        self._service.complaints.log(complaint, self._peer(), error)
         self.refuse(error)
 
     def _peer(self) -> str:
@@ -277,7 +277,7 @@ class ServerConnection(Connection):
         """The reason why a payload was not taken, with what the caller should know."""
         if isinstance(error, Overloaded):
             error.retry_after_s = self._admission.retry_after_s()
-            self._service.complaints.say("large requests are refused: %s", error)
+            self._service.complaints.log("large requests are refused: %s", error)
         return error
 
     def _on_stream_frame(self, received: list[Any]) -> None:

@@ -92,7 +92,7 @@ class Endpoint:
         where = None if place is None else (place.tb_frame.f_code, place.tb_lineno)
         kind = type(exc), where, _describe(exc)[:_LOGGED_CHARS]
         text = "the handler of %s raised on request %s"
-        self._failures.say(text, self.subject, request_id, kind=kind, exc_info=exc)
+        self._failures.log(text, self.subject, request_id, kind=kind, exc_info=exc)
 
 
 class Admission(Protocol):

@@ -117,7 +117,7 @@ class Gate:
         return sock.recv(1, socket.MSG_PEEK)
 
     def _note(self, arrival: _Arrival, why: str) -> None:
-        self._complaints.say("no TLS with %s: %s", arrival.peer, why)
+        self._complaints.log("no TLS with %s: %s", arrival.peer, why)
 
 
 class _Arrival:

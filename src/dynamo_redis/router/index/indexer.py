@@ -217,7 +217,7 @@ class Indexer:
                 raise InvalidRecord("a batch of KV events", f"its topic is {batch.topic!r}")
         except InvalidRecord as exc:
             self._unreadable_count += 1
-            self._complaints.say(
+            self._complaints.log(
                 "an entry of %s cannot be read, asking all workers: %s", self._stream.path, exc
             )
             self._recovery.ask_all()

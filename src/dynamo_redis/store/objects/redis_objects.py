@@ -101,21 +101,21 @@ class RedisObjectStore(WholeReads):
         *,
         chunk_bytes: int = CHUNK_BYTES,
         patience: Patience | None = None,
-        looks_only: bool = False,
+        read_only: bool = False,
     ) -> None:
-        """`looks_only`: reading and listing write nothing; a version replaced meanwhile is not kept."""
-        self._looks_only = looks_only
+        """`read_only`: reading and listing write nothing, so a version that is replaced meanwhile may expire."""
+        self._read_only = read_only
         self._client = client
         self._prefix = prefix
         self._chunk_bytes = chunk_bytes
         self._patience = patience or Patience()
 
     @classmethod
-    def from_settings(cls, settings: StoreSettings, *, looks_only: bool = False) -> Self:
+    def from_settings(cls, settings: StoreSettings, *, read_only: bool = False) -> Self:
         """With a client of its own, not yet connected. Raises ConfigError if no server is configured."""
         url, timeout_s = settings.require_url(), settings.command_timeout_s
         client = RedisClient(url, timeout_s=timeout_s, client_name="dynamo-redis-objects")
-        return cls(client, settings.prefix, looks_only=looks_only)
+        return cls(client, settings.prefix, read_only=read_only)
 
     # ------------------------------------------------------------------ put
 
@@ -258,7 +258,7 @@ class RedisObjectStore(WholeReads):
                 if content is None:
                     raise ObjectChanged(keys.url, f"chunk {index} of {count} is gone")
                 if (await next_chunk(content, whole)).digest != digest:
-                    if not self._looks_only:
+                    if not self._read_only:
                         await self._chunks(keys).report_damage(manifest.chunks[index])
                     raise ObjectChanged(keys.url, f"chunk {index} of {count} is damaged")
                 yield content
@@ -270,7 +270,7 @@ class RedisObjectStore(WholeReads):
         chunks, names = self._chunks(keys), manifest.chunks
         renewed_at = time.monotonic()
         for index, name in enumerate(names):
-            if not self._looks_only and time.monotonic() - renewed_at > self._patience.expiry_s / 3:
+            if not self._read_only and time.monotonic() - renewed_at > self._patience.expiry_s / 3:
                 renewed_at = time.monotonic()
                 await self._recovering(partial(chunks.renew, names[index:]))
             yield chunks.fetch(name)
@@ -387,7 +387,7 @@ class RedisObjectStore(WholeReads):
 
     async def _forget(self, unused: Sequence[tuple[bytes, bytes]]) -> None:
         """Drop names that have had no object for so long that no put can be about to make one current."""
-        if not unused or self._looks_only:
+        if not unused or self._read_only:
             return
         limit = await self._server_time_s() - _FORGET_AFTER_S
         for start in range(0, len(unused), _KEYS_A_CALL):

@@ -350,7 +350,7 @@ class RedisClient:
             return
         text = str(store_error(exc, self.address))
         remedy = ROTATED_REMEDY if is_about_password(exc) else ""
-        _refusals.say("a new connection is refused: %s%s", text, remedy, kind=text)
+        _refusals.log("a new connection is refused: %s%s", text, remedy, kind=text)
 
     def _check_version(self, server: dict[str, str]) -> None:
         text = server.get("redis_version", "")

@@ -1,4 +1,4 @@
-"""Looking writes nothing, and a user who may only read can do it."""
+"""The read-only registry writes nothing, and needs no right but to read."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from dynamo_redis.runtime.instance import Instance
 from dynamo_redis.store.base import Put, Registry
 from dynamo_redis.store.objects.redis_objects import RedisObjectStore
 from dynamo_redis.store.redis.client import RedisClient
-from dynamo_redis.store.registry import looking
-from dynamo_redis.store.registry.looking import LookingRegistry
+from dynamo_redis.store.registry import read_only
+from dynamo_redis.store.registry.read_only import ReadOnlyRegistry
 from dynamo_redis.store.registry.redis_registry import RedisRegistry
 from dynamo_redis.store.server import EmbeddedServer
 from faults.servers import installed_servers
@@ -37,7 +37,7 @@ async def server(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterato
 
 @pytest.fixture
 async def admin(server: EmbeddedServer, repository: Path) -> AsyncIterator[RedisClient]:
-    """Made the user of SECURITY.md who may do nothing but read."""
+    """A client that has made the read-only user of SECURITY.md."""
     client = RedisClient(server.url, timeout_s=5.0)
     page = (repository / "SECURITY.md").read_text()
     (line,) = [line for line in page.splitlines() if line.startswith("ACL SETUSER look ")]
@@ -55,8 +55,8 @@ async def writer(server: EmbeddedServer) -> AsyncIterator[Registry]:
 
 
 @pytest.fixture
-async def looking_registry(admin: RedisClient, server: EmbeddedServer) -> AsyncIterator[Registry]:
-    registry = LookingRegistry(StoreSettings.load(redis_url=only_reading(server.url), prefix="dynamo"))
+async def read_only_registry(admin: RedisClient, server: EmbeddedServer) -> AsyncIterator[Registry]:
+    registry = ReadOnlyRegistry(StoreSettings.load(redis_url=only_reading(server.url), prefix="dynamo"))
     yield registry
     await registry.aclose()
 
@@ -66,23 +66,23 @@ def only_reading(url: str) -> str:
 
 
 async def test_it_reads_what_was_written(
-    writer: Registry, looking_registry: Registry, monkeypatch: pytest.MonkeyPatch
+    writer: Registry, read_only_registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(looking, "PAGE_KEYS_COUNT", 3)
-    monkeypatch.setattr(looking, "RECORDS_A_CALL", 2)
+    monkeypatch.setattr(read_only, "PAGE_KEYS_COUNT", 3)
+    monkeypatch.setattr(read_only, "RECORDS_A_CALL", 2)
     for number in range(8):
         await writer.put(f"a/{number}", b"%d" % number)
     await writer.put("b", b"x")
     await writer.register("a/leased", b"y")
-    await looking_registry.start()
+    await read_only_registry.start()
     for prefix in ("a/", "", "nothing/"):
-        assert await looking_registry.get_prefix(prefix) == await writer.get_prefix(prefix)
+        assert await read_only_registry.get_prefix(prefix) == await writer.get_prefix(prefix)
     for key in ("a/3", "a/leased", "none"):
-        assert await looking_registry.get(key) == await writer.get(key)
+        assert await read_only_registry.get(key) == await writer.get(key)
 
 
 async def test_it_hides_the_keys_of_ended_leases(
-    writer: Registry, looking_registry: Registry, admin: RedisClient
+    writer: Registry, read_only_registry: Registry, admin: RedisClient
 ) -> None:
     await writer.register("leased", b"y")
     await writer.put("kept", b"x")
@@ -90,20 +90,20 @@ async def test_it_hides_the_keys_of_ended_leases(
     await writer.aclose()
     for key, dump in stood.items():  # as it would be if the writer had died, and nothing had reaped its lease
         await admin.execute("RESTORE", key, 0, dump, "REPLACE")
-    await looking_registry.start()
-    assert [record.key for record in (await looking_registry.get_prefix("")).records] == ["kept", "leased"]
+    await read_only_registry.start()
+    assert [record.key for record in (await read_only_registry.get_prefix("")).records] == ["kept", "leased"]
     await admin.execute("ZADD", "{dynamo}:leases", "1", f"{writer.lease_id:x}")
-    assert [record.key for record in (await looking_registry.get_prefix("")).records] == ["kept"]
-    assert await looking_registry.get("leased") is None
+    assert [record.key for record in (await read_only_registry.get_prefix("")).records] == ["kept"]
+    assert await read_only_registry.get("leased") is None
 
 
-async def test_its_watch_shows_every_change(writer: Registry, looking_registry: Registry) -> None:
+async def test_its_watch_shows_every_change(writer: Registry, read_only_registry: Registry) -> None:
     await writer.put("a/1", b"x")
-    await looking_registry.start()
+    await read_only_registry.start()
     seen: dict[str, bytes] = {}
 
     async def follow() -> None:
-        async with looking_registry.watch("a/") as changes:
+        async with read_only_registry.watch("a/") as changes:
             async for batch in changes:
                 for event in batch.events:
                     if isinstance(event, Put):
@@ -126,13 +126,13 @@ async def test_its_watch_shows_every_change(writer: Registry, looking_registry: 
 
 
 async def test_a_registry_that_is_not_there_is_empty(
-    looking_registry: Registry, admin: RedisClient, server: EmbeddedServer
+    read_only_registry: Registry, admin: RedisClient, server: EmbeddedServer
 ) -> None:
-    await looking_registry.start()
-    assert (await looking_registry.get_prefix("")).records == ()
-    assert await looking_registry.get("a") is None
+    await read_only_registry.start()
+    assert (await read_only_registry.get_prefix("")).records == ()
+    assert await read_only_registry.get("a") is None
     assert await admin.execute("DBSIZE") == 0
-    watch = looking_registry.watch("a")
+    watch = read_only_registry.watch("a")
     writer = RedisRegistry(StoreSettings.load(redis_url=server.url, prefix="dynamo"))
     try:
         await writer.start()
@@ -148,21 +148,21 @@ async def test_a_registry_that_is_not_there_is_empty(
         await writer.aclose()
 
 
-async def test_it_refuses_to_write(writer: Registry, looking_registry: Registry) -> None:
-    await looking_registry.start()
-    for write in (looking_registry.put("a", b"x"), looking_registry.delete("a")):
-        with pytest.raises(StoreRefused, match="for looking only"):
+async def test_it_refuses_to_write(writer: Registry, read_only_registry: Registry) -> None:
+    await read_only_registry.start()
+    for write in (read_only_registry.put("a", b"x"), read_only_registry.delete("a")):
+        with pytest.raises(StoreRefused, match="open read-only"):
             await write
-    with pytest.raises(StoreRefused, match="for looking only"):
-        await looking_registry.register("a", b"x")
+    with pytest.raises(StoreRefused, match="open read-only"):
+        await read_only_registry.register("a", b"x")
 
 
 async def test_another_major_version_is_refused(
-    writer: Registry, looking_registry: Registry, admin: RedisClient
+    writer: Registry, read_only_registry: Registry, admin: RedisClient
 ) -> None:
     await admin.execute("HSET", "{dynamo}:meta", "schema", "9.1")
     with pytest.raises(SchemaMismatch, match="upgrade the older side"):
-        await looking_registry.start()
+        await read_only_registry.start()
 
 
 COMMANDS: tuple[tuple[str, ...], ...] = (

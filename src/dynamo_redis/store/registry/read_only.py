@@ -1,8 +1,8 @@
-"""A registry to look into: it writes nothing, and reads by plain commands, as a user with few rights can.
+"""A read-only registry: it writes nothing and reads by plain commands, so a user with few rights can use it.
 
-A script would need the right to run scripts. Plain commands have no moment in common: what the log says of
-the time in which they ran is replayed over what they found, as over the pages of a large snapshot. Leases
-that have ended and are not yet reaped hide their keys, by the service clock as it stands.
+A script would need the right to run scripts. Plain commands do not see one moment: the changes that the log
+has of the time in which they ran are replayed over their results, as over the pages of a large snapshot. Keys
+of leases that have ended and are not yet reaped are left out, by the service clock as last saved.
 
 Long-lived part, from `start` to `aclose`: the log reader, which feeds the watches.
 """
@@ -40,18 +40,18 @@ from dynamo_redis.store.registry.scripts_api import (
 
 ABSENT: Final = Position("", Revision("0-0"), "")
 """The position of a registry that has no write yet."""
-UNMADE_COUNT: Final = 2000
+UNAPPLIED_COUNT: Final = 2000
 RECORDS_A_CALL: Final = 64
 LEASES_A_CALL: Final = 500
 
 
 class PlainReads(KeyValue):
-    """The reads of `KeyValue`, by plain commands. A registry that is not there is empty, and is not made."""
+    """The reads of `KeyValue`, by plain commands. A registry that does not exist reads as empty; none is created."""
 
     async def initialize(self) -> Position:
-        """Answer where the registry stands. Raises SchemaMismatch."""
+        """Return the position of the last change. Raises SchemaMismatch."""
         position, _ = await self._head()
-        return self.saw(_end(position, await self._unmade(position)))
+        return self.saw(_end(position, await self._unapplied_changes(position)))
 
     async def _head(self) -> tuple[Position, float]:
         """Return the position of the records, and the service clock in ms. Raises SchemaMismatch."""
@@ -69,12 +69,12 @@ class PlainReads(KeyValue):
             return ABSENT, 0.0
         return Position(incarnation, Revision(revision), operation), float(clock or 0)
 
-    async def _unmade(self, position: Position) -> list[Change]:
-        """The changes that the log has behind the head: a script was stopped before it had made them."""
+    async def _unapplied_changes(self, position: Position) -> list[Change]:
+        """Return the changes that the log has after the head's revision: a script stopped before it applied them."""
         if position == ABSENT:
             return []
         behind = await self.client.execute(
-            "XRANGE", self.keys.log, f"({position.revision}", "+", "COUNT", UNMADE_COUNT
+            "XRANGE", self.keys.log, f"({position.revision}", "+", "COUNT", UNAPPLIED_COUNT
         )
         found: list[Change] = []
         for change in parse_changes(behind):
@@ -84,9 +84,9 @@ class PlainReads(KeyValue):
         return found
 
     async def read(self, keys: Sequence[str], lease: LeaseId | None = None) -> Owned:
-        """Read keys; a lease is not asked for by those who look."""
+        """Return the records of keys. `lease` is ignored: this registry has none."""
         position, clock_ms = await self._head()
-        unmade = await self._unmade(position)
+        unapplied = await self._unapplied_changes(position)
         records: dict[str, Record] = {}
         invalid: dict[str, InvalidRecord] = {}
         for key, packed in zip(keys, await self._packed(keys), strict=True):
@@ -97,12 +97,12 @@ class PlainReads(KeyValue):
             else:
                 if record is not None:
                     records[key] = record
-        replay(records, "", [change for change in unmade if change.key in keys])
+        replay(records, "", [change for change in unapplied if change.key in keys])
         living = await self._living(records, clock_ms)
-        return Owned(_end(position, unmade), False, "", frozenset(), living, invalid)
+        return Owned(_end(position, unapplied), False, "", frozenset(), living, invalid)
 
     async def snapshot(self, prefix: str) -> tuple[Snapshot, Position]:
-        """As `KeyValue.snapshot`; only the records of leases that have not ended."""
+        """As `KeyValue.snapshot`, without the records of leases that have ended."""
         snapshot, position = await super().snapshot(prefix)
         _, clock_ms = await self._head()
         living = await self._living({record.key: record for record in snapshot.records}, clock_ms)
@@ -134,10 +134,10 @@ class PlainReads(KeyValue):
         last, _ = await self._head()
         if last.incarnation != first.incarnation:
             raise HistoryLost("the registry was wiped")
-        return records, first, self.saw(_end(last, await self._unmade(last)))
+        return records, first, self.saw(_end(last, await self._unapplied_changes(last)))
 
     async def _packed(self, keys: Sequence[str] | Sequence[bytes]) -> list[bytes | None]:
-        """The packed records at these keys; a few at a time, since each may be large."""
+        """Read the packed records of keys; a few at a time, since each may be large."""
         packed: list[bytes | None] = []
         for start in range(0, len(keys), RECORDS_A_CALL):
             part = keys[start : start + RECORDS_A_CALL]
@@ -145,7 +145,8 @@ class PlainReads(KeyValue):
         return packed
 
     async def _living(self, records: dict[str, Record], clock_ms: float) -> dict[str, Record]:
-        """Those whose lease has not ended. One that is not listed was reaped just now: the log says so."""
+        """Return the records whose lease has not ended. A lease that is not listed was reaped just now: then the log
+        has the deletes of its keys."""
         leases = sorted({record.lease for record in records.values() if record.lease is not None})
         ended: set[LeaseId] = set()
         for start in range(0, len(leases), LEASES_A_CALL):
@@ -161,7 +162,7 @@ class PlainReads(KeyValue):
         return {key: record for key, record in records.items() if record.lease not in ended}
 
     async def write(self, *_: Any, **__: Any) -> Written:
-        """Refuse. Raises StoreRefused."""
+        """Raise StoreRefused."""
         _refuse()
 
 
@@ -173,11 +174,11 @@ def _end(position: Position, changes: Sequence[Change]) -> Position:
 
 
 def _refuse() -> NoReturn:
-    raise StoreRefused("this registry is open for looking only: nothing is written")
+    raise StoreRefused("this registry is open read-only: nothing is written")
 
 
-class LookingRegistry(KeyOperations):
-    """`base.Registry` for those who look: what writes raises StoreRefused. It has no lease and reaps none."""
+class ReadOnlyRegistry(KeyOperations):
+    """`base.Registry` that only reads: methods that write raise StoreRefused. It has no lease and reaps none."""
 
     def __init__(self, settings: StoreSettings) -> None:
         self._lease = LeaseId(new_instance_id())
