@@ -14,8 +14,8 @@ MAX_KINDS: Final = 64
 class RateLimitedLog:
     """Logs at most one line in `pause_s` of each kind, with the number of those left out since the last one.
 
-    It remembers at most `MAX_KINDS` kinds within `pause_s`. Lines of further kinds are left out, and counted in
-    the next line of any kind. A line that is left out is logged at debug.
+    It remembers at most `MAX_KINDS` kinds within `pause_s`. Lines of further kinds are left out, and counted
+    in the next line of any kind. A line that is left out is logged at debug.
     """
 
     __slots__ = ("_kinds", "_left_out_of_others", "_level", "_log", "_pause_s")

@@ -1,8 +1,8 @@
 """Keeping long-lived tasks at work: one bad value costs that value, a failure costs a pause.
 
 A task that reads values of other processes gives each value to its `Supervisor`, by `each` or `skip`. A value
-that cannot be used is left out, counted, and named in the log. `run` is for failures of the reading itself: it
-starts the work again after a pause, for as long as the task lives.
+that cannot be used is left out, counted, and named in the log. `run` is for failures of the reading itself:
+it starts the work again after a pause, for as long as the task lives.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class Supervisor:
     # ----------------------------------------------------------------- one bad value
 
     def each(self, values: Iterable[T], take: Callable[[T], None], name: Callable[[T], str]) -> None:
-        """Call `take` with each value. A value for which it raises is left out; `name` gives its name in the log."""
+        """Call `take` with each value. A value for which it raises is left out; `name` gives its name in the
+        log."""
         for value in values:
             try:
                 take(value)
@@ -49,8 +50,8 @@ class Supervisor:
                 self.skip(name(value), exc)
 
     def skip(self, name: str, exc: Exception) -> None:
-        """Log that a value is left out. An exception that is not of this package is a defect: it is logged with
-        its traceback."""
+        """Log that a value is left out. An exception that is not of this package is a defect: it is logged
+        with its traceback."""
         self.skipped_count += 1
         names_its_key = isinstance(exc, InvalidRecord) and exc.key
         self._log_failure("left out" if names_its_key else f"left out {name}", exc, name)

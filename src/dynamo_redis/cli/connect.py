@@ -42,7 +42,7 @@ async def open_registry(
     `read_only`: it writes nothing, and a user who may only read can open it. `default_level`: log level,
     unless one was asked for. At "error" a single write, whose failure says why, is not warned of as well.
     """
-    from dynamo_redis.store.connect import open_store, open_read_only
+    from dynamo_redis.store.connect import open_read_only, open_store
 
     _begin(options, default_level)
     settings = load(StoreSettings, options)
@@ -58,7 +58,7 @@ async def open_registry(
 @asynccontextmanager
 async def open_objects(options: Mapping[str, Any], *, read_only: bool = True) -> AsyncIterator[ObjectStore]:
     """The object store that the options and the settings name. Raises ConfigError and StoreError."""
-    from dynamo_redis.store.connect import open_store, open_read_only
+    from dynamo_redis.store.connect import open_read_only, open_store
 
     async with open_registry(options):
         pass  # it has checked the server, the password and the schema

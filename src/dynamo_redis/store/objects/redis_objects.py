@@ -103,7 +103,8 @@ class RedisObjectStore(WholeReads):
         patience: Patience | None = None,
         read_only: bool = False,
     ) -> None:
-        """`read_only`: reading and listing write nothing, so a version that is replaced meanwhile may expire."""
+        """`read_only`: reading and listing write nothing, so a version that is replaced meanwhile may
+        expire."""
         self._read_only = read_only
         self._client = client
         self._prefix = prefix

@@ -46,7 +46,8 @@ LEASES_A_CALL: Final = 500
 
 
 class PlainReads(KeyValue):
-    """The reads of `KeyValue`, by plain commands. A registry that does not exist reads as empty; none is created."""
+    """The reads of `KeyValue`, by plain commands. A registry that does not exist reads as empty; none is
+    created."""
 
     async def initialize(self) -> Position:
         """Return the position of the last change. Raises SchemaMismatch."""
@@ -70,7 +71,8 @@ class PlainReads(KeyValue):
         return Position(incarnation, Revision(revision), operation), float(clock or 0)
 
     async def _unapplied_changes(self, position: Position) -> list[Change]:
-        """Return the changes that the log has after the head's revision: a script stopped before it applied them."""
+        """Return the changes that the log has after the head's revision: a script stopped before it applied
+        them."""
         if position == ABSENT:
             return []
         behind = await self.client.execute(
@@ -145,8 +147,8 @@ class PlainReads(KeyValue):
         return packed
 
     async def _living(self, records: dict[str, Record], clock_ms: float) -> dict[str, Record]:
-        """Return the records whose lease has not ended. A lease that is not listed was reaped just now: then the log
-        has the deletes of its keys."""
+        """Return the records whose lease has not ended. A lease that is not listed was reaped just now: then
+        the log has the deletes of its keys."""
         leases = sorted({record.lease for record in records.values() if record.lease is not None})
         ended: set[LeaseId] = set()
         for start in range(0, len(leases), LEASES_A_CALL):
@@ -178,7 +180,8 @@ def _refuse() -> NoReturn:
 
 
 class ReadOnlyRegistry(KeyOperations):
-    """`base.Registry` that only reads: methods that write raise StoreRefused. It has no lease and reaps none."""
+    """`base.Registry` that only reads: methods that write raise StoreRefused. It has no lease and reaps
+    none."""
 
     def __init__(self, settings: StoreSettings) -> None:
         self._lease = LeaseId(new_instance_id())
