@@ -30,7 +30,7 @@ from dynamo_redis.router.choice.workers import WorkerCards, Workers
 from dynamo_redis.router.index.indexer import Indexer
 from dynamo_redis.router.index.predicted_index import PredictedIndex
 from dynamo_redis.router.prompts import block_hashes, token_ids_of, weights_of
-from dynamo_redis.router.routed_call import RoutedCall
+from dynamo_redis.router.routed_call import BookedRoute, RoutedCall
 from dynamo_redis.router.router_state import Counts, RouterState, describe_workers
 from dynamo_redis.runtime.client import Client
 from dynamo_redis.runtime.instance import Instance
@@ -290,16 +290,12 @@ class KvRouter:
         routing = self._routing(request, context, among)
         choice = await self.chooser.choose(routing)
         self.counts.request_count += 1
-        return RoutedCall(
-            self._client.dispatcher,
-            self.chooser,
-            routing,
-            choice,
-            request,
-            bool(annotated),
-            context,
-            on_item=self._count,
-        )
+        route = BookedRoute(self._client.dispatcher, self.chooser, routing, choice)
+        try:
+            return RoutedCall(route, route.hop(request), bool(annotated), context, on_item=self._count)
+        except BaseException:
+            route.ended()
+            raise
 
     async def best_worker(
         self,

@@ -40,6 +40,7 @@ from dynamo_redis.runtime.client import Client
 from dynamo_redis.runtime.discovery import Member
 from dynamo_redis.runtime.dispatch import Dispatcher
 from dynamo_redis.runtime.instance import Instance
+from dynamo_redis.runtime.route import Hop
 from dynamo_redis.runtime.runtime import DistributedRuntime
 from dynamo_redis.runtime.selection import Policy, policy
 from dynamo_redis.runtime.serving import ServedEndpoint
@@ -128,7 +129,7 @@ class RouterClient:
         self._routers = routers
         self._workers = workers
         self._select: Policy = policy("p2c", random.Random())  # noqa: S311 - spreading load, no secret
-        self._routed = True
+        self._is_routed = True
 
     @classmethod
     async def open(
@@ -153,16 +154,22 @@ class RouterClient:
     ) -> Call:
         """As `Client.generate`, by way of a router."""
         routers, workers = self._routers.dispatcher, self._workers.dispatcher
-        self._note(routed=bool(routers.view.candidates))
-        return _ServiceCall(routers, workers, self._select, request, bool(annotated), context, among)
-
-    def _note(self, *, routed: bool) -> None:
-        if routed != self._routed:
-            self._routed = routed
-            if routed:
+        is_routed = bool(routers.view.candidates)
+        if is_routed != self._is_routed:
+            self._is_routed = is_routed
+            if is_routed:
                 log.info("a router can be reached again")
             else:
                 log.warning("no router can be reached: workers are chosen by load")
+        if not is_routed:
+            return Call(workers, self._select, request, bool(annotated), context, among)
+        routing = {
+            "endpoint": str(workers.view.name),
+            "among": None if among is None else sorted(among),
+        }
+        route = _ServiceRoute(routers, workers, self._select, among)
+        request = {**request, "routing": routing}
+        return Call(routers, self._select, request, bool(annotated), context, route=route)
 
     def instance_ids(self) -> list[int]:
         """The workers', as `Client.instance_ids`."""
@@ -178,52 +185,48 @@ class RouterClient:
         await self._workers.aclose()
 
 
-class _ServiceCall(Call):
-    """A call to a router; once none is left that can be reached, the same call to a worker."""
+class _ServiceRoute:
+    """A `Route` over routers; once none of them can be reached, over the workers themselves."""
 
-    __slots__ = ("_may_bypass", "_wanted", "_workers")
+    __slots__ = ("_among", "_is_bypassing", "_may_bypass", "_routers", "_select", "_workers")
 
     def __init__(
-        self,
-        routers: Dispatcher,
-        workers: Dispatcher,
-        select: Policy,
-        request: Any,
-        annotated: bool,
-        context: Context | None,
-        among: Collection[int] | None,
+        self, routers: Dispatcher, workers: Dispatcher, select: Policy, among: Collection[int] | None
     ) -> None:
+        """`among` are the ids of the workers to choose from, if a router is bypassed."""
+        self._routers = routers
         self._workers = workers
-        self._wanted = among
+        self._select = select
+        self._among = among
         self._may_bypass = False
-        if not routers.view.candidates:
-            super().__init__(workers, select, request, annotated, context, among)
-            return
-        routing = {
-            "endpoint": str(workers.view.name),
-            "among": None if among is None else sorted(among),
-        }
-        super().__init__(routers, select, {**request, "routing": routing}, annotated, context)
+        self._is_bypassing = False
 
-    def _may_send_again(self, error: PlaneError, *, was_sent: bool) -> bool:
-        if isinstance(error, HandlerFailed) and self._dispatcher is not self._workers:
+    def failed(self, member: Member, error: PlaneError, *, was_answered: bool) -> bool:
+        """As `Route.failed`. Raises InstanceRemoved if the router was lost that passed an answer on."""
+        if self._is_bypassing:
+            self._workers.note_failure(member, error)
+            return True
+        if isinstance(error, HandlerFailed):
             return False  # a worker's error, which the router passed on: it has tried others if that helps
         # A router that says that all workers are busy, or gone, is to be believed.
         self._may_bypass = isinstance(error, _UNREACHABLE)
-        if self._may_bypass and self._answered and self._dispatcher is not self._workers:
-            self._dispatcher.note_failure(self._member, error)
+        self._routers.note_failure(member, error)
+        if self._may_bypass and was_answered:
             raise InstanceRemoved(
                 f"the router service that passed the answer on was lost: {error}"
             ) from error
-        return super()._may_send_again(error, was_sent=was_sent)
+        return True
 
-    async def _choose_again(self, tried: set[int]) -> Member:
-        if self._dispatcher is not self._workers:
-            left = [member for member in self._dispatcher.view.candidates if member.instance_id not in tried]
+    async def choose_again(self, tried: set[int], request: Any) -> Hop:
+        """As `Route.choose_again`."""
+        if not self._is_bypassing:
+            left = [member for member in self._routers.view.candidates if member.instance_id not in tried]
             if left:
-                return self._select(left)
+                return Hop(self._routers, self._select(left), request)
             if not self._may_bypass:
                 raise NoInstances("no other router can be reached")
-            self._dispatcher = self._workers
-            self._among = self._wanted
-        return await super()._choose_again(tried)
+            self._is_bypassing = True
+        return Hop(self._workers, self._workers.choose(self._select, tried, self._among), request)
+
+    def ended(self) -> None:
+        """Do nothing: the router ends the booking when its call ends."""

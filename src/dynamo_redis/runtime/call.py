@@ -23,24 +23,25 @@ from dynamo_redis.planes.context import Context, Strength
 from dynamo_redis.runtime.annotated import Annotated
 from dynamo_redis.runtime.discovery import Member
 from dynamo_redis.runtime.dispatch import Dispatcher
+from dynamo_redis.runtime.route import Route
 from dynamo_redis.runtime.selection import Policy
 
 _MAX_REFUSED_TRIES = 3
-"""An overloaded deployment is not helped by each request knocking at every door; and so many engines that
-fail at one request may well fail because of it."""
+"""Most instances that may refuse one request, or whose engines may fail with it. More tries would add load to
+a deployment that is overloaded already; and a request that fails in three engines may be the cause itself."""
 
 _MAX_LOST_TRIES = 3
-"""To so many instances one request may be sent without an answer: it may be what kills them."""
+"""Most instances that may be lost with one request: the request may be what kills them."""
 
 _MAX_SILENT_TRIES = 2
-"""So many instances may fall silent with one request: it may be what makes them stand still."""
+"""Most instances that may fall silent with one request: the request may be what makes them hang."""
 
 
 class Call:
-    """One request and its answer, across the instances it is tried on. It has one reader at a time.
+    """One request and its answer, across the instances that it is tried on. It has one reader at a time.
 
-    A read that is cancelled, as by a time-out, takes nothing: the next read goes on. `aclose`, leaving
-    `async with`, or dropping the call ends it early; the worker is told to kill the request.
+    A read that is cancelled, for instance by a time-out, loses no item: the next read gets it. `aclose`,
+    leaving `async with`, or dropping the call ends it early; the worker is told to kill the request.
     """
 
     __slots__ = (
@@ -53,6 +54,7 @@ class Call:
         "_failures",
         "_member",
         "_request",
+        "_route",
         "_select",
         "_stream",
         "_was_read",
@@ -68,16 +70,19 @@ class Call:
         among: Collection[int] | None = None,
         *,
         member: Member | None = None,
+        route: Route | None = None,
     ) -> None:
-        """Send the request: to `member`, if the caller has chosen already.
+        """Send the request to `member`, or to an instance that `select` chooses.
 
-        Raises NoInstances, and what `RequestPlaneClient.open` raises.
+        After a failure `route` chooses the next instance; without a route, `select` does, `among` these ids.
+        Raises NoInstances, and the errors of `RequestPlaneClient.open`.
         """
         self._stream: ResponseStream | None = None
         self._was_read = False
         self._dispatcher = dispatcher
         self._select = select
         self._among = among
+        self._route = route
         self._request = request
         self._annotated = annotated
         self._context = context
@@ -142,8 +147,8 @@ class Call:
             self._stream.call_soon(self._drop)
 
     def _drop(self) -> None:
-        """End an answer that was dropped half-way: the rest will never be read. What a request asks for whose
-        answer was never read is done."""
+        """End the answer of a call that was dropped. If it was read in part the worker is told to stop; if it
+        was never read, the worker still does what the request asks for."""
         stream = self._stream
         if stream is not None:
             self._close()
@@ -175,14 +180,19 @@ class Call:
     def _close(self) -> None:
         stream, self._stream = self._stream, None
         if stream is not None:
+            if self._route is not None:
+                self._route.ended()
             self._member.in_flight -= 1
             if not self._answered:
                 self._member.pending.discard(stream)
 
     def _may_send_again(self, error: PlaneError, *, was_sent: bool) -> bool:
-        """Note a failure. Tell whether the request may be sent again after it."""
+        """Note a failure; return whether the request may be sent again after it."""
         failed = self._member
-        self._dispatcher.note_failure(failed, error)
+        if self._route is None:
+            self._dispatcher.note_failure(failed, error)
+        elif not self._route.failed(failed, error, was_answered=self._answered):
+            return False
         is_stopped = self._context is not None and self._context.is_stopped()
         if self._answered or not error.retryable or is_stopped:
             return False
@@ -217,7 +227,7 @@ class Call:
             del error  # else its traceback would keep it, by this frame
 
     async def _find_another_in_time(self, error: PlaneError, failures: _Failures) -> Member | None:
-        """As `_find_another`, until the context ends the request: then raise DeadlineExceeded, or
+        """Do as `_find_another`, until the context ends the request: then raise DeadlineExceeded, or
         RequestCancelled if it is stopped or killed."""
         context = self._context
         if context is None:
@@ -246,7 +256,8 @@ class Call:
             del error  # as in `_send_again`
 
     async def _find_another(self, error: PlaneError, failures: _Failures) -> Member | None:
-        """Find the instance that is next: after an old secret the same one, if it has a new one."""
+        """Return the next instance, or None. If the last one refused an old secret and its record has a new
+        one, that is the same instance again."""
         failed = self._member
         if isinstance(error, AuthenticationFailed):
             fresh = await self._refreshed(failed, failures)
@@ -283,13 +294,20 @@ class Call:
 
     def _pass_over(self) -> None:
         """Note that the instance that `_choose_again` chose last is not used."""
+        if self._route is not None:
+            self._route.ended()
 
     async def _choose_again(self, tried: set[int]) -> Member:
         """Choose another instance than those tried. Raises NoInstances."""
-        return self._dispatcher.choose(self._select, tried, self._among)
+        if self._route is None:
+            return self._dispatcher.choose(self._select, tried, self._among)
+        hop = await self._route.choose_again(tried, self._request)
+        self._dispatcher, self._request = hop.dispatcher, hop.request
+        return hop.member
 
     async def _refreshed(self, failed: Member, failures: _Failures) -> Member | None:
-        """A worker restarted at the same address has a new secret: its record tells, once a request."""
+        """Read the instance's record, once a request: a worker that restarted at the same address has a new
+        secret there. Return the instance with it, or None."""
         if failures.refreshed:
             return None
         fresh = await self._dispatcher.refreshed(failed)
@@ -298,7 +316,7 @@ class Call:
 
 
 class _Failures:
-    """What a request has met on its way so far."""
+    """The instances that have failed one request, by how they failed."""
 
     __slots__ = ("lost", "refreshed", "searching", "silent", "tried")
 
@@ -318,7 +336,8 @@ class _Failures:
             self.silent.add(member.instance_id)
 
     def suffice_after(self, error: PlaneError) -> bool:
-        """Tell whether the request has been tried often enough. Raises PeerSilent if too many fell silent."""
+        """Return whether the request has been tried often enough. Raises PeerSilent if too many instances
+        fell silent with it."""
         if isinstance(error, Overloaded | EngineFailed) and len(self.tried) >= _MAX_REFUSED_TRIES:
             return True
         if len(self.silent) >= _MAX_SILENT_TRIES:

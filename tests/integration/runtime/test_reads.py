@@ -6,6 +6,7 @@ import asyncio
 import contextvars
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from random import Random
 from typing import Any
 
 import pytest
@@ -16,6 +17,9 @@ from dynamo_redis.runtime import DistributedRuntime, discovery, dynamo_endpoint
 from dynamo_redis.runtime.call import Call
 from dynamo_redis.runtime.client import Client
 from dynamo_redis.runtime.discovery import Member
+from dynamo_redis.runtime.dispatch import Dispatcher
+from dynamo_redis.runtime.route import Hop
+from dynamo_redis.runtime.selection import Policy, policy
 from tests.integration.runtime.conftest import OpenRuntime
 from tests.integration.runtime.test_runtime import until
 
@@ -93,16 +97,33 @@ async def read_all(call: Call) -> list[Any]:
     return [item async for item in call]
 
 
-class _HesitantCall(Call):
-    """Takes its time to choose another instance."""
+class _HesitantRoute:
+    """A `Route` that waits a moment before it chooses another instance."""
 
-    __slots__ = ("hesitating",)
+    def __init__(self, dispatcher: Dispatcher, select: Policy) -> None:
+        self._dispatcher = dispatcher
+        self._select = select
+        self.is_choosing = False
 
-    async def _choose_again(self, tried: set[int]) -> Member:
-        self.hesitating = True
+    def failed(self, member: Member, error: PlaneError, *, was_answered: bool) -> bool:
+        self._dispatcher.note_failure(member, error)
+        return True
+
+    async def choose_again(self, tried: set[int], request: Any) -> Hop:
+        self.is_choosing = True
         await asyncio.sleep(0.05)
-        self.hesitating = False
-        return await super()._choose_again(tried)
+        self.is_choosing = False
+        return Hop(self._dispatcher, self._dispatcher.choose(self._select, tried), request)
+
+    def ended(self) -> None:
+        pass
+
+
+def hesitant_call(client: Client, member: Member) -> tuple[Call, _HesitantRoute]:
+    """Send a request to `member`, by a call that waits before it chooses another instance."""
+    select = policy("round_robin", Random(1))
+    route = _HesitantRoute(client.dispatcher, select)
+    return Call(client.dispatcher, select, None, False, None, member=member, route=route), route
 
 
 async def refuse(_: Any) -> None:
@@ -117,10 +138,9 @@ async def test_read_may_time_out_between_two_instances(open_runtime: OpenRuntime
     good = await (await open_runtime()).endpoint(ENDPOINT).start_serving(answer)
     client = await client_of(await open_runtime(), 2)
     refusing = next(one for one in client._view if one.instance_id != good.instance.instance_id)
-    call = _HesitantCall(client.dispatcher, client._round_robin, None, False, None, member=refusing)
-    call.hesitating = False
+    call, route = hesitant_call(client, refusing)
     reader = asyncio.create_task(call.__anext__())
-    await until(lambda: call.hesitating)
+    await until(lambda: route.is_choosing)
     with pytest.raises(RuntimeError, match="one reader"):
         await anext(call)
     reader.cancel()
@@ -133,10 +153,9 @@ async def test_error_stays_after_a_cancelled_search(open_runtime: OpenRuntime) -
     await (await open_runtime()).endpoint(ENDPOINT).start_serving(refuse)
     client = await client_of(await open_runtime())
     only = next(iter(client._view))
-    call = _HesitantCall(client.dispatcher, client._round_robin, None, False, None, member=only)
-    call.hesitating = False
+    call, route = hesitant_call(client, only)
     reader = asyncio.create_task(call.__anext__())
-    await until(lambda: call.hesitating)
+    await until(lambda: route.is_choosing)
     reader.cancel()
     with pytest.raises(asyncio.CancelledError):
         await reader
