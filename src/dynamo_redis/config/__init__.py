@@ -12,7 +12,7 @@ from dynamo_redis.config.base import PemFile, SettingsGroup, env_name, parse_dur
 from dynamo_redis.config.engines import MockEngineSettings, ModelSettings, OpenAIEngineSettings
 from dynamo_redis.config.events import EventSettings
 from dynamo_redis.config.origins import Origin, child_environment, origins
-from dynamo_redis.config.plane import REQUEST_PLANES, PlaneSettings
+from dynamo_redis.config.plane import PlaneSettings
 from dynamo_redis.config.router import RouterSettings
 from dynamo_redis.config.runtime_files import (
     read_runtime_file,
@@ -29,7 +29,6 @@ from dynamo_redis.config.unknown import unknown_names
 __all__ = [
     "GROUPS",
     "LOCK_TOKEN",
-    "REQUEST_PLANES",
     "EventSettings",
     "FixtureSettings",
     "FrontendSettings",
@@ -72,11 +71,13 @@ GROUPS: tuple[type[SettingsGroup], ...] = (
 """All groups, in the order in which `docs/settings.md` and `dynamo-redis settings` list them."""
 
 LOCK_TOKEN = "DYN_LOCK_TOKEN"  # noqa: S105 - the name of a variable
-"""Not a setting: what `dynamo-redis lock` tells the command that it runs."""
+"""Not a setting: the variable in which `dynamo-redis lock` gives its command the fencing token."""
 
 
 def unknown_settings() -> dict[str, str]:
-    """The `DYN_…` variables that are no settings: each with a sentence that says so, and what may be meant.
+    """Return the `DYN_…` variables that are no settings, each with a sentence for the user.
+
+    The sentence also suggests the setting that may be meant.
 
     Raises ConfigError if `.env` cannot be read.
     """

@@ -1,4 +1,4 @@
-"""How settings are declared and read: units, precedence, and errors of one line."""
+"""Declaring and reading settings: units, precedence, and errors of one line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
 def parse_duration(value: object) -> object:
-    """`"10"`, `"10s"`, `"500ms"`, `"2m"`, `"1h"` → float seconds. What is not a string passes unchanged."""
+    """`"10"`, `"10s"`, `"500ms"`, `"2m"`, `"1h"` → float seconds. Other types are returned unchanged."""
     if not isinstance(value, str):
         return value
     found = _DURATION.fullmatch(value.strip().lower())
@@ -34,7 +34,7 @@ PemFile = NewType("PemFile", Path)
 
 
 def setting(env: str, default: Any, description: str, *, unit: str = "") -> Any:
-    """Declare a setting: its environment variable, default, meaning and unit (what `--help` shows)."""
+    """Declare a setting: its environment variable, default, meaning and unit, which `--help` shows."""
     return Field(
         default,
         validation_alias=env,
@@ -44,7 +44,10 @@ def setting(env: str, default: Any, description: str, *, unit: str = "") -> Any:
 
 
 class SettingsGroup(BaseSettings):
-    """Base of the groups. Frozen; arguments go by field name, the environment by `DYN_…` name."""
+    """Base of the groups.
+
+    Frozen. Arguments have the fields' names, environment variables their `DYN_…` names.
+    """
 
     model_config = SettingsConfigDict(
         env_file=".env", extra="ignore", frozen=True, env_ignore_empty=True, populate_by_name=True
@@ -52,7 +55,7 @@ class SettingsGroup(BaseSettings):
 
     @classmethod
     def load(cls, **overrides: Any) -> Self:
-        """Read the group. Overrides that are None are left out. Raises ConfigError."""
+        """Read the group. Overrides that are None are ignored. Raises ConfigError."""
         try:
             return cls(**{name: value for name, value in overrides.items() if value is not None})
         except ValidationError as exc:
@@ -76,7 +79,7 @@ class SettingsGroup(BaseSettings):
 
 
 def _bound(error: ErrorDetails, unit: str) -> str:
-    """What a number must be, with its unit, if that is what is wrong with it; else an empty string."""
+    """Return the bound that a number violates, with its unit; an empty string for any other error."""
     words = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
     for name, limit in error.get("ctx", {}).items():
         if name in words:
@@ -85,17 +88,17 @@ def _bound(error: ErrorDetails, unit: str) -> str:
 
 
 def unreadable_dotenv(exc: Exception) -> ConfigError:
-    """The `.env` file in the working directory is the only file that settings are read from."""
+    """Make the error for a `.env` file in the working directory that cannot be read."""
     reason = exc.strerror if isinstance(exc, OSError) else f"it is not UTF-8 text: {exc}"
     return ConfigError(f"{Path.cwd() / '.env'} cannot be read: {reason}")
 
 
 def env_name(field: FieldInfo) -> str:
-    """The environment variable of a setting."""
+    """Return the environment variable of a setting."""
     return str(field.validation_alias)
 
 
 def unit_of(field: FieldInfo) -> str:
-    """The unit of a setting's value, or an empty string."""
+    """Return the unit of a setting's value, or an empty string."""
     extra = field.json_schema_extra
     return str(extra.get("unit", "")) if isinstance(extra, dict) else ""

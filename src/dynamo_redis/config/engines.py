@@ -12,12 +12,12 @@ from dynamo_redis.config.base import Duration, SettingsGroup, setting
 
 def _check_directory(value: object) -> object:
     if isinstance(value, str) and not value.strip():  # a Path of it would be the working directory
-        raise ValueError("must name a directory; leave it out for the demo model")
+        raise ValueError("must name a directory; unset it for the demo model")
     return value
 
 
 class ModelSettings(SettingsGroup):
-    """Which model a worker serves."""
+    """The model of a worker."""
 
     model_path: Annotated[Path, BeforeValidator(_check_directory)] | None = setting(
         "DYN_MODEL_PATH",
@@ -31,22 +31,22 @@ class ModelSettings(SettingsGroup):
     context_length: Annotated[int, Field(ge=1)] | None = setting(
         "DYN_CONTEXT_LENGTH",
         None,
-        "Most tokens of a prompt and its answer. Unset: what the engine says, else the model's files.",
+        "Most tokens of a prompt and its answer. Unset: the engine's value, else that of the model's files.",
         unit="tokens",
     )
 
 
 class MockEngineSettings(SettingsGroup):
-    """The mock engine: how large it is, and how fast. Its timing model: `engines/mock/batching.py`."""
+    """The mock engine: its sizes and its speed. The timing model is in `engines/mock/batching.py`."""
 
     speedup_ratio: Annotated[float, Field(ge=0, allow_inf_nan=False)] = setting(
-        "DYN_MOCK_SPEEDUP_RATIO", 1.0, "How many times faster than real; 0 does not wait at all."
+        "DYN_MOCK_SPEEDUP_RATIO", 1.0, "Speed relative to real time; 0: no waiting."
     )
     block_size: Annotated[int, Field(ge=1, le=4096)] = setting(
         "DYN_MOCK_BLOCK_SIZE", 16, "Tokens in a block of the KV cache.", unit="tokens"
     )
     total_kv_blocks: Annotated[int, Field(ge=1)] = setting(
-        "DYN_MOCK_TOTAL_KV_BLOCKS", 16384, "Blocks the KV cache holds.", unit="blocks"
+        "DYN_MOCK_TOTAL_KV_BLOCKS", 16384, "Blocks that the KV cache holds.", unit="blocks"
     )
     data_parallel_size: Annotated[int, Field(ge=1, le=64)] = setting(
         "DYN_MOCK_DATA_PARALLEL_SIZE",
@@ -60,7 +60,7 @@ class MockEngineSettings(SettingsGroup):
     max_num_waiting: Annotated[int, Field(ge=0)] = setting(
         "DYN_MOCK_MAX_NUM_WAITING",
         1024,
-        "Most requests that wait for their turn; past that the engine answers Overloaded.",
+        "Most requests that wait to run; beyond that the engine answers Overloaded.",
         unit="requests",
     )
     max_num_batched_tokens: Annotated[int, Field(ge=1)] = setting(
@@ -70,77 +70,79 @@ class MockEngineSettings(SettingsGroup):
         "DYN_MOCK_PREFILL_TOKEN_S", 0.00005, "Time to read one token of a prompt.", unit="s"
     )
     decode_step_s: Duration = setting(
-        "DYN_MOCK_DECODE_STEP_S", 0.008, "Time of one step, whatever its batch.", unit="s"
+        "DYN_MOCK_DECODE_STEP_S", 0.008, "Time of one step, for any batch.", unit="s"
     )
     decode_sequence_s: Duration = setting(
-        "DYN_MOCK_DECODE_SEQUENCE_S", 0.00003, "Further time of a step for each answer in it.", unit="s"
+        "DYN_MOCK_DECODE_SEQUENCE_S", 0.00003, "Additional time of a step for each answer in it.", unit="s"
     )
     serve_cache: bool = setting(
         "DYN_MOCK_SERVE_CACHE",
         False,
-        "Serve the endpoint kv_cache: what the KV cache really holds, for tests of routers.",
+        "Serve the endpoint kv_cache, which lists the real contents of the KV cache, for tests of routers.",
     )
 
 
 class OpenAIEngineSettings(SettingsGroup):
-    """An OpenAI-compatible engine behind a worker: where it is, and how it tells of its KV cache."""
+    """An OpenAI-compatible engine behind a worker: its address, its KV events, its sizes, its health."""
 
     engine_url: SecretStr = setting(
         "DYN_ENGINE_URL", SecretStr("http://127.0.0.1:8001"), "Address of the engine's HTTP server."
     )
     engine_model: str | None = setting(
-        "DYN_ENGINE_MODEL", None, "The model's name at the engine. Unset: the first that it lists."
+        "DYN_ENGINE_MODEL", None, "The model's name at the engine. Unset: the first that the engine lists."
     )
     engine_api_key: SecretStr | None = setting(
-        "DYN_ENGINE_API_KEY", None, "Key that the engine demands, if it does."
+        "DYN_ENGINE_API_KEY", None, "API key, if the engine requires one."
     )
     engine_kind: Literal["auto", "vllm", "sglang", "llamacpp", "openai"] = setting(
         "DYN_ENGINE_KIND",
         "auto",
-        "Whose server it is: vllm, sglang, llamacpp, openai (any other); auto: as it says of itself.",
+        "Kind of engine: vllm, sglang, llamacpp, openai (any other); auto: as its server identifies itself.",
     )
     engine_prompt: Literal["auto", "ids", "text"] = setting(
         "DYN_ENGINE_PROMPT",
         "auto",
-        "How prompts are sent: ids (tokens), text, or auto: ids, and text if the engine refuses them.",
+        "Form of the prompts: ids (token ids), text, or auto (ids, and text if the engine refuses ids).",
     )
     engine_health_path: Annotated[str, Field(pattern="^/")] | None = setting(
         "DYN_ENGINE_HEALTH_PATH",
         None,
-        "Path that the engine answers with 200 while it is well. Unset: /health, or /v1/models where that is "
-        "not found.",
+        "Path that the engine answers with 200 while it is healthy. Unset: /health, or /v1/models if /health "
+        "is not found.",
     )
     kv_events_endpoint: str | None = setting(
         "DYN_KV_EVENTS_ENDPOINT",
         None,
-        "Where it publishes its KV events, as tcp://host:port of rank 0. Unset: they are not followed.",
+        "Address of the engine's KV events, tcp://host:port of rank 0. Unset: they are not followed.",
     )
     kv_replay_endpoint: str | None = setting(
-        "DYN_KV_REPLAY_ENDPOINT", None, "Where the engine replays them, if it does; also of rank 0."
+        "DYN_KV_REPLAY_ENDPOINT",
+        None,
+        "Address of the engine's replay of KV events, if it has one; of rank 0.",
     )
-    kv_events_topic: str = setting("DYN_KV_EVENTS_TOPIC", "", "The topic that it publishes under.")
+    kv_events_topic: str = setting("DYN_KV_EVENTS_TOPIC", "", "ZeroMQ topic of the engine's KV events.")
     kv_events_clear: bool = setting(
         "DYN_KV_EVENTS_CLEAR",
         False,
-        "Have the engine clear its prefix cache once events of it are lost for good, so that all of it is "
-        "known again at once, and not as prompts bring it up.",
+        "When KV events are lost for good, have the engine clear its prefix cache: its contents are then "
+        "known again at once. false: they become known as prompts use them.",
     )
     engine_data_parallel_size: Annotated[int, Field(ge=1, le=1024)] = setting(
         "DYN_ENGINE_DATA_PARALLEL_SIZE",
         1,
-        "Data-parallel ranks of the engine; each publishes at the port after its predecessor's.",
+        "Data-parallel ranks of the engine. Each publishes at the port after that of the rank before.",
         unit="ranks",
     )
     engine_block_size: Annotated[int, Field(ge=1, le=4096)] | None = setting(
         "DYN_ENGINE_BLOCK_SIZE",
         None,
-        "Tokens in a block of its KV cache. Unset: what it says itself, else 16.",
+        "Tokens in a block of the engine's KV cache. Unset: what the engine reports, else 16.",
         unit="tokens",
     )
     engine_total_kv_blocks: Annotated[int, Field(ge=1)] | None = setting(
         "DYN_ENGINE_TOTAL_KV_BLOCKS",
         None,
-        "Blocks its KV cache holds, of one rank. Unset: what its metrics say, else 16384.",
+        "Blocks in the KV cache of one rank. Unset: what the engine's metrics report, else 16384.",
         unit="blocks",
     )
     engine_max_num_seqs: Annotated[int, Field(ge=1)] = setting(
@@ -153,17 +155,18 @@ class OpenAIEngineSettings(SettingsGroup):
         unit="tokens",
     )
     engine_start_timeout_s: Duration = setting(
-        "DYN_ENGINE_START_TIMEOUT_S", 1800.0, "At start, longest wait for the engine to load.", unit="s"
+        "DYN_ENGINE_START_TIMEOUT_S", 1800.0, "Longest wait at start for the engine to load.", unit="s"
     )
     engine_connect_timeout_s: Annotated[Duration, Field(gt=0)] = setting(
         "DYN_ENGINE_CONNECT_TIMEOUT_S", 3.0, "Longest time to connect to the engine.", unit="s"
     )
     engine_poll_interval_s: Annotated[Duration, Field(gt=0)] = setting(
-        "DYN_ENGINE_POLL_INTERVAL_S", 1.0, "Time between looks at the engine's health and load.", unit="s"
+        "DYN_ENGINE_POLL_INTERVAL_S", 1.0, "Time between checks of the engine's health and load.", unit="s"
     )
     engine_poll_timeout_s: Annotated[Duration, Field(gt=0)] = setting(
         "DYN_ENGINE_POLL_TIMEOUT_S",
         3.0,
-        "Longest time for its answer to that; after three in a row without one it counts as down.",
+        "Longest time for the answer to a check. After three checks in a row without an answer the engine "
+        "counts as down.",
         unit="s",
     )

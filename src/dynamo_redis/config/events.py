@@ -15,28 +15,34 @@ class EventSettings(SettingsGroup):
     event_plane: Literal["stream", "pubsub", "none"] = setting(
         "DYN_EVENT_PLANE",
         "stream",
-        "stream: durable, in Redis Streams; pubsub: fire and forget, workers keep what was sent; none: "
-        "routers predict from their own decisions.",
+        "stream: durable, in Redis Streams; pubsub: not stored in Redis, workers keep the events that they "
+        "sent; none: no events, routers predict from their own decisions.",
     )
     event_linger_s: Annotated[Duration, Field(le=60)] = setting(
-        "DYN_EVENT_LINGER_S", 0.002, "Longest time an event waits for others to be sent with it.", unit="s"
+        "DYN_EVENT_LINGER_S",
+        0.002,
+        "Longest time that an event waits to be sent together with others.",
+        unit="s",
     )
     event_batch_count: Annotated[int, Field(ge=1, le=10_000)] = setting(
-        "DYN_EVENT_BATCH", 256, "Most events sent as one entry.", unit="events"
+        "DYN_EVENT_BATCH", 256, "Most events in one entry.", unit="events"
     )
     event_queue_count: Annotated[int, Field(ge=1)] = setting(
         "DYN_EVENT_QUEUE",
         65_536,
-        "Events a publisher holds while Redis is away; past that they are left out, and routers ask the "
-        "worker for them.",
+        "Most events that a publisher holds while Redis cannot be reached. Beyond that, events are dropped, "
+        "and routers ask the worker for them.",
         unit="events",
     )
     event_queue_size_bytes: Size = setting(
-        "DYN_EVENT_QUEUE_SIZE", ByteSize(64 << 20), "Most bytes of events a publisher holds.", unit="bytes"
+        "DYN_EVENT_QUEUE_SIZE",
+        ByteSize(64 << 20),
+        "Most bytes of events that a publisher holds.",
+        unit="bytes",
     )
     event_stream_events_count: Annotated[int, Field(ge=1000)] = setting(
-        "DYN_EVENT_STREAM_EVENTS", 1_000_000, "Most events one stream keeps.", unit="events"
+        "DYN_EVENT_STREAM_EVENTS", 1_000_000, "Most events that one stream keeps.", unit="events"
     )
     event_stream_size_bytes: Size = setting(
-        "DYN_EVENT_STREAM_SIZE", ByteSize(256 << 20), "Most bytes one stream keeps.", unit="bytes"
+        "DYN_EVENT_STREAM_SIZE", ByteSize(256 << 20), "Most bytes that one stream keeps.", unit="bytes"
     )

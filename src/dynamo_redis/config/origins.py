@@ -1,4 +1,4 @@
-"""Where a value comes from, and how it goes to child processes."""
+"""The source of a setting's value, and the environment of child processes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Origin = Literal["command line", "environment", ".env", "default"]
 
 
 def origins(group: type[SettingsGroup], given: Collection[str] = ()) -> dict[str, Origin]:
-    """Where each field of a group gets its value, by field name; `given` are those on the command line.
+    """Return the source of each field's value, by field name. `given` are the fields on the command line.
 
     Raises ConfigError if the `.env` file cannot be read.
     """
@@ -34,9 +34,9 @@ def origins(group: type[SettingsGroup], given: Collection[str] = ()) -> dict[str
 
 
 def child_environment(values: Mapping[str, str]) -> dict[str, str]:
-    """The environment for a child process: this process's, with these settings (by `DYN_…` name) over it.
+    """Return this process's environment, with these settings (by `DYN_…` name) in place of its own.
 
-    Settings go to children this way and not as arguments, which every user of the machine can read.
+    Child processes get settings this way and not as arguments, which every user of the machine can read.
     """
     replaced = {name.upper() for name in values}
     return {name: value for name, value in os.environ.items() if name.upper() not in replaced} | dict(values)

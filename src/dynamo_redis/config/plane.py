@@ -16,23 +16,21 @@ _HOST_NAME = re.compile(
     r"(?=.{1,253}\Z)[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?(\.[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?)*\.?"
 )
 
-REQUEST_PLANES = ("tcp", "http", "nats", "redis")
-
 
 def _parse_request_plane(value: object) -> object:
-    if isinstance(value, str) and value.lower() in REQUEST_PLANES:
-        return value.lower()
-    raise ValueError(f"Invalid request plane mode: {value!r}. Valid options are: {', '.join(REQUEST_PLANES)}")
+    if isinstance(value, str) and value.lower() == "tcp":
+        return "tcp"
+    raise ValueError("must be tcp, the only request plane of this release; unset it")
 
 
 def _check_message_size(value: ByteSize) -> ByteSize:
     if value > _LARGEST_MESSAGE_BYTES:
-        raise ValueError("must be at most 4 GiB - 1 byte, which is what the wire carries")
+        raise ValueError("must be at most 4 GiB - 1 byte: a frame cannot be larger")
     return value
 
 
 def _check_host(value: str) -> str:
-    """A host alone; an IPv6 address may stand in brackets, as it does in front of a port."""
+    """Return the host name or address. An IPv6 address may be in brackets, as it is before a port."""
     host = value.strip()
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
@@ -45,8 +43,8 @@ def _check_host(value: str) -> str:
         return host
     if not _HOST_NAME.fullmatch(host):
         raise ValueError(
-            "must be a host name or an address alone: without a scheme, and without a port, which has a "
-            "setting of its own"
+            "must be a host name or an address alone, without a scheme and without a port: the port has its "
+            "own setting"
         )
     return host
 
@@ -54,7 +52,9 @@ def _check_host(value: str) -> str:
 def _check_dialled_host(value: str) -> str:
     host = _check_host(value)
     if _is_address(host) and ipaddress.ip_address(host).is_unspecified:
-        raise ValueError("is an address to listen on: others cannot dial it; name one of this machine")
+        raise ValueError(
+            "is an address to listen on, which callers cannot dial: write the address of one interface"
+        )
     return host
 
 
@@ -68,14 +68,14 @@ def _is_address(text: str) -> bool:
 
 ListenedHost = Annotated[str, AfterValidator(_check_host)]
 DialledHost = Annotated[str, AfterValidator(_check_dialled_host)]
-RequestPlane = Annotated[Literal["tcp", "http", "nats", "redis"], BeforeValidator(_parse_request_plane)]
+RequestPlane = Annotated[Literal["tcp"], BeforeValidator(_parse_request_plane)]
 
 
 class PlaneSettings(SettingsGroup):
     """The request plane: how requests reach workers."""
 
     request_plane: RequestPlane = setting(
-        "DYN_REQUEST_PLANE", "tcp", "How requests travel: tcp, http, nats or redis."
+        "DYN_REQUEST_PLANE", "tcp", "How requests reach workers: tcp, the only plane of this release."
     )
     tcp_host: ListenedHost | None = setting(
         "DYN_TCP_RPC_HOST",
@@ -84,17 +84,19 @@ class PlaneSettings(SettingsGroup):
     )
     tcp_port: Port = setting("DYN_TCP_RPC_PORT", 0, "Port to listen on; 0 takes a free one.")
     tcp_advertise_host: DialledHost | None = setting(
-        "DYN_TCP_ADVERTISE_HOST", None, "Host name or address that others dial, behind NAT or in a container."
+        "DYN_TCP_ADVERTISE_HOST",
+        None,
+        "Host name or address that callers dial, behind NAT or in a container.",
     )
     tcp_advertise_port: Annotated[Port, Field(ge=1)] | None = setting(
-        "DYN_TCP_ADVERTISE_PORT", None, "Port that others dial. Unset: the one listened on."
+        "DYN_TCP_ADVERTISE_PORT", None, "Port that callers dial. Unset: the port that is listened on."
     )
     tcp_advertise_check: Literal["warn", "require", "off"] = setting(
         "DYN_TCP_ADVERTISE_CHECK",
         "warn",
-        "A worker dials itself once at the address that it advertises, before it registers. If it cannot: "
-        "warn says so and goes on, since some networks lead there only from other machines; require ends the "
-        "worker; off leaves the check out.",
+        "Before it registers, a worker dials the address that it advertises once. If that fails: warn logs "
+        "it and goes on, since some networks reach that address only from other machines; require ends the "
+        "worker. off: no check.",
     )
     max_message_bytes: Annotated[Size, AfterValidator(_check_message_size)] = setting(
         "DYN_TCP_MAX_MESSAGE_SIZE",
@@ -105,7 +107,7 @@ class PlaneSettings(SettingsGroup):
     accept_timeout_s: Annotated[Duration, Field(gt=0)] = setting(
         "DYN_TCP_REQUEST_TIMEOUT",
         10.0,
-        "Longest wait until a worker accepts a request that has been sent.",
+        "Longest wait until a worker accepts a request that was sent.",
         unit="s",
     )
     pool_size: Annotated[int, Field(ge=1, le=1000)] = setting(
@@ -115,40 +117,46 @@ class PlaneSettings(SettingsGroup):
         "DYN_TCP_CONNECT_TIMEOUT", 3.0, "Longest wait for a connection, with its handshake.", unit="s"
     )
     channel_buffer_count: Annotated[int, Field(ge=1)] = setting(
-        "DYN_TCP_CHANNEL_BUFFER", 100, "Items a response stream may be ahead of its reader.", unit="items"
+        "DYN_TCP_CHANNEL_BUFFER",
+        100,
+        "Most items of a response stream that wait for their reader.",
+        unit="items",
     )
     keepalive_interval_s: Annotated[Duration, Field(gt=0)] = setting(
         "DYN_TCP_KEEPALIVE_S",
         1.0,
-        "A connection with requests under way is probed after a quarter of this in silence; after three "
-        "quarters other instances are preferred; after twice this a host that acknowledges nothing is dead, "
-        "after five times this, and 5 s at least, a process that gives no sign of life.",
+        "A connection with requests under way is probed after a quarter of this time without traffic. After "
+        "three quarters, other instances are preferred. A host that acknowledges nothing counts as dead "
+        "after twice this time; a process that gives no sign of life, after five times this time, at least "
+        "5 s.",
         unit="s",
     )
     max_in_flight_count: Annotated[int, Field(ge=1)] = setting(
         "DYN_TCP_MAX_IN_FLIGHT",
         4096,
-        "Most requests a worker handles at once; each endpoint has 16 more that others cannot take.",
+        "Most requests that a worker handles at once. Each endpoint has 16 more places, which other "
+        "endpoints cannot take.",
         unit="requests",
     )
     max_queued_count: Annotated[int, Field(ge=0)] = setting(
         "DYN_TCP_MAX_QUEUED",
         4096,
-        "Most requests a worker keeps waiting; past that it answers Overloaded.",
+        "Most requests that wait at a worker; beyond that it answers Overloaded.",
         unit="requests",
     )
     cancel_grace_s: Duration = setting(
         "DYN_CANCEL_GRACE_S",
         5.0,
-        "A handler whose caller has left, or whose deadline has passed, is closed at its next yield, and "
-        "cancelled after so long; 0: cancelled at once.",
+        "A handler whose caller has left, or whose deadline has passed, is closed at its next yield. After "
+        "this time it is cancelled. 0: it is cancelled at once.",
         unit="s",
     )
     max_payload_in_flight_bytes: Size = setting(
         "DYN_TCP_MAX_PAYLOAD_BYTES_IN_FLIGHT",
         ByteSize(1 << 30),
-        "Most bytes of messages over 64 KiB that a process holds as a worker, and as many as a caller: "
-        "coming in, unread, or of requests under way; what does not fit ends as Overloaded.",
+        "Most bytes of messages over 64 KiB that a process holds as a worker, and the same again as a "
+        "caller: those that arrive, are unread, or belong to requests under way. A message beyond that ends "
+        "as Overloaded.",
         unit="bytes",
     )
     max_connections_count: Annotated[int, Field(ge=1)] = setting(
@@ -157,29 +165,29 @@ class PlaneSettings(SettingsGroup):
     auth: Literal["secret", "off"] = setting(
         "DYN_PLANE_AUTH",
         "secret",
-        "secret: callers prove that they may read the registry; off: anyone may call. It is the worker's: "
-        "callers prove what its record asks for, whatever they are set to themselves.",
+        "secret: callers must prove that they can read the registry; off: every caller may call. The "
+        "worker's value counts: a caller proves what the worker's record asks for, whatever its own value.",
     )
     tcp_tls: Literal["off", "on", "mutual"] = setting(
         "DYN_TCP_TLS",
         "off",
-        "off: requests travel in the clear; on: over TLS, and callers check workers' certificates; mutual: "
-        "workers check callers', too.",
+        "off: requests travel unencrypted; on: over TLS, and callers check the workers' certificates; "
+        "mutual: workers check the callers' certificates, too.",
     )
     tcp_tls_ca: PemFile | None = setting(
-        "DYN_TCP_TLS_CA", None, "PEM file with the authorities that sign the other side's certificate."
+        "DYN_TCP_TLS_CA", None, "PEM file with the certificate authorities that sign the peers' certificates."
     )
     tcp_tls_cert: PemFile | None = setting(
         "DYN_TCP_TLS_CERT",
         None,
-        "PEM file with this process's certificate, and those between it and the authority. Workers have one; "
-        "callers, too, where TLS is mutual.",
+        "PEM file with this process's certificate and the intermediate certificates. Workers need one; "
+        "callers need one if TLS is mutual.",
     )
     tcp_tls_key: PemFile | None = setting(
-        "DYN_TCP_TLS_KEY", None, "PEM file with the certificate's private key, not encrypted."
+        "DYN_TCP_TLS_KEY", None, "PEM file with the certificate's private key, unencrypted."
     )
     tcp_tls_server_name: str | None = setting(
         "DYN_TCP_TLS_SERVER_NAME",
         None,
-        "The name that every worker's certificate has. Unset: the host that is dialled.",
+        "Host name that every worker's certificate has. Unset: the host that is dialled.",
     )

@@ -20,26 +20,27 @@ def _check_redis_source(value: str) -> str:
 
 
 class RuntimeSettings(SettingsGroup):
-    """What a process does at start and at shutdown, and what it logs."""
+    """Start, shutdown and log of a process."""
 
     namespace: str = setting("DYN_NAMESPACE", "dynamo", "Namespace of the endpoints.")
     drain_s: Duration = setting(
         "DYN_GRACEFUL_SHUTDOWN_S",
         30.0,
-        "Longest a shutdown may take, all in all. Requests under way have all of it but the last quarter, at "
-        "most 2 s, in which the process leaves.",
+        "Longest time of a whole shutdown. Its last quarter, at most 2 s, is for leaving the registry; "
+        "requests under way have the time before that.",
         unit="s",
     )
     wait_for_redis: bool = setting(
         "DYN_WAIT_FOR_REDIS",
         False,
-        "A service that finds no Redis when it starts waits for it, however long, instead of ending at once.",
+        "A service that cannot reach Redis at its start waits until it can, without a limit, instead of "
+        "ending at once.",
     )
     log: str = setting("DYN_LOG", "info", "Log level: error, warn, info or debug; `off` for none.")
 
     @property
     def closing_s(self) -> float:
-        """The part of `drain_s` that is kept for what follows the requests."""
+        """The part of `drain_s` that is reserved for leaving the registry, after the requests."""
         return min(MAX_CLOSING_S, self.drain_s / 4)
 
 
@@ -51,13 +52,14 @@ class FrontendSettings(SettingsGroup):
     router_mode: Literal["round_robin", "random", "p2c", "least_loaded", "kv"] = setting(
         "DYN_ROUTER_MODE",
         "round_robin",
-        "How a worker is chosen: round_robin, random, p2c, least_loaded, or kv, by what its KV cache holds.",
+        "How a worker is chosen: round_robin, random, p2c, least_loaded, or kv (by the contents of the KV "
+        "caches).",
     )
     router_endpoint: str | None = setting(
         "DYN_ROUTER_ENDPOINT",
         None,
-        "With kv: send requests to the router service at this endpoint (`dynamo.router.generate`) instead of "
-        "choosing here.",
+        "With kv: the router service at this endpoint (`dynamo.router.generate`) chooses the workers. Unset: "
+        "the frontend chooses.",
     )
     max_body_bytes: Size = setting(
         "DYN_HTTP_BODY_LIMIT", ByteSize(45 << 20), "Largest HTTP request body.", unit="bytes"
@@ -65,17 +67,17 @@ class FrontendSettings(SettingsGroup):
     max_bodies_bytes: Size = setting(
         "DYN_HTTP_BODIES_LIMIT",
         ByteSize(180 << 20),
-        "Most bytes of HTTP request bodies held at any one time, but for the first 32 KiB of each.",
+        "Most bytes of all HTTP request bodies held at a time. The first 32 KiB of each do not count.",
         unit="bytes",
     )
     max_choices_count: Annotated[int, Field(ge=1)] = setting(
-        "DYN_HTTP_MAX_CHOICES", 256, "Most answers that one HTTP request may ask for: its prompts, times `n`."
+        "DYN_HTTP_MAX_CHOICES", 256, "Most answers that one HTTP request may ask for: its prompts times `n`."
     )
     max_http_connections_count: Annotated[int, Field(ge=1)] = setting(
         "DYN_HTTP_MAX_CONNECTIONS",
         8192,
-        "Most HTTP connections; fewer where the limit of open files leaves fewer. Past it the one makes room "
-        "that has been without a request for longest.",
+        "Most HTTP connections; fewer if the limit of open files allows fewer. Beyond that, a new connection "
+        "replaces the one that has been without a request for the longest time.",
     )
     receive_timeout_s: Annotated[Duration, Field(gt=0)] = setting(
         "DYN_HTTP_RECEIVE_TIMEOUT_S",
@@ -86,11 +88,11 @@ class FrontendSettings(SettingsGroup):
     send_timeout_s: Annotated[Duration, Field(gt=0)] = setting(
         "DYN_HTTP_SEND_TIMEOUT_S",
         60.0,
-        "Longest time for which an HTTP client may take nothing of its answer.",
+        "Longest time that an HTTP client may read nothing of its response.",
         unit="s",
     )
     request_timeout_s: Duration = setting(
-        "DYN_HTTP_REQUEST_TIMEOUT_S", 600.0, "Longest time one request may take; 0 means no limit.", unit="s"
+        "DYN_HTTP_REQUEST_TIMEOUT_S", 600.0, "Longest time of one request; 0: no limit.", unit="s"
     )
     model_cache: Path | None = setting(
         "DYN_MODEL_CACHE",
@@ -100,16 +102,16 @@ class FrontendSettings(SettingsGroup):
 
 
 class FixtureSettings(SettingsGroup):
-    """Where the pytest fixtures of `dynamo_redis.testing` get their Redis."""
+    """The Redis of the pytest fixtures of `dynamo_redis.testing`."""
 
     dynamo_redis: Annotated[str, AfterValidator(_check_redis_source)] = setting(
         "DYN_TEST_REDIS",
         "auto",
-        "container: a container engine; path: redis-server or valkey-server on PATH; wheel: the one of "
-        "dynamo-redis[embedded]; auto: the first of these that is there; a URL: that server.",
+        "container: a container engine; path: redis-server or valkey-server on PATH; wheel: the server of "
+        "dynamo-redis[embedded]; auto: the first of these that is available; a URL: that server.",
     )
     dynamo_skip_without_redis: bool = setting(
         "DYN_TEST_SKIP_WITHOUT_REDIS",
         False,
-        "With auto, skip the tests that need a Redis where none of these is there, instead of failing them.",
+        "With auto: if no Redis is available, skip the tests that need one instead of failing them.",
     )

@@ -19,7 +19,7 @@ def _check_prefix(value: str) -> str:
 
 
 class StoreSettings(SettingsGroup):
-    """Where the registry is, and how long a lease lives."""
+    """The registry: its server, the prefix of its keys, and the lease of a process."""
 
     redis_url: SecretStr | None = setting(
         "DYN_REDIS_URL",
@@ -28,24 +28,27 @@ class StoreSettings(SettingsGroup):
         "Unset: the server that `dynamo-redis up` of this user runs.",
     )
     prefix: Annotated[str, AfterValidator(_check_prefix)] = setting(
-        "DYN_REDIS_PREFIX", "dynamo", "First part of every key: one registry a prefix."
+        "DYN_REDIS_PREFIX", "dynamo", "First part of every key. Each prefix is a registry of its own."
     )
     lease_ttl_s: Annotated[Duration, Field(ge=1, le=3600)] = setting(
-        "DYN_LEASE_TTL_S", 10.0, "A process silent for so long is removed from the registry.", unit="s"
+        "DYN_LEASE_TTL_S",
+        10.0,
+        "A process that has not renewed its lease for this time is removed from the registry.",
+        unit="s",
     )
     loop_stall_s: Duration = setting(
         "DYN_LOOP_STALL_S",
         120.0,
-        "A process whose event loop hangs for so long gives up its lease and its requests; 0: never.",
+        "A process whose event loop hangs for this time gives up its lease and its requests. 0: never.",
         unit="s",
     )
     command_timeout_s: Annotated[Duration, Field(gt=0)] = setting(
-        "DYN_REDIS_TIMEOUT_S", 3.0, "Longest silence of Redis while its answer is awaited.", unit="s"
+        "DYN_REDIS_TIMEOUT_S", 3.0, "Longest time that Redis sends nothing while a reply is due.", unit="s"
     )
 
     @classmethod
     def load(cls, **overrides: Any) -> Self:
-        """Read the group; where no server is set, that of a running `dynamo-redis up`, with its prefix."""
+        """Read the group. Without a server it takes that of a running `dynamo-redis up`, with its prefix."""
         settings = super().load(**overrides)
         if settings.redis_url is not None:
             return settings
@@ -58,7 +61,7 @@ class StoreSettings(SettingsGroup):
         return settings.model_copy(update=found)
 
     def require_url(self) -> str:
-        """The server's URL. Raises ConfigError if there is none."""
+        """Return the server's URL. Raises ConfigError if there is none."""
         if self.redis_url is None:
             raise ConfigError(
                 "no Redis is configured: set DYN_REDIS_URL (or --redis-url) to redis://host:6379, "

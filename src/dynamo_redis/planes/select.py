@@ -6,7 +6,6 @@ from collections.abc import Callable
 from urllib.parse import urlsplit
 
 from dynamo_redis.config import PlaneSettings
-from dynamo_redis.errors import ConfigError
 from dynamo_redis.planes.base import RequestPlaneClient, RequestPlaneServer, Target
 from dynamo_redis.planes.tcp.client import TcpClient
 from dynamo_redis.planes.tcp.server import TcpServer
@@ -27,7 +26,6 @@ def make_server(
     do not say (loopback without a Redis, or for one on a unix socket). `loop_stall_s` is how long the event
     loop may hang before callers take the process for dead; 0: for ever.
     """
-    _check_plane(settings)
     redis_host = urlsplit(redis_url).hostname if redis_url else None
     return TcpServer(
         settings, secret=secret, instance_id=instance_id, redis_host=redis_host, loop_stall_s=loop_stall_s
@@ -43,12 +41,4 @@ def make_client(
     answer has given no sign of life for three quarters of `DYN_TCP_KEEPALIVE_S`. Requests under way there go
     on: it may be slow. Whoever chooses instances should prefer others, and probe.
     """
-    _check_plane(settings)
     return TcpClient(settings, on_quiet)
-
-
-def _check_plane(settings: PlaneSettings) -> None:
-    if settings.request_plane != "tcp":
-        raise ConfigError(
-            f"DYN_REQUEST_PLANE={settings.request_plane}: this release has the tcp plane only; unset it"
-        )

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import click
@@ -130,7 +132,7 @@ import sys
 class Absent:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in {
-            "aiohttp", "httptools", "jinja2", "starlette", "tokenizers", "uvicorn", "xxhash", "zmq"
+            "aiohttp", "httptools", "jinja2", "starlette", "tokenizers", "uvicorn", "zmq"
         }:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
@@ -163,6 +165,13 @@ def test_a_missing_extra_is_named_with_how_to_install_it(
     assert done.stderr.startswith("dynamo-redis: this needs further packages ("), done.stderr
     assert done.stderr.endswith(f"): pip install 'dynamo-redis[{extra}]'\n")
     assert done.stderr.count("\n") == 1
+
+
+def test_extras_name_no_core_dependency(repository: Path) -> None:
+    project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
+    core = {re.split(r"[\[>;=]", requirement)[0] for requirement in project["dependencies"]}
+    assert failures._EXTRAS.keys() <= project["optional-dependencies"].keys()
+    assert [module for modules in failures._EXTRAS.values() for module in modules if module in core] == []
 
 
 def test_another_missing_module_is_not_taken_for_an_extra(capsys: pytest.CaptureFixture[str]) -> None:

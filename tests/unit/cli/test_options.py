@@ -87,7 +87,8 @@ def test_help_shows_meaning_variable_unit_and_default() -> None:
     )
     assert "--lease-ttl DURATION" in text
     assert (
-        "A process silent for so long is removed from the registry. [DYN_LEASE_TTL_S; default 10 s]" in text
+        "A process that has not renewed its lease for this time is removed from the registry. "
+        "[DYN_LEASE_TTL_S; default 10 s]" in text
     )
     assert "--max-body SIZE" in text
     assert "[DYN_HTTP_BODY_LIMIT; default 45 MiB]" in text
