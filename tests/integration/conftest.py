@@ -1,16 +1,20 @@
-"""What the tests of commands share: a command run in this process, on a registry of the test's own."""
+"""Shared by these tests: commands run in this process, and runtimes, on a registry of the test's own."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dynamo_redis.cli.app import run
+from dynamo_redis.runtime import DistributedRuntime, Settings
+
+OpenRuntime = Callable[..., Awaitable[DistributedRuntime]]
 
 
 @dataclass(frozen=True)
@@ -65,3 +69,20 @@ def cli(environment: None, restored_logging: None, capfdbinary: pytest.CaptureFi
         return Done(code, out.decode(errors="surrogateescape"), err.decode())
 
     return call
+
+
+@pytest.fixture
+async def open_runtime(dynamo_redis_url: str, dynamo_redis_prefix: str) -> AsyncIterator[OpenRuntime]:
+    """Open a runtime, as one more process of the deployment; closed at the end of the test."""
+    opened: list[DistributedRuntime] = []
+
+    async def open_(**overrides: Any) -> DistributedRuntime:
+        settings = {"redis_url": dynamo_redis_url, "prefix": dynamo_redis_prefix, "drain_s": 2, **overrides}
+        runtime = DistributedRuntime(settings=Settings.load(**settings))
+        opened.append(runtime)
+        await runtime.start()
+        return runtime
+
+    yield open_
+    for runtime in reversed(opened):
+        await runtime.aclose()

@@ -11,7 +11,7 @@ import pytest
 
 from dynamo_redis.config import PlaneSettings
 from dynamo_redis.errors import ConfigError
-from tests.integration.runtime.conftest import OpenRuntime
+from tests.integration.conftest import OpenRuntime
 
 
 async def echo(request: Any) -> AsyncIterator[Any]:

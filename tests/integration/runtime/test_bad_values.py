@@ -36,9 +36,8 @@ from dynamo_redis.store.event_base import NewEntry, StreamName
 from dynamo_redis.wire.event import PublisherId
 from dynamo_redis.wire.kv_event import stored
 from dynamo_redis.wire.topics import ACTIVE_SEQUENCES, KV_EVENTS, KV_METRICS
+from tests.integration.conftest import OpenRuntime
 from tests.rubbish import WORST_JSON, WORST_MSGPACK, WORST_VALUES, arrays_like, records_like, with_field
-
-from .conftest import OpenRuntime
 
 ENDPOINT = EndpointName("dynamo", "backend", "generate")
 PATIENCE_S = 30.0

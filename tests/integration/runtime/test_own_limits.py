@@ -16,7 +16,7 @@ from dynamo_redis.planes.context import Context
 from dynamo_redis.planes.tcp.client import TcpClient
 from dynamo_redis.runtime import DistributedRuntime
 from dynamo_redis.runtime.client import Client
-from tests.integration.runtime.conftest import OpenRuntime
+from tests.integration.conftest import OpenRuntime
 from tests.integration.runtime.test_runtime import until
 
 ENDPOINT = "test.limits.answer"

@@ -20,7 +20,7 @@ from dynamo_redis.runtime.discovery import Member
 from dynamo_redis.runtime.dispatch import Dispatcher
 from dynamo_redis.runtime.route import Hop
 from dynamo_redis.runtime.selection import Policy, policy
-from tests.integration.runtime.conftest import OpenRuntime
+from tests.integration.conftest import OpenRuntime
 from tests.integration.runtime.test_runtime import until
 
 ENDPOINT = "test.reads.count"

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from dynamo_redis.errors import NoInstances
-from tests.integration.runtime.conftest import OpenRuntime
+from tests.integration.conftest import OpenRuntime
 
 WAIT_S = 60.0
 CLIENT = """

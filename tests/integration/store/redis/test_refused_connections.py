@@ -216,7 +216,7 @@ async def test_a_changed_password_is_warned_of(
         await admin.execute("CONFIG", "SET", "requirepass", "new")
         with pytest.raises(StoreRefused, match="user name or password"):
             await in_thread(registry._client)
-        (warning,) = [record for record in caplog.records if record.name.endswith("store.client")]
+        (warning,) = [record for record in caplog.records if record.name.endswith("redis.client")]
         assert warning.levelno == logging.WARNING
         assert "a new connection is refused" in warning.getMessage()
         assert "user name or password of DYN_REDIS_URL" in warning.getMessage()
@@ -228,7 +228,7 @@ async def test_a_changed_password_is_warned_of(
         with pytest.raises(StoreRefused):
             await other.execute("PING")
         await other.aclose()
-        assert len([record for record in caplog.records if record.name.endswith("store.client")]) == 1
+        assert len([record for record in caplog.records if record.name.endswith("redis.client")]) == 1
         await registry.put("k", b"v")  # by a connection that was made before
         await admin.execute("CONFIG", "SET", "requirepass", "old")
         await admin.aclose()
