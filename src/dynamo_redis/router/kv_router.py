@@ -190,7 +190,7 @@ class KvRouter:
 
     async def _leave(self) -> None:
         """Take all that stands in the registry out, at once, and answer no more."""
-        records = [record for served in self._served for record in served.take_registrations()]
+        records = [record for served in self._served for record in served.release_registrations()]
         if self._record is not None:
             records.append(self._record)
         await withdraw(records)

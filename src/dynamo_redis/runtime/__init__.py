@@ -1,4 +1,4 @@
-"""What workers and clients use, under the names of `dynamo.runtime`."""
+"""The names that workers and clients import, as in `dynamo.runtime`."""
 
 from dynamo_redis.planes.context import Context
 from dynamo_redis.runtime.annotated import Annotated

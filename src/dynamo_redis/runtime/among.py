@@ -1,7 +1,8 @@
-"""The instances that a request may go to, where not all of an endpoint's will do. Pure.
+"""The ids of the instances that a request may be sent to, if not all of the endpoint's. Pure.
 
-A request may wait for its turn, and go to another instance after a failure. Ids that are fixed when it begins
-grow old meanwhile: it would never go to an instance that came later. `LiveIds` are looked at for each choice.
+A request may wait in a queue, and is sent to another instance after a failure. A set of ids that is fixed at
+its start gets stale meanwhile: the request would never reach an instance that was added later. `LiveIds` are
+read anew for each choice.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Collection, Iterator
 
 
 class LiveIds(Collection[int]):
-    """The ids as they are now. Two of them are never equal, whatever they hold."""
+    """A set of ids that its owner may replace. Two of them are equal only if they are the same object."""
 
     __slots__ = ("ids",)
 
@@ -18,7 +19,7 @@ class LiveIds(Collection[int]):
         self.ids: frozenset[int] = frozenset()
 
     def set(self, ids: frozenset[int]) -> None:
-        """From now on these."""
+        """Replace the ids."""
         if ids != self.ids:
             self.ids = ids
 
@@ -36,6 +37,8 @@ class LiveIds(Collection[int]):
 
 
 def ids_now(among: Collection[int] | None) -> Collection[int] | None:
-    """Return the ids that a request may go to now; None if it may go to any. The same object until they
-    change, if they are live."""
+    """Return the ids that a request may be sent to now; None if it may be sent to any instance.
+
+    For `LiveIds` the result is the same object until the ids change.
+    """
     return among.ids if isinstance(among, LiveIds) else among

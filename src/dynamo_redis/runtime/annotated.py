@@ -1,4 +1,4 @@
-"""Response items with room for an event beside the content."""
+"""Response items, with fields for an event and comments beside the data."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Annotated:
         return self._event
 
     def comments(self) -> list[str] | None:
-        """Remarks that came with the item; None without any."""
+        """Comments that came with the item; None without any."""
         return self._comments
 
     def id(self) -> str | None:
@@ -39,7 +39,7 @@ class Annotated:
         return self._id
 
     def is_error(self) -> bool:
-        """Whether this is an error event. Errors of a request are raised instead, so False here."""
+        """Return whether this is an error event. Always False here, since errors of a request are raised."""
         return self._event == "error"
 
     def __repr__(self) -> str:

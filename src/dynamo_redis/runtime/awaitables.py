@@ -1,7 +1,7 @@
-"""Awaitables that have begun when they are handed out, as those of `dynamo.runtime` have.
+"""Awaitables whose work starts at once, as those of `dynamo.runtime`.
 
-Nothing has to await them, `asyncio.wait` takes them, and an error that is never awaited is logged by asyncio
-as one of a task is.
+They need not be awaited, `asyncio.wait` accepts them, and asyncio logs an error that is never awaited, as it
+does for a task.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ from typing import Any, Final, TypeVar
 T = TypeVar("T")
 
 _running: Final[set[asyncio.Task[Any]]] = set()
-"""The event loop itself keeps no task alive."""
+"""Strong references: the event loop itself keeps no task alive."""
 
 
 def started(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-    """Start work on the running event loop; cancelling the task ends it. Raises RuntimeError without one."""
+    """Start `work` as a task of the running event loop; cancel the task to end it.
+
+    Raises RuntimeError without a running event loop.
+    """
     try:
         task = asyncio.get_running_loop().create_task(work)
     except RuntimeError:
@@ -29,7 +32,7 @@ def started(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
 
 
 def failed(error: Exception) -> asyncio.Future[Any]:
-    """Make a future that has ended with an error already."""
+    """Return a future that already holds `error`."""
     future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
     future.set_exception(error)
     return future

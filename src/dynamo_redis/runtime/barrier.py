@@ -1,17 +1,18 @@
-"""A leader/worker barrier: one leader hands out data, and all go on together once every worker has it.
+"""A leader/worker barrier: one leader publishes data, and all proceed together once every worker has it.
 
-Under `v1/barrier/<id>/` stand JSON records, each exclusive and each with the barrier's `round`:
+The keys under `v1/barrier/<id>/` hold JSON records. Each key is exclusive, each record has the barrier's
+`round`:
 
-    data              the leader's: `data`
-    workers/<id>      each worker's: its `token`
-    complete          the leader's, at the end: the `workers` that were counted, id → token
-    abort             the leader's instead, if it gives up: the `reason`
+    data              by the leader: `data`
+    workers/<id>      by each worker: its `token`
+    complete          by the leader, at the end: the `workers` that were counted, id → token
+    abort             by the leader instead of `complete`, if it gives up: the `reason`
 
-The round is a random id that the leader makes. It keeps apart what successive barriers of one id leave
-behind: a worker of an earlier round is not counted, and no earlier leader's end is taken for this one's. The
-token, random too, keeps apart workers of one id: who takes the place of one that was counted and has gone on
-was not counted. All keys die with their owner's lease. While Redis is away both sides wait, as long as their
-time-outs allow.
+The round is a random id that the leader makes. It separates successive barriers of one id: a worker of an
+earlier round is not counted, and the `complete` or `abort` of an earlier leader is ignored. The token is
+random, too. It separates workers of one id: a worker that reuses the id of a counted worker was not counted
+itself. All keys end with their owner's lease. While Redis does not answer, leader and workers wait until
+their time-outs.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from typing import Any, Final, Self
 
 from dynamo_redis.errors import BarrierError, KeyExists, StoreError, StoreUnavailable
 from dynamo_redis.names import barrier_prefix, decode_segment, encode_segment
+from dynamo_redis.runtime.following import key_of
 from dynamo_redis.runtime.withdrawal import withdraw
 from dynamo_redis.store.base import (
     Delete,
@@ -47,15 +49,19 @@ _VERSION: Final = 1
 _RETRY_S: Final = 0.2
 _LOST_LEADER: Final[Mapping[LostReason, str]] = {
     "conflict": "another leader has taken its place",
-    "deleted": "somebody has deleted it",
+    "deleted": "its key was deleted",
 }
 GRACE_S: Final = 2.0
-"""How much longer than its lease somebody who died, or lost the registry's data, is waited for."""
+"""Seconds beyond the lease's TTL to wait for a key of a process that died, or after the registry lost
+data."""
 
 
 class LeaderBarrier:
-    """The leader's side. The barrier stands until `aclose` (or the end of `async with`), or until the
-    leader's lease ends: workers that come meanwhile learn how it ended."""
+    """The leader's side of a barrier.
+
+    The barrier's keys stay until `aclose` (or the end of `async with`), or until the leader's lease ends.
+    Workers that join after its end, while the keys are there, learn the outcome.
+    """
 
     def __init__(self, barrier_id: str, worker_count: int, timeout_s: float) -> None:
         """Wait for `worker_count` workers, at most `timeout_s` seconds."""
@@ -68,14 +74,15 @@ class LeaderBarrier:
         self._wait = _Wait()
 
     async def sync(self, registry: Registry, data: Any) -> list[str]:
-        """Publish `data` (JSON), wait for all workers, let them go; answer their ids, sorted.
+        """Publish `data` (JSON), wait for all workers, release them; return their ids, sorted.
 
-        The ids are the first `worker_count` that came; a worker that dies or gives up at that very moment may
-        be among them. A leader of the same id that died is outwaited: its lease has to end first.
+        The ids are those of the first `worker_count` workers that joined. A worker that dies or gives up at
+        that moment may be among them. If an earlier leader of the same id died, this waits until its lease
+        ends.
 
-        Raises BarrierError: a leader of that id is there and stays, another took the id after Redis lost its
-        data, or not all workers came in time. The workers that wait are told so. Raises StoreError; after
-        StoreUnavailable some workers may have been let go.
+        Raises BarrierError if another live leader has that id, if another took the id after Redis lost its
+        data, or if not all workers joined in time; the waiting workers get the reason. Raises StoreError;
+        after StoreUnavailable some workers may have been released.
         """
         self._round = secrets.token_hex(8)
         self._wait = _Wait()
@@ -91,7 +98,7 @@ class LeaderBarrier:
         return sorted(workers)
 
     async def aclose(self) -> None:
-        """Take the barrier down. Workers that come later wait for a new leader of that id."""
+        """Remove the barrier. Workers that join later wait for a new leader of that id."""
         registrations, self._registrations = self._registrations, []
         await withdraw(reversed(registrations))
 
@@ -111,25 +118,32 @@ class LeaderBarrier:
         self._registrations.append(registration)
 
     async def _abort(self, registry: Registry, reason: str) -> None:
-        """Tell the workers. What cannot be published they learn when the leader's own key goes."""
+        """Publish `reason` for the workers; if that fails, remove the barrier, which also ends their
+        waits."""
         value = _encode(self._round, {"reason": reason})
         try:
             registration = await registry.register(self._prefix + _ABORT, value, exclusive=True)
         except StoreError as exc:
-            log.warning("%s: could not be aborted in the registry, taking it down: %s", self._name, exc)
+            log.warning("%s: could not be aborted in the registry, removing it: %s", self._name, exc)
             await self.aclose()
         else:
             self._registrations.append(registration)
 
     async def _wait_for_workers(self, registry: Registry, deadline: float) -> dict[str, str]:
-        """The first `worker_count` workers: id → token."""
+        """Wait for `worker_count` workers; return the first ones, id → token, in the order of their
+        arrival."""
         present: dict[str, str] = {}
         prefix = self._prefix + _WORKERS
         try:
             async with self._wait.until(deadline), registry.watch(prefix) as watch:
                 async for batch in watch:
                     for event in batch.events:
-                        self._count(present, event)
+                        worker_id = decode_segment(key_of(event).removeprefix(prefix))
+                        record = _decode(event.record.value) if isinstance(event, Put) else {}
+                        if record.get("round") == self._round:
+                            present[worker_id] = record.get("token", "")
+                        else:
+                            present.pop(worker_id, None)
                     if len(present) >= self._worker_count:
                         return dict(itertools.islice(present.items(), self._worker_count))
         except TimeoutError:
@@ -141,19 +155,9 @@ class LeaderBarrier:
             ) from None
         raise BarrierError(f"{self._name}: the registry was closed")
 
-    def _count(self, present: dict[str, str], event: Put | Delete) -> None:
-        """Note who is there of this round, in the order in which they came."""
-        key = event.record.key if isinstance(event, Put) else event.key
-        worker_id = decode_segment(key.removeprefix(self._prefix + _WORKERS))
-        record = _decode(event.record.value) if isinstance(event, Put) else {}
-        if record.get("round") == self._round:
-            present[worker_id] = record.get("token", "")
-        else:
-            present.pop(worker_id, None)
-
 
 class WorkerBarrier:
-    """A worker's side. `sync` returns the leader's data once all workers are there."""
+    """A worker's side of a barrier. `sync` returns the leader's data once all workers have joined."""
 
     def __init__(self, barrier_id: str, worker_id: str, timeout_s: float | None = None) -> None:
         """Join as `worker_id`, unique within the barrier; wait at most `timeout_s` seconds, or for ever."""
@@ -166,15 +170,15 @@ class WorkerBarrier:
         self._wait = _Wait()
 
     async def sync(self, registry: Registry) -> Any:
-        """Wait for the leader's data, say that this worker is there, wait for the others; answer the data.
+        """Wait for the leader's data, register this worker, wait for all other workers; return the data.
 
-        Returns only if the leader has counted this worker. A worker of the same id that died is outwaited:
-        its lease has to end first. When Redis has lost its data, the leader has as long to publish its own
-        again.
+        Returns only if the leader has counted this worker. If an earlier worker of the same id died, this
+        waits until its lease ends. If Redis has lost its data, the leader has the same time to publish its
+        data again.
 
-        Raises BarrierError: another worker has this id, the leader gave up, vanished or was replaced, the
-        barrier was complete without this worker, or the time is over; this worker is then no longer counted.
-        Raises StoreError.
+        Raises BarrierError if another live worker has this id, if the leader gave up, vanished or was
+        replaced, if the barrier was complete without this worker, or after the time-out; this worker is then
+        no longer counted. Raises StoreError.
         """
         self._token = secrets.token_hex(8)
         self._wait = _Wait()
@@ -206,59 +210,56 @@ class WorkerBarrier:
         await self.aclose()
 
     async def _join(self, registry: Registry, deadline: float) -> Any:
-        room = _Room(self._prefix)
+        """Register with the leader's round and wait until that round ends. Raises BarrierError."""
+        state = _State(self._prefix)
+        own_key = f"{self._prefix}{_WORKERS}{encode_segment(self._worker_id)}"
+        taken = f"{self._name} has a worker {self._worker_id!r} already"
         async with registry.watch(self._prefix) as watch:
-            while room.leader is None:
-                room.apply(await anext(watch, None))
-            joined = room.leader
-            self._raise_if_over(room, joined)
-            self._registration = await self._register(registry, joined["round"], deadline)
-            while (end := room.ends.get(joined["round"])) is None:
-                await self._wait_for_leader(registry, room, watch, joined)
+            while state.leader is None:
+                state.apply(await anext(watch, None))
+            joined = state.leader
+            end = state.ends.get(joined["round"])
+            if end is not None:
+                self._raise_if_aborted(end)
+                raise BarrierError(f"{self._name} was complete before {self._worker_id!r} came")
+            value = _encode(joined["round"], {"token": self._token})
+            self._registration = await _claim(registry, own_key, value, deadline, taken, self._wait.on_lost)
+            while (end := state.ends.get(joined["round"])) is None:
+                await self._wait_for_change(registry, state, watch, joined)
         self._raise_if_aborted(end)
         if end.get("workers", {}).get(self._worker_id) != self._token:
             raise BarrierError(f"{self._name} was complete without {self._worker_id!r}")
         return joined.get("data")
 
-    def _raise_if_over(self, room: _Room, leader: Mapping[str, Any]) -> None:
-        end = room.ends.get(leader["round"])
-        if end is not None:
-            self._raise_if_aborted(end)
-            raise BarrierError(f"{self._name} was complete before {self._worker_id!r} came")
-
     def _raise_if_aborted(self, end: Mapping[str, Any]) -> None:
         if "reason" in end:
             raise BarrierError(f"{self._name} was aborted: {end['reason']}")
 
-    async def _wait_for_leader(
-        self, registry: Registry, room: _Room, watch: Watch, joined: Mapping[str, Any]
+    async def _wait_for_change(
+        self, registry: Registry, state: _State, watch: Watch, joined: Mapping[str, Any]
     ) -> None:
-        """Take one step towards the round's end. Raises BarrierError if there will be none."""
-        if room.leader is None and not room.history_lost:
+        """Apply the next batch of the watch.
+
+        Raises BarrierError if the leader of the joined round is gone.
+        """
+        if state.leader is None and not state.history_lost:
             raise BarrierError(f"{self._name}: the leader is gone")
-        if room.leader is not None and room.leader["round"] != joined["round"]:
+        if state.leader is not None and state.leader["round"] != joined["round"]:
             raise BarrierError(f"{self._name}: the leader is gone, another has begun")
-        limit_s = registry.lease_ttl_s + GRACE_S if room.leader is None else None
+        limit_s = registry.lease_ttl_s + GRACE_S if state.leader is None else None
         try:
             async with asyncio.timeout(limit_s):
-                room.apply(await anext(watch, None))
+                state.apply(await anext(watch, None))
         except TimeoutError:
             raise BarrierError(f"{self._name}: the leader is gone") from None
 
-    async def _register(self, registry: Registry, round_: str, deadline: float) -> Registration:
-        key = f"{self._prefix}{_WORKERS}{encode_segment(self._worker_id)}"
-        taken = f"{self._name} has a worker {self._worker_id!r} already"
-        return await _claim(
-            registry, key, _encode(round_, {"token": self._token}), deadline, taken, self._wait.on_lost
-        )
 
+class _State:
+    """The state of a barrier, as a worker's watch shows it.
 
-class _Room:
-    """What a worker has seen of a barrier.
-
-    `leader` is the record of the leader that is there. `ends` are the ends seen, by round: they stay even if
-    their record goes at once. `history_lost` is whether the leader went with the registry's data, so that it
-    may come back.
+    `leader` is the present leader's record, or None. `ends` has the `complete` or `abort` record of each
+    round; an entry stays when its key is deleted. `history_lost` is True if the leader's key went with the
+    registry's data: the leader may then register again.
     """
 
     def __init__(self, prefix: str) -> None:
@@ -268,7 +269,10 @@ class _Room:
         self._prefix = prefix
 
     def apply(self, batch: WatchBatch | None) -> None:
-        """Take note of changes. Raises BarrierError for None: the watch has ended."""
+        """Apply the changes of a batch.
+
+        Raises BarrierError for None, which means that the watch has ended.
+        """
         if batch is None:
             raise BarrierError("the registry was closed")
         for event in batch.events:
@@ -284,7 +288,7 @@ class _Room:
 
 
 class _Wait:
-    """A wait with a deadline, which also ends (as TimeoutError) when a key that it rests on is lost."""
+    """A wait with a deadline. It also ends, with TimeoutError, when a key of this process is lost."""
 
     def __init__(self) -> None:
         self.lost: LostReason | None = None
@@ -292,7 +296,7 @@ class _Wait:
 
     @contextlib.asynccontextmanager
     async def until(self, deadline: float) -> AsyncIterator[None]:
-        """Wait inside; `deadline` by the event loop's clock, or infinity."""
+        """Limit the time of the block; `deadline` is a time of the event loop's clock, or infinity."""
         try:
             async with asyncio.timeout_at(None if math.isinf(deadline) else deadline) as self._limit:
                 if self.lost is not None:
@@ -302,7 +306,7 @@ class _Wait:
             self._limit = None
 
     def on_lost(self, reason: LostReason) -> None:
-        """A key is no longer ours."""
+        """Note that a key is no longer registered by this process, and end the wait."""
         self.lost = reason
         if self._limit is not None and not self._limit.expired():
             self._limit.reschedule(0)
@@ -316,19 +320,30 @@ async def _claim(
     taken: str,
     on_lost: Callable[[LostReason], None],
 ) -> Registration:
-    """Register an exclusive key, once nobody else has it and Redis answers.
+    """Register an exclusive key as soon as no other process holds it and Redis answers.
 
-    A holder that does not go within its lease's time lives. Raises BarrierError(`taken`) then, at once if it
-    is this process itself, and when the next try would be past `deadline`; so does StoreUnavailable.
+    A holder whose key is still there after a lease's TTL is taken to be alive. Raises BarrierError(`taken`)
+    then, at once if the holder is this process itself, or when the next try would be past `deadline`. Raises
+    StoreUnavailable if Redis does not answer until the last try before `deadline`.
+
+    Args:
+        key: the whole key.
+        value: the record to store.
+        deadline: a time of the event loop's clock, or infinity.
+        taken: the message of the BarrierError.
+        on_lost: called if the key is lost after it was registered.
     """
     now = asyncio.get_running_loop().time
     last_try_at = deadline - _RETRY_S
-    patient_until = min(last_try_at, now() + registry.lease_ttl_s + GRACE_S)
+    holder_lives_at = min(last_try_at, now() + registry.lease_ttl_s + GRACE_S)
     while True:
         try:
             return await registry.register(key, value, exclusive=True, on_lost=on_lost)
         except KeyExists:
-            if now() >= patient_until or await _is_held_here(registry, key):
+            if now() >= holder_lives_at:
+                raise BarrierError(taken) from None
+            held = await registry.get(key)
+            if held is not None and held.lease == registry.lease_id:
                 raise BarrierError(taken) from None
         except StoreUnavailable as exc:
             if now() >= last_try_at:
@@ -337,17 +352,12 @@ async def _claim(
         await asyncio.sleep(_RETRY_S)
 
 
-async def _is_held_here(registry: Registry, key: str) -> bool:
-    record = await registry.get(key)
-    return record is not None and record.lease == registry.lease_id
-
-
 def _encode(round_: str, fields: Mapping[str, Any]) -> bytes:
     return json.dumps({"version": _VERSION, "round": round_, **fields}).encode()
 
 
 def _decode(value: bytes) -> dict[str, Any]:
-    """A record; empty if it is none that this release reads."""
+    """Return the record's fields; empty if it is not a record of a version that this release reads."""
     try:
         record = json.loads(value)
     except ValueError:

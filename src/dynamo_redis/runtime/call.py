@@ -171,7 +171,7 @@ class Call:
         """Note that the request stays where it is from now on."""
         member = self._member
         member.pending.discard(stream)
-        member.answers.answered()
+        member.failures.end()
         self._answered = True
         stream.forget_request()
         if stream.is_over:  # the usual answer of one item: nothing more to wait for
@@ -284,7 +284,7 @@ class Call:
                 return None
             answers = False
             try:
-                answers = await self._dispatcher.view.answers(chosen)
+                answers = await self._dispatcher.view.answers_probe(chosen)
             finally:
                 if not answers:
                     self._pass_over()

@@ -1,4 +1,4 @@
-"""Calling an endpoint: the instances there are, and the ways of choosing among them."""
+"""The client of an endpoint: the list of instances, and calls by several router policies."""
 
 from __future__ import annotations
 
@@ -22,22 +22,23 @@ from dynamo_redis.runtime.selection import Only, Policy, policy
 
 log = logging.getLogger(__name__)
 
-WAIT_SAID_S = 5.0
-"""Pause between two warnings that there is no instance, while a client waits for one."""
+WAIT_LOG_INTERVAL_S = 5.0
+"""Seconds between two warnings while a client waits for an instance."""
 
 
 class Client:
     """Sends requests to the instances of one endpoint.
 
-    Each call chooses an instance and sends at once. It is awaited, and then iterated:
+    Each call chooses an instance and sends the request at once. Await the call, then iterate over the answer:
 
         async for item in await client.round_robin({"prompt": "hi"}, annotated=False):
             ...
 
-    Until the first item has arrived, a request that fails in a retryable way goes to another instance, each
-    instance at most once; afterwards its error is raised. Errors are `PlaneError`s; `NoInstances` at once if
-    none is known. Leaving the iteration early kills the request at the worker, and so does dropping the
-    iterator. Items are `Annotated` (`.data()`), or plain with `annotated=False`, where None is left out.
+    Until its first item has arrived, a request that fails with a retryable error is sent to another instance,
+    to each at most once; after the first item the error is raised. Errors are `PlaneError`s; `NoInstances` is
+    raised at once if no instance is known. To leave the iteration early, or to drop the iterator, kills the
+    request at the worker. Items are `Annotated` (`.data()`), or plain with `annotated=False`, where None is
+    left out.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class Client:
         rng = rng or random.Random()  # noqa: S311 - spreading load, no secret
         self._view = view
         self.dispatcher = Dispatcher(view, plane_client)
-        """For callers that choose by other means than the policies here, and send by the same."""
+        """For callers that choose an instance by themselves and send as this client does."""
         self._release = release
         self._round_robin: Policy = policy("round_robin", rng)
         self._random: Policy = policy("random", rng)
@@ -104,7 +105,10 @@ class Client:
         annotated: bool | None = True,
         context: Context | None = None,
     ) -> asyncio.Future[Call]:
-        """Call one instance, and no other if it fails. It ends with NoInstances if it is not known."""
+        """Call this one instance, and no other if it fails.
+
+        The call fails with NoInstances if it is not known.
+        """
         if self._view.get(instance_id) is None:
             return failed(
                 NoInstances(
@@ -121,7 +125,10 @@ class Client:
         context: Context | None,
         among: Collection[int] | None = None,
     ) -> asyncio.Future[Call]:
-        """Send the request, before it returns. What keeps it from being sent shows when it is awaited."""
+        """Send the request before this returns.
+
+        An error of the sending is raised when the future is awaited.
+        """
         try:
             call = Call(self.dispatcher, select, request, bool(annotated), context, among)
         except Exception as exc:  # noqa: BLE001 - raised where it is awaited
@@ -130,68 +137,72 @@ class Client:
         future.set_result(call)
         return future
 
-    # ----------------------------------------------------------------- who is there
+    # ----------------------------------------------------------------- instances
 
     def instance_ids(self) -> list[int]:
-        """The ids of the instances that can serve, ascending.
+        """Return the ids of the instances that can serve, ascending.
 
-        Those that left the registry as a wipe would take them stay until they fail to answer a probe, which
-        is sent at once and takes a second at most: an emptied registry never empties this list.
+        Instances whose records vanished together, as in a wipe of Redis, are probed at once. Each stays in
+        the list until it has failed a probe, which takes a second at most. An emptied registry alone never
+        empties the list.
         """
         return sorted(member.instance_id for member in self._view if member.listed)
 
     def instances(self) -> list[Instance]:
-        """The same instances, ordered by id."""
+        """Return the instances of `instance_ids`, ordered by id."""
         return _by_id(member.instance for member in self._view if member.listed)
 
     def confirmed_instances(self) -> list[Instance]:
-        """Those of them that are in the registry, or have answered since they vanished from it."""
+        """Return those of `instances` that are in the registry, or have answered since they vanished from
+        it."""
         return _by_id(member.instance for member in self._view if member.confirmed)
 
     def known_ids(self) -> list[int]:
-        """The ids of all instances that have not left, ascending: also of those that are down or hang, which
-        may be back in a moment with all that they hold."""
+        """Return the ids of all instances that have not left, ascending.
+
+        Instances that are down or hang are included: they may be back in a moment, with their KV caches.
+        """
         return sorted(member.instance_id for member in self._view)
 
     async def wait_for_change(self, timeout_s: float) -> None:
-        """Return when other instances can be chosen than now, or after `timeout_s`. One that could not be
-        chosen anyway leaves unnoticed: look again in the end."""
+        """Wait until the set of instances that can be chosen changes, or `timeout_s` has passed.
+
+        The departure of an instance that could not be chosen is no such change: read the list again after the
+        time-out.
+        """
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._view.wait_for_change()
 
     def wait_for_instances(self, timeout_s: float | None = None) -> asyncio.Task[list[int]]:
-        """Wait until an instance can be chosen; answer the ids. The log says each 5 s what is waited for.
+        """Wait until an instance can be chosen; return the ids. Every 5 s the log says why none can be.
 
         Raises NoInstances after `timeout_s`, and at once when the runtime shuts down.
         """
         return started(self._wait_for_instances(timeout_s))
 
     async def _wait_for_instances(self, timeout_s: float | None) -> list[int]:
+        view = self._view
         began_at = time.monotonic()
         try:
             async with asyncio.timeout(timeout_s):
-                while not self._view.candidates:
-                    if self._view.is_ending:
-                        raise NoInstances(f"no instance of {self._view.name} before the shutdown")
+                while not view.candidates:
+                    if view.is_ending:
+                        raise NoInstances(f"no instance of {view.name} before the shutdown")
                     try:
-                        async with asyncio.timeout(WAIT_SAID_S):
-                            await self._view.wait_for_change()
+                        async with asyncio.timeout(WAIT_LOG_INTERVAL_S):
+                            await view.wait_for_change()
                     except TimeoutError:
-                        waited_s = time.monotonic() - began_at
-                        log.warning("%s, waiting since %.0f s", self._missing(), waited_s)
+                        problem = f"no instance of {view.name} is registered"
+                        if len(view):
+                            problem = f"none of the {len(view)} known instances of {view.name} can be chosen"
+                        log.warning("%s, waiting since %.0f s", problem, time.monotonic() - began_at)
         except TimeoutError:
-            raise NoInstances(f"no instance of {self._view.name} within {timeout_s} s") from None
+            raise NoInstances(f"no instance of {view.name} within {timeout_s} s") from None
         return self.instance_ids()
 
-    def _missing(self) -> str:
-        """Say why there is no instance to choose."""
-        if not len(self._view):
-            return f"no instance of {self._view.name} is registered"
-        return f"none of the {len(self._view)} known instances of {self._view.name} can be chosen"
-
     async def aclose(self) -> None:
-        """End this client's part in the watch of the endpoint. Calls under way go on."""
+        """Release the endpoint's view, which its clients share. Calls under way go on."""
         await self._release()
 
     async def __aenter__(self) -> Self:

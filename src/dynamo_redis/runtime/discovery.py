@@ -1,21 +1,23 @@
 """The instances of one endpoint, as this process sees them.
 
-The registry and its watch tell the truth at once; this view is careful with it:
+The view follows the registry's watch at once, with these exceptions:
 
-* A record that cannot be read never removes an instance: the last good one stays.
-* An instance deleted on purpose is forgotten at once, and what it has in hand may finish.
-* An instance that *expired* is forgotten too, and its pending requests fail, retryable. But when at least
-  two, and at least half of the endpoint's, go that way within one lease TTL, the registry is the likelier
-  culprit: they become *suspects*, chosen last, probed at once, dropped on refusal or a second of silence.
-* An instance that is missing after a *resync* is a suspect even if it is the only one: nobody deleted it, the
+* A record that cannot be read never removes an instance: its last good record stays.
+* An instance deleted on purpose is forgotten at once, and the requests that it is answering may finish.
+* An instance that *expired* is forgotten too, and its pending requests fail with a retryable error. But if at
+  least two instances, and at least half of the endpoint's, expire within one lease TTL, the cause is more
+  likely the registry. They become *suspects*: chosen last, probed at once, and dropped when they refuse the
+  probe or do not answer it within a second.
+* An instance that is missing after a *resync* is a suspect even if it is the only one: it was not deleted,
+  the
   registry lost its history.
 * An instance that refuses a request is marked *down* here, long before its lease ends, and probed until it
   answers. It is chosen only if no other is left.
-* An instance that owes an answer and is silent is *quiet*: others are chosen, and it is probed until it
-  answers, or until not even its process does, which marks it down. It may be slow, so what it has in hand
-  stays there; what waits for a connection to it goes elsewhere.
-* An instance that answers one request after the other with an error of its own (`ejection.py`) is *ejected*
-  for a pause, each longer than the one before; never more than half of the endpoint's at a time.
+* An instance that is silent while a response is due is *quiet*: other instances are preferred. It is probed
+  until it answers, or until its process does not answer either, which marks it down. It may only be slow, so
+  requests sent to it stay there; requests that wait for a connection to it go elsewhere.
+* An instance that fails one request after the other with an error of its own (`ejection.py`) is *ejected* for
+  a pause, each longer than the one before; never more than half of the endpoint's instances at a time.
 """
 
 from __future__ import annotations
@@ -39,8 +41,7 @@ from dynamo_redis.errors import (
 )
 from dynamo_redis.names import EndpointName, parse_instance_id
 from dynamo_redis.planes.base import RequestPlaneClient, Target
-from dynamo_redis.runtime.ejection import Record as AnswerRecord
-from dynamo_redis.runtime.ejection import may_eject
+from dynamo_redis.runtime.ejection import FailureStreak, may_eject
 from dynamo_redis.runtime.following import follow, key_of
 from dynamo_redis.runtime.instance import Instance
 from dynamo_redis.store.base import Delete, DeleteCause, Put, Record, Registry, WatchBatch
@@ -50,7 +51,9 @@ log = logging.getLogger(__name__)
 
 PROBE_TIMEOUT_S = 1.0
 _PROBE_PAUSE_S = (0.1, 5.0)
+"""The first and the longest pause between two probes of an instance that is down."""
 _SLOW_PAUSE_S = 0.25
+"""The pause between two probes of a quiet instance."""
 
 
 class Pending(Protocol):
@@ -63,29 +66,29 @@ class Pending(Protocol):
 
 
 class State(Enum):
-    """How far an instance is trusted here."""
+    """The state of an instance in this process's view."""
 
     UP = "up"
-    QUIET = "quiet"  # owes an answer
-    EJECTED = "ejected"  # answers, with errors of its own
+    QUIET = "quiet"  # silent while a response is due
+    EJECTED = "ejected"  # fails requests with errors of its own
     SUSPECT = "suspect"  # gone from the registry, together with many others
-    DOWN = "down"  # did not answer
+    DOWN = "down"  # did not answer a request or a probe
 
 
-class _Answer(Enum):
+class _ProbeOutcome(Enum):
     """The outcome of a probe."""
 
     READY = "ready"
-    SLOW = "slow"  # its process lives, its event loop is busy
+    SLOW = "slow"  # the process lives, its event loop is busy
     NONE = "none"
 
 
 class Member:
-    """One instance, with what this process knows of it beyond its record."""
+    """One instance: its record, its state in this view, and this process's requests at it."""
 
     __slots__ = (
         "answered_probe",
-        "answers",
+        "failures",
         "in_flight",
         "instance",
         "instance_id",
@@ -100,22 +103,23 @@ class Member:
         self.target = target
         self.state = State.UP
         self.answered_probe = False
-        self.answers = AnswerRecord()
+        self.failures = FailureStreak()
         self.in_flight = 0
         self.pending: set[Pending] = set()
 
     @property
     def listed(self) -> bool:
-        """Whether it can serve as far as is known: suspects too, until a probe has failed."""
+        """True if the instance can serve, as far as this process knows; a suspect too, until a probe
+        fails."""
         return self.instance.ready and self.state is not State.DOWN
 
     @property
     def confirmed(self) -> bool:
-        """Whether the registry lists it, or it has answered since it vanished from there."""
+        """True if the registry lists the instance, or it has answered since it vanished from there."""
         return self.listed and (self.state is not State.SUSPECT or self.answered_probe)
 
     def fail_pending(self, error: PlaneError, *, sent: bool = True) -> None:
-        """End what waits for a first item; without `sent`, only what has not even been sent."""
+        """Fail the requests that wait for a first item; with `sent=False` only those not sent yet."""
         for request in tuple(self.pending):
             if sent or not request.sent:
                 request.fail(error)
@@ -127,8 +131,8 @@ class Member:
 class EndpointView:
     """The live set of one endpoint's instances; one watch, shared by all clients of the endpoint.
 
-    It owns one task that reads the watch, and one task for each instance under probe or ejected. All end with
-    `aclose`. The watch's queue is bounded by the registry: if this process falls behind, it gets a resync.
+    It owns one task that reads the watch, and one task for each instance that is probed or ejected. All end
+    with `aclose`. The registry bounds the watch's queue: a reader that falls behind gets a resync.
     """
 
     def __init__(
@@ -143,9 +147,9 @@ class EndpointView:
     ) -> None:
         self.name = name
         self.candidates: list[Member] = []
-        """Those to choose from first, ordered by instance id."""
+        """The members to choose from first, ordered by instance id."""
         self.is_ending = False
-        """Whether `end_waits` was called: there is nothing to wait for any more."""
+        """True after `end_waits`: the process shuts down, and waits for an instance end."""
         self._members: dict[int, Member] = {}
         self._losses: dict[int, tuple[Member, float]] = {}
         self._registry = registry
@@ -163,9 +167,9 @@ class EndpointView:
     # ----------------------------------------------------------------- lifetime
 
     async def start(self, timeout_s: float) -> None:
-        """Begin to watch, and wait for the present state. Raises StoreUnavailable after `timeout_s`."""
+        """Start the watch and wait for its first state. Raises StoreUnavailable after `timeout_s`."""
         if self._reader is None:
-            reading = follow(self._registry, self.name.instances_prefix, self._take_batch, self._supervisor)
+            reading = follow(self._registry, self.name.instances_prefix, self.apply, self._supervisor)
             self._reader = asyncio.create_task(reading, name=f"view {self.name}")
         try:
             async with asyncio.timeout(timeout_s):
@@ -191,14 +195,14 @@ class EndpointView:
         return len(self._members)
 
     def get(self, instance_id: int) -> Member | None:
-        """The member of that instance id, in whatever state."""
+        """Return the member of that instance id, in any state; None if there is none."""
         return self._members.get(instance_id)
 
     def last_resorts(self) -> list[list[Member]]:
-        """Those to choose from when no candidate is left, by rank: suspects, the quiet, the ejected, those
-        marked down.
+        """Return the members to choose from when no candidate is left.
 
-        Instances whose event loop hangs (`ready` false) are never chosen.
+        One list a state, best first: suspect, quiet, ejected, down. Instances whose event loop hangs (`ready`
+        false) are in none of them.
         """
         ready = [member for member in self._members.values() if member.instance.ready]
         ranks = (State.SUSPECT, State.QUIET, State.EJECTED, State.DOWN)
@@ -209,24 +213,24 @@ class EndpointView:
         await self._changed.wait()
 
     def end_waits(self) -> None:
-        """Let those who wait for an instance know that the process is shutting down."""
+        """End all waits for an instance: the process is shutting down."""
         self.is_ending = True
         self._changed.set()
         self._changed = asyncio.Event()
 
-    # ----------------------------------------------------------------- the client's findings
+    # ----------------------------------------------------------------- outcomes of requests
 
     def mark_down(self, member: Member, reason: PlaneError, *, probe: bool = True) -> None:
-        """Choose an instance no more until it answers a probe (or, without `probe`, is registered anew).
+        """Stop choosing an instance until it answers a probe or, without `probe`, is registered again.
 
-        A suspect is dropped: it has neither a record nor an answer.
+        A suspect is dropped: it has no record, and it does not answer.
         """
         if member.state is State.DOWN or self._members.get(member.instance_id) is not member:
             return
         if member.state is State.SUSPECT:
             self._drop(member)
             return
-        level = logging.WARNING if probe else logging.INFO  # one that is leaving does what it should
+        level = logging.WARNING if probe else logging.INFO  # to leave is no failure
         log.log(level, "instance %x of %s is down: %s", member.instance_id, self.name, reason)
         member.state = State.DOWN
         self._rebuild()
@@ -234,7 +238,7 @@ class EndpointView:
             self._spawn(self._probe_until_up(member))
 
     def note_quiet(self, target: Target) -> None:
-        """An instance owes an answer: choose others until it has answered a probe."""
+        """Note that an instance is silent while a response is due: prefer others until it answers a probe."""
         member = self._members.get(target.instance_id)
         if member is None or member.target.address != target.address:
             return
@@ -247,13 +251,13 @@ class EndpointView:
             member.fail_pending(CannotConnect(f"no connection to {target.address} yet"), sent=False)
 
     def note_failing(self, member: Member, reason: PlaneError) -> None:
-        """An instance answered with an error of its own: after some in a row, pass it over for a while."""
-        if not member.answers.failed() or not self._is_current(member, State.UP):
+        """Note an instance's own error; eject the instance after several in a row."""
+        if not member.failures.add() or not self._is_current(member, State.UP):
             return
         ejected = [other for other in self._members.values() if other.state is State.EJECTED]
         if not may_eject(len(ejected), len(self.candidates) + len(ejected)):
             return
-        pause_s = member.answers.next_pause_s()
+        pause_s = member.failures.next_pause_s()
         log.warning(
             "instance %x of %s fails one request after the other, it is passed over for %.1f s: %s",
             member.instance_id,
@@ -265,17 +269,17 @@ class EndpointView:
         self._rebuild()
         self._spawn(self._readmit(member, pause_s))
 
-    async def answers(self, member: Member) -> bool:
-        """Ask an instance, which is marked down or quiet if it does not answer."""
-        answer = await self._ask(member)
-        if answer is _Answer.SLOW:
+    async def answers_probe(self, member: Member) -> bool:
+        """Probe an instance; return whether it answered. Marks it down or quiet if it did not."""
+        outcome = await self._probe(member)
+        if outcome is _ProbeOutcome.SLOW:
             self.note_quiet(member.target)
-        elif answer is _Answer.NONE:
+        elif outcome is _ProbeOutcome.NONE:
             self.mark_down(member, CannotConnect(f"no answer from {member.target.address}"))
-        return answer is _Answer.READY
+        return outcome is _ProbeOutcome.READY
 
     async def refresh(self, member: Member) -> Member | None:
-        """Read an instance's record again: the member as it is now, or None if the record is gone."""
+        """Read an instance's record again; return its member as it is now, or None if the record is gone."""
         key = self.name.instance_key(member.instance_id)
         record = await self._registry.get(key)
         if record is None:
@@ -286,39 +290,36 @@ class EndpointView:
 
     # ----------------------------------------------------------------- the watch
 
-    def _take_batch(self, batch: WatchBatch) -> None:
-        self.apply(batch)
-        self._first_state.set()
-
     def apply(self, batch: WatchBatch) -> None:
-        """Bring the view to the batch's end. A record that cannot be read is passed over, and named in the
-        log; an instance's last good one stays."""
+        """Apply a batch of the watch. A record that cannot be read is skipped, and its key logged; the last
+        good record of that instance stays."""
         lost: dict[str, Member] = {}
 
-        def take(event: Put | Delete) -> None:
+        def apply_event(event: Put | Delete) -> None:
             if isinstance(event, Put):
                 self._put(event.record)
-                lost.pop(event.record.key, None)  # it expired and was registered again, before we looked
+                lost.pop(event.record.key, None)  # it expired and was registered again within this batch
             else:
                 member = self._delete(event)
                 if member is not None:
                     lost[event.key] = member
 
-        self._supervisor.each(batch.events, take, key_of)
+        self._supervisor.each(batch.events, apply_event, key_of)
         if lost:
             self._lose(list(lost.values()), history_lost=batch.resync is not None)
         self._rebuild()
+        self._first_state.set()
 
     def _put(self, record: Record) -> None:
         instance = Instance.from_record(record)
         target = instance.target(self._plane)
         if target is None:
             log.warning(
-                "instance %x of %s does not offer the %s plane (it offers %s): set DYN_REQUEST_PLANE alike",
+                "instance %x of %s offers %s, not this process's plane %s: set the same DYN_REQUEST_PLANE",
                 instance.instance_id,
                 self.name,
-                self._plane,
                 ", ".join(instance.transports),
+                self._plane,
             )
             return
         self._losses.pop(instance.instance_id, None)
@@ -326,31 +327,32 @@ class EndpointView:
         if known is None:
             self._members[instance.instance_id] = Member(instance, target)
         elif known.target != target:
-            # The same id at another address or with another secret: a new process. Nothing of the old
-            # one's state carries over, and what waits for it will wait in vain.
+            # The same id with another address or another secret is a new process. It has no request of the
+            # old one, so requests that wait for the old one fail.
             self._members[instance.instance_id] = Member(instance, target)
-            self._dismiss(known, is_over=True)
+            self._fail_pending(known, is_over=True)
         else:
             known.instance = instance
-            if known.state is not State.EJECTED:  # its record says nothing of its answers
+            if known.state is not State.EJECTED:  # the record does not tell whether its requests fail
                 known.state = State.UP
 
     def _delete(self, event: Delete) -> Member | None:
-        """Forget an instance that left on purpose; answer one that was lost."""
+        """Forget an instance that left on purpose; return the member of one that was lost, else None."""
         with suppress(ValueError):
             member = self._members.get(parse_instance_id(event.key.rpartition("/")[2]))
             if member is None:
                 return None
-            # An expired one that is down here, too, leaves nothing to doubt: nobody reaches it.
+            # An expired instance that is down in this view, too, is dead beyond doubt.
             is_dead = event.cause is DeleteCause.EXPIRED and member.state is State.DOWN
             if event.cause in (DeleteCause.EXPIRED, DeleteCause.RESYNC) and not is_dead:
                 return member
             del self._members[member.instance_id]
             if event.cause is DeleteCause.REVOKED or is_dead:
-                self._dismiss(member, is_over=not is_dead)
+                self._fail_pending(member, is_over=not is_dead)
         return None
 
     def _lose(self, lost: list[Member], *, history_lost: bool) -> None:
+        """Forget instances that expired; make them suspects if too many were lost within one lease TTL."""
         now = self._clock.monotonic()
         for instance_id, (_, at) in tuple(self._losses.items()):
             if now - at > self._lease_ttl_s:
@@ -359,36 +361,35 @@ class EndpointView:
             self._losses[member.instance_id] = (member, now)
         total = len(self._members.keys() | self._losses.keys())
         if history_lost or (len(self._losses) >= 2 and 2 * len(self._losses) >= total):
-            self._suspect([member for member, _ in self._losses.values()])
+            log.warning(
+                "%d of the instances of %s left the registry together: keeping those that answer",
+                len(self._losses),
+                self.name,
+            )
+            for member, _ in self._losses.values():
+                if member.state is not State.SUSPECT:
+                    member.state = State.SUSPECT
+                    member.answered_probe = False
+                    self._members[member.instance_id] = member
+                    self._spawn(self._probe_suspect(member))
             return
         for member in lost:
             self._members.pop(member.instance_id, None)
-            self._dismiss(member)
-
-    def _suspect(self, members: list[Member]) -> None:
-        log.warning(
-            "%d of the instances of %s left the registry together: keeping those that answer",
-            len(members),
-            self.name,
-        )
-        for member in members:
-            if member.state is State.SUSPECT:
-                continue
-            member.state = State.SUSPECT
-            member.answered_probe = False
-            self._members[member.instance_id] = member
-            self._spawn(self._probe_suspect(member))
+            self._fail_pending(member)
 
     def _drop(self, member: Member) -> None:
         """Forget a suspect that did not answer."""
         del self._members[member.instance_id]
         self._losses.pop(member.instance_id, None)
-        self._dismiss(member)
+        self._fail_pending(member)
         self._rebuild()
 
-    def _dismiss(self, member: Member, *, is_over: bool = False) -> None:
-        """Fail what waits for a first item. What is being answered ends with its connection, which the
-        plane watches, unless the process `is_over`: an expired one may just have lost its Redis."""
+    def _fail_pending(self, member: Member, *, is_over: bool = False) -> None:
+        """Fail the requests that wait for a first item from an instance that left.
+
+        Requests that are being answered end with their connection, which the plane watches. If the process
+        `is_over`, the plane's connection to it is closed, too; an expired process may only have lost Redis.
+        """
         member.fail_pending(
             InstanceRemoved(f"instance {member.instance_id:x} of {self.name} left the registry")
         )
@@ -400,14 +401,14 @@ class EndpointView:
         candidates.sort(key=lambda m: m.instance_id)
         if candidates != self.candidates:
             self.candidates = candidates
-            # Whoever waits holds the old event; the next waiter starts afresh.
+            # Present waiters hold the old event; later ones wait for the next change.
             self._changed.set()
             self._changed = asyncio.Event()
 
     # ----------------------------------------------------------------- probes
 
     def _spawn(self, probe: Coroutine[Any, Any, None]) -> None:
-        # Not in the context variables of the request that failed: a probe may outlive it by far.
+        # Not with the context variables of the failed request: the probe may outlive it by far.
         task = asyncio.create_task(probe, name=f"probe {self.name}", context=self._variables.copy())
         self._probes.add(task)
         task.add_done_callback(self._probes.discard)
@@ -415,17 +416,18 @@ class EndpointView:
     def _is_current(self, member: Member, state: State) -> bool:
         return self._members.get(member.instance_id) is member and member.state is state
 
-    async def _ask(self, member: Member) -> _Answer:
+    async def _probe(self, member: Member) -> _ProbeOutcome:
+        """Send one probe and wait for its outcome, at most `PROBE_TIMEOUT_S`. An error is logged."""
         try:
             await self._plane_client.probe(member.target, PROBE_TIMEOUT_S)
         except NotAccepted:
-            return _Answer.SLOW
+            return _ProbeOutcome.SLOW
         except PlaneError:
-            return _Answer.NONE
+            return _ProbeOutcome.NONE
         except Exception as exc:  # noqa: BLE001 - logged, with its traceback
             self._supervisor.skip(f"the probe of instance {member.instance_id:x}", exc)
-            return _Answer.NONE
-        return _Answer.READY
+            return _ProbeOutcome.NONE
+        return _ProbeOutcome.READY
 
     async def _readmit(self, member: Member, pause_s: float) -> None:
         """Let an ejected instance be chosen again after its pause."""
@@ -435,9 +437,10 @@ class EndpointView:
             self._rebuild()
 
     async def _probe_suspect(self, member: Member) -> None:
-        """Drop a suspect as soon as it fails to answer; ends when it is registered again or dropped."""
+        """Probe a suspect until it is registered again; drop it at the first probe that it does not
+        answer."""
         while self._is_current(member, State.SUSPECT):
-            if await self._ask(member) is _Answer.NONE:
+            if await self._probe(member) is _ProbeOutcome.NONE:
                 if self._is_current(member, State.SUSPECT):
                     self._drop(member)
                 return
@@ -445,30 +448,30 @@ class EndpointView:
             await asyncio.sleep(PROBE_TIMEOUT_S)
 
     async def _probe_quiet(self, member: Member) -> None:
-        """Ask a silent instance until it is up, or until not even its process answers: then it is down."""
+        """Probe a quiet instance until it answers; mark it down if not even its process answers."""
         while self._is_current(member, State.QUIET):
-            answer = await self._ask(member)
+            outcome = await self._probe(member)
             if not self._is_current(member, State.QUIET):
                 return
-            if answer is _Answer.READY:
+            if outcome is _ProbeOutcome.READY:
                 member.state = State.UP
                 self._rebuild()
-            elif answer is _Answer.NONE:
+            elif outcome is _ProbeOutcome.NONE:
                 self.mark_down(member, CannotConnect(f"no answer from {member.target.address}"))
             else:
                 await asyncio.sleep(_SLOW_PAUSE_S)
 
     async def _probe_until_up(self, member: Member) -> None:
-        """Ask an instance that is down until it answers, at growing, jittered intervals."""
+        """Probe an instance that is down until it answers, at growing, jittered intervals."""
         pause_s, longest_s = _PROBE_PAUSE_S
         while self._is_current(member, State.DOWN):
             await asyncio.sleep(pause_s * (0.5 + random.random() / 2))  # noqa: S311 - jitter
             pause_s = min(2 * pause_s, longest_s)
-            answer = await self._ask(member)
-            if answer is _Answer.NONE or not self._is_current(member, State.DOWN):
+            outcome = await self._probe(member)
+            if outcome is _ProbeOutcome.NONE or not self._is_current(member, State.DOWN):
                 continue
             log.info("instance %x of %s answers again", member.instance_id, self.name)
-            if answer is _Answer.READY:
+            if outcome is _ProbeOutcome.READY:
                 member.state = State.UP
                 self._rebuild()
             else:

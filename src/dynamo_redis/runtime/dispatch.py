@@ -1,8 +1,9 @@
-"""From a client to the instances of its endpoint: which one, how, and what its failure says about it."""
+"""The way from a client to an instance: choose it, send to it, and report its failures to the view."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
+from contextlib import suppress
 
 from dynamo_redis.errors import (
     CannotConnect,
@@ -25,7 +26,7 @@ _LEAVING = (Draining, EndpointNotFound)
 
 
 class Dispatcher:
-    """One endpoint's view and the plane that its requests take; shared by a client's calls."""
+    """One endpoint's view and the plane that carries its requests; shared by a client's calls."""
 
     __slots__ = ("__weakref__", "_picked", "open", "view")
 
@@ -38,7 +39,7 @@ class Dispatcher:
     def choose(
         self, select: Policy, tried: set[int] | None = None, among: Collection[int] | None = None
     ) -> Member:
-        """An instance, of `among`, that has not been tried: a candidate, else a last resort.
+        """Choose an instance of `among` that has not been tried: a candidate, else a last resort.
 
         Raises NoInstances if there is none.
         """
@@ -47,15 +48,24 @@ class Dispatcher:
             try:
                 return select(members)
             except NoInstances:
-                pass  # the one that is wanted is a last resort, if it is known at all
+                pass  # the wanted instance is a last resort, or not known
         for members in (view.candidates, *view.last_resorts()):
-            member = _select(select, members, tried, among)
-            if member is not None:
-                return member
+            allowed = [
+                member
+                for member in members
+                if (among is None or member.instance_id in among)
+                and (not tried or member.instance_id not in tried)
+            ]
+            if allowed:
+                with suppress(NoInstances):  # the wanted instance may be in a later list
+                    return select(allowed)
         raise NoInstances(f"no instance of {view.name} is known: is a worker running?")
 
     def _candidates(self, among: Collection[int] | None) -> list[Member]:
-        """Return the candidates of those ids. Most requests bring the same ids as the one before."""
+        """Return the candidates with those ids.
+
+        The last result is kept: most requests have the ids of the last one.
+        """
         candidates = self.view.candidates
         if among is None:
             return candidates
@@ -68,7 +78,7 @@ class Dispatcher:
         return picked[2]
 
     def note_failure(self, member: Member, error: PlaneError) -> None:
-        """Let the view know what a failed request says about its instance."""
+        """Report a failed request to the view: its instance is down, leaving, or fails requests."""
         if isinstance(error, _DOWN):
             self.view.mark_down(member, error)
         elif isinstance(error, _LEAVING):
@@ -77,24 +87,9 @@ class Dispatcher:
             self.view.note_failing(member, error)
 
     async def refreshed(self, member: Member) -> Member | None:
-        """The member by a fresh record, if that differs from the one it had."""
+        """Read the member's record again; return the new member if the process changed, else None."""
         try:
             current = await self.view.refresh(member)
         except StoreError:
             return None
         return current if current is not member else None
-
-
-def _select(
-    select: Policy, members: Sequence[Member], tried: set[int] | None, among: Collection[int] | None
-) -> Member | None:
-    if among is not None:
-        members = [member for member in members if member.instance_id in among]
-    if tried:
-        members = [member for member in members if member.instance_id not in tried]
-    if not members:
-        return None
-    try:
-        return select(members)
-    except NoInstances:
-        return None

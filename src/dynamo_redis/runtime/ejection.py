@@ -1,8 +1,8 @@
-"""When an instance that is there, and answers with errors of its own, is passed over for a while. Pure.
+"""The rules for ejecting an instance that fails requests with errors of its own. Pure.
 
-A worker can be well by every probe while what stands behind it fails each request: an engine that answers
-500, a key that it does not take, a handler that raises. Such a worker answers fast and looks idle, so every
-policy that looks at load sends it more. Callers see it first, and each judges by what it has seen.
+A worker can answer every probe while each request fails behind it: its engine answers 500, a key is refused,
+the handler raises. Such a worker fails fast and looks idle, so every policy that looks at load sends it more
+requests. Callers notice it first; each caller decides by its own requests.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import random
 from typing import Final
 
 FAILURE_COUNT: Final = 5
-"""So many failures in a row, without an answer between them, say that it is not the requests."""
+"""The number of failures in a row, with no success between them, after which the instance is to blame."""
 
 PAUSE_S: Final = (1.0, 60.0)
-"""The first pause and the longest; each is twice the one before, until an answer comes."""
+"""The first and the longest pause. Each pause is twice the one before, until a request succeeds."""
 
 
-class Record:
-    """The latest answers of one instance to this process."""
+class FailureStreak:
+    """The failures in a row of one instance, as this process has seen them."""
 
     __slots__ = ("_failure_count", "_pause_s")
 
@@ -26,19 +26,19 @@ class Record:
         self._failure_count = 0
         self._pause_s = PAUSE_S[0]
 
-    def answered(self) -> None:
-        """Note an answer: what failed before counts no more."""
+    def end(self) -> None:
+        """End the streak: a request has succeeded."""
         if self._failure_count:
             self._failure_count = 0
             self._pause_s = PAUSE_S[0]
 
-    def failed(self) -> bool:
-        """Note a failure. Tell whether there were enough."""
+    def add(self) -> bool:
+        """Count a failure; return whether there are enough to eject the instance."""
         self._failure_count += 1
         return self._failure_count >= FAILURE_COUNT
 
     def next_pause_s(self) -> float:
-        """Take the next pause. After it the instance is on trial: its next failure is enough again."""
+        """Return the next pause, with jitter. After it a single failure ejects the instance again."""
         pause_s = self._pause_s
         self._pause_s = min(2 * pause_s, PAUSE_S[1])
         self._failure_count = FAILURE_COUNT - 1
@@ -46,6 +46,6 @@ class Record:
 
 
 def may_eject(ejected_count: int, instance_count: int) -> bool:
-    """Whether one more may be passed over: never more than half, so that a deployment whose requests all fail
-    is not left without workers."""
+    """Return whether one more instance may be ejected: never more than half of them, since a deployment whose
+    requests all fail would have no workers left."""
     return 2 * (ejected_count + 1) <= instance_count

@@ -1,4 +1,4 @@
-"""An endpoint: what a worker serves and a client calls."""
+"""Endpoints, which workers serve and clients call, and the older ways to name them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ log = logging.getLogger(__name__)
 
 
 def note_ignored(call: str, arguments: Mapping[str, object]) -> None:
-    """Say that arguments which a later release of `dynamo.runtime` may have are not known here."""
+    """Log a warning for each argument that is not known here, as one of a later release of
+    `dynamo.runtime`."""
     for name in arguments:
         log.warning("%s: the argument %s is not known here and has no effect", call, name)
 
 
 class Host(Protocol):
-    """What an endpoint needs of its runtime."""
+    """The part of the runtime that an endpoint uses."""
 
     async def serve(
         self, name: EndpointName, handler: AnyHandler, *, graceful_shutdown: bool
@@ -63,27 +64,32 @@ class Endpoint:
     ) -> asyncio.Task[None]:
         """Serve until the runtime shuts down; then leave the registry and let requests under way finish.
 
-        `handler` takes `(request)` or `(request, context)`; as an async generator it answers with its items,
-        as a coroutine function with one. Without `graceful_shutdown` requests under way are killed.
-        `metrics_labels` and `health_check_payload` are accepted so that existing workers run unchanged;
-        arguments of later releases of `dynamo.runtime` are, too, and named in the log.
-        Raises StoreError if it cannot be registered, ConfigError if no address can be had.
+        Raises StoreError if the endpoint cannot be registered, ConfigError if there is no address to
+        advertise.
+
+        Args:
+            handler: takes `(request)` or `(request, context)`. An async generator function answers with its
+                items, a coroutine function with one item.
+            graceful_shutdown: False kills requests under way at the shutdown.
+            metrics_labels, health_check_payload: accepted for existing workers, without effect.
+            later: arguments of later releases of `dynamo.runtime`, named in the log, without effect.
         """
         note_ignored("serve_endpoint", later)
-        return started(self._serve(handler, graceful_shutdown))
 
-    async def _serve(self, handler: AnyHandler, graceful_shutdown: bool) -> None:
-        try:
-            served = await self.start_serving(handler, graceful_shutdown)
-        except (StoreUnavailable, RuntimeError) as exc:
-            if not self._host.is_shutting_down:
-                raise
-            log.info("%s was not served any more before the shutdown: %s", self.name, exc)
-            return
-        try:
-            await self._host.wait_for_shutdown()
-        finally:
-            await served.unregister()
+        async def serve() -> None:
+            try:
+                served = await self.start_serving(handler, graceful_shutdown)
+            except (StoreUnavailable, RuntimeError) as exc:
+                if not self._host.is_shutting_down:
+                    raise
+                log.info("the shutdown came before %s was served: %s", self.name, exc)
+                return
+            try:
+                await self._host.wait_for_shutdown()
+            finally:
+                await served.unregister()
+
+        return started(serve())
 
     async def start_serving(
         self,
@@ -93,13 +99,13 @@ class Endpoint:
         metrics_labels: list[tuple[str, str]] | None = None,
         health_check_payload: dict[str, Any] | None = None,
     ) -> ServedEndpoint:
-        """As `serve_endpoint`, but return as soon as callers can find the endpoint."""
+        """Serve as `serve_endpoint` does, but return as soon as callers can find the endpoint."""
         return await self._host.serve(self.name, handler, graceful_shutdown=graceful_shutdown)
 
     def unregister_endpoint_instance(self) -> asyncio.Task[None]:
-        """Take this process's instance out of the registry, for as long as its engine sleeps.
+        """Take this process's instance out of the registry, as while its engine sleeps.
 
-        It goes on answering what still arrives. Raises RuntimeError if the endpoint is not served here.
+        The instance still answers requests that arrive. Raises RuntimeError if it is not served here.
         """
         return started(self._served_here().leave())
 
@@ -114,20 +120,21 @@ class Endpoint:
         return served
 
     def client(self, router_mode: str | None = None) -> asyncio.Task[Client]:
-        """A client of this endpoint; its first view of the instances is complete.
+        """Return a client of this endpoint, as soon as it has the list of instances.
 
-        `router_mode`, which `generate` follows: round_robin (default), random, p2c or least_loaded.
+        `router_mode` is the policy of the client's `generate`: round_robin (default), random, p2c or
+        least_loaded.
         Raises ConfigError for an unknown mode, StoreError if the registry cannot be read.
         """
         return started(self._host.open_client(self.name, router_mode or "round_robin"))
 
     @property
     def host(self) -> Host:
-        """The runtime that it belongs to."""
+        """The runtime that the endpoint belongs to."""
         return self._host
 
     def connection_id(self) -> int:
-        """The id by which this process's instance of the endpoint is known."""
+        """Return the id of this process's instance of the endpoint."""
         return self._host.instance_id
 
 
@@ -140,10 +147,10 @@ class Component:
         self._component = component
 
     async def create_service(self) -> None:
-        """Nothing to create: an endpoint registers itself. Kept so that older workers run."""
+        """Do nothing: an endpoint registers itself. Older workers call this."""
 
     def endpoint(self, name: str) -> Endpoint:
-        """One of the component's endpoints."""
+        """Return the component's endpoint of this name."""
         return Endpoint(self._host, EndpointName(self._namespace, self._component, name))
 
 
@@ -155,5 +162,5 @@ class Namespace:
         self._name = name
 
     def component(self, name: str) -> Component:
-        """One of the namespace's components."""
+        """Return the namespace's component of this name."""
         return Component(self._host, self._name, name)

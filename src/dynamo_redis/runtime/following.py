@@ -1,4 +1,4 @@
-"""Following a prefix of the registry for as long as a task lives."""
+"""A watch of a registry prefix that is started again after each failure."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from dynamo_redis.supervision import Supervisor
 async def follow(
     registry: Registry, prefix: str, apply: Callable[[WatchBatch], None], supervisor: Supervisor
 ) -> None:
-    """Let `apply` have every batch of a watch; return when the registry is closed.
+    """Pass every batch of a watch of `prefix` to `apply`; return when the registry is closed.
 
-    A watch that fails, or a batch that `apply` raises for, costs a pause: then another watch is made, and its
-    first batch reaches `apply` as a resync, with a delete of each key that went meanwhile.
+    If the watch fails, or `apply` raises, a new watch is started after a pause. Its first batch reaches
+    `apply` as a resync, with a delete of each key that is gone since the watch before.
     """
     known: set[str] = set()
 
@@ -23,22 +23,20 @@ async def follow(
         async with registry.watch(prefix) as watch:
             is_first = supervisor.failed_count > 0
             async for batch in watch:
-                whole = _as_difference(batch, known) if is_first else batch
-                is_first = False
-                known.update(event.record.key for event in whole.events if isinstance(event, Put))
-                apply(whole)
-                known.difference_update(event.key for event in whole.events if isinstance(event, Delete))
+                puts = {event.record.key for event in batch.events if isinstance(event, Put)}
+                if is_first:
+                    gone = sorted(known - puts)
+                    deletes = (Delete(key, batch.revision, DeleteCause.RESYNC) for key in gone)
+                    events = (*deletes, *batch.events)
+                    batch = replace(batch, events=events, resync="the watch was started again")
+                    is_first = False
+                known.update(puts)
+                apply(batch)
+                known.difference_update(event.key for event in batch.events if isinstance(event, Delete))
 
     await supervisor.run(read)
 
 
-def _as_difference(batch: WatchBatch, known: set[str]) -> WatchBatch:
-    """Add to the first batch of a watch the deletes of `known` keys, of the watch before, that are gone."""
-    gone = known - {event.record.key for event in batch.events if isinstance(event, Put)}
-    deletes = (Delete(key, batch.revision, DeleteCause.RESYNC) for key in sorted(gone))
-    return replace(batch, events=(*deletes, *batch.events), resync="the watch was started again")
-
-
 def key_of(event: Put | Delete) -> str:
-    """Return the key that a change is of."""
+    """Return the key of a put or a delete."""
     return event.record.key if isinstance(event, Put) else event.key

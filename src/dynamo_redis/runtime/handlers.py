@@ -1,4 +1,4 @@
-"""Handlers as people write them, turned into what a request plane calls."""
+"""Adapters from the handlers of user code to the handlers that a request plane calls."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from dynamo_redis.errors import InvalidRequest
 from dynamo_redis.planes.base import Handler
 
 AnyHandler = Callable[..., Any]
-"""An async generator function, or a coroutine function: `(request)`, `(request, context)`, or with `context`
-as a keyword. Bound methods and callable objects too."""
+"""An async generator function or a coroutine function that takes `(request)`, `(request, context)`, or
+`context` as a keyword. A bound method or a callable object, too."""
 
 H = TypeVar("H", bound=AnyHandler)
 
 
 def adapt(handler: AnyHandler) -> Handler:
-    """The handler as `(request, context)`. Raises TypeError if it takes no request."""
+    """Return the handler as a function of `(request, context)`. Raises TypeError if it takes no request."""
     parameters = inspect.signature(handler).parameters
     if "context" in parameters and list(parameters).index("context") != 0:
         return lambda request, context: handler(request, context=context)
@@ -40,12 +40,24 @@ def adapt(handler: AnyHandler) -> Handler:
 def dynamo_endpoint(request_type: type[Any], response_type: type[Any]) -> Callable[[H], AnyHandler]:
     """Declare a handler's request and item types: pydantic models, or plain types such as `str`.
 
-    A request for a model is validated before the handler runs, and may be a JSON string; what does not fit
-    ends the call with `InvalidRequest`, which names the field. With any other type the handler gets the
-    request as it came. Items that are models are sent as plain values. `response_type` documents the items;
-    they are sent as they are yielded.
+    With a model as `request_type` the request, which may be a JSON string, is validated before the handler
+    runs; if it is not valid, the call ends with `InvalidRequest`, which names the field. With any other type
+    the handler gets the request unchanged. Items that are models are sent as plain values. `response_type`
+    documents the items and has no effect.
     """
-    validate = _validator(request_type)
+    is_model = inspect.isclass(request_type) and issubclass(request_type, BaseModel)
+
+    def validate(request: Any) -> Any:
+        if not is_model:
+            return request
+        try:
+            if isinstance(request, str | bytes):
+                return request_type.model_validate_json(request)
+            return request_type.model_validate(request)
+        except ValidationError as exc:
+            error = exc.errors(include_url=False)[0]
+            where = ".".join(map(str, error["loc"])) or "request"
+            raise InvalidRequest(f"{where}: {error['msg']}") from exc
 
     def decorate(handler: H) -> AnyHandler:
         # A method's first argument is the object; the request comes after it.
@@ -53,8 +65,8 @@ def dynamo_endpoint(request_type: type[Any], response_type: type[Any]) -> Callab
 
         @functools.wraps(handler)
         def answer(*args: Any, **kwargs: Any) -> Any:
-            given = handler(*args[:position], validate(args[position]), *args[position + 1 :], **kwargs)
-            return _plain_items(given) if hasattr(given, "__anext__") else _plain_item(given)
+            result = handler(*args[:position], validate(args[position]), *args[position + 1 :], **kwargs)
+            return _plain_items(result) if hasattr(result, "__anext__") else _plain_item(result)
 
         return answer
 
@@ -62,7 +74,10 @@ def dynamo_endpoint(request_type: type[Any], response_type: type[Any]) -> Callab
 
 
 async def _plain_items(items: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    """The items with models as plain values. The handler ends when this does, in the same task."""
+    """Yield the items, models as plain values.
+
+    Closes the handler's generator at its own end, in the same task.
+    """
     try:
         async for item in items:
             yield _plain(item)
@@ -75,29 +90,12 @@ async def _plain_item(item: Awaitable[Any]) -> Any:
     return _plain(await item)
 
 
-def _validator(request_type: type[Any]) -> Callable[[Any], Any]:
-    if not (inspect.isclass(request_type) and issubclass(request_type, BaseModel)):
-        return lambda request: request
-
-    def validate(request: Any) -> Any:
-        try:
-            if isinstance(request, str | bytes):
-                return request_type.model_validate_json(request)
-            return request_type.model_validate(request)
-        except ValidationError as exc:
-            error = exc.errors(include_url=False)[0]
-            where = ".".join(map(str, error["loc"])) or "request"
-            raise InvalidRequest(f"{where}: {error['msg']}") from exc
-
-    return validate
-
-
 def _plain(item: Any) -> Any:
     return item.model_dump(mode="json") if isinstance(item, BaseModel) else item
 
 
 async def collect_one(stream: AsyncIterator[Any]) -> Any:
-    """The only item of a response. Raises RuntimeError if there is none, or more than one."""
+    """Return the only item of a response. Raises RuntimeError if there is none, or more than one."""
     iterator = aiter(stream)
     try:
         try:

@@ -1,4 +1,4 @@
-"""The record by which an instance of an endpoint is found."""
+"""The registry record of an instance of an endpoint."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _WHAT = "an instance record"
 
 @dataclass(frozen=True, slots=True)
 class Transport:
-    """How an instance is reached: the plane's name, and its address with the endpoint's subject."""
+    """An address of an instance: the plane's name (`kind`), and `address/subject`."""
 
     kind: str
     address: str
@@ -28,11 +28,11 @@ class Transport:
 
 @dataclass(frozen=True, slots=True)
 class Instance:
-    """One process that serves one endpoint, as its registry record says.
+    """One process that serves one endpoint, as described by its registry record.
 
     `transports` maps a plane's name to `address/subject`. `ready` is False while the process's event loop
-    hangs. `secret` is what both sides of a connection prove; None where `DYN_PLANE_AUTH` is off. It is kept
-    out of the repr. `started_at` is in seconds since the epoch, by the instance's own clock.
+    hangs. `secret` authenticates both sides of a connection; it is None where `DYN_PLANE_AUTH` is off, and
+    never in the repr. `started_at` is in seconds since the epoch, by the instance's own clock.
     """
 
     name: EndpointName
@@ -62,7 +62,7 @@ class Instance:
 
     @property
     def device_type(self) -> str | None:
-        """None: the record does not say on which kind of device an instance runs."""
+        """Always None: the record has no device type. Kept for users of `dynamo.runtime`."""
         return None
 
     @property
@@ -72,7 +72,7 @@ class Instance:
         return Transport(kind, address)
 
     def target(self, plane: str) -> Target | None:
-        """Where to send requests on a plane; None if the instance does not offer it."""
+        """Return the target of requests on a plane; None if the instance does not offer that plane."""
         transport = self.transports.get(plane)
         if transport is None:
             return None
@@ -80,7 +80,7 @@ class Instance:
         return Target(self.instance_id, address, subject, self.secret)
 
     def to_bytes(self, *, ready: bool | None = None) -> bytes:
-        """The stored form, JSON; `ready` overrides the field."""
+        """Return the record as JSON; `ready` replaces the field of that name."""
         record: dict[str, Any] = {
             "type": "Endpoint",
             "namespace": self.namespace,
@@ -104,14 +104,19 @@ class Instance:
         """
         record = read_json_object(stored, _WHAT)
         check_version(record.get("version", RECORD_VERSION), RECORD_VERSION, _WHAT)
+        ready, started_at = record.get("ready", True), record.get("started_at", 0.0)
         try:
+            if type(ready) is not bool:
+                raise TypeError(f"its ready is {ready!r}, neither true nor false")
+            if type(started_at) not in (int, float) or not math.isfinite(started_at):
+                raise TypeError("its started_at is not a time")
             return cls(
                 name=EndpointName(record["namespace"], record["component"], record["endpoint"]),
                 instance_id=check_instance_id(record["instance_id"]),
                 transports=_transports(record["transport"]),
-                ready=_flag(record.get("ready", True)),
+                ready=ready,
                 secret=_secret(record.get("secret")),
-                started_at=_time(record.get("started_at", 0.0)),
+                started_at=float(started_at),
             )
         except KeyError as exc:
             raise InvalidRecord(_WHAT, f"it has no {exc}") from exc
@@ -120,16 +125,17 @@ class Instance:
 
     @classmethod
     def from_record(cls, record: Record) -> Instance:
-        """Read a record of the registry. Raises InvalidRecord, with its key and the command that removes it.
+        """Read a record of the registry. Raises InvalidRecord, with the key and the command that removes it.
 
-        A record whose names or id are not those of its key is refused: no delete of that key would end it.
+        A record whose names or id differ from its key's is refused: a delete of the key would not remove that
+        instance.
         """
         try:
             instance = cls.from_bytes(record.value)
             own_key = instance.name.instance_key(instance.instance_id)
         except InvalidRecord as exc:
             raise exc.at(record.key, removal(record.key)) from None
-        except ValueError as exc:  # a name that no encoding has
+        except ValueError as exc:  # a name that cannot be encoded
             raise InvalidRecord(_WHAT, exc, key=record.key, remedy=removal(record.key)) from exc
         if own_key != record.key:
             reason = f"it is the record of {own_key}"
@@ -146,22 +152,10 @@ def _transports(found: Any) -> dict[str, str]:
     return found
 
 
-def _flag(found: Any) -> bool:
-    if type(found) is not bool:
-        raise TypeError(f"its ready is {found!r}, neither true nor false")
-    return found
-
-
 def _secret(found: Any) -> bytes | None:
     if found is not None and type(found) is not str:
-        raise TypeError("its secret is no text")  # and is not shown
+        raise TypeError("its secret is no text")  # the message does not show it
     try:
         return None if found is None else bytes.fromhex(found)
     except ValueError:
         raise ValueError("its secret is not hexadecimal") from None
-
-
-def _time(found: Any) -> float:
-    if type(found) not in (int, float) or not math.isfinite(found):
-        raise TypeError("its started_at is not a time")
-    return float(found)

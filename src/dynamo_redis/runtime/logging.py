@@ -1,4 +1,4 @@
-"""Logs of a process: one line an event, to stderr."""
+"""The log set-up of a process: one line an event, to stderr."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class _UtcFormatter(logging.Formatter):
 
 
 def log_level(name: str) -> int:
-    """A `DYN_LOG` level as one of `logging`. Raises ConfigError."""
+    """Return the level of `logging` for a `DYN_LOG` level. Raises ConfigError for an unknown one."""
     level = _LEVELS.get(name.strip().lower())
     if level is None:
         raise ConfigError(f"DYN_LOG={name!r}: write one of {', '.join(_LEVELS)}")
@@ -39,16 +39,16 @@ def log_level(name: str) -> int:
 def configure_dynamo_logging(
     service_name: str | None = None, worker_id: int | None = None, *, level: str | None = None
 ) -> None:
-    """Send the process's logs to stderr, at `level` or `DYN_LOG`; call it once, at start.
+    """Send the process's logs to stderr, at `level` or else `DYN_LOG`. Call it once, at start.
 
-    Times are UTC. `service_name` and `worker_id` stand in each line, to tell processes apart. Loggers of
-    other libraries stay at warnings unless the level is debug. Raises ConfigError for an unknown level.
+    Times are UTC. Each line has `service_name` and `worker_id`, if they are given. Other libraries log
+    warnings and errors only, unless the level is debug. Raises ConfigError for an unknown level.
     """
     wanted = log_level(level or RuntimeSettings.load().log)
-    who = ":".join(str(part) for part in (service_name, worker_id) if part is not None)
+    process = ":".join(str(part) for part in (service_name, worker_id) if part is not None)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
-        _UtcFormatter(f"%(asctime)s %(levelname)-7s {who + ' ' if who else ''}%(name)s: %(message)s")
+        _UtcFormatter(f"%(asctime)s %(levelname)-7s {process + ' ' if process else ''}%(name)s: %(message)s")
     )
     root = logging.getLogger()
     root.handlers[:] = [handler]

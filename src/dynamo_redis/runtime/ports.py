@@ -1,14 +1,14 @@
-"""Reserve ports of a host through the registry, for engines that need fixed or consecutive ones.
+"""Reservations of a host's ports through the registry, for engines that need fixed or consecutive ports.
 
-Prefer binding port 0 and advertising what came out. Where an engine insists on being told its ports, a
-reservation keeps two workers of one host, in containers that share its network, from choosing the same.
+If you can, bind port 0 and advertise the port that the kernel chose. If an engine has to be given its ports,
+a reservation keeps two workers of one host, as in containers that share its network, from choosing the same.
 
-A reservation is kept by its process's lease, and ends with it: a process that dies gives its ports back after
-`DYN_LEASE_TTL_S`. It is no lock. Two processes can believe for a while that they hold the same port: when
-Redis has lost its data and another process reserves before this one has registered again, and when this one
-could not reach Redis, or stood still, for longer than its lease lives. The one that is late is told
-(`on_lost`) as soon as Redis answers. Who already listens on the port keeps it, since nobody else can bind it;
-who does not yet should give the reservation up and make another.
+A reservation lives and ends with its process's lease: the ports of a process that died are free after
+`DYN_LEASE_TTL_S`. It is no lock. Two processes can hold the same port for a while in two cases: Redis has
+lost its data, and another process reserves the port before this one has registered again; or this process did
+not reach Redis, or did not run, for longer than its lease's TTL. The process that lost the port is notified
+by `on_lost` as soon as Redis answers. If it already listens on the port, it can keep it, since no other
+process can bind it. Otherwise it should release the reservation and make a new one.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import random
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Self
 
 from pydantic import BaseModel, ConfigDict
@@ -35,11 +36,11 @@ _END_OF_PORTS = 65536
 DEFAULT_RANGE = (20000, 30000)
 
 OnPortLost = Callable[[int, LostReason], None]
-"""Called on the event loop with a port that is no longer this process's, and why."""
+"""Called on the event loop with a port whose reservation was lost, and the reason."""
 
 
 class PortRecord(BaseModel):
-    """Who holds a port, and what for. `reserved_at` in seconds since the epoch."""
+    """The holder of a port, its reason, and `reserved_at` in seconds since the epoch."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -51,7 +52,7 @@ class PortRecord(BaseModel):
 
 
 class PortReservation:
-    """Ports that are this process's until `release`, the end of `async with`, or of its lease."""
+    """Ports that this process holds until `release`, the end of `async with`, or the end of its lease."""
 
     def __init__(self, host: str, ports: Sequence[int], registrations: Sequence[Registration]) -> None:
         self.host = host
@@ -60,11 +61,11 @@ class PortReservation:
 
     @property
     def lost(self) -> bool:
-        """Whether one of the ports is known to be no longer this process's."""
+        """True if the reservation of one of the ports is known to be lost."""
         return any(registration.lost for registration in self._registrations)
 
     async def release(self) -> None:
-        """Give the ports back. Idempotent; what Redis cannot be told ends with the lease."""
+        """Release the ports. Idempotent. If Redis does not answer, they are released with the lease."""
         registrations, self._registrations = self._registrations, []
         await withdraw(registrations)
 
@@ -88,10 +89,20 @@ async def reserve_ports(
 ) -> PortReservation:
     """Reserve `count` consecutive ports of `host` within `port_range` (first, last + 1).
 
-    A port counts as free if nobody has reserved it and this machine can bind it. Tries start at a random
-    place and go round the range once. The ports of a try are reserved one by one: two that want overlapping
-    ports at the same moment may both pass them over. Raises ConfigError, PortUnavailable, StoreError; nothing
-    stays reserved then, but what Redis could not be told is given back when it is reached again.
+    A port is free if it is not reserved and this machine can bind it. The search starts at a random port and
+    goes once through the range. The ports of a try are reserved one by one: two processes that try
+    overlapping ports at the same moment may both skip them.
+
+    Raises ConfigError, PortUnavailable, StoreError. Nothing stays reserved then; if Redis does not answer,
+    the ports are released as soon as it does.
+
+    Args:
+        host: the name under which all workers of this machine reserve.
+        count: the number of consecutive ports.
+        port_range: the first port and the last + 1.
+        worker_id, reason: stored with each port, for people who read the registry.
+        on_lost: called when a port's reservation is lost.
+        rng: the source of the random start.
     """
     first, end = port_range
     if not 1 <= first < end <= _END_OF_PORTS:
@@ -116,11 +127,22 @@ async def reserve_ports(
 async def _reserve(
     registry: Registry, host: str, ports: range, record: PortRecord, on_lost: OnPortLost | None
 ) -> PortReservation | None:
+    """Reserve these ports.
+
+    Returns None if one of them is taken; then, as after an error, none stays reserved.
+    """
+
+    def report_lost(port: int, why: LostReason) -> None:
+        log.error("port %d of %s is no longer reserved by this process: %s", port, host, why)
+        if on_lost is not None:
+            on_lost(port, why)
+
+    value = record.model_dump_json().encode()
     taken: list[Registration] = []
     try:
         for port in ports:
-            registration = await _register(registry, host, port, record, on_lost)
-            taken.append(registration)  # at once: a failure gives back those before it
+            key, lost = port_key(host, port), partial(report_lost, port)
+            taken.append(await registry.register(key, value, exclusive=True, on_lost=lost))
     except KeyExists:
         await PortReservation(host, ports, taken).release()
         return None
@@ -130,19 +152,8 @@ async def _reserve(
     return PortReservation(host, ports, taken)
 
 
-async def _register(
-    registry: Registry, host: str, port: int, record: PortRecord, on_lost: OnPortLost | None
-) -> Registration:
-    def lose(why: LostReason) -> None:
-        log.error("port %d of %s is no longer reserved by this process: %s", port, host, why)
-        if on_lost is not None:
-            on_lost(port, why)
-
-    value = record.model_dump_json().encode()
-    return await registry.register(port_key(host, port), value, exclusive=True, on_lost=lose)
-
-
 def _can_bind(ports: range) -> bool:
+    """Return whether this machine can bind all these ports now."""
     with ExitStack() as sockets:
         for port in ports:
             listener = sockets.enter_context(socket.socket())

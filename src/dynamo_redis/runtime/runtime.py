@@ -1,4 +1,4 @@
-"""The distributed runtime: one process's part in a deployment."""
+"""The distributed runtime: the connections and endpoints of one process of a deployment."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ _EVENT_PLANES: Final = ("stream", "pubsub", "none")
 
 
 class Attached(Protocol):
-    """What a runtime can be given to close."""
+    """An object that the runtime closes with itself."""
 
     async def aclose(self) -> None:
-        """End it, in bounded time. Idempotent; must not raise."""
+        """Close the object, in bounded time. Idempotent; must not raise."""
         ...
 
 
@@ -53,7 +53,7 @@ Thing = TypeVar("Thing", bound=Attached)
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The settings a runtime needs, by group."""
+    """The settings of a runtime, by group."""
 
     store: StoreSettings = field(default_factory=StoreSettings.load)
     plane: PlaneSettings = field(default_factory=PlaneSettings.load)
@@ -62,7 +62,10 @@ class Settings:
 
     @classmethod
     def load(cls, **overrides: Any) -> Self:
-        """Read all groups; `overrides` are fields of any of them. Raises ConfigError."""
+        """Read all groups from the environment; `overrides` replace fields of any of them.
+
+        Raises ConfigError.
+        """
 
         def of(group: type[SettingsGroup]) -> dict[str, Any]:
             return {name: overrides.pop(name) for name in tuple(overrides) if name in group.model_fields}
@@ -79,14 +82,15 @@ class Settings:
 
 
 class DistributedRuntime:
-    """Serves and calls endpoints, found through one Redis.
+    """One process of a deployment: it serves and calls endpoints, which are found through one Redis.
 
-    Made on the event loop's thread, it connects at the first call that needs to, or at `start`. It owns the
-    process's lease, its request plane server and client, and one watch an endpoint called. `aclose` ends all
-    of them in order: leave the registry, drain, revoke the lease, close. `async with` does both.
+    Create it on the event loop's thread. It connects at `start`, or at the first call that needs a
+    connection. It owns the process's lease, its request plane server and client, and one watch for each
+    endpoint that it calls. `aclose` ends all of them in order: leave the registry, drain, revoke the lease,
+    close. `async with` calls `start` and `aclose`.
 
-    While Redis is away everything goes on from the last view; afterwards all is registered again under the
-    same instance id.
+    While Redis does not answer, calls go on with the last known instances. When it is back, all endpoints are
+    registered again under the same instance id.
     """
 
     def __init__(
@@ -105,25 +109,32 @@ class DistributedRuntime:
         events: EventStreams | None = None,
         **later: object,
     ) -> None:
-        """The first six arguments are those of `dynamo.runtime`; the loop is always the running one. Of the
-        planes of events and responses, others than there are here are named in the log, as are arguments of
-        its later releases.
+        """Make a runtime. Raises ConfigError for wrong settings.
 
-        `registry`, `objects`, `locks` and `events` replace the Redis ones, as the in-memory twins do in
-        tests; they are closed with the runtime. Raises ConfigError for wrong settings.
+        Args:
+            event_loop: ignored; the runtime uses the running loop.
+            discovery_backend: only "redis" exists here; another one is named in the log.
+            request_plane: replaces `DYN_REQUEST_PLANE`.
+            enable_nats: ignored.
+            event_plane: replaces `DYN_EVENT_PLANE`; a plane that does not exist here is named in the log.
+            response_plane: only "tcp" exists here; another one is named in the log.
+            settings: used instead of the environment's.
+            registry, objects, locks, events: used instead of Redis, as the in-memory implementations in
+                tests. The runtime closes them.
+            later: arguments of later releases of `dynamo.runtime`, named in the log.
         """
         if settings is None:
             own_event_plane = event_plane if event_plane in _EVENT_PLANES else None
             settings = Settings.load(request_plane=request_plane, event_plane=own_event_plane)
         self.settings = settings
         if event_plane is not None and event_plane != settings.events.event_plane:
-            log.info("event_plane=%r is ignored: DYN_EVENT_PLANE says how events travel", event_plane)
+            log.info("event_plane=%r is ignored: DYN_EVENT_PLANE selects the event plane", event_plane)
         if response_plane not in (None, "tcp"):
-            log.info("response_plane=%r is ignored: answers travel as requests do", response_plane)
+            log.info("response_plane=%r is ignored: responses use the request plane", response_plane)
         note_ignored("DistributedRuntime", later)
         if discovery_backend not in (None, "redis"):
             log.info("discovery_backend=%r is ignored: discovery here is Redis", discovery_backend)
-        # What to advertise depends on where Redis is; nothing is known of a given registry.
+        # The address to advertise is the one on the route to Redis; a given registry has no URL.
         self._redis_url = settings.store.require_url() if registry is None else None
         if registry is None:
             registry, objects = open_store(settings.store)
@@ -148,10 +159,10 @@ class DistributedRuntime:
     # ----------------------------------------------------------------- lifetime
 
     async def start(self) -> None:
-        """Connect; with `DYN_WAIT_FOR_REDIS` wait for a Redis that is not there yet, until `shutdown`.
+        """Connect. With `DYN_WAIT_FOR_REDIS` wait until Redis answers, or until `shutdown`.
 
-        Raises ConfigError, StoreUnavailable, StoreRefused or SchemaMismatch, and may then be called again. No
-        effect once it has succeeded.
+        Raises ConfigError, StoreUnavailable, StoreRefused or SchemaMismatch, and may then be called again.
+        Has no effect after it has succeeded.
         """
         async with self._starting:
             if self._plane_client is not None:
@@ -168,9 +179,9 @@ class DistributedRuntime:
             self._plane_client = plane_client
 
     def shutdown(self) -> None:
-        """Ask everything that serves to end. Returns at once; idempotent.
+        """Start the shutdown: served endpoints end, and waits for instances. Returns at once; idempotent.
 
-        From now on runs the one deadline of the shutdown, `DYN_GRACEFUL_SHUTDOWN_S`.
+        The shutdown's deadline, `DYN_GRACEFUL_SHUTDOWN_S`, runs from the first call.
         """
         self._deadline.begin()
         self._shutdown.set()
@@ -179,12 +190,12 @@ class DistributedRuntime:
 
     @property
     def shutdown_deadline(self) -> ShutdownDeadline:
-        """The deadline of the shutdown, which begins with `shutdown`."""
+        """The deadline of the shutdown, which runs from the first `shutdown`."""
         return self._deadline
 
     @property
     def is_shutting_down(self) -> bool:
-        """Whether `shutdown` was called."""
+        """True after `shutdown` was called."""
         return self._shutdown.is_set()
 
     async def wait_for_shutdown(self) -> None:
@@ -192,7 +203,7 @@ class DistributedRuntime:
         await self._shutdown.wait()
 
     def handle_signals(self) -> None:
-        """Let SIGTERM and SIGINT call `shutdown`, until `aclose`. A second one takes its default effect."""
+        """Let SIGTERM and SIGINT call `shutdown`, until `aclose`. A second signal has its default effect."""
         loop = asyncio.get_running_loop()
 
         def on_signal(number: signal.Signals) -> None:
@@ -204,7 +215,7 @@ class DistributedRuntime:
             )
             self.shutdown()
 
-        # Only the main thread may, and Windows cannot.
+        # Only the main thread may add handlers, and Windows has none.
         with suppress(NotImplementedError, ValueError, RuntimeError):
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, on_signal, number)
@@ -213,8 +224,8 @@ class DistributedRuntime:
     async def aclose(self) -> None:
         """Leave the registry, drain, revoke the lease, close. Idempotent.
 
-        All within `DYN_GRACEFUL_SHUTDOWN_S` of the first `shutdown`. Each part of the closing has
-        `_LEAST_CLOSING_S` at least, which only one that waits for a silent Redis needs.
+        It ends within `DYN_GRACEFUL_SHUTDOWN_S` of the first `shutdown`. Each attached object and the
+        registry have at least `_LEAST_CLOSING_S` to close; only a wait for a silent Redis needs that long.
         """
         if self._closed:
             return
@@ -222,7 +233,8 @@ class DistributedRuntime:
         self.shutdown()
         await self.leave()
         if self._server is not None:
-            # All callers are told at once. Endpoints without a graceful shutdown do not wait for the others.
+            # Together, so that all callers learn of it at once, and endpoints without a graceful shutdown end
+            # now.
             await asyncio.gather(
                 self._server.drain(self._deadline.requests_left_s),
                 *(served.unregister() for served in self._served),
@@ -246,7 +258,7 @@ class DistributedRuntime:
         self._release_signals()
 
     async def _in_time(self, closing: Awaitable[None], what: str) -> None:
-        """Close a part; what is not closed by the shutdown's deadline ends with the process."""
+        """Await the closing of a part at most until the shutdown's deadline; then log it and go on."""
         limit_s = max(self._deadline.left_s, _LEAST_CLOSING_S)
         try:
             async with asyncio.timeout(limit_s):
@@ -255,11 +267,12 @@ class DistributedRuntime:
             log.warning("%s could not be closed within %.1f s, the rest of the shutdown", what, limit_s)
 
     async def leave(self, *registrations: Registration) -> None:
-        """Take these keys and then every served endpoint out of the registry; requests are still answered.
+        """Withdraw these registrations and then every served endpoint's; requests are still answered.
 
-        Waits for a silent Redis no longer than `DYN_REDIS_TIMEOUT_S` in all. Never raises for it.
+        Waits for a silent Redis at most `DYN_REDIS_TIMEOUT_S` in all, and does not raise if it does not
+        answer.
         """
-        records = [record for served in self._served for record in served.take_registrations()]
+        records = [record for served in self._served for record in served.release_registrations()]
         await withdraw((*registrations, *records))
 
     async def __aenter__(self) -> Self:
@@ -278,7 +291,7 @@ class DistributedRuntime:
         while self._signals:
             loop.remove_signal_handler(self._signals.pop())
 
-    # ----------------------------------------------------------------- what it hands out
+    # ----------------------------------------------------------------- parts and endpoints
 
     @property
     def objects(self) -> ObjectStore:
@@ -303,21 +316,27 @@ class DistributedRuntime:
 
     @property
     def instance_id(self) -> InstanceId:
-        """The id of every instance that this process serves; its lease's too."""
+        """The id of every instance that this process serves, and of its lease."""
         return InstanceId(self.registry.lease_id)
 
     def endpoint(self, path: str) -> Endpoint:
-        """The endpoint `namespace.component.endpoint`. Raises ConfigError (a ValueError) for other names."""
+        """Return the endpoint `namespace.component.endpoint`.
+
+        Raises ConfigError (a ValueError) for other names.
+        """
         return Endpoint(self, EndpointName.parse(path))
 
     def namespace(self, name: str) -> Namespace:
-        """The older way to an endpoint: `runtime.namespace(n).component(c).endpoint(e)`."""
+        """Return a namespace, the older way to an endpoint:
+
+        `runtime.namespace(n).component(c).endpoint(e)`.
+        """
         return Namespace(self, name)
 
     def attach(self, key: Hashable, make: Callable[[], Thing]) -> Thing:
-        """What stands under a key, made when it is first asked for; the same key has always the same type.
+        """Return the object of a key; `make` creates it at the first call. A key has always the same type.
 
-        The runtime closes it: after the drain, and before its own connections.
+        The runtime closes the object after the drain, and before its own connections.
         """
         if key not in self._attached:
             self._attached[key] = make()
@@ -328,7 +347,7 @@ class DistributedRuntime:
     async def serve(
         self, name: EndpointName, handler: AnyHandler, *, graceful_shutdown: bool
     ) -> ServedEndpoint:
-        """Open an endpoint for requests and make it known."""
+        """Open an endpoint for requests and register it. Raises StoreError and ConfigError."""
         await self.start()
         server = await self._plane_server()
         instance_id = self.instance_id
@@ -352,17 +371,17 @@ class DistributedRuntime:
         return served
 
     def served(self, name: EndpointName) -> ServedEndpoint | None:
-        """The endpoint of that name, if this process serves it."""
+        """Return the served endpoint of that name; None if this process does not serve it."""
         for served in self._served:
             if served.instance.name == name and not served.closed:
                 return served
         return None
 
     async def open_client(self, name: EndpointName, router_mode: str) -> Client:
-        """A client on the endpoint's view, which all clients of the endpoint share.
+        """Return a client on the endpoint's view, which all clients of the endpoint share.
 
-        One that is dropped, with its calls, is released as one that is closed: the task that waited for it
-        may have been cancelled in the turn of the event loop in which it was ready.
+        The garbage collector releases a client that was dropped without `aclose`, as happens if the task that
+        waits for it is cancelled in the same turn of the event loop in which it is ready.
         """
         await self.start()
         assert self._plane_client is not None
@@ -397,13 +416,14 @@ class DistributedRuntime:
             shared.view.note_quiet(target)
 
     def _release_dropped(self, loop: asyncio.AbstractEventLoop, name: EndpointName, user: object) -> None:
-        """Release a client that nothing refers to any more. The garbage collector calls it, in any thread."""
+        """Release a dropped client. The garbage collector calls this, in any thread."""
         shared = self._views.get(name)
         if shared is not None and user in shared.users:
             with suppress(RuntimeError):  # the event loop has closed
                 loop.call_soon_threadsafe(lambda: started(self._release(name, user)))
 
     async def _release(self, name: EndpointName, user: object) -> None:
+        """Release one client's share of a view; the last release closes the view."""
         shared = self._views.get(name)
         if shared is None:
             return
@@ -413,6 +433,7 @@ class DistributedRuntime:
             await shared.view.aclose()
 
     async def _plane_server(self) -> RequestPlaneServer:
+        """Return the request plane's server; start it, and check its address, at the first call."""
         async with self._starting:
             if self._server is None:
                 server = make_server(
@@ -438,7 +459,7 @@ class DistributedRuntime:
 
 @dataclass(slots=True)
 class _SharedView:
-    """A view and its users, a mark for each client; the last one to go ends it."""
+    """A view and its users: one object for each client."""
 
     view: EndpointView
     users: set[object] = field(default_factory=set)

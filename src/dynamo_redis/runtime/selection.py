@@ -1,4 +1,4 @@
-"""How an instance is chosen among those that may be: pure, and quick enough for every request."""
+"""The policies that choose an instance among the candidates. Pure, and fast enough for every request."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ RouterMode = Literal["round_robin", "random", "p2c", "least_loaded"]
 
 
 class Candidate(Protocol):
-    """What a policy looks at."""
+    """An instance as a policy sees it."""
 
     @property
     def instance_id(self) -> int: ...
 
     @property
     def in_flight(self) -> int:
-        """Requests of this process that the instance has not answered yet."""
+        """The number of this process's requests at the instance that have not ended."""
         ...
 
 
@@ -27,13 +27,13 @@ C = TypeVar("C", bound=Candidate)
 
 
 class Policy(Protocol):
-    """Chooses one of a non-empty sequence, whose order is stable between changes of membership."""
+    """A choice of one of a non-empty sequence, whose order is stable between changes of membership."""
 
     def __call__(self, candidates: Sequence[C]) -> C: ...
 
 
 class RoundRobin:
-    """Each in turn."""
+    """Each candidate in turn."""
 
     __slots__ = ("_turn",)
 
@@ -47,7 +47,7 @@ class RoundRobin:
 
 
 class RandomChoice:
-    """Any, with equal chance."""
+    """A random candidate; all are equally likely."""
 
     __slots__ = ("_rng",)
 
@@ -59,7 +59,7 @@ class RandomChoice:
 
 
 class PowerOfTwoChoices:
-    """The less loaded of two different random ones (Mitzenmacher, "The Power of Two Choices", 1996)."""
+    """The less loaded of two random candidates (Mitzenmacher, "The Power of Two Choices", 1996)."""
 
     __slots__ = ("_rng",)
 
@@ -77,7 +77,7 @@ class PowerOfTwoChoices:
 
 
 class LeastLoaded:
-    """The one with the fewest requests of this process under way; equals in turn."""
+    """The candidate with the fewest requests of this process under way; equal ones in turn."""
 
     __slots__ = ("_turn",)
 
@@ -97,7 +97,7 @@ class LeastLoaded:
 
 
 class Only:
-    """One given instance and no other. Raises NoInstances if it is not among the candidates."""
+    """One given instance. The choice raises NoInstances if it is not among the candidates."""
 
     __slots__ = ("_instance_id",)
 
@@ -120,7 +120,7 @@ _POLICIES: dict[str, Callable[[random.Random], Policy]] = {
 
 
 def policy(mode: str, rng: random.Random) -> Policy:
-    """The policy of a router mode. Raises ConfigError for an unknown one."""
+    """Return the policy of a router mode. Raises ConfigError for an unknown one."""
     make = _POLICIES.get(mode)
     if make is None:
         hint = "; for kv make a dynamo_redis.router.kv_router.KvRouter" if mode == "kv" else ""

@@ -1,4 +1,4 @@
-"""An endpoint while it is served: its place on the request plane and its record in the registry."""
+"""An endpoint while it is served: on the request plane, and with a record in the registry."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class ServedEndpoint:
         self._registration: Registration | None = None
 
     async def start(self, handler: AnyHandler) -> None:
-        """Open the endpoint, then make it known. Raises StoreError; nothing stays half-registered."""
+        """Open the endpoint for requests, then register it. If that raises StoreError, it is closed again."""
         self._server.register(self._subject, adapt(handler))
         try:
             await self.announce()
@@ -45,37 +45,40 @@ class ServedEndpoint:
             raise
 
     async def announce(self) -> None:
-        """Put the record into the registry; no effect if it is there. Raises StoreError."""
+        """Register the record, unless it is registered. Raises StoreError."""
         if self._registration is not None and self._registration.lost is None:
             return
+
+        def on_lost(reason: LostReason) -> None:
+            log.warning(
+                "instance %x of %s was taken out of the registry (%s): it gets no new requests",
+                self.instance.instance_id,
+                self.instance.name,
+                reason,
+            )
+
         self._registration = await self._registry.register(
             self.instance.name.instance_key(self.instance.instance_id),
             self.instance.to_bytes(),
             stalled_value=self.instance.to_bytes(ready=False),
-            on_lost=self._on_lost,
+            on_lost=on_lost,
         )
 
     async def leave(self) -> None:
         """Take the record out of the registry; requests are still answered. Idempotent."""
-        await withdraw(self.take_registrations())
+        await withdraw(self.release_registrations())
 
-    def take_registrations(self) -> list[Registration]:
-        """What this endpoint keeps in the registry, for its caller to withdraw."""
+    def release_registrations(self) -> list[Registration]:
+        """Return this endpoint's registrations, which the caller has to withdraw; none at the next call."""
         registration, self._registration = self._registration, None
         return [] if registration is None else [registration]
 
     async def unregister(self) -> None:
-        """Leave the registry, refuse new requests, let those under way finish: within the time that is left
-        of the runtime's shutdown, or that one may take. Idempotent."""
+        """Leave the registry, refuse new requests, and let requests under way finish. Idempotent.
+
+        They have the rest of the time of the runtime's shutdown; without a shutdown, as long as one may take.
+        """
         self.closed = True
         await self.leave()
         grace_s = self._shutdown.requests_left_s if self._graceful_shutdown else 0.0
         await self._server.unregister(self._subject, grace_s=grace_s)
-
-    def _on_lost(self, reason: LostReason) -> None:
-        log.warning(
-            "instance %x of %s was taken out of the registry (%s): it gets no new requests",
-            self.instance.instance_id,
-            self.instance.name,
-            reason,
-        )

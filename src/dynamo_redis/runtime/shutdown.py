@@ -1,4 +1,4 @@
-"""The one deadline of a shutdown: for requests under way, and for what follows them."""
+"""The deadline of a shutdown, for requests under way and for the closing steps after them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import time
 
 
 class ShutdownDeadline:
-    """Begins when a shutdown is asked for, and passes once, however many wait for it.
+    """The deadline of one shutdown, shared by all its parts. It runs from the first `begin`.
 
-    The requests have what is left of `total_s` but for `closing_s`, which is kept for what follows them: the
-    callers' farewell, the lease, the connections.
+    Requests under way may take what is left of `total_s` minus `closing_s`. `closing_s` is kept for the steps
+    after them: the goodbye to callers, the end of the lease, the connections.
     """
 
     __slots__ = ("_ends_at", "closing_s", "total_s")
@@ -20,13 +20,13 @@ class ShutdownDeadline:
         self._ends_at: float | None = None
 
     def begin(self) -> None:
-        """Begin the shutdown, unless it has begun."""
+        """Start the time of the shutdown, unless it runs already."""
         if self._ends_at is None:
             self._ends_at = time.monotonic() + self.total_s
 
     @property
     def left_s(self) -> float:
-        """Seconds that the shutdown may still take, at least 0; all of them if it has not begun."""
+        """Seconds that the shutdown may still take, at least 0; `total_s` before it has begun."""
         return self.total_s if self._ends_at is None else max(0.0, self._ends_at - time.monotonic())
 
     @property

@@ -13,14 +13,16 @@ from dynamo_redis.runtime.handlers import collect_one
 
 
 class UnaryClient:
-    """Calls an endpoint that answers with exactly one item."""
+    """A client of an endpoint that answers with exactly one item."""
 
     def __init__(self, client: Client) -> None:
         self._client = client
 
     async def complete(self, request: Any, *, context: Context | None = None) -> Any:
-        """Call the next instance in turn and answer its item. Raises PlaneError, and RuntimeError if the
-        endpoint does not answer with exactly one item."""
+        """Call the next instance in turn and return its item.
+
+        Raises PlaneError, and RuntimeError if the endpoint does not answer with exactly one item.
+        """
         item: Annotated = await collect_one(await self._client.round_robin(request, context=context))
         return item.data()
 

@@ -1,4 +1,4 @@
-"""Taking registered keys back: all at once, and without waiting for a silent Redis more than once."""
+"""The removal of several registered keys at once, with at most one wait for a silent Redis."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ log = logging.getLogger(__name__)
 
 
 async def withdraw(registrations: Iterable[Registration]) -> None:
-    """Unregister keys, in this order. Never raises for a dead Redis.
+    """Unregister keys, in this order. Never raises if Redis does not answer.
 
-    The first that Redis does not answer within `DYN_REDIS_TIMEOUT_S` ends the waiting for all of them: the
-    registry deletes them once it is reached again, and otherwise they end with this process's lease. The same
-    happens to those that are left when this is cancelled.
+    The first key that Redis does not confirm within `DYN_REDIS_TIMEOUT_S` ends the wait for all of them. The
+    registry deletes the remaining keys as soon as it reaches Redis again; otherwise they end with this
+    process's lease. A cancellation has the same effect on the remaining keys.
     """
     keys = list(registrations)
     if not keys:
@@ -31,5 +31,7 @@ async def withdraw(registrations: Iterable[Registration]) -> None:
         outcomes = await asyncio.gather(*tasks, return_exceptions=True)
     for outcome in outcomes:
         if isinstance(outcome, StoreError):
-            log.warning("could not take %d keys out of the registry, the lease will: %s", len(keys), outcome)
+            log.warning(
+                "could not take %d keys out of the registry, they end with the lease: %s", len(keys), outcome
+            )
             return

@@ -1,4 +1,4 @@
-"""The decorator that turns a coroutine function into a worker process's main."""
+"""The decorator that makes a coroutine function the main function of a worker process."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def dynamo_worker(
 ) -> Callable[
     [Callable[Concatenate[DistributedRuntime, P], Awaitable[R]]], Callable[P, Coroutine[Any, Any, R]]
 ]:
-    """Give a coroutine function a runtime, made from the settings and closed in order at its end.
+    """Pass a runtime to a coroutine function: made from the settings, and closed when the function ends.
 
         @dynamo_worker()
         async def worker(runtime: DistributedRuntime) -> None:
@@ -34,11 +34,11 @@ def dynamo_worker(
 
         uvloop.run(worker())
 
-    SIGTERM and SIGINT shut the runtime down, so `serve_endpoint` returns and the worker ends cleanly, within
-    `DYN_GRACEFUL_SHUTDOWN_S`. A client that waits for an instance, or for Redis, ends at once, with exit code
-    1. A program that waits for something else is cancelled when that time is nearly over, and ends with 1,
-    too. Logs go to stderr as `DYN_LOG` says, unless the program has given the root logger a handler before.
-    Raises ConfigError for wrong settings.
+    SIGTERM and SIGINT shut the runtime down: `serve_endpoint` returns, and the worker ends with 0 within
+    `DYN_GRACEFUL_SHUTDOWN_S`. A program that waits for an instance, or for Redis, ends at once with exit code
+    1. A program that waits for anything else is cancelled when that time is nearly over, and ends with 1,
+    too. Logs go to stderr at the level of `DYN_LOG`, unless the root logger has a handler already. Raises
+    ConfigError for wrong settings.
     """
     if enable_nats is not None:
         warnings.warn("enable_nats has no effect: no NATS is used", DeprecationWarning, stacklevel=2)
@@ -55,7 +55,13 @@ def dynamo_worker(
             runtime = DistributedRuntime(asyncio.get_running_loop())
             runtime.handle_signals()
             try:
-                await _start(runtime)
+                try:
+                    await runtime.start()
+                except StoreUnavailable as exc:
+                    if not runtime.is_shutting_down:
+                        raise
+                    log.info("ended by the shutdown: %s", exc)
+                    raise SystemExit(1) from None
                 async with _ended_after_shutdown(runtime):
                     return await main(runtime, *args, **kwargs)
             finally:
@@ -66,21 +72,14 @@ def dynamo_worker(
     return decorate
 
 
-async def _start(runtime: DistributedRuntime) -> None:
-    """Connect; the process ends with 1 (SystemExit) if it is told to while it waits for Redis."""
-    try:
-        await runtime.start()
-    except StoreUnavailable as exc:
-        if not runtime.is_shutting_down:
-            raise
-        log.info("ended by the shutdown: %s", exc)
-        raise SystemExit(1) from None
-
-
 @asynccontextmanager
 async def _ended_after_shutdown(runtime: DistributedRuntime) -> AsyncIterator[None]:
-    """Cancel the block if it has not ended half-way between the end of the requests, after which
-    `serve_endpoint` returns, and the shutdown's deadline: the process then ends with 1 (SystemExit)."""
+    """Cancel the block if it goes on for too long after a shutdown; the process then ends with 1
+    (SystemExit).
+
+    The limit is half-way between the end of the requests, when `serve_endpoint` returns, and the shutdown's
+    deadline.
+    """
     task = asyncio.current_task()
     assert task is not None
     deadline = runtime.shutdown_deadline

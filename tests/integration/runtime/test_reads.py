@@ -235,13 +235,13 @@ async def test_probes_run_in_no_requests_variables(
     open_runtime: OpenRuntime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []
-    answers = discovery.EndpointView._ask
+    answers = discovery.EndpointView._probe
 
-    async def noting(self: discovery.EndpointView, member: Member) -> discovery._Answer:
+    async def noting(self: discovery.EndpointView, member: Member) -> discovery._ProbeOutcome:
         seen.append(tenant.get())
         return await answers(self, member)
 
-    monkeypatch.setattr(discovery.EndpointView, "_ask", noting)
+    monkeypatch.setattr(discovery.EndpointView, "_probe", noting)
     worker = await open_runtime()
     await worker.endpoint(ENDPOINT).start_serving(refuse)
     client = await client_of(await open_runtime())

@@ -1,4 +1,4 @@
-"""An instance that fails one request after the other is passed over for a while."""
+"""The ejection of instances that fail one request after the other."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from dynamo_redis.errors import EngineFailed, HandlerFailed, InvalidRequest, PlaneError
 from dynamo_redis.runtime import ejection
-from dynamo_redis.runtime.ejection import FAILURE_COUNT, Record, may_eject
+from dynamo_redis.runtime.ejection import FAILURE_COUNT, FailureStreak, may_eject
 
 from .conftest import Bench, batch, instance, put
 
@@ -25,21 +25,21 @@ async def answer(bench: Bench, instance_id: int) -> None:
     await anext(await bench.client.direct("q", instance_id))
 
 
-def test_pauses_grow_until_an_answer_comes() -> None:
-    record = Record()
-    assert [record.failed() for _ in range(FAILURE_COUNT)] == [False] * (FAILURE_COUNT - 1) + [True]
-    pauses = [record.next_pause_s()]
+def test_pauses_grow_until_a_success() -> None:
+    streak = FailureStreak()
+    assert [streak.add() for _ in range(FAILURE_COUNT)] == [False] * (FAILURE_COUNT - 1) + [True]
+    pauses = [streak.next_pause_s()]
     for _ in range(10):
-        assert record.failed()
-        pauses.append(record.next_pause_s())
+        assert streak.add()
+        pauses.append(streak.next_pause_s())
     assert 0.75 <= pauses[0] <= 1.25
     assert 1.5 <= pauses[1] <= 2.5
     assert 45 <= pauses[-1] <= 75
-    record.answered()
-    assert not record.failed()
+    streak.end()
+    assert not streak.add()
 
 
-def test_half_of_the_instances_stay() -> None:
+def test_may_eject_keeps_half_of_the_instances() -> None:
     assert [may_eject(ejected, 5) for ejected in range(4)] == [True, True, False, False]
     assert not may_eject(0, 1)
 
@@ -55,7 +55,7 @@ async def test_failing_instance_is_no_candidate(bench: Bench, error: PlaneError)
     await answer(bench, 1)  # and can be asked for by its id
 
 
-async def test_answers_between_failures_clear_the_record(bench: Bench) -> None:
+async def test_success_ends_the_failure_streak(bench: Bench) -> None:
     bench.register(1, 2)
     for _ in range(3):
         await fail(bench, 1, FAILURE_COUNT - 1)
@@ -63,20 +63,20 @@ async def test_answers_between_failures_clear_the_record(bench: Bench) -> None:
     assert bench.chosen_first() == [1, 2]
 
 
-async def test_requests_at_fault_eject_no_instance(bench: Bench) -> None:
+async def test_invalid_requests_eject_no_instance(bench: Bench) -> None:
     bench.register(1, 2)
     await fail(bench, 1, 2 * FAILURE_COUNT, InvalidRequest("nonsense"))
     assert bench.chosen_first() == [1, 2]
 
 
-async def test_last_half_stays_whatever_it_answers(bench: Bench) -> None:
+async def test_half_of_the_instances_is_never_ejected(bench: Bench) -> None:
     bench.register(1, 2, 3)
     for instance_id in (1, 2, 3):
         await fail(bench, instance_id, FAILURE_COUNT)
     assert bench.chosen_first() == [2, 3]
 
 
-async def test_ejected_instance_comes_back_on_trial(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_ejected_instance_returns_on_trial(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ejection, "PAUSE_S", (0.01, 0.01))
     bench.register(1, 2)
     await fail(bench, 1, FAILURE_COUNT)
@@ -88,7 +88,7 @@ async def test_ejected_instance_comes_back_on_trial(bench: Bench, monkeypatch: p
         assert bench.chosen_first() == [2]
 
 
-async def test_new_record_brings_no_ejected_instance_back(bench: Bench) -> None:
+async def test_new_record_does_not_end_an_ejection(bench: Bench) -> None:
     bench.register(1, 2)
     await fail(bench, 1, FAILURE_COUNT)
     bench.view.apply(batch(put(instance(1))))
@@ -97,7 +97,7 @@ async def test_new_record_brings_no_ejected_instance_back(bench: Bench) -> None:
     assert bench.chosen_first() == [1, 2]
 
 
-async def test_engines_that_fail_are_tried_at_three_instances(bench: Bench) -> None:
+async def test_engine_failures_are_tried_on_three_instances(bench: Bench) -> None:
     bench.register(1, 2, 3, 4)
     for instance_id in (1, 2, 3, 4):
         bench.plane.scripts[instance_id] = [EngineFailed("500")]
