@@ -12,6 +12,7 @@ import pytest
 from benchmarks.pages import MARK, digits, lines, results, updated, written
 from benchmarks.replay import report
 
+from dynamo_redis import errors
 from faults.page import losses, table
 from tests.rendered_pages import (
     PAGES,
@@ -94,6 +95,54 @@ def test_every_proof_is_a_test() -> None:
     named = set(re.findall(r"`(test_\w+)`", page))
     assert len(named) > 20
     assert {test for test in named if f"def {test}(" not in tests} == set()
+
+
+def test_each_error_is_on_its_page() -> None:
+    page = (ROOT / "docs" / "python-api" / "errors.md").read_text()
+    shown = re.findall(r"^\| `(\w+)` \| `(\w+)` \| (yes|no) \|", page, re.MULTILINE)
+    classes = [
+        kind
+        for kind in vars(errors).values()
+        if isinstance(kind, type) and issubclass(kind, errors.DynamoRedisError)
+    ]
+    bases = {errors.DynamoRedisError, errors.StoreError, errors.PlaneError}
+    assert set(shown) == {
+        (kind.__name__, kind.code, "yes" if kind.retryable else "no") for kind in classes if kind not in bases
+    }
+
+
+def test_each_endpoint_of_the_frontend_is_on_its_page() -> None:
+    page = (ROOT / "docs" / "http-api.md").read_text()
+    source = (ROOT / "src" / "dynamo_redis" / "frontend" / "app.py").read_text()
+    routes = [path.replace(":path", "") for path in re.findall(r'Route\("([^"]+)"', source)]
+    assert len(routes) > 5
+    assert [path for path in routes if f" {path}`" not in page] == []
+
+
+def test_each_error_of_the_frontend_is_on_its_page() -> None:
+    page = (ROOT / "docs" / "http-api.md").read_text()
+    sources = [path.read_text() for path in (ROOT / "src" / "dynamo_redis" / "frontend").rglob("*.py")]
+    codes = {code for source in sources for code in re.findall(r'code="(\w+)"', source)}
+    assert len(codes) > 10
+    assert {code for code in codes if f"`{code}`" not in page} == set()
+
+
+def test_log_lines_for_operators_are_in_the_code() -> None:
+    """Each part of a line between two `…` is in a literal of the package."""
+    page = (ROOT / "docs" / "operations.md").read_text().partition("## At 3 a.m.")[2]
+    cells = re.findall(r"^\| (.+?) \|", page, re.MULTILINE)[1:]
+    lines = [
+        line.strip() for cell in cells for line in re.findall(r"``(.+?)``|`(.+?)`", cell) for line in line
+    ]
+    parts = {part.strip(" `").removeprefix("is not ") for line in lines for part in line.split("…")}
+    literals = [
+        node.value
+        for path in (ROOT / "src").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    assert len(parts) > 20
+    assert {part for part in parts if not any(part in literal for literal in literals)} == set()
 
 
 def test_each_decision_has_a_number_of_its_own() -> None:

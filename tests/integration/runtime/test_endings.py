@@ -156,7 +156,7 @@ async def test_a_block_that_is_left_ends_the_call_at_once(open_runtime: OpenRunt
 
 
 async def test_the_calls_on_the_page_do_what_it_says(open_runtime: OpenRuntime, repository: Path) -> None:
-    page = (repository / "docs" / "python-api.md").read_text(encoding="utf-8")
+    page = (repository / "docs" / "python-api" / "runtime.md").read_text(encoding="utf-8")
     found = re.search(r"## What a call promises.*?```python\n(.*?)```", page, re.DOTALL)
     assert found is not None
     contexts: list[Context] = []
@@ -178,7 +178,7 @@ async def test_the_calls_on_the_page_do_what_it_says(open_runtime: OpenRuntime, 
         "Context": Context,
         "DeadlineExceeded": DeadlineExceeded,
     }
-    code = compile(found[1], "python-api.md", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    code = compile(found[1], "runtime.md", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
     await eval(code, names)
     assert names["word"] == "stop"
     await until(lambda: contexts[0].is_killed())

@@ -1,4 +1,4 @@
-"""The ACL user that SECURITY.md names: enough for the whole system, on every kind of server, and no more."""
+"""The ACL user of docs/security.md: enough rights for the whole system on every kind of server, no more."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ SUBSCRIBE bank
 
 
 def rights(repository: Path) -> str:
-    """The line of SECURITY.md."""
-    page = (repository / "SECURITY.md").read_text()
+    """The line of docs/security.md."""
+    page = (repository / "docs" / "security.md").read_text()
     (line,) = [line for line in page.splitlines() if line.startswith("ACL SETUSER dyn ")]
     return line
 
@@ -128,7 +128,7 @@ async def test_harm_to_others_is_refused(admin: RedisClient, url: str) -> None:
         ("return redis.call('SET', 'bank', '0')", ("{dynamo}:kv",)),
         ("return redis.call('SWAPDB', '0', '1')", ("{dynamo}:kv",)),
     ):
-        with pytest.raises(StoreRefused, match=r"SECURITY\.md"):
+        with pytest.raises(StoreRefused, match=r"docs/security\.md"):
             await user.execute("EVAL", source, len(keys), *keys)
     await user.aclose()
     assert await admin.execute("GET", "bank") == b"100"

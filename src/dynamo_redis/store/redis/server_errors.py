@@ -53,8 +53,8 @@ _WRONG_PASSWORD: Final = Answer(StoreRefused, "refuses the user name or password
 _NEEDLESS_PASSWORD: Final = Answer(StoreRefused, "has no password, but DYN_REDIS_URL gives one: leave it out")
 _DENIED: Final = Answer(
     StoreRefused,
-    "does not permit this user to do that (ACL): SECURITY.md has the line of ACL SETUSER with the rights it"
-    " needs",
+    "does not permit this user to do that (ACL): docs/security.md has the line of ACL SETUSER with the rights"
+    " it needs",
 )
 _CREDENTIALS: Final = frozenset({_NO_PASSWORD, _WRONG_PASSWORD, _NEEDLESS_PASSWORD})
 """Answers to a user name or password that is not, or no longer, the right one."""

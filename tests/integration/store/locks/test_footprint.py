@@ -44,7 +44,7 @@ async def test_redis_holds_the_keys_and_fields_of_the_schema_page_and_no_others(
 async def test_the_rights_that_the_security_page_names_are_enough(
     own_redis_server: EmbeddedServer, repository: Path
 ) -> None:
-    page = (repository / "SECURITY.md").read_text()
+    page = (repository / "docs" / "security.md").read_text()
     (line,) = [line for line in page.splitlines() if line.startswith("ACL SETUSER dyn ")]
     admin = RedisClient(own_redis_server.url, timeout_s=1.0)
     await admin.execute(*line.replace("PASSWORD", PASSWORD).split())

@@ -37,9 +37,9 @@ async def server(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterato
 
 @pytest.fixture
 async def admin(server: EmbeddedServer, repository: Path) -> AsyncIterator[RedisClient]:
-    """A client that has made the read-only user of SECURITY.md."""
+    """A client that has made the read-only user of docs/security.md."""
     client = RedisClient(server.url, timeout_s=5.0)
-    page = (repository / "SECURITY.md").read_text()
+    page = (repository / "docs" / "security.md").read_text()
     (line,) = [line for line in page.splitlines() if line.startswith("ACL SETUSER look ")]
     await client.execute(*line.replace("PASSWORD", "pw").split())
     yield client
