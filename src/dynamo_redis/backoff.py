@@ -1,4 +1,4 @@
-"""Pauses between attempts, so that many processes do not come again all at once."""
+"""Pauses between attempts, random, so that many processes do not retry at the same moment."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Backoff:
         self._attempts = 0
 
     def next_s(self) -> float:
-        """How long to wait now; the next wait may be twice as long."""
+        """Return the next wait in seconds; the one after it may be twice as long."""
         ceiling = min(self._cap_s, self._first_s * 2 ** min(self._attempts, 16))
         self._attempts += 1
         return self._rng.uniform(0, ceiling)
 
     def reset(self) -> None:
-        """An attempt succeeded: start from `first_s` again."""
+        """Start from `first_s` again, after an attempt that succeeded."""
         self._attempts = 0

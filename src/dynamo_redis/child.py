@@ -1,13 +1,13 @@
 """Child processes that never outlive their parent.
 
 A child runs in a session of its own: Ctrl-C in the terminal reaches only the parent, which then stops its
-children in the order it wants. In the child's process group sits a small `sh` watchdog that reads a pipe
-whose other end only the parent holds, the *lifeline*. However the parent ends, also by kill -9 or by the
-kernel's out-of-memory killer, the pipe ends, and the watchdog kills the whole group. That needs nothing but
-POSIX (`prctl(PR_SET_PDEATHSIG)` exists only on Linux, and fires when the starting *thread* ends).
+children in its own order. In the child's process group sits a small `sh` watchdog that reads a pipe whose
+other end only the parent holds, the *lifeline*. The pipe ends with the parent, also after kill -9 or the
+kernel's out-of-memory killer, and then the watchdog kills the whole group. This needs only POSIX
+(`prctl(PR_SET_PDEATHSIG)` exists only on Linux, and fires when the starting *thread* ends).
 
-The watchdog is there before the child's program is, so there is no moment in which the parent's death leaves
-an orphan; and as a member of the group it keeps the group's id from being used for anything else.
+The watchdog starts before the child's program, so the parent's death never leaves an orphan. As a member of
+the group it also keeps the group's id from being used again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ import anyio
 
 # Descriptor 3 keeps the lifeline, because a shell gives its background jobs /dev/null as standard input.
 # The outer parentheses make the watchdog a child of init: a program never sees a child it did not start.
-# It ignores what a terminal or a graceful stop may send to the group, and holds no output pipe open.
+# It ignores the signals that a terminal or a graceful stop may send to the group, and holds no output pipe
+# open.
 _WATCHED = """
 exec 3<&0 </dev/null
 ( (
@@ -41,14 +42,14 @@ _FIRST_POLL_S = 0.002
 _LAST_POLL_S = 0.05
 
 Output = int | IO[bytes] | None
-"""Where output goes: inherited (None), a file, or `subprocess.DEVNULL`."""
+"""Destination of output: inherited (None), a file, or `subprocess.DEVNULL`."""
 
 
 class ChildProcess:
     """A running program, its process group, and the lifeline that ties both to this process.
 
     It is bound to no event loop: start it in one, wait for it in another. `wait` polls (2 to 50 ms), which
-    needs neither a thread nor a SIGCHLD handler. A child that nobody waits for is a zombie until
+    needs neither a thread nor a SIGCHLD handler. A child that is not waited for is a zombie until
     `returncode` is read, as with `subprocess.Popen`.
 
     The lifeline is inherited by processes that this one forks *without* exec (`multiprocessing` with
@@ -117,8 +118,9 @@ class ChildProcess:
         self._release()
 
     async def wait(self, timeout_s: float | None = None) -> int:
-        """Wait until it has ended and answer its `returncode`. Raises TimeoutError; cancellation leaves it
-        running."""
+        """Wait until the process has ended and return its `returncode`.
+
+        Raises TimeoutError. Cancelling the call leaves the process running."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         pause_s = _FIRST_POLL_S
         while (code := self.returncode) is None:
@@ -129,10 +131,10 @@ class ChildProcess:
         return code
 
     async def stop(self, grace_s: float = 5.0, *, number: int = signal.SIGTERM) -> int:
-        """Ask it to end, kill its group after `grace_s`, and answer its `returncode`.
+        """Send the signal `number`, kill the process group after `grace_s`, and return the `returncode`.
 
-        Idempotent. Whatever it started in its group and left behind is killed, too. When cancelled, the
-        group is killed at once, so that nothing stays.
+        Idempotent. Processes that the child left behind in its group are killed, too. Cancelling the call
+        kills the group at once.
         """
         try:
             self.send_signal(number)
@@ -146,7 +148,7 @@ class ChildProcess:
             raise
 
     def _release(self) -> None:
-        """Let go of the lifeline: the watchdog kills what is left of the group, and so itself."""
+        """Close the lifeline: the watchdog then kills the rest of the group, and itself."""
         if self._lifeline is not None:
             os.close(self._lifeline)
             self._lifeline = None

@@ -1,4 +1,4 @@
-"""Time, behind an interface, so that tests can hold it."""
+"""Time behind an interface, so that tests can control it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from typing import Protocol
 
 
 class Clock(Protocol):
-    """Two clocks: one to measure with, one to tell people."""
+    """Two clocks: one to measure time, one to show it."""
 
     def monotonic(self) -> float:
-        """Seconds that never step, from an arbitrary origin. Every deadline uses these."""
+        """Return seconds from a clock that never steps, from an arbitrary origin. Every deadline uses
+        these."""
         ...
 
     def wall(self) -> float:
-        """Seconds since the Unix epoch; may step. For records and logs only."""
+        """Return seconds since the Unix epoch; the clock may step. For records and logs only."""
         ...
 
 

@@ -1,7 +1,7 @@
-"""Reading of stored JSON, as all of this package's records are read: one error for whatever is wrong. Pure.
+"""Decoding of stored JSON records, with one error for every fault: InvalidRecord. Pure.
 
-A value that others wrote may be anything: nested a thousand deep, a number past every limit, text that no
-encoding has. What comes out of here is JSON of the right types, or InvalidRecord.
+A value from another process may be anything: nested a thousand levels deep, a number past every limit, bytes
+that are no text. These functions return JSON of the right types or raise InvalidRecord.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _DECODE: Final = json.JSONDecoder(parse_constant=_refuse_constant).decode
 
 
 def read_json(stored: bytes, what: str) -> Any:
-    """The JSON value that `stored` holds, in UTF-8. Raises InvalidRecord, which calls it `what`."""
+    """Decode JSON in UTF-8. Raises InvalidRecord, which names the value by `what`."""
     try:
         return _DECODE(stored.decode())
     except UnicodeDecodeError as exc:
@@ -34,7 +34,7 @@ def read_json(stored: bytes, what: str) -> Any:
 
 
 def read_json_object(stored: bytes, what: str) -> dict[str, Any]:
-    """The JSON object that `stored` holds. Raises InvalidRecord."""
+    """Decode a JSON object. Raises InvalidRecord."""
     found = read_json(stored, what)
     if type(found) is not dict:
         raise InvalidRecord(what, f"it is a JSON {type(found).__name__}, not an object")
@@ -42,7 +42,8 @@ def read_json_object(stored: bytes, what: str) -> dict[str, Any]:
 
 
 def check_version(found: object, supported: int, what: str) -> None:
-    """That a record's major version is one that this release reads. Raises InvalidRecord, SchemaMismatch."""
+    """Check a record's major version. Raises InvalidRecord if it is no number, SchemaMismatch for another
+    one."""
     if type(found) is not int:
         raise InvalidRecord(what, f"its version is {found!r}, not a whole number")
     if found != supported:
@@ -50,7 +51,7 @@ def check_version(found: object, supported: int, what: str) -> None:
 
 
 def removal(key: str) -> str:
-    """How to get rid of a record of the registry, as messages say it."""
+    """Return the sentence that tells how to remove a record of the registry."""
     return f"`dynamo-redis del {key}` removes it"
 
 
@@ -61,7 +62,7 @@ class StoredModel(BaseModel):
 
 
 class VersionedModel(StoredModel):
-    """A record with a `version` of its own: another one is refused, whatever else has changed in it."""
+    """A record with a `version` of its own. A record of another version is refused."""
 
     WHAT: ClassVar[str]
     """The kind of record, as messages name it: "a model card"."""
@@ -70,7 +71,7 @@ class VersionedModel(StoredModel):
     version: int = 1
 
     def to_bytes(self) -> bytes:
-        """The stored form."""
+        """Return the stored form."""
         return self.model_dump_json().encode()
 
     @classmethod
@@ -81,12 +82,8 @@ class VersionedModel(StoredModel):
         except ValidationError as exc:
             fields = read_json_object(stored, cls.WHAT)
             check_version(fields.get("version", cls.VERSION), cls.VERSION, cls.WHAT)
-            raise InvalidRecord(cls.WHAT, _first_error(exc)) from exc
+            first = exc.errors(include_url=False)[0]
+            place = ".".join(map(str, first["loc"]))
+            raise InvalidRecord(cls.WHAT, f"{place}: {first['msg']}" if place else first["msg"]) from exc
         check_version(record.version, cls.VERSION, cls.WHAT)
         return record
-
-
-def _first_error(exc: ValidationError) -> str:
-    found = exc.errors(include_url=False)[0]
-    place = ".".join(map(str, found["loc"]))
-    return f"{place}: {found['msg']}" if place else found["msg"]

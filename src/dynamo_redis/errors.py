@@ -5,8 +5,8 @@
     ├── StoreError                  the registry, a lock or the object store
     │   ├── StoreUnavailable        no answer from Redis in time, or it is no primary now   (retryable)
     │   ├── StoreRefused            Redis answers, and says no: password, permission, memory, too old
-    │   ├── InvalidRecord           what was read is not what its place or sender promises
-    │   │   └── SchemaMismatch      it was written by an incompatible release
+    │   ├── InvalidRecord           a value that was read cannot be used
+    │   │   └── SchemaMismatch      an incompatible release wrote it
     │   ├── KeyExists               create-if-absent found the key
     │   ├── RevisionMismatch        compare-and-put found another revision
     │   ├── LeaseNotFound           the lease has ended
@@ -15,16 +15,16 @@
     │   ├── ObjectChanged           the object was replaced or damaged while it was read (retryable)
     │   ├── StreamTrimmed           the wanted entries are no longer in the event stream
     │   ├── StreamLost              the event stream, or the reader's group in it, is gone
-    │   ├── LockNotAcquired         somebody else has the lock              (retryable)
+    │   ├── LockNotAcquired         another holder has the lock             (retryable)
     │   └── LockLost                the lock ended while it was held, or was not held at all
     ├── PlaneError                  a request on its way to a worker and back
-    │   ├── CannotConnect           nobody answers at the instance's address      (retryable)
+    │   ├── CannotConnect           no process answers at its address             (retryable)
     │   ├── ConnectionLost          the connection broke under the request        (retryable)
-    │   │   └── PeerSilent          the peer gives no sign of life any more       (retryable once)
+    │   │   └── PeerSilent          the peer sends no sign of life any more       (retryable once)
     │   ├── AuthenticationFailed    a side could not prove the instance's secret  (retryable once)
     │   ├── Draining                the worker is shutting down                   (retryable)
     │   ├── Overloaded              the worker's queue or payload budget is full  (retryable)
-    │   │   └── RateLimited         the engine lets its users send so much only   (retryable)
+    │   │   └── RateLimited         the engine's own rate limit is reached        (retryable)
     │   ├── NotAccepted             the worker did not take the request in time   (retryable)
     │   ├── EndpointNotFound        the worker does not serve that endpoint       (retryable)
     │   ├── InstanceRemoved         the instance left the registry                (retryable)
@@ -32,20 +32,20 @@
     │   ├── DeadlineExceeded        the request's deadline passed
     │   ├── RequestCancelled        the caller stopped or killed the request
     │   ├── PayloadTooLarge         a message is over the limit
-    │   ├── PayloadBudgetExceeded   this process holds as many bytes of answers as it may
+    │   ├── PayloadBudgetExceeded   this process has no room for another large answer
     │   ├── InvalidRequest          the handler refused the request's content
     │   │   └── ContextLengthExceeded  prompt and answer do not fit the engine's context
     │   ├── HandlerFailed           the handler raised
     │   │   └── EngineFailed        the worker's engine answered with an error of its own (retryable)
-    │   └── ProtocolViolation       the peer sent what the protocol does not allow
+    │   └── ProtocolViolation       the peer broke the protocol
     ├── ModelError                  a model's files or its card are missing or broken
     │   ├── TemplateError           the chat template refused the messages
-    │   └── ModelCacheError         this process cannot keep the files now, as on a full disk (retryable)
+    │   └── ModelCacheError         the files cannot be written now: a full disk (retryable)
     ├── BarrierError                a leader/worker barrier was aborted, misused or timed out
     └── PortUnavailable             no port of the wanted range could be reserved
 
-Each class has a stable `code`: it travels on the wire, and labels metrics. `retryable` says whether the
-same request may succeed elsewhere or later; whether to retry is the caller's policy.
+Each class has a stable `code`, used on the wire and as a metric label. `retryable`: the same request may
+succeed elsewhere or later. Whether to retry is the caller's policy.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from __future__ import annotations
 from typing import ClassVar, Final, Self
 
 _SHOWN_CHARS: Final = 200
-"""How much of a stranger's value a message may repeat."""
+"""Longest part of a value from outside this package that a message repeats, in characters."""
 
 
 class DynamoRedisError(Exception):
@@ -64,7 +64,7 @@ class DynamoRedisError(Exception):
 
 
 def _shortened(value: object) -> str:
-    """A value as part of a message: on one line, and no longer than a message may be."""
+    """Return a value as text for a message: on one line, of at most `_SHOWN_CHARS` characters."""
     try:
         text = str(value)
     except (ValueError, RecursionError):  # an integer of thousands of digits; a value nested too deep
@@ -83,11 +83,11 @@ class ConfigError(DynamoRedisError, ValueError):
 
 
 class StoreError(DynamoRedisError):
-    """Base of what the registry, the lock and the object store raise.
+    """Base of the errors of the registry, the locks, the object store and the event streams.
 
-    `answered`: Redis answered, with an error. Then nothing was written, unless a script failed in its middle.
-    `answer_code`: that error's code as the server sent it, WRONGTYPE for example; "" where it did not answer.
-    `refuses_writes`: it takes no writes at present, whose they may be, and will again.
+    `answered`: Redis answered with an error. Then nothing was written, unless a script failed in its middle.
+    `answer_code`: the code of that error as the server sent it, for example WRONGTYPE; "" without an answer.
+    `refuses_writes`: the server takes no writes of any client at present, and will take them again.
     """
 
     code = "store"
@@ -99,8 +99,8 @@ class StoreError(DynamoRedisError):
 class StoreUnavailable(StoreError):
     """Redis did not answer in time, the connection broke, or the server does not serve now.
 
-    The latter: it is loading, a replica, busy, or a cluster node without these keys. After a write this is
-    ambiguous: the write may or may not have happened.
+    A server does not serve while it is loading or busy, when it is a replica, or when it is a cluster node
+    without these keys. After a write the outcome is unknown: the write may or may not have happened.
     """
 
     code = "store_unavailable"
@@ -108,17 +108,17 @@ class StoreUnavailable(StoreError):
 
 
 class StoreRefused(StoreError):
-    """Redis answers but refuses until an operator helps: password, permission, memory, disk, too old."""
+    """Redis answers but refuses until an operator acts: password, permission, memory, disk, old version."""
 
     code = "store_refused"
 
 
 class InvalidRecord(StoreError, ValueError):
-    """One value that was read cannot be used: damaged, contradictory, or not of its kind at all.
+    """One value that was read cannot be used: it is damaged, contradictory, or of another kind.
 
-    Every decoder of this package raises this and nothing else. It concerns that value alone: a task that
-    reads many leaves it out, says so, and goes on. `what` names the kind of value, as "an instance record";
-    `key` its place, or "" where it has none; `remedy` what puts it right, or "".
+    Every decoder of this package raises this and no other error. It concerns that value alone: a task that
+    reads many values leaves it out, logs it, and goes on. `what` names the kind of value, for example "an
+    instance record". `key` is its place, or "" where it has none. `remedy` says how to repair it, or is "".
     """
 
     code = "invalid_record"
@@ -135,16 +135,16 @@ class InvalidRecord(StoreError, ValueError):
         return f"{subject}: {self.reason}{f' ({self.remedy})' if self.remedy else ''}"
 
     def at(self, key: str, remedy: str = "") -> Self:
-        """The same error, with the place of the value."""
+        """Add the place of the value, and a remedy, unless they are known already; return this error."""
         self.key = self.key or key
         self.remedy = self.remedy or remedy
         return self
 
 
 class SchemaMismatch(InvalidRecord):
-    """A value, or the whole registry, has a schema that this release does not read.
+    """A value, or the whole registry, has a schema version that this release does not read.
 
-    `what` names it; `found` and `supported` are versions.
+    `what` names it. `found` and `supported` are versions.
     """
 
     code = "schema_mismatch"
@@ -230,19 +230,19 @@ class ObjectChanged(StoreError):
 
 
 class StreamTrimmed(StoreError):
-    """What follows a position of an event stream has been trimmed: the reader must begin anew."""
+    """Entries after a position of an event stream have been trimmed: the reader must start again."""
 
     code = "stream_trimmed"
 
 
 class StreamLost(StoreError):
-    """The event stream, or the reader's group in it, was deleted: the reader must begin anew."""
+    """The event stream, or the reader's group in it, was deleted: the reader must start again."""
 
     code = "stream_lost"
 
 
 class LockNotAcquired(StoreError):
-    """Somebody else has the lock, and kept it for as long as the caller would wait. `holder` says who."""
+    """Another holder kept the lock for as long as the caller waits. `holder` describes it."""
 
     code = "lock_not_acquired"
     retryable = True
@@ -254,7 +254,8 @@ class LockNotAcquired(StoreError):
 
 
 class LockLost(StoreError):
-    """The lock is not, or no longer, the caller's. Raised by a write: it has not happened and never will."""
+    """The caller does not hold the lock, or no longer. The write that raised it did not happen and never
+    will."""
 
     code = "lock_lost"
 
@@ -268,13 +269,13 @@ class LockLost(StoreError):
 
 
 class PlaneError(DynamoRedisError):
-    """Base of what a request can end with. Travels on the wire as (`code`, message)."""
+    """Base of the errors with which a request can end. Sent on the wire as (`code`, message)."""
 
     code = "plane"
 
 
 class CannotConnect(PlaneError):
-    """Nobody answers at the instance's address, or nobody whom the TLS settings let this process talk to."""
+    """No process answers at the instance's address, or the TLS settings do not allow a connection to it."""
 
     code = "cannot_connect"
     retryable = True
@@ -288,9 +289,10 @@ class ConnectionLost(PlaneError):
 
 
 class PeerSilent(ConnectionLost):
-    """The peer was given up because it gives no sign of life: its host or the way there is gone, or its
-    process stands still. A request that was with it is tried on one more instance only: it may be what
-    makes them stand still."""
+    """The peer sent no sign of life for too long: its host or the network to it is gone, or its process
+    hangs.
+
+    A request that was sent to it is retried on one more instance only: the request may be the cause."""
 
     code = "peer_silent"
 
@@ -314,7 +316,7 @@ class Draining(PlaneError):
 
 class Overloaded(PlaneError):
     """The worker's in-flight and queue limits are reached, or a process holds as many bytes of large
-    payloads as it may. `retry_after_s` is the worker's hint, or None."""
+    payloads as its limit allows. `retry_after_s` is the worker's hint, or None."""
 
     code = "overloaded"
     retryable = True
@@ -327,7 +329,7 @@ class Overloaded(PlaneError):
 
 
 class RateLimited(Overloaded):
-    """The engine behind the worker answered that its user sends too much (HTTP 429)."""
+    """The engine behind the worker refused the request because of its rate limit (HTTP 429)."""
 
     code = "rate_limited"
 
@@ -354,7 +356,7 @@ class InstanceRemoved(PlaneError):
 
 
 class NoInstances(PlaneError):
-    """No instance of the endpoint is known, or all that are have been tried."""
+    """No instance of the endpoint is known, or all known instances have been tried."""
 
     code = "no_instances"
     retryable = True
@@ -389,16 +391,16 @@ class PayloadTooLarge(PlaneError):
 
 
 class PayloadBudgetExceeded(PlaneError):
-    """A large answer found no room in this process beside the large answers that it has not read yet
-    (`DYN_TCP_MAX_PAYLOAD_BYTES_IN_FLIGHT`). The worker did its work: another would do it in vain."""
+    """A large answer does not fit beside the large answers that this process has not read yet
+    (`DYN_TCP_MAX_PAYLOAD_BYTES_IN_FLIGHT`). Not retryable: another worker's answer would not fit either."""
 
     code = "payload_budget_exceeded"
 
 
 class InvalidRequest(PlaneError, ValueError):
-    """The handler refused the request's content. Raise it in a handler to say what is wrong.
+    """The handler refused the request's content. Raise it in a handler; its message names the fault.
 
-    A ValueError, as what a handler raises is for callers of `dynamo.runtime`.
+    It is a ValueError, as callers of `dynamo.runtime` expect of an exception in a handler.
     """
 
     code = "invalid_request"
@@ -413,22 +415,23 @@ class ContextLengthExceeded(InvalidRequest):
 class HandlerFailed(PlaneError, ValueError):
     """The handler raised; the message carries the exception's type and text, never a traceback.
 
-    A ValueError, as what a handler raises is for callers of `dynamo.runtime`.
+    It is a ValueError, as callers of `dynamo.runtime` expect of an exception in a handler.
     """
 
     code = "handler_failed"
 
 
 class EngineFailed(HandlerFailed):
-    """The worker is well, but its engine failed, or does not take what the worker shows it: raise it in a
-    handler for what another worker may well answer."""
+    """The worker works, but its engine failed or refused a request that another worker may serve.
+
+    Raise it in a handler to have the request retried elsewhere."""
 
     code = "engine_failed"
     retryable = True
 
 
 class ProtocolViolation(PlaneError):
-    """The peer sent what the protocol does not allow."""
+    """The peer sent a message that the protocol does not allow."""
 
     code = "protocol_violation"
 
@@ -451,7 +454,7 @@ class TemplateError(ModelError):
 class ModelCacheError(ModelError):
     """The directory for model files cannot be written or read now: a full disk, a missing permission.
 
-    It works again as soon as that is put right.
+    It works again as soon as the cause is removed.
     """
 
     code = "model_cache"
@@ -481,6 +484,7 @@ _PLANE_ERRORS = _concrete(PlaneError)
 
 
 def plane_error(code: str, message: str) -> PlaneError:
-    """The error a peer reported as (`code`, `message`). An unknown code keeps its name in the message."""
+    """Return the error that a peer reported as (`code`, `message`). The message of an unknown code names
+    it."""
     error = _PLANE_ERRORS.get(code)
     return error(message) if error else PlaneError(f"{code}: {message}")

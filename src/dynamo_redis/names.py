@@ -40,7 +40,7 @@ _INSTANCE_ID_END = 1 << 63
 
 
 def new_instance_id() -> InstanceId:
-    """A random id: 63 bits, so that it is a positive int64 in every language and in JSON parsers."""
+    """Return a random id of 63 bits: a positive int64 in every language and JSON parser."""
     return InstanceId(secrets.randbits(63) | 1)
 
 
@@ -50,14 +50,14 @@ def format_instance_id(instance_id: int) -> str:
 
 
 def parse_instance_id(text: str) -> InstanceId:
-    """The reverse of `format_instance_id`. Raises ValueError for what that does not write."""
+    """Read the text that `format_instance_id` writes. Raises ValueError for any other text."""
     if not _INSTANCE_ID.fullmatch(text):
         raise ValueError(f"{text[:40]!r} is not an instance id")
     return check_instance_id(int(text, 16))
 
 
 def check_instance_id(value: object) -> InstanceId:
-    """That a value of JSON is an instance id. Raises ValueError."""
+    """Return a JSON value if it is an instance id. Raises ValueError."""
     if type(value) is not int or not 0 <= value < _INSTANCE_ID_END:
         raise ValueError("an instance id is a whole number of 63 bits")
     return InstanceId(value)
@@ -68,10 +68,10 @@ _ID_LISTS = frozenset({"instance_ids"})
 
 
 def with_hex_ids(value: Any) -> Any:
-    """A value for JSON, with each id a second time, in hexadecimal, as `<field>_hex`.
+    """Return a JSON value in which each id has a copy in hexadecimal, named `<field>_hex`.
 
-    Readers whose numbers are floats (JavaScript, jq before 1.7) change integers over 2**53 silently, and ids
-    have 63 bits. What stands under `value` was stored by others, and stays as it is.
+    Readers whose numbers are floats (JavaScript, jq before 1.7) silently change integers over 2**53, and ids
+    have 63 bits. A field `value` holds bytes that users stored: it is not changed.
     """
     if isinstance(value, list):
         return [with_hex_ids(part) for part in value]
@@ -88,17 +88,17 @@ def with_hex_ids(value: Any) -> Any:
 
 
 def encode_segment(name: str) -> str:
-    """One path segment of a key, percent-encoded."""
+    """Return a name as one path segment of a key, percent-encoded."""
     return quote(name, safe=_SAFE)
 
 
 def decode_segment(segment: str) -> str:
-    """The reverse of `encode_segment`."""
+    """Return the name that `encode_segment` wrote."""
     return unquote(segment)
 
 
 def slug(name: str) -> str:
-    """A model's display name as an identifier: `Qwen/Qwen3-0.6B` → `qwen_qwen3-0_6b`."""
+    """Return a model's display name as an identifier: `Qwen/Qwen3-0.6B` → `qwen_qwen3-0_6b`."""
     return _SLUG.sub("_", name.lower())
 
 
@@ -134,48 +134,50 @@ class EndpointName:
 
     @property
     def path(self) -> str:
-        """The three parts as a key path, encoded: `dynamo/backend/generate`."""
+        """Key path of the three parts, percent-encoded: `dynamo/backend/generate`."""
         return "/".join(map(encode_segment, (self.namespace, self.component, self.endpoint)))
 
     @property
     def instances_prefix(self) -> str:
-        """The registry prefix under which this endpoint's instances stand."""
+        """Registry prefix of this endpoint's instances."""
         return f"{INSTANCES}{self.path}/"
 
     def instance_key(self, instance_id: int) -> str:
-        """The registry key of one instance's record."""
+        """Return the registry key of one instance's record."""
         return self.instances_prefix + format_instance_id(instance_id)
 
     def subject(self, instance_id: int) -> str:
-        """What a request plane server calls this endpoint of one instance: `<id>/dynamo/backend/generate`."""
+        """Return the name of this endpoint of one instance on the request plane:
+        `<id>/dynamo/backend/generate`."""
         return f"{format_instance_id(instance_id)}/{self.path}"
 
     def model_card_key(self, instance_id: int, lora: str | None = None) -> str:
-        """The registry key of a model card; a LoRA adapter stands below its base model."""
+        """Return the registry key of a model card. The card of a LoRA adapter is below that of its base
+        model."""
         key = f"{MODEL_CARDS}{self.path}/{format_instance_id(instance_id)}"
         return key if lora is None else f"{key}/{encode_segment(lora)}"
 
 
 def kv_routers_prefix(namespace: str, component: str) -> str:
-    """The registry prefix of the routers that choose among a component's workers."""
+    """Return the registry prefix of the routers that choose among a component's workers."""
     return f"{KV_ROUTERS}{encode_segment(namespace)}/{encode_segment(component)}/"
 
 
 def kv_router_key(namespace: str, component: str, router_id: str) -> str:
-    """The registry key of one router."""
+    """Return the registry key of one router."""
     return kv_routers_prefix(namespace, component) + encode_segment(router_id)
 
 
 def frontend_key(instance_id: InstanceId) -> str:
-    """The registry key of one frontend."""
+    """Return the registry key of one frontend."""
     return FRONTENDS + format_instance_id(instance_id)
 
 
 def port_key(host: str, port: int) -> str:
-    """The registry key that reserves a port of a host."""
+    """Return the registry key that reserves a port of a host."""
     return f"{PORTS}{encode_segment(host)}/{port}"
 
 
 def barrier_prefix(barrier_id: str) -> str:
-    """The registry prefix of one leader/worker barrier."""
+    """Return the registry prefix of one leader/worker barrier."""
     return f"{BARRIERS}{encode_segment(barrier_id)}/"

@@ -1,8 +1,7 @@
-"""What the store promises: the registry, the object store and the locks, as Protocols.
+"""Protocols of the registry, the object store and the locks.
 
-Two implementations of each stand behind one contract suite: Redis (`registry/`, `objects/`, `locks/`)
-and, in the same folders, the in-memory twins (`memory.py`). Nothing above this package knows which one it
-has.
+Each has two implementations that pass one contract suite: Redis (`registry/`, `objects/`, `locks/`) and, in
+the same folders, an in-memory one (`memory.py`). Code above this package works with either.
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ LeaseId = NewType("LeaseId", int)
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A key as it stands: its value, and when it was made and last changed.
+    """A key with its value and the revisions of its creation and last change.
 
-    `version` counts the writes since creation, from 1. `lease` is the lease the key dies with, or None. The
-    value is kept out of the repr: an instance's holds its secret.
+    `version` counts the writes since creation, from 1. `lease` is the lease the key ends with, or None. The
+    value is left out of the repr, since that of an instance holds its secret.
     """
 
     key: str
@@ -44,8 +43,9 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """All live records under a prefix, ordered by key, as of `revision`. `invalid` are those that cannot be
-    read, each with its key."""
+    """All live records under a prefix, ordered by key, as of `revision`.
+
+    `invalid` has an error, with its key, for each record that cannot be read."""
 
     records: tuple[Record, ...]
     revision: Revision
@@ -53,12 +53,12 @@ class Snapshot:
 
 
 class DeleteCause(StrEnum):
-    """Why a key went away."""
+    """The cause of a key's deletion."""
 
-    DELETED = "deleted"  # somebody deleted it
+    DELETED = "deleted"  # a caller deleted it
     REVOKED = "revoked"  # its lease was ended by its owner
     EXPIRED = "expired"  # its lease ran out
-    RESYNC = "resync"  # absent after history was lost; the cause is unknown
+    RESYNC = "resync"  # absent after history was lost: the cause is unknown
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ class Put:
 
 @dataclass(frozen=True, slots=True)
 class Delete:
-    """A key went away. `revision` is the change's own (of the snapshot, after a resync)."""
+    """A key was deleted. `revision` is that of the change; after a resync, that of the snapshot."""
 
     key: str
     revision: Revision
@@ -81,10 +81,10 @@ class Delete:
 class WatchBatch:
     """Changes of one prefix, in the order of the log.
 
-    The first batch of a watch is the state at its start (empty if there is none). `resync` is None for
-    changes read from the log; otherwise history was lost for the reason it names, and the events are the
-    difference by value between what this watch had reported and the server's state: afterwards the watcher
-    is exactly at that state.
+    The first batch of a watch is the state at its start (empty if there are no keys). `resync` is None for
+    changes read from the log. Otherwise it is the reason why history was lost. The events are then the
+    difference, by value, between the state that this watch had reported and the server's state. After them
+    the watcher has exactly the server's state.
     """
 
     events: tuple[Put | Delete, ...]
@@ -136,7 +136,8 @@ class Watch(Protocol):
 
 
 LostReason = Literal["deleted", "conflict"]
-"""Why a registered key is no longer ours: somebody deleted it, or re-created it first (exclusive keys)."""
+"""Reason for the loss of a registered key: it was deleted, or another process re-created it first (exclusive
+keys)."""
 
 
 class Registration(Protocol):
@@ -147,16 +148,18 @@ class Registration(Protocol):
 
     @property
     def lost(self) -> LostReason | None:
-        """None while the key is ours (or will be again once Redis is back)."""
+        """The reason why the key is lost; None while it is kept, or will be written again once Redis is
+        back."""
         ...
 
     async def update(self, value: bytes, *, stalled_value: bytes | None = None) -> Revision:
-        """Replace the value. Raises StoreError; an ambiguous failure is repaired in the background."""
+        """Replace the value. Raises StoreError; a write of unknown outcome is repaired in the background."""
         ...
 
     async def unregister(self) -> None:
-        """Delete the key and forget it. Idempotent. Raises StoreError if Redis cannot be told: the key then
-        ends with the lease."""
+        """Delete the key and stop keeping it. Idempotent.
+
+        Raises StoreError if the delete does not reach Redis: then the key ends with the lease."""
         ...
 
 
@@ -170,30 +173,31 @@ class Registry(Protocol):
 
     @property
     def lease_id(self) -> LeaseId:
-        """This process's lease. The same id is granted again if the registry loses it."""
+        """Id of this process's lease. It is granted again under the same id if the registry loses it."""
         ...
 
     @property
     def lease_ttl_s(self) -> float:
-        """How long the lease outlives a process that dies."""
+        """TTL of the lease in seconds: the time after which it ends when its process has died."""
         ...
 
     @property
     def connected(self) -> bool:
-        """Whether Redis answered the last read."""
+        """True if Redis answered the last read."""
         ...
 
     @property
     def write_refusal(self) -> str | None:
-        """The reason why Redis takes no writes, or none that need memory, though it answers; None if it does.
+        """The reason why Redis, though it answers, refuses writes, or those that need memory; None if it
+        takes them.
 
-        Meanwhile reads, watches and `start` work and no lease ends. Registered keys follow when they can.
+        Meanwhile reads, watches and `start` work and no lease ends. Registered keys are written later.
         """
         ...
 
     @property
     def lease_losses(self) -> int:
-        """How many times the lease had to be granted again, since start."""
+        """Number of times that the lease was granted again since the start."""
         ...
 
     async def start(self) -> None:
@@ -213,8 +217,9 @@ class Registry(Protocol):
     async def get_prefix(self, prefix: str) -> Snapshot: ...
 
     async def put(self, key: str, value: bytes) -> Revision:
-        """Create or replace a key that outlives this process. Raises ConfigError for a value over 1 MiB, as
-        all that write do."""
+        """Create or replace a key that outlives this process; return its revision.
+
+        Raises ConfigError for a value over 1 MiB, as every method that writes."""
         ...
 
     async def create(self, key: str, value: bytes) -> Revision:
@@ -222,7 +227,8 @@ class Registry(Protocol):
         ...
 
     async def create_or_validate(self, key: str, value: bytes) -> Revision:
-        """Create if absent; if it stands with the same value, answer its `mod_revision`. Raises KeyExists."""
+        """Create if absent; if the key has the same value already, return its `mod_revision`. Raises
+        KeyExists."""
         ...
 
     async def compare_and_put(self, key: str, value: bytes, expected: Revision | None) -> Revision:
@@ -230,15 +236,15 @@ class Registry(Protocol):
         ...
 
     async def delete(self, key: str) -> bool:
-        """Delete a key, whoever owns it. Answers whether it was there."""
+        """Delete a key, of any owner. Return whether it existed."""
         ...
 
     async def transact(self, compares: Sequence[Compare], ops: Sequence[PutOp | DeleteOp]) -> Revision:
-        """All operations, if all comparisons hold, atomically; answers the last revision.
+        """Apply all operations atomically if all comparisons hold; return the last revision.
 
-        Raises RevisionMismatch, naming the first comparison that failed; nothing is written then. Raises
-        ConfigError for more than 1,000 comparisons and operations, and, from the third of them on, for more
-        than 2 MiB of values to write or of records that stand under the keys.
+        Raises RevisionMismatch, which names the first comparison that failed; then nothing is written. Raises
+        ConfigError for more than 1,000 comparisons and operations. With three or more of them, it is also
+        raised for more than 2 MiB of values to write, or of present records under the keys.
         """
         ...
 
@@ -254,21 +260,27 @@ class Registry(Protocol):
     ) -> Registration:
         """Write a key under this process's lease and keep it there.
 
-        It is written again, in the order of registration, when the registry lost it with its data; it is
-        not brought back when somebody deleted it: `on_lost` is called, on the event loop. `exclusive` keys
-        are created only if absent, now and later; a conflict raises KeyExists now, and is `on_lost` later.
-        `stalled_value` replaces the value while the event loop hangs (see `DYN_LOOP_STALL_S`). `prepare` is
-        awaited before the key is written *again*: it restores what the value refers to (uploaded files).
-        While Redis refuses all writes (`write_refusal`), a key that is not `exclusive` is owed: it is written
-        as soon as writes are taken. Raises StoreError otherwise; then nothing stays registered.
+        If the registry loses the key with its data, the key is written again, in the order of registration.
+        A key that is deleted by a caller is not written again: it is lost, and `on_lost` is called.
+
+        Args:
+            exclusive: The key is created only if absent, now and when it is written again. A conflict raises
+                KeyExists now, and calls `on_lost` later.
+            stalled_value: Replaces the value while the event loop hangs (see `DYN_LOOP_STALL_S`). prepare:
+            Awaited before the key is written *again*: it restores the files that the value refers to.
+            on_lost: Called on the event loop, with the reason, when the key is lost.
+
+        While Redis refuses all writes (`write_refusal`), a key that is not `exclusive` is registered without
+        being written. It is written as soon as Redis takes writes. In every other case a failed write raises
+        StoreError, and nothing stays registered.
         """
         ...
 
     def watch(self, prefix: str, *, start_revision: Revision | None = None) -> Watch:
         """Watch a prefix: its present state first, then every change.
 
-        With `start_revision`, no state: the changes after that revision. The first iteration raises
-        Compacted if the log no longer holds it.
+        With `start_revision` the watch begins with the changes after that revision, without a state. The
+        first iteration raises Compacted if the log no longer holds it.
         """
         ...
 
@@ -278,7 +290,7 @@ class Registry(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ObjectInfo:
-    """An object as it stands. `created_at` in seconds since the epoch, by the server's clock."""
+    """An object's metadata. `created_at` is in seconds since the epoch, by the server's clock."""
 
     bucket: str
     name: str
@@ -294,10 +306,10 @@ class ObjectInfo:
 
 
 ObjectSource = bytes | Path | AsyncIterable[bytes]
-"""What can be stored: bytes, a file, or pieces of any size."""
+"""Content to store: bytes, a file, or pieces of any size."""
 
 Progress = Callable[[int, int | None], None]
-"""Called with (bytes done, bytes in all or None)."""
+"""Called with (bytes done, total bytes or None if unknown)."""
 
 
 class ObjectStore(Protocol):
@@ -314,48 +326,50 @@ class ObjectStore(Protocol):
     ) -> ObjectInfo:
         """Store or replace. Readers see the old object until the new one is whole.
 
-        Content that is there already is not sent twice. `fence` is the held `Locks.object_lock` of this very
-        object (ValueError if it is another): the object is replaced only if it is held at that moment, and
-        no later holder has put it; otherwise LockLost is raised, and it has not been and will not be
-        replaced. Raises StoreError; after StoreUnavailable it may or may not have been replaced.
+        Chunks that Redis has already are not sent again. `fence` is the held `Locks.object_lock` of this
+        object; the lock of another object raises ValueError. With it, the object is replaced only if the lock
+        is held at that moment and no later holder has put the object. Otherwise LockLost is raised: the
+        object has not been replaced, and will not be. Raises StoreError; after StoreUnavailable the object
+        may or may not have been replaced.
         """
         ...
 
     def get(self, bucket: str, name: str) -> AsyncIterator[bytes]:
-        """The content, chunk by chunk, each verified, in constant memory.
+        """Yield the content, chunk by chunk, each verified, in constant memory.
 
         Raises ObjectNotFound, and ObjectChanged if the version being read vanishes or is damaged.
         """
         ...
 
     async def read(self, bucket: str, name: str) -> bytes:
-        """The whole content. Starts over once if the object changes meanwhile."""
+        """Return the whole content. Starts over once if the object changes meanwhile."""
         ...
 
     async def fetch(
         self, bucket: str, name: str, path: Path, *, progress: Progress | None = None
     ) -> ObjectInfo:
-        """Write the content to a file, which appears only when whole. Starts over once, as `read` does."""
+        """Write the content to a file, which appears only when complete. Starts over once, as `read` does."""
         ...
 
     async def info(self, bucket: str, name: str) -> ObjectInfo | None: ...
 
     async def holds(self, bucket: str, name: str, sha256: str) -> bool:
-        """Whether the object is there with that content, all of it, as far as that is known without reading
-        it. If not, a put makes it so."""
+        """Return whether the object exists with all of that content, as far as is known without reading it.
+
+        If not, a put stores it."""
         ...
 
     async def list(
         self, bucket: str | None = None, *, on_left_out: Callable[[str], None] | None = None
     ) -> list[ObjectInfo]:
-        """All objects, or those of one bucket, ordered by bucket and name.
+        """Return all objects, or those of one bucket, ordered by bucket and name.
 
-        `on_left_out` gets a sentence for each that cannot be read; None: it is logged.
+        `on_left_out` is called with a sentence for each object that cannot be read; None logs it.
         """
         ...
 
     async def remove(self, bucket: str, name: str) -> bool:
-        """Remove an object. Answers whether it was there."""
+        """Remove an object. Return whether it existed."""
         ...
 
     async def aclose(self) -> None: ...
@@ -373,12 +387,12 @@ def parse_object_url(url: str) -> tuple[str, str]:
 # --------------------------------------------------------------------------- locks
 
 LOCK_TTL_S = 10.0
-"""How long a lock outlives a holder that has died, unless said otherwise."""
+"""Default TTL of a lock, in seconds: the time after which it ends when its holder has died."""
 
 
 @dataclass(frozen=True, slots=True)
 class LockedValue:
-    """What a lock protects: the bytes last written under it, and the fencing token of who wrote them."""
+    """The bytes last written under a lock, and the fencing token of the holder that wrote them."""
 
     value: bytes = field(repr=False)
     fencing_token: int
@@ -386,7 +400,8 @@ class LockedValue:
 
 @dataclass(frozen=True, slots=True)
 class LockHolder:
-    """Who has a lock, for people: `process` is host and process id, `remaining_s` what is left of its TTL."""
+    """The holder of a lock, for display: `process` is host and process id, `remaining_s` the rest of its
+    TTL."""
 
     owner: str
     fencing_token: int
@@ -399,30 +414,31 @@ class HeldLock(Protocol):
 
     @property
     def name(self) -> str:
-        """The lock's name; of an object's lock, the object's URL."""
+        """Name of the lock; for the lock of an object, the object's URL."""
         ...
 
     @property
     def owner(self) -> str:
-        """Random, of this holding alone."""
+        """Random id of this holding alone."""
         ...
 
     @property
     def fencing_token(self) -> int:
-        """Higher than that of every holder before. A resource that keeps the highest token it has seen can
-        refuse whoever comes with a lower one."""
+        """Number higher than that of every holder before. A resource that keeps the highest token it has seen
+        can refuse calls with a lower one."""
         ...
 
     @property
     def lost(self) -> bool:
-        """Whether the lock is held no longer: it was lost, its TTL may have passed, or the block is left."""
+        """True once the lock is held no longer: it was lost, its TTL may have passed, or the block has
+        ended."""
         ...
 
     async def write(self, value: bytes) -> None:
-        """Replace the value that the lock protects, if it is held at that very moment.
+        """Replace the value that the lock protects, if it is held at that moment.
 
-        Writes of one holding take effect in the order of their calls. Raises LockLost: the value was not
-        written, and will not be. Raises StoreUnavailable: it may or may not have been.
+        Writes of one holding take effect in the order of their calls. After LockLost the value was not
+        written, and will not be. After StoreUnavailable it may or may not have been written.
         """
         ...
 
@@ -431,25 +447,26 @@ class Lock(Protocol):
     """A lock that ends by itself when its holder dies. Not reentrant; any number of holdings may wait."""
 
     def hold(self, *, timeout_s: float = 0.0) -> AbstractAsyncContextManager[HeldLock]:
-        """`async with lock.hold() as held:` runs the block while nobody else has the lock.
+        """Hold the lock while a block runs: `async with lock.hold() as held:`.
 
-        Waits at most `timeout_s` for whoever has it, 0 is one try; then raises LockNotAcquired. In which
-        order those who wait get it is not said. Raises StoreUnavailable if Redis has not answered when that
-        time, or if longer `DYN_REDIS_TIMEOUT_S`, is over; StoreRefused if it says no.
+        Waits at most `timeout_s` for the present holder (0: one attempt), then raises LockNotAcquired.
+        Waiting callers get the lock in no particular order. Raises StoreUnavailable if Redis has not answered
+        within `timeout_s` or `DYN_REDIS_TIMEOUT_S`, whichever is longer; StoreRefused if Redis refuses.
 
         The lock is renewed while the block runs. When it is lost, and at the latest when 90 % of its TTL
         have passed since the last renewal was *sent*, the task that entered is cancelled and `hold` raises
-        LockLost, as it does when the block ends by itself after that. Any other cancellation stays one. A
-        block that will not be cancelled goes on, but its `write` is refused.
+        LockLost. It also raises LockLost when the block ends by itself after that moment. Any other
+        cancellation passes through. A block that suppresses its cancellation goes on, but its `write` is
+        refused.
         """
         ...
 
     async def read(self) -> LockedValue | None:
-        """The protected value, or None if there has been none. Needs no lock."""
+        """Return the protected value, or None if none was written. Does not need the lock."""
         ...
 
     async def holder(self) -> LockHolder | None:
-        """Who has the lock now."""
+        """Return the present holder, or None."""
         ...
 
 
@@ -457,11 +474,11 @@ class Locks(Protocol):
     """The locks of a deployment, by name."""
 
     def lock(self, name: str, *, ttl_s: float = LOCK_TTL_S) -> Lock:
-        """The lock `name`. Raises ConfigError for an empty name or a TTL under 0.1 s."""
+        """Return the lock `name`. Raises ConfigError for an empty name or a TTL under 0.1 s."""
         ...
 
     def object_lock(self, bucket: str, name: str, *, ttl_s: float = LOCK_TTL_S) -> Lock:
-        """The lock of an object, which `ObjectStore.put(…, fence=held)` obeys."""
+        """Return the lock of an object, for `ObjectStore.put(…, fence=held)`."""
         ...
 
     async def aclose(self) -> None: ...

