@@ -195,7 +195,7 @@ from dynamo_redis.router.index.snapshotter import Snapshots
 from dynamo_redis.store.redis.client import RedisClient
 from dynamo_redis.store.event_base import StreamName
 from dynamo_redis.store.locks.redis_locks import RedisLocks
-from dynamo_redis.store.objects.chunks import Patience
+from dynamo_redis.store.objects.chunks import ObjectTimes
 from dynamo_redis.store.objects.redis_objects import RedisObjectStore
 from dynamo_redis.store.streams.redis_streams import RedisEventStreams
 
@@ -213,7 +213,7 @@ class PlainLock:
 
 async def upload(point):
     client = RedisClient(url, timeout_s=3)
-    objects = RedisObjectStore(client, prefix, chunk_bytes=int(chunk_bytes), patience=Patience(claim_s=0.1))
+    objects = RedisObjectStore(client, prefix, chunk_bytes=int(chunk_bytes), times=ObjectTimes(claim_s=0.1))
     streams = RedisEventStreams(client, prefix, EventSettings.load())
     number = signal.SIGSTOP if how in ("stop", "plain") else signal.SIGKILL
     run_script, put, seen, pending = client.script, objects.put, 0, [number]

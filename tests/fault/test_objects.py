@@ -21,7 +21,7 @@ from dynamo_redis.errors import LockLost, ObjectChanged, ObjectNotFound, StoreUn
 from dynamo_redis.store.base import Progress
 from dynamo_redis.store.keys import ObjectKeys
 from dynamo_redis.store.locks.redis_locks import RedisLocks
-from dynamo_redis.store.objects.chunks import Patience
+from dynamo_redis.store.objects.chunks import ObjectTimes
 from dynamo_redis.store.objects.manifest import chunk_name
 from dynamo_redis.store.objects.redis_objects import RedisObjectStore
 from dynamo_redis.store.redis.client import RedisClient
@@ -43,11 +43,11 @@ async def open_objects(dynamo_redis_prefix: str) -> AsyncIterator[OpenObjects]:
     opened: list[RedisObjectStore] = []
 
     def open_one(
-        url: str, *, timeout_s: float = 3.0, chunk_bytes: int = CHUNK_BYTES, **patience: float
+        url: str, *, timeout_s: float = 3.0, chunk_bytes: int = CHUNK_BYTES, **changed: float
     ) -> RedisObjectStore:
-        times = Patience(**{"claim_s": 0.1, "recovery_s": WAIT_S, **patience})
+        times = ObjectTimes(**{"claim_s": 0.1, "recovery_s": WAIT_S, **changed})
         client = RedisClient(url, timeout_s=timeout_s)
-        opened.append(RedisObjectStore(client, dynamo_redis_prefix, chunk_bytes=chunk_bytes, patience=times))
+        opened.append(RedisObjectStore(client, dynamo_redis_prefix, chunk_bytes=chunk_bytes, times=times))
         return opened[-1]
 
     yield open_one
@@ -108,7 +108,7 @@ def at_commit(
 _UPLOADERS = """
 import asyncio, os, signal, sys
 from dynamo_redis.store.redis.client import RedisClient
-from dynamo_redis.store.objects.chunks import Patience
+from dynamo_redis.store.objects.chunks import ObjectTimes
 from dynamo_redis.store.objects.redis_objects import RedisObjectStore
 
 url, prefix, path, chunks = *sys.argv[1:4], int(sys.argv[4])
@@ -118,7 +118,7 @@ def die():
 
 async def upload(point):
     client = RedisClient(url, timeout_s=3)
-    store = RedisObjectStore(client, prefix, chunk_bytes=1000, patience=Patience(claim_s=0.1))
+    store = RedisObjectStore(client, prefix, chunk_bytes=1000, times=ObjectTimes(claim_s=0.1))
     run_script = client.script
 
     async def script(script, *arguments):

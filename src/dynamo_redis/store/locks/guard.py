@@ -1,11 +1,11 @@
-"""Guards a block of code by a lease: renews it, and cancels the block when it is lost.
+"""Guards a block of code by a lease: renews the lease, and cancels the block when the lease is lost.
 
-The lease's end is reckoned on this process's monotonic clock, from *before* the call that acquired or renewed
-it was sent: the server starts to count later, when the call arrives. So it is known here, whatever becomes of
-the server or the way to it. A tenth of the TTL is kept back for cancelling the block.
+The lease's end is computed on this process's monotonic clock, from a time *before* the call that acquired or
+renewed it was sent. The server starts to count later, when the call arrives. So the end is known here even if
+the server or the network fails. A tenth of the TTL is reserved for cancelling the block.
 
-Cancellation is that of `asyncio.timeout`: the task that entered is cancelled; on leaving, that request is
-taken back, and becomes LockLost only if nobody else cancelled the task too.
+Cancellation works as in `asyncio.timeout`: the task that entered the block is cancelled. When the block ends,
+that request is withdrawn. It becomes LockLost only if the task was not cancelled from elsewhere as well.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from dynamo_redis.errors import LockLost
 log = logging.getLogger(__name__)
 
 LEASE_SHARE: Final = 0.9
-"""The part of a TTL that is used; the rest is for cancelling what the lease guards."""
+"""Usable part of a TTL; the rest is reserved for cancelling the guarded block."""
 
 
 class LeaseGuard:
     """Runs one `async with` block, in the task that enters it, while a lease lasts.
 
-    `renew` makes one attempt and answers False if the lease is somebody else's, or nobody's. It is called
-    each third of the TTL, in a task that ends with the block; an attempt that fails, or has not ended after
+    `renew` makes one attempt and returns False if the lease has ended or has another owner. It is called each
+    third of the TTL, in a task that ends with the block. An attempt that fails, or has not ended after
     `attempt_s`, is repeated until the lease has ended.
 
-    Raises LockLost if the lease was lost before the block ended, unless the block raises something of its own
-    or was cancelled by others as well.
+    Raises LockLost if the lease was lost before the block ended, unless the block raises another exception or
+    its task was also cancelled from elsewhere.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class LeaseGuard:
         self._renew = renew
         self._sent_at = sent_at
         self._reason: str | None = None
-        self._losing = False
+        self._is_cancelling = False
         self._cancelled = False
         self._released = False
         self._task: asyncio.Task[object] | None = None
@@ -63,23 +63,23 @@ class LeaseGuard:
 
     @property
     def lost(self) -> str | None:
-        """Why the lease is not held, or None while it is. Once set it stays."""
+        """The reason why the lease is not held; None while it is held. A reason never changes back."""
         if self._reason is None and time.monotonic() >= self._deadline:
             self._reason = f"not renewed within {LEASE_SHARE:.0%} of its TTL of {self._ttl_s:g} s"
         return self._reason
 
     @property
     def released(self) -> bool:
-        """Whether the block was left while the lease was still held."""
+        """True if the block ended while the lease was still held."""
         return self._released
 
     def lose(self, reason: str) -> None:
-        """The lease is known to be lost: cancel the block, once, unless it ends first."""
+        """Note that the lease is lost: cancel the block, once, unless it ends first."""
         self._reason = self._reason or reason
-        if self._pending is not None and not self._losing:
-            self._losing = True
+        if self._pending is not None and not self._is_cancelling:
+            self._is_cancelling = True
             self._pending.cancel()
-            # Soon, not now: the caller may be the block itself, which is told by an exception already.
+            # Soon, not now: the caller may be the block itself, which gets an exception anyway.
             self._pending = asyncio.get_running_loop().call_soon(self._cancel)
 
     async def __aenter__(self) -> Self:
@@ -102,12 +102,14 @@ class LeaseGuard:
         self._reason = lost or "it was released"
         self._pending.cancel()
         self._pending = None
-        # Every cancellation asked for must be taken back, also one that the block has swallowed.
-        others = self._cancelled and self._task.uncancel() > self._cancelling_count
+        # Every requested cancellation must be withdrawn, also one that the block has suppressed.
+        also_cancelled_elsewhere = self._cancelled and self._task.uncancel() > self._cancelling_count
         self._renewal.cancel()
         await asyncio.wait([self._renewal])
-        ours = exc is None or (isinstance(exc, asyncio.CancelledError) and self._cancelled and not others)
-        if lost is not None and ours:
+        is_our_cancellation = (
+            isinstance(exc, asyncio.CancelledError) and self._cancelled and not also_cancelled_elsewhere
+        )
+        if lost is not None and (exc is None or is_our_cancellation):
             raise LockLost(self._name, lost) from exc
 
     @property
@@ -115,7 +117,7 @@ class LeaseGuard:
         return self._sent_at + LEASE_SHARE * self._ttl_s
 
     def _watch_deadline(self) -> None:
-        # The loop's clock is coarser than the one that deadlines are reckoned on: it may call early.
+        # The loop's clock is coarser than the monotonic clock of the deadline: the timer may fire early.
         left_s = self._deadline - time.monotonic()
         self._pending = asyncio.get_running_loop().call_later(max(0.0, left_s), self._at_deadline)
 
@@ -141,12 +143,12 @@ class LeaseGuard:
             try:
                 async with asyncio.timeout(self._attempt_s):
                     renewed = await self._renew()
-            except Exception as exc:  # noqa: BLE001 - whatever it is, the deadline is watched
+            except Exception as exc:  # noqa: BLE001 - the deadline holds after any failure
                 log.debug("lock %s is not renewed: %r", self._name, exc)
                 wait_s = backoff.next_s()
                 continue
             if not renewed:
-                self.lose("it ended on the server, or is somebody else's")
+                self.lose("it ended on the server, or has another holder")
             else:
                 self._sent_at = sent_at
                 wait_s = sent_at + self._ttl_s / 3 - time.monotonic()

@@ -1,11 +1,12 @@
-"""Locks, on whatever stores them: acquire, hold, write, release.
+"""Locks on any `LockStorage`: acquire, hold, write, release.
 
-A holding is a random owner. Acquiring stores it with a TTL, if nobody else's is there, and answers a fencing
-token; releasing deletes it, if it is still there. Every call may be repeated: an owner that acquires twice
-finds itself, and writes are numbered. So a call whose answer was lost is sent again, at once.
+A holding is identified by a random owner id. Acquiring stores this id with a TTL, unless the lock has another
+owner, and returns a fencing token. Releasing deletes the id if it is still stored. Every call may be
+repeated: an owner that acquires twice finds its own id, and writes are numbered. So a call whose answer was
+lost is sent again at once.
 
-Who waits for a lock asks for it every `POLL_S` or so. The more are waiting, the sooner one of them asks; no
-wake-up can be lost; and nothing is kept on the server for those who wait.
+A caller that waits for a lock asks for it about every `POLL_S`. The more callers wait, the sooner one of them
+asks. No wake-up can be lost, and the server keeps no state of waiting callers.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ POLL_S: Final = 0.05
 MINIMUM_TTL_S: Final = 0.1
 MAXIMUM_TTL_S: Final = 86_400.0
 RELEASE_S: Final = 1.0
-"""How long a release is tried: a lock that is not given back ends with its TTL."""
+"""Longest time in which a release is retried. A lock that is not released ends with its TTL."""
 
 
 class LockStorage(Protocol):
-    """What locks are stored in: Redis (`redis_locks`) or this process (`memory`). Each call is atomic.
+    """The storage of locks: Redis (`redis_locks`) or this process (`memory`). Each call is atomic.
 
-    Raises StoreError. After StoreUnavailable a call may have happened, may still happen, or never.
+    Raises StoreError. After StoreUnavailable a call may have taken effect, may still do so, or never will.
     """
 
     @property
@@ -48,7 +49,7 @@ class LockStorage(Protocol):
         ...
 
     async def acquire(self, keys: LockKeys, owner: str, ttl_s: float, process: str) -> int | LockHolder:
-        """Take the lock if it is free or this owner's; answer the owner's token, or who else has it."""
+        """Acquire the lock if it is free or this owner's. Return the owner's token, or the other holder."""
         ...
 
     async def renew(self, keys: LockKeys, owner: str, ttl_s: float) -> bool:
@@ -60,8 +61,10 @@ class LockStorage(Protocol):
         ...
 
     async def write(self, keys: LockKeys, owner: str, token: int, number: int, value: bytes) -> bool:
-        """Replace the protected value; False if the lock is not this owner's. `number` counts the writes of
-        a holding: one that was written, or came before one that was, is answered with True and ignored."""
+        """Replace the protected value; return False if the lock is not this owner's.
+
+        `number` counts the writes of a holding. A write whose number is not above the last one written is
+        ignored, and returns True."""
         ...
 
     async def read(self, keys: LockKeys) -> LockedValue | None: ...
@@ -110,7 +113,7 @@ class StoredLock:
         try:
             token, sent_at = await self._acquire(owner, timeout_s)
         except (StoreUnavailable, asyncio.CancelledError):
-            await self._release(owner)  # what was sent last may have been granted
+            await self._release(owner)  # the last attempt may have been granted
             raise
         guard = LeaseGuard(
             self._keys.name,
@@ -135,11 +138,12 @@ class StoredLock:
         return await self._storage.holder(self._keys)
 
     async def _acquire(self, owner: str, timeout_s: float) -> tuple[int, float]:
-        """The token, and when the call that was answered was sent. Each failed attempt is followed by another
-        while there is time, so it may take one attempt longer."""
+        """Return the token, and the time at which the successful call was sent.
+
+        A failed attempt is repeated while there is time, so the call may take one attempt longer."""
         began_at = time.monotonic()
         backoff = Backoff()
-        process = _describe_process()
+        process = f"{socket.gethostname()} pid {os.getpid()}"
         while True:
             sent_at = time.monotonic()
             try:
@@ -155,12 +159,16 @@ class StoredLock:
                     return answer, sent_at
                 left_s = began_at + timeout_s - time.monotonic()
                 if left_s <= 0:
-                    raise LockNotAcquired(self._keys.name, _describe(answer))
+                    raise LockNotAcquired(
+                        self._keys.name,
+                        f"{answer.process} (token {answer.fencing_token},"
+                        f" {answer.remaining_s:.1f} s of its TTL left)",
+                    )
                 wait_s = min(left_s, max(0.001, answer.remaining_s), random.uniform(0.5, 1.5) * POLL_S)  # noqa: S311
             await asyncio.sleep(wait_s)
 
     async def _release(self, owner: str) -> None:
-        """Try for `RELEASE_S`; never raises StoreError."""
+        """Release the lock, with retries for `RELEASE_S`. Never raises StoreError."""
         backoff = Backoff()
         try:
             async with asyncio.timeout(RELEASE_S):
@@ -198,27 +206,19 @@ class _Held:
         number = self._last_number
         until = time.monotonic() + self._storage.timeout_s
         backoff = Backoff()
-        doubt: StoreUnavailable | None = None  # an attempt that may have written
+        unanswered: StoreUnavailable | None = None  # an attempt that may have written
         while (reason := self._guard.lost) is None:
             try:
                 if await self._storage.write(self._keys, self.owner, self.fencing_token, number, value):
                     return
-                self._guard.lose("it ended on the server, or is somebody else's")
+                self._guard.lose("it ended on the server, or has another holder")
             except StoreUnavailable as exc:
-                doubt = exc
+                unanswered = exc
                 wait_s = backoff.next_s()
                 if time.monotonic() + wait_s >= until:
                     raise
                 await asyncio.sleep(wait_s)
-        raise doubt or LockLost(self.name, reason)
-
-
-def _describe_process() -> str:
-    return f"{socket.gethostname()} pid {os.getpid()}"
-
-
-def _describe(holder: LockHolder) -> str:
-    return f"{holder.process} (token {holder.fencing_token}, {holder.remaining_s:.1f} s of its TTL left)"
+        raise unanswered or LockLost(self.name, reason)
 
 
 def _reason(exc: Exception) -> str:

@@ -1,7 +1,7 @@
-"""Locks in memory: for tests, and for programs that live in one process.
+"""Locks in memory: for tests, and for programs that run in one process.
 
-The same rules as those of the Lua scripts, written down a second time; the contract suite runs on both, and a
-model test compares them. TTLs count on the given clock.
+They implement the rules of the Lua scripts a second time. The contract suite runs on both, and a model test
+compares them. TTLs count on the given clock.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dynamo_redis.store.locks.lock import StoredLocks
 
 
 class MemoryLocks(StoredLocks):
-    """`Locks` that all holders share, each on the same event loop."""
+    """`Locks` that all holders share, on one event loop."""
 
     def __init__(self, *, clock: Clock = SYSTEM_CLOCK) -> None:
         super().__init__(MemoryLockStorage(clock), "memory")
@@ -31,7 +31,7 @@ class _Holding:
 
 @dataclass(frozen=True, slots=True)
 class _Stored:
-    """The last protected write: its value, and which write of which holding it was."""
+    """The last protected write: its value, its holding, and its number in that holding."""
 
     value: LockedValue | None
     owner: str
@@ -104,7 +104,7 @@ class MemoryLockStorage:
         return None if held is None else self._describe(held)
 
     async def aclose(self) -> None:
-        """Nothing is held."""
+        """Do nothing: there are no resources to release."""
 
     def _current(self, keys: LockKeys) -> _Holding | None:
         held = self._holdings.get(keys.tag)

@@ -1,5 +1,4 @@
-"""The locks' scripts as typed calls. Each is atomic, runs once, and waits no longer than the client's
-time-out."""
+"""The locks' scripts as typed calls. Each is atomic, runs once, and takes at most the client's time-out."""
 
 from __future__ import annotations
 
@@ -28,7 +27,8 @@ class RedisLocks(StoredLocks):
 
     @classmethod
     def from_settings(cls, settings: StoreSettings) -> Self:
-        """With a client of its own, not yet connected. Raises ConfigError if no server is configured."""
+        """Return locks with a client of their own, not yet connected. Raises ConfigError if no server is
+        configured."""
         url, timeout_s = settings.require_url(), settings.command_timeout_s
         return cls(RedisClient(url, timeout_s=timeout_s, client_name="dynamo-redis-locks"), settings.prefix)
 
@@ -81,7 +81,7 @@ class RedisLockStorage:
 
 
 def _holder(fields: Sequence[bytes | int]) -> LockHolder:
-    """Owner, token, process, ms left."""
+    """Read owner, token, process, and the rest of the TTL in ms."""
     owner, token, process, left_ms = fields
     assert isinstance(owner, bytes)
     assert isinstance(process, bytes)

@@ -1,6 +1,6 @@
-"""The chunks of one object in Redis: sent once, kept alive, fetched, and told of when they are damaged.
+"""The chunks of one object in Redis: sent once, kept alive, fetched, and reported when they are damaged.
 
-Everything here may be repeated, and is, when a connection breaks: a chunk's key says what it holds.
+Every call here may be repeated, and is repeated when a connection breaks: a chunk's key names its content.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ _KEYS_A_CALL = 500
 
 _CLAIM = load_script("object_claim")
 _RENEW = load_script("object_renew")
-_ABSENT, _THERE, _DAMAGED, _CLAIMED = range(4)  # what _CLAIM answers
+_ABSENT, _THERE, _DAMAGED, _CLAIMED = range(4)  # answers of _CLAIM
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
-    """How long things may take.
+class ObjectTimes:
+    """Time limits of the object store, in seconds.
 
-    `expiry_s`: how long chunks live that no current version has, unless renewed: of uploads, and of replaced
-    versions. `claim_s`: how long others wait for an upload that has stopped saying that it sends a chunk
-    which they have, too, before they send it themselves. `recovery_s`: how long an upload or a read under way
-    tries again while Redis does not answer.
+    `expiry_s`: lifetime, unless renewed, of a chunk that belongs to no current version: of an upload, or of a
+    replaced version. `claim_s`: lifetime, unless renewed, of an upload's claim to send a chunk; after it,
+    other uploads of the same chunk send it themselves. `recovery_s`: time for which an upload or a read under
+    way retries while Redis does not answer.
     """
 
     expiry_s: float = EXPIRY_S
@@ -53,20 +53,20 @@ class Patience:
 
     @property
     def expiry_ms(self) -> int:
-        """The same, as Redis wants it."""
+        """The same in ms, for Redis."""
         return round(self.expiry_s * 1000)
 
     @property
     def claim_ms(self) -> int:
-        """The same, as Redis wants it."""
+        """The same in ms, for Redis."""
         return round(self.claim_s * 1000)
 
 
 async def recovering(client: RedisClient, recovery_s: float, call: Callable[[], Awaitable[T]]) -> T:
-    """Repeat what can do no harm twice until it succeeds, or has failed for `recovery_s` since its first
-    failure: over a slow link that one may come late.
+    """Repeat an idempotent call until it succeeds, or `recovery_s` have passed since its first failure.
 
-    Raises the last StoreUnavailable, and any other StoreError at once.
+    The time counts from the first failure, since over a slow link that may come late. Raises the last
+    StoreUnavailable, and any other StoreError at once.
     """
     give_up_at: float | None = None
     backoff = Backoff()
@@ -83,40 +83,40 @@ async def recovering(client: RedisClient, recovery_s: float, call: Callable[[], 
 
 
 class ObjectChunks:
-    """One object's chunks. Cancelling a call is safe: a chunk is there as a whole or not at all."""
+    """The chunks of one object. Cancelling a call is safe: a chunk is stored completely or not at all."""
 
-    def __init__(self, client: RedisClient, keys: ObjectKeys, patience: Patience) -> None:
+    def __init__(self, client: RedisClient, keys: ObjectKeys, times: ObjectTimes) -> None:
         self._client = client
         self._keys = keys
-        self._patience: Final = patience
+        self._times: Final = times
 
     async def send(self, name: str, content: bytes, upload: str) -> None:
-        """Bring a chunk to Redis, unless it is there; it lives for `expiry_s` from now at least.
+        """Store a chunk, unless Redis has it; it lives for `expiry_s` from now at least.
 
-        What another upload is sending is waited for. A chunk of the current version never gets an expiry
-        here. That a chunk which is there is intact is not checked, but for its size: only a reader can tell,
-        and a chunk that one found damaged is sent again. Raises StoreError.
+        Waits while another upload sends the same chunk. A chunk of the current version never gets an expiry
+        here. Of a chunk that Redis has, only the size is checked. A chunk that a reader found damaged is sent
+        again. Raises StoreError.
         """
 
         async def attempt() -> bool:
             return await self._try_to_send(name, content, upload)
 
         while True:
-            if await recovering(self._client, self._patience.recovery_s, attempt):
+            if await recovering(self._client, self._times.recovery_s, attempt):
                 return
             await asyncio.sleep(random.uniform(*_POLL_S))  # noqa: S311 - jitter, not a secret
 
     async def _try_to_send(self, name: str, content: bytes, upload: str) -> bool:
-        """False if another upload is about to."""
-        key, expiry_ms = self._keys.chunk(name), self._patience.expiry_ms
+        """Store a chunk unless Redis has it; return False if another upload is sending it."""
+        key, expiry_ms = self._keys.chunk(name), self._times.expiry_ms
         state: int = await self._client.script(
             _CLAIM,
             [key, self._keys.claim(name), self._keys.damaged],
-            [name, expiry_ms, len(content), upload, self._patience.claim_ms],
+            [name, expiry_ms, len(content), upload, self._times.claim_ms],
         )
         if state == _ABSENT:
             async with self._claiming(name, upload):
-                # If another upload of the same content wrote it first, it is right as it is.
+                # NX: another upload of the same content may have written it first.
                 await self._client.execute("SET", key, content, "PX", expiry_ms, "NX")
         elif state == _DAMAGED:
             async with self._claiming(name, upload):
@@ -126,14 +126,14 @@ class ObjectChunks:
 
     @contextlib.asynccontextmanager
     async def _claiming(self, name: str, upload: str) -> AsyncIterator[None]:
-        """Keep the claim on a chunk while it is sent: over a slow link a claim alone would end before."""
+        """Renew the claim on a chunk while it is sent: over a slow link the claim would end before."""
 
         async def claim() -> None:
             while True:
-                await asyncio.sleep(self._patience.claim_s / 2)
+                await asyncio.sleep(self._times.claim_s / 2)
                 with contextlib.suppress(StoreError):
                     await self._client.execute(
-                        "SET", self._keys.claim(name), upload, "PX", self._patience.claim_ms, "XX"
+                        "SET", self._keys.claim(name), upload, "PX", self._times.claim_ms, "XX"
                     )
 
         task = asyncio.create_task(claim(), name=f"claim a chunk of {self._keys.url}")
@@ -144,23 +144,23 @@ class ObjectChunks:
             await asyncio.wait([task])
 
     async def fetch(self, name: str) -> bytes | None:
-        """A chunk as it stands, not verified; None if it is gone. Raises StoreError."""
+        """Return a chunk, not verified; None if it is gone. Raises StoreError."""
 
         async def attempt() -> bytes | None:
             content: bytes | None = await self._client.execute("GET", self._keys.chunk(name))
             return content
 
-        return await recovering(self._client, self._patience.recovery_s, attempt)
+        return await recovering(self._client, self._times.recovery_s, attempt)
 
     async def renew(self, names: Sequence[str]) -> None:
-        """Let chunks live for another `expiry_s`; those without an expiry keep none. Raises StoreError."""
+        """Let chunks live for another `expiry_s`. Chunks without an expiry get none. Raises StoreError."""
         chunks = self._keys.chunks(names)
         for start in range(0, len(chunks), _KEYS_A_CALL):
             part = chunks[start : start + _KEYS_A_CALL]
-            await self._client.script(_RENEW, part, [self._patience.expiry_ms])
+            await self._client.script(_RENEW, part, [self._times.expiry_ms])
 
     async def are_whole(self, names: Sequence[str]) -> bool:
-        """Whether all of these are there, and none is known to be damaged. Raises StoreError."""
+        """Return whether all of these chunks exist, and none is known to be damaged. Raises StoreError."""
         parts = [names[start : start + _KEYS_A_CALL] for start in range(0, len(names), _KEYS_A_CALL)]
         damaged, *there = await self._client.pipeline(
             [("SMEMBERS", self._keys.damaged), *(("EXISTS", *self._keys.chunks(part)) for part in parts)]
@@ -168,7 +168,9 @@ class ObjectChunks:
         return sum(there) == len(names) and not set(damaged).intersection(name.encode() for name in names)
 
     async def report_damage(self, name: str) -> None:
-        """Have the next put send this chunk again. Deletes nothing: it may be the reader that is ill."""
+        """Mark a chunk as damaged, so that the next put sends it again.
+
+        Deletes nothing: the fault may be in the reader."""
         try:
             await self._client.pipeline(
                 [

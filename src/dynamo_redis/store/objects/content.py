@@ -1,5 +1,5 @@
-"""What every object store does with content, wherever it keeps it: cut it into chunks, hash it, carry it to
-and from files."""
+"""The parts of an object store that do not depend on its storage: cutting, hashing, reading and writing
+files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Chunk:
 
 
 async def source_size_bytes(source: ObjectSource) -> int | None:
-    """How much there is to store; None for pieces that are still to come. Raises OSError."""
+    """Return the size of a source; None if it consists of pieces yet to come. Raises OSError."""
     if isinstance(source, bytes):
         return len(source)
     if isinstance(source, Path):
@@ -43,9 +43,10 @@ async def source_size_bytes(source: ObjectSource) -> int | None:
 
 
 async def chunks_of(source: ObjectSource, chunk_bytes: int, whole: hashlib._Hash) -> AsyncGenerator[Chunk]:
-    """Cut a source into chunks, all full but the last, holding about one of them; `whole` hashes them all.
+    """Cut a source into chunks, all full but the last, and hash them all with `whole`.
 
-    Raises OSError. Close it (`contextlib.aclosing`): it may hold a file open.
+    Holds about one chunk in memory. Raises OSError. Close it (`contextlib.aclosing`): it may hold a file
+    open.
     """
     if isinstance(source, Path):
         async with await anyio.open_file(source, "rb") as file:
@@ -82,14 +83,14 @@ def _hashed(content: bytes, whole: hashlib._Hash) -> Chunk:
 
 
 async def next_chunk(content: bytes, whole: hashlib._Hash) -> Chunk:
-    """The chunk that follows what `whole` has seen, and now sees, too. Off the event loop if it is large."""
+    """Return the next chunk: hash its content with `whole`, in a thread if the content is large."""
     if len(content) <= _INLINE_BYTES:
         return _hashed(content, whole)
     return await asyncio.get_running_loop().run_in_executor(None, _hashed, content, whole)
 
 
 def check_fence(fence: HeldLock | None, url: str) -> None:
-    """Raises ValueError if a lock is another object's, LockLost if its holder knows that it is lost."""
+    """Raise ValueError if a lock is of another object, LockLost if its holder knows that it is lost."""
     if fence is None:
         return
     if fence.name != url:
@@ -98,12 +99,12 @@ def check_fence(fence: HeldLock | None, url: str) -> None:
         raise LockLost(url, "the object is not put without it")
 
 
-class WholeReads(ABC):
-    """`get`, `read` and `fetch`, over a store's `_open`."""
+class ObjectReads(ABC):
+    """`get`, `read` and `fetch` of an object store, based on its `_open`."""
 
     @abstractmethod
     async def _open(self, bucket: str, name: str) -> tuple[ObjectInfo, AsyncGenerator[bytes]]:
-        """An object, and its chunks, verified one by one. Raises ObjectNotFound."""
+        """Return an object's metadata and its chunks, each verified. Raises ObjectNotFound."""
 
     async def get(self, bucket: str, name: str) -> AsyncIterator[bytes]:
         """As `ObjectStore.get`."""
@@ -136,7 +137,8 @@ class WholeReads(ABC):
 
 
 async def _twice(attempt: Callable[[], Awaitable[T]]) -> T:
-    """Start over once if the object was replaced meanwhile; of a damaged one the second try says so, too."""
+    """Repeat a read once if the object was replaced meanwhile. If it is damaged, the second attempt raises
+    too."""
     try:
         return await attempt()
     except ObjectChanged:
@@ -146,7 +148,8 @@ async def _twice(attempt: Callable[[], Awaitable[T]]) -> T:
 async def _write_file(
     path: Path, pieces: AsyncGenerator[bytes], progress: Progress | None, size_bytes: int
 ) -> None:
-    """Write beside `path`, then rename over it: nobody sees half a file, and a failure leaves none."""
+    """Write to a draft beside `path`, then rename it: no reader sees half a file, and a failure leaves
+    none."""
     draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         done_bytes = 0

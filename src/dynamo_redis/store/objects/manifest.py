@@ -19,19 +19,20 @@ _EMPTY_DIGEST = hashlib.sha256().hexdigest()
 
 
 def chunk_name(digest: str, chunk_bytes: int) -> str:
-    """What identifies a chunk among all versions of an object, whatever size their chunks have.
+    """Return the name of a chunk, unique among all versions of an object with chunks of any size.
 
-    The digest tells where a chunk ends, and its size where it begins.
+    The digest determines where a chunk ends, and its size where it begins.
     """
     return f"{chunk_bytes}:{digest}"
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """One version of an object. `version` is random: content that is put again later has a new one.
+    """One version of an object. `version` is random: the same content put again later has a new one.
 
-    All chunks but the last are of `chunk_bytes`. `digests` has, for each, the SHA-256 of the object up to its
-    end, in hex: so one pass over the content makes all of them and `sha256`, which is the last.
+    All chunks but the last have `chunk_bytes`. `digests` has for each chunk the SHA-256, in hex, of the
+    object up to that chunk's end. So one pass over the content computes all digests, and `sha256` is the last
+    of them.
     """
 
     version: str
@@ -39,15 +40,15 @@ class Manifest:
     sha256: str
     chunk_bytes: int
     digests: tuple[str, ...]
-    created_at_ms: int = 0  # the server's, when it became current
+    created_at_ms: int = 0  # by the server's clock, when it became current
 
     @property
     def chunks(self) -> list[str]:
-        """The names of its chunks, in order."""
+        """Names of its chunks, in order."""
         return [chunk_name(digest, self.chunk_bytes) for digest in self.digests]
 
     def fields(self) -> list[str | int]:
-        """Fields and values of the pointer, `version` first; `created_at_ms` is the server's to add."""
+        """Return fields and values of the pointer, `version` first; the server adds `created_at_ms`."""
         return [
             *("version", self.version, "v", SCHEMA, "size_bytes", self.size_bytes, "sha256", self.sha256),
             *("codec", _CODEC, "digest", _DIGEST_KIND),
@@ -74,12 +75,20 @@ class Manifest:
             )
         except (KeyError, ValueError) as exc:
             raise ObjectChanged(url, f"its manifest is damaged ({exc!r})") from exc
-        if not manifest._is_consistent():
+        last_bytes = manifest.size_bytes - (len(manifest.digests) - 1) * manifest.chunk_bytes
+        is_consistent = (
+            0 < last_bytes <= manifest.chunk_bytes
+            and manifest.digests[-1] == manifest.sha256
+            and all(map(_DIGEST.fullmatch, manifest.digests))
+            if manifest.digests
+            else manifest.size_bytes == 0 and manifest.sha256 == _EMPTY_DIGEST
+        )
+        if not is_consistent:
             raise ObjectChanged(url, "its manifest is damaged")
         return manifest
 
     def info(self, keys: ObjectKeys, created_at_ms: int) -> ObjectInfo:
-        """What users see of it."""
+        """Return the metadata that users see."""
         return ObjectInfo(
             bucket=keys.bucket,
             name=keys.name,
@@ -89,17 +98,13 @@ class Manifest:
             created_at=created_at_ms / 1000,
         )
 
-    def _is_consistent(self) -> bool:
-        if not self.digests:
-            return self.size_bytes == 0 and self.sha256 == _EMPTY_DIGEST
-        fits = 0 < self.size_bytes - (len(self.digests) - 1) * self.chunk_bytes <= self.chunk_bytes
-        return fits and self.digests[-1] == self.sha256 and all(map(_DIGEST.fullmatch, self.digests))
-
 
 @dataclass(frozen=True, slots=True)
 class Replaceable:
-    """What must be known of a version to replace or remove it: less than to read it, so that a damaged
-    manifest can be put right. `chunks` are the names of those that it still tells."""
+    """The part of a manifest that is needed to replace or remove a version.
+
+    It is less than what reading needs, so that a damaged manifest can be replaced. `chunks` are the names of
+    the chunks that the manifest still lists."""
 
     version: str
     chunks: tuple[str, ...]
@@ -108,7 +113,7 @@ class Replaceable:
     def of_fields(cls, flat: Sequence[bytes]) -> Replaceable | None:
         """Read the pointer's fields and values; None if there is no object.
 
-        Raises SchemaMismatch: an incompatible release's chunks would be left behind.
+        Raises SchemaMismatch for an incompatible release, whose chunks would be left behind.
         """
         if not flat:
             return None
@@ -121,7 +126,7 @@ class Replaceable:
 
 
 INFO_FIELDS = ("v", "codec", "digest", "size_bytes", "sha256", "chunk_count", "created_at_ms")
-"""What a listing needs of a pointer."""
+"""Fields of a pointer that a listing reads."""
 
 
 def info_of_fields(values: Sequence[bytes | None], keys: ObjectKeys) -> ObjectInfo | None:

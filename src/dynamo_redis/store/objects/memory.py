@@ -1,4 +1,4 @@
-"""The object store in memory, for tests and for a single process: the same promises, no server."""
+"""The object store in memory, for tests and for a single process: the same contract, no server."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from dynamo_redis.store.keys import ObjectKeys
 from dynamo_redis.store.locks.memory import MemoryLocks
 from dynamo_redis.store.objects.content import (
     CHUNK_BYTES,
-    WholeReads,
+    ObjectReads,
     check_fence,
     chunks_of,
     source_size_bytes,
 )
 
 
-class MemoryObjectStore(WholeReads):
+class MemoryObjectStore(ObjectReads):
     """`ObjectStore` in a dictionary. A reader keeps the version that it began with.
 
-    `locks` are those that a fenced put is held against.
+    `locks` are the locks of fenced puts.
     """
 
     def __init__(self, *, chunk_bytes: int = CHUNK_BYTES, locks: Locks | None = None) -> None:
@@ -54,23 +54,18 @@ class MemoryObjectStore(WholeReads):
                 done_bytes += len(chunk.content)
                 if progress is not None:
                     progress(done_bytes, total_bytes)
-        await self._obey(keys, fence)
+        check_fence(fence, keys.url)
+        if fence is not None:
+            holder = await self._locks.object_lock(bucket, name).holder()  # in memory: does not suspend
+            written_by = self._tokens.get((bucket, name), 0)
+            if holder is None or holder.owner != fence.owner or written_by > fence.fencing_token:
+                raise LockLost(keys.url, "it ended on the server, or has another holder")
+            self._tokens[bucket, name] = fence.fencing_token
         info = ObjectInfo(bucket, name, done_bytes, whole.hexdigest(), len(contents), time.time())
         current = self._objects.get((bucket, name))
         if current is None or current[0].sha256 != info.sha256:
             self._objects[bucket, name] = (info, tuple(contents))
         return self._objects[bucket, name][0]
-
-    async def _obey(self, keys: ObjectKeys, fence: HeldLock | None) -> None:
-        """Raises LockLost if a fence does not hold at this moment."""
-        check_fence(fence, keys.url)
-        if fence is None:
-            return
-        holder = await self._locks.object_lock(keys.bucket, keys.name).holder()  # of memory: yields to nobody
-        written_by = self._tokens.get((keys.bucket, keys.name), 0)
-        if holder is None or holder.owner != fence.owner or written_by > fence.fencing_token:
-            raise LockLost(keys.url, "somebody else has it, or nobody")
-        self._tokens[keys.bucket, keys.name] = fence.fencing_token
 
     async def _open(self, bucket: str, name: str) -> tuple[ObjectInfo, AsyncGenerator[bytes]]:
         keys = ObjectKeys("memory", bucket, name)
@@ -109,4 +104,4 @@ class MemoryObjectStore(WholeReads):
         return self._objects.pop((bucket, name), None) is not None
 
     async def aclose(self) -> None:
-        """Nothing is held."""
+        """Do nothing: there are no resources to release."""

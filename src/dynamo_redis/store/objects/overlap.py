@@ -1,4 +1,4 @@
-"""Several slow calls at a time, their results in order: how chunks travel while others are hashed."""
+"""Several slow calls at a time, with results in order: chunks are sent while further ones are hashed."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ T = TypeVar("T")
 
 
 async def overlapped(calls: AsyncGenerator[Coroutine[Any, Any, T]], *, limit_count: int) -> AsyncGenerator[T]:
-    """Run up to `limit_count` calls at once, and yield what they answer in the order they came.
+    """Run up to `limit_count` calls at once, and yield their results in the order of the calls.
 
-    While the consumer is busy the calls that have begun go on, and no further one begins. The first to fail
-    ends it with its error. When it is closed, or the consumer cancelled, the calls under way are cancelled
-    and have ended; `calls` is closed, too.
+    While the consumer is busy, started calls go on, and no further call is started. The first error ends the
+    iteration. When the generator is closed, or the consumer is cancelled, the calls under way are cancelled
+    and awaited, and `calls` is closed.
     """
     running: deque[asyncio.Task[T]] = deque()
     async with contextlib.aclosing(calls):

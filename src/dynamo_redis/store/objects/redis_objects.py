@@ -1,30 +1,31 @@
-"""The object store on Redis: files of any size in chunks, replaced atomically, checked when read.
+"""The object store on Redis: files of any size in chunks, replaced atomically, verified when read.
 
-An object's keys share a hash tag of its own, `{prefix/object/<bucket>/<name>}`, so that one script can see
-all of them, also in a cluster:
+The keys of an object share one hash tag, `{prefix/object/<bucket>/<name>}`, so that one script can use all of
+them, also on a cluster:
 
     {tag}:current                        hash: the current version's manifest (size, sha256, digests, codec)
     {tag}:chunk:<chunk_bytes>:<sha256>   a chunk, under the digest of the content up to its end
-    {tag}:done:<version>                 for a while: the commit of that version took effect
+    {tag}:done:<version>                 expires: mark that the commit of that version took effect
 
 A *put* writes the chunks beside the current version, with an expiry that it renews until it is done. Then
-one script checks that every chunk is there, takes its expiry away, and replaces the manifest. An upload that
-dies leaves chunks that expire, and nothing else. Content that is there is not sent again, be it of an earlier
-upload, of the current version, or of one just replaced; and of several uploads of the same content at once
-each chunk is sent by one of them.
+one script checks that every chunk exists, removes its expiry, and replaces the manifest. An upload that dies
+leaves only chunks that expire. A chunk that Redis has already is not sent again, whether it is of an earlier
+upload, of the current version, or of one just replaced. Of several uploads of the same content at the same
+time, only one sends each chunk.
 
-A *reader* takes the manifest once and reads what it lists. The chunks of a replaced version get an expiry;
-the reader renews it for those still to come, each third of it. Each chunk is verified before it is handed on,
-and with the last one the whole: the digests are those of the content from its beginning.
+A *reader* reads the manifest once and then the chunks that it lists. The chunks of a replaced version get an
+expiry; the reader renews it for the chunks that it has still to read, each third of that time. It verifies
+each chunk before it yields it. The digests are those of the content from its beginning, so the last one
+verifies the whole.
 
-Both go on when their connection breaks, for some seconds (`Patience`): a few chunks are under way at a time,
-and each of them, and the commit, can be repeated. A commit that took effect leaves a mark, so that its
-repetition never undoes what others did to the object meanwhile.
+Both continue for some seconds when their connection breaks (`ObjectTimes`): a few chunks are under way at a
+time, and each chunk and the commit can be repeated. A commit that took effect leaves a mark, so that its
+repetition never undoes a later change of the object.
 
-The names of all objects stand in an index under a tag of its own, `{prefix/object}:names`. No script can
-change two tags, so a name goes there *before* its object is made current, and listing checks each name: an
-object that is current is always listed. A name without an object is dropped once it is an hour old; a put
-takes far less time from the one step to the other.
+An index under a tag of its own, `{prefix/object}:names`, has the names of all objects. No script can change
+keys of two tags. So a put adds the name *before* it makes the object current, and a listing checks each name:
+an object that is current is always listed. A name without an object is dropped once it is an hour old, since
+a put takes far less time between its two steps.
 """
 
 from __future__ import annotations
@@ -51,11 +52,11 @@ from dynamo_redis.errors import (
 )
 from dynamo_redis.store.base import HeldLock, ObjectInfo, ObjectSource, Progress
 from dynamo_redis.store.keys import LockKeys, ObjectKeys
-from dynamo_redis.store.objects.chunks import ObjectChunks, Patience, recovering
+from dynamo_redis.store.objects.chunks import ObjectChunks, ObjectTimes, recovering
 from dynamo_redis.store.objects.content import (
     CHUNK_BYTES,
     Chunk,
-    WholeReads,
+    ObjectReads,
     check_fence,
     chunks_of,
     next_chunk,
@@ -85,10 +86,10 @@ T = TypeVar("T")
 
 
 _Pointer = list[bytes | None] | StoreRefused
-"""The values of `INFO_FIELDS`; or the refusal, if the key is of another Redis type."""
+"""The values of `INFO_FIELDS`; or the error of Redis, if the key has another type."""
 
 
-class RedisObjectStore(WholeReads):
+class RedisObjectStore(ObjectReads):
     """`ObjectStore` on one Redis or Valkey. `aclose` closes the client.
 
     Cancelling a call is safe at any point: an object is replaced as a whole or not at all.
@@ -100,7 +101,7 @@ class RedisObjectStore(WholeReads):
         prefix: str,
         *,
         chunk_bytes: int = CHUNK_BYTES,
-        patience: Patience | None = None,
+        times: ObjectTimes | None = None,
         read_only: bool = False,
     ) -> None:
         """`read_only`: reading and listing write nothing, so a version that is replaced meanwhile may
@@ -109,11 +110,12 @@ class RedisObjectStore(WholeReads):
         self._client = client
         self._prefix = prefix
         self._chunk_bytes = chunk_bytes
-        self._patience = patience or Patience()
+        self._times = times or ObjectTimes()
 
     @classmethod
     def from_settings(cls, settings: StoreSettings, *, read_only: bool = False) -> Self:
-        """With a client of its own, not yet connected. Raises ConfigError if no server is configured."""
+        """Return a store with a client of its own, not yet connected. Raises ConfigError if no server is
+        configured."""
         url, timeout_s = settings.require_url(), settings.command_timeout_s
         client = RedisClient(url, timeout_s=timeout_s, client_name="dynamo-redis-objects")
         return cls(client, settings.prefix, read_only=read_only)
@@ -129,18 +131,18 @@ class RedisObjectStore(WholeReads):
         progress: Progress | None = None,
         fence: HeldLock | None = None,
     ) -> ObjectInfo:
-        """As `ObjectStore.put`; holds a few chunks in memory. Of several puts at once, the last to end stays.
+        """As `ObjectStore.put`; holds a few chunks in memory. Of several puts at once, the last to end wins.
 
         Raises OSError if a file cannot be read. If Redis loses chunks meanwhile (a restart without its data),
-        bytes and files are sent again; pieces are gone by then, and it raises StoreUnavailable.
+        bytes and files are sent again. Pieces cannot be read again: then it raises StoreUnavailable.
         """
         keys = ObjectKeys(self._prefix, bucket, name)
         check_fence(fence, keys.url)
-        await self._replaceable(keys)  # refused before anything is sent, and no patience with a dead server
+        await self._replaceable(keys)  # raises before the first chunk is sent, and without retries
         tries = _UPLOAD_TRIES if isinstance(source, bytes | Path) else 1
         for _ in range(tries):
             sent: list[str] = []
-            async with self._renewing(keys, sent):
+            async with self._renewed(keys, sent):
                 manifest = await self._upload(keys, source, sent, progress)
                 info = await self._commit(keys, manifest, fence)
             if info is not None:
@@ -152,7 +154,8 @@ class RedisObjectStore(WholeReads):
     async def _upload(
         self, keys: ObjectKeys, source: ObjectSource, sent: list[str], progress: Progress | None
     ) -> Manifest:
-        """Bring every chunk to Redis; `sent` names those that must be kept alive from now on."""
+        """Send the chunks that Redis lacks; add to `sent` the names of all, which must be kept alive from now
+        on."""
         total_bytes = await source_size_bytes(source)
         whole = hashlib.sha256()
         digests: list[str] = []
@@ -186,9 +189,10 @@ class RedisObjectStore(WholeReads):
         )
 
     async def _commit(self, keys: ObjectKeys, new: Manifest, fence: HeldLock | None) -> ObjectInfo | None:
-        """Make the manifest current; None if chunks are missing."""
-        await self._recovering(partial(self._remember, keys))
+        """Make the manifest current; return None if chunks are missing."""
+        await self._recovering(partial(self._add_to_index, keys))
         done, new_chunks = keys.done(new.version), keys.chunks(new.chunks)
+        lock = LockKeys.of_object(self._prefix, keys.bucket, keys.name).lock
         kept = set(new.chunks)
 
         async def attempt() -> list[Any]:
@@ -198,9 +202,9 @@ class RedisObjectStore(WholeReads):
             owner, token = (fence.owner, fence.fencing_token) if fence else ("", "")
             answer: list[Any] = await self._client.script(
                 _COMMIT,
-                [keys.current, self._lock(keys), done, *new_chunks, *keys.chunks(replaced)],
+                [keys.current, lock, done, *new_chunks, *keys.chunks(replaced)],
                 [
-                    *(len(new_chunks), old.version if old else "", self._patience.expiry_ms),
+                    *(len(new_chunks), old.version if old else "", self._times.expiry_ms),
                     *(owner, token, *new.fields()),
                 ],
             )
@@ -214,19 +218,16 @@ class RedisObjectStore(WholeReads):
                 log.info("%s: %d chunks are gone before the upload is complete", keys.url, rest[0])
                 return None
             if answer == b"lost":
-                raise LockLost(keys.url, "somebody else has it, or nobody")
-        raise StoreUnavailable(f"{keys.url} is replaced by others all the time; put it again later")
-
-    def _lock(self, keys: ObjectKeys) -> str:
-        return LockKeys.of_object(self._prefix, keys.bucket, keys.name).lock
+                raise LockLost(keys.url, "it ended on the server, or has another holder")
+        raise StoreUnavailable(f"{keys.url} is replaced all the time by other puts; put it again later")
 
     @contextlib.asynccontextmanager
-    async def _renewing(self, keys: ObjectKeys, sent: list[str]) -> AsyncIterator[None]:
-        """Keep the chunks named in `sent` alive, however slowly further ones come."""
+    async def _renewed(self, keys: ObjectKeys, sent: list[str]) -> AsyncIterator[None]:
+        """Keep the chunks named in `sent` alive while the block runs."""
 
         async def renew() -> None:
             while True:
-                await asyncio.sleep(self._patience.expiry_s / 3)
+                await asyncio.sleep(self._times.expiry_s / 3)
                 try:
                     await self._chunks(keys).renew(tuple(sent))
                 except StoreError as exc:
@@ -249,7 +250,7 @@ class RedisObjectStore(WholeReads):
         return manifest.info(keys, manifest.created_at_ms), self._verified(keys, manifest)
 
     async def _verified(self, keys: ObjectKeys, manifest: Manifest) -> AsyncGenerator[bytes]:
-        """The content, each chunk once its digest is known to be right."""
+        """Yield the content, each chunk after its digest is verified."""
         count = len(manifest.digests)
         whole = hashlib.sha256()
         contents = overlapped(self._fetches(keys, manifest), limit_count=CHUNKS_UNDER_WAY_COUNT)
@@ -267,11 +268,11 @@ class RedisObjectStore(WholeReads):
     async def _fetches(
         self, keys: ObjectKeys, manifest: Manifest
     ) -> AsyncGenerator[Coroutine[Any, Any, bytes | None]]:
-        """A call for each chunk; those that are still to come are kept alive meanwhile."""
+        """Yield a call for each chunk, and keep the chunks alive whose call is still to come."""
         chunks, names = self._chunks(keys), manifest.chunks
         renewed_at = time.monotonic()
         for index, name in enumerate(names):
-            if not self._read_only and time.monotonic() - renewed_at > self._patience.expiry_s / 3:
+            if not self._read_only and time.monotonic() - renewed_at > self._times.expiry_s / 3:
                 renewed_at = time.monotonic()
                 await self._recovering(partial(chunks.renew, names[index:]))
             yield chunks.fetch(name)
@@ -282,7 +283,7 @@ class RedisObjectStore(WholeReads):
         return info_of_fields(await self._client.execute("HMGET", keys.current, *INFO_FIELDS), keys)
 
     async def holds(self, bucket: str, name: str, sha256: str) -> bool:
-        """As `ObjectStore.holds`: every chunk is there, and no reader has found one of them damaged."""
+        """As `ObjectStore.holds`: every chunk exists, and no reader has found one of them damaged."""
         keys = ObjectKeys(self._prefix, bucket, name)
         try:
             manifest = await self._manifest(keys)
@@ -300,17 +301,17 @@ class RedisObjectStore(WholeReads):
         return Replaceable.of_fields(await self._client.execute("HGETALL", keys.current))
 
     def _chunks(self, keys: ObjectKeys) -> ObjectChunks:
-        return ObjectChunks(self._client, keys, self._patience)
+        return ObjectChunks(self._client, keys, self._times)
 
     async def _recovering(self, call: Callable[[], Awaitable[T]]) -> T:
-        return await recovering(self._client, self._patience.recovery_s, call)
+        return await recovering(self._client, self._times.recovery_s, call)
 
     # ------------------------------------------------------------------ list and remove
 
     async def list(
         self, bucket: str | None = None, *, on_left_out: Callable[[str], None] | None = None
     ) -> list[ObjectInfo]:
-        """As `ObjectStore.list`. What cannot be read is left out: a name, a manifest."""
+        """As `ObjectStore.list`. A name or a manifest that cannot be read is left out."""
         leave_out = on_left_out or partial(log.warning, "left out of the list: %s")
         entries: list[tuple[ObjectKeys, bytes, bytes]] = []
         for path, score in (await self._all_names()).items():
@@ -338,11 +339,11 @@ class RedisObjectStore(WholeReads):
                     found.append(info)
                 else:
                     unused.append((path, score))
-        await self._forget(unused)
+        await self._drop_from_index(unused)
         return sorted(found, key=lambda info: (info.bucket, info.name))
 
     async def _all_names(self) -> dict[bytes, bytes]:
-        """The index, name → score, page by page: one that is put meanwhile may be missed."""
+        """Read the index, name → score, page by page. A name that is added meanwhile may be missed."""
         names: dict[bytes, bytes] = {}
         cursor = b"0"
         while True:
@@ -352,7 +353,8 @@ class RedisObjectStore(WholeReads):
                 return names
 
     async def _pointers(self, objects: Sequence[ObjectKeys]) -> Sequence[_Pointer]:
-        """What a listing needs of each pointer; the refusal in place of one that is of another Redis type."""
+        """Read the fields for a listing from each pointer; an error in place of a key of another Redis
+        type."""
         commands = [("HMGET", keys.current, *INFO_FIELDS) for keys in objects]
         try:
             return await self._client.pipeline(commands)
@@ -366,7 +368,8 @@ class RedisObjectStore(WholeReads):
             return found
 
     async def remove(self, bucket: str, name: str) -> bool:
-        """As `ObjectStore.remove`. Those who read it can finish. Its name leaves the index later."""
+        """As `ObjectStore.remove`. Readers of the object can finish. A listing later drops its name from the
+        index."""
         keys = ObjectKeys(self._prefix, bucket, name)
         for _ in range(_COMMIT_TRIES):
             old = await self._replaceable(keys)
@@ -374,20 +377,20 @@ class RedisObjectStore(WholeReads):
                 return False
             chunks = keys.chunks(old.chunks)
             if await self._client.script(
-                _REMOVE, [keys.current, *chunks], [old.version, self._patience.expiry_ms]
+                _REMOVE, [keys.current, *chunks], [old.version, self._times.expiry_ms]
             ):
                 return True
-        raise StoreUnavailable(f"{keys.url} is replaced by others all the time; remove it again later")
+        raise StoreUnavailable(f"{keys.url} is replaced all the time by other puts; remove it again later")
 
     @property
     def _names(self) -> str:
         return f"{{{self._prefix}/object}}:names"
 
-    async def _remember(self, keys: ObjectKeys) -> None:
+    async def _add_to_index(self, keys: ObjectKeys) -> None:
         await self._client.execute("ZADD", self._names, await self._server_time_s(), keys.path)
 
-    async def _forget(self, unused: Sequence[tuple[bytes, bytes]]) -> None:
-        """Drop names that have had no object for so long that no put can be about to make one current."""
+    async def _drop_from_index(self, unused: Sequence[tuple[bytes, bytes]]) -> None:
+        """Drop names without an object that are too old to belong to a put under way."""
         if not unused or self._read_only:
             return
         limit = await self._server_time_s() - _FORGET_AFTER_S

@@ -22,7 +22,7 @@ from dynamo_redis.child import ChildProcess
 from dynamo_redis.errors import ObjectChanged, ObjectNotFound, SchemaMismatch, StoreRefused, StoreUnavailable
 from dynamo_redis.store.keys import ObjectKeys
 from dynamo_redis.store.locks.redis_locks import RedisLocks
-from dynamo_redis.store.objects.chunks import Patience
+from dynamo_redis.store.objects.chunks import ObjectTimes
 from dynamo_redis.store.objects.manifest import chunk_name
 from dynamo_redis.store.objects.redis_objects import CHUNKS_UNDER_WAY_COUNT, RedisObjectStore
 from dynamo_redis.store.redis.client import RedisClient
@@ -60,8 +60,8 @@ async def opened(
     url: str, prefix: str, *, chunk_bytes: int = CHUNK_BYTES, expiry_s: float = 600.0
 ) -> AsyncIterator[RedisObjectStore]:
     client = RedisClient(url, timeout_s=3.0)
-    patience = Patience(expiry_s=expiry_s, claim_s=0.1)
-    store = RedisObjectStore(client, prefix, chunk_bytes=chunk_bytes, patience=patience)
+    times = ObjectTimes(expiry_s=expiry_s, claim_s=0.1)
+    store = RedisObjectStore(client, prefix, chunk_bytes=chunk_bytes, times=times)
     try:
         yield store
     finally:
@@ -609,8 +609,8 @@ async def objects_or_none(objects: RedisObjectStore) -> bytes | None:
 async def test_the_documented_keys_and_fields_are_those_in_redis(
     objects: RedisObjectStore, redis: Redis, keys: ObjectKeys, dynamo_redis_prefix: str, repository: Path
 ) -> None:
-    client, patience = objects._client, Patience(claim_s=60.0)  # so that claims are still there
-    writer = RedisObjectStore(client, dynamo_redis_prefix, chunk_bytes=CHUNK_BYTES, patience=patience)
+    client, times = objects._client, ObjectTimes(claim_s=60.0)  # so that claims are still there
+    writer = RedisObjectStore(client, dynamo_redis_prefix, chunk_bytes=CHUNK_BYTES, times=times)
     async with RedisLocks(client, dynamo_redis_prefix).object_lock("b", "n").hold() as held:
         await writer.put("b", "n", content_of("x"), fence=held)
     text = (repository / "docs" / "redis-schema.md").read_text()

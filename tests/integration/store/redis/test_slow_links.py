@@ -16,7 +16,7 @@ from dynamo_redis.config import EventSettings, StoreSettings
 from dynamo_redis.errors import StoreUnavailable
 from dynamo_redis.store.base import PutOp
 from dynamo_redis.store.event_base import Entry, NewEntry, StreamName
-from dynamo_redis.store.objects.chunks import Patience
+from dynamo_redis.store.objects.chunks import ObjectTimes
 from dynamo_redis.store.objects.content import CHUNK_BYTES
 from dynamo_redis.store.objects.redis_objects import RedisObjectStore
 from dynamo_redis.store.redis import blocking, deadline
@@ -251,7 +251,7 @@ async def test_same_content_is_sent_once_over_a_slow_link(slow: Proxy, dynamo_re
     """By one of several uploads at once, though each chunk takes longer than a claim stands."""
     content, clients = content_of("object"), [RedisClient(slow.url, timeout_s=TIMEOUT_S) for _ in range(3)]
     uploads = [
-        RedisObjectStore(client, dynamo_redis_prefix, patience=Patience(claim_s=0.4)) for client in clients
+        RedisObjectStore(client, dynamo_redis_prefix, times=ObjectTimes(claim_s=0.4)) for client in clients
     ]
     sent: list[int] = []
     for client in clients:
