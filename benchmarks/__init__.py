@@ -1,1 +1,1 @@
-"""Benchmarks, one module a suite: `make bench SUITE=start`."""
+"""Benchmarks, one package a suite: `make bench SUITE=start`."""

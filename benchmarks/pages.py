@@ -1,11 +1,11 @@
-"""Figures on pages: each that a suite has measured stands there as the results have it.
+"""Brings the figures on the pages up to date with the results of the suites.
 
-Two forms, both looked for on every page:
+A figure has one of two forms, which are looked for on every page:
 
-- a line of a table whose first cell is a row's id is the line that `report.markdown` makes;
-- a figure in a sentence has a mark behind it that names its row and column, `80,000<!-- S2 ours -->`; of a
-  row with several figures a place, too, from 0: `6.1<!-- R7 ours 1 -->`. It has as many digits as its author
-  gave it, and two at least.
+- A line of a table whose first cell is a row's id is the line that `report.markdown` makes.
+- A figure in a sentence has a mark behind it that names its row and column, `80,000<!-- S2 ours -->`; of a
+  row with several figures also the place, from 0: `6.1<!-- R7 ours 1 -->`. It keeps the number of digits that
+  it has on the page, and has two at least.
 
 `python -m benchmarks.pages` brings all pages up to date. A test demands that this changes nothing.
 """
@@ -32,7 +32,7 @@ Results = Mapping[str, Mapping[str, Any]]
 
 
 def pages() -> list[Path]:
-    """The pages that show figures."""
+    """Return the pages that show figures."""
     return sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/**/*.md"), RESULTS.parent / "README.md"])
 
 
@@ -46,13 +46,13 @@ def results() -> Results:
 
 
 def lines() -> dict[str, str]:
-    """The line of a table for each row."""
+    """Return the line of a table for each row."""
     return {found[1]: found[0] for suite in SUITES for found in _ROW.finditer(markdown(suite))}
 
 
 def updated(page: str, found: Results, rows: Mapping[str, str]) -> str:
-    """The page with the figures of the results. Raises KeyError for a row, and ValueError for a figure of it,
-    that is not there."""
+    """Return the page with the figures of the results. Raises KeyError for an unknown row, and ValueError for
+    a figure that the row does not have."""
 
     def figure(match: re.Match[str]) -> str:
         shown, row, column, place = match.groups()
@@ -66,7 +66,8 @@ def updated(page: str, found: Results, rows: Mapping[str, str]) -> str:
 
 
 def digits(shown: str) -> int:
-    """To how many significant digits a figure is given: zeros at the end of a whole number are none."""
+    """Return the number of significant digits of a figure. Zeros at the end of a whole number do not
+    count."""
     if shown == "none":
         return 2
     bare = shown.replace(",", "")
@@ -76,7 +77,7 @@ def digits(shown: str) -> int:
 
 
 def written(value: float, digits_count: int) -> str:
-    """A figure with so many significant digits."""
+    """Return a figure with `digits_count` significant digits."""
     if value == 0:
         return "none"
     places = digits_count - 1 - math.floor(math.log10(abs(value)))

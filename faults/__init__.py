@@ -1,5 +1,5 @@
-"""Faults of every kind on a real deployment, and the oracles that say what they broke.
+"""Faults of every kind on a real deployment, and the oracles that find the broken promises.
 
-`python -m faults --help`. Needs nothing but this checkout and a Redis or Valkey; see `docs/guarantees.md` for
-what came out.
+See `python -m faults --help`. It needs only this checkout and a Redis or Valkey; `docs/guarantees.md` has the
+results.
 """

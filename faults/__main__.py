@@ -23,7 +23,7 @@ from faults.session import Options, Plan, Result, perform_all
 SHORT_LOAD_S: Final = 4.0
 LONG_LOAD_S: Final = 15.0
 SHORT_BEGIN_S: Final = 60.0
-"""In the short form no run begins later than this: the last ones end within 90 s."""
+"""In the short form no run begins after this many seconds: the last ones end within 90 s."""
 ALWAYS: Final = frozenset(
     {
         "mixed",
@@ -37,7 +37,7 @@ ALWAYS: Final = frozenset(
         "exclusive-mixed",
     }
 )
-"""Of the short form."""
+"""Scenarios that are always part of the short form."""
 RESULTS: Final = Path(__file__).parent / "results"
 PLAIN_WIDTH: Final = 140
 KEPT: Final = Path(".faults")
@@ -66,12 +66,12 @@ def main(
 ) -> None:
     """Break Redis in every way, under load, and check that every promise held.
 
-    Without options: the short form, at most 90 s. As many scenarios as there is time for, each on one of
-    the servers that are installed; scenarios, servers and seeds change from day to day.
+    Without options: the short form, at most 90 s. As many scenarios as there is time for, each on one of the
+    servers that are installed; scenarios, servers and seeds change from day to day.
 
-    Each run has a server and processes of its own. What they did and saw is judged afterwards. When a
-    promise was broken, the exit code is 1, the histories are kept, and the command that makes the run again
-    is printed. A seed fixes which faults come and when; the processes race anew each time.
+    Each run has a server and processes of its own. Their histories are judged afterwards. When a promise was
+    broken, the exit code is 1, the histories are kept, and the command that makes the run again is printed. A
+    seed fixes the faults and their times; the processes race anew each time.
     """
     scenarios = [_named(ALL, name) for name in names] or list(ALL.values())
     kinds = _kinds(servers)
@@ -121,8 +121,8 @@ def _kinds(names: Sequence[str]) -> list[ServerKind]:
 
 
 def _take_turns(scenarios: Sequence[Scenario], kinds: Sequence[ServerKind]) -> list[Plan]:
-    """Each scenario once, on one server each, with a seed and in an order that change from day to day. Those
-    that see most come first, always."""
+    """Return a plan of each scenario on one server, with a seed and in an order that change from day to day.
+    The scenarios that reach most of the code always come first."""
     day = int(time.time() // 86400)
     order = random.Random(day).sample(list(scenarios), len(scenarios))
     order.sort(key=lambda scenario: scenario.name not in ALWAYS)

@@ -1,4 +1,4 @@
-"""Chats with a frontend, as its users have them: streamed, and failed by the first sign of trouble."""
+"""Chats with a frontend as users have them: streamed, and failed at the first sign of trouble."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class ChatFailed(Exception):
 
 
 async def chat(http: httpx.AsyncClient, prompt: str, max_tokens: int) -> AsyncIterator[str]:
-    """The pieces of a streamed answer. Raises ChatFailed."""
+    """Yield the pieces of a streamed answer. Raises ChatFailed."""
     body = {
         "model": MODEL,
         "messages": [{"role": "user", "content": prompt}],

@@ -1,6 +1,6 @@
-"""What the histories say so far, read while they are written: has everything come to agree?
+"""The state of a run according to the histories so far, read while they are written: do all processes agree?
 
-This is how the runner knows that a run may end, and how long recovery took. It judges nothing.
+The runner uses it to decide that a run may end, and to measure the recovery. It does not judge.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any, Final
 from dynamo_redis.names import BARRIERS, PORTS
 
 _NEVER_FAIL: Final = frozenset({"release", "barrier_leave"})
-"""Calls that succeed without an answer from Redis: they tell nothing of whether it serves."""
+"""Calls that succeed without an answer from Redis: they do not show that it serves."""
 
 _GIVEN_UP: Final = (PORTS, BARRIERS)
-"""Keys that a process has only while it says so."""
+"""Keys that a process has only until it gives them up."""
 
 
 @dataclass(slots=True)
@@ -36,7 +36,7 @@ class _Watch:
 
 
 class Followed:
-    """The state of all load processes, as they have written it down. `read` brings it up to date."""
+    """The state of all load processes, as their histories show it. `read` brings it up to date."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -53,7 +53,7 @@ class Followed:
         self.lease_loss_count = 0
 
     def read(self) -> None:
-        """Take in what has been written since the last time."""
+        """Read the new lines of all histories."""
         for path in self._directory.glob("*.jsonl"):
             if path.stem not in ("runner", "observer"):
                 self._read_file(path, self._files.setdefault(path.stem, _File()))
@@ -80,7 +80,8 @@ class Followed:
                 self._end(path.stem, begun, line)
 
     def served_at(self, process: str) -> float:
-        """When the process began the last of its calls that was answered; infinity if it never made one."""
+        """Return the beginning of the process's last call that was answered; infinity if it never made a
+        call."""
         return self._served_at.get(process, float("inf"))
 
     # ------------------------------------------------------------------ calls
@@ -133,8 +134,8 @@ class Followed:
     # ------------------------------------------------------------------ agreement
 
     def disagreement(self, records: dict[str, list[str | None]], alive: set[str]) -> str | None:
-        """Why the run is not quiet yet; None if every watch of the processes alive shows these records, each
-        worker alive has its keys under its lease, and nobody else's are there."""
+        """Return the reason why the run is not quiet yet. Return None if every watch of the processes alive
+        shows these records, each worker alive has its keys under its lease, and there are no other keys."""
         now = {key: record[0] for key, record in records.items()}
         for process in sorted(alive & self._watches.keys()):
             for name, watch in self._watches[process].items():

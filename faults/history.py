@@ -1,12 +1,11 @@
-"""What happened in a run: one line of JSON for each event, written by each process to a file of its own.
+"""The history of a run: a line of JSON for each event, written by each process to a file of its own.
 
-Two kinds of line. A *call* has two: one before the request is sent, one when its outcome is known; a process
-that is killed in between leaves the first alone, and the outcome is unknown. A *note* stands for itself: what
-a watch showed, what the log held, what the runner did.
+There are two kinds of line. A *call* has two lines: one before the request is sent, one when its outcome is
+known. A process that is killed in between leaves only the first, and the outcome is unknown. A *note* is one
+line: an observation of a watch, an entry of the log, an action of the runner.
 
-`at` is CLOCK_MONOTONIC in seconds, which all processes of one machine share, so that lines of different
-processes can be ordered. A line is written with one unbuffered `write`, so that what a killed process has
-written is whole.
+`at` is CLOCK_MONOTONIC in seconds, which all processes of one machine share, so lines of different processes
+can be ordered. A line is written with one unbuffered `write`, so a killed process leaves only whole lines.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 Outcome = Literal["ok", "refused", "unknown"]
-"""Done; certainly not done (the answer says why); nobody knows."""
+"""Done; certainly not done (the answer gives the reason); not known."""
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One request. `ended_at` is infinity while the outcome is unknown: it may yet take effect.
+    """One request. `ended_at` is infinity while the outcome is unknown: it may take effect later.
 
-    `answer` is what it returned, or for a refusal what that said.
+    `answer` is the returned value, or the message of a refusal.
     """
 
     process: str
@@ -42,7 +41,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """Something that a process saw or did at one moment."""
+    """An observation or action of a process at one moment."""
 
     process: str
     at: float
@@ -52,14 +51,14 @@ class Note:
 
 @dataclass(slots=True)
 class History:
-    """All of a run, each list ordered by time (calls by when they began)."""
+    """All events of a run, each list ordered by time (calls by their beginning)."""
 
     calls: list[Call] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
 
     @classmethod
     def read(cls, directory: Path) -> Self:
-        """Put the files of a run's processes together."""
+        """Read the files of a run's processes."""
         history = cls()
         for path in sorted(directory.glob("*.jsonl")):
             history._take(path.stem, path)
@@ -68,7 +67,7 @@ class History:
         return history
 
     def of(self, *kinds: str) -> Iterator[Note]:
-        """The notes of some kinds."""
+        """Yield the notes of some kinds."""
         return (note for note in self.notes if note.kind in kinds)
 
     def _take(self, process: str, path: Path) -> None:
@@ -102,7 +101,8 @@ class History:
 
 
 def shown(value: bytes) -> str:
-    """A value as histories hold it: up to a `|`, behind which a large one is filled up; whatever it is."""
+    """Return a value in the form that histories hold, whatever it is: up to a `|`, behind which a large value
+    is filled up."""
     return value.partition(b"|")[0].decode(errors="backslashreplace")
 
 
@@ -114,17 +114,17 @@ class Recorder:
         self._calls = 0
 
     def begin(self, action: str, /, **arguments: Any) -> int:
-        """A request is about to be sent; answers its number, for `end`."""
+        """Write that a request is about to be sent, and return its number for `end`."""
         self._calls += 1
         self._write({"call": self._calls, "begin": action, "arguments": arguments})
         return self._calls
 
     def end(self, call: int, outcome: Outcome, answer: Any = None) -> None:
-        """Its outcome. Of an unknown one nothing need be written."""
+        """Write the outcome of a call. An unknown outcome need not be written."""
         self._write({"call": call, "end": outcome, "answer": answer})
 
     def note(self, kind: str, /, **fields: Any) -> None:
-        """Something seen or done now."""
+        """Write an observation or action of this moment."""
         self._write({"note": kind, **fields})
 
     def _write(self, line: dict[str, Any]) -> None:

@@ -1,7 +1,8 @@
-"""Judges a run's directory: `python -m faults.judge DIRECTORY` prints what its oracles find; it exits 1 then.
+"""Judges a run's directory: `python -m faults.judge DIRECTORY` prints the oracles' findings, and exits 1 if
+there are any.
 
-A program of its own, so that judging one run does not hold up another that is under way, and so that a kept
-history can be judged again.
+It is a program of its own. So judging one run does not delay another that is under way, and a kept history
+can be judged again.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from faults.oracles import ORACLES
 
 
 def findings(history: History) -> Iterator[tuple[str, str]]:
-    """What is wrong, as (oracle, report)."""
+    """Yield the broken promises as (oracle, report)."""
     yield from _of_recovery(history)
     yield from _of_leases(history)
     for check in ORACLES.values():
@@ -32,7 +33,8 @@ def _of_recovery(history: History) -> Iterator[tuple[str, str]]:
 
 
 def _of_leases(history: History) -> Iterator[tuple[str, str]]:
-    """Where the faults may cost no lease, no worker that was not stopped beyond its TTL has lost one."""
+    """Yield the lost leases of processes that were not stopped beyond the TTL, if the faults may cost no
+    lease."""
     if not any(note.fields["keeps_leases"] for note in history.of("began")):
         return
     stopped = {note.fields["process"] for note in history.of("frozen")}

@@ -1,7 +1,7 @@
 """One process of a run: `python -m faults.load ROLE …`, started by the runner.
 
 It uses the package as its users do, and writes its history. Signals: SIGUSR1, make no new changes; SIGTERM,
-end cleanly; SIGUSR2 (workers), hang the event loop. Whatever ends it unexpectedly stands in its log.
+end cleanly; SIGUSR2 (workers), hang the event loop. The cause of an unexpected end is in its log.
 """
 
 from __future__ import annotations

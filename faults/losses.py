@@ -1,8 +1,9 @@
-"""`python -m faults.losses`: how many acknowledged writes each persistence and replication setting loses.
+"""`python -m faults.losses`: the number of acknowledged writes that each persistence and replication setting
+loses.
 
-Writers put keys into a registry as fast as they can; the server is killed, or a replica that was cut off
-takes over; then it is counted which acknowledged puts are gone. Owners are left out on purpose: they would
-write their keys again. Prints a table and writes `results/losses.json`, the worst of `ROUNDS` for each row.
+Writers put keys into a registry as fast as they can. The server is killed, or a replica that was cut off
+takes over. Then the acknowledged puts that are gone are counted. The keys have no owners, which would write
+them again. Prints a table and writes `results/losses.json`, the worst of `ROUNDS` for each row.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ BOUNDED: Final[Config] = {"min-replicas-to-write": "1", "min-replicas-max-lag": 
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """The worst round of one setting. `window_s`: from the first lost write's answer to the last's."""
+    """The worst round of one setting. `window_s` is the time from the first lost write's answer to the
+    last's."""
 
     setting: str
     fault: str
@@ -47,7 +49,7 @@ class Loss:
 
 
 class Writers:
-    """Puts that were acknowledged, with the time of the answer."""
+    """Acknowledged puts, with the time of each answer."""
 
     def __init__(self, url: str) -> None:
         self._registry = RedisRegistry(
@@ -57,7 +59,7 @@ class Writers:
         self.answered: dict[str, float] = {}
 
     async def start(self) -> None:
-        """Write from now on."""
+        """Start to write."""
         await self._registry.start()
         self._tasks = [asyncio.create_task(self._write(number)) for number in range(WRITERS)]
 
@@ -74,7 +76,7 @@ class Writers:
             count += 1
 
     async def stop(self) -> None:
-        """Write no more."""
+        """Stop to write."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -96,7 +98,7 @@ async def _configure(server: ServerUnderTest, config: Config) -> None:
 
 
 async def after_kill(directory: Path, config: Config) -> tuple[int, int, float]:
-    """kill -9 under writes, restart with what is on disk."""
+    """Kill the server (kill -9) under writes, restart it with its data on disk, and return the losses."""
     kind = installed_servers()[0]
     none = config.get("appendonly") == "no"
     server = ServerUnderTest("a", kind, directory / "a", persistence="none" if none else "everysec")
@@ -116,7 +118,7 @@ async def after_kill(directory: Path, config: Config) -> tuple[int, int, float]:
 
 
 async def after_failover(directory: Path, config: Config) -> tuple[int, int, float]:
-    """The replica hears nothing for `CUT_OFF_S`, then takes over."""
+    """Cut the replica off for `CUT_OFF_S`, let it take over, and return the losses."""
     kind = installed_servers()[0]
     primary = ServerUnderTest("a", kind, directory / "a")
     replica = ServerUnderTest("b", kind, directory / "b")

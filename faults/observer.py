@@ -1,11 +1,11 @@
 """The truth: every entry of the change log, read directly from each server and written into the history.
 
-An entry is known by its id *and* operation. When a server's history is rewound, or its registry made anew,
-the log is read again from its beginning, and what has not been written yet for that server is. So the notes
-of one server are a tree, whose branches leave where an entry's `previous` says.
+An entry is identified by its id *and* operation. When a server's history is rewound, or its registry made
+anew, the log is read again from its beginning, and entries that are new for that server are written. So the
+notes of one server are a tree. A branch leaves the tree at an entry's `previous`.
 
-Faults that destroy history are done through `look_and`, which reads what is new and does the deed in one
-MULTI, or after `catch_up` while writes are held back: the notes have no holes.
+Faults that destroy history run through `look_and`, which reads new entries and destroys in one MULTI, or
+after `catch_up` while writes are held back. So the notes have no holes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _FIELDS: Final = frozenset({b"o", b"k", b"v", b"l", b"w", b"p", b"q"})
 
 @dataclass(slots=True)
 class _Place:
-    """Where reading one server's log has come."""
+    """The position of reading in one server's log."""
 
     server: ServerUnderTest
     incarnation: str = ""
@@ -48,11 +48,11 @@ class Observer:
 
     @property
     def entry_count(self) -> int:
-        """Entries written so far."""
+        """Count of the entries written so far."""
         return sum(len(place.written) for place in self._places.values())
 
     def follow(self, server: ServerUnderTest) -> None:
-        """Read this server's log from now on."""
+        """Start to read this server's log."""
         self._places[server.label] = _Place(server)
         self._tasks.append(asyncio.create_task(self._run(server), name=f"observer of {server.label}"))
 
@@ -72,11 +72,12 @@ class Observer:
             await asyncio.sleep(POLL_S)
 
     async def catch_up(self, server: ServerUnderTest) -> None:
-        """Read all that is there now."""
+        """Read all entries that are there now."""
         await self.look_and(server)
 
     async def look_and(self, server: ServerUnderTest, *commands: Sequence[Word]) -> None:
-        """Read what is new, and in the same moment do something that may destroy it. Raises StoreError."""
+        """Read the new entries and run commands that may destroy history, at the same moment. Raises
+        StoreError."""
         place, log = self._places[server.label], self._keys.log
         async with place.turn:
             head, at, new, everything, *_ = await server.atomically(

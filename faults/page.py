@@ -1,7 +1,7 @@
 """`python -m faults.page`: the tables of `docs/guarantees.md`, made from `results/`.
 
-A row a scenario: the fault, what is promised under it beside what holds always, and what came out over all
-seeds and servers.
+There is a row for each scenario: the fault, the promises under it besides those that always hold, and the
+results over all seeds and servers.
 """
 
 from __future__ import annotations
@@ -70,13 +70,13 @@ _KINDS: Final = {
 
 
 def promise(scenario: str) -> str:
-    """What is promised under a scenario's faults. Raises KeyError."""
+    """Return the promises under a scenario's faults. Raises KeyError."""
     kind, _, _ = scenario.partition("-")
     return _OF_KINDS[kind] if kind in _OF_KINDS else _PROMISES[scenario]
 
 
 def table(results: Path = RESULTS) -> str:
-    """The tables, in Markdown. Empty cells: not run on this machine."""
+    """Return the tables, in Markdown. Empty cells: not run on this machine."""
     measured = [json.loads(path.read_text()) for path in sorted(results.glob("*-*.json"))]
     lines: list[str] = []
     for kind, title in _KINDS.items():
@@ -116,7 +116,7 @@ def _row(name: str, measured: list[dict[str, Any]]) -> str:
 
 
 def losses(results: Path = RESULTS) -> str:
-    """What `faults.losses` measured, in Markdown."""
+    """Return the figures of `faults.losses`, in Markdown."""
     path = results / "losses.json"
     lines = ["| setting | what happens | acknowledged | lost | within |", "|---|---|--:|--:|--:|"]
     for one in json.loads(path.read_text()) if path.exists() else ():

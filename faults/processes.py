@@ -1,4 +1,4 @@
-"""The load processes, as the runner holds them: start, kill, freeze, hang, end."""
+"""The load processes as the runner holds them: start, kill, freeze, hang, end."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ END_GRACE_S: Final = 5.0
 
 @dataclass(slots=True)
 class LoadProcess:
-    """One load process. Everything that the runner does to it is written into the runner's history."""
+    """One load process. Each action of the runner on it is written into the runner's history."""
 
     orders: Orders
     recorder: Recorder
@@ -51,27 +51,27 @@ class LoadProcess:
 
     @property
     def alive(self) -> bool:
-        """Whether it runs (frozen or not)."""
+        """True if it runs (frozen or not)."""
         return self.child.returncode is None
 
     def rest(self) -> None:
-        """Make no new changes."""
+        """Tell it to make no new changes."""
         self.child.send_signal(signal.SIGUSR1)
 
     async def kill(self) -> None:
-        """kill -9."""
+        """Kill it (kill -9)."""
         self.recorder.note("killed", process=self.name, how="SIGKILL")
         self.child.kill()
         await self.child.wait()
 
     def freeze(self) -> None:
-        """SIGSTOP."""
+        """Stop it (SIGSTOP)."""
         self.recorder.note("frozen", process=self.name)
         self.frozen = True
         self.child.send_signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
-        """SIGCONT."""
+        """Let it go on (SIGCONT)."""
         if self.frozen and self.alive:
             self.frozen = False
             self.child.send_signal(signal.SIGCONT)
@@ -83,7 +83,7 @@ class LoadProcess:
         self.child.send_signal(signal.SIGUSR2)
 
     async def end(self) -> None:
-        """SIGTERM, then SIGKILL. Safe to be cancelled."""
+        """Send SIGTERM, then SIGKILL. Safe to be cancelled."""
         self.thaw()
         await self.child.stop(END_GRACE_S)
 

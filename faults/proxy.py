@@ -1,10 +1,10 @@
-"""A TCP proxy that breaks what passes through it, in the ways that networks do.
+"""A TCP proxy that breaks connections in the ways that networks do.
 
-What can be done to all connections or to one (`Conditions`): swallow requests, swallow answers, both (a black
-hole: nothing is even dialled), stall, delay, slow down. Beside these: cut, half-close, refuse, and send new
+To all connections or to one it can (`Conditions`): swallow requests, swallow answers, both (a black hole: the
+target is not even dialled), stall, delay, slow down. Besides it can cut, half-close, refuse, and send new
 connections elsewhere (`target`).
 
-TCP never loses bytes in the middle of a stream. So a connection that has swallowed something never carries
+TCP never loses bytes in the middle of a stream. So a connection that has swallowed bytes never carries
 anything again in that direction, and `heal` breaks it: the peers see silence, then an end.
 """
 
@@ -23,7 +23,7 @@ Side = Literal["client", "server"]
 
 @dataclass(frozen=True, slots=True)
 class Conditions:
-    """What a connection goes through. The default is a good network.
+    """The conditions of a connection. The default is a good network.
 
     `delay_s` is added to each piece, in each direction; `bytes_per_s` bounds each direction of a connection,
     `link_bytes_per_s` each direction of all connections of a proxy together.
@@ -37,7 +37,7 @@ class Conditions:
     link_bytes_per_s: float | None = None
 
     def swallows(self, towards: Side) -> bool:
-        """Whether bytes that travel to that side are thrown away."""
+        """Return whether bytes that travel to that side are thrown away."""
         return self.swallow_requests if towards == "server" else self.swallow_answers
 
 
@@ -62,7 +62,7 @@ class Connection:
         return self.conditions or self._proxy.conditions
 
     async def run(self) -> None:
-        """Carry bytes until one end breaks, or both have ended."""
+        """Carry bytes until one side breaks, or both have ended."""
         try:
             if self._now == BLACK_HOLE:
                 await self._swallow_all()
@@ -116,7 +116,7 @@ class Connection:
                 await asyncio.sleep(step / now.bytes_per_s)
 
     def half_close(self, towards: Side) -> None:
-        """Tell one side that nothing more comes; the other direction goes on."""
+        """End one direction; the other goes on."""
         with contextlib.suppress(OSError, RuntimeError, KeyError):
             self._ends[towards][1].write_eof()
 
@@ -144,17 +144,17 @@ class Proxy:
 
     @property
     def has_swallowed(self) -> bool:
-        """Whether a connection that is still open has lost bytes: `heal` will break it."""
+        """True if a connection that is still open has lost bytes: `heal` will break it."""
         return any(connection.swallowed for connection in self.connections)
 
     @property
     def address(self) -> tuple[str, int]:
-        """Where new connections go."""
+        """Target of new connections."""
         host, _, port = self.target.removeprefix("redis://").partition(":")
         return host, int(port)
 
     async def start(self) -> None:
-        """Listen; `url` says where."""
+        """Listen; `url` has the address."""
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
         self.url = f"redis://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
 
@@ -193,7 +193,7 @@ class Proxy:
             connection.half_close(towards)
 
     def heal(self) -> None:
-        """A good network from now on; connections that have lost bytes break."""
+        """Return to a good network; connections that have lost bytes break."""
         self.conditions, self.refuse = GOOD, False
         for connection in list(self.connections):
             connection.conditions = None

@@ -1,4 +1,4 @@
-"""What the runs of a session came to: a table for people, and a file a server for `docs/guarantees.md`."""
+"""The results of a session's runs: a table for people, and a file a server for `docs/guarantees.md`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from faults.session import Result
 
 
 def progress(console: Console, result: Result) -> None:
-    """One line when a run is over, and everything about it if something was wrong."""
+    """Print a line when a run is over, and its reports if a promise was broken."""
     if result.skipped is not None:
         console.print(f"[yellow]skipped[/] {result.plan}: {result.skipped}", highlight=False)
         return
@@ -38,7 +38,7 @@ def _recovered(result: Result) -> str:
 
 
 def table(results: Sequence[Result]) -> Table:
-    """A row for each server and scenario."""
+    """Return a row for each server and scenario."""
     made = Table("server", "scenario", title="Faults", title_justify="left")
     for name in ("seeds", "calls", "unknown", "batches", "entries", "resyncs", "recovery s", "violations"):
         made.add_column(name, justify="right")
@@ -68,7 +68,7 @@ def _by_scenario(results: Iterable[Result]) -> dict[tuple[str, str], list[Result
 
 
 def summary(results: Sequence[Result]) -> dict[str, Any]:
-    """All seeds of one scenario on one server, as JSON.
+    """Return all seeds of one scenario on one server, as JSON.
 
     `worst_recovery_s` is null if a run never recovered. `violations` counts by oracle; "run" are runs that
     could not be carried out.
@@ -99,7 +99,8 @@ def _worst(recoveries: Sequence[float | None]) -> float | None:
 
 
 def write_results(results: Sequence[Result], directory: Path) -> list[Path]:
-    """`<server>.json` for each server: scenario → its summary. Those not run this time stay as they were."""
+    """Write `<server>.json` for each server: scenario → its summary. Scenarios that did not run keep their
+    results. Returns the paths."""
     directory.mkdir(exist_ok=True)
     paths: dict[Path, dict[str, Any]] = {}
     for (server, scenario), some in sorted(_by_scenario(results).items()):

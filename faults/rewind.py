@@ -1,4 +1,4 @@
-"""History that goes back: what a failover that lost a tail leaves, on one server and at one moment."""
+"""A rewind of history: the state after a failover that lost a tail, on one server and at one moment."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from faults.servers import ServerUnderTest
 
 
 class Rewind:
-    """All of a registry's keys as they were when it was made by `take`; `undo_since` brings them back."""
+    """All of a registry's keys at the time of `take`; `undo_since` brings them back."""
 
     def __init__(self, server: ServerUnderTest, dumps: dict[bytes, bytes]) -> None:
         self._server = server
@@ -17,14 +17,14 @@ class Rewind:
 
     @classmethod
     async def take(cls, server: ServerUnderTest, prefix: str) -> Rewind:
-        """Remember how a registry is. Keys with a TTL are hints, and left alone."""
+        """Remember a registry's keys. Keys with a TTL are hints, and left alone."""
         keys = await server.execute("KEYS", f"{{{prefix}}}:*")
         lasting = [key for key in keys if await server.execute("PTTL", key) == -1]
         dumps = await server.atomically(*(("DUMP", key) for key in lasting))
         return cls(server, dict(zip(lasting, dumps, strict=True)))
 
     async def undo_since(self) -> None:
-        """Forget every write since, at once."""
+        """Undo every write since then, at once."""
         restore: list[Sequence[Argument]] = [
             ("RESTORE", key, 0, dump, "REPLACE") for key, dump in self._dumps.items()
         ]

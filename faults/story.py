@@ -1,4 +1,4 @@
-"""Histories that are not read from files: told by hand, or recorded within one process."""
+"""Histories that are not read from files: written by hand, or recorded within one process."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from faults.history import Call, History, Note, Outcome
 
 @dataclass(slots=True)
 class Begun:
-    """A call under way; end it once, or leave it: then its outcome is unknown."""
+    """A call under way. End it once, or leave it: then its outcome is unknown."""
 
     _story: Story
     _index: int
 
     def ok(self, answer: Any = None) -> None:
-        """It was done, and this was the answer."""
+        """End it as done, with this answer."""
         self._end("ok", answer)
 
     def refused(self, answer: Any = None) -> None:
-        """It was certainly not done."""
+        """End it as certainly not done, with this answer."""
         self._end("refused", answer)
 
     def fails(self, answer: Any = None) -> None:
-        """Its caller was told of an error: the outcome stays unknown."""
+        """Note that its caller was told of an error: the outcome stays unknown."""
         self._end("unknown", answer)
 
     def _end(self, outcome: Outcome, answer: Any) -> None:
@@ -46,7 +46,8 @@ class Begun:
 
 
 class Story:
-    """Grows by what is told to it. Without a clock, each event comes 1 s after the one before."""
+    """A history that grows by calls of its methods. Without a clock, each event comes 1 s after the one
+    before."""
 
     def __init__(self, clock: Callable[[], float] | None = None) -> None:
         ticks = itertools.count(1)
@@ -56,12 +57,12 @@ class Story:
 
     @property
     def history(self) -> History:
-        """What has been told so far."""
+        """The history so far."""
         calls = sorted(self.calls, key=lambda call: call.began_at)
         return History(calls, sorted(self.notes, key=lambda note: note.at))
 
     def begin(self, process: str, action: str, /, **arguments: Any) -> Begun:
-        """A call begins."""
+        """Begin a call."""
         number, infinity = len(self.calls), float("inf")
         self.calls.append(Call(process, number, action, arguments, self.now(), infinity, "unknown"))
         return Begun(self, number)
@@ -69,7 +70,7 @@ class Story:
     def call(
         self, process: str, action: str, answer: Any = None, /, *, refused: bool = False, **arguments: Any
     ) -> None:
-        """A call from begin to end, with nothing in between."""
+        """Begin and end a call, with nothing in between."""
         begun = self.begin(process, action, **arguments)
         if refused:
             begun.refused(answer)
@@ -77,5 +78,5 @@ class Story:
             begun.ok(answer)
 
     def note(self, process: str, kind: str, /, **fields: Any) -> None:
-        """Something is seen or done."""
+        """Add a note."""
         self.notes.append(Note(process, self.now(), kind, fields))

@@ -1,4 +1,4 @@
-"""Certificates for tests: authorities and what they sign, in files as a deployment has them."""
+"""Certificates for tests: authorities and the certificates they sign, in files as a deployment has them."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class Identity:
     key: Path
 
     def move_to(self, other: Identity) -> None:
-        """Take the place of another's files."""
+        """Replace another identity's files with these."""
         self.key.replace(other.key)
         self.cert.replace(other.cert)
 
 
 class Authority:
-    """Signs certificates; `path` is its own."""
+    """Signs certificates; `path` is its own certificate."""
 
     def __init__(self, directory: Path, name: str = "ca") -> None:
         self.path = directory / f"{name}.pem"
@@ -38,7 +38,7 @@ class Authority:
         self._ca.cert_pem.write_to_path(self.path)
 
     def issue(self, *hosts: str, is_expired: bool = False) -> Identity:
-        """A certificate for these names and addresses; for 127.0.0.1, if none is given."""
+        """Return a certificate for these names and addresses; for 127.0.0.1, if none is given."""
         self._issued_count += 1
         stem = f"{self._name}-{self._issued_count}"
         made = Identity(self._directory / f"{stem}.crt", self._directory / f"{stem}.key")
@@ -49,7 +49,7 @@ class Authority:
         return made
 
     def settings(self, identity: Identity | None = None, mode: str = "on") -> dict[str, Any]:
-        """The settings, by field, of a process that trusts this authority and has this identity."""
+        """Return the settings, by field, of a process that trusts this authority and has this identity."""
         found: dict[str, Any] = {"tcp_tls": mode, "tcp_tls_ca": self.path}
         if identity is not None:
             found |= {"tcp_tls_cert": identity.cert, "tcp_tls_key": identity.key}

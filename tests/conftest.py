@@ -1,6 +1,5 @@
-"""What all tests share. The Redis server and the prefix come from the package's own pytest plugin,
-`dynamo_redis.testing`, as they do for its users.
-"""
+"""Fixtures of all tests. The Redis server and the prefix come from the package's own pytest plugin,
+`dynamo_redis.testing`, as they do for its users."""
 
 from __future__ import annotations
 
@@ -23,21 +22,21 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def pytest_configure() -> None:
-    """Let the processes that tests start hear ^C, also where a shell started pytest in the background, with
-    that signal ignored: what a process ignores, its children ignore."""
+    """Let the processes that tests start receive ^C, also where a shell started pytest in the background,
+    with that signal ignored: child processes inherit ignored signals."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
 def anyio_backend() -> tuple[str, dict[str, Any]]:
-    """The event loop that the programs run on."""
+    """Return the event loop that the programs run on."""
     return "asyncio", {"use_uvloop": True}
 
 
 @pytest.fixture(autouse=True)
 def no_leaked_threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A thread that a test leaves behind fails it, and so does a task.
+    """Fail a test that leaves a thread or a task behind.
 
     The event loop's own thread pool (name resolution) belongs to the loop and ends with it.
     """
@@ -58,7 +57,8 @@ def _threads_of_the_code() -> set[threading.Thread]:
 
 @pytest.fixture
 async def no_leaked_tasks() -> AsyncIterator[None]:
-    """A task that a test or its fixtures leave behind fails it. Requested before all others, checked last."""
+    """Fail a test that leaves a task behind, also by its fixtures. Requested before all others, checked
+    last."""
     yield
     deadline = time.monotonic() + _TASKS_MAY_END_S
     while (left := _tasks_of_the_code()) and time.monotonic() < deadline:
@@ -67,19 +67,19 @@ async def no_leaked_tasks() -> AsyncIterator[None]:
 
 
 def _tasks_of_the_code() -> list[asyncio.Task[object]]:
-    """All tasks but those in which anyio's plugin runs tests and fixtures."""
+    """Return all tasks but those in which anyio's plugin runs tests and fixtures."""
     return [task for task in asyncio.all_tasks() if "TestRunner." not in str(task.get_coro())]
 
 
 @pytest.fixture
 def repository() -> Path:
-    """The root of the checkout."""
+    """Return the root of the checkout."""
     return REPOSITORY
 
 
 @pytest.fixture
 def shared() -> Path:
-    """The directory of real inputs beside the checkout; the test is skipped where it is absent."""
+    """Return the directory of real inputs beside the checkout; skip the test where it is absent."""
     path = REPOSITORY.parent / "shared"
     if not path.is_dir():
         pytest.skip(f"needs the inputs in {path}")
@@ -88,7 +88,8 @@ def shared() -> Path:
 
 @pytest.fixture
 async def own_redis_server(tmp_path: Path) -> AsyncIterator[EmbeddedServer]:
-    """A server of the test's own, on a loopback port, which it may kill, freeze, erase and restart."""
+    """Run a server of the test's own, on a loopback port, which the test may kill, freeze, erase and
+    restart."""
     directory = tmp_path / "redis"
     directory.mkdir()
     async with EmbeddedServer(directory, port=0) as server:

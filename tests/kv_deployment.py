@@ -1,7 +1,8 @@
 """A deployment in one process for tests of KV events: workers with simulated caches, and routers' indexers.
 
-Everything between is real: request plane, registry, event streams. What a worker's cache truly holds is known
-from the cache itself, by names that the publisher must translate, so that an index can be compared to it.
+Everything between is real: request plane, registry, event streams. The true content of a worker's cache is
+known from the cache itself, by names that the publisher must translate, so that an index can be compared to
+it.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ _DEPTH = 8
 
 
 class SimulatedRank:
-    """One rank's cache under random prompts that share prefixes; told to a `KvPublisher`."""
+    """One rank's cache under random prompts that share prefixes; its events go to a `KvPublisher`."""
 
     def __init__(self, publisher: KvPublisher, rng: random.Random, total_blocks: int = 64) -> None:
         self.publisher = publisher
@@ -56,7 +57,7 @@ class SimulatedRank:
         self._cache = BlockCache(total_blocks, BLOCK_SIZE, self._tell)
 
     def chat(self) -> None:
-        """One prompt comes, is computed and let go; old blocks make room."""
+        """Store the blocks of one prompt, and release them; old blocks are evicted."""
         rng = self._rng
         prefix, depth = rng.randrange(_PREFIXES), rng.randrange(1, _DEPTH + 1)
         tokens = array("I", [prefix * 1000 + place for place in range(depth * BLOCK_SIZE)])
@@ -70,7 +71,7 @@ class SimulatedRank:
         cache.release(table)
 
     def truth(self) -> set[int]:
-        """The sequence hashes of what the cache holds."""
+        """Return the sequence hashes of the cached blocks."""
         return {name ^ _SALT for name in self._cache.stored()}
 
     def _tell(self, event: BlocksStored | BlocksRemoved | AllBlocksCleared) -> None:
@@ -83,7 +84,8 @@ class SimulatedRank:
 
 
 class SimulatedWorker:
-    """One process's part: its ranks, what sends their events, and the endpoint that tells them again."""
+    """A worker of one process: its ranks, the publisher of their events, and the endpoint that dumps their
+    blocks."""
 
     def __init__(self, runtime: DistributedRuntime, seed: int, rank_count: int) -> None:
         self.runtime = runtime
@@ -104,13 +106,13 @@ class SimulatedWorker:
             for rank, sender in enumerate(self.senders)
         ]
         self.answers = True
-        """Set it to False and the worker does not say what it holds: it hangs."""
+        """False: the worker does not answer a request for its blocks, as if it hung."""
         self.asked_count = 0
         self.told_count = 0
-        """Batches of answers."""
+        """Count of the batches of its answers."""
 
     async def start(self) -> None:
-        """Be found, and begin to send."""
+        """Register, and begin to publish."""
         dump = KvDump(
             {each: rank.publisher for each, rank in zip(self.ids, self.ranks, strict=True)},
             event_plane=self.runtime.settings.events.event_plane,
@@ -134,13 +136,13 @@ class SimulatedWorker:
             sender.wake()
 
     def chat(self, count: int = 1) -> None:
-        """So many prompts for each rank."""
+        """Store `count` prompts in each rank."""
         for rank in self.ranks:
             for _ in range(count):
                 rank.chat()
 
     def truth(self) -> dict[Worker, set[int]]:
-        """What its ranks hold."""
+        """Return the blocks of its ranks."""
         return {
             Worker(self.instance_id, number): held
             for number, rank in enumerate(self.ranks)
@@ -148,7 +150,7 @@ class SimulatedWorker:
         }
 
     async def aclose(self) -> None:
-        """Leave."""
+        """Unregister and close."""
         for sender in self.senders:
             await sender.aclose()
         await self.runtime.aclose()
@@ -168,7 +170,7 @@ class Deployment:
     async def runtime(
         self, *, url: str | None = None, instance_id: int | None = None, **others: Any
     ) -> DistributedRuntime:
-        """One more process."""
+        """Return the runtime of one more process."""
         settings = Settings.load(**{"redis_url": url or self._url, **self._settings, **others})
         if instance_id is None:
             runtime = DistributedRuntime(settings=settings)
@@ -193,7 +195,7 @@ class Deployment:
         rank_count: int = 1,
         **settings: Any,
     ) -> SimulatedWorker:
-        """One more worker."""
+        """Start one more worker."""
         self._started_count += 1
         runtime = await self.runtime(url=url, instance_id=instance_id, **settings)
         worker = SimulatedWorker(runtime, self._started_count, rank_count)
@@ -202,7 +204,7 @@ class Deployment:
         return worker
 
     async def router(self, *, url: str | None = None, **settings: Any) -> Indexer:
-        """One more router, started."""
+        """Start one more router."""
         self._started_count += 1
         runtime = await self.runtime(url=url)
         indexer = Indexer(
@@ -218,32 +220,32 @@ class Deployment:
         return indexer
 
     async def end_router(self, indexer: Indexer) -> None:
-        """A router leaves."""
+        """End a router."""
         self.indexers.remove(indexer)
         await indexer.aclose()
         await self._runtimes.pop(indexer).aclose()
 
     async def end_worker(self, worker: SimulatedWorker) -> None:
-        """A worker leaves."""
+        """End a worker."""
         self.workers.remove(worker)
         await worker.aclose()
 
     async def restart_worker(self, worker: SimulatedWorker) -> SimulatedWorker:
-        """A worker ends and is there again under its id, with an empty cache."""
+        """End a worker, and start it again under its id, with an empty cache."""
         await self.end_worker(worker)
         return await self.worker(instance_id=worker.instance_id, rank_count=len(worker.ranks))
 
     def chat(self, count: int = 1) -> None:
-        """So many prompts at each worker's ranks."""
+        """Store `count` prompts in each worker's ranks."""
         for worker in self.workers:
             worker.chat(count)
 
     def truth(self) -> dict[Worker, set[int]]:
-        """What all caches hold."""
+        """Return the blocks of all caches."""
         return {rank: held for worker in self.workers for rank, held in worker.truth().items()}
 
     async def agree(self, *indexers: Indexer) -> None:
-        """Wait until every index equals the truth; fails with the difference."""
+        """Wait until every index equals the truth; fail with the difference."""
         deadline = time.monotonic() + WAIT_S
         for indexer in indexers or tuple(self.indexers):
             while (difference := differences(indexer, self.truth())) and time.monotonic() < deadline:
@@ -259,13 +261,13 @@ class Deployment:
 
 
 def held(indexer: Indexer) -> dict[Worker, set[int]]:
-    """What a router believes."""
+    """Return the blocks that a router believes in."""
     index = indexer.index
     return {worker: blocks for worker in index.workers() if (blocks := index.blocks_of(worker)[DEVICE])}
 
 
 def differences(indexer: Indexer, truth: dict[Worker, set[int]]) -> list[str]:
-    """Where a router is wrong: for each worker, blocks too few and too many."""
+    """Return the errors of a router: for each worker, the counts of missing and wrong blocks."""
     believed = held(indexer)
     return [
         f"{worker}: {len(truth.get(worker, set()) - believed.get(worker, set()))} missing,"
@@ -276,7 +278,7 @@ def differences(indexer: Indexer, truth: dict[Worker, set[int]]) -> list[str]:
 
 
 def hasten(patch: pytest.MonkeyPatch) -> None:
-    """Shorten the pauses that tests would wait for; what follows what stays the same."""
+    """Shorten the pauses that tests would wait for; the order of events stays the same."""
     patch.setattr(followers, "BLOCK_S", 0.1)
     patch.setattr(readers, "CHECK_S", 0.1)
     patch.setattr(recovery, "DOUBT_PAUSE_S", 0.1)
@@ -286,7 +288,7 @@ def hasten(patch: pytest.MonkeyPatch) -> None:
 
 @asynccontextmanager
 async def deployment(url: str, prefix: str, **settings: Any) -> AsyncIterator[Deployment]:
-    """A deployment without workers and routers yet."""
+    """Yield a deployment without workers and routers yet."""
     made = Deployment(url, prefix, **settings)
     with pytest.MonkeyPatch.context() as patch:
         hasten(patch)
@@ -297,7 +299,7 @@ async def deployment(url: str, prefix: str, **settings: Any) -> AsyncIterator[De
 
 
 async def wait_until(condition: Any, what: str) -> None:
-    """Poll until it holds; fails naming it."""
+    """Poll until the condition holds; fail with its name."""
     deadline = time.monotonic() + WAIT_S
     while not condition():
         assert time.monotonic() < deadline, f"never: {what}"

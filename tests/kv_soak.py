@@ -2,8 +2,9 @@
 
     python -m tests.kv_soak --seconds 600 --seed 1
 
-A round is a burst of prompts and some faults, while the others go on; then a few more prompts, quiet, and the
-comparison. The seed decides what is done, not how the processes' steps fall: a failure may need some tries.
+A round is a burst of prompts and some faults at the same time; then a few more prompts, quiet, and the
+comparison. The seed decides the actions, not the timing of the processes' steps: a failure may need some
+tries.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ _NO_ANSWERS = Conditions(swallow_answers=True)
 
 
 class Soak:
-    """One deployment, half of which reaches Redis through a proxy, and what is done to it."""
+    """One deployment, half of which reaches Redis through a proxy, and the faults of it."""
 
     def __init__(self, deployed: Deployment, server: EmbeddedServer, proxy: Proxy, prefix: str, seed: int):
         self.rng = random.Random(seed)
@@ -64,14 +65,14 @@ class Soak:
         ]
 
     async def start(self) -> None:
-        """Workers and routers."""
+        """Start workers and routers."""
         for number in range(_WORKERS):
             await self._deployed.worker(url=self._url(number), rank_count=1 + number % 2)
         for number in range(_ROUTERS):
             await self._deployed.router(url=self._url(number), router_snapshot_threshold=300)
 
     async def run(self, duration_s: float) -> None:
-        """Rounds until the time is over; at least one of each fault."""
+        """Run rounds until the time is over; at least one of each fault."""
         until = time.monotonic() + duration_s
         pending = self.rng.sample(self._faults, len(self._faults))
         while pending or time.monotonic() < until:
@@ -96,42 +97,42 @@ class Soak:
     # ----------------------------------------------------------------- what happens
 
     async def restart_worker(self) -> None:
-        """A worker ends and comes back under its id."""
+        """End a worker and start it again under its id."""
         await self._deployed.restart_worker(self.rng.choice(self._deployed.workers))
 
     async def replace_worker(self) -> None:
-        """A worker leaves, and another comes."""
+        """End a worker, and start another."""
         await self._deployed.end_worker(self.rng.choice(self._deployed.workers))
         await self._deployed.worker(url=self._url(self.rng.randrange(2)), rank_count=self.rng.randrange(1, 3))
 
     async def restart_router(self, *, reset: bool = False) -> None:
-        """A router ends and another starts."""
+        """End a router and start another."""
         await self._deployed.end_router(self.rng.choice(self._deployed.indexers))
         await self._deployed.router(
             url=self._url(self.rng.randrange(2)), router_snapshot_threshold=300, router_reset_states=reset
         )
 
     async def reset_states(self) -> None:
-        """A router begins anew, with `router_reset_states`."""
+        """Start a router anew, with `router_reset_states`."""
         await self.restart_router(reset=True)
 
     async def save_snapshot(self) -> None:
-        """All routers store a snapshot at once; most are refused."""
+        """Let all routers store a snapshot at once; most are refused."""
         await asyncio.gather(*map(_save, self._deployed.indexers))
 
     async def lose_answers(self) -> None:
-        """What is sent arrives, and nobody hears of it."""
+        """Let commands arrive and lose their answers."""
         await self._through_proxy(_NO_ANSWERS, 0.1)
 
     async def cut_off(self) -> None:
-        """Connections break, and none can be made for a moment."""
+        """Break all connections, and refuse new ones for a moment."""
         self._proxy.refuse = True
         self._proxy.cut()
         await asyncio.sleep(0.1)
         self._proxy.heal()
 
     async def sleep_past_the_trim(self) -> None:
-        """Nothing comes through, while the others publish more than the stream keeps."""
+        """Stall the connections while the other workers publish more than the stream keeps."""
         flood = asyncio.create_task(self._flood())
         await self._through_proxy(STALL, 0.2)
         await flood
@@ -147,19 +148,19 @@ class Soak:
         self._proxy.heal()
 
     async def delete_stream(self) -> None:
-        """Somebody deletes the stream, or a part of it."""
+        """Delete the stream, or a part of it."""
         async with self._redis() as redis:
             await redis.delete(*self._keys.all[: self.rng.randrange(1, 4)])
 
     async def delete_group(self) -> None:
-        """Somebody deletes a router's group."""
+        """Delete a router's group."""
         async with self._redis() as redis:
             router = self.rng.choice(self._deployed.indexers)
             if await redis.exists(self._keys.events):
                 await redis.xgroup_destroy(self._keys.events, router.router_id)
 
     async def damage_entry(self) -> None:
-        """What is stored is not what was sent, once."""
+        """Damage one stored entry."""
         streams = self.rng.choice(self._deployed.workers).runtime.events
         append = streams.append
 
@@ -171,12 +172,12 @@ class Soak:
         await asyncio.sleep(0.02)
 
     async def wipe(self) -> None:
-        """FLUSHALL."""
+        """Delete everything (FLUSHALL)."""
         async with self._redis() as redis:
             await redis.flushall()
 
     async def restart_redis(self) -> None:
-        """Redis is killed and started again, with its data or without."""
+        """Kill Redis and start it again, with its data or without."""
         await self._server.kill()
         if self.rng.random() < 0.5:
             self._server.erase()
@@ -192,7 +193,7 @@ async def _save(router: Indexer) -> None:
 
 
 async def soak(server: EmbeddedServer, prefix: str, *, seed: int, duration_s: float) -> Counter[str]:
-    """Run on a server of its own; answers how often each fault was done."""
+    """Run on a server of its own; return the number of times of each fault."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(snapshotter, "SPACING_S", 0.0)
         return await _soak(server, prefix, seed, duration_s)

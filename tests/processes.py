@@ -1,4 +1,4 @@
-"""Looks at other processes, each of which may end between two of a test's steps."""
+"""Queries about other processes, each of which may end between two of a test's steps."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import psutil
 
 
 def is_alive(process: psutil.Process) -> bool:
-    """Answer whether it runs: a zombie, which only waits to be collected, does not."""
+    """Return whether it runs: a zombie, which only waits to be collected, does not."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -14,7 +14,7 @@ def is_alive(process: psutil.Process) -> bool:
 
 
 def command_line(process: psutil.Process) -> list[str]:
-    """Its program and arguments; empty once it has ended."""
+    """Return its program and arguments; empty once it has ended."""
     try:
         return process.cmdline()
     except psutil.NoSuchProcess:
@@ -22,7 +22,7 @@ def command_line(process: psutil.Process) -> list[str]:
 
 
 def program_name(process: psutil.Process) -> str:
-    """The file name of its program; empty once it has ended."""
+    """Return the file name of its program; empty once it has ended."""
     try:
         return process.name()
     except psutil.NoSuchProcess:

@@ -29,7 +29,7 @@ WORKERS = EndpointName("dynamo", "backend", "generate")
 
 
 class NotingEngine(MockEngine):
-    """Counts what it is asked, and holds answers back while `gate` is closed."""
+    """Counts its requests, and holds answers back while `gate` is closed."""
 
     def __init__(self, settings: MockEngineSettings, model: ModelDirectory) -> None:
         super().__init__(settings, model)
@@ -100,7 +100,7 @@ class Deployment:
     async def router(
         self, runtime_settings: dict[str, Any] | None = None, **settings: Any
     ) -> tuple[KvRouter, DistributedRuntime]:
-        """A router without anything around it."""
+        """Start a router alone, without a service around it."""
         runtime = await self.open_runtime(**(runtime_settings or {}))
         router = KvRouter(runtime, WORKERS, RouterSettings.load(**settings))
         await self.closing.enter_async_context(router)
@@ -109,7 +109,7 @@ class Deployment:
     async def frontend(
         self, runtime_settings: dict[str, Any] | None = None, *, mode: str = "kv", **settings: Any
     ) -> httpx.AsyncClient:
-        """A frontend that serves the demo model; settings are its own and its router's."""
+        """Start a frontend that serves the demo model; the settings are its own and its router's."""
         runtime = await self.open_runtime(**(runtime_settings or {}))
         ready = asyncio.Event()
         urls: list[str] = []
@@ -161,14 +161,14 @@ async def deployment(
 
 
 async def until(condition: Callable[[], object]) -> None:
-    """Wait until something is so; the test's own time-out bounds it."""
+    """Wait until a condition holds; the test's own time-out bounds the wait."""
     async with asyncio.timeout(20):
         while not condition():
             await asyncio.sleep(0.01)
 
 
 async def until_served(*frontends: httpx.AsyncClient, instances: int = 1) -> None:
-    """Wait until each frontend can reach so many workers."""
+    """Wait until each frontend can reach all workers."""
     async with asyncio.timeout(20):
         for frontend in frontends:
             while len((await frontend.get("/health")).json()["instances"]) != instances:

@@ -1,4 +1,4 @@
-"""Values that others may write where this package reads: the worst that are known, and generated ones."""
+"""Values that other programs may write where this package reads: the worst known ones, and generated ones."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WORST_JSON: dict[str, bytes] = {
     "a later major version": b'{"version":99}',
     "half a character": rb'{"version":1,"namespace":"\ud800"}',
 }
-"""Whole records that are none, whatever kind of JSON is expected."""
+"""Whole records that are invalid, whatever kind of JSON is expected."""
 
 WORST_VALUES: dict[str, str] = {
     "infinity": "1e999",
@@ -47,17 +47,17 @@ WORST_VALUES: dict[str, str] = {
     "an object": '{"a": {"b": []}}',
     "deep lists": "[" * DEEP + "]" * DEEP,
 }
-"""What one field may hold, as JSON text."""
+"""Values of one field, as JSON text."""
 
 
 def with_field(record: dict[str, Any], field: str, text: str) -> bytes:
-    """A record in which one field holds that JSON text."""
+    """Return a record in which one field holds that JSON text."""
     marker = "@@here@@"
     return json.dumps({**record, field: marker}).replace(f'"{marker}"', text).encode()
 
 
 def json_values() -> st.SearchStrategy[Any]:
-    """Any JSON value."""
+    """Draw any JSON value."""
     leaves = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20)
     return st.recursive(
         leaves,
@@ -67,7 +67,7 @@ def json_values() -> st.SearchStrategy[Any]:
 
 
 def records_like(good: dict[str, Any]) -> st.SearchStrategy[bytes]:
-    """Records that are almost right: some fields are replaced, or missing, or there are others."""
+    """Draw records that are almost right: some fields are replaced, or missing, or there are others."""
     changes = st.dictionaries(st.sampled_from(sorted(good)) | st.text(max_size=8), json_values(), max_size=3)
     missing = st.sets(st.sampled_from(sorted(good)), max_size=2)
 
@@ -96,11 +96,11 @@ WORST_MSGPACK: dict[str, bytes] = {
     "numbers out of range": msgpack.packb([1, "t", -1, 1 << 63, -1, (1 << 64) - 1, 0, []]),
     "no UTF-8": b"\x98" + b"\x01" + b"\xa2\xff\xfe" + b"\x00" * 5 + b"\x90",
 }
-"""Whole values that are none, where an array in msgpack is expected."""
+"""Whole values that are invalid where an array in msgpack is expected."""
 
 
 def msgpack_values() -> st.SearchStrategy[Any]:
-    """Any value of msgpack."""
+    """Draw any value of msgpack."""
     integers = st.integers(-(1 << 63), (1 << 64) - 1)
     leaves = (
         st.none() | st.booleans() | integers | st.floats() | st.text(max_size=20) | st.binary(max_size=20)
@@ -113,7 +113,8 @@ def msgpack_values() -> st.SearchStrategy[Any]:
 
 
 def arrays_like(good: list[Any]) -> st.SearchStrategy[list[Any]]:
-    """Arrays that are almost right: up to two parts are others, or the end is missing, or there is more."""
+    """Draw arrays that are almost right: up to two parts are replaced, or the end is missing, or there is
+    more."""
     places = st.dictionaries(st.integers(0, len(good) - 1), msgpack_values(), max_size=2)
 
     def make(changed: dict[int, Any], length: int, more: list[Any]) -> list[Any]:

@@ -22,14 +22,14 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def modules(root: Path, *folders: str) -> Iterator[tuple[Path, ast.Module]]:
-    """All Python files below these folders, parsed."""
+    """Yield all Python files below these folders, parsed."""
     for folder in folders:
         for path in sorted((root / folder).rglob("*.py")):
             yield path, ast.parse(path.read_text(encoding="utf-8"))
 
 
 def question_docstrings(root: Path) -> list[str]:
-    """`file:line` of each docstring that begins with a word for a question."""
+    """Return `file:line` of each docstring that begins with a question word."""
     found = []
     for path, module in modules(root, *CODE):
         for node in ast.walk(module):
@@ -51,7 +51,7 @@ def docstring_count(root: Path) -> int:
 
 
 def texts(root: Path) -> Iterator[Path]:
-    """Every file with prose: code, scripts and pages."""
+    """Yield every file with prose: code, scripts and pages."""
     for folder in (*CODE, "docs"):
         for pattern in ("*.py", "*.lua", "*.md"):
             yield from sorted((root / folder).rglob(pattern))
@@ -69,12 +69,12 @@ def persons(root: Path) -> tuple[int, int]:
 
 
 def long_test_names(root: Path) -> list[str]:
-    """The names of tests that are longer than `TEST_NAME_LENGTH`."""
+    """Return the names of tests that are longer than `TEST_NAME_LENGTH`."""
     return [name for name in test_names(root) if len(name) > TEST_NAME_LENGTH]
 
 
 def test_names(root: Path) -> list[str]:
-    """The names of all tests."""
+    """Return the names of all tests."""
     return [
         node.name
         for _, module in modules(root, "tests")

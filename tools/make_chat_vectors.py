@@ -5,7 +5,7 @@
 Each directory is the demo model's tokenizer with other files beside it. Its prompts are those of
 `apply_chat_template`: the tokenizer's, and the processor's for `chat_template.json`, which tokenizers do not
 read. Those of conversations are `render_jinja_template`'s, which gives a template null content as the client
-sent it; the other one drops the key.
+sent it; `apply_chat_template` drops the key.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ PARSED = {"id": "c1", "type": "function", "function": {"name": "add", "arguments
 
 
 def calling(call: dict[str, Any], **content: Any) -> list[dict[str, Any]]:
-    """A conversation in which the assistant calls a tool."""
+    """Return a conversation in which the assistant calls a tool."""
     return [
         {"role": "user", "content": "5+3"},
         {"role": "assistant", **content, "tool_calls": [call]},

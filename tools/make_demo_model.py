@@ -27,7 +27,7 @@ END_OF_TEXT, _, END_OF_MESSAGE = range(3)
 
 
 def train() -> Tokenizer:
-    """The tokenizer; special tokens have ids 0 to 2."""
+    """Train and return the tokenizer; special tokens have ids 0 to 2."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -44,7 +44,7 @@ def train() -> Tokenizer:
 
 
 def configurations(vocabulary_size: int) -> dict[str, dict[str, Any]]:
-    """The JSON files beside tokenizer.json, by name."""
+    """Return the JSON files beside tokenizer.json, by name."""
     return {
         "tokenizer_config.json": {
             "added_tokens_decoder": {

@@ -3,8 +3,8 @@
     pip install ai-dynamo-runtime==1.6.1
     python tools/make_load_vectors.py > tests/vectors/potential_blocks.json
 
-Requests whose prompts begin alike come to two workers and end, in random order; after each, Dynamo says how
-many blocks each worker would hold with one more request. A prompt stands here as one token a block.
+Requests whose prompts begin alike come to two workers and end, in random order. After each, Dynamo reports
+the blocks that each worker would hold with one more request. A prompt is written here as one token a block.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ STEPS = 150
 
 
 def prompt(rng: random.Random, systems: list[list[int]]) -> list[int]:
-    """A beginning of one of the system prompts, and a few blocks of which some are common, too."""
+    """Return the beginning of one of the system prompts, and a few blocks of which some are common, too."""
     system = rng.choice(systems)
     return system[: rng.randint(1, len(system))] + rng.choices(range(3), k=rng.randint(0, 6))
 

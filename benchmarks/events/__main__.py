@@ -37,7 +37,7 @@ BOUNDS: Bounds = {
         3,
     ),
 }
-"""Each row's words, what it must reach, and what it aims at."""
+"""Text, bound (`must`) and aim of each row."""
 
 GROUPS: Groups = (
     (("E1",), publishing),
@@ -45,11 +45,11 @@ GROUPS: Groups = (
     (("E3",), consuming),
     (("E4",), latency),
 )
-"""Rows that one measurement yields."""
+"""The rows of each measurement."""
 
 
 def main() -> None:
-    """Run the suite, or the rows asked for."""
+    """Run the suite, or the rows of the command line."""
     run_suite(
         "events",
         __doc__,
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def _conditions() -> list[str]:
-    """What a reader has to know to judge the figures."""
+    """Return the conditions of the measurement that a reader needs to judge the figures."""
     redis = _output(find_server().path, "--version").split()[:3]
     nats = _output(nats_binary(), "--version").replace(": v", " ")
     client = _output(nats_python(), "-c", "from importlib.metadata import version; print(version('nats-py'))")

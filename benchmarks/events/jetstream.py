@@ -1,4 +1,4 @@
-"""The rival of suite `events`: a nats-server with JetStream, and the interpreter that has its client."""
+"""The rival of suite `events`: a nats-server with JetStream, and the interpreter with its client."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _READY_S = 10.0
 
 
 def nats_python() -> str:
-    """The interpreter of the rival's client."""
+    """Return the interpreter that has the rival's client."""
     return rival_python("jetstream", "nats-py", "uvloop", "msgpack")
 
 
 def nats_binary() -> str:
-    """The rival's server. Raises RuntimeError."""
+    """Return the path of nats-server. Raises RuntimeError if it is not installed."""
     binary = shutil.which("nats-server") or shutil.which("nats-server", path="/usr/sbin:/usr/local/sbin")
     if binary is None:
         raise RuntimeError("no `nats-server` on PATH; on Debian and Ubuntu: `apt-get install nats-server`")
@@ -30,7 +30,8 @@ def nats_binary() -> str:
 
 @contextmanager
 def nats_server() -> Iterator[str]:
-    """A nats-server with JetStream on files that go with the block; its URL. Raises RuntimeError."""
+    """Run a nats-server with JetStream on files until the block ends, and yield its URL. Raises RuntimeError
+    if it is not installed or does not start."""
     port = free_port()
     with tempfile.TemporaryDirectory() as directory:
         settings, log = Path(directory) / "nats.conf", Path(directory) / "log"
@@ -50,7 +51,8 @@ def nats_server() -> Iterator[str]:
 
 
 def sync_interval() -> str | None:
-    """How often JetStream is told to sync, as often as `appendfsync everysec`; None if it cannot be told."""
+    """Return JetStream's `sync_interval`, equal to that of `appendfsync everysec`; None if this version has
+    no such setting."""
     with tempfile.NamedTemporaryFile("w", suffix=".conf") as settings:
         settings.write('jetstream { sync_interval: "1s" }\n')
         settings.flush()

@@ -1,8 +1,8 @@
-"""E4: how long after it was published an event is applied in all of several routers.
+"""E4: time from the publication of an event until all of several routers have applied it.
 
-A worker publishes stored blocks on a schedule, one an event; routers run the indexer of a real router, each
-in a process of its own. What is measured is the time from `stored` to the moment at which the last router has
-the block in its index. Meanwhile another process sends PINGs to the same server.
+A worker publishes stored blocks on a schedule, one an event. Routers run the indexer of a real router, each
+in a process of its own. The time from the call of `stored` to the moment at which the last router has the
+block in its index is measured. Meanwhile another process sends PINGs to the same server.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ROUND_S = 3.0
 
 
 def latency(rounds: int) -> dict[str, Measured]:
-    """E4, in ms: the 99th percentiles."""
+    """Measure E4: 99th percentiles in ms."""
     applied: list[float] = []
     floors: list[float] = []
     linger_ms = 1e3 * EventSettings.load().event_linger_s

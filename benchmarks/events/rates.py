@@ -1,13 +1,13 @@
-"""E1 to E3: how many events a second are published durably, and consumed with acknowledgements.
+"""E1 to E3: events a second that are published durably, and consumed with acknowledgements.
 
 Each round of E1 and E3 measures four things one after the other, in turning order: our publisher and
-JetStream, each with one event an entry (or message) and with 256. One client process a side, one server a
-side.
+JetStream, each with one event an entry (or message) and with 256. There is one client process and one server
+a side.
 
-E2 is close, so it is measured apart: three pairs a round, of which the other side begins each time, and more
-events at once. Its Redis syncs its file as seldom as JetStream does. Before each measurement that Redis has
-rewritten its file, and the kernel has written what both sides have left: either would go on beside the next
-one, and take a core or the disk from it.
+The two sides of E2 are close. So it is measured apart: three pairs a round, with more events at once, and the
+side that begins alternates. Its Redis syncs its file as seldom as JetStream does. Before each measurement
+this Redis has rewritten its file, and the kernel has written the pages that both sides left. Otherwise either
+work would go on during the next measurement and take a core or the disk from it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from benchmarks.harness.report import Measured, median
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """A server with its client, and how many events make a batch there. `count` are measured at once."""
+    """A server with its client, the events of a batch, and `count`, the events of one measurement."""
 
     name: str
     is_ours: bool
@@ -43,9 +43,9 @@ class Side:
 
 
 ALIKE_COUNT: Final = 600_000
-"""Events at once for E2: a second or so, and less than the ceiling of a stream."""
+"""Events of one measurement of E2: about a second, and less than the limit of a stream."""
 PAIRS_COUNT: Final = 3
-"""Pairs of E2 a round."""
+"""Pairs of measurements in a round of E2."""
 
 OURS_SINGLE = Side("Redis, one an entry", True, 1, 10_000)
 OURS = Side(f"Redis, {BATCH_COUNT} an entry", True, BATCH_COUNT, 200_000)
@@ -68,7 +68,7 @@ Rates = dict[Side, list[float]]
 
 
 def publishing(rounds: int) -> dict[str, Measured]:
-    """E1, in events/s."""
+    """Measure E1, in events/s."""
     rates = _measure("publish", rounds, SIDES)
     _print("published and confirmed", rates)
     return {"E1": Measured.against(rates[OURS], rates[RIVAL_SINGLE])}
@@ -100,7 +100,7 @@ def publishing_alike(rounds: int) -> dict[str, Measured]:
 
 
 def _settle(redis: Redis) -> None:
-    """Let nothing of what was measured before go on beside what is next."""
+    """Wait until the work that the last measurement left behind is done."""
     redis.bgrewriteaof()
     deadline = time.monotonic() + _SETTLED_S
     while redis.info("persistence")["aof_rewrite_in_progress"]:
@@ -111,7 +111,7 @@ def _settle(redis: Redis) -> None:
 
 
 def consuming(rounds: int) -> dict[str, Measured]:
-    """E3, in events/s."""
+    """Measure E3, in events/s."""
     rates = _measure("consume", rounds, SIDES)
     _print("consumed and acknowledged", rates)
     return {"E3": Measured.against(rates[OURS], rates[RIVAL_SINGLE])}

@@ -1,4 +1,5 @@
-"""What suite `events` sends: both sides' processes import this, in whichever environment they run. Pure."""
+"""The events and sizes of suite `events`. Pure: the processes of both sides import it, each in its own
+environment."""
 
 from __future__ import annotations
 
@@ -6,18 +7,18 @@ from typing import Final
 
 EVENT_BYTES: Final = 300
 BATCH_COUNT: Final = 256
-"""Events of a batch, on both sides: what a publisher of ours has by default."""
+"""Events of a batch on both sides: the default of our publisher."""
 
 PULL_COUNT: Final = 1000
-"""Messages that a JetStream consumer asks for at once."""
+"""Messages that a JetStream consumer requests at once."""
 
 READ_COUNT: Final = 64
-"""Entries that a reader of ours asks for at once, when they are batches."""
+"""Entries that our reader requests at once when entries are batches."""
 
 STREAM: Final = "bench"
 SUBJECT: Final = "bench.events"
 
 
 def event_bytes(number: int) -> bytes:
-    """An event as it is on the wire: of `EVENT_BYTES`, each different."""
+    """Return an event as it is on the wire: `EVENT_BYTES` long, and different for each number."""
     return number.to_bytes(8, "big") * (EVENT_BYTES // 8) + bytes(EVENT_BYTES % 8)

@@ -1,4 +1,4 @@
-"""Chats through a frontend, by a client that costs the machine little."""
+"""Chats through a frontend, by a client that uses little CPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ TOKENS = 16
 
 
 def first_model(url: str, patience_s: float) -> str:
-    """The name of the first model served, as soon as there is one."""
+    """Return the name of the first model of the frontend as soon as there is one. Raises RuntimeError after
+    `patience_s`."""
     deadline = time.perf_counter() + patience_s
     while time.perf_counter() < deadline:
         try:
@@ -27,13 +28,13 @@ def first_model(url: str, patience_s: float) -> str:
 
 
 def chat_body(model: str, text: str, *, stream: bool) -> dict[str, Any]:
-    """A short chat."""
+    """Return the JSON body of a short chat."""
     messages = [{"role": "user", "content": text}]
     return {"model": model, "messages": messages, "max_tokens": TOKENS, "stream": stream}
 
 
 class Chatter:
-    """One kept connection to a frontend: one chat at a time."""
+    """One kept connection to a frontend, for one chat at a time."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
@@ -46,7 +47,7 @@ class Chatter:
         return cls(*await asyncio.open_connection(host, int(port)))
 
     async def chat(self, model: str, text: str) -> None:
-        """Ask, and read the whole answer. Raises RuntimeError for any status but 200."""
+        """Send a chat and read the whole answer. Raises RuntimeError for any status but 200."""
         body = json.dumps(chat_body(model, text, stream=False)).encode()
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: bench\r\nContent-Length: {len(body)}\r\n\r\n"
         self._writer.write(head.encode() + body)
@@ -57,5 +58,5 @@ class Chatter:
         await self._reader.readexactly(int(length.partition(b":")[2]))
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         self._writer.close()

@@ -1,4 +1,4 @@
-"""Types of the suites' options: what cannot be measured is refused before anything is started."""
+"""Types of the suites' options. A value that cannot be measured is refused before anything starts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 
 
 def rounds_count(text: str) -> int:
-    """How often to measure: once at least."""
+    """Return the number of rounds, at least 1. Raises ArgumentTypeError."""
     try:
         count = int(text)
     except ValueError:
@@ -18,7 +18,7 @@ def rounds_count(text: str) -> int:
 
 
 def length_s(text: str) -> float:
-    """How long to measure, in seconds: some time."""
+    """Return the length of a measurement in seconds, above 0. Raises ArgumentTypeError."""
     try:
         seconds = float(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Processes of a benchmark: the servers, and what runs on both sides."""
+"""Processes of a benchmark: servers, and programs that run on both sides."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _READY_S = 60
 
 
 def rival_python(name: str, *requirements: str) -> str:
-    """The interpreter of a rival's own virtual environment, made on first use."""
+    """Return the interpreter of a rival's own virtual environment, which is made on first use."""
     directory = BENCH / name
     python = directory / "bin" / "python"
     done = directory / ".installed"
@@ -42,7 +42,7 @@ def rival_python(name: str, *requirements: str) -> str:
 
 
 def free_port() -> int:
-    """A port that was free a moment ago."""
+    """Return a port that was free a moment ago."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -52,7 +52,7 @@ def free_port() -> int:
 def running(
     command: list[str], environment: Mapping[str, str], **options: Any
 ) -> Iterator[subprocess.Popen[str]]:
-    """A process that ends with the block."""
+    """Run a command until the block ends, and yield its process."""
     process = subprocess.Popen(command, env={**os.environ, **environment}, text=True, **options)
     try:
         yield process
@@ -67,8 +67,8 @@ def running(
 
 @contextmanager
 def redis_server(port: int | None = 0, settings: Mapping[str, str] | None = None) -> Iterator[EmbeddedServer]:
-    """A Redis as `dynamo-redis up` starts it but for `settings`, empty, on a loopback port; on a unix socket
-    if that is None."""
+    """Run an empty Redis until the block ends, on a loopback port; on a unix socket if `port` is None. It is
+    started as by `dynamo-redis up`, with these `settings` besides."""
     with tempfile.TemporaryDirectory() as directory:
         server = EmbeddedServer(Path(directory), port=port, settings=settings)
         asyncio.run(server.start())
@@ -79,7 +79,7 @@ def redis_server(port: int | None = 0, settings: Mapping[str, str] | None = None
 
 
 class Driver:
-    """A program of `rivals/` that is led by lines on its standard input and answers with lines."""
+    """A program of `rivals/` that takes commands as lines on standard input and answers with lines."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
@@ -96,7 +96,7 @@ class Driver:
         self._process.stdin.flush()
 
     def answer(self) -> str:
-        """Wait for a line. Raises RuntimeError if the program has ended."""
+        """Wait for a line and return it. Raises RuntimeError if the program has ended."""
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
@@ -108,7 +108,7 @@ class Driver:
 def driver(
     python: str, module: str, *arguments: str, environment: Mapping[str, str] | None = None
 ) -> Iterator[Driver]:
-    """A driver, `benchmarks.MODULE`, run by one of the interpreters until the block ends."""
+    """Run `benchmarks.MODULE` by an interpreter until the block ends, and yield its driver."""
     command = [python, "-m", f"benchmarks.{module}", *arguments]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     variables = {"DYN_LOG": "error", **(environment or {})}
@@ -120,7 +120,7 @@ Result = TypeVar("Result")
 
 
 def in_fresh_process(function: Callable[..., Result], *arguments: object) -> Result:
-    """What a function answers in a process of its own, which ends with it."""
+    """Call a function in a new process, which ends afterwards, and return its result."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
         return pool.submit(function, *arguments).result()
@@ -128,7 +128,7 @@ def in_fresh_process(function: Callable[..., Result], *arguments: object) -> Res
 
 @contextmanager
 def up(*arguments: str) -> Iterator[str]:
-    """A running `dynamo-redis up`; its URL at once, ready or not."""
+    """Run `dynamo-redis up` until the block ends, and yield its URL at once, ready or not."""
     port = free_port()
     with tempfile.TemporaryDirectory() as directory:
         process = subprocess.Popen(
@@ -145,13 +145,13 @@ def up(*arguments: str) -> Iterator[str]:
 
 
 class EchoSide:
-    """Four echo workers and a client, each a process, on one of the two runtimes."""
+    """Four echo workers and a client on one of the two runtimes, each a process."""
 
     def __init__(self, client: subprocess.Popen[str]) -> None:
         self._client = client
 
     def round(self, requests: int, concurrency: int) -> dict[str, float]:
-        """Requests/s and the client's CPU seconds of one round."""
+        """Run one round. Returns its requests/s and the client's CPU seconds."""
         assert self._client.stdin is not None
         assert self._client.stdout is not None
         self._client.stdin.write(f"{requests} {concurrency}\n")
@@ -162,7 +162,7 @@ class EchoSide:
 
 @contextmanager
 def echo_side(python: str, module: str, environment: Mapping[str, str]) -> Iterator[EchoSide]:
-    """The echo deployment of one runtime, ready for rounds."""
+    """Run the echo deployment of one runtime until the block ends, and yield it when it is ready."""
     with ExitStack() as stack:
         for _ in range(INSTANCES):
             stack.enter_context(running([python, str(ECHOES / "echo_worker.py"), module], environment))
@@ -182,7 +182,8 @@ def echo_side(python: str, module: str, environment: Mapping[str, str]) -> Itera
 
 @contextmanager
 def dynamo_environment() -> Iterator[dict[str, str]]:
-    """Dynamo's own runtime on its tcp plane, with discovery through files that go with the block."""
+    """Yield the environment of Dynamo's own runtime on its tcp plane; discovery goes through files that are
+    deleted when the block ends."""
     with tempfile.TemporaryDirectory() as directory:
         yield {
             "DYN_DISCOVERY_BACKEND": "file",
@@ -196,7 +197,7 @@ def dynamo_environment() -> Iterator[dict[str, str]]:
 
 @contextmanager
 def dynamo_side() -> Iterator[EchoSide]:
-    """The rival: Dynamo's own Python runtime, tcp plane, discovery through files."""
+    """Run the rival: Dynamo's own Python runtime, tcp plane, discovery through files."""
     python = rival_python("dynamo", DYNAMO)
     with dynamo_environment() as environment, echo_side(python, "dynamo.runtime", environment) as side:
         yield side
@@ -204,7 +205,7 @@ def dynamo_side() -> Iterator[EchoSide]:
 
 @contextmanager
 def our_side(redis_url: str) -> Iterator[EchoSide]:
-    """This project, with its defaults."""
+    """Run our runtime with its defaults."""
     environment = {"DYN_REDIS_URL": redis_url, "DYN_REDIS_PREFIX": "bench-echo", "DYN_LOG": "warn"}
     with echo_side(sys.executable, "dynamo_redis.runtime", environment) as side:
         yield side

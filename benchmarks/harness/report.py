@@ -1,4 +1,4 @@
-"""What every suite writes: a table for people, and `results/SUITE.json` for programs.
+"""The output of every suite: a table for people, and `results/SUITE.json` for programs.
 
 `python -m benchmarks.harness.report SUITE` prints the results as the Markdown table of the README.
 """
@@ -20,16 +20,16 @@ from rich.table import Table
 RESULTS = Path(__file__).parents[1] / "results"
 
 Figure = float | list[float]
-"""One number, or one for each of the things that a row holds."""
+"""One number, or a list where a row has several figures."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of a suite's table: medians over `rounds`, and the bounds they are held against.
+    """One line of a suite's table: medians over `rounds`, and the bounds that they are held against.
 
-    `ratio` is None where nothing is compared; then `ours` counts. An aim below the must, or equal to it, says
-    that lower is better. Where a row holds several figures, the one that counts and both bounds are lists of
-    one length.
+    `ratio` is None where nothing is compared; then `ours` counts. An aim below the must, or equal to it,
+    means that lower is better. Where a row holds several figures, the one that counts and both bounds are
+    lists of one length.
     """
 
     id: str
@@ -43,19 +43,19 @@ class Row:
 
     @property
     def figures(self) -> list[float]:
-        """What is held against the bounds."""
+        """The figures that are held against the bounds."""
         return several(self.ours if self.ratio is None else self.ratio)
 
     @property
     def verdict(self) -> str:
-        """Where the row stands: as far as its worst figure."""
+        """The row's result against its bounds: that of its worst figure."""
         if self._reach(self.aim):
             return "aim"
         return "must" if self._reach(self.must) else "missed"
 
     @property
     def sign(self) -> str:
-        """Whether figures are to stay below the bounds or above them."""
+        """`≤` if figures must stay below the bounds, `≥` if above."""
         return "≤" if several(self.aim)[0] <= several(self.must)[0] else "≥"
 
     def _reach(self, bounds: Figure) -> bool:
@@ -65,7 +65,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What a measurement found, before it is held against anything: medians over `rounds`."""
+    """The result of a measurement before it is held against bounds: medians over `rounds`."""
 
     ours: Figure
     rival: Figure | None
@@ -74,15 +74,15 @@ class Measured:
 
     @classmethod
     def alone(cls, *ours: Sequence[float]) -> Self:
-        """Figures without a rival, each by its rounds."""
+        """Return the medians of figures without a rival, each given by its rounds."""
         figures = [median(rounds) for rounds in ours]
         return cls(figures if len(figures) > 1 else figures[0], None, None, len(ours[0]))
 
     @classmethod
     def against(cls, ours: Sequence[float], rival: Sequence[float], *, costs: bool = False) -> Self:
-        """Rounds of both sides, which took turns: the ratio is the median of those of the rounds.
+        """Return the medians of two sides that took turns. The ratio is the median of the rounds' ratios.
 
-        It is ours by the rival's, and the rival's by ours where the figures are `costs`, of which less is
+        The ratio is ours ÷ the rival's; the rival's ÷ ours where the figures are `costs`, of which less is
         better.
         """
         pairs = zip(rival, ours, strict=True) if costs else zip(ours, rival, strict=True)
@@ -91,17 +91,17 @@ class Measured:
 
 
 def several(figure: Figure) -> list[float]:
-    """A row's figures as a list, however many they are."""
+    """Return a row's figures as a list, also if there is only one."""
     return figure if isinstance(figure, list) else [figure]
 
 
 def median(values: Iterable[float]) -> float:
-    """The median, rounded to four significant digits."""
+    """Return the median, rounded to four significant digits."""
     return float(f"{statistics.median(values):.4g}")
 
 
 def machine() -> str:
-    """Where this ran, in one line."""
+    """Describe this machine in one line."""
     return (
         f"{platform.machine()}, {platform.system()} {platform.release()}, Python {platform.python_version()}"
     )
@@ -134,7 +134,7 @@ def _shown(figure: Figure | None) -> str:
 
 
 def save(suite: str, rows: Sequence[Row]) -> None:
-    """Write the results. Rows of the suite that did not run keep their former figures."""
+    """Write the results. Rows of the suite that did not run keep their earlier figures."""
     path = RESULTS / f"{suite}.json"
     former = json.loads(path.read_text()) if path.exists() else []
     merged = {entry["id"]: entry for entry in former} | {row.id: asdict(row) for row in rows}
@@ -144,7 +144,7 @@ def save(suite: str, rows: Sequence[Row]) -> None:
 
 
 def markdown(suite: str) -> str:
-    """The table of a suite's results."""
+    """Return the table of a suite's results in Markdown."""
     rows = [Row(**entry) for entry in json.loads((RESULTS / f"{suite}.json").read_text())]
     lines = ["| | | ours | rival | ratio | must | aim |", "|---|---|---|---|---|---|---|"]
     for row in rows:

@@ -1,7 +1,7 @@
-"""What suites of rows have in common: their command line, and measuring group by group.
+"""Common parts of suites of rows: the command line, and measuring group by group.
 
-A group is the rows that one measurement yields. One that fails costs its own rows alone, and what has been
-measured is kept as it comes.
+A group is the rows of one measurement. If a measurement fails, only its own rows are lost; figures are saved
+as soon as they are measured.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ from benchmarks.harness.options import rounds_count
 from benchmarks.harness.report import Figure, Measured, Row, report, save
 
 Bounds = Mapping[str, tuple[str, Figure, Figure]]
-"""By id: a row's words, what it must reach, and what it aims at."""
+"""By row id: text, bound (`must`) and aim."""
 
 Measurement = Callable[[int], dict[str, Measured]]
-"""Measures some rows, in so many rounds."""
+"""A function that measures some rows in the given number of rounds."""
 
 Groups = Sequence[tuple[tuple[str, ...], Measurement]]
-"""Rows that one measurement yields."""
+"""The rows of each measurement."""
 
 Conditions = Callable[[set[str], int], list[str]]
-"""What a reader has to know to judge the figures, of these rows in so many rounds."""
+"""A function from the wanted rows and the rounds to the conditions that a reader needs to judge the
+figures."""
 
 
 def run_suite(
@@ -37,9 +38,9 @@ def run_suite(
     *,
     unavailable: tuple[type[Exception], ...] = (),
 ) -> None:
-    """Run the suite, or the rows that the command line asks for; print and keep what came out.
+    """Run the suite, or the rows of the command line; print and save the figures.
 
-    An `unavailable` error of `conditions` says in a line what is not installed.
+    An `unavailable` error of `conditions` names in one line the part that is not installed.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -68,7 +69,7 @@ def run_suite(
 def _measure(
     name: str, bounds: Bounds, groups: Groups, wanted: set[str], rounds: int
 ) -> tuple[list[Row], list[str]]:
-    """The rows wanted, and those that failed."""
+    """Measure the wanted rows. Returns them, and the ids of those that failed."""
     rows: list[Row] = []
     failed: list[str] = []
     for ids, measure in groups:

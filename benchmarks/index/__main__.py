@@ -39,7 +39,7 @@ BOUNDS: Bounds = {
     "X9": ("router restart → serving with the full index, 1M blocks, writers running, s", 3, 1.5),
     "X10": ("kv hit rate on the trace ÷ one omniscient router's", 0.97, 0.99),
 }
-"""Each row's words, what it must reach, and what it aims at."""
+"""Text, bound (`must`) and aim of each row."""
 
 GROUPS: Groups = (
     (("X1", "X2", "X3"), rivalry),
@@ -48,16 +48,16 @@ GROUPS: Groups = (
     (("X9",), restart),
     (("X10",), share),
 )
-"""Rows that one measurement yields."""
+"""The rows of each measurement."""
 
 
 def main() -> None:
-    """Run the suite, or the rows asked for."""
+    """Run the suite, or the rows of the command line."""
     run_suite("index", __doc__, BOUNDS, GROUPS, lambda _, rounds: _conditions(rounds))
 
 
 def _conditions(rounds: int) -> list[str]:
-    """What a reader has to know to judge the figures."""
+    """Return the conditions of the measurement that a reader needs to judge the figures."""
     libraries = (f"{name} {distribution_version(name)}" for name in ("msgpack", "xxhash"))
     memory_gib = psutil.virtual_memory().total / 2**30
     return [

@@ -1,7 +1,8 @@
-"""X4 and X5: what a choice costs beside the hashing that it needs, and what more workers add.
+"""X4 and X5: the cost of a choice beside the hashing that it needs, and the part that more workers add.
 
 A choice is all that a router does for a request in its own process: hash the prompt's 4,096 tokens in blocks
-of 16, find who holds how much, weigh all workers, book the load; and free it, which is in the figure too.
+of 16, find the workers that hold a part of it, weigh all workers, and book the load. Freeing the load is part
+of the figure too.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ REPEATS = 10
 
 
 class Router:
-    """A router's pure half: workers that share a system prompt, as do the requests that they run, and some of
-    which have read each prompt."""
+    """The pure half of a router. All workers and their running requests share a system prompt; some workers
+    have read each prompt."""
 
     def __init__(self, workers: int) -> None:
         rng = random.Random(7)
@@ -73,7 +74,7 @@ class Router:
             chain(local_hashes(prompt, BLOCK_SIZE))
 
     def choose_all(self) -> None:
-        """Choose for all prompts."""
+        """Choose a worker for each prompt."""
         for number, prompt in enumerate(self._prompts):
             hashes = chain(local_hashes(prompt, BLOCK_SIZE))
             names = pack_names(hashes)
@@ -101,7 +102,7 @@ class Router:
 
 
 def choices(rounds: int) -> dict[str, Measured]:
-    """X4 and X5, in µs a choice."""
+    """Measure X4 and X5, in µs a choice."""
     few, many = Router(64), Router(256)
     hashing, among_few, among_many = [], [], []
     for _ in range(rounds):

@@ -1,12 +1,12 @@
 """X9: a router is killed and started again: seconds until it serves with the whole index.
 
-A million blocks of 64 publishers (eight instances of eight data-parallel ranks, in a process of their own),
-each of which goes on storing and evicting. One router has read them all and stored a snapshot; half a
-snapshot threshold of events later it is killed, and another is started: a new process, from its first
-instruction on, with interpreter, imports, connections, the snapshot and what followed it.
+A million blocks belong to 64 publishers (eight instances of eight data-parallel ranks, in a process of their
+own), each of which goes on storing and evicting. One router has read them all and stored a snapshot. Half a
+snapshot threshold of events later it is killed, and another is started: a new process, timed from its first
+instruction on, with interpreter, imports, connections, the snapshot and the later events.
 
-Round by round the router's count of blocks is held against the workers' own; in the end, with the writers
-still, so is every block.
+In each round the router's count of blocks is compared with the workers' own. At the end the writers stand
+still, and every block is compared.
 """
 
 from __future__ import annotations
@@ -47,18 +47,19 @@ RANKS = 8
 BLOCKS = 1_000_000
 RANK_BLOCKS = BLOCKS // (INSTANCES * RANKS)
 CHAIN_BLOCKS = 16
-"""Blocks of a prompt; as many are evicted for it."""
+"""Blocks of a prompt, and blocks that are evicted for it."""
 TAIL_EVENTS = 50_000
 """Events between the snapshot and the kill: half of the default threshold."""
 PAUSE_S = 0.1
-"""Each rank has a prompt so often: 1,280 events and 20,000 blocks a second, of all together."""
+"""Pause between two prompts of a rank, in seconds: 1,280 events and 20,000 blocks a second of all ranks
+together."""
 
 STREAM = StreamName("bench", "backend", KV_EVENTS)
 _PATIENCE_S = 120.0
 
 
 def restart(rounds: int) -> dict[str, Measured]:
-    """X9: seconds from the start of the router's process until it serves."""
+    """Measure X9: seconds from the start of the router's process until it serves."""
     with redis_server() as server, _workers(server.url) as workers:
         _run_router(server.url, "snapshot")
         workers.send(TAIL_EVENTS)
@@ -86,7 +87,7 @@ def _compare(router: dict[str, Any], workers: dict[str, list[int]]) -> None:
 
 
 def _run_router(url: str, task: str) -> dict[str, Any]:
-    """Start a router, have it do its task, and kill it; what it said."""
+    """Start a router, let it do its task, and kill it. Returns its answer."""
     command = [sys.executable, "-m", "benchmarks.index.restart", url, task]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as router:
         try:
@@ -98,7 +99,7 @@ def _run_router(url: str, task: str) -> dict[str, Any]:
 
 
 def _digest(blocks: Iterable[int]) -> list[int]:
-    """How many, and all of them in one number."""
+    """Return the count of the blocks, and one number that stands for all of them."""
     held = list(blocks)
     return [len(held), reduce(xor, held, 0)]
 
@@ -133,7 +134,7 @@ async def _route(url: str, task: str) -> None:
 
 @contextmanager
 def _workers(url: str) -> Any:
-    """The workers' process, with a full cache, as a pipe to it."""
+    """Run the workers' process with full caches, and yield a pipe to it."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_work, args=(theirs, url), daemon=True)
@@ -153,7 +154,7 @@ def _work(pipe: Connection, url: str) -> None:
 
 
 class _Rank:
-    """One rank's cache: prompts of new blocks, oldest evicted first, as whole chains."""
+    """One rank's cache: prompts of new blocks; the oldest is evicted first, as a whole chain."""
 
     def __init__(self, publisher: KvPublisher, names: count[int]) -> None:
         self._publisher = publisher
@@ -162,7 +163,7 @@ class _Rank:
         self.name_count = 0
 
     def chat(self) -> int:
-        """One prompt; answers how many events it made."""
+        """Store one prompt. Returns the number of its events."""
         chain = [next(self._names) for _ in range(CHAIN_BLOCKS)]
         evicted = len(self._chains) * CHAIN_BLOCKS >= RANK_BLOCKS
         if evicted:
@@ -172,7 +173,7 @@ class _Rank:
         return 1 + evicted
 
     def digest(self) -> list[int]:
-        """What it holds, by the names that routers know."""
+        """Return the digest of the stored blocks, by the names that routers know."""
         return _digest(self._publisher.blocks())
 
 
@@ -186,7 +187,7 @@ class _Workers:
         self._senders: list[EventPublisher] = []
 
     async def run(self) -> None:
-        """Fill the caches, say so, and write on until told to stop."""
+        """Fill the caches, report it, and go on writing until told to stop."""
         async with AsyncExitStack() as stack:
             names = count()
             for _ in range(INSTANCES):
@@ -220,7 +221,7 @@ class _Workers:
         await asyncio.sleep(_PATIENCE_S)
 
     async def _publish(self, event_count: int) -> None:
-        """So many events, rank by rank, as fast as they are sent."""
+        """Publish `event_count` events, rank by rank, as fast as they are sent."""
         while event_count > 0:
             event_count -= sum(rank.chat() for rank in self._ranks.values())
             await self._flush()

@@ -1,4 +1,4 @@
-"""X1 to X3: our index beside Dynamo's tree, in turn, once both have shown that they answer alike."""
+"""X1 to X3: our index and Dynamo's tree, in turn, after both have given equal answers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DOCUMENT_REPEATS = 40
 
 
 def rivalry(rounds: int) -> dict[str, Measured]:
-    """X1 in blocks/s, X2 and X3 in µs a find."""
+    """Measure X1 in blocks/s, X2 and X3 in µs a find."""
     shown = scene()
     ours = Ours(shown)
     figures: dict[str, list[tuple[float, float]]] = {"X1": [], "X2": [], "X3": []}

@@ -2,7 +2,7 @@
 
 Ours is fed as a router is: stored batches of one publisher each → `EventBatch` → the ledger's check for gaps
 and repetitions → `KvIndex`. Dynamo's is fed by its Python binding, `RadixTree.apply_event`, with the JSON of
-one event a call, which is the only form that it takes. Both are asked with hashes, not with tokens.
+one event a call, the only form that it takes. Both are queried by hashes, not by tokens.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from dynamo_redis.wire.kv_event import DEVICE, REMOVED, STORED, KvEvent
 from dynamo_redis.wire.topics import KV_EVENTS
 
 BATCH_EVENTS = 32
-"""Events an entry holds: what a busy worker says within the publisher's linger."""
+"""Events of an entry: those of a busy worker within the publisher's linger."""
 
 
 def to_batches(events: Iterable[Event], batch_events: int = BATCH_EVENTS) -> Iterator[bytes]:
-    """Events as their workers' publishers would have stored them, in the order in which batches fill."""
+    """Return events as their workers' publishers would have stored them, in the order in which batches become
+    full."""
     waiting: dict[int, list[list[object]]] = {}
     sequences: dict[int, int] = {}
 
@@ -46,13 +47,13 @@ def to_batches(events: Iterable[Event], batch_events: int = BATCH_EVENTS) -> Ite
 
 
 def to_kv_event(event: Event) -> KvEvent:
-    """A worker's event in our terms."""
+    """Convert a worker's event into ours."""
     hashes = array("Q", (block.sequence for block in event.blocks))
     return KvEvent(STORED if event.stored else REMOVED, DEVICE, hashes)
 
 
 def indexed(batches: Iterable[bytes]) -> KvIndex:
-    """The index that a router has when it has applied these."""
+    """Return the index of a router that has applied these batches."""
     ledger = Ledger(KvIndex())
     read, take = EventBatch.from_bytes, ledger.take
     for batch in batches:
@@ -63,7 +64,7 @@ def indexed(batches: Iterable[bytes]) -> KvIndex:
 
 
 class Ours:
-    """Our index, and what it takes."""
+    """Our index, timed."""
 
     def __init__(self, shown: Scene) -> None:
         self._blocks_count = sum(len(event.blocks) for event in shown.events)
@@ -74,7 +75,7 @@ class Ours:
             self._index.apply(Worker(event.worker), [to_kv_event(event)])
 
     def apply(self, *, batched: bool = True) -> float:
-        """Blocks/s from stored bytes to an index."""
+        """Return the blocks/s from stored bytes to an index."""
         batches = self._batches if batched else self._lone_batches
         began = time.perf_counter()
         index = indexed(batches)
@@ -83,7 +84,7 @@ class Ours:
         return self._blocks_count / took_s
 
     def find(self, prompts: Sequence[list[Block]], repeats: int) -> float:
-        """Microseconds a find."""
+        """Return the microseconds of a find."""
         asked = [[block.sequence for block in prompt] for prompt in prompts]
         find = self._index.find
         began = time.perf_counter()
@@ -92,7 +93,7 @@ class Ours:
         return 1e6 * (time.perf_counter() - began) / (repeats * len(asked))
 
     def digest(self, prompts: Sequence[list[Block]]) -> str:
-        """What it answers to all prompts, in short."""
+        """Return a digest of its answers to all prompts."""
         found = (self._index.find([block.sequence for block in prompt]) for prompt in prompts)
         return digest({worker.instance_id: held.device for worker, held in one.items()} for one in found)
 
@@ -104,15 +105,15 @@ class Tree:
         self._process = process
 
     def apply(self) -> float:
-        """Blocks/s from JSON to a tree."""
+        """Return the blocks/s from JSON to a tree."""
         return float(self._ask("apply"))
 
     def find(self, what: str, repeats: int, *, scores: bool = True) -> float:
-        """Microseconds a find; `scores`: until the answer is a dict."""
+        """Return the microseconds of a find; with `scores` until the answer is a dict."""
         return float(self._ask(f"find {what} {repeats} {int(scores)}"))
 
     def digest(self, what: str) -> str:
-        """What it answers to all prompts, in short."""
+        """Return a digest of its answers to all prompts."""
         return self._ask(f"digest {what}")
 
     def _ask(self, line: str) -> str:
@@ -121,13 +122,13 @@ class Tree:
 
 
 def tree_python() -> str:
-    """The interpreter of Dynamo's environment, made on first use."""
+    """Return the interpreter of Dynamo's environment, which is made on first use."""
     return rival_python("dynamo", DYNAMO, "uvloop")
 
 
 @contextmanager
 def tree() -> Iterator[Tree]:
-    """The rival, with the same chats applied."""
+    """Run the rival with the same chats applied until the block ends."""
     quiet = {"DYN_LOG": "off", "DYNAMO_SKIP_PYTHON_LOG_INIT": "1"}
     with driver(tree_python(), "index.rivals.radix_tree", environment=quiet) as process:
         process.answer()

@@ -1,4 +1,4 @@
-"""X6 to X8: what a million blocks take, in memory and as a snapshot, and how soon they are back.
+"""X6 to X8: a million blocks in memory and as a snapshot, and the time to restore them.
 
 X6  growth of the resident memory of a fresh process while it reads the events from a file and applies them
 X7  the snapshot's bytes
@@ -27,7 +27,7 @@ UNBOUNDED = 1 << 40
 
 
 def million(rounds: int) -> dict[str, Measured]:
-    """X6 in bytes a block, X7 in MB, X8 in s."""
+    """Measure X6 in bytes a block, X7 in MB, X8 in s."""
     with tempfile.TemporaryDirectory() as directory:
         stored = Path(directory) / "batches"
         in_fresh_process(_write, stored)
@@ -42,7 +42,7 @@ def million(rounds: int) -> dict[str, Measured]:
 
 
 def _write(path: Path) -> None:
-    """Batches that bring a million different blocks; chats that grow and move, and nothing is given up."""
+    """Write batches that bring a million different blocks: chats grow and move, and nothing is evicted."""
     chats = Chats(11, WORKERS, UNBOUNDED)
     with path.open("wb") as file:
         for batch in to_batches(chats.events_until(BLOCKS)):
@@ -65,7 +65,7 @@ def _memory(path: Path) -> float:
 
 
 def _restore(path: Path) -> tuple[float, float, float]:
-    """Seconds to restore, seconds to build, MB."""
+    """Return the seconds to restore, the seconds to build, and the MB of the snapshot."""
     batches = list(_read(path))
     began = time.perf_counter()
     index = indexed(batches)

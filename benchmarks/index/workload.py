@@ -1,10 +1,10 @@
-"""What suite `index` puts in and asks for: chats on many workers, by the blocks of their KV caches.
+"""The events and prompts of suite `index`: chats on many workers, as the blocks of their KV caches.
 
 Every chat begins with one of a few system prompts, which every worker that serves one of its chats holds.
 Each turn brings the blocks of a new message as one event, then the answer's blocks one by one, as engines
-that decode do. Some turns go to another worker, which takes in the whole chat. A worker that is full gives
-up the chat that it has not served for longest, from its end on, and says so block by block, as engines do.
-Equal seeds give equal chats in every process.
+that decode do. Some turns go to another worker, which takes in the whole chat. A worker that is full evicts
+the chat that it has not served for longest, from its end on, with one event a block, as engines do. Equal
+seeds give equal chats in every process.
 
 Standard library only: rivals import it in their own environments.
 """
@@ -35,7 +35,8 @@ DOCUMENT_BLOCKS = 2048
 
 
 class Block(NamedTuple):
-    """A block's own hash, and its name together with all before it. Drawn, not computed: nobody looks."""
+    """A block's own hash, and the hash of it together with all before it. Both are drawn at random instead of
+    computed."""
 
     local: int
     sequence: int
@@ -51,7 +52,7 @@ class Event(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """What both sides are given: events, prompts of chats, and long prompts with those who read them."""
+    """The input of both sides: events, prompts of chats, and long prompts with the workers that read them."""
 
     events: list[Event]
     prompts: list[list[Block]]
@@ -61,7 +62,7 @@ class Scene(NamedTuple):
 
 @dataclass(slots=True)
 class Chat:
-    """A chat, from its first block on."""
+    """The blocks of a chat, from the first on."""
 
     blocks: list[Block]
     system: int
@@ -69,16 +70,16 @@ class Chat:
 
 @dataclass(slots=True)
 class _Cache:
-    """One worker's chats, by when they were served last, and its system prompts."""
+    """One worker's chats in the order in which they were served last, and its system prompts."""
 
     systems: set[int] = field(default_factory=set)
     chats: dict[int, int] = field(default_factory=dict)
-    """Numbers of chats, and how many blocks of each are held."""
+    """The count of held blocks by the number of the chat."""
     count: int = 0
 
 
 class Chats:
-    """Chats on `workers` workers, each of which holds `capacity` blocks at most."""
+    """Chats on `workers` workers, each of which holds at most `capacity` blocks."""
 
     def __init__(self, seed: int, workers: int, capacity: int) -> None:
         self._rng = random.Random(seed)
@@ -90,7 +91,7 @@ class Chats:
         self.chats: list[Chat] = []
 
     def events(self, blocks_count: int) -> Iterator[Event]:
-        """Turns of chats, until their events have brought and taken so many blocks."""
+        """Yield the events of turns of chats until they have stored and removed `blocks_count` blocks."""
         said = 0
         while said < blocks_count:
             for event in self._turn():
@@ -98,16 +99,16 @@ class Chats:
                 yield event
 
     def events_until(self, distinct_count: int) -> Iterator[Event]:
-        """Turns of chats, until so many different blocks were brought."""
+        """Yield the events of turns of chats until they have stored `distinct_count` different blocks."""
         while self.distinct_count < distinct_count:
             yield from self._turn()
 
     def prompts(self, count: int, length: int) -> list[list[Block]]:
-        """What chats of now would ask with next: what was said, and new blocks up to `length`."""
+        """Return the next prompts of chats: their blocks so far, and new ones up to `length`."""
         return [(chat.blocks + self._fresh(length))[:length] for chat in self._rng.sample(self.chats, count)]
 
     def documents(self, count: int, length: int) -> Iterator[tuple[list[Block], list[Event]]]:
-        """Long prompts, and what some workers say when each reads one up to a point of its own."""
+        """Yield long prompts, each with the events of some workers that read it up to different points."""
         for _ in range(count):
             blocks = self._systems[0] + self._fresh(length - SYSTEM_BLOCKS)
             readers = self._rng.sample(range(len(self._caches)), DOCUMENT_READERS)
@@ -159,7 +160,7 @@ class Chats:
 
 
 def scene() -> Scene:
-    """The same in every process."""
+    """Return the scene. It is the same in every process."""
     chats = Chats(5, WORKERS, CAPACITY_BLOCKS)
     events = list(chats.events(SAID_BLOCKS))
     prompts = chats.prompts(PROMPTS, PROMPT_BLOCKS)
@@ -169,5 +170,5 @@ def scene() -> Scene:
 
 
 def digest(scores: Iterable[dict[int, int]]) -> str:
-    """What was found, in short: workers and their blocks, prompt by prompt."""
+    """Return a digest of the workers found and their blocks, prompt by prompt."""
     return md5(repr([sorted(found.items()) for found in scores]).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Suite `registry`: what the registry, the lock and the object store cost, and how long faults are felt.
+"""Suite `registry`: the cost of the registry, the lock and the object store, and how long faults are felt.
 
 Rows are measured by group, each against a fresh server; see README.md for how. `--rows R1,R2` runs some.
 """
@@ -48,7 +48,7 @@ BOUNDS: Bounds = {
     "R10": ("11 MiB put + get with checks ÷ plain SET + GET of the same bytes", 2, 1.2),
     "R11": ("worst PING of another client during a 1 GiB put and get, ms ÷ idle", 20, 8),
 }
-"""Each row's words, what it must reach, and what it aims at."""
+"""Text, bound (`must`) and aim of each row."""
 
 GROUPS: Groups = (
     (("R1", "R2"), watching),
@@ -62,18 +62,18 @@ GROUPS: Groups = (
     (("R10",), model_file),
     (("R11",), large_object),
 )
-"""Rows that one measurement yields."""
+"""The rows of each measurement."""
 
 
 def main() -> None:
-    """Run the suite, or the rows asked for."""
+    """Run the suite, or the rows of the command line."""
     run_suite(
         "registry", __doc__, BOUNDS, GROUPS, lambda wanted, _: _conditions(wanted), unavailable=(EtcdMissing,)
     )
 
 
 def _conditions(wanted: set[str]) -> list[str]:
-    """What a reader has to know to judge the figures."""
+    """Return the conditions of the measurement that a reader needs to judge the figures."""
     redis = subprocess.run([find_server().path, "--version"], capture_output=True, text=True, check=True)
     version = " ".join(redis.stdout.split()[:3])
     clients = f"redis-py {distribution_version('redis')}, hiredis {distribution_version('hiredis')}"

@@ -30,7 +30,7 @@ class EtcdMissing(RuntimeError):
 
 
 def etcd_binary() -> str:
-    """The server program. Raises EtcdMissing."""
+    """Return the path of the server program. Raises EtcdMissing."""
     found = shutil.which("etcd")
     if found is None:
         raise EtcdMissing
@@ -38,19 +38,20 @@ def etcd_binary() -> str:
 
 
 def etcd_python() -> str:
-    """An interpreter that has the client, and nothing of ours."""
+    """Return an interpreter that has the client and none of our code."""
     return rival_python("etcd", CLIENT, "uvloop")
 
 
 def etcd_version() -> str:
-    """As the server says it, with the client beside it."""
+    """Return the server's version and that of the client."""
     output = subprocess.run([etcd_binary(), "--version"], capture_output=True, text=True, check=True).stdout
     return f"{output.splitlines()[0].lower().replace(' version:', '')} through {CLIENT}"
 
 
 @contextmanager
 def etcd() -> Iterator[str]:
-    """A server with its defaults and a data directory of its own; its `host:port`."""
+    """Run a server with its defaults and a data directory of its own until the block ends, and yield its
+    `host:port`."""
     client, peer = (f"http://127.0.0.1:{free_port()}" for _ in range(2))
     with tempfile.TemporaryDirectory() as directory:
         command = [etcd_binary(), "--name", "bench", "--data-dir", str(Path(directory) / "data")]

@@ -1,6 +1,5 @@
-"""Processes that keep thousands of leases alive, as as many workers would: the same script calls, at the same
-times, without as many threads.
-"""
+"""Processes that keep thousands of leases alive, as as many workers would: the same script calls at the same
+times, with fewer threads."""
 
 from __future__ import annotations
 
@@ -27,26 +26,27 @@ DRIVERS = 4
 TTL_S = 10.0
 RENEW_S = TTL_S * RENEW_AFTER
 SETTLE_S = RENEW_S + 1
-"""After so long each lease has been renewed."""
+"""Seconds after which each lease has been renewed."""
 _FIRST_TTL_S = 60.0
-"""Registering thousands may take longer than their TTL; the first renewal brings that."""
+"""TTL of the registration. Registering thousands of leases may take longer than `TTL_S`; the first renewal
+sets that."""
 _CONNECTIONS = 50
-"""Of each driver; a real worker has one of its own."""
+"""Connections of each driver. A real worker has one of its own."""
 
 
 class LeaseDrivers:
-    """All drivers together. Each has a share of the leases."""
+    """All drivers together. Each keeps a part of the leases."""
 
     def __init__(self, pipes: Sequence[Connection]) -> None:
         self._pipes = pipes
 
     def kill(self, count: int) -> float:
-        """Keep that many leases no longer, from one moment on; that moment (monotonic)."""
+        """Stop keeping `count` leases from one moment on, and return that moment (monotonic)."""
         self._tell(("kill", count // len(self._pipes)))
         return max(self._answers())
 
     def revive(self) -> None:
-        """Register the killed ones again. They are as before `SETTLE_S` later."""
+        """Register the killed ones again. After `SETTLE_S` they are as before."""
         self._tell(("revive", 0))
         self._answers()
 
@@ -60,9 +60,9 @@ class LeaseDrivers:
 
 @contextmanager
 def lease_drivers(redis_url: str, count: int) -> Iterator[LeaseDrivers]:
-    """Register that many instances, each under a lease of `TTL_S`, and keep them until the block ends.
+    """Register `count` instances, each under a lease of `TTL_S`, and keep them until the block ends.
 
-    They are settled `SETTLE_S` after it has begun.
+    Each has been renewed `SETTLE_S` after the block has begun.
     """
     context = multiprocessing.get_context("spawn")
     ids = leases(count)
@@ -122,7 +122,7 @@ def _drive(pipe: Connection, redis_url: str, ids: Sequence[LeaseId]) -> None:
 
 
 def _schedule(ids: Sequence[LeaseId]) -> list[tuple[float, LeaseId]]:
-    """When each is renewed first: workers do not start together."""
+    """Return the time of each lease's first renewal: workers do not start together."""
     now = time.monotonic()
     due = [(now + random.uniform(0, RENEW_S), lease) for lease in ids]
     heapq.heapify(due)
@@ -152,7 +152,7 @@ class Ticker:
                 pass
 
     async def aclose(self) -> None:
-        """Stop ticking. Raises what a tick raised."""
+        """Stop ticking. Raises the error of a tick."""
         self._task.cancel()
         await asyncio.wait([self._task])
         if not self._task.cancelled():

@@ -1,10 +1,11 @@
-"""R5 and R6: what 10,000 leases cost Redis, and how soon the registry knows that a tenth of them has died.
+"""R5 and R6: the cost of 10,000 leases, and the time until the registry shows that a tenth of them has died.
 
 R5  Redis's CPU time (INFO cpu) over `WINDOW_S` of a settled deployment: keepalives by a few drivers, ticks at
     the rate that 10,000 processes have together, and `WATCHERS` whole registries, each with its lease and its
-    watch of all instances. Expiry notifications are on, and somebody listens.
-R6  From the moment at which the drivers drop 1,000 leases, plus the TTL, until one of those registries has
-    seen the last of their keys go.
+    watch of all instances. Expiry notifications are on, and clients listen to them.
+R6  The time from the moment at which the drivers drop 1,000 leases, plus the TTL, until one of those
+registries
+    has seen the last of their keys go.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ PATIENCE_S = 30.0
 
 
 def idle_leases(rounds: int) -> dict[str, Measured]:
-    """R5, in % of a core."""
+    """Measure R5, in % of a core."""
     with redis_server() as server, lease_drivers(server.url, INSTANCES):
         return {"R5": Measured.alone(uvloop.run(_idle(server.url, rounds)))}
 
@@ -53,7 +54,7 @@ async def _idle(redis_url: str, rounds: int) -> list[float]:
 
 
 def deaths(rounds: int) -> dict[str, Measured]:
-    """R6, in s."""
+    """Measure R6, in s."""
     with redis_server() as server, lease_drivers(server.url, INSTANCES) as drivers:
         return {"R6": Measured.alone(uvloop.run(_deaths(server.url, drivers, rounds)))}
 
@@ -73,7 +74,7 @@ async def _deaths(redis_url: str, drivers: LeaseDrivers, rounds: int) -> list[fl
 
 
 async def _cpu_s(client: RedisClient) -> float:
-    """All CPU time of the server and its children (rewrites of the append-only file)."""
+    """Return the CPU time of the server and its children (which rewrite the append-only file), in seconds."""
     lines = (await client.execute("INFO", "cpu")).decode().split()
     fields = dict(line.split(":") for line in lines if ":" in line)
     names = ("used_cpu_sys", "used_cpu_user", "used_cpu_sys_children", "used_cpu_user_children")
@@ -81,7 +82,7 @@ async def _cpu_s(client: RedisClient) -> float:
 
 
 class View:
-    """The instances that one registry's watch shows, and when they last changed."""
+    """The instances that one registry's watch shows, and the time of the last change."""
 
     def __init__(self, registry: RedisRegistry) -> None:
         self.keys: set[str] = set()
@@ -101,7 +102,7 @@ class View:
             self._changed.set()
 
     async def until(self, count: int) -> float:
-        """Wait until so many are there; when that came to be (monotonic)."""
+        """Wait until `count` instances are there, and return the time at which that was so (monotonic)."""
         async with asyncio.timeout(PATIENCE_S):
             while len(self.keys) != count:
                 self._changed.clear()
@@ -116,7 +117,7 @@ class View:
 
 @asynccontextmanager
 async def _rest_of_deployment(redis_url: str) -> AsyncIterator[tuple[RedisClient, View]]:
-    """The watching registries and the ticks; yields a client, and the first registry's view."""
+    """Run the watching registries and the ticks; yield a client, and the first registry's view."""
     settings = StoreSettings.load(redis_url=redis_url, prefix=PREFIX, lease_ttl_s=TTL_S)
     async with AsyncExitStack() as stack:
         client = RedisClient(redis_url, timeout_s=3, client_name="benchmark")

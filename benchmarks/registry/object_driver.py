@@ -1,7 +1,7 @@
-"""The object store: what checks cost (R10), and what a large transfer does to everybody else (R11).
+"""The object store: the cost of checks (R10), and the effect of a large transfer on other clients (R11).
 
-The suite `registry` runs both with the others; `python -m benchmarks.registry.object_driver` runs them alone,
-and says more.
+The suite `registry` runs both with the other rows; `python -m benchmarks.registry.object_driver` runs them
+alone and prints more.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ TIMEOUT_S = 30.0
 
 
 async def r10(url: str, rounds: int) -> tuple[list[float], list[float]]:
-    """Put and read an object of 11 MiB, and SET and GET the same bytes: ms of each round, in turn.
+    """Put and read an object of 11 MiB, and SET and GET the same bytes. Returns the ms of each round of both,
+    in turn.
 
-    Both through one client's connections, with content that the server has never seen.
+    Both use one client's connections, with content that the server has never seen.
     """
     client = RedisClient(url, timeout_s=TIMEOUT_S)
     store = RedisObjectStore(client, PREFIX)
@@ -65,7 +66,8 @@ async def r10(url: str, rounds: int) -> tuple[list[float], list[float]]:
 
 
 async def r11(url: str, rounds: int) -> tuple[list[float], list[float]]:
-    """The worst PING of another process while 1 GiB is put and read, and as long while nothing is: ms."""
+    """Return the worst PING of another process, in ms, while 1 GiB is put and read, and in as much time
+    without load."""
     client = RedisClient(url, timeout_s=TIMEOUT_S)
     store = RedisObjectStore(client, PREFIX)
     busy: list[float] = []
@@ -99,7 +101,8 @@ async def r11(url: str, rounds: int) -> tuple[list[float], list[float]]:
 
 
 async def _transfer(store: RedisObjectStore, mebibytes: int) -> tuple[float, float]:
-    """Put an object that nobody ever holds as a whole, and read it: seconds of each."""
+    """Put an object piece by piece, and read it. Returns the seconds of each. No process ever holds the whole
+    object."""
     began = time.perf_counter()
     info = await store.put("bench", "large", _pieces(mebibytes))
     between = time.perf_counter()
@@ -117,13 +120,14 @@ async def _pieces(mebibytes: int) -> AsyncIterator[bytes]:
 
 
 async def _erase(client: RedisClient) -> None:
-    """Remove what was stored, without waiting for its expiry, and not all in one step."""
+    """Delete the stored object at once instead of at its expiry, and in several steps."""
     async for key in client.scan(f"{{{PREFIX}/*"):
         await client.execute("UNLINK", key)
 
 
 async def _longest_command_ms(client: RedisClient) -> float:
-    """Of those that the server found slow (10 ms and more, unless set otherwise) since the last call."""
+    """Return the longest command in ms of those in the server's slow log (10 ms and more by default) since
+    the last call."""
     entries = await client.execute("SLOWLOG", "GET", -1)
     await client.execute("SLOWLOG", "RESET")
     return max((float(entry[2]) / 1e3 for entry in entries), default=0.0)
@@ -143,7 +147,8 @@ def _check(right: bool) -> None:
 
 @contextlib.contextmanager
 def pinger(url: str) -> Iterator[Connection]:
-    """A process that sends PINGs from one message on its pipe to the next, and answers the worst, in ms."""
+    """Run a process that sends PINGs from one message on its pipe to the next, and answers with the worst, in
+    ms."""
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()
     process = spawn.Process(target=_ping, args=(url, theirs), daemon=True)

@@ -1,4 +1,4 @@
-"""R10 and R11: see `object_driver.py`. Both on a server of their own."""
+"""R10 and R11 on a server of their own: see `object_driver.py`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.registry.object_driver import r10, r11
 
 
 def model_file(rounds: int) -> dict[str, Measured]:
-    """R10, in ms."""
+    """Measure R10, in ms."""
     ours, plain = _run(r10, rounds)
     for number, (one, other) in enumerate(zip(ours, plain, strict=True), 1):
         print(f"R10 round {number}: {one:.0f} ms, plain SET and GET {other:.0f} ms", flush=True)
@@ -20,8 +20,8 @@ def model_file(rounds: int) -> dict[str, Measured]:
 
 
 def large_object(rounds: int) -> dict[str, Measured]:
-    """R11, in ms. Without an append-only file: with one, the figure is that of the disk, which makes Redis
-    wait while it syncs a gigabyte, whoever wrote it."""
+    """Measure R11, in ms, without an append-only file. With one, the figure would be the disk's: Redis waits
+    while a gigabyte is synced, whichever program wrote it."""
     print("R11: on a server without an append-only file", flush=True)
     return {"R11": Measured.against(*_run(r11, rounds, appendonly="no"))}
 

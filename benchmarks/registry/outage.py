@@ -1,8 +1,8 @@
-"""R8 and R9: what users feel when a host loses its power, and when Redis goes away.
+"""R8 and R9: the effect on users when a host loses its power, and when Redis is down.
 
 R8  A client sends a request each 10 ms, in turn to two workers, of which one loses its power. A request that
-    is not answered within `LATE_S` went to that one; the figure is the time from switching off to the sending
-    of the last such request. That one's answer then comes from the other worker, later.
+    is not answered within `LATE_S` went to that one. The figure is the time from switching off to the sending
+    of the last such request. Its answer then comes from the other worker, later.
 R9  A frontend and two mock workers (2 ms a token), and chats of 16 tokens at a fixed pace: stretches with
     Redis and without it (kill -9 at the stretch's start) take turns.
 """
@@ -35,7 +35,7 @@ SETTLE_S = 3.0
 
 
 def powered_off(rounds: int) -> dict[str, Measured]:
-    """R8, in s."""
+    """Measure R8, in s."""
     with ExitStack() as stack:
         server = stack.enter_context(redis_server(port=None))
         environment = {"DYN_REDIS_URL": server.url, "DYN_REDIS_PREFIX": PREFIX, "DYN_LOG": "error"}
@@ -62,7 +62,8 @@ async def _powered_off(redis_url: str, host: Host, rounds: int) -> list[float]:
 
 
 async def _switch_off(client: Client, host: Host) -> tuple[float, float]:
-    """When the last request went to the dead host, after its switching off; and the slowest request, in s."""
+    """Return the time from the host's switching off to the sending of the last request to it, and the slowest
+    request, both in s."""
     requests: list[asyncio.Task[tuple[float, float]]] = []
     began = time.monotonic()
     off_at = float("inf")
@@ -99,7 +100,7 @@ async def _until_both_answer(client: Client) -> None:
 
 
 def without_redis(rounds: int) -> dict[str, Measured]:
-    """R9: p99 in ms, without Redis and with it."""
+    """Measure R9: p99 in ms, without Redis and with it."""
     with redis_server() as server:
         options = ("--redis-url", server.url, "--redis-prefix", PREFIX, "--decode-step", "2ms")
         with up(*options) as url:
@@ -128,7 +129,7 @@ async def _without_redis(server: EmbeddedServer, url: str, rounds: int) -> tuple
 
 
 class PacedChats:
-    """Chats at a fixed pace, each on a kept connection that is free; one is opened if none is."""
+    """Chats at a fixed pace. Each uses a kept connection that is free, or a new one."""
 
     def __init__(self, url: str, model: str) -> None:
         self._url = url
@@ -137,7 +138,7 @@ class PacedChats:
         self._count = 0
 
     async def stretch(self, seconds: float) -> float:
-        """The p99 of the chats begun in so much time, in ms. Raises if one fails."""
+        """Send chats for `seconds`, and return their p99 in ms. Raises if one fails."""
         chats: list[asyncio.Task[float]] = []
         began = time.monotonic()
         for number in range(round(seconds * CHATS_PER_S)):
@@ -155,6 +156,6 @@ class PacedChats:
         return time.monotonic() - began
 
     def close(self) -> None:
-        """Hang up."""
+        """Close all connections."""
         for chatter in self._free:
             chatter.close()

@@ -1,4 +1,4 @@
-"""Ten thousand instances, as a large deployment has them: their records, and getting them into a registry."""
+"""Ten thousand instances, as in a large deployment: their records, and their registration."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from dynamo_redis.store.registry.scripts_api import KeyValue, OwnedPut
 INSTANCES = 10_000
 ENDPOINT = EndpointName("dynamo", "backend", "generate")
 PREFIX = "bench"
-"""Of the registry's own keys in Redis."""
+"""Prefix of the registry's keys in Redis."""
 
 _FIRST_ID = 7587888160958627806
 _IN_FLIGHT = 16
 
 
 def leases(count: int = INSTANCES) -> list[LeaseId]:
-    """The ids of that many processes."""
+    """Return the lease ids of `count` processes."""
     return [LeaseId(_FIRST_ID + number) for number in range(count)]
 
 
 def key_of(lease: LeaseId) -> str:
-    """The key under which a process's instance is registered."""
+    """Return the key under which a process's instance is registered."""
     return ENDPOINT.instance_key(InstanceId(lease))
 
 
 def value_of(lease: LeaseId) -> bytes:
-    """Its record, about 400 bytes."""
+    """Return the record of an instance, about 400 bytes."""
     return record(lease - _FIRST_ID)
 
 
 def key_value(client: RedisClient) -> KeyValue:
-    """The population's registry."""
+    """Return the population's registry."""
     return KeyValue(client, RegistryKeys(PREFIX))
 
 
 async def populate(redis_url: str, ids: Sequence[LeaseId], ttl_s: float) -> None:
-    """Register an instance under a lease of its own for each id."""
+    """Register an instance for each id, each under a lease of its own."""
     client = RedisClient(redis_url, timeout_s=10, client_name="population")
     kv = key_value(client)
     await kv.initialize()

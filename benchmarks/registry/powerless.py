@@ -1,9 +1,9 @@
-"""A worker on a host that can be switched off: nothing is refused then, and nothing is answered.
+"""A worker on a host that can be switched off: from then on it refuses nothing and answers nothing.
 
-As root it is a network namespace, joined to this one by a cable (a veth pair) whose far end is taken down:
-packets vanish, and addresses are no longer resolved. Redis is on a unix socket, so that the worker's lease
-goes on and only the client's own senses can tell. Without the rights for that the worker is frozen (SIGSTOP):
-its kernel still acknowledges what arrives.
+As root the host is a network namespace, joined to this one by a cable (a veth pair) whose far end is taken
+down: packets vanish, and addresses are no longer resolved. Redis is on a unix socket, so the worker's lease
+goes on, and only the client's own checks can detect the fault. Without the rights for that the worker is
+frozen (SIGSTOP); then its kernel still acknowledges packets.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ WORKER = [sys.executable, str(ECHOES / "echo_worker.py"), "dynamo_redis.runtime"
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """Where the worker runs, and its power switch."""
+    """The host of the worker, with its power switch."""
 
     kind: str
     switch_off: Callable[[], None]
@@ -33,7 +33,7 @@ class Host:
 
 @contextmanager
 def powerless_worker(environment: dict[str, str]) -> Iterator[Host]:
-    """An echo worker whose host can be switched off and on."""
+    """Run an echo worker whose host can be switched off and on, until the block ends."""
     if os.geteuid() == 0 and shutil.which("ip"):
         with _namespace() as (name, address):
             command = ["ip", "netns", "exec", name, *WORKER]
@@ -57,7 +57,7 @@ def powerless_worker(environment: dict[str, str]) -> Iterator[Host]:
 
 @contextmanager
 def _namespace() -> Iterator[tuple[str, str]]:
-    """A network namespace one cable away: its name, and its address."""
+    """Make a network namespace one cable away, and yield its name and its address."""
     name = f"bench-{os.getpid()}"
     near, network = f"veth{os.getpid()}"[:15], f"10.213.{os.getpid() % 256}"
     _ip("netns", "add", name)

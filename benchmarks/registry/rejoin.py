@@ -1,10 +1,10 @@
-"""R7: 10,000 workers register again after their registry was wiped, all of it (FLUSHALL).
+"""R7: 10,000 workers register again after their whole registry was wiped (FLUSHALL).
 
 Four processes hold 2,500 of the product's `Registrations` each, each with a lease and a writer chain of its
-own, over one client and one log reader a process. What a worker's own log reader would tell it, the shared
-one does: after the jitter that 10,000 processes have, each is disturbed; entries of the log go to those they
-concern. There are no keepalives, which would find the wipe sooner than the log reader's next look (2 s).
-The drivers run at a lower priority than the server: what they do, other machines would do elsewhere.
+own, over one client and one log reader a process. The shared log reader stands for the log reader of each
+worker: after the jitter of 10,000 processes it disturbs each, and passes each entry of the log to the workers
+that it concerns. There are no keepalives, which would find the wipe sooner than the log reader's next look (2
+s). The drivers run at a lower priority than the server: in a deployment their work is done by other machines.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from dynamo_redis.store.registry.registrations import Registrations
 PROCESSES = 4
 NICENESS = 10
 LONG_TTL_S = 3600.0
-"""Nobody keeps the leases alive."""
+"""TTL of leases without keepalives, in seconds."""
 PATIENCE_S = 60.0
 SETTLE_S = 1.0
 POLL_S = 0.02
@@ -44,7 +44,7 @@ SLOW_US = 500
 
 
 def rejoin(rounds: int) -> dict[str, Measured]:
-    """R7: s until all keys are back, and ms of the longest script meanwhile."""
+    """Measure R7: s until all keys are back, and ms of the longest script meanwhile."""
     complete_s: list[float] = []
     longest_ms: list[float] = []
     with redis_server() as server, redis.Redis.from_url(server.url, protocol=2) as client:
@@ -71,7 +71,7 @@ def rejoin(rounds: int) -> dict[str, Measured]:
 
 
 def _wipe(client: Any) -> float:
-    """Wipe the server; seconds until every worker's key is there again."""
+    """Wipe the server, and return the seconds until every worker's key is there again."""
     client.execute_command("SLOWLOG", "RESET")
     began = time.monotonic()
     client.flushall()
@@ -84,7 +84,7 @@ def _wipe(client: Any) -> float:
 
 
 def _longest_script_ms(client: Any) -> float:
-    """By the server's slow log, which counts what a script spends inside the server."""
+    """Return the longest script of the server's slow log, which counts the time inside the server."""
     entries: list[dict[str, Any]] = client.slowlog_get(100_000)
     scripts = [entry["duration"] for entry in entries if entry["command"].startswith(b"EVAL")]
     return max(scripts, default=SLOW_US) / 1e3
@@ -139,7 +139,7 @@ class Workers:
         )
 
     async def run(self, pipe: Connection) -> None:
-        """Register, say so, and go on until the process is ended."""
+        """Register, report it, and run until the process is ended."""
         position = await self._kv.initialize()
         self._reader.start(position)
         for lease, registrations in self._by_lease.items():

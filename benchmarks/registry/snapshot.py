@@ -1,4 +1,4 @@
-"""R3 and R4: what a new process pays for a registry of 10,000 instances, in time and in memory.
+"""R3 and R4: the cost of a registry of 10,000 instances for a new process, in time and in memory.
 
 R3  In a fresh process each round: from `watch` on a started registry to its first state, and, in turn, the
     same keys and records read from a stream with redis-py, raw, a page of as many entries at a time.
@@ -27,11 +27,11 @@ from dynamo_redis.store.registry.redis_registry import RedisRegistry
 FLOOR_STREAM = "bench:floor"
 PAGE_ENTRIES = 1000
 LONG_TTL_S = 3600.0
-"""Nobody keeps these leases alive, and none may end."""
+"""TTL of leases without keepalives, in seconds. None may end."""
 
 
 def snapshots(rounds: int) -> dict[str, Measured]:
-    """R3, in ms."""
+    """Measure R3, in ms."""
     ours: list[float] = []
     floor: list[float] = []
     with redis_server() as server:
@@ -100,7 +100,7 @@ async def _time_floor(redis_url: str) -> float:
 
 
 def memory(rounds: int) -> dict[str, Measured]:
-    """R4, in MB."""
+    """Measure R4, in MB."""
     figures: list[float] = []
     with redis_server() as server:
         uvloop.run(populate(server.url, leases(), LONG_TTL_S))

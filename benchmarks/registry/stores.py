@@ -1,7 +1,7 @@
-"""Three stores behind one face: ours, etcd, and bare Redis streams as the floor.
+"""Three stores with one interface: ours, etcd, and bare Redis streams as the floor.
 
-The same drivers run on all three. This module is also imported by the rival's interpreter, which has nothing
-of ours, so each side imports what it needs when it is made.
+The same drivers run on all three. The rival's interpreter, which has none of our code, imports this module
+too. So each side imports its library when it is made.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ FLOOR_STREAM = "bench:floor"
 
 
 class Store(Protocol):
-    """What a driver asks of a side. Each has connections of its own."""
+    """The operations that a driver uses. Each store has connections of its own."""
 
     async def start(self) -> None:
         """Connect."""
@@ -28,7 +28,7 @@ class Store(Protocol):
         ...
 
     def watch(self) -> AsyncIterator[bytes]:
-        """The values written under `PREFIX` from now on."""
+        """Yield the values written under `PREFIX` from now on."""
         ...
 
     async def keep(self, key: str, value: bytes) -> None:
@@ -132,7 +132,7 @@ class Floor:
                     yield fields[3]
 
     async def keep(self, key: str, value: bytes) -> None:
-        """The floor has no leases."""
+        """Do nothing: the floor has no leases."""
 
     async def aclose(self) -> None:
         await self._redis.aclose()

@@ -1,8 +1,8 @@
-"""R1 and R2: from a put to its being seen by 100 connections, ours against etcd and against bare streams.
+"""R1 and R2: from a put until 100 connections have seen it, ours against etcd and against bare streams.
 
-Four processes with 25 watches each, every one on connections of its own and with a lease, and one writer that
-puts at a fixed rate. The three sides take turns, each with fresh processes, so that none is disturbed by what
-another does when it idles. All run on uvloop, all carry the same values.
+Four processes have 25 watches each, every one on connections of its own and with a lease; one writer puts at
+a fixed rate. The three sides take turns, each with fresh processes, so that no side's idle processes disturb
+another. All run on uvloop, all carry the same values.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ PUTS_PER_S = 25.0
 SECONDS = 6.0
 SETTLE_S = 1.0
 LEAST_SEEN = 0.9
-"""Part of what was sent that each watch must have seen; a round with less measured something else."""
+"""Part of the sent values that each watch must have seen. A round with less measured something else."""
 
 
 def watching(rounds: int) -> dict[str, Measured]:
-    """R1 against etcd, R2 against the floor: p99 in ms."""
+    """Measure R1 against etcd, R2 against the floor: p99 in ms."""
     p99: dict[str, list[float]] = {"ours": [], "etcd": [], "floor": []}
     with redis_server() as server, etcd() as etcd_address:
         addresses = {"ours": server.url, "etcd": etcd_address, "floor": server.url}
@@ -42,7 +42,7 @@ def watching(rounds: int) -> dict[str, Measured]:
 
 
 def round_of(side: str, address: str) -> float:
-    """The p99 over all deliveries of a round, in ms."""
+    """Return the p99 over all deliveries of a round, in ms."""
     python = etcd_python() if side == "etcd" else sys.executable
     with ExitStack() as stack:
         processes = [

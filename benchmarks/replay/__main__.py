@@ -1,4 +1,4 @@
-"""Replays a trace of real requests through real processes, and says what each way of routing makes of it.
+"""Replays a trace of real requests through real processes, and reports the result of each way of routing.
 
 Each run has one Redis, mock workers, and router replicas with the users behind them, which send their share
 of the requests as token ids: real sockets, real KV events, in scaled time. Workers share processes, four in
@@ -33,12 +33,12 @@ from benchmarks.replay.simulation import Omniscient, simulate
 from dynamo_redis.store.server import EmbeddedServer
 
 FAULT_AT: Final = 0.4
-"""When something is killed: part of the time in which requests are due."""
+"""Time of a fault, as a part of the time in which requests are due."""
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What to run, and where to write it."""
+    """The runs, and the files that they write."""
 
     base: Plan
     modes: Sequence[Mode]
@@ -55,19 +55,19 @@ class Options:
     repeats: int
 
     def plan(self, arrivals: Arrivals, mode: Mode = "kv", replicas: int = 1) -> Plan:
-        """One run's plan."""
+        """Return one run's plan."""
         plan = replace(self.base, arrivals=arrivals, mode=mode, replicas=replicas)
         if arrivals == "given":
             return replace(plan, speedup=self.given_speedup, requests=self.given_requests)
         return plan
 
     def repeated(self, plan: Plan) -> list[Plan]:
-        """Return the plan as often as it is run, each with arrivals and chance of its own."""
+        """Return a plan for each repetition, each with arrivals and chance of its own."""
         return [replace(plan, seed=plan.seed + number) for number in range(self.repeats)]
 
     @property
     def runs(self) -> list[tuple[Plan, Fault | None]]:
-        """All of them, in order."""
+        """All runs, in order."""
         plain = [
             (self.plan(arrivals, mode, replicas), None)
             for arrivals in self.arrivals
@@ -79,7 +79,7 @@ class Options:
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Entry]:
-    """Run what the command line asks for; answers the rows."""
+    """Run the plans of the command line, and return the rows."""
     options = parse(arguments)
     try:
         trace = options.base.load_trace()
@@ -114,13 +114,14 @@ def _draw(results: Path) -> None:
 
 
 def _reference(options: Options, plan: Plan, trace: str) -> Entry:
-    """The omniscient router's row, on the same arrivals, and with the same chance among equals."""
+    """Simulate the omniscient router on the same arrivals and with the same chance among equals, and return
+    its row."""
     found = [figures(simulate(one, Omniscient, seed=one.seed), one.workers) for one in options.repeated(plan)]
     return simulated_entry(plan, trace, found, mode=OMNISCIENT)
 
 
 def _simulated(options: Options, plan: Plan, trace: str) -> Entry:
-    """The row of the plan's mode, without processes."""
+    """Simulate the plan's mode without processes, and return its row."""
     found = [
         figures(
             simulate(one, seed=one.seed, late_s=options.late_s, counts_once=options.counts_once),
@@ -187,7 +188,7 @@ Choice = TypeVar("Choice")
 
 
 def _several(one: Callable[[str], Choice]) -> Callable[[str], list[Choice]]:
-    """A list with commas."""
+    """Return a parser of lists with commas, for argparse."""
     return lambda text: [one(part.strip()) for part in text.split(",")]
 
 
@@ -202,7 +203,7 @@ def _one_of(*choices: Choice) -> Callable[[str], Choice]:
 
 
 def parse(arguments: Sequence[str] | None) -> Options:
-    """The command line. Exits with a message for what cannot be run."""
+    """Parse the command line. Exits with a message for options that cannot be run."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.replay",
         description=__doc__,

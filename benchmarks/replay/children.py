@@ -1,4 +1,4 @@
-"""The processes of a replay, as the one that leads them sees them."""
+"""The child processes of a replay, as their leader sees them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _END_S: Final = 20.0
 
 
 class Child:
-    """A process that is led by lines (`replay.lines`). Ends with this one, whatever becomes of it."""
+    """A process that is led by lines (`replay.lines`). It ends with this process, however that ends."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
@@ -25,7 +25,7 @@ class Child:
 
     @classmethod
     async def start(cls, module: str, *arguments: str) -> Self:
-        """Run `benchmarks.MODULE`; it is ready when it has answered."""
+        """Run `benchmarks.MODULE`, and return it when its first answer shows that it is ready."""
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -39,12 +39,13 @@ class Child:
         return cls(process)
 
     def say(self, *words: object) -> None:
-        """Give a command. Without effect on one that has ended."""
+        """Send a command. Has no effect on a process that has ended."""
         assert self._process.stdin is not None
         self._process.stdin.write(" ".join(map(str, words)).encode() + b"\n")
 
     async def answer(self, timeout_s: float | None = _READY_S) -> dict[str, Any]:
-        """Its next answer. Raises RuntimeError if it has ended, TimeoutError."""
+        """Wait for the next answer and return it. Raises RuntimeError if the process has ended,
+        TimeoutError."""
         assert self._process.stdout is not None
         async with asyncio.timeout(timeout_s):
             line = await self._process.stdout.readline()
@@ -54,25 +55,25 @@ class Child:
         return fields
 
     async def answer_to(self, *words: object) -> dict[str, Any]:
-        """Give a command and wait for its answer."""
+        """Send a command, wait for its answer, and return that."""
         self.say(*words)
         return await self.answer()
 
     def cpu_s(self) -> float:
-        """User and system time so far; 0 if it has ended."""
+        """Return its user and system time in seconds; 0 if it has ended."""
         with suppress(psutil.Error):
             times = self._usage.cpu_times()
             return times.user + times.system
         return 0.0
 
     def resident_bytes(self) -> int:
-        """Resident memory; 0 if it has ended."""
+        """Return its resident memory in bytes; 0 if it has ended."""
         with suppress(psutil.Error):
             return int(self._usage.memory_info().rss)
         return 0
 
     async def kill(self) -> None:
-        """kill -9."""
+        """Kill it (kill -9)."""
         with suppress(ProcessLookupError):
             self._process.kill()
         await self._process.wait()

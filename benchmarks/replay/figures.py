@@ -1,4 +1,4 @@
-"""What became of requests, and what a run of them comes to."""
+"""The outcomes of requests, and the figures of a run."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One request. Counts are of prompt tokens; times in the trace's seconds."""
+    """The outcome of one request. Counts are of prompt tokens; times are in the trace's seconds."""
 
     index: int
     worker: int
     """The worker's number in the run."""
     prompt_count: int
     cached_count: int
-    """Found in the cache, by the worker's own word."""
+    """Tokens that the worker reported as found in its cache."""
     matched_count: int
-    """Thought to be in its cache when it was chosen; 0 if nobody thought about it."""
+    """Tokens that the router believed to be in the worker's cache at the choice; 0 if it had no estimate."""
     ttft_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What a run comes to."""
+    """The figures of a run."""
 
     hit_rate: float
     """Prompt tokens found in caches ÷ all prompt tokens."""
@@ -38,7 +38,7 @@ class Figures:
 
 
 def figures(outcomes: Sequence[Outcome], workers: int) -> Figures:
-    """Raises ValueError if there are no outcomes."""
+    """Return the figures of a run. Raises ValueError if there are no outcomes."""
     if not outcomes:
         raise ValueError("no request was answered")
     times = sorted(outcome.ttft_s for outcome in outcomes)
@@ -57,5 +57,5 @@ def figures(outcomes: Sequence[Outcome], workers: int) -> Figures:
 
 
 def quantile(ordered: Sequence[float], part: float) -> float:
-    """Of ordered values, the one with `part` of them below it."""
+    """Return the quantile of ordered values: `part` of them are below it."""
     return ordered[min(int(part * len(ordered)), len(ordered) - 1)]

@@ -1,6 +1,6 @@
-"""How a process of a replay is led: commands on its standard input, JSON answers on the other.
+"""The control of a replay's processes: commands on standard input, JSON answers on standard output.
 
-It ends with its standard input, and so with whoever started it.
+It ends with its standard input, and so with its parent.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 
 async def commands() -> AsyncIterator[list[str]]:
-    """The words of each line, until `end` or the end of input."""
+    """Yield the words of each line, until `end` or the end of input."""
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader()
     transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
@@ -28,5 +28,5 @@ async def commands() -> AsyncIterator[list[str]]:
 
 
 def answer(**fields: Any) -> None:
-    """Say something to whoever started this process."""
+    """Send an answer to the parent process."""
     print(json.dumps(fields), flush=True)

@@ -1,8 +1,8 @@
 """A deployment in simulated time: the mock engine's own cache and batching, without processes and waiting.
 
-It is what real runs are held against: `Omniscient` routers see every cache and every queue as they are at
-that moment, which no process can. What a policy with delayed knowledge would cost is seen here too, without
-the noise of a machine.
+Real runs are compared with it. `Omniscient` routers see every cache and every queue as they are at that
+moment, which no process can. It also shows the cost of a policy with delayed knowledge, without the noise of
+a machine.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from dynamo_redis.engines.mock.batching import Batch, Step, step_duration_s
 from dynamo_redis.engines.mock.kv_cache import BlockCache
 
 _TOKEN_BASE: Final = 1 << 31
-"""Generated tokens of request i are all `_TOKEN_BASE + i`: no two answers share a block."""
+"""Base of the generated tokens: those of request i are all `_TOKEN_BASE + i`. So no two answers share a
+block."""
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -39,10 +40,11 @@ class ModelSequence(batching.Sequence):
 
 
 class Policy(Protocol):
-    """Chooses a worker for each request, as one router replica or another, and hears how it goes on."""
+    """Chooses a worker for each request, on one of the router replicas, and is told of the request's
+    progress."""
 
     def choose(self, index: int, request: TracedRequest, replica: int) -> tuple[int, int]:
-        """The worker, and how many of the prompt's blocks it is thought to hold."""
+        """Return the worker, and the number of the prompt's blocks that it is believed to hold."""
         ...
 
     def first_token(self, sequence: ModelSequence) -> None: ...
@@ -66,21 +68,21 @@ class SimulatedEngine:
 
     @property
     def idle(self) -> bool:
-        """No step is under way."""
+        """True if no step is under way."""
         return self._step is None
 
     def begin(self) -> float | None:
-        """Begin a step; how long it takes. None if there is nothing to do."""
+        """Begin a step and return its length in seconds; None if there is nothing to do."""
         self._step = self.batch.plan()
         return None if self._step is None else step_duration_s(self._step, self._settings)
 
     def complete(self) -> list[ModelSequence]:
-        """The step's time is over: the sequences that have another token."""
+        """End the step, and return the sequences that have another token."""
         assert self._step is not None
         return self.batch.complete(self._step)
 
     def prefill_token_count(self) -> int:
-        """Prompt tokens that are still to be read, without those in the cache."""
+        """Return the prompt tokens that are still to be read, without those in the cache."""
         total = 0
         for sequence in self.batch.sequences():
             unread = sequence.prompt_count - sequence.computed_count
@@ -92,7 +94,7 @@ class SimulatedEngine:
         return total
 
     def block_count(self) -> int:
-        """Blocks that running requests hold and waiting ones will, each counted once."""
+        """Return the blocks that running requests hold and waiting ones will hold, each counted once."""
         block_size = self.cache.block_size
         sequences = self.batch.sequences()
         named = set().union(*(sequence.hashes for sequence in sequences))
@@ -106,23 +108,24 @@ def _unheard(_: int, __: KvEvent) -> None:
 
 
 class Simulation:
-    """Engines, and the time in which they run. Use: make it, make a policy on it, `run`."""
+    """Engines and their simulated time. To use it, make it, make a policy for it, and call `run`."""
 
     def __init__(self, workers: int, settings: MockEngineSettings) -> None:
         self.now_s = 0.0
         self.on_kv_event: Callable[[int, KvEvent], None] = _unheard
-        """Told of each change of a worker's cache, by the worker's number, at once."""
+        """Called at once with the worker's number and each change of its cache."""
         self.engines = [SimulatedEngine(settings, self._sink(number)) for number in range(workers)]
         self._due: list[tuple[float, int, Callable[[], None]]] = []
         self._turn = count()
         self._outcomes: list[Outcome] = []
 
     def after(self, delay_s: float, act: Callable[[], None]) -> None:
-        """Let something happen later; of what is due at the same moment, what was asked for first."""
+        """Call `act` after a delay. Acts that are due at the same moment run in the order of their calls."""
         heapq.heappush(self._due, (self.now_s + delay_s, next(self._turn), act))
 
     def run(self, requests: Sequence[TracedRequest], policy: Policy, *, replicas: int = 1) -> list[Outcome]:
-        """Answer all requests, which come to the replicas in turn. One outcome a request, as they end."""
+        """Answer all requests, which come to the replicas in turn. Returns one outcome a request, as they
+        end."""
         for index, request in enumerate(requests):
             self.after(
                 request.arrival_s - self.now_s, self._arrival(policy, index, request, index % replicas)

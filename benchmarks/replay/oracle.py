@@ -1,7 +1,7 @@
-"""Holds what routers believe against what the engines' caches hold.
+"""Compares the routers' indexes with the engines' caches.
 
 Both sides write, into a directory of their own, a file for each instance with the sequence hashes of its
-blocks: u64, in this machine's order, sorted.
+blocks: u64, in this machine's byte order, sorted.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from benchmarks.replay.figures import Outcome
 
 
 def write_blocks(directory: Path, instance_id: int, blocks: Collection[int]) -> None:
-    """What one instance holds."""
+    """Write the blocks of one instance."""
     (directory / f"{instance_id:x}").write_bytes(array("Q", sorted(blocks)).tobytes())
 
 
 def read_blocks(directory: Path) -> dict[int, set[int]]:
-    """What each instance holds; those without blocks are left out."""
+    """Return the blocks of each instance; instances without blocks are left out."""
     return {
         int(path.name, 16): set(array("Q", content))
         for path in directory.iterdir()
@@ -30,14 +30,14 @@ def read_blocks(directory: Path) -> dict[int, set[int]]:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """An index against the truth."""
+    """The difference between an index and the caches."""
 
     block_count: int
-    """Blocks that the caches hold, counted for each worker."""
+    """Blocks in the caches, counted for each worker."""
     missing_count: int
-    """Of these, blocks that the router does not know of."""
+    """Blocks of these that the router does not know of."""
     wrong_count: int
-    """Blocks that the router believes in, and that are not there."""
+    """Blocks that the router believes in and that are not there."""
 
     @property
     def equal(self) -> bool:
@@ -45,7 +45,7 @@ class Difference:
 
 
 def difference(index: Mapping[int, set[int]], truth: Mapping[int, set[int]]) -> Difference:
-    """Of all instances that either side knows."""
+    """Return the difference, over all instances that either side knows."""
     nothing: set[int] = set()
     instances = index.keys() | truth.keys()
     return Difference(
@@ -56,10 +56,11 @@ def difference(index: Mapping[int, set[int]], truth: Mapping[int, set[int]]) -> 
 
 
 def wrong_share(outcomes: Sequence[Outcome]) -> float:
-    """Prompt tokens that routers thought cached and workers did not find ÷ those that they thought cached.
+    """Return the prompt tokens that routers believed cached and workers did not find ÷ those that they
+    believed cached.
 
-    A hit is only ever counted by the worker's word. What was evicted between the choice and the request's
-    turn is in this share, too.
+    A hit is counted only by the worker's report. A block that was evicted between the choice and the
+    request's turn counts here, too.
     """
     thought = sum(outcome.matched_count for outcome in outcomes)
     wrong = sum(max(outcome.matched_count - outcome.cached_count, 0) for outcome in outcomes)

@@ -1,4 +1,5 @@
-"""One run of a replay, as everybody in it is told: the trace, who plays, and how fast time passes."""
+"""The plan of one run of a replay, which every process of it is given: trace, processes, and the speed of
+time."""
 
 from __future__ import annotations
 
@@ -27,30 +28,32 @@ MODES: Final[dict[Mode, str]] = {
     "rr": "round robin",
     "p2c": "p2c",
 }
-"""How they are shown."""
+"""The name of each mode in tables."""
 
 Arrivals = Literal["given", "poisson"]
 
 Workload = Literal["trace", "made-up", "shared-prompts"]
-"""A trace's file, or made-up requests, which are those of the plan's seed."""
+"""A trace's file, or made-up requests, which follow from the plan's seed."""
 
 ENDPOINT: Final = "replay.backend.generate"
 MODEL: Final = "replay"
 CONTEXT_LENGTH: Final = 1 << 18
 
 ENGINE_SPEED: Final = 0.5
-"""Of the mock engine's own speed: it reads 10,000 prompt tokens a second."""
+"""Speed of the workers as a part of the mock engine's own: they read 10,000 prompt tokens a second."""
 
 TOKENS_A_STEP: Final = 4
-"""A step takes as long as so many, and answers have as many fewer tokens. So an answer takes as long, and
-passing on tokens, which is not what is looked at, does not take most of this machine's time."""
+"""Tokens that one step stands for: it takes as long as so many, and answers have as many fewer. So an answer
+takes the same time, and passing on tokens, which is not measured, does not take most of this machine's
+time."""
 
 
 class Chance(random.Random):
-    """Chance among workers of equal cost that depends on a seed and on the request, and on nothing before it.
+    """Chance among workers of equal cost that depends only on a seed and on the request, and on nothing
+    before it.
 
-    So two runs of one seed choose alike wherever their workers cost alike, also behind a choice in which they
-    differed: what is left between them is what is asked for, and not chance.
+    So two runs of one seed choose alike wherever their workers cost alike, also after a choice in which they
+    differed. The remaining difference is that of the policies and not chance.
     """
 
     def __init__(self, seed: int) -> None:
@@ -58,24 +61,25 @@ class Chance(random.Random):
         self._seed = seed
 
     def begin(self, index: int) -> None:
-        """Begin what is drawn for a request, by its place in the trace."""
+        """Begin the draws for a request, given its place in the trace."""
         self.seed((self._seed << 32) + index)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What a run is. Times in it are the trace's, of which `speedup` seconds pass in one."""
+    """The plan of a run. Times in it are the trace's, of which `speedup` seconds pass in one."""
 
     trace: Path | None
     """None: the shared one beside the checkout, or else a made-up one."""
     requests: int
     arrivals: Arrivals
     load: float
-    """For Poisson arrivals: prompt tokens that come ÷ what the workers can read, were nothing cached."""
+    """For Poisson arrivals: prompt tokens that come ÷ those that the workers could read if nothing were
+    cached."""
     seed: int
     workers: int
     kv_blocks: int
-    """Of each worker's cache."""
+    """Blocks of each worker's cache."""
     mode: Mode = "kv"
     replicas: int = 1
     speedup: float = 1.0
@@ -86,18 +90,18 @@ class Plan:
     """Events after which routers store their index; None: the setting's default."""
 
     def to_json(self) -> str:
-        """For a process's command line."""
+        """Return the plan as text for a process's command line."""
         return json.dumps({**asdict(self), "trace": self.trace and str(self.trace)})
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """As `to_json` wrote it."""
+        """Return the plan that `to_json` wrote."""
         fields: dict[str, Any] = json.loads(text)
         return cls(**{**fields, "trace": fields["trace"] and Path(fields["trace"])})
 
     @property
     def engine(self) -> MockEngineSettings:
-        """A worker's engine."""
+        """The settings of a worker's engine."""
         default = MockEngineSettings.load()
         return MockEngineSettings.load(
             decode_step_s=TOKENS_A_STEP * default.decode_step_s,
@@ -110,7 +114,7 @@ class Plan:
 
     @property
     def settings(self) -> Settings:
-        """Of each process. Who hears no events has none published."""
+        """The settings of each process. Workers publish no events if the mode uses none."""
         return Settings.load(
             redis_url=self.redis_url,
             prefix=self.prefix,
@@ -118,7 +122,7 @@ class Plan:
         )
 
     def load_trace(self) -> Trace:
-        """The requests, the same in every process. Raises OSError or ValueError for a bad file."""
+        """Return the requests, the same in every process. Raises OSError or ValueError for a bad file."""
         if self.workload == "made-up":
             trace = synthetic_trace(self.requests, seed=self.seed)
         elif self.workload == "shared-prompts":
@@ -135,7 +139,8 @@ class Plan:
 
     @property
     def router(self) -> RouterSettings:
-        """Of a KV-aware router. What it predicts lasts as long in the trace's time as it does by default."""
+        """The settings of a KV-aware router. Its predictions last as long in the trace's time as they do by
+        default."""
         default = RouterSettings.load()
         return RouterSettings.load(
             use_kv_events=self.mode == "kv",
@@ -145,5 +150,5 @@ class Plan:
 
     @property
     def client_mode(self) -> str | None:
-        """How a client chooses; None where a router does."""
+        """The mode of a client; None where a router chooses."""
         return {"rr": "round_robin", "p2c": "p2c"}.get(self.mode)

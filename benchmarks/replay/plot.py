@@ -1,10 +1,10 @@
 """Draws the rows of a replay beside their figures: `python -m benchmarks.replay.plot [results/replay.json]`.
 
-A row a way of routing, in a group for each kind of arrivals, and one for the runs in which something was
-killed; from the left: the hit rate, the time to the first token (a dot at the median, a cross at the mean, a
-line to the 99th percentile), the balance of what workers read, and the rate of KV events. Chats that share
-long prompts are left out: the picture is of one trace. It needs nothing but matplotlib: run it within the
-environment that has it.
+There is a row for each way of routing, in a group for each kind of arrivals, and one group for the runs in
+which a process was killed. From the left: the hit rate, the time to the first token (a dot at the median, a
+cross at the mean, a line to the 99th percentile), the balance of the tokens that workers read, and the rate
+of KV events. Chats that share long prompts are left out: the picture is of one trace. It needs nothing but
+matplotlib: run it within the environment that has it.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ WIDTHS: Final = (1.0, 1.0, 0.8, 0.4)
 WIDTH_INCHES: Final = 12.0
 ROW_INCHES, MARGIN_INCHES = 0.24, 0.3
 _ROOM: Final = 1.25
-"""Width of an axis by its largest value, for the figure behind it."""
+"""Width of an axis by its largest value, which leaves room for the figure behind it."""
 
 Row = dict[str, Any]
 
 
 def groups(rows: list[Row]) -> dict[str, list[Row]]:
-    """The rows of each part of the picture, by its name."""
+    """Return the rows of each part of the picture, by its name."""
     found: dict[str, list[Row]] = {}
     for row in rows:
         if row["fault"] is not None:
@@ -69,7 +69,7 @@ def groups(rows: list[Row]) -> dict[str, list[Row]]:
 
 
 def label(row: Row) -> str:
-    """What stands before a row."""
+    """Return the text before a row."""
     text = NAMES[row["mode"]]
     if row["mode"] != "omniscient":
         text += f", {row['replicas']} router{'s' if row['replicas'] > 1 else ''}"

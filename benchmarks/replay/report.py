@@ -1,4 +1,4 @@
-"""What a replay writes: a table for people, `results/replay.json` for programs and for the picture."""
+"""The output of a replay: a table for people, `results/replay.json` for programs and for the picture."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ OMNISCIENT: Final = "omniscient"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """One row: how it was run, and what came of it. Times are the trace's seconds unless said."""
+    """One row: the conditions of a run, and its figures. Times are the trace's seconds unless said
+    otherwise."""
 
     trace: str
     arrivals: str
@@ -39,24 +40,25 @@ class Entry:
     load: float | None
     """None: the trace's own arrivals."""
     speedup: float
-    """1 for what was simulated."""
+    """1 for simulated runs."""
     hit_rate: float
     ttft_mean_s: float
     ttft_p50_s: float
     ttft_p99_s: float
     imbalance: float
     events_per_s: float | None
-    """KV events of all workers, real time."""
+    """KV events of all workers, in real time."""
     wrong_share: float | None
-    """Of the tokens that routers thought cached; None where they thought nothing."""
+    """Part of the tokens that routers believed cached and workers did not find; None where there was no
+    belief."""
     index: str | None
-    """Routers' indexes against the caches once quiet: `equal`, or what was wrong."""
+    """The routers' indexes against the caches once there was no more traffic: `equal`, or the difference."""
     failed_count: int
     lost_count: int
     late_ms: float | None
-    """How late requests were sent, real time, 99th percentile."""
+    """Delay with which requests were sent, real time, 99th percentile."""
     cores: float | None
-    """CPU seconds a second, of workers and routers."""
+    """CPU seconds a second of workers and routers."""
     machine: str
     repeats: int = 1
     """Runs that the figures are means of, each with arrivals and chance of its own."""
@@ -65,18 +67,19 @@ class Entry:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """Rows of the same key replace each other."""
+        """The identity of a row. Rows of the same key replace each other."""
         return (self.trace, self.arrivals, self.mode, self.replicas, self.fault)
 
 
 def simulated_entry(plan: Plan, trace: str, all_figures: Sequence[Figures], *, mode: str) -> Entry:
-    """A row of what was simulated: means over several runs. `mode` is the plan's, or OMNISCIENT."""
+    """Make the row of simulated runs: means over them. `mode` is the plan's, or OMNISCIENT."""
     replicas = 1 if mode == OMNISCIENT else plan.replicas
     return _entry(plan, trace, all_figures, mode=mode, replicas=replicas, speedup=1.0)
 
 
 def run_entry(plan: Plan, trace: str, fault: str | None, results: Sequence[RunResult]) -> Entry:
-    """Make the row of one way of routing: means over its runs, what failed in all, and the latest."""
+    """Make the row of one way of routing: means over its runs, the sum of the failures, and the greatest
+    lateness."""
     thought = plan.client_mode is None
     length_s = sum(result.length_s for result in results)
     return _entry(
@@ -140,12 +143,12 @@ def _index(differences: Sequence[Difference]) -> str | None:
 
 
 def load_entries(path: Path = PATH) -> list[Entry]:
-    """All rows that were ever measured, the newest of each kind."""
+    """Return all saved rows, the newest of each kind."""
     return [Entry(**one) for one in json.loads(path.read_text())] if path.exists() else []
 
 
 def save(entries: Iterable[Entry], path: Path = PATH) -> None:
-    """Write rows; those that did not run keep their former figures."""
+    """Write rows; those that did not run keep their earlier figures."""
     merged = {entry.key: entry for entry in (*load_entries(path), *entries)}
     rows = [asdict(row) for row in ordered(merged.values())]
     path.parent.mkdir(exist_ok=True)
@@ -153,7 +156,8 @@ def save(entries: Iterable[Entry], path: Path = PATH) -> None:
 
 
 def ordered(entries: Iterable[Entry]) -> list[Entry]:
-    """As they are shown: each trace's arrivals together, what was killed at the end of them."""
+    """Return the rows in the order of the table: each trace's arrivals together, runs with faults at their
+    end."""
     modes = [OMNISCIENT, *MODES]
 
     def place(one: Entry) -> tuple[object, ...]:
@@ -182,7 +186,7 @@ COLUMNS: Final = (
 
 
 def title(entry: Entry) -> str:
-    """What was run, in a few words."""
+    """Return a short title of the run."""
     arrivals = "as given" if entry.load is None else f"Poisson {entry.load:g}"
     if entry.mode == OMNISCIENT:
         return f"{arrivals}, omniscient"
@@ -191,7 +195,7 @@ def title(entry: Entry) -> str:
 
 
 def cells(entry: Entry, reference: Entry | None) -> list[str]:
-    """A row of the table, by `COLUMNS`."""
+    """Return a row of the table, by `COLUMNS`."""
 
     def ratio(name: str) -> str:
         return "–" if reference is None else f"{getattr(entry, name) / getattr(reference, name):.2f}"
@@ -219,7 +223,7 @@ def cells(entry: Entry, reference: Entry | None) -> list[str]:
 
 
 def print_table(entries: Sequence[Entry], conditions: Sequence[str]) -> None:
-    """The table on the terminal."""
+    """Print the table on the terminal."""
     console = Console(width=max(170, Console().width))
     table = Table(caption="\n".join([*conditions, machine()]), caption_justify="left")
     for column in COLUMNS:
@@ -230,7 +234,7 @@ def print_table(entries: Sequence[Entry], conditions: Sequence[str]) -> None:
 
 
 def markdown(entries: Sequence[Entry]) -> str:
-    """The same for the README."""
+    """Return the table in Markdown for the README."""
     lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     lines += [f"| {' | '.join(cells(entry, _reference(entry, entries)))} |" for entry in entries]
     return "\n".join(lines)

@@ -3,10 +3,10 @@
 It sends its share of the trace's requests as token ids, each when it is due, and appends a line to FILE for
 each first token and each error. It answers {"ready": true}, and to commands:
 
-    go AT             begin: the trace's first request is due at AT, by this machine's monotonic clock; what
-                      was due before now is left out. Then now and then, and at the end:
+    go AT             begin: the first request is due at AT, by this machine's monotonic clock; requests
+                      that were due before now are left out. Then now and then, and at the end:
                       {"answered": count, "finished": …, "blocks": in the index, "late_s": 99th percentile}
-    index DIRECTORY   writes what its index holds of each worker   {"state": …}
+    index DIRECTORY   write the blocks of each worker in its index   {"state": …}
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ _PROGRESS_S: Final = 0.5
 
 
 class Caller(Protocol):
-    """What requests go through: a client or a router."""
+    """The client or router that requests go through."""
 
     def generate(self, request: Any, annotated: bool | None = True) -> Awaitable[AsyncIterator[Any]]: ...
 
 
 @asynccontextmanager
 async def open_caller(runtime: DistributedRuntime, plan: Plan, chance: Chance) -> AsyncIterator[Caller]:
-    """The router of the plan's mode, once all workers can be chosen."""
+    """Yield the router of the plan's mode, once all workers can be chosen."""
     async with AsyncExitStack() as stack:
         client: Client = await runtime.endpoint(ENDPOINT).client(router_mode=plan.client_mode)
         stack.push_async_callback(client.aclose)
@@ -66,7 +66,7 @@ async def open_caller(runtime: DistributedRuntime, plan: Plan, chance: Chance) -
 
 
 class Users:
-    """Those who send one replica's share of the requests, and what became of them."""
+    """The users of one replica, which send its share of the requests, and the outcomes."""
 
     def __init__(self, plan: Plan, replica: int, caller: Caller, chance: Chance, record: IO[str]) -> None:
         requests = plan.load_trace().requests
@@ -150,7 +150,7 @@ class Users:
 
 
 def write_index(directory: Path, caller: Caller) -> dict[str, Any]:
-    """What a router's index holds of each worker; answers its state."""
+    """Write the blocks of each worker in a router's index; return the router's state."""
     if not isinstance(caller, KvRouter):
         return {}
     if caller.indexer is not None:
@@ -161,7 +161,7 @@ def write_index(directory: Path, caller: Caller) -> dict[str, Any]:
 
 
 async def main(plan: Plan, replica: int, path: Path) -> None:
-    """Do as told, until told to end."""
+    """Carry out commands until told to end."""
     chance = Chance(plan.seed)
     async with (
         DistributedRuntime(settings=plan.settings) as runtime,

@@ -1,8 +1,8 @@
 """One run of a replay through real processes: workers, router replicas with their users, and one Redis.
 
-Faults come when given parts of the requests' time have passed: `router` is killed (kill -9) and started again
-after a second, with its users, whose requests under way are lost; `redis` likewise, with its data; `worker`:
-one is killed and, after a second, replaced.
+Faults come when given parts of the requests' time have passed. A `router` is killed (kill -9) and started
+again after a second, with its users; their requests under way are lost. `redis` likewise, with its data. A
+`worker` is killed and replaced after a second.
 """
 
 from __future__ import annotations
@@ -35,33 +35,35 @@ _QUIET_S: Final = 30.0
 _QUIET_LOOK_S: Final = 0.2
 
 Faults = Sequence[tuple[float, Fault]]
-"""When, as a part of the time in which requests are due, and what; in order."""
+"""Faults in order, each with its time as a part of the time in which requests are due."""
 
 Progress = Callable[[int], None]
-"""Told how many requests have been answered."""
+"""Called with the count of answered requests."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """What came of a run."""
+    """The result of a run."""
 
     outcomes: list[Outcome]
     failed: dict[str, int]
-    """Requests that ended with an error, by its code; some after their first token."""
+    """Count of requests that ended with an error, by its code; some had their first token before."""
     lost_count: int
-    """Requests without a first token or an error: their users were killed, or away when they were due."""
+    """Count of requests without a first token or an error: their users were killed, or away when they were
+    due."""
     length_s: float
     """Real time from the first request to the last answer."""
     events_count: int
     """KV events that the workers published."""
     cpu_s: float
-    """Of the processes that lived to the end."""
+    """CPU seconds of the processes that lived to the end."""
     late_s: float
-    """How late requests were sent, real time, 99th percentile."""
+    """Delay with which requests were sent, real time, 99th percentile."""
     differences: tuple[Difference, ...]
-    """Each replica's index against the caches, once quiet."""
+    """Each replica's index against the caches, once there was no more traffic."""
     quiet_s: float
-    """How long after the last answer all were equal, or the looking was given up."""
+    """Seconds from the last answer until all indexes were equal to the caches, or until the wait was given
+    up."""
 
 
 class Deployment:
@@ -73,7 +75,7 @@ class Deployment:
         self.workers: list[Child] = []
         self.routers: list[Child] = []
         self.reports: dict[int, dict[str, Any]] = {}
-        """What each replica said last of its progress."""
+        """The last progress report of each replica."""
         self._answered_before = 0  # by those that were killed
         self._faults = faults
         self._closing = AsyncExitStack()
@@ -110,7 +112,7 @@ class Deployment:
     # ----------------------------------------------------------------- the requests
 
     async def replay(self, progress: Progress) -> RunResult:
-        """Send all requests, and look at everything afterwards."""
+        """Send all requests, and compare everything afterwards."""
         trace = self.plan.load_trace()
         begin = time.monotonic() + _BEGIN_S
         cpu_s = self._cpu_s()
@@ -133,7 +135,8 @@ class Deployment:
         )
 
     async def _drive(self, begin: float, due_s: float, progress: Progress) -> float:
-        """Let the users send, break what is to be broken, wait for all answers; how late they sent."""
+        """Let the users send, cause the faults, and wait for all answers. Returns the delay with which
+        requests were sent, in seconds."""
         following = [
             asyncio.create_task(self._follow(replica, begin, progress))
             for replica in range(self.plan.replicas)
@@ -164,7 +167,7 @@ class Deployment:
                 return report
 
     def _recorded(self) -> tuple[list[Outcome], dict[int, str]]:
-        """What became of requests, and the codes of those that failed, by their index."""
+        """Return the outcomes of requests, and the error codes of those that failed, by their index."""
         outcomes: list[Outcome] = []
         failed: dict[int, str] = {}
         for path in self._directory.glob("outcomes-*"):
@@ -199,13 +202,14 @@ class Deployment:
     # ----------------------------------------------------------------- the truth
 
     async def events_count(self) -> int:
-        """KV events that the workers have published."""
+        """Return the count of KV events that the workers have published."""
         with self._written("truth") as directory:
             answers = [await worker.answer_to("truth", directory) for worker in self.workers]
         return sum(int(one["events"]) for one in answers)
 
     async def _compare(self) -> tuple[tuple[Difference, ...], float]:
-        """Each index against the caches, as soon as all are equal, or at last."""
+        """Compare each index with the caches until all are equal or the time is over. Returns the
+        differences, and the seconds it took."""
         if self.plan.mode != "kv":
             return (), 0.0
         began = time.monotonic()
@@ -217,7 +221,7 @@ class Deployment:
             await asyncio.sleep(_QUIET_LOOK_S)
 
     async def differences(self) -> tuple[Difference, ...]:
-        """Each router's index against the caches, now."""
+        """Return the difference of each router's index from the caches at this moment."""
         with self._written("truth") as directory:
             for worker in self.workers:
                 await worker.answer_to("truth", directory)
@@ -245,7 +249,7 @@ async def _ready(child: Child) -> Child:
 
 
 def worker_counts(workers: int, *, alone: bool) -> Sequence[int]:
-    """How many workers each process has; `alone`: the first is in a process of its own."""
+    """Return the number of workers of each process; with `alone` the first is in a process of its own."""
     counts = [1] if alone else []
     left = workers - len(counts)
     while left > 0:
@@ -257,6 +261,6 @@ def worker_counts(workers: int, *, alone: bool) -> Sequence[int]:
 async def run(
     plan: Plan, server: EmbeddedServer, *, faults: Faults = (), progress: Progress = lambda _: None
 ) -> RunResult:
-    """Start everything, replay, look, end everything."""
+    """Start everything, replay, compare, end everything."""
     async with Deployment(plan, server, faults=faults) as deployment:
         return await deployment.replay(progress)

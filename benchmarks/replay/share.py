@@ -1,9 +1,10 @@
-"""X10: how much of an omniscient router's hit rate real routers get from the trace.
+"""X10: the part of an omniscient router's hit rate that real routers get from the trace.
 
 Each round replays the whole trace through real processes, with other Poisson arrivals, and simulates the
 omniscient router on the same requests, engines and caches. Chance among equal workers moves the hit rate of
-either by several per cent, so both draw it alike for each request, and a round's ratio shows what else is
-different. Short runs would not do: while the caches fill, one choice can decide where much of the trace goes.
+either by several per cent. So both draw it alike for each request, and a round's ratio shows the other
+differences. Short runs would not do: while the caches fill, one choice can decide where much of the trace
+goes.
 """
 
 from __future__ import annotations
@@ -22,20 +23,21 @@ from benchmarks.replay.simulation import Omniscient, simulate
 from dynamo_redis.store.server import EmbeddedServer
 
 REQUESTS: Final = 12_031
-"""All of the trace."""
+"""The whole trace."""
 LOAD: Final = 0.7
 WORKERS: Final = 16
 KV_BLOCKS: Final = 2048
-"""A worker: so few that blocks are evicted from the thousandth request on."""
+"""Blocks of a worker: so few that blocks are evicted from the thousandth request on."""
 SPEEDUP: Final = 10.0
 
 LARGEST_LATENESS_S: Final = 0.1
-"""Of requests, real time, 99th percentile: a machine that falls behind makes queues, and queues make hits."""
+"""Largest delay of requests, real time, 99th percentile. On a machine that falls behind queues arise, and
+queues make hits."""
 
 
 def share(rounds: int) -> dict[str, Measured]:
-    """X10, with one router. Raises RuntimeError if its index was not equal to the caches at the end, and if
-    this machine did not keep up with the trace."""
+    """Measure X10 with one router. Raises RuntimeError if its index was not equal to the caches at the end,
+    or if this machine did not keep up with the trace."""
     ours: list[float] = []
     omniscient: list[float] = []
     for number in range(rounds):

@@ -1,4 +1,5 @@
-"""Runs in simulated time: by the omniscient router, by KV-aware ones, and by those that look at no cache."""
+"""Runs in simulated time: by the omniscient router, by KV-aware ones, and by policies that do not use the
+cache."""
 
 from __future__ import annotations
 
@@ -35,11 +36,11 @@ def simulate(
     late_s: float = 0.0,
     counts_once: bool = True,
 ) -> list[Outcome]:
-    """What the plan's requests come to in the trace's own time, whatever its speedup.
+    """Return the outcomes of the plan's requests in the trace's own time, whatever its speedup.
 
-    `make` makes the policy, else it is that of the plan's mode, where what one process learns of another is
+    `make` makes the policy; by default it is that of the plan's mode, in which messages between processes are
     `late_s` late. `seed` is that of chance among equals. Without `counts_once` a KV-aware router counts a
-    block for each request that holds it, as it did once.
+    block for each request that holds it, as earlier releases did.
     """
     simulation = Simulation(plan.workers, replace(plan, speedup=1.0).engine)
     chance = Chance(seed)
@@ -73,8 +74,8 @@ class Omniscient:
 
         prefill_load_scale · max((queued prompt tokens + prompt) / block_size − credit · held, 0) + blocks
 
-    Queued are, until its first token, the prompt tokens of a request that its worker did not hold when it was
-    chosen. `blocks` are those of the prompts that run there and of this one, each counted once. With `queues`
+    Queued are, until its first token, the prompt tokens of a request that its worker did not hold at the
+    choice. `blocks` are those of the prompts that run there and of this one, each counted once. With `queues`
     the engines' true queues count instead: prompt tokens that are still to be read now, and all blocks in
     use.
     """
@@ -93,9 +94,10 @@ class Omniscient:
         self._queues = queues
         self._queued = [0] * len(self._engines)
         self._running: list[Counter[int]] = [Counter() for _ in self._engines]
-        """Whole blocks of the prompts that run on each, and by how many."""
+        """The whole blocks of the prompts that run on each engine, with the number of prompts that hold
+        each."""
         self._parts = [0] * len(self._engines)
-        """Their last blocks, where they are not whole."""
+        """The count of partial last blocks of those prompts."""
 
     def choose(self, index: int, request: TracedRequest, replica: int) -> tuple[int, int]:
         whole = _whole_blocks(request.block_ids, request.prompt_count)
@@ -140,10 +142,10 @@ def _whole_blocks(block_ids: Sequence[int], prompt_count: int) -> Sequence[int]:
 
 
 class KvAware:
-    """The product's index, load book and selector, in so many replicas, with knowledge that comes late.
+    """The product's index, load book and selector in several replicas, with knowledge that comes late.
 
-    KV events reach all replicas after `events_s`, what one replica booked reaches the others after
-    `messages_s` (None: never). With `predict` each replica goes by its own choices instead of events.
+    KV events reach all replicas after `events_s`, a replica's bookings reach the others after `messages_s`
+    (None: never). With `predict` each replica uses its own choices instead of events.
     """
 
     def __init__(
@@ -232,7 +234,8 @@ class KvAware:
 
 
 def _told(event: KvEvent) -> kv_event.KvEvent:
-    """An engine's event as it goes to routers; in the simulation both name blocks alike."""
+    """Convert an engine's event to the form that routers receive; in the simulation both name blocks
+    alike."""
     match event:
         case BlocksStored(block_hashes=hashes):
             return kv_event.stored(hashes)

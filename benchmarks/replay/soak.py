@@ -1,12 +1,12 @@
-"""Ten minutes of requests through real workers and routers, while parts are killed and come back: memory must
-stay flat, and every router's index equal the workers' caches at the end.
+"""Ten minutes of requests through real workers and routers, while parts are killed and come back. Memory must
+stay flat, and every router's index must equal the workers' caches at the end.
 
-Conversations are made up, without an end, and caches so small that blocks are evicted all the time; routers
+Conversations are made up, without an end, and caches so small that blocks are evicted all the time. Routers
 store their index, and trim the stream, after each few thousand events. In turn a worker, Redis and a router
 are killed (kill -9) and started again. Memory is that of a worker process and a router that live from the
-beginning to the end, of what Redis holds, and the router's blocks. It is flat if the median over the last
+beginning to the end, that of Redis's data, and the router's blocks. It is flat if the median over the last
 quarter of the time is at most a tenth, or 6 MiB (500 blocks), above that over the second. A run of less than
-two minutes is all warm-up, and says nothing of memory.
+two minutes is all warm-up, and its memory is not judged.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ from dynamo_redis.store.server import EmbeddedServer
 
 PATH: Final = RESULTS / "soak.json"
 REQUESTS_PER_S: Final = 30
-"""In real time."""
+"""Requests a second, in real time."""
 FAULTS: Final[tuple[Fault, ...]] = ("worker", "redis", "router")
 FAULT_EVERY_S: Final = 30.0
 FAULTS_BETWEEN: Final = (0.1, 0.85)
-"""As parts of the time."""
+"""First and last time of a fault, as parts of the run."""
 SNAPSHOT_EVENTS: Final = 2000
 SHORTEST_S: Final = 120.0
-"""To say anything about memory."""
+"""Shortest run whose memory is judged, in seconds."""
 FLAT_RATIO: Final = 1.1
 FLAT_SLACK: Final = {"worker_bytes": 6 << 20, "router_bytes": 6 << 20, "redis_bytes": 6 << 20, "blocks": 500}
 
@@ -56,19 +56,19 @@ _REDIS_TIMEOUT_S: Final = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One look at all that must not grow. 0 is what could not be seen at that moment."""
+    """One sample of all that must not grow. 0 stands for a value that could not be read at that moment."""
 
     after_s: float
     worker_bytes: int
     router_bytes: int
     redis_bytes: int
-    """What Redis holds for keys and values."""
+    """Memory of Redis's keys and values."""
     blocks: int
-    """In that router's index."""
+    """Blocks in that router's index."""
 
 
 def growth(samples: Sequence[Sample]) -> dict[str, tuple[float, float]]:
-    """For each thing measured its median over the second and the last quarter of the time."""
+    """Return the medians of each measured value over the second and the last quarter of the time."""
     end_s = samples[-1].after_s
 
     def median(name: str, begin: float, end: float) -> float:
@@ -79,7 +79,7 @@ def growth(samples: Sequence[Sample]) -> dict[str, tuple[float, float]]:
 
 
 def grown(medians: dict[str, tuple[float, float]]) -> list[str]:
-    """What did not stay flat."""
+    """Return the names of the values that did not stay flat."""
     return [
         name
         for name, (early, late) in medians.items()
@@ -88,7 +88,7 @@ def grown(medians: dict[str, tuple[float, float]]) -> list[str]:
 
 
 def make_plan(seconds: float, seed: int) -> Plan:
-    """So many requests as come in that time, and time at the speed at which they do."""
+    """Return a plan with the requests of that time, at a speed that matches it."""
     plan = Plan(
         trace=None,
         workload="made-up",
@@ -105,7 +105,7 @@ def make_plan(seconds: float, seed: int) -> Plan:
 
 
 def make_faults(seconds: float) -> list[tuple[float, Fault]]:
-    """Each kind in turn, every half minute, and once at least."""
+    """Return faults of each kind in turn, one every half minute, and each kind at least once."""
     count = max(len(FAULTS), int(seconds / FAULT_EVERY_S))
     first, last = FAULTS_BETWEEN
     kinds = itertools.cycle(FAULTS)
@@ -113,7 +113,7 @@ def make_faults(seconds: float) -> list[tuple[float, Fault]]:
 
 
 async def _sample(deployment: Deployment, samples: list[Sample]) -> None:
-    """Look every other second, until cancelled, at what is never killed."""
+    """Take a sample every other second, until cancelled, of the processes that are never killed."""
     began = time.monotonic()
     client = RedisClient(deployment.server.url, timeout_s=_REDIS_TIMEOUT_S, client_name="soak")
     try:
@@ -141,7 +141,7 @@ async def _redis_bytes(client: RedisClient) -> int:
 
 
 async def soak(seconds: float, seed: int) -> tuple[Plan, RunResult, list[Sample]]:
-    """Run for that long."""
+    """Run for `seconds`. Returns the plan, the result and the samples."""
     plan = make_plan(seconds, seed)
     samples: list[Sample] = []
     with tempfile.TemporaryDirectory() as directory, Progress() as progress:
@@ -160,7 +160,7 @@ async def soak(seconds: float, seed: int) -> tuple[Plan, RunResult, list[Sample]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run it, print what came of it, and save that; 1 if something grew or an index was not equal."""
+    """Run it, print and save the result; return 1 if a value grew or an index was not equal."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.replay.soak",
         description=__doc__,
@@ -184,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def summary(
     plan: Plan, result: RunResult, samples: Sequence[Sample], faults: Sequence[tuple[float, Fault]]
 ) -> dict[str, Any]:
-    """What came of it, for JSON."""
+    """Return the result for JSON."""
     long_enough = bool(samples) and samples[-1].after_s >= SHORTEST_S
     medians = growth(samples) if long_enough else {}
     unequal = [asdict(one) for one in result.differences if not one.equal]

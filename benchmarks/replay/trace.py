@@ -1,6 +1,6 @@
-"""Traces of requests to replay: read from a file, or made up when there is none, and when they arrive.
+"""Traces of requests to replay: read from a file, or made up when there is none, and their arrival times.
 
-A trace is a file of JSON lines, plain or gzipped, one request each, as Mooncake's:
+A trace is a file of JSON lines, plain or gzipped, one request each, in Mooncake's form:
 
     {"timestamp": ms, "input_length": tokens, "output_length": tokens, "hash_ids": [block, …]}
 
@@ -19,7 +19,7 @@ from typing import Final
 
 TRACE_BLOCK_SIZE: Final = 512
 SHARED_TRACE: Final = Path("../shared/data/mooncake/conversation_trace.jsonl.gz")
-"""From the root of the checkout."""
+"""Path from the root of the checkout."""
 
 _SHARED_PROMPTS: Final = 24
 _SHARED_PROMPT_BLOCKS: Final = (8, 40)
@@ -48,7 +48,7 @@ class TracedRequest:
     block_ids: tuple[int, ...]
 
     def token_ids(self) -> list[int]:
-        """A prompt in which equal blocks are equal and different ones differ."""
+        """Return the prompt's tokens, in which equal blocks are equal and different ones differ."""
         tokens: list[int] = []
         for block in self.block_ids:
             tokens += [block] * TRACE_BLOCK_SIZE
@@ -58,27 +58,27 @@ class TracedRequest:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """Requests in order of arrival, and where they are from."""
+    """Requests in order of arrival, and the name of their source."""
 
     name: str
     requests: tuple[TracedRequest, ...]
 
     @property
     def mean_prompt_count(self) -> float:
-        """Tokens of a prompt, on average."""
+        """The mean number of prompt tokens."""
         return sum(request.prompt_count for request in self.requests) / len(self.requests)
 
     def first(self, count: int) -> Trace:
-        """The beginning of the trace."""
+        """Return the first `count` requests."""
         return replace(self, requests=self.requests[:count])
 
     def with_shorter_answers(self, divisor: int) -> Trace:
-        """The same with answers of a `divisor`-th of their tokens, one at least."""
+        """Return the trace with answers of a `divisor`-th of their tokens, one at least."""
         requests = (replace(one, output_count=-(-one.output_count // divisor)) for one in self.requests)
         return replace(self, requests=tuple(requests))
 
     def as_poisson(self, rate: float, rng: random.Random) -> Trace:
-        """The same requests in the same order, `rate` a second, independently of each other."""
+        """Return the same requests in the same order with independent arrivals, `rate` a second."""
         now = 0.0
         requests: list[TracedRequest] = []
         for request in self.requests:
@@ -88,7 +88,7 @@ class Trace:
 
 
 def read_trace(path: Path) -> Trace:
-    """Read a trace file. Raises OSError, and ValueError naming the line that is no request."""
+    """Read a trace file. Raises OSError, and ValueError that names the line that is no request."""
     with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as lines:
         requests = [_read_request(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not requests:
@@ -117,7 +117,7 @@ def _read_request(path: Path, number: int, line: str) -> TracedRequest:
 
 
 def synthetic_trace(count: int, *, seed: int = 0) -> Trace:
-    """Conversations that share a system prompt and grow turn by turn, and come in bursts."""
+    """Make up conversations that share a system prompt, grow turn by turn, and come in bursts."""
     rng = random.Random(seed)
     fresh = iter(range(1 << 31))
     system = [next(fresh) for _ in range(_SYNTHETIC_SYSTEM_BLOCKS)]
@@ -143,10 +143,10 @@ def synthetic_trace(count: int, *, seed: int = 0) -> Trace:
 
 
 def shared_prompts_trace(count: int, *, seed: int = 0) -> Trace:
-    """Make up chats that share long system prompts, as of so many applications.
+    """Make up chats that share long system prompts, as of several applications.
 
-    There are 24 prompts of 4,096 to 20,480 tokens, of which the n-th is used 1/n as often as the first.
-    A chat has up to five turns, and grows by one to four blocks with each. All requests arrive at 0.
+    There are 24 prompts of 4,096 to 20,480 tokens; the n-th is used 1/n as often as the first. A chat has up
+    to five turns, and grows by one to four blocks with each. All requests arrive at 0.
     """
     rng = random.Random(seed)
     fresh = iter(range(1 << 31))
@@ -180,7 +180,7 @@ class _Conversation:
 
 
 def find_trace(given: Path | None, root: Path, count: int, *, seed: int) -> Trace:
-    """The trace that was asked for; else the shared one beside the checkout; else a made-up one of `count`
+    """Return the given trace; without one the shared trace beside the checkout; else a made-up one of `count`
     requests."""
     if given is not None:
         return read_trace(given)
@@ -189,5 +189,6 @@ def find_trace(given: Path | None, root: Path, count: int, *, seed: int) -> Trac
 
 
 def offered_rate(load: float, workers: int, prompt_tokens_per_s: float, mean_prompt_count: float) -> float:
-    """Requests a second whose prompts are `load` of what the workers can read, were nothing cached."""
+    """Return the requests a second whose prompts are `load` of the tokens that the workers could read if
+    nothing were cached."""
     return load * workers * prompt_tokens_per_s / mean_prompt_count

@@ -1,9 +1,9 @@
 """Mock workers of a replay, several in one process: `python -m benchmarks.replay.worker PLAN COUNT`.
 
-Each has a runtime, an instance, connections and a KV publisher of its own, as in processes of their own; what
-they share is the event loop and the interpreter. It answers {"ready": [instance id, …]}, and to commands:
+Each has a runtime, an instance, connections and a KV publisher of its own, as in processes of their own; they
+share only the event loop and the interpreter. It answers {"ready": [instance id, …]}, and to commands:
 
-    truth DIRECTORY   writes what each cache holds, as `replay.oracle` reads it   {"events": count so far}
+    truth DIRECTORY   write the blocks of each cache, as `replay.oracle` reads it   {"events": count so far}
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from dynamo_redis.runtime import DistributedRuntime
 
 
 class CountedEngine(MockEngine):
-    """A mock engine that knows how many KV events it has published."""
+    """A mock engine that counts the KV events it has published."""
 
     publishers: Sequence[KvPublisher] = ()
 
@@ -53,7 +53,7 @@ class ReplayWorker:
         self._serving: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Serve, until `aclose`. Raises what `serve_engine` raises."""
+        """Serve until `aclose`. Raises the errors of `serve_engine`."""
         ready = asyncio.Event()
         serving = serve_engine(
             self.runtime,

@@ -73,12 +73,12 @@ BOUNDS: dict[str, tuple[str, float, float]] = {
         0.97,
     ),
 }
-"""Each row's words, what it must reach, and what it aims at."""
+"""Text, bound (`must`) and aim of each row."""
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Two cells of the matrix, and which of their figures are compared."""
+    """Two cells of the matrix, and the figure of them that is compared."""
 
     workload: str
     rival: str
@@ -91,7 +91,7 @@ class Comparison:
         return {(self.workload, self.ours), (self.workload, self.rival)}
 
     def measured(self, rounds: Rounds) -> Measured:
-        """The row, from the rounds of each side on the workload."""
+        """Return the row, computed from the rounds of each side on the workload."""
         ours, rival = (
             [getattr(one, self.figure) for one in rounds[side]] for side in (self.ours, self.rival)
         )
@@ -119,7 +119,7 @@ ALONE: dict[str, Callable[[int, float], Measured]] = {
     "P14": lambda rounds, _: idle_connections(rounds),
     "P15": stopped_readers,
 }
-"""Rows that compare the plane with itself, by rounds and the seconds of a measurement."""
+"""Rows that compare the plane with itself: functions of the rounds and the seconds of a measurement."""
 
 
 def main() -> None:
@@ -173,7 +173,7 @@ def _parser() -> argparse.ArgumentParser:
 def _chosen(
     parser: argparse.ArgumentParser, names: list[str] | None, known: Iterable[str]
 ) -> set[str] | None:
-    """Those named; None for all."""
+    """Return the chosen names; None for all."""
     if names is None:
         return None
     chosen = {name.strip() for name in names}
@@ -185,10 +185,10 @@ def _chosen(
 def selection(
     rows: set[str] | None, workloads: set[str] | None, sides: set[str] | None
 ) -> tuple[set[tuple[str, str]], set[str]]:
-    """The cells to measure, as pairs of workload and side, and the rows that come of them.
+    """Return the cells to measure, as pairs of workload and side, and the rows that they make up.
 
-    `rows` alone take what they need; `workloads` and `sides` narrow that (None: no wish). A row that lacks a
-    cell is left out, and so are those outside the matrix where it has been narrowed.
+    `rows` alone take the cells that they need; `workloads` and `sides` narrow that (None: all). A row that
+    lacks a cell is left out. So are rows outside the matrix where it has been narrowed.
     """
     if rows is None:
         cells = {(workload, side) for stage in STAGES for side, names in stage.items() for workload in names}
@@ -208,7 +208,7 @@ def selection(
 def _matrix(
     wanted: set[tuple[str, str]], rows: set[str], arguments: argparse.Namespace
 ) -> tuple[dict[str, Measured], list[Cell]]:
-    """The rows and cells that come of the matrix. Each workload is saved as soon as it is done."""
+    """Measure the matrix, and return its rows and cells. Each workload is saved as soon as it is done."""
     measured: dict[str, Measured] = {}
     cells: list[Cell] = []
     for workload, rounds in measure(wanted, arguments.rounds, arguments.seconds):
@@ -229,7 +229,7 @@ def _row(name: str, measured: Measured) -> Row:
 
 
 def _show(cells: Sequence[Cell]) -> None:
-    """Print what was measured of the matrix. The ratios are of the medians, not those of the rows."""
+    """Print the measured cells of the matrix. The ratios are of the medians, not those of the rows."""
     ours = {(one.workload, one.side): one.per_s for one in cells if one.side in (OURS, OURS_RUNTIME)}
     table = Table(title="medians of the rounds; latencies are of whole answers")
     for column in ("workload", "side", "", "a second", "ours ÷ it", "p50 ms", "p99 ms", "CPU s/100k"):
@@ -248,7 +248,7 @@ def _show(cells: Sequence[Cell]) -> None:
 
 
 def _draw() -> None:
-    """Draw what is known of the matrix, by a library that nothing else here needs."""
+    """Draw the saved cells of the matrix, by a library that no other part here needs."""
     if not request_matrix.load():
         return
     try:
@@ -259,7 +259,7 @@ def _draw() -> None:
 
 
 def _allow_many_files() -> None:
-    """A thousand connections are more than the usual limit of open files. Processes inherit it."""
+    """Raise the limit of open files, which a thousand connections exceed. Child processes inherit it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     enough = 8192 if hard == resource.RLIM_INFINITY else min(8192, hard)
     if soft != resource.RLIM_INFINITY and soft < enough:
@@ -267,7 +267,7 @@ def _allow_many_files() -> None:
 
 
 def _conditions(wanted: set[tuple[str, str]], arguments: argparse.Namespace) -> list[str]:
-    """What a reader has to know to judge the figures."""
+    """Return the conditions of the measurement that a reader needs to judge the figures."""
     memory_gib = psutil.virtual_memory().total / 2**30
     libraries = f"msgpack {version('msgpack')}, uvloop {version('uvloop')}"
     return [

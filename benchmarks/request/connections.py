@@ -1,4 +1,5 @@
-"""Rows of suite `request` about connections: what an idle one holds, and what stopped readers cost others."""
+"""Rows of suite `request` about connections: the memory of an idle one, and the cost of stopped readers for
+others."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ _FAST_READERS = Workload("fast readers", "tick", FAST, "items", ITEMS)
 
 
 def idle_connections(rounds: int) -> Measured:
-    """KiB of a server process for each of a thousand connections that have had a request and are idle now."""
+    """Measure the KiB of a server process for each of a thousand connections that have had a request and are
+    idle now."""
     servers, clients = [], []
     for number in range(rounds):
         with driver(sys.executable, "request.rivals.peers", "serve", "plane", "0.0.0.0") as server:
@@ -47,7 +49,7 @@ def idle_connections(rounds: int) -> Measured:
 
 
 def _connections(port: int, server_id: int) -> tuple[float, float]:
-    """KiB a connection at the server and here, where one client has a thousand instances."""
+    """Return the KiB a connection at the server and here, where one client has a thousand instances."""
     return uvloop.run(_connect(port, server_id))
 
 
@@ -80,7 +82,7 @@ async def _ask(client: RequestPlaneClient, where: Target) -> None:
 
 
 def stopped_readers(rounds: int, seconds: float) -> Measured:
-    """Items/s of the fast readers beside stopped ones, against the same without them."""
+    """Measure the items/s of the fast readers beside stopped ones, against the same without them."""
     with driver(sys.executable, "request.rivals.peers", "serve", "plane") as server:
         beside, alone = in_fresh_process(_readers, announced(server), rounds, seconds)
     return Measured.against(beside, alone)
@@ -91,7 +93,7 @@ def _readers(address: str, rounds: int, seconds: float) -> tuple[list[float], li
 
 
 async def _read(address: str, rounds: int, seconds: float) -> tuple[list[float], list[float]]:
-    """The rounds of both: each has both in both orders, in quick succession."""
+    """Return the rounds of both. Each round measures both in both orders, in quick succession."""
     client = make_client(PlaneSettings.load())
     peer = PlanePeer(client, address)
     await _items_per_s(peer, seconds / 4)
@@ -116,7 +118,7 @@ async def _read(address: str, rounds: int, seconds: float) -> tuple[list[float],
 
 
 async def _stopped(client: RequestPlaneClient, address: str) -> ResponseStream:
-    """An endless answer, of which the first item has been read, and nothing more will be."""
+    """Ask for an endless answer, read its first item, and read no more."""
     stream = client.open(target(address, "tick"), _ENDLESS, None)
     await anext(stream)
     return stream

@@ -1,6 +1,6 @@
-"""The matrix of suite `request`, each side on each of its workloads, and what was measured of it.
+"""The matrix of suite `request`, each side on each of its workloads, and its measured figures.
 
-Imported by the program that draws it as well: no third party.
+The program that draws it imports it as well, so it uses no third-party package.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ STAGES: Final[tuple[dict[str, list[str]], ...]] = (
         DYNAMO_RUNTIME: ["unary c=64", *_STREAMS],
     },
 )
-"""Sides that stand ready at the same time, and the workloads of each."""
+"""Sides that run at the same time, and the workloads of each."""
 
 PATH = Path(__file__).parents[1] / "results" / "request_all.json"
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """What a side made of one workload: medians over the rounds.
+    """The figures of a side on one workload: medians over the rounds.
 
     `per_s` counts units (requests, streamed items, or MiB sent and echoed), `p50_ms` and `p99_ms` are of
     whole answers, `cpu_s_per_100k` is of all processes of the side for 100,000 units.
@@ -65,12 +65,12 @@ class Cell:
 
 
 def load() -> list[Cell]:
-    """What was measured so far."""
+    """Return the saved cells."""
     return [Cell(**entry) for entry in json.loads(PATH.read_text())] if PATH.exists() else []
 
 
 def save(cells: Iterable[Cell]) -> None:
-    """Write these, in the matrix's order. Cells that were not measured this time keep their figures."""
+    """Save these cells, in the matrix's order. Cells that were not measured this time keep their figures."""
     merged = {(cell.workload, cell.side): cell for cell in (*load(), *cells)}
     places = [(workload, side) for workload in WORKLOADS for stage in STAGES for side in stage]
     kept = [merged[place] for place in places if place in merged]

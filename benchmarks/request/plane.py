@@ -3,11 +3,11 @@
     python -m benchmarks.request.plane [--seconds 1] [--only unary-64] [--loop asyncio] [--profile]
     python -m benchmarks.request.plane --only idle
 
-For work on the plane: a figure a workload, in a few seconds. The workloads are those of `make bench
-SUITE=request`: unary echo of 128 bytes at 1, 64 and 256 at once; `burst`, answers of 200 × 100 bytes from a
-generator that never suspends, 32 at once; `tick`, the same with one turn of the event loop an item; echo of
-1 and 8 MiB. CPU seconds are both sides', for 100,000 requests or items. `idle` is what each of 1,000
-connections holds that have had a request and have none now.
+It serves those who work on the plane: one figure a workload, in a few seconds. The workloads are those of
+`make bench SUITE=request`: unary echo of 128 bytes at 1, 64 and 256 at once; `burst`, answers of 200 × 100
+bytes from a generator that never suspends, 32 at once; `tick`, the same with one turn of the event loop an
+item; echo of 1 and 8 MiB. CPU seconds are both sides', for 100,000 requests or items. `idle` is the memory of
+each of 1,000 connections that have had a request and have none now.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ IDLE_COUNT = 1000
 
 @dataclass(frozen=True)
 class Workload:
-    """`subject` is asked with `request` by `concurrency` tasks; `unit` counts for each answer."""
+    """Tasks as many as `concurrency` send `request` to `subject`; each answer counts `unit`."""
 
     name: str
     subject: str
@@ -129,7 +129,8 @@ async def _measure(address: str, pipe: Connection, workloads: list[Workload], se
 
 
 async def _idle(address: str, pipe: Connection) -> None:
-    """Open a connection to each of many addresses of the loopback network; print what a side holds for it."""
+    """Open a connection to each of many addresses of the loopback network; print the memory of each on both
+    sides."""
     client, port = TcpClient(PlaneSettings()), address.rsplit(":", 1)[1]
     targets = [
         Target(1, f"127.0.{1 + number // 250}.{1 + number % 250}:{port}", "echo", SECRET)

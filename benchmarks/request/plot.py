@@ -1,8 +1,8 @@
 """Draws the matrix of suite `request` as `results/request.svg`: `python -m benchmarks.request.plot`.
 
-A row a workload; from the left: how much a second, how long an answer took (a dot at the median, a line to
-the 99th percentile), and what it cost. All axes are logarithmic. Run within the environment that has
-matplotlib.
+There is a row for each workload. From the left: units a second, the time of an answer (a dot at the median, a
+line to the 99th percentile), and the CPU cost. All axes are logarithmic. Run it within the environment that
+has matplotlib.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ METRICS: Final[tuple[tuple[str, str], ...]] = (
 )
 WIDTH_INCHES: Final = 10.5
 SIDE_INCHES, MARGIN_INCHES = 0.21, 0.5
-"""The height of a row: for each side in it, and for the space around it."""
+"""The height in a row for each side, and for the space around it."""
 
 
 def draw(cells: list[Cell]) -> None:
@@ -62,7 +62,7 @@ def draw(cells: list[Cell]) -> None:
 
 
 def _panel(axes: Any, metric: str, cells: list[Cell]) -> None:
-    """One metric of one workload, a line for each side, from below."""
+    """Draw one metric of one workload, a line for each side, from below."""
     levels = [level for number in range(len(cells)) for level in (number, number, nan)]
     grid = axes.get_yaxis_transform()
     axes.plot([0, 1, nan] * len(cells), levels, color=INK, alpha=0.2, linewidth=0.5, transform=grid)
@@ -91,7 +91,7 @@ def _panel(axes: Any, metric: str, cells: list[Cell]) -> None:
 
 
 def _short(value: float) -> str:
-    """Two or three digits, as people say it."""
+    """Return a figure with two or three digits."""
     for bound, unit in ((1e6, "M"), (1e3, "k")):
         if value >= bound:
             return f"{value / bound:.3g}{unit}"

@@ -1,11 +1,11 @@
-"""When does a second connection to the same instance help?
+"""Measures when a second connection to the same instance helps.
 
     python -m benchmarks.request.pool_rule [--rounds 5] [--seconds 1.0] [--only NAME]
 
 Client and server run in separate processes on uvloop. `spread-N` sends the same load over N connections.
 `beside-…` sends small requests (200 B, 8 callers, each pausing 2 ms) while 2 callers move large payloads
 without a pause, in one of three ways: over *one* connection, with the small requests on connections *apart*
-(what no pool can know beforehand), and through the *pool* as it is. It prints the medians over all rounds,
+(which no pool can know beforehand), and through the *pool* as it is. It prints the medians over all rounds,
 which alternate between the variants.
 """
 
@@ -42,7 +42,7 @@ ITEMS: Final = 200
 
 @dataclass(frozen=True)
 class Figure:
-    """One round of one variant: calls a second, latency, CPU of both processes, connections open."""
+    """One round of one variant: calls a second, latency, CPU of both processes, open connections."""
 
     per_s: float
     p50_ms: float
@@ -52,7 +52,7 @@ class Figure:
 
 
 class Server:
-    """The serving process, as this one sees it."""
+    """The serving process, as this process sees it."""
 
     def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -62,12 +62,12 @@ class Server:
         self.address: str = self._pipe.recv()
 
     def cpu_s(self) -> float:
-        """CPU seconds of both processes so far."""
+        """Return the CPU seconds of both processes so far."""
         self._pipe.send("cpu")
         return float(self._pipe.recv()) + _cpu_s()
 
     def target(self, subject: str) -> Target:
-        """Where a request for `subject` goes."""
+        """Return the target of a request for `subject`."""
         return Target(1, self.address, subject, SECRET)
 
     def stop(self) -> None:
@@ -126,7 +126,7 @@ async def _call(client: TcpClient, target: Target, request: Any) -> None:
 async def _repeat(
     client: TcpClient, target: Target, request: Any, until: float, pause_s: float = 0.0
 ) -> list[float]:
-    """Call one after the other; seconds each took."""
+    """Call again and again, one call after the other; return the seconds of each."""
     latencies = []
     while (began := time.perf_counter()) < until:
         await _call(client, target, request)
@@ -151,7 +151,7 @@ def _figure(
 
 
 async def spread(server: Server, seconds: float, *, connections: int, load: tuple[str, Any, int]) -> Figure:
-    """The same load over a fixed number of connections."""
+    """Measure the same load over a fixed number of connections."""
     subject, request, callers = load
     clients = [TcpClient(PlaneSettings(pool_size=1)) for _ in range(connections)]
     target = server.target(subject)
@@ -170,7 +170,7 @@ async def spread(server: Server, seconds: float, *, connections: int, load: tupl
 
 
 async def beside(server: Server, seconds: float, *, how: str, what: tuple[str, Any]) -> Figure:
-    """Small requests beside large ones; `per_s` counts the large."""
+    """Measure small requests beside large ones; `per_s` counts the large."""
     subject, request = what
     pool_size = {"pool": None, "apart": 1, "one": 1}[how]
     settings = PlaneSettings.load(pool_size=pool_size)

@@ -1,4 +1,4 @@
-"""How the sides of suite `request` take turns."""
+"""The turns of the sides of suite `request`."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from benchmarks.request.sides import SIDES, Figures, Side, idle_share
 from benchmarks.request.workloads import WORKLOADS
 
 Rounds = dict[str, list[Figures]]
-"""The rounds of one workload, by side: as many of each, and those of one index beside one another in time."""
+"""The rounds of one workload, by side. All sides have as many, and those of one index follow each other in
+time."""
 
 _IDLE_S: Final = 2.0
 
 
 def measure(wanted: set[tuple[str, str]], rounds: int, seconds: float) -> Iterator[tuple[str, Rounds]]:
-    """The rounds of each workload, as soon as they are done. `wanted` are pairs of workload and side.
+    """Yield the rounds of each workload as soon as they are done. `wanted` are pairs of workload and side.
 
-    A side that cannot be brought up or that breaks is left out, and said so.
+    A side that does not start or that breaks is left out, with a message.
     """
     for stage in STAGES:
         with ExitStack() as stack:
@@ -49,7 +50,8 @@ def _bring_up(stack: ExitStack, names: Sequence[str]) -> dict[str, Side]:
 def _take_turns(
     sides: dict[str, Side], names: list[str], workload: str, rounds: int, seconds: float
 ) -> Rounds:
-    """Each round begins with another side, so that none always follows the same one. Breaks are removed."""
+    """Run the rounds, each of which begins with another side, so that no side always follows the same one.
+    Sides that break are removed."""
     taken: Rounds = {name: [] for name in names}
     for number in range(rounds):
         first = number % len(names)
@@ -68,7 +70,7 @@ def _take_turns(
 
 
 def cell(workload: str, side: str, rounds: Sequence[Figures]) -> Cell:
-    """The medians of a side's rounds."""
+    """Return the medians of a side's rounds."""
     names = ("per_s", "p50_ms", "p99_ms", "cpu_s_per_100k")
     figures = {name: median(getattr(one, name) for one in rounds) for name in names}
     return Cell(workload, side, WORKLOADS[workload].unit, rounds=len(rounds), **figures)

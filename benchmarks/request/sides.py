@@ -1,7 +1,7 @@
-"""The sides of suite `request`: which processes each has, and what it measures when a load is put on it.
+"""The sides of suite `request`: the processes of each, and its measurement under a load.
 
 Each side is a calling process and one or more serving ones, which live for the whole suite and wait for their
-turns; see `idle_share` for what waiting costs.
+turns; `idle_share` measures the cost of waiting.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ PEERS = "request.rivals.peers"
 
 MAX_PAYLOAD_BYTES = 16 << 20
 WARM_UP = 0.25
-"""Before a measurement the load is put on for this part of its time, unmeasured."""
+"""Length of the unmeasured load before a measurement, as a part of its time."""
 _READY_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """One measurement: units/s, what an answer took, and CPU seconds of all processes for 100,000 units."""
+    """One measurement: units/s, the time of an answer, and CPU seconds of all processes for 100,000 units."""
 
     per_s: float
     p50_ms: float
@@ -64,7 +64,7 @@ class Figures:
 
 
 class Side:
-    """A side that is up."""
+    """A running side."""
 
     def __init__(self, caller: Driver, servers: Sequence[int]) -> None:
         """`servers` are the ids of the serving processes."""
@@ -87,7 +87,7 @@ class Side:
         )
 
     def cpu_s(self) -> float:
-        """CPU seconds of all its processes so far."""
+        """Return the CPU seconds of all its processes so far."""
         return cpu_s(self._processes)
 
     def _load(self, name: str, seconds: float) -> dict[str, float]:
@@ -97,13 +97,13 @@ class Side:
 
 
 def cpu_s(processes: Sequence[psutil.Process]) -> float:
-    """User and system time of the processes so far, in steps of a clock tick (10 ms)."""
+    """Return the user and system time of the processes so far, in steps of a clock tick (10 ms)."""
     times = [process.cpu_times() for process in processes]
     return sum(one.user + one.system for one in times)
 
 
 def idle_share(sides: Sequence[Side], seconds: float) -> float:
-    """Which part of one core all sides together take while nobody asks anything."""
+    """Return the part of one core that all sides together use without load."""
     before = sum(side.cpu_s() for side in sides)
     time.sleep(seconds)
     return (sum(side.cpu_s() for side in sides) - before) / seconds
@@ -111,7 +111,7 @@ def idle_share(sides: Sequence[Side], seconds: float) -> float:
 
 @contextmanager
 def peers(python: str, module: str, *how: str) -> Iterator[Side]:
-    """A serving process, and one that calls it (`how`: arguments of its `connect`)."""
+    """Run a serving process, and one that calls it (`how`: arguments of its `connect`)."""
     with ExitStack() as stack:
         server = stack.enter_context(driver(python, PEERS, "serve", module))
         caller = stack.enter_context(driver(python, PEERS, "call", module, announced(server), *how))
@@ -120,13 +120,14 @@ def peers(python: str, module: str, *how: str) -> Iterator[Side]:
 
 
 def announced(process: Driver) -> str:
-    """The address after `ready`, if any. Raises RuntimeError if the process ends instead."""
+    """Return the address after `ready`, if any. Raises RuntimeError if the process ends instead."""
     return process.answer().removeprefix("ready").strip()
 
 
 @contextmanager
 def nats(how: str) -> Iterator[Side]:
-    """A server, and a subscriber and a caller that know only it (`how` it reads streams)."""
+    """Run a server, and a subscriber and a caller that know only it. `how` is the way in which streams are
+    read."""
     python = environment_of(NATS)
     with ExitStack() as stack:
         url, server_id = stack.enter_context(nats_server())
@@ -139,7 +140,8 @@ def nats(how: str) -> Iterator[Side]:
 
 @contextmanager
 def nats_server() -> Iterator[tuple[str, int]]:
-    """A nats-server that carries the largest payload; its URL and process id. Raises RuntimeError."""
+    """Run a nats-server that carries the largest payload; yield its URL and process id. Raises
+    RuntimeError."""
     binary = shutil.which("nats-server")
     if binary is None:
         raise RuntimeError("no `nats-server` on PATH; on Debian and Ubuntu: `apt-get install nats-server`")
@@ -164,7 +166,7 @@ def _wait_until_ready(process: subprocess.Popen[str], log: Path) -> None:
 
 @contextmanager
 def runtime(python: str, module: str, environment: dict[str, str], workers: int) -> Iterator[Side]:
-    """Workers and a client of a runtime API, each a process."""
+    """Run workers and a client of a runtime API, each a process."""
     with ExitStack() as stack:
 
         def process(*arguments: str) -> Driver:
@@ -179,7 +181,7 @@ def runtime(python: str, module: str, environment: dict[str, str], workers: int)
 
 @contextmanager
 def dynamo(workers: int) -> Iterator[Side]:
-    """Dynamo's own runtime: its tcp plane has no other public face in Python."""
+    """Run Dynamo's own runtime: its tcp plane has no other public interface in Python."""
     python = environment_of(DYNAMO_PLANE)
     with (
         dynamo_environment() as environment,
@@ -190,7 +192,7 @@ def dynamo(workers: int) -> Iterator[Side]:
 
 @contextmanager
 def our_runtime() -> Iterator[Side]:
-    """Our runtime, with its registry on a real Redis."""
+    """Run our runtime, with its registry on a real Redis."""
     with redis_server() as server:
         environment = {"DYN_REDIS_URL": server.url, "DYN_REDIS_PREFIX": "bench-request"}
         with runtime(sys.executable, "dynamo_redis.runtime", environment, WORKERS) as side:
@@ -204,11 +206,11 @@ _REQUIREMENTS = {
     PYZMQ: ("pyzmq", "pyzmq"),
     DYNAMO_PLANE: ("dynamo", DYNAMO),
 }
-"""The virtual environment of each rival, and what is installed there beside uvloop."""
+"""The virtual environment of each rival, and the packages that are installed there beside uvloop."""
 
 
 def environment_of(side: str) -> str:
-    """The interpreter of a rival's environment, which is made on first use."""
+    """Return the interpreter of a rival's environment, which is made on first use."""
     name, requirement = _REQUIREMENTS[side]
     return rival_python(name, requirement, "uvloop")
 
@@ -226,7 +228,7 @@ SIDES: dict[str, Callable[[], AbstractContextManager[Side]]] = {
     OURS_RUNTIME: our_runtime,
     DYNAMO_RUNTIME: lambda: dynamo(WORKERS),
 }
-"""How each side is brought up."""
+"""The function that starts each side."""
 
 _VERSIONS = """
 import sys
@@ -236,7 +238,7 @@ print(*(f"{name} {version(name)}" for name in sys.argv[1:]), sep=", ")
 
 
 def versions(sides: set[str]) -> list[str]:
-    """What the rivals among these are made of. Installs those that are not there yet."""
+    """Return the versions of the rivals among these sides. Installs those that are missing."""
     found = []
     for side, (_, requirement) in _REQUIREMENTS.items():
         if side not in sides:

@@ -1,4 +1,4 @@
-"""What the sides of suite `request` are asked to do. Imported by the rivals as well: no third party."""
+"""The workloads of suite `request`. The rivals import it as well, so it uses no third-party package."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Final, Literal
 
 Kind = Literal["echo", "burst", "tick"]
 """`echo` answers with the request; `burst` with `ITEMS` items from a generator that never suspends; `tick`
-with the same, one turn of the event loop before each: what an engine looks like."""
+with the same, one turn of the event loop before each, as an engine does."""
 
 KINDS: Final[tuple[Kind, ...]] = ("echo", "burst", "tick")
 ITEMS: Final = 200
@@ -17,9 +17,10 @@ MIB: Final = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """`concurrency` callers, each of which asks again as soon as it has its answer.
+    """A load of `concurrency` callers, each of which sends the next request as soon as it has its answer.
 
-    `size_bytes` is that of the request and the answer of an `echo`. An answer counts for `units` of `unit`.
+    `size_bytes` is the size of the request and the answer of an `echo`. An answer counts for `units` of
+    `unit`.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Suite `start`: how soon it runs, and what it costs Redis.
+"""Suite `start`: the time until a deployment runs, and its cost for Redis.
 
 S1  a cold `dynamo-redis up` until the first streamed token
 S2  the runtime API, echo of 128 bytes, 64 at a time over 4 worker processes, against Dynamo's own runtime
@@ -6,8 +6,8 @@ S3  `start_serving` until another runtime's client lists the instance, against P
 S4  CPU time of Redis a chat with kv routing, against a SET and a GET (`redis_load`)
 S5  the same with round robin
 S6  chats that fail of 1,000 while Redis is replaced, full, and without its replica (`refusals`)
-S7  how long `/live` is silent while clients and tenants do their worst (`silence`)
-S8  time of each script and command where there is much, against where there is little (`walks`)
+S7  longest silence of `/live` under hostile clients and tenants (`silence`)
+S8  time of each script and command in a large store, against a small one (`walks`)
 
 `--rows S1,S2` runs some.
 """
@@ -34,11 +34,11 @@ from dynamo_redis.store.redis.client import RedisClient
 
 CONCURRENCY = 64
 REQUESTS = 3200
-"""A round of the rival; ours has eight times as many."""
+"""Requests in a round of the rival; our round has eight times as many."""
 
 
 def start_round() -> float:
-    """Seconds from the start of the command to the first streamed token."""
+    """Return the seconds from the start of the command to the first streamed token."""
     started = time.perf_counter()
     with up("--speedup-ratio", "0") as url:
         body = chat_body(first_model(url, 30), "Hello!", stream=True)
@@ -50,7 +50,7 @@ def start_round() -> float:
 
 
 def throughput(redis_url: str, rounds: int) -> tuple[list[float], list[float]]:
-    """Requests/s of each round: ours, and the rival's, in turn."""
+    """Return the requests/s of each round: ours, and the rival's, in turn."""
     ours: list[float] = []
     rivals: list[float] = []
     with our_side(redis_url) as mine, dynamo_side() as rival:
@@ -66,7 +66,7 @@ def throughput(redis_url: str, rounds: int) -> tuple[list[float], list[float]]:
 async def discovery_round(
     worker: DistributedRuntime, client: Client, ping: RedisClient, repeats: int
 ) -> tuple[list[float], list[float]]:
-    """Seconds from serving to being listed, and of a PING before each."""
+    """Return the seconds from serving to being listed, and those of a PING before each."""
     listed: list[float] = []
     pings: list[float] = []
     endpoint = worker.endpoint("bench.discovery.generate")
@@ -89,7 +89,7 @@ async def _nothing(request: Any) -> Any:
 
 
 async def discovery(redis_url: str, rounds: int) -> tuple[list[float], list[float]]:
-    """The medians of each round, in ms."""
+    """Return the medians of each round, in ms."""
     settings = Settings.load(redis_url=redis_url, prefix="bench-discovery")
     listed: list[float] = []
     pings: list[float] = []
@@ -111,7 +111,7 @@ async def discovery(redis_url: str, rounds: int) -> tuple[list[float], list[floa
 
 
 def cold_starts(rounds: int) -> dict[str, Measured]:
-    """S1, in s."""
+    """Measure S1, in s."""
     starts = []
     for number in range(rounds):
         starts.append(start_round())
@@ -120,27 +120,20 @@ def cold_starts(rounds: int) -> dict[str, Measured]:
 
 
 def echoes(rounds: int) -> dict[str, Measured]:
-    """S2, in requests/s."""
+    """Measure S2, in requests/s."""
     with redis_server() as server:
         return {"S2": Measured.against(*throughput(server.url, rounds))}
 
 
 def discoveries(rounds: int) -> dict[str, Measured]:
-    """S3, in ms."""
+    """Measure S3, in ms."""
     with redis_server() as server:
         return {"S3": Measured.against(*asyncio.run(discovery(server.url, rounds)))}
 
 
 BOUNDS: Bounds = {
     "S1": ("`dynamo-redis up` (installed) → first token, s", 4, 2),
-    "S2": (
-        (
-            "runtime API, unary c=64 over 4 instances ÷ Dynamo 1.6.1 tcp "
-            "(see `performance.md` for how to run it)"
-        ),
-        5,
-        15,
-    ),
+    "S2": ("runtime API, unary c=64 over 4 instances ÷ Dynamo 1.6.1 tcp", 5, 15),
     "S3": ("serve → in a client's list, p50, ÷ PING round trip in the same run", 25, 8),
     "S4": (
         (
@@ -166,7 +159,7 @@ BOUNDS: Bounds = {
         1.5,
     ),
 }
-"""Each row's words, what it must reach, and what it aims at."""
+"""Text, bound (`must`) and aim of each row."""
 
 GROUPS: Groups = (
     (("S1",), cold_starts),
@@ -178,16 +171,16 @@ GROUPS: Groups = (
     (("S7",), silences),
     (("S8",), walks),
 )
-"""Rows that one measurement yields."""
+"""The rows of each measurement."""
 
 
 def main() -> None:
-    """Run the suite, or the rows asked for."""
+    """Run the suite, or the rows of the command line."""
     run_suite("start", __doc__, BOUNDS, GROUPS, _conditions)
 
 
 def _conditions(wanted: set[str], _: int) -> list[str]:
-    """Describe the conditions under which the figures were measured."""
+    """Return the conditions of the measurement that a reader needs to judge the figures."""
     rival = f"rival of S2: {DYNAMO}, discovery by file, same worker and client files, alternating rounds"
     return [rival] if "S2" in wanted else []
 

@@ -1,9 +1,9 @@
-"""S4 and S5: what a chat costs Redis, against what one SET and one GET cost it.
+"""S4 and S5: the cost of a chat for Redis, against the cost of one SET and one GET.
 
 A deployment as `up` starts it, on defaults: a frontend and two mock workers at their own speed. Chats of 100
-words, each another prompt, come at a fixed pace, whether or not the last ones have been answered. What counts
-is all CPU time that Redis took meanwhile, by INFO, for the chats and for the deployment's keepalives, ticks
-and reads; less what another server, set up alike and without work, took for itself in the same seconds. That
+words, each another prompt, come at a fixed pace, whether or not the last ones have been answered. The figure
+is all CPU time that Redis used meanwhile, by INFO, for the chats and for the deployment's keepalives, ticks
+and reads; less the time that another server, set up alike and without work, used in the same seconds. That
 server then serves one client that sends a SET and a GET in turn, each when the last one is answered.
 """
 
@@ -27,7 +27,8 @@ WORDS: Final = 100
 PAIRS: Final = 3000
 MOST_AT_ONCE: Final = 512
 SETTLE_S: Final = 12.0
-"""A publisher without readers sends for some seconds after its start."""
+"""Seconds until the deployment is settled: a publisher without readers sends for some seconds after its
+start."""
 WARM_S: Final = 2.0
 VALUE: Final = b"x" * 100
 
@@ -35,20 +36,20 @@ _CPU: Final = re.compile(rb"used_cpu_(?:user|sys)(_main_thread)?:([0-9.]+)")
 
 
 def prompt(seed: int) -> str:
-    """A hundred words that no other chat begins with."""
+    """Return a hundred words with which no other chat begins."""
     rng = random.Random(seed)
     return " ".join(f"word{rng.randrange(10_000)}" for _ in range(WORDS))
 
 
 async def cpu_s(redis: RedisClient) -> float:
-    """CPU time that Redis has taken; of its main thread where it says so."""
+    """Return the CPU time of Redis in seconds; that of its main thread where INFO has it."""
     found = _CPU.findall(await redis.execute("INFO", "cpu"))
     chosen = [value for thread, value in found if thread] or [value for _, value in found]
     return sum(map(float, chosen))
 
 
 async def paced(count: int, per_s: float, call: Callable[[int], Coroutine[Any, Any, None]]) -> None:
-    """Call so often, each when it is due, however long the others take. Raises what a call raises."""
+    """Call `count` times, each when it is due, however long the others take. Raises the error of a call."""
     began = time.perf_counter()
     async with asyncio.TaskGroup() as calls:
         for number in range(count):
@@ -67,7 +68,7 @@ class Chats:
         self._seed = 0
 
     async def one(self, _: int) -> None:
-        """One chat with a new prompt."""
+        """Send one chat with a new prompt."""
         self._seed += 1
         async with self._places:
             chatter = self._idle.pop() if self._idle else await Chatter.open(self._url)
@@ -75,7 +76,7 @@ class Chats:
             self._idle.append(chatter)
 
     def close(self) -> None:
-        """Hang up."""
+        """Close all connections."""
         for chatter in self._idle:
             chatter.close()
 
@@ -115,7 +116,7 @@ async def _measure(redis_url: str, chats_url: str, alone_url: str, rounds: int, 
 
 
 def redis_cost(row: str, *options: str) -> Callable[[int], dict[str, Measured]]:
-    """The measurement of a row, with these options of `up`: µs, and their ratio."""
+    """Return the measurement of a row with these options of `up`: µs, and their ratio."""
 
     def measure(rounds: int) -> dict[str, Measured]:
         with (

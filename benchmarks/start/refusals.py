@@ -1,10 +1,10 @@
 """S6: chats while their Redis takes no writes, and while it is replaced.
 
-A frontend and two workers reach Redis by one address, which carries new connections to the primary of the
-moment. Each round has three phases, with a third of the chats each, at a fixed pace:
+A frontend and two workers reach Redis by one address, which leads new connections to the current primary.
+Each round has three phases, with a third of the chats each, at a fixed pace:
 
 1. a planned failover: the replica is promoted, the old primary becomes its replica and goes on answering the
-   connections that it has, and the address leads to the new one;
+connections that it has, and the address leads to the new one;
 2. memory is full (`maxmemory`, filled by keys of others);
 3. the replica dies, and the primary demands one (`min-replicas-to-write 1`).
 
@@ -41,7 +41,7 @@ from dynamo_redis.store.server import EmbeddedServer
 from faults.proxy import Proxy
 
 Fault = Callable[[], AbstractAsyncContextManager[None]]
-"""Begins a fault; the end of the block heals it."""
+"""Begins a fault, which is healed at the end of the block."""
 
 PREFIX: Final = "bench-refusals"
 CHATS: Final = 1_000
@@ -58,7 +58,7 @@ FILLER_BYTES: Final = (1 << 20, 1 << 14, 1 << 10, 1 << 6)
 
 
 def refusals(rounds: int) -> dict[str, Measured]:
-    """S6: chats that failed of 1,000, in the worst round: no median hides one."""
+    """Measure S6: failed chats of 1,000 in the worst round. A median would hide a bad round."""
     return {"S6": Measured(max(uvloop.run(_refusals(rounds))), None, None, rounds)}
 
 
@@ -85,7 +85,7 @@ async def _refusals(rounds: int) -> list[float]:
 
 
 async def _phase(fault: Fault, count: int, chats: Chats, pair: Pair) -> int:
-    """So many chats, before, during and after a fault; how many failed."""
+    """Send `count` chats before, during and after a fault; return the number that failed."""
     flow = asyncio.create_task(chats.flow(count - NEWCOMER_CHATS))
     await asyncio.sleep(BEFORE_S)
     async with fault():
@@ -104,7 +104,7 @@ async def _phase(fault: Fault, count: int, chats: Chats, pair: Pair) -> int:
 
 @contextmanager
 def _newcomers(redis_url: str) -> Iterator[str]:
-    """A worker and a frontend; the frontend's URL."""
+    """Start a worker and a frontend; yield the frontend's URL."""
     program = [sys.executable, "-m", "dynamo_redis"]
     environment = {"DYN_REDIS_URL": redis_url, "DYN_REDIS_PREFIX": PREFIX, "DYN_LOG": "error"}
     port = free_port()
@@ -119,10 +119,10 @@ def _newcomers(redis_url: str) -> Iterator[str]:
 
 
 class Chats:
-    """Chats at a fixed pace, each on a kept connection that is free; one is opened if none is.
+    """Chats at a fixed pace. Each uses a kept connection that is free, or a new one.
 
-    A server may close an idle connection at the moment in which a request is sent: those that have been idle
-    for `IDLE_S` are not used again, as careful clients do it.
+    A server may close an idle connection at the moment in which a request is sent. So connections that have
+    been idle for `IDLE_S` are not used again, as careful clients do it.
     """
 
     def __init__(self, url: str, model: str) -> None:
@@ -131,7 +131,7 @@ class Chats:
         self._free: list[tuple[float, Chatter]] = []
 
     async def flow(self, count: int) -> int:
-        """So many chats; how many failed."""
+        """Send `count` chats; return the number that failed."""
         began = time.monotonic()
         chats: list[asyncio.Task[bool]] = []
         for number in range(count):
@@ -159,7 +159,7 @@ class Chats:
         return None
 
     def close(self) -> None:
-        """Hang up."""
+        """Close all connections."""
         for _, chatter in self._free:
             chatter.close()
 
@@ -177,7 +177,7 @@ class Pair:
 
     @asynccontextmanager
     async def fail_over(self) -> AsyncIterator[None]:
-        """The two change places; nothing breaks, and nothing is healed afterwards."""
+        """Exchange the roles of the two; nothing breaks, and nothing is healed afterwards."""
         old, new = self.primary, self.replica
         await new.client.execute("REPLICAOF", "NO", "ONE")
         await old.follow(new)
@@ -188,7 +188,7 @@ class Pair:
 
     @asynccontextmanager
     async def full(self) -> AsyncIterator[None]:
-        """Others fill the memory; in the end they delete their keys."""
+        """Fill the memory with other keys; delete them at the end."""
         filler: list[str] = []
         for size_bytes in FILLER_BYTES:
             with suppress(StoreError):  # it is full for keys of this size
@@ -201,7 +201,7 @@ class Pair:
 
     @asynccontextmanager
     async def lonely(self) -> AsyncIterator[None]:
-        """The replica is killed; in the end it comes back."""
+        """Kill the replica; start it again at the end."""
         await self.replica.embedded.kill()
         await self.primary.until("min_slaves_good_slaves:0")
         yield
@@ -210,7 +210,7 @@ class Pair:
         await self.until_whole()
 
     async def until_whole(self) -> None:
-        """Wait until the replica follows, and the primary knows."""
+        """Wait until the replica follows, and the primary knows it."""
         await self.replica.until("master_link_status:up")
         await self.primary.until("min_slaves_good_slaves:1")
 
@@ -232,7 +232,7 @@ class Server:
         await self.embedded.stop()
 
     async def follow(self, primary: Server) -> None:
-        """Become its replica."""
+        """Make it a replica of `primary`."""
         host, _, port = primary.embedded.url.removeprefix("redis://").partition(":")
         await self.client.execute("REPLICAOF", host, port)
 
@@ -245,7 +245,7 @@ class Server:
 
 @asynccontextmanager
 async def _pair() -> AsyncIterator[Pair]:
-    """A primary and a replica that has all of it, behind one address."""
+    """Start a primary and a replica in sync with it, behind one address."""
     with tempfile.TemporaryDirectory() as directory:
         servers = Server(Path(directory) / "a"), Server(Path(directory) / "b")
         try:

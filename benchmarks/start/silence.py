@@ -1,10 +1,10 @@
-"""S7: how long `/live` is silent at a frontend while clients and tenants do their worst.
+"""S7: the longest silence of a frontend's `/live` under hostile clients and tenants.
 
 One round sends, one after the other: bodies of 40 MiB of every shape, 256 prompts with 128 answers each, long
-chats, trailers without end, bodies that never come, connections that say nothing, readers that do not read,
-and chats whose template holds the interpreter or never ends; and registers a model whose template never ends.
-A process of its own asks for `/live` meanwhile, again and again on one connection: its figure is the longest
-time from a question to the answer, as a load balancer sees it.
+chats, trailers without end, bodies that never come, connections that send nothing, readers that do not read,
+and chats whose template holds the interpreter or never ends. It also registers a model whose template never
+ends. A process of its own asks for `/live` meanwhile, again and again on one connection. The figure is the
+longest time from a request to the answer, as a load balancer sees it.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ TEMPLATES: Final = {
 
 
 def silences(rounds: int) -> dict[str, Measured]:
-    """S7, in ms: the longest silence of each round."""
+    """Measure S7, in ms: the longest silence of each round."""
     figures = []
     for number in range(rounds):
         with _deployment() as deployment, _probe(deployment.url) as probe:
@@ -75,7 +75,7 @@ def _probe(url: str) -> Iterator[Driver]:
 
 @contextmanager
 def _deployment() -> Iterator[Deployment]:
-    """A frontend, a worker of the demo model and two of tenants, on a Redis of their own."""
+    """Run a frontend, a worker of the demo model and two of tenants, on a Redis of their own."""
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         server = stack.enter_context(redis_server())
@@ -101,7 +101,7 @@ def _deployment() -> Iterator[Deployment]:
 
 
 def _tenant(directory: Path, name: str) -> list[str]:
-    """The command of a worker whose model has a template of `TEMPLATES`."""
+    """Return the command of a worker whose model has a template of `TEMPLATES`."""
     path = directory / name
     shutil.copytree(DEMO_MODEL_PATH, path, ignore=shutil.ignore_patterns("__pycache__"))
     config = path / "tokenizer_config.json"
@@ -120,7 +120,7 @@ class Deployment:
         self._environment = environment
 
     def wait_for_models(self, names: set[str]) -> None:
-        """Wait until they are served. Raises RuntimeError."""
+        """Wait until the models are served. Raises RuntimeError."""
         deadline = time.monotonic() + READY_S
         while time.monotonic() < deadline:
             with contextlib.suppress(httpx.TransportError):
@@ -131,7 +131,7 @@ class Deployment:
         raise RuntimeError(f"{names} are not served within {READY_S:g} s")
 
     def silences(self, probe: Driver) -> Iterator[tuple[str, float]]:
-        """Do each thing in turn; its name, and the longest silence meanwhile, in seconds."""
+        """Carry out each attack in turn; yield its name, and the longest silence meanwhile, in seconds."""
         self._post(CHAT, _chat("demo", 1))  # whatever only the first chat costs
         probe.say()
         probe.answer()
@@ -200,7 +200,8 @@ class Deployment:
                     client.sendall(block)
 
     def _slow_clients(self) -> None:
-        """Some that send nothing, some half a body, some that read nothing."""
+        """Open connections of three kinds: without a request, with half a body, and without reading the
+        answer."""
         whole = json.dumps(
             {**json.loads(_chat("demo", 1)), "max_tokens": 20_000, "ignore_eos": True, "stream": True}
         )
@@ -257,7 +258,7 @@ _MESSAGE = b'"messages":[{"role":"user","content":"a"}]'
 
 
 def _filled(start: bytes, repeated: bytes, end: bytes) -> bytes:
-    """A body of `BODY_BYTES` or so."""
+    """Return a body of about `BODY_BYTES`."""
     return start + (repeated * (BODY_BYTES // len(repeated))).rstrip(b",") + end
 
 

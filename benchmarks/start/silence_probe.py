@@ -23,7 +23,7 @@ class Probe:
         self._asked_at: float | None = None
 
     async def run(self, host: str, port: int) -> None:
-        """Ask until it is cancelled."""
+        """Send requests until it is cancelled."""
         reader, writer = await asyncio.open_connection(host, port)
         while True:
             self._asked_at = time.perf_counter()
@@ -36,7 +36,7 @@ class Probe:
             await asyncio.sleep(PAUSE_S)
 
     def take(self) -> float:
-        """The longest silence since the last call, one that lasts included."""
+        """Return the longest silence since the last call, in seconds. A silence that still lasts counts."""
         now = time.perf_counter()
         longest_s = max(self._longest_s, 0.0 if self._asked_at is None else now - self._asked_at)
         self._longest_s = 0.0
@@ -44,7 +44,7 @@ class Probe:
 
 
 async def main(url: str) -> None:
-    """Ask, and tell, until the input ends."""
+    """Send requests, and print the silences, until the input ends."""
     host, _, port = url.rpartition("/")[2].rpartition(":")
     probe = Probe()
     asking = asyncio.create_task(probe.run(host, int(port)))

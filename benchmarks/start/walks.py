@@ -1,13 +1,13 @@
-"""S8: what the product's scripts and commands cost Redis while there is much, beside little.
+"""S8: the time of the product's scripts and commands inside Redis in a large store, against a small one.
 
 One server holds a registry, an event stream and objects of 1,000 keys or entries each, another of 100,000.
-Each script, and each command that clients send themselves, runs on both in turn, and its own time inside the
-server counts (SLOWLOG, in whole µs, which leaves out the way there). A script's figure is the mean of the
-quicker half of its calls; a command's that of a hundred in one script, since one takes a microsecond or two.
-Each side has three turns, of which the quickest counts.
+Each script, and each command that clients send themselves, runs on both in turn. Its time inside the server
+counts (SLOWLOG, in whole µs, without the way there). A script's figure is the mean of the quicker half of its
+calls; a command's that of a hundred in one script, since one takes a microsecond or two. Each side has three
+turns, of which the quickest counts.
 
-A call that by its nature does more where there is more does the same amount of it on both sides: a trim drops
-two entries, a page has a hundred keys. The row is the worst ratio of all.
+A call whose work grows with the store by its nature does the same work on both sides: a trim drops two
+entries, a page has a hundred keys. The row is the worst ratio of all.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CALLS: Final = 40
 TURNS: Final = 3
 LOOPS: Final = 100
 SETTINGS: Final = {"slowlog-log-slower-than": "0", "slowlog-max-len": str(4 * CALLS)}
-"""Of the servers."""
+"""Settings of the servers."""
 PREFIX: Final = "walks"
 CONTENT: Final = b"x" * 100
 STREAM: Final = StreamName("dynamo", "backend", "kv_events")
@@ -51,7 +51,7 @@ Timed = Callable[[], Awaitable[float]]
 
 
 class ScriptCase(NamedTuple):
-    """A script, and what it is called with; `before` is done before each call."""
+    """A script and its arguments; `before` runs before each call."""
 
     script: Script
     keys: Words
@@ -60,7 +60,7 @@ class ScriptCase(NamedTuple):
 
 
 class Place:
-    """One server, with so many of everything."""
+    """One server, with `count` of everything."""
 
     def __init__(self, url: str, count: int) -> None:
         self.client = RedisClient(url, timeout_s=120, client_name="walks")
@@ -74,7 +74,7 @@ class Place:
         self.number = 0
 
     async def fill(self) -> None:
-        """Make what stands there: a key, a lease and a log entry for each number, and as many entries."""
+        """Fill the server: a key, a lease, a log entry and a stream entry for each number."""
         self.incarnation = (await self.kv.initialize()).incarnation
         await self.kv.write([OwnedPut("mine", CONTENT)], lease=LEASE, ttl_s=3600)
         packed = (await self.client.execute("HGET", self.registry.structure("kv"), "mine")) or b""
@@ -117,7 +117,7 @@ class Place:
     # ------------------------------------------------------------------ what is measured
 
     def scripts(self) -> dict[str, ScriptCase]:
-        """Each script of the product by its name, once or more (`name: what else`)."""
+        """Return the cases of each script of the product by name, one or more (`name: variant`)."""
         return self._registry_scripts() | self._stream_scripts() | self._other_scripts()
 
     def _operation(self) -> str:
@@ -186,13 +186,13 @@ class Place:
         }
 
     async def _two_older(self) -> Words:
-        """The arguments of a trim that drops two entries."""
+        """Return the arguments of a trim that drops two entries."""
         await self.client.execute("XGROUP", "SETID", self.stream.events, GROUP, "$")
         oldest = await self.client.execute("XRANGE", self.stream.events, "-", "+", "COUNT", 2)
         return (oldest[-1][0], LONG_MS)
 
     def commands(self) -> dict[str, Words]:
-        """Commands that clients send themselves, where more and more may stand, by their names."""
+        """Return the commands that clients send themselves and whose structures can grow, by name."""
         key, events = self.registry.structure, self.stream.events
         group = ("GROUP", GROUP, "reader")
         return {
@@ -224,7 +224,7 @@ class Place:
         }
 
     async def script_us(self, case: ScriptCase) -> float:
-        """The time of a script."""
+        """Return the time of a script in µs."""
         args = case.args
         for _ in range(CALLS):
             if case.before is not None:
@@ -234,14 +234,14 @@ class Place:
         return await self._quicker_us()
 
     async def command_us(self, words: Words) -> float:
-        """The time of a command."""
+        """Return the time of a command in µs."""
         loop = Script.of("loop", f"for _ = 1, {LOOPS} do redis.call(unpack(ARGV)) end return 1")
         for _ in range(CALLS):
             await self.client.script(loop, [words[1]], words)
         return await self._quicker_us() / LOOPS
 
     async def _quicker_us(self) -> float:
-        """Mean of the quicker half of the scripts in the server's slow log, which is emptied."""
+        """Return the mean of the quicker half of the scripts in the server's slow log, and empty the log."""
         entries = await self.client.execute("SLOWLOG", "GET", 4 * CALLS)
         await self.client.execute("SLOWLOG", "RESET")
         took = sorted(int(entry[2]) for entry in entries if entry[3][0].upper().startswith(b"EVAL"))
@@ -249,7 +249,7 @@ class Place:
 
 
 async def compare(urls: Sequence[str], counts: Sequence[int]) -> dict[str, float]:
-    """The second server's time of each script and command ÷ the first's, by their names."""
+    """Return the second server's time of each script and command ÷ the first's, by name."""
     few, many = (Place(url, count) for url, count in zip(urls, counts, strict=True))
     found: dict[str, float] = {}
     try:
@@ -273,13 +273,13 @@ async def compare(urls: Sequence[str], counts: Sequence[int]) -> dict[str, float
 
 
 async def _ratio(few: Timed, many: Timed) -> float:
-    """The quickest of the turns of many ÷ that of few."""
+    """Return the quickest turn of `many` ÷ that of `few`."""
     turns = [(await few(), await many()) for _ in range(TURNS)]
     return min(took for _, took in turns) / max(1e-3, min(took for took, _ in turns))
 
 
 def walks(rounds: int) -> dict[str, Measured]:
-    """S8, a ratio: the worst of the medians over the rounds."""
+    """Measure S8, a ratio: the worst of the medians over the rounds."""
     found: dict[str, list[float]] = {}
     for number in range(rounds):
         began = time.monotonic()

@@ -10,14 +10,14 @@ from dynamo_redis.store.registry.lease import WriterChain
 
 
 class AgreeableChain(WriterChain):
-    """Finds that whatever the registry says was this lease's last write, was."""
+    """Accepts every last write of this lease that the registry names."""
 
     def agrees(self, last_write: str) -> bool:
-        """Always."""
+        """Return True always."""
         return True
 
 
 def agreeable_registry(settings: StoreSettings) -> redis_registry.RedisRegistry:
-    """A registry that believes that no write it was acknowledged was ever lost."""
+    """Return a registry that assumes that none of its acknowledged writes was ever lost."""
     with mock.patch.object(redis_registry, "WriterChain", AgreeableChain):
         return redis_registry.RedisRegistry(settings)

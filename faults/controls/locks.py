@@ -14,7 +14,7 @@ from dynamo_redis.store.base import LockedValue
 
 
 class PlainHeld:
-    """A lock that was held once. `fencing_token` counts the grants; only the judges look at it."""
+    """A lock that was held once. `fencing_token` counts the grants; only the oracle uses it."""
 
     def __init__(self, client: Redis, key: str, token: int) -> None:
         self._client = client
@@ -52,7 +52,7 @@ class PlainLock:
                 await lock.release()
 
     async def read(self) -> LockedValue | None:
-        """The protected value."""
+        """Return the protected value."""
         value: Any = await self._client.hget(f"{self._name}:value", "value")
         token: Any = await self._client.hget(f"{self._name}:value", "token")
         return None if value is None else LockedValue(value, int(token))
@@ -66,7 +66,7 @@ class PlainLocks:
         self._prefix = prefix
 
     def lock(self, name: str, *, ttl_s: float) -> PlainLock:
-        """The lock `name`."""
+        """Return the lock `name`."""
         return PlainLock(self._client, f"{{{self._prefix}/{name}}}", ttl_s)
 
     async def aclose(self) -> None:

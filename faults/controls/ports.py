@@ -1,4 +1,4 @@
-"""Ports that are written down, and not claimed."""
+"""Ports that are registered without a claim."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dynamo_redis.store.registry.redis_registry import RedisRegistry
 
 
 class TolerantRegistry(RedisRegistry):
-    """Registers what somebody else has as well: the last one to come has it."""
+    """Registers a key that another tenant has, too: the last registration wins."""
 
     async def register(self, key: str, value: bytes, *, exclusive: bool = False, **more: Any) -> Registration:
         """As `RedisRegistry.register` of a key that is not exclusive."""

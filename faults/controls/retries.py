@@ -1,4 +1,4 @@
-"""A client that retries as redis-py does when nobody tells it otherwise."""
+"""A client that retries as redis-py does by default."""
 
 from __future__ import annotations
 

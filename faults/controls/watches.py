@@ -1,4 +1,4 @@
-"""Watches that take the change log for what it cannot be: one line without breaks."""
+"""Watches that treat the change log as one line without breaks, which it is not."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ BLOCK_S = 1.0
 
 
 class NaiveWatch:
-    """The state of a prefix, then whatever XREAD answers behind the last id; also after a reconnect.
+    """The state of a prefix, then all entries that XREAD returns behind the last id; also after a reconnect.
 
-    Neither the entries' predecessors are looked at nor, after a break, where the registry stands.
+    It checks neither the entries' predecessors nor, after a break, the registry's revision.
     """
 
     def __init__(self, kv: KeyValue, prefix: str) -> None:
@@ -88,7 +88,7 @@ class NaiveWatch:
 
 
 class CounterWatch(NaiveWatch):
-    """Looks whether each change names the revision before it; but not by whom that was written."""
+    """Checks that each change names the revision before it, but not which process wrote that revision."""
 
     def _connects(self, changes: Sequence[Change]) -> bool:
         return not changes or changes[0].previous[0] == self._at

@@ -1,4 +1,5 @@
-"""What must hold of every run's history. Each oracle is a pure function from a history to what it breaks."""
+"""The promises that must hold of every run's history. Each oracle is a pure function from a history to its
+violations."""
 
 from __future__ import annotations
 
@@ -28,4 +29,4 @@ ORACLES: Final[dict[str, Callable[[History], list[Violation]]]] = {
     "exclusive": check_exclusive,
     "served": check_served,
 }
-"""All of them, by name."""
+"""All oracles, by name."""

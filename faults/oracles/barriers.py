@@ -1,7 +1,8 @@
-"""Barriers: all who complete one saw one leader's data, and nobody goes on before all have come.
+"""Barriers: all processes that complete one saw one leader's data, and none goes on before all have come.
 
-A leader's data names its round. `part` names what one process did in one barrier, from `barrier_lead` or
-`barrier_join` to `barrier_leave`; after that, or its death, its keys are gone: at once, or once all is well.
+A leader's data names its round. `part` names one process's part in one barrier, from `barrier_lead` or
+`barrier_join` to `barrier_leave`. After that, or after the process's death, its keys are gone: at once, or
+once all faults are over.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ IN_TIME: Final = "a barrier ends within its time-out"
 NONE_LEFT: Final = "in the end nothing stands of barriers that all have left"
 
 LATE_S: Final = 6.0
-"""How much later than its time-out a call may end: an attempt under way, and the words that it is over, each
-with a time-out of its own."""
+"""Longest time in seconds by which a call may exceed its time-out: an attempt under way, and the writes that
+end the barrier, each with a time-out of its own."""
 
 WATCH_LAG_S: Final = 1.0
-"""How far a watch may be behind: what a worker learns by it may just have gone."""
+"""Longest lag of a watch in seconds: a key that a worker learns of by it may just have gone."""
 
 
 def check(history: History) -> list[Violation]:
-    """All barriers of a run."""
+    """Check all barriers of a run."""
     judge = _Barriers(history)
     violations = [*judge.leads(), *judge.joins(), *judge.refusals(), *judge.times()]
     for state in history.of("state"):
@@ -56,7 +57,7 @@ class _Barriers:
     # ------------------------------------------------------------------ who was there
 
     def _gone_at(self, call: Call) -> float:
-        """When nothing stood any more of what a call had written, at the latest."""
+        """Return the latest time at which all keys that a call wrote were gone."""
         left = self._left.get(call.arguments["part"])
         if left is None or left.ended_at == float("inf"):
             over_at = self._killed.get(call.process, self._end)
@@ -70,7 +71,7 @@ class _Barriers:
         return call.began_at <= end and self._gone_at(call) >= begin
 
     def _came(self, lead: Call, by: float) -> set[str]:
-        """The ids of the workers that may have come to this leader by then."""
+        """Return the ids of the workers that may have come to this leader by then."""
         barrier = lead.arguments["barrier"]
         return {
             join.arguments["worker"]
@@ -81,7 +82,7 @@ class _Barriers:
     # ------------------------------------------------------------------ rounds
 
     def leads(self) -> Iterator[Violation]:
-        """That a leader let as many go as it counts, and that they had come."""
+        """Check that a leader released as many workers as it counts, and that they had come."""
         for lead in self._leads:
             if lead.outcome != "ok":
                 continue
@@ -93,7 +94,7 @@ class _Barriers:
                 yield _violation(ALL_CAME, what, lead)
 
     def joins(self) -> Iterator[Violation]:
-        """That a worker went on with its leader, and not too early."""
+        """Check that a worker went on with its leader, and not too early."""
         leads = {call.arguments["part"]: call for call in self._leads}
         completed: dict[tuple[str, str], Call] = {}
         for join in self._joins:
@@ -124,13 +125,14 @@ class _Barriers:
             yield _violation(ALL_CAME, what, lead, join)
 
     def _may_have_completed(self, lead: Call) -> bool:
-        """Also one that failed may have let its workers go before, if the answer to that was lost."""
+        """Return whether a leader may have released its workers. A failed one may have, too, if the answer to
+        that was lost."""
         return lead.outcome != "refused" or self._calm.troubled(lead.began_at, lead.ended_at, lead.process)
 
     # ------------------------------------------------------------------ refusals
 
     def refusals(self) -> Iterator[Violation]:
-        """That what the refused were told is so."""
+        """Check that refusals gave a true reason."""
         for call in (*self._leads, *self._joins):
             if call.outcome == "refused" and not self._is_true(call, call.answer["reason"]):
                 yield _violation(TRUE_REASON, f"was told {call.answer['reason']!r}, which is not so", call)
@@ -150,7 +152,7 @@ class _Barriers:
         return True
 
     def _others(self, calls: Iterable[Call], call: Call, lag_s: float = 0.0) -> list[Call]:
-        """Those in the same barrier of which something stood during a call, or up to `lag_s` before."""
+        """Return the other calls of the same barrier that had keys during a call, or up to `lag_s` before."""
         return [
             other
             for other in calls
@@ -162,7 +164,7 @@ class _Barriers:
     # ------------------------------------------------------------------ time-outs
 
     def times(self) -> Iterator[Violation]:
-        """That calls end, but for the time for which their process was stopped."""
+        """Check that calls end in time, apart from the time for which their process was stopped."""
         for call in (*self._leads, *self._joins):
             if call.began_at >= self._end:
                 continue
@@ -173,7 +175,8 @@ class _Barriers:
                 yield _violation(IN_TIME, what, call)
 
     def _ended_at(self, call: Call) -> float:
-        """When it was over for its process: at the latest when that went on, died, or the run ended."""
+        """Return the latest time at which a call was over for its process: when the process went on, died, or
+        the run ended."""
         left = self._left.get(call.arguments["part"])
         went_on_at = self._end if left is None else left.began_at
         ended_at = min(call.ended_at, went_on_at, self._killed.get(call.process, self._end))
@@ -181,7 +184,7 @@ class _Barriers:
 
 
 def _is_duplicate(call: Call) -> bool:
-    """Whether it was refused for somebody else, and so never stood in the registry."""
+    """Return whether the call was refused because of another process, and so never wrote to the registry."""
     return call.outcome == "refused" and "already" in call.answer["reason"]
 
 

@@ -1,4 +1,4 @@
-"""When a run had been left in peace for so long that what its faults had upset must have come right again."""
+"""Stretches of calm in a run, after which all that the faults upset must be right again."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Final
 from faults.history import History
 
 SETTLED_S: Final = 6.0
-"""After so long without a fault every process is connected again, has been told of its losses, and what the
-dead held is gone: a TTL, the longest wait between two attempts, a repair."""
+"""Seconds without a fault after which every process is connected again, has been told of its losses, and the
+keys of the dead are gone: a TTL, the longest wait between two attempts, a repair."""
 
 
 class Calm:
@@ -35,21 +35,21 @@ class Calm:
             self._stops.setdefault(process, []).append((at, float("inf")))
 
     def settled_after(self, at: float, *processes: str) -> float:
-        """The end of the first `SETTLED_S` without trouble for these processes from `at` on."""
+        """Return the end of the first `SETTLED_S` without trouble for these processes from `at` on."""
         for begin, end in sorted([*self._faults, *self._stopped(processes)]):
             if begin < at + SETTLED_S and end > at:
                 at = end
         return at + SETTLED_S
 
     def troubled(self, begin: float, end: float, *processes: str) -> bool:
-        """Whether there was trouble for these processes within a stretch of time."""
+        """Return whether there was trouble for these processes within a stretch of time."""
         return any(
             trouble[0] <= end and trouble[1] >= begin
             for trouble in (*self._faults, *self._stopped(processes))
         )
 
     def stopped_s(self, process: str, begin: float, end: float) -> float:
-        """How long a process was stopped within a stretch of time."""
+        """Return the seconds for which a process was stopped within a stretch of time."""
         return sum(
             max(0.0, min(end, thawed) - max(begin, frozen)) for frozen, thawed in self._stopped((process,))
         )

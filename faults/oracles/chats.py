@@ -12,7 +12,7 @@ ANSWERED: Final = "no chat fails, whatever happens to Redis or to some of the wo
 
 
 def check(history: History) -> list[Violation]:
-    """All chats of callers that lived. One that was under way when the run ended is nobody's fault."""
+    """Check all chats of callers that lived. A chat that was under way when the run ended is no violation."""
     fates = Fates(history)
     return [
         _violation(call)
@@ -24,7 +24,7 @@ def check(history: History) -> list[Violation]:
 
 
 def _had_time(call: Call, history: History, fates: Fates) -> bool:
-    """Whether its caller went on to other calls, or was still there when all was quiet."""
+    """Return whether its caller went on to other calls, or was still there when the run was quiet."""
     went_on = any(
         other.process == call.process and other.action == "chat" and other.number > call.number
         for other in history.calls

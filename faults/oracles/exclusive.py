@@ -1,4 +1,4 @@
-"""What several processes want and one may have: ports, and parts in barriers."""
+"""Exclusive resources, which several processes want and one may have: ports, and parts in barriers."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from faults.oracles.violation import Violation
 
 
 def check(history: History) -> list[Violation]:
-    """Both of a run."""
+    """Check the ports and the barriers of a run."""
     return [*ports.check(history), *barriers.check(history)]

@@ -1,4 +1,4 @@
-"""What became of the processes of a run, by the notes that they and the runner wrote."""
+"""The fates of the processes of a run, from their own notes and the runner's."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ _FATES: Final[dict[str, Fate]] = {
 
 
 class Fates:
-    """Each process's last known fate, and its leases. A note names the process it is about, else its writer.
+    """Each process's last known fate, and its leases. A note names the process that it is about; otherwise it
+    is about its writer.
 
-    `ended_at` is when the final state was read: what comes after it is the run's own end.
+    `ended_at` is the time at which the final state was read: later notes are of the run's own end.
     """
 
     def __init__(self, history: History) -> None:
@@ -41,17 +42,17 @@ class Fates:
         self.ended_at = min((note.at for note in history.of("state")), default=float("inf"))
 
     def of(self, process: str) -> Fate:
-        """How it was at the end. One nobody wrote of lives."""
+        """Return its fate at the end. A process without a note lives."""
         return self._fates.get(process, "live")
 
     def since(self, process: str) -> float:
-        """When that was noted."""
+        """Return the time at which its fate was noted."""
         return self._since.get(process, float("-inf"))
 
     def vanished(self) -> list[str]:
-        """Processes that ended by themselves: nobody killed them, and they were not there at the end.
+        """Return the processes that ended by themselves: they were not killed, and were not there at the end.
 
-        Known only of runs that note at the end who is there.
+        This is known only of runs that note the present processes at the end.
         """
         if not self._present:
             return []
@@ -59,5 +60,5 @@ class Fates:
         return sorted(lived - self._present)
 
     def is_present(self, process: str) -> bool:
-        """Whether it works at the end, as far as anybody noted."""
+        """Return whether it works at the end, as far as notes tell."""
         return self.of(process) == "live" and (not self._present or process in self._present)

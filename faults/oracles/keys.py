@@ -1,7 +1,8 @@
-"""Registered keys: in the end each live process's stand, with its last word, under its lease; and no others.
+"""Registered keys: in the end the keys of each live process stand, with its last value, under its lease; and
+no others.
 
-What a call of unknown outcome leaves: a failed registration nothing; an update the new value (or, where the
-registration was lost meanwhile, the old); a failed unregistration either.
+After a call of unknown outcome: a failed registration leaves no key; an update the new value (or, where the
+registration was lost meanwhile, the old); a failed unregistration leaves the key or not.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ GOES_ON: Final = "losing Redis never ends a process"
 
 @dataclass(slots=True)
 class Kept:
-    """What one process should have under one key. `values` are those that may stand; none: it is not kept.
+    """The expected state of one process's key. `values` are those that may stand; none: it is not kept.
 
     `may_be_gone`: it may also be gone.
     """
@@ -39,7 +40,7 @@ class Kept:
     events: list[Call | Note] = field(default_factory=list)
 
     def take(self, event: Call | Note) -> None:
-        """What happened to it next."""
+        """Apply the next event of the key."""
         self.events.append(event)
         if isinstance(event, Note):
             self.values, self.may_be_gone = [], False
@@ -58,7 +59,7 @@ class Kept:
 
 
 def check(history: History) -> list[Violation]:
-    """The keys in the final state; without one, only what was reported lost."""
+    """Check the keys in the final state; without a final state, only the reported losses."""
     fates = Fates(history)
     kept = _follow(history, fates.ended_at)
     violations = [_vanished(process, fates) for process in fates.vanished()]
@@ -70,10 +71,11 @@ def check(history: History) -> list[Violation]:
 
 
 def _follow(history: History, ended_at: float) -> list[Kept]:
-    """What each process keeps, by its calls in the order in which they ended, and what it was told.
+    """Return the keys that each process keeps, by its calls in the order of their ends, and by the reported
+    losses.
 
-    A process makes one call after the other on a key, so one of unknown outcome had ended for it before the
-    next began.
+    A process makes one call after the other on a key. So a call of unknown outcome had ended for it before
+    the next began.
     """
     events: list[tuple[float, Call | Note]] = []
     next_began_at: dict[tuple[str, str], float] = {}
@@ -152,7 +154,7 @@ def _report_left(key: str, record: Any, known: list[Kept], state: Note, fates: F
 
 
 def _check_losses(history: History, ended_at: float) -> list[Violation]:
-    """That whatever a process was told is lost was taken by somebody."""
+    """Check that each reported loss was caused by another process."""
     violations = []
     for note in history.of("lost"):
         if not note.fields["key"].startswith(PREFIX):

@@ -2,8 +2,8 @@
 
 All calls on a key must fit one order, in which each took effect between its begin and its end. Keys are
 judged one by one, unless a transaction joins them. A call of unknown outcome may take effect at any time
-after it began, or never. Stretches between losses of data (`losses.py`) are judged apart, each beginning with
-registers of which nothing is known.
+after it began, or never. Stretches between losses of data (`losses.py`) are judged apart. The state of the
+registers is unknown at the beginning of each.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ DECIDED: Final = "the history can be judged"
 
 
 def check(history: History) -> list[Violation]:
-    """All calls on plain keys of a run."""
+    """Check all calls on plain keys of a run."""
     ended_at = Fates(history).ended_at
     calls = [call for call in history.calls if call.action in ACTIONS and call.began_at < ended_at]
     losses = Losses(history)
@@ -68,7 +68,7 @@ def _is_answered_in(call: Call, begin: float, end: float) -> bool:
 
 
 def _may_act_in(call: Call, begin: float, end: float) -> bool:
-    """Whether a write may have had an effect in this stretch, without its answer saying so."""
+    """Return whether a write may have had an effect in this stretch that its answer does not show."""
     if call.action not in WRITES or call.outcome == "refused" or _is_answered_in(call, begin, end):
         return False
     return call.began_at < end and call.ended_at > begin
@@ -122,7 +122,7 @@ def _name(cell: Cell) -> str:
 
 
 def _partition(operations: Sequence[Operation]) -> list[set[str]]:
-    """The keys, in sets that no operation joins."""
+    """Divide the keys into sets that no operation joins."""
     leaders: dict[str, str] = {}
 
     def leader(key: str) -> str:
@@ -144,10 +144,10 @@ def _about(keys: set[str], operations: Sequence[Operation]) -> list[Operation]:
 
 
 def _observable(unknown: Sequence[Operation], answered: Sequence[Operation]) -> list[Operation]:
-    """Calls of unknown outcome that some answer may show.
+    """Return the calls of unknown outcome that some answer may show.
 
-    The others can be left out: between such a write and the next of its key nobody looked, so an order with
-    it is an order without it. Values that nobody read need not be told apart.
+    The others can be left out: no call read the key between such a write and the next of its key, so an order
+    with it is an order without it. Values that were never read need not be told apart.
     """
     seen: set[str] = set()
     looked_at: dict[tuple[str, bool], float] = {}  # key, whether it was absent → when, without naming a value
@@ -179,7 +179,7 @@ def _without_unseen(cell: Cell, seen: set[str]) -> Cell:
 
 
 def _check_written(calls: Sequence[Call]) -> list[Violation]:
-    """That no value was read that nobody had begun to write."""
+    """Check that each value that was read had begun to be written before."""
     begun: dict[tuple[str, str], float] = {}
     for call in calls:
         if call.action in WRITES and call.action != "delete":
@@ -198,7 +198,7 @@ def _check_written(calls: Sequence[Call]) -> list[Violation]:
 
 
 def _check_refusals(operations: Sequence[Operation]) -> list[Violation]:
-    """That no comparison was refused by the very revision that it expected."""
+    """Check that no comparison was refused by the very revision that it expected."""
     violations = []
     for call in (operation.call for operation in operations if operation.call.outcome == "refused"):
         said, answer = call.arguments, call.answer
@@ -215,7 +215,8 @@ def _check_refusals(operations: Sequence[Operation]) -> list[Violation]:
 
 
 def _check_rising(operations: Sequence[Operation]) -> list[Violation]:
-    """That revisions order writes as time does. They are one history's here, so they can be compared."""
+    """Check that revisions order writes as time does. All revisions here belong to one history, so they can
+    be compared."""
     writes = [operation for operation in operations if operation.revision is not None]
     by_end = sorted(writes, key=lambda operation: operation.call.ended_at)
     violations: list[Violation] = []

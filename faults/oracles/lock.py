@@ -1,8 +1,8 @@
-"""Locks: protected writes are accepted from one holder at a time, the latest, and stay what is read.
+"""Locks: protected writes are accepted from one holder at a time, the latest, and reads show them.
 
-A holder that was stopped past its lease may believe what it likes; what counts is whose writes are accepted.
-All comparisons are of calls that did not overlap, so that their order is certain, and of times between which
-no data was lost: an asynchronous failover may forget that a lock was ever granted.
+A holder that was stopped past its lease may still believe that it holds the lock; only accepted writes count.
+All comparisons are of calls that did not overlap, so their order is certain, and of times between which no
+data was lost: an asynchronous failover may lose the grant of a lock.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ACTIONS: Final = frozenset({"lock_acquire", "lock_write", "lock_release", "lock_
 
 
 def check(history: History) -> list[Violation]:
-    """All locks of a run."""
+    """Check all locks of a run."""
     locks: defaultdict[str, list[Call]] = defaultdict(list)
     for call in history.calls:
         if call.action in ACTIONS:
@@ -56,7 +56,7 @@ def _check_grants(name: str, acquired: Sequence[Call], losses: Losses) -> list[V
 def _check_stale(
     name: str, acquired: Sequence[Call], accepted: Sequence[Call], losses: Losses
 ) -> list[Violation]:
-    """That no write is accepted that began after a later holder's grant had been answered."""
+    """Check that no write is accepted that began after a later holder's grant had been answered."""
     grants = {call.answer["token"]: call for call in acquired}
     violations = []
     for write in accepted:

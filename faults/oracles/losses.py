@@ -1,9 +1,9 @@
-"""When a run's faults may have destroyed what had been acknowledged.
+"""The times at which a run's faults may have destroyed acknowledged data.
 
 A `loses` note opens a window, which ends when its fault, the last one named before it, is `healed`; without
-that it is a moment. What was acknowledged before it may be gone afterwards: no asynchronous replica, and no
-file synced once a second, promises otherwise (`docs/guarantees.md`). So promises about values hold within
-each stretch between two windows, and nothing is assumed about what a stretch begins with.
+that it is a moment. Data that was acknowledged before it may be gone afterwards: no asynchronous replica, and
+no file synced once a second, promises otherwise (`docs/guarantees.md`). So promises about values hold within
+each stretch between two windows, and the values at its beginning are unknown.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ class Losses:
         self.windows = _merged([*self.windows, *((at, at) for at in opened.values())])
 
     def between(self, earlier: float, later: float) -> bool:
-        """Whether something may have been lost in this stretch of time."""
+        """Return whether acknowledged writes may have been lost in this stretch of time."""
         return any(begin <= later and end >= earlier for begin, end in self.windows)
 
     def stretches(self) -> list[tuple[float, float]]:
-        """The stretches between the windows, ordered; one more than there are windows."""
+        """Return the stretches between the windows, ordered; one more than there are windows."""
         begins = [float("-inf"), *(end for _, end in self.windows)]
         ends = [*(begin for begin, _ in self.windows), float("inf")]
         return list(zip(begins, ends, strict=True))
 
 
 def _merged(windows: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The same stretches of time, ordered, without overlaps."""
+    """Return the same stretches of time, ordered, without overlaps."""
     merged: list[tuple[float, float]] = []
     for begin, end in sorted(windows):
         if merged and begin <= merged[-1][1]:

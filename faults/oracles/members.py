@@ -1,7 +1,8 @@
-"""Members: whom a caller's table of instances holds.
+"""Members: the instances in a caller's table.
 
 Each `members` note is the table of one watcher at one moment: `ids`, the instances that it would send
-requests to, as leases are written. A wiped registry never empties it; in the end it is the live workers.
+requests to, in the form of leases. A wiped registry never empties the table; in the end it holds the live
+workers.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ TRUE_END: Final = "once all is quiet, a caller's table is the live workers"
 
 
 def check(history: History) -> list[Violation]:
-    """All tables of a run. Workers are the processes whose `started` note says so."""
+    """Check all tables of a run. Workers are the processes whose `started` note says so."""
     fates = Fates(history)
     workers = {note.process: note for note in history.of("started") if note.fields.get("role") == "worker"}
     live = {lease for name in workers if fates.is_present(name) for lease in fates.leases[name]}

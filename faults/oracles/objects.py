@@ -1,6 +1,6 @@
 """Objects: a read shows one whole version, the current one or one that was being put meanwhile.
 
-Versions are known by the SHA-256 of their content. Several puts may have the same.
+Versions are identified by the SHA-256 of their content. Several puts may have the same.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CHANGES: Final = frozenset({"object_put", "object_remove"})
 
 
 def check(history: History) -> list[Violation]:
-    """All objects of a run."""
+    """Check all objects of a run."""
     names: defaultdict[str, list[Call]] = defaultdict(list)
     for call in history.calls:
         if call.action in CHANGES or call.action == "object_get":
@@ -49,7 +49,7 @@ class _Versions:
                 self._visible_by[id(made[0])] = min(self._visible_by[id(made[0])], read.ended_at)
 
     def check(self) -> list[Violation]:
-        """All reads."""
+        """Check all reads."""
         return [violation for read in self._reads for violation in self._check_read(read)]
 
     def _check_read(self, read: Call) -> list[Violation]:
@@ -71,7 +71,7 @@ class _Versions:
         return [_violation(CURRENT, what, *sources[-1:], replaced, read)]
 
     def _replaced(self, ended_at: float, read: Call) -> Call | None:
-        """A change that began after a version was whole, and could be seen before the read began."""
+        """Return a change that began after a version was whole, and was visible before the read began."""
         for call in self._changes:
             is_over = call.began_at > ended_at and self._visible_by[id(call)] < read.began_at
             if is_over and not self._losses.between(call.began_at, read.ended_at):

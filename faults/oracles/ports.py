@@ -1,9 +1,9 @@
-"""Ports: one tenant each, a range whole or not at all, and nothing left of those who are gone.
+"""Ports: one tenant each, a range whole or not at all, and no ports of tenants that are gone.
 
 A tenant believes in a port from the answer to its `reserve` until it begins to `release` it, is told that it
-is `lost`, or is killed. Two may believe in one port for a while when the registry's data was lost, or when
-the lease of one of them ended (it could not reach Redis, or stood still): then that one has to be told, soon
-after all is well again.
+is `lost`, or is killed. Two tenants may believe in one port for a while when the registry's data was lost, or
+when the lease of one of them ended (it could not reach Redis, or stood still). Then that tenant has to be
+told soon after the faults are over.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ STANDS: Final = "in the end what tenants hold stands in the registry, under thei
 NONE_LEFT: Final = "in the end nothing stands of tenants that are dead or have released"
 
 LOG_LAG_S: Final = 1.0
-"""How much later than it happened the observer may have noted the end of a lease."""
+"""Longest delay in seconds with which the observer notes the end of a lease."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tenancy:
-    """One process's belief in one port, from `since` to `until`. `told` of its loss, if it was."""
+    """One process's belief in one port, from `since` to `until`. `told` is the note of its loss, if there is
+    one."""
 
     key: str
     reserve: Call
@@ -42,17 +43,17 @@ class Tenancy:
 
     @property
     def process(self) -> str:
-        """Who believes."""
+        """The process that believes."""
         return self.reserve.process
 
     @property
     def since(self) -> float:
-        """When it learned that the port is its own."""
+        """The time at which it learned that it has the port."""
         return self.reserve.ended_at
 
 
 def check(history: History) -> list[Violation]:
-    """All reservations of a run."""
+    """Check all reservations of a run."""
     judge = _Ports(history)
     violations = [*judge.ranges(), *judge.overlaps(), *judge.losses()]
     state = next(history.of("state"), None)
@@ -96,7 +97,7 @@ class _Ports:
     # ------------------------------------------------------------------ while it runs
 
     def ranges(self) -> Iterator[Violation]:
-        """That each reservation is what was asked for."""
+        """Check that each reservation is the requested one."""
         for call in self._reserves:
             if call.outcome != "ok":
                 continue
@@ -109,7 +110,7 @@ class _Ports:
                 yield Violation("exclusive", WHOLE, what, call.ended_at, call.process, show(call))
 
     def overlaps(self) -> Iterator[Violation]:
-        """That nobody believes in another's port, but for a cause and a while."""
+        """Check that no process believes in another's port, except for a cause and a limited time."""
         by_key: defaultdict[str, list[Tenancy]] = defaultdict(list)
         for tenancy in sorted(self._tenancies, key=lambda one: one.since):
             others = by_key[tenancy.key]
@@ -120,7 +121,7 @@ class _Ports:
             others.append(tenancy)
 
     def _overlap(self, one: Tenancy, other: Tenancy) -> Iterator[Violation]:
-        """`other` came to believe while `one` did."""
+        """Check a tenancy `other` that began during the tenancy `one`."""
         begin, end = other.since, min(one.until, other.until)
         events = [event for each in (one, other) for event in (each.reserve, each.told) if event is not None]
         if not self._may_lose(one.reserve, one.key, begin) and not self._may_lose(
@@ -133,14 +134,14 @@ class _Ports:
             yield Violation("exclusive", TOLD, what, end, one.process, show(*events))
 
     def _may_lose(self, reserve: Call, key: str, by: float) -> bool:
-        """Whether a port reserved by this call may have been taken by somebody else until then."""
+        """Return whether another process may have taken a port reserved by this call until then."""
         leases = self._fates.leases[reserve.process]
         return self._data_losses.between(reserve.began_at, by) or any(
             reserve.began_at <= at <= by + LOG_LAG_S for lease in leases for at in self._expired[key, lease]
         )
 
     def losses(self) -> Iterator[Violation]:
-        """That whoever was told of a loss had one, and to whom."""
+        """Check that each reported loss happened, and was reported to the right process."""
         reserves = {call.arguments["reservation"]: call for call in self._reserves}
         for note in self._lost:
             reserve, key = reserves[note.fields["reservation"]], note.fields["key"]
@@ -160,7 +161,7 @@ class _Ports:
     # ------------------------------------------------------------------ in the end
 
     def state(self, state: Note) -> Iterator[Violation]:
-        """That the registry and the tenants agree."""
+        """Check that the registry and the tenants agree."""
         records: Mapping[str, Any] = state.fields["records"]
         owners = {lease: process for process, leases in self._fates.leases.items() for lease in leases}
         held = {(one.process, one.key): one for one in self._tenancies if one.until >= self._end}

@@ -1,8 +1,8 @@
-"""The registry's keys as registers: what each call demands of them and does to them.
+"""The registry's keys as registers: the demands of each call on them, and its effects.
 
-A register is absent, or holds a value under a revision. A *cell* is what is known of one: a pair whose parts
-may be unknown (None), `ABSENT`, or `ANYTHING`. What a call demands is a cell too; demanding it of a register
-joins the two, so that what was unknown becomes known, or finds that they differ.
+A register is absent, or holds a value under a revision. A *cell* is the knowledge about a register: a pair
+whose parts may be unknown (None), `ABSENT`, or `ANYTHING`. A call's demand is a cell too. Demanding it of a
+register joins the two: then an unknown part becomes known, or they contradict each other.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ ACTIONS: Final = WRITES | {"get"}
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """A call as a step of registers: all `demands` must hold, then all `effects` do. `revision` is the
-    answered one, of a write."""
+    """A call as a step of registers: all `demands` must hold, and `effects` hold afterwards. `revision` is
+    the answered one, of a write."""
 
     call: Call
     demands: tuple[tuple[str, Cell], ...]
@@ -37,12 +37,12 @@ class Operation:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The keys it is about."""
+        """The keys of the operation."""
         return tuple(dict.fromkeys(key for key, _ in (*self.demands, *self.effects)))
 
 
 def join(known: Cell, demanded: Cell) -> Cell | None:
-    """What is known when both hold; None if they contradict each other."""
+    """Return the knowledge when both hold; None if they contradict each other."""
     if known in (ANYTHING, demanded):
         return demanded
     if demanded == ANYTHING:
@@ -59,7 +59,8 @@ def join(known: Cell, demanded: Cell) -> Cell | None:
 
 
 def operation_of(call: Call) -> Operation:
-    """An answered call, by its answer; one of unknown outcome, as if it succeeded."""
+    """Return the operation of an answered call, by its answer; of one of unknown outcome, as if it
+    succeeded."""
     if call.outcome == "refused":
         return Operation(call, _refusal(call), ())
     answer = call.answer if call.outcome == "ok" and isinstance(call.answer, Mapping) else {}
@@ -93,7 +94,8 @@ def _conditional(call: Call, compares: Iterable[Sequence[Any]], revision: str | 
 
 
 def _transaction(call: Call, revision: str | None) -> Operation:
-    """Its answer is the revision of its last change: of its last put, if it deletes nothing."""
+    """Return the operation of a transaction. Its answer is the revision of its last change: of its last put,
+    if it deletes nothing."""
     puts, deletes = call.arguments["puts"], call.arguments["deletes"]
     effects: dict[str, Cell] = {key: (value, None) for key, value in puts}
     if puts and not deletes:
@@ -124,13 +126,13 @@ def _refusal(call: Call) -> tuple[tuple[str, Cell], ...]:
 
 
 def at(revision: str | None) -> Cell:
-    """What comparing with a revision demands; None is "absent"."""
+    """Return the demand of a comparison with a revision; None is "absent"."""
     return ABSENT if revision is None else (None, revision)
 
 
 class Attribution:
-    """Which value stands under which revision, as far as answers tell. `conflicts` are the answers that
-    contradict each other. Each value is written by one call; one that is not is left out."""
+    """The value under each revision, as far as answers tell. `conflicts` are the answers that contradict each
+    other. Each value is written by one call; other values are left out."""
 
     def __init__(self, operations: Sequence[Operation]) -> None:
         effects = [cell for operation in operations for _, cell in operation.effects]
@@ -153,7 +155,7 @@ class Attribution:
             self.conflicts.append((by, operation))
 
     def complete(self, operation: Operation) -> Operation:
-        """The same operation, with what is known filled in."""
+        """Return the same operation with the known parts filled in."""
         demands = tuple((key, self._complete(key, cell)) for key, cell in operation.demands)
         effects = tuple((key, self._complete(key, cell)) for key, cell in operation.effects)
         return Operation(operation.call, demands, effects, operation.revision)

@@ -1,11 +1,11 @@
 """The search for an order of calls: Wing and Gong's, with Lowe's memory.
 
-Take any call that may come next, remember each combination of calls taken and registers reached, go back
-when nothing fits. A call may come next if no other call, not taken yet, had ended before it began, and, if it
-is a write with a revision, none with an earlier one is left.
+Take any call that may come next, remember each combination of calls taken and registers reached, go back when
+no call fits. A call may come next if no other call that is not taken yet had ended before it began. A write
+with a revision may come next only if no write with an earlier revision is left.
 
-What keeps the search small: a read that fits and tells nothing new is taken at once, as wherever it may come
-later, it may come here. And of unknown calls that do the same, the one that began first stands for all.
+Two rules keep the search small. A read that fits and tells nothing new is taken at once: if it can come
+later, it can come here. Of unknown calls that do the same, the one that began first stands for all.
 
 (J. Wing and C. Gong, Testing and Verifying Concurrent Objects, 1993; G. Lowe, Testing for Linearizability,
 2017.)
@@ -29,9 +29,9 @@ State = tuple[Cell, ...]
 
 
 class Node(NamedTuple):
-    """A point of a search: calls before `base` are taken, and those whose bits are set in `taken`, counted
-    from there; `used` counts the calls of unknown outcome that took effect, of each kind; `writes` the writes
-    with a revision that are taken."""
+    """A point of a search. The calls before `base` are taken, and those whose bits are set in `taken`,
+    counted from there. `used` counts the calls of unknown outcome that took effect, of each kind; `writes`
+    counts the writes with a revision that are taken."""
 
     base: int
     taken: int
@@ -40,14 +40,15 @@ class Node(NamedTuple):
     state: State
 
     def taken_count(self) -> int:
-        """How many answered calls are taken."""
+        """Return the count of answered calls that are taken."""
         return self.base + self.taken.bit_count()
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """`found`: there is an order; None: undecided. Otherwise the longest order that fits: how many calls,
-    the last of them, the registers behind it, and the calls of which one would have to come next."""
+    """The result of a search. `found`: there is an order; None: undecided. Otherwise the longest order that
+    fits: the count of its calls, the last of them, the registers after it, and the calls of which one would
+    have to come next."""
 
     found: bool | None
     count: int
@@ -103,7 +104,8 @@ class Search:
         return Result(found, best.taken_count(), last, best.state, stuck)
 
     def _next(self, node: Node) -> tuple[list[int], float]:
-        """Answered calls that may come next, the first to end first; and when the first of them ended."""
+        """Return the answered calls that may come next, in the order of their ends, and the end of the
+        first."""
         open_: list[int] = []
         limit = float("inf")
         for index in range(node.base, len(self._answered)):
@@ -156,11 +158,13 @@ class Search:
     def _may_help(
         self, unknown: Operation, refused: Sequence[Operation], fitting: Sequence[Operation]
     ) -> bool:
-        """Whether to let a call of unknown outcome take effect here, or leave it for later (or for never).
+        """Return whether to let a call of unknown outcome take effect here, or leave it for later (or for
+        never).
 
-        Here, if it makes one of its keys what a call wants that does not fit without it; that may be
-        another unknown call, which in turn lets one fit. A call that fits may as well go first, unless it
-        writes what the unknown one wants, or overwrites a part of what that one wrote.
+        It is True if the call makes one of its keys the cell that a call demands which does not fit without
+        it; that may be another unknown call, which in turn lets one fit. A call that fits may as well go
+        first, unless it writes the cell that the unknown one demands, or overwrites a part of the unknown
+        one's writes.
         """
         for key, cell in unknown.effects:
             for other in (*refused, *self._conditional):
@@ -170,7 +174,7 @@ class Search:
         return len(keys) > 1 and any(key in keys for other in fitting for key, _ in other.effects)
 
     def _after(self, state: State, operation: Operation) -> State | None:
-        """The registers behind an operation; None if they are not what it demands."""
+        """Return the registers after an operation; None if they do not meet its demands."""
         cells = list(state)
         for key, demanded in operation.demands:
             cell = join(cells[self._index[key]], demanded)
@@ -183,7 +187,7 @@ class Search:
 
 
 def _alike(unknown: Sequence[Operation]) -> list[list[Operation]]:
-    """Calls that demand and do the same, each list in order of time."""
+    """Return the calls that demand and do the same, each list in order of time."""
     kinds: defaultdict[object, list[Operation]] = defaultdict(list)
     for operation in sorted(unknown, key=lambda operation: operation.call.began_at):
         kinds[operation.demands, operation.effects].append(operation)

@@ -1,8 +1,9 @@
-"""Check that a fault stops nothing it leaves alone: reads while writes are refused, all on a slow link.
+"""Check that a fault does not stop the actions that it leaves alone: reads while writes are refused, all on a
+slow link.
 
-A `fault` note names in `serves` the actions that must be served while it lasts, or `*` for all; `back_s` says
-how soon after its end all must be, until the next fault comes. A `joining` note names a process that was
-started meanwhile, and the note that shows that it is served.
+A `fault` note names in `serves` the actions that must be served while it lasts, or `*` for all. `back_s` is
+the time after its end within which all must be served, until the next fault comes. A `joining` note names a
+process that was started meanwhile, and the note that shows that it is served.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ JOINS: Final = "a process that is started while a fault lasts is served before t
 
 
 def check(history: History) -> list[Violation]:
-    """All faults of a run that leave something alone."""
+    """Check all faults of a run that leave some action alone."""
     stopped = {note.fields["process"] for note in history.of("frozen", "hung")}
     failed = [call for call in history.calls if _failed(call) and call.process not in stopped]
     faults = list(history.of("fault"))
@@ -51,7 +52,8 @@ def _healed_at(history: History, name: str, at: float) -> float:
 
 
 def _failed(call: Call) -> bool:
-    """Whether its caller was told of an error; one that was killed or is still waiting was told nothing."""
+    """Return whether its caller was told of an error. A caller that was killed or is still waiting was told
+    nothing."""
     return call.outcome == "unknown" and call.answer is not None
 
 

@@ -1,8 +1,8 @@
-"""What really happened to the registry, from the observer's notes of the change log.
+"""The true changes of the registry, from the observer's notes of the change log.
 
 Entries form a tree: each names its predecessor, and a failover that lost a tail begins a branch. Every
-incarnation is a tree of its own. An entry is known by incarnation, id and operation: after a lost tail the
-same id can come twice.
+incarnation is a tree of its own. An entry is identified by incarnation, id and operation: after a lost tail
+the same id can come twice.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from faults.history import History, Note
 
 CAUSES = {"d": "deleted", "r": "revoked", "x": "expired"}
-"""How a watch names the kinds of entries that end a key."""
+"""The name that a watch gives to each kind of entry that ends a key."""
 
 State = dict[str, "Entry"]
-"""Key → the put that it stands by."""
+"""The put of each key that stands."""
 
 
 @dataclass(slots=True, eq=False)
@@ -36,16 +36,16 @@ class Entry:
 
     @property
     def is_put(self) -> bool:
-        """Whether the key stands afterwards."""
+        """True if the key stands afterwards."""
         return self.kind == "p"
 
     @property
     def is_delete(self) -> bool:
-        """Whether the key is gone afterwards."""
+        """True if the key is gone afterwards."""
         return self.kind in CAUSES
 
     def back(self) -> Iterator[Entry]:
-        """This entry and those before it, latest first."""
+        """Yield this entry and those before it, latest first."""
         entry: Entry | None = self
         while entry is not None:
             yield entry
@@ -60,7 +60,7 @@ class Entry:
 
 @dataclass(slots=True)
 class Truth:
-    """All entries that any server ever had. `torn` are entries whose predecessor nobody saw."""
+    """All entries that any server ever had. `torn` are entries whose predecessor was never observed."""
 
     by_id: defaultdict[str, list[Entry]] = field(default_factory=lambda: defaultdict(list))
     by_key: defaultdict[str, list[Entry]] = field(default_factory=lambda: defaultdict(list))
@@ -68,7 +68,7 @@ class Truth:
 
     @classmethod
     def of(cls, history: History) -> Truth:
-        """Put the observer's notes together; servers of one history repeat what they share."""
+        """Put the observer's notes together; servers of one history repeat their common entries."""
         truth = cls()
         entries: dict[tuple[str, str, str], Entry] = {}
         for note in history.of("log"):
@@ -90,7 +90,7 @@ class Truth:
         return truth
 
     def state(self, at: Entry, prefix: str) -> State:
-        """What stood under a prefix just after an entry."""
+        """Return the keys under a prefix just after an entry."""
         state: State = {}
         seen: set[str] = set()
         for entry in at.back():
@@ -101,7 +101,8 @@ class Truth:
         return state
 
     def may_have_ended(self, stands: Entry) -> bool:
-        """Whether a record's lease may have run out though its expiry was logged only later, or never."""
+        """Return whether a record's lease may have run out though its expiry was logged only later, or
+        never."""
         if stands.lease is None:
             return False
         after = (entry for entry in self.by_key[stands.key] if _before_of_key(entry) is stands)

@@ -1,4 +1,4 @@
-"""What an oracle says when a promise was broken, written for whoever reads it at night."""
+"""The report of an oracle about a broken promise, written for a reader without other context."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from faults.history import Call, Note
 
 SHOWN_LINES_COUNT = 12
-"""Lines of a history shown with a violation; more are counted."""
+"""Lines of a history shown with a violation; further ones are counted."""
 
 
 @dataclass(frozen=True, slots=True)
 class Violation:
     """A broken promise.
 
-    `what` is one sentence of what was seen; `at` when, on the history's clock; `process` by whom; `promise`
-    what should have held; `lines` those of the history that show it.
+    `what` is one sentence about the observation; `at` its time, on the history's clock; `process` the process
+    that saw it; `promise` the promise that did not hold; `lines` the lines of the history that show it.
     """
 
     oracle: str
@@ -31,7 +31,7 @@ class Violation:
         return f"[{self.oracle}] {self.at:.6f} {self.process}: {self.what}"
 
     def report(self) -> str:
-        """All of it, over several lines."""
+        """Return the whole report, of several lines."""
         shown = self.lines[:SHOWN_LINES_COUNT]
         left = len(self.lines) - len(shown)
         return "\n".join(
@@ -45,12 +45,12 @@ class Violation:
 
 
 def show(*events: Call | Note) -> tuple[str, ...]:
-    """Calls and notes as lines, in order of time."""
+    """Return calls and notes as lines, in order of time."""
     return tuple(_line(event) for event in sorted(events, key=_when))
 
 
 def shorten(names: Iterable[str], most: int = 5) -> str:
-    """Names for a sentence: the first few, and how many more."""
+    """Return names for a sentence: the first few, and the number of the others."""
     listed = list(names)
     more = f" and {len(listed) - most} more" if len(listed) > most else ""
     return ", ".join(listed[:most]) + more

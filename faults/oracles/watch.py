@@ -1,13 +1,13 @@
 """Watches: every change in one order, or a resync that leaves the watcher exactly at the server's state.
 
-What each watch showed is laid beside the truth. Between two resyncs its events must be a run of the log's
-entries under its prefix, without a gap, a repetition or one that never was, on one line of history. A
-resync's events must be the difference by value between what the watch had shown and what was true at the
-resync's revision. In the end it must stand where the server stands.
+The events of each watch are compared with the truth. Between two resyncs they must be a run of the log's
+entries under its prefix, without a gap, a repetition or an invented entry, on one line of history. A resync's
+events must be the difference by value between the watch's state before and the true state at the resync's
+revision. In the end the watch must be at the server's state.
 
-Two things are known to differ and are no faults. A record whose lease has run out, but whose end is not
-logged yet, is not shown in a snapshot; the expiry that comes later is not shown either. And which line of
-history a revision belongs to may be open for a while, as the same id can stand on two.
+Two known differences are no faults. A record whose lease has run out, but whose end is not logged yet, is not
+shown in a snapshot; the expiry that comes later is not shown either. And the line of history to which a
+revision belongs may be open for a while, as the same id can stand on two.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ class Event:
 
     @classmethod
     def read(cls, fields: Sequence[Any]) -> Event:
-        """From a note."""
+        """Return the event of a note."""
         if fields[0] == "put":
             return cls(fields[1], fields[3], value=fields[2])
         return cls(fields[1], fields[2], cause=fields[3])
 
     def is_of(self, entry: Entry) -> bool:
-        """Whether it shows this log entry."""
+        """Return whether it shows this log entry."""
         if self.key != entry.key or self.revision != entry.id:
             return False
         return (
@@ -59,21 +59,21 @@ class Event:
 
 
 class Line:
-    """The log as one prefix sees it. Of entries that it does not see, the last visible one before counts;
-    the beginning of a history is visible to all."""
+    """The log as one prefix sees it. An entry that it does not see stands for the last visible one before;
+    the beginning of a history is visible to all prefixes."""
 
     def __init__(self, prefix: str) -> None:
         self._prefix = prefix
         self._last: dict[Entry, Entry] = {}
 
     def sees(self, entry: Entry) -> bool:
-        """Whether an entry changes a key under the prefix, or begins a history."""
+        """Return whether an entry changes a key under the prefix, or begins a history."""
         return entry.parent is None or (
             entry.key.startswith(self._prefix) and (entry.is_put or entry.is_delete)
         )
 
     def last(self, entry: Entry) -> Entry:
-        """The last visible entry, this one or before it."""
+        """Return the last visible entry, this one or before it."""
         passed = []
         at = entry
         while at not in self._last and not self.sees(at):
@@ -86,14 +86,14 @@ class Line:
         return found
 
     def before(self, entry: Entry) -> Iterator[Entry]:
-        """The visible entries before one, latest first."""
+        """Yield the visible entries before one, latest first."""
         while entry.parent is not None:
             entry = self.last(entry.parent)
             yield entry
 
 
 class WatchCheck:
-    """One watch's history. `places` are where in the log it may stand; empty: nothing is known."""
+    """One watch's history. `places` are the positions in the log at which it may stand; empty: not known."""
 
     def __init__(self, truth: Truth, line: Line, prefix: str) -> None:
         self.view: dict[str, str] = {}
@@ -107,7 +107,7 @@ class WatchCheck:
         self._starts_with_state = True
 
     def start_at(self, revision: str, view: dict[str, str] | None) -> None:
-        """It has no first state, but goes on behind a revision, from another watch's view if one is given."""
+        """Start behind a revision, without a first state; with another watch's view if one is given."""
         self._starts_with_state = False
         entries = self._truth.by_id.get(revision, [])
         self._places = [self._line.last(entry) for entry in entries]
@@ -117,7 +117,7 @@ class WatchCheck:
             self.view = {key: put.value for key, put in self._truth.state(entries[-1], self._prefix).items()}
 
     def take(self, note: Note) -> None:
-        """The next batch."""
+        """Apply the next batch."""
         events = [Event.read(fields) for fields in note.fields["events"]]
         is_state = note.fields["resync"] is not None or (self._starts_with_state and self.last_note is None)
         if is_state:
@@ -198,11 +198,12 @@ class WatchCheck:
         self._apply(event)
 
     def _follows(self, entry: Entry) -> bool:
-        """Whether no visible entry lies between where the watch stands and this one."""
+        """Return whether no visible entry lies between the watch's position and this one."""
         return any(before in self._places for before in self._up_to_visible(self._line.before(entry)))
 
     def _up_to_visible(self, entries: Iterator[Entry]) -> Iterator[Entry]:
-        """Entries until (and with) the first that had to be shown: an expiry of what was not, had not."""
+        """Yield entries until (and with) the first that had to be shown. The expiry of a record that was not
+        shown had not."""
         for entry in entries:
             yield entry
             if not self._is_unseen_expiry(entry):
@@ -236,7 +237,7 @@ class WatchCheck:
         self._report(note, what, GAPLESS)
 
     def _check_revision(self, note: Note) -> None:
-        """That nothing had to be shown between the batch's last event and the revision it claims."""
+        """Check that no entry had to be shown between the batch's last event and its revision."""
         entries = self._truth.by_id.get(note.fields["revision"], [])
         if not entries:
             self._report(note, f"claims revision {note.fields['revision']}, which the log never had", GAPLESS)
@@ -281,7 +282,7 @@ class WatchCheck:
 
 
 def check(history: History) -> list[Violation]:
-    """All watches of a run, and the log against the final state."""
+    """Check all watches of a run, and the log against the final state."""
     truth, fates = Truth.of(history), Fates(history)
     violations = [_torn(entry) for entry in truth.torn]
     state = next(history.of("state"), None)

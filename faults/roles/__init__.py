@@ -1,1 +1,1 @@
-"""What the processes of a run do, one module a role; `faults.load` starts them."""
+"""The roles of a run's processes, one module a role; `faults.load` starts them."""

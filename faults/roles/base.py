@@ -1,4 +1,4 @@
-"""What every role has: its history, its own registry, a seeded random source, and how it is told to rest."""
+"""Parts of every role: its history, its own registry, a seeded random source, and the order to rest."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ START_AGAIN_S: Final = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Orders:
-    """What the runner gives a process. `pace_s` is the mean wait between two requests of one client."""
+    """The runner's orders to a process. `pace_s` is the mean wait between two requests of one client."""
 
     role: str
     process: str
@@ -48,7 +48,7 @@ class Process:
     _values: int = 0
 
     def settings(self) -> StoreSettings:
-        """As a user's environment would give them."""
+        """Return the settings as a user's environment would give them."""
         orders = self.orders
         return StoreSettings.load(
             redis_url=orders.url,
@@ -58,7 +58,7 @@ class Process:
         )
 
     async def open_registry(self) -> RedisRegistry:
-        """A registry, as soon as the server answers: on a busy machine it may not do so at once."""
+        """Return a registry as soon as the server answers: on a busy machine it may not do so at once."""
         registry = RedisRegistry(self.settings())
         while True:
             try:
@@ -69,15 +69,15 @@ class Process:
                 return registry
 
     def new_value(self) -> str:
-        """A value that nobody else writes, ever."""
+        """Return a value that no other call ever writes."""
         self._values += 1
         return f"{self.orders.process}:{self._values}"
 
     async def call(self, action: str, attempt: Attempt, **arguments: Any) -> tuple[Outcome, Any]:
-        """Make one request and write down how it went.
+        """Make one request, write it and its outcome, and return the outcome and the answer.
 
-        `attempt` answers the outcome and what was said. Every StoreError that it lets through leaves the
-        outcome open: even an error that says "no" may follow a first attempt whose answer was lost.
+        `attempt` returns both. A StoreError that it raises leaves the outcome open: even an error that says
+        "no" may follow a first attempt whose answer was lost.
         """
         number = self.recorder.begin(action, **arguments)
         try:
@@ -88,5 +88,5 @@ class Process:
         return outcome, answer
 
     async def pause(self) -> None:
-        """Between two requests."""
+        """Wait between two requests."""
         await asyncio.sleep(self.rng.uniform(0, 2 * self.orders.pace_s))

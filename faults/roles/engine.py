@@ -1,4 +1,4 @@
-"""A worker of a whole deployment: the mock engine, found and called as an engine is."""
+"""A worker of a whole deployment: the mock engine, discovered and called as an engine is."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DRAIN_S = 2.0
 
 
 def open_runtime(process: Process) -> DistributedRuntime:
-    """A runtime by the process's orders, on loopback."""
+    """Return a runtime by the process's orders, on loopback."""
     given = Settings.load(drain_s=DRAIN_S, tcp_host="127.0.0.1")
     return DistributedRuntime(
         settings=Settings(store=process.settings(), plane=given.plane, runtime=given.runtime)

@@ -1,4 +1,5 @@
-"""A frontend and its users: chats, several at a time, and whom the frontend would send them to."""
+"""A frontend and its users: several chats at a time, and the instances that the frontend would send them
+to."""
 
 from __future__ import annotations
 
@@ -43,7 +44,7 @@ async def run(process: Process) -> None:
 
 
 async def _until_served(http: httpx.AsyncClient) -> None:
-    """Until all that the frontend starts with is there."""
+    """Wait until all that the frontend starts with is there."""
     async with asyncio.timeout(START_TIMEOUT_S):
         while True:
             try:
@@ -70,7 +71,7 @@ async def _talk(process: Process, http: httpx.AsyncClient) -> None:
 
 
 async def _open_client(runtime: DistributedRuntime) -> Client:
-    """As soon as the server answers: on a busy machine it may not do so at once."""
+    """Return a client as soon as the server answers: on a busy machine it may not do so at once."""
     while True:
         try:
             return await runtime.endpoint(ENDPOINT).client()
@@ -79,7 +80,7 @@ async def _open_client(runtime: DistributedRuntime) -> Client:
 
 
 async def _note_members(process: Process, runtime: DistributedRuntime) -> None:
-    """Write down which instances a user sees, whenever that changes."""
+    """Note the instances that a user sees, whenever they change."""
     known: list[str] = []
     client = await _open_client(runtime)
     while True:

@@ -12,7 +12,7 @@ from faults.roles.base import Process
 
 KEYS: Final = ("large/0", "large/1")
 PAUSE_S: Final = 2.0
-"""Longest pause between two calls: all values together take half of a link of 1 MB/s."""
+"""Longest pause between two calls in seconds: all values together take half of a link of 1 MB/s."""
 
 
 async def run(process: Process) -> None:

@@ -1,4 +1,5 @@
-"""Clients that take a lock, write under it, read what it protects, and let go: several for each lock."""
+"""Clients that take a lock, write under it, read the protected value, and release it: several for each
+lock."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from faults.roles.base import Process
 
 LOCKS: Final = ("l0", "l1")
 WAIT_S: Final = 0.5
-"""Longest wait for a lock that somebody else has."""
+"""Longest wait in seconds for a lock that another client has."""
 
 
 async def run(process: Process) -> None:
@@ -44,7 +45,7 @@ class _Client:
             await self._process.pause()
 
     async def _hold(self) -> None:
-        """Acquire, write some times, release. Raises LockLost when the lock was lost meanwhile."""
+        """Acquire, write a few times, release. Raises LockLost when the lock was lost meanwhile."""
         stack = contextlib.AsyncExitStack()
 
         async def acquire() -> tuple[Outcome, Any]:

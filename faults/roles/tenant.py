@@ -1,9 +1,11 @@
-"""A process that reserves ports which others want as well, and takes part in barriers, now leading, now led.
+"""A process that reserves ports which other processes want as well, and takes part in barriers, as leader or
+as worker.
 
-Its users of ports do as `dynamo_redis.runtime.ports` advises: who is told that one of its ports is lost gives
-the whole reservation up. What is reserved when the process must rest stays reserved; barriers are left.
+Its users of ports do as `dynamo_redis.runtime.ports` advises: when a user is told that one of its ports is
+lost, it gives the whole reservation up. Ports that are reserved when the process must rest stay reserved;
+barriers are left.
 
-Each reservation and each part in a barrier has a name of its own, so that what is said of it later (`lost`,
+Each reservation and each part in a barrier has a name of its own, so that later notes of it (`lost`,
 `release`, `barrier_leave`) cannot be taken for another's.
 """
 
@@ -28,21 +30,21 @@ PORTS_COUNT: Final = 10
 USERS_COUNT: Final = 2
 MOST_PORTS_COUNT: Final = 3
 HOLD_S: Final = 0.8
-"""Longest that ports are kept before they are given back."""
+"""Longest time in seconds for which ports are kept."""
 
 BARRIER: Final = "group"
 MEMBERS_COUNT: Final = 2
 WORKERS: Final = ("w0", "w1", "w2", "w3")
 WORKERS_COUNT: Final = 2
 LEADS: Final = 0.2
-"""How often somebody leads rather than joins."""
+"""Part of the barriers in which a member leads rather than joins."""
 BARRIER_TIMEOUT_S: Final = 2.5
 STAY_S: Final = 0.1
-"""Longest that a barrier stands after its end, for those who are late."""
+"""Longest time in seconds for which a barrier stands after its end, for late members."""
 
 
 async def run(process: Process) -> None:
-    """Reserve, release, lead and join until told to rest; then hold what is held."""
+    """Reserve, release, lead and join until told to rest; then keep the held ports."""
     registry = await process.open_registry()
     process.recorder.note("started", role="tenant", lease=format_instance_id(registry.lease_id))
     try:

@@ -1,4 +1,5 @@
-"""Watches: of all, of one part, one with a slow consumer, and one that ends and goes on from where it was."""
+"""Watches: of all keys, of one part, one with a slow consumer, and one that ends and goes on from its last
+revision."""
 
 from __future__ import annotations
 
@@ -12,9 +13,9 @@ from faults.history import shown
 from faults.roles.base import DATA, INSTANCES, Process
 
 SLOW_S: Final = 0.4
-"""Longest pause of the slow consumer between two batches."""
+"""Longest pause of the slow consumer between two batches, in seconds."""
 RESUME_S: Final = 2.5
-"""Longest life of a watch that is closed and resumed."""
+"""Longest life of a watch that is closed and resumed, in seconds."""
 
 
 async def run(process: Process) -> None:
@@ -40,7 +41,7 @@ class _Watcher:
         self._numbers = itertools.count(1)
 
     async def follow(self, prefix: str, *, slow: bool = False) -> None:
-        """One watch for ever. A slow consumer becomes quick when the load rests."""
+        """Follow one watch for ever. A slow consumer becomes quick when the load rests."""
         name, watch = self._open(prefix)
         async for batch in watch:
             self._note(name, prefix, batch)
@@ -48,7 +49,7 @@ class _Watcher:
                 await asyncio.sleep(self._process.rng.uniform(0, SLOW_S))
 
     async def resume(self, prefix: str) -> None:
-        """One watch after the other, each from the revision that the one before it had reached."""
+        """Follow one watch after the other, each from the revision that the one before had reached."""
         name, watch = self._open(prefix)
         while True:
             reached = await self._follow_a_while(name, prefix, watch)
@@ -57,8 +58,8 @@ class _Watcher:
             name, watch = self._open(prefix, reached, resumes=None if reached is None else name)
 
     async def _follow_a_while(self, name: str, prefix: str, watch: Watch) -> Revision | None:
-        """Follow until a random moment after the first batch; answer the last revision shown, or None if the
-        log no longer holds the revision that the watch was to start at."""
+        """Follow until a random moment after the first batch. Returns the last revision shown, or None if the
+        log no longer holds the revision at which the watch was to start."""
         limit_s = self._process.rng.uniform(0.1, RESUME_S)
         reached: Revision | None = None
         async with watch:

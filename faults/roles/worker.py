@@ -1,4 +1,4 @@
-"""A process that registers keys under its lease, changes them and gives some of them up: what a worker does.
+"""A process that registers keys under its lease, changes them and gives some of them up, as a worker does.
 
 The runner kills it, freezes it beyond its TTL, or makes it hang its event loop (SIGUSR2).
 """
@@ -19,7 +19,7 @@ from faults.roles.base import INSTANCES, Process
 
 KEYS_COUNT: Final = 3
 HANG_TTLS: Final = 2.6
-"""Longer than the 2 TTLs after which a hanging process is marked."""
+"""Length of a hang in TTLs: longer than the 2 TTLs after which a hanging process is marked."""
 
 LOSS_POLL_S: Final = 0.1
 
@@ -37,7 +37,7 @@ async def run(process: Process) -> None:
 
 
 async def _note_losses(process: Process, registry: RedisRegistry) -> None:
-    """Write down each time the lease had to be granted again."""
+    """Note each time at which the lease had to be granted again."""
     known = 0
     while True:
         if registry.lease_losses != known:

@@ -39,7 +39,7 @@ async def run(process: Process) -> None:
 
 
 class _Client:
-    """One request at a time. Remembers the revisions it has seen, to compare with."""
+    """Sends one request at a time. Remembers the revisions it has seen, to compare with."""
 
     def __init__(self, process: Process, registry: Registry) -> None:
         self._process = process
@@ -133,7 +133,7 @@ class _Client:
                 self._seen.pop(key, None)
 
     def _expected(self, key: str) -> Revision | None:
-        """The revision last seen: right about half of the time, which is what we want."""
+        """Return the revision last seen. It is right about half of the time, as intended."""
         seen = self._seen.get(key)
         return None if seen is None else Revision(seen)
 

@@ -1,4 +1,4 @@
-"""All scenarios, by what is broken."""
+"""All scenarios, by the part that is broken."""
 
 from __future__ import annotations
 

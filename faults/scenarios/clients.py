@@ -1,4 +1,4 @@
-"""What an operator or a managed service may do to a server's clients and settings."""
+"""Actions of an operator or a managed service on a server's clients and settings."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from faults.scenarios.crashes import again_and_again
 
 
 async def kill_clients(run: Run) -> None:
-    """CLIENT KILL: all, one, or one kind."""
+    """Kill all clients (CLIENT KILL), one, or one kind."""
     async with run.fault("CLIENT KILL"):
         match run.rng.choice(("all", "one", "normal", "pubsub")):
             case "all":
@@ -21,7 +21,7 @@ async def kill_clients(run: Run) -> None:
 
 
 async def lose_notifications(run: Run) -> None:
-    """Expiry is no longer announced, or the subscriptions break."""
+    """Stop the announcements of expiry, or break the subscriptions."""
     async with run.fault("notifications"):
         if run.rng.random() < 0.5:
             await run.server.execute("CONFIG", "SET", "notify-keyspace-events", "")
@@ -31,7 +31,7 @@ async def lose_notifications(run: Run) -> None:
 
 
 async def _without_notifications(run: Run) -> None:
-    """Switched off from the start, and never on again."""
+    """Switch notifications off from the start to the end."""
     while not run.over:
         await run.server.execute("CONFIG", "SET", "notify-keyspace-events", "")
         await run.pause(0.05, 0.2)

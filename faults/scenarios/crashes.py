@@ -1,4 +1,4 @@
-"""The server dies, stops answering, or comes back with less than it had."""
+"""The server dies, does not answer, or comes back with less data than it had."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from faults.run import Loses, Run, Scenario
 
 KEPT_TTL_S: Final = 4.0
 """The TTL where no lease may be lost. Leases age by up to 1 s when a server comes back or its clock jumps
-ahead; of a TTL of 2 s, half of which may have passed before it is renewed, that leaves nothing."""
+ahead. Of a TTL of 2 s, half of which may have passed before it is renewed, that leaves nothing."""
 
 
 async def kill(run: Run, loses: Loses | None) -> None:
-    """kill -9, and a restart after a while. What may be lost is read first, while writes are held back."""
+    """Kill the server (kill -9), and restart it after a while. The data that may be lost is read first, while
+    writes are held back."""
     if loses is not None:
         await run.look_all(run.server)
     async with run.fault("kill -9", loses=loses):
@@ -23,7 +24,7 @@ async def kill(run: Run, loses: Loses | None) -> None:
 
 
 async def lose_power(run: Run) -> None:
-    """The host dies: the end of what was not synced to disk is gone."""
+    """Let the host die: the writes that were not synced to disk are gone."""
     synced_bytes = run.server.log_file_bytes()
     await run.pause(0.2, 1.0)
     await run.look_all(run.server)
@@ -38,7 +39,7 @@ async def lose_power(run: Run) -> None:
 
 
 async def freeze(run: Run) -> None:
-    """SIGSTOP, sometimes for longer than a TTL."""
+    """Stop the server (SIGSTOP), sometimes for longer than a TTL."""
     async with run.fault("freeze"):
         run.server.freeze()
         await run.pause(0.2, 2.0 * run.ttl_s)
@@ -46,7 +47,7 @@ async def freeze(run: Run) -> None:
 
 
 async def wipe(run: Run) -> None:
-    """A restart without its data."""
+    """Restart the server without its data."""
     await run.look_all(run.server)
     async with run.fault("wipe", loses="data"):
         await run.server.kill()
@@ -58,7 +59,8 @@ async def wipe(run: Run) -> None:
 def again_and_again(
     fault: Callable[[Run], Awaitable[None]], least_s: float = 0.3, most_s: float = 1.5
 ) -> Callable[[Run], Awaitable[None]]:
-    """The same fault, after pauses of random length, until the run is over. At least once."""
+    """Return scenarios' faults that repeat `fault`, after pauses of random length, until the run is over; at
+    least once."""
 
     async def faults(run: Run) -> None:
         while True:

@@ -16,20 +16,20 @@ _KEYS: Final = RegistryKeys(PREFIX)
 
 
 async def flush(run: Run) -> None:
-    """FLUSHALL."""
+    """Delete everything (FLUSHALL)."""
     async with run.fault("FLUSHALL", loses="data"):
         await run.observer.look_and(run.server, ("FLUSHALL",))
 
 
 async def delete_structure(run: Run) -> None:
-    """One of the registry's keys is deleted, which counts as the loss of all."""
+    """Delete one of the registry's keys, which counts as the loss of all."""
     structure = run.rng.choice(STRUCTURES)
     async with run.fault("DEL structure", loses="data", structure=structure):
         await run.observer.look_and(run.server, ("DEL", _KEYS.structure(structure)))
 
 
 async def delete_lease_keys(run: Run) -> None:
-    """The keys whose expiry hints at the end of leases are deleted; no lease ends by that."""
+    """Delete the keys whose expiry hints at the end of leases; no lease ends by that."""
     async with run.fault("DEL lease keys"):
         keys = await run.server.execute("KEYS", _KEYS.structure("lease:*"))
         doomed = run.rng.sample(keys, run.rng.randint(0, len(keys)))
@@ -38,7 +38,7 @@ async def delete_lease_keys(run: Run) -> None:
 
 
 async def trim(run: Run) -> None:
-    """The log is trimmed past every watcher: all but writers are cut off meanwhile, and miss something."""
+    """Trim the log past every watcher: all but writers are cut off meanwhile, and miss entries."""
     proxies = [proxy for name, proxy in run.proxies.items() if not name.startswith("writer")]
     kept = run.rng.choice((0, 1))
     async with run.fault("XTRIM", kept=kept):
@@ -63,11 +63,11 @@ _RUBBISH: Final[dict[str, list[tuple[Word, ...]]]] = {
     "log": [("XADD", "log", "*", "junk", _JUNK)],
     "lease keys": [("SETEX", "lease:no lease", 1, _JUNK)],
 }
-"""Commands that write values no release writes, by the structure that each is for."""
+"""Commands that write values no release writes, by the structure of each."""
 
 
 async def litter(run: Run) -> None:
-    """Somebody writes rubbish into one of the registry's structures, and leaves it there."""
+    """Write rubbish into one of the registry's structures, and leave it there."""
     where = run.rng.choice(list(_RUBBISH))
     async with run.fault("rubbish", serves=EVERYTHING, where=where):
         commands = [
@@ -77,7 +77,8 @@ async def litter(run: Run) -> None:
 
 
 async def save(run: Run) -> None:
-    """The server forks, to write a snapshot or its append-only file anew; one at a time, so it may refuse."""
+    """Let the server fork, to write a snapshot or its append-only file anew; one at a time, so it may
+    refuse."""
     command = run.rng.choice(("BGSAVE", "BGREWRITEAOF"))
     async with run.fault(command):
         with suppress(StoreError):

@@ -11,11 +11,11 @@ from faults.scenarios.crashes import KEPT_TTL_S
 
 HOUR_S: Final = 3600.0
 BACK_S: Final = 2.0
-"""After so long all calls are served again by the server that new connections reach."""
+"""Seconds after which all calls are served again by the server that new connections reach."""
 
 
 async def promote(run: Run, offset_s: float) -> None:
-    """The replica becomes the primary while the old one still takes writes; those are lost.
+    """Promote the replica while the old primary still takes writes; those are lost.
 
     Then the old one is cut off, read to its end by the observer, and killed; connections go to the new one.
     """
@@ -39,10 +39,10 @@ async def promote(run: Run, offset_s: float) -> None:
 
 
 async def hand_over(run: Run) -> None:
-    """A planned failover behind one address: the old primary lives on, as the replica of the new one.
+    """Fail over as planned, behind one address: the old primary lives on, as the replica of the new one.
 
-    Nothing is lost and no connection breaks. New connections reach the new primary a little later; those that
-    stand go on to the old one, which refuses their writes.
+    Nothing is lost and no connection breaks. New connections reach the new primary a little later; existing
+    ones still reach the old one, which refuses their writes.
     """
     new, old = run.replica, run.server
     assert new is not None
@@ -71,7 +71,7 @@ def _promoting(clock: str) -> Callable[[Run], Awaitable[None]]:
 
 
 async def step_clock(run: Run) -> None:
-    """The server's clock jumps by up to an hour, and perhaps back."""
+    """Let the server's clock jump by up to an hour, and perhaps back."""
     async with run.fault("clock"):
         offset_s = run.rng.choice((-HOUR_S, HOUR_S, run.rng.uniform(-HOUR_S, HOUR_S)))
         run.server.set_clock(offset_s)

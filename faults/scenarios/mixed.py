@@ -1,4 +1,4 @@
-"""Everything, at random."""
+"""All faults, at random."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SERVER_FAULTS: Final[tuple[Callable[[Run], Awaitable[None]], ...]] = (
 
 
 async def _everything(run: Run) -> None:
-    """Network faults and server faults in turn; in the middle, often, a failover."""
+    """Cause network faults and server faults in turn; in the middle, often, a failover."""
     fails_over = run.rng.random() < 0.7
     step = 0
     while not run.over:

@@ -1,4 +1,4 @@
-"""What lies between the processes and the server."""
+"""Faults of the network between the processes and the server."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _refuse(_: Run, proxy: Proxy) -> None:
 
 
 def _one_connection(run: Run, proxy: Proxy) -> None:
-    """Something happens to one connection of the process, while its others work."""
+    """Break one connection of the process, while its others work."""
     if proxy.connections:
         chosen = run.rng.choice(proxy.connections)
         chosen.conditions = run.rng.choice((BLACK_HOLE, STALL, Conditions(swallow_answers=True)))
@@ -61,7 +61,7 @@ STRIKES: Final[dict[str, tuple[str, Strike]]] = {
 
 
 async def strike(run: Run, name: str) -> None:
-    """One of `STRIKES`, on some of the processes, for up to 3 s: longer than any wait for an answer."""
+    """Apply one of `STRIKES` to some of the processes, for up to 3 s: longer than any wait for an answer."""
     proxies = run.some_proxies()
     names = [process for process, proxy in run.proxies.items() if proxy in proxies]
     async with run.fault(name, processes=names):
@@ -77,7 +77,8 @@ def _scenario(name: str) -> Scenario:
 
 
 def _on_slow_links(bytes_per_s: float) -> Callable[[Run], Awaitable[None]]:
-    """Everything over links of so many bytes a second, one for each process, from the start to the end."""
+    """Return faults that let all traffic go over links of `bytes_per_s`, one for each process, from the start
+    to the end."""
 
     async def faults(run: Run) -> None:
         async with run.fault("slow links", serves=EVERYTHING, bytes_per_s=bytes_per_s):

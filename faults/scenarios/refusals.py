@@ -1,7 +1,7 @@
 """A server that answers and refuses writes: its memory is full, it cannot save, or its replica is away.
 
-Reads must go on, also those of a process that is started meanwhile (`serves` and `joining` in the history);
-where memory is what is missing, deletes must, too. No lease ends while nobody can renew one.
+Reads must go on, also those of a process that is started meanwhile (`serves` and `joining` in the history).
+Where memory is full, deletes must, too. No lease ends while its process cannot renew it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ DELETES: Final = ("delete", "unregister")
 
 
 async def fill(run: Run) -> None:
-    """Memory is full: at once, or in the middle of what scripts write."""
+    """Fill the memory, at once or in the middle of the scripts' writes."""
     used_bytes = await run.server.used_bytes()
     limit_bytes = run.rng.choice((1, used_bytes, used_bytes + run.rng.randint(1, 1 << 17)))
     async with run.fault("full", serves=(*READS, *DELETES), limit_bytes=limit_bytes):
@@ -28,7 +28,7 @@ async def fill(run: Run) -> None:
 
 
 async def fail_to_save(run: Run) -> None:
-    """The server cannot write its snapshot, and refuses all writes until it can (MISCONF)."""
+    """Break the server's snapshots. It refuses all writes until it can save (MISCONF)."""
     async with run.fault("cannot save", serves=READS):
         await run.server.break_saving()
         await run.join("cannot save")
@@ -37,7 +37,7 @@ async def fail_to_save(run: Run) -> None:
 
 
 async def lose_replica(run: Run) -> None:
-    """The only replica hangs or is restarted, while the primary demands one for its writes (NOREPLICAS)."""
+    """Freeze or restart the only replica, while the primary demands one for its writes (NOREPLICAS)."""
     replica = run.replica
     assert replica is not None
     async with run.fault("lonely", serves=READS):

@@ -1,6 +1,6 @@
 """Negative controls: each fails its oracle, where the product passes the very same scenario.
 
-A protection that no test misses protects nobody, and an oracle that nothing fails sees nothing. So each test
+A protection that no test misses is worth nothing, and an oracle that never fails finds nothing. So each test
 here has two halves: a scenario, played by a variant without one protection (`faults/controls/`), which the
 oracle must catch, and by the product, which it must not.
 """
@@ -63,7 +63,7 @@ async def until(condition: Callable[[], Awaitable[bool]]) -> None:
 
 
 class Stage:
-    """A server, a proxy in front of it, an observer behind it, and a history of what is played."""
+    """A server, a proxy in front of it, an observer behind it, and the history of a scenario."""
 
     def __init__(self, directory: Path) -> None:
         directory.mkdir()
@@ -74,7 +74,7 @@ class Stage:
         self._observer = Observer(self.recorder("observer"), PREFIX)
 
     def recorder(self, process: str) -> Recorder:
-        """The history of one process, by name."""
+        """Return the recorder of one process, by name."""
         if process not in self._recorders:
             self._recorders[process] = Recorder(self._directory, process)
         return self._recorders[process]
@@ -94,13 +94,13 @@ class Stage:
             recorder.close()
 
     async def records(self) -> dict[str, list[str | None]]:
-        """What the registry holds: key → value, lease, revision."""
+        """Return the registry's records: key → value, lease, revision."""
         records: dict[str, list[str | None]] = (await final_state(self.server, PREFIX))["records"]
         return records
 
     @contextlib.asynccontextmanager
     async def fault(self, name: str, loses: str) -> AsyncIterator[None]:
-        """What is there is seen, then destroyed, and both are noted."""
+        """Read the log, then destroy, and note both."""
         await self._observer.catch_up(self.server)
         runner = self.recorder("runner")
         runner.note("fault", name=name)
@@ -109,7 +109,7 @@ class Stage:
         runner.note("healed", name=name)
 
     async def judged_by(self, oracle: str) -> list[str]:
-        """The final state is read, and the oracle asked."""
+        """Read the final state, and return the oracle's findings."""
         await self._observer.catch_up(self.server)
         self.recorder("runner").note("state", server="a", **await final_state(self.server, PREFIX))
         return [str(violation) for violation in ORACLES[oracle](History.read(self._directory))]
@@ -117,7 +117,7 @@ class Stage:
 
 @pytest.fixture
 async def stages(tmp_path: Path) -> AsyncIterator[tuple[Stage, Stage]]:
-    """One for the control and one for the product."""
+    """Yield a stage for the control and one for the product."""
     async with Stage(tmp_path / "control") as control, Stage(tmp_path / "product") as product:
         yield control, product
 
@@ -136,7 +136,7 @@ def key_value(url: str, client: type[RedisClient] = RedisClient) -> KeyValue:
 
 
 class Shown:
-    """Follows a watch, writes down what it shows, and remembers the state that this makes."""
+    """Follows a watch, notes its events, and keeps the state that they make."""
 
     def __init__(self, watch: AsyncIterable[WatchBatch], recorder: Recorder) -> None:
         self.state: dict[str, str] = {}
@@ -212,7 +212,7 @@ async def product_watch(stage: Stage) -> AsyncIterator[Watch]:
 async def play_watch(
     stage: Stage, open_watch: OpenWatch, fault: WatchFault, client: type[RedisClient] = RedisClient
 ) -> list[str]:
-    """A key is written, and seen; the fault; another is written, and seen."""
+    """Write a key and see it; cause the fault; write another key and see it."""
     kv = key_value(stage.server.url, client)
     writer = KeyOperations(kv)
     async with contextlib.aclosing(kv.client), open_watch(stage) as watch:
@@ -226,7 +226,7 @@ async def play_watch(
 
 
 async def trim(stage: Stage, writer: KeyOperations, shown: Shown) -> None:
-    """The log is trimmed past a watcher that is cut off."""
+    """Trim the log past a watcher that is cut off."""
     stage.proxy.refuse = True
     stage.proxy.cut()
     await writer.put("data/1", b"unseen")
@@ -237,17 +237,18 @@ async def trim(stage: Stage, writer: KeyOperations, shown: Shown) -> None:
 
 
 async def wipe(stage: Stage, writer: KeyOperations, shown: Shown) -> None:
-    """All data is gone, connections are not."""
+    """Delete all data, and break no connection."""
     async with stage.fault("wipe", "data"):
         await stage.server.execute("FLUSHALL")
 
 
 async def nothing(stage: Stage, writer: KeyOperations, shown: Shown) -> None:
-    """No fault: then a control has to pass, or its failing would prove nothing."""
+    """Do nothing: without a fault a control has to pass. Otherwise its failure would prove nothing."""
 
 
 async def fail_over(stage: Stage, writer: KeyOperations, shown: Shown) -> None:
-    """The server goes on from before a write that was acknowledged and seen; others take its place."""
+    """Let the server go on from before a write that was acknowledged and seen; other writes take its
+    place."""
     rewind = await Rewind.take(stage.server, PREFIX)
     await writer.put("data/1", b"lost")
     await shown.until("data/1")
@@ -259,7 +260,7 @@ async def fail_over(stage: Stage, writer: KeyOperations, shown: Shown) -> None:
 
 
 @pytest.mark.parametrize("fault", [trim, wipe, fail_over])
-async def test_a_watch_that_resumes_naively_is_caught(stages: tuple[Stage, Stage], fault: WatchFault) -> None:
+async def test_naive_watch_is_caught(stages: tuple[Stage, Stage], fault: WatchFault) -> None:
     control, product = stages
     assert await play_watch(control, naive_watch, fault) != []
     assert await play_watch(product, product_watch, fault) == []
@@ -272,7 +273,7 @@ async def test_revisions_from_a_counter_are_caught(stages: tuple[Stage, Stage]) 
     assert await play_watch(product, product_watch, fail_over) == []
 
 
-async def test_without_a_fault_the_watches_are_right(stages: tuple[Stage, Stage]) -> None:
+async def test_watches_are_right_without_a_fault(stages: tuple[Stage, Stage]) -> None:
     one, other = stages
     assert await play_watch(one, naive_watch, nothing) == []
     assert await play_watch(other, counter_watch, nothing, CounterClient) == []
@@ -284,7 +285,7 @@ async def test_without_a_fault_the_watches_are_right(stages: tuple[Stage, Stage]
 async def play_worker(
     stage: Stage, open_registry: Callable[[StoreSettings], RedisRegistry], *, is_lossy: bool = True
 ) -> list[str]:
-    """A worker registers two keys; a failover loses the second."""
+    """Register two keys of a worker; a failover loses the second."""
     async with contextlib.aclosing(open_registry(settings_of(stage))) as registry:
         await registry.start()
         return await _register_and_fail_over(stage, registry, is_lossy)
@@ -320,14 +321,14 @@ async def _register_and_fail_over(stage: Stage, registry: RedisRegistry, is_loss
     return await stage.judged_by("keys")
 
 
-async def test_a_registry_without_a_writer_chain_is_caught(stages: tuple[Stage, Stage]) -> None:
+async def test_registry_without_a_writer_chain_is_caught(stages: tuple[Stage, Stage]) -> None:
     control, product = stages
     found = await play_worker(control, agreeable_registry)
     assert any("instances/lost" in violation for violation in found), found
     assert await play_worker(product, RedisRegistry) == []
 
 
-async def test_without_a_loss_nobody_needs_a_writer_chain(stages: tuple[Stage, Stage]) -> None:
+async def test_writer_chain_is_not_needed_without_a_loss(stages: tuple[Stage, Stage]) -> None:
     assert await play_worker(stages[0], agreeable_registry, is_lossy=False) == []
 
 
@@ -335,7 +336,7 @@ async def test_without_a_loss_nobody_needs_a_writer_chain(stages: tuple[Stage, S
 
 
 async def play_create(stage: Stage, client: type[RedisClient], *, loses_answer: bool = True) -> list[str]:
-    """A key is created; the connection breaks after that was done and before it was answered."""
+    """Create a key; the connection breaks after the write and before the answer."""
     kv = key_value(stage.proxy.url, client)
     operations, caller = KeyOperations(kv), stage.recorder("caller")
     await operations.put("warm", b"up")
@@ -356,13 +357,13 @@ async def play_create(stage: Stage, client: type[RedisClient], *, loses_answer: 
     return await stage.judged_by("linear")
 
 
-async def test_retries_that_do_not_say_so_are_caught(stages: tuple[Stage, Stage]) -> None:
+async def test_unmarked_retries_are_caught(stages: tuple[Stage, Stage]) -> None:
     control, product = stages
     assert await play_create(control, RetryingClient) != []
     assert await play_create(product, RedisClient) == []
 
 
-async def test_without_lost_answers_retries_harm_nobody(stages: tuple[Stage, Stage]) -> None:
+async def test_retries_do_no_harm_without_lost_answers(stages: tuple[Stage, Stage]) -> None:
     assert await play_create(stages[0], RetryingClient, loses_answer=False) == []
 
 
@@ -380,7 +381,7 @@ def plain_locks(url: str) -> PlainLocks:
 
 
 class Stop:
-    """Where a holder's whole process stops: nothing of it runs until it may go on."""
+    """The point at which a holder's whole process stops until it may go on."""
 
     def __init__(self) -> None:
         self.stopped = threading.Event()
@@ -409,7 +410,7 @@ async def hold_and_write(locks: Locks, recorder: Recorder, values: list[str], st
 
 
 async def play_lock(stage: Stage, open_locks: Callable[[str], Locks], *, stops: bool = True) -> list[str]:
-    """A holder stops past its TTL; another takes over and writes; the first goes on, and writes."""
+    """Stop a holder past its TTL; another takes over and writes; the first goes on, and writes."""
     stop = Stop()
     if not stops:
         stop.goes_on.set()
@@ -437,14 +438,14 @@ async def play_lock(stage: Stage, open_locks: Callable[[str], Locks], *, stops: 
     return await stage.judged_by("lock")
 
 
-async def test_a_lock_without_fencing_is_caught(stages: tuple[Stage, Stage]) -> None:
+async def test_lock_without_fencing_is_caught(stages: tuple[Stage, Stage]) -> None:
     control, product = stages
     found = await play_lock(control, plain_locks)
     assert any("first wrote as holder after second" in violation for violation in found), found
     assert await play_lock(product, product_locks) == []
 
 
-async def test_while_nobody_stops_a_plain_lock_will_do(stages: tuple[Stage, Stage]) -> None:
+async def test_plain_lock_is_right_while_no_holder_stops(stages: tuple[Stage, Stage]) -> None:
     assert await play_lock(stages[0], plain_locks, stops=False) == []
 
 
@@ -455,7 +456,7 @@ PORT = 29450
 
 
 async def reserve(registry: RedisRegistry, recorder: Recorder, name: str, port: int) -> bool:
-    """Reserve a port as the tenant of that name; what it is told of a loss is written down."""
+    """Reserve a port as the tenant of that name, and note reports of its loss."""
 
     def on_lost(port: int, reason: str) -> None:
         recorder.note("lost", key=port_key(HOST, port), reason=reason, reservation=name)
@@ -480,7 +481,7 @@ async def reserve(registry: RedisRegistry, recorder: Recorder, name: str, port: 
 async def play_tenants(
     stage: Stage, open_registry: Callable[[StoreSettings], RedisRegistry], *, is_shared: bool = True
 ) -> list[str]:
-    """Two tenants come for one port; the first of them hears nothing just then."""
+    """Let two tenants reserve one port; the first of them cannot reach Redis just then."""
     async with contextlib.AsyncExitStack() as stack:
         registries = {}
         for name, url in (("first", stage.proxy.url), ("second", stage.server.url)):
@@ -497,14 +498,14 @@ async def play_tenants(
         return await stage.judged_by("exclusive")
 
 
-async def test_ports_that_are_not_exclusive_are_caught(stages: tuple[Stage, Stage]) -> None:
+async def test_ports_without_a_claim_are_caught(stages: tuple[Stage, Stage]) -> None:
     control, product = stages
     found = await play_tenants(control, TolerantRegistry)
     assert any("was second's while it was first's" in violation for violation in found), found
     assert await play_tenants(product, RedisRegistry) == []
 
 
-async def test_while_each_wants_a_port_of_its_own_none_need_be_exclusive(
+async def test_ports_of_different_tenants_need_no_claim(
     stages: tuple[Stage, Stage],
 ) -> None:
     assert await play_tenants(stages[0], TolerantRegistry, is_shared=False) == []

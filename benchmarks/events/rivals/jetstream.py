@@ -1,7 +1,7 @@
 """The rival of suite `events`: JetStream by nats-py, with file storage.
 
-A batch is a msgpack array in one message: each event is packed as it is published, and the batch when it is
-full, as our publisher does. What is read is not unpacked here.
+A batch is a msgpack array in one message: each event is packed when it is published, and the batch when it is
+full, as our publisher does. Messages that are read are not unpacked here.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from benchmarks.events.rivals.peers import Peer
 from benchmarks.events.workload import EVENT_BYTES, PULL_COUNT, STREAM, SUBJECT, event_bytes
 
 PENDING_BYTES = 64 << 20
-"""What a client may hold back before it waits: the default of 2 MiB would make each large message wait."""
+"""Limit of the client's send buffer, in bytes. With the default of 2 MiB each large message would wait."""
 IN_FLIGHT_COUNT = 4000
-"""nats-py's own default of messages that are not confirmed yet."""
+"""Messages that are sent and not confirmed yet: nats-py's own default."""
 IN_FLIGHT_BATCHES_COUNT = 64
 HEAD_BYTES = 3
-"""What msgpack puts in front of an event that is nothing but bytes."""
+"""Bytes that msgpack puts before an event that is only bytes."""
 _DURABLE = "reader"
 _pack = msgpack.Packer(autoreset=True).pack
 

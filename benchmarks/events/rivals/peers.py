@@ -1,12 +1,13 @@
 """One client process of one side of suite `events`.
 
 `python -m benchmarks.events.rivals.peers MODULE URL` connects, and says `ready`. Then it answers each line of
-JSON, `[OPERATION, EVENTS, EVENTS_A_BATCH]`, by one: the seconds it took, and the CPU seconds that took here.
+JSON, `[OPERATION, EVENTS, EVENTS_A_BATCH]`, by one: the seconds of the operation, and the CPU seconds of this
+process.
 
     publish   durably, all confirmed; with 1 event a batch, each is an entry or message of its own
-    consume   read and acknowledge what it has published before, which is not timed
+    consume   read and acknowledge events; they are published before, which is not timed
 
-Both leave an empty stream behind. It ends with its standard input.
+Both leave an empty stream behind. The process ends with its standard input.
 """
 
 from __future__ import annotations
@@ -28,19 +29,19 @@ class Peer(Protocol):
     """A client of one kind of server."""
 
     async def publish(self, count: int, batch_count: int) -> None:
-        """Publish so many events, and wait until all are confirmed."""
+        """Publish `count` events, and wait until all are confirmed."""
         ...
 
     async def prepare(self) -> None:
-        """Make what is to be consumed by: a group or consumer, before anything is published."""
+        """Create the group or consumer to consume with, before anything is published."""
         ...
 
     async def consume(self, count: int, batch_count: int) -> None:
-        """Read and acknowledge so many events, which are there."""
+        """Read and acknowledge `count` events that are in the stream."""
         ...
 
     async def purge(self) -> None:
-        """Leave nothing of what was published."""
+        """Delete all that was published."""
         ...
 
     async def aclose(self) -> None: ...
@@ -62,7 +63,7 @@ async def measure(peer: Peer, operation: str, count: int, batch_count: int) -> d
 
 
 async def main(name: str, url: str) -> None:
-    """Answer the suite's lines."""
+    """Answer the suite's lines until the input ends."""
     peer: Peer = await import_module(f"benchmarks.events.rivals.{name}").connect(url)
     print("ready", flush=True)
     while line := await asyncio.to_thread(sys.stdin.readline):

@@ -1,6 +1,6 @@
 """The floor of row E4: PINGs to the server of `DYN_REDIS_URL` on a plain socket, from `begin` to `end`.
 
-Says `ready`, then `begun`, and at the end the 99th percentile of the round trips, in ms.
+Prints `ready`, then `begun`, and at the end the 99th percentile of the round trips, in ms.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ PAUSE_S = 0.001
 
 
 def measure(connection: socket.socket) -> float:
-    """PING until there is a line on standard input."""
+    """Send PINGs until there is a line on standard input. Returns the 99th percentile of their round trips,
+    in ms."""
     took: list[float] = []
     while not select.select([sys.stdin], [], [], PAUSE_S)[0]:
         began = time.perf_counter()
@@ -28,7 +29,7 @@ def measure(connection: socket.socket) -> float:
 
 
 def main() -> None:
-    """Answer the suite's lines."""
+    """Answer the suite's lines until the input ends."""
     host, _, port = os.environ["DYN_REDIS_URL"].rpartition("/")[2].rpartition(":")
     with socket.create_connection((host, int(port))) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

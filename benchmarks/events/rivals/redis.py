@@ -1,4 +1,4 @@
-"""Our side of suite `events`: the publisher and the group reader that workers and routers use."""
+"""Our side of suite `events`: the publisher and the group reader of workers and routers."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from dynamo_redis.wire.event import EventBatch, PublisherId
 _STREAM = StreamName("bench", "backend", STREAM)
 _QUEUE_COUNT = 20_000
 _TURN_COUNT = 256
-"""Events published in one turn of the loop: between turns it sends, as JetStream's client does with each."""
+"""Events published in one turn of the loop. The publisher sends between turns, as JetStream's client does
+with each event."""
 _PAUSE_S = 0.001
 _BIN_16_BYTES = 3
-"""What msgpack puts in front of an event that is nothing but bytes."""
+"""Bytes that msgpack puts before an event that is only bytes."""
 
 
 class RedisPeer:

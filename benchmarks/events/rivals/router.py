@@ -1,7 +1,7 @@
-"""A router of row E4: its indexer, and nothing else.
+"""A router of row E4, which consists of its indexer alone.
 
-Says `ready`. `begin` makes it forget what it has seen; a number makes it wait for so many blocks and answer,
-as JSON, when each was in its index, in ns on this machine's monotonic clock.
+Prints `ready`. The line `begin` discards all that it has noted. A number makes it wait for so many blocks;
+then it prints, as JSON, the time at which each came into its index, in ns of this machine's monotonic clock.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PATIENCE_S = 60.0
 
 
 class TimedIndex(KvIndex):
-    """Notes when each block came."""
+    """An index that notes the time at which each block comes."""
 
     def apply(self, worker: Worker, events: Sequence[KvEvent]) -> None:
         super().apply(worker, events)
@@ -39,7 +39,7 @@ class TimedIndex(KvIndex):
 
 
 async def main() -> None:
-    """Answer the suite's lines."""
+    """Answer the suite's lines until the input ends."""
     vars(indexer)["KvIndex"] = TimedIndex
     async with DistributedRuntime() as runtime:
         router = indexer.Indexer(

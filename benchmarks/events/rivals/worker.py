@@ -1,7 +1,7 @@
-"""The worker of row E4: tells of stored blocks on a schedule.
+"""The worker of row E4: publishes stored blocks on a schedule.
 
-Says `ready`; then it answers each line of JSON, `[EVENTS_PER_S, SECONDS]`, by one: for each block's sequence
-hash, when it was told of, in ns on this machine's monotonic clock.
+Prints `ready`. Then it answers each line of JSON, `[EVENTS_PER_S, SECONDS]`, by one: the time of publication
+of each block, by sequence hash, in ns of this machine's monotonic clock.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ TURN_S = 0.001
 async def tell(
     rank: KvPublisher, numbers: itertools.count[int], rate: float, seconds: float
 ) -> dict[str, int]:
-    """Events at `rate`, as many at once as have become due in a turn of the loop."""
+    """Publish events at `rate` a second; those that are due in one turn of the loop together. Returns the
+    time of each, in ns, by sequence hash."""
     told: dict[str, int] = {}
     began = time.perf_counter()
     while (passed := time.perf_counter() - began) < seconds:
@@ -41,7 +42,7 @@ async def tell(
 
 
 async def main() -> None:
-    """Answer the suite's lines."""
+    """Answer the suite's lines until the input ends."""
     numbers = itertools.count(1)
     async with DistributedRuntime() as runtime:
         events = WorkerEvents(runtime, "bench", "backend", block_size=BLOCK_SIZE)

@@ -1,6 +1,6 @@
 """Dynamo's `RadixTree`, led by lines: `apply`, `find WHAT REPEATS SCORES`, `digest WHAT`.
 
-Runs in Dynamo's own environment; `index/sides.py` says what for.
+Runs in Dynamo's own environment, for `index/sides.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from benchmarks.index.workload import Block, Event, Scene, digest, scene
 
 
 def wire(number: int, event: Event) -> bytes:
-    """An event as the binding takes it."""
+    """Return an event as the binding takes it."""
     if event.stored:
         blocks = [{"block_hash": block.sequence, "tokens_hash": block.local} for block in event.blocks]
         said: dict[str, object] = {"stored": {"parent_hash": event.parent, "blocks": blocks}}
@@ -28,7 +28,7 @@ def wire(number: int, event: Event) -> bytes:
 
 
 def applied(said: Sequence[tuple[int, bytes]]) -> RadixTree:
-    """A tree that has taken all in."""
+    """Return a tree to which all events have been applied."""
     tree = RadixTree()
     apply_event = tree.apply_event
     for worker, content in said:
@@ -38,7 +38,7 @@ def applied(said: Sequence[tuple[int, bytes]]) -> RadixTree:
 
 
 def find(tree: RadixTree, prompts: Sequence[list[Block]], repeats: int, scores: bool) -> float:
-    """Microseconds a find."""
+    """Return the microseconds of a find."""
     asked = [[block.local for block in prompt] for prompt in prompts]
     began = time.perf_counter()
     if scores:
@@ -51,12 +51,12 @@ def find(tree: RadixTree, prompts: Sequence[list[Block]], repeats: int, scores: 
 
 
 def prompts_of(shown: Scene, what: str) -> list[list[Block]]:
-    """The prompts of a row."""
+    """Return the prompts of a row."""
     return shown.prompts if what == "prompts" else shown.documents
 
 
 def main() -> None:
-    """Do as told until the input ends."""
+    """Carry out the commands until the input ends."""
     shown = scene()
     said = [(event.worker, wire(number, event)) for number, event in enumerate(shown.events)]
     blocks = sum(len(event.blocks) for event in shown.events)

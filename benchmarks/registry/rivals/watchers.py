@@ -1,8 +1,8 @@
 """Many watches on one of the three stores, in one process.
 
 `python -m benchmarks.registry.rivals.watchers SIDE ADDRESS COUNT`. Each value that they see begins with the
-time at which it was sent, in ns on this machine's monotonic clock. Says `ready` when each watch has seen one;
-after a line on standard input it forgets what it measured so far, and after a second one it answers a line of
+time at which it was sent, in ns of this machine's monotonic clock. Prints `ready` when each watch has seen
+one. After a line on standard input it discards its measurements, and after a second one it answers a line of
 JSON: for each watch a list of the µs from sent to seen.
 """
 
@@ -22,7 +22,7 @@ from benchmarks.registry.stores import SIDES, Store
 
 
 async def follow(store: Store, seen_us: list[float]) -> None:
-    """Note how late each value comes."""
+    """Note the delay of each value, in µs."""
     async for value in store.watch():
         late_us = (time.monotonic_ns() - int(value[:STAMP_BYTES])) / 1e3
         seen_us.append(late_us)

@@ -22,7 +22,7 @@ KEYS = 100
 
 
 def record(number: int) -> bytes:
-    """An instance record, as the runtime writes it."""
+    """Return an instance record as the runtime writes it."""
     fields = {
         "type": "Endpoint",
         "namespace": "dynamo",
@@ -42,7 +42,7 @@ def record(number: int) -> bytes:
 
 
 async def main(side: str, address: str, rate: float) -> None:
-    """Write on schedule: a put that takes long does not put off the ones behind it."""
+    """Write on schedule: a put that takes long does not delay later ones."""
     store = SIDES[side](address)
     await store.start()
     running: set[asyncio.Task[None]] = set()

@@ -64,5 +64,5 @@ class AiohttpPeer(Peer):
 
 
 async def connect(url: str) -> AiohttpPeer:
-    """The first request connects."""
+    """Make the session; the first request connects."""
     return AiohttpPeer(url)

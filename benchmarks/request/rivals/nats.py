@@ -17,11 +17,11 @@ from benchmarks.request.workloads import KINDS, Kind
 
 TIMEOUT_S: Final = 60.0
 PENDING_BYTES: Final = 64 << 20
-"""What a client may hold back before it waits: the default of 2 MiB would make each large message wait."""
+"""Limit of the client's send buffer, in bytes. With the default of 2 MiB each large message would wait."""
 
 
 async def serve(announce: Announce, url: str) -> None:
-    """Subscribe each kind; streams run beside one another, as the callbacks of a subscription do not."""
+    """Subscribe each kind. Streams run beside one another, unlike the callbacks of one subscription."""
     client = await nats.connect(url, pending_size=PENDING_BYTES)
     running: set[asyncio.Task[None]] = set()
 
@@ -68,7 +68,7 @@ class NatsPeer(Peer):
 
 
 class CallbackPeer(NatsPeer):
-    """Reads streams the quicker way."""
+    """Reads streams by a callback, the quicker way."""
 
     async def stream(self, kind: Kind, count: int) -> int:
         seen = 0
@@ -87,6 +87,6 @@ class CallbackPeer(NatsPeer):
 
 
 async def connect(url: str, how: str = "messages") -> NatsPeer:
-    """Connect to the server that the other process subscribed at."""
+    """Connect to the server that the serving process subscribes at."""
     client = await nats.connect(url, pending_size=PENDING_BYTES)
     return CallbackPeer(client) if how == "callback" else NatsPeer(client)

@@ -1,4 +1,4 @@
-"""What a side of suite `request` has to offer, and the load that is put on it.
+"""The interface of a side of suite `request`, and the load that is put on it.
 
 A side is a module of this folder with two functions: `serve(announce, *arguments)` serves until it is
 cancelled, and calls `announce` with its address, once, as soon as callers may come; `connect(*arguments)`
@@ -21,13 +21,13 @@ ITEM = b"x" * ITEM_BYTES
 
 
 async def burst(count: int, item: Any = ITEM) -> AsyncIterator[Any]:
-    """Items, without a pause."""
+    """Yield items without a pause."""
     for _ in range(count):
         yield item
 
 
 async def tick(count: int, item: Any = ITEM) -> AsyncIterator[Any]:
-    """Items, one a turn of the event loop."""
+    """Yield items, one a turn of the event loop."""
     for _ in range(count):
         await asyncio.sleep(0)
         yield item
@@ -38,7 +38,7 @@ STREAMS = {"burst": burst, "tick": tick}
 
 
 class WrongAnswer(Exception):
-    """A side that loses or shortens what it carries cannot be compared."""
+    """A side lost or shortened its payload, so it cannot be compared."""
 
 
 class Peer(ABC):
@@ -56,11 +56,11 @@ class Peer(ABC):
         """Close what is open."""
 
     def payload(self, size: int) -> Any:
-        """What is echoed: bytes, or text where the side carries no bytes."""
+        """Return the payload of an echo: bytes, or text where the side carries no bytes."""
         return b"x" * size
 
     async def drive(self, workload: Workload, seconds: float) -> list[float]:
-        """Put the load on for so long; the seconds that each answer took. Raises WrongAnswer."""
+        """Put the load on for `seconds`; return the seconds of each answer. Raises WrongAnswer."""
         latencies: list[float] = []
         until = time.perf_counter() + seconds
         caller = self._echoing if workload.kind == "echo" else self._streaming
@@ -78,7 +78,7 @@ class Peer(ABC):
     # A caller adds as little as it can to what it measures: it is the same for all sides, but not to them.
 
     async def _echoing(self, workload: Workload, until: float, latencies: list[float]) -> None:
-        """Ask for one echo after the other."""
+        """Send one echo after the other."""
         clock, echo, note, size = time.perf_counter, self.echo, latencies.append, workload.size_bytes
         payload = self.payload(size)
         began = clock()
@@ -91,7 +91,7 @@ class Peer(ABC):
             began = ended
 
     async def _streaming(self, workload: Workload, until: float, latencies: list[float]) -> None:
-        """Ask for one stream after the other."""
+        """Request one stream after the other."""
         clock, kind = time.perf_counter, workload.kind
         began = clock()
         while began < until:

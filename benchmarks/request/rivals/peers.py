@@ -1,9 +1,9 @@
 """One process of one side of suite `request`.
 
-`python -m benchmarks.request.rivals.peers serve MODULE [ARGUMENT…]` serves, and says `ready ADDRESS`.
-`python -m benchmarks.request.rivals.peers call MODULE [ARGUMENT…]` calls it, and says `ready`; then it
-answers each line of JSON, `[WORKLOAD, SECONDS]`, by one: how many answers came, in how many seconds, how many
-CPU seconds that took here, and the median and the 99th percentile of what an answer took, in ms.
+`python -m benchmarks.request.rivals.peers serve MODULE [ARGUMENT…]` serves, and says `ready ADDRESS`. `python
+-m benchmarks.request.rivals.peers call MODULE [ARGUMENT…]` calls it, and says `ready`; then it answers each
+line of JSON, `[WORKLOAD, SECONDS]`, by one: the number of answers, the seconds in which they came, the CPU
+seconds of this process, and the median and the 99th percentile of the time of an answer, in ms.
 
 Both end with their standard input.
 """
@@ -25,12 +25,12 @@ from benchmarks.request.rivals.peer import Peer
 from benchmarks.request.workloads import WORKLOADS
 
 PATIENCE = 10.0
-"""How many times longer than asked for a load may take, before it counts as hanging."""
+"""A load that takes this many times longer than asked for counts as hanging."""
 PATIENCE_S = 60.0
 
 
 def announce(address: str) -> None:
-    """Tell the suite where this process serves."""
+    """Tell the suite the address of this process."""
     print("ready", address, flush=True)
 
 
@@ -62,7 +62,7 @@ async def serve(module: Any, arguments: list[str]) -> None:
 
 
 async def call(module: Any, arguments: list[str]) -> None:
-    """Answer the suite's lines."""
+    """Answer the suite's lines until the input ends."""
     async with asyncio.timeout(PATIENCE_S):
         peer: Peer = await module.connect(*arguments)
     print("ready", flush=True)
@@ -71,7 +71,7 @@ async def call(module: Any, arguments: list[str]) -> None:
 
 
 async def main(role: str, name: str, *arguments: str) -> None:
-    """Be one process of a side."""
+    """Run as one process of a side."""
     module = import_module(f"benchmarks.request.rivals.{name}")
     await (serve if role == "serve" else call)(module, list(arguments))
     # Nothing is left to lose, and some of the libraries have threads that outlive the loop.

@@ -1,4 +1,4 @@
-"""Ours: the tcp plane through its contract, as the settings' defaults have it, and with a secret."""
+"""Our side: the tcp plane through its contract, with the settings' defaults and with a secret."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SECRET = b"the secret of a benchmark's life"
 
 
 def target(address: str, kind: Kind) -> Target:
-    """One of the endpoints that `serve` has."""
+    """Return one of the endpoints of `serve` as a target."""
     return Target(INSTANCE, address, kind, SECRET)
 
 
@@ -73,5 +73,5 @@ class PlanePeer(Peer):
 
 
 async def connect(address: str) -> PlanePeer:
-    """The first request connects."""
+    """Make the client; the first request connects."""
     return PlanePeer(make_client(PlaneSettings.load()), address)

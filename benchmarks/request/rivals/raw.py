@@ -1,7 +1,7 @@
-"""A bare uvloop echo, the floor: no frames, no tasks; a connection for each request that is under way.
+"""A bare uvloop echo, the floor: no frames, no tasks, and a connection for each request that is under way.
 
-The caller awaits a future an echo, or, with the argument `callback`, sends the next request from within the
-callback that brings the answer, as no program does that has something to do with its answers.
+The caller awaits a future an echo. With the argument `callback` it sends the next request from within the
+callback that brings the answer, which no program does that works on its answers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from benchmarks.request.workloads import Kind, Workload
 
 
 class Echo(asyncio.Protocol):
-    """Sends back what comes."""
+    """Sends back the bytes that come."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
@@ -36,7 +36,7 @@ class Caller(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
 
     def ask(self, payload: bytes) -> asyncio.Future[bytes]:
-        """Send it; the future is done when as much has come back."""
+        """Send a payload; the future is done when as many bytes have come back."""
         self._size, self._answer = len(payload), b""
         self._future: asyncio.Future[bytes] = self._loop.create_future()
         self._transport.write(payload)
@@ -53,7 +53,7 @@ class Caller(asyncio.Protocol):
 
 
 class RestlessCaller(asyncio.Protocol):
-    """Sends the next request as soon as the last one's answer has come whole."""
+    """Sends the next request as soon as the last answer is complete."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
@@ -83,7 +83,7 @@ class RestlessCaller(asyncio.Protocol):
 
 
 async def serve(announce: Announce) -> None:
-    """Echo."""
+    """Serve echoes."""
     made: list[Echo] = []
 
     def echo() -> Echo:
@@ -102,7 +102,7 @@ async def serve(announce: Announce) -> None:
 
 
 class RawPeer(Peer):
-    """Connections, as many as there are requests at once; they stay for the next ones."""
+    """Connections, as many as there are requests at once, kept for the next ones."""
 
     def __init__(self, address: str) -> None:
         self._host, _, self._port = address.partition(":")
@@ -127,7 +127,7 @@ class RawPeer(Peer):
 
 
 class RestlessPeer(RawPeer):
-    """The same without anybody who awaits."""
+    """The same without a task that awaits each answer."""
 
     async def drive(self, workload: Workload, seconds: float) -> list[float]:
         loop, payload = asyncio.get_running_loop(), self.payload(workload.size_bytes)
@@ -144,5 +144,5 @@ class RestlessPeer(RawPeer):
 
 
 async def connect(address: str, how: str = "await") -> RawPeer:
-    """The first load connects."""
+    """Make the peer; the first load connects."""
     return RestlessPeer(address) if how == "callback" else RawPeer(address)

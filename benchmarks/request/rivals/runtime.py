@@ -18,7 +18,7 @@ ITEM = "x" * ITEM_BYTES
 
 
 def endpoint(runtime: Any, kind: Kind) -> Any:
-    """Where a kind is served."""
+    """Return the endpoint of a kind."""
     return runtime.endpoint(f"bench.request.{kind}")
 
 
@@ -37,7 +37,7 @@ def _streaming(kind: Kind) -> Any:
 
 
 async def serve(announce: Announce, module: str) -> None:
-    """Be one worker, with each kind as an endpoint."""
+    """Run as one worker, with each kind as an endpoint."""
 
     @import_module(module).dynamo_worker()  # type: ignore[untyped-decorator]
     async def worker(runtime: Any) -> None:
@@ -77,7 +77,7 @@ class RuntimePeer(Peer):
 
 
 async def connect(module: str, workers: str) -> RuntimePeer:
-    """Wait until so many workers serve everything."""
+    """Wait until `workers` workers serve everything."""
     connected: asyncio.Future[RuntimePeer] = asyncio.get_running_loop().create_future()
 
     @import_module(module).dynamo_worker()  # type: ignore[untyped-decorator]

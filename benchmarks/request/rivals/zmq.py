@@ -13,11 +13,11 @@ from benchmarks.request.rivals.peer import STREAMS, Announce, Peer
 from benchmarks.request.workloads import Kind
 
 LARGE_BYTES: Final = 1 << 16
-"""From here on a frame is handed over without a copy."""
+"""Size from which a frame is handed over without a copy."""
 
 
 def _socket(kind: int) -> Any:
-    """A socket that drops nothing: at its limit, a ROUTER would."""
+    """Return a socket without a limit of queued messages: at its limit, a ROUTER would drop them."""
     socket = zmq.asyncio.Context.instance().socket(kind)
     socket.setsockopt(zmq.SNDHWM, 0)
     socket.setsockopt(zmq.RCVHWM, 0)
@@ -48,7 +48,7 @@ async def serve(announce: Announce) -> None:
 
 
 class ZmqPeer(Peer):
-    """One DEALER; a task hands out the answers."""
+    """One DEALER; a task distributes the answers."""
 
     def __init__(self, address: str) -> None:
         self._socket = _socket(zmq.DEALER)
@@ -84,5 +84,5 @@ class ZmqPeer(Peer):
 
 
 async def connect(address: str) -> ZmqPeer:
-    """Connect; the library does so in a thread of its own."""
+    """Make the peer; the library connects in a thread of its own."""
     return ZmqPeer(address)

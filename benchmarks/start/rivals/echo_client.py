@@ -22,14 +22,14 @@ PAYLOAD = "x" * 128
 
 
 async def requests(client: Any, count: int) -> None:
-    """One after the other."""
+    """Send requests one after the other."""
     for _ in range(count):
         async for item in await client.round_robin(PAYLOAD, annotated=False):
             assert item == PAYLOAD
 
 
 async def timed_round(client: Any, count: int, concurrency: int) -> dict[str, float]:
-    """`count` requests, `concurrency` at a time."""
+    """Send `count` requests, `concurrency` at a time. Returns the seconds and CPU seconds."""
     started, cpu = time.perf_counter(), time.process_time()
     await asyncio.gather(*(requests(client, count // concurrency) for _ in range(concurrency)))
     return {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu}

@@ -10,7 +10,7 @@ from benchmarks.replay.report import load_entries
 from benchmarks.replay.trace import synthetic_trace
 
 
-def test_a_replay_ends_with_indexes_that_equal_the_caches(tmp_path: Path) -> None:
+def test_replay_ends_with_indexes_equal_to_the_caches(tmp_path: Path) -> None:
     trace = tmp_path / "handful.jsonl"
     with trace.open("w") as lines:
         for request in synthetic_trace(40, seed=1).requests:

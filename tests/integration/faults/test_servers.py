@@ -1,4 +1,4 @@
-"""What the fault harness does to servers, and that its observer misses nothing of what they held."""
+"""The fault harness: its actions on servers, and that its observer misses no entry of theirs."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ async def _write(server: ServerUnderTest, *keys: str) -> None:
     await registry.aclose()
 
 
-async def test_what_is_destroyed_has_been_seen(
+async def test_destroyed_entries_were_observed_before(
     start_server: StartServer, observer: Observer, tmp_path: Path
 ) -> None:
     server = await start_server("a")
@@ -81,7 +81,7 @@ async def test_what_is_destroyed_has_been_seen(
     assert state["records"] == {"4": ["v", None, seen[-1].fields["id"]]}
 
 
-async def test_after_a_lost_tail_the_notes_branch(
+async def test_notes_branch_after_a_lost_tail(
     start_server: StartServer, observer: Observer, tmp_path: Path
 ) -> None:
     server = await start_server("a")
@@ -101,7 +101,7 @@ async def test_after_a_lost_tail_the_notes_branch(
     assert lost.fields["previous"] == new.fields["previous"] == branch
 
 
-async def test_a_promoted_replica_lacks_the_last_writes(start_server: StartServer, tmp_path: Path) -> None:
+async def test_promoted_replica_lacks_the_last_writes(start_server: StartServer, tmp_path: Path) -> None:
     old, new = await start_server("a"), await start_server("b")
     await _write(old, "kept")
     await new.replicate(old)
@@ -111,7 +111,7 @@ async def test_a_promoted_replica_lacks_the_last_writes(start_server: StartServe
     assert (await final_state(new, PREFIX))["records"].keys() == {"kept"}
 
 
-async def test_killed_clients_begin_anew_and_so_do_we(start_server: StartServer) -> None:
+async def test_clients_and_harness_reconnect_after_client_kill(start_server: StartServer) -> None:
     server = await start_server("a")
     registry = RedisRegistry(StoreSettings.load(redis_url=server.url, prefix=PREFIX))
     await registry.start()
@@ -124,7 +124,7 @@ async def test_killed_clients_begin_anew_and_so_do_we(start_server: StartServer)
 
 
 @pytest.mark.skipif(faketime_library() is None, reason="needs libfaketime")
-async def test_a_clock_is_shifted_while_the_server_runs(start_server: StartServer) -> None:
+async def test_clock_is_shifted_while_the_server_runs(start_server: StartServer) -> None:
     server = await start_server("a", clock=True)
     assert abs(await server.clock_offset_s()) < 5
     for offset_s in (3600.0, -3600.0, 0.0):
@@ -132,7 +132,7 @@ async def test_a_clock_is_shifted_while_the_server_runs(start_server: StartServe
         assert abs(await server.clock_offset_s() - offset_s) < 5
 
 
-async def test_a_frozen_server_answers_again_when_thawed(start_server: StartServer) -> None:
+async def test_frozen_server_answers_again_when_thawed(start_server: StartServer) -> None:
     server = await start_server("a")
     server.freeze()
     asking = asyncio.create_task(server.execute("PING"))
@@ -142,7 +142,7 @@ async def test_a_frozen_server_answers_again_when_thawed(start_server: StartServ
     assert await asking == b"PONG"
 
 
-def test_servers_are_named_by_what_they_are() -> None:
+def test_servers_are_named_by_program_and_version() -> None:
     kinds = installed_servers()
     assert kinds
     assert len({kind.name for kind in kinds}) == len(kinds)

@@ -24,7 +24,7 @@ def test_equal_seeds_have_equal_chats() -> None:
     assert said(Chats(1, 4, CAPACITY)) == said(Chats(1, 4, CAPACITY)) != said(Chats(2, 4, CAPACITY))
 
 
-def test_whoever_holds_a_block_holds_those_before_it() -> None:
+def test_holder_of_a_block_holds_the_blocks_before_it() -> None:
     """Leaps over a prompt, and the rival's tree, rely on that."""
     parents: dict[int, int | None] = {}
     held: list[set[int]] = [set() for _ in range(4)]
@@ -43,7 +43,7 @@ def test_whoever_holds_a_block_holds_those_before_it() -> None:
     assert all(CAPACITY / 2 < len(blocks) <= CAPACITY for blocks in held)
 
 
-def test_our_side_applies_all_of_it() -> None:
+def test_our_side_applies_all_events() -> None:
     chats = Chats(3, 4, CAPACITY)
     events = said(chats)
     for size in (1, 32):
@@ -57,7 +57,7 @@ def test_our_side_applies_all_of_it() -> None:
             assert index.blocks_of(Worker(worker))[0] == held
 
 
-def test_documents_are_read_by_some_up_to_points_of_their_own() -> None:
+def test_documents_are_read_up_to_different_points() -> None:
     chats = Chats(3, 8, CAPACITY)
     ((blocks, read),) = chats.documents(1, 200)
     index = indexed(to_batches(read))
@@ -65,7 +65,7 @@ def test_documents_are_read_by_some_up_to_points_of_their_own() -> None:
     assert sorted(found.values()) == sorted(Matched(len(event.blocks)) for event in read)
 
 
-def test_a_choice_leaves_no_load_behind() -> None:
+def test_choice_leaves_no_load_behind() -> None:
     router = Router(3)
     before = dict(router.book.loads())
     router.choose_all()

@@ -1,4 +1,4 @@
-"""What a suite cannot measure is refused where it is asked for."""
+"""A suite refuses at once an option that it cannot measure."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from benchmarks.request import __main__ as request
         (index, "--rounds 0.5"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(
+def test_bad_options_are_refused(
     suite: ModuleType, arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     option, value = arguments.split()
@@ -35,5 +35,5 @@ def test_what_cannot_be_measured_is_refused(
     assert f"argument {option}: '{value}' is not a" in capsys.readouterr().err
 
 
-def test_what_can_be_measured_is_taken() -> None:
+def test_good_options_are_accepted() -> None:
     assert (rounds_count("3"), length_s("0.5")) == (3, 0.5)

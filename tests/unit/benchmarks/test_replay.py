@@ -1,4 +1,4 @@
-"""A replay counts what it says it counts, and its simulation is the product's rule on its own caches."""
+"""A replay counts as its columns say, and its simulation is the product's rule on its own caches."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def plan(path: Path, mode: Mode = "kv", replicas: int = 1) -> Plan:
 
 
 @pytest.mark.parametrize("name", ["trace.jsonl", "trace.jsonl.gz"])
-def test_a_trace_is_read_as_it_was_written(name: str, tmp_path: Path) -> None:
+def test_trace_is_read_as_written(name: str, tmp_path: Path) -> None:
     trace = synthetic_trace(30)
     write_trace(trace, tmp_path / name)
     assert read_trace(tmp_path / name) == dataclasses.replace(trace, name="trace")
@@ -86,7 +86,7 @@ def test_a_trace_is_read_as_it_was_written(name: str, tmp_path: Path) -> None:
         '{"timestamp": 0, "input_length": 5, "hash_ids": [0]}',
     ],
 )
-def test_a_line_that_is_no_request_is_named(line: str, tmp_path: Path) -> None:
+def test_trace_error_names_the_bad_line(line: str, tmp_path: Path) -> None:
     path = tmp_path / "trace.jsonl"
     write_trace(synthetic_trace(1), path)
     path.write_text(f"{path.read_text()}\n{line}\n")
@@ -94,12 +94,12 @@ def test_a_line_that_is_no_request_is_named(line: str, tmp_path: Path) -> None:
         read_trace(path)
 
 
-def test_a_made_up_trace_is_that_of_its_seed() -> None:
+def test_made_up_trace_follows_from_its_seed() -> None:
     assert synthetic_trace(50, seed=1) == synthetic_trace(50, seed=1)
     assert synthetic_trace(50, seed=1) != synthetic_trace(50, seed=2)
 
 
-def test_a_trace_is_the_one_asked_for_else_the_shared_one_else_made_up(tmp_path: Path) -> None:
+def test_trace_is_given_else_shared_else_made_up(tmp_path: Path) -> None:
     root = tmp_path / "checkout"
     root.mkdir()
     assert find_trace(None, root, 5, seed=2) == synthetic_trace(5, seed=2)
@@ -110,7 +110,7 @@ def test_a_trace_is_the_one_asked_for_else_the_shared_one_else_made_up(tmp_path:
     assert len(find_trace(tmp_path / "own.jsonl", root, 5, seed=2).requests) == 7
 
 
-def test_a_block_of_a_made_up_trace_always_follows_the_same_one() -> None:
+def test_made_up_block_always_follows_the_same_block() -> None:
     parents: dict[int, int] = {}
     repeated = 0
     for request in synthetic_trace(200).requests:
@@ -120,7 +120,7 @@ def test_a_block_of_a_made_up_trace_always_follows_the_same_one() -> None:
     assert repeated > len(parents)
 
 
-def test_chats_of_the_made_up_trace_share_long_prompts() -> None:
+def test_made_up_chats_share_long_prompts() -> None:
     trace = shared_prompts_trace(400, seed=1)
     assert trace == shared_prompts_trace(400, seed=1)
     firsts = Counter(request.block_ids[0] for request in trace.requests)
@@ -147,7 +147,7 @@ def test_poisson_arrivals_keep_the_requests_and_have_their_rate() -> None:
 # --------------------------------------------------------------------------- the simulation
 
 
-def test_routing_by_caches_finds_more_in_them_and_answers_sooner(trace_file: Path) -> None:
+def test_cache_routing_has_more_hits_and_answers_sooner(trace_file: Path) -> None:
     kv = figures(simulate(plan(trace_file)), 8)
     blind = figures(simulate(plan(trace_file, "rr")), 8)
     assert kv.requests == blind.requests == 150
@@ -155,17 +155,17 @@ def test_routing_by_caches_finds_more_in_them_and_answers_sooner(trace_file: Pat
     assert kv.ttft_mean_s < 0.8 * blind.ttft_mean_s
 
 
-def test_a_simulation_is_that_of_its_seed(trace_file: Path) -> None:
+def test_simulation_follows_from_its_seed(trace_file: Path) -> None:
     assert simulate(plan(trace_file), seed=1) == simulate(plan(trace_file), seed=1)
 
 
-def test_the_product_decides_as_the_literal_cost_does_on_the_true_caches(trace_file: Path) -> None:
-    """Where its index and its book hear without delay, each choice is the omniscient one."""
+def test_product_decides_by_the_literal_cost(trace_file: Path) -> None:
+    """Without delay in its index and its book, each choice is that of the omniscient router."""
     assert simulate(plan(trace_file), KvAware) == simulate(plan(trace_file), Omniscient)
 
 
-def test_chance_is_that_of_the_request() -> None:
-    """Whatever was drawn before it."""
+def test_chance_depends_on_the_request_alone() -> None:
+    """Earlier draws do not change it."""
     one, other = Chance(3), Chance(3)
     one.random()
     for chance in (one, other):
@@ -191,21 +191,21 @@ def test_counting_shared_blocks_once_keeps_chats_where_they_are() -> None:
     assert once.ttft_mean_s < again.ttft_mean_s
 
 
-def test_what_is_predicted_is_less_than_what_is_known(trace_file: Path) -> None:
+def test_predictions_find_less_than_events(trace_file: Path) -> None:
     known, predicted = (
         figures(simulate(plan(trace_file, mode, replicas=2)), 8) for mode in ("kv", "predicted")
     )
     assert predicted.hit_rate < known.hit_rate
 
 
-def test_a_file_that_is_no_trace_is_refused(tmp_path: Path) -> None:
+def test_file_without_a_trace_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "notes.jsonl"
     path.write_text("{}\n")
     with pytest.raises(SystemExit, match="line 1"):
         main(["--trace", str(path), "--simulate"])
 
 
-def test_all_can_be_simulated(trace_file: Path, tmp_path: Path) -> None:
+def test_all_modes_can_be_simulated(trace_file: Path, tmp_path: Path) -> None:
     results = tmp_path / "replay.json"
     arguments = (
         f"--trace {trace_file} --simulate --requests 60 --workers 4 --replicas 1,2 --results {results}"
@@ -250,7 +250,7 @@ def test_figures_count_tokens() -> None:
     )
 
 
-def test_a_hit_that_the_worker_did_not_find_is_wrong() -> None:
+def test_hit_that_the_worker_did_not_find_is_wrong() -> None:
     outcomes = [
         outcome(0, 1, prompt=100, cached=60, matched=40),
         outcome(1, 1, prompt=100, cached=10, matched=60),
@@ -259,7 +259,7 @@ def test_a_hit_that_the_worker_did_not_find_is_wrong() -> None:
     assert wrong_share([outcome(0, 1, prompt=100, cached=60)]) == 0
 
 
-def test_an_index_differs_by_what_it_lacks_and_by_what_is_not_there(tmp_path: Path) -> None:
+def test_index_difference_counts_missing_and_wrong_blocks(tmp_path: Path) -> None:
     for name, caches in {
         "truth": {1: {1, 2, 3}, 2: set[int]()},
         "index": {1: {2, 3}, 9: {2**64 - 1}},
@@ -308,7 +308,7 @@ def test_rows_that_did_not_run_keep_their_figures(trace_file: Path, tmp_path: Pa
     assert [row.index for row in kept] == [None, "equal", None, "2 missing, 1 wrong of 5"]
 
 
-def test_a_row_is_the_mean_of_its_runs(trace_file: Path) -> None:
+def test_row_is_the_mean_of_its_runs(trace_file: Path) -> None:
     runs = [
         dataclasses.replace(result(), outcomes=[outcome(0, 1, prompt=100, cached=cached)])
         for cached in (40, 60)
@@ -319,7 +319,7 @@ def test_a_row_is_the_mean_of_its_runs(trace_file: Path) -> None:
     assert "| 0.500 ± 0.141 |" in markdown([row])
 
 
-def test_the_table_holds_rows_against_the_omniscient_one(trace_file: Path) -> None:
+def test_table_compares_rows_with_the_omniscient_router(trace_file: Path) -> None:
     one = plan(trace_file)
     reference = simulated_entry(
         one, "t", [figures([outcome(0, 1, prompt=100, cached=80, ttft_s=0.5)], 4)], mode=OMNISCIENT
@@ -337,7 +337,7 @@ def test_workers_share_processes(workers: int, alone: bool, counts: list[int]) -
     assert worker_counts(workers, alone=alone) == counts
 
 
-def test_the_command_line_says_what_to_run() -> None:
+def test_command_line_chooses_the_runs() -> None:
     options = parse(["--modes", "kv,rr", "--replicas", "1,4", "--arrivals", "given", "--faults", "redis"])
     runs = [(plan.arrivals, plan.mode, plan.replicas, plan.speedup, fault) for plan, fault in options.runs]
     assert runs == [
@@ -361,6 +361,6 @@ def test_the_command_line_says_what_to_run() -> None:
         ["--workload", "shared-prompts", "--arrivals", "poisson", "--trace", "pyproject.toml"],
     ],
 )
-def test_what_cannot_be_run_is_refused(arguments: list[str]) -> None:
+def test_impossible_runs_are_refused(arguments: list[str]) -> None:
     with pytest.raises(SystemExit):
         parse(arguments)

@@ -22,7 +22,7 @@ from benchmarks.request.workloads import ITEMS, WORKLOADS, Kind, Workload
 # --------------------------------------------------------------------------- rows and cells
 
 
-def test_each_row_comes_of_the_matrix_or_of_a_measurement_of_its_own() -> None:
+def test_every_row_has_a_measurement() -> None:
     assert COMPARISONS.keys() | ALONE.keys() == BOUNDS.keys()
     assert COMPARISONS.keys().isdisjoint(ALONE)
     matrix = {(workload, side) for stage in STAGES for side, names in stage.items() for workload in names}
@@ -32,25 +32,25 @@ def test_each_row_comes_of_the_matrix_or_of_a_measurement_of_its_own() -> None:
     assert {side for stage in STAGES for side in stage} == SIDES.keys()
 
 
-def test_everything_is_measured_unless_something_is_chosen() -> None:
+def test_everything_is_measured_by_default() -> None:
     cells, rows = selection(None, None, None)
     assert rows == BOUNDS.keys()
     assert len(cells) == sum(len(names) for stage in STAGES for names in stage.values())
 
 
-def test_rows_take_only_what_they_need() -> None:
+def test_rows_take_only_the_cells_they_need() -> None:
     cells, rows = selection({"P5", "P14"}, None, None)
     assert cells == {("unary c=1", OURS), ("unary c=1", RAW)}
     assert rows == {"P5", "P14"}
 
 
-def test_a_part_of_the_matrix_gives_the_rows_that_it_holds() -> None:
+def test_part_of_the_matrix_gives_its_rows() -> None:
     cells, rows = selection(None, {"unary c=64"}, {OURS, NATS})
     assert cells == {("unary c=64", OURS), ("unary c=64", NATS)}
     assert rows == {"P1", "P6", "P7"}
 
 
-def test_a_row_that_lacks_a_side_is_left_out() -> None:
+def test_row_that_lacks_a_side_is_left_out() -> None:
     assert selection({"P1", "P8"}, None, {OURS}) == ({("unary c=64", OURS), ("tick", OURS)}, set())
 
 
@@ -58,13 +58,13 @@ def figures(per_s: float, p99_ms: float, cpu_s_per_100k: float) -> Figures:
     return Figures(per_s, 1.0, p99_ms, cpu_s_per_100k)
 
 
-def test_a_row_above_its_must_is_one_where_ours_is_better() -> None:
+def test_row_above_its_must_is_one_where_ours_is_better() -> None:
     rounds = {OURS: [figures(200, 2, 1)], NATS: [figures(100, 8, 5)]}
     ratios = {name: COMPARISONS[name].measured(rounds).ratio for name in ("P1", "P6", "P7")}
     assert ratios == {"P1": 2, "P6": 5, "P7": 4}
 
 
-def test_a_cell_holds_the_medians() -> None:
+def test_cell_holds_the_medians() -> None:
     rounds = [figures(1, 30, 7), figures(3, 10, 9), figures(2, 20, 8)]
     assert cell("tick", OURS, rounds) == Cell("tick", OURS, "items", 2, 1, 20, 8, 3)
 
@@ -86,7 +86,7 @@ def test_cells_that_were_not_measured_keep_their_figures(
 
 
 class Fake(Peer):
-    """Answers at once, and cuts off what it is told to."""
+    """Answers at once, and cuts off the chosen answers."""
 
     def __init__(self, missing: int = 0) -> None:
         self._missing = missing
@@ -101,7 +101,7 @@ class Fake(Peer):
 
 
 @pytest.mark.parametrize("name", ["unary c=64", "burst"])
-async def test_a_side_that_answers_short_is_not_measured(name: str) -> None:
+async def test_side_with_short_answers_is_not_measured(name: str) -> None:
     with pytest.raises(WrongAnswer):
         await Fake(missing=1).drive(WORKLOADS[name], 0.01)
 
@@ -120,7 +120,7 @@ async def test_every_answer_is_counted_once() -> None:
     assert 0 < found["p50_ms"] <= found["p99_ms"] <= 1e3 * found["seconds"]
 
 
-async def test_the_generators_have_as_many_items_as_they_are_asked_for() -> None:
+async def test_generators_yield_the_requested_number_of_items() -> None:
     async def count(items: AsyncIterator[Any]) -> int:
         return len([item async for item in items])
 
@@ -135,7 +135,7 @@ async def test_the_generators_have_as_many_items_as_they_are_asked_for() -> None
         (raw, ("callback",), ("echo",)),
     ],
 )
-async def test_the_sides_that_need_nothing_installed_answer(
+async def test_sides_without_third_parties_answer(
     module: ModuleType, how: tuple[str, ...], kinds: tuple[Kind, ...]
 ) -> None:
     announced: asyncio.Future[str] = asyncio.get_running_loop().create_future()

@@ -1,4 +1,4 @@
-"""The soak sees what grows, and does not take a warm-up or a wobble for it."""
+"""The soak detects growth, and does not take a warm-up or noise for it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def samples(
     ]
 
 
-def test_what_grows_without_an_end_is_named() -> None:
+def test_endless_growth_is_named() -> None:
     assert grown(growth(samples(lambda second: 60 * MIB + second * MIB // 20))) == ["router_bytes"]
     assert grown(growth(samples(lambda _: 60 * MIB, lambda second: 2000 + 4 * second))) == ["blocks"]
 
@@ -33,7 +33,7 @@ def test_what_grows_without_an_end_is_named() -> None:
     ],
     ids=["flat", "warm-up", "peaks"],
 )
-def test_what_stays_is_not(router_bytes: Callable[[int], int]) -> None:
+def test_flat_memory_is_not_named(router_bytes: Callable[[int], int]) -> None:
     assert grown(growth(samples(router_bytes))) == []
 
 
@@ -44,6 +44,6 @@ def test_every_kind_of_fault_comes() -> None:
     assert long == sorted(long)
 
 
-def test_requests_come_for_as_long_as_asked() -> None:
+def test_requests_come_for_the_whole_time() -> None:
     plan = make_plan(20, seed=1)
     assert plan.load_trace().requests[-1].arrival_s / plan.speedup == pytest.approx(20)

@@ -1,4 +1,4 @@
-"""S8 has a row for whatever the product runs on a server."""
+"""S8 measures every script and command that the product runs on a server."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class Told(Story):
         self.note("observer", "log", kind="x", key=port_key("h", port), lease=LEASES[process])
 
     def state(self, **ports: Sequence[int]) -> None:
-        """What stands in the end, by process."""
+        """Note the final state, by process."""
         records = {
             key: ["{}", LEASES.get(process, process), "1-1"]
             for process, some in ports.items()
@@ -89,7 +89,7 @@ def story() -> Told:
 # ---------------------------------------------------------------------- ports: right
 
 
-def test_tenants_one_after_the_other(story: Told) -> None:
+def test_successive_tenants_are_right(story: Told) -> None:
     first = story.reserve("a", 20, 21)
     story.reserve("b", 22)
     story.release(first, 20, 21)
@@ -98,7 +98,7 @@ def test_tenants_one_after_the_other(story: Told) -> None:
     assert story.whats == []
 
 
-def test_a_port_may_be_taken_while_its_release_is_under_way(story: Told) -> None:
+def test_port_may_be_taken_during_its_release(story: Told) -> None:
     name = story.reserve("a", 20)
     releasing = story.begin("a", "release", reservation=name, keys=keys([20]))
     story.reserve("b", 20)
@@ -107,7 +107,7 @@ def test_a_port_may_be_taken_while_its_release_is_under_way(story: Told) -> None
     assert story.whats == []
 
 
-def test_the_dead_give_their_ports_back(story: Told) -> None:
+def test_dead_tenants_give_their_ports_back(story: Told) -> None:
     story.reserve("a", 20)
     story.note("runner", "killed", process="a", how="SIGKILL")
     story.reserve("b", 20)
@@ -115,7 +115,7 @@ def test_the_dead_give_their_ports_back(story: Told) -> None:
     assert story.whats == []
 
 
-def test_after_lost_data_the_late_one_is_told(story: Told) -> None:
+def test_late_tenant_is_told_after_lost_data(story: Told) -> None:
     name = story.reserve("a", 20, 21)
     story.flush()
     story.reserve("b", 20)
@@ -125,7 +125,7 @@ def test_after_lost_data_the_late_one_is_told(story: Told) -> None:
     assert story.whats == []
 
 
-def test_whose_lease_ended_is_told(story: Told) -> None:
+def test_tenant_whose_lease_ended_is_told(story: Told) -> None:
     name = story.reserve("a", 20)
     story.note("runner", "frozen", process="a")
     story.expire("a", 20)
@@ -138,7 +138,7 @@ def test_whose_lease_ended_is_told(story: Told) -> None:
     assert story.whats == []
 
 
-def test_one_that_is_lost_before_its_range_is_reserved_was_never_believed(story: Told) -> None:
+def test_port_lost_before_its_range_is_reserved_has_no_belief(story: Told) -> None:
     name = "a:x"
     slow = story.begin("a", "reserve", reservation=name, count=2, first=20, end=30)
     story.flush()
@@ -265,7 +265,7 @@ Wrong = Callable[[Told], None]
         (_lost_without_cause, "was told that v1/ports/h/20 is another's, though its lease lived"),
     ],
 )
-def test_what_is_wrong_with_ports_is_seen(story: Told, tell: Wrong, what: str) -> None:
+def test_wrong_ports_are_found(story: Told, tell: Wrong, what: str) -> None:
     tell(story)
     assert len(story.whats) == 1, story.whats
     assert story.whats[0].startswith(what)
@@ -287,14 +287,14 @@ def leave_all(story: Told) -> None:
         story.leave(process, part)
 
 
-def test_all_go_on_together(story: Told) -> None:
+def test_barrier_members_go_on_together(story: Told) -> None:
     complete(story)
     leave_all(story)
     story.state()
     assert story.whats == []
 
 
-def test_duplicates_and_the_late_are_told_so(story: Told) -> None:
+def test_duplicate_and_late_members_are_refused(story: Told) -> None:
     complete(story)
     story.join("d", "w1").refused({"reason": "barrier 'g' has a worker 'w1' already"})
     story.join("d", "w3").refused({"reason": "barrier 'g' was complete before 'w3' came"})
@@ -303,7 +303,7 @@ def test_duplicates_and_the_late_are_told_so(story: Told) -> None:
     assert story.whats == []
 
 
-def test_a_watch_may_still_show_an_end_that_has_just_gone(story: Told) -> None:
+def test_watch_may_still_show_a_part_that_just_ended(story: Told) -> None:
     complete(story)
     story.leave("a", "a1")
     story.skipped_s -= 1.5
@@ -311,14 +311,14 @@ def test_a_watch_may_still_show_an_end_that_has_just_gone(story: Told) -> None:
     assert story.whats == []
 
 
-def test_an_abort_is_told_to_all(story: Told) -> None:
+def test_abort_reaches_all_members(story: Told) -> None:
     leading, one = story.lead("a"), story.join("b", "w1")
     leading.refused({"reason": "barrier 'g': 1 of 2 workers came within 5 s"})
     one.refused({"reason": "barrier 'g' was aborted: barrier 'g': 1 of 2 workers came within 5 s"})
     assert story.whats == []
 
 
-def test_a_worker_that_dies_at_that_very_moment_may_be_counted(story: Told) -> None:
+def test_worker_that_dies_at_completion_may_be_counted(story: Told) -> None:
     leading, one = story.lead("a"), story.join("b", "w1")
     story.join("c", "w2")
     story.note("runner", "killed", process="c", how="SIGKILL")
@@ -327,7 +327,7 @@ def test_a_worker_that_dies_at_that_very_moment_may_be_counted(story: Told) -> N
     assert story.whats == []
 
 
-def test_a_leader_whose_last_words_answer_was_lost_may_have_let_its_workers_go(story: Told) -> None:
+def test_leader_with_lost_answer_may_have_released_workers(story: Told) -> None:
     leading, one, two = story.lead("a"), story.join("b", "w1"), story.join("c", "w2")
     story.flush()
     one.ok({"data": "a1"})
@@ -429,7 +429,7 @@ def _left(story: Told) -> None:
         (_left, "v1/barrier/g/data stands, but all have left"),
     ],
 )
-def test_what_is_wrong_with_barriers_is_seen(story: Told, tell: Wrong, what: str) -> None:
+def test_wrong_barriers_are_found(story: Told, tell: Wrong, what: str) -> None:
     tell(story)
     assert story.whats == [what]
 
@@ -437,7 +437,7 @@ def test_what_is_wrong_with_barriers_is_seen(story: Told, tell: Wrong, what: str
 # ---------------------------------------------------------------------- calm
 
 
-def test_calm_comes_after_the_last_trouble_of_those_asked_about(story: Told) -> None:
+def test_calm_comes_after_the_last_trouble_of_the_processes(story: Told) -> None:
     story.note("runner", "fault", name="cut")  # at 4
     story.note("runner", "healed", name="cut")  # 5
     story.note("runner", "frozen", process="a")  # 6

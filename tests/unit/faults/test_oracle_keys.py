@@ -1,4 +1,4 @@
-"""The oracle of registered keys: what may stand in the end, and each way in which it may be wrong."""
+"""The oracle of registered keys: the valid final states, and each kind of violation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def finish(story: Story, records: dict[str, list[str | None]], *alive: str) -> N
 
 @pytest.fixture
 def story() -> Story:
-    """Two workers, of which the first has registered a key."""
+    """Return a story of two workers, of which the first has registered a key."""
     told = Story()
     for process, lease in (("w1", "1e"), ("w2", "2e")):
         told.note(process, "started", role="worker", lease=lease)
@@ -35,20 +35,20 @@ def story() -> Story:
 # ---------------------------------------------------------------------- right
 
 
-def test_a_live_workers_key_stands(story: Story) -> None:
+def test_key_of_a_live_worker_stands(story: Story) -> None:
     story.call("w1", "update", {"revision": "1-4"}, key=KEY, value="v2")
     finish(story, {KEY: ["v2", "1e", "1-4"], "data/x": ["v", None, "1-5"]}, "w1", "w2")
     assert whats(story) == []
 
 
 @pytest.mark.parametrize("value", ["v1", "v2"])
-def test_an_update_of_unknown_outcome_leaves_either_value(story: Story, value: str) -> None:
+def test_update_of_unknown_outcome_leaves_either_value(story: Story, value: str) -> None:
     story.begin("w1", "update", key=KEY, value="v2")
     finish(story, {KEY: [value, "1e", "1-4"]}, "w1", "w2")
     assert whats(story) == []
 
 
-def test_a_later_update_settles_one_of_unknown_outcome(story: Story) -> None:
+def test_later_update_settles_one_of_unknown_outcome(story: Story) -> None:
     story.begin("w1", "update", key=KEY, value="v2")
     story.call("w1", "update", {"revision": "1-5"}, key=KEY, value="v3")
     finish(story, {KEY: ["v2", "1e", "1-4"]}, "w1", "w2")
@@ -56,32 +56,32 @@ def test_a_later_update_settles_one_of_unknown_outcome(story: Story) -> None:
 
 
 @pytest.mark.parametrize("is_there", [True, False])
-def test_an_unregistration_of_unknown_outcome_leaves_either(story: Story, is_there: bool) -> None:
+def test_unregistration_of_unknown_outcome_leaves_either(story: Story, is_there: bool) -> None:
     story.begin("w1", "unregister", key=KEY)
     finish(story, {KEY: ["v1", "1e", "1-4"]} if is_there else {}, "w1", "w2")
     assert whats(story) == []
 
 
-def test_a_dead_workers_key_is_gone(story: Story) -> None:
+def test_key_of_a_dead_worker_is_gone(story: Story) -> None:
     story.note("runner", "killed", process="w1", how="SIGKILL")
     finish(story, {}, "w2")
     assert whats(story) == []
 
 
-def test_a_stopped_workers_key_may_be_there_or_gone(story: Story) -> None:
+def test_key_of_a_stopped_worker_may_stand_or_be_gone(story: Story) -> None:
     story.note("runner", "frozen", process="w1")
     finish(story, {}, "w2")
     assert whats(story) == []
 
 
-def test_a_key_that_somebody_deleted_is_lost(story: Story) -> None:
+def test_deleted_key_is_lost(story: Story) -> None:
     story.call("w2", "delete", {"deleted": True}, key=KEY)
     story.note("w1", "lost", key=KEY, reason="deleted")
     finish(story, {}, "w1", "w2")
     assert whats(story) == []
 
 
-def test_what_comes_after_the_final_state_is_the_runs_own_end(story: Story) -> None:
+def test_events_after_the_final_state_are_not_judged(story: Story) -> None:
     finish(story, {KEY: ["v1", "1e", "1-4"]}, "w1", "w2")
     story.call("w1", "unregister", {}, key=KEY)
     assert whats(story) == []
@@ -161,7 +161,7 @@ WRONG: dict[Callable[[Story], None], str] = {
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: wrong.__name__.strip("_"))
-def test_what_should_not_be_is_seen(story: Story, wrong: Callable[[Story], None]) -> None:
+def test_each_violation_is_found(story: Story, wrong: Callable[[Story], None]) -> None:
     wrong(story)
     said = whats(story)
     assert any(WRONG[wrong] in what for what in said), said

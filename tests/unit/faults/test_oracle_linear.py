@@ -1,4 +1,5 @@
-"""The linearizability oracle: what fits an order, what does not, and that it decides as trying all does."""
+"""The linearizability oracle: histories that fit an order and those that do not. It decides as an exhaustive
+search."""
 
 from __future__ import annotations
 
@@ -43,7 +44,7 @@ def story() -> Story:
 # ---------------------------------------------------------------------- right
 
 
-def test_calls_one_after_the_other_fit(story: Story) -> None:
+def test_successive_calls_fit(story: Story) -> None:
     get(story, None, None)
     story.call("p", "create", {"revision": "1-1"}, key="k", value="v1")
     story.call("q", "create", {"exists": True}, refused=True, key="k", value="v2")
@@ -65,7 +66,7 @@ def test_overlapping_calls_may_take_effect_in_either_order(story: Story) -> None
     assert whats(story) == []
 
 
-def test_a_call_of_unknown_outcome_may_take_effect_late(story: Story) -> None:
+def test_call_of_unknown_outcome_may_take_effect_late(story: Story) -> None:
     put(story, "v1", 1)
     story.begin("q", "put", key="k", value="late")
     get(story, "v1", 1)
@@ -74,7 +75,7 @@ def test_a_call_of_unknown_outcome_may_take_effect_late(story: Story) -> None:
     assert whats(story) == []
 
 
-def test_a_call_of_unknown_outcome_may_never_take_effect(story: Story) -> None:
+def test_call_of_unknown_outcome_may_never_take_effect(story: Story) -> None:
     put(story, "v1", 1)
     story.begin("q", "delete", key="k")
     story.begin("q", "create", key="k", value="v2")
@@ -90,7 +91,7 @@ def test_two_calls_of_unknown_outcome_may_explain_one_answer(story: Story) -> No
     assert whats(story) == []
 
 
-def test_a_transaction_changes_its_keys_at_once(story: Story) -> None:
+def test_transaction_changes_its_keys_at_once(story: Story) -> None:
     put(story, "a1", 1, key="a")
     compares, puts = [["a", "1-1"], ["b", None]], [["a", "a2"], ["b", "b2"]]
     story.call("p", "transact", {"revision": "1-3"}, compares=compares, puts=puts, deletes=[])
@@ -103,7 +104,7 @@ def test_a_transaction_changes_its_keys_at_once(story: Story) -> None:
     assert whats(story) == []
 
 
-def test_after_a_loss_nothing_is_known_but_what_follows_must_fit(story: Story) -> None:
+def test_calls_after_a_loss_must_fit_from_an_unknown_state(story: Story) -> None:
     put(story, "v1", 1)
     put(story, "v2", 2)
     story.note("runner", "fault", name="failover")
@@ -217,12 +218,12 @@ WRONG: tuple[Callable[[Story], None], ...] = (
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: wrong.__name__.strip("_"))
-def test_what_fits_no_order_is_seen(story: Story, wrong: Callable[[Story], None]) -> None:
+def test_calls_that_fit_no_order_are_found(story: Story, wrong: Callable[[Story], None]) -> None:
     wrong(story)
     assert whats(story) != []
 
 
-def test_a_violation_shows_the_calls_around_the_one_that_does_not_fit(story: Story) -> None:
+def test_violation_shows_the_calls_around_the_misfit(story: Story) -> None:
     _stale_read(story)
     (violation,) = check(story.history)
     assert "get of k fits nowhere: 2 of 3 calls fit one order, after which k was v2 @ 1-2" in str(violation)
@@ -233,7 +234,7 @@ def test_a_violation_shows_the_calls_around_the_one_that_does_not_fit(story: Sto
 
 
 class Registers:
-    """What a registry does, in a few lines: `apply` answers a call as (outcome, answer)."""
+    """The registry's rules in a few lines: `apply` returns a call's (outcome, answer)."""
 
     def __init__(self) -> None:
         self._cells: dict[str, tuple[str, str]] = {}
@@ -285,8 +286,8 @@ ACTIONS = ("get", "get", "get", "put", "create", "compare_and_put", "delete")
 def make_history(
     rng: random.Random, count: int, *, keys: int = 3, processes: int = 5, transactions: bool = False
 ) -> History:
-    """A right history: calls take effect one by one, at a moment within each. Of some the answer is lost:
-    they take effect at once, much later, or never."""
+    """Return a right history: calls take effect one by one, at a moment within each. Some answers are lost:
+    those calls take effect at once, much later, or never."""
     registers = Registers()
     free_at = [0.0] * processes
     late: list[tuple[str, dict[str, Any]]] = []
@@ -326,7 +327,7 @@ def _arguments(
 
 
 def mutate(rng: random.Random, history: History) -> History:
-    """The same, but one read answers what another one did."""
+    """Return the same history, in which one read has another one's answer."""
     reads = [
         index
         for index, call in enumerate(history.calls)
@@ -345,7 +346,7 @@ def mutate(rng: random.Random, history: History) -> History:
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**32), st.booleans())
-def test_what_registers_did_fits(seed: int, transactions: bool) -> None:
+def test_calls_of_real_registers_fit(seed: int, transactions: bool) -> None:
     assert check(make_history(random.Random(seed), 100, transactions=transactions)) == []
 
 
@@ -391,7 +392,7 @@ def _fits(order: Sequence[Operation]) -> bool:
 
 
 def split(calls: Sequence[Call]) -> tuple[list[Operation], list[Operation]]:
-    """The answered ones, and those of unknown outcome."""
+    """Return the answered ones, and those of unknown outcome."""
     operations = [operation_of(call) for call in calls]
     return (
         [operation for operation in operations if operation.call.outcome != "unknown"],
@@ -401,7 +402,7 @@ def split(calls: Sequence[Call]) -> tuple[list[Operation], list[Operation]]:
 
 @st.composite
 def tiny_calls(draw: st.DrawFn, keys: str) -> list[Call]:
-    """Up to five calls, whose answers need not fit. On several keys some are transactions."""
+    """Draw up to five calls, whose answers need not fit. On several keys some are transactions."""
     return [_tiny_call(draw, number, keys) for number in range(draw(st.integers(1, 5)))]
 
 
@@ -445,21 +446,21 @@ def _tiny_call(draw: st.DrawFn, number: int, keys: str) -> Call:
 
 @settings(max_examples=150, deadline=None)
 @given(tiny_calls("k"))
-def test_the_search_decides_as_trying_all_orders_does(calls: list[Call]) -> None:
+def test_search_equals_exhaustive_search(calls: list[Call]) -> None:
     answered, unknown = split(calls)
     assert Search(["k"], answered, unknown, ABSENT).run().found == fits_by_trial(answered, unknown)
 
 
 @settings(max_examples=150, deadline=None)
 @given(tiny_calls("ab"))
-def test_the_search_of_joined_keys_decides_as_trying_all_orders_does(calls: list[Call]) -> None:
+def test_search_of_joined_keys_equals_exhaustive_search(calls: list[Call]) -> None:
     answered, unknown = split(calls)
     assert Search(["a", "b"], answered, unknown, ABSENT).run().found == fits_by_trial(answered, unknown)
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.one_of(tiny_calls("k"), tiny_calls("ab")))
-def test_the_whole_oracle_accepts_only_what_fits_an_order(calls: list[Call]) -> None:
+def test_oracle_accepts_only_calls_that_fit_an_order(calls: list[Call]) -> None:
     history = History(sorted(calls, key=lambda call: call.began_at))
     if not check(history):
         assert fits_by_trial(*split(calls))

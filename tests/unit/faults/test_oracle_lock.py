@@ -34,7 +34,7 @@ def story() -> Story:
 # ---------------------------------------------------------------------- right
 
 
-def test_holders_one_after_the_other(story: Story) -> None:
+def test_successive_holders_are_right(story: Story) -> None:
     read(story, None, None)
     acquire(story, "a", 5)
     write(story, "a", 5, "a1")
@@ -46,7 +46,7 @@ def test_holders_one_after_the_other(story: Story) -> None:
     assert whats(story) == []
 
 
-def test_a_write_that_overlaps_the_next_grant_may_be_accepted(story: Story) -> None:
+def test_write_that_overlaps_the_next_grant_may_be_accepted(story: Story) -> None:
     acquire(story, "a", 5)
     slow = story.begin("a", "lock_write", lock="l", token=5, value="a1")
     acquire(story, "b", 7)
@@ -54,7 +54,7 @@ def test_a_write_that_overlaps_the_next_grant_may_be_accepted(story: Story) -> N
     assert whats(story) == []
 
 
-def test_a_write_of_unknown_outcome_may_show_late(story: Story) -> None:
+def test_write_of_unknown_outcome_may_show_late(story: Story) -> None:
     acquire(story, "a", 5)
     story.begin("a", "lock_write", lock="l", token=5, value="a1")
     read(story, None, None)
@@ -62,7 +62,7 @@ def test_a_write_of_unknown_outcome_may_show_late(story: Story) -> None:
     assert whats(story) == []
 
 
-def test_a_failover_may_forget_a_grant(story: Story) -> None:
+def test_failover_may_forget_a_grant(story: Story) -> None:
     acquire(story, "a", 5)
     acquire(story, "b", 7)
     write(story, "b", 7, "b1")
@@ -136,7 +136,7 @@ WRONG: dict[Callable[[Story], None], str] = {
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: wrong.__name__.strip("_"))
-def test_what_should_not_be_is_seen(story: Story, wrong: Callable[[Story], None]) -> None:
+def test_each_violation_is_found(story: Story, wrong: Callable[[Story], None]) -> None:
     wrong(story)
     said = whats(story)
     assert any(WRONG[wrong] in what for what in said), said

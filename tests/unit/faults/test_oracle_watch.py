@@ -1,4 +1,4 @@
-"""The watch oracle: what it must accept, and each kind of wrong watch that it must see."""
+"""The watch oracle: valid watches that it must accept, and each kind of wrong watch that it must find."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Log:
         self.last, self._branch = last, "other "
 
     def entry(self, kind: str, key: str, value: str = "", lease: str = "") -> Event:
-        """The next entry; answers it as a watch shows it."""
+        """Write the next entry, and return it as a watch shows it."""
         count = int(self.last[0].partition("-")[2]) + 1
         entry_id, operation = f"1-{count}", f"{self._branch}operation {count}"
         self._story.note(
@@ -54,13 +54,13 @@ class Log:
 
 
 def show(story: Story, *events: Event, revision: str | None = None, resync: str | None = None) -> None:
-    """A batch of the watch on `a/`."""
+    """Note a batch of the watch on `a/`."""
     at = revision or events[-1][3 if events[-1][0] == "put" else 2]
     story.note("w", "watch", watch="w/1", prefix="a/", revision=at, resync=resync, events=list(events))
 
 
 def finish(story: Story, log: Log, records: dict[str, str]) -> None:
-    """The final state: key → value@revision."""
+    """Note the final state: key → value@revision."""
     split = {key: said.split("@") for key, said in records.items()}
     fields = {key: [value, None, revision] for key, (value, revision) in split.items()}
     story.note("runner", "state", server="a", revision=log.last[0], records=fields)
@@ -90,7 +90,7 @@ def test_every_change_in_order_is_right(story: Story) -> None:
     assert whats(story) == []
 
 
-def test_an_expiry_of_what_a_snapshot_hid_is_not_shown(story: Story) -> None:
+def test_expiry_of_a_hidden_record_is_not_shown(story: Story) -> None:
     log = Log(story)
     log.put("a/1", "v1", lease="1e")
     show(story, revision=log.last[0])
@@ -99,14 +99,14 @@ def test_an_expiry_of_what_a_snapshot_hid_is_not_shown(story: Story) -> None:
     assert whats(story) == []
 
 
-def test_a_record_without_a_lease_cannot_be_hidden(story: Story) -> None:
+def test_record_without_a_lease_cannot_be_hidden(story: Story) -> None:
     log = Log(story)
     log.put("a/1", "v1")
     show(story, revision=log.last[0])
     assert len(whats(story)) == 1
 
 
-def test_a_resync_across_a_lost_tail_is_right_where_the_same_id_came_twice(story: Story) -> None:
+def test_resync_across_a_lost_tail_accepts_a_repeated_id(story: Story) -> None:
     log = Log(story)
     show(story, log.put("a/1", "v1"), revision=log.last[0])
     shared = log.last
@@ -119,7 +119,7 @@ def test_a_resync_across_a_lost_tail_is_right_where_the_same_id_came_twice(story
     assert whats(story) == []
 
 
-def test_a_watch_that_goes_on_from_a_revision_has_no_first_state(story: Story) -> None:
+def test_resumed_watch_has_no_first_state(story: Story) -> None:
     log = Log(story)
     show(story, log.put("a/1", "v1"))
     story.note("w", "unwatched", watch="w/1", reason="closed")
@@ -131,7 +131,7 @@ def test_a_watch_that_goes_on_from_a_revision_has_no_first_state(story: Story) -
     assert whats(story) == []
 
 
-def test_a_watch_of_a_killed_process_may_lag(story: Story) -> None:
+def test_watch_of_a_killed_process_may_lag(story: Story) -> None:
     log = Log(story)
     show(story, log.put("a/1", "v1"))
     story.note("runner", "killed", process="w", how="SIGKILL")
@@ -247,7 +247,7 @@ WRONG: dict[Callable[[Story, Log], None], str] = {
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: wrong.__name__.strip("_"))
-def test_a_wrong_watch_is_seen(story: Story, wrong: Callable[[Story, Log], None]) -> None:
+def test_wrong_watch_is_found(story: Story, wrong: Callable[[Story, Log], None]) -> None:
     log = Log(story)
     show(story, log.put("a/1", "v1", lease="1e"), revision=log.last[0])
     wrong(story, log)
@@ -255,21 +255,21 @@ def test_a_wrong_watch_is_seen(story: Story, wrong: Callable[[Story, Log], None]
     assert any(WRONG[wrong] in what for what in said), said
 
 
-def test_a_hole_in_the_truth_is_said(story: Story) -> None:
+def test_hole_in_the_truth_is_reported(story: Story) -> None:
     log = Log(story)
     log.last = ["1-5", "unseen"]
     log.put("a/1", "v1")
     assert "cannot be judged" in whats(story)[0]
 
 
-def test_a_watch_that_shows_nothing_is_seen(story: Story) -> None:
+def test_silent_watch_is_found(story: Story) -> None:
     log = Log(story)
     story.note("w", "watching", watch="w/1", prefix="a/", start_revision=None, resumes=None)
     finish(story, log, {})
     assert "has never shown anything" in whats(story)[0]
 
 
-def test_a_violation_says_what_was_promised_what_was_seen_by_whom_and_when(story: Story) -> None:
+def test_violation_names_promise_observation_process_and_time(story: Story) -> None:
     log = Log(story)
     show(story, log.put("a/1", "v1"))
     _lost(story, log)

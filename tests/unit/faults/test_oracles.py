@@ -1,4 +1,4 @@
-"""The small oracles: objects, chats, members; and what they all stand on: losses and fates."""
+"""The small oracles: objects, chats, members; and their common parts: losses and fates."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def story() -> Story:
     return Story()
 
 
-def test_nothing_is_wrong_with_nothing(story: Story) -> None:
+def test_empty_history_is_right(story: Story) -> None:
     assert [check(story.history) for check in ORACLES.values()] == [[]] * len(ORACLES)
 
 
@@ -37,7 +37,7 @@ def read(story: Story, sha256: str | None) -> None:
     story.call("r", "object_get", {"sha256": sha256}, name="o")
 
 
-def test_old_and_new_versions_may_be_read_while_the_new_one_is_put(story: Story) -> None:
+def test_read_during_a_put_may_show_old_or_new_version(story: Story) -> None:
     read(story, None)
     put(story, "old")
     slow = story.begin("u", "object_put", name="o", sha256="new", size_bytes=1)
@@ -50,7 +50,7 @@ def test_old_and_new_versions_may_be_read_while_the_new_one_is_put(story: Story)
     assert objects.check(story.history) == []
 
 
-def test_a_put_of_unknown_outcome_may_show_late(story: Story) -> None:
+def test_put_of_unknown_outcome_may_show_late(story: Story) -> None:
     put(story, "old")
     story.begin("u", "object_put", name="o", sha256="new", size_bytes=1)
     read(story, "old")
@@ -58,7 +58,7 @@ def test_a_put_of_unknown_outcome_may_show_late(story: Story) -> None:
     assert objects.check(story.history) == []
 
 
-def test_a_mixture_of_versions_is_seen(story: Story) -> None:
+def test_mixture_of_versions_is_found(story: Story) -> None:
     put(story, "old")
     put(story, "new")
     read(story, "half old, half new")
@@ -67,14 +67,14 @@ def test_a_mixture_of_versions_is_seen(story: Story) -> None:
     ]
 
 
-def test_an_old_version_is_seen(story: Story) -> None:
+def test_read_of_an_old_version_is_found(story: Story) -> None:
     put(story, "old")
     put(story, "new")
     read(story, "old")
     assert whats(objects.check(story.history)) == ["o was read as old, which new had replaced"]
 
 
-def test_what_one_reader_saw_a_later_one_must_see(story: Story) -> None:
+def test_later_reader_must_see_the_version_of_an_earlier_one(story: Story) -> None:
     put(story, "old")
     story.begin("u", "object_put", name="o", sha256="new", size_bytes=1)
     read(story, "new")
@@ -82,13 +82,13 @@ def test_what_one_reader_saw_a_later_one_must_see(story: Story) -> None:
     assert whats(objects.check(story.history)) == ["o was read as old, which new had replaced"]
 
 
-def test_an_object_that_is_gone_is_seen(story: Story) -> None:
+def test_missing_object_is_found(story: Story) -> None:
     put(story, "old")
     read(story, None)
     assert whats(objects.check(story.history)) == ["o was not there, though it had been put"]
 
 
-def test_an_object_may_go_with_lost_data(story: Story) -> None:
+def test_object_may_go_with_lost_data(story: Story) -> None:
     put(story, "old")
     story.note("runner", "loses", what="data")
     read(story, None)
@@ -98,24 +98,24 @@ def test_an_object_may_go_with_lost_data(story: Story) -> None:
 # ---------------------------------------------------------------------- chats
 
 
-def test_chats_that_were_answered_are_right(story: Story) -> None:
+def test_answered_chats_are_right(story: Story) -> None:
     story.call("c", "chat", {"text": "hello"}, prompt="hi")
     story.begin("c", "chat", prompt="under way when the run ended")
     assert chats.check(story.history) == []
 
 
-def test_a_failed_chat_is_seen(story: Story) -> None:
+def test_failed_chat_is_found(story: Story) -> None:
     story.call("c", "chat", {"error": "NoInstances"}, refused=True, prompt="hi")
     assert whats(chats.check(story.history)) == ["a chat failed: NoInstances"]
 
 
-def test_a_chat_that_hung_is_seen(story: Story) -> None:
+def test_hanging_chat_is_found(story: Story) -> None:
     story.begin("c", "chat", prompt="hi")
     story.call("c", "chat", {"text": "hello"}, prompt="hi again")
     assert whats(chats.check(story.history)) == ["a chat was never answered"]
 
 
-def test_a_chat_of_a_killed_caller_may_hang(story: Story) -> None:
+def test_chat_of_a_killed_caller_may_hang(story: Story) -> None:
     story.begin("c", "chat", prompt="hi")
     story.note("runner", "killed", process="c", how="SIGKILL")
     story.note("runner", "state", server="a", revision="1-1", records={})
@@ -133,20 +133,20 @@ def deployment(story: Story) -> None:
     story.note("runner", "killed", process="w2", how="power off")
 
 
-def test_a_table_that_follows_the_living_is_right(story: Story) -> None:
+def test_table_of_the_live_workers_is_right(story: Story) -> None:
     deployment(story)
     story.note("c", "members", ids=["1e"])
     assert members.check(story.history) == []
 
 
-def test_an_emptied_table_is_seen(story: Story) -> None:
+def test_emptied_table_is_found(story: Story) -> None:
     deployment(story)
     story.note("c", "members", ids=[])
     story.note("c", "members", ids=["1e"])
     assert whats(members.check(story.history)) == ["the table of c was emptied, while 1 workers lived on"]
 
 
-def test_a_table_that_is_wrong_in_the_end_is_seen(story: Story) -> None:
+def test_wrong_final_table_is_found(story: Story) -> None:
     deployment(story)
     story.note("c", "members", ids=["2e"])
     assert whats(members.check(story.history)) == ["the table of c lacks live 1e, holds dead 2e"]
@@ -155,7 +155,7 @@ def test_a_table_that_is_wrong_in_the_end_is_seen(story: Story) -> None:
 # ---------------------------------------------------------------------- losses and fates
 
 
-def test_a_loss_lasts_until_its_own_fault_is_healed(story: Story) -> None:
+def test_loss_lasts_until_its_own_fault_is_healed(story: Story) -> None:
     story.note("runner", "fault", name="failover")  # at 1
     story.note("runner", "loses", what="tail")  # 2
     story.note("runner", "healed", name="freeze")  # 3, another fault's
@@ -172,7 +172,7 @@ def test_a_loss_lasts_until_its_own_fault_is_healed(story: Story) -> None:
     assert not losses.between(4.5, 7.5)
 
 
-def test_losses_that_overlap_are_one(story: Story) -> None:
+def test_overlapping_losses_are_one(story: Story) -> None:
     for name in ("one", "other"):
         story.note("runner", "fault", name=name)
         story.note("runner", "loses", what="data")
@@ -181,7 +181,7 @@ def test_losses_that_overlap_are_one(story: Story) -> None:
     assert Losses(story.history).windows == [(2.0, 6.0)]
 
 
-def test_a_processs_last_fate_counts(story: Story) -> None:
+def test_last_fate_of_a_process_counts(story: Story) -> None:
     for process in ("a", "b", "c"):
         story.note(process, "started", role="worker", lease=f"{process}e")
     story.note("runner", "frozen", process="a")
@@ -201,7 +201,7 @@ def test_a_processs_last_fate_counts(story: Story) -> None:
 
 
 def fails(story: Story, action: str, *, process: str = "w") -> None:
-    """A call whose caller is told of an error: its outcome stays unknown."""
+    """Add a call whose caller is told of an error: its outcome stays unknown."""
     call = story.begin(process, action, key="a")
     call.fails({"error": "StoreRefused: out of memory"})
 
@@ -210,7 +210,7 @@ def during(story: Story, name: str = "full", **fields: Any) -> None:
     story.note("runner", "fault", name=name, **fields)
 
 
-def test_a_read_that_fails_beside_a_fault_is_seen(story: Story) -> None:
+def test_failed_read_beside_a_fault_is_found(story: Story) -> None:
     fails(story, "get")
     during(story, serves=["get"])
     fails(story, "put")
@@ -222,7 +222,7 @@ def test_a_read_that_fails_beside_a_fault_is_seen(story: Story) -> None:
     ]
 
 
-def test_a_fault_may_have_to_leave_everything_alone(story: Story) -> None:
+def test_fault_may_have_to_leave_all_calls_alone(story: Story) -> None:
     during(story, "slow", serves=["*"])
     fails(story, "put")
     story.begin("w", "put", key="a")  # under way when the run ended
@@ -236,7 +236,7 @@ def test_calls_of_stopped_processes_may_fail(story: Story) -> None:
     assert served.check(story.history) == []
 
 
-def test_a_fault_that_goes_on_after_its_end_is_seen(story: Story) -> None:
+def test_fault_that_lasts_after_its_end_is_found(story: Story) -> None:
     during(story, "handed over", back_s=2.0)
     story.note("runner", "healed", name="handed over")
     fails(story, "put")
@@ -247,7 +247,7 @@ def test_a_fault_that_goes_on_after_its_end_is_seen(story: Story) -> None:
     ]
 
 
-def test_a_process_that_cannot_join_is_seen(story: Story) -> None:
+def test_process_that_cannot_join_is_found(story: Story) -> None:
     during(story)
     story.note("runner", "joining", process="late", fault="full", sign="watch")
     story.note("late", "started", role="watcher")
@@ -256,7 +256,7 @@ def test_a_process_that_cannot_join_is_seen(story: Story) -> None:
     assert whats(served.check(story.history)) == ["late was not served while 'full' lasted"]
 
 
-def test_a_process_that_joins_in_time_is_right(story: Story) -> None:
+def test_process_that_joins_in_time_is_right(story: Story) -> None:
     during(story)
     story.note("runner", "joining", process="late", fault="full", sign="started")
     story.note("late", "started", role="frontend")

@@ -24,7 +24,7 @@ def recorded(repository: Path) -> History:
     return History.read(repository / "tests" / "vectors" / "flushall")
 
 
-def test_a_recorded_run_is_right(recorded: History) -> None:
+def test_recorded_run_is_right(recorded: History) -> None:
     assert [str(one) for name in ORACLES for one in ORACLES[name](recorded)] == []
 
 
@@ -45,7 +45,8 @@ def _with_events(note: Note, events: list[Event]) -> Note:
 
 
 def _mutations(history: History, rng: random.Random) -> Iterator[tuple[str, History]]:
-    """Each batch with one event dropped, two swapped, one told twice, a value or revision changed."""
+    """Yield the history with one change in each batch: one event dropped, two swapped, one repeated, a value
+    or revision changed."""
     for index in rng.sample(_batches(history), 25):
         note = history.notes[index]
         events: list[Event] = note.fields["events"]
@@ -66,12 +67,12 @@ def _mutations(history: History, rng: random.Random) -> Iterator[tuple[str, Hist
             yield f"{name} {event} of {note}", History(history.calls, notes)
 
 
-def test_each_mutation_of_a_recorded_watch_is_seen(recorded: History) -> None:
+def test_each_mutation_of_a_recorded_watch_is_found(recorded: History) -> None:
     unseen = [what for what, mutant in _mutations(recorded, random.Random(1)) if not watch.check(mutant)]
     assert unseen == []
 
 
-def test_two_swapped_batches_of_a_recorded_watch_are_seen(recorded: History) -> None:
+def test_swapped_batches_of_a_recorded_watch_are_found(recorded: History) -> None:
     changes = [index for index in _batches(recorded) if recorded.notes[index].fields["resync"] is None]
     by_watch: dict[str, list[int]] = {}
     for index in changes:
@@ -87,7 +88,7 @@ def test_two_swapped_batches_of_a_recorded_watch_are_seen(recorded: History) -> 
 
 
 def _mutated_reads(history: History) -> Iterator[tuple[Call, History]]:
-    """Each read that found a value, answering what stood there before."""
+    """Yield the history with one change in each read that found a value: it returns the value before."""
     latest: dict[str, dict[str, str]] = {}
     for index, call in enumerate(history.calls):
         if call.action != "get" or call.outcome != "ok":
@@ -100,14 +101,15 @@ def _mutated_reads(history: History) -> Iterator[tuple[Call, History]]:
             yield call, History(calls, history.notes)
 
 
-def test_each_older_answer_in_a_recorded_read_is_seen(recorded: History) -> None:
+def test_each_older_answer_in_a_recorded_read_is_found(recorded: History) -> None:
     mutants = list(_mutated_reads(recorded))
     assert len(mutants) >= 5
     assert [call for call, mutant in mutants if not linear.check(mutant)] == []
 
 
 def _mutated_states(history: History) -> Iterator[tuple[str, History]]:
-    """The final state without a worker's key, with another value, another lease, and with one too many."""
+    """Yield the history with one change in the final state: a worker's key missing, another value, another
+    lease, one key too many."""
     (index,) = (index for index, note in enumerate(history.notes) if note.kind == "state")
     state = history.notes[index]
     records: dict[str, list[str | None]] = state.fields["records"]
@@ -126,7 +128,7 @@ def _mutated_states(history: History) -> Iterator[tuple[str, History]]:
             yield f"{key} {name}", History(history.calls, notes)
 
 
-def test_each_change_of_the_recorded_final_state_is_seen(recorded: History) -> None:
+def test_each_change_of_the_recorded_final_state_is_found(recorded: History) -> None:
     mutants = list(_mutated_states(recorded))
     assert len(mutants) >= 8
     assert [what for what, mutant in mutants if not keys.check(mutant)] == []

@@ -15,7 +15,8 @@ Ends = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 class Echo:
-    """Answers what it gets, with a mark in front; remembers what it got and whether the other side ended."""
+    """Answers each message with a mark before it; remembers the messages, and whether the other side
+    ended."""
 
     def __init__(self, mark: bytes = b"") -> None:
         self.received = b""
@@ -85,7 +86,7 @@ async def _has_ended(reader: asyncio.StreamReader) -> bool:
         return True
 
 
-async def test_it_carries_bytes_both_ways_and_the_end(proxy: Proxy, echo: Echo) -> None:
+async def test_proxy_carries_bytes_both_ways_and_the_end(proxy: Proxy, echo: Echo) -> None:
     reader, writer = await _connect(proxy)
     writer.write(b"one")
     await _says(reader, b"one")
@@ -95,7 +96,7 @@ async def test_it_carries_bytes_both_ways_and_the_end(proxy: Proxy, echo: Echo) 
     writer.close()
 
 
-async def test_swallowed_answers_are_gone_and_the_request_is_not(proxy: Proxy, echo: Echo) -> None:
+async def test_swallowed_answers_are_lost_after_the_request_arrived(proxy: Proxy, echo: Echo) -> None:
     reader, writer = await _connect(proxy)
     proxy.conditions = Conditions(swallow_answers=True)
     writer.write(b"lost")
@@ -123,7 +124,7 @@ async def test_swallowed_requests_never_arrive(proxy: Proxy, echo: Echo) -> None
     writer.close()
 
 
-async def test_a_black_hole_accepts_and_says_nothing(proxy: Proxy, echo: Echo) -> None:
+async def test_black_hole_accepts_and_never_answers(proxy: Proxy, echo: Echo) -> None:
     proxy.conditions = BLACK_HOLE
     reader, writer = await _connect(proxy)
     writer.write(b"anybody?")
@@ -134,7 +135,7 @@ async def test_a_black_hole_accepts_and_says_nothing(proxy: Proxy, echo: Echo) -
     writer.close()
 
 
-async def test_after_a_stall_everything_arrives(proxy: Proxy, echo: Echo) -> None:
+async def test_all_bytes_arrive_after_a_stall(proxy: Proxy, echo: Echo) -> None:
     reader, writer = await _connect(proxy)
     writer.write(b"1")
     await _says(reader, b"1")
@@ -146,7 +147,7 @@ async def test_after_a_stall_everything_arrives(proxy: Proxy, echo: Echo) -> Non
     writer.close()
 
 
-async def test_a_slow_connection_keeps_its_rate(proxy: Proxy) -> None:
+async def test_slow_connection_keeps_its_rate(proxy: Proxy) -> None:
     proxy.conditions = Conditions(bytes_per_s=20_000, delay_s=0.02)
     reader, writer = await _connect(proxy)
     loop = asyncio.get_running_loop()
@@ -191,7 +192,7 @@ async def test_cut_breaks_all_and_cut_one_the_oldest(proxy: Proxy) -> None:
 
 
 @pytest.mark.parametrize("side", ["client", "server"])
-async def test_half_closed_the_other_direction_goes_on(proxy: Proxy, echo: Echo, side: str) -> None:
+async def test_half_close_leaves_the_other_direction_open(proxy: Proxy, echo: Echo, side: str) -> None:
     reader, writer = await _connect(proxy)
     writer.write(b"1")
     await _says(reader, b"1")
@@ -223,7 +224,7 @@ async def test_refused_connections_break_at_once_and_the_rest_stay(proxy: Proxy)
         end.close()
 
 
-async def test_a_new_target_is_for_new_connections(proxy: Proxy) -> None:
+async def test_new_target_is_for_new_connections(proxy: Proxy) -> None:
     other = Echo(mark=b"other ")
     await other.start()
     old, old_writer = await _connect(proxy)
@@ -241,7 +242,7 @@ async def test_a_new_target_is_for_new_connections(proxy: Proxy) -> None:
     await other.aclose()
 
 
-async def test_nobody_at_the_target_is_an_end(proxy: Proxy, echo: Echo) -> None:
+async def test_refusing_target_ends_the_connection(proxy: Proxy, echo: Echo) -> None:
     await echo.aclose()
     reader, writer = await _connect(proxy)
     assert await _has_ended(reader)
