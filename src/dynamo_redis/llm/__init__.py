@@ -1,5 +1,5 @@
-"""For engines of one's own, under the names of `dynamo.llm`: how a model comes behind the frontend, and what
-tells routers of the engine's KV cache and load. The page docs/write-your-engine.md shows how to use it.
+"""For custom engines, under the names of `dynamo.llm`: register a model for frontends, and publish the
+engine's KV events and load for routers. The page docs/write-your-engine.md shows how to use it.
 """
 
 from dynamo_redis.llm.model_names import ModelInput, ModelRuntimeConfig, ModelType, WorkerType
@@ -7,10 +7,10 @@ from dynamo_redis.llm.publishers import KvEventPublisher, WorkerMetricsPublisher
 from dynamo_redis.llm.registration import register_model, unregister_model
 
 register_llm = register_model
-"""The older name."""
+"""The older name of `register_model`."""
 
 unregister_llm = unregister_model
-"""The older name."""
+"""The older name of `unregister_model`."""
 
 __all__ = [
     "KvEventPublisher",

@@ -8,7 +8,7 @@ from typing import Any
 
 
 class ModelInput(Enum):
-    """The form of a request as the worker takes it. `register_model` takes `Tokens`."""
+    """The form of a request at the worker. `register_model` accepts `Tokens`."""
 
     Text = "text"
     Tokens = "tokens"
@@ -16,7 +16,10 @@ class ModelInput(Enum):
 
 
 class ModelType(Flag):
-    """Kinds of request that a model takes, joined by `|`. `register_model` takes `Chat` and `Completions`."""
+    """Kinds of request that a model serves, joined by `|`.
+
+    `register_model` accepts `Chat` and `Completions`.
+    """
 
     Empty = 0
     Chat = auto()
@@ -33,28 +36,28 @@ class ModelType(Flag):
     Rerank = auto()
 
     def supports_chat(self) -> bool:
-        """Whether it answers conversations."""
+        """Return whether the model answers conversations."""
         return ModelType.Chat in self
 
     def supports_embedding(self) -> bool:
-        """Whether it makes embeddings."""
+        """Return whether the model makes embeddings."""
         return ModelType.Embedding in self
 
     def supports_classify(self) -> bool:
-        """Whether it classifies sequences."""
+        """Return whether the model classifies sequences."""
         return ModelType.Classify in self
 
     def supports_pooling(self) -> bool:
-        """Whether it hands out its pooler's output."""
+        """Return whether the model returns its pooler's output."""
         return ModelType.Pooling in self
 
     def supports_rerank(self) -> bool:
-        """Whether it scores relevance."""
+        """Return whether the model scores relevance."""
         return ModelType.Rerank in self
 
 
 class WorkerType(Enum):
-    """The stage of a request that a worker handles. `register_model` takes `Aggregated`: all of it."""
+    """The stage of a request that a worker handles. `register_model` accepts `Aggregated`: all stages."""
 
     Prefill = "prefill"
     Decode = "decode"
@@ -70,16 +73,16 @@ class WorkerType(Enum):
 
 @dataclass
 class ModelRuntimeConfig:
-    """Sizes of a worker's engine, and its ways to serve. All may be set after it is made.
+    """Sizes and options of a worker's engine. All may be set after it is made.
 
-    The first five go into the model card. The others are Dynamo's: `register_model` names in the log those
-    that were set, and they have no effect.
+    The first five go into the model card. The others are Dynamo's and have no effect: `register_model` logs
+    the names of those that are set.
     """
 
     context_length: int | None = None
-    """Most tokens of a prompt and its answer; None: what the model's files say."""
+    """The most tokens of a prompt and its answer together; None: as in the model's files."""
     total_kv_blocks: int | None = None
-    """Of one data-parallel rank, as the next two."""
+    """Of one data-parallel rank, as are the next two."""
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     data_parallel_size: int = 1
@@ -110,7 +113,7 @@ class ModelRuntimeConfig:
         self.runtime_data[key] = value
 
     def get_engine_specific(self, key: str) -> Any | None:
-        """The value of `runtime_data` under a key, or None."""
+        """Return the value of `runtime_data` under a key, or None."""
         return self.runtime_data.get(key)
 
     def set_structural_tag(self, structural_tag: dict[str, Any] | None) -> None:
@@ -124,12 +127,13 @@ class ModelRuntimeConfig:
         self.bootstrap_host, self.bootstrap_port = bootstrap_host, bootstrap_port
 
     def without_effect(self) -> list[str]:
-        """The names of the fields that were set and mean nothing here."""
-        usual = ModelRuntimeConfig()
+        """Return the names of the fields that were set and have no effect here."""
+        defaults = ModelRuntimeConfig()
         return [
-            one.name
-            for one in fields(self)
-            if one.name not in _WITH_EFFECT and getattr(self, one.name) != getattr(usual, one.name)
+            option.name
+            for option in fields(self)
+            if option.name not in _WITH_EFFECT
+            and getattr(self, option.name) != getattr(defaults, option.name)
         ]
 
 
@@ -139,5 +143,5 @@ _WITH_EFFECT = {
     "max_num_seqs",
     "max_num_batched_tokens",
     "data_parallel_size",
-    "data_parallel_start_rank",  # anything but 0 is refused
+    "data_parallel_start_rank",  # any value but 0 is refused
 }

@@ -1,6 +1,6 @@
-"""Publishers that tell routers of an engine's KV cache and load.
+"""Publishers of an engine's KV events and load for routers.
 
-Both publishers are made on the event loop, and may then be used from any thread. They end with the runtime.
+Create both publishers on the event loop; after that any thread may use them. They end with the runtime.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _RETRY_S = 1.0
 
 
 class KvEventPublisher:
-    """Tells routers what one data-parallel rank of this worker holds in its KV cache.
+    """The publisher of the KV events of one data-parallel rank of this worker.
 
-    Make it before the endpoint is served. `kv_dump` is served beside the endpoint as soon as Redis answers.
-    With `DYN_EVENT_PLANE=none` nothing is told.
+    Create it before the endpoint is served. The endpoint `kv_dump` is served in the same component as soon as
+    Redis answers. With `DYN_EVENT_PLANE=none` nothing is published.
     """
 
     def __init__(
@@ -43,19 +43,26 @@ class KvEventPublisher:
         dp_rank: int = 0,
         enable_local_indexer: bool = True,
     ) -> None:
-        """`endpoint` is any of the worker's component. `worker_id`, if given, is this process's instance id.
-        `enable_local_indexer` is accepted: there always is one. Raises ConfigError."""
+        """Make the publisher of a rank. Raises ConfigError.
+
+        Args:
+            endpoint: any endpoint of the worker's component.
+            worker_id: this process's instance id, or None.
+            kv_block_size: tokens a block, the same for all ranks.
+            dp_rank: the data-parallel rank.
+            enable_local_indexer: without effect; there is always one.
+        """
         runtime, name = place_of(endpoint)
         if worker_id is not None and worker_id != runtime.instance_id:
             raise ConfigError(f"worker_id={worker_id} must be this process's instance, {runtime.instance_id}")
         if kv_block_size < 1:
             raise ConfigError(f"kv_block_size={kv_block_size} must be the engine's tokens a block")
-        self._loop = _Loop()
+        self._loop = _LoopThread()
         self._rank: KvPublisher | None = None
         if runtime.settings.events.event_plane == "none":
             return
         key = ("kv events", name.namespace, name.component)
-        worker = runtime.attach(key, lambda: _OwnEvents(runtime, name, kv_block_size))
+        worker = runtime.attach(key, lambda: _SelfStartingEvents(runtime, name, kv_block_size))
         self._rank = worker.rank(dp_rank)
         if self._rank.block_size != kv_block_size:
             raise ConfigError(
@@ -73,29 +80,43 @@ class KvEventPublisher:
         is_eagle: bool | None = None,
         cache_salt: str | None = None,
     ) -> None:
-        """The engine holds these blocks now, one after the other, behind `parent_hash` (None: at the start).
+        """Publish that the engine has stored these blocks. Returns at once; never raises for Redis.
 
-        `num_block_tokens` are the tokens of each block. Hashes are the engine's own. Left out is what has no
-        name here: what follows a block that is not full, or one with an image (`block_mm_infos`), and all
-        blocks of `is_eagle` or with a `cache_salt`. Returns at once; never raises for Redis.
+        Only full blocks of text tokens are published: those before the first block that is not full or has
+        an image. Nothing is published for `is_eagle` or with a `cache_salt`.
+
+        Args:
+            token_ids: the tokens of all blocks.
+            num_block_tokens: the number of tokens of each block.
+            block_hashes: the engine's own hashes, one a block, in order.
+            parent_hash: the engine's hash of the block before the first; None at the start of a sequence.
+            block_mm_infos: for each block its images or other media, if any.
+            lora_name: the adapter that computed the blocks.
+            is_eagle: the blocks are of speculative decoding.
+            cache_salt: the salt of the blocks, which separates them from other requests.
         """
         if (rank := self._rank) is None or is_eagle or cache_salt:
             return
         size = rank.block_size
-        count = _plain_count(num_block_tokens, block_mm_infos, size)
-        hashes, tokens = tuple(block_hashes[:count]), tuple(token_ids[: count * size])
+        infos = block_mm_infos or [None] * len(num_block_tokens)
+        pairs = enumerate(zip(num_block_tokens, infos, strict=False))
+        count = next((n for n, (tokens, info) in pairs if tokens != size or info), len(num_block_tokens))
+        hashes, block_tokens = tuple(block_hashes[:count]), tuple(token_ids[: count * size])
         if hashes:
-            self._loop.call(lambda: rank.stored(hashes, tokens, parent_hash, lora_name=lora_name))
+            self._loop.call(lambda: rank.stored(hashes, block_tokens, parent_hash, lora_name=lora_name))
 
     def publish_removed(self, block_hashes: Sequence[EngineHash]) -> None:
-        """The engine holds these blocks no longer. Returns at once."""
+        """Publish that the engine has removed these blocks. Returns at once."""
         if (rank := self._rank) is not None:
             hashes = tuple(block_hashes)
             self._loop.call(lambda: rank.removed(hashes))
 
     def publish_batch(self, events: Sequence[Mapping[str, Any]]) -> None:
-        """Several events in order, each the arguments of `publish_stored` or `publish_removed` with a `type`,
-        "stored" or "removed". Raises ValueError or TypeError for what is neither; some may be told then."""
+        """Publish several events in order.
+
+        Each has the arguments of `publish_stored` or `publish_removed` and a `type`, "stored" or "removed".
+        Raises ValueError or TypeError for an invalid event; the events before it are published then.
+        """
         for event in events:
             kind, arguments = event.get("type"), {name: event[name] for name in event if name != "type"}
             if kind == "stored":
@@ -106,26 +127,28 @@ class KvEventPublisher:
                 raise ValueError(f"type={kind!r} must be 'stored' or 'removed'")
 
     def publish_cleared(self) -> None:
-        """The engine has emptied its cache. Returns at once."""
+        """Publish that the engine has emptied its KV cache. Returns at once."""
         if (rank := self._rank) is not None:
             self._loop.call(rank.cleared)
 
     def shutdown(self) -> None:
-        """Tell no more, and take back what was told: routers no longer count on this rank's blocks."""
+        """Publish that this rank holds no blocks, and nothing after that. Returns at once."""
         self.publish_cleared()
         self._rank = None
 
 
 class WorkerMetricsPublisher:
-    """Tells routers how loaded this worker is. Its values are told at most four times a second, the last one
-    wins, and each again every two seconds."""
+    """The publisher of this worker's load.
+
+    A rank's latest load is published at most four times a second, and again every two seconds.
+    """
 
     def __init__(self) -> None:
-        self._loop = _Loop()
+        self._loop = _LoopThread()
         self._load: LoadPublisher | None = None
 
     def create_endpoint(self, endpoint: Endpoint | Component) -> asyncio.Task[None]:
-        """Begin, for the worker's component, and serve `load_metrics` there. Raises StoreError."""
+        """Start to publish for the worker's component, and serve `load_metrics` there. Raises StoreError."""
         return started(self._create_endpoint(endpoint))
 
     async def _create_endpoint(self, endpoint: Endpoint | Component) -> None:
@@ -160,11 +183,16 @@ class WorkerMetricsPublisher:
         request_total_slots: int | None = None,
         num_requests_waiting: int | None = None,
     ) -> None:
-        """This is a rank's load now (None: rank 0). Returns at once.
+        """Publish the present load of a rank. Returns at once. Raises RuntimeError before `create_endpoint`.
 
-        `kv_used_blocks` are those that running requests hold, or without it `active_decode_blocks`. Without
-        `kv_total_blocks` routers take what the model's card says. Raises RuntimeError before
-        `create_endpoint`.
+        Args:
+            dp_rank: the data-parallel rank; None: 0.
+            active_decode_blocks: used if `kv_used_blocks` is None.
+            kv_used_blocks: the number of blocks that running requests hold.
+            kv_total_blocks: the rank's blocks; None: as in the model's card.
+            request_active_slots: the number of requests that run.
+            request_total_slots: the most requests that can run at once.
+            num_requests_waiting: the number of requests that wait.
         """
         if (load := self._load) is None:
             raise RuntimeError("await create_endpoint first")
@@ -179,20 +207,20 @@ class WorkerMetricsPublisher:
         kv_stats: dict[str, float | None] = {"kv_active_blocks": used, "kv_total_blocks": kv_total_blocks}
         if used is not None and kv_total_blocks:
             kv_stats["gpu_cache_usage_perc"] = used / kv_total_blocks
-        event = {"worker_stats": _known(worker_stats), "kv_stats": _known(kv_stats)}
+        event = {"worker_stats": _without_none(worker_stats), "kv_stats": _without_none(kv_stats)}
         self._loop.call(lambda: load.tell(KV_METRICS, rank, event))
 
 
-class _OwnEvents(WorkerEvents):
-    """Starts by itself, again and again until Redis answers."""
+class _SelfStartingEvents(WorkerEvents):
+    """KV events that start with the first rank; it tries again every `_RETRY_S` until Redis answers."""
 
     def __init__(self, runtime: DistributedRuntime, name: EndpointName, block_size: int) -> None:
         super().__init__(runtime, name.namespace, name.component, block_size=block_size)
-        self._more = asyncio.Event()
-        self._starter = asyncio.create_task(self._keep_starting(), name=f"KV events of {name}")
+        self._rank_added = asyncio.Event()
+        self._starter = asyncio.create_task(self._start_ranks(), name=f"KV events of {name}")
 
     def rank(self, dp_rank: int) -> KvPublisher:
-        self._more.set()
+        self._rank_added.set()
         return super().rank(dp_rank)
 
     async def aclose(self) -> None:
@@ -200,20 +228,20 @@ class _OwnEvents(WorkerEvents):
         await asyncio.wait([self._starter])
         await super().aclose()
 
-    async def _keep_starting(self) -> None:
+    async def _start_ranks(self) -> None:
         while True:
-            await self._more.wait()
-            self._more.clear()
+            await self._rank_added.wait()
+            self._rank_added.clear()
             try:
                 await self.start()
             except StoreError as exc:
                 log.warning("routers cannot ask for KV blocks yet: %s", exc)
                 await asyncio.sleep(_RETRY_S)
-                self._more.set()
+                self._rank_added.set()
 
 
-class _Loop:
-    """The event loop's thread: what others want done there, in order."""
+class _LoopThread:
+    """The event loop's thread, on which calls from other threads are made, in order."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -223,29 +251,19 @@ class _Loop:
         if threading.get_ident() == self._thread:
             do()
             return
-        with suppress(RuntimeError):  # the loop is closed: nobody is left to be told
+        with suppress(RuntimeError):  # the loop is closed, and with it the publisher
             self._loop.call_soon_threadsafe(do)
 
 
 def place_of(endpoint: Endpoint | Component) -> tuple[DistributedRuntime, EndpointName]:
-    """The runtime and the name of any endpoint of the component."""
-    one = endpoint.endpoint("generate") if isinstance(endpoint, Component) else endpoint
-    runtime = one.host
+    """Return an endpoint's runtime and name; for a component those of its `generate`. Raises ConfigError."""
+    if isinstance(endpoint, Component):
+        endpoint = endpoint.endpoint("generate")
+    runtime = endpoint.host
     if not isinstance(runtime, DistributedRuntime):
-        raise ConfigError(f"{one} does not belong to a DistributedRuntime")
-    return runtime, one.name
+        raise ConfigError(f"{endpoint} does not belong to a DistributedRuntime")
+    return runtime, endpoint.name
 
 
-def _plain_count(
-    num_block_tokens: Sequence[int], block_mm_infos: Sequence[Mapping[str, Any] | None] | None, size: int
-) -> int:
-    """How many of the blocks, from the first on, are full and made of tokens alone."""
-    infos = block_mm_infos or [None] * len(num_block_tokens)
-    for index, (tokens, info) in enumerate(zip(num_block_tokens, infos, strict=False)):
-        if tokens != size or info:
-            return index
-    return len(num_block_tokens)
-
-
-def _known(stats: dict[str, Any]) -> dict[str, Any]:
+def _without_none(stats: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in stats.items() if value is not None}

@@ -1,4 +1,4 @@
-"""`register_model`: a model that a worker of one's own serves comes behind the frontend."""
+"""`register_model`: registers the model of a custom worker, so that frontends serve it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from dynamo_redis.supervision import Supervisor
 
 log = logging.getLogger(__name__)
 
-_USUAL_BLOCK_SIZE = 16
+_DEFAULT_BLOCK_SIZE = 16
 
 
 def register_model(
@@ -62,21 +62,29 @@ def register_model(
 ) -> asyncio.Task[None]:
     """Let frontends send requests for the model at `model_path` to this process's instance of `endpoint`.
 
-    Frontends serve it from the moment the endpoint is served, too, under `model_name` or the name of the
-    directory. The model stays registered until the runtime shuts down, or `unregister_model`. Its small files
-    are uploaded to Redis and kept there: tokenizer.json, tokenizer_config.json, chat templates, config.json
-    and generation_config.json. Weights are neither read nor sent.
+    Frontends serve the model as soon as the endpoint is served, too. It stays registered until the runtime
+    shuts down, or until `unregister_model`. Its small files are uploaded to Redis and kept there:
+    tokenizer.json, tokenizer_config.json, chat templates, config.json and generation_config.json. Weights are
+    neither read nor sent.
 
-    `model_input` is Tokens, `model_type` Chat, Completions or both: Chat counts only for a model with a chat
-    template, and `custom_template_path` names a file that replaces the model's own. `kv_cache_block_size`
-    (16) is to be that of the worker's `KvEventPublisher`. `self_host_metadata` and `ignore_weights` are
-    accepted, since it is always so here; fields of `runtime_config` that mean nothing here are named in the
-    log.
+    Raises ConfigError for an argument that is not supported, which it names, and for a second model at the
+    endpoint; ModelError if a file is missing or broken; StoreError if the upload fails.
 
-    Raises ConfigError for whatever cannot be done here, by its name, and for a second model at the endpoint;
-    ModelError for files that are missing or broken; StoreError if Redis does not take them.
+    Args:
+        model_input: `ModelInput.Tokens`.
+        model_type: Chat, Completions or both. Chat applies only to a model with a chat template.
+        endpoint: the endpoint that serves the model.
+        model_path: the model's directory.
+        model_name: the name in requests; None: the name of the directory.
+        worker_type: `WorkerType.Aggregated`.
+        kv_cache_block_size: tokens a block, as of the worker's `KvEventPublisher`; None: 16.
+        runtime_config: sizes of the engine. Its fields without effect here are named in the log.
+        custom_template_path: a file of Jinja source that replaces the model's chat templates.
+        self_host_metadata, ignore_weights: accepted, since both always apply here.
+
+    All other arguments are Dynamo's and not supported.
     """
-    not_done = {
+    unsupported = {
         "router_config": router_config,
         "tensor_model_config": tensor_model_config,
         "user_data": user_data,
@@ -89,7 +97,17 @@ def register_model(
         "model_aliases": model_aliases or None,
         "skip_model_assets": skip_model_assets or None,
     }
-    _refuse_what_is_not_done(model_input, model_type, worker_type, not_done)
+    if model_input is not ModelInput.Tokens:
+        raise ConfigError(f"model_input={model_input}: frontends send tokens; use ModelInput.Tokens")
+    if not model_type or model_type not in ModelType.Chat | ModelType.Completions:
+        raise ConfigError(
+            f"model_type={model_type}: use ModelType.Chat | ModelType.Completions, or one of them"
+        )
+    if worker_type is not WorkerType.Aggregated:
+        raise ConfigError(f"worker_type={worker_type}: a worker here handles all of a request (aggregated)")
+    for name, value in unsupported.items():
+        if value is not None:
+            raise ConfigError(f"register_model: {name} is not supported here; leave it out")
     config = runtime_config or ModelRuntimeConfig()
     return started(
         _register(
@@ -100,37 +118,20 @@ def register_model(
             template=None if custom_template_path is None else Path(custom_template_path),
             completes=ModelType.Completions in model_type,
             chats=model_type.supports_chat(),
-            block_size=_USUAL_BLOCK_SIZE if kv_cache_block_size is None else kv_cache_block_size,
+            block_size=_DEFAULT_BLOCK_SIZE if kv_cache_block_size is None else kv_cache_block_size,
         )
     )
 
 
 def unregister_model(endpoint: Endpoint, lora_name: str | None = None) -> asyncio.Task[None]:
-    """Take the model that `register_model` has registered for the endpoint back. Requests under way finish.
+    """Unregister the model that `register_model` has registered for the endpoint. Requests under way finish.
 
-    No effect if there is none. Raises ConfigError for a `lora_name`: there are no adapters here.
+    Has no effect if there is none. Raises ConfigError for a `lora_name`: adapters are not supported.
     """
     if lora_name is not None:
         raise ConfigError(f"lora_name={lora_name!r}: LoRA adapters are not registered here")
     runtime, name = place_of(endpoint)
     return started(_models_of(runtime).withdraw(name))
-
-
-def _refuse_what_is_not_done(
-    model_input: ModelInput, model_type: ModelType, worker_type: WorkerType, others: dict[str, object]
-) -> None:
-    if model_input is not ModelInput.Tokens:
-        raise ConfigError(f"model_input={model_input}: frontends send tokens; use ModelInput.Tokens")
-    served = ModelType.Chat | ModelType.Completions
-    if not model_type or model_type not in served:
-        raise ConfigError(
-            f"model_type={model_type}: use ModelType.Chat | ModelType.Completions, or one of them"
-        )
-    if worker_type is not WorkerType.Aggregated:
-        raise ConfigError(f"worker_type={worker_type}: a worker here handles all of a request (aggregated)")
-    for name, value in others.items():
-        if value is not None:
-            raise ConfigError(f"register_model: {name} is not supported here; leave it out")
 
 
 async def _register(
@@ -144,6 +145,7 @@ async def _register(
     chats: bool,
     block_size: int,
 ) -> None:
+    """Read the model's files, make the card and publish both, as `register_model` describes."""
     runtime, name = place_of(endpoint)
     if without_effect := config.without_effect():
         log.warning("ModelRuntimeConfig: %s: not known here, no effect", ", ".join(without_effect))
@@ -160,13 +162,23 @@ async def _register(
         model_type = "chat+completions" if completes else "chat"
     else:
         model_type = "completions"
+    if config.data_parallel_start_rank:
+        raise ConfigError(
+            f"data_parallel_start_rank={config.data_parallel_start_rank}: a worker's ranks begin at 0 here"
+        )
     try:
         card = make_card(
             model,
             model_name=model_name or path.name,
             model_type=model_type,
             kv_cache_block_size=block_size,
-            runtime_config=_runtime_config(config, runtime.settings.events.event_plane),
+            runtime_config=RuntimeConfig(
+                total_kv_blocks=config.total_kv_blocks,
+                max_num_seqs=config.max_num_seqs,
+                max_num_batched_tokens=config.max_num_batched_tokens,
+                data_parallel_size=config.data_parallel_size,
+                event_plane=runtime.settings.events.event_plane,
+            ),
         )
     except pydantic.ValidationError as exc:
         found = exc.errors(include_url=False)[0]
@@ -176,36 +188,25 @@ async def _register(
 
 
 def _read(path: Path, template: Path | None, context_length: int | None) -> ModelDirectory:
-    """Read the files, and try the templates just as a frontend will. Blocks. Raises ModelError."""
+    """Read the files, and try the templates as a frontend will do. Blocks. Raises ModelError."""
     if not path.exists():
         raise ModelError(f"there is no {path}: name a directory on this machine, nothing is downloaded")
     model = read_model_directory(path, context_length=context_length, chat_template=template)
-    if model.chat_templates and find_spec("jinja2"):  # else the frontend says what is wrong
+    if model.chat_templates and find_spec("jinja2"):  # without jinja2 only the frontend can tell
         ChatTemplate(model.chat_templates, model.tokenizer_config).check()
     return model
 
 
-def _runtime_config(config: ModelRuntimeConfig, event_plane: str) -> RuntimeConfig:
-    if config.data_parallel_start_rank:
-        raise ConfigError(
-            f"data_parallel_start_rank={config.data_parallel_start_rank}: a worker's ranks begin at 0 here"
-        )
-    return RuntimeConfig(
-        total_kv_blocks=config.total_kv_blocks,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        data_parallel_size=config.data_parallel_size,
-        event_plane=event_plane,
-    )
+def _models_of(runtime: DistributedRuntime) -> _RegisteredModels:
+    return runtime.attach("models", lambda: _RegisteredModels(runtime))
 
 
-def _models_of(runtime: DistributedRuntime) -> _OwnModels:
-    return runtime.attach("models", lambda: _OwnModels(runtime))
+class _RegisteredModels:
+    """The models that a runtime has registered, one for each endpoint.
 
-
-class _OwnModels:
-    """The models that a runtime has registered, one an endpoint. Each has a task that keeps its files in
-    Redis until it is withdrawn, and takes its card back when the runtime shuts down."""
+    Each has a task that keeps its files in Redis until the model is withdrawn, and withdraws its card when
+    the runtime shuts down.
+    """
 
     def __init__(self, runtime: DistributedRuntime) -> None:
         self._runtime = runtime
@@ -231,7 +232,7 @@ class _OwnModels:
         log.info("model %s is registered at %s", card.display_name, name)
 
     async def withdraw(self, name: EndpointName) -> None:
-        """Take the endpoint's card back."""
+        """Withdraw the endpoint's card and end its task. Has no effect without one."""
         entry = self._models.pop(name, None)
         if entry is not None:
             registration, keeping = entry
@@ -240,10 +241,14 @@ class _OwnModels:
             await withdraw([registration])
 
     async def aclose(self) -> None:
-        """Take all cards back."""
+        """Withdraw all cards."""
         await asyncio.gather(*map(self.withdraw, tuple(self._models)))
 
     async def _keep(self, registration: Registration, model: ModelDirectory, card: ModelCard) -> None:
+        """Keep the files in Redis until the shutdown, and then withdraw the card.
+
+        Ends also when cancelled.
+        """
         what = f"files of model {card.display_name}"
 
         async def keep() -> None:
@@ -252,7 +257,7 @@ class _OwnModels:
         keeping = asyncio.create_task(Supervisor(log, what).run(keep), name=what)
         try:
             await self._runtime.wait_for_shutdown()
-            await withdraw([registration])  # new requests are to end before the endpoint is gone
+            await withdraw([registration])  # frontends stop sending before the endpoint is gone
         finally:
             keeping.cancel()
             await asyncio.wait([keeping])

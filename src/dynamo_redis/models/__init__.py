@@ -1,1 +1,1 @@
-"""Model cards, their files and chat templates, as frontend, engines and router need them."""
+"""Model cards, model files and chat templates, for frontends, engines and routers."""

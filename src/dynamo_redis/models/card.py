@@ -1,7 +1,7 @@
-"""Model deployment cards: what a frontend must know of a model to serve it.
+"""Model deployment cards: the data by which a frontend serves a model.
 
 A worker uploads the model's small files (tokenizer, chat template, configs) to the object store and then
-registers a card that names them; a frontend that has none of these files fetches them, checked by sha256.
+registers a card that names them. A frontend fetches the files that it does not have, and checks their sha256.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dynamo_redis.names import MODEL_CARDS, EndpointName, InstanceId, decode_seg
 CARD_VERSION = 1
 
 REQUIRED_MODEL_FILES = ("tokenizer.json", "tokenizer_config.json")
-"""The files every card names."""
+"""The files that every card names."""
 
 MODEL_FILES = (
     *REQUIRED_MODEL_FILES,
@@ -30,22 +30,22 @@ MODEL_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-"""The files a card can name, in the order of upload, beside `ADDITIONAL_TEMPLATE`s. The last two are where
-newer models, and those of several media, keep the chat template."""
+"""The files that a card can name beside `ADDITIONAL_TEMPLATE`s, in the order of upload. The last two have the
+chat template of newer models and of multi-modal models."""
 
 ADDITIONAL_TEMPLATES = "additional_chat_templates"
 """The directory of a model's further chat templates."""
 
 ADDITIONAL_TEMPLATE = re.compile(rf"{ADDITIONAL_TEMPLATES}/([A-Za-z0-9_][A-Za-z0-9_.-]{{0,63}})\.jinja")
-"""A file in it, by the name in a card; the group is the template's name."""
+"""The name in a card of a file in that directory; the group is the template's name."""
 
 MAX_ADDITIONAL_TEMPLATES = 32
 
 ModelKind = Literal["chat", "completions", "chat+completions"]
-"""The kinds of request that a model takes."""
+"""The kinds of request that a model serves."""
 
 MAX_RANKS = 4096
-"""Most data-parallel ranks that a card may tell of: a router has an entry for each."""
+"""The greatest `data_parallel_size` of a card: a router has an entry for each rank."""
 
 _Count = Annotated[int, Field(ge=1, lt=1 << 63)]
 
@@ -59,14 +59,14 @@ class FileReference(StoredModel):
 
 
 class RuntimeConfig(StoredModel):
-    """What the worker's engine can hold: of each data-parallel rank, if it has several."""
+    """The capacity of the worker's engine; of each data-parallel rank, if it has several."""
 
     data_parallel_size: Annotated[int, Field(ge=1, le=MAX_RANKS)] | None = None
     total_kv_blocks: int | None = None
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     event_plane: str | None = None
-    """How its KV events travel, `DYN_EVENT_PLANE`."""
+    """The plane of its KV events, `DYN_EVENT_PLANE`."""
 
 
 class ModelCard(VersionedModel):
@@ -87,14 +87,15 @@ class ModelCard(VersionedModel):
 
     @property
     def fingerprint(self) -> str:
-        """All that frontends serve by, as 16 hex digits: equal cards share a loaded model."""
+        """A digest, 16 hex digits, of the fields that a frontend serves by: cards with the same one share a
+        model."""
         files = sorted((name, file.sha256) for name, file in self.files.items())
         content = [self.context_length, self.model_type, self.model_input, files]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def parse_card_key(key: str) -> tuple[EndpointName, InstanceId]:
-    """The endpoint and the instance whose card stands at a key of the registry. Raises InvalidRecord."""
+    """Return the endpoint and the instance id of a card's registry key. Raises InvalidRecord."""
     segments = key.removeprefix(MODEL_CARDS).split("/")
     if len(segments) not in (4, 5):  # the fifth names a LoRA adapter
         raise InvalidRecord(ModelCard.WHAT, "no card has such a key", key=key)

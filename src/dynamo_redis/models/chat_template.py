@@ -1,8 +1,8 @@
 """Chat templates: a conversation → the text of a prompt, as `transformers` renders it, in another process.
 
-A template comes with a model's files. Whatever it does, it does in a process that holds nothing else, has
-limits of memory and of time, and is killed at them; see `templates/__main__.py`. So it costs its own model's
-chats, and no one else's.
+A template comes with a model's files and is not trusted. It runs in a process of its own model, with limits
+of memory and time, which is killed at them; see `templates/__main__.py`. A bad template fails the chats of
+its own model, and no others.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from dynamo_redis.jobs.serving import FRAME
 from dynamo_redis.templates.protocol import DONE, RENDER_LIMIT_S, to_json
 
 LARGE_JOB_BYTES: Final = 64 << 10
-"""A conversation over this size is rendered apart from the others, so that these need not wait for it."""
+"""A conversation over this size is rendered in another process, so that smaller ones do not wait for it."""
 
 IDLE_S: Final = 300.0
-"""A process that has rendered nothing for so long ends, and another one starts with the next chat."""
+"""Seconds without a chat after which a process ends; the next chat starts another one."""
 
 QUEUE_COUNT: Final = 1024
-"""Most conversations of one model that wait to be rendered; large ones: an eighth of them."""
+"""The most conversations of one model that wait to be rendered; an eighth of it for large ones."""
 
 _AHEAD_COUNT: Final = 16
 
@@ -44,10 +44,10 @@ class ChatTemplate:
     """The chat templates of one model. Owns up to two processes, one of them for large conversations."""
 
     def __init__(self, templates: Mapping[str, str], tokenizer_config: Mapping[str, Any]) -> None:
-        """`templates` maps names to Jinja source; `default` is used, and `tool_use` (if any) with tools.
-        Special tokens (`bos_token`, …) come from `tokenizer_config`, as strings or as token objects.
+        """Take the templates, without compiling them: see `open` and `check`.
 
-        Nothing is tried yet: see `open` and `check`.
+        `templates` maps names to Jinja source. `default` is used, and with tools `tool_use`, if there is one.
+        Special tokens (`bos_token`, …) come from `tokenizer_config`, as strings or as token objects.
         """
         self._setup = to_json({"templates": dict(templates), "tokenizer_config": dict(tokenizer_config)})
         self._small = self._lane(QUEUE_COUNT, _AHEAD_COUNT)
@@ -66,7 +66,7 @@ class ChatTemplate:
 
     @property
     def has_process(self) -> bool:
-        """Whether a process of its own is there, or about to be."""
+        """True if a process of these templates runs, or is about to start."""
         return self._small.is_running or self._large.is_running
 
     @property
@@ -75,10 +75,10 @@ class ChatTemplate:
         return self._small.job_count + self._large.job_count
 
     async def open(self) -> None:
-        """Start the process and let it try the templates.
+        """Start the process and let it compile and try the templates.
 
-        Raises ModelError for templates that do not compile or do not end, or have no default, and Overloaded
-        where no process can be started.
+        Raises ModelError if a template does not compile or does not end, or if there is no default;
+        Overloaded if no process can be started.
         """
         try:
             await self._small.run(b"")
@@ -86,7 +86,7 @@ class ChatTemplate:
             raise _setup_error(exc) from exc
 
     def check(self) -> None:
-        """Let a process try the templates; blocks until it has. Raises as `open` does."""
+        """Compile and try the templates in a process of its own. Blocks. Raises as `open` does."""
         frame = FRAME.pack(len(self._setup)) + self._setup
         limit_s = 3 * RENDER_LIMIT_S
         try:
@@ -109,9 +109,10 @@ class ChatTemplate:
             raise _setup_error(exc) from exc
 
     async def render(self, conversation: bytes | bytearray) -> bytearray:
-        """The prompt's text, in UTF-8, of what `render_job` made.
+        """Render a job of `render_job`; return the prompt's text in UTF-8.
 
-        Raises TemplateError, with the template's own message, for what it refuses, and Overloaded.
+        Raises TemplateError if the template refuses the conversation, with its own message, or fails, and
+        Overloaded.
         """
         lane = self._small if len(conversation) <= LARGE_JOB_BYTES else self._large
         try:

@@ -1,9 +1,8 @@
-"""A model's files: read from a directory, carried through the object store, fetched by those who have none.
+"""A model's files: read from a directory by a worker, and fetched through the object store by a frontend.
 
-A worker reads its model directory (`read_model_directory`), uploads the files, registers the card that
-names them (`publish_model`), and keeps them there (`keep_model_files`). A frontend turns a card back into a
-directory of the same files (`fetch_model_files`), which `read_model_directory` reads there just as it does
-at the worker.
+A worker reads its model directory (`read_model_directory`), uploads the files, registers the card that names
+them (`publish_model`), and uploads again files that vanish (`keep_model_files`). A frontend makes a directory
+of the same files from a card (`fetch_model_files`), and reads it with `read_model_directory`, too.
 """
 
 from __future__ import annotations
@@ -44,15 +43,18 @@ from dynamo_redis.store.base import LostReason, ObjectStore, Registration, Regis
 log = logging.getLogger(__name__)
 
 MODEL_BUCKET = "models"
-"""The object store's bucket for model files. Names in it: `<model slug>/<start of sha256>/<file name>`."""
+"""The object store's bucket for model files.
+
+Its names: `<model slug>/<first digits of sha256>/<file name>`.
+"""
 
 UPLOAD_AGAIN_S = 1.0
-"""The time between two attempts to upload to a Redis that refuses all writes."""
+"""Mean seconds between two attempts to upload to a Redis that refuses all writes."""
 CHECK_S = 10.0
-"""How often a worker looks whether the files that its card names are there."""
+"""Mean seconds between two checks that the files of a worker's card are in the object store."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_UNLIMITED = 10**9  # tokenizers without a limit of their own write 1e30
+_UNLIMITED = 10**9  # tokenizers without a limit declare 1e30
 
 _CONTEXT_LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
 
@@ -62,7 +64,7 @@ _CONTEXT_LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_
 
 @dataclass(frozen=True, slots=True)
 class ModelFile:
-    """One file of a model. Size and sha256 are those of the content, unpacked if the file is gzipped."""
+    """One file of a model. Size and sha256 are of its content, after unpacking if it is gzipped."""
 
     name: str
     path: Path
@@ -71,22 +73,22 @@ class ModelFile:
 
     @property
     def packed(self) -> bool:
-        """Whether the file on disk is gzipped (`tokenizer.json.gz`)."""
+        """True if the file on disk is gzipped (`tokenizer.json.gz`)."""
         return self.path.suffix == ".gz"
 
     def read(self) -> bytes:
-        """The content, unpacked. Blocks. Raises ModelError."""
+        """Return the content, unpacked. Blocks. Raises ModelError."""
         return _read(self.path)
 
 
 @dataclass(frozen=True, slots=True)
 class ModelDirectory:
-    """A model's files, checked, and what follows from them.
+    """A model's files, checked, and the values read from them.
 
-    `chat_templates` maps `default` (and further names some models have, such as `tool_use`) to Jinja
-    source; it is empty for a model that can only complete text. `eos_token_ids` are the model's own, from
-    generation_config.json, else config.json, else tokenizer_config.json. `tokenizer_config` is that of the
-    file, with the tokens of special_tokens_map.json where transformers reads them.
+    `chat_templates` maps `default`, and other names such as `tool_use`, to Jinja source. It is empty for a
+    model without chat. `eos_token_ids` come from generation_config.json, else config.json, else
+    tokenizer_config.json. `tokenizer_config` is the content of that file, with the tokens of
+    special_tokens_map.json where transformers reads them.
     """
 
     path: Path
@@ -98,22 +100,22 @@ class ModelDirectory:
 
     @property
     def model_type(self) -> Literal["completions", "chat+completions"]:
-        """What the model can be asked for."""
+        """The kinds of request that the model serves."""
         return "chat+completions" if self.chat_templates else "completions"
 
     def read_tokenizer(self) -> bytes:
-        """The content of tokenizer.json. Blocks."""
+        """Return the content of tokenizer.json. Blocks. Raises ModelError."""
         return self.files["tokenizer.json"].read()
 
 
 def read_model_directory(
     path: Path, *, context_length: int | None = None, chat_template: Path | None = None
 ) -> ModelDirectory:
-    """Read and check a model directory. Blocks for as long as hashing and parsing takes (11 MiB: 0.2 s).
+    """Read and check a model directory. Blocks while it hashes and parses (11 MiB: 0.2 s).
 
-    A file may be there gzipped, with `.gz` after its name. `context_length` replaces what the files say,
-    `chat_template` is a file of Jinja source that replaces all of the model's own templates.
-    Raises ModelError, one line, for what is missing or broken.
+    A file may be gzipped, with `.gz` after its name. `context_length` replaces the length in the files.
+    `chat_template` is a file of Jinja source that replaces all of the model's own templates. Raises
+    ModelError, with a message of one line, if a file is missing or broken.
     """
     files: dict[str, ModelFile] = {}
     contents: dict[str, bytes] = {}
@@ -127,12 +129,20 @@ def read_model_directory(
     for name in REQUIRED_MODEL_FILES:
         if name not in files:
             raise ModelError(f"{path} has no {name}: every model needs {' and '.join(REQUIRED_MODEL_FILES)}")
-    parsed = {
-        name: _parse(files[name].path, content)
-        for name, content in contents.items()
-        if name.endswith(".json")
-    }
-    _add_special_tokens(parsed)
+    parsed: dict[str, dict[str, Any]] = {}
+    for name, content in contents.items():
+        if name.endswith(".json"):
+            try:
+                value = json.loads(content)
+            except (ValueError, RecursionError) as exc:
+                raise ModelError(f"{files[name].path} is not valid JSON: {exc}") from exc
+            if not isinstance(value, dict):
+                raise ModelError(f"{files[name].path} holds {type(value).__name__}, not a JSON object")
+            parsed[name] = value
+    if "added_tokens_decoder" not in parsed["tokenizer_config.json"]:
+        # As transformers does (`PreTrainedTokenizerBase._from_pretrained`): files that list
+        # `added_tokens_decoder` have the special tokens there already.
+        parsed["tokenizer_config.json"].update(parsed.get("special_tokens_map.json", {}))
     if not isinstance(parsed["tokenizer.json"].get("model"), dict):
         raise ModelError(f"{files['tokenizer.json'].path} is not a tokenizer: it has no 'model' object")
     return ModelDirectory(
@@ -146,6 +156,7 @@ def read_model_directory(
 
 
 def _find_files(directory: Path) -> dict[str, Path]:
+    """Return the paths of the model's files, by their names in a card. Raises ModelError."""
     try:
         present = {entry.name for entry in directory.iterdir()}
         if ADDITIONAL_TEMPLATES in present:
@@ -183,19 +194,10 @@ def _read(path: Path) -> bytes:
         raise ModelError(f"cannot read {path}: {reason}") from exc
 
 
-def _parse(path: Path, content: bytes) -> dict[str, Any]:
-    try:
-        parsed = json.loads(content)
-    except (ValueError, RecursionError) as exc:
-        raise ModelError(f"{path} is not valid JSON: {exc}") from exc
-    if not isinstance(parsed, dict):
-        raise ModelError(f"{path} holds {type(parsed).__name__}, not a JSON object")
-    return parsed
-
-
 def _context_length(path: Path, parsed: Mapping[str, dict[str, Any]]) -> int:
+    """Return the context length of config.json, else of tokenizer_config.json. Raises ModelError."""
     config = parsed.get("config.json", {})
-    text_config = config.get("text_config")  # models of several media keep the language model's part there
+    text_config = config.get("text_config")  # multi-modal models have the language model's part there
     for source in (config, text_config if isinstance(text_config, dict) else {}):
         for key in _CONTEXT_LENGTH_KEYS:
             length = source.get(key)
@@ -217,6 +219,7 @@ def _is_length(value: object) -> TypeGuard[float]:
 
 
 def _eos_token_ids(path: Path, parsed: Mapping[str, dict[str, Any]]) -> tuple[int, ...]:
+    """Return the ids of the end-of-sequence tokens, as `ModelDirectory` describes. Raises ModelError."""
     config = parsed.get("config.json", {})
     text_config = config.get("text_config")
     sources = (
@@ -234,73 +237,61 @@ def _eos_token_ids(path: Path, parsed: Mapping[str, dict[str, Any]]) -> tuple[in
         return tuple(ids)
     token = parsed["tokenizer_config.json"].get("eos_token")
     content = token.get("content") if isinstance(token, dict) else token
-    found = _token_id(content, parsed["tokenizer.json"]) if isinstance(content, str) else None
-    return () if found is None else (found,)
-
-
-def _token_id(content: str, tokenizer: Mapping[str, Any]) -> int | None:
+    if not isinstance(content, str):
+        return ()
+    tokenizer = parsed["tokenizer.json"]
     for added in tokenizer.get("added_tokens") or ():
         if isinstance(added, dict) and added.get("content") == content and isinstance(added.get("id"), int):
-            return int(added["id"])
+            return (int(added["id"]),)
     vocabulary = tokenizer["model"].get("vocab")
     found = vocabulary.get(content) if isinstance(vocabulary, dict) else None
-    return found if isinstance(found, int) else None
-
-
-def _add_special_tokens(parsed: Mapping[str, dict[str, Any]]) -> None:
-    """Merge special_tokens_map.json into tokenizer_config.json, whose entries it replaces.
-
-    As transformers does (`PreTrainedTokenizerBase._from_pretrained`): files that list `added_tokens_decoder`
-    have their tokens there already.
-    """
-    config = parsed["tokenizer_config.json"]
-    if "added_tokens_decoder" not in config:
-        config.update(parsed.get("special_tokens_map.json", {}))
+    return (found,) if isinstance(found, int) else ()
 
 
 def _chat_templates(
     path: Path, parsed: Mapping[str, dict[str, Any]], contents: Mapping[str, bytes]
 ) -> dict[str, str]:
-    """The model's templates by name: those of files of their own, else those of tokenizer_config.json, else
-    chat_template.json's, which transformers has for models of several media."""
-    own_files = {
-        "default" if found is None else found[1]: name
-        for name in contents
-        if (found := ADDITIONAL_TEMPLATE.fullmatch(name)) or name == "chat_template.jinja"
-    }
-    if own_files:
-        return {name: _text(path / file, contents[file]) for name, file in own_files.items()}
+    """Return the model's templates by name. Raises ModelError.
+
+    They come from the template files, else from tokenizer_config.json, else from chat_template.json, which
+    transformers has for multi-modal models.
+    """
+    templates: dict[str, str] = {}
+    for file, content in contents.items():
+        additional = ADDITIONAL_TEMPLATE.fullmatch(file)
+        if additional is not None or file == "chat_template.jinja":
+            try:
+                templates["default" if additional is None else additional[1]] = content.decode()
+            except UnicodeDecodeError as exc:
+                raise ModelError(f"{path / file} is not UTF-8: {exc}") from exc
+    if templates:
+        return templates
     for file in ("tokenizer_config.json", "chat_template.json"):
         declared = parsed.get(file, {}).get("chat_template")
+        if isinstance(declared, str):
+            return {"default": declared}
         if declared is not None:
-            return _named_templates(path / file, declared)
+            try:
+                named = dict(
+                    declared
+                    if isinstance(declared, dict)
+                    else ((one["name"], one["template"]) for one in declared)
+                )
+            except (TypeError, KeyError):
+                named = {}
+            if not named or not all(isinstance(part, str) for pair in named.items() for part in pair):
+                raise ModelError(
+                    f"{path / file}: chat_template is neither text nor a list of named templates"
+                )
+            return named
     return {}
-
-
-def _text(path: Path, content: bytes) -> str:
-    try:
-        return content.decode()
-    except UnicodeDecodeError as exc:
-        raise ModelError(f"{path} is not UTF-8: {exc}") from exc
-
-
-def _named_templates(path: Path, declared: Any) -> dict[str, str]:
-    if isinstance(declared, str):
-        return {"default": declared}
-    try:
-        named = declared if isinstance(declared, dict) else {one["name"]: one["template"] for one in declared}
-    except (TypeError, KeyError):
-        named = {}
-    if not named or not all(isinstance(part, str) for pair in named.items() for part in pair):
-        raise ModelError(f"{path}: chat_template is neither text nor a list of named templates")
-    return named
 
 
 # --------------------------------------------------------------------------- to the object store
 
 
-class Publisher(Protocol):
-    """What publishing needs of a runtime."""
+class PublishingRuntime(Protocol):
+    """The part of a runtime that `publish_model` uses."""
 
     @property
     def registry(self) -> Registry: ...
@@ -318,9 +309,11 @@ def make_card(
     runtime_config: RuntimeConfig | None = None,
     model_type: ModelKind | None = None,
 ) -> ModelCard:
-    """The card of a model as a worker serves it, naming where `upload_model_files` puts its files.
+    """Return the card of a model as a worker serves it.
 
-    `model_type` is what it can be asked for; None: all that its files allow."""
+    It has the URLs under which `upload_model_files` stores the files. `model_type` None stands for all kinds
+    of request that the files allow.
+    """
     return ModelCard(
         display_name=model_name,
         slug=slug(model_name),
@@ -340,7 +333,7 @@ def make_card(
 
 
 async def upload_model_files(objects: ObjectStore, model: ModelDirectory, card: ModelCard) -> None:
-    """Put the model's files where the card says. Content that is there already is not sent again.
+    """Upload the model's files to the URLs of the card. Content that is there already is not sent again.
 
     Raises ModelError if a file has changed on disk since the directory was read, and StoreError.
     """
@@ -349,6 +342,7 @@ async def upload_model_files(objects: ObjectStore, model: ModelDirectory, card: 
 
 
 async def _upload(objects: ObjectStore, file: ModelFile, reference: FileReference) -> None:
+    """Upload one file. Raises ModelError if it has changed on disk, and StoreError."""
     content = await anyio.to_thread.run_sync(file.read)
     if hashlib.sha256(content).hexdigest() != reference.sha256:
         raise ModelError(f"{file.path} has changed since this worker read it: restart it")
@@ -356,9 +350,9 @@ async def _upload(objects: ObjectStore, file: ModelFile, reference: FileReferenc
 
 
 async def keep_model_files(objects: ObjectStore, model: ModelDirectory, card: ModelCard) -> None:
-    """Upload again what vanishes of the model's files while the registry stands. Runs until it is cancelled.
+    """Upload again each of the model's files that vanishes from Redis alone. Runs until it is cancelled.
 
-    Every `CHECK_S` or so it asks which of them are there: two small exchanges a file.
+    About every `CHECK_S` it checks each file, with two small exchanges.
     """
     failure = ""
     while True:
@@ -380,16 +374,17 @@ async def keep_model_files(objects: ObjectStore, model: ModelDirectory, card: Mo
 
 
 async def publish_model(
-    runtime: Publisher,
+    runtime: PublishingRuntime,
     endpoint: EndpointName,
     model: ModelDirectory,
     card: ModelCard,
 ) -> Registration:
     """Upload the model's files, then register its card for this process's instance of `endpoint`.
 
-    The card lives as long as the process's lease. After a registry that lost its data the files are
-    uploaded again before the card. Files that vanish alone are for `keep_model_files`. Waits while Redis
-    refuses all writes. Raises ModelError and StoreError otherwise; nothing is registered then.
+    The card lives as long as the process's lease. After the registry has lost its data, the files are
+    uploaded again before the card is. Files that vanish alone are uploaded by `keep_model_files`. Waits while
+    Redis refuses all writes. Raises ModelError, and StoreError for other failures; nothing is registered
+    then.
     """
 
     async def upload() -> None:
@@ -397,7 +392,7 @@ async def publish_model(
 
     def on_lost(reason: LostReason) -> None:
         log.warning(
-            "somebody took this worker's card of model %s out of the registry (%s): it gets no new requests",
+            "this worker's card of model %s was taken out of the registry (%s): it gets no new requests",
             card.display_name,
             reason,
         )
@@ -422,18 +417,19 @@ async def publish_model(
 
 
 async def fetch_model_files(objects: ObjectStore, card: ModelCard, cache_dir: Path) -> Path:
-    """A directory with the card's files, downloaded where `cache_dir` does not hold them already.
+    """Return a directory with the card's files; download those that `cache_dir` does not have.
 
     The cache is addressed by content: `blobs/<sha256>`, and for each set of files a directory of links,
-    `models/<digest of the set>`, which is the answer. Any number of processes may share it; a blob appears
-    only when whole and right, and one that is found damaged is fetched anew. Raises ModelError for a card
-    that cannot be satisfied, ModelCacheError for a cache directory that cannot be written, ObjectChanged
-    where the object store holds other content than the card says, and otherwise StoreError.
+    `models/<digest of the set>`, which is returned. Any number of processes may share the cache: a blob is
+    moved there when it is complete and checked, and a damaged one is fetched again.
+
+    Raises ModelError for an unusable card, ModelCacheError if the cache directory cannot be written,
+    ObjectChanged if the object store has other content than the card says, and StoreError.
     """
     for name in REQUIRED_MODEL_FILES:
         if name not in card.files:
             raise ModelError(f"the card of model {card.display_name!r} names no {name}")
-    # Only known names become paths: a card is data from the registry.
+    # Only known names become paths: the registry's data is not trusted.
     additional = sorted(name for name in card.files if ADDITIONAL_TEMPLATE.fullmatch(name))
     if len(additional) > MAX_ADDITIONAL_TEMPLATES:
         raise ModelError(f"the card of model {card.display_name!r} names {len(additional)} chat templates")
@@ -454,6 +450,10 @@ async def fetch_model_files(objects: ObjectStore, card: ModelCard, cache_dir: Pa
 
 
 async def _download(objects: ObjectStore, reference: FileReference, blob: Path) -> None:
+    """Fetch a file to a draft beside `blob`, check it, and rename it.
+
+    Raises ModelError, StoreError, OSError.
+    """
     try:
         bucket, name = parse_object_url(reference.url)
     except ValueError as exc:
@@ -473,6 +473,7 @@ async def _download(objects: ObjectStore, reference: FileReference, blob: Path) 
 
 
 def _is_whole(path: Path, reference: FileReference) -> bool:
+    """Return whether the file exists with the size and sha256 of the card. Blocks."""
     try:
         if path.stat().st_size != reference.size_bytes:
             return False
@@ -483,6 +484,7 @@ def _is_whole(path: Path, reference: FileReference) -> bool:
 
 
 def _link(cache_dir: Path, wanted: Mapping[str, FileReference]) -> Path:
+    """Make the directory of links to the blobs of this set of files, and return it."""
     listing = "".join(f"{name} {reference.sha256}\n" for name, reference in sorted(wanted.items()))
     directory = cache_dir / "models" / hashlib.sha256(listing.encode()).hexdigest()[:32]
     for name, reference in wanted.items():

@@ -1,8 +1,8 @@
-"""What frontend and worker say to each other: tokens in, tokens out.
+"""The messages between frontend and worker: tokens in, tokens out.
 
-Plain dicts, as msgpack carries them; the names are those of Dynamo's preprocessed request and engine
-output, so that an engine written for one fits the other. A receiver ignores keys it does not know. An engine
-that knows an option and cannot do it refuses the request, by the option's name, with InvalidRequest.
+They are plain dicts, sent as msgpack. The names are those of Dynamo's preprocessed request and engine output,
+so that an engine written for Dynamo works here, too. A receiver ignores keys that it does not know. An engine
+that knows an option and does not support it refuses the request with InvalidRequest, which names the option.
 """
 
 from __future__ import annotations
@@ -10,14 +10,18 @@ from __future__ import annotations
 from typing import Any, Literal, NotRequired, TypedDict, TypeGuard
 
 FinishReason = Literal["stop", "length", "content_filter", "error", "cancelled"]
-"""Why an answer ended. A receiver takes any other word, but "error" with something behind it, for "stop"."""
+"""The reason why an answer ended.
+
+A receiver treats any other word as "stop", unless it begins with "error".
+"""
 
 
 class StopConditions(TypedDict, total=False):
-    """When to end. The worker ends at token level; stop strings are found by the frontend. Without
-    `max_tokens` the engine's own limit applies, at most what its context leaves.
+    """The conditions that end an answer.
 
-    `max_thinking_tokens` bounds what a reasoning model thinks before it answers.
+    The worker checks the token conditions, the frontend the stop strings. Without `max_tokens` the engine's
+    own limit applies, at most the rest of its context. `max_thinking_tokens` limits the reasoning of a model
+    before its answer.
     """
 
     max_tokens: int
@@ -29,15 +33,15 @@ class StopConditions(TypedDict, total=False):
 
 
 GUIDED_BY = "response_format, structured_outputs, guided_json or the like"
-"""The client's own name for `guided_decoding`, for a refusal of it."""
+"""The clients' names for `guided_decoding`, for the message of a refusal."""
 
 
 class GuidedDecoding(TypedDict, total=False):
-    """A form that the answer must have: exactly one of `json`, `regex`, `choice`, `grammar` and
-    `structural_tag` is there.
+    """The form that the answer must have: exactly one of `json`, `regex`, `choice`, `grammar` and
+    `structural_tag` is present.
 
-    `json` is a JSON schema, as an object; `{"type": "object"}` where any object will do. `whitespace_pattern`
-    goes with it: a regular expression for the white space between its tokens.
+    `json` is a JSON schema, as an object; `{"type": "object"}` allows any object. With it,
+    `whitespace_pattern` is a regular expression for the white space between JSON tokens.
     """
 
     json: dict[str, Any]
@@ -49,10 +53,10 @@ class GuidedDecoding(TypedDict, total=False):
 
 
 class SamplingOptions(TypedDict, total=False):
-    """Rules for the choice of tokens; all optional, engine defaults apply.
+    """Options of the choice of tokens. Without one, the engine's default applies.
 
-    `logit_bias` maps token ids, written in decimal, to what is added to their logits. With
-    `include_stop_str_in_output` the engine's text, where it sends text, keeps the stop string it ended at.
+    `logit_bias` maps token ids, written in decimal, to the values added to their logits. With
+    `include_stop_str_in_output` an engine that sends text keeps the stop string that ended it.
     """
 
     n: int
@@ -72,8 +76,10 @@ class SamplingOptions(TypedDict, total=False):
 
 
 class GenerateRequest(TypedDict):
-    """A request to a worker's `generate` endpoint. `dp_rank` is the data-parallel rank that is to answer it;
-    without, the worker takes one."""
+    """A request to a worker's `generate` endpoint.
+
+    `dp_rank` is the data-parallel rank that has to answer it; without it, the worker chooses one.
+    """
 
     model: str
     token_ids: list[int]
@@ -85,19 +91,19 @@ class GenerateRequest(TypedDict):
 
 
 class CompletionUsage(TypedDict, total=False):
-    """Token counts of the engine itself."""
+    """Token counts by the engine."""
 
     prompt_tokens: int
     completion_tokens: int
 
 
 class GenerateItem(TypedDict, total=False):
-    """One item of the answer: new tokens, and on the last item why it ended.
+    """One item of the answer: new tokens, and in the last item the reason of the end.
 
-    `cached_tokens` says how many prompt tokens the engine found in its KV cache: on the first item, or on the
-    last by engines that say it only then.
-    A hidden stop token (EOS) is not among `token_ids`. `completion_usage`, on the last item, is what the
-    engine counted, where it counts otherwise than by `token_ids`.
+    `cached_tokens` is the number of prompt tokens that the engine found in its KV cache: in the first item,
+    or in the last item for engines that report it only there. A hidden stop token (EOS) is not in
+    `token_ids`. `completion_usage`, in the last item, has the engine's counts if they differ from those of
+    `token_ids`.
     """
 
     token_ids: list[int]
@@ -107,5 +113,5 @@ class GenerateItem(TypedDict, total=False):
 
 
 def is_count(value: object) -> TypeGuard[int]:
-    """Tell whether a number of tokens, as an engine or worker says it, is one: an integer from 0 on."""
+    """Return whether a value from an engine or a worker is a valid number of tokens: an integer from 0 on."""
     return type(value) is int and 0 <= value < 1 << 53
