@@ -1,4 +1,4 @@
-"""The command line: composition only. Each command's module is imported when the command runs."""
+"""The command line. It composes the other packages; a command's module is imported when the command runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`dynamo-redis best-worker`: which worker a prompt would go to, and what each would cost."""
+"""`dynamo-redis best-worker`: the worker that a prompt would go to, and the cost of each worker."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 @click.command("best-worker", cls=SettingsCommand)
 @click.option(
-    "--message", metavar="TEXT", help="A chat of this one user message, put through the model's template."
+    "--message", metavar="TEXT", help="A chat of this one user message, rendered by the model's template."
 )
-@click.option("--prompt", metavar="TEXT", help="A prompt, as `/v1/completions` takes it: no template.")
+@click.option("--prompt", metavar="TEXT", help="A prompt as in `/v1/completions`, without a template.")
 @click.option("--token-ids", metavar="JSON", help="A prompt as a JSON list of token ids.")
 @click.option("--model", metavar="NAME", help="The model.  [default: the only one that is served]")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
@@ -41,12 +41,12 @@ def best_worker(
     as_json: bool,
     **options: str | None,
 ) -> None:
-    """Ask a router which worker a prompt would go to now, and explain it cost by cost.
+    """Ask a router which worker it would choose for a prompt now, and print the cost of each worker.
 
-    Nothing is sent to a worker, and nothing is booked. All is in blocks: those of the prompt that a worker
-    holds already (matched); those that it would have to read without them, with those that it has to read
-    anyway (prefill); those that its requests would hold (decode). Cost is prefill, less what the matched
-    ones are worth, plus decode; the lowest is chosen.
+    Nothing is sent to a worker, and nothing is booked. All columns count blocks. MATCHED: blocks of the
+    prompt that the worker holds already. PREFILL: blocks that it would have to read, if it held none, with
+    those that it must read for other requests. DECODE: blocks that its requests would hold. COST is PREFILL,
+    minus the credit for MATCHED, plus DECODE. The lowest cost is chosen.
 
     \b
     Examples:
@@ -57,7 +57,7 @@ def best_worker(
     if [message, prompt, token_ids].count(None) != 2:
         raise click.UsageError("give one of --message, --prompt and --token-ids")
     require_extra("http")
-    explained = connect.run(_ask(message, prompt, _parsed(token_ids), model, options))
+    explained = connect.run(_ask(message, prompt, _parse_token_ids(token_ids), model, options))
     if as_json:
         print_json_line(explained)
         return
@@ -68,10 +68,10 @@ def best_worker(
         f"{block_size}"
     )
     columns = ["WORKER", "RANK", "MATCHED", "PREFILL", "DECODE", "COST", ""]
-    print_table(columns, [_row(cost, explained) for cost in explained["costs"]], empty="no workers")
+    print_table(columns, [_cost_row(cost, explained) for cost in explained["costs"]], empty="no workers")
 
 
-def _parsed(token_ids: str | None) -> list[int] | None:
+def _parse_token_ids(token_ids: str | None) -> list[int] | None:
     if token_ids is None:
         return None
     try:
@@ -93,11 +93,17 @@ async def _ask(
     from dynamo_redis.router.asking import ask_best_worker
 
     async with connect.open_runtime(options) as runtime:
-        entry = await _card(runtime, model)
+        entry = await _served_card(runtime, model)
         if token_ids is None:
-            loaded = await _loaded(runtime, entry, options)
+            loaded = await _load_served_model(runtime, entry, options)
             try:
-                token_ids = await _chat(loaded, message) if prompt is None else _text(loaded, prompt)
+                if prompt is not None:
+                    token_ids = loaded.tokenizer.encode(prompt, add_special_tokens=True)
+                elif loaded.template is None:
+                    raise CommandFailed(f"model {loaded.name!r} has no chat template: give --prompt")
+                else:
+                    job = render_job([{"role": "user", "content": message}])
+                    token_ids = loaded.tokenizer.encode((await loaded.template.render(job)).decode())
             finally:
                 if loaded.template is not None:
                     await loaded.template.aclose()
@@ -105,8 +111,8 @@ async def _ask(
         return {"model": entry.card.display_name, "token_count": len(token_ids), **explained}
 
 
-async def _card(runtime: DistributedRuntime, wanted: str | None) -> CardEntry:
-    """The card of the model wanted. Raises CommandFailed if there is none, or no telling which."""
+async def _served_card(runtime: DistributedRuntime, wanted: str | None) -> CardEntry:
+    """Return the card of the wanted model. Raises CommandFailed if there is none, or several and no name."""
     from dynamo_redis.frontend.model import CardEntry
 
     entries: dict[str, CardEntry] = {}
@@ -125,10 +131,10 @@ async def _card(runtime: DistributedRuntime, wanted: str | None) -> CardEntry:
     names = ", ".join(sorted(entries))
     if wanted is None:
         raise CommandFailed(f"several models are served: choose one with --model: {names}")
-    raise CommandFailed(f"no model {wanted!r} is served; these are: {names}")
+    raise CommandFailed(f"no model {wanted!r} is served; the served models are: {names}")
 
 
-async def _loaded(
+async def _load_served_model(
     runtime: DistributedRuntime, entry: CardEntry, options: dict[str, str | None]
 ) -> LoadedModel:
     from dynamo_redis.frontend.http.server import model_cache
@@ -142,18 +148,7 @@ async def _loaded(
             raise CommandFailed(f"model {entry.card.display_name!r} cannot be loaded: {exc}") from exc
 
 
-def _text(loaded: LoadedModel, prompt: str) -> list[int]:
-    return loaded.tokenizer.encode(prompt, add_special_tokens=True)
-
-
-async def _chat(loaded: LoadedModel, message: str | None) -> list[int]:
-    if loaded.template is None:
-        raise CommandFailed(f"model {loaded.name!r} has no chat template: give --prompt")
-    text = await loaded.template.render(render_job([{"role": "user", "content": message}]))
-    return loaded.tokenizer.encode(text.decode())
-
-
-def _row(cost: dict[str, Any], explained: dict[str, Any]) -> list[str]:
+def _cost_row(cost: dict[str, Any], explained: dict[str, Any]) -> list[str]:
     matched = cost["matched"]
     tiers = [f"{count} {tier}" for tier, count in matched.items() if count]
     chosen = all(cost[name] == explained[name] for name in ("instance_id", "dp_rank"))

@@ -1,6 +1,6 @@
-"""A service as a child process: its readiness, its last words, its log lines, its end.
+"""A service as a child process: its readiness, its log lines, its error, its end.
 
-Buffers: of a child's output the last 20 lines are kept, and of a line at most 64 KiB, in pieces.
+Buffers: the last 20 lines of a child's log are kept. A line over 64 KiB is cut into pieces of that size.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LineSink = Callable[[str, str], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Service:
+class ServiceCommand:
     """A command of this program that runs as a process of its own."""
 
     name: str
@@ -33,14 +33,14 @@ class Service:
 
     @property
     def argv(self) -> list[str]:
-        """With this interpreter, and without the working directory among its modules (`-P`)."""
+        """The command line: this interpreter, without the working directory among its modules (`-P`)."""
         return [sys.executable, "-P", "-m", "dynamo_redis", *self.arguments]
 
 
 class ServiceProcess:
     """One run of a service. Start it, wait until it is `ready`, wait for its `ended`, or `stop` it."""
 
-    def __init__(self, service: Service, child: ChildProcess, log: LineSink) -> None:
+    def __init__(self, service: ServiceCommand, child: ChildProcess, log: LineSink) -> None:
         self.service = service
         self._child = child
         self._log = log
@@ -51,8 +51,8 @@ class ServiceProcess:
         self._outputs: list[_Lines] = []
 
     @classmethod
-    async def start(cls, service: Service, env: Mapping[str, str], log: LineSink) -> ServiceProcess:
-        """Run the service with this environment. Raises OSError if no process can be started."""
+    async def start(cls, service: ServiceCommand, env: Mapping[str, str], log: LineSink) -> ServiceProcess:
+        """Start the service with this environment. Raises OSError if no process can be started."""
         (out, theirs_out), (err, theirs_err) = os.pipe(), os.pipe()
         try:
             child = ChildProcess.start(service.argv, env=env, stdout=theirs_out, stderr=theirs_err)
@@ -70,47 +70,47 @@ class ServiceProcess:
 
     @property
     def pid(self) -> int:
-        """Its process id."""
+        """The process id."""
         return self._child.pid
 
     @property
     def is_ready(self) -> bool:
-        """Whether it has said that it serves."""
+        """True once the service has printed that it serves."""
         return self._ready.done()
 
     async def ready(self) -> str:
-        """Wait until it serves; answers what it says of itself (a frontend: its URL). Cancellation-safe.
+        """Wait until it serves. Return the text of its ready line (a frontend: its URL).
 
-        Waits for ever if the process ends before: watch `ended` beside it.
+        Cancellation-safe. Waits for ever if the process ends before: wait for `ended` at the same time.
         """
         return await asyncio.shield(self._ready)
 
     async def ended(self) -> int:
-        """Wait until it has ended by itself or was stopped, and its output is read; answers its exit code."""
+        """Wait until the process has ended and its output is read. Return the exit code."""
         code = await self._child.wait()
         for output in self._outputs:
             await output.closed
         return code
 
     async def stop(self, grace_s: float) -> int:
-        """SIGTERM, and SIGKILL after `grace_s`. Answers the exit code."""
+        """Send SIGTERM, and SIGKILL after `grace_s`. Return the exit code."""
         code = await self._child.stop(grace_s)
         for transport in self._transports:
             transport.close()
         return code
 
     def kill(self) -> None:
-        """SIGKILL, at once."""
+        """Send SIGKILL."""
         self._child.kill()
 
     def last_words(self) -> str:
-        """Its own error in one line if it gave one, else the last line it logged."""
+        """Return its error line (`dynamo-redis: …`) if it printed one, else the last line that it logged."""
         if self._own_error is not None:
             return self._own_error
-        return self._last_lines[-1] if self._last_lines else "it said nothing"
+        return self._last_lines[-1] if self._last_lines else "it logged nothing"
 
     def last_lines(self) -> Sequence[str]:
-        """The last lines it wrote, oldest first."""
+        """Return the last lines that it logged, oldest first."""
         return tuple(self._last_lines)
 
     async def _read(self, descriptor: int, on_line: Callable[[str], None]) -> None:
@@ -135,7 +135,7 @@ class ServiceProcess:
 
 
 class _Lines(asyncio.Protocol):
-    """Cuts what comes through a pipe into lines."""
+    """Splits the bytes of a pipe into lines."""
 
     def __init__(self, on_line: Callable[[str], None], closed: asyncio.Future[None]) -> None:
         self._on_line = on_line

@@ -1,7 +1,7 @@
-"""Garbage collection around the start: what is imported stays, so looking for garbage among it is lost time.
+"""Garbage collection during the start: imported modules stay, so a search for garbage among them is wasted.
 
-Measured with the frontend's imports on Python 3.11: 0.50 s of CPU instead of 0.63 s. And once they are
-frozen, no later collection walks through them.
+Measured with the frontend's imports on Python 3.11: 0.50 s of CPU instead of 0.63 s. Once the modules are
+frozen, later collections do not visit them.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import gc
 
 
 def suspend() -> None:
-    """Collect nothing while the program loads."""
+    """Stop garbage collection while the program loads."""
     gc.disable()
 
 
 def resume() -> None:
-    """Set aside all that is loaded, and collect as usual from now on. Idempotent."""
+    """Freeze all loaded objects, and collect garbage as usual from now on. Idempotent."""
     if not gc.isenabled():
         gc.freeze()
         gc.enable()

@@ -1,13 +1,13 @@
-"""What `dynamo-redis up` runs: Redis, a frontend, workers; how they start, are kept running, and end.
+"""The processes of `dynamo-redis up` (Redis, a frontend, workers): start, restart and stop.
 
 | task | started by | ends |
 |---|---|---|
-| one keeper a service (`_keep`) | `start` | cancelled by `stop` |
-| the embedded server's keeper | `start` | cancelled by `stop` |
+| one task for each service, which restarts it (`_keep`) | `start` | cancelled by `stop` |
+| one task for the embedded server, which restarts it (`_keep_server`) | `start` | cancelled by `stop` |
 
-A service that ends before the deployment is up fails `start`: everything is stopped and its own words are the
-error. One that ends later is started again, after a pause that doubles from 0.5 s to 10 s and starts over
-once it has run for 30 s.
+If a service ends before the deployment is up, `start` fails with the service's own error, and everything is
+stopped. A service that ends later is started again after a pause. The pause doubles from 0.5 s to 10 s; it is
+0.5 s again after the service has run for 30 s.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from dynamo_redis.cli.children import LineSink, Service, ServiceProcess
+from dynamo_redis.cli.children import LineSink, ServiceCommand, ServiceProcess
 from dynamo_redis.cli.failures import CommandFailed
 from dynamo_redis.store.server import EmbeddedServer
 
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 START_TIMEOUT_S = 30.0
 SERVER_GRACE_S = 1.0
@@ -34,33 +34,32 @@ _SERVER_LOOK_S = 0.25
 
 @dataclass(slots=True)
 class Deployment:
-    """The processes of one `up`. `start` it, then `stop` it, from one event loop.
+    """The processes of one `up`. Call `start`, then `stop`, from one event loop.
 
-    `env` is the environment of services that are started from now on. At `stop` they have `grace_s` to leave
-    the registry and to finish.
-    `notice` is called with a line for the user whenever a process ended and is started again; `log` with each
-    line that a service logs.
+    `env` is the environment of services that are started from now on. At `stop` the services have `grace_s`
+    to finish their requests and to leave the registry. `notice` is called with a line for the user when a
+    process has ended and is started again; `log`, with each line that a service logs.
     """
 
     server: EmbeddedServer | None
-    frontend: Service
-    workers: Sequence[Service]
+    frontend: ServiceCommand
+    workers: Sequence[ServiceCommand]
     env: dict[str, str] = field(repr=False)
     grace_s: float
     notice: Callable[[str], None]
     log: LineSink
     url: str = ""
-    """Where the frontend listens, as it says itself."""
+    """The frontend's URL, from its ready line."""
     models: Sequence[str] = ()
     """The model of each worker."""
     _running: dict[str, ServiceProcess] = field(default_factory=dict)
     _keepers: list[asyncio.Task[None]] = field(default_factory=list)
 
     async def start(self) -> None:
-        """Start everything, and wait until each service says that it is ready.
+        """Start everything, and wait until each service is ready.
 
-        Raises CommandFailed with the words of the first process that ended, or of the one that was not ready
-        within 30 s, and StoreUnavailable for an embedded server that does not start. Call `stop` in any case.
+        Raises CommandFailed with the error of the first service that ended, or that was not ready within
+        30 s; StoreUnavailable if the embedded server does not start. Call `stop` in any case.
         """
         if self.server is not None:
             await self.server.start()
@@ -68,7 +67,7 @@ class Deployment:
         processes = [await self._launch(service) for service in services]
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
-                self.url, *lines = await _all_or_first_error([_started(process) for process in processes])
+                self.url, *lines = await _all_or_first_error(map(_wait_until_ready, processes))
             self.models = [line.rpartition(" at ")[0] for line in lines]
         except TimeoutError:
             late = next(process for process in processes if not process.is_ready)
@@ -80,7 +79,7 @@ class Deployment:
             self._keepers.append(asyncio.create_task(self._keep_server(self.server)))
 
     async def stop(self) -> None:
-        """End frontend and workers, then the embedded server, in `grace_s` + 1 s at most. Idempotent."""
+        """Stop the frontend and the workers, then the embedded server, within `grace_s` + 1 s. Idempotent."""
         for keeper in self._keepers:
             keeper.cancel()
         await asyncio.gather(*self._keepers, return_exceptions=True)
@@ -91,28 +90,28 @@ class Deployment:
             await self.server.stop(SERVER_GRACE_S)
 
     def kill(self) -> None:
-        """Kill every process at once; `stop` then reaps them."""
+        """Kill every service. Call `stop` afterwards: it waits for their ends."""
         for process in self._running.values():
             process.kill()
 
     @property
     def running_workers_count(self) -> int:
-        """Workers that run and have said that they are ready."""
+        """The number of workers that run and are ready."""
         processes = (self._running.get(service.name) for service in self.workers)
         return sum(process is not None and process.is_ready for process in processes)
 
     def last_words(self, name: str) -> str:
-        """What a service said last."""
+        """Return the error or the last log line of a service."""
         process = self._running.get(name)
         return process.last_words() if process is not None else "it does not run"
 
-    async def _launch(self, service: Service) -> ServiceProcess:
+    async def _launch(self, service: ServiceCommand) -> ServiceProcess:
         process = await ServiceProcess.start(service, self.env, self.log)
         self._running[service.name] = process
         return process
 
     async def _keep(self, process: ServiceProcess) -> None:
-        """Start a service again whenever it ends."""
+        """Start a service again each time it ends."""
         service = process.service
         pause_s = _PAUSE_FIRST_S
         while True:
@@ -121,13 +120,16 @@ class Deployment:
             self._running.pop(service.name, None)
             if time.monotonic() - started_s > _STABLE_AFTER_S:
                 pause_s = _PAUSE_FIRST_S
-            self.notice(f"{service.name} {_how(code, process.last_words())}; starting it again")
+            end = f"ended with exit code {code} ({process.last_words()})"
+            if code < 0:
+                end = f"was killed by {signal.Signals(-code).name}"
+            self.notice(f"{service.name} {end}; starting it again")
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 2, _PAUSE_LAST_S)
             process = await self._launch(service)
 
     async def _keep_server(self, server: EmbeddedServer) -> None:
-        """Start the embedded server again, with its data, whenever it ends."""
+        """Start the embedded server again, with its data, each time it ends."""
         pause_s = _PAUSE_FIRST_S
         while True:
             await asyncio.sleep(_SERVER_LOOK_S)
@@ -137,14 +139,14 @@ class Deployment:
             try:
                 await server.start()
                 pause_s = _PAUSE_FIRST_S
-            except Exception as exc:  # noqa: BLE001 - it is said, and tried again
+            except Exception as exc:  # noqa: BLE001 - printed, and tried again
                 self.notice(f"redis does not start: {exc}")
                 await asyncio.sleep(pause_s)
                 pause_s = min(pause_s * 2, _PAUSE_LAST_S)
 
 
-async def _started(process: ServiceProcess) -> str:
-    """Wait for readiness. Raises CommandFailed if the process ends before."""
+async def _wait_until_ready(process: ServiceProcess) -> str:
+    """Wait until a service is ready. Raises CommandFailed if it ends before."""
     ready, ended = asyncio.create_task(process.ready()), asyncio.create_task(process.ended())
     try:
         await asyncio.wait((ready, ended), return_when=asyncio.FIRST_COMPLETED)
@@ -157,8 +159,8 @@ async def _started(process: ServiceProcess) -> str:
         await asyncio.gather(ready, ended, return_exceptions=True)
 
 
-async def _all_or_first_error(waits: Sequence[Awaitable[Answer]]) -> list[Answer]:
-    """All answers in order; the first error cancels the rest."""
+async def _all_or_first_error(waits: Iterable[Awaitable[Result]]) -> list[Result]:
+    """Return all results in order. The first error cancels the rest."""
     tasks = [asyncio.ensure_future(wait) for wait in waits]
     try:
         return await asyncio.gather(*tasks)
@@ -166,9 +168,3 @@ async def _all_or_first_error(waits: Sequence[Awaitable[Answer]]) -> list[Answer
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _how(code: int, words: str) -> str:
-    if code < 0:
-        return f"was killed by {signal.Signals(-code).name}"
-    return f"ended with exit code {code} ({words})"

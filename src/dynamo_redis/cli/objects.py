@@ -33,8 +33,8 @@ _PIECE_BYTES = 1 << 20
 def objects() -> None:
     """List, store, fetch and remove files in Redis.
 
-    An object is named BUCKET/NAME, or by its URL redis-object://BUCKET/NAME. Replacing one is atomic, and
-    what is fetched is checked against its sha256.
+    An object's name is BUCKET/NAME, or its URL redis-object://BUCKET/NAME. Replacing an object is atomic. A
+    fetched file is checked against its sha256.
 
     \b
     Examples:
@@ -80,7 +80,9 @@ def ls(bucket: str | None, as_json: bool, **options: str | None) -> None:
 @json_option
 @store_options
 def put(name: str, file: Path, as_json: bool, **options: str | None) -> None:
-    """Store FILE (`-`: standard input) as an object, or replace one. Content that is there is not sent again.
+    """Store FILE (`-`: standard input) as an object, or replace one.
+
+    Content that Redis has already is not sent again.
 
     \b
     Example:
@@ -108,7 +110,7 @@ def put(name: str, file: Path, as_json: bool, **options: str | None) -> None:
 @click.argument("file", type=click.Path(path_type=Path))
 @store_options
 def get(name: str, file: Path, **options: str | None) -> None:
-    """Fetch an object into FILE, or to standard output if FILE is `-`. A FILE appears only when it is whole.
+    """Fetch an object into FILE, or to standard output if FILE is `-`. FILE appears only when it is complete.
 
     \b
     Examples:
@@ -116,11 +118,25 @@ def get(name: str, file: Path, **options: str | None) -> None:
       dynamo-redis objects get models/demo/config.json - | jq .
     """
     bucket, name = _split(name)
-    if not file.parent.is_dir():  # said before anything is fetched
+    if not file.parent.is_dir():  # checked before the object is fetched
         raise CommandFailed(f"{file.parent}: there is no such directory")
-    connect.run(
-        _print_object(bucket, name, options) if str(file) == "-" else _fetch(bucket, name, file, options)
-    )
+
+    async def print_content() -> None:
+        async with connect.open_objects(options) as store:
+            async for piece in store.get(bucket, name):
+                sys.stdout.buffer.write(piece)
+        sys.stdout.buffer.flush()
+
+    async def fetch() -> None:
+        async with connect.open_objects(options) as store:
+            info = await store.info(bucket, name)
+            with progress_bar(f"get {bucket}/{name}", info.size_bytes if info else 0) as report:
+                try:
+                    await store.fetch(bucket, name, file, progress=report)
+                except OSError as exc:  # its own text names a draft file beside FILE
+                    raise CommandFailed(f"{file} cannot be written: {exc.strerror or exc}") from exc
+
+    connect.run(print_content() if str(file) == "-" else fetch())
 
 
 @objects.command("rm", cls=SettingsCommand)
@@ -128,7 +144,7 @@ def get(name: str, file: Path, **options: str | None) -> None:
 @json_option
 @store_options
 def rm(name: str, as_json: bool, **options: str | None) -> None:
-    """Remove an object. Who reads it just now can finish.
+    """Remove an object. Readers that have begun can finish.
 
     \b
     Example:
@@ -146,30 +162,13 @@ def rm(name: str, as_json: bool, **options: str | None) -> None:
         print_json([{"bucket": bucket, "name": name, "removed": True}])
 
 
-async def _fetch(bucket: str, name: str, file: Path, options: dict[str, str | None]) -> None:
-    async with connect.open_objects(options) as store:
-        info = await store.info(bucket, name)
-        with progress_bar(f"get {bucket}/{name}", info.size_bytes if info else 0) as report:
-            try:
-                await store.fetch(bucket, name, file, progress=report)
-            except OSError as exc:  # it names a draft beside the file, which nobody has heard of
-                raise CommandFailed(f"{file} cannot be written: {exc.strerror or exc}") from exc
-
-
-async def _print_object(bucket: str, name: str, options: dict[str, str | None]) -> None:
-    async with connect.open_objects(options) as store:
-        async for piece in store.get(bucket, name):
-            sys.stdout.buffer.write(piece)
-    sys.stdout.buffer.flush()
-
-
 async def _standard_input() -> AsyncIterator[bytes]:
-    while piece := sys.stdin.buffer.read(_PIECE_BYTES):  # a command does nothing else meanwhile
+    while piece := sys.stdin.buffer.read(_PIECE_BYTES):  # it may block the loop: no other task runs
         yield piece
 
 
 def _split(name: str) -> tuple[str, str]:
-    """`bucket/name` or an object URL as (bucket, name). Raises ConfigError."""
+    """Return the bucket and the name of `bucket/name` or of an object URL. Raises ConfigError."""
     try:
         return parse_object_url(name if name.startswith(_SCHEME) else f"{_SCHEME}{name}")
     except ValueError:

@@ -1,7 +1,7 @@
-"""Options made from settings: one declaration in `config/` is an option, its help, and its check.
+"""Command-line options made from settings: a declaration in `config/` is an option, its help and its check.
 
-click reads no environment here and checks no value: what was given goes to `SettingsGroup.load`, which
-knows the precedence (command line > environment > `.env` > default) and what a right value is.
+click reads no environment variable here and checks no value. The values go to `SettingsGroup.load`, which
+applies the precedence (command line > environment > `.env` > default) and checks them.
 """
 
 from __future__ import annotations
@@ -17,19 +17,27 @@ from pydantic import ByteSize, SecretStr
 from pydantic.fields import FieldInfo
 
 from dynamo_redis.cli.formats import human_size
-from dynamo_redis.config import PemFile, RuntimeSettings, SettingsGroup, StoreSettings, env_name, unit_of
+from dynamo_redis.config import (
+    PemFile,
+    RuntimeSettings,
+    SettingsGroup,
+    StoreSettings,
+    env_name,
+    parse_duration,
+    unit_of,
+)
 from dynamo_redis.errors import ConfigError
 
 Group = TypeVar("Group", bound=SettingsGroup)
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-_SUFFIXES = ("_s", "_bytes", "_count")  # of field names: units, which an option's help says instead
+_SUFFIXES = ("_s", "_bytes", "_count")  # units in field names; an option's help shows the unit
 _NAMES = {
-    "prefix": "--redis-prefix",  # beside `get --prefix`, which is about keys
+    "prefix": "--redis-prefix",  # `get --prefix` is the prefix of keys
     "wait_for_redis": "--wait",
 }
 _FURTHER_NAMES = {"kv_overlap_score_weight": ("--router-kv-overlap-score-credit",)}
-"""Other names that users of Dynamo know an option by."""
+"""Additional names of options, known from Dynamo."""
 _METAVARS: dict[Any, str] = {
     int: "N",
     float: "NUMBER",
@@ -40,7 +48,7 @@ _METAVARS: dict[Any, str] = {
 
 
 def option_name(field_name: str) -> str:
-    """`lease_ttl_s` → `--lease-ttl`, `use_kv_events` → `--kv-events`."""
+    """Return a field's option: `lease_ttl_s` → `--lease-ttl`, `use_kv_events` → `--kv-events`."""
     if field_name in _NAMES:
         return _NAMES[field_name]
     for suffix in _SUFFIXES:
@@ -49,7 +57,7 @@ def option_name(field_name: str) -> str:
 
 
 class SettingOption(click.Option):
-    """An option made from a setting. `section` is the heading it stands under in the help."""
+    """An option made from a setting. `section` is its heading in the help."""
 
     section = "Settings"
 
@@ -62,7 +70,7 @@ class SettingsCommand(click.Command):
         sections: dict[str, list[tuple[str, str]]] = {"Options": []}
         for parameter in self.get_params(ctx):
             if isinstance(parameter, click.Argument):
-                continue  # the usage line names it, the text explains it
+                continue  # the usage line and the text describe it
             if (shown := parameter.get_help_record(ctx)) is not None:
                 heading = parameter.section if isinstance(parameter, SettingOption) else "Options"
                 sections.setdefault(heading, []).append(shown)
@@ -76,8 +84,8 @@ def setting_options(
 ) -> Callable[[Command], Command]:
     """Decorate a command with options for these settings of a group (all, if none is named).
 
-    The command gets each under its field name, as text (a flag as a bool), or None if it was not given.
-    `defaults` are those of the command's own that differ: they are shown, the command sees to them.
+    The command gets each value under its field name, as text (a flag as a bool), or None if the option was
+    not given. `defaults` are the command's own defaults, for the help; the command must apply them.
     """
     fields = [(name, group.model_fields[name]) for name in names or group.model_fields]
     heading = section_title(group)
@@ -85,22 +93,38 @@ def setting_options(
 
     def decorate(command: Command) -> Command:
         for name, field in reversed(fields):
-            shape = _shape(field, defaults.get(name, field.default))
-            command = click.option(*_spellings(name, field), name, cls=option_class, **shape)(command)
+            option, default = option_name(name), _shown(field, defaults.get(name, field.default))
+            source = f"{env_name(field)}; default {default}" if default else env_name(field)
+            shape: dict[str, Any] = {"cls": option_class, "help": f"{field.description}  [{source}]"}
+            if _bare(field.annotation) is bool:
+                spellings = (f"{option}/--no-{option.removeprefix('--')}",)
+                shape |= {"is_flag": True, "default": None}  # None: the flag was not given
+            else:
+                spellings = (option, *_FURTHER_NAMES.get(name, ()))
+                shape["metavar"] = _metavar(field)
+            command = click.option(*spellings, name, **shape)(command)
         return command
 
     return decorate
 
 
+def duration_value(ctx: click.Context, param: click.Parameter, value: object) -> object:
+    """Convert an option's duration to seconds, as a click callback. Raises BadParameter."""
+    try:
+        return parse_duration(value)
+    except ValueError as exc:
+        raise click.BadParameter(str(exc), ctx, param) from exc
+
+
 def store_options(command: Command) -> Command:
-    """The options of every command: where the registry is, and how much to log."""
+    """Decorate a command with the options that every command has: the registry and the log level."""
     command = setting_options(RuntimeSettings, "log")(command)
     return setting_options(StoreSettings, "redis_url", "prefix")(command)
 
 
 def load(group: type[Group], given: Mapping[str, Any]) -> Group:
-    """Read a group, with what was given on the command line. Raises ConfigError naming the option or the
-    variable that is wrong."""
+    """Read a group, with the values of the command line. Raises ConfigError, which names the wrong option or
+    variable."""
     overrides = {name: value for name, value in given.items() if name in group.model_fields}
     try:
         return group.load(**overrides)
@@ -114,14 +138,14 @@ def load(group: type[Group], given: Mapping[str, Any]) -> Group:
 
 
 def given_settings(group: type[SettingsGroup], given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """What was given on the command line for a group, by environment name: for child processes."""
+    """Return a group's values of the command line, by environment variable, for child processes."""
     for name, field in group.model_fields.items():
         if given.get(name) is not None:
             yield env_name(field), str(given[name])
 
 
 def shown_default(field: FieldInfo) -> str:
-    """A setting's default with its unit, as help and documentation show it; empty if there is none."""
+    """Return a setting's default with its unit, as help and documentation show it; empty if it has none."""
     return _shown(field, field.default)
 
 
@@ -135,34 +159,14 @@ def _shown(field: FieldInfo, default: object) -> str:
         return human_size(default)
     if isinstance(default, float):
         return f"{default:g} {unit}".strip()
-    if isinstance(default, SecretStr):  # a default is in the code, and no secret
+    if isinstance(default, SecretStr):  # a default in the code is no secret
         return default.get_secret_value()
     return f"{default} {unit}".strip()
 
 
 def section_title(group: type[SettingsGroup]) -> str:
-    """`PlaneSettings` → its docstring's first sentence up to the colon: `The request plane`."""
+    """Return the first line of the group's docstring up to the colon: `The request plane`."""
     return (group.__doc__ or group.__name__).splitlines()[0].rstrip(".").partition(":")[0]
-
-
-def _help(field: FieldInfo, default: object) -> str:
-    shown = _shown(field, default)
-    source = f"{env_name(field)}; default {shown}" if shown else env_name(field)
-    return f"{field.description}  [{source}]"
-
-
-def _spellings(name: str, field: FieldInfo) -> tuple[str, ...]:
-    option = option_name(name)
-    if _bare(field.annotation) is bool:
-        return (f"{option}/--no-{option.removeprefix('--')}",)
-    return (option, *_FURTHER_NAMES.get(name, ()))
-
-
-def _shape(field: FieldInfo, default: object) -> dict[str, Any]:
-    """What click is told of an option: None stands for one that is not given, also of a flag."""
-    if _bare(field.annotation) is bool:
-        return {"help": _help(field, default), "is_flag": True, "default": None}
-    return {"help": _help(field, default), "metavar": _metavar(field)}
 
 
 def _metavar(field: FieldInfo) -> str:
@@ -177,7 +181,7 @@ def _metavar(field: FieldInfo) -> str:
 
 
 def _bare(annotation: Any) -> Any:
-    """The type within `X | None` and `Annotated[X, …]`."""
+    """Return the type `X` of `X | None` and `Annotated[X, …]`."""
     if typing.get_origin(annotation) in (types.UnionType, typing.Union):
         annotation = next(kind for kind in typing.get_args(annotation) if kind is not types.NoneType)
     if typing.get_origin(annotation) is typing.Annotated:

@@ -1,6 +1,6 @@
-"""What commands print: tables for people, JSON lists for programs, a progress bar for large transfers.
+"""Output of commands: tables for people, JSON for programs, a progress bar for large transfers.
 
-Results go to stdout, everything else to stderr. rich is imported only where a table or a bar is drawn.
+Results go to stdout, everything else to stderr. rich is imported only to draw a table or a bar.
 """
 
 from __future__ import annotations
@@ -20,32 +20,37 @@ from dynamo_redis.store.base import Progress as Report
 PROGRESS_FROM_BYTES = 4 << 20
 """Transfers of at least this size get a bar, on a terminal."""
 
-_WIDTH_OF_A_PIPE = 10_000  # nothing is cut short for a program that reads along
+_WIDTH_OF_A_PIPE = 10_000  # a program that reads the table gets all of it
 
 json_option = click.option(
-    "--json", "as_json", is_flag=True, help="Print JSON for programs: a list; in watch, an object a line."
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print JSON for programs: a list; for watch, an object a line.",
 )
 
 
 def print_line(text: str) -> None:
-    """One line on stdout, at once."""
+    """Print one line on stdout, and flush."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 
 
 def print_json(rows: Sequence[Any]) -> None:
-    """A JSON list; ids stand there in hexadecimal, too."""
+    """Print a JSON list. Ids are added in hexadecimal."""
     print_line(json.dumps(with_hex_ids(list(rows)), indent=2, ensure_ascii=False))
 
 
 def print_json_line(row: Any) -> None:
-    """One JSON value on one line; ids stand there in hexadecimal, too."""
+    """Print one JSON value on one line. Ids are added in hexadecimal."""
     print_line(json.dumps(with_hex_ids(row), ensure_ascii=False))
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, empty: str, wrap: str = "") -> None:
-    """A table; `empty` instead, on stderr, if there are no rows. On a terminal too narrow for the table the
-    column `wrap` is cut short, or else all are folded."""
+    """Print a table, or `empty` on stderr if there are no rows.
+
+    On a terminal that is too narrow, the column `wrap` is cut short; without `wrap`, all columns are folded.
+    """
     if not rows:
         sys.stderr.write(empty + "\n")
         return
@@ -66,14 +71,17 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, empty:
 
 
 def print_reasons(reasons: Iterable[str]) -> None:
-    """Say below a table why some of its rows cannot be read: a cell has no room for it."""
+    """Print below a table why some of its rows cannot be read: a cell has no room for the reason."""
     for reason in reasons:
         print_line(printable(f"unreadable: {reason}"))
 
 
 @contextmanager
 def progress_bar(description: str, size_bytes: int | None) -> Iterator[Report | None]:
-    """A bar on stderr for as long as the block runs; yields what to report to, None where no bar is due."""
+    """Show a bar on stderr while the block runs.
+
+    Yields the function to report to; None if no bar is shown.
+    """
     if not sys.stderr.isatty() or (size_bytes is not None and size_bytes < PROGRESS_FROM_BYTES):
         yield None
         return

@@ -1,4 +1,4 @@
-"""`dynamo-redis router`: the KV-aware router as a service that several frontends call."""
+"""`dynamo-redis router`: the KV-aware router as a service for several frontends."""
 
 from __future__ import annotations
 
@@ -27,19 +27,20 @@ if TYPE_CHECKING:
     "--component",
     metavar="NAME",
     default="router",
-    help="Name of the service, in the workers' namespace: another for each of several sorts of workers.  "
+    help="Name of the service in the workers' namespace. Each router service needs its own name if several "
+    "choose among different workers.  "
     "[default router]",
 )
 @setting_options(RouterSettings)
 @runtime_options
 def router(endpoint: str | None, component: str, **options: str | None) -> None:
-    """Choose workers for frontends, by what the workers' KV caches hold, and pass requests on.
+    """Choose workers for frontends by the contents of the workers' KV caches, and forward requests.
 
-    It serves NAMESPACE.router.generate, which forwards a request to the worker chosen and streams its answer
+    It serves NAMESPACE.router.generate, which forwards a request to the chosen worker and streams the answer
     back, and NAMESPACE.router.best_worker_id, which only chooses. Frontends use it with --router-mode kv
-    --router-endpoint NAMESPACE.router.generate, and keep no index of their own. Several may run: they tell
-    each other of the requests under way. Unless --kv-cache-block-size is given, the first worker that it
-    finds says how large blocks are.
+    --router-endpoint NAMESPACE.router.generate, and keep no index of their own. Several routers may run:
+    they share the requests under way. Without --kv-cache-block-size the size of blocks is that of the first
+    worker.
 
     \b
     Examples:

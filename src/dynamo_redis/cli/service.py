@@ -1,4 +1,4 @@
-"""What the long-running commands have in common: settings, log, event loop, runtime, shutdown."""
+"""The common part of the long-running commands: settings, log, event loop, runtime, shutdown."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dynamo_redis.cli import collection
-from dynamo_redis.cli.connect import note_choice
+from dynamo_redis.cli.connect import note_chosen_deployment
 from dynamo_redis.cli.options import load, setting_options
 from dynamo_redis.cli.output import print_line
 from dynamo_redis.config import EventSettings, PlaneSettings, RuntimeSettings, StoreSettings, unknown_settings
@@ -25,14 +25,14 @@ log = logging.getLogger(__name__)
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 MAX_OPEN_FILES = 65_536
-"""A service raises its limit of open files to this, as far as it may: many shells give 1,024."""
+"""A service raises its limit of open files to this, or to the hard limit: many shells set 1,024."""
 
 READY = "ready"
-"""The first word of the line that a service prints on stdout once it serves. Nothing else goes there."""
+"""The first word of the line that a service prints on stdout once it serves: its only output there."""
 
 
 def runtime_options(command: Command) -> Command:
-    """All options of a process that has a runtime."""
+    """Decorate a command with all options of a process that has a runtime."""
     for group in (RuntimeSettings, PlaneSettings, EventSettings, StoreSettings):
         command = setting_options(group)(command)
     return command
@@ -41,16 +41,16 @@ def runtime_options(command: Command) -> Command:
 def run_service(
     name: str, options: Mapping[str, Any], serve: Callable[[DistributedRuntime], Awaitable[None]]
 ) -> None:
-    """Run `serve` with a runtime until SIGTERM or Ctrl-C, and close in order.
+    """Run `serve` with a runtime until SIGTERM or Ctrl-C, and close the runtime.
 
-    It waits for Redis if `--wait` (DYN_WAIT_FOR_REDIS) says so.
+    With `--wait` (DYN_WAIT_FOR_REDIS) it waits for Redis at the start.
 
     Raises ConfigError for wrong settings and StoreError if Redis cannot be used at start.
     """
     from dynamo_redis.runtime.logging import configure_dynamo_logging
     from dynamo_redis.runtime.runtime import DistributedRuntime, Settings
 
-    note_choice(options)
+    note_chosen_deployment(options)
     settings = Settings(
         store=load(StoreSettings, options),
         plane=load(PlaneSettings, options),
@@ -62,7 +62,7 @@ def run_service(
 
     async def main() -> None:
         runtime = DistributedRuntime(settings=settings)
-        # Many workers may log to one place: each stands there under the id that `instances` lists.
+        # Many workers may log to one place: the log names each by the id that `instances` lists.
         service_name = f"{name}-{format_instance_id(runtime.instance_id)}"
         configure_dynamo_logging(service_name=service_name, level=settings.runtime.log)
         for sentence in unknown_settings().values():
@@ -79,18 +79,23 @@ def run_service(
         finally:
             await runtime.aclose()
 
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+    loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None
+    if sys.platform != "win32":
+        import uvloop
+
+        loop_factory = uvloop.new_event_loop
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
         runner.run(main())
 
 
 def announce_ready(what: str) -> None:
-    """Tell who started this process that it serves: `ready http://0.0.0.0:8000`."""
+    """Print the line that tells the parent process that this one serves: `ready http://0.0.0.0:8000`."""
     collection.resume()
     print_line(f"{READY} {what}")
 
 
 def raise_file_limit() -> None:
-    """Let this process, and those it starts, open as many files as it may, up to `MAX_OPEN_FILES`."""
+    """Raise the limit of open files of this process and its children, up to `MAX_OPEN_FILES`."""
     if sys.platform == "win32":
         return
     import resource
@@ -98,13 +103,5 @@ def raise_file_limit() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        with contextlib.suppress(OSError, ValueError):  # a system with a lower bound of its own
+        with contextlib.suppress(OSError, ValueError):  # the system has a lower maximum
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    if sys.platform == "win32":
-        return None
-    import uvloop
-
-    return uvloop.new_event_loop

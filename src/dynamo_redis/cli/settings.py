@@ -1,4 +1,4 @@
-"""`dynamo-redis settings`: every setting, its value now, and where that comes from."""
+"""`dynamo-redis settings`: every setting, its value, and the source of the value."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def _all_options(command: Any) -> Any:
 @click.option("--markdown", is_flag=True, help="Print the tables of docs/settings.md instead.")
 @_all_options
 def settings(as_json: bool, markdown: bool, **options: str | None) -> None:
-    """List every setting: its variable, its value now, its unit, and where the value comes from.
+    """List every setting: its variable, its value with the unit, the source of the value, and its option.
 
-    A value on the command line goes before the environment, that before a `.env` file in the working
-    directory, and that before the default. Passwords are masked.
+    The command line has precedence over the environment, the environment over a `.env` file in the working
+    directory, and the file over the default. Passwords are masked.
 
     \b
     Examples:
@@ -48,7 +48,7 @@ def settings(as_json: bool, markdown: bool, **options: str | None) -> None:
 
 
 def describe(group: type[SettingsGroup], options: dict[str, str | None]) -> list[dict[str, Any]]:
-    """The settings of a group as they are now. Raises ConfigError for a wrong value."""
+    """Return the settings of a group with their present values. Raises ConfigError for a wrong value."""
     loaded = load(group, options)
     sources = origins(group, {name for name, value in options.items() if value is not None})
     rows = []
@@ -61,7 +61,7 @@ def describe(group: type[SettingsGroup], options: dict[str, str | None]) -> list
             {
                 "env": env_name(field),
                 "option": option_name(name),
-                "value": _unsecret(value) if isinstance(value, SecretStr) else value,
+                "value": _mask(value) if isinstance(value, SecretStr) else value,
                 "unit": unit_of(field),
                 "source": source,
                 "description": field.description,
@@ -70,8 +70,8 @@ def describe(group: type[SettingsGroup], options: dict[str, str | None]) -> list
     return rows
 
 
-def _unsecret(value: SecretStr) -> str:
-    """A URL without its password; of any other secret, nothing."""
+def _mask(value: SecretStr) -> str:
+    """Return a URL without its password; `***` for any other secret."""
     text = value.get_secret_value()
     is_plain = "://" in text and not any(c.isspace() or c in "'\"" for c in text)
     return redact(text) if is_plain else HIDDEN

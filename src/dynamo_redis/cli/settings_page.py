@@ -7,23 +7,17 @@ from dynamo_redis.config import GROUPS, SettingsGroup, env_name, unit_of
 
 
 def render() -> str:
-    """All settings as Markdown: a heading and a table a group."""
+    """Return all settings as Markdown: a heading and a table for each group."""
     return "\n".join(_table(group) for group in GROUPS)
 
 
 def _table(group: type[SettingsGroup]) -> str:
-    rows = [
-        f"| `{env_name(field)}` | `{option_name(name)}` | {_code(shown_default(field))} | {unit_of(field)} "
-        f"| {_cell(field.description or '')} |"
-        for name, field in group.model_fields.items()
-    ]
+    rows = []
+    for name, field in group.model_fields.items():
+        default = f"`{shown}`" if (shown := shown_default(field)) else "unset"
+        meaning = (field.description or "").replace("|", "\\|")
+        rows.append(
+            f"| `{env_name(field)}` | `{option_name(name)}` | {default} | {unit_of(field)} | {meaning} |"
+        )
     head = ["| variable | option | default | unit | meaning |", "|---|---|---|---|---|"]
     return "\n".join([f"### {section_title(group)}", "", *head, *rows, ""])
-
-
-def _code(text: str) -> str:
-    return f"`{text}`" if text else "unset"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")

@@ -1,4 +1,4 @@
-"""What `up` shows while it runs: a live line on a terminal, plain lines anywhere else."""
+"""The output of a running `up`: a live line on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ _MODELS_SHOWN = 3
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """How a deployment is, as its frontend's `/health` says it.
+    """The state of a deployment, from its frontend's `/health`.
 
-    `running_count` of the `workers_count` workers of `up` run now; `instances_count` is what the frontend
-    finds in the registry: also others' workers, and for its lease's time one that was killed.
+    `running_count` of the `workers_count` workers of `up` run now. `instances_count` is the number of
+    instances that the frontend finds in the registry: it includes workers that `up` did not start, and a
+    killed worker until its lease ends.
     """
 
     answering: bool
@@ -35,18 +36,20 @@ class Status:
     instances_count: int
     models: tuple[str, ...]
     hit_percent: int | None = field(default=None, compare=False)
-    """How many of a hundred prompt tokens the workers had in their caches; None if nobody counts. It changes
-    all the time, and is no reason to print a line."""
+    """Percentage of the prompt tokens that the workers had in their caches; None if no router counts them.
+
+    Not compared: it changes all the time, and a change of it alone prints no line.
+    """
 
     @property
     def headline(self) -> str:
-        """The whole in a word or two."""
+        """The state in a few words."""
         if not self.answering:
             return "the frontend does not answer"
         return "serving" if self.serving else "no worker can serve"
 
     def details(self) -> list[str]:
-        """The parts of the line, in its order."""
+        """Return the parts of the status line after the headline."""
         names = ", ".join(self.models[:_MODELS_SHOWN])
         more = f" and {len(self.models) - _MODELS_SHOWN} more" if len(self.models) > _MODELS_SHOWN else ""
         parts = [f"{self.running_count}/{self.workers_count} workers"]
@@ -62,9 +65,9 @@ class Status:
 
 
 class Display(Protocol):
-    """Where `up` writes: lines of the services, lines of its own, and a status that replaces the last one.
+    """The output of `up`: lines of the services, lines of its own, and a status that replaces the last one.
 
-    No method raises when nobody reads any more: what runs goes on, and must still be stopped in order.
+    No method raises if the output is closed: the services run on, and must still be stopped in order.
     """
 
     def notice(self, line: str) -> None: ...
@@ -74,7 +77,7 @@ class Display(Protocol):
 
 
 class PlainDisplay:
-    """Lines only: logs to stderr, and a status line on stdout whenever it changed."""
+    """Plain lines: logs on stderr, and a status line on stdout each time that the status has changed."""
 
     def __init__(self) -> None:
         self._shown: Status | None = None
@@ -96,13 +99,13 @@ class PlainDisplay:
             self.notice(f"status: {', '.join([status.headline, *status.details()])}")
 
     def close(self) -> None:
-        """Nothing to restore."""
+        """Do nothing: a terminal needs no restoring."""
 
 
 class LiveDisplay:
-    """A line at the bottom of the terminal that is drawn anew; everything else scrolls above it.
+    """A status line at the bottom of the terminal; all other lines scroll above it.
 
-    Before the first status it writes plain lines: rich is imported only then, when the deployment is up.
+    Before the first status it writes plain lines: rich is imported only once the deployment is up.
     """
 
     def __init__(self) -> None:
@@ -115,7 +118,7 @@ class LiveDisplay:
         if self._live is None:
             self._plain.notice(line)
         else:
-            # Without wrapping, so that a line can be copied as it is.
+            # No wrapping: the user can copy the line.
             with suppress(OSError):
                 self._live.console.print(line, soft_wrap=True)
 
@@ -140,7 +143,7 @@ class LiveDisplay:
                 self._live.start()
 
     def close(self) -> None:
-        """Take the line away."""
+        """Remove the status line."""
         if self._live is not None:
             with suppress(OSError):
                 self._live.stop()
@@ -163,5 +166,5 @@ class LiveDisplay:
 
 
 def make_display() -> Display:
-    """The live line where stdout is a terminal."""
+    """Return a live display if stdout is a terminal, else a plain one."""
     return LiveDisplay() if sys.stdout.isatty() else PlainDisplay()

@@ -37,9 +37,9 @@ worker.add_command(openai)
 def mock(endpoint: str | None, **options: str | None) -> None:
     """Serve a model with the mock engine: real tokens, a KV cache and the timing of a GPU, but no GPU.
 
-    Without --model-path it serves a small demo model. Routers hear what its KV cache holds and how busy it
-    is, unless --event-plane is none. SIGTERM or Ctrl-C takes the worker out of the registry at once and lets
-    requests under way finish.
+    Without --model-path it serves a small demo model. It publishes the contents of its KV cache and its load
+    for routers, unless --event-plane is none. At SIGTERM or Ctrl-C the worker leaves the registry at once,
+    and requests under way finish.
 
     \b
     Examples:

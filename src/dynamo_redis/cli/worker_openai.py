@@ -31,13 +31,13 @@ log = logging.getLogger(__name__)
 @setting_options(OpenAIEngineSettings)
 @runtime_options
 def openai(endpoint: str | None, **options: str | None) -> None:
-    """Serve the model of an engine that runs already: vLLM, SGLang, llama.cpp's server, or any other with
-    OpenAI's completions.
+    """Serve the model of a running engine: vLLM, SGLang, llama.cpp's server, or any other with OpenAI's
+    completions API.
 
-    Prompts go to the engine as token ids, answers stream back, a cancelled request ends there at once. While
-    the engine does not answer, this worker is not in the registry. With --kv-events-endpoint routers know
-    what the engine holds in its KV cache. --model-path names the model's directory with its tokenizer; the
-    weights are the engine's alone.
+    Prompts go to the engine as token ids, answers stream back, and a cancelled request ends at the engine at
+    once. While the engine does not answer, this worker is not in the registry. With --kv-events-endpoint
+    routers know the contents of the engine's KV cache. --model-path names the model's directory with its
+    tokenizer; the worker does not need the weights.
 
     \b
     Examples:
@@ -66,8 +66,9 @@ def openai(endpoint: str | None, **options: str | None) -> None:
 
         if model_settings.model_path is None:
             log.warning(
-                "DYN_MODEL_PATH (--model-path) is not set: prompts are cut by the demo model's tokenizer, "
-                "which is wrong for an engine with any other model"
+                "DYN_MODEL_PATH (--model-path) is not set: prompts are tokenized by the demo model's "
+                "tokenizer, which is wrong for an engine with any other model: set it to the model's "
+                "directory"
             )
         model, model_name = await asyncio.to_thread(open_model, model_settings)
         engine = OpenAIEngine(engine_settings, model, context_length=model_settings.context_length)
@@ -80,7 +81,7 @@ def openai(endpoint: str | None, **options: str | None) -> None:
 
 
 async def _is_up(engine: OpenAIEngine, runtime: DistributedRuntime) -> bool:
-    """Wait for the engine, which may take its time to load; False if this process is to end meanwhile."""
+    """Wait until the engine has loaded. Return False if this process is asked to end before."""
     up = asyncio.create_task(engine.wait_until_up(), name="wait for the engine")
     leaving = asyncio.create_task(runtime.wait_for_shutdown(), name="wait for shutdown")
     try:

@@ -141,4 +141,4 @@ def test_a_tail_needs_a_name_if_there_are_several(cli: Cli, act: Act) -> None:
     for name in (KV, SYNC):
         act(lambda streams, name=name: streams.append(name, [NewEntry(b"x", 1)]))  # type: ignore[misc]
     done = cli("events", "tail")
-    assert "which one of dynamo/backend/kv_events, dynamo/odd%2Fname/prefill_events/2?" in done.err
+    assert "give one of dynamo/backend/kv_events, dynamo/odd%2Fname/prefill_events/2" in done.err

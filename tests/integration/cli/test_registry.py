@@ -248,7 +248,9 @@ def test_models_show_workers_whose_cards_differ(cli: Cli) -> None:
     rows = [line.split() for line in shown.out.splitlines()[2:]]
     assert sorted((row[3], row[4]) for row in rows) == [("1", "4096"), ("2", "1000")]
     assert len({row[-1] for row in rows}) == 2
-    assert shown.err.startswith("model m has workers of 2 sorts: frontends share its requests out")
+    assert shown.err.startswith(
+        "model m has workers with 2 versions of its card: frontends share its requests "
+    )
     assert shown.code == 0
     found = json.loads(cli("models", "--json").out)
     assert sorted(entry["instance_ids"] for entry in found) == [[1], [2, 3]]

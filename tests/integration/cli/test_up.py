@@ -267,9 +267,7 @@ def test_up_listens_on_loopback_unless_told(start: Start) -> None:
     assert program.stop() <= STOP_WITHIN_S
 
 
-def test_a_router_of_its_own_finds_the_workers_and_leaves_in_order(
-    start: Start, command: Callable[..., Any]
-) -> None:
+def test_router_service_finds_workers_and_leaves(start: Start, command: Callable[..., Any]) -> None:
     program = start(*up("--workers", "1", "--router-mode", "round_robin"))
     program.url()
     (frontend,) = command("router-state")
@@ -330,7 +328,7 @@ def test_the_second_says_that_the_first_runs(start: Start, env: dict[str, str], 
     second = start(*up("--workers", "0"))
     second_url = second.url()
     assert "Another `up`" not in first.out
-    assert f"Another `up` of yours runs, at {url}:" in second.out
+    assert f"Another `up` of yours runs, at {url}." in second.out
     argv = [sys.executable, "-m", "dynamo_redis", "instances"]
     listed = subprocess.run(argv, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert f"the last one started, {second_url}, not {url};" in listed.stderr
@@ -346,7 +344,9 @@ def test_one_that_joins_others_says_so(start: Start, dynamo_redis_url: str, dyna
     second = start(*up("--workers", "1", *shared))
     second.url()
     assert "registered already" not in first.out
-    assert f"registered already under the prefix {dynamo_redis_prefix}, by others" in second.out
+    assert (
+        f"registered already under the prefix {dynamo_redis_prefix}: this deployment joins them" in second.out
+    )
 
 
 def test_kill_9_leaves_no_process(start: Start) -> None:
@@ -361,9 +361,7 @@ def test_kill_9_leaves_no_process(start: Start) -> None:
     until(lambda: program.processes() == [])
 
 
-def test_what_a_killed_one_left_is_removed_by_the_next_and_what_a_running_one_has_is_not(
-    start: Start, temporary: Path, tmp_path: Path
-) -> None:
+def test_abandoned_directory_is_removed_by_next_up(start: Start, temporary: Path, tmp_path: Path) -> None:
     def directories() -> set[Path]:
         return set(temporary.glob("dynamo-redis-up-*"))
 

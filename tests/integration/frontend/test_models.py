@@ -137,9 +137,7 @@ async def test_requests_that_race_the_load_are_told_to_come_back(
     await frontend.until_served("m")
 
 
-async def test_a_changed_card_is_loaded_anew_and_the_old_one_serves_meanwhile(
-    frontend: Any, tmp_path: Path
-) -> None:
+async def test_changed_card_loads_while_old_one_serves(frontend: Any, tmp_path: Path) -> None:
     await frontend.runtime.publish("m")
     await frontend.until_served("m")
     before = frontend.models.get("m").loaded

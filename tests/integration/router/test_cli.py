@@ -69,7 +69,7 @@ async def test_a_router_says_how_it_is_and_explains_a_choice(deployment: Deploym
         ([], 2, "give one of --message, --prompt and --token-ids"),
         (["--prompt", "a", "--token-ids", "[1]"], 2, "give one of --message, --prompt and --token-ids"),
         (["--token-ids", "[1, -1]"], 2, "--token-ids takes a JSON list"),
-        (["--prompt", "a", "--model", "other"], 1, "no model 'other' is served; these are: demo"),
+        (["--prompt", "a", "--model", "other"], 1, "no model 'other' is served; the served models are: demo"),
         (["--prompt", "a"], 1, "start a frontend with --router-mode kv"),
     ],
 )

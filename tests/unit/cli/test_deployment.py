@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from dynamo_redis.cli import deployment as module
-from dynamo_redis.cli.children import Service, ServiceProcess
+from dynamo_redis.cli.children import ServiceCommand, ServiceProcess
 from dynamo_redis.cli.deployment import Deployment
 from dynamo_redis.cli.failures import CommandFailed
 
@@ -22,7 +22,7 @@ FAILS = "print('dynamo-redis: port 8000 is in use', file=sys.stderr); sys.exit(2
 
 
 @dataclass(frozen=True, slots=True)
-class Script(Service):
+class Script(ServiceCommand):
     """A service that is a few lines of Python."""
 
     @property
@@ -93,9 +93,7 @@ async def test_it_is_up_when_every_service_says_so(notes: Notes) -> None:
 
 
 @pytest.mark.parametrize("failing", ["frontend", "worker-1"])
-async def test_a_service_that_fails_at_start_fails_the_whole_with_its_own_words(
-    failing: str, notes: Notes, tmp_path: Path
-) -> None:
+async def test_start_fails_with_error_of_failed_service(failing: str, notes: Notes, tmp_path: Path) -> None:
     other = writes_its_pid(tmp_path / "other")
     codes = (FAILS, other) if failing == "frontend" else (other, FAILS)
     async with run(notes, codes[0], codes[1:]) as deployment:
@@ -129,7 +127,7 @@ async def test_a_service_that_dies_later_is_started_again(
     assert not is_alive(pid_file)
 
 
-async def test_a_service_that_dies_again_and_again_is_given_longer_and_longer_pauses(
+async def test_restarts_have_growing_pauses(
     notes: Notes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_PAUSE_FIRST_S", 0.05)
@@ -140,7 +138,7 @@ async def test_a_service_that_dies_again_and_again_is_given_longer_and_longer_pa
         started = time.monotonic()
         await notes.until(lambda notes: len(notes.notices) == 4)
     assert time.monotonic() - started > 0.05 + 0.1 + 0.2
-    assert "ended with exit code 3 (it said nothing)" in notes.notices[-1]
+    assert "ended with exit code 3 (it logged nothing)" in notes.notices[-1]
 
 
 async def test_a_service_that_does_not_end_is_killed_after_its_grace(notes: Notes, tmp_path: Path) -> None:
@@ -175,7 +173,7 @@ async def test_logs_are_passed_on_line_by_line_and_long_ones_in_pieces(notes: No
     assert max(map(len, lines)) <= 64 << 10
 
 
-async def test_last_words_are_the_error_and_not_what_was_logged_after_it(notes: Notes) -> None:
+async def test_last_words_prefer_error_to_later_log_lines(notes: Notes) -> None:
     code = "sys.stderr.write('dynamo-redis: no model\\nbye\\n'); sys.exit(1)"
     process = await ServiceProcess.start(Script("s", (code,)), dict(os.environ), notes.log)
     assert await process.ended() == 1

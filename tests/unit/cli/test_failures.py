@@ -116,7 +116,7 @@ def test_a_dotenv_file_that_is_no_text_is_one_line(
     assert err.count("\n") == 1
 
 
-def test_an_unexpected_error_is_told_also_where_settings_cannot_be_read(
+def test_unexpected_error_with_unreadable_settings(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / ".env").write_bytes(b"DYN_LOG=\xff\n")

@@ -71,7 +71,7 @@ def test_every_command_teaches_itself(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", ALL_COMMANDS)
-def test_every_command_says_where_the_registry_is_and_how_much_to_log(path: str) -> None:
+def test_every_command_has_registry_and_log_options(path: str) -> None:
     options = {spelling for option in ALL_COMMANDS[path].params for spelling in option.opts}
     assert {"--redis-url", "--redis-prefix", "--log"} <= options
 
@@ -143,7 +143,7 @@ def test_up_chooses_by_kv_caches_and_a_frontend_does_not() -> None:
     assert "[DYN_ROUTER_MODE; default round_robin]" in shown("dynamo-redis frontend")
 
 
-def test_command_line_before_environment_before_dotenv_before_default(
+def test_precedence_of_sources(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def value(**given: str) -> float:

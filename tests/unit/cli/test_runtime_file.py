@@ -90,7 +90,7 @@ def test_two_ups_do_not_disturb_each_other(another_process: int) -> None:
     assert read_runtime_file()["redis_url"] == "redis://first"
 
 
-def test_files_of_dead_processes_count_for_nothing_and_are_cleared_away() -> None:
+def test_files_of_dead_processes_are_ignored_and_removed() -> None:
     stale = leave_file(dead_pid(), redis_url="redis://gone")
     leave_file(os.getpid()).write_text("{broken")
     assert read_runtime_file() == {}

@@ -89,9 +89,7 @@ async def test_a_prompt_longer_than_the_context_is_refused(frontend: Any) -> Non
     assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "max_tokens")
 
 
-async def test_a_text_far_beyond_the_context_is_refused_by_its_beginning(
-    frontend: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_text_far_over_context_is_refused_early(frontend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = frontend.models.get("demo").loaded
     encode = model.tokenizer.encode
     sizes: list[int] = []

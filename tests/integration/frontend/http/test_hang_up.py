@@ -105,7 +105,7 @@ async def test_the_openai_client_hangs_up(frontend: Any) -> None:
     await frontend.until(lambda: frontend.worker.ended == ["closed"])
 
 
-async def test_a_client_that_does_not_read_holds_the_worker_back_and_nobody_else(frontend: Any) -> None:
+async def test_slow_reader_holds_back_only_its_worker(frontend: Any) -> None:
     endless = Endless(pause_s=0)
     frontend.worker.script = endless
     _, writer = await post(frontend.url, {"stream": True})

@@ -166,7 +166,7 @@ async def test_a_client_that_sends_no_request_is_let_go(
     assert response.status_code == 200
 
 
-async def test_a_port_scanner_and_a_drain_without_loss_are_not_worth_a_line(
+async def test_port_scan_and_lossless_drain_log_nothing(
     open_frontend: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     frontend = await open_frontend()
