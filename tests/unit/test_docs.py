@@ -27,7 +27,7 @@ from tests.rendered_pages import (
 )
 
 CONDITIONS = {"1.6", "1", "128", "64", "4", "1,000", "2,048", "300"}
-"""Numbers of README's figures that say how they were measured."""
+"""Numbers beside the figures of the README that say how they were measured."""
 
 
 PYTHON_BLOCKS = [
@@ -162,9 +162,18 @@ def test_figures_are_those_that_were_measured(page: Path) -> None:
 
 
 def test_each_figure_of_the_readme_names_its_row() -> None:
-    (figures,) = re.findall(r"^\*\*Measured\*\*.*$", (ROOT / "README.md").read_text(), re.MULTILINE)
-    assert len(MARK.findall(figures)) > 10
-    assert set(re.findall(r"\d[\d,]*(?:\.\d+)?", MARK.sub("", figures))) <= CONDITIONS
+    """Every number of a row that shows a figure, but for those of its conditions."""
+    text = (ROOT / "README.md").read_text()
+    rows = [line for line in text.splitlines() if MARK.search(line)]
+    assert sum(len(MARK.findall(row)) for row in rows) > 10
+    for row in rows:
+        assert set(re.findall(r"\d[\d,]*(?:\.\d+)?", MARK.sub("", row))) <= CONDITIONS
+
+
+def test_the_first_sentence_of_the_readme_is_short() -> None:
+    sentence = (ROOT / "README.md").read_text().split("\n\n")[1]
+    assert sentence.count(". ") == 0
+    assert len(sentence.split()) <= 25
 
 
 def test_each_measured_row_is_shown() -> None:
