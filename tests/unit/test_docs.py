@@ -145,6 +145,27 @@ def test_log_lines_for_operators_are_in_the_code() -> None:
     assert {part for part in parts if not any(part in literal for literal in literals)} == set()
 
 
+def test_modules_in_the_architecture_exist() -> None:
+    """In its diagrams and tables; the tables of tasks name modules from the packages of their headings on."""
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    package = ROOT / "src" / "dynamo_redis"
+    folders = "|".join(sorted(path.name for path in package.iterdir() if path.is_dir()))
+    named = set(re.findall(rf"(?<![\w/])(?:{folders})(?:/\w+)+", page.replace("src/dynamo_redis/", "")))
+    for section in (
+        page.partition("## Long-lived tasks")[2].partition("## Shutting down")[0].split("### ")[1:]
+    ):
+        packages = [package / name for name in re.findall(r"`([\w/]+)/`", section.splitlines()[0])]
+        for cell in re.findall(r"^\| ([^|]+) \|", section, re.MULTILINE):
+            for module in re.findall(r"[(,] ?`([a-z_]+(?:/[a-z_]+)*)`", cell):
+                assert any(is_module(place / module) for place in (*packages, package)), module
+    assert len(named) > 30
+    assert [path for path in sorted(named) if not is_module(package / path)] == []
+
+
+def is_module(path: Path) -> bool:
+    return path.is_dir() or path.with_suffix(".py").exists()
+
+
 def test_each_decision_has_a_number_of_its_own() -> None:
     """Gaps are fine: records are written side by side, under numbers taken before."""
     pages = sorted((ROOT / "docs" / "decisions").glob("0*.md"))
