@@ -1,8 +1,9 @@
-"""What workers hold, guessed from what was sent to them: for engines that tell nothing. Pure.
+"""The blocks that workers should hold, by the prompts that were sent to them: for engines that publish no KV
+events. Pure.
 
-A worker that reads a prompt holds its blocks afterwards, for a while: that while is the TTL. Each prediction
-names a prompt from its first block on, so that a block is never predicted without those before it, and what
-expires or is given up are always ends.
+A worker that has read a prompt is taken to hold its blocks for the TTL. Each prediction names a prompt from
+its first block on. So a block is never predicted without those before it, and predictions that expire or are
+dropped take blocks from the ends of prefixes.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ _SWEPT_COUNT = 4096
 
 
 class _Prediction(NamedTuple):
+    """A prompt that was sent to a worker. `hashes` are the sequence hashes of its blocks."""
+
     number: int
     ends_at: float
     worker: Worker
@@ -30,8 +33,8 @@ class _Prediction(NamedTuple):
 class PredictedIndex:
     """Blocks that workers should hold.
 
-    At most `max_blocks` are kept, one that several workers should hold counted for each; past that the
-    predictions of longest ago are given up, down to `prune_target_ratio` of them.
+    At most `max_blocks` are kept; a block that several workers should hold counts for each. Past that the
+    oldest predictions are dropped, until `prune_target_ratio` of the bound are left.
     """
 
     def __init__(
@@ -58,21 +61,22 @@ class PredictedIndex:
         return self._pair_count
 
     def workers(self) -> list[Worker]:
-        """Those that something is predicted of."""
+        """Return the workers with predicted blocks."""
         return list(self._latest)
 
     def block_counts(self) -> dict[Worker, int]:
-        """How many blocks are predicted of each."""
+        """Return the number of blocks predicted for each worker."""
         return {worker: len(latest) for worker, latest in self._latest.items()}
 
     def find(self, hashes: Sequence[int]) -> dict[Worker, Matched]:
-        """How much of a prompt each worker should hold, as `KvIndex.find`."""
+        """Return how much of a prompt each worker should hold, as `KvIndex.find`."""
         return self._index.find(hashes)
 
     def predict(self, worker: Worker, hashes: Sequence[int], now: float) -> None:
-        """A prompt, by the sequence hashes of all its whole blocks, goes to a worker. `now` never goes back.
+        """Note that a prompt goes to a worker. `hashes` are the sequence hashes of all its whole blocks;
+        `now` never goes back.
 
-        O(blocks), and what expired or is given up for it.
+        O(blocks), and O(blocks) of the predictions that have expired or are dropped for it.
         """
         self.expire(now)
         kept = array("Q", hashes[: self._max_blocks])
@@ -85,7 +89,7 @@ class PredictedIndex:
         self._pair_count += len(latest) - known
         if self._pair_count > self._max_blocks:
             while self._pair_count > self._target_blocks and self._log:
-                self._give_up(self._log.popleft())
+                self._drop(self._log.popleft())
         self._log.append(_Prediction(self._number, now + self._ttl_s, worker, kept))
         self._logged_count += len(kept)
         self._index.apply(worker, [KvEvent(STORED, DEVICE, kept)])
@@ -93,19 +97,21 @@ class PredictedIndex:
             self._compact()
 
     def expire(self, now: float) -> int:
-        """End predictions whose time has come; how many blocks that were. Amortised: each block once."""
+        """End the predictions whose TTL is over; return the number of their blocks. Amortised O(1) a
+        block."""
         before = self._pair_count
         while self._log and self._log[0].ends_at <= now:
-            self._give_up(self._log.popleft())
+            self._drop(self._log.popleft())
         self._index.sweep(_SWEPT_COUNT)
         return before - self._pair_count
 
     def remove(self, worker: Worker) -> None:
-        """A worker is gone."""
+        """Forget a worker that is gone, or has emptied its cache."""
         self._pair_count -= len(self._latest.pop(worker, ()))
         self._index.remove(worker)
 
-    def _give_up(self, prediction: _Prediction) -> None:
+    def _drop(self, prediction: _Prediction) -> None:
+        """Remove the blocks of a prediction that no later one has named again."""
         number, _, worker, hashes = prediction
         self._logged_count -= len(hashes)
         latest = self._latest.get(worker)
@@ -121,7 +127,7 @@ class PredictedIndex:
             self._index.remove(worker)
 
     def _compact(self) -> None:
-        """Leave out of the log what was predicted anew since."""
+        """Leave out of the log the blocks that a later prediction has named again."""
         log: deque[_Prediction] = deque()
         for number, ends_at, worker, hashes in self._log:
             latest = self._latest.get(worker, {})

@@ -1,15 +1,38 @@
-"""Which worker holds which KV blocks, and how much of a prompt. Pure.
+"""The prefix index: the KV blocks that each worker holds, and how much of a prompt that is. Pure.
 
-One flat dict a tier leads from a block's sequence hash to the set of workers that hold it, as a bit mask. A
-sequence hash names a block *with all before it*, so that the tree of prefixes needs no nodes: whoever holds
-the i-th block of a prompt holds it behind that very prefix.
+**Masks.** Each tier is one flat dict: sequence hash of a block → set of the workers that hold it, as a bit
+mask (`worker_slots.py`). A sequence hash names a block *and all blocks before it*. So there is no tree: a
+worker that holds block i of a prompt holds it behind that prompt's prefix.
 
-Finding gallops: a worker that holds a block holds those before it too, so the sets only shrink along a
-prompt, and where two of them are equal nothing happens in between. Workers that said otherwise
-(`REMOVED_INSIDE`), and all tiers but the device, are walked block by block.
+**Runs.** The run of a worker begins at the first block of a prompt and ends before the first block that the
+worker does not hold. A worker that holds a block holds those before it, too, so the masks only shrink along
+a prompt. Where the masks of two blocks are equal, no run ends between them.
+
+**Leaps.** `find` uses that. It reads the mask after 1, 4, 16, … more blocks until the mask is empty or the
+prompt ends, and then halves the gap between two different masks until it knows where each run ends.
+
+**Holes.** A worker with a hole holds a block without the one before it, and says so (`REMOVED_INSIDE`). Its
+runs, and all runs on the host and on disk, are walked block by block.
+
+An example: a prompt of ten blocks. A, B and C have the bits 001, 010 and 100; C has a hole at block 1.
+
+    block       0    1    2    3    4    5    6    7    8    9
+    A  (001)    ■    ■    ■    ■    ■    ■    ■    ■    ·    ·
+    B  (010)    ■    ■    ■    ·    ·    ·    ·    ·    ·    ·
+    C  (100)    ■    ·    ■    ■    ·    ·    ·    ·    ·    ·
+    mask       111  011  111  101  001  001  001  001  000  000
+
+    1. the mask of block 0 is 111; C has holes, so A and B (011) are searched by leaps
+    2. leap to block 1: 011, all of them            leap to block 5: 001, B's run has ended
+    3. the next leap, to block 21, is past the end: no run goes on there
+    4. halve between 1 (011) and 5 (001):           block 3: 001    block 2: 011    → B's run ends at 3
+    5. halve between 5 (001) and 10 (000):          block 7: 001    block 8: 000    → A's run ends at 8
+    6. walk the blocks for C (100):                 block 1: no                     → C's run ends at 1
+
+    → {C: 1 block, B: 3 blocks, A: 8 blocks}; blocks 2 and 3 of C do not count: they are behind its hole
 
 Costs: storing and removing O(blocks of the event); finding O(e · log n) for a prompt of n blocks and e
-different ends; `remove` O(1), what it leaves behind is taken back by `sweep`. Not for several threads.
+different ends of runs; `remove` O(1), and `sweep` frees its memory later. For one thread.
 """
 
 from __future__ import annotations
@@ -17,6 +40,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from itertools import islice, repeat
 
 from dynamo_redis.router.base import Matched, Worker
@@ -27,12 +51,23 @@ MAX_BLOCKS = 4_194_304
 PRUNE_TARGET_RATIO = 0.8
 
 _SETS_COUNT = 65_536
-"""Different sets of workers that are shared between blocks: equal ones beyond may be there twice."""
+"""Most different sets of workers that blocks share as one integer; of further sets there may be copies."""
 _SPARE_SLOTS_COUNT = 64
+"""Dead slots beyond the number of workers, after which a new worker waits for a whole sweep."""
 _GUESSES_COUNT = 4096
+"""First blocks of prompts whose first run's end is remembered."""
 _STEP_COUNT = 4096
-_NOTHING, _LONE, _ANY = range(3)
-"""What is to be forgotten now: no block, those of one worker, any."""
+"""Blocks of one step of a sweep."""
+
+
+class _Forgetting(IntEnum):
+    """The blocks that are to be forgotten now, to stay within the bound."""
+
+    NONE = 0
+    LONE = 1
+    """Blocks that one worker holds."""
+    ANY = 2
+
 
 Blocks = dict[int, int]
 """A tier: sequence hash → set of workers."""
@@ -40,7 +75,7 @@ Blocks = dict[int, int]
 
 @dataclass(frozen=True, slots=True)
 class IndexState:
-    """A consistent copy of an index: workers by slot (None: free), those with holes, blocks by tier."""
+    """A consistent copy of an index: workers by slot (None: free), the set with holes, blocks by tier."""
 
     workers: list[Worker | None]
     holed: int
@@ -48,16 +83,16 @@ class IndexState:
 
     @property
     def live(self) -> int:
-        """The set of all workers. Only they count, where sets have other bits."""
+        """The set of all workers. Other bits in the sets of blocks do not count."""
         return sum(1 << slot for slot, worker in enumerate(self.workers) if worker is not None)
 
 
 class KvIndex:
-    """What all workers hold.
+    """The blocks of all workers.
 
-    At most `max_blocks` blocks are remembered; past that, down to `prune_target_ratio` of them, blocks of
-    lower tiers are forgotten before those of higher, blocks of one worker before shared ones, old before
-    young. An index that forgot finds less than there is, never more.
+    It remembers `max_blocks` blocks at most. Past that it forgets blocks until `prune_target_ratio` of the
+    bound are left: lower tiers first, then blocks that one worker holds before shared ones, old before young.
+    An index that forgot finds less than there is, never more.
     """
 
     def __init__(
@@ -70,32 +105,32 @@ class KvIndex:
         self._sets: dict[int, int] = {}
         self._counts: list[int] = []
         self._holed = 0
-        # Where the first run of a prompt that began so ended last: often where a system prompt does.
+        # First block of a prompt → end of the shortest run found last: often the end of a system prompt.
         self._guesses: dict[int, int] = {}
-        self._forgetting = _NOTHING
+        self._forgetting = _Forgetting.NONE
         self._sweep: _Sweep | None = None
         self.forgotten_count = 0
-        """Blocks left out to stay within the bound."""
+        """Blocks forgotten to stay within the bound."""
         self.repeated_count = 0
-        """Stores of what the worker held already."""
+        """Stores of a block that the worker held already."""
         self.unknown_count = 0
-        """Removals of what the worker did not hold: forgotten here, or never known."""
+        """Removals of a block that the worker did not hold: it was forgotten here, or never known."""
 
     @property
     def block_count(self) -> int:
-        """Blocks remembered. One that is on two tiers counts twice; what `sweep` owes is among them."""
+        """Blocks remembered. A block on two tiers counts twice; blocks that `sweep` has yet to drop count."""
         return sum(map(len, self._tiers))
 
     def workers(self) -> list[Worker]:
-        """All that have said something, and were not removed."""
+        """Return all workers that have sent an event, and were not removed."""
         return self._slots.workers
 
     def block_counts(self) -> dict[Worker, int]:
-        """How many blocks each holds, over its tiers."""
+        """Return the number of blocks that each worker holds, over its tiers."""
         return {worker: self._counts[slot_of(self._slots.find(worker))] for worker in self._slots.workers}
 
     def blocks_of(self, worker: Worker) -> dict[int, set[int]]:
-        """What a worker holds, by tier. Looks at every block of the index."""
+        """Return the blocks that a worker holds, by tier. Looks at every block of the index."""
         bit = self._slots.find(worker)
         return {
             tier: {block for block, mask in held.items() if mask & bit}
@@ -103,21 +138,22 @@ class KvIndex:
         }
 
     def apply(self, worker: Worker, events: Sequence[KvEvent]) -> None:
-        """What a worker said, in its order. Repetitions and unknown removals are counted, and harmless."""
-        bit = self._take(worker)
+        """Apply a worker's events, in its order. Repetitions and unknown removals are counted, and
+        harmless."""
+        bit = self._bit_of(worker)
         for kind, tier, hashes in events:
             if kind == STORED:
                 self._store(bit, self._tiers[tier], hashes)
             elif kind == CLEARED:
                 self.remove(worker)
-                bit = self._take(worker)
+                bit = self._bit_of(worker)
             else:
                 if kind == REMOVED_INSIDE and tier == DEVICE:
                     self._holed |= bit
                 self._remove(bit, self._tiers[tier], hashes)
         while self.block_count > self._max_blocks:
             if not (self._slots.dead or self._forgetting):
-                self._forgetting = _LONE
+                self._forgetting = _Forgetting.LONE
             self.sweep(_STEP_COUNT)
 
     def remove(self, worker: Worker) -> None:
@@ -132,7 +168,7 @@ class KvIndex:
             self._slots.release(bit)
 
     def find(self, hashes: Sequence[int]) -> dict[Worker, Matched]:
-        """How much of a prompt each worker holds; left out is who has not even its first block, on any tier.
+        """Return how much of a prompt each worker holds, without workers that hold nothing of it.
 
         `hashes` are the sequence hashes of the prompt's whole blocks.
         """
@@ -141,21 +177,25 @@ class KvIndex:
         ends = self._device_ends(hashes)
         if self._tiers[HOST] or self._tiers[DISK]:
             return self._find_below(hashes, ends)
-        return self._slots.spread(ends)
+        return self._slots.matches(ends)
 
     def sweep(self, count: int) -> bool:
-        """Look at `count` blocks for what is owed to removed workers and to the bound. True if more is."""
+        """Look at `count` blocks: take removed workers out of their sets, or forget them to stay within the
+        bound. Return True if there is more to do."""
         if self._sweep is None:
             if not (self._slots.dead or self._forgetting):
                 return False
-            self._sweep = _Sweep(self._slots.dead, _each_block(self._tiers))
+            # Lower tiers first, old blocks first; blocks may come and go meanwhile.
+            blocks = ((held, block) for held in reversed(self._tiers) for block in list(held))
+            self._sweep = _Sweep(self._slots.dead, blocks)
         sweep = self._sweep
-        if (self._purge if sweep.dead else self._forget)(sweep, count):
+        is_done = self._purge(sweep, count) if sweep.dead else self._forget(sweep, count)
+        if is_done:
             self._sweep = None
-        return self._sweep is not None or self._slots.dead != 0 or self._forgetting != _NOTHING
+        return not is_done or self._slots.dead != 0 or self._forgetting != _Forgetting.NONE
 
     def copy_state(self) -> IndexState:
-        """A copy to store. Takes some 20 ms for a million blocks."""
+        """Return a copy to store. Takes some 20 ms for a million blocks."""
         return IndexState(self._slots.by_slot(), self._holed, tuple(held.copy() for held in self._tiers))
 
     @classmethod
@@ -167,7 +207,7 @@ class KvIndex:
         max_blocks: int = MAX_BLOCKS,
         prune_target_ratio: float = PRUNE_TARGET_RATIO,
     ) -> KvIndex:
-        """An index that holds a state, which it takes over; `sizes`: how many blocks each set holds."""
+        """Make an index of a state, which it takes over. `sizes` is the number of blocks of each set."""
         index = cls(max_blocks=max_blocks, prune_target_ratio=prune_target_ratio)
         index._slots = WorkerSlots(state.workers)
         index._tiers = state.tiers
@@ -175,21 +215,24 @@ class KvIndex:
         index._counts = [0] * len(state.workers)
         for mask, count in sizes.items():
             index._count(mask, count)
-        index._forgetting = _LONE if index.block_count > max_blocks else _NOTHING
+        if index.block_count > max_blocks:
+            index._forgetting = _Forgetting.LONE
         return index
 
-    def _take(self, worker: Worker) -> int:
+    def _bit_of(self, worker: Worker) -> int:
+        """Return a worker's bit; a new worker gets one."""
         if bit := self._slots.find(worker):
             return bit
         if self._slots.dead.bit_count() > len(self._slots) + _SPARE_SLOTS_COUNT:
             while self.sweep(_STEP_COUNT):
                 pass
-        bit = self._slots.take(worker)
+        bit = self._slots.add(worker)
         if len(self._counts) < self._slots.width:
             self._counts.append(0)
         return bit
 
     def _store(self, bit: int, held: Blocks, hashes: array[int]) -> None:
+        """Add a worker's bit to these blocks of a tier."""
         blocks = hashes.tolist()
         known = len(held)
         before = list(map(held.setdefault, blocks, repeat(bit)))
@@ -204,6 +247,7 @@ class KvIndex:
         self.repeated_count += len(blocks) - added
 
     def _remove(self, bit: int, held: Blocks, hashes: array[int]) -> None:
+        """Take a worker's bit out of these blocks of a tier."""
         blocks = hashes.tolist()
         before = list(map(held.pop, blocks, repeat(0)))
         removed = before.count(bit)
@@ -217,54 +261,54 @@ class KvIndex:
         self.unknown_count += len(blocks) - removed
 
     def _share(self, mask: int) -> int:
-        """The one integer that stands for this set."""
+        """Return the one integer that all blocks with this set share."""
         sets = self._sets
         if len(sets) >= _SETS_COUNT:
             sets.clear()
         return sets.setdefault(mask, mask)
 
     def _count(self, mask: int, blocks: int) -> None:
+        """Add to the number of blocks of each worker of a set."""
         for bit in bits_of(mask):
             self._counts[slot_of(bit)] += blocks
 
     def _device_ends(self, hashes: Sequence[int]) -> Ends:
-        """Where the runs from the first block on end on the device."""
+        """Return the ends of the runs on the device, short runs first."""
         held = self._tiers[DEVICE]
         start = 0
         if hashes[0] not in held and self.forgotten_count:
-            # The beginning may be forgotten, but whoever holds a later block holds it.
+            # The first blocks may be forgotten; a worker that holds a later block holds them, too.
             start = next((position for position, block in enumerate(hashes) if block in held), 0)
-        mask = held.get(hashes[start], 0) & self._slots.live
+        first = hashes[start]
+        mask = held.get(first, 0) & self._slots.live
         holed = mask & self._holed
-        solid = self._gallop(hashes, start, mask ^ holed) if mask != holed else []
+        ends: Ends = []
+        if mask != holed:
+            guess = self._guesses.get(first, 0)
+            ends = _gallop(held, hashes, start, mask ^ holed, guess)
+            shortest = ends[0][1]
+            if shortest != guess:
+                if len(self._guesses) >= _GUESSES_COUNT:
+                    self._guesses.clear()
+                self._guesses[first] = shortest
         if start or not holed:
-            return solid
-        return sorted(solid + _walk(held, hashes, 0, holed), key=lambda end: end[1])
-
-    def _gallop(self, hashes: Sequence[int], start: int, mask: int) -> Ends:
-        """Where the runs of workers that promise no holes, and hold block `start`, end on the device."""
-        guess = self._guesses.get(hashes[start], 0)
-        ends = _gallop(self._tiers[DEVICE], hashes, start, mask, guess)
-        first_end = ends[0][1]
-        if first_end != guess:
-            if len(self._guesses) >= _GUESSES_COUNT:
-                self._guesses.clear()
-            self._guesses[hashes[start]] = first_end
-        return ends
+            return ends
+        return sorted(ends + _walk(held, hashes, 0, holed), key=lambda end: end[1])
 
     def _find_below(self, hashes: Sequence[int], device_ends: Ends) -> dict[Worker, Matched]:
+        """Return the matches of all workers, where runs may go on below the device."""
         found: dict[Worker, Matched] = {}
-        nobody = (self._slots.live ^ sum(mask for mask, _ in device_ends), 0)
-        for on_device, device in (nobody, *device_ends):
+        not_on_device = (self._slots.live ^ sum(mask for mask, _ in device_ends), 0)
+        for on_device, device in (not_on_device, *device_ends):
             for on_host, host in _walk(self._tiers[HOST], hashes, device, on_device):
                 for mask, disk in _walk(self._tiers[DISK], hashes, host, on_host):
                     if disk:
                         matched = Matched(device, host - device, disk - host)
-                        found.update(dict.fromkeys(self._slots.each(mask), matched))
+                        found.update(dict.fromkeys(self._slots.workers_of(mask), matched))
         return found
 
     def _purge(self, sweep: _Sweep, count: int) -> bool:
-        """Take the dead out of `count` blocks. True when they are out of all."""
+        """Take the dead bits out of `count` blocks. Return True when they are out of all blocks."""
         looked = 0
         for held, block in islice(sweep.blocks, count):
             looked += 1
@@ -281,48 +325,43 @@ class KvIndex:
         return True
 
     def _forget(self, sweep: _Sweep, count: int) -> bool:
-        """Leave out those of `count` blocks that are due. True when enough are left out, or all looked at."""
+        """Forget those of `count` blocks that are to be forgotten. Return True when enough are forgotten, or
+        all blocks were looked at."""
         excess = self.block_count - self._target_blocks
+        may_be_any = self._forgetting == _Forgetting.ANY
         looked = 0
         for held, block in islice(sweep.blocks, count):
             if excess <= 0:
                 break
             looked += 1
             mask = held.get(block, 0)
-            if mask and (self._forgetting == _ANY or mask & (mask - 1) == 0):
+            if mask and (may_be_any or mask & (mask - 1) == 0):
                 del held[block]
                 excess -= 1
                 sweep.forgotten_count += 1
                 self.forgotten_count += 1
                 self._count(mask & self._slots.live, -1)
         if excess <= 0:
-            self._forgetting = _NOTHING
+            self._forgetting = _Forgetting.NONE
         elif looked < count and sweep.forgotten_count < excess:  # if not, more have come meanwhile
-            self._forgetting = _ANY
+            self._forgetting = _Forgetting.ANY
         return excess <= 0 or looked < count
 
 
 @dataclass(slots=True)
 class _Sweep:
-    """One pass over all blocks, to take out the dead; or, if there are none, to forget."""
+    """One pass over all blocks, to take out dead bits, or if there are none, to forget blocks."""
 
     dead: int
     blocks: Iterator[tuple[Blocks, int]]
     forgotten_count: int = 0
 
 
-def _each_block(tiers: tuple[Blocks, ...]) -> Iterator[tuple[Blocks, int]]:
-    """All blocks, lower tiers first, old ones first, and where they stand; others may come and go."""
-    for held in reversed(tiers):
-        for block in list(held):
-            yield held, block
-
-
 def _gallop(held: Blocks, hashes: Sequence[int], start: int, mask: int, guess: int) -> Ends:
-    """Where the runs of workers that all hold block `start` end, if the sets only shrink.
+    """Return the ends of the runs of the workers of `mask`, who all hold block `start` and have no holes.
 
-    Ever longer leaps find where nobody is left; between what they saw, halving finds the rest. No run is
-    taken to end before `guess`, if that proves true.
+    Leaps look ahead until no worker is left; then each gap between two different masks is halved until the
+    ends are known. If all of them hold the block before `guess`, the search begins there.
     """
     ends: Ends = []
     get, count = held.get, len(hashes)
@@ -356,7 +395,7 @@ def _gallop(held: Blocks, hashes: Sequence[int], start: int, mask: int, guess: i
 
 
 def _walk(held: Blocks, hashes: Sequence[int], start: int, mask: int) -> Ends:
-    """Where the runs from block `start` on end, block by block. Ends at `start` are among them."""
+    """Return the ends of the runs from block `start` on, block by block; runs of no block end at `start`."""
     ends: Ends = []
     for position in range(start, len(hashes)):
         if not mask:

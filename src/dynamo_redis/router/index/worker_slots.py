@@ -1,7 +1,7 @@
 """Workers as bits: each has a slot, so that a set of workers is one integer. Pure.
 
-The slot of a worker that is gone is *dead*: its bit may stand in many sets still, and means nobody. Only when
-it stands in none any more is the slot given to another worker.
+The slot of a worker that is gone is *dead*: its bit may still be in many sets, and has no meaning. The slot
+is given to another worker when its bit is in no set any more.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from functools import lru_cache
 from dynamo_redis.router.base import Matched, Worker
 
 _EXPANSIONS_COUNT = 256
-"""Sets that are kept written out. Of 256 workers each takes some 10 KB."""
+"""Sets that are cached as dicts. With 256 workers each takes some 10 KB."""
 
-_FEW = 16
-"""A worker that is looked up for its bit costs so many times what it does in a set that is written out."""
+_LOOKUP_COST = 16
+"""Cost of one worker that is looked up by its bit, in workers that are copied from a cached dict."""
 
 Ends = list[tuple[int, int]]
-"""Sets of workers, each with where its run of blocks ends; short runs first, no worker twice."""
+"""Sets of workers, each with the position at which its runs end; short runs first, no worker twice."""
 
 
 class WorkerSlots:
-    """Which bit is whose. `live` is the set of all workers, `dead` that of the dead slots."""
+    """The slots of all workers. `live` is the set of all workers, `dead` the set of the dead slots."""
 
     def __init__(self, workers: Iterable[Worker | None] = ()) -> None:
         """`workers` by slot; None where a slot is free."""
@@ -32,7 +32,7 @@ class WorkerSlots:
         self._free = [slot for slot, worker in enumerate(slots) if worker is None]
         self._expansions: dict[tuple[int, int], dict[Worker, Matched]] = {}
         self.width = len(slots)
-        """How many slots there are: live, dead and free."""
+        """Number of slots: live, dead and free."""
         self.live = sum(self._workers)
         self.dead = 0
 
@@ -45,15 +45,15 @@ class WorkerSlots:
         return list(self._bits)
 
     def by_slot(self) -> list[Worker | None]:
-        """All workers, by slot; None where there is none."""
+        """Return all workers, by slot; None where there is none."""
         return [self._workers.get(1 << slot) for slot in range(self.width)]
 
     def find(self, worker: Worker) -> int:
-        """A worker's bit, 0 if it has none."""
+        """Return a worker's bit, or 0 if it has none."""
         return self._bits.get(worker, 0)
 
-    def take(self, worker: Worker) -> int:
-        """A worker's bit; a new worker gets a free slot."""
+    def add(self, worker: Worker) -> int:
+        """Return a worker's bit; a new worker gets a free slot."""
         if bit := self._bits.get(worker):
             return bit
         if self._free:
@@ -77,20 +77,21 @@ class WorkerSlots:
         return bit
 
     def release(self, dead: int) -> None:
-        """These dead bits stand in no set any more."""
+        """Free these dead slots: their bits are in no set any more."""
         self.dead &= ~dead
         self._free.extend(map(slot_of, bits_of(dead)))
 
-    def each(self, mask: int) -> Iterator[Worker]:
-        """The workers of a set of live ones."""
+    def workers_of(self, mask: int) -> Iterator[Worker]:
+        """Return the workers of a set, all of them live."""
         return map(self._workers.__getitem__, bits_of(mask))
 
-    def spread(self, ends: Ends) -> dict[Worker, Matched]:
-        """What each worker holds on its device, by where the runs of live workers end.
+    def matches(self, ends: Ends) -> dict[Worker, Matched]:
+        """Return the blocks that each worker holds on its device, by the ends of the live workers' runs.
 
-        Runs are met from the shortest on. Where few end, they are written one by one. Where many do, all that
-        reach so far are written, those that reach further included: their set stands in the index, is met
-        again and again, and so kept written out.
+        Ends are taken from the shortest run on. Where few runs end, their workers are written one by one.
+        Where many end, all workers that reach this end are written, also those that reach further and are
+        written again later: the set of all of them is the mask of a block, comes again with the next
+        prompts, and is therefore cached as a dict.
         """
         found: dict[Worker, Matched] = {}
         reaching = 0
@@ -99,8 +100,8 @@ class WorkerSlots:
         for mask, end in ends:
             if mask & (mask - 1) == 0:
                 found[self._workers[mask]] = _on_device(end)
-            elif mask.bit_count() * _FEW < reaching.bit_count():
-                found.update(dict.fromkeys(self.each(mask), _on_device(end)))
+            elif mask.bit_count() * _LOOKUP_COST < reaching.bit_count():
+                found.update(dict.fromkeys(self.workers_of(mask), _on_device(end)))
             elif found:
                 found.update(self._all_reaching(reaching, end))
             else:
@@ -109,12 +110,13 @@ class WorkerSlots:
         return found
 
     def _all_reaching(self, mask: int, end: int) -> dict[Worker, Matched]:
-        """The workers of a set, who all hold so much. It is kept, so it must not be changed."""
+        """Return the workers of a set, each with `end` blocks. The dict is cached, and must not be
+        changed."""
         expansion = self._expansions.get((mask, end))
         if expansion is None:
             if len(self._expansions) >= _EXPANSIONS_COUNT:
                 self._expansions.clear()
-            expansion = dict.fromkeys(self.each(mask), _on_device(end))
+            expansion = dict.fromkeys(self.workers_of(mask), _on_device(end))
             self._expansions[mask, end] = expansion
         return expansion
 
@@ -125,7 +127,7 @@ def _on_device(blocks: int) -> Matched:
 
 
 def bits_of(mask: int) -> Iterator[int]:
-    """The single bits of a set, lowest first."""
+    """Yield the single bits of a set, lowest first."""
     while mask:
         bit = mask & -mask
         yield bit
@@ -133,5 +135,5 @@ def bits_of(mask: int) -> Iterator[int]:
 
 
 def slot_of(bit: int) -> int:
-    """The slot that a single bit stands for."""
+    """Return the slot of a single bit."""
     return bit.bit_length() - 1
