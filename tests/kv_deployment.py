@@ -281,7 +281,7 @@ def hasten(patch: pytest.MonkeyPatch) -> None:
     """Shorten the pauses that tests would wait for; the order of events stays the same."""
     patch.setattr(followers, "BLOCK_S", 0.1)
     patch.setattr(readers, "CHECK_S", 0.1)
-    patch.setattr(recovery, "DOUBT_PAUSE_S", 0.1)
+    patch.setattr(recovery, "ASK_ALL_PAUSE_S", 0.1)
     patch.setattr(members, "TICK_S", 0.2)
     patch.setattr(indexer_module, "VERIFY_S", 0.1)
 

@@ -55,9 +55,9 @@ def to_kv_event(event: Event) -> KvEvent:
 def indexed(batches: Iterable[bytes]) -> KvIndex:
     """Return the index of a router that has applied these batches."""
     ledger = Ledger(KvIndex())
-    read, take = EventBatch.from_bytes, ledger.take
+    read, apply = EventBatch.from_bytes, ledger.apply
     for batch in batches:
-        take(read(batch))
+        apply(read(batch))
     if not ledger.applied_count or ledger.repeated_count:
         raise RuntimeError("not all events were applied")
     return ledger.index

@@ -19,7 +19,7 @@ from benchmarks.harness.processes import in_fresh_process
 from benchmarks.harness.report import Measured
 from benchmarks.index.sides import indexed, to_batches
 from benchmarks.index.workload import WORKERS, Chats
-from dynamo_redis.router.index.snapshot import Snapshot, decode_snapshot, encode_snapshot
+from dynamo_redis.router.index.snapshot import IndexSnapshot, decode_snapshot, encode_snapshot
 from dynamo_redis.store.event_base import BEGINNING
 
 BLOCKS = 1_000_000
@@ -70,7 +70,7 @@ def _restore(path: Path) -> tuple[float, float, float]:
     began = time.perf_counter()
     index = indexed(batches)
     built_s = time.perf_counter() - began
-    content = b"".join(encode_snapshot(Snapshot(BEGINNING, {}, index)))
+    content = b"".join(encode_snapshot(IndexSnapshot(BEGINNING, {}, index)))
     began = time.perf_counter()
     restored = decode_snapshot(content)
     restored_s = time.perf_counter() - began

@@ -378,7 +378,7 @@ async def test_a_worker_that_hangs_is_taken_to_hold_nothing_until_it_answers(
     router = await deployed.router()
     await deployed.agree()
     silent.answers = False
-    router.doubt()
+    router.note_possible_loss()
     await wait_until(lambda: router.state().unanswered_count, "it does not answer")
     assert held(router) == other.truth()
     silent.chat(20)
@@ -394,7 +394,7 @@ async def test_all_routers_may_ask_a_worker_at_once_and_each_does_so_once(deploy
     asked_before = worker.asked_count
     for _ in range(20):
         for router in routers:
-            router.doubt()
+            router.note_possible_loss()
     worker.chat(5)
     await deployed.agree()
     assert worker.asked_count - asked_before <= 3 * len(routers)

@@ -18,7 +18,7 @@ from dynamo_redis.errors import LockNotAcquired
 from dynamo_redis.events import publisher
 from dynamo_redis.router.index import snapshotter
 from dynamo_redis.router.index.indexer import Indexer
-from dynamo_redis.router.index.snapshot import Snapshot, encode_snapshot
+from dynamo_redis.router.index.snapshot import IndexSnapshot, encode_snapshot
 from dynamo_redis.router.index.snapshotter import SNAPSHOT_BUCKET
 from dynamo_redis.store.event_base import EntryId, entry_order
 from tests.kv_deployment import STREAM, WAIT_S, Deployment, deployment, flush, wait_until
@@ -131,7 +131,7 @@ async def test_a_snapshot_that_cannot_be_read_is_ignored_with_one_line(
     elif damage == "cut short":
         del content[len(content) // 2 :]
     elif damage == "another version":
-        monkey = Snapshot(EntryId("1-1"), {}, router.index)
+        monkey = IndexSnapshot(EntryId("1-1"), {}, router.index)
         content = bytearray(b"".join(_encoded_as(99, monkey)))
     else:
         content = bytearray(b"something else")
@@ -146,7 +146,7 @@ async def test_a_snapshot_that_cannot_be_read_is_ignored_with_one_line(
     assert await stored_position(late) == late.state().position
 
 
-def _encoded_as(version: int, snapshot: Snapshot) -> list[bytes]:
+def _encoded_as(version: int, snapshot: IndexSnapshot) -> list[bytes]:
     from dynamo_redis.router.index import snapshot as module
 
     with pytest.MonkeyPatch.context() as patch:

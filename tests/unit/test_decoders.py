@@ -219,21 +219,21 @@ def test_mismatch_says_of_what() -> None:
     )
 )
 def test_any_item_of_an_answer_is_taken_or_invalid(item: dict[str, Any]) -> None:
-    answer = Ledger(KvIndex(max_blocks=100, prune_target_ratio=0.8)).begin_ask(1)
+    reader = Ledger(KvIndex(max_blocks=100, prune_target_ratio=0.8)).begin_ask(1)
     try:
-        answer.take(item)
-        answer.finish()
+        reader.apply(item)
+        reader.finish()
     except InvalidRecord:
-        answer.fail()
+        reader.fail()
 
 
 @pytest.mark.parametrize("field", ["epoch", "dp_rank", "next_sequence"])
 @pytest.mark.parametrize("value", [None, True, -1, 1.0, "1", 1 << 63])
 def test_rank_of_an_answer_has_numbers(field: str, value: Any) -> None:
-    answer = Ledger(KvIndex(max_blocks=100, prune_target_ratio=0.8)).begin_ask(1)
+    reader = Ledger(KvIndex(max_blocks=100, prune_target_ratio=0.8)).begin_ask(1)
     head = {"epoch": 1, "dp_rank": 0, "next_sequence": 3, "kind": "dump"}
     with pytest.raises(InvalidRecord, match=field):
-        answer.take({**head, field: value})
+        reader.apply({**head, field: value})
 
 
 def test_good_state_of_a_router_is_taken() -> None:

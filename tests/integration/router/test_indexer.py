@@ -49,7 +49,7 @@ async def test_who_does_not_answer_keeps_nobody_from_being_asked(
     deployed: Deployment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recovery, "ANSWER_S", 0.1)
-    monkeypatch.setattr(recovery, "DOUBT_PAUSE_S", 0.0)
+    monkeypatch.setattr(recovery, "ASK_ALL_PAUSE_S", 0.0)
     monkeypatch.setattr(recovery, "ASKS_AT_ONCE_COUNT", 1)
     monkeypatch.setattr(recovery, "RETRIES_AT_ONCE_COUNT", 1)
     silent, other = [await deployed.worker() for _ in range(2)]
@@ -57,13 +57,13 @@ async def test_who_does_not_answer_keeps_nobody_from_being_asked(
     deployed.chat(10)
     await deployed.agree()
     silent.answers = False
-    router.doubt()
+    router.note_possible_loss()
     await wait_until(lambda: router.state().unanswered_count >= 2, "it is asked again and again")
     monkeypatch.setattr(recovery, "ANSWER_S", 1000.0)  # the next ask of the silent one lasts
     silent_count = silent.asked_count
     await wait_until(lambda: silent.asked_count > silent_count, "it is being asked")
     asked_count = other.asked_count
-    router.doubt()
+    router.note_possible_loss()
     await wait_until(lambda: other.asked_count > asked_count, "the other is asked meanwhile")
     await wait_until(lambda: held(router) == other.truth(), "the other has answered")
 

@@ -26,9 +26,9 @@ def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 async def test_reads_that_find_little_keep_their_distance(slept: list[float]) -> None:
     pace = Pace(PAUSE_S, FULL)
-    await pace.keep(1)
+    await pace.wait(1)
     assert slept == [], "the first after a silence"
-    await pace.keep(1)
+    await pace.wait(1)
     (wait_s,) = slept
     assert 0 < wait_s <= PAUSE_S
 
@@ -36,6 +36,6 @@ async def test_reads_that_find_little_keep_their_distance(slept: list[float]) ->
 @pytest.mark.parametrize("found_count", [0, FULL, FULL + 1])
 async def test_a_read_that_finds_much_or_nothing_is_not_put_off(slept: list[float], found_count: int) -> None:
     pace = Pace(PAUSE_S, FULL)
-    await pace.keep(1)
-    await pace.keep(found_count)
+    await pace.wait(1)
+    await pace.wait(found_count)
     assert slept == []

@@ -227,7 +227,7 @@ class BookingSync:
                 entries = await tail.read(count=_READ_COUNT, block_s=_BLOCK_S)
                 for entry in entries:
                     self.apply(entry)
-                await pace.keep(len(entries))
+                await pace.wait(len(entries))
 
         try:
             await self._supervisor.run(read_on)

@@ -1,6 +1,6 @@
 """Reads a component's KV events: from a durable stream through a group of its own, or from a topic.
 
-Both call an `Intake` with what they read, in order, and say when something may have been missed.
+Both call an `Intake` with each batch, in order, and when events may have been missed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Final, Protocol
 from dynamo_redis.backoff import Backoff
 from dynamo_redis.errors import StoreError, StreamLost, StreamTrimmed
 from dynamo_redis.router.index.recovery import SLICE_S
-from dynamo_redis.router.index.snapshot import Snapshot
+from dynamo_redis.router.index.snapshot import IndexSnapshot
 from dynamo_redis.router.pace import Pace
 from dynamo_redis.store.event_base import (
     BEGINNING,
@@ -30,7 +30,7 @@ from dynamo_redis.store.event_base import (
 log = logging.getLogger(__name__)
 
 READ_COUNT: Final = 1024
-"""Most entries a read. The group itself reads fewer where they are large."""
+"""Most entries of one read. The group itself reads fewer where they are large."""
 
 BLOCK_S: Final = 1.0
 
@@ -38,55 +38,55 @@ PACE_S: Final = 0.01
 """Shortest time between two reads while events come one by one."""
 
 UNPACED_COUNT: Final = 256
-"""A read that found so many entries is followed by the next at once."""
+"""A read that returned this many entries or more is followed by the next at once."""
 
 DEFECT_PAUSE_S: Final = 1.0
 
 
 class Intake(Protocol):
-    """Takes what was read. All but `take` are rare."""
+    """Applies the batches that were read. All its methods but `apply` and `note_applied` are rare."""
 
-    def take(self, content: bytes) -> int:
-        """One message or entry; answers how many events it has. Never raises."""
+    def apply(self, content: bytes) -> int:
+        """Apply one message or entry; return the number of its events. Never raises."""
         ...
 
-    def applied(self, position: EntryId, event_count: int) -> None:
-        """The entry up to there, of so many events, was taken."""
+    def note_applied(self, position: EntryId, event_count: int) -> None:
+        """Note that the entry at `position`, of `event_count` events, was applied."""
         ...
 
-    def restore(self, snapshot: Snapshot) -> None:
-        """Begin with a snapshot. Called once at most, before anything else."""
+    def restore(self, snapshot: IndexSnapshot) -> None:
+        """Begin with a snapshot. Called once at most, before any other method."""
         ...
 
-    def doubt(self) -> None:
-        """Something may have been missed, of anybody."""
+    def note_possible_loss(self) -> None:
+        """Note that events of any worker may have been missed."""
         ...
 
-    def caught_up(self) -> None:
-        """Everything has been read that was there when reading began. Idempotent."""
+    def note_caught_up(self) -> None:
+        """Note that all events have been read that were there when reading began. Idempotent."""
         ...
 
 
-LoadSnapshot = Callable[[], Awaitable[Snapshot | None]]
-"""The stored snapshot, or None if there is none that can be read. Raises StoreError."""
+LoadSnapshot = Callable[[], Awaitable[IndexSnapshot | None]]
+"""Returns the stored snapshot, or None if there is none that can be read. Raises StoreError."""
 
 
 class _Follower:
-    """What both have: whether events can be read, and since when not."""
+    """The common part of both followers: whether events can be read, and since when they cannot."""
 
     def __init__(self) -> None:
         self.cut_off_count = 0
-        """How often reading had to begin anew."""
+        """Number of times that reading had to begin anew."""
         self._unread_since: float | None = time.monotonic()
 
     @property
     def connected(self) -> bool:
-        """Whether events can be read."""
+        """True while events can be read."""
         return self._unread_since is None
 
     @property
     def disconnected_s(self) -> float:
-        """How long events cannot be read; 0 while they can."""
+        """Seconds for which events could not be read; 0 while they can."""
         return 0.0 if self._unread_since is None else time.monotonic() - self._unread_since
 
     def _set_connected(self, connected: bool) -> None:
@@ -95,13 +95,13 @@ class _Follower:
 
 
 class StreamFollower(_Follower):
-    """Follows a stream: `run` never ends but by cancellation, and `aclose` then removes the group.
+    """Follows a stream. `run` ends only by cancellation; `aclose` then removes the group.
 
-    The group is made first, so that nothing behind its place is trimmed; then the snapshot is read and the
-    group moved to its position. If what follows that has been trimmed, reading begins at the stream's end,
-    and the workers are asked for what lies between. So they are when the stream or the group is lost, when
-    entries were trimmed unread, and when the connection broke: a Redis that was restarted, or replaced, may
-    have lost what was written last.
+    The group is made first, so that no entry behind its position is trimmed. Then the snapshot is read, and
+    the group moved to the snapshot's position. If entries behind that position have been trimmed, reading
+    begins at the stream's end, and the workers are asked for the events between. They are also asked when the
+    stream or the group is lost, when entries were trimmed unread, and when the connection broke: a Redis that
+    was restarted, or replaced, may have lost its last writes.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class StreamFollower(_Follower):
         self._load_snapshot = load_snapshot
         self._restored = False
         self._end: EntryId | None = None  # of the stream, when reading began; None: begin anew
-        self._doubted = False
+        self._may_have_lost = False  # since the last read: the intake is to be told
         self._pace = Pace(PACE_S, UNPACED_COUNT)
 
     async def run(self) -> None:
@@ -133,26 +133,26 @@ class StreamFollower(_Follower):
                     self._end = await self._begin()
                     self._note_caught_up(self._end)
                 entries = await self._group.read(count=READ_COUNT, block_s=BLOCK_S)
-                self._reconnected()
+                self._note_read()
                 await self._apply(entries)
                 self._note_caught_up(self._end if entries else self.position)
-                await self._pace.keep(len(entries))
+                await self._pace.wait(len(entries))
             except (StreamTrimmed, StreamLost) as exc:
                 log.warning("KV events of %s begin anew: %s", self._stream.path, exc)
                 self.cut_off_count += 1
-                self._end, self._doubted = None, True
+                self._end, self._may_have_lost = None, True
                 await asyncio.sleep(backoff.next_s())
             except StoreError as exc:
                 if self.connected:
-                    log.warning("KV events of %s cannot be read, trying on: %s", self._stream.path, exc)
+                    log.warning("KV events of %s cannot be read, trying again: %s", self._stream.path, exc)
                 self._set_connected(False)
-                self._doubted = True
+                self._may_have_lost = True
                 if self._end is None:  # `read` waits by itself before it tries again
                     await asyncio.sleep(backoff.next_s())
             except Exception:
-                # A defect, then. Who stops following here is blind from now on, and nobody notices.
+                # A defect. If following ended here the index would go stale, and no error would show it.
                 log.exception("KV events of %s begin anew", self._stream.path)
-                self._end, self._doubted = None, True
+                self._end, self._may_have_lost = None, True
                 await asyncio.sleep(DEFECT_PAUSE_S)
             else:
                 backoff.reset()
@@ -162,6 +162,7 @@ class StreamFollower(_Follower):
         await self._group.aclose()
 
     async def _begin(self) -> EntryId:
+        """Make the group, and at the first time restore the snapshot. Return the stream's end."""
         end = await self._group.create()
         if self._restored:
             self.position = end
@@ -175,27 +176,29 @@ class StreamFollower(_Follower):
         except StreamTrimmed as exc:
             log.info("KV events of %s begin at their end, workers are asked: %s", self._stream.path, exc)
             position = end
-            self._doubted = True
+            self._may_have_lost = True
         if snapshot is not None:
             self._intake.restore(snapshot)
         self._restored = True
         self.position = position
         return end
 
-    def _reconnected(self) -> None:
-        if self._doubted:
-            self._intake.doubt()
-            self._doubted = False
+    def _note_read(self) -> None:
+        """Tell the intake of a possible loss, if there was one before this read, and note the connection."""
+        if self._may_have_lost:
+            self._intake.note_possible_loss()
+            self._may_have_lost = False
         if not self.connected:
             log.info("KV events of %s are followed from %s", self._stream.path, self.position)
             self._set_connected(True)
 
     async def _apply(self, entries: Sequence[Entry]) -> None:
+        """Apply entries, with pauses for other tasks, and acknowledge them."""
         began_at = time.monotonic()
         for entry in entries:
-            event_count = self._intake.take(entry.content)
+            event_count = self._intake.apply(entry.content)
             self.position = entry.entry_id
-            self._intake.applied(entry.entry_id, event_count)
+            self._intake.note_applied(entry.entry_id, event_count)
             if time.monotonic() - began_at > SLICE_S:
                 await asyncio.sleep(0)
                 began_at = time.monotonic()
@@ -204,13 +207,14 @@ class StreamFollower(_Follower):
 
     def _note_caught_up(self, end: EntryId) -> None:
         if entry_order(self.position) >= entry_order(end):
-            self._intake.caught_up()
+            self._intake.note_caught_up()
 
 
 class TopicFollower(_Follower):
-    """Follows a topic: `run` never ends but by cancellation.
+    """Follows a topic. `run` ends only by cancellation.
 
-    Nothing of before can be read, so the workers are asked at the start, and after each broken connection.
+    Messages of before cannot be read, so the workers are asked at the start, and after each broken
+    connection.
     """
 
     def __init__(self, streams: EventStreams, topic: StreamName, intake: Intake) -> None:
@@ -228,8 +232,8 @@ class TopicFollower(_Follower):
                 if self._subscription is None:
                     self._subscription = await self._streams.subscribe(self._topic)
                     self._set_connected(True)
-                    self._intake.doubt()
-                    self._intake.caught_up()
+                    self._intake.note_possible_loss()
+                    self._intake.note_caught_up()
                 await self._read(self._subscription)
             except StoreError as exc:
                 if self.connected:
@@ -253,11 +257,11 @@ class TopicFollower(_Follower):
             await subscription.aclose()
 
     async def _read(self, subscription: TopicSubscription) -> None:
-        """Take what comes for one slice of time, or wait for the next message."""
+        """Apply messages for one slice of time, or wait for the next one."""
         message = await subscription.next(BLOCK_S)
         until = time.monotonic() + SLICE_S
         while message is not None:
-            self._intake.take(message)
+            self._intake.apply(message)
             if time.monotonic() > until:
                 await asyncio.sleep(0)
                 return

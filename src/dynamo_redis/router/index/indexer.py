@@ -1,8 +1,8 @@
-"""Keeps an index equal to what the workers' caches hold, whatever happens on the way.
+"""Keeps an index equal to the workers' caches, whatever is lost or repeated on the way.
 
-The parts, each with its own page: `following` reads events, `ledger` applies each exactly once and finds what
-is missing, `recovery` asks workers, `members` says which workers there are, `snapshotter` stores the index.
-This one puts them together.
+The parts: `followers` read events, `ledger` applies each exactly once and finds gaps, `recovery` asks
+workers, `members` follows the instances that the registry lists, `snapshotter` stores the index. `Indexer`
+puts them together.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import logging
 import random
 import time
 from collections.abc import Coroutine, Sequence
+from functools import partial
 from typing import Any, Final
 
 from dynamo_redis.backoff import Backoff
@@ -25,7 +26,7 @@ from dynamo_redis.router.index.ledger import Ledger, Outcome
 from dynamo_redis.router.index.members import Members
 from dynamo_redis.router.index.prefix_index import KvIndex
 from dynamo_redis.router.index.recovery import OnBlockSize, Recovery
-from dynamo_redis.router.index.snapshot import Snapshot, decode_snapshot
+from dynamo_redis.router.index.snapshot import IndexSnapshot, decode_snapshot
 from dynamo_redis.router.index.snapshotter import Snapshots, Snapshotter, StoredSnapshot
 from dynamo_redis.router.index.state import IndexerState
 from dynamo_redis.runtime.client import Client
@@ -38,12 +39,13 @@ from dynamo_redis.wire.topics import KV_DUMP, KV_EVENTS
 log = logging.getLogger(__name__)
 
 START_S: Final = 10.0
-"""How long `start` waits for the past to be read."""
+"""Longest time that `start` waits until the events of before have been read."""
 
 VERIFY_S: Final = 1.0
-"""How long after the start all workers are asked, jittered."""
+"""Time from the start until all workers are asked, jittered."""
 
-_SETTLE_S: Final = 2.0  # and then for workers to answer
+_ANSWERS_S: Final = 2.0
+"""Longest time that `start` then waits for the answers of workers."""
 
 _SWEEP_COUNT: Final = 4096
 _KEEP_S: Final = 1.0
@@ -51,15 +53,16 @@ _LAG_S: Final = 2.0
 
 
 _Lag = tuple[int | None, float | None]
-"""Entries, and seconds; None if unknown."""
+"""Entries and seconds by which the index is behind the stream; None if unknown."""
 
 
 class Indexer:
-    """The index of one component's workers, and the tasks that keep it: one that follows the events, one the
-    members, one that tidies up and measures, one that stores snapshots, and one for each worker that is
-    asked. All end with `aclose`. For one event loop.
+    """The index of one component's workers, and the tasks that keep it.
 
-    Losing Redis leaves the index as it is. `find` is synchronous, and never waits for anything.
+    One task follows the events, one follows the members, one frees memory and measures the lag, one stores
+    snapshots, and one more runs for each worker that is asked. All end with `aclose`. For one event loop.
+
+    While Redis is away the index stays as it is. `find` is synchronous, and never waits.
     """
 
     def __init__(
@@ -73,7 +76,7 @@ class Indexer:
         on_block_size: OnBlockSize | None = None,
     ) -> None:
         """`router_id` is the name of the consumer group: another one for each start of each router.
-        `on_block_size` is told how large the blocks of each worker are that says what it holds."""
+        `on_block_size` is called with the block size of each worker that answers an ask."""
         self.router_id = router_id
         self._settings = settings
         self._mode = runtime.settings.events.event_plane
@@ -88,11 +91,19 @@ class Indexer:
                 prune_target_ratio=settings.router_prune_target_ratio,
             )
         )
+        decode = partial(
+            decode_snapshot,
+            max_blocks=settings.router_max_tree_size,
+            prune_target_ratio=settings.router_prune_target_ratio,
+        )
         self._snapshots = Snapshots(
-            runtime.objects, runtime.locks, self._streams, self._stream, decode=self._decode
+            runtime.objects, runtime.locks, self._streams, self._stream, decode=decode
         )
         self._snapshotter = Snapshotter(
-            self._snapshots, self._take_snapshot, self._settle, settings.router_snapshot_threshold
+            self._snapshots,
+            self._take_snapshot,
+            lambda timeout_s: self._recovery.wait_until_idle(timeout_s),
+            settings.router_snapshot_threshold,
         )
         self._follower: StreamFollower | TopicFollower
         if self._mode == "pubsub":
@@ -116,9 +127,11 @@ class Indexer:
     # ----------------------------------------------------------------- lifetime
 
     async def start(self) -> None:
-        """Return when the past has been read and who was not known has answered; after `START_S` and some
-        seconds at the latest, since what is missing then is made up for. Raises StoreError if the workers
-        cannot be listed for as long."""
+        """Return when the events of before have been read, and workers that were not known have answered.
+
+        It returns after `START_S` and some seconds at the latest: the index then goes on to heal. Raises
+        StoreError if the workers cannot be listed for `START_S`.
+        """
         self._client = await self._list_workers()
         self._recovery = Recovery(self._ledger, self._client, self._mode, self._on_block_size)
         self._members = Members(self._ledger, self._recovery, self._client)
@@ -130,11 +143,12 @@ class Indexer:
         try:
             async with asyncio.timeout(START_S):
                 await self._has_caught_up.wait()
-            await self._recovery.settle(_SETTLE_S)
+            await self._recovery.wait_until_idle(_ANSWERS_S)
         except TimeoutError:
             log.warning("%r serves with what it has: the events of before cannot be read yet", self)
 
     async def _list_workers(self) -> Client:
+        """Return a client of the workers' `kv_dump`. Raises StoreError if Redis is away for `START_S`."""
         until = time.monotonic() + START_S
         backoff = Backoff()
         while True:
@@ -160,15 +174,21 @@ class Indexer:
             await client.aclose()
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        """Start a task that ends only by cancellation. A defect that ends it is logged."""
+
+        def log_failure(task: asyncio.Task[None]) -> None:
+            if not task.cancelled() and (exc := task.exception()) is not None:
+                log.error("%s has failed", task.get_name(), exc_info=exc)
+
         task = asyncio.create_task(work, name=f"{name} of {self._stream.path}")
-        task.add_done_callback(_report)
+        task.add_done_callback(log_failure)
         self._tasks.append(task)
 
-    # ----------------------------------------------------------------- what is known
+    # ----------------------------------------------------------------- the index
 
     @property
     def index(self) -> KvIndex:
-        """The index as it is now. Another object may take its place until `start` returns."""
+        """The present index. Another object may take its place until `start` returns."""
         return self._ledger.index
 
     def find(self, hashes: Sequence[int]) -> dict[Worker, Matched]:
@@ -176,7 +196,7 @@ class Indexer:
         return self._ledger.index.find(hashes)
 
     def state(self) -> IndexerState:
-        """What it knows, and how it came to."""
+        """Return the present state, for `router-state` and metrics."""
         is_running = self._client is not None
         follower, recovery = self._follower, self._recovery if is_running else None
         lag_count, lag_s = self._lag if follower.connected else (None, None)
@@ -203,14 +223,14 @@ class Indexer:
         )
 
     async def save_snapshot(self) -> StoredSnapshot:
-        """Store a snapshot now and trim the stream, unless one that is young enough is stored. Raises
-        StoreError; LockNotAcquired if another router is storing one."""
+        """Store a snapshot now and trim the stream, unless the stored one is young enough. Raises StoreError;
+        LockNotAcquired if another router is storing one."""
         return await self._snapshotter.save()
 
-    # ----------------------------------------------------------------- what is read (`Intake`)
+    # ----------------------------------------------------------------- the intake of the follower
 
-    def take(self, content: bytes) -> int:
-        """Apply one batch; ask whoever may know better if that is impossible. As `Intake.take`."""
+    def apply(self, content: bytes) -> int:
+        """As `Intake.apply`. A batch that leaves a gap has its worker asked; one that cannot be read, all."""
         try:
             batch = EventBatch.from_bytes(content)
             if batch.topic != KV_EVENTS:
@@ -222,66 +242,55 @@ class Indexer:
             )
             self._recovery.ask_all()
             return 0
-        if self._ledger.take(batch) is Outcome.MISSING:
+        if self._ledger.apply(batch) is Outcome.MISSING:
             self._gaps_count += 1
-            self._members.miss(batch.publisher.instance_id)
+            self._members.recover(batch.publisher.instance_id)
         return len(batch.events)
 
-    def applied(self, position: EntryId, event_count: int) -> None:
-        """As `Intake.applied`."""
-        self._snapshotter.note(position, event_count)
+    def note_applied(self, position: EntryId, event_count: int) -> None:
+        """As `Intake.note_applied`."""
+        self._snapshotter.note_applied(position, event_count)
 
-    def restore(self, snapshot: Snapshot) -> None:
+    def restore(self, snapshot: IndexSnapshot) -> None:
         """As `Intake.restore`."""
         self._ledger.restore(snapshot.index, snapshot.publishers)
 
-    def doubt(self) -> None:
-        """As `Intake.doubt`."""
+    def note_possible_loss(self) -> None:
+        """As `Intake.note_possible_loss`."""
         self._recovery.ask_all()
 
-    def caught_up(self) -> None:
-        """As `Intake.caught_up`."""
+    def note_caught_up(self) -> None:
+        """As `Intake.note_caught_up`."""
         if not self._has_caught_up.is_set():
-            self._members.begin()
-            # What a snapshot says of a worker is of a process that may have been followed by another since.
-            # That is rare, and routers may start together: they ask later, while requests are served.
+            self._members.note_caught_up()
+            # A worker's process may have been replaced since the snapshot was taken. That is rare, and
+            # routers may start together: they ask a little later, while requests are served already.
             self._recovery.ask_all(after_s=VERIFY_S * random.uniform(0.5, 1.5))  # noqa: S311 - jitter
             self._has_caught_up.set()
 
     # ----------------------------------------------------------------- snapshots
 
-    def _decode(self, content: bytes) -> Snapshot:
-        return decode_snapshot(
-            content,
-            max_blocks=self._settings.router_max_tree_size,
-            prune_target_ratio=self._settings.router_prune_target_ratio,
-        )
-
-    async def _load_snapshot(self) -> Snapshot | None:
+    async def _load_snapshot(self) -> IndexSnapshot | None:
+        """Load the stored snapshot, as `LoadSnapshot`, and count events from there on."""
         stored = await self._snapshots.load()
         if stored is None:
             return None
         snapshot, described = stored
-        self._snapshotter.found(described)
+        self._snapshotter.note_stored(described)
         return snapshot
 
-    def _take_snapshot(self) -> Snapshot:
+    def _take_snapshot(self) -> IndexSnapshot:
+        """Return the present index, as a snapshot to store."""
         assert isinstance(self._follower, StreamFollower)
-        return Snapshot(self._follower.position, self._ledger.exact(), self._ledger.index)
-
-    async def _settle(self, timeout_s: float) -> bool:
-        return await self._recovery.settle(timeout_s)
+        return IndexSnapshot(self._follower.position, self._ledger.exact(), self._ledger.index)
 
     # ----------------------------------------------------------------- tasks
 
     async def _follow(self) -> None:
-        if self._settings.router_reset_states and self._mode == "stream":
-            await self._reset()
-        await self._follower.run()
-
-    async def _reset(self) -> None:
+        """Reset the stored states if that is wanted, then follow the events."""
+        is_reset = not self._settings.router_reset_states or self._mode != "stream"
         backoff = Backoff()
-        while True:
+        while not is_reset:
             try:
                 await self._snapshots.reset()
             except StoreError as exc:
@@ -289,19 +298,21 @@ class Indexer:
                 await asyncio.sleep(backoff.next_s())
             else:
                 log.info("snapshot and stream of %s are reset", self._stream.path)
-                return
+                is_reset = True
+        await self._follower.run()
 
     async def _keep(self) -> None:
-        """Give back the memory of workers that are gone, and look how far the stream is ahead."""
-        looked_at = 0.0
+        """Free the memory of workers that are gone, and measure the lag behind the stream."""
+        measured_at = 0.0
         while True:
-            is_owed = self.index.sweep(_SWEEP_COUNT)
-            await asyncio.sleep(0 if is_owed else _KEEP_S)
-            if self._mode == "stream" and time.monotonic() - looked_at > _LAG_S:
-                looked_at = time.monotonic()
+            has_more = self.index.sweep(_SWEEP_COUNT)
+            await asyncio.sleep(0 if has_more else _KEEP_S)
+            if self._mode == "stream" and time.monotonic() - measured_at > _LAG_S:
+                measured_at = time.monotonic()
                 self._lag = await self._measure_lag()
 
     async def _measure_lag(self) -> _Lag:
+        """Return the entries and seconds by which this router's group is behind the stream's end."""
         assert isinstance(self._follower, StreamFollower)
         try:
             info = await self._streams.info(self._stream)
@@ -312,9 +323,3 @@ class Indexer:
             return None, None
         behind_ms = entry_order(info.last_entry_id)[0] - entry_order(self._follower.position)[0]
         return group.lag_count, max(0, behind_ms) / 1000
-
-
-def _report(task: asyncio.Task[None]) -> None:
-    """None of these tasks ends but by cancellation: a defect must not be silent."""
-    if not task.cancelled() and (exc := task.exception()) is not None:
-        log.error("%s has failed", task.get_name(), exc_info=exc)

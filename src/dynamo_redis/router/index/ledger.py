@@ -1,20 +1,21 @@
-"""What has been applied of each publisher, exactly once, and of whom something may be missing. Pure.
+"""The ledger: applies each publisher's events to the index exactly once, and finds gaps. Pure.
 
-Publishers number their events. A batch that begins where the last one ended is applied; what lies below is a
-repetition; one that begins above shows a gap. Then the publisher's *instance* is lost: its batches are
-ignored, since nothing but its worker's own answer can heal it, and that will have all that was published
-before. While it is asked, batches are held, for they may be newer than the answer:
+Publishers number their events. A batch that begins where the last one ended is applied. Events with lower
+numbers are repetitions. A batch that begins higher shows a gap: then the publisher's *instance* is lost. Its
+batches are ignored, because only the worker's own answer can close the gap, and that answer has all events
+that were published before it. While the worker is asked its batches are held, because they may be newer than
+the answer:
 
-    HEARD   batches are applied; what was before the first is not known     ask → ASKED    gap → LOST
+    HEARD   batches are applied; events before the first one are unknown    ask → ASKED    gap → LOST
     EXACT   every block is known                                            ask → ASKED    gap → LOST
     LOST    batches are ignored                                             ask → ASKED
     ASKED   batches are held                            answer → EXACT      none → LOST
 
-A gap leaves the worker's blocks for as long as one ask takes. An ask that fails drops them: a worker that
-cannot say what it holds is taken to hold nothing.
+After a gap the worker's blocks stay until one ask has ended. If the ask fails they are dropped: a worker that
+does not answer is taken to hold nothing.
 
-Epochs that a worker has left behind are remembered, so that a late batch of theirs changes nothing. Its own
-word is the last one: an epoch that was believed past counts again if it is the one a worker answers with.
+The last epochs of a worker are remembered, so that a late batch of an old epoch changes nothing. The worker's
+answer overrides that: if it has an epoch that was taken to be old, that epoch counts again.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from dynamo_redis.wire.event import EventBatch, PublisherId
 from dynamo_redis.wire.kv_event import read_kv_events
 
 HELD_EVENTS_COUNT: Final = 16_384
-"""Events of one instance that are held while it is asked. Past that it is asked once more."""
+"""Most events of one instance that are held while it is asked. Past that it is asked once more."""
 
 _RETIRED_COUNT: Final = 8
 _U63_END: Final = 1 << 63
@@ -41,7 +42,7 @@ _ANSWER: Final = "a worker's answer to this router"
 
 
 class Standing(Enum):
-    """How far an instance is known."""
+    """How well an instance's blocks are known; see the top of this module."""
 
     HEARD = "heard"
     EXACT = "exact"
@@ -50,25 +51,26 @@ class Standing(Enum):
 
 
 class Outcome(Enum):
-    """What became of a batch."""
+    """The result of applying a batch."""
 
     APPLIED = "applied"
     REPEATED = "repeated"
     HELD = "held"
-    IGNORED = "ignored"  # its instance is lost: the answer to come has it
-    MISSING = "missing"  # something before it is missing, or it cannot be read: ask the instance
+    IGNORED = "ignored"  # its instance is lost: the answer to come has its events
+    MISSING = "missing"  # events before it are missing, or it cannot be read: ask the instance
 
 
 @dataclass(slots=True)
 class _Rank:
-    """How far one data-parallel rank has been applied: of which epoch (None: there is no such rank now), and
-    up to which sequence (None: what is known of it does not count)."""
+    """The events applied of one data-parallel rank: their epoch (None: the worker has no such rank now), and
+    the sequence that comes next (None: the rank's blocks were dropped)."""
 
     epoch: int | None = None
     next_sequence: int | None = 0
     retired: deque[int] = field(default_factory=lambda: deque(maxlen=_RETIRED_COUNT))
 
     def restart(self, epoch: int | None) -> None:
+        """Begin at sequence 0 of an epoch."""
         if epoch != self.epoch:
             if epoch is not None and epoch in self.retired:
                 self.retired.remove(epoch)
@@ -80,11 +82,14 @@ class _Rank:
 
 @dataclass(slots=True)
 class _Instance:
+    """The ranks of one instance, and the batches that are held while it is asked."""
+
     standing: Standing = Standing.HEARD
     ranks: dict[int, _Rank] = field(default_factory=dict)
     held: list[EventBatch] = field(default_factory=list)
     held_count: int = 0
     overflowed: bool = False
+    """True if more was to be held than may be."""
 
     def hold(self, batch: EventBatch) -> None:
         self.held_count += 1 + len(batch.events)
@@ -101,7 +106,7 @@ class _Instance:
 
 
 class Ledger:
-    """Applies batches to an index. One event loop, no waiting.
+    """Applies batches to an index, without waiting. For one event loop.
 
     `applied_count` and `repeated_count` count events.
     """
@@ -115,16 +120,16 @@ class Ledger:
     # ----------------------------------------------------------------- what is known
 
     def standing(self, instance_id: int) -> Standing | None:
-        """How far an instance is known; None if nothing was ever heard of it."""
+        """Return how well an instance's blocks are known; None if no batch of it has come."""
         known = self._instances.get(instance_id)
         return None if known is None else known.standing
 
     def instance_ids(self) -> list[int]:
-        """All of whom something was heard."""
+        """Return the ids of all instances of which a batch has come."""
         return list(self._instances)
 
     def exact(self) -> dict[PublisherId, int]:
-        """The next sequence of each publisher of which every block is known."""
+        """Return the next sequence of each publisher of which every block is known."""
         return {
             PublisherId(instance_id, rank.epoch, dp_rank): rank.next_sequence
             for instance_id, known in self._instances.items()
@@ -133,10 +138,10 @@ class Ledger:
             if rank.epoch is not None and rank.next_sequence is not None
         }
 
-    # ----------------------------------------------------------------- what is heard
+    # ----------------------------------------------------------------- batches
 
-    def take(self, batch: EventBatch) -> Outcome:
-        """Apply a batch, or hold it, or find that it cannot be: then its instance is lost from now on."""
+    def apply(self, batch: EventBatch) -> Outcome:
+        """Apply a batch, or hold it. After MISSING its instance is lost."""
         instance_id = batch.publisher.instance_id
         known = self._instances.get(instance_id)
         if known is None:
@@ -146,9 +151,10 @@ class Ledger:
             return Outcome.HELD
         if known.standing is Standing.LOST:
             return Outcome.IGNORED
-        return self._apply(known, batch)
+        return self._apply_to(known, batch)
 
-    def _apply(self, known: _Instance, batch: EventBatch) -> Outcome:
+    def _apply_to(self, known: _Instance, batch: EventBatch) -> Outcome:
+        """Apply a batch of an instance that is not asked now, and not lost."""
         instance_id, epoch, dp_rank = batch.publisher
         worker = Worker(instance_id, dp_rank)
         rank = known.ranks.setdefault(dp_rank, _Rank())
@@ -158,14 +164,15 @@ class Ledger:
         if rank.epoch is None:
             rank.restart(epoch)
         elif rank.epoch != epoch:
-            # The process was started anew, with all of its ranks: it will say where they are.
+            # The process was started anew, with all of its ranks: its answer will have their sequences.
             self.index.remove(worker)
             rank.restart(epoch)
             known.standing = Standing.LOST
             return Outcome.MISSING
-        return self._continue(known, worker, rank, batch)
+        return self._apply_next(known, worker, rank, batch)
 
-    def _continue(self, known: _Instance, worker: Worker, rank: _Rank, batch: EventBatch) -> Outcome:
+    def _apply_next(self, known: _Instance, worker: Worker, rank: _Rank, batch: EventBatch) -> Outcome:
+        """Apply those events of a batch, of the rank's present epoch, that have not been applied yet."""
         repeated = -1 if rank.next_sequence is None else rank.next_sequence - batch.first_sequence
         if repeated < 0:
             known.standing = Standing.LOST
@@ -186,17 +193,19 @@ class Ledger:
 
     # ----------------------------------------------------------------- asking
 
-    def begin_ask(self, instance_id: int) -> Answer:
-        """An instance is asked now: hold what comes of it. What was held for an earlier ask is forgotten,
-        since the answer will have it."""
+    def begin_ask(self, instance_id: int) -> DumpReader:
+        """Hold an instance's batches from now on, because it is asked; return the reader of its answer.
+
+        Batches that were held for an earlier ask are dropped: the answer will have their events.
+        """
         known = self._instances.setdefault(instance_id, _Instance())
         known.standing = Standing.ASKED
         known.release()
         known.overflowed = False
-        return Answer(self, instance_id, known)
+        return DumpReader(self, instance_id, known)
 
     def lose(self, instance_id: int) -> None:
-        """Nobody can say what an instance holds: it is lost, and its blocks count no more."""
+        """Mark an instance as lost, and drop its blocks: no answer says which blocks it holds."""
         known = self._instances.get(instance_id)
         if known is not None:
             known.standing = Standing.LOST
@@ -206,11 +215,11 @@ class Ledger:
                 rank.next_sequence = None
 
     def is_current(self, instance_id: int, known: _Instance) -> bool:
-        """Whether that is what is known of the instance, and not of one that was forgotten."""
+        """Return True unless the instance was forgotten since `known` was made."""
         return self._instances.get(instance_id) is known
 
     def forget(self, instance_id: int) -> None:
-        """An instance is no more."""
+        """Forget an instance that has left, with its blocks."""
         known = self._instances.pop(instance_id, None)
         if known is not None:
             for dp_rank in known.ranks:
@@ -219,8 +228,8 @@ class Ledger:
     # ----------------------------------------------------------------- snapshots
 
     def restore(self, index: KvIndex, publishers: Mapping[PublisherId, int]) -> None:
-        """Begin with a snapshot's index. Blocks of workers that it has no publisher of are dropped: they were
-        in doubt when it was taken."""
+        """Begin with a snapshot's index. Blocks of a worker without a publisher in it are dropped: they were
+        not known exactly when the snapshot was taken."""
         self.index = index
         self._instances.clear()
         for publisher, next_sequence in publishers.items():
@@ -232,12 +241,12 @@ class Ledger:
                 index.remove(worker)
 
 
-class Answer:
-    """A worker's answer to being asked what it holds, item by item, into a ledger.
+class DumpReader:
+    """Reads a worker's answer from `kv_dump`, item by item, into a ledger.
 
     For each rank comes `{"epoch", "dp_rank", "kind", "next_sequence", …}`, then its `{"batch"}` items: of a
-    `range` what followed the caller's next sequence, of a `dump` the rank's blocks as stored events.
-    `take` and `finish` raise InvalidRecord for what is no such answer; then call `fail`.
+    `range` the events from the caller's next sequence on, of a `dump` the rank's blocks as stored events.
+    `apply` and `finish` raise InvalidRecord for an answer that is not of this form; then call `fail`.
     """
 
     def __init__(self, ledger: Ledger, instance_id: int, known: _Instance) -> None:
@@ -254,44 +263,46 @@ class Answer:
             for dp_rank, rank in known.ranks.items()
             if rank.epoch is not None and rank.next_sequence is not None
         ]
-        """What to say in the request: what is known of each rank, as [epoch, dp_rank, next_sequence]."""
+        """For the request: the events applied of each rank, as [epoch, dp_rank, next_sequence]."""
 
-    def take(self, item: Any) -> None:
-        """The answer's next item."""
+    def apply(self, item: Any) -> None:
+        """Apply the answer's next item."""
         if not isinstance(item, dict):
             raise InvalidRecord(_ANSWER, "no map")
         if not self._ledger.is_current(self.instance_id, self._known):
             raise InvalidRecord(_ANSWER, "the worker has been forgotten meanwhile")
         if "batch" in item:
-            self._take_batch(EventBatch.from_bytes(item["batch"]))
+            self._apply_batch(EventBatch.from_bytes(item["batch"]))
         else:
             self._end_rank()
             self._begin_rank(item)
 
     def finish(self) -> bool:
-        """The answer is whole. Apply what was held; answers whether the instance must be asked again."""
+        """End an answer that is whole, and apply the batches that were held. Return True if the instance must
+        be asked again."""
         self._end_rank()
         known = self._known
         if not self._ledger.is_current(self.instance_id, known):
             return False
-        for dp_rank in self._missing:  # it has them no more
+        for dp_rank in self._missing:  # ranks that the worker has no more
             self._ledger.index.remove(Worker(self.instance_id, dp_rank))
             known.ranks[dp_rank].restart(None)
         known.standing = Standing.LOST if known.overflowed else Standing.EXACT
         for batch in known.release():
             if known.standing is Standing.EXACT:
-                self._ledger._apply(known, batch)
+                self._ledger._apply_to(known, batch)
         return known.standing is not Standing.EXACT
 
     def fail(self) -> None:
-        """There is no answer, or not a whole one: the instance is lost, and its blocks count no more."""
+        """End an ask that has no answer, or not a whole one: the instance is lost, its blocks are dropped."""
         if self._ledger.is_current(self.instance_id, self._known):
             self._ledger.lose(self.instance_id)
 
     def _begin_rank(self, head: dict[Any, Any]) -> None:
-        epoch, dp_rank, next_sequence = (
-            _number(head, name) for name in ("epoch", "dp_rank", "next_sequence")
-        )
+        """Read the item that begins a rank."""
+        epoch = _read_number(head, "epoch")
+        dp_rank = _read_number(head, "dp_rank")
+        next_sequence = _read_number(head, "next_sequence")
         kind = head.get("kind")
         if kind not in ("range", "dump"):
             raise InvalidRecord(_ANSWER, "neither a rank nor a batch")
@@ -301,20 +312,22 @@ class Answer:
             self._ledger.index.remove(self._worker)
             rank.restart(epoch)
         elif rank.epoch != epoch or rank.next_sequence is None:
-            raise InvalidRecord(_ANSWER, f"rank {dp_rank} answers with a range of what is not known")
+            raise InvalidRecord(_ANSWER, f"rank {dp_rank} answers with a range that was not asked for")
         self._missing.discard(dp_rank)
         self._rank, self._is_dump, self._next_sequence = rank, kind == "dump", next_sequence
 
-    def _take_batch(self, batch: EventBatch) -> None:
+    def _apply_batch(self, batch: EventBatch) -> None:
+        """Apply a batch of the rank that the last head began."""
         rank, worker = self._rank, self._worker
         if rank is None or batch.publisher != (worker.instance_id, rank.epoch, worker.dp_rank):
             raise InvalidRecord(_ANSWER, "a batch of another rank than the one before it")
         if self._is_dump:
             self._ledger.index.apply(worker, read_kv_events(batch.events))
-        elif self._ledger._continue(self._known, worker, rank, batch) is Outcome.MISSING:
+        elif self._ledger._apply_next(self._known, worker, rank, batch) is Outcome.MISSING:
             raise InvalidRecord(_ANSWER, f"rank {worker.dp_rank} answers with a range that has holes")
 
     def _end_rank(self) -> None:
+        """Check that the rank's range was whole, and note its next sequence."""
         rank = self._rank
         if rank is None:
             return
@@ -326,8 +339,8 @@ class Answer:
         self._rank = None
 
 
-def _number(head: dict[Any, Any], name: str) -> int:
-    """A field of an answer that numbers something. Raises InvalidRecord."""
+def _read_number(head: dict[Any, Any], name: str) -> int:
+    """Return a field that must be a number of 63 bits. Raises InvalidRecord."""
     found = head.get(name)
     if type(found) is not int or not 0 <= found < _U63_END:
         raise InvalidRecord(_ANSWER, f"its {name} is {found!r}, not a number of 63 bits")

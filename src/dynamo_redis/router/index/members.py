@@ -1,4 +1,4 @@
-"""Which workers' blocks count: those of instances that the registry lists, or that still answer."""
+"""Follows the instances whose blocks count: those that the registry lists, or that still answer."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ log = logging.getLogger(__name__)
 
 TICK_S: Final = 1.0
 UNLISTED_S: Final = 5.0
-"""How long an instance is believed that was heard of and is not listed: its record may be on its way."""
+"""Longest time that the events of an instance count before it is listed: its record may be on its way."""
 
 
 class Members:
     """Follows the instances of the workers' `kv_dump` endpoint, in one task, until `aclose`.
 
-    An instance that leaves the view loses its blocks; suspects, those that are down for the moment and those
-    that hang have not left. One that is listed and not known is asked, once the past has been read
-    (`begin`). One that was started anew under its old id is asked, too.
+    An instance that leaves the view loses its blocks; suspects, instances that are down for the moment, and
+    instances that hang have not left. An instance that is listed and not known exactly is asked, once the
+    events of before have been read (`note_caught_up`). An instance that was started anew under its old id is
+    asked, too.
     """
 
     def __init__(self, ledger: Ledger, recovery: Recovery, client: Client) -> None:
@@ -34,24 +35,25 @@ class Members:
         self._listed: set[int] = set()
         self._started_at: dict[int, float] = {}
         self._unlisted_at: dict[int, float] = {}
-        self._begun = False
+        self._has_caught_up = False
         self._task: asyncio.Task[None] | None = None
         self._supervisor = Supervisor(log, "KV workers")
 
     def start(self) -> None:
         """Begin to follow."""
-        self._look()
+        self._compare()
         self._task = asyncio.create_task(self._supervisor.run(self._follow), name="follow KV workers")
 
-    def begin(self) -> None:
-        """The past has been read: who is not listed now is gone; from now on who is not known is asked."""
-        self._begun = True
-        self._look()
+    def note_caught_up(self) -> None:
+        """Note that the events of before have been read: forget instances that are not listed, and from now
+        on ask listed instances that are not known exactly."""
+        self._has_caught_up = True
+        self._compare()
         for instance_id in set(self._ledger.instance_ids()) - self._listed:
             self._forget(instance_id)
 
-    def miss(self, instance_id: int) -> None:
-        """Something of that instance is missing: ask it, or if there is nobody to ask, drop its blocks."""
+    def recover(self, instance_id: int) -> None:
+        """Ask an instance of which events are missing; drop its blocks if it is not listed."""
         if instance_id in self._listed:
             self._recovery.ask(instance_id)
         else:
@@ -66,36 +68,29 @@ class Members:
     async def _follow(self) -> None:
         while True:
             await self._client.wait_for_change(TICK_S)
-            self._look()
+            self._compare()
 
-    def _look(self) -> None:
+    def _compare(self) -> None:
+        """Compare the listed instances with the known ones: forget those that left, ask those that were
+        started anew or are not known exactly, and forget those that have not been listed for too long."""
         listed = set(self._client.known_ids())
         for instance_id in self._listed - listed:
             self._forget(instance_id)
         self._listed = listed
-        self._ask_restarted()
-        if self._begun:
-            self._ask_unknown()
-        self._drop_unlisted()
-
-    def _ask_restarted(self) -> None:
         for instance in self._client.instances():
             before = self._started_at.setdefault(instance.instance_id, instance.started_at)
             if before != instance.started_at:
                 self._started_at[instance.instance_id] = instance.started_at
                 self._recovery.ask(instance.instance_id)
-
-    def _ask_unknown(self) -> None:
-        asking = set(self._recovery.asking())
-        for instance_id in self._listed - asking:
-            if self._ledger.standing(instance_id) is not Standing.EXACT:
-                self._recovery.ask(instance_id)
-
-    def _drop_unlisted(self) -> None:
+        if self._has_caught_up:
+            asking = set(self._recovery.asking())
+            for instance_id in self._listed - asking:
+                if self._ledger.standing(instance_id) is not Standing.EXACT:
+                    self._recovery.ask(instance_id)
         now = time.monotonic()
         unlisted = set(self._ledger.instance_ids()) - self._listed
         self._unlisted_at = {i: self._unlisted_at.get(i, now) for i in unlisted}
-        if self._begun:
+        if self._has_caught_up:
             for instance_id, since in tuple(self._unlisted_at.items()):
                 if now - since > UNLISTED_S:
                     self._forget(instance_id)

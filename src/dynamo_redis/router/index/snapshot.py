@@ -1,14 +1,14 @@
-"""An index as bytes, with where in the event stream it was taken. Pure.
+"""An index as bytes, with its position in the event stream. Pure.
 
     magic, then pieces: length of the payload (u32), its xxh3_64 (u64), the payload (msgpack); little-endian
     1.   [version, position]
     2.   [[instance_id, epoch, dp_rank, next_sequence] …, [[instance_id, dp_rank] | nil …], set with holes]
-    3. … [tier, new sets, numbers of sets, how many blocks each, the blocks]
-    last [blocks on each tier]
+    3. … [tier, new sets, numbers of sets, number of blocks of each, the blocks]
+    last [number of blocks on each tier]
 
 Sets of workers are little-endian binaries, bit i for the i-th worker of piece 2; they are numbered as they
-first appear. Blocks stand set by set, each as eight bytes; a piece has 65,536 of them at most, so that
-neither side works long without a pause. Whatever is wrong, down to one bit, makes the whole an InvalidRecord.
+first appear. Blocks are ordered by set, each as eight bytes. A piece has 65,536 of them at most, so that
+neither side works long without a pause. Any error, down to one bit, makes the whole an InvalidRecord.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ _U64_END = 1 << 64
 
 
 @dataclass(slots=True)
-class Snapshot:
-    """An index, the stream's entry up to which it has applied all, and each publisher's next sequence."""
+class IndexSnapshot:
+    """An index, the stream's entry that was applied last, and each publisher's next sequence."""
 
     position: EntryId
     publishers: dict[PublisherId, int]
     index: KvIndex
 
 
-def encode_snapshot(snapshot: Snapshot) -> Iterator[bytes]:
-    """The pieces of a snapshot.
+def encode_snapshot(snapshot: IndexSnapshot) -> Iterator[bytes]:
+    """Yield the pieces of a snapshot.
 
-    It shows the index as it is when the first piece is taken, which copies it: some 20 ms for a million
-    blocks. Each of the others is some milliseconds' work; the index may change in between. For the event
+    Taking the first piece copies the index, in some 20 ms for a million blocks; the snapshot shows that
+    moment. Each further piece takes some milliseconds, and the index may change in between. For the event
     loop's own thread, with which it shares a packer.
     """
     state = snapshot.index.copy_state()
@@ -76,11 +76,11 @@ def encode_snapshot(snapshot: Snapshot) -> Iterator[bytes]:
 
 def decode_snapshot(
     content: bytes, *, max_blocks: int = MAX_BLOCKS, prune_target_ratio: float = PRUNE_TARGET_RATIO
-) -> Snapshot:
+) -> IndexSnapshot:
     """Read a snapshot; the index gets these bounds.
 
-    A million blocks take some 200 ms, in steps of a few: call it in a thread, it shares nothing. Raises
-    InvalidRecord if the content is not exactly what was encoded, SchemaMismatch for another version.
+    A million blocks take some 200 ms, in steps of some milliseconds: call it in a thread, it shares nothing.
+    Raises InvalidRecord if the content differs from the encoded one, SchemaMismatch for another version.
     """
     pieces = _pieces(content)
     position = _read_position(next(pieces, None))
@@ -103,11 +103,11 @@ def decode_snapshot(
     except (TypeError, IndexError, StopIteration, ValueError, OverflowError) as exc:
         raise InvalidRecord(_WHAT, repr(exc)) from exc
     index = KvIndex.of_state(state, sizes, max_blocks=max_blocks, prune_target_ratio=prune_target_ratio)
-    return Snapshot(position, publishers, index)
+    return IndexSnapshot(position, publishers, index)
 
 
 def snapshot_position(head: bytes) -> EntryId:
-    """The position of the snapshot that begins with `head`, of which 4 KiB are enough.
+    """Return the position of the snapshot that begins with `head`: its first 4 KiB are enough.
 
     Raises InvalidRecord if it begins no snapshot, SchemaMismatch for another version.
     """
@@ -115,7 +115,7 @@ def snapshot_position(head: bytes) -> EntryId:
 
 
 def _grouped(blocks: Iterable[tuple[int, int]], live: int) -> dict[int, list[int]]:
-    """Blocks by the set of living workers that holds them; without those that nobody does."""
+    """Group blocks by the set of live workers that holds them, without blocks that no live worker holds."""
     groups: dict[int, list[int]] = {}
     for block, mask in blocks:
         group = groups.get(mask)
@@ -130,6 +130,7 @@ def _grouped(blocks: Iterable[tuple[int, int]], live: int) -> dict[int, list[int
 
 
 def _blocks(tier: int, groups: Mapping[int, list[int]], numbers: dict[int, int]) -> list[Any]:
+    """Return the fields of a piece of blocks; its new sets are added to `numbers`."""
     new = []
     for mask in groups:
         if mask not in numbers:
@@ -150,12 +151,13 @@ def _blocks(tier: int, groups: Mapping[int, list[int]], numbers: dict[int, int])
 
 
 def _piece(fields: Sequence[Any]) -> bytes:
+    """Pack one piece: head and payload."""
     payload = pack_known(fields)
     return _HEAD.pack(len(payload), xxh3_64_intdigest(payload)) + payload
 
 
 def _pieces(content: bytes) -> Iterator[list[Any]]:
-    """The fields of each piece. Raises InvalidRecord at one that is not whole."""
+    """Yield the fields of each piece. Raises InvalidRecord at one that is not whole."""
     view = memoryview(content)
     if view[: len(_MAGIC)] != _MAGIC:
         raise InvalidRecord(_WHAT, "it begins otherwise")
@@ -179,6 +181,7 @@ def _pieces(content: bytes) -> Iterator[list[Any]]:
 
 
 def _read_position(fields: list[Any] | None) -> EntryId:
+    """Return the position in piece 1. Raises InvalidRecord, SchemaMismatch."""
     if not fields:
         raise InvalidRecord(_WHAT, "empty")
     if fields[0] != SNAPSHOT_VERSION:
@@ -189,6 +192,7 @@ def _read_position(fields: list[Any] | None) -> EntryId:
 
 
 def _read_workers(fields: list[Any]) -> tuple[dict[PublisherId, int], IndexState]:
+    """Return the publishers in piece 2, and an index state with its workers and no blocks."""
     publishers = {
         PublisherId(_number(instance_id), _number(epoch), _number(dp_rank)): _number(sequence)
         for instance_id, epoch, dp_rank, sequence in fields[0]
@@ -196,13 +200,13 @@ def _read_workers(fields: list[Any]) -> tuple[dict[PublisherId, int], IndexState
     workers = [None if worker is None else Worker(*map(_number, worker)) for worker in fields[1]]
     named = [worker for worker in workers if worker is not None]
     if len(set(named)) != len(named):
-        raise ValueError("a worker stands there twice")
-    nobody = IndexState(workers, 0, tuple({} for _ in TIERS))
-    return publishers, replace(nobody, holed=_read_set(fields[2], nobody.live))
+        raise ValueError("a worker is listed twice")
+    state = IndexState(workers, 0, tuple({} for _ in TIERS))
+    return publishers, replace(state, holed=_read_set(fields[2], state.live))
 
 
 def _read_blocks(fields: list[Any], sets: list[int], sizes: Counter[int], state: IndexState) -> None:
-    """Add a piece's blocks to its tier, its new sets to `sets`, and how many blocks each holds to `sizes`."""
+    """Add a piece's blocks to its tier, its new sets to `sets`, and the blocks of each set to `sizes`."""
     tier, new, numbers, counts, content = fields[:5]
     live = state.live
     sets.extend(_read_set(mask, live) for mask in new)
@@ -216,7 +220,7 @@ def _read_blocks(fields: list[Any], sets: list[int], sizes: Counter[int], state:
     for number, count in zip(numbers, counts, strict=True):
         mask, end = sets[_number(number)], start + _number(count)
         if not mask:
-            raise ValueError("nobody holds some blocks")
+            raise ValueError("no worker holds some blocks")
         held.update(dict.fromkeys(hashes[start:end], mask))
         sizes[mask] += count
         start = end
@@ -227,7 +231,7 @@ def _set_to_bytes(mask: int) -> bytes:
 
 
 def _read_set(content: bytes, live: int) -> int:
-    """A set of workers. Raises ValueError if one of them does not exist."""
+    """Read a set of workers. Raises ValueError if one of them does not exist."""
     mask = int.from_bytes(content, "little")
     if mask & ~live:
         raise ValueError("a set has workers that do not exist")
@@ -235,7 +239,7 @@ def _read_set(content: bytes, live: int) -> int:
 
 
 def _number(value: Any) -> int:
-    """A number that counts or names. Raises TypeError for anything else."""
+    """Return `value` if it is a number of 64 bits. Raises TypeError for anything else."""
     if type(value) is not int or not 0 <= value < _U64_END:
         raise TypeError("a number is missing")
     return value

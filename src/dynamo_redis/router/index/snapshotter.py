@@ -1,9 +1,10 @@
-"""Stores the index, so that a router that starts need not read the past; then the stream may be trimmed.
+"""Stores the index, so that a router that starts need not read old events; then the stream may be trimmed.
 
-One snapshot a component, in the object store. It is replaced under the object's own fenced lock, and only by
-one that is further in the stream: under the lock its position is read, and the put is refused if the lock is
-lost before it takes effect. The stream is trimmed *after* that, so that at every moment there is a snapshot
-from whose position the stream goes on. Who dies on the way leaves the old snapshot, or an untrimmed stream.
+There is one snapshot a component, in the object store. It is replaced under the object's own fenced lock, and
+only by one that is further in the stream: the stored position is read under the lock, and the put is refused
+if the lock is lost before it takes effect. The stream is trimmed *after* that. So at every moment there is a
+snapshot from whose position the stream goes on. A router that dies on the way leaves the old snapshot, or an
+untrimmed stream.
 """
 
 from __future__ import annotations
@@ -19,7 +20,12 @@ from dataclasses import dataclass
 from typing import Final, cast
 
 from dynamo_redis.errors import InvalidRecord, LockNotAcquired, ObjectNotFound, StoreError
-from dynamo_redis.router.index.snapshot import Snapshot, decode_snapshot, encode_snapshot, snapshot_position
+from dynamo_redis.router.index.snapshot import (
+    IndexSnapshot,
+    decode_snapshot,
+    encode_snapshot,
+    snapshot_position,
+)
 from dynamo_redis.store.base import LOCK_TTL_S, Locks, ObjectStore
 from dynamo_redis.store.event_base import EntryId, EventStreams, StreamName, entry_order
 from dynamo_redis.supervision import Supervisor
@@ -29,25 +35,25 @@ log = logging.getLogger(__name__)
 SNAPSHOT_BUCKET: Final = "kv_snapshots"
 CHECK_S: Final = 0.5
 SPACING_S: Final = 30.0
-"""Shortest time between two snapshots, whatever the events: Redis keeps a replaced one for ten minutes, for
-those who read it, so that twenty of them are there at most."""
+"""Shortest time between two snapshots, at any rate of events. Redis keeps a replaced one for ten minutes, for
+its readers; so there are twenty of them at most."""
 
 RETRY_S: Final = 5.0
-"""Pause, jittered, after a snapshot that could not be stored, or that somebody else is storing."""
+"""Pause, jittered, after a snapshot that could not be stored, or that another router is storing."""
 
 _MARKS_COUNT: Final = 64
-"""So many places of the last threshold's events are remembered with what had been applied there."""
+"""Positions that are remembered, with the number of events applied there; they span one threshold."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoredSnapshot:
-    """The last snapshot that this router stored, or found stored by another. `at` in seconds since 1970."""
+    """The last snapshot that this or another router stored. `at` is in seconds since 1970."""
 
     position: EntryId
     at: float
     size_bytes: int
     block_count: int | None = None
-    """None for another router's."""
+    """None if another router stored it."""
 
 
 class Snapshots:
@@ -60,7 +66,7 @@ class Snapshots:
         streams: EventStreams,
         stream: StreamName,
         *,
-        decode: Callable[[bytes], Snapshot] = decode_snapshot,
+        decode: Callable[[bytes], IndexSnapshot] = decode_snapshot,
         lock_ttl_s: float = LOCK_TTL_S,
     ) -> None:
         self._objects = objects
@@ -71,12 +77,13 @@ class Snapshots:
         self._decode = decode
         self._unreadable: str | None = None  # the digest of a snapshot that was ignored
 
-    async def load(self) -> tuple[Snapshot, StoredSnapshot] | None:
-        """Read it. None if there is none, or none that can be read, which is logged. Raises StoreError."""
+    async def load(self) -> tuple[IndexSnapshot, StoredSnapshot] | None:
+        """Read the snapshot; None if there is none, or if it cannot be read, which is logged. Raises
+        StoreError."""
         content = b""
         try:
             content = await self._objects.read(SNAPSHOT_BUCKET, self._stream.path)
-            # A second or less, of which the event loop gets its share: nobody is served yet.
+            # It takes a second or less, shared with the event loop: no request is served yet.
             snapshot = await asyncio.to_thread(self._decode, content)
             return snapshot, await self._describe(EntryId(snapshot.position))
         except ObjectNotFound:
@@ -87,8 +94,8 @@ class Snapshots:
             return None
 
     async def position(self) -> EntryId | None:
-        """How far the stored one is; None if there is none that can be read. Reads its first chunk. Raises
-        StoreError."""
+        """Return the stored snapshot's position; None if there is none that can be read. Reads its first
+        chunk. Raises StoreError."""
         info = await self._objects.info(SNAPSHOT_BUCKET, self._stream.path)
         if info is None or info.sha256 == self._unreadable:
             return None
@@ -100,34 +107,45 @@ class Snapshots:
         except (ObjectNotFound, InvalidRecord):
             return None
 
-    async def save(self, take: Callable[[], Snapshot], wanted: Callable[[EntryId], bool]) -> StoredSnapshot:
-        """Take a snapshot, store it and trim the stream; unless what is stored is as far already, or is not
-        to be replaced yet (`wanted`, of its position). Answers what is stored then.
+    async def save(
+        self, take: Callable[[], IndexSnapshot], is_due_after: Callable[[EntryId], bool]
+    ) -> StoredSnapshot:
+        """Take a snapshot, store it and trim the stream. Return the snapshot that is stored then.
 
+        It stores none if the stored one is as far already, or if `is_due_after` of its position is False.
         `take` is called once the lock is held. Raises LockNotAcquired if another router is storing one,
         LockLost, StoreError.
         """
+
+        async def with_pauses(first: bytes, pieces: Iterator[bytes]) -> AsyncGenerator[bytes]:
+            """Let other tasks run between two pieces."""
+            yield first
+            for piece in pieces:
+                await asyncio.sleep(0)
+                yield piece
+
         async with self._lock.hold() as held:
             stored = await self.position()
-            if stored is not None and not wanted(stored):
+            if stored is not None and not is_due_after(stored):
                 return await self._describe(stored)
             snapshot = take()
             position, block_count = EntryId(snapshot.position), snapshot.index.block_count
             if stored is not None and entry_order(stored) >= entry_order(position):
                 return await self._describe(stored)
             pieces = encode_snapshot(snapshot)
-            first = next(pieces)  # the copy is made now, before anything else is applied
-            content = _turn_by_turn(first, pieces)
+            first = next(pieces)  # the copy is made now, before any other event is applied
+            content = with_pauses(first, pieces)
             info = await self._objects.put(SNAPSHOT_BUCKET, self._stream.path, content, fence=held)
         await self._streams.trim(self._stream, position)
         return StoredSnapshot(position, info.created_at, info.size_bytes, block_count)
 
     async def _describe(self, position: EntryId) -> StoredSnapshot:
+        """Describe the stored snapshot, which has this position. Raises StoreError."""
         info = await self._objects.info(SNAPSHOT_BUCKET, self._stream.path)
         return StoredSnapshot(position, info.created_at if info else 0.0, info.size_bytes if info else 0)
 
     async def reset(self) -> None:
-        """Remove the snapshot and delete the stream. Routers that run find the stream lost, and ask the
+        """Remove the snapshot and delete the stream. Routers that run then find the stream lost, and ask the
         workers. Raises StoreError."""
         async with self._lock.hold(timeout_s=2 * self._lock_ttl_s):
             await self._objects.remove(SNAPSHOT_BUCKET, self._stream.path)
@@ -135,27 +153,28 @@ class Snapshots:
 
 
 class Snapshotter:
-    """Stores a snapshot after each `threshold` events, and `SPACING_S` at least, in one task, until `aclose`.
+    """Stores a snapshot after each `threshold` events, but not before `SPACING_S` have passed. It owns one
+    task, until `aclose`.
 
-    All routers of a component read the same stream, so they come to this at the same time: one gets the lock;
-    the others look again a little later, find its snapshot, and count from there.
+    All routers of a component read the same stream, so a snapshot is due in all of them at the same time. One
+    gets the lock; the others try again a little later, find its snapshot, and count from there.
     """
 
     def __init__(
         self,
         snapshots: Snapshots,
-        take: Callable[[], Snapshot],
-        settle: Callable[[float], Awaitable[bool]],
+        take: Callable[[], IndexSnapshot],
+        wait_until_idle: Callable[[float], Awaitable[bool]],
         threshold: int,
     ) -> None:
-        """`take` answers the index as it stands. Before, `settle` is awaited, with a time-out, so that few
+        """`take` returns the present index. `wait_until_idle` is awaited before, with a time-out, so that few
         workers are missing in it."""
         self.last: StoredSnapshot | None = None
         self.stored_count = 0
         self.failed_count = 0
         self._snapshots = snapshots
         self._take = take
-        self._settle = settle
+        self._wait_until_idle = wait_until_idle
         self._threshold = threshold
         self._marks: deque[tuple[EntryId, int]] = deque(maxlen=_MARKS_COUNT)
         self._event_count = 0
@@ -165,48 +184,45 @@ class Snapshotter:
         self._supervisor = Supervisor(log, "KV snapshots")
 
     def start(self) -> None:
-        """Begin to look, each `CHECK_S`."""
+        """Begin to check every `CHECK_S` whether a snapshot is due."""
         self._task = asyncio.create_task(self._supervisor.run(self._run), name="store KV snapshots")
 
     async def aclose(self) -> None:
-        """Stop. A snapshot that is being stored is given up; the old one stays."""
+        """Stop. If a snapshot is being stored that ends, and the old one stays."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
-    def note(self, position: EntryId, event_count: int) -> None:
-        """An entry of so many events has been applied."""
+    def note_applied(self, position: EntryId, event_count: int) -> None:
+        """Note that the entry at `position`, of `event_count` events, was applied."""
         self._event_count += event_count
         if not self._marks or self._event_count - self._marks[-1][1] >= self._threshold / _MARKS_COUNT:
             self._marks.append((position, self._event_count))
 
-    def found(self, snapshot: StoredSnapshot) -> None:
-        """That one is stored: the next is due `threshold` events after it."""
+    def note_stored(self, snapshot: StoredSnapshot) -> None:
+        """Note the snapshot that is stored now: the next is due `threshold` events after it."""
         self.last = snapshot
         self._done_count = self._count_at(snapshot.position)
         self._done_at = time.monotonic()
 
     async def save(self) -> StoredSnapshot:
-        """Store one now, unless one is stored that is young enough. Raises as `Snapshots.save`."""
-        taken: list[Snapshot] = []
+        """Store a snapshot now, unless the stored one is young enough. Raises as `Snapshots.save`."""
+        taken: list[IndexSnapshot] = []
 
-        def take() -> Snapshot:
+        def take() -> IndexSnapshot:
             taken.append(self._take())
             return taken[0]
 
-        snapshot = await self._snapshots.save(take, self._is_due_after)
+        def is_due_after(position: EntryId) -> bool:
+            return self._event_count - self._count_at(position) >= self._threshold
+
+        snapshot = await self._snapshots.save(take, is_due_after)
         self.stored_count += len(taken)
-        self.found(snapshot)
+        self.note_stored(snapshot)
         return snapshot
 
-    def _is_due(self) -> bool:
-        return self._event_count - self._done_count >= self._threshold
-
-    def _is_due_after(self, position: EntryId) -> bool:
-        return self._event_count - self._count_at(position) >= self._threshold
-
     def _count_at(self, position: EntryId) -> int:
-        """How many events had been applied there, to within a mark."""
+        """Return the number of events that had been applied at `position`, to within a mark."""
         order = entry_order(position)
         counts = [count for marked, count in self._marks if entry_order(marked) <= order]
         return counts[-1] if counts else 0
@@ -214,30 +230,18 @@ class Snapshotter:
     async def _run(self) -> None:
         while True:
             await asyncio.sleep(CHECK_S)
-            if self._is_due() and time.monotonic() - self._done_at >= SPACING_S:
-                await self._settle(RETRY_S)
-                await self._try()
-
-    async def _try(self) -> None:
-        try:
-            snapshot = await self.save()
-        except LockNotAcquired as exc:
-            log.debug("%s", exc)
-            await self._pause()
-        except StoreError as exc:
-            self.failed_count += 1
-            log.warning("a KV snapshot was not stored, trying again: %s", exc)
-            await self._pause()
-        else:
-            log.info("KV snapshot at %s: %d bytes", snapshot.position, snapshot.size_bytes)
-
-    async def _pause(self) -> None:
-        await asyncio.sleep(RETRY_S * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
-
-
-async def _turn_by_turn(first: bytes, pieces: Iterator[bytes]) -> AsyncGenerator[bytes]:
-    """Others get their turn of the event loop between two pieces."""
-    yield first
-    for piece in pieces:
-        await asyncio.sleep(0)
-        yield piece
+            is_due = self._event_count - self._done_count >= self._threshold
+            if not is_due or time.monotonic() - self._done_at < SPACING_S:
+                continue
+            await self._wait_until_idle(RETRY_S)
+            try:
+                snapshot = await self.save()
+            except StoreError as exc:
+                if isinstance(exc, LockNotAcquired):
+                    log.debug("%s", exc)
+                else:
+                    self.failed_count += 1
+                    log.warning("a KV snapshot was not stored, trying again: %s", exc)
+                await asyncio.sleep(RETRY_S * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
+            else:
+                log.info("KV snapshot at %s: %d bytes", snapshot.position, snapshot.size_bytes)

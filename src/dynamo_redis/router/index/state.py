@@ -1,4 +1,4 @@
-"""What a router knows of its workers' caches, and how it came to know, as numbers for people."""
+"""The state of an indexer, in numbers for operators."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from dynamo_redis.router.index.snapshotter import StoredSnapshot
 
 @dataclass(frozen=True, slots=True)
 class IndexerState:
-    """An indexer as it stands. Counts are since its start."""
+    """The present state of an indexer. Counts are since its start."""
 
     mode: str
     """`stream` or `pubsub`."""
     connected: bool
-    """Whether events can be read."""
+    """True while events can be read."""
     disconnected_s: float
-    """How long they cannot; 0 while they can."""
+    """Seconds for which events could not be read; 0 while they can."""
     caught_up: bool
-    """Whether they can, and all has been read that was there at the start."""
+    """True while events can be read, and all have been read that were there at the start."""
     block_count: int
     worker_count: int
     position: str | None
-    """The last entry that was applied; None without a stream."""
+    """The entry applied last; None without a stream."""
     lag_count: int | None
-    """Entries that are not applied yet, when last looked; None if unknown, as while they cannot be read."""
+    """Entries that were not applied yet at the last measurement; None if unknown, and while disconnected."""
     lag_s: float | None
-    """By how much the newest entry is younger than the last that was applied; None likewise."""
+    """Seconds between the entry applied last and the newest one; None as `lag_count`."""
     snapshot: StoredSnapshot | None
     snapshots_stored_count: int
     events_count: int
@@ -35,16 +35,16 @@ class IndexerState:
     unreadable_count: int
     """Entries that are no batch of events."""
     gaps_count: int
-    """Times that something was missing of a worker."""
+    """Gaps found in the events of a worker."""
     cut_off_count: int
     """Times that the stream, or its unread part, was gone, or the subscription broke."""
     recovered_count: int
-    """Times that a worker said what it holds."""
+    """Asks that a worker answered."""
     unanswered_count: int
-    """Times that it did not."""
+    """Asks that a worker did not answer."""
     asking: tuple[str, ...]
-    """Instances that an answer is awaited from, in hexadecimal."""
+    """Instances that have been asked and have not answered yet, in hexadecimal."""
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values."""
+        """Return the fields as plain values."""
         return asdict(self)

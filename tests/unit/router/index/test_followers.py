@@ -1,4 +1,4 @@
-"""Following events: a defect in what takes them ends nobody's followers."""
+"""Following events: a defect in the intake does not end a follower."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from dynamo_redis.router.index import followers
 from dynamo_redis.router.index.followers import StreamFollower, TopicFollower
-from dynamo_redis.router.index.snapshot import Snapshot
+from dynamo_redis.router.index.snapshot import IndexSnapshot
 from dynamo_redis.store.event_base import EntryId, NewEntry, StreamName
 from dynamo_redis.store.streams.memory import MemoryEventStreams
 
@@ -17,38 +17,38 @@ STREAM = StreamName("dynamo", "backend", "kv_events")
 
 
 class Intake:
-    """Takes what comes, but breaks at the first."""
+    """Applies each batch, but raises at the first."""
 
     def __init__(self) -> None:
-        self.taken: list[bytes] = []
-        self.doubt_count = 0
+        self.applied: list[bytes] = []
+        self.loss_count = 0
         self.has_begun = asyncio.Event()
 
-    def take(self, content: bytes) -> int:
-        self.taken.append(content)
-        if len(self.taken) == 1:
+    def apply(self, content: bytes) -> int:
+        self.applied.append(content)
+        if len(self.applied) == 1:
             raise RuntimeError("a defect")
         return 1
 
-    def applied(self, position: EntryId, event_count: int) -> None:
+    def note_applied(self, position: EntryId, event_count: int) -> None:
         pass
 
-    def restore(self, snapshot: Snapshot) -> None:
+    def restore(self, snapshot: IndexSnapshot) -> None:
         pass
 
-    def doubt(self) -> None:
-        self.doubt_count += 1
+    def note_possible_loss(self) -> None:
+        self.loss_count += 1
 
-    def caught_up(self) -> None:
+    def note_caught_up(self) -> None:
         self.has_begun.set()
 
 
-async def no_snapshot() -> Snapshot | None:
+async def no_snapshot() -> IndexSnapshot | None:
     return None
 
 
 @pytest.mark.parametrize("mode", ["stream", "pubsub"])
-async def test_a_defect_ends_no_following(
+async def test_follower_goes_on_after_a_defect(
     mode: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(followers, "DEFECT_PAUSE_S", 0.0)
@@ -61,13 +61,13 @@ async def test_a_defect_ends_no_following(
     task = asyncio.create_task(follower.run())
     with anyio.fail_after(10):
         await intake.has_begun.wait()
-        while len(intake.taken) < 2:
+        while len(intake.applied) < 2:
             if mode == "stream":
                 await streams.append(STREAM, [NewEntry(b"event", 1)])
             else:
                 await streams.publish(STREAM, b"event")
             await anyio.sleep(0.01)
-        while not intake.doubt_count:
+        while not intake.loss_count:
             await anyio.sleep(0.01)
     task.cancel()
     await asyncio.wait([task])

@@ -12,7 +12,7 @@ from dynamo_redis.events.kv_dump import KvDump
 from dynamo_redis.events.kv_publisher import KvPublisher
 from dynamo_redis.router.base import Worker
 from dynamo_redis.router.index import ledger as ledger_module
-from dynamo_redis.router.index.ledger import Answer, Ledger, Outcome, Standing
+from dynamo_redis.router.index.ledger import DumpReader, Ledger, Outcome, Standing
 from dynamo_redis.router.index.prefix_index import KvIndex
 from dynamo_redis.wire.event import EventBatch, PublisherId
 from dynamo_redis.wire.kv_event import DEVICE, KvEvent, cleared, removed, stored
@@ -38,10 +38,10 @@ def head(kind: str, next_sequence: int, *, epoch: int = 1, rank: int = 0) -> dic
 
 def answered(ledger: Ledger, *items: dict[str, Any]) -> bool:
     """Ask, and take such an answer; whether to ask again."""
-    answer = ledger.begin_ask(7)
+    reader = ledger.begin_ask(7)
     for item in items:
-        answer.take(item)
-    return answer.finish()
+        reader.apply(item)
+    return reader.finish()
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def ledger() -> Ledger:
 @pytest.fixture
 def exact(ledger: Ledger) -> Ledger:
     """Two events of rank 0 are known."""
-    ledger.take(batch(0, stored([1]), stored([2])))
+    ledger.apply(batch(0, stored([1]), stored([2])))
     assert not answered(ledger, head("range", 2))
     return ledger
 
@@ -61,33 +61,33 @@ def exact(ledger: Ledger) -> Ledger:
 
 
 def test_batches_are_applied_in_their_order(exact: Ledger) -> None:
-    assert exact.take(batch(2, stored([3]), removed([1]))) is Outcome.APPLIED
+    assert exact.apply(batch(2, stored([3]), removed([1]))) is Outcome.APPLIED
     assert blocks(exact) == {2, 3}
     assert exact.exact() == {PublisherId(7, 1, 0): 4}
 
 
 def test_a_repetition_changes_nothing(exact: Ledger) -> None:
-    exact.take(batch(2, removed([1])))
-    assert exact.take(batch(0, stored([1]), stored([2]))) is Outcome.REPEATED
+    exact.apply(batch(2, removed([1])))
+    assert exact.apply(batch(0, stored([1]), stored([2]))) is Outcome.REPEATED
     assert blocks(exact) == {2}
 
 
 def test_of_a_batch_that_is_half_repeated_the_rest_is_applied(exact: Ledger) -> None:
-    exact.take(batch(2, removed([1])))
-    assert exact.take(batch(1, stored([2]), removed([1]), stored([3]))) is Outcome.APPLIED
+    exact.apply(batch(2, removed([1])))
+    assert exact.apply(batch(1, stored([2]), removed([1]), stored([3]))) is Outcome.APPLIED
     assert blocks(exact) == {2, 3}
 
 
 def test_a_batch_without_events_says_how_far_its_publisher_is(exact: Ledger) -> None:
-    assert exact.take(batch(2)) is Outcome.REPEATED
-    assert exact.take(batch(1)) is Outcome.REPEATED
-    assert exact.take(batch(3)) is Outcome.MISSING
+    assert exact.apply(batch(2)) is Outcome.REPEATED
+    assert exact.apply(batch(1)) is Outcome.REPEATED
+    assert exact.apply(batch(3)) is Outcome.MISSING
 
 
 def test_a_gap_makes_the_instance_lost_until_it_has_answered(exact: Ledger) -> None:
-    assert exact.take(batch(3, stored([4]))) is Outcome.MISSING
+    assert exact.apply(batch(3, stored([4]))) is Outcome.MISSING
     assert exact.standing(7) is Standing.LOST
-    assert exact.take(batch(2, stored([3]))) is Outcome.IGNORED
+    assert exact.apply(batch(2, stored([3]))) is Outcome.IGNORED
     assert not exact.exact()
     assert not answered(exact, head("range", 4), {"batch": batch(2, stored([3]), stored([4])).to_bytes()})
     assert blocks(exact) == {1, 2, 3, 4}
@@ -95,14 +95,14 @@ def test_a_gap_makes_the_instance_lost_until_it_has_answered(exact: Ledger) -> N
 
 
 def test_an_unknown_publisher_that_does_not_begin_at_its_beginning_is_a_gap(ledger: Ledger) -> None:
-    assert ledger.take(batch(1, stored([1]))) is Outcome.MISSING
+    assert ledger.apply(batch(1, stored([1]))) is Outcome.MISSING
     assert blocks(ledger) == set()
 
 
 def test_of_a_batch_with_something_else_in_it_nothing_is_applied(exact: Ledger) -> None:
     strange = batch(2, stored([3]))
     strange.events.append(["no event"])
-    assert exact.take(strange) is Outcome.MISSING
+    assert exact.apply(strange) is Outcome.MISSING
     assert blocks(exact) == {1, 2}
 
 
@@ -110,7 +110,7 @@ def test_of_a_batch_with_something_else_in_it_nothing_is_applied(exact: Ledger) 
 
 
 def test_a_new_epoch_empties_the_worker_and_asks_it(exact: Ledger) -> None:
-    assert exact.take(batch(0, stored([9]), epoch=2)) is Outcome.MISSING
+    assert exact.apply(batch(0, stored([9]), epoch=2)) is Outcome.MISSING
     assert blocks(exact) == set()
     assert not answered(
         exact, head("range", 1, epoch=2), {"batch": batch(0, stored([9]), epoch=2).to_bytes()}
@@ -119,30 +119,30 @@ def test_a_new_epoch_empties_the_worker_and_asks_it(exact: Ledger) -> None:
 
 
 def test_an_epoch_that_has_passed_does_not_come_back(exact: Ledger) -> None:
-    exact.take(batch(0, epoch=2))
+    exact.apply(batch(0, epoch=2))
     answered(exact, head("dump", 0, epoch=2))
-    assert exact.take(batch(2, stored([3]), epoch=1)) is Outcome.REPEATED
+    assert exact.apply(batch(2, stored([3]), epoch=1)) is Outcome.REPEATED
     assert blocks(exact) == set()
     exact.lose(7)
     answered(exact, head("dump", 0, epoch=2))
-    assert exact.take(batch(2, stored([3]), epoch=1)) is Outcome.REPEATED
+    assert exact.apply(batch(2, stored([3]), epoch=1)) is Outcome.REPEATED
 
 
 def test_a_worker_s_word_counts_more_than_what_epochs_were_taken_to_be_past(exact: Ledger) -> None:
     """A late batch of an epoch that was not known any more looks like a new start."""
     again = Ledger(KvIndex())
     answered(again, head("dump", 0, epoch=2))
-    assert again.take(batch(0, stored([1]), epoch=1)) is Outcome.MISSING
+    assert again.apply(batch(0, stored([1]), epoch=1)) is Outcome.MISSING
     assert not answered(again, head("dump", 1, epoch=2), {"batch": batch(1, stored([5]), epoch=2).to_bytes()})
-    assert again.take(batch(2, stored([3]), epoch=1)) is Outcome.REPEATED
-    assert again.take(batch(1, stored([6]), epoch=2)) is Outcome.APPLIED
+    assert again.apply(batch(2, stored([3]), epoch=1)) is Outcome.REPEATED
+    assert again.apply(batch(1, stored([6]), epoch=2)) is Outcome.APPLIED
     assert blocks(again) == {5, 6}
 
 
 def test_a_late_batch_of_a_rank_that_is_no_more_changes_nothing(exact: Ledger) -> None:
-    exact.take(batch(0, stored([5]), rank=1))
+    exact.apply(batch(0, stored([5]), rank=1))
     answered(exact, head("range", 2))
-    assert exact.take(batch(0, stored([5]), stored([6]), rank=1)) is Outcome.REPEATED
+    assert exact.apply(batch(0, stored([5]), stored([6]), rank=1)) is Outcome.REPEATED
     assert blocks(exact, Worker(7, 1)) == set()
 
 
@@ -150,53 +150,53 @@ def test_a_late_batch_of_a_rank_that_is_no_more_changes_nothing(exact: Ledger) -
 
 
 def test_what_comes_while_a_worker_is_asked_is_held_and_applied_once(exact: Ledger) -> None:
-    answer = exact.begin_ask(7)
-    assert answer.have == [[1, 0, 2]]
-    assert exact.take(batch(2, stored([3]))) is Outcome.HELD
-    assert exact.take(batch(3, removed([3]))) is Outcome.HELD
-    answer.take(head("dump", 3))
-    answer.take({"batch": batch(3, stored([1, 2, 3])).to_bytes()})
-    assert not answer.finish()
+    reader = exact.begin_ask(7)
+    assert reader.have == [[1, 0, 2]]
+    assert exact.apply(batch(2, stored([3]))) is Outcome.HELD
+    assert exact.apply(batch(3, removed([3]))) is Outcome.HELD
+    reader.apply(head("dump", 3))
+    reader.apply({"batch": batch(3, stored([1, 2, 3])).to_bytes()})
+    assert not reader.finish()
     assert blocks(exact) == {1, 2}
 
 
 def test_a_gap_in_what_was_held_asks_again(exact: Ledger) -> None:
-    answer = exact.begin_ask(7)
-    exact.take(batch(5, stored([5])))
-    answer.take(head("range", 2))
-    assert answer.finish()
+    reader = exact.begin_ask(7)
+    exact.apply(batch(5, stored([5])))
+    reader.apply(head("range", 2))
+    assert reader.finish()
     assert exact.standing(7) is Standing.LOST
 
 
 def test_more_than_can_be_held_asks_again(exact: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ledger_module, "HELD_EVENTS_COUNT", 10)
-    answer = exact.begin_ask(7)
+    reader = exact.begin_ask(7)
     for first in range(2, 40):
-        exact.take(batch(first, stored([first])))
-    answer.take(head("range", 2))
-    assert answer.finish()
+        exact.apply(batch(first, stored([first])))
+    reader.apply(head("range", 2))
+    assert reader.finish()
 
 
 def test_an_ask_that_fails_drops_the_blocks(exact: Ledger) -> None:
-    answer = exact.begin_ask(7)
+    reader = exact.begin_ask(7)
     assert blocks(exact) == {1, 2}, "one ask long they stay"
-    answer.fail()
+    reader.fail()
     assert blocks(exact) == set()
     assert exact.standing(7) is Standing.LOST
     assert exact.begin_ask(7).have == []
 
 
 def test_a_rank_that_the_worker_has_no_more_is_dropped(exact: Ledger) -> None:
-    exact.take(batch(0, stored([5]), rank=1))
+    exact.apply(batch(0, stored([5]), rank=1))
     assert not answered(exact, head("range", 2))
     assert blocks(exact, Worker(7, 1)) == set()
     assert blocks(exact) == {1, 2}
 
 
 def test_an_answer_for_an_instance_that_was_forgotten_changes_nothing(exact: Ledger) -> None:
-    answer = exact.begin_ask(7)
+    reader = exact.begin_ask(7)
     exact.forget(7)
-    answer.fail()
+    reader.fail()
     assert exact.standing(7) is None
 
 
@@ -228,12 +228,12 @@ def test_what_is_no_answer_is_refused(exact: Ledger, items: list[Any]) -> None:
 
 
 def test_a_restored_ledger_goes_on_and_drops_who_was_in_doubt(exact: Ledger) -> None:
-    exact.take(EventBatch(KV_EVENTS, PublisherId(8, 1, 0), 0, 0, [stored([5]).to_wire()]))
-    exact.take(EventBatch(KV_EVENTS, PublisherId(8, 1, 0), 5, 0, [stored([6]).to_wire()]))
+    exact.apply(EventBatch(KV_EVENTS, PublisherId(8, 1, 0), 0, 0, [stored([5]).to_wire()]))
+    exact.apply(EventBatch(KV_EVENTS, PublisherId(8, 1, 0), 5, 0, [stored([6]).to_wire()]))
     again = Ledger(KvIndex())
     again.restore(exact.index, exact.exact())
     assert again.index.workers() == [WORKER]
-    assert again.take(batch(1, stored([2]), stored([3]))) is Outcome.APPLIED
+    assert again.apply(batch(1, stored([2]), stored([3]))) is Outcome.APPLIED
     assert blocks(again) == {1, 2, 3}
 
 
@@ -271,8 +271,8 @@ class _Process:
         return None if not events else EventBatch(KV_EVENTS, self.id, first, 0, [e.to_wire() for e in events])
 
 
-def _items(process: _Process, answer: Answer) -> Iterator[Any]:
-    generator = process.dump.generate({"have": answer.have})
+def _items(process: _Process, reader: DumpReader) -> Iterator[Any]:
+    generator = process.dump.generate({"have": reader.have})
     while True:
         step = generator.__anext__()
         try:
@@ -297,13 +297,13 @@ def test_an_answer_at_the_end_makes_index_and_cache_equal(seed: int) -> None:
         if chance > 0.97:
             process = _Process(step + 2, rng)
         if rng.random() < 0.5 and under_way:
-            ledger.take(under_way.pop(0))
+            ledger.apply(under_way.pop(0))
         if ledger.standing(7) is Standing.LOST and rng.random() < 0.3:
             _ask(ledger, process, under_way, rng)
     while under_way:
-        ledger.take(under_way.pop(0))
+        ledger.apply(under_way.pop(0))
     if (last := process.send()) is not None:
-        ledger.take(last)
+        ledger.apply(last)
     while _ask(ledger, process, under_way, rng):
         pass
     expected = {block for tier in (DEVICE,) for block in process.publisher.blocks(tier)}
@@ -313,18 +313,18 @@ def test_an_answer_at_the_end_makes_index_and_cache_equal(seed: int) -> None:
 
 def _ask(ledger: Ledger, process: _Process, under_way: list[EventBatch], rng: random.Random) -> bool:
     """Ask the worker, while it lives and batches come; whether to ask again."""
-    answer = ledger.begin_ask(7)
-    for item in _items(process, answer):
-        answer.take(item)
+    reader = ledger.begin_ask(7)
+    for item in _items(process, reader):
+        reader.apply(item)
         if under_way and rng.random() < 0.5:
             process.live()
-            ledger.take(under_way.pop(0))
+            ledger.apply(under_way.pop(0))
     if rng.random() < 0.1:
-        answer.fail()
+        reader.fail()
         return True
-    return answer.finish()
+    return reader.finish()
 
 
 def test_a_clear_empties_the_worker(exact: Ledger) -> None:
-    exact.take(batch(2, cleared()))
+    exact.apply(batch(2, cleared()))
     assert blocks(exact) == set()

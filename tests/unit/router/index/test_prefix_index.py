@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from dynamo_redis.router.base import Matched, Worker
 from dynamo_redis.router.index import prefix_index as index_module
 from dynamo_redis.router.index.prefix_index import KvIndex
-from dynamo_redis.router.index.snapshot import Snapshot, decode_snapshot, encode_snapshot
+from dynamo_redis.router.index.snapshot import IndexSnapshot, decode_snapshot, encode_snapshot
 from dynamo_redis.store.event_base import BEGINNING
 from dynamo_redis.wire.kv_event import DEVICE, DISK, HOST, TIERS, cleared, removed, stored
 
@@ -112,7 +112,7 @@ class Index(RuleBasedStateMachine):
 
     @rule(tier=st.sampled_from(TIERS))
     def is_restored(self, tier: int) -> None:
-        content = b"".join(encode_snapshot(Snapshot(BEGINNING, {}, self.index)))
+        content = b"".join(encode_snapshot(IndexSnapshot(BEGINNING, {}, self.index)))
         restored = decode_snapshot(content).index
         for worker in WORKERS:
             assert restored.blocks_of(worker) == self.index.blocks_of(worker)

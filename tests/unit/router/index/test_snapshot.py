@@ -13,7 +13,12 @@ from dynamo_redis.errors import SchemaMismatch
 from dynamo_redis.router.base import Matched, Worker
 from dynamo_redis.router.index import snapshot as codec
 from dynamo_redis.router.index.prefix_index import KvIndex
-from dynamo_redis.router.index.snapshot import Snapshot, decode_snapshot, encode_snapshot, snapshot_position
+from dynamo_redis.router.index.snapshot import (
+    IndexSnapshot,
+    decode_snapshot,
+    encode_snapshot,
+    snapshot_position,
+)
 from dynamo_redis.store.event_base import EntryId
 from dynamo_redis.wire.event import PublisherId
 from dynamo_redis.wire.kv_event import HOST, TIERS, removed, stored
@@ -24,7 +29,7 @@ VECTOR = Path(__file__).parents[3] / "vectors" / "index_snapshot.bin"
 
 
 def encoded(index: KvIndex) -> bytes:
-    return b"".join(encode_snapshot(Snapshot(POSITION, PUBLISHERS, index)))
+    return b"".join(encode_snapshot(IndexSnapshot(POSITION, PUBLISHERS, index)))
 
 
 def some_index(seed: int = 3, blocks: int = 60) -> KvIndex:
@@ -61,7 +66,7 @@ def test_an_empty_index_has_a_snapshot() -> None:
 def test_a_snapshot_shows_the_index_as_it_was_at_the_first_piece() -> None:
     index = some_index()
     truth = {worker: index.blocks_of(worker) for worker in index.workers()}
-    pieces = encode_snapshot(Snapshot(POSITION, PUBLISHERS, index))
+    pieces = encode_snapshot(IndexSnapshot(POSITION, PUBLISHERS, index))
     content = next(pieces)
     index.apply(Worker(1), [stored(range(500, 600))])
     index.remove(Worker(2))
@@ -75,7 +80,7 @@ def test_a_snapshot_shows_the_index_as_it_was_at_the_first_piece() -> None:
 def test_a_large_index_comes_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(codec, "_PIECE_COUNT", 16)
     index = some_index()
-    pieces = list(encode_snapshot(Snapshot(POSITION, PUBLISHERS, index)))
+    pieces = list(encode_snapshot(IndexSnapshot(POSITION, PUBLISHERS, index)))
     assert max(map(len, pieces[2:])) < 400
     read = decode_snapshot(b"".join(pieces)).index
     assert read.block_counts() == index.block_counts()
@@ -133,8 +138,8 @@ def test_with_one_bit_changed_anywhere_it_is_none() -> None:
 
 def test_pieces_of_another_snapshot_do_not_fit() -> None:
     """Each is whole, and yet the end tells that some are missing, or too many."""
-    one = list(encode_snapshot(Snapshot(POSITION, {}, some_index(1))))
-    other = list(encode_snapshot(Snapshot(POSITION, {}, some_index(2, blocks=9))))
+    one = list(encode_snapshot(IndexSnapshot(POSITION, {}, some_index(1))))
+    other = list(encode_snapshot(IndexSnapshot(POSITION, {}, some_index(2, blocks=9))))
     for pieces in (
         [*one[:2], one[-1]],
         [*one, one[-1]],
