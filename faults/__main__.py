@@ -44,15 +44,27 @@ KEPT: Final = Path(".faults")
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.option("--list", "list_only", is_flag=True, help="Show scenarios and servers, and do nothing.")
-@click.option("--scenario", "names", multiple=True, metavar="NAME", help="Only these (may be repeated).")
-@click.option("--server", "servers", multiple=True, metavar="NAME", help="Only these, e.g. redis-6.2.")
-@click.option("--seed", type=int, help="Run exactly this seed: what a failure tells you to do.")
-@click.option("--seeds", type=click.IntRange(min=1), default=1, show_default=True, help="How many, from 1.")
-@click.option("--long", "is_long", is_flag=True, help="Every scenario on every server; write results/.")
+@click.option("--list", "list_only", is_flag=True, help="List scenarios and servers, and run none.")
+@click.option(
+    "--scenario", "names", multiple=True, metavar="NAME", help="Run only this scenario (may be repeated)."
+)
+@click.option(
+    "--server",
+    "servers",
+    multiple=True,
+    metavar="NAME",
+    help="Run only on this server, e.g. redis-6.2 (may be repeated).",
+)
+@click.option("--seed", type=int, help="Run only this seed, which the report of a failure names.")
+@click.option(
+    "--seeds", type=click.IntRange(min=1), default=1, show_default=True, help="Number of seeds, from 1."
+)
+@click.option("--long", "is_long", is_flag=True, help="Run every scenario on every server; write results/.")
 @click.option("--load-s", type=float, help="Seconds of faults a run. [default: 4; 15 in the long form]")
-@click.option("--jobs", type=click.IntRange(1, 16), default=3, show_default=True, help="Runs at a time.")
-@click.option("--keep", is_flag=True, help="Keep all histories, not only those of failures.")
+@click.option(
+    "--jobs", type=click.IntRange(1, 16), default=3, show_default=True, help="Number of runs at a time."
+)
+@click.option("--keep", is_flag=True, help="Keep all histories, not only those of failed runs.")
 def main(
     list_only: bool,
     names: tuple[str, ...],
@@ -90,7 +102,7 @@ def main(
     left = len(plans) - len(results)
     console.print(
         f"{len(results)} runs in {time.monotonic() - began:.0f} s"
-        + (f"; no time was left for {left} others, which take their turn on other days" if left else "")
+        + (f"; there was no time for {left} others, which run on other days" if left else "")
     )
     if is_long:
         for path in report.write_results(results, RESULTS):

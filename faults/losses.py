@@ -128,7 +128,7 @@ async def after_failover(directory: Path, config: Config) -> tuple[int, int, flo
         await replica.replicate(primary)
         await _configure(primary, config)
         writers = Writers(primary.url)
-        await asyncio.sleep(1.5)  # the replica's first acknowledgement
+        await asyncio.sleep(1.5)  # until the replica's first acknowledgement
         await writers.start()
         await asyncio.sleep(1.0)
         replica.freeze()

@@ -63,7 +63,7 @@ class Observer:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for task in self._tasks:
             if not task.cancelled():
-                task.result()  # it ends by itself only when it broke down
+                task.result()  # a task ends by itself only by an error
 
     async def _run(self, server: ServerUnderTest) -> None:
         while True:
@@ -84,7 +84,7 @@ class Observer:
                 ("HMGET", self._keys.meta, "inc", "rev"),
                 ("XRANGE", log, place.last, place.last),
                 ("XRANGE", log, f"({place.last}", "+"),
-                ("XRANGE", log, "-", "+" if commands else "0-1"),  # whole only where nothing comes after
+                ("XRANGE", log, "-", "+" if commands else "0-1"),  # the whole log only if no commands follow
                 *commands,
             )
             incarnation = (head[0] or b"").decode()
@@ -94,7 +94,7 @@ class Observer:
             place.incarnation = incarnation
             for entry_id, fields in new:
                 said = dict(zip(fields[::2], fields[1::2], strict=True))
-                if said.keys() >= _FIELDS:  # else no release wrote it
+                if said.keys() >= _FIELDS:  # a record without these fields is of no release
                     self._write(place, entry_id.decode(), said)
 
     def _write(self, place: _Place, entry_id: str, fields: dict[bytes, Any]) -> None:

@@ -220,7 +220,7 @@ class Proxy:
         try:
             await connection.run()
         except asyncio.CancelledError:
-            pass  # by `aclose`; asyncio's streams log an error for a task that ends so
+            pass  # cancelled by `aclose`; asyncio's streams would log an error otherwise
         finally:
             self.connections.remove(connection)
             self._tasks.discard(task)

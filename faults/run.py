@@ -202,7 +202,7 @@ class Run:
         sign = _SIGN_OF_LIFE[newcomer.removesuffix("-new")]
         return f'"note": "{sign}"'.encode() in _content(self.directory / f"{newcomer}.jsonl")
 
-    # ------------------------------------------------------------------ the whole
+    # ------------------------------------------------------------------ performing it
 
     async def perform(self) -> Figures:
         """Carry out the run. Raises Skipped, and StoreError when a server cannot be started at all."""
@@ -330,7 +330,7 @@ class Run:
         self.recorder.note("quiet", seconds=recovery_s)
         await self.observer.catch_up(self.server)
         state = await final_state(self.server, PREFIX)
-        if state["revision"] is not None:  # there is a registry: the load uses it
+        if state["revision"] is not None:  # this load uses a registry
             self.recorder.note("state", server=self.server.label, **state)
         for process in self.processes:
             if process.alive:
@@ -369,7 +369,7 @@ class Run:
         """Return the seconds from the last heal until everything agreed, and went on agreeing; None if it
         never did."""
         deadline = time.monotonic() + QUIET_TIMEOUT_S
-        agreed_at, agreed_on, why = 0.0, None, "nothing was read"
+        agreed_at, agreed_on, why = 0.0, None, "no history was read"
         while time.monotonic() < deadline:
             await asyncio.sleep(0.1)
             try:

@@ -51,7 +51,7 @@ _PERSISTENCE: Final[dict[Persistence, dict[str, str]]] = {
 }
 
 
-# --------------------------------------------------------------------------- which servers there are
+# --------------------------------------------------------------------------- installed servers
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +248,7 @@ class ServerUnderTest:
                     return
                 await asyncio.sleep(0.02)
 
-    # ------------------------------------------------------------------ data that goes
+    # ------------------------------------------------------------------ loss of data
 
     def truncate_log_file(self, kept_bytes: int) -> None:
         """Cut the end off the append-only file of a server that does not run. The result is the file of a
@@ -336,7 +336,7 @@ async def final_state(server: ServerUnderTest, prefix: str) -> dict[str, Any]:
             try:
                 modified, _, _, lease, value = msgpack.unpackb(record, raw=True)
             except ValueError:
-                continue  # no release wrote it
+                continue  # a record of no release
             records[key.decode()] = [shown(value), lease.decode() or None, modified.decode()]
     return {"revision": revision and revision.decode(), "records": records}
 

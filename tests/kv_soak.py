@@ -94,7 +94,7 @@ class Soak:
             self._deployed.chat(self.rng.randrange(4))
             await asyncio.sleep(0.002)
 
-    # ----------------------------------------------------------------- what happens
+    # ----------------------------------------------------------------- faults
 
     async def restart_worker(self) -> None:
         """End a worker and start it again under its id."""
@@ -217,7 +217,7 @@ async def _main() -> None:
     options.add_argument("--seconds", type=float, default=60.0)
     options.add_argument("--seed", type=int, default=int(time.time()))
     chosen = options.parse_args()
-    logging.disable(logging.CRITICAL)  # of which there is plenty to say
+    logging.disable(logging.CRITICAL)  # the faults would log much
     sys.stdout.write(f"seed {chosen.seed}\n")
     with tempfile.TemporaryDirectory() as directory:
         async with EmbeddedServer(Path(directory), port=0) as server:

@@ -127,7 +127,7 @@ def calling(call: dict[str, Any], **content: Any) -> list[dict[str, Any]]:
 
 NULL, EMPTY, ABSENT = {"content": None}, {"content": ""}, dict[str, Any]()
 
-# The templates below are written after the ways of published models: the name says what decides.
+# The templates below follow published models; the name says which property decides.
 MESSAGES = "{% for m in messages %}BODY{% endfor %}{% if add_generation_prompt %}<A>{% endif %}"
 CALLS_BY_STRING = (
     "{% for c in m.tool_calls %}<C>{{ c.function.name + ' ' + c.function.arguments }}{% endfor %}"

@@ -32,7 +32,7 @@ async def main() -> None:
     """Write the vectors."""
     service = SelectionService(indexer_threads=1)
     for worker in WORKERS:
-        kv_events = f"tcp://127.0.0.1:{9 + worker}"  # nothing has to listen there
+        kv_events = f"tcp://127.0.0.1:{9 + worker}"  # no process needs to listen there
         await service.upsert_worker(
             {
                 "worker_id": worker,

@@ -34,7 +34,7 @@ def latency(rounds: int) -> dict[str, Measured]:
         routers, pings = others[:-1], others[-1]
         for process in (worker, *others):
             process.answer()
-        for number in range(-1, rounds):  # the first warms up
+        for number in range(-1, rounds):  # the first is a warm-up
             for process in (*routers, pings):
                 process.say("begin")
                 process.answer()

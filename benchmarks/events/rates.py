@@ -57,7 +57,7 @@ OURS_SYNCED_ALIKE = replace(
     OURS,
     name=f"{OURS.name}, synced as JetStream",
     count=ALIKE_COUNT,
-    # Releases that cannot be told when to sync do it each two minutes: when the kernel likes, for a run.
+    # Releases without `sync_interval` sync each two minutes: in a short run, only the kernel decides.
     appendfsync="no" if sync_interval() is None else "everysec",
 )
 
@@ -88,7 +88,7 @@ def publishing_alike(rounds: int) -> dict[str, Measured]:
         for client in clients.values():
             client.answer()
         redis = stack.enter_context(Redis.from_url(server.url))
-        for side in sides:  # warms both up
+        for side in sides:  # warm-up of both
             _rate(clients[side], "publish", side, side.count // 10)
         for number in range(PAIRS_COUNT * rounds):
             for side in sides if number % 2 == 0 else reversed(sides):
@@ -105,7 +105,7 @@ def _settle(redis: Redis) -> None:
     deadline = time.monotonic() + _SETTLED_S
     while redis.info("persistence")["aof_rewrite_in_progress"]:
         if time.monotonic() > deadline:
-            raise RuntimeError("Redis does not come to the end of rewriting its file")
+            raise RuntimeError("Redis does not finish rewriting its file")
         time.sleep(0.05)
     os.sync()
 
@@ -127,7 +127,7 @@ def _measure(operation: str, rounds: int, sides: Sequence[Side]) -> Rates:
         for client in (rival, ours):
             client.answer()
         clients = {side: ours if side.is_ours else rival for side in sides}
-        for side in sides:  # warms all up
+        for side in sides:  # warm-up of all
             _rate(clients[side], operation, side, side.count // 10)
         for number in range(rounds):
             turn = number % len(sides)

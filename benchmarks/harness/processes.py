@@ -35,7 +35,7 @@ def rival_python(name: str, *requirements: str) -> str:
     done = directory / ".installed"
     if not done.exists():
         print(f"installing {', '.join(requirements)} into {directory.name} …", flush=True)
-        venv.create(directory, with_pip=True, clear=True)  # one whose installation was cut short included
+        venv.create(directory, with_pip=True, clear=True)  # also over an unfinished installation
         subprocess.run([python, "-m", "pip", "install", "--quiet", *requirements], check=True)
         done.touch()
     return str(python)

@@ -53,7 +53,7 @@ def run_suite(
     wanted = set(arguments.rows.upper().split(","))
     if unknown := wanted - bounds.keys():
         parser.error(f"unknown rows: {', '.join(sorted(unknown))}")
-    # What a worker or a server that is gone leaves in the log is what is being measured.
+    # Warnings about killed workers and servers are expected: killing them is the measurement.
     logging.getLogger("dynamo_redis").setLevel(logging.ERROR)
     try:
         told = conditions(wanted, arguments.rounds)

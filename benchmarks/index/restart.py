@@ -109,7 +109,7 @@ def _digest(blocks: Iterable[int]) -> list[int]:
 
 async def _route(url: str, task: str) -> None:
     runtime = DistributedRuntime(settings=Settings.load(redis_url=url))
-    settings = RouterSettings.load(router_snapshot_threshold=10 * BLOCKS)  # none but what is asked for
+    settings = RouterSettings.load(router_snapshot_threshold=10 * BLOCKS)  # no snapshot but the requested one
     indexer = Indexer(
         runtime, STREAM.namespace, STREAM.component, settings, router_id=f"{task}-{time.time_ns()}"
     )

@@ -19,11 +19,11 @@ def rivalry(rounds: int) -> dict[str, Measured]:
     figures: dict[str, list[tuple[float, float]]] = {"X1": [], "X2": [], "X3": []}
     aside: dict[str, list[float]] = {"one event a batch": [], "X2 bare": [], "X3 bare": []}
     gc.collect()
-    gc.freeze()  # a router has no such scene in its memory, which the collector would walk
+    gc.freeze()  # the garbage collector need not walk the scene, which a router does not have
     with tree() as rival:
         for what, prompts in (("prompts", shown.prompts), ("documents", shown.documents)):
             if ours.digest(prompts) != rival.digest(what):
-                raise RuntimeError(f"the sides do not find the same in {what}")
+                raise RuntimeError(f"the sides find different blocks in {what}")
         for _ in range(rounds):
             figures["X1"].append((ours.apply(), rival.apply()))
             figures["X2"].append(

@@ -75,5 +75,5 @@ def _restore(path: Path) -> tuple[float, float, float]:
     restored = decode_snapshot(content)
     restored_s = time.perf_counter() - began
     if restored.index.block_counts() != index.block_counts():
-        raise RuntimeError("the restored index is another one")
+        raise RuntimeError("the restored index differs")
     return restored_s, built_s, len(content) / 1e6

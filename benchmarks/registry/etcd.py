@@ -74,4 +74,4 @@ def _wait_until_healthy(url: str, process: subprocess.Popen[str], log: Path) -> 
         except (OSError, urllib.error.URLError, ValueError):
             pass
         time.sleep(0.05)
-    raise RuntimeError(f"etcd did not start; its last words:\n{log.read_text()[-2000:]}")
+    raise RuntimeError(f"etcd did not start; the end of its log:\n{log.read_text()[-2000:]}")

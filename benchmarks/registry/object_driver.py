@@ -44,7 +44,7 @@ async def r10(url: str, rounds: int) -> tuple[list[float], list[float]]:
     store = RedisObjectStore(client, PREFIX)
     ours: list[float] = []
     plain: list[float] = []
-    for number in range(-1, rounds):  # the first warms up connections and threads
+    for number in range(-1, rounds):  # the first is a warm-up of connections and threads
         content = os.urandom(MODEL_FILE_BYTES)
         began = time.perf_counter()
         await client.execute("SET", f"{PREFIX}:plain", content)
@@ -73,7 +73,7 @@ async def r11(url: str, rounds: int) -> tuple[list[float], list[float]]:
     busy: list[float] = []
     idle: list[float] = []
     with pinger(url) as pipe:
-        await _transfer(store, 64)  # warms up
+        await _transfer(store, 64)  # warm-up
         await _erase(client)
         for number in range(rounds):
             before_bytes = _peak_bytes()
@@ -139,7 +139,7 @@ def _peak_bytes() -> int:
 
 def _check(right: bool) -> None:
     if not right:
-        raise RuntimeError("what was read is not what was written")
+        raise RuntimeError("the object read differs from the one written")
 
 
 # --------------------------------------------------------------------------- the other client
@@ -158,7 +158,7 @@ def pinger(url: str) -> Iterator[Connection]:
         _check(ours.recv() == "ready")
         yield ours
     finally:
-        ours.close()  # which ends it
+        ours.close()  # ends the process
         process.join()
 
 

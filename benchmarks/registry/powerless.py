@@ -70,7 +70,7 @@ def _namespace() -> Iterator[tuple[str, str]]:
         _ip("-n", name, "link", "set", "lo", "up")
         yield name, f"{network}.2"
     finally:
-        _ip("netns", "delete", name)  # and with it both ends of the cable
+        _ip("netns", "delete", name)  # this removes both ends of the cable
 
 
 def _ip(*arguments: str) -> None:

@@ -109,7 +109,7 @@ def _start(redis_url: str, ids: Sequence[LeaseId]) -> tuple[Any, Connection]:
 
 def _work(pipe: Connection, redis_url: str, ids: Sequence[LeaseId]) -> None:
     os.nice(NICENESS)
-    logging.disable(logging.WARNING)  # each of the workers would say that it lost its lease
+    logging.disable(logging.WARNING)  # each of the workers would log the loss of its lease
     uvloop.run(Workers(redis_url, ids).run(pipe))
 
 

@@ -106,7 +106,7 @@ def memory(rounds: int) -> dict[str, Measured]:
         uvloop.run(populate(server.url, leases(), LONG_TTL_S))
         for number in range(rounds):
             full = in_fresh_process(_resident_bytes, server.url, str(ENDPOINT), INSTANCES)
-            empty = in_fresh_process(_resident_bytes, server.url, "dynamo.nobody.generate", 0)
+            empty = in_fresh_process(_resident_bytes, server.url, "dynamo.empty.generate", 0)
             figures.append((full - empty) / 1e6)
             print(
                 f"R4 round {number + 1}: {full / 1e6:.1f} - {empty / 1e6:.1f} = {figures[-1]:.1f} MB",

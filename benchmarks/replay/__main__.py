@@ -110,7 +110,7 @@ def _draw(results: Path) -> None:
         python = rival_python("plot", "matplotlib")
         subprocess.run([python, "-m", "benchmarks.replay.plot", results], cwd=REPOSITORY, check=True)
     except (OSError, subprocess.CalledProcessError) as exc:
-        print(f"the figures are in {results.name}; there is no picture of them: {exc}", file=sys.stderr)
+        print(f"the figures are in {results.name}; the picture was not drawn: {exc}", file=sys.stderr)
 
 
 def _reference(options: Options, plan: Plan, trace: str) -> Entry:
@@ -154,9 +154,9 @@ async def _run_all(options: Options, trace: str) -> list[Entry]:
                         progress.update(task, completed=before + count)
 
                     results.append(await run(one, server, faults=faults, progress=advance))
-                    advance(plan.requests)  # the lost ones, too
+                    advance(plan.requests)  # lost requests count, too
                 entries.append(run_entry(plan, trace, fault, results))
-                if not progress.console.is_terminal:  # which shows the bars
+                if not progress.console.is_terminal:  # a terminal shows the bars
                     print(f"{len(entries)} of {len(options.runs)}: {_title(plan, fault)}", flush=True)
     return entries
 
@@ -177,8 +177,8 @@ def _conditions(options: Options) -> list[str]:
         f"a worker holds {plan.kv_blocks} blocks of 512 tokens, and reads 10,000 prompt tokens a second",
         f"times are the trace's, sped up {plan.speedup:g} times (as given: {options.given_speedup:g} times)",
         "hit rate: prompt tokens found in caches; balance: prompt tokens read, most loaded worker ÷ mean",
-        "wrong: of the tokens that a router thought cached, those that were not, some evicted in between",
-        "late: how late requests were sent, real time, 99th percentile; cores: of workers and routers",
+        "wrong: part of the tokens that a router believed cached and that were not, some evicted in between",
+        "late: delay of the sending of requests, real time, 99th percentile; cores: of workers and routers",
     ]
 
 
@@ -224,32 +224,32 @@ def parse(arguments: Sequence[str] | None) -> Options:
         "--requests",
         type=rounds_count,
         default=1500,
-        help="the first so many of the trace, for poisson [1500]",
+        help="number of requests from the start of the trace, for poisson [1500]",
     )
     add(
         "--modes",
         type=_several(_one_of(*get_args(Mode))),
         default=list(get_args(Mode)),
-        help="of kv, predicted (kv without events), rr, p2c [all]",
+        help="modes of kv, predicted (kv without events), rr, p2c [all]",
     )
-    add("--replicas", type=_several(rounds_count), default=[1, 4], help="routers beside each other [1,4]")
+    add("--replicas", type=_several(rounds_count), default=[1, 4], help="numbers of routers [1,4]")
     add(
         "--arrivals",
         type=_several(_one_of(*get_args(Arrivals))),
         default=["poisson", "given"],
-        help="of poisson, given (the trace's timestamps) [both]",
+        help="arrivals of poisson, given (the trace's timestamps) [both]",
     )
     add(
         "--load",
         type=length_s,
         default=0.7,
-        help="for poisson: prompt tokens that come ÷ that workers can read without caches [0.7]",
+        help="for poisson: prompt tokens that come ÷ those that the workers can read without caches [0.7]",
     )
     add(
         "--faults",
         type=lambda text: [] if text == "none" else _several(_one_of(*get_args(Fault)))(text),
         default=list(get_args(Fault)),
-        help="further runs of kv with most replicas, in which something is killed and comes back: of router, "
+        help="further runs of kv with most replicas, in which a process is killed and comes back: of router, "
         "redis, worker, or none [all]",
     )
     add("--workers", type=rounds_count, default=16, help="mock workers [16]")
@@ -257,31 +257,33 @@ def parse(arguments: Sequence[str] | None) -> Options:
     add("--speedup", type=length_s, default=5.0, help="trace seconds a second, for poisson [5]")
     add("--given-requests", type=rounds_count, help="the same for given [half as many]")
     add("--given-speedup", type=length_s, default=8.0, help="the same for given [8]")
-    add("--seed", type=int, default=1, help="of arrivals, chance and made-up requests [1]")
+    add("--seed", type=int, default=1, help="seed of arrivals, chance and made-up requests [1]")
     add(
         "--repeats",
         type=rounds_count,
         default=3,
         help="runs of each, with seeds from --seed on: the figures are their means [3]; with faults, one",
     )
-    add("--results", type=Path, default=PATH, metavar="FILE", help="where the figures go")
+    add("--results", type=Path, default=PATH, metavar="FILE", help="file for the figures")
     add(
         "--simulate",
         action="store_true",
-        help="simulate all with the product's own index, book and selector, without processes; saves nothing",
+        help="simulate all modes with the product's own index, book and selector, without processes;"
+        " saves nothing",
     )
     add(
         "--late-ms",
         type=float,
         default=20.0,
-        help="in a simulation: how late routers hear events and each other, by the trace's time [20]",
+        help="in a simulation: delay in ms of events and of messages between routers,"
+        " in the trace's time [20]",
     )
     add(
         "--count-again",
         action="store_true",
-        help="in a simulation: count a block for each request that holds it, as releases of before did",
+        help="in a simulation: count a block for each request that holds it, as earlier releases did",
     )
-    add("--no-plot", action="store_true", help="leave the picture as it is")
+    add("--no-plot", action="store_true", help="do not draw the picture")
     given = parser.parse_args(arguments)
     if given.trace is not None and not given.trace.is_file():
         parser.error(f"there is no file {given.trace}")

@@ -34,7 +34,7 @@ class Child:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             cwd=REPOSITORY,
-            start_new_session=True,  # Ctrl-C reaches this process alone, which lets it end in order
+            start_new_session=True,  # Ctrl-C reaches only this process, which ends the child in order
         )
         return cls(process)
 

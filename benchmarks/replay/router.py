@@ -88,7 +88,7 @@ class Users:
             async with asyncio.TaskGroup() as group:
                 for index, request in self._share:
                     due = begin + request.arrival_s / self._speedup
-                    if due < started:  # while this replica was not there
+                    if due < started:  # was due while this replica was not running
                         continue
                     await asyncio.sleep(due - time.monotonic())
                     self._lateness_s.append(time.monotonic() - due)
@@ -120,7 +120,7 @@ class Users:
             "eos_token_ids": [],
         }
         try:
-            self._chance.begin(index)  # no other request comes in between: choosing waits for nothing
+            self._chance.begin(index)  # choosing never awaits, so no other request comes in between
             call = await self._caller.generate(body, annotated=False)
             assert isinstance(call, Call)
             first = await anext(call)
@@ -182,5 +182,5 @@ async def main(plan: Plan, replica: int, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.ERROR)  # killing things makes many warnings
+    logging.basicConfig(level=logging.ERROR)  # faults cause many warnings
     uvloop.run(main(Plan.from_json(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])))

@@ -76,7 +76,7 @@ class Deployment:
         self.routers: list[Child] = []
         self.reports: dict[int, dict[str, Any]] = {}
         """The last progress report of each replica."""
-        self._answered_before = 0  # by those that were killed
+        self._answered_before = 0  # by replicas that were killed
         self._faults = faults
         self._closing = AsyncExitStack()
         self._directory = Path()

@@ -166,9 +166,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--minutes", type=length_s, default=10.0, help="how long [10]")
-    parser.add_argument("--seed", type=int, default=1, help="of requests and their arrivals [1]")
-    parser.add_argument("--results", type=Path, default=PATH, metavar="FILE", help="where the figures go")
+    parser.add_argument("--minutes", type=length_s, default=10.0, help="length in minutes [10]")
+    parser.add_argument("--seed", type=int, default=1, help="seed of requests and their arrivals [1]")
+    parser.add_argument("--results", type=Path, default=PATH, metavar="FILE", help="file for the figures")
     given = parser.parse_args(arguments)
     seconds = 60 * given.minutes
     plan, result, samples = uvloop.run(soak(seconds, given.seed))

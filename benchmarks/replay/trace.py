@@ -110,7 +110,7 @@ def _read_request(path: Path, number: int, line: str) -> TracedRequest:
         )
         whole = len(request.block_ids) == -(-request.prompt_count // TRACE_BLOCK_SIZE)
         if not (whole and request.prompt_count > 0 and request.output_count > 0):
-            raise ValueError("its lengths do not go with its blocks")
+            raise ValueError("its lengths do not match its blocks")
     except (ValueError, KeyError, TypeError) as exc:
         raise ValueError(f"{path}, line {number}, is no request of a trace: {exc!r}") from exc
     return request
@@ -134,7 +134,7 @@ def synthetic_trace(count: int, *, seed: int = 0) -> Trace:
             prompt_count = len(blocks) * TRACE_BLOCK_SIZE - rng.randrange(TRACE_BLOCK_SIZE)
             output_count = rng.randint(*_SYNTHETIC_OUTPUT_TOKENS)
             requests.append(TracedRequest(now_s, prompt_count, output_count, tuple(blocks)))
-            conversation.blocks = blocks[:-1]  # the last, not whole, went on with the answer
+            conversation.blocks = blocks[:-1]  # the last block was partial, and the answer filled it
             conversation.turns_left -= 1
             if not conversation.turns_left:
                 conversations.remove(conversation)

@@ -94,5 +94,5 @@ async def main(plan: Plan, count: int) -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.ERROR)  # killing things makes many warnings
+    logging.basicConfig(level=logging.ERROR)  # faults cause many warnings
     uvloop.run(main(Plan.from_json(sys.argv[1]), int(sys.argv[2])))

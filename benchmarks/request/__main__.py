@@ -132,9 +132,9 @@ def main() -> None:
         _chosen(parser, arguments.sides and arguments.sides.split(","), SIDES),
     )
     if not wanted and not rows:
-        parser.error("nothing is left to measure: no row needs that workload and side")
+        parser.error("there is nothing to measure: no row needs that workload and side")
     logging.getLogger("dynamo_redis").setLevel(logging.ERROR)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes started here end, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the child processes end, too
     _allow_many_files()
     began = time.monotonic()
     conditions = _conditions(wanted, arguments)

@@ -44,7 +44,7 @@ def idle_connections(rounds: int) -> Measured:
             f"{at_client:.1f} KiB at the client",
             flush=True,
         )
-    print(f"P14: the client's share of a connection: {median(clients):g} KiB", flush=True)
+    print(f"P14: memory of a connection at the client: {median(clients):g} KiB", flush=True)
     return Measured.alone(servers)
 
 
@@ -71,7 +71,7 @@ async def _connect(port: int, server_id: int) -> tuple[float, float]:
     )
     established = sum(1 for one in processes[0].net_connections("tcp") if one.status == "ESTABLISHED")
     if established != CONNECTIONS:
-        raise RuntimeError(f"{established} connections stand, not {CONNECTIONS}")
+        raise RuntimeError(f"{established} connections are open, not {CONNECTIONS}")
     await client.aclose()
     return at_server, at_client
 

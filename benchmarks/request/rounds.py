@@ -29,7 +29,7 @@ def measure(wanted: set[tuple[str, str]], rounds: int, seconds: float) -> Iterat
             sides = _bring_up(stack, [side for side in stage if any(side == one for _, one in wanted)])
             if sides:
                 share = idle_share(list(sides.values()), _IDLE_S)
-                print(f"while nobody asks, all sides take {100 * share:.1f} % of a core", flush=True)
+                print(f"without load, all sides together use {100 * share:.1f} % of a core", flush=True)
             for workload in WORKLOADS:
                 names = [name for name in sides if (workload, name) in wanted]
                 if names:
@@ -42,7 +42,7 @@ def _bring_up(stack: ExitStack, names: Sequence[str]) -> dict[str, Side]:
         try:
             sides[name] = stack.enter_context(SIDES[name]())
         except Exception:
-            print(f"{name} cannot be brought up:", flush=True)
+            print(f"{name} does not start:", flush=True)
             traceback.print_exc()
     return sides
 

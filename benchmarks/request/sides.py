@@ -161,7 +161,7 @@ def _wait_until_ready(process: subprocess.Popen[str], log: Path) -> None:
         if "Server is ready" in log.read_text():
             return
         time.sleep(0.05)
-    raise RuntimeError(f"nats-server did not start; its last words:\n{log.read_text()[-2000:]}")
+    raise RuntimeError(f"nats-server did not start; the end of its log:\n{log.read_text()[-2000:]}")
 
 
 @contextmanager

@@ -93,7 +93,7 @@ async def _phase(fault: Fault, count: int, chats: Chats, pair: Pair) -> int:
             try:
                 model = await asyncio.to_thread(first_model, url, READY_S)
             except RuntimeError:
-                print("S6: a frontend that was started meanwhile serves no model", flush=True)
+                print("S6: a frontend that was started during the fault serves no model", flush=True)
                 failed_count = NEWCOMER_CHATS
             else:
                 newcomer = Chats(url, model)
@@ -191,7 +191,7 @@ class Pair:
         """Fill the memory with other keys; delete them at the end."""
         filler: list[str] = []
         for size_bytes in FILLER_BYTES:
-            with suppress(StoreError):  # it is full for keys of this size
+            with suppress(StoreError):  # the memory is full for keys of this size
                 while True:
                     key = f"filler:{len(filler)}"
                     await self.primary.client.execute("SET", key, bytes(size_bytes))

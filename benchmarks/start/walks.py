@@ -114,7 +114,7 @@ class Place:
         commands.append(("HINCRBY", self.stream.meta, "bytes", len(numbers) * len(CONTENT)))
         return commands
 
-    # ------------------------------------------------------------------ what is measured
+    # ------------------------------------------------------------------ scripts and commands
 
     def scripts(self) -> dict[str, ScriptCase]:
         """Return the cases of each script of the product by name, one or more (`name: variant`)."""

@@ -42,7 +42,7 @@ class PlainLock:
             f"{self._name}:lock", timeout=self._ttl_s, sleep=0.01, blocking_timeout=timeout_s
         )
         if not await lock.acquire():
-            raise LockNotAcquired(self._name, "somebody else")
+            raise LockNotAcquired(self._name, "another holder")
         try:
             yield PlainHeld(
                 self._client, f"{self._name}:value", await self._client.incr(f"{self._name}:fence")

@@ -16,11 +16,13 @@ from faults.oracles.calm import Calm
 from faults.oracles.fates import Fates
 from faults.oracles.violation import Violation, show
 
-ONE_LEADER: Final = "all that complete a round saw the same data, of a leader that completed it with them"
-ALL_CAME: Final = "nobody completes a barrier before as many workers came as it counts"
-TRUE_REASON: Final = "who is refused is told why, and it is so"
+ONE_LEADER: Final = (
+    "all workers that complete a round saw the same data, of a leader that completed it with them"
+)
+ALL_CAME: Final = "no worker completes a barrier before as many workers came as it counts"
+TRUE_REASON: Final = "a refusal gives its reason, and the reason is true"
 IN_TIME: Final = "a barrier ends within its time-out"
-NONE_LEFT: Final = "in the end nothing stands of barriers that all have left"
+NONE_LEFT: Final = "in the end there are no keys of barriers that all members have left"
 
 LATE_S: Final = 6.0
 """Longest time in seconds by which a call may exceed its time-out: an attempt under way, and the writes that
@@ -37,7 +39,7 @@ def check(history: History) -> list[Violation]:
     for state in history.of("state"):
         left = [key for key in state.fields["records"] if key.startswith(BARRIERS)]
         violations += (
-            Violation("exclusive", NONE_LEFT, f"{key} stands, but all have left", state.at, "?")
+            Violation("exclusive", NONE_LEFT, f"{key} stands, but all members have left", state.at, "?")
             for key in left
         )
     return violations
@@ -54,7 +56,7 @@ class _Barriers:
         }
         self._killed = {note.fields["process"]: note.at for note in history.of("killed")}
 
-    # ------------------------------------------------------------------ who was there
+    # ------------------------------------------------------------------ presence
 
     def _gone_at(self, call: Call) -> float:
         """Return the latest time at which all keys that a call wrote were gone."""
@@ -103,7 +105,7 @@ class _Barriers:
             data, worker = join.answer["data"], join.arguments["worker"]
             lead = leads.get(data)
             if lead is None or lead.began_at > join.ended_at:
-                yield _violation(ONE_LEADER, f"{worker} saw {data}, which no leader had handed out", join)
+                yield _violation(ONE_LEADER, f"{worker} saw {data}, which no leader had published", join)
                 continue
             other = completed.setdefault((data, worker), join)
             if other is not join:
@@ -135,7 +137,7 @@ class _Barriers:
         """Check that refusals gave a true reason."""
         for call in (*self._leads, *self._joins):
             if call.outcome == "refused" and not self._is_true(call, call.answer["reason"]):
-                yield _violation(TRUE_REASON, f"was told {call.answer['reason']!r}, which is not so", call)
+                yield _violation(TRUE_REASON, f"was told {call.answer['reason']!r}, which is not true", call)
 
     def _is_true(self, call: Call, reason: str) -> bool:
         if "has a leader already" in reason:

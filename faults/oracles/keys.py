@@ -20,9 +20,9 @@ PREFIX: Final = "instances/"
 ACTIONS: Final = frozenset({"register", "update", "unregister"})
 
 STANDS: Final = "a live process's registered key stands in the registry, with its last value, under its lease"
-NONE_LEFT: Final = "nothing stands that no live process keeps"
-ONE_OWNER: Final = "an exclusive key has one owner; whoever lost it is told"
-LOST_FOR_CAUSE: Final = "a key is reported lost only when somebody deleted it, or wrote it first"
+NONE_LEFT: Final = "no key stands that no live process keeps"
+ONE_OWNER: Final = "an exclusive key has one owner; a process that lost it is told"
+LOST_FOR_CAUSE: Final = "a key is reported lost only when another process deleted it, or wrote it first"
 GOES_ON: Final = "losing Redis never ends a process"
 
 
@@ -142,7 +142,7 @@ def _report_owners(key: str, owners: list[Kept], state: Note) -> Violation:
 
 
 def _report_left(key: str, record: Any, known: list[Kept], state: Note, fates: Fates) -> Violation:
-    whose = [f"{one.process} ({fates.of(one.process)})" for one in known] or ["nobody"]
+    whose = [f"{one.process} ({fates.of(one.process)})" for one in known] or ["no process"]
     what = (
         f"{key} = {record[0]} under lease {record[1]} stands, but is not kept; registered by {shorten(whose)}"
     )
@@ -160,7 +160,8 @@ def _check_losses(history: History, ended_at: float) -> list[Violation]:
         if not note.fields["key"].startswith(PREFIX):
             continue
         if note.at < ended_at and not any(_took(call, note) for call in history.calls):
-            what = f"was told that {note.fields['key']} is lost ({note.fields['reason']}), but nobody took it"
+            reason = note.fields["reason"]
+            what = f"was told that {note.fields['key']} is lost ({reason}), but no process took it"
             violations.append(Violation("keys", LOST_FOR_CAUSE, what, note.at, note.process, show(note)))
     return violations
 

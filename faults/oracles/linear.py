@@ -33,7 +33,7 @@ from faults.oracles.violation import Violation, shorten, show
 LINEAR: Final = "calls on keys are linearizable: they fit one order, each between its begin and its end"
 ONE_REVISION: Final = "a write has one revision, and a key at a revision one value"
 RISING: Final = "a write that begins after another has ended has a later revision"
-WRITTEN: Final = "only what somebody has begun to write is read"
+WRITTEN: Final = "a value is read only after a call has begun to write it"
 DECIDED: Final = "the history can be judged"
 
 
@@ -53,11 +53,11 @@ def check(history: History) -> list[Violation]:
         answered = [attribution.complete(operation) for operation in answered]
         unknown = [attribution.complete(operation) for operation in unknown]
         unknown = _observable(unknown, answered)
-        for keys in _partition([*answered, *unknown]):
+        for keys in partition([*answered, *unknown]):
             violations += _check_keys(
                 sorted(keys),
-                _about(keys, answered),
-                _about(keys, unknown),
+                operations_on(keys, answered),
+                operations_on(keys, unknown),
                 ABSENT if number == 0 else ANYTHING,
             )
     return violations
@@ -121,7 +121,7 @@ def _name(cell: Cell) -> str:
     return cell if isinstance(cell, str) else f"{cell[0] or 'some value'} @ {cell[1] or 'some revision'}"
 
 
-def _partition(operations: Sequence[Operation]) -> list[set[str]]:
+def partition(operations: Sequence[Operation]) -> list[set[str]]:
     """Divide the keys into sets that no operation joins."""
     leaders: dict[str, str] = {}
 
@@ -139,7 +139,8 @@ def _partition(operations: Sequence[Operation]) -> list[set[str]]:
     return list(parts.values())
 
 
-def _about(keys: set[str], operations: Sequence[Operation]) -> list[Operation]:
+def operations_on(keys: set[str], operations: Sequence[Operation]) -> list[Operation]:
+    """Return the operations on any of these keys."""
     return [operation for operation in operations if not keys.isdisjoint(operation.keys)]
 
 
@@ -150,7 +151,7 @@ def _observable(unknown: Sequence[Operation], answered: Sequence[Operation]) -> 
     with it is an order without it. Values that were never read need not be told apart.
     """
     seen: set[str] = set()
-    looked_at: dict[tuple[str, bool], float] = {}  # key, whether it was absent → when, without naming a value
+    looked_at: dict[tuple[str, bool], float] = {}  # (key, absent) → time of a read that names no value
     for operation in (*answered, *unknown):
         for key, cell in operation.demands:
             if isinstance(cell, tuple) and cell[0] is not None:
@@ -172,10 +173,10 @@ def _observable(unknown: Sequence[Operation], answered: Sequence[Operation]) -> 
 
 
 def _without_unseen(cell: Cell, seen: set[str]) -> Cell:
-    return cell if isinstance(cell, str) or cell[0] in seen else ("a value nobody read", cell[1])
+    return cell if isinstance(cell, str) or cell[0] in seen else ("a value that was never read", cell[1])
 
 
-# ---------------------------------------------------------------------- what needs no search
+# ---------------------------------------------------------------------- checks without a search
 
 
 def _check_written(calls: Sequence[Call]) -> list[Violation]:
@@ -192,7 +193,7 @@ def _check_written(calls: Sequence[Call]) -> list[Violation]:
         if call.action == "get" and call.outcome == "ok" and call.answer["value"] is not None:
             key, value = call.arguments["key"], call.answer["value"]
             if begun.get((key, value), float("inf")) > call.ended_at:
-                what = f"read {value} from {key}, which nobody had begun to write"
+                what = f"read {value} from {key}, which no call had begun to write"
                 violations.append(Violation("linear", WRITTEN, what, call.ended_at, call.process, show(call)))
     return violations
 

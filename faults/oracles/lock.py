@@ -15,7 +15,7 @@ from faults.history import Call, History
 from faults.oracles.losses import Losses
 from faults.oracles.violation import Violation, show
 
-ONE_HOLDER: Final = "a lock is held by one at a time: a fencing token is granted once"
+ONE_HOLDER: Final = "a lock has one holder at a time: a fencing token is granted once"
 NO_STALE_WRITE: Final = "once another holds the lock, no write of an earlier holder is accepted"
 TOKENS_RISE: Final = "tokens of accepted writes never go back"
 READS: Final = "a read shows the last accepted write"
@@ -62,7 +62,7 @@ def _check_stale(
     for write in accepted:
         grant = grants.get(write.arguments["token"])
         if grant is None:
-            what = f"lock {name}: a write of {write.process} was accepted with a token nobody was granted"
+            what = f"lock {name}: a write of {write.process} was accepted with a token that was never granted"
             violations.append(_violation(NO_STALE_WRITE, what, write))
             continue
         later = [
@@ -111,7 +111,7 @@ def _check_reads(name: str, calls: Sequence[Call], losses: Losses) -> list[Viola
         value = read.answer["value"]
         source = writes.get(value)
         if value is not None and (source is None or source.outcome == "refused"):
-            how = "nobody wrote" if source is None else "was refused"
+            how = "was never written" if source is None else "was refused"
             what = f"lock {name}: a read showed {value}, which {how}"
             violations.append(_violation(READS, what, *([source] if source else []), read))
             continue

@@ -14,7 +14,7 @@ from faults.oracles.fates import Fates
 from faults.oracles.violation import Violation, shorten, show
 
 NEVER_EMPTY: Final = "losing the registry never empties a caller's table while workers live"
-TRUE_END: Final = "once all is quiet, a caller's table is the live workers"
+TRUE_END: Final = "once the run is quiet, a caller's table holds the live workers"
 
 
 def check(history: History) -> list[Violation]:

@@ -44,7 +44,7 @@ class _Versions:
         for read in self._reads:
             content = read.answer["sha256"]
             made = self._by_content[content]
-            # What one reader has seen, later ones see too; absence may be that of before the first put.
+            # A version that one reader has seen is visible to later ones. Absence may precede the first put.
             if content is not None and len(made) == 1:
                 self._visible_by[id(made[0])] = min(self._visible_by[id(made[0])], read.ended_at)
 
@@ -57,7 +57,7 @@ class _Versions:
         name = read.arguments["name"]
         sources = [call for call in self._by_content[content] if call.began_at < read.ended_at]
         if not sources and content is not None:
-            what = f"{name} was read as {content}, which nobody had begun to put"
+            what = f"{name} was read as {content}, which no call had begun to put"
             return [_violation(WHOLE, what, read)]
         over = [self._replaced(source.ended_at, read) for source in sources]
         if content is None:

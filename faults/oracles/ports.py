@@ -21,11 +21,11 @@ from faults.oracles.losses import Losses
 from faults.oracles.violation import Violation, show
 
 ONE_TENANT: Final = "a port has one tenant, unless data was lost or a lease ended"
-TOLD: Final = "who lost a port to another is told, soon after all is well again"
-WHOLE: Final = "a range is consecutive, within what was asked for, and all or nothing"
+TOLD: Final = "a tenant that lost a port to another is told soon after all faults are over"
+WHOLE: Final = "a range is consecutive, within the requested one, and reserved as a whole or not at all"
 FOR_CAUSE: Final = "a port is reported lost only to another tenant, after a loss of data or the lease's end"
-STANDS: Final = "in the end what tenants hold stands in the registry, under their leases"
-NONE_LEFT: Final = "in the end nothing stands of tenants that are dead or have released"
+STANDS: Final = "in the end the ports of the tenants stand in the registry, under their leases"
+NONE_LEFT: Final = "in the end there are no ports of tenants that are dead or have released them"
 
 LOG_LAG_S: Final = 1.0
 """Longest delay in seconds with which the observer notes the end of a lease."""
@@ -149,9 +149,9 @@ class _Ports:
                 call.process != note.process and call.began_at < note.at for call in self._reserves
             )
             if note.fields["reason"] != "conflict":
-                what = f"was told that {key} was {note.fields['reason']}; nobody deletes another's port"
+                what = f"was told that {key} was {note.fields['reason']}; no process deletes another's port"
             elif not is_wanted:
-                what = f"was told that {key} is another's, but nobody else had asked for any"
+                what = f"was told that {key} is another's, but no other process had asked for one"
             elif not self._may_lose(reserve, key, note.at):
                 what = f"was told that {key} is another's, though its lease lived and no data was lost"
             else:
@@ -172,7 +172,7 @@ class _Ports:
                 what = f"{key}, which live {process} holds, {whose}"
                 yield Violation("exclusive", STANDS, what, state.at, process, show(tenancy.reserve))
         for key, (_, lease, _) in records.items():
-            process = owners.get(lease, "nobody")
+            process = owners.get(lease, "no process")
             if key.startswith(PORTS) and (process, key) not in held:
-                what = f"{key} stands for {process} ({self._fates.of(process)}), who does not hold it"
+                what = f"{key} stands for {process} ({self._fates.of(process)}), which does not hold it"
                 yield Violation("exclusive", NONE_LEFT, what, state.at, process)

@@ -15,8 +15,8 @@ from faults.oracles.violation import Violation, show
 
 EVERYTHING: Final = ("*",)
 
-SERVED: Final = "what a fault does not touch is served while it lasts"
-BACK: Final = "all is served again soon after a fault"
+SERVED: Final = "actions that a fault does not affect are served while it lasts"
+BACK: Final = "all actions are served again soon after a fault"
 JOINS: Final = "a process that is started while a fault lasts is served before that is over"
 
 

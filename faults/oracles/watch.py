@@ -23,7 +23,7 @@ from faults.oracles.violation import Violation, shorten, show
 
 GAPLESS = "a watch shows every change under its prefix once, in the log's order, or a resync"
 EXACT = "a resync (and a watch's first state) is exactly the difference to the server's state, by value"
-TRUE_END = "once all is quiet, what a watch has shown is what the server holds"
+TRUE_END = "once the run is quiet, a watch has shown the server's state"
 LOGGED = "the change log leads to exactly the records that the server holds"
 
 
@@ -136,7 +136,9 @@ class WatchCheck:
             self._report(state, "has never shown anything, not even an empty state", TRUE_END)
         elif wrong := _difference(self.view, held):
             note = self.last_note
-            self._report(note, f"is not where the server is: {shorten(wrong)}", TRUE_END, wrong, at=state.at)
+            self._report(
+                note, f"differs from the server in the end: {shorten(wrong)}", TRUE_END, wrong, at=state.at
+            )
 
     # ------------------------------------------------------------------ states and resyncs
 
@@ -145,7 +147,9 @@ class WatchCheck:
         entries = self._truth.by_id.get(note.fields["revision"], [])
         wrongs = [self._wrong_difference(entry, note.fields["revision"], events) for entry in entries]
         if not entries:
-            self._report(note, f"{what} is of {note.fields['revision']}, which the log never had", EXACT)
+            self._report(
+                note, f"{what} has revision {note.fields['revision']}, which the log never had", EXACT
+            )
         elif all(wrongs):
             least = min(wrongs, key=len)
             self._report(note, f"{what} at {note.fields['revision']}: {shorten(least, 3)}", EXACT, least)
@@ -157,29 +161,29 @@ class WatchCheck:
     def _wrong_difference(self, entry: Entry, revision: str, events: list[Event]) -> list[str]:
         state = self._truth.state(entry, self._prefix)
         told = {event.key: event for event in events}
-        wrong = [f"{event} was told twice" for event in events if told[event.key] is not event]
+        wrong = [f"{event} was shown twice" for event in events if told[event.key] is not event]
         for key, event in told.items():
             stands = state.get(key)
             if event.cause is not None:
                 wrong += self._wrong_delete(event, stands, revision)
             elif stands is None or not event.is_of(stands):
-                wrong.append(f"it told {event}, but true was {stands or 'its absence'}")
+                wrong.append(f"it showed {event}, but the truth was {stands or 'its absence'}")
             elif self.view.get(key) == event.value:
-                wrong.append(f"it told {event}, which had been shown already")
+                wrong.append(f"it showed {event}, which it had shown before")
         for key, stands in state.items():
             is_hidden = key not in self.view and self._truth.may_have_ended(stands)
             if key not in told and self.view.get(key) != stands.value and not is_hidden:
-                wrong.append(f"it did not tell {stands}; shown before was {self.view.get(key)}")
+                wrong.append(f"it did not show {stands}; shown before was {self.view.get(key)}")
         gone = self.view.keys() - state.keys() - told.keys()
-        return wrong + [f"it did not tell that {key} is gone" for key in sorted(gone)]
+        return wrong + [f"it did not show that {key} is gone" for key in sorted(gone)]
 
     def _wrong_delete(self, event: Event, stands: Entry | None, revision: str) -> list[str]:
         if event.key not in self.view:
-            return [f"it told {event}, which had never been shown"]
+            return [f"it showed {event}, though it had never shown that key"]
         if stands is not None and not self._truth.may_have_ended(stands):
-            return [f"it told {event}, but {stands} stands"]
+            return [f"it showed {event}, but {stands} stands"]
         if event.cause != "resync" or event.revision != revision:
-            return [f"it told {event}, where a resync's delete has cause resync and its revision"]
+            return [f"it showed {event}; a resync's delete has the cause resync and the resync's revision"]
         return []
 
     # ------------------------------------------------------------------ changes
@@ -189,7 +193,9 @@ class WatchCheck:
         right = [entry for entry in entries if self._follows(entry)]
         if not entries:
             had = self._truth.by_id.get(event.revision, ["nothing"])
-            self._report(note, f"showed {event}, which never was; the log had there: {had[0]}", GAPLESS)
+            self._report(
+                note, f"showed {event}, which the log does not have; it has there: {had[0]}", GAPLESS
+            )
         elif right or not self._places:
             self._places = right or entries
         else:

@@ -69,7 +69,7 @@ class _Watcher:
                     batch = await asyncio.wait_for(anext(watch), timeout_s)
                 except TimeoutError:
                     if self._process.resting.is_set():
-                        continue  # none begins so late that it shows nothing before the end
+                        continue  # no watch begins so late that it shows nothing before the end
                     return reached
                 except Compacted:
                     return None

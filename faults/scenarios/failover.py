@@ -58,7 +58,7 @@ async def _hand_over_again_and_again(run: Run) -> None:
     while not run.over:
         await run.pause(0.3, 1.0)
         await hand_over(run)
-        await run.pause(2 * BACK_S, 3 * BACK_S)  # so that it shows whether all is served again
+        await run.pause(2 * BACK_S, 3 * BACK_S)  # long enough to show whether all calls are served again
 
 
 def _promoting(clock: str) -> Callable[[Run], Awaitable[None]]:

@@ -110,7 +110,7 @@ _BAD_RECORDS: Final = (
             {"version": "1e999"},
             {"instance_id": "1e999"},
             {"instance_id": "9" * 5_000},
-            {"instance_id": "99"},  # another than its key says
+            {"instance_id": "99"},  # differs from the id in its key
             {"transport": '["x"]'},
             {"x": _DEEP},
         )

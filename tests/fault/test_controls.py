@@ -344,7 +344,7 @@ async def play_create(stage: Stage, client: type[RedisClient], *, loses_answer: 
     call = caller.begin("create", key="data/1", value="mine")
     creating = asyncio.create_task(operations.create("data/1", b"mine"))
 
-    async def is_done() -> bool:  # and its answer is on no way any more
+    async def is_done() -> bool:  # and its answer is no longer under way
         return "data/1" in await stage.records() and stage.proxy.has_swallowed is loses_answer
 
     await until(is_done)
@@ -420,7 +420,7 @@ async def play_lock(stage: Stage, open_locks: Callable[[str], Locks], *, stops: 
         await hold_and_write(locks, stage.recorder("first"), ["early", "stale"], stop)
         await locks.aclose()
 
-    # An event loop and a thread of its own: when it is stopped, so is whatever would renew its lock.
+    # An event loop and a thread of its own: stopping it also stops the renewal of its lock.
     holder = asyncio.create_task(asyncio.to_thread(lambda: asyncio.run(first())))
     await asyncio.to_thread(stop.stopped.wait, WAIT_S)
     locks = open_locks(stage.server.url)

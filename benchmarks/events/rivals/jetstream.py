@@ -68,7 +68,7 @@ class JetStreamPeer:
         left, at_once = count, max(1, PULL_COUNT // batch_count) if batch_count > 1 else PULL_COUNT
         while left:
             for message in await self._reader.fetch(min(at_once, -(-left // batch_count)), timeout=10):
-                left -= len(message.data) // EVENT_BYTES  # what else a batch holds is far less than one
+                left -= len(message.data) // EVENT_BYTES  # the rest of a batch is much smaller than one event
                 await message.ack()
         await self._client.flush()
 

@@ -63,7 +63,7 @@ class RedisPeer:
                 next_sequence = batch.next_sequence
                 left -= len(batch.events)
             await self._group.acknowledge([entry.entry_id for entry in entries])
-        await self._group.read(count=1, block_s=0.0)  # which sends the last acknowledgements
+        await self._group.read(count=1, block_s=0.0)  # sends the last acknowledgements
 
     async def purge(self) -> None:
         if self._group is not None:

@@ -33,7 +33,7 @@ def applied(said: Sequence[tuple[int, bytes]]) -> RadixTree:
     apply_event = tree.apply_event
     for worker, content in said:
         apply_event(worker, content)
-    tree.find_matches([0])  # behind the last event in the tree's own queue
+    tree.find_matches([0])  # returns after the last event of the tree's own queue
     return tree
 
 
@@ -64,7 +64,7 @@ def main() -> None:
     for number, event in enumerate(shown.readings):
         tree.apply_event(event.worker, wire(number, event))
     gc.collect()
-    gc.freeze()  # a router has no such scene in its memory, which the collector would walk
+    gc.freeze()  # the garbage collector need not walk the scene, which a router does not have
     print("ready", flush=True)
     for line in sys.stdin:
         match line.split():
@@ -72,7 +72,7 @@ def main() -> None:
                 began = time.perf_counter()
                 other = applied(said)
                 answer = f"{blocks / (time.perf_counter() - began)}"
-                del other  # which takes time, too
+                del other  # outside the measured time
             case ["find", what, repeats, scores]:
                 answer = f"{find(tree, prompts_of(shown, what), int(repeats), scores == '1')}"
             case ["digest", what]:

@@ -48,7 +48,7 @@ async def main(side: str, address: str, count: int) -> None:
         times.clear()
     await asyncio.to_thread(sys.stdin.readline)
     print(json.dumps(seen), flush=True)
-    # All ends with the process: there is nothing left to lose.
+    # The process ends here, and needs no clean-up.
     os._exit(0)
 
 

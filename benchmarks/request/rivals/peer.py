@@ -75,7 +75,7 @@ class Peer(ABC):
             await asyncio.wait(callers)
         return latencies
 
-    # A caller adds as little as it can to what it measures: it is the same for all sides, but not to them.
+    # The caller does as little as possible: its cost is the same for all sides, but not their share of it.
 
     async def _echoing(self, workload: Workload, until: float, latencies: list[float]) -> None:
         """Send one echo after the other."""

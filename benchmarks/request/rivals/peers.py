@@ -74,7 +74,7 @@ async def main(role: str, name: str, *arguments: str) -> None:
     """Run as one process of a side."""
     module = import_module(f"benchmarks.request.rivals.{name}")
     await (serve if role == "serve" else call)(module, list(arguments))
-    # Nothing is left to lose, and some of the libraries have threads that outlive the loop.
+    # The process needs no clean-up, and some of the libraries have threads that outlive the loop.
     os._exit(0)
 
 

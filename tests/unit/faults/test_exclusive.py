@@ -209,7 +209,7 @@ def _left_by_the_dead(story: Told) -> None:
     story.state(a=[20])
 
 
-def _left_by_nobody(story: Told) -> None:
+def _left_without_a_tenant(story: Told) -> None:
     story.state(ff=[20])
 
 
@@ -227,7 +227,7 @@ def _deleted(story: Told) -> None:
     story.state()
 
 
-def _lost_to_nobody(story: Told) -> None:
+def _lost_to_no_other_tenant(story: Told) -> None:
     name = story.reserve("a", 20)
     story.flush()
     story.lose(name, 20)
@@ -255,13 +255,16 @@ Wrong = Callable[[Told], None]
         (_torn_range, "asked for 2 ports of 20-29, was given [20, 22]"),
         (_part_of_a_range, "asked for 3 ports of 20-29, was given [20, 21]"),
         (_outside, "asked for 2 ports of 20-29, was given [29, 30]"),
-        (_left_by_a_failed_range, "v1/ports/h/20 stands for a (live), who does not hold it"),
-        (_left_by_the_released, "v1/ports/h/20 stands for a (live), who does not hold it"),
-        (_left_by_the_dead, "v1/ports/h/20 stands for a (dead), who does not hold it"),
-        (_left_by_nobody, "v1/ports/h/20 stands for nobody (live), who does not hold it"),
+        (_left_by_a_failed_range, "v1/ports/h/20 stands for a (live), which does not hold it"),
+        (_left_by_the_released, "v1/ports/h/20 stands for a (live), which does not hold it"),
+        (_left_by_the_dead, "v1/ports/h/20 stands for a (dead), which does not hold it"),
+        (_left_without_a_tenant, "v1/ports/h/20 stands for no process (live), which does not hold it"),
         (_missing, "v1/ports/h/20, which live a holds, is missing"),
-        (_deleted, "was told that v1/ports/h/20 was deleted; nobody deletes another's port"),
-        (_lost_to_nobody, "was told that v1/ports/h/20 is another's, but nobody else had asked for any"),
+        (_deleted, "was told that v1/ports/h/20 was deleted; no process deletes another's port"),
+        (
+            _lost_to_no_other_tenant,
+            "was told that v1/ports/h/20 is another's, but no other process had asked for one",
+        ),
         (_lost_without_cause, "was told that v1/ports/h/20 is another's, though its lease lived"),
     ],
 )
@@ -339,7 +342,7 @@ def test_leader_with_lost_answer_may_have_released_workers(story: Told) -> None:
 # ---------------------------------------------------------------------- barriers: wrong
 
 
-def _data_of_nobody(story: Told) -> None:
+def _data_of_no_leader(story: Told) -> None:
     complete(story)
     story.join("d", "w1").ok({"data": "x1"})
 
@@ -414,19 +417,19 @@ def _left(story: Told) -> None:
 @pytest.mark.parametrize(
     ("tell", "what"),
     [
-        (_data_of_nobody, "w1 saw x1, which no leader had handed out"),
+        (_data_of_no_leader, "w1 saw x1, which no leader had published"),
         (_not_counted, "w3 completed the round of a1, whose leader counted ['w1', 'w2']"),
         (_two_of_one_id, "w1 completed the round of a1 twice, in b and d"),
         (_too_few, "counted ['w1'] where it waits for 2"),
         (_never_came, "counted ['w1', 'w2'] where it waits for 2; of these w2 never came"),
         (_too_early, "w1 completed the round of a1 when 1 of 2 workers had come"),
         (_though_given_up, "w1 completed the round of a1, whose leader gave up"),
-        (_no_duplicate, "was told \"barrier 'g' has a worker 'w1' already\", which is not so"),
-        (_no_other_leader, "was told \"barrier 'g' has a leader already\", which is not so"),
-        (_no_abort, "was told \"barrier 'g' was aborted: time is over\", which is not so"),
-        (_not_complete, "was told \"barrier 'g' was complete before 'w1' came\", which is not so"),
+        (_no_duplicate, "was told \"barrier 'g' has a worker 'w1' already\", which is not true"),
+        (_no_other_leader, "was told \"barrier 'g' has a leader already\", which is not true"),
+        (_no_abort, "was told \"barrier 'g' was aborted: time is over\", which is not true"),
+        (_not_complete, "was told \"barrier 'g' was complete before 'w1' came\", which is not true"),
         (_waits_for_ever, "waited 61.0 s in a barrier with 5.0 s to wait"),
-        (_left, "v1/barrier/g/data stands, but all have left"),
+        (_left, "v1/barrier/g/data stands, but all members have left"),
     ],
 )
 def test_wrong_barriers_are_found(story: Told, tell: Wrong, what: str) -> None:

@@ -103,7 +103,7 @@ def _still_marked_as_hanging(story: Story) -> None:
     finish(story, {KEY: ["stalled:v1", "1e", "1-4"]}, "w1", "w2")
 
 
-def _under_anothers_lease(story: Story) -> None:
+def _under_another_lease(story: Story) -> None:
     finish(story, {KEY: ["v1", "2e", "1-4"]}, "w1", "w2")
 
 
@@ -126,7 +126,7 @@ def _failed_registration_left(story: Story) -> None:
     finish(story, {KEY: ["v1", "1e", "1-4"], "instances/w2/0": ["v9", "2e", "1-5"]}, "w1", "w2")
 
 
-def _key_of_nobody(story: Story) -> None:
+def _key_of_no_process(story: Story) -> None:
     finish(story, {KEY: ["v1", "1e", "1-4"], "instances/x": ["v", "5e", "1-5"]}, "w1", "w2")
 
 
@@ -148,14 +148,14 @@ WRONG: dict[Callable[[Story], None], str] = {
     _live_workers_key_missing: "of live w1 is missing",
     _old_value: "holds v1; it should hold v2",
     _still_marked_as_hanging: "holds stalled:v1; it should hold v1",
-    _under_anothers_lease: "stands under lease 2e, not its own 1e",
+    _under_another_lease: "stands under lease 2e, not its own 1e",
     _under_no_lease: "stands under lease None",
     _dead_workers_key_left: "stands, but is not kept; registered by w1 (dead)",
     _unregistered_key_left: "stands, but is not kept; registered by w1 (live)",
     _failed_registration_left: "instances/w2/0 = v9 under lease 2e stands, but is not kept",
-    _key_of_nobody: "registered by nobody",
+    _key_of_no_process: "registered by no process",
     _two_owners: "is kept by w1, w2, and none of them was told",
-    _lost_without_a_cause: "but nobody took it",
+    _lost_without_a_cause: "but no process took it",
     _ended_by_itself: "w2 was not killed, but was not there at the end",
 }
 

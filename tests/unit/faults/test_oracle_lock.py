@@ -95,7 +95,7 @@ def _one_token_for_two(story: Story) -> None:
     acquire(story, "b", 5)
 
 
-def _token_of_nobody(story: Story) -> None:
+def _token_of_no_grant(story: Story) -> None:
     write(story, "a", 5, "a1")
 
 
@@ -113,7 +113,7 @@ def _accepted_write_is_lost(story: Story) -> None:
     read(story, "a1", 5)
 
 
-def _value_of_nobody(story: Story) -> None:
+def _value_of_no_write(story: Story) -> None:
     read(story, "x", 5)
 
 
@@ -127,10 +127,10 @@ WRONG: dict[Callable[[Story], None], str] = {
     _stale_write: "a wrote as holder after b had been granted it",
     _tokens_go_back: "a write was accepted with token 7, then one with 5",
     _one_token_for_two: "token 5 was granted to a and to b",
-    _token_of_nobody: "a token nobody was granted",
+    _token_of_no_grant: "a token that was never granted",
     _refused_write_shows: "showed a1, which was refused",
     _accepted_write_is_lost: "showed a1, which a2 had replaced",
-    _value_of_nobody: "showed x, which nobody wrote",
+    _value_of_no_write: "showed x, which was never written",
     _anothers_token: "with token 7, which is another's",
 }
 

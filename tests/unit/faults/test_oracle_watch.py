@@ -184,12 +184,12 @@ def _wiped_silently(story: Story, log: Log) -> None:
     show(story, Log(story, "other").put("a/2", "v2"))
 
 
-def _revision_past_what_was_shown(story: Story, log: Log) -> None:
+def _revision_past_the_last_event(story: Story, log: Log) -> None:
     two, three = log.put("a/2", "v2"), log.put("a/3", "v3")
     show(story, two, revision=three[3])
 
 
-def _resync_keeps_what_is_gone(story: Story, log: Log) -> None:
+def _resync_keeps_a_deleted_key(story: Story, log: Log) -> None:
     log.entry("d", "a/1")
     show(story, log.put("a/2", "v2"), resync="trimmed")
 
@@ -199,11 +199,11 @@ def _resync_leaves_out(story: Story, log: Log) -> None:
     show(story, log.put("a/3", "v3"), resync="trimmed")
 
 
-def _resync_tells_what_was_shown(story: Story, log: Log) -> None:
+def _resync_repeats_a_value(story: Story, log: Log) -> None:
     show(story, ["put", "a/1", "v1", "1-2"], resync="trimmed")
 
 
-def _resync_tells_an_old_value(story: Story, log: Log) -> None:
+def _resync_shows_an_old_value(story: Story, log: Log) -> None:
     old, _ = log.put("a/2", "v2"), log.put("a/2", "v3")
     show(story, old, revision=log.last[0], resync="trimmed")
 
@@ -212,7 +212,7 @@ def _resync_of_no_revision(story: Story, log: Log) -> None:
     show(story, revision="1-99", resync="trimmed")
 
 
-def _deletes_what_it_never_showed(story: Story, log: Log) -> None:
+def _deletes_an_unknown_key(story: Story, log: Log) -> None:
     show(story, ["delete", "a/9", "1-2", "resync"], resync="trimmed")
 
 
@@ -221,7 +221,7 @@ def _behind_in_the_end(story: Story, log: Log) -> None:
     finish(story, log, {"a/1": "v1@1-2", "a/2": "v2@1-3"})
 
 
-def _state_the_log_does_not_lead_to(story: Story, log: Log) -> None:
+def _state_differs_from_the_log(story: Story, log: Log) -> None:
     finish(story, log, {"a/1": "v1@1-1"})
 
 
@@ -229,20 +229,20 @@ WRONG: dict[Callable[[Story, Log], None], str] = {
     _lost: "without 1-3 put a/lost = v2 before it",
     _repeated: "again",
     _reordered: "without 1-3 put a/2 = v2 before it",
-    _phantom: "which never was",
-    _other_value: "which never was",
-    _other_cause: "which never was",
+    _phantom: "which the log does not have",
+    _other_value: "which the log does not have",
+    _other_cause: "which the log does not have",
     _rewound_silently: "on another line of history, without a resync",
     _wiped_silently: "on another line of history, without a resync",
-    _revision_past_what_was_shown: "never showed 1-4 put a/3 = v3",
-    _resync_keeps_what_is_gone: "did not tell that a/1 is gone",
-    _resync_leaves_out: "did not tell 1-3 put a/2 = v2",
-    _resync_tells_what_was_shown: "which had been shown already",
-    _resync_tells_an_old_value: "but true was 1-4 put a/2 = v3",
+    _revision_past_the_last_event: "never showed 1-4 put a/3 = v3",
+    _resync_keeps_a_deleted_key: "did not show that a/1 is gone",
+    _resync_leaves_out: "did not show 1-3 put a/2 = v2",
+    _resync_repeats_a_value: "which it had shown before",
+    _resync_shows_an_old_value: "but the truth was 1-4 put a/2 = v3",
     _resync_of_no_revision: "which the log never had",
-    _deletes_what_it_never_showed: "which had never been shown",
-    _behind_in_the_end: "is not where the server is: a/2 = None, on the server v2",
-    _state_the_log_does_not_lead_to: "log and state of server a differ",
+    _deletes_an_unknown_key: "though it had never shown that key",
+    _behind_in_the_end: "differs from the server in the end: a/2 = None, on the server v2",
+    _state_differs_from_the_log: "log and state of server a differ",
 }
 
 

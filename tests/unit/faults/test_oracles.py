@@ -63,7 +63,7 @@ def test_mixture_of_versions_is_found(story: Story) -> None:
     put(story, "new")
     read(story, "half old, half new")
     assert whats(objects.check(story.history)) == [
-        "o was read as half old, half new, which nobody had begun to put"
+        "o was read as half old, half new, which no call had begun to put"
     ]
 
 
@@ -197,7 +197,7 @@ def test_last_fate_of_a_process_counts(story: Story) -> None:
     assert Fates(story.history).vanished() == ["a"]
 
 
-# ---------------------------------------------------------------------- what goes on
+# ---------------------------------------------------------------------- served calls
 
 
 def fails(story: Story, action: str, *, process: str = "w") -> None:

@@ -247,4 +247,4 @@ async def test_refusing_target_ends_the_connection(proxy: Proxy, echo: Echo) -> 
     reader, writer = await _connect(proxy)
     assert await _has_ended(reader)
     writer.close()
-    await echo.start()  # for the fixture to close
+    await echo.start()  # the fixture closes it
