@@ -175,6 +175,28 @@ def test_each_decision_has_a_number_of_its_own() -> None:
         assert path.read_text().startswith(f"# {number}. "), path.name
 
 
+def test_each_decision_is_in_the_index() -> None:
+    """By its number, its title and its file."""
+    folder = ROOT / "docs" / "decisions"
+    index = (folder / "README.md").read_text()
+    for path in sorted(folder.glob("0*.md")):
+        number, _, title = path.read_text().splitlines()[0].removeprefix("# ").partition(". ")
+        assert f"| {number} | [{title}]({path.name}) |" in index
+
+
+def test_modules_in_the_decisions_exist() -> None:
+    """And the classes and functions behind their dots."""
+    package = ROOT / "src" / "dynamo_redis"
+    folders = "|".join(sorted(path.name for path in package.iterdir() if path.is_dir()))
+    pages = "".join(path.read_text() for path in (ROOT / "docs" / "decisions").glob("0*.md"))
+    named = set(re.findall(rf"`((?:{folders})(?:/\w+)+)(?:\.(\w+))?`", pages))
+    assert len(named) > 10
+    for module, member in sorted(named):
+        assert is_module(package / module), module
+        if member not in ("", "py"):
+            assert member in (package / module).with_suffix(".py").read_text(), f"{module}.{member}"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_figures_are_those_that_were_measured(page: Path) -> None:
     """`python -m benchmarks.pages` brings them up to date."""
