@@ -1,8 +1,8 @@
-"""A connection that waits for the server: XREAD BLOCK and the like.
+"""A connection for commands that block at the server, such as XREAD BLOCK.
 
 Every process reads every change of the registry, so this is the hot path of the whole deployment. redis-py
-makes the connection (address, TLS, login); then, where hiredis is there, its transport is given to a protocol
-that does nothing but parse what arrives: a fraction of the work of a pool, a stream and two time-outs a read.
+makes the connection (address, TLS, login). Then, if hiredis is installed, a protocol that only parses answers
+takes over the transport. That is a fraction of the work of a pool, a stream and two time-outs a read.
 """
 
 from __future__ import annotations
@@ -21,28 +21,30 @@ from dynamo_redis.store.redis.server_errors import FAILURES, ErrorReply
 HAS_HIREDIS: Final = find_spec("hiredis") is not None
 
 Argument = bytes | str | int | float
-"""What a command is made of."""
+"""A word of a command."""
 
 _PART: Final = object()
 
 
 def pack(*words: Argument, more_count: int = 0) -> bytes:
-    """A command as the protocol has it; the caller appends `more_count` further words to it."""
+    """Encode a command; the caller appends `more_count` further words, each encoded by `pack_word`."""
     return b"".join((b"*%d\r\n" % (len(words) + more_count), *map(pack_word, words)))
 
 
 def pack_word(word: Argument) -> bytes:
-    """A word of a command."""
+    """Encode one word of a command."""
     content = word if isinstance(word, bytes) else str(word).encode()
     return b"$%d\r\n%b\r\n" % (len(content), content)
 
 
 class Link(Protocol):
-    """A connection over which one request at a time is sent: commands that go, and are answered, together."""
+    """A connection that sends one request at a time: several commands, sent and answered together."""
 
     async def exchange(self, request: bytes, answer_count: int, limit_s: float) -> list[Any]:
-        """Send commands and await all answers, `limit_s` from one byte to the next, as a `Deadline` does.
-        Raises one of FAILURES; then abort it."""
+        """Send commands and return all answers; `limit_s` is the longest time between two bytes, as in
+        `Deadline`.
+
+        Raises one of FAILURES; then abort the connection."""
         ...
 
     def abort(self) -> None: ...
@@ -51,8 +53,8 @@ class Link(Protocol):
 class BlockingConnection:
     """One connection, made when needed. For one task at a time; its owner closes it.
 
-    `connect` answers a redis-py connection that has logged in. `error` tells what a failure means. `epoch`
-    grows when all connections have to be made anew: this one is, before its next command.
+    `connect` returns a redis-py connection that has logged in. `error` returns the StoreError for a failure.
+    `epoch` grows when all connections have to be replaced: this one is replaced before its next command.
     """
 
     def __init__(
@@ -70,24 +72,26 @@ class BlockingConnection:
         self._link: Link | None = None
 
     async def execute(self, command: bytes, *, block_s: float) -> Any:
-        """Run a packed command that may block for `block_s`. After any StoreError the next connects anew."""
+        """Run a packed command that may block for `block_s`. After any StoreError the next call
+        reconnects."""
         return (await self.execute_all((command,), block_s=block_s))[0]
 
     async def execute_all(self, commands: Sequence[bytes], *, block_s: float) -> list[Any]:
-        """`execute` for several, in order and in one round trip. The first that fails is raised."""
+        """Run several commands as `execute`, in order and in one round trip. Raises the first error."""
         if self._made_in != self._epoch():
             self._drop()
         try:
             if self._link is None:
                 self._made_in = self._epoch()
                 async with asyncio.timeout(self._timeout_s):
-                    self._link = _link(await self._connect())
+                    made = await self._connect()
+                    self._link = _ParserLink(made) if HAS_HIREDIS else _StreamLink(made)
             request = commands[0] if len(commands) == 1 else b"".join(commands)
             return await self._link.exchange(request, len(commands), block_s + self._timeout_s)
         except FAILURES as exc:
             self._drop()
             raise self._error(exc) from exc
-        except BaseException:  # cancelled: nobody would read the answer
+        except BaseException:  # cancelled: the answer would be left unread
             self._drop()
             raise
 
@@ -101,15 +105,11 @@ class BlockingConnection:
         self._drop()
 
 
-def _link(connection: Any) -> Link:
-    return _ParserLink(connection) if HAS_HIREDIS else _StreamLink(connection)
-
-
 class _ParserLink(asyncio.Protocol):
-    """On the transport of a redis-py connection, in the place of its stream.
+    """A link that parses answers with hiredis, on the transport of a redis-py connection.
 
-    One timer serves all exchanges: it looks at the deadline when it fires, and is set again if there is time.
-    What has arrived of an answer moves the deadline (`deadline.Deadline`), up to the latest.
+    One timer serves all exchanges: it checks the deadline when it fires, and is set again if there is time
+    left. Each received part of an answer moves the deadline (`deadline.Deadline`), up to the latest.
     """
 
     def __init__(self, connection: Any) -> None:
@@ -194,7 +194,7 @@ class _ParserLink(asyncio.Protocol):
 
 
 class _StreamLink:
-    """All by redis-py."""
+    """A link that leaves sending and parsing to redis-py."""
 
     def __init__(self, connection: Any) -> None:
         self._connection = connection

@@ -1,18 +1,17 @@
 """Connections to Redis or Valkey.
 
-Everything that this package knows about redis-py is here and in `blocking.py`, in `url.py` (what it is
-told) and in `server_errors.py` (what its errors mean). Four kinds of connection, because they wait in
-different ways:
+All code that depends on redis-py is here and in `blocking.py`, in `url.py` (its options) and in
+`server_errors.py` (its errors). There are four kinds of connection, since they wait in different ways:
 
 - commands (`execute`, `script`, `pipeline`, `scan`): a bounded pool, one deadline a call, no retry. Only
   the caller knows which command may be repeated.
 - blocking reads (`blocking`): a connection of their own, whose deadline is the block time plus the usual one.
-- subscriptions (`subscribe`): a connection of their own that never reconnects behind its owner's back,
-  since a reconnect is the only sign that messages were lost.
+- subscriptions (`subscribe`): a connection of their own that never reconnects by itself, since a reconnect is
+  the only sign that messages were lost.
 - a thread's connection (`sync`): for the keepalive, which must not depend on the event loop.
 
-All speak RESP2, which every server speaks, to database 0, and answer raw protocol values (bytes, int, None,
-list). Exceptions of redis-py become a `StoreError` here, once; no message carries a password.
+All use RESP2, which every server supports, and database 0, and return raw protocol values (bytes, int, None,
+list). Exceptions of redis-py become a `StoreError` here, once; no message contains a password.
 """
 
 from __future__ import annotations
@@ -44,12 +43,12 @@ from dynamo_redis.store.redis.server_errors import (
     FAILURES,
     WRITE_REFUSALS,
     ErrorReply,
-    Stranger,
+    UntestedScheme,
     does_not_take,
     is_about_command,
     is_about_password,
     is_cut_off,
-    is_to_be_left,
+    is_wrong_server,
     keep_replies,
     reply,
     store_error,
@@ -64,24 +63,25 @@ MAX_CONNECTIONS_COUNT: Final = 32
 """Commands in flight at once; further ones wait for a connection, within their deadline."""
 CLOSE_TIMEOUT_S: Final = 1.0
 REFUSAL_REPEATED_S: Final = 60.0
-"""How often it is said that new connections are refused, while they are for the same reason."""
+"""Shortest time between two log lines about new connections that are refused for the same reason."""
 ROTATED_REMEDY: Final = (
-    "; connections that are open go on until they break: change DYN_REDIS_URL and restart this process"
+    "; open connections go on until they break: change DYN_REDIS_URL and restart this process"
 )
 
 _refusals: Final = RateLimitedLog(logger, pause_s=REFUSAL_REPEATED_S)
-"""Of all clients in this process: each would say the same."""
+"""Shared by all clients of this process, since each would log the same."""
 
-LEAVE_AGAIN_S: Final = 1.0
-"""A server that is to be left is left once in so long: its address may lead to it again."""
+RECONNECT_AGAIN_S: Final = 1.0
+"""Shortest time between two replacements of all connections: the address may lead to the wrong server
+again."""
 
 
 class RedisClient:
-    """A process's way to one Redis. Opens nothing before the first command; close it with `aclose`.
+    """A process's client of one Redis. Connects at the first command; close it with `aclose`.
 
-    `timeout_s` bounds each call, connecting included; while its answer arrives, it counts from the last byte
-    (`deadline.Deadline`). Cancelling a call is safe: its connection is dropped, and whether the server ran
-    the command is unknown. Raises ConfigError for a URL that cannot be used.
+    `timeout_s` bounds each call, connecting included. While an answer arrives, it counts from the last byte
+    (`deadline.Deadline`). Cancelling a call is safe: its connection is dropped. Then it is unknown whether
+    the server ran the command. Raises ConfigError for a URL that cannot be used.
     """
 
     def __init__(self, url: str, *, timeout_s: float, client_name: str = "dynamo-redis") -> None:
@@ -99,10 +99,10 @@ class RedisClient:
         self._pool = pool
         self._redis = _raw(redis.asyncio.Redis(connection_pool=pool))
         self._closed = False
-        self._met = False
-        self._by_hash = True
-        self._names = True
-        self._epoch = 0
+        self._has_logged_in = False
+        self._sends_hashes = True
+        self._names_connections = True
+        self._epoch = 0  # counts replacements of all connections
         self._left_at = float("-inf")
 
     def __repr__(self) -> str:
@@ -110,22 +110,22 @@ class RedisClient:
 
     @property
     def closed(self) -> bool:
-        """Whether `aclose` was called: nothing will work any more."""
+        """True after `aclose`: every call raises StoreUnavailable."""
         return self._closed
 
     # ------------------------------------------------------------------ commands
 
     async def connect(self) -> None:
-        """Check that the server answers, lets us in and is recent enough.
+        """Check that the server answers, accepts the login and is recent enough.
 
-        Raises StoreUnavailable if it does not answer, StoreRefused with what to do if it says no. Warns of a
-        server that evicts keys, and of a read-only replica: it may be promoted, and can be read until then. A
-        server that does not allow INFO (some managed services) is taken at its word.
+        Raises StoreUnavailable if it does not answer, StoreRefused with a remedy if it refuses. Warns of a
+        server that evicts keys. Warns of a read-only replica, which may be promoted and can be read until
+        then. A server that does not allow INFO (some managed services) is not checked.
         """
         try:
             await self.execute("PING")
         except StoreRefused as exc:
-            # A server that cannot save answers even this one so; and a user may have few rights.
+            # A server that cannot save refuses even PING; and a user may have few rights.
             if exc.answer_code not in ("MISCONF", "NOPERM"):
                 raise
         try:
@@ -135,8 +135,21 @@ class RedisClient:
         except StoreRefused as exc:
             logger.debug("INFO is not allowed, server version and role are not checked: %s", exc)
             return
-        self._check_version(server)
-        self._check_eviction(memory)
+        version = server.get("redis_version", "")
+        parts = [int(part) for part in version.split(".")[:2] if part.isdigit()]
+        if parts and tuple(parts) < MINIMUM_VERSION:
+            wanted = ".".join(map(str, MINIMUM_VERSION))
+            raise StoreRefused(
+                f"Redis at {self.address} is version {version}: upgrade it to {wanted} or later, or to Valkey"
+            )
+        policy = memory.get("maxmemory_policy", "noeviction")
+        if policy != "noeviction":
+            logger.warning(
+                "Redis at %s drops keys of its choice when its memory is full (maxmemory-policy %s),"
+                " instances and model files among them: set maxmemory-policy to noeviction",
+                self.address,
+                policy,
+            )
         if replication.get("role") == "slave":
             logger.warning(
                 "Redis at %s is a read-only replica: set DYN_REDIS_URL to its primary (%s:%s) and restart;"
@@ -147,7 +160,7 @@ class RedisClient:
             )
 
     async def execute(self, *command: Argument) -> Any:
-        """Run one command once; answer the raw reply. Raises StoreError."""
+        """Run one command once; return the raw reply. Raises StoreError."""
         self._check_open()
         try:
             async with Deadline(self.timeout_s):
@@ -156,16 +169,16 @@ class RedisClient:
             raise await self.named(self.error(exc, command[0]), command[1:2]) from exc
 
     async def script(self, script: Script, keys: Sequence[Argument], args: Sequence[Argument] = ()) -> Any:
-        """Run a script by its hash, sending its source only if the server does not know it.
+        """Run a script by its hash; send its source only if the server does not know it.
 
-        A server that does not know it, or takes no hashes, ran nothing, so the second attempt is no
-        repetition. Raises StoreError.
+        A server that does not know the script, or takes no hashes, has not run it, so the second attempt is
+        no repetition. Raises StoreError.
         """
         self._check_open()
         rest = (len(keys), *keys, *args)
         try:
             async with Deadline(self.timeout_s):
-                if self._by_hash:
+                if self._sends_hashes:
                     try:
                         return await self._redis.execute_command("EVALSHA", script.sha, *rest)
                     except redis_errors.ResponseError as exc:
@@ -176,16 +189,16 @@ class RedisClient:
             raise await self.named(self.error(exc, "EVALSHA or EVAL"), keys) from exc
 
     def _wants_source(self, exc: redis_errors.ResponseError) -> bool:
-        """Whether an EVALSHA was not run because its script, or the command itself, is not known."""
+        """Return whether EVALSHA failed since the script, or the command itself, is not known."""
         if does_not_take(exc, "EVALSHA"):
-            self._by_hash = False  # a proxy, or a user without the right: it is not asked for again
+            self._sends_hashes = False  # a proxy, or a user without the right: EVAL is used from now on
             return True
         return isinstance(exc, redis_errors.NoScriptError)
 
     async def pipeline(
         self, commands: Iterable[Sequence[Argument]], *, transaction: bool = False
     ) -> list[Any]:
-        """Run commands in one round trip, in order; answer their raw replies.
+        """Run commands in one round trip, in order; return their raw replies.
 
         Not atomic unless `transaction`. Raises StoreError for the first command that failed; the others
         may have run.
@@ -203,7 +216,8 @@ class RedisClient:
             raise await self.named(self.error(exc), tuple(keys)) from exc
 
     async def scan(self, match: str, *, count: int = 500) -> AsyncIterator[bytes]:
-        """Keys that match a glob pattern. A key may come twice; one made meanwhile may be missed."""
+        """Yield the keys that match a glob pattern. A key may come twice; a key made meanwhile may be
+        missed."""
         cursor = b"0"
         while True:
             cursor, found = await self.execute("SCAN", cursor, "MATCH", match, "COUNT", count)
@@ -218,8 +232,8 @@ class RedisClient:
         await _close(self._redis, self._pool)
 
     def disconnect(self) -> None:
-        """Close connections that are idle; others are closed before their next use. For the event loop."""
-        self._leave()
+        """Close idle connections now, and others before their next use. For the event loop."""
+        self._replace_connections()
         self._pool.sweep()
 
     def _check_open(self) -> None:
@@ -229,7 +243,7 @@ class RedisClient:
     # ------------------------------------------------------------------ other connections
 
     def blocking(self) -> BlockingConnection:
-        """A connection for blocking reads; its owner closes it."""
+        """Return a connection for blocking reads; its owner closes it."""
         options = self._async_options(self.timeout_s)
 
         async def connect() -> Any:
@@ -239,37 +253,37 @@ class RedisClient:
 
         return BlockingConnection(connect, self.error, self._current_epoch, self.timeout_s)
 
-    async def subscribe(self, *patterns: str) -> Subscription:
-        """Subscribe to channel patterns, on a connection of their own. Raises StoreError."""
+    async def subscribe(self, *patterns: str) -> ChannelSubscription:
+        """Subscribe to channel patterns, on a separate connection. Raises StoreError."""
         return await self._subscribe("PSUBSCRIBE", patterns)
 
-    async def subscribe_channel(self, channel: str) -> Subscription:
-        """Subscribe to one channel, on a connection of its own. Raises StoreError."""
+    async def subscribe_channel(self, channel: str) -> ChannelSubscription:
+        """Subscribe to one channel, on a separate connection. Raises StoreError."""
         return await self._subscribe("SUBSCRIBE", (channel,))
 
-    async def _subscribe(self, command: str, names: Sequence[str]) -> Subscription:
+    async def _subscribe(self, command: str, names: Sequence[str]) -> ChannelSubscription:
         connection = make_connection(self._async_options(self.timeout_s))
-        subscription = Subscription(self, connection)
-        await subscription._start(command, names)
+        subscription = ChannelSubscription(self, connection)
+        await subscription.start(command, names)
         return subscription
 
     def sync(self, timeout_s: float) -> SyncConnection:
-        """A connection for another thread, each step of which waits at most `timeout_s`."""
+        """Return a connection for another thread, each step of which waits at most `timeout_s`."""
         options = parse_url(self._url, redis.connection.parse_url) | self._common(timeout_s)
-        options |= {"retry": Retry(NoBackoff(), 0), "redis_connect_func": self._greet_sync}
+        options |= {"retry": Retry(NoBackoff(), 0), "redis_connect_func": self._log_in_sync}
         return SyncConnection(self, redis.ConnectionPool(max_connections=1, **options))
 
     def from_thread(self, loop: asyncio.AbstractEventLoop, timeout_s: float) -> ThreadScripts:
-        """This client's own connections, for another thread than that of `loop`."""
-        return _Shared(self, loop, timeout_s)
+        """Return an access to this client's connections for a thread other than that of `loop`."""
+        return _EventLoopScripts(self, loop, timeout_s)
 
     # ------------------------------------------------------------------ how connections are made
 
-    def _leave(self) -> None:
+    def _replace_connections(self) -> None:
         self._epoch += 1
 
     def _current_epoch(self) -> int:
-        """A connection that was made in another epoch is not used again."""
+        """Return the present epoch. A connection that was made in another epoch is not used again."""
         return self._epoch
 
     def _common(self, timeout_s: float) -> dict[str, Any]:
@@ -284,95 +298,79 @@ class RedisClient:
 
     def _async_options(self, timeout_s: float) -> dict[str, Any]:
         options = parse_url(self._url, redis.asyncio.connection.parse_url) | self._common(timeout_s)
-        # Each call has its deadline here. With one of redis-py's it would send through `asyncio.wait_for`,
-        # which costs a task a command and, before Python 3.12, can swallow the caller's cancellation.
+        # Each call has a `Deadline`. With a time-out of its own, redis-py would send through
+        # `asyncio.wait_for`, which costs a task a command and, before Python 3.12, can suppress the caller's
+        # cancellation.
         options["socket_timeout"] = None
         options["connection_class"] = watched_class(options["connection_class"])
-        return options | {"retry": AsyncRetry(NoBackoff(), 0), "redis_connect_func": self._greet}
+        return options | {"retry": AsyncRetry(NoBackoff(), 0), "redis_connect_func": self._log_in}
 
-    async def _greet(self, connection: Any) -> None:
-        """Log in, and give the connection a name for CLIENT LIST, where that is allowed."""
+    async def _log_in(self, connection: Any) -> None:
+        """Log in, and name the connection for CLIENT LIST if that is allowed."""
         _prepare(connection)
         reader = connection._reader
         try:
             await connection.on_connect()
-            if self._names:
+            if self._names_connections:
                 await connection.send_command("CLIENT", "SETNAME", self._client_name)
                 try:
                     await connection.read_response()
                 except redis_errors.ResponseError as exc:
                     self._check_unnamed(exc)
-                self._met = True
+                self._has_logged_in = True
         except FAILURES as exc:
             if reply(exc) is not None:
-                self._note_refusal(exc)
+                self._log_refusal(exc)
                 raise
-            if (words := _last_words(reader)) is not None:
-                self._note_refusal(words)
-                raise words from exc
-            if self._met or not self._names or not is_cut_off(exc):
+            if (error := _unread_error(reader)) is not None:
+                self._log_refusal(error)
+                raise error from exc
+            if self._has_logged_in or not self._names_connections or not is_cut_off(exc):
                 raise
-            # There are proxies that end a connection for a command that they do not know.
-            self._names = False
+            # Some proxies close a connection upon a command that they do not know.
+            self._names_connections = False
             try:
                 await connection.disconnect(nowait=True)
                 await connection.connect()
             except BaseException:
-                self._names = True
+                self._names_connections = True
                 raise
 
-    def _greet_sync(self, connection: Any) -> None:
-        """As `_greet`; the first connection to a server is never one of these."""
+    def _log_in_sync(self, connection: Any) -> None:
+        """As `_log_in`, for a thread; it is never the first connection to a server."""
         _prepare(connection)
         try:
             connection.on_connect()
-            if self._names:
+            if self._names_connections:
                 connection.send_command("CLIENT", "SETNAME", self._client_name)
                 try:
                     connection.read_response()
                 except redis_errors.ResponseError as exc:
                     self._check_unnamed(exc)
         except FAILURES as exc:
-            self._note_refusal(exc)
+            self._log_refusal(exc)
             raise
-        self._met = True
+        self._has_logged_in = True
 
     def _check_unnamed(self, exc: redis_errors.ResponseError) -> None:
-        """That a server refuses just the name of a connection. Raises `exc` if not."""
+        """Check that the server refuses only to name a connection. Raises `exc` otherwise."""
         if not is_about_command(exc):
             raise exc
         logger.debug("CLIENT SETNAME is not allowed at %s", self.address)
 
-    def _note_refusal(self, exc: BaseException) -> None:
-        """Warn that a server which has let us in refuses a new connection: those that are open may go on for
-        long, and hide it. Safe from any thread."""
-        if not self._met or reply(exc) is None:
+    def _log_refusal(self, exc: BaseException) -> None:
+        """Warn that a server refuses a new connection after it accepted others.
+
+        Open connections may work for long and hide the refusal. Safe from any thread."""
+        if not self._has_logged_in or reply(exc) is None:
             return
         text = str(store_error(exc, self.address))
         remedy = ROTATED_REMEDY if is_about_password(exc) else ""
         _refusals.log("a new connection is refused: %s%s", text, remedy, kind=text)
 
-    def _check_version(self, server: dict[str, str]) -> None:
-        text = server.get("redis_version", "")
-        parts = [int(part) for part in text.split(".")[:2] if part.isdigit()]
-        if parts and tuple(parts) < MINIMUM_VERSION:
-            wanted = ".".join(map(str, MINIMUM_VERSION))
-            raise StoreRefused(
-                f"Redis at {self.address} is version {text}: upgrade it to {wanted} or later, or to Valkey"
-            )
-
-    def _check_eviction(self, memory: dict[str, str]) -> None:
-        policy = memory.get("maxmemory_policy", "noeviction")
-        if policy != "noeviction":
-            logger.warning(
-                "Redis at %s drops keys of its choice when its memory is full (maxmemory-policy %s),"
-                " instances and model files among them: set maxmemory-policy to noeviction",
-                self.address,
-                policy,
-            )
-
     async def named(self, error: StoreError, keys: Sequence[Argument]) -> StoreError:
-        """The same refusal, with the key of a wrong type if that is why, and the command that mends it."""
+        """Return the error; if a key of a wrong type caused it, with that key and the command that repairs
+        it."""
         if error.answer_code != "WRONGTYPE":
             return error
         found: dict[str, str] = {}
@@ -381,7 +379,7 @@ class RedisClient:
                 for key in keys[:MOST_KEYS_COUNT]:
                     kind = await self._redis.execute_command("TYPE", key)
                     found[_text(key)] = _text(kind)
-        except FAILURES:  # not allowed, say: the refusal stands as it is
+        except FAILURES:  # TYPE may not be allowed: the error stays as it is
             return error
         described = describe_wrong_types(found)
         if not described:
@@ -391,17 +389,18 @@ class RedisClient:
         return named
 
     def error(self, exc: BaseException, command: Argument = "") -> StoreError:
-        """Tell what a failed exchange with this server means; safe from any thread. `command` was asked.
+        """Return the error for a failed exchange with this server; safe from any thread. `command` is its
+        name.
 
-        If the server is not, or no longer, the one to talk to, all connections are made anew before they are
-        used again: only that resolves the name again, and so finds the new primary.
+        If this is not, or no longer, the right server, all connections are replaced before their next use:
+        only a new connection resolves the name again, and so finds the new primary.
         """
-        if is_to_be_left(exc) and time.monotonic() - self._left_at >= LEAVE_AGAIN_S:
+        if is_wrong_server(exc) and time.monotonic() - self._left_at >= RECONNECT_AGAIN_S:
             self._left_at = time.monotonic()
-            self._leave()
-        scheme: Stranger = "tls" if self._url.startswith("rediss:") else "plain"
-        stranger = None if self._met else scheme
-        error = store_error(exc, self.address, stranger=stranger, command=str(command))
+            self._replace_connections()
+        scheme: UntestedScheme = "tls" if self._url.startswith("rediss:") else "plain"
+        untested = None if self._has_logged_in else scheme
+        error = store_error(exc, self.address, untested=untested, command=str(command))
         text = reply(exc)
         error.answered = text is not None
         error.answer_code = (text or "").partition(" ")[0]
@@ -413,7 +412,7 @@ def _text(value: Argument) -> str:
     return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)
 
 
-class Subscription:
+class ChannelSubscription:
     """Messages of subscribed channels, from one connection that is never replaced silently."""
 
     def __init__(self, client: RedisClient, connection: Any) -> None:
@@ -421,7 +420,8 @@ class Subscription:
         self._connection = connection
         self._made_in = client._current_epoch()
 
-    async def _start(self, command: str, names: Sequence[str]) -> None:
+    async def start(self, command: str, names: Sequence[str]) -> None:
+        """Connect and subscribe. Raises StoreError."""
         try:
             async with Deadline(self._client.timeout_s):
                 await self._connection.connect()
@@ -433,10 +433,10 @@ class Subscription:
             raise self._client.error(exc) from exc
 
     async def next_message(self, timeout_s: float) -> tuple[bytes, bytes] | None:
-        """The next (channel, payload); None if there is none within `timeout_s`.
+        """Return the next (channel, payload); None if there is none within `timeout_s`.
 
-        A silent connection is asked whether it is still there, and a message on its way is awaited. Raises
-        StoreError when it is gone: subscribe again, and take it as a gap.
+        A silent connection is checked by PING, and a message on its way is awaited. Raises StoreError when
+        the connection is gone: subscribe again, and expect a gap.
         """
         if self._made_in != self._client._current_epoch():
             await self.aclose()
@@ -453,7 +453,7 @@ class Subscription:
                 except redis_errors.ResponseError as exc:
                     if "MISCONF" not in str(self._client.error(exc)):
                         raise
-                    return None  # a server that cannot save answers even PING so: it is there
+                    return None  # a server that cannot save refuses even PING: it is up
         except FAILURES as exc:
             await self.aclose()
             raise self._client.error(exc) from exc
@@ -466,15 +466,15 @@ class Subscription:
 
 
 class ThreadScripts(Protocol):
-    """Scripts that a thread runs, and waits for."""
+    """Blocking calls of scripts, for a thread."""
 
     def script(self, script: Script, keys: Sequence[Argument], args: Sequence[Argument] = ()) -> Any:
         """As `RedisClient.script`."""
         ...
 
 
-class _Shared:
-    """A client's connections on its event loop, used from a thread; each call waits at most `timeout_s`."""
+class _EventLoopScripts:
+    """Runs scripts from a thread over a client's event loop; each call waits at most `timeout_s`."""
 
     def __init__(self, client: RedisClient, loop: asyncio.AbstractEventLoop, timeout_s: float) -> None:
         self._client = client
@@ -506,13 +506,13 @@ class SyncConnection:
         self._made_in = client._current_epoch()
 
     def script(self, script: Script, keys: Sequence[Argument], args: Sequence[Argument] = ()) -> Any:
-        """As `RedisClient.script`. After an error of the connection the next call connects anew."""
+        """As `RedisClient.script`. After a connection error the next call reconnects."""
         if self._made_in != (epoch := self._client._current_epoch()):
             self._pool.disconnect()
             self._made_in = epoch
         client = self._client
         try:
-            if client._by_hash:
+            if client._sends_hashes:
                 try:
                     return self._redis.execute_command("EVALSHA", script.sha, len(keys), *keys, *args)
                 except redis_errors.ResponseError as exc:
@@ -530,14 +530,14 @@ class SyncConnection:
             raise self._failed(exc) from exc
 
     def _failed(self, exc: BaseException, command: str = "") -> StoreError:
-        """Tell what a failure means. A connection over which an error was answered is kept."""
+        """Return the error for a failure. The connection is kept if the server answered with that error."""
         error = self._client.error(exc, command)
         if not error.answered:
             self._pool.disconnect()
         return error
 
     def abort(self) -> None:
-        """End the exchange that is under way: it fails. For another thread than the connection's."""
+        """Make the exchange under way fail. For a thread other than the connection's."""
         under_way: Any = tuple(self._pool._in_use_connections)
         for connection in under_way:
             if (open_socket := connection._sock) is not None:
@@ -553,13 +553,13 @@ class SyncConnection:
 
 
 class _Pool(redis.asyncio.BlockingConnectionPool):
-    """Uses no connection that was made in another epoch than the current one, and keeps none open."""
+    """A pool that uses only connections of the present epoch, and closes idle ones of earlier epochs."""
 
     epoch: Callable[[], int]
     _swept_in = 0
 
     def sweep(self) -> None:
-        """Close what is idle."""
+        """Close the idle connections."""
         idle: Any
         for idle in self._available_connections:
             idle._close()
@@ -576,22 +576,25 @@ class _Pool(redis.asyncio.BlockingConnectionPool):
         await super().ensure_connection(connection)
 
 
-def _last_words(reader: Any) -> ErrorReply | None:
-    """The error that a server sent when it ended a connection at once: it has no room for one more, or is in
-    protected mode. A write that fails hides it: then it is still in the reader's buffer."""
+def _unread_error(reader: Any) -> ErrorReply | None:
+    """Return the error that a server sent before it closed a new connection; None if there is none.
+
+    A server does so at its limit of connections, and in protected mode. If a write fails first, the error is
+    still in the reader's buffer."""
     line, end, _ = bytes(reader._buffer).partition(b"\r\n")
     return ErrorReply(line[1:].decode("utf-8", "replace")) if end and line[:1] == b"-" else None
 
 
 def _prepare(connection: Any) -> None:
-    """Do what each connection needs before it logs in."""
+    """Set up a connection before its login."""
     keep_replies(connection)
-    # No CLIENT SETINFO: it is of no use here, and there are proxies that end a connection for it.
+    # No CLIENT SETINFO: it is not needed here, and some proxies close a connection upon it.
     connection.driver_info = connection.lib_name = connection.lib_version = None
 
 
 def _raw(client: Any) -> Any:
-    """Answer replies as the protocol has them: redis-py's own shapes differ between its releases."""
+    """Make a client return replies as the protocol has them: those of redis-py differ between its
+    releases."""
     client.response_callbacks.clear()
     return client
 

@@ -1,10 +1,10 @@
-"""How long an exchange with Redis may take: as long as bytes come.
+"""Deadlines of exchanges with Redis, which are extended while bytes arrive.
 
 A large answer over a slow link takes longer than any time-out that finds a dead server soon. So a deadline
-counts from the last byte received. An answer that drips ends all the same, after `LONGEST_TIMES` the limit.
+counts from the last byte received. An answer that only drips still ends, after `LONGEST_TIMES` the limit.
 
-A large request leaves slowly, too, and nothing is received meanwhile. Which part of it still waits in buffers
-on the way cannot be seen from here: each request gets, beside the limit, the time that it takes at
+A large request leaves slowly, too, and no byte is received meanwhile. The part that still waits in buffers on
+the way is unknown here. So each request gets, in addition to the limit, the time that it takes at
 `SLOWEST_BYTES_PER_S`.
 """
 
@@ -18,24 +18,24 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 LONGEST_TIMES: Final = 20
-"""So many times its limit an exchange takes at most."""
+"""Longest duration of an exchange, as a multiple of its limit."""
 SLOWEST_BYTES_PER_S: Final = 1 << 16
-"""The speed that large requests are given time for."""
+"""Slowest link for which large requests get enough time."""
 
 _CURRENT: ContextVar[Deadline | None] = ContextVar("dynamo_redis_deadline", default=None)
 
 
 def leaving_s(request_bytes: int) -> float:
-    """How long a request of that size may take to leave."""
+    """Return the time in seconds that a request of that size may take to be sent."""
     return request_bytes / SLOWEST_BYTES_PER_S
 
 
 class Deadline:
-    """Bounds what runs in `async with`; raises TimeoutError there.
+    """Bounds the time of an `async with` block; raises TimeoutError there.
 
-    It begins with `limit_s`, connecting included. Once a request has been sent over a connection of
-    `watched_class`, bytes that this connection receives move it, and those around it. One timer looks: a byte
-    costs no more.
+    The block has `limit_s`, connecting included. Once a request has been sent over a connection of
+    `watched_class`, each byte that this connection receives extends this deadline and those of outer blocks.
+    A single timer checks the time of the last byte, so a byte costs only the note of its time.
     """
 
     __slots__ = (
@@ -73,7 +73,7 @@ class Deadline:
         await self._timeout.__aexit__(kind, exc, traceback)
 
     def watch(self, connection: Any, request_bytes: int) -> None:
-        """A request of that size goes over this connection now."""
+        """Note that a request of that size is sent over this connection now."""
         self._connection = connection
         self._request_bytes = request_bytes
         if self._outer is not None:
@@ -91,10 +91,10 @@ class Deadline:
 
 
 class _Watched:
-    """The part that `watched_class` adds to a connection of redis-py."""
+    """The methods that `watched_class` adds to a connection class of redis-py."""
 
     heard_at = 0.0
-    """When it last received something, on the event loop's clock."""
+    """Time of the last received byte, on the event loop's clock."""
 
     async def _connect(self) -> None:
         await super()._connect()  # type: ignore[misc]
@@ -120,5 +120,5 @@ class _Watched:
 
 @cache
 def watched_class(connection_class: type) -> type:
-    """A class of redis-py's asynchronous connections whose received bytes a `Deadline` sees."""
+    """Return a subclass of a redis-py connection class that reports received bytes to a `Deadline`."""
     return type(f"Watched{connection_class.__name__}", (_Watched, connection_class), {})

@@ -1,4 +1,4 @@
-"""Whether Redis answers, and whether it takes writes, with the log lines that say so: one a change."""
+"""The state of Redis as a process sees it: answering, taking writes. Each change is logged once."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from dynamo_redis.errors import StoreError
 logger = logging.getLogger(__name__)
 
 FLAP_S: Final = 5.0
-"""A server that comes and goes is mentioned once in so many seconds."""
+"""Shortest time between two log lines of a server that comes and goes."""
 REFUSAL_FLAP_S: Final = 30.0
-"""One that takes writes now and then, since its memory is almost full, once in so many."""
+"""The same for a server that takes writes only at times, since its memory is almost full."""
 
 Writer = Literal["tick", "renewal"]
-"""Writes that any moment makes. Each learns only of what it needs itself."""
+"""Writes that are made all the time. Each shows only whether the server takes writes of its kind."""
 
 
 class Trouble:
-    """A kind of trouble that begins and ends, and whether to log that.
+    """A kind of trouble that begins and ends, with the decision whether to log that.
 
-    A reason is logged once in `flap_s`, at most, however often it comes and goes. If it is still there when
-    that time has passed, it is logged then; and an end is logged if the begin before it was.
+    A reason is logged at most once in `flap_s`, even if it comes and goes often. If it still lasts when that
+    time has passed, it is logged then. An end is logged if the begin before it was logged.
     """
 
     def __init__(self, flap_s: float) -> None:
@@ -33,7 +33,7 @@ class Trouble:
         self._lines_at: dict[str, float] = {}
 
     def begin(self, reason: str = "") -> bool:
-        """Note that it is there, or still there. Answers whether to log that now."""
+        """Note that the trouble begins or lasts. Return whether to log that now."""
         now = time.monotonic()
         if self._since is None:
             self._since = now
@@ -45,14 +45,15 @@ class Trouble:
         return True
 
     def end(self) -> float | None:
-        """Note that it is over. Answers how long it lasted, if its begin was logged."""
+        """Note that the trouble is over. Return its duration in seconds if its begin was logged, else
+        None."""
         since, self._since = self._since, None
         announced, self._announced = self._announced, None
         return time.monotonic() - since if since is not None and announced is not None else None
 
 
 class Health:
-    """The last outcomes of reading and of writing, for everything of a process that talks to one server."""
+    """The last outcomes of reads and of writes, shared by all parts of a process that use one server."""
 
     def __init__(self, address: str) -> None:
         self.connected = False
@@ -67,20 +68,20 @@ class Health:
         return next(iter(self._refusals.values()), None)
 
     def succeeded(self) -> None:
-        """The server answered a read."""
+        """Note that the server answered a read."""
         self.connected = True
         away_s = self._away.end()
         if away_s is not None:
             logger.info("Redis at %s is back after %.1f s", self._address, away_s)
 
     def failed(self, exc: StoreError) -> None:
-        """The server did not answer a read, or said no."""
+        """Note that the server did not answer a read, or refused it."""
         self.connected = False
         if self._away.begin(exc.answer_code):
             logger.warning("%s; going on from the last view, trying again", exc)
 
     def refused(self, writer: Writer, exc: StoreError) -> None:
-        """A write that any moment makes failed. It tells something of a server that answers reads."""
+        """Note that a regular write failed. This counts only while the server answers reads."""
         if not self.connected or not exc.answered:
             return
         self._refusals[writer] = str(exc)
@@ -90,11 +91,12 @@ class Health:
             logger.warning(
                 "%s; reads, watches and requests go on, no lease ends, registered keys follow later", exc
             )
-        else:  # what it is about may be read as well
+        else:  # the refusal may concern reads as well
             logger.warning("%s; until then writes are refused, and some reads may be; requests go on", exc)
 
     def wrote(self, writer: Writer, *, full: bool = False) -> None:
-        """The server took such a write. `full`: though its memory is full, since this one needs none."""
+        """Note that the server took a regular write. `full`: its memory is full, and this write needed
+        none."""
         if full:
             self._refusals[writer] = f"Redis at {self._address} is out of memory: raise its maxmemory"
             if self._refusing.begin("OOM"):
@@ -105,7 +107,7 @@ class Health:
             return
         self._refusals.pop(writer, None)
         if self._refusals:
-            return  # this write did not need what another one still lacks
+            return  # another kind of write is still refused
         refused_s = self._refusing.end()
         if refused_s is not None:
             logger.info("Redis at %s takes writes again, after %.1f s", self._address, refused_s)

@@ -1,4 +1,4 @@
-"""Of which type each key of this package is in Redis, and what to say of one that has another. Pure."""
+"""The Redis type of each key of this package, and the message for a key of another type. Pure."""
 
 from __future__ import annotations
 
@@ -29,12 +29,13 @@ TYPES: Final = {
 """By the last part of a key, behind its hash tag. `docs/redis-schema.md` describes each."""
 
 MOST_KEYS_COUNT: Final = 16
-"""So many keys of a refused command are looked at."""
+"""Most keys of a refused command whose type is asked for."""
 
 
 def describe_wrong_types(found: dict[str, str]) -> str:
-    """Name the keys that are of another type than this package made them of, and the command that mends it;
-    empty if none is. `found` is what the server says of each: "none" for a key that is not there."""
+    """Return a sentence that names the keys of a wrong type, and the command that repairs them.
+
+    Empty if no type is wrong. `found` has the type of each key; "none" for a key that does not exist."""
     wrong = {
         key: (kind, TYPES[key.rpartition(":")[2]])
         for key, kind in found.items()

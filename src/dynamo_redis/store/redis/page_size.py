@@ -1,4 +1,4 @@
-"""How many entries of a stream to ask for, so that an answer has about so many bytes. Pure."""
+"""The number of stream entries to ask for, so that an answer has about a given size. Pure."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ GROWTH: Final = 4
 
 
 class PageSize:
-    """The count of the next page of one reader, by what its last page came to.
+    """The count of the next page of one reader, computed from the size of its last page.
 
-    Redis ends a page of a stream after a number of entries, however large they are. While nothing is known of
-    them it is `FIRST_COUNT`. Then as many as `page_bytes` hold, if they are like those of the last page; at
-    most `GROWTH` times as many as before, and `most_count`. After a failure it is one: a page that did not
-    come within its deadline may have been too large for the link.
+    Redis ends a page of a stream after a number of entries of any size. The first page has `FIRST_COUNT`.
+    Each further page has as many entries as fit `page_bytes` by the mean size of the last page, but at most
+    `GROWTH` times as many as the last one, and at most `most_count`. After a failure the count is one: a page
+    that missed its deadline may have been too large for the link.
     """
 
     def __init__(self, most_count: int, *, page_bytes: int = PAGE_BYTES) -> None:
@@ -24,10 +24,10 @@ class PageSize:
         self._page_bytes = page_bytes
 
     def took(self, entry_count: int, size_bytes: int) -> None:
-        """A page came, with so many entries and bytes."""
+        """Note the number of entries and bytes of a page that arrived."""
         fit_count = self._page_bytes * entry_count // max(1, size_bytes)
         self.count = max(1, min(fit_count, GROWTH * self.count, self._most_count))
 
     def failed(self) -> None:
-        """A page did not come."""
+        """Note that a page did not arrive."""
         self.count = 1

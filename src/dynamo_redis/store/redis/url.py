@@ -1,8 +1,7 @@
-"""Reads DYN_REDIS_URL: redis-py's connection options, checked before anything connects.
+"""Reads DYN_REDIS_URL: redis-py's connection options, checked before a connection is made.
 
-A password with a character that a URL takes for its own (`#`, `/`, `?`, ...) falls apart: a piece of it
-becomes the host, the port or an option. So the pieces are checked here, and no message repeats any of them
-but the names of options and of files.
+A password that contains a delimiter of URLs (`#`, `/`, `?`, ...) is split: a part of it becomes the host, the
+port or an option. So the parts are checked here, and messages repeat only the names of options and files.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import ssl
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import SplitResult, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 import redis.asyncio
 import redis.asyncio.connection
@@ -26,11 +25,11 @@ _ENCODE: Final = (
     "in a password write # as %23, / as %2F, ? as %3F, @ as %40, : as %3A, [ as %5B, % as %25, a space as %20"
 )
 _OPTION: Final = re.compile(r"(?:username|password)=.*|[a-z][a-z0-9_]*=[^@]*", re.DOTALL)
-"""An @ elsewhere would be that before the host: what comes before it is a password."""
+"""An @ in another option would be the one before the host: the text before it is a password."""
 _UNKNOWN_OPTION: Final = re.compile(r"unexpected keyword argument '(\w+)'")
-"""How Python words it that a connection class does not know an option."""
+"""Python's message for an option that a connection class does not know."""
 _INVALID_OPTION: Final = re.compile(r"Invalid value for '(\w+)'")
-"""How redis-py words it that an option is not of its type."""
+"""redis-py's message for an option of a wrong type."""
 _FILES: Final = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_ca_path")
 
 Parser = Callable[[str], Any]
@@ -38,7 +37,8 @@ Parser = Callable[[str], Any]
 
 
 def parse_url(url: str, parser: Parser) -> dict[str, Any]:
-    """redis-py's connection options of a URL. Raises ConfigError, which never shows a piece of a password."""
+    """Return redis-py's connection options for a URL. Raises ConfigError, which never shows part of a
+    password."""
     url = url.strip()
     _check_pieces(url)
     try:
@@ -49,13 +49,14 @@ def parse_url(url: str, parser: Parser) -> dict[str, Any]:
         raise ConfigError(f"DYN_REDIS_URL: {reason}") from None
     if options.get("db", 0) != 0:
         raise ConfigError("DYN_REDIS_URL: only database 0 is used; separate deployments by DYN_REDIS_PREFIX")
-    options.setdefault("connection_class", _default_class(parser))
+    is_async = parser is redis.asyncio.connection.parse_url
+    options.setdefault("connection_class", redis.asyncio.Connection if is_async else redis.Connection)
     _check_options(options)
     return options
 
 
 def address(options: dict[str, Any]) -> str:
-    """Where the options lead to, as it is shown: `host:port`, or a socket's path."""
+    """Return the address in the options, for display: `host:port`, or a socket's path."""
     if "path" in options:
         return str(options["path"])
     host = str(options.get("host", "localhost"))
@@ -63,12 +64,12 @@ def address(options: dict[str, Any]) -> str:
 
 
 def make_connection(options: dict[str, Any]) -> Any:
-    """An unconnected connection of the options' own class."""
+    """Return a connection of the class in the options, not yet connected."""
     return options["connection_class"](**{k: v for k, v in options.items() if k != "connection_class"})
 
 
 def _check_pieces(url: str) -> None:
-    """That each piece is what it should be, so that none is part of a password."""
+    """Check that each part of a URL is valid, so that none is part of a password. Raises ConfigError."""
     scheme, found, rest = url.partition("://")
     if not found or scheme.lower() not in ("redis", "rediss", "unix"):
         raise ConfigError(f"DYN_REDIS_URL must begin with redis://, rediss://, unix://: write {_FORM}")
@@ -84,13 +85,9 @@ def _check_pieces(url: str) -> None:
     if scheme.lower() == "unix":
         if pieces.path in ("", "/"):
             raise ConfigError("DYN_REDIS_URL: write unix:///path/of/the/socket")
-    else:
-        _check_server(pieces)
-
-
-def _check_server(pieces: SplitResult) -> None:
+        return
     user, _, host = pieces.netloc.rpartition("@")
-    # Not every Python refuses brackets there, which are an address's.
+    # Brackets belong to an IPv6 address; not every Python version refuses them in a password.
     if "[" in user or "]" in user or (host.count(":") > 1 and not host.startswith("[")):
         raise ConfigError(_wrong_server(host))
     database = unquote(pieces.path).strip("/")
@@ -106,7 +103,7 @@ def _wrong_server(rest: str) -> str:
 
 
 def _check_options(options: dict[str, Any]) -> None:
-    """That there are such options, and the files that they name. Raises ConfigError."""
+    """Check that the options exist, and the files that they name. Raises ConfigError."""
     try:
         make_connection(options)
     except (TypeError, ValueError, redis_errors.RedisError) as exc:
@@ -127,8 +124,3 @@ def _check_options(options: dict[str, Any]) -> None:
             raise ConfigError(
                 f"DYN_REDIS_URL: ssl_ca_certs: {authorities} cannot be read as certificates (PEM)"
             ) from None
-
-
-def _default_class(parser: Parser) -> type:
-    is_async = parser is redis.asyncio.connection.parse_url
-    return redis.asyncio.Connection if is_async else redis.Connection

@@ -1,7 +1,7 @@
-"""What the registry's change log and its records look like, as values. Pure.
+"""Entries of the registry's change log, and its records, as values. Pure.
 
 Each entry names its predecessor by id *and* operation, since after a failover to a slower clock the same id
-can come twice. A reader that sees an entry whose predecessor is not the last one it saw has lost history.
+can occur twice. A reader has lost history if an entry's predecessor is not the last entry that it read.
 """
 
 from __future__ import annotations
@@ -19,25 +19,26 @@ from dynamo_redis.store.base import Delete, DeleteCause, LeaseId, Put, Record, R
 from dynamo_redis.store.keys import parse_lease
 
 ChangeKind = Literal["p", "d", "r", "x", "i"]
-"""put, deleted, revoked, expired, new incarnation."""
+"""Put, deleted, revoked, expired, new incarnation."""
 
 CAUSES: Final = {"d": DeleteCause.DELETED, "r": DeleteCause.REVOKED, "x": DeleteCause.EXPIRED}
 
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """A point in a registry's history: which registry, its last change, and the operation that made it."""
+    """A point in a registry's history: its incarnation, its last change, and the operation of that change."""
 
     incarnation: str
     revision: Revision
     operation: str
 
 
-@dataclass(slots=True)  # one an entry in every process: to be frozen would cost four times as much
+@dataclass(slots=True)  # not frozen, which would make it four times as slow: each process makes one an entry
 class Change:
-    """One entry of the change log. Nobody changes it: all watches share it.
+    """One entry of the change log. Never changed, since all watches share it.
 
-    `record` is what a put wrote, None otherwise. `previous` is (revision, operation) of the entry before.
+    `record` is the record that a put wrote, else None. `previous` is (revision, operation) of the entry
+    before.
     """
 
     revision: Revision
@@ -51,7 +52,7 @@ class Change:
 
     @property
     def event(self) -> Put | Delete | None:
-        """What a watcher sees of it; None for an entry that changes no key."""
+        """The event for watchers; None for an entry that changes no key."""
         if self.record is not None:
             return Put(self.record)
         cause = CAUSES.get(self.kind)
@@ -62,18 +63,19 @@ _REVISION: Final = re.compile(r"(?:0|[1-9][0-9]*)-(?:0|[1-9][0-9]*)")
 
 
 def order(revision: Revision) -> tuple[int, int]:
-    """Sorts revisions of *one* history. Across a lost tail only equality means anything."""
+    """Return the sort key of a revision. Only revisions of *one* history can be ordered, not across a lost
+    tail."""
     milliseconds, _, counter = revision.partition("-")
     return int(milliseconds), int(counter or 0)
 
 
 def is_revision(text: str) -> bool:
-    """Whether a text has the form of a revision."""
+    """Return whether a text has the form of a revision."""
     return _REVISION.fullmatch(text) is not None
 
 
 def check_revision(revision: Revision) -> Revision:
-    """A revision that some registry may have answered. Raises ConfigError."""
+    """Return a revision if its form is valid. Raises ConfigError."""
     if not is_revision(revision) or max(order(revision)) >= 1 << 64:
         raise ConfigError(f"{revision!r} is not a revision: give one that a write or a watch answered")
     return revision
@@ -85,7 +87,7 @@ _NAMES: Final = [b"o", b"k", b"v", b"l", b"c", b"n", b"w", b"p", b"q"]
 def parse_change(entry_id: bytes, fields: list[bytes]) -> Change:
     """Read a log entry. Raises InvalidRecord for an entry this package did not write."""
     try:
-        if fields[::2] != _NAMES:  # a later release may add some, in whatever order
+        if fields[::2] != _NAMES:  # a later release may add fields, in any order
             named = dict(zip(fields[::2], fields[1::2], strict=True))
             fields = [part for name in _NAMES for part in (name, named[name])]
         _, kind_, _, key_, _, value, _, lease_, _, created, _, version, _, operation, _, before, _, its = (
@@ -113,47 +115,42 @@ def parse_change(entry_id: bytes, fields: list[bytes]) -> Change:
 
 
 def size_bytes(changes: Sequence[Change]) -> int:
-    """How many bytes of values are in them."""
+    """Return the size of all values in changes."""
     return sum(len(change.record.value) for change in changes if change.record is not None)
 
 
 def parse_record(key: str, packed: bytes) -> Record | None:
-    """Read a packed record, as scripts answer it; None for the empty answer "there is none".
+    """Read a packed record from a script's answer; return None for the empty answer, which means absent.
 
-    Raises InvalidRecord for one that no script wrote. Fields of a later minor, at its end, are ignored.
+    Raises InvalidRecord for a value that no script wrote. Further fields of a later minor version are
+    ignored.
     """
     try:
         return _record(key, *msgpack.unpackb(packed, raw=True)) if packed else None
-    except Exception as exc:  # msgpack has many, and a hash that others write has what they like
+    except Exception as exc:  # msgpack raises many kinds, and another program may have written any value
         reason = f"no script of the registry wrote it: {exc!r}"
         raise InvalidRecord("a record of the registry", reason, key=key, remedy=removal(key)) from exc
 
 
 def parse_records(pairs: Sequence[bytes], into: dict[str, Record], invalid: dict[str, InvalidRecord]) -> None:
-    """Read a page of key, packed record, key, packed record, … Those that cannot be read go to `invalid`."""
+    """Read a page of key, packed record, key, packed record, … Unreadable ones go to `invalid`."""
     records = msgpack.Unpacker(raw=True, max_buffer_size=0)
     records.feed(b"".join(pairs[1::2]))
     try:
         for raw_key, fields in zip(pairs[::2], records, strict=True):
             key = raw_key.decode()
             into[key] = _record(key, *fields)
-    except Exception:  # noqa: BLE001 - one of them is damaged: which one?
-        _parse_one_by_one(pairs, into, invalid)
-
-
-def _parse_one_by_one(
-    pairs: Sequence[bytes], into: dict[str, Record], invalid: dict[str, InvalidRecord]
-) -> None:
-    for raw_key, packed in zip(pairs[::2], pairs[1::2], strict=True):
-        key = raw_key.decode("utf-8", "backslashreplace")
-        into.pop(key, None)
-        try:
-            record = parse_record(key, packed)
-        except InvalidRecord as exc:
-            invalid[key] = exc
-        else:
-            if record is not None:
-                into[key] = record
+    except Exception:  # noqa: BLE001 - one of them is damaged: read them one by one to find it
+        for raw_key, packed in zip(pairs[::2], pairs[1::2], strict=True):
+            key = raw_key.decode("utf-8", "backslashreplace")
+            into.pop(key, None)
+            try:
+                record = parse_record(key, packed)
+            except InvalidRecord as exc:
+                invalid[key] = exc
+            else:
+                if record is not None:
+                    into[key] = record
 
 
 def _record(

@@ -1,4 +1,4 @@
-"""Removes a whole registry, with its objects and events: for tests that share a server with others."""
+"""Removes a whole registry, with its objects and events: for tests that share a server."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _KEYS_A_CALL = 500
 
 
 async def erase_prefix(url: str, prefix: str, *, timeout_s: float = 3.0) -> int:
-    """Delete every key of the registry `prefix` and answer how many there were. Raises StoreError.
+    """Delete every key of the registry `prefix`; return their number. Raises StoreError.
 
-    No process may use it any more: what is written meanwhile may stay.
+    No process may use the registry any more: a key that is written meanwhile may stay.
     """
     client = RedisClient(url, timeout_s=timeout_s)
     erased = 0

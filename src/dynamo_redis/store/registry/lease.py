@@ -1,13 +1,13 @@
 """Keeping a lease: the writer chain, and the thread that renews the lease and watches the event loop.
 
-The thread has its own connection, so that a busy event loop costs no lease. It renews when `RENEW_AFTER`
-of the TTL have passed, which leaves time for two attempts. While the server lets in no further connection,
-because it has as many as it allows, say, it renews over those that the event loop has.
+The thread has its own connection, so that a busy event loop loses no lease. It renews when `RENEW_AFTER` of
+the TTL have passed, which leaves time for two attempts. While the server refuses new connections because of
+its limit, the thread renews over the event loop's connections.
 
-It also watches a heartbeat of the event loop: stalled for `STALL_TTLS` TTLs, the lease is kept, but each
-registered key gets its `stalled_value`, so that no client chooses this process. Stalled for
-`DYN_LOOP_STALL_S`, renewal stops and the lease ends. C code that holds the interpreter lock for so long stops
-this thread too: then the lease ends after its TTL.
+It also watches a heartbeat of the event loop. When the loop has stalled for `STALL_TTLS` TTLs, the lease is
+kept, but each registered key gets its `stalled_value`, so that clients choose another process. When the loop
+has stalled for `DYN_LOOP_STALL_S`, renewal stops and the lease ends. C code that holds the interpreter lock
+stops this thread too: then the lease ends after its TTL.
 """
 
 from __future__ import annotations
@@ -46,29 +46,32 @@ Ts = TypeVarTuple("Ts")
 
 STALL_TTLS: Final = 2.0
 RENEW_AFTER: Final = 0.6
-"""Of the time that the lease has left. A tenth later is a sixth less work for Redis than at half-way."""
+"""Part of the remaining TTL after which a lease is renewed: a sixth less work for Redis than at 0.5."""
 REFUSED_RETRY_S: Final = 0.5
 REFUSED_RETRIES_A_TTL_COUNT: Final = 32
 REFUSED_RETRIES_A_SECOND_COUNT: Final = 20_000
-"""How often a renewal is tried again that a server refuses, and the most that all processes together try.
+"""Limits of the retries of a refused renewal: a time, a number a TTL, and a rate of all processes together.
 
-The service clock stands while a server refuses all writes: many attempts fall into the time that counts."""
+The service clock stops while a server refuses all writes, so many attempts fit into the lease's time."""
 _ATTEMPT: Final = 0.2
-"""Of the TTL: so long one exchange may take."""
+"""Longest time of one exchange, as a part of the TTL."""
 CLOSE_TIMEOUT_S: Final = 1.0
 REMEMBERED_COUNT: Final = 1000
 
 
 class WriterChain:
-    """What the registry should say was this lease's last write by its owner. Shared by two threads.
+    """The writes of a lease by its owner, to compare with the last write that the registry has. Thread-safe.
 
-    The registry keeps `"revision operation previous"` for each lease, `previous` being the operation of the
-    write before, or "" for the one that the lease was granted with. If it names another write than the last
-    one acknowledged here, an acknowledged write was lost in a failover, or the lease has ended and been
-    granted again; unless it names one that is under way, or whose outcome is unknown here, and that follows
-    the last acknowledged one: then that one arrived.
+    The registry keeps `"revision operation previous"` for each lease. `previous` is the operation of the
+    write before, or "" for the write with which the lease was granted. There are three cases:
 
-    Only the last `REMEMBERED_COUNT` operations are remembered; one that is forgotten costs a needless repair.
+    - The registry names the last write acknowledged here: all is well.
+    - It names a write that is under way, or of unknown outcome, and that follows the last acknowledged one:
+      that write arrived.
+    - It names another write: an acknowledged write was lost in a failover, or the lease has ended and was
+      granted again.
+
+    Only the last `REMEMBERED_COUNT` operations are remembered; a forgotten one causes a needless repair.
     """
 
     def __init__(self) -> None:
@@ -81,16 +84,16 @@ class WriterChain:
         self._changes = 0
 
     def begin(self, operation: str) -> None:
-        """A write is about to be sent."""
+        """Note that a write is about to be sent."""
         with self._lock:
             self._in_flight.add(operation)
             self._changes += 1
 
     def acknowledged(self, operation: str, revision: Revision | None, follows: str | None = None) -> bool:
-        """It was answered; `revision` is None if it changed nothing.
+        """Note the answer to a write; `revision` is None if it changed nothing.
 
-        Answers whether it `follows` what it should (None: not known, taken for granted). If not, nothing
-        agrees any more until things are settled.
+        Return whether `follows`, the operation before it in the registry, is the last one acknowledged here
+        (None: unknown, taken as right). If not, `agrees` is False until `settle`.
         """
         with self._lock:
             self._in_flight.discard(operation)
@@ -102,18 +105,18 @@ class WriterChain:
             return connects
 
     def in_doubt(self, operation: str) -> None:
-        """Its outcome is unknown."""
+        """Note that the outcome of a write is unknown."""
         with self._lock:
             self._in_flight.discard(operation)
             self._doubtful.append(operation)
 
     def expects(self, operation: str) -> bool:
-        """Whether a write that the log shows is one that is under way, or whose answer has come."""
+        """Return whether an operation in the log is a write under way, or one that was answered."""
         with self._lock:
             return operation in self._in_flight or operation in self._done
 
     def settle(self, last_write: str) -> None:
-        """Take the registry's word, after everything of this lease was compared with it."""
+        """Accept the registry's last write, after all keys of this lease were compared with the registry."""
         revision, operation, _ = _parse(last_write)
         with self._lock:
             self._last = (revision, operation)
@@ -122,7 +125,7 @@ class WriterChain:
             self._changes += 1
 
     def agrees(self, last_write: str) -> bool:
-        """Whether the registry's word fits what was written here."""
+        """Return whether the registry's last write fits the writes of this process."""
         revision, operation, previous = _parse(last_write)
         with self._lock:
             if self._broken or (revision, operation) == self._last:
@@ -131,17 +134,17 @@ class WriterChain:
             return may_be and previous == self._last[1]
 
     def observe(self) -> int | None:
-        """A mark to compare with after an exchange; None while a write is in flight."""
+        """Return a mark to compare after an exchange; None while a write is in flight."""
         with self._lock:
             return None if self._in_flight else self._changes
 
     def diverged(self, mark: int | None, last_write: str) -> bool:
-        """Whether an acknowledged write is missing; False if writes went on since `mark`."""
+        """Return whether an acknowledged write is missing; False if there were writes since `mark`."""
         return mark is not None and mark == self.observe() and not self.agrees(last_write)
 
 
 def _parse(last_write: str) -> tuple[str, str, str]:
-    """Revision, operation and previous one; all empty for what no script wrote, as if there were none."""
+    """Return revision, operation and previous operation; all empty for a text that no script wrote."""
     revision, _, operations = last_write.partition(" ")
     if not is_revision(revision):
         return "", "", ""
@@ -150,13 +153,7 @@ def _parse(last_write: str) -> tuple[str, str, str]:
 
 
 class Keepalive:
-    """Renews one lease from a thread, from the first `granted` to `aclose`.
-
-    `on_disturbance` is called on the event loop, with a reason, when the registered keys must be compared
-    with the registry, `on_renewed` after each renewal, `on_refused` when the server has refused one, and
-    `on_gone` when there is no lease to renew.
-    `stalled_values` is called from the thread.
-    """
+    """Renews one lease from a thread, from the first `granted` to `aclose`."""
 
     def __init__(
         self,
@@ -173,19 +170,29 @@ class Keepalive:
         on_gone: Callable[[], None],
         stalled_values: Callable[[], Sequence[tuple[str, bytes]]],
     ) -> None:
+        """Make a keepalive that is idle until `granted`. The first four callbacks run on the event loop.
+
+        Args:
+            loop_stall_s: Stall of the event loop after which the lease is given up; 0: never.
+            on_disturbance: Called with a reason when the registered keys must be compared with the registry.
+            on_renewed: Called after each renewal.
+            on_refused: Called when the server has refused a renewal.
+            on_gone: Called when the lease no longer exists.
+            stalled_values: Called from the thread: keys and values to write while the event loop hangs.
+        """
         self._client = client
         self._keys = keys
         self._lease = lease
         self._chain = chain
         self._ttl_s = ttl_s
-        # Below a TTL a hang is nothing to give up for; 0 means never.
+        # A hang shorter than the TTL is no reason to give up.
         self._loop_stall_s = max(loop_stall_s, ttl_s) if loop_stall_s else float("inf")
         self._on_disturbance = on_disturbance
         self._on_renewed = on_renewed
         self._on_refused = on_refused
         self._on_gone = on_gone
         self._stalled_values = stalled_values
-        self._lock = threading.Lock()  # over the next four, which both threads write
+        self._lock = threading.Lock()  # guards the next four, which both threads write
         self._grant_count = 0
         self._incarnation = ""
         self._deadline = 0.0
@@ -207,7 +214,7 @@ class Keepalive:
     # ------------------------------------------------------------------ on the event loop
 
     def granted(self, incarnation: str, sent_at: float) -> None:
-        """The lease was granted by a call sent at `sent_at` (monotonic): keep it from now on."""
+        """Keep the lease from now on, which was granted by a call sent at `sent_at` (monotonic)."""
         with self._lock:
             self._grant_count += 1
             self._incarnation = incarnation
@@ -224,11 +231,11 @@ class Keepalive:
         assert self._loop is not None
         self._beat_at = time.monotonic()
         if self._connection is not None and self._beat_at - self._step_began_at > self._ttl_s:
-            self._connection.abort()  # an answer that drips moves each time-out of the thread's
+            self._connection.abort()  # an answer that drips extends each time-out of the thread
         self._heartbeat = self._loop.call_later(self._poll_s, self._beat)
 
     async def aclose(self) -> None:
-        """Stop the thread. It ends after the exchange it is in; waits at most `CLOSE_TIMEOUT_S` for that."""
+        """Stop the thread after its present exchange; wait for that at most `CLOSE_TIMEOUT_S`."""
         self._stopping = True
         self._wake.set()
         if self._heartbeat is not None:
@@ -255,19 +262,19 @@ class Keepalive:
         self._connection, self._step_began_at = connection, time.monotonic()
         try:
             with suppress(StoreError):
-                connection.connect()  # a refusal shows now, not when the lease is about to end
+                connection.connect()  # so that a refusal shows now, not when the lease is about to end
             self._step_began_at = float("inf")
             while not self._stopping:
                 self._wake.wait(max(0.0, min(self._poll_s, self._renew_at - time.monotonic())))
                 self._wake.clear()
                 if not self._stopping:
                     self._step_began_at = time.monotonic()
-                    self._step(connection)
+                    self._renew_and_watch(connection)
                     self._step_began_at = float("inf")
         finally:
             connection.close()
 
-    def _step(self, connection: SyncConnection) -> None:
+    def _renew_and_watch(self, connection: SyncConnection) -> None:
         stalled_s = time.monotonic() - self._beat_at
         try:
             if stalled_s >= self._loop_stall_s:
@@ -277,7 +284,7 @@ class Keepalive:
         except StoreError as exc:
             logger.debug("keepalive: %s", exc)
             if exc.answered:
-                self._tell(self._on_refused, exc)
+                self._call_on_loop(self._on_refused, exc)
             self._try_again_in(self._refused_retry_s() if exc.answered else self._backoff.next_s())
         except Exception:
             logger.exception("the lease could not be renewed, trying again")
@@ -303,14 +310,14 @@ class Keepalive:
             grant, incarnation = self._grant_count, self._incarnation
         mark = self._chain.observe()
         try:
-            renewal, sent_at = self._keep_alive(connection, incarnation)
+            renewal, sent_at = self._send_renewal(connection, incarnation)
         except (LeaseNotFound, Wiped, OtherIncarnation) as exc:
             with self._lock:
                 if grant != self._grant_count:
-                    return  # granted meanwhile: this was about the lease before
+                    return  # granted again meanwhile: the error concerns the lease before
                 # Only the event loop grants it again, together with the keys; `granted` then resumes this.
                 self._renew_at = float("inf")
-            self._tell(self._on_gone)
+            self._call_on_loop(self._on_gone)
             self._disturb(str(exc))
             return
         self._backoff.reset()
@@ -319,18 +326,19 @@ class Keepalive:
             if grant == self._grant_count:
                 self._deadline = sent_at + self._ttl_s
                 self._renew_at = self._renewal_time()
-        self._tell(self._on_renewed, renewal)
+        self._call_on_loop(self._on_renewed, renewal)
         if self._chain.diverged(mark, renewal.last_write):
             self._disturb("the registry lost a write")
 
-    def _keep_alive(self, connection: SyncConnection, incarnation: str) -> tuple[Renewal, float]:
-        """Renew over the thread's own connection; over the event loop's if the server is full and lets it in
-        no more. Answers when the renewal was sent, too."""
+    def _send_renewal(self, connection: SyncConnection, incarnation: str) -> tuple[Renewal, float]:
+        """Renew over the thread's own connection, or over the event loop's if the server has no room for it.
+
+        Returns the renewal, and the time at which it was sent."""
         keys, lease, ttl_s, sent_at = self._keys, self._lease, self._ttl_s, time.monotonic()
         try:
             return keep_alive(connection, keys, incarnation, lease, ttl_s), sent_at
         except StoreError as exc:
-            if not is_full(exc):  # where it is away, a second attempt would take the time of the next
+            if not is_full(exc):  # a server that is away would take the time of the next attempt
                 raise
             logger.debug("keepalive: %s; trying the event loop's connections", exc)
         assert self._loop is not None
@@ -345,7 +353,9 @@ class Keepalive:
                     "the event loop hangs since %.1f s: marking this process as not ready", stalled_s
                 )
             if not self._marked_stalled:
-                self._write_stalled(connection)
+                puts = [OwnedPut(key, value, owned=True) for key, value in self._stalled_values()]
+                for start in range(0, len(puts), ALWAYS_FIT_COUNT):
+                    self._write_from_thread(connection, puts[start : start + ALWAYS_FIT_COUNT])
                 self._marked_stalled = True
         elif self._hangs:
             self._hangs = self._marked_stalled = self._gave_up = False
@@ -354,11 +364,6 @@ class Keepalive:
         if stalled_s >= self._loop_stall_s and not self._gave_up:
             self._gave_up = True
             logger.error("the event loop hangs since %.1f s: giving up the lease", stalled_s)
-
-    def _write_stalled(self, connection: SyncConnection) -> None:
-        puts = [OwnedPut(key, value, owned=True) for key, value in self._stalled_values()]
-        for start in range(0, len(puts), ALWAYS_FIT_COUNT):
-            self._write_from_thread(connection, puts[start : start + ALWAYS_FIT_COUNT])
 
     def _write_from_thread(self, connection: SyncConnection, puts: Sequence[OwnedPut]) -> None:
         operation = new_operation()
@@ -380,10 +385,10 @@ class Keepalive:
             self._chain.acknowledged(operation, revision, written.follows)
 
     def _disturb(self, reason: str) -> None:
-        self._tell(self._on_disturbance, reason)
+        self._call_on_loop(self._on_disturbance, reason)
 
-    def _tell(self, call: Callable[[*Ts], None], *arguments: *Ts) -> None:
-        """Call this on the event loop."""
+    def _call_on_loop(self, call: Callable[[*Ts], None], *arguments: *Ts) -> None:
+        """Call a function on the event loop."""
         assert self._loop is not None
         try:
             self._loop.call_soon_threadsafe(call, *arguments)

@@ -1,9 +1,9 @@
-"""The one reader of the change log in a process: follows it, notices lost history, and feeds the watches.
+"""The one reader of the change log in a process: follows it, detects lost history, and feeds the watches.
 
-It keeps a position. An entry whose predecessor is not that position, a position that the registry no longer
-has (compared after each empty read and each reconnect), or another incarnation mean that history was lost:
-then every view is read again and every watch gets the difference. A broken connection alone means nothing:
-reading goes on at the position.
+It keeps a position. History was lost if an entry's predecessor is not that position, if the registry no
+longer has the position (compared after each empty read and each reconnect), or if the incarnation is another.
+Then every view is read again, and every watch gets the difference. A broken connection alone loses no
+history: reading continues at the position.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ logger = logging.getLogger(__name__)
 BLOCK_S: Final = 2.0
 CATCH_UP_POLL_S: Final = 0.002
 RESYNC_WINDOW_S: Final = 5.0
-"""Longest that a resync is put off so that not all processes read at once."""
+"""Longest delay of a resync, so that not all processes read at once."""
 RESYNC_S: Final = 0.0002
 RESYNC_RECORD_S: Final = 2e-6
-"""What a server needs for one process's resync, and for each record of it."""
+"""Time that a server needs for one process's resync, and for each record of it."""
 CONNECTIONS_A_PROCESS: Final = 4
 
 
 def spread_s(process_count: int) -> float:
-    """A random wait that keeps that many processes from doing the same at once; at most 1 s."""
+    """Return a random wait, at most 1 s, that spreads the same action of that many processes."""
     return random.uniform(0, min(1.0, 0.05 * max(1.0, process_count / 8)))  # noqa: S311 - jitter
 
 
 class LogReader:
     """Follows the log from `start` to `aclose`, in a task of its own.
 
-    `on_changes` is called with the entries read, in order; `on_disturbance` with a reason, after a
-    reconnect or lost history. Both run on the event loop and must not raise.
+    `on_changes` is called with the changes read, in order; `on_disturbance` with a reason, after a
+    reconnect or lost history. Both are called on the event loop and must not raise.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class LogReader:
         self._on_changes = on_changes
         self._on_disturbance = on_disturbance
         self._position: Position | None = None
-        self._cursor = Revision("")  # the last entry that was read, also one that is nobody's change
+        self._cursor = Revision("")  # the last entry read, also one that is not a change of the registry
         self._lost: str | None = None
         self._supervisor = Supervisor(logger, "registry log reader")
         self._loading = asyncio.Lock()
@@ -73,12 +73,12 @@ class LogReader:
 
     @property
     def position(self) -> Position:
-        """Where the reader is."""
+        """Position of the last change read."""
         assert self._position is not None, "the registry has not been started"
         return self._position
 
     def start(self, position: Position) -> None:
-        """Follow the log from there."""
+        """Follow the log from `position` on."""
         self._position = position
         self._task = asyncio.create_task(self._run(), name="registry log reader")
 
@@ -103,7 +103,7 @@ class LogReader:
                 await self._follow()
             except HistoryLost as exc:
                 self._lost = str(exc)
-                await asyncio.sleep(backoff.next_s())  # what a stranger has written may be found again
+                await asyncio.sleep(backoff.next_s())  # an entry of another program may be found again
             except StoreError as exc:
                 self._kv.log_page.failed()
                 self._health.failed(await self._kv.client.named(exc, self._kv.keys.structures))
@@ -114,7 +114,7 @@ class LogReader:
                 await asyncio.sleep(backoff.next_s())
 
     async def _read_once(self) -> None:
-        """Read without waiting. Only now is it known that the log can be read, not only asked for its end."""
+        """Read once without blocking, which also shows whether the log can be read at all."""
         self._cursor = self.position.revision
         read = pack("XREAD", "COUNT", 1, "STREAMS", self._kv.keys.log, self._cursor)
         reply = await self._connection.execute(read, block_s=0.0)
@@ -125,7 +125,7 @@ class LogReader:
             self._advance(reply[0][1])
 
     async def _follow(self) -> None:
-        """Read until something is wrong."""
+        """Read entries until a read fails."""
         page, block_ms, count, read_after = self._kv.log_page, round(BLOCK_S * 1000), 0, b""
         while True:
             if count != page.count:
@@ -138,10 +138,10 @@ class LogReader:
             else:
                 changes = self._advance(reply[0][1])
                 page.took(len(changes), size_bytes(changes))
-                await asyncio.sleep(0)  # whoever waits for these changes comes first, then the next read
+                await asyncio.sleep(0)  # the readers of these changes run before the next read
 
     def _advance(self, entries: Sequence[Any]) -> Sequence[Change]:
-        """Take in entries; answers the changes that they are."""
+        """Move the position past entries; return the changes in them."""
         changes = parse_changes(entries, self._leave_out)
         check_chain(self.position.revision, self.position.operation, changes)
         self._cursor = Revision(entries[-1][0].decode())
@@ -157,10 +157,10 @@ class LogReader:
         self._supervisor.skip(exc.key, exc)
 
     async def _verify(self) -> None:
-        """That the registry still has the reader's position; otherwise, and after lost history, resync."""
+        """Check that the registry still has the reader's position; resync if not, and after lost history."""
         now = await self._kv.position()
         if now is None or self._compare(now):
-            # The log itself tells: what a script has logged and not yet made is not in the head.
+            # The log decides: a change that a script has logged and not yet applied is not in the head.
             now = await self._kv.initialize()
         reason = self._compare(now) or self._lost
         if reason is not None:
@@ -179,39 +179,34 @@ class LogReader:
         return None
 
     async def _resync(self, reason: str) -> None:
-        await self._take_turns()
+        # Wait a random time, long enough for all processes to read their views one after the other. Their
+        # number is that of the leases, or follows from the connections if INFO is allowed: frontends have no
+        # lease.
+        process_count = max(self.process_count, await self._kv.client_count() // CONNECTIONS_A_PROCESS)
+        record_count = sum(len(view.records) for view in self.fanout.views.values())
+        window_s = min(RESYNC_WINDOW_S, process_count * (RESYNC_S + record_count * RESYNC_RECORD_S))
+        await asyncio.sleep(random.uniform(0, window_s))  # noqa: S311 - jitter
         async with self._loading:
             position = await self._kv.initialize()
-            views = list(self.fanout.views.values())  # others may come and go meanwhile
+            views = list(self.fanout.views.values())  # views may be added and removed meanwhile
             loaded = [(view, *await self._kv.snapshot(view.prefix)) for view in views]
             if any(at.incarnation != position.incarnation for _, _, at in loaded):
                 raise HistoryLost("the registry was wiped")
             for view, snapshot, at in loaded:
-                self._name_invalid(snapshot)
+                self._leave_out_invalid(snapshot)
                 view.replace(snapshot, at, reason)
             self._position, self._cursor = position, position.revision
         logger.info("resync of %d watched prefixes: %s", len(loaded), reason)
         self._on_disturbance(reason)
 
-    def _name_invalid(self, snapshot: Snapshot) -> None:
+    def _leave_out_invalid(self, snapshot: Snapshot) -> None:
         for exc in snapshot.invalid:
             self._leave_out(exc)
-
-    async def _take_turns(self) -> None:
-        """Wait a random time, long enough for all processes to read what they watch one after the other.
-
-        How many there are is told by the leases, and by the connections where INFO is allowed: frontends
-        have no lease.
-        """
-        crowd = max(self.process_count, await self._kv.client_count() // CONNECTIONS_A_PROCESS)
-        record_count = sum(len(view.records) for view in self.fanout.views.values())
-        window_s = min(RESYNC_WINDOW_S, crowd * (RESYNC_S + record_count * RESYNC_RECORD_S))
-        await asyncio.sleep(random.uniform(0, window_s))  # noqa: S311 - jitter
 
     # ------------------------------------------------------------------ watches
 
     def watch(self, prefix: str, start_revision: Revision | None) -> QueueWatch:
-        """A new watch; a task loads what it begins with."""
+        """Return a new watch; a task loads its first batch."""
         watch = self.fanout.watch(prefix, after=start_revision is not None)
         if not watch.view.is_loaded or start_revision is not None:
             task = asyncio.create_task(self._load(watch, start_revision), name=f"watch of {prefix!r}")
@@ -245,26 +240,23 @@ class LogReader:
                     snapshot, position = await self._kv.snapshot(view.prefix)
                     if position.incarnation != self.position.incarnation:
                         raise HistoryLost("the registry was wiped")
-                    self._name_invalid(snapshot)
+                    self._leave_out_invalid(snapshot)
                     view.finish_load(snapshot, position)
 
     async def _load_history(self, watch: QueueWatch, start_revision: Revision) -> None:
-        """What happened between `start_revision` and the view's position. Raises Compacted."""
+        """Load the changes from `start_revision` to the view's position. Raises Compacted."""
         now = await self._kv.position()
         try:
             if now is None or order(now.revision) < order(start_revision):
                 raise Compacted(start_revision)
-            await self._catch_up(watch, start_revision)
+            # Wait until the view has reached the revision.
+            loop = asyncio.get_running_loop()
+            deadline = loop.time() + self._kv.client.timeout_s
+            while (at := watch.view.position) is None or order(at.revision) < order(start_revision):
+                if loop.time() > deadline:
+                    raise StoreUnavailable("the change log is not being read")
+                await asyncio.sleep(CATCH_UP_POLL_S)
             joined = watch.join()
             watch.begin_with(await self._kv.changes(start_revision, None, joined), joined.revision)
         except (HistoryLost, ValueError) as exc:
             raise Compacted(start_revision) from exc
-
-    async def _catch_up(self, watch: QueueWatch, revision: Revision) -> None:
-        """Wait until the view has reached a revision that the registry has."""
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._kv.client.timeout_s
-        while watch.view.position is None or order(watch.view.position.revision) < order(revision):
-            if loop.time() > deadline:
-                raise StoreUnavailable("the change log is not being read")
-            await asyncio.sleep(CATCH_UP_POLL_S)

@@ -1,8 +1,8 @@
-"""The registry in memory: for tests, and for programs that live in one process.
+"""The registry in memory: for tests, and for programs that run in one process.
 
-`MemoryServer` is what several registries share, as they would share a Redis. It follows the same rules as the
-Lua scripts, written down a second time: the contract suite runs on both, and a model test compares them.
-Everything runs on one event loop. Leases count on the given clock.
+Several registries share one `MemoryServer`, as they would share a Redis. It implements the rules of the Lua
+scripts a second time: the contract suite runs on both, and a model test compares them. All calls are made on
+one event loop. Leases count on the given clock.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from dynamo_redis.store.registry.operations import KeyOperations
 from dynamo_redis.store.registry.registrations import Registrations
 from dynamo_redis.store.registry.scripts_api import (
     CompareFailed,
+    LeaseState,
     Operation,
     OtherIncarnation,
-    Owned,
     OwnedDelete,
     OwnedPut,
     Written,
@@ -54,7 +54,7 @@ PULSE_S: Final = 0.05
 
 
 class MemoryServer:
-    """One registry's state. Every method is one atomic step, as one script is."""
+    """The state of one registry. Every method is one atomic step, as a script is."""
 
     def __init__(self, clock: Clock = SYSTEM_CLOCK) -> None:
         self._clock = clock
@@ -73,15 +73,16 @@ class MemoryServer:
         self._fresh: list[Change] = []
         self._emit("i", "", None, new_operation())
 
-    # ------------------------------------------------------------------ who follows
+    # ------------------------------------------------------------------ followers
 
     def follow(self, on_changes: Callable[[Sequence[Change]], None], on_wipe: Callable[[], None]) -> None:
-        """Call these, from the event loop and in order, for each step's changes and for each wipe."""
+        """Call `on_changes` for each step's changes and `on_wipe` for each wipe, on the event loop and in
+        order."""
         self._followers.append(on_changes)
         self._wipe_followers.append(on_wipe)
 
     def unfollow(self, on_changes: Callable[[Sequence[Change]], None], on_wipe: Callable[[], None]) -> None:
-        """Stop that."""
+        """Stop calling these functions."""
         self._followers.remove(on_changes)
         self._wipe_followers.remove(on_wipe)
 
@@ -92,14 +93,14 @@ class MemoryServer:
                 asyncio.get_running_loop().call_soon(follower, changes)
 
     def wipe(self) -> None:
-        """Lose everything, as FLUSHALL does."""
+        """Delete all state, as FLUSHALL does."""
         self._begin()
         self._fresh.clear()
         for follower in self._wipe_followers:
             asyncio.get_running_loop().call_soon(follower)
 
     def compact(self) -> None:
-        """Forget the change log but its last entry."""
+        """Delete the change log except its last entry."""
         last = self.log[-1]
         self.log.clear()
         self.log.append(last)
@@ -108,11 +109,11 @@ class MemoryServer:
 
     @property
     def position(self) -> Position:
-        """The last change."""
+        """Position of the last change."""
         return Position(self.incarnation, *self._last)
 
     def reap(self) -> None:
-        """End the leases that have run out."""
+        """End the leases that have expired."""
         operation = new_operation()
         now = self._clock.monotonic()
         for lease in [lease for lease, deadline in self._deadlines.items() if deadline <= now]:
@@ -120,7 +121,7 @@ class MemoryServer:
         self._publish()
 
     def renew(self, incarnation: str, lease: LeaseId, ttl_s: float) -> bool:
-        """Keep a lease alive; False if it has ended."""
+        """Renew a lease; return False if it has ended."""
         self.reap()
         if incarnation != self.incarnation or lease not in self._deadlines:
             return False
@@ -133,22 +134,22 @@ class MemoryServer:
         self._finish(lease, "r", new_operation())
         self._publish()
 
-    def read(self, keys: Sequence[str], lease: LeaseId | None) -> Owned:
-        """Keys, and the state of a lease."""
+    def read(self, keys: Sequence[str], lease: LeaseId | None) -> LeaseState:
+        """Return the records of keys, and the state of a lease."""
         self.reap()
         found = {key: self.records[key] for key in keys if key in self.records}
         last_write = "" if lease is None else self._last_writes.get(lease, "")
         names = frozenset(key for key, record in self.records.items() if lease and record.lease == lease)
-        return Owned(self.position, lease in self._deadlines, last_write, names, found)
+        return LeaseState(self.position, lease in self._deadlines, last_write, names, found)
 
     def snapshot(self, prefix: str) -> Snapshot:
-        """All records under a prefix."""
+        """Return all records under a prefix."""
         self.reap()
         keys = sorted(key for key in self.records if key.startswith(prefix))
         return Snapshot(tuple(self.records[key] for key in keys), self._last[0])
 
     def changes_after(self, revision: Revision) -> list[Change]:
-        """The log behind a revision. Raises Compacted."""
+        """Return the changes after a revision. Raises Compacted."""
         if revision == self._last[0]:
             return []
         changes = list(self.log)
@@ -166,11 +167,14 @@ class MemoryServer:
         ttl_s: float,
         operation: str,
     ) -> Written:
-        """Make changes if all comparisons hold."""
+        """Apply operations if all comparisons hold."""
         self.reap()
         if incarnation not in ("", self.incarnation):
             raise OtherIncarnation(self.incarnation)
-        self._check_size([*(op.key for op in operations), *(compare.key for compare in compares)])
+        keys = [*(op.key for op in operations), *(compare.key for compare in compares)]
+        found_bytes = sum(len(self.records[key].value) for key in keys if key in self.records)
+        if len(keys) > ALWAYS_FIT_COUNT and found_bytes > TRANSACTION_MAX_BYTES:
+            raise ConfigError(transaction_too_large("finds", found_bytes))
         for index, compare in enumerate(compares):
             found = self.records.get(compare.key)
             if (found.mod_revision if found else None) != compare.mod_revision:
@@ -189,30 +193,22 @@ class MemoryServer:
 
     # ------------------------------------------------------------------ inside a step
 
-    def _check_size(self, keys: Sequence[str]) -> None:
-        size_bytes = sum(len(self.records[key].value) for key in keys if key in self.records)
-        if len(keys) > ALWAYS_FIT_COUNT and size_bytes > TRANSACTION_MAX_BYTES:
-            raise ConfigError(transaction_too_large("finds", size_bytes))
-
     def _apply(self, op: Operation, lease: LeaseId | None, operation: str) -> bool:
         old = self.records.get(op.key)
         owned = isinstance(op, OwnedDelete) or (isinstance(op, OwnedPut) and op.owned)
         if owned and (old is None or old.lease != lease):
             return False
         if isinstance(op, PutOp | OwnedPut):
-            self._put(op.key, op.value, old, lease, operation)
+            revision = self._next_revision()
+            created, version = (old.create_revision, old.version + 1) if old else (revision, 1)
+            record = Record(op.key, op.value, created, revision, version, lease)
+            self.records[op.key] = record
+            self._emit("p", op.key, lease, operation, record)
         elif old is None:
             return False
         else:
             self._remove(old, "d", operation)
         return True
-
-    def _put(self, key: str, value: bytes, old: Record | None, lease: LeaseId | None, operation: str) -> None:
-        revision = self._next_revision()
-        created, version = (old.create_revision, old.version + 1) if old else (revision, 1)
-        record = Record(key, value, created, revision, version, lease)
-        self.records[key] = record
-        self._emit("p", key, lease, operation, record)
 
     def _remove(self, record: Record, kind: ChangeKind, operation: str) -> None:
         del self.records[record.key]
@@ -251,7 +247,7 @@ class MemoryStorage:
     def __init__(self, server: MemoryServer) -> None:
         self.server = server
 
-    async def read(self, keys: Sequence[str], lease: LeaseId | None = None) -> Owned:
+    async def read(self, keys: Sequence[str], lease: LeaseId | None = None) -> LeaseState:
         return self.server.read(keys, lease)
 
     async def snapshot(self, prefix: str) -> tuple[Snapshot, Position]:
@@ -275,8 +271,8 @@ class MemoryStorage:
 class MemoryRegistry(KeyOperations):
     """A process's view of a `MemoryServer`; see `base.Registry`.
 
-    It has no thread: the lease is renewed by a task, and a hanging event loop hangs the server as well, so
-    that `stalled_value` is never written.
+    A task renews the lease, not a thread. An event loop that hangs stops the server as well, so
+    `stalled_value` is never written.
     """
 
     def __init__(
@@ -330,7 +326,7 @@ class MemoryRegistry(KeyOperations):
         self._server.revoke(self._lease)
 
     async def abandon(self) -> None:
-        """Stop as a killed process does: the lease runs out."""
+        """Stop as a killed process does: the lease expires."""
         if self._pulse is not None:
             self._server.unfollow(self._on_changes, self._on_wipe)
             self._pulse.cancel()
@@ -378,7 +374,7 @@ class MemoryRegistry(KeyOperations):
                 watch.begin_with(known, joined.revision)
         return watch
 
-    # ------------------------------------------------------------------ what the server tells
+    # ------------------------------------------------------------------ called by the server
 
     def _on_grant(self, incarnation: str, _sent_at: float) -> None:
         self._incarnation = incarnation

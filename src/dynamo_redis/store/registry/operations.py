@@ -1,4 +1,4 @@
-"""Reads and plain writes of a registry, on whatever stores it."""
+"""Reads and plain writes of a registry, on any `Storage`."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from dynamo_redis.store.base import Compare, DeleteOp, LeaseId, PutOp, Record, R
 from dynamo_redis.store.keys import check_key, check_prefix, check_transaction, check_value
 from dynamo_redis.store.redis.deadline import Deadline
 from dynamo_redis.store.registry.change_log import Position
-from dynamo_redis.store.registry.scripts_api import CompareFailed, Operation, Owned, Written
+from dynamo_redis.store.registry.scripts_api import CompareFailed, LeaseState, Operation, Written
 
 
 class Storage(Protocol):
-    """What a registry is stored in: Redis (`key_value.KeyValue`) or this process (`memory.MemoryStorage`)."""
+    """The storage of a registry: Redis (`scripts_api.KeyValue`) or this process (`memory.MemoryStorage`)."""
 
     @property
     def timeout_s(self) -> float:
         """Longest wait for one answer."""
         ...
 
-    async def read(self, keys: Sequence[str], lease: LeaseId | None = None) -> Owned: ...
+    async def read(self, keys: Sequence[str], lease: LeaseId | None = None) -> LeaseState: ...
 
     async def snapshot(self, prefix: str) -> tuple[Snapshot, Position]: ...
 

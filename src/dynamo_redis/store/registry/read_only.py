@@ -32,7 +32,7 @@ from dynamo_redis.store.registry.scripts_api import (
     PAGE_KEYS_COUNT,
     HistoryLost,
     KeyValue,
-    Owned,
+    LeaseState,
     Written,
     parse_changes,
     replay,
@@ -85,7 +85,7 @@ class PlainReads(KeyValue):
                 found.append(change)
         return found
 
-    async def read(self, keys: Sequence[str], lease: LeaseId | None = None) -> Owned:
+    async def read(self, keys: Sequence[str], lease: LeaseId | None = None) -> LeaseState:
         """Return the records of keys. `lease` is ignored: this registry has none."""
         position, clock_ms = await self._head()
         unapplied = await self._unapplied_changes(position)
@@ -101,7 +101,7 @@ class PlainReads(KeyValue):
                     records[key] = record
         replay(records, "", [change for change in unapplied if change.key in keys])
         living = await self._living(records, clock_ms)
-        return Owned(_end(position, unapplied), False, "", frozenset(), living, invalid)
+        return LeaseState(_end(position, unapplied), False, "", frozenset(), living, invalid)
 
     async def snapshot(self, prefix: str) -> tuple[Snapshot, Position]:
         """As `KeyValue.snapshot`, without the records of leases that have ended."""

@@ -1,13 +1,14 @@
-"""What makes ended leases go: ticks, and the hint that a lease's key has expired.
+"""Reaping ended leases: by ticks, and by hints that a lease's key has expired.
 
-A tick is one script call, which reaps a bounded number of leases. All processes together tick some 4 times a
-second where up to `LISTENERS_COUNT` leases live, and some 16 times where there are more: each process every
-`TICK_S` while there are few, and less often the more leases there are. How many there are is only known from
-the last look, and thousands may have died since, so a process that finds too long a pause behind it ticks
-every `TICK_S` itself. Renewals of the own lease look, too.
+A tick is one script call that reaps a bounded number of leases. All processes together tick about 4 times a
+second with up to `LISTENERS_COUNT` leases, and about 16 times with more. Each process ticks every `TICK_S`
+while there are few leases, and less often the more there are. Their number is known from the last tick or
+renewal, and thousands may have died since. So a process that finds that the last tick was too long ago ticks
+every `TICK_S` itself. Renewals of the own lease show that time, too.
 
-Expiry notifications make it faster where there are few processes; they may be late, lost or switched off.
-Where there are many, ticks come as fast, and each notification would go to every process: none listens.
+Expiry notifications shorten the delay where there are few processes; they may be late, lost or switched off.
+Where there are many processes, ticks are as fast, and each notification would go to every process. So none
+subscribes then.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from dynamo_redis.backoff import Backoff
 from dynamo_redis.errors import StoreError, StoreRefused
 from dynamo_redis.store.base import LeaseId
 from dynamo_redis.store.keys import parse_lease
-from dynamo_redis.store.redis.client import Subscription
+from dynamo_redis.store.redis.client import ChannelSubscription
 from dynamo_redis.store.redis.health import Health
 from dynamo_redis.store.registry.change_log import Change
 from dynamo_redis.store.registry.scripts_api import KeyValue, Renewal, Tick
@@ -33,13 +34,13 @@ logger = logging.getLogger(__name__)
 
 TICK_S: Final = 0.5
 SHARED_BY_COUNT: Final = 8
-"""From so many leases on, ticks become rarer in each process."""
+"""Number of leases from which on ticks become rarer in each process."""
 SHARED_BY_LISTENERS_COUNT: Final = 2
-"""The same where processes listen to notifications, which tell sooner: idle, they cost Redis less."""
+"""The same where processes listen to notifications, which come sooner and cost an idle Redis less."""
 LEASELESS_TICK_S: Final = 5.0
-"""Longest pause of a process without a lease, which has no renewals to look at."""
+"""Longest pause of a process without a lease, which makes no renewals."""
 LISTENERS_COUNT: Final = 16
-"""Up to so many leases, processes listen to notifications; from twice as many on they stop."""
+"""Number of leases up to which processes listen to notifications; above twice as many they stop."""
 HINT_WAIT_S: Final = 0.05
 POLL_S: Final = 2.0
 REMEMBERED_LEASES_COUNT: Final = 1024
@@ -48,7 +49,7 @@ ENDINGS: Final = (b"expired", b"del", b"evicted")
 
 
 class Pace:
-    """How long to wait between two ticks, from what was last seen of the registry. Pure."""
+    """The pause between two ticks, computed from the last state seen of the registry. Pure."""
 
     def __init__(self) -> None:
         self.lease_count = 1
@@ -56,18 +57,18 @@ class Pace:
         self._has_lease = False
 
     def ticked(self, tick: Tick) -> None:
-        """A tick of this process found this."""
+        """Note the result of a tick of this process."""
         self.lease_count = tick.lease_count
         self._is_alone = self._is_overdue(tick.idle_s)
 
     def renewed(self, renewal: Renewal) -> bool:
-        """A renewal of this process's lease found this. Answers whether a tick is overdue."""
+        """Note the result of a renewal of this process's lease. Return whether a tick is overdue."""
         self.lease_count, self._has_lease = renewal.lease_count, True
         return self._is_overdue(renewal.idle_s)
 
     @property
     def interval_s(self) -> float:
-        """The pause to make now, before jitter."""
+        """The next pause in seconds, before jitter."""
         if self._is_alone:
             return TICK_S
         shared_by_count = SHARED_BY_LISTENERS_COUNT if self._listens else SHARED_BY_COUNT
@@ -79,14 +80,14 @@ class Pace:
         return self.lease_count <= LISTENERS_COUNT
 
     def _is_overdue(self, idle_s: float) -> bool:
-        """Answer whether that long without a tick is too long: two to four times the usual pause."""
+        """Return whether a time without a tick is too long: two to four times the usual pause."""
         return idle_s >= (TICK_S if self._listens else TICK_S / 2)
 
 
 class Reaper:
-    """Two tasks from `start` to `aclose`. `on_tick` gets the number of processes that hold a lease.
+    """Two tasks from `start` to `aclose`. `on_tick` is called with the number of processes that hold a lease.
 
-    Ticks are writes that every process makes all the time: `health` learns by them whether writes are taken.
+    Every process makes ticks, which are writes, all the time: they show `health` whether writes are taken.
     """
 
     def __init__(self, kv: KeyValue, health: Health, on_tick: Callable[[int], None]) -> None:
@@ -100,24 +101,24 @@ class Reaper:
         self._supervisor = Supervisor(logger, "registry ticks and hints")
 
     def start(self) -> None:
-        """Begin ticking and listening."""
+        """Start ticking and listening."""
         self._tasks = [
             asyncio.create_task(self._tick_on(), name="registry ticks"),
             asyncio.create_task(self._listen_on(), name="registry hints"),
         ]
 
     async def aclose(self) -> None:
-        """Stop both."""
+        """Stop both tasks."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def note(self, changes: Sequence[Change]) -> None:
-        """Remember which leases the log has shown to end: a hint about them is old news."""
+        """Remember the leases that have ended according to the log: hints about them need no tick."""
         self._ended.extend({change.lease for change in changes if change.kind in ("x", "r")})
 
     def renewed(self, renewal: Renewal) -> None:
-        """See in a renewal of the own lease whether anybody ticks."""
+        """Note a renewal of the own lease; tick soon if no process has ticked for too long."""
         self._health.wrote("renewal", full=renewal.full)
         if self._pace.renewed(renewal):
             self._overdue.set()
@@ -163,14 +164,16 @@ class Reaper:
             if self._pace.lease_count > LISTENERS_COUNT:
                 await asyncio.sleep(POLL_S)
                 continue
-            subscription: Subscription | None = None
+            subscription: ChannelSubscription | None = None
             try:
                 await self._allow_notifications()
                 subscription = await self._kv.client.subscribe(self._kv.keys.lease_channel)
-                await self._tick()  # what has ended while this process did not listen
+                await self._tick()  # for leases that ended before the subscription
                 backoff.reset()
                 while self._pace.lease_count <= 2 * LISTENERS_COUNT:
-                    await self._await_hint(subscription)
+                    message = await subscription.next_message(POLL_S)
+                    if message is not None and message[1] in ENDINGS:
+                        await self._follow_hint(message[0])
             except StoreError as exc:
                 logger.debug("hints: %s", exc)
             except Exception as exc:  # noqa: BLE001 - logged, with its traceback
@@ -180,18 +183,19 @@ class Reaper:
                     await subscription.aclose()
             await asyncio.sleep(backoff.next_s())
 
-    async def _await_hint(self, subscription: Subscription) -> None:
-        message = await subscription.next_message(POLL_S)
-        if message is None or message[1] not in ENDINGS:
-            return
-        lease = _lease_of(message[0])
+    async def _follow_hint(self, channel: bytes) -> None:
+        """Tick, unless the log shows that another process has reaped the lease of that channel already."""
+        try:
+            lease = parse_lease(channel.rpartition(b":")[2])
+        except ValueError:
+            lease = None
         if lease not in self._ended:
-            await asyncio.sleep(random.uniform(0, HINT_WAIT_S))  # noqa: S311 - somebody else may be first
+            await asyncio.sleep(random.uniform(0, HINT_WAIT_S))  # noqa: S311 - another process may tick first
         if lease not in self._ended:
             await self._tick()
 
     async def _allow_notifications(self) -> None:
-        """Switch on the notifications that hints need, beside those in use, where that is allowed."""
+        """Switch on the notifications that hints need, in addition to those in use, if that is allowed."""
         client = self._kv.client
         try:
             reply = await client.execute("CONFIG", "GET", "notify-keyspace-events")
@@ -202,10 +206,3 @@ class Reaper:
                 await client.execute("CONFIG", "SET", "notify-keyspace-events", flags + missing)
         except StoreRefused as exc:
             logger.debug("expiry notifications stay as they are: %s", exc)
-
-
-def _lease_of(channel: bytes) -> LeaseId | None:
-    try:
-        return parse_lease(channel.rpartition(b":")[2])
-    except ValueError:
-        return None

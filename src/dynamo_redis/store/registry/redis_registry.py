@@ -1,10 +1,10 @@
-"""The registry on Redis: puts the parts together and gives them one start and one end.
+"""The registry on Redis: connects its parts, starts and stops them.
 
 Long-lived parts, all started by `start` (the keepalive by the first `register`) and stopped by `aclose`:
 
     log reader    task    follows the change log on a connection of its own, feeds the watches
     reaper        2 tasks ticks, and expiry notifications on a connection of their own
-    repair        task    brings registered keys back
+    repair        task    writes registered keys again after a loss
     keepalive     thread  renews the lease on a connection of its own
 """
 
@@ -124,7 +124,7 @@ class RedisRegistry(KeyOperations):
         if self._closed:
             return
         self._closed = True
-        # A server that has not answered the last write is not waited for as long again.
+        # A server that has not answered the last write gets less time.
         limit_s = self._client.timeout_s if self._registrations.settled else CLOSE_TIMEOUT_S
         await self._registrations.aclose()
         parts = [self._keepalive.aclose(), self._reaper.aclose(), self._reader.aclose()]
@@ -169,7 +169,7 @@ class RedisRegistry(KeyOperations):
         start = None if start_revision is None else check_revision(start_revision)
         return self._reader.watch(check_prefix(prefix), start)
 
-    # ------------------------------------------------------------------ what the parts tell each other
+    # ------------------------------------------------------------------ connections between the parts
 
     def _on_changes(self, changes: Sequence[Change]) -> None:
         self._reaper.note(changes)

@@ -1,16 +1,16 @@
-"""The keys that a process keeps in the registry under its lease, and how they come back.
+"""The keys that a process keeps in the registry under its lease, and their repair.
 
-Writes of a lease are serial. After anything that may have lost a write (a broken connection, lost history, an
-ended lease, an answer that never came) the registered keys are *repaired*: read in one call together with
-the lease's state, compared, and written again where needed, each only if it still stands as it was read.
+Writes of a lease are serial. A broken connection, lost history, an ended lease or a missing answer may have
+lost a write. Then the registered keys are *repaired*: they are read in one call together with the lease's
+state, compared, and written again where needed, each only if it has not changed since the read.
 
-Why a key is absent decides what happens to it. If the lease has lived on and its writer chain is intact, its
-history is whole, so somebody deleted the key: that is reported, not undone. Otherwise it was lost with the
-lease or with the registry's data, and is brought back, in the order of registration.
+The reason why a key is absent decides whether it is written again. If the lease has lived on and its writer
+chain is intact, a caller deleted the key: that is reported, not undone. Otherwise the key was lost with the
+lease or with the registry's data: it is written again, in the order of registration.
 
-The reverse is repaired, too: a key under our lease that we do not keep is deleted. It was left by a
-registration whose answer was lost, or brought back by a failover that lost its delete. When a stalled server
-runs a write later, the log shows it, and it is compared then.
+A key under this lease that is not registered is a *stray*, and is deleted. It was left by a registration
+whose answer was lost, or restored by a failover that lost its delete. When a stalled server runs a write
+late, the log shows the write, and the keys are compared then.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from dynamo_redis.store.registry.lease import WriterChain
 from dynamo_redis.store.registry.operations import Storage
 from dynamo_redis.store.registry.scripts_api import (
     CompareFailed,
+    LeaseState,
     Operation,
     OtherIncarnation,
-    Owned,
     OwnedDelete,
     OwnedPut,
     Written,
@@ -45,12 +45,12 @@ from dynamo_redis.supervision import Supervisor
 
 logger = logging.getLogger(__name__)
 
-OWED: Final = Revision("0-0")
-"""Of a key that was never written: the server took no writes when it was registered."""
+NOT_YET_WRITTEN: Final = Revision("0-0")
+"""Revision of a registered key that was never written: the server refused writes at its registration."""
 
 
 class KeyRegistration:
-    """One kept key; see `base.Registration`. Made by `Registrations.register`."""
+    """A registered key; see `base.Registration`. Made by `Registrations.register`."""
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class KeyRegistration:
         await self._owner.unregister(self)
 
     def lose(self, reason: LostReason) -> None:
-        """Say that the key is no longer ours."""
+        """Mark the key as lost, log that, and call `on_lost`."""
         self._lost = reason
         logger.warning("registered key %s was lost: %s", self._key, reason)
         if self.on_lost is not None:
@@ -100,9 +100,10 @@ class KeyRegistration:
 
 
 class Registrations:
-    """All kept keys of one lease. `start` before the first registration; `aclose` stops repairs.
+    """All registered keys of one lease. Call `start` before the first registration; `aclose` stops repairs.
 
-    `on_grant` is called with the incarnation and the time at which the granting call was sent.
+    `on_grant` is called with the incarnation and the time at which the granting call was sent. `spread_s`
+    returns a random wait before keys are written again.
     """
 
     def __init__(
@@ -127,25 +128,25 @@ class Registrations:
         self._strays: set[str] = set()  # keys whose write or delete failed
         self._incarnation = ""
         self._held = False  # granted at least once
-        self._may_grant = True  # the next grant is expected: the first, or one that a repair makes
-        self._break_count = 0  # how often the lease's history broke; repaired up to `_repaired_count`
+        self._may_grant = True  # whether the next grant is expected: the first, or that of a repair
+        self._break_count = 0  # breaks of the lease's history, repaired up to `_repaired_count`
         self._repaired_count = 0
         self._serial = asyncio.Lock()
         self._repairing = asyncio.Lock()
         self._disturbed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._supervisor = Supervisor(logger, "registry repair")
-        self._refusal: StoreError | None = None  # of the last write, if the server takes none at present
-        self._owing = Trouble(REFUSAL_FLAP_S)
+        self._refusal: StoreError | None = None  # of the last write, while the server refuses writes
+        self._deferring = Trouble(REFUSAL_FLAP_S)
         self._restoring = Trouble(REFUSAL_FLAP_S)
 
     def start(self, incarnation: str) -> None:
-        """Repair in the background from now on."""
+        """Start repairs in the background."""
         self._incarnation = incarnation
         self._task = asyncio.create_task(self._repair_on(), name="registry repair")
 
     async def aclose(self) -> None:
-        """Stop repairing, and forget the keys."""
+        """Stop repairs, and forget the keys."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -153,16 +154,16 @@ class Registrations:
 
     @property
     def held(self) -> bool:
-        """Whether the lease was ever granted."""
+        """True if the lease was ever granted."""
         return self._held
 
     @property
     def settled(self) -> bool:
-        """Whether nothing is known that the registry has still to be told, or asked."""
+        """True if no write and no comparison is due."""
         return not self._strays and not self._disturbed.is_set()
 
     def stalled_values(self) -> list[tuple[str, bytes]]:
-        """What to write while the event loop hangs. Called from another thread."""
+        """Return keys and values to write while the event loop hangs. Called from another thread."""
         entries = list(self._entries.values())
         return [(entry.key, entry.stalled_value) for entry in entries if entry.stalled_value is not None]
 
@@ -204,19 +205,16 @@ class Registrations:
             if exclusive or not isinstance(exc, StoreError) or not exc.refuses_writes:
                 self._strays.add(key)
                 raise
-            self._owe(entry, exc)
+            # The server refuses all writes now. The key counts as lost, so a repair writes it.
+            level = logging.WARNING if self._deferring.begin(exc.answer_code) else logging.DEBUG
+            logger.log(level, "%s is registered as soon as Redis takes writes, like others: %s", key, exc)
+            entry.revision = NOT_YET_WRITTEN
+            self._entries[key] = entry
+            self._break_count += 1
+            self.disturb("a key could not be written yet")
         finally:
             self._writing.discard(key)
         return entry
-
-    def _owe(self, entry: KeyRegistration, exc: StoreError) -> None:
-        """Keep a key that the server refuses to write now. It counts as lost, so a repair writes it."""
-        level = logging.WARNING if self._owing.begin(exc.answer_code) else logging.DEBUG
-        logger.log(level, "%s is registered as soon as writes are taken, as others are: %s", entry.key, exc)
-        entry.revision = OWED
-        self._entries[entry.key] = entry
-        self._break_count += 1
-        self.disturb("a key could not be written yet")
 
     async def _write_new(self, entry: KeyRegistration) -> Written:
         puts = [OwnedPut(entry.key, entry.value)]
@@ -227,13 +225,13 @@ class Registrations:
         except CompareFailed as exc:
             if exc.found is None or exc.found.lease != self._lease:
                 raise
-            # It is ours: left over from a registration whose answer was lost.
+            # Left under this lease by a registration whose answer was lost.
             return await self._write(puts, [Compare(entry.key, exc.found.mod_revision)], grant=True)
 
     async def update(
         self, entry: KeyRegistration, value: bytes, stalled_value: bytes | None = None
     ) -> Revision:
-        """See `base.Registration.update`. Raises LeaseNotFound if the key is not ours any more."""
+        """See `base.Registration.update`. Raises LeaseNotFound if the key is no longer registered."""
         check_value(value)
         async with self._in_time():
             async with self._serial:
@@ -255,9 +253,10 @@ class Registrations:
 
     @asynccontextmanager
     async def _in_time(self) -> AsyncIterator[None]:
-        """One time-out for the wait behind other writes of the lease, and for one's own.
+        """Bound the wait behind other writes of the lease, and the write itself, by one time-out.
 
-        Where the server has refused the one before, that is why this one did not get there.
+        Raises the refusal of the last write if there was one, since it explains the wait; else
+        StoreUnavailable.
         """
         try:
             async with Deadline(self._kv.timeout_s):
@@ -282,7 +281,7 @@ class Registrations:
         try:
             async with self._in_time(), self._serial:
                 if entry.key in self._entries:
-                    return  # registered again meanwhile: it belongs to the new registration
+                    return  # registered again meanwhile: the key belongs to the new registration
                 try:
                     await self._write([OwnedDelete(entry.key)], [], grant=False)
                 except LeaseNotFound:
@@ -297,7 +296,7 @@ class Registrations:
     async def _write(
         self, operations: Sequence[Operation], compares: Sequence[Compare], *, grant: bool
     ) -> Written:
-        """One write of the lease; the caller holds `_serial`."""
+        """Make one write of the lease; the caller holds `_serial`."""
         while True:
             operation, sent_at = new_operation(), time.monotonic()
             self._chain.begin(operation)
@@ -311,8 +310,11 @@ class Registrations:
                     operation=operation,
                 )
             except OtherIncarnation as exc:
+                # The registry was replaced: the lease and its keys are gone.
                 self._chain.acknowledged(operation, None)
-                self._note_break(exc.found)
+                self._incarnation = exc.found
+                self._break_count += 1
+                self.disturb("the registry was replaced")
             except (CompareFailed, LeaseNotFound):
                 self._chain.acknowledged(operation, None)
                 raise
@@ -328,17 +330,16 @@ class Registrations:
                     self._chain.settle("")
                     self._note_grant(sent_at)
                 elif written.granted is None and grant:
-                    self._suspect_grant(sent_at)
+                    # The lease was renewed; an earlier attempt whose answer was lost may have granted it
+                    # again.
+                    self._break_count += 1
+                    self.disturb("the lease may have ended")
+                    self._may_grant = False
+                    self._on_grant(self._incarnation, sent_at)
                 revision = written.revision if written.change_count else None
                 if not self._chain.acknowledged(operation, revision, written.follows):
                     self.disturb("the registry lost a write")
                 return written
-
-    def _note_break(self, incarnation: str) -> None:
-        """The registry was replaced: the lease and its keys are gone."""
-        self._incarnation = incarnation
-        self._break_count += 1
-        self.disturb("the registry was replaced")
 
     def _note_grant(self, sent_at: float) -> None:
         if self._held:
@@ -352,23 +353,16 @@ class Registrations:
         self._held, self._may_grant = True, False
         self._on_grant(self._incarnation, sent_at)
 
-    def _suspect_grant(self, sent_at: float) -> None:
-        """The lease was renewed; an attempt whose answer was lost may have granted it anew before."""
-        self._break_count += 1
-        self.disturb("the lease may have ended")
-        self._may_grant = False
-        self._on_grant(self._incarnation, sent_at)
-
     # ------------------------------------------------------------------ noticing
 
     def disturb(self, reason: str) -> None:
-        """Something may have been lost: compare soon."""
+        """Compare the keys with the registry soon, since a write may have been lost."""
         if not self._disturbed.is_set():
             logger.debug("registered keys will be compared with the registry: %s", reason)
         self._disturbed.set()
 
     def note(self, changes: Sequence[Change]) -> None:
-        """See in the log what others did to our keys, and our lease's end."""
+        """Note changes in the log that concern the registered keys or the lease."""
         for change in changes:
             if change.kind in ("x", "r"):
                 if change.lease == self._lease and self._held:
@@ -388,11 +382,11 @@ class Registrations:
             if entry is None or order(change.revision) <= order(entry.revision):
                 continue
             if change.kind == "d" and change.lease is None:
-                # Not another's record, whose put would have come before: ours was damaged, and is gone now.
+                # Without a put of another lease before it: the record was ours, damaged, and is deleted now.
                 entry.was_damaged = True
                 self.disturb("a damaged record was deleted")
             elif change.kind in ("p", "d") and change.lease != self._lease:
-                self._lose(entry, "conflict")  # a delete of another's record: it had taken the key before
+                self._lose(entry, "conflict")  # deleted under another lease: its put took the key before
             elif change.kind == "d":
                 self._lose(entry, "deleted")
 
@@ -429,20 +423,21 @@ class Registrations:
             if again:
                 raise StoreError("some keys could not be brought back yet")
             self._repaired_count = max(self._repaired_count, breaks)
-            self._owing.end()
+            self._deferring.end()
             self._restoring.end()
 
     async def _repair_once(self) -> tuple[int, bool]:
-        """Compare and restore; answers which breaks this repaired, and whether some keys are left."""
+        """Compare and restore. Return the count of breaks that this repaired, and whether some keys are
+        left."""
         async with self._serial:
             state = await self._kv.read(list(self._entries), self._lease)
-            self._take_state(state)
+            self._note_state(state)
             breaks = self._break_count
             is_whole = breaks == self._repaired_count
             restore = self._compare(state, is_whole)
-            await self._remove_strays(state.keys)
+            await self._delete_strays(state.keys)
         if restore and not is_whole:
-            again_count = sum(entry.revision != OWED for entry, _ in restore)
+            again_count = sum(entry.revision != NOT_YET_WRITTEN for entry, _ in restore)
             if again_count and self._restoring.begin():
                 logger.info("registering %d keys again", again_count)
             await asyncio.sleep(self._spread_s())
@@ -451,8 +446,8 @@ class Registrations:
             left |= not await self._restore(entry, found)
         return breaks, left
 
-    def _take_state(self, state: Owned) -> None:
-        """Note whether the lease's history is whole, and take the registry's word for what comes now."""
+    def _note_state(self, state: LeaseState) -> None:
+        """Note whether the lease's history is intact, and accept the registry's state as the present one."""
         if not self._held:
             self._incarnation = state.position.incarnation
             return
@@ -464,9 +459,11 @@ class Registrations:
         self._may_grant = not state.alive
         self._chain.settle(state.last_write)
 
-    def _compare(self, state: Owned, is_whole: bool) -> list[tuple[KeyRegistration, Record | None]]:
-        """Which keys have to be written again; those that are lost are told so. A record that cannot be read
-        belongs to no process: scripts take it for absent, and it is written again."""
+    def _compare(self, state: LeaseState, is_whole: bool) -> list[tuple[KeyRegistration, Record | None]]:
+        """Return the keys that have to be written again, with their present records; mark lost ones as lost.
+
+        A record that cannot be read belongs to no process: scripts treat it as absent, and it is written
+        again."""
         restore: list[tuple[KeyRegistration, Record | None]] = []
         for entry in list(self._entries.values()):
             record = state.records.get(entry.key)
@@ -484,7 +481,8 @@ class Registrations:
         return restore
 
     async def _restore(self, entry: KeyRegistration, found: Record | None) -> bool:
-        """Write a key again if it still stands as it was found; False: look at it again."""
+        """Write a key again unless it has changed since `found`. Return False if it must be compared
+        again."""
         if found is None and entry.prepare is not None:
             try:
                 await entry.prepare()
@@ -504,8 +502,8 @@ class Registrations:
             entry.revision, entry.was_damaged = written.revision, False
             return True
 
-    async def _remove_strays(self, names: frozenset[str]) -> None:
-        """Delete those of the lease's keys that we do not keep."""
+    async def _delete_strays(self, names: frozenset[str]) -> None:
+        """Delete the lease's keys that are not registered."""
         strays = sorted(names - self._entries.keys() - self._writing)
         for start in range(0, len(strays), ALWAYS_FIT_COUNT):
             page = strays[start : start + ALWAYS_FIT_COUNT]

@@ -1,8 +1,8 @@
 """The registry's scripts as typed calls: read, write, snapshot, log, and the life of a lease.
 
-Each method is one script, run once, unless it says otherwise. None waits longer than the client's time-out.
-A registry that is missing or damaged is made anew on the way. What a script may answer instead of a result
-becomes an exception: SchemaMismatch, LeaseNotFound, CompareFailed, OtherIncarnation.
+Each method runs one script once, unless its docstring says otherwise, and takes at most the client's
+time-out. A registry that is missing or damaged is created first. A script's answer that is no result is
+raised as an exception: SchemaMismatch, LeaseNotFound, CompareFailed, OtherIncarnation.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ from dynamo_redis.store.registry.change_log import (
 from dynamo_redis.store.scripts import Script, load_script
 
 PAGE_KEYS_COUNT: Final = 1000
-"""A page of a snapshot ends there or at `PAGE_BYTES`: no script runs long, and no answer is large."""
+"""Most keys in a page of a snapshot, which also ends at `PAGE_BYTES`: scripts are short, answers are
+small."""
 READ_KEYS_COUNT: Final = 500
 PAGE_ENTRIES_COUNT: Final = 500
 CLIENT_COUNT: Final = re.compile(rb"^connected_clients:(\d+)", re.MULTILINE)
@@ -52,11 +53,12 @@ SNAPSHOT_ATTEMPTS_COUNT: Final = 5
 
 
 class Wiped(StoreError):
-    """There is no registry, or a part of it is gone. Only the keepalive's thread sees this."""
+    """There is no registry, or a part of it is gone. Raised only in the keepalive's thread."""
 
 
 class OtherIncarnation(StoreError):
-    """The registry is not the one the caller knew: everything in that one is lost. `found` is the new one."""
+    """The registry was replaced: all state of the one that the caller knew is lost. `found` is the new
+    one."""
 
     def __init__(self, found: str) -> None:
         super().__init__(f"the registry was replaced: it is {found} now")
@@ -68,7 +70,7 @@ class HistoryLost(StoreError):
 
 
 class OutcomeUnknown(StoreUnavailable):
-    """A repeated write was not made, and whether the first attempt was can no longer be told."""
+    """A repeated write was not made, and it is no longer known whether the first attempt was."""
 
 
 class CompareFailed(StoreError):
@@ -82,7 +84,7 @@ class CompareFailed(StoreError):
 
 @dataclass(frozen=True, slots=True)
 class OwnedPut:
-    """Write a key under the caller's lease; if `owned`, only if it stands under that lease already."""
+    """Write a key under the caller's lease; if `owned`, only if the key is under that lease already."""
 
     key: str
     value: bytes = field(repr=False)
@@ -91,7 +93,7 @@ class OwnedPut:
 
 @dataclass(frozen=True, slots=True)
 class OwnedDelete:
-    """Delete a key if it stands under the caller's lease."""
+    """Delete a key if it is under the caller's lease."""
 
     key: str
 
@@ -101,10 +103,10 @@ Operation = PutOp | DeleteOp | OwnedPut | OwnedDelete
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What a write did. `revision` is that of its last change, or the registry's if it changed nothing.
+    """The result of a write. `revision` is that of its last change, or the registry's if it changed nothing.
 
     `granted` is None if the write was repeated, and the first attempt may have granted the lease. `follows`
-    is the operation of the lease's write before: "" if there is none, None if that cannot be told.
+    is the operation of the lease's previous write: "" if there is none, None if it is unknown.
     """
 
     revision: Revision
@@ -114,11 +116,11 @@ class Written:
 
 
 @dataclass(frozen=True, slots=True)
-class Owned:
-    """A lease and some keys, at one moment.
+class LeaseState:
+    """A lease and the records of some keys, at one moment.
 
-    `last_write` is its owner's, `"revision operation previous"` or "". `keys` are the names of all its keys.
-    Records that cannot be read are in `invalid`, by key.
+    `last_write` is the last write of the lease's owner, `"revision operation previous"`, or "". `keys` are
+    the names of all keys of the lease. Records that cannot be read are in `invalid`, by key.
     """
 
     position: Position
@@ -131,9 +133,9 @@ class Owned:
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """A tick found so many leases that live, ended ones that are left, and no other tick for so long.
+    """The result of a tick: live leases, ended leases that are left, and the time without a tick before it.
 
-    `full`: the server's memory is, so it refuses what takes more.
+    `full`: the server's memory is full, so it refuses writes that need more.
     """
 
     lease_count: int
@@ -144,10 +146,11 @@ class Tick:
 
 @dataclass(frozen=True, slots=True)
 class Renewal:
-    """A lease was renewed. `last_write`: its owner's, `"revision operation previous"` or "".
+    """The result of a renewal. `last_write` is that of the lease's owner, `"revision operation previous"` or
+    "".
 
-    `lease_count` has ended leases in it that are not yet reaped. `idle_s`: how long no tick had come.
-    `full`: as in `Tick`.
+    `lease_count` includes ended leases that are not yet reaped. `idle_s` is the time without a tick. `full`
+    as in `Tick`.
     """
 
     last_write: str
@@ -157,7 +160,7 @@ class Renewal:
 
 
 def new_operation() -> str:
-    """A random operation id, 64 bits."""
+    """Return a random operation id of 64 bits."""
     return secrets.token_hex(8)
 
 
@@ -170,7 +173,17 @@ def encode_write(
     compares: Sequence[Compare],
     operations: Sequence[Operation],
 ) -> tuple[Argument, ...]:
-    """ARGV of `registry_write`. `repeats_after`: "", or, if it repeats a call, an entry from before."""
+    """Return the ARGV of `registry_write`, which documents them.
+
+    Args:
+        incarnation: Incarnation that the caller knows; "" for any.
+        operation: Operation id of the call and its repetitions.
+        repeats_after: For a repetition, a log entry from before the first attempt; else "".
+        lease: Lease to write under, if any.
+        ttl_s: TTL with which an ended lease is granted again; 0: not at all.
+        compares: Conditions of the write.
+        operations: Changes to make.
+    """
     request = (
         [(compare.key, compare.mod_revision or "") for compare in compares],
         [_encode(op) for op in operations],
@@ -198,7 +211,7 @@ def _encode(operation: Operation) -> tuple[str, str, bytes, int]:
 
 
 def checked(answer: list[Any]) -> list[Any]:
-    """The rest of an 'ok' answer. Raises what any other answer stands for."""
+    """Return the rest of an 'ok' answer. Raises the exception for any other answer."""
     match answer:
         case [b"ok", *rest]:
             return rest
@@ -224,13 +237,13 @@ def checked(answer: list[Any]) -> list[Any]:
 
 
 def parse_written(keys: Sequence[str], answer: list[Any]) -> Written:
-    """The answer of `registry_write`; `keys` are those of its comparisons."""
+    """Read an answer of `registry_write`; `keys` are those of its comparisons."""
     if answer[0] == b"failed":
         index = int(answer[1])
         try:
             found = parse_record(keys[index], answer[2])
         except InvalidRecord:
-            found = None  # as scripts see it: a write takes its place
+            found = None  # scripts treat it as absent: a write replaces it
         raise CompareFailed(index, found)
     revision, granted, changes, follows = checked(answer)
     return Written(
@@ -261,7 +274,7 @@ class KeyValue:
         self.client = client
         self.keys = keys
         self.log_page = PageSize(PAGE_ENTRIES_COUNT)
-        """How many entries of the log to read at once; shared by all who do."""
+        """Number of log entries to read at once, shared by all readers of the log."""
         self._seen = ""  # a recent log entry, as "revision operation"
 
     @property
@@ -270,7 +283,8 @@ class KeyValue:
         return self.client.timeout_s
 
     async def _run(self, script: Script, *args: Argument, lease: LeaseId | None = None) -> list[Any]:
-        """Run a script. A registry that is not there is made first; what answers `again` is run again."""
+        """Run a script, and repeat it while it answers `again`. A registry that is missing is created
+        first."""
         keys = self.keys.structures if lease is None else (*self.keys.structures, self.keys.lease(lease))
         made = False
         while True:
@@ -282,28 +296,28 @@ class KeyValue:
                 return answer
 
     def saw(self, position: Position) -> Position:
-        """Remember a log entry that was read: what is written from now on comes behind it."""
+        """Remember the last log entry read: later writes follow it."""
         self._seen = f"{position.revision} {position.operation}"
         return position
 
     # ------------------------------------------------------------------ the registry itself
 
     async def initialize(self) -> Position:
-        """Make the registry if it is missing or damaged; answer where it stands. Raises SchemaMismatch.
+        """Create the registry if it is missing or damaged; return its position. Raises SchemaMismatch.
 
-        Writes nothing where it is whole, so this works on a server that refuses writes.
+        Writes nothing if it is intact, so this works on a server that refuses writes.
         """
         args = ("", new_operation(), new_operation(), SCHEMA_VERSION)
         answer = await self.client.script(self._INIT, self.keys.structures, args)
         return self.saw(_position(checked(answer)))
 
     async def position(self) -> Position | None:
-        """Where the registry stands, by one plain command; None if it is not there."""
+        """Read the registry's position by one plain command; return None if there is no registry."""
         fields = await self.client.execute("HMGET", self.keys.meta, "inc", "rev", "op")
         return self.saw(_position(fields)) if all(field is not None for field in fields) else None
 
     async def client_count(self) -> int:
-        """Count the connections that the server has, of all processes; 0 where INFO is not allowed."""
+        """Return the number of connections of all processes to the server; 0 if INFO is not allowed."""
         try:
             found = CLIENT_COUNT.search(await self.client.execute("INFO", "clients"))
         except StoreRefused:
@@ -318,12 +332,12 @@ class KeyValue:
 
     # ------------------------------------------------------------------ read
 
-    async def read(self, keys: Sequence[str], lease: LeaseId | None = None) -> Owned:
-        """Keys, and the state of a lease.
+    async def read(self, keys: Sequence[str], lease: LeaseId | None = None) -> LeaseState:
+        """Return the records of keys, and the state of a lease.
 
-        One moment, unless there are more than `READ_KEYS_COUNT` keys or names of the lease, or `PAGE_BYTES`
-        of records: then several, of one registry, and `alive` and `position` are the last one's. Raises
-        OtherIncarnation.
+        The result is of one moment, unless there are more than `READ_KEYS_COUNT` keys or names of the lease,
+        or `PAGE_BYTES` of records. Then several calls read one registry, and `alive` and `position` are those
+        of the last call. Raises OtherIncarnation.
         """
         records: dict[str, Record] = {}
         invalid: dict[str, InvalidRecord] = {}
@@ -345,7 +359,7 @@ class KeyValue:
                         records[key] = record
             start += len(answer) - 6
             if start >= len(keys) and len(listed) < READ_KEYS_COUNT:
-                return Owned(position, alive, last_write, frozenset(names), records, invalid)
+                return LeaseState(position, alive, last_write, frozenset(names), records, invalid)
             incarnation, after = position.incarnation, listed[-1] if listed else after
 
     async def _read_page(
@@ -359,11 +373,11 @@ class KeyValue:
             await self.tick()
 
     async def snapshot(self, prefix: str) -> tuple[Snapshot, Position]:
-        """All records under a prefix as of one moment, and that moment's position.
+        """Return all records under a prefix as of one moment, and that moment's position.
 
-        Takes several calls if there are more than a page holds: the log from the first page's revision to
-        the last page's is replayed over what was read, each entry only if it is newer than the record's own
-        `mod_revision`. Starts over if history was lost meanwhile. Raises HistoryLost.
+        Makes several calls if there are more records than fit a page. Then the log from the first page's
+        revision to the last page's is replayed over the records, each entry only if it is newer than the
+        record's own `mod_revision`. Starts over if history was lost meanwhile. Raises HistoryLost.
         """
         for _ in range(SNAPSHOT_ATTEMPTS_COUNT):
             try:
@@ -383,15 +397,15 @@ class KeyValue:
     async def _pages(
         self, prefix: str, invalid: dict[str, InvalidRecord]
     ) -> tuple[dict[str, Record], Position, Position]:
-        """The records by key, in order, and the ends of the part of the log that is to be replayed over them.
+        """Return the records by key, in order, and the range of the log to replay over them.
 
-        These are the last change that the first page has, and the last one logged when the last was read.
+        The range is from the last change in the first page to the last change logged at the last page.
         """
         records: dict[str, Record] = {}
         answer = await self._page("", prefix, b"")
         first = _position(answer[:3])
         while answer[5]:
-            # The next page is under way while this one is parsed.
+            # The next page is requested while this one is parsed.
             following = asyncio.ensure_future(self._page(first.incarnation, prefix, answer[5]))
             try:
                 await asyncio.sleep(0)
@@ -407,7 +421,7 @@ class KeyValue:
         return checked(await self._run(self._SNAPSHOT, *args))
 
     async def changes(self, after: Revision, operation: str | None, until: Position) -> list[Change]:
-        """The log's entries behind a revision (of that operation, if given), up to and with a position.
+        """Return the changes after a revision (of that operation, if given) up to a position, inclusive.
 
         Raises HistoryLost if the log does not connect the two.
         """
@@ -447,12 +461,12 @@ class KeyValue:
         ttl_s: float = 0.0,
         operation: str | None = None,
     ) -> Written:
-        """Make changes atomically, if all comparisons hold.
+        """Apply operations atomically if all comparisons hold.
 
-        A broken connection is tried again under the same operation id, within the client's time-out. With a
-        lease, the keys are written under it; it is granted if it is not alive and `ttl_s` is given. Raises
-        CompareFailed, LeaseNotFound, OtherIncarnation, StoreError; ConfigError if there is too much of
-        it for one script.
+        After a broken connection the write is repeated under the same operation id, within the client's
+        time-out. With `lease`, the keys are written under it; an ended lease is granted again if `ttl_s` is
+        given. `incarnation`: the one that the caller knows, "" for any. Raises CompareFailed, LeaseNotFound,
+        OtherIncarnation, StoreError; ConfigError if the write is too large for one script.
         """
         operation = operation or new_operation()
         keys = [compare.key for compare in compares]
@@ -482,7 +496,7 @@ class KeyValue:
 def keep_alive(
     connection: ThreadScripts, keys: RegistryKeys, incarnation: str, lease: LeaseId, ttl_s: float
 ) -> Renewal:
-    """Renew a lease, from a thread. Raises as `checked` does, StoreError."""
+    """Renew a lease, from a thread. Raises StoreError, and the exceptions of `checked`."""
     answer = connection.script(
         KeyValue.KEEPALIVE,
         (keys.meta, keys.structure("leases"), keys.structure("lr"), keys.lease(lease)),
@@ -498,10 +512,10 @@ def keep_alive(
 def parse_changes(
     entries: Sequence[Any], on_invalid: Callable[[InvalidRecord], None] | None = None
 ) -> list[Change]:
-    """Log entries as XRANGE and XREAD answer them.
+    """Read log entries from an answer of XRANGE or XREAD.
 
-    Those that cannot be read are left out, and `on_invalid` is told of each. A stranger's were never part of
-    the chain; where one of ours is missing, `check_chain` finds the gap.
+    Unreadable entries are left out, and `on_invalid` is called with each error. An entry of another program
+    is not part of the chain; if one of ours is left out, `check_chain` finds the gap.
     """
     changes = []
     for entry_id, fields in entries:
@@ -514,7 +528,7 @@ def parse_changes(
 
 
 def check_chain(after: Revision, operation: str | None, changes: Sequence[Change]) -> None:
-    """That `changes` follow a revision and one another without a gap. Raises HistoryLost."""
+    """Check that `changes` follow a revision and one another without a gap. Raises HistoryLost."""
     for change in changes:
         if change.previous[0] != after or operation not in (None, change.previous[1]):
             raise HistoryLost(f"the log does not connect {after} to {change.revision}")
@@ -522,7 +536,7 @@ def check_chain(after: Revision, operation: str | None, changes: Sequence[Change
 
 
 def replay(records: dict[str, Record], prefix: str, changes: Sequence[Change]) -> None:
-    """Bring records read page by page to the last change: apply what is newer than each record."""
+    """Bring records that were read page by page up to date: apply each change newer than its record."""
     for change in changes:
         if not change.key.startswith(prefix) or change.event is None:
             continue

@@ -39,7 +39,7 @@ from dynamo_redis.store.event_base import (
     TopicSubscription,
 )
 from dynamo_redis.store.keys import StreamKeys, stream_of_key, stream_pattern
-from dynamo_redis.store.redis.client import Argument, RedisClient, Subscription
+from dynamo_redis.store.redis.client import Argument, ChannelSubscription, RedisClient
 from dynamo_redis.store.scripts import load_script
 from dynamo_redis.store.streams.readers import (
     SILENCE_MS,
@@ -214,7 +214,7 @@ class RedisEventStreams:
 class _Messages:
     """`TopicSubscription` on a subscribed connection."""
 
-    def __init__(self, subscription: Subscription) -> None:
+    def __init__(self, subscription: ChannelSubscription) -> None:
         self._subscription = subscription
 
     async def next(self, timeout_s: float) -> bytes | None:

@@ -224,7 +224,7 @@ async def test_a_changed_password_is_warned_of(
         with pytest.raises(StoreRefused):
             await in_thread(registry._client)
         other = RedisClient(url, timeout_s=5.0)
-        other._met = True  # as one whose connections are from before
+        other._has_logged_in = True  # as after an earlier connection
         with pytest.raises(StoreRefused):
             await other.execute("PING")
         await other.aclose()

@@ -177,7 +177,7 @@ async def test_a_death_is_noticed_without_notifications_by_few_survivors_of_many
     await survivor.register("i/survivor", b"")
     await victim.register("i/victim", b"")
     await view.until(lambda: len(view.state) == 2)
-    monkeypatch.setattr(survivor._reaper, "_await_hint", lambda subscription: asyncio.sleep(60))
+    monkeypatch.setattr(survivor._reaper, "_follow_hint", lambda channel: asyncio.sleep(60))
     survivor._reaper._pace.lease_count = 10_000  # as if most had died at once
     survivor._reaper._pace._is_alone = False
     victim._registrations._held = False  # so that closing it does not revoke the lease

@@ -303,7 +303,7 @@ async def test_an_exclusive_registration_without_an_answer_can_be_repeated(
     proxy = await open_proxy(dynamo_redis_url)
     worker = await open_registry(proxy.url, timeout_s=0.5, ttl_s=5)
     view = await mirror(await open_registry(dynamo_redis_url), "k/")
-    worker._registrations._remove_strays = _do_nothing  # too late to help
+    worker._registrations._delete_strays = _do_nothing  # too late to help
     proxy.conditions = Conditions(swallow_answers=True)
     with pytest.raises(StoreUnavailable):
         await worker.register("k/1", b"v", exclusive=True)

@@ -85,14 +85,14 @@ async def keepalive(monkeypatch: pytest.MonkeyPatch) -> Keepalive:
 async def test_given_up_lease_is_looked_at_with_pauses(keepalive: Keepalive) -> None:
     keepalive._loop_stall_s = 0.0
     keepalive._renew_at = 0.0
-    keepalive._step(cast("SyncConnection", Answers()))
+    keepalive._renew_and_watch(cast("SyncConnection", Answers()))
     assert keepalive._gave_up
     assert keepalive._renew_at > time.monotonic(), "the thread waits until then"
 
 
 def step(keepalive: Keepalive, *answers: Callable[[], Any]) -> None:
     keepalive._renew_at = 0.0
-    keepalive._step(cast("SyncConnection", Answers(*answers)))
+    keepalive._renew_and_watch(cast("SyncConnection", Answers(*answers)))
 
 
 async def test_an_answer_about_the_lease_before_does_not_stop_the_new_one(keepalive: Keepalive) -> None:
