@@ -7,8 +7,9 @@ JOBS   ?= 2
 SUITE  ?= start
 RUNS   := $(VENV)/.installed-to-run
 STAMP  := $(VENV)/.installed
+DOCS   := $(VENV)/.installed-for-docs
 
-.PHONY: up test check format bench replay soak faults fuzz clean help
+.PHONY: up test check format docs bench replay soak faults fuzz clean help
 
 help:            ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -27,6 +28,12 @@ $(STAMP): pyproject.toml $(RUNS)
 	$(BIN)/python -m pip install --disable-pip-version-check --group dev
 	@touch $@
 
+$(DOCS): pyproject.toml | $(VENV)/bin/python
+	@echo 'installing what the site of the docs needs into $(VENV) (once) …'
+	$(BIN)/python -m pip install --disable-pip-version-check --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install --disable-pip-version-check --group docs
+	@touch $@
+
 up: $(RUNS)      ## a Redis, a frontend and two mock workers (ARGS="--workers 4 …")
 	@$(BIN)/dynamo-redis up $(ARGS)
 
@@ -43,6 +50,10 @@ check: $(STAMP)  ## format, lint, types, layers
 format: $(STAMP) ## rewrite the code in the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(DOCS)    ## the pages as a site in .site/; a dead link is an error (ARGS="-b linkcheck" asks the web, too)
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet -c tools/site . .site $(ARGS)
+	@echo 'open .site/index.html'
 
 bench: $(STAMP)  ## a benchmark suite against its rivals (SUITE=start)
 	$(BIN)/python -m benchmarks.$(SUITE) $(ARGS)
@@ -63,4 +74,4 @@ fuzz: $(STAMP)   ## a minute of fuzzing the request plane (ARGS="--seconds 600 -
 	$(BIN)/python -m tests.fuzz $(ARGS)
 
 clean:           ## remove what the targets above made
-	rm -rf $(VENV) .bench .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .bench .site .mypy_cache .ruff_cache .pytest_cache
