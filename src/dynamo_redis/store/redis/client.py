@@ -229,7 +229,13 @@ class RedisClient:
     async def aclose(self) -> None:
         """Close the pool; later calls raise StoreUnavailable. Never raises for a dead server."""
         self._closed = True
-        await _close(self._redis, self._pool)
+        self._pool.close()
+        try:
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                await self._redis.aclose()
+                await self._pool.disconnect()
+        except FAILURES as exc:
+            logger.debug("closing a connection: %s", exc)
 
     def disconnect(self) -> None:
         """Close idle connections now, and others before their next use. For the event loop."""
@@ -564,6 +570,13 @@ class _Pool(redis.asyncio.BlockingConnectionPool):
         for idle in self._available_connections:
             idle._close()
 
+    def close(self) -> None:
+        """Close every connection without waiting. A `disconnect` that is cancelled leaves them open."""
+        self.sweep()
+        used: Any
+        for used in self._in_use_connections:
+            used._close()
+
     async def ensure_connection(self, connection: Any) -> None:
         epoch = self.epoch()
         if self._swept_in != epoch:
@@ -597,15 +610,6 @@ def _raw(client: Any) -> Any:
     releases."""
     client.response_callbacks.clear()
     return client
-
-
-async def _close(client: redis.asyncio.Redis, pool: redis.asyncio.ConnectionPool) -> None:
-    try:
-        async with asyncio.timeout(CLOSE_TIMEOUT_S):
-            await client.aclose()
-            await pool.disconnect()
-    except FAILURES as exc:
-        logger.debug("closing a connection: %s", exc)
 
 
 def _parse_info(reply: bytes) -> dict[str, str]:

@@ -201,6 +201,24 @@ async def test_expiry_notifications_are_added_to_those_in_use(
     await client.aclose()
 
 
+@pytest.mark.parametrize("turns", range(1, 7))
+async def test_cancelled_close_leaves_no_connection_open(turns: int, dynamo_redis_url: str) -> None:
+    name = f"closed-{turns}"
+    watcher = RedisClient(dynamo_redis_url, timeout_s=5.0)
+    client = RedisClient(dynamo_redis_url, timeout_s=5.0, client_name=name)
+    await asyncio.gather(*(client.execute("PING") for _ in range(3)))
+    assert name in (await watcher.execute("CLIENT", "LIST")).decode()
+    closing = asyncio.create_task(client.aclose())
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    closing.cancel()
+    await asyncio.wait([closing])
+    async with asyncio.timeout(60):
+        while name in (await watcher.execute("CLIENT", "LIST")).decode():
+            await asyncio.sleep(0.01)
+    await watcher.aclose()
+
+
 async def test_a_process_starts_and_reads_on_a_replica(
     own_redis_server: EmbeddedServer, tmp_path: Path, open_registry: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
