@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.harness.processes import REPOSITORY
-from benchmarks.harness.report import RESULTS, markdown, several
+from benchmarks.harness.report import RESULTS, as_list, markdown
 
 SUITES: Final = ("start", "registry", "request", "events", "index")
 
@@ -59,7 +59,7 @@ def updated(page: str, found: Results, rows: Mapping[str, str]) -> str:
         value = found[row][column]
         if value is None:
             raise ValueError(f"{row} has no {column}")
-        return match[0].replace(shown, written(several(value)[int(place or 0)], digits(shown)), 1)
+        return match[0].replace(shown, written(as_list(value)[int(place or 0)], digits(shown)), 1)
 
     page = MARK.sub(figure, page)
     return _ROW.sub(lambda match: rows[match[1]], page)

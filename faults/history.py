@@ -61,7 +61,7 @@ class History:
         """Read the files of a run's processes."""
         history = cls()
         for path in sorted(directory.glob("*.jsonl")):
-            history._take(path.stem, path)
+            history._read_file(path.stem, path)
         history.calls.sort(key=lambda call: call.began_at)
         history.notes.sort(key=lambda note: note.at)
         return history
@@ -70,7 +70,7 @@ class History:
         """Yield the notes of some kinds."""
         return (note for note in self.notes if note.kind in kinds)
 
-    def _take(self, process: str, path: Path) -> None:
+    def _read_file(self, process: str, path: Path) -> None:
         begun: dict[int, dict[str, Any]] = {}
         for text in path.read_text().splitlines():
             line = json.loads(text)
@@ -100,7 +100,7 @@ class History:
         )
 
 
-def shown(value: bytes) -> str:
+def recorded_value(value: bytes) -> str:
     """Return a value in the form that histories hold, whatever it is: up to a `|`, behind which a large value
     is filled up."""
     return value.partition(b"|")[0].decode(errors="backslashreplace")

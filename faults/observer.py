@@ -4,7 +4,7 @@ An entry is identified by its id *and* operation. When a server's history is rew
 anew, the log is read again from its beginning, and entries that are new for that server are written. So the
 notes of one server are a tree. A branch leaves the tree at an entry's `previous`.
 
-Faults that destroy history run through `look_and`, which reads new entries and destroys in one MULTI, or
+Faults that destroy history run through `read_and_run`, which reads new entries and destroys in one MULTI, or
 after `catch_up` while writes are held back. So the notes have no holes.
 """
 
@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from dynamo_redis.errors import StoreError
 from dynamo_redis.store.keys import RegistryKeys
-from faults.history import Recorder, shown
+from faults.history import Recorder, recorded_value
 from faults.servers import ServerUnderTest, Word
 
 POLL_S: Final = 0.1
@@ -73,9 +73,9 @@ class Observer:
 
     async def catch_up(self, server: ServerUnderTest) -> None:
         """Read all entries that are there now."""
-        await self.look_and(server)
+        await self.read_and_run(server)
 
-    async def look_and(self, server: ServerUnderTest, *commands: Sequence[Word]) -> None:
+    async def read_and_run(self, server: ServerUnderTest, *commands: Sequence[Word]) -> None:
         """Read the new entries and run commands that may destroy history, at the same moment. Raises
         StoreError."""
         place, log = self._places[server.label], self._keys.log
@@ -84,7 +84,8 @@ class Observer:
                 ("HMGET", self._keys.meta, "inc", "rev"),
                 ("XRANGE", log, place.last, place.last),
                 ("XRANGE", log, f"({place.last}", "+"),
-                ("XRANGE", log, "-", "+" if commands else "0-1"),  # the whole log only if no commands follow
+                # All of the log before commands that may destroy it; nothing otherwise.
+                ("XRANGE", log, "-", "+" if commands else "0-1"),
                 *commands,
             )
             incarnation = (head[0] or b"").decode()
@@ -98,7 +99,7 @@ class Observer:
                     self._write(place, entry_id.decode(), said)
 
     def _write(self, place: _Place, entry_id: str, fields: dict[bytes, Any]) -> None:
-        said = {name.decode(): shown(value) for name, value in fields.items()}
+        said = {name.decode(): recorded_value(value) for name, value in fields.items()}
         place.last, place.operation = entry_id, said["w"]
         if said["o"] == "i":
             place.incarnation = said["v"]

@@ -9,14 +9,14 @@ from faults.servers import ServerUnderTest
 
 
 class Rewind:
-    """All of a registry's keys at the time of `take`; `undo_since` brings them back."""
+    """All of a registry's keys at the time of `capture`; `undo_since` brings them back."""
 
     def __init__(self, server: ServerUnderTest, dumps: dict[bytes, bytes]) -> None:
         self._server = server
         self._dumps = dumps
 
     @classmethod
-    async def take(cls, server: ServerUnderTest, prefix: str) -> Rewind:
+    async def capture(cls, server: ServerUnderTest, prefix: str) -> Rewind:
         """Remember a registry's keys. Keys with a TTL are hints, and left alone."""
         keys = await server.execute("KEYS", f"{{{prefix}}}:*")
         lasting = [key for key in keys if await server.execute("PTTL", key) == -1]

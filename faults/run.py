@@ -21,19 +21,19 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from dynamo_redis.errors import StoreError
-from faults.following import Followed
 from faults.history import Recorder
 from faults.observer import Observer
 from faults.processes import LoadProcess, end_all
 from faults.proxy import Proxy
 from faults.roles.base import Orders
+from faults.run_state import RunState
 from faults.servers import (
     Persistence,
     ServerKind,
     ServerUnderTest,
     faketime_library,
     final_state,
-    until_answers,
+    wait_until_answers,
 )
 
 PREFIX: Final = "faults"
@@ -140,7 +140,7 @@ class Run:
         self._joined: set[str] = set()
         self._ends_at = float("inf")
         self._healed_at = 0.0
-        self._followed = Followed(directory)
+        self._run_state = RunState(directory)
 
     # ------------------------------------------------------------------ for scenarios
 
@@ -170,7 +170,7 @@ class Run:
             self.recorder.note("healed", name=name)
             self._healed_at = time.monotonic()
 
-    async def look_all(self, server: ServerUnderTest) -> None:
+    async def read_log_to_end(self, server: ServerUnderTest) -> None:
         """Hold back writes on a server that is about to lose data, and read its log to the end."""
         await server.pause_writes()
         await self.observer.catch_up(server)
@@ -231,7 +231,7 @@ class Run:
         for role, count in self.scenario.load.roles.items():
             for number in range(1, count + 1):
                 await self.start_process(role, f"{role}-{number}")
-        await self._until_started()
+        await self._wait_until_started()
 
     async def _shift(self, offset_s: float) -> float:
         """Try the shifted clock; it is right again afterwards."""
@@ -268,7 +268,7 @@ class Run:
         )
         self.processes.append(LoadProcess.start(orders, self.recorder))
 
-    async def _until_started(self) -> None:
+    async def _wait_until_started(self) -> None:
         """Wait until each process has written a line; faults before that would only keep it from starting."""
         names = [process.name for process in self.processes]
         async with asyncio.timeout(START_TIMEOUT_S):
@@ -316,16 +316,16 @@ class Run:
         for proxy in self.proxies.values():
             proxy.heal()
         self.server.thaw()
-        await until_answers(self.server)
+        await wait_until_answers(self.server)
         for process in self.processes:
             process.thaw()
         self._healed_at = max(self._healed_at, self._ends_at)
-        served_s = await self._until_served()
+        served_s = await self._wait_until_served()
         for process in self.processes:
             if process.alive:
                 process.rest()
         self.recorder.note("rest")
-        agreed_s = None if served_s is None else await self._until_quiet()
+        agreed_s = None if served_s is None else await self._wait_until_quiet()
         recovery_s = None if served_s is None or agreed_s is None else max(served_s, agreed_s)
         self.recorder.note("quiet", seconds=recovery_s)
         await self.observer.catch_up(self.server)
@@ -335,29 +335,29 @@ class Run:
         for process in self.processes:
             if process.alive:
                 self.recorder.note("alive", process=process.name)
-        followed = self._followed
-        followed.read()
+        run_state = self._run_state
+        run_state.read()
         return Figures(
-            followed.call_count,
-            followed.unknown_count,
-            followed.batch_count,
+            run_state.call_count,
+            run_state.unknown_count,
+            run_state.batch_count,
             self.observer.entry_count,
-            followed.resync_count,
-            followed.lease_loss_count,
+            run_state.resync_count,
+            run_state.lease_loss_count,
             recovery_s,
         )
 
-    async def _until_served(self) -> float | None:
+    async def _wait_until_served(self) -> float | None:
         """Return the seconds from the last heal until each process that lives, and makes calls, has had an
         answer to a call that it began after it; None if one never had."""
         deadline = time.monotonic() + QUIET_TIMEOUT_S
         waiting: list[str] = []
         while time.monotonic() < deadline:
-            self._followed.read()
+            self._run_state.read()
             waiting = [
                 process.name
                 for process in self.processes
-                if process.alive and self._followed.served_at(process.name) < self._healed_at
+                if process.alive and self._run_state.served_at(process.name) < self._healed_at
             ]
             if not waiting:
                 return time.monotonic() - self._healed_at
@@ -365,7 +365,7 @@ class Run:
         self.recorder.note("restless", why=f"no call of {', '.join(waiting)} was answered after the faults")
         return None
 
-    async def _until_quiet(self) -> float | None:
+    async def _wait_until_quiet(self) -> float | None:
         """Return the seconds from the last heal until everything agreed, and went on agreeing; None if it
         never did."""
         deadline = time.monotonic() + QUIET_TIMEOUT_S
@@ -377,9 +377,9 @@ class Run:
             except StoreError as exc:
                 agreed_on, why = None, str(exc)
                 continue
-            self._followed.read()
+            self._run_state.read()
             alive = {process.name for process in self.processes if process.alive}
-            found = self._followed.disagreement(state["records"], alive)
+            found = self._run_state.disagreement(state["records"], alive)
             if found is not None:
                 agreed_on, why = None, found
             elif agreed_on != state["revision"]:

@@ -27,7 +27,7 @@ from dynamo_redis.errors import ConfigError, StoreError
 from dynamo_redis.store.keys import RegistryKeys
 from dynamo_redis.store.redis.client import RedisClient
 from dynamo_redis.store.server import EmbeddedServer, ServerBinary, find_server
-from faults.history import shown
+from faults.history import recorded_value
 
 Persistence = Literal["always", "everysec", "none"]
 """The append-only file: synced before each answer, once a second, or no file at all."""
@@ -237,9 +237,9 @@ class ServerUnderTest:
                     await self.execute("BGSAVE")
                     break
                 await asyncio.sleep(0.02)
-        await self.until_info("persistence", f"rdb_last_bgsave_status:{outcome}")
+        await self.wait_for_info("persistence", f"rdb_last_bgsave_status:{outcome}")
 
-    async def until_info(self, section: str, *lines: str) -> None:
+    async def wait_for_info(self, section: str, *lines: str) -> None:
         """Wait until INFO shows these lines. Raises TimeoutError."""
         async with asyncio.timeout(_SYNC_TIMEOUT_S):
             while True:
@@ -275,7 +275,7 @@ class ServerUnderTest:
     async def replicate(self, primary: ServerUnderTest) -> None:
         """Become a replica, and wait until it has the primary's data."""
         await self.execute("REPLICAOF", "127.0.0.1", primary.url.rpartition(":")[2])
-        await self.until_info("replication", "master_link_status:up")
+        await self.wait_for_info("replication", "master_link_status:up")
 
     async def promote(self) -> None:
         """Make this replica a primary; writes that the old one acknowledged and did not send are lost to
@@ -285,8 +285,8 @@ class ServerUnderTest:
     async def hand_over(self, replica: ServerUnderTest) -> None:
         """Make that replica the primary once it has all data, and become its replica: nothing is lost."""
         await self.execute("FAILOVER", "TO", "127.0.0.1", replica.url.rpartition(":")[2])
-        await replica.until_info("replication", "role:master")
-        await self.until_info("replication", "role:slave", "master_link_status:up")
+        await replica.wait_for_info("replication", "role:master")
+        await self.wait_for_info("replication", "role:slave", "master_link_status:up")
 
     # ------------------------------------------------------------------ the clock
 
@@ -337,11 +337,11 @@ async def final_state(server: ServerUnderTest, prefix: str) -> dict[str, Any]:
                 modified, _, _, lease, value = msgpack.unpackb(record, raw=True)
             except ValueError:
                 continue  # a record of no release
-            records[key.decode()] = [shown(value), lease.decode() or None, modified.decode()]
+            records[key.decode()] = [recorded_value(value), lease.decode() or None, modified.decode()]
     return {"revision": revision and revision.decode(), "records": records}
 
 
-async def until_answers(server: ServerUnderTest, timeout_s: float = 30.0) -> None:
+async def wait_until_answers(server: ServerUnderTest, timeout_s: float = 30.0) -> None:
     """Wait until a server that was frozen or partitioned answers again."""
     async with asyncio.timeout(timeout_s):
         while True:

@@ -11,7 +11,7 @@ from faults.history import Call, History, Note, Outcome
 
 
 @dataclass(slots=True)
-class Begun:
+class OpenCall:
     """A call under way. End it once, or leave it: then its outcome is unknown."""
 
     _story: Story
@@ -61,11 +61,11 @@ class Story:
         calls = sorted(self.calls, key=lambda call: call.began_at)
         return History(calls, sorted(self.notes, key=lambda note: note.at))
 
-    def begin(self, process: str, action: str, /, **arguments: Any) -> Begun:
+    def begin(self, process: str, action: str, /, **arguments: Any) -> OpenCall:
         """Begin a call."""
         number, infinity = len(self.calls), float("inf")
         self.calls.append(Call(process, number, action, arguments, self.now(), infinity, "unknown"))
-        return Begun(self, number)
+        return OpenCall(self, number)
 
     def call(
         self, process: str, action: str, answer: Any = None, /, *, refused: bool = False, **arguments: Any

@@ -36,15 +36,15 @@ def latency(rounds: int) -> dict[str, Measured]:
             process.answer()
         for number in range(-1, rounds):  # the first is a warm-up
             for process in (*routers, pings):
-                process.say("begin")
+                process.send("begin")
                 process.answer()
-            worker.say(json.dumps([EVENTS_PER_S, ROUND_S if number >= 0 else 1.0]))
+            worker.send(json.dumps([EVENTS_PER_S, ROUND_S if number >= 0 else 1.0]))
             published: dict[str, int] = json.loads(worker.answer())
             seen: list[dict[str, int]] = []
             for router in routers:
-                router.say(str(len(published)))
+                router.send(str(len(published)))
                 seen.append(json.loads(router.answer()))
-            pings.say("end")
+            pings.send("end")
             ping_ms: float = json.loads(pings.answer())
             took_ms = sorted(
                 (max(times[name] for times in seen) - at) / 1e6 for name, at in published.items()

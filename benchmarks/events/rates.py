@@ -139,7 +139,7 @@ def _measure(operation: str, rounds: int, sides: Sequence[Side]) -> Rates:
 
 
 def _rate(client: Driver, operation: str, side: Side, count: int) -> float:
-    client.say(json.dumps([operation, count, side.batch_count]))
+    client.send(json.dumps([operation, count, side.batch_count]))
     seconds: float = json.loads(client.answer())["seconds"]
     return count / seconds
 

@@ -89,7 +89,7 @@ class Driver:
         """The process's id."""
         return self._process.pid
 
-    def say(self, line: str = "") -> None:
+    def send(self, line: str = "") -> None:
         """Send a line."""
         assert self._process.stdin is not None
         self._process.stdin.write(f"{line}\n")

@@ -44,7 +44,7 @@ class Row:
     @property
     def figures(self) -> list[float]:
         """The figures that are held against the bounds."""
-        return several(self.ours if self.ratio is None else self.ratio)
+        return as_list(self.ours if self.ratio is None else self.ratio)
 
     @property
     def verdict(self) -> str:
@@ -56,10 +56,10 @@ class Row:
     @property
     def sign(self) -> str:
         """`≤` if figures must stay below the bounds, `≥` if above."""
-        return "≤" if several(self.aim)[0] <= several(self.must)[0] else "≥"
+        return "≤" if as_list(self.aim)[0] <= as_list(self.must)[0] else "≥"
 
     def _reach(self, bounds: Figure) -> bool:
-        pairs = list(zip(self.figures, several(bounds), strict=True))
+        pairs = list(zip(self.figures, as_list(bounds), strict=True))
         return all(figure <= bound if self.sign == "≤" else figure >= bound for figure, bound in pairs)
 
 
@@ -90,7 +90,7 @@ class Measured:
         return cls(median(ours), median(rival), ratio, len(ours))
 
 
-def several(figure: Figure) -> list[float]:
+def as_list(figure: Figure) -> list[float]:
     """Return a row's figures as a list, also if there is only one."""
     return figure if isinstance(figure, list) else [figure]
 
@@ -130,7 +130,7 @@ def report(suite: str, rows: Sequence[Row], conditions: Sequence[str]) -> None:
 
 
 def _shown(figure: Figure | None) -> str:
-    return "–" if figure is None else "; ".join(f"{number:g}" for number in several(figure))
+    return "–" if figure is None else "; ".join(f"{number:g}" for number in as_list(figure))
 
 
 def save(suite: str, rows: Sequence[Row]) -> None:

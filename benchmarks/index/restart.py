@@ -196,7 +196,7 @@ class _Workers:
                 await self._start_instance(runtime, names)
             await self._publish(BLOCKS // CHAIN_BLOCKS)
             self._pipe.send("full")
-            await self._obey(asyncio.create_task(self._write()))
+            await self._run_commands(asyncio.create_task(self._write()))
 
     async def _start_instance(self, runtime: DistributedRuntime, names: count[int]) -> None:
         ranks: dict[PublisherId, KvPublisher] = {}
@@ -210,7 +210,7 @@ class _Workers:
         endpoint = runtime.endpoint(f"{STREAM.namespace}.{STREAM.component}.{KV_DUMP}")
         await endpoint.start_serving(KvDump(ranks).generate)
 
-    async def _obey(self, writer: asyncio.Task[None]) -> None:
+    async def _run_commands(self, writer: asyncio.Task[None]) -> None:
         loop = asyncio.get_running_loop()
         while (order := await loop.run_in_executor(None, self._pipe.recv)) != "stop":
             await self._publish(order)

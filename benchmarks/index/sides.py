@@ -117,7 +117,7 @@ class Tree:
         return self._ask(f"digest {what}")
 
     def _ask(self, line: str) -> str:
-        self._process.say(line)
+        self._process.send(line)
         return self._process.answer()
 
 

@@ -50,7 +50,7 @@ async def _powered_off(redis_url: str, host: Host, rounds: int) -> list[float]:
     async with DistributedRuntime(settings=settings) as runtime:
         client = await runtime.endpoint("bench.echo.generate").client()
         for number in range(rounds):
-            await _until_both_answer(client)
+            await _wait_until_both_answer(client)
             late, slowest_s = await _switch_off(client, host)
             figures.append(late)
             print(
@@ -88,7 +88,7 @@ async def _request(client: Client) -> tuple[float, float]:
     return sent_at, time.monotonic() - sent_at
 
 
-async def _until_both_answer(client: Client) -> None:
+async def _wait_until_both_answer(client: Client) -> None:
     """Wait until both workers are listed and each has answered: the client has connections to both."""
     async with asyncio.timeout(BACK_S):
         while len(client.instance_ids()) < 2:

@@ -31,7 +31,7 @@ def key_of(lease: LeaseId) -> str:
     return ENDPOINT.instance_key(InstanceId(lease))
 
 
-def value_of(lease: LeaseId) -> bytes:
+def record_of(lease: LeaseId) -> bytes:
     """Return the record of an instance, about 400 bytes."""
     return record(lease - _FIRST_ID)
 
@@ -50,7 +50,7 @@ async def populate(redis_url: str, ids: Sequence[LeaseId], ttl_s: float) -> None
 
     async def register() -> None:
         for lease in waiting:
-            await kv.write([OwnedPut(key_of(lease), value_of(lease))], lease=lease, ttl_s=ttl_s)
+            await kv.write([OwnedPut(key_of(lease), record_of(lease))], lease=lease, ttl_s=ttl_s)
 
     try:
         await asyncio.gather(*(register() for _ in range(_IN_FLIGHT)))

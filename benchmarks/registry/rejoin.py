@@ -23,7 +23,7 @@ import uvloop
 
 from benchmarks.harness.processes import redis_server
 from benchmarks.harness.report import Measured
-from benchmarks.registry.population import INSTANCES, PREFIX, key_of, key_value, leases, value_of
+from benchmarks.registry.population import INSTANCES, PREFIX, key_of, key_value, leases, record_of
 from dynamo_redis.store.base import LeaseId
 from dynamo_redis.store.keys import RegistryKeys
 from dynamo_redis.store.redis.client import RedisClient
@@ -146,7 +146,7 @@ class Workers:
             registrations.start(position.incarnation)
             await registrations.register(
                 key_of(lease),
-                value_of(lease),
+                record_of(lease),
                 exclusive=False,
                 stalled_value=None,
                 prepare=None,

@@ -19,7 +19,7 @@ import uvloop
 
 from benchmarks.harness.processes import in_fresh_process, redis_server
 from benchmarks.harness.report import Measured
-from benchmarks.registry.population import ENDPOINT, INSTANCES, PREFIX, key_of, leases, populate, value_of
+from benchmarks.registry.population import ENDPOINT, INSTANCES, PREFIX, key_of, leases, populate, record_of
 from dynamo_redis.config import StoreSettings
 from dynamo_redis.runtime import DistributedRuntime, Settings
 from dynamo_redis.store.registry.redis_registry import RedisRegistry
@@ -51,7 +51,7 @@ async def _fill(redis_url: str) -> None:
         for begin in range(0, len(ids), PAGE_ENTRIES):
             pipe = client.pipeline(transaction=False)
             for lease in ids[begin : begin + PAGE_ENTRIES]:
-                pipe.execute_command("XADD", FLOOR_STREAM, "*", "k", key_of(lease), "v", value_of(lease))
+                pipe.execute_command("XADD", FLOOR_STREAM, "*", "k", key_of(lease), "v", record_of(lease))
             await pipe.execute()
 
 

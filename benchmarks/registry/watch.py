@@ -54,10 +54,10 @@ def round_of(side: str, address: str) -> float:
             process.answer()
         time.sleep(SETTLE_S)
         for process in processes:
-            process.say("measure")
+            process.send("measure")
         time.sleep(SECONDS)
         for process in processes:
-            process.say("answer")
+            process.send("answer")
         watches = [watch for process in processes for watch in json.loads(process.answer())]
     fewest = min(map(len, watches))
     if fewest < LEAST_SEEN * SECONDS * PUTS_PER_S:

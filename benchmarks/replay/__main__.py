@@ -187,7 +187,7 @@ def _conditions(options: Options) -> list[str]:
 Choice = TypeVar("Choice")
 
 
-def _several(one: Callable[[str], Choice]) -> Callable[[str], list[Choice]]:
+def _comma_list(one: Callable[[str], Choice]) -> Callable[[str], list[Choice]]:
     """Return a parser of lists with commas, for argparse."""
     return lambda text: [one(part.strip()) for part in text.split(",")]
 
@@ -228,14 +228,14 @@ def parse(arguments: Sequence[str] | None) -> Options:
     )
     add(
         "--modes",
-        type=_several(_one_of(*get_args(Mode))),
+        type=_comma_list(_one_of(*get_args(Mode))),
         default=list(get_args(Mode)),
         help="modes of kv, predicted (kv without events), rr, p2c [all]",
     )
-    add("--replicas", type=_several(rounds_count), default=[1, 4], help="numbers of routers [1,4]")
+    add("--replicas", type=_comma_list(rounds_count), default=[1, 4], help="numbers of routers [1,4]")
     add(
         "--arrivals",
-        type=_several(_one_of(*get_args(Arrivals))),
+        type=_comma_list(_one_of(*get_args(Arrivals))),
         default=["poisson", "given"],
         help="arrivals of poisson, given (the trace's timestamps) [both]",
     )
@@ -247,7 +247,7 @@ def parse(arguments: Sequence[str] | None) -> Options:
     )
     add(
         "--faults",
-        type=lambda text: [] if text == "none" else _several(_one_of(*get_args(Fault)))(text),
+        type=lambda text: [] if text == "none" else _comma_list(_one_of(*get_args(Fault)))(text),
         default=list(get_args(Fault)),
         help="further runs of kv with most replicas, in which a process is killed and comes back: of router, "
         "redis, worker, or none [all]",

@@ -38,7 +38,7 @@ class Child:
         )
         return cls(process)
 
-    def say(self, *words: object) -> None:
+    def send(self, *words: object) -> None:
         """Send a command. Has no effect on a process that has ended."""
         assert self._process.stdin is not None
         self._process.stdin.write(" ".join(map(str, words)).encode() + b"\n")
@@ -56,7 +56,7 @@ class Child:
 
     async def answer_to(self, *words: object) -> dict[str, Any]:
         """Send a command, wait for its answer, and return that."""
-        self.say(*words)
+        self.send(*words)
         return await self.answer()
 
     def cpu_s(self) -> float:

@@ -71,12 +71,12 @@ class SimulatedEngine:
         """True if no step is under way."""
         return self._step is None
 
-    def begin(self) -> float | None:
+    def begin_step(self) -> float | None:
         """Begin a step and return its length in seconds; None if there is nothing to do."""
         self._step = self.batch.plan()
         return None if self._step is None else step_duration_s(self._step, self._settings)
 
-    def complete(self) -> list[ModelSequence]:
+    def complete_step(self) -> list[ModelSequence]:
         """End the step, and return the sequences that have another token."""
         assert self._step is not None
         return self.batch.complete(self._step)
@@ -103,7 +103,7 @@ class SimulatedEngine:
         )
 
 
-def _unheard(_: int, __: KvEvent) -> None:
+def _ignore_event(_: int, __: KvEvent) -> None:
     pass
 
 
@@ -112,7 +112,7 @@ class Simulation:
 
     def __init__(self, workers: int, settings: MockEngineSettings) -> None:
         self.now_s = 0.0
-        self.on_kv_event: Callable[[int, KvEvent], None] = _unheard
+        self.on_kv_event: Callable[[int, KvEvent], None] = _ignore_event
         """Called at once with the worker's number and each change of its cache."""
         self.engines = [SimulatedEngine(settings, self._sink(number)) for number in range(workers)]
         self._due: list[tuple[float, int, Callable[[], None]]] = []
@@ -162,12 +162,12 @@ class Simulation:
         return arrive
 
     def _begin_step(self, policy: Policy, engine: SimulatedEngine) -> None:
-        duration_s = engine.begin()
+        duration_s = engine.begin_step()
         if duration_s is not None:
             self.after(duration_s, lambda: self._end_step(policy, engine))
 
     def _end_step(self, policy: Policy, engine: SimulatedEngine) -> None:
-        for sequence in engine.complete():
+        for sequence in engine.complete_step():
             if not sequence.generated_count:
                 policy.first_token(sequence)
                 self._outcomes.append(

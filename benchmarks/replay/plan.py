@@ -60,7 +60,7 @@ class Chance(random.Random):
         super().__init__(seed)
         self._seed = seed
 
-    def begin(self, index: int) -> None:
+    def start_request(self, index: int) -> None:
         """Begin the draws for a request, given its place in the trace."""
         self.seed((self._seed << 32) + index)
 

@@ -120,7 +120,7 @@ class Users:
             "eos_token_ids": [],
         }
         try:
-            self._chance.begin(index)  # choosing never awaits, so no other request comes in between
+            self._chance.start_request(index)  # choosing never awaits, so no other request comes in between
             call = await self._caller.generate(body, annotated=False)
             assert isinstance(call, Call)
             first = await anext(call)

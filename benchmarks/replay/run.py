@@ -159,7 +159,7 @@ class Deployment:
 
     async def _follow(self, replica: int, begin: float, progress: Progress) -> dict[str, Any]:
         child = self.routers[replica]
-        child.say("go", begin)
+        child.send("go", begin)
         while True:
             report = self.reports[replica] = await child.answer(None)
             progress(self._answered_before + sum(one["answered"] for one in self.reports.values()))

@@ -107,7 +107,7 @@ class Omniscient:
         ]
         least = min(costs)
         equals = [number for number, cost in enumerate(costs) if cost == least]
-        self._chance.begin(index)
+        self._chance.start_request(index)
         worker = self._chance.choice(equals) if len(equals) > 1 else equals[0]
         self._queued[worker] += request.prompt_count - held[worker] * TRACE_BLOCK_SIZE
         self._running[worker].update(whole)
@@ -181,7 +181,7 @@ class KvAware:
     def choose(self, index: int, request: TracedRequest, replica: int) -> tuple[int, int]:
         whole = _whole_blocks(request.block_ids, request.prompt_count)
         names = pack_names(whole) if self._counts_once else b""
-        self._chance.begin(index)
+        self._chance.start_request(index)
         known = self._index if self._predicted is None else self._predicted[replica]
         choice = self._selector.select(
             self._workers,
@@ -226,14 +226,14 @@ class KvAware:
                 self._simulation.after(self._messages_s, partial(change, book))
 
     def _hear(self, worker: int, event: KvEvent) -> None:
-        told = _told(event)
+        told = _to_router_event(event)
         if self._events_s:
             self._simulation.after(self._events_s, lambda: self._index.apply(Worker(worker), [told]))
         else:
             self._index.apply(Worker(worker), [told])
 
 
-def _told(event: KvEvent) -> kv_event.KvEvent:
+def _to_router_event(event: KvEvent) -> kv_event.KvEvent:
     """Convert an engine's event to the form that routers receive; in the simulation both name blocks
     alike."""
     match event:
@@ -263,7 +263,7 @@ class Blind:
         self._policies = [selection.policy(mode, chance) for _ in range(replicas)]
 
     def choose(self, index: int, request: TracedRequest, replica: int) -> tuple[int, int]:
-        self._chance.begin(index)
+        self._chance.start_request(index)
         chosen = self._policies[replica](self._seen[replica])
         chosen.in_flight += 1
         return chosen.instance_id, 0

@@ -26,7 +26,7 @@ def measure(wanted: set[tuple[str, str]], rounds: int, seconds: float) -> Iterat
     """
     for stage in STAGES:
         with ExitStack() as stack:
-            sides = _bring_up(stack, [side for side in stage if any(side == one for _, one in wanted)])
+            sides = _start_sides(stack, [side for side in stage if any(side == one for _, one in wanted)])
             if sides:
                 share = idle_share(list(sides.values()), _IDLE_S)
                 print(f"without load, all sides together use {100 * share:.1f} % of a core", flush=True)
@@ -36,7 +36,7 @@ def measure(wanted: set[tuple[str, str]], rounds: int, seconds: float) -> Iterat
                     yield workload, _take_turns(sides, names, workload, rounds, seconds)
 
 
-def _bring_up(stack: ExitStack, names: Sequence[str]) -> dict[str, Side]:
+def _start_sides(stack: ExitStack, names: Sequence[str]) -> dict[str, Side]:
     sides = {}
     for name in names:
         try:

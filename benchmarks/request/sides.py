@@ -91,7 +91,7 @@ class Side:
         return cpu_s(self._processes)
 
     def _load(self, name: str, seconds: float) -> dict[str, float]:
-        self._caller.say(json.dumps([name, seconds]))
+        self._caller.send(json.dumps([name, seconds]))
         answer: dict[str, float] = json.loads(self._caller.answer())
         return answer
 

@@ -71,7 +71,7 @@ async def _refusals(rounds: int) -> list[float]:
         chats = Chats(url, await asyncio.to_thread(first_model, url, READY_S))
         stack.callback(chats.close)
         await asyncio.sleep(SETTLE_S)
-        phases = (pair.fail_over, pair.full, pair.lonely)
+        phases = (pair.fail_over, pair.with_full_memory, pair.without_replica)
         shares = [CHATS // 3 + (number < CHATS % 3) for number in range(3)]
         for number in range(rounds):
             failed = [await _phase(*each, chats, pair) for each in zip(phases, shares, strict=True)]
@@ -89,7 +89,7 @@ async def _phase(fault: Fault, count: int, chats: Chats, pair: Pair) -> int:
     flow = asyncio.create_task(chats.flow(count - NEWCOMER_CHATS))
     await asyncio.sleep(BEFORE_S)
     async with fault():
-        with _newcomers(pair.address.url) as url:
+        with _start_newcomers(pair.address.url) as url:
             try:
                 model = await asyncio.to_thread(first_model, url, READY_S)
             except RuntimeError:
@@ -103,7 +103,7 @@ async def _phase(fault: Fault, count: int, chats: Chats, pair: Pair) -> int:
 
 
 @contextmanager
-def _newcomers(redis_url: str) -> Iterator[str]:
+def _start_newcomers(redis_url: str) -> Iterator[str]:
     """Start a worker and a frontend; yield the frontend's URL."""
     program = [sys.executable, "-m", "dynamo_redis"]
     environment = {"DYN_REDIS_URL": redis_url, "DYN_REDIS_PREFIX": PREFIX, "DYN_LOG": "error"}
@@ -184,10 +184,10 @@ class Pair:
         self.address.target = new.embedded.url
         self.primary, self.replica = new, old
         yield
-        await self.until_whole()
+        await self.wait_until_replicated()
 
     @asynccontextmanager
-    async def full(self) -> AsyncIterator[None]:
+    async def with_full_memory(self) -> AsyncIterator[None]:
         """Fill the memory with other keys; delete them at the end."""
         filler: list[str] = []
         for size_bytes in FILLER_BYTES:
@@ -200,16 +200,16 @@ class Pair:
         await self.primary.client.execute("DEL", *filler)
 
     @asynccontextmanager
-    async def lonely(self) -> AsyncIterator[None]:
+    async def without_replica(self) -> AsyncIterator[None]:
         """Kill the replica; start it again at the end."""
         await self.replica.embedded.kill()
         await self.primary.until("min_slaves_good_slaves:0")
         yield
         await self.replica.embedded.start()
         await self.replica.follow(self.primary)
-        await self.until_whole()
+        await self.wait_until_replicated()
 
-    async def until_whole(self) -> None:
+    async def wait_until_replicated(self) -> None:
         """Wait until the replica follows, and the primary knows it."""
         await self.replica.until("master_link_status:up")
         await self.primary.until("min_slaves_good_slaves:1")
@@ -254,7 +254,7 @@ async def _pair() -> AsyncIterator[Pair]:
             async with Proxy(servers[0].embedded.url) as address:
                 pair = Pair(*servers, address)
                 await pair.replica.follow(pair.primary)
-                await pair.until_whole()
+                await pair.wait_until_replicated()
                 yield pair
         finally:
             for server in servers:

@@ -133,11 +133,11 @@ class Deployment:
     def silences(self, probe: Driver) -> Iterator[tuple[str, float]]:
         """Carry out each attack in turn; yield its name, and the longest silence meanwhile, in seconds."""
         self._post(CHAT, _chat("demo", 1))  # the cost of a first chat is not measured
-        probe.say()
+        probe.send()
         probe.answer()
         for name, act in self._acts().items():
             act()
-            probe.say()
+            probe.send()
             yield name, float(probe.answer())
 
     def _acts(self) -> dict[str, Callable[[], object]]:

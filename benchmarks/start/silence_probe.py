@@ -35,7 +35,7 @@ class Probe:
             self._asked_at = None
             await asyncio.sleep(PAUSE_S)
 
-    def take(self) -> float:
+    def pop_longest_s(self) -> float:
         """Return the longest silence since the last call, in seconds. A silence that still lasts counts."""
         now = time.perf_counter()
         longest_s = max(self._longest_s, 0.0 if self._asked_at is None else now - self._asked_at)
@@ -49,7 +49,7 @@ async def main(url: str) -> None:
     probe = Probe()
     asking = asyncio.create_task(probe.run(host, int(port)))
     while await asyncio.to_thread(sys.stdin.readline):
-        print(probe.take(), flush=True)
+        print(probe.pop_longest_s(), flush=True)
         if asking.done():
             asking.result()
     asking.cancel()

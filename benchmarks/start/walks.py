@@ -59,7 +59,7 @@ class ScriptCase(NamedTuple):
     before: Callable[[], Awaitable[object]] | None = None
 
 
-class Place:
+class FilledServer:
     """One server, with `count` of everything."""
 
     def __init__(self, url: str, count: int) -> None:
@@ -161,7 +161,7 @@ class Place:
             "stream_bound: by time": ScriptCase(redis_streams._BOUND, keys, (1 << 30, 1 << 40, LONG_MS)),
             "stream_keep": ScriptCase(redis_streams._KEEP, keys, (LONG_MS,)),
             "stream_trim": ScriptCase(redis_streams._TRIM, keys, ("0-1", LONG_MS)),
-            "stream_trim: two entries": ScriptCase(redis_streams._TRIM, keys, ("", LONG_MS), self._two_older),
+            "stream_trim: two entries": ScriptCase(redis_streams._TRIM, keys, ("", LONG_MS), self._trim_two),
         }
 
     def _other_scripts(self) -> dict[str, ScriptCase]:
@@ -185,7 +185,7 @@ class Place:
             "object_forget": ScriptCase(redis_objects._FORGET, (self.names,), ("bucket/000500", "1")),
         }
 
-    async def _two_older(self) -> Words:
+    async def _trim_two(self) -> Words:
         """Return the arguments of a trim that drops two entries."""
         await self.client.execute("XGROUP", "SETID", self.stream.events, GROUP, "$")
         oldest = await self.client.execute("XRANGE", self.stream.events, "-", "+", "COUNT", 2)
@@ -250,7 +250,7 @@ class Place:
 
 async def compare(urls: Sequence[str], counts: Sequence[int]) -> dict[str, float]:
     """Return the second server's time of each script and command ÷ the first's, by name."""
-    few, many = (Place(url, count) for url, count in zip(urls, counts, strict=True))
+    few, many = (FilledServer(url, count) for url, count in zip(urls, counts, strict=True))
     found: dict[str, float] = {}
     try:
         for place in (few, many):

@@ -39,13 +39,13 @@ class Kept:
     may_be_gone: bool = False
     events: list[Call | Note] = field(default_factory=list)
 
-    def take(self, event: Call | Note) -> None:
+    def apply(self, event: Call | Note) -> None:
         """Apply the next event of the key."""
         self.events.append(event)
         if isinstance(event, Note):
             self.values, self.may_be_gone = [], False
         elif event.action == "register":
-            self._take_register(event)
+            self._apply_register(event)
         elif event.action == "update" and event.outcome != "refused":
             value = event.arguments["value"]
             self.values = [value] if event.outcome == "ok" else [*self.values, value]
@@ -53,7 +53,7 @@ class Kept:
             self.may_be_gone = event.outcome != "ok"
             self.values = [] if event.outcome == "ok" else self.values
 
-    def _take_register(self, call: Call) -> None:
+    def _apply_register(self, call: Call) -> None:
         if call.outcome == "ok":
             self.values, self.may_be_gone = [call.arguments["value"]], False
 
@@ -89,7 +89,7 @@ def _follow(history: History, ended_at: float) -> list[Kept]:
     kept: dict[tuple[str, str], Kept] = {}
     for _, event in sorted(events, key=lambda timed: timed[0]):
         key = event.arguments["key"] if isinstance(event, Call) else event.fields["key"]
-        kept.setdefault((event.process, key), Kept(event.process, key)).take(event)
+        kept.setdefault((event.process, key), Kept(event.process, key)).apply(event)
     return list(kept.values())
 
 

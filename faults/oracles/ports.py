@@ -21,7 +21,7 @@ from faults.oracles.losses import Losses
 from faults.oracles.violation import Violation, show
 
 ONE_TENANT: Final = "a port has one tenant, unless data was lost or a lease ended"
-TOLD: Final = "a tenant that lost a port to another is told soon after all faults are over"
+LOSS_REPORTED: Final = "a tenant that lost a port to another is told soon after all faults are over"
 WHOLE: Final = "a range is consecutive, within the requested one, and reserved as a whole or not at all"
 FOR_CAUSE: Final = "a port is reported lost only to another tenant, after a loss of data or the lease's end"
 STANDS: Final = "in the end the ports of the tenants stand in the registry, under their leases"
@@ -33,13 +33,13 @@ LOG_LAG_S: Final = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Tenancy:
-    """One process's belief in one port, from `since` to `until`. `told` is the note of its loss, if there is
-    one."""
+    """A process's belief in one port, from `since` to `until`. `loss_note` reports
+    its loss, if it was reported."""
 
     key: str
     reserve: Call
     until: float
-    told: Note | None
+    loss_note: Note | None
 
     @property
     def process(self) -> str:
@@ -91,8 +91,8 @@ class _Ports:
             name, infinity = call.arguments["reservation"], float("inf")
             until = min(self._end, released.get(name, infinity), killed.get(call.process, infinity))
             for key in call.answer["keys"]:
-                told = lost.get((name, key))
-                yield Tenancy(key, call, until if told is None else min(until, told.at), told)
+                loss_note = lost.get((name, key))
+                yield Tenancy(key, call, until if loss_note is None else min(until, loss_note.at), loss_note)
 
     # ------------------------------------------------------------------ while it runs
 
@@ -123,7 +123,9 @@ class _Ports:
     def _overlap(self, one: Tenancy, other: Tenancy) -> Iterator[Violation]:
         """Check a tenancy `other` that began during the tenancy `one`."""
         begin, end = other.since, min(one.until, other.until)
-        events = [event for each in (one, other) for event in (each.reserve, each.told) if event is not None]
+        events = [
+            event for each in (one, other) for event in (each.reserve, each.loss_note) if event is not None
+        ]
         if not self._may_lose(one.reserve, one.key, begin) and not self._may_lose(
             other.reserve, one.key, begin
         ):
@@ -131,7 +133,7 @@ class _Ports:
             yield Violation("exclusive", ONE_TENANT, what, begin, other.process, show(*events))
         elif end > self._calm.settled_after(begin, one.process, other.process):
             what = f"{one.key} was {one.process}'s and {other.process}'s for {end - begin:.1f} s, untold"
-            yield Violation("exclusive", TOLD, what, end, one.process, show(*events))
+            yield Violation("exclusive", LOSS_REPORTED, what, end, one.process, show(*events))
 
     def _may_lose(self, reserve: Call, key: str, by: float) -> bool:
         """Return whether another process may have taken a port reserved by this call until then."""

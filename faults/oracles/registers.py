@@ -144,9 +144,9 @@ class Attribution:
             for key, cell in (*operation.demands, *operation.effects):
                 value, revision = cell if isinstance(cell, tuple) else (None, None)
                 if value is not None and revision is not None and written[value] <= 1:
-                    self._take(key, value, revision, operation)
+                    self._attribute(key, value, revision, operation)
 
-    def _take(self, key: str, value: str, revision: str, operation: Operation) -> None:
+    def _attribute(self, key: str, value: str, revision: str, operation: Operation) -> None:
         known, by = self._revisions.setdefault(value, (revision, operation))
         if known != revision:
             self.conflicts.append((by, operation))

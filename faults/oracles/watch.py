@@ -116,15 +116,15 @@ class WatchCheck:
         elif entries:
             self.view = {key: put.value for key, put in self._truth.state(entries[-1], self._prefix).items()}
 
-    def take(self, note: Note) -> None:
+    def apply_batch(self, note: Note) -> None:
         """Apply the next batch."""
         events = [Event.read(fields) for fields in note.fields["events"]]
         is_state = note.fields["resync"] is not None or (self._starts_with_state and self.last_note is None)
         if is_state:
-            self._take_state(note, events)
+            self._apply_state(note, events)
         else:
             for event in events:
-                self._take_change(note, event)
+                self._apply_change(note, event)
             self._check_revision(note)
         self.last_note = note
 
@@ -142,7 +142,7 @@ class WatchCheck:
 
     # ------------------------------------------------------------------ states and resyncs
 
-    def _take_state(self, note: Note, events: list[Event]) -> None:
+    def _apply_state(self, note: Note, events: list[Event]) -> None:
         what = "its first state" if note.fields["resync"] is None else f"a resync ({note.fields['resync']})"
         entries = self._truth.by_id.get(note.fields["revision"], [])
         wrongs = [self._wrong_difference(entry, note.fields["revision"], events) for entry in entries]
@@ -188,7 +188,7 @@ class WatchCheck:
 
     # ------------------------------------------------------------------ changes
 
-    def _take_change(self, note: Note, event: Event) -> None:
+    def _apply_change(self, note: Note, event: Event) -> None:
         entries = [entry for entry in self._truth.by_id.get(event.revision, []) if event.is_of(entry)]
         right = [entry for entry in entries if self._follows(entry)]
         if not entries:
@@ -315,7 +315,7 @@ def _follow(history: History, truth: Truth, ended_at: float) -> dict[str, tuple[
             checks[watch] = (note.process, WatchCheck(truth, line, prefix))
         checked = checks[watch][1]
         if note.kind == "watch":
-            checked.take(note)
+            checked.apply_batch(note)
         elif note.fields.get("start_revision"):
             resumed = checks.get(note.fields.get("resumes") or "")
             checked.start_at(note.fields["start_revision"], resumed[1].view if resumed else None)

@@ -37,13 +37,13 @@ async def run(process: Process) -> None:
         group.create_task(serve_frontend(runtime, settings, on_ready=listening.set_result))
         group.create_task(_note_members(process, runtime))
         async with httpx.AsyncClient(base_url=await listening, timeout=CHAT_TIMEOUT_S) as http:
-            await _until_served(http)
+            await _wait_until_served(http)
             process.recorder.note("started", role="frontend", lease=format_instance_id(runtime.instance_id))
             await asyncio.gather(*(_talk(process, http) for _ in range(USERS_COUNT)))
         await asyncio.Event().wait()
 
 
-async def _until_served(http: httpx.AsyncClient) -> None:
+async def _wait_until_served(http: httpx.AsyncClient) -> None:
     """Wait until all that the frontend starts with is there."""
     async with asyncio.timeout(START_TIMEOUT_S):
         while True:

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from dynamo_redis.store.keys import VALUE_MAX_BYTES
 from dynamo_redis.store.registry.redis_registry import RedisRegistry
-from faults.history import Outcome, shown
+from faults.history import Outcome, recorded_value
 from faults.roles.base import Process
 
 KEYS: Final = ("large/0", "large/1")
@@ -47,6 +47,6 @@ async def _get(process: Process, registry: RedisRegistry, key: str) -> None:
         record = await registry.get(key)
         if record is None:
             return "ok", {"value": None, "revision": None}
-        return "ok", {"value": shown(record.value), "revision": record.mod_revision}
+        return "ok", {"value": recorded_value(record.value), "revision": record.mod_revision}
 
     await process.call("get", attempt, key=key)

@@ -9,7 +9,7 @@ from typing import Final
 
 from dynamo_redis.errors import Compacted
 from dynamo_redis.store.base import Put, Registry, Revision, Watch, WatchBatch
-from faults.history import shown
+from faults.history import recorded_value
 from faults.roles.base import DATA, INSTANCES, Process
 
 SLOW_S: Final = 0.4
@@ -87,7 +87,7 @@ class _Watcher:
 
     def _note(self, name: str, prefix: str, batch: WatchBatch) -> None:
         events = [
-            ["put", event.record.key, shown(event.record.value), event.record.mod_revision]
+            ["put", event.record.key, recorded_value(event.record.value), event.record.mod_revision]
             if isinstance(event, Put)
             else ["delete", event.key, event.revision, event.cause]
             for event in batch.events

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from dynamo_redis.errors import KeyExists, RevisionMismatch
 from dynamo_redis.store.base import Compare, DeleteOp, PutOp, Registry, Revision
-from faults.history import Outcome, shown
+from faults.history import Outcome, recorded_value
 from faults.roles.base import DATA, Process
 
 CLIENTS_COUNT: Final = 2
@@ -58,7 +58,7 @@ class _Client:
             record = await self._registry.get(key)
             if record is None:
                 return "ok", {"value": None, "revision": None}
-            return "ok", {"value": shown(record.value), "revision": record.mod_revision}
+            return "ok", {"value": recorded_value(record.value), "revision": record.mod_revision}
 
         outcome, answer = await self._process.call("get", attempt, key=key)
         if outcome == "ok":

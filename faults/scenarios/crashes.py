@@ -16,7 +16,7 @@ async def kill(run: Run, loses: Loses | None) -> None:
     """Kill the server (kill -9), and restart it after a while. The data that may be lost is read first, while
     writes are held back."""
     if loses is not None:
-        await run.look_all(run.server)
+        await run.read_log_to_end(run.server)
     async with run.fault("kill -9", loses=loses):
         await run.server.kill()
         await run.pause(0.05, 1.5)
@@ -27,7 +27,7 @@ async def lose_power(run: Run) -> None:
     """Let the host die: the writes that were not synced to disk are gone."""
     synced_bytes = run.server.log_file_bytes()
     await run.pause(0.2, 1.0)
-    await run.look_all(run.server)
+    await run.read_log_to_end(run.server)
     async with run.fault("power", loses="tail"):
         await run.server.kill()
         size_bytes = run.server.log_file_bytes()
@@ -48,7 +48,7 @@ async def freeze(run: Run) -> None:
 
 async def wipe(run: Run) -> None:
     """Restart the server without its data."""
-    await run.look_all(run.server)
+    await run.read_log_to_end(run.server)
     async with run.fault("wipe", loses="data"):
         await run.server.kill()
         run.server.wipe()

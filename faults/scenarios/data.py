@@ -18,14 +18,14 @@ _KEYS: Final = RegistryKeys(PREFIX)
 async def flush(run: Run) -> None:
     """Delete everything (FLUSHALL)."""
     async with run.fault("FLUSHALL", loses="data"):
-        await run.observer.look_and(run.server, ("FLUSHALL",))
+        await run.observer.read_and_run(run.server, ("FLUSHALL",))
 
 
 async def delete_structure(run: Run) -> None:
     """Delete one of the registry's keys, which counts as the loss of all."""
     structure = run.rng.choice(STRUCTURES)
     async with run.fault("DEL structure", loses="data", structure=structure):
-        await run.observer.look_and(run.server, ("DEL", _KEYS.structure(structure)))
+        await run.observer.read_and_run(run.server, ("DEL", _KEYS.structure(structure)))
 
 
 async def delete_lease_keys(run: Run) -> None:
@@ -46,7 +46,7 @@ async def trim(run: Run) -> None:
             proxy.refuse = True
             proxy.cut()
         await run.pause(0.2, 1.0)
-        await run.observer.look_and(run.server, ("XTRIM", _KEYS.log, "MAXLEN", kept))
+        await run.observer.read_and_run(run.server, ("XTRIM", _KEYS.log, "MAXLEN", kept))
         await run.pause(0.0, 0.5)
         for proxy in proxies:
             proxy.heal()
@@ -73,7 +73,7 @@ async def litter(run: Run) -> None:
         commands = [
             (command, _KEYS.structure(str(name)), *words) for command, name, *words in _RUBBISH[where]
         ]
-        await run.observer.look_and(run.server, *commands)
+        await run.observer.read_and_run(run.server, *commands)
 
 
 async def save(run: Run) -> None:

@@ -29,7 +29,7 @@ async def promote(run: Run, offset_s: float) -> None:
         for proxy in run.proxies.values():
             proxy.refuse = True
             proxy.cut()
-        await run.look_all(old)
+        await run.read_log_to_end(old)
         await old.kill()
         await run.pause(0.0, 1.0)
         for proxy in run.proxies.values():

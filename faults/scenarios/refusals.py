@@ -52,7 +52,7 @@ async def lose_replica(run: Run) -> None:
         else:
             await replica.start()
             await replica.replicate(run.server)
-        await run.server.until_info("replication", "min_slaves_good_slaves:1")
+        await run.server.wait_for_info("replication", "min_slaves_good_slaves:1")
 
 
 async def _lose_replicas(run: Run) -> None:

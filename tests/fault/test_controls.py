@@ -249,7 +249,7 @@ async def nothing(stage: Stage, writer: KeyOperations, shown: Shown) -> None:
 async def fail_over(stage: Stage, writer: KeyOperations, shown: Shown) -> None:
     """Let the server go on from before a write that was acknowledged and seen; other writes take its
     place."""
-    rewind = await Rewind.take(stage.server, PREFIX)
+    rewind = await Rewind.capture(stage.server, PREFIX)
     await writer.put("data/1", b"lost")
     await shown.until("data/1")
     async with stage.fault("failover", "tail"):
@@ -307,7 +307,7 @@ async def _register_and_fail_over(stage: Stage, registry: RedisRegistry, is_loss
         worker.end(call, "ok", {})
 
     await register("instances/kept")
-    rewind = await Rewind.take(stage.server, PREFIX)
+    rewind = await Rewind.capture(stage.server, PREFIX)
     await register("instances/lost")
     async with stage.fault("failover", "tail"):
         if is_lossy:

@@ -36,7 +36,7 @@ class JetStreamPeer:
         self._jetstream = client.jetstream(timeout=60)
         self._reader: Any = None
 
-    async def begin(self) -> None:
+    async def create_stream(self) -> None:
         await self._jetstream.add_stream(
             StreamConfig(name=STREAM, subjects=[SUBJECT], storage=StorageType.FILE)
         )
@@ -85,5 +85,5 @@ class JetStreamPeer:
 
 async def connect(url: str) -> Peer:
     peer = JetStreamPeer(await nats.connect(url, pending_size=PENDING_BYTES))
-    await peer.begin()
+    await peer.create_stream()
     return peer

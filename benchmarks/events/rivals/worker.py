@@ -23,7 +23,7 @@ BLOCK_SIZE = 4
 TURN_S = 0.001
 
 
-async def tell(
+async def publish_stored(
     rank: KvPublisher, numbers: itertools.count[int], rate: float, seconds: float
 ) -> dict[str, int]:
     """Publish events at `rate` a second; those that are due in one turn of the loop together. Returns the
@@ -50,7 +50,7 @@ async def main() -> None:
         await events.start()
         print("ready", flush=True)
         while line := await asyncio.to_thread(sys.stdin.readline):
-            print(json.dumps(await tell(rank, numbers, *json.loads(line))), flush=True)
+            print(json.dumps(await publish_stored(rank, numbers, *json.loads(line))), flush=True)
         await events.aclose()
 
 

@@ -58,7 +58,7 @@ class RestlessCaller(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
 
-    def begin(self, payload: bytes, until: float, latencies: list[float]) -> asyncio.Future[None]:
+    def start(self, payload: bytes, until: float, latencies: list[float]) -> asyncio.Future[None]:
         """Call until that time; the future is done after the last answer."""
         self._payload, self._until, self._latencies = payload, until, latencies
         self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -137,7 +137,7 @@ class RestlessPeer(RawPeer):
         ]
         latencies: list[float] = []
         until = time.perf_counter() + seconds
-        await asyncio.gather(*(caller.begin(payload, until, latencies) for _, caller in made))
+        await asyncio.gather(*(caller.start(payload, until, latencies) for _, caller in made))
         for transport, _ in made:
             transport.close()
         return latencies

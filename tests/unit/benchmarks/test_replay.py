@@ -169,9 +169,9 @@ def test_chance_depends_on_the_request_alone() -> None:
     one, other = Chance(3), Chance(3)
     one.random()
     for chance in (one, other):
-        chance.begin(7)
+        chance.start_request(7)
     assert [one.random() for _ in range(3)] == [other.random() for _ in range(3)]
-    other.begin(8)
+    other.start_request(8)
     assert one.random() != other.random()
 
 

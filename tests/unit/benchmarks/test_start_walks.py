@@ -6,7 +6,7 @@ import re
 from importlib import resources
 from pathlib import Path
 
-from benchmarks.start.walks import Place
+from benchmarks.start.walks import FilledServer
 
 ROOT = Path(__file__).resolve().parents[3]
 SHARED = {"registry_clock", "registry_prelude", "stream_prelude"}
@@ -37,7 +37,7 @@ def test_each_command_is_measured() -> None:
     assert measured == allowed - ELSEWHERE
 
 
-def place() -> Place:
-    made = Place("redis://127.0.0.1:1", 10)
+def place() -> FilledServer:
+    made = FilledServer("redis://127.0.0.1:1", 10)
     made.middle = b"1-1"
     return made

@@ -10,7 +10,7 @@ import pytest
 from dynamo_redis.names import barrier_prefix, port_key
 from faults.oracles.calm import SETTLED_S, Calm
 from faults.oracles.exclusive import check
-from faults.story import Begun, Story
+from faults.story import OpenCall, Story
 
 LEASES = {"a": "aa", "b": "bb", "c": "cc"}
 
@@ -58,11 +58,11 @@ class Told(Story):
 
     # ------------------------------------------------------------------ barriers
 
-    def lead(self, process: str, count: int = 2) -> Begun:
+    def lead(self, process: str, count: int = 2) -> OpenCall:
         asked = {"barrier": "g", "count": count, "timeout_s": 5.0}
         return self.begin(process, "barrier_lead", part=f"{process}1", **asked)
 
-    def join(self, process: str, worker: str, part: str | None = None) -> Begun:
+    def join(self, process: str, worker: str, part: str | None = None) -> OpenCall:
         asked = {"barrier": "g", "worker": worker, "timeout_s": 5.0}
         return self.begin(process, "barrier_join", part=part or f"{process} as {worker}", **asked)
 

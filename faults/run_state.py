@@ -35,7 +35,7 @@ class _Watch:
     state: dict[str, str]
 
 
-class Followed:
+class RunState:
     """The state of all load processes, as their histories show it. `read` brings it up to date."""
 
     def __init__(self, directory: Path) -> None:
@@ -67,7 +67,7 @@ class Followed:
         for text in lines:
             line = json.loads(text)
             if "note" in line:
-                self._take_note(path.stem, line)
+                self._apply_note(path.stem, line)
             elif "begin" in line:
                 self.call_count += 1
                 self.unknown_count += 1
@@ -103,7 +103,7 @@ class Followed:
 
     # ------------------------------------------------------------------ watches
 
-    def _take_note(self, process: str, line: dict[str, Any]) -> None:
+    def _apply_note(self, process: str, line: dict[str, Any]) -> None:
         watches = self._watches.setdefault(process, {})
         match line["note"]:
             case "started":
