@@ -19,7 +19,7 @@ from benchmarks.replay.trace import TRACE_BLOCK_SIZE, TracedRequest
 from dynamo_redis.config import MockEngineSettings
 from dynamo_redis.engines.base import KvEvent, KvEventSink
 from dynamo_redis.engines.mock import batching
-from dynamo_redis.engines.mock.batching import Batch, Step, step_duration_s
+from dynamo_redis.engines.mock.batching import Batch, StepPlan, step_duration_s
 from dynamo_redis.engines.mock.kv_cache import BlockCache
 
 _TOKEN_BASE: Final = 1 << 31
@@ -64,7 +64,7 @@ class SimulatedEngine:
             max_num_batched_tokens=settings.max_num_batched_tokens,
             max_num_waiting=settings.max_num_waiting,
         )
-        self._step: Step[ModelSequence] | None = None
+        self._step: StepPlan[ModelSequence] | None = None
 
     @property
     def idle(self) -> bool:

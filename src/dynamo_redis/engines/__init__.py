@@ -1,1 +1,1 @@
-"""Engines, and the worker that serves one."""
+"""Engines, and the worker that serves an engine."""

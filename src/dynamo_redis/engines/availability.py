@@ -1,4 +1,4 @@
-"""A worker's place in the registry follows its engine's health."""
+"""The registration of a worker's instance according to its engine's health."""
 
 from __future__ import annotations
 
@@ -12,30 +12,25 @@ from dynamo_redis.runtime.endpoint import Endpoint
 log = logging.getLogger(__name__)
 
 _RETRY_S = 1.0
-"""Between attempts to register while Redis is away."""
+"""Seconds between two attempts to register while Redis does not answer."""
 
 
 async def follow_health(endpoint: Endpoint, engine: Engine) -> None:
-    """Take the instance out of the registry while its engine is down, and put it back. Runs until cancelled.
+    """Unregister the instance while its engine is down, and register it again after. Runs until cancelled.
 
-    To be started once the endpoint is served, and cancelled before it is unregistered for good. Requests that
-    still arrive while the engine is down are answered by the engine's own retryable error.
+    Start this when the endpoint is served, and cancel it before the endpoint is unregistered for good.
+    Requests that still arrive while the engine is down get the engine's own retryable error.
     """
     while True:
         await engine.wait_health(False)
         log.warning("the engine behind %s is down: its instance leaves the registry", endpoint.name)
         await endpoint.unregister_endpoint_instance()
         await engine.wait_health(True)
-        await _register(endpoint)
+        while True:
+            try:
+                await endpoint.register_endpoint_instance()
+                break
+            except StoreError as exc:
+                log.debug("could not register %s again yet: %s", endpoint.name, exc)
+                await asyncio.sleep(_RETRY_S)
         log.info("the engine behind %s is back: its instance is registered again", endpoint.name)
-
-
-async def _register(endpoint: Endpoint) -> None:
-    while True:
-        try:
-            await endpoint.register_endpoint_instance()
-        except StoreError as exc:
-            log.debug("could not register %s again yet: %s", endpoint.name, exc)
-            await asyncio.sleep(_RETRY_S)
-        else:
-            return

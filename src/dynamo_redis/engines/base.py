@@ -1,4 +1,4 @@
-"""What an engine is to a worker: something that turns token ids into token ids."""
+"""The interface between a worker and its engine, which generates token ids from token ids."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from dynamo_redis.runtime.handlers import AnyHandler
 
 @dataclass(frozen=True, slots=True)
 class BlocksStored:
-    """KV blocks that the engine now holds. Hashes are the engine's own, one a block, in order.
+    """KV blocks that the engine has stored. Hashes are the engine's own, one a block, in order.
 
-    `parent_hash` is the block before the first, or None at the start of a sequence; `token_ids` are those of
-    all the blocks, `block_size` tokens each.
+    `parent_hash` is of the block before the first; None at the start of a sequence. `token_ids` are of all
+    these blocks, `block_size` tokens each.
     """
 
     block_hashes: tuple[int, ...]
@@ -29,24 +29,24 @@ class BlocksStored:
 
 @dataclass(frozen=True, slots=True)
 class BlocksRemoved:
-    """KV blocks that the engine no longer holds."""
+    """KV blocks that the engine has removed."""
 
     block_hashes: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class AllBlocksCleared:
-    """The engine emptied its KV cache."""
+    """The engine has emptied its KV cache."""
 
 
 KvEvent = BlocksStored | BlocksRemoved | AllBlocksCleared
 
 KvEventSink = Callable[[KvEvent], None]
-"""Where an engine reports its KV cache; called on the event loop, in order, must not block or raise."""
+"""A receiver of an engine's KV events. Called on the event loop, in order; must not block or raise."""
 
 
 def report_to(publisher: KvPublisher) -> KvEventSink:
-    """A sink that has a publisher tell routers."""
+    """Return a sink that publishes the events for routers."""
 
     def report(event: KvEvent) -> None:
         match event:
@@ -62,9 +62,11 @@ def report_to(publisher: KvPublisher) -> KvEventSink:
 
 @dataclass(frozen=True, slots=True)
 class EngineCapacity:
-    """The sizes of the engine; they go into the model card, which follows when it changes. All but
-    `data_parallel_size` and `context_length` are of one data-parallel rank. `context_length` is the engine's
-    own limit of a prompt and its answer, or None if that is what the model's files say."""
+    """The sizes of the engine, as in the model card, which is updated when they change.
+
+    All but `data_parallel_size` and `context_length` are of one data-parallel rank. `context_length` is the
+    engine's limit for a prompt and its answer together; None: as in the model's files.
+    """
 
     total_kv_blocks: int
     kv_block_size: int
@@ -76,7 +78,7 @@ class EngineCapacity:
 
 @dataclass(frozen=True, slots=True)
 class ForwardPass:
-    """One step of an engine's rank: what it computed, how long that took, and who waited meanwhile.
+    """One step of an engine's rank: its work, its duration, and the requests that waited meanwhile.
 
     `number` counts the rank's steps from 1.
     """
@@ -92,9 +94,12 @@ class ForwardPass:
 
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
-    """What one data-parallel rank has to do now. `active_blocks` are those that running requests hold;
-    `prefix_hit_rate` is the part of all prompt tokens that was found in the cache. Either is None if unknown:
-    then routers go by what they have given the worker."""
+    """The present load of one data-parallel rank.
+
+    `active_blocks` is the number of blocks that running requests hold, `prefix_hit_rate` the part of all
+    prompt tokens that was found in the cache. Either is None if unknown; routers then use their own count of
+    the requests that they have sent to the worker.
+    """
 
     dp_rank: int
     running_count: int
@@ -106,49 +111,58 @@ class EngineLoad:
 
 
 class Engine(Protocol):
-    """A generation engine, of one or several data-parallel ranks. `capacity` and `generate` are all that one
-    which derives from this class must have.
+    """A generation engine, of one or several data-parallel ranks. A subclass has to define `capacity` and
+    `generate`; the other methods have defaults.
 
-    `generate` is an async generator: it yields items as tokens are made, the last with a `finish_reason`,
-    and ends early once the context is stopped. Closing the generator frees what the request holds.
-    Raise `InvalidRequest` for what cannot be served and `Overloaded` when the engine's queue is full.
+    `generate` is an async generator. It yields items as tokens are made, the last one with a `finish_reason`,
+    and ends early when the context is stopped. To close the generator frees the request's resources. It
+    raises `InvalidRequest` for a request that cannot be served, and `Overloaded` when the engine's queue is
+    full.
     """
 
     @property
     def capacity(self) -> EngineCapacity:
-        """Asked after `start` only."""
+        """The sizes of the engine. Read after `start` only."""
         ...
 
     async def start(self) -> None:
-        """Return when requests can be served; raise to end the worker. Here: at once."""
+        """Return when requests can be served; raise to end the worker. Default: return at once."""
 
     def follow(self, publishers: Sequence[KvPublisher]) -> None:
-        """From now on report each rank's KV cache to its publisher; `publishers` has one a rank, in order.
+        """Report each rank's KV cache to its publisher from now on; `publishers` has one a rank, in order.
 
-        Called once, after `start` and before callers can find the engine; not at all without KV events.
-        Here: report nothing.
+        Called once, after `start` and before callers can find the engine; not called without KV events.
+        Default: report nothing.
         """
 
     def generate(self, request: GenerateRequest, context: Context) -> AsyncIterator[GenerateItem]: ...
 
     async def clear_kv_blocks(self) -> int:
-        """Drop cached blocks that no running request uses, on all ranks; answers how many. Here: none."""
+        """Drop the cached blocks that no running request uses, on all ranks; return their number.
+
+        Default: 0.
+        """
         return 0
 
     def loads(self) -> Sequence[EngineLoad]:
-        """The load of each rank, as last known; empty if nothing is. Cheap: asked several times a second.
-        Here: nothing."""
+        """Return the last known load of each rank; empty if it is unknown. Called several times a second.
+
+        Default: empty.
+        """
         return ()
 
     async def wait_health(self, healthy: bool) -> None:
-        """Return when the engine's health is that. While it is not healthy its instance is not registered.
-        Here: it is always healthy."""
+        """Return when the engine is healthy, or when it is not. While it is not, its instance is
+        unregistered.
+
+        Default: always healthy.
+        """
         if not healthy:
             await asyncio.Event().wait()
 
     def endpoints(self) -> Mapping[str, AnyHandler]:
-        """Further endpoints to be served beside `generate`, by name. Here: none."""
+        """Return the handlers of further endpoints to serve, by name. Default: none."""
         return {}
 
     async def aclose(self) -> None:
-        """End. Called once, also after a `start` that has failed. Here: nothing."""
+        """Close the engine. Called once, also after a `start` that has failed. Default: nothing."""

@@ -1,4 +1,4 @@
-"""An engine's load, as routers and planners read it: names as in Dynamo."""
+"""An engine's load in the form of Dynamo's events, for routers and planners."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from dynamo_redis.wire.topics import FORWARD_PASS_METRICS, KV_METRICS
 
 
 def kv_metrics(load: EngineLoad, slot_count: int) -> dict[str, Any]:
-    """The event of `kv_metrics`; `slot_count` is how many requests the rank runs at once. What is not known
-    is left out: a 0 would take back what routers have booked."""
+    """Return the `kv_metrics` event of a rank; `slot_count` is the most requests that it runs at once.
+
+    Unknown values are left out: a 0 would replace the blocks that routers have booked.
+    """
     kv_stats = {
         "kv_total_blocks": load.total_blocks,
         "gpu_prefix_cache_hit_rate": load.prefix_hit_rate or 0.0,
@@ -34,7 +36,7 @@ def kv_metrics(load: EngineLoad, slot_count: int) -> dict[str, Any]:
 
 
 def forward_pass_metrics(dp_rank: int, forward_pass: ForwardPass) -> dict[str, Any]:
-    """The event of `forward_pass_metrics`; `wall_time` is in seconds."""
+    """Return the `forward_pass_metrics` event of a rank; `wall_time` is in seconds."""
     return {
         "dp_rank": dp_rank,
         "counter_id": forward_pass.number,
@@ -52,7 +54,7 @@ def forward_pass_metrics(dp_rank: int, forward_pass: ForwardPass) -> dict[str, A
 
 
 def load_metrics(engine: Engine) -> Callable[[Any], AsyncGenerator[dict[str, Any], None]]:
-    """The handler of `load_metrics`: for each rank its kv metrics, and `forward_pass` if one is known."""
+    """Return the handler of `load_metrics`: one item a rank, its KV metrics with `forward_pass`, or None."""
 
     async def answer(_: Any) -> AsyncGenerator[dict[str, Any], None]:
         slot_count = engine.capacity.max_num_seqs
@@ -65,15 +67,15 @@ def load_metrics(engine: Engine) -> Callable[[Any], AsyncGenerator[dict[str, Any
 
 
 async def report_load(engine: Engine, publisher: LoadPublisher) -> None:
-    """Look at the engine's load and hand it on, as often as it can be told. Runs until cancelled."""
+    """Publish the engine's load every `INTERVAL_S`. Runs until cancelled."""
     slot_count = engine.capacity.max_num_seqs
-    told: set[int] = set()
+    published: set[int] = set()
     while True:
         loads = engine.loads()
         ranks = {load.dp_rank for load in loads}
-        for dp_rank in told - ranks:  # its engine says nothing of it any more
+        for dp_rank in published - ranks:  # the engine reports no load of it any more
             publisher.forget(dp_rank)
-        told = ranks
+        published = ranks
         for load in loads:
             publisher.tell(KV_METRICS, load.dp_rank, kv_metrics(load, slot_count))
             if load.last_pass is not None:

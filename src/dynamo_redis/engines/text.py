@@ -1,8 +1,8 @@
-"""What the mock engine says: plain sentences, chosen by a hash, in the model's own tokens.
+"""The text of the mock engine's answers: plain sentences, chosen by a hash, in the model's own tokens.
 
-A `Phrasebook` is a fixed set of sentences, encoded once with the model's tokenizer. An answer is a walk
-through it that depends on one 64-bit key alone: the same key gives the same tokens in every process. Some
-sentences hold letters outside ASCII, since that is where streaming text goes wrong.
+A `Phrasebook` is a fixed set of sentences, encoded once with the model's tokenizer. An answer is a sequence
+of them that depends on one 64-bit key alone: the same key gives the same tokens in every process. Some
+sentences have letters outside ASCII, since errors in streamed text show there.
 """
 
 from __future__ import annotations
@@ -88,19 +88,18 @@ _LEAST_SENTENCES, _MOST_SENTENCES = 2, 8
 
 
 def sentences() -> list[str]:
-    """All sentences of the phrasebook, in order."""
-    return [_sentence(index) for index in range(SENTENCE_COUNT)]
-
-
-def _sentence(index: int) -> str:
-    digest = xxh3_64_intdigest(index.to_bytes(4, "little"))
-    parts = []
-    for choices in (_OPENINGS, _SUBJECTS, _PREDICATES, _ENDINGS):
-        digest, choice = divmod(digest, len(choices))
-        parts.append(choices[choice])
-    opening, subject, predicate, ending = parts
-    text = f"{opening}{subject} {predicate}{ending}"
-    return text[0].upper() + text[1:]
+    """Return all sentences of the phrasebook, in order."""
+    texts = []
+    for index in range(SENTENCE_COUNT):
+        digest = xxh3_64_intdigest(index.to_bytes(4, "little"))
+        parts = []
+        for choices in (_OPENINGS, _SUBJECTS, _PREDICATES, _ENDINGS):
+            digest, choice = divmod(digest, len(choices))
+            parts.append(choices[choice])
+        opening, subject, predicate, ending = parts
+        text = f"{opening}{subject} {predicate}{ending}"
+        texts.append(text[0].upper() + text[1:])
+    return texts
 
 
 class _Encoding(Protocol):
@@ -109,13 +108,13 @@ class _Encoding(Protocol):
 
 
 class TextEncoder(Protocol):
-    """What a phrasebook needs of a tokenizer; `tokenizers.Tokenizer` has it."""
+    """The part of `tokenizers.Tokenizer` that a phrasebook uses."""
 
     def encode(self, sequence: str, *, add_special_tokens: bool) -> _Encoding: ...
 
 
 class Phrasebook:
-    """The sentences in one tokenizer's ids."""
+    """The sentences as tokens of one tokenizer."""
 
     def __init__(self, tokenizer: TextEncoder) -> None:
         texts = sentences()
@@ -123,12 +122,12 @@ class Phrasebook:
         self._later = [tuple(tokenizer.encode(f" {text}", add_special_tokens=False).ids) for text in texts]
 
     def length(self, key: int) -> int:
-        """How many tokens the answer of `key` has when it ends by itself: some whole sentences."""
+        """Return the number of tokens at which the answer of `key` ends by itself, after a whole sentence."""
         count = _LEAST_SENTENCES + key % (_MOST_SENTENCES - _LEAST_SENTENCES + 1)
         return sum(len(self._pick(key, index)) for index in range(count))
 
     def tokens(self, key: int) -> Iterator[int]:
-        """The answer of `key`, token by token. It never ends: past its length come further sentences."""
+        """Yield the tokens of the answer of `key`, without end: after its length more sentences follow."""
         index = 0
         while True:
             yield from self._pick(key, index)

@@ -1,4 +1,4 @@
-"""A worker: an engine, made known and served."""
+"""A worker: serves an engine and registers it with its model."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ from dynamo_redis.wire.topics import CLEAR_KV_BLOCKS, LOAD_METRICS
 log = logging.getLogger(__name__)
 
 CAPACITY_S = 1.0
-"""Pause between two comparisons of an engine's capacity with its card."""
+"""Seconds between two comparisons of an engine's capacity with its card."""
 
 
 def open_model(settings: ModelSettings) -> tuple[ModelDirectory, str]:
-    """The model to serve and its name in requests, by the settings; the demo model if they name none.
+    """Return the model of the settings and its name in requests; the demo model if they have no path.
 
-    Blocks while the files are read and the chat templates tried, just as a frontend will do: what it could
-    not use is not to be registered. Raises ModelError.
+    Blocks while it reads the files and tries the chat templates, as a frontend will do: a model that
+    frontends cannot use must not be registered. Raises ModelError.
     """
     path = settings.model_path or DEMO_MODEL_PATH
     default_name = DEMO_MODEL_NAME if settings.model_path is None else path.resolve().name
@@ -67,17 +67,26 @@ async def serve_engine(
 ) -> None:
     """Serve the engine at `endpoint` (`namespace.component.generate`) until the runtime shuts down.
 
-    In order: the engine starts, its KV events have somewhere to go, what stands beside the endpoint opens
-    (`kv_dump`, `clear_kv_blocks`, `load_metrics` and the engine's own), the endpoint opens and its instance
-    is registered, the model's files are uploaded and its card is registered, `on_ready` is told. So a card
-    always has an instance that serves it, and an instance can always be asked for what it holds. While the
-    engine is down the instance is not registered; when its capacity changes, the card follows.
+    The order at the start: the engine starts; its KV events are published; the other endpoints of the
+    component open (`kv_dump`, `clear_kv_blocks`, `load_metrics` and the engine's own); the endpoint opens and
+    its instance is registered; the model's files are uploaded and its card is registered; `on_ready` is
+    called. A card always has an instance that serves it, and an instance can always be asked for its blocks.
+    While the engine is down, the instance is unregistered. When its capacity changes, the card is updated.
 
-    At shutdown the reverse: the card goes and all instances with it; requests under way finish within the
-    drain time; events that wait are sent, for a second at most; the engine closes. What fails on the way in
-    is undone the same way. With `DYN_EVENT_PLANE=none` nothing is published, and there is no `kv_dump`.
+    The shutdown has the reverse order: the card is withdrawn, and all instances with it; requests under way
+    finish within the drain time; pending events are sent, for a second at most; the engine closes. A failure
+    at the start is undone in the same order. With `DYN_EVENT_PLANE=none` nothing is published, and there is
+    no `kv_dump`.
 
     Raises ConfigError, ModelError or StoreError.
+
+    Args:
+        runtime: the process's runtime; this starts it.
+        engine: the engine, not started yet; this closes it.
+        model: the model's files.
+        endpoint: the endpoint's whole name.
+        model_name: the model's name in requests.
+        on_ready: called with a line of text for the user when callers can find the model.
     """
     name = EndpointName.parse(endpoint)
     await runtime.start()
@@ -114,7 +123,7 @@ async def serve_engine(
 async def _publish(
     runtime: DistributedRuntime, engine: Engine, name: EndpointName, stack: AsyncExitStack
 ) -> None:
-    """Let the engine's KV events and its load reach routers, until the stack is left."""
+    """Publish the engine's KV events and its load until the stack is closed."""
     capacity = engine.capacity
     events = WorkerEvents(runtime, name.namespace, name.component, block_size=capacity.kv_block_size)
     stack.push_async_callback(events.aclose)
@@ -131,9 +140,13 @@ async def _publish(
 async def _serve_beside(
     runtime: DistributedRuntime, engine: Engine, name: EndpointName, stack: AsyncExitStack
 ) -> None:
-    """Serve what is asked of the worker beside answers, until the stack is left."""
+    """Serve the worker's other endpoints until the stack is closed."""
+
+    async def clear_kv_blocks(_: Any) -> dict[str, Any]:
+        return {"status": "success", "cleared": await engine.clear_kv_blocks()}
+
     handlers: dict[str, AnyHandler] = {
-        CLEAR_KV_BLOCKS: _clear_kv_blocks(engine),
+        CLEAR_KV_BLOCKS: clear_kv_blocks,
         LOAD_METRICS: load_metrics(engine),
         **engine.endpoints(),
     }
@@ -143,16 +156,9 @@ async def _serve_beside(
         stack.push_async_callback(served.unregister)
 
 
-def _clear_kv_blocks(engine: Engine) -> Callable[[Any], Awaitable[dict[str, Any]]]:
-    async def clear(_: Any) -> dict[str, Any]:
-        return {"status": "success", "cleared": await engine.clear_kv_blocks()}
-
-    return clear
-
-
 @asynccontextmanager
 async def _running(work: Callable[[], Awaitable[None]], what: str) -> AsyncIterator[None]:
-    """Do it in a task that ends with the block. Whenever it fails, that is logged, and it begins again."""
+    """Run `work` in a task that ends with the block. A failure is logged, and `work` starts again."""
     task = asyncio.create_task(Supervisor(log, what).run(work), name=what)
     try:
         yield
@@ -162,7 +168,7 @@ async def _running(work: Callable[[], Awaitable[None]], what: str) -> AsyncItera
 
 
 class CardFollower:
-    """Keeps a model's card true to an engine that came back with other capacities than it had."""
+    """Updates a model's card when its engine comes back with another capacity."""
 
     def __init__(
         self,
@@ -177,7 +183,7 @@ class CardFollower:
         self._published = published
 
     async def run(self) -> None:
-        """Look at the engine's capacity each `CAPACITY_S`. Runs until cancelled."""
+        """Compare the engine's capacity with the card every `CAPACITY_S`. Runs until cancelled."""
         while True:
             await asyncio.sleep(CAPACITY_S)
             capacity = self._engine.capacity
@@ -187,10 +193,14 @@ class CardFollower:
             try:
                 await self._registration.update(card.to_bytes())
             except StoreError as exc:
-                log.warning("the card of model %s cannot follow its engine yet: %s", card.display_name, exc)
+                log.warning(
+                    "the card of model %s cannot be updated to its engine's capacity yet: %s",
+                    card.display_name,
+                    exc,
+                )
                 continue
             log.warning(
-                "the card of model %s follows its engine: context %d, blocks of %d tokens",
+                "the card of model %s has its engine's new capacity: context %d, blocks of %d tokens",
                 card.display_name,
                 card.context_length,
                 card.kv_cache_block_size,
@@ -199,9 +209,10 @@ class CardFollower:
 
 
 def _card(model: ModelDirectory, model_name: str, capacity: EngineCapacity, event_plane: str) -> ModelCard:
+    """Return the card of a model on an engine of this capacity."""
     length = capacity.context_length or model.context_length
     if length != model.context_length:
-        log.info("model %s: the engine's context of %d tokens counts", model_name, length)
+        log.info("model %s: the context length is the engine's, %d tokens", model_name, length)
         model = replace(model, context_length=length)
     return make_card(
         model,

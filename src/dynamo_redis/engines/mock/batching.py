@@ -1,24 +1,25 @@
-"""Continuous batching, and how long a step of it takes. Pure.
+"""Continuous batching, and the duration of its steps. Pure.
 
-A step computes up to `max_num_batched_tokens` tokens: first one for each running sequence that decodes (and
-the next chunk of those that still read their prompt), then the prompts of waiting sequences, in order of
-arrival, as far as sequences (`max_num_seqs`), tokens and KV blocks allow. A sequence whose tokens are all
-computed yields its next token at the end of the step.
+A step computes up to `max_num_batched_tokens` tokens: first one token for each running sequence that decodes,
+and the next chunk of prompt for each that is still in prefill; then the prompts of waiting sequences, in
+order of arrival, within the limits of sequences (`max_num_seqs`), tokens and KV blocks. A sequence whose
+tokens are all computed yields its next token at the end of the step.
 
-A sequence gets the blocks of its whole prompt when it is admitted, and one more each time it has filled
-one. If there is none, the sequence admitted last gives up all of its blocks and waits, first in line, to be
-computed again. The oldest running sequence can take from all others, and no sequence is accepted that does
-not fit alone, so there is always progress.
+A sequence gets the blocks of its whole prompt when it is admitted, and one more each time it has filled one.
+If no block is free, the sequence that was admitted last is preempted: it gives up all its blocks and waits,
+first in the queue, to be computed again. The oldest running sequence can take the blocks of all others, and a
+sequence that does not fit alone is not accepted. That guarantees progress.
 
 **Timing.** The default numbers are those of a model of 8 billion parameters (bf16) on one H100-class GPU:
 
-- `decode_step_s` 8 ms a step: 16 GB of weights at 3.35 TB/s take 5 ms, and launches and sampling the rest;
-- `decode_sequence_s` 0.03 ms for each decoding sequence in the step: its keys and values are read (130 KB a
-  token of context; about 800 tokens);
+- `decode_step_s` 8 ms a step: 16 GB of weights at 3.35 TB/s take 5 ms, and launches and sampling the rest; -
+`decode_sequence_s` 0.03 ms for each decoding sequence in the step: the GPU reads its keys and values (130 KB
+  a token of context; about 800 tokens);
 - `prefill_token_s` 0.05 ms a prompt token: 16 GFLOP at a third of the peak, or 20,000 tokens a second.
 
-So one request sees 125 tokens a second, 256 at once see 64 each, and an unknown prompt of 4,000 tokens
-waits 0.2 s. Prompt tokens found in the KV cache cost nothing. All is divided by `speedup_ratio`.
+One request alone gets 125 tokens a second, each of 256 at once gets 64, and the prefill of a new prompt of
+4,000 tokens takes 0.2 s. Prompt tokens found in the KV cache take no time. All durations are divided by
+`speedup_ratio`.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ from dynamo_redis.events.block_hashes import chain, local_hashes
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Sequence:
-    """One request in the batch: the tokens of its prompt and those generated since.
+    """One request in the batch: the tokens of its prompt, then the generated ones.
 
-    `hashes` are the sequence hashes of its whole blocks, at least of the prompt's.
+    `hashes` are the sequence hashes of its full blocks, at least of the prompt's.
     """
 
     tokens: array[int]
@@ -52,7 +53,7 @@ class Sequence:
 
     @property
     def generated_count(self) -> int:
-        """Tokens generated so far."""
+        """The number of tokens generated so far."""
         return len(self.tokens) - self.prompt_count
 
 
@@ -60,21 +61,21 @@ S = TypeVar("S", bound=Sequence)
 
 
 @dataclass(frozen=True, slots=True)
-class Step(Generic[S]):
-    """What one step computes: how many tokens of which sequence."""
+class StepPlan(Generic[S]):
+    """The work of one step: sequences, each with the number of its tokens to compute."""
 
     work: list[tuple[S, int]]
     prefill_token_count: int
     decode_count: int
 
 
-def step_duration_s(step: Step[S], settings: MockEngineSettings) -> float:
-    """How long the step takes at `speedup_ratio`; 0 if that is 0."""
-    return busy_s(step.prefill_token_count, step.decode_count, settings)
+def step_duration_s(step: StepPlan[S], settings: MockEngineSettings) -> float:
+    """Return the duration of a step at `speedup_ratio`, in seconds; 0 if the ratio is 0."""
+    return work_duration_s(step.prefill_token_count, step.decode_count, settings)
 
 
-def busy_s(prefill_token_count: int, decode_count: int, settings: MockEngineSettings) -> float:
-    """How long a step of that content takes, as `step_duration_s`."""
+def work_duration_s(prefill_token_count: int, decode_count: int, settings: MockEngineSettings) -> float:
+    """Return the duration of a step with this work, as `step_duration_s` does."""
     if not settings.speedup_ratio:
         return 0.0
     duration_s = (
@@ -88,8 +89,8 @@ def busy_s(prefill_token_count: int, decode_count: int, settings: MockEngineSett
 class Batch(Generic[S]):
     """The running and the waiting sequences, over one KV cache.
 
-    Use it as `submit` … and in turns `plan`, `complete`; `remove` a sequence at any time. Bound: at most
-    `max_num_seqs + max_num_waiting` sequences; past that `submit` raises Overloaded.
+    `submit` sequences, and call `plan` and `complete` in turn; `remove` a sequence at any time. The batch has
+    at most `max_num_seqs + max_num_waiting` sequences; then `submit` raises Overloaded.
     """
 
     def __init__(
@@ -97,42 +98,44 @@ class Batch(Generic[S]):
     ) -> None:
         self.cache = cache
         self.preemption_count = 0
-        self.prompt_token_count = 0  # of all prompts admitted so far, each counted once …
-        self.cached_token_count = 0  # … and those of them that were found in the cache
+        self.prompt_token_count = 0  # of all prompts admitted so far, each counted once
+        self.cached_token_count = 0  # of these tokens, those that were found in the cache
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_count = max_num_seqs + max_num_waiting
         self._running: list[S] = []  # in order of admission
         self._waiting: deque[S] = deque()
-        self._blocked: tuple[S, int] | None = None  # first in line, and the cache's state it did not fit in
+        self._blocked: tuple[S, int] | None = (
+            None  # the first waiting sequence, and the `release_count` at which it did not fit
+        )
 
     @property
     def running_count(self) -> int:
-        """Sequences that hold KV blocks."""
+        """The number of sequences that hold KV blocks."""
         return len(self._running)
 
     @property
     def waiting_count(self) -> int:
-        """Sequences that wait for their turn."""
+        """The number of sequences that wait to be admitted."""
         return len(self._waiting)
 
     def waiting(self) -> Collection[S]:
-        """The sequences that wait for their turn: a live view."""
+        """Return a live view of the sequences that wait to be admitted."""
         return self._waiting
 
     def sequences(self) -> list[S]:
-        """All sequences, the running ones first."""
+        """Return all sequences, the running ones first."""
         return [*self._running, *self._waiting]
 
     def submit(self, sequence: S) -> None:
-        """Add a sequence that fits into the cache alone, with all it may generate. Raises Overloaded."""
+        """Add a sequence, which must fit into the cache alone with its longest answer. Raises Overloaded."""
         if len(self._running) + len(self._waiting) >= self._max_count:
             raise Overloaded(f"the engine has {self._max_count} requests running and waiting, its limit")
         sequence.state = "waiting"
         self._waiting.append(sequence)
 
     def remove(self, sequence: S) -> None:
-        """Forget a sequence, finished or not, and free its blocks at once. Idempotent."""
+        """Remove a sequence, finished or not, and free its blocks at once. Idempotent."""
         if sequence.state == "running":
             self._running.remove(sequence)
             self.cache.release(sequence.blocks)
@@ -140,11 +143,11 @@ class Batch(Generic[S]):
             self._waiting.remove(sequence)
         sequence.state = "removed"
 
-    def plan(self) -> Step[S] | None:
-        """The next step, with its blocks reserved; None if there is nothing to do."""
+    def plan(self) -> StepPlan[S] | None:
+        """Plan the next step and reserve its blocks; return None if there is no work."""
         work: list[tuple[S, int]] = []
         preempted_before = self.preemption_count
-        with self.cache.one_removal():
+        with self.cache.batched_removal():
             budget = self._plan_running(work)
             if self.preemption_count == preempted_before:
                 self._plan_waiting(work, budget)
@@ -152,23 +155,32 @@ class Batch(Generic[S]):
             return None
         decode_count = sum(1 for sequence, _ in work if sequence.computed_count >= sequence.prompt_count)
         token_count = sum(count for _, count in work)
-        return Step(work, prefill_token_count=token_count - decode_count, decode_count=decode_count)
+        return StepPlan(work, prefill_token_count=token_count - decode_count, decode_count=decode_count)
 
-    def complete(self, step: Step[S]) -> list[S]:
-        """The step is computed: store its blocks, and answer the sequences that yield a token now."""
+    def complete(self, step: StepPlan[S]) -> list[S]:
+        """Note that a step is computed: store its full blocks; return the sequences that yield a token
+        now."""
         block_size = self.cache.block_size
         due: list[S] = []
         for sequence, count in step.work:
             if sequence.state != "running":  # removed while the step was under way
                 continue
             sequence.computed_count += count
-            if sequence.computed_count // block_size > len(sequence.blocks.stored):
-                self._store_whole_blocks(sequence)
+            first, end = len(sequence.blocks.stored), sequence.computed_count // block_size
+            if end > first:
+                hashes, tokens = sequence.hashes, sequence.tokens
+                if len(hashes) < end:
+                    fresh = local_hashes(tokens[len(hashes) * block_size : end * block_size], block_size)
+                    hashes.extend(chain(fresh, hashes[-1] if hashes else None))
+                self.cache.store(
+                    sequence.blocks, hashes[first:end], tokens[first * block_size : end * block_size]
+                )
             if sequence.computed_count == len(sequence.tokens):
                 due.append(sequence)
         return due
 
     def _plan_running(self, work: list[tuple[S, int]]) -> int:
+        """Add the work of running sequences; return the number of tokens that the step has left."""
         budget = self._max_num_batched_tokens
         index = 0
         while index < len(self._running) and budget:
@@ -181,23 +193,24 @@ class Batch(Generic[S]):
         return budget
 
     def _make_room(self, sequence: S, token_count: int) -> bool:
-        """Blocks for `token_count` tokens of a running sequence; False if it had to give up its own."""
+        """Reserve blocks for `token_count` tokens of a running sequence, preempting later ones if needed.
+
+        Returns False if the sequence itself was preempted.
+        """
         missing_count = -(-token_count // self.cache.block_size) - sequence.blocks.block_count
         while missing_count > 0 and not self.cache.reserve(sequence.blocks, missing_count):
             victim = self._running.pop()
-            self._preempt(victim)
+            victim.state = "waiting"
+            victim.computed_count = 0
+            self.cache.release(victim.blocks)
+            self._waiting.appendleft(victim)
+            self.preemption_count += 1
             if victim is sequence:
                 return False
         return True
 
-    def _preempt(self, sequence: S) -> None:
-        sequence.state = "waiting"
-        sequence.computed_count = 0
-        self.cache.release(sequence.blocks)
-        self._waiting.appendleft(sequence)
-        self.preemption_count += 1
-
     def _plan_waiting(self, work: list[tuple[S, int]], budget: int) -> None:
+        """Admit waiting sequences, in order, while one fits, and add their work."""
         while self._waiting and budget and len(self._running) < self._max_num_seqs:
             sequence = self._waiting[0]
             if self._blocked == (sequence, self.cache.release_count):
@@ -213,8 +226,9 @@ class Batch(Generic[S]):
             budget -= count
 
     def _admit(self, sequence: S) -> bool:
+        """Reserve the blocks of a waiting sequence; return False if they do not fit into the cache now."""
         block_size = self.cache.block_size
-        # The last token is computed even if its block is stored: the next one follows from it.
+        # The last token is computed even if its block is stored: the next token depends on it.
         reusable_count = min((len(sequence.tokens) - 1) // block_size, len(sequence.hashes))
         matched_count = self.cache.match(sequence.hashes, reusable_count)
         self.cache.hold(sequence.blocks, sequence.hashes[:matched_count])
@@ -227,14 +241,3 @@ class Batch(Generic[S]):
             self.cached_token_count += sequence.computed_count
             self.prompt_token_count += sequence.prompt_count
         return True
-
-    def _store_whole_blocks(self, sequence: S) -> None:
-        block_size = self.cache.block_size
-        first, end = len(sequence.blocks.stored), sequence.computed_count // block_size
-        hashes = sequence.hashes
-        if len(hashes) < end:
-            fresh = local_hashes(sequence.tokens[len(hashes) * block_size : end * block_size], block_size)
-            hashes.extend(chain(fresh, hashes[-1] if hashes else None))
-        self.cache.store(
-            sequence.blocks, hashes[first:end], sequence.tokens[first * block_size : end * block_size]
-        )

@@ -1,9 +1,9 @@
-"""The mock engine: a GPU engine in all but the GPU.
+"""The mock engine: it behaves as a GPU engine does, without a GPU.
 
-It batches continuously, keeps a paged KV cache with prefix reuse, takes the time a real engine would
-(`batching.py` has the model of both), reports its KV events, and answers in readable text. The answer
-depends on the prompt and the seed alone, not on what else runs: temperature, penalties and their like change
-nothing of it. An option that an answer could be seen to break is refused.
+It has continuous batching and a paged KV cache with prefix reuse, takes as long as a real engine would
+(`batching.py` models both), reports its KV events, and answers in readable text. The answer depends on the
+prompt and the seed alone, not on other requests. Options such as temperature and penalties have no effect on
+it. An option whose violation would show in the answer is refused.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from xxhash import xxh3_64_intdigest
 from dynamo_redis.config import MockEngineSettings
 from dynamo_redis.engines.base import EngineCapacity, EngineLoad, report_to
 from dynamo_redis.engines.mock.kv_cache import BlockCache
-from dynamo_redis.engines.mock.rank import Answer, MockRank
+from dynamo_redis.engines.mock.rank import MockRank, StreamedSequence
 from dynamo_redis.engines.text import Phrasebook
 from dynamo_redis.errors import ConfigError, Draining, InvalidRequest, ModelError
 from dynamo_redis.events.block_hashes import chain, local_hashes
@@ -32,16 +32,17 @@ from dynamo_redis.planes.context import Context
 from dynamo_redis.runtime.handlers import AnyHandler
 
 _PIECE_BLOCK_COUNT: Final = 4096
+"""Block hashes in one item of `kv_cache`."""
 
 _REFUSED_OPTIONS: Final = ("guided_decoding", "logit_bias", "allowed_token_ids", "bad_words")
-"""Sampling options that say which tokens an answer may hold."""
+"""Sampling options that restrict the tokens of an answer."""
 
 
 class MockEngine:
-    """An `Engine` without a model. Each of its ranks has a cache, a batch and a step loop of its own."""
+    """An `Engine` without a model. Each rank has its own cache, batch and step loop."""
 
     def __init__(self, settings: MockEngineSettings, model: ModelDirectory) -> None:
-        """Raises ConfigError if the settings contradict each other."""
+        """Make the ranks. Raises ConfigError if the settings contradict each other."""
         if settings.max_num_batched_tokens < settings.max_num_seqs:
             raise ConfigError(
                 f"DYN_MOCK_MAX_NUM_BATCHED_TOKENS={settings.max_num_batched_tokens} must be at least "
@@ -68,17 +69,17 @@ class MockEngine:
 
     @property
     def cache(self) -> BlockCache:
-        """The first rank's KV cache, to look at."""
+        """The first rank's KV cache."""
         return self.ranks[0].cache
 
     @property
     def running_count(self) -> int:
-        """Requests that are being answered."""
+        """The number of requests that are being answered."""
         return sum(rank.batch.running_count for rank in self.ranks)
 
     @property
     def waiting_count(self) -> int:
-        """Requests that wait for their turn."""
+        """The number of requests that wait to be admitted."""
         return sum(rank.batch.waiting_count for rank in self.ranks)
 
     async def start(self) -> None:
@@ -88,7 +89,7 @@ class MockEngine:
             rank.start()
 
     async def aclose(self) -> None:
-        """End the step loops; requests still under way end with Draining. Idempotent."""
+        """End the step loops; requests under way end with Draining. Idempotent."""
         for rank in self.ranks:
             await rank.aclose()
 
@@ -103,7 +104,7 @@ class MockEngine:
         return [rank.load() for rank in self.ranks]
 
     async def wait_health(self, healthy: bool) -> None:
-        """Healthy from the start on, until a step loop fails: then never again."""
+        """See `Engine`. The engine is healthy from the start until a step loop fails, and never again."""
         steps = [rank.steps for rank in self.ranks if rank.steps is not None]
         if not healthy:
             await asyncio.wait(steps, return_when=asyncio.FIRST_COMPLETED)
@@ -111,55 +112,54 @@ class MockEngine:
             await asyncio.get_running_loop().create_future()
 
     def endpoints(self) -> Mapping[str, AnyHandler]:
-        """With `serve_cache` `kv_cache`: what the caches really hold, to check what routers believe."""
-        return {"kv_cache": self._kv_cache} if self._settings.serve_cache else {}
+        """Return with `serve_cache` the endpoint `kv_cache`: the true contents of the caches, to check
+        routers.
 
-    async def _kv_cache(self, _: object) -> AsyncGenerator[dict[str, Any], None]:
-        """For each rank {"dp_rank", "block_count"}, and then {"hashes": …} with u64, little-endian."""
-        for rank in self.ranks:
-            blocks = array("Q", rank.cache.stored())
-            if sys.byteorder == "big":
-                blocks.byteswap()
-            yield {"dp_rank": rank.dp_rank, "block_count": len(blocks)}
-            for first in range(0, len(blocks), _PIECE_BLOCK_COUNT):
-                yield {"hashes": blocks[first : first + _PIECE_BLOCK_COUNT].tobytes()}
+        For each rank it yields {"dp_rank", "block_count"}, then {"hashes": …} with u64, little-endian.
+        """
+
+        async def kv_cache(_: object) -> AsyncGenerator[dict[str, Any], None]:
+            for rank in self.ranks:
+                blocks = array("Q", rank.cache.stored())
+                if sys.byteorder == "big":
+                    blocks.byteswap()
+                yield {"dp_rank": rank.dp_rank, "block_count": len(blocks)}
+                for first in range(0, len(blocks), _PIECE_BLOCK_COUNT):
+                    yield {"hashes": blocks[first : first + _PIECE_BLOCK_COUNT].tobytes()}
+
+        return {"kv_cache": kv_cache} if self._settings.serve_cache else {}
 
     async def generate(
         self, request: GenerateRequest, context: Context
     ) -> AsyncGenerator[GenerateItem, None]:
-        """Answer token by token, as `Engine` demands.
+        """Answer token by token, as `Engine` describes.
 
-        A prompt that fills the model's context, or the whole KV cache, is an InvalidRequest; an answer that
-        would is ended with `length`. A stopped request ends with an item `cancelled`.
+        A prompt that fills the model's context, or the whole KV cache, raises InvalidRequest. An answer that
+        fills either ends with `length`. A stopped request ends with an item `cancelled`.
         """
-        rank, answer = self._open(request)
-        unsubscribe = context.on_cancel(lambda _: rank.cancel(answer))
+        if self._phrasebook is None:
+            raise Draining("the engine is not running")
+        sequence = _read_request(request, self._phrasebook, self._settings, self._model.context_length)
+        rank = self._choose_rank(request.get("dp_rank"))
+        rank.submit(sequence)
+        unsubscribe = context.on_cancel(lambda _: rank.cancel(sequence))
         try:
             while True:
-                while answer.ready:
-                    item = answer.ready.popleft()
+                while sequence.ready:
+                    item = sequence.ready.popleft()
                     yield item
                     if "finish_reason" in item:
                         return
-                if answer.ended is not None:
-                    raise answer.ended
-                answer.waiter = asyncio.get_running_loop().create_future()
-                await answer.waiter
+                if sequence.ended is not None:
+                    raise sequence.ended
+                sequence.waiter = asyncio.get_running_loop().create_future()
+                await sequence.waiter
         finally:
             unsubscribe()
-            rank.batch.remove(answer)
-
-    # ----------------------------------------------------------------- a request
-
-    def _open(self, request: GenerateRequest) -> tuple[MockRank, Answer]:
-        if self._phrasebook is None:
-            raise Draining("the engine is not running")
-        answer = _read_request(request, self._phrasebook, self._settings, self._model.context_length)
-        rank = self._choose_rank(request.get("dp_rank"))
-        rank.submit(answer)
-        return rank, answer
+            rank.batch.remove(sequence)
 
     def _choose_rank(self, wanted: object) -> MockRank:
+        """Return the wanted rank, or the least loaded one for None. Raises InvalidRequest."""
         if wanted is None:
             return min(self.ranks, key=lambda rank: rank.request_count)
         if isinstance(wanted, bool) or not isinstance(wanted, int) or not 0 <= wanted < len(self.ranks):
@@ -182,11 +182,17 @@ def _load_phrasebook(model: ModelDirectory) -> Phrasebook:
 
 def _read_request(
     request: object, phrasebook: Phrasebook, settings: MockEngineSettings, context_length: int
-) -> Answer:
-    """The answer to be given. Raises InvalidRequest for what has no answer."""
+) -> StreamedSequence:
+    """Return the sequence of a request. Raises InvalidRequest if the request cannot be served."""
     if not isinstance(request, Mapping):
         raise InvalidRequest(f"a request is an object, not {type(request).__name__}")
-    prompt = _prompt(request)
+    token_ids = request.get("token_ids")
+    try:
+        prompt = array("I", token_ids if isinstance(token_ids, (list, tuple)) else ())
+    except (TypeError, OverflowError) as exc:
+        raise InvalidRequest(f"token_ids are not all token ids: {exc}") from exc
+    if not prompt:
+        raise InvalidRequest("token_ids must be a non-empty list of token ids")
     room_count = min(context_length, settings.total_kv_blocks * settings.block_size) - len(prompt)
     if room_count < 1:
         raise InvalidRequest(
@@ -206,7 +212,7 @@ def _read_request(
     seed = _integer(sampling, "seed", default=0, least=-(1 << 63)) if sampling.get("temperature") != 0 else 0
     key = xxh3_64_intdigest(prompt.tobytes(), seed & (1 << 64) - 1)
     ignore_eos = bool(stop.get("ignore_eos"))
-    return Answer(
+    return StreamedSequence(
         tokens=prompt,
         prompt_count=len(prompt),
         hashes=chain(local_hashes(prompt, settings.block_size)),
@@ -216,17 +222,6 @@ def _read_request(
         max_tokens=min(max_tokens, room_count),
         stop_ids=_stop_ids(request, stop, ignore_eos=ignore_eos),
     )
-
-
-def _prompt(request: Mapping[str, Any]) -> array[int]:
-    token_ids = request.get("token_ids")
-    try:
-        prompt = array("I", token_ids if isinstance(token_ids, (list, tuple)) else ())
-    except (TypeError, OverflowError) as exc:
-        raise InvalidRequest(f"token_ids are not all token ids: {exc}") from exc
-    if not prompt:
-        raise InvalidRequest("token_ids must be a non-empty list of token ids")
-    return prompt
 
 
 def _mapping(request: Mapping[str, Any], name: str) -> Mapping[str, Any]:

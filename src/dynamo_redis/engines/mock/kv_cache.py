@@ -1,11 +1,12 @@
-"""A paged KV cache as bookkeeping: which blocks are held, shared, idle and evicted. Pure.
+"""The bookkeeping of a paged KV cache: which blocks are held, shared, idle and evicted. Pure.
 
-A sequence holds *private* blocks (reserved; being filled, or not whole) and *stored* ones (whole, named by
-their sequence hash, shared by all sequences with that prefix). A stored block that nobody holds is *idle*:
-it stays until its room is needed, least recently used first.
+A sequence holds *private* blocks (reserved, and not full yet) and *stored* blocks (full, named by their
+sequence hash, shared by all sequences with that prefix). A stored block that no sequence holds is *idle*: it
+stays until its place is needed. The least recently used idle block is evicted first.
 
-Invariant: a stored block's predecessors are stored. Whoever holds a block holds its predecessors, and blocks
-are released last first, so that an idle block is always older in LRU order than the block before it.
+Invariant: the predecessors of a stored block are stored. A sequence that holds a block holds its
+predecessors, and blocks are released in reverse order: an idle block is always older in LRU order than the
+block before it.
 """
 
 from __future__ import annotations
@@ -18,70 +19,70 @@ from dataclasses import dataclass, field
 from dynamo_redis.engines.base import AllBlocksCleared, BlocksRemoved, BlocksStored, KvEventSink
 
 
-def _ignore(_: object) -> None:
-    pass
-
-
 @dataclass(slots=True, eq=False)
 class BlockTable:
-    """What one sequence holds: the stored blocks of its prefix, in order, and a number of private ones."""
+    """The blocks of one sequence: the stored blocks of its prefix, in order, and the number of private
+    ones."""
 
     stored: list[int] = field(default_factory=list)
     private_count: int = 0
 
     @property
     def block_count(self) -> int:
-        """All blocks the sequence holds."""
+        """The number of all blocks that the sequence holds."""
         return len(self.stored) + self.private_count
 
 
 class BlockCache:
-    """`total_blocks` blocks of `block_size` tokens. Every change of what is stored is told to `events`,
-    which may be set at any time."""
+    """A cache of `total_blocks` blocks of `block_size` tokens each.
+
+    Every change of the stored blocks is reported to `events`, which may be replaced at any time.
+    """
 
     def __init__(self, total_blocks: int, block_size: int, events: KvEventSink | None = None) -> None:
         self.total_blocks = total_blocks
         self.block_size = block_size
-        self.release_count = 0  # grows whenever room may have become available
-        self.events: KvEventSink = events or _ignore
+        self.release_count = 0  # grows whenever blocks may have become available
+        self.events: KvEventSink = events or (lambda _: None)
         self._holders: dict[int, int] = {}  # stored blocks in use → number of sequences that hold them
         self._idle: OrderedDict[int, None] = OrderedDict()  # stored blocks not in use, oldest first
         self._private_count = 0
-        self._evicted: list[int] | None = None  # what is to be told at the end of `one_removal`
+        self._evicted: list[int] | None = None  # to be reported at the end of `batched_removal`
 
     def __repr__(self) -> str:
         return f"<BlockCache {self.active_count} active, {self.idle_count} idle of {self.total_blocks}>"
 
     @property
     def active_count(self) -> int:
-        """Blocks that some sequence holds."""
+        """The number of blocks that sequences hold."""
         return len(self._holders) + self._private_count
 
     @property
     def idle_count(self) -> int:
-        """Stored blocks that no sequence holds."""
+        """The number of stored blocks that no sequence holds."""
         return len(self._idle)
 
     def stored(self) -> set[int]:
-        """The hashes of all stored blocks."""
+        """Return the hashes of all stored blocks."""
         return self._holders.keys() | self._idle.keys()
 
     def match(self, hashes: Sequence[int], limit: int) -> int:
-        """How many of the first `limit` blocks are stored."""
+        """Return the number of stored blocks from the first on, at most `limit`."""
         for index in range(limit):
             if hashes[index] not in self._holders and hashes[index] not in self._idle:
                 return index
         return limit
 
     def hold(self, table: BlockTable, hashes: Sequence[int]) -> None:
-        """Let an empty table hold these stored blocks, a prefix that `match` found."""
+        """Add these stored blocks, a prefix that `match` found, to the end of a table."""
         for block in hashes:
             self._idle.pop(block, None)
             self._holders[block] = self._holders.get(block, 0) + 1
         table.stored.extend(hashes)
 
     def reserve(self, table: BlockTable, count: int) -> bool:
-        """Give the table `count` private blocks, evicting idle ones as needed. All or nothing."""
+        """Add `count` private blocks to a table, evicting idle ones as needed. Returns False, and adds none,
+        if there are not enough."""
         free_count = self.total_blocks - self.active_count - len(self._idle)
         missing_count = count - free_count
         if missing_count > len(self._idle):
@@ -97,8 +98,11 @@ class BlockCache:
         return True
 
     @contextmanager
-    def one_removal(self) -> Iterator[None]:
-        """Within the block nothing is stored; what `reserve` evicts is told as one event at its end."""
+    def batched_removal(self) -> Iterator[None]:
+        """Report all blocks that `reserve` evicts within the `with` block as one event at its end.
+
+        Nothing may be stored within it.
+        """
         evicted: list[int] = []
         self._evicted = evicted
         try:
@@ -109,12 +113,14 @@ class BlockCache:
                 self.events(BlocksRemoved(tuple(evicted)))
 
     def store(self, table: BlockTable, hashes: Sequence[int], token_ids: Sequence[int]) -> None:
-        """The table's next private blocks are whole, and hold `token_ids`: name and share them.
+        """Make a table's next private blocks, which are full of `token_ids`, stored blocks with these hashes.
 
-        A block that another sequence has stored meanwhile is shared, and the private copy given up.
+        A block that another sequence has stored meanwhile is shared, and the private copy is freed.
         """
         parent = table.stored[-1] if table.stored else None
-        known_count = self.match(hashes, len(hashes))  # by the invariant, all after the first unknown are too
+        known_count = self.match(
+            hashes, len(hashes)
+        )  # by the invariant, the blocks after the first unknown one are unknown, too
         self.hold(table, hashes[:known_count])
         new = tuple(hashes[known_count:])
         for block in new:
@@ -130,7 +136,7 @@ class BlockCache:
             self.events(BlocksStored(new, parent, tokens, self.block_size))
 
     def release(self, table: BlockTable) -> None:
-        """Take everything back from a table; its stored blocks nobody else holds become idle."""
+        """Empty a table; its stored blocks that no other sequence holds become idle."""
         for block in reversed(table.stored):
             holders = self._holders[block] - 1
             if holders:
@@ -144,7 +150,7 @@ class BlockCache:
         self.release_count += 1
 
     def clear(self) -> int:
-        """Forget all idle blocks; answers how many."""
+        """Evict all idle blocks; return their number."""
         dropped = tuple(self._idle)
         self._idle.clear()
         if not self._holders:

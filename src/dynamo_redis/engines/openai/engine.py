@@ -1,7 +1,7 @@
-"""Any OpenAI-compatible server as an engine: vLLM, SGLang, llama.cpp's server, or another.
+"""An OpenAI-compatible server as an engine: vLLM, SGLang, llama.cpp's server, or another.
 
-The server runs on its own, as its users know it. This side forwards requests to it, watches its health and
-load, and relays its KV events.
+The server runs as a process of its own and is not modified. This engine forwards requests to it, polls its
+health and load, and relays its KV events.
 """
 
 from __future__ import annotations
@@ -49,12 +49,16 @@ log = logging.getLogger(__name__)
 
 _FLUSH_PATHS: Final[Mapping[Dialect, str]] = {"vllm": "/reset_prefix_cache", "sglang": "/flush_cache"}
 _FLUSH_S: Final = 10.0
+"""Time-out of a request to clear the prefix cache."""
 _CLEAR_AGAIN_S: Final = 10.0
+"""Least seconds between two such requests of this engine's own."""
 
 
 class OpenAIEngine:
-    """An `Engine` over HTTP. It owns one task, which looks at the server's health and load, and with `follow`
-    one a rank for its KV events."""
+    """An `Engine` over HTTP.
+
+    It owns one task that polls the server's health and load, and with `follow` one task a rank for KV events.
+    """
 
     def __init__(
         self,
@@ -63,15 +67,17 @@ class OpenAIEngine:
         *,
         context_length: int | None = None,
     ) -> None:
-        """`context_length` limits what the engine says of its own. Raises ConfigError if the settings
-        contradict each other."""
+        """Make the engine. `context_length` is an upper limit for the length that the server reports.
+
+        Raises ConfigError if the settings contradict each other.
+        """
         if settings.kv_replay_endpoint and not settings.kv_events_endpoint:
             raise ConfigError("DYN_KV_REPLAY_ENDPOINT is of no use without DYN_KV_EVENTS_ENDPOINT")
         self._server = EngineServer(
             settings,
             context_length=context_length,
             on_down=self._note_down,
-            on_introduced=self._fit_publishers,
+            on_identified=self._resize_publishers,
         )
         self._settings = settings
         self._model = model
@@ -81,8 +87,8 @@ class OpenAIEngine:
         self._unanswered: set[Completion] = set()
         self._clearing = False
         self._clear_again_at = 0.0
-        self._look_now = asyncio.Event()
-        self._watching: asyncio.Task[None] | None = None
+        self._poll_now = asyncio.Event()
+        self._poller: asyncio.Task[None] | None = None
         self._publishers: Sequence[KvPublisher] = ()
         self.relay: EventRelay | None = None
 
@@ -102,20 +108,20 @@ class OpenAIEngine:
         await self._server.wait_until_up()
 
     async def start(self) -> None:
-        """Wait for the server, learn what it is, and begin to watch it. Raises ConfigError, ModelError."""
+        """Wait for the server, identify it, and start to poll it. Raises ConfigError, ModelError."""
         self._tokens = await anyio.to_thread.run_sync(ModelTokens, self._model)
         await self._server.wait_until_up()
-        self._watching = asyncio.create_task(
-            Supervisor(log, "health and load of the engine").run(self._watch), name="engine health and load"
+        self._poller = asyncio.create_task(
+            Supervisor(log, "health and load of the engine").run(self._poll), name="engine health and load"
         )
 
     async def aclose(self) -> None:
-        """Stop watching and following; requests still under way break off. Idempotent."""
+        """Stop the polls and the relay; requests under way fail. Idempotent."""
         if self.relay is not None:
             await self.relay.aclose()
-        if self._watching is not None:
-            self._watching.cancel()
-            await asyncio.wait([self._watching])
+        if self._poller is not None:
+            self._poller.cancel()
+            await asyncio.wait([self._poller])
         await self._server.http.aclose()
 
     # ----------------------------------------------------------------- KV events
@@ -125,7 +131,7 @@ class OpenAIEngine:
         settings = self._settings
         self._publishers = publishers
         if settings.kv_events_endpoint is None:
-            log.info("DYN_KV_EVENTS_ENDPOINT is not set: routers do not hear of this engine's KV cache")
+            log.info("DYN_KV_EVENTS_ENDPOINT is not set: routers do not know this engine's KV cache")
             return
         try:
             self.relay = EventRelay(
@@ -138,17 +144,18 @@ class OpenAIEngine:
             raise ConfigError(f"DYN_KV_EVENTS_ENDPOINT or DYN_KV_REPLAY_ENDPOINT: {exc}") from exc
         self.relay.start()
 
-    def _fit_publishers(self) -> None:
-        """An engine that came back with blocks of another size holds none of those that were told."""
+    def _resize_publishers(self) -> None:
+        """Set the publishers to the engine's block size. Blocks of another size are forgotten."""
         block_size = self._server.capacity.kv_block_size
         for publisher in self._publishers:
             if publisher.block_size != block_size:
                 publisher.resize(block_size)
 
     async def clear_kv_blocks(self) -> int:
-        """Have the server drop its prefix cache; answers the blocks known so far, as servers do not say.
+        """Make the server drop its prefix cache; return the number of blocks known so far.
 
-        Raises HandlerFailed if it cannot: vLLM does with `VLLM_SERVER_DEV_MODE=1` only.
+        Servers do not report the number themselves. Raises HandlerFailed if the server does not do it (vLLM
+        only does with `VLLM_SERVER_DEV_MODE=1`), and Draining if it does not answer.
         """
         path = _FLUSH_PATHS.get(self._server.listed.dialect)
         if path is None:
@@ -165,10 +172,10 @@ class OpenAIEngine:
         return known_count
 
     async def _clear_partial_cache(self) -> None:
-        """Have a server drop blocks that it holds and will not tell again, so that all is known from then on.
+        """Make the server clear its cache if it holds blocks whose events were lost: it sends none again.
 
-        Tried each `_CLEAR_AGAIN_S` until it says that it did, since servers refuse while requests hold
-        blocks; and not more often, however often events are lost.
+        A server refuses while requests hold blocks. Therefore this tries again, at most once in
+        `_CLEAR_AGAIN_S`, until the server reports the clearing.
         """
         if self.relay is None or not self.relay.partial:
             self._clearing = False
@@ -183,13 +190,13 @@ class OpenAIEngine:
         except PlaneError as exc:
             if first:
                 log.warning(
-                    "the engine holds blocks that were not told, and cannot be made to drop them now: %s; "
-                    "routers learn of them as prompts bring them up (VLLM_SERVER_DEV_MODE)",
+                    "the engine holds blocks whose events were lost, and does not clear its cache now: %s; "
+                    "routers learn these blocks from later prompts (VLLM_SERVER_DEV_MODE)",
                     exc,
                 )
         else:
             if first:
-                log.info("the engine is asked to clear its prefix cache, since part of it was not told")
+                log.info("the engine was asked to clear its prefix cache, since events of it were lost")
 
     def endpoints(self) -> Mapping[str, AnyHandler]:
         return {}
@@ -199,11 +206,11 @@ class OpenAIEngine:
     async def generate(
         self, request: GenerateRequest, context: Context
     ) -> AsyncGenerator[GenerateItem, None]:
-        """Forward to the server and stream back, as `Engine` demands; a stopped request ends at once.
+        """Forward the request to the server and stream its answer; a stopped request ends at once.
 
-        Stop strings go along, and are found by the frontend all the same. What the server refuses is raised
-        as `openai_wire.refusal` reads it; Draining if no server answers. One that does not know the model
-        is asked for its name anew, and then once again for the answer.
+        Stop strings are sent to the server; the frontend finds them, too. Raises the error of `wire.refusal`
+        if the server refuses the request, and Draining if it does not answer. If the server does not know the
+        model, its name is read again, and the request is sent once more.
         """
         if not isinstance(request, Mapping):
             raise InvalidRequest(f"a request is an object, not {type(request).__name__}")
@@ -212,32 +219,30 @@ class OpenAIEngine:
         if not self._prompt_as_text:
             begun = False
             try:
-                async with aclosing(self._complete_anew(request, prompt, context)) as items:
+                async with aclosing(self._complete_renamed(request, prompt, context)) as items:
                     async for item in items:
                         begun = True
                         yield item
                 return
             except InvalidRequest as exc:
-                if begun or not self._may_want_text():
+                # Servers of a known kind take ids: they refused this request for another reason.
+                if begun or self._settings.engine_prompt != "auto" or self._server.listed.dialect != "openai":
                     raise
                 refused = exc
-        text = self._text_of(prompt)
-        async with aclosing(self._complete_anew(request, text, context)) as items:
+        if self._tokens is None:
+            raise Draining("the engine is not started")
+        text = self._tokens.prompt_text(prompt)
+        async with aclosing(self._complete_renamed(request, text, context)) as items:
             async for item in items:
                 if not self._prompt_as_text:
                     self._prompt_as_text = True
-                    log.info("the engine takes no token ids (%s): prompts go to it as text", refused)
+                    log.info("the engine takes no token ids (%s): prompts are sent as text", refused)
                 yield item
 
-    def _may_want_text(self) -> bool:
-        """Whether a prompt that was refused as token ids may be tried as text. The servers that are known by
-        name take ids: what they refuse, they refuse for another reason."""
-        return self._settings.engine_prompt == "auto" and self._server.listed.dialect == "openai"
-
-    async def _complete_anew(
+    async def _complete_renamed(
         self, request: Mapping[str, Any], prompt: Sequence[int] | str, context: Context
     ) -> AsyncGenerator[GenerateItem, None]:
-        """As `_complete`; once more if the server was asked for a model by a name that it no longer has."""
+        """Do as `_complete`, and once more if the server's name for the model has changed."""
         name, begun = self._server.listed.name, False
         try:
             async with aclosing(self._complete(request, prompt, context)) as items:
@@ -246,11 +251,11 @@ class OpenAIEngine:
                     yield item
             return
         except UnknownModel:
-            if begun:  # it would come twice
+            if begun:  # the caller has items already
                 raise
             try:
                 renamed = self._server.listed.name != name or (
-                    await self._server.introduce() and self._server.listed.name != name
+                    await self._server.identify() and self._server.listed.name != name
                 )
             except ConfigError:
                 renamed = False
@@ -263,6 +268,7 @@ class OpenAIEngine:
     async def _complete(
         self, request: Mapping[str, Any], prompt: Sequence[int] | str, context: Context
     ) -> AsyncGenerator[GenerateItem, None]:
+        """Send one completion and yield its items. `prompt` is token ids or text."""
         dp_rank = self._rank(request)
         context_length = self._server.capacity.context_length
         body = completion_body(
@@ -295,15 +301,15 @@ class OpenAIEngine:
                     if item is not None:
                         yield item
             yield reader.finish()
-            if reader.gave_up:
-                log.warning("request %s: the engine gave its answer up half-way", context.id())
+            if reader.aborted:
+                log.warning("request %s: the engine aborted its answer half-way", context.id())
         except ContextLengthExceeded:
-            self._server.forget()  # its context is not what it said, or is no longer
+            self._server.expire_identity()  # its context length is not the one that it reported
             raise
         except RequestCancelled:
             yield {"token_ids": [], "finish_reason": "cancelled"}
         except (Draining, ConnectionLost):
-            self._look_now.set()
+            self._poll_now.set()
             raise
         finally:
             self._running_count -= 1
@@ -312,7 +318,7 @@ class OpenAIEngine:
             completion.close()
 
     def _rank(self, request: Mapping[str, Any]) -> int | None:
-        """The rank that a router chose; None leaves it to the engine."""
+        """Return the rank that a router chose; None: the engine chooses. Raises InvalidRequest."""
         wanted, rank_count = request.get("dp_rank"), self._settings.engine_data_parallel_size
         if wanted is None or rank_count == 1:
             return None
@@ -320,39 +326,36 @@ class OpenAIEngine:
             raise InvalidRequest(f"dp_rank={wanted!r} must be one of 0 to {rank_count - 1}")
         return wanted
 
-    def _text_of(self, prompt: Sequence[int]) -> str:
-        if self._tokens is None:
-            raise Draining("the engine is not started")
-        return self._tokens.prompt_text(prompt)
-
     # ----------------------------------------------------------------- health and load
 
     async def wait_health(self, healthy: bool) -> None:
         await (self._server.up if healthy else self._server.down).wait()
 
     def loads(self) -> Sequence[EngineLoad]:
-        """By the server's metrics; where it has none, rank 0 runs what was forwarded and is not answered."""
+        """Return the load of the server's metrics; without metrics, rank 0 with the requests under way
+        here."""
         return self._server.loads() or [
             EngineLoad(0, self._running_count, 0, None, self.capacity.total_kv_blocks)
         ]
 
     def _note_down(self, refused: bool) -> None:
-        """End what waits for a server that is down; forget the cache of one that has ended."""
+        """Fail the requests that the server has not begun to answer. If it `refused` a connection, its
+        process has ended, and with it its cache: forget the cache."""
         if refused and self._server.up.is_set() and self.relay is not None:
-            self.relay.forget("no process listens at the engine's address")  # its cache went with it
+            self.relay.forget("no process listens at the engine's address")
         for completion in list(self._unanswered):
             completion.close(Draining("the engine does not answer"))
 
-    async def _watch(self) -> None:
-        """Look at health and load until cancelled; at once after a request found no server there."""
+    async def _poll(self) -> None:
+        """Poll health and load until cancelled; at once after a request has found no server."""
         while True:
             try:
                 async with asyncio.timeout(self._settings.engine_poll_interval_s):
-                    await self._look_now.wait()
+                    await self._poll_now.wait()
             except TimeoutError:
                 pass
-            self._look_now.clear()
-            if await self._server.look():
-                await self._server.look_at_metrics()
-                self._fit_publishers()
+            self._poll_now.clear()
+            if await self._server.check():
+                await self._server.poll_metrics()
+                self._resize_publishers()
                 await self._clear_partial_cache()

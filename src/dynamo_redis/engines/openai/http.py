@@ -1,5 +1,7 @@
-"""HTTP to an engine's server: streamed completions and short questions. aiohttp, and its only importer
-(`pip install dynamo-redis[engines]`)."""
+"""HTTP to an engine's server: streamed completions and short requests.
+
+The only importer of aiohttp (`pip install dynamo-redis[engines]`).
+"""
 
 from __future__ import annotations
 
@@ -32,26 +34,27 @@ _IDLE_CONNECTION_S: Final = 2.0
 """Shorter than the 5 s after which uvicorn, which most engines run on, closes an idle connection."""
 
 _KEEPALIVE: Final = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3}
-"""Seconds, seconds, probes: a host that is gone is noticed within 11 s."""
+"""Seconds, seconds, probes: a connection to a host that is gone fails within 11 s."""
 
 
 class EngineHttp:
-    """Connections to one server; as many as there are requests. Belongs to one event loop."""
+    """Connections to one server, one for each request at a time. Belongs to one event loop."""
 
     def __init__(self, url: str, api_key: str | None, connect_timeout_s: float) -> None:
-        """`url` is the server's root, with or without `/v1`. Raises ValueError if it is no HTTP URL."""
+        """Take the server's root URL, with or without `/v1`. Raises ValueError if it is not an HTTP URL."""
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            shown = url.rpartition("@")[2]  # a user and password may stand before it
+            shown = url.rpartition("@")[2]  # without a user and password
             raise ValueError(f"{shown!r} is not an HTTP address: write for example http://127.0.0.1:8001")
         self._root = url.rstrip("/").removesuffix("/v1")
         self.url = self._root.replace(parts.netloc, parts.netloc.rpartition("@")[2], 1)
-        """For showing: without a user and password."""
+        """The URL for messages, without a user and password."""
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._connect_timeout_s = connect_timeout_s
         self._session: aiohttp.ClientSession | None = None
 
     def _opened(self) -> aiohttp.ClientSession:
+        """Return the session; open it at the first call."""
         if self._session is None:
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(
@@ -65,10 +68,10 @@ class EngineHttp:
         return self._session
 
     async def ask(self, method: str, path: str, timeout_s: float) -> tuple[int, bytes]:
-        """A short question: status and the whole content, of at most 16 MiB.
+        """Send a short request; return the status and the whole content, of at most 16 MiB.
 
-        Raises CannotConnect if no process listens there, ConnectionLost if there is no whole answer in time,
-        ProtocolViolation for a longer one.
+        Raises CannotConnect if no process listens there, ConnectionLost if the answer is not complete in
+        time, ProtocolViolation if it is longer.
         """
         timeout = aiohttp.ClientTimeout(total=timeout_s)
         try:
@@ -85,19 +88,21 @@ class EngineHttp:
             raise ConnectionLost(f"no answer: {exc!r}") from exc
 
     def complete(self, body: Mapping[str, Any], headers: Mapping[str, str]) -> Completion:
-        """Begin a streamed completion."""
+        """Start a streamed completion."""
         return Completion(self._opened(), f"{self._root}/v1/completions", body, headers)
 
     async def aclose(self) -> None:
-        """End all connections. Idempotent."""
+        """Close all connections. Idempotent."""
         if self._session is not None:
             await self._session.close()
             self._session = None
 
 
 class Completion:
-    """One streamed completion. `close` ends it at once, whatever it waits for: the server sees the
-    connection go. Close it in any case."""
+    """One streamed completion. It has to be closed in any case.
+
+    `close` ends it at once, in any state, and closes its connection to the server.
+    """
 
     def __init__(
         self,
@@ -110,21 +115,29 @@ class Completion:
         self._closed: PlaneError | None = None
 
     def close(self, reason: PlaneError | None = None) -> None:
-        """Idempotent. `reason` is what `events` raises if it still waits; else RequestCancelled."""
+        """End the completion.
+
+        Idempotent. If `events` still waits, it raises `reason`, or RequestCancelled.
+        """
         self._closed = self._closed or reason or RequestCancelled("the request was cancelled")
         if not self._opening.cancel() and not self._opening.cancelled() and not self._opening.exception():
             self._opening.result().close()
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        """The data of its events. Raises Draining if no server answers, the error that the status means,
-        ConnectionLost if it breaks off, the reason once closed."""
+        """Yield the data of the completion's events, `DONE` as the last.
+
+        Raises Draining if the server does not answer, the error of its HTTP status, ConnectionLost if the
+        answer breaks off, or the reason of `close`.
+        """
         reader = SseReader()
         try:
             response = await self._opening
             if response.status != 200:
-                raise refusal(
-                    response.status, await _explanation(response), response.headers.get("Retry-After")
-                )
+                explanation = b""
+                with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+                    async with asyncio.timeout(_ERROR_S):
+                        explanation = await _content(response, _ERROR_BYTES)
+                raise refusal(response.status, explanation, response.headers.get("Retry-After"))
             if response.content_type == "application/json":  # a server that does not stream
                 yield await _content(response, _ANSWER_BYTES)
                 yield DONE
@@ -134,7 +147,7 @@ class Completion:
                     if data == DONE:
                         await _read_to_end(response)
                         yield data
-                        return  # whatever the server does with the connection
+                        return
                     yield data
             for data in reader.feed(b"\n"):  # a last line that the server did not end
                 yield data
@@ -151,8 +164,8 @@ class Completion:
 
 
 def _open_socket(address: AddrInfoType) -> socket.socket:
-    """A socket that notices when the engine's host is gone: there is no limit to how long an answer takes, so
-    nothing else would."""
+    """Return a socket with keepalive probes, which fail if the engine's host is gone: an answer has no time
+    limit."""
     family, kind, protocol, *_ = address
     opened = socket.socket(family, kind, protocol)
     opened.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -163,8 +176,7 @@ def _open_socket(address: AddrInfoType) -> socket.socket:
 
 
 async def _content(response: aiohttp.ClientResponse, limit_bytes: int) -> bytes:
-    """Read the content to its end, or until it is over the limit; aiohttp's `read` gives what has arrived so
-    far. Raises what aiohttp raises for a content that is cut off."""
+    """Read the content to its end, or until it is over the limit. Raises aiohttp's error if it is cut off."""
     pieces: list[bytes] = []
     size_bytes = 0
     while size_bytes <= limit_bytes and (piece := await response.content.readany()):
@@ -173,17 +185,11 @@ async def _content(response: aiohttp.ClientResponse, limit_bytes: int) -> bytes:
     return b"".join(pieces)
 
 
-async def _explanation(response: aiohttp.ClientResponse) -> bytes:
-    """Read what a server says beside the status that refuses a request; nothing, if that does not come."""
-    with contextlib.suppress(aiohttp.ClientError, TimeoutError):
-        async with asyncio.timeout(_ERROR_S):
-            return await _content(response, _ERROR_BYTES)
-    return b""
-
-
 async def _read_to_end(response: aiohttp.ClientResponse) -> None:
-    """Read on behind the last event to the end, so that the connection can serve again. A server that breaks
-    the answer off there has answered all the same."""
+    """Read the rest of a response after its last event, so that the connection can be used again.
+
+    An error here is ignored: the answer is complete.
+    """
     with contextlib.suppress(TimeoutError, aiohttp.ClientError):
         async with asyncio.timeout(_END_S):
             while not response.content.at_eof():

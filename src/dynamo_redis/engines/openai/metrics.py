@@ -1,6 +1,6 @@
-"""What engines say of themselves at `/metrics`: load, and how large they are. Pure.
+"""Metrics of engines at `/metrics`: their load and sizes. Pure.
 
-Prometheus text (https://prometheus.io/docs/instrumenting/exposition_formats/), of which a few gauges are
+They are Prometheus text (https://prometheus.io/docs/instrumenting/exposition_formats/); only a few gauges are
 read. vLLM labels its data-parallel ranks `engine`, SGLang `dp_rank`.
 """
 
@@ -31,7 +31,7 @@ _CONFIG: Final = "vllm:cache_config_info"
 
 @dataclass(frozen=True, slots=True)
 class RankMetrics:
-    """One rank as it says. Ratios are 0 to 1, None what the engine does not say."""
+    """The load of one rank. Ratios are 0 to 1; a value that the engine does not report is None."""
 
     running_count: int
     waiting_count: int
@@ -41,16 +41,16 @@ class RankMetrics:
 
 @dataclass(frozen=True, slots=True)
 class EngineMetrics:
-    """One reading. `ranks` is empty if the engine says nothing of its load."""
+    """The values of one page. `ranks` is empty if the engine does not report its load."""
 
     ranks: dict[int, RankMetrics]
     block_size: int | None = None
     block_count: int | None = None
     token_count: int | None = None
-    """KV cache of one rank: blocks and their size (vLLM), or tokens (SGLang)."""
+    """The KV cache of one rank: blocks and their size (vLLM), or tokens (SGLang)."""
 
-    def after(self, before: EngineMetrics) -> EngineMetrics:
-        """This reading of the same engine, whose sizes are those said before where it does not say them."""
+    def with_sizes_of(self, before: EngineMetrics) -> EngineMetrics:
+        """Return these values, and for sizes that are missing here those of `before`, of the same engine."""
         return replace(
             self,
             block_size=self.block_size or before.block_size,
@@ -60,10 +60,20 @@ class EngineMetrics:
 
 
 def read_metrics(text: str) -> EngineMetrics:
-    """Read a page. Lines that are not understood are skipped."""
+    """Read a page of metrics. Unknown lines are skipped."""
     samples: dict[str, dict[int, float]] = {}
     config: dict[str, str] = {}
-    for name, labels, value in _samples(text):
+    for line in text.splitlines():
+        found = None if line.startswith("#") else _LINE.match(line)
+        if found is None:
+            continue
+        try:
+            value = float(found[3])
+        except ValueError:
+            continue
+        if not abs(value) < 1e18:  # NaN and infinite values, too
+            continue
+        name, labels = found[1], dict(_LABEL.findall(found[2] or ""))
         if name == _CONFIG:
             config = config or labels
         rank = labels.get("engine") or labels.get("dp_rank") or "0"
@@ -78,20 +88,8 @@ def read_metrics(text: str) -> EngineMetrics:
     )
 
 
-def _samples(text: str) -> Iterator[tuple[str, dict[str, str], float]]:
-    for line in text.splitlines():
-        found = None if line.startswith("#") else _LINE.match(line)
-        if found is None:
-            continue
-        try:
-            value = float(found[3])
-        except ValueError:
-            continue
-        if value == value and abs(value) < 1e18:  # neither NaN nor infinite
-            yield found[1], dict(_LABEL.findall(found[2] or "")), value
-
-
 def _ranks(samples: dict[str, dict[int, float]]) -> Iterator[tuple[int, RankMetrics]]:
+    """Yield each rank that has a number of running requests, with its load."""
     running, waiting = _first(samples, _RUNNING), _first(samples, _WAITING)
     used, rates = _first(samples, _USED_RATIO), _first(samples, _HIT_RATE)
     queries, hits = _first(samples, _QUERIES), _first(samples, _HITS)
@@ -103,6 +101,7 @@ def _ranks(samples: dict[str, dict[int, float]]) -> Iterator[tuple[int, RankMetr
 
 
 def _first(samples: dict[str, dict[int, float]], names: Iterable[str]) -> dict[int, float]:
+    """Return the values by rank of the first of these metrics that the page has."""
     return next((samples[name] for name in names if name in samples), {})
 
 

@@ -1,7 +1,7 @@
-"""The answers by which an OpenAI-compatible server describes itself and its model. Pure.
+"""Parsers of an OpenAI-compatible server's descriptions of itself and its model. Pure.
 
-`GET /v1/models` everywhere; vLLM and SGLang say there how long a model's context is (`max_model_len`). SGLang
-tells its page size at `/get_server_info`, llama.cpp its context at `/props`.
+Every server has `GET /v1/models`; that of vLLM and SGLang has the model's context length (`max_model_len`).
+SGLang has its page size at `/get_server_info`, llama.cpp its context length at `/props`.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from dynamo_redis.engines.openai.request import Dialect
 _OWNERS: Final[Mapping[str, Dialect]] = {"vllm": "vllm", "sglang": "sglang", "llamacpp": "llamacpp"}
 
 DETAILS_PATHS: Final[Mapping[Dialect, str]] = {"sglang": "/get_server_info", "llamacpp": "/props"}
-"""Paths at which these servers describe themselves further."""
+"""Paths at which these servers report more sizes."""
 
 
 @dataclass(frozen=True, slots=True)
 class ListedModel:
-    """One entry of `/v1/models`. `context_length` is None where the server does not say it."""
+    """One entry of `/v1/models`. `context_length` is None if the server does not report it."""
 
     name: str
     dialect: Dialect
@@ -30,35 +30,32 @@ class ListedModel:
 
 @dataclass(frozen=True, slots=True)
 class ServerDetails:
-    """The sizes that a server states beyond its models; None is a size that it does not state."""
+    """The sizes of `DETAILS_PATHS`; a size that the server does not report is None."""
 
     context_length: int | None = None
     block_size: int | None = None
 
 
 def read_models(content: bytes) -> list[ListedModel]:
-    """Read an answer to `GET /v1/models`. Entries that are not understood are left out."""
+    """Return the models of an answer to `GET /v1/models`. Invalid entries are left out."""
     entries = _object(content).get("data")
-    listed = (
-        [_listed(entry) for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
-    )
-    return [model for model in listed if model is not None]
-
-
-def _listed(entry: Mapping[str, Any]) -> ListedModel | None:
-    name, meta = entry.get("id"), entry.get("meta")
-    if not isinstance(name, str) or not name:
-        return None
-    lengths = [entry.get("max_model_len"), meta.get("n_ctx") if isinstance(meta, dict) else None]
-    return ListedModel(name, _OWNERS.get(str(entry.get("owned_by")).lower(), "openai"), _first_count(lengths))
+    listed = []
+    for entry in entries if isinstance(entries, list) else ():
+        name = entry.get("id") if isinstance(entry, dict) else None
+        if isinstance(name, str) and name:
+            dialect = _OWNERS.get(str(entry.get("owned_by")).lower(), "openai")
+            meta = entry.get("meta")
+            lengths = [entry.get("max_model_len"), meta.get("n_ctx") if isinstance(meta, dict) else None]
+            listed.append(ListedModel(name, dialect, _first_count(lengths)))
+    return listed
 
 
 def read_details(content: bytes) -> ServerDetails:
-    """Read an answer to `DETAILS_PATHS`."""
-    told = _object(content)
-    settings = told.get("default_generation_settings")
-    lengths = [told.get("context_length"), settings.get("n_ctx") if isinstance(settings, dict) else None]
-    return ServerDetails(_first_count(lengths), _first_count([told.get("page_size")]))
+    """Return the sizes of an answer to a request to one of `DETAILS_PATHS`."""
+    details = _object(content)
+    settings = details.get("default_generation_settings")
+    lengths = [details.get("context_length"), settings.get("n_ctx") if isinstance(settings, dict) else None]
+    return ServerDetails(_first_count(lengths), _first_count([details.get("page_size")]))
 
 
 def _object(content: bytes) -> dict[str, Any]:

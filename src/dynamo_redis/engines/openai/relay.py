@@ -1,19 +1,19 @@
-"""From an engine's own KV events to its worker's publishers: in order, without holes, or begun anew.
+"""The relay of an engine's own KV events to its worker's publishers: in order, and without gaps.
 
-An engine numbers its messages from 0 at each start of its process. What arrives is held against what was
-applied last; what is missing is asked of the engine's replay socket, if it has one. What cannot be had that
-way makes everything told before worthless: the rank's cache is reported as empty, and fills again with what
-the engine stores from then on.
+An engine numbers its messages from 0 at each start of its process. The relay compares each message's sequence
+with that of the last message applied. It requests missing messages from the engine's replay socket, if the
+engine has one. If messages stay missing, the state known so far is useless, and the relay starts over: it
+reports the rank's cache as empty, and then the blocks that the engine stores from that time on.
 
-| seen | then |
+| event | action |
 |---|---|
-| connected | replay from what was applied last: is it the same engine, and what was missed? |
-| a higher sequence | a gap: replay; without replay, or if it no longer has all of it, begin anew |
-| a lower sequence | what the replay brought already, by its content; else a restart: begin anew |
-| nothing for a while | replay, in case the last messages of a burst were dropped |
-| not a batch of events | it might have removed anything: begin anew |
+| connected | replay from the last message applied: is it the same engine, and was a message missed? |
+| a higher sequence | a gap: replay; start over without a replay socket, or if the replay has not all of it |
+| a lower sequence | skip it if the replay had the same message; else the engine has restarted: start over |
+| no message for `IDLE_S` | replay, in case the last messages of a burst were dropped |
+| not a batch of events | start over: the message may have been a removal |
 
-The engine may be away as long as it likes: what is known of its cache stays until the next sign of it.
+An engine may be away for any time: the known state of its cache stays until it sends again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from contextlib import aclosing
 from typing import Final
 
-from dynamo_redis.engines.openai.zmq_sockets import Subscription, replay
+from dynamo_redis.engines.openai.zmq_sockets import EventSubscriber, replay
 from dynamo_redis.engines.openai.zmq_wire import (
     Cleared,
     MainGroup,
@@ -41,17 +41,17 @@ from dynamo_redis.supervision import Supervisor
 log = logging.getLogger(__name__)
 
 IDLE_S: Final = 30.0
-"""After so long without a message the replay socket is asked whether there was one."""
+"""Seconds without a message after which the replay socket is asked for missed ones."""
 
 REPLAY_S: Final = 10.0
-"""Longest time for a replay; meanwhile new messages wait."""
+"""Time-out of a replay; new messages wait meanwhile."""
 
 _TURN_COUNT: Final = 64
-"""Messages applied before others get their turn on the event loop."""
+"""Messages applied before other tasks of the event loop run."""
 
 
 class EventRelay:
-    """The ranks of one engine, a task for each."""
+    """The relays of one engine's ranks, with a task for each."""
 
     def __init__(
         self,
@@ -62,12 +62,19 @@ class EventRelay:
         topic: str = "",
         idle_s: float = IDLE_S,
     ) -> None:
-        """`events_endpoint` is rank 0's; each further rank's port is one higher. Raises ValueError for an
-        endpoint that is no address."""
+        """Make a relay for each publisher. Raises ValueError for an invalid endpoint.
+
+        Args:
+            publishers: one for each rank, in order.
+            events_endpoint: the address of rank 0; the port of each further rank is one higher.
+            replay_endpoint: the same for the replay socket; None: the engine has none.
+            topic: the topic of the messages to receive; "": all.
+            idle_s: seconds without a message after which a replay is requested.
+        """
         self.ranks = [
             RankRelay(
                 publisher,
-                Subscription(rank_endpoint(events_endpoint, rank), topic),
+                EventSubscriber(rank_endpoint(events_endpoint, rank), topic),
                 replay_endpoint and rank_endpoint(replay_endpoint, rank),
                 idle_s=idle_s,
             )
@@ -76,24 +83,29 @@ class EventRelay:
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
-        """Begin to follow; the engine need not be there yet."""
+        """Start to relay; the engine need not be there yet."""
+
+        def report_failure(task: asyncio.Task[None]) -> None:
+            if not task.cancelled() and (failure := task.exception()) is not None:
+                log.error("%s are no longer relayed", task.get_name(), exc_info=failure)
+
         for rank, relay in enumerate(self.ranks):
             task = asyncio.create_task(relay.run(), name=f"KV events of rank {rank}")
-            task.add_done_callback(_report_failure)
+            task.add_done_callback(report_failure)
             self._tasks.append(task)
 
     @property
     def partial(self) -> bool:
-        """Whether some rank may hold blocks that it will not tell again."""
+        """True if a rank may hold blocks whose events were lost."""
         return any(relay.partial for relay in self.ranks)
 
     def forget(self, why: str) -> None:
-        """What the engine said so far counts no more: its process is known to have ended."""
+        """Forget the blocks of all ranks: the engine's process is known to have ended."""
         for relay in self.ranks:
-            relay.begin_anew("restart", why)
+            relay.start_over("restart", why)
 
     async def aclose(self) -> None:
-        """Stop. Idempotent."""
+        """Stop the relays. Idempotent."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -102,7 +114,7 @@ class EventRelay:
 
 
 def rank_endpoint(endpoint: str, rank: int) -> str:
-    """Where a rank publishes: its port is that of rank 0 plus its number. Raises ValueError."""
+    """Return the endpoint of a rank: its port is that of rank 0 plus its number. Raises ValueError."""
     if rank == 0:
         return endpoint
     address, colon, port = endpoint.rpartition(":")
@@ -111,134 +123,134 @@ def rank_endpoint(endpoint: str, rank: int) -> str:
     return f"{address}:{int(port) + rank}"
 
 
-def _report_failure(task: asyncio.Task[None]) -> None:
-    if not task.cancelled() and (failure := task.exception()) is not None:
-        log.error("%s are no longer relayed", task.get_name(), exc_info=failure)
-
-
 class RankRelay:
-    """One rank. `counts` says what happened: `message`, `repeated`, `gap`, `replayed`, `replay_failed`.
+    """The relay of one rank.
 
-    Why it was begun anew: `restart`, `lost`, `malformed`, and `reset` if blocks were forgotten for it. What
-    was left out: `zmq_wire`'s reasons, and `other_group`.
+    `counts` has the numbers of events: `message`, `repeated`, `gap`, `replayed`, `replay_failed`; of starts
+    over by reason: `restart`, `lost`, `malformed`, and `reset` if blocks were forgotten; of events left out
+    by reason: those of `zmq_wire`, and `other_group`.
     """
 
     def __init__(
         self,
         publisher: KvPublisher,
-        subscription: Subscription,
+        subscriber: EventSubscriber,
         replay_endpoint: str | None,
         *,
         idle_s: float = IDLE_S,
     ) -> None:
         self.counts: Counter[str] = Counter()
         self.partial = False
-        """Whether the engine may hold blocks that it will not tell again: only prompts say what."""
+        """True if the engine may hold blocks whose events were lost: only prompts show them."""
         self._publisher = publisher
-        self._subscription = subscription
+        self._subscriber = subscriber
         self._replay_endpoint = replay_endpoint
         self._idle_s = idle_s
         self._group = MainGroup()
-        self._next: int | None = None  # the sequence to come; None before the first, and when begun anew
-        self._last_digest = 0  # of the payload before
-        self._replayed: dict[int, int] = {}  # digests of what came by replay, and may come again
+        self._next: int | None = (
+            None  # the next sequence; None before the first message and after a start over
+        )
+        self._last_digest = 0  # of the last payload applied
+        self._replayed: dict[int, int] = {}  # digests of replayed payloads by sequence: they may arrive again
         self._connected = False
-        self._missed = False  # whether it was said that nobody is there
+        self._absence_logged = False
         self._connection_count = 0
-        self._verified = False  # whether the engine of this connection is known to be the one of before
+        self._verified = False  # the engine of this connection is known to be the same process as before
         self._supervisor = Supervisor(log, f"KV events of rank {publisher.dp_rank}")
 
     def close(self) -> None:
-        """Give the sockets back. Idempotent."""
-        self._subscription.close()
+        """Close the sockets. Idempotent."""
+        self._subscriber.close()
 
     async def run(self) -> None:
-        """Follow until cancelled."""
+        """Relay until cancelled."""
         try:
             await self._supervisor.run(self._follow)
         finally:
             self.close()
 
     async def _follow(self) -> None:
+        """Receive and handle messages; check the connection at each, and after `idle_s` without one."""
         while True:
-            quiet = not await self._subscription.wait(self._idle_s)
-            await self._look_at_connection(quiet=quiet)
+            quiet = not await self._subscriber.wait(self._idle_s)
+            await self._check_connection(quiet=quiet)
             for _ in range(_TURN_COUNT):
-                frames = await self._subscription.take()
+                frames = await self._subscriber.receive_now()
                 if frames is None:
                     break
                 try:
-                    await self._take(frames)
+                    await self._handle(frames)
                 except Exception as exc:  # noqa: BLE001 - logged, with its traceback
                     self._supervisor.skip("a message of the engine", exc)
-                    self.begin_anew("malformed", "a message cannot be taken")
+                    self.start_over("malformed", "a message could not be handled")
             await asyncio.sleep(0)
 
-    # ----------------------------------------------------------------- what arrives
+    # ----------------------------------------------------------------- messages
 
-    async def _look_at_connection(self, *, quiet: bool) -> None:
-        await self._subscription.look()
-        connected = self._subscription.connected
+    async def _check_connection(self, *, quiet: bool) -> None:
+        """Log a change of the connection; request missed messages after a new connection or a quiet time."""
+        await self._subscriber.update_connection()
+        connected = self._subscriber.connected
         if connected != self._connected:
             self._connected = connected
-            self._missed = False
-            state = "follows the engine's KV events at" if connected else "has lost the engine's KV events at"
-            log.info("rank %d %s %s", self._publisher.dp_rank, state, self._subscription.endpoint)
-        if self._subscription.connection_count != self._connection_count:
-            self._connection_count = self._subscription.connection_count
+            self._absence_logged = False
+            state = (
+                "receives the engine's KV events at" if connected else "has lost the engine's KV events at"
+            )
+            log.info("rank %d %s %s", self._publisher.dp_rank, state, self._subscriber.endpoint)
+        if self._subscriber.connection_count != self._connection_count:
+            self._connection_count = self._subscriber.connection_count
             self._verified = False
             await self._catch_up()
         elif quiet and connected:
             await self._catch_up()
-        elif quiet and not self._missed:
-            self._missed = True
+        elif quiet and not self._absence_logged:
+            self._absence_logged = True
             log.warning(
-                "rank %d: nobody publishes KV events at %s: routers do not know this engine's cache",
+                "rank %d: no engine publishes KV events at %s: routers do not know this engine's cache",
                 self._publisher.dp_rank,
-                self._subscription.endpoint,
+                self._subscriber.endpoint,
             )
 
-    async def _take(self, frames: list[bytes]) -> None:
+    async def _handle(self, frames: list[bytes]) -> None:
+        """Apply a message, after the messages before it; skip it if the replay had it."""
         try:
             sequence, payload = split_message(frames)
         except ValueError as exc:
-            self.begin_anew("malformed", str(exc))
+            self.start_over("malformed", str(exc))
             return
         self.counts["message"] += 1
         if self._next is not None and sequence < self._next:
             if self._replayed.pop(sequence, None) == hash(payload):
                 self.counts["repeated"] += 1
                 return
-            self.begin_anew("restart", "the engine has restarted")
+            self.start_over("restart", "the engine has restarted")
         if sequence != (self._next or 0):
-            await self._fill_gap(sequence)
+            first = self._next
+            self.counts["gap"] += first is not None
+            await self._catch_up()
+            if first is not None and self._next is not None and self._next < sequence:
+                self.start_over("lost", f"messages {self._next} to {sequence - 1} are lost")
             if self._replayed.pop(sequence, None) == hash(payload):
                 return
         else:
-            self._replayed.clear()  # they come in order: what has not come again by now never will
+            self._replayed.clear()  # messages are in order: those before this one cannot arrive again
         self._apply(sequence, payload)
 
-    async def _fill_gap(self, sequence: int) -> None:
-        """Bring what precedes that message, or begin anew with it."""
-        first = self._next
-        self.counts["gap"] += first is not None
-        await self._catch_up()
-        if first is not None and self._next is not None and self._next < sequence:
-            self.begin_anew("lost", f"messages {self._next} to {sequence - 1} are lost")
-
     def _apply(self, sequence: int, payload: bytes) -> None:
+        """Pass the events of a message to the publisher."""
         self.partial |= self._next is None and sequence > 0
         self._next = sequence + 1
         self._last_digest = hash(payload)
         try:
             batch = decode_batch(payload)
         except ValueError as exc:
-            self.begin_anew("malformed", str(exc))
+            self.start_over("malformed", str(exc))
             self._next = sequence + 1
             return
         self.counts.update(batch.left_out)
         for event in join_removals(batch.events):
-            if not self._group.holds(event):
+            if not self._group.includes(event):
                 self.counts["other_group"] += 1
                 continue
             match event:
@@ -258,8 +270,8 @@ class RankRelay:
                     self.partial = False
                     self._publisher.cleared()
 
-    def begin_anew(self, reason: str, what: str) -> None:
-        """Nothing that the engine said so far counts."""
+    def start_over(self, reason: str, message: str) -> None:
+        """Forget all blocks of this rank. `reason` is counted, `message` logged if there were blocks."""
         self.counts[reason] += 1
         self.partial = reason != "restart"
         self._next = None
@@ -267,13 +279,13 @@ class RankRelay:
         self._group.forget()
         if self._publisher.block_count:
             self.counts["reset"] += 1
-            log.warning("rank %d: %s: its known KV blocks are forgotten", self._publisher.dp_rank, what)
+            log.warning("rank %d: %s: its known KV blocks are forgotten", self._publisher.dp_rank, message)
             self._publisher.reset()
 
-    # ----------------------------------------------------------------- what is missing
+    # ----------------------------------------------------------------- replay
 
     async def _catch_up(self) -> None:
-        """Apply what the replay socket has and this side has not; and see whether the engine is the same."""
+        """Apply the missed messages of the replay socket; find out whether the engine has restarted."""
         if self._replay_endpoint is None:
             return
         deadline = asyncio.get_running_loop().time() + REPLAY_S
@@ -287,17 +299,20 @@ class RankRelay:
             log.warning("rank %d: no replay from %s: %r", self._publisher.dp_rank, self._replay_endpoint, exc)
 
     async def _replay_once(self, endpoint: str, deadline: float) -> bool:
-        """One replay, from the message applied last. False if it ended early: it has holes where the engine's
-        socket dropped messages at its own high-water mark, or shows another engine."""
+        """Request one replay, from the last message applied on, and apply it.
+
+        Returns False if it ended early: at a gap, where the engine's socket has dropped messages at its
+        high-water mark, or because the engine has restarted.
+        """
         known = None if self._next is None else (self._next - 1, self._last_digest)
         seen = False
         async with aclosing(replay(endpoint, known[0] if known else 0, deadline)) as messages:
             async for sequence, payload in messages:
                 if known and not seen and (sequence, hash(payload)) != known:
                     if sequence == known[0]:
-                        self.begin_anew("restart", "the engine has restarted")
+                        self.start_over("restart", "the engine has restarted")
                         return False
-                    self.begin_anew("lost", f"messages {known[0] + 1} to {sequence - 1} are lost")
+                    self.start_over("lost", f"messages {known[0] + 1} to {sequence - 1} are lost")
                 seen = True
                 if self._next is not None and sequence > self._next:
                     return False
@@ -309,7 +324,7 @@ class RankRelay:
                     await asyncio.sleep(0)
         if known and not seen and not self._verified:
             self._verified = True
-            self.begin_anew("restart", "the engine has restarted")
+            self.start_over("restart", "the engine has restarted")
             return False
         self._verified = True
         return True

@@ -1,9 +1,9 @@
-"""Requests to an OpenAI-compatible server: a completion, in each kind of server's own words. Pure.
+"""Completion requests to an OpenAI-compatible server, in the form of each kind of server. Pure.
 
-The prompt goes as token ids, which vLLM, SGLang and llama.cpp take as `prompt`. What a request asks for is
-passed on under the server's own name for it, or refused by name: nothing is left out in silence. Sources:
-the request classes of vLLM (`entrypoints/openai`) and SGLang (`entrypoints/openai/protocol.py`), and the
-README of llama.cpp's server.
+The prompt is sent as token ids, which vLLM, SGLang and llama.cpp take as `prompt`. Each option of a request
+is sent under the server's name for it, or refused with its name; none is dropped silently. Sources: the
+request classes of vLLM (`entrypoints/openai`) and SGLang (`entrypoints/openai/protocol.py`), and the README
+of llama.cpp's server.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dynamo_redis.errors import InvalidRequest
 from dynamo_redis.models.llm_protocol import GUIDED_BY
 
 Dialect = Literal["vllm", "sglang", "llamacpp", "openai"]
-"""The kind of server; `openai` for any other, of which only the standard is expected."""
+"""The kind of server; `openai` for any other, which gets only OpenAI's own options."""
 
 _STANDARD: Final = (
     "max_tokens",
@@ -71,7 +71,7 @@ _NAMES: Final[Mapping[Dialect, frozenset[str]]] = {
         }
     ),
 }
-"""The options that each kind of server knows."""
+"""The options of each kind of server."""
 
 _RENAMED: Final[Mapping[Dialect, Mapping[str, str]]] = {
     "vllm": {"max_thinking_tokens": "thinking_token_budget"},
@@ -93,7 +93,7 @@ _NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
 }
-"""Values that ask for what every server does anyway."""
+"""Values that are every server's default behaviour."""
 
 
 def completion_body(
@@ -105,11 +105,16 @@ def completion_body(
     dp_rank: int | None,
     token_room: int | None = None,
 ) -> dict[str, Any]:
-    """Return the body for `POST /v1/completions`. Raises InvalidRequest for what that server does not know.
+    """Return the body for `POST /v1/completions`. Raises InvalidRequest for an option without an equivalent.
 
-    `token_room` is how many tokens the engine's own context leaves for an answer, or None if it does not say:
-    then a request without `max_tokens` leaves the limit to the engine. Where it is known it is sent, since
-    servers take a completion without a limit for one of 16 tokens.
+    Args:
+        request: a `GenerateRequest`.
+        model: the server's name for the model.
+        dialect: the kind of server.
+        prompt: the prompt as token ids, or as text.
+        dp_rank: the data-parallel rank that has to answer; None: the engine chooses.
+        token_room: the number of tokens that the engine's context leaves for an answer; None: unknown. It is
+            sent for a request without `max_tokens`, for which servers would generate 16 tokens only.
     """
     body: dict[str, Any] = {
         "model": model,
@@ -117,7 +122,12 @@ def completion_body(
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    wanted = _wanted(request)
+    stop = dict(_options(request, "stop_conditions"))
+    hidden = stop.pop("stop_token_ids_hidden", None)
+    if hidden:
+        stop["stop_token_ids"] = [*(stop.get("stop_token_ids") or ()), *hidden]
+    options = {**_options(request, "sampling_options"), **stop}
+    wanted = {name: value for name, value in options.items() if value is not None and value != []}
     guided = wanted.pop("guided_decoding", None)
     for name, value in wanted.items():
         if name in _NAMES[dialect]:
@@ -140,16 +150,6 @@ def completion_body(
     return body
 
 
-def _wanted(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a request asks for, by OpenAI's names; absent and null are the same."""
-    stop = dict(_options(request, "stop_conditions"))
-    hidden = stop.pop("stop_token_ids_hidden", None)
-    if hidden:
-        stop["stop_token_ids"] = [*(stop.get("stop_token_ids") or ()), *hidden]
-    options = {**_options(request, "sampling_options"), **stop}
-    return {name: value for name, value in options.items() if value is not None and value != []}
-
-
 def _options(request: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     value = request.get(name) or {}
     if not isinstance(value, Mapping):
@@ -158,7 +158,7 @@ def _options(request: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _unknown(name: str, dialect: Dialect) -> InvalidRequest:
-    hint = "; if it does, say whose server it is with DYN_ENGINE_KIND" if dialect == "openai" else ""
+    hint = "; if it does, set DYN_ENGINE_KIND to the kind of server" if dialect == "openai" else ""
     return InvalidRequest(f"{name}: the engine behind this worker ({dialect}) does not know it{hint}")
 
 
@@ -171,7 +171,7 @@ def prompt_ids(request: Mapping[str, Any]) -> list[int]:
 
 
 def hidden_stop_ids(request: Mapping[str, Any]) -> frozenset[int]:
-    """Return the tokens that end an answer and are not part of it."""
+    """Return the tokens that end an answer and are no part of it. Raises InvalidRequest."""
     stop = _options(request, "stop_conditions")
     eos = [] if stop.get("ignore_eos") else request.get("eos_token_ids") or []
     try:
@@ -181,7 +181,7 @@ def hidden_stop_ids(request: Mapping[str, Any]) -> frozenset[int]:
 
 
 def token_limit(request: Mapping[str, Any]) -> int | None:
-    """Return the most tokens that the answer may have, if the request says so."""
+    """Return the most tokens of the answer; None without a limit in the request."""
     limit = _options(request, "stop_conditions").get("max_tokens")
     return limit if type(limit) is int else None
 
@@ -190,36 +190,36 @@ def token_limit(request: Mapping[str, Any]) -> int | None:
 
 
 def _guided(guided: Mapping[str, Any], dialect: Dialect) -> dict[str, Any]:
-    """Return the fields that make an answer follow a schema, an expression, a choice or a grammar."""
+    """Return the fields that guide an answer by a schema, an expression, a choice or a grammar.
+
+    Raises InvalidRequest for a kind of guide that the server does not have.
+    """
     given = {name: value for name, value in guided.items() if value is not None}
     if isinstance(given.get("structural_tag"), Mapping):
         given["structural_tag"] = json.dumps(given["structural_tag"])
     if dialect == "vllm":
-        # Releases before 0.11 know the second form alone, later ones the first; each leaves the other out.
+        # Releases before 0.11 read the second form only, later ones the first; each ignores the other.
         return {"structured_outputs": given} | {f"guided_{name}": value for name, value in given.items()}
     fields: dict[str, Any] = {}
     for name, value in given.items():
-        fields |= _guide(name, value, dialect)
+        match dialect, name:
+            case "sglang", "json":
+                fields["json_schema"] = value if isinstance(value, str) else json.dumps(value)
+            case "sglang", "regex" | "structural_tag":
+                fields[name] = value
+            case "sglang", "grammar":
+                fields["ebnf"] = value
+            case "sglang", "choice":
+                fields["regex"] = "(" + "|".join(re.escape(choice) for choice in _texts(value)) + ")"
+            case "llamacpp", "json":
+                fields["json_schema"] = json.loads(value) if isinstance(value, str) else value
+            case "llamacpp", "grammar":
+                fields["grammar"] = value
+            case "llamacpp", "choice":
+                fields["grammar"] = "root ::= " + " | ".join(json.dumps(text) for text in _texts(value))
+            case _:
+                raise _unknown(f"guided_decoding.{name} ({GUIDED_BY})", dialect)
     return fields
-
-
-def _guide(name: str, value: Any, dialect: Dialect) -> dict[str, Any]:
-    match dialect, name:
-        case "sglang", "json":
-            return {"json_schema": value if isinstance(value, str) else json.dumps(value)}
-        case "sglang", "regex" | "structural_tag":
-            return {name: value}
-        case "sglang", "grammar":
-            return {"ebnf": value}
-        case "sglang", "choice":
-            return {"regex": "(" + "|".join(re.escape(choice) for choice in _texts(value)) + ")"}
-        case "llamacpp", "json":
-            return {"json_schema": json.loads(value) if isinstance(value, str) else value}
-        case "llamacpp", "grammar":
-            return {"grammar": value}
-        case "llamacpp", "choice":
-            return {"grammar": "root ::= " + " | ".join(json.dumps(text) for text in _texts(value))}
-    raise _unknown(f"guided_decoding.{name} ({GUIDED_BY})", dialect)
 
 
 def _texts(value: Any) -> list[str]:

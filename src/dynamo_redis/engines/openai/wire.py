@@ -1,11 +1,10 @@
-"""Answers of an OpenAI-compatible server, read as tokens, and the meaning of its refusals. Pure.
+"""Parsers of an OpenAI-compatible server's answers, as tokens, and of its errors. Pure.
 
-Tokens come back as `token_ids` where the server has that (vLLM, with `return_token_ids`). Where it answers
-with text alone, the text is encoded anew (`TextTokens`): it is exactly what the server wrote, but which
-tokens it is cut into may differ from what the model made. How many there were is what the server says
-(`usage`).
+A server may send tokens as `token_ids` (vLLM, with `return_token_ids`). If it sends text only, the text is
+encoded again (`TextTokens`). The tokens have exactly the server's text, but may differ from those that the
+model generated. Their number is the one that the server reports (`usage`).
 
-A server's list of values is never closed: what is not known here ends no answer and loses none.
+Servers may send values that are not known here. These end no answer and lose no part of it.
 """
 
 from __future__ import annotations
@@ -35,13 +34,13 @@ _FINISH_REASONS: Final[Mapping[str, FinishReason]] = {
     **dict.fromkeys(("length", "max_tokens", "max_new_tokens", "max_length", "model_length"), "length"),
     "content_filter": "content_filter",
 }
-"""Those that are not the answer's own end; any other is."""
+"""The reasons other than the regular end; any other word is a regular end."""
 
-_GIVEN_UP: Final = frozenset({"abort", "aborted", "cancelled", "canceled", "error"})
-"""The engine's own reasons for an answer that it did not bring to its end."""
+_ABORTED: Final = frozenset({"abort", "aborted", "cancelled", "canceled", "error"})
+"""The engine's reasons for an answer that it has aborted."""
 
 _ANCHORS: Final = ("", "a", ".", "\n", " ")
-"""Texts to encode a piece behind, so that it is not taken for the beginning of a text."""
+"""Texts to encode before a piece, so that the tokenizer does not treat it as the beginning of a text."""
 
 _OVERFLOW: Final = re.compile(
     rb"context[ _-]?(length|size|window)|maximum model length|max_model_len|exceed_context_size",
@@ -54,11 +53,11 @@ _U32_END: Final = 1 << 32
 
 
 class UnknownModel(EngineFailed):
-    """The engine has no model of the name that it was asked for (or no completions at all): HTTP 404."""
+    """HTTP 404: the engine has no model of the requested name, or no completions at all."""
 
 
 def refusal(status: int, content: bytes, retry_after: str | None) -> PlaneError:
-    """What an answer with that HTTP status means. `content` is its body, whatever it is."""
+    """Return the error of an answer with this HTTP status. `content` is its body, in any form."""
     message = f"the engine answered {status}: {_message(content)}"
     if status in (429, 503):
         seconds = _seconds(retry_after)
@@ -70,7 +69,7 @@ def refusal(status: int, content: bytes, retry_after: str | None) -> PlaneError:
         return InvalidRequest(message)
     if status == 404:
         return UnknownModel(message)
-    if status in (401, 403):  # what it says of the key is not for clients
+    if status in (401, 403):  # the server's message about the key is not for clients
         return EngineFailed(
             f"the engine answered {status}: it does not take this worker's DYN_ENGINE_API_KEY"
         )
@@ -78,7 +77,7 @@ def refusal(status: int, content: bytes, retry_after: str | None) -> PlaneError:
 
 
 def _seconds(retry_after: str | None) -> float | None:
-    """The seconds of a `Retry-After`; None for a date, and for what is neither."""
+    """Return the seconds of a `Retry-After`; None for a date or an invalid value."""
     try:
         seconds = float(retry_after or "")
     except ValueError:
@@ -87,6 +86,7 @@ def _seconds(retry_after: str | None) -> float | None:
 
 
 def _message(content: bytes) -> str:
+    """Return the message in the body of an error, at most 500 characters."""
     try:
         body = json.loads(content)
     except ValueError:
@@ -102,15 +102,18 @@ def _message(content: bytes) -> str:
 
 
 class SseReader:
-    """Bytes of a Server-Sent Events stream in, the `data` of its events out. Bounded: an event over
-    `max_bytes` is a ProtocolViolation."""
+    """A parser of a Server-Sent Events stream: bytes in, the `data` of its events out.
+
+    An event over `max_bytes` is a ProtocolViolation.
+    """
 
     def __init__(self, max_bytes: int = 16 << 20) -> None:
         self._held = b""
         self._max_bytes = max_bytes
 
     def feed(self, content: bytes) -> Iterator[bytes]:
-        """The events that these bytes complete. An event's data is one line here, as all engines write it."""
+        """Yield the data of the events that these bytes complete. The data of an event is one line, as in all
+        engines. Raises ProtocolViolation."""
         lines = (self._held + content).split(b"\n")
         self._held = lines.pop()
         if len(self._held) > self._max_bytes:
@@ -121,39 +124,40 @@ class SseReader:
 
 
 class Tokens(Protocol):
-    """Text to tokens and back; `tokenizers.Tokenizer` behind it."""
+    """Conversions between text and tokens; see `ModelTokens`."""
 
     def encode(self, text: str) -> list[int]: ...
 
     def decode(self, token_ids: Sequence[int]) -> str: ...
 
-    def spell(self, text: str) -> list[int] | None:
-        """The text byte by byte, or None if there are no tokens for single bytes."""
+    def encode_bytes(self, text: str) -> list[int] | None:
+        """Return one token a byte of the text; None if there are no tokens for bytes."""
         ...
 
 
 class TextTokens:
-    """One answer's text, piece by piece, as tokens whose text is exactly that.
+    """The encoder of one answer's text, piece by piece, to tokens with exactly that text.
 
-    A tokenizer may join what two pieces hold apart, and may write a piece differently at a beginning: with a
-    space before it, for one. So each is encoded on its own, and what it decodes to behind the piece before it
-    is held against the text. If no way of cutting it fits, it is spelled in bytes. Where the tokenizer has no
-    bytes either, the plain encoding is taken: `inexact_count` says how often.
+    A tokenizer may merge characters across two pieces, and may decode a piece differently at the beginning of
+    a text, for example with a space before it. Therefore each piece is encoded in several ways, and the first
+    one is taken whose tokens, decoded after those of the piece before, give the piece's text. The last way is
+    one token a byte. If the tokenizer has no tokens for bytes, the plain encoding is taken, and counted in
+    `inexact_count`.
     """
 
     def __init__(self, tokens: Tokens) -> None:
         self.inexact_count = 0
         self._tokens = tokens
         self._before: list[int] = []
-        """The piece before, whole: cut anywhere else, it may begin inside a character."""
+        """The tokens of the whole piece before: any part of it might begin inside a character."""
 
     def feed(self, text: str) -> list[int]:
-        """The tokens of the next piece."""
+        """Return the tokens of the next piece."""
         if not text:
             return []
         decode = self._tokens.decode
         wanted = decode(self._before) + text
-        for ids in self._cuts(text):
+        for ids in self._encodings(text):
             if decode([*self._before, *ids]) == wanted:
                 break
         else:
@@ -162,26 +166,27 @@ class TextTokens:
         self._before = ids or self._before
         return ids
 
-    def _cuts(self, text: str) -> Iterator[list[int]]:
+    def _encodings(self, text: str) -> Iterator[list[int]]:
+        """Yield the ways to encode a piece, the likeliest first."""
         encode = self._tokens.encode
         for anchor in _ANCHORS:
             yield encode(anchor + text)[len(encode(anchor)) if anchor else 0 :]
         yield encode(f" {text}")
-        spelled = self._tokens.spell(text)
-        if spelled is not None:
-            yield spelled
+        byte_ids = self._tokens.encode_bytes(text)
+        if byte_ids is not None:
+            yield byte_ids
 
 
 class CompletionReader:
-    """One streamed completion: events in, items out. The last item is held until the stream ends, since
-    what the engine says of its tokens and its cache may come after the last of them.
+    """The parser of one streamed completion: events in, items out.
 
-    The answer has ended when the engine says why, or that it is done, or how many tokens it had; a stream
-    that ends without any of these was cut off.
+    The last item is kept until the stream ends, since the engine may send the counts of tokens and of cached
+    tokens after the last token. The answer is complete if the engine has sent a finish reason, `[DONE]` or
+    the token counts; a stream that ends without any of these was cut off.
     """
 
     def __init__(self, tokens: Tokens, hidden: frozenset[int], limit: int | None = None) -> None:
-        """`limit` is the most tokens that were asked for, if that was said."""
+        """Start an answer. `hidden` are its stop tokens, `limit` is the request's `max_tokens`, if any."""
         self._text = TextTokens(tokens)
         self._hidden = hidden
         self._limit = limit
@@ -193,11 +198,14 @@ class CompletionReader:
         self._begun = False
         self._done = False
         self.complete = False
-        self.gave_up = False
-        """Whether the engine gave the answer up after it had begun."""
+        self.aborted = False
+        """True if the engine aborted the answer after it had begun."""
 
     def feed(self, data: bytes) -> GenerateItem | None:
-        """The item that an event makes, if it does. Raises PlaneError for an error, or what is no event."""
+        """Return the item of an event; None if it has none.
+
+        Raises PlaneError for an error or an invalid event.
+        """
         if data == DONE:
             self._done = True
             return None
@@ -208,7 +216,9 @@ class CompletionReader:
         if not isinstance(event, dict):
             raise ProtocolViolation("the engine sent an event that is not an object")
         if event.get("error"):
-            raise _stream_error(event, data)
+            error = event["error"]
+            code = error.get("code") if isinstance(error, dict) else None
+            raise refusal(code if isinstance(code, int) else 500, data, None)
         choices = event.get("choices")
         self._note_usage(event, is_last=not choices)
         if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
@@ -217,16 +227,19 @@ class CompletionReader:
         return self._item(choices[0])
 
     def finish(self) -> GenerateItem:
-        """The last item, once the stream has ended. Raises ConnectionLost if the answer has not."""
+        """Return the last item, after the end of the stream.
+
+        Raises ConnectionLost if the answer is incomplete.
+        """
         if self._reason is None and not (self._done and self._begun):
             raise ConnectionLost("the engine ended its answer before it was complete")
         count = self._usage.get("completion_tokens", self._count)
         reason = _FINISH_REASONS.get(self._reason or "", "stop")
-        if self._reason in _GIVEN_UP:
+        if self._reason in _ABORTED:
             if not self._count:
-                raise ConnectionLost(f"the engine gave the request up ({self._reason})")
-            self.gave_up = True
-            reason = "length"  # a part, and shown as one
+                raise ConnectionLost(f"the engine aborted the request ({self._reason})")
+            self.aborted = True
+            reason = "length"  # the client sees that the answer is a part
         elif self._reason is None and self._limit is not None and count >= self._limit:
             reason = "length"
         self.complete = True
@@ -238,7 +251,15 @@ class CompletionReader:
         return last
 
     def _item(self, choice: dict[str, Any]) -> GenerateItem | None:
-        token_ids = self._token_ids(choice)
+        """Return the item of a choice; keep it if the choice has a finish reason."""
+        token_ids = choice.get("token_ids")
+        if not isinstance(token_ids, list):
+            text = choice.get("text")
+            if text is not None and not isinstance(text, str):
+                raise ProtocolViolation(f"the engine sent a text that is {type(text).__name__}")
+            token_ids = self._text.feed(text or "")
+        elif not all(type(token) is int and 0 <= token < _U32_END for token in token_ids):
+            raise ProtocolViolation("the engine sent token_ids that are not all token ids")
         self._count += len(token_ids)
         reason = choice.get("finish_reason")
         if isinstance(reason, dict):  # SGLang's own form
@@ -251,18 +272,8 @@ class CompletionReader:
         given, self._held = self._held, token_ids
         return {"token_ids": given} if given else None
 
-    def _token_ids(self, choice: dict[str, Any]) -> list[int]:
-        token_ids = choice.get("token_ids")
-        if isinstance(token_ids, list):
-            if not all(type(token) is int and 0 <= token < _U32_END for token in token_ids):
-                raise ProtocolViolation("the engine sent token_ids that are not all token ids")
-            return token_ids
-        text = choice.get("text")
-        if text is not None and not isinstance(text, str):
-            raise ProtocolViolation(f"the engine sent a text that is {type(text).__name__}")
-        return self._text.feed(text or "")
-
     def _note_usage(self, event: dict[str, Any], *, is_last: bool) -> None:
+        """Note the counts of tokens and of cached tokens; counts without a choice end the answer."""
         usage, timings = event.get("usage"), event.get("timings")
         if isinstance(usage, dict):
             self._done |= is_last
@@ -275,9 +286,3 @@ class CompletionReader:
             count = timings.get("cache_n")
         if is_count(count):
             self._cached = count
-
-
-def _stream_error(event: dict[str, Any], data: bytes) -> PlaneError:
-    error = event["error"]
-    code = error.get("code") if isinstance(error, dict) else None
-    return refusal(code if isinstance(code, int) else 500, data, None)

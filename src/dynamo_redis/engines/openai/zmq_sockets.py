@@ -1,5 +1,7 @@
-"""The sockets to an engine's KV events: the published ones, and the replay of past ones. ZeroMQ, and its only
-importer (`pip install dynamo-redis[engines]`)."""
+"""The sockets to an engine's KV events: a subscriber for new messages, and the replay of past ones.
+
+The only importer of ZeroMQ (`pip install dynamo-redis[engines]`).
+"""
 
 from __future__ import annotations
 
@@ -14,32 +16,32 @@ from zmq.utils.monitor import parse_monitor_message
 from dynamo_redis.engines.openai.zmq_wire import END_OF_REPLAY, replay_request, split_message
 
 _QUEUE_COUNT: Final = 20_000
-"""Messages held unread. Past that TCP pushes back; the engine drops at its own high-water mark, and the
-sequence shows the gap."""
+"""The most unread messages. Then TCP pushes back, the engine drops messages at its own high-water mark, and
+the sequence shows the gap."""
 
 _REPLAY_QUEUE_COUNT: Final = 100_000
-"""Messages of one replay held unread. Engines answer with as many as they keep, 10,000 by default."""
+"""The most unread messages of one replay. Engines keep and send 10,000 by default."""
 
 _MAX_MESSAGE_BYTES: Final = 64 << 20
 _RECONNECT_MS, _RECONNECT_MAX_MS = 100, 3000
 _HEARTBEAT_MS = 5000
 _ANSWER_S: Final = 2.0
-"""Longest silence within a replay."""
+"""Seconds without a message after which a replay fails."""
 
 _UP: Final = zmq.EVENT_HANDSHAKE_SUCCEEDED
 _DOWN: Final = zmq.EVENT_DISCONNECTED
 
 
-class Subscription:
-    """One rank's published messages, and whether its engine is there. Reconnects by itself, for ever."""
+class EventSubscriber:
+    """The subscriber to one rank's messages. It reconnects by itself, without limit."""
 
     def __init__(self, endpoint: str, topic: str) -> None:
-        """Raises ValueError for an endpoint that is no address."""
+        """Start to connect. Raises ValueError for an invalid endpoint."""
         self.endpoint = endpoint
         self.connected = False
         self.connection_count = 0
         self._socket = _open(zmq.SUB, _QUEUE_COUNT)
-        # A large message is a broken peer's: the connection is dropped before memory is given.
+        # A longer message comes from a broken peer: the connection is closed before memory is allocated.
         self._socket.setsockopt(zmq.MAXMSGSIZE, _MAX_MESSAGE_BYTES)
         self._socket.subscribe(topic)
         self._monitor: Any = self._socket.get_monitor_socket(_UP | _DOWN)
@@ -53,21 +55,21 @@ class Subscription:
             raise
 
     async def wait(self, timeout_s: float) -> bool:
-        """Until a message came or the connection changed; False if `timeout_s` passed."""
+        """Wait for a message or a change of the connection; return False after `timeout_s`."""
         return bool(await self._poller.poll(int(timeout_s * 1000)))
 
-    async def look(self) -> None:
-        """Bring `connected` and `connection_count` up to date."""
-        while (frames := await _take(self._monitor)) is not None:
+    async def update_connection(self) -> None:
+        """Update `connected` and `connection_count`."""
+        while (frames := await _receive_now(self._monitor)) is not None:
             self.connected = parse_monitor_message(frames)["event"] == _UP
             self.connection_count += self.connected
 
-    async def take(self) -> list[bytes] | None:
-        """The next message, or None if there is none now. Does not wait, nor let others run."""
-        return await _take(self._socket)
+    async def receive_now(self) -> list[bytes] | None:
+        """Return the next message, or None if there is none now. Neither waits nor lets other tasks run."""
+        return await _receive_now(self._socket)
 
     def close(self) -> None:
-        """Idempotent."""
+        """Close the sockets. Idempotent."""
         if not self._socket.closed:
             self._socket.disable_monitor()
             self._monitor.close(linger=0)
@@ -77,10 +79,11 @@ class Subscription:
 async def replay(
     endpoint: str, first_sequence: int, deadline: float
 ) -> AsyncGenerator[tuple[int, bytes], None]:
-    """Messages from that sequence on, as (sequence, payload), as far as the engine still has them.
+    """Yield the messages from that sequence on that the engine still has, as (sequence, payload).
 
-    `deadline` is the loop's time. What is there already comes without letting others run. Raises TimeoutError
-    if the end does not come, ValueError for nonsense.
+    Messages that have arrived are yielded without letting other tasks run. Raises TimeoutError if the end
+    does not arrive before `deadline`, a time of the event loop's clock, and ValueError for an invalid
+    message.
     """
     loop = asyncio.get_running_loop()
     socket = _open(zmq.DEALER, _REPLAY_QUEUE_COUNT)
@@ -88,7 +91,7 @@ async def replay(
         _connect(socket, endpoint)
         await asyncio.wait_for(socket.send_multipart(replay_request(first_sequence)), _ANSWER_S)
         while True:
-            frames = await _take(socket)
+            frames = await _receive_now(socket)
             if frames is None:
                 left_s = min(deadline - loop.time(), _ANSWER_S)
                 if left_s <= 0 or not await socket.poll(int(left_s * 1000)):
@@ -121,7 +124,7 @@ def _connect(socket: zmq.asyncio.Socket, endpoint: str) -> None:
         raise ValueError(f"{endpoint} is not an address to connect to: {exc}") from exc
 
 
-async def _take(socket: Any) -> list[bytes] | None:
+async def _receive_now(socket: Any) -> list[bytes] | None:
     try:
         frames: list[bytes] = await socket.recv_multipart(zmq.NOBLOCK)
     except zmq.Again:

@@ -1,4 +1,4 @@
-"""What engines say of their KV caches over ZeroMQ: the wire of vLLM, which SGLang speaks too. Pure.
+"""The wire format of engines' KV events over ZeroMQ: that of vLLM, which SGLang has, too. Pure.
 
 A message is `[topic, sequence, payload]`: the sequence eight bytes, big-endian, from 0 for each start of the
 engine; the payload msgpack, `[ts, events, data_parallel_rank]` or a map of these. An event is a map with a
@@ -6,10 +6,11 @@ engine; the payload msgpack, `[ts, events, data_parallel_rank]` or a map of thes
 types of later releases are ignored. Sources: vLLM's `distributed/kv_events.py`, SGLang's
 `disaggregation/kv_events.py`.
 
-Not everything an engine holds can be found by a prompt's token ids alone. Left out, by reason in `left_out`:
+Some blocks cannot be found by a prompt's token ids alone. These events and blocks are left out, and counted
+by reason in `left_out`:
 
-- `unknown_type`, `unknown_medium`: events that this release does not know;
-- `unnamed_adapter`: blocks of a LoRA adapter of which only the engine's number is said;
+- `unknown_type`, `unknown_medium`: events of a kind that this release does not know;
+- `unnamed_adapter`: blocks of a LoRA adapter of which the event has a number and no name;
 - `extra_keys`: blocks whose hash depends on more than tokens and adapter (images, a cache salt).
 """
 
@@ -25,10 +26,10 @@ from dynamo_redis.wire.codec import unpack
 from dynamo_redis.wire.kv_event import DEVICE, DISK, HOST
 
 EngineHash = int | bytes
-"""An engine's own name of a block; integers as unsigned 64 bits, though engines may send them signed."""
+"""An engine's own hash of a block. Integers are unsigned 64 bits here; engines may send them signed."""
 
 END_OF_REPLAY: Final = -1
-"""The sequence of the last message that a replay socket answers with."""
+"""The sequence of the last message of a replay."""
 
 _STORED_FIELDS: Final = (
     "block_hashes",
@@ -57,17 +58,17 @@ _TIERS: Final = {
 }
 
 _FULL_ATTENTION_KINDS: Final = frozenset({None, "full_attention", "mla_attention", "sink_full_attention"})
-"""Kinds of KV-cache groups in which a block, once there, holds for every longer prompt."""
+"""Kinds of KV-cache groups whose blocks are valid for every longer prompt."""
 
 _U64_MASK: Final = (1 << 64) - 1
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """Blocks that follow each other are held now; the parent is the block before them, or None.
+    """Consecutive blocks were stored; the parent is the block before them, or None.
 
-    Without `token_ids` they are blocks told before, now on another tier. `group` is the KV-cache group of
-    a model that has several; `full_attention` whether that group keeps all of a prompt's blocks.
+    Without `token_ids` they are known blocks that are now on another tier. `group` is the KV-cache group, for
+    a model with several; `full_attention` is True if that group keeps all blocks of a prompt.
     """
 
     block_hashes: list[EngineHash]
@@ -79,12 +80,12 @@ class Stored:
     group: int | None
     full_attention: bool
     nameless_hashes: list[EngineHash] = field(default_factory=list)
-    """Blocks behind those, of which the content depends on more than tokens and adapter."""
+    """The blocks after these, whose hashes depend on more than tokens and adapter."""
 
 
 @dataclass(frozen=True, slots=True)
 class Removed:
-    """Blocks are held no longer, on that tier and in that group."""
+    """Blocks were removed from that tier and group."""
 
     block_hashes: list[EngineHash]
     tier: int
@@ -93,7 +94,7 @@ class Removed:
 
 @dataclass(frozen=True, slots=True)
 class Cleared:
-    """The cache is empty."""
+    """The cache was emptied."""
 
 
 EngineEvent = Stored | Removed | Cleared
@@ -101,7 +102,7 @@ EngineEvent = Stored | Removed | Cleared
 
 @dataclass(frozen=True, slots=True)
 class EngineBatch:
-    """The events of one message, and how many were left out for which reason."""
+    """The events of one message, and the numbers of those left out by reason."""
 
     events: list[EngineEvent]
     dp_rank: int | None
@@ -112,10 +113,10 @@ class EngineBatch:
 
 
 def split_message(frames: Sequence[bytes]) -> tuple[int, bytes]:
-    """The sequence and the payload of a published or replayed message; what precedes them (the topic, an
-    empty delimiter) is not looked at. The sequence is END_OF_REPLAY at the end of a replay.
+    """Return the sequence and the payload of a published or replayed message. Raises ValueError.
 
-    Raises ValueError.
+    The frames before them, the topic or an empty delimiter, are ignored. The sequence is END_OF_REPLAY at the
+    end of a replay.
     """
     if len(frames) < 2 or len(frames[-2]) != 8:
         raise ValueError(f"not a KV event message: frames of {[len(frame) for frame in frames]} bytes")
@@ -123,12 +124,12 @@ def split_message(frames: Sequence[bytes]) -> tuple[int, bytes]:
 
 
 def replay_request(first_sequence: int) -> list[bytes]:
-    """What asks a replay socket for all it still has from that sequence on."""
+    """Return the request for all messages that a replay socket still has from that sequence on."""
     return [b"", first_sequence.to_bytes(8, "big")]
 
 
 def decode_batch(payload: bytes) -> EngineBatch:
-    """Read a message's payload. Raises ValueError if it is not one: then none of it may be believed."""
+    """Decode the payload of a message. Raises ValueError if any part of it is invalid."""
     batch = _named(unpack(payload), _BATCH_FIELDS, "batch")
     events, dp_rank = batch.get("events"), batch.get("data_parallel_rank")
     if not isinstance(events, list):
@@ -145,7 +146,7 @@ def decode_batch(payload: bytes) -> EngineBatch:
 
 
 def _event(event: object, left_out: Counter[str]) -> EngineEvent | None:
-    """An event, or None if it is left out, which is counted."""
+    """Return the event, or None if it is left out, and count that. Raises ValueError."""
     content: object = event
     if isinstance(event, list) and event:
         kind, content = event[0], event[1:]
@@ -169,16 +170,14 @@ def _event(event: object, left_out: Counter[str]) -> EngineEvent | None:
     if tier is None:
         left_out["unknown_medium"] += 1
         return None
-    return _stored(fields, tier, left_out) if kind == "BlockStored" else _removed(fields, tier)
-
-
-def _removed(fields: Mapping[Any, Any], tier: int) -> Removed:
-    return Removed(
-        _hashes(fields.get("block_hashes")), tier, _optional_int(fields.get("group_idx"), "group_idx")
-    )
+    if kind == "BlockStored":
+        return _stored(fields, tier, left_out)
+    group = _optional_int(fields.get("group_idx"), "group_idx")
+    return Removed(_hashes(fields.get("block_hashes")), tier, group)
 
 
 def _stored(fields: Mapping[Any, Any], tier: int, left_out: Counter[str]) -> Stored | None:
+    """Return the event of these fields, or None if all of it is left out. Raises ValueError."""
     block_hashes = _hashes(fields.get("block_hashes"))
     parent, token_ids = fields.get("parent_block_hash"), fields.get("token_ids")
     block_size, lora_name = fields.get("block_size"), fields.get("lora_name")
@@ -214,7 +213,7 @@ def _stored(fields: Mapping[Any, Any], tier: int, left_out: Counter[str]) -> Sto
 
 
 def _plain_count(extra_keys: object, block_count: int, lora_name: str | None) -> int:
-    """How many blocks at the beginning have a name that tokens and adapter make."""
+    """Return the number of blocks, from the first on, whose hashes depend on tokens and adapter alone."""
     if extra_keys is None:
         return block_count
     if not isinstance(extra_keys, list):
@@ -229,7 +228,7 @@ def _plain_count(extra_keys: object, block_count: int, lora_name: str | None) ->
 
 
 def _named(content: object, names: Sequence[str], what: str) -> Mapping[Any, Any]:
-    """A map as it is, an array as the map of its fields."""
+    """Return the fields by name, from a map or from an array in the order of `names`. Raises ValueError."""
     if isinstance(content, dict):
         return content
     if not isinstance(content, list):
@@ -261,9 +260,15 @@ def _optional_int(value: object, name: str) -> int | None:
 
 
 def join_removals(events: Iterable[EngineEvent]) -> Iterator[EngineEvent]:
-    """The events, with neighbours that remove blocks of one tier and group as one: engines name each block
-    that they evict by itself."""
-    for place, run in groupby(events, _removal_place):
+    """Yield the events; consecutive removals from one tier and group are joined to one event.
+
+    Engines send an event for each block that they evict.
+    """
+
+    def removal_place(event: EngineEvent) -> tuple[int, int | None] | None:
+        return (event.tier, event.group) if isinstance(event, Removed) else None
+
+    for place, run in groupby(events, removal_place):
         if place is None:
             yield from run
         else:
@@ -271,23 +276,20 @@ def join_removals(events: Iterable[EngineEvent]) -> Iterator[EngineEvent]:
             yield Removed(hashes, *place)
 
 
-def _removal_place(event: EngineEvent) -> tuple[int, int | None] | None:
-    return (event.tier, event.group) if isinstance(event, Removed) else None
-
-
 class MainGroup:
-    """Picks out, of one rank's events, those of the one KV-cache group that a prompt's hits depend on.
+    """The filter for events of the one KV-cache group, of a rank, that decides the prefix hits of a prompt.
 
-    A model whose layers differ (sliding windows, Mamba) has several groups, and names a block alike in all
-    of them; each evicts it on its own. What counts is the first full-attention group that stores anything:
-    it alone keeps a prompt from its beginning. An event without a group is of the only one.
+    A model with different layers (sliding windows, Mamba) has several groups. A block has the same hash in
+    all of them, and each group evicts it by itself. The main group is the first full-attention group that
+    stores a block: only such a group keeps a prompt from its beginning. An event without a group belongs to
+    it.
     """
 
     def __init__(self) -> None:
         self._group: int | None = None
 
-    def holds(self, event: EngineEvent) -> bool:
-        """Whether the event is of that group."""
+    def includes(self, event: EngineEvent) -> bool:
+        """Return whether the event is of the main group."""
         if isinstance(event, Cleared) or event.group is None:
             return True
         if self._group is None and isinstance(event, Stored) and event.full_attention:
@@ -295,5 +297,5 @@ class MainGroup:
         return event.group == self._group
 
     def forget(self) -> None:
-        """The engine has started anew."""
+        """Forget the group: the engine has restarted."""
         self._group = None

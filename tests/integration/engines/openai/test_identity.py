@@ -136,7 +136,7 @@ async def test_engine_without_the_wanted_model_is_away_until_it_is_back() -> Non
         await server.stop()
         await asyncio.wait_for(engine.wait_health(False), 20)
         async with restarted(server, name="other") as another:
-            await until(lambda: "wanted" in engine._server.silence)
+            await until(lambda: "wanted" in engine._server.problem)
             another.name = "wanted"
             await asyncio.wait_for(engine.wait_health(True), 20)
             assert await answer(engine, request())
@@ -190,7 +190,7 @@ async def test_answers_are_read_to_their_end() -> None:
 async def test_engine_that_is_well_stays_so_while_it_lists_nothing() -> None:
     async with running_engine() as server, engine_at(server) as engine:
         server.name, name = None, server.name
-        engine._server.forget()
+        engine._server.expire_identity()
         seen = server.listed_count
         await until(lambda: server.listed_count > seen + 5)
         server.name = name

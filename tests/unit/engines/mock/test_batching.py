@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dynamo_redis.config import MockEngineSettings
 from dynamo_redis.engines.base import BlocksRemoved, KvEvent, KvEventSink
-from dynamo_redis.engines.mock.batching import Batch, Sequence, Step, step_duration_s
+from dynamo_redis.engines.mock.batching import Batch, Sequence, StepPlan, step_duration_s
 from dynamo_redis.engines.mock.kv_cache import BlockCache
 from dynamo_redis.errors import Overloaded
 from dynamo_redis.events.block_hashes import chain, local_hashes
@@ -40,7 +40,7 @@ def _batch(total_blocks: int = 64, events: KvEventSink | None = None, **limits: 
     return Batch(BlockCache(total_blocks, BLOCK, events), **sizes)
 
 
-def _step(batch: Batch[Sequence]) -> tuple[Step[Sequence], list[Sequence]]:
+def _step(batch: Batch[Sequence]) -> tuple[StepPlan[Sequence], list[Sequence]]:
     step = batch.plan()
     assert step is not None
     return step, batch.complete(step)
@@ -221,7 +221,7 @@ def _check_books(batch: Batch[Sequence], oracle: Oracle) -> None:
 
 
 def test_a_step_takes_the_time_of_what_it_does() -> None:
-    step: Step[Any] = Step([], prefill_token_count=1000, decode_count=100)
+    step: StepPlan[Any] = StepPlan([], prefill_token_count=1000, decode_count=100)
     assert step_duration_s(step, MockEngineSettings()) == pytest.approx(0.008 + 0.003 + 0.05)
     assert step_duration_s(step, MockEngineSettings(speedup_ratio=10)) == pytest.approx(0.0061)
     assert step_duration_s(step, MockEngineSettings(speedup_ratio=0)) == 0

@@ -49,7 +49,7 @@ class Tokens:
     def decode(self, token_ids: Any) -> str:
         return self.tokenizer.decode(token_ids, skip_special_tokens=True)
 
-    def spell(self, text: str) -> list[int] | None:
+    def encode_bytes(self, text: str) -> list[int] | None:
         return [self.byte_ids[byte] for byte in text.encode()] if self.byte_ids else None
 
 
@@ -184,7 +184,7 @@ def test_finish_reason_of_any_name_loses_no_token(said: Any, reason: str) -> Non
     assert completion.feed(choice(token_ids=[5])) == {"token_ids": [5]}
     completion.feed(choice(token_ids=[6], finish_reason=said))
     assert completion.finish() == {"token_ids": [6], "finish_reason": reason}
-    assert completion.gave_up == (said == "abort")
+    assert completion.aborted == (said == "abort")
 
 
 def test_empty_finish_reasons_are_none() -> None:

@@ -171,16 +171,16 @@ def test_a_removal_in_the_sliding_window_group_removes_nothing_of_full_attention
     second_full = STORED | {"group_idx": 2, "kv_cache_spec_kind": "full_attention"}
     removals = [{"type": "BlockRemoved", "block_hashes": [1], "group_idx": index} for index in range(3)]
     events = decode_batch(batch_of(removals[1], window, full, second_full, *removals)).events
-    assert [group.holds(event) for event in events] == [False, False, True, False, False, True, False]
-    assert group.holds(Cleared())
+    assert [group.includes(event) for event in events] == [False, False, True, False, False, True, False]
+    assert group.includes(Cleared())
     group.forget()
-    assert not group.holds(events[-2])
+    assert not group.includes(events[-2])
 
 
 def test_events_without_groups_are_all_of_the_only_one() -> None:
     group = MainGroup()
     events = decode_batch(batch_of(STORED, {"type": "BlockRemoved", "block_hashes": [1]})).events
-    assert all(group.holds(event) for event in events)
+    assert all(group.includes(event) for event in events)
 
 
 def test_messages_and_replays() -> None:
@@ -218,7 +218,7 @@ def test_nonsense_is_a_value_error_and_nothing_else(payload: bytes) -> None:
         return
     group = MainGroup()
     for event in batch.events:
-        group.holds(event)
+        group.includes(event)
         assert all(isinstance(block, bytes) or 0 <= block < 1 << 64 for block in hashes_of(event))
 
 
