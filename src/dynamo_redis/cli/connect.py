@@ -86,13 +86,14 @@ async def open_locks(options: Mapping[str, Any]) -> AsyncIterator[Locks]:
 
 
 @asynccontextmanager
-async def open_events(options: Mapping[str, Any]) -> AsyncIterator[EventStreams]:
+async def open_events(options: Mapping[str, Any], *, read_only: bool = True) -> AsyncIterator[EventStreams]:
     """Open the event streams that the options and the settings name. Raises ConfigError and StoreError."""
     from dynamo_redis.store import connect
 
     async with open_registry(options):
         pass  # opening it checks the server, the password and the schema
-    streams = connect.open_events(load(StoreSettings, options), EventSettings.load())
+    open_streams = connect.open_read_only_events if read_only else connect.open_events
+    streams = open_streams(load(StoreSettings, options), EventSettings.load())
     try:
         yield streams
     finally:

@@ -159,7 +159,7 @@ def rm(stream: str, as_json: bool, **options: str | None) -> None:
     name = _parse(stream)
 
     async def remove() -> bool:
-        async with connect.open_events(options) as streams:
+        async with connect.open_events(options, read_only=False) as streams:
             return await streams.delete(name)
 
     if not connect.run(remove()):

@@ -36,3 +36,10 @@ def open_events(settings: StoreSettings, events: EventSettings) -> EventStreams:
     from dynamo_redis.store.streams.redis_streams import RedisEventStreams
 
     return RedisEventStreams.from_settings(settings, events)
+
+
+def open_read_only_events(settings: StoreSettings, events: EventSettings) -> EventStreams:
+    """Return the event streams, not yet connected, for a user that may only read."""
+    from dynamo_redis.store.streams.read_only import ReadOnlyEventStreams
+
+    return ReadOnlyEventStreams.from_settings(settings, events)

@@ -19,7 +19,15 @@ from typing import Any, Final
 
 from dynamo_redis.backoff import Backoff
 from dynamo_redis.errors import SchemaMismatch, StoreError, StreamLost, StreamTrimmed
-from dynamo_redis.store.event_base import BEGINNING, GROUP_TTL_S, Entry, EntryId, entry_order, just_before
+from dynamo_redis.store.event_base import (
+    BEGINNING,
+    GROUP_TTL_S,
+    Entry,
+    EntryId,
+    StreamName,
+    entry_order,
+    just_before,
+)
 from dynamo_redis.store.keys import StreamKeys
 from dynamo_redis.store.redis.blocking import Argument, pack, pack_word
 from dynamo_redis.store.redis.client import RedisClient
@@ -60,17 +68,23 @@ async def stream_script(
         answer, *rest = await client.script(script, keys.all, args)
     rest += more
     if answer == b"schema":
-        raise SchemaMismatch(
-            f"the event stream {keys.stream.path}",
-            rest[0].decode("utf-8", "replace"),
-            SCHEMA,
-            remedy=f"upgrade the older side, or `dynamo-redis events rm {keys.stream.path}`",
-        )
+        check_schema(keys.stream, rest[0])
     if answer == b"lost":
         raise StreamLost(f"the event stream {keys.stream.path}, or the reader's group in it, is gone")
     if answer == b"trimmed":
         raise StreamTrimmed(f"{keys.stream.path} has been trimmed up to {rest[0].decode()}")
     return rest
+
+
+def check_schema(stream: StreamName, found: bytes | None) -> None:
+    """Raise SchemaMismatch if a stream has another schema version; `found` is None where it has no head."""
+    if found is not None and found.partition(b".")[0] != SCHEMA.encode():
+        raise SchemaMismatch(
+            f"the event stream {stream.path}",
+            found.decode("utf-8", "replace"),
+            SCHEMA,
+            remedy=f"upgrade the older side, or `dynamo-redis events rm {stream.path}`",
+        )
 
 
 class _Reader(ABC):
@@ -241,7 +255,10 @@ class RedisEventTail(_Reader):
         return entries
 
     async def _youngest(self) -> EntryId:
-        return just_before(await server_time_ms(self._client) - round(self._max_age_s * 1000))
+        return just_before(await self._time_ms() - round(self._max_age_s * 1000))
+
+    async def _time_ms(self) -> int:
+        return await server_time_ms(self._client)
 
     async def _look_back(self) -> None:
         """After a failover a stream may end before what was read of it, and go on from there."""

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dynamo_redis.config import StoreSettings
+from dynamo_redis.config import EventSettings, StoreSettings
 from dynamo_redis.errors import SchemaMismatch, StoreRefused
 from dynamo_redis.models.card import ModelCard
 from dynamo_redis.names import EndpointName, InstanceId
 from dynamo_redis.runtime.instance import Instance
 from dynamo_redis.store.base import Put, Registry
+from dynamo_redis.store.connect import open_events, open_read_only_events
+from dynamo_redis.store.event_base import EventStreams, NewEntry, StreamInfo, StreamName
 from dynamo_redis.store.objects.redis_objects import RedisObjectStore
 from dynamo_redis.store.redis.client import RedisClient
 from dynamo_redis.store.registry import read_only
@@ -27,6 +30,7 @@ from tests.integration.conftest import Cli
 KINDS = {kind.name: kind for kind in installed_servers()}
 WAIT_S = 30.0
 ENDPOINT = EndpointName("dynamo", "backend", "generate")
+STREAM = StreamName("dynamo", "backend", "kv_events")
 
 
 @pytest.fixture(params=sorted(KINDS))
@@ -173,6 +177,9 @@ COMMANDS: tuple[tuple[str, ...], ...] = (
     ("objects", "ls"),
     ("objects", "get", "files/one", "-"),
     ("router-state",),
+    ("events", "ls"),
+    ("events", "lag"),
+    ("events", "tail", "dynamo/backend/kv_events", "--since", "1h", "--count", "1"),
 )
 
 
@@ -190,6 +197,8 @@ async def test_commands_that_look_write_nothing(
     await admin.execute("ZADD", "{dynamo/object}:names", "1", "files/gone")
     await objects.aclose()
     await writer.aclose()
+    async with event_streams(server.url) as streams:
+        await streams.append(STREAM, [NewEntry(b"x", 1)])
 
     monkeypatch.setenv("DYN_REDIS_URL", only_reading(server.url))
     monkeypatch.delenv("DYN_REDIS_PREFIX", raising=False)
@@ -204,6 +213,45 @@ async def test_commands_that_look_write_nothing(
     assert {"hmget", "zrangebylex"} <= ran
     assert not ran & (writing | {"eval", "evalsha", "fcall", "config|set"}), ran
     assert await contents(admin) == before
+
+
+async def test_streams_look_alike_to_a_reader_without_rights(
+    admin: RedisClient, server: EmbeddedServer
+) -> None:
+    async with event_streams(server.url) as streams, event_streams(only_reading(server.url)) as reader:
+        assert await reader.info(STREAM) is None
+        groups = [streams.group(STREAM, name) for name in ("ahead", "behind", "new")]
+        for group in groups[:2]:
+            await group.create()
+        await streams.append(STREAM, [NewEntry(b"x" * 100, 3) for _ in range(5)])
+        for group, count in zip(groups, (3, 2), strict=False):
+            entries = await group.read(count=count, block_s=1.0)
+            await group.acknowledge([entry.entry_id for entry in entries[:-1]])
+        await groups[2].create()
+        shown, reference = await reader.info(STREAM), await streams.info(STREAM)
+        assert shown is not None
+        assert reference is not None
+        assert without_silence(shown) == without_silence(reference)
+        assert all(0 <= group.silent_s < 60 for group in shown.groups)
+        assert [info.name for info in await reader.list()] == [STREAM]
+        for group in groups:
+            await group.aclose()
+        tail = reader.tail(STREAM, max_age_s=3600.0)
+        assert [entry.content for entry in await tail.read(count=10, block_s=1.0)] == [b"x" * 100] * 5
+        await tail.aclose()
+        await admin.execute("HSET", "{dynamo/dynamo/backend/kv_events/0}:meta", "v", "2")
+        with pytest.raises(SchemaMismatch, match="dynamo/backend/kv_events"):
+            await reader.info(STREAM)
+
+
+def without_silence(info: StreamInfo) -> StreamInfo:
+    return replace(info, groups=tuple(replace(group, silent_s=0.0) for group in info.groups))
+
+
+def event_streams(url: str) -> EventStreams:
+    settings = StoreSettings.load(redis_url=url, prefix="dynamo")
+    opened = open_read_only_events if "look:" in url else open_events
+    return opened(settings, EventSettings())
 
 
 async def contents(admin: RedisClient) -> dict[bytes, Any]:

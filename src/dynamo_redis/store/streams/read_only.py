@@ -1,0 +1,122 @@
+"""Read-only event streams: they write nothing and read by plain commands, for a user with few rights.
+
+A script would need the right to run scripts. Plain commands do not see one moment: an entry that comes
+between two of them may be counted in one figure and not yet in another.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any, Final
+
+from dynamo_redis.errors import StoreRefused
+from dynamo_redis.store.event_base import (
+    BEGINNING,
+    EntryId,
+    EventTail,
+    GroupInfo,
+    StreamInfo,
+    StreamName,
+    entry_order,
+)
+from dynamo_redis.store.keys import StreamKeys
+from dynamo_redis.store.redis.client import RedisClient
+from dynamo_redis.store.streams.readers import RedisEventTail, check_schema, server_time_ms
+from dynamo_redis.store.streams.redis_streams import RedisEventStreams
+
+_LAST_NUMBER: Final = (1 << 64) - 1
+_HEAD: Final = ("v", "events", "bytes", "floor", "clock", "seen")
+_LONGEST_STEP_MS: Final = 10_000
+"""Most time that passes on a stream's clock between two writes to it, as its scripts count."""
+
+
+class ReadOnlyEventStreams(RedisEventStreams):
+    """`info`, `list` and `tail` of `EventStreams`. They need only commands of the category @read."""
+
+    def tail(self, stream: StreamName, *, after: EntryId | None = None, max_age_s: float = 0.0) -> EventTail:
+        """As `EventStreams.tail`. Without the right to TIME, age counts by this machine's clock."""
+        return _ReadOnlyTail(self._client, self._keys(stream), after, max_age_s)
+
+    async def info(self, stream: StreamName) -> StreamInfo | None:
+        """As `EventStreams.info`. Raises SchemaMismatch, StoreError."""
+        keys = self._keys(stream)
+        head, exists, length, signs = await self._client.pipeline(
+            [
+                ("HMGET", keys.meta, *_HEAD),
+                ("EXISTS", keys.events),
+                ("XLEN", keys.events),
+                ("ZRANGE", keys.groups, 0, -1, "WITHSCORES"),
+            ]
+        )
+        schema, event_count, size_bytes, floor, clock_ms, seen_ms = head
+        check_schema(stream, schema)
+        if not exists:
+            return None
+        state, groups = await self._client.pipeline(
+            [("XINFO", "STREAM", keys.events), ("XINFO", "GROUPS", keys.events)]
+        )
+        seen = dict(zip(signs[::2], map(float, signs[1::2]), strict=True))
+        now_ms = int(clock_ms or 0)
+        if int(seen_ms or 0) > 0:
+            passed_ms = await _time_ms(self._client) - int(seen_ms)
+            now_ms += max(0, min(passed_ms, _LONGEST_STEP_MS))
+        return StreamInfo(
+            stream,
+            length,
+            int(event_count or 0),
+            int(size_bytes or 0),
+            EntryId(_named(state)["last-generated-id"].decode()),
+            EntryId((floor or BEGINNING.encode()).decode()),
+            tuple([await self._group(keys, length, _named(group), seen, now_ms) for group in groups]),
+        )
+
+    async def _group(
+        self, keys: StreamKeys, length: int, group: dict[str, Any], seen: dict[bytes, float], now_ms: int
+    ) -> GroupInfo:
+        """Return the state of one group, as XINFO describes it.
+
+        `seen` has the last sign of life of each group, and `now_ms` is the time, both by the stream's clock.
+        """
+        name, position, pending = (
+            group["name"],
+            EntryId(group["last-delivered-id"].decode()),
+            group["pending"],
+        )
+        # Servers before 7.0 do not count the entries behind a group, later ones not always.
+        lag_count = group.get("lag")
+        if pending:
+            _, first, *_ = await self._client.execute("XPENDING", keys.events, name)
+            position = _before(EntryId(first.decode())) if first else position
+        return GroupInfo(
+            name.decode("utf-8", "replace"),
+            position,
+            min(length, pending + (length if lag_count is None else lag_count)),
+            max(0.0, now_ms - seen.get(name, now_ms)) / 1000,
+        )
+
+
+class _ReadOnlyTail(RedisEventTail):
+    async def _time_ms(self) -> int:
+        return await _time_ms(self._client)
+
+
+async def _time_ms(client: RedisClient) -> int:
+    """Return the server's clock, or this machine's where the user has no right to ask for it."""
+    try:
+        return await server_time_ms(client)
+    except StoreRefused:
+        return round(time.time() * 1000)
+
+
+def _named(flat: Sequence[Any]) -> dict[str, Any]:
+    """Return a flat reply of names and values as a dict."""
+    return {flat[i].decode(): flat[i + 1] for i in range(0, len(flat), 2)}
+
+
+def _before(entry_id: EntryId) -> EntryId:
+    """Return the position directly before an entry."""
+    ms, number = entry_order(entry_id)
+    if number > 0:
+        return EntryId(f"{ms}-{number - 1}")
+    return EntryId(f"{ms - 1}-{_LAST_NUMBER}") if ms > 0 else BEGINNING
