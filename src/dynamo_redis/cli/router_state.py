@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from dynamo_redis.frontend.record import FrontendRecord
-    from dynamo_redis.router.asking import Answer
+    from dynamo_redis.router.asking import RouterAnswer
 
 _COLUMNS = [
     "ROUTER",
@@ -55,7 +55,7 @@ def router_state(as_json: bool, **options: str | None) -> None:
       dynamo-redis router-state --json
     """
 
-    async def ask() -> tuple[list[Answer], list[FrontendRecord]]:
+    async def ask() -> tuple[list[RouterAnswer], list[FrontendRecord]]:
         from dynamo_redis.frontend.record import list_frontends
         from dynamo_redis.router.asking import ask_states
 
@@ -78,7 +78,7 @@ def router_state(as_json: bool, **options: str | None) -> None:
     end_listing(sum(not answer.is_readable for answer in answers), "router")
 
 
-def _state_json(answer: Answer) -> dict[str, Any]:
+def _state_json(answer: RouterAnswer) -> dict[str, Any]:
     if answer.state is not None:
         return answer.state
     try:
@@ -95,7 +95,7 @@ def _frontend_row(frontend: FrontendRecord) -> list[str]:
     return ["-", process, f"chosen by {chosen_by}", *["-"] * (len(_COLUMNS) - 3)]
 
 
-def _router_row(answer: Answer, urls: Mapping[int, str]) -> list[str]:
+def _router_row(answer: RouterAnswer, urls: Mapping[int, str]) -> list[str]:
     state = answer.state
     if state is None:
         problem = f"does not answer: {answer.failure}" if answer.is_readable else "unreadable"

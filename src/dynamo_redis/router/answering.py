@@ -1,4 +1,4 @@
-"""What a router answers on the request plane, whether it is a service or lives in a frontend.
+"""The endpoints by which a router shows its state and explains choices: of services, and of frontends.
 
 | endpoint | request | answer |
 |---|---|---|
@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from dynamo_redis.names import EndpointName
-from dynamo_redis.router.base import Choice
+from dynamo_redis.router.base import WorkerChoice
 from dynamo_redis.router.prompts import token_ids_of
 from dynamo_redis.router.router_state import RouterState
 from dynamo_redis.runtime.runtime import DistributedRuntime
@@ -22,7 +22,7 @@ from dynamo_redis.runtime.serving import ServedEndpoint
 
 
 class Router(Protocol):
-    """What answers are taken from."""
+    """The part of `KvRouter` that the endpoints need."""
 
     @property
     def endpoint(self) -> EndpointName: ...
@@ -31,21 +31,21 @@ class Router(Protocol):
     def state(self) -> RouterState: ...
     async def best_worker(
         self, token_ids: Sequence[int], *, lora_name: str | None, request: Mapping[str, Any]
-    ) -> Choice: ...
+    ) -> WorkerChoice: ...
 
 
 def state_endpoint(workers: EndpointName) -> EndpointName:
-    """Where the routers of these workers say how they are."""
+    """Return the endpoint at which the routers of these workers show their state."""
     return EndpointName(workers.namespace, workers.component, f"{workers.endpoint}_router_state")
 
 
 def is_state_endpoint(name: EndpointName) -> bool:
-    """Whether a router says there how it is."""
+    """Return whether a router shows its state at this endpoint."""
     return name.endpoint.endswith("_router_state")
 
 
 def best_worker_endpoint(workers: EndpointName) -> EndpointName:
-    """Where the routers of these workers explain a choice."""
+    """Return the endpoint at which the routers of these workers explain a choice."""
     return EndpointName(workers.namespace, workers.component, f"{workers.endpoint}_best_worker")
 
 
@@ -74,8 +74,8 @@ async def serve_answers(runtime: DistributedRuntime, router: Router) -> list[Ser
     return served
 
 
-def describe_choice(choice: Choice, block_size: int) -> dict[str, Any]:
-    """A choice as it is sent and printed: ids, blocks that match, and of each worker what it would cost."""
+def describe_choice(choice: WorkerChoice, block_size: int) -> dict[str, Any]:
+    """Return a choice as it is sent and printed: ids, blocks that match, and the cost of each worker."""
     return {
         "instance_id": choice.worker.instance_id,
         "dp_rank": choice.worker.dp_rank,

@@ -1,4 +1,4 @@
-"""Asking the routers of a deployment, wherever they live: in frontends, or as services."""
+"""Asks the routers of a deployment, whether they live in frontends or are services."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ from dynamo_redis.runtime.runtime import DistributedRuntime
 from dynamo_redis.store.base import Record
 
 ANSWER_S = 5.0
-"""How long a router may take to answer."""
+"""Longest time that a router may take to answer."""
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """The answer of one router: its state as JSON, or why there is none. `key` is that of its record."""
+class RouterAnswer:
+    """The answer of one router: its state as JSON, or the reason why there is none. `key` is its record's."""
 
     key: str
     state: dict[str, Any] | None
     failure: str | None = None
     is_readable: bool = True
-    """Whether its record in the registry, and its answer, are what they should be."""
+    """False if its record in the registry, or its answer, cannot be read."""
 
 
-async def ask_states(runtime: DistributedRuntime) -> list[Answer]:
-    """The states of all routers, each within 5 s, ordered by component and instance; at the end, the records
-    of routers that cannot be read. Raises StoreError."""
+async def ask_states(runtime: DistributedRuntime) -> list[RouterAnswer]:
+    """Return the states of all routers, each asked for 5 s at most, ordered by component and instance; at the
+    end, the records of routers that cannot be read. Raises StoreError."""
     found = await runtime.registry.get_prefix(INSTANCES)
     routers = [record for record in found.records if _is_of_router(record.key)]
     answers = await asyncio.gather(*(_ask_state(runtime, record) for record in routers))
     _, invalid = await list_routers(runtime.registry)
     unreadable = [*(exc for exc in found.invalid if _is_of_router(exc.key)), *invalid]
-    return [*answers, *(Answer(exc.key, None, str(exc), is_readable=False) for exc in unreadable)]
+    return [*answers, *(RouterAnswer(exc.key, None, str(exc), is_readable=False) for exc in unreadable)]
 
 
 def _is_of_router(key: str) -> bool:
-    """Whether an instance's key is one of an endpoint that tells a router's state."""
+    """Return whether an instance's key is that of an endpoint that shows a router's state."""
     try:
         namespace, component, endpoint, _ = map(decode_segment, key.removeprefix(INSTANCES).split("/"))
         return is_state_endpoint(EndpointName(namespace, component, endpoint))
@@ -53,22 +53,24 @@ def _is_of_router(key: str) -> bool:
         return False
 
 
-async def _ask_state(runtime: DistributedRuntime, record: Record) -> Answer:
+async def _ask_state(runtime: DistributedRuntime, record: Record) -> RouterAnswer:
+    """Ask the router with this record."""
     try:
         instance = Instance.from_record(record)
         async with await runtime.endpoint(str(instance.name)).client() as client:
             call = await client.direct({}, instance.instance_id, False, _context())
-            return Answer(record.key, check_state(await collect_one(call)))
+            return RouterAnswer(record.key, check_state(await collect_one(call)))
     except InvalidRecord as exc:
-        return Answer(record.key, None, str(exc), is_readable=False)
+        return RouterAnswer(record.key, None, str(exc), is_readable=False)
     except (DynamoRedisError, RuntimeError) as exc:
-        return Answer(record.key, None, str(exc))
+        return RouterAnswer(record.key, None, str(exc))
 
 
 async def ask_best_worker(
     runtime: DistributedRuntime, workers: EndpointName, request: dict[str, Any]
 ) -> dict[str, Any]:
-    """Let a router of these workers explain whom it would choose, within 5 s: see `describe_choice`.
+    """Let a router of these workers explain the worker that it would choose, within 5 s: see
+    `describe_choice`.
 
     Raises NoInstances if there is no router, PlaneError, StoreError.
     """
@@ -87,4 +89,5 @@ async def ask_best_worker(
 
 
 def _context() -> Context:
+    """Make the context of one ask."""
     return Context(deadline=SYSTEM_CLOCK.monotonic() + ANSWER_S)

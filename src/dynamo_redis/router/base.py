@@ -1,8 +1,8 @@
-"""The router's words: workers, what they hold of a prompt, what they have to do, and a choice. Pure.
+"""The values that the router's parts share: workers, matches, loads, requests and choices. Pure.
 
-`Chooser` is the seam between knowing and deciding: it chooses a worker and books the request's load in one
-step. `choice/booking.py` does it on the process's own load book, told to the others by messages; a chooser
-that books in a script in Redis has the same shape, which is why `choose` is awaited.
+`Chooser` is the interface to the part that decides: it chooses a worker and books the request's load in one
+step. `choice/booking.py` does it on the process's own load book, and other routers hear of it by messages. A
+chooser that books by a script in Redis would have the same interface, which is why `choose` is awaited.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from typing import NamedTuple, Protocol
 
 
 class Worker(NamedTuple):
-    """What requests go to and load is kept of: one data-parallel rank of one instance."""
+    """One data-parallel rank of one instance. Requests are routed, and load is counted, by rank."""
 
     instance_id: int
     dp_rank: int = 0
 
 
 class Matched(NamedTuple):
-    """Blocks at the beginning of a prompt that a worker holds: on its device, and following those, on its
-    host and on its disk."""
+    """The number of blocks that a worker holds of a prompt's beginning: first on its device, the next ones on
+    its host, the next ones on its disk."""
 
     device: int
     host: int = 0
@@ -30,7 +30,7 @@ class Matched(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class CostWeights:
-    """How a choice weighs; names as in Dynamo. A request may bring its own."""
+    """The weights of a choice's cost; names as in Dynamo. A request may bring its own."""
 
     overlap_score_credit: float = 1.0
     host_credit: float = 0.75
@@ -41,10 +41,10 @@ class CostWeights:
 
 @dataclass(frozen=True, slots=True)
 class RoutingRequest:
-    """One request, as far as choosing goes.
+    """The parts of a request that a choice depends on.
 
-    `hashes` are the sequence hashes of the prompt's whole blocks, `token_count` all its tokens.
-    `deadline` is monotonic: the booking ends with it. `among` and `excluded` are instance ids.
+    `hashes` are the sequence hashes of the prompt's whole blocks; `token_count` counts all its tokens.
+    `deadline` is monotonic, and ends the booking. `among` and `excluded` are instance ids.
     """
 
     request_id: str
@@ -57,7 +57,7 @@ class RoutingRequest:
 
 
 class WorkerCost(NamedTuple):
-    """Why a worker was, or was not, chosen; in blocks."""
+    """The cost of one worker and its parts, in blocks."""
 
     worker: Worker
     cost: float
@@ -67,8 +67,8 @@ class WorkerCost(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
-    """The worker chosen, and what it holds of the prompt. `costs` are those of all, if asked for."""
+class WorkerChoice:
+    """The worker chosen, its match and its cost. `costs` has all workers, if an explanation was wanted."""
 
     worker: Worker
     matched: Matched
@@ -77,35 +77,39 @@ class Choice:
 
 
 class WorkerLoad(NamedTuple):
-    """What a worker has to do, by the bookings known here."""
+    """The load of a worker, by the bookings known here."""
 
     prefill_tokens: int
-    """Prompt tokens that it still has to read, without those it had in its cache."""
+    """Prompt tokens that it has yet to read, without those that were in its cache."""
     blocks: int
     """Blocks that its running requests hold."""
     request_count: int
 
 
 class Chooser(Protocol):
-    """Chooses workers and keeps the book of their load. Not for other event loops or threads.
+    """Chooses workers, and keeps the book of their load. For one event loop.
 
     A booking ends by `free`, with its deadline, or with the router that made it.
     """
 
-    async def choose(self, request: RoutingRequest) -> Choice:
-        """Choose and book. Raises NoInstances if there is nobody, Overloaded if all are busy and no more may
-        wait. A request id that is booked already gets its choice again, unless that worker is excluded now:
-        then it is booked anew."""
+    async def choose(self, request: RoutingRequest) -> WorkerChoice:
+        """Choose a worker and book the request there.
+
+        A request id that is booked already gets its choice again, unless that worker is excluded now: then it
+        is booked anew. Raises NoInstances if there is no worker, Overloaded if all are busy and no more
+        requests may wait.
+        """
         ...
 
     def prefill_done(self, request_id: str) -> None:
-        """The first item has come: the prompt is read. No effect on one that is not booked."""
+        """Note that the first item has come: the prompt is read. No effect on a request that is not
+        booked."""
         ...
 
     def free(self, request_id: str) -> None:
-        """The request is over. Idempotent."""
+        """End a booking: the request is over. Idempotent."""
         ...
 
     def loads(self) -> Mapping[Worker, WorkerLoad]:
-        """What the workers have to do now."""
+        """Return the present load of each worker that has any."""
         ...

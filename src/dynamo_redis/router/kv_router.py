@@ -1,4 +1,5 @@
-"""The router as frontends and `dynamo-redis router` use it: it knows, chooses, sends, and says how it is."""
+"""The router as frontends and `dynamo-redis router` use it: it puts index, choice, booking and calls
+together."""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ from dynamo_redis.models.llm_protocol import is_count
 from dynamo_redis.names import EndpointName
 from dynamo_redis.planes.context import Context
 from dynamo_redis.router.answering import serve_answers
-from dynamo_redis.router.base import Choice, CostWeights, RoutingRequest, Worker
-from dynamo_redis.router.choice.booking import Booking, BookingChooser
+from dynamo_redis.router.base import CostWeights, RoutingRequest, Worker, WorkerChoice
+from dynamo_redis.router.choice.booking import BookingChooser
 from dynamo_redis.router.choice.booking_sync import BookingSync, owner_name
 from dynamo_redis.router.choice.load_book import LoadBook
 from dynamo_redis.router.choice.load_metrics import LoadMetrics
@@ -44,21 +45,26 @@ from dynamo_redis.wire.event import PublisherId
 log = logging.getLogger(__name__)
 
 BOOKING_S = 600.0
-"""How long a request is booked that brings no deadline of its own: the frontend's own limit."""
+"""Longest booking of a request without a deadline: the frontend's own limit."""
 
 _TICK_S = 1.0
+"""Longest pause between two looks for bookings and predictions that have expired."""
 _SYNC_START_S = 2.0
-_MEET_S = 1.0
+"""Longest wait at the start for the bookings in the stream."""
+_PEERS_S = 1.0
+"""Longest wait at the start for the bookings of the routers that run."""
 _BLOCK_SIZE_S = 2.0
+"""Longest wait at the start for a worker that reports its block size."""
 _USUAL_BLOCK_SIZE = 16
 
 
 class KvRouter:
-    """Routes the requests of one endpoint to the workers that hold most of their prompts, and have time.
+    """Routes the requests of one endpoint: each to the worker where its cost is lowest, by the blocks of its
+    prompt that the worker holds and by the worker's load.
 
-    Use it as `async with`, or call `start` and `aclose`. It stands for a `Client` of the endpoint. It follows
-    the workers' KV events, or with `use_kv_events` off, or without an event plane, predicts from its own
-    choices. While Redis is away it chooses by what it knows.
+    Use it as `async with`, or call `start` and `aclose`. It takes the place of a `Client` of the endpoint. It
+    follows the workers' KV events. With `use_kv_events` off, or without an event plane, it predicts the
+    workers' blocks from its own choices. While Redis is away it chooses by its last knowledge.
 
     It owns one task, `_tend`, beside those of its parts. All belong to the event loop that starts it.
     """
@@ -72,8 +78,8 @@ class KvRouter:
         block_size: int | None = None,
         rng: random.Random | None = None,
     ) -> None:
-        """`block_size` counts where the settings name none. Without both that of the first worker does which
-        names one, in its model card or with its KV events; until then blocks have 16 tokens."""
+        """`block_size` is used if the settings have none. Without both it is the block size of the first
+        worker that reports one, by its model card or with its KV events; until then blocks have 16 tokens."""
         self.endpoint = endpoint
         self._runtime = runtime
         self._settings = settings
@@ -89,11 +95,11 @@ class KvRouter:
             temperature=settings.router_temperature,
         )
         self.counts = Counts()
-        """What it has done since it was made."""
+        """Its counts since it was made."""
         self._lines = WaitingLines(settings.router_queue_count)
         given_block_size = settings.kv_cache_block_size or block_size
         self.block_size = given_block_size or _USUAL_BLOCK_SIZE
-        """Tokens a block."""
+        """Number of tokens in a block."""
         self._learns_block_size = given_block_size is None
         self._cards = WorkerCards(
             runtime.registry, endpoint, self._use_block_size if self._learns_block_size else None
@@ -112,26 +118,30 @@ class KvRouter:
         self.chooser: BookingChooser
         """Valid after `start`."""
         self.indexer: Indexer | None = None
-        """None if it predicts."""
+        """None if the router predicts."""
 
     # ----------------------------------------------------------------- lifetime
 
     async def start(self) -> None:
         """Return when the router can choose, within seconds, whether or not there is a worker. Raises
-        StoreError; nothing is left open then."""
+        StoreError, and leaves nothing open then."""
         try:
-            await self._open(self._closing.append)
+            await self._start()
         except BaseException:
             await self.aclose()
             raise
 
-    async def _open(self, closes: Callable[[Callable[[], Awaitable[None]]], None]) -> None:
+    async def _start(self) -> None:
+        """Start all parts; `_closing` gets the way to end each."""
+        closes = self._closing.append
         self._client = await self._runtime.endpoint(str(self.endpoint)).client()
         closes(self._client.aclose)
         self._cards.start()
         closes(self._cards.aclose)
-        self._make_index()
-        self._make_chooser()
+        index = self._make_index()
+        if self._runtime.settings.events.event_plane != "none":
+            self._make_load_sources()
+        self._make_chooser(index)
         if not self._learns_block_size:
             self._expect_cards()
         starting: list[Awaitable[None]] = []
@@ -150,27 +160,27 @@ class KvRouter:
         closes(self._stop_tending)
         await asyncio.gather(*starting)
         if self._learns_block_size:
-            await self._wait_for_block_size()
+            has_workers = bool(self._client.known_ids())
+            if not await self._cards.wait_for_block_size(_BLOCK_SIZE_S if has_workers else 0.0):
+                log.info(
+                    "no worker of %s has said yet how many tokens its KV blocks have: until one does they "
+                    "are taken to have %d",
+                    self.endpoint,
+                    self.block_size,
+                )
         self._record = await register_router(
             self._runtime, self.endpoint.namespace, self.endpoint.component, self.router_id, self._settings
         )
         closes(self._leave)
         if self._sync is not None:
-            await self._sync.meet(_MEET_S)
-        await self._answer()
-
-    async def _wait_for_block_size(self) -> None:
-        """Wait for a moment until a worker has named it, if there are workers."""
-        patience_s = _BLOCK_SIZE_S if self._client.known_ids() else 0.0
-        if not await self._cards.wait_for_block_size(patience_s):
-            log.info(
-                "no worker of %s has said yet how many tokens its KV blocks have: until one does they are "
-                "taken to have %d",
-                self.endpoint,
-                self.block_size,
-            )
+            await self._sync.wait_for_peers(_PEERS_S)
+        try:
+            self._served = await serve_answers(self._runtime, self)
+        except (ConfigError, ValueError) as exc:
+            log.warning("`dynamo-redis router-state` cannot ask the router of %s: %s", self.endpoint, exc)
 
     def _use_block_size(self, block_size: int) -> None:
+        """Take the block size that the workers report."""
         if block_size != self.block_size:
             log.info("KV blocks of %s have %d tokens", self.endpoint, block_size)
         self.block_size = block_size
@@ -178,18 +188,12 @@ class KvRouter:
         self._expect_cards()
 
     def _expect_cards(self) -> None:
+        """Have the cards of workers checked against the router's block size and event plane."""
         followed = None if self.indexer is None else self._runtime.settings.events.event_plane
         self._cards.expect(self.block_size, followed)
 
-    async def _answer(self) -> None:
-        """Let `dynamo-redis router-state` and `best-worker` ask this router."""
-        try:
-            self._served = await serve_answers(self._runtime, self)
-        except (ConfigError, ValueError) as exc:
-            log.warning("`dynamo-redis router-state` cannot ask the router of %s: %s", self.endpoint, exc)
-
     async def _leave(self) -> None:
-        """Take all that stands in the registry out, at once, and answer no more."""
+        """Remove all records of this router from the registry, at once, and close its endpoints."""
         records = [record for served in self._served for record in served.release_registrations()]
         if self._record is not None:
             records.append(self._record)
@@ -198,7 +202,7 @@ class KvRouter:
             await served.unregister()
 
     async def aclose(self) -> None:
-        """End everything that it started. Requests under way go on. Idempotent."""
+        """End all parts. Requests under way go on. Idempotent."""
         closing, self._closing = self._closing, []
         await asyncio.gather(*(close() for close in closing))  # at once: each may wait for a silent Redis
 
@@ -209,7 +213,8 @@ class KvRouter:
     async def __aexit__(self, *exc_info: object) -> None:
         await self.aclose()
 
-    def _make_index(self) -> None:
+    def _make_index(self) -> Indexer | PredictedIndex:
+        """Make the index: by KV events, or predicted."""
         settings = self._settings
         if settings.use_kv_events and self._runtime.settings.events.event_plane != "none":
             place = (self.endpoint.namespace, self.endpoint.component)
@@ -220,19 +225,22 @@ class KvRouter:
                 router_id=self.router_id,
                 on_block_size=self._cards.note_block_size,
             )
-            return
+            return self.indexer
         self._predicted = PredictedIndex(
             ttl_s=settings.router_ttl_s,
             max_blocks=settings.router_max_tree_size,
             prune_target_ratio=settings.router_prune_target_ratio,
         )
+        return self._predicted
 
-    def _make_chooser(self) -> None:
-        if self._runtime.settings.events.event_plane != "none":
-            self._make_hearing()
+    def _make_chooser(self, index: Indexer | PredictedIndex) -> None:
+        """Make the chooser, of all other parts."""
+
+        def predict(worker: Worker, hashes: Sequence[int]) -> None:
+            if self._predicted is not None:
+                self._predicted.predict(worker, hashes, SYSTEM_CLOCK.monotonic())
+
         self._workers = Workers(self._client.dispatcher, self._cards, self._metrics, self._settings)
-        index = self.indexer or self._predicted
-        assert index is not None
         self.chooser = BookingChooser(
             self.router_id,
             index.find,
@@ -242,17 +250,18 @@ class KvRouter:
             self._lines,
             block_size=self.block_size,
             weights=self._weights,
-            predict=None if self._predicted is None else self._predict,
+            predict=None if self._predicted is None else predict,
             listener=self._sync,
         )
 
-    def _make_hearing(self) -> None:
-        """What tells of load that this router has not given: other routers, and the workers themselves."""
+    def _make_load_sources(self) -> None:
+        """Make the readers of load that is not of this router's choices: the workers' reports, and the
+        bookings of other routers."""
         runtime, place = self._runtime, (self.endpoint.namespace, self.endpoint.component)
         if self._settings.active_decode_blocks_threshold is not None:
             self._metrics = LoadMetrics(runtime.events, *place, self._book, on_change=self._lines.wake)
         if self._settings.router_replica_sync:
-            # What others hear late they choose wrongly by: nothing waits for company.
+            # Late bookings make other routers choose wrongly, so events are not held back to fill a batch.
             at_once = runtime.settings.events.model_copy(update={"event_linger_s": 0.0})
             self._sync = BookingSync(
                 runtime.events,
@@ -261,15 +270,8 @@ class KvRouter:
                 self._publisher,
                 at_once,
                 self._book,
-                self._own_bookings,
+                lambda: self.chooser.bookings.values(),
             )
-
-    def _own_bookings(self) -> Collection[Booking]:
-        return self.chooser.bookings.values()
-
-    def _predict(self, worker: Worker, hashes: Sequence[int]) -> None:
-        assert self._predicted is not None
-        self._predicted.predict(worker, hashes, SYSTEM_CLOCK.monotonic())
 
     # ----------------------------------------------------------------- requests
 
@@ -283,9 +285,9 @@ class KvRouter:
     ) -> RoutedCall:
         """As `Client.generate`, at the worker that is best for the request's `token_ids`.
 
-        It goes there with `dp_rank`, the rank chosen. Weights of its own it may bring as
+        The worker gets the rank chosen as `dp_rank`. A request may bring its own weights as
         `router_config_override`. While all workers are busy it waits. Raises InvalidRequest, NoInstances,
-        Overloaded and DeadlineExceeded besides what the call raises.
+        Overloaded and DeadlineExceeded, beside the errors of the call.
         """
         routing = self._routing(request, context, among)
         choice = await self.chooser.choose(routing)
@@ -303,15 +305,15 @@ class KvRouter:
         *,
         lora_name: str | None = None,
         request: Mapping[str, Any] | None = None,
-    ) -> Choice:
-        """Whom a request with this prompt would go to now, and what each worker would cost; nothing is
-        booked. Of `request` only its weights count. Raises NoInstances, InvalidRequest."""
+    ) -> WorkerChoice:
+        """Return the worker that a request with this prompt would go to now, with the costs of all workers,
+        and book nothing. Of `request` only its weights count. Raises NoInstances, InvalidRequest."""
         asked = {**(request or {}), "token_ids": token_ids, "lora_name": lora_name}
         return self.chooser.explain(self._routing(asked, None, None))
 
     @asynccontextmanager
-    async def reserve(self, request: Any, context: Context | None = None) -> AsyncIterator[Choice]:
-        """Choose for a request that somebody else sends: it is booked for as long as the block runs, and no
+    async def reserve(self, request: Any, context: Context | None = None) -> AsyncIterator[WorkerChoice]:
+        """Choose a worker for a request that another process sends. It is booked while the block runs, and no
         longer than its deadline. Raises as `generate`."""
         routing = self._routing(request, context, None)
         choice = await self.chooser.choose(routing)
@@ -324,6 +326,7 @@ class KvRouter:
     def _routing(
         self, request: Any, context: Context | None, among: Collection[int] | None
     ) -> RoutingRequest:
+        """Read from a request the parts that a choice depends on. Raises InvalidRequest."""
         token_ids = token_ids_of(request)
         deadline = None if context is None else context.deadline
         return RoutingRequest(
@@ -336,8 +339,9 @@ class KvRouter:
             weights=weights_of(request, self._weights),
         )
 
-    def _count(self, routing: RoutingRequest, choice: Choice, item: Any) -> bool:
-        """Count what the worker found; some engines say so with the last item only."""
+    def _count(self, routing: RoutingRequest, choice: WorkerChoice, item: Any) -> bool:
+        """Count the tokens that the worker found in its cache; return whether `item` has their number. Some
+        engines send it with the last item only."""
         cached = item.get("cached_tokens") if isinstance(item, dict) else None
         if not is_count(cached):
             return False
@@ -346,7 +350,7 @@ class KvRouter:
         self.counts.cached_tokens += cached
         return True
 
-    # ----------------------------------------------------------------- who is there
+    # ----------------------------------------------------------------- instances
 
     def instance_ids(self) -> list[int]:
         """As `Client.instance_ids`."""
@@ -357,7 +361,8 @@ class KvRouter:
         return self._client.confirmed_instances()
 
     async def _tend(self) -> None:
-        """End what is over: bookings past their deadline, predictions, and all of instances that left."""
+        """End bookings past their deadline, old predictions, and all bookings and predictions of instances
+        that left; let waiting requests try again."""
         known = set(self._client.known_ids())
         while True:
             await self._client.wait_for_change(_TICK_S)
@@ -367,7 +372,7 @@ class KvRouter:
                 self._book.drop_instance(instance_id)
                 self.forget_predictions(instance_id)
             known = present
-            self._cards.forget_others(present)
+            self._cards.forget_unlisted(present)
             self.chooser.expire(now)
             self._book.expire(now)
             if self._predicted is not None:
@@ -382,16 +387,24 @@ class KvRouter:
             await asyncio.gather(self._tending, return_exceptions=True)
 
     def forget_predictions(self, instance_id: int) -> None:
-        """An instance has emptied its cache, or left. No effect on what is known by events."""
+        """Forget the predictions of an instance that has emptied its cache, or left. No effect on an index by
+        KV events."""
         if self._predicted is not None:
             for worker in self._predicted.workers():
                 if worker.instance_id == instance_id:
                     self._predicted.remove(worker)
 
-    # ----------------------------------------------------------------- how it is
+    # ----------------------------------------------------------------- state
 
     def state(self) -> RouterState:
-        """The router as it stands."""
+        """Return the present state, for `router-state` and metrics."""
+        index: Mapping[str, Any]
+        if self.indexer is not None:
+            block_counts, index = self.indexer.index.block_counts(), self.indexer.state().to_json()
+        else:
+            assert self._predicted is not None
+            block_counts = self._predicted.block_counts()
+            index = {"block_count": self._predicted.block_count}
         workers = list(self._workers.candidates(None, ()))
         return RouterState(
             router_id=self.router_id,
@@ -400,21 +413,9 @@ class KvRouter:
             block_size=self.block_size,
             mode="events" if self.indexer is not None else "predicted",
             synced=self._sync is not None,
-            workers=describe_workers(workers, self._block_counts(), self._book.loads()),
+            workers=describe_workers(workers, block_counts, self._book.loads()),
             active_count=len(self.chooser.bookings),
             waiting_count=len(self._lines),
             counts=self.counts,
-            index=self._index_state(),
+            index=index,
         )
-
-    def _block_counts(self) -> Mapping[Worker, int]:
-        if self.indexer is not None:
-            return self.indexer.index.block_counts()
-        assert self._predicted is not None
-        return self._predicted.block_counts()
-
-    def _index_state(self) -> Mapping[str, Any]:
-        if self.indexer is not None:
-            return self.indexer.state().to_json()
-        assert self._predicted is not None
-        return {"block_count": self._predicted.block_count}

@@ -1,4 +1,4 @@
-"""From a request to what is chosen by: the names of its prompt's blocks, and how its choice weighs. Pure."""
+"""Reads from a request the prompt, the names of its blocks, and the weights of its choice. Pure."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _WEIGHTS = {
 
 
 def token_ids_of(request: Any) -> Sequence[int]:
-    """The prompt of a generate request. Raises InvalidRequest."""
+    """Return the prompt of a generate request. Raises InvalidRequest."""
     token_ids = request.get("token_ids") if isinstance(request, dict) else None
     if not isinstance(token_ids, Sequence) or isinstance(token_ids, str | bytes):
         raise InvalidRequest(
@@ -32,7 +32,7 @@ def token_ids_of(request: Any) -> Sequence[int]:
 
 
 def block_hashes(token_ids: Sequence[int], block_size: int, lora_name: str | None = None) -> list[int]:
-    """The sequence hashes of a prompt's whole blocks. Raises InvalidRequest for what are no token ids."""
+    """Return the sequence hashes of a prompt's whole blocks. Raises InvalidRequest for wrong token ids."""
     if lora_name is not None and not isinstance(lora_name, str):
         raise InvalidRequest("lora_name must be a string")
     seed = SEED if lora_name is None else lora_seed(lora_name)
@@ -43,7 +43,7 @@ def block_hashes(token_ids: Sequence[int], block_size: int, lora_name: str | Non
 
 
 def weights_of(request: Mapping[str, Any], default: CostWeights) -> CostWeights:
-    """The weights that a request brings, on top of the default. Raises InvalidRequest."""
+    """Return the default weights with those that the request brings. Raises InvalidRequest."""
     override = request.get(OVERRIDE)
     if not override:
         return default

@@ -8,7 +8,7 @@ from typing import Any
 
 from dynamo_redis.errors import NoInstances, PlaneError
 from dynamo_redis.planes.context import Context
-from dynamo_redis.router.base import Choice, Chooser, RoutingRequest
+from dynamo_redis.router.base import Chooser, RoutingRequest, WorkerChoice
 from dynamo_redis.runtime.annotated import Annotated
 from dynamo_redis.runtime.call import Call
 from dynamo_redis.runtime.discovery import Member
@@ -17,7 +17,7 @@ from dynamo_redis.runtime.route import Hop
 from dynamo_redis.runtime.selection import Only
 from dynamo_redis.wire.frame import Packed
 
-OnItem = Callable[[RoutingRequest, Choice, Any], bool]
+OnItem = Callable[[RoutingRequest, WorkerChoice, Any], bool]
 """Called with each item of an answer, and the choice that led there, until it returns True."""
 
 
@@ -32,7 +32,7 @@ class BookedRoute:
     __slots__ = ("_chooser", "_dispatcher", "choice", "routing")
 
     def __init__(
-        self, dispatcher: Dispatcher, chooser: Chooser, routing: RoutingRequest, choice: Choice
+        self, dispatcher: Dispatcher, chooser: Chooser, routing: RoutingRequest, choice: WorkerChoice
     ) -> None:
         self._dispatcher = dispatcher
         self._chooser = chooser
@@ -105,7 +105,7 @@ class RoutedCall(Call):
         )
 
     @property
-    def choice(self) -> Choice:
+    def choice(self) -> WorkerChoice:
         """The worker that the request is at, and the blocks that it was expected to hold."""
         return self._booked.choice
 

@@ -1,4 +1,4 @@
-"""How a router is, in numbers that travel as JSON."""
+"""The state of a router, in numbers that are sent as JSON."""
 
 from __future__ import annotations
 
@@ -33,25 +33,25 @@ _INDEX_FIELDS: Final[Mapping[str, tuple[type, ...]]] = {
 
 @dataclass(slots=True)
 class Counts:
-    """What a router has done since it started. Tokens are those of prompts that were answered."""
+    """The counts of a router since its start. Tokens are those of prompts that were answered."""
 
     request_count: int = 0
-    """Requests that it chose a worker for; retries count."""
+    """Requests for which it chose a worker; retries count."""
     prompt_tokens: int = 0
     cached_tokens: int = 0
-    """Of them, those that the workers say they had in their caches."""
+    """Prompt tokens that the workers had in their caches, by their own reports."""
     expected_tokens: int = 0
-    """Of them, those that the router expected there."""
+    """Prompt tokens that the router expected there."""
 
     @property
     def hit_rate(self) -> float | None:
-        """The part of the prompt tokens that the workers had; None before the first answer."""
+        """Part of the prompt tokens that the workers had in their caches; None before the first answer."""
         return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else None
 
 
 @dataclass(frozen=True, slots=True)
 class RouterState:
-    """A router as it stands. `index` is the state of its `Indexer`, or of its predictions."""
+    """The present state of a router. `index` is the state of its `Indexer`, or of its predictions."""
 
     router_id: str
     endpoint: str
@@ -60,7 +60,7 @@ class RouterState:
     mode: str
     """`events`, or `predicted`."""
     synced: bool
-    """Whether it exchanges bookings with other routers."""
+    """True if it exchanges bookings with other routers."""
     workers: list[dict[str, Any]]
     active_count: int
     """Requests of this router that are under way."""
@@ -69,14 +69,14 @@ class RouterState:
     index: Mapping[str, Any]
 
     def to_json(self) -> dict[str, Any]:
-        """As it is sent and printed."""
+        """Return the state as it is sent and printed."""
         return {**asdict(self), "hit_rate": self.counts.hit_rate}
 
 
 def describe_workers(
     workers: list[Worker], blocks: Mapping[Worker, int], loads: Mapping[Worker, WorkerLoad]
 ) -> list[dict[str, Any]]:
-    """One entry a rank: the blocks it holds, and what it has to do."""
+    """Return an entry for each rank: the blocks that it holds, and its load."""
     idle = WorkerLoad(0, 0, 0)
     return [
         {
@@ -90,8 +90,8 @@ def describe_workers(
 
 
 def check_state(answer: Any) -> dict[str, Any]:
-    """A router's answer, as `RouterState.to_json` makes it; fields of later releases stay. Raises
-    InvalidRecord."""
+    """Return a router's answer if it is of the form that `RouterState.to_json` makes; fields of later
+    releases stay. Raises InvalidRecord."""
     state = _check_fields(answer, _FIELDS)
     index = state["index"]
     _check_fields(index, {"block_count": (int,)} if state["mode"] == "predicted" else _INDEX_FIELDS)
@@ -104,6 +104,7 @@ def check_state(answer: Any) -> dict[str, Any]:
 
 
 def _check_fields(found: Any, fields: Mapping[str, tuple[type, ...]]) -> dict[str, Any]:
+    """Return `found` if it is a map with these fields, of these types. Raises InvalidRecord."""
     if type(found) is not dict:
         raise InvalidRecord(_WHAT, f"a {type(found).__name__} where a map should be")
     for name, types in fields.items():

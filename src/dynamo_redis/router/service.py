@@ -1,4 +1,4 @@
-"""A router that is a service of its own: what it serves, and how a frontend uses it.
+"""A router that is a service of its own: its endpoints, and the client by which frontends use it.
 
     <ns>.router.generate        a generate request → the worker's answer, streamed through
     <ns>.router.best_worker_id  `{"token_ids": […]}` → one item, see `answering.describe_choice`
@@ -50,7 +50,7 @@ log = logging.getLogger(__name__)
 COMPONENT = "router"
 
 _UNREACHABLE = (CannotConnect, ConnectionLost, NotAccepted, Draining, EndpointNotFound)
-"""A worker's failure that a caller would take for the router's own."""
+"""Failures of a worker that a caller would take for failures of the router."""
 
 
 class RouterService:
@@ -70,7 +70,7 @@ class RouterService:
         ]
 
     async def generate(self, request: Any, context: Context) -> AsyncGenerator[Any]:
-        """Forward a request to the worker chosen, and its answer back."""
+        """Forward a request to the worker that the router chooses, and its answer back."""
         token_ids_of(request)
         routing = request.pop("routing", None) or {}
         if not isinstance(routing, dict):
@@ -81,19 +81,20 @@ class RouterService:
                 f"this router chooses among {self._router.endpoint}, not among {wanted}: start another with "
                 f"--endpoint {wanted}, and let the frontend that serves that model use it"
             )
-        begun = False
+        is_answered = False
         try:
             call = await self._router.generate(request, False, context, among=self._read_among(routing))
             async for item in call:
-                begun = True
+                is_answered = True
                 yield item
         except _UNREACHABLE as exc:
-            if begun:
+            if is_answered:
                 raise InstanceRemoved(f"the worker was lost while answering: {exc}") from exc
             raise NoInstances(f"no worker took the request: {exc}") from exc
 
     async def best_worker_id(self, request: Any, context: Context) -> AsyncGenerator[Any]:
-        """Say who would be chosen; with `hold` book it until the caller ends the call."""
+        """Answer with the worker that would be chosen; with `hold`, book it until the caller ends the
+        call."""
         token_ids = token_ids_of(request)
         if not request.get("hold"):
             choice = await self._router.best_worker(token_ids, request=request)
@@ -104,8 +105,8 @@ class RouterService:
             await context.async_killed_or_stopped()
 
     def _read_among(self, routing: dict[str, Any]) -> Collection[int] | None:
-        """Return the instances to choose among: the same object as long as requests name the same, by which
-        their workers are found again."""
+        """Return the instances to choose among. It is the same object for the same ids as before, so that
+        their workers are found again by it. Raises InvalidRequest."""
         among = routing.get("among")
         if among is None:
             return None
@@ -118,10 +119,11 @@ class RouterService:
 
 
 class RouterClient:
-    """Stands for a client of the workers' endpoint; a router service chooses, this process keeps no index.
+    """Takes the place of a client of the workers' endpoint; a router service chooses, and this process keeps
+    no index.
 
-    While no router can be reached, workers are chosen here, by load: a moment without routers costs cache
-    hits, and no request.
+    While no router can be reached, workers are chosen here, by load: this costs cache hits, but no request
+    fails.
     """
 
     def __init__(self, routers: Client, workers: Client) -> None:
@@ -135,7 +137,7 @@ class RouterClient:
     async def open(
         cls, runtime: DistributedRuntime, router_endpoint: str, endpoint: EndpointName
     ) -> RouterClient:
-        """Raises ConfigError for what does not name an endpoint, StoreError."""
+        """Open clients of both endpoints. Raises ConfigError for a wrong name of an endpoint, StoreError."""
         routers = await runtime.endpoint(router_endpoint).client()
         try:
             workers = await runtime.endpoint(str(endpoint)).client()
@@ -152,7 +154,7 @@ class RouterClient:
         *,
         among: Collection[int] | None = None,
     ) -> Call:
-        """As `Client.generate`, by way of a router."""
+        """As `Client.generate`, through a router."""
         routers, workers = self._routers.dispatcher, self._workers.dispatcher
         is_routed = bool(routers.view.candidates)
         if is_routed != self._is_routed:
@@ -172,11 +174,11 @@ class RouterClient:
         return Call(routers, self._select, request, bool(annotated), context, route=route)
 
     def instance_ids(self) -> list[int]:
-        """The workers', as `Client.instance_ids`."""
+        """As `Client.instance_ids`, of the workers."""
         return self._workers.instance_ids()
 
     def confirmed_instances(self) -> list[Instance]:
-        """The workers', as `Client.confirmed_instances`."""
+        """As `Client.confirmed_instances`, of the workers."""
         return self._workers.confirmed_instances()
 
     async def aclose(self) -> None:

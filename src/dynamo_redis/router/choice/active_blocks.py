@@ -1,15 +1,15 @@
 """The blocks that the running requests of each worker hold, each block counted once. Pure.
 
-A request holds the blocks of its prompt from the first one on, so that the requests of all workers form one
-tree of names: requests that begin alike share its upper runs. A *run* is a part of a prompt in which no two
-requests part; it counts how many requests hold it, worker by worker. So a system prompt that a thousand
-requests share is one run, whatever its length, and no operation looks at single blocks:
+A request holds the blocks of its prompt from the first one on. So the requests of all workers form one tree
+of names, in which requests with the same beginning share the upper runs. A *run* is a part of a prompt within
+which no two requests differ. It counts the requests that hold it, for each worker. A system prompt that a
+thousand requests share is one run, whatever its length, and no operation looks at single blocks:
 
     hold, release    O(runs of the prompt · log blocks)
-    active           the same, and the workers that hold a part of the prompt
+    active           the same, and O(workers that hold a part of the prompt)
 
-Prompts are *names*: the sequence hashes of their whole blocks, as `hashing.pack_names` packs them. They are
-compared in full, so names that are no chain of hashes do no harm.
+Prompts are *names*: the sequence hashes of their whole blocks, as `block_hashes.pack_names` packs them. They
+are compared in full, so names that are no chain of hashes do no harm.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ class _Run:
         self.start = start
         self.end = end
         self.count = 0
-        """Requests that hold it."""
+        """Number of requests that hold it."""
         self.holders: dict[Worker, int] = {}
-        """The same, of each worker that has any."""
+        """The same for each worker with such requests."""
         self.children: dict[bytes, _Run] = {}
         """Runs that follow, by their first name."""
 
     def split(self, at: int) -> None:
-        """End here; a new run, which the same requests hold, goes on."""
+        """End the run at `at`; a new run, which the same requests hold, follows it."""
         rest = _Run(self.names, at, self.end)
         rest.count, rest.holders, rest.children = self.count, self.holders.copy(), self.children
         self.end = at
         self.children = {_name(self.names, at): rest}
 
     def join_only_child(self) -> None:
-        """Take in the run that follows, if every request goes on there."""
+        """Append the run that follows, if it is the only one and all requests hold it."""
         if len(self.children) == 1:
             (child,) = self.children.values()
             if child.count == self.count:
@@ -62,7 +62,7 @@ class ActiveBlocks:
         return bool(self._first)
 
     def hold(self, worker: Worker, names: bytes) -> int:
-        """Let a request begin; return how many of its blocks no other request of that worker holds."""
+        """Begin a request; return the number of its blocks that no other request of that worker holds."""
         runs, at, new = self._first, 0, 0
         while at < len(names):
             run = runs.get(_name(names, at))
@@ -79,13 +79,13 @@ class ActiveBlocks:
         return new // NAME_BYTES
 
     def release(self, worker: Worker, names: bytes) -> int:
-        """End a request that `hold` was told of; return how many of its blocks its worker's requests hold no
-        longer."""
+        """End a request that `hold` began; return the number of its blocks that no request of its worker
+        holds any more."""
         runs, at, gone = self._first, 0, 0
         last: _Run | None = None
         while at < len(names):
             run = runs[_name(names, at)]
-            if run.count == 1:  # no other request is here, nor behind
+            if run.count == 1:  # no other request holds this run, or those that follow
                 del runs[_name(names, at)]
                 gone += len(names) - at
                 break
@@ -100,7 +100,8 @@ class ActiveBlocks:
         return gone // NAME_BYTES
 
     def active(self, names: bytes) -> dict[Worker, int]:
-        """Return how many blocks of a prompt the requests of each worker hold; only workers that hold any."""
+        """Return the number of blocks of a prompt that the requests of each worker hold; without workers that
+        hold none."""
         found: dict[Worker, int] = {}
         runs, at = self._first, 0
         while at < len(names):
@@ -120,15 +121,16 @@ def _name(names: bytes, at: int) -> bytes:
 
 
 def _common_end(run: _Run, names: bytes) -> int:
-    """Return where a run and a prompt that has its first name part, or one of them ends."""
+    """Return the end of the names that a run and a prompt have in common; their first names are equal."""
     return common_end(run.names, names, run.start + NAME_BYTES, min(run.end, len(names)))
 
 
 def common_end(one: bytes, other: bytes, same: int, end: int) -> int:
-    """Return where two prompts part that are alike up to `same`; `end` if they do not before it. In bytes."""
+    """Return the end of the names that two prompts have in common, `end` at most. They are known to be equal
+    up to `same`. All in bytes."""
     if one[same:end] == other[same:end]:
         return end
-    while end - same > NAME_BYTES:  # alike up to `same`, and not up to `end`
+    while end - same > NAME_BYTES:  # equal up to `same`, and not up to `end`
         middle = (same + end) // (2 * NAME_BYTES) * NAME_BYTES
         if one[same:middle] == other[same:middle]:
             same = middle

@@ -1,9 +1,9 @@
-"""Choosing a worker and booking the request's load there, on this process's own book.
+"""Chooses a worker and books the request's load there, on this process's own book.
 
-A request is booked in the step that chooses, so that two requests of one tick see each other. The booking
-ends by `free`, with the request's deadline, or when its instance is gone. Nothing here waits for Redis: other
-routers are told by messages (`booking_sync.py`), and told again, so that what is lost on the way does no
-lasting harm.
+A request is booked in the step that chooses, so that two requests of one tick of the event loop see each
+other. The booking ends by `free`, with the request's deadline, or when its instance is gone. Nothing here
+waits for Redis: other routers get messages (`booking_sync.py`), which are repeated, so that a lost one does
+no lasting harm.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ from typing import Protocol
 from dynamo_redis.clock import SYSTEM_CLOCK, Clock
 from dynamo_redis.errors import NoInstances
 from dynamo_redis.events.block_hashes import pack_names
-from dynamo_redis.router.base import Choice, CostWeights, Matched, RoutingRequest, Worker, WorkerLoad
+from dynamo_redis.router.base import CostWeights, Matched, RoutingRequest, Worker, WorkerChoice, WorkerLoad
 from dynamo_redis.router.choice.load_book import LoadBook
 from dynamo_redis.router.choice.selector import Selector
 from dynamo_redis.router.choice.waiting_line import WaitingLines
 
 Find = Callable[[Sequence[int]], Mapping[Worker, Matched]]
-"""Who holds how much of a prompt, by the sequence hashes of its blocks."""
+"""Returns the match of each worker that holds a part of a prompt, by the sequence hashes of its blocks."""
 
 Predict = Callable[[Worker, Sequence[int]], None]
-"""A request with this prompt goes to that worker, which will hold it: for who follows no events."""
+"""Notes that a worker will hold a prompt, for a router that follows no KV events."""
 
 
 class Candidates(Protocol):
-    """Who may be chosen."""
+    """The workers to choose from."""
 
     def candidates(self, among: Collection[int] | None, excluded: Collection[int]) -> Sequence[Worker]:
-        """The workers to choose from; empty if there are none."""
+        """Return the workers to choose from; empty if there are none."""
         ...
 
     def without_busy(self, workers: Sequence[Worker], book: LoadBook) -> Sequence[Worker]:
-        """Those of them that can take a request now."""
+        """Return those of the workers that are not busy."""
         ...
 
 
@@ -43,19 +43,19 @@ class Candidates(Protocol):
 class Booking:
     """One request of this router that is under way. `prefill_tokens` is 0 once its prompt is read.
 
-    `blocks` are all of its prompt; the first of them have `names` (`hashing.pack_names`).
+    `blocks` counts all blocks of its prompt; the first of them have `names` (`block_hashes.pack_names`).
     """
 
     request_id: str
-    choice: Choice
+    choice: WorkerChoice
     prefill_tokens: int
     blocks: int
     deadline: float
     names: bytes
 
 
-class Listener(Protocol):
-    """Who is told of this router's bookings. Must be quick, and must not raise."""
+class BookingListener(Protocol):
+    """Receives this router's bookings. It must be quick, and must not raise."""
 
     def added(self, booking: Booking) -> None: ...
     def prefill_done(self, request_id: str) -> None: ...
@@ -77,11 +77,13 @@ class BookingChooser:
         block_size: int,
         weights: CostWeights,
         predict: Predict | None = None,
-        listener: Listener | None = None,
+        listener: BookingListener | None = None,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
+        """`find` looks into the index, `candidates` names the workers, `selector` weighs them, and `lines`
+        holds the requests that wait. `weights` are those of requests that bring none."""
         self.bookings: dict[str, Booking] = {}
-        """Of this router, by request id, oldest first."""
+        """The bookings of this router by request id, oldest first."""
         self._owner = owner
         self._find = find
         self._predict = predict
@@ -96,21 +98,26 @@ class BookingChooser:
 
     # ----------------------------------------------------------------- the chooser
 
-    async def choose(self, request: RoutingRequest) -> Choice:
-        """Choose and book, as `Chooser.choose` says. While all workers that it may go to are busy, the
-        request waits in their line."""
+    async def choose(self, request: RoutingRequest) -> WorkerChoice:
+        """As `Chooser.choose`. While all workers that the request may go to are busy, it waits in their
+        line."""
+
+        def choose_if_free() -> WorkerChoice | None:
+            workers = self._candidates.without_busy(self._workers_for(request), self._book)
+            return self._choose_now(request, workers) if workers else None
+
         booking = self.bookings.get(request.request_id)
         if booking is not None:
             if booking.choice.worker.instance_id not in request.excluded:
                 return booking.choice
             self.free(request.request_id)
         if request.excluded:
-            # It has waited once, if it had to: a worker's failure does not send it to the end of its line.
+            # It has waited in line before: a worker's failure does not send it to the end of the line.
             return self._choose_now(request, self._workers_for(request))
-        return await self._lines.enter(lambda: self._choose_if_free(request), request.deadline, request.among)
+        return await self._lines.enter(choose_if_free, request.deadline, request.among)
 
     def prefill_done(self, request_id: str) -> None:
-        """The first item has come: the prompt is read."""
+        """As `Chooser.prefill_done`."""
         booking = self.bookings.get(request_id)
         if booking is None or not booking.prefill_tokens:
             return
@@ -121,7 +128,7 @@ class BookingChooser:
         self._lines.wake()
 
     def free(self, request_id: str) -> None:
-        """The request is over. Idempotent."""
+        """As `Chooser.free`."""
         if self.bookings.pop(request_id, None) is None:
             return
         self._book.free(self._owner, request_id)
@@ -130,25 +137,25 @@ class BookingChooser:
         self._lines.wake()
 
     def use_block_size(self, block_size: int) -> None:
-        """From the next choice on a block has so many tokens."""
+        """Set the number of tokens in a block, from the next choice on."""
         self._block_size = block_size
 
     def loads(self) -> Mapping[Worker, WorkerLoad]:
-        """What the workers have to do now."""
+        """As `Chooser.loads`."""
         return self._book.loads()
 
-    # ----------------------------------------------------------------- besides
+    # ----------------------------------------------------------------- explanations, deadlines
 
-    def explain(self, request: RoutingRequest) -> Choice:
-        """Whom `choose` would choose now, and what each would cost; nothing is booked. Raises NoInstances.
+    def explain(self, request: RoutingRequest) -> WorkerChoice:
+        """Return the choice that `choose` would make now, with the costs of all workers, and book nothing.
 
-        Busy workers count as the others.
+        Busy workers are not left out. Raises NoInstances.
         """
         names = pack_names(request.hashes)
         return self._select(request, self._workers_for(request), names, explain=True)
 
     def expire(self, now: float) -> None:
-        """End the bookings whose deadline has passed: their requests are over, whoever forgot to say so."""
+        """End the bookings whose deadline has passed."""
         for booking in tuple(self.bookings.values()):
             if booking.deadline <= now:
                 self.free(booking.request_id)
@@ -156,16 +163,14 @@ class BookingChooser:
     # ----------------------------------------------------------------- inner steps
 
     def _workers_for(self, request: RoutingRequest) -> Sequence[Worker]:
+        """Return the workers that a request may go to. Raises NoInstances if there are none."""
         workers = self._candidates.candidates(request.among, request.excluded)
         if not workers:
             raise NoInstances("no worker is known that may take the request: is one running?")
         return workers
 
-    def _choose_if_free(self, request: RoutingRequest) -> Choice | None:
-        workers = self._candidates.without_busy(self._workers_for(request), self._book)
-        return self._choose_now(request, workers) if workers else None
-
-    def _choose_now(self, request: RoutingRequest, workers: Sequence[Worker]) -> Choice:
+    def _choose_now(self, request: RoutingRequest, workers: Sequence[Worker]) -> WorkerChoice:
+        """Choose one of the workers and book the request there."""
         names = pack_names(request.hashes)
         choice = self._select(request, workers, names)
         found = choice.matched.device * self._block_size
@@ -195,7 +200,8 @@ class BookingChooser:
 
     def _select(
         self, request: RoutingRequest, workers: Sequence[Worker], names: bytes, *, explain: bool = False
-    ) -> Choice:
+    ) -> WorkerChoice:
+        """Choose one of the workers. `names` are the packed names of the prompt's whole blocks."""
         return self._selector.select(
             workers,
             self._find(request.hashes),

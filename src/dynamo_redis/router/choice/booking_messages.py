@@ -1,14 +1,15 @@
-"""Bookings as routers tell each other of them. Pure.
+"""The messages in which routers tell each other of their bookings. Pure.
 
     ["add", request_id, instance_id, dp_rank, prefill_tokens, blocks, ttl_s, names]
     ["prefill_done", request_id]
     ["free", request_id]
     ["active", [[request_id, instance_id, dp_rank, prefill_tokens, blocks, ttl_s, names, shared], …]]
 
-`blocks` are all blocks of a prompt, and `names` the sequence hashes of the first of them, eight bytes each,
-so that a block that several requests of a worker hold counts once. In "active", which names all bookings of a
-router in pieces, `names` leaves out the first `shared` blocks: they are those of the booking before it. A
-router of an older release neither sends nor reads `names`, and takes each block for the request's own.
+`blocks` counts all blocks of a prompt. `names` are the sequence hashes of the first of them, eight bytes
+each, so that a block that several requests of a worker hold counts once. "active" messages have all bookings
+of a router, in pieces; there `names` leaves out the first `shared` blocks, which are those of the booking
+before it. A router of an older release neither sends nor reads `names`, and counts each block as the
+request's own.
 """
 
 from __future__ import annotations
@@ -26,16 +27,16 @@ PIECE_COUNT: Final = 256
 """Bookings in one "active" message."""
 
 PIECE_BYTES: Final = 64 << 10
-"""A piece ends with the booking whose names reach so many bytes."""
+"""A piece ends with the booking with which its names reach this size."""
 
 MOST_NAMES_BYTES: Final = NAME_BYTES << 13
-"""Names of one booking: 8,192 blocks. Those behind count as the request's own."""
+"""Most names of one booking: 8,192 blocks. Further blocks count as the request's own."""
 
 _WHAT: Final = "a booking"
 
 
-class Told(NamedTuple):
-    """A booking of another router. It counts for `left_s` from when it was told."""
+class RemoteBooking(NamedTuple):
+    """A booking of another router. It counts for `left_s` from the time at which it was sent."""
 
     request_id: str
     worker: Worker
@@ -46,12 +47,13 @@ class Told(NamedTuple):
 
 
 def add_message(booking: Booking, now: float) -> list[Any]:
-    """Say that a request was booked."""
+    """Make the message that a request was booked."""
     return ["add", *_head(booking, now), booking.names[:MOST_NAMES_BYTES]]
 
 
 def active_messages(bookings: Iterable[Booking], now: float) -> Iterator[list[Any]]:
-    """Say all that a router has under way, in pieces; sorted by names, so that equal beginnings meet."""
+    """Make the messages with all bookings of a router, sorted by names, so that equal beginnings are next to
+    each other."""
     piece: list[Any] = []
     piece_bytes, before = 0, b""
     for booking in sorted(bookings, key=attrgetter("names")):
@@ -68,13 +70,14 @@ def active_messages(bookings: Iterable[Booking], now: float) -> Iterator[list[An
 
 
 def _head(booking: Booking, now: float) -> list[Any]:
+    """Return the fields of a booking before its names."""
     ttl_s = round(booking.deadline - now, 3)
     worker = booking.choice.worker
     return [booking.request_id, *worker, booking.prefill_tokens, booking.blocks, ttl_s]
 
 
-def read_booking(described: Any, before: bytes = b"") -> Told:
-    """Read one; fields of later releases are ignored. `before` are the names of the booking before it.
+def read_booking(described: Any, before: bytes = b"") -> RemoteBooking:
+    """Read a booking; fields of later releases are ignored. `before` are the names of the booking before it.
 
     Raises InvalidRecord.
     """
@@ -88,24 +91,20 @@ def read_booking(described: Any, before: bytes = b"") -> Told:
             int() | float() as left_s,
             *more,
         ]:
-            names = _read_names(more, before)
+            pass
         case _:
             raise InvalidRecord(_WHAT, "its fields are others")
-    worker = Worker(instance_id, dp_rank)
-    return Told(request_id, worker, max(prefill_tokens, 0), max(blocks, 0), left_s, names)
-
-
-def _read_names(more: list[Any], before: bytes) -> bytes:
     match more:
         case []:  # of an older release
-            return b""
+            rest, shared = b"", 0
         case [bytes(rest)]:
             shared = 0
         case [bytes(rest), int(shared), *_] if 0 <= shared * NAME_BYTES <= len(before):
             pass
         case _:
-            raise InvalidRecord(_WHAT, "the names of its blocks are no binary, or follow what was not told")
+            raise InvalidRecord(_WHAT, "the names of its blocks are no binary, or share more than there is")
     names = before[: shared * NAME_BYTES] + rest
     if len(names) % NAME_BYTES or len(names) > MOST_NAMES_BYTES:
         raise InvalidRecord(_WHAT, f"{len(names)} bytes of names")
-    return names
+    worker = Worker(instance_id, dp_rank)
+    return RemoteBooking(request_id, worker, max(prefill_tokens, 0), max(blocks, 0), left_s, names)

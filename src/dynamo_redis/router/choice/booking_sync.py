@@ -1,19 +1,19 @@
-"""What routers of the same workers tell each other: which requests they have under way.
+"""Exchanges bookings between the routers of the same workers: the requests that each has under way.
 
-Each router publishes its bookings to one stream a component, bounded by time, and reads the others':
-`booking_messages.py` has what they say. Every `RENEW_S` a router names all that it has under way. Another
-router's booking counts for `LEASE_S` after it was last named, and no longer than its request's deadline. This
-one rule ends the load of requests whose "free" was lost; it brings back an "add" that was lost; and it is why
-a router that starts needs no more of the stream than its last `LEASE_S`.
+Each router publishes its bookings to one stream a component, bounded by time, and reads the bookings of the
+other routers; `booking_messages.py` has the messages. Every `RENEW_S` a router sends all its bookings again.
+Another router's booking counts for `LEASE_S` after it was last sent, and no longer than its request's
+deadline. This rule ends the load of requests whose "free" was lost. It brings back an "add" that was lost.
+And a router that starts needs no more of the stream than its last `LEASE_S`.
 
 The bookings of a router that died end with its lease, by its record in the registry. A router that starts, or
-that could not read for a while, reads what was said before: that counts from when it was said, by the
-stream's own clock, and not at all if its router has no record any more.
+that could not read for a while, reads old messages: their bookings count from the time at which they were
+sent, by the stream's own clock, and not at all if the sender has no record any more.
 
-A router that is alone says nothing: its publisher rests. When the registry lists another one, or another one
-says something, it names all that it has under way, and goes on from there.
+A router that is alone sends nothing: its publisher rests. When the registry lists another router, or a
+message of one comes, it sends all its bookings, and further ones from then on.
 
-While Redis is away the others' bookings run out, and this router chooses by its own.
+While Redis is away the bookings of other routers expire, and this router chooses by its own.
 """
 
 from __future__ import annotations
@@ -31,7 +31,12 @@ from dynamo_redis.events.publisher import EventPublisher
 from dynamo_redis.events.router_record import RouterRecord
 from dynamo_redis.names import decode_segment, kv_routers_prefix
 from dynamo_redis.router.choice.booking import Booking
-from dynamo_redis.router.choice.booking_messages import Told, active_messages, add_message, read_booking
+from dynamo_redis.router.choice.booking_messages import (
+    RemoteBooking,
+    active_messages,
+    add_message,
+    read_booking,
+)
 from dynamo_redis.router.choice.load_book import LoadBook
 from dynamo_redis.router.choice.peers import Peers
 from dynamo_redis.router.pace import Pace
@@ -47,25 +52,25 @@ log = logging.getLogger(__name__)
 RENEW_S = 10.0
 LEASE_S = 3 * RENEW_S
 
-_KEPT_S = 2 * LEASE_S  # in the stream: more than a late router reads, since clocks and beats are not exact
+_KEPT_S = 2 * LEASE_S  # in the stream: more than a late router reads, since clocks and timers are not exact
 _READ_COUNT = 64
 _BLOCK_S = 1.0
-_GLANCE_S = 0.01
+_OLD_BLOCK_S = 0.01  # for a read of old messages
 
 PACE_S = 0.005
-"""Shortest time between two reads while others say something: what is heard late makes for worse choices."""
+"""Shortest time between two reads while other routers send: late bookings make for worse choices."""
 
 
 def owner_name(publisher: PublisherId) -> str:
-    """What a router is called, in the registry too: `694d98147d54bfde-5f1c`."""
+    """Return a router's name, for bookings and for its record in the registry: `694d98147d54bfde-5f1c`."""
     return f"{publisher.instance_id:x}-{publisher.epoch:x}"
 
 
 class BookingSync:
-    """Tells other routers of this one's bookings, and books theirs. A `Listener` of the chooser.
+    """Sends this router's bookings to other routers, and books theirs. A `BookingListener` of the chooser.
 
-    It owns the publisher (bounded; its overflow is made good by the next renewal) and three tasks: one reads
-    the stream, one renews, one watches the routers' records. All end with `aclose`.
+    It owns the publisher (bounded; after an overflow the next renewal sends all bookings) and three tasks:
+    one reads the stream, one renews, one watches the routers' records. All end with `aclose`.
     """
 
     def __init__(
@@ -81,7 +86,7 @@ class BookingSync:
         *,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
-        """`bookings` are all that this router has under way, now."""
+        """`bookings` returns all present bookings of this router."""
         self._streams = streams
         self._registry = registry
         self._records = kv_routers_prefix(namespace, component)
@@ -94,72 +99,70 @@ class BookingSync:
         self._peers = Peers(clock, LEASE_S)
         self._tasks: list[asyncio.Task[None]] = []
         self._routers: set[str] | None = None
-        """Those that have a record; None until it is known."""
+        """The routers that have a record; None until they are known."""
         self._has_caught_up = False
         self._ready = asyncio.Event()
-        self._news = asyncio.Event()
-        """Set when a router is listed, leaves, or says something."""
+        self._peers_changed = asyncio.Event()
+        """Set when a router is listed, leaves, or sends a message."""
         self._supervisor = Supervisor(log, f"sync of {self._stream.path}", pauses_s=(0.1, 2.0))
 
     # ----------------------------------------------------------------- lifetime
 
     async def start(self, timeout_s: float) -> None:
-        """Begin, and wait until what the others have said is known, for `timeout_s` at most."""
+        """Begin, and wait until the bookings of other routers are known, for `timeout_s` at most."""
+
+        async def renew_on() -> None:
+            while True:
+                await asyncio.sleep(RENEW_S)
+                self.renew()
+
         self._publisher.rest()
         await self._publisher.start()
-        for what, work in (
+        for name, work in (
             ("sync", self._read()),
-            ("renewal", self._renew()),
-            ("routers", self._watch_routers()),
+            ("renewal", self._supervisor.run(renew_on)),
+            ("routers", follow(self._registry, self._records, self.apply_records, self._supervisor)),
         ):
-            self._tasks.append(asyncio.create_task(work, name=f"{what} {self._stream.path}"))
+            self._tasks.append(asyncio.create_task(work, name=f"{name} {self._stream.path}"))
         try:
             async with asyncio.timeout(timeout_s):
                 await self._ready.wait()
         except TimeoutError:
             log.warning("what other routers have under way is not known yet: Redis is slow, or away")
 
-    async def meet(self, timeout_s: float) -> None:
-        """Wait until the routers that the registry lists beside this one have said what they have under way,
-        for `timeout_s` at most. This router's own record is to stand there."""
+    async def wait_for_peers(self, timeout_s: float) -> None:
+        """Wait until all routers that the registry lists have sent their bookings, for `timeout_s` at most.
+        This router's own record must be in the registry."""
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 while self._owner not in (self._routers or ()) or not self._peers.all_heard():
-                    self._news.clear()
-                    await self._news.wait()
+                    self._peers_changed.clear()
+                    await self._peers_changed.wait()
 
     async def aclose(self) -> None:
-        """End its tasks, and tell what is still to be told, for a second at most."""
+        """End its tasks, and send the messages that wait, for a second at most."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._publisher.aclose()
 
-    # ----------------------------------------------------------------- telling
+    # ----------------------------------------------------------------- sending
 
     def added(self, booking: Booking) -> None:
-        """A request was booked."""
+        """Send a new booking."""
         if not self._publisher.is_resting:
             self._publisher.publish(add_message(booking, self._clock.monotonic()))
 
     def prefill_done(self, request_id: str) -> None:
-        """Its prompt is read."""
+        """Send that the prompt of a request is read."""
         self._publisher.publish(["prefill_done", request_id])
 
     def freed(self, request_id: str) -> None:
-        """It is over."""
+        """Send that a request is over."""
         self._publisher.publish(["free", request_id])
 
-    async def _renew(self) -> None:
-        async def renew_on() -> None:
-            while True:
-                await asyncio.sleep(RENEW_S)
-                self.renew()
-
-        await self._supervisor.run(renew_on)
-
     def renew(self) -> None:
-        """Name all that is under way."""
+        """Send all bookings, or rest if there is no other router."""
         self._rest_if_alone()
         for message in active_messages(self._bookings(), self._clock.monotonic()):
             self._publisher.publish(message)
@@ -169,48 +172,47 @@ class BookingSync:
             self._publisher.rest()
 
     def _greet(self) -> None:
-        """Another router has come: name all that is under way, even if that is nothing."""
+        """Send all bookings to a router that has come, also if there are none."""
         self._publisher.wake()
         self._publisher.publish(["active", []])
         self.renew()
 
-    # ----------------------------------------------------------------- hearing
+    # ----------------------------------------------------------------- receiving
 
-    async def _watch_routers(self) -> None:
-        """A router that left, or whose lease ended, has nothing under way any more."""
-        await follow(self._registry, self._records, self.forget_routers, self._supervisor)
+    def apply_records(self, batch: WatchBatch) -> None:
+        """Note which routers there are, and end the bookings of routers whose records were deleted.
 
-    def forget_routers(self, batch: WatchBatch) -> None:
-        """Note which routers are there, and end the bookings of those whose records went. A resync proves
-        nothing: the registry may have lost them, and they are back in a moment. A record that cannot be read
-        is named, and counts as that of a router which listens."""
+        After a resync a router's bookings stay: the registry may have lost its record, which then comes back
+        in a moment. A record that cannot be read is named in the log, and counts as a router that reads
+        bookings.
+        """
         routers = set() if self._routers is None else self._routers
         has_come = False
         for event in batch.events:
             owner = decode_segment(key_of(event).removeprefix(self._records))
             if isinstance(event, Put):
                 routers.add(owner)
-                if not self._listens(event.record):
-                    self._peers.left(owner)
+                if not self._reads_bookings(event.record):
+                    self._peers.remove(owner)
                 elif owner != self._owner:
-                    has_come |= self._peers.listed(owner)
+                    has_come |= self._peers.note_listed(owner)
                 continue
             routers.discard(owner)
             if event.cause is DeleteCause.RESYNC:
-                self._peers.missed(owner)
+                self._peers.note_vanished(owner)
             elif owner != self._owner:
-                self._peers.left(owner)
+                self._peers.remove(owner)
                 self._book.drop_owner(owner)
         if self._routers is None:
             self._routers = routers
-            self._forget_the_dead()
+            self._drop_dead_routers()
         if has_come:
             self._greet()
         self._rest_if_alone()
-        self._news.set()
+        self._peers_changed.set()
 
-    def _listens(self, record: Record) -> bool:
-        """Whether a router's record says that it is told of others' bookings."""
+    def _reads_bookings(self, record: Record) -> bool:
+        """Return whether a router reads the bookings of other routers, by its record."""
         try:
             return RouterRecord.from_record(record).settings.get("router_replica_sync") is not False
         except InvalidRecord as exc:
@@ -218,6 +220,7 @@ class BookingSync:
             return True
 
     async def _read(self) -> None:
+        """Read the stream: its last `LEASE_S`, and then each entry as it comes."""
         tail = self._streams.tail(self._stream, max_age_s=LEASE_S)
         pace = Pace(PACE_S, _READ_COUNT)
 
@@ -235,54 +238,52 @@ class BookingSync:
             await tail.aclose()
 
     async def _catch_up(self, tail: EventTail) -> None:
-        """Read what was said before, up to what is said now."""
+        """Read the messages that are in the stream already."""
         now_ms = await self._streams.time_ms()
-        # A read may have fewer entries than asked for, where they are large, and more follow all the same.
-        while entries := await tail.read(count=_READ_COUNT, block_s=_GLANCE_S):
+        # A read of large entries may return fewer than asked for, although more follow.
+        while entries := await tail.read(count=_READ_COUNT, block_s=_OLD_BLOCK_S):
             for entry in entries:
                 self.apply(entry, age_s=max(now_ms - entry_order(entry.entry_id)[0], 0) / 1000)
             if entry_order(entries[-1].entry_id)[0] > now_ms:
                 break
         if not self._has_caught_up:
             self._has_caught_up = True
-            self._forget_the_dead()
+            self._drop_dead_routers()
 
-    def _forget_the_dead(self) -> None:
-        """End the bookings of routers that died before this one started, once what was said before and the
-        routers' records are both known. One that lives after all names its bookings within `RENEW_S`."""
+    def _drop_dead_routers(self) -> None:
+        """End the bookings of routers that died before this one started, once both the old messages and the
+        routers' records are known. A router that lives after all sends its bookings within `RENEW_S`."""
         if self._has_caught_up and self._routers is not None:
             for owner in set(self._book.owners()) - self._routers - {self._owner}:
                 self._book.drop_owner(owner)
             self._ready.set()
 
     def apply(self, entry: Entry, *, age_s: float = 0.0) -> None:
-        """Book what another router said in one entry, `age_s` ago; one's own, and what cannot be read, is
-        passed over."""
+        """Apply an entry that was sent `age_s` ago. This router's own entries, and entries that cannot be
+        read, are skipped."""
         try:
             batch = EventBatch.from_bytes(entry.content)
         except InvalidRecord as exc:
             self._supervisor.skip(f"entry {entry.entry_id} of {self._stream.path}", exc)
             return
         owner = owner_name(batch.publisher)
-        if owner != self._owner:
-            self._hear(owner)
-            # One that is broken costs itself: the next renewal says what matters.
-            self._supervisor.each(
-                batch.events,
-                lambda event: self._apply_event(owner, event, age_s),
-                lambda _: f"a word of {owner}",
-            )
-
-    def _hear(self, owner: str) -> None:
-        if not self._has_caught_up:  # it may have said that long ago, and be gone, or rest
+        if owner == self._owner:
             return
-        was_alone = not self._peers
-        self._peers.heard(owner)
-        if was_alone:
-            self._greet()
-        self._news.set()
+        if self._has_caught_up:  # else the message may be old, and its router gone, or at rest
+            was_alone = not self._peers
+            self._peers.note_heard(owner)
+            if was_alone:
+                self._greet()
+            self._peers_changed.set()
+        # An event that is broken is skipped alone: the next renewal has the bookings that count.
+        self._supervisor.each(
+            batch.events,
+            lambda event: self._apply_event(owner, event, age_s),
+            lambda _: f"an event of {owner}",
+        )
 
     def _apply_event(self, owner: str, event: Any, age_s: float) -> None:
+        """Apply one message of another router."""
         match event:
             case ["add", *described]:
                 self._add(owner, read_booking(described), age_s)
@@ -294,27 +295,29 @@ class BookingSync:
                 self._add_all(owner, active, age_s)
 
     def _add_all(self, owner: str, active: list[Any], age_s: float) -> None:
+        """Book all bookings of an "active" message."""
         before = b""
 
-        def take(described: Any) -> None:
+        def add(described: Any) -> None:
             nonlocal before
-            names, before = before, b""  # of one that cannot be read the next one knows no names
-            told = read_booking(described, names)
-            before = told.names
-            self._add(owner, told, age_s)
+            names, before = before, b""  # after a booking that cannot be read the next has no names to share
+            booking = read_booking(described, names)
+            before = booking.names
+            self._add(owner, booking, age_s)
 
-        self._supervisor.each(active, take, lambda _: f"a booking of {owner}")
+        self._supervisor.each(active, add, lambda _: f"a booking of {owner}")
 
-    def _add(self, owner: str, told: Told, age_s: float) -> None:
-        left_s = min(told.left_s, LEASE_S) - age_s
-        if not left_s > 0:  # nor if it is no number
+    def _add(self, owner: str, booking: RemoteBooking, age_s: float) -> None:
+        """Book a request of another router, unless its time is over."""
+        left_s = min(booking.left_s, LEASE_S) - age_s
+        if not left_s > 0:  # also False for NaN
             return
         self._book.add(
             owner,
-            told.request_id,
-            told.worker,
-            prefill_tokens=told.prefill_tokens,
-            blocks=told.blocks,
+            booking.request_id,
+            booking.worker,
+            prefill_tokens=booking.prefill_tokens,
+            blocks=booking.blocks,
             deadline=self._clock.monotonic() + left_s,
-            names=told.names,
+            names=booking.names,
         )

@@ -1,12 +1,12 @@
-"""The load book: what each worker has to do, by the requests booked on it. Pure.
+"""The load book: the load of each worker, by the requests booked on it. Pure.
 
-A worker's blocks are counted once, however many of its requests hold them (`active_blocks.py`). A request's
-blocks without a name, which are those that no other request can share, count on top. What a worker itself
-reports corrects the count until its next report.
+A block of a worker counts once, however many of its requests hold it (`active_blocks.py`). Blocks without a
+name, which no other request can share, count on top. A worker's own report corrects the count until its next
+report.
 
-A booking belongs to the router that made it (its *owner*) and has a deadline: it ends by `free`, with its
-deadline, with its owner, or with its worker's instance, whatever comes first. So a lost `free` is never more
-than a load that ends late.
+A booking belongs to the router that made it (its *owner*) and has a deadline. It ends by `free`, with its
+deadline, with its owner, or with its worker's instance, whichever comes first. So a lost `free` only makes a
+load end late.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ _SLACK_COUNT = 256
 
 
 @dataclass(slots=True)
-class _Booking:
+class _BookedLoad:
+    """The load of one request on its worker."""
+
     worker: Worker
     prefill_tokens: int
     unnamed_count: int
@@ -38,7 +40,7 @@ class _Booking:
 
 @dataclass(slots=True)
 class _Sums:
-    """A worker's bookings together. `correction` is what its report added to the blocks."""
+    """The sums of a worker's bookings. `correction` are the blocks that its report added, or took off."""
 
     prefill_tokens: int = 0
     blocks: int = 0
@@ -51,23 +53,24 @@ _Key = tuple[str, str]
 
 
 class LoadBook:
-    """Bookings by (owner, request id), and each worker's sums. Deadlines are of the caller's one clock.
+    """Bookings by (owner, request id), and each worker's sums. Deadlines are of the caller's clock.
 
-    Adding and freeing are O(log n), the deadlines' heap holds at most twice the live bookings and a few.
+    Adding and freeing are O(log n). The heap of deadlines holds at most twice the live bookings, and
+    `_SLACK_COUNT` more.
     """
 
     def __init__(self) -> None:
-        self._bookings: dict[str, dict[str, _Booking]] = {}
+        self._bookings: dict[str, dict[str, _BookedLoad]] = {}
         self._blocks = ActiveBlocks()
         self._sums: dict[Worker, _Sums] = {}
         self._loads: dict[Worker, WorkerLoad] = {}
         self._deadlines: list[tuple[float, str, str]] = []
         self._count = 0
-        self._over = _Over()
+        self._ended = _EndedRequests()
 
     @property
     def booking_count(self) -> int:
-        """Live bookings."""
+        """Number of live bookings."""
         return self._count
 
     def add(
@@ -81,17 +84,24 @@ class LoadBook:
         deadline: float,
         names: bytes = b"",
     ) -> None:
-        """Book a request, in place of one of the same owner and id. No effect if its `free` came first.
+        """Book a request, in place of a booking of the same owner and id. No effect if its `free` came first.
 
-        `blocks` are all blocks of its prompt; the first of them have `names` (`hashing.pack_names`).
+        Args:
+            owner: the name of the router.
+            request_id: the request's id, unique for that owner.
+            worker: the worker that the request goes to.
+            prefill_tokens: prompt tokens that the worker has to read; 0 if it has read them.
+            blocks: all blocks of the prompt.
+            deadline: the time at which the booking ends by itself.
+            names: the packed names of the first of these blocks (`block_hashes.pack_names`).
         """
-        if self._over.take((owner, request_id)):
+        if self._ended.pop_early((owner, request_id)):
             return
         self._end(owner, request_id)
         unnamed_count = max(blocks - len(names) // NAME_BYTES, 0)
         new_blocks = self._blocks.hold(worker, names) + unnamed_count
         unread_blocks = new_blocks if prefill_tokens else 0
-        self._bookings.setdefault(owner, {})[request_id] = _Booking(
+        self._bookings.setdefault(owner, {})[request_id] = _BookedLoad(
             worker, prefill_tokens, unnamed_count, names, unread_blocks, deadline
         )
         self._count += 1
@@ -111,7 +121,7 @@ class LoadBook:
             heapq.heapify(self._deadlines)
 
     def prefill_done(self, owner: str, request_id: str) -> None:
-        """The worker has read the prompt. Idempotent; no effect on what is not booked."""
+        """Note that the worker has read the prompt. Idempotent; no effect on a request that is not booked."""
         booking = self._bookings.get(owner, {}).get(request_id)
         if booking is not None and booking.prefill_tokens:
             sums = self._sums[booking.worker]
@@ -121,23 +131,22 @@ class LoadBook:
             self._show(booking.worker, sums)
 
     def free(self, owner: str, request_id: str) -> None:
-        """The request is over. Idempotent; one that comes before its `add` is remembered for a while."""
-        if self._end(owner, request_id):
-            self._over.note((owner, request_id), early=False)
-        else:
-            self._over.note((owner, request_id), early=True)
+        """End a booking: the request is over. Idempotent; a `free` that comes before its `add` is remembered
+        for a while."""
+        is_early = not self._end(owner, request_id)
+        self._ended.note((owner, request_id), early=is_early)
 
     def owners(self) -> list[str]:
-        """Return the routers that have booked what lives."""
+        """Return the routers that have live bookings."""
         return list(self._bookings)
 
     def drop_owner(self, owner: str) -> None:
-        """A router is gone, and with it all that it booked."""
+        """End all bookings of a router that is gone."""
         for request_id in list(self._bookings.get(owner, ())):
             self._end(owner, request_id)
 
     def drop_instance(self, instance_id: int) -> None:
-        """An instance is gone, with all its ranks. Looks at every booking."""
+        """End all bookings of an instance that is gone, with all its ranks. Looks at every booking."""
         self._drop(
             (owner, request_id)
             for owner, bookings in self._bookings.items()
@@ -148,7 +157,7 @@ class LoadBook:
             self.forget_report(worker)
 
     def expire(self, now: float) -> int:
-        """End the bookings whose deadline has come; how many there were."""
+        """End the bookings whose deadline has come; return their number."""
         late: list[_Key] = []
         while self._deadlines and self._deadlines[0][0] <= now:
             deadline, owner, request_id = heapq.heappop(self._deadlines)
@@ -156,17 +165,17 @@ class LoadBook:
             if booking is not None and booking.deadline == deadline:
                 late.append((owner, request_id))
         count = self._drop(late)
-        self._over.forget(now)
+        self._ended.expire(now)
         return count
 
     # ----------------------------------------------------------------- reports of the workers
 
     def report(self, worker: Worker, active_blocks: int) -> None:
-        """Take in how many blocks a worker says that its requests hold now.
+        """Correct a worker's blocks by the number that it says its requests hold now.
 
-        It knows better than the bookings, except for prompts that it has yet to read, or is reading: of
-        their blocks it may hold any part. So its count stands if it is more than what is booked, or less than
-        what is booked of prompts that are read. What is booked and freed later counts on top.
+        The worker's number is exact, but bookings also have prompts that it has yet to read, or is reading:
+        it may hold any part of their blocks. So its number counts if it is above all booked blocks, or below
+        the booked blocks of prompts that are read. Later bookings and frees count on top.
         """
         sums = self._sums.setdefault(worker, _Sums())
         explained = min(max(active_blocks, sums.blocks - sums.unread_blocks), sums.blocks)
@@ -174,38 +183,40 @@ class LoadBook:
         self._show(worker, sums)
 
     def forget_report(self, worker: Worker) -> None:
-        """Let a worker's bookings alone count: what it has said is too old."""
+        """Drop a worker's report, which is too old: its bookings alone count."""
         sums = self._sums.get(worker)
         if sums is not None:
             sums.correction = 0
             self._show(worker, sums)
 
-    # ----------------------------------------------------------------- questions
+    # ----------------------------------------------------------------- loads
 
     def load(self, worker: Worker) -> WorkerLoad:
-        """What a worker has to do."""
+        """Return the load of a worker."""
         return self._loads.get(worker, IDLE)
 
     def loads(self) -> Mapping[Worker, WorkerLoad]:
-        """Return what each worker with load has to do. The mapping is the book's own: not to be changed."""
+        """Return the load of each worker that has any. The mapping is the book's own: do not change it."""
         return self._loads
 
     def active(self, names: bytes) -> Mapping[Worker, int]:
-        """Return how many blocks of a prompt the requests of each worker hold already; 0 is left out."""
+        """Return the number of blocks of a prompt that the requests of each worker hold already, without
+        workers that hold none."""
         return self._blocks.active(names)
 
     # ----------------------------------------------------------------- inner steps
 
     def _drop(self, keys: Iterable[_Key]) -> int:
-        dropped = list(keys)
+        """End these bookings; return their number."""
         ended = 0
-        for owner, request_id in dropped:
+        for owner, request_id in list(keys):
             if self._end(owner, request_id):
                 ended += 1
-                self._over.note((owner, request_id), early=False)
+                self._ended.note((owner, request_id), early=False)
         return ended
 
     def _end(self, owner: str, request_id: str) -> bool:
+        """Take a booking out of the book and its worker's sums; return False if there is none."""
         bookings = self._bookings.get(owner)
         booking = bookings.pop(request_id, None) if bookings is not None else None
         if bookings is None or booking is None:
@@ -223,6 +234,7 @@ class LoadBook:
         return True
 
     def _show(self, worker: Worker, sums: _Sums) -> None:
+        """Update a worker's load from its sums; drop both if there is no load."""
         blocks = max(sums.blocks + sums.correction, 0)
         if sums.request_count or blocks:
             self._loads[worker] = WorkerLoad(sums.prefill_tokens, blocks, sums.request_count)
@@ -231,9 +243,9 @@ class LoadBook:
             del self._sums[worker]
 
 
-class _Over:
-    """Requests that are over, for a while: so that an `add` that comes after its `free` books nothing, and a
-    second `free` is not taken for one that came early."""
+class _EndedRequests:
+    """Requests that are over, remembered for a while: an `add` after its `free` must book nothing, and a
+    second `free` must not be taken for one that came early."""
 
     def __init__(self) -> None:
         self._young: dict[_Key, bool] = {}
@@ -241,20 +253,21 @@ class _Over:
         self._turned = float("-inf")
 
     def note(self, key: _Key, *, early: bool) -> None:
+        """Remember a request. `early`: its `free` came before its `add`."""
         if early and (key in self._young or key in self._old):
             return
         self._young[key] = early
         if len(self._young) >= _REMEMBERED_COUNT:
             self._turn()
 
-    def take(self, key: _Key) -> bool:
-        """Whether this one's free came early. It is forgotten then."""
+    def pop_early(self, key: _Key) -> bool:
+        """Forget a request; return whether its `free` came early."""
         early = self._young.pop(key, None)
         older = self._old.pop(key, None)
         return bool(older if early is None else early)
 
-    def forget(self, now: float) -> None:
-        """Time passes: what is older than `_REMEMBERED_S` is forgotten before it is twice as old."""
+    def expire(self, now: float) -> None:
+        """Forget requests between one and two `_REMEMBERED_S` after they were noted."""
         if now - self._turned >= _REMEMBERED_S:
             self._turn()
             self._turned = now

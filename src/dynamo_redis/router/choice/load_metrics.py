@@ -1,11 +1,10 @@
-"""What workers say of their load: fire and forget, the last value wins, and an old one counts for nothing."""
+"""Reads the workers' own reports of their load. Each report replaces the one before; an old one expires."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import Any
 
 from dynamo_redis.clock import SYSTEM_CLOCK, Clock
 from dynamo_redis.errors import InvalidRecord
@@ -19,16 +18,16 @@ from dynamo_redis.wire.topics import KV_METRICS
 log = logging.getLogger(__name__)
 
 STALE_AFTER_S = 10.0
-"""A worker that has said nothing for so long is judged by its bookings alone."""
+"""Age at which a worker's last report expires: then its bookings alone count."""
 
 _LISTEN_S = 1.0
 
 
 class LoadMetrics:
-    """The fill of the workers' KV caches, as they report it themselves: it corrects the load book.
+    """The blocks in use in the workers' KV caches, as they report them: they correct the load book.
 
-    It owns one task, which listens to the topic until `aclose`. What is published while it does not listen is
-    lost, and followed by the next value a moment later.
+    It owns one task, which listens to the topic until `aclose`. A report that is published while it does not
+    listen is lost; the next one follows a moment later.
     """
 
     def __init__(
@@ -46,7 +45,7 @@ class LoadMetrics:
         self._book = book
         self._on_change = on_change
         self._clock = clock
-        self._used: dict[Worker, tuple[int, int | None, float]] = {}  # blocks in use, of how many, since when
+        self._used: dict[Worker, tuple[int, int | None, float]] = {}  # blocks in use, all blocks, time
         self._reader: asyncio.Task[None] | None = None
         self._supervisor = Supervisor(log, f"load metrics {self._topic.path}")
 
@@ -58,27 +57,28 @@ class LoadMetrics:
             )
 
     async def aclose(self) -> None:
-        """Listen no more."""
+        """Stop listening."""
         if self._reader is not None:
             self._reader.cancel()
             await asyncio.gather(self._reader, return_exceptions=True)
 
     def used_blocks(self, worker: Worker) -> tuple[int, int | None] | None:
-        """How many KV blocks a worker's requests hold, of how many if it says; None if nothing is known."""
+        """Return the KV blocks that a worker's requests hold, and the number of all its blocks if it reports
+        that; None without a report that counts."""
         known = self._used.get(worker)
         if known is None or self._clock.monotonic() - known[2] > STALE_AFTER_S:
             return None
         return known[:2]
 
     def expire(self) -> None:
-        """Forget who has been silent for too long."""
+        """Forget the reports that have expired."""
         oldest = self._clock.monotonic() - STALE_AFTER_S
         for worker in [worker for worker, (_, _, at) in self._used.items() if at < oldest]:
             del self._used[worker]
             self._book.forget_report(worker)
 
     def apply(self, message: bytes) -> None:
-        """Take in one message; one that cannot be read says nothing."""
+        """Apply one message; one that cannot be read is skipped, and named in the log."""
         try:
             batch = EventBatch.from_bytes(message)
         except InvalidRecord as exc:
@@ -86,10 +86,15 @@ class LoadMetrics:
             return
         worker = Worker(batch.publisher.instance_id, batch.publisher.dp_rank)
         for event in batch.events:
-            used = _used_blocks(event)
-            if used is not None:
-                self._used[worker] = (*used, self._clock.monotonic())
-                self._book.report(worker, used[0])
+            stats = event.get("kv_stats") if isinstance(event, dict) else None
+            if not isinstance(stats, dict):
+                continue
+            active, total = stats.get("kv_active_blocks"), stats.get("kv_total_blocks")
+            if type(active) is not int or active < 0:
+                continue
+            known_total = total if type(total) is int and total > 0 else None
+            self._used[worker] = (active, known_total, self._clock.monotonic())
+            self._book.report(worker, active)
         self._on_change()
 
     async def _listen(self) -> None:
@@ -101,12 +106,3 @@ class LoadMetrics:
                     self.apply(message)
         finally:
             await subscription.aclose()
-
-
-def _used_blocks(event: Any) -> tuple[int, int | None] | None:
-    if not isinstance(event, dict) or not isinstance(stats := event.get("kv_stats"), dict):
-        return None
-    active, total = stats.get("kv_active_blocks"), stats.get("kv_total_blocks")
-    if type(active) is not int or active < 0:
-        return None
-    return active, total if type(total) is int and total > 0 else None

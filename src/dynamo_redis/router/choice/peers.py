@@ -1,6 +1,6 @@
-"""The other routers that read this one's bookings: those in the registry, and those that were heard.
+"""The other routers that read this one's bookings: those in the registry, and those that sent a message.
 
-A router that has none need not say anything. Pure.
+A router without peers need not send its bookings. Pure.
 """
 
 from __future__ import annotations
@@ -11,51 +11,51 @@ from dynamo_redis.clock import Clock
 
 
 class Peers:
-    """By the names of routers. One that vanished from the registry's view without having left, or is heard
-    and not listed, counts for `doubt_s` more."""
+    """The names of the other routers.
 
-    def __init__(self, clock: Clock, doubt_s: float) -> None:
+    A router whose record vanished in a resync, and one that sent a message and has no record, count for
+    `grace_s` more.
+    """
+
+    def __init__(self, clock: Clock, grace_s: float) -> None:
         self._clock = clock
-        self._doubt_s = doubt_s
+        self._grace_s = grace_s
         self._until: dict[str, float] = {}
         self._heard: set[str] = set()
 
     def __bool__(self) -> bool:
-        """Whether there are any."""
+        """True if there are other routers."""
         now = self._clock.monotonic()
         return any(until > now for until in self._until.values())
 
-    def listed(self, owner: str) -> bool:
-        """The registry has it. Answers whether that is new."""
+    def note_listed(self, owner: str) -> bool:
+        """Note that the registry lists a router; return True if that is new."""
         is_new = self._until.get(owner) != inf
         self._until[owner] = inf
         return is_new
 
-    def missed(self, owner: str) -> None:
-        """The registry has it no more, but may have lost it."""
+    def note_vanished(self, owner: str) -> None:
+        """Note that the registry lists a router no more, but may have lost its record."""
         if owner in self._until:
-            self._until[owner] = self._clock.monotonic() + self._doubt_s
+            self._until[owner] = self._clock.monotonic() + self._grace_s
 
-    def left(self, owner: str) -> None:
-        """It has left, or does not listen."""
+    def remove(self, owner: str) -> None:
+        """Remove a router that has left, or does not read bookings."""
         self._until.pop(owner, None)
         self._heard.discard(owner)
 
-    def heard(self, owner: str) -> None:
-        """It has said something."""
+    def note_heard(self, owner: str) -> None:
+        """Note that a router has sent a message."""
+        now = self._clock.monotonic()
         until = self._until.get(owner)
         if until is None:
-            self._forget_the_old()
+            # The last messages of a router often come after its record has gone: it would be kept for ever.
+            for old in [old for old, old_until in self._until.items() if old_until <= now]:
+                self.remove(old)
         self._heard.add(owner)
         if until != inf:
-            self._until[owner] = self._clock.monotonic() + self._doubt_s
-
-    def _forget_the_old(self) -> None:
-        """The last words of a router often come after its record has gone: it would be kept for ever."""
-        now = self._clock.monotonic()
-        for owner in [owner for owner, until in self._until.items() if until <= now]:
-            self.left(owner)
+            self._until[owner] = now + self._grace_s
 
     def all_heard(self) -> bool:
-        """Whether each that is listed has said something."""
+        """Return whether each router that the registry lists has sent a message."""
         return all(owner in self._heard for owner, until in self._until.items() if until == inf)

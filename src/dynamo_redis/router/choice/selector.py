@@ -1,4 +1,4 @@
-"""What a choice costs, and which worker is chosen. Pure. The cost, in blocks:
+"""The cost of each worker for a request, and the choice by it. Pure. The cost, in blocks:
 
     prefill_blocks = (prompt tokens the worker has to read already + tokens of this prompt) / block_size
     credit         = overlap_score_credit · device + host_credit · host + disk_credit · disk
@@ -6,9 +6,8 @@
     cost           = prefill_load_scale · max(prefill_blocks − credit, 0) + decode_blocks
 
 where device, host and disk are the blocks of the prompt that the worker holds there. A block that several
-requests hold counts once, as it does on the worker. The lowest cost wins, and among equals chance: of two
-workers that cost the same, the one with less load holds less of the prompt, so that neither is the better
-rule.
+requests hold counts once, as it does on the worker. The lowest cost wins. Among equal costs chance decides:
+of two workers that cost the same, the one with less load holds less of the prompt, and neither is better.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import random
 from collections.abc import Mapping, Sequence
 from itertools import repeat
 
-from dynamo_redis.router.base import Choice, CostWeights, Matched, Worker, WorkerCost
+from dynamo_redis.router.base import CostWeights, Matched, Worker, WorkerChoice, WorkerCost
 from dynamo_redis.router.choice.load_book import IDLE, LoadBook
 
 NOTHING = Matched(0)
@@ -27,9 +26,9 @@ _NONE_ACTIVE: Mapping[Worker, int] = {}
 
 
 class Selector:
-    """Chooses the worker of least cost; with a temperature, draws by softmax.
+    """Chooses the worker of lowest cost; with a temperature, draws one by softmax.
 
-    Chance comes from `rng` alone: equal seeds and equal questions have equal answers.
+    All chance comes from `rng`: equal seeds and equal requests give equal choices.
     """
 
     def __init__(self, rng: random.Random) -> None:
@@ -46,31 +45,36 @@ class Selector:
         weights: CostWeights,
         active: Mapping[Worker, int] = _NONE_ACTIVE,
         explain: bool = False,
-    ) -> Choice:
-        """The choice among `candidates`, for a prompt of `token_count` tokens of which they hold `matched`,
-        and `active` blocks in requests that run: `book.active` of the prompt.
+    ) -> WorkerChoice:
+        """Choose one of `candidates`. O(candidates). Raises ValueError if there are none.
 
-        With `explain` it has the costs of all, in the order of `candidates`. Raises ValueError if there are
-        none. O(candidates).
+        Args:
+            candidates: the workers to choose from.
+            matched: the match of each worker that holds a part of the prompt.
+            book: the load of the workers.
+            token_count: tokens of the prompt.
+            block_size: tokens of a block.
+            weights: the weights of the cost.
+            active: blocks of the prompt that running requests hold, by worker: `book.active` of it.
+            explain: whether the choice has the costs of all candidates, in their order.
         """
         if not candidates:
             raise ValueError("no worker to choose from")
         costs = _costs(candidates, matched, book, active, token_count, block_size, weights)
-        place = self._draw(costs, weights.temperature) if weights.temperature > 0 else self._least(costs)
+        place = self._draw(costs, weights.temperature)
         worker = candidates[place]
         explained = (
             _explain(candidates, matched, book, active, costs, token_count, block_size) if explain else ()
         )
-        return Choice(worker, matched.get(worker, NOTHING), costs[place], explained)
-
-    def _least(self, costs: Sequence[float]) -> int:
-        lowest = min(costs)
-        if costs.count(lowest) == 1:
-            return costs.index(lowest)
-        return self._rng.choice([place for place, cost in enumerate(costs) if cost == lowest])
+        return WorkerChoice(worker, matched.get(worker, NOTHING), costs[place], explained)
 
     def _draw(self, costs: Sequence[float], temperature: float) -> int:
+        """Return the place of the lowest cost, or with a temperature, of a cost drawn by softmax."""
         lowest = min(costs)
+        if temperature <= 0:
+            if costs.count(lowest) == 1:
+                return costs.index(lowest)
+            return self._rng.choice([place for place, cost in enumerate(costs) if cost == lowest])
         scale = (max(costs) - lowest) * temperature
         places = range(len(costs))
         if scale == 0:
@@ -87,10 +91,11 @@ def _costs(
     block_size: int,
     weights: CostWeights,
 ) -> list[float]:
+    """Return the cost of each candidate, in their order; the arguments are those of `Selector.select`."""
     own_blocks = -(-token_count // block_size)
     scale = weights.prefill_load_scale
     costs = []
-    known, credit = NOTHING, 0.0  # what most hold is one and the same
+    known, credit = NOTHING, 0.0  # of the last match: most workers have the same one
     loads = map(book.loads().get, candidates, repeat(IDLE))
     shared = map(active.get, candidates, repeat(0))
     holds = map(matched.get, candidates)
@@ -98,15 +103,15 @@ def _costs(
         prefill_blocks = (prefill_tokens + token_count) / block_size
         if held is not None:
             if held is not known:
-                known, credit = held, _credit(held, weights)
+                known, (device, host, disk) = held, held
+                credit = (
+                    weights.overlap_score_credit * device
+                    + weights.host_credit * host
+                    + weights.disk_credit * disk
+                )
             prefill_blocks = prefill_blocks - credit if prefill_blocks > credit else 0.0
         costs.append(scale * prefill_blocks + (blocks + own_blocks - shared_blocks))
     return costs
-
-
-def _credit(held: Matched, weights: CostWeights) -> float:
-    device, host, disk = held
-    return weights.overlap_score_credit * device + weights.host_credit * host + weights.disk_credit * disk
 
 
 def _explain(
@@ -118,6 +123,7 @@ def _explain(
     token_count: int,
     block_size: int,
 ) -> tuple[WorkerCost, ...]:
+    """Return each candidate's cost with its parts, in their order."""
     own_blocks = -(-token_count // block_size)
     explained = []
     for worker, cost in zip(candidates, costs, strict=True):

@@ -1,4 +1,4 @@
-"""The workers of an endpoint as a router chooses among them: who is there, of how many ranks, how busy."""
+"""The workers that a router chooses from: the ranks of an endpoint's instances, by their model cards."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ _WARNINGS_COUNT = 16
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """What an instance can hold, by its model card."""
+    """The size of an instance's KV cache, by its model card."""
 
     block_size: int
     rank_count: int = 1
     total_blocks: int | None = None
-    """Of one rank."""
+    """The blocks of one rank."""
     event_plane: str | None = None
 
 
@@ -43,8 +43,8 @@ class WorkerCards:
     """The capacities of an endpoint's instances, from their model cards.
 
     It owns one task, which reads a watch (bounded by the registry; overflow: a resync) until `aclose`. An
-    instance is known until its card *and* its record are gone: the one may be so for a moment, with a lease
-    that ended, and the other while an engine is down.
+    instance is known until its card *and* its record are gone: a card may be missing for a moment after a
+    lease has ended, and a record while an engine is down.
     """
 
     def __init__(
@@ -53,20 +53,20 @@ class WorkerCards:
         endpoint: EndpointName,
         on_block_size: Callable[[int], None] | None = None,
     ) -> None:
-        """`on_block_size` is told the first block size that a worker names, and another one as soon as all
-        cards name that: engines were started anew with it."""
+        """`on_block_size` is called with the first block size that a worker reports, and with another one as
+        soon as all cards have it: then the engines were started anew with it."""
         self._registry = registry
         self._prefix = f"{MODEL_CARDS}{endpoint.path}/"
         self._capacities: dict[int, Capacity] = {}
         self._without_card: set[int] = set()
         self._reader: asyncio.Task[None] | None = None
         self._on_block_size = on_block_size
-        self._said = asyncio.Event()
+        self._has_block_size = asyncio.Event()
         self._expected: tuple[int, str | None] | None = None
         self._warned: set[str] = set()
         self._supervisor = Supervisor(log, f"cards below {self._prefix}")
         self.version = 0
-        """Grows with each change."""
+        """A number that grows with each change."""
 
     def start(self) -> None:
         """Begin to watch."""
@@ -81,40 +81,35 @@ class WorkerCards:
             await asyncio.gather(self._reader, return_exceptions=True)
 
     def get(self, instance_id: int) -> Capacity | None:
-        """What is known of an instance."""
+        """Return the capacity of an instance; None if it is not known."""
         return self._capacities.get(instance_id)
 
     async def wait_for_block_size(self, timeout_s: float) -> bool:
-        """Wait until a worker has named a block size; answers whether one has."""
+        """Wait until a worker has reported its block size; return whether one has."""
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                await self._said.wait()
-        return self._said.is_set()
+                await self._has_block_size.wait()
+        return self._has_block_size.is_set()
 
     def note_block_size(self, instance_id: int, block_size: int) -> None:
-        """An instance says how many tokens its blocks have: by its card, or with its KV events."""
-        if not self._said.is_set():
-            self._said.set()
+        """Note the block size that an instance reports, by its card or with its answer from `kv_dump`."""
+        if not self._has_block_size.is_set():
+            self._has_block_size.set()
             if self._on_block_size is not None:
                 self._on_block_size(block_size)
         self._check_block_size(instance_id, block_size)
 
-    def _follow_block_size(self, block_size: int) -> None:
-        if self._on_block_size is None or self._expected is None or block_size == self._expected[0]:
-            return
-        carded = (c for instance_id, c in self._capacities.items() if instance_id not in self._without_card)
-        if all(capacity.block_size == block_size for capacity in carded):
-            self._on_block_size(block_size)
-
     def expect(self, block_size: int, event_plane: str | None) -> None:
-        """Warn of instances of which the router will never know a block, once for each way to be wrong:
-        their blocks are of another size, or their events travel otherwise (None: it follows none)."""
+        """Warn, once for each reason, of instances whose blocks the router will never know: their blocks have
+        another size, or they send their events by another event plane. `event_plane` is the one that the
+        router follows; None if it follows none."""
         self._expected = (block_size, event_plane)
         for instance_id, capacity in self._capacities.items():
             self._check_block_size(instance_id, capacity.block_size)
             self._check_plane(instance_id, capacity.event_plane)
 
     def _check_block_size(self, instance_id: int, block_size: int) -> None:
+        """Warn if an instance's blocks have another size than the router's."""
         if self._expected is not None and block_size != self._expected[0]:
             self._warn(
                 instance_id,
@@ -124,6 +119,7 @@ class WorkerCards:
             )
 
     def _check_plane(self, instance_id: int, event_plane: str | None) -> None:
+        """Warn if an instance sends its events by another event plane than the router follows."""
         followed = None if self._expected is None else self._expected[1]
         if followed is not None and event_plane not in (None, followed):
             self._warn(
@@ -132,23 +128,25 @@ class WorkerCards:
                 f"{followed!r}: it hears of none of its blocks. Set DYN_EVENT_PLANE alike",
             )
 
-    def _warn(self, instance_id: int, what: str) -> None:
-        if what not in self._warned and len(self._warned) < _WARNINGS_COUNT:
-            self._warned.add(what)
-            log.warning("instance %x below %s %s", instance_id, self._prefix, what)
+    def _warn(self, instance_id: int, complaint: str) -> None:
+        """Log a complaint about an instance, once, and no more than `_WARNINGS_COUNT` different ones."""
+        if complaint not in self._warned and len(self._warned) < _WARNINGS_COUNT:
+            self._warned.add(complaint)
+            log.warning("instance %x below %s %s", instance_id, self._prefix, complaint)
 
-    def forget_others(self, known_ids: Collection[int]) -> None:
-        """Forget instances without a card, unless they are among these."""
-        for instance_id in self._without_card - set(known_ids):
+    def forget_unlisted(self, listed_ids: Collection[int]) -> None:
+        """Forget instances that have no card and are not among `listed_ids`."""
+        for instance_id in self._without_card - set(listed_ids):
             self._without_card.discard(instance_id)
             del self._capacities[instance_id]
             self.version += 1
 
     def apply(self, batch: WatchBatch) -> None:
-        """Take in changes. A card that cannot be read is passed over, and named in the log."""
-        self._supervisor.each(batch.events, self._take, key_of)
+        """Apply changes. A card that cannot be read is skipped, and named in the log."""
+        self._supervisor.each(batch.events, self._apply_event, key_of)
 
-    def _take(self, event: Put | Delete) -> None:
+    def _apply_event(self, event: Put | Delete) -> None:
+        """Apply one change. Raises InvalidRecord."""
         key = key_of(event)
         try:
             _, instance_id = parse_card_key(key)
@@ -169,13 +167,21 @@ class WorkerCards:
         if self._capacities.get(instance_id) != capacity:
             self._capacities[instance_id] = capacity
             self.version += 1
-            self._follow_block_size(capacity.block_size)
+            self._use_if_common(capacity.block_size)
             self.note_block_size(instance_id, capacity.block_size)
             self._check_plane(instance_id, capacity.event_plane)
 
+    def _use_if_common(self, block_size: int) -> None:
+        """Call `on_block_size` with another size than the expected one, if all cards have it."""
+        if self._on_block_size is None or self._expected is None or block_size == self._expected[0]:
+            return
+        carded = (c for instance_id, c in self._capacities.items() if instance_id not in self._without_card)
+        if all(capacity.block_size == block_size for capacity in carded):
+            self._on_block_size(block_size)
+
 
 class Workers:
-    """Who may be chosen: every rank of the instances that the client's view trusts most."""
+    """The workers to choose from: every rank of the instances that the client's view trusts most."""
 
     def __init__(
         self,
@@ -193,12 +199,26 @@ class Workers:
         self._made_of: tuple[list[Member], int, frozenset[int] | None] | None = None
 
     def candidates(self, among: Collection[int] | None, excluded: Collection[int]) -> Sequence[Worker]:
-        """Ranks of the instances to choose from first; of those of last resort if there are none."""
+        """Return the ranks of the view's candidates; of its last resorts if there are no candidates.
+
+        Most requests bring the same ids as the one before, and the view makes a new list whenever its
+        candidates change: so the ranks of the last candidates and ids are kept.
+        """
         among = ids_now(among)
         if (among is None or isinstance(among, frozenset)) and not excluded:
-            workers = self._of_candidates(among)
-            if workers:
-                return workers
+            candidates, version, made_of = self._view.candidates, self._cards.version, self._made_of
+            if (
+                made_of is None
+                or made_of[0] is not candidates
+                or made_of[1] != version
+                or made_of[2] is not among
+            ):
+                self._usual = self._ranks(
+                    member for member in candidates if among is None or member.instance_id in among
+                )
+                self._made_of = (candidates, version, among)
+            if self._usual:
+                return self._usual
         for members in (self._view.candidates, *self._view.last_resorts()):
             workers = self._ranks(
                 member
@@ -210,28 +230,13 @@ class Workers:
         return []
 
     def without_busy(self, workers: Sequence[Worker], book: LoadBook) -> Sequence[Worker]:
-        """Those that are below the thresholds; all of them where none is set."""
+        """Return the workers whose load is below the thresholds; all of them where no threshold is set."""
         if self._most_used is None and self._most_prefill_tokens is None:
             return workers
         return [worker for worker in workers if not self._is_busy(worker, book)]
 
-    def _of_candidates(self, among: frozenset[int] | None) -> list[Worker]:
-        """Return the ranks of the candidates of those ids. Most requests bring the same ids as the one
-        before; the view makes a new list whenever its candidates change."""
-        candidates, version, made_of = self._view.candidates, self._cards.version, self._made_of
-        if (
-            made_of is None
-            or made_of[0] is not candidates
-            or made_of[1] != version
-            or made_of[2] is not among
-        ):
-            self._usual = self._ranks(
-                member for member in candidates if among is None or member.instance_id in among
-            )
-            self._made_of = (candidates, version, among)
-        return self._usual
-
     def _ranks(self, members: Iterable[Member]) -> list[Worker]:
+        """Return all ranks of these instances; one each where the card is not known."""
         workers = []
         for member in members:
             capacity = self._cards.get(member.instance_id)
@@ -240,16 +245,16 @@ class Workers:
         return workers
 
     def _is_busy(self, worker: Worker, book: LoadBook) -> bool:
+        """Return whether a worker's load is above a threshold. Without a known total of its KV blocks, their
+        use is not."""
         load = book.load(worker)
         if self._most_prefill_tokens is not None and load.prefill_tokens > self._most_prefill_tokens:
             return True
-        return self._most_used is not None and self._used_part(worker, load.blocks) > self._most_used
-
-    def _used_part(self, worker: Worker, used_blocks: int) -> float:
-        """Return the part of a worker's KV blocks that its requests hold; 0 if its total is not known."""
+        if self._most_used is None:
+            return False
         capacity = self._cards.get(worker.instance_id)
         total_blocks = None if capacity is None else capacity.total_blocks
-        said = None if self._metrics is None else self._metrics.used_blocks(worker)
-        if said is not None:
-            total_blocks = said[1] or total_blocks
-        return used_blocks / total_blocks if total_blocks else 0.0
+        reported = None if self._metrics is None else self._metrics.used_blocks(worker)
+        if reported is not None:
+            total_blocks = reported[1] or total_blocks
+        return total_blocks is not None and total_blocks > 0 and load.blocks / total_blocks > self._most_used

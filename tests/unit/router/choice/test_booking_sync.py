@@ -269,10 +269,10 @@ async def test_a_router_that_left_has_nothing_under_way(one: Router, other: Rout
         key = f"v1/kv_routers/dynamo/backend/{owner}"
         return WatchBatch((Delete(key, Revision("1-0"), cause),), Revision("1-0"))
 
-    other.sync.forget_routers(gone(one.owner, DeleteCause.RESYNC))
+    other.sync.apply_records(gone(one.owner, DeleteCause.RESYNC))
     assert other.load().request_count == 2  # the registry may just have lost it
-    other.sync.forget_routers(gone(one.owner, DeleteCause.EXPIRED))
-    other.sync.forget_routers(gone(other.owner, DeleteCause.EXPIRED))  # it knows better
+    other.sync.apply_records(gone(one.owner, DeleteCause.EXPIRED))
+    other.sync.apply_records(gone(other.owner, DeleteCause.EXPIRED))  # it knows better
     assert other.load().request_count == 1
 
 
@@ -290,14 +290,14 @@ def listed(*owners: str, **settings: Any) -> WatchBatch:
 
 async def test_a_router_waits_for_the_word_of_those_listed(one: Router, other: Router) -> None:
     one.sync._has_caught_up = True
-    meeting = asyncio.create_task(one.sync.meet(60.0))
+    meeting = asyncio.create_task(one.sync.wait_for_peers(60.0))
     await asyncio.sleep(0)
-    one.sync.forget_routers(listed(other.owner, one.owner))
+    one.sync.apply_records(listed(other.owner, one.owner))
     await other.book_one("r")
     await asyncio.sleep(0)
     assert not meeting.done()
     other.said.clear()
-    other.sync.forget_routers(listed(one.owner))
+    other.sync.apply_records(listed(one.owner))
     tell(other, one)
     await meeting
     assert one.load().request_count == 1
@@ -306,19 +306,19 @@ async def test_a_router_waits_for_the_word_of_those_listed(one: Router, other: R
 async def test_a_router_that_does_not_listen_is_not_told(one: Router) -> None:
     await one.book_one("r")
     one.said.clear()
-    one.sync.forget_routers(listed("deaf", router_replica_sync=False))
+    one.sync.apply_records(listed("deaf", router_replica_sync=False))
     assert one.said == []
-    one.sync.forget_routers(listed("new"))
+    one.sync.apply_records(listed("new"))
     assert [event[0] for event in one.said] == ["active", "active"]
     one.said.clear()
-    one.sync.forget_routers(listed("new"))
+    one.sync.apply_records(listed("new"))
     assert one.said == [], "it was known"
 
 
 async def test_a_record_that_cannot_be_read_is_named(other: Router, caplog: pytest.LogCaptureFixture) -> None:
     key = "v1/kv_routers/dynamo/backend/zz"
     record = Record(key, b'{"version":1e999}', Revision("1-0"), Revision("1-0"), 1, None)
-    other.sync.forget_routers(WatchBatch((Put(record),), Revision("1-0")))
+    other.sync.apply_records(WatchBatch((Put(record),), Revision("1-0")))
     assert f"`dynamo-redis del {key}` removes it" in caplog.text
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamo_redis.router.base import Choice, CostWeights, Matched, Worker
+from dynamo_redis.router.base import CostWeights, Matched, Worker, WorkerChoice
 from dynamo_redis.router.choice.load_book import LoadBook
 from dynamo_redis.router.choice.selector import NOTHING, Selector
 
@@ -33,7 +33,7 @@ def chosen(
     weights: CostWeights | None = None,
     tokens: int = 160,
     candidates: list[Worker] = W[:3],
-) -> Choice:
+) -> WorkerChoice:
     return Selector(random.Random(seed)).select(
         candidates,
         matched,

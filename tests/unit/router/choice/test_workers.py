@@ -100,17 +100,17 @@ def test_every_rank_may_be_chosen_as_soon_as_its_card_is_known() -> None:
 def test_an_instance_is_known_until_neither_card_nor_record_is_left() -> None:
     scene = Scene()
     scene.card(1, data_parallel_size=2)
-    scene.cards.forget_others([])  # its engine is down, say: the record is away, the card is not
+    scene.cards.forget_unlisted([])  # its engine is down, say: the record is away, the card is not
     assert scene.cards.get(1) is not None
     scene.lose_card(1)
     scene.lose_card(2)
-    scene.cards.forget_others([1, 2])  # its lease is lost, but it answers
+    scene.cards.forget_unlisted([1, 2])  # its lease is lost, but it answers
     assert scene.workers.candidates({1}, ()) == [Worker(1, 0), Worker(1, 1)]
     scene.card(1, data_parallel_size=2)
-    scene.cards.forget_others([])
+    scene.cards.forget_unlisted([])
     assert scene.cards.get(1) is not None
     scene.lose_card(1)
-    scene.cards.forget_others([])
+    scene.cards.forget_unlisted([])
     assert scene.cards.get(1) is None
     assert scene.workers.candidates(None, ()) == [Worker(1), Worker(2)]
 
