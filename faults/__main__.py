@@ -85,15 +85,25 @@ def main(
     broken, the exit code is 1, the histories are kept, and the command that makes the run again is printed. A
     seed fixes the faults and their times; the processes race anew each time.
     """
-    scenarios = [_named(ALL, name) for name in names] or list(ALL.values())
+    for name in names:
+        if name not in ALL:
+            raise click.BadParameter(
+                f"there is no scenario {name!r}; --list shows all", param_hint="--scenario"
+            )
+    scenarios = [ALL[name] for name in names] or list(ALL.values())
     kinds = _kinds(servers)
     if list_only:
-        _list(scenarios, kinds)
+        for scenario in scenarios:
+            click.echo(f"{scenario.name:<22} {scenario.summary}")
+        click.echo(f"\nservers: {', '.join(kind.name for kind in kinds)}")
         return
     short = not (is_long or names or servers or seed is not None or seeds > 1 or load_s)
     wanted = [seed] if seed is not None else list(range(1, seeds + 1))
     load_s = load_s or (LONG_LOAD_S if is_long else SHORT_LOAD_S)
-    plans = _take_turns(scenarios, kinds) if short else _all(scenarios, kinds, wanted, load_s)
+    if short:
+        plans = _take_turns(scenarios, kinds)
+    else:
+        plans = [Plan(*parts, load_s) for parts in itertools.product(scenarios, kinds, wanted)]
     options = Options(KEPT, jobs, keep)
     began = time.monotonic()
     results = _perform(plans, options, began + SHORT_BEGIN_S if short else float("inf"))
@@ -117,12 +127,6 @@ def _perform(plans: Sequence[Plan], options: Options, until: float) -> list[Resu
     )
 
 
-def _named(known: dict[str, Scenario], name: str) -> Scenario:
-    if name not in known:
-        raise click.BadParameter(f"there is no scenario {name!r}; --list shows all", param_hint="--scenario")
-    return known[name]
-
-
 def _kinds(names: Sequence[str]) -> list[ServerKind]:
     installed = installed_servers()
     unknown = set(names) - {kind.name for kind in installed}
@@ -140,18 +144,6 @@ def _take_turns(scenarios: Sequence[Scenario], kinds: Sequence[ServerKind]) -> l
     order.sort(key=lambda scenario: scenario.name not in ALWAYS)
     servers = itertools.islice(itertools.cycle(kinds), day % len(kinds), None)
     return [Plan(scenario, kind, day, SHORT_LOAD_S) for scenario, kind in zip(order, servers, strict=False)]
-
-
-def _all(
-    scenarios: Sequence[Scenario], kinds: Sequence[ServerKind], seeds: Sequence[int], load_s: float
-) -> list[Plan]:
-    return [Plan(*parts, load_s) for parts in itertools.product(scenarios, kinds, seeds)]
-
-
-def _list(scenarios: Sequence[Scenario], kinds: Sequence[ServerKind]) -> None:
-    for scenario in scenarios:
-        click.echo(f"{scenario.name:<22} {scenario.summary}")
-    click.echo(f"\nservers: {', '.join(kind.name for kind in kinds)}")
 
 
 if __name__ == "__main__":

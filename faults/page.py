@@ -7,7 +7,7 @@ results over all seeds and servers.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -68,6 +68,8 @@ _KINDS: Final = {
     "exclusive": "Ports and barriers",
 }
 
+_NUMBERS: Final = ("runs", "calls", "without an answer", "changes", "resyncs", "worst recovery", "broken")
+
 
 def promise(scenario: str) -> str:
     """Return the promises under a scenario's faults. Raises KeyError."""
@@ -80,7 +82,12 @@ def table(results: Path = RESULTS) -> str:
     measured = [json.loads(path.read_text()) for path in sorted(results.glob("*-*.json"))]
     lines: list[str] = []
     for kind, title in _KINDS.items():
-        lines += [f"### {title}", "", *_head()]
+        lines += [
+            f"### {title}",
+            "",
+            f"| fault | promised | {' | '.join(_NUMBERS)} |",
+            f"|---|---|{'--:|' * len(_NUMBERS)}",
+        ]
         lines += (_row(name, [server[name] for server in measured if name in server]) for name in _of(kind))
         lines.append("")
     return "\n".join(lines)
@@ -91,12 +98,6 @@ def _of(kind: str) -> Iterator[str]:
         first, _, _ = name.partition("-")
         if (first if first in _OF_KINDS else "registry") == kind:
             yield name
-
-
-def _head() -> Iterable[str]:
-    numbers = ("runs", "calls", "without an answer", "changes", "resyncs", "worst recovery", "broken")
-    yield f"| fault | promised | {' | '.join(numbers)} |"
-    yield f"|---|---|{'--:|' * len(numbers)}"
 
 
 def _row(name: str, measured: list[dict[str, Any]]) -> str:

@@ -76,6 +76,7 @@ def summary(results: Sequence[Result]) -> dict[str, Any]:
     ran = [result for result in results if result.skipped is None]
     figures = [result.figures for result in ran if result.figures is not None]
     recoveries = [figure.recovery_s for figure in figures]
+    known = [recovery_s for recovery_s in recoveries if recovery_s is not None]
     violations = Counter(oracle for result in ran for oracle, _ in result.violations)
     violations.update("run" for result in ran if result.failed is not None)
     return {
@@ -88,14 +89,9 @@ def summary(results: Sequence[Result]) -> dict[str, Any]:
         "log_entries": sum(figure.log_entries for figure in figures),
         "resyncs": sum(figure.resyncs for figure in figures),
         "lease_losses": sum(figure.lease_losses for figure in figures),
-        "worst_recovery_s": _worst(recoveries),
+        "worst_recovery_s": round(max(known), 2) if known and len(known) == len(recoveries) else None,
         "violations": dict(sorted(violations.items())),
     }
-
-
-def _worst(recoveries: Sequence[float | None]) -> float | None:
-    known = [recovery for recovery in recoveries if recovery is not None]
-    return round(max(known), 2) if known and len(known) == len(recoveries) else None
 
 
 def write_results(results: Sequence[Result], directory: Path) -> list[Path]:

@@ -83,11 +83,10 @@ def _measure(
             failed += ids
             continue
         print(f"{' '.join(ids)} took {time.monotonic() - began:.0f} s", flush=True)
-        rows += [_row(row, bounds[row], measured[row]) for row in ids if row in wanted]
+        for row in ids:
+            if row in wanted:
+                text, must, aim = bounds[row]
+                found = measured[row]
+                rows.append(Row(row, text, found.ours, found.rival, found.ratio, must, aim, found.rounds))
         save(name, rows)
     return rows, failed
-
-
-def _row(name: str, bound: tuple[str, Figure, Figure], measured: Measured) -> Row:
-    text, must, aim = bound
-    return Row(name, text, measured.ours, measured.rival, measured.ratio, must, aim, measured.rounds)

@@ -50,7 +50,8 @@ def rejoin(rounds: int) -> dict[str, Measured]:
     with redis_server() as server, redis.Redis.from_url(server.url, protocol=2) as client:
         client.config_set("slowlog-log-slower-than", SLOW_US)
         client.config_set("slowlog-max-len", 100_000)
-        processes = [_start(server.url, share) for share in _shares()]
+        ids = leases()
+        processes = [_start(server.url, ids[number::PROCESSES]) for number in range(PROCESSES)]
         try:
             for _, pipe in processes:
                 pipe.recv()
@@ -91,11 +92,6 @@ def _longest_script_ms(client: Any) -> float:
 
 
 # ---------------------------------------------------------------------- the workers
-
-
-def _shares() -> list[list[LeaseId]]:
-    ids = leases()
-    return [ids[number::PROCESSES] for number in range(PROCESSES)]
 
 
 def _start(redis_url: str, ids: Sequence[LeaseId]) -> tuple[Any, Connection]:

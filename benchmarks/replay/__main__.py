@@ -202,8 +202,7 @@ def _one_of(*choices: Choice) -> Callable[[str], Choice]:
     return choose
 
 
-def parse(arguments: Sequence[str] | None) -> Options:
-    """Parse the command line. Exits with a message for options that cannot be run."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.replay",
         description=__doc__,
@@ -211,7 +210,14 @@ def parse(arguments: Sequence[str] | None) -> Options:
         epilog="The figures and a picture go to benchmarks/results/replay.json and replay.svg; rows that did "
         "not run keep their figures.",
     )
-    add = parser.add_argument
+    _add_traffic(parser.add_argument)
+    _add_deployment(parser.add_argument)
+    _add_output(parser.add_argument)
+    return parser
+
+
+def _add_traffic(add: Callable[..., object]) -> None:
+    """Add the options of the requests and the ways to route them."""
     add("--trace", type=Path, metavar="FILE", help="JSON lines as Mooncake's, plain or .gz")
     add(
         "--workload",
@@ -252,6 +258,10 @@ def parse(arguments: Sequence[str] | None) -> Options:
         help="further runs of kv with most replicas, in which a process is killed and comes back: of router, "
         "redis, worker, or none [all]",
     )
+
+
+def _add_deployment(add: Callable[..., object]) -> None:
+    """Add the options of the workers, of time and of repetitions."""
     add("--workers", type=rounds_count, default=16, help="mock workers [16]")
     add("--kv-blocks", type=rounds_count, default=1024, help="blocks in each worker's cache [1024]")
     add("--speedup", type=length_s, default=5.0, help="trace seconds a second, for poisson [5]")
@@ -264,6 +274,10 @@ def parse(arguments: Sequence[str] | None) -> Options:
         default=3,
         help="runs of each, with seeds from --seed on: the figures are their means [3]; with faults, one",
     )
+
+
+def _add_output(add: Callable[..., object]) -> None:
+    """Add the options of results and simulations."""
     add("--results", type=Path, default=PATH, metavar="FILE", help="file for the figures")
     add(
         "--simulate",
@@ -284,6 +298,11 @@ def parse(arguments: Sequence[str] | None) -> Options:
         help="in a simulation: count a block for each request that holds it, as earlier releases did",
     )
     add("--no-plot", action="store_true", help="do not draw the picture")
+
+
+def parse(arguments: Sequence[str] | None) -> Options:
+    """Parse the command line. Exits with a message for options that cannot be run."""
+    parser = _parser()
     given = parser.parse_args(arguments)
     if given.trace is not None and not given.trace.is_file():
         parser.error(f"there is no file {given.trace}")

@@ -103,16 +103,12 @@ class SimulatedEngine:
         )
 
 
-def _ignore_event(_: int, __: KvEvent) -> None:
-    pass
-
-
 class Simulation:
     """Engines and their simulated time. To use it, make it, make a policy for it, and call `run`."""
 
     def __init__(self, workers: int, settings: MockEngineSettings) -> None:
         self.now_s = 0.0
-        self.on_kv_event: Callable[[int, KvEvent], None] = _ignore_event
+        self.on_kv_event: Callable[[int, KvEvent], None] = lambda _, __: None
         """Called at once with the worker's number and each change of its cache."""
         self.engines = [SimulatedEngine(settings, self._sink(number)) for number in range(workers)]
         self._due: list[tuple[float, int, Callable[[], None]]] = []

@@ -45,7 +45,8 @@ class Kept:
         if isinstance(event, Note):
             self.values, self.may_be_gone = [], False
         elif event.action == "register":
-            self._apply_register(event)
+            if event.outcome == "ok":
+                self.values, self.may_be_gone = [event.arguments["value"]], False
         elif event.action == "update" and event.outcome != "refused":
             value = event.arguments["value"]
             self.values = [value] if event.outcome == "ok" else [*self.values, value]
@@ -53,16 +54,21 @@ class Kept:
             self.may_be_gone = event.outcome != "ok"
             self.values = [] if event.outcome == "ok" else self.values
 
-    def _apply_register(self, call: Call) -> None:
-        if call.outcome == "ok":
-            self.values, self.may_be_gone = [call.arguments["value"]], False
-
 
 def check(history: History) -> list[Violation]:
     """Check the keys in the final state; without a final state, only the reported losses."""
     fates = Fates(history)
     kept = _follow(history, fates.ended_at)
-    violations = [_vanished(process, fates) for process in fates.vanished()]
+    violations = [
+        Violation(
+            "keys",
+            GOES_ON,
+            f"{process} was not killed, but was not there at the end",
+            fates.since(process),
+            process,
+        )
+        for process in fates.vanished()
+    ]
     violations += _check_losses(history, fates.ended_at)
     state = next(history.of("state"), None)
     if state is not None:
@@ -175,8 +181,3 @@ def _took(call: Call, lost: Note) -> bool:
     takes = {"delete", "put", "create", "compare_and_put"}
     is_others = call.action == "register" and call.process != lost.process
     return said.get("key") == key and (call.action in takes or is_others)
-
-
-def _vanished(process: str, fates: Fates) -> Violation:
-    what = f"{process} was not killed, but was not there at the end"
-    return Violation("keys", GOES_ON, what, fates.since(process), process)

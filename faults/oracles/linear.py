@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Final
 
 from dynamo_redis.store.registry.change_log import order
@@ -45,7 +46,11 @@ def check(history: History) -> list[Violation]:
     violations = _check_written(calls)
     for number, (begin, end) in enumerate(losses.stretches()):
         answered = [operation_of(call) for call in calls if _is_answered_in(call, begin, end)]
-        unknown = [operation_of(_forget(call)) for call in calls if _may_act_in(call, begin, end)]
+        unknown = [
+            operation_of(replace(call, outcome="unknown", answer=None))
+            for call in calls
+            if _may_act_in(call, begin, end)
+        ]
         attribution = Attribution([*answered, *unknown])
         violations += [_report_conflict(*pair) for pair in attribution.conflicts]
         violations += _check_refusals(answered)
@@ -54,12 +59,11 @@ def check(history: History) -> list[Violation]:
         unknown = [attribution.complete(operation) for operation in unknown]
         unknown = _observable(unknown, answered)
         for keys in partition([*answered, *unknown]):
-            violations += _check_keys(
-                sorted(keys),
-                operations_on(keys, answered),
-                operations_on(keys, unknown),
-                ABSENT if number == 0 else ANYTHING,
-            )
+            some = operations_on(keys, answered)
+            initial: Cell = ABSENT if number == 0 else ANYTHING
+            result = Search(sorted(keys), some, operations_on(keys, unknown), initial).run()
+            if not result.found:
+                violations.append(_report_stuck(sorted(keys), some, result))
     return violations
 
 
@@ -74,28 +78,7 @@ def _may_act_in(call: Call, begin: float, end: float) -> bool:
     return call.began_at < end and call.ended_at > begin
 
 
-def _forget(call: Call) -> Call:
-    return Call(
-        call.process,
-        call.number,
-        call.action,
-        call.arguments,
-        call.began_at,
-        call.ended_at,
-        "unknown",
-    )
-
-
 # ---------------------------------------------------------------------- one order for some keys
-
-
-def _check_keys(
-    keys: list[str], answered: list[Operation], unknown: list[Operation], initial: Cell
-) -> list[Violation]:
-    result = Search(keys, answered, unknown, initial).run()
-    if result.found:
-        return []
-    return [_report_stuck(keys, answered, result)]
 
 
 def _report_stuck(keys: list[str], answered: list[Operation], result: Result) -> Violation:

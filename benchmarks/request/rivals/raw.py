@@ -109,7 +109,11 @@ class RawPeer(Peer):
         self._free: list[Caller] = []
 
     async def echo(self, payload: bytes) -> bytes:
-        caller = self._free.pop() if self._free else await self._connect()
+        if self._free:
+            caller = self._free.pop()
+        else:
+            loop = asyncio.get_running_loop()
+            _, caller = await loop.create_connection(Caller, self._host, int(self._port))
         answer = await caller.ask(payload)
         self._free.append(caller)
         return answer
@@ -120,10 +124,6 @@ class RawPeer(Peer):
     async def aclose(self) -> None:
         for caller in self._free:
             caller.close()
-
-    async def _connect(self) -> Caller:
-        loop = asyncio.get_running_loop()
-        return (await loop.create_connection(Caller, self._host, int(self._port)))[1]
 
 
 class RestlessPeer(RawPeer):
