@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Final
+
 import psutil
+
+PROGRAMS: Final = Path(__file__).parent / "programs"
+"""The programs that tests run as processes of their own."""
 
 
 def is_alive(process: psutil.Process) -> bool:

@@ -1,4 +1,4 @@
-"""What every request plane promises. Parametrized over the planes; nothing here knows one from another."""
+"""The contract of a request plane. Parametrized over the planes; no test here depends on one."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ async def deployment(plane: str, **overrides: Any) -> AsyncIterator[Deployment]:
 
 @pytest.fixture(scope="module")
 def tls_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What both sides are given so that each shows the other a certificate."""
+    """The settings with which both sides show each other a certificate."""
     authority = Authority(tmp_path_factory.mktemp("tls"))
     settings = authority.settings(authority.issue(), "mutual")
     return {env_name(PlaneSettings.model_fields[name]): str(value) for name, value in settings.items()}
@@ -165,11 +165,11 @@ async def test_items_arrive_in_order_and_then_the_end(deployed: Deployment) -> N
     assert await deployed.ask(target, 1000) == list(range(1000))
 
 
-async def test_an_empty_stream_just_ends(deployed: Deployment) -> None:
+async def test_empty_stream_just_ends(deployed: Deployment) -> None:
     assert await deployed.ask(deployed.serve(count_to), 0) == []
 
 
-async def test_a_stream_knows_when_it_has_been_read_to_its_end(deployed: Deployment) -> None:
+async def test_stream_knows_when_it_has_been_read_to_its_end(deployed: Deployment) -> None:
     async def fails(request: int, _: Context) -> AsyncIterator[int]:
         for number in range(request):
             yield number
@@ -207,7 +207,7 @@ async def test_items_come_as_they_are_made(deployed: Deployment) -> None:
     assert [item async for item in stream] == [2]
 
 
-async def test_a_handler_may_change_an_item_after_it_yielded_it(deployed: Deployment) -> None:
+async def test_handler_may_change_an_item_after_it_yielded_it(deployed: Deployment) -> None:
     async def handler(_: Any, __: Context) -> AsyncIterator[dict[str, int]]:
         item = {"n": 0}
         for number in range(5):
@@ -286,7 +286,7 @@ async def test_payloads_of_all_sizes_both_ways(deployed: Deployment, size_bytes:
     assert type(first) is type(value)
 
 
-async def test_a_request_over_the_limit_is_refused_at_once(deployed: Deployment) -> None:
+async def test_request_over_the_limit_is_refused_at_once(deployed: Deployment) -> None:
     target = deployed.serve(echo)
     with pytest.raises(PayloadTooLarge) as caught:
         deployed.open(target, bytes(40 * MIB))
@@ -299,7 +299,7 @@ async def test_a_request_over_the_limit_is_refused_at_once(deployed: Deployment)
     assert await deployed.ask(target, 1) == [1]
 
 
-async def test_an_item_over_the_limit_ends_its_stream_only(plane: str) -> None:
+async def test_item_over_the_limit_ends_its_stream_only(plane: str) -> None:
     async with deployment(plane, max_message_bytes=MIB) as deployed:
 
         async def handler(request: int, _: Context) -> AsyncIterator[Any]:
@@ -316,7 +316,7 @@ async def test_an_item_over_the_limit_ends_its_stream_only(plane: str) -> None:
         assert [item async for item in other] == list(range(1, 500))
 
 
-async def test_a_receiver_with_a_smaller_limit_refuses_without_losing_others(plane: str) -> None:
+async def test_receiver_with_a_smaller_limit_keeps_other_requests(plane: str) -> None:
     async with deployment(plane, max_message_bytes=MIB) as deployed:
         target = deployed.serve(echo)
         roomy = make_client(PlaneSettings.load(request_plane=plane))
@@ -329,7 +329,7 @@ async def test_a_receiver_with_a_smaller_limit_refuses_without_losing_others(pla
         await roomy.aclose()
 
 
-async def test_a_caller_with_a_smaller_limit_refuses_without_losing_others(deployed: Deployment) -> None:
+async def test_caller_with_a_smaller_limit_keeps_other_requests(deployed: Deployment) -> None:
     async def handler(request: int, _: Context) -> AsyncIterator[bytes]:
         yield bytes(request)
         yield bytes(request)
@@ -351,9 +351,7 @@ async def test_a_caller_with_a_smaller_limit_refuses_without_losing_others(deplo
 
 
 @pytest.mark.parametrize("value", [object(), 2**64, "\ud800", {"a": 1j}])
-async def test_a_request_that_msgpack_cannot_carry_is_a_type_error_at_once(
-    deployed: Deployment, value: Any
-) -> None:
+async def test_request_that_is_no_msgpack_is_a_type_error_at_once(deployed: Deployment, value: Any) -> None:
     target = deployed.serve(echo)
     with pytest.raises(TypeError):
         deployed.open(target, value)
@@ -371,7 +369,7 @@ KEYS_THAT_ARRIVE_AS_LISTS = [{(1, 2): 3}, ["a", {"b": {Pair(1, 2): 3}}], ({(): "
 
 
 @pytest.mark.parametrize("value", KEYS_THAT_ARRIVE_AS_LISTS)
-async def test_a_map_that_nobody_could_read_costs_its_own_request_only(
+async def test_map_that_nobody_could_read_costs_its_own_request_only(
     deployed: Deployment, value: Any
 ) -> None:
     async def give_back(_: Any, __: Context) -> AsyncIterator[Any]:
@@ -401,7 +399,7 @@ async def test_types_made_of_msgpacks_own_arrive_as_those(deployed: Deployment) 
     assert await deployed.ask(deployed.serve(echo), value) == [expected]
 
 
-async def test_timestamps_arrive_as_seconds_which_do_not_collide_as_keys(deployed: Deployment) -> None:
+async def test_timestamps_arrive_as_seconds(deployed: Deployment) -> None:
     """`msgpack.Timestamp` hashes to the sum of its parts: thousands of one hash would stop the event loop."""
     colliding = {msgpack.Timestamp(5000 - number, number): number for number in range(3000)}
     [answer] = await deployed.ask(deployed.serve(echo), colliding)
@@ -412,7 +410,7 @@ async def test_timestamps_arrive_as_seconds_which_do_not_collide_as_keys(deploye
 
 @pytest.mark.parametrize("depth", [1020, 1021, 1022, 1023, 1024, 1025, 5000])
 @pytest.mark.parametrize("padding_bytes", [0, 100_000])
-async def test_deep_nesting_arrives_or_is_refused_and_costs_nobody_else(
+async def test_deep_nesting_costs_no_other_request(
     deployed: Deployment, depth: int, padding_bytes: int
 ) -> None:
     async def handler(_: Any, __: Context) -> AsyncIterator[Any]:
@@ -447,7 +445,7 @@ async def numbers(count: int) -> AsyncIterator[int]:
         yield number
 
 
-async def test_a_request_stream_starts_with_the_request(deployed: Deployment) -> None:
+async def test_request_stream_starts_with_the_request(deployed: Deployment) -> None:
     target = deployed.serve(total, request_stream=True)
     assert await deployed.ask(target, 1000, messages=numbers(3)) == [1003]
     assert await deployed.ask(target, 7, messages=numbers(0)) == [7]
@@ -477,7 +475,7 @@ async def test_large_messages_in_a_request_stream(deployed: Deployment) -> None:
     assert await deployed.ask(target, b"", messages=source()) == [0, *[MIB] * 12]
 
 
-async def test_a_handler_that_does_not_read_stops_the_source(deployed: Deployment) -> None:
+async def test_handler_that_does_not_read_stops_the_source(deployed: Deployment) -> None:
     sent = 0
     release = asyncio.Event()
 
@@ -499,7 +497,7 @@ async def test_a_handler_that_does_not_read_stops_the_source(deployed: Deploymen
     assert await reader == 10_001
 
 
-async def test_an_answer_may_end_before_its_request_stream(deployed: Deployment) -> None:
+async def test_answer_may_end_before_its_request_stream(deployed: Deployment) -> None:
     ended = asyncio.Event()
 
     async def source() -> AsyncIterator[int]:
@@ -517,7 +515,7 @@ async def test_an_answer_may_end_before_its_request_stream(deployed: Deployment)
     await asyncio.wait_for(ended.wait(), 30)
 
 
-async def test_a_source_that_waits_ends_with_the_answer(deployed: Deployment) -> None:
+async def test_source_that_waits_ends_with_the_answer(deployed: Deployment) -> None:
     ended = asyncio.Event()
 
     async def source() -> AsyncIterator[int]:
@@ -534,7 +532,7 @@ async def test_a_source_that_waits_ends_with_the_answer(deployed: Deployment) ->
     await asyncio.wait_for(ended.wait(), 30)
 
 
-async def test_what_the_source_raises_reaches_the_reader_and_kills_the_request(deployed: Deployment) -> None:
+async def test_error_of_the_message_source_reaches_the_reader(deployed: Deployment) -> None:
     killed = asyncio.Event()
 
     async def source() -> AsyncIterator[int]:
@@ -553,7 +551,7 @@ async def test_what_the_source_raises_reaches_the_reader_and_kills_the_request(d
     await asyncio.wait_for(killed.wait(), 30)
 
 
-async def test_a_stream_for_an_endpoint_of_single_messages_is_refused(deployed: Deployment) -> None:
+async def test_stream_for_an_endpoint_of_single_messages_is_refused(deployed: Deployment) -> None:
     with pytest.raises(InvalidRequest):
         await deployed.ask(deployed.serve(echo), 1, messages=numbers(3))
 
@@ -561,7 +559,7 @@ async def test_a_stream_for_an_endpoint_of_single_messages_is_refused(deployed: 
 # --------------------------------------------------------------------------- errors
 
 
-async def test_a_handler_that_raises_before_the_first_item(deployed: Deployment) -> None:
+async def test_handler_that_raises_before_the_first_item(deployed: Deployment) -> None:
     async def handler(_: Any, __: Context) -> Any:
         raise KeyError("missing")
 
@@ -584,7 +582,7 @@ async def test_items_made_before_an_exception_arrive_before_it(deployed: Deploym
 
 
 @pytest.mark.parametrize("error", [InvalidRequest("no"), Draining("bye"), Overloaded("full", 0.25)])
-async def test_a_plane_error_travels_as_it_is(deployed: Deployment, error: PlaneError) -> None:
+async def test_plane_error_travels_as_it_is(deployed: Deployment, error: PlaneError) -> None:
     async def handler(_: Any, __: Context) -> Any:
         raise copy.copy(error)  # one that is raised keeps its traceback, and all that hangs on it
 
@@ -611,7 +609,7 @@ async def test_exceptions_with_impossible_texts_travel_too(
             await deployed.ask(target, request)
 
 
-async def test_an_answer_that_msgpack_cannot_carry_is_the_handlers_failure(deployed: Deployment) -> None:
+async def test_answer_that_is_no_msgpack_is_a_handler_failure(deployed: Deployment) -> None:
     async def unary(_: Any, __: Context) -> Any:
         return object()
 
@@ -625,7 +623,7 @@ async def test_an_answer_that_msgpack_cannot_carry_is_the_handlers_failure(deplo
             await deployed.ask(deployed.serve(handler, str(number)))
 
 
-async def test_a_handler_cancelled_from_within_fails_its_request_only(deployed: Deployment) -> None:
+async def test_handler_cancelled_from_within_fails_its_request_only(deployed: Deployment) -> None:
     async def handler(_: Any, __: Context) -> Any:
         raise asyncio.CancelledError
 
@@ -635,12 +633,12 @@ async def test_a_handler_cancelled_from_within_fails_its_request_only(deployed: 
     assert await deployed.ask(deployed.serve(echo, "echo"), 1) == [1]
 
 
-async def test_an_unknown_subject(deployed: Deployment) -> None:
+async def test_unknown_subject(deployed: Deployment) -> None:
     with pytest.raises(EndpointNotFound):
-        await deployed.ask(deployed.target("nobody"))
+        await deployed.ask(deployed.target("unknown"))
 
 
-async def test_a_subject_is_served_once(deployed: Deployment) -> None:
+async def test_subject_is_served_once(deployed: Deployment) -> None:
     deployed.serve(echo)
     with pytest.raises(ValueError, match="test"):
         deployed.serve(echo)
@@ -669,7 +667,7 @@ async def test_who_does_not_know_the_secret_may_not_call(deployed: Deployment, s
     assert not ran
 
 
-async def test_a_caller_with_a_secret_does_not_talk_to_a_server_without(plane: str) -> None:
+async def test_caller_with_a_secret_refuses_a_server_without(plane: str) -> None:
     settings = PlaneSettings.load(request_plane=plane, auth="off")
     server = make_server(settings, secret=None, instance_id=INSTANCE)
     await server.start()
@@ -682,7 +680,7 @@ async def test_a_caller_with_a_secret_does_not_talk_to_a_server_without(plane: s
     await server.aclose()
 
 
-async def test_another_instance_at_the_address_is_not_mistaken_for_the_right_one(
+async def test_another_instance_at_the_address_is_refused(
     deployed: Deployment,
 ) -> None:
     target = deployed.serve(echo)
@@ -779,7 +777,7 @@ async def test_closing_after_a_cancelled_read_kills(deployed: Deployment) -> Non
 
 
 async def test_request_is_packed_as_it_was(deployed: Deployment) -> None:
-    """What a stream has sent can be sent again, whatever the caller has made of its objects since."""
+    """A request can be sent again as it was, even if the caller has changed its objects since."""
     seen: list[tuple[Any, Any]] = []
 
     async def handler(request: Any, context: Context) -> str:
@@ -801,7 +799,7 @@ async def test_request_is_packed_as_it_was(deployed: Deployment) -> None:
         assert seen == [(content, {"tenant": "one"})] * 2
 
 
-async def test_a_stopped_context_wakes_its_handler(deployed: Deployment) -> None:
+async def test_stopped_context_wakes_its_handler(deployed: Deployment) -> None:
     started, woken = asyncio.Event(), asyncio.Event()
 
     async def handler(_: Any, context: Context) -> None:
@@ -817,7 +815,7 @@ async def test_a_stopped_context_wakes_its_handler(deployed: Deployment) -> None
     await asyncio.wait_for(woken.wait(), 30)
 
 
-async def test_a_cancelled_context_sends_nothing(deployed: Deployment) -> None:
+async def test_cancelled_context_sends_nothing(deployed: Deployment) -> None:
     watched, context = Watched(), Context()
     target = deployed.serve(watched)
     context.stop_generating()
@@ -826,7 +824,7 @@ async def test_a_cancelled_context_sends_nothing(deployed: Deployment) -> None:
     assert watched.context is None
 
 
-async def test_a_context_handed_on_links_the_cancellation(deployed: Deployment) -> None:
+async def test_context_handed_on_links_the_cancellation(deployed: Deployment) -> None:
     inner, outer_context = Watched(), Context()
     inner_target = deployed.serve(inner, "inner")
 
@@ -843,7 +841,7 @@ async def test_a_context_handed_on_links_the_cancellation(deployed: Deployment) 
     assert inner.context.is_stopped()
 
 
-async def test_a_kill_passes_down_a_chain_of_calls(deployed: Deployment) -> None:
+async def test_kill_passes_down_a_chain_of_calls(deployed: Deployment) -> None:
     inner = Watched()
     inner_target = deployed.serve(inner, "inner")
 
@@ -874,7 +872,7 @@ async def _exhaust(stream: ResponseStream) -> list[Any]:
     return [item async for item in stream]
 
 
-async def test_forgetting_an_instance_fails_what_is_pending_on_its_endpoint(deployed: Deployment) -> None:
+async def test_forgotten_instance_fails_pending_requests(deployed: Deployment) -> None:
     watched = Watched()
     target = deployed.serve(watched)
     stream = deployed.open(target)
@@ -885,7 +883,7 @@ async def test_forgetting_an_instance_fails_what_is_pending_on_its_endpoint(depl
     assert await deployed.ask(deployed.serve(echo, "echo"), 1) == [1]
 
 
-async def test_a_handler_is_cancelled_after_the_grace(plane: str) -> None:
+async def test_handler_is_cancelled_after_the_grace(plane: str) -> None:
     """It has not been interrupted before; what it makes of the cancellation reaches no caller."""
     interrupted_after_s: list[float] = []
 
@@ -905,7 +903,7 @@ async def test_a_handler_is_cancelled_after_the_grace(plane: str) -> None:
         assert interrupted_after_s[0] >= 0.29
 
 
-async def test_a_handler_that_ends_within_the_grace_is_not_cancelled(deployed: Deployment) -> None:
+async def test_handler_that_ends_within_the_grace_is_not_cancelled(deployed: Deployment) -> None:
     """As an engine's handler that has to tell its engine to abort, which takes more than one `await`."""
     told: list[str] = []
 
@@ -946,7 +944,7 @@ async def test_without_a_grace_a_handler_is_cancelled_at_once(plane: str) -> Non
         assert ended == ["cancelled"]
 
 
-async def test_the_end_of_a_drain_cancels_at_once(plane: str) -> None:
+async def test_end_of_a_drain_cancels_at_once(plane: str) -> None:
     """A handler in its grace, too: no process outlives its shutdown by it."""
 
     async def handler(_: Any, __: Context) -> AsyncIterator[int]:
@@ -966,7 +964,7 @@ async def test_the_end_of_a_drain_cancels_at_once(plane: str) -> None:
         await eventually(lambda: deployed.server.in_flight_count == 0)
 
 
-async def test_a_killed_handler_has_cleaned_up_before_it_counts_as_ended(deployed: Deployment) -> None:
+async def test_killed_handler_cleans_up_before_it_counts_as_ended(deployed: Deployment) -> None:
     clean = False
 
     async def handler(_: Any, __: Context) -> AsyncIterator[int]:
@@ -988,7 +986,7 @@ async def test_a_killed_handler_has_cleaned_up_before_it_counts_as_ended(deploye
 # --------------------------------------------------------------------------- deadlines
 
 
-async def test_a_deadline_ends_both_sides(deployed: Deployment) -> None:
+async def test_deadline_ends_both_sides(deployed: Deployment) -> None:
     ended = asyncio.Event()
 
     async def handler(_: Any, context: Context) -> AsyncIterator[int]:
@@ -1004,7 +1002,7 @@ async def test_a_deadline_ends_both_sides(deployed: Deployment) -> None:
     await asyncio.wait_for(ended.wait(), 30)
 
 
-async def test_a_deadline_that_has_passed_sends_nothing(deployed: Deployment) -> None:
+async def test_deadline_that_has_passed_sends_nothing(deployed: Deployment) -> None:
     watched = Watched()
     target = deployed.serve(watched)
     with pytest.raises(DeadlineExceeded):
@@ -1015,7 +1013,7 @@ async def test_a_deadline_that_has_passed_sends_nothing(deployed: Deployment) ->
 # --------------------------------------------------------------------------- flow control
 
 
-async def test_a_reader_that_stops_costs_bounded_memory_and_stops_nobody_else(deployed: Deployment) -> None:
+async def test_stopped_reader_costs_bounded_memory(deployed: Deployment) -> None:
     made = 0
 
     async def handler(_: Any, __: Context) -> AsyncIterator[bytes]:
@@ -1077,7 +1075,7 @@ async def test_admission_is_bounded_and_overload_is_told(plane: str) -> None:
         assert deployed.server.in_flight_count == 0
 
 
-async def test_a_callers_flood_costs_another_a_turn_and_no_place_in_the_queue(plane: str) -> None:
+async def test_flood_of_a_caller_costs_another_one_turn(plane: str) -> None:
     async with deployment(plane, max_in_flight_count=1, max_queued_count=40) as deployed:
         gates: list[asyncio.Event] = []
         started: list[str] = []
@@ -1110,7 +1108,7 @@ async def test_a_callers_flood_costs_another_a_turn_and_no_place_in_the_queue(pl
             await other.aclose()
 
 
-async def test_a_queued_request_that_is_cancelled_leaves_the_queue(plane: str) -> None:
+async def test_queued_request_that_is_cancelled_leaves_the_queue(plane: str) -> None:
     async with deployment(plane, max_in_flight_count=1, max_queued_count=1) as deployed:
         release = asyncio.Event()
 
@@ -1134,7 +1132,7 @@ async def test_a_queued_request_that_is_cancelled_leaves_the_queue(plane: str) -
 # --------------------------------------------------------------------------- draining and closing
 
 
-async def test_unregister_finishes_what_is_under_way_and_refuses_the_rest(deployed: Deployment) -> None:
+async def test_unregister_finishes_running_and_refuses_new_requests(deployed: Deployment) -> None:
     release = asyncio.Event()
 
     async def handler(_: Any, __: Context) -> str:
@@ -1188,7 +1186,7 @@ async def test_drain_finishes_what_is_under_way(deployed: Deployment) -> None:
     await late.aclose()
 
 
-async def test_closing_the_client_ends_pending_requests_and_their_handlers(deployed: Deployment) -> None:
+async def test_closed_client_ends_its_requests_and_handlers(deployed: Deployment) -> None:
     watched = Watched()
     stream = deployed.open(deployed.serve(watched))
     assert await anext(stream) == "more"

@@ -26,41 +26,8 @@ from dynamo_redis.planes.base import Target
 from dynamo_redis.planes.context import Context
 from dynamo_redis.planes.tcp.client import TcpClient
 from dynamo_redis.planes.tcp.connection import SILENT_S
-
-SECRET = b"a secret of the instance, random"
-
-WORKER = """
-import asyncio, sys, time
-import uvloop
-from dynamo_redis.config import PlaneSettings
-from dynamo_redis.planes.tcp.server import TcpServer
-
-async def echo(request, context):
-    return request
-
-async def tick(request, context):
-    while True:
-        yield b"x" * request
-        await asyncio.sleep(0.005)
-
-async def quiet(request, context):
-    await asyncio.sleep(60)
-
-async def block(request, context):
-    time.sleep(request)
-    return "done"
-
-async def main():
-    secret, port = bytes.fromhex(sys.argv[1]), int(sys.argv[2])
-    server = TcpServer(PlaneSettings.load(tcp_host="127.0.0.1", tcp_port=port), secret=secret, instance_id=1)
-    for handler in (echo, tick, quiet, block):
-        server.register(handler.__name__, handler)
-    await server.start()
-    print(server.address, flush=True)
-    await asyncio.Event().wait()
-
-uvloop.run(main())
-"""
+from tests.processes import PROGRAMS
+from tests.tcp_plane import SECRET
 
 
 class Worker:
@@ -85,7 +52,11 @@ class Worker:
 @asynccontextmanager
 async def worker(secret: bytes = SECRET, port: int = 0) -> AsyncIterator[Worker]:
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", WORKER, secret.hex(), str(port), stdout=asyncio.subprocess.PIPE
+        sys.executable,
+        str(PROGRAMS / "tcp_worker.py"),
+        secret.hex(),
+        str(port),
+        stdout=asyncio.subprocess.PIPE,
     )
     try:
         assert process.stdout is not None
@@ -105,7 +76,7 @@ async def client() -> AsyncIterator[TcpClient]:
 
 
 async def broken(client: TcpClient, target: Target, request: Any = None) -> tuple[int, PlaneError]:
-    """How many items arrived before the stream broke, and how it broke."""
+    """Return the count of items before the stream broke, and its error."""
     count = 0
     try:
         async for _ in client.open(target, request, Context()):
@@ -156,7 +127,7 @@ async def test_frozen_worker_is_given_up_after_five_seconds(client: TcpClient, s
 
 
 async def test_blocked_worker_keeps_its_streams(client: TcpClient) -> None:
-    """Its event loop stands still for longer than a stopped process is waited for: a thread answers."""
+    """Its event loop hangs for longer than a stopped process may: a thread answers for it."""
     async with worker() as made:
         ticks = client.open(made.target("tick"), 100, Context())
         assert await anext(ticks) == b"x" * 100
@@ -184,7 +155,7 @@ async def test_blocked_worker_is_told_from_a_stopped_one(client: TcpClient) -> N
         made.signal(signal.SIGCONT)
 
 
-async def test_frozen_before_it_is_asked_is_found_by_the_connect_timeout() -> None:
+async def test_frozen_idle_worker_is_found_by_the_connect_timeout() -> None:
     client = TcpClient(PlaneSettings.load(connect_timeout_s=0.5))
     async with worker() as made:
         made.signal(signal.SIGSTOP)
@@ -219,8 +190,8 @@ async def test_paused_caller_keeps_its_streams(client: TcpClient) -> None:
         await stream.aclose()
 
 
-async def test_a_frozen_caller_costs_its_worker_nothing_for_long(client: TcpClient) -> None:
-    """A caller that stops reading is given up: here by a loop that stands still."""
+async def test_frozen_caller_costs_its_worker_nothing_for_long(client: TcpClient) -> None:
+    """A worker gives up a caller that stops reading, here by a hanging event loop."""
     async with worker() as made:
         stream = client.open(made.target("tick"), 100_000, Context())
         await anext(stream)

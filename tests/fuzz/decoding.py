@@ -52,7 +52,7 @@ def plain(decoded: list[Any]) -> bytes:
 
 
 def decoder_property() -> Property:
-    """What the decoder makes of any bytes in any pieces is what the reference makes of all at once."""
+    """Make the property: the decoder, fed any bytes in any pieces, equals the reference on the whole."""
 
     @given(pieces, edits, splits)
     def property_of_decoder(parts: list[Piece], damage: list[Edit], sizes: list[int]) -> None:

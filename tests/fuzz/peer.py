@@ -36,7 +36,7 @@ class Peer:
     async def shake(self, handshake: ClientHandshake | ServerHandshake) -> None:
         """Shake hands properly."""
         if isinstance(handshake, ClientHandshake):
-            self.writer.write(handshake.begin())
+            self.writer.write(handshake.first_message())
         while not (handshake.server if isinstance(handshake, ClientHandshake) else handshake.done):
             data = await self.reader.read(4096)
             if not data:
@@ -82,7 +82,7 @@ class Peer:
                 pass
 
     async def answer_to_ping(self, heard: Heard) -> bool:
-        """Whether the other side answers a PING. What comes before the answer goes to `heard`."""
+        """Return whether the other side answers a PING. Frames before the answer go to `heard`."""
         self.send(pack([frame.PING, 0, _TOKEN]))
         async with asyncio.timeout(PATIENCE_S):
             while (received := await self.receive()) is not None:
@@ -99,7 +99,7 @@ class Peer:
 
 
 class Heard:
-    """What the other side has said, checked frame by frame against the tables and the credit it was given."""
+    """The frames of the other side, each checked against the state tables and the credit that it has."""
 
     def __init__(self, *, by_server: bool, checks_streams: bool = True) -> None:
         self._by_server = by_server

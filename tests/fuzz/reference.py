@@ -33,16 +33,16 @@ _LENGTHS: Final = {
 
 
 class Broken(Exception):
-    """What stands here is no frame, whatever follows."""
+    """The bytes are no frame, whatever follows."""
 
 
 class Partial(Exception):
-    """The bytes end in the middle of something."""
+    """The bytes end in the middle of a frame."""
 
 
 @dataclass
 class Decoded:
-    """What a sequence of bytes comes to.
+    """The result of decoding a sequence of bytes.
 
     A raw payload stands as the last field of its frame: its value, or the word `too large` or `no msgpack`.
     """
@@ -53,7 +53,7 @@ class Decoded:
 
 
 def decode(data: bytes, max_payload_bytes: int) -> Decoded:
-    """Everything in `data`, in order."""
+    """Decode all frames in `data`, in order."""
     recursion_limit = sys.getrecursionlimit()
     sys.setrecursionlimit(recursion_limit + 4 * MAX_DEPTH)  # it reads nested values by recursion
     try:

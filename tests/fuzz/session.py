@@ -394,7 +394,7 @@ async def soon(condition: Callable[[], bool], otherwise: str) -> None:
 
 
 def properties(arena: Arena) -> dict[str, Callable[[], None]]:
-    """What holds for every conversation, by what it is with."""
+    """Return the properties of every conversation, by the kind of its peer."""
 
     @given(_script(_by_client, _requests), _ends)
     def property_of_server(script: list[Step], end: End) -> None:

@@ -118,7 +118,7 @@ WEIGHTS: Final = (20, 10, 30, 3, 4, 8, 4, 8, 8, 5)
 
 
 async def messages(number: int, size: int, *, sticks: bool) -> AsyncIterator[Any]:
-    """So many messages, the second of that size; one that sticks never comes to its end."""
+    """Yield `number` messages, the second of `size` bytes; never end if `sticks`."""
     for index in range(number):
         if index % 3 == 2:
             await asyncio.sleep(0)
@@ -432,7 +432,8 @@ class Storm:
             | {
                 repr(endpoint.subject): endpoint.active_count
                 for endpoint in self._new.living("planes.tcp.server_request")
-                if type(endpoint).__name__ == "Endpoint" and (endpoint.active_count or endpoint.idle)
+                if type(endpoint).__name__ == "RegisteredEndpoint"
+                and (endpoint.active_count or endpoint.idle)
             }
             | {
                 repr(budget): budget.held_bytes

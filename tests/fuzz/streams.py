@@ -11,7 +11,7 @@ from dynamo_redis.wire import frame
 from dynamo_redis.wire.codec import pack
 
 MAX_PAYLOAD_BYTES: Final = 200_000
-"""The limit of a message, at whoever receives these bytes."""
+"""The largest message that the receiver of these bytes accepts."""
 
 _KIB: Final = 1024
 

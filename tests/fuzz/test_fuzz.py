@@ -15,7 +15,7 @@ from tests.fuzz.streams import Long
 SEED = 1
 
 
-async def test_randomly_cancelled_requests_of_all_kinds_leave_nothing_behind() -> None:
+async def test_randomly_cancelled_requests_leave_nothing_behind() -> None:
     storm = Storm(SEED)
     await storm.run(4_000)
     assert {end for end, _ in storm.outcomes} == {end.__name__ for end in ENDS}
@@ -25,7 +25,7 @@ async def test_randomly_cancelled_requests_of_all_kinds_leave_nothing_behind() -
     assert len(KINDS) == 10
 
 
-def test_the_decoder_says_what_the_reference_says() -> None:
+def test_decoder_says_what_the_reference_says() -> None:
     one_round(decoder_property, SEED, 150)
 
 

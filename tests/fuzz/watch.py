@@ -1,4 +1,4 @@
-"""What no fuzz may leave behind or cause: errors that nobody handled, tasks, objects, memory."""
+"""Detects leftovers of a fuzz: unhandled errors, tasks, objects, memory."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class Newcomers:
         return [one for one in found if id(one) not in self._earlier]
 
     def census(self, *modules: str) -> Counter[str]:
-        """How many there are of each class of the package's `modules`."""
+        """Count the living objects of each class of the package's `modules`."""
         return Counter(type(found).__name__ for found in self.living(*modules))
 
 

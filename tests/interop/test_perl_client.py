@@ -22,7 +22,7 @@ WINDOW = 7
 
 
 class Endpoints:
-    """What the client calls."""
+    """The endpoints that the client calls."""
 
     def __init__(self) -> None:
         self.killed = asyncio.Event()
@@ -110,7 +110,7 @@ async def run(server: TcpServer, secret: bytes) -> tuple[int | None, str]:
     return process.returncode, output.decode()
 
 
-async def test_a_client_in_perl_does_everything(server: TcpServer) -> None:
+async def test_client_in_perl_does_everything(server: TcpServer) -> None:
     code, output = await run(server, SECRET)
     assert code == 0, output
     assert "not ok" not in output
@@ -118,7 +118,7 @@ async def test_a_client_in_perl_does_everything(server: TcpServer) -> None:
     assert server.in_flight_count == 0
 
 
-async def test_a_client_in_perl_with_the_wrong_secret_is_refused(server: TcpServer) -> None:
+async def test_client_in_perl_with_the_wrong_secret_is_refused(server: TcpServer) -> None:
     code, output = await run(server, bytes(32))
     assert (code, output) == (2, "refused: the server does not know the secret\n")
     assert server.in_flight_count == 0

@@ -1,8 +1,8 @@
-"""Where a server listens, and which address it tells others.
+"""The address that a server listens on, and the address that it advertises to callers.
 
-Listen: the configured host; else loopback if Redis is on this machine, else all interfaces of the family
-that reaches Redis. Advertise: the configured host and port; else the host listened on, unless that is a
-wildcard; else the local address from which this machine reaches Redis.
+Listen: the configured host; else loopback if Redis is on this machine; else all interfaces of the address
+family that reaches Redis. Advertise: the configured host and port; else the host that the server listens on,
+unless that is a wildcard; else the local address from which this machine reaches Redis.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from dynamo_redis.errors import ConfigError
 
 _LOOPBACK = "127.0.0.1"
-_ANY_V4, _ANY_V6 = "0.0.0.0", "::"  # noqa: S104 - documented default, and what a wildcard looks like
+_ANY_V4, _ANY_V6 = "0.0.0.0", "::"  # noqa: S104 - documented default, and the wildcards to recognize
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +27,12 @@ class Binding:
 
 
 def format_address(host: str, port: int) -> str:
-    """`("10.0.0.7", 80)` → `10.0.0.7:80`, `("::1", 80)` → `[::1]:80`."""
+    """Format an address: `("10.0.0.7", 80)` → `10.0.0.7:80`, `("::1", 80)` → `[::1]:80`."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def parse_address(address: str) -> tuple[str, int]:
-    """The reverse of `format_address`. Raises ValueError."""
+    """Parse an address that `format_address` made. Raises ValueError."""
     host, separator, port = address.rpartition(":")
     if not separator or not host:
         raise ValueError(f"{address!r} is not host:port")
@@ -46,7 +46,7 @@ def parse_address(address: str) -> tuple[str, int]:
 
 
 async def choose_binding(host: str | None, advertise_host: str | None, redis_host: str | None) -> Binding:
-    """Apply the rules above. `redis_host` is None where Redis is reached over a unix socket.
+    """Choose both hosts by the rules above. `redis_host` is None if Redis is reached over a unix socket.
 
     Raises ConfigError if the route to Redis is needed and cannot be found.
     """
@@ -54,14 +54,14 @@ async def choose_binding(host: str | None, advertise_host: str | None, redis_hos
         return Binding(host, advertise_host or host)
     local = await _local_address(redis_host) if host is None or advertise_host is None else _LOOPBACK
     if host is None:
-        if _is_loopback(local):
+        if ipaddress.ip_address(local.partition("%")[0]).is_loopback:
             return Binding(local, advertise_host or local)
         host = _ANY_V6 if ":" in local else _ANY_V4
     return Binding(host, advertise_host or local)
 
 
 async def _local_address(redis_host: str | None) -> str:
-    """The address of this machine on the way to Redis."""
+    """Return the address from which this machine reaches Redis."""
     if redis_host is None:
         return _LOOPBACK
     try:
@@ -82,7 +82,3 @@ def _is_wildcard(host: str) -> bool:
         return ipaddress.ip_address(host).is_unspecified
     except ValueError:
         return not host
-
-
-def _is_loopback(host: str) -> bool:
-    return ipaddress.ip_address(host.partition("%")[0]).is_loopback

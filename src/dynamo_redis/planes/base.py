@@ -1,9 +1,8 @@
-"""What a request plane promises, as Protocols.
+"""The contract of a request plane, as Protocols.
 
 A plane carries one request to one endpoint of one instance and a stream of items back: 0..N items, then an
-end or a typed `PlaneError`. Four planes can stand behind this contract, and one conformance suite
-(`tests/contract/`) holds for each. Requests and items are anything msgpack carries: tuples
-arrive as lists, timestamps as seconds since 1970.
+end or a typed `PlaneError`. One conformance suite (`tests/contract/`) holds for every plane. Requests and
+items are values that msgpack carries: tuples arrive as lists, timestamps as seconds since 1970.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ from dynamo_redis.wire.frame import Packed
 Handler = Callable[[Any, Context], AsyncIterator[Any] | Awaitable[Any]]
 """Serves an endpoint. An async generator function answers with its items; a coroutine function with one item.
 
-For an endpoint registered with `request_stream=True` the first argument is an `AsyncIterator` of the
-caller's messages: the request, then those that follow it. When the caller stops or kills the request or is
-lost, and when the deadline passes, the context says so; a generator is closed at its next yield, and after
-`DYN_CANCEL_GRACE_S` the handler is cancelled (`CancelledError` at its current await). Raise a `PlaneError` to
-answer with it; any other exception becomes `HandlerFailed`.
+For an endpoint registered with `request_stream=True` the first argument is an `AsyncIterator` of the caller's
+messages: the request, then those that follow it. When the caller stops or kills the request or is lost, and
+when the deadline passes, the context is stopped or killed. A generator is closed at its next yield. After
+`DYN_CANCEL_GRACE_S` the handler is cancelled (`CancelledError` at its current await). A `PlaneError` that the
+handler raises is the answer; any other exception becomes `HandlerFailed`.
 """
 
 
@@ -30,8 +29,9 @@ answer with it; any other exception becomes `HandlerFailed`.
 class Target:
     """One endpoint of one instance, as its registry record describes it.
 
-    `address` is the plane's own (`host:port` for tcp), `subject` what the server calls the endpoint, and
-    `secret` the instance's, which both sides prove and no text shows; None where `DYN_PLANE_AUTH` is off.
+    `address` has the plane's own form (`host:port` for tcp). `subject` is the server's name of the endpoint.
+    `secret` is the instance's: both sides prove that they know it, and no text shows it; None where
+    `DYN_PLANE_AUTH` is off.
     """
 
     instance_id: int
@@ -41,11 +41,11 @@ class Target:
 
 
 class ResponseStream(Protocol):
-    """The answer to one request, item by item. It has one reader at a time: a second gets a RuntimeError.
+    """The answer to one request, item by item. It has one reader at a time: a second one gets a RuntimeError.
 
-    Iteration ends with StopAsyncIteration after a normal end, or raises the PlaneError the request ended
-    with. Abandoning it early (`aclose()`, leaving `async with`) kills the request at the worker. Cancelling
-    a read, as a time-out does, takes nothing from the stream: the next read goes on.
+    Iteration ends with StopAsyncIteration after a normal end, or raises the PlaneError that the request ended
+    with. Closing it early (`aclose()`, leaving `async with`) kills the request at the worker. A read that is
+    cancelled, as by a time-out, removes no item: the next read returns it.
     """
 
     def __aiter__(self) -> Self: ...
@@ -56,40 +56,45 @@ class ResponseStream(Protocol):
 
     @property
     def sent(self) -> bool:
-        """Whether the request has left this process: False while it waits for a connection."""
+        """True once the request has left this process; False while it waits for a connection."""
         ...
 
     @property
     def packed(self) -> Packed:
-        """The request as it was sent, until `forget_request`: `open` takes it to send the same again."""
+        """The request as it was sent, until `forget_request`; `open` accepts it to send the same bytes
+        again."""
         ...
 
     def forget_request(self) -> None:
-        """Let go of the request's bytes: it is answered, and is sent nowhere else."""
+        """Free the request's bytes: it is answered, and will not be sent again."""
         ...
 
     @property
     def is_over(self) -> bool:
-        """Whether the answer has come to its end, not by an error, and all of it has been read."""
+        """True once the answer has ended without an error and all items have been read."""
         ...
 
     def call_soon(self, callback: Callable[[], None]) -> None:
-        """Have the event loop of the stream call something, from any thread: a finaliser runs in whichever
-        the garbage collector was called in, in the middle of anything."""
+        """Have the event loop of the stream call `callback`; may be called from any thread.
+
+        Finalisers need this: the garbage collector may run them in any thread, in the middle of other code.
+        """
         ...
 
     def abandon(self) -> None:
-        """End the stream once the request has been sent: its answer is not wanted. A handler that is started
-        at once runs to its first `yield`, or for `DYN_CANCEL_GRACE_S`."""
+        """End the stream once the request has been sent: its answer is not wanted.
+
+        A handler that is started at once runs to its first `yield`, or for `DYN_CANCEL_GRACE_S`.
+        """
         ...
 
     def fail(self, error: Exception) -> None:
-        """End the stream from outside with `error`, unless it has ended. The worker is told to kill."""
+        """End the stream with `error`, unless it has ended. The worker is told to kill the request."""
         ...
 
 
 class RequestPlaneClient(Protocol):
-    """Sends requests. One a process; it owns and shares the connections."""
+    """Sends requests. A process has one client; it owns and shares the connections."""
 
     def open(
         self,
@@ -99,24 +104,33 @@ class RequestPlaneClient(Protocol):
         *,
         messages: AsyncIterable[Any] | None = None,
     ) -> ResponseStream:
-        """Send a request, without waiting: connecting, refusal and errors show when the answer is read.
+        """Send a request, without waiting: a failed connection, a refusal or an error shows when the answer
+        is read.
 
-        The request is packed at once; one that is `Packed`, by another stream, is sent as it is. With
-        `messages`, these follow `request` as a request stream, under flow control. The context's deadline
-        and cancellation go with the request; None if the caller keeps no context. Raises PayloadTooLarge and
-        TypeError (not msgpack) at once.
+        Args:
+            target: the endpoint and instance that gets the request.
+            request: is packed at once; a `Packed` of another stream is sent as it is.
+            context: its deadline and cancellation go with the request; None if the caller keeps no context.
+            messages: follow `request` as a request stream, under flow control.
+
+        Raises PayloadTooLarge and TypeError (not msgpack) at once.
         """
         ...
 
     async def probe(self, target: Target, timeout_s: float) -> None:
-        """Ask whether the instance answers. Raises PlaneError: NotAccepted if its process lives but takes no
-        requests, as its event loop is busy; CannotConnect, AuthenticationFailed, …."""
+        """Wait until the instance answers.
+
+        Raises PlaneError: NotAccepted if its process lives but its event loop is too busy for requests;
+        CannotConnect, AuthenticationFailed, ….
+        """
         ...
 
     def forget(self, target: Target) -> None:
-        """An instance has left: what is pending on the target's endpoint fails with InstanceRemoved,
-        retryable, and connections that have nothing else to do are closed. Other endpoints of the same
-        instance keep theirs."""
+        """Forget an instance that has left the registry.
+
+        Pending requests of the target's endpoint fail with InstanceRemoved, which is retryable. Connections
+        without other requests are closed. Other endpoints of the same instance keep their requests.
+        """
         ...
 
     async def aclose(self) -> None:
@@ -134,16 +148,16 @@ class RequestPlaneServer(Protocol):
 
     @property
     def address(self) -> str:
-        """What callers dial. Valid after `start`."""
+        """The address that callers dial. Valid after `start`."""
         ...
 
     @property
     def in_flight_count(self) -> int:
-        """Requests admitted and not yet answered, over all endpoints."""
+        """Count of requests admitted and not yet answered, over all endpoints."""
         ...
 
     async def start(self) -> None:
-        """Listen. Raises ConfigError if an explicit address cannot be had."""
+        """Start to listen. Raises ConfigError if a configured address cannot be used."""
         ...
 
     def register(self, subject: str, handler: Handler, *, request_stream: bool = False) -> None:
@@ -151,16 +165,20 @@ class RequestPlaneServer(Protocol):
         ...
 
     async def unregister(self, subject: str, *, grace_s: float) -> None:
-        """Refuse new requests of the endpoint, and those that still wait for a handler (retryable); let those
-        under way finish, at most `grace_s` seconds, then end the rest, retryable too. Idempotent."""
+        """Refuse new requests of the endpoint, and those that still wait for a handler (retryable).
+
+        Running requests may finish for `grace_s` seconds; the rest then ends, retryable too. Idempotent.
+        """
         ...
 
     async def drain(self, grace_s: float) -> None:
-        """The same for all endpoints, after telling every caller to go elsewhere (GOAWAY); then see that the
-        callers have their answers: at most a second longer, or up to `grace_s` in all for one that is slow to
-        read."""
+        """Tell every caller to use other instances (GOAWAY), and end all endpoints as `unregister` does.
+
+        Then wait until the callers have read their answers: at most a second longer, or up to `grace_s` in
+        all while a slow caller still reads.
+        """
         ...
 
     async def aclose(self) -> None:
-        """Stop listening, kill what is under way, close all connections."""
+        """Stop listening, kill running requests, close all connections."""
         ...

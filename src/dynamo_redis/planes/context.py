@@ -17,20 +17,20 @@ _RUNNING, _STOPPED, _KILLED = 0, 1, 2
 
 
 class Subscriber(Protocol):
-    """What a context tells of its cancellation."""
+    """An object that a context notifies of its cancellation."""
 
     def on_cancelled(self, strength: Strength) -> None:
-        """The request was stopped or killed. Must not raise, and must be quick."""
+        """Handle a stop or kill of the request. Must not raise, and must be quick."""
         ...
 
 
 class Context:
-    """Carried with a request from the caller to the handler, on both sides of the plane.
+    """The context of a request, at the caller and at the handler.
 
     Cancellation has two strengths. *Stop* ends the answer where it is, without an error: the caller wants no
-    more. *Kill* ends it with one. A handler's context is stopped and killed when its caller wants no more or
-    has left. Both are one-way and idempotent. A handler that passes its context on to another call links the
-    two: cancelling the first cancels the second.
+    more items. *Kill* ends it with an error. A handler's context is stopped or killed when its caller ends
+    the request or is lost. Both are final and idempotent. A handler that passes its context on to another
+    call links the two: cancelling the first cancels the second.
 
     Not thread-safe: use it on the event loop that made it.
     """
@@ -53,16 +53,25 @@ class Context:
         deadline: float | None = None,
         traceparent: str | None = None,
     ) -> None:
-        """`deadline` is a `time.monotonic()` value, or None; infinity is None, too. `traceparent` is a W3C
-        trace context header. Raises ValueError for a deadline that is no number, and TypeError for
-        metadata of other types than text.
+        """Make a context.
+
+        Args:
+            id: the request id; one is made on first use if None.
+            metadata: headers that travel with the request, text to text.
+            deadline: a `time.monotonic()` value; None or infinity: no deadline.
+            traceparent: a W3C trace context header.
+
+        Raises ValueError for a deadline that is no number, and TypeError for metadata of other types than
+        text.
         """
         if metadata and not all(type(key) is type(value) is str for key, value in metadata.items()):
             raise TypeError("metadata maps texts to texts")
         self._id = id
         self._metadata = metadata
         self._traceparent = traceparent
-        self.deadline = deadline if deadline is None else _known_end(deadline)
+        if deadline is not None and math.isnan(deadline):
+            raise ValueError("a deadline must be a number")
+        self.deadline = None if deadline == math.inf else deadline
         self._state = _RUNNING
         self._subscriber: Subscriber | None = None  # most requests have one
         self._other_subscribers: dict[Subscriber, None] | None = None
@@ -72,14 +81,14 @@ class Context:
         return f"<Context {self.id()} {state}>"
 
     def id(self) -> str:
-        """The request id; made on first use if none was given."""
+        """Return the request id; it is made on first use if none was given."""
         if self._id is None:
             self._id = _ids.next()
         return self._id
 
     @property
     def metadata(self) -> dict[str, str]:
-        """Headers that travel with the request. What is added before a call is made goes along."""
+        """Headers that travel with the request, with those that are added before the call."""
         if self._metadata is None:
             self._metadata = {}
         return self._metadata
@@ -90,7 +99,7 @@ class Context:
 
     @property
     def given_metadata(self) -> dict[str, str] | None:
-        """The metadata if any was given or asked for; None otherwise."""
+        """The metadata; None if it was neither given nor read."""
         return self._metadata
 
     @property
@@ -109,7 +118,7 @@ class Context:
         return self._trace_part(2, 16)
 
     def trace_headers(self) -> dict[str, str] | None:
-        """W3C trace headers to hand on to an engine; None without a trace context."""
+        """Return W3C trace headers for a call to an engine; None without a trace context."""
         return None if self._traceparent is None else {"traceparent": self._traceparent}
 
     def _trace_part(self, index: int, length: int) -> str | None:
@@ -117,19 +126,19 @@ class Context:
         return parts[index] if len(parts) >= 4 and len(parts[index]) == length else None
 
     def detached(self, id: str) -> Context:  # noqa: A002 - the name users of dynamo.runtime know
-        """A context of its own cancellation and id, with this one's trace and a copy of its metadata."""
+        """Return a context with its own cancellation and id, this one's trace, and a copy of the metadata."""
         return Context(id, dict(self._metadata or {}), traceparent=self._traceparent)
 
     def remaining_s(self) -> float | None:
-        """Seconds until the deadline (negative once passed), or None without one."""
+        """Return the seconds until the deadline (negative once passed), or None without one."""
         return None if self.deadline is None else self.deadline - time.monotonic()
 
     def is_stopped(self) -> bool:
-        """Whether the request was stopped or killed."""
+        """Return whether the request was stopped or killed."""
         return self._state >= _STOPPED
 
     def is_killed(self) -> bool:
-        """Whether the request was killed."""
+        """Return whether the request was killed."""
         return self._state >= _KILLED
 
     def stop_generating(self) -> None:
@@ -141,7 +150,8 @@ class Context:
         self._advance(_KILLED, "kill")
 
     def on_cancel(self, callback: Callable[[Strength], None]) -> Callable[[], None]:
-        """Call `callback` at a stop and at a kill, at once if that has happened. Returns how to unsubscribe.
+        """Call `callback` at a stop and at a kill, at once if that has happened. Return the function that
+        unsubscribes it.
 
         The callback runs inside `stop_generating`/`kill`, must not raise, and must be quick.
         """
@@ -150,7 +160,7 @@ class Context:
         return partial(self.unsubscribe, subscriber)
 
     def subscribe(self, subscriber: Subscriber) -> None:
-        """As `on_cancel`; end it with `unsubscribe(subscriber)`."""
+        """Notify `subscriber` as `on_cancel` does, until `unsubscribe(subscriber)`."""
         if self._subscriber is None:
             self._subscriber = subscriber
         elif self._other_subscribers is None:
@@ -161,14 +171,14 @@ class Context:
             subscriber.on_cancelled("kill" if self._state == _KILLED else "stop")
 
     def unsubscribe(self, subscriber: Subscriber) -> None:
-        """Tell `subscriber` no more. Idempotent."""
+        """Notify `subscriber` no more. Idempotent."""
         if self._subscriber is subscriber:
             self._subscriber = None
         elif self._other_subscribers is not None:
             self._other_subscribers.pop(subscriber, None)
 
     def async_killed_or_stopped(self) -> asyncio.Future[bool]:
-        """A future that is True once the request is stopped or killed. Cancel it to give up."""
+        """Return a future that is True once the request is stopped or killed. Cancel it to stop waiting."""
         woken: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         if self._state:
             woken.set_result(True)
@@ -192,7 +202,7 @@ class Context:
 
 
 class _Ids:
-    """Makes request ids: 32 hexadecimal digits, a count and what is random to this process. A `uuid4` would
+    """Makes request ids of 32 hexadecimal digits: a count and a random part of this process. A `uuid4` would
     cost a small request a twentieth of its time."""
 
     def __init__(self) -> None:
@@ -205,13 +215,6 @@ class _Ids:
 
 _ids = _Ids()
 os.register_at_fork(after_in_child=_ids.__init__)  # type: ignore[misc]
-
-
-def _known_end(deadline: float) -> float | None:
-    """The deadline, or None if it never comes. Raises ValueError."""
-    if math.isnan(deadline):
-        raise ValueError("a deadline must be a number")
-    return None if deadline == math.inf else deadline
 
 
 class _Callback:

@@ -1,4 +1,4 @@
-"""Chooses the request plane by its setting."""
+"""Make the client or server of the request plane that the settings name."""
 
 from __future__ import annotations
 
@@ -19,12 +19,16 @@ def make_server(
     redis_url: str | None = None,
     loop_stall_s: float = 0.0,
 ) -> RequestPlaneServer:
-    """The server of the plane that `DYN_REQUEST_PLANE` names. Raises ConfigError.
+    """Make the server of the plane that `DYN_REQUEST_PLANE` names. Raises ConfigError.
 
-    `secret` is the instance's, which callers must prove; None where `DYN_PLANE_AUTH` is off. `redis_url`
-    is where this process finds Redis, if anywhere: it decides which address is advertised when the settings
-    do not say (loopback without a Redis, or for one on a unix socket). `loop_stall_s` is how long the event
-    loop may hang before callers take the process for dead; 0: for ever.
+    Args:
+        settings: the plane's settings.
+        secret: the instance's secret, which callers must prove; None where `DYN_PLANE_AUTH` is off.
+        instance_id: the instance that callers must ask for.
+        redis_url: this process's Redis, if it has one. It decides the advertised address when the settings
+            name none (loopback without a Redis, or for one on a unix socket).
+        loop_stall_s: seconds that the event loop may hang before callers take the process for dead; 0: for
+            ever.
     """
     redis_host = urlsplit(redis_url).hostname if redis_url else None
     return TcpServer(
@@ -35,10 +39,10 @@ def make_server(
 def make_client(
     settings: PlaneSettings, *, on_quiet: Callable[[Target], None] | None = None
 ) -> RequestPlaneClient:
-    """The client of the plane that `DYN_REQUEST_PLANE` names. Raises ConfigError.
+    """Make the client of the plane that `DYN_REQUEST_PLANE` names. Raises ConfigError.
 
-    `on_quiet` is called on the event loop, with any target of the instance, when an instance that owes an
-    answer has given no sign of life for three quarters of `DYN_TCP_KEEPALIVE_S`. Requests under way there go
-    on: it may be slow. Whoever chooses instances should prefer others, and probe.
+    `on_quiet` is called on the event loop, with any target of the instance, when an instance with pending
+    requests has given no sign of life for three quarters of `DYN_TCP_KEEPALIVE_S`. These requests continue:
+    the instance may be slow. Code that chooses instances should prefer other ones, and probe this one.
     """
     return TcpClient(settings, on_quiet)

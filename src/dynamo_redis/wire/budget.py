@@ -1,15 +1,15 @@
-"""How many bytes of large payloads one side of the plane holds, over all its connections.
+"""A bound on the bytes of large payloads that one side of the plane holds, over all its connections.
 
-The decoder takes a payload's announced size before there is memory for it, and gives it back when the
-payload is complete. From then on whoever keeps the payload holds it: the request it belongs to, until that
-ends; the mailbox it waits in, until it is read.
+The decoder reserves a payload's announced size before it allocates memory, and releases it when the payload
+is complete. From then on the owner of the payload reserves its size: a request until it ends, or a mailbox
+until the item is read.
 """
 
 from __future__ import annotations
 
 
 class PayloadBudget:
-    """What is held, by all connections together, of what may be."""
+    """The bytes that all connections together hold, and their limit."""
 
     __slots__ = ("held_bytes", "limit_bytes")
 
@@ -19,10 +19,10 @@ class PayloadBudget:
 
 
 class PayloadShare:
-    """One connection's part of the budget: never more than what it leaves for others.
+    """One connection's part of the budget: never more than the part that is free afterwards.
 
-    So a connection that takes all it gets holds half, the next one half of the rest; as payloads end, their
-    shares draw level. There is always something for one more.
+    A connection that reserves all it may holds half of the budget, the next connection half of the rest. As
+    payloads end, the shares become equal. A further connection always finds some room.
     """
 
     __slots__ = ("_budget", "held_bytes")
@@ -31,20 +31,23 @@ class PayloadShare:
         self._budget = budget
         self.held_bytes = 0
 
-    def take(self, size_bytes: int) -> bool:
-        """Take so much, if it is there. A payload that is alone always fits: it would wait for ever."""
+    def try_reserve(self, size_bytes: int) -> bool:
+        """Reserve `size_bytes`; return False if they do not fit.
+
+        A payload always fits while the budget is unused: it would otherwise never be accepted.
+        """
         budget = self._budget
         if budget.held_bytes and self.held_bytes + size_bytes > budget.limit_bytes - budget.held_bytes:
             return False
-        self.hold(size_bytes)
+        self.reserve(size_bytes)
         return True
 
-    def hold(self, size_bytes: int) -> None:
-        """Take so much, whether it is there or not: it is in memory already."""
+    def reserve(self, size_bytes: int) -> None:
+        """Reserve `size_bytes` even over the limit: the payload is in memory already."""
         self.held_bytes += size_bytes
         self._budget.held_bytes += size_bytes
 
-    def give(self, size_bytes: int) -> None:
-        """Give so much back."""
+    def release(self, size_bytes: int) -> None:
+        """Give back `size_bytes` that were reserved."""
         self.held_bytes -= size_bytes
         self._budget.held_bytes -= size_bytes

@@ -26,8 +26,8 @@ MAX_DEPTH = 1022
 """How deep a value may nest: msgpack's own limit, less the frame and the batch around it."""
 
 _TIMESTAMPS_AS_FLOATS = 1
-"""Not as msgpack's own `Timestamp`: whoever likes makes thousands with one hash, and a map that has them as
-keys would occupy the event loop for minutes."""
+"""Not as msgpack's own `Timestamp`: a peer can make thousands of them with one hash, and a map with such keys
+would occupy the event loop for minutes."""
 
 _FRAME_AND_BATCH = b"\x91\x91"
 
@@ -41,16 +41,16 @@ def _as_list(value: Any) -> list[Any]:
 
 
 pack_known = msgpack.Packer(autoreset=True, default=_as_list).pack
-"""`pack` for what is known to be msgpack, such as the parts of a frame that this side makes."""
+"""`pack` for values that msgpack is known to carry, such as the parts of a frame that this side makes."""
 
 pack_plain = msgpack.Packer(autoreset=True, strict_types=True).pack
-"""`pack` for what is made of msgpack's own types. Raises TypeError for tuples and subclasses too."""
+"""`pack` for values of msgpack's own types only. Raises TypeError for tuples and subclasses too."""
 
 _depth_probes: list[msgpack.Unpacker] = []
 
 
 def pack(value: Any) -> bytes:
-    """`value` as msgpack. Raises TypeError if msgpack cannot carry it."""
+    """Return `value` as msgpack. Raises TypeError if msgpack cannot carry it."""
     try:
         return pack_plain(value)
     except (TypeError, ValueError, OverflowError):
@@ -58,10 +58,10 @@ def pack(value: Any) -> bytes:
 
 
 def pack_with_care(value: Any) -> bytes:
-    """`pack` for what `pack_plain` does not take.
+    """Pack a value that `pack_plain` refuses. Raises TypeError if msgpack cannot carry it.
 
-    A tuple may be the key of a dict here, and arrive as a list, which may not: within a frame that would cost
-    the receiver the whole connection. So what fits into one is tried.
+    A tuple may be the key of a dict here. It arrives as a list, which may not be a key: inside a frame that
+    would end the receiver's whole connection. So a payload that fits into a frame is unpacked once to check.
     """
     try:
         payload = pack_known(value)
@@ -78,10 +78,10 @@ def pack_with_care(value: Any) -> bytes:
 
 
 def check_depth(payload: bytes) -> None:
-    """Refuse a packed value that no unpacker takes inside a frame. Raises TypeError.
+    """Raise TypeError for a packed value that nests too deep for the unpacker inside a frame.
 
-    The packer nests one level deeper than the unpacker (1024), which sees the frame and its batch around
-    the value: a value of such a depth would cost the receiver the whole connection.
+    The packer nests one level deeper than the unpacker (1024 levels), and the unpacker also counts the frame
+    and the batch around the value. A value of such a depth would end the receiver's whole connection.
     """
     probe = _depth_probes.pop() if _depth_probes else msgpack.Unpacker(max_buffer_size=2 * MAX_INLINE_BYTES)
     probe.feed(_FRAME_AND_BATCH)
@@ -93,8 +93,17 @@ def check_depth(payload: bytes) -> None:
     _depth_probes.append(probe)  # a new one costs as much as the check of 64 KiB
 
 
+def array_header(count: int) -> bytes:
+    """Return msgpack's header of an array of `count` elements."""
+    if count < 16:
+        return bytes((0x90 | count,))
+    if count < 1 << 16:
+        return b"\xdc" + count.to_bytes(2, "big")
+    return b"\xdd" + count.to_bytes(4, "big")
+
+
 def unpack(payload: bytes | bytearray | memoryview) -> Any:
-    """The one value in `payload`. Raises ValueError."""
+    """Return the one value in `payload`. Raises ValueError."""
     try:
         return msgpack.unpackb(payload, strict_map_key=False, timestamp=_TIMESTAMPS_AS_FLOATS)
     except (msgpack.UnpackException, TypeError, MemoryError) as exc:  # TypeError: a map with a map as key
@@ -102,16 +111,16 @@ def unpack(payload: bytes | bytearray | memoryview) -> Any:
 
 
 def new_payload_unpacker(size_bytes: int) -> msgpack.Unpacker:
-    """A streaming unpacker for one value of `size_bytes`, with the limits of `unpack`."""
+    """Make a streaming unpacker for one value of `size_bytes`, with the limits of `unpack`."""
     return msgpack.Unpacker(max_buffer_size=size_bytes, strict_map_key=False, timestamp=_TIMESTAMPS_AS_FLOATS)
 
 
 def new_unpacker() -> msgpack.Unpacker:
-    """A streaming unpacker for frames. It holds about 45 KB, so connections share them.
+    """Make a streaming unpacker for frames. It holds about 45 KB, so connections share them.
 
-    msgpack makes room for an array as soon as its head has come, so the limit of its length also bounds what
-    nested heads without content can take: half a MiB a level of address space, of which some 55 KiB become
-    memory. Half a frame can hold 55 MiB so, until its time is up.
+    msgpack allocates an array when its head has come. So the limit of an array's length also bounds the cost
+    of nested heads without content: half a MiB of address space a level, some 55 KiB of it in memory. An
+    incomplete frame can hold 55 MiB this way, until the connection gives up on it.
     """
     return msgpack.Unpacker(
         max_buffer_size=MAX_FRAME_BYTES + 2 * READ_BYTES,

@@ -1,14 +1,14 @@
 """Bytes to frames, incrementally: the receiving half of the wire.
 
-The owner of a socket asks `buffer()` where the next read may go, and says `received(n)` afterwards. Reads go
-into a scratch buffer that all connections of an event loop share, and are fed to a shared msgpack unpacker;
-a connection keeps an unpacker of its own only while it holds a partial frame. The raw bytes of a large
-payload are read straight into their destination; those of a large packed value are unpacked as they come, so
-that no read holds the event loop for the seconds that millions of objects take.
+The owner of a socket reads into `buffer()`, then calls `received(n)`. Reads go into a scratch buffer that all
+connections of an event loop share, and are fed to a shared msgpack unpacker. A connection keeps an unpacker
+of its own only while it holds a partial frame. The raw bytes of a large payload are read straight into their
+destination. A large packed value is unpacked piece by piece as its bytes come: millions of objects take
+seconds, and no single read may hold the event loop that long.
 
 A frame that announced raw bytes comes out whole, with the value in place of its encoding, behind the size:
-`[DATA_RAW, id, size, value]`. Where the value is over the limit or no msgpack, an `Unusable` stands for it:
-that is the affair of its stream, not of the connection.
+`[DATA_RAW, id, size, value]`. Where the value is over the limit or no msgpack, an `Unusable` stands in its
+place: only the stream fails, not the connection.
 """
 
 from __future__ import annotations
@@ -38,30 +38,32 @@ _MAX_SPARE_COUNT: Final = 4
 _NOWHERE: Final = -1
 
 _FIRST_PIECE_BYTES: Final = 8 * 1024
-"""How much of a read is unpacked before the rest: behind a large payload's header, that is copied once."""
+"""Bytes of a read that are unpacked first. Raw bytes behind a large payload's header in the same piece are
+copied once more, so the first piece is small."""
 
 UNPACKED_AT_ONCE_BYTES: Final = 1 << 20
-"""The largest packed value that is unpacked in one step, once it is whole."""
+"""The largest packed value that is unpacked in one step, once all its bytes are here."""
 
 _KEPT_BLOCK_BYTES: Final = 31 << 20
 
 STEP_BYTES: Final = 16 * 1024
-"""What counts as progress of a frame or payload that comes in pieces."""
+"""Bytes of an incomplete frame or payload that count as one step of progress."""
 
 
 @cache
 def keep_large_blocks() -> None:
-    """Have malloc keep the memory of large payloads for the next ones, once a process.
+    """Have malloc keep the memory of large payloads for later ones; once a process.
 
     glibc gives each block above a threshold back to the system at once, and raises the threshold (to 32 MiB
-    at most) when such a block is freed: a process that has freed one large message is twice as quick with the
-    next ones. Here it is from the start, with a block that is never touched. Elsewhere this does nothing.
+    at most) when such a block is freed. A process that has freed one large message handles the next ones
+    twice as fast. This call frees a block that was never touched, so the threshold is high from the start.
+    With another malloc it does nothing.
     """
     bytes(_KEPT_BLOCK_BYTES)
 
 
 class Unusable:
-    """Stands for a raw payload that the receiver did not take, and says why."""
+    """Stands for a raw payload that the receiver did not accept; `error` is the reason."""
 
     __slots__ = ("error",)
 
@@ -70,8 +72,8 @@ class Unusable:
 
 
 class ReadBuffers:
-    """What the connections of one event loop share: the scratch buffer, idle unpackers, and a budget of
-    bytes for large payloads."""
+    """The resources that the connections of one event loop share: the scratch buffer, idle unpackers, and a
+    budget of bytes for large payloads."""
 
     __slots__ = ("_spare", "budget", "scratch")
 
@@ -81,22 +83,22 @@ class ReadBuffers:
         self.scratch = memoryview(bytearray(READ_BYTES))
         self._spare: list[msgpack.Unpacker] = []
 
-    def take(self) -> msgpack.Unpacker:
-        """An unpacker that holds nothing."""
+    def borrow_unpacker(self) -> msgpack.Unpacker:
+        """Return an empty unpacker."""
         return self._spare.pop() if self._spare else new_unpacker()
 
-    def give(self, unpacker: msgpack.Unpacker) -> None:
-        """Hand back an unpacker that holds nothing."""
+    def return_unpacker(self, unpacker: msgpack.Unpacker) -> None:
+        """Give back an empty unpacker."""
         if len(self._spare) < _MAX_SPARE_COUNT:
             self._spare.append(unpacker)
 
 
 class _RawPayload:
-    """The raw bytes behind a header frame, on their way in.
+    """The raw bytes behind a header frame, while they arrive.
 
-    The bytes land in a `bytes` object that nobody has seen yet (through BytesIO, which hands it out without
-    a copy), so that a large binary value is written once, by the kernel. `bytes(n)` is zero memory that the
-    system maps page by page as data comes: a lying size costs address space only.
+    The kernel writes the bytes into a `bytes` object that no other code has seen yet (through BytesIO, which
+    returns it without a copy), so a large binary value is written once. The system maps the memory of
+    `bytes(n)` page by page as data comes: a size that is announced and never sent costs address space only.
     """
 
     __slots__ = ("_encoding", "_frame", "_sink", "_view", "received_bytes", "size_bytes")
@@ -111,12 +113,12 @@ class _RawPayload:
 
     @property
     def stream_id(self) -> int:
-        """The stream that the header names; 0 if that is none."""
+        """The stream id in the header; 0 if it is no integer."""
         stream_id = self._frame[1]
         return stream_id if type(stream_id) is int else 0
 
     def buffer(self) -> memoryview:
-        """Where the missing bytes go."""
+        """Return the place of the missing bytes."""
         return self._view[self.received_bytes :]
 
     def received(self, count: int) -> None:
@@ -124,17 +126,18 @@ class _RawPayload:
         self.received_bytes += count
 
     def append(self, data: bytes | bytearray | memoryview) -> None:
-        """Take bytes that were read elsewhere."""
+        """Copy in bytes that were read elsewhere."""
         end = self.received_bytes + len(data)
         self._view[self.received_bytes : end] = data
         self.received_bytes = end
 
     def release(self) -> None:
-        """Let go of the destination. A BytesIO that is dropped while it is exported complains (3.13)."""
+        """Release the view of the destination. Python 3.13 complains about a BytesIO dropped while
+        exported."""
         self._view.release()
 
     def finish(self) -> list[Any]:
-        """The whole frame."""
+        """Return the whole frame, with the value or an `Unusable`."""
         self.release()
         payload: Any = self._sink.getvalue()
         if self._encoding != Encoding.BINARY:
@@ -146,9 +149,9 @@ class _RawPayload:
 
 
 class _PackedPayload:
-    """As `_RawPayload`, for a packed value that is unpacked as its bytes come.
+    """As `_RawPayload`, for a packed value that is unpacked while its bytes arrive.
 
-    An unpacker that runs out of data keeps what it has made, and goes on from there.
+    An unpacker that runs out of data keeps the objects that it has made, and continues with the next bytes.
     """
 
     __slots__ = (
@@ -208,7 +211,7 @@ class _PackedPayload:
         self._unpacker = None
 
     def finish(self) -> list[Any]:
-        """The whole frame."""
+        """Return the whole frame, with the value or an `Unusable`."""
         self.release()
         if self._error is None and self._unpacked_bytes == self.size_bytes:
             return [*self._frame, self._value]
@@ -227,8 +230,8 @@ class _PackedPayload:
 class FrameDecoder:
     """The incoming side of one connection.
 
-    `error` is set once the peer has sent what is not a frame; nothing is decoded after it. The frames that
-    came before it are still handed out.
+    `error` is set once the peer has sent bytes that are no frame; nothing is decoded after them. The frames
+    that came before are still returned.
     """
 
     __slots__ = (
@@ -258,9 +261,10 @@ class FrameDecoder:
 
     @property
     def unfinished(self) -> tuple[int, int] | None:
-        """The number of the frame under way and the steps of `STEP_BYTES` it has come; None between frames.
+        """The number of the incomplete frame and the steps of `STEP_BYTES` that have come; None between
+        frames.
 
-        The same at two moments: not one step was made in between.
+        Two equal values at two moments mean that no step was made in between.
         """
         if self._unpacker is not None:
             return self._unfinished_count, (self._end - self._start) // STEP_BYTES
@@ -270,31 +274,31 @@ class FrameDecoder:
 
     @property
     def is_between_frames(self) -> bool:
-        """Whether the input so far ends with a whole frame."""
+        """True if the input so far ends with a whole frame."""
         return self._unpacker is None and self._raw is None and not self._skip_bytes
 
     @property
     def in_raw_payload(self) -> bool:
-        """Whether the rest of a large payload is still to come."""
+        """True while the rest of a large payload is still to come."""
         return self._raw is not None or self._skip_bytes > 0
 
     @property
     def missing_bytes(self) -> int:
-        """How much of a large payload is still to come."""
+        """Bytes of a large payload that are still to come."""
         raw = self._raw
         return self._skip_bytes if raw is None else raw.size_bytes - raw.received_bytes
 
     @property
     def raw_stream_id(self) -> int:
-        """The stream whose large payload is partly here; 0 without one, or where it is skipped."""
+        """The stream id of the incomplete large payload; 0 without one, or where its bytes are skipped."""
         return 0 if self._raw is None else self._raw.stream_id
 
     def buffer(self) -> memoryview:
-        """Where the next read goes."""
+        """Return the place of the next read."""
         return self._buffers.scratch if self._raw is None else self._raw.buffer()
 
     def received(self, count: int) -> list[list[Any]]:
-        """The frames completed by the `count` bytes that were read into `buffer()`, in order."""
+        """Return the frames that the `count` bytes read into `buffer()` complete, in order."""
         raw = self._raw
         if raw is None:
             return self.feed(self._buffers.scratch[:count])
@@ -305,7 +309,7 @@ class FrameDecoder:
         return [self._finish_raw(raw)]
 
     def feed(self, data: memoryview) -> list[list[Any]]:
-        """The frames completed by `data`, in order."""
+        """Return the frames that `data` completes, in order."""
         frames: list[list[Any]] = []
         piece_bytes = _FIRST_PIECE_BYTES
         try:
@@ -323,11 +327,11 @@ class FrameDecoder:
         return frames
 
     def close(self) -> None:
-        """Drop what is incomplete."""
-        self._unpacker = None  # it is in the middle of something: not to be shared again
+        """Drop an incomplete frame or payload."""
+        self._unpacker = None  # it holds a partial frame: not to be shared again
         if self._raw is not None:
             self._raw.release()
-            self.share.give(self._raw.size_bytes)
+            self.share.release(self._raw.size_bytes)
             self._raw = None
 
     def _fail(self, error: ProtocolViolation) -> None:
@@ -335,7 +339,7 @@ class FrameDecoder:
         self.close()
 
     def _feed_raw(self, data: memoryview, frames: list[list[Any]]) -> memoryview:
-        """Take what belongs to a raw payload; return the rest."""
+        """Take the bytes that belong to a raw payload; return the rest."""
         if self._skip_bytes:
             skipped = min(self._skip_bytes, len(data))
             self._skip_bytes -= skipped
@@ -352,7 +356,7 @@ class FrameDecoder:
     def _feed_frames(self, data: memoryview, frames: list[list[Any]]) -> None:
         unpacker = self._unpacker
         if unpacker is None:
-            unpacker = self._unpacker = self._buffers.take()
+            unpacker = self._unpacker = self._buffers.borrow_unpacker()
             self._start = _NOWHERE
             offset = self._end = unpacker.tell()
         else:
@@ -376,15 +380,15 @@ class FrameDecoder:
                     frames.append(frame)
         except msgpack.OutOfData:
             _check_length(end - offset)
-            if offset != self._start:  # not the one that was incomplete before
+            if offset != self._start:  # another frame than the one that was incomplete before
                 self._start = offset
                 self._unfinished_count += 1
             return
         self._unpacker = None
-        self._buffers.give(unpacker)
+        self._buffers.return_unpacker(unpacker)
 
     def _begin_raw(self, header: list[Any], unpacker: msgpack.Unpacker, frames: list[list[Any]]) -> None:
-        """A header frame was read: take its raw bytes, as far as they are here already."""
+        """Begin the raw payload of a header frame, with the bytes that are here already."""
         kind, size_bytes, encoding = header[0], header[-2], header[-1]
         if len(header) != _RAW_LENGTH[kind] or type(size_bytes) is not int or encoding not in _ENCODINGS:
             raise ProtocolViolation("a malformed header of a raw payload")
@@ -410,10 +414,10 @@ class FrameDecoder:
             self._raw = raw
 
     def _refusal(self, size_bytes: int) -> PlaneError | None:
-        """Why a payload is not taken. If it is, its size has been taken from the share."""
+        """Reserve room for a payload. Return the error if it is not accepted, else None."""
         if size_bytes > self._max_payload_bytes:
             return PayloadTooLarge(size_bytes=size_bytes, limit_bytes=self._max_payload_bytes)
-        if self.share.take(size_bytes):
+        if self.share.try_reserve(size_bytes):
             return None
         held_bytes = self._buffers.budget.held_bytes
         return Overloaded(
@@ -422,12 +426,12 @@ class FrameDecoder:
         )
 
     def _finish_raw(self, raw: _RawPayload | _PackedPayload) -> list[Any]:
-        """The whole frame. Who keeps its payload counts it from here on."""
-        self.share.give(raw.size_bytes)
+        """Return the whole frame. Its size is released here; the payload's next owner reserves it again."""
+        self.share.release(raw.size_bytes)
         return raw.finish()
 
 
 def _check_length(frame_bytes: int) -> None:
-    """Raises ProtocolViolation."""
+    """Raise ProtocolViolation for a frame over the limit."""
     if frame_bytes > MAX_FRAME_BYTES:
         raise ProtocolViolation(f"a frame is over the limit of {MAX_FRAME_BYTES} bytes")

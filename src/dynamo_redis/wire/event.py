@@ -2,10 +2,11 @@
 
     [1, topic, instance_id, epoch, dp_rank, first_sequence, published_at_ms, [event, …]]
 
-A publisher's events are numbered from 0 without holes, over all of its batches: the batch's first has
-`first_sequence`. A receiver that has applied all before `n` wants a batch that begins at `n`: what lies below
-is a repetition, and a batch that begins above shows a gap. A batch without events says how far its publisher
-is. The epoch is random, of one start of the process: another one means that nothing of before counts.
+A publisher numbers its events from 0 without holes, over all of its batches; `first_sequence` is the number
+of a batch's first event. A receiver that has applied all events before `n` expects a batch that begins at
+`n`. Events with lower numbers are repetitions; a batch that begins at a higher number shows a gap. A batch
+without events tells its publisher's present number. The epoch is a random number of one start of the process:
+with another epoch the numbers begin anew.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from dynamo_redis.errors import InvalidRecord, SchemaMismatch
-from dynamo_redis.wire.codec import pack_known, unpack
+from dynamo_redis.wire.codec import array_header, pack_known, unpack
 
 ENVELOPE_VERSION = 1
 
@@ -26,7 +27,7 @@ _ARRAY_OF_8 = b"\x98"
 
 
 class PublisherId(NamedTuple):
-    """Who numbers events: one data-parallel rank of one start of one instance."""
+    """A publisher of numbered events: one data-parallel rank of one start of one instance."""
 
     instance_id: int
     epoch: int
@@ -45,11 +46,11 @@ class EventBatch:
 
     @property
     def next_sequence(self) -> int:
-        """What the publisher's next batch begins with."""
+        """The first sequence of the publisher's next batch."""
         return self.first_sequence + len(self.events)
 
     def to_bytes(self) -> bytes:
-        """The stored form. Raises TypeError if an event is not msgpack."""
+        """Pack the batch. Raises TypeError if an event is not msgpack."""
         return pack_known(
             (
                 ENVELOPE_VERSION,
@@ -65,15 +66,15 @@ class EventBatch:
     def of_packed(
         cls, topic: str, publisher: PublisherId, first_sequence: int, now_ms: int, packed: Sequence[bytes]
     ) -> bytes:
-        """The stored form of a batch whose events are packed already."""
+        """Pack a batch whose events are packed already."""
         head = (ENVELOPE_VERSION, topic, *publisher, first_sequence, now_ms)
-        return b"".join((_ARRAY_OF_8, *map(pack_known, head), _array_head(len(packed)), *packed))
+        return b"".join((_ARRAY_OF_8, *map(pack_known, head), array_header(len(packed)), *packed))
 
     @classmethod
     def from_bytes(cls, stored: bytes) -> EventBatch:
-        """Read a stored batch; fields of later minors, at its end, are ignored.
+        """Read a stored batch; fields of later minor versions, at its end, are ignored.
 
-        Raises InvalidRecord if it is not one, SchemaMismatch for another version.
+        Raises InvalidRecord if it is no batch, SchemaMismatch for another version.
         """
         try:
             fields = unpack(stored)
@@ -93,10 +94,3 @@ class EventBatch:
         instance_id, epoch, dp_rank, first_sequence, published_at_ms = numbers
         publisher = PublisherId(instance_id, epoch, dp_rank)
         return cls(topic, publisher, first_sequence, published_at_ms, events)
-
-
-def _array_head(count: int) -> bytes:
-    """msgpack's head of an array."""
-    if count < 16:
-        return bytes((0x90 | count,))
-    return b"\xdc" + count.to_bytes(2) if count < 1 << 16 else b"\xdd" + count.to_bytes(4)

@@ -2,7 +2,7 @@
 
 A frame is a msgpack array `[type, stream_id, …]`. The type is a small integer; with `OPTIONAL` set, a peer
 that does not know it skips the frame, otherwise an unknown type is a protocol error. `stream_id` is 0 for
-frames about the connection. docs/wire-protocol.md describes each byte by byte.
+frames about the connection. docs/wire-protocol.md describes every frame byte by byte.
 
     OPEN        [1, id, subject, flags, headers, request]         client → server
     DATA        [2, id, item]                                     both
@@ -33,6 +33,7 @@ from dynamo_redis.wire.codec import (
     MAX_DEPTH,
     MAX_HEADERS_BYTES,
     MAX_INLINE_BYTES,
+    array_header,
     check_depth,
     pack,
     pack_known,
@@ -65,7 +66,7 @@ FLAG_REQUEST_STREAM: Final = 1
 """In OPEN: more messages follow the request, until END."""
 
 MAX_DEADLINE_MS: Final = 2**53
-"""The largest `deadline_ms`, 285,000 years: a later deadline is said to be that one."""
+"""The largest `deadline_ms`, 285,000 years: a later deadline is sent as this one."""
 
 MAX_STREAM_ID: Final = 2**31 - 1
 """The last stream id of a connection; then the client opens another connection."""
@@ -75,22 +76,22 @@ CREDIT_UNIT_BYTES: Final = MAX_INLINE_BYTES
 
 
 class Encoding(IntEnum):
-    """What the raw bytes of a payload are."""
+    """The form of a payload's raw bytes."""
 
     MSGPACK = 0  # one packed value
     BINARY = 1  # the content of a `bytes` value, as it is
 
 
 class Strength(IntEnum):
-    """How a request is cancelled."""
+    """The strength of a cancellation."""
 
     STOP = 1
     KILL = 2
 
 
 Headers = Mapping[str, Any]
-"""The headers of a request: `id` str, `deadline_ms` int (what remains), `traceparent` str, `meta` map of
-str to str. All may be absent; unknown ones are ignored."""
+"""The headers of a request: `id` str, `deadline_ms` int (the time that remains), `traceparent` str, `meta`
+map of str to str. All may be absent; unknown ones are ignored."""
 
 NO_HEADERS: Final = b"\xc0"
 """Packed headers of a request that has none."""
@@ -108,12 +109,12 @@ _BATCHED = {False: b"\x93\x03", True: b"\x93\x06"}
 
 
 def raw_cost(size_bytes: int) -> int:
-    """How many credits a raw payload takes."""
+    """Return the credits that a raw payload of `size_bytes` costs."""
     return 1 + size_bytes // CREDIT_UNIT_BYTES
 
 
 def payload_of(value: Any) -> bytes:
-    """A value's payload: packed, except that large `bytes` stay as they are. Raises TypeError."""
+    """Pack a value as a payload; large `bytes` stay as they are. Raises TypeError."""
     if type(value) is bytes and len(value) > MAX_INLINE_BYTES:
         return value
     try:
@@ -126,12 +127,12 @@ def payload_of(value: Any) -> bytes:
 
 
 def encoding_of(payload: bytes, value: Any) -> Encoding:
-    """What `payload_of` made of the value."""
+    """Return the encoding that `payload_of` chose for the value."""
     return Encoding.BINARY if payload is value else Encoding.MSGPACK
 
 
 class Packed:
-    """A request as it was sent: to be sent again as the same bytes, whatever became of the object."""
+    """A request as it was sent. It can be sent again as the same bytes, even if the object has changed."""
 
     __slots__ = ("encoding", "headers", "payload")
 
@@ -146,7 +147,7 @@ class Packed:
 
 
 def encode_headers(headers: Headers | None) -> bytes:
-    """A request's headers, packed before they are sent. Raises TypeError or PayloadTooLarge."""
+    """Pack a request's headers. Raises TypeError or PayloadTooLarge."""
     packed = pack(headers)
     if len(packed) > MAX_HEADERS_BYTES:
         raise PayloadTooLarge(
@@ -158,7 +159,7 @@ def encode_headers(headers: Headers | None) -> bytes:
 
 
 def add_deadline(headers: bytes, deadline_ms: int) -> bytes:
-    """Packed headers with `deadline_ms`, which counts from the moment in which they are sent."""
+    """Add `deadline_ms` to packed headers. It counts from the moment in which they are sent."""
     if headers == NO_HEADERS:
         headers = _EMPTY_MAP
     map_of_more = bytes((headers[0] + 1,))  # of a few entries, so their number is in its first byte
@@ -166,93 +167,86 @@ def add_deadline(headers: bytes, deadline_ms: int) -> bytes:
 
 
 def encode_route(subject: str, flags: int, headers: bytes) -> bytes:
-    """The middle of OPEN: subject, flags, packed headers."""
+    """Encode the middle of OPEN: subject, flags, packed headers."""
     return b"".join((pack_known(subject), pack_known(flags), headers))
 
 
 @lru_cache(maxsize=1024)
 def plain_route(subject: str) -> bytes:
-    """`encode_route` without flags and headers, remembered."""
+    """Encode a route without flags and headers. The result is cached."""
     return encode_route(subject, 0, NO_HEADERS)
 
 
 def encode_open(stream_id: int, route: bytes, payload: bytes) -> bytes:
-    """OPEN, with a payload of at most `MAX_INLINE_BYTES`."""
+    """Encode OPEN with a payload of at most `MAX_INLINE_BYTES`."""
     return b"".join((_OPEN, pack_known(stream_id), route, payload))
 
 
 def encode_open_raw(stream_id: int, route: bytes, size_bytes: int, encoding: Encoding) -> bytes:
-    """OPEN_RAW; the payload follows it."""
+    """Encode OPEN_RAW; the payload follows it."""
     return b"".join(
         (_OPEN_RAW, pack_known(stream_id), route, pack_known(size_bytes), pack_known(int(encoding)))
     )
 
 
 def encode_items(stream_id: int, items: list[bytes], *, last: bool) -> bytes:
-    """DATA, BATCH, LAST or LAST_BATCH of packed items (at least one)."""
+    """Encode DATA, BATCH, LAST or LAST_BATCH of packed items (at least one)."""
     if len(items) == 1:
         return b"".join((_SINGLE[last], pack_known(stream_id), items[0]))
-    return b"".join((_BATCHED[last], pack_known(stream_id), _array_header(len(items)), *items))
+    return b"".join((_BATCHED[last], pack_known(stream_id), array_header(len(items)), *items))
 
 
 def encode_last(stream_id: int, item: bytes) -> bytes:
-    """LAST of one packed item: what `encode_items` makes of it, for the answers that are one item."""
+    """Encode LAST of one packed item, as `encode_items` does, for answers of one item."""
     return b"".join((_LAST, pack_known(stream_id), item))
 
 
 def encode_item_raw(stream_id: int, size_bytes: int, encoding: Encoding, *, last: bool) -> bytes:
-    """DATA_RAW or LAST_RAW; the payload follows it."""
+    """Encode DATA_RAW or LAST_RAW; the payload follows it."""
     return pack_known((LAST_RAW if last else DATA_RAW, stream_id, size_bytes, int(encoding)))
 
 
 def encode_end(stream_id: int) -> bytes:
-    """END without an item."""
+    """Encode END."""
     return pack_known((END, stream_id))
 
 
 def encode_error(stream_id: int, code: str, message: str, details: Mapping[str, Any] | None) -> bytes:
-    """ERROR. The message is cut so that the frame stays small."""
+    """Encode ERROR. The message is cut to keep the frame small."""
     return pack_known((ERROR, stream_id, code, _text(message), details))
 
 
 def encode_accept(stream_id: int) -> bytes:
-    """ACCEPT."""
+    """Encode ACCEPT."""
     return pack_known((ACCEPT, stream_id))
 
 
 def encode_credit(stream_id: int, count: int) -> bytes:
-    """CREDIT: the sender of this stream's items may send `count` more."""
+    """Encode CREDIT: the sender of this stream's items may send `count` more."""
     return pack_known((CREDIT, stream_id, count))
 
 
 def encode_cancel(stream_id: int, strength: Strength) -> bytes:
-    """CANCEL."""
+    """Encode CANCEL."""
     return pack_known((CANCEL, stream_id, int(strength)))
 
 
 def encode_goaway(code: str, message: str) -> bytes:
-    """GOAWAY. With code `draining` the connection goes on for what is under way; else it closes now."""
+    """Encode GOAWAY. With code `draining` the connection stays for its present requests; else it closes
+    now."""
     return pack_known((GOAWAY, 0, code, _text(message)))
 
 
 def encode_ping(token: int) -> bytes:
-    """PING."""
+    """Encode PING."""
     return pack_known((PING, 0, token))
 
 
 def encode_pong(token: int) -> bytes:
-    """PONG, with the PING's token."""
+    """Encode PONG with the PING's token."""
     return pack_known((PONG, 0, token))
 
 
 def _text(message: str) -> str:
-    """A message that fits, and that UTF-8 can carry."""
+    """Cut a message to a length that fits, and replace characters that UTF-8 cannot carry."""
     return message[:_MAX_MESSAGE_CHARS].encode("utf-8", "replace").decode()
-
-
-def _array_header(count: int) -> bytes:
-    if count < 16:
-        return bytes((0x90 | count,))
-    if count < 1 << 16:
-        return b"\xdc" + count.to_bytes(2, "big")
-    return b"\xdd" + count.to_bytes(4, "big")

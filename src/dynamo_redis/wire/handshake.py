@@ -1,27 +1,28 @@
-"""Who is there: the exchange that opens each connection.
+"""The handshake: the exchange that opens each connection and authenticates both sides.
 
     client → server   HELLO   ["DYNR", version, features, window, instance_id, nonce]
     server → client   HELLO   ["DYNR", version, features, window, instance_id, nonce, proof]
                    or REFUSAL ["DYNR", 0, code, message], and the connection is closed
     client → server   PROOF   [proof], and frames right behind it
 
-Each message is a msgpack array behind its length as two big-endian bytes; both are small, and nothing is
-kept for a peer that sends more. Both sides prove that they know the instance's secret: HMAC-SHA256 over
-role, both nonces, and what each side said about itself. The nonces are random for each connection, so a
-recorded handshake proves nothing later; the role is in the proof, so a proof cannot be sent back to its
-maker. With authentication off the proofs are empty. This is no defence against a relay in the middle of an
-unencrypted connection.
+Each message is a msgpack array behind its length as two big-endian bytes. Messages are small; a longer one is
+refused before it is read. Both sides prove that they know the instance's secret: HMAC-SHA256 over role, both
+nonces, and the fields of both HELLOs. The nonces are random for each connection, so a recorded handshake
+proves nothing later. The role is in the proof, so a proof cannot be sent back to its maker. With
+authentication off the proofs are empty. This is no defence against a relay in the middle of an unencrypted
+connection.
 
 Instead of a HELLO a client may ask for a sign of life, on a connection of its own. A worker whose event loop
-is busy answers, by a thread; one that takes requests closes the connection. Both messages are in the clear
-even where the worker speaks TLS:
+is busy answers, by a thread; a worker that takes requests closes the connection. Both messages are in the
+clear even where the worker speaks TLS:
 
     client → server   ["DYNL", instance_id, nonce]
     server → client   ["DYNL", proof], and the connection is closed
 
-`version` is the protocol's: the client names the highest it speaks, the server answers with the one that
-both will use. `features` is a bit set of which each side uses what both have; none is defined yet.
-`window` is the number of items that the sender of the HELLO lets the other side be ahead, a stream.
+`version` is the protocol's: the client names the highest that it speaks, the server answers with the one that
+both will use. `features` is a bit set; both sides use the features that both have. None is defined yet.
+`window` is the number of items of a stream that the peer may send before the sender of this HELLO has read
+them.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ _LABEL: Final = {"client": b"dynamo-redis tcp client\0", "server": b"dynamo-redi
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """What a side says about itself. `instance_id` is the server's on both sides."""
+    """The fields of one side's HELLO. `instance_id` is the server's on both sides."""
 
     version: int
     features: int
@@ -64,12 +65,12 @@ class Hello:
 
 
 def new_hello(window_count: int, instance_id: int) -> Hello:
-    """This release's hello, with a fresh nonce."""
+    """Make this release's HELLO, with a fresh nonce."""
     return Hello(VERSION, FEATURES, window_count, instance_id, secrets.token_bytes(NONCE_BYTES))
 
 
 def proof(role: Literal["client", "server"], secret: bytes | None, client: Hello, server: Hello) -> bytes:
-    """The proof that `role` owes; empty without a secret."""
+    """Return the proof that `role` sends; empty without a secret."""
     if secret is None:
         return b""
     transcript = _TRANSCRIPT.pack(
@@ -87,50 +88,43 @@ def proof(role: Literal["client", "server"], secret: bytes | None, client: Hello
 
 
 def life_question(instance_id: int, nonce: bytes) -> bytes:
-    """Make the question that asks an instance for a sign of life."""
+    """Return the message that asks an instance for a sign of life."""
     return _message([LIFE_MAGIC, instance_id, nonce])
 
 
 def life_answer(secret: bytes | None, instance_id: int, nonce: bytes) -> bytes:
-    """Make the answer: it proves that a process that knows the secret lives."""
-    return _message([LIFE_MAGIC, _life_proof(secret, instance_id, nonce)])
+    """Return the sign of life: a proof that a process which knows the secret lives."""
+    proved = b""
+    if secret is not None:
+        proved = hmac.digest(secret, _LIFE_LABEL + _LIFE.pack(nonce, instance_id), "sha256")
+    return _message([LIFE_MAGIC, proved])
 
 
 def is_life_question(data: bytes) -> bool:
-    """Tell whether `data`, the first bytes of a connection, ask for a sign of life."""
+    """Return whether `data`, the first bytes of a connection, ask for a sign of life."""
     return data[_LENGTH.size : _LENGTH.size + len(_LIFE_HEAD)] == _LIFE_HEAD
 
 
 def answer_to(data: bytes, secret: bytes | None, instance_id: int) -> bytes | None:
-    """Make the answer if `data`, the first bytes of a connection, ask this instance for a sign of life."""
+    """Return the sign of life if `data`, the first bytes of a connection, ask this instance for one; else
+    None."""
     if not is_life_question(data):
         return None
     try:
-        fields, _ = MessageReader().feed(memoryview(data))
-        nonce = None if fields is None else _nonce_of(fields, instance_id)
-    except (AuthenticationFailed, ProtocolViolation):
+        question, _ = MessageReader().feed(memoryview(data))
+    except ProtocolViolation:
         return None
-    return None if nonce is None else life_answer(secret, instance_id, nonce)
+    if question is None or len(question) != 3 or question[1] != instance_id:
+        return None
+    nonce = question[2]
+    if type(nonce) is not bytes or len(nonce) != NONCE_BYTES:
+        return None
+    return life_answer(secret, instance_id, nonce)
 
 
 def is_life_answer(data: bytes, secret: bytes | None, instance_id: int, nonce: bytes) -> bool:
-    """Tell whether `data` is the answer of the instance that was asked."""
+    """Return whether `data` is the sign of life of the instance that was asked."""
     return hmac.compare_digest(data, life_answer(secret, instance_id, nonce))
-
-
-def _life_proof(secret: bytes | None, instance_id: int, nonce: bytes) -> bytes:
-    if secret is None:
-        return b""
-    return hmac.digest(secret, _LIFE_LABEL + _LIFE.pack(nonce, instance_id), "sha256")
-
-
-def _nonce_of(question: list[Any], instance_id: int) -> bytes:
-    """Raises ProtocolViolation or AuthenticationFailed."""
-    if len(question) != 3 or type(question[2]) is not bytes or len(question[2]) != NONCE_BYTES:
-        raise ProtocolViolation("a malformed question for a sign of life")
-    if question[1] != instance_id:
-        raise AuthenticationFailed("another instance answers at this address")
-    return question[2]
 
 
 class MessageReader:
@@ -142,17 +136,26 @@ class MessageReader:
         self._data = bytearray()
 
     def feed(self, data: memoryview) -> tuple[list[Any] | None, memoryview]:
-        """The message once it is whole (else None), and what came behind it. Raises ProtocolViolation."""
+        """Return the message once it is whole (else None), and the bytes behind it.
+
+        Raises ProtocolViolation.
+        """
         taken = data[: self._wanted_bytes()]
         self._data += taken
         rest = data[len(taken) :]
         if len(self._data) == _LENGTH.size and rest:
             return self.feed(rest)
-        if self._wanted_bytes():  # which refuses a length before the first byte behind it
+        if self._wanted_bytes():  # raises for a bad length before the first byte behind it is read
             return None, rest
         body = bytes(self._data[_LENGTH.size :])
         self._data.clear()
-        return _fields(body), rest
+        try:
+            fields = unpack(body)
+        except ValueError as exc:
+            raise ProtocolViolation("the peer does not speak this protocol") from exc
+        if type(fields) is not list:
+            raise ProtocolViolation("the peer does not speak this protocol")
+        return fields, rest
 
     def _wanted_bytes(self) -> int:
         if len(self._data) < _LENGTH.size:
@@ -172,12 +175,12 @@ class ClientHandshake:
         self.client = new_hello(window_count, instance_id)
         self.server: Hello | None = None
 
-    def begin(self) -> bytes:
-        """The first message."""
+    def first_message(self) -> bytes:
+        """Return the client's HELLO."""
         return _message(_hello_fields(self.client))
 
     def feed(self, data: memoryview) -> tuple[bytes, memoryview]:
-        """What to send now, and the bytes behind the handshake.
+        """Return the bytes to send now, and the bytes behind the handshake.
 
         Raises AuthenticationFailed, ProtocolViolation, or the error that the server refused with.
         """
@@ -206,10 +209,10 @@ class ServerHandshake:
         self.client: Hello | None = None
         self.done = False
         self.asks_for_life = False
-        """Whether the client wanted a sign of life and nothing else: close."""
+        """True if the client asks for a sign of life instead: close the connection."""
 
     def feed(self, data: memoryview) -> tuple[bytes, memoryview]:
-        """What to send now, and the bytes behind the handshake (only once `done`).
+        """Return the bytes to send now, and the bytes behind the handshake (only once `done`).
 
         Raises AuthenticationFailed or ProtocolViolation; answer with `refusal` and close.
         """
@@ -220,27 +223,25 @@ class ServerHandshake:
             self.asks_for_life = True
             return b"", rest[:0]
         if self.client is None:
-            answer = self._answer(_parse_hello(fields))
+            client = _parse_hello(fields)
+            if client.version < VERSION:
+                raise ProtocolViolation(f"protocol version {client.version} is not spoken here, {VERSION} is")
+            if client.instance_id != self.server.instance_id:
+                raise AuthenticationFailed("another instance answers at this address")
+            self.client = client
+            own_proof = proof("server", self._secret, client, self.server)
+            hello = _message([*_hello_fields(self.server), own_proof])
             more, rest = self.feed(rest) if rest else (b"", rest)
-            return answer + more, rest
+            return hello + more, rest
         if len(fields) != 1:
             raise ProtocolViolation("the peer does not speak this protocol")
         _check(fields[0], proof("client", self._secret, self.client, self.server))
         self.done = True
         return b"", rest
 
-    def _answer(self, client: Hello) -> bytes:
-        if client.version < VERSION:
-            raise ProtocolViolation(f"protocol version {client.version} is not spoken here, {VERSION} is")
-        if client.instance_id != self.server.instance_id:
-            raise AuthenticationFailed("another instance answers at this address")
-        self.client = client
-        mine = proof("server", self._secret, client, self.server)
-        return _message([*_hello_fields(self.server), mine])
-
 
 def refusal(error: PlaneError) -> bytes:
-    """The server's last message, instead of its HELLO."""
+    """Return the message that a server sends instead of its HELLO before it closes."""
     return _message([MAGIC, 0, error.code, str(error)[:512]])
 
 
@@ -250,7 +251,8 @@ def _check(theirs: object, expected: bytes) -> None:
 
 
 def _refused(code: object, message: object) -> PlaneError:
-    """The error that a server refused with. It has proved nothing: what it says may end up in a log."""
+    """Make the error that a server refused with. The server is not authenticated and its text may be logged,
+    so unprintable characters are replaced."""
     if type(code) is not str or type(message) is not str:
         return ProtocolViolation("a malformed refusal")
     return plane_error(*("".join(c if c.isprintable() else "?" for c in text) for text in (code, message)))
@@ -259,16 +261,6 @@ def _refused(code: object, message: object) -> PlaneError:
 def _message(fields: list[Any]) -> bytes:
     body = pack(fields)
     return _LENGTH.pack(len(body)) + body
-
-
-def _fields(body: bytes) -> list[Any]:
-    try:
-        fields = unpack(body)
-    except ValueError as exc:
-        raise ProtocolViolation("the peer does not speak this protocol") from exc
-    if type(fields) is not list:
-        raise ProtocolViolation("the peer does not speak this protocol")
-    return fields
 
 
 def _hello_fields(hello: Hello) -> list[Any]:

@@ -1,12 +1,13 @@
-"""KV events as they travel: what a worker's KV cache has taken in and given up. Pure.
+"""KV events as they travel: blocks that a worker's KV cache has stored or removed. Pure.
 
 An event is a msgpack array `[kind, tier, hashes]`: hashes are sequence hashes (`block_hashes.py` of
-`events/`), each as eight bytes, little-endian, in one binary. The worker has translated them from its
-engine's own, so that a router neither hashes nor keeps engines' names.
+`events/`), each as eight bytes, little-endian, in one binary. The worker translates its engine's block names
+into these hashes, so a router neither computes hashes nor keeps engines' names.
 
-`REMOVED_INSIDE` is a removal that leaves blocks behind which follow the removed one: for a while that worker
-may hold the end of a prefix without its middle. Plain `REMOVED` promises the contrary. It also goes before
-the `STORED` of a block whose predecessor is not on its tier, and then names blocks that were not held at all.
+`REMOVED_INSIDE` removes blocks while blocks that follow them stay: for a while that worker may hold the end
+of a prefix without its middle. Plain `REMOVED` promises that no following block stays. `REMOVED_INSIDE` also
+goes before the `STORED` of a block whose predecessor is not on its tier; then it names blocks that were not
+held.
 """
 
 from __future__ import annotations
@@ -41,30 +42,31 @@ class KvEvent(NamedTuple):
     hashes: array[int]
 
     def to_wire(self) -> list[Any]:
-        """As it stands in a batch."""
+        """Return the event as it stands in a batch."""
         return [self.kind, self.tier, _to_bytes(self.hashes)]
 
 
 def stored(hashes: Iterable[int], tier: int = DEVICE) -> KvEvent:
-    """Blocks are held now, in the order in which they follow each other; in a dump in any order."""
+    """Make the event of blocks that are held now, in the order in which they follow each other; in a dump in
+    any order."""
     return KvEvent(STORED, tier, array("Q", hashes))
 
 
 def removed(hashes: Iterable[int], tier: int = DEVICE, *, inside: bool = False) -> KvEvent:
-    """Blocks are held no longer; `inside`: some that follow them are."""
+    """Make the event of blocks that are held no longer; `inside`: blocks that follow them still are."""
     return KvEvent(REMOVED_INSIDE if inside else REMOVED, tier, array("Q", hashes))
 
 
 def cleared() -> KvEvent:
-    """No block is held any more."""
+    """Make the event of an emptied cache."""
     return KvEvent(CLEARED, DEVICE, _BLANK)
 
 
 def read_kv_events(events: Sequence[Any]) -> list[KvEvent]:
-    """Check the events of a batch. Neighbours of one kind and tier come out as one; kinds and tiers of later
-    releases are left out.
+    """Check the events of a batch, and return them with neighbours of one kind and tier joined.
 
-    Raises InvalidRecord if one is not a KV event: then none of the batch may be applied.
+    Kinds and tiers of later releases are left out. Raises InvalidRecord if one is not a KV event: then no
+    event of the batch may be applied.
     """
     runs: list[tuple[int, int, list[bytes]]] = []
     kind_before = tier_before = object()

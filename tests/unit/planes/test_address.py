@@ -16,7 +16,7 @@ from dynamo_redis.planes.address import Binding, choose_binding, format_address,
         ("worker-0.local", 65535, "worker-0.local:65535"),
     ],
 )
-def test_an_address_is_written_and_read(host: str, port: int, address: str) -> None:
+def test_address_is_written_and_read(host: str, port: int, address: str) -> None:
     assert format_address(host, port) == address
     assert parse_address(address) == (host, port)
 
@@ -44,9 +44,7 @@ LOCAL, ANY = "127.0.0.1", "0.0.0.0"
         ("::", "nat.example", None, Binding("::", "nat.example")),
     ],
 )
-async def test_the_rules(
-    host: str | None, advertise: str | None, redis: str | None, binding: Binding
-) -> None:
+async def test_rules(host: str | None, advertise: str | None, redis: str | None, binding: Binding) -> None:
     found = await choose_binding(host, advertise, redis)
     if redis == "localhost" and found.listen_host == "::1":
         binding = Binding("::1", "::1")

@@ -9,7 +9,7 @@ from dynamo_redis.planes.context import Context
 TRACEPARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
 
-def test_the_trace_is_read_from_the_header() -> None:
+def test_trace_is_read_from_the_header() -> None:
     context = Context("r", traceparent=TRACEPARENT)
     assert context.trace_id == "4bf92f3577b34da6a3ce929d0e0e4736"
     assert context.span_id == "00f067aa0ba902b7"
@@ -21,7 +21,7 @@ def test_without_a_valid_header_there_is_no_trace(traceparent: str | None) -> No
     assert Context("r", traceparent=traceparent).trace_id is None
 
 
-def test_a_detached_context_shares_the_trace_and_nothing_else() -> None:
+def test_detached_context_shares_the_trace_and_nothing_else() -> None:
     context = Context("r", {"tenant": "a"}, traceparent=TRACEPARENT)
     other = context.detached("s")
     context.kill()

@@ -14,7 +14,7 @@ PUBLISHER = PublisherId((1 << 63) - 1, 12345678901, 3)
 FIELDS: list[Any] = [1, "kv_events", *PUBLISHER, 40, 1_700_000_000_000, [[0, 0, b"x"], "y"]]
 
 
-def test_a_batch_is_an_array_of_eight() -> None:
+def test_batch_is_an_array_of_eight() -> None:
     batch = EventBatch("kv_events", PUBLISHER, 40, 1_700_000_000_000, [[0, 0, b"x"], "y"])
     assert msgpack.unpackb(batch.to_bytes()) == FIELDS
     assert EventBatch.from_bytes(batch.to_bytes()) == batch

@@ -84,7 +84,7 @@ def test_every_encoder_has_a_vector() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 15, 16, 255, 65_535, 65_536])
-def test_a_batch_is_an_array_of_any_length(count: int) -> None:
+def test_batch_is_an_array_of_any_length(count: int) -> None:
     [decoded], _ = decode(frame.encode_items(9, [pack(None)] * count, last=True), [])
     assert decoded == ([frame.LAST, 9, None] if count == 1 else [frame.LAST_BATCH, 9, [None] * count])
 
@@ -153,7 +153,7 @@ def test_byte_by_byte() -> None:
 
 @given(st.integers(0, len(CONVERSATION) - 1))
 @settings(max_examples=60, deadline=None)
-def test_a_truncated_stream_is_known_to_be_truncated(length: int) -> None:
+def test_truncated_stream_is_known_to_be_truncated(length: int) -> None:
     frames, made = decode(CONVERSATION[:length], [])
     assert frames == DECODED[: len(frames)]
     assert made.error is None
@@ -209,7 +209,7 @@ def test_garbage_is_a_violation(data: bytes, reason: str) -> None:
     "start",
     [b"\x93\x02\x01\xdc\xff\xff", b"\x93\x02\x01\xdb\xff\xff\xff\xff", b"\x93\x02\x01\xc6\xff\xff\xff\xff"],
 )
-def test_a_frame_that_grows_past_the_limit_is_a_violation(start: bytes) -> None:
+def test_frame_that_grows_past_the_limit_is_a_violation(start: bytes) -> None:
     made, fed_bytes = decoder(), 0
     made.feed(memoryview(start))
     while made.error is None:
@@ -237,7 +237,7 @@ def test_damaged_frames_never_raise(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("sizes", [[], [5], [10, 1, 1, 1], [50_000], [1_000_000, 3]])
-def test_a_payload_over_the_limit_is_skipped_and_the_next_frame_read(sizes: list[int]) -> None:
+def test_payload_over_the_limit_is_skipped(sizes: list[int]) -> None:
     header = frame.encode_item_raw(4, 2 * MIB, frame.Encoding.BINARY, last=False)
     data = header + bytes(2 * MIB) + frame.encode_end(4)
     [first, second], made = decode(data, sizes, max_payload_bytes=MIB)
@@ -249,7 +249,7 @@ def test_a_payload_over_the_limit_is_skipped_and_the_next_frame_read(sizes: list
     assert made.is_between_frames
 
 
-def test_a_payload_that_is_no_msgpack_is_its_streams_affair() -> None:
+def test_payload_that_is_no_msgpack_is_its_streams_affair() -> None:
     bad = b"\x91" * 3000
     data = frame.encode_item_raw(4, len(bad), frame.Encoding.MSGPACK, last=True) + bad + frame.encode_ping(1)
     [first, second], made = decode(data, [])
@@ -300,7 +300,7 @@ def test_large_value_is_unpacked_as_it_comes(value: Any, piece_bytes: int) -> No
 
 
 def test_reads_of_a_large_value_are_short() -> None:
-    """So that none of them holds the event loop for long."""
+    """No read may hold the event loop for long."""
     made = decoder()
     made.feed(memoryview(raw_of(b"", 3 * MIB)))
     assert 0 < len(made.buffer()) <= READ_BYTES

@@ -1,4 +1,4 @@
-"""Who may talk to whom, what a recording is worth, and what is not a handshake."""
+"""Authentication by the handshake, replayed messages, and bytes that are no handshake."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def view(data: bytes) -> memoryview:
 
 
 def shake(a: ClientHandshake, b: ServerHandshake) -> None:
-    answer, rest = b.feed(view(a.begin()))
+    answer, rest = b.feed(view(a.first_message()))
     assert not rest
     last, rest = a.feed(view(answer))
     assert not rest
@@ -70,27 +70,27 @@ def test_two_that_know_the_secret_meet(secret: bytes | None) -> None:
     ("theirs", "ours"),
     [(b"x" * 32, SECRET), (None, SECRET), (SECRET, None), (b"", SECRET), (SECRET[:-1], SECRET)],
 )
-def test_the_client_notices_a_wrong_server(theirs: bytes | None, ours: bytes | None) -> None:
+def test_client_notices_a_wrong_server(theirs: bytes | None, ours: bytes | None) -> None:
     a, b = client(ours), server(theirs)
-    answer, _ = b.feed(view(a.begin()))
+    answer, _ = b.feed(view(a.first_message()))
     with pytest.raises(AuthenticationFailed):
         a.feed(view(answer))
 
 
-def test_the_server_notices_a_wrong_client() -> None:
+def test_server_notices_a_wrong_client() -> None:
     a, b = client(), server()
-    b.feed(view(a.begin()))
+    b.feed(view(a.first_message()))
     for wrong in (b"", bytes(32), b"x", "text", None, 1):
         made = server()
-        made.feed(view(a.begin()))
+        made.feed(view(a.first_message()))
         with pytest.raises(AuthenticationFailed):
             made.feed(view(_message([wrong])))
         assert not made.done
 
 
-def test_a_recording_proves_nothing_to_another_connection() -> None:
+def test_recording_proves_nothing_to_another_connection() -> None:
     a, b = client(), server()
-    hello = a.begin()
+    hello = a.first_message()
     answer, _ = b.feed(view(hello))
     last, _ = a.feed(view(answer))
     b.feed(view(last))
@@ -103,9 +103,9 @@ def test_a_recording_proves_nothing_to_another_connection() -> None:
         client().feed(view(answer))
 
 
-def test_a_proof_sent_back_proves_nothing() -> None:
+def test_proof_sent_back_proves_nothing() -> None:
     a, b = client(), server()
-    answer, _ = b.feed(view(a.begin()))
+    answer, _ = b.feed(view(a.first_message()))
     fields, _ = MessageReader().feed(view(answer))
     assert fields is not None
     with pytest.raises(AuthenticationFailed):
@@ -118,7 +118,7 @@ def test_a_proof_sent_back_proves_nothing() -> None:
 )
 @pytest.mark.parametrize("role", ["client", "server"])
 @pytest.mark.parametrize("whose", [0, 1])
-def test_the_proof_covers_what_both_sides_said(change: dict[str, Any], role: Any, whose: int) -> None:
+def test_proof_covers_what_both_sides_said(change: dict[str, Any], role: Any, whose: int) -> None:
     said = [new_hello(5, 7), new_hello(6, 7)]
     before = proof(role, SECRET, said[0], said[1])
     said[whose] = replace(said[whose], **change)
@@ -136,14 +136,12 @@ def changes(message: bytes) -> Iterator[bytes]:
 
 def test_no_changed_byte_of_the_clients_hello_is_accepted() -> None:
     caller, waiting_count = client(), 0
-    for changed in changes(caller.begin()):
+    for changed in changes(caller.first_message()):
         answer = b""
         with suppress(PlaneError):
             answer, _ = server().feed(view(changed))
             waiting_count += not answer
-        if (
-            answer
-        ):  # the server takes it for somebody else's: its proof is about other words than the client's
+        if answer:  # the server accepts another HELLO than the client's: its proof is about that one
             with pytest.raises((AuthenticationFailed, ProtocolViolation)):
                 again(caller).feed(view(answer))
     assert 0 < waiting_count < MAX_MESSAGE_BYTES, "a length that lies in wait for more, until the time-out"
@@ -151,7 +149,7 @@ def test_no_changed_byte_of_the_clients_hello_is_accepted() -> None:
 
 def test_no_changed_byte_of_the_servers_hello_is_accepted() -> None:
     caller = client()
-    answer, _ = server().feed(view(caller.begin()))
+    answer, _ = server().feed(view(caller.first_message()))
     for changed in changes(answer):
         made = again(caller)
         with suppress(PlaneError):
@@ -161,7 +159,7 @@ def test_no_changed_byte_of_the_servers_hello_is_accepted() -> None:
 
 def test_no_changed_byte_of_the_proof_is_accepted() -> None:
     caller, called = client(), server()
-    answer, _ = called.feed(view(caller.begin()))
+    answer, _ = called.feed(view(caller.first_message()))
     last, _ = caller.feed(view(answer))
     for changed in changes(last):
         made = ServerHandshake(SECRET, 50, 7)
@@ -178,11 +176,11 @@ def again(caller: ClientHandshake) -> ClientHandshake:
     return made
 
 
-def test_a_proof_sent_back_to_the_client_proves_nothing() -> None:
-    """Who knows no secret answers with the client's own words, and with what another server said."""
+def test_proof_sent_back_to_the_client_proves_nothing() -> None:
+    """A server without the secret reflects the client's own proof, and replays another server's."""
     a = client()
-    hello, _ = MessageReader().feed(view(a.begin()))
-    answer, _ = server().feed(view(client().begin()))
+    hello, _ = MessageReader().feed(view(a.first_message()))
+    answer, _ = server().feed(view(client().first_message()))
     fields, _ = MessageReader().feed(view(answer))
     assert hello is not None
     assert fields is not None
@@ -194,7 +192,7 @@ def test_a_proof_sent_back_to_the_client_proves_nothing() -> None:
 
 @pytest.mark.parametrize("size", [MAX_MESSAGE_BYTES + 1, 0xFFFF, 0])
 @pytest.mark.parametrize("side", [client, server])
-def test_a_length_over_the_limit_is_refused_before_its_bytes(side: Any, size: int) -> None:
+def test_length_over_the_limit_is_refused_before_its_bytes(side: Any, size: int) -> None:
     first, second = size.to_bytes(2, "big")
     for pieces in (
         (bytes((first, second)),),
@@ -221,25 +219,25 @@ def test_no_more_is_kept_than_one_message() -> None:
 
 
 def feed_in_two(side: ClientHandshake | ServerHandshake, data: bytes, cut: int) -> tuple[bytes, bytes]:
-    """What the side answers in all, and what it leaves of the second part."""
+    """Return all that the side sends, and the rest of the second part."""
     first, rest = side.feed(view(data[:cut]))
     assert not rest
     second, rest = side.feed(view(data[cut:]))
     return first + second, bytes(rest)
 
 
-def test_a_handshake_split_at_every_byte() -> None:
-    hello = client().begin()
+def test_handshake_split_at_every_byte() -> None:
+    hello = client().first_message()
     answer, _ = server().feed(view(hello))
     for cut in range(1, len(hello)):
         a, b = client(), server()
-        answer, _ = feed_in_two(b, a.begin(), cut)
+        answer, _ = feed_in_two(b, a.first_message(), cut)
         last, _ = a.feed(view(answer))
         b.feed(view(last))
         assert b.done
     for cut in range(1, len(answer)):
         a, b = client(), server()
-        answer, _ = b.feed(view(a.begin()))
+        answer, _ = b.feed(view(a.first_message()))
         last, _ = feed_in_two(a, answer, cut)
         assert a.server is not None
         assert feed_in_two(b, last + b"frames", min(cut, len(last) - 1)) == (b"", b"frames")
@@ -248,10 +246,10 @@ def test_a_handshake_split_at_every_byte() -> None:
 
 def test_another_instance() -> None:
     with pytest.raises(AuthenticationFailed, match="another instance"):
-        server(instance_id=8).feed(view(client().begin()))
+        server(instance_id=8).feed(view(client().first_message()))
 
 
-def test_a_refusal_reaches_the_client_as_the_error_it_is() -> None:
+def test_refusal_reaches_the_client_as_the_error_it_is() -> None:
     with pytest.raises(AuthenticationFailed, match="go away"):
         client().feed(view(refusal(AuthenticationFailed("go away"))))
 
@@ -265,25 +263,25 @@ def test_a_refusal_reaches_the_client_as_the_error_it_is() -> None:
         ["DYNR", 0, [[[]]] * 300, {}],
     ],
 )
-def test_a_malformed_refusal(fields: Any) -> None:
+def test_malformed_refusal(fields: Any) -> None:
     with pytest.raises(ProtocolViolation, match="malformed refusal"):
         client().feed(view(_message(fields)))
 
 
-def test_a_deeply_nested_refusal_and_a_key_that_is_an_array() -> None:
+def test_deeply_nested_refusal_and_a_key_that_is_an_array() -> None:
     deep = b"\x91" * 900 + b"\xc0"
     for body in (b"\x94\xa4DYNR\x00" + deep + b"\xa0", b"\x81\x90\xc0", deep):
         with pytest.raises(ProtocolViolation):
             client().feed(view(len(body).to_bytes(2, "big") + body))
 
 
-def test_a_refusal_cannot_write_lines_of_its_own_into_a_log() -> None:
+def test_refusal_cannot_write_lines_of_its_own_into_a_log() -> None:
     with pytest.raises(AuthenticationFailed) as caught:
         client().feed(view(refusal(AuthenticationFailed("no\n2026 ERROR all is lost \x1b[31m"))))
     assert str(caught.value) == "no?2026 ERROR all is lost ?[31m"
 
 
-def test_a_newer_client_is_answered_with_the_version_both_speak() -> None:
+def test_newer_client_is_answered_with_the_version_both_speak() -> None:
     newer = _message(["DYNR", 9, 0xFF, 10, 7, bytes(32)])
     made = server(None)
     answer, _ = made.feed(view(newer))
@@ -292,7 +290,7 @@ def test_a_newer_client_is_answered_with_the_version_both_speak() -> None:
     assert fields[1] == 1
 
 
-def test_a_server_of_another_version_is_refused() -> None:
+def test_server_of_another_version_is_refused() -> None:
     with pytest.raises(ProtocolViolation, match="version 2"):
         client(None).feed(view(_message(["DYNR", 2, 0, 10, 7, bytes(32), b""])))
 
@@ -319,7 +317,7 @@ GOOD = ["DYNR", 1, 0, 10, 7, bytes(32)]
         5,
     ],
 )
-def test_a_malformed_hello(fields: Any) -> None:
+def test_malformed_hello(fields: Any) -> None:
     with pytest.raises(PlaneError):
         server().feed(view(_message(fields)))
 
@@ -336,7 +334,7 @@ def test_other_protocols_are_refused_at_their_first_bytes(data: bytes) -> None:
 def test_any_splitting_gives_the_same_handshake(seed: int) -> None:
     rng = random.Random(seed)
     a, b = client(), server()
-    to_client, to_server = b"", a.begin()
+    to_client, to_server = b"", a.first_message()
     while a.server is None or not b.done:
         step = rng.randint(1, 40)
         answer, rest = b.feed(view(to_server[:step]))
@@ -349,7 +347,7 @@ def test_any_splitting_gives_the_same_handshake(seed: int) -> None:
 
 def test_frames_right_behind_the_proof_are_left_for_the_decoder() -> None:
     a, b = client(), server()
-    answer, _ = b.feed(view(a.begin()))
+    answer, _ = b.feed(view(a.first_message()))
     last, _ = a.feed(view(answer))
     _, rest = b.feed(view(last + b"frames"))
     assert b.done
@@ -388,7 +386,7 @@ def test_sign_of_life_is_the_instances_own(secret: bytes | None) -> None:
     assert not is_life_answer(answer, b"another" * 5, 7, nonce)
     assert not is_life_answer(question, secret, 7, nonce)
     assert answer_to(question, secret, 8) is None
-    assert answer_to(client().begin(), secret, 7) is None
+    assert answer_to(client().first_message(), secret, 7) is None
     for length in range(len(question)):
         assert answer_to(question[:length], secret, 7) is None
 

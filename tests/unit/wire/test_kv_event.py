@@ -70,7 +70,7 @@ def test_what_later_releases_add_is_left_out() -> None:
         [[STORED], DEVICE, b""],
     ],
 )
-def test_a_batch_with_one_that_is_no_event_is_refused_as_a_whole(wrong: Any) -> None:
+def test_batch_with_one_that_is_no_event_is_refused_as_a_whole(wrong: Any) -> None:
     with pytest.raises(ValueError, match="not a KV event"):
         read_kv_events([[REMOVED, DEVICE, b""], wrong])
 

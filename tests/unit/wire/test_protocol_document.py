@@ -61,7 +61,7 @@ def server(monkeypatch: pytest.MonkeyPatch, secret: bytes | None, instance_id: i
 # --------------------------------------------------------------------------- examples
 
 
-def test_the_server_understands_the_example(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_server_understands_the_example(monkeypatch: pytest.MonkeyPatch) -> None:
     made = server(monkeypatch, None, 0x1A)
     _, rest = made.feed(memoryview(said("→", "example")))
     assert made.done
@@ -73,7 +73,7 @@ def test_the_server_understands_the_example(monkeypatch: pytest.MonkeyPatch) -> 
     ]
 
 
-def test_the_client_understands_the_example(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_client_understands_the_example(monkeypatch: pytest.MonkeyPatch) -> None:
     made = client(monkeypatch, None, 0x1A)
     answer, rest = made.feed(memoryview(said("←", "example")))
     assert made.server is not None
@@ -88,7 +88,7 @@ def test_the_client_understands_the_example(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_both_sides_say_the_example_with_a_secret_byte_by_byte(monkeypatch: pytest.MonkeyPatch) -> None:
     caller, worker = client(monkeypatch, SECRET, INSTANCE), server(monkeypatch, SECRET, INSTANCE)
-    hello = caller.begin()
+    hello = caller.first_message()
     answer, _ = worker.feed(memoryview(hello))
     proof, _ = caller.feed(memoryview(answer))
     worker.feed(memoryview(proof))
@@ -113,13 +113,13 @@ def test_both_sides_say_the_example_with_a_secret_byte_by_byte(monkeypatch: pyte
     ]
 
 
-def test_the_server_s_proof_is_the_hmac_of_what_is_shown() -> None:
+def test_server_s_proof_is_the_hmac_of_what_is_shown() -> None:
     transcript = b"".join(map(to_bytes, lines("transcript")))
     assert len(transcript) == 124
     assert hmac.digest(SECRET, transcript, "sha256") in said("←", "secret")
 
 
-def test_the_refusal_is_what_a_server_says() -> None:
+def test_refusal_is_what_a_server_says() -> None:
     assert said("←", "refusal") == handshake.refusal(AuthenticationFailed("no"))
 
 
@@ -148,7 +148,7 @@ def test_every_frame_has_a_line_that_says_what_it_is() -> None:
 # --------------------------------------------------------------------------- tables
 
 
-def test_the_table_lists_every_frame() -> None:
+def test_table_lists_every_frame() -> None:
     listed = dict(re.findall(r"^\| (\d+) \| ([A-Z_]+) \|", DOCUMENT, re.MULTILINE))
     assert {name: int(kind) for kind, name in listed.items()} == {
         name: getattr(frame, name) for name in listed.values()
@@ -156,7 +156,7 @@ def test_the_table_lists_every_frame() -> None:
     assert set(listed) == {str(kind) for kind in range(1, 17)}
 
 
-def test_the_limits_are_the_codes() -> None:
+def test_limits_are_the_codes() -> None:
     for said_so in (
         f"| handshake message | {handshake.MAX_MESSAGE_BYTES} bytes |",
         f"behind it | {codec.MAX_FRAME_BYTES // 1024} KiB |",
@@ -173,7 +173,7 @@ def test_the_limits_are_the_codes() -> None:
         assert said_so in DOCUMENT, said_so
 
 
-def test_the_times_are_the_settings() -> None:
+def test_times_are_the_settings() -> None:
     settings = PlaneSettings.load()
     defaults = dict(re.findall(r"\| (?:twice )?`(DYN_\w+)` \| (\d+) s \|", DOCUMENT))
     assert defaults == {
@@ -185,7 +185,7 @@ def test_the_times_are_the_settings() -> None:
     assert f"| {connection._LINGER_S:g} s | both |" in DOCUMENT
 
 
-def test_the_errors_are_those_of_the_tree() -> None:
+def test_errors_are_those_of_the_tree() -> None:
     rows = dict(re.findall(r"^\| `(\w+)` \| [A-Z, ]+ \| (yes|no|once)", DOCUMENT, re.MULTILINE))
     classes = {
         cls.code: cls

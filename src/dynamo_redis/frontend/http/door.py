@@ -15,7 +15,7 @@ from typing import Final, Protocol
 
 from dynamo_redis.errors import Overloaded, PlaneError
 from dynamo_redis.frontend.http.errors import api_error
-from dynamo_redis.planes.tcp.listener import Listener, connection_limit
+from dynamo_redis.planes.tcp.listener import SocketListener, connection_limit
 from dynamo_redis.rate_limited_log import RateLimitedLog
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class Door:
         self._arriving: set[asyncio.Task[object]] = set()
         self._complaints = RateLimitedLog(log, logging.WARNING)
         listening.listen(BACKLOG)
-        self._listener = Listener(self._loop, [listening], self._let_in, refuse=turn_away)
+        self._listener = SocketListener(self._loop, [listening], self._let_in, refuse=turn_away)
 
     def close(self) -> None:
         """Let no one in any more. Idempotent."""

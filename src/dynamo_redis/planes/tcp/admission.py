@@ -1,14 +1,15 @@
-"""Who may run at a server, who waits, in what order, and who is turned away.
+"""Admission control of a server: the requests that run, those that wait, and those that are refused.
 
-At most `DYN_TCP_MAX_IN_FLIGHT` handlers run. Beside these, an endpoint that has fewer than `RESERVED_COUNT`
-requests may always start one: so a worker that is full of one endpoint's requests still tells its load, its
-health and what its cache holds. Up to `DYN_TCP_MAX_QUEUED` requests wait; the connections take
-turns, so one that sends thousands delays another's next request by one handler start. When the queue is
-full, a connection that has fewer waiting takes the place of the newest request of the one that has most;
-else the request itself is refused. Both get Overloaded, with a hint that says how long what waits now will
-take at the rate at which requests have been finishing. Requests that came as raw payloads are held in the
-plane's budget of bytes, as a share of their connection, until they have ended; the decoder refuses those
-that do not fit.
+- At most `DYN_TCP_MAX_IN_FLIGHT` handlers run. Beside these, an endpoint with fewer than `RESERVED_COUNT`
+  requests may always start one: a worker that is full of one endpoint's requests still reports its load, its
+  health and its cache.
+- Up to `DYN_TCP_MAX_QUEUED` requests wait. The connections take turns, so a connection that sends thousands
+  delays another one's next request by one handler start.
+- When the queue is full, a request replaces the newest one of the connection with most waiting requests, if
+  its own connection has fewer; else it is refused. The request that loses its place gets Overloaded, with a
+  hint: the time that the waiting requests will take at the rate at which requests have finished.
+- A request that came as a raw payload is counted in the plane's budget of bytes, in the share of its
+  connection, until it has ended; the decoder refuses payloads that do not fit.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from typing import Final
 from dynamo_redis.errors import Overloaded, PlaneError
 from dynamo_redis.planes.tcp.connection import Connection
 from dynamo_redis.planes.tcp.fair_queue import FairQueue
-from dynamo_redis.planes.tcp.server_request import Endpoint, Request
+from dynamo_redis.planes.tcp.server_request import RegisteredEndpoint, Request
 from dynamo_redis.rate_limited_log import RateLimitedLog
 
 RESERVED_COUNT: Final = 16
-"""Requests of an endpoint that others' cannot keep out; half of `DYN_TCP_MAX_IN_FLIGHT` if that is less."""
+"""Requests that an endpoint may run in any case; half of `DYN_TCP_MAX_IN_FLIGHT` if that is less."""
 
 _RETRY_AFTER_S: Final = (0.05, 10.0)
 _UNKNOWN_RETRY_AFTER_S: Final = 1.0
@@ -38,11 +39,11 @@ _FULL: Final = (
 
 
 class FinishRate:
-    """How many requests finish in a second while the server is full.
+    """The rate at which requests finish while the server is full.
 
-    Measured between two readings of a counter, at most two windows apart if it is asked often enough, so
-    that a request costs nothing but its count. Time in which the server had room does not enter: it would
-    make a worker look slow that merely had little to do.
+    It is measured between two readings of a counter, so a request costs only its count. The readings are at
+    most two windows apart if the rate is asked for often enough. Time in which the server had room does not
+    count: it would make a worker with little work look slow.
     """
 
     __slots__ = ("_known_per_s", "_newer", "_older")
@@ -52,12 +53,12 @@ class FinishRate:
         self._known_per_s: float | None = None
 
     def resume(self, now_s: float, finished_count: int) -> None:
-        """The server has become full. What was measured a moment ago still counts."""
+        """Begin to measure: the server has become full. A reading of a moment ago still counts."""
         if now_s - self._newer[0] > 2 * _WINDOW_S:
             self._older = self._newer = (now_s, finished_count)
 
     def per_s(self, now_s: float, finished_count: int) -> float | None:
-        """The rate, or None as long as too little has been seen. Call it after `resume`."""
+        """Return the requests that finish in a second; None until enough have. Call it after `resume`."""
         since_s, since_count = self._older
         elapsed_s, finished = now_s - since_s, finished_count - since_count
         if elapsed_s >= _WINDOW_S or (finished >= _ENOUGH_COUNT and elapsed_s > 0):
@@ -68,7 +69,7 @@ class FinishRate:
 
 
 class AdmissionControl:
-    """Implements `tcp_request.Admission`. `loop` is the event loop that the handlers run on."""
+    """Implements `server_request.Admission`. `loop` is the event loop that the handlers run on."""
 
     __slots__ = (
         "_complaints",
@@ -92,7 +93,7 @@ class AdmissionControl:
         self._complaints = complaints
         self._max_in_flight_count = max_in_flight_count
         self._max_queued_count = max_queued_count
-        # Of an endpoint that is alone there are always more when the limit is reached: it has no reserve.
+        # At most half of the limit, so an endpoint that fills the limit alone is over its reserve.
         self._reserved_count = min(RESERVED_COUNT, (max_in_flight_count + 1) // 2)
         self._running: set[Request] = set()
         self._large: dict[Request, int] = {}  # their sizes in bytes
@@ -102,18 +103,18 @@ class AdmissionControl:
         self._finish_rate = FinishRate()
 
     def __iter__(self) -> Iterator[Request]:
-        """Every admitted request: those that wait, then those whose handlers run."""
+        """Yield the waiting requests, then those whose handlers run."""
         yield from self._waiting
         yield from self._running
 
     @property
     def running_count(self) -> int:
-        """Requests whose handlers run."""
+        """Count of requests whose handlers run."""
         return len(self._running)
 
     @property
     def waiting_count(self) -> int:
-        """Requests that wait for a handler."""
+        """Count of requests that wait for a handler."""
         return self._waiting.size
 
     def admit(self, request: Request) -> None:
@@ -123,47 +124,65 @@ class AdmissionControl:
             request.endpoint.active_count += 1
             running.add(request)
             request.launch(self.loop)
-        else:
-            self._let_wait(request)
+            return
+        waiting = self._waiting
+        if not waiting.size:
+            self._finish_rate.resume(self.loop.time(), self._finished_count)
+        if waiting.size >= self._max_queued_count:
+            newest = waiting.eviction_candidate(request.connection)
+            error = self._overloaded()
+            if newest is None:
+                raise error
+            newest.abort(error)  # it leaves by `dequeue`
+        request.endpoint.active_count += 1
+        waiting.push(request.connection, request)
 
     def admit_large(self, request: Request, size_bytes: int) -> None:
-        """See `tcp_request.Admission.admit_large`. Raises Overloaded."""
+        """See `server_request.Admission.admit_large`. Raises Overloaded."""
         self._large[request] = size_bytes
-        request.connection.payload_share.hold(size_bytes)
+        request.connection.payload_share.reserve(size_bytes)
         try:
             self.admit(request)
         except Overloaded:
-            self._let_go(request)
+            self._release_payload(request)
             raise
 
     def dequeue(self, request: Request) -> None:
-        """See `tcp_request.Admission.dequeue`."""
+        """See `server_request.Admission.dequeue`."""
         if self._waiting.remove(request.connection, request):
-            self._let_go(request)
+            self._release_payload(request)
             request.endpoint.release()
 
-    def turn_away(self, endpoints: Collection[Endpoint], error: PlaneError) -> None:
-        """Refuse what waits for these endpoints."""
+    def refuse_waiting(self, endpoints: Collection[RegisteredEndpoint], error: PlaneError) -> None:
+        """Refuse the waiting requests of these endpoints."""
         for request in tuple(self._waiting):
             if request.endpoint in endpoints:
                 request.abort(error)  # it leaves by `dequeue`
 
     def finished(self, request: Request) -> None:
-        """See `tcp_request.Admission.finished`. The next in turn starts."""
+        """See `server_request.Admission.finished`. Starts the next waiting request."""
         self._running.discard(request)
         self._finished_count += 1
         if self._large:
-            self._let_go(request)
+            self._release_payload(request)
         endpoint = request.endpoint
-        if endpoint.idle is None:  # nobody waits for its last request: the usual case
+        if endpoint.idle is None:  # no drain waits for its last request: the usual case
             endpoint.active_count -= 1
         else:
             endpoint.release()
-        if self._waiting.size and not self._starting:
-            self._start_waiting()
+        if not self._waiting.size or self._starting:
+            return
+        self._starting = True  # a handler that ends while it starts must not start the next one, too
+        try:
+            while self._waiting.size and len(self._running) < self._max_in_flight_count:
+                following = self._waiting.pop()
+                self._running.add(following)
+                following.launch(self.loop)
+        finally:
+            self._starting = False
 
     def retry_after_s(self) -> float:
-        """How long what waits now will take, within `_RETRY_AFTER_S`."""
+        """Return the seconds that the waiting requests will take, within `_RETRY_AFTER_S`."""
         now_s = self.loop.time()
         if not self._waiting.size:
             self._finish_rate.resume(now_s, self._finished_count)
@@ -173,19 +192,6 @@ class AdmissionControl:
         least_s, most_s = _RETRY_AFTER_S
         return min(max((self._waiting.size + 1) / per_s, least_s), most_s) if per_s else most_s
 
-    def _let_wait(self, request: Request) -> None:
-        waiting = self._waiting
-        if not waiting.size:
-            self._finish_rate.resume(self.loop.time(), self._finished_count)
-        if waiting.size >= self._max_queued_count:
-            newest = waiting.to_make_room(request.connection)
-            error = self._overloaded()
-            if newest is None:
-                raise error
-            newest.abort(error)  # it leaves by `dequeue`
-        request.endpoint.active_count += 1
-        waiting.push(request.connection, request)
-
     def _overloaded(self) -> Overloaded:
         self._complaints.log(_FULL, self._max_in_flight_count, self._max_queued_count)
         return Overloaded(
@@ -194,16 +200,6 @@ class AdmissionControl:
             self.retry_after_s(),
         )
 
-    def _let_go(self, request: Request) -> None:
-        """The request's payload is held no more, if it was a large one."""
-        request.connection.payload_share.give(self._large.pop(request, 0))
-
-    def _start_waiting(self) -> None:
-        self._starting = True  # a handler that ends while it starts must not come back here
-        try:
-            while self._waiting.size and len(self._running) < self._max_in_flight_count:
-                following = self._waiting.pop()
-                self._running.add(following)
-                following.launch(self.loop)
-        finally:
-            self._starting = False
+    def _release_payload(self, request: Request) -> None:
+        """Release the request's share of the budget, if it came as a raw payload."""
+        request.connection.payload_share.release(self._large.pop(request, 0))

@@ -1,4 +1,4 @@
-"""The calling side of the tcp plane: implements `RequestPlaneClient` over one pool an instance."""
+"""The calling side of the tcp plane: implements `RequestPlaneClient` with one pool for each instance."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class TcpClient:
         self._tls = make_tls(settings, "client")
         self._window_count = settings.channel_buffer_count
         self._max_message_bytes = settings.max_message_bytes
-        self._on_quiet = on_quiet or _ignore
+        self._on_quiet = on_quiet or (lambda _: None)
         self._variables = copy_context()
         self._pools: dict[_PoolKey, Pool] = {}
         self._buffers = ReadBuffers(settings.max_payload_in_flight_bytes)
@@ -39,17 +39,17 @@ class TcpClient:
 
     @property
     def pending_count(self) -> int:
-        """Requests under way, parked ones included."""
+        """Count of pending requests, parked ones included."""
         return sum(pool.pending_count for pool in self._pools.values())
 
     @property
     def connection_count(self) -> int:
-        """Open connections."""
+        """Count of open connections."""
         return sum(pool.connection_count for pool in self._pools.values())
 
     @property
     def payload_bytes(self) -> int:
-        """Bytes of large payloads that are held: coming in, or unread."""
+        """Bytes of large payloads in memory: still arriving, or unread."""
         return self._buffers.budget.held_bytes
 
     def open(
@@ -66,7 +66,7 @@ class TcpClient:
             pool.loop, self._window_count, self._max_message_bytes, target.subject, request, context, messages
         )
         if context is None or stream.attach(context):
-            pool.begin(stream)
+            pool.submit(stream)
         return stream
 
     async def probe(self, target: Target, timeout_s: float) -> None:
@@ -75,7 +75,7 @@ class TcpClient:
         await pool.ping(timeout_s)
 
     def forget(self, target: Target) -> None:
-        """See `RequestPlaneClient.forget`. Other endpoints of the instance keep what they have under way."""
+        """See `RequestPlaneClient.forget`."""
         pool = self._pools.get((target.address, target.instance_id, target.secret))
         if pool is not None:
             pool.end(InstanceRemoved("the instance left the registry"), target.subject)
@@ -105,7 +105,3 @@ class TcpClient:
     def _on_empty(self, pool: Pool) -> None:
         target = pool.target
         self._pools.pop((target.address, target.instance_id, target.secret), None)
-
-
-def _ignore(_: Target) -> None:
-    """Nobody wants to know."""

@@ -1,4 +1,4 @@
-"""One connection to an instance, at the caller: the handshake, the streams under way, their frames."""
+"""One connection to an instance, at the caller: the handshake, the open streams, their frames."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from dynamo_redis.planes.tcp.connection import (
     QUIET_AT,
     SWEEPS_PER_INTERVAL,
     WRITE_HIGH_WATER_BYTES,
-    Connection,
     unacknowledged_bytes,
 )
 from dynamo_redis.planes.tcp.life_signs import ask_for_life
-from dynamo_redis.planes.tcp.response_stream import TcpResponseStream
+from dynamo_redis.planes.tcp.response_stream import CallerConnection, TcpResponseStream
 from dynamo_redis.wire import frame
 from dynamo_redis.wire.decoder import ReadBuffers
 from dynamo_redis.wire.frame import DATA, LAST
@@ -25,42 +24,43 @@ from dynamo_redis.wire.handshake import ClientHandshake
 from dynamo_redis.wire.session import CLIENT_STEPS, ClientStream
 
 IDLE_CLOSE_S: Final = 90.0
-"""How long a connection without requests stays open."""
+"""Seconds that a connection without requests stays open."""
+
 LARGE_BYTES: Final = WRITE_HIGH_WATER_BYTES
 """A payload over this keeps a connection busy by itself."""
 
 LIFE_TIMEOUT_S: Final = 2.0
-"""How long an instance may take for a sign of life, before it is asked again."""
+"""Seconds that an instance may take to give a sign of life."""
 
 _ANSWERED, _CLOSED = ClientStream.ANSWERED, ClientStream.CLOSED
 
 
-class Owner(Protocol):
-    """What a connection tells its pool."""
+class ConnectionOwner(Protocol):
+    """The pool of a connection, which is notified of its events."""
 
     def on_closed(self, connection: ClientConnection) -> None:
-        """A connection has ended."""
+        """Forget a connection that has ended."""
         ...
 
     def on_draining(self, error: Draining) -> None:
-        """The instance takes no more requests."""
+        """Note that the instance accepts no more requests."""
         ...
 
     def on_large_answer(self, subject: str) -> None:
-        """An endpoint answers a small request with a large item."""
+        """Note an endpoint that answers a small request with a large item."""
         ...
 
     def on_quiet(self, connection: ClientConnection) -> None:
-        """The instance owes an answer on that connection."""
+        """Handle an instance that is silent on a connection with pending requests."""
         ...
 
-    def begin_anew(self, stream: TcpResponseStream) -> None:
-        """Send a request again, which was lost with a connection that had gone stale."""
+    def resend(self, stream: TcpResponseStream) -> None:
+        """Send a request again that was lost with a stale connection."""
         ...
 
 
-class ClientConnection(Connection):
-    """A connection to one instance, with the streams under way on it."""
+class ClientConnection(CallerConnection):
+    """A connection to one instance, with its open streams."""
 
     __slots__ = (
         "_accept_sweeps",
@@ -75,20 +75,21 @@ class ClientConnection(Connection):
         "_pings",
         "_target",
         "_unproven",
+        "handshake_done",
         "receives_large",
-        "shaken",
         "usable",
     )
 
-    # An instance that was switched off is avoided after three quarters of an interval to seven eighths; for
-    # half an interval of that it owes a PONG. The server, which chooses no instance, asks later.
+    # An instance that was switched off is avoided after three quarters to seven eighths of an interval; for
+    # half an interval of this time it has not answered a PING. The server chooses no instance, so its PING
+    # comes later.
     PING_AT: ClassVar[int] = 2
     _ASK_AT: ClassVar[int] = 5
     """Silent sweeps after which the instance is asked for a sign of life on another connection."""
 
     def __init__(
         self,
-        owner: Owner,
+        owner: ConnectionOwner,
         target: Target,
         settings: PlaneSettings,
         loop: asyncio.AbstractEventLoop,
@@ -117,21 +118,21 @@ class ClientConnection(Connection):
         self._unproven: list[TcpResponseStream] | None = None
         self.streams: dict[int, TcpResponseStream] = {}
         self.usable = False
-        """Whether new streams may start here: from the handshake until the server drains, the stream ids
+        """True while new streams may start here: from the handshake until the server drains, the stream ids
         are used up, or the connection ends."""
         self.receives_large = False
-        """Whether more than `LARGE_BYTES` of a payload are still to come, before any other answer."""
-        self.shaken: asyncio.Future[None] = loop.create_future()
+        """True while more than `LARGE_BYTES` of a payload are still to come, before any other answer."""
+        self.handshake_done: asyncio.Future[None] = loop.create_future()
 
     # ------------------------------------------------------------------- requests
 
     @property
     def unsent_bytes(self) -> int:
-        """Bytes written here that have not left for the kernel, with those that wait for the next flush."""
+        """Written bytes that the kernel has not taken yet, with those that wait for the next flush."""
         return super().unsent_bytes + sum(map(len, self._out))
 
-    def begin(self, stream: TcpResponseStream) -> None:
-        """Send the stream's request."""
+    def send_request(self, stream: TcpResponseStream) -> None:
+        """Start the stream on this connection: send its request."""
         self._last_stream_id = stream_id = self._last_stream_id + 1
         if stream_id >= frame.MAX_STREAM_ID:
             self.usable = False
@@ -140,7 +141,7 @@ class ClientConnection(Connection):
             if self._loop.time() - self._idle_from > self._sweep_interval_s:
                 self._unproven = []
             self.start_sweeping()
-        stream.start(self, self, stream_id)
+        stream.start(self, stream_id)
         if self._unproven is not None:
             self._unproven.append(stream)
         stream.waits_from_sweep = self.sweeps
@@ -154,26 +155,30 @@ class ClientConnection(Connection):
 
     @property
     def is_stale(self) -> bool:
-        """Whether it was idle, and has not answered for `QUIET_AT` sweeps since."""
+        """True if the connection was idle before its present requests, and the peer has not answered any of
+        them for `QUIET_AT` sweeps."""
         return self._unproven is not None and self._silent_sweeps >= QUIET_AT
 
-    def give_back(self) -> None:
-        """Have the requests sent anew, on a fresh connection, that went out here after the connection was
-        idle, if nothing was heard since: a firewall, a balancer or the worker has dropped it meanwhile."""
+    def resend_unproven(self) -> None:
+        """Have requests sent again on a fresh connection, if no byte has come since the connection was idle.
+
+        A firewall, a load balancer or the worker may have dropped an idle connection without notice; then the
+        requests sent on it since are lost.
+        """
         unproven, self._unproven = self._unproven, None
         self.usable = False
         for stream in unproven or ():
-            if stream.take_back():
+            if stream.rewind():
                 del self.streams[stream.stream_id]
-                self._owner.begin_anew(stream)
+                self._owner.resend(stream)
 
     @property
     def is_pinged(self) -> bool:
-        """Whether a `ping` waits for its answer."""
+        """True while a `ping` waits for its answer."""
         return bool(self._pings)
 
     async def ping(self) -> None:
-        """Wait for the answer to a PING. Raises ConnectionLost."""
+        """Send a PING and wait for its answer. Raises ConnectionLost."""
         token = next(self._ping_tokens)
         self._pings[token] = answered = self._loop.create_future()
         try:
@@ -182,24 +187,24 @@ class ClientConnection(Connection):
         finally:
             self._pings.pop(token, None)
 
-    # ------------------------------------------------------------------- what the connection says
+    # ------------------------------------------------------------------- events of the connection
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         assert self._handshake is not None
-        self.transport.write(self._handshake.begin())
+        self.transport.write(self._handshake.first_message())
 
     def eof_received(self) -> bool:
         if not self.closed:
-            self.give_back()
+            self.resend_unproven()
         return super().eof_received()
 
     def connection_lost(self, exc: Exception | None) -> None:
         if not self.closed:
-            self.give_back()
+            self.resend_unproven()
         super().connection_lost(exc)
 
-    def _on_handshake(self, data: memoryview) -> memoryview:
+    def on_handshake_bytes(self, data: memoryview) -> memoryview:
         handshake = self._handshake
         assert handshake is not None
         answer, rest = handshake.feed(data)
@@ -210,49 +215,47 @@ class ClientConnection(Connection):
             self._handshake = None
             self._ready = self.usable = True
             self.peer_window_count = server.window_count
-            self._on_idle()
-            if not self.shaken.done():
-                self.shaken.set_result(None)
+            self.on_idle()
+            if not self.handshake_done.done():
+                self.handshake_done.set_result(None)
         return rest
 
-    def _on_handshake_failed(self, error: PlaneError) -> None:
+    def on_handshake_failed(self, error: PlaneError) -> None:
         self.fail(error)
 
-    def _show_life(self) -> None:
-        super()._show_life()
+    def on_payload_progress(self) -> None:
+        super().on_payload_progress()
         self.receives_large = self.decoder.missing_bytes > LARGE_BYTES
         if self.receives_large:
             stream = self.streams.get(self.decoder.raw_stream_id)
             if stream is not None and stream.payload_bytes <= LARGE_BYTES:
                 self._owner.on_large_answer(stream.subject)
 
-    def _on_frames(self, frames: list[list[Any]]) -> None:
+    def on_frames(self, frames: list[list[Any]]) -> None:
         self.receives_large = False
-        self._unproven = None  # the peer is there: what was sent to it stays sent
+        self._unproven = None  # the peer has answered: its requests need no resending
         streams = self.streams
+        # LAST and DATA, nearly all frames, need no table: every stream in `streams` accepts them.
         for received in frames:
             stream = streams.get(received[1])
             if stream is None:
                 self._on_other(received)
-            elif received[0] == LAST:  # these two are nearly all; no stream here is closed, so they are legal
+            elif received[0] == LAST:
                 stream.on_last(received[2])
             elif received[0] == DATA:
                 stream.state = _ANSWERED
                 stream.deliver(received[2])
             else:
-                self._on_stream_frame(stream, received)
-
-    def _on_stream_frame(self, stream: TcpResponseStream, received: list[Any]) -> None:
-        state = CLIENT_STEPS[stream.state].get(received[0])
-        if state is None:
-            self._on_unknown(received)
-        else:
-            if state is not _CLOSED:  # the stream closes itself, once it has taken the frame
-                stream.state = state
-            stream.on_frame(received)
+                state = CLIENT_STEPS[stream.state].get(received[0])
+                if state is None:
+                    self._on_unlisted(received)
+                    continue
+                if state is not _CLOSED:  # the stream closes itself after it has handled the frame
+                    stream.state = state
+                stream.on_frame(received)
 
     def _on_other(self, received: list[Any]) -> None:
-        """A frame about the connection, or of a stream that has closed."""
+        """Handle a frame about the connection, or of a closed stream."""
         kind, stream_id = received[0], received[1]
         if stream_id == 0 and kind == frame.GOAWAY:
             self._on_goaway(received)
@@ -260,9 +263,10 @@ class ClientConnection(Connection):
         was_opened = type(stream_id) is int and 0 < stream_id <= self._last_stream_id
         state = ClientStream.CLOSED if was_opened else ClientStream.UNOPENED
         if kind not in CLIENT_STEPS[state]:
-            self._on_unknown(received)
+            self._on_unlisted(received)
 
-    def _on_unknown(self, received: list[Any]) -> None:
+    def _on_unlisted(self, received: list[Any]) -> None:
+        """Handle a frame that the state table does not list. Raises ProtocolViolation."""
         if not self._on_connection_frame(received):
             raise ProtocolViolation(f"a frame of type {received[0]!r} is not allowed here")
 
@@ -280,22 +284,23 @@ class ClientConnection(Connection):
         if not self.streams:
             self.close()
 
-    def _on_ping(self, token: int) -> None:
-        if not self.paused:  # a server that asks without reading must not make a heap of the answers
-            super()._on_ping(token)
+    def on_ping(self, token: int) -> None:
+        if not self.paused:  # else the PONGs for a server that does not read would pile up
+            super().on_ping(token)
 
-    def _on_pong(self, token: int) -> None:
+    def on_pong(self, token: int) -> None:
         answered = self._pings.get(token)
         if answered is not None and not answered.done():
             answered.set_result(None)
 
-    # ------------------------------------------------------------------- time passes
+    # ------------------------------------------------------------------- sweeps and idle time
 
-    def _on_sweep(self) -> None:
-        """Ask a silent instance for a sign of life. End the requests that the worker has had for the accept
-        time-out and does not take.
+    def on_sweep(self) -> None:
+        """Ask a silent instance for a sign of life, and end requests that the worker has not accepted in
+        time.
 
-        The time runs from the sweep that finds their last byte gone: not while this side's own bytes leave.
+        The accept time-out runs from the sweep that finds a request's last byte sent, not while its bytes
+        still leave this side.
         """
         if self._silent_sweeps >= self._ASK_AT and self._life_check is None:
             self._life_check = self._loop.create_task(self._check_life(), context=self.variables.copy())
@@ -318,12 +323,12 @@ class ClientConnection(Connection):
             stream.fail(NotAccepted(f"the worker did not accept the request in {self._accept_timeout_s} s"))
 
     async def _check_life(self) -> None:
-        """Ask for a sign of life once; the sweep asks again, after an interval at least."""
+        """Ask for a sign of life once. The sweep may ask again after a keepalive interval."""
         target = self._target
         try:
             async with asyncio.timeout(LIFE_TIMEOUT_S):
                 if await ask_for_life(target.address, target.secret, target.instance_id):
-                    self.show_life()
+                    self.note_life()
         except (OSError, ValueError):  # TimeoutError is an OSError
             pass
         try:
@@ -331,22 +336,22 @@ class ClientConnection(Connection):
         finally:
             self._life_check = None
 
-    def _on_quiet(self) -> None:
+    def on_quiet(self) -> None:
         self._owner.on_quiet(self)
 
     def start_sweeping(self) -> None:
-        """See `Connection.start_sweeping`. A connection that is swept is not idle."""
+        """See `Connection.start_sweeping`. The idle timer stops."""
         self._stop_idling()
         super().start_sweeping()
 
-    def _on_idle(self) -> None:
+    def on_idle(self) -> None:
         self._stop_idling()
         self._idle_from = self._loop.time()
         self._idle_handle = self._loop.call_later(IDLE_CLOSE_S, self._close_idle)
 
     def _close_idle(self) -> None:
         if self._pings:  # a probe waits for its answer
-            self._on_idle()
+            self.on_idle()
         else:
             self.close()
 
@@ -355,18 +360,18 @@ class ClientConnection(Connection):
             self._idle_handle.cancel()
             self._idle_handle = None
 
-    def _on_closed(self, error: PlaneError) -> None:
+    def on_closed(self, error: PlaneError) -> None:
         self.usable = False
         self._unproven = None
         self._stop_idling()
         if self._life_check is not None:
             self._life_check.cancel()
         self._owner.on_closed(self)
-        if not self.shaken.done():
-            self.shaken.set_exception(error)
-            self.shaken.exception()  # retrieved: there may be no waiter any more
+        if not self.handshake_done.done():
+            self.handshake_done.set_exception(error)
+            self.handshake_done.exception()  # retrieved: there may be no waiter any more
         for answered in self._pings.values():
             if not answered.done():
                 answered.set_exception(error)
         for stream in tuple(self.streams.values()):
-            stream.lose(error)
+            stream.end_without_cancel(error)

@@ -1,14 +1,40 @@
-"""One connection of the tcp plane: what client and server have in common.
+"""One connection of the tcp plane: the part that client and server share.
 
-Reads land in a buffer shared by the event loop's connections (`wire.decoder`), frames go to `_on_frame`.
-Writes of one turn of the event loop leave in one piece: the first schedules the flush. Streamed items may
-wait for those of the next turns, 200 µs at most. A connection with requests under way is swept several times
-a keepalive interval: the sweep probes a silent peer, says so of one that does not answer, gives up on one
-whose host is gone, whose process stands still, or that does not come to the end of a frame, and does each
-side's slow bookkeeping (acceptance time-outs, ACCEPT), so that no request needs a timer of its own.
+**States.** A connection is in one of four. The states of its streams are in `wire/session.py`.
 
-Silence is counted in sweeps of this side, from the last byte that came: a pause of this side's own event loop
-counts as one sweep at most.
+    state      flags               meaning                               ends with
+    handshake  neither is set      bytes go to the handshake             the peer's proof: open
+                                                                         an error, the time-out: closed
+    open       `_ready`            bytes are frames; streams may start   GOAWAY "draining": leaving
+                                                                         any end below: closed
+    leaving    client: no longer   no new stream starts; present         its last stream: closed
+               `usable`            streams continue                      any end below: closed
+    closed     `closed`            no frame is handled, none is sent     final
+
+The subclasses move a connection from handshake to open (`on_handshake_bytes`) and from open to leaving (the
+client: GOAWAY, used-up stream ids, a stale connection). The time-out of the handshake is a timer at the
+server and the dial's time limit at the client.
+
+**Ends.** Whichever comes first runs `_end`, once: it stops the sweep, drops unsent output, and ends the
+streams through `on_closed`. Later ends do nothing.
+
+- `connection_lost`, `eof_received`: the peer or the network closed it. ConnectionLost.
+- `fail`: a violation of the protocol, or the verdict of a sweep. The peer gets a GOAWAY with the reason.
+- `close`: this side needs it no more: idle, drained, shut down, refused.
+
+After `fail` and `close` the transport may still hand over written bytes for `_LINGER_S`, then it is aborted.
+
+**Liveness.** While a stream, an unsent byte or an incomplete frame exists, the connection is swept
+`SWEEPS_PER_INTERVAL` times a keepalive interval. Silence is counted in this side's sweeps since the last byte
+came, so a pause of this side's own event loop counts as one sweep at most. A silent peer gets a PING at
+`PING_AT`; the subclass is told at `QUIET_AT`; then the connection fails with PeerSilent: after `_CUT_OFF_AT`
+sweeps if the peer's kernel acknowledges nothing either, else after `_lost_at`. A peer that sends but does not
+finish a frame for `_STUCK_AT` sweeps fails with ProtocolViolation. The sweep also does each side's slow
+bookkeeping (acceptance time-outs, ACCEPT), so no request needs a timer of its own.
+
+**Writes** of one turn of the event loop leave in one piece: the first schedules the flush. Streamed items may
+wait for those of the next turns, 200 µs at most. Reads land in a buffer that the event loop's connections
+share (`wire/decoder.py`).
 """
 
 from __future__ import annotations
@@ -30,8 +56,9 @@ from dynamo_redis.wire import frame
 from dynamo_redis.wire.decoder import FrameDecoder, ReadBuffers
 
 EARLY_FLUSH_COUNT: Final = 32
-"""Frames gathered in one turn of the event loop after which they leave at once: the peer handles them while
-this side makes more. On two free cores that is 1.7 times the throughput of 64 small requests at once."""
+"""Frames gathered in one turn of the event loop after which they are written at once: the peer handles them
+while this side makes more. With two free cores this is 1.7 times the throughput of 64 small requests at
+once."""
 
 SWEEPS_PER_INTERVAL: Final = 8
 WRITE_HIGH_WATER_BYTES: Final = 512 * 1024
@@ -46,8 +73,8 @@ _CUT_OFF_AT: Final = 2 * SWEEPS_PER_INTERVAL
 _STUCK_AT: Final = 2 * SWEEPS_PER_INTERVAL
 
 SILENT_S: Final = 5.0
-"""How long a PING is unanswered at least, at least five keepalive intervals, before a peer is given up whose
-host still acknowledges what is sent: its event loop may be busy."""
+"""Seconds without an answer to a PING, at least five keepalive intervals, before a peer is given up whose
+host still acknowledges sent bytes: its event loop may be busy."""
 _SILENT_INTERVALS: Final = 5
 
 _TCP_INFO: Final = getattr(socket, "TCP_INFO", None)
@@ -56,14 +83,14 @@ _RETRANSMITS_AT: Final = 2  # tcpi_retransmits, u8: time-outs of the data under 
 _CUT_OFF_RETRANSMITS: Final = 2
 
 _LINGER_S: Final = 1.0
-"""How long a closing connection may take to hand over what was written."""
+"""Seconds that a closing connection may take to hand over the written bytes."""
 
 _TCP_KEEPALIVE: Final = (
     ("TCP_KEEPIDLE", 60),
     ("TCP_KEEPINTVL", 15),
     ("TCP_KEEPCNT", 4),
     # While data is unacknowledged the kernel sends no keepalive, but repeats the data for a quarter of an
-    # hour: so long would a connection stay whose last answer went to a host that had just lost its power.
+    # hour. A connection whose last answer went to a host without power would stay that long.
     ("TCP_USER_TIMEOUT", 120_000),  # milliseconds; 60 + 4 × 15 s, as with the others
 )
 
@@ -71,29 +98,29 @@ _log = logging.getLogger(__name__)
 
 
 class Waiter(Protocol):
-    """Waits until a connection takes more."""
+    """Waits until a connection can be written to."""
 
     def wake(self) -> None:
-        """The connection takes more, or has ended."""
+        """Continue: the connection can be written to, or has ended."""
         ...
 
 
 class Outgoing(Waiter, Protocol):
-    """Sends the items of one stream (`tcp_flow.Sender`)."""
+    """Sends the items of one stream (`flow.Sender`)."""
 
     batch: list[bytes] | None
-    """What was gathered in this turn of the event loop."""
+    """The packed items gathered in this turn of the event loop."""
 
     def take_batch(self) -> bytes:
-        """The frame of what was gathered; `batch` is None afterwards."""
+        """Return the frame of the gathered items; `batch` is None afterwards."""
         ...
 
 
 class Connection(asyncio.BufferedProtocol):
     """Bytes in, frames out, and back; keepalive.
 
-    Subclasses implement the handshake (`_on_handshake`), the frames (`_on_frames`), the sweep, and what the
-    end of the connection means. Nothing here awaits; everything runs in the event loop's callbacks.
+    Subclasses implement the hooks `on_…`: the handshake, the frames, the sweep, and the end. Nothing here
+    awaits; everything runs in the event loop's callbacks.
     """
 
     __slots__ = (
@@ -134,10 +161,10 @@ class Connection(asyncio.BufferedProtocol):
     )
 
     PING_AT: ClassVar[int] = SWEEPS_PER_INTERVAL - 1
-    """Silent sweeps after which the peer is asked for a sign of life."""
+    """Silent sweeps after which the peer gets a PING."""
 
     streams: dict[int, Any]
-    """What is under way, by stream id."""
+    """The open streams, by stream id."""
 
     def __init__(
         self,
@@ -171,7 +198,7 @@ class Connection(asyncio.BufferedProtocol):
         self._unsent_bytes = 0
         self._paced: PacedWriter | None = None
         self.written_bytes = 0
-        """All that was ever written here; `unsent_bytes` of it have not left yet."""
+        """Count of all bytes written so far; `unsent_bytes` of them have not left yet."""
         self.sweeping = False
         self.sweeps = 0
         self.closed = False
@@ -184,9 +211,9 @@ class Connection(asyncio.BufferedProtocol):
         self.payload_share = self.decoder.share
         self.transport: asyncio.Transport
         self.variables: Context
-        """The context variables in which the connection was made: no request's."""
+        """The context variables of the code that made the connection, not of a request."""
 
-    # ------------------------------------------------------------------- what the event loop calls
+    # ------------------------------------------------------------------- callbacks of the event loop
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)  # uvloop's is one in all but name
@@ -196,7 +223,15 @@ class Connection(asyncio.BufferedProtocol):
         else:
             self.transport.set_write_buffer_limits(high=PACED_HIGH_WATER_BYTES)
             self._paced = PacedWriter(self.transport)
-        _set_options(transport.get_extra_info("socket"))
+        sock = transport.get_extra_info("socket")
+        with contextlib.suppress(OSError):  # a unix socket, or a platform without the option
+            # asyncio does not set TCP_NODELAY on a socket that was accepted elsewhere. Keepalive is for idle
+            # connections: the sweep watches those with streams.
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for name, value in _TCP_KEEPALIVE:
+                if (option := getattr(socket, name, None)) is not None:
+                    sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return self.decoder.buffer()
@@ -208,7 +243,7 @@ class Connection(asyncio.BufferedProtocol):
         if self._ready:
             self._dispatch(self.decoder.received(nbytes))
         else:
-            self._shake_hands(self.decoder.buffer()[:nbytes])
+            self._feed_handshake(self.decoder.buffer()[:nbytes])
 
     def eof_received(self) -> bool:
         where = "" if self.decoder.is_between_frames else " in the middle of a frame"
@@ -228,7 +263,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def resume_writing(self) -> None:
         if self._paced is not None and not self.closed:
-            self._paced.go_on()
+            self._paced.resume()
             if self._paced.paused:
                 return
         self.paused = False
@@ -238,24 +273,18 @@ class Connection(asyncio.BufferedProtocol):
 
     # ------------------------------------------------------------------- reading
 
-    def _shake_hands(self, data: memoryview) -> None:
+    def _feed_handshake(self, data: memoryview) -> None:
         try:
-            rest = self._on_handshake(data)
+            rest = self.on_handshake_bytes(data)
         except PlaneError as exc:
-            self._on_handshake_failed(exc)
+            self.on_handshake_failed(exc)
             return
         if self._ready and rest:
             self._dispatch(self.decoder.feed(rest))
 
-    def _on_unfinished(self) -> None:
-        """The input ends within a frame: let the sweep see to it that the rest comes."""
-        if self.decoder.in_raw_payload:
-            self._show_life()
-        if not self.sweeping and not self.closed:
-            self.start_sweeping()
-
-    def _show_life(self) -> None:
-        """Tell a peer that is busy sending a large payload that it is being read."""
+    def on_payload_progress(self) -> None:
+        """Send a PING, at most one a sweep, to a peer that is busy sending a large payload: it is being
+        read."""
         now = self._loop.time()
         if now - self._life_shown_at >= self._sweep_interval_s:
             self._life_shown_at = now
@@ -263,7 +292,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _dispatch(self, frames: list[list[Any]]) -> None:
         try:
-            self._on_frames(frames)
+            self.on_frames(frames)
         except (IndexError, TypeError, ValueError, RecursionError, MemoryError) as exc:
             _log.debug("malformed frame", exc_info=exc)
             self.fail(ProtocolViolation(f"a malformed frame: {exc}"))
@@ -273,44 +302,50 @@ class Connection(asyncio.BufferedProtocol):
             if self.decoder.error is not None:
                 self.fail(self.decoder.error)
                 return
-            if not self.decoder.is_between_frames:
-                self._on_unfinished()
+            if not self.decoder.is_between_frames:  # the sweep fails the connection if the rest does not come
+                if self.decoder.in_raw_payload:
+                    self.on_payload_progress()
+                if not self.sweeping and not self.closed:
+                    self.start_sweeping()
             if not self._flush_scheduled:
-                # Behind what these frames have set in motion: what that sends leaves in the same turn.
+                # Scheduled behind the tasks that these frames wake: their output leaves in the same turn.
                 self._flush_scheduled = True
                 self._loop.call_soon(self.flush)
 
     def _on_connection_frame(self, received: list[Any]) -> bool:
-        """Handle the frames that mean the same on both sides. False if it is none of them."""
+        """Handle a frame that means the same on both sides. Return False for other frames."""
         kind, stream_id = received[0], received[1]
         if kind == frame.PING and stream_id == 0:
-            self._on_ping(_token(received))
+            self.on_ping(_token(received))
         elif kind == frame.PONG and stream_id == 0:
-            self._on_pong(_token(received))
+            self.on_pong(_token(received))
         elif type(kind) is int and 0 < kind < 0x80 and kind & frame.OPTIONAL:
             pass
         else:
             return False
         return True
 
-    def _on_ping(self, token: int) -> None:
-        """Show life."""
+    def on_ping(self, token: int) -> None:
+        """Answer a PING."""
         self.send(frame.encode_pong(token))
 
-    def _on_pong(self, token: int) -> None:
-        """The answer to a PING."""
+    def on_pong(self, token: int) -> None:
+        """Handle the answer to a PING."""
 
     @abstractmethod
-    def _on_handshake(self, data: memoryview) -> memoryview:
-        """Take handshake bytes; set `_ready` at its end; return what is left over. Raises PlaneError."""
+    def on_handshake_bytes(self, data: memoryview) -> memoryview:
+        """Handle handshake bytes; set `_ready` at its end. Return the bytes behind it. Raises PlaneError."""
 
     @abstractmethod
-    def _on_handshake_failed(self, error: PlaneError) -> None:
-        """The peer is not the one to talk to."""
+    def on_handshake_failed(self, error: PlaneError) -> None:
+        """Close the connection: the peer did not authenticate, or is not the right one."""
 
     @abstractmethod
-    def _on_frames(self, frames: list[list[Any]]) -> None:
-        """Handle frames in order. Raises ProtocolViolation, or what a malformed frame makes Python raise."""
+    def on_frames(self, frames: list[list[Any]]) -> None:
+        """Handle frames in order.
+
+        Raises ProtocolViolation, or the IndexError, TypeError, … that a malformed frame causes.
+        """
 
     # ------------------------------------------------------------------- writing
 
@@ -324,28 +359,28 @@ class Connection(asyncio.BufferedProtocol):
             self._write_out()
 
     def send_raw(self, header: bytes, payload: bytes) -> None:
-        """Write a header frame and the raw bytes it announces, without copying them: on uvloop, and on
-        asyncio's own loop from Python 3.12.
+        """Write a header frame and the raw bytes that it announces, at once.
 
-        They leave at once: whoever comes next finds the connection paused if the peer does not keep up.
+        The bytes are not copied on uvloop, and on asyncio's own loop from Python 3.12. A later sender finds
+        the connection paused if the peer does not read fast enough.
         """
         self._out_has_raw = True
         self._out += (header, payload)
         self.flush()
 
     def mark_dirty(self, sender: Outgoing) -> None:
-        """Have the sender's batch collected: with the next flush, at the latest by `_gather`."""
+        """Have the sender's batch written with the next flush, at the latest by `_gather`."""
         self._dirty.append(sender)
         if not self._gathering_turns:
             self._gathering_turns = 1
             self._loop.call_soon(self._gather)
 
     def _gather(self) -> None:
-        """Write the items of a turn of the event loop, or let them wait for those of the next turns.
+        """Write the items of a turn of the event loop, or let them wait for the items of the next turns.
 
-        A write costs what ten items cost, and the peer pays as much for being woken up. So streams that
-        bring items turn after turn share one: within `_GATHER_S` of the last, for `_GATHER_TURNS` at most,
-        since turns without work cost too. A lone stream does not wait: its reader may answer each item.
+        A write costs as much as ten items, and the peer pays the same to wake up. So streams that send items
+        in every turn share a write: within `_GATHER_S` of the last write, for `_GATHER_TURNS` turns at most,
+        since turns without work cost too. A single stream does not wait: its reader may answer each item.
         """
         if not self._dirty:  # another flush has taken them along
             self._gathering_turns = 0
@@ -362,7 +397,7 @@ class Connection(asyncio.BufferedProtocol):
             self.flush()
 
     def flush(self) -> None:
-        """Hand everything to the transport."""
+        """Hand all gathered frames and batches to the transport."""
         if self._dirty:
             dirty, self._dirty = self._dirty, []
             for sender in dirty:
@@ -397,18 +432,18 @@ class Connection(asyncio.BufferedProtocol):
         held_bytes = 0 if self._paced is None else self._paced.held_bytes
         return held_bytes + self.transport.get_write_buffer_size()
 
-    def when_writable(self, waiter: Waiter) -> None:
-        """Wake the waiter when the peer has read."""
+    def add_write_waiter(self, waiter: Waiter) -> None:
+        """Wake the waiter once the connection is not paused any more, or has ended."""
         self._blocked.add(waiter)
 
-    def no_longer_waits(self, waiter: Waiter) -> None:
-        """Forget a waiter."""
+    def remove_write_waiter(self, waiter: Waiter) -> None:
+        """Forget a waiter. Idempotent."""
         self._blocked.discard(waiter)
 
     # ------------------------------------------------------------------- sweep and keepalive
 
     def start_sweeping(self) -> None:
-        """Sweep regularly from now on, until no stream and no incomplete frame is left."""
+        """Sweep from now on, until no stream, no unsent byte and no incomplete frame is left."""
         self.sweeping = True
         self._heard = True
         if self._sweep_handle is not None:
@@ -422,7 +457,7 @@ class Connection(asyncio.BufferedProtocol):
         if not self.streams and not unsent_bytes and unfinished is None:
             self.sweeping = False
             self._sweep_handle = None
-            self._on_idle()
+            self.on_idle()
             return
         self._sweep_handle = self._loop.call_later(self._sweep_interval_s, self._sweep)
         heard = self._heard or unsent_bytes < self._unsent_bytes  # a peer that reads is alive, too
@@ -432,7 +467,7 @@ class Connection(asyncio.BufferedProtocol):
         stuck = unfinished is not None and unfinished == self._unfinished and not self.paused
         if not stuck:
             self._stuck_sweeps = 0
-        elif self._silent_sweeps < SWEEPS_PER_INTERVAL:  # else it pauses as a whole
+        elif self._silent_sweeps < SWEEPS_PER_INTERVAL:  # else the peer sends nothing at all: silence
             self._stuck_sweeps += 1
         self._unfinished = unfinished
         error = self._verdict(stuck=stuck)
@@ -442,11 +477,11 @@ class Connection(asyncio.BufferedProtocol):
         if self._silent_sweeps == self.PING_AT:
             self.send(frame.encode_ping(self.sweeps))
         elif self._silent_sweeps == QUIET_AT:
-            self._on_quiet()
-        self._on_sweep()
+            self.on_quiet()
+        self.on_sweep()
 
     def _verdict(self, *, stuck: bool) -> PlaneError | None:
-        """Return the reason to give up the connection, if there is one."""
+        """Return the error to fail the connection with, or None."""
         silent_s = self._silent_sweeps * self._sweep_interval_s
         if self._silent_sweeps >= _CUT_OFF_AT - 1 and self._is_cut_off():
             return PeerSilent(f"the peer's host has acknowledged nothing for {silent_s:.1f} s")
@@ -460,7 +495,8 @@ class Connection(asyncio.BufferedProtocol):
         return None
 
     def _is_cut_off(self) -> bool:
-        """Tell whether the peer's kernel, too, does not answer; False where this system does not say."""
+        """Return whether the peer's kernel does not acknowledge either; False where the system does not
+        tell."""
         if _TCP_INFO is None:
             return False
         try:
@@ -470,25 +506,25 @@ class Connection(asyncio.BufferedProtocol):
             return False
         return bool(info[_RETRANSMITS_AT] >= _CUT_OFF_RETRANSMITS)
 
-    def show_life(self) -> None:
-        """Note that the peer's process answered on another connection: it is slow, not dead."""
+    def note_life(self) -> None:
+        """Note that the peer's process has answered on another connection: it is slow, not dead."""
         self._heard = True
         self._stuck_sweeps = 0
 
     @abstractmethod
-    def _on_sweep(self) -> None:
-        """Bookkeeping of the streams, a few times a keepalive interval."""
+    def on_sweep(self) -> None:
+        """Do the streams' slow bookkeeping, at each sweep."""
 
-    def _on_quiet(self) -> None:
-        """The peer has been silent for `QUIET_AT` sweeps: slow, hanging, or gone."""
+    def on_quiet(self) -> None:
+        """Handle a peer that has been silent for `QUIET_AT` sweeps: slow, hanging, or gone."""
 
-    def _on_idle(self) -> None:
-        """No stream is left at a sweep."""
+    def on_idle(self) -> None:
+        """Handle a sweep that found no stream: sweeping has ended."""
 
     # ------------------------------------------------------------------- the end
 
     def fail(self, error: PlaneError) -> None:
-        """Close because of `error`. The peer is told, unless it is gone."""
+        """Close because of `error`. The peer gets it in a GOAWAY, unless the connection is lost."""
         if self.closed:
             return
         self.error = error
@@ -503,7 +539,7 @@ class Connection(asyncio.BufferedProtocol):
             self._linger()
 
     def close(self) -> None:
-        """Close after what has been written."""
+        """Close, after the written bytes have left."""
         if not self.closed:
             self.flush()
             self._end(self.error or ConnectionLost("the connection was closed"))
@@ -525,16 +561,17 @@ class Connection(asyncio.BufferedProtocol):
         self.decoder.close()
         self._out.clear()
         self._dirty.clear()
-        self._on_closed(error)
+        self.on_closed(error)
         self.resume_writing()
 
     @abstractmethod
-    def _on_closed(self, error: PlaneError) -> None:
-        """Fail what is under way. Called once."""
+    def on_closed(self, error: PlaneError) -> None:
+        """End the open streams with `error`. Called once."""
 
 
 def unacknowledged_bytes(transport: asyncio.BaseTransport) -> int:
-    """Count the bytes that the kernel has taken and the peer's has not confirmed; 0 where it does not say."""
+    """Return the bytes that the kernel has taken and the peer's kernel has not acknowledged; 0 where the
+    system does not tell."""
     with contextlib.suppress(ImportError, OSError, AttributeError):
         import fcntl
         import termios
@@ -549,14 +586,3 @@ def _token(received: list[Any]) -> int:
     if type(token) is not int:
         raise ProtocolViolation("a malformed PING or PONG")
     return token
-
-
-def _set_options(sock: socket.socket) -> None:
-    """Send at once, which asyncio forgets to ask for on a socket that was accepted elsewhere. And have the
-    kernel find dead peers of idle connections; ours does it for those with requests."""
-    with contextlib.suppress(OSError):  # a unix socket, or a platform without the option
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in _TCP_KEEPALIVE:
-            if (option := getattr(socket, name, None)) is not None:
-                sock.setsockopt(socket.IPPROTO_TCP, option, value)

@@ -1,4 +1,4 @@
-"""One attempt to reach an instance: dial, shake hands, and say in one kind of error why it failed."""
+"""One attempt to reach an instance: dial, do the handshake, and report every failure as a PlaneError."""
 
 from __future__ import annotations
 
@@ -19,11 +19,19 @@ async def dial(
     on_made: Callable[[ClientConnection], None],
     give_up_at: float,
 ) -> ClientConnection:
-    """A connection whose handshake is done. `on_made` gets it as soon as TCP stands.
+    """Return a connection whose handshake is done.
 
-    The addresses of a host name are tried one after the other. `give_up_at` is the event loop's time. Raises
-    CannotConnect, also where something else than an instance answers, or what the instance refuses with:
-    AuthenticationFailed, Overloaded, …. Cancelling closes what was opened.
+    The addresses of a host name are tried one after the other. Cancelling closes the opened connection.
+
+    Args:
+        address: the instance's address, with its TLS mark.
+        tls: this side's TLS; None without.
+        make: makes the connection's protocol.
+        on_made: is called with the connection once TCP and TLS stand, before the handshake.
+        give_up_at: the time limit, in the event loop's time.
+
+    Raises CannotConnect, also where another program answers, or the error that the instance refuses with:
+    AuthenticationFailed, Overloaded, ….
     """
     loop = asyncio.get_running_loop()
     began = loop.time()
@@ -34,14 +42,17 @@ async def dial(
             transport, connection = await loop.create_connection(make, host, port, **options)
             on_made(connection)
             if transport.get_extra_info("sockname") == transport.get_extra_info("peername"):
-                raise ConnectionRefusedError("nobody listens there")
-            await connection.shaken
+                raise ConnectionRefusedError("no process listens there")
+            await connection.handshake_done
     except TimeoutError:
         _abandon(connection)
         raise CannotConnect(f"no answer from {address} in {loop.time() - began:.1f} s") from None
     except (OSError, ValueError, ConnectionLost, ProtocolViolation) as exc:
         _abandon(connection)
-        raise CannotConnect(f"cannot connect to {address}: {_explain(exc, address)}") from exc
+        reason = explain(exc, address)
+        if isinstance(exc, OSError) and exc.errno in (errno.EMFILE, errno.ENFILE):
+            reason = f"no file is left for a connection ({describe_file_limit()})"
+        raise CannotConnect(f"cannot connect to {address}: {reason}") from exc
     except asyncio.CancelledError:
         _abandon(connection)
         raise
@@ -51,9 +62,3 @@ async def dial(
 def _abandon(connection: ClientConnection | None) -> None:
     if connection is not None:
         connection.fail(ConnectionLost("the handshake was given up"))
-
-
-def _explain(exc: Exception, address: str) -> str:
-    if isinstance(exc, OSError) and exc.errno in (errno.EMFILE, errno.ENFILE):
-        return f"no file is left for a connection ({describe_file_limit()})"
-    return explain(exc, address)

@@ -1,10 +1,9 @@
-"""A queue that serves its owners in turn, and asks the most crowded one to make room.
+"""A queue that serves its owners in turn, and evicts from the owner with most items.
 
-Each owner has a lane, first in, first out, for as long as something of it waits. `pop` takes one item from
-the lane whose turn it is, which then waits for its next turn behind all others: however much one owner puts
-in, another's first item waits for one turn of each owner. When the queue has no room, `to_make_room` names
-what to throw out: the newest item of the longest lane. Nothing here searches: every operation takes the
-same time however many owners and items there are.
+Each owner with waiting items has a lane, first in, first out. `pop` takes one item from the lane whose turn
+it is; that lane then waits for its next turn behind all others. So an owner's first item waits for one turn
+of each owner, whatever number of items another owner has. When the queue is full, `eviction_candidate`
+returns the newest item of the longest lane. Every operation takes constant time: none searches the lanes.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ Item = TypeVar("Item", bound=Hashable)
 
 
 class FairQueue(Generic[Owner, Item]):
-    """`size` items of any number of owners. An item may be in it once. It has no bound of its own."""
+    """Holds `size` items of any number of owners, each item once. It has no bound of its own."""
 
     __slots__ = ("_lanes", "_longest", "_owners_by_length", "size")
 
@@ -29,12 +28,12 @@ class FairQueue(Generic[Owner, Item]):
         self.size = 0
 
     def __iter__(self) -> Iterator[Item]:
-        """All items, one owner's after the other's."""
+        """Yield all items, owner by owner."""
         for lane in self._lanes.values():
             yield from lane
 
     def push(self, owner: Owner, item: Item) -> None:
-        """Put an item behind the owner's others."""
+        """Append an item to the owner's lane."""
         lane = self._lanes.get(owner)
         if lane is None:
             lane = self._lanes[owner] = OrderedDict()
@@ -43,7 +42,7 @@ class FairQueue(Generic[Owner, Item]):
         self._recount(owner, len(lane) - 1, len(lane))
 
     def pop(self) -> Item:
-        """Take the oldest item of the owner whose turn it is. Raises StopIteration if there is none."""
+        """Remove and return the oldest item of the owner whose turn it is. Raises StopIteration if empty."""
         owner, lane = next(iter(self._lanes.items()))
         item, _ = lane.popitem(last=False)
         self._lanes.move_to_end(owner)
@@ -51,7 +50,7 @@ class FairQueue(Generic[Owner, Item]):
         return item
 
     def remove(self, owner: Owner, item: Item) -> bool:
-        """Take an item out of turn. False if it is not there."""
+        """Remove an item out of turn. Return False if it is not in the queue."""
         lane = self._lanes.get(owner)
         if lane is None or item not in lane:
             return False
@@ -59,11 +58,11 @@ class FairQueue(Generic[Owner, Item]):
         self._on_taken(owner, lane)
         return True
 
-    def to_make_room(self, owner: Owner) -> Item | None:
-        """The item that should give its place to one more of `owner`; None if nobody has more than it would.
+    def eviction_candidate(self, owner: Owner) -> Item | None:
+        """Return the item to evict for one more item of `owner`; None if no lane is long enough.
 
-        That is the newest item of the longest lane, provided that lane stays no shorter than the owner's
-        becomes: two owners never take the same place from each other in turns.
+        That is the newest item of the longest lane, if that lane stays at least as long as the owner's lane
+        becomes: two owners never evict each other's items in turns.
         """
         lane = self._lanes.get(owner)
         if self._longest <= (len(lane) if lane is not None else 0) + 1:

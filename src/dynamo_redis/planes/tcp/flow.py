@@ -1,9 +1,9 @@
 """Flow control of the tcp plane: the sending and the receiving half of a stream of items.
 
-The receiver grants credit: its window at first (it is in the handshake), then back as its reader takes
-items, half a window at a time. An item costs one credit, a raw payload one more for each 64 KiB. The sender
-may go below zero with one item, then waits. So a stream whose reader has stopped costs at most a window of
-items on the receiver's side and one item on the sender's, and stops no other stream.
+The receiver grants credit: its window at first (it is in the handshake), then what its reader has read, half
+a window at a time. An item costs one credit, a raw payload one more for each 64 KiB. The sender may go below
+zero with one item, then waits. A stream whose reader has stopped costs at most a window of items at the
+receiver and one item at the sender, and stops no other stream.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from dynamo_redis.wire.frame import (
 
 
 class Sender:
-    """Sends the items of one stream. Those of one turn of the event loop, or of a few, share a frame.
+    """Sends the items of one stream. The items of one turn of the event loop, or of a few, share a frame.
 
     Push only while `ready`; otherwise `await wait_ready()` first. The batch is bounded by the credit and by
     64 KiB, whichever comes first.
@@ -61,7 +61,7 @@ class Sender:
 
     @property
     def ready(self) -> bool:
-        """Whether an item may be sent now."""
+        """True if an item may be sent now."""
         return self._credit > 0 and not self._connection.paused
 
     def push(self, item: Any) -> None:
@@ -84,18 +84,18 @@ class Sender:
         self._connection.mark_dirty(self)
 
     def take_batch(self) -> bytes:
-        """The frame of what was gathered: `batch` is not None."""
+        """Return the frame of the gathered items. Call it only while `batch` is not None."""
         batch, self.batch = self.batch, None
         assert batch is not None
         return encode_items(self._stream_id, batch, last=False)
 
     def flush_batch(self) -> None:
-        """Write what was gathered, before what is sent next."""
+        """Write the gathered items, before a frame that must follow them."""
         if self.batch is not None:
             self._connection.send(self.take_batch())
 
     def end(self) -> None:
-        """Send the end, on the last item if that has not left yet."""
+        """Send the end, with the last item if that has not left yet."""
         self.open = False
         batch, self.batch = self.batch, None
         if batch is not None:
@@ -121,48 +121,50 @@ class Sender:
         self._connection.send_raw(header, payload)
 
     def drop(self) -> None:
-        """Send nothing more; what was gathered is lost."""
+        """Send nothing more. Gathered items are dropped."""
         self.open = False
         self.batch = None
-        self._credit = 0  # so that who looks at the credit finds out
+        self._credit = 0  # a sender that checks only its credit stops, too
         if self._wake is not None:
             self.wake()
 
     def grant(self, count: Any) -> None:
-        """The receiver gave credit. Raises ProtocolViolation."""
+        """Add credit that the receiver gave. Raises ProtocolViolation."""
         if type(count) is not int or count < 1:
             raise ProtocolViolation("a malformed CREDIT")
         self._credit += count
         self.wake()
 
     def wake(self) -> None:
-        """Let `wait_ready` look again."""
+        """Have `wait_ready` check again."""
         if self._wake is not None and not self._wake.done():
             self._wake.set_result(None)
 
     async def wait_ready(self) -> None:
-        """Wait until an item may be sent, or the stream is closed. Cancel it to give up."""
+        """Wait until an item may be sent, or the stream or its connection is closed."""
         while self.open and not self.ready and not self._connection.closed:
             self._wake = asyncio.get_running_loop().create_future()
             if self._connection.paused:
-                self._connection.when_writable(self)
+                self._connection.add_write_waiter(self)
             try:
                 await self._wake
             finally:
                 self._wake = None
-                self._connection.no_longer_waits(self)
+                self._connection.remove_write_waiter(self)
 
 
 def check_size(size_bytes: int, limit_bytes: int) -> None:
-    """Raises PayloadTooLarge."""
+    """Raise PayloadTooLarge for a payload over the limit."""
     if size_bytes > limit_bytes:
         raise PayloadTooLarge(size_bytes=size_bytes, limit_bytes=limit_bytes)
 
 
 class _Raw:
-    """An item that came as a raw payload, until it is read. As long as it is kept, its connection's share
-    holds its size. A mailbox that is dropped unread gives it back by the event loop: the garbage collector
-    may run in any thread, and in the middle of the share's own sums."""
+    """An unread item that came as a raw payload. Its size is reserved in its connection's share until then.
+
+    A mailbox that is dropped unread releases it through the event loop: the garbage collector may run in any
+    thread, and in the middle of the share's own arithmetic.
+    """
 
     __slots__ = ("_loop", "_share", "_size_bytes", "cost", "item")
 
@@ -174,43 +176,43 @@ class _Raw:
         self._size_bytes = size_bytes
         self._share = share
         self._loop = loop
-        share.hold(size_bytes)
+        share.reserve(size_bytes)
 
     def release(self) -> None:
-        """Give the size back. Idempotent."""
+        """Release the size. Idempotent."""
         size_bytes, self._size_bytes = self._size_bytes, 0
-        self._share.give(size_bytes)
+        self._share.release(size_bytes)
 
     def __del__(self) -> None:
         if self._size_bytes:
             with suppress(RuntimeError):  # the event loop is closed, and everything with it
-                self._loop.call_soon_threadsafe(self._share.give, self._size_bytes)
+                self._loop.call_soon_threadsafe(self._share.release, self._size_bytes)
 
 
 _NO_ITEMS: Final[deque[Any]] = deque(maxlen=0)
-"""What a mailbox holds before its first item: most answers go to a waiting reader and never need one."""
+"""The items of a mailbox before the first is queued: most answers go to a waiting reader, without a queue."""
 
 _WAKE_UP: Final = object()
-"""Wakes a reader that must look again: there are items, or the stream has ended."""
+"""Wakes a reader that must check again: there are items, or the stream has ended."""
 
 
 class Mailbox:
     """The received items of one stream, and its one reader.
 
-    An item that arrives while the reader waits goes to it directly; others are kept, at most a window of
-    them: more is a violation of the protocol. Items that came before an end or an error are read first. A
-    read that is cancelled takes nothing: the next one goes on.
+    An item that arrives while the reader waits goes to it directly. Other items are queued, at most a window
+    of them: more are a violation of the protocol. Items that came before an end or an error are read first. A
+    read that is cancelled removes no item: the next read returns it.
     """
 
     __slots__ = (
         "_connection",
         "_ended",
         "_error",
-        "_held",
+        "_extra_cost",
         "_items",
         "_limit",
         "_loop",
-        "_owed",
+        "_unreturned_credit",
         "_waiter",
         "_window",
         "stream_id",
@@ -223,9 +225,9 @@ class Mailbox:
         self._connection: Connection | None = None
         self.stream_id = 0
         self._items = _NO_ITEMS
-        self._held = 0  # the credits that raw payloads in `_items` cost beyond one each
+        self._extra_cost = 0  # credits that raw payloads in `_items` cost beyond one each
         self._waiter: asyncio.Future[Any] | None = None
-        self._owed = 0
+        self._unreturned_credit = 0
         self._ended = False
         self._error: Exception | None = None
 
@@ -242,7 +244,10 @@ class Mailbox:
                 item = await waiter
             except asyncio.CancelledError:
                 if waiter.done() and not waiter.cancelled() and (item := waiter.result()) is not _WAKE_UP:
-                    self._put_back(item)
+                    # It was cancelled after it was given this item: the next read returns it.
+                    if self._items is _NO_ITEMS:
+                        self._items = deque()
+                    self._items.appendleft(item)
                 raise
             finally:
                 self._waiter = None
@@ -250,21 +255,24 @@ class Mailbox:
             if not self._items:
                 if self._error is None:
                     raise StopAsyncIteration
-                raise self._take_error(self._error)
+                raise self._own_error(self._error)
             item = self._items.popleft()
         if type(item) is _Raw:
-            item = self._unwrapped(item)
+            self._unreturned_credit += item.cost - 1
+            self._extra_cost -= item.cost - 1
+            item.release()
+            item = item.item
         if not self._ended:
-            self._owed = owed = self._owed + 1
-            if owed * 2 >= self._window:
+            self._unreturned_credit = count = self._unreturned_credit + 1
+            if count * 2 >= self._window:
                 self._give_credit()
         return item
 
-    def _take_error(self, error: Exception) -> Exception:
-        """What the stream ends with, if not normally.
+    def _own_error(self, error: Exception) -> Exception:
+        """Return a copy of the error that the stream ends with.
 
-        Streams share an error, as all of a connection do that breaks. Each raises a copy: else the tracebacks
-        of all would pile up on the one, and keep alive what their frames hold.
+        The streams of a lost connection share one error. Each raises a copy: the tracebacks of all would
+        otherwise pile up on the one, and keep alive the objects in their frames.
         """
         self._error = None
         if not isinstance(error, PlaneError):
@@ -278,57 +286,45 @@ class Mailbox:
         """See `ResponseStream.is_over`."""
         return self._ended and not self._items and self._error is None
 
-    def _put_back(self, item: Any) -> None:
-        """The reader was cancelled in the moment in which it was given this item: the next one gets it."""
-        if self._items is _NO_ITEMS:
-            self._items = deque()
-        self._items.appendleft(item)
-
-    def _unwrapped(self, raw: _Raw) -> Any:
-        self._owed += raw.cost - 1
-        self._held -= raw.cost - 1
-        raw.release()
-        return raw.item
-
     def _give_credit(self) -> None:
         connection = self._connection
         if connection is not None:
-            if connection.paused:  # a sender that does not read must not make a heap of credit
-                connection.when_writable(self)
+            if connection.paused:  # else CREDITs for a peer that does not read would pile up
+                connection.add_write_waiter(self)
                 return
-            connection.send(encode_credit(self.stream_id, self._owed))
-        self._owed = 0
+            connection.send(encode_credit(self.stream_id, self._unreturned_credit))
+        self._unreturned_credit = 0
 
     def wake(self) -> None:
-        """The connection takes more: give the credit that was kept back."""
+        """Send the credit that was held back while the connection was paused."""
         if not self._ended:
             self._give_credit()
 
     def deliver(self, item: Any) -> None:
-        """One item came. Raises ProtocolViolation."""
+        """Hand an item to the reader. Raises ProtocolViolation."""
         waiter = self._waiter
         if waiter is not None and not waiter.done():
             waiter.set_result(item)
         else:
-            self._keep((item,))
+            self._enqueue((item,))
 
     def deliver_raw(self, item: Any, size_bytes: int) -> None:
-        """One item came as a raw payload. Raises ProtocolViolation."""
+        """Hand an item that came as a raw payload to the reader. Raises ProtocolViolation."""
         assert self._connection is not None
-        if len(self._items) + self._held >= self._limit:
+        if len(self._items) + self._extra_cost >= self._limit:
             raise ProtocolViolation("more than the window allows")
         raw = _Raw(item, size_bytes, self._connection.payload_share, self._loop)
-        self._held += raw.cost - 1
+        self._extra_cost += raw.cost - 1
         self.deliver(raw)
 
     def deliver_batch(self, items: Any) -> None:
-        """Several items came. Raises ProtocolViolation."""
+        """Hand the items of a batch to the reader. Raises ProtocolViolation."""
         if type(items) is not list or not items:
             raise ProtocolViolation("a malformed batch")
-        self._keep(items)
+        self._enqueue(items)
         self._wake()
 
-    def _keep(self, items: Iterable[Any]) -> None:
+    def _enqueue(self, items: Iterable[Any]) -> None:
         if self._items is _NO_ITEMS:
             self._items = deque(items)
         else:
@@ -337,19 +333,19 @@ class Mailbox:
             raise ProtocolViolation("more items than the window allows")
 
     def finish(self, error: Exception | None = None) -> None:
-        """Nothing more comes."""
+        """End the stream: no more items come. The first end counts."""
         if not self._ended:
             self._ended = True
             self._error = error
             self._wake()
 
     def discard(self) -> None:
-        """Forget what has not been read."""
+        """Drop the unread items."""
         for item in self._items:
             if type(item) is _Raw:
                 item.release()
         self._items = _NO_ITEMS
-        self._held = 0
+        self._extra_cost = 0
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -357,7 +353,7 @@ class Mailbox:
 
 
 class RequestMessages(Mailbox):
-    """What a request-stream handler iterates: the request, then the messages that follow it."""
+    """The iterator of a request-stream handler: the request, then the messages that follow it."""
 
     __slots__ = ()
 
@@ -366,10 +362,10 @@ class RequestMessages(Mailbox):
         self._connection = connection
         self.stream_id = stream_id
         self._limit = window_count + 1
-        self._owed = -1  # the request itself cost no credit
+        self._unreturned_credit = -1  # the request itself cost no credit
         self._items = deque((request,))
 
     def kill(self) -> None:
-        """The caller is gone."""
+        """Drop unread messages and end with RequestCancelled: the request has ended."""
         self.discard()
         self.finish(RequestCancelled("the caller is gone"))

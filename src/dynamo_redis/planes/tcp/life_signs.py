@@ -1,11 +1,11 @@
-"""Signs of life of a worker whose event loop is busy, and how a caller asks for one.
+"""Signs of life of a worker whose event loop is busy, and the question of a caller for one.
 
 A handler may hold the event loop for seconds, and then the loop answers no PING. So a thread watches the
-listening sockets. A connection that the loop has not taken in for `_PATIENCE_S` is taken in by the thread: if
-it asks for a sign of life, the thread answers, else the loop gets it later. A loop that takes such a
-connection in by itself is not busy, and closes it: it answers PINGs. A process that is stopped, or whose
-interpreter is held by C code, runs no thread either, and answers nothing. A loop that hangs for
-`DYN_LOOP_STALL_S` will not come back: the thread answers no more, and callers take the process for dead.
+listening sockets. It accepts a connection that the loop has not accepted for `_PATIENCE_S`. If that asks for
+a sign of life, the thread answers; otherwise it hands the connection to the loop. A loop that accepts such a
+question itself is not busy, and closes it: the loop answers PINGs. A process that is stopped, or whose
+interpreter is held by C code, runs no thread and answers nothing. A loop that hangs for `DYN_LOOP_STALL_S` is
+taken for lost: the thread answers no more, and callers take the process for dead.
 """
 
 from __future__ import annotations
@@ -33,30 +33,35 @@ from dynamo_redis.wire.handshake import (
 )
 
 _PATIENCE_S: Final = 0.25
-"""How long the event loop may take to accept a connection, and a caller to say what it wants, before the
-thread acts in their place."""
+"""Seconds that the event loop may take to accept a connection, and a caller to send its first bytes, before
+the thread acts without them."""
 _JOIN_S: Final = 2.0
-
-Answer = Callable[[socket.socket], bool]
 
 
 class LifeThread:
-    """Accepts in place of an event loop that does not, and answers those that ask whether it lives."""
+    """Accepts connections in place of a busy event loop, and answers questions for a sign of life."""
 
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
         listening: list[socket.socket],
-        answer: Answer,
+        answer: Callable[[socket.socket], bool],
         on_socket: Callable[[socket.socket], None],
         *,
         max_taken_count: int,
         loop_stall_s: float,
     ) -> None:
-        """`answer` answers and closes a connection that asks for a sign of life, and is called on the thread;
-        `on_socket` gets all others, on the event loop. Of these the thread takes in `max_taken_count` at most
-        that the event loop has not; further ones stay in the backlog. For a loop that has hung for
-        `loop_stall_s` it answers no more (0: it always answers)."""
+        """Start the thread.
+
+        Args:
+            loop: the event loop in whose place the thread accepts.
+            listening: the listening sockets, which the loop watches, too.
+            answer: answers and closes a connection that asks for a sign of life, on the thread; returns False
+                for other connections.
+            on_socket: gets the other connections, on the event loop.
+            max_taken_count: the most connections that wait for the event loop; more stay in the backlog.
+            loop_stall_s: seconds after which a hanging loop gets no more answers; 0: it always does.
+        """
         self._loop = loop
         self._listening = listening
         self._answer = answer
@@ -64,7 +69,7 @@ class LifeThread:
         self._max_taken_count = max_taken_count
         self._loop_stall_s = loop_stall_s or math.inf
         self._busy_since: float | None = None
-        """When the thread first acted in place of the event loop, which has not run since."""
+        """The time at which the thread first acted in place of the event loop, which has not run since."""
         self._taken_count = 0  # counted on the thread
         self._handed_on_count = 0  # counted on the event loop
         self._variables = copy_context()
@@ -75,7 +80,7 @@ class LifeThread:
     def close(self) -> None:
         """End the thread. Call it before the listening sockets are closed. Idempotent."""
         if self._waker.fileno() >= 0:
-            self._waker.shutdown(socket.SHUT_RDWR)  # `close` alone would leave it to a forked child's copy
+            self._waker.shutdown(socket.SHUT_RDWR)  # wakes the thread even if a forked child has a copy
             self._waker.close()
             self._thread.join(_JOIN_S)
 
@@ -107,9 +112,9 @@ class LifeThread:
             sock.close()
 
     def _accept(self, listening: socket.socket) -> list[socket.socket]:
-        """Take in what the event loop has left."""
+        """Accept the connections that the event loop has left."""
         taken: list[socket.socket] = []
-        with contextlib.suppress(OSError):  # nothing is left, or no file for it: the loop complains of that
+        with contextlib.suppress(OSError):  # none is left, or no file for it: the loop logs that
             while self._taken_count - self._handed_on_count < self._max_taken_count:
                 sock, _ = listening.accept()
                 sock.setblocking(False)
@@ -145,13 +150,15 @@ class LifeThread:
 
 
 def answer_question(sock: socket.socket, secret: bytes | None, instance_id: int) -> bool:
-    """Answer and close a connection whose first bytes ask for a sign of life. False if they do not; then
-    they stay unread. Never waits."""
+    """Answer and close a connection whose first bytes ask for a sign of life.
+
+    Return False if they do not; then they stay unread. Never waits.
+    """
     try:
         answer = answer_to(sock.recv(2 + MAX_MESSAGE_BYTES, socket.MSG_PEEK), secret, instance_id)
         if answer is None:
             return False
-        sock.recv(2 + MAX_MESSAGE_BYTES)  # what is unread at the close would have the kernel reset it
+        sock.recv(2 + MAX_MESSAGE_BYTES)  # unread bytes at the close would make the kernel reset it
         sock.send(answer)
     except OSError:
         return False
@@ -160,7 +167,8 @@ def answer_question(sock: socket.socket, secret: bytes | None, instance_id: int)
 
 
 def asks_for_life(sock: socket.socket) -> bool:
-    """Whether the first bytes of a connection ask for a sign of life. They stay unread. Never waits."""
+    """Return whether the first bytes of a connection ask for a sign of life. They stay unread. Never
+    waits."""
     try:
         return is_life_question(sock.recv(2 + MAX_MESSAGE_BYTES, socket.MSG_PEEK))
     except OSError:
@@ -168,9 +176,9 @@ def asks_for_life(sock: socket.socket) -> bool:
 
 
 async def ask_for_life(address: str, secret: bytes | None, instance_id: int) -> bool:
-    """Ask whether the instance's event loop is busy, but its process lives. Bound it by a time-out.
+    """Ask for a sign of life. Return True if the instance's process lives and its event loop is busy.
 
-    Raises OSError or ValueError.
+    Has no time-out of its own. Raises OSError or ValueError.
     """
     host, port = parse_address(address.partition("+")[0])
     nonce = secrets.token_bytes(NONCE_BYTES)

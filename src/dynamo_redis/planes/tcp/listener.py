@@ -1,12 +1,13 @@
-"""The door of a worker: the listening sockets, and the sockets of the connections that come in.
+"""Accepts connections: the listening sockets, and the limit of open files.
 
-The event loops' own servers are not used. At the process's limit of open files asyncio's logs each pending
-connection each second and uvloop's closes callers without a word; and both take in a whole flood in one turn,
-while the answers to those who are connected wait. Here a turn takes in `ACCEPTS_A_TURN`, the rest stays in
-the kernel's backlog: 4,096 connections, or what `net.core.somaxconn` allows. Past that the kernel drops the
-SYN, and the caller's kernel repeats it after a second.
+The event loops' own servers are not used, for two reasons. At the process's limit of open files asyncio logs
+each pending connection each second, and uvloop closes callers without a message. And both accept all pending
+connections in one turn, while the answers of present connections wait. Here a turn accepts at most
+`ACCEPTS_A_TURN`. The rest stays in the kernel's backlog: 4,096 connections, or the limit
+`net.core.somaxconn`. Past that the kernel drops the SYN, and the caller's kernel repeats it after a second.
 
-At the limit of open files a caller is told that the worker is overloaded, by means of a file kept in reserve.
+At the limit of open files a file kept in reserve is closed to accept a caller and tell it that the worker is
+overloaded.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ ACCEPTS_A_TURN: Final = 64
 _NO_FILES: Final = (errno.EMFILE, errno.ENFILE)
 _PAUSE_S: Final = 0.1
 _RESERVED_FILES: Final = 64
-"""What a process needs beside its server's connections: libraries, Redis, logs, connections of its own."""
+"""Files that a process needs beside its server's connections: libraries, Redis, logs, its own connections."""
 
 _log = logging.getLogger(__name__)
 
 
-class Listener:
-    """Listens until `close`. It owns a timer while the system refuses it sockets."""
+class SocketListener:
+    """Listens and accepts until `close`. It owns a timer while the system refuses it sockets."""
 
     def __init__(
         self,
@@ -46,12 +47,15 @@ class Listener:
         on_socket: Callable[[socket.socket], None],
         refuse: Callable[[socket.socket, PlaneError], None] | None = None,
     ) -> None:
-        """`on_socket` gets each connection's socket, non-blocking, and must not raise; see `open`.
-        `refuse` tells a caller why it is not let in, and closes; None: `turn_away`."""
+        """Accept on sockets that listen already; `open` makes them.
+
+        `on_socket` gets each connection's socket, non-blocking, and must not raise. `refuse` sends a caller
+        the error and closes its socket; None: `refuse_socket`.
+        """
         self._loop = loop
         self._sockets = sockets
         self._on_socket = on_socket
-        self._refuse = turn_away if refuse is None else refuse
+        self._refuse = refuse_socket if refuse is None else refuse
         self._paused: dict[socket.socket, asyncio.TimerHandle] = {}
         self._reserve = _spare_file()
         self._complaints = RateLimitedLog(_log, logging.ERROR)
@@ -65,15 +69,20 @@ class Listener:
         host: str,
         port: int,
         on_socket: Callable[[socket.socket], None],
-    ) -> Listener:
-        """Listen on every address of the host, on one port; 0 takes a free one. Raises OSError."""
+    ) -> SocketListener:
+        """Listen on every address of the host, on one port; 0: a free one. Raises OSError."""
         found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         sockets: list[socket.socket] = []
         try:
             for family, _, _, _, address in dict.fromkeys(found):
                 listening = socket.socket(family, socket.SOCK_STREAM)
                 sockets.append(listening)
-                _listen(listening, (address[0], port, *address[2:]))
+                listening.setblocking(False)
+                listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                listening.bind((address[0], port, *address[2:]))
+                listening.listen(BACKLOG)
                 port = listening.getsockname()[1]
         except OSError:
             for listening in sockets:
@@ -92,7 +101,7 @@ class Listener:
         return int(self._sockets[0].getsockname()[1])
 
     def close(self) -> None:
-        """Listen no more. Connections that wait in the backlog are reset. Idempotent."""
+        """Stop listening. Connections in the backlog are reset. Idempotent."""
         for listening in self._sockets:
             if (timer := self._paused.pop(listening, None)) is not None:
                 timer.cancel()
@@ -110,11 +119,13 @@ class Listener:
                 sock, _address = listening.accept()
             except (BlockingIOError, InterruptedError):
                 return
-            except ConnectionAbortedError:  # it was gone before its turn came
+            except ConnectionAbortedError:  # the caller has gone meanwhile
                 continue
             except OSError as exc:
-                if exc.errno not in _NO_FILES or not self._shed(listening):
-                    self._pause(listening, exc)
+                if exc.errno not in _NO_FILES or not self._refuse_one(listening):
+                    self._complaints.log("connections have to wait: %s", exc)
+                    self._loop.remove_reader(listening)
+                    self._paused[listening] = self._loop.call_later(_PAUSE_S, self._resume, listening)
                     return
             else:
                 sock.setblocking(False)
@@ -122,8 +133,8 @@ class Listener:
                 if not self._sockets:  # closed meanwhile
                     return
 
-    def _shed(self, listening: socket.socket) -> bool:
-        """Turn one connection away. False if even the file in reserve is taken."""
+    def _refuse_one(self, listening: socket.socket) -> bool:
+        """Refuse one connection, with the file in reserve. Return False if that is in use, too."""
         if self._reserve is None:
             return False
         os.close(self._reserve)
@@ -142,11 +153,6 @@ class Listener:
         )
         return True
 
-    def _pause(self, listening: socket.socket, exc: OSError) -> None:
-        self._complaints.log("connections have to wait: %s", exc)
-        self._loop.remove_reader(listening)
-        self._paused[listening] = self._loop.call_later(_PAUSE_S, self._resume, listening)
-
     def _resume(self, listening: socket.socket) -> None:
         del self._paused[listening]
         if self._reserve is None:
@@ -154,18 +160,19 @@ class Listener:
         self._loop.add_reader(listening, self._accept, listening)
 
 
-def turn_away(sock: socket.socket, error: PlaneError) -> None:
-    """Tell a caller why, and close. Never waits."""
+def refuse_socket(sock: socket.socket, error: PlaneError) -> None:
+    """Send a caller the error as a refusal, and close its socket. Never waits."""
     with suppress(OSError):
         sock.setblocking(False)
         sock.send(refusal(error))
         sock.shutdown(socket.SHUT_WR)
-        sock.recv(4096)  # what is unread at the close would have the kernel reset the connection
+        sock.recv(4096)  # unread bytes at the close would make the kernel reset the connection
     sock.close()
 
 
 def connection_limit(wanted_count: int) -> int:
-    """How many connections a server may have open: what is wanted, or what the limit of open files leaves."""
+    """Return the count of connections that a server may have: `wanted_count`, or less by the limit of
+    files."""
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if files == resource.RLIM_INFINITY:
         return wanted_count
@@ -173,24 +180,15 @@ def connection_limit(wanted_count: int) -> int:
 
 
 def describe_file_limit() -> str:
-    """The limit of open files, and how to raise it."""
+    """Describe the limit of open files, and the way to raise it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == hard:
         return (
-            f"RLIMIT_NOFILE is {soft}, the most that this process may have: what starts it raises it, as "
-            "systemd does by LimitNOFILE= and Docker by --ulimit"
+            f"RLIMIT_NOFILE is {soft}, the most that this process may have: raise it where the process is "
+            "started, as by LimitNOFILE= of systemd or --ulimit of Docker"
         )
     most = "without bound" if hard == resource.RLIM_INFINITY else f"up to {hard}"
     return f"RLIMIT_NOFILE is {soft}; `ulimit -n` raises it, {most}"
-
-
-def _listen(listening: socket.socket, address: tuple[object, ...]) -> None:
-    listening.setblocking(False)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if listening.family == socket.AF_INET6:
-        listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-    listening.bind(address)
-    listening.listen(BACKLOG)
 
 
 def _spare_file() -> int | None:

@@ -1,10 +1,10 @@
 """Writing under TLS: in pieces, and no faster than the peer reads.
 
-A TLS transport, asyncio's as uvloop's, encrypts what it is given at once and hands it to the TCP transport
-below, whose buffer it neither counts nor waits for. A large payload that is written in one piece is all
-there: its connection seems to be free, so small requests line up behind it, and its owner seems to have
-nothing left to send. Written piece by piece, `PACED_HIGH_WATER_BYTES` and a few pieces are below at most, and
-the rest is here, where it is counted.
+A TLS transport, asyncio's and uvloop's, encrypts written bytes at once and hands them to the TCP transport
+below, whose buffer it neither counts nor waits for. A large payload that is written in one piece goes there
+whole: its connection seems to be free, so small requests queue behind it, and all its bytes seem to be sent.
+Written piece by piece, at most `PACED_HIGH_WATER_BYTES` and a few pieces are below; the rest waits here,
+where it is counted.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PACED_HIGH_WATER_BYTES: Final = 128 * 1024
 
 
 class PacedWriter:
-    """Writes to one TLS transport. `held_bytes` wait here, in order, as long as it is `paused`."""
+    """Writes to one TLS transport. While it is `paused`, `held_bytes` wait here, in order."""
 
     __slots__ = ("_held", "_transport", "held_bytes", "paused")
 
@@ -31,18 +31,18 @@ class PacedWriter:
         """Set by the connection when the transport asks it to pause."""
 
     def write(self, *data: bytes) -> None:
-        """Write as much as the transport takes, and hold the rest."""
+        """Write until the transport pauses, and hold the rest."""
         self._held += data
         self.held_bytes += sum(map(len, data))
         self._write_held()
 
-    def go_on(self) -> None:
-        """Write on: the transport takes more."""
+    def resume(self) -> None:
+        """Continue to write: the transport has resumed."""
         self.paused = False
         self._write_held()
 
     def write_all(self) -> None:
-        """Hand over the rest, before the transport is closed."""
+        """Hand over the held bytes, before the transport is closed."""
         held, self._held = self._held, deque()
         self.held_bytes = 0
         for data in held:

@@ -1,22 +1,21 @@
 """The connections to one instance, shared by the requests that go there.
 
-One connection carries all small requests: more of them cost CPU and gain nothing. What it does not carry well
-is a large payload beside small ones, which wait behind it. So large requests, and requests of endpoints that
-were seen to answer small ones with large items, go to a connection of their own, and a small request passes
-over a connection that is busy with a large payload. Where all are busy another is opened, up to
-`DYN_TCP_POOL_SIZE`. Earlier connections are preferred, so later ones become idle, and close, when the load
-falls.
+**Which connection.** One connection carries all small requests: more connections cost CPU and gain nothing.
+Small requests would wait behind a large payload on it. So large requests, and requests of endpoints that have
+answered small ones with large items, go to another connection, and a small request skips a connection that is
+busy with a large payload. When all are busy another is dialled, up to `DYN_TCP_POOL_SIZE`. Earlier
+connections are preferred, so later ones become idle and close when the load falls.
 
-A request waits for a connection only where there is none, or, if it is small, where all are busy and another
-is being dialled; should that one not come soon, it takes a busy one. Requests that wait are bounded by the
-connect time-out, their deadlines and their callers. After a dial that failed the next waits for a random
-time, so that the callers of a worker that comes back do not come in step; a probe does not wait, it has
-pauses of its own. When an instance neither answers a PING nor lets itself be dialled for `QUIET_AT` sweeps,
-the pool says so, and goes on waiting.
+**Waiting.** A request is parked if there is no connection. A small one is also parked if all are busy and
+another is being dialled; if that dial takes long, it goes to a busy one. Parked requests end with the connect
+time-out, their deadlines or their callers. After a failed dial the next one waits for a random time, which
+spreads the callers of a worker that comes back. A probe does not wait: it has pauses of its own. If an
+instance neither answers a PING nor a dial for `QUIET_AT` sweeps, the pool calls `on_quiet`, and goes on
+waiting.
 
-Two queues can form here: parked requests, and bytes that a connection's socket does not take. Neither grows
-over `MAX_QUEUED_MESSAGES` of the largest size, the first not over `MAX_PARKED_COUNT` either: what comes then
-ends as Overloaded.
+**Bounds.** Two queues can form: parked requests, and bytes that a connection's socket does not take. Each
+holds at most `MAX_QUEUED_MESSAGES` times the largest message, and at most `MAX_PARKED_COUNT` requests are
+parked. Further requests end as Overloaded.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ import asyncio
 import random
 from collections.abc import Callable
 from contextvars import Context
+from functools import partial
 from typing import Final
 
 from dynamo_redis.config import PlaneSettings
@@ -48,9 +48,10 @@ from dynamo_redis.wire.decoder import ReadBuffers
 MAX_PARKED_COUNT: Final = 4096
 MAX_QUEUED_MESSAGES: Final = 8
 REDIAL_PAUSE_S: Final = (0.05, 0.5)
-"""The longest pause after the first failed dial, which doubles with each, and the longest of all."""
+"""The longest pause after the first failed dial, which doubles with each failure, and its limit."""
+
 FAILURES_REMEMBERED_S: Final = 10.0
-"""How long a pool without requests or connections remembers that its dials failed."""
+"""Seconds for which a pool without requests or connections remembers that its dials failed."""
 
 
 class Pool:
@@ -67,7 +68,18 @@ class Pool:
         on_empty: Callable[[Pool], None],
         on_quiet: Callable[[Target], None],
     ) -> None:
-        """`variables` are the context variables that its connections live in: no request's."""
+        """Make an empty pool.
+
+        Args:
+            target: any endpoint of the instance.
+            settings: the plane's settings.
+            tls: this side's TLS; None without.
+            loop: the event loop of the connections.
+            buffers: the read buffers that the client's connections share.
+            variables: the context variables that the connections run in, not a request's.
+            on_empty: is called when the pool has no connection, request or failure to remember.
+            on_quiet: see `select.make_client`.
+        """
         self.target = target
         self.settings = settings
         self._tls = tls
@@ -81,7 +93,7 @@ class Pool:
         self._parked: dict[TcpResponseStream, int] = {}
         self._parked_bytes = 0
         self._max_queued_bytes = MAX_QUEUED_MESSAGES * settings.max_message_bytes
-        self._awaiting: list[asyncio.Future[ClientConnection]] = []
+        self._dial_waiters: list[asyncio.Future[ClientConnection]] = []
         self._draining: Draining | None = None
         self._connecting: asyncio.Task[None] | None = None
         self._dial_is_quiet = False
@@ -99,43 +111,42 @@ class Pool:
 
     @property
     def pending_count(self) -> int:
-        """Requests under way, parked ones included."""
+        """Count of pending requests, parked ones included."""
         return len(self._parked) + sum(len(connection.streams) for connection in self._connections)
 
     @property
     def connection_count(self) -> int:
-        """Connections, those in their handshake included."""
+        """Count of connections, those in their handshake included."""
         return len(self._connections)
 
     # ------------------------------------------------------------------- requests
 
-    def begin(self, stream: TcpResponseStream) -> None:
+    def submit(self, stream: TcpResponseStream) -> None:
         """Send the stream's request, or park it until there is a connection."""
         if stream.payload_bytes > LARGE_BYTES or stream.subject in self._large_answers:
             connection = self._pick_for_large()
         else:
             connection = self._pick()
-            if connection is not None and _is_busy(connection) and self._may_wait_for_dial:
-                connection = None
+            if connection is not None and _is_busy(connection):
+                is_coming = self._connecting is not None and not self._dial_is_quiet
+                if is_coming and len(self._parked) < MAX_PARKED_COUNT:
+                    connection = None
         if connection is None:
             self._park(stream)
         elif connection.paused and connection.unsent_bytes > self._max_queued_bytes:
-            stream.lose(Overloaded("the connections to the worker take no more"))
+            stream.end_without_cancel(Overloaded("the connections to the worker take no more"))
         else:
-            connection.begin(stream)
+            connection.send_request(stream)
 
     def remove(self, stream: TcpResponseStream) -> None:
         """Forget a parked stream that has ended."""
         self._parked_bytes -= self._parked.pop(stream, 0)
 
-    @property
-    def _may_wait_for_dial(self) -> bool:
-        """Whether a connection is about to come, and small requests that wait for it are not too many."""
-        is_coming = self._connecting is not None and not self._dial_is_quiet
-        return is_coming and len(self._parked) < MAX_PARKED_COUNT
-
     def _pick(self) -> ClientConnection | None:
-        """The first that is not busy with something large; if all are, the least busy, and one is dialled."""
+        """Choose the first connection that is not busy with a large payload.
+
+        If all are busy, dial another one, and choose the least busy.
+        """
         for connection in self._connections:
             if connection.usable and not _is_busy(connection):
                 return connection
@@ -145,12 +156,15 @@ class Pool:
         return min(usable, key=_unsent_bytes, default=None)
 
     def _least_busy(self) -> ClientConnection | None:
-        """Choose the least busy of the connections that are not stale."""
+        """Choose the least busy of the connections that are not stale; None without any."""
         answering = [connection for connection in self._usable() if not connection.is_stale]
         return min(answering, key=_unsent_bytes, default=None)
 
     def _pick_for_large(self) -> ClientConnection | None:
-        """Not the first, if there is another; one more is dialled for each `max_message_bytes` unsent."""
+        """Choose a connection for a large payload: not the first, if there is another.
+
+        Another one is dialled if there is only one, or if the chosen one has over `max_message_bytes` unsent.
+        """
         usable = self._usable()
         choice = usable[1:] or usable
         best = min(choice, key=_unsent_bytes, default=None)
@@ -166,17 +180,17 @@ class Pool:
             self._connect()
 
     def on_large_answer(self, subject: str) -> None:
-        """An endpoint answers small requests with large items."""
+        """Note an endpoint that answers small requests with large items."""
         self._large_answers.add(subject)
 
     def _park(self, stream: TcpResponseStream) -> None:
         if self._draining is not None:
-            stream.lose(self._draining)
+            stream.end_without_cancel(self._draining)
             return
         size_bytes = stream.payload_bytes
         too_much = self._parked_bytes + size_bytes > self._max_queued_bytes
         if len(self._parked) >= MAX_PARKED_COUNT or too_much:
-            stream.lose(Overloaded("too many requests wait for a connection to the worker"))
+            stream.end_without_cancel(Overloaded("too many requests wait for a connection to the worker"))
             return
         self._parked[stream] = size_bytes
         self._parked_bytes += size_bytes
@@ -188,7 +202,8 @@ class Pool:
     # ------------------------------------------------------------------- dialling
 
     def _connect(self, *, at_once: bool = False) -> None:
-        """Dial, unless a dial is under way; after one that failed, wait for the pause or dial `at_once`."""
+        """Dial, unless a dial is under way; after a failed one, in its pause, only if `at_once`, else
+        later."""
         if self._connecting is not None:
             return
         now = self.loop.time()
@@ -212,15 +227,19 @@ class Pool:
     async def _open_connection(self, give_up_at: float) -> None:
         quiet_after_s = self.settings.keepalive_interval_s * QUIET_AT / SWEEPS_PER_INTERVAL
         quiet_timer = self.loop.call_later(quiet_after_s, self._note_quiet_dial)
+        make = partial(ClientConnection, self, self.target, self.settings, self.loop, self._buffers)
         connection: ClientConnection | None = None
         error: PlaneError = ConnectionLost("the client was closed")
         try:
             connection = await dial(
-                self.target.address, self._tls, self._new_connection, self._connections.append, give_up_at
+                self.target.address, self._tls, make, self._connections.append, give_up_at
             )
             error = connection.error or self._draining or ConnectionLost("the connection broke")
             self._forget_failures()
-            self._drop_stale()
+            for other in tuple(self._connections):
+                if other.is_stale:  # silent since it was idle, while the instance answers a dial
+                    other.resend_unproven()
+                    other.fail(ConnectionLost("the connection was dropped on its way while it was idle"))
         except PlaneError as exc:
             error = exc
             self._note_failed_dial()
@@ -229,24 +248,15 @@ class Pool:
             self._dial_is_quiet = False
             self._connecting = None
             usable = connection is not None and connection.usable
-            self._release(connection if usable else None, error)
+            self._settle_waiters(connection if usable else None, error)
             self._discard_if_empty()
 
-    def _drop_stale(self) -> None:
-        """Drop the connections that are silent since they were idle, after a dial that was answered."""
-        for connection in tuple(self._connections):
-            if connection.is_stale:
-                connection.give_back()
-                connection.fail(ConnectionLost("the connection was dropped on its way while it was idle"))
-
-    def _new_connection(self) -> ClientConnection:
-        return ClientConnection(self, self.target, self.settings, self.loop, self._buffers)
-
-    def _release(self, connection: ClientConnection | None, error: PlaneError) -> None:
-        """The dial is over: what waited for it begins, there or on a busy connection, or ends."""
-        self._begin_parked(connection or self._least_busy(), error)
-        awaiting, self._awaiting = self._awaiting, []
-        for connected in awaiting:
+    def _settle_waiters(self, connection: ClientConnection | None, error: PlaneError) -> None:
+        """After a dial, start the parked requests on its connection or a busy one, or end them with `error`;
+        and hand the connection or `error` to probes that wait for it."""
+        self._start_parked(connection or self._least_busy(), error)
+        waiters, self._dial_waiters = self._dial_waiters, []
+        for connected in waiters:
             if connected.done():
                 continue
             if connection is not None:
@@ -254,18 +264,18 @@ class Pool:
             else:
                 connected.set_exception(error)
 
-    def _begin_parked(self, connection: ClientConnection | None, error: PlaneError) -> None:
+    def _start_parked(self, connection: ClientConnection | None, error: PlaneError) -> None:
         parked, self._parked = self._parked, {}
         self._parked_bytes = 0
         for stream in parked:
             if connection is not None:
-                connection.begin(stream)
+                connection.send_request(stream)
             else:
-                stream.lose(error)
+                stream.end_without_cancel(error)
 
     def _note_failed_dial(self) -> None:
         least_s, most_s = REDIAL_PAUSE_S
-        most_s = min(most_s, self.settings.connect_timeout_s / 2)  # which a request's pause counts towards
+        most_s = min(most_s, self.settings.connect_timeout_s / 2)  # a request's time-out includes the pause
         longest_s = min(least_s * 2.0 ** min(self._failed_dials, 16), most_s)
         self._failed_dials += 1
         self._dial_from = self.loop.time() + random.uniform(0, longest_s)  # noqa: S311 - jitter
@@ -294,8 +304,10 @@ class Pool:
     # ------------------------------------------------------------------- probes
 
     async def ping(self, timeout_s: float) -> None:
-        """Wait until the instance has answered a PING. Raises PlaneError: NotAccepted if its event loop is
-        busy but its process lives."""
+        """Wait until the instance has answered a PING.
+
+        Raises PlaneError: NotAccepted if its process lives but its event loop is busy.
+        """
         connection: ClientConnection | None = None
         life = self.loop.create_task(self._shows_life(timeout_s / 3), context=self._variables.copy())
         try:
@@ -306,7 +318,7 @@ class Pool:
             if life.done() and life.result():
                 raise NotAccepted(f"the process at {self.target.address} lives, but is busy") from None
             if connection is not None and not connection.streams:
-                # Nothing sweeps it, and the kernel may try for minutes: the next PING is to dial anew.
+                # It is not swept, and the kernel may try for minutes: the next PING must dial again.
                 connection.fail(ConnectionLost("a PING was not answered"))
             raise CannotConnect(f"no answer from {self.target.address} in {timeout_s} s") from None
         finally:
@@ -320,7 +332,8 @@ class Pool:
             return False
 
     def _pick_for_ping(self) -> ClientConnection | None:
-        """Choose one on which a PING does not wait behind large payloads, and that has not gone stale."""
+        """Choose a connection that is neither busy with a large payload nor stale; None to dial another
+        one."""
         for connection in self._connections:
             if connection.usable and not (_is_busy(connection) or connection.is_stale):
                 return connection
@@ -332,42 +345,43 @@ class Pool:
         if self._draining is not None:
             raise self._draining
         connected: asyncio.Future[ClientConnection] = self.loop.create_future()
-        self._awaiting.append(connected)
+        self._dial_waiters.append(connected)
         self._connect(at_once=True)
         return await connected
 
-    # ------------------------------------------------------------------- what connections say (Owner)
+    # ------------------------------------------------------------------- events of connections
+    # (ConnectionOwner)
 
     def _note_quiet_dial(self) -> None:
         self._dial_is_quiet = True
         error = CannotConnect(f"no connection to {self.target.address} yet")
         busy = self._least_busy()
         if busy is not None:
-            self._begin_parked(busy, error)
+            self._start_parked(busy, error)
         for stream in tuple(self._parked):
-            if stream.sent:  # and lost: it has waited long enough, and others may take it
-                stream.lose(error)
+            if stream.sent:  # it was lost with a stale connection: its caller may try another instance
+                stream.end_without_cancel(error)
         self._on_quiet(self.target)
 
     def on_quiet(self, connection: ClientConnection) -> None:
-        """The instance owes an answer. If the connection may have gone stale, a dial tells."""
+        """Handle a silent instance. If its connection may be stale, dial another one to find out."""
         if connection.is_stale:
             self._connect(at_once=True)
         self._on_quiet(self.target)
 
-    def begin_anew(self, stream: TcpResponseStream) -> None:
-        """Send a request again that was lost with a stale connection: on a fresh one."""
+    def resend(self, stream: TcpResponseStream) -> None:
+        """Park a request that was lost with a stale connection, until there is a fresh one."""
         if self._dial_is_quiet:
-            stream.lose(CannotConnect(f"no connection to {self.target.address} yet"))
+            stream.end_without_cancel(CannotConnect(f"no connection to {self.target.address} yet"))
         else:
             self._park(stream)
 
     def on_draining(self, error: Draining) -> None:
-        """The instance takes no more requests."""
+        """Note that the instance accepts no more requests."""
         self._draining = error
 
     def on_closed(self, connection: ClientConnection) -> None:
-        """A connection has ended."""
+        """Forget a connection that has ended."""
         if connection in self._connections:
             self._connections.remove(connection)
         self._discard_if_empty()
@@ -382,7 +396,7 @@ class Pool:
         """Fail the requests of one endpoint, or all; close the connections that have none left."""
         for stream in tuple(self._parked):
             if subject in (None, stream.subject):
-                stream.lose(error)
+                stream.end_without_cancel(error)
         for connection in tuple(self._connections):
             for stream in tuple(connection.streams.values()):
                 if subject in (None, stream.subject):
@@ -394,16 +408,16 @@ class Pool:
             self._forget_and_discard()
 
     def _is_wanted(self, connection: ClientConnection) -> bool:
-        """Whether requests of other endpoints, or a probe, wait for it."""
-        if connection.shaken.done():
+        """Return whether requests of other endpoints, or a probe, wait for the connection."""
+        if connection.handshake_done.done():
             return connection.is_pinged
-        return bool(self._parked or self._awaiting)
+        return bool(self._parked or self._dial_waiters)
 
     async def aclose(self) -> None:
-        """Close everything. Requests under way end with ConnectionLost."""
+        """Close all connections. Pending requests end with ConnectionLost."""
         error = ConnectionLost("the client was closed")
         for stream in tuple(self._parked):
-            stream.lose(error)
+            stream.end_without_cancel(error)
         connecting = self._connecting
         if connecting is not None:
             connecting.cancel()
@@ -412,7 +426,7 @@ class Pool:
 
 
 def _is_busy(connection: ClientConnection) -> bool:
-    """Whether a request would wait there, behind a large one or for a large answer."""
+    """Return whether a request would wait there, behind a large request or a large answer."""
     return connection.paused or connection.receives_large
 
 

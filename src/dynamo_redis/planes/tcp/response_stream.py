@@ -1,14 +1,20 @@
 """A request as its caller holds it: the response stream of the tcp plane.
 
-A stream is *parked* until its pool has a connection, then *started* on it. It ends once: by the server's
-end or error, by its reader (`aclose`), by its context (stop, kill), by its deadline, by `fail`, or with its
-connection. Whatever ends it, `_release` runs exactly once and leaves nothing behind: no
-entry in a table, no timer, no subscription, no task.
+A stream is *parked* until its pool has a connection, then *started* on it. It ends once, by the first of:
+
+- a frame of the server, its end or its error (`on_last`, `on_frame`);
+- this side, which tells the server by CANCEL: the reader (`aclose`), the context (stop, kill), the deadline,
+  or `fail`;
+- the loss of its connection, or of the hope for one (`end_without_cancel`).
+
+Each end runs `_release` exactly once. It leaves nothing behind: no entry in a table, no timer, no
+subscription, no task. The states are those of `wire/session.py`.
 """
 
 from __future__ import annotations
 
 import asyncio
+from abc import abstractmethod
 from collections.abc import AsyncIterable, Callable
 from contextlib import suppress
 from contextvars import copy_context
@@ -35,17 +41,27 @@ from dynamo_redis.wire.frame import Packed
 from dynamo_redis.wire.session import ClientStream
 
 LONGEST_RETRY_S: Final = 3600.0
-"""What is made of a worker's hint to come back later than that."""
+"""The longest wait that a worker's `retry_after_ms` can ask for; a longer one is cut to it."""
 
 _UNOPENED, _WAITING, _CLOSED = ClientStream.UNOPENED, ClientStream.WAITING, ClientStream.CLOSED
 
 
-class Home(Protocol):
-    """Where a stream lives: its pool while it is parked, its connection once it is started."""
+class StreamHolder(Protocol):
+    """The object that lists a stream: its pool while it is parked, its connection once it is started."""
 
     def remove(self, stream: TcpResponseStream) -> None:
         """Forget the stream."""
         ...
+
+
+class CallerConnection(Connection):
+    """A connection that response streams can be started on."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def remove(self, stream: TcpResponseStream) -> None:
+        """Forget a stream that has ended."""
 
 
 class TcpResponseStream(Mailbox):
@@ -56,7 +72,7 @@ class TcpResponseStream(Mailbox):
         "_deadline_timer",
         "_encoding",
         "_headers",
-        "_home",
+        "_holder",
         "_lost_once",
         "_messages",
         "_payload",
@@ -82,7 +98,17 @@ class TcpResponseStream(Mailbox):
         context: Context | None,
         messages: AsyncIterable[Any] | None,
     ) -> None:
-        """`request` is packed now, unless it is `Packed`. Raises TypeError (not msgpack), PayloadTooLarge."""
+        """Pack the request and its headers. Raises TypeError (not msgpack), PayloadTooLarge.
+
+        Args:
+            loop: the event loop of the stream's connection.
+            window_count: items that the worker may send before they are read.
+            max_message_bytes: the largest payload.
+            subject: the server's name of the endpoint.
+            request: any msgpack value, or a `Packed`, which is sent as it is.
+            context: the request's context, or None. `attach` takes up its deadline and cancellation.
+            messages: the messages that follow in a request stream, or None.
+        """
         Mailbox.__init__(self, loop, window_count)
         is_packed = type(request) is Packed
         self._payload = payload = request.payload if is_packed else frame.payload_of(request)
@@ -97,13 +123,13 @@ class TcpResponseStream(Mailbox):
             self._headers = frame.NO_HEADERS
             self._route = frame.plain_route(subject)
         else:
-            # Now, not when a connection is there: the caller learns what cannot be packed, and nothing that
-            # it does with the context later can keep the request, or those behind it, from being sent.
+            # Packed now, not when a connection is there: an error reaches the caller, and a later change of
+            # the context can stop neither this request nor those behind it.
             self._headers = request.headers if is_packed else _encode_headers(context)
             self._route = self._encode_route(self._headers)
             if messages is not None:
                 self._variables = copy_context()
-        self._home: Home | None = None
+        self._holder: StreamHolder | None = None
         self._deadline_timer: asyncio.TimerHandle | None = None
         self._pump: asyncio.Task[None] | None = None
         self._sender: Sender | None = None
@@ -112,7 +138,7 @@ class TcpResponseStream(Mailbox):
         self.state: ClientStream = _UNOPENED
         self.waits_from_sweep = 0
         self.ends_at_bytes = 0
-        """Where its request ends in what its connection writes."""
+        """The connection's `written_bytes` at the end of the request."""
 
     def __repr__(self) -> str:
         return f"<TcpResponseStream {self.stream_id} of {self.subject}: {self.state.name.lower()}>"
@@ -132,10 +158,11 @@ class TcpResponseStream(Mailbox):
         """See `ResponseStream.forget_request`."""
         self._payload = b""
 
-    # ------------------------------------------------------------------- its way to the server
+    # ------------------------------------------------------------------- sending
 
     def attach(self, context: Context) -> bool:
-        """Take up the context's deadline and cancellation. False if they have ended the stream already."""
+        """Apply the context's deadline and cancellation. Return False if they have ended the stream
+        already."""
         if context.deadline is not None:
             remaining_s = context.remaining_s() or 0.0
             if remaining_s <= 0:
@@ -145,19 +172,20 @@ class TcpResponseStream(Mailbox):
         context.subscribe(self)
         return self.state is not _CLOSED
 
-    def park(self, home: Home) -> None:
-        """Wait for a connection."""
-        self._home = home
+    def park(self, pool: StreamHolder) -> None:
+        """Note the pool in which the stream waits for a connection."""
+        self._holder = pool
 
-    def start(self, connection: Connection, home: Home, stream_id: int) -> None:
-        """Send the request."""
+    def start(self, connection: CallerConnection, stream_id: int) -> None:
+        """Send the request, and the messages that follow it."""
         payload = self._payload
         route = self._route
         if self._deadline_timer is not None:
             assert self._context is not None
-            route = self._encode_route(frame.add_deadline(self._headers, _deadline_ms(self._context)))
-        self._home = home
-        self._connection = connection
+            remaining_ms = (self._context.remaining_s() or 0.0) * 1000
+            deadline_ms = round(min(max(0.0, remaining_ms), frame.MAX_DEADLINE_MS))
+            route = self._encode_route(frame.add_deadline(self._headers, deadline_ms))
+        self._holder = self._connection = connection
         self.stream_id = stream_id
         self.state = _WAITING
         if len(payload) <= MAX_INLINE_BYTES:
@@ -173,14 +201,14 @@ class TcpResponseStream(Mailbox):
         if self._was_abandoned:
             self.abandon()
 
-    def take_back(self) -> bool:
-        """Be as before `start`: the connection led nowhere. False if the request cannot be sent again, or has
-        been once."""
+    def rewind(self) -> bool:
+        """Return to the state before `start`, as the connection was lost. Return False if the request cannot
+        be sent again, or has been sent again once already."""
         is_stopped = self._context is not None and self._context.is_stopped()
         if self.state is not _WAITING or self._messages is not None or self._lost_once or is_stopped:
             return False
         self.state = _UNOPENED
-        self._connection = self._home = None
+        self._connection = self._holder = None
         self._lost_once = True
         return True
 
@@ -201,20 +229,20 @@ class TcpResponseStream(Mailbox):
             self._pump = None
             self.fail(exc)
 
-    # ------------------------------------------------------------------- what the connection says
+    # ------------------------------------------------------------------- receiving
 
     def on_last(self, item: Any) -> None:
-        """The last item came, which is the only one of most answers. Raises ProtocolViolation."""
+        """Handle LAST, which is the only frame of most answers. Raises ProtocolViolation."""
         waiter = self._waiter
         if waiter is not None and not waiter.done():
             waiter.set_result(item)
         else:
-            self._keep((item,))
-        self._ended = True
+            self._enqueue((item,))
+        self._ended = True  # as `_end`, without its calls
         self._release()
 
     def on_frame(self, received: list[Any]) -> None:
-        """Take a frame that the state table allows. Raises ProtocolViolation."""
+        """Handle a frame that the state table allows. Raises ProtocolViolation."""
         kind = received[0]
         if kind == frame.BATCH:
             self.deliver_batch(received[2])
@@ -228,7 +256,7 @@ class TcpResponseStream(Mailbox):
         elif kind == frame.END:
             self._end()
         elif kind == frame.ERROR:
-            self._end(_reported(received))
+            self._end(_error_of(received))
         elif kind in (frame.DATA_RAW, frame.LAST_RAW):
             self._on_raw(*received)
         elif kind == frame.CREDIT and self._sender is not None:
@@ -236,7 +264,7 @@ class TcpResponseStream(Mailbox):
 
     def _on_raw(self, kind: int, _: int, size_bytes: int, item: Any) -> None:
         error = item.error if type(item) is Unusable else None
-        if isinstance(error, Overloaded):  # says the decoder here, of this process and not of the worker
+        if isinstance(error, Overloaded):  # of the decoder here: this process has no room, not the worker
             error = PayloadBudgetExceeded(str(error))
         if error is None:
             self.deliver_raw(item, size_bytes)
@@ -245,7 +273,7 @@ class TcpResponseStream(Mailbox):
         elif error is not None:
             self.fail(error)
 
-    # ------------------------------------------------------------------- its end
+    # ------------------------------------------------------------------- ends
 
     def call_soon(self, callback: Callable[[], None]) -> None:
         """See `ResponseStream.call_soon`."""
@@ -253,24 +281,29 @@ class TcpResponseStream(Mailbox):
             self._loop.call_soon_threadsafe(callback)
 
     def fail(self, error: Exception) -> None:
+        """See `ResponseStream.fail`."""
         if self.state is not _CLOSED:
             self._kill()
             self.finish(error)
 
     def abandon(self) -> None:
+        """See `ResponseStream.abandon`."""
         if self._connection is None:
             self._was_abandoned = True
         else:
             self.fail(ConnectionLost("the answer was not wanted"))
 
-    def lose(self, error: Exception) -> None:
-        """The connection is gone, and the request with it."""
+    def end_without_cancel(self, error: Exception) -> None:
+        """End the stream with `error`: its connection is lost, or none could be had. No CANCEL is sent."""
         if self.state is not _CLOSED:
-            if self._lost_once and isinstance(error, CannotConnect):  # it was sent, and may be the reason
+            if self._lost_once and isinstance(
+                error, CannotConnect
+            ):  # it was sent: the worker may have handled it
                 error = ConnectionLost(f"the connection broke, and there is no other: {error}")
             self._end(error)
 
     async def aclose(self) -> None:
+        """See `ResponseStream`: kill the request at the worker, unless the stream has ended."""
         self.discard()
         if self.state is not _CLOSED:
             self._kill()
@@ -285,13 +318,13 @@ class TcpResponseStream(Mailbox):
         await self.aclose()
 
     def on_cancelled(self, strength: Strength) -> None:
-        """The context was stopped or killed."""
+        """End the stream: its context was stopped or killed."""
         if strength == "kill":
             self.discard()
             self.fail(RequestCancelled("the request was killed"))
         elif self._connection is not None:
             self._connection.send(frame.encode_cancel(self.stream_id, frame.Strength.STOP))
-            self.discard()  # the handler may have more to say, and a stop alone would let it
+            self.discard()  # a stop alone would let the handler send more items
             self._kill()
             self.finish()
         else:
@@ -321,13 +354,13 @@ class TcpResponseStream(Mailbox):
         if self._pump is not None:
             self._pump.cancel()
             self._pump = None
-        home, self._home = self._home, None
-        if home is not None:
-            home.remove(self)
+        holder, self._holder = self._holder, None
+        if holder is not None:
+            holder.remove(self)
 
 
 def _encode_headers(context: Context | None) -> bytes:
-    """Pack what travels of a context, but its deadline. Raises TypeError (not msgpack), PayloadTooLarge."""
+    """Pack the context's headers, without its deadline. Raises TypeError (not msgpack), PayloadTooLarge."""
     if context is None:
         return frame.NO_HEADERS
     headers: dict[str, Any] = {"id": context.id()}
@@ -338,25 +371,14 @@ def _encode_headers(context: Context | None) -> bytes:
     return frame.encode_headers(headers)
 
 
-def _deadline_ms(context: Context) -> int:
-    """Return the milliseconds that remain until the context's deadline."""
-    remaining_s = context.remaining_s() or 0.0
-    return round(min(max(0.0, remaining_s * 1000), frame.MAX_DEADLINE_MS))
-
-
-def _reported(received: list[Any]) -> PlaneError:
-    """The error that an ERROR frame carries."""
+def _error_of(received: list[Any]) -> PlaneError:
+    """Make the error that an ERROR frame carries. Raises ProtocolViolation."""
     _, _, code, message, details = received
     if type(code) is not str or type(message) is not str or not isinstance(details, dict | None):
         raise ProtocolViolation("a malformed ERROR")
     error = plane_error(code, message)
     if isinstance(error, Overloaded):
-        error.retry_after_s = _retry_after_s((details or {}).get("retry_after_ms"))
+        retry_after_ms = (details or {}).get("retry_after_ms")
+        if type(retry_after_ms) is int and retry_after_ms >= 0:
+            error.retry_after_s = min(retry_after_ms / 1000, LONGEST_RETRY_S)
     return error
-
-
-def _retry_after_s(retry_after_ms: object) -> float | None:
-    """A worker's hint when to come back, as far as it makes sense."""
-    if type(retry_after_ms) is not int or retry_after_ms < 0:
-        return None
-    return min(retry_after_ms / 1000, LONGEST_RETRY_S)

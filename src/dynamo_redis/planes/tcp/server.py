@@ -1,10 +1,10 @@
 """The serving side of the tcp plane: the listening socket, its connections, and the endpoints.
 
-At most `DYN_TCP_MAX_CONNECTIONS` callers are connected who have proved themselves, or as many as the process
-may have files; one more is refused. Beside them at most `MAX_SHAKING_COUNT` connections are in their
-handshake, each within the connect time-out; past that the oldest of these is refused. So those who never
-prove anything cannot keep honest ones out, whose handshake takes milliseconds. Which requests run is
-`admission`'s.
+At most `DYN_TCP_MAX_CONNECTIONS` authenticated callers are connected, or fewer by the process's limit of open
+files; a further one is refused. Beside them at most `MAX_HANDSHAKE_COUNT` connections are in their handshake,
+each within the connect time-out; past that the oldest of these is refused. An honest handshake takes
+milliseconds, so peers that never authenticate cannot keep honest callers out. `admission.py` decides which
+requests run.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import asyncio
 import errno
 import logging
 import socket
+from functools import partial
 from typing import Final
 
 from dynamo_redis.config import PlaneSettings
@@ -21,25 +22,30 @@ from dynamo_redis.planes.address import choose_binding, format_address
 from dynamo_redis.planes.base import Handler
 from dynamo_redis.planes.tcp.admission import AdmissionControl
 from dynamo_redis.planes.tcp.life_signs import LifeThread, answer_question
-from dynamo_redis.planes.tcp.listener import Listener, connection_limit, describe_file_limit, turn_away
+from dynamo_redis.planes.tcp.listener import (
+    SocketListener,
+    connection_limit,
+    describe_file_limit,
+    refuse_socket,
+)
 from dynamo_redis.planes.tcp.server_connection import ServerConnection
-from dynamo_redis.planes.tcp.server_request import Endpoint
+from dynamo_redis.planes.tcp.server_request import RegisteredEndpoint
 from dynamo_redis.planes.tcp.tls import make_tls
-from dynamo_redis.planes.tcp.tls_gate import Gate
+from dynamo_redis.planes.tcp.tls_gate import TlsGate
 from dynamo_redis.rate_limited_log import RateLimitedLog
 from dynamo_redis.wire.decoder import ReadBuffers
 from dynamo_redis.wire.handshake import ServerHandshake
 
-MAX_SHAKING_COUNT: Final = 4096
+MAX_HANDSHAKE_COUNT: Final = 4096
 
 _ACLOSE_S: Final = 2.0
 _FAREWELL_S: Final = 1.0
 _FAREWELL_LOOK_S: Final = 0.1
 
 _FULL: Final = "connections are refused: %d are open (%s); raise this limit, or start more workers"
-_MANY_SHAKING: Final = (
-    "connections are refused: %d are in their handshake already; if callers cannot be that many, somebody "
-    "opens connections and says nothing"
+_MANY_IN_HANDSHAKE: Final = (
+    "connections are refused: %d are in their handshake already; if callers cannot be that many, a program "
+    "opens connections and sends nothing"
 )
 
 _log = logging.getLogger(__name__)
@@ -57,27 +63,27 @@ class TcpServer:
         redis_host: str | None = None,
         loop_stall_s: float = 0.0,
     ) -> None:
-        """`redis_host` is where this process finds Redis (None for a unix socket): it decides which address
-        is advertised when the settings do not say. `secret` is None where `DYN_PLANE_AUTH` is off. Once the
-        event loop has hung for `loop_stall_s`, the process gives no sign of life (0: it always does).
-        Raises ConfigError for TLS files that cannot be used."""
+        """See `select.make_server`; `redis_host` is the host of its `redis_url`, None for a unix socket.
+
+        Raises ConfigError for TLS files that cannot be used.
+        """
         self._settings = settings
         self._tls = make_tls(settings, "server")
-        self._gate: Gate | None = None
+        self._gate: TlsGate | None = None
         self._secret = secret
         self._instance_id = instance_id
         self._redis_host = redis_host
         self._loop_stall_s = loop_stall_s
         self._buffers = ReadBuffers(settings.max_payload_in_flight_bytes)
-        self._listener: Listener | None = None
+        self._listener: SocketListener | None = None
         self._life: LifeThread | None = None
         self._address = ""
-        self._endpoints: dict[str, Endpoint] = {}
+        self._endpoints: dict[str, RegisteredEndpoint] = {}
         self._connections: set[ServerConnection] = set()
-        self._shaking: dict[ServerConnection, None] = {}
+        self._in_handshake: dict[ServerConnection, None] = {}  # oldest first
         self._arriving: set[asyncio.Task[None]] = set()
-        self._max_proven_count = settings.max_connections_count
-        self._max_shaking_count = MAX_SHAKING_COUNT
+        self._max_authenticated_count = settings.max_connections_count
+        self._max_handshake_count = MAX_HANDSHAKE_COUNT
         self._complaints = RateLimitedLog(_log)
         self._admission = AdmissionControl(
             max_in_flight_count=settings.max_in_flight_count,
@@ -85,7 +91,7 @@ class TcpServer:
             complaints=self._complaints,
         )
         self._draining = False
-        self._deserted: asyncio.Future[None] | None = None
+        self._all_closed: asyncio.Future[None] | None = None
         self._loop: asyncio.AbstractEventLoop
 
     def __repr__(self) -> str:
@@ -111,12 +117,12 @@ class TcpServer:
 
     @property
     def connection_count(self) -> int:
-        """Open connections, those in their handshake included."""
+        """Count of open connections, those in their handshake included."""
         return len(self._connections) + (self._gate.waiting_count if self._gate is not None else 0)
 
     @property
     def payload_bytes(self) -> int:
-        """Bytes of large payloads that are held: coming in, unread, or of requests under way."""
+        """Bytes of large payloads in memory: still arriving, unread, or of running requests."""
         return self._buffers.budget.held_bytes
 
     # ------------------------------------------------------------------- life
@@ -127,10 +133,16 @@ class TcpServer:
         self._loop = self._admission.loop = asyncio.get_running_loop()
         binding = await choose_binding(settings.tcp_host, settings.tcp_advertise_host, self._redis_host)
         if self._tls is not None:
-            self._gate = Gate(self._loop, self._tls, self._new_connection, settings.connect_timeout_s)
-        self._divide(connection_limit(settings.max_connections_count + MAX_SHAKING_COUNT))
+            self._gate = TlsGate(self._loop, self._tls, self._new_connection, settings.connect_timeout_s)
+        capacity_count = connection_limit(settings.max_connections_count + MAX_HANDSHAKE_COUNT)
+        self._max_handshake_count = max(1, min(MAX_HANDSHAKE_COUNT, capacity_count // 4))
+        self._max_authenticated_count = min(
+            settings.max_connections_count, max(1, capacity_count - self._max_handshake_count)
+        )
+        if self._max_authenticated_count < settings.max_connections_count:
+            _log.info("at most %d connections: %s", self._max_authenticated_count, describe_file_limit())
         try:
-            self._listener = await Listener.open(
+            self._listener = await SocketListener.open(
                 self._loop, binding.listen_host, settings.tcp_port, self._on_socket
             )
         except OSError as exc:
@@ -138,9 +150,9 @@ class TcpServer:
         self._life = LifeThread(
             self._loop,
             self._listener.sockets,
-            self._answer_question,
+            partial(answer_question, secret=self._secret, instance_id=self._instance_id),
             self._on_socket,
-            max_taken_count=self._max_shaking_count,
+            max_taken_count=self._max_handshake_count,
             loop_stall_s=self._loop_stall_s,
         )
         port = settings.tcp_advertise_port or self._listener.port
@@ -150,7 +162,7 @@ class TcpServer:
         """See `RequestPlaneServer.register`."""
         if subject in self._endpoints:
             raise ValueError(f"{subject} is served already")
-        self._endpoints[subject] = Endpoint(
+        self._endpoints[subject] = RegisteredEndpoint(
             subject,
             handler,
             request_stream=request_stream,
@@ -174,7 +186,18 @@ class TcpServer:
         for connection in self._connections:
             connection.go_away()
         await self._finish_requests(list(self._endpoints.values()), grace_s)
-        await self._see_off(deadline)
+        # Callers hang up once they have their answers. The unread rest of an answer would end with this
+        # process, so a caller that still reads is waited for until the deadline.
+        farewell = self._loop.time() + _FAREWELL_S
+        for connection in self._connections:
+            connection.send_farewell_ping()
+        while self._connections:
+            is_read = all(connection.has_read_all for connection in self._connections)
+            left_s = (farewell if is_read else max(deadline, farewell)) - self._loop.time()
+            if left_s <= 0:
+                return
+            self._all_closed = self._loop.create_future()
+            await asyncio.wait([self._all_closed], timeout=min(left_s, _FAREWELL_LOOK_S))
 
     async def aclose(self) -> None:
         """See `RequestPlaneServer.aclose`. Idempotent."""
@@ -186,21 +209,23 @@ class TcpServer:
             self._listener = None
         if self._gate is not None:
             await self._gate.aclose()
-        if self._arriving:  # cancelled, uvloop would close their transports and tell no protocol
+        if self._arriving:  # not cancelled: uvloop would close their transports without telling the protocols
             await asyncio.wait(self._arriving, timeout=_ACLOSE_S)
         for connection in tuple(self._connections):
             connection.close()
-        await asyncio.sleep(0)  # handlers that were started in this turn of the loop have a task after it
+        await asyncio.sleep(
+            0
+        )  # handlers that were started in this turn of the loop have their tasks after it
         tasks = [request.task for request in self._admission if request.task is not None]
         for task in tasks:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks, timeout=_ACLOSE_S)
 
-    async def _finish_requests(self, endpoints: list[Endpoint], grace_s: float) -> None:
-        """Refuse the endpoints' requests that wait for a handler: another worker may have room. Wait for the
-        others, at most `grace_s`; then end those that are left."""
-        self._admission.turn_away(endpoints, Draining("the worker is shutting down"))
+    async def _finish_requests(self, endpoints: list[RegisteredEndpoint], grace_s: float) -> None:
+        """Refuse the endpoints' requests that wait for a handler: another worker may have room. Wait at most
+        `grace_s` for those that run, then end the rest."""
+        self._admission.refuse_waiting(endpoints, Draining("the worker is shutting down"))
         idle = [endpoint.when_idle(self._loop) for endpoint in endpoints if endpoint.active_count]
         if not idle:
             return
@@ -212,66 +237,33 @@ class TcpServer:
                     request.abort(error)
                     request.cancel()
 
-    async def _see_off(self, deadline: float) -> None:
-        """Wait until the callers have hung up, which they do once they have their answers.
-
-        Those that do not are waited for `_FAREWELL_S`, or until `deadline` while they have not read all:
-        what a slow reader has not taken yet would end with this process.
-        """
-        farewell = self._loop.time() + _FAREWELL_S
-        for connection in self._connections:
-            connection.ask_whether_read()
-        while self._connections:
-            is_read = all(connection.has_read_all for connection in self._connections)
-            left_s = (farewell if is_read else max(deadline, farewell)) - self._loop.time()
-            if left_s <= 0:
-                return
-            self._deserted = self._loop.create_future()
-            await asyncio.wait([self._deserted], timeout=min(left_s, _FAREWELL_LOOK_S))
-
-    def _divide(self, capacity_count: int) -> None:
-        """Share out the connections that the process may have: a quarter at most for handshakes."""
-        self._max_shaking_count = max(1, min(MAX_SHAKING_COUNT, capacity_count // 4))
-        self._max_proven_count = min(
-            self._settings.max_connections_count, max(1, capacity_count - self._max_shaking_count)
-        )
-        if self._max_proven_count < self._settings.max_connections_count:
-            _log.info("at most %d connections: %s", self._max_proven_count, describe_file_limit())
-
     @property
-    def _proven_count(self) -> int:
-        return len(self._connections) - len(self._shaking)
+    def _authenticated_count(self) -> int:
+        return len(self._connections) - len(self._in_handshake)
 
     def _too_many_connections(self) -> Overloaded:
         setting_count = self._settings.max_connections_count
-        if self._max_proven_count < setting_count:
+        if self._max_authenticated_count < setting_count:
             limit = "the limit of open files, RLIMIT_NOFILE"
         else:
             limit = f"DYN_TCP_MAX_CONNECTIONS={setting_count}"
-        self._complaints.log(_FULL, self._max_proven_count, limit)
+        self._complaints.log(_FULL, self._max_authenticated_count, limit)
         return Overloaded(f"the worker has as many connections as it takes ({limit})")
 
-    def _too_many_shaking(self) -> Overloaded:
-        self._complaints.log(_MANY_SHAKING, self._max_shaking_count)
-        return Overloaded("the worker has as many connections in their handshake as it takes")
-
     def _on_socket(self, sock: socket.socket) -> None:
-        """A connection has come in."""
+        """Set up or refuse an accepted connection."""
         if self._gate is not None:
-            if self.connection_count >= self._max_proven_count + self._max_shaking_count:
+            if self.connection_count >= self._max_authenticated_count + self._max_handshake_count:
                 self._gate.drop_oldest()
             self._gate.admit(sock)
-        elif self._proven_count >= self._max_proven_count:
-            turn_away(sock, self._too_many_connections())
+        elif self._authenticated_count >= self._max_authenticated_count:
+            refuse_socket(sock, self._too_many_connections())
         else:
-            arrival = self._loop.create_task(self._take_in(sock))
+            arrival = self._loop.create_task(self._set_up(sock))
             self._arriving.add(arrival)
             arrival.add_done_callback(self._arriving.discard)
 
-    def _answer_question(self, sock: socket.socket) -> bool:
-        return answer_question(sock, self._secret, self._instance_id)
-
-    async def _take_in(self, sock: socket.socket) -> None:
+    async def _set_up(self, sock: socket.socket) -> None:
         try:
             await self._loop.connect_accepted_socket(self._new_connection, sock)
         except OSError:  # it was reset before it was set up
@@ -289,7 +281,7 @@ class TcpServer:
             handshake_timeout_s=settings.connect_timeout_s,
         )
 
-    # ------------------------------------------------------------------- what connections ask (Service)
+    # ------------------------------------------------------------------- for connections (ConnectionHost)
 
     @property
     def admission(self) -> AdmissionControl:
@@ -298,35 +290,37 @@ class TcpServer:
 
     @property
     def complaints(self) -> RateLimitedLog:
-        """Where to say who is refused."""
+        """The rate-limited log of refused callers and requests."""
         return self._complaints
 
     def on_made(self, connection: ServerConnection) -> None:
-        """A connection has come."""
+        """List a new connection, or refuse it or the oldest one in its handshake."""
         self._connections.add(connection)
-        self._shaking[connection] = None
-        if self._proven_count >= self._max_proven_count:
+        self._in_handshake[connection] = None
+        if self._authenticated_count >= self._max_authenticated_count:
             connection.refuse(self._too_many_connections())
-        elif len(self._shaking) > self._max_shaking_count:
-            next(iter(self._shaking)).refuse(self._too_many_shaking())
+        elif len(self._in_handshake) > self._max_handshake_count:
+            self._complaints.log(_MANY_IN_HANDSHAKE, self._max_handshake_count)
+            error = Overloaded("the worker has as many connections in their handshake as it takes")
+            next(iter(self._in_handshake)).refuse(error)
 
-    def on_shaken(self, connection: ServerConnection) -> None:
-        """The caller has proved itself."""
-        self._shaking.pop(connection, None)
-        if self._proven_count > self._max_proven_count:  # others proved themselves meanwhile
+    def on_handshake_done(self, connection: ServerConnection) -> None:
+        """Note that the caller is authenticated."""
+        self._in_handshake.pop(connection, None)
+        if self._authenticated_count > self._max_authenticated_count:  # other callers came meanwhile
             connection.fail(self._too_many_connections())
         elif self._draining:
             connection.go_away()
 
     def on_closed(self, connection: ServerConnection) -> None:
-        """The connection has ended."""
+        """Forget a connection that has ended."""
         self._connections.discard(connection)
-        self._shaking.pop(connection, None)
-        if not self._connections and self._deserted is not None and not self._deserted.done():
-            self._deserted.set_result(None)
+        self._in_handshake.pop(connection, None)
+        if not self._connections and self._all_closed is not None and not self._all_closed.done():
+            self._all_closed.set_result(None)
 
-    def endpoint(self, subject: str) -> Endpoint:
-        """The endpoint of an incoming request. Raises Draining or EndpointNotFound."""
+    def endpoint(self, subject: str) -> RegisteredEndpoint:
+        """Return the endpoint of an incoming request. Raises Draining or EndpointNotFound."""
         endpoint = self._endpoints.get(subject)
         if self._draining or (endpoint is not None and endpoint.draining):
             raise Draining("the worker is shutting down")
@@ -336,7 +330,7 @@ class TcpServer:
 
 
 def _explain(exc: OSError, host: str, port: int) -> str:
-    """One line that names the setting."""
+    """Describe a failure to listen in one line that names the setting."""
     address = format_address(host, port)
     if exc.errno == errno.EADDRINUSE:
         return f"DYN_TCP_RPC_PORT={port}: {address} is in use; choose another port, or 0 for a free one"

@@ -16,7 +16,13 @@ from dynamo_redis.errors import (
 from dynamo_redis.planes.address import format_address
 from dynamo_redis.planes.context import Context
 from dynamo_redis.planes.tcp.connection import Connection
-from dynamo_redis.planes.tcp.server_request import Admission, Endpoint, Request, context_of, error_frame
+from dynamo_redis.planes.tcp.server_request import (
+    Admission,
+    RegisteredEndpoint,
+    Request,
+    context_of,
+    error_frame,
+)
 from dynamo_redis.rate_limited_log import RateLimitedLog
 from dynamo_redis.wire import frame
 from dynamo_redis.wire.decoder import ReadBuffers, Unusable
@@ -25,14 +31,14 @@ from dynamo_redis.wire.session import KILL, OPEN_STREAMING, SERVER_STEPS, Server
 
 _ACCEPT_AFTER_S: Final = 0.5
 _FAREWELL: Final = 1 << 31
-"""The token of the last PING; those of the sweeps count up from 0."""
+"""The token of a drain's PING; the tokens of the sweeps count up from 0."""
 
 _RECEIVING: Final = SERVER_STEPS[ServerStream.UNOPENED][OPEN_STREAMING]
 _RUNNING: Final = SERVER_STEPS[ServerStream.UNOPENED][frame.OPEN]
 _NO_TYPES: Final = (KILL, OPEN_STREAMING)
-"""Inputs of the tables that are no types of frames."""
+"""Inputs of the tables that are no frame types."""
 
-# What is said of a peer, and the error.
+# Log lines; the arguments are the peer's address and the error.
 _OTHER_INSTANCE: Final = (
     "%s does not get in: %s; its view of the registry is old, or it reads another registry"
 )
@@ -40,8 +46,8 @@ _NO_PROOF: Final = "%s does not get in: %s; callers find it in the worker's reco
 _NO_HANDSHAKE: Final = "%s does not get in: %s; is it meant for this port, and its DYN_TCP_TLS the worker's?"
 
 
-class Service(Protocol):
-    """What a connection needs of its server."""
+class ConnectionHost(Protocol):
+    """The server of a connection: its admission, its log and its endpoints."""
 
     @property
     def admission(self) -> Admission:
@@ -50,28 +56,28 @@ class Service(Protocol):
 
     @property
     def complaints(self) -> RateLimitedLog:
-        """Where to say who is refused."""
+        """The rate-limited log of refused callers and requests."""
         ...
 
-    def endpoint(self, subject: str) -> Endpoint:
-        """Raises EndpointNotFound or Draining."""
+    def endpoint(self, subject: str) -> RegisteredEndpoint:
+        """Return the endpoint of a request. Raises EndpointNotFound or Draining."""
         ...
 
     def on_made(self, connection: ServerConnection) -> None:
-        """A connection has come, and has said nothing yet."""
+        """Handle a new connection, before its handshake."""
         ...
 
-    def on_shaken(self, connection: ServerConnection) -> None:
-        """The caller has proved itself."""
+    def on_handshake_done(self, connection: ServerConnection) -> None:
+        """Note that the caller is authenticated."""
         ...
 
     def on_closed(self, connection: ServerConnection) -> None:
-        """The connection has ended."""
+        """Forget a connection that has ended."""
         ...
 
 
 class ServerConnection(Connection):
-    """A caller's connection."""
+    """A caller's connection, with its requests."""
 
     __slots__ = (
         "_accept_sweeps",
@@ -80,13 +86,13 @@ class ServerConnection(Connection):
         "_handshake_timeout_s",
         "_handshake_timer",
         "_has_read_all",
+        "_host",
         "_last_stream_id",
-        "_service",
     )
 
     def __init__(
         self,
-        service: Service,
+        host: ConnectionHost,
         handshake: ServerHandshake,
         loop: asyncio.AbstractEventLoop,
         buffers: ReadBuffers,
@@ -102,8 +108,8 @@ class ServerConnection(Connection):
             max_message_bytes=max_message_bytes,
             keepalive_interval_s=keepalive_interval_s,
         )
-        self._service = service
-        self._admission = service.admission
+        self._host = host
+        self._admission = host.admission
         self._handshake: ServerHandshake | None = handshake
         self._handshake_timeout_s = handshake_timeout_s
         self._handshake_timer: asyncio.TimerHandle | None = None
@@ -117,19 +123,19 @@ class ServerConnection(Connection):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         self._handshake_timer = self._loop.call_later(self._handshake_timeout_s, self._handshake_late)
-        self._service.on_made(self)
+        self._host.on_made(self)
 
     def eof_received(self) -> bool:
         handshake = self._handshake
         if handshake is not None and handshake.client is not None and not self.closed:
-            # An honest caller whose secret is another one: it has seen this side's proof first.
+            # An honest caller with another secret: it has checked this side's proof first.
             error = AuthenticationFailed("it hung up instead of proving that it knows the instance's secret")
-            self._service.complaints.log(_NO_PROOF, self._peer(), error)
+            self._host.complaints.log(_NO_PROOF, self._peer(), error)
         return super().eof_received()
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self.transport.pause_reading()  # a caller that reads no answers gets no more requests in
+        self.transport.pause_reading()  # a caller that does not read answers can send no more requests
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -137,22 +143,24 @@ class ServerConnection(Connection):
             self.transport.resume_reading()
 
     def refuse(self, error: PlaneError) -> None:
-        """Close instead of finishing the handshake."""
+        """Send the error and close, during the handshake."""
         if self.closed:
             return
         handshake = self._handshake
-        if handshake is not None and handshake.client is not None:  # it has our HELLO, and expects frames
+        if (
+            handshake is not None and handshake.client is not None
+        ):  # it has this side's HELLO, and expects frames
             self.send(frame.encode_goaway(error.code, str(error)))
         else:
             self.transport.write(refusal(error))
         self.close()
 
-    def ask_whether_read(self) -> None:
-        """Ask the caller for a PONG, which it sends when it has read all that was written before.
+    def send_farewell_ping(self) -> None:
+        """Send a PING whose PONG shows that the caller has read all bytes written before.
 
-        Only it can tell: megabytes may be on their way, in the kernels of both sides and in proxies, when the
-        transport here has nothing left to write. Closed now, the connection would be reset by whatever the
-        caller sends meanwhile, and they would be lost.
+        Only the caller knows: when the transport here has nothing left to write, megabytes may still be in
+        the kernels of both sides and in proxies. If the connection were closed now, any bytes that the caller
+        sends would reset it, and that data would be lost.
         """
         if self._ready and not self.closed:
             self._has_read_all = False
@@ -160,10 +168,10 @@ class ServerConnection(Connection):
 
     @property
     def has_read_all(self) -> bool:
-        """Whether the caller has read all that was written before `ask_whether_read`, or is gone."""
+        """True if the caller has read all bytes written before `send_farewell_ping`, or is gone."""
         return self._has_read_all or self.closed
 
-    def _on_pong(self, token: int) -> None:
+    def on_pong(self, token: int) -> None:
         if token == _FAREWELL:
             self._has_read_all = True
 
@@ -172,7 +180,7 @@ class ServerConnection(Connection):
         if self._ready and not self.closed:
             self.send(frame.encode_goaway(Draining.code, "the worker is shutting down"))
 
-    def _on_handshake(self, data: memoryview) -> memoryview:
+    def on_handshake_bytes(self, data: memoryview) -> memoryview:
         handshake = self._handshake
         assert handshake is not None
         answer, rest = handshake.feed(data)
@@ -186,48 +194,48 @@ class ServerConnection(Connection):
             self._ready = True
             self._handshake = None
             self._cancel_handshake_timer()
-            self._service.on_shaken(self)
+            self._host.on_handshake_done(self)
         return rest
 
-    def _on_handshake_failed(self, error: PlaneError) -> None:
+    def on_handshake_failed(self, error: PlaneError) -> None:
         handshake = self._handshake
         if not isinstance(error, AuthenticationFailed):
             complaint = _NO_HANDSHAKE
-        elif handshake is not None and handshake.client is not None:  # its HELLO was all right
+        elif handshake is not None and handshake.client is not None:  # its HELLO was accepted
             complaint = _NO_PROOF
         else:
             complaint = _OTHER_INSTANCE
-        self._service.complaints.log(complaint, self._peer(), error)
+        self._host.complaints.log(complaint, self._peer(), error)
         self.refuse(error)
 
     def _peer(self) -> str:
         name = self.transport.get_extra_info("peername")
-        return format_address(*name[:2]) if name else "somebody"
+        return format_address(*name[:2]) if name else "a caller"
 
     def _handshake_late(self) -> None:
         self._handshake_timer = None
-        self._on_handshake_failed(ProtocolViolation("the handshake took too long"))
+        self.on_handshake_failed(ProtocolViolation("the handshake took too long"))
 
     def _cancel_handshake_timer(self) -> None:
         if self._handshake_timer is not None:
             self._handshake_timer.cancel()
             self._handshake_timer = None
 
-    def _on_sweep(self) -> None:
+    def on_sweep(self) -> None:
         due = self.sweeps - self._accept_sweeps
         for request in self.streams.values():
             if not request.has_sent and request.opened_at_sweep < due:
                 request.accept()
 
-    def _on_closed(self, error: PlaneError) -> None:
+    def on_closed(self, error: PlaneError) -> None:
         self._cancel_handshake_timer()
         for request in tuple(self.streams.values()):
             request.kill()
-        self._service.on_closed(self)
+        self._host.on_closed(self)
 
     # ------------------------------------------------------------------- frames
 
-    def _on_frames(self, frames: list[list[Any]]) -> None:
+    def on_frames(self, frames: list[list[Any]]) -> None:
         for received in frames:
             if self.closed:
                 return
@@ -252,9 +260,9 @@ class ServerConnection(Connection):
         self._last_stream_id = stream_id
         state = _RECEIVING if flags else _RUNNING
         try:
-            endpoint = self._service.endpoint(subject)
+            endpoint = self._host.endpoint(subject)
             if type(message) is Unusable:
-                raise self._refused(message.error)
+                raise self._refusal(message.error)
             if flags:
                 _check_flags(flags, endpoint)
             context = Context() if headers is None else context_of(headers)
@@ -273,11 +281,11 @@ class ServerConnection(Connection):
         if not self.sweeping:
             self.start_sweeping()
 
-    def _refused(self, error: PlaneError) -> PlaneError:
-        """The reason why a payload was not taken, with what the caller should know."""
+    def _refusal(self, error: PlaneError) -> PlaneError:
+        """Return the error of a payload that was not accepted, with a hint when to retry."""
         if isinstance(error, Overloaded):
             error.retry_after_s = self._admission.retry_after_s()
-            self._service.complaints.log("large requests are refused: %s", error)
+            self._host.complaints.log("large requests are refused: %s", error)
         return error
 
     def _on_stream_frame(self, received: list[Any]) -> None:
@@ -295,22 +303,19 @@ class ServerConnection(Connection):
         else:
             state = ServerStream.UNOPENED
         step = SERVER_STEPS[state].get(kind)
-        if step is None:
-            self._on_other(received)
-        elif request is not None:
-            request.state = step
-            request.on_frame(kind, received)
-
-    def _on_other(self, received: list[Any]) -> None:
-        kind, stream_id = received[0], received[1]
-        if kind == frame.GOAWAY and stream_id == 0:
+        if step is not None:
+            if request is not None:
+                request.state = step
+                request.on_frame(kind, received)
+        elif received[0] == frame.GOAWAY and stream_id == 0:
             self.close()
         elif not self._on_connection_frame(received):
-            raise _not_allowed(kind)
+            raise _not_allowed(received[0])
 
 
-def _check_flags(flags: int, endpoint: Endpoint) -> None:
-    """Raises InvalidRequest: a flag that is not known here may change what the request means."""
+def _check_flags(flags: int, endpoint: RegisteredEndpoint) -> None:
+    """Raise InvalidRequest for an unknown flag, which may change the meaning of the request, or a request
+    stream that the endpoint does not take."""
     if flags != frame.FLAG_REQUEST_STREAM:
         raise InvalidRequest(f"flags {flags:#x} of the request are not known here")
     if not endpoint.request_stream:

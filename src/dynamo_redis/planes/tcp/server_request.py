@@ -1,8 +1,15 @@
-"""One request at the server: its handler, what the caller says to it, and its one end.
+"""One request at the server: its handler, the caller's frames for it, and its end.
 
-A request is a task that runs the handler and sends what it yields. Whatever ends it (the handler, a kill,
-its deadline, the caller's disappearance, the end of a drain), `_close` runs exactly once and leaves nothing
-behind. An exception of a handler becomes an ERROR of its stream; it never reaches the connection.
+A request is a task that runs the handler and sends the items that it yields. It ends once, by the first of:
+
+- its handler: the last item, or an exception, which becomes an ERROR of the stream (`fail`) and never reaches
+  the connection;
+- an error while the handler runs: the deadline, the end of a drain, an unusable message (`abort`);
+- the caller's kill, or the loss of the connection (`kill`): nothing is sent.
+
+Each end runs `_close` exactly once. It leaves nothing behind: no entry in a table, no timer. After `abort`
+and `kill` the handler's context is killed, and the handler may run on for `DYN_CANCEL_GRACE_S`. The states
+are those of `wire/session.py`.
 """
 
 from __future__ import annotations
@@ -34,9 +41,9 @@ from dynamo_redis.wire.decoder import Unusable
 from dynamo_redis.wire.session import KILL, ServerStream
 
 _EAGERLY: Final[dict[str, Any]] = {"eager_start": True} if sys.version_info >= (3, 12) else {}
-"""Eager tasks run a handler up to its first await at once, as themselves. On 3.11 the same could be had by
-stepping the coroutine by hand, but then `asyncio.current_task()` is None in that step, and handlers that
-use `asyncio.timeout` or anyio break."""
+"""An eager task runs its handler up to the first await at once. On 3.11 the coroutine could be stepped by
+hand, but then `asyncio.current_task()` is None in that step, and handlers that use `asyncio.timeout` or anyio
+break."""
 
 _RUNNING, _CLOSED = ServerStream.RUNNING, ServerStream.CLOSED
 _LONGEST_RETRY_S: Final = 86_400.0
@@ -45,8 +52,8 @@ _LOGGED_CHARS: Final = 200
 _log = logging.getLogger(__name__)
 
 
-class Endpoint:
-    """A served subject. `active_count` are its requests that are admitted and not finished."""
+class RegisteredEndpoint:
+    """A served subject and its handler. `active_count` is its requests that are admitted and not finished."""
 
     __slots__ = (
         "_failures",
@@ -72,20 +79,20 @@ class Endpoint:
         self._failures = RateLimitedLog(_log, logging.ERROR)
 
     def when_idle(self, loop: asyncio.AbstractEventLoop) -> asyncio.Future[None]:
-        """A future that is done when the last request has finished."""
+        """Return a future that is done when the last request has finished."""
         if self.idle is None:
             self.idle = loop.create_future()
         return self.idle
 
     def release(self) -> None:
-        """A request has finished."""
+        """Count a request as finished."""
         self.active_count -= 1
         if not self.active_count and self.idle is not None:
             self.idle.set_result(None)
             self.idle = None
 
     def log_failure(self, exc: BaseException, request_id: str) -> None:
-        """Log what a handler raised, once in a while of each type, text and place in the code."""
+        """Log a handler's exception, at a limited rate for each type, text and place in the code."""
         place = exc.__traceback__
         while place is not None and place.tb_next is not None:
             place = place.tb_next
@@ -96,36 +103,37 @@ class Endpoint:
 
 
 class Admission(Protocol):
-    """Who may run at a server, and when."""
+    """Decides which requests of a server run, and when."""
 
     def admit(self, request: Request) -> None:
         """Start the request, or let it wait. Raises Overloaded."""
         ...
 
     def admit_large(self, request: Request, size_bytes: int) -> None:
-        """The same for a request that came as a raw payload, which is held until it has ended."""
+        """As `admit`, for a request that came as a raw payload; its bytes count until the request has
+        ended."""
         ...
 
     def retry_after_s(self) -> float:
-        """When a caller that is refused now should come again, in seconds."""
+        """Return the seconds after which a caller that is refused now should retry."""
         ...
 
     def dequeue(self, request: Request) -> None:
-        """The request has ended before its handler started."""
+        """Remove a waiting request that has ended before its handler started."""
         ...
 
     def finished(self, request: Request) -> None:
-        """The request's handler is over."""
+        """Count the request's handler as finished."""
         ...
 
 
 class Request(Sender):
-    """One request, from admission to its end. `state` is the state table's."""
+    """One request, from admission to its end. `state` is the state of its stream."""
 
     __slots__ = (
         "_admission",
         "_argument",
-        "_begun",
+        "_has_begun",
         "_messages",
         "_task",
         "_timer",
@@ -139,16 +147,26 @@ class Request(Sender):
         self,
         connection: Connection,
         admission: Admission,
-        endpoint: Endpoint,
+        endpoint: RegisteredEndpoint,
         stream_id: int,
         state: ServerStream,
         context: Context,
         message: Any,
     ) -> None:
-        """The request leaves the connection's `streams` at its end."""
+        """Make a request that is not admitted yet. It removes itself from `connection.streams` at its end.
+
+        Args:
+            connection: the caller's connection.
+            admission: is told when the handler has finished, or the request ends before.
+            endpoint: the endpoint that serves it.
+            stream_id: its stream.
+            state: RUNNING, or RECEIVING if more messages follow.
+            context: the context that the handler gets.
+            message: the request itself.
+        """
         Sender.__init__(self, connection, stream_id)
         self._admission = admission
-        self._begun = False
+        self._has_begun = False
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._messages: RequestMessages | None = None
@@ -169,7 +187,7 @@ class Request(Sender):
 
     @property
     def connection(self) -> Connection:
-        """The connection that it came on."""
+        """The caller's connection."""
         return self._connection
 
     @property
@@ -180,39 +198,38 @@ class Request(Sender):
     # ------------------------------------------------------------------- the handler
 
     def launch(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Start the handler, in the context variables that its connection came with: what starts it may be
-        the end of another request."""
+        """Start the handler, in the context variables of its connection: the code that calls this may run in
+        those of another request."""
         variables, name = self._connection.variables.copy(), self.endpoint.subject
         if loop.get_task_factory() is None:  # `create_task` would cost 0.3 µs more
             task = asyncio.Task(self.run(), loop=loop, name=name, context=variables, **_EAGERLY)
         else:
-            task = variables.run(
-                loop.create_task, self.run(), name=name
-            )  # for factories that take no context
+            # for factories that take no context
+            task = variables.run(loop.create_task, self.run(), name=name)
         if task.done():
             return
         self._task = task
-        if not self._begun:
+        if not self._has_begun:
             task.add_done_callback(self._on_task_done)
         elif not self.open:  # its first step ended the request
-            self._let_end(task)
+            self._schedule_cancel(task)
 
     def _on_task_done(self, _: asyncio.Task[None]) -> None:
         """End a request whose task was cancelled before its first step: `run` was not entered."""
-        if not self._begun:
-            self._begun = True
+        if not self._has_begun:
+            self._has_begun = True
             self._task = None
             self.fail(HandlerFailed("the handler was cancelled before it began"))
             self._admission.finished(self)
 
     async def run(self) -> None:
-        """Run the handler, and send what it answers."""
-        self._begun = True
+        """Run the handler, and send its items."""
+        self._has_begun = True
         try:
             result: Any = self.endpoint.handler(self._argument, self.context)
             if type(result) is CoroutineType or not hasattr(result, "__anext__"):
                 item = await result
-                if self._connection.paused:  # the caller takes nothing: keep what it gets as it is
+                if self._connection.paused:  # the caller does not read: wait, and keep the item unpacked
                     await self.wait_ready()
                 if self.open:
                     self.end_with(item)
@@ -220,7 +237,7 @@ class Request(Sender):
             else:
                 await self._answer_stream(result)
         except asyncio.CancelledError:
-            if self.open:  # not by us: the handler awaited something that was cancelled, or the loop ends
+            if self.open:  # not by this class: the handler awaited a cancelled task, or the loop ends
                 self.fail(HandlerFailed("the handler was cancelled"))
                 raise
         except BaseException as exc:
@@ -262,10 +279,10 @@ class Request(Sender):
             self.endpoint.log_failure(exc, self.context.id())
             self.fail(HandlerFailed(_describe(exc)))
 
-    # ------------------------------------------------------------------- what the caller says
+    # ------------------------------------------------------------------- frames
 
     def on_frame(self, kind: int, received: list[Any]) -> None:
-        """Take a frame that the state table allows. Raises ProtocolViolation."""
+        """Handle a frame that the state table allows. Raises ProtocolViolation."""
         if kind == frame.CREDIT:
             self.grant(received[2])
         elif kind == KILL:
@@ -293,7 +310,7 @@ class Request(Sender):
         if self.state is _RUNNING:
             messages.finish()
 
-    # ------------------------------------------------------------------- its end
+    # ------------------------------------------------------------------- ends
 
     def watch_deadline(self, loop: asyncio.AbstractEventLoop) -> None:
         """End the request when its deadline passes."""
@@ -305,25 +322,25 @@ class Request(Sender):
         self.abort(DeadlineExceeded("the request's deadline passed"))
 
     def accept(self) -> None:
-        """Tell the caller that the request is in hand."""
+        """Send ACCEPT: the request is accepted, and its first item is not ready yet."""
         self.has_sent = True
         self._connection.send(frame.encode_accept(self._stream_id))
 
     def fail(self, error: PlaneError) -> None:
-        """End with an error, after what was sent before it."""
+        """End with an error, after the items that were sent before it."""
         if self.open:
             self.flush_batch()
             self._connection.send(error_frame(self._stream_id, error))
             self._close()
 
     def abort(self, error: PlaneError) -> None:
-        """End with an error, and end the handler."""
+        """End with an error, and have the handler end."""
         if self.open:
             self.fail(error)
             self._end_handler()
 
     def kill(self) -> None:
-        """End without a word: nobody listens."""
+        """End without a frame, and have the handler end: the caller does not read the answer any more."""
         if self.open:
             self._close()
             self._end_handler()
@@ -334,15 +351,15 @@ class Request(Sender):
             self._task.cancel()
 
     def _end_handler(self) -> None:
-        """Let the handler end, after its context was told."""
+        """Kill the handler's context, and cancel the handler after its grace time."""
         _quietly(self.context.kill)
-        if self._task is not None:  # it is started, if it has not been, in its next turn
-            self._let_end(self._task)
-        elif not self._begun:
+        if self._task is not None:  # started, or about to start in the next turn of the event loop
+            self._schedule_cancel(self._task)
+        elif not self._has_begun:
             self._admission.dequeue(self)
 
-    def _let_end(self, task: asyncio.Task[None]) -> None:
-        """Leave the handler the time to end by itself. At a yield it is closed at once."""
+    def _schedule_cancel(self, task: asyncio.Task[None]) -> None:
+        """Cancel the handler after the time that it has to end by itself. At a yield it is closed at once."""
         grace_s = self.endpoint.cancel_grace_s
         if grace_s:
             self._timer = task.get_loop().call_later(grace_s, task.cancel)
@@ -350,11 +367,7 @@ class Request(Sender):
             task.cancel()
 
     def _close(self) -> None:
-        self.open = False
-        self.batch = None
-        self._credit = 0
-        if self._wake is not None:
-            self.wake()
+        self.drop()
         self.state = _CLOSED
         self._connection.streams.pop(self._stream_id, None)
         if self._timer is not None:
@@ -365,7 +378,7 @@ class Request(Sender):
 
 
 def context_of(headers: dict[str, Any]) -> Context:
-    """The context that the headers describe. Raises InvalidRequest."""
+    """Make the context that the headers describe. Raises InvalidRequest."""
     request_id, deadline_ms = headers.get("id"), headers.get("deadline_ms")
     traceparent, meta = headers.get("traceparent"), headers.get("meta")
     if not (
@@ -381,34 +394,31 @@ def context_of(headers: dict[str, Any]) -> Context:
 
 
 def error_frame(stream_id: int, error: PlaneError) -> bytes:
-    """ERROR. A handler's error that cannot say what it is must end its request all the same."""
+    """Encode ERROR. An error of a handler that cannot be encoded becomes HandlerFailed with its type's
+    name."""
     try:
-        return _error_frame(stream_id, error)
+        if type(error.code) is not str:
+            raise TypeError(f"the code of {type(error).__name__} is no text")
+        details = None
+        if isinstance(error, Overloaded) and error.retry_after_s is not None:
+            retry_after_s = error.retry_after_s
+            if 0 <= retry_after_s < _LONGEST_RETRY_S:  # a handler may have set infinity
+                details = {"retry_after_ms": round(retry_after_s * 1000)}
+        return frame.encode_error(stream_id, error.code, str(error), details)
     except Exception:  # noqa: BLE001 - see above
         return frame.encode_error(stream_id, HandlerFailed.code, type(error).__name__, None)
-
-
-def _error_frame(stream_id: int, error: PlaneError) -> bytes:
-    if type(error.code) is not str:
-        raise TypeError(f"the code of {type(error).__name__} is no text")
-    details = None
-    if isinstance(error, Overloaded) and error.retry_after_s is not None:
-        retry_after_s = error.retry_after_s
-        if 0 <= retry_after_s < _LONGEST_RETRY_S:  # not what a handler made of infinity
-            details = {"retry_after_ms": round(retry_after_s * 1000)}
-    return frame.encode_error(stream_id, error.code, str(error), details)
 
 
 def _describe(exc: BaseException) -> str:
     try:
         return f"{type(exc).__name__}: {exc}"
-    except Exception:  # noqa: BLE001 - an exception that cannot say what it is
+    except Exception:  # noqa: BLE001 - its `__str__` may raise anything
         return type(exc).__name__
 
 
 def _quietly(cancel: Callable[[], None]) -> None:
-    """Run a context's callbacks: what they raise, or set in context variables, is the handler's affair, not
-    the connection's."""
+    """Run a context's callbacks, and log what they raise. Neither their exceptions nor the context variables
+    that they set reach the connection."""
     try:
         copy_context().run(cancel)
     except Exception:  # noqa: BLE001 - see above

@@ -1,15 +1,15 @@
-"""TLS of the tcp plane: which certificates, whom they must come from, and taking up new ones.
+"""TLS of the tcp plane: the certificates, their authorities, and the reload of changed files.
 
-`DYN_TCP_TLS=on`: a caller takes only a worker whose certificate was signed by an authority in
-`DYN_TCP_TLS_CA` and names the host that was dialled (or `DYN_TCP_TLS_SERVER_NAME`). `mutual`: a worker takes
-only callers whose certificate was signed by such an authority. TLS 1.3 and nothing older; nothing falls back
-to the clear.
+`DYN_TCP_TLS=on`: a caller accepts only a worker whose certificate was signed by an authority in
+`DYN_TCP_TLS_CA` and names the dialled host (or `DYN_TCP_TLS_SERVER_NAME`). `mutual`: a worker, too, accepts
+only callers whose certificate was signed by such an authority. TLS 1.3 and no older version; no connection
+falls back to the clear.
 
-An instance says in its address what it speaks: `host:port` in the clear, `host:port+tls`, `host:port+mtls`.
-So two that are set differently find out before a byte is sent.
+The address of an instance has a mark of its protocol: `host:port` in the clear, `host:port+tls`,
+`host:port+mtls`. So a caller with other settings fails before it sends a byte.
 
-Files are looked at when a connection is made, at most once in `LOOK_S`. Changed ones serve the connections
-made from then on; those that cannot be used are named once in the log, and what was read before goes on.
+The files are checked when a connection is made, at most once in `LOOK_S`. Changed files serve the connections
+made from then on. If they cannot be used, that is logged once, and the former certificates stay in use.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from dynamo_redis.errors import CannotConnect, ConfigError, ConnectionLost
 from dynamo_redis.planes.address import parse_address
 
 LOOK_S: Final = 1.0
-"""How long a changed file may go unnoticed while connections are made."""
+"""Seconds for which a changed file may go unnoticed while connections are made."""
 
 _TLS, _MUTUAL_TLS = "tls", "mtls"
 _FIELDS: Final = {
@@ -53,10 +53,11 @@ _log = logging.getLogger(__name__)
 
 
 class TlsContext:
-    """The TLS context of one side, made of its files and again when they have changed."""
+    """The TLS context of one side. It is made from files, and made again when they have changed."""
 
     def __init__(self, settings: PlaneSettings, side: Side, clock: Clock = SYSTEM_CLOCK) -> None:
-        """Raises ConfigError, naming the setting, if the files are not there, do not fit or have expired."""
+        """Read the files. Raises ConfigError, naming the setting, if they are missing, do not fit or have
+        expired."""
         self._files = _files(settings, side)
         self._side: Side = side
         self._mutual = settings.tcp_tls == "mutual"
@@ -67,30 +68,27 @@ class TlsContext:
         if side == "client" and settings.tcp_tls_server_name is not None:
             _check_name(self._context, settings.tcp_tls_server_name)
         self.server_name = settings.tcp_tls_server_name
-        """The name to look for in workers' certificates; None: the host that is dialled."""
+        """The name that workers' certificates must have; None: the dialled host."""
 
     @property
     def has_certificate(self) -> bool:
-        """Whether this side can show one."""
+        """True if this side has a certificate."""
         return self._files.cert is not None
 
     @property
     def mark(self) -> str:
-        """What a server's address ends with."""
+        """The end of a server's address: `+tls` or `+mtls`."""
         return f"+{_MUTUAL_TLS if self._mutual else _TLS}"
 
     def current(self) -> ssl.SSLContext:
-        """The context for the next connection."""
+        """Return the context for the next connection; reload changed files first."""
         now = self._clock.monotonic()
-        if now >= self._look_at:
-            self._look_at = now + LOOK_S
-            self._look()
-        return self._context
-
-    def _look(self) -> None:
+        if now < self._look_at:
+            return self._context
+        self._look_at = now + LOOK_S
         found = self._files.stamp()
         if found == self._seen:
-            return
+            return self._context
         try:
             self._context = self._make()
         except ConfigError as exc:
@@ -100,6 +98,7 @@ class TlsContext:
         else:
             self._seen = self._refused = found
             _log.info("the %s takes up changed certificates", self._side)
+        return self._context
 
     def _make(self) -> ssl.SSLContext:
         files = self._files
@@ -120,20 +119,23 @@ class _Files:
     key: Path | None
 
     def stamp(self) -> tuple[object, ...]:
-        """Changes when a file does, its permissions and a symbolic link on the way to it included."""
-        return tuple(_stamp(path) for path in (self.ca, self.cert, self.key) if path is not None)
-
-
-def _stamp(path: Path) -> tuple[int, ...] | None:
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+        """Return a value that changes when a file changes, or its permissions, or a symbolic link to it."""
+        stamps: list[tuple[int, ...] | None] = []
+        for path in (self.ca, self.cert, self.key):
+            if path is None:
+                continue
+            try:
+                found = path.stat()
+            except OSError:
+                stamps.append(None)
+            else:
+                times = found.st_mtime_ns, found.st_ctime_ns
+                stamps.append((found.st_dev, found.st_ino, found.st_size, *times))
+        return tuple(stamps)
 
 
 def make_tls(settings: PlaneSettings, side: Side) -> TlsContext | None:
-    """The context that the settings ask for; None where TLS is off. Raises ConfigError."""
+    """Make the context for the settings; None where TLS is off. Raises ConfigError."""
     if settings.tcp_tls != "off":
         return TlsContext(settings, side)
     for env, field in _FIELDS.items():
@@ -145,9 +147,10 @@ def make_tls(settings: PlaneSettings, side: Side) -> TlsContext | None:
 
 
 def dial_options(address: str, tls: TlsContext | None) -> tuple[str, int, dict[str, Any]]:
-    """Host, port, and what `create_connection` must know of TLS, for an instance's address.
+    """Return host, port, and `create_connection`'s TLS options for an instance's address.
 
-    Raises CannotConnect if the instance and this process are not set alike, ValueError if it is no address.
+    Raises CannotConnect if the TLS settings of the instance and of this process differ, ValueError if it is
+    no address.
     """
     address, _, mark = address.partition("+")
     if mark not in ("", _TLS, _MUTUAL_TLS):
@@ -173,8 +176,10 @@ def dial_options(address: str, tls: TlsContext | None) -> tuple[str, int, dict[s
 
 
 def explain(error: Exception, dialled: str = "") -> str:
-    """What went wrong with a connection (to the address that was `dialled`, if this side called), in words
-    that say what to do where TLS refused it."""
+    """Describe the failure of a connection, and the remedy where TLS refused it.
+
+    `dialled` is the address, if this side called.
+    """
     if isinstance(error, ssl.SSLCertVerificationError):
         reason = _CERTIFICATE.get(error.verify_code, f"is refused: {error.verify_message}")
         return f"the other side's certificate {reason}"
@@ -195,7 +200,7 @@ def explain(error: Exception, dialled: str = "") -> str:
 
 
 def _files(settings: PlaneSettings, side: Side) -> _Files:
-    """The files of one side. Raises ConfigError if one is missing."""
+    """Return the files of one side. Raises ConfigError if one is missing."""
     ca, cert, key = settings.tcp_tls_ca, settings.tcp_tls_cert, settings.tcp_tls_key
     mode = f"DYN_TCP_TLS={settings.tcp_tls}"
     if ca is None:
@@ -219,7 +224,7 @@ def _new_context(side: Side) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if side == "server" else ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     if side == "server":
-        context.num_tickets = 0  # nobody resumes: each connection is checked against the present files
+        context.num_tickets = 0  # no session is resumed: each connection is checked against the present files
     return context
 
 
@@ -235,7 +240,7 @@ def _load_authorities(context: ssl.SSLContext, ca: Path, wall_s: float) -> None:
 
 
 def _load_certificate(context: ssl.SSLContext, cert: Path, key: Path) -> None:
-    """Load a certificate that was found readable. Raises ConfigError about the key."""
+    """Load a certificate whose files are readable. Raises ConfigError, mostly about the key."""
 
     def refuse() -> str:
         raise ConfigError(
@@ -255,14 +260,16 @@ def _load_certificate(context: ssl.SSLContext, cert: Path, key: Path) -> None:
 
 
 def _check_certificate(cert: Path, key: Path, side: Side) -> None:
-    """Find out by a handshake in memory whether the certificate can be shown: the standard library reads no
-    expiry and no purpose of a certificate that it does not check. It is checked against itself, because who
-    signs this side's need not be who signs the other's."""
+    """Check the expiry and purpose of this side's certificate. Raises ConfigError.
+
+    The standard library reads them only of a peer's certificate, so both sides do a handshake in memory. The
+    certificate is its own authority there: this side's authority need not be that of the other side.
+    """
     _check_readable("DYN_TCP_TLS_CERT", cert)
     _check_readable("DYN_TCP_TLS_KEY", key)
     server, client = _new_context("server"), _new_context("client")
     client.check_hostname = False
-    client.verify_mode = ssl.CERT_NONE  # until it is the one to check, below; nothing leaves this function
+    client.verify_mode = ssl.CERT_NONE  # unless it is the checking side, below; nothing leaves this function
     checking = client if side == "server" else server
     try:
         checking.load_verify_locations(cafile=cert)
@@ -273,7 +280,7 @@ def _check_certificate(cert: Path, key: Path, side: Side) -> None:
     for context in (server, client):
         _load_certificate(context, cert, key)
     try:
-        _shake_hands(server, client)
+        _handshake_in_memory(server, client)
     except ssl.SSLCertVerificationError as exc:
         raise ConfigError(
             f"DYN_TCP_TLS_CERT={cert}: cannot be used by a {side}: {exc.verify_message}"
@@ -284,7 +291,7 @@ def _check_certificate(cert: Path, key: Path, side: Side) -> None:
         ) from exc
 
 
-def _shake_hands(server: ssl.SSLContext, client: ssl.SSLContext) -> None:
+def _handshake_in_memory(server: ssl.SSLContext, client: ssl.SSLContext) -> None:
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
     sides = (
         client.wrap_bio(to_client, to_server),

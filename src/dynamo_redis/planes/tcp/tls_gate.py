@@ -1,8 +1,8 @@
-"""Where TLS begins, at a worker: a connection is let through to the server once its TLS stands.
+"""The TLS handshakes of a worker: a connection reaches the server once its TLS stands.
 
-The gate takes the socket of each connection that comes in, waits for its first byte, and gives it to the
-event loop with the certificates of that moment. A handshake may take as long as `DYN_TCP_CONNECT_TIMEOUT`. At
-most `MAX_WAITING_COUNT` are under way: past that the oldest is dropped; an honest one takes milliseconds.
+The gate takes the socket of each accepted connection, waits for its first byte, and gives it to the event
+loop with the present certificates. A handshake may take `DYN_TCP_CONNECT_TIMEOUT`. At most
+`MAX_WAITING_COUNT` are under way: past that the oldest is dropped; an honest handshake takes milliseconds.
 """
 
 from __future__ import annotations
@@ -17,46 +17,47 @@ from typing import Final
 from dynamo_redis.errors import AuthenticationFailed
 from dynamo_redis.planes.address import format_address
 from dynamo_redis.planes.tcp.life_signs import asks_for_life
-from dynamo_redis.planes.tcp.listener import turn_away
+from dynamo_redis.planes.tcp.listener import refuse_socket
 from dynamo_redis.planes.tcp.tls import TlsContext, explain
 from dynamo_redis.rate_limited_log import RateLimitedLog
 
 MAX_WAITING_COUNT: Final = 1024
-"""Connections on their way through. One that stops in its handshake costs 50 KiB with uvloop, else 300."""
+"""The most connections in a TLS handshake. One that stops there costs 50 KiB with uvloop, else 300."""
 
 _TLS_RECORD: Final = b"\x16"  # RFC 8446, 5.1: a handshake record, as the first of every connection is
 _LEAST_S: Final = 0.01
 _log = logging.getLogger(__name__)
 
 
-class Gate:
-    """The connections on their way through.
+class TlsGate:
+    """Holds the connections in their TLS handshake.
 
-    It owns a task a connection, which ends with its handshake, after the time-out, or by `aclose`.
+    It owns a task for each, which ends with the handshake, after the time-out, or by `aclose`.
     """
 
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
         tls: TlsContext,
-        let_through: Callable[[], asyncio.BaseProtocol],
+        make_protocol: Callable[[], asyncio.BaseProtocol],
         timeout_s: float,
     ) -> None:
-        """`let_through` makes the protocol of a connection whose TLS stands."""
+        """`make_protocol` makes the protocol of a connection whose TLS stands; `timeout_s` bounds a
+        handshake."""
         self._loop = loop
         self._tls = tls
-        self._let_through = let_through
+        self._make_protocol = make_protocol
         self._timeout_s = timeout_s
         self._arrivals: dict[asyncio.Task[None], _Arrival] = {}
         self._complaints = RateLimitedLog(_log)
 
     @property
     def waiting_count(self) -> int:
-        """Connections on their way through."""
+        """Count of connections in their TLS handshake."""
         return len(self._arrivals)
 
     async def aclose(self) -> None:
-        """Drop the connections on their way through. Idempotent."""
+        """Drop the connections in their TLS handshake. Idempotent."""
         tasks = list(self._arrivals)
         while self._arrivals:
             self.drop_oldest()
@@ -64,40 +65,38 @@ class Gate:
             await asyncio.wait(tasks, timeout=self._timeout_s)
 
     def drop_oldest(self) -> None:
-        """Drop the connection that has been on its way for longest, if any is."""
+        """Drop the connection whose handshake began first, if there is one."""
         for task, arrival in self._arrivals.items():
             del self._arrivals[task]
             arrival.drop(task)
             return
 
     def admit(self, sock: socket.socket) -> None:
-        """Begin with a connection; its socket is the gate's from now on."""
+        """Begin the handshake of a connection. The gate owns its socket from now on."""
         if len(self._arrivals) >= MAX_WAITING_COUNT:
             self.drop_oldest()
         arrival = _Arrival(sock)
-        task = self._loop.create_task(self._pass(arrival))
+        task = self._loop.create_task(self._do_handshake(arrival))
         self._arrivals[task] = arrival
-        task.add_done_callback(self._forget)
+        task.add_done_callback(lambda done: self._arrivals.pop(done, None))
         task.add_done_callback(lambda _: arrival.close())
 
-    def _forget(self, task: asyncio.Task[None]) -> None:
-        self._arrivals.pop(task, None)
-
-    async def _pass(self, arrival: _Arrival) -> None:
+    async def _do_handshake(self, arrival: _Arrival) -> None:
         give_up_at = self._loop.time() + self._timeout_s
         try:
             async with asyncio.timeout_at(give_up_at):
                 first = await self._first_byte(arrival.sock)
             if first == _TLS_RECORD:
                 await self._loop.connect_accepted_socket(
-                    self._let_through,
+                    self._make_protocol,
                     arrival.hand_over(),
                     ssl=self._tls.current(),
                     ssl_handshake_timeout=max(give_up_at - self._loop.time(), _LEAST_S),
                 )
             elif first and not asks_for_life(arrival.sock):
                 self._note(arrival, "it does not speak TLS: set DYN_TCP_TLS there")
-                turn_away(arrival.hand_over(), _tls_only())
+                text = "the worker speaks TLS only: set DYN_TCP_TLS=on and DYN_TCP_TLS_CA on this side, too"
+                refuse_socket(arrival.hand_over(), AuthenticationFailed(text))
         except TimeoutError:
             self._note(arrival, f"it says nothing for {self._timeout_s} s")
         except ConnectionError as exc:
@@ -107,7 +106,8 @@ class Gate:
             self._note(arrival, explain(exc))
 
     async def _first_byte(self, sock: socket.socket) -> bytes:
-        """The first byte, which stays in the socket; none if the peer closes. Raises OSError."""
+        """Wait for the first byte, and return it without removing it; empty if the peer closes. Raises
+        OSError."""
         readable = self._loop.create_future()
         self._loop.add_reader(sock, _set, readable)
         try:
@@ -121,42 +121,36 @@ class Gate:
 
 
 class _Arrival:
-    """A connection on its way through. Its socket is closed here, unless it has been handed over."""
+    """A connection in its TLS handshake. Its socket is closed here, unless it has been handed over."""
 
-    __slots__ = ("_is_mine", "peer", "sock")
+    __slots__ = ("_owns_socket", "peer", "sock")
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
-        self.peer = "somebody"
-        self._is_mine = True
+        self.peer = "a caller"
+        self._owns_socket = True
         with suppress(OSError):
             self.peer = format_address(*sock.getpeername()[:2])
 
     def hand_over(self) -> socket.socket:
-        """The socket, for somebody who closes it."""
-        self._is_mine = False
+        """Return the socket to code that closes it from now on."""
+        self._owns_socket = False
         return self.sock
 
     def drop(self, task: asyncio.Task[None]) -> None:
-        """End what the task does with it."""
-        if self._is_mine:
+        """End the handshake."""
+        if self._owns_socket:
             task.cancel()
         else:
-            # The event loop learns it from the socket. Cancelled in the turn in which TLS stands, asyncio
-            # closes the connection without a word to the protocol that has it already.
+            # The event loop notices it by the socket. If the task were cancelled in the turn in which TLS
+            # stands, asyncio would close the connection without telling the protocol that has it already.
             with suppress(OSError):
                 self.sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Close the socket. Idempotent."""
-        if self._is_mine:
+        if self._owns_socket:
             self.sock.close()
-
-
-def _tls_only() -> AuthenticationFailed:
-    return AuthenticationFailed(
-        "the worker speaks TLS only: set DYN_TCP_TLS=on and DYN_TCP_TLS_CA on this side, too"
-    )
 
 
 def _set(done: asyncio.Future[None]) -> None:

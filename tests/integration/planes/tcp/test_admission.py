@@ -1,11 +1,11 @@
-"""Who runs, who waits and who is refused at a full worker, as callers see it. A client is a connection."""
+"""Requests that run, wait or are refused at a full worker, as callers see it. A client is a connection."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from typing import Any
@@ -20,9 +20,7 @@ from dynamo_redis.planes.tcp.admission import RESERVED_COUNT
 from dynamo_redis.planes.tcp.client import TcpClient
 from dynamo_redis.planes.tcp.response_stream import TcpResponseStream
 from dynamo_redis.planes.tcp.server import TcpServer
-
-SECRET = b"a secret of the instance, random"
-INSTANCE = 7
+from tests.tcp_plane import INSTANCE, SECRET, eventually
 
 
 class Worker:
@@ -83,7 +81,7 @@ class Caller:
         return self.answers[-1]
 
     async def outcomes(self) -> Counter[Any]:
-        """How the requests ended: the answer, or the error's type."""
+        """Count the ends of the requests: an answer, or the error's type."""
         return Counter(
             end if isinstance(end, str) else type(end) for end in await asyncio.gather(*self.answers)
         )
@@ -94,13 +92,6 @@ async def _answer(stream: TcpResponseStream) -> str | Exception:
         return str(await anext(stream))
     except Exception as exc:  # noqa: BLE001 - the test looks at it
         return exc
-
-
-async def eventually(condition: Callable[[], bool], within_s: float = 20.0) -> None:
-    deadline = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come true"
-        await asyncio.sleep(0)
 
 
 @asynccontextmanager
@@ -127,7 +118,7 @@ async def working(callers: int, **overrides: Any) -> AsyncIterator[tuple[Worker,
 # --------------------------------------------------------------------------- turns
 
 
-async def test_a_flood_delays_another_caller_by_one_turn_and_loses_nothing() -> None:
+async def test_flood_delays_another_caller_by_one_turn() -> None:
     async with working(2, max_in_flight_count=4, max_queued_count=5000) as (worker, [flood, modest]):
         flood.ask("flood", 5000)
         await worker.has(5000)
@@ -155,7 +146,7 @@ async def test_fifty_callers_are_served_in_rounds() -> None:
         while worker.server.admission.waiting_count:
             await worker.finish_one()
             served[worker.started[-1]] += 1
-            assert max(served.values()) - min(served.values()) <= 2, "somebody was passed over"
+            assert max(served.values()) - min(served.values()) <= 2, "a caller was passed over"
         assert set(served.values()) == {10}
 
 
@@ -175,7 +166,7 @@ async def test_one_callers_requests_start_in_their_order() -> None:
 # --------------------------------------------------------------------------- a full queue
 
 
-async def test_the_most_crowded_caller_makes_room_and_the_bound_is_exact() -> None:
+async def test_most_crowded_caller_makes_room() -> None:
     async with working(4, max_in_flight_count=2, max_queued_count=12) as (worker, [flood, *others]):
         for number in range(14):
             flood.ask(f"flood {number}")
@@ -210,7 +201,7 @@ async def test_who_has_most_is_refused_itself() -> None:
         assert await modest.outcomes() == {"modest": 1}
 
 
-async def test_a_worker_without_a_queue_refuses_at_once() -> None:
+async def test_worker_without_a_queue_refuses_at_once() -> None:
     async with working(2, max_in_flight_count=1, max_queued_count=0) as (worker, [first, second]):
         first.ask("first")
         await worker.has(1)
@@ -220,7 +211,7 @@ async def test_a_worker_without_a_queue_refuses_at_once() -> None:
 
 
 @pytest.mark.parametrize("ending", ["cancelled", "deadline", "connection"])
-async def test_a_waiting_request_that_ends_frees_its_place(ending: str) -> None:
+async def test_waiting_request_that_ends_frees_its_place(ending: str) -> None:
     async with working(3, max_in_flight_count=1, max_queued_count=1) as (worker, [first, second, third]):
         first.ask("first")
         await worker.has(1)
@@ -247,7 +238,7 @@ async def test_a_waiting_request_that_ends_frees_its_place(ending: str) -> None:
 # --------------------------------------------------------------------------- the hint
 
 
-async def test_the_hint_says_how_long_the_queue_takes() -> None:
+async def test_hint_says_how_long_the_queue_takes() -> None:
     """Against a worker of a known pace: what it says is what it then takes, give or take."""
     settings = PlaneSettings.load(tcp_host="127.0.0.1", max_in_flight_count=2, max_queued_count=60)
     server = TcpServer(settings, secret=SECRET, instance_id=INSTANCE)

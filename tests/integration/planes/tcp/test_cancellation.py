@@ -18,9 +18,7 @@ from dynamo_redis.wire.codec import pack
 from dynamo_redis.wire.handshake import ClientHandshake
 from tests.fuzz.peer import Peer
 from tests.fuzz.session import reset
-
-SECRET = b"a secret of the instance, random"
-INSTANCE = 7
+from tests.tcp_plane import INSTANCE, SECRET
 
 
 class Turns:
@@ -93,7 +91,7 @@ async def ask(server: TcpServer, watched: Watched, headers: dict[str, Any] | Non
 @pytest.mark.parametrize(
     ("news", "strength"), [("stop", "stop"), ("kill", "kill"), ("FIN", "kill"), ("RST", "kill")]
 )
-async def test_the_context_knows_in_the_turn_in_which_the_news_arrives(
+async def test_context_knows_in_the_turn_in_which_the_news_arrives(
     server: TcpServer, turns: Turns, monkeypatch: pytest.MonkeyPatch, news: str, strength: Strength
 ) -> None:
     arrived: list[int] = []
@@ -126,7 +124,7 @@ async def test_the_context_knows_in_the_turn_in_which_the_news_arrives(
     await peer.close()
 
 
-async def test_the_context_knows_in_the_turn_after_its_deadline(server: TcpServer, turns: Turns) -> None:
+async def test_context_knows_in_the_turn_after_its_deadline(server: TcpServer, turns: Turns) -> None:
     watched = Watched(turns)
     peer = await ask(server, watched, {"deadline_ms": 50})
     time.sleep(0.1)  # the deadline passes while the event loop is busy with something else

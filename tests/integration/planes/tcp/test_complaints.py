@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -18,9 +17,7 @@ from dynamo_redis.planes.context import Context
 from dynamo_redis.planes.tcp import server as tcp_server
 from dynamo_redis.planes.tcp.client import TcpClient
 from dynamo_redis.planes.tcp.server import TcpServer
-
-SECRET = b"a secret of the instance, random"
-INSTANCE = 7
+from tests.tcp_plane import INSTANCE, SECRET, eventually
 
 
 @asynccontextmanager
@@ -59,16 +56,9 @@ async def refusal(client: TcpClient, where: Target, request: object = "") -> Pla
     return caught.value
 
 
-async def eventually(condition: Callable[[], object], within_s: float = 20) -> None:
-    deadline = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come true"
-        await asyncio.sleep(0.005)
-
-
 @pytest.fixture
 def complaints(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
-    """What an operator sees of it who leaves the level as it is."""
+    """The warnings that an operator sees at the default log level."""
     caplog.set_level(logging.INFO)
 
     def said() -> list[str]:
@@ -118,9 +108,7 @@ async def test_connections_past_the_limit(complaints: Callable[[], list[str]]) -
 
 
 @pytest.mark.parametrize("secret", [b"another secret, of another worker", None])
-async def test_a_caller_with_another_secret(
-    complaints: Callable[[], list[str]], secret: bytes | None
-) -> None:
+async def test_caller_with_another_secret(complaints: Callable[[], list[str]], secret: bytes | None) -> None:
     async with serving() as server, calling() as client:
         assert isinstance(await refusal(client, target(server, secret)), AuthenticationFailed)
         await eventually(complaints)
@@ -130,7 +118,7 @@ async def test_a_caller_with_another_secret(
     assert SECRET.decode() not in line
 
 
-async def test_a_caller_that_looks_for_another_instance(complaints: Callable[[], list[str]]) -> None:
+async def test_caller_that_looks_for_another_instance(complaints: Callable[[], list[str]]) -> None:
     async with serving() as server, calling() as client:
         assert isinstance(await refusal(client, target(server, instance_id=8)), AuthenticationFailed)
     [line] = complaints()
@@ -158,7 +146,7 @@ async def test_somebody_who_speaks_something_else_or_nothing(
 async def test_connections_in_their_handshake_past_the_limit(
     complaints: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tcp_server, "MAX_SHAKING_COUNT", 2)
+    monkeypatch.setattr(tcp_server, "MAX_HANDSHAKE_COUNT", 2)
     async with serving() as server:
         host, _, port = server.address.rpartition(":")
         idle = [await asyncio.open_connection(host, int(port)) for _ in range(3)]

@@ -21,9 +21,8 @@ from dynamo_redis.wire.handshake import ClientHandshake, ServerHandshake
 from tests.fuzz.peer import Peer
 from tests.fuzz.session import reset, soon
 from tests.fuzz.watch import Newcomers, complaints
+from tests.tcp_plane import INSTANCE, SECRET
 
-SECRET = b"a secret of the instance, random"
-INSTANCE = 7
 WINDOW = 10
 LARGE_BYTES = 200_000
 
@@ -49,17 +48,17 @@ async def nothing(_: Peer) -> None:
 
 
 async def amid_hello(peer: Peer) -> None:
-    peer.send(ClientHandshake(SECRET, WINDOW, INSTANCE).begin()[:20])
+    peer.send(ClientHandshake(SECRET, WINDOW, INSTANCE).first_message()[:20])
 
 
 async def after_hello(peer: Peer) -> None:
-    peer.send(ClientHandshake(SECRET, WINDOW, INSTANCE).begin())
+    peer.send(ClientHandshake(SECRET, WINDOW, INSTANCE).first_message())
     assert await peer.reader.read(4096)
 
 
 async def amid_proof(peer: Peer) -> None:
     handshake = ClientHandshake(SECRET, WINDOW, INSTANCE)
-    peer.send(handshake.begin())
+    peer.send(handshake.first_message())
     proof, _ = handshake.feed(memoryview(await peer.reader.read(4096)))
     peer.send(proof[:10])
 
@@ -144,7 +143,7 @@ async def server() -> AsyncIterator[TcpServer]:
 
 
 @pytest.mark.parametrize("point", CALLER_POINTS, ids=lambda point: point.__name__)
-async def test_a_caller_that_goes_leaves_nothing_at_the_server(server: TcpServer, point: Point) -> None:
+async def test_caller_that_goes_leaves_nothing_at_the_server(server: TcpServer, point: Point) -> None:
     host, port = server.address.rsplit(":", 1)
     with complaints():
         for way in LEAVE:
@@ -156,7 +155,7 @@ async def test_a_caller_that_goes_leaves_nothing_at_the_server(server: TcpServer
             await peer.close()
 
 
-async def test_a_server_that_closes_while_callers_arrive_keeps_nothing() -> None:
+async def test_server_that_closes_while_callers_arrive_keeps_nothing() -> None:
     new = Newcomers()
     with complaints():
         for turns in range(8):
@@ -171,7 +170,7 @@ async def _close_after(turns: int) -> None:
     peers = [Peer(*await asyncio.open_connection(host, int(port))) for _ in range(5)]
     deadline = asyncio.get_running_loop().time() + 2  # before the handshake's own time is over
     for peer in peers:
-        peer.send(ClientHandshake(SECRET, WINDOW, INSTANCE).begin())
+        peer.send(ClientHandshake(SECRET, WINDOW, INSTANCE).first_message())
     for _ in range(turns):
         await asyncio.sleep(0)
     await server.aclose()
@@ -251,7 +250,7 @@ async def _messages() -> AsyncIterator[int]:
 
 
 @pytest.mark.parametrize("point", WORKER_POINTS, ids=lambda point: point.__name__)
-async def test_a_worker_that_goes_ends_its_requests_as_retryable(point: Point) -> None:
+async def test_worker_that_goes_ends_its_requests_as_retryable(point: Point) -> None:
     with complaints():
         for way in LEAVE:
             for error in await _ends_when(point, way):
@@ -260,7 +259,7 @@ async def test_a_worker_that_goes_ends_its_requests_as_retryable(point: Point) -
 
 
 async def _ends_when(point: Point, way: str) -> list[PlaneError | None]:
-    """How three requests end at a worker that goes at that point."""
+    """Return the ends of three requests at a worker that leaves at that point."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         peer = Peer(reader, writer)

@@ -20,8 +20,8 @@ from dynamo_redis.planes.base import Target
 from dynamo_redis.planes.context import Context
 from dynamo_redis.planes.tcp.client import TcpClient
 from dynamo_redis.planes.tcp.server import TcpServer
+from tests.tcp_plane import SECRET
 
-SECRET = b"a secret of the instance, random"
 COUNT = 100
 
 
@@ -139,7 +139,7 @@ async def caller() -> AsyncIterator[Caller]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_request_leaves_nothing_to_the_collector(caller: Caller, kind: str) -> None:
+async def test_request_leaves_nothing_to_the_collector(caller: Caller, kind: str) -> None:
     ask = KINDS[kind]
 
     async def several(count: int) -> None:

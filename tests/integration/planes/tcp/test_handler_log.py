@@ -1,4 +1,4 @@
-"""What the log says of handlers that raise."""
+"""Log lines about handlers that raise."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from dynamo_redis.planes.context import Context
 from dynamo_redis.planes.tcp import server_request
 from dynamo_redis.planes.tcp.client import TcpClient
 from dynamo_redis.planes.tcp.server import TcpServer
+from tests.tcp_plane import INSTANCE, SECRET
 
-SECRET = b"a secret of the instance, random"
-INSTANCE = 7
 _EMPTY: dict[str, Any] = {}
 
 

@@ -14,7 +14,8 @@ from dynamo_redis.planes.base import Target
 from dynamo_redis.planes.context import Context
 from dynamo_redis.planes.tcp.client import TcpClient
 from dynamo_redis.planes.tcp.server import TcpServer
-from tests.integration.planes.tcp.test_plane import INSTANCE, SECRET, eventually, running_server, settings
+from tests.integration.planes.tcp.test_plane import running_server, settings
+from tests.tcp_plane import INSTANCE, SECRET, eventually
 
 said: contextvars.ContextVar[str] = contextvars.ContextVar("said", default="nothing")
 

@@ -1,9 +1,8 @@
-"""The handshake over real connections, with somebody in between who changes what is said."""
+"""The handshake over real connections, with a relay in between that changes messages."""
 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -17,8 +16,8 @@ from dynamo_redis.planes.base import Target
 from dynamo_redis.planes.context import Context
 from dynamo_redis.planes.tcp.client import TcpClient
 from dynamo_redis.planes.tcp.server import TcpServer
+from tests.tcp_plane import SECRET, eventually
 
-SECRET = b"a secret of the instance, random"
 INSTANCE = 0x694D98147D54BFDE
 
 Change = Callable[[str, bytes], bytes]
@@ -92,13 +91,6 @@ async def between() -> AsyncIterator[tuple[Between, TcpServer, Callable[[], Any]
         await server.aclose()
 
 
-async def eventually(condition: Callable[[], bool], within_s: float = 10.0) -> None:
-    deadline = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come true"
-        await asyncio.sleep(0.005)
-
-
 # Where the fields begin in a HELLO: length, the array's head, "DYNR", version, features, window, id, nonce.
 HELLO = {"length": 1, "head": 2, "magic": 4, "version": 8, "features": 9, "window": 10, "id": 18, "nonce": 30}
 FIELDS = [
@@ -127,7 +119,7 @@ def flip(side: str, which: int, at: int) -> Change:
     return change
 
 
-async def test_a_changed_byte_of_any_field_ends_the_connection_and_no_request_gets_through() -> None:
+async def test_changed_byte_of_any_field_ends_the_connection() -> None:
     async with between() as (relay, _, call):
         assert await call() == ["hi"]
         for side, which, at, field in FIELDS:
@@ -155,7 +147,7 @@ async def test_what_was_said_before_proves_nothing_to_either_side() -> None:
         assert type(caught.value) in (AuthenticationFailed, CannotConnect)
 
 
-async def test_the_clients_own_words_sent_back_prove_nothing() -> None:
+async def test_clients_own_words_sent_back_prove_nothing() -> None:
     async with between() as (relay, _, call):
         relay.change = lambda name, data: relay.said["client"][0] if name == "server" else data
         with pytest.raises(CannotConnect, match="does not speak this protocol"):

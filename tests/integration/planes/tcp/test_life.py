@@ -22,7 +22,7 @@ from dynamo_redis.planes.tcp.life_signs import ask_for_life
 from dynamo_redis.planes.tcp.server import TcpServer
 from dynamo_redis.wire.handshake import ClientHandshake, is_life_answer, life_question
 from tests.certificates import Authority
-from tests.integration.planes.tcp.test_plane import INSTANCE, SECRET
+from tests.tcp_plane import INSTANCE, SECRET
 
 NONCE = bytes(32)
 R = TypeVar("R")
@@ -87,7 +87,7 @@ async def test_connection_made_meanwhile_is_served_afterwards(tmp_path: Path) ->
     async with running(False, tmp_path) as (server, settings):
         host, port = server.address.rsplit(":", 1)
         with socket.create_connection((host, int(port)), timeout=60) as caller:
-            caller.sendall(ClientHandshake(SECRET, 10, INSTANCE).begin())
+            caller.sendall(ClientHandshake(SECRET, 10, INSTANCE).first_message())
             answer = while_the_loop_is_busy(lambda: exchange(server, life_question(INSTANCE, NONCE)))
             assert is_life_answer(answer, SECRET, INSTANCE, NONCE)
             caller.setblocking(False)
@@ -129,7 +129,7 @@ async def test_silent_callers_do_not_keep_the_thread_from_answering(tmp_path: Pa
 
 
 def answered_beside(server: TcpServer, silent_count: int) -> bool:
-    """Whether a question is answered while so many callers say nothing."""
+    """Return whether a question is answered while `silent_count` callers send nothing."""
     host, port = server.address.rsplit(":", 1)
     with ExitStack() as silent:
         for _ in range(silent_count):

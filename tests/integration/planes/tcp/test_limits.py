@@ -19,9 +19,8 @@ from dynamo_redis.wire import frame
 from dynamo_redis.wire.codec import MAX_FRAME_BYTES, MAX_HEADERS_BYTES, MAX_INLINE_BYTES, pack
 from dynamo_redis.wire.handshake import ClientHandshake, ServerHandshake
 from tests.fuzz.peer import Heard, Peer
+from tests.tcp_plane import INSTANCE, SECRET
 
-SECRET = b"a secret of the instance, random"
-INSTANCE = 7
 WINDOW = 10
 KIB = 1024
 LIMIT_BYTES = 300 * KIB
@@ -60,14 +59,14 @@ async def client() -> AsyncIterator[TcpClient]:
 
 
 @pytest.mark.parametrize("size", ["5GiB", "4GiB", str(2**32)])
-def test_a_limit_that_the_wire_does_not_carry_is_refused(size: str) -> None:
+def test_limit_that_the_wire_does_not_carry_is_refused(size: str) -> None:
     with pytest.raises(
         ConfigError, match=rf"DYN_TCP_MAX_MESSAGE_SIZE='{size}': must be at most 4 GiB - 1 byte"
     ):
         PlaneSettings.load(max_message_bytes=size)
 
 
-async def test_the_largest_limit_is_the_largest_size_that_may_be_announced(server: TcpServer) -> None:
+async def test_largest_limit_is_the_largest_announced_size(server: TcpServer) -> None:
     assert PlaneSettings.load(max_message_bytes=2**32 - 1).max_message_bytes == 2**32 - 1
     host, port = server.address.rsplit(":", 1)
     for size_bytes, is_one in ((2**32 - 1, True), (2**32, False)):
@@ -182,7 +181,7 @@ async def connected(server: TcpServer) -> AsyncIterator[tuple[Peer, Heard]]:
 
 
 @pytest.mark.parametrize("pieces", [1, 3])
-async def test_a_frame_at_its_limit_to_the_server(server: TcpServer, pieces: int) -> None:
+async def test_frame_at_its_limit_to_the_server(server: TcpServer, pieces: int) -> None:
     for difference in AROUND:
         async with connected(server) as (peer, heard):
             heard.expect([[frame.OPEN, 1, "nowhere"]])
@@ -193,7 +192,7 @@ async def test_a_frame_at_its_limit_to_the_server(server: TcpServer, pieces: int
 
 
 @pytest.mark.parametrize("pieces", [1, 3])
-async def test_a_frame_at_its_limit_to_the_client(client: TcpClient, pieces: int) -> None:
+async def test_frame_at_its_limit_to_the_client(client: TcpClient, pieces: int) -> None:
     for difference in AROUND:
         goes_on: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
 
@@ -218,7 +217,7 @@ async def test_a_frame_at_its_limit_to_the_client(client: TcpClient, pieces: int
         await listener.wait_closed()
 
 
-async def test_the_last_stream_id_is_served_and_no_id_after_it(server: TcpServer) -> None:
+async def test_last_stream_id_is_served_and_no_id_after_it(server: TcpServer) -> None:
     for beyond in (1, frame.MAX_STREAM_ID, frame.MAX_STREAM_ID + 1, 2**63):
         async with connected(server) as (peer, heard):
             heard.expect([[frame.OPEN, frame.MAX_STREAM_ID, "echo"]])

@@ -19,17 +19,15 @@ from dynamo_redis.wire.handshake import ServerHandshake
 from dynamo_redis.wire.session import ClientStream
 from faults.proxy import BLACK_HOLE, Proxy
 from tests.integration.planes.tcp.test_memory import (
-    INSTANCE,
     MIB,
-    SECRET,
     WINDOW,
     BareServer,
     called_by_client,
-    eventually,
     only_connection,
     serving,
     settings,
 )
+from tests.tcp_plane import INSTANCE, SECRET, eventually
 
 
 async def ask(client: TcpClient, target: Target, request: Any = 1) -> list[Any]:

@@ -1,10 +1,9 @@
-"""What one peer, or many, can make the other side hold: nothing without a bound, nothing for ever."""
+"""The memory that peers can make the other side hold is bounded, and freed."""
 
 from __future__ import annotations
 
 import asyncio
 import socket
-import time
 import tracemalloc
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -26,22 +25,14 @@ from dynamo_redis.planes.tcp.server import TcpServer
 from dynamo_redis.wire import frame
 from dynamo_redis.wire.codec import pack
 from dynamo_redis.wire.handshake import ClientHandshake, ServerHandshake
+from tests.tcp_plane import INSTANCE, SECRET, eventually
 
-SECRET = b"a secret of the instance, random"
-INSTANCE = 7
 KIB, MIB = 1 << 10, 1 << 20
 WINDOW = 20
 
 
 def settings(**overrides: Any) -> PlaneSettings:
     return PlaneSettings.load(tcp_host="127.0.0.1", channel_buffer_count=WINDOW, **overrides)
-
-
-async def eventually(condition: Callable[[], bool], within_s: float = 20.0) -> None:
-    deadline = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come true"
-        await asyncio.sleep(0.005)
 
 
 # --------------------------------------------------------------------------- a server and bare callers
@@ -124,7 +115,7 @@ async def calling(
     await asyncio.get_running_loop().sock_connect(sock, (host, int(port)))
     peer = BareCaller(*await asyncio.open_connection(sock=sock))
     handshake = ClientHandshake(SECRET, WINDOW, INSTANCE)
-    peer.send(handshake.begin())
+    peer.send(handshake.first_message())
     while handshake.server is None:
         answer, _ = handshake.feed(memoryview(await peer.reader.read(4096)))
         peer.send(answer + with_proof if answer else b"")
@@ -153,7 +144,7 @@ UNFINISHED = {
 
 @pytest.mark.parametrize("unfinished", UNFINISHED.values(), ids=UNFINISHED)
 @pytest.mark.parametrize("with_proof", [False, True])
-async def test_a_caller_that_stops_within_a_frame_is_told_and_dropped(
+async def test_caller_that_stops_within_a_frame_is_told_and_dropped(
     unfinished: bytes, with_proof: bool
 ) -> None:
     async with (
@@ -167,7 +158,7 @@ async def test_a_caller_that_stops_within_a_frame_is_told_and_dropped(
 
 
 @pytest.mark.parametrize("kind", ["frame", "payload"])
-async def test_a_caller_that_trickles_is_dropped_though_it_is_never_silent(kind: str) -> None:
+async def test_trickling_caller_is_dropped(kind: str) -> None:
     async with serving(keepalive_interval_s=0.1) as server, calling(server) as peer:
         peer.send(
             pack([frame.OPEN, 1, "echo", 0, None, "x" * 60_000])[:100]
@@ -201,7 +192,7 @@ async def test_slow_is_not_stuck() -> None:
             await peer.reader.readexactly(answer[2] - peer.drop_buffered())
 
 
-async def test_a_connection_without_requests_or_half_a_frame_is_left_alone() -> None:
+async def test_idle_connection_is_kept() -> None:
     async with serving(keepalive_interval_s=0.02) as server, calling(server) as peer:
         peer.send([frame.PING, 0, 1])
         assert await peer.receive() == [frame.PONG, 0, 1]
@@ -235,7 +226,7 @@ async def test_large_requests_are_bounded_together() -> None:
         assert (stream_id, code) == (4, "overloaded")
         assert "DYN_TCP_MAX_PAYLOAD_BYTES_IN_FLIGHT" in message
         assert details["retry_after_ms"] > 0
-        assert await peer.receive_kind(frame.LAST) == [frame.LAST, 5, "small"]  # nobody else is concerned
+        assert await peer.receive_kind(frame.LAST) == [frame.LAST, 5, "small"]  # no other stream is concerned
         peer.send([frame.CANCEL, 1, 2])
         await eventually(lambda: server.payload_bytes == 2 * MIB)
         peer.send(open_raw(6, "echo", MIB), bytes(MIB))
@@ -243,7 +234,7 @@ async def test_large_requests_are_bounded_together() -> None:
         await eventually(lambda: server.payload_bytes == 2 * MIB)
 
 
-async def test_a_caller_that_takes_all_it_gets_leaves_room_for_others() -> None:
+async def test_caller_that_takes_all_it_gets_leaves_room_for_others() -> None:
     async with serving(max_payload_in_flight_bytes=12 * MIB) as server, AsyncExitStack() as stack:
         greedy, second, third = [await stack.enter_async_context(calling(server)) for _ in range(3)]
         for peer, share in ((greedy, 6), (second, 3), (third, 2)):
@@ -257,7 +248,7 @@ async def test_a_caller_that_takes_all_it_gets_leaves_room_for_others() -> None:
         await eventually(lambda: server.payload_bytes == 6 * MIB)
 
 
-async def test_what_is_only_announced_counts_before_there_is_memory_for_it() -> None:
+async def test_announced_payload_counts_before_its_bytes_come() -> None:
     async with serving() as server, AsyncExitStack() as stack:
         before = psutil.Process().memory_info().rss
         peers = [await stack.enter_async_context(calling(server)) for _ in range(34)]
@@ -273,7 +264,7 @@ async def test_what_is_only_announced_counts_before_there_is_memory_for_it() -> 
         await eventually(lambda: server.payload_bytes == 0)
 
 
-async def test_a_large_payload_is_in_memory_once_a_side() -> None:
+async def test_large_payload_is_in_memory_once_a_side() -> None:
     """The request is the caller's; of the echo, the worker holds one copy, and the caller gets one."""
     content = bytes(32 * MIB)
     async with serving() as server:
@@ -292,7 +283,7 @@ async def test_a_large_payload_is_in_memory_once_a_side() -> None:
         await client.aclose()
 
 
-async def test_one_payload_that_would_never_fit_passes_when_it_is_alone() -> None:
+async def test_payload_over_the_budget_passes_alone() -> None:
     async with serving(max_payload_in_flight_bytes=MIB) as server, calling(server) as peer:
         for stream_id in (1, 2):
             peer.send(open_raw(stream_id, "hold", 2 * MIB), bytes(2 * MIB))
@@ -301,7 +292,7 @@ async def test_one_payload_that_would_never_fit_passes_when_it_is_alone() -> Non
 
 
 @pytest.mark.parametrize("queued_count", [0, 1])
-async def test_a_large_request_that_waits_or_is_refused_counts_no_longer_than_it_is_there(
+async def test_waiting_or_refused_large_request_frees_its_bytes(
     queued_count: int,
 ) -> None:
     async with (
@@ -346,7 +337,7 @@ def unsent_bytes(server: TcpServer) -> int:
 
 
 async def ask_for_large_answers(server: TcpServer, peer: BareCaller, count: int) -> None:
-    """So many answers of 1 MiB are made at once, and the connection takes no more."""
+    """Have `count` answers of 1 MiB made at once, until the connection takes no more."""
     made = asyncio.Event()
 
     async def answer(_: Any, __: Context) -> bytes:
@@ -401,7 +392,7 @@ async def test_answers_to_a_flood_are_bounded_when_nobody_reads_them(flood: Call
         assert len(connection.streams) <= 1
 
 
-async def test_a_caller_cannot_open_more_streams_than_may_run_or_wait() -> None:
+async def test_caller_cannot_open_more_streams_than_may_run_or_wait() -> None:
     async with serving(max_in_flight_count=10, max_queued_count=20) as server, calling(server) as peer:
         for stream_id in range(1, 2001):
             peer.send([frame.OPEN, stream_id, "hold", 0, None, None])
@@ -411,7 +402,7 @@ async def test_a_caller_cannot_open_more_streams_than_may_run_or_wait() -> None:
         assert sorted(connection.streams) == list(range(1, 31))
 
 
-async def test_a_connection_that_was_closed_lets_go_of_what_nobody_reads(
+async def test_closed_connection_frees_unread_payloads(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(tcp_connection, "_LINGER_S", 0.1)
@@ -507,7 +498,7 @@ async def test_large_items_of_a_stream_that_has_ended_are_dropped() -> None:
         assert client.payload_bytes == 0
 
 
-async def test_a_server_that_announces_and_stops_is_given_up() -> None:
+async def test_server_that_announces_and_stops_is_given_up() -> None:
     async with called_by_client(keepalive_interval_s=0.1) as (client, target, server):
         stream = client.open(target, None, Context())
         server.send([frame.LAST_RAW, 1, 32 * MIB, 1], b"x")
@@ -517,7 +508,7 @@ async def test_a_server_that_announces_and_stops_is_given_up() -> None:
         assert client.payload_bytes == 0
 
 
-async def test_a_server_that_asks_and_does_not_read_gets_no_heap_of_answers() -> None:
+async def test_pongs_do_not_pile_up_for_a_server_that_does_not_read() -> None:
     async with called_by_client(keepalive_interval_s=30.0) as (client, target, server):
         streams = [client.open(target, None, Context()) for _ in range(2)]
         connection = only_connection(client)
@@ -529,7 +520,7 @@ async def test_a_server_that_asks_and_does_not_read_gets_no_heap_of_answers() ->
         assert await server.receive_kind(frame.PONG) == [frame.PONG, 0, 1000]
 
 
-async def test_credit_waits_for_a_server_that_does_not_read_and_is_not_lost() -> None:
+async def test_credit_waits_for_a_server_that_does_not_read() -> None:
     async with called_by_client(keepalive_interval_s=30.0) as (client, target, server):
         stream = client.open(target, None, Context())
         connection = only_connection(client)

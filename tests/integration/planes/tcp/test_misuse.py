@@ -1,4 +1,4 @@
-"""What nobody should send or raise: it is the request's affair, or a typed end of the connection."""
+"""Misuse by a handler, caller or peer ends the request, or the connection with a typed error."""
 
 from __future__ import annotations
 
@@ -31,9 +31,8 @@ from dynamo_redis.wire.handshake import ClientHandshake, ServerHandshake
 from tests.fuzz.peer import Heard, Peer
 from tests.fuzz.session import soon
 from tests.fuzz.watch import complaints
+from tests.tcp_plane import INSTANCE, SECRET
 
-SECRET = b"a secret of the instance, random"
-INSTANCE = 7
 NESTED = b"\x91" * 1000 + b"\xc0"
 
 
@@ -128,7 +127,7 @@ async def test_parked_request_spoils_no_neighbour(server: TcpServer, client: Tcp
 
 
 @pytest.mark.parametrize("make", [GeneratorExit, Rude, lambda: BaseExceptionGroup("several", [Rude()])])
-async def test_a_handler_that_raises_what_is_no_exception(
+async def test_handler_that_raises_what_is_no_exception(
     server: TcpServer, client: TcpClient, make: Callable[[], BaseException]
 ) -> None:
     async def handler(_: Any, __: Context) -> None:
@@ -144,7 +143,7 @@ async def test_a_handler_that_raises_what_is_no_exception(
 
 
 @pytest.mark.parametrize("retry_after_s", [float("inf"), float("nan"), -1.0, 1e300])
-async def test_a_handler_that_gives_no_sensible_hint(
+async def test_handler_that_gives_no_sensible_hint(
     server: TcpServer, client: TcpClient, retry_after_s: float
 ) -> None:
     async def handler(_: Any, __: Context) -> None:
@@ -171,7 +170,7 @@ async def test_a_handler_that_gives_no_sensible_hint(
         (None, None),
     ],
 )
-async def test_a_worker_that_gives_no_sensible_hint(
+async def test_worker_that_gives_no_sensible_hint(
     client: TcpClient, retry_after_ms: object, retry_after_s: float | None
 ) -> None:
     async def serve(peer: Peer) -> None:
@@ -187,7 +186,7 @@ async def test_a_worker_that_gives_no_sensible_hint(
 
 
 @pytest.mark.parametrize("deadline", [1e18, 1e300, sys.float_info.max])
-async def test_a_deadline_that_nobody_will_see(server: TcpServer, client: TcpClient, deadline: float) -> None:
+async def test_deadline_that_nobody_will_see(server: TcpServer, client: TcpClient, deadline: float) -> None:
     async def left(_: Any, context: Context) -> float | None:
         return context.remaining_s()
 
@@ -201,13 +200,13 @@ async def test_a_deadline_that_nobody_will_see(server: TcpServer, client: TcpCli
             await anext(client.open(target, None, Context(deadline=-math.inf)))
 
 
-def test_a_deadline_that_is_no_number() -> None:
+def test_deadline_that_is_no_number() -> None:
     with pytest.raises(ValueError, match="a deadline must be a number"):
         Context(deadline=math.nan)
 
 
 @pytest.mark.parametrize("size_bytes", [5_000, 1 << 20])
-async def test_a_payload_of_nested_heads_is_its_streams_affair(server: TcpServer, size_bytes: int) -> None:
+async def test_payload_of_nested_heads_is_its_streams_affair(server: TcpServer, size_bytes: int) -> None:
     async def echo(request: Any, _: Context) -> Any:
         return request
 
@@ -234,9 +233,7 @@ async def test_a_payload_of_nested_heads_is_its_streams_affair(server: TcpServer
         b"\x93\x0d\x00" + NESTED,
     ],
 )
-async def test_frames_with_nested_fields_end_the_connection_as_a_violation(
-    client: TcpClient, nested: bytes
-) -> None:
+async def test_frames_with_nested_fields_are_violations(client: TcpClient, nested: bytes) -> None:
     async def serve(peer: Peer) -> None:
         peer.send(nested)
         await peer.until_closed()

@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -27,7 +28,7 @@ from dynamo_redis.errors import (
     PlaneError,
     ProtocolViolation,
 )
-from dynamo_redis.planes.base import Handler, Target
+from dynamo_redis.planes.base import Target
 from dynamo_redis.planes.context import Context
 from dynamo_redis.planes.tcp.client import TcpClient
 from dynamo_redis.planes.tcp.connection import SILENT_S
@@ -44,10 +45,13 @@ from dynamo_redis.wire.session import (
     ClientStream,
     ServerStream,
 )
+from tests import tcp_plane
+from tests.tcp_plane import INSTANCE, SECRET, eventually
 
-SECRET = b"a secret of the instance, random"
-INSTANCE = 7
 WINDOW = 20
+SMALL: dict[str, Any] = {"channel_buffer_count": WINDOW, "cancel_grace_s": 0}
+running_server = partial(tcp_plane.running_server, **SMALL)
+running_client = partial(tcp_plane.running_client, **SMALL)
 
 
 class RawPeer:
@@ -60,7 +64,7 @@ class RawPeer:
 
     async def shake(self, handshake: ClientHandshake | ServerHandshake) -> None:
         if isinstance(handshake, ClientHandshake):
-            self.writer.write(handshake.begin())
+            self.writer.write(handshake.first_message())
         while not (handshake.server if isinstance(handshake, ClientHandshake) else handshake.done):
             data = await self.reader.read(4096)
             if not data:
@@ -94,7 +98,7 @@ class RawPeer:
         return None
 
     async def is_alive(self) -> bool:
-        """Whether the other side still answers. Frames before the PONG are dropped."""
+        """Return whether the other side answers a PING. Frames before the PONG are dropped."""
         self.send([frame.PING, 0, 99])
         return bool(await self.receive_kind(frame.PONG))
 
@@ -110,43 +114,7 @@ class RawPeer:
 
 
 def settings(**overrides: Any) -> PlaneSettings:
-    return PlaneSettings.load(**{"channel_buffer_count": WINDOW, "cancel_grace_s": 0, **overrides})
-
-
-@asynccontextmanager
-async def running_server(**overrides: Any) -> AsyncIterator[TcpServer]:
-    made = TcpServer(settings(**overrides), secret=SECRET, instance_id=INSTANCE)
-    await made.start()
-
-    async def echo(request: Any, _: Context) -> Any:
-        return request
-
-    async def wait(_: Any, context: Context) -> AsyncIterator[int]:
-        yield 1
-        await context.async_killed_or_stopped()
-        yield 2
-
-    async def hang(_: Any, __: Context) -> None:
-        await asyncio.sleep(60)
-
-    async def total(messages: Any, context: Context) -> int:
-        count = len([message async for message in messages])
-        await context.async_killed_or_stopped()
-        return count
-
-    async def unread(_: Any, context: Context) -> None:
-        await context.async_killed_or_stopped()
-
-    singles: dict[str, Handler] = {"echo": echo, "wait": wait, "hang": hang}
-    streams: dict[str, Handler] = {"total": total, "unread": unread}
-    for name, handler in singles.items():
-        made.register(name, handler)
-    for name, handler in streams.items():
-        made.register(name, handler, request_stream=True)
-    try:
-        yield made
-    finally:
-        await made.aclose()
+    return PlaneSettings.load(**{**SMALL, **overrides})
 
 
 @pytest.fixture
@@ -169,13 +137,6 @@ async def raw_client(server: TcpServer, *, shake: bool = True) -> AsyncIterator[
 
 def open_frame(stream_id: int, subject: str, request: Any = None, flags: int = 0) -> list[Any]:
     return [frame.OPEN, stream_id, subject, flags, None, request]
-
-
-async def eventually(condition: Callable[[], bool], within_s: float = 3.0) -> None:
-    deadline = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come true"
-        await asyncio.sleep(0.005)
 
 
 # --------------------------------------------------------------------------- the server, frame by frame
@@ -215,7 +176,7 @@ async def reach_server_state(peer: RawPeer, state: ServerStream) -> None:
 
 
 @pytest.mark.parametrize("state", list(ServerStream))
-async def test_the_server_takes_exactly_what_its_table_allows(server: TcpServer, state: ServerStream) -> None:
+async def test_server_takes_exactly_what_its_table_allows(server: TcpServer, state: ServerStream) -> None:
     for kind, example in EXAMPLES.items():
         async with raw_client(server) as peer:
             await reach_server_state(peer, state)
@@ -384,7 +345,7 @@ async def test_streams_that_bring_items_turn_after_turn_share_frames(
             assert await peer.receive() == [frame.DATA, stream_id, 0]
 
 
-async def test_a_request_that_keeps_quiet_is_accepted_within_a_second(server: TcpServer) -> None:
+async def test_request_that_keeps_quiet_is_accepted_within_a_second(server: TcpServer) -> None:
     async with raw_client(server) as peer:
         began = time.monotonic()
         peer.send(open_frame(1, "hang"))
@@ -394,7 +355,7 @@ async def test_a_request_that_keeps_quiet_is_accepted_within_a_second(server: Tc
         await eventually(lambda: server.in_flight_count == 0)
 
 
-async def test_a_request_that_answers_at_once_is_not_accepted_separately(server: TcpServer) -> None:
+async def test_immediate_answer_needs_no_accept(server: TcpServer) -> None:
     async with raw_client(server) as peer:
         peer.send(open_frame(1, "wait"))
         assert await peer.receive() == [frame.DATA, 1, 1]
@@ -404,7 +365,7 @@ async def test_a_request_that_answers_at_once_is_not_accepted_separately(server:
         assert await peer.receive() == [frame.LAST, 1, 2]
 
 
-async def test_the_end_rides_on_the_last_frame(server: TcpServer) -> None:
+async def test_end_rides_on_the_last_frame(server: TcpServer) -> None:
     async def burst(request: int, _: Context) -> AsyncIterator[int]:
         for number in range(request):
             yield number
@@ -419,7 +380,7 @@ async def test_the_end_rides_on_the_last_frame(server: TcpServer) -> None:
 
 
 @pytest.mark.parametrize("leave", ["close", "abort", "half-close"])
-async def test_a_caller_that_vanishes_cancels_its_handlers_at_once(server: TcpServer, leave: str) -> None:
+async def test_caller_that_vanishes_cancels_its_handlers_at_once(server: TcpServer, leave: str) -> None:
     async with raw_client(server) as peer:
         peer.send(*(open_frame(number, "hang") for number in range(1, 51)))
         await eventually(lambda: server.in_flight_count == 50)
@@ -433,7 +394,7 @@ async def test_a_caller_that_vanishes_cancels_its_handlers_at_once(server: TcpSe
         await eventually(lambda: server.connection_count == 0, 0.5)
 
 
-async def test_a_drain_waits_for_what_is_on_its_way(server: TcpServer) -> None:
+async def test_drain_waits_for_what_is_on_its_way(server: TcpServer) -> None:
     """Nothing of it is left to write here: the caller says with its PONG when it has read it."""
     may_answer = asyncio.Event()
 
@@ -456,7 +417,7 @@ async def test_a_drain_waits_for_what_is_on_its_way(server: TcpServer) -> None:
         await asyncio.wait_for(draining, 10)
 
 
-async def test_a_caller_that_reads_nothing_is_read_from_no_more(server: TcpServer) -> None:
+async def test_caller_that_reads_nothing_is_read_from_no_more(server: TcpServer) -> None:
     async with raw_client(server) as peer, raw_client(server) as other:
         sent, request = 0, pack(open_frame(0, "echo", b"x" * 60_000))
         head = len(pack([frame.OPEN]))
@@ -476,24 +437,24 @@ async def test_a_caller_that_reads_nothing_is_read_from_no_more(server: TcpServe
 # --------------------------------------------------------------------------- the server's door
 
 
-async def test_a_handshake_that_never_ends_is_ended() -> None:
+async def test_handshake_that_never_ends_is_ended() -> None:
     async with running_server(connect_timeout_s=0.2) as server:
         async with raw_client(server, shake=False) as peer:
-            hello = ClientHandshake(SECRET, WINDOW, INSTANCE).begin()
+            hello = ClientHandshake(SECRET, WINDOW, INSTANCE).first_message()
             for byte in hello[:-1]:
                 peer.writer.write(bytes((byte,)))
             await peer.reader.read()
         async with raw_client(server, shake=False) as peer:
-            peer.writer.write(ClientHandshake(SECRET, WINDOW, INSTANCE).begin())
+            peer.writer.write(ClientHandshake(SECRET, WINDOW, INSTANCE).first_message())
             await peer.reader.read()
         await eventually(lambda: server.connection_count == 0)
 
 
-async def test_a_recorded_handshake_cannot_be_replayed(server: TcpServer) -> None:
+async def test_recorded_handshake_cannot_be_replayed(server: TcpServer) -> None:
     recorded: list[bytes] = []
     async with raw_client(server, shake=False) as peer:
         handshake = ClientHandshake(SECRET, WINDOW, INSTANCE)
-        recorded.append(handshake.begin())
+        recorded.append(handshake.first_message())
         peer.writer.write(recorded[0])
         proof, _ = handshake.feed(memoryview(await peer.reader.read(4096)))
         recorded.append(proof)
@@ -528,7 +489,7 @@ async def test_connections_are_bounded() -> None:
             assert await peer.is_alive()
 
 
-async def test_an_explicit_port_in_use_is_a_clear_error(server: TcpServer) -> None:
+async def test_explicit_port_in_use_is_a_clear_error(server: TcpServer) -> None:
     port = int(server.address.rsplit(":", 1)[1])
     second = TcpServer(settings(tcp_host="127.0.0.1", tcp_port=port), secret=SECRET, instance_id=8)
     with pytest.raises(ConfigError, match=f"DYN_TCP_RPC_PORT={port}: 127.0.0.1:{port} is in use"):
@@ -549,7 +510,7 @@ async def test_ipv6() -> None:
         pytest.skip("no IPv6 loopback here")
 
 
-async def test_the_advertised_address_is_what_the_settings_say() -> None:
+async def test_advertised_address_is_what_the_settings_say() -> None:
     async with running_server(tcp_advertise_host="worker.example", tcp_advertise_port=1234) as server:
         assert server.address == "worker.example:1234"
 
@@ -587,17 +548,8 @@ async def raw_server(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-@asynccontextmanager
-async def running_client(**overrides: Any) -> AsyncIterator[TcpClient]:
-    client = TcpClient(settings(**overrides))
-    try:
-        yield client
-    finally:
-        await client.aclose()
-
-
 async def items_of(stream: TcpResponseStream) -> tuple[list[Any], Exception | None]:
-    """What arrives, and how it ends."""
+    """Return the items of a stream, and the error that ends it."""
     items: list[Any] = []
     try:
         while True:
@@ -609,7 +561,7 @@ async def items_of(stream: TcpResponseStream) -> tuple[list[Any], Exception | No
 
 
 @pytest.mark.parametrize(("state", "kind"), list(product(ClientStream, EXAMPLES)))
-async def test_the_client_takes_exactly_what_its_table_allows(state: ClientStream, kind: int) -> None:
+async def test_client_takes_exactly_what_its_table_allows(state: ClientStream, kind: int) -> None:
     verdict: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
 
     async def serve(peer: RawPeer) -> None:
@@ -671,7 +623,7 @@ async def test_malformed_frames_end_the_requests_with_the_reason(malformed: Any)
 
 
 @pytest.mark.parametrize("example", OPTIONAL_EXAMPLES)
-async def test_the_client_skips_unknown_optional_frames(example: list[Any]) -> None:
+async def test_client_skips_unknown_optional_frames(example: list[Any]) -> None:
     async def serve(peer: RawPeer) -> None:
         await peer.receive()
         peer.send(example, [frame.LAST, 1, "hi"])
@@ -681,7 +633,7 @@ async def test_the_client_skips_unknown_optional_frames(example: list[Any]) -> N
         assert await items_of(client.open(target, None, Context())) == (["hi"], None)
 
 
-async def test_a_server_that_sends_past_the_window_is_cut_off() -> None:
+async def test_server_that_sends_past_the_window_is_cut_off() -> None:
     async def serve(peer: RawPeer) -> None:
         await peer.receive()
         for number in range(WINDOW + 2):
@@ -709,7 +661,7 @@ async def test_credit_comes_back_as_items_are_read() -> None:
         assert await items_of(client.open(target, None, Context())) == (list(range(WINDOW)), None)
 
 
-async def test_a_connection_cut_in_mid_stream_delivers_what_came_and_is_retryable() -> None:
+async def test_cut_connection_delivers_received_items() -> None:
     async def serve(peer: RawPeer) -> None:
         await peer.receive()
         peer.send([frame.BATCH, 1, ["a", "b"]], b"\x93\x02\x01")
@@ -722,7 +674,7 @@ async def test_a_connection_cut_in_mid_stream_delivers_what_came_and_is_retryabl
         assert error.retryable
 
 
-async def test_a_request_that_is_not_accepted_in_time() -> None:
+async def test_request_that_is_not_accepted_in_time() -> None:
     async def serve(peer: RawPeer) -> None:
         while (received := await peer.receive(10)) is not None:
             if received[0] == frame.PING:
@@ -738,7 +690,7 @@ async def test_a_request_that_is_not_accepted_in_time() -> None:
         assert 0.5 < time.monotonic() - began < 8
 
 
-async def test_an_accepted_request_may_take_as_long_as_it_likes() -> None:
+async def test_accepted_request_may_take_as_long_as_it_likes() -> None:
     async def serve(peer: RawPeer) -> None:
         await peer.receive()
         peer.send([frame.ACCEPT, 1])
@@ -750,7 +702,7 @@ async def test_an_accepted_request_may_take_as_long_as_it_likes() -> None:
         assert await items_of(client.open(target, None, Context())) == (["late"], None)
 
 
-async def test_a_server_that_does_not_shake_hands() -> None:
+async def test_server_that_does_not_shake_hands() -> None:
     async def serve(peer: RawPeer) -> None:
         await peer.reader.read()
 
@@ -762,7 +714,7 @@ async def test_a_server_that_does_not_shake_hands() -> None:
 
 
 @pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\x00", b"", b"\x00\x05hello"])
-async def test_a_server_that_speaks_something_else(answer: bytes) -> None:
+async def test_server_that_speaks_something_else(answer: bytes) -> None:
     async def serve(peer: RawPeer) -> None:
         await peer.reader.read(10)
         peer.writer.write(answer)
@@ -772,14 +724,14 @@ async def test_a_server_that_speaks_something_else(answer: bytes) -> None:
         assert isinstance(error, ProtocolViolation | CannotConnect)
 
 
-async def test_an_address_that_is_none() -> None:
+async def test_address_that_is_none() -> None:
     async with running_client() as client:
         for address in ("nowhere", "::1:80", "127.0.0.1:x", "127.0.0.1:99999", ":80"):
             _, error = await items_of(client.open(Target(1, address, "test", SECRET), None, Context()))
             assert isinstance(error, CannotConnect), address
 
 
-async def test_goaway_sends_new_requests_elsewhere_and_lets_the_rest_finish() -> None:
+async def test_goaway_diverts_new_requests_and_finishes_the_rest() -> None:
     async def serve(peer: RawPeer) -> None:
         await peer.receive()
         peer.send([frame.GOAWAY, 0, "draining", "bye"])
@@ -807,7 +759,7 @@ async def test_stream_ids_that_run_out_open_another_connection(
         assert client.connection_count <= 1
 
 
-async def test_a_worker_restarted_on_its_port_with_a_new_secret(server: TcpServer) -> None:
+async def test_worker_restarted_on_its_port_with_a_new_secret(server: TcpServer) -> None:
     async with running_client() as client:
         old = Target(INSTANCE, server.address, "echo", SECRET)
         assert await items_of(client.open(old, 1, Context())) == ([1], None)
@@ -827,7 +779,7 @@ async def test_a_worker_restarted_on_its_port_with_a_new_secret(server: TcpServe
         await second.aclose()
 
 
-async def test_a_refusal_at_the_door_reaches_all_who_wait() -> None:
+async def test_refusal_at_the_door_reaches_all_who_wait() -> None:
     async with (
         running_server(max_connections_count=1) as server,
         raw_client(server),
@@ -841,7 +793,7 @@ async def test_a_refusal_at_the_door_reaches_all_who_wait() -> None:
 # --------------------------------------------------------------------------- keepalive
 
 
-async def test_a_silent_peer_is_probed_and_given_up() -> None:
+async def test_silent_peer_is_probed_and_given_up() -> None:
     frames: list[Any] = []
 
     async def serve(peer: RawPeer) -> None:
@@ -860,7 +812,7 @@ async def test_a_silent_peer_is_probed_and_given_up() -> None:
         assert frame.PING in [received[0] for received in frames]
 
 
-async def test_a_peer_that_answers_probes_is_kept() -> None:
+async def test_peer_that_answers_probes_is_kept() -> None:
     async def serve(peer: RawPeer) -> None:
         await peer.receive()
         for _ in range(5):
@@ -874,7 +826,7 @@ async def test_a_peer_that_answers_probes_is_kept() -> None:
         assert await items_of(client.open(target, None, Context())) == (["still here"], None)
 
 
-async def test_the_server_gives_up_a_silent_caller() -> None:
+async def test_server_gives_up_a_silent_caller() -> None:
     async with running_server(keepalive_interval_s=0.2) as server, raw_client(server) as peer:
         peer.send(open_frame(1, "hang"))
         await eventually(lambda: server.in_flight_count == 1)
@@ -882,7 +834,7 @@ async def test_the_server_gives_up_a_silent_caller() -> None:
         assert await peer.receive_kind(frame.PING) is not None
 
 
-async def test_a_slow_upload_is_told_that_it_is_being_read() -> None:
+async def test_slow_upload_is_told_that_it_is_being_read() -> None:
     async with running_server(keepalive_interval_s=0.1) as server, raw_client(server) as peer:
         size = 200_000
         peer.send([frame.OPEN_RAW, 1, "echo", 0, None, size, 1])

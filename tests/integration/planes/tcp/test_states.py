@@ -27,9 +27,8 @@ from dynamo_redis.wire.handshake import ClientHandshake, ServerHandshake
 from dynamo_redis.wire.session import KILL, OPEN_STREAMING
 from tests.fuzz.peer import Heard, Peer
 from tests.fuzz.session import soon
+from tests.tcp_plane import INSTANCE, SECRET
 
-SECRET: Final = b"a secret of the instance, random"
-INSTANCE: Final = 7
 DOCUMENT: Final = (Path(__file__).parents[4] / "docs" / "wire-protocol.md").read_text()
 WINDOW: Final = 10
 
@@ -38,19 +37,19 @@ class State(Enum):
     """A connection, as the side sees it that a frame comes to."""
 
     NEW = "nothing was heard yet"
-    SHAKING = "HELLOs were exchanged; the client's proof is missing"
-    OPEN = "shaken"
-    DRAINING = "the server has said GOAWAY draining, and a request is under way"
-    CLOSING = "GOAWAY with another code was said or heard"
+    HANDSHAKE = "HELLOs were exchanged; the client's proof is missing"
+    OPEN = "the handshake is done"
+    DRAINING = "the server has sent GOAWAY draining, and a request is under way"
+    CLOSING = "GOAWAY with another code was sent or received"
 
 
 class Outcome(Enum):
-    """What comes of a frame."""
+    """The effect of a frame on the connection."""
 
     GOES_ON = "the connection answers a PING"
     REFUSED = "a REFUSAL, and the end"
     VIOLATION = "GOAWAY protocol_violation, and the end"
-    ENDS = "the end, without a word"
+    ENDS = "the end, without a frame"
 
 
 FRAMES: Final[dict[str, list[Any] | bytes]] = {
@@ -111,10 +110,10 @@ EXACT: Final = frozenset(
 
 
 def of_server(state: State, name: str) -> Outcome:
-    """What a server does: one request (stream 1, complete) is under way wherever a connection is shaken."""
+    """Return the effect at a server. After the handshake one request (stream 1, complete) is under way."""
     if state is State.NEW:
         return Outcome.REFUSED
-    if state is State.SHAKING:
+    if state is State.HANDSHAKE:
         return Outcome.VIOLATION
     if state is State.CLOSING or name in FAREWELLS or name == "a short GOAWAY":
         return Outcome.ENDS
@@ -122,7 +121,7 @@ def of_server(state: State, name: str) -> Outcome:
 
 
 def of_client(state: State, name: str) -> Outcome:
-    """What a client does: one request (stream 1) is under way."""
+    """Return the effect at a client. One request (stream 1) is under way."""
     if state in (State.NEW, State.CLOSING):
         return Outcome.ENDS
     if name in FAREWELLS - {"GOAWAY draining"}:
@@ -134,7 +133,7 @@ def of_client(state: State, name: str) -> Outcome:
 
 
 def with_later_fields(name: str, expected: Outcome) -> Outcome:
-    """What comes of a frame that has more fields than the table of the page."""
+    """Return the effect of a frame that has more fields than the table of the page."""
     return Outcome.VIOLATION if name.split()[0] in EXACT and expected is Outcome.GOES_ON else expected
 
 
@@ -146,7 +145,7 @@ def encoded(name: str, *later_fields: str) -> bytes:
 
 
 async def outcome(peer: Peer, *, by_server: bool) -> Outcome:
-    """What the other side does now."""
+    """Return the effect that the other side shows now."""
     heard = Heard(by_server=by_server, checks_streams=False)
     try:
         if await peer.answer_to_ping(heard):
@@ -182,8 +181,8 @@ async def serving() -> AsyncIterator[TcpServer]:
 async def reach(server: TcpServer, peer: Peer, state: State) -> None:
     """Bring the server's side of a connection into a state."""
     handshake = ClientHandshake(SECRET, WINDOW, INSTANCE)
-    if state is State.SHAKING:
-        peer.send(handshake.begin())
+    if state is State.HANDSHAKE:
+        peer.send(handshake.first_message())
         assert await peer.reader.read(4096)
     elif state is not State.NEW:
         await peer.shake(handshake)
@@ -194,7 +193,7 @@ async def reach(server: TcpServer, peer: Peer, state: State) -> None:
 
 
 @pytest.mark.parametrize("state", State)
-async def test_the_server_in_every_state(state: State) -> None:
+async def test_server_in_every_state(state: State) -> None:
     async with serving() as server:
         draining: asyncio.Task[None] | None = None
         host, port = server.address.rsplit(":", 1)
@@ -251,7 +250,7 @@ async def _check_server(server: TcpServer, peer: Peer, state: State, name: str) 
 
 
 @pytest.mark.parametrize("state", [State.NEW, State.OPEN, State.DRAINING, State.CLOSING])
-async def test_the_client_in_every_state(state: State) -> None:
+async def test_client_in_every_state(state: State) -> None:
     for name in FRAMES:
         expected = of_client(state, name)
         assert await _client_takes(state, encoded(name), expected) is expected, (state, name)
@@ -267,7 +266,7 @@ async def test_what_a_later_release_may_add_for_the_client() -> None:
 
 
 async def _client_takes(state: State, said: bytes, expected: Outcome) -> Outcome:
-    """What a client with one request under way does with a frame."""
+    """Return the effect of a frame at a client with one request under way."""
     verdict: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -12,14 +12,13 @@ import ssl
 import time
 from asyncio.subprocess import DEVNULL
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dynamo_redis.config import PlaneSettings
 from dynamo_redis.errors import AuthenticationFailed, CannotConnect, Overloaded, PlaneError
 from dynamo_redis.planes.base import Target
 from dynamo_redis.planes.context import Context
@@ -31,10 +30,9 @@ from dynamo_redis.wire import frame
 from dynamo_redis.wire.codec import pack, unpack
 from dynamo_redis.wire.handshake import ClientHandshake
 from faults.proxy import GOOD, STALL, Proxy
+from tests import tcp_plane
 from tests.certificates import Authority, Identity
-
-SECRET = b"a secret of the instance, random"
-INSTANCE = 7
+from tests.tcp_plane import INSTANCE, SECRET, eventually
 
 
 @pytest.fixture(scope="module", params=["uvloop", "asyncio"])
@@ -54,34 +52,12 @@ def always_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tls, "LOOK_S", 0.0)
 
 
-@asynccontextmanager
-async def running_server(chosen: dict[str, Any]) -> AsyncIterator[TcpServer]:
-    made = TcpServer(PlaneSettings.load(tcp_host="127.0.0.1", **chosen), secret=SECRET, instance_id=INSTANCE)
-
-    async def echo(request: Any, _: Context) -> Any:
-        return request
-
-    async def count(request: int, context: Context) -> AsyncIterator[int]:
-        for number in range(request):
-            yield number
-        await context.async_killed_or_stopped()
-
-    made.register("echo", echo)
-    made.register("count", count)
-    await made.start()
-    try:
-        yield made
-    finally:
-        await made.aclose()
+def running_server(chosen: dict[str, Any]) -> AbstractAsyncContextManager[TcpServer]:
+    return tcp_plane.running_server(**chosen)
 
 
-@asynccontextmanager
-async def running_client(chosen: dict[str, Any]) -> AsyncIterator[TcpClient]:
-    made = TcpClient(PlaneSettings.load(**{"connect_timeout_s": 30, **chosen}))
-    try:
-        yield made
-    finally:
-        await made.aclose()
+def running_client(chosen: dict[str, Any]) -> AbstractAsyncContextManager[TcpClient]:
+    return tcp_plane.running_client(**{"connect_timeout_s": 30, **chosen})
 
 
 def target(server: TcpServer, subject: str = "echo", *, mark: str | None = None) -> Target:
@@ -103,13 +79,6 @@ async def refusal(client: TcpClient, where: Target, kind: type[PlaneError], mess
     assert caught.value.retryable
     assert time.monotonic() - began < 15, "a time-out, and not an answer"
     assert client.connection_count == 0
-
-
-async def eventually(condition: Callable[[], bool], within_s: float = 10.0) -> None:
-    deadline = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come true"
-        await asyncio.sleep(0.005)
 
 
 def host_and_port(server: TcpServer) -> tuple[str, int]:
@@ -151,7 +120,7 @@ async def test_requests_and_large_payloads_both_ways(authority: Authority, mode:
         await eventually(lambda: server.in_flight_count == 0)
 
 
-async def test_a_caller_without_a_certificate_where_workers_do_not_ask(authority: Authority) -> None:
+async def test_caller_without_a_certificate_where_workers_do_not_ask(authority: Authority) -> None:
     async with (
         running_server(authority.settings(authority.issue())) as server,
         running_client(authority.settings()) as client,
@@ -159,7 +128,7 @@ async def test_a_caller_without_a_certificate_where_workers_do_not_ask(authority
         assert await ask(client, target(server), "hi") == "hi"
 
 
-async def test_the_kernel_looks_after_connections_over_tls_too(authority: Authority) -> None:
+async def test_kernel_looks_after_connections_over_tls_too(authority: Authority) -> None:
     chosen = authority.settings(authority.issue())
     async with running_server(chosen) as server, running_client(chosen) as client:
         await ask(client, target(server))
@@ -169,7 +138,7 @@ async def test_the_kernel_looks_after_connections_over_tls_too(authority: Author
         assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
-async def test_a_drain_over_tls_lets_the_answer_finish(authority: Authority) -> None:
+async def test_drain_over_tls_lets_the_answer_finish(authority: Authority) -> None:
     chosen = authority.settings(authority.issue(), "mutual")
     async with running_server(chosen) as server, running_client(chosen) as client:
         may_end = asyncio.Event()
@@ -193,7 +162,7 @@ async def test_a_drain_over_tls_lets_the_answer_finish(authority: Authority) -> 
 # --------------------------------------------------------------------------- who is not let in
 
 
-async def test_a_worker_of_another_authority(authority: Authority, tmp_path: Path) -> None:
+async def test_worker_of_another_authority(authority: Authority, tmp_path: Path) -> None:
     stranger = Authority(tmp_path, "stranger")
     async with (
         running_server(stranger.settings(stranger.issue())) as server,
@@ -204,7 +173,7 @@ async def test_a_worker_of_another_authority(authority: Authority, tmp_path: Pat
         )
 
 
-async def test_a_worker_whose_certificate_is_for_another_address(authority: Authority) -> None:
+async def test_worker_whose_certificate_is_for_another_address(authority: Authority) -> None:
     async with running_server(authority.settings(authority.issue("10.1.1.1", "worker.example"))) as server:
         async with running_client(authority.settings()) as client:
             await refusal(client, target(server), CannotConnect, "does not name the address that was dialled")
@@ -216,7 +185,7 @@ async def test_a_worker_whose_certificate_is_for_another_address(authority: Auth
                     await refusal(client, target(server), CannotConnect, "does not name the host")
 
 
-async def test_a_worker_whose_certificate_has_expired(authority: Authority) -> None:
+async def test_worker_whose_certificate_has_expired(authority: Authority) -> None:
     """It had one that was good when it started."""
     old = authority.issue(is_expired=True)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -229,7 +198,7 @@ async def test_a_worker_whose_certificate_has_expired(authority: Authority) -> N
 
 
 @pytest.mark.parametrize("presents", ["nothing", "another authority's", "expired", "a worker's TLS 1.2"])
-async def test_a_caller_that_is_not_let_in(
+async def test_caller_that_is_not_let_in(
     authority: Authority, tmp_path: Path, presents: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -244,7 +213,7 @@ async def test_a_caller_that_is_not_let_in(
         answered = b""
         try:
             reader, writer = await asyncio.open_connection(*host_and_port(server), ssl=context)
-            writer.write(ClientHandshake(SECRET, 10, INSTANCE).begin())
+            writer.write(ClientHandshake(SECRET, 10, INSTANCE).first_message())
             answered = await reader.read()
             writer.transport.abort()
         except OSError:
@@ -262,7 +231,7 @@ async def test_a_caller_that_is_not_let_in(
     assert expected in record.message
 
 
-async def test_a_refused_caller_is_told_where_to_look(authority: Authority, tmp_path: Path) -> None:
+async def test_refused_caller_is_told_where_to_look(authority: Authority, tmp_path: Path) -> None:
     stranger = Authority(tmp_path, "stranger")
     chosen = authority.settings(stranger.issue(), "mutual")
     async with (
@@ -273,7 +242,7 @@ async def test_a_refused_caller_is_told_where_to_look(authority: Authority, tmp_
         await refusal(client, target(server), CannotConnect, message)
 
 
-async def test_a_caller_in_the_clear_at_a_worker_that_speaks_tls(authority: Authority) -> None:
+async def test_caller_in_the_clear_at_a_worker_that_speaks_tls(authority: Authority) -> None:
     async with (
         running_server(authority.settings(authority.issue())) as server,
         running_client({}) as client,
@@ -286,7 +255,7 @@ async def test_a_caller_in_the_clear_at_a_worker_that_speaks_tls(authority: Auth
         assert server.connection_count == 0
 
 
-async def test_a_caller_that_speaks_tls_at_a_worker_in_the_clear(authority: Authority) -> None:
+async def test_caller_that_speaks_tls_at_a_worker_in_the_clear(authority: Authority) -> None:
     async with running_server({}) as server, running_client(authority.settings()) as client:
         await refusal(client, target(server), CannotConnect, "it does not speak TLS.* set it there")
         await refusal(
@@ -294,14 +263,14 @@ async def test_a_caller_that_speaks_tls_at_a_worker_in_the_clear(authority: Auth
         )
 
 
-async def test_the_secret_is_proved_over_tls_as_well(authority: Authority) -> None:
+async def test_secret_is_proved_over_tls_as_well(authority: Authority) -> None:
     chosen = authority.settings(authority.issue(), "mutual")
     async with running_server(chosen) as server, running_client(chosen) as client:
         where = Target(INSTANCE, server.address, "echo", b"x" * 32)
         await refusal(client, where, AuthenticationFailed, "did not prove")
 
 
-async def test_the_certificates_that_the_page_makes(repository: Path, tmp_path: Path) -> None:
+async def test_certificates_that_the_page_makes(repository: Path, tmp_path: Path) -> None:
     page = (repository / "docs" / "tls.md").read_text()
     recipe = re.search(r"<!-- recipe: a test runs it -->\n```sh\n(.*?)```", page, re.DOTALL)
     assert recipe is not None
@@ -326,7 +295,7 @@ async def test_the_certificates_that_the_page_makes(repository: Path, tmp_path: 
 
 
 @pytest.mark.usefixtures("always_looks")
-async def test_a_worker_takes_up_a_new_certificate_and_drops_nobody(authority: Authority) -> None:
+async def test_worker_takes_up_a_new_certificate_and_drops_nobody(authority: Authority) -> None:
     ours, renewed = authority.issue(), authority.issue()
     async with (
         running_server(authority.settings(ours)) as server,
@@ -346,9 +315,7 @@ async def test_a_worker_takes_up_a_new_certificate_and_drops_nobody(authority: A
 
 
 @pytest.mark.usefixtures("always_looks")
-async def test_both_sides_change_to_another_authority_without_a_restart(
-    authority: Authority, tmp_path: Path
-) -> None:
+async def test_authority_changes_without_a_restart(authority: Authority, tmp_path: Path) -> None:
     """First both trust the old and the new, then each gets a certificate of the new, then the old goes."""
     worker, caller = authority.issue(), authority.issue()
     following = Authority(tmp_path, "next")
@@ -380,7 +347,7 @@ async def test_both_sides_change_to_another_authority_without_a_restart(
 # --------------------------------------------------------------------------- slow and broken handshakes
 
 
-async def test_a_tls_handshake_that_never_ends_is_ended(authority: Authority) -> None:
+async def test_tls_handshake_that_never_ends_is_ended(authority: Authority) -> None:
     chosen = authority.settings(authority.issue()) | {"connect_timeout_s": 0.2}
     async with running_server(chosen) as server:
         for opening in (b"", b"\x16", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"):
@@ -407,7 +374,7 @@ async def test_handshakes_under_way_are_bounded(
         await eventually(lambda: server.connection_count == 1)
 
 
-async def test_callers_that_do_not_shake_hands_leave_room_for_those_that_do(authority: Authority) -> None:
+async def test_unfinished_tls_handshakes_leave_room_for_callers(authority: Authority) -> None:
     chosen = authority.settings(authority.issue())
     async with (
         running_server(chosen | {"max_connections_count": 3}) as server,
@@ -421,7 +388,7 @@ async def test_callers_that_do_not_shake_hands_leave_room_for_those_that_do(auth
         await eventually(lambda: server.connection_count == 1)
 
 
-async def test_a_full_worker_says_so_over_tls(authority: Authority) -> None:
+async def test_full_worker_says_so_over_tls(authority: Authority) -> None:
     chosen = authority.settings(authority.issue(), "mutual")
     async with (
         running_server(chosen | {"max_connections_count": 1}) as server,
@@ -434,7 +401,7 @@ async def test_a_full_worker_says_so_over_tls(authority: Authority) -> None:
         await eventually(lambda: server.connection_count == 1)
 
 
-async def test_a_connection_dropped_in_the_turn_in_which_its_tls_stands_leaves_nothing(
+async def test_connection_dropped_as_its_tls_stands_leaves_nothing(
     authority: Authority, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server has it already, and the gate does not know that it is through."""
@@ -456,7 +423,7 @@ async def test_a_connection_dropped_in_the_turn_in_which_its_tls_stands_leaves_n
         assert await ask(client, target(server), "hi") == "hi"
 
 
-async def test_a_server_that_closes_drops_handshakes_under_way(authority: Authority) -> None:
+async def test_server_that_closes_drops_handshakes_under_way(authority: Authority) -> None:
     async with running_server(authority.settings(authority.issue())) as server:
         reader, writer = await asyncio.open_connection(*host_and_port(server))
         await eventually(lambda: server.connection_count == 1)
@@ -466,7 +433,7 @@ async def test_a_server_that_closes_drops_handshakes_under_way(authority: Author
         writer.transport.abort()
 
 
-async def test_a_recorded_connection_cannot_be_replayed(authority: Authority) -> None:
+async def test_recorded_connection_cannot_be_replayed(authority: Authority) -> None:
     caller = authority.issue()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.load_verify_locations(cafile=authority.path)
@@ -508,7 +475,7 @@ async def _call_by_hand(server: TcpServer, context: ssl.SSLContext) -> tuple[byt
 
     await exchange(secured.do_handshake)
     handshake = ClientHandshake(SECRET, 10, INSTANCE)
-    await exchange(lambda: secured.write(handshake.begin()))
+    await exchange(lambda: secured.write(handshake.first_message()))
     proof, _ = handshake.feed(memoryview(await exchange(lambda: secured.read(4096))))
     await exchange(lambda: secured.write(proof + pack([frame.OPEN, INSTANCE, "echo", 0, None, "hi"])))
     answered = await exchange(lambda: secured.read(4096))
@@ -570,8 +537,8 @@ async def test_unsent_answer_is_seen_and_arrives(authority: Authority) -> None:
             proxy.conditions = STALL
             return large
 
-        server.register("large", answer)
-        asking = asyncio.ensure_future(ask(client, replace(where, subject="large")))
+        server.register("stalling", answer)
+        asking = asyncio.ensure_future(ask(client, replace(where, subject="stalling")))
         await eventually(lambda: proxy.conditions is STALL and server.in_flight_count == 0)
         [connection] = server._connections
         assert connection.unsent_bytes > 4 << 20

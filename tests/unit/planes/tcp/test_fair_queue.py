@@ -66,11 +66,11 @@ def test_it_does_what_a_search_would(steps: list[tuple[str, str]]) -> None:
         assert queue.size == len(waiting)
         for asking in OWNERS:
             candidates = model.may_make_room(asking)
-            chosen = queue.to_make_room(asking)
+            chosen = queue.eviction_candidate(asking)
             assert chosen in candidates if candidates else chosen is None
 
 
-def test_an_owner_that_leaves_and_returns_waits_for_its_turn() -> None:
+def test_owner_that_leaves_and_returns_waits_for_its_turn() -> None:
     queue: FairQueue[str, int] = FairQueue()
     for number in range(4):
         queue.push("crowd", number)
@@ -84,10 +84,10 @@ def test_owners_of_the_same_length_take_no_place_from_each_other() -> None:
     queue: FairQueue[str, int] = FairQueue()
     queue.push("a", 1)
     queue.push("a", 2)
-    assert queue.to_make_room("b") == 2
+    assert queue.eviction_candidate("b") == 2
     queue.push("b", 3)
-    assert queue.to_make_room("b") is None
-    assert queue.to_make_room("a") is None
+    assert queue.eviction_candidate("b") is None
+    assert queue.eviction_candidate("a") is None
 
 
 def test_what_is_empty_holds_nothing() -> None:

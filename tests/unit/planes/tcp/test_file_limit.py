@@ -19,10 +19,10 @@ print(describe_file_limit())
     ("soft", "hard", "said"),
     [
         (100, 200, "RLIMIT_NOFILE is 100; `ulimit -n` raises it, up to 200"),
-        (200, 200, "RLIMIT_NOFILE is 200, the most that this process may have: what starts it raises it"),
+        (200, 200, "RLIMIT_NOFILE is 200, the most that this process may have: raise it where the"),
     ],
 )
-def test_the_file_limit_is_told_with_its_remedy(soft: int, hard: int, said: str) -> None:
+def test_file_limit_is_told_with_its_remedy(soft: int, hard: int, said: str) -> None:
     source = SOURCE.format(soft=soft, hard=hard)
     done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True)
     assert done.stdout.startswith(said)

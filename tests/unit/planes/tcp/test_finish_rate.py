@@ -1,4 +1,4 @@
-"""What a worker at its limit knows of its own pace."""
+"""The rate at which a full worker finishes requests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def test_it_knows_nothing_at_first() -> None:
     assert rate.per_s(100.1, 6) is None  # one request in 0.1 s says little
 
 
-def test_it_tells_the_pace_soon_when_many_finish_and_after_a_window_otherwise() -> None:
+def test_rate_is_known_after_many_requests_or_a_window() -> None:
     rate = FinishRate()
     rate.resume(100.0, 0)
     assert rate.per_s(100.1, 50) == pytest.approx(500)
@@ -23,7 +23,7 @@ def test_it_tells_the_pace_soon_when_many_finish_and_after_a_window_otherwise() 
     assert slow.per_s(101.0, 3) == pytest.approx(3)
 
 
-def test_a_server_that_stands_still_is_seen() -> None:
+def test_server_that_stands_still_is_seen() -> None:
     rate = FinishRate()
     rate.resume(100.0, 0)
     assert rate.per_s(101.0, 100) == pytest.approx(100)

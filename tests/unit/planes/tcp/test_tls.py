@@ -207,20 +207,20 @@ def test_both_sides_must_be_set_alike(
             dial_options(address, tls)
 
 
-def test_the_name_in_certificates_may_be_given(authority: Authority) -> None:
+def test_name_in_certificates_may_be_given(authority: Authority) -> None:
     settings = PlaneSettings.load(**authority.settings(), tcp_tls_server_name="worker.example")
     _, _, options = dial_options("[::1]:80+tls", make_tls(settings, "client"))
     assert options["server_hostname"] == "worker.example"
 
 
 @pytest.mark.parametrize("address", ["10.0.0.7:80+tls", "[::1]:80+mtls"])
-def test_a_release_that_knows_no_tls_refuses_the_address(address: str) -> None:
+def test_release_that_knows_no_tls_refuses_the_address(address: str) -> None:
     """It takes what follows the colon for the port, and so never speaks in the clear to a TLS worker."""
     with pytest.raises(ValueError, match="the port is not one of"):
         parse_address(address)
 
 
-def test_an_address_of_a_later_release(authority: Authority) -> None:
+def test_address_of_a_later_release(authority: Authority) -> None:
     with pytest.raises(ValueError, match="quic"):
         dial_options("10.0.0.7:80+quic", None)
 
@@ -233,7 +233,7 @@ def clock() -> HeldClock:
     return HeldClock()
 
 
-def test_a_changed_certificate_is_taken_up(authority: Authority, clock: HeldClock) -> None:
+def test_changed_certificate_is_taken_up(authority: Authority, clock: HeldClock) -> None:
     ours, next_one = authority.issue(), authority.issue()
     tls = TlsContext(PlaneSettings.load(**authority.settings(ours)), "server", clock)
     first, expected = tls.current(), der(next_one)
@@ -244,7 +244,7 @@ def test_a_changed_certificate_is_taken_up(authority: Authority, clock: HeldCloc
     assert tls.current() is tls.current()
 
 
-def test_a_mounted_secret_is_swapped_by_one_symbolic_link(
+def test_mounted_secret_is_swapped_by_one_symbolic_link(
     authority: Authority, clock: HeldClock, tmp_path: Path
 ) -> None:
     """As Kubernetes does it: `tls.crt` → `..data/tls.crt`, `..data` → a directory of the moment."""
@@ -304,7 +304,7 @@ def test_what_cannot_be_used_is_named_once_and_the_old_goes_on(
     assert shown_by(tls.current(), authority) == expected
 
 
-def test_a_certificate_refused_for_the_time_is_tried_again(authority: Authority, clock: HeldClock) -> None:
+def test_certificate_refused_for_the_time_is_tried_again(authority: Authority, clock: HeldClock) -> None:
     """It was made by a machine whose clock is ahead: the file stays as it is, the time comes."""
     tls = TlsContext(PlaneSettings.load(**authority.settings()), "client", clock)
     first = tls.current()
