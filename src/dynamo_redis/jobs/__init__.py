@@ -1,1 +1,1 @@
-"""Work that is done in a process of its own, one that may be killed."""
+"""Jobs in a separate process that may be killed."""

@@ -1,9 +1,9 @@
-"""The side of the event loop: jobs for a process of their own, one after the other.
+"""The event loop's side of jobs: runs them in a separate process, one after the other.
 
-The loop never waits for the process: it writes what the socket takes, and reads answers as they come. Jobs
-are written ahead of time, so that the process need not wait for the loop between two of them. The job that it
-works on has a time limit. Past it, or when the process ends by itself, that job fails, and those behind it go
-to a new process.
+The loop never blocks on the process: it writes when the socket has room, and reads answers as they arrive.
+Some jobs are written ahead, so that the process does not wait for the loop between two jobs. The job in
+progress has a time limit. When that has passed, or when the process ends by itself, the job fails, and the
+jobs after it go to a new process.
 """
 
 from __future__ import annotations
@@ -43,33 +43,33 @@ _KEPT_NAMES: Final = frozenset(
 
 
 class JobError(Exception):
-    """A job came to no answer."""
+    """Base: a job has no answer."""
 
 
 class JobOverrun(JobError):
-    """It ran for longer than it may."""
+    """The job ran longer than its time limit."""
 
 
 class JobDied(JobError):
-    """The process ended while it worked on the job: most often for want of memory."""
+    """The process ended during the job, mostly for lack of memory."""
 
 
 class NoProcess(JobError):
-    """No process can be started now."""
+    """The process could not be started."""
 
 
 class FirstJobRefused(JobError):
-    """The process started, but cannot do what it is for."""
+    """The process started, but its first job failed, so it is of no use."""
 
 
 class QueueFull(JobError):
-    """As many jobs wait as may."""
+    """The limit of waiting jobs is reached."""
 
 
 class Lane:
-    """Does jobs in a process of its own, which starts with a job, and ends after `idle_s` without one.
+    """Runs jobs in a separate process, which starts with the first job and ends after `idle_s` without one.
 
-    Owns a task while there is a process, which `aclose` ends.
+    While there is a process, a task of this class owns it; `aclose` ends both.
     """
 
     def __init__(
@@ -83,9 +83,16 @@ class Lane:
         first_job: bytes | None = None,
         check_first: Callable[[bytearray], None] = lambda _: None,
     ) -> None:
-        """`time_s` is the processor time of one job, as the process itself keeps it. Every process is told
-        `first_job` before others; `check_first` gets the answer, and raises FirstJobRefused. `ahead_count`
-        jobs are written before the first of them is answered; `queue_count` is the most that there are.
+        """Make a lane without a process.
+
+        Args:
+            command: Command line of the process.
+            time_s: Processor time of one job, which the process itself limits.
+            idle_s: Time without a job after which the process ends.
+            queue_count: Most jobs that wait or run.
+            ahead_count: Most jobs that are written and not yet answered.
+            first_job: Job that each process gets first.
+            check_first: Called with the answer to `first_job`; raises FirstJobRefused.
         """
         self._command = command
         self._limit_s = time_s * WALL_FACTOR
@@ -100,54 +107,48 @@ class Lane:
 
     @property
     def pid(self) -> int | None:
-        """The process's id, while one works."""
+        """Id of the process that takes jobs now, or None."""
         return None if self._process is None else self._process.popen.pid
 
     @property
     def is_running(self) -> bool:
-        """Whether a process is there, or about to be."""
+        """True while there is a process, or one is being started."""
         return self._running is not None and not self._running.done()
 
     @property
     def job_count(self) -> int:
-        """The number of jobs that wait or are worked on."""
+        """Number of jobs that wait or run."""
         return len(self._waiting) + (0 if self._process is None else len(self._process.sent))
 
     async def run(self, *pieces: bytes | bytearray) -> bytearray:
-        """Do a job, which the process gets in one piece, and return its answer. Raises JobError.
+        """Run a job, which consists of the joined pieces, and return its answer. Raises JobError.
 
-        A caller that is cancelled gives up the answer, and its place if the job is not begun; one that is
-        ends by itself, or at its limit.
+        Cancelling the call drops a job that is not yet written. A job in progress goes on to its end or its
+        time limit.
         """
         if self.job_count >= self._queue_count:
             raise QueueFull(f"{self._queue_count} wait already")
         job = _Job(pieces)
         del pieces
         self._waiting.append(job)
-        self._ensure_running()
+        if not self.is_running:
+            self._running = asyncio.create_task(self._run(), name=f"jobs of {self._command[-1]}")
         self._send_waiting()
         try:
             return await job.answer
         except asyncio.CancelledError:
-            self._give_up(job)
+            job.pieces = ()
+            with suppress(ValueError):  # it was sent
+                self._waiting.remove(job)
             raise
 
-    def _give_up(self, job: _Job) -> None:
-        job.pieces = ()
-        with suppress(ValueError):  # it was sent
-            self._waiting.remove(job)
-
     async def aclose(self) -> None:
-        """Kill the process, and fail the jobs that wait. Idempotent."""
+        """Kill the process, and fail the waiting jobs. Idempotent."""
         if self._running is not None:
             self._running.cancel()
             await asyncio.gather(self._running, return_exceptions=True)
 
     # ----------------------------------------------------------------- the task
-
-    def _ensure_running(self) -> None:
-        if not self.is_running:
-            self._running = asyncio.create_task(self._run(), name=f"jobs of {self._command[-1]}")
 
     async def _run(self) -> None:
         try:
@@ -160,7 +161,7 @@ class Lane:
             raise
 
     async def _use_a_process(self) -> None:
-        """Start a process, and give it jobs until it ends, or has had none for a while."""
+        """Start a process, and send it jobs until it ends, or has had none for `idle_s`."""
         process = await _Process.start(self._command, self._limit_s, self._send_waiting)
         try:
             if self._first_job is not None:
@@ -168,7 +169,7 @@ class Lane:
                 awaited: set[asyncio.Future[Any]] = {first.answer, process.ended}
                 await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
                 if not first.answer.done():
-                    first.fail(await process.bury())
+                    first.fail(await process.kill())
                 self._check_first(first.answer.result())
             self._process = process
             self._send_waiting()
@@ -182,7 +183,7 @@ class Lane:
             self._waiting.extendleft(reversed(process.sent))
             error: JobError = JobDied("its process was ended")
             try:
-                error = await process.bury()
+                error = await process.kill()
             finally:
                 if begun is not None:
                     begun.fail(error)
@@ -191,7 +192,7 @@ class Lane:
         process = self._process
         while process is not None and self._waiting and len(process.sent) < self._ahead_count:
             job = self._waiting.popleft()
-            if not job.answer.done():  # else its caller has left
+            if not job.answer.done():  # else its call was cancelled
                 process.send(job)
 
     def _fail_waiting(self, error: JobError) -> None:
@@ -212,7 +213,7 @@ class _Job:
 
 
 class _Process(asyncio.Protocol):
-    """One process, its socket, and the jobs that were written to it and are not answered."""
+    """One process, its socket, and the jobs that were sent to it and are not answered."""
 
     def __init__(self, popen: subprocess.Popen[bytes], limit_s: float, on_answer: Callable[[], None]) -> None:
         self.popen = popen
@@ -250,7 +251,7 @@ class _Process(asyncio.Protocol):
             await loop.connect_accepted_socket(lambda: process, ours)
         except BaseException:
             ours.close()
-            await process.bury()
+            await process.kill()
             raise
         return process
 
@@ -263,20 +264,20 @@ class _Process(asyncio.Protocol):
         if self._timer is None:
             self._timer = self._loop.call_at(self._begun_at + self._limit_s, self._check_time)
         self._transport.writelines([FRAME.pack(sum(map(len, job.pieces))), *job.pieces])
-        self.sent[0].pieces = ()  # should the process die, this one is not sent again
+        self.sent[0].pieces = ()  # if the process dies, the job in progress is not sent again
 
     def _check_time(self) -> None:
         self._timer = None
         if not self.sent or self.ended.done():
             return
-        if self._loop.time() < self._begun_at + self._limit_s:  # another job is the first by now
+        if self._loop.time() < self._begun_at + self._limit_s:  # another job is in progress by now
             self._timer = self._loop.call_at(self._begun_at + self._limit_s, self._check_time)
             return
         self._is_late = True
         self.popen.kill()
 
-    async def bury(self) -> JobError:
-        """Kill the process if it lives, and return why the job that it worked on has no answer."""
+    async def kill(self) -> JobError:
+        """Kill the process if it lives, and return the error for the job in progress."""
         if self._timer is not None:
             self._timer.cancel()
         if self._transport is not None:
@@ -291,16 +292,16 @@ class _Process(asyncio.Protocol):
     # ----------------------------------------------------------------- the socket
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """The process has its socket."""
+        """Keep the transport of the process's socket."""
         self._transport = cast("asyncio.Transport", transport)  # uvloop's is one in all but name
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The process has ended, or its socket is of no use any more."""
+        """Note that the process has ended, or closed its socket."""
         if not self.ended.done():
             self.ended.set_result(None)
 
     def data_received(self, data: bytes) -> None:
-        """Part of an answer, or several."""
+        """Read a part of an answer, or several answers."""
         view = memoryview(data)
         while view:
             if len(self._head) < FRAME.size:
@@ -310,16 +311,16 @@ class _Process(asyncio.Protocol):
                 if len(self._head) < FRAME.size:
                     return
                 self._size = FRAME.unpack(self._head)[0]
-                if not self.sent or self._size > _MOST_ANSWER_BYTES:  # not what the process was made to write
+                if not self.sent or self._size > _MOST_ANSWER_BYTES:  # the process broke the protocol
                     self.popen.kill()
                     return
             taken = self._size - len(self._answer)
             self._answer += view[:taken]
             view = view[taken:]
             if len(self._answer) == self._size:
-                self._take_answer()
+                self._finish_job()
 
-    def _take_answer(self) -> None:
+    def _finish_job(self) -> None:
         answer, self._answer = self._answer, bytearray()
         self._head.clear()
         self.answer_count += 1
@@ -333,10 +334,12 @@ class _Process(asyncio.Protocol):
 
 
 def job_environment() -> dict[str, str]:
-    """The environment of a process that works on what strangers sent: what Python needs to start, and nothing
-    that may hold a password, such as DYN_REDIS_URL."""
+    """Return the environment of a process that handles untrusted input.
+
+    It has the variables that Python needs to start, and none that may hold a password, such as
+    DYN_REDIS_URL."""
     kept = {name: value for name, value in os.environ.items() if name in _KEPT_NAMES}
-    return kept | {"RUST_BACKTRACE": "0"}  # taking one without memory can wait for itself
+    return kept | {"RUST_BACKTRACE": "0"}  # a backtrace taken without memory can deadlock
 
 
 def _spawn(command: Sequence[str]) -> tuple[subprocess.Popen[bytes], socket.socket]:

@@ -1,10 +1,10 @@
-"""The side of the process: it reads jobs from its standard input and writes answers to its standard output.
+"""The process's side of jobs: reads jobs from its standard input and writes answers to its standard output.
 
-A frame is its size in 8 bytes, little-endian, and so many bytes. Answers come in the order of their jobs; one
-job is worked on at a time. The process ends when its input does, so it does not outlive its parent: should
-that be killed while a job runs, the job's limit of processor time ends the process.
+A frame is a size in 8 bytes, little-endian, and that many bytes. The process does one job at a time, and
+answers in the order of the jobs. It ends when its input ends, so it does not outlive its parent. If the
+parent is killed while a job runs, the job's limit of processor time ends the process.
 
-Only the standard library is imported here, so that a process takes some 10 MB.
+Only the standard library is imported here, so that a process needs about 10 MB.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Final
 FRAME: Final = struct.Struct("<Q")
 
 WALL_FACTOR: Final = 3
-"""A process that the system gives no processor has so many times its limit of processor time."""
+"""Limit of a job's elapsed time, as a multiple of its processor time: the system may be busy."""
 
 _STDIN: Final = 0
 _STDOUT: Final = 1
@@ -30,9 +30,9 @@ _STDOUT: Final = 1
 def serve(answer: Callable[[bytearray], bytes], *, memory_bytes: int, time_s: float) -> None:
     """Answer jobs until the input ends.
 
-    All jobs together have `memory_bytes` beside what the process holds already (address space, where the
-    system counts it), and each has `time_s` of processor time, rounded up to whole seconds. A job that asks
-    for more ends the process: by MemoryError if it is not caught, or by SIGXCPU.
+    All jobs together may use `memory_bytes` more than the process has now (of address space, where the system
+    limits it). Each may use `time_s` of processor time, rounded up to whole seconds. A job that uses more
+    ends the process: by MemoryError if it is not caught, or by SIGXCPU.
     """
     _limit_memory(memory_bytes)
     used = FRAME.unpack
@@ -41,16 +41,16 @@ def serve(answer: Callable[[bytearray], bytes], *, memory_bytes: int, time_s: fl
         if content is None:
             return
         _limit_time(time_s)
-        said = answer(content)
+        answered = answer(content)
         signal.alarm(0)
         del content
-        _write(FRAME.pack(len(said)))
-        _write(said)
+        _write(FRAME.pack(len(answered)))
+        _write(answered)
 
 
 def _limit_memory(memory_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with suppress(OSError, ValueError):  # only Linux says how much there is, and keeps the limit
+    with suppress(OSError, ValueError):  # only Linux tells the present size and enforces the limit
         with open("/proc/self/statm") as file:  # noqa: PTH123 - pathlib is not imported
             pages = int(file.read().split()[0])
         limit = pages * resource.getpagesize() + memory_bytes
@@ -64,12 +64,12 @@ def _limit_time(time_s: float) -> None:
     ends_at = math.ceil(usage.ru_utime + usage.ru_stime + time_s)
     signal.signal(signal.SIGXCPU, signal.SIG_DFL)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.alarm(math.ceil(WALL_FACTOR * time_s) + 1)  # for one that sleeps, and has lost its parent
+    signal.alarm(math.ceil(WALL_FACTOR * time_s) + 1)  # for a job that sleeps after its parent has died
     resource.setrlimit(resource.RLIMIT_CPU, (ends_at, resource.getrlimit(resource.RLIMIT_CPU)[1]))
 
 
 def _read(size: int) -> bytearray | None:
-    """So many bytes, or None at the end of the input."""
+    """Read `size` bytes; return None at the end of the input."""
     content = bytearray(size)
     view = memoryview(content)
     while view:

@@ -1,1 +1,1 @@
-"""Chat templates, and the process that renders them. Little else of the package is imported here."""
+"""Chat templates, and the process that renders them. It imports little else of the package."""

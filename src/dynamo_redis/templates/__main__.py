@@ -1,10 +1,10 @@
-"""The process in which one model's chat templates are tried and rendered: `python -m dynamo_redis.templates`.
+"""The process that tests and renders one model's chat templates: `python -m dynamo_redis.templates`.
 
-A template comes from a tenant, and there are operations that no sandbox can interrupt. Here they cost a
-process that can be killed, and that holds nothing but this model's templates.
+A template is untrusted, and some operations cannot be interrupted by a sandbox. This process can be killed,
+and holds only this model's templates.
 
-The first job is the templates and the tokenizer's configuration; the answer says whether they can be used.
-Each further job holds the arguments of one `CompiledTemplates.render`, as JSON; an empty one does nothing.
+The first job has the templates and the tokenizer's configuration; its answer tells whether they are usable.
+Each further job has the arguments of one `CompiledTemplates.render`, as JSON. An empty job has no effect.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from dynamo_redis.templates.rendering import CompiledTemplates
 
 
 class Renderer:
-    """Answers the jobs of one model."""
+    """Runs the jobs of one model."""
 
     def __init__(self) -> None:
         self._templates: CompiledTemplates | None = None
 
     def answer(self, job: bytearray) -> bytes:
-        """`+` and the text, or `-` and why there is none."""
+        """Run a job; return `+` and the text, or `-` and the reason why there is none."""
         if not job:
             return DONE
         try:
@@ -40,7 +40,7 @@ class Renderer:
             reason = "the chat template writes half a character (a lone surrogate)"
         except MemoryError:
             reason = "the chat template needs more memory than there is"
-        except Exception as exc:  # noqa: BLE001 - whatever it is, it is this job's
+        except Exception as exc:  # noqa: BLE001 - any failure is that of this job
             reason = f"the chat template failed: {type(exc).__name__}: {exc}"
         return REFUSED + reason.encode(errors="replace")
 

@@ -7,27 +7,27 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 RENDER_LIMIT_S: Final = 5.0
-"""A template that runs for longer is stopped: at its next operation or output."""
+"""Longest time of a rendering, in seconds. A template is stopped at its next operation or output after it."""
 
 PROBE_LIMIT_S: Final = 1.0
-"""The same for the trial renderings of one short message, when a model is loaded."""
+"""The same for the test renderings of one short message, when a model is loaded."""
 
 OUTPUT_LIMIT_CHARS: Final = 64 << 20
-"""A template that writes more is stopped; far above any prompt that fits a body."""
+"""Longest output of a template, in characters; far above any prompt that fits a request body."""
 
 MEMORY_LIMIT_BYTES: Final = 1 << 30
-"""All that the texts and lists made by one rendering may take together, those given up included."""
+"""Most bytes of all texts and lists made by one rendering together, including those no longer used."""
 
 PROBE_MEMORY_LIMIT_BYTES: Final = 64 << 20
 
 PROCESS_MEMORY_BYTES: Final = 256 << 20
-"""Most memory of a process that renders, beside its code."""
+"""Most memory of a rendering process, in addition to its code."""
 
 DONE: Final = b"+"
-"""Before the text that was rendered."""
+"""Prefix of a rendered text."""
 
 REFUSED: Final = b"-"
-"""Before the reason why there is none."""
+"""Prefix of the reason why there is no text."""
 
 
 def render_job(
@@ -39,9 +39,9 @@ def render_job(
     continue_final_message: bool = False,
     variables: Mapping[str, Any] | None = None,
 ) -> bytes:
-    """The job of rendering a conversation, with the arguments of `CompiledTemplates.render`.
+    """Return the job to render a conversation, with the arguments of `CompiledTemplates.render`.
 
-    `variables` are what the template may ask for beyond these (`enable_thinking`).
+    `variables` are further variables of the template (`enable_thinking`).
     """
     return to_json(
         {
@@ -56,5 +56,5 @@ def render_job(
 
 
 def to_json(value: Any) -> bytes:
-    """A job of the process. Half characters stay what they are."""
+    """Return a value as JSON for the process. Lone surrogates are kept."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(errors="surrogatepass")

@@ -1,8 +1,8 @@
 """Chat templates: a conversation → the text of a prompt, as `transformers` renders it.
 
 Source of the semantics: `transformers` 5.24, `apply_chat_template` and `render_jinja_template`. A template
-comes with a model's files, so it runs in a sandbox and within limits of time, memory and output, see
-`sandbox.py`, and in a process of its own, see `__main__.py`.
+comes with a model's files. So it runs in a sandbox with limits of time, memory and output (`sandbox.py`), and
+in a separate process (`__main__.py`).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class CompiledTemplates:
         """`templates` maps names to Jinja source; `default` is used, and `tool_use` (if any) with tools.
 
         Blocks while probes are rendered. Raises ModelError for a template that does not compile or does not
-        end. Named ones without a default are refused by `render` where the default would be used.
+        end. Without a `default`, `render` raises where it would be used.
         Special tokens (`bos_token`, …) come from `tokenizer_config`, as strings or as token objects.
         """
         environment = TemplateEnvironment()
@@ -58,12 +58,12 @@ class CompiledTemplates:
         continue_final_message: bool = False,
         **variables: Any,
     ) -> str:
-        """The prompt's text. `variables` are what the template may ask for beyond these (`enable_thinking`).
+        """Return the prompt's text. `variables` are further variables of the template (`enable_thinking`).
 
         Messages are in OpenAI's form and are not changed. Text parts are joined for templates that expect
-        text, and text is made a part for those that expect parts. Arguments of tool calls, which OpenAI
-        writes as a JSON string, stay one where the template can write a string, and become an object where
-        it cannot. Raises TemplateError, with the template's own message, for what it refuses.
+        text, and text becomes a part for those that expect parts. The arguments of tool calls, a JSON string
+        in OpenAI's form, stay a string if the template can write one, and else become an object. Raises
+        TemplateError, with the template's own message, if the template refuses the conversation.
         """
         variant = self._variants.get("default")
         if tools is not None:
@@ -86,14 +86,23 @@ class CompiledTemplates:
                 "add_generation_prompt": add_generation_prompt and not continue_final_message,
             }
         )
-        return _cut_at_mark(text) if continue_final_message else text
+        if not continue_final_message:
+            return text
+        position = text.rfind(_CONTINUE_TAG.strip())
+        if position < 0:
+            raise TemplateError(
+                "continue_final_message is set, but the template leaves the final message out"
+            )
+        # Without the space at the mark's end, the template trims messages: then the prompt is trimmed as
+        # well.
+        kept = text[:position]
+        return kept if text.startswith(_CONTINUE_TAG, position) else kept.rstrip()
 
 
 def special_tokens(tokenizer_config: Mapping[str, Any]) -> dict[str, Any]:
-    """Special tokens by name, as templates see them. A token is a string or `{"content": …, …}`.
+    """Return special tokens by name, as templates see them. A token is a string or `{"content": …, …}`.
 
-    Models of several media have further ones under names of their own, which end in `_token` or stand in
-    `extra_special_tokens`.
+    Multimodal models have further tokens. Their names end in `_token`, or are in `extra_special_tokens`.
     """
     extra = tokenizer_config.get("extra_special_tokens")
     named = {name: token for name, token in tokenizer_config.items() if name.endswith("_token")}
@@ -117,23 +126,24 @@ def _token_text(token: object) -> str | None:
 
 
 class _Variant:
-    """One compiled template, and what trial renderings tell about the messages it expects."""
+    """One compiled template, and the form of messages that it expects, found by test renderings."""
 
     def __init__(self, name: str, source: str, environment: TemplateEnvironment) -> None:
         self._name = name
         self._environment = environment
         try:
             self._template = environment.from_string(source)
-        except Exception as exc:  # Jinja's own errors, and Python's for what nests too deeply
+        except Exception as exc:  # Jinja's own errors, and Python's for too deep nesting
             raise ModelError(f"chat template {name!r} does not compile: {_one_line(exc)}") from exc
         self._content_form: ContentForm = "text"
         self._writes_string_arguments = False
         self._knows_developers = True
-        self._takes_null = _Answers(False, False)
-        self._takes_absence = _Answers(False, False)
+        self._takes_null = _ByCalls(False, False)
+        self._takes_absence = _ByCalls(False, False)
 
     def examine(self, variables: Mapping[str, Any]) -> None:
-        """Find out, by rendering probes, which form of content and of tool call arguments is understood."""
+        """Find out, by rendering probes, the form of content and of tool call arguments that the template
+        reads."""
         probe = "content-probe"
         as_text = self._try([{"role": "user", "content": probe}], variables)
         as_parts = self._try([{"role": "user", "content": [{"type": "text", "text": probe}]}], variables)
@@ -144,13 +154,13 @@ class _Variant:
         developer = self.normalise({"role": "developer", "content": probe})
         written = self._try([developer, self.normalise({"role": "user", "content": "Hi"})], variables)
         self._knows_developers = written is not None and probe in written
-        self._examine_answers(variables)
+        self._examine_empty_messages(variables)
 
-    def _examine_answers(self, variables: Mapping[str, Any]) -> None:
-        """Find out what the template makes of an assistant's message without content, and of tool calls.
+    def _examine_empty_messages(self, variables: Mapping[str, Any]) -> None:
+        """Find out how the template renders an assistant's message without content, and tool calls.
 
-        Content may be null, absent or empty there, and arguments a string or an object: a template that
-        understands the one may fail on the other, or leave the call out.
+        The content may be null, absent or empty, and the arguments a string or an object. A template that
+        reads one form may fail on another, or leave out the call.
         """
         arguments = {"probe-name": "probe-argument"}
         written = json.dumps(arguments)
@@ -168,8 +178,8 @@ class _Variant:
         by_string, alone = calls(written), answers()
         self._writes_string_arguments = any(text is not None and written in text for text in by_string)
         with_calls = by_string if self._writes_string_arguments else calls(arguments)
-        self._takes_null = _Answers(with_calls.takes(with_calls.null), alone.takes(alone.null))
-        self._takes_absence = _Answers(with_calls.takes(with_calls.absent), alone.takes(alone.absent))
+        self._takes_null = _ByCalls(with_calls.takes(with_calls.null), alone.takes(alone.null))
+        self._takes_absence = _ByCalls(with_calls.takes(with_calls.absent), alone.takes(alone.absent))
 
     def _try(self, messages: list[Message], variables: Mapping[str, Any]) -> str | None:
         values = {"tools": None, "documents": None, "add_generation_prompt": True}
@@ -181,7 +191,7 @@ class _Variant:
             return None
 
     def render(self, variables: Mapping[str, Any], *, is_probe: bool = False) -> str:
-        """Render within the limits. Raises TemplateError."""
+        """Render the template within the limits. Raises TemplateError."""
         pieces: list[str] = []
         written = 0
         time_s = PROBE_LIMIT_S if is_probe else RENDER_LIMIT_S
@@ -200,22 +210,28 @@ class _Variant:
                 raise TemplateError(exc.message or type(exc).__name__) from exc
             except MemoryError as exc:
                 raise Runaway("the chat template needs more memory than there is") from exc
-            except Exception as exc:  # whatever operations on a conversation it did not expect may raise
+            except Exception as exc:  # an operation on an unexpected conversation may raise any exception
                 raise TemplateError(f"the chat template failed: {type(exc).__name__}: {exc}") from exc
         return "".join(pieces)
 
     def normalise(self, message: Message) -> Message:
-        """A copy of an OpenAI message, as the template expects it.
+        """Return a copy of an OpenAI message in the form that the template expects.
 
-        Keys without a value are dropped. An assistant's message without content, which has only tool calls,
-        keeps it null or absent as the client sent it where the template understands that; templates that add
-        it to text get it empty. A developer's message is a system message where the template would leave it
-        out.
+        Keys without a value are dropped. An assistant's message with only tool calls keeps its content null
+        or absent, as the client sent it, if the template reads that form. Else its content is empty text, for
+        templates that add it to text. A developer's message becomes a system message if the template would
+        leave it out.
         """
         result = {key: value for key, value in message.items() if value is not None}
         if message.get("role") == "assistant":
             if "content" not in result:
-                result |= self._without_content("content" in message, bool(result.get("tool_calls")))
+                # As it was sent, else in the other form, else as empty text.
+                has_calls = bool(result.get("tool_calls"))
+                takes_absence = self._takes_absence.of(has_calls)
+                if self._takes_null.of(has_calls) and ("content" in message or not takes_absence):
+                    result["content"] = None
+                elif not takes_absence:
+                    result["content"] = ""
         elif message.get("role") == "developer" and not self._knows_developers:
             result["role"] = "system"
         content = result.get("content")
@@ -230,36 +246,28 @@ class _Variant:
             result["tool_calls"] = [_with_parsed_arguments(call) for call in calls]
         return result
 
-    def _without_content(self, is_null: bool, has_calls: bool) -> dict[str, str | None]:
-        """The content of an assistant's message that has none: as it was sent, else in the other form, else
-        empty text."""
-        takes_absence = self._takes_absence.of(has_calls)
-        if self._takes_null.of(has_calls) and (is_null or not takes_absence):
-            return {"content": None}
-        return {} if takes_absence else {"content": ""}
 
-
-class _Answers(NamedTuple):
-    """Something that a template does, or does not, with an assistant's message."""
+class _ByCalls(NamedTuple):
+    """A property of a template for assistants' messages with tool calls, and for those without."""
 
     with_calls: bool
     alone: bool
 
     def of(self, has_calls: bool) -> bool:
-        """Whether it does so with one that has tool calls, or has none."""
+        """Return the property for a message with or without tool calls."""
         return self.with_calls if has_calls else self.alone
 
 
 class _Contents(NamedTuple):
-    """Texts that a template writes for a message whose content is null, absent or empty; None if it fails."""
+    """Texts that a template writes for a message with null, absent or empty content; None if it fails."""
 
     null: str | None
     absent: str | None
     empty: str | None
 
     def takes(self, text: str | None) -> bool:
-        """Whether a text is one that the template means: it is none of a failure, writes no "None" for null,
-        and leaves out no tool call that the template writes of another form."""
+        """Return whether a text shows that the template reads the form: it did not fail, it writes no "None"
+        for null, and it leaves out no tool call that the template writes for another form."""
         if text is None:
             return False
         writes_calls = any(other is not None and "probe-call" in other for other in self)
@@ -294,7 +302,7 @@ def _with_parsed_arguments(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def _mark_final(conversation: list[Message]) -> None:
-    """Put a mark behind the final message's text, at which the rendered prompt is cut."""
+    """Append a mark to the final message's text, at which the rendered prompt is cut."""
     content = conversation[-1].get("content") if conversation else None
     if isinstance(content, str) and content:
         conversation[-1]["content"] = content + _CONTINUE_TAG
@@ -306,12 +314,3 @@ def _mark_final(conversation: list[Message]) -> None:
                 conversation[-1]["content"] = [*content[:index], marked, *content[index + 1 :]]
                 return
     raise TemplateError("continue_final_message is set, but the final message has no text to continue")
-
-
-def _cut_at_mark(text: str) -> str:
-    position = text.rfind(_CONTINUE_TAG.strip())
-    if position < 0:
-        raise TemplateError("continue_final_message is set, but the template leaves the final message out")
-    kept = text[:position]
-    # Where the template trims messages, the space at the mark's end is gone: then trim here as well.
-    return kept if text.startswith(_CONTINUE_TAG, position) else kept.rstrip()

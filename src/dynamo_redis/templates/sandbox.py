@@ -1,12 +1,12 @@
-"""Where chat templates run: Jinja's immutable sandbox, within limits of time and of memory.
+"""The sandbox of chat templates: Jinja's immutable sandbox, with limits of time and memory.
 
-A template comes with a model's files, and one that says `{{ "x" * 10**10 }}` must be refused by name.
-Nothing is computed when a template is compiled. When it is rendered, every operation whose result can be
-larger than what went into it (operators, filters, methods, joins) is sized before it is done, and what it
-made is charged to the rendering's budget; time is checked there as well, and at each turn of a loop.
+A template comes with a model's files, and one with `{{ "x" * 10**10 }}` must be refused by name. No value is
+computed when a template is compiled. When it is rendered, every operation whose result can be larger than its
+inputs (operators, filters, methods, joins) is checked before it runs. The size of its result is charged to
+the rendering's budget. The time is checked there as well, and at each turn of a loop.
 
-What escapes is the time of one comparison of nested lists, of one sort, of one sum: for them the process that
-renders is killed, see `__main__.py`.
+The time of a single comparison of nested lists, a single sort or a single sum cannot be limited here. For
+these the rendering process is killed, see `__main__.py`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ import jinja2.utils
 from dynamo_redis.errors import TemplateError
 
 _INT_BITS = 1 << 16
-_CHAR_BYTES = 4  # the widest a character is stored
+_CHAR_BYTES = 4  # the widest stored character
 _ITEM_BYTES = 64  # an item of a list that a text is split into
 _NUMBER_CHARS = 330  # the longest text of a float
 _JSON_INDENT = 64
@@ -51,15 +51,15 @@ _WRITES_TEXT = {
     *("safe", "string", "striptags", "title", "trim", "truncate", "upper", "urlencode", "urlize"),
     *("wordcount", "wordwrap", "xmlattr"),
 }
-"""Filters that turn whatever they are given into text."""
+"""Filters that turn any value into text."""
 
 
 class Runaway(TemplateError):
-    """A rendering was over its limit of time, memory or output."""
+    """A rendering exceeded its limit of time, memory or output."""
 
 
 class _Budget(threading.local):
-    """What the rendering that runs in this thread may still take."""
+    """The time and memory left for the rendering that runs in this thread."""
 
     ends_at: float = math.inf
     left_bytes: int = 0
@@ -71,7 +71,7 @@ class _GenerationBlock(jinja2.ext.Extension):
     tags = {"generation"}  # noqa: RUF012 - the base class's declaration
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        """The block's content, in a scope of its own."""
+        """Parse the block into its content, in a scope of its own."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         call = self.call_method("_transparent")
@@ -82,10 +82,11 @@ class _GenerationBlock(jinja2.ext.Extension):
 
 
 class _CodeGenerator(jinja2.compiler.CodeGenerator):
-    """Leads to the environment what Jinja would compile to plain Python, or compute at once."""
+    """Compiles operations into calls of the environment that Jinja would compile to plain Python or
+    compute."""
 
     def visit_Concat(self, node: jinja2.nodes.Concat, frame: jinja2.compiler.Frame) -> None:  # noqa: N802 - Jinja's name
-        """`a ~ b`."""
+        """Compile `a ~ b`."""
         self.write("environment.concat_values((")
         for part in node.nodes:
             self.visit(part, frame)
@@ -93,7 +94,7 @@ class _CodeGenerator(jinja2.compiler.CodeGenerator):
         self.write("))")
 
     def visit_Getitem(self, node: jinja2.nodes.Getitem, frame: jinja2.compiler.Frame) -> None:  # noqa: N802 - Jinja's name
-        """`a[1:]`, which copies."""
+        """Compile `a[1:]`, which copies."""
         is_slice = isinstance(node.arg, jinja2.nodes.Slice)
         self.write("environment.charged(" if is_slice else "")
         super().visit_Getitem(node, frame)
@@ -108,7 +109,7 @@ class _CodeGenerator(jinja2.compiler.CodeGenerator):
 
 
 class TemplateEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """The sandbox, with transformers' options, filters and globals, and the limits."""
+    """The sandbox, with the options, filters and globals of transformers, and the limits."""
 
     code_generator_class = _CodeGenerator
     intercepted_binops = frozenset(("+", "-", "*", "/", "//", "%", "**"))
@@ -141,7 +142,7 @@ class TemplateEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     @contextmanager
     def limits(self, *, time_s: float, memory_bytes: int) -> Iterator[None]:
-        """Bound what this thread renders inside the `with` block. Not for nesting."""
+        """Limit the rendering of this thread inside the `with` block. Blocks cannot be nested."""
         self._budget.ends_at = time.monotonic() + time_s
         self._budget.left_bytes = memory_bytes
         try:
@@ -156,12 +157,12 @@ class TemplateEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             raise Runaway("the chat template ran for too long")
 
     def expect(self, size_bytes: int) -> None:
-        """Raise Runaway if a result of this size is more than the rendering may still make."""
+        """Raise Runaway if a result of this size exceeds the rendering's budget."""
         if size_bytes > self._budget.left_bytes:
             raise Runaway("the chat template makes more text than it may")
 
     def charged(self, value: Any) -> Any:
-        """The value, taken from the budget if it is one that has a size."""
+        """Charge a value's size, if it has one, to the budget; return the value."""
         if isinstance(value, (str, bytes, list, tuple, dict, set)):
             size_bytes = sys.getsizeof(value)
             self.expect(size_bytes)
@@ -169,38 +170,39 @@ class TemplateEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             self.check_time()
         return value
 
-    def weigh(self, value: Any) -> int:
-        """At most how many characters a value's text has. Raises Runaway if that is too many.
+    def text_chars(self, value: Any) -> int:
+        """Return an upper bound of the characters in a value's text. Raises Runaway if that is over the
+        budget.
 
-        Lists that hold a list twice make texts exponentially longer than they are themselves.
+        The text of a list that contains another list twice can be exponentially longer than the list.
         """
-        weight = 0
+        chars = 0
         pending = [iter((value,))]
         while pending:
             for item in pending[-1]:
-                weight += 4
+                chars += 4
                 if isinstance(item, (str, bytes)):
-                    weight += len(item)
+                    chars += len(item)
                 elif isinstance(item, (int, float)):
-                    weight += _NUMBER_CHARS if isinstance(item, float) else item.bit_length()
+                    chars += _NUMBER_CHARS if isinstance(item, float) else item.bit_length()
                 elif (inner := _items_of(item)) is not None:
                     pending.append(iter(inner))
                     self.check_time()
                     break
                 else:
-                    weight += 256
-                self.expect(weight)
+                    chars += 256
+                self.expect(chars)
             else:
                 pending.pop()
-        return weight
+        return chars
 
     def bounded(self, value: Any) -> Any:
-        """The value, if its text may be made."""
+        """Return a value if its text fits the budget. Raises Runaway."""
         if not isinstance(value, str):
-            self.weigh(value)
+            self.text_chars(value)
         return value
 
-    # ----------------------------------------------------------------- what makes larger things
+    # ----------------------------------------------------------------- operations with larger results
 
     def concat(self, pieces: Iterable[str]) -> str:
         """Join the pieces of a macro's or a block's output."""
@@ -210,11 +212,11 @@ class TemplateEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return text
 
     def concat_values(self, values: Iterable[Any]) -> str:
-        """`a ~ b ~ …`."""
+        """Join the texts of values: `a ~ b ~ …`."""
         return self.concat([str(self.bounded(value)) for value in values])
 
     def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
-        """Compute `left operator right`, if the result is not too large."""
+        """Compute `left operator right` if the result is not too large."""
         sizes = [side.bit_length() for side in (left, right) if isinstance(side, int)]
         if sizes and max(sizes) > _INT_BITS:
             raise Runaway("the chat template computes with too large a number")
@@ -231,7 +233,7 @@ class TemplateEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return self.charged(super().call_binop(context, operator, left, right))
 
     def call(self, context: jinja2.runtime.Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """Call an object for a template, unless its time is up or it would make too large a thing."""
+        """Call an object for a template, unless the time is up or the result could be too large."""
         self.check_time()
         if args:
             self.charged(args)
@@ -253,7 +255,11 @@ class TemplateEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         elif name == "replace" and len(args) >= 2:
             self._expect_replaced(owner, *args[:2])
         elif name == "join" and args:
-            self._expect_joined(owner, args[0])
+            if isinstance(args[0], (str, bytes)):
+                self.expect(len(args[0]) * (1 + len(owner)))
+            elif isinstance(args[0], Collection):
+                sizes = [len(item) if isinstance(item, (str, bytes)) else 0 for item in args[0]]
+                self.expect(sum(sizes) + len(sizes) * len(owner))
         elif name == "translate" and args and isinstance(args[0], (Mapping, Sequence)):
             table = args[0].values() if isinstance(args[0], Mapping) else args[0]
             widest = max((len(value) for value in table if isinstance(value, str)), default=1)
@@ -268,15 +274,8 @@ class TemplateEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             count = text.count(old) if old else len(text) + 1
             self.expect(len(text) + count * len(new))
 
-    def _expect_joined(self, separator: str | bytes, items: Any) -> None:
-        if isinstance(items, (str, bytes)):
-            self.expect(len(items) * (1 + len(separator)))
-        elif isinstance(items, Collection):
-            sizes = [len(item) if isinstance(item, (str, bytes)) else 0 for item in items]
-            self.expect(sum(sizes) + len(sizes) * len(separator))
-
     def _listed(self, items: Any) -> Any:
-        """Items that can be looked at before they are used, which those of an iterator cannot."""
+        """Return items as a collection, so that they can be checked before use."""
         if isinstance(items, Collection) or not isinstance(items, Iterable):
             return items
         found: list[Any] = []
@@ -291,10 +290,10 @@ class TemplateEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             raise Runaway("the chat template gives the width of a field as a value")
         widths = sum(int(digits or 0) for field in fields for digits in field)
         # A mapping's value may be written by each of the fields.
-        self.expect(len(form) + widths + len(fields) * _NUMBER_CHARS + len(fields) * self.weigh(values))
+        self.expect(len(form) + widths + len(fields) * _NUMBER_CHARS + len(fields) * self.text_chars(values))
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-        """`str.format` and `format_map`, through a formatter that keeps the limits."""
+        """Return `str.format` or `format_map` with a formatter that obeys the limits."""
         if super().wrap_str_format(value) is None:
             return None
         form = str(value.__self__)
@@ -309,7 +308,7 @@ class TemplateEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     # ----------------------------------------------------------------- filters
 
     def _limited(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The filter, with its arguments sized and its result charged."""
+        """Return a filter whose arguments are checked and whose result is charged."""
         leading = 0 if jinja2.utils._PassArg.from_obj(function) is None else 1
 
         @functools.wraps(function)
@@ -337,13 +336,13 @@ class TemplateEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
                 self._expect_replaced(str(value), str(self.bounded(args[0])), str(self.bounded(args[1])))
             case "wordwrap" | "urlize" | "xmlattr":
                 widest = max((len(arg) for arg in args if isinstance(arg, str)), default=1)
-                self.expect(self.weigh(value) * max(widest, 8))
+                self.expect(self.text_chars(value) * max(widest, 8))
             case "round" if _largest(args) > _ROUND_DIGITS:
                 raise Runaway("the chat template rounds to too many digits")
             case "list" | "sort" | "unique" | "reverse" | "groupby" if isinstance(value, (str, bytes)):
                 self.expect(len(value) * _ITEM_BYTES)
             case "sum":
-                self.weigh(value if isinstance(value, Collection) else None)
+                self.text_chars(value if isinstance(value, Collection) else None)
 
     @jinja2.utils.pass_eval_context
     def _join(
@@ -353,7 +352,7 @@ class TemplateEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         d: str = "",
         attribute: str | int | None = None,
     ) -> str:
-        # As Jinja's own, but summed up as it goes.
+        # As Jinja's own filter, but the size is checked after each item.
         if attribute is not None:
             value = map(jinja2.filters.make_attrgetter(self, attribute), value)
         separator = str(self.bounded(d))
@@ -377,38 +376,38 @@ class TemplateEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         depth = len(indent) if isinstance(indent, str) else indent or 0
         if max(depth, *map(len, separators or ("", ""))) > _JSON_INDENT:
             raise Runaway("the chat template indents JSON too far")
-        self.expect(self.weigh(value) * (6 if ensure_ascii else 1))
+        self.expect(self.text_chars(value) * (6 if ensure_ascii else 1))
         return json.dumps(
             value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
         )
 
 
 class _Formatter(jinja2.sandbox.SandboxedFormatter, Formatter):
-    """`str.format` in the sandbox, each field of which is sized before it is written."""
+    """`str.format` in the sandbox; the size of each field is checked before it is written."""
 
     def __init__(self, environment: TemplateEnvironment) -> None:
         super().__init__(environment)
         self._limits = environment
 
     def format_field(self, value: Any, format_spec: str) -> str:
-        """One field."""
+        """Format one field within the budget."""
         self._limits.bounded(value)
         self._limits.expect(_CHAR_BYTES * sum(map(int, _DIGITS.findall(format_spec))))
         text: str = self._limits.charged(super().format_field(value, format_spec))
         return text
 
     def convert_field(self, value: Any, conversion: Any) -> Any:
-        """`!r` and its like."""
+        """Convert one field (`!r`, `!s`, `!a`) within the budget."""
         return super().convert_field(self._limits.bounded(value), conversion)
 
 
 def _items_of(value: object) -> Iterable[Any] | None:
-    """What a value's text is made of besides its own, if it holds others."""
+    """Return the values inside a container; None for another value."""
     if isinstance(value, jinja2.utils.Namespace):
         value = value._Namespace__attrs
     if isinstance(value, Mapping):
         return (part for entry in value.items() for part in entry)
-    # A range's text is short, and whatever else has a length may write its items.
+    # The text of a range is short. That of any other collection may contain its items.
     return value if isinstance(value, Collection) and not isinstance(value, range) else None
 
 

@@ -1,10 +1,11 @@
-"""Watches: one stream of changes fanned out to prefixes. Knows no Redis; the in-memory twin uses it too.
+"""Watches: one stream of changes, distributed to prefixes. Knows no Redis; the in-memory registry uses it
+too.
 
-A `Fanout` holds a `PrefixView` for each watched prefix: its records, as of a position in the change log.
-A `QueueWatch` reads one view. When history was lost, or its queue overflowed, it remembers of each key that
-changes what it had handed out; the difference between that and the view is all its consumer needs. It is
-worked out when the consumer comes for it, and whatever happened in between is in it. Everything here runs on
-one event loop.
+A `Fanout` holds a `PrefixView` for each watched prefix: its records, as of a position in the change log. A
+`QueueWatch` reads one view. When history was lost, or its queue overflowed, the watch remembers, for each key
+that changes, the record that it last reported. Its consumer then needs only the difference between those
+records and the view. The difference is computed when the consumer asks for it, so it includes all changes
+until then. All calls are made on one event loop.
 
 Bounds: `QUEUE_EVENTS_COUNT` events a watch (overflow: the queue is dropped, the consumer gets the
 difference, marked as a resync); `BUFFER_CHANGES_COUNT` changes while a view is being loaded (overflow: the
@@ -28,17 +29,17 @@ BUFFER_CHANGES_COUNT: Final = 10_000
 EVENT_BYTES: Final = 4096
 
 Before = Sequence[tuple[str, Record | None]]
-"""Keys, and what stood there before a change."""
+"""Keys, each with its record before a change."""
 
 
-def weigh(change: Change) -> int:
-    """How much of a bound it takes up."""
+def weight_of(change: Change) -> int:
+    """Return the share of a bound that a change takes: 1, and 1 more for each `EVENT_BYTES` of its value."""
     return 1 if change.record is None else 1 + len(change.record.value) // EVENT_BYTES
 
 
 @dataclass(slots=True)
-class Step:
-    """Changes of one view, shared by its watches. Nobody changes it."""
+class ViewUpdate:
+    """Changes of one view, shared by its watches. Never modified."""
 
     batch: WatchBatch
     before: Before
@@ -59,31 +60,31 @@ class PrefixView:
 
     @property
     def position(self) -> Position | None:
-        """Where in the log the records are."""
+        """Position in the log that the records correspond to; None until loaded."""
         if self._snapshot is None or self._reached is None:
             return self._snapshot
         return Position(self._snapshot.incarnation, self._reached.revision, self._reached.operation)
 
     @property
     def is_loaded(self) -> bool:
-        """Whether the records are there."""
+        """True once the records are loaded."""
         return self._snapshot is not None
 
     def begin_load(self) -> None:
-        """Keep the changes that arrive from now on: a snapshot is about to be read."""
+        """Buffer the changes that arrive from now on, since a snapshot is about to be read."""
         self._buffer.clear()
         self._buffered = 0
 
     def keep(self, changes: Sequence[Change]) -> None:
-        """Changes, of any key, that arrive while the view is being loaded."""
-        self._buffered += sum(map(weigh, changes))
+        """Buffer changes, of any key, that arrive while the view is being loaded."""
+        self._buffered += sum(map(weight_of, changes))
         if self._buffered <= BUFFER_CHANGES_COUNT:
             self._buffer += changes
 
     def finish_load(self, snapshot: Snapshot, position: Position) -> bool:
-        """Take a snapshot, and the changes since.
+        """Install a snapshot, and apply the buffered changes after it.
 
-        False if too many arrived meanwhile, or they are of another history: load again.
+        Return False if too many changes arrived meanwhile, or they are of another history: load again.
         """
         since = [change for change in self._buffer if order(change.revision) > order(position.revision)]
         connects = not since or since[0].previous == (position.revision, position.operation)
@@ -98,10 +99,10 @@ class PrefixView:
         return True
 
     def replace(self, snapshot: Snapshot, position: Position, reason: str) -> None:
-        """Take the place of what was known, after history was lost."""
+        """Replace the records by a snapshot, after history was lost."""
         was_loaded, known = self.is_loaded, self.records
         self._install(snapshot, position)
-        for damaged in snapshot.invalid:  # the last good one stays, until its key is changed or deleted
+        for damaged in snapshot.invalid:  # the last readable record stays until its key is changed or deleted
             if damaged.key in known:
                 self.records[damaged.key] = known[damaged.key]
         before = [
@@ -131,19 +132,19 @@ class PrefixView:
             if event is not None:
                 before.append((change.key, old))
                 events.append(event)
-                weight += weigh(change)
+                weight += weight_of(change)
         if events:
-            step = Step(WatchBatch(tuple(events), last.revision), before, weight)
+            update = ViewUpdate(WatchBatch(tuple(events), last.revision), before, weight)
             for watch in self.watches:
-                watch.offer(step)
+                watch.offer(update)
 
     def reach(self, last: Change) -> None:
-        """All changes up to this one have been read."""
+        """Note that all changes up to this one have been read."""
         if self._reached is not None or self._is_news(last):
             self._reached = last
 
     def _is_news(self, change: Change) -> bool:
-        """Whether the snapshot does not have it: that may be ahead of what the log's reader has read."""
+        """Return whether a change is later than the snapshot, which may be ahead of the log's reader."""
         assert self._snapshot is not None
         return order(change.revision) > order(self._snapshot.revision)
 
@@ -157,7 +158,7 @@ class PrefixView:
         if isinstance(event, Put):
             self.records[change.key] = event.record
         elif event is not None and self.records.pop(change.key, None) is None:
-            return None  # it had ended by its lease's deadline before it was reaped: never shown
+            return None  # its lease ended before it was reaped, so the key was never shown
         return event
 
 
@@ -171,12 +172,14 @@ class QueueWatch:
     def __init__(self, view: PrefixView, on_close: Callable[[QueueWatch], None], *, after: bool) -> None:
         self.view = view
         self._on_close = on_close
-        self._queue: deque[Step] = deque()
+        self._queue: deque[ViewUpdate] = deque()
         self._queued = 0
         self._history: WatchBatch | None = None
         self._awaits_history = after
         self._has_begun = after
-        self._reported: dict[str, Record | None] | None = None  # what was, if a difference is due
+        self._reported: dict[str, Record | None] | None = (
+            None  # records last reported, if a difference is due
+        )
         self._prune_at = 0
         self._reason: str | None = None
         self._error: StoreError | None = None
@@ -186,37 +189,37 @@ class QueueWatch:
     # ------------------------------------------------------------------ from the fanout
 
     def loaded(self) -> None:
-        """The view holds its first state."""
+        """Note that the view holds its first state."""
         self._wake.set()
 
     def join(self) -> Position:
-        """Begin at the view's present position; what came before it is for `begin_with`."""
+        """Begin at the view's present position; `begin_with` gets the changes before it."""
         assert self.view.position is not None
         self._drop_queue()
         self._reported = self._reason = None
         return self.view.position
 
-    def offer(self, step: Step) -> None:
-        """New changes. Where a difference is due, it will hold them."""
+    def offer(self, update: ViewUpdate) -> None:
+        """Queue new changes, unless a difference is due, which will include them."""
         if not self._has_begun:
             return
-        if self._queue and self._queued + step.weight > QUEUE_EVENTS_COUNT:
+        if self._queue and self._queued + update.weight > QUEUE_EVENTS_COUNT:
             self.resync(f"slow consumer: {len(self._queue)} batches were waiting", ())
         if self._reported is not None:
-            self._remember(step.before)
+            self._remember(update.before)
             return
-        self._queue.append(step)
-        self._queued += step.weight
+        self._queue.append(update)
+        self._queued += update.weight
         self._wake.set()
 
     def resync(self, reason: str, before: Before) -> None:
-        """Drop what is queued: the consumer gets the difference instead. `before`: what else has changed."""
+        """Drop the queue: the consumer gets the difference instead. `before`: further changes."""
         if not self._has_begun:
             return
         if self._reported is None:
             self._reported, self._prune_at, self._reason = {}, QUEUE_EVENTS_COUNT, reason
-            for step in self._queue:
-                self._remember(step.before)
+            for update in self._queue:
+                self._remember(update.before)
             self._drop_queue()
         self._remember(before)
         self._wake.set()
@@ -238,14 +241,14 @@ class QueueWatch:
         self._queued = 0
 
     def begin_with(self, changes: Sequence[Change], revision: Revision) -> None:
-        """The changes between the start revision and the `revision` joined at."""
+        """Begin with the changes from the start revision to the `revision` of `join`."""
         events = (change.event for change in changes if change.key.startswith(self.view.prefix))
         self._history = WatchBatch(tuple(event for event in events if event is not None), revision)
         self._awaits_history = False
         self._wake.set()
 
     def fail(self, error: StoreError) -> None:
-        """Raise this at the next iteration, and end."""
+        """Raise an error at the next iteration, and end the watch."""
         self._error = error
         self._wake.set()
 
@@ -261,13 +264,13 @@ class QueueWatch:
                 raise self._error
             if self.closed:
                 raise StopAsyncIteration
-            batch = self._take()
+            batch = self._next_batch()
             if batch is not None:
                 return batch
             self._wake.clear()
             await self._wake.wait()
 
-    def _take(self) -> WatchBatch | None:
+    def _next_batch(self) -> WatchBatch | None:
         if self._awaits_history or not self.view.is_loaded:
             return None
         if self._history is not None:
@@ -275,13 +278,20 @@ class QueueWatch:
             return batch
         if not self._has_begun:
             self._has_begun = True
-            return WatchBatch(tuple(map(Put, self._sorted_records())), self._revision)
+            records = self.view.records
+            return WatchBatch(tuple(Put(records[key]) for key in sorted(records)), self._revision)
         if self._reported is not None:
-            return self._take_difference(self._reported)
+            revision, now = self._revision, self.view.records
+            changed = sorted(self._changed(self._reported))
+            gone = (Delete(key, revision, DeleteCause.RESYNC) for key in changed if key not in now)
+            puts = (Put(now[key]) for key in changed if key in now)
+            batch = WatchBatch((*gone, *puts), revision, self._reason)
+            self._reported = self._reason = None
+            return batch
         if self._queue:
-            step = self._queue.popleft()
-            self._queued -= step.weight
-            return step.batch
+            update = self._queue.popleft()
+            self._queued -= update.weight
+            return update.batch
         return None
 
     @property
@@ -289,20 +299,8 @@ class QueueWatch:
         assert self.view.position is not None
         return self.view.position.revision
 
-    def _sorted_records(self) -> list[Record]:
-        records = self.view.records
-        return [records[key] for key in sorted(records)]
-
-    def _take_difference(self, reported: dict[str, Record | None]) -> WatchBatch:
-        revision, now = self._revision, self.view.records
-        changed = sorted(self._changed(reported))
-        gone = (Delete(key, revision, DeleteCause.RESYNC) for key in changed if key not in now)
-        batch = WatchBatch((*gone, *(Put(now[key]) for key in changed if key in now)), revision, self._reason)
-        self._reported = self._reason = None
-        return batch
-
     async def aclose(self) -> None:
-        """End the watch: an iteration that waits ends as well. Idempotent."""
+        """End the watch, and an iteration that waits. Idempotent."""
         if not self.closed:
             self.closed = True
             self._on_close(self)
@@ -316,14 +314,15 @@ class QueueWatch:
 
 
 class Fanout:
-    """All views of a process. A change goes to those of its key's prefixes, however many others there are."""
+    """All views of a process. The cost of a change does not depend on the number of views of other
+    prefixes."""
 
     def __init__(self) -> None:
         self.views: dict[str, PrefixView] = {}
         self._lengths: Counter[int] = Counter()  # of the prefixes
 
     def watch(self, prefix: str, *, after: bool = False) -> QueueWatch:
-        """A new watch, on a view that may still have to be loaded. `after`: it starts with history."""
+        """Return a new watch, on a view that may still have to be loaded. `after`: it begins with history."""
         view = self.views.get(prefix)
         if view is None:
             view = self.views[prefix] = PrefixView(prefix)

@@ -1,8 +1,7 @@
-"""Event streams in memory, for tests and for a single process: the same promises, no server.
+"""Event streams in memory, for tests and for a single process: the same contract, no server.
 
-One `MemoryEventStreams` is what several processes would share: hand it to all of them. It follows the rules
-of the Lua scripts, written down a second time; the contract suite runs on both. Everything is on one event
-loop.
+All users of the streams share one `MemoryEventStreams`, in the place of a server. It implements the rules of
+the Lua scripts a second time; the contract suite runs on both. All calls are made on one event loop.
 """
 
 from __future__ import annotations
@@ -35,7 +34,8 @@ from dynamo_redis.store.event_base import (
 )
 
 _TOPIC_MESSAGES_COUNT: Final = 10_000
-"""What one subscription holds; further messages are lost, as on a server that cuts a slow reader off."""
+"""Most messages that one subscription holds. Further ones are lost, as on a server that drops a slow
+reader."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +47,13 @@ class _Stored:
 @dataclass(slots=True)
 class _Group:
     position: EntryId
-    """The last entry it was given."""
+    """The last entry that was delivered to it."""
     seen: float
     pending: builtins.list[Entry] = field(default_factory=list)
 
     @property
     def kept_behind(self) -> EntryId:
-        """What it still needs follows this."""
+        """Position before the first entry that the group still needs."""
         if not self.pending:
             return self.position
         ms, number = entry_order(self.pending[0].entry_id)
@@ -61,7 +61,7 @@ class _Group:
 
 
 class MemoryStream:
-    """One stream's state. Every method is one atomic step, as one script is."""
+    """The state of one stream. Every method is one atomic step, as a script is."""
 
     def __init__(self, name: StreamName, clock: Clock) -> None:
         self._name = name
@@ -76,33 +76,27 @@ class MemoryStream:
 
     def append(self, new: Sequence[NewEntry], settings: EventSettings, max_age_s: float | None) -> None:
         for entry in new:
-            self.last = self._next_id()
+            ms, number = entry_order(self.last)
+            now_ms = int(self._clock.wall() * 1000)
+            self.last = EntryId(f"{now_ms}-0" if now_ms > ms else f"{ms}-{number + 1}")
             self.entries.append(_Stored(Entry(self.last, entry.content), entry.event_count))
         if max_age_s is not None:
             oldest_ms = (self._clock.wall() - max_age_s) * 1000
             while self.entries and entry_order(self.entries[0].entry.entry_id)[0] < oldest_ms:
                 self._drop_first()
-        while len(self.entries) > 1 and self._is_over(settings):
+        while len(self.entries) > 1 and (
+            self.event_count > settings.event_stream_events_count
+            or self.size_bytes > settings.event_stream_size_bytes
+        ):
             for _ in range(-(-len(self.entries) // 16)):
                 self._drop_first()
         self.wake()
-
-    def _next_id(self) -> EntryId:
-        ms, number = entry_order(self.last)
-        now_ms = int(self._clock.wall() * 1000)
-        return EntryId(f"{now_ms}-0" if now_ms > ms else f"{ms}-{number + 1}")
-
-    def _is_over(self, settings: EventSettings) -> bool:
-        return (
-            self.event_count > settings.event_stream_events_count
-            or self.size_bytes > settings.event_stream_size_bytes
-        )
 
     def _drop_first(self) -> None:
         self.floor = self.entries.popleft().entry.entry_id
 
     def wake(self) -> None:
-        """Let who waits for entries look again."""
+        """Wake the readers that wait for entries."""
         self.appended.set()
         self.appended = asyncio.Event()
 
@@ -200,7 +194,7 @@ class MemoryStream:
 
 
 class MemoryEventStreams:
-    """`EventStreams` in dictionaries. Closing it changes nothing: others may use it still."""
+    """`EventStreams` in dictionaries. `aclose` has no effect, since other users share it."""
 
     def __init__(self, settings: EventSettings | None = None, *, clock: Clock = SYSTEM_CLOCK) -> None:
         self._settings = settings or EventSettings()
@@ -209,7 +203,7 @@ class MemoryEventStreams:
         self._topics: dict[StreamName, set[_MemorySubscription]] = {}
 
     def wipe(self) -> None:
-        """Lose everything, as a server without its data."""
+        """Delete all streams, as a server that restarts without its data."""
         for stream in tuple(self._streams):
             self._delete(stream)
 
@@ -270,13 +264,13 @@ class MemoryEventStreams:
         return True
 
     def stream(self, name: StreamName) -> MemoryStream:
-        """That stream; made if there is none."""
+        """Return a stream; create it if it does not exist."""
         if name not in self._streams:
             self._streams[name] = MemoryStream(name, self._clock)
         return self._streams[name]
 
     def existing(self, name: StreamName) -> MemoryStream:
-        """That stream. Raises StreamLost."""
+        """Return a stream. Raises StreamLost if it does not exist."""
         found = self._streams.get(name)
         if found is None:
             raise StreamLost(f"the event stream {name.path} is gone")
@@ -299,7 +293,7 @@ class MemoryEventStreams:
         return subscription
 
     async def aclose(self) -> None:
-        """Nothing is held."""
+        """Do nothing: there are no resources to release."""
 
     async def __aenter__(self) -> Self:
         return self
@@ -356,7 +350,7 @@ class _MemoryTail:
         return entries
 
     async def aclose(self) -> None:
-        """Nothing is held."""
+        """Do nothing: there are no resources to release."""
 
 
 class _MemorySubscription:

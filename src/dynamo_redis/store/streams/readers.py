@@ -1,12 +1,12 @@
 """Readers of one event stream on Redis: a consumer group, and a tail without one.
 
-Each has a connection of its own, for blocking reads. With each read a group looks at the floor: if it is
-ahead of what had been read before, entries may have been trimmed unread, by the ceiling. It looks at the
-breaks, too: if they have changed, entries were deleted by hand, nobody knows which. The scripts find that
-out; the sign of life that each reader gives is one of them.
+Each has a connection of its own, for blocking reads. With each read a group also reads the floor. A floor
+after the last entry read means that the stream's ceiling may have trimmed unread entries. The group reads the
+number of breaks, too. If it has changed, unknown entries were deleted by hand. Scripts detect that, among
+them the one that sends each reader's sign of life.
 
-After a failover to a server that had not all, entries may come again, or with ids that went back: they are
-handed on, since the publishers' sequences tell what they are.
+After a failover to a server that lacked some entries, entries may come again, or with lower ids. They are
+passed on, since publishers number their events.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ SCHEMA: Final = "1"
 BLOCK_LIMIT_S: Final = 2.0
 BEAT_S: Final = GROUP_TTL_S / 3
 CHECK_S: Final = 1.0
-"""How often a reader that finds nothing asks whether something is gone."""
+"""Shortest time between two checks, by a reader without new entries, whether its group still exists."""
 READ_COUNT: Final = 1024
 READ_BYTES: Final = 4 << 20
-"""Most entries of a read, and about how many bytes."""
+"""Most entries of a read, and its approximate size."""
 _CONSUMER: Final = "reader"
 
 _CREATE = load_script("stream_create", "stream_prelude")
@@ -49,13 +49,13 @@ _SEEK = load_script("stream_seek", "stream_prelude")
 _BEAT = load_script("stream_beat", "stream_prelude")
 
 SILENCE_MS = round(3 * GROUP_TTL_S * 1000)
-"""A group that has been silent for longer is removed."""
+"""Time without a sign of life after which a group is removed."""
 
 
 async def stream_script(
     client: RedisClient, script: Script, keys: StreamKeys, args: Sequence[Argument]
 ) -> list[Any]:
-    """Run a stream's script until all is done; answer what follows its `ok`.
+    """Run a stream's script until it is complete; return the rest of its `ok` answer.
 
     Raises StreamLost, StreamTrimmed, StoreError.
     """
@@ -63,7 +63,7 @@ async def stream_script(
     rest: list[Any]
     answer, *rest = await client.script(script, keys.all, args)
     more: list[Any] = []
-    while answer == b"again":  # rest: a floor that is now out of date, and names of groups
+    while answer == b"again":  # rest: a floor, now outdated, and names of groups
         more += rest[1:]
         answer, *rest = await client.script(script, keys.all, args)
     rest += more
@@ -88,7 +88,7 @@ def check_schema(stream: StreamName, found: bytes | None) -> None:
 
 
 class _Reader(ABC):
-    """What both readers do: read on a connection of their own, and wait after failures."""
+    """Base of both readers: reads on a connection of its own, and waits after failures."""
 
     def __init__(self, client: RedisClient, keys: StreamKeys) -> None:
         self._client = client
@@ -99,8 +99,9 @@ class _Reader(ABC):
         self._failed = False
 
     async def read(self, *, count: int, block_s: float) -> list[Entry]:
-        """As `EventGroup.read` and `EventTail.read`. After a StoreUnavailable it waits, longer each time,
-        before it tries again, and then asks for less."""
+        """As `EventGroup.read` and `EventTail.read`.
+
+        After a StoreUnavailable the next call waits, longer each time, and then asks for fewer entries."""
         if self._failed:
             await asyncio.sleep(self._backoff.next_s())
         try:
@@ -132,7 +133,7 @@ class RedisEventGroup(_Reader):
         self.name: Final = name
         self._last = BEGINNING
         self._unanswered = False
-        """Whether entries may have been sent that never came: then they are pending in the group."""
+        """True if sent entries may not have arrived: then they are pending in the group."""
         self._applied: list[EntryId] = []
         self._breaks = 0
         self._floor = b""
@@ -146,7 +147,8 @@ class RedisEventGroup(_Reader):
         return self._last
 
     async def seek(self, position: EntryId) -> None:
-        """As `EventGroup.seek`. Refuses also a position that is no entry of this stream, nor its floor."""
+        """As `EventGroup.seek`. Raises StreamTrimmed also for a position that is no entry and not the
+        floor."""
         (breaks,) = await self._script(_SEEK, position)
         self._begin(position, breaks)
 
@@ -157,7 +159,7 @@ class RedisEventGroup(_Reader):
         self._beat_at = asyncio.get_running_loop().time()
 
     async def acknowledge(self, entry_ids: Sequence[EntryId]) -> None:
-        """As `EventGroup.acknowledge`: goes with the next `read`."""
+        """As `EventGroup.acknowledge`; sent with the next `read`."""
         self._applied += entry_ids
 
     async def _read(self, count: int, block_s: float) -> list[Entry]:
@@ -176,7 +178,8 @@ class RedisEventGroup(_Reader):
         return entries
 
     async def _fetch(self, count: int, block_s: float, after: str) -> list[Entry]:
-        """Entries never sent to this group (`>`), or those sent and not acknowledged behind an id."""
+        """Read entries never sent to this group (`>`), or those after an id that were sent and not
+        acknowledged."""
         applied = tuple(self._applied)
         commands = []
         if applied:
@@ -189,11 +192,8 @@ class RedisEventGroup(_Reader):
         *_, reply, (floor, breaks) = await self._connection.execute_all(commands, block_s=block_s)
         del self._applied[: len(applied)]
         self._check(floor, breaks)
-        return self._follow(reply[0][1]) if reply else []
-
-    def _follow(self, raw: list[Any]) -> list[Entry]:
         entries: list[Entry] = []
-        for entry_id, fields in raw:
+        for entry_id, fields in reply[0][1] if reply else ():
             if fields is None:
                 raise StreamTrimmed(f"{self._keys.stream.path}: entries were deleted unread")
             entries.append(parse_entry(entry_id, fields))
@@ -202,7 +202,7 @@ class RedisEventGroup(_Reader):
         return entries
 
     def _check(self, floor: bytes | None, breaks: bytes | int | None) -> None:
-        """Whether all that follows what was read is there. Raises StreamTrimmed."""
+        """Check that no unread entry was dropped. Raises StreamTrimmed."""
         if int(breaks or 0) != self._breaks:
             raise StreamTrimmed(f"{self._keys.stream.path}: entries were deleted by hand, or its head")
         if floor is not None and floor != self._floor:
@@ -211,7 +211,7 @@ class RedisEventGroup(_Reader):
             self._floor = floor
 
     async def _beat(self) -> None:
-        """Give a sign of life, and remove groups that have given none. Raises StreamLost, StreamTrimmed."""
+        """Send a sign of life, and remove silent groups. Raises StreamLost, StreamTrimmed."""
         floor, breaks = await self._script(_BEAT, SILENCE_MS)
         self._beat_at = asyncio.get_running_loop().time()
         self._check(floor, breaks)
@@ -243,9 +243,12 @@ class RedisEventTail(_Reader):
 
     async def _read(self, count: int, block_s: float) -> list[Entry]:
         if self._after is None:
-            self._after = await self._youngest()
+            self._after = just_before(await self._time_ms() - round(self._max_age_s * 1000))
         elif self._failed:
-            await self._look_back()
+            # After a failover the stream may end before the last entry read, and continue from there.
+            last = await self._client.execute("XREVRANGE", self._keys.events, "+", "-", "COUNT", 1)
+            if last:
+                self._after = min(self._after, EntryId(last[0][0].decode()), key=entry_order)
         place = ("STREAMS", self._keys.events, self._after)
         command = pack("XREAD", "COUNT", count, *_wait(block_s), *place)
         reply = await self._connection.execute(command, block_s=block_s)
@@ -254,17 +257,8 @@ class RedisEventTail(_Reader):
             self._after = entries[-1].entry_id
         return entries
 
-    async def _youngest(self) -> EntryId:
-        return just_before(await self._time_ms() - round(self._max_age_s * 1000))
-
     async def _time_ms(self) -> int:
         return await server_time_ms(self._client)
-
-    async def _look_back(self) -> None:
-        """After a failover a stream may end before what was read of it, and go on from there."""
-        last = await self._client.execute("XREVRANGE", self._keys.events, "+", "-", "COUNT", 1)
-        if last and self._after is not None:
-            self._after = min(self._after, EntryId(last[0][0].decode()), key=entry_order)
 
 
 async def server_time_ms(client: RedisClient) -> int:
@@ -274,12 +268,12 @@ async def server_time_ms(client: RedisClient) -> int:
 
 
 def _wait(block_s: float) -> tuple[str, int] | tuple[()]:
-    """Part of a reading command: without it, it does not wait; with 0, it would for ever."""
+    """Return the BLOCK words of a read: none for no wait, since BLOCK 0 would wait for ever."""
     block_ms = round(block_s * 1000)
     return ("BLOCK", block_ms) if block_ms > 0 else ()
 
 
 def parse_entry(entry_id: bytes, fields: Sequence[bytes]) -> Entry:
-    """An entry; without content if somebody else has written it."""
+    """Read an entry; its content is empty if another program wrote it."""
     content = fields[1] if fields[0] == b"c" else b""
     return Entry(EntryId(entry_id.decode()), content)

@@ -1,20 +1,20 @@
-"""Event streams on Redis: Redis Streams with a consumer group a reader, trimmed by rule, and pub/sub topics.
+"""Event streams on Redis: Redis Streams with a consumer group a reader, trimmed by rules, and pub/sub topics.
 
-A stream's keys share a hash tag of its own, `{prefix/<namespace>/<component>/<topic>/<shard>}`:
+The keys of a stream share one hash tag, `{prefix/<namespace>/<component>/<topic>/<shard>}`:
 
     {tag}:events   stream: the entries
-    {tag}:sizes    list: for each entry its events and bytes
+    {tag}:sizes    list: for each entry its number of events and bytes
     {tag}:meta     hash: sums of the sizes, the floor (the last entry that was trimmed), breaks, a clock
     {tag}:groups   zset: each group's last sign of life, on that clock
 
-Entries are appended in a transaction with their sizes. A script would copy each of them several times more:
-it takes a server three times as long. Everything else that changes more than one key is a script
-(`scripts/stream_*.lua`). Only two of those trim, and both record the floor: `trim`, to what nobody needs any
-more, and `bound`, when the answer to an append says that the stream is over its ceiling, so that publishers
-alone cannot fill a server.
+Entries are appended in a transaction with their sizes. A script would take a server three times as long,
+since it copies each entry several times more. Every other change of more than one key is a script
+(`scripts/stream_*.lua`). Only two of these drop entries, and both record the floor. `trim` drops entries that
+no reader needs any more. `bound` runs when the answer to an append shows that the stream is over its ceiling,
+so that publishers alone cannot fill a server.
 
-All scripts look whether there are as many entries as sizes. If not, somebody has deleted some by hand: that
-is a break, of which every reader is told (`readers.py`).
+All scripts check that there are as many entries as sizes. If not, entries were deleted by hand. That is a
+break, which every reader detects (`readers.py`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import builtins
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, Final, Self
+from typing import Final, Self
 
 from dynamo_redis.config import EventSettings, StoreSettings
 from dynamo_redis.errors import SchemaMismatch, StoreRefused, StreamLost
@@ -52,7 +52,7 @@ from dynamo_redis.store.streams.readers import (
 log = logging.getLogger(__name__)
 
 AGE_STEP: Final = 1 / 60
-"""Entries of a stream that is bounded by time live longer than that by such a part of it."""
+"""Extra lifetime of entries in a stream with a maximum age, as a part of that age."""
 
 _OPEN = load_script("stream_open", "stream_prelude")
 _BOUND = load_script("stream_bound", "stream_prelude")
@@ -74,7 +74,8 @@ class RedisEventStreams:
 
     @classmethod
     def from_settings(cls, store: StoreSettings, events: EventSettings) -> Self:
-        """With a client of its own, not yet connected. Raises ConfigError if no server is configured."""
+        """Return streams with a client of their own, not yet connected. Raises ConfigError if no server is
+        configured."""
         url, timeout_s = store.require_url(), store.command_timeout_s
         client = RedisClient(url, timeout_s=timeout_s, client_name="dynamo-redis-events")
         return cls(client, store.prefix, events)
@@ -84,34 +85,33 @@ class RedisEventStreams:
     async def append(
         self, stream: StreamName, entries: Sequence[NewEntry], *, max_age_s: float | None = None
     ) -> None:
-        """As `EventStreams.append`; all or nothing, but after a lost answer one cannot know which."""
+        """As `EventStreams.append`; all entries or none, though a lost answer leaves unknown which."""
         if not entries:
             return
         keys = self._keys(stream)
         if stream not in self._opened:
             await stream_script(self._client, _OPEN, keys, ())
             self._opened.add(stream)
-        event_sum, byte_sum = (await self._client.pipeline(_append(keys, entries), transaction=True))[-2:]
+        event_sum, byte_sum = (
+            await self._client.pipeline(_append_commands(keys, entries), transaction=True)
+        )[-2:]
         is_over = (
             event_sum > self._settings.event_stream_events_count
             or byte_sum > self._settings.event_stream_size_bytes
         )
-        is_new = event_sum <= sum(entry.event_count for entry in entries)  # its keys have no end yet
+        is_new = event_sum <= sum(entry.event_count for entry in entries)  # its keys have no expiry yet
         if is_over or (max_age_s is not None and (self._is_aged(stream, max_age_s) or is_new)):
-            await self._bound(keys, max_age_s)
+            limits = (self._settings.event_stream_events_count, int(self._settings.event_stream_size_bytes))
+            age_ms = "" if max_age_s is None else max(1, round(max_age_s * 1000))
+            await stream_script(self._client, _BOUND, keys, (*limits, age_ms))
 
     def _is_aged(self, stream: StreamName, max_age_s: float) -> bool:
-        """Whether enough time has passed since the last time for some entries to have become too old."""
+        """Return whether entries may have become too old since the last True."""
         now = asyncio.get_running_loop().time()
         if now - self._bounded_at.get(stream, float("-inf")) < max_age_s * AGE_STEP:
             return False
         self._bounded_at[stream] = now
         return True
-
-    async def _bound(self, keys: StreamKeys, max_age_s: float | None) -> None:
-        limits = (self._settings.event_stream_events_count, int(self._settings.event_stream_size_bytes))
-        age_ms = "" if max_age_s is None else max(1, round(max_age_s * 1000))
-        await stream_script(self._client, _BOUND, keys, (*limits, age_ms))
 
     def group(self, stream: StreamName, name: str) -> EventGroup:
         """As `EventStreams.group`."""
@@ -161,11 +161,15 @@ class RedisEventStreams:
         )
 
     async def list(self, *, on_left_out: Callable[[str], None] | None = None) -> builtins.list[StreamInfo]:
-        """As `EventStreams.list`. Streams of another schema, and those of which a key was overwritten, are
-        left out. Raises StoreRefused if none can be read."""
+        """As `EventStreams.list`. Streams of another schema, or with an overwritten key, are left out.
+
+        Raises StoreRefused if no stream can be read."""
         leave_out = on_left_out or partial(log.warning, "left out: %s")
         keys = {key async for key in self._client.scan(stream_pattern(self._prefix))}
-        streams = sorted(filter(None, (stream_of_key(self._prefix, key) for key in keys)), key=_order)
+        streams = sorted(
+            filter(None, (stream_of_key(self._prefix, key) for key in keys)),
+            key=lambda name: (name.namespace, name.component, name.topic, name.shard),
+        )
         found: builtins.list[StreamInfo] = []
         refusal: StoreRefused | None = None
         for stream in streams:
@@ -193,7 +197,7 @@ class RedisEventStreams:
 
     async def subscribe(self, topic: StreamName) -> TopicSubscription:
         """As `EventStreams.subscribe`."""
-        return _Messages(await self._client.subscribe_channel(self._keys(topic).messages))
+        return _ChannelTopic(await self._client.subscribe_channel(self._keys(topic).messages))
 
     # ------------------------------------------------------------------ lifetime
 
@@ -211,7 +215,7 @@ class RedisEventStreams:
         await self.aclose()
 
 
-class _Messages:
+class _ChannelTopic:
     """`TopicSubscription` on a subscribed connection."""
 
     def __init__(self, subscription: ChannelSubscription) -> None:
@@ -225,12 +229,8 @@ class _Messages:
         await self._subscription.aclose()
 
 
-def _order(stream: StreamName) -> tuple[Any, ...]:
-    return (stream.namespace, stream.component, stream.topic, stream.shard)
-
-
-def _append(keys: StreamKeys, entries: Sequence[NewEntry]) -> Iterator[Sequence[Argument]]:
-    """The commands that append entries. The last two answer the sums with them: of events, and of bytes."""
+def _append_commands(keys: StreamKeys, entries: Sequence[NewEntry]) -> Iterator[Sequence[Argument]]:
+    """Yield the commands that append entries. The last two answer the new sums of events and of bytes."""
     event_count = byte_count = 0
     sizes: list[Argument] = []
     for entry in entries:
