@@ -1,9 +1,9 @@
--- Give a lock back.
+-- Release a lock.
 --
 -- KEYS[1]  the lock
 -- ARGV[1]  owner
--- Answers  1 released, 0 it is not the owner's
--- Atomic:  the lock of another owner is never released.
+-- Answers  1 released, 0 the owner does not hold it
+-- Atomic:  another owner's lock is never released.
 if redis.call('HGET', KEYS[1], 'owner') ~= ARGV[1] then
   return 0
 end

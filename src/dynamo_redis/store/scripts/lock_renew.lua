@@ -1,10 +1,10 @@
--- Keep a lock for another TTL.
+-- Renew a lock for another TTL.
 --
 -- KEYS[1]  the lock
 -- ARGV[1]  owner
 -- ARGV[2]  TTL in ms
--- Answers  1 renewed, 0 it is not the owner's
--- Atomic:  the lock of another owner is never renewed.
+-- Answers  1 renewed, 0 the owner does not hold it
+-- Atomic:  another owner's lock is never renewed.
 if redis.call('HGET', KEYS[1], 'owner') ~= ARGV[1] then
   return 0
 end

@@ -1,15 +1,15 @@
--- Is a chunk there, or who sends it? If it is there it is kept for at least another ARGV[2].
+-- Find out whether an upload has to send a chunk. A chunk that exists is kept for at least another ARGV[2].
 --
 -- KEYS[1]  the chunk
--- KEYS[2]  the claim on it: the upload that sends it, for as long as that may take
+-- KEYS[2]  the claim on it: the upload that sends it; expires
 -- KEYS[3]  the set of chunks that readers found damaged
 -- ARGV[1]  its name in that set
--- ARGV[2]  ms that it shall live; a chunk without an expiry keeps none
+-- ARGV[2]  ms that the chunk shall live; a chunk without an expiry gets none
 -- ARGV[3]  its size in bytes
--- ARGV[4]  the upload that asks
--- ARGV[5]  ms that a claim stands
--- Answers  0 absent, send it; 1 there; 2 damaged, send it over what is there; 3 another upload sends it
--- Atomic:  of all uploads that ask while a chunk is absent or damaged, one at a time is told to send it.
+-- ARGV[4]  id of the calling upload
+-- ARGV[5]  ms that a claim lives
+-- Answers  0 absent: send it; 1 exists; 2 damaged: overwrite it; 3 another upload sends it
+-- Atomic:  while a chunk is absent or damaged, one upload at a time gets the answer to send it.
 local size = redis.call('STRLEN', KEYS[1])
 local damaged = size > 0
   and (size ~= tonumber(ARGV[3]) or redis.call('SISMEMBER', KEYS[3], ARGV[1]) == 1)

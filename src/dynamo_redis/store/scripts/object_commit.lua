@@ -2,21 +2,21 @@
 --
 -- KEYS[1]           the pointer: a hash with the current version's manifest
 -- KEYS[2]           the object's lock
--- KEYS[3]           the mark of this commit, named after the new version: it took effect, and when
+-- KEYS[3]           the mark of this commit, named after the new version: the time at which it took effect
 -- KEYS[4 .. 3+n]    the new version's chunks
--- KEYS[4+n ..]      chunks of the version that is replaced, without those that the new one has, too
+-- KEYS[4+n ..]      chunks of the replaced version, without those of the new one
 -- ARGV[1]           n
--- ARGV[2]           the version that the caller knows as current, '' for none
--- ARGV[3]           ms that replaced chunks stay, for those who read them, and the mark
--- ARGV[4], ARGV[5]  of a fenced put, the lock's owner and fencing token; else '' and ''
--- ARGV[6 ..]        fields and values of the new manifest, beginning with 'version' and it
--- Answers           {'ok', created_at in ms}, {'missing', number of chunks gone},
---                   {'lost'}: the lock is another's, or a later holder has put the object,
---                   or {'changed'}: another version is current, the list of replaced chunks is not right
--- Atomic:           a reader sees the old manifest or the new one; every chunk of the new one is there, and
---                   none of them expires. A manifest that is current already, but for `version`, stays.
---                   Repeated after its answer was lost, it changes nothing and answers as it did, also when
---                   the lock is gone, and when the object has been replaced or removed since.
+-- ARGV[2]           the version that the caller takes for the current one, '' for none
+-- ARGV[3]           ms that replaced chunks stay for their readers, and that the mark stays
+-- ARGV[4], ARGV[5]  owner and fencing token of the lock of a fenced put; else '' and ''
+-- ARGV[6 ..]        fields and values of the new manifest, 'version' first
+-- Answers           {'ok', created_at in ms}, {'missing', number of missing chunks},
+--                   {'lost'}: the lock has another owner or none, or a later holder has put the object,
+--                   or {'changed'}: another version is current, so the list of replaced chunks is wrong
+-- Atomic:           a reader sees the old manifest or the new one. Every chunk of the new one exists, and none
+--                   expires. A manifest that is equal to the current one, except for `version`, is not
+--                   written. A repetition after a lost answer changes nothing and answers as the first call
+--                   did, also when the lock is gone, or the object was replaced or removed since.
 local done_at_ms = redis.call('GET', KEYS[3])
 local current = redis.call('HMGET', KEYS[1], 'version', 'created_at_ms', 'token')
 if done_at_ms or current[1] == ARGV[7] then
@@ -50,7 +50,7 @@ if not same then
   local now = redis.call('TIME')
   created_at_ms = string.format('%d%03d', now[1], math.floor(now[2] / 1000))
 end
--- First, because it is the one write that a full server refuses: then nothing has happened.
+-- First, since it is the one write that a full server refuses: then nothing is changed.
 redis.call('SET', KEYS[3], created_at_ms, 'PX', ARGV[3])
 if not same then
   redis.call('HSET', KEYS[1], 'created_at_ms', created_at_ms, unpack(ARGV, 6))
@@ -62,7 +62,7 @@ end
 for i = 4, 3 + count do
   redis.call('PERSIST', KEYS[i])
 end
--- Ten milliseconds apart: a server that drops a thousand chunks at once serves nobody meanwhile.
+-- Ten milliseconds apart: a server that drops a thousand chunks at once serves no command meanwhile.
 for i = 4 + count, #KEYS do
   redis.call('PEXPIRE', KEYS[i], ARGV[3] + 10 * (i - 4 - count))
 end

@@ -1,9 +1,9 @@
 -- Keep chunks alive: those being uploaded, or those of a replaced version that is still being read.
 --
 -- KEYS     chunks
--- ARGV[1]  ms that they shall live; chunks without an expiry (of the current version) keep none
--- Answers  how many of them are gone
--- Atomic:  each chunk for itself would do.
+-- ARGV[1]  ms that they shall live; chunks without an expiry (of the current version) get none
+-- Answers  the number of chunks that are gone
+-- Atomic:  though each chunk by itself would be enough.
 local gone = 0
 for i, chunk in ipairs(KEYS) do
   local left = redis.call('PTTL', chunk)

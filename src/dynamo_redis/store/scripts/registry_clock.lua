@@ -1,14 +1,14 @@
--- The service clock, which the deadlines of leases count on. It stands in `meta` as `clock`, ms, and `seen`, what
--- TIME said then.
+-- The service clock, by which the deadlines of leases count. `meta` holds it as `clock`, in ms, and `seen`, the TIME
+-- of the server when it was saved.
 
 local LATE_MS = 900
 local KEEP_CLOCK_MS = 50
 
--- What the clock shows, and how long it has not been kept; both in ms, and TIME in ms.
+-- Return the service clock, the time since it was saved, and TIME; all in ms.
 --
--- Time passes on it only while scripts keep it: a time of more than LATE_MS without one counts for nothing. So a
--- server that was frozen, restarted or replaced, one that refused writes, and a clock that stepped, cost no
--- lease. It is kept every KEEP_CLOCK_MS, and worked out by each script in between.
+-- The clock advances only while scripts save it: a gap of more than LATE_MS does not count. So no lease ends because
+-- a server was frozen, restarted or replaced, because it refused writes, or because its clock stepped. The clock is
+-- saved every KEEP_CLOCK_MS, and computed by each script in between.
 local function read_clock(clock, seen)
   local time = redis.call('TIME')
   local now = time[1] * 1000 + math.floor(time[2] / 1000)
@@ -17,14 +17,14 @@ local function read_clock(clock, seen)
   return clock + passed, passed, now
 end
 
--- 1 if the server's memory was found to be full.
+-- 1 once a write has found the server's memory full.
 local FULL = 0
 
--- Make a script's first write, though the server's memory is full.
+-- Make a script's first write, even if the server's memory is full.
 --
--- A full server refuses a command that may take memory only as the first write of a script: later ones would leave
--- it half done. So a script that must pass, since it gives memory back or keeps a lease alive, begins with a
--- write of the other kind, one that has no effect.
+-- A full server refuses a command that may need memory only as the first write of a script, since a later refusal
+-- would leave the script half done. A script that frees memory or renews a lease must succeed. So its first write
+-- is one that needs no memory and has no effect.
 local function write_when_full(...)
   local answer = redis.pcall(...)
   if type(answer) ~= 'table' or not answer.err then return answer end

@@ -1,10 +1,10 @@
--- Make the registry if there is none, or if one of its structures is gone: then what is left of it goes too.
+-- Create the registry if there is none, or if one of its structures is gone: then the others are deleted first.
 --
 -- KEYS    1-7 the registry's structures
--- ARGV    1 ''   2 operation id   3 a random incarnation, used if one is needed   4 schema version
+-- ARGV    1 ''   2 operation id   3 a random incarnation, for a new registry   4 schema version
 -- Answers {'ok', incarnation, revision, operation} or {'schema', found}.
--- Atomic: of many callers that find the registry gone, the first makes it, the others find it whole, and write nothing.
---         `meta` comes last: without it there is no registry.
+-- Atomic: if many callers find the registry gone, the first creates it, and the others find it intact and write
+--         nothing. `meta` is written last: without it there is no registry.
 
 local answer = look(function() return {'ok', INC, REV, LAST_OP} end, true)
 if answer[1] ~= 'wiped' then return answer end

@@ -1,20 +1,20 @@
--- What every registry script but registry_keepalive begins with, after registry_clock.
+-- Definitions of every registry script except registry_keepalive; they follow those of registry_clock.
 --
--- KEYS  1 meta  2 kv  3 idx  4 leases  5 lk  6 lr  7 log   (8: a lease's TTL key, where a script says so)
--- ARGV  1 the incarnation the caller knows, '' for any   2 operation id of this call
+-- KEYS  1 meta  2 kv  3 idx  4 leases  5 lk  6 lr  7 log   (8 a lease's TTL key, in some scripts)
+-- ARGV  1 the incarnation that the caller knows, '' for any   2 operation id of this call
 --
--- A script that changes something is `return run(function() … end)`, one that does not `return look(…)`. Instead
--- of the function's answer either may give one of these:
---   {'schema', found}        the registry was written by an incompatible release; nothing was touched
+-- A script that writes is `return run(function() … end)`, a script that only reads `return look(…)`. Instead of the
+-- function's answer, either may answer:
+--   {'schema', found}        an incompatible release wrote the registry; nothing was changed
 --   {'wiped'}                there is no registry, or one of its structures is gone: run registry_init
---   {'incarnation', found}   it is not the registry the caller knows
--- Otherwise `run` has advanced the service clock and reaped some of the ended leases: of up to REAP_LEASES leases,
--- up to REAP_KEYS keys. What is left of an ended lease is not shown. `look` writes nothing, so it
--- works where the server refuses writes, and goes by the time that was last kept.
+--   {'incarnation', found}   it is not the registry that the caller knows
+-- Otherwise `run` has advanced the service clock and reaped some ended leases: of up to REAP_LEASES leases, up to
+-- REAP_KEYS keys. Keys of ended leases that are left are not shown. `look` writes nothing, so it works while the
+-- server refuses writes, and uses the clock as last saved.
 --
--- All of a script's effects are atomic. Each touches the seven structures of one hash tag and nothing else. Should a
--- script be stopped by an error in its middle, what it meant to do is in the log: changes are logged first, and
--- made then. The next script that may write makes the rest of them, and readers add them to what they read.
+-- All effects of a script are atomic. Each uses only the seven structures of one hash tag, and a TTL key. Changes
+-- are logged first and then applied. If an error stops a script in its middle, the rest of its changes is in the
+-- log. The next script that writes applies them, and readers add them to the records that they read.
 
 local META, KV, IDX, LEASES, LK, LR, LOG = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]
 local KNOWN, OPERATION = ARGV[1], ARGV[2]
@@ -27,21 +27,21 @@ local LOG_FLOOR = 10000
 local MOST_BEHIND = 2000
 local REVOKED = -1
 
--- The registry's head, filled by `open`: incarnation, last log id, its operation, service clock in ms, and for
--- how many ms it had not been kept.
+-- The registry's head, filled by `open`: incarnation, last log id, its operation, service clock in ms, and the ms
+-- since the clock was saved.
 local INC, REV, LAST_OP, CLOCK, IDLE_MS
 
--- Whether ended leases may be left. If not, every lease in LEASES lives, and so does that of every key.
+-- True if ended leases may be left. If not, every lease in LEASES is alive, and so is the lease of every key.
 local OVERDUE = false
 
--- Changes that are logged and not yet made, in order; and by key the record that comes of the last, or false.
+-- Changes that are logged and not yet applied, in order; and by key the record after the last of them, or false.
 local pending, outcome = {}, {}
 
--- How many entries the log keeps.
+-- Number of entries that the log keeps.
 local keep = nil
 
--- A packed record as a table. One that no script wrote counts as a record without revision, lease and value: a
--- comparison with "absent" holds for it, any write takes its place, and readers say that it is damaged.
+-- Unpack a record into a table. A value that no script wrote counts as a record without revision, lease and value: a
+-- comparison with "absent" holds for it, any write replaces it, and readers report it as damaged.
 local function read_record(packed)
   local whole, record = pcall(cmsgpack.unpack, packed)
   if whole and type(record) == 'table' and type(record[1]) == 'string' and type(record[2]) == 'string'
@@ -51,8 +51,8 @@ local function read_record(packed)
   return {'', '', 0, '', ''}
 end
 
--- Whether each structure carries the incarnation that `meta` names: losing any one of them is a wipe.
--- The log carries it by the entry that `meta` names, unless it was trimmed empty.
+-- Return whether each structure has the mark of the incarnation in `meta`: the loss of any of them is a wipe. The mark
+-- of the log is the entry that `meta` names, unless the log was trimmed empty.
 local function is_marked()
   if redis.call('HGET', KV, '') ~= INC or redis.call('HGET', LR, '') ~= INC then return false end
   for _, key in ipairs({IDX, LEASES, LK}) do
@@ -61,8 +61,8 @@ local function is_marked()
   return redis.call('XLEN', LOG) == 0 or #redis.call('XRANGE', LOG, REV, REV) == 1
 end
 
--- A change of one key, whose log entry is `id`. kind: p put, d deleted, r revoked, x expired. `before` is the
--- lease under which the key stood.
+-- Add a change of one key, with log entry `id`, to the pending ones. kind: p put, d deleted, r revoked, x expired.
+-- `before` is the lease of the key before the change.
 local function plan(id, kind, key, value, lease, create, version, before)
   if create == '' then create = id end
   local record = kind == 'p' and {id, create, tonumber(version), lease, value}
@@ -70,7 +70,7 @@ local function plan(id, kind, key, value, lease, create, version, before)
   outcome[key] = record
 end
 
--- Make what is logged. The record comes last: where it is as it should be, all else is.
+-- Apply the pending changes. The record is written last: if it is right, everything before it is.
 local function settle()
   if #pending == 0 then return end
   for _, change in ipairs(pending) do
@@ -90,8 +90,8 @@ local function settle()
   pending, outcome = {}, {}
 end
 
--- Plan what the log has behind the entry that `meta` names: a script was stopped before it had made it. Answers the
--- ids of entries that no script wrote.
+-- Add the log entries after the entry that `meta` names to the pending changes: a script stopped before it applied
+-- them. Return the ids of entries that no script wrote.
 local function recall()
   local foreign = {}
   local entries = redis.call('XRANGE', LOG, '(' .. REV, '+', 'COUNT', MOST_BEHIND)
@@ -110,8 +110,8 @@ local function recall()
   return foreign
 end
 
--- Append to the change log; answer the entry's id, which is the revision of the change.
--- kind: as in `plan`, or i a new incarnation (in v).
+-- Append to the change log; return the entry's id, which is the revision of the change. kind: as in `plan`, or i for a
+-- new incarnation (in v).
 local function emit(kind, key, value, lease, create, version)
   keep = keep or math.max(LOG_FLOOR, 4 * redis.call('ZCARD', IDX))
   local id = redis.call('XADD', LOG, 'MAXLEN', '~', keep, '*', 'o', kind, 'k', key, 'v', value, 'l', lease,
@@ -124,13 +124,13 @@ local function remove(key, kind, lease)
   plan(emit(kind, key, '', lease, '', 0), kind, key, '', lease, '', 0, lease)
 end
 
--- Why a lease that is not alive has ended. REVOKED stands for the deadline while its keys go.
+-- Return the kind of the end of a lease. Its deadline is REVOKED while the keys of a revoked lease are deleted.
 local function cause(deadline)
   return tonumber(deadline) == REVOKED and 'r' or 'x'
 end
 
--- Delete up to `most` keys of an ended lease, logging each, and the lease itself if no more are left.
--- Answers how many were looked at and whether the lease is gone.
+-- Delete up to `most` keys of an ended lease, logging each, and the lease itself if no keys are left. Return the number
+-- of keys that were checked, and whether the lease is gone.
 local function finish(lease, kind, most)
   local members = redis.call('ZRANGEBYLEX', LK, '[' .. lease .. '\0', '(' .. lease .. '\1', 'LIMIT', 0, most)
   local seen, copied = 0, 0
@@ -142,7 +142,7 @@ local function finish(lease, kind, most)
       local record = packed and read_record(packed)
       if record and (record[4] == lease or record[1] == '') then
         remove(keys[index], kind, lease)
-      else -- the name stands there alone, or the key has another lease now
+      else -- the name has no record, or the key has another lease now
         redis.call('ZREM', LK, lease .. '\0' .. keys[index])
       end
     end
@@ -155,15 +155,15 @@ local function finish(lease, kind, most)
   return seen, true
 end
 
--- Whether a lease lives, and its deadline: nil if it is unknown.
+-- Return whether a lease is alive, and its deadline; nil for an unknown lease.
 local function is_alive(lease)
   local deadline = redis.call('ZSCORE', LEASES, lease)
   if not deadline then return false, nil end
   return tonumber(deadline) > CLOCK, deadline
 end
 
--- The live record of a key, {mod_revision, create_revision, version, lease or '', value}, and its packed
--- form; nil if there is none. Then, third, what an ended lease has left there.
+-- Return the live record of a key, {mod_revision, create_revision, version, lease or '', value}, and its packed form;
+-- nil if there is none. The third value is a record that is left of an ended lease.
 local function current(key)
   local record, packed = outcome[key], nil
   if record == nil then
@@ -175,7 +175,7 @@ local function current(key)
   return record, packed or cmsgpack.pack(record)
 end
 
--- How many leases live, and how many ended ones are left for the next call.
+-- Return the number of live leases, and of ended ones left for the next call.
 local function count_leases()
   local overdue = OVERDUE and redis.call('ZCOUNT', LEASES, '-inf', CLOCK) or 0
   return redis.call('ZCARD', LEASES) - 1 - overdue, overdue
@@ -192,7 +192,7 @@ local function reap(ended)
   OVERDUE = #ended == 2 * REAP_LEASES
 end
 
--- Read the head. Answers what to answer at once, or nil; then TIME when the clock was kept.
+-- Read the head. Return an answer that ends the script, or nil and the TIME at which the clock was saved.
 local function read_head()
   local meta = redis.call('HMGET', META, 'schema', 'inc', 'rev', 'op', 'clock', 'seen')
   if meta[1] and meta[1] ~= MAJOR and string.match(meta[1], '^%d+') ~= MAJOR then return {'schema', meta[1]} end
@@ -205,9 +205,9 @@ local function keep_clock(now)
   write_when_full('HSET', META, 'clock', CLOCK, 'seen', now)
 end
 
--- What to answer at once, or nil: then the head above is filled. The marks are looked at by the first script
--- of each second, and by a `thorough` one; that each structure is there at all, by every one. `passes`: also on
--- a full server.
+-- Fill the head, advance the clock, apply pending changes and reap. Return an answer that ends the script, or nil. The
+-- first script of each second, and a `thorough` one, checks the marks of the structures; every script checks that
+-- the structures exist. `passes`: succeed also on a full server.
 local function open(passes, thorough)
   local refused, seen = read_head()
   if refused then return refused end
@@ -217,7 +217,7 @@ local function open(passes, thorough)
   if (new_second or thorough) and not is_marked() then return {'wiped'} end
   if KNOWN ~= '' and KNOWN ~= INC then return {'incarnation', INC} end
   local ended = redis.call('ZRANGEBYSCORE', LEASES, '-inf', CLOCK, 'WITHSCORES', 'LIMIT', 0, REAP_LEASES)
-  -- A time at which a lease was found ended must not be unmade by a clock that steps back.
+  -- Save a time at which a lease has ended, so that a clock that steps back does not revive it.
   local is_due = new_second or #ended > 0 or IDLE_MS >= KEEP_CLOCK_MS
   if passes then
     write_when_full('HSET', META, 'clock', CLOCK, 'seen', now)
@@ -229,16 +229,16 @@ local function open(passes, thorough)
   if #ended > 0 then reap(ended) end
 end
 
--- Run a script that changes something. `passes`: also on a full server, since it takes no memory for long.
--- `thorough`: look at the marks, too.
+-- Run a script that writes. `passes`: succeed also on a full server, since it needs no lasting memory. `thorough`: check
+-- the marks of the structures, too.
 local function run(body, passes, thorough)
   local answer = open(passes, thorough) or body()
   settle()
   return answer
 end
 
--- Run a script that only reads. Changes that are logged and not yet made count as made; the function gets the
--- revision and operation of the last that is. `thorough`: look at the marks, too.
+-- Run a script that only reads. Pending changes count as applied; the function gets the revision and operation of the
+-- last change that is applied. `thorough`: check the marks of the structures, too.
 local function look(body, thorough)
   local refused = read_head()
   if refused then return refused end

@@ -1,12 +1,13 @@
--- Read keys, and the state of a lease with the names of its keys.
+-- Read keys, and the state of a lease with the names of its keys. Writes nothing.
 --
 -- KEYS    1-7 the registry's structures
 -- ARGV    1 incarnation or ''   2 operation id   3 lease or ''
---         4 name to go on behind, or ''   5 most names to answer   6 bytes of records at which an answer ends   7… keys
--- Answers {'ok', incarnation, revision, operation, 1 if the lease is alive, its owner's last write or '',
---         names of its keys in order, then for each key its packed record or '', until there are enough bytes}
---         {'unmade'}: a lease was asked for, and changes are logged that are not yet made: tick, and read again
--- Atomic: one moment. Records of ended leases are not shown. Writes nothing.
+--         4 name after which to continue, or ''   5 most names to answer   6 bytes of records at which an answer
+--         ends   7… keys
+-- Answers {'ok', incarnation, revision, operation, 1 if the lease is alive, last write of its owner or '',
+--         names of its keys in order, then for each key its packed record or '', up to that number of bytes}
+--         {'unmade'}: a lease is to be read, and logged changes are not yet applied: tick, and read again
+-- Atomic: one moment. Records of ended leases are left out.
 
 return look(function(made)
   local lease, after, most, most_bytes = ARGV[3], ARGV[4], tonumber(ARGV[5]), tonumber(ARGV[6])

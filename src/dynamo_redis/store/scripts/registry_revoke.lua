@@ -2,9 +2,9 @@
 --
 -- KEYS    1-7 the registry's structures   8 the lease's TTL key
 -- ARGV    1 incarnation or ''   2 operation id   3 lease
--- Answers {'ok', revision}; also if the lease had ended before.
+-- Answers {'ok', revision}; also if the lease has ended before.
 --         {'again'}: the lease has ended, but some of its keys still have to be deleted
--- Atomic: from the first call on none of the keys is shown. It passes on a server that is full.
+-- Atomic: from the first call on no read shows any of the keys. It succeeds on a full server.
 
 return run(function()
   local lease = ARGV[3]

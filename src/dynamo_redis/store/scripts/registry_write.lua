@@ -1,25 +1,24 @@
--- Put and delete keys, if all comparisons hold. The one script behind put, create, compare-and-put, delete,
--- transactions, and the keys that a process registers under its lease.
+-- Put and delete keys if all comparisons hold. It serves put, create, compare-and-put, delete, transactions, and the
+-- keys that a process registers under its lease.
 --
 -- KEYS    1-7 the registry's structures   8 the lease's TTL key, if there is a lease
 -- ARGV    1 incarnation or ''   2 operation id
---         3 a log entry from before the operation was first sent, as 'revision operation', if this call repeats
---           it; '' if it is the first
---         4 lease or ''   5 TTL in ms to grant the lease with if it is not alive; 0: do not grant
+--         3 for a repeated call, a log entry from before the first one, as 'revision operation'; else ''
+--         4 lease or ''   5 TTL in ms with which an ended lease is granted; 0: do not grant it
 --         6 msgpack {comparisons, operations}
 --           a comparison {key, mod_revision}, '' for "absent"
 --           an operation {'p', key, value, owned} or {'d', key, '', owned}; with owned = 1 it has no effect
---           unless the key stands under this lease
--- Answers {'ok', last revision, 1 if the lease was granted (2: perhaps, and it was renewed), changes made,
---          operation of the lease's write before this one: '' if there is none, nil if that is not known}
+--           unless the key is under this lease
+-- Answers {'ok', last revision, 1 if the lease was granted (2: perhaps, and it was renewed), number of changes,
+--          operation of the lease's previous write: '' if there is none, nil if it is unknown}
 --         {'failed', index of the comparison from 0, the packed record found or ''}: nothing was written
---         {'large', bytes}: nothing was written; the records that it concerns are too much for one call
---         {'no-lease'}: nothing was written, or what was has ended with the lease
---         {'again'}: nothing was written; the lease has ended and some of its keys still have to be deleted
---         {'unknown'}: nothing was written now; whether it was before cannot be told any more
--- Atomic, and once for an operation id: a repeated call looks for the first one's entries among the newest
--- SEARCH of the log, as far back as the entry it names, and answers as that did. What wrote nothing is
--- evaluated again. A call that only deletes passes on a server that is full.
+--         {'large', bytes}: nothing was written; the records under its keys are too large for one call
+--         {'no-lease'}: nothing was written, or the written keys have ended with the lease
+--         {'again'}: nothing was written; the lease has ended, and some of its keys still have to be deleted
+--         {'unknown'}: nothing was written now; it is no longer known whether the first call wrote
+-- Atomic: and once for an operation id. A repeated call searches the newest SEARCH entries of the log, back to the
+--         entry in ARGV 3, for those of the first call, and answers as that did. If that wrote nothing, the call
+--         is evaluated again. A call that only deletes succeeds on a full server.
 
 local SEARCH = 1000
 local ENTRY_BYTES = 4096
@@ -28,8 +27,9 @@ local ALWAYS_FIT = 2
 
 local lease, ttl_ms = ARGV[4], tonumber(ARGV[5])
 
--- The revision of the first call's last change, and how many it made; or nil, and whether that is certain.
--- An entry with a long value counts for several: what a call copies is bounded, too.
+-- Return the revision of the first call's last change, and the number of its changes; nil if none was found. The third
+-- value is true if the search is complete. An entry with a long value counts as several, so that the bytes that a
+-- call copies are bounded, too.
 local function find_first_answer(bottom)
   local revision, changes, before, seen = nil, 0, '+', 0
   while seen < SEARCH do
@@ -39,7 +39,7 @@ local function find_first_answer(bottom)
       if operation == OPERATION then
         if kind == 'p' or kind == 'd' then revision, changes = revision or id, changes + 1 end
       elseif revision or id .. ' ' .. operation == bottom then
-        return revision, changes, true -- a call's entries stand together
+        return revision, changes, true -- the entries of a call are consecutive
       end
       before, seen = '(' .. id, seen + 1 + math.floor(#value / ENTRY_BYTES)
     end
@@ -53,7 +53,7 @@ local function renew()
   redis.call('SET', KEYS[8], INC, 'PX', ttl_ms)
 end
 
--- The operation of the lease's last write, and of the one before that.
+-- Return the operation of the lease's last write, and of the one before it.
 local function last_writes()
   local last = lease ~= '' and redis.call('HGET', LR, lease) or ''
   local operation, before = string.match(last, '^%S+ (%S+) (%S*)$')
@@ -72,7 +72,7 @@ local function answer_again()
   if ttl_ms == 0 then return {'no-lease'} end
 end
 
--- As `current`. A damaged record stands under this lease if the lease has its name.
+-- As `current`, but a damaged record counts as one of this lease if the lease lists its key.
 local function standing(key)
   local old, packed, ended = current(key)
   if old and old[1] == '' and lease ~= '' and redis.call('ZSCORE', LK, lease .. '\0' .. key) then
@@ -106,7 +106,8 @@ local request = cmsgpack.unpack(ARGV[6])
 local only_deletes = #request[2] > 0
 for _, operation in ipairs(request[2]) do only_deletes = only_deletes and operation[1] == 'd' end
 
--- How many bytes stand under the keys of the request, if there are several: what a call copies is bounded.
+-- Return the bytes of the records under the keys of the request, if there are several: the bytes that a call copies
+-- are bounded.
 local function concerned_bytes()
   local bytes = 0
   if #request[1] + #request[2] <= ALWAYS_FIT then return bytes end

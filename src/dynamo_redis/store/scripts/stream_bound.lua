@@ -4,10 +4,10 @@
 -- ARGV[1]  most events the stream keeps
 -- ARGV[2]  most bytes of content it keeps
 -- ARGV[3]  ms after which an entry is dropped, or ''
--- Answers  {'ok', floor}, {'again', floor}: more is left to drop, or {'schema', found}
--- Atomic:  the oldest entries are dropped, whoever has not read them, until what is left is a sixteenth below the
---          ceiling, or MOST of them, so that this is not done at each entry; the newest entry stays. The floor is recorded. A
---          stream whose entries live for a time ends with its last one.
+-- Answers  {'ok', floor}, {'again', floor}: entries are left to drop, or {'schema', found}
+-- Atomic:  the oldest entries are dropped, also unread ones, until the stream is a sixteenth below its ceiling or MOST
+--          entries are dropped, so that this is not done at each entry. The newest entry stays. The floor is recorded.
+--          A stream with a maximum age expires with its last entry.
 local answer = open()
 if answer then return answer end
 if not LENGTH then return {'ok', FLOOR} end
@@ -15,7 +15,7 @@ if not LENGTH then return {'ok', FLOOR} end
 local is_last = true
 if ARGV[3] ~= '' then
   local newest = before(string.format('%.0f-0', math.max(1, time_ms() - ARGV[3])))
-  -- The oldest entry first: where none is old enough, looking for the last of them would walk through all.
+  -- Check the oldest entry first: if none is too old, the search for the last such entry would read them all.
   local oldest = redis.call('XRANGE', EVENTS, '-', newest, 'COUNT', 1)[1]
   if oldest then is_last = drop_up_to(redis.call('XREVRANGE', EVENTS, newest, '-', 'COUNT', 1)[1][1]) end
 end
@@ -33,7 +33,7 @@ if EVENT_SUM > most_events or BYTE_SUM > most_bytes then
     end
   end
   if drop > 0 then
-    -- All but the last of them, to see which one that is; then that one, too.
+    -- Drop all but the last of them, to read its id for the floor; then drop that one, too.
     redis.call('XTRIM', EVENTS, 'MAXLEN', '=', LENGTH - drop + 1)
     FLOOR = redis.call('XRANGE', EVENTS, '-', '+', 'COUNT', 1)[1][1]
     redis.call('XTRIM', EVENTS, 'MAXLEN', '=', LENGTH - drop)

@@ -1,9 +1,9 @@
--- Make a group at the stream's present end, and the stream.
+-- Create a group at the stream's present end, and the stream if it does not exist.
 --
 -- KEYS     see stream_prelude
 -- ARGV[1]  group
 -- Answers  {'ok', the end, breaks}, or {'schema', found}
--- Atomic:  what is appended from now on is the group's to read. One of that name begins anew.
+-- Atomic:  the group gets all entries appended from now on. An existing group of that name starts again.
 local answer = open()
 if answer then return answer end
 advance()

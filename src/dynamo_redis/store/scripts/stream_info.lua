@@ -1,9 +1,9 @@
--- Tell how a stream stands.
+-- Read the state of a stream.
 --
 -- KEYS     see stream_prelude
 -- Answers  {'ok', entries, events, bytes, last entry, floor, then for each group its name, its position, entries
---          behind that, ms of silence}, {'lost'}: there is none, or {'schema', found}
--- Atomic:  changes nothing that stands there, unless it has to be mended.
+--          after that, ms of silence}, {'lost'}: there is no stream, or {'schema', found}
+-- Atomic:  writes nothing, unless the stream has to be repaired.
 local answer = open(true)
 if answer then return answer end
 if not LENGTH then return {'lost'} end

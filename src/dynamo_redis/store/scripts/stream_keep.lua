@@ -1,15 +1,15 @@
--- Keep a stream that is of use to a reader, and remove one that is not.
+-- Keep a stream that a reader can use, and remove one that no reader can use.
 --
 -- KEYS     see stream_prelude
 -- ARGV[1]  ms of silence after which a group is removed
--- Answers  {'ok', 1 it has a group, or a snapshot from which it goes on}, {'ok', 0}: there is none now, or
---          {'schema', found}
--- Atomic:  a group that is made afterwards finds the stream as it is, or makes it.
+-- Answers  {'ok', 1}: it has a group, or a snapshot from which a reader can continue, {'ok', 0}: there is no stream
+--          now, or {'schema', found}
+-- Atomic:  a group that is created afterwards finds the whole stream, or creates it.
 local answer = open()
 if answer then return answer end
 if LENGTH then
   advance()
-  -- Behind a snapshot that is before the floor something was trimmed: no reader can begin with it.
+  -- With a snapshot before the floor, entries after it were trimmed: no reader can start from it.
   if #remove_silent(ARGV[1]) > 0 or SNAPSHOT and not is_before(SNAPSHOT, FLOOR) then
     save()
     return {'ok', 1}

@@ -1,8 +1,8 @@
--- What a publisher runs once, before the first entry it appends.
+-- Prepare a stream. A publisher runs this once, before the first entry that it appends.
 --
 -- KEYS     see stream_prelude
 -- Answers  {'ok'}, or {'schema', found}: a later release writes this stream
--- Atomic:  the head has a version from now on, by which its loss would be noticed.
+-- Atomic:  the head has a version from now on, by which a loss of the head is detected.
 local answer = open()
 if answer then return answer end
 save()

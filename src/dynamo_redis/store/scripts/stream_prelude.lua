@@ -1,22 +1,22 @@
--- What every script of an event stream begins with.
+-- Definitions of every script of an event stream.
 --
--- KEYS  1 the stream of entries   2 meta, its head   3 groups: a zset, group -> its last sign of life
+-- KEYS  1 the stream of entries   2 meta, its head   3 groups: a zset, group → its last sign of life
 --       4 sizes: a list, for each entry in order its number of events and its bytes, `events bytes`
 --
--- Entries are appended without a script, which would copy their content several times: in one transaction with
--- their sizes, and with the sums in the head. Scripts drop them, and keep all four in step.
+-- Entries are appended without a script, which would copy their content several times: one transaction appends them
+-- with their sizes and updates the sums in the head. Scripts drop entries, and keep all four structures consistent.
 --
--- The head has `v` the schema's version, `events` and `bytes` of all entries that are there, `floor` the last
--- entry that was trimmed, and `breaks`: how often entries were found to be gone that no script has dropped, or
--- the head itself. A reader that finds the floor ahead of itself, or another number of breaks, has missed some.
--- `snapshot` is the position of the last one to which it was trimmed.
+-- The head has `v`, the schema's version; `events` and `bytes`, the sums of all present entries; `floor`, the last
+-- trimmed entry; `breaks`, the number of times that entries were missing that no script had dropped, or the head
+-- itself. A reader has missed entries if the floor is after its position, or the number of breaks has changed.
+-- `snapshot` is the position of the last snapshot to which the stream was trimmed.
 --
--- A script drops or mends MOST entries at most, so that it holds the server for milliseconds. Any may answer
--- {'again'}: more is left, run it again. Nothing else that it is for may have been done.
+-- A script drops or repairs MOST entries at most, so that it holds the server for milliseconds. Any script may answer
+-- {'again'}: work is left, run it again. Then its main task may not have been done.
 --
--- Signs of life are on a clock that stands in the head as `clock`, ms, and `seen`, what TIME said then. Time
--- passes on it only by scripts that readers and trimmers run, and by at most MAX_STEP_MS between two of them: a
--- server that was frozen or away, and a clock that stepped, silence no group.
+-- Signs of life count on a clock, which the head holds as `clock`, in ms, and `seen`, the TIME of the server when it was
+-- saved. Only scripts of readers and trimmers advance it, by at most MAX_STEP_MS between two of them. So no group
+-- becomes silent because a server was frozen or away, or because its clock stepped.
 
 local EVENTS, META, GROUPS, SIZES = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local MAJOR = '1'
@@ -25,7 +25,7 @@ local BEGINNING = '0-0'
 local PAGE = 1000
 local MOST = 4000
 
--- The head, filled by `open`, and how many entries there are: nil if there is no stream.
+-- The head, filled by `open`, and the number of entries: nil if there is no stream.
 local EVENT_SUM, BYTE_SUM, FLOOR, BREAKS, CLOCK, SEEN, SNAPSHOT, LENGTH
 
 local function parse_id(id)
@@ -39,7 +39,7 @@ local function is_before(one, other)
   return ms < other_ms or (ms == other_ms and number < other_number)
 end
 
--- The ids next to an id. The last one of a millisecond is written `<ms>-` and LAST_NUMBER.
+-- The ids after and before an id. The last id of a millisecond is written `<ms>-` and LAST_NUMBER.
 local LAST_NUMBER = '18446744073709551615'
 local function behind(id)
   local ms, number = parse_id(id)
@@ -52,25 +52,25 @@ local function before(id)
   return ms > 0 and string.format('%.0f-', ms - 1) .. LAST_NUMBER or BEGINNING
 end
 
--- A flat answer of names and values, as a table.
+-- Return a flat answer of names and values as a table.
 local function named(flat)
   local found = {}
   for i = 1, #flat, 2 do found[flat[i]] = flat[i + 1] end
   return found
 end
 
--- The last id that the stream has given.
+-- Return the last id that the stream has assigned.
 local function find_end()
   return named(redis.call('XINFO', 'STREAM', EVENTS))['last-generated-id']
 end
 
--- What stands before all entries that are there.
+-- Return the position before all present entries.
 local function find_floor()
   local first = redis.call('XRANGE', EVENTS, '-', '+', 'COUNT', 1)[1]
   return first and before(first[1]) or find_end()
 end
 
--- Sums of the sizes from one place to another, both inclusive, from 0.
+-- Return the sums of the sizes from one index to another, both inclusive, counted from 0.
 local function sum_sizes(from, to)
   local events, bytes = 0, 0
   for start = from, to, PAGE do
@@ -83,7 +83,7 @@ local function sum_sizes(from, to)
   return events, bytes
 end
 
--- Take so many of the oldest sizes away: those of entries that have been dropped.
+-- Remove the oldest `count` sizes, those of entries that have been dropped.
 local function forget_sizes(count)
   if count == 0 then return end
   local events, bytes = sum_sizes(0, count - 1)
@@ -91,8 +91,8 @@ local function forget_sizes(count)
   redis.call('LTRIM', SIZES, count, -1)
 end
 
--- Drop the oldest entries up to an id, and their sizes: MOST of them, and then the rest of a node. `last` is the
--- newest that is to go. Answers whether it went.
+-- Drop the oldest entries up to the id `last`, and their sizes: at most MOST entries and the rest of a node. Return
+-- whether the entry `last` is dropped.
 local function drop_up_to(last)
   local dropped = redis.call('XTRIM', EVENTS, 'MINID', '~', behind(last), 'LIMIT', MOST)
   local is_last = dropped < MOST / 2
@@ -111,9 +111,8 @@ local function save()
     string.format('%.0f', CLOCK), 'seen', string.format('%.0f', SEEN))
 end
 
--- Make all agree again, if somebody has changed by hand what only scripts drop. Answers whether they do: MOST
--- entries are mended at a time, and `mending` stands in the head until all are. Of a long stream whose head was
--- lost the sums are estimated.
+-- Make the structures consistent again after a change by hand. Return whether they are: MOST entries are repaired at a
+-- time, and the head has `mending` until all are. The sums of a long stream whose head was lost are estimated.
 local function mend(has_version, is_mending)
   local sized = redis.call('LLEN', SIZES)
   if not LENGTH then
@@ -128,7 +127,7 @@ local function mend(has_version, is_mending)
   local missing = LENGTH - sized
   if missing < 0 then
     forget_sizes(math.min(-missing, MOST))
-  else -- of the oldest, since those that were appended afterwards have theirs
+  else -- the sizes of the oldest entries are missing, since later ones were appended with theirs
     local mean = string.format('%.0f %.0f', math.floor(EVENT_SUM / LENGTH), math.floor(BYTE_SUM / LENGTH))
     local means = {}
     for i = 1, math.min(missing, PAGE) do means[i] = mean end
@@ -148,14 +147,14 @@ local function mend(has_version, is_mending)
   return is_done
 end
 
--- A server whose memory is full refuses a command that may take more only as a script's first write. Scripts
--- that give memory back, or keep alive what would, must not be refused: they begin with this one.
+-- A full server refuses a command that may need memory only as a script's first write. Scripts that free memory, or keep
+-- a reader alive that frees it, must not be refused. So they begin with this write, which needs no memory.
 local function pass_when_full()
   redis.call('ZREM', GROUPS, '')
 end
 
--- Read the head. Answers what the script is to answer at once, or nil. `only_reads`: it writes nothing unless
--- something has to be mended.
+-- Read the head. Return an answer that ends the script, or nil. `only_reads`: write nothing unless the stream has to be
+-- repaired.
 local function open(only_reads)
   local head = redis.call('HMGET', META, 'v', 'events', 'bytes', 'floor', 'breaks', 'clock', 'seen', 'snapshot', 'mending')
   if head[1] and string.match(head[1], '^%d+') ~= MAJOR then return {'schema', head[1]} end
@@ -172,16 +171,16 @@ local function time_ms()
   return time[1] * 1000 + math.floor(time[2] / 1000)
 end
 
--- Let time pass on the clock; `save` keeps it.
+-- Advance the clock; `save` stores it.
 local function advance()
   local now = time_ms()
   if SEEN > 0 then CLOCK = CLOCK + math.max(0, math.min(now - SEEN, MAX_STEP_MS)) end
   SEEN = now
 end
 
--- The groups as the server has them: name, `position`, and `lag`, how many entries follow that. What a group has
--- read and not acknowledged is behind its position. Servers before 7.0 count nothing, later ones not always:
--- then as many may follow as there are.
+-- Return the server's groups, each with its name, its `position`, and its `lag`, the number of entries after that.
+-- Entries that a group has read and not acknowledged are after its position. Servers before 7.0 do not count the
+-- lag, later ones not always: then it is the number of all entries.
 local function list_groups()
   if not LENGTH then return {} end
   local found = {}
@@ -199,7 +198,7 @@ local function list_groups()
   return found
 end
 
--- Put a group at a position (`$`: the end), with nothing pending; answers where that is.
+-- Put a group at a position (`$`: the end), without pending entries; return that position.
 local function place(group, position)
   if LENGTH then redis.call('XGROUP', 'DESTROY', EVENTS, group) end
   redis.call('XGROUP', 'CREATE', EVENTS, group, position, 'MKSTREAM')
@@ -210,13 +209,13 @@ local function place(group, position)
   end
 end
 
--- Remove the groups that have been silent for longer than `limit_ms`; answers those that stay, and the names of
--- the others.
+-- Remove the groups that have been silent for longer than `limit_ms`. Return the remaining groups, and the names of the
+-- removed ones.
 local function remove_silent(limit_ms)
   local stay, removed, known = {}, {}, {}
   for _, group in ipairs(list_groups()) do
     known[group.name] = true
-    -- One that somebody made by hand is given the time of the others from now on.
+    -- A group that was made by hand has no sign of life yet: it counts from now on.
     redis.call('ZADD', GROUPS, 'NX', string.format('%.0f', CLOCK), group.name)
     if CLOCK - redis.call('ZSCORE', GROUPS, group.name) > tonumber(limit_ms) then
       redis.call('XGROUP', 'DESTROY', EVENTS, group.name)

@@ -1,12 +1,12 @@
--- Remove silent groups; drop what neither the snapshot nor a group needs any more.
+-- Remove silent groups; drop entries that neither the snapshot nor a group needs any more.
 --
 -- KEYS     see stream_prelude
 -- ARGV[1]  the snapshot's position
 -- ARGV[2]  ms of silence after which a group is removed
--- Answers  {'ok', floor, removed group, ...}, {'again', floor, removed group, ...}: more is left to drop,
+-- Answers  {'ok', floor, removed group, ...}, {'again', floor, removed group, ...}: entries are left to drop,
 --          {'lost'}: there is no stream, or {'schema', found}
--- Atomic:  no entry behind the snapshot, or behind the position of a group that stays, is dropped; and the floor
---          is recorded with it, and that there is a snapshot.
+-- Atomic:  no entry after the snapshot, or after the position of a remaining group, is dropped. The floor and the
+--          snapshot's position are recorded.
 local answer = open()
 if answer then return answer end
 if not LENGTH then return {'lost'} end
