@@ -229,8 +229,8 @@ local function open(passes, thorough)
   if #ended > 0 then reap(ended) end
 end
 
--- Run a script that writes. `passes`: succeed also on a full server, since it needs no lasting memory. `thorough`: check
--- the marks of the structures, too.
+-- Run a script that writes. `passes`: succeed also on a full server, since it needs no lasting memory. `thorough`:
+-- check the marks of the structures, too.
 local function run(body, passes, thorough)
   local answer = open(passes, thorough) or body()
   settle()

@@ -14,8 +14,8 @@
 -- A script drops or repairs MOST entries at most, so that it holds the server for milliseconds. Any script may answer
 -- {'again'}: work is left, run it again. Then its main task may not have been done.
 --
--- Signs of life count on a clock, which the head holds as `clock`, in ms, and `seen`, the TIME of the server when it was
--- saved. Only scripts of readers and trimmers advance it, by at most MAX_STEP_MS between two of them. So no group
+-- Signs of life count on a clock, which the head holds as `clock`, in ms, and `seen`, the TIME of the server when it
+-- was saved. Only scripts of readers and trimmers advance it, by at most MAX_STEP_MS between two of them. So no group
 -- becomes silent because a server was frozen or away, or because its clock stepped.
 
 local EVENTS, META, GROUPS, SIZES = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
@@ -147,8 +147,8 @@ local function mend(has_version, is_mending)
   return is_done
 end
 
--- A full server refuses a command that may need memory only as a script's first write. Scripts that free memory, or keep
--- a reader alive that frees it, must not be refused. So they begin with this write, which needs no memory.
+-- A full server refuses a command that may need memory only as a script's first write. Scripts that free memory, or
+-- keep a reader alive that frees it, must not be refused. So they begin with this write, which needs no memory.
 local function pass_when_full()
   redis.call('ZREM', GROUPS, '')
 end
