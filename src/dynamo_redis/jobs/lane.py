@@ -318,19 +318,16 @@ class _Process(asyncio.Protocol):
             self._answer += view[:taken]
             view = view[taken:]
             if len(self._answer) == self._size:
-                self._finish_job()
-
-    def _finish_job(self) -> None:
-        answer, self._answer = self._answer, bytearray()
-        self._head.clear()
-        self.answer_count += 1
-        job = self.sent.popleft()
-        self._begun_at = self._loop.time()
-        if self.sent:
-            self.sent[0].pieces = ()
-        if not job.answer.done():
-            job.answer.set_result(answer)
-        self._on_answer()
+                answer, self._answer = self._answer, bytearray()
+                self._head.clear()
+                self.answer_count += 1
+                job = self.sent.popleft()
+                self._begun_at = self._loop.time()
+                if self.sent:
+                    self.sent[0].pieces = ()
+                if not job.answer.done():
+                    job.answer.set_result(answer)
+                self._on_answer()
 
 
 def job_environment() -> dict[str, str]:

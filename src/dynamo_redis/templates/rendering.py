@@ -236,7 +236,10 @@ class _Variant:
             result["role"] = "system"
         content = result.get("content")
         if isinstance(content, list) and self._content_form == "text":
-            result["content"] = "\n".join(map(_part_text, content))
+            result["content"] = "\n".join(
+                part if isinstance(part, str) else str(part.get("text") or part.get("refusal") or "")
+                for part in content
+            )
         elif isinstance(content, str) and self._content_form == "parts":
             result["content"] = [{"type": "text", "text": content}]
         reasoning = next((result[name] for name in _REASONING_FIELDS if name in result), None)
@@ -281,10 +284,6 @@ def _one_line(exc: Exception) -> str:
         " ".join(f"{getattr(exc, 'message', None) or str(exc) or type(exc).__name__}".split()).rstrip(".")
         + line
     )
-
-
-def _part_text(part: Any) -> str:
-    return part if isinstance(part, str) else str(part.get("text") or part.get("refusal") or "")
 
 
 def _with_parsed_arguments(call: dict[str, Any]) -> dict[str, Any]:

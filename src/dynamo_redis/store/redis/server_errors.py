@@ -154,6 +154,13 @@ _ARGUMENTS: Final = re.compile(r",? with args beginning with:.*")
 _TLS_ALERT: Final = 'got "\\x15"'
 _CONNECTION_REFUSED: Final = f"[Errno {errno.ECONNREFUSED}]"
 """Found in the text if several addresses were tried: asyncio then raises a plain OSError."""
+_WRONG_HOST: Final = (
+    "name the host in DYN_REDIS_URL as its certificate does, or add ?ssl_check_hostname=false"
+)
+_WRONG_TIME: Final = "the server needs a new certificate, or a clock is wrong"
+_CERTIFICATE_REMEDIES: Final = {62: _WRONG_HOST, 64: _WRONG_HOST, 9: _WRONG_TIME, 10: _WRONG_TIME}
+"""Remedies for a refused certificate, by OpenSSL's numbers of X509_V_ERR_HOSTNAME_MISMATCH,
+IP_ADDRESS_MISMATCH, CERT_NOT_YET_VALID and CERT_HAS_EXPIRED."""
 _CUT_OFF: Final = ("reset by peer", "closed by server", "Connection lost", "Connection reset")
 
 
@@ -173,7 +180,7 @@ def store_error(
         return meaning.kind(f"Redis at {address} {meaning.meaning} ({shown})")
     return (
         _not_understood(exc, address, untested)
-        or _no_meaning(exc, address, untested, command)
+        or _no_answer(exc, address, untested, command)
         or StoreRefused(f"Redis at {address} refuses a command: {one_line(exc)}")
     )
 
@@ -263,7 +270,10 @@ def _not_understood(exc: BaseException, address: str, untested: UntestedScheme |
     """Return the error for an answer that does not come from Redis, or not from a trusted one; else None."""
     text = one_line(exc)
     if certificate := _cause(exc, ssl.SSLCertVerificationError):
-        return StoreRefused(f"no TLS connection to Redis at {address}: {text} ({_cure(certificate)})")
+        remedy = _CERTIFICATE_REMEDIES.get(
+            certificate.verify_code, "add ?ssl_ca_certs=FILE to DYN_REDIS_URL for a CA of your own"
+        )
+        return StoreRefused(f"no TLS connection to Redis at {address}: {text} ({remedy})")
     if _cause(exc, ssl.SSLError):
         hint = ": does it speak TLS? If not, write redis://" if untested == "tls" else ""
         return StoreRefused(f"no TLS connection to Redis at {address}: {text.rstrip('.')}{hint}")
@@ -274,7 +284,7 @@ def _not_understood(exc: BaseException, address: str, untested: UntestedScheme |
     return None
 
 
-def _no_meaning(
+def _no_answer(
     exc: BaseException, address: str, untested: UntestedScheme | None, command: str
 ) -> StoreError | None:
     """Return the error for a missing or incomplete answer; None for another failure."""
@@ -293,17 +303,6 @@ def _no_meaning(
             hint += " (is it TLS? Then write rediss://)" * (untested == "plain")
         return StoreUnavailable(f"no connection to Redis at {address}: {text}{hint}")
     return None
-
-
-def _cure(refused: ssl.SSLCertVerificationError) -> str:
-    """Return the remedy for a refused certificate, by OpenSSL's `X509_V_ERR_…` number."""
-    match refused.verify_code:
-        case 62 | 64:  # HOSTNAME_MISMATCH, IP_ADDRESS_MISMATCH
-            return "name the host in DYN_REDIS_URL as its certificate does, or add ?ssl_check_hostname=false"
-        case 9 | 10:  # CERT_NOT_YET_VALID, CERT_HAS_EXPIRED
-            return "the server needs a new certificate, or a clock is wrong"
-        case _:
-            return "add ?ssl_ca_certs=FILE to DYN_REDIS_URL for a CA of your own"
 
 
 def _cause(exc: BaseException | None, kind: type[_E]) -> _E | None:

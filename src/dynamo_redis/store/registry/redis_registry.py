@@ -57,7 +57,7 @@ class RedisRegistry(KeyOperations):
             self._lease,
             settings.lease_ttl_s,
             chain,
-            on_grant=self._on_grant,
+            on_grant=lambda incarnation, sent_at: self._keepalive.granted(incarnation, sent_at),
             spread_s=lambda: spread_s(self._reader.process_count),
         )
         self._keepalive = Keepalive(
@@ -177,9 +177,6 @@ class RedisRegistry(KeyOperations):
 
     def _on_disturbance(self, reason: str) -> None:
         self._registrations.disturb(reason)
-
-    def _on_grant(self, incarnation: str, sent_at: float) -> None:
-        self._keepalive.granted(incarnation, sent_at)
 
     def _on_tick(self, process_count: int) -> None:
         self._reader.process_count = process_count

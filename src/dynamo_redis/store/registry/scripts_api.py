@@ -345,7 +345,13 @@ class KeyValue:
         incarnation, after, start = "", b"", 0
         while True:
             page = keys[start : start + READ_KEYS_COUNT]
-            answer = await self._read_page(incarnation, lease, after, page)
+            bounds = (format_lease(lease), after, READ_KEYS_COUNT, PAGE_BYTES)
+            while True:
+                answer = await self._run(self._READ, incarnation, new_operation(), *bounds, *page)
+                if answer != [b"unmade"]:
+                    break
+                await self.tick()
+            answer = checked(answer)
             position = self.saw(_position(answer[:3]))
             alive, last_write, listed = bool(answer[3]), answer[4].decode(), answer[5]
             names.update(name.decode("utf-8", "backslashreplace") for name in listed)
@@ -361,16 +367,6 @@ class KeyValue:
             if start >= len(keys) and len(listed) < READ_KEYS_COUNT:
                 return LeaseState(position, alive, last_write, frozenset(names), records, invalid)
             incarnation, after = position.incarnation, listed[-1] if listed else after
-
-    async def _read_page(
-        self, incarnation: str, lease: LeaseId | None, after: bytes, keys: Sequence[str]
-    ) -> list[Any]:
-        bounds = (format_lease(lease), after, READ_KEYS_COUNT, PAGE_BYTES)
-        while True:
-            answer = await self._run(self._READ, incarnation, new_operation(), *bounds, *keys)
-            if answer != [b"unmade"]:
-                return checked(answer)
-            await self.tick()
 
     async def snapshot(self, prefix: str) -> tuple[Snapshot, Position]:
         """Return all records under a prefix as of one moment, and that moment's position.
