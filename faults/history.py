@@ -71,28 +71,28 @@ class History:
         return (note for note in self.notes if note.kind in kinds)
 
     def _read_file(self, process: str, path: Path) -> None:
-        begun: dict[int, dict[str, Any]] = {}
+        begins: dict[int, dict[str, Any]] = {}
         for text in path.read_text().splitlines():
             line = json.loads(text)
             at = line.pop("at")
             if "note" in line:
                 self.notes.append(Note(process, at, line.pop("note"), line))
             elif "begin" in line:
-                begun[line["call"]] = line | {"at": at}
+                begins[line["call"]] = line | {"at": at}
             else:
-                self._end(process, begun.pop(line["call"]), at, line["end"], line["answer"])
-        for line in begun.values():
+                self._end(process, begins.pop(line["call"]), at, line["end"], line["answer"])
+        for line in begins.values():
             self._end(process, line, float("inf"), "unknown", None)
 
-    def _end(self, process: str, begun: dict[str, Any], at: float, outcome: Outcome, answer: Any) -> None:
+    def _end(self, process: str, begin: dict[str, Any], at: float, outcome: Outcome, answer: Any) -> None:
         ended_at = float("inf") if outcome == "unknown" else at
         self.calls.append(
             Call(
                 process,
-                begun["call"],
-                begun["begin"],
-                begun["arguments"],
-                begun["at"],
+                begin["call"],
+                begin["begin"],
+                begin["arguments"],
+                begin["at"],
                 ended_at,
                 outcome,
                 answer,

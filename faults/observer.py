@@ -94,27 +94,27 @@ class Observer:
                 new = everything if commands else await server.execute("XRANGE", log, "-", "+")
             place.incarnation = incarnation
             for entry_id, fields in new:
-                said = dict(zip(fields[::2], fields[1::2], strict=True))
-                if said.keys() >= _FIELDS:  # a record without these fields is of no release
-                    self._write(place, entry_id.decode(), said)
+                record = dict(zip(fields[::2], fields[1::2], strict=True))
+                if record.keys() >= _FIELDS:  # a record without these fields is of no release
+                    self._write(place, entry_id.decode(), record)
 
     def _write(self, place: _Place, entry_id: str, fields: dict[bytes, Any]) -> None:
-        said = {name.decode(): recorded_value(value) for name, value in fields.items()}
-        place.last, place.operation = entry_id, said["w"]
-        if said["o"] == "i":
-            place.incarnation = said["v"]
-        if (entry_id, said["w"]) in place.written:
+        record = {name.decode(): recorded_value(value) for name, value in fields.items()}
+        place.last, place.operation = entry_id, record["w"]
+        if record["o"] == "i":
+            place.incarnation = record["v"]
+        if (entry_id, record["w"]) in place.written:
             return
-        place.written.add((entry_id, said["w"]))
+        place.written.add((entry_id, record["w"]))
         self._recorder.note(
             "log",
             server=place.server.label,
             incarnation=place.incarnation,
             id=entry_id,
-            operation=said["w"],
-            previous=[said["p"], said["q"]],
-            kind=said["o"],
-            key=said["k"],
-            value=said["v"],
-            lease=said["l"],
+            operation=record["w"],
+            previous=[record["p"], record["q"]],
+            kind=record["o"],
+            key=record["k"],
+            value=record["v"],
+            lease=record["l"],
         )

@@ -114,6 +114,13 @@ class Run:
     """One run of a scenario. Scenarios use the public methods; `perform` carries out the run.
 
     Raises Skipped, also later, for parts that this machine lacks.
+
+    Args:
+        scenario: The faults, and the load.
+        kind: Server program.
+        seed: Fixes the faults and their times.
+        directory: Directory of the histories, logs and server data; it must not exist.
+        load_s: Seconds of faults.
     """
 
     def __init__(

@@ -74,10 +74,10 @@ class RunState:
                 self._begin(path.stem, line)
                 file.pending[line["call"]] = line
             else:
-                begun = file.pending.pop(line["call"])
+                begin = file.pending.pop(line["call"])
                 if line["end"] != "unknown":
                     self.unknown_count -= 1
-                self._end(path.stem, begun, line)
+                self._end(path.stem, begin, line)
 
     def served_at(self, process: str) -> float:
         """Return the beginning of the process's last call that was answered; infinity if it never made a
@@ -93,12 +93,12 @@ class RunState:
         elif line["begin"] == "release":
             self._kept.setdefault(process, set()).difference_update(line["arguments"]["keys"])
 
-    def _end(self, process: str, begun: dict[str, Any], end: dict[str, Any]) -> None:
-        if end["end"] != "unknown" and begun["begin"] not in _NEVER_FAIL:
-            self._served_at[process] = begun["at"]
-        if begun["begin"] == "register" and end["end"] == "ok":
-            self._kept.setdefault(process, set()).add(begun["arguments"]["key"])
-        elif begun["begin"] == "reserve" and end["end"] == "ok":
+    def _end(self, process: str, begin: dict[str, Any], end: dict[str, Any]) -> None:
+        if end["end"] != "unknown" and begin["begin"] not in _NEVER_FAIL:
+            self._served_at[process] = begin["at"]
+        if begin["begin"] == "register" and end["end"] == "ok":
+            self._kept.setdefault(process, set()).add(begin["arguments"]["key"])
+        elif begin["begin"] == "reserve" and end["end"] == "ok":
             self._kept.setdefault(process, set()).update(end["answer"]["keys"])
 
     # ------------------------------------------------------------------ watches

@@ -110,9 +110,16 @@ def c_library() -> Path | None:
 
 
 class ServerUnderTest:
-    """One server, and the faults of it. `label` names it in the history.
+    """One server, and the faults of it.
 
     Every method waits for its effect. Those that need the server to answer raise StoreError if it does not.
+
+    Args:
+        label: Name of the server in the history.
+        kind: Server program.
+        directory: Directory of its data and log; it must not exist.
+        persistence: When the append-only file is synced.
+        clock: True: its wall clock can be shifted.
     """
 
     def __init__(
@@ -243,8 +250,8 @@ class ServerUnderTest:
         """Wait until INFO shows these lines. Raises TimeoutError."""
         async with asyncio.timeout(_SYNC_TIMEOUT_S):
             while True:
-                told = (await self.execute("INFO", section)).decode().splitlines()
-                if set(lines) <= set(told):
+                found = (await self.execute("INFO", section)).decode().splitlines()
+                if set(lines) <= set(found):
                     return
                 await asyncio.sleep(0.02)
 

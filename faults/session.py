@@ -114,14 +114,14 @@ async def _judge(directory: Path) -> tuple[tuple[str, str], ...]:
     )
     try:
         async with asyncio.timeout(JUDGE_TIMEOUT_S):
-            said, errors = await process.communicate()
+            output, errors = await process.communicate()
     except TimeoutError:
         process.kill()
         await process.wait()
         return (("judge", f"the oracles had not decided after {JUDGE_TIMEOUT_S:g} s"),)
-    if process.returncode not in (0, 1) or not said:
+    if process.returncode not in (0, 1) or not output:
         raise RuntimeError(f"the oracles broke down:\n{errors.decode()}")
-    return tuple((oracle, text) for oracle, text in json.loads(said))
+    return tuple((oracle, text) for oracle, text in json.loads(output))
 
 
 def _describe(exc: BaseException) -> str:

@@ -213,7 +213,7 @@ async def _soak(server: EmbeddedServer, prefix: str, seed: int, duration_s: floa
 
 
 async def _main() -> None:
-    options = argparse.ArgumentParser(description=__doc__)
+    options = argparse.ArgumentParser(prog="python -m tests.kv_soak", description=__doc__)
     options.add_argument("--seconds", type=float, default=60.0)
     options.add_argument("--seed", type=int, default=int(time.time()))
     chosen = options.parse_args()

@@ -94,8 +94,8 @@ def publishing_alike(rounds: int) -> dict[str, Measured]:
             for side in sides if number % 2 == 0 else reversed(sides):
                 _settle(redis)
                 rates[side].append(_rate(clients[side], "publish", side, side.count))
-            told = ", ".join(f"{side.name} {rates[side][-1]:,.0f}" for side in sides)
-            print(f"publish pair {number + 1}: {told} events/s", flush=True)
+            shown = ", ".join(f"{side.name} {rates[side][-1]:,.0f}" for side in sides)
+            print(f"publish pair {number + 1}: {shown} events/s", flush=True)
     return {"E2": Measured.against(rates[OURS_SYNCED_ALIKE], rates[RIVAL_ALIKE])}
 
 
@@ -133,8 +133,8 @@ def _measure(operation: str, rounds: int, sides: Sequence[Side]) -> Rates:
             turn = number % len(sides)
             for side in (*sides[turn:], *sides[:turn]):
                 rates[side].append(_rate(clients[side], operation, side, side.count))
-            told = ", ".join(f"{side.name} {rates[side][-1]:,.0f}" for side in sides)
-            print(f"{operation} round {number + 1}: {told} events/s", flush=True)
+            shown = ", ".join(f"{side.name} {rates[side][-1]:,.0f}" for side in sides)
+            print(f"{operation} round {number + 1}: {shown} events/s", flush=True)
     return rates
 
 

@@ -40,10 +40,18 @@ def run_suite(
 ) -> None:
     """Run the suite, or the rows of the command line; print and save the figures.
 
-    An `unavailable` error of `conditions` names in one line the part that is not installed.
+    Args:
+        name: Name of the suite, of its package and of its results.
+        description: Text of `--help`.
+        bounds: Text, `must` and aim of each row.
+        groups: The measurements, each with its rows.
+        conditions: Describes the conditions of the measurement.
+        unavailable: Errors of `conditions` that name in one line a part that is not installed.
     """
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"python -m benchmarks.{name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--rounds", type=rounds_count, default=5, help="rounds of each measurement (default 5)"
@@ -56,12 +64,12 @@ def run_suite(
     # Warnings about killed workers and servers are expected: killing them is the measurement.
     logging.getLogger("dynamo_redis").setLevel(logging.ERROR)
     try:
-        told = conditions(wanted, arguments.rounds)
+        described = conditions(wanted, arguments.rounds)
     except unavailable as exc:
         parser.exit(1, f"{exc}\n")
-    print("\n".join(told), flush=True)
+    print("\n".join(described), flush=True)
     rows, failed = _measure(name, bounds, groups, wanted, arguments.rounds)
-    report(name, rows, told)
+    report(name, rows, described)
     if failed:
         parser.exit(1, f"could not be measured: {', '.join(failed)}\n")
 

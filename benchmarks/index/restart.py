@@ -110,18 +110,18 @@ async def _route(url: str, task: str) -> None:
         runtime, STREAM.namespace, STREAM.component, settings, router_id=f"{task}-{time.time_ns()}"
     )
     await indexer.start()
-    said: dict[str, Any] = {"at": time.monotonic(), "cpu_s": round(time.process_time(), 2)}
+    answer: dict[str, Any] = {"at": time.monotonic(), "cpu_s": round(time.process_time(), 2)}
     if task == "snapshot":
         await indexer.save_snapshot()
     elif task == "compare":
         index = indexer.index
-        said["held"] = {
+        answer["held"] = {
             f"{worker.instance_id} {worker.dp_rank}": _digest(index.blocks_of(worker)[DEVICE])
             for worker in index.workers()
         }
     state = indexer.state()
-    said |= {name: getattr(state, name) for name in ("block_count", "events_count", "recovered_count")}
-    print(json.dumps(said), flush=True)
+    answer |= {name: getattr(state, name) for name in ("block_count", "events_count", "recovered_count")}
+    print(json.dumps(answer), flush=True)
     await asyncio.Event().wait()
 
 

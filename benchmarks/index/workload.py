@@ -92,10 +92,10 @@ class Chats:
 
     def events(self, blocks_count: int) -> Iterator[Event]:
         """Yield the events of turns of chats until they have stored and removed `blocks_count` blocks."""
-        said = 0
-        while said < blocks_count:
+        done = 0
+        while done < blocks_count:
             for event in self._turn():
-                said += len(event.blocks)
+                done += len(event.blocks)
                 yield event
 
     def events_until(self, distinct_count: int) -> Iterator[Event]:

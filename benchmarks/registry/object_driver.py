@@ -205,7 +205,7 @@ async def _alone(rows: str, rounds: int, appendonly: str) -> None:
 
 def main() -> None:
     """Run both rows, or one, on a server of their own."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.registry.object_driver", description=__doc__)
     parser.add_argument("--rows", default="R10,R11")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--appendonly", choices=["yes", "no"], default="yes")

@@ -66,7 +66,15 @@ async def open_caller(runtime: DistributedRuntime, plan: Plan, chance: Chance) -
 
 
 class Users:
-    """The users of one replica, which send its share of the requests, and the outcomes."""
+    """The users of one replica, which send its share of the requests, and the outcomes.
+
+    Args:
+        plan: The run's plan.
+        replica: Number of this replica, from 0.
+        caller: Client or router that requests go through.
+        chance: Chance among equal workers, told of each request.
+        record: File that outcomes are written to.
+    """
 
     def __init__(self, plan: Plan, replica: int, caller: Caller, chance: Chance, record: IO[str]) -> None:
         requests = plan.load_trace().requests
@@ -124,16 +132,17 @@ class Users:
             call = await self._caller.generate(body, annotated=False)
             assert isinstance(call, Call)
             first = await anext(call)
-            self._note(index, request, call, first, time.monotonic() - due)
+            self._write_outcome(index, request, call, first, time.monotonic() - due)
             async for _ in call:
                 pass
         except DynamoRedisError as error:
             self._write(index=index, failed=error.code)
         self._answered_count += 1
 
-    def _note(
+    def _write_outcome(
         self, index: int, request: TracedRequest, call: Call, first: dict[str, Any], taken_s: float
     ) -> None:
+        """Write the outcome of a request whose `first` item came `taken_s` after it was due, in real time."""
         matched = call.choice.matched.device if isinstance(call, RoutedCall) else 0
         outcome = Outcome(
             index=index,

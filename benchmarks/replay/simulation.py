@@ -55,6 +55,7 @@ def simulate(
 def _policy(
     plan: Plan, simulation: Simulation, chance: Chance, late_s: float, *, counts_once: bool
 ) -> Policy:
+    """Return the policy of the plan's mode; for the other parameters see `simulate`."""
     if plan.client_mode is not None:
         return Blind(simulation, plan.client_mode, plan.replicas, chance)
     return KvAware(
@@ -145,7 +146,8 @@ class KvAware:
     """The product's index, load book and selector in several replicas, with knowledge that comes late.
 
     KV events reach all replicas after `events_s`, a replica's bookings reach the others after `messages_s`
-    (None: never). With `predict` each replica uses its own choices instead of events.
+    (None: never). With `predict` each replica uses its own choices instead of events. Without `counts_once`
+    a block counts in the load book for each request that holds it.
     """
 
     def __init__(
@@ -176,7 +178,7 @@ class KvAware:
             else None
         )
         if not predict:
-            simulation.on_kv_event = self._hear
+            simulation.on_kv_event = self._apply_later
 
     def choose(self, index: int, request: TracedRequest, replica: int) -> tuple[int, int]:
         whole = _whole_blocks(request.block_ids, request.prompt_count)
@@ -225,12 +227,12 @@ class KvAware:
             if other != replica:
                 self._simulation.after(self._messages_s, partial(change, book))
 
-    def _hear(self, worker: int, event: KvEvent) -> None:
-        told = _to_router_event(event)
+    def _apply_later(self, worker: int, event: KvEvent) -> None:
+        converted = _to_router_event(event)
         if self._events_s:
-            self._simulation.after(self._events_s, lambda: self._index.apply(Worker(worker), [told]))
+            self._simulation.after(self._events_s, lambda: self._index.apply(Worker(worker), [converted]))
         else:
-            self._index.apply(Worker(worker), [told])
+            self._index.apply(Worker(worker), [converted])
 
 
 def _to_router_event(event: KvEvent) -> kv_event.KvEvent:

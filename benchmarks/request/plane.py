@@ -177,7 +177,11 @@ def _profiled(work: Callable[[], None], title: str | None) -> None:
 
 def main() -> None:
     """Run the chosen workloads and print a line for each."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.request.plane",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
     parser.add_argument("--seconds", type=float, default=1.0, help="length of a workload (default 1)")
     parser.add_argument("--only", action="append", help="a workload's name; repeat for several")
     parser.add_argument("--loop", choices=("uvloop", "asyncio"), default="uvloop")

@@ -126,7 +126,8 @@ async def _call(client: TcpClient, target: Target, request: Any) -> None:
 async def _repeat(
     client: TcpClient, target: Target, request: Any, until: float, pause_s: float = 0.0
 ) -> list[float]:
-    """Call again and again, one call after the other; return the seconds of each."""
+    """Call again and again, one call after the other, until a time (`perf_counter`), with a pause between
+    two calls. Returns the seconds of each call."""
     latencies = []
     while (began := time.perf_counter()) < until:
         await _call(client, target, request)
@@ -139,6 +140,7 @@ async def _repeat(
 def _figure(
     latencies: list[float], seconds: float, cpu_s: float, connections: int, *, paced: bool = False
 ) -> Figure:
+    """Return the figure of one round. CPU time a call is 0 for paced calls: it is that of the other load."""
     latencies.sort()
     count = len(latencies)
     return Figure(
@@ -253,7 +255,11 @@ def _summary(found: list[Figure]) -> str:
 
 def main() -> None:
     """Run the chosen comparisons and print a line for each variant."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.request.pool_rule",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
     parser.add_argument("--seconds", type=float, default=1.0, help="length of a round (default 1)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of each variant (default 5)")
     parser.add_argument("--only", default="", help="part of a comparison's name")

@@ -82,6 +82,8 @@ class Chats:
 
 
 async def _measure(redis_url: str, chats_url: str, alone_url: str, rounds: int, row: str) -> Measured:
+    """Measure a row. `redis_url` is the deployment's Redis, `chats_url` its frontend, `alone_url` the server
+    without work."""
     redis = RedisClient(redis_url, timeout_s=30, client_name="bench")
     alone = RedisClient(alone_url, timeout_s=30, client_name="bench")
     chats = Chats(chats_url, await asyncio.to_thread(first_model, chats_url, 30))

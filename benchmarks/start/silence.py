@@ -231,7 +231,7 @@ class Deployment:
             "sha256": hashlib.sha256(NEVER_ENDS.encode()).hexdigest(),
             "size_bytes": len(NEVER_ENDS),
         }
-        self._command("put", "v1/mdc/tenant/backend/generate/5", "-", said=json.dumps(card))
+        self._command("put", "v1/mdc/tenant/backend/generate/5", "-", text=json.dumps(card))
         deadline = time.monotonic() + READY_S
         body = _chat("unusable", 1)
         while time.monotonic() < deadline:
@@ -241,10 +241,10 @@ class Deployment:
             time.sleep(0.1)
         raise RuntimeError("the model whose template never ends was not given up")
 
-    def _command(self, *arguments: str, said: str = "") -> str:
+    def _command(self, *arguments: str, text: str = "") -> str:
         run = subprocess.run(
             [*PROGRAM, *arguments],
-            input=said,
+            input=text,
             text=True,
             capture_output=True,
             check=True,

@@ -175,9 +175,9 @@ def _check_losses(history: History, ended_at: float) -> list[Violation]:
 def _took(call: Call, lost: Note) -> bool:
     if call.began_at > lost.at or call.outcome == "refused":
         return False
-    key, said = lost.fields["key"], call.arguments
+    key, arguments = lost.fields["key"], call.arguments
     if call.action == "transact":
-        return key in said["deletes"] or any(key == put for put, _ in said["puts"])
+        return key in arguments["deletes"] or any(key == put for put, _ in arguments["puts"])
     takes = {"delete", "put", "create", "compare_and_put"}
     is_others = call.action == "register" and call.process != lost.process
-    return said.get("key") == key and (call.action in takes or is_others)
+    return arguments.get("key") == key and (call.action in takes or is_others)

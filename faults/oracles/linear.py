@@ -167,8 +167,10 @@ def _check_written(calls: Sequence[Call]) -> list[Violation]:
     begun: dict[tuple[str, str], float] = {}
     for call in calls:
         if call.action in WRITES and call.action != "delete":
-            said = call.arguments
-            puts = said["puts"] if call.action == "transact" else [(said["key"], said["value"])]
+            arguments = call.arguments
+            puts = (
+                arguments["puts"] if call.action == "transact" else [(arguments["key"], arguments["value"])]
+            )
             for key, value in puts:
                 begun[key, value] = min(begun.get((key, value), call.began_at), call.began_at)
     violations = []
@@ -185,11 +187,11 @@ def _check_refusals(operations: Sequence[Operation]) -> list[Violation]:
     """Check that no comparison was refused by the very revision that it expected."""
     violations = []
     for call in (operation.call for operation in operations if operation.call.outcome == "refused"):
-        said, answer = call.arguments, call.answer
+        arguments, answer = call.arguments, call.answer
         if call.action == "compare_and_put":
-            wanted = [said["expected"]]
+            wanted = [arguments["expected"]]
         elif call.action == "transact":
-            wanted = [revision for key, revision in said["compares"] if key == answer["key"]]
+            wanted = [revision for key, revision in arguments["compares"] if key == answer["key"]]
         else:
             continue
         if all(revision == answer["found"] for revision in wanted):

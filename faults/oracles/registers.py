@@ -65,19 +65,21 @@ def operation_of(call: Call) -> Operation:
         return Operation(call, _refusal(call), ())
     answer = call.answer if call.outcome == "ok" and isinstance(call.answer, Mapping) else {}
     revision = answer.get("revision")
-    said = call.arguments
+    arguments = call.arguments
     match call.action:
         case "get":
             seen: Cell = ABSENT if answer["value"] is None else (answer["value"], revision)
-            return Operation(call, ((said["key"], seen),), ())
+            return Operation(call, ((arguments["key"], seen),), ())
         case "put":
-            return Operation(call, (), ((said["key"], (said["value"], revision)),), revision)
+            return Operation(call, (), ((arguments["key"], (arguments["value"], revision)),), revision)
         case "create":
-            return _conditional(call, [(said["key"], None)], revision)
+            return _conditional(call, [(arguments["key"], None)], revision)
         case "compare_and_put":
-            return _conditional(call, [(said["key"], said["expected"])], revision)
+            return _conditional(call, [(arguments["key"], arguments["expected"])], revision)
         case "delete":
-            return Operation(call, ((said["key"], _found(answer.get("deleted"))),), ((said["key"], ABSENT),))
+            return Operation(
+                call, ((arguments["key"], _found(answer.get("deleted"))),), ((arguments["key"], ABSENT),)
+            )
         case _:
             return _transaction(call, revision)
 
@@ -107,16 +109,16 @@ def _transaction(call: Call, revision: str | None) -> Operation:
 
 
 def _refusal(call: Call) -> tuple[tuple[str, Cell], ...]:
-    said, answer = call.arguments, call.answer
+    arguments, answer = call.arguments, call.answer
     match call.action:
         case "create":
-            return ((said["key"], PRESENT),)
+            return ((arguments["key"], PRESENT),)
         case "compare_and_put":
-            return ((said["key"], at(answer["found"])),)
+            return ((arguments["key"], at(answer["found"])),)
         case "transact":
             # Comparisons are made in order, so those before the one that failed held.
             held = []
-            for key, wanted in said["compares"]:
+            for key, wanted in arguments["compares"]:
                 if key == answer["key"] and wanted != answer["found"]:
                     break
                 held.append((key, at(wanted)))

@@ -72,11 +72,13 @@ class Truth:
         truth = cls()
         entries: dict[tuple[str, str, str], Entry] = {}
         for note in history.of("log"):
-            said = note.fields
-            name = (said["incarnation"], said["id"], said["operation"])
+            fields = note.fields
+            name = (fields["incarnation"], fields["id"], fields["operation"])
             if name not in entries:
-                lease = said["lease"] or None
-                entry = Entry(said["id"], said["kind"], said["key"], said["value"], lease, name[0], note)
+                lease = fields["lease"] or None
+                entry = Entry(
+                    fields["id"], fields["kind"], fields["key"], fields["value"], lease, name[0], note
+                )
                 entries[name] = entry
                 truth.by_id[entry.id].append(entry)
                 truth.by_key[entry.key].append(entry)

@@ -160,9 +160,9 @@ class WatchCheck:
 
     def _wrong_difference(self, entry: Entry, revision: str, events: list[Event]) -> list[str]:
         state = self._truth.state(entry, self._prefix)
-        told = {event.key: event for event in events}
-        wrong = [f"{event} was shown twice" for event in events if told[event.key] is not event]
-        for key, event in told.items():
+        by_key = {event.key: event for event in events}
+        wrong = [f"{event} was shown twice" for event in events if by_key[event.key] is not event]
+        for key, event in by_key.items():
             stands = state.get(key)
             if event.cause is not None:
                 wrong += self._wrong_delete(event, stands, revision)
@@ -172,9 +172,9 @@ class WatchCheck:
                 wrong.append(f"it showed {event}, which it had shown before")
         for key, stands in state.items():
             is_hidden = key not in self.view and self._truth.may_have_ended(stands)
-            if key not in told and self.view.get(key) != stands.value and not is_hidden:
+            if key not in by_key and self.view.get(key) != stands.value and not is_hidden:
                 wrong.append(f"it did not show {stands}; shown before was {self.view.get(key)}")
-        gone = self.view.keys() - state.keys() - told.keys()
+        gone = self.view.keys() - state.keys() - by_key.keys()
         return wrong + [f"it did not show that {key} is gone" for key in sorted(gone)]
 
     def _wrong_delete(self, event: Event, stands: Entry | None, revision: str) -> list[str]:
@@ -273,6 +273,8 @@ class WatchCheck:
     def _report(
         self, note: Note, what: str, promise: str, lines: Sequence[str] = (), *, at: float | None = None
     ) -> None:
+        """Add a violation that `note` shows, after `lines` of the history; `at` is its time, by default the
+        note's."""
         watch = note.fields.get("watch", "a watch")
         shown = [note] if self.last_note is None or self.last_note is note else [self.last_note, note]
         self.violations.append(

@@ -70,25 +70,25 @@ class _User:
 
     async def _rent(self) -> None:
         """Reserve, and give back after a while, at once when a port is lost; not at all when resting."""
-        name, told = self._process.new_value(), asyncio.Event()
-        reservation = await self._reserve(name, told)
+        name, is_lost = self._process.new_value(), asyncio.Event()
+        reservation = await self._reserve(name, is_lost)
         if reservation is None:
             return
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._process.rng.uniform(0, HOLD_S)):
-                await told.wait()
+                await is_lost.wait()
         if self._process.resting.is_set():
-            await told.wait()
+            await is_lost.wait()
         await self._release(name, reservation)
 
-    async def _reserve(self, name: str, told: asyncio.Event) -> PortReservation | None:
+    async def _reserve(self, name: str, is_lost: asyncio.Event) -> PortReservation | None:
         count = self._process.rng.randint(1, MOST_PORTS_COUNT)
         end = FIRST_PORT + PORTS_COUNT
         reserved: list[PortReservation] = []
 
         def on_lost(port: int, reason: LostReason) -> None:
             self._process.recorder.note("lost", key=port_key(HOST, port), reason=reason, reservation=name)
-            told.set()
+            is_lost.set()
 
         async def attempt() -> tuple[Outcome, Any]:
             try:

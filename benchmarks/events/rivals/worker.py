@@ -28,17 +28,17 @@ async def publish_stored(
 ) -> dict[str, int]:
     """Publish events at `rate` a second; those that are due in one turn of the loop together. Returns the
     time of each, in ns, by sequence hash."""
-    told: dict[str, int] = {}
+    published: dict[str, int] = {}
     began = time.perf_counter()
     while (passed := time.perf_counter() - began) < seconds:
-        while len(told) < passed * rate:
+        while len(published) < passed * rate:
             number = next(numbers)
             tokens = [number >> 16, number & 0xFFFF, 1, 2]
             (block,) = chain(local_hashes(tokens, BLOCK_SIZE))
-            told[str(block)] = time.monotonic_ns()
+            published[str(block)] = time.monotonic_ns()
             rank.stored([number], tokens, None)
         await asyncio.sleep(TURN_S)
-    return told
+    return published
 
 
 async def main() -> None:

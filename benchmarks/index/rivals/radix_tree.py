@@ -21,17 +21,17 @@ def wire(number: int, event: Event) -> bytes:
     """Return an event as the binding takes it."""
     if event.stored:
         blocks = [{"block_hash": block.sequence, "tokens_hash": block.local} for block in event.blocks]
-        said: dict[str, object] = {"stored": {"parent_hash": event.parent, "blocks": blocks}}
+        data: dict[str, object] = {"stored": {"parent_hash": event.parent, "blocks": blocks}}
     else:
-        said = {"removed": {"block_hashes": [block.sequence for block in event.blocks]}}
-    return json.dumps({"event_id": number, "data": said, "dp_rank": 0}).encode()
+        data = {"removed": {"block_hashes": [block.sequence for block in event.blocks]}}
+    return json.dumps({"event_id": number, "data": data, "dp_rank": 0}).encode()
 
 
-def applied(said: Sequence[tuple[int, bytes]]) -> RadixTree:
+def applied(events: Sequence[tuple[int, bytes]]) -> RadixTree:
     """Return a tree to which all events have been applied."""
     tree = RadixTree()
     apply_event = tree.apply_event
-    for worker, content in said:
+    for worker, content in events:
         apply_event(worker, content)
     tree.find_matches([0])  # returns after the last event of the tree's own queue
     return tree
@@ -58,9 +58,9 @@ def prompts_of(shown: Scene, what: str) -> list[list[Block]]:
 def main() -> None:
     """Carry out the commands until the input ends."""
     shown = scene()
-    said = [(event.worker, wire(number, event)) for number, event in enumerate(shown.events)]
+    events = [(event.worker, wire(number, event)) for number, event in enumerate(shown.events)]
     blocks = sum(len(event.blocks) for event in shown.events)
-    tree = applied(said)
+    tree = applied(events)
     for number, event in enumerate(shown.readings):
         tree.apply_event(event.worker, wire(number, event))
     gc.collect()
@@ -70,7 +70,7 @@ def main() -> None:
         match line.split():
             case ["apply"]:
                 began = time.perf_counter()
-                other = applied(said)
+                other = applied(events)
                 answer = f"{blocks / (time.perf_counter() - began)}"
                 del other  # outside the measured time
             case ["find", what, repeats, scores]:
