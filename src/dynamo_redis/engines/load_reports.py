@@ -77,9 +77,9 @@ async def report_load(engine: Engine, publisher: LoadPublisher) -> None:
             publisher.forget(dp_rank)
         published = ranks
         for load in loads:
-            publisher.tell(KV_METRICS, load.dp_rank, kv_metrics(load, slot_count))
+            publisher.set_value(KV_METRICS, load.dp_rank, kv_metrics(load, slot_count))
             if load.last_pass is not None:
-                publisher.tell(
+                publisher.set_value(
                     FORWARD_PASS_METRICS, load.dp_rank, forward_pass_metrics(load.dp_rank, load.last_pass)
                 )
         await asyncio.sleep(INTERVAL_S)

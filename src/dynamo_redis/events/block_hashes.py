@@ -1,4 +1,4 @@
-"""Names of KV blocks: what engines report and routers match. Pure.
+"""Names of KV blocks, by which routers match prompts with the blocks that engines report. Pure.
 
 Tokens are cut into blocks of `block_size`; a partial tail has no name. A *local* hash names a block's own
 tokens; a *sequence* hash names a block together with everything before it, so that equal sequence hashes
@@ -27,14 +27,14 @@ _U64_MASK = (1 << 64) - 1
 
 
 def lora_seed(name: str) -> int:
-    """The seed for blocks read by a LoRA adapter."""
+    """Return the seed for blocks read by a LoRA adapter."""
     return (SEED + xxh3_64_intdigest(name.encode(), 0)) & _U64_MASK
 
 
 def local_hashes(token_ids: Iterable[int], block_size: int, *, seed: int = SEED) -> list[int]:
-    """The hash of each whole block. Fastest on an `array('I')`.
+    """Return the local hash of each whole block. Fastest on an `array('I')`.
 
-    Raises TypeError for what is not a sequence of integers, OverflowError for one that is not a u32.
+    Raises TypeError if it is not a sequence of integers, OverflowError if an integer is not a u32.
     """
     tokens = (
         token_ids if isinstance(token_ids, array) and token_ids.typecode == "I" else array("I", token_ids)
@@ -49,7 +49,7 @@ def local_hashes(token_ids: Iterable[int], block_size: int, *, seed: int = SEED)
 
 
 def chain(local: Iterable[int], parent: int | None = None, *, seed: int = SEED) -> list[int]:
-    """Sequence hashes of blocks that follow `parent` (None: that begin the sequence)."""
+    """Return the sequence hashes of blocks that follow `parent` (None: they begin the sequence)."""
     hashes: list[int] = []
     pack = _U64_PAIR.pack
     for block in local:
@@ -59,7 +59,7 @@ def chain(local: Iterable[int], parent: int | None = None, *, seed: int = SEED) 
 
 
 def pack_names(hashes: Iterable[int]) -> bytes:
-    """Pack sequence hashes as eight bytes each, little-endian. Raises OverflowError for what is no u64."""
+    """Pack sequence hashes as eight bytes each, little-endian. Raises OverflowError if one is no u64."""
     names = array("Q", hashes)
     if sys.byteorder == "big":
         names.byteswap()

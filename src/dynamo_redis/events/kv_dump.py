@@ -1,12 +1,13 @@
-"""The endpoint `kv_dump`: a worker tells a router what it has missed, or everything.
+"""The endpoint `kv_dump`: a worker sends a router the events that it has missed, or all blocks.
 
-    request  {"have": [[epoch, dp_rank, next_sequence], …]}   what the caller has applied of this instance
+    request  {"have": [[epoch, dp_rank, next_sequence], …]}   the events applied of each rank
     answer   for each rank {"epoch", "dp_rank", "kind", "next_sequence", "event_plane", "block_size"}, and
              then any number of {"batch": …}
 
-A `range` goes on at the caller's `next_sequence`. A `dump` is the rank's blocks, to be applied to an emptied
-worker; its batches all bear the rank's `next_sequence`. Either way the caller has then applied all before
-the `next_sequence` of the answer. What a rank says is of one moment; ranks are asked one after the other.
+A `range` has the events from the caller's `next_sequence` on. A `dump` has the rank's blocks, to be applied
+to an emptied worker; each of its batches has the rank's `next_sequence`. After either, the caller has applied
+all events before the answer's `next_sequence`. The answer of each rank shows one moment; the ranks follow one
+after the other.
 """
 
 from __future__ import annotations
@@ -26,10 +27,6 @@ _BATCH_EVENT_COUNT: Final = 256
 _BATCH_BLOCK_COUNT: Final = 4096
 
 
-def _do_nothing() -> None:
-    pass
-
-
 class KvDump:
     """The endpoint of one instance, for the ranks that are in `ranks` when it is asked."""
 
@@ -38,10 +35,10 @@ class KvDump:
         ranks: Mapping[PublisherId, KvPublisher],
         *,
         event_plane: str = "stream",
-        on_asked: Callable[[], None] = _do_nothing,
+        on_asked: Callable[[], None] | None = None,
     ) -> None:
-        """`event_plane` is how the ranks' events are sent. `on_asked` is called before an answer is made: a
-        router reads events, and wants those that follow the answer."""
+        """`event_plane` is the event plane by which the ranks' events are sent. `on_asked` is called before
+        an answer is made: there is a router, which will read the events that follow the answer."""
         self._ranks = ranks
         self._event_plane = event_plane
         self._on_asked = on_asked
@@ -49,9 +46,15 @@ class KvDump:
     async def generate(self, request: Any) -> AsyncGenerator[dict[str, Any], None]:
         """Answer in pieces of some 32 KiB, one a turn of the loop. Raises InvalidRequest."""
         have = _read(request)
-        self._on_asked()
+        if self._on_asked is not None:
+            self._on_asked()
         for publisher_id, rank in tuple(self._ranks.items()):
-            kind, batches = _tell(publisher_id, rank, have.get((publisher_id.epoch, publisher_id.dp_rank)))
+            wanted = have.get((publisher_id.epoch, publisher_id.dp_rank))
+            events = None if wanted is None else rank.events_from(wanted)
+            if events is not None and wanted is not None:
+                kind, batches = "range", _batches(publisher_id, events, wanted, step=1)
+            else:
+                kind, batches = "dump", _batches(publisher_id, rank.dump(), rank.next_sequence, step=0)
             yield {
                 "epoch": publisher_id.epoch,
                 "dp_rank": publisher_id.dp_rank,
@@ -65,22 +68,15 @@ class KvDump:
                 yield {"batch": batch.to_bytes()}
 
 
-def _tell(
-    publisher_id: PublisherId, rank: KvPublisher, next_sequence: int | None
-) -> tuple[str, Iterator[EventBatch]]:
-    events = None if next_sequence is None else rank.events_from(next_sequence)
-    if events is not None and next_sequence is not None:
-        return "range", _batches(publisher_id, events, next_sequence, step=1)
-    return "dump", _batches(publisher_id, rank.dump(), rank.next_sequence, step=0)
-
-
 def _batches(
     publisher_id: PublisherId, events: Iterable[KvEvent], first_sequence: int, *, step: int
 ) -> Iterator[EventBatch]:
+    """Yield events in batches of limited size. `step` is 1 if events have sequences of their own, 0 if all
+    batches have the first one."""
     batch: list[Any] = []
     block_count = 0
 
-    def made() -> EventBatch:
+    def closed() -> EventBatch:
         at_ms = int(SYSTEM_CLOCK.wall() * 1000)
         return EventBatch(KV_EVENTS, publisher_id, first_sequence, at_ms, batch)
 
@@ -88,17 +84,17 @@ def _batches(
         if batch and (
             len(batch) == _BATCH_EVENT_COUNT or block_count + len(event.hashes) > _BATCH_BLOCK_COUNT
         ):
-            yield made()
+            yield closed()
             first_sequence += step * len(batch)
             batch, block_count = [], 0
         batch.append(event.to_wire())
         block_count += len(event.hashes)
     if batch:
-        yield made()
+        yield closed()
 
 
 def _read(request: Any) -> dict[tuple[int, int], int]:
-    """What the caller has: (epoch, rank) → next sequence."""
+    """Read the request: (epoch, rank) → next sequence. Raises InvalidRequest."""
     have = request.get("have", []) if isinstance(request, Mapping) else None
     if not isinstance(have, list):
         raise InvalidRequest('kv_dump takes {"have": [[epoch, dp_rank, next_sequence], …]}')

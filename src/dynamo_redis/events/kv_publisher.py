@@ -1,12 +1,12 @@
-"""What a worker tells routers of one rank's KV cache, and what it can tell again. Pure.
+"""The KV events of one rank of a worker: it makes them of the engine's reports, and keeps them. Pure.
 
-The engine reports blocks by hashes of its own, with their tokens; what is published are sequence hashes
-(`block_hashes.py`), so that a router neither hashes nor keeps engines' names. Beside it stands the local
-index, and a ring of the events published last: whoever has missed some asks for them, or for everything
+The engine reports blocks by hashes of its own, with their tokens. The worker publishes sequence hashes
+(`block_hashes.py`), so that a router neither hashes nor keeps engines' names. It keeps a local index, and a
+ring of the events published last: a router that has missed events asks for them, or for all blocks
 (`events/kv_dump.py`).
 
-Blocks that follow one of which this side never heard, because it came after the engine or has missed
-something, get their names from the prompts that the engine was sent (`events/recent_prompts.py`).
+A block may follow one that was never reported here, because this side started after the engine or has missed
+a report. Such a block gets its name from the prompts that the engine was sent (`events/recent_prompts.py`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import logging
 from array import array
 from collections import Counter, deque
 from collections.abc import Collection, Iterator, Sequence
-from itertools import chain as chained
 from itertools import islice
 from typing import Any, Final, NamedTuple, Protocol
 
@@ -28,19 +27,19 @@ from dynamo_redis.wire.kv_event import DEVICE, TIERS, KvEvent
 log = logging.getLogger(__name__)
 
 RING_COUNT: Final = 8192
-"""Events that a rank can tell again."""
+"""Most events that a rank keeps, to send them again."""
 
 RING_BLOCK_COUNT: Final = 1 << 18
-"""Hashes in them, at most: 2 MiB."""
+"""Most hashes in them: 2 MiB."""
 
 DUMP_BLOCK_COUNT: Final = 4096
 """Hashes in one event of a dump: 32 KiB."""
 
 LOOSE_BLOCK_COUNT: Final = 1 << 14
-"""Blocks without a name of which the content is kept: some 0.5 KB each."""
+"""Most loose blocks whose content is kept: some 0.5 KB each."""
 
 RUN_COUNT: Final = 256
-"""So many of them, one behind the other, are held against prompts."""
+"""Most loose blocks, one behind the other, that are compared with prompts."""
 
 _REASONS: Final = {
     "unknown_parent": "they follow blocks that the engine stored before it was heard here. Prompts that pass "
@@ -52,8 +51,8 @@ _REASONS: Final = {
 }
 
 
-class Publisher(Protocol):
-    """Numbers events and sends them; `events/publisher.py` has it."""
+class EventSink(Protocol):
+    """Numbers events and sends them, as `events/publisher.py` does."""
 
     @property
     def next_sequence(self) -> int: ...
@@ -62,7 +61,8 @@ class Publisher(Protocol):
 
 
 class _Placed(NamedTuple):
-    """Blocks one behind the other, by both names; what stands before them, and of that what must be held."""
+    """Blocks that follow each other, by both names, with the block before them. `inferred` are the blocks
+    before that one, if all of them must be held."""
 
     keys: Sequence[EngineHash]
     names: Sequence[int]
@@ -71,30 +71,32 @@ class _Placed(NamedTuple):
 
 
 class KvPublisher:
-    """One data-parallel rank. Every change is published before the call returns; none waits or raises.
+    """The KV events of one data-parallel rank. Its methods publish each change before they return; they
+    neither wait nor raise.
 
-    What cannot be told is left out, counted by reason in `left_out`, and said once in the log:
+    Blocks without a name are left out of the events, counted by reason in `left_out`, and named once in the
+    log:
 
-    - `unknown_parent`: blocks that follow one which was never told, or is held no longer, and whose prompt is
-      not known either; they are told once they, or what follows them, are found in a prompt;
-    - `block_size`: blocks whose tokens are not `block_size` each: set the engine's and the router's alike;
+    - `unknown_parent`: blocks behind one that was never published, or is held no longer, and whose prompt is
+      not known either; they are published once they, or blocks that follow them, are found in a prompt;
+    - `block_size`: blocks that have not `block_size` tokens each: set the engine's and the router's alike;
     - `unknown_block`: blocks reported without tokens, and not held on any other tier;
     - `reused_hash`: blocks whose engine hash is that of another block which is held;
     - `bad_tokens`: token ids that are not integers of 32 bits.
 
-    A block that was left out is computed once more than needed, at worst: no router believes in a block
-    that is not there. Not for other threads than the event loop's.
+    A block that was left out is at worst computed once more than needed: no router expects a block that is
+    not there. For the event loop's thread only.
     """
 
     def __init__(
         self,
-        publisher: Publisher | None,
+        publisher: EventSink | None,
         *,
         block_size: int,
         dp_rank: int = 0,
         ring_count: int = RING_COUNT,
     ) -> None:
-        """Without a publisher, events are numbered and kept, and nothing is sent."""
+        """Without a publisher, events are numbered and kept, and not sent."""
         self.block_size = block_size
         self.dp_rank = dp_rank
         self.left_out: Counter[str] = Counter()
@@ -103,7 +105,7 @@ class KvPublisher:
         self._loose = LooseBlocks(LOOSE_BLOCK_COUNT)
         self._prompts = RecentPrompts(block_size)
         self._next_sequence = publisher.next_sequence if publisher is not None else 0
-        self._ring: deque[KvEvent] = deque()  # those before `_next_sequence`
+        self._ring: deque[KvEvent] = deque()  # the events before `_next_sequence`
         self._ring_count = ring_count
         self._ring_block_count = 0
 
@@ -112,26 +114,26 @@ class KvPublisher:
 
     @property
     def next_sequence(self) -> int:
-        """What the next event will be numbered."""
+        """The sequence of the next event."""
         return self._next_sequence
 
     @property
     def block_count(self) -> int:
-        """Blocks held, on all tiers together."""
+        """Number of blocks held, on all tiers together."""
         return sum(len(self._index[tier].blocks) for tier in TIERS)
 
     def blocks(self, tier: int = DEVICE) -> Collection[int]:
-        """The sequence hashes held on a tier: a live view."""
+        """Return the sequence hashes held on a tier: a live view."""
         return self._index[tier].blocks.keys()
 
-    # ----------------------------------------------------------------- what the engine is sent
+    # ----------------------------------------------------------------- prompts for the engine
 
     def note_prompt(self, token_ids: Sequence[int], lora_name: str | None = None) -> None:
-        """The engine is about to be sent this prompt. To be called for every one, before it is sent, where
-        not all of the engine's events are sure to arrive; it copies the ids (about 40 µs for 4,096)."""
+        """Note that the engine is about to get this prompt. Call it for every prompt, before it is sent,
+        where the engine's events may not all arrive. It copies the ids (about 40 µs for 4,096)."""
         self._prompts.note(token_ids, lora_seed(lora_name) if lora_name else SEED)
 
-    # ----------------------------------------------------------------- what the engine says
+    # ----------------------------------------------------------------- reports of the engine
 
     def stored(
         self,
@@ -142,10 +144,15 @@ class KvPublisher:
         tier: int = DEVICE,
         lora_name: str | None = None,
     ) -> None:
-        """The engine holds these whole blocks now, one after the other, behind `parent_hash` (None: at the
-        start of a sequence). `token_ids` are all their tokens.
+        """Note that the engine holds these whole blocks now, which follow each other.
 
-        Without token ids the blocks are those known from another tier; `parent_hash` then says nothing.
+        Args:
+            block_hashes: the engine's hashes of the blocks.
+            token_ids: all their tokens; empty if the blocks are known from another tier.
+            parent_hash: the engine's hash of the block before them; None at the start of a sequence. Without
+                token ids it is not used.
+            tier: the tier on which they are held.
+            lora_name: the LoRA adapter that has read them.
         """
         keys: Sequence[EngineHash] = engine_keys(block_hashes)
         place = self._index[tier]
@@ -158,7 +165,7 @@ class KvPublisher:
             parents = [placed.parent, *names[:-1]]
             if placed.inferred:
                 new = place.infer(placed.inferred)
-            if place.doubtful:
+            if place.uncertain:
                 new += place.revive(placed.parent)
             if self._loose:
                 self._loose.drop(keys)
@@ -176,40 +183,40 @@ class KvPublisher:
         if not new:
             return
         if place.holes:
-            told = [parent for parent in parents if parent is not None and parent in place.holes]
-            if told:  # first: a reader must know of a hole before it trusts what lies behind
-                self._publish(kv_event.removed(told, tier, inside=True))
+            holes = [parent for parent in parents if parent is not None and parent in place.holes]
+            if holes:  # first: a reader must know of a hole before it hears of blocks behind it
+                self._publish(kv_event.removed(holes, tier, inside=True))
         self._publish(kv_event.stored(new, tier))
 
     def stored_nameless(self, block_hashes: Sequence[EngineHash]) -> None:
-        """The engine holds these blocks now, and what they contain depends on more than tokens and adapter:
-        neither they nor what follows them can be told, whatever prompts it looks like."""
+        """Note that the engine holds blocks whose content depends on more than tokens and adapter. Neither
+        they nor blocks that follow them are published, even where a prompt has the same tokens."""
         self._loose.add_nameless(engine_keys(block_hashes))
 
     def removed(self, block_hashes: Sequence[EngineHash], *, tier: int = DEVICE) -> None:
-        """The engine holds these blocks no longer, on this tier. Unknown ones have no effect."""
+        """Note that the engine holds these blocks no longer, on this tier. Unknown ones have no effect."""
         keys = engine_keys(block_hashes)
         if self._loose and tier == DEVICE:
             self._loose.drop(keys)
         ends, inside = self._index[tier].remove(keys)
-        if inside:  # first: a reader must know of a hole before it trusts what lies around
+        if inside:  # first: a reader must know of a hole before it uses the blocks around it
             self._publish(kv_event.removed(inside, tier, inside=True))
         if ends:
             self._publish(kv_event.removed(ends, tier))
 
     def cleared(self) -> None:
-        """The engine has emptied its cache, on all tiers."""
+        """Note that the engine has emptied its cache, on all tiers."""
         self._index.clear()
         self._loose.clear()
         self._publish(kv_event.cleared())
 
     def reset(self) -> None:
-        """What the engine said has a gap that nobody can fill: nothing told so far counts any more."""
+        """Forget and withdraw all blocks, because reports of the engine are lost and cannot be had again."""
         self.left_out["reset"] += 1
         self.cleared()
 
     def resize(self, block_size: int) -> None:
-        """The engine has started anew, with blocks of so many tokens: nothing told so far counts any more."""
+        """Forget and withdraw all blocks, because the engine has started anew with blocks of another size."""
         log.warning(
             "rank %d: its KV blocks have %d tokens now, and had %d", self.dp_rank, block_size, self.block_size
         )
@@ -217,33 +224,30 @@ class KvPublisher:
         self._prompts = RecentPrompts(block_size)
         self.reset()
 
-    # ----------------------------------------------------------------- what can be told again
+    # ----------------------------------------------------------------- events and blocks for `kv_dump`
 
     def events_from(self, sequence: int) -> list[KvEvent] | None:
-        """All events from that one on, as they were published; None if some are forgotten, or were never
-        published: then only a dump helps."""
+        """Return all events from `sequence` on, as they were published; None if the ring has not all of them,
+        or they were never published: then only a dump helps."""
         missed_count = self._next_sequence - sequence
         if not 0 <= missed_count <= len(self._ring):
             return None
         return list(islice(self._ring, len(self._ring) - missed_count, None))
 
     def dump(self) -> Iterator[KvEvent]:
-        """Events that make an empty index equal to this one as it is now, before `next_sequence`.
+        """Return events that make an empty index equal to the present one, which is before `next_sequence`.
 
         The copy is made at once (about 0.5 ms for 100,000 blocks); the events, of up to `DUMP_BLOCK_COUNT`
         hashes, are made as they are taken.
         """
-        return chained.from_iterable([self._dump_tier(tier) for tier in TIERS])
-
-    def _dump_tier(self, tier: int) -> Iterator[KvEvent]:
-        holes = list(self._index[tier].holes)
-        blocks = list(self._index[tier].blocks)
+        copies = [(tier, list(self._index[tier].holes), list(self._index[tier].blocks)) for tier in TIERS]
 
         def events() -> Iterator[KvEvent]:
-            for first in range(0, len(holes), DUMP_BLOCK_COUNT):
-                yield kv_event.removed(holes[first : first + DUMP_BLOCK_COUNT], tier, inside=True)
-            for first in range(0, len(blocks), DUMP_BLOCK_COUNT):
-                yield kv_event.stored(blocks[first : first + DUMP_BLOCK_COUNT], tier)
+            for tier, holes, blocks in copies:
+                for first in range(0, len(holes), DUMP_BLOCK_COUNT):
+                    yield kv_event.removed(holes[first : first + DUMP_BLOCK_COUNT], tier, inside=True)
+                for first in range(0, len(blocks), DUMP_BLOCK_COUNT):
+                    yield kv_event.stored(blocks[first : first + DUMP_BLOCK_COUNT], tier)
 
         return events()
 
@@ -257,7 +261,10 @@ class KvPublisher:
         tier: int,
         lora_name: str | None,
     ) -> _Placed | None:
-        """New blocks by their names, with what is found to precede them; None if they can have none."""
+        """Find the names of stored blocks, and the block before them; None if they can have no names.
+
+        The arguments are those of `stored`, with engine hashes as `engine_keys` makes them.
+        """
         if len(token_ids) != len(keys) * self.block_size:
             self._leave_out("block_size", len(keys))
             return None
@@ -275,7 +282,8 @@ class KvPublisher:
         if parent is not None:
             return _Placed(keys, chain(local, parent, seed=seed), parent)
         if tier == DEVICE:
-            contents = self._contents(local, tokens)
+            packed, size = tokens.tobytes(), self.block_size * tokens.itemsize
+            contents = [Content(block, packed[n * size : (n + 1) * size]) for n, block in enumerate(local)]
             if self._loose.is_nameless(before):
                 self._loose.add_nameless(keys)
             elif (placed := self._search(keys, contents, before, seed)) is not None:
@@ -285,16 +293,14 @@ class KvPublisher:
         self._leave_out("unknown_parent", len(keys))
         return None
 
-    def _contents(self, local: Sequence[int], tokens: array[int]) -> list[Content]:
-        content = tokens.tobytes()
-        size = self.block_size * tokens.itemsize
-        return [Content(block, content[n * size : (n + 1) * size]) for n, block in enumerate(local)]
-
     def _search(
         self, keys: Sequence[EngineHash], contents: Sequence[Content], before: EngineHash, seed: int
     ) -> _Placed | None:
-        """Blocks behind one without a name, by the prompt that they are of. With them goes what lies between
-        them and the first block that has a name, or whose name is found; all before that is held, too."""
+        """Find the names of blocks behind one that has no name, by the prompt that they are part of.
+
+        The loose blocks between them and the first block with a name get their names, too; the blocks before
+        that one must be held.
+        """
         loose = self._loose.run_to(before, RUN_COUNT)
         if loose:
             before = loose[0][1].before
@@ -311,6 +317,7 @@ class KvPublisher:
         return _Placed([before, *keys], names, parent, lineage[:-1])
 
     def _leave_out(self, reason: str, count: int) -> None:
+        """Count blocks that are left out; log each reason once."""
         if reason not in self.left_out:
             log.warning(
                 "rank %d: routers do not hear of some KV blocks: %s; further ones are counted only",
@@ -320,6 +327,7 @@ class KvPublisher:
         self.left_out[reason] += count
 
     def _publish(self, event: KvEvent) -> None:
+        """Number an event, keep it in the ring, and send it."""
         self._ring.append(event)
         self._ring_block_count += len(event.hashes)
         while len(self._ring) > self._ring_count or self._ring_block_count > RING_BLOCK_COUNT:

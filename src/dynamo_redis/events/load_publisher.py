@@ -1,7 +1,7 @@
-"""What a worker says of its load: fire and forget, the last value wins.
+"""Publishes a worker's load: without storing it, the last value wins.
 
-Two topics: `kv_metrics`, how full a rank's cache and batch are, and `forward_pass_metrics`, what its last
-step computed. Each message is a batch of one event, the rank's present value.
+There are two topics: `kv_metrics`, the use of a rank's cache and batch, and `forward_pass_metrics`, the work
+of its last step. Each message is a batch of one event, the rank's present value.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dynamo_redis.errors import InvalidRecord, StoreError
 from dynamo_redis.events.router_record import RouterRecord
 from dynamo_redis.names import kv_routers_prefix
 from dynamo_redis.runtime.following import follow, key_of
-from dynamo_redis.store.base import Put, Record, Registry, WatchBatch
+from dynamo_redis.store.base import Put, Registry, WatchBatch
 from dynamo_redis.store.event_base import EventStreams, StreamName
 from dynamo_redis.supervision import Supervisor
 from dynamo_redis.wire.event import EventBatch, PublisherId
@@ -27,33 +27,35 @@ from dynamo_redis.wire.topics import FORWARD_PASS_METRICS, KV_METRICS
 log = logging.getLogger(__name__)
 
 INTERVAL_S: Final = 0.25
-"""A value that changes all the time is told this often while its topic has listeners: Redis says so when it
-is told, and routers that judge workers by `kv_metrics` stand in the registry."""
+"""Shortest time between two messages of a value that changes, while its topic has listeners: Redis returns
+their number with each message, and routers that listen to `kv_metrics` have a record in the registry."""
 
 UNHEARD_S: Final = 1.0
-"""It is told this often while no listener is known: others than routers may have begun to listen."""
+"""The same while no listener is known: a program that is no router may have begun to listen."""
 
 REPEAT_S: Final = 2.0
-"""A value that does not change is told this often, for those that have begun to listen since."""
+"""Time after which a value that has not changed is sent again, for new listeners."""
 
 _AFTER_FAILURE_S: Final = 1.0
 _LISTENS_WITH: Final = "active_decode_blocks_threshold"
-"""The setting of routers with which they listen."""
+"""The setting of routers that makes them listen."""
 
 
 @dataclass(slots=True)
 class _Value:
+    """The present value of a topic and rank."""
+
     event: dict[str, Any]
-    told_at: float = float("-inf")
+    sent_at: float = float("-inf")
     is_new: bool = True
-    told_count: int = 0
+    sent_count: int = 0
 
 
 class LoadPublisher:
-    """Tells the load of one instance's ranks. It owns two tasks, from `start` to `aclose`: one tells, one
+    """Publishes the load of one instance's ranks. It owns two tasks, from `start` to `aclose`: one sends, one
     watches the routers' records.
 
-    Nothing queues: a value that has not been told yet gives way to the next one.
+    There is no queue: a value that has not been sent yet is replaced by the next one.
     """
 
     def __init__(
@@ -66,14 +68,14 @@ class LoadPublisher:
         self._instance_id = instance_id
         self._epoch = secrets.randbits(63)
         self._values: dict[tuple[str, int], _Value] = {}  # by topic and rank
-        self._heard: set[str] = set()  # topics whose last message had a receiver
+        self._heard: set[str] = set()  # topics whose last message had a listener
         self._routers: set[str] = set()  # records of routers that listen to KV_METRICS
         self._changed = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._supervisor = Supervisor(log, f"listeners to the load of {namespace}.{component}")
 
-    def tell(self, topic: str, dp_rank: int, event: dict[str, Any]) -> None:
-        """This is the rank's value now. Returns at once."""
+    def set_value(self, topic: str, dp_rank: int, event: dict[str, Any]) -> None:
+        """Set the rank's present value, to be sent soon. Returns at once."""
         value = self._values.get((topic, dp_rank))
         if value is None:
             self._values[topic, dp_rank] = _Value(event)
@@ -85,48 +87,46 @@ class LoadPublisher:
         self._changed.set()
 
     def forget(self, dp_rank: int) -> None:
-        """Nothing is known of the rank's load: tell its last value no more."""
+        """Send the rank's last values no more, because its load is not known."""
         for topic in (KV_METRICS, FORWARD_PASS_METRICS):
             self._values.pop((topic, dp_rank), None)
 
     def values(self, topic: str) -> list[dict[str, Any]]:
-        """The present value of each rank."""
+        """Return the present value of each rank."""
         return [value.event for (of, _), value in self._values.items() if of == topic]
 
     def start(self) -> None:
         """Begin to publish. Idempotent."""
         if not self._tasks:
             routers = kv_routers_prefix(self._namespace, self._component)
-            for what, work in (
+            for task_name, work in (
                 ("load", Supervisor(log, f"load of {self._namespace}.{self._component}").run(self._run)),
                 ("listeners", follow(self._registry, routers, self.note_routers, self._supervisor)),
             ):
-                name = f"{what} of {self._namespace}.{self._component}"
+                name = f"{task_name} of {self._namespace}.{self._component}"
                 self._tasks.append(asyncio.create_task(work, name=name))
 
     async def aclose(self) -> None:
-        """Publish no more. Idempotent."""
+        """Stop publishing. Idempotent."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def note_routers(self, batch: WatchBatch) -> None:
-        """Note which routers listen."""
+        """Note which routers listen. A router whose record cannot be read counts as one that does."""
         for event in batch.events:
-            if isinstance(event, Put) and self._listens(event.record):
-                self._routers.add(event.record.key)
+            listens = False
+            if isinstance(event, Put):
+                try:
+                    router = RouterRecord.from_record(event.record)
+                    listens = router.settings.get(_LISTENS_WITH) is not None
+                except InvalidRecord as exc:
+                    self._supervisor.skip(event.record.key, exc)
+                    listens = True
+            if listens:
+                self._routers.add(key_of(event))
             else:
                 self._routers.discard(key_of(event))
-
-    def _listens(self, record: Record) -> bool:
-        try:
-            return RouterRecord.from_record(record).settings.get(_LISTENS_WITH) is not None
-        except InvalidRecord as exc:
-            self._supervisor.skip(record.key, exc)
-            return True
-
-    def _is_heard(self, topic: str) -> bool:
-        return topic in self._heard or (topic == KV_METRICS and bool(self._routers))
 
     async def _run(self) -> None:
         while True:
@@ -137,27 +137,29 @@ class LoadPublisher:
             try:
                 await self._publish()
             except StoreError as exc:
-                log.debug("the load of %s.%s was not told: %s", self._namespace, self._component, exc)
+                log.debug("the load of %s.%s was not sent: %s", self._namespace, self._component, exc)
                 await asyncio.sleep(_AFTER_FAILURE_S)
             else:
                 await asyncio.sleep(INTERVAL_S)
 
     async def _publish(self) -> None:
+        """Send the values that are due."""
         now = SYSTEM_CLOCK.monotonic()
         for (topic, dp_rank), value in tuple(self._values.items()):
-            pause_s = REPEAT_S if not value.is_new else 0.0 if self._is_heard(topic) else UNHEARD_S
-            if now - value.told_at < pause_s:
+            has_listeners = topic in self._heard or (topic == KV_METRICS and bool(self._routers))
+            pause_s = REPEAT_S if not value.is_new else 0.0 if has_listeners else UNHEARD_S
+            if now - value.sent_at < pause_s:
                 continue
             value.is_new = False
-            value.told_at = now
+            value.sent_at = now
             batch = EventBatch(
                 topic,
                 PublisherId(self._instance_id, self._epoch, dp_rank),
-                value.told_count,
+                value.sent_count,
                 int(SYSTEM_CLOCK.wall() * 1000),
                 [value.event],
             )
-            value.told_count += 1
+            value.sent_count += 1
             name = StreamName(self._namespace, self._component, topic)
             if await self._streams.publish(name, batch.to_bytes()):
                 self._heard.add(topic)

@@ -1,20 +1,20 @@
-"""What sends a process's events: numbered, in batches, in order, and without ever making their maker wait.
+"""Sends a process's events: numbered, in order, in batches, and without making the caller wait.
 
-An event is packed when it is published, and waits in a bounded queue until its batch is sent: when enough
-have come (by count or bytes), or the oldest has waited for the linger. One round trip is under way at a time,
-of one batch or, when more than one batch waits, of several. While it fails it is repeated, for as long as it
-takes: order holds, and what was stored by an attempt whose answer was lost comes twice, which its sequence
-tells.
+An event is packed when it is published, and waits in a bounded queue until its batch is sent. A batch is sent
+when it is full (by count or bytes), or when its oldest event has waited for the linger. One round trip is
+under way at a time, with one batch, or with several if several wait. A round trip that fails is repeated
+until it succeeds. So order holds; a batch may be stored twice, if the answer of an attempt was lost, and its
+sequence shows the repetition.
 
-When the queue is full, events are left out: they take their sequences, so whoever follows sees a gap, and
-asks the publisher's process for what it missed. None is taken in again before all that waits has been sent;
-then a batch without events says which sequence is next, and so shows the gap.
+When the queue is full events are left out. They take their sequences, so a reader sees a gap, and asks the
+publisher's process for the events it missed. The queue accepts events again when all that wait have been
+sent; then a batch without events has the next sequence, and so shows the gap.
 
-A publisher that is silent says now and then how far it is, by a batch without events, so that who lost the
-last ones (a message nobody heard, a write lost with a failover) does not have to wait for the next.
+A publisher that is silent sends a batch without events from time to time. A reader that lost the last events
+(a message without a receiver, a write lost with a failover) then need not wait for the next event to see it.
 
-While no reader wants its events a publisher *rests*: events take their sequences and go nowhere. A reader
-that comes later learns in another way what it needs of the past, and wakes the publisher before that.
+While no reader wants its events a publisher *rests*: events take their sequences and are dropped. A reader
+that comes later gets the state of before in another way, and wakes the publisher first.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, Final
 
@@ -39,25 +38,26 @@ from dynamo_redis.wire.event import EventBatch, PublisherId
 log = logging.getLogger(__name__)
 
 BATCH_BYTES: Final = 256 << 10
-"""A batch is closed when it has so many bytes of events."""
+"""A batch is closed when its events have this size."""
 TRIP_BATCHES_COUNT: Final = 8
-"""Most batches sent in one round trip."""
+"""Most batches of one round trip."""
 CLOSE_S: Final = 1.0
+"""Longest time that `aclose` waits until the events are sent."""
 SILENCE_S: Final = 30.0
-"""How long a publisher to a stream says nothing before it says how far it is."""
+"""Time without events after which a publisher to a stream sends a batch without events."""
 TOPIC_SILENCE_S: Final = 3.0
-"""The same for a topic, of which any message may be lost."""
+"""The same for a topic, where any message may be lost."""
 LOOK_S: Final = 10.0
-"""Pause between two looks for readers, of a publisher that has events and rests for want of readers."""
+"""Pause between two checks whether the stream has readers, of a publisher that sends."""
 REPORT_S: Final = 30.0
-"""Least pause between two log lines that events are not sent, for one reason: it may come and go."""
+"""Shortest pause between two log lines that events are not sent, for one reason: it may come and go."""
 
 
 class EventPublisher:
     """One publisher of one stream, or with `durable=False` of one topic. For the event loop's thread.
 
-    `start` begins sending; events may be published before. `aclose` ends it. Its task waits for events, and
-    one timer for the end of the linger or of the silence. `max_age_s` is as in `EventStreams.append`.
+    `start` begins sending; events may be published before. `aclose` ends it. It owns a task, which waits for
+    events, and a timer, for the end of the linger or of the silence.
     """
 
     def __init__(
@@ -71,7 +71,17 @@ class EventPublisher:
         max_age_s: float | None = None,
         only_while_read: bool = False,
     ) -> None:
-        """`only_while_read`: it looks itself whether its stream has readers, and rests while it has none."""
+        """Make a publisher that does not send yet.
+
+        Args:
+            streams: the event streams of the store.
+            stream: the stream, or the topic.
+            publisher: the id that its batches have.
+            settings: batches, linger and queue.
+            durable: whether it is a stream; False for a topic.
+            max_age_s: as in `EventStreams.append`.
+            only_while_read: whether it checks by itself if its stream has readers, and rests without them.
+        """
         self._streams = streams
         self._stream = stream
         self._publisher = publisher
@@ -86,10 +96,10 @@ class EventPublisher:
 
         self.next_sequence = 0
         self.queued_count = 0
-        """Events that wait, or are under way."""
+        """Events that wait, or are being sent."""
         self.left_out_count = 0
         self.is_resting = False
-        """Whether events take their sequences only, since no reader wants them."""
+        """True while events only take their sequences, because no reader wants them."""
         self._rests_count = self._wakes_count = 0
         self._look_at = 0.0
         self._open: list[bytes] = []
@@ -98,13 +108,13 @@ class EventPublisher:
         self._first = 0
         """The sequence of the first of them."""
         self._ready: deque[NewEntry] = deque()
-        """Batches that are full, or have waited."""
+        """Batches that are full, or have waited for the linger."""
         self._closed_bytes = 0
-        """Of all batches that wait, or are under way, but the open one."""
+        """Size of all batches that wait, or are being sent, without the open one."""
         self._is_gap = False
-        """Whether events behind the last that waits have been left out."""
+        """True if events after the last one that waits have been left out."""
         self._sent_sequence = 0
-        """Nothing below it waits any more."""
+        """The first sequence that may still wait: all events below it have been sent, or left out."""
         self._due = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._sent = asyncio.Event()
@@ -118,20 +128,20 @@ class EventPublisher:
         return f"<EventPublisher of {self._stream.path}: {state}>"
 
     async def start(self) -> None:
-        """Begin to send. Once. Does not wait for Redis."""
+        """Begin to send. To be called once. Does not wait for Redis."""
         assert self._task is None, "the publisher has been started"
         self._look_at = asyncio.get_running_loop().time() + LOOK_S
         self._task = asyncio.create_task(self._run(), name=f"event publisher of {self._stream.path}")
         if self._open or self._ready:
             self._due.set()
 
-    # ------------------------------------------------------------------ in
+    # ------------------------------------------------------------------ the queue
 
     def publish(self, event: Any) -> int:
-        """Queue an event; answer its sequence. Never waits, and never raises for Redis.
+        """Queue an event; return its sequence. Never waits, and raises no StoreError.
 
         Raises TypeError, ValueError or OverflowError if msgpack cannot carry it; then it takes no sequence.
-        The event may be changed afterwards. While the publisher rests it is not looked at.
+        The caller may change the event afterwards. While the publisher rests the event is not packed.
         """
         if self.is_resting:
             self.next_sequence += 1
@@ -157,7 +167,7 @@ class EventPublisher:
         return sequence
 
     def _close_batch(self) -> None:
-        """Take the open batch as it is, with events or without."""
+        """Close the open batch as it is, with events or without."""
         packed, self._open, self._open_bytes = self._open, [], 0
         now_ms = int(SYSTEM_CLOCK.wall() * 1000)
         content = EventBatch.of_packed(self._stream.topic, self._publisher, self._first, now_ms, packed)
@@ -166,6 +176,7 @@ class EventPublisher:
         self._first += len(packed)
 
     def _leave_out(self) -> None:
+        """Count an event that is left out; log the first one of a gap."""
         if not self._is_gap and not self._closed:
             self._overflows.log("%s: the queue of events is full, some are left out", self._stream.path)
             self._is_gap = True
@@ -175,7 +186,7 @@ class EventPublisher:
     # ------------------------------------------------------------------ rest
 
     def rest(self) -> None:
-        """Send nothing until `wake`, not even what waits. Idempotent."""
+        """Stop sending until `wake`, and drop the events that wait. Idempotent."""
         if self.is_resting:
             return
         self.is_resting, self._is_gap = True, False
@@ -186,7 +197,7 @@ class EventPublisher:
         self._sent.set()
 
     def wake(self) -> None:
-        """A reader wants what is published from now on. Idempotent."""
+        """Send the events that are published from now on: a reader wants them. Idempotent."""
         self._wakes_count += 1
         if self.is_resting and not self._closed:
             self.is_resting = False
@@ -194,7 +205,8 @@ class EventPublisher:
             self._set_timer(self._silence_s)
 
     async def _has_readers(self) -> bool:
-        """Whether there are readers, as far as is known; if there are none it rests. Raises StoreError."""
+        """Return whether there are readers, as far as is known; begin to rest if there are none. Raises
+        StoreError."""
         now = asyncio.get_running_loop().time()
         if not self._only_while_read or (now < self._look_at and not self.is_resting):
             return not self.is_resting
@@ -206,7 +218,7 @@ class EventPublisher:
             self.rest()
         return not self.is_resting
 
-    # ------------------------------------------------------------------ out
+    # ------------------------------------------------------------------ sending
 
     async def _run(self) -> None:
         while True:
@@ -215,13 +227,13 @@ class EventPublisher:
             self._stop_timer()
             await self._send()
             if self._open or self._ready or self._is_gap:
-                if self._ready or self._timer is None:  # what is there was left over, and has waited
+                if self._ready or self._timer is None:  # the events were left over, and have waited
                     self._due.set()
             elif self._only_while_read or not self.is_resting:
                 self._set_timer(self._silence_s)
 
-    def _take(self) -> list[NewEntry]:
-        """The batches of the next trip. If nothing waits: one that says how far the publisher is."""
+    def _next_batches(self) -> list[NewEntry]:
+        """Return the batches of the next round trip. If no event waits: one without events."""
         if not self._ready:
             if not self._open:
                 self._is_gap = False
@@ -231,7 +243,7 @@ class EventPublisher:
         return [self._ready.popleft() for _ in range(count)]
 
     async def _send(self) -> None:
-        """Send what is due until it has succeeded, or no reader wants it."""
+        """Repeat one round trip until it has succeeded, or no reader wants the events."""
         backoff = Backoff()
         entries: list[NewEntry] = []
         rests_count = self._rests_count
@@ -239,15 +251,19 @@ class EventPublisher:
             try:
                 if not await self._has_readers():
                     return
-                entries = entries or self._take()
-                await self._send_once(entries)
+                entries = entries or self._next_batches()
+                if self._durable:
+                    await self._streams.append(self._stream, entries, max_age_s=self._max_age_s)
+                else:
+                    for entry in entries:
+                        await self._streams.publish(self._stream, entry.content)
                 break
             except StoreError as exc:
-                self._report(exc)
+                self._log_failure(exc)
                 await asyncio.sleep(backoff.next_s())
         if self._trouble.end() is not None:
             log.info("%s: events are sent again", self._stream.path)
-        if rests_count != self._rests_count:  # it forgot what waited, and what was under way
+        if rests_count != self._rests_count:  # `rest` has dropped these events meanwhile
             return
         event_count = sum(entry.event_count for entry in entries)
         self.queued_count -= event_count
@@ -255,20 +271,15 @@ class EventPublisher:
         self._sent_sequence += event_count
         self._sent.set()
 
-    async def _send_once(self, entries: Sequence[NewEntry]) -> None:
-        if self._durable:
-            await self._streams.append(self._stream, entries, max_age_s=self._max_age_s)
-            return
-        for entry in entries:
-            await self._streams.publish(self._stream, entry.content)
-
-    def _report(self, exc: StoreError) -> None:
-        if not self.queued_count:  # it would only have said how far it is
+    def _log_failure(self, exc: StoreError) -> None:
+        """Log that events wait, once for each reason and `REPORT_S`."""
+        if not self.queued_count:  # it was a batch without events
             log.debug("%s: %s", self._stream.path, exc)
         elif self._trouble.begin(exc.answer_code):
             log.warning("%s: events are not sent, %d wait: %s", self._stream.path, self.queued_count, exc)
 
     def _set_timer(self, wait_s: float) -> None:
+        """Have the task look for events in `wait_s`."""
         self._stop_timer()
         if self._task is not None:
             self._timer = asyncio.get_running_loop().call_later(wait_s, self._due.set)
@@ -281,7 +292,8 @@ class EventPublisher:
     # ------------------------------------------------------------------ end
 
     async def flush(self, timeout_s: float) -> bool:
-        """Send at once what waits. Answers whether nothing of what was published before waits any more."""
+        """Send the events that wait, at once. Return whether none of those published before waits any
+        more."""
         target = self.next_sequence
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
@@ -292,7 +304,8 @@ class EventPublisher:
         return self.is_resting or self._sent_sequence >= target
 
     async def aclose(self) -> None:
-        """Send what waits, for a second, and end. Events published later are left out. Idempotent."""
+        """Send the events that wait, for `CLOSE_S` at most, and end. Events published later are left out.
+        Idempotent."""
         if self._closed:
             return
         if self._task is not None:

@@ -1,8 +1,8 @@
-"""The prompts that an engine was sent lately: they say what stands before blocks that it stores. Pure.
+"""The prompts that an engine was sent lately, by which the place of a stored block is found. Pure.
 
-An engine names the block behind which it stores new ones by a hash of its own. Who has not heard of that
-block knows neither its tokens nor what precedes it; but it belongs to a prompt that the engine was sent, and
-in that prompt the new blocks follow.
+An engine reports the block behind which it stores new ones by a hash of its own. If that block was never
+reported here, neither its tokens nor the blocks before it are known. But it is part of a prompt that the
+engine was sent, and in that prompt the new blocks follow it.
 """
 
 from __future__ import annotations
@@ -15,34 +15,39 @@ from typing import Final, NamedTuple
 from dynamo_redis.events.block_hashes import chain, local_hashes
 
 BLOCK_COUNT: Final = 1 << 15
-"""Blocks of prompts that are remembered; the last of a prompt counts even if it is not full."""
+"""Most blocks of prompts that are remembered; the last block of a prompt counts even if it is not full."""
 
 MATCH_TOKENS_COUNT: Final = 16
-"""So many tokens at least must be those of a prompt: a single token stands in many places."""
+"""Fewest tokens of a run that must equal those of a prompt: a single token is found in many places."""
 
 CANDIDATES_COUNT: Final = 64
-"""Content that stands in more places than that says nothing."""
+"""Most places of a block's content among which the right one is looked for."""
 
 
 class Content(NamedTuple):
-    """A block without what stands before it: its local hash, and its tokens as bytes of an `array('I')`."""
+    """The content of a block, without its place: its local hash, and its tokens as bytes of an
+    `array('I')`."""
 
     local: int
     tokens: bytes
 
 
 class _Fit(NamedTuple):
-    """So many blocks of a run are as in prompts; whether they are all, and end one."""
+    """The part of a run that equals a remembered prompt, at one place.
+
+    `block_count` of its first blocks are equal; the blocks after them are an answer. `is_rest` is True if all
+    blocks are equal and the last one is the last whole block of a prompt.
+    """
 
     block_count: int
     is_rest: bool
 
 
 class RecentPrompts:
-    """Prompts by their blocks, in two halves: when the younger is full the older is forgotten, at once.
+    """Prompts by their blocks, in two halves: when the younger half is full the older one is dropped.
 
-    Noting copies the token ids and no more. They are hashed when something is first looked for: about 1 µs a
-    block, 33 ms at most, once; from then on with each search, what has come since.
+    `note` only copies the token ids. The first `find` hashes them: about 1 µs a block, 33 ms at most. Each
+    later `find` hashes the prompts that have come since the one before.
     """
 
     def __init__(self, block_size: int, *, block_count: int = BLOCK_COUNT) -> None:
@@ -52,11 +57,11 @@ class RecentPrompts:
 
     @property
     def block_count(self) -> int:
-        """Those remembered, equal ones each time that they came."""
+        """Number of blocks remembered; equal ones count each time that they came."""
         return self._old.block_count + self._young.block_count
 
     def note(self, token_ids: Sequence[int], seed: int) -> None:
-        """The engine is about to be sent this prompt. What is no list of tokens is not remembered."""
+        """Remember a prompt that the engine is about to get; no effect if it is no list of token ids."""
         if len(token_ids) < self._block_size:
             return
         try:
@@ -70,17 +75,21 @@ class RecentPrompts:
         self._young.block_count += count
 
     def find(self, run: Sequence[Content], seed: int) -> list[int] | None:
-        """The blocks before this run, from the beginning of the sequence, as sequence hashes; at least one.
+        """Return the sequence hashes of the blocks before a run of blocks, from the beginning of the sequence
+        on, at least one; None if no place or several places are possible.
 
-        A run may stand where its first block does in a prompt, if it is as in prompts from there on, up to
-        where an answer to one may have begun. It may also be the answer to a prompt that ends within its
-        first block. If it may be the rest of a prompt, to the end, it is no answer, since answers do not ask
-        the next question. None if there is no place, or more than one. Answers to prompts that end with a
-        whole block are not thought of: they could be anything, and forbid everything.
+        A place is possible if the run's first block is there in a remembered prompt, and its further blocks
+        equal a prompt's, up to a block in which the answer to a prompt may begin. Also possible is the end of
+        a prompt whose last tokens begin the run's first block: then the run is the answer. If the run can be
+        the rest of a prompt, up to its end, places at which it would be an answer do not count, because an
+        answer does not go on with the user's next question. Answers to prompts that end with a whole block
+        are not considered: any run could be one, and no place would be the only one.
         """
         for half in (self._old, self._young):
             half.hash_waiting()
-        places = self._places(run[0]) | self._ends_before(run[0], seed)
+        content = run[0].local
+        places = {*self._old.places.get(content, ()), *self._young.places.get(content, ())}
+        places |= self._ends_before(run[0], seed)
         if len(places) > CANDIDATES_COUNT:
             return None
         fits = {before: fit for before in places if (fit := self._fit(before, run, seed)) is not None}
@@ -89,13 +98,19 @@ class RecentPrompts:
         if len(fits) != 1:
             return None
         ((before, fit),) = fits.items()
-        return self._lineage(before) if fit.block_count * self._block_size >= MATCH_TOKENS_COUNT else None
-
-    def _places(self, block: Content) -> set[int]:
-        return set(self._old.places.get(block.local, ())) | set(self._young.places.get(block.local, ()))
+        if fit.block_count * self._block_size < MATCH_TOKENS_COUNT:
+            return None
+        parents = self._young.parents if before in self._young.parents else self._old.parents
+        lineage = [before]
+        parent = parents[before]
+        while parent is not None:
+            lineage.append(parent)
+            parent = parents[parent]
+        lineage.reverse()
+        return lineage
 
     def _ends_before(self, block: Content, seed: int) -> set[int]:
-        """Prompts' last whole blocks, where what is left of the prompt begins that block."""
+        """Return the last whole blocks of those prompts whose last tokens are the first ones of `block`."""
         found: set[int] = set()
         for end in range(array("I").itemsize, len(block.tokens), array("I").itemsize):
             for half in (self._old, self._young):
@@ -103,7 +118,7 @@ class RecentPrompts:
         return found
 
     def _fit(self, before: int, run: Sequence[Content], seed: int) -> _Fit | None:
-        """How the run goes with prompts behind `before`; None if it cannot stand there."""
+        """Compare a run with the prompts behind `before`; None if it cannot be there."""
         halves = (self._old, self._young)
         passed: list[int] = []
         name = before
@@ -111,28 +126,18 @@ class RecentPrompts:
             passed.append(name)
             (name,) = chain((block.local,), name, seed=seed)
             if not any(name in half.parents for half in halves):
-                # Then an answer has begun, here or before: it may have gone along with another prompt.
+                # An answer has begun here or before; its first blocks may be equal to another prompt's.
                 if any(map(self._may_end, passed, run, repeat(seed))):
                     return _Fit(len(passed) - 1, is_rest=False)
                 return None
         return _Fit(len(run), is_rest=any(name in half.lasts for half in halves))
 
     def _may_end(self, name: int, following: Content, seed: int) -> bool:
-        """Whether a prompt ends with that block, or within the next."""
+        """Return whether a prompt ends with the block `name`, or within the block that follows it."""
         halves = (self._old, self._young)
         return any(name in half.ends.get((seed, b""), ()) for half in halves) or (
             name in self._ends_before(following, seed)
         )
-
-    def _lineage(self, name: int) -> list[int]:
-        parents = self._young.parents if name in self._young.parents else self._old.parents
-        lineage = [name]
-        parent = parents[name]
-        while parent is not None:
-            lineage.append(parent)
-            parent = parents[parent]
-        lineage.reverse()
-        return lineage
 
 
 class _Half:
@@ -144,13 +149,13 @@ class _Half:
         self._block_size = block_size
         self.block_count = 0
         self.waiting: list[tuple[array[int], int]] = []  # not yet hashed, with their seeds
-        self.parents: dict[int, int | None] = {}  # sequence hash → the one before
+        self.parents: dict[int, int | None] = {}  # sequence hash → that of the block before
         self.places: dict[int, tuple[int, ...]] = {}  # local hash → sequence hashes before it, each once
         self.lasts: set[int] = set()  # the last whole blocks of prompts
-        self.ends: dict[tuple[int, bytes], set[int]] = {}  # what is left of prompts → their last whole blocks
+        self.ends: dict[tuple[int, bytes], set[int]] = {}  # seed, last tokens → the last whole blocks before
 
     def hash_waiting(self) -> None:
-        """Enter what was noted since."""
+        """Enter the prompts that were noted since the last call."""
         for tokens, seed in self.waiting:
             local = local_hashes(tokens, self._block_size, seed=seed)
             name: int | None = None
@@ -158,15 +163,12 @@ class _Half:
                 if following not in self.parents:
                     self.parents[following] = name
                     if name is not None:
-                        self._enter(block, name)
+                        known = self.places.get(block, ())
+                        if len(known) <= CANDIDATES_COUNT:
+                            self.places[block] = (*known, name)
                 name = following
             if name is not None:
                 rest = tokens[len(local) * self._block_size :].tobytes()
                 self.ends.setdefault((seed, rest), set()).add(name)
                 self.lasts.add(name)
         self.waiting.clear()
-
-    def _enter(self, block: int, before: int) -> None:
-        known = self.places.get(block, ())
-        if len(known) <= CANDIDATES_COUNT:
-            self.places[block] = (*known, before)

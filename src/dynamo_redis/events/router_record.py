@@ -20,8 +20,8 @@ RECORD_VERSION = 1
 class RouterRecord(VersionedModel):
     """One router of one component. Fields of later releases are kept and ignored.
 
-    `consumer_group` is its group in the component's KV event stream; None if it follows none. `settings` are
-    the router's, by the names of `RouterSettings`. `started_at` in seconds since 1970.
+    `consumer_group` is its group in the component's KV event stream; None if it reads no stream. `settings`
+    are the router's, by the names of `RouterSettings`. `started_at` is in seconds since 1970.
     """
 
     WHAT: ClassVar[str] = "a router's record"
@@ -37,12 +37,12 @@ class RouterRecord(VersionedModel):
 
     @property
     def key(self) -> str:
-        """Where it stands in the registry."""
+        """Its key in the registry."""
         return kv_router_key(self.namespace, self.component, self.router_id)
 
     @classmethod
     def from_record(cls, record: Record) -> Self:
-        """Read a record of the registry. Raises InvalidRecord, also for one whose names are not those of its
+        """Read a record of the registry. Raises InvalidRecord, also if the names in it are not those of its
         key."""
         remedy = removal(record.key)
         try:
@@ -58,7 +58,7 @@ class RouterRecord(VersionedModel):
 async def register_router(
     runtime: DistributedRuntime, namespace: str, component: str, router_id: str, settings: RouterSettings
 ) -> Registration:
-    """Put a router into the registry for as long as it lives. Raises StoreError."""
+    """Register a router under the process's lease. Raises StoreError."""
     follows_stream = settings.use_kv_events and runtime.settings.events.event_plane == "stream"
     record = RouterRecord(
         namespace=namespace,
@@ -73,7 +73,8 @@ async def register_router(
 
 
 async def list_routers(registry: Registry) -> tuple[list[RouterRecord], list[InvalidRecord]]:
-    """All routers of the deployment, by key, and the records that cannot be read."""
+    """Return all routers of the deployment, by key, and the records that cannot be read. Raises
+    StoreError."""
     found = await registry.get_prefix(KV_ROUTERS)
     records, invalid = [], list(found.invalid)
     for stored in found.records:

@@ -1,4 +1,4 @@
-"""A worker's side of KV events: what tells routers of its ranks' caches, and answers who has missed some."""
+"""A worker's side of KV events: a publisher for each rank, and the endpoint `kv_dump`."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from dynamo_redis.wire.topics import KV_DUMP, KV_EVENTS
 
 
 class WorkerEvents:
-    """The KV events of one component, as far as this process's instance makes them.
+    """The KV events of this process's instance, in one component.
 
-    Each data-parallel rank has a publisher; all bear one epoch, drawn here, which they keep when the instance
-    is registered again. `kv_dump` is served beside the component's other endpoints, from `start` on, which is
-    therefore to be called before the instance is made known. It owns the publishers' tasks and the endpoint.
+    Each data-parallel rank has a publisher. All have one epoch, drawn here, and keep it when the instance is
+    registered again. `kv_dump` is served beside the component's other endpoints from `start` on; so call
+    `start` before the instance is registered. It owns the publishers' tasks and the endpoint.
 
-    Events go to the stream while it has readers: a router that comes makes its group first and then asks, and
-    its question wakes the publishers.
+    Events go to the stream while it has readers. A router that comes makes its group first and then asks
+    `kv_dump`, which wakes the publishers.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class WorkerEvents:
         self._served: ServedEndpoint | None = None
 
     def rank(self, dp_rank: int) -> KvPublisher:
-        """The publisher of a rank, made when it is first asked for. What is reported before `start` waits."""
+        """Return the publisher of a rank, made at the first call. Reports before `start` wait."""
         publisher_id = PublisherId(self._runtime.instance_id, self.epoch, dp_rank)
         known = self._ranks.get(publisher_id)
         if known is not None:
@@ -69,8 +69,13 @@ class WorkerEvents:
         return rank
 
     async def start(self) -> Self:
-        """Begin to send what the ranks made so far report, and serve `kv_dump`. Idempotent; call it again
+        """Begin to send the events of the ranks made so far, and serve `kv_dump`. Idempotent; call it again
         for ranks that were made later. Raises StoreError, ConfigError."""
+
+        def wake_publishers() -> None:
+            for publisher in self._publishers.values():
+                publisher.wake()
+
         async with self._starting:
             for dp_rank, publisher in self._publishers.items():
                 if dp_rank not in self._started:
@@ -78,19 +83,15 @@ class WorkerEvents:
                     await publisher.start()
             if self._served is None:
                 name = EndpointName(self._stream.namespace, self._stream.component, KV_DUMP)
-                # Whoever asks a worker that goes away has no use for the rest of the answer.
+                dump = KvDump(self._ranks, event_plane=self._settings.event_plane, on_asked=wake_publishers)
+                # A router has no use for the rest of an answer when the worker is about to leave.
                 self._served = await self._runtime.endpoint(str(name)).start_serving(
-                    KvDump(self._ranks, event_plane=self._settings.event_plane, on_asked=self._wake).generate,
-                    graceful_shutdown=False,
+                    dump.generate, graceful_shutdown=False
                 )
         return self
 
-    def _wake(self) -> None:
-        for publisher in self._publishers.values():
-            publisher.wake()
-
     async def aclose(self) -> None:
-        """Serve no more, send what waits (for a second at most), and end. Idempotent."""
+        """Close the endpoint, send the events that wait (for a second at most), and end. Idempotent."""
         if self._served is not None:
             await self._served.unregister()
         await asyncio.gather(*(publisher.aclose() for publisher in self._publishers.values()))

@@ -208,7 +208,7 @@ class WorkerMetricsPublisher:
         if used is not None and kv_total_blocks:
             kv_stats["gpu_cache_usage_perc"] = used / kv_total_blocks
         event = {"worker_stats": _without_none(worker_stats), "kv_stats": _without_none(kv_stats)}
-        self._loop.call(lambda: load.tell(KV_METRICS, rank, event))
+        self._loop.call(lambda: load.set_value(KV_METRICS, rank, event))
 
 
 class _SelfStartingEvents(WorkerEvents):

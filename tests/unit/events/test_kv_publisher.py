@@ -389,7 +389,7 @@ def test_copies_behind_a_shared_block_are_held_after_all(rank: KvPublisher) -> N
     assert set(rank.blocks()) == set(_names([1, 2, 7, 8, 9, 9, 1, 1]))
 
 
-def test_doubtful_blocks_are_forgotten_with_what_follows() -> None:
+def test_uncertain_blocks_are_forgotten_with_their_followers() -> None:
     index, rng = TierIndex(), random.Random(5)
     for step in range(4000):
         start = rng.randrange(12)
@@ -399,7 +399,7 @@ def test_doubtful_blocks_are_forgotten_with_what_follows() -> None:
             index.store(path, path, parents)
         else:
             index.remove(rng.sample(path, rng.randint(1, len(path))))
-        before = Counter(parent for parent in index.doubtful.values() if parent is not None)
-        assert index._before_doubtful == before
-        for name in index.doubtful:
+        before = Counter(parent for parent in index.uncertain.values() if parent is not None)
+        assert index._before_uncertain == before
+        for name in index.uncertain:
             assert name in index._followers or name in before, f"nothing follows {name} at step {step}"

@@ -48,7 +48,7 @@ async def publisher(streams: Counting, monkeypatch: pytest.MonkeyPatch) -> Async
 
 
 async def tell(streams: Counting, publisher: LoadPublisher, number: int) -> None:
-    publisher.tell(KV_METRICS, 0, {"n": number})
+    publisher.set_value(KV_METRICS, 0, {"n": number})
     with anyio.fail_after(WAIT_S):
         while streams.told[-1:] != [number]:
             await asyncio.sleep(0.001)
@@ -57,7 +57,7 @@ async def tell(streams: Counting, publisher: LoadPublisher, number: int) -> None
 async def test_load_without_a_listener_is_told_rarely(streams: Counting, publisher: LoadPublisher) -> None:
     await tell(streams, publisher, 0)
     for number in range(1, 20):
-        publisher.tell(KV_METRICS, 0, {"n": number})
+        publisher.set_value(KV_METRICS, 0, {"n": number})
         await asyncio.sleep(0.005)
     assert streams.told == [0]
 
@@ -82,6 +82,6 @@ async def test_a_router_that_judges_by_load_is_a_listener(
         await tell(streams, publisher, number)
     gone = Delete(router.key, Revision("2-0"), DeleteCause.DELETED)
     publisher.note_routers(WatchBatch((gone,), Revision("2-0")))
-    publisher.tell(KV_METRICS, 0, {"n": 4})
+    publisher.set_value(KV_METRICS, 0, {"n": 4})
     await asyncio.sleep(0.05)
     assert streams.told == [0, 1, 2]
