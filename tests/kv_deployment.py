@@ -105,10 +105,10 @@ class SimulatedWorker:
             )
             for rank, sender in enumerate(self.senders)
         ]
-        self.answers = True
+        self.is_answering = True
         """False: the worker does not answer a request for its blocks, as if it hung."""
         self.asked_count = 0
-        self.told_count = 0
+        self.dump_count = 0
         """Count of the batches of its answers."""
 
     async def start(self) -> None:
@@ -121,10 +121,10 @@ class SimulatedWorker:
 
         async def answer(request: Any) -> AsyncIterator[Any]:
             self.asked_count += 1
-            while not self.answers:
+            while not self.is_answering:
                 await asyncio.sleep(0.01)
             async for item in dump.generate(request):
-                self.told_count += "batch" in item
+                self.dump_count += "batch" in item
                 yield item
 
         await self.runtime.endpoint(f"{NAMESPACE}.{COMPONENT}.{KV_DUMP}").start_serving(answer)
@@ -244,7 +244,7 @@ class Deployment:
         """Return the blocks of all caches."""
         return {rank: held for worker in self.workers for rank, held in worker.truth().items()}
 
-    async def agree(self, *indexers: Indexer) -> None:
+    async def wait_until_equal(self, *indexers: Indexer) -> None:
         """Wait until every index equals the truth; fail with the difference."""
         deadline = time.monotonic() + WAIT_S
         for indexer in indexers or tuple(self.indexers):
@@ -260,7 +260,7 @@ class Deployment:
             await self.end_worker(worker)
 
 
-def held(indexer: Indexer) -> dict[Worker, set[int]]:
+def indexed_blocks(indexer: Indexer) -> dict[Worker, set[int]]:
     """Return the blocks that a router believes in."""
     index = indexer.index
     return {worker: blocks for worker in index.workers() if (blocks := index.blocks_of(worker)[DEVICE])}
@@ -268,7 +268,7 @@ def held(indexer: Indexer) -> dict[Worker, set[int]]:
 
 def differences(indexer: Indexer, truth: dict[Worker, set[int]]) -> list[str]:
     """Return the errors of a router: for each worker, the counts of missing and wrong blocks."""
-    believed = held(indexer)
+    believed = indexed_blocks(indexer)
     return [
         f"{worker}: {len(truth.get(worker, set()) - believed.get(worker, set()))} missing,"
         f" {len(believed.get(worker, set()) - truth.get(worker, set()))} wrong"
@@ -277,7 +277,7 @@ def differences(indexer: Indexer, truth: dict[Worker, set[int]]) -> list[str]:
     ]
 
 
-def hasten(patch: pytest.MonkeyPatch) -> None:
+def shorten_pauses(patch: pytest.MonkeyPatch) -> None:
     """Shorten the pauses that tests would wait for; the order of events stays the same."""
     patch.setattr(followers, "BLOCK_S", 0.1)
     patch.setattr(readers, "CHECK_S", 0.1)
@@ -291,7 +291,7 @@ async def deployment(url: str, prefix: str, **settings: Any) -> AsyncIterator[De
     """Yield a deployment without workers and routers yet."""
     made = Deployment(url, prefix, **settings)
     with pytest.MonkeyPatch.context() as patch:
-        hasten(patch)
+        shorten_pauses(patch)
         try:
             yield made
         finally:

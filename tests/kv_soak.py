@@ -83,7 +83,7 @@ class Soak:
                 await chatting
                 self.done[fault.__name__] += 1
             self._deployed.chat(self.rng.randrange(3))
-            await self._deployed.agree()
+            await self._deployed.wait_until_equal()
             self.done["agreed"] += 1
 
     def _url(self, number: int) -> str:

@@ -17,7 +17,7 @@ from dynamo_redis.store.keys import StreamKeys
 from dynamo_redis.store.server import EmbeddedServer
 from dynamo_redis.wire.event import EventBatch
 from faults.proxy import STALL, Conditions, Proxy
-from tests.kv_deployment import STREAM, Deployment, deployment, differences, flush, held, wait_until
+from tests.kv_deployment import STREAM, Deployment, deployment, differences, flush, indexed_blocks, wait_until
 
 NO_ANSWERS = Conditions(swallow_answers=True)
 
@@ -65,7 +65,7 @@ async def test_a_router_follows_from_the_beginning_of_the_stream(deployed: Deplo
     router = await deployed.router()
     assert not differences(router, deployed.truth()), "it serves before it has read what was there"
     deployed.chat(30)
-    await deployed.agree()
+    await deployed.wait_until_equal()
     assert router.state().gaps_count == 0
 
 
@@ -85,12 +85,12 @@ async def test_a_worker_at_rest_is_woken_by_a_router(
     router = await deployed.router()
     for _ in range(3):
         worker.chat(10)
-        await deployed.agree()
+        await deployed.wait_until_equal()
     assert router.state().gaps_count == 0
     await deployed.end_router(router)
     await rests()
     await deployed.router()
-    await deployed.agree()
+    await deployed.wait_until_equal()
 
 
 async def test_a_worker_that_leaves_takes_its_blocks_with_it(
@@ -100,9 +100,9 @@ async def test_a_worker_that_leaves_takes_its_blocks_with_it(
     workers = [await deployed.worker() for _ in range(2)]
     deployed.chat(20)
     await deployed.router()
-    await deployed.agree()
+    await deployed.wait_until_equal()
     await deployed.end_worker(workers[0])
-    await deployed.agree()
+    await deployed.wait_until_equal()
 
 
 async def test_a_worker_that_is_restarted_under_its_id_begins_empty(deployed: Deployment) -> None:
@@ -110,11 +110,11 @@ async def test_a_worker_that_is_restarted_under_its_id_begins_empty(deployed: De
     await deployed.worker()
     deployed.chat(20)
     await deployed.router()
-    await deployed.agree()
+    await deployed.wait_until_equal()
     restarted = await deployed.restart_worker(worker)
-    await deployed.agree()  # before it has said anything
+    await deployed.wait_until_equal()  # before it has said anything
     restarted.chat(20)
-    await deployed.agree()
+    await deployed.wait_until_equal()
 
 
 async def test_a_worker_that_is_replaced_without_leaving_begins_empty(deployed: Deployment) -> None:
@@ -122,11 +122,11 @@ async def test_a_worker_that_is_replaced_without_leaving_begins_empty(deployed: 
     killed = await deployed.worker()
     deployed.chat(20)
     await deployed.router()
-    await deployed.agree()
+    await deployed.wait_until_equal()
     deployed.workers.remove(killed)
     try:
         await deployed.worker(instance_id=killed.instance_id)
-        await deployed.agree()
+        await deployed.wait_until_equal()
     finally:
         await killed.aclose()
 
@@ -150,7 +150,7 @@ async def test_lost_answers_repeat_batches_and_each_is_applied_once(
             await asyncio.sleep(0.1)  # it arrives, and the answer does not
             proxy.heal()
             deployed.chat(10)
-            await deployed.agree()
+            await deployed.wait_until_equal()
         assert router.state().repeated_count > 0
         assert router.state().gaps_count == 0
 
@@ -167,13 +167,13 @@ async def test_a_full_queue_leaves_a_gap_that_the_worker_fills(
         worker = await deployed.worker(url=proxy.url)
         router = await deployed.router()
         worker.chat(5)
-        await deployed.agree()
+        await deployed.wait_until_equal()
         asked_count = router.state().recovered_count
         proxy.conditions = STALL
         worker.chat(100)
         assert worker.senders[0].left_out_count > 0
         proxy.heal()
-        await deployed.agree()
+        await deployed.wait_until_equal()
         await wait_until(
             lambda: router.state().recovered_count > asked_count,
             "it asked, for the gap or before it was seen",
@@ -189,7 +189,7 @@ async def test_an_entry_that_cannot_be_read_is_made_up_for_by_the_workers(
     worker = await deployed.worker()
     deployed.chat(10)
     router = await deployed.router()
-    await deployed.agree()
+    await deployed.wait_until_equal()
     streams = worker.runtime.events
     append = streams.append
 
@@ -200,23 +200,23 @@ async def test_an_entry_that_cannot_be_read_is_made_up_for_by_the_workers(
     monkeypatch.setattr(streams, "append", damage)
     worker.chat(3)
     await wait_until(lambda: router.state().unreadable_count, "the damaged entry is read")
-    await deployed.agree()
+    await deployed.wait_until_equal()
     monkeypatch.undo()
     worker.chat(3)
-    await deployed.agree()
+    await deployed.wait_until_equal()
 
 
 async def test_events_that_are_none_are_made_up_for_by_a_dump(deployed: Deployment) -> None:
     worker = await deployed.worker()
     router = await deployed.router()
     worker.chat(5)
-    await deployed.agree()
+    await deployed.wait_until_equal()
     sender = worker.senders[0]
     batch = EventBatch(STREAM.topic, worker.ids[0], sender.next_sequence, 0, [["no", "KV", "event"]])
     await worker.runtime.events.append(STREAM, [NewEntry(batch.to_bytes(), 1)])
     await wait_until(lambda: router.state().gaps_count, "the batch is refused")
     worker.chat(5)
-    await deployed.agree()
+    await deployed.wait_until_equal()
 
 
 async def test_a_stream_that_is_deleted_costs_nothing(
@@ -226,15 +226,15 @@ async def test_a_stream_that_is_deleted_costs_nothing(
         await deployed.worker()
     deployed.chat(20)
     routers = [await deployed.router() for _ in range(2)]
-    await deployed.agree()
+    await deployed.wait_until_equal()
     await redis.delete(*keys.all)
     deployed.chat(20)
     await flush(deployed.workers)
     await redis.delete(keys.events)  # once more, with what nobody may have read
-    await deployed.agree()
+    await deployed.wait_until_equal()
     await wait_until(lambda: all(each.state().cut_off_count for each in routers), "they find it gone")
     deployed.chat(5)
-    await deployed.agree()
+    await deployed.wait_until_equal()
 
 
 async def test_a_group_that_is_deleted_costs_nothing(
@@ -243,10 +243,10 @@ async def test_a_group_that_is_deleted_costs_nothing(
     await deployed.worker()
     router, other = [await deployed.router() for _ in range(2)]
     deployed.chat(20)
-    await deployed.agree()
+    await deployed.wait_until_equal()
     await redis.xgroup_destroy(keys.events, router.router_id)
     deployed.chat(20)
-    await deployed.agree()
+    await deployed.wait_until_equal()
     assert (router.state().cut_off_count, other.state().cut_off_count) == (1, 0)
 
 
@@ -262,15 +262,15 @@ async def test_a_router_that_slept_past_the_trim_asks_the_workers(
         router = await deployed.router(url=proxy.url)
         other = await deployed.router()
         deployed.chat(10)
-        await deployed.agree()
+        await deployed.wait_until_equal()
         proxy.conditions = STALL
         for _ in range(40):
             deployed.chat(20)
             await flush(deployed.workers)
-        await deployed.agree(other)
+        await deployed.wait_until_equal(other)
         assert differences(router, deployed.truth())
         proxy.heal()
-        await deployed.agree()
+        await deployed.wait_until_equal()
         assert router.state().cut_off_count > 0
 
 
@@ -287,7 +287,7 @@ async def on_own_server(
         for _ in range(2):
             await made.router()
         made.chat(20)
-        await made.agree()
+        await made.wait_until_equal()
         yield made
 
 
@@ -297,11 +297,11 @@ async def test_a_wiped_redis_costs_nothing(
     async with Redis.from_url(own_redis_server.url) as redis:
         await redis.flushall()
     on_own_server.chat(20)
-    await on_own_server.agree()
+    await on_own_server.wait_until_equal()
     late = await on_own_server.router()
-    await on_own_server.agree(late)
+    await on_own_server.wait_until_equal(late)
     on_own_server.chat(5)
-    await on_own_server.agree()
+    await on_own_server.wait_until_equal()
 
 
 @pytest.mark.parametrize("keep_data", [True, False])
@@ -312,13 +312,15 @@ async def test_a_redis_that_is_killed_and_restarted_costs_nothing(
     await asyncio.sleep(0.003)
     await own_redis_server.kill()
     on_own_server.chat(20)
-    assert all(held(router) for router in on_own_server.indexers), "the index is there while Redis is not"
+    assert all(indexed_blocks(router) for router in on_own_server.indexers), (
+        "the index is there while Redis is not"
+    )
     if not keep_data:
         own_redis_server.erase()
     await own_redis_server.restart()
-    await on_own_server.agree()
+    await on_own_server.wait_until_equal()
     on_own_server.chat(5)
-    await on_own_server.agree()
+    await on_own_server.wait_until_equal()
 
 
 async def test_what_a_failover_forgot_is_asked_of_workers_that_say_no_more(
@@ -332,7 +334,7 @@ async def test_what_a_failover_forgot_is_asked_of_workers_that_say_no_more(
         worker = await deployed.worker()
         worker.chat(10)
         await deployed.router(url=proxy.url)
-        await deployed.agree()
+        await deployed.wait_until_equal()
         before = {key: await redis.dump(key) for key in keys.all}
         proxy.conditions = STALL
         worker.chat(10)
@@ -342,7 +344,7 @@ async def test_what_a_failover_forgot_is_asked_of_workers_that_say_no_more(
             await redis.restore(key, 0, content, replace=True)
         proxy.cut()
         proxy.heal()
-        await deployed.agree()
+        await deployed.wait_until_equal()
 
 
 # --------------------------------------------------------------------------- routers
@@ -366,7 +368,7 @@ async def test_a_router_that_is_restarted_knows_all(
         deployed.chat(20)
         await deployed.router()
         deployed.chat(5)
-        await deployed.agree()
+        await deployed.wait_until_equal()
 
 
 async def test_a_worker_that_hangs_is_taken_to_hold_nothing_until_it_answers(
@@ -376,16 +378,16 @@ async def test_a_worker_that_hangs_is_taken_to_hold_nothing_until_it_answers(
     silent, other = [await deployed.worker() for _ in range(2)]
     deployed.chat(20)
     router = await deployed.router()
-    await deployed.agree()
-    silent.answers = False
+    await deployed.wait_until_equal()
+    silent.is_answering = False
     router.note_possible_loss()
     await wait_until(lambda: router.state().unanswered_count, "it does not answer")
-    assert held(router) == other.truth()
+    assert indexed_blocks(router) == other.truth()
     silent.chat(20)
     other.chat(20)
-    await wait_until(lambda: held(router) == other.truth(), "the others are followed meanwhile")
-    silent.answers = True
-    await deployed.agree()
+    await wait_until(lambda: indexed_blocks(router) == other.truth(), "the others are followed meanwhile")
+    silent.is_answering = True
+    await deployed.wait_until_equal()
 
 
 async def test_all_routers_may_ask_a_worker_at_once_and_each_does_so_once(deployed: Deployment) -> None:
@@ -396,7 +398,7 @@ async def test_all_routers_may_ask_a_worker_at_once_and_each_does_so_once(deploy
         for router in routers:
             router.note_possible_loss()
     worker.chat(5)
-    await deployed.agree()
+    await deployed.wait_until_equal()
     assert worker.asked_count - asked_before <= 3 * len(routers)
 
 
@@ -416,17 +418,17 @@ async def test_pubsub_heals_what_was_published_while_nobody_listened(
         deployed.chat(20)
         await flush(deployed.workers)
         await deployed.router(url=proxy.url)
-        await deployed.agree()  # from dumps alone
+        await deployed.wait_until_equal()  # from dumps alone
         deployed.chat(20)
-        await deployed.agree()
+        await deployed.wait_until_equal()
         proxy.refuse = True
         proxy.cut()
         deployed.chat(20)
         await flush(deployed.workers)
         proxy.heal()
-        await deployed.agree()  # though nobody says any more
+        await deployed.wait_until_equal()  # though nobody says any more
         deployed.chat(5)
-        await deployed.agree()
+        await deployed.wait_until_equal()
 
 
 async def test_pubsub_finds_that_the_last_message_was_lost(
@@ -444,4 +446,4 @@ async def test_pubsub_finds_that_the_last_message_was_lost(
             patch.setattr(worker.runtime.events, "publish", lose)
             worker.chat(10)
             await flush([worker])
-        await deployed.agree()
+        await deployed.wait_until_equal()

@@ -52,14 +52,14 @@ async def test_a_restart_is_the_snapshot_and_what_followed_it(deployed: Deployme
     assert info is not None
     assert info.entry_count <= 1, "the stream is trimmed"
     deployed.chat(10)
-    await deployed.agree()
+    await deployed.wait_until_equal()
     await deployed.end_router(router)
     deployed.chat(10)
     await flush(deployed.workers)
-    told = [worker.told_count for worker in deployed.workers]
+    dumped = [worker.dump_count for worker in deployed.workers]
     restarted = await deployed.router()
-    await deployed.agree()
-    assert [worker.told_count for worker in deployed.workers] == told, "nobody had anything to tell"
+    await deployed.wait_until_equal()
+    assert [worker.dump_count for worker in deployed.workers] == dumped, "no worker dumped anything"
     assert restarted.state().events_count < router.state().events_count
 
 
@@ -73,7 +73,7 @@ async def test_a_worker_that_was_restarted_while_no_router_ran_begins_empty(
     await deployed.end_router(router)
     await deployed.restart_worker(deployed.workers[0])
     await deployed.router()
-    await deployed.agree()
+    await deployed.wait_until_equal()
 
 
 async def test_the_threshold_s_snapshot_is_stored_by_one_of_many(
@@ -91,7 +91,7 @@ async def test_the_threshold_s_snapshot_is_stored_by_one_of_many(
                 deployed.chat(5)
                 await asyncio.sleep(0.005)
             await flush(deployed.workers)
-        await deployed.agree()
+        await deployed.wait_until_equal()
         await wait_until(
             lambda: all(router.state().snapshot is not None for router in routers), "all know of a snapshot"
         )
@@ -110,7 +110,7 @@ async def test_snapshots_are_not_stored_more_often_than_redis_forgets_them(
         deployed.chat(20)
         await wait_until(lambda: router.state().snapshot is not None, "the first")
         deployed.chat(20)
-        await deployed.agree()
+        await deployed.wait_until_equal()
         await asyncio.sleep(0.1)
         assert router.state().snapshots_stored_count == 1
 
@@ -137,11 +137,11 @@ async def test_a_snapshot_that_cannot_be_read_is_ignored_with_one_line(
         content = bytearray(b"something else")
     await objects.put(SNAPSHOT_BUCKET, STREAM.path, bytes(content))
     late = await deployed.router()
-    await deployed.agree(late)
+    await deployed.wait_until_equal(late)
     lines = [line for line in caplog.messages if "snapshot of" in line and "ignored" in line]
     assert len(lines) == 1, caplog.messages
     deployed.chat(5)
-    await deployed.agree()
+    await deployed.wait_until_equal()
     await late.save_snapshot()  # and it is replaced by a good one
     assert await stored_position(late) == late.state().position
 
@@ -165,7 +165,7 @@ async def test_two_routers_store_at_once_and_one_of_them_does(deployed: Deployme
     refused = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
     assert all(isinstance(outcome, LockNotAcquired) for outcome in refused)
     assert len(refused) < 2
-    await deployed.agree(await deployed.router())
+    await deployed.wait_until_equal(await deployed.router())
 
 
 async def test_a_snapshot_never_replaces_one_that_is_further(deployed: Deployment) -> None:
@@ -173,14 +173,14 @@ async def test_a_snapshot_never_replaces_one_that_is_further(deployed: Deploymen
     old = router._take_snapshot()
     deployed.chat(5)
     await flush(deployed.workers)
-    await deployed.agree()
+    await deployed.wait_until_equal()
     await ahead.save_snapshot()
     position = await stored_position(ahead)
     assert position is not None
     assert entry_order(position) > entry_order(EntryId(old.position))
     await router._snapshots.save(lambda: old, always)
     assert await stored_position(ahead) == position
-    await deployed.agree(await deployed.router())
+    await deployed.wait_until_equal(await deployed.router())
 
 
 # --------------------------------------------------------------------------- writers that die or sleep
@@ -282,7 +282,7 @@ async def test_uploaders_killed_at_each_chunk_leave_the_old_snapshot_and_all_beh
     old = await stored_position(router)
     deployed.chat(60)
     await flush(deployed.workers)
-    await deployed.agree()
+    await deployed.wait_until_equal()
     new = router.state().position
     (tmp_path / "new").write_bytes(encoded(router))
     chunk_bytes = len(encoded(router)) // 3
@@ -295,7 +295,7 @@ async def test_uploaders_killed_at_each_chunk_leave_the_old_snapshot_and_all_beh
             assert await uploaders.wait() == 0
         info = await streams.info(STREAM)
         assert info is not None
-        await deployed.agree(await deployed.router())
+        await deployed.wait_until_equal(await deployed.router())
         return await stored_position(router), info.trim_floor
 
     before = await streams.info(STREAM)
@@ -313,7 +313,7 @@ async def test_an_uploader_that_sleeps_past_its_lock_is_refused(
     await router.save_snapshot()
     deployed.chat(20)
     await flush(deployed.workers)
-    await deployed.agree()
+    await deployed.wait_until_equal()
     late = router.state().position
     (tmp_path / "late").write_bytes(encoded(router))
     arguments = [dynamo_redis_url, dynamo_redis_prefix, str(tmp_path / "late"), "1000", how]
@@ -322,7 +322,7 @@ async def test_an_uploader_that_sleeps_past_its_lock_is_refused(
     (child,) = stopped_children(uploader.pid)
     deployed.chat(20)
     await flush(deployed.workers)
-    await deployed.agree()
+    await deployed.wait_until_equal()
     newer = await save(router)
     assert newer != late
     os.kill(child, signal.SIGCONT)
@@ -332,7 +332,7 @@ async def test_an_uploader_that_sleeps_past_its_lock_is_refused(
         assert (exit_code, await stored_position(router)) == (0, late), "the older one replaced the newer"
     else:
         assert (exit_code, await stored_position(router)) == (3, newer)
-    await deployed.agree(await deployed.router())  # even so: what is trimmed is asked of the workers
+    await deployed.wait_until_equal(await deployed.router())  # trimmed blocks come from the workers
 
 
 def stopped_children(pid: int) -> list[int]:
@@ -362,6 +362,6 @@ async def test_reset_states_begins_anew_while_others_run(deployed: Deployment) -
     anew = await deployed.router(router_reset_states=True)
     assert await stored_position(anew) is None
     deployed.chat(10)
-    await deployed.agree()
+    await deployed.wait_until_equal()
     await wait_until(lambda: router.state().cut_off_count == 1, "the other has found the stream lost")
-    await deployed.agree(await deployed.router())
+    await deployed.wait_until_equal(await deployed.router())

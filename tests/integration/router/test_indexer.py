@@ -15,7 +15,15 @@ from dynamo_redis.names import kv_router_key
 from dynamo_redis.router.index import indexer, recovery
 from dynamo_redis.store.event_base import EntryId
 from dynamo_redis.store.streams.readers import RedisEventGroup
-from tests.kv_deployment import COMPONENT, NAMESPACE, Deployment, deployment, flush, held, wait_until
+from tests.kv_deployment import (
+    COMPONENT,
+    NAMESPACE,
+    Deployment,
+    deployment,
+    flush,
+    indexed_blocks,
+    wait_until,
+)
 
 
 @pytest.fixture
@@ -41,7 +49,7 @@ async def test_a_router_whose_events_cannot_be_read_starts_all_the_same_and_heal
         assert (state.connected, state.caught_up, state.lag_count) == (False, False, None)
         assert state.disconnected_s > 0
         assert router.find([1, 2, 3]) == {}
-    await deployed.agree()
+    await deployed.wait_until_equal()
     await wait_until(lambda: router.state().caught_up, "it has caught up")
 
 
@@ -55,8 +63,8 @@ async def test_who_does_not_answer_keeps_nobody_from_being_asked(
     silent, other = [await deployed.worker() for _ in range(2)]
     router = await deployed.router()
     deployed.chat(10)
-    await deployed.agree()
-    silent.answers = False
+    await deployed.wait_until_equal()
+    silent.is_answering = False
     router.note_possible_loss()
     await wait_until(lambda: router.state().unanswered_count >= 2, "it is asked again and again")
     monkeypatch.setattr(recovery, "ANSWER_S", 1000.0)  # the next ask of the silent one lasts
@@ -65,7 +73,7 @@ async def test_who_does_not_answer_keeps_nobody_from_being_asked(
     asked_count = other.asked_count
     router.note_possible_loss()
     await wait_until(lambda: other.asked_count > asked_count, "the other is asked meanwhile")
-    await wait_until(lambda: held(router) == other.truth(), "the other has answered")
+    await wait_until(lambda: indexed_blocks(router) == other.truth(), "the other has answered")
 
 
 async def test_a_worker_of_another_event_plane_is_named_and_taken_to_hold_nothing(
@@ -76,7 +84,7 @@ async def test_a_worker_of_another_event_plane_is_named_and_taken_to_hold_nothin
     deployed.chat(10)
     router = await deployed.router()
     await wait_until(lambda: "set DYN_EVENT_PLANE alike" in caplog.text, "it says so")
-    assert held(router) == worker.truth()
+    assert indexed_blocks(router) == worker.truth()
 
 
 async def test_a_state_is_plain_values(deployed: Deployment) -> None:
@@ -86,7 +94,7 @@ async def test_a_state_is_plain_values(deployed: Deployment) -> None:
     router = await deployed.router()
     await router.save_snapshot()
     deployed.chat(5)
-    await deployed.agree()
+    await deployed.wait_until_equal()
     await wait_until(lambda: router.state().lag_count == 0, "how far it is has been looked at")
     state: dict[str, Any] = json.loads(json.dumps(router.state().to_json()))
     assert state["mode"] == "stream"
