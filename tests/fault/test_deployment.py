@@ -137,7 +137,7 @@ async def test_chats_go_on_while_redis_is_killed_and_restarted(
     assert await long > 100
 
 
-async def test_a_worker_killed_amid_its_answers_is_told_at_once_and_avoided(deployment: Deployment) -> None:
+async def test_killed_worker_fails_its_chats_at_once_and_is_avoided(deployment: Deployment) -> None:
     answers = [deployment.chat(300) for _ in range(WORKERS)]
     for answer in answers:
         await anext(answer)
@@ -152,7 +152,7 @@ async def test_a_worker_killed_amid_its_answers_is_told_at_once_and_avoided(depl
     assert none is None
 
 
-async def test_a_worker_switched_off_is_avoided_within_two_seconds(deployment: Deployment) -> None:
+async def test_frozen_worker_is_avoided_within_two_seconds(deployment: Deployment) -> None:
     """Frozen, it behaves as a host without power: nothing is refused, nothing is answered."""
     import signal
 
@@ -169,7 +169,7 @@ async def test_a_worker_switched_off_is_avoided_within_two_seconds(deployment: D
         deployment.workers[0].send_signal(signal.SIGCONT)
 
 
-async def test_workers_come_and_go_while_chats_flow(deployment: Deployment) -> None:
+async def test_workers_come_and_go_while_chats_run(deployment: Deployment) -> None:
     load = Load(deployment)
     for _ in range(2):
         await deployment.add_worker()

@@ -39,7 +39,7 @@ uvloop.run(main())
 """
 
 
-async def test_a_worker_that_hangs_is_passed_over_until_it_is_back(
+async def test_hung_worker_is_avoided_until_it_is_back(
     dynamo_runtime_factory: RuntimeFactory, dynamo_redis_url: str, dynamo_redis_prefix: str
 ) -> None:
     """One hangs in Python, one in C. No request fails, and their leases are kept."""

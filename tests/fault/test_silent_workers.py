@@ -254,9 +254,7 @@ def deaf() -> Iterator[str]:
         yield f"127.0.0.1:{listener.getsockname()[1]}"
 
 
-async def test_a_request_does_not_wait_for_a_dial_if_another_can_serve_it(
-    deployment: Deployment, deaf: str
-) -> None:
+async def test_request_does_not_wait_for_a_dial_if_another_serves(deployment: Deployment, deaf: str) -> None:
     await deployment.register(1, deaf)
     async with deployment.workers(2):
         client = await deployment.client()
@@ -265,7 +263,7 @@ async def test_a_request_does_not_wait_for_a_dial_if_another_can_serve_it(
                 assert [item async for item in await client.generate("word", annotated=False)] == ["word"]
 
 
-async def test_a_worker_that_pauses_is_passed_over_and_loses_nothing(deployment: Deployment) -> None:
+async def test_paused_worker_is_avoided_and_loses_no_request(deployment: Deployment) -> None:
     async with deployment.workers(1), deployment.workers(2):
         client = await deployment.client()
         ticks = await client.direct("tick", 1, annotated=False)
@@ -293,7 +291,7 @@ async def _all(call: Any) -> list[Any]:
     return [item async for item in call]
 
 
-async def test_a_probe_that_an_idle_connection_swallows_is_not_repeated_there() -> None:
+async def test_probe_is_not_repeated_on_a_dead_connection() -> None:
     """A host that came back without its connections answers nothing on the old ones, for minutes."""
     settings = PlaneSettings.load(tcp_host="127.0.0.1", auth="off")
     server, client = TcpServer(settings, secret=None, instance_id=1), TcpClient(settings)

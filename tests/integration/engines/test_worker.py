@@ -66,7 +66,7 @@ async def _until(condition: Callable[[], bool], within_s: float = 5) -> None:
             await asyncio.sleep(0.005)
 
 
-async def test_a_caller_without_any_file_gets_readable_text(deployment: Deployment, tmp_path: Path) -> None:
+async def test_caller_without_any_file_gets_readable_text(deployment: Deployment, tmp_path: Path) -> None:
     async with deployment.worker() as worker, deployment.runtime() as runtime:
         card = await _only_card(runtime.registry)
         assert (card.display_name, card.kv_cache_block_size) == ("demo", 16)
@@ -85,7 +85,7 @@ async def test_a_caller_without_any_file_gets_readable_text(deployment: Deployme
     assert text.endswith(".")
 
 
-async def test_callers_find_a_worker_when_all_of_it_stands_and_lose_it_first(deployment: Deployment) -> None:
+async def test_card_is_registered_last_and_withdrawn_first(deployment: Deployment) -> None:
     """What routers ask of it is there before `generate`, and the card comes last and goes first."""
     beside = ["kv_dump", "clear_kv_blocks", "load_metrics"]
     async with deployment.runtime() as runtime, runtime.registry.watch("v1/") as watch:
@@ -116,7 +116,7 @@ async def test_callers_find_a_worker_when_all_of_it_stands_and_lose_it_first(dep
     assert (deleted[0], set(deleted)) == ("card", set(put))
 
 
-async def test_a_request_under_way_is_finished_at_shutdown(deployment: Deployment) -> None:
+async def test_request_under_way_finishes_at_shutdown(deployment: Deployment) -> None:
     async with (
         deployment.worker(speedup_ratio=1, decode_step_s=0.01) as worker,
         deployment.runtime() as runtime,
@@ -133,7 +133,7 @@ async def test_a_request_under_way_is_finished_at_shutdown(deployment: Deploymen
     assert items[-1]["finish_reason"] == "length"
 
 
-async def test_a_caller_that_goes_away_frees_the_engine(deployment: Deployment) -> None:
+async def test_caller_that_disconnects_frees_the_engine(deployment: Deployment) -> None:
     async with (
         deployment.worker(speedup_ratio=1, decode_step_s=0.005) as worker,
         deployment.runtime() as runtime,
@@ -147,7 +147,7 @@ async def test_a_caller_that_goes_away_frees_the_engine(deployment: Deployment) 
         assert worker.engine.cache.active_count == 0
 
 
-async def test_a_stopped_request_ends_in_the_engine(deployment: Deployment) -> None:
+async def test_stopped_request_ends_in_the_engine(deployment: Deployment) -> None:
     async with (
         deployment.worker(speedup_ratio=1, decode_step_s=0.005) as worker,
         deployment.runtime() as runtime,

@@ -37,7 +37,7 @@ def closed_port() -> Iterator[int]:
         ("[::]", "an address to listen on"),
     ],
 )
-def test_a_host_that_cannot_be_dialled_is_refused(host: str, reason: str) -> None:
+def test_host_that_cannot_be_dialled_is_refused(host: str, reason: str) -> None:
     with pytest.raises(ConfigError, match=f"DYN_TCP_ADVERTISE_HOST.*{reason}"):
         PlaneSettings.load(tcp_advertise_host=host)
 
@@ -51,7 +51,7 @@ def test_a_host_that_cannot_be_dialled_is_refused(host: str, reason: str) -> Non
         ("worker_0.ns.svc.cluster.local", "worker_0.ns.svc.cluster.local"),
     ],
 )
-def test_hosts_are_taken_in_their_forms(host: str, taken: str) -> None:
+def test_hosts_are_accepted_in_all_forms(host: str, taken: str) -> None:
     assert PlaneSettings.load(tcp_advertise_host=host).tcp_advertise_host == taken
 
 
@@ -66,7 +66,7 @@ def complaints(caplog: pytest.LogCaptureFixture) -> list[str]:
     ]
 
 
-async def test_an_address_that_leads_here_is_not_complained_of(
+async def test_reachable_address_is_not_warned_of(
     open_runtime: OpenRuntime, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -78,7 +78,7 @@ async def test_an_address_that_leads_here_is_not_complained_of(
     assert [item async for item in await client.round_robin("x", annotated=False)] == ["x"]
 
 
-async def test_an_address_that_leads_nowhere_is_warned_of(
+async def test_unreachable_address_is_warned_of(
     open_runtime: OpenRuntime, closed_port: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     runtime = await open_runtime(tcp_advertise_host="127.0.0.1", tcp_advertise_port=closed_port)
@@ -88,7 +88,7 @@ async def test_an_address_that_leads_nowhere_is_warned_of(
     assert "set DYN_TCP_ADVERTISE_HOST" in complaint
 
 
-async def test_an_address_that_leads_elsewhere_is_warned_of(
+async def test_address_of_another_process_is_warned_of(
     open_runtime: OpenRuntime, caplog: pytest.LogCaptureFixture
 ) -> None:
     other = await open_runtime()
@@ -100,7 +100,7 @@ async def test_an_address_that_leads_elsewhere_is_warned_of(
     assert f"does not reach itself at 127.0.0.1:{port}" in complaint
 
 
-async def test_a_required_address_ends_the_worker(open_runtime: OpenRuntime, closed_port: int) -> None:
+async def test_required_check_that_fails_ends_the_worker(open_runtime: OpenRuntime, closed_port: int) -> None:
     runtime = await open_runtime(
         tcp_advertise_host="127.0.0.1", tcp_advertise_port=closed_port, tcp_advertise_check="require"
     )
@@ -109,7 +109,7 @@ async def test_a_required_address_ends_the_worker(open_runtime: OpenRuntime, clo
     assert (await runtime.registry.get_prefix("v1/instances/")).records == ()
 
 
-async def test_the_check_can_be_left_out(
+async def test_check_can_be_turned_off(
     open_runtime: OpenRuntime, closed_port: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     runtime = await open_runtime(

@@ -23,7 +23,7 @@ async def until_places(runtime: DistributedRuntime, count: int) -> None:
             await asyncio.sleep(0.01)
 
 
-async def test_all_go_on_together_with_the_leaders_data(open_runtime: OpenRuntime) -> None:
+async def test_barrier_hands_all_workers_the_leaders_data(open_runtime: OpenRuntime) -> None:
     leader = await open_runtime()
     workers = [await open_runtime() for _ in range(3)]
     barriers = [WorkerBarrier("group", f"worker/{rank}", 10) for rank in range(3)]
@@ -39,7 +39,7 @@ async def test_all_go_on_together_with_the_leaders_data(open_runtime: OpenRuntim
     assert await leading == ["worker/0", "worker/1", "worker/2"]
 
 
-async def test_a_missing_worker_aborts_all(open_runtime: OpenRuntime) -> None:
+async def test_missing_worker_aborts_the_barrier(open_runtime: OpenRuntime) -> None:
     leader, worker = await open_runtime(), await open_runtime()
     waiting = asyncio.create_task(WorkerBarrier("group", "a", 10).sync(worker.registry))
     with pytest.raises(BarrierError, match="1 of 2 workers"):
@@ -48,7 +48,7 @@ async def test_a_missing_worker_aborts_all(open_runtime: OpenRuntime) -> None:
         await waiting
 
 
-async def test_a_worker_that_gives_up_is_not_counted(open_runtime: OpenRuntime) -> None:
+async def test_worker_that_gives_up_is_not_counted(open_runtime: OpenRuntime) -> None:
     leader, worker = await open_runtime(), await open_runtime()
     leading = asyncio.create_task(LeaderBarrier("group", 2, 1.0).sync(leader.registry, DATA))
     with pytest.raises(BarrierError, match="not complete within"):
@@ -57,7 +57,7 @@ async def test_a_worker_that_gives_up_is_not_counted(open_runtime: OpenRuntime) 
         await leading
 
 
-async def test_ids_are_unique(open_runtime: OpenRuntime) -> None:
+async def test_barrier_ids_are_exclusive(open_runtime: OpenRuntime) -> None:
     leader, one, other = await open_runtime(), await open_runtime(), await open_runtime()
     leading = asyncio.create_task(LeaderBarrier("group", 2, 5).sync(leader.registry, DATA))
     first = asyncio.create_task(WorkerBarrier("group", "same", 5).sync(one.registry))
@@ -71,7 +71,7 @@ async def test_ids_are_unique(open_runtime: OpenRuntime) -> None:
     assert await leading == ["another", "same"]
 
 
-async def test_a_leader_that_dies_frees_its_workers(open_runtime: OpenRuntime) -> None:
+async def test_leader_that_dies_ends_its_workers_waits(open_runtime: OpenRuntime) -> None:
     leader, worker = await open_runtime(), await open_runtime()
     leading = asyncio.create_task(LeaderBarrier("group", 2, 30).sync(leader.registry, DATA))
     waiting = asyncio.create_task(WorkerBarrier("group", "a", 10).sync(worker.registry))
@@ -82,7 +82,7 @@ async def test_a_leader_that_dies_frees_its_workers(open_runtime: OpenRuntime) -
         await waiting
 
 
-async def test_an_id_can_be_used_again(open_runtime: OpenRuntime) -> None:
+async def test_barrier_id_can_be_used_again(open_runtime: OpenRuntime) -> None:
     leader, worker = await open_runtime(), await open_runtime()
     for round_ in range(2):
         lead, join = LeaderBarrier("group", 1, 5), WorkerBarrier("group", "a", 5)

@@ -91,7 +91,7 @@ async def first(client: Client, request: str, **options: Any) -> Any:
     return item
 
 
-async def test_callers_are_told_before_the_work_in_hand_is_done(
+async def test_callers_learn_of_a_drain_before_requests_end(
     open_runtime: OpenRuntime, start_worker: StartWorker
 ) -> None:
     """GOAWAY comes at the start of a drain: a caller that has nothing there hangs up at once."""
@@ -110,7 +110,7 @@ async def test_callers_are_told_before_the_work_in_hand_is_done(
     await leaving
 
 
-async def test_what_waits_for_a_handler_lands_elsewhere(
+async def test_queued_request_is_sent_elsewhere_at_a_drain(
     open_runtime: OpenRuntime, start_worker: StartWorker
 ) -> None:
     a = await start_worker("a", max_in_flight_count=1, drain_s=30)
@@ -131,7 +131,7 @@ async def test_what_waits_for_a_handler_lands_elsewhere(
     assert len(a.contexts) == 1
 
 
-async def test_a_request_that_waits_for_its_connection_lands_elsewhere(
+async def test_request_without_a_connection_is_sent_elsewhere(
     open_runtime: OpenRuntime, start_worker: StartWorker
 ) -> None:
     """The caller has never been there, and learns that the worker is leaving when they shake hands."""
@@ -145,7 +145,7 @@ async def test_a_request_that_waits_for_its_connection_lands_elsewhere(
     assert a.contexts == []
 
 
-async def test_a_large_request_that_is_half_sent_lands_elsewhere(
+async def test_half_sent_request_is_sent_elsewhere(
     open_runtime: OpenRuntime, start_worker: StartWorker
 ) -> None:
     a, b = await start_worker("a"), await start_worker("b")
@@ -164,7 +164,7 @@ async def test_a_large_request_that_is_half_sent_lands_elsewhere(
     assert await collect(begun) == ["the rest"]
 
 
-async def test_past_the_grace_what_is_unanswered_lands_elsewhere_and_the_rest_is_told(
+async def test_requests_after_the_grace_move_or_fail(
     open_runtime: OpenRuntime, start_worker: StartWorker
 ) -> None:
     """With the time that is left to it, not with a fresh deadline."""
@@ -190,7 +190,7 @@ async def test_past_the_grace_what_is_unanswered_lands_elsewhere_and_the_rest_is
     assert all(context.is_killed() for context in a.contexts)
 
 
-async def test_a_client_of_one_worker_is_told_at_once_that_it_leaves(
+async def test_client_of_one_worker_learns_at_once_that_it_leaves(
     open_runtime: OpenRuntime, start_worker: StartWorker
 ) -> None:
     a = await start_worker("a")
@@ -212,7 +212,7 @@ async def test_a_client_of_one_worker_is_told_at_once_that_it_leaves(
         await client.round_robin("quick")
 
 
-async def test_a_request_stream_that_is_being_sent_is_taken_to_its_end(
+async def test_request_stream_is_read_to_its_end_in_a_drain(
     open_runtime: OpenRuntime, start_worker: StartWorker
 ) -> None:
     a = await start_worker("a")
@@ -250,9 +250,7 @@ async def test_a_request_stream_that_is_being_sent_is_taken_to_its_end(
     await leaving
 
 
-async def test_a_worker_without_work_leaves_at_once(
-    open_runtime: OpenRuntime, start_worker: StartWorker
-) -> None:
+async def test_idle_worker_leaves_at_once(open_runtime: OpenRuntime, start_worker: StartWorker) -> None:
     """However long it may take, and though callers are connected."""
     a = await start_worker("a", drain_s=60)
     client = await client_of(await open_runtime(), a)
@@ -261,7 +259,7 @@ async def test_a_worker_without_work_leaves_at_once(
         await a.leave()
 
 
-async def test_an_endpoint_without_a_graceful_shutdown_does_not_wait_for_the_others(
+async def test_endpoint_without_graceful_shutdown_ends_at_once(
     open_runtime: OpenRuntime, start_worker: StartWorker
 ) -> None:
     a = await start_worker("a", drain_s=30)
@@ -282,7 +280,7 @@ async def test_an_endpoint_without_a_graceful_shutdown_does_not_wait_for_the_oth
     await leaving
 
 
-async def test_a_shutdown_has_one_deadline(
+async def test_shutdown_has_one_deadline(
     open_runtime: OpenRuntime, start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What has been spent on one endpoint is not there again for the rest."""

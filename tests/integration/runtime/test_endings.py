@@ -99,7 +99,7 @@ async def client_of(runtime: DistributedRuntime, count: int) -> Client:
     return client
 
 
-async def test_a_stop_ends_both_sides_without_an_error(open_runtime: OpenRuntime, worker: Worker) -> None:
+async def test_stop_ends_both_sides_without_an_error(open_runtime: OpenRuntime, worker: Worker) -> None:
     client = await client_of(await open_runtime(), 1)
     context = Context()
     call = await client.round_robin(100_000, annotated=False, context=context)
@@ -109,7 +109,7 @@ async def test_a_stop_ends_both_sides_without_an_error(open_runtime: OpenRuntime
     await until(lambda: worker.contexts[0].is_stopped() and not worker.running_count)
 
 
-async def test_a_kill_ends_both_sides(open_runtime: OpenRuntime, worker: Worker) -> None:
+async def test_kill_ends_both_sides(open_runtime: OpenRuntime, worker: Worker) -> None:
     client = await client_of(await open_runtime(), 1)
     context = Context()
     call = await client.round_robin(100_000, annotated=False, context=context)
@@ -120,9 +120,7 @@ async def test_a_kill_ends_both_sides(open_runtime: OpenRuntime, worker: Worker)
     await until(lambda: worker.contexts[0].is_killed() and not worker.running_count)
 
 
-async def test_a_deadline_ends_both_sides_and_is_not_tried_elsewhere(
-    open_runtime: OpenRuntime, worker: Worker
-) -> None:
+async def test_deadline_ends_both_sides_and_is_final(open_runtime: OpenRuntime, worker: Worker) -> None:
     other = await started(open_runtime)
     client = await client_of(await open_runtime(), 2)
     call = await client.round_robin(100_000, False, Context(deadline=time.monotonic() + 0.2))
@@ -133,7 +131,7 @@ async def test_a_deadline_ends_both_sides_and_is_not_tried_elsewhere(
     await until(lambda: contexts[0].is_killed() and not worker.running_count + other.running_count)
 
 
-async def test_a_loop_that_is_left_ends_the_call_with_its_last_reference(
+async def test_left_loop_ends_the_call_with_its_last_reference(
     open_runtime: OpenRuntime, worker: Worker, no_collection: None
 ) -> None:
     client = await client_of(await open_runtime(), 1)
@@ -146,7 +144,7 @@ async def test_a_loop_that_is_left_ends_the_call_with_its_last_reference(
     await until(lambda: worker.contexts[0].is_killed() and not worker.running_count)
 
 
-async def test_a_block_that_is_left_ends_the_call_at_once(open_runtime: OpenRuntime, worker: Worker) -> None:
+async def test_left_block_ends_the_call_at_once(open_runtime: OpenRuntime, worker: Worker) -> None:
     client = await client_of(await open_runtime(), 1)
     async with await client.round_robin(100_000, annotated=False) as call:
         async for _ in call:
@@ -155,7 +153,7 @@ async def test_a_block_that_is_left_ends_the_call_at_once(open_runtime: OpenRunt
     assert [item async for item in call] == []
 
 
-async def test_the_calls_on_the_page_do_what_it_says(open_runtime: OpenRuntime, repository: Path) -> None:
+async def test_page_describes_the_endings_of_calls(open_runtime: OpenRuntime, repository: Path) -> None:
     page = (repository / "docs" / "python-api" / "runtime.md").read_text(encoding="utf-8")
     found = re.search(r"## What a call promises.*?```python\n(.*?)```", page, re.DOTALL)
     assert found is not None
@@ -186,7 +184,7 @@ async def test_the_calls_on_the_page_do_what_it_says(open_runtime: OpenRuntime, 
     assert 0 < names["words"][2] <= 5
 
 
-async def test_a_caller_that_is_killed_ends_what_it_asked_for(
+async def test_killed_caller_ends_its_requests(
     worker: Worker, dynamo_redis_url: str, dynamo_redis_prefix: str
 ) -> None:
     environment = os.environ | {"DYN_REDIS_URL": dynamo_redis_url, "DYN_REDIS_PREFIX": dynamo_redis_prefix}
@@ -232,7 +230,7 @@ async def end_somehow(client: Client, rng: random.Random) -> str:
     return way
 
 
-async def test_two_thousand_calls_that_end_somehow_leave_nothing(open_runtime: OpenRuntime) -> None:
+async def test_two_thousand_calls_leave_no_state(open_runtime: OpenRuntime) -> None:
     workers = [await started(open_runtime, max_in_flight_count=24, max_queued_count=4) for _ in range(2)]
     caller = await open_runtime()
     client = await client_of(caller, 2)
@@ -268,7 +266,7 @@ def no_collection() -> Iterator[None]:
     gc.enable()
 
 
-async def test_a_call_dropped_after_it_was_sent_elsewhere_is_killed_at_once(
+async def test_dropped_call_is_killed_after_it_was_sent_again(
     open_runtime: OpenRuntime, worker: Worker, no_collection: None
 ) -> None:
     """Nothing of its first failure holds on to it."""
@@ -283,7 +281,7 @@ async def test_a_call_dropped_after_it_was_sent_elsewhere_is_killed_at_once(
     assert len(worker.contexts) == 4
 
 
-async def test_an_error_keeps_nothing_alive_once_it_has_been_handled(
+async def test_handled_error_keeps_no_object_alive(
     open_runtime: OpenRuntime, worker: Worker, no_collection: None
 ) -> None:
     client = await client_of(await open_runtime(), 1)
@@ -298,7 +296,7 @@ async def test_an_error_keeps_nothing_alive_once_it_has_been_handled(
     assert (await failing())() is None
 
 
-async def test_requests_that_end_together_raise_an_error_each(
+async def test_requests_that_end_together_have_errors_of_their_own(
     open_runtime: OpenRuntime, worker: Worker
 ) -> None:
     """On one that they shared, the tracebacks of all would pile up."""

@@ -40,7 +40,7 @@ async def reserve(
     )
 
 
-async def test_two_processes_never_share_a_port(open_runtime: OpenRuntime) -> None:
+async def test_processes_never_share_a_port(open_runtime: OpenRuntime) -> None:
     one, other = await open_runtime(), await open_runtime()
     port_range = free_range(4)
     held = [await reserve(runtime, 1, port_range) for runtime in (one, other, one, other)]
@@ -64,7 +64,7 @@ async def test_consecutive_ports_are_all_or_nothing(open_runtime: OpenRuntime) -
     assert (await runtime.registry.get_prefix(PORTS)).records == ()
 
 
-async def test_a_port_in_use_on_this_machine_is_passed_over(open_runtime: OpenRuntime) -> None:
+async def test_port_in_use_on_this_machine_is_skipped(open_runtime: OpenRuntime) -> None:
     first, end = free_range(2)
     with socket.socket() as busy:
         busy.bind(("", first))
@@ -72,7 +72,7 @@ async def test_a_port_in_use_on_this_machine_is_passed_over(open_runtime: OpenRu
         assert (await reserve(await open_runtime(), 1, (first, end))).ports == (first + 1,)
 
 
-async def test_the_record_says_who_and_why(open_runtime: OpenRuntime) -> None:
+async def test_port_record_has_holder_and_reason(open_runtime: OpenRuntime) -> None:
     runtime = await open_runtime()
     reservation = await reserve(runtime, 1, free_range(1), worker_id="vllm-backend-dp0")
     record = await runtime.registry.get(f"{PORTS}{HOST}/{reservation.ports[0]}")
@@ -82,7 +82,7 @@ async def test_the_record_says_who_and_why(open_runtime: OpenRuntime) -> None:
     assert stored["reserved_at"] > 1.7e9
 
 
-async def test_a_closed_process_gives_its_ports_back(open_runtime: OpenRuntime) -> None:
+async def test_closed_process_releases_its_ports(open_runtime: OpenRuntime) -> None:
     one, other = await open_runtime(), await open_runtime()
     port_range = free_range(1)
     await reserve(one, 1, port_range)
@@ -90,6 +90,6 @@ async def test_a_closed_process_gives_its_ports_back(open_runtime: OpenRuntime) 
     assert (await reserve(other, 1, port_range)).ports == (port_range[0],)
 
 
-async def test_a_range_too_small_is_said(open_runtime: OpenRuntime) -> None:
+async def test_range_that_is_too_small_is_an_error(open_runtime: OpenRuntime) -> None:
     with pytest.raises(PortUnavailable, match="do not fit"):
         await reserve(await open_runtime(), 3, (5000, 5002))

@@ -188,7 +188,7 @@ async def test_request_is_sent_again_as_it_was(open_runtime: OpenRuntime) -> Non
 
 
 @pytest.mark.parametrize("kind", ["coroutine", "generator", "endpoint", "nested"])
-async def test_handlers_keep_variables_to_themselves(open_runtime: OpenRuntime, kind: str) -> None:
+async def test_handlers_have_context_variables_of_their_own(open_runtime: OpenRuntime, kind: str) -> None:
     """Two at a time run, so that most start where another ends."""
 
     async def coroutine(request: str) -> str:
@@ -231,7 +231,7 @@ async def test_handlers_keep_variables_to_themselves(open_runtime: OpenRuntime, 
     await asyncio.gather(*(asyncio.create_task(ask(f"tenant {number}")) for number in range(12)))
 
 
-async def test_probes_run_in_no_requests_variables(
+async def test_probes_have_no_context_variables_of_requests(
     open_runtime: OpenRuntime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []

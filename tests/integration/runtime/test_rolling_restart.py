@@ -103,9 +103,7 @@ class Load:
         self._stopping = True
 
 
-async def test_a_rolling_restart_is_seen_by_nobody(
-    open_runtime: OpenRuntime, start_worker: StartWorker
-) -> None:
+async def test_rolling_restart_fails_no_call(open_runtime: OpenRuntime, start_worker: StartWorker) -> None:
     workers = await asyncio.gather(*(start_worker() for _ in range(3)))
     caller = await open_runtime()
     client = await client_of(caller, 3)
@@ -129,7 +127,7 @@ async def test_a_rolling_restart_is_seen_by_nobody(
     assert [(member.in_flight, len(member.pending)) for member in client._view] == [(0, 0)] * 3
 
 
-async def test_a_slow_reader_gets_all_of_the_last_answer(
+async def test_slow_reader_gets_the_whole_last_answer(
     open_runtime: OpenRuntime, start_worker: StartWorker
 ) -> None:
     """What the worker has written and the caller has not read yet would end with the worker's process."""
@@ -148,7 +146,7 @@ async def test_a_slow_reader_gets_all_of_the_last_answer(
         assert await worker.wait() == 0
 
 
-async def test_a_second_signal_ends_the_worker_at_once(
+async def test_second_signal_ends_the_worker_at_once(
     open_runtime: OpenRuntime, start_worker: StartWorker
 ) -> None:
     worker = await start_worker()
@@ -166,7 +164,7 @@ async def test_a_second_signal_ends_the_worker_at_once(
         assert await worker.wait() == -signal.SIGTERM
 
 
-async def test_a_request_that_outlives_the_shutdown_is_no_failure(
+async def test_request_longer_than_the_shutdown_ends_with_it(
     open_runtime: OpenRuntime, start_worker: StartWorker
 ) -> None:
     """Its caller is told, and the process ends with 0 when its time is over."""

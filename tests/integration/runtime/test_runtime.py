@@ -75,7 +75,7 @@ async def client_of(runtime: DistributedRuntime, count: int, endpoint: str = END
     return client
 
 
-async def test_a_worker_is_found_and_answers(open_runtime: OpenRuntime) -> None:
+async def test_worker_is_found_and_answers(open_runtime: OpenRuntime) -> None:
     worker, caller = await open_runtime(), await open_runtime()
     await serve(worker, Counter().generate)
     client = await client_of(caller, 1)
@@ -84,7 +84,7 @@ async def test_a_worker_is_found_and_answers(open_runtime: OpenRuntime) -> None:
     assert await collect(await client.direct(2, worker.instance_id, annotated=False)) == ["0", "1"]
 
 
-async def test_the_older_chain_names_the_same_endpoint(open_runtime: OpenRuntime) -> None:
+async def test_older_chain_names_the_same_endpoint(open_runtime: OpenRuntime) -> None:
     runtime = await open_runtime()
     component = runtime.namespace("dynamo").component("backend")
     await component.create_service()
@@ -93,7 +93,7 @@ async def test_the_older_chain_names_the_same_endpoint(open_runtime: OpenRuntime
         runtime.endpoint("only.two")
 
 
-async def test_the_record_stands_as_long_as_the_worker(open_runtime: OpenRuntime) -> None:
+async def test_record_lives_as_long_as_the_worker(open_runtime: OpenRuntime) -> None:
     worker, caller = await open_runtime(), await open_runtime()
     await serve(worker, Counter().generate)
     (record,) = (await caller.registry.get_prefix(INSTANCES)).records
@@ -106,7 +106,7 @@ async def test_the_record_stands_as_long_as_the_worker(open_runtime: OpenRuntime
     assert (await caller.registry.get_prefix(INSTANCES)).records == ()
 
 
-async def test_an_instance_can_sleep_and_wake(open_runtime: OpenRuntime) -> None:
+async def test_instance_can_sleep_and_wake(open_runtime: OpenRuntime) -> None:
     worker = await open_runtime()
     await serve(worker, Counter().generate)
     client = await client_of(await open_runtime(), 1)
@@ -121,7 +121,7 @@ async def test_an_instance_can_sleep_and_wake(open_runtime: OpenRuntime) -> None
         await worker.endpoint("dynamo.backend.other").register_endpoint_instance()
 
 
-async def test_several_endpoints_share_a_process(open_runtime: OpenRuntime) -> None:
+async def test_process_serves_several_endpoints(open_runtime: OpenRuntime) -> None:
     worker, caller = await open_runtime(), await open_runtime()
     for name in ("a", "b"):
         await serve(worker, Counter(name).generate, f"dynamo.backend.{name}")
@@ -130,7 +130,7 @@ async def test_several_endpoints_share_a_process(open_runtime: OpenRuntime) -> N
         assert await collect(await client.generate(1, annotated=False)) == [f"{name}0"]
 
 
-async def test_requests_spread_over_the_instances(open_runtime: OpenRuntime) -> None:
+async def test_requests_are_spread_over_the_instances(open_runtime: OpenRuntime) -> None:
     handlers = [Counter(str(number)) for number in range(4)]
     for handler in handlers:
         await serve(await open_runtime(), handler.generate)
@@ -140,7 +140,7 @@ async def test_requests_spread_over_the_instances(open_runtime: OpenRuntime) -> 
     assert [handler.started for handler in handlers] == [5, 5, 5, 5]
 
 
-async def test_a_worker_that_leaves_finishes_what_it_has(open_runtime: OpenRuntime) -> None:
+async def test_leaving_worker_finishes_its_requests(open_runtime: OpenRuntime) -> None:
     leaving, staying = Counter("leaving", 0.02), Counter("staying")
     first, second = await open_runtime(), await open_runtime()
     await serve(first, leaving.generate)
@@ -181,7 +181,7 @@ async def test_no_request_fails_while_workers_come_and_go(open_runtime: OpenRunt
     assert answered > 50
 
 
-async def test_leaving_the_iteration_cancels_the_handler(open_runtime: OpenRuntime) -> None:
+async def test_left_iteration_cancels_the_handler(open_runtime: OpenRuntime) -> None:
     handler = Counter(pause_s=0.01)
     await serve(await open_runtime(), handler.generate)
     client = await client_of(await open_runtime(), 1)
@@ -190,7 +190,7 @@ async def test_leaving_the_iteration_cancels_the_handler(open_runtime: OpenRunti
     await until(lambda: handler.cancelled == 1)
 
 
-async def test_a_context_passed_on_links_the_cancellation(open_runtime: OpenRuntime) -> None:
+async def test_context_passed_on_links_the_cancellation(open_runtime: OpenRuntime) -> None:
     worker, relay, caller = await open_runtime(), await open_runtime(), await open_runtime()
     handler = Counter(pause_s=0.01)
     await serve(worker, handler.generate, "dynamo.backend.inner")
@@ -221,7 +221,7 @@ async def test_context_id_and_metadata_reach_the_handler(open_runtime: OpenRunti
     assert 25 < remaining_s <= 30
 
 
-async def test_a_handler_says_what_is_wrong_with_a_request(open_runtime: OpenRuntime) -> None:
+async def test_invalid_request_error_reaches_the_caller(open_runtime: OpenRuntime) -> None:
     from pydantic import BaseModel
 
     class Body(BaseModel):
@@ -238,7 +238,7 @@ async def test_a_handler_says_what_is_wrong_with_a_request(open_runtime: OpenRun
         await collect(await client.generate({"text": 1}))
 
 
-async def test_unary(open_runtime: OpenRuntime) -> None:
+async def test_unary_endpoint_answers_once(open_runtime: OpenRuntime) -> None:
     worker = await open_runtime()
 
     async def double(request: int, *, context: Context) -> int:
@@ -274,7 +274,7 @@ async def test_dynamo_worker_runs_and_closes(
     await until(lambda: client.instance_ids() == [])
 
 
-async def test_dynamo_worker_ends_a_main_that_waits_for_something_else(
+async def test_dynamo_worker_cancels_a_main_that_does_not_end(
     monkeypatch: pytest.MonkeyPatch, dynamo_redis_url: str, dynamo_redis_prefix: str
 ) -> None:
     monkeypatch.setenv("DYN_REDIS_URL", dynamo_redis_url)
@@ -311,7 +311,7 @@ async def log_something(_: DistributedRuntime) -> None:
     logging.getLogger("dynamo_redis.worker").debug("not here")
 
 
-async def test_dynamo_worker_logs_as_the_settings_say(
+async def test_dynamo_worker_logs_by_its_settings(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     dynamo_redis_url: str,
@@ -333,7 +333,7 @@ async def test_dynamo_worker_refuses_an_unknown_log_level(
         await log_something()
 
 
-async def test_dynamo_worker_leaves_a_log_alone_that_is_set_up(
+async def test_dynamo_worker_keeps_an_existing_log_setup(
     monkeypatch: pytest.MonkeyPatch, dynamo_redis_url: str
 ) -> None:
     monkeypatch.setenv("DYN_REDIS_URL", dynamo_redis_url)
@@ -346,7 +346,7 @@ async def test_dynamo_worker_leaves_a_log_alone_that_is_set_up(
         assert root.level == level
 
 
-async def test_no_worker_is_said_at_once(open_runtime: OpenRuntime) -> None:
+async def test_call_without_a_worker_fails_at_once(open_runtime: OpenRuntime) -> None:
     client = await client_of(await open_runtime(), 0)
     with pytest.raises(NoInstances, match="is a worker running"):
         await client.generate(1)
@@ -354,7 +354,7 @@ async def test_no_worker_is_said_at_once(open_runtime: OpenRuntime) -> None:
         await client.wait_for_instances(0.05)
 
 
-async def test_clients_share_a_watch_and_the_last_one_ends_it(open_runtime: OpenRuntime) -> None:
+async def test_last_client_ends_the_shared_watch(open_runtime: OpenRuntime) -> None:
     runtime = await open_runtime()
     one, other = await client_of(runtime, 0), await client_of(runtime, 0)
     await one.aclose()
@@ -399,7 +399,7 @@ async def test_calls_keep_the_watch_of_a_dropped_client(open_runtime: OpenRuntim
     assert [item async for item in call]
 
 
-async def test_an_unreachable_redis_is_one_clear_error() -> None:
+async def test_unreachable_redis_is_one_clear_error() -> None:
     settings = Settings.load(redis_url="redis://user:hush@127.0.0.1:1/0", command_timeout_s=1)
     with pytest.raises(StoreUnavailable, match=r"127\.0\.0\.1:1") as caught:
         async with DistributedRuntime(settings=settings):
@@ -407,7 +407,7 @@ async def test_an_unreachable_redis_is_one_clear_error() -> None:
     assert "hush" not in str(caught.value)
 
 
-async def test_a_runtime_may_be_started_again_after_a_failure(own_redis_server: EmbeddedServer) -> None:
+async def test_runtime_may_be_started_again_after_a_failure(own_redis_server: EmbeddedServer) -> None:
     await own_redis_server.stop()
     runtime = DistributedRuntime(settings=Settings.load(redis_url=own_redis_server.url))
     for _ in range(2):
@@ -424,7 +424,7 @@ def test_unknown_settings_are_named() -> None:
         Settings.load(colour="red")
 
 
-async def test_a_foreign_discovery_backend_is_accepted(
+async def test_foreign_discovery_backend_is_accepted(
     dynamo_redis_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = Settings.load(redis_url=dynamo_redis_url)
@@ -434,7 +434,7 @@ async def test_a_foreign_discovery_backend_is_accepted(
     await runtime.aclose()
 
 
-async def test_an_expired_worker_finishes_the_answer_it_is_giving(open_runtime: OpenRuntime) -> None:
+async def test_expired_worker_finishes_its_answer(open_runtime: OpenRuntime) -> None:
     """A worker that lost its Redis, and with it its lease, still has its callers."""
     worker = await open_runtime(lease_ttl_s=1)
     await serve(worker, Counter(pause_s=0.02).generate)
@@ -447,7 +447,7 @@ async def test_an_expired_worker_finishes_the_answer_it_is_giving(open_runtime: 
     assert len(await collect(call)) == 99
 
 
-async def test_a_silent_redis_is_waited_for_once_at_the_stop(
+async def test_shutdown_waits_once_for_a_silent_redis(
     open_runtime: OpenRuntime, own_redis_server: EmbeddedServer
 ) -> None:
     worker = await open_runtime(redis_url=own_redis_server.url, command_timeout_s=0.5)
@@ -462,7 +462,7 @@ async def test_a_silent_redis_is_waited_for_once_at_the_stop(
         own_redis_server.send_signal(signal.SIGCONT)
 
 
-async def test_what_a_silent_redis_was_not_told_it_is_told_when_it_is_back(
+async def test_record_is_deleted_when_a_silent_redis_is_back(
     open_runtime: OpenRuntime, own_redis_server: EmbeddedServer
 ) -> None:
     """A worker that leaves is not chosen again while it drains, though Redis did not hear it at first."""
@@ -481,7 +481,7 @@ async def test_what_a_silent_redis_was_not_told_it_is_told_when_it_is_back(
             await asyncio.sleep(0.02)
 
 
-async def test_a_key_whose_delete_was_cancelled_before_it_was_sent_goes_nevertheless(
+async def test_cancelled_delete_is_sent_nevertheless(
     open_runtime: OpenRuntime,
 ) -> None:
     runtime = await open_runtime()

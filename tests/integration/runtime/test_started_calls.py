@@ -84,7 +84,7 @@ async def test_calls_are_futures(client: Client) -> None:
 
 
 @pytest.mark.parametrize("is_connected", [True, False])
-async def test_call_that_is_dropped_is_carried_out(
+async def test_dropped_call_is_sent_nevertheless(
     client: Client, worker: Worker, *, is_connected: bool
 ) -> None:
     """To its first item, also where its connection is made only then; and nothing is left of it."""

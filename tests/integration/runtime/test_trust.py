@@ -106,7 +106,7 @@ async def until(condition: Callable[[], bool], within_s: float = 10) -> None:
             await asyncio.sleep(0.005)
 
 
-async def test_a_worker_killed_and_started_again_on_its_port(
+async def test_worker_restarted_on_its_port_is_trusted(
     open_runtime: OpenRuntime,
     start_worker: StartWorker,
     tls: dict[str, Any],
@@ -132,7 +132,7 @@ async def test_a_worker_killed_and_started_again_on_its_port(
     assert await runtime.registry.get(NAME.instance_key(InstanceId(first.instance_id))) is not None
 
 
-async def test_a_caller_that_is_not_set_alike_is_told(
+async def test_caller_with_other_settings_gets_a_clear_error(
     open_runtime: OpenRuntime, start_worker: StartWorker, tls: dict[str, Any]
 ) -> None:
     worker = await start_worker()
@@ -175,7 +175,7 @@ def record(server: TcpServer, secret: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(("worker_auth", "caller_auth"), [("secret", "off"), ("off", "secret")])
-async def test_a_caller_does_as_the_workers_record_says(
+async def test_caller_authenticates_by_the_workers_record(
     open_runtime: OpenRuntime, worker_auth: str, caller_auth: str
 ) -> None:
     async def echo(request: Any, _: Context) -> Any:
@@ -189,7 +189,7 @@ async def test_a_caller_does_as_the_workers_record_says(
     assert [item async for item in await client.round_robin("hi", annotated=False)] == ["hi"]
 
 
-async def test_a_new_secret_is_read_from_the_record_once(open_runtime: OpenRuntime) -> None:
+async def test_new_secret_is_read_from_the_record_once(open_runtime: OpenRuntime) -> None:
     """The same instance id with a new secret, before the watch has told."""
     runtime = await open_runtime()
     key = NAME.instance_key(INSTANCE)

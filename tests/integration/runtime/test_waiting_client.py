@@ -31,7 +31,7 @@ asyncio.run(main())
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("redis", ["there", "away"])
-def test_the_first_signal_ends_a_waiting_client(
+def test_first_signal_ends_a_waiting_client(
     redis: str, number: signal.Signals, dynamo_redis_url: str, dynamo_redis_prefix: str, tmp_path: Path
 ) -> None:
     url = dynamo_redis_url if redis == "there" else f"unix://{tmp_path}/no.sock"
@@ -62,7 +62,7 @@ def test_the_first_signal_ends_a_waiting_client(
         client.wait()
 
 
-async def test_a_wait_ends_with_the_runtime(open_runtime: OpenRuntime) -> None:
+async def test_wait_ends_with_the_runtime(open_runtime: OpenRuntime) -> None:
     runtime = await open_runtime()
     client = await runtime.endpoint("a.b.c").client()
     waiting = client.wait_for_instances()

@@ -19,7 +19,7 @@ def tokenizer(demo_model: ModelDirectory) -> Tokenizer:
     return Tokenizer.from_buffer(demo_model.read_tokenizer())
 
 
-def test_it_is_small(demo_model: ModelDirectory) -> None:
+def test_demo_model_is_small(demo_model: ModelDirectory) -> None:
     assert sum(file.size_bytes for file in demo_model.files.values()) < 300_000
 
 
@@ -33,11 +33,11 @@ def test_it_is_small(demo_model: ModelDirectory) -> None:
         "def f(x): return {'a': [1, 2.5e-3]}",
     ],
 )
-def test_any_text_survives_the_way_there_and_back(tokenizer: Tokenizer, text: str) -> None:
+def test_any_text_survives_encode_and_decode(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
 
 
-def test_its_special_tokens_are_where_its_files_say(tokenizer: Tokenizer, demo_model: ModelDirectory) -> None:
+def test_special_tokens_match_the_files(tokenizer: Tokenizer, demo_model: ModelDirectory) -> None:
     declared = demo_model.tokenizer_config["added_tokens_decoder"]
     assert {int(token_id): entry["content"] for token_id, entry in declared.items()} == {
         0: "<|endoftext|>",
@@ -51,7 +51,7 @@ def test_its_special_tokens_are_where_its_files_say(tokenizer: Tokenizer, demo_m
     assert config["vocab_size"] == tokenizer.get_vocab_size()
 
 
-def test_its_script_makes_it_again(repository: Path, tmp_path: Path) -> None:
+def test_script_makes_the_demo_model_again(repository: Path, tmp_path: Path) -> None:
     script = repository / "tools" / "make_demo_model.py"
     subprocess.run([sys.executable, str(script), str(tmp_path)], check=True, timeout=50)
     made = {path.name: json.loads(path.read_text()) for path in tmp_path.iterdir()}

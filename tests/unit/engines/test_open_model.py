@@ -22,7 +22,7 @@ from dynamo_redis.errors import ModelError
         ("{{ 'x' * 10000000000 }}", "does not end on a short message"),
     ],
 )
-def test_a_template_that_no_frontend_could_use_is_refused(tmp_path: Path, template: str, words: str) -> None:
+def test_template_that_frontends_cannot_use_is_refused(tmp_path: Path, template: str, words: str) -> None:
     path = tmp_path / "model"
     shutil.copytree(DEMO_MODEL_PATH, path)
     config = json.loads((path / "tokenizer_config.json").read_text())

@@ -24,7 +24,7 @@ def test_sentences_are_whole_and_mostly_different() -> None:
     assert any(not text.isascii() for text in found)
 
 
-def test_an_answer_is_whole_sentences_in_the_models_tokens(tokenizer: Tokenizer) -> None:
+def test_answer_is_whole_sentences_in_the_models_tokens(tokenizer: Tokenizer) -> None:
     book = Phrasebook(tokenizer)
     texts = set(sentences())
     for key in range(50):
@@ -34,11 +34,11 @@ def test_an_answer_is_whole_sentences_in_the_models_tokens(tokenizer: Tokenizer)
         assert set(parts) <= texts
 
 
-def test_an_answer_depends_on_its_key_alone(tokenizer: Tokenizer) -> None:
+def test_answer_depends_on_its_key_alone(tokenizer: Tokenizer) -> None:
     first, second = Phrasebook(tokenizer), Phrasebook(tokenizer)
     assert [*islice(first.tokens(7), 200)] == [*islice(second.tokens(7), 200)]
     assert len({tuple(islice(first.tokens(key), 60)) for key in range(100)}) == 100
 
 
-def test_an_answer_never_runs_dry(tokenizer: Tokenizer) -> None:
+def test_answer_has_no_end(tokenizer: Tokenizer) -> None:
     assert len([*islice(Phrasebook(tokenizer).tokens(1), 10_000)]) == 10_000

@@ -19,7 +19,7 @@ CARD = ModelCard(
 )
 
 
-def test_a_card_is_read_as_it_was_written() -> None:
+def test_card_is_read_as_it_was_written() -> None:
     assert ModelCard.from_bytes(CARD.to_bytes()) == CARD
 
 
@@ -29,13 +29,13 @@ def test_fields_of_a_later_release_are_kept() -> None:
     assert json.loads(card.to_bytes())["future"] == {"a": 1}
 
 
-def test_an_unknown_version_is_refused_with_what_to_do() -> None:
+def test_unknown_version_is_refused_with_a_remedy() -> None:
     stored = json.loads(CARD.to_bytes()) | {"version": 2}
     with pytest.raises(SchemaMismatch, match="version 2, this release reads 1: upgrade"):
         ModelCard.from_bytes(json.dumps(stored).encode())
 
 
 @pytest.mark.parametrize("stored", [b"", b"null", b"[]", b"{}", b"\xff", b'{"version": 1}'])
-def test_what_is_no_card_is_refused(stored: bytes) -> None:
+def test_invalid_card_is_refused(stored: bytes) -> None:
     with pytest.raises(InvalidRecord, match="not a model card"):
         ModelCard.from_bytes(stored)

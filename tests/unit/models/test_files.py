@@ -48,7 +48,7 @@ def _edit(path: Path, **changes: Any) -> None:
 # --------------------------------------------------------------------------- the directory
 
 
-def test_a_whole_directory_says_all_there_is_to_say(directory: Path) -> None:
+def test_whole_directory_is_read(directory: Path) -> None:
     model = read_model_directory(directory)
     assert list(model.files) == [
         "tokenizer.json", "tokenizer_config.json", "config.json", "generation_config.json",
@@ -65,7 +65,7 @@ def test_a_whole_directory_says_all_there_is_to_say(directory: Path) -> None:
         assert file.read() == content
 
 
-def test_the_real_tokenizer_is_read_as_it_lies_there(shared: Path) -> None:
+def test_real_tokenizer_is_read(shared: Path) -> None:
     """Gzipped, without config.json: its own tokenizer_config says the context length and the end."""
     model = read_model_directory(shared / "data" / "qwen3-tokenizer")
     assert model.files["tokenizer.json"].size_bytes == 11_422_654
@@ -75,7 +75,7 @@ def test_the_real_tokenizer_is_read_as_it_lies_there(shared: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
-def test_a_missing_file_is_named(directory: Path, name: str) -> None:
+def test_missing_file_is_named(directory: Path, name: str) -> None:
     (directory / name).unlink()
     with pytest.raises(ModelError, match=rf"has no {name}") as caught:
         read_model_directory(directory)
@@ -104,7 +104,7 @@ def test_other_files_may_be_missing(directory: Path, name: str) -> None:
         ("config.json", b"[" * 100_000, "not valid JSON"),
     ],
 )
-def test_a_broken_file_is_named(directory: Path, name: str, content: bytes, words: str) -> None:
+def test_broken_file_is_named(directory: Path, name: str, content: bytes, words: str) -> None:
     (directory / name).write_bytes(content)
     with pytest.raises(ModelError, match=words) as caught:
         read_model_directory(directory)
@@ -112,7 +112,7 @@ def test_a_broken_file_is_named(directory: Path, name: str, content: bytes, word
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_no_model_directory_is_said(directory: Path, tmp_path: Path) -> None:
+def test_other_paths_are_no_model_directory(directory: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="No such file"):
         read_model_directory(tmp_path / "nowhere")
     with pytest.raises(ModelError, match="is a file"):
@@ -123,7 +123,7 @@ def test_what_is_no_model_directory_is_said(directory: Path, tmp_path: Path) -> 
         read_model_directory(directory)
 
 
-def test_a_damaged_archive_is_said(directory: Path) -> None:
+def test_damaged_archive_is_named(directory: Path) -> None:
     packed = gzip.compress((directory / "tokenizer.json").read_bytes())
     (directory / "tokenizer.json").unlink()
     for broken in (packed[: len(packed) // 2], b"plain", packed[:30] + b"x" * 100 + packed[130:]):
@@ -141,20 +141,20 @@ def test_a_damaged_archive_is_said(directory: Path) -> None:
         ({"max_position_embeddings": None}, 32768),
     ],
 )
-def test_the_context_length_is_found(directory: Path, changes: dict[str, Any], length: int) -> None:
+def test_context_length_is_found(directory: Path, changes: dict[str, Any], length: int) -> None:
     _edit(directory / "config.json", **changes)
     assert read_model_directory(directory).context_length == length
     assert read_model_directory(directory, context_length=77).context_length == 77
 
 
-def test_an_unknown_context_length_is_asked_for(directory: Path) -> None:
+def test_unknown_context_length_names_the_option(directory: Path) -> None:
     _edit(directory / "config.json", max_position_embeddings=None)
     _edit(directory / "tokenizer_config.json", model_max_length=1e30)
     with pytest.raises(ModelError, match="--context-length"):
         read_model_directory(directory)
 
 
-def test_the_end_of_text_is_found_in_order(directory: Path) -> None:
+def test_end_of_text_is_found_in_order(directory: Path) -> None:
     assert read_model_directory(directory).eos_token_ids == (2, 0)
     (directory / "generation_config.json").unlink()
     assert read_model_directory(directory).eos_token_ids == (2,)
@@ -221,7 +221,7 @@ def test_end_of_text_is_found_in_special_tokens_map(directory: Path) -> None:
     assert read_model_directory(directory).eos_token_ids == ()
 
 
-def test_a_model_without_a_template_completes_text(directory: Path) -> None:
+def test_model_without_a_template_completes_text(directory: Path) -> None:
     _edit(directory / "tokenizer_config.json", chat_template=None)
     model = read_model_directory(directory)
     assert model.model_type == "completions"
@@ -245,7 +245,7 @@ async def _uploaded(objects: MemoryObjectStore, directory: Path, card: ModelCard
     await upload_model_files(objects, read_model_directory(directory), card)
 
 
-async def test_files_come_out_as_they_went_in(
+async def test_files_are_fetched_as_uploaded(
     objects: MemoryObjectStore, directory: Path, card: ModelCard, tmp_path: Path
 ) -> None:
     await _uploaded(objects, directory, card)
@@ -260,7 +260,7 @@ async def test_files_come_out_as_they_went_in(
     )
 
 
-async def test_all_template_files_come_out_as_they_went_in(
+async def test_template_files_are_fetched_as_uploaded(
     objects: MemoryObjectStore, directory: Path, tmp_path: Path
 ) -> None:
     (directory / "chat_template.jinja").write_text("NEW")
@@ -285,7 +285,7 @@ async def test_all_template_files_come_out_as_they_went_in(
         )
 
 
-async def test_a_gzipped_file_arrives_unpacked(
+async def test_gzipped_file_arrives_unpacked(
     objects: MemoryObjectStore, directory: Path, tmp_path: Path
 ) -> None:
     content = (directory / "tokenizer.json").read_bytes()
@@ -297,7 +297,7 @@ async def test_a_gzipped_file_arrives_unpacked(
     assert (fetched / "tokenizer.json").read_bytes() == content
 
 
-async def test_what_is_in_the_cache_is_not_fetched_again(
+async def test_cached_files_are_not_fetched_again(
     objects: MemoryObjectStore, directory: Path, card: ModelCard, tmp_path: Path
 ) -> None:
     await _uploaded(objects, directory, card)
@@ -305,7 +305,7 @@ async def test_what_is_in_the_cache_is_not_fetched_again(
     assert await fetch_model_files(MemoryObjectStore(), card, tmp_path / "cache") == first
 
 
-async def test_a_damaged_cache_is_mended(
+async def test_damaged_cache_is_repaired(
     objects: MemoryObjectStore, directory: Path, card: ModelCard, tmp_path: Path
 ) -> None:
     await _uploaded(objects, directory, card)
@@ -321,7 +321,7 @@ async def test_a_damaged_cache_is_mended(
     assert (fetched / "config.json").read_bytes() == whole
 
 
-async def test_two_versions_of_a_model_do_not_collide(
+async def test_versions_of_a_model_do_not_collide(
     objects: MemoryObjectStore, directory: Path, card: ModelCard, tmp_path: Path
 ) -> None:
     await _uploaded(objects, directory, card)
@@ -357,12 +357,12 @@ async def test_other_content_than_the_card_says_is_refused(
     }
 
 
-async def test_a_file_that_is_gone_is_named(card: ModelCard, tmp_path: Path) -> None:
+async def test_file_that_is_gone_is_named(card: ModelCard, tmp_path: Path) -> None:
     with pytest.raises(ObjectNotFound, match=r"tokenizer\.json"):
         await fetch_model_files(MemoryObjectStore(), card, tmp_path / "cache")
 
 
-async def test_a_card_is_not_trusted_with_paths(
+async def test_paths_in_a_card_are_not_used(
     objects: MemoryObjectStore, directory: Path, card: ModelCard, tmp_path: Path
 ) -> None:
     await _uploaded(objects, directory, card)
@@ -385,7 +385,7 @@ async def test_a_card_is_not_trusted_with_paths(
             await fetch_model_files(objects, broken, tmp_path / "other")
 
 
-async def test_a_cache_that_cannot_be_written_is_said(
+async def test_unwritable_cache_is_named(
     objects: MemoryObjectStore, directory: Path, card: ModelCard, tmp_path: Path
 ) -> None:
     await _uploaded(objects, directory, card)
@@ -394,7 +394,7 @@ async def test_a_cache_that_cannot_be_written_is_said(
         await fetch_model_files(objects, card, tmp_path / "file")
 
 
-async def test_a_file_changed_since_it_was_read_is_not_uploaded(
+async def test_changed_file_is_not_uploaded(
     objects: MemoryObjectStore, directory: Path, card: ModelCard
 ) -> None:
     model = read_model_directory(directory)
@@ -472,7 +472,7 @@ class OneRegistryRuntime:
         self.instance_id = InstanceId(0x694D98147D54BFDE)
 
 
-async def test_files_are_there_before_the_card_and_again_after_a_wipe(
+async def test_files_are_uploaded_before_the_card(
     objects: MemoryObjectStore, directory: Path, tmp_path: Path
 ) -> None:
     runtime = OneRegistryRuntime(objects)

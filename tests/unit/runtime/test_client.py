@@ -53,19 +53,19 @@ async def test_items_are_annotated_unless_plain_ones_are_wanted(bench: Bench) ->
     assert await collect(await bench.client.round_robin("q", annotated=False)) == ["a", "b"]
 
 
-async def test_falsy_items_and_requests_are_carried(bench: Bench) -> None:
+async def test_falsy_items_and_requests_arrive(bench: Bench) -> None:
     bench.register(1)
     bench.plane.scripts[1] = ["", 0, False]
     assert await collect(await bench.client.round_robin(None, annotated=False)) == ["", 0, False]
     assert bench.plane.opened == [(1, None)]
 
 
-async def test_no_instance_is_said_at_once(bench: Bench) -> None:
+async def test_missing_instance_is_an_error_at_once(bench: Bench) -> None:
     with pytest.raises(NoInstances, match=r"dynamo\.backend\.generate"):
         await bench.client.generate("q")
 
 
-async def test_a_request_that_takes_workers_with_it_takes_three_at_most(bench: Bench) -> None:
+async def test_lost_request_is_sent_to_three_instances_at_most(bench: Bench) -> None:
     bench.register(1, 2, 3, 4, 5)
     bench.plane.scripts = {number: [ConnectionLost("it hangs")] for number in range(1, 6)}
     with pytest.raises(ConnectionLost):
@@ -73,7 +73,7 @@ async def test_a_request_that_takes_workers_with_it_takes_three_at_most(bench: B
     assert len(bench.plane.opened) == 3
 
 
-async def test_silent_request_is_sent_to_no_third_instance(bench: Bench) -> None:
+async def test_unanswered_request_is_sent_to_two_instances_at_most(bench: Bench) -> None:
     bench.register(1, 2, 3, 4, 5)
     bench.plane.scripts = {number: [PeerSilent("it hangs")] for number in range(1, 6)}
     with pytest.raises(PeerSilent, match="2 instances fell silent with this request"):
@@ -82,7 +82,7 @@ async def test_silent_request_is_sent_to_no_third_instance(bench: Bench) -> None
 
 
 @pytest.mark.parametrize("error", [PeerSilent("x"), ConnectionLost("x"), NotAccepted("x")])
-async def test_lost_request_goes_to_one_that_answers(bench: Bench, error: PlaneError) -> None:
+async def test_lost_request_goes_to_an_instance_that_answers(bench: Bench, error: PlaneError) -> None:
     """Five of six hang: only the one that answers a probe gets the request."""
     bench.register(1, 2, 3, 4, 5, 6)
     bench.plane.scripts = {number: [error] for number in (1, 2, 3, 4, 5)}
@@ -94,9 +94,7 @@ async def test_lost_request_goes_to_one_that_answers(bench: Bench, error: PlaneE
 
 
 @pytest.mark.parametrize("error", [CannotConnect("x"), ConnectionLost("x"), Draining("x"), Overloaded("x")])
-async def test_a_retryable_failure_before_the_first_item_goes_elsewhere(
-    bench: Bench, error: PlaneError
-) -> None:
+async def test_request_that_fails_before_an_item_is_sent_elsewhere(bench: Bench, error: PlaneError) -> None:
     bench.register(1, 2)
     bench.plane.scripts[1] = [error]
     for _ in range(4):
@@ -104,7 +102,7 @@ async def test_a_retryable_failure_before_the_first_item_goes_elsewhere(
     assert loads(bench) == [(0, 0), (0, 0)]
 
 
-async def test_a_dead_instance_is_avoided_from_the_first_refusal_on(bench: Bench) -> None:
+async def test_instance_is_avoided_after_its_first_refusal(bench: Bench) -> None:
     bench.register(1, 2, 3)
     bench.plane.scripts[1] = [CannotConnect("refused")]
     bench.plane.alive[1] = False
@@ -113,7 +111,7 @@ async def test_a_dead_instance_is_avoided_from_the_first_refusal_on(bench: Bench
     assert [number for number, _ in bench.plane.opened].count(1) == 1
 
 
-async def test_an_overloaded_instance_is_not_marked_down(bench: Bench) -> None:
+async def test_overloaded_instance_is_not_marked_down(bench: Bench) -> None:
     bench.register(1, 2)
     bench.plane.scripts[1] = [Overloaded("full")]
     await collect(await bench.client.round_robin("q"))
@@ -121,7 +119,7 @@ async def test_an_overloaded_instance_is_not_marked_down(bench: Bench) -> None:
     assert bench.chosen_first() == [1, 2]
 
 
-async def test_overload_everywhere_is_tried_at_few_instances_only(bench: Bench) -> None:
+async def test_overload_is_tried_at_three_instances_only(bench: Bench) -> None:
     bench.register(*range(1, 11))
     for number in range(1, 11):
         bench.plane.scripts[number] = [Overloaded("full", 2.0)]
@@ -131,7 +129,7 @@ async def test_overload_everywhere_is_tried_at_few_instances_only(bench: Bench) 
     assert len(bench.plane.opened) == 3
 
 
-async def test_each_instance_is_tried_once_and_the_last_error_is_raised(bench: Bench) -> None:
+async def test_each_instance_is_tried_once_then_the_error_raised(bench: Bench) -> None:
     bench.register(1, 2, 3)
     for number in (1, 2, 3):
         bench.plane.scripts[number] = [CannotConnect(f"refused by {number}")]
@@ -150,7 +148,7 @@ async def test_other_errors_are_raised_at_once(bench: Bench, error: PlaneError) 
     assert len(bench.plane.opened) == 1
 
 
-async def test_nothing_is_repeated_after_the_first_item(bench: Bench) -> None:
+async def test_request_is_not_sent_again_after_its_first_item(bench: Bench) -> None:
     bench.register(1, 2)
     for number in (1, 2):
         bench.plane.scripts[number] = ["item", ConnectionLost("cut")]
@@ -162,7 +160,7 @@ async def test_nothing_is_repeated_after_the_first_item(bench: Bench) -> None:
     assert loads(bench) == [(0, 0), (0, 0)]
 
 
-async def test_a_stopped_request_is_not_repeated(bench: Bench) -> None:
+async def test_stopped_request_is_not_sent_again(bench: Bench) -> None:
     bench.register(1, 2)
     bench.plane.scripts[1] = bench.plane.scripts[2] = [CannotConnect("x")]
     context = Context()
@@ -173,7 +171,7 @@ async def test_a_stopped_request_is_not_repeated(bench: Bench) -> None:
     assert len(bench.plane.opened) == 1
 
 
-async def test_an_outdated_secret_is_refreshed_once(bench: Bench) -> None:
+async def test_outdated_secret_is_read_again_once(bench: Bench) -> None:
     bench.register(1)
     bench.plane.scripts[1] = [AuthenticationFailed("old secret")]
     bench.registry.record = put(instance(1, secret=b"new")).record
@@ -185,7 +183,7 @@ async def test_an_outdated_secret_is_refreshed_once(bench: Bench) -> None:
     assert member.target.secret == b"new"
 
 
-async def test_an_instance_that_does_not_know_its_secret_is_avoided(bench: Bench) -> None:
+async def test_instance_with_an_unknown_secret_is_avoided(bench: Bench) -> None:
     """Another process may have taken its port: each request that tried it would read its record again."""
     bench.register(1, 2)
     bench.plane.scripts[1] = [AuthenticationFailed("who are you?")]
@@ -219,7 +217,7 @@ async def test_in_flight_counts_until_the_end(bench: Bench) -> None:
     assert loads(bench) == [(0, 0)]
 
 
-async def test_a_dropped_iterator_kills_the_request(bench: Bench) -> None:
+async def test_dropped_iterator_kills_the_request(bench: Bench) -> None:
     bench.register(1)
     bench.plane.scripts[1] = ["a", None]
     call = await bench.client.round_robin("q")
@@ -231,7 +229,7 @@ async def test_a_dropped_iterator_kills_the_request(bench: Bench) -> None:
     assert loads(bench) == [(0, 0)]
 
 
-async def test_closing_after_a_cancelled_read_leaves_nothing(bench: Bench) -> None:
+async def test_close_after_a_cancelled_read_leaves_no_request(bench: Bench) -> None:
     bench.register(1)
     bench.plane.scripts[1] = [None]
     call = await bench.client.round_robin("q")
@@ -244,7 +242,7 @@ async def test_closing_after_a_cancelled_read_leaves_nothing(bench: Bench) -> No
     assert loads(bench) == [(0, 0)]
 
 
-async def test_modes(bench: Bench) -> None:
+async def test_router_modes(bench: Bench) -> None:
     bench.register(1, 2)
     client = bench.client
     for call in (client.random, client.p2c, client.least_loaded, client.generate):
@@ -300,7 +298,7 @@ async def test_closed_call_is_sent_to_no_other_instance(bench: Bench) -> None:
     assert loads(bench) == [(0, 0)] * 2
 
 
-async def test_live_ids_count_as_they_are_at_each_choice(bench: Bench) -> None:
+async def test_live_ids_are_read_at_each_choice(bench: Bench) -> None:
     bench.register(1, 2, 3)
     ids = LiveIds()
     ids.set(frozenset({1}))

@@ -34,7 +34,7 @@ async def test_registered_instances_are_candidates_in_order(bench: Bench) -> Non
     assert bench.client.instance_ids() == [1, 2, 3]
 
 
-async def test_a_changed_address_is_seen(bench: Bench) -> None:
+async def test_changed_address_makes_a_new_member(bench: Bench) -> None:
     bench.register(1)
     old = bench.view.candidates[0].target
     bench.view.apply(batch(put(instance(1, host="elsewhere"))))
@@ -42,7 +42,7 @@ async def test_a_changed_address_is_seen(bench: Bench) -> None:
     assert bench.plane.forgotten == [old]
 
 
-async def test_an_unreadable_record_keeps_the_last_good_one(
+async def test_unreadable_record_keeps_the_last_good_one(
     bench: Bench, caplog: pytest.LogCaptureFixture
 ) -> None:
     bench.register(1)
@@ -52,7 +52,7 @@ async def test_an_unreadable_record_keeps_the_last_good_one(
     assert f"{NAME.instance_key(1)} is not an instance record" in caplog.text
 
 
-async def test_an_instance_on_another_plane_is_left_out_and_named(
+async def test_instance_on_another_plane_is_left_out_and_logged(
     bench: Bench, caplog: pytest.LogCaptureFixture
 ) -> None:
     other = instance(1).to_bytes().replace(b'"tcp"', b'"http"')
@@ -62,7 +62,7 @@ async def test_an_instance_on_another_plane_is_left_out_and_named(
     assert "offers http" in caplog.text
 
 
-async def test_a_hanging_instance_is_not_chosen_until_it_is_back(bench: Bench) -> None:
+async def test_hanging_instance_is_not_chosen_until_ready(bench: Bench) -> None:
     bench.register(1, 2)
     bench.view.apply(batch(put(instance(1, ready=False))))
     assert bench.chosen_first() == [2]
@@ -71,7 +71,7 @@ async def test_a_hanging_instance_is_not_chosen_until_it_is_back(bench: Bench) -
     assert bench.chosen_first() == [1, 2]
 
 
-async def test_a_deliberate_delete_lets_requests_finish(bench: Bench) -> None:
+async def test_deliberate_delete_lets_requests_finish(bench: Bench) -> None:
     bench.register(1, 2)
     bench.plane.scripts[1] = [None]
     call = await bench.client.direct("q", 1)
@@ -82,7 +82,7 @@ async def test_a_deliberate_delete_lets_requests_finish(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("cause", [EXPIRED, REVOKED])
-async def test_one_lost_instance_fails_what_is_pending_on_it(bench: Bench, cause: DeleteCause) -> None:
+async def test_lost_instance_fails_its_pending_requests(bench: Bench, cause: DeleteCause) -> None:
     bench.register(1, 2, 3)
     bench.plane.scripts[1] = [None]
     call = await bench.client.direct("q", 1)
@@ -92,7 +92,7 @@ async def test_one_lost_instance_fails_what_is_pending_on_it(bench: Bench, cause
         await anext(call)
 
 
-async def test_what_is_already_answering_is_not_failed(bench: Bench) -> None:
+async def test_request_with_an_item_survives_a_lost_record(bench: Bench) -> None:
     bench.register(1, 2, 3)
     bench.plane.scripts[1] = ["first", "second"]
     call = await bench.client.direct("q", 1, annotated=False)
@@ -101,7 +101,7 @@ async def test_what_is_already_answering_is_not_failed(bench: Bench) -> None:
     assert await anext(call) == "second"
 
 
-async def test_half_of_them_expiring_together_are_suspects(bench: Bench) -> None:
+async def test_half_of_the_instances_expiring_become_suspects(bench: Bench) -> None:
     bench.register(1, 2, 3, 4)
     bench.view.apply(batch(gone(1, EXPIRED), gone(2, EXPIRED)))
     assert bench.chosen_first() == [3, 4]
@@ -113,7 +113,7 @@ async def test_half_of_them_expiring_together_are_suspects(bench: Bench) -> None
     assert bench.confirmed() == [1, 2, 3, 4]
 
 
-async def test_an_emptied_registry_never_empties_the_list(bench: Bench) -> None:
+async def test_emptied_registry_never_empties_the_list(bench: Bench) -> None:
     bench.register(1, 2)
     bench.view.apply(batch(gone(1, RESYNC), gone(2, RESYNC), resync="incarnation changed"))
     assert bench.client.instance_ids() == [1, 2]
@@ -139,13 +139,13 @@ async def test_losses_far_apart_do_not_add_up(bench: Bench) -> None:
     assert bench.known() == {3}
 
 
-async def test_a_single_instance_that_expires_is_gone(bench: Bench) -> None:
+async def test_single_instance_that_expires_is_forgotten(bench: Bench) -> None:
     bench.register(1)
     bench.view.apply(batch(gone(1, EXPIRED)))
     assert bench.known() == set()
 
 
-async def test_a_single_instance_survives_an_emptied_registry(bench: Bench) -> None:
+async def test_single_instance_survives_an_emptied_registry(bench: Bench) -> None:
     bench.register(1)
     bench.view.apply(batch(gone(1, RESYNC), resync="incarnation changed"))
     call = await bench.client.generate("q", annotated=False)
@@ -158,7 +158,7 @@ async def test_deliberate_deletes_make_no_suspects(bench: Bench) -> None:
     assert bench.known() == set()
 
 
-async def test_a_suspect_that_refuses_is_dropped(bench: Bench) -> None:
+async def test_suspect_that_refuses_is_dropped(bench: Bench) -> None:
     bench.register(1, 2)
     bench.plane.alive[1] = False
     bench.view.apply(batch(gone(1, RESYNC), gone(2, RESYNC), resync="incarnation changed"))
@@ -168,14 +168,14 @@ async def test_a_suspect_that_refuses_is_dropped(bench: Bench) -> None:
     assert bench.client.instance_ids() == [2]
 
 
-async def test_an_emptied_registry_keeps_those_that_answer_in_service(bench: Bench) -> None:
+async def test_suspects_that_answer_stay_in_service(bench: Bench) -> None:
     bench.register(1, 2)
     bench.view.apply(batch(gone(1, RESYNC), gone(2, RESYNC), resync="incarnation changed"))
     call = await bench.client.generate("q", annotated=False)
     assert [item async for item in call] in ([1], [2])
 
 
-async def test_a_suspect_that_registers_again_is_trusted(bench: Bench) -> None:
+async def test_suspect_that_registers_again_is_up(bench: Bench) -> None:
     bench.register(1, 2)
     bench.view.apply(batch(gone(1, RESYNC), gone(2, RESYNC), resync="incarnation changed"))
     bench.register(1)
@@ -183,7 +183,7 @@ async def test_a_suspect_that_registers_again_is_trusted(bench: Bench) -> None:
     assert bench.view.get(1).state is State.UP  # type: ignore[union-attr]
 
 
-async def test_marked_down_is_chosen_last_and_comes_back_when_it_answers(bench: Bench) -> None:
+async def test_down_instance_is_chosen_last_until_it_answers(bench: Bench) -> None:
     bench.register(1, 2)
     bench.view.mark_down(bench.view.candidates[0], CannotConnect("refused"))
     assert bench.chosen_first() == [2]
@@ -192,14 +192,14 @@ async def test_marked_down_is_chosen_last_and_comes_back_when_it_answers(bench: 
             await bench.view.wait_for_change()
 
 
-async def test_wait_for_instances_wakes_at_the_first(bench: Bench) -> None:
+async def test_wait_for_instances_ends_at_the_first(bench: Bench) -> None:
     waiting = bench.client.wait_for_instances(5)
     await settled()
     bench.register(7)
     assert await waiting == [7]
 
 
-async def test_a_silent_instance_is_passed_over_until_it_answers(bench: Bench) -> None:
+async def test_quiet_instance_is_avoided_until_it_answers(bench: Bench) -> None:
     bench.register(1, 2)
     bench.view.note_quiet(bench.view.candidates[0].target)
     assert bench.chosen_first() == [2]
@@ -208,7 +208,7 @@ async def test_a_silent_instance_is_passed_over_until_it_answers(bench: Bench) -
     assert bench.chosen_first() == [1, 2]
 
 
-async def test_a_silent_instance_that_does_not_answer_is_down(bench: Bench) -> None:
+async def test_quiet_instance_that_fails_a_probe_is_down(bench: Bench) -> None:
     bench.register(1, 2)
     bench.plane.alive[1] = False
     bench.view.note_quiet(bench.view.candidates[0].target)
@@ -217,7 +217,7 @@ async def test_a_silent_instance_that_does_not_answer_is_down(bench: Bench) -> N
     assert bench.client.instance_ids() == [2]
 
 
-async def test_silence_at_an_old_address_says_nothing_of_the_new_one(bench: Bench) -> None:
+async def test_silence_at_an_old_address_is_ignored(bench: Bench) -> None:
     bench.register(1, 2)
     old = bench.view.candidates[0].target
     bench.view.apply(batch(put(instance(1, host="elsewhere"))))
@@ -225,7 +225,7 @@ async def test_silence_at_an_old_address_says_nothing_of_the_new_one(bench: Benc
     assert bench.chosen_first() == [1, 2]
 
 
-async def test_a_silent_instance_keeps_what_was_sent_and_loses_what_waits_to_be(bench: Bench) -> None:
+async def test_quiet_instance_keeps_sent_requests_only(bench: Bench) -> None:
     bench.register(1, 2, 3)
     bench.plane.unconnected.add(1)
     bench.plane.scripts = {1: [None], 2: [None], 3: ["from another"]}
@@ -237,7 +237,7 @@ async def test_a_silent_instance_keeps_what_was_sent_and_loses_what_waits_to_be(
     del unsent, sent
 
 
-async def test_with_no_other_a_silent_instance_keeps_all_and_is_chosen(bench: Bench) -> None:
+async def test_only_instance_is_chosen_while_quiet(bench: Bench) -> None:
     bench.register(1)
     bench.plane.alive[1] = False
     bench.plane.unconnected.add(1)
@@ -250,7 +250,7 @@ async def test_with_no_other_a_silent_instance_keeps_all_and_is_chosen(bench: Be
     del call, another
 
 
-async def test_where_all_are_down_nobody_waits_long_for_a_connection(bench: Bench) -> None:
+async def test_requests_fail_soon_where_all_instances_are_down(bench: Bench) -> None:
     bench.register(1)
     bench.plane.unconnected.add(1)
     bench.plane.scripts[1] = [None]
@@ -262,7 +262,7 @@ async def test_where_all_are_down_nobody_waits_long_for_a_connection(bench: Benc
         await anext(call)
 
 
-async def test_the_least_doubtful_is_the_last_resort(bench: Bench) -> None:
+async def test_last_resorts_are_ordered_by_state(bench: Bench) -> None:
     bench.register(1, 2, 3)
     bench.plane.scripts = {number: [CannotConnect("refused")] for number in (1, 2, 3)}
     target: dict[int, Target] = {member.instance_id: member.target for member in bench.view}
@@ -275,7 +275,7 @@ async def test_the_least_doubtful_is_the_last_resort(bench: Bench) -> None:
     assert [number for number, _ in bench.plane.opened] == [3, 2, 1]
 
 
-async def test_an_instance_that_is_down_and_expires_is_forgotten_at_once(bench: Bench) -> None:
+async def test_down_instance_that_expires_is_forgotten_at_once(bench: Bench) -> None:
     bench.register(1, 2)
     for member in tuple(bench.view.candidates):
         bench.view.mark_down(member, CannotConnect("no answer"))
@@ -283,7 +283,7 @@ async def test_an_instance_that_is_down_and_expires_is_forgotten_at_once(bench: 
     assert bench.known() == set()
 
 
-async def test_an_instance_that_is_down_is_kept_by_a_wiped_registry_while_it_may_answer(bench: Bench) -> None:
+async def test_down_instance_survives_a_wiped_registry(bench: Bench) -> None:
     bench.register(1)
     bench.view.mark_down(bench.view.candidates[0], CannotConnect("no answer"))
     bench.view.apply(batch(gone(1, RESYNC), resync="incarnation changed"))
@@ -292,7 +292,7 @@ async def test_an_instance_that_is_down_is_kept_by_a_wiped_registry_while_it_may
     assert bench.client.instance_ids() == [1]
 
 
-async def test_a_suspect_that_fails_a_request_is_dropped(bench: Bench) -> None:
+async def test_suspect_that_fails_a_request_is_dropped(bench: Bench) -> None:
     bench.register(1)
     bench.view.apply(batch(gone(1, RESYNC), resync="incarnation changed"))
     member = bench.view.get(1)
@@ -302,9 +302,7 @@ async def test_a_suspect_that_fails_a_request_is_dropped(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("cause", [EXPIRED, RESYNC, DELETED, REVOKED])
-async def test_an_instance_that_went_and_came_back_in_one_batch_is_there(
-    bench: Bench, cause: DeleteCause
-) -> None:
+async def test_delete_and_put_in_one_batch_keep_the_instance(bench: Bench, cause: DeleteCause) -> None:
     bench.register(1, 2, 3)
     bench.view.apply(batch(gone(1, cause), put(instance(1))))
     assert bench.chosen_first() == [1, 2, 3]
@@ -312,7 +310,7 @@ async def test_an_instance_that_went_and_came_back_in_one_batch_is_there(
     assert bench.chosen_first() == [1, 2, 3]
 
 
-async def test_an_instance_that_came_and_went_in_one_batch_is_gone(bench: Bench) -> None:
+async def test_put_and_delete_in_one_batch_leave_no_instance(bench: Bench) -> None:
     bench.register(1, 2, 3)
     bench.view.apply(batch(gone(1, EXPIRED), put(instance(1)), gone(1, EXPIRED)))
     assert bench.known() == {2, 3}

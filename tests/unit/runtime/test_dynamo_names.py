@@ -85,13 +85,13 @@ def test_table_names_only_what_exists(names: dict[str, Any], table: dict[str, st
             assert set(parameters) <= set(own) if member == "publish" else positional == parameters, name
 
 
-def test_the_runtime_takes_all_arguments(names: dict[str, Any]) -> None:
+def test_runtime_takes_all_arguments_of_dynamo(names: dict[str, Any]) -> None:
     own = list(inspect.signature(runtime.DistributedRuntime.__init__).parameters)[1:]
     theirs = names["classes"]["DistributedRuntime"]["__init__"]
     assert own[: len(theirs)] == theirs
 
 
-def test_the_list_is_the_installed_wheels(names: dict[str, Any]) -> None:
+def test_list_matches_the_installed_wheel(names: dict[str, Any]) -> None:
     """Where the wheel is installed; one of a later release may have more."""
     try:
         core = importlib.import_module("dynamo._core")

@@ -76,11 +76,11 @@ class Worker:
         (Worker(), "q"),
     ],
 )
-async def test_every_shape_of_handler(handler: AnyHandler, expected: object) -> None:
+async def test_adapt_accepts_every_form_of_handler(handler: AnyHandler, expected: object) -> None:
     assert await answers(handler, "q") == [expected]
 
 
-def test_a_handler_without_a_request_is_refused_at_once() -> None:
+def test_handler_without_a_request_is_refused() -> None:
     async def nothing() -> None: ...
 
     with pytest.raises(TypeError, match="must take a request"):
@@ -97,7 +97,7 @@ async def test_models_are_validated_and_sent_plain() -> None:
 @pytest.mark.parametrize(
     ("request_", "named"), [({"text": 5}, "text"), ({}, "text"), (None, "request"), ("{", "request")]
 )
-async def test_what_does_not_fit_names_the_field(request_: object, named: str) -> None:
+async def test_invalid_request_error_names_the_field(request_: object, named: str) -> None:
     with pytest.raises(InvalidRequest, match=f"^{named}: "):
         await answers(Worker().words, request_)
 
@@ -118,7 +118,7 @@ async def _items(*items: int) -> AsyncIterator[int]:
         yield item
 
 
-async def test_collect_one() -> None:
+async def test_collect_one_needs_exactly_one_item() -> None:
     assert await collect_one(_items(1)) == 1
     with pytest.raises(RuntimeError, match="no item"):
         await collect_one(_items())

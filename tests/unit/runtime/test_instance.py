@@ -28,12 +28,12 @@ def record(**changes: object) -> bytes:
     return json.dumps({**fields, **changes}).encode()
 
 
-def test_the_stored_form_reads_back_equal() -> None:
+def test_stored_record_reads_back_equal() -> None:
     instance = Instance(NAME, ID, {"tcp": f"[::1]:1/{NAME.subject(ID)}"}, True, b"\x01\x02", 12.5)
     assert Instance.from_bytes(instance.to_bytes()) == instance
 
 
-def test_a_record_of_dynamo_is_read() -> None:
+def test_record_of_dynamo_is_read() -> None:
     instance = Instance.from_bytes(record(unknown_field=1))
     assert instance.target("tcp") == Target(
         ID, "10.0.0.7:37145", "694d98147d54bfde/dynamo/backend/generate", None
@@ -48,7 +48,7 @@ def test_stalled_form_differs_in_ready_only() -> None:
     assert {**stalled, "ready": True} == json.loads(instance.to_bytes())
 
 
-def test_the_secret_is_not_in_the_repr() -> None:
+def test_secret_is_not_in_the_repr() -> None:
     instance = Instance(NAME, ID, {"tcp": "h:1/s"}, secret=b"hush-hush")
     assert "hush" not in repr(instance)
     assert b"hush".hex() not in repr(instance)
@@ -70,11 +70,11 @@ def test_the_secret_is_not_in_the_repr() -> None:
         record(namespace=""),
     ],
 )
-def test_what_is_no_record_is_a_value_error(stored: bytes) -> None:
+def test_invalid_record_is_a_value_error(stored: bytes) -> None:
     with pytest.raises(ValueError, match="not an instance record"):
         Instance.from_bytes(stored)
 
 
-def test_an_unknown_major_version_is_refused() -> None:
+def test_unknown_major_version_is_refused() -> None:
     with pytest.raises(SchemaMismatch, match="version 2"):
         Instance.from_bytes(record(version=2))

@@ -35,7 +35,7 @@ def test_round_robin_survives_a_shrinking_set() -> None:
             workers.pop()
 
 
-def test_random_reaches_all_evenly() -> None:
+def test_random_chooses_all_evenly() -> None:
     workers = [Worker(n) for n in range(4)]
     choose = policy("random", random.Random(7))
     counts = Counter(choose(workers).instance_id for _ in range(4000))
@@ -60,19 +60,19 @@ def test_p2c_spreads_a_burst_better_than_random() -> None:
     assert worst("p2c") <= 105 < worst("random")
 
 
-def test_least_loaded_takes_the_minimum_and_turns_among_equals() -> None:
+def test_least_loaded_takes_the_minimum_equals_in_turn() -> None:
     workers = [Worker(0, 3), Worker(1, 1), Worker(2, 1)]
     choose = policy("least_loaded", random.Random(2))
     assert {choose(workers).instance_id for _ in range(10)} == {1, 2}
 
 
-def test_only_knows_one() -> None:
+def test_only_chooses_its_instance() -> None:
     workers = [Worker(1), Worker(2)]
     assert Only(2)(workers) is workers[1]
     with pytest.raises(NoInstances, match="instance ff"):
         Only(255)(workers)
 
 
-def test_an_unknown_mode_is_named() -> None:
+def test_unknown_mode_is_named() -> None:
     with pytest.raises(ConfigError, match="round_robin"):
         policy("fastest", random.Random())

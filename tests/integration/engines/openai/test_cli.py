@@ -48,7 +48,7 @@ async def end(process: asyncio.subprocess.Process) -> int:
         return await process.wait()
 
 
-async def test_a_worker_waits_for_its_engine_serves_it_and_leaves(
+async def test_worker_waits_for_its_engine_and_serves_it(
     dynamo_redis_url: str, dynamo_redis_prefix: str, deployment: Deployment
 ) -> None:
     async with running_engine() as engine:
@@ -71,7 +71,7 @@ async def test_a_worker_waits_for_its_engine_serves_it_and_leaves(
                         await asyncio.sleep(0.01)
 
 
-async def test_a_worker_that_still_waits_can_be_ended(
+async def test_worker_that_waits_for_its_engine_can_be_ended(
     dynamo_redis_url: str, dynamo_redis_prefix: str
 ) -> None:
     nobody = "http://127.0.0.1:9"

@@ -147,7 +147,7 @@ def held(indexer: Indexer, worker: DistributedRuntime) -> set[int]:
     return indexer.index.blocks_of(Worker(worker.instance_id)).get(DEVICE, set())
 
 
-async def test_chats_go_where_their_prefix_is_and_the_index_is_the_engines_caches(services: Services) -> None:
+async def test_chats_follow_their_prefix_and_the_index_is_exact(services: Services) -> None:
     engines = [await services.engine() for _ in range(2)]
     workers = [await services.worker(engine) for engine in engines]
     frontend = await services.frontend()
@@ -176,7 +176,7 @@ async def test_chats_go_where_their_prefix_is_and_the_index_is_the_engines_cache
     assert not any(engine.mock.cache.stored() for engine in engines)
 
 
-async def test_who_hangs_up_ends_the_request_in_the_engine(services: Services) -> None:
+async def test_client_that_disconnects_ends_the_engines_request(services: Services) -> None:
     engine = await services.engine(speedup_ratio=1)
     await services.worker(engine)
     frontend = await services.frontend()
@@ -190,7 +190,7 @@ async def test_who_hangs_up_ends_the_request_in_the_engine(services: Services) -
     await until(lambda: not engine.mock.running_count)
 
 
-async def test_an_engine_is_killed_and_comes_back(services: Services) -> None:
+async def test_engine_is_killed_and_comes_back(services: Services) -> None:
     engines = [await services.engine() for _ in range(2)]
     workers = [await services.worker(engine) for engine in engines]
     frontend = await services.frontend()
@@ -214,7 +214,7 @@ async def test_an_engine_is_killed_and_comes_back(services: Services) -> None:
         await until(lambda: held(indexer, workers[place]) == another.mock.cache.stored())
 
 
-async def test_a_worker_that_comes_to_a_warm_engine_learns_its_cache_from_chats(services: Services) -> None:
+async def test_worker_learns_a_warm_engines_cache_from_chats(services: Services) -> None:
     """Without replay: nobody tells again what stands at the beginning of every prompt."""
     engine = await services.engine()
     first = await services.worker(engine)
@@ -251,7 +251,7 @@ async def listed_context(frontend: httpx.AsyncClient) -> int:
     return int(model["max_model_len"])
 
 
-async def test_card_follows_an_engine_that_comes_back_another(services: Services) -> None:
+async def test_card_is_updated_when_another_engine_comes_back(services: Services) -> None:
     engine = await services.engine(max_model_len=700)
     await services.worker(engine)
     frontend = await services.frontend()
@@ -266,7 +266,7 @@ async def test_card_follows_an_engine_that_comes_back_another(services: Services
                 await asyncio.sleep(0.05)
 
 
-async def test_usage_is_what_the_engine_counted(services: Services) -> None:
+async def test_usage_has_the_engines_counts(services: Services) -> None:
     engine = await services.engine()
     engine.counted = {"prompt_tokens": 1234, "completion_tokens": 56}
     await services.worker(engine)
@@ -297,7 +297,7 @@ async def test_refusals_of_the_engine_reach_the_client(
     assert response.headers.get("retry-after") == ("7" if status == 429 else None)
 
 
-async def test_whole_answer_begins_anew_when_its_engine_dies(services: Services) -> None:
+async def test_unary_chat_is_sent_again_when_its_engine_dies(services: Services) -> None:
     engines = [await services.engine() for _ in range(2)]
     for engine in engines:
         engine.break_off_after = 3
@@ -310,7 +310,7 @@ async def test_whole_answer_begins_anew_when_its_engine_dies(services: Services)
     assert sum(len(engine.requests) for engine in engines) > 1
 
 
-async def test_failing_engine_loses_its_share(services: Services, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_failing_engine_is_ejected(services: Services, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is well by its health, and idle by its load; it even holds the prompt."""
     monkeypatch.setattr(ejection, "PAUSE_S", (600.0, 600.0))
     engines = [await services.engine() for _ in range(2)]

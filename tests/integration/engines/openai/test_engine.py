@@ -84,7 +84,7 @@ async def until(condition: Callable[[], object]) -> None:
             await asyncio.sleep(0.005)
 
 
-async def test_tokens_go_and_come_as_they_are() -> None:
+async def test_tokens_are_sent_and_received_unchanged() -> None:
     async with running_engine() as server, engine_at(server) as engine:
         items = await answer(engine, request())
         assert token_ids(items) == token_ids(await answer(server.mock, request()))
@@ -104,7 +104,7 @@ async def test_tokens_go_and_come_as_they_are() -> None:
         assert again[-1]["cached_tokens"] == len(PROMPT) - 16  # the last block is computed in any case
 
 
-async def test_the_engine_says_how_large_it_is_and_what_it_has_to_do() -> None:
+async def test_capacity_and_load_are_read_from_the_engine() -> None:
     async with running_engine(total_kv_blocks=321, block_size=32, speedup_ratio=1) as server:
         async with engine_at(server) as engine:
             assert (engine.capacity.kv_block_size, engine.capacity.total_kv_blocks) == (32, 321)
@@ -119,7 +119,7 @@ async def test_the_engine_says_how_large_it_is_and_what_it_has_to_do() -> None:
 
 
 @pytest.mark.parametrize("owner", ["sglang", "llamacpp", "somebody"])
-async def test_an_answer_in_text_becomes_tokens_of_exactly_that_text(owner: str) -> None:
+async def test_text_answer_becomes_tokens_of_that_text(owner: str) -> None:
     async with running_engine(owner=owner) as server, engine_at(server) as engine:
         wanted = request(stop_conditions={"max_tokens": 150})
         made = token_ids(await answer(server.mock, wanted))
@@ -129,7 +129,7 @@ async def test_an_answer_in_text_becomes_tokens_of_exactly_that_text(owner: str)
         assert items[-1]["finish_reason"] == (await answer(server.mock, wanted))[-1]["finish_reason"]
 
 
-async def test_a_server_that_takes_no_ids_gets_text() -> None:
+async def test_server_that_takes_no_ids_gets_text() -> None:
     async with running_engine(owner="somebody", takes_ids=False) as server, engine_at(server) as engine:
         prompt = server.tokenizer.encode("<|im_start|>user\nWho waits at the café?").ids
         wanted = request(token_ids=prompt, stop_conditions={"max_tokens": 20})
@@ -154,7 +154,7 @@ async def test_a_server_that_takes_no_ids_gets_text() -> None:
         (502, HandlerFailed),
     ],
 )
-async def test_what_the_engine_refuses_has_a_type(status: int, error: type[PlaneError]) -> None:
+async def test_refusals_of_the_engine_have_typed_errors(status: int, error: type[PlaneError]) -> None:
     async with running_engine() as server, engine_at(server) as engine:
         server.fail_with = (status, {"Retry-After": "3"})
         with pytest.raises(error, match="as told") as caught:
@@ -165,7 +165,7 @@ async def test_what_the_engine_refuses_has_a_type(status: int, error: type[Plane
         assert await answer(engine, request())
 
 
-async def test_a_prompt_that_is_not_token_ids_never_reaches_the_engine() -> None:
+async def test_invalid_prompt_never_reaches_the_engine() -> None:
     async with running_engine() as server, engine_at(server) as engine:
         for wrong in (None, [], "text", [1, "2"], [1.5]):
             with pytest.raises(InvalidRequest):
@@ -175,7 +175,7 @@ async def test_a_prompt_that_is_not_token_ids_never_reaches_the_engine() -> None
         assert not server.requests
 
 
-async def test_a_cancelled_request_ends_in_the_engine_at_once() -> None:
+async def test_cancelled_request_ends_in_the_engine_at_once() -> None:
     async with running_engine(speedup_ratio=1) as server, engine_at(server) as engine:
         context = Context()
         items = []
@@ -189,7 +189,7 @@ async def test_a_cancelled_request_ends_in_the_engine_at_once() -> None:
         assert server.cancelled_count == 1
 
 
-async def test_a_request_is_cancelled_before_the_engine_says_anything() -> None:
+async def test_request_is_cancelled_before_the_engine_answers() -> None:
     async with running_engine(speedup_ratio=0.001) as server, engine_at(server) as engine:
         context = Context()
         answering = asyncio.create_task(answer(engine, request(), context))
@@ -199,14 +199,14 @@ async def test_a_request_is_cancelled_before_the_engine_says_anything() -> None:
         await until(lambda: not server.mock.running_count)
 
 
-async def test_leaving_an_answer_ends_it_in_the_engine() -> None:
+async def test_left_answer_ends_in_the_engine() -> None:
     async with running_engine(speedup_ratio=1) as server, engine_at(server) as engine:
         async with aclosing(engine.generate(request(5000), Context())) as stream:
             await anext(stream)
         await until(lambda: not server.mock.running_count)
 
 
-async def test_an_answer_that_breaks_off_is_a_lost_connection() -> None:
+async def test_answer_that_breaks_off_is_a_lost_connection() -> None:
     async with running_engine() as server, engine_at(server) as engine:
         server.break_off_after = 3
         with pytest.raises(ConnectionLost):
@@ -225,7 +225,7 @@ async def test_health_follows_the_engine() -> None:
             assert await answer(engine, request())
 
 
-async def test_nobody_there_is_worth_a_retry_elsewhere_and_noticed_at_once() -> None:
+async def test_refused_connection_is_retryable_and_marks_it_down() -> None:
     async with running_engine() as server, engine_at(server, engine_poll_interval_s=60) as engine:
         await server.stop()
         with pytest.raises((Draining, ConnectionLost)) as caught:
@@ -234,7 +234,7 @@ async def test_nobody_there_is_worth_a_retry_elsewhere_and_noticed_at_once() -> 
         await asyncio.wait_for(engine.wait_health(False), 20)
 
 
-async def test_an_engine_that_never_comes_is_named_at_the_end_of_the_wait() -> None:
+async def test_engine_that_never_starts_is_named_in_the_error() -> None:
     async with running_engine() as server:
         url = server.url
     settings = OpenAIEngineSettings(engine_url=url, engine_start_timeout_s=0.05, engine_poll_interval_s=0.01)
@@ -252,12 +252,12 @@ async def test_an_engine_that_never_comes_is_named_at_the_end_of_the_wait() -> N
         {"kv_replay_endpoint": "tcp://127.0.0.1:1"},
     ],
 )
-def test_settings_that_cannot_be(wrong: dict[str, Any]) -> None:
+def test_contradicting_settings_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         OpenAIEngine(OpenAIEngineSettings(**wrong), read_model_directory(DEMO_MODEL_PATH))
 
 
-async def test_requests_go_to_the_rank_that_was_chosen() -> None:
+async def test_request_goes_to_the_chosen_rank() -> None:
     async with running_engine() as server, engine_at(server, engine_data_parallel_size=2) as engine:
         await answer(engine, request(dp_rank=0))
         assert server.headers[0]["X-data-parallel-rank"] == "0"
@@ -267,7 +267,7 @@ async def test_requests_go_to_the_rank_that_was_chosen() -> None:
             await answer(engine, request(dp_rank=2))
 
 
-async def test_what_is_relayed_is_what_the_engine_holds() -> None:
+async def test_relayed_blocks_are_the_engines_blocks() -> None:
     """Through evictions, a cleared cache, and another engine in its place."""
     async with running_engine(total_kv_blocks=24, block_size=4) as server, following(server) as pair:
         engine, publisher = pair
@@ -300,7 +300,7 @@ async def following(
         yield engine, publisher
 
 
-async def test_the_cache_of_an_engine_that_is_gone_is_forgotten_at_once() -> None:
+async def test_cache_of_an_ended_engine_is_forgotten_at_once() -> None:
     """Without a replay socket nothing but its next start's first message would tell."""
     async with running_engine(block_size=4) as server, following(server, replay=False) as pair:
         engine, publisher = pair
@@ -312,7 +312,7 @@ async def test_the_cache_of_an_engine_that_is_gone_is_forgotten_at_once() -> Non
         await until(lambda: not publisher.block_count)
 
 
-async def test_prompts_go_as_text_where_that_is_wanted() -> None:
+async def test_prompts_are_sent_as_text_where_set() -> None:
     async with running_engine() as server, engine_at(server, engine_prompt="text") as engine:
         prompt = server.tokenizer.encode("<|im_start|>user").ids
         await answer(engine, request(token_ids=prompt))
@@ -348,7 +348,7 @@ async def test_each_rank_reports_its_own_cache() -> None:
 
 
 @pytest.mark.parametrize("clear", [False, True])
-async def test_a_warm_engine_without_replay_becomes_known(clear: bool) -> None:
+async def test_warm_engine_without_replay_becomes_known(clear: bool) -> None:
     """What it stores stands behind blocks of which nobody heard: prompts tell them, or it begins anew."""
     prefix = list(range(64))
     async with running_engine(block_size=4) as server:
@@ -369,7 +369,7 @@ async def test_a_warm_engine_without_replay_becomes_known(clear: bool) -> None:
                 await until(lambda: engine.relay is not None and not engine.relay.partial)
 
 
-async def test_an_engine_that_freezes_loses_the_requests_it_has_not_answered() -> None:
+async def test_frozen_engine_fails_its_unanswered_requests() -> None:
     async with running_engine(speedup_ratio=0.001) as server, engine_at(server) as engine:
         waiting = asyncio.create_task(answer(engine, request()))
         await until(lambda: server.mock.running_count)
@@ -378,7 +378,7 @@ async def test_an_engine_that_freezes_loses_the_requests_it_has_not_answered() -
             await asyncio.wait_for(waiting, 20)
 
 
-async def test_a_model_that_the_engine_has_not_is_refused_at_start() -> None:
+async def test_model_that_the_engine_lacks_is_refused() -> None:
     async with running_engine() as server:
         with pytest.raises(ConfigError, match=MODEL_NAME):
             async with engine_at(server, engine_model="another"):
@@ -386,7 +386,7 @@ async def test_a_model_that_the_engine_has_not_is_refused_at_start() -> None:
 
 
 @pytest.mark.parametrize("says_use", [True, False])
-async def test_unknown_use_takes_no_booking_back(says_use: bool) -> None:
+async def test_unknown_use_removes_no_booking(says_use: bool) -> None:
     """A router goes by what it has booked where the engine does not say how much of its cache is in use."""
     async with running_engine() as server:
         server.says_use = says_use
@@ -400,7 +400,7 @@ async def test_unknown_use_takes_no_booking_back(says_use: bool) -> None:
 
 
 @pytest.mark.parametrize("way", ["stays open", "breaks off", "closes"])
-async def test_answer_ends_with_done_whatever_follows(way: str) -> None:
+async def test_answer_ends_with_done(way: str) -> None:
     """A server that says that it is done may keep the connection, or break it without an end."""
     event = b'data: {"choices": [{"text": "hi", "finish_reason": "stop"}]}\n\ndata: [DONE]\n\n'
     over = asyncio.Event()

@@ -19,7 +19,7 @@ from tests.integration.engines.openai_engine import restarted, running_engine
 NO_LIMIT = {"ignore_eos": True}
 
 
-async def test_engines_own_context_and_blocks_count() -> None:
+async def test_engines_own_context_and_block_size_are_used() -> None:
     async with running_engine(block_size=32, max_model_len=2048) as server:
         async with engine_at(server) as engine:
             assert engine.capacity.context_length == 2048
@@ -49,7 +49,7 @@ async def test_unset_limit_is_what_the_engines_context_leaves() -> None:
         assert "max_tokens" not in server.requests[0]
 
 
-async def test_models_that_are_listed_late_are_waited_for(caplog: pytest.LogCaptureFixture) -> None:
+async def test_worker_waits_for_models_listed_late(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     async with running_engine() as server:
         server.name = None
@@ -65,7 +65,7 @@ async def test_models_that_are_listed_late_are_waited_for(caplog: pytest.LogCapt
         assert server.requests[0]["model"] == "a-model-at-last"
 
 
-async def test_models_that_never_come_are_named_at_the_end() -> None:
+async def test_models_never_listed_are_named_in_the_error() -> None:
     async with running_engine() as server:
         server.name = None
         with pytest.raises(ConfigError, match="lists no models"):
@@ -73,7 +73,7 @@ async def test_models_that_never_come_are_named_at_the_end() -> None:
                 pass
 
 
-async def test_restarted_engine_is_asked_anew(caplog: pytest.LogCaptureFixture) -> None:
+async def test_restarted_engine_is_identified_again(caplog: pytest.LogCaptureFixture) -> None:
     async with running_engine(max_model_len=2048) as server, engine_at(server) as engine:
         publisher = KvPublisher(None, block_size=16)
         engine.follow([publisher])
@@ -88,7 +88,7 @@ async def test_restarted_engine_is_asked_anew(caplog: pytest.LogCaptureFixture) 
             assert "model another, context 512, blocks of 64 tokens; it was" in caplog.text
 
 
-async def test_sizes_stay_while_the_engine_does_not_say_them() -> None:
+async def test_sizes_stay_while_metrics_lack_them() -> None:
     async with running_engine(block_size=32) as server, engine_at(server) as engine:
         publisher = KvPublisher(None, block_size=32)
         engine.follow([publisher])
@@ -100,7 +100,7 @@ async def test_sizes_stay_while_the_engine_does_not_say_them() -> None:
         assert not publisher.left_out
 
 
-async def test_load_that_cannot_be_read_is_soon_not_known() -> None:
+async def test_load_becomes_unknown_when_it_cannot_be_read() -> None:
     """What was read last is told again and again, and would count as what is so now."""
     async with (
         running_engine(data_parallel_size=2) as server,
@@ -113,14 +113,14 @@ async def test_load_that_cannot_be_read_is_soon_not_known() -> None:
         await until(lambda: [load.active_blocks for load in engine.loads()] == [0, 0])
 
 
-async def test_engine_renamed_between_two_looks_still_answers() -> None:
+async def test_engine_renamed_between_two_checks_answers() -> None:
     async with running_engine() as server, engine_at(server, engine_poll_interval_s=600) as engine:
         server.name = "renamed"
         assert (await answer(engine, request()))[-1]["finish_reason"] == "length"
         assert [sent["model"] for sent in server.requests][1:] == ["renamed"]
 
 
-async def test_answer_that_has_begun_is_not_begun_again() -> None:
+async def test_begun_answer_is_not_requested_again() -> None:
     """Not by an engine either that has another name when it gives the answer up with a 404."""
     async with running_engine() as server, engine_at(server, engine_poll_interval_s=600) as engine:
         server.give_up_as = "renamed"
@@ -131,7 +131,7 @@ async def test_answer_that_has_begun_is_not_begun_again() -> None:
         assert len(server.requests) == 1
 
 
-async def test_engine_without_the_wanted_model_is_away_until_it_is_back() -> None:
+async def test_engine_without_the_model_is_down_until_it_has_it() -> None:
     async with running_engine(name="wanted") as server, engine_at(server, engine_model="wanted") as engine:
         await server.stop()
         await asyncio.wait_for(engine.wait_health(False), 20)
@@ -142,7 +142,7 @@ async def test_engine_without_the_wanted_model_is_away_until_it_is_back() -> Non
             assert await answer(engine, request())
 
 
-async def test_overflow_of_the_context_is_told_as_such() -> None:
+async def test_context_overflow_has_its_own_error() -> None:
     async with running_engine() as server, engine_at(server) as engine:
         server.refuse_with = (400, "This model's maximum context length is 8 tokens")
         with pytest.raises(ContextLengthExceeded, match="8 tokens"):
@@ -187,7 +187,7 @@ async def test_answers_are_read_to_their_end() -> None:
         await runner.cleanup()
 
 
-async def test_engine_that_is_well_stays_so_while_it_lists_nothing() -> None:
+async def test_healthy_engine_stays_up_while_it_lists_no_model() -> None:
     async with running_engine() as server, engine_at(server) as engine:
         server.name, name = None, server.name
         engine._server.expire_identity()

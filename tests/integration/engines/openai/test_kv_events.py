@@ -110,7 +110,7 @@ async def _reading(runtime: DistributedRuntime) -> AsyncIterator[Callable[[Belie
         await tail.aclose()
 
 
-async def test_the_stream_tells_exactly_what_each_rank_holds(deployment: Deployment) -> None:
+async def test_stream_has_exactly_the_blocks_of_each_rank(deployment: Deployment) -> None:
     belief = Belief()
     async with (
         deployment.worker(**SMALL, data_parallel_size=2) as worker,
@@ -134,7 +134,7 @@ async def test_the_stream_tells_exactly_what_each_rank_holds(deployment: Deploym
         assert len({epoch for epoch, _ in belief.next_sequences}) == 1
 
 
-async def test_who_missed_something_gets_the_rest_or_everything(deployment: Deployment) -> None:
+async def test_reader_gets_missed_events_or_the_whole_state(deployment: Deployment) -> None:
     async def ask(belief: Belief) -> list[str]:
         kinds: list[str] = []
         for item in await _ask(runtime, "kv_dump", {"have": belief.have()}):
@@ -166,7 +166,7 @@ async def test_who_missed_something_gets_the_rest_or_everything(deployment: Depl
             await _ask(runtime, "kv_dump", {"have": [[1, 2]]})
 
 
-async def test_the_answer_names_what_its_rank_had_cached(deployment: Deployment) -> None:
+async def test_answer_has_the_cached_tokens_of_its_rank(deployment: Deployment) -> None:
     prompt = list(range(40))
     async with deployment.worker(data_parallel_size=2), deployment.runtime() as runtime:
 
@@ -181,7 +181,7 @@ async def test_the_answer_names_what_its_rank_had_cached(deployment: Deployment)
                 await cached(dp_rank=wrong)
 
 
-async def test_a_request_for_no_rank_goes_to_the_least_loaded(deployment: Deployment) -> None:
+async def test_request_without_a_rank_goes_to_the_least_loaded(deployment: Deployment) -> None:
     async with (
         deployment.worker(data_parallel_size=3, speedup_ratio=1, decode_step_s=0.02) as worker,
         deployment.runtime() as runtime,
@@ -198,7 +198,7 @@ async def test_a_request_for_no_rank_goes_to_the_least_loaded(deployment: Deploy
             await call.aclose()
 
 
-async def test_load_is_told_again_for_who_listens_late(
+async def test_load_is_repeated_for_late_listeners(
     deployment: Deployment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(load_publisher, "REPEAT_S", 0.2)
@@ -253,7 +253,7 @@ async def test_busy_ranks_show_in_their_load(deployment: Deployment) -> None:
         await call.aclose()
 
 
-async def test_a_restarted_worker_is_another_publisher(deployment: Deployment) -> None:
+async def test_restarted_worker_is_another_publisher(deployment: Deployment) -> None:
     epochs: set[int] = set()
     for _ in range(2):
         async with deployment.worker() as worker, deployment.runtime() as runtime:
@@ -263,7 +263,7 @@ async def test_a_restarted_worker_is_another_publisher(deployment: Deployment) -
     assert len(epochs) == 2
 
 
-async def test_a_worker_that_registers_again_stays_the_same_publisher(
+async def test_worker_that_registers_again_stays_the_publisher(
     deploy: Deploy, own_redis_server: EmbeddedServer
 ) -> None:
     """Redis loses everything; the worker, its cache and its numbers stay."""
@@ -292,7 +292,7 @@ async def test_a_worker_that_registers_again_stays_the_same_publisher(
                 await read_into(belief)
 
 
-async def test_without_an_event_plane_nothing_is_told(
+async def test_without_an_event_plane_no_event_is_sent(
     deploy: Deploy, dynamo_redis_url: str, dynamo_redis_prefix: str
 ) -> None:
     deployment = deploy(dynamo_redis_url, dynamo_redis_prefix, event_plane="none")
@@ -310,7 +310,7 @@ async def test_without_an_event_plane_nothing_is_told(
         assert (await _ask(runtime, "clear_kv_blocks"))[0]["cleared"] > 0
 
 
-async def test_over_pub_sub_nothing_is_kept_in_redis(
+async def test_pub_sub_keeps_no_event_in_redis(
     deploy: Deploy, dynamo_redis_url: str, dynamo_redis_prefix: str
 ) -> None:
     deployment = deploy(dynamo_redis_url, dynamo_redis_prefix, event_plane="pubsub")
@@ -329,7 +329,7 @@ async def test_over_pub_sub_nothing_is_kept_in_redis(
         assert await runtime.events.info(KV_EVENTS) is None
 
 
-async def test_the_true_cache_can_be_asked_for_when_allowed(deployment: Deployment) -> None:
+async def test_true_cache_can_be_read_when_allowed(deployment: Deployment) -> None:
     async with deployment.worker(serve_cache=True, data_parallel_size=2) as worker:
         async with deployment.runtime() as runtime:
             for dp_rank in (0, 1):

@@ -87,7 +87,7 @@ def cleared_count(publisher: KvPublisher) -> int:
     return sum(event.kind == CLEARED for event in publisher.events_from(0) or ())
 
 
-async def test_what_the_engine_says_is_known() -> None:
+async def test_engines_events_reach_the_publisher() -> None:
     async with server() as engine, following(engine) as (_, publisher):
         engine.publish([root(1), block_stored([2], 1, tokens(2)), root(3)])
         engine.publish([block_removed([3])])
@@ -99,7 +99,7 @@ async def test_what_the_engine_says_is_known() -> None:
         await until(lambda: not publisher.block_count)
 
 
-async def test_hashes_may_be_bytes_and_a_topic_is_followed() -> None:
+async def test_hashes_may_be_bytes_and_topics_are_filtered() -> None:
     block = b"\x07" * 32
     engine = KvEventServer(replay_port=0, topic="kv-events")
     try:
@@ -112,7 +112,7 @@ async def test_hashes_may_be_bytes_and_a_topic_is_followed() -> None:
         await engine.aclose()
 
 
-async def test_what_was_said_before_the_relay_came_is_replayed() -> None:
+async def test_messages_before_the_relay_are_replayed() -> None:
     async with server() as engine:
         engine.publish([root(1)])
         engine.publish([root(2)])
@@ -120,7 +120,7 @@ async def test_what_was_said_before_the_relay_came_is_replayed() -> None:
             await until(lambda: set(publisher.blocks()) == names(1, 2))
 
 
-async def test_without_replay_a_late_relay_takes_what_comes() -> None:
+async def test_late_relay_without_replay_takes_new_messages() -> None:
     async with server(replay_port=None) as engine:
         engine.publish([root(1)])
         async with following(engine) as (_, publisher):
@@ -129,7 +129,7 @@ async def test_without_replay_a_late_relay_takes_what_comes() -> None:
             assert publisher.left_out["unknown_parent"] == 1
 
 
-async def test_a_salted_block_is_no_prompts_whatever_its_tokens() -> None:
+async def test_salted_block_matches_no_prompt() -> None:
     async with server() as engine, following(engine) as (_, publisher):
         publisher.note_prompt([*tokens(1), *tokens(2), *tokens(3), *tokens(4), *tokens(5)])
         salted = block_stored([1], None, tokens(1)) | {"extra_keys": [["salt"]]}
@@ -139,7 +139,7 @@ async def test_a_salted_block_is_no_prompts_whatever_its_tokens() -> None:
         assert set(publisher.blocks()) == names(6)
 
 
-async def test_a_gap_is_filled_by_replay() -> None:
+async def test_gap_is_filled_by_replay() -> None:
     async with server() as engine, following(engine) as (rank, publisher):
         engine.publish([root(1), root(2)])
         engine.publish([block_removed([1])], lose=True)
@@ -150,7 +150,7 @@ async def test_a_gap_is_filled_by_replay() -> None:
         assert not cleared_count(publisher)
 
 
-async def test_a_gap_without_replay_begins_anew() -> None:
+async def test_gap_without_replay_starts_over() -> None:
     async with server() as engine, following(engine, replay=False) as (rank, publisher):
         engine.publish([root(1), root(2)])
         engine.publish([block_removed([1])], lose=True)
@@ -161,7 +161,7 @@ async def test_a_gap_without_replay_begins_anew() -> None:
         await until(lambda: set(publisher.blocks()) == names(4, 5))
 
 
-async def test_a_gap_that_the_engine_has_forgotten_begins_anew() -> None:
+async def test_gap_that_the_engine_has_forgotten_starts_over() -> None:
     async with server(buffer_count=2) as engine, following(engine) as (rank, publisher):
         engine.publish([root(1)])
         await until(lambda: set(publisher.blocks()) == names(1))
@@ -173,7 +173,7 @@ async def test_a_gap_that_the_engine_has_forgotten_begins_anew() -> None:
         assert cleared_count(publisher) == 1
 
 
-async def test_a_replay_socket_that_does_not_answer_holds_nothing_up_for_ever(
+async def test_silent_replay_socket_delays_for_a_limited_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(relay_module, "REPLAY_S", 0.1)
@@ -188,7 +188,7 @@ async def test_a_replay_socket_that_does_not_answer_holds_nothing_up_for_ever(
         assert rank.counts["lost"] == 1
 
 
-async def test_a_burst_whose_end_was_dropped_is_replayed_when_all_is_quiet() -> None:
+async def test_dropped_end_of_a_burst_is_replayed_when_idle() -> None:
     async with server() as engine, following(engine, idle_s=0.05) as (_, publisher):
         engine.publish([root(1)])
         engine.publish([root(2)], lose=True)
@@ -197,7 +197,7 @@ async def test_a_burst_whose_end_was_dropped_is_replayed_when_all_is_quiet() -> 
 
 
 @pytest.mark.parametrize("replay", [True, False])
-async def test_an_engine_that_restarts_is_followed_anew(replay: bool) -> None:
+async def test_restarted_engine_is_followed_again(replay: bool) -> None:
     async with server() as engine, following(engine, replay=replay) as (rank, publisher):
         engine.publish([root(1), root(2)])
         for _ in range(2000):  # so that the next engine's first message to arrive has a lower sequence
@@ -213,7 +213,7 @@ async def test_an_engine_that_restarts_is_followed_anew(replay: bool) -> None:
             assert rank.counts["restart"] == rank.counts["reset"] == 1
 
 
-async def test_a_restarted_engine_that_has_said_more_than_the_one_before_is_noticed() -> None:
+async def test_restart_with_a_higher_sequence_is_noticed() -> None:
     """Its next message looks like a gap, or like the very one that is awaited."""
     async with server() as engine, following(engine) as (rank, publisher):
         engine.publish([root(1)])
@@ -229,7 +229,7 @@ async def test_a_restarted_engine_that_has_said_more_than_the_one_before_is_noti
             assert rank.counts["restart"] == 1
 
 
-async def test_an_engine_that_is_reached_again_is_the_same() -> None:
+async def test_reconnected_engine_is_recognized() -> None:
     """A connection that broke and came back costs nothing, with messages missed meanwhile."""
     async with server() as engine, following(engine) as (rank, publisher):
         engine.publish([root(1)])
@@ -258,7 +258,7 @@ async def test_each_rank_is_followed_at_its_own_port() -> None:
             await relay.aclose()
 
 
-async def test_a_slow_relay_loses_messages_and_ends_up_right() -> None:
+async def test_slow_relay_loses_messages_and_recovers() -> None:
     """The engine drops past its high-water mark; what it drops at the very end is found in quiet times."""
     async with server(high_water_mark=1) as engine, following(engine, idle_s=0.05) as (rank, publisher):
         last = 0
@@ -271,7 +271,7 @@ async def test_a_slow_relay_loses_messages_and_ends_up_right() -> None:
         assert not cleared_count(publisher)
 
 
-async def test_nonsense_begins_anew_and_the_rest_goes_on() -> None:
+async def test_invalid_message_starts_over() -> None:
     async with server() as engine, following(engine) as (rank, publisher):
         engine.publish([root(1)])
         await until(lambda: publisher.block_count == 1)
@@ -282,7 +282,7 @@ async def test_nonsense_begins_anew_and_the_rest_goes_on() -> None:
         assert rank.counts["unknown_type"] == 1
 
 
-def test_endpoints_of_ranks() -> None:
+def test_rank_endpoint_adds_the_rank_to_the_port() -> None:
     assert rank_endpoint("tcp://[::1]:5557", 2) == "tcp://[::1]:5559"
     assert rank_endpoint("ipc:///tmp/x", 0) == "ipc:///tmp/x"
     for endpoint in ("ipc:///tmp/x", "tcp://host", "tcp://host:port"):
@@ -290,12 +290,12 @@ def test_endpoints_of_ranks() -> None:
             rank_endpoint(endpoint, 1)
 
 
-async def test_an_endpoint_must_be_an_address() -> None:
+async def test_endpoint_must_be_an_address() -> None:
     with pytest.raises(ValueError, match="not an address"):
         EventRelay([KvPublisher(None, block_size=4)], events_endpoint="http://host:1")
 
 
-async def test_that_nobody_publishes_is_said(caplog: pytest.LogCaptureFixture) -> None:
+async def test_missing_engine_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     relay = EventRelay(
         [KvPublisher(None, block_size=4)],
         events_endpoint=f"tcp://127.0.0.1:{neighbouring_ports()[0]}",

@@ -46,11 +46,11 @@ def _step(batch: Batch[Sequence]) -> tuple[StepPlan[Sequence], list[Sequence]]:
     return step, batch.complete(step)
 
 
-def test_nothing_to_do_is_no_step() -> None:
+def test_empty_batch_plans_no_step() -> None:
     assert _batch().plan() is None
 
 
-def test_a_long_prompt_is_read_in_chunks_while_others_decode() -> None:
+def test_long_prompt_is_chunked_while_others_decode() -> None:
     batch = _batch(max_num_batched_tokens=10)
     talker, reader = _sequence(range(5)), _sequence(range(100, 120))
     batch.submit(talker)
@@ -68,7 +68,7 @@ def test_a_long_prompt_is_read_in_chunks_while_others_decode() -> None:
     assert chunks == [(1, 9), (1, 9), (1, 2)]
 
 
-def test_a_known_prefix_is_not_computed_again_but_the_last_token_is() -> None:
+def test_known_prefix_is_skipped_but_its_last_token() -> None:
     batch = _batch()
     first, again = _sequence(range(8)), _sequence(range(8))
     batch.submit(first)
@@ -82,7 +82,7 @@ def test_a_known_prefix_is_not_computed_again_but_the_last_token_is() -> None:
     assert due == [again]
 
 
-def test_at_most_so_many_run_and_the_rest_wait_in_order() -> None:
+def test_max_num_seqs_run_and_the_rest_wait_in_order() -> None:
     batch = _batch(max_num_seqs=2, max_num_waiting=2)
     sequences = [_sequence([n] * 3) for n in range(4)]
     for sequence in sequences:
@@ -99,7 +99,7 @@ def test_at_most_so_many_run_and_the_rest_wait_in_order() -> None:
     assert due == [sequences[1], sequences[2]]
 
 
-def test_the_newest_gives_way_when_blocks_run_out_and_comes_back() -> None:
+def test_newest_sequence_is_preempted_and_resumes() -> None:
     batch = _batch(total_blocks=4)
     old, new = _sequence(range(7)), _sequence(range(50, 57))
     for sequence in (old, new):
@@ -119,7 +119,7 @@ def test_the_newest_gives_way_when_blocks_run_out_and_comes_back() -> None:
     assert step.prefill_token_count < len(new.tokens)  # its own blocks were still stored
 
 
-def test_who_gave_way_comes_back_before_those_who_came_later() -> None:
+def test_preempted_sequence_resumes_before_later_ones() -> None:
     batch = _batch(total_blocks=4)
     old, new, later = _sequence(range(7)), _sequence(range(50, 57)), _sequence([99])
     for sequence in (old, new):
@@ -134,7 +134,7 @@ def test_who_gave_way_comes_back_before_those_who_came_later() -> None:
     assert batch.sequences() == [old, new, later]
 
 
-def test_a_removed_sequence_frees_its_blocks_at_once_even_within_a_step() -> None:
+def test_removed_sequence_frees_its_blocks_within_a_step() -> None:
     batch = _batch()
     sequence = _sequence(range(20))
     batch.submit(sequence)
@@ -148,7 +148,7 @@ def test_a_removed_sequence_frees_its_blocks_at_once_even_within_a_step() -> Non
     batch.remove(sequence)
 
 
-def test_the_first_in_line_is_looked_at_again_only_when_room_may_have_come() -> None:
+def test_blocked_sequence_waits_for_a_release_of_blocks() -> None:
     batch = _batch(total_blocks=4)
     holder, large = _sequence(range(5)), _sequence(range(100, 112))
     batch.submit(holder)
@@ -167,7 +167,9 @@ def test_the_first_in_line_is_looked_at_again_only_when_room_may_have_come() -> 
 
 @settings(max_examples=80, deadline=None)
 @given(data=st.data())
-def test_any_history_keeps_the_books_and_ends(make_oracle: Callable[[], Oracle], data: st.DataObject) -> None:
+def test_any_history_keeps_the_cache_consistent(
+    make_oracle: Callable[[], Oracle], data: st.DataObject
+) -> None:
     """Submit, step, cancel and clear in any order: the books balance, events tell all, nobody is stuck."""
     oracle = make_oracle()
     total = data.draw(st.integers(4, 12), label="blocks")
@@ -220,14 +222,14 @@ def _check_books(batch: Batch[Sequence], oracle: Oracle) -> None:
     )
 
 
-def test_a_step_takes_the_time_of_what_it_does() -> None:
+def test_step_duration_follows_its_work() -> None:
     step: StepPlan[Any] = StepPlan([], prefill_token_count=1000, decode_count=100)
     assert step_duration_s(step, MockEngineSettings()) == pytest.approx(0.008 + 0.003 + 0.05)
     assert step_duration_s(step, MockEngineSettings(speedup_ratio=10)) == pytest.approx(0.0061)
     assert step_duration_s(step, MockEngineSettings(speedup_ratio=0)) == 0
 
 
-def test_a_step_tells_what_it_evicts_as_one_event() -> None:
+def test_step_reports_its_evictions_as_one_event() -> None:
     told: list[KvEvent] = []
     batch = _batch(total_blocks=6, events=told.append)
     old = _sequence(range(100, 124))

@@ -84,7 +84,7 @@ def _tokens(items: list[GenerateItem]) -> list[int]:
     return [token for item in items for token in item["token_ids"]]
 
 
-async def test_an_answer_comes_token_by_token_and_ends_by_itself(
+async def test_answer_is_streamed_and_ends_by_itself(
     running: StartEngine, demo_model: ModelDirectory
 ) -> None:
     async with running() as engine:
@@ -95,7 +95,7 @@ async def test_an_answer_comes_token_by_token_and_ends_by_itself(
     assert Tokenizer.from_buffer(demo_model.read_tokenizer()).decode(_tokens(items)).endswith(".")
 
 
-async def test_the_same_prompt_gets_the_same_answer_whatever_else_runs(running: StartEngine) -> None:
+async def test_same_prompt_gets_the_same_answer(running: StartEngine) -> None:
     async with running() as engine:
         alone = _tokens(await _items(engine, _request()))
     async with running(max_num_seqs=3, total_kv_blocks=24, max_num_batched_tokens=16) as engine:
@@ -106,7 +106,7 @@ async def test_the_same_prompt_gets_the_same_answer_whatever_else_runs(running: 
     assert len({tuple(_tokens(items)) for items in crowd[::2]}) == 5
 
 
-async def test_the_seed_changes_the_answer_unless_it_is_greedy(running: StartEngine) -> None:
+async def test_seed_changes_the_answer_unless_greedy(running: StartEngine) -> None:
     async with running() as engine:
 
         async def answer(**sampling: Any) -> list[int]:
@@ -119,7 +119,7 @@ async def test_the_seed_changes_the_answer_unless_it_is_greedy(running: StartEng
         assert await answer(seed=1, temperature=0) == plain
 
 
-async def test_max_tokens_ends_with_length_and_is_a_prefix_of_the_whole(running: StartEngine) -> None:
+async def test_max_tokens_cuts_the_answer_with_length(running: StartEngine) -> None:
     async with running() as engine:
         whole = _tokens(await _items(engine, _request()))
         for count in (1, 2, 20):
@@ -129,7 +129,7 @@ async def test_max_tokens_ends_with_length_and_is_a_prefix_of_the_whole(running:
             assert len(items) == count
 
 
-async def test_ignore_eos_and_min_tokens_go_on_past_the_end(running: StartEngine) -> None:
+async def test_ignore_eos_and_min_tokens_lengthen_the_answer(running: StartEngine) -> None:
     async with running() as engine:
         whole = _tokens(await _items(engine, _request()))
         longer = len(whole) + 100
@@ -140,7 +140,7 @@ async def test_ignore_eos_and_min_tokens_go_on_past_the_end(running: StartEngine
     assert _tokens(least)[: len(whole)] == whole
 
 
-async def test_a_stop_token_ends_the_answer_and_is_not_shown(running: StartEngine) -> None:
+async def test_stop_token_ends_the_answer_and_is_hidden(running: StartEngine) -> None:
     async with running() as engine:
         whole = _tokens(await _items(engine, _request()))
         stop = whole[10]
@@ -154,7 +154,7 @@ async def test_a_stop_token_ends_the_answer_and_is_not_shown(running: StartEngin
         assert _tokens(await _items(engine, cast("GenerateRequest", eos))) == whole[:first]
 
 
-async def test_the_first_item_says_what_was_cached(running: StartEngine) -> None:
+async def test_first_item_has_the_cached_tokens(running: StartEngine) -> None:
     prompt = list(range(100, 150))
     async with running(block_size=16) as engine:
         first = await _items(engine, _request(prompt, max_tokens=3))
@@ -165,14 +165,14 @@ async def test_the_first_item_says_what_was_cached(running: StartEngine) -> None
     assert longer[0]["cached_tokens"] == 32
 
 
-async def test_an_answer_that_ends_at_once_still_says_what_was_cached(running: StartEngine) -> None:
+async def test_empty_answer_has_the_cached_tokens(running: StartEngine) -> None:
     async with running() as engine:
         first_token = _tokens(await _items(engine, _request(max_tokens=1)))[0]
         items = await _items(engine, _request(stop_token_ids_hidden=[first_token]))
     assert items == [{"token_ids": [], "finish_reason": "stop", "cached_tokens": 0}]
 
 
-async def test_events_tell_exactly_what_the_cache_holds(running: StartEngine, oracle: Oracle) -> None:
+async def test_events_match_the_cache_exactly(running: StartEngine, oracle: Oracle) -> None:
     async with running(
         kv_events=oracle, total_kv_blocks=40, block_size=4, max_num_seqs=5, max_num_batched_tokens=20
     ) as engine:
@@ -199,7 +199,7 @@ async def test_events_tell_exactly_what_the_cache_holds(running: StartEngine, or
 
 
 @pytest.mark.parametrize("strength", ["stop", "kill"])
-async def test_a_cancelled_request_frees_its_blocks_at_once(running: StartEngine, strength: str) -> None:
+async def test_cancelled_request_frees_its_blocks_at_once(running: StartEngine, strength: str) -> None:
     async with running() as engine:
         context = Context()
         answer = engine.generate(_request(range(40), ignore_eos=True), context)
@@ -210,7 +210,7 @@ async def test_a_cancelled_request_frees_its_blocks_at_once(running: StartEngine
         assert [item async for item in answer] == [{"token_ids": [], "finish_reason": "cancelled"}]
 
 
-async def test_a_waiting_request_can_be_cancelled(running: StartEngine) -> None:
+async def test_waiting_request_can_be_cancelled(running: StartEngine) -> None:
     async with running(max_num_seqs=1, speedup_ratio=1, decode_step_s=60) as engine:
         contexts = [Context(), Context()]
         answers = [
@@ -225,7 +225,7 @@ async def test_a_waiting_request_can_be_cancelled(running: StartEngine) -> None:
         await answers[0]
 
 
-async def test_a_request_that_was_stopped_before_it_came_does_nothing(running: StartEngine) -> None:
+async def test_request_stopped_before_it_came_ends_at_once(running: StartEngine) -> None:
     async with running() as engine:
         context = Context()
         context.stop_generating()
@@ -233,7 +233,7 @@ async def test_a_request_that_was_stopped_before_it_came_does_nothing(running: S
         assert engine.running_count == engine.waiting_count == 0
 
 
-async def test_a_closed_generator_frees_its_blocks(running: StartEngine) -> None:
+async def test_closed_generator_frees_its_blocks(running: StartEngine) -> None:
     async with running() as engine:
         answer = engine.generate(_request(range(40), ignore_eos=True), Context())
         await anext(answer)
@@ -241,7 +241,7 @@ async def test_a_closed_generator_frees_its_blocks(running: StartEngine) -> None
         assert engine.cache.active_count == 0
 
 
-async def test_a_cancelled_task_frees_its_blocks(running: StartEngine) -> None:
+async def test_cancelled_task_frees_its_blocks(running: StartEngine) -> None:
     async with running(speedup_ratio=1, decode_step_s=60) as engine:
         task = asyncio.create_task(_items(engine, _request(range(40))))
         while engine.running_count == 0:
@@ -252,7 +252,7 @@ async def test_a_cancelled_task_frees_its_blocks(running: StartEngine) -> None:
         assert engine.cache.active_count == 0
 
 
-async def test_past_its_queue_the_engine_is_overloaded(running: StartEngine) -> None:
+async def test_full_queue_is_overloaded(running: StartEngine) -> None:
     async with running(max_num_seqs=2, max_num_waiting=1, speedup_ratio=1, decode_step_s=60) as engine:
         tasks = [asyncio.create_task(_items(engine, _request())) for _ in range(3)]
         await asyncio.sleep(0)
@@ -265,7 +265,7 @@ async def test_past_its_queue_the_engine_is_overloaded(running: StartEngine) -> 
         assert engine.running_count == engine.waiting_count == 0
 
 
-async def test_blocks_run_out_and_yet_everyone_is_answered(running: StartEngine) -> None:
+async def test_all_requests_end_though_blocks_run_out(running: StartEngine) -> None:
     async with running() as engine:
         alone = _tokens(await _items(engine, _request(range(20), max_tokens=60, ignore_eos=True)))
     async with running(total_kv_blocks=6, block_size=16, max_num_seqs=8) as engine:
@@ -296,14 +296,14 @@ async def test_blocks_run_out_and_yet_everyone_is_answered(running: StartEngine)
         ({"token_ids": [1] * 32768}, "context length 32768"),
     ],
 )
-async def test_what_has_no_answer_is_refused(running: StartEngine, request_: Any, words: str) -> None:
+async def test_invalid_requests_are_refused(running: StartEngine, request_: Any, words: str) -> None:
     async with running() as engine:
         with pytest.raises(InvalidRequest, match=words):
             await _items(engine, request_)
         assert engine.running_count == engine.waiting_count == 0
 
 
-async def test_a_prompt_larger_than_the_cache_is_refused_and_a_long_answer_ended(
+async def test_cache_size_limits_prompt_and_answer(
     running: StartEngine,
 ) -> None:
     async with running(total_kv_blocks=4, block_size=16) as engine:
@@ -313,13 +313,13 @@ async def test_a_prompt_larger_than_the_cache_is_refused_and_a_long_answer_ended
     assert (len(_tokens(items)), items[-1]["finish_reason"]) == (4, "length")
 
 
-async def test_without_waiting_even_a_slow_gpu_answers_at_once(running: StartEngine) -> None:
+async def test_speedup_ratio_0_answers_at_once(running: StartEngine) -> None:
     async with running(speedup_ratio=0, decode_step_s=3600, prefill_token_s=60) as engine:
         async with asyncio.timeout(30):
             await _items(engine, _request(max_tokens=50))
 
 
-async def test_a_busy_engine_leaves_the_loop_to_others(running: StartEngine) -> None:
+async def test_busy_engine_lets_other_tasks_run(running: StartEngine) -> None:
     async with running() as engine:
         task = asyncio.create_task(_items(engine, _request(ignore_eos=True, max_tokens=2000)))
         turns = 0
@@ -329,7 +329,7 @@ async def test_a_busy_engine_leaves_the_loop_to_others(running: StartEngine) -> 
         assert turns >= 2000
 
 
-async def test_a_token_takes_its_time(running: StartEngine) -> None:
+async def test_token_takes_the_time_of_a_step(running: StartEngine) -> None:
     async with running(speedup_ratio=2, decode_step_s=0.02, prefill_token_s=0.01) as engine:
         started_at = time.monotonic()
         await _items(engine, _request(range(10), max_tokens=4, ignore_eos=True))
@@ -337,7 +337,7 @@ async def test_a_token_takes_its_time(running: StartEngine) -> None:
     assert elapsed_s >= (4 * 0.02 + 10 * 0.01) / 2 - 0.005
 
 
-async def test_an_idle_engine_sleeps(running: StartEngine) -> None:
+async def test_idle_engine_sleeps(running: StartEngine) -> None:
     async with running() as engine:
         await _items(engine, _request(max_tokens=3))
         await asyncio.sleep(0)
@@ -352,7 +352,7 @@ async def test_an_idle_engine_sleeps(running: StartEngine) -> None:
         assert len(await _items(engine, _request(max_tokens=3))) == 3
 
 
-async def test_a_closed_engine_fails_what_is_under_way_as_retryable(running: StartEngine) -> None:
+async def test_closed_engine_fails_its_requests_as_retryable(running: StartEngine) -> None:
     async with running(max_num_seqs=1, speedup_ratio=1, decode_step_s=60) as engine:
         tasks = [asyncio.create_task(_items(engine, _request())) for _ in range(2)]
         while engine.waiting_count != 1 or engine.running_count != 1:
@@ -365,14 +365,14 @@ async def test_a_closed_engine_fails_what_is_under_way_as_retryable(running: Sta
             await _items(engine, _request())
 
 
-async def test_an_engine_not_started_serves_nothing(demo_model: ModelDirectory) -> None:
+async def test_engine_not_started_refuses_requests(demo_model: ModelDirectory) -> None:
     engine = MockEngine(MockEngineSettings(), demo_model)
     with pytest.raises(Draining):
         await _items(engine, _request())
     await engine.aclose()
 
 
-async def test_a_step_loop_that_fails_hangs_nobody(
+async def test_failing_step_loop_ends_all_requests(
     running: StartEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broken(_: object) -> None:
@@ -386,12 +386,12 @@ async def test_a_step_loop_that_fails_hangs_nobody(
         assert "step loop failed" in caplog.text
 
 
-def test_settings_that_contradict_each_other_are_refused(demo_model: ModelDirectory) -> None:
+def test_contradicting_settings_are_refused(demo_model: ModelDirectory) -> None:
     with pytest.raises(ConfigError, match="DYN_MOCK_MAX_NUM_BATCHED_TOKENS=8"):
         MockEngine(MockEngineSettings(max_num_batched_tokens=8, max_num_seqs=9), demo_model)
 
 
-async def test_a_tokenizer_that_cannot_be_loaded_is_named(demo_model: ModelDirectory, tmp_path: Path) -> None:
+async def test_unusable_tokenizer_is_named(demo_model: ModelDirectory, tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_text('{"model": {}}')
     broken = replace(
@@ -403,7 +403,7 @@ async def test_a_tokenizer_that_cannot_be_loaded_is_named(demo_model: ModelDirec
     await engine.aclose()
 
 
-def test_the_mock_engine_is_an_engine(demo_model: ModelDirectory) -> None:
+def test_mock_engine_is_an_engine(demo_model: ModelDirectory) -> None:
     check: Callable[[MockEngineSettings, ModelDirectory], Engine] = MockEngine
     capacity = check(MockEngineSettings(total_kv_blocks=100, block_size=32), demo_model).capacity
     assert (capacity.total_kv_blocks, capacity.kv_block_size) == (100, 32)

@@ -35,7 +35,7 @@ def _store(cache: BlockCache, tokens: list[int]) -> BlockTable:
     return table
 
 
-def test_a_released_prefix_stays_and_is_found(oracle: Oracle) -> None:
+def test_released_prefix_stays_and_is_found(oracle: Oracle) -> None:
     cache = BlockCache(8, BLOCK, oracle)
     tokens = list(range(12))
     cache.release(_store(cache, tokens))
@@ -46,7 +46,7 @@ def test_a_released_prefix_stays_and_is_found(oracle: Oracle) -> None:
     assert oracle.events == [BlocksStored(tuple(_hashes(tokens)), None, tokens, BLOCK)]
 
 
-def test_two_sequences_share_their_prefix(oracle: Oracle) -> None:
+def test_sequences_share_their_prefix(oracle: Oracle) -> None:
     cache = BlockCache(8, BLOCK, oracle)
     first = _store(cache, list(range(8)))
     second = _store(cache, [*range(8), 50, 51, 52, 53])
@@ -59,7 +59,7 @@ def test_two_sequences_share_their_prefix(oracle: Oracle) -> None:
     assert oracle.stored == cache.stored()
 
 
-def test_a_block_computed_twice_at_once_is_kept_once(oracle: Oracle) -> None:
+def test_block_computed_twice_is_stored_once(oracle: Oracle) -> None:
     cache = BlockCache(8, BLOCK, oracle)
     tokens = list(range(8))
     tables = [BlockTable(), BlockTable()]
@@ -73,7 +73,7 @@ def test_a_block_computed_twice_at_once_is_kept_once(oracle: Oracle) -> None:
     assert len(oracle.events) == 1
 
 
-def test_the_least_recently_used_block_goes_first_and_tails_before_heads(oracle: Oracle) -> None:
+def test_least_recently_used_tail_is_evicted_first(oracle: Oracle) -> None:
     cache = BlockCache(4, BLOCK, oracle)
     old, recent = list(range(8)), list(range(100, 108))
     cache.release(_store(cache, old))
@@ -98,7 +98,7 @@ def test_held_blocks_are_never_evicted(oracle: Oracle) -> None:
     assert cache.stored() == oracle.stored == set(_hashes(list(range(8))))
 
 
-def test_clearing_spares_what_is_in_use(oracle: Oracle) -> None:
+def test_clear_keeps_held_blocks(oracle: Oracle) -> None:
     cache = BlockCache(8, BLOCK, oracle)
     cache.release(_store(cache, [*range(4), 9, 9, 9, 9]))
     table = _store(cache, list(range(4)))
@@ -111,7 +111,7 @@ def test_clearing_spares_what_is_in_use(oracle: Oracle) -> None:
     assert cache.stored() == oracle.stored == set()
 
 
-def test_what_is_stored_after_a_shared_block_names_it_as_its_parent(oracle: Oracle) -> None:
+def test_block_after_a_shared_one_has_it_as_parent(oracle: Oracle) -> None:
     """Another sequence stored the first of two blocks while both were computed."""
     cache = BlockCache(8, BLOCK, oracle)
     tokens = list(range(8))

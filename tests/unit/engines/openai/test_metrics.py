@@ -41,7 +41,7 @@ llamacpp:requests_deferred 5
 """
 
 
-def test_vllm() -> None:
+def test_metrics_of_vllm() -> None:
     assert read_metrics(VLLM) == EngineMetrics(
         {0: RankMetrics(3, 2, 0.25, 0.25), 1: RankMetrics(1, 0, 0.5, None)},
         block_size=16,
@@ -50,19 +50,19 @@ def test_vllm() -> None:
     assert read_metrics(OLD_VLLM) == EngineMetrics({0: RankMetrics(1, 0, 0.125, None)})
 
 
-def test_sglang() -> None:
+def test_metrics_of_sglang() -> None:
     assert read_metrics(SGLANG) == EngineMetrics({0: RankMetrics(4, 1, 0.5, 0.75)}, token_count=65536)
 
 
-def test_llama_cpp() -> None:
+def test_metrics_of_llama_cpp() -> None:
     assert read_metrics(LLAMA_CPP) == EngineMetrics({0: RankMetrics(1, 5, None, None)})
 
 
-def test_what_is_not_understood_is_skipped() -> None:
+def test_unknown_lines_are_skipped() -> None:
     page = 'other{a="b"} 1\nvllm:num_requests_running{} NaN\nvllm:num_requests_running +Inf\nrubbish\n\n'
     assert read_metrics(page) == EngineMetrics({})
 
 
 @given(st.text(alphabet=st.sampled_from([*'vllm:num_requests_running{}="1. \n#e+']), max_size=200))
-def test_nonsense_is_no_error(page: str) -> None:
+def test_any_page_is_read_without_an_error(page: str) -> None:
     read_metrics(page + "\n" + VLLM)

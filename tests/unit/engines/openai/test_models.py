@@ -13,7 +13,7 @@ def models(*entries: object) -> list[ListedModel]:
     return read_models(json.dumps({"data": entries}).encode())
 
 
-def test_entries_say_whose_server_it_is_and_how_long_its_context() -> None:
+def test_entries_have_kind_and_context_length() -> None:
     assert models({"id": "m", "owned_by": "vllm", "max_model_len": 2048}) == [ListedModel("m", "vllm", 2048)]
     assert models({"id": "m", "owned_by": "me"}) == [ListedModel("m", "openai")]
     assert models({"id": "m", "owned_by": "llamacpp", "meta": {"n_ctx": 512, "n_ctx_train": 4096}}) == [
@@ -22,18 +22,18 @@ def test_entries_say_whose_server_it_is_and_how_long_its_context() -> None:
 
 
 @pytest.mark.parametrize("length", [0, -1, True, "2048", 1 << 60, None, [1]])
-def test_lengths_that_are_none_are_passed_over(length: object) -> None:
+def test_invalid_lengths_are_ignored(length: object) -> None:
     assert models({"id": "m", "max_model_len": length}) == [ListedModel("m", "openai")]
 
 
 @pytest.mark.parametrize(
     "content", [b"", b"[]", b"{}", b'{"data": 3}', b'{"data": [3, {}, {"id": 5}]}', b"\xff"]
 )
-def test_answers_that_list_nothing_are_empty(content: bytes) -> None:
+def test_answers_without_models_are_empty(content: bytes) -> None:
     assert read_models(content) == []
 
 
-def test_details_are_read_as_each_server_writes_them() -> None:
+def test_details_of_each_server_are_read() -> None:
     assert read_details(b'{"page_size": 64, "context_length": null}') == ServerDetails(None, 64)
     assert read_details(b'{"default_generation_settings": {"n_ctx": 512}}') == ServerDetails(512, None)
     assert read_details(b"nonsense") == ServerDetails()

@@ -52,12 +52,12 @@ FURTHER = {"top_k": 3, "min_tokens": 2, "ignore_eos": False, "stop_token_ids": [
         ("sglang", FURTHER | {"repetition_penalty": 1.1, "return_token_ids": True, "data_parallel_rank": 1}),
     ],
 )
-def test_each_kind_of_server_is_asked_in_its_own_words(dialect: Dialect, more: dict[str, Any]) -> None:
+def test_each_kind_of_server_gets_its_own_names(dialect: Dialect, more: dict[str, Any]) -> None:
     body = completion_body(REQUEST, model="m", dialect=dialect, prompt=[1, 2], dp_rank=1)
     assert body == STANDARD | more
 
 
-def test_requests_that_make_no_sense() -> None:
+def test_invalid_requests_are_refused() -> None:
     with pytest.raises(InvalidRequest):
         prompt_ids({"token_ids": [True]})
     with pytest.raises(InvalidRequest):
@@ -73,7 +73,7 @@ def body(dialect: Dialect, *, token_room: int | None = None, **options: Any) -> 
     )
 
 
-def test_options_that_ask_for_nothing_are_left_out() -> None:
+def test_neutral_options_are_left_out() -> None:
     sampling = {"n": 1, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "seed": None, "top_p": 0.5}
     stop = {"ignore_eos": False, "min_tokens": 0, "stop": []}
     sent = body("openai", sampling=sampling, stop=stop)
@@ -95,7 +95,7 @@ def test_options_that_ask_for_nothing_are_left_out() -> None:
         ("sglang", {"stop": {"max_thinking_tokens": 1}}),
     ],
 )
-def test_options_that_a_server_lacks_are_refused_by_name(dialect: Dialect, options: dict[str, Any]) -> None:
+def test_unsupported_options_are_refused_by_name(dialect: Dialect, options: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequest) as caught:
         body(dialect, **options)
     ((_, given),) = options.items()
@@ -149,14 +149,14 @@ SCHEMA = {"type": "object"}
         ("llamacpp", {"choice": ["a", 'b"']}, {"grammar": 'root ::= "a" | "b\\""'}),
     ],
 )
-def test_guided_decoding_is_asked_in_the_servers_words(
+def test_guided_decoding_has_the_servers_names(
     dialect: Dialect, guided: dict[str, Any], sent: dict[str, Any]
 ) -> None:
     asked = body(dialect, sampling={"guided_decoding": guided})
     assert asked.items() >= sent.items()
 
 
-def test_limit_that_is_not_asked_for_is_the_engines() -> None:
+def test_request_without_max_tokens_gets_the_room() -> None:
     assert "max_tokens" not in body("openai")
     assert body("vllm", token_room=100)["max_tokens"] == 100
     assert body("sglang", token_room=100)["max_tokens"] == 99

@@ -76,7 +76,7 @@ pieces = st.lists(st.lists(letters, min_size=1, max_size=6).map("".join), min_si
 
 @pytest.mark.parametrize("tokens", [BYTE_LEVEL, METASPACE], ids=["byte level", "metaspace"])
 @given(pieces)
-def test_tokens_of_text_in_pieces_say_exactly_that_text(tokens: Tokens, texts: list[str]) -> None:
+def test_tokens_of_text_pieces_have_exactly_that_text(tokens: Tokens, texts: list[str]) -> None:
     encoder = TextTokens(tokens)
     ids = [token for text in texts for token in encoder.feed(text)]
     assert encoder.inexact_count == 0
@@ -85,14 +85,14 @@ def test_tokens_of_text_in_pieces_say_exactly_that_text(tokens: Tokens, texts: l
 
 @pytest.mark.parametrize("tokens", [BYTE_LEVEL, METASPACE], ids=["byte level", "metaspace"])
 @given(pieces)
-def test_frontend_shows_text_as_the_engine_wrote_it(tokens: Tokens, texts: list[str]) -> None:
+def test_frontend_shows_the_engines_text(tokens: Tokens, texts: list[str]) -> None:
     encoder, detokenizer = TextTokens(tokens), WindowDetokenizer(tokens.decode)
     shown = [detokenizer.feed(encoder.feed(text)) for text in texts]
     assert "".join(shown) + detokenizer.finish() == "".join(texts)
 
 
 @pytest.mark.parametrize("text", ["你好，世界", "한국어 답변입니다", "✓✓✓ done", "नमस्ते दुनिया"])
-def test_letters_one_by_one_get_no_space_between(text: str) -> None:
+def test_single_letters_get_no_space_between(text: str) -> None:
     encoder = TextTokens(METASPACE)
     ids = [token for letter in text for token in encoder.feed(letter)]
     assert METASPACE.decode(ids) == text
@@ -107,7 +107,7 @@ def test_plain_text_is_never_inexact() -> None:
 
 
 @given(st.integers(1, 7))
-def test_events_come_whole_whatever_the_cuts(size: int) -> None:
+def test_events_are_whole_at_every_split(size: int) -> None:
     content = b': comment\r\ndata: {"a":1}\r\n\r\nevent: x\ndata:{"b":2}\n\ndata: [DONE]\n\n'
     reader = SseReader()
     found = [
@@ -118,7 +118,7 @@ def test_events_come_whole_whatever_the_cuts(size: int) -> None:
     assert found == [b'{"a":1}', b'{"b":2}', DONE]
 
 
-def test_an_event_without_end_is_refused() -> None:
+def test_endless_event_is_refused() -> None:
     reader = SseReader(max_bytes=10)
     with pytest.raises(ProtocolViolation):
         list(reader.feed(b"data: 0123456789"))
@@ -132,7 +132,7 @@ def choice(**fields: Any) -> bytes:
     return json.dumps({"choices": [{"index": 0, "text": "", "finish_reason": None, **fields}]}).encode()
 
 
-def test_ids_are_taken_before_text_and_the_last_item_waits_for_the_usage() -> None:
+def test_ids_are_preferred_to_text_and_usage_is_waited_for() -> None:
     completion = reader()
     assert completion.feed(choice(text="x", token_ids=[5, 6])) == {"token_ids": [5, 6]}
     assert completion.feed(choice(token_ids=[7], finish_reason="length")) is None
@@ -143,7 +143,7 @@ def test_ids_are_taken_before_text_and_the_last_item_waits_for_the_usage() -> No
     assert completion.complete
 
 
-def test_engines_own_counts_come_with_the_last_item() -> None:
+def test_last_item_has_the_engines_counts() -> None:
     completion = reader()
     completion.feed(choice(text="Hello", finish_reason="stop"))
     completion.feed(b'{"choices":[],"usage":{"prompt_tokens":9,"completion_tokens":4,"total_tokens":"x"}}')
@@ -151,13 +151,13 @@ def test_engines_own_counts_come_with_the_last_item() -> None:
     assert last["completion_usage"] == {"prompt_tokens": 9, "completion_tokens": 4}
 
 
-def test_the_end_of_sequence_token_is_not_part_of_the_answer() -> None:
+def test_end_of_sequence_token_is_not_in_the_answer() -> None:
     completion = reader(frozenset({2}))
     completion.feed(choice(token_ids=[7, 2], finish_reason="stop"))
     assert completion.finish() == {"token_ids": [7], "finish_reason": "stop"}
 
 
-def test_llama_cpp_tells_its_cache_in_its_timings() -> None:
+def test_llama_cpp_has_cached_tokens_in_timings() -> None:
     completion = reader()
     completion.feed(b'{"choices":[{"text":"","finish_reason":"stop"}],"timings":{"cache_n":12}}')
     assert completion.finish() == {"token_ids": [], "finish_reason": "stop", "cached_tokens": 12}
@@ -179,7 +179,7 @@ def test_llama_cpp_tells_its_cache_in_its_timings() -> None:
         ("abort", "length"),
     ],
 )
-def test_finish_reason_of_any_name_loses_no_token(said: Any, reason: str) -> None:
+def test_any_finish_reason_loses_no_token(said: Any, reason: str) -> None:
     completion = reader()
     assert completion.feed(choice(token_ids=[5])) == {"token_ids": [5]}
     completion.feed(choice(token_ids=[6], finish_reason=said))
@@ -227,7 +227,7 @@ def test_last_usage_without_reason_ends_the_answer() -> None:
         [choice(finish_reason="abort"), DONE],
     ],
 )
-def test_cut_off_answers_are_never_complete(events: list[bytes]) -> None:
+def test_cut_off_answer_is_never_complete(events: list[bytes]) -> None:
     completion = reader()
     for event in events:
         completion.feed(event)
@@ -251,12 +251,12 @@ def test_cut_off_answers_are_never_complete(events: list[bytes]) -> None:
         (choice(token_ids=[True]), ProtocolViolation),
     ],
 )
-def test_errors_within_a_stream(data: bytes, error: type[PlaneError]) -> None:
+def test_errors_in_a_stream_are_raised(data: bytes, error: type[PlaneError]) -> None:
     with pytest.raises(error):
         reader().feed(data)
 
 
-def test_refusals_tell_what_the_server_says() -> None:
+def test_refusals_have_the_servers_message() -> None:
     busy = refusal(503, b'{"detail": "loading"}', "7")
     assert isinstance(busy, Overloaded)
     assert busy.retry_after_s == 7
@@ -290,7 +290,7 @@ def test_refused_keys_are_not_repeated_to_clients() -> None:
     assert "DYN_ENGINE_API_KEY" in str(error)
 
 
-def test_unknown_model_is_no_fault_of_the_request() -> None:
+def test_unknown_model_is_no_invalid_request() -> None:
     error = refusal(404, b'{"error": {"message": "The model `old` does not exist."}}', None)
     assert isinstance(error, UnknownModel)
     assert not isinstance(error, InvalidRequest)

@@ -75,7 +75,7 @@ def with_int_hashes(event: EngineEvent) -> EngineEvent:
 
 
 @pytest.mark.skipif(not GOLDEN_FRAMES.exists(), reason="the engines' recorded messages are not here")
-def test_the_engines_own_messages_say_what_they_say() -> None:
+def test_golden_messages_of_engines_are_decoded() -> None:
     frames = json.loads(GOLDEN_FRAMES.read_text())
     assert len(frames) == 32
     for number, frame in enumerate(frames):
@@ -95,7 +95,7 @@ def hashes_of(event: EngineEvent) -> list[EngineHash]:
 
 
 @pytest.mark.parametrize("vector", json.loads(OWN_FRAMES.read_text())["messages"], ids=lambda v: v["what"])
-def test_our_own_messages(vector: dict[str, Any]) -> None:
+def test_own_messages_are_decoded(vector: dict[str, Any]) -> None:
     batch = decode_batch(bytes.fromhex(vector["payload_hex"]))
     assert [repr(event) for event in batch.events] == vector["events"]
     assert batch.left_out == Counter(vector["left_out"])
@@ -115,19 +115,19 @@ STORED = {
 }
 
 
-def test_the_outer_payload_may_be_a_map_and_fields_may_be_new() -> None:
+def test_payload_may_be_a_map_with_new_fields() -> None:
     payload = batch_of(STORED | {"colour": {"deep": [1]}}, data_parallel_rank=3, later="field")
     batch = decode_batch(payload)
     assert batch.dp_rank == 3
     assert batch.events == [Stored([1, 2], None, [1, 2, 3, 4], 2, DEVICE, None, None, full_attention=True)]
 
 
-def test_an_array_may_be_longer_than_this_release_knows() -> None:
+def test_array_may_have_more_fields() -> None:
     removed = ["BlockRemoved", [7], "CPU", 1, "a later field", 2]
     assert decode_batch(batch_of(removed)).events == [Removed([7], HOST, 1)]
 
 
-def test_what_is_not_known_is_left_out_and_counted() -> None:
+def test_unknown_events_are_left_out_and_counted() -> None:
     batch = decode_batch(
         batch_of(
             {"type": "BlockFrozen", "block_hashes": 7},
@@ -139,12 +139,12 @@ def test_what_is_not_known_is_left_out_and_counted() -> None:
     assert batch.left_out == {"unknown_type": 1, "unknown_medium": 1}
 
 
-def test_signed_hashes_are_the_unsigned_ones() -> None:
+def test_signed_hashes_become_unsigned() -> None:
     batch = decode_batch(batch_of({"type": "BlockRemoved", "block_hashes": [-1, (1 << 64) - 1]}))
     assert batch.events == [Removed([(1 << 64) - 1] * 2, DEVICE, None)]
 
 
-def test_blocks_that_more_than_tokens_name_are_left_out() -> None:
+def test_blocks_with_extra_keys_are_left_out() -> None:
     """An image or a cache salt changes what a block holds, and not its token ids."""
     salted = STORED | {"extra_keys": [None, ["salt"]]}
     adapter = STORED | {"lora_id": 4, "lora_name": "poet", "extra_keys": [["poet"], ["poet"]]}
@@ -160,7 +160,7 @@ def test_blocks_that_more_than_tokens_name_are_left_out() -> None:
     assert batch.left_out == {"extra_keys": 1, "unnamed_adapter": 2}
 
 
-def test_a_removal_in_the_sliding_window_group_removes_nothing_of_full_attention() -> None:
+def test_removal_in_a_sliding_window_group_is_ignored() -> None:
     group = MainGroup()
     window = STORED | {
         "group_idx": 0,
@@ -177,13 +177,13 @@ def test_a_removal_in_the_sliding_window_group_removes_nothing_of_full_attention
     assert not group.includes(events[-2])
 
 
-def test_events_without_groups_are_all_of_the_only_one() -> None:
+def test_events_without_a_group_are_of_the_main_group() -> None:
     group = MainGroup()
     events = decode_batch(batch_of(STORED, {"type": "BlockRemoved", "block_hashes": [1]})).events
     assert all(group.includes(event) for event in events)
 
 
-def test_messages_and_replays() -> None:
+def test_messages_and_replay_requests_are_split() -> None:
     assert split_message([b"", (5).to_bytes(8, "big"), b"payload"]) == (5, b"payload")
     assert split_message([b"", b"\xff" * 8, b""]) == (END_OF_REPLAY, b"")
     assert replay_request(258) == [b"", b"\0\0\0\0\0\0\1\2"]
@@ -211,7 +211,7 @@ broken_batches = anything | st.tuples(st.just(1.0), st.lists(broken_events | any
 
 
 @given(st.binary(max_size=64) | broken_batches.map(lambda batch: msgpack.packb(batch)))
-def test_nonsense_is_a_value_error_and_nothing_else(payload: bytes) -> None:
+def test_invalid_payload_is_a_value_error(payload: bytes) -> None:
     try:
         batch = decode_batch(payload)
     except ValueError:
@@ -222,7 +222,7 @@ def test_nonsense_is_a_value_error_and_nothing_else(payload: bytes) -> None:
         assert all(isinstance(block, bytes) or 0 <= block < 1 << 64 for block in hashes_of(event))
 
 
-def test_neighbours_that_remove_are_one_event() -> None:
+def test_consecutive_removals_are_one_event() -> None:
     first, last = stored([1], None, 0), stored([9], None, 0)
     events: list[EngineEvent] = [
         Removed([1], DEVICE, None),
