@@ -1,8 +1,8 @@
-"""Requests that change the state of a deployment: not to be sent by a page that a browser shows.
+"""Requests that change the state of a deployment, protected against pages of other sites in a browser.
 
-A page of any site can have a browser send a POST to an address that the browser can reach, with a body of a
-form's types. It cannot have it sent as `application/json` without the server's leave (CORS), which is never
-given. Browsers say in `Origin` whose page it is.
+A page of any site can make a browser send a POST to an address that the browser can reach, with a body of a
+form's types. It cannot send `application/json` unless the server permits it (CORS), and this server never
+does. The header `Origin` names the site of the page.
 """
 
 from __future__ import annotations
@@ -24,30 +24,35 @@ _BODY_LIMIT_BYTES = 64 * 1024
 
 
 def changes_state(handler: Handler) -> Handler:
-    """Have a handler take only requests of type `application/json`, and from no other origin.
+    """Wrap a handler: it gets only requests of type `application/json`, and of no other origin.
 
-    Others get ApiError: 403 or 415. The body is empty or an object without members, else 400: there is
-    nothing to choose.
+    Other requests get ApiError 403 or 415. The body must be empty or an object without members, else 400: the
+    handler has no parameters.
     """
 
     async def guarded(request: Request) -> Response:
-        _refuse_foreign(request)
+        _check_origin_and_type(request)
         try:
             content = await read_limited(request.scope, request.receive, _BODY_LIMIT_BYTES)
         except ClientGone:
             return Response(status_code=400)
-        _refuse_parameters(b"".join(content))
+        _check_no_parameters(b"".join(content))
         return await handler(request)
 
     return guarded
 
 
-def _refuse_foreign(request: Request) -> None:
-    origin = request.headers.get("origin")
-    if origin is not None and not _is_of(origin, request.headers.get("host")):
-        raise ApiError(
-            403, f"A page of {origin[:100]!r} may not change anything here.", code="foreign_origin"
-        )
+def _check_origin_and_type(request: Request) -> None:
+    origin, host = request.headers.get("origin"), request.headers.get("host")
+    if origin is not None:
+        try:
+            is_own = bool(host) and urlsplit(origin).netloc == host
+        except ValueError:  # brackets without an address
+            is_own = False
+        if not is_own:
+            raise ApiError(
+                403, f"A page of {origin[:100]!r} may not change anything here.", code="foreign_origin"
+            )
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json":
         raise ApiError(
@@ -57,14 +62,7 @@ def _refuse_foreign(request: Request) -> None:
         )
 
 
-def _is_of(origin: str, host: str | None) -> bool:
-    try:
-        return bool(host) and urlsplit(origin).netloc == host
-    except ValueError:  # brackets without an address
-        return False
-
-
-def _refuse_parameters(content: bytes) -> None:
+def _check_no_parameters(content: bytes) -> None:
     try:
         body: Any = json.loads(content) if content.strip() else {}
     except (ValueError, RecursionError) as exc:

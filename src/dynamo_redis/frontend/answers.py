@@ -1,4 +1,4 @@
-"""One answer in the making: a worker's items in, text out."""
+"""Decoding of one answer: a worker's items in, text out."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from dynamo_redis.frontend.tokens import Detokenizer, StopStrings
 from dynamo_redis.models.llm_protocol import is_count
 
 
-class Answer:
-    """Follows one choice of a completion, item by item, until it has a `finish_reason`.
+class AnswerDecoder:
+    """Decodes one choice of a completion, item by item, until it has a `finish_reason`.
 
-    That is "length" if the worker ran into the token limit, else "stop": an end-of-sequence token, or one
-    of the stop strings. What follows that is cut off, and with it the stop string, unless it is kept.
+    The reason is "length" at the token limit, and "stop" at an end-of-sequence token or a stop string. Text
+    after a stop string is cut off, and the stop string itself, too, unless `keeps_stop`.
     """
 
     __slots__ = (
@@ -32,11 +32,14 @@ class Answer:
         self.finish_reason: str | None = None
         self.token_count = 0
         self.prompt_token_count: int | None = None
-        """As the engine counted, if it did."""
+        """As counted by the engine; None if it did not count."""
         self.cached_tokens: int | None = None
 
     def feed(self, item: Any) -> str:
-        """The text that an item of the worker's answer (a GenerateItem) completes. Raises PlaneError."""
+        """Return the text that an item of the worker's answer (a GenerateItem) completes.
+
+        Raises PlaneError.
+        """
         if not isinstance(item, dict):
             raise ProtocolViolation(f"the worker answered with {type(item).__name__}, not with tokens")
         token_ids = item.get("token_ids") or ()
@@ -44,13 +47,13 @@ class Answer:
             self.token_count += len(token_ids)
             text = self._detokenizer.feed(token_ids)
         except (TypeError, OverflowError) as exc:
-            raise ProtocolViolation("the worker answered with 'token_ids' that are no token ids") from exc
+            raise ProtocolViolation("the worker answered with 'token_ids' that are not token ids") from exc
         if self.cached_tokens is None and is_count(cached := item.get("cached_tokens")):
             self.cached_tokens = cached
-        reason = item.get("finish_reason") or None  # engines write "" while there is none
+        reason = item.get("finish_reason") or None  # some engines send "" while there is no reason
         if reason is not None:
             text += self._detokenizer.finish()
-            self._take_counts(item.get("completion_usage"))
+            self._use_engine_counts(item.get("completion_usage"))
         if self._stops is not None:
             text = self._stops.feed(text)
             if self._stops.found is not None:
@@ -59,11 +62,11 @@ class Answer:
             if reason is not None:
                 text += self._stops.finish()
         if reason is not None:
-            self.finish_reason = _reason(reason)
+            self.finish_reason = _openai_reason(reason)
         return text
 
-    def _take_counts(self, usage: Any) -> None:
-        """Take what the engine counted: it may not be what the tokens sent here make."""
+    def _use_engine_counts(self, usage: Any) -> None:
+        """Replace the counts by the engine's, which may differ from the number of tokens received here."""
         if not isinstance(usage, dict):
             return
         prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
@@ -73,7 +76,7 @@ class Answer:
             self.prompt_token_count = prompt
 
     def restart(self) -> None:
-        """Forget what has come: another worker answers from the beginning."""
+        """Forget all items: another worker answers from the beginning."""
         self._detokenizer.finish()
         if self._stops is not None:
             self._stops.finish()
@@ -81,17 +84,17 @@ class Answer:
 
     @property
     def cut_off(self) -> bool:
-        """Whether a stop string ended the answer, so that the worker does not know that it is over."""
+        """True if a stop string ended the answer: the worker does not know that it is over."""
         return self._stops is not None and self._stops.found is not None
 
     def check_complete(self) -> None:
-        """To be called when the items have ended. Raises ConnectionLost unless the answer has."""
+        """Raise ConnectionLost if the items have ended without a finish reason."""
         if self.finish_reason is None:
             raise ConnectionLost("the worker ended its answer before it was complete: no finish_reason")
 
 
-def _reason(reason: Any) -> str:
-    """The reason in OpenAI's words. An end that a worker calls otherwise is an end all the same."""
+def _openai_reason(reason: Any) -> str:
+    """Return OpenAI's name of a finish reason. Unknown reasons are "stop"; errors are raised."""
     if reason in ("stop", "length", "content_filter"):
         return str(reason)
     if reason == "cancelled":

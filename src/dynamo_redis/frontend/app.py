@@ -1,4 +1,4 @@
-"""The HTTP interface: routes, and the way of a request through the frontend's parts."""
+"""The HTTP interface: its routes, and the steps of a request."""
 
 from __future__ import annotations
 
@@ -20,10 +20,9 @@ from starlette.types import Receive, Scope, Send
 from dynamo_redis.config import FrontendSettings
 from dynamo_redis.errors import DeadlineExceeded, DynamoRedisError
 from dynamo_redis.frontend.administration import changes_state
-from dynamo_redis.frontend.answers import Answer
-from dynamo_redis.frontend.exchange import Choice, Exchange, send_error
+from dynamo_redis.frontend.answers import AnswerDecoder
+from dynamo_redis.frontend.exchange import CompletionChoice, Exchange, send_error
 from dynamo_redis.frontend.health import health
-from dynamo_redis.frontend.http.bodies import Body
 from dynamo_redis.frontend.http.errors import ApiError, api_error, invalid, too_many_choices
 from dynamo_redis.frontend.http.framing import STREAMS_EVENTS
 from dynamo_redis.frontend.http.request_body import BodyBudget, ClientGone, read_limited
@@ -41,7 +40,7 @@ from dynamo_redis.planes.context import Context
 from dynamo_redis.store.base import Registry
 
 ClearCaches = Callable[[Collection[EndpointName]], Awaitable[tuple[int, dict[str, Any]]]]
-"""Clears the caches of the workers at these endpoints: status and body of the answer. Raises StoreError."""
+"""Clears the caches of the workers at these endpoints. Returns status and body. Raises StoreError."""
 
 _REQUEST_ID = re.compile(rb"[\w.:-]{1,128}")
 _TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(-.{0,128})?")
@@ -54,7 +53,7 @@ def make_app(
     registry: Registry,
     clear_caches: ClearCaches,
 ) -> Starlette:
-    """The ASGI application. It owns nothing: its parts are made and ended by the caller."""
+    """Return the ASGI application. The caller makes and ends its parts."""
 
     async def list_models(_: Request) -> Response:
         listed = [_describe(model) for model in models.served()]
@@ -102,7 +101,7 @@ def make_app(
 class Completions:
     """`POST /v1/chat/completions` and `POST /v1/completions`, as an ASGI application of its own.
 
-    Below the router there is no middleware and no response class: a streamed token costs its encoding and
+    There is no middleware and no response class below the router: a streamed token costs its encoding and
     its share of a write.
     """
 
@@ -136,7 +135,7 @@ class Completions:
         except ClientGone:
             return
         except TimeoutError:
-            late = DeadlineExceeded("the request was not read and tokenized in its time")
+            late = DeadlineExceeded("the request was not read and tokenized before its deadline")
             await send_error(send, api_error(late), headers)
             return
         except (ApiError, DynamoRedisError) as exc:
@@ -144,7 +143,7 @@ class Completions:
             return
         deadline = None if self._timeout_s is None else started_at + self._timeout_s
         contexts = _contexts(scope, request_id, len(requests), deadline)
-        exchange = self._exchange(model, body, requests, contexts)
+        exchange = self._make_exchange(model, body, requests, contexts)
         if body.stream:
             scope[STREAMS_EVENTS] = True
             await exchange.stream(receive, send, headers, includes_usage=body.includes_usage)
@@ -154,35 +153,31 @@ class Completions:
     async def _read(
         self, scope: Scope, receive: Receive
     ) -> tuple[CompletionOptions, Model, list[GenerateRequest]]:
-        """Read a request: its options, its model, and the requests to the workers. Raises as its steps do."""
+        """Read a request. Return its options, its model, and the requests to the workers.
+
+        A request over the context of the chosen version of the model goes to the version with the longest
+        context. Raises ApiError, DynamoRedisError and ClientGone.
+        """
         with self._bodies.hold() as held:
             content = await read_limited(scope, receive, self._limit_bytes, held)
             body = await self._preparation.read(self._body, content)
             del content
             if body.choice_count > self._max_choices_count:
                 raise too_many_choices(body.choice_count, self._max_choices_count)
-            model, requests = await self._prepare(body)
-            return body.options, model, requests
+            model = self._models.get(body.options.model, self._can_serve)
+            assert model.loaded is not None
+            try:
+                return body.options, model, await self._preparation.requests(model.loaded, body)
+            except ApiError as exc:
+                longer = self._models.with_longer_context(model, self._can_serve)
+                if exc.code != "context_length_exceeded" or longer is None or longer.loaded is None:
+                    raise
+                return body.options, longer, await self._preparation.requests(longer.loaded, body)
 
-    async def _prepare(self, body: Body) -> tuple[Model, list[GenerateRequest]]:
-        """The version of the model that serves a request, and what its workers get.
-
-        One that does not fit the version chosen goes to the one with the longest context.
-        """
-        model = self._models.get(body.options.model, self._takes)
-        assert model.loaded is not None
-        try:
-            return model, await self._preparation.requests(model.loaded, body)
-        except ApiError as exc:
-            roomier = self._models.roomier(model, self._takes)
-            if exc.code != "context_length_exceeded" or roomier is None or roomier.loaded is None:
-                raise
-            return roomier, await self._preparation.requests(roomier.loaded, body)
-
-    def _takes(self, model: LoadedModel) -> bool:
+    def _can_serve(self, model: LoadedModel) -> bool:
         return model.template is not None if self._kind == "chat" else model.completes_text
 
-    def _exchange(
+    def _make_exchange(
         self,
         model: Model,
         body: CompletionOptions,
@@ -192,10 +187,10 @@ class Completions:
         assert model.loaded is not None
         tokenizer = model.loaded.tokenizer
         choices = [
-            Choice(
+            CompletionChoice(
                 index,
                 request,
-                Answer(tokenizer.detokenizer(), body.stops, keeps_stop=body.keeps_stops),
+                AnswerDecoder(tokenizer.detokenizer(), body.stops, keeps_stop=body.keeps_stops),
                 context,
             )
             for index, (request, context) in enumerate(zip(requests, contexts, strict=True))
@@ -247,11 +242,16 @@ def _error(error: ApiError) -> Response:
 
 
 async def _on_http_exception(request: Request, exc: Exception) -> Response:
-    """Unknown paths and methods, in OpenAI's form, with those that there are; OPTIONS asks for just these."""
+    """Answer an unknown path or method in OpenAI's form, with the known ones. OPTIONS gets the methods."""
     assert isinstance(exc, HTTPException)
     if request.method == "OPTIONS" and exc.status_code == 405:
         return Response(status_code=204, headers=exc.headers)
-    error = invalid(f"Unknown request: {request.method} {request.url.path}. There are: {_offered(request)}.")
+    offered = ", ".join(
+        f"{'POST' if 'POST' in (route.methods or ()) else 'GET'} {route.path.replace(':path', '')}"
+        for route in request.app.routes
+        if isinstance(route, Route)
+    )
+    error = invalid(f"Unknown request: {request.method} {request.url.path}. There are: {offered}.")
     if exc.status_code == 405:
         allowed = (exc.headers or {}).get("Allow", "")
         error = invalid(f"Not allowed to {request.method} on {request.url.path}: it takes {allowed}.")
@@ -262,15 +262,6 @@ async def _on_http_exception(request: Request, exc: Exception) -> Response:
     return response
 
 
-def _offered(request: Request) -> str:
-    """All paths of the application, each with its method."""
-    routes = [route for route in request.app.routes if isinstance(route, Route)]
-    return ", ".join(
-        f"{'POST' if 'POST' in (route.methods or ()) else 'GET'} {route.path.replace(':path', '')}"
-        for route in routes
-    )
-
-
 async def _on_error(_: Request, exc: Exception) -> Response:
-    """An error raised in a route; one that nobody foresaw is logged by the server, too."""
+    """Answer an error of a route. The server logs an unexpected one, too."""
     return _error(api_error(exc))

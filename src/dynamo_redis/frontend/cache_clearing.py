@@ -16,19 +16,28 @@ from dynamo_redis.runtime.runtime import DistributedRuntime
 from dynamo_redis.wire.topics import CLEAR_KV_BLOCKS
 
 ANSWER_S = 10.0
-"""How long a worker may take to answer."""
+"""Longest time for a worker's answer, in seconds."""
 
 
 async def clear_kv_blocks(
     runtime: DistributedRuntime, endpoints: Collection[EndpointName]
 ) -> tuple[int, dict[str, Any]]:
-    """Ask every instance beside these endpoints, all at once, each for 10 s at most.
+    """Ask the instances in the components of these endpoints, all at once, for at most 10 s.
 
-    Answers status and body: `{"cleared_workers": […], "failed_workers": […]}`; 200 if none failed, else 502,
-    and 503 if there is no worker. Raises StoreError.
+    Return status and body: `{"cleared_workers": […], "failed_workers": […]}`. The status is 200, 502 if a
+    worker failed, 503 if there is no worker. Raises StoreError.
     """
+
+    async def clear_component(namespace: str, component: str) -> list[dict[str, Any]]:
+        name = f"{namespace}.{component}.{CLEAR_KV_BLOCKS}"
+        async with await runtime.endpoint(name).client() as client:
+            asked = client.instance_ids()
+            return list(
+                await asyncio.gather(*(_clear_instance(client, name, instance) for instance in asked))
+            )
+
     components = {(endpoint.namespace, endpoint.component) for endpoint in endpoints}
-    outcomes = await asyncio.gather(*(_clear(runtime, *component) for component in sorted(components)))
+    outcomes = await asyncio.gather(*(clear_component(*component) for component in sorted(components)))
     cleared = [worker for outcome in outcomes for worker in outcome if "error" not in worker]
     failed = [worker for outcome in outcomes for worker in outcome if "error" in worker]
     body: dict[str, Any] = {"cleared_workers": cleared, "failed_workers": failed}
@@ -37,14 +46,7 @@ async def clear_kv_blocks(
     return (502 if failed else 200), body
 
 
-async def _clear(runtime: DistributedRuntime, namespace: str, component: str) -> list[dict[str, Any]]:
-    name = f"{namespace}.{component}.{CLEAR_KV_BLOCKS}"
-    async with await runtime.endpoint(name).client() as client:
-        asked = client.instance_ids()
-        return list(await asyncio.gather(*(_clear_one(client, name, instance) for instance in asked)))
-
-
-async def _clear_one(client: Client, name: str, instance_id: int) -> dict[str, Any]:
+async def _clear_instance(client: Client, name: str, instance_id: int) -> dict[str, Any]:
     worker: dict[str, Any] = {"endpoint": name, "instance_id": instance_id}
     context = Context(deadline=SYSTEM_CLOCK.monotonic() + ANSWER_S)
     try:

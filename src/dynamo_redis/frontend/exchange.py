@@ -1,13 +1,14 @@
-"""One request and its answer: from workers' items to HTTP, whole or as server-sent events.
+"""One request and its response: from workers' items to HTTP, whole or as server-sent events.
 
-Of each request these tasks exist, all ended before the response is: the server's own, which writes; one
-that waits for the client to hang up, and then kills the request at its workers; and one a choice, which
-reads a worker's items. Readers and writer share one list of encoded events: it is written in one piece
-whenever the writer gets its turn, so all events of one tick share a write, and it is bounded: past
-`BUFFER_BYTES` readers wait, the plane's flow control holds the worker back, and a slow client costs no more.
+Each request has these tasks, all ended before the response ends: the server's own task, which writes; one
+task that waits for the client to hang up, and then kills the request at its workers; and one task for each
+choice, which reads a worker's items. Readers and writer share one list of encoded events. The writer writes
+the whole list when it gets its turn, so all events of one tick share a write. The list is bounded: over
+`BUFFER_BYTES` the readers wait, and the plane's flow control holds the worker back. So a slow client costs
+no more memory.
 
-Writing happens in the server's task alone, never where a worker's connection delivers its frames: a client
-that is gone disturbs nobody else's stream.
+Only the server's task writes, never the code that receives frames from a worker: a client that has left
+delays no other client's stream.
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ import asyncio
 import contextlib
 import json
 import logging
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
 from dynamo_redis.errors import DynamoRedisError, EngineFailed, ProtocolViolation
-from dynamo_redis.frontend.answers import Answer
+from dynamo_redis.frontend.answers import AnswerDecoder
 from dynamo_redis.frontend.http.errors import ApiError, worker_error, worker_lost
 from dynamo_redis.frontend.http.sse import DONE, ChunkEncoder, Kind, event
 from dynamo_redis.models.llm_protocol import GenerateRequest
 from dynamo_redis.planes.context import Context
+from dynamo_redis.rate_limited_log import RateLimitedLog
 
 log = logging.getLogger(__name__)
 
@@ -36,31 +37,31 @@ Send = Callable[[Event], Awaitable[None]]
 BUFFER_BYTES = 64 * 1024
 
 _WHOLE_TRIES = 3
-"""So many workers may begin one answer that no client sees before it is whole."""
+"""Most workers that are tried, one after another, for an answer that is sent whole."""
 
 _END_GRACE_S = 1.0
-"""How long a worker may take from the item with the finish reason to the end of its answer."""
+"""Longest time from the item with the finish reason to the end of a worker's answer, in seconds."""
 
 Generate = Callable[[GenerateRequest, Context], Awaitable[AsyncIterator[Any]]]
 """Sends a request to a worker; awaited, and then iterated. Raises PlaneError at either step."""
 
 
-class Choice:
-    """One choice of a completion: what is asked for, and what has come."""
+class CompletionChoice:
+    """One choice of a completion: its request, and the part of the answer that has arrived."""
 
     __slots__ = ("answer", "begun", "context", "index", "pieces", "request")
 
-    def __init__(self, index: int, request: GenerateRequest, answer: Answer, context: Context) -> None:
+    def __init__(self, index: int, request: GenerateRequest, answer: AnswerDecoder, context: Context) -> None:
         self.index = index
         self.request = request
         self.answer = answer
         self.context = context
         self.begun = False
-        """Whether part of the answer has come."""
+        """True once part of the answer has arrived."""
         self.pieces: list[str] = []
 
     def restart(self) -> None:
-        """Forget what has come: another worker answers from the beginning."""
+        """Forget the answer so far: another worker answers from the beginning."""
         self.begun = False
         self.pieces.clear()
         self.answer.restart()
@@ -73,10 +74,10 @@ class Exchange:
         self,
         kind: Kind,
         frame: dict[str, Any],
-        choices: Sequence[Choice],
+        choices: Sequence[CompletionChoice],
         generate: Generate,
     ) -> None:
-        """`frame` holds what every chunk and the whole response have: id, created, model."""
+        """`frame` holds the fields of every chunk and of the whole response: id, created, model."""
         self._kind: Kind = kind
         self._frame = frame
         self._choices = choices
@@ -95,26 +96,27 @@ class Exchange:
     async def respond(self, receive: Receive, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
         """Answer with one JSON object, or with an error. Returns early if the client hangs up.
 
-        A choice whose worker is lost half-way is asked of another one from the beginning.
+        If a worker is lost half-way, another worker answers that choice from the beginning.
         """
-        await self._run(receive, self._collect, self._wait_for_end, tries=_WHOLE_TRIES)
+
+        async def collect(choice: CompletionChoice, text: str) -> None:
+            choice.pieces.append(text)
+
+        async def wait_for_end() -> None:
+            while self._open and self._error is None and not self._hung_up:
+                self._wake.clear()
+                await self._wake.wait()
+
+        await self._run(receive, collect, wait_for_end, tries=_WHOLE_TRIES)
         if self._hung_up:
             return
         if self._error is not None:
             await send_error(send, self._error, headers)
             return
-        content = json.dumps(self._whole(), ensure_ascii=False).encode(errors="replace")
+        content = json.dumps(self._whole_completion(), ensure_ascii=False).encode(errors="replace")
         await send_json(send, 200, content, headers)
 
-    async def _collect(self, choice: Choice, text: str) -> None:
-        choice.pieces.append(text)
-
-    async def _wait_for_end(self) -> None:
-        while self._open and self._error is None and not self._hung_up:
-            self._wake.clear()
-            await self._wake.wait()
-
-    def _whole(self) -> dict[str, Any]:
+    def _whole_completion(self) -> dict[str, Any]:
         choices: list[dict[str, Any]] = []
         for choice in self._choices:
             text = "".join(choice.pieces)
@@ -137,8 +139,10 @@ class Exchange:
     async def stream(
         self, receive: Receive, send: Send, headers: list[tuple[bytes, bytes]], *, includes_usage: bool
     ) -> None:
-        """Answer with server-sent events. An error before the first item is answered as a JSON error, a
-        later one as an event after which the stream ends. Returns early if the client hangs up."""
+        """Answer with server-sent events. Returns early if the client hangs up.
+
+        An error before the first item is a JSON response. A later error is an event that ends the stream.
+        """
         kind = "chat.completion.chunk" if self._kind == "chat" else "text_completion"
         frame = _ordered(self._frame, kind)
         self._encoders = [
@@ -151,7 +155,7 @@ class Exchange:
 
         await self._run(receive, self._encode, write, tries=1)
 
-    async def _encode(self, choice: Choice, text: str) -> None:
+    async def _encode(self, choice: CompletionChoice, text: str) -> None:
         encoder = self._encoders[choice.index]
         answer = choice.answer
         piece = encoder.delta(text) if text or answer.finish_reason is None else b""
@@ -184,7 +188,13 @@ class Exchange:
                 await send({"type": "http.response.start", "status": 200, "headers": [*_SSE, *headers]})
             ended = not self._open or self._error is not None
             if ended:
-                self._events.append(self._last(usage_frame))
+                if self._error is not None:
+                    last = event(self._error.body())
+                elif usage_frame is None:
+                    last = DONE
+                else:
+                    last = event({**usage_frame, "choices": [], "usage": self._usage()}) + DONE
+                self._events.append(last)
             content = b"".join(self._events)
             self._events.clear()
             self._buffered = 0
@@ -193,20 +203,12 @@ class Exchange:
             if ended:
                 return
 
-    def _last(self, usage_frame: dict[str, Any] | None) -> bytes:
-        """The events that end a stream."""
-        if self._error is not None:
-            return event(self._error.body())
-        if usage_frame is None:
-            return DONE
-        return event({**usage_frame, "choices": [], "usage": self._usage()}) + DONE
-
     # ----------------------------------------------------------------- both
 
     async def _run(
         self,
         receive: Receive,
-        deliver: Callable[[Choice, str], Awaitable[None]],
+        deliver: Callable[[CompletionChoice, str], Awaitable[None]],
         respond: Callable[[], Awaitable[None]],
         *,
         tries: int,
@@ -224,9 +226,15 @@ class Exchange:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _read(
-        self, choice: Choice, deliver: Callable[[Choice, str], Awaitable[None]], tries: int
+        self,
+        choice: CompletionChoice,
+        deliver: Callable[[CompletionChoice, str], Awaitable[None]],
+        tries: int,
     ) -> None:
-        """Read an answer to its end; from its beginning again, at most `tries` times, if it breaks off."""
+        """Read an answer to its end.
+
+        If it breaks off, read it again from its beginning, `tries` times in all.
+        """
         complete = False
         try:
             while not complete:
@@ -236,11 +244,13 @@ class Exchange:
             if not isinstance(exc, (DynamoRedisError, ApiError)):
                 log.exception("request %s failed", choice.context.id())
             elif worker_lost(exc) or isinstance(exc, (EngineFailed, ProtocolViolation)):
-                _losses.report(choice.context.id(), exc)
+                _log_failure(choice, exc)
             if self._error is None:
                 self._error = worker_error(exc, self._frame["model"], begun=choice.begun)
         finally:
-            if not complete and self._error is None:  # no way out of here makes a part look like the whole
+            if (
+                not complete and self._error is None
+            ):  # however this task ends, a part is never sent as the whole
                 self._error = ApiError(
                     500,
                     "The answer is incomplete: send the request again.",
@@ -251,9 +261,13 @@ class Exchange:
             self._wake.set()
 
     async def _read_once(
-        self, choice: Choice, deliver: Callable[[Choice, str], Awaitable[None]], *, is_last: bool
+        self,
+        choice: CompletionChoice,
+        deliver: Callable[[CompletionChoice, str], Awaitable[None]],
+        *,
+        is_last: bool,
     ) -> bool:
-        """Read an answer to its end, or, unless this is the last try, to where its worker was lost: False."""
+        """Read an answer to its end. Return False if its worker was lost and it may be tried again."""
         answer = choice.answer
         items: Any = None
         try:
@@ -270,7 +284,7 @@ class Exchange:
             lost = worker_lost(exc) or isinstance(exc, EngineFailed)
             if is_last or not lost or not choice.begun or choice.context.is_stopped():
                 raise
-            _losses.report(choice.context.id(), exc)
+            _log_failure(choice, exc)
             choice.restart()
             return False
         finally:
@@ -288,59 +302,37 @@ class Exchange:
 
     def _usage(self) -> dict[str, Any]:
         completion = sum(choice.answer.token_count for choice in self._choices)
-        prompts = self._prompt_counts()
-        prompt = sum(count for count, _ in prompts)
+        # Each prompt counts once, by its first choice, however many choices share its list of tokens: later
+        # choices find cached tokens that the first one has put there.
+        prompts: dict[int, tuple[int, int | None]] = {}  # id of the list → its tokens, the cached ones
+        for choice in self._choices:
+            token_ids, answer = choice.request["token_ids"], choice.answer
+            count = answer.prompt_token_count or len(token_ids)
+            cached_count = None if answer.cached_tokens is None else min(answer.cached_tokens, count)
+            prompts.setdefault(id(token_ids), (count, cached_count))
+        prompt = sum(count for count, _ in prompts.values())
         usage: dict[str, Any] = {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
         }
-        cached = [count for _, count in prompts if count is not None]
+        cached = [count for _, count in prompts.values() if count is not None]
         if cached:
             usage["prompt_tokens_details"] = {"cached_tokens": sum(cached)}
         return usage
 
-    def _prompt_counts(self) -> list[tuple[int, int | None]]:
-        """Return the tokens of each prompt, as the engine counted if it did, and how many were cached.
 
-        Each prompt is there once, as its first choice says, however many choices share the list of its
-        tokens: the later ones find what the first has left in the cache.
-        """
-        counts: dict[int, tuple[int, int | None]] = {}
-        for choice in self._choices:
-            prompt, answer = choice.request["token_ids"], choice.answer
-            count = answer.prompt_token_count or len(prompt)
-            cached = None if answer.cached_tokens is None else min(answer.cached_tokens, count)
-            counts.setdefault(id(prompt), (count, cached))
-        return list(counts.values())
+_failures = RateLimitedLog(log, pause_s=1.0)  # a worker that dies ends thousands of requests
 
 
-class _Losses:
-    """Logs why requests lost their workers, or failed there without a line in the worker's own log: one a
-    second, since a worker that dies takes thousands along."""
-
-    def __init__(self) -> None:
-        self._next_at = 0.0
-        self._unreported_count = 0
-
-    def report(self, request_id: str | None, error: Exception) -> None:
-        """Log one, or count it."""
-        now = time.monotonic()
-        if now < self._next_at:
-            self._unreported_count += 1
-            return
-        self._next_at = now + 1.0
-        others = f" (and {self._unreported_count} more since the last)" if self._unreported_count else ""
-        self._unreported_count = 0
-        fate = "lost its worker" if worker_lost(error) else "failed at its worker"
-        log.warning("request %s %s: %s%s", request_id, fate, error, others)
-
-
-_losses = _Losses()
+def _log_failure(choice: CompletionChoice, error: Exception) -> None:
+    """Log that a request lost its worker, or failed there without a line in the worker's own log."""
+    failure = "lost its worker" if worker_lost(error) else "failed at its worker"
+    _failures.log("request %s %s: %s", choice.context.id(), failure, error)
 
 
 async def _read_to_end(items: AsyncIterator[Any]) -> None:
-    """Let a worker that has said its last word end by itself: closing now would count as a kill there."""
+    """Wait until a worker that has sent its last item ends by itself: a close now would count as a kill."""
     with contextlib.suppress(TimeoutError, DynamoRedisError):
         async with asyncio.timeout(_END_GRACE_S):
             async for _ in items:
@@ -352,7 +344,7 @@ async def _read_to_end(items: AsyncIterator[Any]) -> None:
 _SSE = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),  # nginx would hold events back
+    (b"x-accel-buffering", b"no"),  # else nginx buffers the events
 ]
 
 

@@ -1,4 +1,4 @@
-"""The form that an answer must have: one, from all the ways in which a body can ask for it."""
+"""The form of an answer (guided decoding), from all fields in which a body can ask for it."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ GUIDED_FIELDS: Final = {
     "regex": "regex",
     "ebnf": "grammar",
 }
-"""A body's fields that each ask for one form, and the name that the worker knows it by."""
+"""The fields of a body that each ask for one form, and the form's name in the worker's request."""
 
 FORM_FIELDS: Final = frozenset(
     {*GUIDED_FIELDS, "guided_whitespace_pattern", "response_format", "structured_outputs", "nvext"}
 )
-"""All fields of a body that can say something of a form."""
+"""All fields of a body that concern the form."""
 
 JSON_SCHEMA_FIELDS: Final = ("name", "description", "schema", "strict")
-"""Those of `response_format.json_schema`. An answer follows the schema, whatever `strict` says."""
+"""The fields of `response_format.json_schema`. An answer follows the schema for any value of `strict`."""
 
 STRUCTURED_FIELDS: Final = ("json", "regex", "choice", "grammar", "structural_tag", "whitespace_pattern")
 ALL_STRUCTURED_FIELDS: Final = (*STRUCTURED_FIELDS, "json_object")
-"""Those of `structured_outputs`."""
+"""The fields of `structured_outputs`."""
 
 
 class Guided(Protocol):
-    """A body, of which besides these `GUIDED_FIELDS` are read."""
+    """A body. Besides these fields, `GUIDED_FIELDS` are read."""
 
     response_format: dict[str, Any] | None
     structured_outputs: dict[str, Any] | None
@@ -58,7 +58,7 @@ class Guided(Protocol):
 
 
 def guided_decoding(body: Guided) -> GuidedDecoding | None:
-    """Return the form asked for, if any. Raises ApiError for one that is not well formed, or a second one."""
+    """Return the form that is asked for, or None. Raises ApiError for a malformed or a second one."""
     wanted = [*_from_fields(body, ""), *_from_format(body.response_format)]
     if body.nvext is not None:
         wanted += _from_fields(body.nvext, "nvext.")
@@ -68,11 +68,11 @@ def guided_decoding(body: Guided) -> GuidedDecoding | None:
         names = " and ".join(f"'{param}'" for param, _, _ in forms[:2])
         raise invalid(f"An answer has one form, but {names} each ask for one.", forms[1][0])
     if wanted and not forms:
-        raise invalid("White space is that of a JSON schema, and none is given.", wanted[0][0])
+        raise invalid("A white-space pattern needs a JSON schema, and none is given.", wanted[0][0])
     guided: dict[str, Any] = {}
     for param, kind, value in wanted:
         if kind == "whitespace_pattern" and forms[0][1] != "json":
-            raise invalid("White space is that of a JSON schema, and none is given.", param)
+            raise invalid("A white-space pattern needs a JSON schema, and none is given.", param)
         guided[kind] = _CHECKS[kind](value, param)
     return GuidedDecoding(**guided) if guided else None  # type: ignore[typeddict-item]
 
@@ -136,7 +136,7 @@ def _check_further(known: Parameters, given: Mapping[str, Any], fields: Sequence
 
 
 def _object(value: object, param: str) -> dict[str, Any]:
-    """Take a JSON object, or the text of one."""
+    """Return a JSON object, given as such or as its text. Raises ApiError."""
     if isinstance(value, str):
         try:
             value = from_json(value)

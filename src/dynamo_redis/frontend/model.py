@@ -1,4 +1,4 @@
-"""A model as the frontend knows it: who serves it according to the registry, and what was loaded for it."""
+"""A model in the frontend: its cards and instances in the registry, and its loaded files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dynamo_redis.store.base import Record
 
 
 class EndpointClient(Protocol):
-    """What serving needs of a `runtime.Client`."""
+    """The part of a `runtime.Client` that serving needs."""
 
     def generate(
         self,
@@ -36,16 +36,16 @@ class EndpointClient(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """The parts of a card on which loading depends: one loaded model serves all cards that agree in them."""
+    """The parts of a card on which loading depends: one loaded model serves all cards with equal parts."""
 
     endpoint: EndpointName
     fingerprint: str
-    """Of the card."""
+    """The fingerprint of the card."""
 
 
 @dataclass(frozen=True, slots=True)
 class CardEntry:
-    """A card as it stands, and whose it is. `order` grows with each put."""
+    """A card in the registry, and its instance. `order` grows with each put."""
 
     card: ModelCard
     source: Source
@@ -54,7 +54,7 @@ class CardEntry:
 
     @property
     def endpoint(self) -> EndpointName:
-        """The endpoint that the instance serves the model at."""
+        """The endpoint at which the instance serves the model."""
         return self.source.endpoint
 
     @classmethod
@@ -71,61 +71,63 @@ class CardEntry:
 
 @dataclass(slots=True, eq=False)
 class Model:
-    """A model as the cards of one source have it, and, once loaded, what serves it."""
+    """One version of a model: the cards of one source, and the loaded model and client once it is loaded."""
 
     name: str
     source: Source
     loaded: LoadedModel | None = None
     client: EndpointClient | None = None
     among: LiveIds = field(default_factory=LiveIds)
-    """The instances to choose from. Requests that wait look at it, so it is never replaced."""
+    """The instances to choose from. Waiting requests keep a reference, so the object is never replaced."""
     failure: str | None = None
-    """Why it could not be loaded, the last time."""
+    """The reason why the last attempt to load it failed."""
     is_broken: bool = False
-    """Whether it cannot be loaded at all."""
+    """True if it can never be loaded."""
     loading: asyncio.Task[None] | None = None
 
 
 @dataclass(slots=True)
 class NamedModel:
-    """All that is served under one name: its cards, and a `Model` for each sort of them.
+    """All versions of a model under one name: its cards, and a `Model` for each version.
 
-    There is one sort, but while workers are exchanged for others with other files or another length.
+    There is one version, except while workers are replaced by ones with other files or another context.
     """
 
     name: str
     cards: dict[str, CardEntry] = field(default_factory=dict)
-    """By their keys in the registry."""
+    """The cards, by their keys in the registry."""
     versions: dict[Source, Model] = field(default_factory=dict)
     created_at: float = 0.0
-    told: frozenset[Source] = frozenset()
-    """The sorts that the log was told of last."""
+    logged_sources: frozenset[Source] = frozenset()
+    """The versions that the log named last."""
 
     def by_source(self) -> dict[Source, list[CardEntry]]:
-        """The cards of each sort."""
-        sorts: dict[Source, list[CardEntry]] = {}
+        """Return the cards of each version."""
+        cards: dict[Source, list[CardEntry]] = {}
         for entry in self.cards.values():
-            sorts.setdefault(entry.source, []).append(entry)
-        return sorts
+            cards.setdefault(entry.source, []).append(entry)
+        return cards
 
     def loaded(self) -> list[Model]:
-        """The versions that can be served."""
+        """Return the versions that can be served."""
         return [model for model in self.versions.values() if model.loaded is not None]
 
     @property
     def context_length(self) -> int:
-        """The longest of the versions that can be served."""
+        """The longest context of the versions that can be served."""
         return max(m.loaded.context_length for m in self.versions.values() if m.loaded is not None)
 
     def instance_ids(self, model: Model) -> frozenset[InstanceId]:
-        """The instances whose cards say that they serve that version; where no card does any more, those of
-        the other versions at its endpoint, which take its place."""
+        """Return the instances with a card of this version.
+
+        If no card of it is left, they are those of the other versions at its endpoint, which replace it.
+        """
         of_endpoint = [entry for entry in self.cards.values() if entry.endpoint == model.source.endpoint]
         own = [entry for entry in of_endpoint if entry.source == model.source]
         return frozenset(entry.instance_id for entry in own or of_endpoint)
 
     def instances(self) -> list[Instance]:
-        """Those of all versions that are known to be there."""
+        """Return the confirmed instances of all versions."""
         found = {}
         for model in self.loaded():
             assert model.client is not None
@@ -136,6 +138,6 @@ class NamedModel:
         return list(found.values())
 
     def reachable_count(self, model: Model) -> int:
-        """Return the number of instances of that version that can be chosen now."""
+        """Return the number of instances of this version that can be chosen now."""
         assert model.client is not None
         return len(self.instance_ids(model).intersection(model.client.instance_ids()))

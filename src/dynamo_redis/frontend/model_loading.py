@@ -1,4 +1,4 @@
-"""From a model card to a model that can be served: its files, tokenizer and chat template."""
+"""Loading of a model from its card: its files, tokenizer and chat template."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from dynamo_redis.store.base import ObjectStore
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """What turns a model's requests into token ids and its token ids into text.
+    """A model's tokenizer and chat template, with the limits that its requests are checked against.
 
-    `template` is None for a model that has none: it completes text only. One that does not complete text
-    takes conversations only.
+    `template` is None for a model that only completes text. A model with `completes_text` false takes only
+    conversations.
     """
 
     name: str
@@ -34,11 +34,10 @@ class LoadedModel:
 async def load_model(
     objects: ObjectStore, card: ModelCard, cache_dir: Path, executor: Executor
 ) -> LoadedModel:
-    """Fetch the card's files, unless the cache has them, build the model in the executor's thread, and let a
-    process try its chat templates.
+    """Fetch the card's files unless they are cached, build the model in the executor, and try its templates.
 
-    Raises StoreError, ModelCacheError and Overloaded for what may get better by itself, other ModelErrors for
-    what will not.
+    A process tries the chat templates. Raises StoreError, ModelCacheError and Overloaded for failures that
+    may pass, and other ModelErrors for permanent ones.
     """
     if card.model_input != "tokens":
         raise ModelError(
@@ -52,7 +51,7 @@ async def load_model(
             raise ModelCacheError(str(exc)) from exc
         raise
     except Exception as exc:
-        raise ModelError(f"its files are of no use: {type(exc).__name__}: {exc}") from exc
+        raise ModelError(f"its files cannot be used: {type(exc).__name__}: {exc}") from exc
     if model.template is not None:
         try:
             await model.template.open()
@@ -63,8 +62,10 @@ async def load_model(
 
 
 def build_model(card: ModelCard, directory: Path) -> LoadedModel:
-    """Build a model from a directory of its files, whose templates are not tried yet. Blocks. Raises
-    ModelError."""
+    """Build a model from a directory of its files, without trying its templates.
+
+    Blocks. Raises ModelError.
+    """
     files = read_model_directory(directory, context_length=card.context_length)
     wants_chat = card.model_type != "completions" and files.chat_templates
     return LoadedModel(

@@ -1,4 +1,4 @@
-"""The models that can be served now: a live set, made from the model cards in the registry."""
+"""The models that can be served now: a live set, from the model cards in the registry."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from dynamo_redis.supervision import Supervisor
 log = logging.getLogger(__name__)
 
 LINGER_S = 2.0
-"""How long a card whose lease expired still counts: the time its instance has to answer a probe."""
+"""Seconds for which a card counts after its lease expired: its instance is probed in this time."""
 
 REMEMBERED_S = 300.0
-"""For this long a model that is no longer served is unavailable, not unknown: its workers may come back."""
+"""Seconds for which a model that is no longer served is unavailable, not unknown: workers may come back."""
 
-_REMEMBERED_COUNT = 1024  # past it the one that went first is forgotten
+_REMEMBERED_COUNT = 1024  # beyond it, the model that ended first is forgotten
 
 _RETRY_PAUSE_S = (0.25, 5.0)
 
 MAX_VERSIONS = 4
-"""Most sorts of cards of one name that are loaded at once: each takes the memory of a tokenizer."""
+"""Most versions of one model that are loaded at once: each takes the memory of a tokenizer."""
 
 _NOT_NOW = {
     ModelCacheError: "its files cannot be kept here now",
@@ -45,11 +45,11 @@ _NOT_NOW = {
 
 
 OpenClient = Callable[[EndpointName], Awaitable[EndpointClient]]
-"""Makes what sends requests to an endpoint. Raises StoreError."""
+"""Opens the client of an endpoint. Raises StoreError."""
 
 
 class Runtime(Protocol):
-    """What the set needs of a runtime."""
+    """The part of a runtime that the set needs."""
 
     @property
     def registry(self) -> Registry: ...
@@ -60,19 +60,19 @@ class Runtime(Protocol):
 class LiveModels:
     """Watches the cards and keeps the set. Use it as `async with`.
 
-    A model is served from the moment it is loaded until its last card is gone. Where the cards of one name
-    differ, as in a rolling update, each sort of them is loaded, `MAX_VERSIONS` at most, and requests are
-    shared out among all that can take them, by the numbers of their instances. A card that was deleted or
-    revoked is gone at once. One that *expired*, or that a resync no longer finds, counts for as long as its
-    instance is in the endpoint's view (see `runtime/discovery.py`), and at least for a moment: losing the
-    registry must not take the service down. While Redis is away the set stays as it is.
+    A model is served from the end of its loading until its last card is gone. If the cards of one name
+    differ, as in a rolling update, each version is loaded, at most `MAX_VERSIONS`. Requests are shared out
+    among the versions that can take them, in proportion to their instances. A card that was deleted or
+    revoked is gone at once. A card that *expired*, or that a resync no longer finds, counts while its
+    instance is in the endpoint's view (see `runtime/discovery.py`), and at least for `LINGER_S`: a lost
+    registry must not end the service. While Redis is away the set does not change.
 
-    It owns a task that reads the watch, one that loads for each version being loaded, one while cards linger,
-    two threads that build models, and the processes of the models' chat templates; those of a model that is
-    no longer served end when they are idle.
+    It owns a task that reads the watch, a task for each version that is being loaded, a task while cards
+    linger, two threads that build models, and the processes of the models' chat templates. The processes of a
+    model that is no longer served end when they are idle.
 
-    The watch's queue is bounded by the registry (overflow: a resync); the
-    handler only updates dictionaries and starts tasks, so it never falls behind because of a large model.
+    The registry bounds the watch's queue (overflow: a resync). The handler only updates dictionaries and
+    starts tasks, so a large model does not delay it.
     """
 
     def __init__(
@@ -93,8 +93,8 @@ class LiveModels:
         self._names: dict[str, str] = {}  # card key → name of the model it belongs to
         self._clients: dict[EndpointName, EndpointClient] = {}
         self._client_lock = asyncio.Lock()
-        self._lingering: dict[str, float] = {}  # card key → until when it counts, whatever its instance
-        self._gone: dict[str, float] = {}  # names once served → since when no more, in that order
+        self._lingering: dict[str, float] = {}  # card key → monotonic time until which it counts in any case
+        self._gone: dict[str, float] = {}  # name once served → monotonic time of its end, in that order
         self._puts = 0
         self._templates: set[ChatTemplate] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -103,13 +103,13 @@ class LiveModels:
         self._supervisor = Supervisor(log, "the models")
         self._executor = ThreadPoolExecutor(max_workers=2, thread_name_prefix="model")
         self.first_state = asyncio.Event()
-        """Set once the cards that stood at start are known."""
+        """Set once the cards at the start are known."""
 
     # ----------------------------------------------------------------- lifetime
 
     async def __aenter__(self) -> Self:
         registry = self._runtime.registry
-        self._start(follow(registry, MODEL_CARDS, self._take_batch, self._supervisor))
+        self._start(follow(registry, MODEL_CARDS, self._on_batch, self._supervisor))
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -121,7 +121,7 @@ class LiveModels:
         self._clients.clear()
         for template in self._templates:
             await template.aclose()
-        # A build under way cannot be interrupted; nobody waits for it.
+        # A build under way cannot be interrupted; do not wait for it.
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     def _start(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -133,17 +133,20 @@ class LiveModels:
     # ----------------------------------------------------------------- reading
 
     def served(self) -> list[NamedModel]:
-        """The models that are loaded, ordered by name."""
+        """Return the loaded models, ordered by name."""
         return sorted((m for m in self._models.values() if m.loaded()), key=lambda m: m.name)
 
     def named(self, name: str) -> NamedModel:
-        """The loaded model of that name. Raises ApiError: 404 if there is none, 503 while it is not loaded
-        and when it has not been served only since lately."""
+        """Return the loaded model of that name.
+
+        Raises ApiError: 404 for an unknown model; 503 for a model that is not loaded, or that was served
+        within the last `REMEMBERED_S`.
+        """
         named = self._models.get(name)
         if named is None:
             if self._clock.monotonic() < self._gone.get(name, -REMEMBERED_S) + REMEMBERED_S:
                 raise no_workers(name)
-            # Before the first state is known nobody can say that there is no such model.
+            # Before the first state is known, any model may exist.
             raise model_not_found(name) if self.first_state.is_set() else model_loading(name)
         if not named.loaded():
             failures = [model.failure for model in named.versions.values()]
@@ -152,28 +155,33 @@ class LiveModels:
             raise model_broken(name, failures[-1] or "")
         return named
 
-    def get(self, name: str, takes: Callable[[LoadedModel], bool] = lambda _: True) -> Model:
-        """The version of a model that is to serve the next request: one that `takes` it, if there is one, at
-        random by the numbers of their instances. Raises as `named` does."""
+    def get(self, name: str, can_serve: Callable[[LoadedModel], bool] = lambda _: True) -> Model:
+        """Return the version of a model for the next request, at random in proportion to the instances.
+
+        Only versions that `can_serve` the request are used, if there are any. Raises the errors of `named`.
+        """
         named = self.named(name)
         versions = named.loaded()
         if len(versions) == 1:
             return versions[0]
-        versions = [model for model in versions if model.loaded and takes(model.loaded)] or versions
+        versions = [model for model in versions if model.loaded and can_serve(model.loaded)] or versions
         counts = [named.reachable_count(model) for model in versions]
         return self._rng.choices(versions, counts if any(counts) else None)[0]
 
-    def roomier(self, model: Model, takes: Callable[[LoadedModel], bool] = lambda _: True) -> Model | None:
-        """The version with the longest context of those that `takes` the request, if it is longer than that
-        of `model`; of several one that most instances serve."""
+    def with_longer_context(
+        self, model: Model, can_serve: Callable[[LoadedModel], bool] = lambda _: True
+    ) -> Model | None:
+        """Return the version with the longest context that `can_serve` the request, if it is longer than that
+        of `model`; of several, the one with the most instances. Else None.
+        """
         assert model.loaded is not None
         named = self._models.get(model.name)
         best, found = (model.loaded.context_length, 0), None
         for other in named.loaded() if named else ():
-            if named and other.loaded and takes(other.loaded):
-                room = other.loaded.context_length, named.reachable_count(other)
-                if other.loaded.context_length > model.loaded.context_length and room > best:
-                    best, found = room, other
+            if named and other.loaded and can_serve(other.loaded):
+                rank = other.loaded.context_length, named.reachable_count(other)
+                if other.loaded.context_length > model.loaded.context_length and rank > best:
+                    best, found = rank, other
         return found
 
     async def generate(self, model: Model, request: GenerateRequest, context: Context) -> AsyncIterator[Any]:
@@ -183,13 +191,15 @@ class LiveModels:
 
     # ----------------------------------------------------------------- the watch
 
-    def _take_batch(self, batch: WatchBatch) -> None:
+    def _on_batch(self, batch: WatchBatch) -> None:
         self.apply(batch)
         self.first_state.set()
 
     def apply(self, batch: WatchBatch) -> None:
-        """Bring the set to the batch's end; loading goes on in the background. A card that cannot be read is
-        passed over, and named in the log; the last good one of that key stays."""
+        """Apply a batch to the set. Loading goes on in the background.
+
+        An unreadable card is logged and skipped; the last good card of its key stays.
+        """
         touched: set[str] = set()
 
         def take(event: Put | Delete) -> None:
@@ -221,7 +231,7 @@ class LiveModels:
         return self._forget(event.key)
 
     def _forget(self, key: str, *, keep: str | None = None) -> set[str]:
-        """Take a card out of the model it belonged to, unless that is `keep`; answer the models changed."""
+        """Remove a card from its model, unless that is `keep`. Return the names of the changed models."""
         name = self._names.get(key)
         if name is None or name == keep:
             return set()
@@ -230,98 +240,94 @@ class LiveModels:
         return {name}
 
     async def _sweep(self) -> None:
-        """Drop lingering cards whose time is up and whose instance is gone."""
+        """Drop lingering cards after their time, once their instance is gone."""
         while self._lingering:
             await asyncio.sleep(LINGER_S / 4)
             now = self._clock.monotonic()
             for key, until in tuple(self._lingering.items()):
-                if now < until or self._has_instance(key):
+                entry = self._models[self._names[key]].cards[key]
+                client = self._clients.get(entry.endpoint)
+                if now < until or (client is not None and entry.instance_id in client.instance_ids()):
                     continue
                 del self._lingering[key]
                 self._reconcile(self._forget(key))
 
-    def _has_instance(self, key: str) -> bool:
-        entry = self._models[self._names[key]].cards[key]
-        client = self._clients.get(entry.endpoint)
-        return client is not None and entry.instance_id in client.instance_ids()
-
     # ----------------------------------------------------------------- loading
 
     def _reconcile(self, names: Collection[str]) -> None:
-        """Bring models in line with their cards."""
+        """Update models to their cards, and restrict each to its own instances.
+
+        An instance without a card is not chosen: it may be about to announce another model.
+        """
         for name in names:
             named = self._models[name]
             if named.cards:
                 self._choose_versions(named)
-                self._tell_sorts(named)
+                self._log_versions(named)
             else:
                 self._drop(named)
-        self._update_routes()
+        for named in self._models.values():
+            for model in named.loaded():
+                model.among.set(named.instance_ids(model))
 
     def _drop(self, named: NamedModel) -> None:
         for model in named.versions.values():
             self._retire(named, model)
         del self._models[named.name]
         if named.loaded():
-            self._remember(named.name)
+            self._gone.pop(named.name, None)
+            self._gone[named.name] = self._clock.monotonic()
+            if len(self._gone) > _REMEMBERED_COUNT:
+                del self._gone[next(iter(self._gone))]
         self._start(self._release_clients())
         log.info("model %r is no longer served", named.name)
 
-    def _remember(self, name: str) -> None:
-        self._gone.pop(name, None)
-        self._gone[name] = self._clock.monotonic()
-        if len(self._gone) > _REMEMBERED_COUNT:
-            del self._gone[next(iter(self._gone))]
-
     def _choose_versions(self, named: NamedModel) -> None:
-        """Drop the versions that no card names, and load those that are not, as far as there is room.
+        """Drop the versions without a card, and load new ones, up to `MAX_VERSIONS`.
 
-        One that was served goes on until another is loaded in its place.
+        The versions with the most workers, then the newest, are loaded first. A served version goes on until
+        another is loaded in its place.
         """
-        sorts = named.by_source()
-        has_successor = any(model.source in sorts for model in named.loaded())
+        cards = named.by_source()
+        has_successor = any(model.source in cards for model in named.loaded())
         for source, model in tuple(named.versions.items()):
-            if source not in sorts and (has_successor or model.loaded is None):
+            if source not in cards and (has_successor or model.loaded is None):
                 self._retire(named, model)
                 del named.versions[source]
         room_count = MAX_VERSIONS - sum(not model.is_broken for model in named.versions.values())
-        waiting = sorted(sorts.keys() - named.versions.keys(), key=lambda source: _weight(sorts[source]))
+        waiting = sorted(
+            cards.keys() - named.versions.keys(),
+            key=lambda source: (len(cards[source]), max(entry.order for entry in cards[source])),
+        )
         for source in waiting[max(len(waiting) - room_count, 0) :]:
             model = named.versions[source] = Model(named.name, source)
-            newest = max(sorts[source], key=lambda entry: entry.order)
+            newest = max(cards[source], key=lambda entry: entry.order)
             model.loading = self._start(self._load(named, model, newest))
 
-    def _tell_sorts(self, named: NamedModel) -> None:
-        """Say in the log that workers of one name differ, and when they no longer do."""
-        sorts = named.by_source()
-        if sorts.keys() == named.told:
+    def _log_versions(self, named: NamedModel) -> None:
+        """Log the versions of a model when its workers begin to differ, and when they agree again."""
+        versions = named.by_source()
+        if versions.keys() == named.logged_sources:
             return
-        before, named.told = named.told, frozenset(sorts)
-        if len(sorts) > 1:
+        before, named.logged_sources = named.logged_sources, frozenset(versions)
+        if len(versions) > 1:
             described = "; ".join(
                 f"{len(cards)} at {source.endpoint} with card {source.fingerprint[:8]}, context "
                 f"{cards[0].card.context_length}" + ("" if source in named.versions else ": not served")
-                for source, cards in sorts.items()
+                for source, cards in versions.items()
             )
             log.warning(
-                "model %r has workers of %d sorts, and its requests are shared out among all that can take "
-                "them: %s",
+                "model %r has workers with %d versions of its card, and its requests are shared out among "
+                "all that can take them: %s",
                 named.name,
-                len(sorts),
+                len(versions),
                 described,
             )
         elif len(before) > 1:
-            log.info("all workers of model %r are of one sort again", named.name)
-
-    def _update_routes(self) -> None:
-        """Restrict models to their own instances. One without a card is not chosen: it may be about to say
-        that it serves another model."""
-        for named in self._models.values():
-            for model in named.loaded():
-                model.among.set(named.instance_ids(model))
+            log.info("all workers of model %r have one version of its card again", named.name)
 
     def _retire(self, named: NamedModel, model: Model) -> None:
-        """Let go of a version. Its requests that still wait go to those that take its place."""
+        """Stop loading a version. Its waiting requests go to the instances that replace it."""
         if model.loading is not None:
             model.loading.cancel()
         model.loading = None
@@ -338,7 +344,7 @@ class LiveModels:
                     log.warning("model %r cannot be loaded yet, trying again: %s", model.name, exc)
                 model.failure = failure
             except Exception as exc:
-                # Whatever it is: a task that ended here would leave the model at "loading" for ever.
+                # Catch every error: a task that ended here would leave the model at "loading" for ever.
                 is_defect = not isinstance(exc, DynamoRedisError)
                 log.error("model %r cannot be served: %s", model.name, exc, exc_info=is_defect)
                 model.failure = str(exc)
@@ -353,37 +359,28 @@ class LiveModels:
     async def _load_once(self, named: NamedModel, model: Model, entry: CardEntry) -> None:
         loaded = await load_model(self._runtime.objects, entry.card, self._cache_dir, self._executor)
         self._templates = {template for template in self._templates if template.has_process}
-        self._templates |= self._served_templates()  # an idle one starts a process again with the next chat
+        # A served template without a process is kept: it starts a process again at the next chat.
+        versions = [version.loaded for other in self._models.values() for version in other.versions.values()]
+        self._templates.update(v.template for v in versions if v is not None and v.template is not None)
         if loaded.template is not None:
             self._templates.add(loaded.template)
-        client = await self._client(entry)
+        client = await self._endpoint_client(entry.endpoint)
         log.info("model %r is %s", model.name, "served from new files" if named.loaded() else "served")
         model.loaded, model.client, model.failure, model.loading = loaded, client, None, None
         named.created_at = named.created_at or self._clock.wall()
         self._reconcile({named.name})
         await self._release_clients()
 
-    def _served_templates(self) -> set[ChatTemplate]:
-        models = [model.loaded for named in self._models.values() for model in named.versions.values()]
-        return {loaded.template for loaded in models if loaded is not None and loaded.template is not None}
-
-    async def _client(self, entry: CardEntry) -> EndpointClient:
+    async def _endpoint_client(self, endpoint: EndpointName) -> EndpointClient:
         async with self._client_lock:
-            client = self._clients.get(entry.endpoint)
-            if client is None:
-                client = await self._open_client(entry.endpoint)
-                self._clients[entry.endpoint] = client
-            return client
+            if endpoint not in self._clients:
+                self._clients[endpoint] = await self._open_client(endpoint)
+            return self._clients[endpoint]
 
     async def _release_clients(self) -> None:
-        """Close the clients of endpoints that no card names; requests under way go on."""
+        """Close the clients of endpoints without a card. Requests under way go on."""
         async with self._client_lock:
             used = {entry.endpoint for named in self._models.values() for entry in named.cards.values()}
             used |= {model.source.endpoint for named in self._models.values() for model in named.loaded()}
             for endpoint in self._clients.keys() - used:
                 await self._clients.pop(endpoint).aclose()
-
-
-def _weight(cards: list[CardEntry]) -> tuple[int, int]:
-    """Return the sort key by which the sort of most workers comes first, then the newest."""
-    return len(cards), max(entry.order for entry in cards)

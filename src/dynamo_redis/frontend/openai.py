@@ -1,8 +1,8 @@
-"""The bodies of OpenAI's chat and text completions, as far as they are served here.
+"""The bodies of OpenAI's chat and text completions, with the fields that are served here.
 
 Source: OpenAI's API reference, and for the fields it lacks (`ignore_eos`, `top_k`, `chat_template_kwargs`,
-…) vLLM's, SGLang's and Dynamo's servers. A parameter that is no field here is refused by name, or is one of
-those that change no answer: see `parameters.py`.
+…) vLLM's, SGLang's and Dynamo's servers. Other parameters are refused by name, or ignored if they change no
+answer: see `parameters.py`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _OPEN = ConfigDict(extra="allow", strict=True)
 
 
 def _check_only(value: Any, check: Callable[[Any], Any]) -> Any:
-    """Validate, but keep the input: validation orders the keys of a mapping anew, and templates see that."""
+    """Validate, but keep the input: validation reorders the keys of a mapping, which templates can see."""
     check(value)
     return value
 
@@ -53,7 +53,7 @@ class CalledFunction(TypedDict):
 
 
 class ToolCall(TypedDict):
-    """A call that the assistant made."""
+    """A tool call of the assistant."""
 
     __pydantic_config__ = _OPEN  # type: ignore[misc]
     function: CalledFunction
@@ -72,7 +72,7 @@ Content = Annotated[
 
 
 class Message(TypedDict):
-    """One message of a conversation. Keys beyond these reach the chat template as they are."""
+    """One message of a conversation. Other keys are passed to the chat template."""
 
     __pydantic_config__ = _OPEN  # type: ignore[misc]
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
@@ -123,7 +123,7 @@ class ChatBody(CompletionOptions):
         if self.tool_choice not in (None, "auto", "none"):
             raise unsupported("tool_choice", "only 'auto' and 'none' can be served")
         if self.tools and self.parallel_tool_calls is False:
-            raise unsupported("parallel_tool_calls", "a model cannot be held to one call")
+            raise unsupported("parallel_tool_calls", "a model cannot be limited to one call")
         variables = self.chat_template_kwargs or {}
         for name in _NO_VARIABLES:
             if name in variables:
@@ -148,10 +148,10 @@ class ChatBody(CompletionOptions):
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
     def template_variables(self) -> dict[str, Any]:
-        """Return what the chat template may ask for beyond messages, tools and documents.
+        """Return the chat template's variables besides messages, tools and documents.
 
-        `reasoning_effort` is a variable as with vLLM: thinking is on unless it is `none`, where the template
-        asks for `enable_thinking` and the client does not say otherwise.
+        `reasoning_effort` is a variable as in vLLM. It also sets `enable_thinking`, to false for `none`,
+        unless the client gives that variable.
         """
         variables = dict(self.chat_template_kwargs or {})
         if self.reasoning_effort is not None:
@@ -229,13 +229,10 @@ def _explain(exc: ValidationError) -> ApiError:
             param += f".{part}" if param else part
     reason = error["msg"].removeprefix("Value error, ")
     if error["type"] == "json_invalid":
-        return invalid(f"The request body is not valid JSON: {_json_reason(error)}.", code="invalid_json")
+        reason = str(error.get("ctx", {}).get("error") or error["msg"])
+        return invalid(f"The request body is not valid JSON: {reason}.", code="invalid_json")
     if not param:
         return invalid(f"The request body is not a JSON object: {reason}.")
     if error["type"] == "missing":
         return invalid(f"Missing required parameter: '{param}'.", param, "missing_required_parameter")
     return invalid(f"Invalid value for '{param}': {reason}.", param, "invalid_value")
-
-
-def _json_reason(error: Any) -> str:
-    return str(error.get("ctx", {}).get("error") or error["msg"])

@@ -1,4 +1,4 @@
-"""Options of both kinds of completion, beside their prompt."""
+"""The options that chat and text completions share."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
 
 def by_type(**tags: str) -> Callable[[object], str | None]:
-    """Choose the member of a union by the type of the value, so that errors speak of that member alone."""
+    """Choose the member of a union by the type of the value: errors then concern this member only."""
 
     def tag(value: object) -> str | None:
         return tags.get(type(value).__name__)
@@ -34,7 +34,7 @@ def by_type(**tags: str) -> Callable[[object], str | None]:
 
 
 _FURTHER = ConfigDict(strict=True, allow_inf_nan=False, extra="allow")
-"""Fields beyond those of a class are kept, so that they can be refused by name."""
+"""Unknown fields are kept, so that they can be refused by name."""
 
 TopK = Annotated[int, Field(ge=-1, le=2**31 - 1)]
 RepetitionPenalty = Annotated[float, Field(gt=0)]
@@ -137,7 +137,7 @@ class CompletionOptions(BaseModel):
     _sampling: SamplingOptions = PrivateAttr(default_factory=SamplingOptions)
 
     def refuse_unsupported(self) -> None:
-        """Raise ApiError for a parameter that asks for what cannot be served, or that is not known."""
+        """Raise ApiError for a parameter that cannot be served, or that is unknown."""
         if self.model_extra:
             self.further_parameters.check(self.model_extra, type(self).model_fields)
         if self.min_tokens and self.wanted_tokens is not None and self.min_tokens > self.wanted_tokens:
@@ -159,16 +159,15 @@ class CompletionOptions(BaseModel):
             parameters.NVEXT.check(self.nvext.model_extra, Extensions.model_fields, "nvext.")
         self._sampling = self._read_sampling()
         self.thinking_budget()
-        _ = self.ignores_eos  # raises, as these do, for what is given twice
+        _ = self.ignores_eos  # like these, it raises if two parameters differ
 
     def sampling_options(self) -> SamplingOptions:
-        """Return how tokens are to be chosen, as the worker is told; without the seed, which each choice has
-        for itself."""
+        """Return the sampling options of the worker's request, without the seed: each choice has its own."""
         return self._sampling
 
     def _read_sampling(self) -> SamplingOptions:
-        """Read all of `sampling_options`. Raises ApiError for what is given twice, and not alike."""
-        given = self.model_fields_set  # of most bodies a few
+        """Read `sampling_options`. Raises ApiError if two parameters with one meaning differ."""
+        given = self.model_fields_set  # few, in most bodies
         options = {name: getattr(self, name) for name in _SAMPLING if name in given}
         options["top_k"] = self._once("top_k", "nvext.top_k")
         options["repetition_penalty"] = self._once("repetition_penalty", "nvext.repetition_penalty")
@@ -179,15 +178,18 @@ class CompletionOptions(BaseModel):
         options["include_stop_str_in_output"] = self.keeps_stops or None
         if not FORM_FIELDS.isdisjoint(given):
             options["guided_decoding"] = guided_decoding(self)
-        return cast("SamplingOptions", {name: value for name, value in options.items() if _asks(value)})
+        return cast(
+            "SamplingOptions",
+            {name: value for name, value in options.items() if value is not None and value not in ({}, [])},
+        )
 
     def thinking_budget(self) -> int | None:
-        """Return the most tokens of thinking; None for no bound of its own."""
+        """Return the most tokens of thinking; None if it has no limit of its own."""
         budget: int | None = self._once("thinking_token_budget", "nvext.max_thinking_tokens")
         return None if budget == -1 else budget
 
     def _once(self, name: str, other: str) -> Any:
-        """Return a parameter that may stand at two places. Raises ApiError if it does, and not alike."""
+        """Return a parameter that has two names. Raises ApiError if both are given and differ."""
         value = getattr(self, name)
         holder, _, field = other.rpartition(".")
         if holder and self.nvext is None:
@@ -204,30 +206,25 @@ class CompletionOptions(BaseModel):
 
     @property
     def wanted_tokens(self) -> int | None:
-        """The most tokens to generate, or None for what the context leaves."""
+        """The most tokens to generate; None: as many as the context allows."""
         return self.max_tokens
 
     @property
     def keeps_stops(self) -> bool:
-        """Whether a stop string that ends the answer is part of it."""
+        """True if the answer includes the stop string that ended it."""
         return bool(self._once("include_stop_str_in_output", "no_stop_trim"))
 
     @property
     def ignores_eos(self) -> bool:
-        """Whether to generate past the end-of-sequence token."""
+        """True if generation continues after an end-of-sequence token."""
         return bool(self._once("ignore_eos", "nvext.ignore_eos"))
 
     @property
     def includes_usage(self) -> bool:
-        """Whether a stream ends with a chunk that counts tokens."""
+        """True if a stream ends with a chunk that counts tokens."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
-def _asks(value: object) -> bool:
-    """Tell whether a parameter's value asks for anything: null and empty ones do not, 0 does."""
-    return value is not None and value != {} and value != []
-
-
 def twice(name: str, other: str) -> ApiError:
-    """Make the 400 for two parameters that say the same, and not alike."""
-    return invalid(f"'{name}' and '{other}' say the same, and not alike: give one of them.", other)
+    """Make the 400 for two parameters with one meaning and different values."""
+    return invalid(f"'{name}' and '{other}' have one meaning but different values: give one of them.", other)

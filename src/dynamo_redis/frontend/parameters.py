@@ -1,8 +1,8 @@
-"""Parameters that no field of a body takes: those that change no answer, and those that are refused.
+"""Parameters that are no fields of a body: those that change no answer, and those that are refused.
 
-What a body does take are the fields of its class in `frontend/openai.py`. Together these are all parameters
-of OpenAI's two completions, of vLLM's and SGLang's, and of Dynamo's `nvext`; docs/parameters.md lists them.
-Any other name is refused as unknown, so that a misspelt one is noticed. Null is the same as absent.
+The served parameters are the fields of the bodies' classes in `frontend/openai.py`. Together these are all
+parameters of OpenAI's two completions, of vLLM's and SGLang's, and of Dynamo's `nvext`; docs/parameters.md
+lists them. Any other name is refused as unknown, so that a misspelt one is noticed. Null counts as absent.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ _LEAST_LIKENESS: Final = 0.75
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why a parameter is refused; `neutral` are the values of it that ask for nothing."""
+    """The reason for refusing a parameter. `neutral` are its values that change nothing."""
 
     reason: str = "it is not supported by this server"
     neutral: tuple[Any, ...] = ()
 
     def permits(self, value: object) -> bool:
-        """Tell whether a value asks for nothing. 0 and false are not the same."""
+        """Return whether a value changes nothing. 0 and false differ."""
         return any(value == neutral and type(value) is type(neutral) for neutral in self.neutral)
 
 
 @dataclass(frozen=True, slots=True)
 class Parameters:
-    """The known parameters of one object beyond the fields that it has."""
+    """The known parameters of one object besides its fields."""
 
     refused: Mapping[str, Refusal]
     harmless: Mapping[str, str] = field(default_factory=dict)
 
     def check(self, further: Mapping[str, Any] | None, fields: Iterable[str], at: str = "") -> None:
-        """Raise ApiError for the first of `further` that is refused, or that is not known.
+        """Raise ApiError for the first of `further` that is refused or unknown.
 
-        `fields` are those of the object; `at` is what stands before its names: `nvext.`.
+        `fields` are those of the object; `at` is the prefix of their names: `nvext.`.
         """
         for name, value in (further or {}).items():
             if value is None or name in self.harmless:
@@ -63,7 +63,7 @@ class Parameters:
 
 
 def unsupported(name: str, reason: str) -> ApiError:
-    """Make the 400 for a parameter that asks for what cannot be done."""
+    """Make the 400 for a parameter that cannot be served."""
     return invalid(f"Unsupported parameter: '{name}': {reason}.", name, "unsupported_parameter")
 
 
@@ -146,7 +146,7 @@ _REFUSED: Final[Mapping[str, Refusal]] = {
     # Dynamo's
     "dp_rank": _ROUTING,
     "router_config_override": _ROUTING,
-    # Other servers' names of what is done here.
+    # Other servers' names of parameters that exist here.
     "max_new_tokens": Refusal("use 'max_tokens'"),
     "max_output_tokens": Refusal("use 'max_tokens'"),
     "max_length": Refusal("use 'max_tokens'"),
@@ -218,7 +218,7 @@ REFUSED_HEADERS: Final = frozenset(
 
 
 def check_headers(headers: Iterable[tuple[bytes, bytes]]) -> None:
-    """Raise ApiError for a header that asks for what cannot be done."""
+    """Raise ApiError for a header that cannot be served."""
     for name, _ in headers:
         if name in REFUSED_HEADERS:
             raise unsupported(str(name, "ascii"), _ROUTING.reason)

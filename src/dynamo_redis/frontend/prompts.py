@@ -1,4 +1,4 @@
-"""From a body to what workers get: prompts rendered, tokenized, held against the context."""
+"""From a body to the workers' requests: prompts rendered, tokenized, checked against the context."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from dynamo_redis.models.llm_protocol import GenerateRequest, SamplingOptions, S
 
 INLINE_BYTES = 1024
 """Texts up to this size (at most some 200 tokens, under a millisecond) are tokenized on the event loop,
-unless the tokenizer has expressions of its own."""
+unless the tokenizer has regular expressions of its own."""
 
 LARGE_BYTES = 64 * 1024
-"""Texts over this size are tokenized apart from those below, so that these need not wait for them."""
+"""Texts over this size are tokenized in threads of their own, so that smaller ones do not wait for them."""
 
 PROBE_CHARS = 8
-"""A text longer than this for each token of the context is first tokenized up to there, then up to twice as
-far, and so on: tokenizing takes some 50 bytes a byte of text, so that a body at its limit would take
-gigabytes only to be refused."""
-_PROBE_SLACK_TOKENS = 64  # where a text is cut, its last token can fall into several
+"""If a text is longer than this for each token of the context, only that much of it is tokenized at first,
+then twice as much, and so on. Tokenizing takes some 50 bytes of memory for each byte of text: a body at its
+limit would take gigabytes only to be refused."""
+_PROBE_SLACK_TOKENS = 64  # a cut text may end in several tokens in place of one
 
 MOST_CHARS = 64
-"""A text longer than this for each token of the context is refused without being tokenized to its end, and a
-conversation without being rendered."""
+"""If a text is longer than this for each token of the context, it is refused without being tokenized to its
+end; a conversation, without being rendered."""
 
 
 class Preparation:
-    """Turns bodies into requests: reads them, renders their templates, makes token ids of the texts.
+    """Turns bodies into requests: parses them, renders their templates, tokenizes their texts.
 
-    The event loop does what is small. Threads tokenize, which lets the loop run meanwhile: threads of the
-    model, since the expressions of a tokenizer may take any time, and others for its large texts. Their
+    Small texts are tokenized on the event loop, others in threads. Each model has its own threads, since the
+    regular expressions of a tokenizer may take any time, and further ones for large texts. The threads'
     queues hold at most one entry for each open HTTP request.
     """
 
@@ -50,23 +50,23 @@ class Preparation:
         self._reader = BodyReader(max_body_bytes)
 
     async def aclose(self) -> None:
-        """End the threads, once they are idle, and the processes."""
+        """End the threads, once they are idle, and the processes. Does not wait for the threads."""
         for executors in self._threads.values():
             for executor in executors:
                 executor.shutdown(wait=False, cancel_futures=True)
         await self._reader.aclose()
 
     async def read(self, kind: type[CompletionOptions], content: list[bytearray]) -> Body:
-        """Read and check a body, which is in pieces, and is let go of. Raises ApiError."""
+        """Parse and check a body. Its pieces in `content` may be released. Raises ApiError."""
         return await self._reader.read(kind, content)
 
     async def requests(self, model: LoadedModel, body: Body) -> list[GenerateRequest]:
-        """One request for each choice wanted: `n` for the first prompt, then for the next.
+        """Return a request for each choice: `n` for the first prompt, then `n` for the next one.
 
-        Raises ApiError for what the model cannot do, TemplateError, and Overloaded.
+        Raises ApiError for a request that the model cannot serve, TemplateError, and Overloaded.
         """
         options = body.options
-        prompts = await self._prompts(model, body)
+        prompts = await self._render_prompts(model, body)
         size = sum(map(len, prompts))
         if size <= INLINE_BYTES and not model.tokenizer.has_expressions:
             tokenized = tokenize(model, options, prompts)
@@ -74,11 +74,25 @@ class Preparation:
             loop = asyncio.get_running_loop()
             executor = self._threads_of(model.tokenizer)[size > LARGE_BYTES]
             tokenized = await loop.run_in_executor(executor, tokenize, model, options, prompts)
-        seeds = _seeds(options)
-        return [request for ids in tokenized for request in _requests_for(ids, model, options, seeds)]
+        seeds = _seeds_of_choices(options)
+        requests = []
+        for token_ids in tokenized:
+            conditions = _stop_conditions(token_ids, model, options)
+            sampling = _sampling_options(model, options)
+            requests += [
+                GenerateRequest(
+                    model=model.name,
+                    token_ids=token_ids,
+                    stop_conditions=conditions,
+                    sampling_options=sampling if seed is None else {**sampling, "seed": seed},
+                    eos_token_ids=list(model.eos_token_ids),
+                )
+                for seed in seeds
+            ]
+        return requests
 
     def _threads_of(self, tokenizer: Tokenizer) -> tuple[Executor, Executor]:
-        """The threads that tokenize for a model, and those that do it with large texts."""
+        """Return a model's threads for small texts, and those for large ones."""
         if tokenizer not in self._threads:
             count = os.cpu_count() or 1
             self._threads[tokenizer] = (
@@ -87,7 +101,7 @@ class Preparation:
             )
         return self._threads[tokenizer]
 
-    async def _prompts(self, model: LoadedModel, body: Body) -> list[Prompt]:
+    async def _render_prompts(self, model: LoadedModel, body: Body) -> list[Prompt]:
         if isinstance(body.source, list):
             return body.source
         if model.template is None:
@@ -102,7 +116,7 @@ class Preparation:
 
 
 def tokenize(model: LoadedModel, body: CompletionOptions, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Prompts as token ids; a chat has one, the text that its template made. Raises ApiError."""
+    """Return the token ids of each prompt. A chat has one prompt, its rendered text. Raises ApiError."""
     if isinstance(body, ChatBody):
         [text] = prompts
         assert not isinstance(text, (list, array))
@@ -123,7 +137,7 @@ def tokenize(model: LoadedModel, body: CompletionOptions, prompts: Sequence[Prom
 def _encode(
     model: LoadedModel, body: CompletionOptions, text: Text, *, add_special_tokens: bool = False
 ) -> list[int]:
-    """Token ids of a text. Raises ApiError for one that the context cannot hold, as soon as that is known."""
+    """Return the token ids of a text. Raises ApiError, as early as possible, if it exceeds the context."""
     context_length = model.context_length
     size = PROBE_CHARS * context_length
     while size < len(text):
@@ -137,7 +151,7 @@ def _encode(
 
 
 def _start(text: Text, size: int) -> str:
-    """The beginning of a text, without a character that is cut."""
+    """Return the beginning of a text, without an incomplete character at its end."""
     if isinstance(text, str):
         return text[:size]
     return bytes(text[:size]).decode(errors="ignore")
@@ -162,8 +176,8 @@ def _tokenize_text(model: LoadedModel, body: TextBody, prompt: Prompt, index: in
     return list(prompt)
 
 
-def _seeds(body: CompletionOptions) -> list[int | None]:
-    """One for each choice, so that several choices of one prompt differ."""
+def _seeds_of_choices(body: CompletionOptions) -> list[int | None]:
+    """Return a seed for each choice of a prompt, so that the choices differ."""
     count = body.n or 1
     if count == 1:
         return [body.seed]
@@ -171,25 +185,8 @@ def _seeds(body: CompletionOptions) -> list[int | None]:
     return [min(first + offset, 2**63 - 1) for offset in range(count)]
 
 
-def _requests_for(
-    prompt: list[int], model: LoadedModel, body: CompletionOptions, seeds: list[int | None]
-) -> list[GenerateRequest]:
-    conditions = _stop_conditions(prompt, model, body)
-    sampling = _sampling_options(model, body)
-    return [
-        GenerateRequest(
-            model=model.name,
-            token_ids=prompt,
-            stop_conditions=conditions,
-            sampling_options=sampling if seed is None else {**sampling, "seed": seed},
-            eos_token_ids=list(model.eos_token_ids),
-        )
-        for seed in seeds
-    ]
-
-
 def _sampling_options(model: LoadedModel, body: CompletionOptions) -> SamplingOptions:
-    """Return the sampling options for the worker. Raises ApiError for tokens that the model does not have."""
+    """Return the sampling options for the worker. Raises ApiError for tokens outside the vocabulary."""
     sampling = body.sampling_options()
     size = model.tokenizer.vocabulary_size
     for name, token_ids in (
@@ -208,7 +205,7 @@ def _stop_conditions(prompt: list[int], model: LoadedModel, body: CompletionOpti
     if left <= 0 or (wanted is not None and wanted > left):
         raise _too_long(body, len(prompt), wanted if left > 0 else None, model.context_length)
     conditions = StopConditions(ignore_eos=body.ignores_eos)
-    if wanted is not None:  # else the limit is the engine's, which knows its own context best
+    if wanted is not None:  # else the engine limits the answer by its context
         conditions["max_tokens"] = wanted
     if body.min_tokens:
         conditions["min_tokens"] = body.min_tokens

@@ -16,20 +16,20 @@ from dynamo_redis.names import FRONTENDS, InstanceId, frontend_key
 from dynamo_redis.runtime.withdrawal import withdraw
 from dynamo_redis.store.base import Record, Registration, Registry
 
-if TYPE_CHECKING:  # commands that look import this module, too, and are to start quickly
+if TYPE_CHECKING:  # commands that import this module must start quickly
     from dynamo_redis.config import FrontendSettings
     from dynamo_redis.runtime.runtime import DistributedRuntime
 
 log = logging.getLogger(__name__)
 
-AGAIN_S = 1.0
+RETRY_PAUSE_S = 1.0
 
 
 class FrontendRecord(VersionedModel):
-    """One frontend: where its HTTP server is, and how it chooses workers.
+    """One frontend: the URL of its HTTP server, and its router mode.
 
-    Fields of later releases are ignored. `router_endpoint` is the router service that chooses for it, if one
-    does. `started_at` in seconds since 1970.
+    Fields of later releases are ignored. `router_endpoint` is the router service that it uses, or None.
+    `started_at` is in seconds since 1970.
     """
 
     WHAT: ClassVar[str] = "a frontend's record"
@@ -43,7 +43,10 @@ class FrontendRecord(VersionedModel):
 
     @classmethod
     def from_record(cls, record: Record) -> Self:
-        """Read a record of the registry. Raises InvalidRecord, also if its id is not that of its key."""
+        """Read a record of the registry.
+
+        Raises InvalidRecord, also if the id differs from that in the key.
+        """
         try:
             frontend = cls.from_bytes(record.value)
         except InvalidRecord as exc:
@@ -55,7 +58,7 @@ class FrontendRecord(VersionedModel):
 
 
 async def list_frontends(registry: Registry) -> tuple[list[FrontendRecord], list[InvalidRecord]]:
-    """All frontends, by id, and the records that cannot be read. Raises StoreError."""
+    """Return all frontends, by id, and the errors of unreadable records. Raises StoreError."""
     found = await registry.get_prefix(FRONTENDS)
     frontends, invalid = [], list(found.invalid)
     for record in found.records:
@@ -69,9 +72,9 @@ async def list_frontends(registry: Registry) -> tuple[list[FrontendRecord], list
 async def keep_listed(
     runtime: DistributedRuntime, settings: FrontendSettings, listener: socket.socket
 ) -> None:
-    """Put a frontend into the registry, tried again until Redis answers, and take it out at the shutdown.
+    """Register a frontend, with retries until Redis answers, and withdraw it at the shutdown.
 
-    It is there for those who look: a frontend whose user may not write serves all the same.
+    Only commands read the record: a frontend whose Redis user may not write serves all the same.
     """
     record = FrontendRecord(
         instance_id=runtime.instance_id,
@@ -90,13 +93,13 @@ async def keep_listed(
             return
         except StoreError as exc:
             log.debug("not listed yet: %s", exc)
-            await asyncio.sleep(AGAIN_S)
+            await asyncio.sleep(RETRY_PAUSE_S)
     await runtime.wait_for_shutdown()
     await withdraw((registration,))
 
 
 def _url_of(listener: socket.socket) -> str:
-    """The server's URL as others may know it: where it listens on all addresses, by this machine's name."""
+    """Return the server's URL for other machines: with this machine's name if it listens on all addresses."""
     host, port = listener.getsockname()[:2]
     if host in ("0.0.0.0", "::"):  # noqa: S104 - what a wildcard looks like
         host = socket.gethostname()

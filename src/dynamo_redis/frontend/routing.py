@@ -1,4 +1,4 @@
-"""How a frontend's requests get to workers: by a policy, a router in this process, or a router service."""
+"""Clients of workers: by a policy, by a router in this process, or by a router service."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from dynamo_redis.runtime.runtime import DistributedRuntime
 def client_opener(
     runtime: DistributedRuntime, settings: FrontendSettings, router_settings: RouterSettings
 ) -> OpenClient:
-    """What makes the client of each endpoint, by the settings. Raises ConfigError."""
+    """Return the function that opens the client of an endpoint, by the settings. Raises ConfigError."""
     mode = settings.router_mode
     router_endpoint = settings.router_endpoint
     if router_endpoint is not None:
         if mode != "kv":
             raise ConfigError(
-                f"DYN_ROUTER_ENDPOINT={router_endpoint!r} is for DYN_ROUTER_MODE=kv, which is {mode!r}: "
-                "add --router-mode kv, or leave the endpoint out"
+                f"DYN_ROUTER_ENDPOINT={router_endpoint!r} needs DYN_ROUTER_MODE=kv, which is {mode!r}: "
+                "add --router-mode kv, or unset the endpoint"
             )
         EndpointName.parse(router_endpoint)
 

@@ -1,6 +1,6 @@
 """Text to token ids and back: the tokenizer, incremental detokenizers, and the search for stop strings.
 
-Pure: nothing here waits or does I/O, except that `Tokenizer.from_files` reads one file.
+Pure, without waiting or I/O; only `Tokenizer.from_files` reads a file.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from dynamo_redis.errors import ModelError
 REPLACEMENT = "�"
 
 _MAX_WINDOW_TOKENS = 32
-"""The sliding-window detokenizer gives up waiting for the rest of a character after so many tokens."""
+"""Tokens after which the sliding-window detokenizer stops waiting for the rest of a character."""
 
 
 class Tokenizer:
     """A model's tokenizer, from its `tokenizer.json`. Immutable; may be used from several threads."""
 
     def __init__(self, content: bytes, *, origin: str = "tokenizer.json") -> None:
-        """`content` is that of a `tokenizer.json`. Raises ModelError if it is not one.
+        """Load the content of a `tokenizer.json`. Raises ModelError if it is not one.
 
-        Blocks (11 MiB: about 0.5 s), and holds the interpreter for most of that.
+        Blocks (11 MiB: about 0.5 s), and holds the GIL for most of that time.
         """
         try:
             self._tokenizer = HuggingFaceTokenizer.from_buffer(content)
@@ -35,16 +35,16 @@ class Tokenizer:
             decoder = json.loads(decoder.__getstate__()) if decoder is not None else None
         except Exception as exc:  # the library raises bare Exception
             raise ModelError(f"{origin} is not a tokenizer: {exc}") from exc
-        # A file may ask for these; they are training-time settings that would cut or fill prompts.
+        # A file may enable these settings of the training; they would truncate or pad prompts.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         added = self._tokenizer.get_added_tokens_decoder()
         special = frozenset(token_id for token_id, token in added.items() if token.special)
         self.vocabulary_size: int = max(self._tokenizer.get_vocab_size(), 1 + max(added, default=-1))
-        self._make_detokenizer = self._detokenizer_for(decoder, special)
+        self._texts = TokenTexts(self._tokenizer.id_to_token, special) if is_byte_level(decoder) else None
         parts = filter(None, (self._tokenizer.normalizer, self._tokenizer.pre_tokenizer))
         self.has_expressions: bool = any(b'"Regex"' in bytes(part.__getstate__()) for part in parts)
-        """Whether the file brings regular expressions, whose cost depends on the text, and can be much."""
+        """True if the file has regular expressions: their cost depends on the text and can be high."""
 
     @classmethod
     def from_files(cls, directory: Path) -> Tokenizer:
@@ -57,62 +57,55 @@ class Tokenizer:
         return cls(content, origin=str(path))
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
-        """Token ids of a text; names of special tokens in it become those tokens, as with transformers.
+        """Return the token ids of a text. Names of special tokens become these tokens, as in transformers.
 
-        Releases the GIL; about 2 µs a token. `add_special_tokens` adds what the file's post-processor
-        adds (a BOS token, for some models); a rendered chat already has them. Raises ModelError for a text at
-        which the library fails.
+        Releases the GIL; about 2 µs a token. `add_special_tokens` adds the tokens of the file's
+        post-processor (a BOS token, for some models); a rendered chat has them already. Raises ModelError if
+        the library fails at the text.
         """
         try:
             encoding = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as exc:  # noqa: BLE001 - the library panics, which is no Exception
+        except BaseException as exc:  # noqa: BLE001 - a panic of the library is not an Exception
             raise ModelError(f"the tokenizer fails at this text: {str(exc).splitlines()[0]}") from None
         ids: list[int] = encoding.ids
         return ids
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of a whole sequence."""
+        """Return the text of a whole sequence."""
         return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
     def token_id(self, token: str) -> int | None:
-        """The id of a token by its exact name."""
+        """Return the id of a token by its exact name, or None."""
         return self._tokenizer.token_to_id(token)
 
     def detokenizer(self) -> Detokenizer:
-        """A new detokenizer for one answer; special tokens have no text."""
-        return self._make_detokenizer()
-
-    def _detokenizer_for(self, decoder: Any, special: frozenset[int]) -> Callable[[], Detokenizer]:
-        if is_byte_level(decoder):
-            texts = TokenTexts(self._tokenizer.id_to_token, special)
-            return lambda: ByteLevelDetokenizer(texts)
-        decode = self.decode
-        return lambda: WindowDetokenizer(decode)
+        """Return a new detokenizer for one answer. Special tokens have no text."""
+        return WindowDetokenizer(self.decode) if self._texts is None else ByteLevelDetokenizer(self._texts)
 
 
 # --------------------------------------------------------------------------- detokenizers
 
 
 class Detokenizer(Protocol):
-    """Turns the tokens of one answer into text, as they come.
+    """Turns the tokens of one answer into text, token by token.
 
-    The pieces, joined, are the decoding of the whole sequence with special tokens skipped. A piece never
-    ends inside a character: its bytes are held until the rest arrives, or `finish`.
+    The joined pieces are the decoding of the whole sequence without special tokens. A piece never ends inside
+    a character: its bytes are held until the rest arrives, or until `finish`.
     """
 
     def feed(self, token_ids: Iterable[int]) -> str:
-        """The text that these tokens complete."""
+        """Return the text that these tokens complete."""
         ...
 
     def finish(self) -> str:
-        """What is still held: an incomplete character, as U+FFFD."""
+        """Return the held bytes: an incomplete character becomes U+FFFD."""
         ...
 
 
 def is_byte_level(decoder: Any) -> bool:
-    """Whether a `tokenizer.json` decoder maps each token to bytes on its own, whatever its neighbours."""
+    """Return whether a `tokenizer.json` decoder maps each token to bytes without regard to other tokens."""
     if not isinstance(decoder, dict):
         return False
     if decoder.get("type") == "Sequence":
@@ -122,9 +115,9 @@ def is_byte_level(decoder: Any) -> bool:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's map of visible characters to bytes, as byte-level tokenizers write their tokens.
+    """Return GPT-2's map of visible characters to bytes, in which byte-level tokenizers write their tokens.
 
-    Printable Latin-1 characters stand for themselves; the other 68 bytes, in order, for U+0100 onwards.
+    A printable Latin-1 character is its own byte. The other 68 bytes, in order, are U+0100 and following.
     """
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     hidden = [byte for byte in range(256) if byte not in visible]
@@ -135,7 +128,7 @@ _BYTES = _byte_alphabet()
 
 
 class TokenTexts(dict[int, "str | bytes"]):
-    """Token id → its text, or its bytes if they are no whole characters. Filled as tokens are first seen.
+    """Token id → its text, or its bytes if they are not whole characters. Filled when a token is first seen.
 
     Bounded by the vocabulary and a fixed number of ids outside of it, which have no text.
     """
@@ -146,17 +139,17 @@ class TokenTexts(dict[int, "str | bytes"]):
         self._special = special
 
     def __missing__(self, token_id: int) -> str | bytes:
-        text = self._text(token_id)
+        text = self._find_text(token_id)
         if text != "" or token_id in self._special:
             self[token_id] = text
         return text
 
-    def _text(self, token_id: int) -> str | bytes:
+    def _find_text(self, token_id: int) -> str | bytes:
         if token_id in self._special:
             return ""
         try:
             token = self._token_of(token_id)
-        except OverflowError:  # not an id at all: negative, or over 32 bits
+        except OverflowError:  # not a valid id: negative, or over 32 bits
             token = None
         if token is None:
             return ""
@@ -171,14 +164,14 @@ class TokenTexts(dict[int, "str | bytes"]):
 
 
 class ByteLevelDetokenizer:
-    """For tokenizers whose tokens are byte strings: one look-up a token, bytes only inside a character."""
+    """Detokenizer for tokens that are byte strings: one look-up a token, bytes only inside a character."""
 
     __slots__ = ("_decoder", "_inside", "_texts")
 
     def __init__(self, texts: TokenTexts) -> None:
         self._texts = texts
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._inside = False  # whether the decoder holds part of a character
+        self._inside = False  # true while the decoder holds part of a character
 
     def feed(self, token_ids: Iterable[int]) -> str:
         """See `Detokenizer`."""
@@ -203,12 +196,12 @@ class ByteLevelDetokenizer:
 
 
 class WindowDetokenizer:
-    """For any other tokenizer: decodes a short window of the last tokens again and again.
+    """Detokenizer for any other tokenizer: decodes a short window of the last tokens again for each token.
 
-    A token's text may depend on the one before it (a space, a byte of the same character), so the window
-    begins one emission back, and its own beginning is cut off. Text that ends in U+FFFD may be the start of
-    a character and is held, for at most 32 tokens. Where the tokenizer's decoder rewrites text that it gave
-    out before (bytes that turn out not to be UTF-8), the pieces keep the first reading.
+    A token's text may depend on the token before (a space, a byte of the same character). So the window
+    begins with the tokens of the last piece, and their text is cut off. Text that ends in U+FFFD may be the
+    start of a character and is held, for at most 32 tokens. If the tokenizer's decoder later changes text
+    that was returned before (bytes that turn out not to be UTF-8), the returned pieces stay as they are.
     """
 
     __slots__ = ("_decode", "_ids", "_read")
@@ -216,7 +209,7 @@ class WindowDetokenizer:
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
         self._decode = decode
         self._ids: list[int] = []
-        self._read = 0  # tokens at the window's beginning whose text has been given out
+        self._read = 0  # number of tokens at the window's beginning with text that was returned
 
     def feed(self, token_ids: Iterable[int]) -> str:
         """See `Detokenizer`."""
@@ -249,52 +242,45 @@ class WindowDetokenizer:
 
 
 class StopStrings:
-    """Finds the first of a few stop strings in an answer that comes in pieces, whatever the cuts.
+    """Finds the first of a few stop strings in an answer that arrives in any pieces.
 
-    The match that ends first counts; of those that end together, the longest. Text that may be the start
-    of a stop string is held until that is decided.
+    The match that ends first counts; of matches with one end, the longest. Text that may be the start of a
+    stop string is held until that is known.
     """
 
     __slots__ = ("_first", "_held", "_keeps_found", "_stops", "found")
 
     def __init__(self, stops: Iterable[str], *, keeps_found: bool = False) -> None:
-        """None of `stops` may be empty. With `keeps_found` the one that is found is shown, too."""
+        """Search for `stops`, none of them empty. With `keeps_found` the found one is part of the text."""
         self._stops = tuple(stops)
         self._keeps_found = keeps_found
         self._first = frozenset(stop[0] for stop in self._stops)
         self._held = ""
         self.found: str | None = None
-        """The stop string that ended the answer; nothing may be fed after it."""
+        """The stop string that ended the answer, or None. Do not call `feed` after it is found."""
 
     def feed(self, text: str) -> str:
-        """What of the answer may be shown now; everything before the stop string once one is `found`."""
+        """Return the text that can be shown now. Once a stop string is `found`, it is all text before it."""
         if not self._held and self._first.isdisjoint(text):
             return text
         text = self._held + text
-        match = self._match(text)
-        if match is not None:
-            start, self.found = match
+        matches = [(text.find(stop), stop) for stop in self._stops]
+        ends = [(start + len(stop), start, stop) for start, stop in matches if start >= 0]
+        if ends:
+            _, start, self.found = min(ends)
             self._held = ""
             return text[: start + len(self.found) if self._keeps_found else start]
-        length = self._undecided(text)
+        length = self._undecided_length(text)
         self._held = text[len(text) - length :]
         return text[: len(text) - length]
 
     def finish(self) -> str:
-        """The text still held, at the end of an answer without a stop string."""
+        """Return the held text, at the end of an answer without a stop string."""
         held, self._held = self._held, ""
         return held
 
-    def _match(self, text: str) -> tuple[int, str] | None:
-        matches = [(text.find(stop), stop) for stop in self._stops]
-        ends = [(start + len(stop), start, stop) for start, stop in matches if start >= 0]
-        if not ends:
-            return None
-        _, start, stop = min(ends)
-        return start, stop
-
-    def _undecided(self, text: str) -> int:
-        """Length of the longest end of the text that some stop string begins with."""
+    def _undecided_length(self, text: str) -> int:
+        """Return the length of the longest end of the text that is the beginning of a stop string."""
         longest = min(len(text), max(map(len, self._stops)) - 1)
         for length in range(longest, 0, -1):
             tail = text[len(text) - length :]

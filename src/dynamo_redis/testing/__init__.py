@@ -1,16 +1,15 @@
-"""pytest fixtures for those who build on this package; pytest loads them by itself once
-`dynamo-redis[testing]` is installed.
+"""pytest fixtures for users of this package. pytest loads them once `dynamo-redis[testing]` is installed.
 
-    dynamo_redis_server          a Redis or Valkey for the whole session: its `url`, and the `source` it is of
+    dynamo_redis_server          a Redis or Valkey for the whole session: its `url` and its `source`
     dynamo_redis_url             its URL
-    dynamo_redis_prefix          a registry of the test's own on it
+    dynamo_redis_prefix          the prefix of a registry of the test's own
     dynamo_runtime               a started runtime in that registry
-    dynamo_runtime_factory       `await dynamo_runtime_factory(**settings)`: more of them, one a process
+    dynamo_runtime_factory       `await dynamo_runtime_factory(**settings)`: further runtimes
     dynamo_mock_worker           a worker that serves the demo model with the mock engine, without delays
-    dynamo_mock_worker_factory   `await dynamo_mock_worker_factory(**settings)`: more of them
+    dynamo_mock_worker_factory   `await dynamo_mock_worker_factory(**settings)`: further workers
 
-All end with the test. The last four run on the event loop of the test, whether anyio's plugin or
-pytest-asyncio runs it. docs/testing.md shows how they are used, and has the options.
+All end with the test. The last four run on the test's event loop, with anyio's plugin and with
+pytest-asyncio. docs/testing.md has examples and the options.
 """
 
 from __future__ import annotations
@@ -32,8 +31,8 @@ from dynamo_redis.testing.event_loops import (
 )
 from dynamo_redis.testing.sources import SessionRedis, run_apart, session_redis
 
-# The plugin is loaded into every pytest run in which the package is installed: whatever costs time to import
-# is imported by the fixtures.
+# pytest loads the plugin in every run where the package is installed: slow modules are imported by the
+# fixtures.
 if TYPE_CHECKING:
     from dynamo_redis.runtime.runtime import DistributedRuntime
 
@@ -70,7 +69,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--dynamo-skip-without-redis",
         action="store_true",
         default=None,
-        help="skip tests that need a Redis where there is none, instead of failing them",
+        help="if no Redis is available, skip the tests that need one instead of failing them",
     )
 
 
@@ -93,7 +92,7 @@ def dynamo_redis_server(
 
 @pytest.fixture
 def dynamo_redis_url(dynamo_redis_server: SessionRedis, dynamo_redis_prefix: str) -> Iterator[str]:
-    """The URL of the session's server."""
+    """Yield the URL of the session's server."""
     yield dynamo_redis_server.url
     if dynamo_redis_server.source == "url":
         from dynamo_redis.store.registry.erase import erase_prefix
@@ -103,7 +102,7 @@ def dynamo_redis_url(dynamo_redis_server: SessionRedis, dynamo_redis_prefix: str
 
 @pytest.fixture
 def dynamo_redis_prefix() -> str:
-    """A registry prefix (`DYN_REDIS_PREFIX`) that no other test has."""
+    """Return a registry prefix (`DYN_REDIS_PREFIX`) that no other test has."""
     return f"test-{secrets.token_hex(8)}"
 
 
@@ -112,7 +111,7 @@ def dynamo_redis_prefix() -> str:
 
 @dataclass(frozen=True, slots=True)
 class MockWorker:
-    """A worker in the test's own process. `runtime.shutdown()` ends it, as SIGTERM does a real one."""
+    """A worker in the test's process. `runtime.shutdown()` ends it, as SIGTERM ends a real worker."""
 
     runtime: DistributedRuntime
     endpoint: str
@@ -141,7 +140,7 @@ class MockWorkerFactory(Protocol):
 async def dynamo_runtime_factory(
     dynamo_redis_url: str, dynamo_redis_prefix: str
 ) -> AsyncIterator[RuntimeFactory]:
-    """`await dynamo_runtime_factory(**settings)`: a started runtime, as another process would have."""
+    """`await dynamo_runtime_factory(**settings)` makes a started runtime, like that of another process."""
     from dynamo_redis.runtime.runtime import DistributedRuntime, Settings
 
     async with AsyncExitStack() as runtimes:
@@ -162,7 +161,7 @@ async def dynamo_runtime_factory(
 
 @on_the_tests_loop(globals())
 async def dynamo_runtime(dynamo_runtime_factory: RuntimeFactory) -> DistributedRuntime:
-    """A started runtime in the test's own registry."""
+    """Return a started runtime in the test's own registry."""
     return await dynamo_runtime_factory()
 
 
@@ -170,7 +169,7 @@ async def dynamo_runtime(dynamo_runtime_factory: RuntimeFactory) -> DistributedR
 async def dynamo_mock_worker_factory(
     dynamo_runtime_factory: RuntimeFactory,
 ) -> AsyncIterator[MockWorkerFactory]:
-    """`await dynamo_mock_worker_factory(**settings)`: a worker that serves, with a runtime of its own."""
+    """`await dynamo_mock_worker_factory(**settings)` makes a serving worker with a runtime of its own."""
     if find_spec("tokenizers") is None:
         pytest.fail("the mock engine needs dynamo-redis[http], which is not installed", pytrace=False)
     from dynamo_redis.config import MockEngineSettings, ModelSettings
@@ -196,7 +195,12 @@ async def dynamo_mock_worker_factory(
                     on_ready=lambda _: ready.set(),
                 )
             )
-            workers.push_async_callback(_end_worker, runtime, serving)
+
+            async def end() -> None:
+                runtime.shutdown()
+                await asyncio.wait((serving,))  # the test got a failure when the worker started
+
+            workers.push_async_callback(end)
             waiting = asyncio.create_task(ready.wait())
             await asyncio.wait((serving, waiting), return_when=asyncio.FIRST_COMPLETED)
             waiting.cancel()
@@ -207,12 +211,7 @@ async def dynamo_mock_worker_factory(
         yield make
 
 
-async def _end_worker(runtime: DistributedRuntime, serving: asyncio.Task[None]) -> None:
-    runtime.shutdown()
-    await asyncio.wait((serving,))  # a failure was told to the test when the worker started
-
-
 @on_the_tests_loop(globals())
 async def dynamo_mock_worker(dynamo_mock_worker_factory: MockWorkerFactory) -> MockWorker:
-    """A worker that serves the demo model at `dynamo.backend.generate`, without delays."""
+    """Return a worker that serves the demo model at `dynamo.backend.generate`, without delays."""
     return await dynamo_mock_worker_factory()

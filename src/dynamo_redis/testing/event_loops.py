@@ -1,8 +1,7 @@
-"""Fixtures that run on the event loop of the test that asks for them, whichever plugin runs it.
+"""Fixtures that run on the event loop of their test, for anyio's plugin and for pytest-asyncio.
 
-A fixture made by `on_the_tests_loop` is one by its name, and several behind it: one for anyio's plugin, and
-one for each scope of loop that pytest-asyncio has. A test that neither of the two runs, or both, is refused
-when it is collected.
+`on_the_tests_loop` makes a fixture that dispatches to several hidden ones: one for anyio's plugin, one for
+each loop scope of pytest-asyncio. A test that is run by neither plugin, or by both, is refused at collection.
 """
 
 from __future__ import annotations
@@ -22,20 +21,22 @@ except ImportError:
 
 _LOOP_SCOPES = ("function", "class", "module", "package", "session")
 _NAMES: set[str] = set()
-"""Of the fixtures that need a loop."""
+"""The names of the fixtures that need a loop."""
 
 
 def on_the_tests_loop(namespace: dict[str, Any]) -> Callable[[Any], Any]:
-    """Make a fixture of an asynchronous function. `namespace` is that of a module which pytest looks
-    through: it gets the fixtures behind this one."""
+    """Decorate an asynchronous function: it becomes a fixture.
+
+    `namespace` is that of a module in which pytest looks for fixtures: the hidden fixtures are put there.
+    """
 
     def decorate(function: FunctionType) -> Any:
         name = function.__name__
         _NAMES.add(name)
         namespace[f"_{name}_anyio"] = pytest.fixture(_copy(function), name=f"_{name}_anyio")
         for scope in _LOOP_SCOPES if _asyncio_is_usable() else ():
-            one = f"_{name}_asyncio_{scope}"
-            namespace[one] = pytest_asyncio.fixture(_copy(function), name=one, loop_scope=scope)
+            hidden = f"_{name}_asyncio_{scope}"
+            namespace[hidden] = pytest_asyncio.fixture(_copy(function), name=hidden, loop_scope=scope)
 
         @pytest.fixture(name=name)
         def dispatch(request: pytest.FixtureRequest) -> Any:
@@ -53,8 +54,7 @@ def on_the_tests_loop(namespace: dict[str, Any]) -> Callable[[Any], Any]:
 
 
 def plugin_of(item: pytest.Item) -> str | None:
-    """Say by what the test is run: `anyio`, or `asyncio_` and the scope of its loop; None if that is not
-    clear."""
+    """Return the test's plugin: `anyio`, or `asyncio_` with the scope of its loop; None if it is unclear."""
     by_anyio = "anyio_backend" in getattr(item, "fixturenames", ())
     if not _is_asyncio_test(item):
         return "anyio" if by_anyio else None
@@ -68,7 +68,7 @@ def plugin_of(item: pytest.Item) -> str | None:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_pycollect_makeitem(collector: pytest.Collector) -> Generator[None, Any, Any]:
-    """Refuse tests that would get fixtures of another loop than their own."""
+    """Refuse tests whose fixtures would run on another loop."""
     made = yield
     for item in made if isinstance(made, list) else [made]:
         uses_a_loop = isinstance(item, pytest.Function) and not _NAMES.isdisjoint(item.fixturenames)
@@ -79,18 +79,19 @@ def pytest_pycollect_makeitem(collector: pytest.Collector) -> Generator[None, An
 
 def _complaint(item: pytest.Item) -> str:
     names = ", ".join(sorted(_NAMES.intersection(getattr(item, "fixturenames", ())))) or "a fixture"
-    what = f"{item.name} uses {names} of dynamo_redis.testing"
+    beginning = f"{item.name} uses {names} of dynamo_redis.testing"
     if not inspect.iscoroutinefunction(getattr(item, "obj", None)):
-        return f"{what}, which needs an event loop: make it `async def`"
+        return f"{beginning}, which needs an event loop: make it `async def`"
     if not _is_asyncio_test(item):
         write = "@pytest.mark.anyio (or @pytest.mark.asyncio, with pytest-asyncio installed)"
-        return f"{what}, and no plugin runs it: write {write} above it"
+        return f"{beginning}, and no plugin runs it: write {write} above it"
     if not _asyncio_is_usable():
-        return f"{what} and is run by pytest-asyncio, which is too old: install pytest-asyncio>=0.24"
+        return f"{beginning} and is run by pytest-asyncio, which is too old: install pytest-asyncio>=0.24"
     return (
-        f"{what}, and both anyio and pytest-asyncio want to run it: write only one of @pytest.mark.anyio and "
-        "@pytest.mark.asyncio above it; with asyncio_mode=auto all tests are pytest-asyncio's, so leave "
-        "@pytest.mark.anyio, anyio_mode=auto and the fixture anyio_backend out, or set asyncio_mode=strict"
+        f"{beginning}, and both anyio and pytest-asyncio want to run it: write only one of "
+        "@pytest.mark.anyio and @pytest.mark.asyncio above it; with asyncio_mode=auto all tests are "
+        "pytest-asyncio's, so leave @pytest.mark.anyio, anyio_mode=auto and the fixture anyio_backend out, "
+        "or set asyncio_mode=strict"
     )
 
 
@@ -99,12 +100,12 @@ def _is_asyncio_test(item: pytest.Item) -> bool:
 
 
 def _asyncio_is_usable() -> bool:
-    """Whether fixtures can be told on which loop they run."""
+    """Return whether pytest-asyncio is installed, and lets fixtures choose their loop's scope."""
     return pytest_asyncio is not None and "loop_scope" in inspect.signature(pytest_asyncio.fixture).parameters
 
 
 def _copy(function: FunctionType) -> FunctionType:
-    """Another function of the same code: pytest-asyncio writes the scope of its loop on the function."""
+    """Copy a function: pytest-asyncio stores the scope of its loop on the function."""
     copy = FunctionType(
         function.__code__,
         function.__globals__,
@@ -118,7 +119,7 @@ def _copy(function: FunctionType) -> FunctionType:
 
 @pytest.fixture
 def dynamo_asyncio_backend(anyio_backend_name: str) -> None:
-    """Skips the test on other loops than asyncio's."""
+    """Skip the test if its loop is not asyncio's."""
     if anyio_backend_name != "asyncio":
         pytest.skip(
             f"dynamo_redis runs on asyncio, not on {anyio_backend_name}: give your tests an anyio_backend "

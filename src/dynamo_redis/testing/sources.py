@@ -38,9 +38,9 @@ class SessionRedis:
 
 @contextmanager
 def session_redis(wanted: str, directories: pytest.TempPathFactory, *, skips: bool) -> Iterator[SessionRedis]:
-    """A server of the wanted source (`auto`: the first that is there) for as long as the block runs.
+    """Run a server of the wanted source while the block runs (`auto`: the first source that is available).
 
-    Where there is none the test fails, or with `skips` and `auto` it is skipped.
+    If none is available the test fails; with `skips` and `auto` it is skipped.
     """
     if "://" in wanted:
         yield SessionRedis(wanted, "url")
@@ -90,7 +90,7 @@ def _embedded(binary: ServerBinary, directories: pytest.TempPathFactory) -> Iter
 
 
 def run_apart(function: Callable[[], Awaitable[object]]) -> None:
-    """Run it in a thread: a fixture may be asked for while the test's event loop runs in this one."""
+    """Run an async function in another thread: the test's event loop may be running in this one."""
     import anyio
 
     with ThreadPoolExecutor(1) as thread:
@@ -98,13 +98,13 @@ def run_apart(function: Callable[[], Awaitable[object]]) -> None:
 
 
 def container_engine_answers() -> bool:
-    """Whether there is an engine that can start containers. False without dynamo-redis[testing]."""
+    """Return whether a container engine answers. False without dynamo-redis[testing]."""
     try:
         import docker
     except ImportError:
         return False
     with warnings.catch_warnings():
-        # Where nothing answers, the library drops its socket unclosed: the suite's warnings are not for that.
+        # If no engine answers, the library leaves its socket open: this must not warn in the user's tests.
         warnings.simplefilter("ignore", ResourceWarning)
         try:
             client = docker.from_env(timeout=_ENGINE_ANSWER_S)
@@ -112,7 +112,7 @@ def container_engine_answers() -> bool:
                 return bool(client.ping())
             finally:
                 client.close()
-        except Exception as exc:  # noqa: BLE001 (whatever the library raises means "no engine")
+        except Exception as exc:  # noqa: BLE001 (every error of the library means "no engine")
             log.debug("no container engine: %s", exc)
         gc.collect()
     return False

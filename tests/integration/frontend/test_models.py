@@ -175,7 +175,7 @@ async def test_workers_of_different_cards_share_the_requests(
     for instance_id in (2, 3):
         await frontend.runtime.publish("m", instance_id=instance_id, path=new)
     await frontend.until(lambda: versions(frontend) == {32768: {1}, 777: {2, 3}})
-    assert caplog.text.count("model 'm' has workers of 2 sorts") == 1
+    assert caplog.text.count("model 'm' has workers with 2 versions of its card") == 1
     for _ in range(60):
         await frontend.http.post("/v1/completions", json={"model": "m", "prompt": "x"})
     asked = [set(among) for among in frontend.worker.among]
@@ -184,7 +184,7 @@ async def test_workers_of_different_cards_share_the_requests(
     assert [(model["id"], model["max_model_len"]) for model in listed] == [("m", 32768)]
     frontend.runtime.registry.delete(old)
     await frontend.until(lambda: versions(frontend) == {777: {2, 3}})
-    assert "all workers of model 'm' are of one sort again" in caplog.text
+    assert "all workers of model 'm' have one version of its card again" in caplog.text
 
 
 async def test_request_goes_to_workers_whose_card_it_fits(frontend: Any, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
-"""A body's options and what its prompts are made of, and both on their way out of the process that reads.
+"""A parsed body: its options and the source of its prompts; and its encoding between the processes.
 
-That process runs this package's code alone, no template of a tenant: its pickles are our own.
+The process that parses runs only this package's code, no template of a tenant: its pickles can be trusted.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dynamo_redis.frontend.options import CompletionOptions
 from dynamo_redis.templates.protocol import render_job
 
 MOST_OPTIONS_BYTES: Final = 256 << 10
-"""All fields but those that make the prompt, of a body that was read by the process."""
+"""Most bytes of all fields except those of the prompt, for a body that was parsed by the process."""
 
 CHAT: Final = b"c"
 TEXT: Final = b"t"
@@ -25,18 +25,18 @@ TEXT: Final = b"t"
 _HEAD: Final = Struct("<I")
 
 Text = str | bytearray | memoryview
-"""A prompt's text; if it is large, in UTF-8."""
+"""A prompt's text; a large one is bytes in UTF-8."""
 
 Prompt: TypeAlias = "Text | list[int] | array[int]"
 """A prompt, as text or as token ids."""
 
 Source: TypeAlias = "bytes | bytearray | list[Prompt]"
-"""Prompts of a body: a conversation to render, or prompts as they are."""
+"""The source of a body's prompts: a conversation to render, or the prompts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Body:
-    """A body that was read. `options` lacks messages, tools and prompts if the body was large."""
+    """A parsed body. `options` lacks messages, tools and prompts if the body was large."""
 
     options: CompletionOptions
     source: Source
@@ -48,13 +48,13 @@ class Body:
 
 
 def source_of(body: CompletionOptions) -> Source:
-    """Return the body's prompts: a conversation to render, or prompts as they are."""
+    """Return the source of the body's prompts: a conversation to render, or the prompts."""
     if not isinstance(body, ChatBody):
         assert isinstance(body, TextBody)
         return list(body.prompts)
     return render_job(
         [dict(message) for message in body.messages],
-        # With `none` the model shall not call tools: it is not told of any.
+        # With `none` the model shall not call tools: the template gets no tools.
         tools=None if body.tool_choice == "none" or not body.tools else [dict(tool) for tool in body.tools],
         documents=body.documents,
         add_generation_prompt=body.add_generation_prompt is not False,
@@ -67,7 +67,7 @@ def source_of(body: CompletionOptions) -> Source:
 
 
 def pack(job: bytearray) -> bytes:
-    """Read a body in the process, and make the answer for `unpack`."""
+    """Parse a body in the process, and encode the result for `unpack`."""
     kind: type[CompletionOptions] = ChatBody if job.startswith(CHAT) else TextBody
     del job[:1]
     try:
@@ -75,17 +75,17 @@ def pack(job: bytearray) -> bytes:
         job.clear()
         source = source_of(options)
         options = options.model_copy(update=_WITHOUT_SOURCE[kind])
-        parts = [_packed(part) for part in (source if isinstance(source, list) else [source])]
+        parts = [_encode_part(part) for part in (source if isinstance(source, list) else [source])]
         del source
-        told = pickle.dumps((options, [(form, len(part)) for form, part in parts]))
-        if len(told) > MOST_OPTIONS_BYTES:
+        head = pickle.dumps((options, [(form, len(part)) for form, part in parts]))
+        if len(head) > MOST_OPTIONS_BYTES:
             raise invalid(
                 f"All fields but messages, prompt, tools and documents are over {MOST_OPTIONS_BYTES} bytes.",
                 code="body_too_complex",
             )
     except ApiError as exc:
-        told, parts = pickle.dumps(vars(exc)), []
-    return b"".join((_HEAD.pack(len(told)), told, *(part for _, part in parts)))
+        head, parts = pickle.dumps(vars(exc)), []
+    return b"".join((_HEAD.pack(len(head)), head, *(part for _, part in parts)))
 
 
 _WITHOUT_SOURCE: Final[dict[type[CompletionOptions], dict[str, Any]]] = {
@@ -94,7 +94,7 @@ _WITHOUT_SOURCE: Final[dict[type[CompletionOptions], dict[str, Any]]] = {
 }
 
 
-def _packed(part: Prompt | bytes) -> tuple[str, bytes]:
+def _encode_part(part: Prompt | bytes) -> tuple[str, bytes]:
     if isinstance(part, str):
         return "text", part.encode()
     if isinstance(part, list):
@@ -104,13 +104,13 @@ def _packed(part: Prompt | bytes) -> tuple[str, bytes]:
 
 
 def unpack(answer: bytearray) -> Body:
-    """The body that `pack` read. Raises the ApiError that it raised."""
+    """Return the body that `pack` parsed. Raises the ApiError that it raised."""
     end = _HEAD.size + _HEAD.unpack_from(answer)[0]
-    told = pickle.loads(memoryview(answer)[_HEAD.size : end])  # noqa: S301 - see above
+    head = pickle.loads(memoryview(answer)[_HEAD.size : end])  # noqa: S301 - see the module's docstring
     del answer[:end]
-    if isinstance(told, dict):
-        raise ApiError(**told)
-    options, parts = told
+    if isinstance(head, dict):
+        raise ApiError(**head)
+    options, parts = head
     if parts and parts[0][0] == "conversation":
         return Body(options, answer)
     prompts: list[Prompt] = []

@@ -1,4 +1,4 @@
-"""The process that reads large bodies.
+"""The process that parses large bodies.
 
 Run as `python -m dynamo_redis.frontend.http.body_process <bytes of memory>`.
 """
@@ -12,7 +12,7 @@ from dynamo_redis.frontend.http.bodies import pack
 from dynamo_redis.jobs.serving import serve
 
 READ_LIMIT_S: Final = 10.0
-"""Processor time for reading one body."""
+"""Most processor time for one body."""
 
 if __name__ == "__main__":
     serve(pack, memory_bytes=int(sys.argv[1]), time_s=READ_LIMIT_S)

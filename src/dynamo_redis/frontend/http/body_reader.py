@@ -1,8 +1,8 @@
-"""Bodies read and checked: small ones on the event loop, large ones in a process of their own.
+"""Parsing and checking of bodies: small ones on the event loop, large ones in another process.
 
-Parsing holds the interpreter for as long as it takes, and JSON can take twenty times its size in memory. So
-a body over `INLINE_BYTES` is read by `body_process.py`, within limits of memory and of time, and only its
-options and its texts as they are come back.
+Parsing blocks the interpreter, and JSON can take twenty times its size in memory. So a body over
+`INLINE_BYTES` is parsed by `body_process.py`, within limits of memory and time. Only its options and its
+texts come back.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from dynamo_redis.frontend.options import CompletionOptions
 from dynamo_redis.jobs.lane import JobDied, JobError, JobOverrun, Lane
 
 INLINE_BYTES: Final = 32 << 10
-"""A body up to this size is read on the event loop: a millisecond at worst."""
+"""A body up to this size is parsed on the event loop: a millisecond at worst."""
 
 LARGE_BYTES: Final = 1 << 20
-"""Bodies over this size are read apart from those below, so that these need not wait for them."""
+"""Bodies over this size are parsed by a process of their own, so that smaller ones do not wait for them."""
 
 MEMORY_FACTOR: Final = 4
-"""A body's reading may take so many times the largest body's size."""
+"""Memory for parsing a body, in multiples of the largest body's size."""
 
 IDLE_S: Final = 60.0
-"""A process that has read nothing for so long ends."""
+"""A process ends after this time without work."""
 
 QUEUE_COUNT: Final = 1024
-"""Most bodies that wait to be read by one process."""
+"""Most bodies that wait for one process."""
 
 
 class BodyReader:
-    """Reads bodies. Owns up to two processes, one of them for the largest bodies."""
+    """Parses bodies. Owns up to two processes, one of them for the largest bodies."""
 
     def __init__(self, max_body_bytes: int) -> None:
         self._memory_bytes = max(MEMORY_FACTOR * max_body_bytes, 64 << 20)
@@ -50,10 +50,10 @@ class BodyReader:
         )
 
     async def read(self, kind: type[CompletionOptions], content: list[bytearray]) -> Body:
-        """Read a body, which may be in pieces. Raises ApiError.
+        """Parse a body, which may be in pieces. Raises ApiError.
 
-        A large one is never put together here, since copying 40 MiB takes longer than a turn of the loop may;
-        and it is let go of on its way to the process: `content` is empty afterwards.
+        A large body is never joined here: copying 40 MiB takes longer than a turn of the loop may. Its pieces
+        are released on their way to the process: `content` is empty afterwards.
         """
         size = sum(map(len, content))
         if size <= INLINE_BYTES:

@@ -1,6 +1,6 @@
-"""What a client is told when a request fails: OpenAI's form of an error, and the HTTP status it goes with.
+"""Errors of the HTTP API: OpenAI's error objects and their HTTP statuses.
 
-Source: the error codes page of OpenAI's API guide, and what its Python client makes of a status (404
+Source: the error codes page of OpenAI's API guide, and its Python client's errors by status (404
 NotFoundError, 400 BadRequestError, ≥ 500 InternalServerError, which it retries).
 """
 
@@ -18,7 +18,7 @@ _UNAVAILABLE = "service_unavailable"
 
 
 class ApiError(Exception):
-    """An answer that is an error. `param` names the field of the body that caused it, if one did."""
+    """An error response. `param` is the field of the body that caused it, or None."""
 
     def __init__(
         self,
@@ -39,38 +39,38 @@ class ApiError(Exception):
         self.retry_after_s = retry_after_s
 
     def body(self) -> dict[str, Any]:
-        """`{"error": {…}}`."""
+        """Return the body: `{"error": {…}}`."""
         error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
         return {"error": error}
 
     def body_bytes(self) -> bytes:
-        """The body as JSON."""
+        """Return the body as JSON."""
         return json.dumps(self.body(), ensure_ascii=False).encode(errors="replace")
 
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """Headers of the answer besides those of its content."""
+        """Return the headers of the response besides those of its content."""
         if self.retry_after_s is None:
             return []
         return [(b"retry-after", b"%d" % max(1, math.ceil(self.retry_after_s)))]
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
-    """400: the body is not what the API takes."""
+    """Make the 400 for a body that the API does not accept."""
     return ApiError(400, message, param=param, code=code)
 
 
 def model_not_found(model: str) -> ApiError:
-    """404 for a model that nobody serves."""
+    """Make the 404 for a model without workers."""
     return ApiError(
         404,
-        f"The model `{model}` does not exist or is not served now: GET /v1/models lists those that are.",
+        f"The model `{model}` does not exist or is not served now: GET /v1/models lists the served models.",
         param="model",
         code="model_not_found",
     )
 
 
 def model_loading(model: str) -> ApiError:
-    """503 for a model whose files are still being fetched."""
+    """Make the 503 for a model that is being loaded."""
     return ApiError(
         503,
         f"The model `{model}` is being loaded.",
@@ -81,7 +81,7 @@ def model_loading(model: str) -> ApiError:
 
 
 def no_workers(model: str, code: str = errors.NoInstances.code) -> ApiError:
-    """503 for a model none of whose workers can be reached: they may be about to be replaced."""
+    """Make the 503 for a model without reachable workers: new workers may be about to come."""
     return ApiError(
         503,
         f"no worker of model `{model}` can be reached now; try again",
@@ -92,14 +92,14 @@ def no_workers(model: str, code: str = errors.NoInstances.code) -> ApiError:
 
 
 def model_broken(model: str, reason: str) -> ApiError:
-    """503 for a model whose files cannot be used here."""
+    """Make the 503 for a model that cannot be loaded."""
     return ApiError(
         503, f"The model `{model}` cannot be loaded: {reason}", kind=_UNAVAILABLE, code="model_unavailable"
     )
 
 
 def body_too_large(limit_bytes: int) -> ApiError:
-    """413."""
+    """Make the 413 for a body over the limit."""
     return ApiError(
         413,
         f"The request body is over the limit of {limit_bytes} bytes (DYN_HTTP_BODY_LIMIT).",
@@ -108,7 +108,7 @@ def body_too_large(limit_bytes: int) -> ApiError:
 
 
 def bodies_full(limit_bytes: int) -> ApiError:
-    """503: the bodies of others take all the room there is."""
+    """Make the 503 for a body that does not fit beside the bodies of other requests."""
     return ApiError(
         503,
         f"All request bodies together are over the limit of {limit_bytes} bytes (DYN_HTTP_BODIES_LIMIT): "
@@ -120,7 +120,7 @@ def bodies_full(limit_bytes: int) -> ApiError:
 
 
 def too_many_choices(wanted_count: int, most_count: int) -> ApiError:
-    """400 for a body that asks for too many answers at once."""
+    """Make the 400 for a body that asks for too many answers."""
     return ApiError(
         400,
         f"You requested {wanted_count} choices (prompts times 'n'): one request may ask for {most_count} "
@@ -133,9 +133,9 @@ def too_many_choices(wanted_count: int, most_count: int) -> ApiError:
 def context_length_exceeded(
     prompt_tokens: int, max_tokens: int | None, context_length: int, param: str, *, at_least: bool = False
 ) -> ApiError:
-    """400 for a prompt, or a prompt and its `max_tokens`, that the model's context cannot hold.
+    """Make the 400 for a prompt, or a prompt and its `max_tokens`, over the model's context length.
 
-    `at_least`: the prompt was not counted to its end.
+    `at_least`: the prompt was not tokenized to its end.
     """
     wanted = f"{'at least ' if at_least else ''}{prompt_tokens} tokens in the prompt"
     if max_tokens is not None:
@@ -175,7 +175,7 @@ _STATUS: dict[type[errors.DynamoRedisError], tuple[int, str]] = {
 
 
 def _status_of(error: errors.DynamoRedisError) -> tuple[int, str]:
-    """Find the status and type of an error, or those of the nearest error that it is a kind of."""
+    """Return the status and type of an error, or those of its nearest base class."""
     return next((_STATUS[kind] for kind in type(error).__mro__ if kind in _STATUS), (502, _SERVER))
 
 
@@ -189,16 +189,16 @@ _UNREACHABLE = (
     errors.EndpointNotFound,
     errors.InstanceRemoved,
 )
-"""What ends a request because of its way to the worker. Their messages name internal addresses."""
+"""Errors of the connection to a worker. Their messages name internal addresses."""
 
 
 def worker_lost(error: Exception) -> bool:
-    """Whether a request ended because of its way to the worker, and not because of what it asks."""
+    """Return whether the request lost its worker: the request itself did not cause the error."""
     return isinstance(error, _UNREACHABLE)
 
 
 def worker_error(error: Exception, model: str, *, begun: bool) -> ApiError:
-    """What the client is told of an error of its worker. `begun`: part of the answer had come."""
+    """Return the response for an error of the worker. `begun`: part of the answer had arrived."""
     if not isinstance(error, _UNREACHABLE):
         return api_error(error)
     if not begun:
@@ -209,7 +209,7 @@ def worker_error(error: Exception, model: str, *, begun: bool) -> ApiError:
 
 
 def api_error(error: Exception) -> ApiError:
-    """What the client is told of an error. An unforeseen one is 500, and says no more than its type."""
+    """Return the response for an error. An unexpected one is 500 and names only its type."""
     if isinstance(error, ApiError):
         return error
     if not isinstance(error, errors.DynamoRedisError):

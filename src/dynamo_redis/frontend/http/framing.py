@@ -1,5 +1,4 @@
-"""Beginnings and ends of messages: refused heads, and the end of an answer to a client that does not know
-uvicorn's own way to tell it."""
+"""Framing of HTTP messages: refused heads, bytes that clients ignore, and the end of HTTP/1.0 responses."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ from dynamo_redis.frontend.exchange import Event, Receive, Send
 Application = Callable[[Any, Receive, Send], Awaitable[None]]
 
 STREAMS_EVENTS = "dynamo_redis.streams_events"
-"""Key of a request's scope: its answer is written in whole server-sent events."""
+"""Key of a request's scope: its response is written in whole server-sent events."""
 
 _COMMENT = b":\n\n"
 
@@ -23,30 +22,30 @@ _HOST = re.compile(rb"[\w.~!$&'()*+,;=%:\[\]-]*", re.ASCII)
 
 
 def head_fault(method: bytes, version: str, headers: Sequence[tuple[bytes, bytes]]) -> tuple[int, str] | None:
-    """Return the status and the message for a request's head that is not to be served; None for others.
+    """Return the status and the message for a head that is refused, or None.
 
-    What a proxy on the way may have understood otherwise is refused: two hosts, a version or a coding of the
-    body that is not known here.
+    A head that a proxy on the way may have understood differently is refused: two hosts, an unknown version,
+    or an unknown coding of the body.
     """
     if method == b"CONNECT":
-        return 405, "This server is no proxy."
+        return 405, "This server is not a proxy."
     if version not in ("1.0", "1.1"):
         return 505, "This server speaks HTTP/1.1."
     hosts = [value for name, value in headers if name == b"host"]
     if len(hosts) > 1 or (not hosts and version == "1.1"):
-        return 400, "A request of HTTP/1.1 has one Host header."
+        return 400, "A request in HTTP/1.1 must have one Host header."
     if hosts and not _HOST.fullmatch(hosts[0].strip()):
-        return 400, "The Host header is no host."
+        return 400, "The Host header is not a host."
     codings = [value.strip().lower() for name, value in headers if name == b"transfer-encoding"]
     if codings and codings != [b"chunked"]:
-        return 501, "The only Transfer-Encoding that is understood is chunked."
+        return 501, "The only supported Transfer-Encoding is chunked."
     return None
 
 
 def sign_of_life(cycle: RequestResponseCycle) -> bytes:
-    """Return what may be sent now that no client takes for part of its answer; empty if there is nothing.
+    """Return bytes that may be sent now and that a client ignores; empty if there are none.
 
-    That is an interim response before an answer begins, and a comment between the events of a stream.
+    They are an interim response before the response begins, or a comment between the events of a stream.
     """
     has_chunks = cycle.scope["http_version"] == "1.1"
     if not cycle.response_started:
@@ -59,9 +58,9 @@ def sign_of_life(cycle: RequestResponseCycle) -> bytes:
 def framed(app: Application, cycle: RequestResponseCycle) -> Application:
     """Wrap the application for the one request of this cycle.
 
-    An answer without a length ends with the connection where the client speaks HTTP/1.0, which has no chunks.
-    An answer to a request whose body was announced (`Expect: 100-continue`) and not asked for closes the
-    connection: whether the body follows all the same is up to the client.
+    In HTTP/1.0, which has no chunks, a response without a length ends with the connection. If a request
+    announced its body (`Expect: 100-continue`) and the body was not asked for, the response closes the
+    connection: the client may send the body all the same.
     """
     has_chunks = cycle.scope["http_version"] == "1.1"
     if has_chunks and not cycle.waiting_for_100_continue:

@@ -1,4 +1,4 @@
-"""Limits of one HTTP connection, and the amount of it that is read ahead."""
+"""Limits of one HTTP connection, and a bound on the bytes that are read ahead."""
 
 from __future__ import annotations
 
@@ -7,32 +7,32 @@ from dataclasses import dataclass, field
 
 from uvicorn.protocols.http.flow_control import FlowControl
 
-from dynamo_redis.frontend.http.door import Guest
+from dynamo_redis.frontend.http.acceptor import Evictable
 
 MOST_UNPARSED_BYTES = 64 * 1024
-"""Past so much that is not parsed no more is read."""
+"""Reading pauses while more than this is received and not yet parsed."""
 
 
 @dataclass(frozen=True, slots=True)
 class HttpLimits:
-    """Limits of one connection, and the connections that may have to make room for others."""
+    """Limits of one connection, and the connections that may be closed in favour of new ones."""
 
     receive_timeout_s: float = 60.0
-    """From the first byte of a request to its last."""
+    """Longest time from the first byte of a request to its last."""
     send_timeout_s: float = 60.0
-    """For which a client may take nothing of its answer."""
-    waiting: dict[Guest, None] = field(default_factory=dict)
-    """The connections without a whole request, the longest first."""
+    """Longest time that a client may read nothing of its response."""
+    waiting: dict[Evictable, None] = field(default_factory=dict)
+    """The connections without a whole request, the longest-waiting first."""
 
 
 class Flow(FlowControl):
-    """Reads no more while much waits to be parsed."""
+    """Flow control that also pauses reading while over `MOST_UNPARSED_BYTES` are not yet parsed."""
 
     def __init__(self, transport: asyncio.Transport, unparsed: bytearray) -> None:
         super().__init__(transport)
         self._unparsed = unparsed
 
     def resume_reading(self) -> None:
-        """Read on, if what has come was parsed."""
+        """Read on, unless too many bytes are still to be parsed."""
         if len(self._unparsed) <= MOST_UNPARSED_BYTES:
             super().resume_reading()

@@ -1,5 +1,4 @@
-"""uvicorn's HTTP protocol, with bounds on what clients send and do not read, and rules of HTTP that it does
-not have itself.
+"""uvicorn's HTTP protocol, with bounds on sent and unread bytes, and with rules of HTTP that uvicorn lacks.
 
 Source: RFC 9110 (sections 7.8 "Upgrade", 9.3.6 "CONNECT", 10.1.1 "Expect", 15.2.1 "100 Continue") and
 RFC 9112 (sections 3.2 "Request Target", 6.1 "Transfer-Encoding", 9.6 "Tear-down").
@@ -18,39 +17,39 @@ from dynamo_redis.frontend.http.framing import Application, framed, head_fault, 
 from dynamo_redis.frontend.http.limits import MOST_UNPARSED_BYTES, Flow, HttpLimits
 
 HEAD_LIMIT_BYTES = 64 * 1024
-"""Largest head of a request: its first line and headers. Also the most that may come between two pieces of
-its body, and behind the last: sizes and extensions of chunks, and trailers, which are left out."""
+"""Largest head of a request: its first line and headers. Also the most bytes between two pieces of its body,
+and after the last: sizes and extensions of chunks, and trailers, which are ignored."""
 
 FRAMING_FACTOR = 4
-"""Chunks may take so many bytes for each byte of the body, beside `HEAD_LIMIT_BYTES` in all."""
+"""Most bytes of framing for each byte of a chunked body, in addition to `HEAD_LIMIT_BYTES` in all."""
 
 HEAD_TIMEOUT_S = 30.0
 """Longest time from a connection, or the first byte of a further request, to the end of the head."""
 
 PIECE_BYTES = 2048
-"""So much is parsed at a time. A request may have 18 bytes, and takes a hundred times that when parsed."""
+"""Bytes parsed in one call. A request may have 18 bytes, and takes a hundred times that when parsed."""
 
 TURN_BYTES = 32 * 1024
-"""So much of one connection is parsed before the event loop sees to others."""
+"""Bytes of one connection that are parsed in one turn of the event loop."""
 
 FIRST_PROBE_S = 0.05
 LONGEST_PROBE_S = 5.0
-"""Pauses between looks whether a client that sends nothing more still listens: each is twice the last."""
+"""First and longest pause between probes of a client that sends nothing more; each is twice the last."""
 
 _FRAMING_HEADERS = (b"content-length", b"transfer-encoding")
 
 
 class HttpProtocol(HttpToolsProtocol):
-    """Ends connections whose request is too slow, or whose head or framing is too large, and says why in
-    OpenAI's form; and those whose client does not read its answer.
+    """One connection. It is closed if a request is too slow, or its head or framing too large.
 
-    Sizes are checked with each piece, so a head may be over its limit by one piece. What comes behind a
-    request that waits for the answer to another is not parsed before that has its turn.
+    The client then gets an error in OpenAI's form. A connection whose client does not read its response is
+    dropped. Sizes are checked with each piece, so a head may exceed its limit by one piece. Pipelined bytes
+    are not parsed before the requests in front of them are answered.
 
-    A request for another protocol (`Upgrade`) is served in this one, with its body. A client that has sent
-    everything, and says so (a half-closed connection), gets the answers to its whole requests. One that has
-    hung up looks the same at first. It is told from the other by what a client skips (`sign_of_life`): the
-    host of one that is gone answers that with a reset.
+    A request for another protocol (`Upgrade`) is served in HTTP/1.1, with its body. A client that half-closes
+    its connection has sent everything, and gets the responses to its whole requests. A client that has hung
+    up looks the same at first. To tell them apart, bytes that a client ignores are sent (`sign_of_life`): the
+    host of a client that is gone answers them with a reset.
     """
 
     def __init__(self, *args: Any, limits: HttpLimits, **kwargs: Any) -> None:
@@ -75,14 +74,14 @@ class HttpProtocol(HttpToolsProtocol):
         self._delayed_since: float | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """A client has connected."""
+        """Start the timer of the first request's head."""
         super().connection_made(transport)
         self.flow = Flow(transport, self._unparsed)
         self._limits.waiting[self] = None
         self._start_receive_timer(HEAD_TIMEOUT_S)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The client is gone."""
+        """Stop all timers."""
         self._limits.waiting.pop(self, None)
         self._stop_receive_timer()
         self._stop_send_timer()
@@ -91,7 +90,7 @@ class HttpProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Bytes of requests."""
+        """Parse received bytes, or keep them until they may be parsed."""
         if len(data) <= PIECE_BYTES and not self._unparsed and self._may_parse():
             self._parse(data)
             return
@@ -106,14 +105,18 @@ class HttpProtocol(HttpToolsProtocol):
         return not (self.pipeline or self._is_over())
 
     def _is_over(self) -> bool:
-        """Tell whether what comes now is of no request that will be answered."""
+        """Return whether bytes that come now belong to no request that will be answered."""
         return self._ended or self.transport.is_closing()
 
     def _parse_on(self) -> None:
-        """Parse what has come, for a turn of the loop, or up to a request that has to wait."""
+        """Parse received bytes for one turn of the loop, or up to a request that has to wait."""
         unparsed, size = self._unparsed, 0
         self._is_to_parse = False
-        self._end_delay()
+        if self._delayed_since is not None and self._may_parse():
+            self._begun_at += self.loop.time() - self._delayed_since
+            self._delayed_since = None
+            if self._in_head:
+                self._start_receive_timer(HEAD_TIMEOUT_S)
         while unparsed and size < TURN_BYTES and self._may_parse():
             piece = bytes(unparsed[:PIECE_BYTES])
             del unparsed[:PIECE_BYTES]
@@ -122,31 +125,21 @@ class HttpProtocol(HttpToolsProtocol):
         if self._is_over():
             unparsed.clear()
         elif unparsed and self.pipeline:
-            self._begin_delay()
+            # The rest of the request has arrived and has to wait: this time does not count against it.
+            self._stop_receive_timer()
+            if self._delayed_since is None:
+                self._delayed_since = self.loop.time()
         elif unparsed:
             self._parse_soon()
         else:
             self.flow.resume_reading()
             if self._has_sent_all:
-                self._take_end()
+                self._finish_after_eof()
 
     def _parse_soon(self) -> None:
         if not self._is_to_parse:
             self._is_to_parse = True
             self.loop.call_soon(self._parse_on)
-
-    def _begin_delay(self) -> None:
-        """Let no time count for a request whose rest is here and has to wait."""
-        self._stop_receive_timer()
-        if self._delayed_since is None:
-            self._delayed_since = self.loop.time()
-
-    def _end_delay(self) -> None:
-        if self._delayed_since is not None and self._may_parse():
-            self._begun_at += self.loop.time() - self._delayed_since
-            self._delayed_since = None
-            if self._in_head:
-                self._start_receive_timer(HEAD_TIMEOUT_S)
 
     def _parse(self, data: bytes) -> None:
         size, body_bytes = len(data), self._body_bytes
@@ -156,7 +149,7 @@ class HttpProtocol(HttpToolsProtocol):
             try:
                 self.parser.feed_data(data)
             except httptools.HttpParserUpgrade as declined:
-                data = self._without_upgrade(data[declined.args[0] :])
+                data = self._decline_upgrade(data[declined.args[0] :])
             except httptools.HttpParserError:
                 self.send_400_response("Invalid HTTP request received.")
                 return
@@ -171,7 +164,7 @@ class HttpProtocol(HttpToolsProtocol):
             self._check_body()
 
     def _check_body(self) -> None:
-        """Bound what comes of a request beside its body, and how long it may come."""
+        """Refuse a body with too much framing, and bound the time until its end."""
         if self._receive_timer is None:
             left_s = self._begun_at + self._limits.receive_timeout_s - self.loop.time()
             self._start_receive_timer(max(0.0, left_s))
@@ -182,10 +175,10 @@ class HttpProtocol(HttpToolsProtocol):
             )
 
     def on_message_begin(self) -> None:
-        """The first byte of a request was parsed."""
+        """Begin a request: its first byte was parsed."""
         if self._takes_body_only:
             return
-        self._unset_keepalive_if_required()  # not before: empty lines alone are no request
+        self._unset_keepalive_if_required()  # only now: empty lines alone are no request
         super().on_message_begin()
         self._in_head = True
         self._head_bytes = 0
@@ -193,7 +186,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._start_receive_timer(min(HEAD_TIMEOUT_S, self._limits.receive_timeout_s))
 
     def on_headers_complete(self) -> None:
-        """A request's head is whole."""
+        """Check a whole head, and begin the body."""
         if self._takes_body_only:
             self._takes_body_only = False
             return
@@ -209,24 +202,24 @@ class HttpProtocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def on_url(self, url: bytes) -> None:
-        """Take part of a request's first line."""
+        """Add a part of a request's first line."""
         if not self._takes_body_only:
             super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Take one line of a request's head. Trailers, which come behind the body, are left out."""
+        """Add one header. Trailers, which come after the body, are ignored."""
         if self._in_head and not self._takes_body_only:
             super().on_header(name, value)
 
     def on_body(self, body: bytes) -> None:
-        """Take part of a request's body."""
+        """Add a part of a request's body."""
         self._body_bytes += len(body)
         self._framing_bytes -= len(body)
         if not self._is_over():
             super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """Take a request for whole, unless its parser left the body to another protocol."""
+        """End a request, unless the parser left its body to another protocol."""
         if self._is_over() or (self.parser.should_upgrade() and self._framing()):
             return
         self._in_body = False
@@ -235,14 +228,14 @@ class HttpProtocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def _framing(self) -> list[tuple[bytes, bytes]]:
-        """Return the headers that say where the present request's body ends; none if it has no body."""
+        """Return the headers that define the end of the present request's body; none if it has no body."""
         return [(name, value) for name, value in self.headers if name in _FRAMING_HEADERS]
 
-    def _without_upgrade(self, rest: bytes) -> bytes:
-        """Get ready to read on in HTTP/1.1, behind a head that asked for another protocol; what to read.
+    def _decline_upgrade(self, rest: bytes) -> bytes:
+        """Make a new parser for HTTP/1.1 after a head that asked for another protocol. Return its input.
 
-        A parser takes all that follows such a head for the other protocol, and cannot be told otherwise. A
-        new one gets a head that has the same framing and asks for nothing; of that nothing is reported.
+        The old parser takes all following bytes for the other protocol, and has no option to change that.
+        The new one first gets a head with the same framing and without `Upgrade`, which is not reported.
         """
         self.parser = httptools.HttpRequestParser(self)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
@@ -260,7 +253,7 @@ class HttpProtocol(HttpToolsProtocol):
         super()._start_asgi_task(cycle, framed(app, cycle))  # type: ignore[arg-type]
 
     def on_response_complete(self) -> None:
-        """Wait for the next request, or for the rest to be taken: an answer was written to its end."""
+        """After the end of a response, wait for the next request, or for the client to read the rest."""
         super().on_response_complete()
         if self._unparsed:
             self._parse_soon()
@@ -275,27 +268,27 @@ class HttpProtocol(HttpToolsProtocol):
         super().timeout_keep_alive_handler()
         self._watch_sending()
 
-    def give_way(self) -> None:
-        """Make room for another connection."""
+    def evict(self) -> None:
+        """Close the connection in favour of a new one."""
         if self._in_body or (self._in_head and self._head_bytes):
-            self._refuse(503, "Other connections need the room: send the request again, in one piece.")
+            self._refuse(503, "Too many connections: send the request again, in one piece.")
         self.transport.close()
         self._watch_sending()
 
     # ----------------------------------------------------------------- clients that do not read
 
     def pause_writing(self) -> None:
-        """Write no more for now, and watch the client, which takes less than is written."""
+        """Stop writing for now, and watch the client, which reads less than is written."""
         super().pause_writing()
         self._watch_sending()
 
     def resume_writing(self) -> None:
-        """Write on: the client has taken most of it."""
+        """Continue writing: the client has read most of it."""
         self._stop_send_timer()
         super().resume_writing()
 
     def _watch_sending(self) -> None:
-        """Drop the connection if the client takes nothing for too long of what is left to send."""
+        """Drop the connection if the client reads nothing of the unsent bytes for too long."""
         self._stop_send_timer()
         if left_bytes := self.transport.get_write_buffer_size():
             self._send_timer = self.loop.call_later(
@@ -316,14 +309,14 @@ class HttpProtocol(HttpToolsProtocol):
     # ----------------------------------------------------------------- clients that send nothing more
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """Keep the connection while whole requests are to be answered: the client sends nothing more."""
+        """Keep the connection while whole requests are unanswered: the client sends nothing more."""
         self._has_sent_all = True
         if not self._unparsed:
-            self._take_end()
+            self._finish_after_eof()
         return not self.transport.is_closing()
 
-    def _take_end(self) -> None:
-        """Answer the whole requests that have come, and close."""
+    def _finish_after_eof(self) -> None:
+        """Answer the whole requests that have arrived, and close."""
         if not self._owes_answers():
             self.transport.close()
             return
@@ -337,12 +330,12 @@ class HttpProtocol(HttpToolsProtocol):
         return running is not None and not running.response_complete and not running.more_body
 
     def _end_after_answers(self) -> None:
-        """Let the last whole request be the connection's last."""
+        """Close the connection after the response to the last whole request."""
         assert self._running is not None
         if self._ended:
             return
         if self.pipeline and self.cycle.more_body:
-            self.pipeline.popleft()  # the newest, which will never be whole
+            self.pipeline.popleft()  # the newest request, which will never be whole
         last = self.pipeline[0][0] if self.pipeline else self._running
         last.keep_alive = False
         self._ended = True
@@ -358,7 +351,7 @@ class HttpProtocol(HttpToolsProtocol):
     # ----------------------------------------------------------------- refusals
 
     def send_400_response(self, msg: str) -> None:
-        """What was received is not HTTP."""
+        """Refuse bytes that are not HTTP: answer 400 and close."""
         self._refuse(400, msg)
 
     def _start_receive_timer(self, limit_s: float) -> None:
@@ -380,13 +373,13 @@ class HttpProtocol(HttpToolsProtocol):
         self._stop_receive_timer()
         if self.transport.is_closing():
             return
-        if self._owes_answers():  # to what came before; a refusal would be taken for one of them
+        if self._owes_answers():  # the client would take a refusal for the answer to an earlier request
             self._end_after_answers()
             self.flow.pause_reading()
             return
         running = self._running
         if running is not None and running.response_started and running.more_body:
-            self.transport.close()  # amid the answer to a request that is not whole, or behind it
+            self.transport.close()  # during or after the response to a request that is not whole
             self._watch_sending()
             return
         body = ApiError(status, message).body_bytes()

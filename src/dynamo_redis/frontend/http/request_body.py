@@ -9,15 +9,15 @@ from dynamo_redis.frontend.exchange import Receive
 from dynamo_redis.frontend.http.errors import ApiError, bodies_full, body_too_large
 
 _MOST_DISCARDED = 256 << 20
-"""Clients that do not look at the answer before they have sent everything are listened to for so long."""
+"""Most bytes that are read and dropped for a client that reads no response before it has sent everything."""
 
 
 UNCOUNTED_BYTES = 32 << 10
-"""Of each body so much does not count in the budget, so that small requests pass large ones."""
+"""Bytes of each body that do not count in the budget, so that small requests pass large ones."""
 
 
 SMALL_PIECE_BYTES = 16 << 10
-"""Smaller pieces of a body are put together, or one of single bytes would take fifty times its size."""
+"""Smaller pieces of a body are joined: a body in single bytes would take fifty times its size."""
 
 
 class BodyBudget:
@@ -32,7 +32,7 @@ class BodyBudget:
         return HeldBody(self)
 
     def add(self, size_bytes: int) -> None:
-        """Hold so many more bytes, or fewer. Raises ApiError 503 if that is more than may be held."""
+        """Change the number of held bytes. Raises ApiError 503 if the limit is exceeded."""
         if size_bytes > 0 and self._held_bytes + size_bytes > self._limit_bytes:
             raise bodies_full(self._limit_bytes)
         self._held_bytes += size_bytes
@@ -52,7 +52,7 @@ class HeldBody:
         self._budget.add(-self._counted_bytes)
 
     def grow_to(self, size_bytes: int) -> None:
-        """The body has so many bytes by now. Raises ApiError 503 if the budget has no more."""
+        """Set the body's size. Raises ApiError 503 if the budget is exceeded."""
         counted = max(0, size_bytes - UNCOUNTED_BYTES)
         self._budget.add(counted - self._counted_bytes)
         self._counted_bytes = counted
@@ -65,18 +65,19 @@ class ClientGone(Exception):
 async def read_limited(
     scope: Mapping[str, Any], receive: Receive, limit_bytes: int, held: HeldBody | None = None
 ) -> list[bytearray]:
-    """Read the body, in pieces much as it came: to put a large one together takes long.
+    """Read the body. Return it in pieces: to join a large one takes long.
 
-    Raises ApiError 413 for one over the limit, which is never held, 503 for one that the budget has no room
-    for, and ClientGone.
+    Raises ApiError 413 for a body over the limit, 503 for one over the budget, and ClientGone. A refused body
+    is not held.
 
-    A body whose announced length is over the limit is refused before it is sent if the client asked
-    (`Expect: 100-continue`), or if it is so long that no end of it would be waited for; else it is read and
-    dropped, since most clients see no answer before its end.
+    If the announced length is over the limit, the body is refused before it is sent if the client asked for
+    that (`Expect: 100-continue`), or if it is too long to be read to its end. Else it is read and dropped:
+    most clients read no response before they have sent everything.
     """
     headers = dict(scope["headers"])
     _refuse_encoding(headers)
-    announced = _content_length(headers)
+    length = headers.get(b"content-length")
+    announced = None if length is None else int(length)  # the HTTP parser has checked that it is a number
     if announced is not None and announced > limit_bytes:
         if b"expect" not in headers and announced <= _MOST_DISCARDED:
             await _discard(receive, 0)
@@ -108,14 +109,9 @@ def _refuse_encoding(headers: Mapping[bytes, bytes]) -> None:
     if encoding not in (b"", b"identity"):
         raise ApiError(
             415,
-            "The request body has a Content-Encoding: send it as it is.",
+            "The request body has a Content-Encoding: send it without one.",
             code="unsupported_content_encoding",
         )
-
-
-def _content_length(headers: Mapping[bytes, bytes]) -> int | None:
-    value = headers.get(b"content-length")
-    return None if value is None else int(value)  # the parser has seen to it
 
 
 async def _pieces(receive: Receive) -> Any:

@@ -22,7 +22,7 @@ from dynamo_redis.config import FrontendSettings, RouterSettings, user_model_cac
 from dynamo_redis.errors import ConfigError
 from dynamo_redis.frontend.app import make_app
 from dynamo_redis.frontend.cache_clearing import clear_kv_blocks
-from dynamo_redis.frontend.http.door import Door
+from dynamo_redis.frontend.http.acceptor import Acceptor
 from dynamo_redis.frontend.http.limits import HttpLimits
 from dynamo_redis.frontend.http.protocol import HttpProtocol
 from dynamo_redis.frontend.models import LiveModels
@@ -36,7 +36,7 @@ from dynamo_redis.runtime.runtime import DistributedRuntime
 log = logging.getLogger(__name__)
 
 KEEP_ALIVE_S = 75
-"""How long an idle connection stays open: longer than clients' pools and proxies keep theirs."""
+"""Seconds that an idle connection stays open: longer than clients' pools and proxies keep theirs."""
 
 
 async def serve_frontend(
@@ -46,11 +46,11 @@ async def serve_frontend(
     *,
     on_ready: Callable[[str], None] | None = None,
 ) -> None:
-    """Serve HTTP until the runtime shuts down; then finish what is under way, within the runtime's grace.
+    """Serve HTTP until the runtime shuts down; then finish requests under way, within the runtime's grace.
 
-    `on_ready` is called with the server's URL once it accepts connections; models may still be missing then.
-    The port is bound before anything else. Raises ConfigError if it cannot be had. `router_settings` count
-    in the router mode `kv`; None: those of the environment.
+    `on_ready` is called with the server's URL once it accepts connections; models may not be loaded yet. The
+    port is bound first; raises ConfigError if that fails. `router_settings` are used in the router mode `kv`;
+    None: those of the environment.
     """
     open_client = client_opener(runtime, settings, router_settings or RouterSettings.load())
     listener = bind(settings.http_host, settings.http_port)
@@ -99,8 +99,9 @@ async def _clear_caches(
 
 @contextlib.contextmanager
 def model_cache(wanted: Path | None) -> Iterator[Path]:
-    """A directory for model files: `wanted`, else the user's; a temporary one if that cannot be written.
+    """Yield a directory for model files: `wanted`, else the user's cache directory.
 
+    If the user's cache directory cannot be written, it is a temporary directory, removed afterwards.
     Raises ConfigError if `wanted` cannot be written.
     """
     directory = wanted if wanted is not None else user_model_cache()
@@ -122,7 +123,7 @@ def model_cache(wanted: Path | None) -> Iterator[Path]:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket's address, taken. Raises ConfigError that says what to do."""
+    """Return a socket bound to an address, not listening yet. Raises ConfigError, which says what to do."""
     try:
         [(family, _, _, _, address), *_] = socket.getaddrinfo(
             host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -154,7 +155,7 @@ def _bind_failure(host: str, port: int, exc: OSError) -> str:
 
 
 def url_of(listener: socket.socket) -> str:
-    """What a person on this machine opens."""
+    """Return the URL that a browser on this machine opens."""
     host, port = listener.getsockname()[:2]
     address = ipaddress.ip_address(host.partition("%")[0])
     if address.is_unspecified:
@@ -188,7 +189,7 @@ async def run_server(
             log_config=None,
             access_log=False,
             server_header=False,
-            proxy_headers=False,  # nothing here depends on a client's address
+            proxy_headers=False,  # no handler uses the client's address
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=max(1, round(drain_s)),
         ),
@@ -213,20 +214,18 @@ async def run_server(
 
 
 class _QuietServerLog(logging.Filter):
-    """Takes down to DEBUG what uvicorn says louder than it is: drains without loss."""
+    """Lowers uvicorn's line on a drain that cancels no request from ERROR to DEBUG."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether the record is still to be written."""
-        said = str(record.msg)
-        nothing_lost = said.startswith("Cancel %s running task(s)") and record.args == (0,)
-        if nothing_lost:
+        """Return whether the record is logged."""
+        if str(record.msg).startswith("Cancel %s running task(s)") and record.args == (0,):
             record.levelno, record.levelname = logging.DEBUG, logging.getLevelName(logging.DEBUG)
             return logging.getLogger(record.name).isEnabledFor(logging.DEBUG)
         return True
 
 
 class _Server(uvicorn.Server):
-    """uvicorn inside somebody else's event loop, which leaves signals to the runtime."""
+    """uvicorn inside a running event loop. The runtime handles the signals."""
 
     def __init__(self, config: uvicorn.Config, settings: FrontendSettings) -> None:
         super().__init__(config)
@@ -245,7 +244,7 @@ class _Server(uvicorn.Server):
         self._stopped.set()
 
     async def main_loop(self) -> None:
-        """Keep the Date header right until `stop`, without waking up ten times a second as uvicorn does."""
+        """Update the Date header once a second until `stop`; uvicorn wakes up ten times a second."""
         while not self._stopped.is_set():
             await self.on_tick(0)
             with contextlib.suppress(TimeoutError):
@@ -258,7 +257,7 @@ class _Server(uvicorn.Server):
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begin to accept connections, by a door of our own."""
+        """Begin to accept connections, by an `Acceptor`."""
         assert sockets is not None
         make_protocol = partial(
             HttpProtocol,
@@ -267,9 +266,9 @@ class _Server(uvicorn.Server):
             app_state={},
             limits=self._limits,
         )
-        guests, waiting = self.server_state.connections, self._limits.waiting
+        connections, waiting = self.server_state.connections, self._limits.waiting
         self.servers: list[Any] = [
-            Door(listening, make_protocol, guests, waiting, self._max_connections_count)
+            Acceptor(listening, make_protocol, connections, waiting, self._max_connections_count)
             for listening in sockets
         ]
         self.started = True

@@ -1,4 +1,4 @@
-"""Server-sent events of a streamed completion: bytes made from a constant frame and a JSON-escaped delta.
+"""Server-sent events of a streamed completion: a constant frame around a JSON-escaped delta.
 
 Pure. Source of the format: the WHATWG HTML standard, section 9.2 "Server-sent events".
 """
@@ -14,28 +14,28 @@ DONE = b"data: [DONE]\n\n"
 Kind = Literal["chat", "text"]
 
 _LINE_SEPARATORS = frozenset("\x85\u2028\u2029")
-"""Line ends to Unicode, but not to server-sent events: clients that split lines by Unicode break on them."""
+"""Line ends in Unicode, but not in server-sent events: clients that split lines by Unicode break at them."""
 
 _MARK = "\x00"
 
 
 def event(value: Any) -> bytes:
-    """One event that carries a JSON value."""
+    """Return an event that carries a JSON value."""
     return b"data: " + json.dumps(value, separators=(",", ":")).encode() + b"\n\n"
 
 
 def escape(text: str) -> bytes:
-    """Text as a JSON string."""
+    """Return text as a JSON string."""
     if text.isascii() or _LINE_SEPARATORS.isdisjoint(text):
         return encode_basestring(text).encode(errors="replace")
     return encode_basestring_ascii(text).encode()
 
 
 class ChunkEncoder:
-    """Writes the chunks of one choice of a streamed completion.
+    """Encodes the chunks of one choice of a streamed completion.
 
-    The frame around a delta is made once; a chunk is then two concatenations and an escape, not a walk
-    through a model of it (0.2 µs against 20).
+    The frame around a delta is made once. A chunk is then two concatenations and an escape: 0.2 µs, against
+    20 µs for serializing a model of it.
     """
 
     __slots__ = ("_after", "_before", "_frame", "_index", "_kind")
@@ -51,7 +51,7 @@ class ChunkEncoder:
         self._after = f"{after}\n\n".encode()
 
     def begin(self) -> bytes:
-        """The chunk before the first delta: for a chat it says whose the message is; else nothing."""
+        """Return the chunk before the first delta: the role, for a chat; else nothing."""
         if self._kind == "text":
             return b""
         return event(
@@ -59,11 +59,11 @@ class ChunkEncoder:
         )
 
     def delta(self, text: str) -> bytes:
-        """A piece of the answer."""
+        """Return the chunk of a piece of the answer."""
         return self._before + escape(text) + self._after
 
     def end(self, finish_reason: str) -> bytes:
-        """The choice's last chunk, which says why it ended."""
+        """Return the choice's last chunk, with the finish reason."""
         if self._kind == "text":
             return event(self._chunk("", finish_reason))
         return event(self._with_choice({"delta": {}, "finish_reason": finish_reason}))

@@ -1,0 +1,119 @@
+"""Accepting the frontend's connections, up to a maximum. Beyond it, new connections replace idle ones.
+
+The listening socket is served by the workers' `planes/tcp/listener`: at the limit of open files a client gets
+an answer that says so, and a flood of connections waits in the kernel.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from typing import Final, Protocol
+
+from dynamo_redis.errors import Overloaded, PlaneError
+from dynamo_redis.frontend.http.errors import api_error
+from dynamo_redis.planes.tcp.listener import SocketListener, connection_limit
+from dynamo_redis.rate_limited_log import RateLimitedLog
+
+log = logging.getLogger(__name__)
+
+BACKLOG: Final = 2048
+
+
+class Evictable(Protocol):
+    """A connection that can be closed in favour of another."""
+
+    def evict(self) -> None:
+        """Close the connection; the client may connect again."""
+
+
+class Acceptor:
+    """Accepts connections up to a maximum.
+
+    At the maximum, a new connection replaces the one that has been without a whole request for longest: an
+    honest client sends its request within milliseconds, or is between two requests. If all connections have
+    a request, the new one is refused.
+    """
+
+    def __init__(
+        self,
+        listening: socket.socket,
+        make_protocol: Callable[[], asyncio.Protocol],
+        connections: Collection[object],
+        waiting: dict[Evictable, None],
+        max_count: int,
+    ) -> None:
+        """Listen, and accept from now on.
+
+        Args:
+            listening: the bound socket.
+            make_protocol: makes the protocol of a new connection.
+            connections: the open connections.
+            waiting: the connections without a whole request, the longest-waiting first.
+            max_count: the most connections; fewer if the limit of open files allows fewer.
+        """
+        self._loop = asyncio.get_running_loop()
+        self._make_protocol = make_protocol
+        self._connections = connections
+        self._waiting = waiting
+        self._max_count = connection_limit(max_count)
+        self._opening: set[asyncio.Task[object]] = set()
+        self._log = RateLimitedLog(log, logging.WARNING)
+        listening.listen(BACKLOG)
+        self._listener = SocketListener(self._loop, [listening], self._accept, refuse=refuse_connection)
+
+    def close(self) -> None:
+        """Accept no more connections. Idempotent."""
+        self._listener.close()
+
+    async def wait_closed(self) -> None:
+        """Wait until the accepted connections are open."""
+        await asyncio.gather(*self._opening, return_exceptions=True)
+
+    def _accept(self, sock: socket.socket) -> None:
+        """Open a connection, or refuse it at the maximum."""
+        if len(self._connections) + len(self._opening) >= self._max_count and not self._evict_one():
+            self._log.log(
+                "connections are refused: %d are open, and all have a request (DYN_HTTP_MAX_CONNECTIONS, or "
+                "the limit of open files)",
+                self._max_count,
+            )
+            refuse_connection(
+                sock, Overloaded(f"{self._max_count} connections are open (DYN_HTTP_MAX_CONNECTIONS)")
+            )
+            return
+        task = self._loop.create_task(self._open(sock))
+        self._opening.add(task)
+        task.add_done_callback(self._opening.discard)
+
+    async def _open(self, sock: socket.socket) -> None:
+        try:
+            await self._loop.connect_accepted_socket(self._make_protocol, sock)
+        except OSError:  # the client has left already
+            sock.close()
+
+    def _evict_one(self) -> bool:
+        """Close the connection that has waited longest. Return False if all have a request."""
+        if not self._waiting:
+            return False
+        connection = next(iter(self._waiting))
+        del self._waiting[connection]
+        connection.evict()
+        return True
+
+
+def refuse_connection(sock: socket.socket, error: PlaneError) -> None:
+    """Answer 503 before any request, and close. Never waits."""
+    refusal = api_error(error)
+    body = refusal.body_bytes()
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    lines = b"".join(b"%s: %s\r\n" % header for header in [*headers, *refusal.headers()])
+    with suppress(OSError):
+        sock.setblocking(False)
+        sock.send(b"HTTP/1.1 503 Service Unavailable\r\n" + lines + b"connection: close\r\n\r\n" + body)
+        sock.shutdown(socket.SHUT_WR)
+        sock.recv(65536)  # with unread bytes, the close would reset the connection
+    sock.close()
