@@ -46,7 +46,7 @@ MIB = 1 << 20
 
 @dataclass
 class Deployment:
-    """One server, one client."""
+    """A server, a client, and handlers."""
 
     server: RequestPlaneServer
     client: RequestPlaneClient
@@ -154,7 +154,7 @@ async def test_one_request_one_answer(deployed: Deployment) -> None:
     "value",
     [None, True, 0, -1, 2**64 - 1, -(2**63), 1.5, "", "é" * 70_000, b"", b"\xff", [], {}, {1: [None]}],
 )
-async def test_what_msgpack_carries_arrives_as_it_was(deployed: Deployment, value: Any) -> None:
+async def test_msgpack_values_arrive_unchanged(deployed: Deployment, value: Any) -> None:
     [answer] = await deployed.ask(deployed.serve(echo), value)
     assert answer == value
     assert type(answer) is type(value)
@@ -369,9 +369,7 @@ KEYS_THAT_ARRIVE_AS_LISTS = [{(1, 2): 3}, ["a", {"b": {Pair(1, 2): 3}}], ({(): "
 
 
 @pytest.mark.parametrize("value", KEYS_THAT_ARRIVE_AS_LISTS)
-async def test_map_that_nobody_could_read_costs_its_own_request_only(
-    deployed: Deployment, value: Any
-) -> None:
+async def test_unreadable_map_fails_its_own_request_only(deployed: Deployment, value: Any) -> None:
     async def give_back(_: Any, __: Context) -> AsyncIterator[Any]:
         yield 1
         yield value
@@ -644,7 +642,7 @@ async def test_subject_is_served_once(deployed: Deployment) -> None:
         deployed.serve(echo)
 
 
-async def test_nobody_at_the_address(deployed: Deployment) -> None:
+async def test_no_process_at_the_address(deployed: Deployment) -> None:
     target = deployed.serve(echo)
     await deployed.server.aclose()
     with pytest.raises(CannotConnect):
@@ -652,7 +650,7 @@ async def test_nobody_at_the_address(deployed: Deployment) -> None:
 
 
 @pytest.mark.parametrize("secret", [b"another secret, of another worker", None])
-async def test_who_does_not_know_the_secret_may_not_call(deployed: Deployment, secret: bytes | None) -> None:
+async def test_caller_without_the_secret_is_refused(deployed: Deployment, secret: bytes | None) -> None:
     ran = False
 
     async def handler(_: Any, __: Context) -> None:
@@ -692,7 +690,7 @@ async def test_another_instance_at_the_address_is_refused(
 
 
 class Watched:
-    """A handler that yields until it is told to end."""
+    """A handler that yields until its context is stopped."""
 
     def __init__(self) -> None:
         self.context: Context | None = None
@@ -740,7 +738,7 @@ async def test_closing_the_stream_kills(deployed: Deployment) -> None:
         await anext(stream)
 
 
-async def test_cancelled_read_takes_nothing(deployed: Deployment) -> None:
+async def test_cancelled_read_removes_no_item(deployed: Deployment) -> None:
     go_on = asyncio.Event()
 
     async def handler(_: Any, context: Context) -> AsyncIterator[int]:
@@ -776,7 +774,7 @@ async def test_closing_after_a_cancelled_read_kills(deployed: Deployment) -> Non
     await asyncio.wait_for(ended.wait(), 30)
 
 
-async def test_request_is_packed_as_it_was(deployed: Deployment) -> None:
+async def test_request_is_sent_again_as_it_was(deployed: Deployment) -> None:
     """A request can be sent again as it was, even if the caller has changed its objects since."""
     seen: list[tuple[Any, Any]] = []
 
@@ -884,7 +882,8 @@ async def test_forgotten_instance_fails_pending_requests(deployed: Deployment) -
 
 
 async def test_handler_is_cancelled_after_the_grace(plane: str) -> None:
-    """It has not been interrupted before; what it makes of the cancellation reaches no caller."""
+    """The handler runs undisturbed until the grace ends; its error after the cancellation reaches no
+    caller."""
     interrupted_after_s: list[float] = []
 
     async def handler(_: Any, __: Context) -> AsyncIterator[int]:
@@ -904,7 +903,7 @@ async def test_handler_is_cancelled_after_the_grace(plane: str) -> None:
 
 
 async def test_handler_that_ends_within_the_grace_is_not_cancelled(deployed: Deployment) -> None:
-    """As an engine's handler that has to tell its engine to abort, which takes more than one `await`."""
+    """As a handler whose clean-up needs more than one `await`, to have its engine abort."""
     told: list[str] = []
 
     async def handler(_: Any, context: Context) -> AsyncIterator[int]:
@@ -945,7 +944,7 @@ async def test_without_a_grace_a_handler_is_cancelled_at_once(plane: str) -> Non
 
 
 async def test_end_of_a_drain_cancels_at_once(plane: str) -> None:
-    """A handler in its grace, too: no process outlives its shutdown by it."""
+    """Also a handler in its grace time: it cannot delay the end of the process."""
 
     async def handler(_: Any, __: Context) -> AsyncIterator[int]:
         yield 1
@@ -1053,7 +1052,7 @@ async def test_large_items_are_bounded_by_size_too(deployed: Deployment) -> None
 # --------------------------------------------------------------------------- admission
 
 
-async def test_admission_is_bounded_and_overload_is_told(plane: str) -> None:
+async def test_admission_is_bounded(plane: str) -> None:
     async with deployment(plane, max_in_flight_count=2, max_queued_count=3) as deployed:
         release, running = asyncio.Event(), 0
 
@@ -1155,7 +1154,7 @@ async def test_unregister_finishes_running_and_refuses_new_requests(deployed: De
     await deployed.server.unregister("test", grace_s=5)
 
 
-async def test_what_outlives_the_grace_is_ended_as_retryable(deployed: Deployment) -> None:
+async def test_requests_past_the_grace_end_as_retryable(deployed: Deployment) -> None:
     watched = Watched()
     stream = deployed.open(deployed.serve(watched))
     assert await anext(stream) == "more"

@@ -31,7 +31,7 @@ from tests.tcp_plane import SECRET
 
 
 class Worker:
-    """A server process."""
+    """A worker process."""
 
     def __init__(self, process: asyncio.subprocess.Process, address: str, secret: bytes) -> None:
         self.process = process
@@ -140,7 +140,7 @@ async def test_blocked_worker_keeps_its_streams(client: TcpClient) -> None:
         await ticks.aclose()
 
 
-async def test_blocked_worker_is_told_from_a_stopped_one(client: TcpClient) -> None:
+async def test_probe_tells_a_blocked_worker_from_a_stopped_one(client: TcpClient) -> None:
     async with worker() as made:
         await client.probe(made.target("echo"), 5)
         blocked = client.open(made.target("block"), 4, Context())

@@ -68,7 +68,7 @@ def _property(arena: Arena, part: str) -> Property:
 
 
 def _storms(seed: int, seconds: float, requests: int) -> None:
-    """One storm, and more while there is time."""
+    """Run one storm, and more while there is time."""
     deadline = time.monotonic() + seconds
     while True:
         click.echo(f"storm: {requests} requests, seed {seed}")
@@ -83,7 +83,7 @@ def _storms(seed: int, seconds: float, requests: int) -> None:
 
 
 def _guided(seed: int, seconds: float) -> None:
-    """The decoder in a process that atheris drives."""
+    """Run the decoder in a process that atheris drives."""
     command = [sys.executable, "-m", "tests.fuzz.guided", str(max(1, round(seconds))), str(seed & 0x7FFFFFFF)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds + 120)
     found = [line for line in done.stdout.splitlines() if line.startswith("failed: ")]

@@ -1,4 +1,4 @@
-"""Bytes into the decoder, split anywhere: it says what the reference says, and nothing else can happen."""
+"""Any bytes, split anywhere: the decoder returns the same frames and errors as the reference."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def check(data: bytes, sizes: list[int]) -> reference.Decoded:
 
 
 def read(decoder: FrameDecoder, data: bytes, sizes: list[int]) -> list[list[Any]]:
-    """Have the decoder read `data` as from a socket: so many bytes a read, then as many as it takes."""
+    """Have the decoder read `data` as from a socket, in reads of `sizes` bytes, then of any size."""
     frames: list[list[Any]] = []
     offset = 0
     for size in [*sizes, len(data)]:
@@ -44,7 +44,7 @@ def read(decoder: FrameDecoder, data: bytes, sizes: list[int]) -> list[list[Any]
 
 
 def plain(decoded: list[Any]) -> bytes:
-    """A frame as bytes to compare, with the reference's words for what its stream cannot use."""
+    """Pack a frame to compare it, with the reference's words in place of an unusable payload."""
     last = decoded[-1]
     if isinstance(last, Unusable):
         last = "too large" if isinstance(last.error, PayloadTooLarge) else "no msgpack"

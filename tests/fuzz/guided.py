@@ -29,13 +29,13 @@ MAX_INPUT_BYTES: Final = 4096
 
 
 def try_bytes(data: bytes) -> None:
-    """Check one input. Raises AssertionError, or whatever escapes from the decoder."""
+    """Check one input. Raises AssertionError, or any error that escapes from the decoder."""
     if len(data) > 2:
         check(data[2:], [data[0] + 1, data[1] + 1])
 
 
 def shrunk(data: bytes, fails: Callable[[bytes], bool]) -> bytes:
-    """A shorter input that still fails: pieces are taken out, large ones first."""
+    """Shorten a failing input: pieces are taken out, large ones first."""
     size = len(data) // 2
     while size:
         for start in range(2, len(data), size):
@@ -65,7 +65,7 @@ def _one_input(data: bytes) -> None:
 
 
 def main(seconds: int, seed: int) -> None:
-    """Fuzz for so many seconds. Exits with 1 after a failure."""
+    """Fuzz for `seconds`. Exits with 1 after a failure."""
     with tempfile.TemporaryDirectory() as corpus:
         for number, data in enumerate(WELL_FORMED):
             (Path(corpus) / str(number)).write_bytes(b"\x05\x30" + data)

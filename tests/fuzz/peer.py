@@ -1,4 +1,4 @@
-"""The other side of a connection, which says what it is told to, and checks what it hears."""
+"""A bare peer that sends given frames, and checks the frames that it receives."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WINDOW: Final = 6
 """The credit that both sides grant at first."""
 
 PATIENCE_S: Final = 30.0
-"""How long an answer may take: only a failing run waits so long."""
+"""Seconds that an answer may take: only a failing run waits that long."""
 
 _TOKEN: Final = 0x7FFF_0001
 _ITEMS: Final = frozenset({frame.DATA, frame.LAST, frame.DATA_RAW, frame.LAST_RAW})
@@ -34,7 +34,7 @@ class Peer:
         self._unpacker = msgpack.Unpacker(strict_map_key=False, max_buffer_size=1 << 26)
 
     async def shake(self, handshake: ClientHandshake | ServerHandshake) -> None:
-        """Shake hands properly."""
+        """Do the handshake."""
         if isinstance(handshake, ClientHandshake):
             self.writer.write(handshake.first_message())
         while not (handshake.server if isinstance(handshake, ClientHandshake) else handshake.done):
@@ -51,7 +51,7 @@ class Peer:
             self.writer.write(data)
 
     async def receive(self) -> list[Any] | None:
-        """The next frame, with the bytes that it announces behind it; None at the end of the connection."""
+        """Return the next frame, with the bytes that it announces; None at the end of the connection."""
         while True:
             with suppress(msgpack.OutOfData):
                 received: list[Any] = self._unpacker.unpack()
@@ -110,7 +110,7 @@ class Heard:
         self.goaway: str | None = None
 
     def expect(self, said: list[list[Any]]) -> None:
-        """This side has said that: streams may be answered, items sent."""
+        """Note a frame of this side, which opens a stream or gives credit."""
         for one in said:
             stream_id = one[1]
             if type(stream_id) is not int or len(one) < 3:
@@ -121,7 +121,7 @@ class Heard:
                 self._credit[stream_id] = self._credit.get(stream_id, WINDOW) + max(one[2], 0)
 
     def take(self, received: list[Any]) -> None:
-        """A frame came. Raises AssertionError if it must not come now."""
+        """Check a received frame. Raises AssertionError if it is not allowed now."""
         assert self.goaway is None, f"{received} after GOAWAY"
         kind, stream_id = received[:2]
         if stream_id == 0:

@@ -16,7 +16,7 @@ import msgpack
 MAX_FRAME_BYTES: Final = 128 * 1024
 MAX_ELEMENTS: Final = 64 * 1024
 MAX_DEPTH: Final = 1024
-"""Of arrays and maps, the frame and its batch included."""
+"""The deepest nesting of arrays and maps, the frame and its batch included."""
 
 _RAW_FIELDS: Final = {14: 7, 15: 4, 16: 4}
 _SCALARS: Final = {0xCA: ">f", 0xCB: ">d", 0xCC: ">B", 0xCD: ">H", 0xCE: ">I", 0xCF: ">Q"} | {
@@ -104,7 +104,7 @@ def _raw(frame: list[Any], data: bytes, offset: int, limit: int, decoded: Decode
 
 
 def _value(payload: bytes) -> Any:
-    """The one value of a raw payload, or the words for none."""
+    """Return the one value of a raw payload, or the words that stand for none."""
     reader = _Reader(payload, 0)
     try:
         value = reader.value(0)
@@ -133,7 +133,7 @@ class _Reader:
         return value
 
     def value(self, depth: int) -> Any:
-        """One value, inside of `depth` containers."""
+        """Read one value inside of `depth` containers."""
         [first] = self._take(1)
         if first in _SCALARS:
             return struct.unpack(_SCALARS[first], self._take(struct.calcsize(_SCALARS[first])))[0]

@@ -1,4 +1,4 @@
-"""Properties, tried again and again with other examples until the time is over."""
+"""Properties, tried with other examples until the time is over."""
 
 from __future__ import annotations
 

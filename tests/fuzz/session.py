@@ -41,7 +41,7 @@ End = Literal["close", "half-close", "reset"]
 
 @dataclass(frozen=True)
 class Turn:
-    """Let the other side work for so many turns of the event loop; with `release`, its handlers go on."""
+    """Let the other side run for `turns` of the event loop; with `release`, its handlers continue."""
 
     turns: int
     release: bool
@@ -156,7 +156,7 @@ _requests = st.lists(
 def _script(
     own: st.SearchStrategy[Any], begins: st.SearchStrategy[list[Step]]
 ) -> st.SearchStrategy[list[Step]]:
-    """Something sensible to begin with, and then, mostly, sensible things."""
+    """A valid frame first, then mostly valid frames."""
     sensible = st.one_of(own, own, _by_both, _turns)
     more = st.lists(st.one_of(sensible, sensible, sensible, _goaway, _anything), max_size=12)
     return st.tuples(begins, more).map(lambda both: [*both[0], *both[1]])
@@ -166,7 +166,7 @@ def _script(
 
 
 class Arena:
-    """An event loop with a server, a client that must not notice anything, and a listener for clients."""
+    """An event loop with a server, a client that must stay undisturbed, and a listener for clients."""
 
     def __init__(self) -> None:
         self._loop = uvloop.new_event_loop()
@@ -192,7 +192,7 @@ class Arena:
         self._loop.close()
 
     def run(self, conversation: Coroutine[Any, Any, None]) -> None:
-        """Have a conversation, and check afterwards that all is as before."""
+        """Run a conversation, and check that nothing is left of it."""
         self._loop.run_until_complete(self._run(conversation))
 
     async def _run(self, conversation: Coroutine[Any, Any, None]) -> None:
@@ -257,7 +257,7 @@ class Arena:
     # ------------------------------------------------------------------- with the server
 
     async def at_the_door(self, script: list[Step], end: End) -> None:
-        """Say the script to the server instead of shaking hands."""
+        """Send the script to the server instead of a handshake."""
         host, _, port = self._server.address.rpartition(":")
         peer = Peer(*await asyncio.open_connection(host, int(port)))
         try:
@@ -267,7 +267,7 @@ class Arena:
             await peer.close()
 
     async def with_server(self, script: list[Step], end: End) -> None:
-        """Say the script to the server, and check what it says."""
+        """Send the script to the server, and check its frames."""
         self._released.clear()
         host, _, port = self._server.address.rpartition(":")
         peer, heard, said = (
@@ -298,7 +298,7 @@ class Arena:
         return data
 
     async def _conclude(self, peer: Peer, heard: Heard, said: bytes, end: End) -> None:
-        """Find out how the other side took it, and leave."""
+        """Check whether the other side still answers, and leave."""
         understood = reference.decode(said, MAX_PAYLOAD_BYTES)
         heard.expect(understood.frames)
         if understood.violation or understood.between_frames:
@@ -360,7 +360,7 @@ class Arena:
             await listener.wait_closed()
 
     async def _read(self, client: TcpClient, target: Target, kind: int) -> None:
-        """One request, to its end. Raises nothing but what a request may end with."""
+        """Run one request to its end. Raises no error but those that a request may end with."""
         options: dict[str, Any] = {"messages": _messages()} if kind == 2 else {}
         request = bytes(70_000) if kind == 1 else kind
         with suppress(PlaneError):

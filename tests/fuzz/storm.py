@@ -1,4 +1,4 @@
-"""Requests of every kind, ended at random moments in every way. At rest nothing is left of them.
+"""Requests of every kind, ended at random moments in every way. Afterwards nothing is left of them.
 
 Clients and servers are the real ones, over real sockets. Callers send requests one after the other and end
 each in a way drawn at random: by reading, closing, dropping, cancelling, stopping, killing, by deadlines.
@@ -37,14 +37,14 @@ CALLERS: Final = 192
 CLIENTS: Final = 4
 SERVERS: Final = 2
 WEATHER_EVERY: Final = 250
-"""A change of weather comes after so many requests."""
+"""Count of requests after which the faults change."""
 LARGE_BYTES: Final = (*[70_000] * 7, 1_000_000)
-"""A payload just too large for a frame, mostly; and one that no socket takes at once."""
+"""Sizes of payloads: most are just too large for a frame, one is larger than the buffers of a socket."""
 SEND_BUFFER_BYTES: Final = 32 * 1024
 HIGH_WATER_BYTES: Final = 16 * 1024
-"""Unsent bytes past which connections make their senders wait: early, so that it happens."""
+"""Unsent bytes past which connections pause their senders; low, to make it happen often."""
 OBJECTS_LEFT, BLOCKS_LEFT = 60, 6_000
-"""What 100,000 requests may leave by way of caches and noise; a leak of one in a thousand is more."""
+"""The objects that 100,000 requests may leave by caches and noise; a leak of one in a thousand is more."""
 
 _DESCRIPTORS: Final = Path("/proc/self/fd")
 _PER_REQUEST: Final = frozenset(
@@ -221,7 +221,7 @@ ENDS: Final[tuple[End, ...]] = (
     stop_unread,
 )
 SUDDEN: Final = (cancel, time_out, kill, fail, ignore)
-"""Those that wait for nothing."""
+"""The ways to end a request that do not wait."""
 
 DEADLINES_S: Final = (*[None] * 9, -1.0, 0.002, 0.01, 5.0)
 
@@ -235,7 +235,7 @@ class Caller:
         self._number = number
 
     async def run(self, requests: int) -> None:
-        """Send so many requests."""
+        """Send `count` requests."""
         storm = self._storm
         for _ in range(requests):
             client = storm.clients[self._number % CLIENTS]
@@ -285,7 +285,7 @@ class Caller:
 
 
 class Storm:
-    """Servers, clients, callers, and the weather."""
+    """Servers, clients, callers, and the faults between them."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -303,12 +303,12 @@ class Storm:
         )
 
     def target(self, subject: str, server: int) -> Target:
-        """An endpoint of one of the servers."""
+        """Choose an endpoint of one of the servers."""
         number = server % SERVERS
         return Target(number + 1, self._servers[number].address, subject, SECRET)
 
     def on_done(self) -> None:
-        """A request has ended."""
+        """Count a request that has ended."""
         self._done += 1
         if self._done % WEATHER_EVERY == 0:
             self._narrow()

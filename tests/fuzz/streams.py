@@ -1,4 +1,5 @@
-"""Bytes to send: frames of all kinds, what is almost one, and damage. Small to print, whatever their size."""
+"""Bytes to send: frames of all kinds, malformed frames, and damage. Their repr is small, whatever their
+size."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ _KIB: Final = 1024
 
 @dataclass(frozen=True)
 class Long:
-    """Bytes that repeat: `head`, so many times `unit`, `tail`."""
+    """Repeating bytes: `head`, `unit` some number of times, `tail`."""
 
     head: bytes
     unit: bytes
@@ -31,7 +32,7 @@ class Long:
 
 @dataclass(frozen=True)
 class Edit:
-    """One damage: at `position` (modulo the length), remove so many bytes and insert others."""
+    """One damage: remove bytes at `position` (modulo the length), and insert others."""
 
     position: int
     removed: int
@@ -42,7 +43,7 @@ Piece = bytes | Long
 
 
 def assemble(pieces: list[Piece], edits: list[Edit]) -> bytes:
-    """The pieces in a row, damaged."""
+    """Join the pieces, and damage them."""
     data = bytearray(b"".join(map(bytes, pieces)))
     for edit in edits:
         position = edit.position % (len(data) + 1)
@@ -70,7 +71,7 @@ WELL_FORMED: Final = (
 _HEADS: Final = bytes.fromhex(
     "90 91 93 80 81 a1 c0 c1 c4 c6 c7 c9 cb d3 d4 d6 d7 d8 d9 da db dc dd de df ff 0e"
 )
-"""The first bytes that say most in msgpack."""
+"""The first bytes of the most varied msgpack types."""
 
 scalars = st.one_of(
     st.integers(-(2**63), 2**64 - 1), st.sampled_from((0, 1, 2**31, 2**32, None, True, 1.5, "x", b"y", ""))

@@ -1,4 +1,4 @@
-"""A few seconds of what `make fuzz` does, and all that it has ever found."""
+"""A few seconds of `make fuzz`, and the inputs that it has found before."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ async def test_randomly_cancelled_requests_leave_nothing_behind() -> None:
     assert len(KINDS) == 10
 
 
-def test_decoder_says_what_the_reference_says() -> None:
+def test_decoder_equals_the_reference() -> None:
     one_round(decoder_property, SEED, 150)
 
 
@@ -57,7 +57,7 @@ BYTES_FOUND: list[tuple[bytes | Long, list[int]]] = [
 
 
 @pytest.mark.parametrize(("data", "sizes"), BYTES_FOUND)
-def test_what_was_found_in_the_decoder(data: bytes | Long, sizes: list[int]) -> None:
+def test_findings_in_the_decoder(data: bytes | Long, sizes: list[int]) -> None:
     check(bytes(data), sizes)
 
 
@@ -70,7 +70,7 @@ HANDSHAKES_FOUND: list[bytes] = [
 
 @pytest.mark.parametrize("by_client", [True, False])
 @pytest.mark.parametrize("data", HANDSHAKES_FOUND)
-def test_what_was_found_at_the_door(arena: Arena, data: bytes, by_client: bool) -> None:
+def test_findings_in_the_handshake(arena: Arena, data: bytes, by_client: bool) -> None:
     assert int.from_bytes(data[:2], "big") == len(data) - 2
     arena.run(
         arena.at_the_door([data], "close") if by_client else arena.with_client([data], "close", shakes=False)

@@ -20,13 +20,13 @@ _PACKAGE: Final = "dynamo_redis"
 
 
 class Complaints:
-    """Everything that an unhandled mistake of the code shows itself by, collected."""
+    """Collects the signs of an unhandled error in the code."""
 
     def __init__(self) -> None:
         self.messages: list[str] = []
 
     def check(self) -> None:
-        """Raises AssertionError with what was collected."""
+        """Raise AssertionError with the collected signs, if there are any."""
         assert not self.messages, "\n".join(self.messages[:5])
 
     def on_loop(self, loop: asyncio.AbstractEventLoop, about: dict[str, Any]) -> None:
@@ -41,7 +41,7 @@ class Complaints:
 
 
 class _Recorder(logging.Handler):
-    """Turns what the package logs as an error into a complaint. What handlers raise is meant."""
+    """Turns error lines of the package's log into complaints, except those about handlers that raise."""
 
     def __init__(self, complaints: Complaints) -> None:
         super().__init__(logging.ERROR)
@@ -85,13 +85,13 @@ async def settled(condition: Callable[[], bool], what: Callable[[], object]) -> 
 
 
 class Newcomers:
-    """The package's objects that did not exist yet when this was made: others may outlive their tests."""
+    """The package's objects that are newer than this one: older objects may outlive their tests."""
 
     def __init__(self) -> None:
         self._earlier = {id(found): found for found in _living(_PACKAGE)}
 
     def living(self, *modules: str) -> list[Any]:
-        """Those whose class one of the package's `modules` defines, garbage collected first."""
+        """Return those of the package's `modules`, after a garbage collection."""
         found = _living(*(f"{_PACKAGE}.{module}" for module in modules))
         return [one for one in found if id(one) not in self._earlier]
 
@@ -106,7 +106,7 @@ def _living(*prefixes: str) -> list[Any]:
 
 
 def contents(owner: object) -> dict[str, int]:
-    """The containers among the attributes of an object that are not empty, with their lengths."""
+    """Return the lengths of the non-empty containers among the attributes of an object."""
     slots = {name for cls in type(owner).__mro__ for name in getattr(cls, "__slots__", ())}
     found = {name: getattr(owner, name, None) for name in {*slots, *getattr(owner, "__dict__", ())}}
     return {

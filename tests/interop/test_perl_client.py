@@ -84,7 +84,7 @@ async def server() -> AsyncIterator[TcpServer]:
 
 
 async def run(server: TcpServer, secret: bytes) -> tuple[int | None, str]:
-    """The client's exit code, and what it printed."""
+    """Run the client; return its exit code and its output."""
     perl = shutil.which("perl")
     if perl is None:
         pytest.skip("needs perl")

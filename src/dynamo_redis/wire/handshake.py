@@ -188,7 +188,11 @@ class ClientHandshake:
         if fields is None:
             return b"", rest
         if len(fields) == 4 and fields[:2] == [MAGIC, 0]:
-            raise _refused(fields[2], fields[3])
+            code, message = fields[2:]
+            if type(code) is not str or type(message) is not str:
+                raise ProtocolViolation("a malformed refusal")
+            # The server is not authenticated, and its text may be logged.
+            raise plane_error(_printable(code), _printable(message))
         server = _parse_hello(fields[:-1])
         if server.version != VERSION:
             raise ProtocolViolation(f"the server wants protocol version {server.version}, this side speaks 1")
@@ -250,12 +254,8 @@ def _check(theirs: object, expected: bytes) -> None:
         raise AuthenticationFailed("the peer did not prove that it knows the instance's secret")
 
 
-def _refused(code: object, message: object) -> PlaneError:
-    """Make the error that a server refused with. The server is not authenticated and its text may be logged,
-    so unprintable characters are replaced."""
-    if type(code) is not str or type(message) is not str:
-        return ProtocolViolation("a malformed refusal")
-    return plane_error(*("".join(c if c.isprintable() else "?" for c in text) for text in (code, message)))
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _message(fields: list[Any]) -> bytes:

@@ -43,7 +43,11 @@ class KvEvent(NamedTuple):
 
     def to_wire(self) -> list[Any]:
         """Return the event as it stands in a batch."""
-        return [self.kind, self.tier, _to_bytes(self.hashes)]
+        hashes = self.hashes
+        if sys.byteorder == "big":
+            hashes = array("Q", hashes)
+            hashes.byteswap()
+        return [self.kind, self.tier, hashes.tobytes()]
 
 
 def stored(hashes: Iterable[int], tier: int = DEVICE) -> KvEvent:
@@ -87,13 +91,6 @@ def read_kv_events(events: Sequence[Any]) -> list[KvEvent]:
                 runs.append((kind, tier, run))
         run.append(content)
     return [KvEvent(kind, tier, _from_bytes(b"".join(contents))) for kind, tier, contents in runs]
-
-
-def _to_bytes(hashes: array[int]) -> bytes:
-    if sys.byteorder == "big":
-        hashes = array("Q", hashes)
-        hashes.byteswap()
-    return hashes.tobytes()
 
 
 def _from_bytes(content: bytes) -> array[int]:

@@ -1,4 +1,4 @@
-"""Where a server listens, and what it tells others."""
+"""The address that a server listens on, and the one that it advertises."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_address_is_written_and_read(host: str, port: int, address: str) -> None
 
 
 @pytest.mark.parametrize("text", ["", "host", ":80", "::1:80", "[::1]", "host:port", "[::1]:"])
-def test_what_is_no_address(text: str) -> None:
+def test_malformed_address_is_refused(text: str) -> None:
     with pytest.raises(ValueError):
         parse_address(text)
 

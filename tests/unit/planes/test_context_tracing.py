@@ -1,4 +1,4 @@
-"""A context's trace, and contexts of their own."""
+"""A context's trace, and detached contexts."""
 
 from __future__ import annotations
 

@@ -56,6 +56,6 @@ def test_another_version_is_refused(version: Any) -> None:
         msgpack.packb([*FIELDS[:2], 1.0, *FIELDS[3:]]),
     ],
 )
-def test_what_is_no_batch_is_refused(stored: bytes) -> None:
+def test_malformed_batch_is_refused(stored: bytes) -> None:
     with pytest.raises(ValueError, match=r"."):
         EventBatch.from_bytes(stored)

@@ -1,4 +1,4 @@
-"""Frames to bytes and back: golden bytes, every split point, and what is not a frame."""
+"""Frames to bytes and back: golden bytes, every split point, and bytes that are no frame."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ ENCODERS = {
 
 
 @pytest.mark.parametrize("vector", VECTORS["frames"], ids=lambda vector: vector["name"])
-def test_golden_frames_are_what_is_written(vector: dict[str, Any]) -> None:
+def test_encoded_frames_equal_the_golden_bytes(vector: dict[str, Any]) -> None:
     assert ENCODERS[vector["name"]]().hex() == vector["hex"].replace(" ", "")
 
 
@@ -249,7 +249,7 @@ def test_payload_over_the_limit_is_skipped(sizes: list[int]) -> None:
     assert made.is_between_frames
 
 
-def test_payload_that_is_no_msgpack_is_its_streams_affair() -> None:
+def test_payload_that_is_no_msgpack_fails_its_stream_only() -> None:
     bad = b"\x91" * 3000
     data = frame.encode_item_raw(4, len(bad), frame.Encoding.MSGPACK, last=True) + bad + frame.encode_ping(1)
     [first, second], made = decode(data, [])
@@ -269,7 +269,7 @@ def test_large_bytes_are_not_packed() -> None:
 @pytest.mark.parametrize(
     ("size_bytes", "cost"), [(0, 1), (65_535, 1), (65_536, 2), (65_537, 2), (131_072, 3), (32 * MIB, 513)]
 )
-def test_what_a_raw_payload_costs(size_bytes: int, cost: int) -> None:
+def test_credit_cost_of_a_raw_payload(size_bytes: int, cost: int) -> None:
     assert frame.raw_cost(size_bytes) == cost
 
 

@@ -118,7 +118,7 @@ def test_proof_sent_back_proves_nothing() -> None:
 )
 @pytest.mark.parametrize("role", ["client", "server"])
 @pytest.mark.parametrize("whose", [0, 1])
-def test_proof_covers_what_both_sides_said(change: dict[str, Any], role: Any, whose: int) -> None:
+def test_proof_covers_the_fields_of_both_sides(change: dict[str, Any], role: Any, whose: int) -> None:
     said = [new_hello(5, 7), new_hello(6, 7)]
     before = proof(role, SECRET, said[0], said[1])
     said[whose] = replace(said[whose], **change)
@@ -127,7 +127,7 @@ def test_proof_covers_what_both_sides_said(change: dict[str, Any], role: Any, wh
 
 
 def changes(message: bytes) -> Iterator[bytes]:
-    """The message with each single byte changed to each other value."""
+    """Yield the message with each single byte changed to each other value."""
     for index, byte in enumerate(message):
         for value in range(256):
             if value != byte:
@@ -170,7 +170,7 @@ def test_no_changed_byte_of_the_proof_is_accepted() -> None:
 
 
 def again(caller: ClientHandshake) -> ClientHandshake:
-    """One that has said the same and heard nothing yet."""
+    """Return a client that has sent the same HELLO, and received nothing yet."""
     made = client()
     made.client = caller.client
     return made
@@ -206,7 +206,7 @@ def test_length_over_the_limit_is_refused_before_its_bytes(side: Any, size: int)
             made.feed(view(pieces[-1]))
 
 
-def test_no_more_is_kept_than_one_message() -> None:
+def test_reader_keeps_one_message_at_most() -> None:
     reader = MessageReader()
     whole = _message([bytes(MAX_MESSAGE_BYTES - 10)])
     for byte in whole[:-1]:
@@ -391,7 +391,7 @@ def test_sign_of_life_is_the_instances_own(secret: bytes | None) -> None:
         assert answer_to(question[:length], secret, 7) is None
 
 
-def test_server_that_takes_requests_answers_no_question() -> None:
+def test_handshake_of_a_life_question_sends_nothing() -> None:
     handshake = server()
     answer, rest = handshake.feed(memoryview(life_question(7, bytes(NONCE_BYTES))))
     assert (answer, bytes(rest), handshake.asks_for_life, handshake.done) == (b"", b"", True, False)

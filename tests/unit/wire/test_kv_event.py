@@ -34,7 +34,7 @@ events = st.lists(
 
 
 @given(sent=events)
-def test_what_is_read_is_what_was_sent_with_neighbours_as_one(sent: list[KvEvent]) -> None:
+def test_read_events_equal_the_sent_ones_joined(sent: list[KvEvent]) -> None:
     read = read_kv_events([event.to_wire() for event in sent])
     expected: list[KvEvent] = []
     for event in sent:
@@ -45,7 +45,7 @@ def test_what_is_read_is_what_was_sent_with_neighbours_as_one(sent: list[KvEvent
     assert read == expected
 
 
-def test_what_later_releases_add_is_left_out() -> None:
+def test_kinds_and_tiers_of_later_releases_are_left_out() -> None:
     content = array("Q", [1]).tobytes()
     later = [[9, DEVICE, content], [STORED, 7, content], [STORED, DEVICE, content, {"more": 1}]]
     assert read_kv_events(later) == [stored([1])]
@@ -70,7 +70,7 @@ def test_what_later_releases_add_is_left_out() -> None:
         [[STORED], DEVICE, b""],
     ],
 )
-def test_batch_with_one_that_is_no_event_is_refused_as_a_whole(wrong: Any) -> None:
+def test_batch_with_a_malformed_event_is_refused(wrong: Any) -> None:
     with pytest.raises(ValueError, match="not a KV event"):
         read_kv_events([[REMOVED, DEVICE, b""], wrong])
 

@@ -30,7 +30,7 @@ def lines(block: str) -> list[str]:
 
 
 def to_bytes(line: str) -> bytes:
-    """The bytes at the beginning of a line, before its comment."""
+    """Return the bytes at the beginning of a line, before its comment."""
     digits = re.match(r"(?:[0-9a-f]{2} {1,2})*[0-9a-f]{2}(?=$|\s)", line)
     assert digits is not None, line
     return bytes.fromhex(digits[0])
@@ -86,7 +86,7 @@ def test_client_understands_the_example(monkeypatch: pytest.MonkeyPatch) -> None
     ]
 
 
-def test_both_sides_say_the_example_with_a_secret_byte_by_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_handshake_with_a_secret_equals_the_example(monkeypatch: pytest.MonkeyPatch) -> None:
     caller, worker = client(monkeypatch, SECRET, INSTANCE), server(monkeypatch, SECRET, INSTANCE)
     hello = caller.first_message()
     answer, _ = worker.feed(memoryview(hello))
@@ -113,17 +113,17 @@ def test_both_sides_say_the_example_with_a_secret_byte_by_byte(monkeypatch: pyte
     ]
 
 
-def test_server_s_proof_is_the_hmac_of_what_is_shown() -> None:
+def test_proof_of_the_server_is_the_hmac_of_the_example() -> None:
     transcript = b"".join(map(to_bytes, lines("transcript")))
     assert len(transcript) == 124
     assert hmac.digest(SECRET, transcript, "sha256") in said("←", "secret")
 
 
-def test_refusal_is_what_a_server_says() -> None:
+def test_refusal_equals_the_example() -> None:
     assert said("←", "refusal") == handshake.refusal(AuthenticationFailed("no"))
 
 
-def test_every_frame_has_a_line_that_says_what_it_is() -> None:
+def test_every_frame_has_a_line() -> None:
     names = {
         name: getattr(frame, name) for name in re.findall(r"^\| \d+ \| ([A-Z_]+) \|", DOCUMENT, re.MULTILINE)
     }
@@ -200,7 +200,7 @@ def test_errors_are_those_of_the_tree() -> None:
         assert classes[code].retryable == (may_retry != "no"), code
 
 
-def test_what_a_closed_stream_ignores() -> None:
+def test_closed_stream_ignores_late_frames() -> None:
     [shown] = re.findall(r"at the server types ([\d ,to]+); at the client ([\d ,to]+)\)", DOCUMENT)
     at_server = {abs(kind) for kind in SERVER_STEPS[ServerStream.CLOSED]}
     assert numbers(shown[0]) == at_server
@@ -212,6 +212,6 @@ def superscript(number: int) -> str:
 
 
 def numbers(text: str) -> set[int]:
-    """`2 to 4, 9` as numbers."""
+    """Parse `2 to 4, 9` to numbers."""
     spans = [part.split(" to ") for part in text.split(", ")]
     return {number for span in spans for number in range(int(span[0]), int(span[-1]) + 1)}

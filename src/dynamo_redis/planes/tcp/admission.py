@@ -130,7 +130,12 @@ class AdmissionControl:
             self._finish_rate.resume(self.loop.time(), self._finished_count)
         if waiting.size >= self._max_queued_count:
             newest = waiting.eviction_candidate(request.connection)
-            error = self._overloaded()
+            self._complaints.log(_FULL, self._max_in_flight_count, self._max_queued_count)
+            error = Overloaded(
+                f"the worker is at its limit (DYN_TCP_MAX_IN_FLIGHT={self._max_in_flight_count}, "
+                f"DYN_TCP_MAX_QUEUED={self._max_queued_count})",
+                self.retry_after_s(),
+            )
             if newest is None:
                 raise error
             newest.abort(error)  # it leaves by `dequeue`
@@ -191,14 +196,6 @@ class AdmissionControl:
             return _UNKNOWN_RETRY_AFTER_S
         least_s, most_s = _RETRY_AFTER_S
         return min(max((self._waiting.size + 1) / per_s, least_s), most_s) if per_s else most_s
-
-    def _overloaded(self) -> Overloaded:
-        self._complaints.log(_FULL, self._max_in_flight_count, self._max_queued_count)
-        return Overloaded(
-            f"the worker is at its limit (DYN_TCP_MAX_IN_FLIGHT={self._max_in_flight_count}, "
-            f"DYN_TCP_MAX_QUEUED={self._max_queued_count})",
-            self.retry_after_s(),
-        )
 
     def _release_payload(self, request: Request) -> None:
         """Release the request's share of the budget, if it came as a raw payload."""

@@ -89,6 +89,7 @@ class TcpClient:
     def _new_pool(self, target: Target) -> Pool:
         if self._closed:
             raise ConnectionLost("the client is closed")
+        key = target.address, target.instance_id, target.secret
         pool = Pool(
             target,
             self._settings,
@@ -96,12 +97,8 @@ class TcpClient:
             asyncio.get_running_loop(),
             self._buffers,
             self._variables,
-            self._on_empty,
+            lambda: self._pools.pop(key, None),
             self._on_quiet,
         )
-        self._pools[target.address, target.instance_id, target.secret] = pool
+        self._pools[key] = pool
         return pool
-
-    def _on_empty(self, pool: Pool) -> None:
-        target = pool.target
-        self._pools.pop((target.address, target.instance_id, target.secret), None)

@@ -65,7 +65,7 @@ class Pool:
         loop: asyncio.AbstractEventLoop,
         buffers: ReadBuffers,
         variables: Context,
-        on_empty: Callable[[Pool], None],
+        on_empty: Callable[[], object],
         on_quiet: Callable[[Target], None],
     ) -> None:
         """Make an empty pool.
@@ -312,7 +312,14 @@ class Pool:
         life = self.loop.create_task(self._shows_life(timeout_s / 3), context=self._variables.copy())
         try:
             async with asyncio.timeout(timeout_s):
-                connection = self._pick_for_ping() or await self._connected()
+                connection = self._pick_for_ping()
+                if connection is None:
+                    if self._draining is not None:
+                        raise self._draining
+                    connected: asyncio.Future[ClientConnection] = self.loop.create_future()
+                    self._dial_waiters.append(connected)
+                    self._connect(at_once=True)
+                    connection = await connected
                 await connection.ping()
         except TimeoutError:
             if life.done() and life.result():
@@ -340,14 +347,6 @@ class Pool:
         if len(self._connections) < self.settings.pool_size:
             return None
         return self._least_busy()
-
-    async def _connected(self) -> ClientConnection:
-        if self._draining is not None:
-            raise self._draining
-        connected: asyncio.Future[ClientConnection] = self.loop.create_future()
-        self._dial_waiters.append(connected)
-        self._connect(at_once=True)
-        return await connected
 
     # ------------------------------------------------------------------- events of connections
     # (ConnectionOwner)
@@ -390,10 +389,13 @@ class Pool:
 
     def _discard_if_empty(self) -> None:
         if not (self._connections or self._parked or self._connecting or self._failed_dials):
-            self._on_empty(self)
+            self._on_empty()
 
     def end(self, error: PlaneError, subject: str | None = None) -> None:
-        """Fail the requests of one endpoint, or all; close the connections that have none left."""
+        """Fail the requests of one endpoint, or all; close connections without requests.
+
+        With `subject`, a connection stays that a probe or requests of other endpoints wait for.
+        """
         for stream in tuple(self._parked):
             if subject in (None, stream.subject):
                 stream.end_without_cancel(error)
@@ -401,17 +403,15 @@ class Pool:
             for stream in tuple(connection.streams.values()):
                 if subject in (None, stream.subject):
                     stream.fail(error)
-            if not connection.streams and (subject is None or not self._is_wanted(connection)):
+            if connection.handshake_done.done():
+                is_wanted = connection.is_pinged
+            else:
+                is_wanted = bool(self._parked or self._dial_waiters)
+            if not connection.streams and (subject is None or not is_wanted):
                 connection.close()
         if not self._parked:
             self._stop_dial_timer()
             self._forget_and_discard()
-
-    def _is_wanted(self, connection: ClientConnection) -> bool:
-        """Return whether requests of other endpoints, or a probe, wait for the connection."""
-        if connection.handshake_done.done():
-            return connection.is_pinged
-        return bool(self._parked or self._dial_waiters)
 
     async def aclose(self) -> None:
         """Close all connections. Pending requests end with ConnectionLost."""

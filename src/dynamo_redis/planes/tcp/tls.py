@@ -66,7 +66,11 @@ class TlsContext:
         self._context = self._make()
         self._look_at = clock.monotonic() + LOOK_S
         if side == "client" and settings.tcp_tls_server_name is not None:
-            _check_name(self._context, settings.tcp_tls_server_name)
+            name = settings.tcp_tls_server_name
+            try:
+                self._context.wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO(), server_hostname=name)
+            except ValueError as exc:
+                raise ConfigError(f"DYN_TCP_TLS_SERVER_NAME={name!r}: is no host name: {exc}") from exc
         self.server_name = settings.tcp_tls_server_name
         """The name that workers' certificates must have; None: the dialled host."""
 
@@ -300,13 +304,6 @@ def _handshake_in_memory(server: ssl.SSLContext, client: ssl.SSLContext) -> None
     for side in sides * 2:  # hello, the server's flight, the client's end, the server's
         with suppress(ssl.SSLWantReadError):
             side.do_handshake()
-
-
-def _check_name(context: ssl.SSLContext, name: str) -> None:
-    try:
-        context.wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO(), server_hostname=name)
-    except ValueError as exc:
-        raise ConfigError(f"DYN_TCP_TLS_SERVER_NAME={name!r}: is no host name: {exc}") from exc
 
 
 def _check_readable(env: str, path: Path) -> None:

@@ -109,7 +109,7 @@ class TlsGate:
         """Wait for the first byte, and return it without removing it; empty if the peer closes. Raises
         OSError."""
         readable = self._loop.create_future()
-        self._loop.add_reader(sock, _set, readable)
+        self._loop.add_reader(sock, _wake, readable)
         try:
             await readable
         finally:
@@ -153,6 +153,6 @@ class _Arrival:
             self.sock.close()
 
 
-def _set(done: asyncio.Future[None]) -> None:
-    if not done.done():
-        done.set_result(None)
+def _wake(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)

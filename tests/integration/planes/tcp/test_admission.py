@@ -24,7 +24,7 @@ from tests.tcp_plane import INSTANCE, SECRET, eventually
 
 
 class Worker:
-    """A server whose handlers end one by one, when the test lets them; `started` are their requests."""
+    """A server whose handlers end one by one, at the command of the test; `started` are their requests."""
 
     def __init__(self, settings: PlaneSettings, server: TcpServer) -> None:
         self.settings = settings
@@ -44,7 +44,7 @@ class Worker:
         return request
 
     async def finish_one(self) -> None:
-        """Let the oldest handler end, and wait for the next in turn to have started."""
+        """End the oldest handler, and wait until the next in turn has started."""
         started = len(self.started)
         waiting = self.server.admission.waiting_count
         self._gates.pop(0).set()
@@ -58,7 +58,7 @@ class Worker:
             await asyncio.sleep(0)
 
     async def has(self, count: int) -> None:
-        """Wait until so many requests run or wait, and the handlers of those that run have begun."""
+        """Wait until that many requests run or wait, and the running handlers have begun."""
         admission = self.server.admission
         await eventually(
             lambda: self.server.in_flight_count == count and len(self._gates) == admission.running_count
@@ -66,7 +66,7 @@ class Worker:
 
 
 class Caller:
-    """One connection, and the answers that are on their way to it."""
+    """One connection, and its pending answers."""
 
     def __init__(self, worker: Worker, client: TcpClient) -> None:
         self._target = worker.target
@@ -74,7 +74,7 @@ class Caller:
         self.answers: list[asyncio.Task[str | Exception]] = []
 
     def ask(self, name: str, count: int = 1, context: Context | None = None) -> asyncio.Task[str | Exception]:
-        """Send requests; the last one's answer."""
+        """Send requests; return the task of the last one's answer."""
         for _ in range(count):
             stream = self._client.open(self._target, name, context or Context())
             self.answers.append(asyncio.ensure_future(_answer(stream)))
@@ -96,7 +96,7 @@ async def _answer(stream: TcpResponseStream) -> str | Exception:
 
 @asynccontextmanager
 async def working(callers: int, **overrides: Any) -> AsyncIterator[tuple[Worker, list[Caller]]]:
-    """A worker and callers of it. At the end nothing is left of any request."""
+    """Run a worker and callers of it; check at the end that nothing is left of any request."""
     settings = PlaneSettings.load(tcp_host="127.0.0.1", keepalive_interval_s=30.0, **overrides)
     server = TcpServer(settings, secret=SECRET, instance_id=INSTANCE)
     await server.start()
@@ -150,7 +150,7 @@ async def test_fifty_callers_are_served_in_rounds() -> None:
         assert set(served.values()) == {10}
 
 
-async def test_one_callers_requests_start_in_their_order() -> None:
+async def test_requests_of_a_caller_start_in_order() -> None:
     async with working(2, max_in_flight_count=1, max_queued_count=100) as (worker, [one, other]):
         for number in range(10):
             one.ask(f"one {number}")
@@ -190,7 +190,7 @@ async def test_most_crowded_caller_makes_room() -> None:
         assert [await other.outcomes() for other in others] == [{"other": 3, Overloaded: 2}] * 3
 
 
-async def test_who_has_most_is_refused_itself() -> None:
+async def test_caller_with_most_waiting_requests_is_refused() -> None:
     async with working(2, max_in_flight_count=1, max_queued_count=3) as (worker, [flood, modest]):
         flood.ask("flood", 3)
         modest.ask("modest")
@@ -238,8 +238,8 @@ async def test_waiting_request_that_ends_frees_its_place(ending: str) -> None:
 # --------------------------------------------------------------------------- the hint
 
 
-async def test_hint_says_how_long_the_queue_takes() -> None:
-    """Against a worker of a known pace: what it says is what it then takes, give or take."""
+async def test_retry_hint_is_the_time_that_the_queue_takes() -> None:
+    """A worker of a known rate gives a hint close to the time that it then takes."""
     settings = PlaneSettings.load(tcp_host="127.0.0.1", max_in_flight_count=2, max_queued_count=60)
     server = TcpServer(settings, secret=SECRET, instance_id=INSTANCE)
     await server.start()

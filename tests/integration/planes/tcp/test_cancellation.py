@@ -1,4 +1,4 @@
-"""A handler's context knows within one turn of the event loop after the news has arrived."""
+"""A cancellation reaches the handler's context within one turn of the event loop after its frame."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Turns:
 
 
 class Watched:
-    """A handler that waits, and the turns in which its context and it itself knew."""
+    """A waiting handler, and the turns in which its context and the handler were cancelled."""
 
     def __init__(self, turns: Turns) -> None:
         self._turns = turns
@@ -78,7 +78,7 @@ async def server() -> AsyncIterator[TcpServer]:
 
 
 async def ask(server: TcpServer, watched: Watched, headers: dict[str, Any] | None = None) -> Peer:
-    """A caller with one request, whose handler has begun."""
+    """Connect a caller with one request, whose handler has begun."""
     server.register("watched", watched)
     host, port = server.address.rsplit(":", 1)
     peer = Peer(*await asyncio.open_connection(host, int(port)))

@@ -1,4 +1,4 @@
-"""A worker that refuses says so in its log, and names the setting."""
+"""A worker that refuses a caller or request logs it, and names the setting."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.tcp_plane import INSTANCE, SECRET, eventually
 
 @asynccontextmanager
 async def serving(**overrides: Any) -> AsyncIterator[TcpServer]:
-    """A server whose handler never ends by itself."""
+    """Run a server whose handler never ends by itself."""
     chosen = PlaneSettings.load(tcp_host="127.0.0.1", **overrides)
     server = TcpServer(chosen, secret=SECRET, instance_id=INSTANCE)
 
@@ -127,9 +127,7 @@ async def test_caller_that_looks_for_another_instance(complaints: Callable[[], l
 
 
 @pytest.mark.parametrize("said", [b"GET / HTTP/1.1\r\n\r\n", b""])
-async def test_somebody_who_speaks_something_else_or_nothing(
-    complaints: Callable[[], list[str]], said: bytes
-) -> None:
+async def test_peer_of_another_protocol_or_silent(complaints: Callable[[], list[str]], said: bytes) -> None:
     async with serving(connect_timeout_s=0.2) as server:
         host, _, port = server.address.rpartition(":")
         reader, writer = await asyncio.open_connection(host, int(port))

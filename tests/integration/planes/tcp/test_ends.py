@@ -143,7 +143,7 @@ async def server() -> AsyncIterator[TcpServer]:
 
 
 @pytest.mark.parametrize("point", CALLER_POINTS, ids=lambda point: point.__name__)
-async def test_caller_that_goes_leaves_nothing_at_the_server(server: TcpServer, point: Point) -> None:
+async def test_lost_caller_leaves_nothing_at_the_server(server: TcpServer, point: Point) -> None:
     host, port = server.address.rsplit(":", 1)
     with complaints():
         for way in LEAVE:
@@ -250,7 +250,7 @@ async def _messages() -> AsyncIterator[int]:
 
 
 @pytest.mark.parametrize("point", WORKER_POINTS, ids=lambda point: point.__name__)
-async def test_worker_that_goes_ends_its_requests_as_retryable(point: Point) -> None:
+async def test_lost_worker_ends_its_requests_as_retryable(point: Point) -> None:
     with complaints():
         for way in LEAVE:
             for error in await _ends_when(point, way):

@@ -1,4 +1,4 @@
-"""A request that has ended leaves no reference cycle: what it held goes at once, without the collector.
+"""A request that has ended leaves no reference cycle: its objects are freed without the collector.
 
 Cycles of many requests add up to full collections, which stop all streams for tens of milliseconds.
 """

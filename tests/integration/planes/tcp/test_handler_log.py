@@ -52,7 +52,7 @@ def lines(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
 
 
 async def test_five_faults_are_five_lines(deployed: Deployment, caplog: pytest.LogCaptureFixture) -> None:
-    """Of other types, of other texts, from other places; each names its request and has its traceback."""
+    """Failures of other types, texts or places in the code; each names its request and has its traceback."""
     for number, fault in enumerate(("key", "memory", "lookup", "value 1", "value 2")):
         for repetition in range(3):
             await deployed.fail(fault, f"request-{number}-{repetition}")

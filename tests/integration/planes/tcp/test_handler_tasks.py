@@ -26,7 +26,7 @@ async def ask(client: TcpClient, server: TcpServer, subject: str, request: Any =
 
 
 def cancel_at_once(loop: asyncio.AbstractEventLoop, coro: Any, **more: Any) -> asyncio.Task[Any]:
-    """A task factory that cancels what runs a handler before its first step, as `all_tasks()` lets one do."""
+    """A task factory that cancels a handler's task before its first step, as code with `all_tasks()` can."""
     task: asyncio.Task[Any] = asyncio.Task(coro, loop=loop, **more)
     if getattr(coro, "__qualname__", "") == "Request.run":
         task.cancel()
@@ -68,7 +68,7 @@ async def test_handlers_have_tasks_of_their_own() -> None:
 
 
 async def test_queued_request_starts_without_another_ones_variables() -> None:
-    """Its handler starts where another request ends, in the step that ends it."""
+    """A waiting handler starts in the step in which another request ends."""
     seen: list[str] = []
 
     async def handler(request: str, _: Context) -> None:
@@ -112,7 +112,7 @@ async def test_cancellation_callbacks_leave_no_variables_behind() -> None:
 
 
 async def test_messages_are_made_in_their_callers_variables() -> None:
-    """Also those of a request that waited for a connection, which another request had asked for."""
+    """Also for a request that waited for a connection which another request had dialled."""
     client = TcpClient(settings())
     received: dict[str, list[Any]] = {}
 

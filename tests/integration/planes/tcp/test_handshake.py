@@ -21,11 +21,11 @@ from tests.tcp_plane import SECRET, eventually
 INSTANCE = 0x694D98147D54BFDE
 
 Change = Callable[[str, bytes], bytes]
-"""Of what one side ("client" or "server") sends in one piece, to what the other gets."""
+"""Changes a piece that one side ("client" or "server") sends into the piece that the other gets."""
 
 
 class Between:
-    """Relays one connection after the other, each piece through `change`, and keeps what was said."""
+    """Relays one connection after the other, each piece through `change`, and records the pieces."""
 
     def __init__(self, address: str) -> None:
         self._address = address
@@ -62,7 +62,7 @@ async def _relay(
 
 @asynccontextmanager
 async def between() -> AsyncIterator[tuple[Between, TcpServer, Callable[[], Any]]]:
-    """A relay, the server behind it, and a call through both."""
+    """Run a relay and the server behind it; yield the relay, and a function that calls through it."""
     chosen = PlaneSettings.load(tcp_host="127.0.0.1", connect_timeout_s=30)
     server = TcpServer(chosen, secret=SECRET, instance_id=INSTANCE)
 
@@ -104,7 +104,7 @@ FIELDS = [
 
 
 def flip(side: str, which: int, at: int) -> Change:
-    """Change one bit of the byte `at` a place of a side's piece of that number."""
+    """Change one bit of the byte at index `at` in a side's piece of that number."""
     seen = {"client": 0, "server": 0}
 
     def change(name: str, data: bytes) -> bytes:
@@ -133,7 +133,7 @@ async def test_changed_byte_of_any_field_ends_the_connection() -> None:
         assert await call() == ["hi"]
 
 
-async def test_what_was_said_before_proves_nothing_to_either_side() -> None:
+async def test_recorded_handshake_proves_nothing() -> None:
     async with between() as (relay, _, call):
         assert await call() == ["hi"]
         recorded = relay.said

@@ -65,7 +65,7 @@ async def answered(server: TcpServer) -> bool:
 
 
 @pytest.mark.parametrize("tls", [False, True])
-async def test_busy_worker_says_that_it_lives(tls: bool, tmp_path: Path) -> None:
+async def test_busy_worker_gives_signs_of_life(tls: bool, tmp_path: Path) -> None:
     async with running(tls, tmp_path) as (server, _):
         for _ in range(3):
             answer = while_the_loop_is_busy(lambda: exchange(server, life_question(INSTANCE, NONCE)))
@@ -73,7 +73,7 @@ async def test_busy_worker_says_that_it_lives(tls: bool, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("tls", [False, True])
-async def test_worker_that_takes_requests_closes_instead(
+async def test_responsive_worker_closes_the_question(
     tls: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with running(tls, tmp_path) as (server, _):
@@ -117,7 +117,7 @@ async def test_worker_that_hangs_for_good_stops_answering(tmp_path: Path) -> Non
 
 
 async def until_it_runs(server: TcpServer) -> None:
-    """Wait until the event loop has taken in what the thread had handed on."""
+    """Wait until the event loop has the connections that the thread accepted."""
     async with asyncio.timeout(60):
         while await answered(server) or server.connection_count:
             await asyncio.sleep(0.01)
@@ -157,7 +157,7 @@ async def test_thread_ends_although_a_forked_child_lives(tmp_path: Path) -> None
 
 
 async def test_thread_outlives_a_loop_that_wakes_at_once(tmp_path: Path) -> None:
-    """The event loop may run, and say so, between any two steps of the thread."""
+    """The event loop may note its turn between any two steps of the thread."""
     async with running(False, tmp_path, loop_stall_s=60) as (server, _):
         life = server._life
         assert life is not None

@@ -79,7 +79,7 @@ async def test_largest_limit_is_the_largest_announced_size(server: TcpServer) ->
 
 
 def packed_to(size_bytes: int, kind: type) -> Any:
-    """A value of which the payload has exactly so many bytes."""
+    """Return a value whose payload has exactly `size` bytes."""
     if kind is bytes and size_bytes > MAX_INLINE_BYTES:
         return bytes(size_bytes)
     header_bytes = 2 if size_bytes <= 257 else 3 if size_bytes <= 65_538 else 5
@@ -160,7 +160,7 @@ async def test_nesting_at_its_limit_in_a_request_stream(
 
 
 def frame_of(head: list[Any], tail: list[Any], size_bytes: int) -> bytes:
-    """A frame of exactly so many bytes: two strings fill what is left between `head` and `tail`."""
+    """Return a frame of exactly `size` bytes: two strings fill the room between `head` and `tail`."""
     half = size_bytes // 2 - 50
     rest = size_bytes - len(pack([*head, ["x" * half, ""], *tail])) - 4
     encoded = pack([*head, ["x" * half, "x" * rest], *tail])
@@ -170,7 +170,7 @@ def frame_of(head: list[Any], tail: list[Any], size_bytes: int) -> bytes:
 
 @asynccontextmanager
 async def connected(server: TcpServer) -> AsyncIterator[tuple[Peer, Heard]]:
-    """A caller by hand, shaken."""
+    """Connect a bare caller, after the handshake."""
     host, port = server.address.rsplit(":", 1)
     peer = Peer(*await asyncio.open_connection(host, int(port)))
     try:

@@ -40,7 +40,7 @@ def target_at(port: int, subject: str = "test") -> Target:
 
 
 async def pass_time(seconds: float) -> None:
-    """Wait until the event loop's clock has moved on, for what is bound to a time."""
+    """Wait until the event loop's clock has advanced."""
     loop = asyncio.get_running_loop()
     until = loop.time() + seconds
     await eventually(lambda: loop.time() > until)
@@ -169,7 +169,7 @@ async def test_probe_does_not_wait_behind_an_upload() -> None:
 
 @asynccontextmanager
 async def bare_servers() -> AsyncIterator[tuple[int, Callable[[], Any]]]:
-    """A port, and what waits for the next connection there: it has not shaken hands yet."""
+    """Yield a port, and a function that waits for the next connection there, before its handshake."""
     came: asyncio.Queue[tuple[BareServer, ServerHandshake]] = asyncio.Queue()
     writers: list[asyncio.StreamWriter] = []
 

@@ -79,7 +79,7 @@ class BareCaller:
             self.writer.write(one if isinstance(one, bytes) else pack(one))
 
     async def receive(self) -> Any:
-        """The next frame, or None at the end of the connection."""
+        """Return the next frame, or None at the end of the connection."""
         async with asyncio.timeout(20):
             while True:
                 with suppress(msgpack.OutOfData):
@@ -93,7 +93,7 @@ class BareCaller:
                 self._unpacker.feed(data)
 
     def drop_buffered(self) -> int:
-        """Forget what has been read and not been received as frames; how many bytes that was."""
+        """Drop the bytes that were read and are no frames yet; return their count."""
         return len(self._unpacker.read_bytes(1 << 30))
 
     async def receive_kind(self, kind: int) -> Any:
@@ -106,7 +106,7 @@ class BareCaller:
 async def calling(
     server: TcpServer, *, with_proof: bytes = b"", receive_buffer_bytes: int | None = None
 ) -> AsyncIterator[BareCaller]:
-    """A caller that has shaken hands. `with_proof` goes out in the same segment as its last message."""
+    """Connect a caller, and do the handshake. `with_proof` leaves in the same segment as its last message."""
     host, port = server.address.rsplit(":", 1)
     sock = socket.socket()
     if receive_buffer_bytes is not None:
@@ -144,9 +144,7 @@ UNFINISHED = {
 
 @pytest.mark.parametrize("unfinished", UNFINISHED.values(), ids=UNFINISHED)
 @pytest.mark.parametrize("with_proof", [False, True])
-async def test_caller_that_stops_within_a_frame_is_told_and_dropped(
-    unfinished: bytes, with_proof: bool
-) -> None:
+async def test_caller_that_stops_within_a_frame_is_dropped(unfinished: bytes, with_proof: bool) -> None:
     async with (
         serving(keepalive_interval_s=0.05, max_message_bytes=2 * MIB) as server,
         calling(server, with_proof=unfinished if with_proof else b"") as peer,
@@ -175,7 +173,7 @@ async def test_trickling_caller_is_dropped(kind: str) -> None:
 
 
 async def test_slow_is_not_stuck() -> None:
-    """16 KiB in twice the keepalive interval are enough, of a payload or a frame, with or without streams."""
+    """A payload or frame must progress by 16 KiB in two keepalive intervals, with or without streams."""
     async with serving(keepalive_interval_s=0.25) as server, calling(server) as peer:
         for whole in (
             pack(open_raw(1, "echo", MIB)) + bytes(MIB),
@@ -201,7 +199,7 @@ async def test_idle_connection_is_kept() -> None:
         assert await peer.receive() == [frame.LAST, 1, "here"]
 
 
-async def test_many_who_stop_within_a_frame_leave_nothing() -> None:
+async def test_many_callers_that_stop_within_a_frame_leave_nothing() -> None:
     async with serving(keepalive_interval_s=0.1) as server, AsyncExitStack() as stack:
         for _ in range(50):
             peer = await stack.enter_async_context(calling(server))
@@ -234,7 +232,7 @@ async def test_large_requests_are_bounded_together() -> None:
         await eventually(lambda: server.payload_bytes == 2 * MIB)
 
 
-async def test_caller_that_takes_all_it_gets_leaves_room_for_others() -> None:
+async def test_greedy_caller_leaves_room_for_others() -> None:
     async with serving(max_payload_in_flight_bytes=12 * MIB) as server, AsyncExitStack() as stack:
         greedy, second, third = [await stack.enter_async_context(calling(server)) for _ in range(3)]
         for peer, share in ((greedy, 6), (second, 3), (third, 2)):
@@ -265,7 +263,7 @@ async def test_announced_payload_counts_before_its_bytes_come() -> None:
 
 
 async def test_large_payload_is_in_memory_once_a_side() -> None:
-    """The request is the caller's; of the echo, the worker holds one copy, and the caller gets one."""
+    """Beside the caller's request there is one copy of the echo at the worker and one at the caller."""
     content = bytes(32 * MIB)
     async with serving() as server:
         client = TcpClient(settings())
@@ -371,7 +369,7 @@ FLOODS: dict[str, Callable[[int], bytes]] = {
 
 
 @pytest.mark.parametrize("flood", FLOODS.values(), ids=FLOODS)
-async def test_answers_to_a_flood_are_bounded_when_nobody_reads_them(flood: Callable[[int], bytes]) -> None:
+async def test_unread_answers_to_a_flood_are_bounded(flood: Callable[[int], bytes]) -> None:
     async with (
         serving(keepalive_interval_s=30.0, max_in_flight_count=1, max_queued_count=0) as server,
         calling(server, receive_buffer_bytes=4096) as peer,
@@ -419,12 +417,12 @@ async def test_closed_connection_frees_unread_payloads(
 
 
 class BareServer(BareCaller):
-    """The same for the serving side."""
+    """The same at the serving side."""
 
 
 @asynccontextmanager
 async def called_by_client(**overrides: Any) -> AsyncIterator[tuple[TcpClient, Target, BareServer]]:
-    """A client and the server's end of its connection, after the handshake."""
+    """Connect a client to a bare server, after the handshake."""
     arrived: asyncio.Future[BareServer] = asyncio.get_running_loop().create_future()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -53,7 +53,7 @@ async def client() -> AsyncIterator[TcpClient]:
 
 @asynccontextmanager
 async def worker(serve: Callable[[Peer], Awaitable[None]]) -> AsyncIterator[Target]:
-    """A worker that shakes hands, and then does as it likes."""
+    """A worker that does the handshake, and then runs `serve`."""
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         peer = Peer(reader, writer)
@@ -70,20 +70,20 @@ async def worker(serve: Callable[[Peer], Awaitable[None]]) -> AsyncIterator[Targ
 
 
 class Wordless(PlaneError):
-    """Cannot say what it is."""
+    """An error whose `__str__` raises."""
 
     def __str__(self) -> str:
         raise ValueError("no words")
 
 
 class Numbered(PlaneError):
-    """Has a code that is no text."""
+    """An error whose code is no text."""
 
     code = 5  # type: ignore[assignment]
 
 
 class Rude(BaseException):
-    """Neither an Exception nor a cancellation."""
+    """A BaseException that is no cancellation."""
 
 
 @pytest.mark.parametrize("error", [Wordless(), Numbered("text"), Overloaded("x", "soon")])  # type: ignore[arg-type]
@@ -127,7 +127,7 @@ async def test_parked_request_spoils_no_neighbour(server: TcpServer, client: Tcp
 
 
 @pytest.mark.parametrize("make", [GeneratorExit, Rude, lambda: BaseExceptionGroup("several", [Rude()])])
-async def test_handler_that_raises_what_is_no_exception(
+async def test_handler_raises_a_non_exception(
     server: TcpServer, client: TcpClient, make: Callable[[], BaseException]
 ) -> None:
     async def handler(_: Any, __: Context) -> None:
@@ -143,7 +143,7 @@ async def test_handler_that_raises_what_is_no_exception(
 
 
 @pytest.mark.parametrize("retry_after_s", [float("inf"), float("nan"), -1.0, 1e300])
-async def test_handler_that_gives_no_sensible_hint(
+async def test_handler_gives_a_senseless_retry_hint(
     server: TcpServer, client: TcpClient, retry_after_s: float
 ) -> None:
     async def handler(_: Any, __: Context) -> None:
@@ -170,7 +170,7 @@ async def test_handler_that_gives_no_sensible_hint(
         (None, None),
     ],
 )
-async def test_worker_that_gives_no_sensible_hint(
+async def test_worker_gives_a_senseless_retry_hint(
     client: TcpClient, retry_after_ms: object, retry_after_s: float | None
 ) -> None:
     async def serve(peer: Peer) -> None:
@@ -186,7 +186,7 @@ async def test_worker_that_gives_no_sensible_hint(
 
 
 @pytest.mark.parametrize("deadline", [1e18, 1e300, sys.float_info.max])
-async def test_deadline_that_nobody_will_see(server: TcpServer, client: TcpClient, deadline: float) -> None:
+async def test_deadline_in_the_far_future(server: TcpServer, client: TcpClient, deadline: float) -> None:
     async def left(_: Any, context: Context) -> float | None:
         return context.remaining_s()
 
@@ -206,7 +206,7 @@ def test_deadline_that_is_no_number() -> None:
 
 
 @pytest.mark.parametrize("size_bytes", [5_000, 1 << 20])
-async def test_payload_of_nested_heads_is_its_streams_affair(server: TcpServer, size_bytes: int) -> None:
+async def test_payload_of_nested_heads_fails_its_stream_only(server: TcpServer, size_bytes: int) -> None:
     async def echo(request: Any, _: Context) -> Any:
         return request
 

@@ -1,4 +1,4 @@
-"""The tcp plane against peers that speak the bare wire: what each side does with every frame it can get."""
+"""The tcp plane against bare peers: the effect of every frame on each side."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class RawPeer:
             self.writer.write(one if isinstance(one, bytes) else pack(one))
 
     async def receive(self, timeout_s: float = 3.0) -> Any:
-        """The next frame, or None at the end of the connection."""
+        """Return the next frame, or None at the end of the connection."""
         async with asyncio.timeout(timeout_s):
             while True:
                 with suppress(msgpack.OutOfData):
@@ -103,7 +103,7 @@ class RawPeer:
         return bool(await self.receive_kind(frame.PONG))
 
     async def reason(self) -> str | None:
-        """The code with which the other side closes."""
+        """Return the code of the GOAWAY with which the other side closes."""
         goaway = await self.receive_kind(frame.GOAWAY)
         return None if goaway is None else str(goaway[2])
 
@@ -176,7 +176,7 @@ async def reach_server_state(peer: RawPeer, state: ServerStream) -> None:
 
 
 @pytest.mark.parametrize("state", list(ServerStream))
-async def test_server_takes_exactly_what_its_table_allows(server: TcpServer, state: ServerStream) -> None:
+async def test_server_accepts_exactly_the_frames_of_its_table(server: TcpServer, state: ServerStream) -> None:
     for kind, example in EXAMPLES.items():
         async with raw_client(server) as peer:
             await reach_server_state(peer, state)
@@ -250,7 +250,7 @@ async def test_stream_ids_go_up(server: TcpServer) -> None:
         assert await peer.reason() == "protocol_violation"
 
 
-async def test_malformed_headers_are_the_requests_affair(server: TcpServer) -> None:
+async def test_malformed_headers_fail_the_request_only(server: TcpServer) -> None:
     wrong: tuple[dict[str, Any], ...] = (
         {"id": 5},
         {"deadline_ms": -1},
@@ -279,7 +279,7 @@ async def test_malformed_headers_are_the_requests_affair(server: TcpServer) -> N
 
 
 @pytest.mark.parametrize("subject", ["echo", "total"])
-async def test_flags_of_a_later_release_are_the_requests_affair(server: TcpServer, subject: str) -> None:
+async def test_unknown_flags_fail_the_request_only(server: TcpServer, subject: str) -> None:
     async with raw_client(server) as peer:
         for number, flags in enumerate((2, 3, 2**63, 2**64 - 1, -1), 1):
             peer.send(open_frame(number, subject, "x", flags), [frame.DATA, number, "x"])
@@ -315,7 +315,7 @@ async def test_no_item_is_sent_without_credit(server: TcpServer) -> None:
 async def test_streams_that_bring_items_turn_after_turn_share_frames(
     server: TcpServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """But for a lone stream, each item of which leaves at once; and what is followed by silence does too."""
+    """Items of a single stream, and the last ones before a pause, leave at once."""
     monkeypatch.setattr("dynamo_redis.planes.tcp.connection._GATHER_S", 60.0)
 
     async def ticking(request: int, context: Context) -> AsyncIterator[int]:
@@ -394,8 +394,8 @@ async def test_caller_that_vanishes_cancels_its_handlers_at_once(server: TcpServ
         await eventually(lambda: server.connection_count == 0, 0.5)
 
 
-async def test_drain_waits_for_what_is_on_its_way(server: TcpServer) -> None:
-    """Nothing of it is left to write here: the caller says with its PONG when it has read it."""
+async def test_drain_waits_until_sent_answers_are_read(server: TcpServer) -> None:
+    """The server has nothing left to write: the caller's PONG shows that it has read the answer."""
     may_answer = asyncio.Event()
 
     async def held(_: Any, __: Context) -> bytes:
@@ -510,7 +510,7 @@ async def test_ipv6() -> None:
         pytest.skip("no IPv6 loopback here")
 
 
-async def test_advertised_address_is_what_the_settings_say() -> None:
+async def test_advertised_address_is_that_of_the_settings() -> None:
     async with running_server(tcp_advertise_host="worker.example", tcp_advertise_port=1234) as server:
         assert server.address == "worker.example:1234"
 
@@ -522,7 +522,7 @@ async def test_advertised_address_is_what_the_settings_say() -> None:
 async def raw_server(
     serve: Callable[[RawPeer], Awaitable[None]], *, shake: bool = True
 ) -> AsyncIterator[Target]:
-    """A server whose connections are handled by `serve`."""
+    """Run a bare server whose connections `serve` handles."""
     tasks: set[asyncio.Task[None]] = set()
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -561,7 +561,7 @@ async def items_of(stream: TcpResponseStream) -> tuple[list[Any], Exception | No
 
 
 @pytest.mark.parametrize(("state", "kind"), list(product(ClientStream, EXAMPLES)))
-async def test_client_takes_exactly_what_its_table_allows(state: ClientStream, kind: int) -> None:
+async def test_client_accepts_exactly_the_frames_of_its_table(state: ClientStream, kind: int) -> None:
     verdict: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
 
     async def serve(peer: RawPeer) -> None:
@@ -690,7 +690,7 @@ async def test_request_that_is_not_accepted_in_time() -> None:
         assert 0.5 < time.monotonic() - began < 8
 
 
-async def test_accepted_request_may_take_as_long_as_it_likes() -> None:
+async def test_accepted_request_has_no_time_limit() -> None:
     async def serve(peer: RawPeer) -> None:
         await peer.receive()
         peer.send([frame.ACCEPT, 1])
@@ -702,7 +702,7 @@ async def test_accepted_request_may_take_as_long_as_it_likes() -> None:
         assert await items_of(client.open(target, None, Context())) == (["late"], None)
 
 
-async def test_server_that_does_not_shake_hands() -> None:
+async def test_server_without_a_handshake() -> None:
     async def serve(peer: RawPeer) -> None:
         await peer.reader.read()
 
@@ -779,7 +779,7 @@ async def test_worker_restarted_on_its_port_with_a_new_secret(server: TcpServer)
         await second.aclose()
 
 
-async def test_refusal_at_the_door_reaches_all_who_wait() -> None:
+async def test_refusal_reaches_all_waiting_requests() -> None:
     async with (
         running_server(max_connections_count=1) as server,
         raw_client(server),
@@ -834,7 +834,7 @@ async def test_server_gives_up_a_silent_caller() -> None:
         assert await peer.receive_kind(frame.PING) is not None
 
 
-async def test_slow_upload_is_told_that_it_is_being_read() -> None:
+async def test_slow_upload_gets_pings() -> None:
     async with running_server(keepalive_interval_s=0.1) as server, raw_client(server) as peer:
         size = 200_000
         peer.send([frame.OPEN_RAW, 1, "echo", 0, None, size, 1])

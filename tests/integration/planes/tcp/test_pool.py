@@ -41,7 +41,7 @@ MIB = 1 << 20
 async def listening(
     handle: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Any],
 ) -> AsyncIterator[int]:
-    """A port where `handle` answers."""
+    """Listen with `handle`; yield the port."""
     tasks: set[asyncio.Task[Any]] = set()
 
     async def tracked(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -205,7 +205,7 @@ async def test_idle_connections_are_closed(
 # --------------------------------------------------------------------------- what waits
 
 
-async def test_what_no_socket_takes_is_bounded() -> None:
+async def test_unsent_requests_are_bounded() -> None:
     async def shakes_hands_only(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         handshake = ServerHandshake(SECRET, 100, INSTANCE)
         while not handshake.done:
@@ -361,7 +361,7 @@ async def test_sockets_have_nodelay_and_keepalive_on_both_sides() -> None:
 
 
 @both_loops
-async def test_idle_connections_wake_nobody_up(many_files: None) -> None:
+async def test_idle_connections_cause_no_wakeups(many_files: None) -> None:
     patient = {"connect_timeout_s": 60}  # all dial at once
     async with running_server(**patient) as server:
         clients = [TcpClient(PlaneSettings.load(keepalive_interval_s=0.1, **patient)) for _ in range(300)]
@@ -400,7 +400,7 @@ async def test_one_turn_accepts_few_connections() -> None:
 
 
 @both_loops
-async def test_listener_that_is_given_no_sockets_pauses_and_goes_on(
+async def test_listener_pauses_at_the_limit_of_open_files(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(tcp_listener, "_NO_FILES", ())  # as if the file in reserve did not help
@@ -460,7 +460,7 @@ async def crowd(port: int) -> AsyncIterator[list[socket.socket]]:
             sock.close()
 
 
-async def test_callers_who_prove_nothing_cannot_keep_honest_ones_out(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_unfinished_handshakes_leave_room_for_callers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tcp_server, "MAX_HANDSHAKE_COUNT", 40)
     async with AsyncExitStack() as stack:
         server = await stack.enter_async_context(
@@ -478,7 +478,7 @@ async def test_callers_who_prove_nothing_cannot_keep_honest_ones_out(monkeypatch
         assert server.connection_count <= 40 + len(clients)
 
 
-async def test_server_that_is_full_of_proven_callers_says_so() -> None:
+async def test_server_full_of_callers_refuses_another() -> None:
     async with running_server(max_connections_count=3) as server, running_client() as client:
         inside = [TcpClient(PlaneSettings()) for _ in range(3)]
         for one in inside:

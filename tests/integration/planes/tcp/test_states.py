@@ -1,4 +1,4 @@
-"""Every frame in every state of a connection, on both sides: what comes of it is what the table says.
+"""Every frame in every state of a connection, on both sides, has the effect that the table lists.
 
 `tests/integration/planes/tcp/test_plane.py` has the same for the states of a stream.
 """
@@ -34,7 +34,7 @@ WINDOW: Final = 10
 
 
 class State(Enum):
-    """A connection, as the side sees it that a frame comes to."""
+    """The state of a connection at the side that receives a frame."""
 
     NEW = "nothing was heard yet"
     HANDSHAKE = "HELLOs were exchanged; the client's proof is missing"
@@ -220,7 +220,7 @@ async def test_server_in_every_state(state: State) -> None:
             await asyncio.wait_for(draining, 30)
 
 
-async def test_what_a_later_release_may_add_for_the_server() -> None:
+async def test_server_accepts_fields_of_later_releases() -> None:
     async with serving() as server:
         host, port = server.address.rsplit(":", 1)
         for name in FRAMES:
@@ -256,7 +256,7 @@ async def test_client_in_every_state(state: State) -> None:
         assert await _client_takes(state, encoded(name), expected) is expected, (state, name)
 
 
-async def test_what_a_later_release_may_add_for_the_client() -> None:
+async def test_client_accepts_fields_of_later_releases() -> None:
     for name in FRAMES:
         if name == "a short GOAWAY":  # with more fields it is none
             continue

@@ -1,4 +1,4 @@
-"""The tcp plane over TLS: who is let in, what the other is told, new certificates, slow handshakes.
+"""The tcp plane over TLS: accepted and refused peers, error texts, new certificates, slow handshakes.
 
 The whole contract suite runs over mutual TLS as well (`tests/contract/test_request_plane.py`).
 """
@@ -37,7 +37,7 @@ from tests.tcp_plane import INSTANCE, SECRET, eventually
 
 @pytest.fixture(scope="module", params=["uvloop", "asyncio"])
 def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
-    """Both event loops: each has a TLS of its own."""
+    """Both event loops: each has its own TLS."""
     return "asyncio", {"use_uvloop": request.param == "uvloop"}
 
 
@@ -61,7 +61,7 @@ def running_client(chosen: dict[str, Any]) -> AbstractAsyncContextManager[TcpCli
 
 
 def target(server: TcpServer, subject: str = "echo", *, mark: str | None = None) -> Target:
-    """`mark` instead of what the server's address says it speaks."""
+    """Return an endpoint of the server; `mark` replaces the TLS mark of its address."""
     address = server.address if mark is None else server.address.partition("+")[0] + mark
     return Target(INSTANCE, address, subject, SECRET)
 
@@ -72,7 +72,7 @@ async def ask(client: TcpClient, where: Target, request: Any = 1) -> Any:
 
 
 async def refusal(client: TcpClient, where: Target, kind: type[PlaneError], message: str) -> None:
-    """The request fails with this, soon, and may be sent elsewhere."""
+    """Check that a request soon fails with this retryable error."""
     began = time.monotonic()
     with pytest.raises(kind, match=message) as caught:
         await ask(client, where)
@@ -91,7 +91,7 @@ def certificate(identity: Identity) -> bytes:
 
 
 async def shown_certificate(server: TcpServer, authority: Authority) -> bytes:
-    """The certificate that a new connection gets to see."""
+    """Return the certificate that the server shows to a new connection."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.load_verify_locations(cafile=authority.path)
     _, writer = await asyncio.open_connection(*host_and_port(server), ssl=context)
@@ -186,7 +186,7 @@ async def test_worker_whose_certificate_is_for_another_address(authority: Author
 
 
 async def test_worker_whose_certificate_has_expired(authority: Authority) -> None:
-    """It had one that was good when it started."""
+    """Its certificate was valid when the worker started."""
     old = authority.issue(is_expired=True)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(old.cert, old.key)
@@ -198,7 +198,7 @@ async def test_worker_whose_certificate_has_expired(authority: Authority) -> Non
 
 
 @pytest.mark.parametrize("presents", ["nothing", "another authority's", "expired", "a worker's TLS 1.2"])
-async def test_caller_that_is_not_let_in(
+async def test_caller_is_refused(
     authority: Authority, tmp_path: Path, presents: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -231,7 +231,7 @@ async def test_caller_that_is_not_let_in(
     assert expected in record.message
 
 
-async def test_refused_caller_is_told_where_to_look(authority: Authority, tmp_path: Path) -> None:
+async def test_refused_caller_gets_the_reason(authority: Authority, tmp_path: Path) -> None:
     stranger = Authority(tmp_path, "stranger")
     chosen = authority.settings(stranger.issue(), "mutual")
     async with (
@@ -295,7 +295,7 @@ async def test_certificates_that_the_page_makes(repository: Path, tmp_path: Path
 
 
 @pytest.mark.usefixtures("always_looks")
-async def test_worker_takes_up_a_new_certificate_and_drops_nobody(authority: Authority) -> None:
+async def test_worker_reloads_its_certificate_and_keeps_connections(authority: Authority) -> None:
     ours, renewed = authority.issue(), authority.issue()
     async with (
         running_server(authority.settings(ours)) as server,
@@ -316,7 +316,7 @@ async def test_worker_takes_up_a_new_certificate_and_drops_nobody(authority: Aut
 
 @pytest.mark.usefixtures("always_looks")
 async def test_authority_changes_without_a_restart(authority: Authority, tmp_path: Path) -> None:
-    """First both trust the old and the new, then each gets a certificate of the new, then the old goes."""
+    """Both sides trust both authorities, then get certificates of the new one, then drop the old one."""
     worker, caller = authority.issue(), authority.issue()
     following = Authority(tmp_path, "next")
     async with (
@@ -388,7 +388,7 @@ async def test_unfinished_tls_handshakes_leave_room_for_callers(authority: Autho
         await eventually(lambda: server.connection_count == 1)
 
 
-async def test_full_worker_says_so_over_tls(authority: Authority) -> None:
+async def test_full_worker_refuses_over_tls(authority: Authority) -> None:
     chosen = authority.settings(authority.issue(), "mutual")
     async with (
         running_server(chosen | {"max_connections_count": 1}) as server,
@@ -404,7 +404,7 @@ async def test_full_worker_says_so_over_tls(authority: Authority) -> None:
 async def test_connection_dropped_as_its_tls_stands_leaves_nothing(
     authority: Authority, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The server has it already, and the gate does not know that it is through."""
+    """The server has the connection already, and the gate has not noticed yet."""
     chosen = authority.settings(authority.issue())
     async with running_server(chosen) as server, running_client(chosen) as client:
         gate, on_made = server._gate, server.on_made
@@ -451,7 +451,7 @@ async def test_recorded_connection_cannot_be_replayed(authority: Authority) -> N
 
 
 async def _call_by_hand(server: TcpServer, context: ssl.SSLContext) -> tuple[bytes, Any]:
-    """One request; all bytes that went to the server, and the frame that came back."""
+    """Send one request; return all bytes that went to the server, and the frame that came back."""
     reader, writer = await asyncio.open_connection(*host_and_port(server))
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
     secured = context.wrap_bio(incoming, outgoing, server_hostname="127.0.0.1")
@@ -496,7 +496,7 @@ async def _until_closed(reader: asyncio.StreamReader) -> None:
 
 @asynccontextmanager
 async def slow_line(server: TcpServer) -> AsyncIterator[tuple[Proxy, Target]]:
-    """A proxy before the server, and the target that leads through it."""
+    """Run a proxy before the server; yield it, and the target that leads through it."""
     host_and_port, _, mark = server.address.partition("+")
     async with Proxy(host_and_port) as proxy:
         port = proxy.url.rpartition(":")[2]

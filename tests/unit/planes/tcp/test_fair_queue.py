@@ -1,4 +1,4 @@
-"""The fair queue, against a model that searches."""
+"""The fair queue, against a model that searches all items."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ OWNERS = "abcd"
 
 
 class Searching:
-    """The same promises, kept by looking at everything."""
+    """A queue of the same behaviour that searches all items."""
 
     def __init__(self) -> None:
         self.lanes: dict[str, list[int]] = {}  # in the order of their turns
@@ -47,7 +47,7 @@ class Searching:
 
 
 @given(st.lists(st.tuples(st.sampled_from(["push", "push", "pop", "remove"]), st.sampled_from(OWNERS))))
-def test_it_does_what_a_search_would(steps: list[tuple[str, str]]) -> None:
+def test_queue_equals_its_model(steps: list[tuple[str, str]]) -> None:
     queue: FairQueue[str, int] = FairQueue()
     model, numbers = Searching(), count()
     for step, owner in steps:
@@ -80,7 +80,7 @@ def test_owner_that_leaves_and_returns_waits_for_its_turn() -> None:
     assert [queue.pop() for _ in range(4)] == [1, 11, 2, 3]
 
 
-def test_owners_of_the_same_length_take_no_place_from_each_other() -> None:
+def test_owners_of_equal_length_do_not_evict_each_other() -> None:
     queue: FairQueue[str, int] = FairQueue()
     queue.push("a", 1)
     queue.push("a", 2)
@@ -90,7 +90,7 @@ def test_owners_of_the_same_length_take_no_place_from_each_other() -> None:
     assert queue.eviction_candidate("a") is None
 
 
-def test_what_is_empty_holds_nothing() -> None:
+def test_empty_queue_holds_nothing() -> None:
     queue: FairQueue[str, int] = FairQueue()
     for number in range(100):
         queue.push(str(number), number)

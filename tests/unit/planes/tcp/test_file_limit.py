@@ -1,4 +1,4 @@
-"""The limit of open files is told with what raises it."""
+"""The description of the limit of open files names the way to raise it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ print(describe_file_limit())
         (200, 200, "RLIMIT_NOFILE is 200, the most that this process may have: raise it where the"),
     ],
 )
-def test_file_limit_is_told_with_its_remedy(soft: int, hard: int, said: str) -> None:
+def test_file_limit_is_described_with_its_remedy(soft: int, hard: int, said: str) -> None:
     source = SOURCE.format(soft=soft, hard=hard)
     done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True)
     assert done.stdout.startswith(said)

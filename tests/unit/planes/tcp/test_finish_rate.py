@@ -7,7 +7,7 @@ import pytest
 from dynamo_redis.planes.tcp.admission import FinishRate
 
 
-def test_it_knows_nothing_at_first() -> None:
+def test_rate_is_unknown_at_first() -> None:
     rate = FinishRate()
     rate.resume(100.0, 5)
     assert rate.per_s(100.0, 5) is None
@@ -31,7 +31,7 @@ def test_server_that_stands_still_is_seen() -> None:
     assert rate.per_s(103.2, 100) == 0
 
 
-def test_it_follows_a_change_within_two_windows() -> None:
+def test_rate_follows_a_change_within_two_windows() -> None:
     rate = FinishRate()
     rate.resume(0.0, 0)
     for tick in range(1, 40):
@@ -50,7 +50,7 @@ def test_idle_time_does_not_count() -> None:
     assert rate.per_s(3601.0, 150) == pytest.approx(50)
 
 
-def test_asked_rarely_it_measures_the_whole_time_between() -> None:
+def test_rate_covers_the_time_between_rare_readings() -> None:
     rate = FinishRate()
     rate.resume(0.0, 0)
     assert rate.per_s(30.0, 300) == pytest.approx(10)

@@ -1,4 +1,4 @@
-"""TLS settings that do not fit are named at once, and changed files are taken up."""
+"""Unusable TLS settings are named at start, and changed files are reloaded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.certificates import Authority, Identity
 
 
 class HeldClock:
-    """Moves when it is told to."""
+    """A clock that the test moves."""
 
     def __init__(self) -> None:
         self.now_s = 0.0
@@ -41,7 +41,7 @@ def authority(tmp_path: Path) -> Authority:
 
 
 def shown_by(context: ssl.SSLContext, authority: Authority) -> bytes:
-    """The certificate that a server's context shows, in DER."""
+    """Return the certificate that a server's context shows, in DER."""
     client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     client.load_verify_locations(cafile=authority.path)
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -138,7 +138,7 @@ def bad_name(settings: dict[str, Any], _: Path) -> None:
         ("client", "on", bad_name, "DYN_TCP_TLS_SERVER_NAME='.not..a.name': is no host name"),
     ],
 )
-def test_what_does_not_fit_is_named_at_start(
+def test_unusable_tls_settings_are_named_at_start(
     side: Side,
     mode: str,
     change: Callable[[dict[str, Any], Path], None],
@@ -166,7 +166,7 @@ def test_without_settings_there_is_no_tls() -> None:
     assert make_tls(PlaneSettings.load(), "client") is None
 
 
-def test_nothing_older_than_tls_1_3_and_nobody_unchecked(authority: Authority) -> None:
+def test_context_wants_tls_1_3_and_checks_certificates(authority: Authority) -> None:
     settings = PlaneSettings.load(**authority.settings(authority.issue(), "mutual"))
     server, client = (TlsContext(settings, side).current() for side in get_args(Side))
     for context in (server, client):
@@ -215,7 +215,8 @@ def test_name_in_certificates_may_be_given(authority: Authority) -> None:
 
 @pytest.mark.parametrize("address", ["10.0.0.7:80+tls", "[::1]:80+mtls"])
 def test_release_that_knows_no_tls_refuses_the_address(address: str) -> None:
-    """It takes what follows the colon for the port, and so never speaks in the clear to a TLS worker."""
+    """An earlier release takes `80+tls` for the port and fails: it never speaks in the clear to a TLS
+    worker."""
     with pytest.raises(ValueError, match="the port is not one of"):
         parse_address(address)
 
@@ -244,9 +245,7 @@ def test_changed_certificate_is_taken_up(authority: Authority, clock: HeldClock)
     assert tls.current() is tls.current()
 
 
-def test_mounted_secret_is_swapped_by_one_symbolic_link(
-    authority: Authority, clock: HeldClock, tmp_path: Path
-) -> None:
+def test_kubernetes_secret_update_is_noticed(authority: Authority, clock: HeldClock, tmp_path: Path) -> None:
     """As Kubernetes does it: `tls.crt` → `..data/tls.crt`, `..data` → a directory of the moment."""
     for version in ("v1", "v2"):
         made = authority.issue()
@@ -267,7 +266,7 @@ def test_mounted_secret_is_swapped_by_one_symbolic_link(
 
 
 @pytest.mark.parametrize("damage", ["cut", "missing", "foreign key", "expired", "unreadable"])
-def test_what_cannot_be_used_is_named_once_and_the_old_goes_on(
+def test_unusable_files_are_logged_once_and_not_used(
     authority: Authority,
     clock: HeldClock,
     tmp_path: Path,
@@ -305,7 +304,7 @@ def test_what_cannot_be_used_is_named_once_and_the_old_goes_on(
 
 
 def test_certificate_refused_for_the_time_is_tried_again(authority: Authority, clock: HeldClock) -> None:
-    """It was made by a machine whose clock is ahead: the file stays as it is, the time comes."""
+    """A certificate of a machine whose clock is ahead becomes valid later, with the file unchanged."""
     tls = TlsContext(PlaneSettings.load(**authority.settings()), "client", clock)
     first = tls.current()
     replaced = Authority(authority.path.parent, "next")
