@@ -200,7 +200,7 @@ async def test_a_group_of_no_stream_makes_it(plane: Plane) -> None:
     await group.aclose()
 
 
-async def test_a_group_goes_back_to_an_entry_to_the_floor_or_to_the_end(plane: Plane) -> None:
+async def test_group_seeks_entry_floor_or_end(plane: Plane) -> None:
     group = await reader(plane)
     await append(plane, "a", "b", "c")
     first, second, third = ids(await take(group, 3))

@@ -323,7 +323,7 @@ async def test_a_write_that_comes_twice_or_late_changes_nothing(deployed: Deploy
     assert not await storage.write(keys, "one", token, 3, b"3")
 
 
-async def test_another_owner_with_the_same_token_is_not_told_that_it_has_written(deployed: Deployed) -> None:
+async def test_other_owner_with_same_token_is_refused(deployed: Deployed) -> None:
     """Two holdings may get one token: after a failover that lost the first, with the clock behind."""
     keys, storage = deployed.keys("a"), deployed.storage
     token = await storage.acquire(keys, "one", LONG_S, "p")

@@ -300,7 +300,7 @@ async def test_a_transaction_too_large_for_one_script_is_refused(registry: Regis
     await registry.transact([], [DeleteOp("l/0"), DeleteOp("l/1")])
 
 
-async def test_a_transaction_without_effect_answers_the_present_revision(registry: Registry) -> None:
+async def test_transaction_without_effect_returns_present_revision(registry: Registry) -> None:
     revision = await registry.put("a", b"1")
     assert await registry.transact([], [DeleteOp("none")]) == revision
     assert await registry.transact([Compare("none", None)], []) == revision
@@ -464,9 +464,7 @@ async def test_a_slow_consumer_gets_the_difference(
 # --------------------------------------------------------------------------- kept keys
 
 
-async def test_a_registered_key_stands_under_the_lease_and_goes_with_it(
-    deployment: Deployment, follow: Follow
-) -> None:
+async def test_registered_key_has_the_lease_and_ends_with_it(deployment: Deployment, follow: Follow) -> None:
     worker, watcher = await deployment.process(), await deployment.process()
     follower = await follow(watcher, "i/")
     registration = await worker.register("i/1", b"v")
@@ -576,7 +574,7 @@ async def _told(lost: list[LostReason]) -> None:
             await asyncio.sleep(0.01)
 
 
-async def test_a_key_that_somebody_deletes_is_reported_and_stays_deleted(deployment: Deployment) -> None:
+async def test_key_deleted_by_a_caller_is_reported_and_stays_deleted(deployment: Deployment) -> None:
     worker, other = await deployment.process(), await deployment.process()
     lost: list[LostReason] = []
     registration = await worker.register("i/1", b"v", on_lost=lost.append)
@@ -594,7 +592,7 @@ async def test_a_key_that_somebody_deletes_is_reported_and_stays_deleted(deploym
     assert lost == ["deleted"]
 
 
-async def test_a_key_that_somebody_overwrites_is_reported_and_left_to_them(deployment: Deployment) -> None:
+async def test_overwritten_key_is_reported_and_left_to_its_new_owner(deployment: Deployment) -> None:
     worker, other = await deployment.process(), await deployment.process()
     lost: list[LostReason] = []
     registration = await worker.register("i/1", b"v", on_lost=lost.append)
@@ -673,7 +671,7 @@ def _sortable(revision: Revision) -> tuple[int, ...]:
     return tuple(map(int, revision.split("-")))
 
 
-async def test_an_exclusive_key_taken_after_a_wipe_is_lost_to_its_new_owner(deployment: Deployment) -> None:
+async def test_exclusive_key_taken_after_a_wipe_is_lost(deployment: Deployment) -> None:
     one, two = await deployment.process(), await deployment.process()
     lost: list[LostReason] = []
     hold = asyncio.Event()

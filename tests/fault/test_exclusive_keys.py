@@ -119,7 +119,7 @@ async def reserve(registry: Registry, first: int, end: int, count: int = 1, **mo
     )
 
 
-async def test_who_comes_late_after_a_wipe_is_told_that_the_port_is_anothers(
+async def test_late_process_after_a_wipe_loses_its_port(
     open_registry: Open, server: ServerUnderTest, proxy: Proxy
 ) -> None:
     first = free_ports(2)
@@ -146,9 +146,7 @@ async def is_free(registry: Registry, port: int) -> bool:
     return await registry.get(port_key(HOST, port)) is None
 
 
-async def test_redis_gone_amid_a_range_leaves_nothing_reserved_once_it_is_back(
-    open_registry: Open, proxy: Proxy
-) -> None:
+async def test_redis_lost_during_a_range_leaves_no_port_reserved(open_registry: Open, proxy: Proxy) -> None:
     """The third of six ports is reserved, but nobody hears of it."""
     first = free_ports(6)
     registry, other = await open_registry(proxy.url), await open_registry()
@@ -280,9 +278,7 @@ async def counted(registry: Registry, count: int, barrier_id: str = "group") -> 
     await until(are_there)
 
 
-async def test_a_wipe_in_the_middle_delays_a_barrier_and_breaks_nothing(
-    open_registry: Open, server: ServerUnderTest
-) -> None:
+async def test_wipe_only_delays_a_barrier(open_registry: Open, server: ServerUnderTest) -> None:
     leader, one, two, three = [await open_registry() for _ in range(4)]
     leading = asyncio.create_task(LeaderBarrier("group", 3, 20).sync(leader, DATA))
     waiting = [
@@ -315,7 +311,7 @@ async def test_who_waits_for_a_leader_that_went_with_the_data_is_freed(
     await asyncio.gather(leading, return_exceptions=True)
 
 
-async def test_a_killed_leader_frees_its_workers_and_is_succeeded_at_once(
+async def test_killed_leader_frees_its_workers_for_the_next_leader(
     open_registry: Open, server: ServerUnderTest
 ) -> None:
     """The next leader starts while the lease of the dead one lives; a dead worker is outwaited as well, and
@@ -380,9 +376,7 @@ async def test_redis_killed_in_the_middle_is_outwaited_by_both_sides(
     assert await leading == ["one", "two"]
 
 
-async def test_an_abort_that_redis_cannot_be_told_hides_nothing_and_comes_later(
-    open_registry: Open, server: ServerUnderTest
-) -> None:
+async def test_abort_without_redis_is_written_later(open_registry: Open, server: ServerUnderTest) -> None:
     leader, worker = [await open_registry() for _ in range(2)]
     leading = asyncio.create_task(LeaderBarrier("group", 2, 0.3).sync(leader, DATA))
     waiting = asyncio.create_task(WorkerBarrier("group", "one", 20).sync(worker))
@@ -425,7 +419,7 @@ async def test_one_worker_too_many_is_told_so(open_registry: Open) -> None:
     assert any(isinstance(outcome, BarrierError) for outcome in outcomes)
 
 
-async def test_who_takes_the_place_of_a_counted_worker_is_not_let_through(open_registry: Open) -> None:
+async def test_replacement_of_a_counted_worker_is_not_admitted(open_registry: Open) -> None:
     """It waits while another of its id is there, which is counted, goes on and leaves."""
     leader, one, two, late = [await open_registry() for _ in range(4)]
     async with LeaderBarrier("group", 2, 10) as leading:

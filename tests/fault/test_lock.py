@@ -103,7 +103,7 @@ asyncio.run(main())
 """
 
 
-async def test_a_holder_stopped_past_its_ttl_writes_no_more_and_is_cancelled(
+async def test_holder_stopped_past_its_ttl_is_cancelled(
     own_redis_server: EmbeddedServer, open_locks: OpenLocks, dynamo_redis_prefix: str
 ) -> None:
     process = await asyncio.create_subprocess_exec(
@@ -162,7 +162,7 @@ async def test_what_a_lock_guards_ends_before_another_can_have_it(
     assert await holding < acquired_at
 
 
-async def test_a_frozen_server_s_ttl_goes_on_and_so_does_the_holder_s_deadline(
+async def test_ttl_and_deadline_go_on_while_a_server_is_frozen(
     own_redis_server: EmbeddedServer, open_locks: OpenLocks
 ) -> None:
     entered = asyncio.Event()

@@ -260,7 +260,7 @@ async def die_and_come_back(server: EmbeddedServer) -> None:
 
 
 @pytest.mark.parametrize("keeps", ["everysec", "nothing"])
-async def test_an_upload_outlives_a_server_that_is_killed_and_restarted(
+async def test_upload_survives_a_killed_and_restarted_server(
     open_objects: OpenObjects, tmp_path: Path, keeps: str
 ) -> None:
     content = content_of("x", 40 * CHUNK_BYTES)
@@ -279,7 +279,7 @@ async def test_an_upload_outlives_a_server_that_is_killed_and_restarted(
         assert await objects.read("b", "n") == content
 
 
-async def test_pieces_outlive_a_restart_that_loses_nothing_and_so_does_a_reader(
+async def test_pieces_and_readers_survive_a_restart_with_data(
     open_objects: OpenObjects, tmp_path: Path
 ) -> None:
     content = content_of("x", 40 * CHUNK_BYTES)
@@ -406,7 +406,7 @@ async def test_a_commit_whose_answer_is_lost_happens_once(
 
 
 @pytest.mark.parametrize("replaced", [False, True])
-async def test_a_fenced_commit_whose_answer_is_lost_is_told_from_one_that_was_refused(
+async def test_fenced_commit_with_lost_answer_is_not_taken_for_refused(
     open_objects: OpenObjects,
     own_redis_server: EmbeddedServer,
     proxy: Proxy,
@@ -463,9 +463,7 @@ async def test_put_repeated_after_a_lost_answer_undoes_nothing(
         assert left is None
 
 
-async def test_connections_cut_again_and_again_during_uploads_and_reads(
-    open_objects: OpenObjects, proxy: Proxy
-) -> None:
+async def test_uploads_and_reads_survive_repeated_cuts(open_objects: OpenObjects, proxy: Proxy) -> None:
     objects = open_objects(proxy.url, timeout_s=1.0)
     under_way = asyncio.Event()
     cuts_count = 0

@@ -261,7 +261,7 @@ def test_a_source_that_was_asked_for_and_is_not_there_fails(
     result.stdout.fnmatch_lines(["*ConfigError: no Redis server program was found (path only)*"])
 
 
-def test_a_container_that_was_asked_for_without_an_engine_fails_in_one_line(
+def test_container_without_an_engine_fails_in_one_line(
     users: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DYN_TEST_REDIS", "container")
@@ -303,7 +303,7 @@ def test_the_source_can_be_chosen(
     run(users).assert_outcomes(passed=1)
 
 
-async def test_a_server_given_by_url_keeps_all_keys_but_those_of_the_tests(
+async def test_server_given_by_url_keeps_all_other_keys(
     users: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, own_redis_server: EmbeddedServer
 ) -> None:
     monkeypatch.setenv("DYN_TEST_REDIS", own_redis_server.url)
@@ -357,7 +357,7 @@ async def test_runtimes_share_the_tests_registry(dynamo_runtime_factory: Runtime
     assert record.value == b"value"
 
 
-async def test_a_mock_worker_answers_and_its_files_are_in_the_object_store(
+async def test_mock_worker_answers_and_stores_its_files(
     dynamo_mock_worker: MockWorker, dynamo_runtime_factory: RuntimeFactory
 ) -> None:
     caller = await dynamo_runtime_factory()

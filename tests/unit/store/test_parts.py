@@ -91,7 +91,7 @@ def test_all_keys_share_the_tag() -> None:
     assert keys.lease_channel == "__keyspace@0__:{dep\\[1\\]\\*}:lease:*"
 
 
-def test_a_script_is_its_prelude_and_its_own_file_without_comments() -> None:
+def test_script_is_its_prelude_and_file_without_comments() -> None:
     script = load_script("registry_tick", "registry_prelude")
     assert "local function open(" in script.source
     assert "IDLE_MS, FULL}" in script.source
@@ -143,7 +143,7 @@ def test_a_write_says_what_it_follows() -> None:
     assert chain.acknowledged("d", Revision("4-0"), None)
 
 
-def test_the_chain_expects_what_it_sent_and_remembers_a_bounded_number() -> None:
+def test_chain_expects_its_writes_and_remembers_a_bounded_number() -> None:
     chain = WriterChain()
     chain.begin("a")
     assert chain.expects("a")
@@ -187,7 +187,7 @@ def change(number: int, key: str = "a/1") -> Change:
     return Change(Revision(f"{number}-0"), "d", key, None, "op", (Revision(f"{number - 1}-0"), "op"))
 
 
-async def test_a_view_that_is_overrun_while_it_loads_asks_for_another_load() -> None:
+async def test_view_overrun_while_loading_must_be_loaded_again() -> None:
     view = PrefixView("a/")
     snapshot, position = Snapshot((), Revision("5-0")), Position("i", Revision("5-0"), "op")
     view.begin_load()

@@ -46,7 +46,7 @@ def test_a_template_that_takes_both_gets_what_came() -> None:
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}
 
 
-def test_arguments_become_an_object_for_a_template_that_writes_json() -> None:
+def test_arguments_become_an_object_if_the_template_writes_json() -> None:
     source = (
         "{% for m in messages %}{% for c in m.tool_calls or [] %}{{ c.function.arguments | tojson }}"
         "{% endfor %}{% endfor %}"
@@ -139,7 +139,7 @@ def test_the_final_message_is_cut_where_it_ends() -> None:
         chat("{{ messages[0].content }}").render(messages, continue_final_message=True)
 
 
-def test_a_developer_is_the_system_for_a_template_that_knows_none() -> None:
+def test_developer_message_becomes_system_for_older_templates() -> None:
     source = "{% for m in messages if m.role in ROLES %}{{ m.role }}:{{ m.content }} {% endfor %}"
     messages = [{"role": "developer", "content": "Be kind."}, *USER]
     without = source.replace("ROLES", "['system', 'user']")

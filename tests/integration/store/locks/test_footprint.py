@@ -22,7 +22,7 @@ def rows(repository: Path) -> list[tuple[str, ...]]:
     return re.findall(r"^\| (?:\*tag\*)?`(:?\w+)` \|(?: (\w+) \| ([^|]+) \|)?", part, flags=re.MULTILINE)
 
 
-async def test_redis_holds_the_keys_and_fields_of_the_schema_page_and_no_others(
+async def test_redis_holds_exactly_the_keys_of_the_schema_page(
     own_redis_server: EmbeddedServer, dynamo_redis_prefix: str, rows: list[tuple[str, ...]]
 ) -> None:
     client = RedisClient(own_redis_server.url, timeout_s=1.0)

@@ -96,7 +96,7 @@ def die() -> None:
 
 
 @pytest.mark.parametrize("after_chunks", range(1, CHUNKS + 1))
-async def test_an_uploader_that_dies_at_a_chunk_leaves_the_old_object_and_chunks_that_expire(
+async def test_killed_uploader_leaves_old_object_and_expiring_chunks(
     objects: RedisObjectStore, redis: Redis, keys: ObjectKeys, after_chunks: int
 ) -> None:
     old, new = content_of("old"), content_of("new")
@@ -166,7 +166,7 @@ async def test_a_process_killed_while_it_uploads(
     assert 0 < int(redis.pttl(chunk)) <= 600_000
 
 
-async def test_an_upload_never_gives_the_chunks_of_a_current_version_an_expiry(
+async def test_upload_gives_current_chunks_no_expiry(
     objects: RedisObjectStore,
     dynamo_redis_url: str,
     dynamo_redis_prefix: str,
@@ -252,7 +252,7 @@ async def test_replaced_chunks_expire_and_kept_ones_do_not(
     assert left_ms == sorted(set(left_ms))  # not all of them at the same moment
 
 
-async def test_a_reader_of_a_replaced_version_renews_what_it_has_still_to_read(
+async def test_reader_of_a_replaced_version_renews_unread_chunks(
     dynamo_redis_url: str, dynamo_redis_prefix: str
 ) -> None:
     async with opened(dynamo_redis_url, dynamo_redis_prefix, expiry_s=3.0) as objects:
@@ -322,7 +322,7 @@ async def test_object_that_is_not_whole_is_told_and_put_right(
     assert await objects.read("b", "n") == content
 
 
-async def test_what_is_known_to_be_damaged_is_sent_once_more_and_never_twice(
+async def test_damaged_chunk_is_sent_exactly_once_more(
     objects: RedisObjectStore, redis: Redis, keys: ObjectKeys
 ) -> None:
     content = content_of("x")
@@ -381,7 +381,7 @@ async def test_a_missing_chunk_is_seen_and_put_right_by_the_next_put(
         ("version", None),
     ],
 )
-async def test_a_damaged_manifest_is_seen_and_put_right_by_the_next_put(
+async def test_damaged_manifest_is_detected_and_replaced_by_next_put(
     objects: RedisObjectStore, redis: Redis, keys: ObjectKeys, field: str, value: str | None
 ) -> None:
     content = content_of("x")
@@ -486,7 +486,7 @@ async def test_an_objects_keys_share_one_hash_tag(
     assert {key for key in keys if not key.startswith(tag)} == {f"{{{dynamo_redis_prefix}/object}}:names"}
 
 
-async def test_an_object_is_listed_if_its_put_dies_right_after_it_became_current(
+async def test_object_is_listed_if_its_put_dies_after_the_commit(
     objects: RedisObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_script = objects._client.script
@@ -575,7 +575,7 @@ async def test_writers_of_different_content_all_succeed_and_one_stays(
         assert all(redis.pttl(key) in expected for key in chunk_keys(keys, content))
 
 
-async def test_an_object_outlives_a_restart_of_redis_and_is_gone_with_its_data(
+async def test_object_survives_a_restart_but_not_loss_of_data(
     own_redis_server: EmbeddedServer, dynamo_redis_prefix: str
 ) -> None:
     async with opened(own_redis_server.url, dynamo_redis_prefix) as objects:

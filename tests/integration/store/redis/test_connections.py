@@ -101,7 +101,7 @@ async def test_tls_with_a_server_that_does_not_speak_it_is_said(dynamo_redis_url
     assert "If not, write redis://" in str(error)
 
 
-async def test_a_server_that_answered_once_is_not_suspected_of_another_protocol(
+async def test_server_that_answered_gets_no_hint_of_another_protocol(
     own_redis_server: EmbeddedServer, open_proxy: Any
 ) -> None:
     proxy = await open_proxy(own_redis_server.url)

@@ -70,7 +70,7 @@ async def count(kv: KeyValue, kind: bytes) -> int:
     return sum(fields[1] == kind for _, fields in entries)
 
 
-async def test_a_lease_with_thousands_of_keys_is_revoked_in_bounded_calls(
+async def test_lease_of_thousands_of_keys_is_revoked_in_bounded_calls(
     kv: KeyValue, most_deletes: list[int]
 ) -> None:
     await fill(kv, [OwnedPut(f"k/{n:04}", b"") for n in range(1500)], lease=ME, ttl_s=10)
@@ -84,9 +84,7 @@ async def test_a_lease_with_thousands_of_keys_is_revoked_in_bounded_calls(
     assert await kv.client.execute("EXISTS", kv.keys.lease(ME)) == 0
 
 
-async def test_no_key_of_an_ended_lease_lives_on_when_the_lease_is_granted_again(
-    kv: KeyValue, most_deletes: list[int]
-) -> None:
+async def test_new_grant_revives_no_key_of_the_ended_lease(kv: KeyValue, most_deletes: list[int]) -> None:
     await fill(kv, [OwnedPut(f"k/{n:04}", b"") for n in range(1500)], lease=ME, ttl_s=10)
     await pass_time(kv, 11)
     written = await kv.write([OwnedPut("k/0000", b"new")], lease=ME, ttl_s=10)
@@ -96,7 +94,7 @@ async def test_no_key_of_an_ended_lease_lives_on_when_the_lease_is_granted_again
     assert max(most_deletes[3:]) <= 2 * REAP_KEYS + 1
 
 
-async def test_a_put_over_a_key_of_an_ended_lease_tells_of_its_end_first(kv: KeyValue) -> None:
+async def test_put_over_a_key_of_an_ended_lease_logs_its_end_first(kv: KeyValue) -> None:
     await fill(kv, [OwnedPut(f"k/{n:04}", b"") for n in range(600)], lease=ME, ttl_s=10)
     await pass_time(kv, 11)
     written = await kv.write([PutOp("k/0599", b"new")])
@@ -104,7 +102,7 @@ async def test_a_put_over_a_key_of_an_ended_lease_tells_of_its_end_first(kv: Key
     assert [(fields[1], fields[3]) for _, fields in entries] == [(b"p", b"k/0599"), (b"x", b"k/0599")]
 
 
-async def test_a_repeated_write_looks_back_to_what_its_caller_had_seen_and_no_further(kv: KeyValue) -> None:
+async def test_repeated_write_searches_back_to_the_callers_last_entry(kv: KeyValue) -> None:
     await kv.write([PutOp("before", b"")])
     bottom, operation = kv._seen, new_operation()
 
@@ -134,7 +132,7 @@ async def test_a_page_ends_at_so_many_bytes(kv: KeyValue) -> None:
     assert [record.key for record in snapshot.records] == [f"k/{n:03}" for n in range(150)]
 
 
-async def test_a_structure_of_another_registry_is_found_within_a_second(kv: KeyValue) -> None:
+async def test_structure_of_another_registry_is_found_within_1_s(kv: KeyValue) -> None:
     before = await kv.initialize()
     await kv.client.execute("HSET", kv.keys.structure("lr"), "", "another")
     async with asyncio.timeout(30):
@@ -166,7 +164,7 @@ async def test_a_thousand_watches_see_what_is_theirs(dynamo_redis_url: str, open
     assert not reader._reader.fanout._lengths
 
 
-async def test_a_death_is_noticed_without_notifications_by_few_survivors_of_many(
+async def test_few_survivors_notice_many_deaths_without_hints(
     dynamo_redis_url: str, open_registry: Any, mirror: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     survivor, victim = (

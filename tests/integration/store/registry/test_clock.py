@@ -24,7 +24,7 @@ async def server(tmp_path: Path) -> AsyncIterator[ServerUnderTest]:
     await made.aclose()
 
 
-async def test_setting_the_clock_by_an_hour_costs_no_lease_and_keeps_no_dead_one(
+async def test_clock_step_of_an_hour_neither_ends_nor_keeps_a_lease(
     server: ServerUnderTest, open_registry: Any, mirror: Any
 ) -> None:
     worker, victim = await open_registry(server.url, ttl_s=3), await open_registry(server.url, ttl_s=3)

@@ -59,7 +59,7 @@ async def test_a_settled_deployment_asks_little(
     assert after.get("eval", 0) == before.get("eval", 0), "scripts go by their hash"
 
 
-async def test_a_registration_is_one_round_trip_even_when_it_grants_the_lease(
+async def test_registration_with_grant_is_one_round_trip(
     dynamo_redis_url: str, open_registry: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registry = await open_registry(dynamo_redis_url)

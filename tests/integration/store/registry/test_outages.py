@@ -73,7 +73,7 @@ async def test_after_an_empty_restart_all_is_back_within_5_s(
     assert view.state == state
 
 
-async def test_a_server_that_is_killed_loses_nothing_acknowledged_for_good(
+async def test_killed_server_loses_no_acknowledged_registration(
     own_redis_server: EmbeddedServer, open_registry: Any, mirror: Any
 ) -> None:
     worker = await open_registry(own_redis_server.url)
@@ -238,7 +238,7 @@ async def test_many_leases_end_in_bounded_calls(
 # --------------------------------------------------------------------------- connections
 
 
-async def test_watchers_survive_random_cuts_and_end_equal_to_the_server(
+async def test_watchers_equal_the_server_after_random_cuts(
     dynamo_redis_url: str, open_registry: Any, open_proxy: Any, mirror: Any
 ) -> None:
     rng = random.Random(7)
@@ -297,7 +297,7 @@ async def test_a_registration_without_an_answer_leaves_nothing_behind(
     await view.until_state({"k/kept": b"v", "k/1": b"again"})
 
 
-async def test_an_exclusive_registration_without_an_answer_can_be_repeated(
+async def test_exclusive_registration_with_lost_answer_can_be_repeated(
     dynamo_redis_url: str, open_registry: Any, open_proxy: Any, mirror: Any
 ) -> None:
     proxy = await open_proxy(dynamo_redis_url)
@@ -592,7 +592,7 @@ asyncio.run(main(*sys.argv[1:3]))
 @pytest.mark.parametrize(
     ("hang_s", "loop_stall_s", "where"), [(3.0, 60.0, "Python"), (5.0, 2.5, "C")], ids=["Python", "C"]
 )
-async def test_a_worker_that_hangs_says_so_then_gives_up_then_comes_back(
+async def test_hung_worker_is_marked_then_gone_then_back(
     dynamo_redis_url: str,
     dynamo_redis_prefix: str,
     open_registry: Any,

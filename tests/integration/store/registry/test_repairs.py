@@ -62,7 +62,7 @@ async def test_a_write_made_before_the_repair_does_not_hide_a_lost_one(
     assert worker.lease_losses == 0
 
 
-async def test_a_lease_granted_again_by_a_write_of_unknown_outcome_is_not_the_old_one(
+async def test_grant_by_a_write_of_unknown_outcome_is_a_new_lease(
     dynamo_redis_url: str, open_registry: Any, kv: KeyValue
 ) -> None:
     worker = await open_registry(dynamo_redis_url, ttl_s=30)
@@ -79,7 +79,7 @@ async def test_a_lease_granted_again_by_a_write_of_unknown_outcome_is_not_the_ol
     assert lost == []
 
 
-async def test_a_lease_whose_grant_was_answered_at_the_second_attempt_is_kept(
+async def test_lease_granted_at_the_second_attempt_is_kept(
     dynamo_redis_url: str, open_registry: Any, open_proxy: Any, kv: KeyValue
 ) -> None:
     proxy = await open_proxy(dynamo_redis_url)
@@ -99,7 +99,7 @@ async def test_a_lease_whose_grant_was_answered_at_the_second_attempt_is_kept(
     assert worker.lease_losses == 0
 
 
-async def test_a_key_that_its_owner_gave_up_does_not_come_back_with_its_lease(
+async def test_unregistered_key_does_not_return_with_its_lease(
     dynamo_redis_url: str, open_registry: Any, kv: KeyValue
 ) -> None:
     worker = await open_registry(dynamo_redis_url, ttl_s=1.0)
@@ -149,7 +149,7 @@ async def test_watches_may_come_and_go_while_everything_is_read_again(
     await coming[0].aclose()
 
 
-async def test_a_revision_from_before_a_wipe_or_of_a_lost_tail_is_compacted(
+async def test_revision_before_a_wipe_or_of_a_lost_tail_is_compacted(
     dynamo_redis_url: str, open_registry: Any, kv: KeyValue
 ) -> None:
     reader = await open_registry(dynamo_redis_url)

@@ -43,7 +43,7 @@ async def _pass_time(kv: KeyValue, seconds: float) -> None:
     await kv.client.execute("HSET", meta, "clock", clock + round(seconds * 1000))
 
 
-async def test_reads_show_no_key_of_an_ended_lease_however_many_there_are(kv: KeyValue) -> None:
+async def test_reads_hide_all_keys_of_an_ended_lease(kv: KeyValue) -> None:
     for n in range(200):
         await kv.write([OwnedPut(f"k/{n:03}", b"")], lease=LeaseId(n + 10), ttl_s=10)
     await kv.write([PutOp("k/free", b"")])
@@ -121,7 +121,7 @@ async def test_owned_operations_touch_nothing_of_others(kv: KeyValue) -> None:
     assert [record.value for record in (await kv.snapshot(""))[0].records] == [b"v", b"v"]
 
 
-async def test_a_key_that_changes_its_lease_does_not_die_with_the_old_one(kv: KeyValue) -> None:
+async def test_key_that_changes_its_lease_survives_the_old_one(kv: KeyValue) -> None:
     await kv.write([OwnedPut("k/1", b""), OwnedPut("k/2", b"")], lease=OTHER, ttl_s=10)
     await kv.write([OwnedPut("k/1", b"")], lease=ME, ttl_s=10)
     await kv.write([PutOp("k/2", b"")])
@@ -132,7 +132,7 @@ async def test_a_key_that_changes_its_lease_does_not_die_with_the_old_one(kv: Ke
     assert await kv.client.execute("ZCARD", kv.keys.structure("lk")) == 1, "its own mark"
 
 
-async def test_a_repeated_operation_that_wrote_nothing_is_evaluated_again(kv: KeyValue) -> None:
+async def test_repeated_operation_without_effect_is_evaluated_again(kv: KeyValue) -> None:
     operation = new_operation()
     await kv.write([PutOp("k", b"")])
     with pytest.raises(CompareFailed):
@@ -140,7 +140,7 @@ async def test_a_repeated_operation_that_wrote_nothing_is_evaluated_again(kv: Ke
     assert (await kv.write([PutOp("j", b"1"), PutOp("k", b"1")], operation=operation)).change_count == 2
 
 
-async def test_an_update_brings_nothing_back_though_the_log_has_not_told(
+async def test_update_before_the_log_is_read_revives_no_deleted_key(
     dynamo_redis_url: str, open_registry: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker, other = await open_registry(dynamo_redis_url), await open_registry(dynamo_redis_url)
@@ -154,7 +154,7 @@ async def test_an_update_brings_nothing_back_though_the_log_has_not_told(
     assert await other.get("k") is None
 
 
-async def test_a_key_that_another_had_meanwhile_and_gave_up_was_lost_to_it(
+async def test_key_taken_and_deleted_by_another_owner_is_lost(
     dynamo_redis_url: str, open_registry: Any
 ) -> None:
     """After a lost tail a resync may pass over the other's put; its delete is all that the log then tells."""
@@ -166,7 +166,7 @@ async def test_a_key_that_another_had_meanwhile_and_gave_up_was_lost_to_it(
     assert lost == ["conflict"]
 
 
-async def test_a_restored_exclusive_key_overwrites_nobody_though_the_log_has_not_told(
+async def test_restored_exclusive_key_overwrites_no_other_owner(
     dynamo_redis_url: str, dynamo_redis_prefix: str, open_registry: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, two = await open_registry(dynamo_redis_url), await open_registry(dynamo_redis_url)

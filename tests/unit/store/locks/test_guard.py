@@ -75,7 +75,7 @@ async def test_the_lease_is_renewed_while_the_block_runs() -> None:
         assert guard.lost is None
 
 
-async def test_a_block_is_cancelled_when_renewal_says_that_the_lease_is_lost() -> None:
+async def test_block_is_cancelled_when_a_renewal_finds_the_lease_lost() -> None:
     server = Server()
     server.is_owner = False
     with pytest.raises(LockLost, match="lock a is lost: it ended on the server") as raised:
@@ -86,7 +86,7 @@ async def test_a_block_is_cancelled_when_renewal_says_that_the_lease_is_lost() -
 
 
 @pytest.mark.parametrize("how", ["fails", "hangs"])
-async def test_a_block_is_cancelled_at_the_deadline_when_nobody_answers(how: str) -> None:
+async def test_block_is_cancelled_at_the_deadline_without_answers(how: str) -> None:
     server = Server()
     if how == "fails":
         server.answers = False
@@ -110,7 +110,7 @@ async def test_the_lease_counts_from_when_the_call_was_sent() -> None:
             await asyncio.sleep(LONG_S)
 
 
-async def test_a_block_that_hangs_the_loop_is_cancelled_at_its_next_await() -> None:
+async def test_block_that_hangs_the_loop_is_cancelled_at_next_await() -> None:
     guard = guard_of(Server(), ttl_s=SHORT_S)
     with ends_with():
         async with guard:

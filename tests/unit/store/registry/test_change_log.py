@@ -29,7 +29,7 @@ def entry(
     return revision.encode(), [part.encode() for pair in fields.items() for part in pair]
 
 
-def test_a_put_names_its_own_revision_as_creation_unless_it_says_another() -> None:
+def test_put_without_create_revision_names_its_own() -> None:
     created = parse_change(*entry("5-1", l="ff"))
     assert created.event == Put(Record("k", b"v", Revision("5-1"), Revision("5-1"), 1, LeaseId(255)))
     changed = parse_change(*entry("5-2", c="5-1", n="2"))

@@ -18,7 +18,7 @@ from dynamo_redis.store.registry.reaper import LEASELESS_TICK_S, TICK_S, Pace
 from dynamo_redis.store.registry.scripts_api import Renewal, Tick
 
 
-def test_all_processes_together_tick_four_times_a_second_and_sixteen_where_none_listens() -> None:
+def test_processes_together_tick_4_or_16_times_a_second() -> None:
     pace = Pace()
     for lease_count, interval_s in ((1, 0.5), (2, 0.5), (3, 0.75), (16, 4.0), (80, 5.0), (8000, 500.0)):
         assert not pace.renewed(Renewal("", lease_count, 0.06))
@@ -95,7 +95,7 @@ def step(keepalive: Keepalive, *answers: Callable[[], Any]) -> None:
     keepalive._renew_and_watch(cast("SyncConnection", Answers(*answers)))
 
 
-async def test_an_answer_about_the_lease_before_does_not_stop_the_new_one(keepalive: Keepalive) -> None:
+async def test_answer_about_the_old_lease_does_not_stop_the_new_one(keepalive: Keepalive) -> None:
     def granted_meanwhile() -> list[bytes]:
         keepalive.granted("two", asyncio.get_running_loop().time())
         return [b"incarnation", b"two"]
