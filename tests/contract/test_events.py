@@ -1,4 +1,4 @@
-"""What every store of event streams promises, on each implementation and each kind of server."""
+"""The contract of event streams, on each implementation and each kind of server."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ SETTINGS = EventSettings(event_stream_events_count=1000, event_stream_size_bytes
 
 
 class Clock:
-    """The machine's, and some."""
+    """The machine's clock, with an offset that the test sets."""
 
     def __init__(self) -> None:
         self.ahead_s = 0.0
@@ -54,14 +54,14 @@ class Clock:
 
 
 class MemoryPlane:
-    """Event streams, and what a test does to them from outside."""
+    """Event streams, and a test's interventions from outside."""
 
     def __init__(self) -> None:
         self._clock = Clock()
         self.streams: EventStreams = MemoryEventStreams(SETTINGS, clock=self._clock)
 
     async def silence(self, stream: StreamName, group: str) -> None:
-        """Let a group have been silent for too long."""
+        """Make a group silent for too long."""
         assert isinstance(self.streams, MemoryEventStreams)
         self.streams.stream(stream).groups[group].seen -= 3 * GROUP_TTL_S + 1
 
@@ -74,7 +74,7 @@ class MemoryPlane:
 
 
 class RedisPlane:
-    """The same on a server."""
+    """Event streams on a server."""
 
     def __init__(self, url: str, prefix: str) -> None:
         self.prefix = prefix
@@ -119,7 +119,7 @@ async def plane(
 async def redis_plane(
     request: pytest.FixtureRequest, server_urls: ServerUrls, dynamo_redis_prefix: str
 ) -> AsyncIterator[RedisPlane]:
-    """One on a server, on which somebody may do by hand what no caller would."""
+    """Event streams on a server, with a client for changes by hand."""
     made = RedisPlane(server_urls(request.param), dynamo_redis_prefix)
     yield made
     await made.aclose()
@@ -127,7 +127,7 @@ async def redis_plane(
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Readers that find nothing ask at once whether something is gone."""
+    """Let readers without new entries check at once whether their group is gone."""
     monkeypatch.setattr(readers, "CHECK_S", 0.0)
 
 
@@ -143,7 +143,7 @@ async def reader(plane: Plane, name: str = "router", stream: StreamName = STREAM
 
 
 async def take(source: EventGroup | EventTail, count: int) -> list[Entry]:
-    """The next entries, so many."""
+    """Read until there are `count` entries."""
     taken: list[Entry] = []
     with anyio.fail_after(WAIT_S):
         while len(taken) < count:
@@ -403,7 +403,7 @@ async def test_a_stream_with_a_snapshot_is_kept(plane: Plane) -> None:
 
 
 async def test_a_snapshot_behind_the_floor_keeps_no_stream(plane: Plane) -> None:
-    """The ceiling has dropped what follows it: no reader can go on from there."""
+    """The ceiling has dropped entries after it, so no reader can continue from there."""
     group = await reader(plane)
     await append(plane, "a")
     (first,) = ids(await take(group, 1))
@@ -699,7 +699,7 @@ async def test_a_stream_whose_entries_were_deleted_is_lost(redis_plane: RedisPla
 
 @pytest.fixture
 async def most_changed(redis_plane: RedisPlane, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many entries or sizes each call of a stream's script has dropped or made."""
+    """Return the number of entries or sizes that each call of a stream's script has dropped or made."""
     changed: list[int] = []
     keys, client = redis_plane.keys(), redis_plane.streams._client  # type: ignore[attr-defined]
     script = client.script

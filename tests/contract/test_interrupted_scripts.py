@@ -1,4 +1,4 @@
-"""Scripts of the registry that an error stops in their middle: a right that their user has lost."""
+"""Scripts of the registry that stop in their middle, since their user has lost a right."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ COMMANDS = ["xadd", "hset", "zadd", "zrem", "hdel"]
 
 @dataclass
 class Bench:
-    """A registry with a user all of whose rights are there, and one who loses some."""
+    """A registry with one user that has all rights, and one that loses some."""
 
     kv: KeyValue
     limited: KeyValue
@@ -44,7 +44,7 @@ class Bench:
         await self.kv.client.execute("ACL", "SETUSER", self.user, "+@all")
 
     async def interrupt(self, command: str, call: Callable[[KeyValue], Awaitable[object]]) -> None:
-        """Run a call whose script fails at that command, in its middle if it can come that far.
+        """Run a call whose script fails at that command, in its middle if it gets there.
 
         The clock has just been kept, so that its first command is not the one of keeping it.
         """
@@ -64,7 +64,7 @@ class Bench:
         pytest.fail(f"no script came past its first command without {command}")
 
     async def check(self) -> dict[str, Record]:
-        """That all structures agree with one another and with the log; answers the records."""
+        """Assert that all structures agree with one another and with the log; return the records."""
         names = self.kv.keys.structure
         execute = self.kv.client.execute
         packed = dict(pairs(await execute("HGETALL", names("kv"))))
@@ -142,7 +142,7 @@ CALLS: dict[str, Callable[[KeyValue], Awaitable[object]]] = {
 
 
 BEGINNINGS = {("hset", "delete"), ("hset", "revoke"), ("zadd", "revoke")}
-"""Calls that begin with the command: they do nothing at all without it."""
+"""Calls that begin with the command: without it they have no effect."""
 
 
 @pytest.mark.parametrize(("command", "call"), sorted({*itertools.product(COMMANDS, CALLS)} - BEGINNINGS))

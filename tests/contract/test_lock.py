@@ -1,4 +1,4 @@
-"""What every lock promises, on each implementation; and that the in-memory twin follows the scripts."""
+"""The contract of locks, on each implementation; and the in-memory locks compared with the scripts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LONG_S = 30.0
 
 @dataclass(frozen=True)
 class Deployed:
-    """Locks, and what they are stored in."""
+    """Locks, and their storage."""
 
     locks: StoredLocks
     storage: LockStorage
@@ -36,7 +36,7 @@ class Deployed:
         return LockKeys.of_name(self.prefix, name)
 
     async def take_away(self, held: HeldLock) -> None:
-        """End a lock behind its holder's back."""
+        """End a lock without its holder's knowledge."""
         await self.storage.release(self.keys(held.name), held.owner)
 
 
@@ -197,7 +197,7 @@ async def test_what_a_lost_lock_guards_is_cancelled(deployed: Deployed) -> None:
 
 
 async def test_contenders_exclude_each_other_and_lose_no_update(deployed: Deployed) -> None:
-    """Twenty that read, think and write; the block holds no other lock than this one."""
+    """Twenty tasks read, wait and write; only this lock orders them."""
     rng = random.Random(1)
     inside = 0
 
@@ -324,7 +324,8 @@ async def test_a_write_that_comes_twice_or_late_changes_nothing(deployed: Deploy
 
 
 async def test_other_owner_with_same_token_is_refused(deployed: Deployed) -> None:
-    """Two holdings may get one token: after a failover that lost the first, with the clock behind."""
+    """Two holdings may have one token after a failover that lost the first, to a server whose clock is
+    behind."""
     keys, storage = deployed.keys("a"), deployed.storage
     token = await storage.acquire(keys, "one", LONG_S, "p")
     assert isinstance(token, int)
@@ -334,7 +335,7 @@ async def test_other_owner_with_same_token_is_refused(deployed: Deployed) -> Non
 
 
 async def test_a_token_below_the_stored_one_writes_nothing(deployed: Deployed) -> None:
-    """Whoever is the owner: as after a failover to a server that forgot, with its clock behind."""
+    """Even the owner cannot, as after a failover to a server without the lock, whose clock is behind."""
     keys, storage = deployed.keys("a"), deployed.storage
     token = await storage.acquire(keys, "one", LONG_S, "p")
     assert isinstance(token, int)
@@ -377,7 +378,7 @@ async def test_names_and_ttls_that_cannot_be_are_refused(deployed: Deployed) -> 
 
 
 class Model:
-    """The same random calls on both storages; tokens are compared by what they were granted to."""
+    """The same random calls on both storages; a token is compared by the holding to which it was granted."""
 
     def __init__(self, storages: tuple[LockStorage, LockStorage], keys: LockKeys, seed: int) -> None:
         self._storages = storages

@@ -1,4 +1,4 @@
-"""What every object store promises, on each implementation."""
+"""The contract of object stores, on each implementation."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CHUNK_BYTES = 1000
 
 @pytest.fixture(params=["memory", "redis"])
 async def locks(request: pytest.FixtureRequest, dynamo_redis_prefix: str) -> AsyncIterator[StoredLocks]:
-    """The locks that `objects` obeys."""
+    """The locks of fenced puts to `objects`."""
     found: StoredLocks
     if request.param == "memory":
         found = MemoryLocks()
@@ -41,7 +41,7 @@ async def locks(request: pytest.FixtureRequest, dynamo_redis_prefix: str) -> Asy
 async def objects(
     request: pytest.FixtureRequest, locks: StoredLocks, dynamo_redis_prefix: str
 ) -> AsyncIterator[ObjectStore]:
-    """An empty store of 1000-byte chunks."""
+    """An empty store with chunks of 1000 bytes."""
     store: ObjectStore
     if isinstance(locks, MemoryLocks):
         store = MemoryObjectStore(chunk_bytes=CHUNK_BYTES, locks=locks)
@@ -274,7 +274,7 @@ async def test_a_source_that_fails_leaves_the_old_object(objects: ObjectStore, t
 
 @dataclass
 class Claimed:
-    """What somebody takes for a lock that he holds."""
+    """A lock that its user takes for held."""
 
     name: str
     owner: str
@@ -286,7 +286,7 @@ class Claimed:
 
 
 async def take_away(locks: StoredLocks, held: HeldLock, bucket: str, name: str) -> None:
-    """What a holder that was stopped past its TTL finds: its lock is gone, and it has not been told."""
+    """A holder that was stopped past its TTL has lost its lock and does not know it yet."""
     await locks._storage.release(LockKeys.of_object(locks._prefix, bucket, name), held.owner)
 
 
@@ -304,7 +304,7 @@ async def test_a_fenced_put_replaces_while_the_lock_is_held(objects: ObjectStore
     assert await objects.read("b", "n") == b"fourth"
 
 
-@pytest.mark.parametrize("others", ["nobody", "another", "another who has put"])
+@pytest.mark.parametrize("others", ["none", "another", "another that has put"])
 async def test_a_fenced_put_is_refused_once_the_lock_is_lost(
     objects: ObjectStore, locks: StoredLocks, others: str
 ) -> None:
@@ -321,13 +321,13 @@ async def test_a_fenced_put_is_refused_once_the_lock_is_lost(
 async def lock_of_another(
     objects: ObjectStore, locks: StoredLocks, held: HeldLock, others: str
 ) -> AsyncIterator[bytes]:
-    """Takes the lock away, for another or not; yields what the object holds then."""
+    """End the lock, and let another holder acquire it or not; yield the object's content then."""
     await take_away(locks, held, "b", "n")
-    if others == "nobody":
+    if others == "none":
         yield b"old"
         return
     async with locks.object_lock("b", "n").hold() as newer:
-        if others == "another who has put":
+        if others == "another that has put":
             await objects.put("b", "n", b"newer", fence=newer)
         yield await objects.read("b", "n")
 

@@ -28,7 +28,7 @@ ME = LeaseId(7)
 
 
 class Server:
-    """A server of the test's own, which can be made to refuse writes."""
+    """A server of this test alone, which can be made to refuse writes."""
 
     def __init__(self, embedded: EmbeddedServer, directory: Path, name: str) -> None:
         self.name = name

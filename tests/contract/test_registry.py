@@ -1,4 +1,4 @@
-"""What every registry promises, in memory and on each server that is there."""
+"""The contract of registries, in memory and on each installed server."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ async def registry(deployment: Deployment) -> Registry:
 
 
 class Follower:
-    """Consumes a watch into a picture of the prefix, checking that no event is a phantom."""
+    """Applies a watch's events to a copy of the prefix, and checks that no event is without cause."""
 
     def __init__(self, watch: Watch) -> None:
         self.state: dict[str, bytes] = {}

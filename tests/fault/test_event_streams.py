@@ -1,4 +1,4 @@
-"""Publishers and readers of event streams while answers are lost, connections break and servers forget."""
+"""Publishers and readers of event streams with lost answers, broken connections and lost data."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WAIT_S = 30.0
 
 
 class Reader:
-    """Follows a group as a router does: each event once, in order; what is missing is a gap."""
+    """Follows a group as a router does: each event once, in order; a missing event is a gap."""
 
     def __init__(self, group: EventGroup) -> None:
         self.applied: list[Any] = []
@@ -38,7 +38,7 @@ class Reader:
         self._group = group
 
     async def has_applied(self, sequence: int) -> None:
-        """Wait until it has applied that event."""
+        """Wait until that event has been applied."""
         await until(lambda: self.next_sequence > sequence)
 
     async def run(self) -> None:
@@ -75,7 +75,7 @@ async def proxy(own_redis_server: EmbeddedServer) -> AsyncIterator[Proxy]:
 
 @pytest.fixture
 async def publisher(proxy: Proxy) -> AsyncIterator[EventPublisher]:
-    """One whose connection passes through the proxy; with a short queue."""
+    """A publisher behind the proxy, with a short queue."""
     settings = EventSettings(event_queue_count=400, event_batch_count=10, event_linger_s=0.0)
     streams = RedisEventStreams(RedisClient(proxy.url, timeout_s=1.0), "dynamo", settings)
     made = EventPublisher(streams, STREAM, PUBLISHER, settings)
@@ -87,7 +87,7 @@ async def publisher(proxy: Proxy) -> AsyncIterator[EventPublisher]:
 
 @pytest.fixture
 async def reader(own_redis_server: EmbeddedServer) -> AsyncIterator[Reader]:
-    """One with a connection of its own, that reads until the test ends."""
+    """A reader with a connection of its own, which reads until the test ends."""
     client = RedisClient(own_redis_server.url, timeout_s=1.0)
     streams = RedisEventStreams(client, "dynamo", EventSettings())
     group = streams.group(STREAM, "router")

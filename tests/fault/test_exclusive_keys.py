@@ -49,7 +49,7 @@ asyncio.run(main(sys.argv[1]))
 
 @pytest.fixture
 async def server(tmp_path: Path) -> AsyncIterator[ServerUnderTest]:
-    """A server that forgets nothing by itself."""
+    """A server that keeps its data."""
     kinds = installed_servers()
     if not kinds:
         pytest.skip("needs a redis-server or valkey-server")
@@ -70,8 +70,9 @@ async def open_registry(server: ServerUnderTest) -> AsyncIterator[Open]:
     opened: list[RedisRegistry] = []
 
     async def open_(url: str | None = None, *, ttl_s: float = 5.0) -> RedisRegistry:
-        """With a `url`, behind a proxy: it gives up soon on answers that do not come. So it is tried again
-        when this machine alone took longer."""
+        """Open a registry; behind a proxy at `url`, with a short time-out.
+
+        Its calls are repeated, since this machine alone may take longer than that time-out."""
         settings = StoreSettings.load(
             redis_url=url or server.url, lease_ttl_s=ttl_s, command_timeout_s=0.4 if url else 5.0
         )
@@ -100,8 +101,8 @@ async def until(condition: Callable[[], Awaitable[bool]] | Callable[[], bool]) -
 
 
 def free_ports(count: int) -> int:
-    """The first of consecutive ports that nobody on this machine uses just now, below those that the system
-    gives to connections."""
+    """Return the first of consecutive ports that are free on this machine, below those that the system gives
+    to connections."""
     while True:
         first = random.randrange(20000, 32000)
         try:
@@ -147,7 +148,7 @@ async def is_free(registry: Registry, port: int) -> bool:
 
 
 async def test_redis_lost_during_a_range_leaves_no_port_reserved(open_registry: Open, proxy: Proxy) -> None:
-    """The third of six ports is reserved, but nobody hears of it."""
+    """The third of six ports is reserved, but the answer is lost."""
     first = free_ports(6)
     registry, other = await open_registry(proxy.url), await open_registry()
     breaking = BreaksAt(registry, 3, proxy)
@@ -168,7 +169,7 @@ async def test_redis_lost_during_a_range_leaves_no_port_reserved(open_registry: 
 
 
 class BreaksAt:
-    """A registry whose answers get lost from a certain registration on."""
+    """A registry that loses the answers from a certain registration on."""
 
     def __init__(self, registry: Registry, number: int, proxy: Proxy) -> None:
         self._registry = registry
@@ -186,7 +187,7 @@ class BreaksAt:
 
 
 class Tenant:
-    """Reserves ranges and gives them back. `held` is what all tenants believe to hold."""
+    """Reserves and releases ranges. `held` are the ports that all tenants believe to hold."""
 
     def __init__(
         self, registry: Registry, ports: tuple[int, int], held: dict[int, Tenant], seed: int
@@ -220,7 +221,7 @@ class Tenant:
 
 
 async def test_no_port_ever_has_two_tenants(open_registry: Open, server: ServerUnderTest) -> None:
-    """Whatever breaks for less than a lease lives, as long as Redis keeps its data."""
+    """All faults are shorter than a lease, and Redis keeps its data."""
     first = free_ports(8)
     held: dict[int, Tenant] = {}
     stop = asyncio.Event()
@@ -246,7 +247,7 @@ async def test_no_port_ever_has_two_tenants(open_registry: Open, server: ServerU
 
 
 async def disturb(server: ServerUnderTest, proxies: Sequence[Proxy], rng: random.Random) -> None:
-    """Ten faults, one after the other, and in the middle a kill of Redis."""
+    """Ten faults, one after the other; the middle one kills Redis."""
     for step in range(10):
         proxy = rng.choice(proxies)
         match rng.randrange(4):
@@ -270,7 +271,7 @@ async def disturb(server: ServerUnderTest, proxies: Sequence[Proxy], rng: random
 
 
 async def counted(registry: Registry, count: int, barrier_id: str = "group") -> None:
-    """Wait until so many workers stand in the barrier."""
+    """Wait until the barrier has that many workers."""
 
     async def are_there() -> bool:
         return len((await registry.get_prefix(f"{barrier_prefix(barrier_id)}workers/")).records) == count
@@ -314,8 +315,10 @@ async def test_who_waits_for_a_leader_that_went_with_the_data_is_freed(
 async def test_killed_leader_frees_its_workers_for_the_next_leader(
     open_registry: Open, server: ServerUnderTest
 ) -> None:
-    """The next leader starts while the lease of the dead one lives; a dead worker is outwaited as well, and
-    one that dies in another barrier is no longer counted there."""
+    """The next leader starts while the dead leader's lease lives.
+
+    It waits also for the end of a dead worker. A worker that dies in another barrier is no longer counted
+    there."""
     expiring = asyncio.create_task(a_worker_whose_lease_ends_is_counted_no_more(open_registry))
     child = ChildProcess.start([sys.executable, "-c", LEADER, server.url])
     dying = await open_registry(ttl_s=1)
@@ -352,7 +355,7 @@ async def a_worker_whose_lease_ends_is_counted_no_more(open_registry: Open) -> N
 
 
 async def abandon(registry: RedisRegistry, task: asyncio.Task[Any]) -> None:
-    """What a kill -9 leaves: nobody renews the lease, and nobody takes the keys back."""
+    """End a process as kill -9 does: its lease is not renewed, and its keys are not deleted."""
     await registry._keepalive.aclose()
     await registry._registrations.aclose()
     task.cancel()
@@ -420,7 +423,7 @@ async def test_one_worker_too_many_is_told_so(open_registry: Open) -> None:
 
 
 async def test_replacement_of_a_counted_worker_is_not_admitted(open_registry: Open) -> None:
-    """It waits while another of its id is there, which is counted, goes on and leaves."""
+    """It waits while another worker with its id is counted, goes on and leaves."""
     leader, one, two, late = [await open_registry() for _ in range(4)]
     async with LeaderBarrier("group", 2, 10) as leading:
         syncing = asyncio.create_task(leading.sync(leader, DATA))

@@ -1,4 +1,4 @@
-"""Locks while holders stop, servers freeze, forget or set their clocks, and answers get lost."""
+"""Locks with stopped holders, frozen servers, lost data, stepping clocks and lost answers."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ async def test_holder_stopped_past_its_ttl_is_cancelled(
 
 
 async def hold_until_lost(lock: Lock, entered: asyncio.Event) -> float:
-    """Hold it as long as possible; when (monotonic) the block was cancelled."""
+    """Hold the lock as long as possible; return the (monotonic) time of the block's cancellation."""
     with is_lost():
         async with lock.hold():
             entered.set()
@@ -148,7 +148,7 @@ async def hold_until_lost(lock: Lock, entered: asyncio.Event) -> float:
 async def test_what_a_lock_guards_ends_before_another_can_have_it(
     own_redis_server: EmbeddedServer, proxy: Proxy, open_locks: OpenLocks
 ) -> None:
-    """The holder cannot reach the server any more; who waits for the lock can."""
+    """The holder cannot reach the server any more; a waiting contender can."""
     entered = asyncio.Event()
     holding = asyncio.create_task(
         hold_until_lost(open_locks(proxy.url).lock("a", ttl_s=1.0), entered),
@@ -210,7 +210,7 @@ async def test_what_a_restart_kept_is_kept(own_redis_server: EmbeddedServer, ope
 
 @pytest.fixture
 async def clocked_server(tmp_path: Path) -> AsyncIterator[Callable[..., Awaitable[ServerUnderTest]]]:
-    """Starts servers whose clocks can be set."""
+    """Starts servers with a clock that can be set."""
     if faketime_library() is None:
         pytest.skip("needs libfaketime")
     servers: list[ServerUnderTest] = []
@@ -233,8 +233,9 @@ async def test_the_owner_decides_where_tokens_cannot(
     open_locks: OpenLocks,
     dynamo_redis_prefix: str,
 ) -> None:
-    """A failover to a replica that never saw the lock, with its clock an hour behind: the old token is the
-    higher one, and yet the old holder writes nothing."""
+    """A failover to a replica that never saw the lock, with its clock an hour behind.
+
+    The old holder has the higher token, and still its writes are refused."""
     primary = await clocked_server(0.0)
     replica = await clocked_server(-3600.0)
     await replica.replicate(primary)
@@ -290,7 +291,7 @@ async def is_held(lock: Lock) -> bool:
 
 
 async def connect(near: Lock, far: Lock) -> None:
-    """The answers that get lost shall be those to scripts that have run, not to what comes before."""
+    """Make all connections and load the scripts, so that only answers of scripts that have run are lost."""
     async with near.hold() as held:
         await held.write(b"")
         await far.holder()
@@ -347,7 +348,7 @@ async def test_a_renewal_whose_answer_was_lost_is_repeated(
 ) -> None:
     near, far = (open_locks(url).lock("a", ttl_s=1.0) for url in (own_redis_server.url, proxy.url))
     storage = RedisLockStorage(RedisClient(own_redis_server.url, timeout_s=3.0))
-    await storage.renew(LockKeys.of_name("p", "a"), "nobody", 1.0)  # so that the server knows the script
+    await storage.renew(LockKeys.of_name("p", "a"), "no-owner", 1.0)  # so that the server knows the script
     await storage.aclose()
 
     async def remaining_s() -> float:
@@ -409,8 +410,10 @@ async def test_a_release_whose_answer_was_lost_harms_nobody(
 async def test_under_faults_no_update_is_lost_and_no_stale_one_made(
     own_redis_server: EmbeddedServer, proxy: Proxy, open_locks: OpenLocks
 ) -> None:
-    """Contenders count together, each in a read, think, write; every third loses its block for a while, and
-    connections break all the time. A write that was acknowledged is there; of the others each may be."""
+    """Contenders increment one counter, each by a read, a wait and a write.
+
+    Every third hangs for a while, and connections break all the time. Every acknowledged write is counted;
+    any other write may be."""
     rng = random.Random(3)
     near = open_locks(own_redis_server.url).lock("a")
     history: list[tuple[int, int]] = []  # token and value of acknowledged writes

@@ -1,4 +1,5 @@
-"""Objects while uploaders are killed, servers die, forget and fall silent, and everybody comes at once."""
+"""Objects with killed uploaders, with servers that die, lose data or fall silent, and with many users at
+once."""
 
 from __future__ import annotations
 
@@ -63,7 +64,7 @@ async def proxy(own_redis_server: EmbeddedServer) -> AsyncIterator[Proxy]:
 
 @pytest.fixture
 def redis(dynamo_redis_url: str) -> Iterator[Redis]:
-    """Another way to the same keys, for what no caller of the store would do."""
+    """A client for changes of the same keys by hand."""
     with Redis.from_url(dynamo_redis_url) as client:
         yield client
 
@@ -78,7 +79,7 @@ def chunk_keys(keys: ObjectKeys, content: bytes) -> list[str]:
 
 
 def once_at(done_bytes: int, action: Callable[[], object]) -> Progress:
-    """A progress callback that acts when so much is done for the first time."""
+    """A progress callback that acts once, when that many bytes are done."""
     pending = [action]
 
     def progress(done: int, total: int | None) -> None:
@@ -183,13 +184,13 @@ async def test_what_a_stopped_uploader_has_claimed_is_sent_by_another(
     content = content_of("x")
     keys = ObjectKeys(dynamo_redis_prefix, "b", "n")
     first = chunk_name(hashlib.sha256(content[:CHUNK_BYTES]).hexdigest(), CHUNK_BYTES)
-    redis.set(keys.claim(first), "somebody who was stopped", px=300)
+    redis.set(keys.claim(first), "a stopped upload", px=300)
     async with asyncio.timeout(WAIT_S):
         await objects.put("b", "n", content)
     assert await objects.read("b", "n") == content
 
 
-# --------------------------------------------------------------------------- everybody at once
+# --------------------------------------------------------------------------- many users at once
 
 
 async def test_eight_uploaders_of_the_same_content_send_it_once(
@@ -356,7 +357,7 @@ async def heal_after(proxy: Proxy, pause_s: float) -> None:
 
 @contextlib.asynccontextmanager
 async def silence(proxy: Proxy, pause_s: float) -> AsyncIterator[Callable[[], None]]:
-    """Begins, when called, a time in which the server hears everything and nobody hears it."""
+    """When called, starts a time in which the server gets all requests and its answers are lost."""
     tasks: list[asyncio.Task[None]] = []
 
     def begin() -> None:
@@ -414,7 +415,8 @@ async def test_fenced_commit_with_lost_answer_is_not_taken_for_refused(
     monkeypatch: pytest.MonkeyPatch,
     replaced: bool,
 ) -> None:
-    """A put happens; before it is answered the lock is lost, to one who replaces the object or not."""
+    """A put takes effect; before its answer the lock is lost, and its next holder replaces the object or
+    not."""
     objects, direct = open_objects(proxy.url, timeout_s=0.2), open_objects(own_redis_server.url)
     locks = RedisLocks(RedisClient(own_redis_server.url, timeout_s=3.0), dynamo_redis_prefix)
     lock = locks.object_lock("b", "n")
@@ -441,7 +443,7 @@ async def test_fenced_commit_with_lost_answer_is_not_taken_for_refused(
 async def test_put_repeated_after_a_lost_answer_undoes_nothing(
     open_objects: OpenObjects, own_redis_server: EmbeddedServer, proxy: Proxy, monkeypatch: Any, later: str
 ) -> None:
-    """A put happens; before it is answered another process removes or replaces the object."""
+    """A put takes effect; before its answer another process removes or replaces the object."""
     objects, direct = open_objects(proxy.url, timeout_s=0.2), open_objects(own_redis_server.url)
     if later != "removed, new":
         await direct.put("b", "n", content_of("old"))

@@ -19,7 +19,7 @@ OpenRuntime = Callable[..., Awaitable[DistributedRuntime]]
 
 @dataclass(frozen=True)
 class Done:
-    """What a command did."""
+    """The outcome of a command."""
 
     code: int
     out: str
@@ -40,7 +40,7 @@ Cli = Callable[..., Done]
 def environment(
     dynamo_redis_url: str, dynamo_redis_prefix: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The commands' settings, from nothing but this environment."""
+    """The commands' settings, from this environment alone."""
     monkeypatch.setenv("DYN_REDIS_URL", dynamo_redis_url)
     monkeypatch.setenv("DYN_REDIS_PREFIX", dynamo_redis_prefix)
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))

@@ -1,4 +1,4 @@
-"""Child processes: their end is always complete, whoever ends first."""
+"""Child processes end completely, whether parent or child ends first."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ time.sleep(100)
 
 @asynccontextmanager
 async def family(directory: Path, *arguments: str) -> AsyncIterator[ChildProcess]:
-    """The program above, up, with a grandchild in its group."""
+    """Start the program above, with a grandchild in its group."""
     out = directory / "family.out"
     with out.open("wb") as file:
         child = ChildProcess.start([sys.executable, "-c", _FAMILY, *arguments], stdout=file)
@@ -50,7 +50,7 @@ async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
 
 
 def group(pgid: int) -> list[int]:
-    """The processes of a group that still run."""
+    """Return the processes of a group that still run."""
     found = []
     for process in psutil.process_iter(["status"]):
         try:
@@ -136,7 +136,8 @@ async def test_wait_times_out_and_leaves_it_running(tmp_path: Path) -> None:
 
 
 async def test_a_signal_to_the_parents_group_does_not_reach_it(tmp_path: Path) -> None:
-    """Ctrl-C goes to the terminal's foreground group: only to the parent, which decides the order."""
+    """Ctrl-C reaches the terminal's foreground group, so only the parent, which stops its children in
+    order."""
     async with family(tmp_path) as child:
         assert os.getpgid(child.pid) == child.pid
         assert os.getsid(child.pid) == child.pid != os.getsid(0)

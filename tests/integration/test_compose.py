@@ -150,7 +150,7 @@ def entrypoint(dockerfile: str) -> list[str]:
 
 @dataclass
 class NativeDeployment:
-    """The services of the file as processes of this machine."""
+    """The services of the file, run as processes of this machine."""
 
     services: dict[str, Any]
     entrypoint: list[str]
@@ -165,7 +165,7 @@ class NativeDeployment:
         (self.directory / "bin" / "redis-server").symlink_to(find_server().path)
 
     def localized(self, text: str) -> str:
-        """What the text means to Compose, with local addresses instead of the containers'."""
+        """Return a text with Compose's variables replaced, and local addresses instead of the containers'."""
         text = re.sub(r"\b8000\b", str(self.http_port), text).replace("/tmp/", f"{self.directory}/")
         text = re.sub(r"\$\{REDIS_PASSWORD[^}]*\}", self.password, text).replace("$$", "$")
         text = text.replace("$(hostname -i | cut -d' ' -f1)", "127.0.0.1")
@@ -190,7 +190,7 @@ class NativeDeployment:
             )
 
     async def check(self, service: str) -> int | None:
-        """Run a service's health check; the exit code."""
+        """Run a service's health check; return the exit code."""
         kind, *test = map(self.localized, self.services[service]["healthcheck"]["test"])
         argv = ["sh", "-c", *test] if kind == "CMD-SHELL" else test
         return await ChildProcess.start(argv, env=self.environment(service)).wait(30)

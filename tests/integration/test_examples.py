@@ -85,7 +85,7 @@ async def test_routers_hear_of_the_workers_blocks_and_load(
 
 
 def test_the_readme_shows_the_examples(repository: Path) -> None:
-    """Line by line, but for the type annotations and docstrings that the README leaves out."""
+    """They are equal line by line, except type annotations and docstrings, which the README leaves out."""
     readme = (repository / "README.md").read_text(encoding="utf-8")
     for name, lines in {
         "hello_worker.py": (

@@ -1,4 +1,4 @@
-"""Jobs in a process of their own: answers, limits, deaths, and the end with the parent."""
+"""Jobs in a separate process: answers, limits, deaths, and the end with the parent."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ async def test_killed_process_is_replaced(open_lane: OpenLane, tmp_path: Any) ->
 
 
 async def test_stopped_process_is_killed_at_last(open_lane: OpenLane) -> None:
-    """It uses no processor time, so the clock must end it."""
+    """It uses no processor time, so the time limit must end it."""
     lane = open_lane()
     await lane.run(b"echo x")
     assert lane.pid is not None
@@ -146,7 +146,7 @@ async def test_caller_that_leaves_gives_up_its_place(open_lane: OpenLane, tmp_pa
 
 
 async def test_close_while_a_dead_process_is_reaped(open_lane: OpenLane, tmp_path: Any) -> None:
-    """The thread that would wait for it has something else to do, such as looking up a name."""
+    """The thread that would wait for the process is busy, for example with a name lookup."""
     executor, free = ThreadPoolExecutor(1, "asyncio"), threading.Event()
     asyncio.get_running_loop().set_default_executor(executor)
     lane = open_lane()
@@ -211,7 +211,7 @@ async def test_answer_that_nobody_asked_for_ends_the_process(open_lane: OpenLane
 
 
 def test_process_does_not_outlive_its_parent(tmp_path: Any) -> None:
-    """Killed, so that it tells no one: an idle process ends at once, one at work or asleep at its limit."""
+    """The parent is killed: an idle process ends at once, one that works or sleeps at its limit."""
     program = f"""
         import asyncio, sys
         from dynamo_redis.jobs.lane import Lane

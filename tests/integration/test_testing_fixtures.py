@@ -1,4 +1,4 @@
-"""The pytest plugin, as its users have it: in a pytest run of their own, without this project's settings."""
+"""The pytest plugin as its users have it: in a separate pytest run, without this project's settings."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def test_the_plugin_imports_nothing_that_costs_time() -> None:
 def test_a_run_that_uses_no_fixture_of_it_starts_no_server(
     users: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("DYN_TEST_REDIS", "wrong, but nobody asks")
+    monkeypatch.setenv("DYN_TEST_REDIS", "wrong, but unused")
     users.makepyfile("def test_nothing():\n    pass\n")
     run(users).assert_outcomes(passed=1)
 
@@ -208,7 +208,7 @@ def test_tests_are_skipped_without_any_server_if_told_to(
 
 
 def test_mock_worker_fails_without_its_extra(users: pytest.Pytester) -> None:
-    """As tests without a Redis do: a run that tested nothing is not green."""
+    """Without a Redis the tests fail, so that a run that tested nothing does not pass."""
     users.makeconftest(
         """
         import sys
@@ -308,7 +308,7 @@ async def test_server_given_by_url_keeps_all_other_keys(
 ) -> None:
     monkeypatch.setenv("DYN_TEST_REDIS", own_redis_server.url)
     with Redis.from_url(own_redis_server.url) as redis:
-        redis.set("{dynamo}:meta", "somebody's")
+        redis.set("{dynamo}:meta", "another's")
         users.makepyfile(
             f"""
             import pytest

@@ -39,7 +39,7 @@ def programs(page: str) -> dict[str, str]:
 
 @asynccontextmanager
 async def running(program: Path, url: str, prefix: str) -> AsyncIterator[asyncio.subprocess.Process]:
-    """A program of the page in a process of its own, which ends in order."""
+    """Run a program of the page in a separate process, which is stopped in order."""
     environment = os.environ | {
         "DYN_REDIS_URL": url,
         "DYN_REDIS_PREFIX": prefix,

@@ -1,4 +1,4 @@
-"""Every decoder of stored or sent values answers a value or raises InvalidRecord, whatever it is given."""
+"""Every decoder of stored or sent values returns a value or raises InvalidRecord, for any input."""
 
 from __future__ import annotations
 

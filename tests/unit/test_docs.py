@@ -1,4 +1,4 @@
-"""The pages are true to the tree: their links lead somewhere, the tests they name exist."""
+"""The pages agree with the tree: their links have targets, the tests they name exist."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_tables_are_shown_as_tables(page: Path) -> None:
-    """A row behind a blank line is shown as text with pipes; a cell too many is not shown at all."""
+    """A row after a blank line is shown as text with pipes; a surplus cell is not shown at all."""
     assert [piece.content for piece in inline(page) if piece.type == "text" and "|" in piece.content] == []
     assert rows_of_another_width(page) == []
 
@@ -80,7 +80,7 @@ def test_the_site_lists_each_page() -> None:
 
 @pytest.mark.parametrize(("page", "code"), PYTHON_BLOCKS)
 def test_python_on_pages_fits_the_package(page: Path, code: str) -> None:
-    """Each block compiles, and what it imports of this package is there."""
+    """Each block compiles, and its imports from this package exist."""
     tree = compile(code, name(page), "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT | ast.PyCF_ONLY_AST)
     assert isinstance(tree, ast.Module)
     compile(tree, name(page), "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)

@@ -1,4 +1,4 @@
-"""Ids in JSON can be read by those whose numbers are floats."""
+"""Ids in JSON can be read by programs with floats as numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tests' own looks at processes that end meanwhile."""
+"""The tests' own helpers, for processes that end meanwhile."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_ended_processes_raise_nothing() -> None:
     child.kill()
     while is_alive(seen):
         pass
-    assert command_line(seen) == []  # a zombie: nobody has collected it yet
+    assert command_line(seen) == []  # a zombie: not yet collected
     child.communicate()
     assert not is_alive(seen)
     assert (command_line(seen), program_name(seen)) == ([], "")

@@ -1,4 +1,4 @@
-"""No text that the package makes of a value shows a secret."""
+"""No text of a value, as repr or message, shows a secret."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A supervisor: bad values are left out, and work that fails begins again."""
+"""A supervisor leaves out bad values, and starts failed work again."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ async def open_registry(dynamo_redis_prefix: str) -> AsyncIterator[OpenRegistry]
 
 
 class Mirror:
-    """What a watch has shown of a prefix so far."""
+    """The records of a prefix that a watch has shown so far."""
 
     def __init__(self, registry: Registry, prefix: str) -> None:
         self.state: dict[str, bytes] = {}
@@ -83,7 +83,7 @@ class Mirror:
 
 @pytest.fixture
 async def mirror() -> AsyncIterator[Callable[[Registry, str], Awaitable[Mirror]]]:
-    """Follows a prefix; answers once the first state has been seen."""
+    """Follows a prefix; returns once the first state has arrived."""
     mirrors: list[Mirror] = []
 
     async def begin(registry: Registry, prefix: str) -> Mirror:

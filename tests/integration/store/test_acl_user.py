@@ -68,7 +68,7 @@ PUBLISH bank x
 PSUBSCRIBE *
 SUBSCRIBE bank
 """
-"""What another tenant of the server, or its operator, would suffer from."""
+"""Commands that would harm another tenant of the server, or its operator."""
 
 
 def rights(repository: Path) -> str:
@@ -89,7 +89,7 @@ async def server(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterato
 
 @pytest.fixture
 async def admin(server: EmbeddedServer, repository: Path) -> AsyncIterator[RedisClient]:
-    """An operator, who has made the user `dyn`, and has a key of another program."""
+    """A client of the operator, which has made the user `dyn` and a key of another program."""
     client = RedisClient(server.url, timeout_s=10.0)
     await client.execute(*rights(repository).replace("PASSWORD", PASSWORD).split())
     await client.execute("SET", "bank", "100")
@@ -100,7 +100,7 @@ async def admin(server: EmbeddedServer, repository: Path) -> AsyncIterator[Redis
 
 @pytest.fixture
 def url(server: EmbeddedServer) -> str:
-    """What the user connects to."""
+    """The URL with the user's name and password."""
     return server.url.replace("redis://", f"redis://dyn:{PASSWORD}@")
 
 
@@ -151,13 +151,13 @@ async def test_the_whole_system_runs_with_the_least_rights(
 
 
 def _denied(entry: list[bytes | int]) -> str:
-    """The command or key of an entry of ACL LOG, which is a flat list of names and values."""
+    """Return the command or key of an entry of ACL LOG, a flat list of names and values."""
     found = dict(zip(entry[::2], entry[1::2], strict=True))
     return bytes(found[b"object"]).decode().lower()
 
 
 async def _keep_keys(settings: StoreSettings) -> None:
-    """A registry's life, with an owner that dies."""
+    """All operations of a registry, with an owner that dies."""
     worker, watcher = RedisRegistry(settings), RedisRegistry(settings)
     await worker.start()
     await watcher.start()
@@ -198,7 +198,7 @@ async def _hold_locks(settings: StoreSettings) -> None:
 
 
 async def _pass_events(streams: RedisEventStreams) -> None:
-    """Everything that publishers, routers and the command line do with event streams."""
+    """All operations of publishers, routers and the command line on event streams."""
     name = StreamName("dynamo", "backend", "test_events")
     group, tail = streams.group(name, "router"), streams.tail(name, max_age_s=60.0)
     await group.create()
@@ -221,7 +221,7 @@ async def _pass_events(streams: RedisEventStreams) -> None:
 
 
 async def _chat(deployment: Deployment, url: str) -> None:
-    """A worker, two frontends that route by its cache and tell each other, and the command line."""
+    """A worker, two frontends that route by its cache and exchange bookings, and the command line."""
     own = {"redis_url": url, "prefix": "dynamo"}
     await deployment.worker(own)
     frontends = [

@@ -1,4 +1,4 @@
-"""What others have done to the registry's structures by hand: nothing but the damaged value is lost."""
+"""Damage by hand to the registry's structures: only the damaged value is lost."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BROKEN = [value for value in WORST_MSGPACK.values() if value]
 
 
 class Hand:
-    """Somebody with redis-cli."""
+    """A client for changes by hand."""
 
     def __init__(self, client: RedisClient, prefix: str) -> None:
         self.client = client

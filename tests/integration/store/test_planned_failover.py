@@ -46,7 +46,7 @@ class Pair:
         self.proxy.target = self.new_url
 
     async def in_sync(self) -> None:
-        """Wait until the replica has what the primary has."""
+        """Wait until the replica is in sync."""
         async with asyncio.timeout(WAIT_S):
             while True:
                 offsets = [
@@ -82,7 +82,7 @@ async def pair(own_redis_server: EmbeddedServer, tmp_path: Path) -> AsyncIterato
 
 
 async def works_again(call: Callable[[], Awaitable[Any]]) -> Any:
-    """The answer of a call that may be refused while the address changes."""
+    """Repeat a call that may be refused while the address changes; return its answer."""
     async with asyncio.timeout(WAIT_S):
         while True:
             try:
@@ -184,7 +184,7 @@ async def test_event_streams_go_on_at_the_new_primary(pair: Pair, dynamo_redis_p
 
 
 async def _next(read: Callable[..., Awaitable[Any]]) -> bytes:
-    """The content of the next entry."""
+    """Return the content of the next entry."""
     async with asyncio.timeout(WAIT_S):
         while True:
             try:

@@ -247,7 +247,7 @@ def test_an_outage_is_two_log_lines(caplog: pytest.LogCaptureFixture) -> None:
 
 @pytest.fixture
 def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The time that health goes by, for a test to set."""
+    """The clock of `health`, for a test to set."""
     times = [1000.0]
     monkeypatch.setattr("dynamo_redis.store.redis.health.time", SimpleNamespace(monotonic=lambda: times[0]))
     return times

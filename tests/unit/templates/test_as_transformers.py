@@ -23,7 +23,7 @@ VECTORS: dict[str, Any] = json.loads(
 
 
 def directory_of(files: dict[str, Any], path: Path) -> Path:
-    """The demo model's tokenizer, and these files beside it."""
+    """Return a model directory with the demo model's tokenizer and these files."""
     for name in ("tokenizer.json", "config.json"):
         shutil.copy(DEMO_MODEL_PATH / name, path / name)
     for name, content in files.items():

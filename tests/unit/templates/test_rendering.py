@@ -1,4 +1,4 @@
-"""Chat templates beyond the one of Qwen3: forms of content, tools, special tokens, and what goes wrong."""
+"""Chat templates beyond that of Qwen3: forms of content, tools, special tokens, and failures."""
 
 from __future__ import annotations
 
@@ -247,7 +247,8 @@ BOMBS = [
 
 @pytest.mark.parametrize("source", BOMBS)
 def test_a_template_that_takes_all_memory_is_stopped(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At the model's load and at a request; the address space is limited, so that a failure is one here."""
+    """Both when the model is loaded and at a request; the address space is limited, so that a failure shows
+    here."""
     monkeypatch.setattr(rendering, "RENDER_LIMIT_S", 0.5)
     monkeypatch.setattr(rendering, "PROBE_LIMIT_S", 0.5)
     monkeypatch.setattr(rendering, "MEMORY_LIMIT_BYTES", 256 << 20)

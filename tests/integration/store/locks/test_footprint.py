@@ -1,4 +1,4 @@
-"""What locks leave in Redis, and what they ask of it."""
+"""The keys of locks in Redis, and their commands."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PASSWORD = "secret"
 
 @pytest.fixture
 def rows(repository: Path) -> list[tuple[str, ...]]:
-    """The tables' rows of the page's part on locks: name, type and TTL of keys; name of fields."""
+    """Return the table rows of the page's section on locks: name, type and TTL of keys; name of fields."""
     page = (repository / "docs" / "redis-schema.md").read_text("utf-8")
     part = page.split("\n## Locks\n")[1].split("\n## ")[0]
     return re.findall(r"^\| (?:\*tag\*)?`(:?\w+)` \|(?: (\w+) \| ([^|]+) \|)?", part, flags=re.MULTILINE)

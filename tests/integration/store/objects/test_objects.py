@@ -1,4 +1,4 @@
-"""The object store on Redis: what dies, what is damaged, what expires, and what it costs."""
+"""The object store on Redis: deaths, damage, expiry and costs."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ async def objects(dynamo_redis_url: str, dynamo_redis_prefix: str) -> AsyncItera
 
 @pytest.fixture
 def redis(dynamo_redis_url: str) -> Iterator[Redis]:
-    """Another way to the same keys, for what no caller of the store would do."""
+    """A client for changes of the same keys by hand."""
     with Redis.from_url(dynamo_redis_url) as client:
         yield client
 
@@ -79,7 +79,7 @@ def chunk_keys(keys: ObjectKeys, content: bytes) -> list[str]:
 
 
 def after(done_bytes: int, action: Callable[[], object]) -> Callable[[int, int | None], None]:
-    """A progress callback that acts when so much is done."""
+    """A progress callback that acts when that many bytes are done."""
 
     def progress(done: int, total: int | None) -> None:
         if done >= done_bytes:
@@ -174,7 +174,7 @@ async def test_upload_gives_current_chunks_no_expiry(
     keys: ObjectKeys,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Another upload of the same content ends between this one's look at a chunk and its write."""
+    """Another upload of the same content ends between this upload's check of a chunk and its write."""
     content = content_of("x")
     execute = objects._client.execute
 
@@ -329,7 +329,7 @@ async def test_damaged_chunk_is_sent_exactly_once_more(
     await objects.put("b", "n", content)
     chunk = chunk_keys(keys, content)[3]
     redis.setrange(chunk, 500, b"damage")
-    await objects.put("b", "n", content)  # nobody has read it: nobody knows
+    await objects.put("b", "n", content)  # not read, so the damage is unknown
     with pytest.raises(ObjectChanged, match="chunk 3 of 6 is damaged"):
         await objects.read("b", "n")
     assert redis.smembers(keys.damaged) == {chunk.removeprefix(keys.chunk("")).encode()}

@@ -1,4 +1,5 @@
-"""Which servers are taken, how they are reached, and what is said when one is not."""
+"""Connections: accepted servers, forms of URLs, and the messages for servers that are refused or not
+reached."""
 
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ async def refusal(url: str, timeout_s: float = 1.0) -> StoreError:
 
 @pytest.fixture
 async def server_with_users(tmp_path: Path) -> AsyncIterator[EmbeddedServer]:
-    """`admin` may do all; `registry` only what the registry needs; `reader` may not write."""
+    """`admin` has all rights; `registry` only those that the registry needs; `reader` may not write."""
     (tmp_path / "users.acl").write_text(
         "user default off\n"
         f"user admin on >{SECRET} ~* &* +@all\n"
@@ -197,7 +198,7 @@ async def test_expiry_notifications_are_added_to_those_in_use(
             if set("ElKxe") <= set(flags):
                 break
             await asyncio.sleep(0.02)
-    assert "g" not in flags, "each renewal of a lease would be announced to everybody"
+    assert "g" not in flags, "each renewal of a lease would be announced to all processes"
     await client.aclose()
 
 
@@ -265,7 +266,7 @@ async def test_a_demoted_primary_is_left_and_found_again(
 
 
 async def _answer_as_old(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Just enough of a Redis 5 to be asked for its version."""
+    """A server that answers only as much of Redis 5 as the version check needs."""
     info = b"redis_version:5.0.14\r\nredis_mode:standalone\r\n"
     while line := await reader.readline():
         words = []
@@ -387,7 +388,7 @@ async def test_a_unix_socket_works(tmp_path: Path, dynamo_redis_prefix: str) -> 
 
 
 def _make_certificates(directory: Path) -> None:
-    """A CA, and a certificate of it for 127.0.0.1, as strict as Python 3.13 wants them (RFC 5280)."""
+    """A CA, and its certificate for 127.0.0.1, in the strict form that Python 3.13 requires (RFC 5280)."""
 
     def openssl(*arguments: str) -> None:
         subprocess.run(["openssl", *arguments], cwd=directory, check=True, capture_output=True)

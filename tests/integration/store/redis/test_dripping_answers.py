@@ -1,4 +1,4 @@
-"""A connection over which a byte comes now and then, and never a whole answer."""
+"""A connection over which a byte comes at times, and never a complete answer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WAIT_S = 60.0
 
 
 class Dripper:
-    """An address that leads to a server. Connections that are made while `drips` never hear of it."""
+    """An address that leads to a server. Connections made while `drips` is set get no answer."""
 
     def __init__(self, port: int) -> None:
         self._port = port
@@ -74,6 +74,6 @@ async def test_keepalive_leaves_a_dripping_connection(
 
 
 def _own_ports(keepalive: Keepalive) -> set[int]:
-    """Local ports of the connections that the thread uses now."""
+    """Return the local ports of the connections that the thread uses now."""
     under_way: Any = keepalive._connection and tuple(keepalive._connection._pool._in_use_connections)
     return {found._sock.getsockname()[1] for found in under_way or () if found._sock is not None}

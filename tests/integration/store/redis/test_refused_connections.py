@@ -1,5 +1,5 @@
-"""Servers, and proxies before them, that refuse a connection or a command: it is done without, or the message
-names it."""
+"""Servers, and proxies before them, that refuse a connection or a command: either the client works without
+it, or the error names it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 @asynccontextmanager
 async def listening(serve: Serve) -> AsyncIterator[str]:
-    """The URL of a server that treats each connection so; all are closed at the end."""
+    """Yield the URL of a server that handles each connection by this function; all are closed at the end."""
     tasks: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
 
     async def treat(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -54,7 +54,7 @@ async def listening(serve: Serve) -> AsyncIterator[str]:
 
 
 def hanging_up_at(command: bytes, target: str) -> Serve:
-    """A proxy that ends a connection when a command comes that it does not know."""
+    """A proxy that closes a connection upon a command that it does not know."""
     port = int(target.rpartition(":")[2])
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -78,7 +78,7 @@ def hanging_up_at(command: bytes, target: str) -> Serve:
 
 
 def saying(words: bytes, *, reset: bool) -> Serve:
-    """A server that has something to say to each connection, and ends it."""
+    """A server that sends a message to each new connection and closes it."""
 
     async def serve(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"-" + words + b"\r\n")
@@ -288,7 +288,7 @@ async def test_renewal_over_a_cut_link_is_tried_once(
 
 @asynccontextmanager
 async def crowd(url: str) -> AsyncIterator[None]:
-    """Take every connection that a server has left."""
+    """Open every connection that the server still allows."""
     port = int(url.rpartition(":")[2])
     others = []
     try:
@@ -305,6 +305,6 @@ async def crowd(url: str) -> AsyncIterator[None]:
 
 
 async def deadline_of_lease(registry: Any) -> float:
-    """On the registry's service clock, in milliseconds."""
+    """Return a lease's deadline on the registry's service clock, in ms."""
     keys = registry._kv.keys
     return float(await registry._client.execute("ZSCORE", keys.structure("leases"), f"{registry.lease_id:x}"))

@@ -1,4 +1,4 @@
-"""How often a process that a server refuses asks again, and over how many connections."""
+"""The rate of retries of a process that a server refuses, and its number of connections."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REFUSE = {
 
 
 async def _number(admin: RedisClient, section: str, pattern: str) -> int:
-    """A number of INFO; 0 if it is not there."""
+    """Return a number from INFO; 0 if it is absent."""
     found = re.search(pattern, (await admin.execute("INFO", section)).decode())
     return int(found[1]) if found else 0
 
@@ -28,7 +28,7 @@ async def _number(admin: RedisClient, section: str, pattern: str) -> int:
 async def test_refused_process_keeps_its_connections(
     own_redis_server: EmbeddedServer, open_registry: Any, why: str, share: float
 ) -> None:
-    """One that is told to leave the server connects anew about once a second, not at each refusal."""
+    """A process at the wrong server reconnects about once a second, not at each refusal."""
     registry = await open_registry(own_redis_server.url, ttl_s=2.0)
     await registry.register("i/1", b"v")
     admin = RedisClient(own_redis_server.url, timeout_s=20.0)
@@ -52,7 +52,7 @@ async def test_refused_process_keeps_its_connections(
 async def test_waiting_registrations_are_owed(
     own_redis_server: EmbeddedServer, open_registry: Any, mirror: Any
 ) -> None:
-    """Also one that never came to be sent, since the one before it was refused for as long."""
+    """Also a write that was never sent, since the write before it was refused all the time."""
     view = await mirror(await open_registry(own_redis_server.url), "i/")
     worker = await open_registry(own_redis_server.url, timeout_s=5.0)
     admin = RedisClient(own_redis_server.url, timeout_s=20.0)

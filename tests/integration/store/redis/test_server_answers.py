@@ -1,5 +1,5 @@
-"""What each error of a server becomes, as it comes over a socket: from servers of every kind, and from one
-that answers with whatever it is told to."""
+"""Meanings of server errors that arrive over a socket: from servers of every kind, and from a scripted
+one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KINDS = {kind.name: kind for kind in installed_servers()}
 
 
 class Answering:
-    """A server that says OK to everything until `error` is set, and that then."""
+    """A server that answers OK until `error` is set, and then with that error."""
 
     def __init__(self) -> None:
         self.error = b""

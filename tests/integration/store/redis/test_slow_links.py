@@ -39,7 +39,7 @@ def content_of(seed: object, size_bytes: int = MIB) -> bytes:
 
 @pytest.fixture
 async def slow(own_redis_server: EmbeddedServer) -> AsyncIterator[Proxy]:
-    """A way to the server on which 1 MiB takes two time-outs, each way."""
+    """A link to the server on which 1 MiB takes two time-outs in each direction."""
     async with Proxy(own_redis_server.url) as proxy:
         proxy.conditions = Conditions(bytes_per_s=MIB / (2 * TIMEOUT_S))
         yield proxy
@@ -47,7 +47,7 @@ async def slow(own_redis_server: EmbeddedServer) -> AsyncIterator[Proxy]:
 
 @pytest.fixture(params=["hiredis", "without hiredis"])
 def parser(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By whom the answers of blocking reads are parsed."""
+    """The parser of the answers of blocking reads: hiredis or redis-py."""
     monkeypatch.setattr("dynamo_redis.store.redis.blocking.HAS_HIREDIS", request.param == "hiredis")
 
 
@@ -95,7 +95,8 @@ async def test_large_request_leaves_over_a_slow_link(own_redis_server: EmbeddedS
 
 @pytest.fixture
 async def dripping() -> AsyncIterator[str]:
-    """The URL of a peer that logs in as Redis does, and answers all else by a byte now and then."""
+    """The URL of a peer that accepts logins as Redis does, and answers any other command by a byte at
+    times."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -139,7 +140,7 @@ async def test_answer_that_drips_is_given_up(
 async def test_large_changes_arrive_over_a_slow_link(
     own_redis_server: EmbeddedServer, slow: Proxy, open_registry: Any, mirror: Any, parser: None
 ) -> None:
-    """With a lease that is renewed, and values written, over the same link meanwhile."""
+    """Meanwhile a lease is renewed and values are written over the same link."""
     writer = await open_registry(own_redis_server.url)
     reader = await open_registry(slow.url, timeout_s=TIMEOUT_S)
     view = await mirror(reader, "k/")
@@ -199,7 +200,7 @@ async def test_large_entries_are_read_over_a_slow_link(
 async def test_group_asks_for_less_after_a_page_that_never_came(
     own_redis_server: EmbeddedServer, slow: Proxy, open_streams: Any
 ) -> None:
-    """A first page on which the link would take longer than the longest exchange."""
+    """The first page would take the link longer than the longest exchange."""
     publisher, streams = open_streams(own_redis_server.url, 3.0), open_streams(slow.url, 0.1)
     await open_streams(own_redis_server.url, 30.0).group(STREAM, "router").create()
     group = streams.group(STREAM, "router")
@@ -248,7 +249,7 @@ async def test_object_goes_and_comes_over_a_slow_link(slow: Proxy, dynamo_redis_
 
 
 async def test_same_content_is_sent_once_over_a_slow_link(slow: Proxy, dynamo_redis_prefix: str) -> None:
-    """By one of several uploads at once, though each chunk takes longer than a claim stands."""
+    """Only one of several uploads sends a chunk, though that takes longer than a claim lives."""
     content, clients = content_of("object"), [RedisClient(slow.url, timeout_s=TIMEOUT_S) for _ in range(3)]
     uploads = [
         RedisObjectStore(client, dynamo_redis_prefix, times=ObjectTimes(claim_s=0.4)) for client in clients
@@ -265,7 +266,7 @@ async def test_same_content_is_sent_once_over_a_slow_link(slow: Proxy, dynamo_re
 
 
 def _note_sizes(client: RedisClient, sent: list[int]) -> None:
-    """Note how large each chunk is that this client sends."""
+    """Record the size of each chunk that this client sends."""
     execute = client.execute
 
     async def noted(*command: Any) -> Any:

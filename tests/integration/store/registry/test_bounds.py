@@ -1,4 +1,4 @@
-"""What is bounded, however large a registry is: scripts, pages, watches, hints."""
+"""Bounds that hold for a registry of any size: of scripts, pages, watches and hints."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ REAP_KEYS = 256
 
 @pytest.fixture
 async def kv(dynamo_redis_url: str, dynamo_redis_prefix: str) -> AsyncIterator[KeyValue]:
-    """A registry that nobody ticks."""
+    """A registry without ticks."""
     client = RedisClient(dynamo_redis_url, timeout_s=60.0)
     storage = KeyValue(client, RegistryKeys(dynamo_redis_prefix))
     await storage.initialize()
@@ -44,14 +44,14 @@ async def fill(kv: KeyValue, operations: list[Operation], **lease: Any) -> None:
 
 
 async def pass_time(kv: KeyValue, seconds: float) -> None:
-    """On the service clock."""
+    """Advance the service clock."""
     clock = int(await kv.client.execute("HGET", kv.keys.meta, "clock"))
     await kv.client.execute("HSET", kv.keys.meta, "clock", clock + round(seconds * 1000))
 
 
 @pytest.fixture
 def most_deletes(kv: KeyValue, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many entries each script call from here on has added to the log."""
+    """Return the number of log entries that each script call from here on has added."""
     lengths: list[int] = []
     script = kv.client.script
 
@@ -75,7 +75,7 @@ async def test_lease_of_thousands_of_keys_is_revoked_in_bounded_calls(
 ) -> None:
     await fill(kv, [OwnedPut(f"k/{n:04}", b"") for n in range(1500)], lease=ME, ttl_s=10)
     await kv.client.script(kv._REVOKE, (*kv.keys.structures, kv.keys.lease(ME)), ("", new_operation(), "1"))
-    assert (await kv.snapshot(""))[0].records == (), "after the first call nobody is shown any"
+    assert (await kv.snapshot(""))[0].records == (), "after the first call no read shows any"
     assert (await kv.read(["k/1499"])).records == {}
     await kv.revoke(ME)
     assert await count(kv, b"r") == 1500

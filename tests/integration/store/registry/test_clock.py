@@ -14,7 +14,7 @@ from faults.servers import ServerUnderTest, faketime_library, installed_servers
 
 @pytest.fixture
 async def server(tmp_path: Path) -> AsyncIterator[ServerUnderTest]:
-    """A server whose clock can be set."""
+    """A server with a clock that can be set."""
     kind = next((kind for kind in installed_servers() if kind.name.startswith("redis-")), None)
     if faketime_library() is None or kind is None:
         pytest.skip("needs libfaketime (Debian: apt install faketime) and a Redis, to set its clock")

@@ -1,4 +1,4 @@
-"""What the registry leaves in Redis, and what it asks of it."""
+"""The registry's keys in Redis, and its commands."""
 
 from __future__ import annotations
 

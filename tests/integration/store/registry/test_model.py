@@ -1,4 +1,4 @@
-"""Random histories on Redis and on the in-memory twin: the same answers, records and events."""
+"""Random histories on Redis and in memory: the same answers, records and events."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Side:
         self.step = 0
 
     def named(self, revision: Revision | None) -> object:
-        """A revision as the step that made it, so that both sides can be compared."""
+        """Return the step that made a revision, so that both sides can be compared."""
         return None if revision is None else self.steps.get(revision, "unknown")
 
     def made(self, revision: Revision) -> object:
@@ -125,7 +125,7 @@ def random_action(rng: random.Random) -> tuple[str, dict[str, Any]]:
 
 
 async def settle(side: Side) -> None:
-    """Wait until both processes' readers have seen all that was done."""
+    """Wait until both processes' readers have read all changes."""
     for process in side.processes:
         await settle_one(side, process)
 

@@ -438,7 +438,7 @@ async def test_unreadable_log_is_asked_for_with_pauses(
 
 
 async def _connections_count(client: RedisClient) -> int:
-    """How many connections the server has ever been asked for."""
+    """Return the number of connections that the server has accepted so far."""
     lines = (await client.execute("INFO", "stats")).decode().splitlines()
     (count,) = [line.partition(":")[2] for line in lines if line.startswith("total_connections_received:")]
     return int(count)

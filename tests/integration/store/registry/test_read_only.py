@@ -255,6 +255,6 @@ def event_streams(url: str) -> EventStreams:
 
 
 async def contents(admin: RedisClient) -> dict[bytes, Any]:
-    """What stays: keys that expire by themselves are left out."""
+    """Return the keys and values that stay: keys with an expiry are left out."""
     keys = [key for key in await admin.execute("KEYS", "*") if await admin.execute("TTL", key) == -1]
     return {key: await admin.execute("DUMP", key) for key in keys}

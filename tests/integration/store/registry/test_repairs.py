@@ -1,4 +1,4 @@
-"""What an owner and a reader make of lost answers, of broken histories, and of what changes meanwhile."""
+"""Owners and readers with lost answers, broken histories and concurrent changes."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ WAIT_S = 30.0
 
 @pytest.fixture
 async def kv(dynamo_redis_url: str, dynamo_redis_prefix: str) -> AsyncIterator[KeyValue]:
-    """The registry as somebody else sees it, who does nothing by himself."""
+    """The registry as another process reads it, which changes nothing."""
     client = RedisClient(dynamo_redis_url, timeout_s=3.0)
     yield KeyValue(client, RegistryKeys(dynamo_redis_prefix))
     await client.aclose()
 
 
 async def until_keys(kv: KeyValue, keys: list[str]) -> None:
-    """Wait until these are all keys there are."""
+    """Wait until the registry has exactly these keys."""
     found: list[str] = []
     try:
         async with asyncio.timeout(WAIT_S):
@@ -39,7 +39,7 @@ async def until_keys(kv: KeyValue, keys: list[str]) -> None:
 
 
 def _lose(kv: KeyValue, lease: str, key: str, last_write: str) -> list[tuple[str, ...]]:
-    """As a failover that lost a key's registration, and with it the owner's mark; the log says nothing."""
+    """Delete a key and the owner's last write, without a log entry, as after a failover that lost them."""
     return [
         ("HDEL", kv.keys.structure("kv"), key),
         ("ZREM", kv.keys.structure("idx"), key),

@@ -1,4 +1,4 @@
-"""Rules of the scripts and of repair that no user sees directly, since something else hides their breach."""
+"""Rules of the scripts and of repairs whose breach another mechanism would hide from users."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ME, OTHER = LeaseId(1), LeaseId(2)
 
 @pytest.fixture
 async def kv(dynamo_redis_url: str, dynamo_redis_prefix: str) -> AsyncIterator[KeyValue]:
-    """A registry that nobody ticks."""
+    """A registry without ticks."""
     client = RedisClient(dynamo_redis_url, timeout_s=3.0)
     storage = KeyValue(client, RegistryKeys(dynamo_redis_prefix))
     await storage.initialize()
@@ -37,7 +37,7 @@ async def kv(dynamo_redis_url: str, dynamo_redis_prefix: str) -> AsyncIterator[K
 
 
 async def _pass_time(kv: KeyValue, seconds: float) -> None:
-    """On the service clock, without reaping more than one call's worth at the end."""
+    """Advance the service clock; reap no more than one call does, at the end."""
     meta = kv.keys.meta
     clock = int(await kv.client.execute("HGET", meta, "clock"))
     await kv.client.execute("HSET", meta, "clock", clock + round(seconds * 1000))
@@ -157,7 +157,7 @@ async def test_update_before_the_log_is_read_revives_no_deleted_key(
 async def test_key_taken_and_deleted_by_another_owner_is_lost(
     dynamo_redis_url: str, open_registry: Any
 ) -> None:
-    """After a lost tail a resync may pass over the other's put; its delete is all that the log then tells."""
+    """After a lost tail a resync may miss the other owner's put; then the log has only its delete."""
     one, two = await open_registry(dynamo_redis_url), await open_registry(dynamo_redis_url)
     lost: list[LostReason] = []
     registration = await one.register("port", b"one", exclusive=True, on_lost=lost.append)

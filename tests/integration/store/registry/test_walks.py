@@ -1,4 +1,4 @@
-"""Looking through all that stands is not asked of a server. What each call costs is benchmark row S8."""
+"""No command reads a whole structure. Benchmark row S8 has the cost of each call."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ STREAM = StreamName("n", "c", "topic")
 
 
 async def test_last_old_entry_is_sought_only_where_one_is_old(own_redis_server: EmbeddedServer) -> None:
-    """`XREVRANGE key OLD -` walks through a stream that has no entry so old."""
+    """`XREVRANGE key OLD -` reads a whole stream if it has no entry that old."""
     settings = StoreSettings.load(redis_url=own_redis_server.url)
     async with RedisEventStreams.from_settings(settings, EventSettings.load()) as streams:
         for _ in range(3):
@@ -37,7 +37,7 @@ async def test_list_of_objects_is_read_by_pages(own_redis_server: EmbeddedServer
 
 
 async def _commands(url: str) -> set[str]:
-    """The names of the commands that a server has run, those of scripts included."""
+    """Return the names of the commands that a server has run, including those of scripts."""
     client = RedisClient(url, timeout_s=10.0)
     stats = (await client.execute("INFO", "commandstats")).decode()
     await client.aclose()

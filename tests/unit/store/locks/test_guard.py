@@ -1,4 +1,4 @@
-"""What becomes of a block of code when the lease that guards it is lost, on a lease that the test ends."""
+"""Guarded blocks of code whose lease is lost; the test controls the lease."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LONG_S = 30.0
 
 
 class Server:
-    """What a guard renews its lease with."""
+    """The lease that a guard renews, with answers that the test sets."""
 
     def __init__(self) -> None:
         self.answers = True
@@ -43,7 +43,7 @@ def guard_of(server: Server, ttl_s: float = LONG_S, *, age_s: float = 0.0) -> Le
 
 @contextmanager
 def ends_with(error: type[Exception] = LockLost, saying: str | None = None) -> Iterator[None]:
-    """The block within raises it, and leaves the task as if it had never been cancelled."""
+    """The block raises LockLost, and the task is left as if it had never been cancelled."""
     with pytest.raises(error, match=saying):
         yield
     assert cancelling() == 0
@@ -253,7 +253,7 @@ async def test_a_block_that_ends_before_it_is_cancelled_never_is() -> None:
 
 
 async def test_a_task_that_is_being_cancelled_can_enter() -> None:
-    """As in a clean-up that takes a lock: the cancellation before is not the guard's to take back."""
+    """As in a clean-up that acquires a lock: the guard must not withdraw an earlier cancellation."""
     outcome: list[BaseException] = []
 
     async def run() -> None:
@@ -277,7 +277,7 @@ async def test_a_task_that_is_being_cancelled_can_enter() -> None:
 
 
 class SlowAnswers(MemoryLockStorage):
-    """Grants and renews at once, and says so late; from `silent_after` calls on, never."""
+    """Grants and renews at once, and answers late; after `silent_after` calls it does not answer."""
 
     def __init__(self, silent_after: int) -> None:
         super().__init__()
@@ -304,7 +304,7 @@ class SlowAnswers(MemoryLockStorage):
 
 @pytest.mark.parametrize("silent_after", [1, 2])
 async def test_slow_answers_prolong_nothing(silent_after: int) -> None:
-    """Be it that of the acquiring call or of a renewal: the server began to count before."""
+    """Both for the acquiring call and for a renewal: the server's TTL starts before its answer arrives."""
     storage = SlowAnswers(silent_after)
     with ends_with():
         async with StoredLocks(storage, "p").lock("a", ttl_s=0.5).hold():

@@ -1,4 +1,4 @@
-"""Several calls at a time, their answers in order."""
+"""Several calls at a time, with results in order."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dynamo_redis.store.objects.overlap import overlapped
 
 
 class Calls:
-    """Calls that answer their number when they are let, and note what becomes of them."""
+    """Calls that return their number when the test allows it, and record how they end."""
 
     def __init__(self, count: int) -> None:
         self.begun: list[int] = []

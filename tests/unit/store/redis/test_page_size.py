@@ -1,4 +1,4 @@
-"""How many entries a reader asks for."""
+"""The number of entries that a reader asks for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When to tick, and the keepalive's thread, without a server."""
+"""The pace of ticks, and the keepalive's thread, without a server."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_who_finds_that_nobody_ticks_does() -> None:
 
 
 class Answers:
-    """A thread's connection that answers as it is told."""
+    """A thread's connection with answers that the test sets."""
 
     is_open = True
 
@@ -61,7 +61,7 @@ class Answers:
 
 @pytest.fixture
 async def keepalive(monkeypatch: pytest.MonkeyPatch) -> Keepalive:
-    """Without its thread: the test takes its steps."""
+    """A keepalive without its thread: the test makes its steps."""
     monkeypatch.setattr("threading.Thread.start", lambda thread: None)
     made = Keepalive(
         RedisClient("redis://127.0.0.1:1", timeout_s=1.0),

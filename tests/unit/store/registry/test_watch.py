@@ -34,7 +34,7 @@ async def fanout() -> Fanout:
 
 
 async def begin(fanout: Fanout, prefix: str) -> QueueWatch:
-    """A watch that has been handed its first state."""
+    """A watch whose first state has been read."""
     watch = fanout.watch(prefix)
     if not watch.view.is_loaded:
         watch.view.begin_load()
