@@ -72,7 +72,7 @@ async def open_registry(server: ServerUnderTest) -> AsyncIterator[Open]:
     async def open_(url: str | None = None, *, ttl_s: float = 5.0) -> RedisRegistry:
         """Open a registry; behind a proxy at `url`, with a short time-out.
 
-        Its calls are repeated, since this machine alone may take longer than that time-out."""
+        Its start is repeated, since this machine alone may take longer than that time-out."""
         settings = StoreSettings.load(
             redis_url=url or server.url, lease_ttl_s=ttl_s, command_timeout_s=0.4 if url else 5.0
         )

@@ -208,7 +208,7 @@ def test_tests_are_skipped_without_any_server_if_told_to(
 
 
 def test_mock_worker_fails_without_its_extra(users: pytest.Pytester) -> None:
-    """Without a Redis the tests fail, so that a run that tested nothing does not pass."""
+    """The test fails, as it does without a Redis: a run that tested nothing must not pass."""
     users.makeconftest(
         """
         import sys

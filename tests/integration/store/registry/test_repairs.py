@@ -39,7 +39,7 @@ async def until_keys(kv: KeyValue, keys: list[str]) -> None:
 
 
 def _lose(kv: KeyValue, lease: str, key: str, last_write: str) -> list[tuple[str, ...]]:
-    """Delete a key and the owner's last write, without a log entry, as after a failover that lost them."""
+    """Return the commands that undo a key's registration without a log entry, as a failover that loses it."""
     return [
         ("HDEL", kv.keys.structure("kv"), key),
         ("ZREM", kv.keys.structure("idx"), key),
