@@ -132,7 +132,8 @@ class _Ports:
             what = f"{one.key} was {other.process}'s while it was {one.process}'s, for {end - begin:.3f} s"
             yield Violation("exclusive", ONE_TENANT, what, begin, other.process, show(*events))
         elif end > self._calm.settled_after(begin, one.process, other.process):
-            what = f"{one.key} was {one.process}'s and {other.process}'s for {end - begin:.1f} s, untold"
+            both = f"{one.process}'s and {other.process}'s"
+            what = f"{one.key} was {both} for {end - begin:.1f} s, and neither was told"
             yield Violation("exclusive", LOSS_REPORTED, what, end, one.process, show(*events))
 
     def _may_lose(self, reserve: Call, key: str, by: float) -> bool:

@@ -46,7 +46,8 @@ class Violation:
 
 def show(*events: Call | Note) -> tuple[str, ...]:
     """Return calls and notes as lines, in order of time."""
-    return tuple(_line(event) for event in sorted(events, key=_when))
+    ordered = sorted(events, key=lambda event: event.began_at if isinstance(event, Call) else event.at)
+    return tuple(_line(event) for event in ordered)
 
 
 def shorten(names: Iterable[str], most: int = 5) -> str:
@@ -54,10 +55,6 @@ def shorten(names: Iterable[str], most: int = 5) -> str:
     listed = list(names)
     more = f" and {len(listed) - most} more" if len(listed) > most else ""
     return ", ".join(listed[:most]) + more
-
-
-def _when(event: Call | Note) -> float:
-    return event.began_at if isinstance(event, Call) else event.at
 
 
 def _line(event: Call | Note) -> str:

@@ -12,6 +12,7 @@ revision belongs may be open for a while, as the same id can stand on two.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -249,8 +250,8 @@ class WatchCheck:
             self._report(note, f"claims revision {note.fields['revision']}, which the log never had", GAPLESS)
         elif self._places and not any(
             before in self._places
-            for entry in entries
-            for before in self._up_to_visible(self._back(self._line.last(entry)))
+            for visible in map(self._line.last, entries)
+            for before in self._up_to_visible(itertools.chain([visible], self._line.before(visible)))
         ):
             last = self._line.last(entries[-1])
             if last.incarnation == self._places[-1].incarnation:
@@ -259,10 +260,6 @@ class WatchCheck:
                 what = f"went from {self._places[-1]} to {last}, without a resync"
             self._report(note, what, GAPLESS)
             self._places = [last]
-
-    def _back(self, entry: Entry) -> Iterator[Entry]:
-        yield entry
-        yield from self._line.before(entry)
 
     def _apply(self, event: Event) -> None:
         if event.value is not None:

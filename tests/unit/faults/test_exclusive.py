@@ -15,7 +15,7 @@ from faults.story import OpenCall, Story
 LEASES = {"a": "aa", "b": "bb", "c": "cc"}
 
 
-class Told(Story):
+class ClockedStory(Story):
     """A story whose clock can be put forward."""
 
     def __init__(self) -> None:
@@ -82,14 +82,14 @@ def keys(ports: Sequence[int]) -> list[str]:
 
 
 @pytest.fixture
-def story() -> Told:
-    return Told()
+def story() -> ClockedStory:
+    return ClockedStory()
 
 
 # ---------------------------------------------------------------------- ports: right
 
 
-def test_successive_tenants_are_right(story: Told) -> None:
+def test_successive_tenants_are_right(story: ClockedStory) -> None:
     first = story.reserve("a", 20, 21)
     story.reserve("b", 22)
     story.release(first, 20, 21)
@@ -98,7 +98,7 @@ def test_successive_tenants_are_right(story: Told) -> None:
     assert story.whats == []
 
 
-def test_port_may_be_taken_during_its_release(story: Told) -> None:
+def test_port_may_be_taken_during_its_release(story: ClockedStory) -> None:
     name = story.reserve("a", 20)
     releasing = story.begin("a", "release", reservation=name, keys=keys([20]))
     story.reserve("b", 20)
@@ -107,7 +107,7 @@ def test_port_may_be_taken_during_its_release(story: Told) -> None:
     assert story.whats == []
 
 
-def test_dead_tenants_give_their_ports_back(story: Told) -> None:
+def test_dead_tenants_give_their_ports_back(story: ClockedStory) -> None:
     story.reserve("a", 20)
     story.note("runner", "killed", process="a", how="SIGKILL")
     story.reserve("b", 20)
@@ -115,7 +115,7 @@ def test_dead_tenants_give_their_ports_back(story: Told) -> None:
     assert story.whats == []
 
 
-def test_late_tenant_is_told_after_lost_data(story: Told) -> None:
+def test_late_tenant_is_told_after_lost_data(story: ClockedStory) -> None:
     name = story.reserve("a", 20, 21)
     story.flush()
     story.reserve("b", 20)
@@ -125,7 +125,7 @@ def test_late_tenant_is_told_after_lost_data(story: Told) -> None:
     assert story.whats == []
 
 
-def test_tenant_whose_lease_ended_is_told(story: Told) -> None:
+def test_tenant_whose_lease_ended_is_told(story: ClockedStory) -> None:
     name = story.reserve("a", 20)
     story.note("runner", "frozen", process="a")
     story.expire("a", 20)
@@ -138,7 +138,7 @@ def test_tenant_whose_lease_ended_is_told(story: Told) -> None:
     assert story.whats == []
 
 
-def test_port_lost_before_its_range_is_reserved_has_no_belief(story: Told) -> None:
+def test_port_lost_before_its_range_is_reserved_has_no_belief(story: ClockedStory) -> None:
     name = "a:x"
     slow = story.begin("a", "reserve", reservation=name, count=2, first=20, end=30)
     story.flush()
@@ -153,7 +153,7 @@ def test_port_lost_before_its_range_is_reserved_has_no_belief(story: Told) -> No
 # ---------------------------------------------------------------------- ports: wrong
 
 
-def _two_tenants(story: Told) -> None:
+def _two_tenants(story: ClockedStory) -> None:
     story.release(story.reserve("c", 20), 20)
     name = story.reserve("a", 20)
     story.reserve("b", 20)
@@ -161,7 +161,7 @@ def _two_tenants(story: Told) -> None:
     story.state(b=[20])
 
 
-def _untold(story: Told) -> None:
+def _loss_reported_late(story: ClockedStory) -> None:
     name = story.reserve("a", 20)
     story.flush()
     story.reserve("b", 20)
@@ -171,55 +171,55 @@ def _untold(story: Told) -> None:
     story.state(b=[20])
 
 
-def _untold_to_the_end(story: Told) -> None:
+def _loss_never_reported(story: ClockedStory) -> None:
     story.reserve("a", 20)
     story.flush()
     story.reserve("b", 20)
     story.state(b=[20])
 
 
-def _torn_range(story: Told) -> None:
+def _torn_range(story: ClockedStory) -> None:
     story.reserve("a", 20, 22)
     story.state(a=[20, 22])
 
 
-def _part_of_a_range(story: Told) -> None:
+def _part_of_a_range(story: ClockedStory) -> None:
     story.reserve("a", 20, 21, count=3)
     story.state(a=[20, 21])
 
 
-def _outside(story: Told) -> None:
+def _outside(story: ClockedStory) -> None:
     story.reserve("a", 29, 30)
     story.state(a=[29, 30])
 
 
-def _left_by_a_failed_range(story: Told) -> None:
+def _left_by_a_failed_range(story: ClockedStory) -> None:
     story.call("a", "reserve", {}, refused=True, reservation="a:x", count=2, first=20, end=30)
     story.state(a=[20])
 
 
-def _left_by_the_released(story: Told) -> None:
+def _left_by_the_released(story: ClockedStory) -> None:
     story.release(story.reserve("a", 20), 20)
     story.state(a=[20])
 
 
-def _left_by_the_dead(story: Told) -> None:
+def _left_by_the_dead(story: ClockedStory) -> None:
     story.reserve("a", 20)
     story.note("runner", "killed", process="a", how="SIGKILL")
     story.state(a=[20])
 
 
-def _left_without_a_tenant(story: Told) -> None:
+def _left_without_a_tenant(story: ClockedStory) -> None:
     story.state(ff=[20])
 
 
-def _missing(story: Told) -> None:
+def _missing(story: ClockedStory) -> None:
     story.reserve("a", 20)
     story.flush()
     story.state()
 
 
-def _deleted(story: Told) -> None:
+def _deleted(story: ClockedStory) -> None:
     name = story.reserve("a", 20)
     story.flush()
     story.lose(name, 20, "deleted")
@@ -227,7 +227,7 @@ def _deleted(story: Told) -> None:
     story.state()
 
 
-def _lost_to_no_other_tenant(story: Told) -> None:
+def _lost_to_no_other_tenant(story: ClockedStory) -> None:
     name = story.reserve("a", 20)
     story.flush()
     story.lose(name, 20)
@@ -235,7 +235,7 @@ def _lost_to_no_other_tenant(story: Told) -> None:
     story.state()
 
 
-def _lost_without_cause(story: Told) -> None:
+def _lost_without_cause(story: ClockedStory) -> None:
     story.release(story.reserve("b", 20), 20)
     name = story.reserve("a", 20)
     story.lose(name, 20)
@@ -243,15 +243,15 @@ def _lost_without_cause(story: Told) -> None:
     story.state()
 
 
-Wrong = Callable[[Told], None]
+Wrong = Callable[[ClockedStory], None]
 
 
 @pytest.mark.parametrize(
     ("tell", "what"),
     [
         (_two_tenants, "v1/ports/h/20 was b's while it was a's, for"),
-        (_untold, "v1/ports/h/20 was a's and b's for 13.0 s, untold"),
-        (_untold_to_the_end, "v1/ports/h/20, which live a holds, stands under lease bb"),
+        (_loss_reported_late, "v1/ports/h/20 was a's and b's for 13.0 s, and neither was told"),
+        (_loss_never_reported, "v1/ports/h/20, which live a holds, stands under lease bb"),
         (_torn_range, "asked for 2 ports of 20-29, was given [20, 22]"),
         (_part_of_a_range, "asked for 3 ports of 20-29, was given [20, 21]"),
         (_outside, "asked for 2 ports of 20-29, was given [29, 30]"),
@@ -268,7 +268,7 @@ Wrong = Callable[[Told], None]
         (_lost_without_cause, "was told that v1/ports/h/20 is another's, though its lease lived"),
     ],
 )
-def test_wrong_ports_are_found(story: Told, tell: Wrong, what: str) -> None:
+def test_wrong_ports_are_found(story: ClockedStory, tell: Wrong, what: str) -> None:
     tell(story)
     assert len(story.whats) == 1, story.whats
     assert story.whats[0].startswith(what)
@@ -277,7 +277,7 @@ def test_wrong_ports_are_found(story: Told, tell: Wrong, what: str) -> None:
 # ---------------------------------------------------------------------- barriers: right
 
 
-def complete(story: Told) -> None:
+def complete(story: ClockedStory) -> None:
     """a leads, b and c come; all go on, and stay."""
     leading, one, two = story.lead("a"), story.join("b", "w1"), story.join("c", "w2")
     one.ok({"data": "a1"})
@@ -285,19 +285,19 @@ def complete(story: Told) -> None:
     two.ok({"data": "a1"})
 
 
-def leave_all(story: Told) -> None:
+def leave_all(story: ClockedStory) -> None:
     for process, part in (("a", "a1"), ("b", "b as w1"), ("c", "c as w2")):
         story.leave(process, part)
 
 
-def test_barrier_members_go_on_together(story: Told) -> None:
+def test_barrier_members_go_on_together(story: ClockedStory) -> None:
     complete(story)
     leave_all(story)
     story.state()
     assert story.whats == []
 
 
-def test_duplicate_and_late_members_are_refused(story: Told) -> None:
+def test_duplicate_and_late_members_are_refused(story: ClockedStory) -> None:
     complete(story)
     story.join("d", "w1").refused({"reason": "barrier 'g' has a worker 'w1' already"})
     story.join("d", "w3").refused({"reason": "barrier 'g' was complete before 'w3' came"})
@@ -306,7 +306,7 @@ def test_duplicate_and_late_members_are_refused(story: Told) -> None:
     assert story.whats == []
 
 
-def test_watch_may_still_show_a_part_that_just_ended(story: Told) -> None:
+def test_watch_may_still_show_a_part_that_just_ended(story: ClockedStory) -> None:
     complete(story)
     story.leave("a", "a1")
     story.skipped_s -= 1.5
@@ -314,14 +314,14 @@ def test_watch_may_still_show_a_part_that_just_ended(story: Told) -> None:
     assert story.whats == []
 
 
-def test_abort_reaches_all_members(story: Told) -> None:
+def test_abort_reaches_all_members(story: ClockedStory) -> None:
     leading, one = story.lead("a"), story.join("b", "w1")
     leading.refused({"reason": "barrier 'g': 1 of 2 workers came within 5 s"})
     one.refused({"reason": "barrier 'g' was aborted: barrier 'g': 1 of 2 workers came within 5 s"})
     assert story.whats == []
 
 
-def test_worker_that_dies_at_completion_may_be_counted(story: Told) -> None:
+def test_worker_that_dies_at_completion_may_be_counted(story: ClockedStory) -> None:
     leading, one = story.lead("a"), story.join("b", "w1")
     story.join("c", "w2")
     story.note("runner", "killed", process="c", how="SIGKILL")
@@ -330,7 +330,7 @@ def test_worker_that_dies_at_completion_may_be_counted(story: Told) -> None:
     assert story.whats == []
 
 
-def test_leader_with_lost_answer_may_have_released_workers(story: Told) -> None:
+def test_leader_with_lost_answer_may_have_released_workers(story: ClockedStory) -> None:
     leading, one, two = story.lead("a"), story.join("b", "w1"), story.join("c", "w2")
     story.flush()
     one.ok({"data": "a1"})
@@ -342,74 +342,74 @@ def test_leader_with_lost_answer_may_have_released_workers(story: Told) -> None:
 # ---------------------------------------------------------------------- barriers: wrong
 
 
-def _data_of_no_leader(story: Told) -> None:
+def _data_of_no_leader(story: ClockedStory) -> None:
     complete(story)
     story.join("d", "w1").ok({"data": "x1"})
 
 
-def _not_counted(story: Told) -> None:
+def _not_counted(story: ClockedStory) -> None:
     complete(story)
     story.join("d", "w3").ok({"data": "a1"})
 
 
-def _two_of_one_id(story: Told) -> None:
+def _two_of_one_id(story: ClockedStory) -> None:
     complete(story)
     story.join("d", "w1").ok({"data": "a1"})
 
 
-def _too_few(story: Told) -> None:
+def _too_few(story: ClockedStory) -> None:
     leading, one = story.lead("a"), story.join("b", "w1")
     leading.ok({"workers": ["w1"]})
     one.refused({"reason": "time is over"})
 
 
-def _never_came(story: Told) -> None:
+def _never_came(story: ClockedStory) -> None:
     leading, one = story.lead("a"), story.join("b", "w1")
     leading.ok({"workers": ["w1", "w2"]})
     one.refused({"reason": "time is over"})
 
 
-def _too_early(story: Told) -> None:
+def _too_early(story: ClockedStory) -> None:
     story.lead("a")
     story.join("b", "w1").ok({"data": "a1"})
 
 
-def _though_given_up(story: Told) -> None:
+def _though_given_up(story: ClockedStory) -> None:
     leading, one = story.lead("a"), story.join("b", "w1")
     story.join("c", "w2")
     leading.refused({"reason": "time is over"})
     one.ok({"data": "a1"})
 
 
-def _no_duplicate(story: Told) -> None:
+def _no_duplicate(story: ClockedStory) -> None:
     complete(story)
     leave_all(story)
     story.join("d", "w1").refused({"reason": "barrier 'g' has a worker 'w1' already"})
 
 
-def _no_other_leader(story: Told) -> None:
+def _no_other_leader(story: ClockedStory) -> None:
     story.lead("a").refused({"reason": "barrier 'g' has a leader already"})
 
 
-def _no_abort(story: Told) -> None:
+def _no_abort(story: ClockedStory) -> None:
     complete(story)
     leave_all(story)
     story.skipped_s = 5.0
     story.join("d", "w3").refused({"reason": "barrier 'g' was aborted: time is over"})
 
 
-def _not_complete(story: Told) -> None:
+def _not_complete(story: ClockedStory) -> None:
     story.lead("a").refused({"reason": "time is over"})
     story.join("b", "w1").refused({"reason": "barrier 'g' was complete before 'w1' came"})
 
 
-def _waits_for_ever(story: Told) -> None:
+def _waits_for_ever(story: ClockedStory) -> None:
     story.join("b", "w1")
     story.skipped_s = 60.0
     story.state()
 
 
-def _left(story: Told) -> None:
+def _left(story: ClockedStory) -> None:
     records: dict[str, Any] = {f"{barrier_prefix('g')}data": ["{}", "aa", "1-1"]}
     story.note("runner", "state", server="a", revision="1-1", records=records)
 
@@ -432,7 +432,7 @@ def _left(story: Told) -> None:
         (_left, "v1/barrier/g/data stands, but all members have left"),
     ],
 )
-def test_wrong_barriers_are_found(story: Told, tell: Wrong, what: str) -> None:
+def test_wrong_barriers_are_found(story: ClockedStory, tell: Wrong, what: str) -> None:
     tell(story)
     assert story.whats == [what]
 
@@ -440,7 +440,7 @@ def test_wrong_barriers_are_found(story: Told, tell: Wrong, what: str) -> None:
 # ---------------------------------------------------------------------- calm
 
 
-def test_calm_comes_after_the_last_trouble_of_the_processes(story: Told) -> None:
+def test_calm_comes_after_the_last_trouble_of_the_processes(story: ClockedStory) -> None:
     story.note("runner", "fault", name="cut")  # at 4
     story.note("runner", "healed", name="cut")  # 5
     story.note("runner", "frozen", process="a")  # 6
