@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import re
 from collections.abc import Callable
 from fnmatch import fnmatch
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from benchmarks.pages import MARK, digits, lines, results, updated, written
 from benchmarks.replay import report
 
 from dynamo_redis import errors
+from dynamo_redis.store.locks.memory import MemoryLocks
+from dynamo_redis.store.registry.memory import MemoryRegistry, MemoryServer
 from faults.page import losses, table
 from tests.rendered_pages import (
     PAGES,
@@ -103,6 +108,28 @@ def test_install_lines_work_from_a_checkout(page: Path) -> None:
     """The package is in no index: pip finds it by a path alone."""
     wanted = re.findall(r"pip install ([^`#\n]+)", page.read_text())
     assert [line for line in wanted if "dynamo-redis" in line] == []
+
+
+async def test_the_registry_and_the_lock_on_their_page_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """On the twins in memory; the watch of the first block has no end."""
+    page = ROOT / "docs" / "python-api" / "registry.md"
+    registry_block, _, lock_block = code_blocks(page, "python")
+    registry = MemoryRegistry(MemoryServer())
+    await registry.start()
+    runtime = SimpleNamespace(registry=registry, locks=MemoryLocks())
+    names: dict[str, Any] = {"runtime": runtime, "next_state": lambda state: (state or b"") + b"x"}
+    await run(lock_block, names)
+    await run(lock_block, names)
+    assert (await runtime.locks.lock("reindex").read()).value == b"xx"
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(1.0):
+            await run(registry_block, names)
+    assert "jobs/7" in capsys.readouterr().out
+    await registry.aclose()
+
+
+async def run(code: str, names: dict[str, Any]) -> None:
+    await eval(compile(code, "page", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT), names)
 
 
 def test_every_proof_is_a_test() -> None:
