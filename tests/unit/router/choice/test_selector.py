@@ -105,14 +105,17 @@ def test_the_cost_is_the_formula(
         assert each.decode_blocks == active_blocks + -(-tokens // block_size) - active.get(each.worker, 0)
 
 
-def test_a_worked_example() -> None:
-    """That of docs/router.md."""
+def test_worked_example_of_the_documents() -> None:
+    """The example at the top of docs/router.md."""
     loads = {W[0]: (320, 40), W[1]: (0, 45)}
-    matched = {W[0]: Matched(8), W[1]: Matched(4, 2), W[2]: Matched(0)}
+    matched = {W[0]: Matched(8), W[1]: Matched(4, 2), W[2]: Matched(2)}
     active = {W[0]: 8, W[1]: 4}
     choice = chosen(loads, matched, active=active)
-    assert [each.cost for each in choice.costs] == [64.0, 55.5, 20.0]
+    assert [each.cost for each in choice.costs] == [64.0, 55.5, 18.0]
     assert choice.worker == W[2]
+    idle = chosen({}, matched)
+    assert [each.cost for each in idle.costs] == [12.0, 14.5, 18.0]
+    assert idle.worker == W[0]
     of_two = chosen(loads, matched, active=active, candidates=W[:2])
     assert (of_two.worker, of_two.cost) == (W[1], 55.5)
 
