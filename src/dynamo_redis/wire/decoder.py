@@ -354,6 +354,7 @@ class FrameDecoder:
         return data[wanted:]
 
     def _feed_frames(self, data: memoryview, frames: list[list[Any]]) -> None:
+        """Unpack the frames in `data`, with the raw payloads that begin in it."""
         unpacker = self._unpacker
         if unpacker is None:
             unpacker = self._unpacker = self._buffers.borrow_unpacker()

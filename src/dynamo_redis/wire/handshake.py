@@ -268,6 +268,7 @@ def _hello_fields(hello: Hello) -> list[Any]:
 
 
 def _parse_hello(fields: list[Any]) -> Hello:
+    """Check the fields of a HELLO. Raises ProtocolViolation."""
     if len(fields) != 6 or fields[0] != MAGIC:
         raise ProtocolViolation("the peer does not speak this protocol")
     _, version, features, window_count, instance_id, nonce = fields

@@ -90,11 +90,10 @@ def read_kv_events(events: Sequence[Any]) -> list[KvEvent]:
             if STORED <= kind <= CLEARED and tier in TIERS:
                 runs.append((kind, tier, run))
         run.append(content)
-    return [KvEvent(kind, tier, _from_bytes(b"".join(contents))) for kind, tier, contents in runs]
-
-
-def _from_bytes(content: bytes) -> array[int]:
-    hashes = array("Q", content)
-    if sys.byteorder == "big":
-        hashes.byteswap()
-    return hashes
+    found: list[KvEvent] = []
+    for kind, tier, contents in runs:
+        hashes = array("Q", b"".join(contents))
+        if sys.byteorder == "big":
+            hashes.byteswap()
+        found.append(KvEvent(kind, tier, hashes))
+    return found

@@ -271,6 +271,7 @@ class ClientConnection(CallerConnection):
             raise ProtocolViolation(f"a frame of type {received[0]!r} is not allowed here")
 
     def _on_goaway(self, received: list[Any]) -> None:
+        """Stop starting streams if the server drains; else close with the error that it sent."""
         code, message = received[2], received[3]
         if type(code) is not str or type(message) is not str:
             raise ProtocolViolation("a malformed GOAWAY")

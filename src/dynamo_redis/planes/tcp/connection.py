@@ -274,6 +274,7 @@ class Connection(asyncio.BufferedProtocol):
     # ------------------------------------------------------------------- reading
 
     def _feed_handshake(self, data: memoryview) -> None:
+        """Handle bytes of the handshake, and frames right behind it."""
         try:
             rest = self.on_handshake_bytes(data)
         except PlaneError as exc:
@@ -291,6 +292,8 @@ class Connection(asyncio.BufferedProtocol):
             self.send(frame.encode_ping(0))
 
     def _dispatch(self, frames: list[list[Any]]) -> None:
+        """Handle decoded frames, and fail the connection at a violation. Schedule the flush of what they
+        cause."""
         try:
             self.on_frames(frames)
         except (IndexError, TypeError, ValueError, RecursionError, MemoryError) as exc:
@@ -408,6 +411,7 @@ class Connection(asyncio.BufferedProtocol):
             self._write_out()
 
     def _write_out(self) -> None:
+        """Hand the gathered frames to the transport, in one piece unless a raw payload is among them."""
         out, self._out = self._out, []
         if self.closed:
             return
@@ -451,6 +455,7 @@ class Connection(asyncio.BufferedProtocol):
         self._sweep_handle = self._loop.call_later(self._sweep_interval_s, self._sweep)
 
     def _sweep(self) -> None:
+        """Count silence and progress, and act on them: see "Liveness" above."""
         self.sweeps += 1
         unsent_bytes = self.unsent_bytes
         unfinished = self.decoder.unfinished
@@ -552,6 +557,7 @@ class Connection(asyncio.BufferedProtocol):
         self._abort_handle = self._loop.call_later(_LINGER_S, self.transport.abort)
 
     def _end(self, error: PlaneError) -> None:
+        """Close once: see "Ends" above."""
         if self.closed:
             return
         self.closed = True

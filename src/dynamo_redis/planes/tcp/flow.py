@@ -287,6 +287,7 @@ class Mailbox:
         return self._ended and not self._items and self._error is None
 
     def _give_credit(self) -> None:
+        """Send the credit of the read items, or wait while the connection is paused."""
         connection = self._connection
         if connection is not None:
             if connection.paused:  # else CREDITs for a peer that does not read would pile up

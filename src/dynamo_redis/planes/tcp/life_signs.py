@@ -85,6 +85,8 @@ class LifeThread:
             self._thread.join(_JOIN_S)
 
     def _run(self) -> None:
+        """Watch the listening sockets, and the accepted ones until their first bytes; the loop of the
+        thread."""
         waiting: dict[socket.socket, float] = {}
         with self._wake, selectors.DefaultSelector() as selector, selectors.DefaultSelector() as stop:
             stop.register(self._wake, selectors.EVENT_READ)
@@ -123,6 +125,7 @@ class LifeThread:
         return taken
 
     def _decide(self, sock: socket.socket) -> None:
+        """Answer an accepted connection, or hand it to the event loop."""
         try:
             now = time.monotonic()
             busy_since = self._busy_since  # read once: the event loop may reset it at any moment
@@ -142,6 +145,7 @@ class LifeThread:
         self._busy_since = None
 
     def _hand_on(self, sock: socket.socket) -> None:
+        """Take over a connection on the event loop."""
         self._handed_on_count += 1
         if self._waker.fileno() >= 0:
             self._on_socket(sock)

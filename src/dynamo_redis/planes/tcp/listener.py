@@ -114,6 +114,7 @@ class SocketListener:
             self._reserve = None
 
     def _accept(self, listening: socket.socket) -> None:
+        """Accept up to `ACCEPTS_A_TURN` connections; pause if the system refuses the sockets."""
         for _ in range(ACCEPTS_A_TURN):
             try:
                 sock, _address = listening.accept()

@@ -49,6 +49,7 @@ class PacedWriter:
             self._transport.write(data)
 
     def _write_held(self) -> None:
+        """Write held bytes piece by piece until the transport pauses."""
         held = self._held
         while held and not self.paused:
             piece = held.popleft()

@@ -176,6 +176,7 @@ class Pool:
         return [connection for connection in self._connections if connection.usable]
 
     def _extend(self) -> None:
+        """Dial another connection, unless the pool is full."""
         if len(self._connections) < self.settings.pool_size:
             self._connect()
 
@@ -184,6 +185,7 @@ class Pool:
         self._large_answers.add(subject)
 
     def _park(self, stream: TcpResponseStream) -> None:
+        """Let the stream wait for a connection, within the bounds, and dial."""
         if self._draining is not None:
             stream.end_without_cancel(self._draining)
             return
@@ -225,6 +227,7 @@ class Pool:
         )
 
     async def _open_connection(self, give_up_at: float) -> None:
+        """Dial once. Then start or end the parked requests and probes by the outcome."""
         quiet_after_s = self.settings.keepalive_interval_s * QUIET_AT / SWEEPS_PER_INTERVAL
         quiet_timer = self.loop.call_later(quiet_after_s, self._note_quiet_dial)
         make = partial(ClientConnection, self, self.target, self.settings, self.loop, self._buffers)
@@ -265,6 +268,7 @@ class Pool:
                 connected.set_exception(error)
 
     def _start_parked(self, connection: ClientConnection | None, error: PlaneError) -> None:
+        """Start the parked requests on the connection; without one, end them with `error`."""
         parked, self._parked = self._parked, {}
         self._parked_bytes = 0
         for stream in parked:
@@ -274,6 +278,7 @@ class Pool:
                 stream.end_without_cancel(error)
 
     def _note_failed_dial(self) -> None:
+        """Set the random pause before the next dial, and the time to forget the failures."""
         least_s, most_s = REDIAL_PAUSE_S
         most_s = min(most_s, self.settings.connect_timeout_s / 2)  # a request's time-out includes the pause
         longest_s = min(least_s * 2.0 ** min(self._failed_dials, 16), most_s)
@@ -332,6 +337,7 @@ class Pool:
             life.cancel()
 
     async def _shows_life(self, after_s: float) -> bool:
+        """Return whether the process gives a sign of life, asked after `after_s`."""
         await asyncio.sleep(after_s)
         try:
             return await ask_for_life(self.target.address, self.target.secret, self.target.instance_id)
@@ -352,6 +358,7 @@ class Pool:
     # (ConnectionOwner)
 
     def _note_quiet_dial(self) -> None:
+        """Handle a dial without an answer for `QUIET_AT` sweeps: do not wait for it any longer."""
         self._dial_is_quiet = True
         error = CannotConnect(f"no connection to {self.target.address} yet")
         busy = self._least_busy()

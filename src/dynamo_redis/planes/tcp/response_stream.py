@@ -217,6 +217,7 @@ class TcpResponseStream(Mailbox):
         return frame.encode_route(self.subject, flags, headers)
 
     async def _send_messages(self, messages: AsyncIterable[Any], sender: Sender) -> None:
+        """Send the messages of a request stream, under flow control, and their end."""
         try:
             async for message in messages:
                 if not sender.ready:
@@ -263,6 +264,7 @@ class TcpResponseStream(Mailbox):
             self._sender.grant(received[2])
 
     def _on_raw(self, kind: int, _: int, size_bytes: int, item: Any) -> None:
+        """Deliver an item that came as a raw payload, or end the stream if it is unusable."""
         error = item.error if type(item) is Unusable else None
         if isinstance(error, Overloaded):  # of the decoder here: this process has no room, not the worker
             error = PayloadBudgetExceeded(str(error))
@@ -343,6 +345,7 @@ class TcpResponseStream(Mailbox):
         self.finish(error)
 
     def _release(self) -> None:
+        """Close the stream; drop its timer, subscription, task and table entry. Called once."""
         self.state = _CLOSED
         if self._context is not None:
             self._context.unsubscribe(self)

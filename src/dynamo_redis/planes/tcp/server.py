@@ -242,6 +242,7 @@ class TcpServer:
         return len(self._connections) - len(self._in_handshake)
 
     def _too_many_connections(self) -> Overloaded:
+        """Log the refusal, and return the error for the caller."""
         setting_count = self._settings.max_connections_count
         if self._max_authenticated_count < setting_count:
             limit = "the limit of open files, RLIMIT_NOFILE"

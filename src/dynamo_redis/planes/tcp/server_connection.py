@@ -245,6 +245,7 @@ class ServerConnection(Connection):
                 self._on_stream_frame(received)
 
     def _on_open(self, received: list[Any]) -> None:
+        """Admit a new request, or answer it with the error. Raises ProtocolViolation."""
         if received[0] == frame.OPEN:
             _, stream_id, subject, flags, headers, message = received
         else:
@@ -263,8 +264,10 @@ class ServerConnection(Connection):
             endpoint = self._host.endpoint(subject)
             if type(message) is Unusable:
                 raise self._refusal(message.error)
-            if flags:
-                _check_flags(flags, endpoint)
+            if flags and flags != frame.FLAG_REQUEST_STREAM:  # it may change the meaning of the request
+                raise InvalidRequest(f"flags {flags:#x} of the request are not known here")
+            if flags and not endpoint.request_stream:
+                raise InvalidRequest("the endpoint takes one message, not a stream of them")
             context = Context() if headers is None else context_of(headers)
             request = Request(self, self._admission, endpoint, stream_id, state, context, message)
             self.streams[stream_id] = request
@@ -289,6 +292,7 @@ class ServerConnection(Connection):
         return error
 
     def _on_stream_frame(self, received: list[Any]) -> None:
+        """Handle a frame by the state table: of a request, of a closed stream, or of the connection."""
         kind, stream_id = received[0], received[1]
         request = self.streams.get(stream_id)
         if kind == frame.CANCEL:
@@ -311,15 +315,6 @@ class ServerConnection(Connection):
             self.close()
         elif not self._on_connection_frame(received):
             raise _not_allowed(received[0])
-
-
-def _check_flags(flags: int, endpoint: RegisteredEndpoint) -> None:
-    """Raise InvalidRequest for an unknown flag, which may change the meaning of the request, or a request
-    stream that the endpoint does not take."""
-    if flags != frame.FLAG_REQUEST_STREAM:
-        raise InvalidRequest(f"flags {flags:#x} of the request are not known here")
-    if not endpoint.request_stream:
-        raise InvalidRequest("the endpoint takes one message, not a stream of them")
 
 
 def _not_allowed(kind: object) -> ProtocolViolation:

@@ -241,8 +241,15 @@ class Request(Sender):
                 self.fail(HandlerFailed("the handler was cancelled"))
                 raise
         except BaseException as exc:
-            self._on_raised(exc)
-            if isinstance(exc, KeyboardInterrupt | SystemExit):  # the event loop's
+            if not self.open:
+                text = "the handler of %s raised after its request had ended"
+                _log.debug(text, self.endpoint.subject, exc_info=exc)
+            elif isinstance(exc, PlaneError):
+                self.fail(exc)
+            else:
+                self.endpoint.log_failure(exc, self.context.id())
+                self.fail(HandlerFailed(_describe(exc)))
+            if isinstance(exc, KeyboardInterrupt | SystemExit):  # for the event loop
                 raise
         finally:
             self._task = None
@@ -251,6 +258,8 @@ class Request(Sender):
             self._admission.finished(self)
 
     async def _answer_stream(self, items: AsyncIterator[Any]) -> None:
+        """Send the items of a generator, at the pace of the caller, and the end. Close it if it is left
+        early."""
         connection, exhausted = self._connection, False
         try:
             async for item in items:
@@ -268,17 +277,6 @@ class Request(Sender):
             self.end()
             self._close()
 
-    def _on_raised(self, exc: BaseException) -> None:
-        if not self.open:
-            _log.debug(
-                "the handler of %s raised after its request had ended", self.endpoint.subject, exc_info=exc
-            )
-        elif isinstance(exc, PlaneError):
-            self.fail(exc)
-        else:
-            self.endpoint.log_failure(exc, self.context.id())
-            self.fail(HandlerFailed(_describe(exc)))
-
     # ------------------------------------------------------------------- frames
 
     def on_frame(self, kind: int, received: list[Any]) -> None:
@@ -295,6 +293,7 @@ class Request(Sender):
             self._on_message(kind, received)
 
     def _on_message(self, kind: int, received: list[Any]) -> None:
+        """Hand a message of the request stream to the handler."""
         messages = self._messages
         assert messages is not None  # only a request-stream endpoint has a stream in state RECEIVING
         if kind in (frame.BATCH, frame.LAST_BATCH):
@@ -367,6 +366,7 @@ class Request(Sender):
             task.cancel()
 
     def _close(self) -> None:
+        """Close the stream: nothing more is sent. Called once."""
         self.drop()
         self.state = _CLOSED
         self._connection.streams.pop(self._stream_id, None)

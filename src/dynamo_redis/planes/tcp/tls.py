@@ -47,6 +47,8 @@ _CERTIFICATE: Final = {  # X509_V_ERR_…: https://docs.openssl.org/3.0/man3/X50
     "DYN_TCP_TLS_SERVER_NAME to a name that it has",
 }
 
+_NO_CERTIFICATE: Final = "{}={}: holds no certificate that can be read, in PEM"
+
 Side = Literal["server", "client"]
 
 _log = logging.getLogger(__name__)
@@ -105,11 +107,19 @@ class TlsContext:
         return self._context
 
     def _make(self) -> ssl.SSLContext:
+        """Make a context from the files. Raises ConfigError."""
         files = self._files
         context = _new_context(self._side)
         if self._side == "client" or self._mutual:
             context.verify_mode = ssl.CERT_REQUIRED
-            _load_authorities(context, files.ca, self._clock.wall())
+            _check_readable("DYN_TCP_TLS_CA", files.ca)
+            try:
+                context.load_verify_locations(cafile=files.ca)
+            except OSError as exc:  # ssl.SSLError is one
+                raise ConfigError(_NO_CERTIFICATE.format("DYN_TCP_TLS_CA", files.ca)) from exc
+            ends = [ssl.cert_time_to_seconds(str(found["notAfter"])) for found in context.get_ca_certs()]
+            if ends and max(ends) < self._clock.wall():
+                raise ConfigError(f"DYN_TCP_TLS_CA={files.ca}: every authority in it has expired: renew it")
         if files.cert is not None and files.key is not None:
             _check_certificate(files.cert, files.key, self._side)
             _load_certificate(context, files.cert, files.key)
@@ -232,17 +242,6 @@ def _new_context(side: Side) -> ssl.SSLContext:
     return context
 
 
-def _load_authorities(context: ssl.SSLContext, ca: Path, wall_s: float) -> None:
-    _check_readable("DYN_TCP_TLS_CA", ca)
-    try:
-        context.load_verify_locations(cafile=ca)
-    except OSError as exc:  # ssl.SSLError is one
-        raise ConfigError(f"DYN_TCP_TLS_CA={ca}: holds no certificate that can be read, in PEM") from exc
-    ends = [ssl.cert_time_to_seconds(str(found["notAfter"])) for found in context.get_ca_certs()]
-    if ends and max(ends) < wall_s:
-        raise ConfigError(f"DYN_TCP_TLS_CA={ca}: every authority in it has expired: renew it")
-
-
 def _load_certificate(context: ssl.SSLContext, cert: Path, key: Path) -> None:
     """Load a certificate whose files are readable. Raises ConfigError, mostly about the key."""
 
@@ -278,7 +277,7 @@ def _check_certificate(cert: Path, key: Path, side: Side) -> None:
     try:
         checking.load_verify_locations(cafile=cert)
     except OSError as exc:  # ssl.SSLError is one
-        raise ConfigError(f"DYN_TCP_TLS_CERT={cert}: holds no certificate that can be read, in PEM") from exc
+        raise ConfigError(_NO_CERTIFICATE.format("DYN_TCP_TLS_CERT", cert)) from exc
     checking.verify_mode = ssl.CERT_REQUIRED
     checking.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     for context in (server, client):
@@ -296,6 +295,7 @@ def _check_certificate(cert: Path, key: Path, side: Side) -> None:
 
 
 def _handshake_in_memory(server: ssl.SSLContext, client: ssl.SSLContext) -> None:
+    """Do a TLS handshake of both sides. Raises ssl.SSLError."""
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
     sides = (
         client.wrap_bio(to_client, to_server),

@@ -82,6 +82,7 @@ class TlsGate:
         task.add_done_callback(lambda _: arrival.close())
 
     async def _do_handshake(self, arrival: _Arrival) -> None:
+        """Wait for the first byte, then hand the socket to the event loop with TLS, or refuse it."""
         give_up_at = self._loop.time() + self._timeout_s
         try:
             async with asyncio.timeout_at(give_up_at):
