@@ -308,7 +308,7 @@ async def test_a_tail_waits_for_a_stream_and_goes_on_behind_a_trim(plane: Plane)
 # ---------------------------------------------------------------------------- trimming
 
 
-async def test_a_trim_keeps_what_a_group_has_not_acknowledged(plane: Plane) -> None:
+async def test_trim_keeps_unacknowledged_entries_of_a_group(plane: Plane) -> None:
     slow, quick = await reader(plane, "slow"), await reader(plane, "quick")
     await append(plane, *"abcdef")
     entries = ids(await take(quick, 6))
@@ -326,7 +326,7 @@ async def test_a_trim_keeps_what_a_group_has_not_acknowledged(plane: Plane) -> N
     await quick.aclose()
 
 
-async def test_a_trim_keeps_what_the_snapshot_lacks(plane: Plane) -> None:
+async def test_trim_keeps_entries_after_the_snapshot(plane: Plane) -> None:
     await append(plane, "a", "b", "c")
     tail = plane.streams.tail(STREAM, max_age_s=60.0)
     first, *_ = ids(await take(tail, 3))
@@ -340,9 +340,7 @@ async def test_a_trim_keeps_what_the_snapshot_lacks(plane: Plane) -> None:
     await tail.aclose()
 
 
-async def test_whoever_reads_removes_groups_that_are_silent(
-    plane: Plane, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_every_reader_removes_silent_groups(plane: Plane, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readers, "CHECK_S", 0.0)
     dead, alive = await reader(plane, "dead"), await reader(plane, "alive")
     await plane.silence(STREAM, "dead")
@@ -497,7 +495,7 @@ async def test_a_deleted_stream_is_lost_to_its_readers(plane: Plane) -> None:
     await group.aclose()
 
 
-async def test_a_waiting_reader_is_told_of_a_wipe(plane: Plane) -> None:
+async def test_waiting_reader_gets_an_error_after_a_wipe(plane: Plane) -> None:
     group = await reader(plane)
     await append(plane, "a")
     await take(group, 1)
@@ -542,7 +540,7 @@ async def test_streams_are_listed_with_their_groups(plane: Plane) -> None:
 # ---------------------------------------------------------------------------- topics
 
 
-async def test_a_topic_reaches_who_listens(plane: Plane) -> None:
+async def test_topic_reaches_its_subscribers(plane: Plane) -> None:
     assert await plane.streams.publish(ODD, b"nobody hears it") == 0
     one, two = await plane.streams.subscribe(ODD), await plane.streams.subscribe(ODD)
     other = await plane.streams.subscribe(STREAM)
@@ -632,7 +630,7 @@ async def test_entries_gone_while_their_answer_was_lost_are_noticed(redis_plane:
     await group.aclose()
 
 
-async def test_an_entry_of_somebody_else_is_handed_on_empty(redis_plane: RedisPlane) -> None:
+async def test_entry_of_another_program_is_read_as_empty(redis_plane: RedisPlane) -> None:
     group = await reader(redis_plane)
     await append(redis_plane, "a")
     foreign: list[Any] = ["XADD", redis_plane.keys().events, "*", "what", "ever"]

@@ -81,7 +81,7 @@ async def until(condition: Callable[[], Awaitable[bool]]) -> None:
 # --------------------------------------------------------------------------- holding
 
 
-async def test_a_lock_is_held_by_one_and_free_afterwards(deployed: Deployed) -> None:
+async def test_lock_has_one_holder_and_is_free_afterwards(deployed: Deployed) -> None:
     lock = deployed.locks.lock("a")
     async with lock.hold() as held:
         assert held.name == "a"
@@ -122,7 +122,7 @@ async def test_fencing_tokens_rise(deployed: Deployed) -> None:
     assert abs(tokens[0] / 1e6 - time.time()) < 60
 
 
-async def test_who_waits_gets_the_lock_when_it_is_free(deployed: Deployed) -> None:
+async def test_waiting_caller_gets_the_lock_when_it_is_free(deployed: Deployed) -> None:
     lock = deployed.locks.lock("a")
     order = []
 
@@ -182,7 +182,7 @@ async def test_a_lock_is_renewed_while_it_is_held(deployed: Deployed) -> None:
         await until(is_renewed)
 
 
-async def test_what_a_lost_lock_guards_is_cancelled(deployed: Deployed) -> None:
+async def test_block_of_a_lost_lock_is_cancelled(deployed: Deployed) -> None:
     lock = deployed.locks.lock("a", ttl_s=0.9)
     cancelled = False
     with is_lost("it ended on the server"):
@@ -221,7 +221,7 @@ async def test_contenders_exclude_each_other_and_lose_no_update(deployed: Deploy
     assert stored.value == b"20"
 
 
-async def test_cancelled_at_any_moment_it_leaves_the_lock_free(deployed: Deployed) -> None:
+async def test_cancellation_at_any_moment_leaves_the_lock_free(deployed: Deployed) -> None:
     lock = deployed.locks.lock("a", ttl_s=2 * WAIT_S)
     rng = random.Random(2)
 

@@ -167,7 +167,7 @@ async def test_reading_goes_on_while_writes_are_refused(
     following.cancel()
 
 
-async def test_another_reason_to_refuse_is_told(
+async def test_another_reason_of_refusal_is_logged(
     server: Server, open_registry: Callable[[], RedisRegistry], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "dynamo_redis.store.redis.health")
@@ -183,7 +183,7 @@ async def test_another_reason_to_refuse_is_told(
     assert registry.write_refusal is None
 
 
-async def test_keys_that_are_owed_are_told_once(
+async def test_keys_not_yet_written_are_logged_once(
     server: Server, open_registry: Callable[[], RedisRegistry], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG, "dynamo_redis.store.registry.registrations")

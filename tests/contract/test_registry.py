@@ -137,7 +137,7 @@ async def test_a_key_that_comes_back_begins_anew(registry: Registry) -> None:
     assert (record.version, record.create_revision) == (1, created)
 
 
-async def test_delete_says_whether_the_key_was_there(registry: Registry) -> None:
+async def test_delete_returns_whether_the_key_existed(registry: Registry) -> None:
     assert await registry.delete("none") is False
     await registry.put("some", b"")
     assert await registry.delete("some") is True
@@ -184,7 +184,7 @@ async def test_a_value_too_large_for_the_registry_is_refused(registry: Registry)
     assert [record.key for record in (await registry.get_prefix("a/")).records] == ["a/1", "a/2"]
 
 
-async def test_what_is_no_revision_is_refused(registry: Registry) -> None:
+async def test_text_that_is_no_revision_is_refused(registry: Registry) -> None:
     for nonsense in ("", "abc", "1-2-3", "5--3", "1_0-0", " 5-0", "05-0", "٣-0", f"{1 << 64}-0"):
         with pytest.raises(ConfigError, match="not a revision"):
             registry.watch("a/", start_revision=Revision(nonsense))
@@ -220,7 +220,7 @@ async def test_create_succeeds_once(deployment: Deployment) -> None:
     assert record.value == b"first"
 
 
-async def test_of_many_creators_one_wins(deployment: Deployment) -> None:
+async def test_one_of_many_creators_wins(deployment: Deployment) -> None:
     processes = [await deployment.process() for _ in range(3)]
     creations = [registry.create("k", str(n).encode()) for n, registry in enumerate(processes * 5)]
     results = await asyncio.gather(*creations, return_exceptions=True)
@@ -350,7 +350,7 @@ async def test_a_watch_sees_every_change_of_its_prefix_in_one_order(
     assert all(batch.resync is None for follower in followers for batch in follower.batches)
 
 
-async def test_watches_of_one_process_see_what_is_theirs(registry: Registry, follow: Follow) -> None:
+async def test_watches_of_one_process_see_only_their_prefix(registry: Registry, follow: Follow) -> None:
     everything, a, again, b = [await follow(registry, prefix) for prefix in ("", "a/", "a/", "b/")]
     await registry.put("a/1", b"1")
     await registry.put("b/1", b"1")
@@ -541,7 +541,7 @@ async def test_an_exclusive_key_has_one_owner(deployment: Deployment) -> None:
         await two.register("p/81", b"two", exclusive=True)
 
 
-async def test_of_many_registrants_of_an_exclusive_key_one_wins(deployment: Deployment) -> None:
+async def test_one_of_many_registrants_of_an_exclusive_key_wins(deployment: Deployment) -> None:
     processes = [await deployment.process() for _ in range(4)]
     results = await asyncio.gather(
         *(registry.register("p/80", b"", exclusive=True) for registry in processes), return_exceptions=True
@@ -606,7 +606,7 @@ async def test_overwritten_key_is_reported_and_left_to_its_new_owner(deployment:
     assert (record.value, record.lease) == (b"theirs", None)
 
 
-async def test_an_update_does_not_bring_back_what_was_deleted(deployment: Deployment) -> None:
+async def test_update_does_not_restore_a_deleted_key(deployment: Deployment) -> None:
     worker, other = await deployment.process(), await deployment.process()
     registration = await worker.register("i/1", b"v")
     await other.delete("i/1")

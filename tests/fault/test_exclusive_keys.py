@@ -294,7 +294,7 @@ async def test_wipe_only_delays_a_barrier(open_registry: Open, server: ServerUnd
     assert await leading == ["one", "three", "two"]
 
 
-async def test_who_waits_for_a_leader_that_went_with_the_data_is_freed(
+async def test_worker_of_a_leader_lost_with_the_data_is_freed(
     open_registry: Open, server: ServerUnderTest, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(barrier, "GRACE_S", 0.2)
@@ -392,7 +392,7 @@ async def test_abort_without_redis_is_written_later(open_registry: Open, server:
         await waiting
 
 
-async def test_a_late_worker_is_told_how_it_ended(open_registry: Open) -> None:
+async def test_late_worker_learns_the_barriers_end(open_registry: Open) -> None:
     leader, one, two = [await open_registry() for _ in range(3)]
     async with LeaderBarrier("group", 1, 10) as complete:
         syncing = asyncio.create_task(complete.sync(leader, DATA))
@@ -408,7 +408,7 @@ async def test_a_late_worker_is_told_how_it_ended(open_registry: Open) -> None:
             await WorkerBarrier("group", "two", 10).sync(two)
 
 
-async def test_one_worker_too_many_is_told_so(open_registry: Open) -> None:
+async def test_surplus_worker_is_refused(open_registry: Open) -> None:
     leader, one, two = [await open_registry() for _ in range(3)]
     workers = [
         asyncio.create_task(WorkerBarrier("group", name, 10).sync(registry))
@@ -440,7 +440,7 @@ async def test_replacement_of_a_counted_worker_is_not_admitted(open_registry: Op
             await outwaiting
 
 
-async def test_what_an_earlier_round_left_is_not_counted(open_registry: Open) -> None:
+async def test_keys_of_an_earlier_round_are_not_counted(open_registry: Open) -> None:
     leader, one, two = [await open_registry() for _ in range(3)]
     old = LeaderBarrier("group", 1, 10)
     left_behind = WorkerBarrier("group", "one", 10)
@@ -451,7 +451,7 @@ async def test_what_an_earlier_round_left_is_not_counted(open_registry: Open) ->
     assert await leading == ["two"]
 
 
-async def test_who_is_taken_out_of_a_barrier_is_told(open_registry: Open) -> None:
+async def test_worker_removed_from_a_barrier_gets_an_error(open_registry: Open) -> None:
     leader, worker, other = [await open_registry() for _ in range(3)]
     prefix = barrier_prefix("group")
     leading = asyncio.create_task(LeaderBarrier("group", 2, 30).sync(leader, DATA))
@@ -465,7 +465,7 @@ async def test_who_is_taken_out_of_a_barrier_is_told(open_registry: Open) -> Non
         await leading
 
 
-async def test_of_two_leaders_after_a_wipe_the_later_one_is_told(
+async def test_later_of_two_leaders_after_a_wipe_is_refused(
     open_registry: Open, server: ServerUnderTest, proxy: Proxy
 ) -> None:
     late, early, one, two = await open_registry(proxy.url), *[await open_registry() for _ in range(3)]

@@ -145,7 +145,7 @@ async def hold_until_lost(lock: Lock, entered: asyncio.Event) -> float:
     return ended_at
 
 
-async def test_what_a_lock_guards_ends_before_another_can_have_it(
+async def test_guarded_block_ends_before_the_next_holder_begins(
     own_redis_server: EmbeddedServer, proxy: Proxy, open_locks: OpenLocks
 ) -> None:
     """The holder cannot reach the server any more; a waiting contender can."""
@@ -196,7 +196,9 @@ async def test_tokens_do_not_go_back_when_the_server_forgets(
         await holding
 
 
-async def test_what_a_restart_kept_is_kept(own_redis_server: EmbeddedServer, open_locks: OpenLocks) -> None:
+async def test_lock_survives_a_restart_with_its_data(
+    own_redis_server: EmbeddedServer, open_locks: OpenLocks
+) -> None:
     lock = open_locks(own_redis_server.url).lock("a")
     async with lock.hold() as held:
         await held.write(b"1")
@@ -307,9 +309,7 @@ async def near_and_far(
     return near, far
 
 
-async def test_an_acquire_whose_answer_was_lost_finds_itself(
-    proxy: Proxy, near_and_far: tuple[Lock, Lock]
-) -> None:
+async def test_repeated_acquire_finds_its_own_lock(proxy: Proxy, near_and_far: tuple[Lock, Lock]) -> None:
     near, far = near_and_far
     proxy.conditions = NO_ANSWERS
     entering = far.hold()
@@ -343,7 +343,7 @@ async def test_an_acquire_that_is_given_up_leaves_nothing(
     assert not await is_held(near)
 
 
-async def test_a_renewal_whose_answer_was_lost_is_repeated(
+async def test_renewal_with_lost_answer_is_repeated(
     own_redis_server: EmbeddedServer, proxy: Proxy, open_locks: OpenLocks
 ) -> None:
     near, far = (open_locks(url).lock("a", ttl_s=1.0) for url in (own_redis_server.url, proxy.url))
@@ -371,9 +371,7 @@ async def test_a_renewal_whose_answer_was_lost_is_repeated(
         await held.write(b"x")
 
 
-async def test_a_write_whose_answer_was_lost_is_repeated(
-    proxy: Proxy, near_and_far: tuple[Lock, Lock]
-) -> None:
+async def test_write_with_lost_answer_is_repeated(proxy: Proxy, near_and_far: tuple[Lock, Lock]) -> None:
     near, far = near_and_far
     async with far.hold() as held:
         proxy.conditions = NO_ANSWERS
@@ -389,7 +387,7 @@ async def test_a_write_whose_answer_was_lost_is_repeated(
     assert await value_of(near) == b"y"
 
 
-async def test_a_release_whose_answer_was_lost_harms_nobody(
+async def test_release_with_lost_answer_harms_no_other_holder(
     proxy: Proxy,
     near_and_far: tuple[Lock, Lock],
     caplog: pytest.LogCaptureFixture,
@@ -407,7 +405,7 @@ async def test_a_release_whose_answer_was_lost_harms_nobody(
 # --------------------------------------------------------------------------- all at once
 
 
-async def test_under_faults_no_update_is_lost_and_no_stale_one_made(
+async def test_no_update_is_lost_or_stale_under_faults(
     own_redis_server: EmbeddedServer, proxy: Proxy, open_locks: OpenLocks
 ) -> None:
     """Contenders increment one counter, each by a read, a wait and a write.

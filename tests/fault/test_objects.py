@@ -177,7 +177,7 @@ async def test_uploaders_killed_at_each_chunk_and_around_the_commit(
         assert await objects.read("b", point) == new
 
 
-async def test_what_a_stopped_uploader_has_claimed_is_sent_by_another(
+async def test_chunk_claimed_by_a_stopped_upload_is_sent_by_another(
     open_objects: OpenObjects, dynamo_redis_url: str, dynamo_redis_prefix: str, redis: Redis
 ) -> None:
     objects = open_objects(dynamo_redis_url)
@@ -211,7 +211,7 @@ async def test_eight_uploaders_of_the_same_content_send_it_once(
     assert await stores[0].read("b", "n") == content
 
 
-async def test_readers_of_any_speed_see_one_version_or_are_told(
+async def test_readers_of_any_speed_see_one_version_or_an_error(
     open_objects: OpenObjects, dynamo_redis_url: str
 ) -> None:
     """Old versions expire after a second here, so that slow readers lose theirs."""
@@ -383,7 +383,7 @@ async def test_answers_lost_during_an_upload_are_made_up_for(
     assert await direct.read("b", "n") == content
 
 
-async def test_a_commit_whose_answer_is_lost_happens_once(
+async def test_commit_with_lost_answer_happens_once(
     open_objects: OpenObjects,
     own_redis_server: EmbeddedServer,
     proxy: Proxy,

@@ -105,7 +105,7 @@ async def test_stop_ends_the_whole_group_and_leaves_no_zombie(tmp_path: Path) ->
         assert await child.stop() == -signal.SIGTERM  # idempotent
 
 
-async def test_what_ignores_sigterm_is_killed_after_the_grace(tmp_path: Path) -> None:
+async def test_child_that_ignores_sigterm_is_killed_after_the_grace(tmp_path: Path) -> None:
     async with family(tmp_path, "stubborn") as child:
         started = time.monotonic()
         assert await child.stop(grace_s=0.3) == -signal.SIGKILL
@@ -128,7 +128,7 @@ async def test_a_cancelled_stop_kills(tmp_path: Path) -> None:
         await until(lambda: group(child.pid) == [])
 
 
-async def test_wait_times_out_and_leaves_it_running(tmp_path: Path) -> None:
+async def test_wait_times_out_and_leaves_the_child_running(tmp_path: Path) -> None:
     async with family(tmp_path) as child:
         with pytest.raises(TimeoutError, match=r"still runs after 0\.05 s"):
             await child.wait(0.05)

@@ -127,7 +127,7 @@ async def test_cancelled_caller_leaves_the_lane_whole(open_lane: OpenLane, tmp_p
     assert await callers[2] == b"b"
 
 
-async def test_caller_that_leaves_gives_up_its_place(open_lane: OpenLane, tmp_path: Any) -> None:
+async def test_cancelled_caller_gives_up_its_place(open_lane: OpenLane, tmp_path: Any) -> None:
     lane = open_lane(queue_count=2)
     path = tmp_path / "go"
     working = asyncio.create_task(lane.run(b"wait ", os.fsencode(path)))
@@ -204,7 +204,7 @@ async def test_program_that_is_not_there_is_said() -> None:
     await lane.aclose()
 
 
-async def test_answer_that_nobody_asked_for_ends_the_process(open_lane: OpenLane) -> None:
+async def test_unexpected_answer_ends_the_process(open_lane: OpenLane) -> None:
     lane = open_lane("import os, time; os.write(1, bytes([255]) * 4096); time.sleep(600)")
     with pytest.raises(JobDied):
         await lane.run(b"x")

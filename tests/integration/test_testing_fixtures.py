@@ -373,7 +373,9 @@ async def test_mock_workers_by_the_factory(dynamo_mock_worker_factory: MockWorke
     assert len({worker.instance_id for worker in workers}) == 2
 
 
-async def test_a_worker_that_cannot_start_says_why(dynamo_mock_worker_factory: MockWorkerFactory) -> None:
+async def test_worker_that_cannot_start_gives_the_reason(
+    dynamo_mock_worker_factory: MockWorkerFactory,
+) -> None:
     with pytest.raises(ValueError, match="does not name an endpoint"):
         await dynamo_mock_worker_factory(endpoint="nonsense")
 

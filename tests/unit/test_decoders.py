@@ -202,7 +202,7 @@ def test_any_batch_is_read_or_invalid(fields: list[Any]) -> None:
         read_kv_events(EventBatch.from_bytes(msgpack.packb(fields)).events)
 
 
-def test_mismatch_says_of_what() -> None:
+def test_schema_mismatch_names_the_value() -> None:
     with pytest.raises(
         SchemaMismatch, match=r"^a batch of events has schema version 2, this release reads 1"
     ):

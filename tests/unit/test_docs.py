@@ -96,7 +96,7 @@ def test_python_on_pages_fits_the_package(page: Path, code: str) -> None:
 
 
 @pytest.mark.parametrize(("mark", "made"), [("faults", table), ("losses", losses)])
-def test_the_guarantees_show_what_was_measured(mark: str, made: Callable[[], str]) -> None:
+def test_guarantees_show_the_measured_figures(mark: str, made: Callable[[], str]) -> None:
     page = (ROOT / "docs" / "guarantees.md").read_text()
     shown = re.search(f"<!-- {mark} -->\n(.*)<!-- /{mark} -->", page, re.DOTALL)
     assert shown is not None
@@ -241,7 +241,7 @@ def test_modules_in_the_decisions_exist() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
-def test_figures_are_those_that_were_measured(page: Path) -> None:
+def test_figures_are_the_measured_ones(page: Path) -> None:
     """`python -m benchmarks.pages` brings them up to date."""
     text = page.read_text()
     assert updated(text, results(), lines()) == text
@@ -267,7 +267,7 @@ def test_each_measured_row_is_shown() -> None:
     assert [line for line in lines().values() if line not in page] == []
 
 
-def test_the_table_of_replays_is_what_was_measured() -> None:
+def test_table_of_replays_has_the_measured_figures() -> None:
     entries = report.load_entries()
     made = [
         line

@@ -116,7 +116,7 @@ def test_only_commands_are_granted_each_by_its_name(repository: Path) -> None:
     assert called <= granted
 
 
-async def test_harm_to_others_is_refused(admin: RedisClient, url: str) -> None:
+async def test_harm_to_other_tenants_is_refused(admin: RedisClient, url: str) -> None:
     user = RedisClient(url, timeout_s=10.0)
     for command in REFUSED.strip().splitlines():
         with pytest.raises(StoreError) as error:

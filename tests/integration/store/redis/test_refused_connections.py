@@ -180,7 +180,7 @@ async def test_last_words_of_a_server_are_told(words: bytes, says: str, password
         await client.aclose()
 
 
-async def test_a_server_without_room_says_so(tmp_path: Path) -> None:
+async def test_error_names_a_server_at_its_limit_of_connections(tmp_path: Path) -> None:
     async with EmbeddedServer(tmp_path, port=0, settings={"maxclients": "2"}) as server:
         port = int(server.url.rpartition(":")[2])
         others = [socket.create_connection(("127.0.0.1", port)) for _ in range(2)]

@@ -142,7 +142,7 @@ ERRORS: list[tuple[str, type[StoreError], bool]] = [
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("sent", "kind", "leaves"), ERRORS)
-async def test_an_error_of_a_server_is_told_whole(
+async def test_error_of_a_server_is_shown_complete(
     answering: Answering,
     way: Callable[[RedisClient], Awaitable[None]],
     sent: str,
@@ -217,7 +217,7 @@ async def server(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterato
         yield running
 
 
-async def test_errors_inside_scripts_are_told_as_outside(server: EmbeddedServer) -> None:
+async def test_errors_inside_scripts_are_read_as_outside(server: EmbeddedServer) -> None:
     admin, client = RedisClient(server.url, timeout_s=5.0), RedisClient(server.url, timeout_s=5.0)
     write = Script.of("test", "return redis.call('SET', KEYS[1], 'v')")
     read = Script.of("test", "return redis.call('GET', KEYS[1])")

@@ -123,7 +123,7 @@ async def test_repeated_write_searches_back_to_the_callers_last_entry(kv: KeyVal
     assert (await send_again(kv._seen)).change_count == 1, "it certainly was not made before"
 
 
-async def test_a_page_ends_at_so_many_bytes(kv: KeyValue) -> None:
+async def test_page_ends_at_its_limit_of_bytes(kv: KeyValue) -> None:
     value = b"v" * (PAGE_BYTES // 40)
     await fill(kv, [PutOp(f"k/{n:03}", value) for n in range(150)])
     answer = await kv._page("", "k/", b"")
@@ -142,7 +142,7 @@ async def test_structure_of_another_registry_is_found_within_1_s(kv: KeyValue) -
     assert (await kv.initialize()).incarnation != before.incarnation
 
 
-async def test_a_thousand_watches_see_what_is_theirs(dynamo_redis_url: str, open_registry: Any) -> None:
+async def test_each_of_a_thousand_watches_sees_its_prefix(dynamo_redis_url: str, open_registry: Any) -> None:
     reader, writer = await open_registry(dynamo_redis_url), await open_registry(dynamo_redis_url)
     apart = [reader.watch(f"k/{n:03}/") for n in range(500)]
     together = [reader.watch("k/") for _ in range(500)]

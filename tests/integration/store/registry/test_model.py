@@ -139,7 +139,7 @@ async def settle_one(side: Side, process: Registry) -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-async def test_redis_and_its_twin_agree(
+async def test_redis_and_memory_agree(
     dynamo_redis_url: str, open_registry: Any, mirror: Any, seed: int
 ) -> None:
     server = MemoryServer()

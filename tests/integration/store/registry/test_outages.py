@@ -26,7 +26,7 @@ from dynamo_redis.store.server import EmbeddedServer
 from faults.proxy import Conditions
 
 
-async def test_a_restart_with_its_data_is_not_even_noticed(
+async def test_restart_with_data_causes_no_resync(
     own_redis_server: EmbeddedServer, open_registry: Any, mirror: Any
 ) -> None:
     worker = await open_registry(own_redis_server.url)
@@ -262,7 +262,7 @@ async def test_watchers_equal_the_server_after_random_cuts(
         assert view.resyncs == [], "reading goes on where it stopped"
 
 
-async def test_a_write_whose_answer_is_lost_happens_once(
+async def test_write_with_lost_answer_happens_once(
     dynamo_redis_url: str, dynamo_redis_prefix: str, open_registry: Any, open_proxy: Any, mirror: Any
 ) -> None:
     proxy = await open_proxy(dynamo_redis_url)
@@ -512,7 +512,7 @@ async def test_a_failover_that_loses_the_tail_is_repaired(
     assert records["i/new"].lease == worker.lease_id
 
 
-async def test_a_failover_after_which_nothing_happens_is_noticed(
+async def test_failover_without_later_writes_is_noticed(
     dynamo_redis_prefix: str,
     own_redis_server: EmbeddedServer,
     replica: EmbeddedServer,

@@ -69,7 +69,7 @@ def only_reading(url: str) -> str:
     return url.replace("//", "//look:pw@")
 
 
-async def test_it_reads_what_was_written(
+async def test_read_only_registry_reads_all_records(
     writer: Registry, read_only_registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(read_only, "PAGE_KEYS_COUNT", 3)
@@ -85,7 +85,7 @@ async def test_it_reads_what_was_written(
         assert await read_only_registry.get(key) == await writer.get(key)
 
 
-async def test_it_hides_the_keys_of_ended_leases(
+async def test_read_only_registry_hides_keys_of_ended_leases(
     writer: Registry, read_only_registry: Registry, admin: RedisClient
 ) -> None:
     await writer.register("leased", b"y")
@@ -101,7 +101,7 @@ async def test_it_hides_the_keys_of_ended_leases(
     assert await read_only_registry.get("leased") is None
 
 
-async def test_its_watch_shows_every_change(writer: Registry, read_only_registry: Registry) -> None:
+async def test_read_only_watch_shows_every_change(writer: Registry, read_only_registry: Registry) -> None:
     await writer.put("a/1", b"x")
     await read_only_registry.start()
     seen: dict[str, bytes] = {}
@@ -152,7 +152,7 @@ async def test_a_registry_that_is_not_there_is_empty(
         await writer.aclose()
 
 
-async def test_it_refuses_to_write(writer: Registry, read_only_registry: Registry) -> None:
+async def test_read_only_registry_refuses_to_write(writer: Registry, read_only_registry: Registry) -> None:
     await read_only_registry.start()
     for write in (read_only_registry.put("a", b"x"), read_only_registry.delete("a")):
         with pytest.raises(StoreRefused, match="open read-only"):

@@ -126,7 +126,7 @@ async def test_a_block_that_hangs_the_loop_and_ends_is_told() -> None:
     assert raised.value.__cause__ is None
 
 
-async def test_another_s_cancellation_stays_one() -> None:
+async def test_cancellation_from_elsewhere_stays_a_cancellation() -> None:
     entered = asyncio.Event()
 
     async def run() -> None:
@@ -165,14 +165,14 @@ async def test_a_cancellation_by_both_stays_the_other_s(guard_first: bool) -> No
         await task
 
 
-async def test_a_timeout_around_it_stays_a_timeout() -> None:
+async def test_timeout_around_a_guard_stays_a_timeout() -> None:
     with ends_with(TimeoutError):
         async with asyncio.timeout(0.01), guard_of(Server()):
             await asyncio.sleep(LONG_S)
     assert cancelling() == 0
 
 
-async def test_a_timeout_inside_it_stays_a_timeout() -> None:
+async def test_timeout_inside_a_guard_stays_a_timeout() -> None:
     async with guard_of(Server()) as guard:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.01):
@@ -181,7 +181,7 @@ async def test_a_timeout_inside_it_stays_a_timeout() -> None:
     assert guard.released
 
 
-async def test_of_nested_guards_the_one_that_is_lost_says_so() -> None:
+async def test_lost_guard_of_nested_ones_raises() -> None:
     inner, outer = guard_of(Server()), guard_of(Server())
     with ends_with(saying="outer"):
         async with outer, inner:
@@ -220,7 +220,7 @@ async def test_a_group_of_tasks_is_cancelled_as_a_whole() -> None:
     assert cancelled == 3
 
 
-async def test_a_block_that_will_not_be_cancelled_is_told_when_it_ends() -> None:
+async def test_block_that_suppresses_cancellation_raises_at_its_end() -> None:
     with ends_with():
         async with guard_of(Server()) as guard:
             guard.lose("lost")
@@ -232,7 +232,7 @@ async def test_a_block_that_will_not_be_cancelled_is_told_when_it_ends() -> None
     assert cancelling() == 0
 
 
-async def test_what_a_cancelled_block_raises_goes_out() -> None:
+async def test_exception_of_a_cancelled_block_passes_through() -> None:
     with ends_with(KeyError):
         async with guard_of(Server()) as guard:
             guard.lose("lost")

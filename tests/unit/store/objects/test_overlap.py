@@ -86,7 +86,7 @@ async def test_the_first_failure_ends_the_others() -> None:
 
 
 @pytest.mark.parametrize("waiting", [True, False])
-async def test_who_closes_or_cancels_it_leaves_nothing_behind(waiting: bool) -> None:
+async def test_closing_or_cancelling_leaves_no_call_behind(waiting: bool) -> None:
     calls = Calls(6)
     calls.let[0].set()
     answers = overlapped(calls(), limit_count=3)

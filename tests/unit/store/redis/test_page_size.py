@@ -14,7 +14,7 @@ def test_page_begins_small_and_grows_while_entries_are_small() -> None:
     assert counts == [FIRST_COUNT, FIRST_COUNT * GROWTH, FIRST_COUNT * GROWTH**2, 500]
 
 
-def test_page_holds_about_so_many_bytes() -> None:
+def test_page_holds_about_its_limit_of_bytes() -> None:
     page = PageSize(500, page_bytes=1000)
     page.took(10, 2000)
     assert page.count == 5

@@ -40,7 +40,7 @@ def test_put_without_create_revision_names_its_own() -> None:
     ("kind", "cause"),
     [("d", DeleteCause.DELETED), ("r", DeleteCause.REVOKED), ("x", DeleteCause.EXPIRED)],
 )
-def test_a_delete_says_why(kind: str, cause: DeleteCause) -> None:
+def test_delete_names_its_cause(kind: str, cause: DeleteCause) -> None:
     assert parse_change(*entry("5-1", kind=kind)).event == Delete("k", Revision("5-1"), cause)
 
 
@@ -96,7 +96,7 @@ def test_a_chain_connects_by_id_and_operation() -> None:
             check_chain(Revision(after), operation, changes)
 
 
-def test_replay_applies_what_is_newer_than_each_record() -> None:
+def test_replay_applies_only_changes_newer_than_each_record() -> None:
     old, new = (
         Record(key, b"page", Revision(r), Revision(r), 1, None) for key, r in (("a", "2-0"), ("b", "9-0"))
     )

@@ -26,13 +26,13 @@ def test_processes_together_tick_4_or_16_times_a_second() -> None:
         assert pace.interval_s == interval_s
 
 
-def test_who_has_no_lease_ticks_every_few_seconds_at_least() -> None:
+def test_process_without_a_lease_ticks_every_few_seconds() -> None:
     pace = Pace()
     pace.ticked(Tick(10_000, 0, 0.06))
     assert pace.interval_s == LEASELESS_TICK_S
 
 
-def test_who_finds_that_nobody_ticks_does() -> None:
+def test_process_that_finds_ticks_overdue_ticks() -> None:
     pace = Pace()
     assert pace.interval_s == TICK_S, "nothing is known yet"
     pace.ticked(Tick(10_000, 0, 0.06))

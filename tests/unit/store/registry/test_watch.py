@@ -67,7 +67,7 @@ async def test_long_values_fill_a_queue_sooner(fanout: Fanout, monkeypatch: pyte
     assert (await anext(watch)).resync is None, "one that is alone is no backlog"
 
 
-async def test_what_a_stalled_consumer_missed_stays_small(
+async def test_difference_for_a_stalled_consumer_stays_small(
     fanout: Fanout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dynamo_redis.store.registry.watch.QUEUE_EVENTS_COUNT", 10)
@@ -82,7 +82,7 @@ async def test_what_a_stalled_consumer_missed_stays_small(
     assert [event.record.key for event in batch.events if isinstance(event, Put)] == ["stays"]
 
 
-async def test_a_difference_counts_from_what_was_handed_out(fanout: Fanout) -> None:
+async def test_difference_counts_from_the_reported_records(fanout: Fanout) -> None:
     watch, other = await begin(fanout, ""), await begin(fanout, "")
     fanout.follow([put(1, "a", b"1"), put(2, "b", b"1"), put(3, "c", b"1")])
     await anext(watch)  # the other one has seen nothing of it
