@@ -1,4 +1,4 @@
-"""The commands that look into event streams, against a real server."""
+"""The commands for event streams, against a real server."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Act = Callable[[Callable[[EventStreams], Awaitable[None]]], None]
 
 @pytest.fixture
 def act(dynamo_redis_url: str, dynamo_redis_prefix: str) -> Act:
-    """Does something to the streams that the commands look into."""
+    """Run a function on the streams of the commands."""
 
     async def main(action: Callable[[EventStreams], Awaitable[None]]) -> None:
         client = RedisClient(dynamo_redis_url, timeout_s=3.0)
@@ -45,7 +45,7 @@ def batch(first_sequence: int, *events: object) -> NewEntry:
 
 
 async def fill(streams: EventStreams) -> None:
-    """Events, and a group that stays: that of a router which was killed."""
+    """Add events, and the group of a killed router, which stays."""
     group = streams.group(KV, "router-1")
     assert isinstance(group, RedisEventGroup)
     await group.create()
@@ -70,7 +70,7 @@ def test_streams_are_listed_with_their_lag(cli: Cli, act: Act) -> None:
     assert (group["group"], group["lag_count"]) == ("router-1", 3)
     table = cli("events", "ls").out
     assert "dynamo/backend/kv_events" in table
-    assert table.splitlines()[-1].split()[-1] == "0"  # nobody reads the other
+    assert table.splitlines()[-1].split()[-1] == "0"  # the other stream has no reader
     assert "router-1" in cli("events", "lag").out
     assert cli("events", "lag", str(sync["stream"])).err == "no router reads event streams\n"
 

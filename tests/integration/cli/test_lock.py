@@ -23,7 +23,7 @@ Locked = Callable[..., Awaitable[Process]]
 
 @pytest.fixture
 async def lock(own_redis_server: EmbeddedServer) -> AsyncIterator[Lock]:
-    """The lock that the commands name."""
+    """Yield the lock that the commands name."""
     locks = RedisLocks(RedisClient(own_redis_server.url, timeout_s=3.0), "dynamo")
     yield locks.lock("nightly")
     await locks.aclose()
@@ -31,7 +31,7 @@ async def lock(own_redis_server: EmbeddedServer) -> AsyncIterator[Lock]:
 
 @pytest.fixture
 async def locked(own_redis_server: EmbeddedServer, tmp_path: Path) -> AsyncIterator[Locked]:
-    """Starts `dynamo-redis lock … nightly -- sh -c SCRIPT`."""
+    """Start `dynamo-redis lock … nightly -- sh -c SCRIPT`."""
     started: list[Process] = []
 
     async def start(script: str, *options: str) -> Process:
@@ -56,7 +56,7 @@ async def first_line(process: Process) -> str:
 
 
 async def end_of(process: Process) -> tuple[int | None, str, str]:
-    """Exit code, standard output, standard error."""
+    """Wait for the end. Return exit code, standard output and standard error."""
     async with asyncio.timeout(WAIT_S):
         out, err = await process.communicate()
     return process.returncode, out.decode(), err.decode()
@@ -72,7 +72,7 @@ async def test_a_command_runs_under_the_lock_and_its_exit_code_is_ours(locked: L
     assert await lock.holder() is None
 
 
-async def test_who_does_not_wait_is_told_who_has_the_lock(locked: Locked, lock: Lock) -> None:
+async def test_failed_try_names_the_holder(locked: Locked, lock: Lock) -> None:
     async with lock.hold():
         code, out, err = await end_of(await locked("echo ran", "--timeout", "0"))
     assert (code, out) == (1, "")

@@ -1,4 +1,4 @@
-"""The commands that look into the registry and the object store, against a real server."""
+"""The commands for the registry and the object store, against a real server."""
 
 from __future__ import annotations
 
@@ -376,7 +376,7 @@ def test_unreadable_objects_end_their_list_with_1(
 
 
 def everything(terminal: int) -> str:
-    """What is written to a terminal until its other side is closed."""
+    """Read what is written to a terminal until its other side is closed."""
     read = b""
     with contextlib.suppress(OSError):  # Linux's way to say that it is closed
         while part := os.read(terminal, 1 << 16):
@@ -420,7 +420,7 @@ def test_without_any_server_the_line_says_what_to_do(cli: Cli, monkeypatch: pyte
 
 
 def test_a_write_on_a_replica_fails_in_one_line(tmp_path: Path) -> None:
-    """In a process of its own, where stderr has the log, too."""
+    """In a child process, whose stderr also has the log."""
     server = EmbeddedServer(tmp_path, port=0)
     anyio.run(server.start)
     client = redis.Redis.from_url(server.url)

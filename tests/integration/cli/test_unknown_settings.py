@@ -1,4 +1,4 @@
-"""Commands and services name variables that look like settings and are none."""
+"""Commands and services name variables that look like settings and are not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`dynamo-redis up`, `frontend` and `worker` as their users start them: own processes, real sockets."""
+"""`dynamo-redis up`, `frontend` and `worker` as users start them: real processes and sockets."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _MARK = "DYNAMO_REDIS_TEST_MARK"
 
 
 class Program:
-    """A run of the program, with its output and every process it has started."""
+    """A run of the program, with its output and all processes that it has started."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class Program:
         return self._err.read_text()
 
     def until(self, pattern: str, within_s: float = UP_WITHIN_S) -> re.Match[str]:
-        """Wait until the output holds the pattern."""
+        """Wait until the output has a match of the pattern. Return the match."""
         deadline = time.monotonic() + within_s
         while (found := re.search(pattern, self.out, re.MULTILINE)) is None:
             assert time.monotonic() < deadline, f"no {pattern!r} in\n{self.out}\n{self.err}"
@@ -103,7 +103,10 @@ class Program:
         return found + [process for process in self._unmarked.difference(found) if is_alive(process)]
 
     def _is_server(self, process: psutil.Process) -> bool:
-        """Redis writes its title over its environment: know it by its socket's path."""
+        """Return whether a process is the server.
+
+        Redis overwrites its environment: its socket's path shows it.
+        """
         return "-server" in process.name() and any(self._temporary in word for word in process.cmdline())
 
     def services(self, command: str) -> list[psutil.Process]:
@@ -111,14 +114,14 @@ class Program:
         return [p for p in self.processes() if command in command_line(p) and "python" in program_name(p)]
 
     def stop(self, number: int = signal.SIGINT) -> float:
-        """Signal it, and wait; answers how many seconds it took."""
+        """Send a signal, wait for the end, and return the seconds that it took."""
         started = time.monotonic()
         self.process.send_signal(number)
         self.process.wait(STOP_WITHIN_S + 5)
         return time.monotonic() - started
 
     def failed(self) -> tuple[int, str]:
-        """Wait until it has ended by itself; answers its exit code and what it wrote to stderr."""
+        """Wait until it has ended by itself. Return the exit code and the text on stderr."""
         code = self.process.wait(UP_WITHIN_S)
         return code, self.err
 
@@ -128,14 +131,14 @@ Start = Callable[..., Program]
 
 @pytest.fixture
 def temporary() -> Iterator[Path]:
-    """A temporary directory for the program; its path is short, because a unix socket's must be."""
+    """Yield a temporary directory for the program. Its path is short, since that of a unix socket must be."""
     with tempfile.TemporaryDirectory(prefix="dr-", ignore_cleanup_errors=True) as path:
         yield Path(path)
 
 
 @pytest.fixture
 def env(tmp_path: Path, temporary: Path) -> dict[str, str]:
-    """An environment without settings, and with directories of the test's own."""
+    """Return an environment without settings, with directories of the test's own."""
     own = {name: value for name, value in os.environ.items() if not name.startswith("DYN_")}
     (tmp_path / "run").mkdir(mode=0o700)
     own |= {"XDG_RUNTIME_DIR": str(tmp_path / "run"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
@@ -144,7 +147,7 @@ def env(tmp_path: Path, temporary: Path) -> dict[str, str]:
 
 @pytest.fixture
 def start(env: dict[str, str], tmp_path: Path) -> Iterator[Start]:
-    """Start the program with these arguments; what is left at the end of the test is killed."""
+    """Start the program with these arguments. At the end of the test its remaining processes are killed."""
     started: list[Program] = []
 
     def run(*arguments: str, output: tuple[int, int] | None = None, **settings: str) -> Program:
@@ -161,7 +164,7 @@ def start(env: dict[str, str], tmp_path: Path) -> Iterator[Start]:
 
 @pytest.fixture
 def command(env: dict[str, str], tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
-    """Run a command that answers with a JSON list."""
+    """Run a command, and return the JSON list that it prints."""
 
     def run(*arguments: str, **settings: str) -> list[dict[str, Any]]:
         done = subprocess.run(
@@ -184,7 +187,7 @@ def up(*arguments: str) -> tuple[str, ...]:
 
 
 def ask(url: str, model: str = "demo") -> str:
-    """A chat; answers the text."""
+    """Send a chat, and return the answer's text."""
     body = {"model": model, "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 16}
     request = urllib.request.Request(
         f"{url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
@@ -195,7 +198,7 @@ def ask(url: str, model: str = "demo") -> str:
 
 
 def health(url: str) -> int:
-    """The status of `/health`; 0 if nobody answers."""
+    """Return the status of `/health`; 0 if the frontend does not answer."""
     try:
         with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
             return int(answer.status)
@@ -213,7 +216,7 @@ def until(condition: Callable[[], bool], within_s: float = 60.0) -> None:
 
 
 def registry_keys(url: str, prefix: str) -> list[bytes]:
-    """All names that stand anywhere in the registry's structures, live or stale."""
+    """Return all keys in any of the registry's structures, live or stale."""
 
     async def scan() -> list[bytes]:
         client = RedisClient(url, timeout_s=3)
@@ -283,15 +286,13 @@ def test_router_service_finds_workers_and_leaves(start: Start, command: Callable
     assert (router.process.returncode, router.err.count("Traceback")) == (0, 0)
     assert command("instances", "dynamo.router") == []
     # One without a worker starts and ends as readily.
-    lonely = start("router", "--endpoint", "dynamo.nobody.generate")
-    lonely.until(r"^ready dynamo\.router\.generate, choosing among dynamo\.nobody\.generate$")
+    lonely = start("router", "--endpoint", "dynamo.empty.generate")
+    lonely.until(r"^ready dynamo\.router\.generate, choosing among dynamo\.empty\.generate$")
     assert lonely.stop(signal.SIGTERM) <= STOP_WITHIN_S
     assert lonely.process.returncode == 0
 
 
-def test_with_a_redis_of_ones_own_no_key_is_left(
-    start: Start, dynamo_redis_url: str, dynamo_redis_prefix: str
-) -> None:
+def test_given_redis_keeps_no_keys(start: Start, dynamo_redis_url: str, dynamo_redis_prefix: str) -> None:
     program = start(*up("--redis-url", dynamo_redis_url, "--redis-prefix", dynamo_redis_prefix))
     program.url()
     keys = registry_keys(dynamo_redis_url, dynamo_redis_prefix)
@@ -304,7 +305,7 @@ def test_with_a_redis_of_ones_own_no_key_is_left(
     assert program.processes() == []
 
 
-def test_two_at_once_do_not_disturb_each_other(
+def test_two_ups_run_at_once(
     start: Start, command: Callable[..., Any], dynamo_redis_url: str, dynamo_redis_prefix: str
 ) -> None:
     first = start(*up("--workers", "1"))
@@ -322,7 +323,7 @@ def test_two_at_once_do_not_disturb_each_other(
     assert ask(urls[0])
 
 
-def test_the_second_says_that_the_first_runs(start: Start, env: dict[str, str], tmp_path: Path) -> None:
+def test_second_up_notes_the_first(start: Start, env: dict[str, str], tmp_path: Path) -> None:
     first = start(*up("--workers", "0"))
     url = first.url()
     second = start(*up("--workers", "0"))
@@ -337,7 +338,7 @@ def test_the_second_says_that_the_first_runs(start: Start, env: dict[str, str], 
     assert "deployments" not in listed.stderr
 
 
-def test_one_that_joins_others_says_so(start: Start, dynamo_redis_url: str, dynamo_redis_prefix: str) -> None:
+def test_joining_a_registry_is_noted(start: Start, dynamo_redis_url: str, dynamo_redis_prefix: str) -> None:
     shared = ("--redis-url", dynamo_redis_url, "--redis-prefix", dynamo_redis_prefix)
     first = start(*up("--workers", "1", *shared))
     first.url()
@@ -386,7 +387,7 @@ def test_abandoned_directory_is_removed_by_next_up(start: Start, temporary: Path
     assert directories() == {temporary / "dynamo-redis-up-link"}
 
 
-def test_what_dies_is_started_again(start: Start, command: Callable[..., Any]) -> None:
+def test_dead_processes_are_restarted(start: Start, command: Callable[..., Any]) -> None:
     program = start(*up())
     url = program.url()
 
@@ -423,7 +424,7 @@ def test_the_data_can_be_kept(start: Start, command: Callable[..., Any], tmp_pat
 
 
 def streamed(url: str, max_tokens: int) -> urllib.request.Request:
-    """A request for exactly so many tokens, streamed."""
+    """Stream an answer of exactly this number of tokens."""
     body = {
         "model": "demo",
         "messages": [{"role": "user", "content": "Hello!"}],
@@ -540,7 +541,7 @@ def test_the_parts_start_one_by_one_and_in_any_order(
 
 
 def failed_in_one_line(program: Program, code: int) -> str:
-    """Wait for the failure; nothing may be left of it. Answers the line."""
+    """Wait for the failure, check that nothing is left, and return the line."""
     found = program.failed()
     assert found[0] == code, found
     assert found[1].count("\n") == 1, found[1]

@@ -1,4 +1,4 @@
-"""A frontend on a loopback port, before a worker that does what the test says."""
+"""A frontend on a loopback port, with a worker that the test scripts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Script = Callable[[GenerateRequest, Context], AsyncGenerator[Any]]
 
 
 class FakeWatch:
-    """A watch that the test feeds."""
+    """A watch whose batches come from the test."""
 
     def __init__(self) -> None:
         self.batches: asyncio.Queue[WatchBatch] = asyncio.Queue()
@@ -58,7 +58,7 @@ class FakeWatch:
 
 @dataclass
 class FakeRegistry:
-    """A registry of which only the watch is used."""
+    """A registry with a watch only."""
 
     watching: FakeWatch = field(default_factory=FakeWatch)
     connected: bool = True
@@ -78,7 +78,7 @@ class FakeRegistry:
 
 
 class Worker:
-    """Stands for all instances of one endpoint: answers as `script` says, and remembers what happened."""
+    """All instances of one endpoint. It answers by `script`, and records its requests."""
 
     def __init__(self, endpoint: EndpointName, tokenizer: Tokenizer) -> None:
         self.endpoint = endpoint
@@ -94,7 +94,7 @@ class Worker:
     def says(
         self, text: str, *, finish_reason: str = "stop", pause_s: float | None = None, **extra: Any
     ) -> Script:
-        """A script that answers with a text, a token an item, one loop turn (or `pause_s`) apart."""
+        """Return a script that answers with a text, one token an item, one loop turn (or `pause_s`) apart."""
         token_ids = self.tokenizer.encode(text)
 
         async def script(request: GenerateRequest, context: Context) -> AsyncGenerator[GenerateItem]:
@@ -145,7 +145,7 @@ class Worker:
 
 @dataclass
 class FakeRuntime:
-    """What the frontend needs of a runtime."""
+    """The part of a runtime that the frontend needs."""
 
     registry: Any = field(default_factory=FakeRegistry)
     objects: MemoryObjectStore = field(default_factory=MemoryObjectStore)
@@ -168,7 +168,7 @@ class FakeRuntime:
         instance_id: int = 1,
         **changes: Any,
     ) -> str:
-        """Upload a model's files and put its card; answers the card's key."""
+        """Upload a model's files and put its card. Return the card's key."""
         model = read_model_directory(path)
         card = make_card(model, model_name=name, kv_cache_block_size=16).model_copy(update=changes)
         await upload_model_files(self.objects, model, card)
@@ -190,7 +190,7 @@ class Frontend:
     shutdown: asyncio.Event
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        """Wait until something is so; the test's own time-out bounds it."""
+        """Wait until a condition is true. The test's own time-out bounds the wait."""
         async with asyncio.timeout(30):
             while not condition():
                 await asyncio.sleep(0.005)
@@ -209,7 +209,7 @@ def demo_tokenizer() -> Tokenizer:
 
 @pytest.fixture
 async def open_frontend(tmp_path: Path, demo_tokenizer: Tokenizer) -> AsyncIterator[OpenFrontend]:
-    """Open a frontend with settings of the test's choice; it serves the demo model as `demo`."""
+    """Yield a function that opens a frontend with given settings. It serves the demo model as `demo`."""
     # The openai client and `asyncio.to_thread` start threads in the loop's executor, which end here.
     executor = ThreadPoolExecutor(4)
     asyncio.get_running_loop().set_default_executor(executor)
@@ -233,7 +233,7 @@ async def open_frontend(tmp_path: Path, demo_tokenizer: Tokenizer) -> AsyncItera
 
 @pytest.fixture
 async def frontend(open_frontend: OpenFrontend) -> Frontend:
-    """A frontend with default settings."""
+    """Yield a frontend with default settings."""
     return await open_frontend()
 
 

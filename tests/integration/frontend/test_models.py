@@ -1,4 +1,4 @@
-"""The live set of models, as cards come, change, break and go."""
+"""The live set of models while cards are put, changed, broken and deleted."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def status_of(frontend: Any, name: str) -> int:
 
 @pytest.fixture
 async def frontend(open_frontend: Any) -> Any:
-    """A frontend whose registry is empty."""
+    """Yield a frontend with an empty registry."""
     return await open_frontend(model=None)
 
 
 def changed_model(directory: Path, **config: Any) -> Path:
-    """A copy of the demo model with other settings."""
+    """Return a copy of the demo model with other settings."""
     shutil.copytree(DEMO_MODEL_PATH, directory, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
     path = directory / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
@@ -114,7 +114,7 @@ async def test_models_of_one_endpoint_go_to_their_own_instances(frontend: Any) -
 async def test_requests_that_race_the_load_are_told_to_come_back(
     frontend: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert status_of(frontend, "m") == 503  # nobody knows yet
+    assert status_of(frontend, "m") == 503  # the first state is not known yet
     frontend.runtime.registry.put("v1/mdc/not-a-card", b"{}")
     await frontend.until(lambda: frontend.models.first_state.is_set())
     assert status_of(frontend, "m") == 404
@@ -159,7 +159,7 @@ async def test_a_card_that_changes_its_name_moves(frontend: Any) -> None:
 
 
 def versions(frontend: Any) -> dict[int, Any]:
-    """The instances of each version of model m that is loaded, by its context length."""
+    """Return the instances of each loaded version of model m, by its context length."""
     [named] = [model for model in frontend.models.served() if model.name == "m"]
     return {model.loaded.context_length: set(model.among) for model in named.loaded()}
 
@@ -222,7 +222,7 @@ async def test_versions_of_a_model_have_a_bound(frontend: Any, tmp_path: Path) -
     )
 
 
-async def test_a_broken_card_is_one_line_and_takes_nobody_down(
+async def test_broken_card_is_one_line_and_breaks_no_model(
     frontend: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)
@@ -291,7 +291,7 @@ async def test_cache_that_is_put_right_heals_by_itself(
     tmp_path: Path,
     fault: str,
 ) -> None:
-    """A file stands where its directory should be, or it is emptied before the files that came are read."""
+    """A file takes the place of the directory, or the directory is emptied before its files are read."""
     monkeypatch.setattr(models, "_RETRY_PAUSE_S", (0.02, 0.1))
     cache, fetch = tmp_path / "cache", model_files.fetch_model_files
 
@@ -361,7 +361,7 @@ async def test_a_lost_card_that_comes_back_stays(frontend: Any, monkeypatch: pyt
 async def test_a_large_model_does_not_hold_up_the_watch(
     frontend: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Other models are served, and the loop turns, while one takes its time."""
+    """Other models are served, and the event loop turns, while a large one loads."""
     go_on = threading.Event()
     build: Callable[..., Any] = model_loading.build_model
 

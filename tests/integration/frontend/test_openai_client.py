@@ -162,7 +162,7 @@ async def test_limit_that_is_not_asked_for_is_left_to_the_engine(frontend: Any) 
 
 
 async def test_large_body_keeps_its_options(frontend: Any) -> None:
-    """It is read elsewhere."""
+    """Another process parses it."""
     await frontend.client.chat.completions.create(
         model="demo",
         messages=[{"role": "user", "content": "word " * 20_000}],

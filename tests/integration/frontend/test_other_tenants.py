@@ -1,4 +1,4 @@
-"""Tenants' templates and large bodies: what they cost others."""
+"""Tenants' templates and large bodies do not delay other tenants' requests."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NEVER_ENDS = (
 
 
 def model_with(directory: Path, template: str) -> Path:
-    """A model directory like the demo model's, with another chat template."""
+    """Make a model directory like the demo model's, with another chat template."""
     directory.mkdir()
     for file in DEMO_MODEL_PATH.iterdir():
         if file.is_file():
@@ -91,7 +91,7 @@ async def test_large_conversation_waits_apart(frontend: Any, tmp_path: Path) -> 
 
 
 async def test_large_body_is_the_same_request(frontend: Any) -> None:
-    """Read in the process, it becomes what it would have become on the loop."""
+    """Parsed in the process, it gives the same request as on the event loop."""
     tools = [
         {"type": "function", "function": {"name": f"f{n}", "description": "é🦙" * 40}} for n in range(150)
     ]
@@ -156,7 +156,7 @@ async def test_large_other_fields_are_refused(frontend: Any) -> None:
 
 
 def with_expression(directory: Path, expression: str) -> Path:
-    """A model directory whose tokenizer splits at an expression of its own."""
+    """Make a model directory with a tokenizer that has a regular expression."""
     path = model_with(directory, "{{ messages[0].content }}")
     content = json.loads((path / "tokenizer.json").read_text())
     split = {"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": False}
@@ -168,7 +168,7 @@ def with_expression(directory: Path, expression: str) -> Path:
 async def test_tokenizer_holds_up_its_own_prompts_alone(
     frontend: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One with expressions may take any time: here until the others have been served."""
+    """A tokenizer with expressions may take any time: here until the other prompts are served."""
     path = with_expression(tmp_path / "evil", "(a+)+$")
     await frontend.runtime.publish("evil", path=path, instance_id=2)
     await frontend.until_served("evil")

@@ -1,4 +1,4 @@
-"""The whole way: real Redis, real workers with the mock engine, the official client."""
+"""All parts together: real Redis, real workers with the mock engine, the official client."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MESSAGES: Any = [{"role": "user", "content": "Hello!"}]
 
 
 class NotingEngine(MockEngine):
-    """Remembers the models that it was asked for."""
+    """A mock engine that records the models of its requests."""
 
     def __init__(self, settings: MockEngineSettings, model: ModelDirectory) -> None:
         super().__init__(settings, model)
@@ -194,7 +194,7 @@ async def test_a_hang_up_reaches_the_engine(deployment: Deployment) -> None:
 
 
 def in_flight(deployment: Deployment) -> int:
-    """Requests admitted at the first worker."""
+    """Return the number of requests admitted at the first worker."""
     server = deployment.processes[0].runtime._server
     assert server is not None
     return server.in_flight_count
@@ -266,14 +266,17 @@ async def test_workers_come_and_go_while_requests_flow(deployment: Deployment) -
 
 
 def workers(deployment: Deployment) -> list[Process]:
-    """Those that still run, oldest first."""
+    """Return the running workers, oldest first."""
     return [p for p in deployment.processes if p.runtime._server is not None and not p.serving.done()]
 
 
 async def test_files_that_vanish_come_back_from_their_workers(
     deployment: Deployment, dynamo_redis_url: str, dynamo_redis_prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As by an eviction: the registry stands. A frontend whose cache is empty starts afterwards."""
+    """The files are gone, as by an eviction, and the registry is not.
+
+    A frontend without a cache then starts.
+    """
     monkeypatch.setattr("dynamo_redis.models.files.CHECK_S", 0.2)
     await deployment.worker()
     with Redis.from_url(dynamo_redis_url) as redis:

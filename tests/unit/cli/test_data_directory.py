@@ -13,7 +13,7 @@ from dynamo_redis.cli.failures import CommandFailed
 
 @pytest.fixture
 def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The place of temporary directories; its path is short, because a unix socket's must be."""
+    """Return the parent of temporary directories. Its path is short, since that of a unix socket must be."""
     with tempfile.TemporaryDirectory(prefix="dr-") as path:
         monkeypatch.setattr(tempfile, "tempdir", path)
         yield Path(path)
@@ -38,14 +38,14 @@ def test_a_directory_that_was_chosen_stays_and_is_held(tmp_path: Path) -> None:
     assert (tmp_path / "data").is_dir()
 
 
-def test_one_that_is_held_is_not_abandoned_even_without_a_server(temporary: Path) -> None:
+def test_locked_directory_is_not_abandoned(temporary: Path) -> None:
     with data_directory(None) as directory:
         remove_abandoned(temporary)
         with data_directory(None):
             assert directory.is_dir()
 
 
-def test_one_whose_server_still_answers_is_not_abandoned(temporary: Path) -> None:
+def test_directory_of_running_server_is_not_abandoned(temporary: Path) -> None:
     directory = temporary / "dynamo-redis-up-x"
     directory.mkdir()
     with socket.socket(socket.AF_UNIX) as server:

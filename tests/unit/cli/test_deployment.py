@@ -23,7 +23,7 @@ FAILS = "print('dynamo-redis: port 8000 is in use', file=sys.stderr); sys.exit(2
 
 @dataclass(frozen=True, slots=True)
 class Script(ServiceCommand):
-    """A service that is a few lines of Python."""
+    """A service of a few lines of Python."""
 
     @property
     def argv(self) -> list[str]:
@@ -31,7 +31,7 @@ class Script(ServiceCommand):
 
 
 class Notes:
-    """What a deployment says."""
+    """The notices and log lines of a deployment."""
 
     def __init__(self) -> None:
         self.notices: list[str] = []
@@ -71,7 +71,7 @@ async def run(
 
 
 def writes_its_pid(path: Path, then: str = SERVES) -> str:
-    """A service that may be killed at any time: its file is whole or absent."""
+    """Return a service that writes its process id to a file. The file is whole or absent at any time."""
     whole = f"open({str(path)!r} + '.new', 'w').write(str(os.getpid()))"
     return f"{whole}; os.replace({str(path)!r} + '.new', {str(path)!r}); {then}"
 
@@ -100,12 +100,10 @@ async def test_start_fails_with_error_of_failed_service(failing: str, notes: Not
         with pytest.raises(CommandFailed, match=rf"^{failing}: port 8000 is in use$"):
             await deployment.start()
     assert not (tmp_path / "other").exists() or not is_alive(tmp_path / "other")
-    assert notes.logs == [], "the error is said once"
+    assert notes.logs == [], "the error is printed once"
 
 
-async def test_a_service_that_is_never_ready_fails_the_start(
-    notes: Notes, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_start_fails_if_a_service_is_never_ready(notes: Notes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "START_TIMEOUT_S", 0.5)
     slow = "print('still loading', file=sys.stderr, flush=True); signal.pause()"
     async with run(notes, SERVES, [slow]) as deployment:
@@ -113,7 +111,7 @@ async def test_a_service_that_is_never_ready_fails_the_start(
             await deployment.start()
 
 
-async def test_a_service_that_dies_later_is_started_again(
+async def test_dead_service_is_restarted(
     notes: Notes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_PAUSE_FIRST_S", 0.01)

@@ -92,5 +92,5 @@ def test_the_secret_of_an_instance_is_hidden_unless_asked_for() -> None:
     assert show_value("app/key", stored).value["secret"] == "c0ffee", "other keys are the user's own"
 
 
-def test_what_is_stored_cannot_drive_the_terminal() -> None:
+def test_stored_text_cannot_control_the_terminal() -> None:
     assert printable("a\x1b[2Jb\tc\r\n") == "a\\x1b[2Jb\tc\\x0d\n"

@@ -32,7 +32,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def commands(command: click.Command, path: str) -> Iterator[tuple[str, click.Command]]:
-    """Every command of the program that does something, by its full name."""
+    """Yield every command of the program that is no group, by its full name."""
     if not isinstance(command, click.Group):
         yield path, command
         return
@@ -192,7 +192,7 @@ def test_options_of_another_group_are_left_to_it() -> None:
         (FixtureSettings, {"dynamo_redis": "memcached"}, "must be auto, container, path, wheel, or a URL"),
     ],
 )
-def test_what_is_wrong_with_a_value_is_said_in_words_and_units(
+def test_wrong_value_is_explained_with_its_unit(
     group: type[SettingsGroup], given: dict[str, str], message: str
 ) -> None:
     with pytest.raises(ConfigError) as error:

@@ -34,7 +34,7 @@ def own_directories(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def another_process() -> Iterator[int]:
-    """The id of another live process."""
+    """Yield the id of another live process."""
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
         yield process.pid
 
@@ -64,7 +64,7 @@ def test_a_running_up_is_found_with_its_prefix() -> None:
     assert "pw" not in repr(settings)
 
 
-def test_what_is_set_goes_before_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_have_precedence_over_running_up(monkeypatch: pytest.MonkeyPatch) -> None:
     write_runtime_file(redis_url="redis://localhost:1", prefix="mine")
     assert StoreSettings.load(prefix="other").prefix == "other"
     monkeypatch.setenv("DYN_REDIS_URL", "redis://localhost:2")

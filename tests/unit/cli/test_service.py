@@ -1,4 +1,4 @@
-"""What a service does before it serves."""
+"""The start of a service."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`docs/settings.md` says what the code says."""
+"""`docs/settings.md` agrees with the code."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def page(repository: Path) -> str:
 
 @pytest.fixture
 def timeouts(page: str) -> list[list[str]]:
-    """The rows of the table of time-outs: what waits, set by, default, then."""
+    """Return the rows of the table of time-outs: what waits, set by, default, then."""
     table = page.partition("## Every time-out")[2]
     rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in table.splitlines() if line.startswith("| ")]
     return [[cell.strip() for cell in row] for row in rows[1:]]

@@ -1,4 +1,4 @@
-"""Variables that look like settings and are none are named."""
+"""Notices on variables that look like settings and are not."""
 
 from __future__ import annotations
 

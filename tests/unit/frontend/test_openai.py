@@ -1,4 +1,4 @@
-"""Bodies of requests: what is taken, and which field a refusal names."""
+"""Bodies of requests: accepted fields, and the field that a refusal names."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_a_missing_field_is_named(field: str) -> None:
     ],
     ids=["empty", "cut", "list", "null", "utf-8", "surrogate", "deep", "nan"],
 )
-def test_what_is_not_json_is_refused(content: bytes) -> None:
+def test_invalid_json_is_refused(content: bytes) -> None:
     refusal(ChatBody, content)
 
 
@@ -144,8 +144,8 @@ def test_null_is_absent() -> None:
     assert not body.includes_usage
 
 
-def test_messages_and_tools_stay_as_they_came() -> None:
-    """The template writes them out: their order of keys, and keys that nobody here knows, matter."""
+def test_messages_and_tools_are_unchanged() -> None:
+    """The template writes them out, so the order of their keys and unknown keys matter."""
     tool = {
         "zeta": 1,
         "type": "function",
@@ -184,7 +184,7 @@ def test_whole_numbers_are_fine_where_fractions_are() -> None:
     ],
 )
 def test_first_wrong_item_ends_the_check(kind: Any, content: dict[str, Any]) -> None:
-    """An error for each item, of which the first is told, would take a tenth of a second."""
+    """Errors for all items, with only the first one reported, would take a tenth of a second."""
     cause = refusal(kind, content).__cause__
     assert isinstance(cause, ValidationError)
     assert cause.error_count() == 1

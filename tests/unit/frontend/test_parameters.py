@@ -1,4 +1,4 @@
-"""Parameters beyond a body's fields: refused by name, or harmless; docs/parameters.md lists every one."""
+"""Parameters besides a body's fields: refused by name, or harmless. docs/parameters.md lists all of them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def refusal(change: dict[str, Any], kind: type[CompletionOptions] = ChatBody) ->
 
 
 def refused() -> Iterator[tuple[type[CompletionOptions], str, parameters.Refusal]]:
-    """List every parameter that is refused: the body, the path of names, and why."""
+    """Return every refused parameter: the body, the path of names, and the refusal."""
     for kind in (ChatBody, TextBody):
         for name, why in kind.further_parameters.refused.items():
             yield kind, name, why
@@ -51,7 +51,7 @@ def refused() -> Iterator[tuple[type[CompletionOptions], str, parameters.Refusal
 
 
 def setting(path: str, value: object) -> dict[str, Any]:
-    """Make a change of a body that gives the parameter at a path this value."""
+    """Return the part of a body that sets the parameter at a path to a value."""
     outer, _, inner = path.rpartition(".")
     return {path: value} if not outer else {"stream": True, outer: {inner: value}}
 
@@ -121,7 +121,7 @@ def listed(heading: str) -> set[str]:
     return {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
 
 
-def test_page_lists_what_is_done() -> None:
+def test_page_lists_served_parameters() -> None:
     fields = {*ChatBody.model_fields, *TextBody.model_fields} - {
         "stream_options",
         "nvext",
@@ -133,11 +133,11 @@ def test_page_lists_what_is_done() -> None:
     assert listed("Done") == fields | inner
 
 
-def test_page_lists_what_is_harmless() -> None:
+def test_page_lists_harmless_parameters() -> None:
     assert listed("Harmless") == {*parameters.CHAT.harmless, *parameters.TEXT.harmless}
 
 
-def test_page_lists_what_is_refused() -> None:
+def test_page_lists_refused_parameters() -> None:
     headers = {str(name, "ascii") for name in parameters.REFUSED_HEADERS}
     assert listed("Refused") == {path for _, path, _ in refused()} | headers
 
@@ -247,7 +247,7 @@ def test_every_way_of_asking_for_a_form_is_one(change: dict[str, Any], form: Any
         ({"structured_outputs": {"json_object": 1}}, "structured_outputs.json_object"),
     ],
 )
-def test_form_that_is_none_is_named(change: dict[str, Any], param: str) -> None:
+def test_malformed_form_is_named(change: dict[str, Any], param: str) -> None:
     assert refusal(change).param == param
 
 

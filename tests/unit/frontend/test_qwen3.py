@@ -26,7 +26,7 @@ CASES: list[dict[str, Any]] = VECTORS["cases"]
 
 @pytest.fixture(scope="module")
 def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of the real Qwen3 tokenizer."""
+    """Return the directory of the real Qwen3 tokenizer."""
     source = REPOSITORY.parent / "shared" / "data" / "qwen3-tokenizer"
     if not source.is_dir():
         pytest.skip(f"needs the Qwen3 tokenizer in {source}")
@@ -45,7 +45,7 @@ def model(qwen3: Path) -> LoadedModel:
 
 
 def prompt_ids(model: LoadedModel, case: dict[str, Any]) -> list[int]:
-    """The ids of a case, by the whole way from the body of a request."""
+    """Return the token ids of a case, prepared from the body of a request."""
     options = dict(case.get("options", {}))
     body = {"model": "qwen3", "messages": case["messages"], "tools": case.get("tools")}
     for field in ("add_generation_prompt", "continue_final_message"):
@@ -75,8 +75,8 @@ def test_prompts_have_the_ids_that_transformers_gives(model: LoadedModel, case: 
     assert hashlib.sha256(",".join(map(str, ids)).encode()).hexdigest() == case["ids_sha256"]
 
 
-def test_text_comes_back_as_it_went_in(model: LoadedModel) -> None:
-    """The detokenizer against the library's decoder, on the tokens of real text, of any cut."""
+def test_text_round_trips(model: LoadedModel) -> None:
+    """Compare the detokenizer with the library's decoder, on the tokens of real text, for any cut."""
     rng = random.Random(20261122)
     texts = [str(message["content"]) for case in CASES for message in case["messages"]]
     for text in texts:
@@ -86,7 +86,7 @@ def test_text_comes_back_as_it_went_in(model: LoadedModel) -> None:
             assert streamed(model.tokenizer, part) == model.tokenizer.decode(part)
 
 
-def test_any_tokens_at_all_come_back(model: LoadedModel) -> None:
+def test_any_tokens_round_trip(model: LoadedModel) -> None:
     rng = random.Random(7)
     for _ in range(500):
         count = rng.randrange(1, 40)
@@ -102,7 +102,7 @@ def streamed(tokenizer: Tokenizer, ids: list[int]) -> str:
 
 @pytest.fixture(scope="module")
 def reference(qwen3: Path) -> Any:
-    """The tokenizer of `transformers`, where that is installed."""
+    """Return the tokenizer of `transformers` if that is installed."""
     transformers = pytest.importorskip(
         "transformers", reason="compares with transformers where it is installed"
     )

@@ -1,4 +1,4 @@
-"""How the settings say that requests get to workers."""
+"""The settings by which requests reach workers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def opener(**settings: Any) -> Any:
         ({"router_mode": "kv", "router_endpoint": "dynamo.router.generate"}, "by_router_service"),
     ],
 )
-def test_each_mode_has_its_way(settings: dict[str, Any], name: str) -> None:
+def test_each_mode_opens_its_client(settings: dict[str, Any], name: str) -> None:
     assert opener(**settings).__name__ == name
 
 
@@ -36,6 +36,6 @@ def test_each_mode_has_its_way(settings: dict[str, Any], name: str) -> None:
         ({"router_mode": "kv", "router_endpoint": "router"}, "write namespace.component.endpoint"),
     ],
 )
-def test_what_does_not_fit_is_said_at_the_start(settings: dict[str, Any], said: str) -> None:
+def test_conflicting_settings_are_an_error(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         opener(**settings)

@@ -34,7 +34,7 @@ TEXTS = [
 
 
 def byte_level() -> Library:
-    """A byte-level tokenizer, trained on little, so that most characters are several tokens."""
+    """Return a byte-level tokenizer, trained on little text: most characters are several tokens."""
     library = Library(models.BPE())
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = decoders.ByteLevel()
@@ -50,7 +50,7 @@ def byte_level() -> Library:
 
 
 def byte_fallback() -> Library:
-    """A tokenizer as those made by SentencePiece: spaces as ▁, unknown characters as bytes."""
+    """Return a tokenizer like those of SentencePiece: spaces as ▁, unknown characters as bytes."""
     pieces = [
         "<unk>",
         "<s>",
@@ -126,7 +126,7 @@ def test_names_of_special_tokens_in_text_become_those_tokens(bytes_tokenizer: To
     assert bytes_tokenizer.encode("a<|end|>")[-1] == bytes_tokenizer.token_id("<|end|>")
 
 
-def test_which_decoders_are_byte_level() -> None:
+def test_byte_level_decoders() -> None:
     level: dict[str, Any] = {"type": "ByteLevel"}
     assert is_byte_level(level)
     assert is_byte_level({"type": "Sequence", "decoders": [level]})
@@ -262,7 +262,7 @@ def test_cuts_change_nothing(text: str, stops: list[str], cuts: list[int]) -> No
         assert not any(stop in (shown + found)[:-1] for stop in stops)
 
 
-def test_nothing_of_a_possible_stop_string_is_shown_early() -> None:
+def test_possible_stop_string_is_held() -> None:
     search = StopStrings(["STOP"])
     assert search.feed("a S") == "a "
     assert search.feed("TO") == ""

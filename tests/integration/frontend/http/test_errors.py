@@ -1,4 +1,4 @@
-"""Every way in which a request can fail, as a client sees it."""
+"""Failures of requests, as a client sees them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BODY = {"model": "demo", "messages": MESSAGES}
 
 
 def error_of(response: httpx.Response) -> dict[str, Any]:
-    """The error of a response, checked to be in OpenAI's form."""
+    """Return the error of a response, and check that it has OpenAI's form."""
     assert response.headers["content-type"].startswith("application/json")
     error: dict[str, Any] = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
@@ -60,7 +60,7 @@ async def test_a_wrong_value_is_named(frontend: Any) -> None:
     assert frontend.worker.requests == []
 
 
-async def test_what_is_not_json_is_refused(frontend: Any) -> None:
+async def test_invalid_json_is_refused(frontend: Any) -> None:
     contents = (
         b"",
         b"[]",
@@ -110,7 +110,7 @@ async def test_text_far_over_context_is_refused_early(frontend: Any, monkeypatch
 
 async def test_an_unknown_model_is_not_found(frontend: Any) -> None:
     with pytest.raises(openai.NotFoundError) as caught:
-        await frontend.client.chat.completions.create(model="nobody", messages=MESSAGES)
+        await frontend.client.chat.completions.create(model="unknown", messages=MESSAGES)
     assert caught.value.code == "model_not_found"
     assert caught.value.param == "model"
     with pytest.raises(openai.NotFoundError):
@@ -131,7 +131,7 @@ async def test_unknown_paths_and_methods(frontend: Any) -> None:
         error_of(response)
 
 
-async def test_an_unknown_path_is_told_those_there_are(frontend: Any) -> None:
+async def test_unknown_path_lists_known_ones(frontend: Any) -> None:
     message = error_of(await frontend.http.post("/chat/completions"))["message"]
     assert "POST /v1/chat/completions" in message
     assert "GET /v1/models/{model}" in message
@@ -203,7 +203,7 @@ async def test_fifty_megabytes_are_not_buffered(frontend: Any) -> None:
 
 
 def fails(error: Exception, after: int = 0) -> Any:
-    """A script that raises after some tokens."""
+    """Return a script that raises after some tokens."""
 
     async def script(request: GenerateRequest, context: Context) -> AsyncGenerator[Any]:
         for _ in range(after):
@@ -243,7 +243,7 @@ async def test_an_error_before_the_first_item_is_an_http_error(frontend: Any) ->
 
 
 def plane_errors(kind: type[errors.PlaneError]) -> list[type[errors.PlaneError]]:
-    """List a kind of error and all kinds below it."""
+    """Return a class of errors and all its subclasses."""
     return [kind, *(below for child in kind.__subclasses__() for below in plane_errors(child))]
 
 
@@ -338,7 +338,7 @@ async def test_a_worker_that_answers_nonsense_is_an_error(frontend: Any) -> None
 
 
 def answers(*items: Any) -> Any:
-    """A script that answers with these items."""
+    """Return a script that answers with these items."""
 
     async def script(request: GenerateRequest, context: Context) -> AsyncGenerator[Any]:
         for item in items:

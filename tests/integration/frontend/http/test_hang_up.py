@@ -1,4 +1,4 @@
-"""Clients that hang up, do not read, or come too late: their requests end at the worker, nobody else's do."""
+"""Clients that hang up or do not read: their requests, and no others, end at the worker."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PROMPTLY_S = 1.0
 
 
 class Endless:
-    """A script that never stops by itself."""
+    """A script that does not end by itself."""
 
     def __init__(self, pause_s: float = 0.001, token_id: int = 40) -> None:
         self.item_count = 0
@@ -33,7 +33,7 @@ class Endless:
 
 
 async def post(url: str, body: dict[str, Any]) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """Send a request by hand, so that the test decides what is read and when the connection ends."""
+    """Send a request over a socket: the test controls reading and the connection's end."""
     host, port = url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port), limit=4096)
     content = json.dumps({"model": "demo", "messages": [{"role": "user", "content": "Hi"}], **body}).encode()
@@ -137,7 +137,7 @@ async def test_a_hang_up_leaves_other_streams_alone(frontend: Any) -> None:
 
 
 async def test_events_of_one_tick_share_a_write(frontend: Any) -> None:
-    """Each read of the client holds many events, though none was merged with another."""
+    """Each read of the client returns many events, and no events are merged."""
 
     async def burst(request: GenerateRequest, context: Context) -> AsyncGenerator[Any]:
         for index in range(200):

@@ -32,7 +32,7 @@ async def connect(frontend: Any) -> Streams:
 
 
 async def everything(reader: asyncio.StreamReader) -> bytes:
-    """All that comes until the connection ends, by a reset too."""
+    """Read until the connection ends or is reset."""
     content = b""
     try:
         while piece := await reader.read(65536):
@@ -43,7 +43,7 @@ async def everything(reader: asyncio.StreamReader) -> bytes:
 
 
 async def until_dropped(client: socket.socket) -> None:
-    """Wait until the frontend has dropped a connection whose client does not read, and so is told nothing."""
+    """Wait until the frontend has dropped a connection. Its client does not read, so it cannot notice."""
     frontend, own = client.getpeername()[1], client.getsockname()[1]
     async with asyncio.timeout(30):
         while any(
@@ -77,7 +77,7 @@ async def test_request_timeout_counts_while_the_body_comes(open_frontend: Any) -
 
 
 async def test_body_behind_an_answer_ends_the_connection(open_frontend: Any) -> None:
-    """The path takes no POST, which is said at once; the rest of the body has no longer than any other."""
+    """The path takes no POST: the answer comes at once. The rest of the body has the usual time limit."""
     frontend = await open_frontend(receive_timeout_s=0.2)
     reader, writer = await connect(frontend)
     writer.write(b"POST /health HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
@@ -192,7 +192,7 @@ async def test_choices_of_a_request_are_bounded(open_frontend: Any) -> None:
     assert len(response.json()["choices"]) == 6
 
 
-async def test_connection_without_request_makes_room(open_frontend: Any) -> None:
+async def test_idle_connection_is_evicted(open_frontend: Any) -> None:
     frontend = await open_frontend(max_http_connections_count=4)
     silent = [await connect(frontend) for _ in range(2)]
     idle = await connect(frontend)

@@ -1,4 +1,4 @@
-"""HTTP as raw bytes: where messages end, what closes a connection, and which methods there are."""
+"""HTTP as raw bytes: ends of messages, closing of connections, and methods."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ DEADLINE_S = 50
 
 
 class Raw:
-    """A connection that says just what the test says."""
+    """A connection that sends only the test's bytes."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader, self.writer = reader, writer
 
     async def answer(self) -> tuple[bytes, bytes]:
-        """Read the next answer: its head, and its body."""
+        """Read the next response: its head and its body."""
         async with asyncio.timeout(DEADLINE_S):
             head = await self.reader.readuntil(b"\r\n\r\n")
             length = [line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")]
             return head, await self.reader.readexactly(int(length[0].split(b":")[1])) if length else b""
 
     async def rest(self) -> bytes:
-        """Read all that comes until the server closes."""
+        """Read until the server closes the connection."""
         async with asyncio.timeout(DEADLINE_S):
             return await self.reader.read()
 

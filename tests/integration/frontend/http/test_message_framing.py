@@ -1,4 +1,4 @@
-"""Where requests begin and end: many in one piece, heads that may be understood in two ways, empty lines."""
+"""Beginnings and ends of requests: many in one piece, ambiguous heads, empty lines."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MOST_PARSED_COUNT = 150
 
 
 class Held:
-    """A script that answers when the test says so."""
+    """A script that waits for the test before it answers."""
 
     def __init__(self) -> None:
         self.go = asyncio.Event()
@@ -37,7 +37,7 @@ class Held:
 
 @pytest.fixture
 def connections(monkeypatch: pytest.MonkeyPatch) -> set[Any]:
-    """The connections that the frontend holds."""
+    """Return the frontend's open connections."""
     found: set[Any] = set()
 
     class Watched(HttpProtocol):
@@ -55,7 +55,7 @@ async def connect(frontend: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWr
 
 
 async def answers(frontend: Any, content: bytes, *, ends: bool = False) -> bytes:
-    """Send bytes, and nothing more if that `ends` it, and read until the frontend closes."""
+    """Send bytes, half-close if `ends`, and read until the frontend closes."""
     reader, writer = await connect(frontend)
     writer.write(content)
     if ends:
@@ -67,7 +67,7 @@ async def answers(frontend: Any, content: bytes, *, ends: bool = False) -> bytes
 
 
 async def test_few_pipelined_requests_are_parsed(connections: set[Any], open_frontend: Any) -> None:
-    """Each is kept a hundred times as large as it came, until it is answered."""
+    """A parsed request takes a hundred times its size until it is answered."""
     frontend = await open_frontend()
     frontend.worker.script = held = Held()
     reading = asyncio.create_task(answers(frontend, COMPLETION + 3000 * LIVE + LAST))
@@ -86,8 +86,8 @@ async def test_few_pipelined_requests_are_parsed(connections: set[Any], open_fro
     assert most_count < MOST_PARSED_COUNT
 
 
-async def test_head_begun_behind_a_body_is_small(open_frontend: Any) -> None:
-    """What came before it in the same read is no part of it."""
+async def test_head_after_a_body_counts_alone(open_frontend: Any) -> None:
+    """Earlier bytes of the same read do not count in its size."""
     frontend = await open_frontend()
     reader, writer = await connect(frontend)
     size = 200_000
@@ -141,7 +141,7 @@ TWO_WAYS = [
 
 @pytest.mark.parametrize(("head", "status"), TWO_WAYS)
 async def test_head_with_two_meanings_is_refused(open_frontend: Any, head: bytes, status: int) -> None:
-    """And neither what it may have for a body nor what comes behind is a request."""
+    """Neither its possible body nor the bytes behind it are taken for a request."""
     frontend = await open_frontend()
     if b"chunked" in head:
         content = head + b"\r\n%x\r\n%s\r\n0\r\n\r\n" % (len(COMPLETION), COMPLETION)
@@ -165,6 +165,6 @@ async def test_refused_head_leaves_earlier_bodies_alone(open_frontend: Any) -> N
     assert len(frontend.worker.requests) == 2
 
 
-async def test_white_space_around_a_length_is_none_of_it(open_frontend: Any) -> None:
+async def test_white_space_around_a_length_is_ignored(open_frontend: Any) -> None:
     content = COMPLETION.replace(b"\r\n\r\n", b" \t\r\nConnection: close\r\n\r\n")
     assert (await answers(await open_frontend(), content)).startswith(b"HTTP/1.1 200 ")

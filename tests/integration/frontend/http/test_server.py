@@ -1,4 +1,4 @@
-"""The server around the application: its port, its sockets, its end; health."""
+"""The server around the application: its port, its sockets, its shutdown; health."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_a_port_in_use_is_one_line_that_says_what_to_do() -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_an_address_that_is_not_ours_is_one_line() -> None:
+def test_foreign_address_is_one_line() -> None:
     with pytest.raises(ConfigError, match="DYN_HTTP_HOST"):
         bind("192.0.2.1", 0)
     with pytest.raises(ConfigError, match="DYN_HTTP_HOST"):
@@ -57,7 +57,7 @@ async def test_small_events_do_not_wait_for_more(open_frontend: Any, monkeypatch
 
 
 async def test_signals_stay_the_runtimes(open_frontend: Any) -> None:
-    """uvicorn would take them, and end the process in its own way."""
+    """uvicorn would handle them, and end the process by itself."""
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     await open_frontend()
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
@@ -134,7 +134,7 @@ async def send_raw(url: str, content: bytes) -> bytes:
     return answer
 
 
-async def test_what_is_not_http_is_refused(frontend: Any) -> None:
+async def test_invalid_http_is_refused(frontend: Any) -> None:
     answer = await send_raw(frontend.url, b"\x16\x03\x01\x02\x00 hello\r\n\r\n")
     assert answer.startswith(b"HTTP/1.1 400 ")
     assert b'{"error": {"message": "Invalid HTTP request received."' in answer
