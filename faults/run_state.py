@@ -43,7 +43,7 @@ class RunState:
         self._files: dict[str, _File] = {}
         self._watches: dict[str, dict[str, _Watch]] = {}
         self._closed: dict[str, _Watch] = {}
-        self._kept: dict[str, set[str]] = {}
+        self._keys: dict[str, set[str]] = {}
         self._served_at: dict[str, float] = {}
         self.leases: dict[str, str] = {}
         self.call_count = 0
@@ -89,17 +89,17 @@ class RunState:
     def _begin(self, process: str, line: dict[str, Any]) -> None:
         self._served_at.setdefault(process, float("-inf"))
         if line["begin"] == "unregister":
-            self._kept.setdefault(process, set()).discard(line["arguments"]["key"])
+            self._keys.setdefault(process, set()).discard(line["arguments"]["key"])
         elif line["begin"] == "release":
-            self._kept.setdefault(process, set()).difference_update(line["arguments"]["keys"])
+            self._keys.setdefault(process, set()).difference_update(line["arguments"]["keys"])
 
     def _end(self, process: str, begin: dict[str, Any], end: dict[str, Any]) -> None:
         if end["end"] != "unknown" and begin["begin"] not in _NEVER_FAIL:
             self._served_at[process] = begin["at"]
         if begin["begin"] == "register" and end["end"] == "ok":
-            self._kept.setdefault(process, set()).add(begin["arguments"]["key"])
+            self._keys.setdefault(process, set()).add(begin["arguments"]["key"])
         elif begin["begin"] == "reserve" and end["end"] == "ok":
-            self._kept.setdefault(process, set()).update(end["answer"]["keys"])
+            self._keys.setdefault(process, set()).update(end["answer"]["keys"])
 
     # ------------------------------------------------------------------ watches
 
@@ -112,7 +112,7 @@ class RunState:
             case "lease_lost":
                 self.lease_loss_count += 1
             case "lost":
-                self._kept.setdefault(process, set()).discard(line["key"])
+                self._keys.setdefault(process, set()).discard(line["key"])
             case "watching":
                 before = self._closed.pop(line["resumes"], None) if line["resumes"] else None
                 watches[line["watch"]] = _Watch(line["prefix"], dict(before.state) if before else {})
@@ -148,9 +148,9 @@ class RunState:
                 return f"{key} stands under the lease {lease} of a dead process"
         for lease, process in leases.items():
             held = {key for key, record in records.items() if record[1] == lease}
-            if self._kept.get(process, set()) - held:
-                return f"{process} lacks {_some(self._kept[process] - held)}"
-            given_up = {key for key in held - self._kept.get(process, set()) if key.startswith(_GIVEN_UP)}
+            if self._keys.get(process, set()) - held:
+                return f"{process} lacks {_some(self._keys[process] - held)}"
+            given_up = {key for key in held - self._keys.get(process, set()) if key.startswith(_GIVEN_UP)}
             if given_up:
                 return f"{process} has given up {_some(given_up)}, which stands"
         return None

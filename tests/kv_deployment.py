@@ -54,7 +54,7 @@ class SimulatedRank:
     def __init__(self, publisher: KvPublisher, rng: random.Random, total_blocks: int = 64) -> None:
         self.publisher = publisher
         self._rng = rng
-        self._cache = BlockCache(total_blocks, BLOCK_SIZE, self._tell)
+        self._cache = BlockCache(total_blocks, BLOCK_SIZE, self._publish)
 
     def chat(self) -> None:
         """Store the blocks of one prompt, and release them; old blocks are evicted."""
@@ -74,7 +74,7 @@ class SimulatedRank:
         """Return the sequence hashes of the cached blocks."""
         return {name ^ _SALT for name in self._cache.stored()}
 
-    def _tell(self, event: BlocksStored | BlocksRemoved | AllBlocksCleared) -> None:
+    def _publish(self, event: BlocksStored | BlocksRemoved | AllBlocksCleared) -> None:
         if isinstance(event, BlocksStored):
             self.publisher.stored(event.block_hashes, event.token_ids, event.parent_hash)
         elif isinstance(event, BlocksRemoved):

@@ -25,7 +25,7 @@ Figure = float | list[float]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of a suite's table: medians over `rounds`, and the bounds that they are held against.
+    """One line of a suite's table: medians over `rounds`, and the bounds that they must meet.
 
     `ratio` is None where nothing is compared; then `ours` counts. An aim below the must, or equal to it,
     means that lower is better. Where a row holds several figures, the one that counts and both bounds are
@@ -43,7 +43,7 @@ class Row:
 
     @property
     def figures(self) -> list[float]:
-        """The figures that are held against the bounds."""
+        """The figures that must meet the bounds."""
         return as_list(self.ours if self.ratio is None else self.ratio)
 
     @property
@@ -65,7 +65,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """The result of a measurement before it is held against bounds: medians over `rounds`."""
+    """The result of a measurement before it is compared with bounds: medians over `rounds`."""
 
     ours: Figure
     rival: Figure | None
@@ -117,11 +117,11 @@ def report(suite: str, rows: Sequence[Row], conditions: Sequence[str]) -> None:
         table.add_row(
             row.id,
             row.row,
-            _shown(row.ours),
-            _shown(row.rival),
-            _shown(row.ratio),
-            f"{row.sign} {_shown(row.must)}",
-            f"{row.sign} {_shown(row.aim)}",
+            _format_figure(row.ours),
+            _format_figure(row.rival),
+            _format_figure(row.ratio),
+            f"{row.sign} {_format_figure(row.must)}",
+            f"{row.sign} {_format_figure(row.aim)}",
             row.verdict,
             str(row.rounds),
         )
@@ -129,7 +129,7 @@ def report(suite: str, rows: Sequence[Row], conditions: Sequence[str]) -> None:
     save(suite, rows)
 
 
-def _shown(figure: Figure | None) -> str:
+def _format_figure(figure: Figure | None) -> str:
     return "–" if figure is None else "; ".join(f"{number:g}" for number in as_list(figure))
 
 
@@ -148,8 +148,14 @@ def markdown(suite: str) -> str:
     rows = [Row(**entry) for entry in json.loads((RESULTS / f"{suite}.json").read_text())]
     lines = ["| | | ours | rival | ratio | must | aim |", "|---|---|---|---|---|---|---|"]
     for row in rows:
-        cells = [row.id, row.row, _shown(row.ours), _shown(row.rival), _shown(row.ratio)]
-        cells += [f"{row.sign} {_shown(row.must)}", f"{row.sign} {_shown(row.aim)}"]
+        cells = [
+            row.id,
+            row.row,
+            _format_figure(row.ours),
+            _format_figure(row.rival),
+            _format_figure(row.ratio),
+        ]
+        cells += [f"{row.sign} {_format_figure(row.must)}", f"{row.sign} {_format_figure(row.aim)}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -42,15 +42,15 @@ class LeaseDrivers:
 
     def kill(self, count: int) -> float:
         """Stop keeping `count` leases from one moment on, and return that moment (monotonic)."""
-        self._tell(("kill", count // len(self._pipes)))
+        self._send_order(("kill", count // len(self._pipes)))
         return max(self._answers())
 
     def revive(self) -> None:
         """Register the killed ones again. After `SETTLE_S` they are as before."""
-        self._tell(("revive", 0))
+        self._send_order(("revive", 0))
         self._answers()
 
-    def _tell(self, order: tuple[str, int]) -> None:
+    def _send_order(self, order: tuple[str, int]) -> None:
         for pipe in self._pipes:
             pipe.send(order)
 

@@ -110,7 +110,7 @@ def draw(rows: list[Row], path: Path) -> None:
 def _hit_rates(axes: Any, rows: list[Row], most: float) -> None:
     for level, row in enumerate(rows):
         axes.barh(level, row["hit_rate"], 0.62, color=COLOURS[row["mode"]])
-        _say(axes, f"{row['hit_rate']:.1%}", row["hit_rate"], level, after=True)
+        _label_value(axes, f"{row['hit_rate']:.1%}", row["hit_rate"], level, after=True)
     axes.set_xlim(0, _ROOM * most)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
 
@@ -121,8 +121,8 @@ def _times(axes: Any, rows: list[Row]) -> None:
         axes.plot([row["ttft_p50_s"], row["ttft_p99_s"], nan], [level] * 3, color=colour, linewidth=2)
         axes.plot(row["ttft_p50_s"], level, "o", color=colour, markersize=5)
         axes.plot(row["ttft_mean_s"], level, "x", color=colour, markersize=6, markeredgewidth=2)
-        _say(axes, f"{row['ttft_mean_s']:.2f}", row["ttft_p50_s"], level, after=False)
-        _say(axes, f"{row['ttft_p99_s']:.0f}", row["ttft_p99_s"], level, after=True)
+        _label_value(axes, f"{row['ttft_mean_s']:.2f}", row["ttft_p50_s"], level, after=False)
+        _label_value(axes, f"{row['ttft_p99_s']:.0f}", row["ttft_p99_s"], level, after=True)
     axes.set_xscale("log")
     axes.margins(x=0.15)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -134,7 +134,7 @@ def _balances(axes: Any, rows: list[Row], most: float) -> None:
     for level, row in enumerate(rows):
         axes.plot([1, row["imbalance"]], [level, level], color=COLOURS[row["mode"]], linewidth=2, zorder=1)
         axes.plot(row["imbalance"], level, "o", color=COLOURS[row["mode"]], markersize=5)
-        _say(axes, f"{row['imbalance']:.2f}", row["imbalance"], level, after=True)
+        _label_value(axes, f"{row['imbalance']:.2f}", row["imbalance"], level, after=True)
     axes.set_xlim(1, 1 + _ROOM * (most - 1))
 
 
@@ -142,11 +142,11 @@ def _events(axes: Any, rows: list[Row], most: float) -> None:
     for level, row in enumerate(rows):
         if row["events_per_s"] is not None:
             axes.barh(level, row["events_per_s"], 0.62, color=COLOURS[row["mode"]])
-            _say(axes, f"{row['events_per_s']:.0f}", row["events_per_s"], level, after=True)
+            _label_value(axes, f"{row['events_per_s']:.0f}", row["events_per_s"], level, after=True)
     axes.set_xlim(0, 1.4 * most or 1)
 
 
-def _say(axes: Any, text: str, x: float, y: float, *, after: bool) -> None:
+def _label_value(axes: Any, text: str, x: float, y: float, *, after: bool) -> None:
     axes.annotate(
         text,
         (x, y),

@@ -91,7 +91,7 @@ class Users:
     async def run(self, begin: float) -> None:
         """Send each request when it is due, and wait for all answers."""
         started = time.monotonic()
-        reporting = asyncio.create_task(self._report())
+        reporting = asyncio.create_task(self._send_progress_regularly())
         try:
             async with asyncio.TaskGroup() as group:
                 for index, request in self._share:
@@ -103,14 +103,14 @@ class Users:
                     group.create_task(self._ask(index, request, due))
         finally:
             reporting.cancel()
-        self._say(finished=True)
+        self._send_progress(finished=True)
 
-    async def _report(self) -> None:
+    async def _send_progress_regularly(self) -> None:
         while True:
             await asyncio.sleep(_PROGRESS_S)
-            self._say()
+            self._send_progress()
 
-    def _say(self, *, finished: bool = False) -> None:
+    def _send_progress(self, *, finished: bool = False) -> None:
         index = self._caller.indexer if isinstance(self._caller, KvRouter) else None
         answer(
             answered=self._answered_count,

@@ -197,7 +197,7 @@ class KvAware:
         if self._predicted is not None:
             self._predicted[replica].predict(choice.worker, whole, self._simulation.now_s)
         held = choice.matched.device
-        self._tell(
+        self._update_books(
             replica,
             lambda book: book.add(
                 str(replica),
@@ -213,13 +213,13 @@ class KvAware:
 
     def first_token(self, sequence: ModelSequence) -> None:
         owner, request_id = str(sequence.replica), str(sequence.index)
-        self._tell(sequence.replica, lambda book: book.prefill_done(owner, request_id))
+        self._update_books(sequence.replica, lambda book: book.prefill_done(owner, request_id))
 
     def finished(self, sequence: ModelSequence) -> None:
         owner, request_id = str(sequence.replica), str(sequence.index)
-        self._tell(sequence.replica, lambda book: book.free(owner, request_id))
+        self._update_books(sequence.replica, lambda book: book.free(owner, request_id))
 
-    def _tell(self, replica: int, change: Callable[[LoadBook], None]) -> None:
+    def _update_books(self, replica: int, change: Callable[[LoadBook], None]) -> None:
         change(self._books[replica])
         if self._messages_s is None:
             return

@@ -142,7 +142,7 @@ class Chats:
     async def _is_answered(self, text: str) -> bool:
         try:
             async with asyncio.timeout(LATE_S):
-                chatter = self._kept() or await Chatter.open(self._url)
+                chatter = self._pop_fresh() or await Chatter.open(self._url)
                 await chatter.chat(self._model, text)
         except (OSError, EOFError, RuntimeError) as exc:  # a time-out is an OSError
             print(f"S6: a chat failed: {exc!r}", flush=True)
@@ -150,7 +150,7 @@ class Chats:
         self._free.append((time.monotonic(), chatter))
         return True
 
-    def _kept(self) -> Chatter | None:
+    def _pop_fresh(self) -> Chatter | None:
         while self._free:
             since, chatter = self._free.pop()
             if time.monotonic() - since < IDLE_S:

@@ -12,5 +12,5 @@ class TolerantRegistry(RedisRegistry):
     """Registers a key that another tenant has, too: the last registration wins."""
 
     async def register(self, key: str, value: bytes, *, exclusive: bool = False, **more: Any) -> Registration:
-        """As `RedisRegistry.register` of a key that is not exclusive."""
+        """Register a key like `RedisRegistry.register`, always as one that is not exclusive."""
         return await super().register(key, value, exclusive=False, **more)

@@ -25,10 +25,10 @@ class RetryingClient(RedisClient):
         self._plain.response_callbacks.clear()
 
     async def script(self, script: Script, keys: Sequence[Argument], args: Sequence[Argument] = ()) -> Any:
-        """As `RedisClient.script`, but for the retries and the deadline."""
+        """Run a script like `RedisClient.script`, except for the retries and the deadline."""
         return await self._plain.execute_command("EVAL", script.source, len(keys), *keys, *args)
 
     async def aclose(self) -> None:
-        """As `RedisClient.aclose`."""
+        """Close the client like `RedisClient.aclose`."""
         await self._plain.aclose()
         await super().aclose()

@@ -101,7 +101,7 @@ class CounterClient(RedisClient):
     _COUNTER = "keep, (string.match(REV, '^%d+') + 1) .. '-0',"
 
     async def script(self, script: Script, keys: Sequence[Argument], args: Sequence[Argument] = ()) -> Any:
-        """As `RedisClient.script`."""
+        """Run a script like `RedisClient.script`."""
         counting = Script.of(script.name, script.source.replace(self._STREAM_ID, self._COUNTER))
         assert counting.sha != script.sha or "XADD" not in script.source, "the scripts have changed"
         return await super().script(counting, keys, args)

@@ -129,12 +129,12 @@ class Search:
             if state is None or self._rank.get(id(operation), node.writes) != node.writes:
                 refused.append(operation)
             elif state == node.state and not operation.effects:
-                yield operation, self._take(node, index, state)
+                yield operation, self._with_call(node, index, state)
                 return
             else:
                 fitting.append((index, state))
         for index, state in fitting:
-            yield self._answered[index], self._take(node, index, state)
+            yield self._answered[index], self._with_call(node, index, state)
         others = [self._answered[index] for index, _ in fitting]
         for number, alike in enumerate(self._alike):
             used = node.used[number]
@@ -146,7 +146,7 @@ class Search:
                 counts = (*node.used[:number], used + 1, *node.used[number + 1 :])
                 yield operation, node._replace(used=counts, state=after)
 
-    def _take(self, node: Node, index: int, state: State) -> Node:
+    def _with_call(self, node: Node, index: int, state: State) -> Node:
         taken = node.taken | 1 << (index - node.base)
         base = node.base
         while taken & 1:

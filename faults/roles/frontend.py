@@ -39,7 +39,7 @@ async def run(process: Process) -> None:
         async with httpx.AsyncClient(base_url=await listening, timeout=CHAT_TIMEOUT_S) as http:
             await _wait_until_served(http)
             process.recorder.note("started", role="frontend", lease=format_instance_id(runtime.instance_id))
-            await asyncio.gather(*(_talk(process, http) for _ in range(USERS_COUNT)))
+            await asyncio.gather(*(_chat_until_rest(process, http) for _ in range(USERS_COUNT)))
         await asyncio.Event().wait()
 
 
@@ -56,7 +56,7 @@ async def _wait_until_served(http: httpx.AsyncClient) -> None:
                 return
 
 
-async def _talk(process: Process, http: httpx.AsyncClient) -> None:
+async def _chat_until_rest(process: Process, http: httpx.AsyncClient) -> None:
     while not process.resting.is_set():
         prompt = f"Tell me about {process.new_value()}!"
 

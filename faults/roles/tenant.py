@@ -65,10 +65,10 @@ class _User:
 
     async def run(self) -> None:
         while not self._process.resting.is_set():
-            await self._rent()
+            await self._reserve_and_release()
             await self._process.pause()
 
-    async def _rent(self) -> None:
+    async def _reserve_and_release(self) -> None:
         """Reserve, and give back after a while, at once when a port is lost; not at all when resting."""
         name, is_lost = self._process.new_value(), asyncio.Event()
         reservation = await self._reserve(name, is_lost)

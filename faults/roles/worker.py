@@ -50,7 +50,7 @@ class _Keeper:
     def __init__(self, process: Process, registry: RedisRegistry) -> None:
         self._process = process
         self._registry = registry
-        self._kept: dict[str, Registration] = {}
+        self._registrations: dict[str, Registration] = {}
         self._keys = [f"{INSTANCES}{process.orders.process}/{n}" for n in range(KEYS_COUNT)]
 
     async def run(self) -> None:
@@ -58,7 +58,7 @@ class _Keeper:
             await self._register(key)
         while not self._process.resting.is_set():
             key = self._process.rng.choice(self._keys)
-            if key not in self._kept:
+            if key not in self._registrations:
                 await self._register(key)
             elif self._process.rng.random() < 0.8:
                 await self._update(key)
@@ -72,12 +72,12 @@ class _Keeper:
         stalled = f"stalled:{value}".encode() if key == self._keys[1] else None
 
         def on_lost(reason: LostReason) -> None:
-            self._kept.pop(key, None)
+            self._registrations.pop(key, None)
             self._process.recorder.note("lost", key=key, reason=reason)
 
         async def attempt() -> tuple[Outcome, Any]:
             try:
-                self._kept[key] = await self._registry.register(
+                self._registrations[key] = await self._registry.register(
                     key, value.encode(), exclusive=exclusive, stalled_value=stalled, on_lost=on_lost
                 )
             except KeyExists:
@@ -87,7 +87,7 @@ class _Keeper:
         await self._process.call("register", attempt, key=key, value=value, exclusive=exclusive)
 
     async def _update(self, key: str) -> None:
-        value, registration = self._process.new_value(), self._kept[key]
+        value, registration = self._process.new_value(), self._registrations[key]
         stalled = f"stalled:{value}".encode() if key == self._keys[1] else None
 
         async def attempt() -> tuple[Outcome, Any]:
@@ -100,7 +100,7 @@ class _Keeper:
         await self._process.call("update", attempt, key=key, value=value)
 
     async def _unregister(self, key: str) -> None:
-        registration = self._kept.pop(key)
+        registration = self._registrations.pop(key)
 
         async def attempt() -> tuple[Outcome, Any]:
             await registration.unregister()

@@ -85,7 +85,7 @@ class Peer(ABC):
         while began < until:
             answer = await echo(payload)
             if len(answer) != size:
-                raise WrongAnswer(f"{len(answer)} bytes came back of {size}")
+                raise WrongAnswer(f"{len(answer)} bytes came back instead of {size}")
             ended = clock()
             note(ended - began)
             began = ended
@@ -97,7 +97,7 @@ class Peer(ABC):
         while began < until:
             count = await self.stream(kind, ITEMS)
             if count != ITEMS:
-                raise WrongAnswer(f"{count} items came of {ITEMS}")
+                raise WrongAnswer(f"{count} items came instead of {ITEMS}")
             ended = clock()
             latencies.append(ended - began)
             began = ended
