@@ -1,4 +1,4 @@
-"""A client: finds the workers of hello_worker.py, asks one, and prints its answer as it comes.
+"""A client: it finds the workers of hello_worker.py, sends a request to one, and prints the streamed answer.
 
 DYN_REDIS_URL=redis://localhost:6379 python examples/hello_client.py one two three
 """

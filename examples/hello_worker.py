@@ -1,4 +1,4 @@
-"""A worker: answers a prompt word by word. Start as many as you like; Ctrl-C ends one in order.
+"""A worker: it answers a prompt word by word. Start as many as you like; Ctrl-C shuts one down cleanly.
 
 DYN_REDIS_URL=redis://localhost:6379 python examples/hello_worker.py
 """

@@ -1,4 +1,4 @@
-"""A worker with an engine of its own that tells routers what its KV cache holds, and how full it is.
+"""A worker with a custom engine that publishes its KV events and load for routers.
 
 DYN_REDIS_URL=redis://localhost:6379 python examples/kv_worker.py
 """
@@ -21,7 +21,7 @@ async def main(runtime: DistributedRuntime) -> None:
     events = KvEventPublisher(endpoint, kv_block_size=BLOCK_SIZE)
     load = WorkerMetricsPublisher()
     await load.create_endpoint(endpoint)
-    cache: dict[int, None] = {}  # the engine's own names of blocks, oldest first
+    cache: dict[int, None] = {}  # the engine's hashes of its blocks, oldest first
 
     async def generate(request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         tokens, parent = request["token_ids"], None

@@ -1,4 +1,4 @@
-"""A whole deployment under faults: a frontend and workers as processes, and chats that must not notice."""
+"""A whole deployment under faults: a frontend and workers as processes, and chats that must not fail."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Deployment:
         return found[1]
 
     async def instances(self) -> list[int]:
-        """The instances that the frontend counts on."""
+        """Return the instances that the frontend lists."""
         answer = await self.http.get("/health")
         return [instance["instance_id"] for instance in answer.json()["instances"]]
 
@@ -73,7 +73,7 @@ class Deployment:
                 await asyncio.sleep(0.05)
 
     def chat(self, max_tokens: int = 50) -> AsyncIterator[str]:
-        """The pieces of a streamed answer. An error event or status fails the test."""
+        """Yield the pieces of a streamed answer. An error event or status fails the test."""
         return chat(self.http, f"Hello at {time.monotonic()}!", max_tokens)
 
     async def aclose(self) -> None:
@@ -108,7 +108,7 @@ class Load:
             self.answered += 1
 
     async def stop(self) -> int:
-        """Let the last chats finish; how many there were. Raises what one of them raised."""
+        """Let the last chats finish; return their number. Raises the error of a chat that failed."""
         self._stop = True
         await asyncio.gather(*self._tasks)
         return self.answered
@@ -125,7 +125,7 @@ async def test_chats_go_on_while_redis_is_killed_and_restarted(
     await deployment.server.kill()
     await asyncio.sleep(1.5)
     before = load.answered
-    async with asyncio.timeout(READY_S):  # chats are answered while Redis is away
+    async with asyncio.timeout(READY_S):  # chats are answered while Redis is down
         while load.answered <= before:
             await asyncio.sleep(0.02)
     await deployment.server.restart(keep_data=keep_data)
@@ -153,7 +153,7 @@ async def test_killed_worker_fails_its_chats_at_once_and_is_avoided(deployment: 
 
 
 async def test_frozen_worker_is_avoided_within_two_seconds(deployment: Deployment) -> None:
-    """Frozen, it behaves as a host without power: nothing is refused, nothing is answered."""
+    """A frozen worker behaves as a host without power: it refuses and answers nothing."""
     import signal
 
     deployment.workers[0].send_signal(signal.SIGSTOP)
@@ -180,7 +180,7 @@ async def test_workers_come_and_go_while_chats_run(deployment: Deployment) -> No
 
 
 async def _end(pieces: AsyncIterator[str]) -> tuple[float, ChatFailed | None]:
-    """When an answer ended, and with which error."""
+    """Return when an answer ended, and its error."""
     try:
         async for _ in pieces:
             pass
@@ -194,7 +194,7 @@ async def _count(pieces: AsyncIterator[str]) -> int:
 
 
 async def _registered(deployment: Deployment) -> list[int]:
-    """The instances that stand in the registry, whatever the frontend thinks."""
+    """Return the instances in the registry, regardless of the frontend's view."""
     from dynamo_redis.config import StoreSettings
     from dynamo_redis.store.registry.redis_registry import RedisRegistry
 

@@ -74,7 +74,7 @@ async def test_hung_worker_is_avoided_until_it_is_back(
             assert client.instance_ids() == [healthy_runtime.instance_id]
         assert max(task.result() for task in requests) < 4
         await until_instances(client, 3)
-        assert await asyncio.gather(*hanging) == ["spin", "sleep"]  # busy is not dead
+        assert await asyncio.gather(*hanging) == ["spin", "sleep"]  # their requests did not fail
         assert {await ask(client, "who", instance) for instance in (spinning, sleeping)} == {"who"}
     finally:
         await asyncio.gather(*(child.stop(5) for child in children))
@@ -92,7 +92,7 @@ async def ask(client: Client, request: str, instance: int) -> str:
 
 
 async def timed(client: Client) -> float:
-    """How long a request takes, wherever it goes."""
+    """Return the duration of a request to any instance."""
     began = time.monotonic()
     assert [item async for item in await client.round_robin("word", annotated=False)] == ["word"]
     return time.monotonic() - began

@@ -1,5 +1,4 @@
-"""Workers that fall silent, as a client's users see it: hosts without power, hosts that cannot be dialled,
-and workers that only pause.
+"""Workers that fall silent: hosts without power, hosts that cannot be dialled, and workers that only pause.
 
 A host without power refuses nothing and answers nothing. Here it is a network namespace whose link is taken
 down: it needs root and `ip`, and is skipped without.
@@ -68,7 +67,7 @@ uvloop.run(main(*sys.argv[1:]))
 
 
 class Deployment:
-    """A registry in memory, and a client; the workers' records stay, whatever happens to them."""
+    """A registry in memory and a client; the records stay when workers fail."""
 
     def __init__(self) -> None:
         self._server = MemoryServer()
@@ -90,8 +89,10 @@ class Deployment:
     async def workers(
         self, *numbers: int, host: str = "127.0.0.1", within: str = ""
     ) -> AsyncIterator[list[MemoryRegistry]]:
-        """Instances of these ids, in one process; in a network namespace, if one is named. Answers the
-        registries that hold their records."""
+        """Start instances with these ids in one process; return the registries that hold their records.
+
+        `within` names a network namespace for the process, if it is given.
+        """
         prefix = ("ip", "netns", "exec", within) if within else ()
         process = await asyncio.create_subprocess_exec(
             *prefix, sys.executable, "-c", WORKERS, host, *map(str, numbers), stdout=asyncio.subprocess.PIPE
@@ -123,14 +124,14 @@ async def deployment() -> AsyncIterator[Deployment]:
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """When a request was made, and how long it took."""
+    """The time of a request, and its duration."""
 
     at: float
     took_s: float
 
 
 class SteadyRequests:
-    """A request each 10 ms. None may fail."""
+    """Send a request every 10 ms. None may fail."""
 
     def __init__(self, client: Client) -> None:
         self.answered: list[Answered] = []
@@ -170,12 +171,13 @@ class Host:
         self._ip("link", "set", self._cable, "up")
         self._inside("addr", "add", f"{self.address}/30", "dev", "eth0")
         self.switch("up")
-        # A neighbour that is known for good is never found missing: packets go nowhere, as through a router.
+        # With a permanent neighbour entry the kernel reports no missing host: packets are lost, as behind a
+        # router.
         found = self._inside("-o", "link", "show", "eth0").split("link/ether ")[1].split()[0]
         self._ip("neigh", "replace", self.address, "lladdr", found, "dev", self._cable, "nud", "permanent")
 
     def switch(self, state: str) -> None:
-        """The cable's other end, `up` or `down`."""
+        """Set the cable's other end `up` or `down`."""
         self._inside("link", "set", "eth0", state)
 
     def stop(self) -> None:
@@ -228,7 +230,7 @@ async def test_hosts_without_power_are_avoided_and_come_back(
         assert max(one.at for one in late) - off_at < 2.0
         assert max(one.took_s for one in late) < 3.5
 
-        # Once it is known that nobody answers, nobody is kept waiting for the connect time-out.
+        # When all hosts are known to be silent, requests do not wait for the connect time-out.
         began = time.monotonic()
         with pytest.raises(CannotConnect):
             await _all(await client.generate("word"))
@@ -242,7 +244,7 @@ async def test_hosts_without_power_are_avoided_and_come_back(
 
 @pytest.fixture
 def deaf() -> Iterator[str]:
-    """An address that answers no SYN: its listener's queue is full."""
+    """Return an address that answers no SYN: its listener's queue is full."""
     with contextlib.ExitStack() as sockets:
         listener = sockets.enter_context(socket.socket())
         listener.bind(("127.0.0.1", 0))
@@ -283,7 +285,7 @@ async def test_paused_worker_is_avoided_and_loses_no_request(deployment: Deploym
 
 
 async def _chosen(client: Client) -> int:
-    """The id of the instance that answers."""
+    """Return the id of the instance that answers."""
     return int((await _all(await client.generate("who", annotated=False)))[0])
 
 
@@ -292,7 +294,7 @@ async def _all(call: Any) -> list[Any]:
 
 
 async def test_probe_is_not_repeated_on_a_dead_connection() -> None:
-    """A host that came back without its connections answers nothing on the old ones, for minutes."""
+    """A host that came back without its connections does not answer on the old ones, for minutes."""
     settings = PlaneSettings.load(tcp_host="127.0.0.1", auth="off")
     server, client = TcpServer(settings, secret=None, instance_id=1), TcpClient(settings)
     await server.start()

@@ -114,13 +114,13 @@ class Call:
                 self._close()
                 self._request = stream.packed
                 if not self._may_send_again(error, was_sent=stream.sent):
-                    raise  # from this frame, which forgets it: one that kept it would be kept by it
+                    raise  # no variable keeps the error: its traceback would keep this frame, and so the call
                 self._error = error.with_traceback(None)
             except StopAsyncIteration:
                 self._close()
                 raise
             except Exception:
-                if stream.is_over:  # or this is a second reader, whose mistake is not the first one's end
+                if stream.is_over:  # else a second reader made the error, and the first one goes on
                     self._close()
                 raise
             else:
@@ -161,7 +161,7 @@ class Call:
 
     def _open(self, member: Member) -> None:
         self._stream = stream = self._dispatcher.open(member.target, self._request, self._context)
-        self._request = None  # the stream has it, packed: the caller may fill its object anew
+        self._request = None  # the stream has it, packed: the caller may reuse its object
         self._error = None
         self._member = member
         member.in_flight += 1
@@ -174,7 +174,7 @@ class Call:
         member.failures.end()
         self._answered = True
         stream.forget_request()
-        if stream.is_over:  # the usual answer of one item: nothing more to wait for
+        if stream.is_over:  # an answer of one item is complete with it
             self._close()
 
     def _close(self) -> None:
@@ -224,7 +224,7 @@ class Call:
             self._open(following)
         finally:
             failures.searching = False
-            del error  # else its traceback would keep it, by this frame
+            del error  # else the error and this frame would keep each other alive
 
     async def _find_another_in_time(self, error: PlaneError, failures: _Failures) -> Member | None:
         """Do as `_find_another`, until the context ends the request: then raise DeadlineExceeded, or
@@ -260,9 +260,11 @@ class Call:
         one, that is the same instance again."""
         failed = self._member
         if isinstance(error, AuthenticationFailed):
-            fresh = await self._refreshed(failed, failures)
-            if fresh is not None:
-                return fresh
+            if not failures.refreshed:  # once a request
+                fresh = await self._dispatcher.refreshed(failed)
+                failures.refreshed = True
+                if fresh is not None:
+                    return fresh
             self._dispatcher.view.mark_down(failed, error)
             failures.add(failed, error, was_sent=False)
         if failures.lost:
@@ -304,15 +306,6 @@ class Call:
         hop = await self._route.choose_again(tried, self._request)
         self._dispatcher, self._request = hop.dispatcher, hop.request
         return hop.member
-
-    async def _refreshed(self, failed: Member, failures: _Failures) -> Member | None:
-        """Read the instance's record, once a request: a worker that restarted at the same address has a new
-        secret there. Return the instance with it, or None."""
-        if failures.refreshed:
-            return None
-        fresh = await self._dispatcher.refreshed(failed)
-        failures.refreshed = True
-        return fresh
 
 
 class _Failures:

@@ -22,14 +22,14 @@ ENDPOINT = "dynamo.backend.generate"
 
 @dataclass(slots=True)
 class MockWorker:
-    """A worker as its process runs it, but in the test's own."""
+    """A worker as its process runs it, but in the test's process."""
 
     runtime: DistributedRuntime
     engine: MockEngine
     serving: asyncio.Task[None]
 
     async def stop(self) -> None:
-        """What SIGTERM does."""
+        """Shut the worker down, as SIGTERM does."""
         self.runtime.shutdown()
         await self.serving
         await self.runtime.aclose()
@@ -43,13 +43,13 @@ class Deployment:
 
     @asynccontextmanager
     async def runtime(self) -> AsyncIterator[DistributedRuntime]:
-        """One more process of the deployment."""
+        """Return the runtime of one more process of the deployment."""
         async with DistributedRuntime(settings=Settings.load(**self._settings)) as runtime:
             yield runtime
 
     @asynccontextmanager
     async def worker(self, *, model_name: str = "demo", **engine: Any) -> AsyncIterator[MockWorker]:
-        """A worker that serves until it is stopped, or the block is left."""
+        """Serve a worker until it is stopped, or until the end of the block."""
         model = read_model_directory(DEMO_MODEL_PATH)
         ready = asyncio.Event()
         async with self.runtime() as runtime:
@@ -86,5 +86,5 @@ Deploy = Callable[..., Deployment]
 
 @pytest.fixture
 def deploy() -> Deploy:
-    """For a server or settings of the test's own."""
+    """Make a deployment on another server, or with other settings."""
     return Deployment

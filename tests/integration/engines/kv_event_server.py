@@ -1,4 +1,4 @@
-"""An engine's side of the KV events: PUB and replay ROUTER, as vLLM's publisher has them."""
+"""The engine's side of KV events: PUB and replay ROUTER sockets, as in vLLM's publisher."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ END_OF_REPLAY = (-1).to_bytes(8, "big", signed=True)
 
 
 class KvEventServer:
-    """One rank's publisher. Everything happens on the event loop; `port` 0 takes a free one."""
+    """One rank's publisher, on the event loop. `port` 0 stands for a free port."""
 
     def __init__(
         self,
@@ -51,35 +51,38 @@ class KvEventServer:
             self._replays = asyncio.create_task(self._serve_replays())
 
     def publish(self, events: Sequence[Any], *, lose: bool = False) -> bytes:
-        """Send a batch; `lose` numbers and keeps it, and sends nothing. Answers the payload."""
+        """Send a batch; return its payload.
+
+        With `lose` it is numbered and kept for a replay, but not sent.
+        """
         payload: bytes = msgpack.packb([time.time(), list(events), self._dp_rank])
         self.send(payload, lose=lose)
         return payload
 
     def send(self, payload: bytes, *, lose: bool = False) -> None:
-        """As `publish`, whatever the payload is."""
+        """Do as `publish`, with any payload."""
         sequence, self.next_sequence = self.next_sequence, self.next_sequence + 1
         self._buffer.append((sequence, payload))
         if not lose:
             self._pub.send_multipart([self._topic, sequence.to_bytes(8, "big"), payload], zmq.NOBLOCK)
 
     def hang_up(self) -> None:
-        """End all subscribers' connections."""
+        """Close all subscribers' connections."""
         self._pub.close(linger=0)
 
     def listen_again(self) -> None:
-        """After `hang_up`: the same engine, at the same port."""
+        """Start again after `hang_up`: the same engine, at the same port."""
         self._pub = self._open_pub()
         _bind(self._pub, self.port)
 
     async def stop_replays(self) -> None:
-        """From now on the replay socket takes requests and answers none."""
+        """Let the replay socket accept requests and answer none from now on."""
         if self._replays is not None:
             self._replays.cancel()
             await asyncio.gather(self._replays, return_exceptions=True)
 
     async def aclose(self) -> None:
-        """Idempotent."""
+        """Close the sockets. Idempotent."""
         await self.stop_replays()
         if self._replays is not None:
             self._router.close(linger=0)
@@ -108,7 +111,7 @@ def _bind(zmq_socket: Any, port: int) -> int:
         while True:
             try:
                 zmq_socket.bind(f"tcp://127.0.0.1:{port}")
-            except zmq.ZMQError:  # the socket before is closed a moment after `close`
+            except zmq.ZMQError:  # the socket before closes a moment after its `close`
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.005)
@@ -120,7 +123,7 @@ def _bind(zmq_socket: Any, port: int) -> int:
 def block_stored(
     hashes: Sequence[int | bytes], parent: int | bytes | None, tokens: Sequence[int]
 ) -> dict[str, Any]:
-    """As vLLM 0.33 says it."""
+    """Return the event as vLLM 0.33 sends it."""
     return {
         "type": "BlockStored",
         "block_hashes": list(hashes),
@@ -134,7 +137,7 @@ def block_stored(
 
 
 def block_removed(hashes: Sequence[int | bytes]) -> dict[str, Any]:
-    """As vLLM 0.33 says it."""
+    """Return the event as vLLM 0.33 sends it."""
     return {"type": "BlockRemoved", "block_hashes": list(hashes), "medium": "GPU"}
 
 
@@ -142,7 +145,7 @@ ALL_CLEARED = {"type": "AllBlocksCleared"}
 
 
 def neighbouring_ports() -> tuple[int, int]:
-    """Two free ports, one after the other."""
+    """Return the first of two consecutive free ports."""
     while True:
         with socket.socket() as first, socket.socket() as second:
             first.bind(("127.0.0.1", 0))

@@ -26,9 +26,11 @@ _SAMPLING = ("temperature", "top_p", "seed")
 
 
 class TestEngine:
-    """One start of an engine. `owner` is what it says of itself: vllm answers with token ids, others with
-    text; `takes_ids` False refuses prompts of ids. `name` and `max_model_len` are what it lists; a request
-    for another model gets 404."""
+    """One run of an engine.
+
+    `owner` is its kind in `/v1/models`: vllm answers with token ids, others with text. `takes_ids` False
+    refuses prompts of ids. `name` and `max_model_len` are listed; a request for another model gets 404.
+    """
 
     __test__ = False
 
@@ -48,25 +50,26 @@ class TestEngine:
         self.headers: list[dict[str, str]] = []
         self.fail_with: tuple[int, dict[str, str]] | None = None
         self.refuse_with: tuple[int, str] | None = None
-        """Status and message for each completion; `/health` says that all is well."""
+        """Status and message for each completion; `/health` still answers 200."""
         self.name: str | None = name
-        """None: it lists no models yet."""
+        """The listed model; None: no model yet."""
         self.max_model_len = max_model_len
         self.listed_count = 0
         self.counted: dict[str, int] = {}
-        """What it says of its tokens in `usage`."""
+        """The token counts in `usage`."""
         self.give_up_as: str | None = None
-        """The next answer ends after its first tokens with an error 404; then this is the model's name."""
+        """If set, the next answer ends after its first tokens with an error 404, and the model gets this
+        name."""
         self.says_sizes = True
-        """Whether its metrics say how large its cache is."""
+        """True: the metrics have the cache's size."""
         self.says_use = True
-        """Whether its metrics say how much of its cache is in use."""
+        """True: the metrics have the cache's usage."""
         self.measures = True
-        """Whether its metrics can be read."""
+        """True: `/metrics` answers."""
         self.measured_count = 0
         self.break_off_after: int | None = None
         self.break_off_count = 1 << 30
-        """So many answers break off."""
+        """The number of answers that break off."""
         self.cancelled_count = 0
         self.events: list[KvEventServer] = []
         self.http_port = 0
@@ -79,8 +82,8 @@ class TestEngine:
         return f"http://127.0.0.1:{self.http_port}"
 
     async def start(self, *, http_port: int = 0, event_port: int = 0, replay_port: int = 0) -> None:
-        """Serve; the ports of an engine before it make this its restart. Each rank publishes at the port
-        after its predecessor's."""
+        """Serve. With the ports of an earlier engine this is its restart. Each rank publishes at the port
+        after the one of the rank before."""
         await self.mock.start()
         for rank in self.mock.ranks:
             port = event_port and event_port + rank.dp_rank
@@ -104,7 +107,7 @@ class TestEngine:
         self.http_port = self._runner.addresses[0][1]
 
     async def stop(self) -> None:
-        """As if it was killed: all connections break. Idempotent."""
+        """Break all connections, as a kill does. Idempotent."""
         if self._runner is not None:
             await self.mock.aclose()
             await self._runner.cleanup()
@@ -173,7 +176,7 @@ class TestEngine:
         except InvalidRequest as exc:
             return web.json_response({"error": {"message": str(exc), "code": 400}}, status=400)
         except (asyncio.CancelledError, ConnectionResetError):
-            self.cancelled_count += 1  # the second if it is about to write just then
+            self.cancelled_count += 1  # the second time if it was about to write
             raise
         return response
 
@@ -249,7 +252,7 @@ def _publish_to(server: KvEventServer) -> Any:
 
 @asynccontextmanager
 async def running_engine(**options: Any) -> AsyncIterator[TestEngine]:
-    """An engine on free ports."""
+    """Run an engine on free ports."""
     engine = TestEngine(**options)
     try:
         await engine.start()
@@ -260,7 +263,7 @@ async def running_engine(**options: Any) -> AsyncIterator[TestEngine]:
 
 @asynccontextmanager
 async def restarted(engine: TestEngine, **options: Any) -> AsyncIterator[TestEngine]:
-    """Kill that engine and start another in its place; its cache is empty, its events begin at 0."""
+    """Kill that engine and start another in its place, with an empty cache and sequence 0."""
     ports: Sequence[int] = (engine.http_port, engine.events[0].port, engine.events[0].replay_port or 0)
     await engine.stop()
     another = TestEngine(**options)

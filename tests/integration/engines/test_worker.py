@@ -1,4 +1,4 @@
-"""A worker on a real Redis: what it registers, in which order, and what its callers see."""
+"""A worker on a real Redis: its registrations, their order, and its callers' results."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ async def test_caller_without_any_file_gets_readable_text(deployment: Deployment
 
 
 async def test_card_is_registered_last_and_withdrawn_first(deployment: Deployment) -> None:
-    """What routers ask of it is there before `generate`, and the card comes last and goes first."""
+    """The endpoints for routers are there before `generate`; the card is last in and first out."""
     beside = ["kv_dump", "clear_kv_blocks", "load_metrics"]
     async with deployment.runtime() as runtime, runtime.registry.watch("v1/") as watch:
         assert (await anext(watch)).events == ()
@@ -163,7 +163,7 @@ async def test_stopped_request_ends_in_the_engine(deployment: Deployment) -> Non
         await _until(lambda: worker.engine.running_count == 0)
 
 
-async def test_the_engines_refusals_reach_the_caller_as_what_they_are(deployment: Deployment) -> None:
+async def test_refusals_of_the_engine_reach_the_caller(deployment: Deployment) -> None:
     async with (
         deployment.worker(speedup_ratio=1, decode_step_s=60, max_num_seqs=1, max_num_waiting=0) as worker,
         deployment.runtime() as runtime,
@@ -188,9 +188,7 @@ async def test_two_workers_share_their_files(deployment: Deployment) -> None:
         assert len(await runtime.objects.list("models")) == 4
 
 
-async def test_an_engine_that_cannot_start_leaves_nothing_behind(
-    deployment: Deployment, tmp_path: Path
-) -> None:
+async def test_engine_that_cannot_start_leaves_no_record(deployment: Deployment, tmp_path: Path) -> None:
     model = read_model_directory(DEMO_MODEL_PATH)
     broken = tmp_path / "tokenizer.json"
     broken.write_text('{"model": {}}')
@@ -205,7 +203,7 @@ async def test_an_engine_that_cannot_start_leaves_nothing_behind(
         assert (await runtime.registry.get_prefix("v1/")).records == ()
 
 
-async def test_a_model_that_cannot_be_published_leaves_nothing_behind(
+async def test_model_that_cannot_be_published_leaves_no_record(
     deployment: Deployment, tmp_path: Path
 ) -> None:
     model = read_model_directory(DEMO_MODEL_PATH)
@@ -220,7 +218,7 @@ async def test_a_model_that_cannot_be_published_leaves_nothing_behind(
         assert (await runtime.registry.get_prefix("v1/")).records == ()
 
 
-async def test_an_emptied_redis_gets_files_instance_and_card_back(
+async def test_emptied_redis_gets_files_instance_and_card_back(
     deploy: Deploy, own_redis_server: EmbeddedServer, tmp_path: Path
 ) -> None:
     deployment = deploy(own_redis_server.url, "wiped")

@@ -1,4 +1,4 @@
-"""`dynamo_redis.llm`: what an engine of one's own tells routers."""
+"""`dynamo_redis.llm`: the events and load of a custom engine."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NAMES = chain(local_hashes(PROMPT, BLOCK))
 
 
 async def _events(runtime: DistributedRuntime, count: int) -> list[tuple[int, KvEvent]]:
-    """The first so many events of the stream, each with its rank."""
+    """Return the first `count` events of the stream, each with its rank."""
     tail = runtime.events.tail(KV_EVENTS, after=BEGINNING)
     found: list[tuple[int, KvEvent]] = []
     async with asyncio.timeout(20):
@@ -64,7 +64,7 @@ async def test_events_come_from_any_thread_in_order(open_runtime: OpenRuntime) -
     ]
 
 
-async def test_ranks_of_a_process_share_what_is_asked(open_runtime: OpenRuntime) -> None:
+async def test_ranks_of_a_process_share_their_endpoints(open_runtime: OpenRuntime) -> None:
     runtime = await open_runtime()
     component = runtime.namespace("demo").component("llm")
     ranks = [KvEventPublisher(component, kv_block_size=BLOCK, dp_rank=rank) for rank in range(2)]
@@ -83,7 +83,7 @@ async def test_ranks_of_a_process_share_what_is_asked(open_runtime: OpenRuntime)
         KvEventPublisher(component, kv_block_size=8, dp_rank=1)
 
 
-async def test_blocks_of_more_than_tokens_are_left_out(open_runtime: OpenRuntime) -> None:
+async def test_blocks_with_more_than_tokens_are_left_out(open_runtime: OpenRuntime) -> None:
     runtime = await open_runtime()
     publisher = KvEventPublisher(runtime.endpoint("demo.llm.generate"), kv_block_size=BLOCK)
     image = {"mm_objects": [{"mm_hash": 1, "offsets": [[4, 8]]}]}
@@ -103,7 +103,7 @@ async def test_blocks_of_more_than_tokens_are_left_out(open_runtime: OpenRuntime
         publisher.publish_batch([{"type": "moved"}])
 
 
-async def test_what_is_wrong_is_said_at_once(open_runtime: OpenRuntime) -> None:
+async def test_wrong_arguments_are_refused_at_once(open_runtime: OpenRuntime) -> None:
     runtime = await open_runtime()
     endpoint = runtime.endpoint("demo.llm.generate")
     with pytest.raises(ConfigError, match="worker_id=1 "):

@@ -1,4 +1,4 @@
-"""`dynamo_redis.llm.register_model`: a worker of one's own behind the frontend."""
+"""`dynamo_redis.llm.register_model`: a custom worker behind the frontend."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ async def chat(frontend: httpx.AsyncClient) -> httpx.Response:
     return await frontend.post("/v1/chat/completions", json=body)
 
 
-async def test_card_says_what_was_registered(
+async def test_card_has_the_registered_values(
     deployment: Deployment, caplog: pytest.LogCaptureFixture
 ) -> None:
     runtime = await deployment.open_runtime()
@@ -119,7 +119,7 @@ async def test_chat_model_takes_no_text(deployment: Deployment, tmp_path: Path) 
     await serving
 
 
-async def test_completing_model_takes_no_chats(deployment: Deployment) -> None:
+async def test_completions_model_takes_no_chats(deployment: Deployment) -> None:
     runtime = await deployment.open_runtime()
     endpoint = runtime.endpoint(str(WORKERS))
     await register_model(ModelInput.Tokens, ModelType.Completions, endpoint, DEMO_MODEL_PATH, "own")
@@ -147,7 +147,7 @@ async def test_completing_model_takes_no_chats(deployment: Deployment) -> None:
     ],
     ids=str,
 )
-async def test_what_cannot_be_done_is_refused_by_name(
+async def test_unsupported_arguments_are_refused_by_name(
     deployment: Deployment, changes: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     runtime = await deployment.open_runtime()

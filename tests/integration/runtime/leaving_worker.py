@@ -1,4 +1,4 @@
-"""The worker process of `test_rolling_restart.py`: it says that it serves, and leaves on SIGTERM."""
+"""The worker process of `test_rolling_restart.py`: it prints that it serves, and ends on SIGTERM."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from dynamo_redis.runtime import DistributedRuntime, dynamo_worker
 
 
 async def generate(request: dict[str, Any]) -> AsyncIterator[Any]:
-    """`count` items, `pause_s` apart, which tell the process and their number; or one of `size_bytes`.
-    With `then_hang` there is no end."""
+    """Yield `count` items, `pause_s` apart, with the process id and their number; or one of `size_bytes`.
+
+    With `then_hang` the answer does not end.
+    """
     if "size_bytes" in request:
         yield bytes(request["size_bytes"])
         return
@@ -29,7 +31,7 @@ async def generate(request: dict[str, Any]) -> AsyncIterator[Any]:
 
 @dynamo_worker()
 async def main(runtime: DistributedRuntime) -> None:
-    """Serve until told to stop."""
+    """Serve until the shutdown."""
     endpoint = runtime.endpoint(sys.argv[1])
     serving = endpoint.serve_endpoint(generate)
     client = await endpoint.client()

@@ -1,4 +1,4 @@
-"""The advertised address is checked: what it looks like, and whether it leads to the process."""
+"""The checks of the advertised address: its form, and whether it leads to the process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ async def echo(request: Any) -> AsyncIterator[Any]:
 
 @pytest.fixture
 def closed_port() -> Iterator[int]:
-    """A port that is taken, and on which nothing listens."""
+    """Return a port that is bound and on which no socket listens."""
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         yield held.getsockname()[1]

@@ -1,6 +1,6 @@
-"""Every long-lived task that reads what others wrote: it is fed values that are none, and must go on.
+"""Every long-lived task that reads stored values goes on after invalid ones.
 
-Each task sees the next good value while the bad ones stand, and after they went.
+Each task has to see the next good value while the bad ones are there, and after they are gone.
 """
 
 from __future__ import annotations
@@ -61,21 +61,23 @@ class Fed(Protocol):
         """Write bad values where the task reads."""
 
     async def heal(self) -> None:
-        """Take back what `spoil` wrote, as far as it stays."""
+        """Remove the values of `spoil` that are still there."""
 
     async def write(self, number: int) -> None:
         """Write a good value."""
 
     def sees(self, number: int) -> bool:
-        """Whether the task has taken that good value."""
+        """Return whether the task has read that good value."""
 
     def ghosts(self) -> Sequence[object]:
-        """What the task has taken of bad values."""
+        """Return the state that the task has made of bad values."""
 
 
 async def shows(fed: Fed) -> None:
-    """The task sees a new good value. It is written again and again: a reader that begins anew may begin
-    behind it."""
+    """Wait until the task sees a new good value.
+
+    The value is written repeatedly, since a reader that starts again may start after it.
+    """
     number = next(NUMBERS)
     async with asyncio.timeout(PATIENCE_S):
         while not fed.sees(number):
@@ -207,7 +209,7 @@ class Cards(_OfKeys):
 
 
 class _OfEvents:
-    """A task that reads events: what is bad there stays until it is trimmed, or was heard once."""
+    """A task that reads events. Bad events stay until they are trimmed, or are heard once."""
 
     topic: str
     good_event: tuple[Any, ...] = (0, 0, b"\0" * 8)
@@ -239,7 +241,7 @@ def batch(topic: str, instance_id: int, events: list[Any], sequence: int = 0) ->
 
 
 class Events(_OfEvents):
-    """The reading of KV events."""
+    """The reader of KV events."""
 
     topic = KV_EVENTS
 
@@ -265,7 +267,7 @@ class Events(_OfEvents):
 
 
 class Bookings(_OfEvents):
-    """The reading of what other routers have under way, and the watch of their records."""
+    """The reader of other routers' requests under way, and the watch of their records."""
 
     topic = ACTIVE_SEQUENCES
     good_event = ("add", "r", 9, 0, 10, 2, 30.0)
@@ -308,7 +310,7 @@ class Bookings(_OfEvents):
 
 
 class Loads(_OfEvents):
-    """The listening to what workers say of their load."""
+    """The listener to workers' load."""
 
     topic = KV_METRICS
 

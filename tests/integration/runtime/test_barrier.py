@@ -17,7 +17,7 @@ DATA = {"master": "10.0.0.1:29500", "ranks": [0, 1, 2]}
 
 
 async def until_places(runtime: DistributedRuntime, count: int) -> None:
-    """Wait until so many keys of barriers are there, the leader's included."""
+    """Wait until there are `count` keys of barriers, with the leader's."""
     async with asyncio.timeout(30):
         while len((await runtime.registry.get_prefix(BARRIERS)).records) < count:
             await asyncio.sleep(0.01)

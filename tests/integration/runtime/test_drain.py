@@ -1,4 +1,4 @@
-"""A worker that leaves, as its callers see it: not at all, or as an error that says what to do."""
+"""A worker that leaves: its callers see no error, or one that names the remedy."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ async def collect(items: AsyncIterator[Any]) -> list[Any]:
 
 
 class Worker:
-    """A runtime whose handler answers with its name, and before a second item waits until it is let go."""
+    """A runtime whose handler answers with its name, and waits before a second item until it is released."""
 
     def __init__(self, name: str, runtime: DistributedRuntime) -> None:
         self.name = name
@@ -80,7 +80,7 @@ StartWorker = Callable[..., Awaitable[Worker]]
 
 
 async def client_of(runtime: DistributedRuntime, *workers: Worker) -> Client:
-    """A client that knows these workers."""
+    """Return a client that knows these workers."""
     client = await runtime.endpoint(ENDPOINT).client()
     await until(lambda: {worker.runtime.instance_id for worker in workers} <= set(client.instance_ids()))
     return client
@@ -94,7 +94,8 @@ async def first(client: Client, request: str, **options: Any) -> Any:
 async def test_callers_learn_of_a_drain_before_requests_end(
     open_runtime: OpenRuntime, start_worker: StartWorker
 ) -> None:
-    """GOAWAY comes at the start of a drain: a caller that has nothing there hangs up at once."""
+    """GOAWAY is sent at the start of a drain: a caller without a request there closes its connection at
+    once."""
     a = await start_worker("a")
     busy = await client_of(await open_runtime(), a)
     idle_runtime = await open_runtime()
@@ -134,11 +135,11 @@ async def test_queued_request_is_sent_elsewhere_at_a_drain(
 async def test_request_without_a_connection_is_sent_elsewhere(
     open_runtime: OpenRuntime, start_worker: StartWorker
 ) -> None:
-    """The caller has never been there, and learns that the worker is leaving when they shake hands."""
+    """The caller has no connection yet, and learns in the handshake that the worker is leaving."""
     a, b = await start_worker("a"), await start_worker("b")
     caller = await open_runtime()
     client = await client_of(caller, a, b)
-    await a.server.drain(1)  # its record still stands
+    await a.server.drain(1)  # its record is still registered
     calls = [await client.round_robin("quick", annotated=False) for _ in range(10)]
     assert plane_client_of(caller).pending_count == 10
     assert [await collect(call) for call in calls] == [["b"]] * 10
@@ -167,7 +168,7 @@ async def test_half_sent_request_is_sent_elsewhere(
 async def test_requests_after_the_grace_move_or_fail(
     open_runtime: OpenRuntime, start_worker: StartWorker
 ) -> None:
-    """With the time that is left to it, not with a fresh deadline."""
+    """The retry has the rest of the request's time, not a new deadline."""
     a = await start_worker("a", drain_s=0.5)
     caller = await open_runtime()
     client = await client_of(caller, a)
@@ -251,7 +252,7 @@ async def test_request_stream_is_read_to_its_end_in_a_drain(
 
 
 async def test_idle_worker_leaves_at_once(open_runtime: OpenRuntime, start_worker: StartWorker) -> None:
-    """However long it may take, and though callers are connected."""
+    """The shutdown may take longer, and callers are connected."""
     a = await start_worker("a", drain_s=60)
     client = await client_of(await open_runtime(), a)
     assert await first(client, "quick") == "a"
@@ -283,7 +284,7 @@ async def test_endpoint_without_graceful_shutdown_ends_at_once(
 async def test_shutdown_has_one_deadline(
     open_runtime: OpenRuntime, start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What has been spent on one endpoint is not there again for the rest."""
+    """The time spent on one endpoint is not given to the others again."""
     a = await start_worker("a", drain_s=0.4)
     first_endpoint = a.runtime.endpoint("dynamo.backend.first")
     serving = asyncio.ensure_future(first_endpoint.serve_endpoint(a.handle))

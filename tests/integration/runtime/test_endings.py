@@ -1,4 +1,4 @@
-"""How a call may end, through a client: the worker knows at once, and nothing is left of it anywhere."""
+"""The endings of a call: the worker learns of each at once, and no state of the call is left."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ async def until(condition: Callable[[], bool], within_s: float = 5) -> None:
 
 
 class Worker:
-    """Counts up to the request, a tick an item; ends early when it is asked to."""
+    """A handler that counts up to the request, an item a tick, and ends early when it is stopped."""
 
     def __init__(self, runtime: DistributedRuntime) -> None:
         self.runtime = runtime
@@ -138,7 +138,7 @@ async def test_left_loop_ends_the_call_with_its_last_reference(
     call = await client.round_robin(100_000, annotated=False)
     async for _ in call:
         break
-    await exhaust(await client.round_robin(1, annotated=False))  # on the same connection, behind any kill
+    await exhaust(await client.round_robin(1, annotated=False))  # on the same connection, after any kill
     assert not worker.contexts[0].is_killed()
     del call
     await until(lambda: worker.contexts[0].is_killed() and not worker.running_count)
@@ -205,7 +205,7 @@ async def exhaust(call: Call) -> None:
 
 
 async def end_somehow(client: Client, rng: random.Random) -> str:
-    """Make a call, and end it in one of the ways there are. Answers how."""
+    """Make a call and end it in a random way; return the way."""
     way = rng.choice(("read", "leave", "close", "drop", "cancel", "kill", "stop", "late", "fail"))
     context = Context(deadline=time.monotonic() + rng.random() / 50) if way == "late" else Context()
     choose = rng.choice((client.round_robin, client.p2c, client.least_loaded, client.random))
@@ -259,7 +259,7 @@ async def test_two_thousand_calls_leave_no_state(open_runtime: OpenRuntime) -> N
 
 @pytest.fixture
 def no_collection() -> Iterator[None]:
-    """What is dropped must go by itself: a collection of cycles may be far."""
+    """Turn the garbage collector off: dropped objects must be freed by their reference counts."""
     gc.collect()
     gc.disable()
     yield
@@ -269,7 +269,7 @@ def no_collection() -> Iterator[None]:
 async def test_dropped_call_is_killed_after_it_was_sent_again(
     open_runtime: OpenRuntime, worker: Worker, no_collection: None
 ) -> None:
-    """Nothing of its first failure holds on to it."""
+    """No reference to the call is left in its first failure."""
     other = await started(open_runtime)
     client = await client_of(await open_runtime(), 2)
     await other.server.drain(0)
@@ -299,7 +299,7 @@ async def test_handled_error_keeps_no_object_alive(
 async def test_requests_that_end_together_have_errors_of_their_own(
     open_runtime: OpenRuntime, worker: Worker
 ) -> None:
-    """On one that they shared, the tracebacks of all would pile up."""
+    """A shared error would collect the tracebacks of all."""
     client = await client_of(await open_runtime(), 1)
     calls = [await client.round_robin(100_000, annotated=False) for _ in range(5)]
     assert [await anext(call) for call in calls] == [0] * 5

@@ -1,4 +1,4 @@
-"""What a caller's own process sets: the bytes that it may hold, and the thread that drops an answer."""
+"""Limits of the caller's process: the bytes that it may hold, and an answer dropped in another thread."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ async def test_answer_dropped_in_a_thread_is_killed(
     client = await client_of(await open_runtime(), 1)
     call = await client.round_robin(None, annotated=False)
     await anext(call)
-    for _ in range(10):  # what the answer has set in motion is over
+    for _ in range(10):  # let the work after the answer end
         await asyncio.sleep(0)
     cycle: list[Any] = [call]
     cycle.append(cycle)

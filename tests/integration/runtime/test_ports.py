@@ -19,7 +19,7 @@ HOST = "10.20.56.81"
 
 
 def free_range(count: int) -> tuple[int, int]:
-    """Ports that nobody on this machine uses just now."""
+    """Return a range of ports that are free on this machine now."""
     rng = random.Random()
     while True:
         first = rng.randrange(40000, 60000)

@@ -1,4 +1,4 @@
-"""Reading a call's answer: reads that time out, readers that come second, and what is sent again."""
+"""Reads of a call's answer: time-outs, a second reader, and a request that is sent again."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ async def test_error_stays_after_a_cancelled_search(open_runtime: OpenRuntime) -
 
 
 async def test_request_is_sent_again_as_it_was(open_runtime: OpenRuntime) -> None:
-    """A caller may fill one object with its next request while the first is on its way."""
+    """A caller may reuse its object for the next request while the first is under way."""
     refused: list[str] = []
 
     async def full(request: dict[str, str]) -> None:
@@ -189,7 +189,7 @@ async def test_request_is_sent_again_as_it_was(open_runtime: OpenRuntime) -> Non
 
 @pytest.mark.parametrize("kind", ["coroutine", "generator", "endpoint", "nested"])
 async def test_handlers_have_context_variables_of_their_own(open_runtime: OpenRuntime, kind: str) -> None:
-    """Two at a time run, so that most start where another ends."""
+    """Two run at a time, so that most start when another ends."""
 
     async def coroutine(request: str) -> str:
         before = tenant.get()

@@ -1,4 +1,4 @@
-"""Worker processes that are told to end while callers are at full speed: no caller sees it."""
+"""Worker processes end under full load, and no caller sees an error."""
 
 from __future__ import annotations
 
@@ -35,8 +35,7 @@ LOADS: dict[str, Any] = {
 
 @pytest.fixture
 async def start_worker(dynamo_redis_url: str, dynamo_redis_prefix: str) -> AsyncIterator[StartWorker]:
-    """Start a worker process that runs few requests at once, so that others wait, and may take a minute to
-    leave."""
+    """Start a worker process that runs few requests at once, so that others wait, with a minute to drain."""
     started: list[Process] = []
     environment = os.environ | {
         "DYN_REDIS_URL": dynamo_redis_url,
@@ -76,7 +75,7 @@ async def exhaust(items: AsyncIterator[Any]) -> None:
 
 
 class Load:
-    """Callers at full speed, who check every answer."""
+    """Callers at full speed that check every answer."""
 
     def __init__(self, client: Client) -> None:
         self.done: Counter[str] = Counter()
@@ -93,7 +92,7 @@ class Load:
             self.done[kind] += 1
 
     async def goes_on(self) -> None:
-        """Wait until some of each kind have been answered."""
+        """Wait until some requests of each kind are answered."""
         before = self.done.copy()
         async with asyncio.timeout(20):
             while any(self.done[kind] == before[kind] for kind in LOADS):
@@ -130,16 +129,16 @@ async def test_rolling_restart_fails_no_call(open_runtime: OpenRuntime, start_wo
 async def test_slow_reader_gets_the_whole_last_answer(
     open_runtime: OpenRuntime, start_worker: StartWorker
 ) -> None:
-    """What the worker has written and the caller has not read yet would end with the worker's process."""
+    """Otherwise the bytes that the caller has not read yet would be lost with the worker's process."""
     worker = await start_worker()
     client = await client_of(await open_runtime(), 1)
-    await exhaust(await client.round_robin(LOADS["unary"], annotated=False))  # they are connected
+    await exhaust(await client.round_robin(LOADS["unary"], annotated=False))  # a connection is there
     call = await client.round_robin({"size_bytes": 30 * MIB}, annotated=False)
     reading = asyncio.ensure_future(anext(call))
     await asyncio.sleep(0.02)
-    time.sleep(0.5)  # the handler comes to its end meanwhile, and nothing is read
+    time.sleep(0.5)  # the handler ends meanwhile, and nothing is read
     worker.terminate()
-    time.sleep(0.4)  # and the worker to its own
+    time.sleep(0.4)  # and the worker ends
     assert len(await reading) == 30 * MIB
     assert [item async for item in call] == []
     async with asyncio.timeout(30):
@@ -167,7 +166,7 @@ async def test_second_signal_ends_the_worker_at_once(
 async def test_request_longer_than_the_shutdown_ends_with_it(
     open_runtime: OpenRuntime, start_worker: StartWorker
 ) -> None:
-    """Its caller is told, and the process ends with 0 when its time is over."""
+    """Its caller gets an error, and the process ends with 0 at the deadline."""
     worker = await start_worker(DYN_GRACEFUL_SHUTDOWN_S="1")
     client = await client_of(await open_runtime(), 1)
     call = await client.round_robin({"count": 2, "pause_s": 0.001, "then_hang": True}, annotated=False)

@@ -45,7 +45,7 @@ async def until(condition: Callable[[], bool], within_s: float = 5) -> None:
 
 
 class Counter:
-    """A handler that counts up to the request, and remembers."""
+    """A handler that counts up to the request, and records its calls."""
 
     def __init__(self, name: str = "", pause_s: float = 0) -> None:
         self.name = name
@@ -293,7 +293,7 @@ async def test_dynamo_worker_cancels_a_main_that_does_not_end(
 
 @contextmanager
 def no_log_set_up() -> Iterator[logging.Logger]:
-    """The root logger of a process that has not touched it; pytest's own handlers come back afterwards."""
+    """A root logger without handlers; pytest's own handlers are restored afterwards."""
     root, ours = logging.getLogger(), logging.getLogger("dynamo_redis")
     handlers, levels = root.handlers, (root.level, ours.level)
     root.handlers = []
@@ -377,7 +377,7 @@ async def test_dropped_clients_leave_no_watch(open_runtime: OpenRuntime) -> None
     def cancel(_: object, task: asyncio.Task[None] = waiting) -> None:
         task.cancel()
 
-    opening.add_done_callback(cancel)  # in the turn in which it is ready
+    opening.add_done_callback(cancel)  # in the turn of the event loop in which it is ready
     with pytest.raises(asyncio.CancelledError):
         await waiting
     del opening, waiting
@@ -435,7 +435,7 @@ async def test_foreign_discovery_backend_is_accepted(
 
 
 async def test_expired_worker_finishes_its_answer(open_runtime: OpenRuntime) -> None:
-    """A worker that lost its Redis, and with it its lease, still has its callers."""
+    """A worker that lost Redis, and with it its lease, still has connections to callers."""
     worker = await open_runtime(lease_ttl_s=1)
     await serve(worker, Counter(pause_s=0.02).generate)
     client = await client_of(await open_runtime(), 1)
@@ -465,7 +465,7 @@ async def test_shutdown_waits_once_for_a_silent_redis(
 async def test_record_is_deleted_when_a_silent_redis_is_back(
     open_runtime: OpenRuntime, own_redis_server: EmbeddedServer
 ) -> None:
-    """A worker that leaves is not chosen again while it drains, though Redis did not hear it at first."""
+    """A leaving worker is not chosen while it drains, though Redis did not answer at first."""
     worker, other = [
         await open_runtime(redis_url=own_redis_server.url, command_timeout_s=0.5) for _ in range(2)
     ]

@@ -1,4 +1,4 @@
-"""What the methods hand out has begun: it need not be awaited, and asyncio knows what to do with it."""
+"""Calls start when they are made: they need not be awaited, and are asyncio futures."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ async def until(condition: Callable[[], bool], within_s: float = 20) -> None:
 
 
 class Worker:
-    """Does as the request says, and keeps what it has been asked and has done."""
+    """A handler that does as the request says, and records its requests and actions."""
 
     def __init__(self) -> None:
         self.asked: list[Any] = []
@@ -87,10 +87,10 @@ async def test_calls_are_futures(client: Client) -> None:
 async def test_dropped_call_is_sent_nevertheless(
     client: Client, worker: Worker, *, is_connected: bool
 ) -> None:
-    """To its first item, also where its connection is made only then; and nothing is left of it."""
+    """It runs to its first item, on a new connection, too; and no state of it is left."""
     if is_connected:
         await collect(await client.round_robin(0, annotated=False))
-    not_awaited, not_read = list(range(1000)), list(range(1, 1001))  # more than a reader may be behind
+    not_awaited, not_read = list(range(1000)), list(range(1, 1001))  # more than the window of a reader
     client.round_robin(not_awaited)
     await client.round_robin(not_read)
     gc.collect()

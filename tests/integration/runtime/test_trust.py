@@ -1,4 +1,4 @@
-"""Whom a client believes, through the runtime: restarted workers at the same port, and TLS."""
+"""The trust between client and workers: workers restarted at the same port, and TLS."""
 
 from __future__ import annotations
 
@@ -112,7 +112,10 @@ async def test_worker_restarted_on_its_port_is_trusted(
     tls: dict[str, Any],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Its record outlives it by a lease; who answers there meanwhile is another, and callers see nothing."""
+    """Its record outlives it by a lease's TTL; meanwhile another process answers there.
+
+    Callers see no error.
+    """
     first, other = await asyncio.gather(start_worker(), start_worker())
     assert "+mtls/" in first.address
     runtime = await open_runtime(lease_ttl_s=LEASE_TTL_S, **tls)
@@ -190,7 +193,7 @@ async def test_caller_authenticates_by_the_workers_record(
 
 
 async def test_new_secret_is_read_from_the_record_once(open_runtime: OpenRuntime) -> None:
-    """The same instance id with a new secret, before the watch has told."""
+    """The same instance id has a new secret before the watch reports it."""
     runtime = await open_runtime()
     key = NAME.instance_key(INSTANCE)
     old, new = b"o" * 32, b"n" * 32

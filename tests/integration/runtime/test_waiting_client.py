@@ -1,4 +1,4 @@
-"""A client that waits for an instance says so, and ends at the first Ctrl-C."""
+"""A client that waits for an instance logs that, and ends at the first Ctrl-C."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the engines' tests share."""
+"""Fixtures of the engines' tests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dynamo_redis.models.files import ModelDirectory, read_model_directory
 
 
 class EventOracle:
-    """Follows KV events as a router would, and refuses what cannot be true."""
+    """A reader of KV events as a router is; it refuses impossible events."""
 
     def __init__(self) -> None:
         self.stored: set[int] = set()
@@ -39,7 +39,7 @@ class EventOracle:
 
 @pytest.fixture(scope="session")
 def make_oracle() -> Callable[[], EventOracle]:
-    """For tests that need a new one for each example."""
+    """Return the class, for tests that need a new oracle for each example."""
     return EventOracle
 
 

@@ -1,4 +1,4 @@
-"""What a worker tells of its engine's load."""
+"""The load of its engine that a worker publishes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dynamo_redis.wire.topics import KV_METRICS
 
 
 class SayingEngine:
-    """Says of its load what `said` has."""
+    """An engine with the load `said`."""
 
     capacity = EngineCapacity(total_kv_blocks=10, kv_block_size=16, max_num_seqs=8, max_num_batched_tokens=64)
 

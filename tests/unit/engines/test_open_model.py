@@ -1,4 +1,4 @@
-"""What a worker refuses to serve, before it registers anything."""
+"""Models that a worker refuses before it registers anything."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the mock engine says."""
+"""The text of the mock engine's answers."""
 
 from __future__ import annotations
 

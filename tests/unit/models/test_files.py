@@ -1,4 +1,4 @@
-"""A model's files: what a directory must hold, and the way through the object store and back."""
+"""A model's files: reading a directory, upload to the object store, and download."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ENDPOINT = EndpointName.parse("dynamo.backend.generate")
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    """A copy of the demo model to break."""
+    """A copy of the demo model that tests may change."""
     return shutil.copytree(
         DEMO_MODEL_PATH, tmp_path / "model", ignore=shutil.ignore_patterns("__pycache__", "*.py")
     )
@@ -66,7 +66,7 @@ def test_whole_directory_is_read(directory: Path) -> None:
 
 
 def test_real_tokenizer_is_read(shared: Path) -> None:
-    """Gzipped, without config.json: its own tokenizer_config says the context length and the end."""
+    """Gzipped, without config.json: context length and end-of-text come from tokenizer_config.json."""
     model = read_model_directory(shared / "data" / "qwen3-tokenizer")
     assert model.files["tokenizer.json"].size_bytes == 11_422_654
     assert len(model.read_tokenizer()) == 11_422_654
@@ -228,7 +228,7 @@ def test_model_without_a_template_completes_text(directory: Path) -> None:
     assert make_card(model, model_name="m", kv_cache_block_size=16).model_type == "completions"
 
 
-# --------------------------------------------------------------------------- there and back
+# --------------------------------------------------------------------------- upload and download
 
 
 @pytest.fixture
@@ -406,7 +406,7 @@ async def test_changed_file_is_not_uploaded(
 async def test_files_that_vanish_are_uploaded_again(
     directory: Path, card: ModelCard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
-    """Also after a while in which they could not be."""
+    """Also after a time in which uploads failed."""
     objects = Refusing()
     await _uploaded(objects, directory, card)
     monkeypatch.setattr("dynamo_redis.models.files.CHECK_S", 0.01)
@@ -431,7 +431,7 @@ async def test_files_that_vanish_are_uploaded_again(
 
 
 class Refusing(MemoryObjectStore):
-    """Takes nothing while it `refuses`."""
+    """An object store that takes no object while it `refuses`."""
 
     refuses = False
     refused_count = 0
@@ -447,7 +447,7 @@ class Refusing(MemoryObjectStore):
 
 
 class OneKeyRegistry:
-    """Takes one registration, and what the registry would call later."""
+    """A registry that takes one registration, and keeps its callbacks."""
 
     def __init__(self, objects: MemoryObjectStore) -> None:
         self._objects = objects
@@ -463,7 +463,7 @@ class OneKeyRegistry:
 
 
 class OneRegistryRuntime:
-    """What publishing needs."""
+    """The part of a runtime that `publish_model` uses."""
 
     def __init__(self, objects: MemoryObjectStore) -> None:
         self.objects = objects

@@ -33,7 +33,7 @@ NAME = EndpointName.parse("dynamo.backend.generate")
 
 
 class ScriptedStream:
-    """Answers with what it was given: items, errors to raise, or None to wait until failed."""
+    """A response with scripted items, errors to raise, or None to wait until it is failed."""
 
     def __init__(self, plane: ScriptedPlane, target: Target, script: Iterable[Any], request: Any) -> None:
         self._plane = plane
@@ -88,7 +88,7 @@ class ScriptedStream:
 
 
 class ScriptedPlane:
-    """A request plane without a network. `scripts`, `alive` and `hanging` say how each instance behaves."""
+    """A request plane without a network. `scripts`, `alive` and `hanging` control each instance."""
 
     def __init__(self) -> None:
         self.scripts: dict[int, list[Any]] = {}
@@ -128,13 +128,13 @@ class ScriptedPlane:
 
 
 def instance(number: int, *, host: str = "h", ready: bool = True, secret: bytes | None = None) -> Instance:
-    """Instance `number`, at port `number` of `host`."""
+    """Return instance `number`, at port `number` of `host`."""
     subject = NAME.subject(number)
     return Instance(NAME, InstanceId(number), {"tcp": f"{host}:{number}/{subject}"}, ready, secret)
 
 
 def put(of: Instance, value: bytes | None = None) -> Put:
-    """The event of an instance's registration."""
+    """Return the event of an instance's registration."""
     revision = Revision("1-0")
     key = NAME.instance_key(of.instance_id)
     stored = of.to_bytes() if value is None else value
@@ -142,17 +142,17 @@ def put(of: Instance, value: bytes | None = None) -> Put:
 
 
 def gone(number: int, cause: DeleteCause) -> Delete:
-    """The event of an instance's deletion."""
+    """Return the event of an instance's deletion."""
     return Delete(NAME.instance_key(number), Revision("2-0"), cause)
 
 
 def batch(*events: Put | Delete, resync: str | None = None) -> WatchBatch:
-    """Events that arrive together."""
+    """Return events that arrive together."""
     return WatchBatch(events, Revision("9-0"), resync)
 
 
 class HeldClock:
-    """A clock that moves when it is told to."""
+    """A clock that the test moves."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -165,7 +165,7 @@ class HeldClock:
 
 
 class OneRecord:
-    """A registry that knows one key: what a client reads when it refreshes a record."""
+    """A registry with one key: the record that a client reads again."""
 
     def __init__(self) -> None:
         self.record: Record | None = None

@@ -1,4 +1,4 @@
-"""Calls: choosing, retrying before the first item, and leaving nothing behind."""
+"""Calls: the choice of instances, retries before the first item, and the state after the end."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ async def collect(call: AsyncIterator[Any]) -> list[Any]:
 
 
 def loads(bench: Bench) -> list[tuple[int, int]]:
-    """(in flight, pending) of each instance."""
+    """Return (in flight, pending) of each instance."""
     return [(member.in_flight, len(member.pending)) for member in bench.view]
 
 
@@ -184,7 +184,7 @@ async def test_outdated_secret_is_read_again_once(bench: Bench) -> None:
 
 
 async def test_instance_with_an_unknown_secret_is_avoided(bench: Bench) -> None:
-    """Another process may have taken its port: each request that tried it would read its record again."""
+    """Otherwise each request that tried it would read its record again: another process has its port."""
     bench.register(1, 2)
     bench.plane.scripts[1] = [AuthenticationFailed("who are you?")]
     bench.plane.alive[1] = False
@@ -224,7 +224,7 @@ async def test_dropped_iterator_kills_the_request(bench: Bench) -> None:
     await anext(call)
     del call
     gc.collect()
-    await asyncio.sleep(0)  # it is the event loop's affair
+    await asyncio.sleep(0)  # the event loop runs the finaliser
     assert [number for number, _ in bench.plane.failed] == [1]
     assert loads(bench) == [(0, 0)]
 
@@ -250,7 +250,7 @@ async def test_router_modes(bench: Bench) -> None:
 
 
 async def search_after_a_loss(bench: Bench, context: Context) -> asyncio.Task[list[Any]]:
-    """Let a call lose its instance, and hang in the probe of the next one."""
+    """Make a call that has lost its instance and hangs in the probe of the next one."""
     bench.register(1, 2)
     bench.plane.scripts = {number: [ConnectionLost("it broke")] for number in (1, 2)}
     bench.plane.hanging = {1, 2}

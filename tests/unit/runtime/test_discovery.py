@@ -1,4 +1,4 @@
-"""What a view makes of the registry's events."""
+"""The state of an endpoint's view after events of the registry."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EXPIRED, DELETED, REVOKED, RESYNC = (
 
 
 async def settled() -> None:
-    """Let the tasks that events started take their first steps."""
+    """Let the tasks that events have started run first."""
     for _ in range(10):
         await asyncio.sleep(0)
 

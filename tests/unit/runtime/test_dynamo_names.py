@@ -1,4 +1,4 @@
-"""Every name of `dynamo.runtime` is accounted for, and what is said to be here is here."""
+"""The page lists every name of `dynamo.runtime`, and each name that it claims exists."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def names() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def table() -> dict[str, str]:
-    """What the page says of each name: yes, differs or no."""
+    """Return the page's entry for each name: yes, differs or no."""
     page = (Path(__file__).parents[3] / "docs" / "dynamo-names.md").read_text(encoding="utf-8")
     said: dict[str, str] = {}
     for cell, verdict in re.findall(r"^\| (`[^|]+`) \| (yes|differs|no) \|", page, re.MULTILINE):
@@ -56,7 +56,7 @@ def table() -> dict[str, str]:
 
 
 def wanted(names: dict[str, Any]) -> dict[str, Parameters]:
-    """The rows that the page must have: one a function, one a class that is not here, one a member."""
+    """Return the rows that the page must have: one a function, one a missing class, one a member."""
     rows: dict[str, Parameters] = dict(names["functions"])
     for cls, members in names["classes"].items():
         rows |= {f"{cls}.{name}": of for name, of in members.items()} if cls in HERE else {cls: None}
@@ -92,7 +92,7 @@ def test_runtime_takes_all_arguments_of_dynamo(names: dict[str, Any]) -> None:
 
 
 def test_list_matches_the_installed_wheel(names: dict[str, Any]) -> None:
-    """Where the wheel is installed; one of a later release may have more."""
+    """If the wheel is installed. A later release may have more names."""
     try:
         core = importlib.import_module("dynamo._core")
     except ImportError:

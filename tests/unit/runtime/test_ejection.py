@@ -51,8 +51,8 @@ async def test_failing_instance_is_no_candidate(bench: Bench, error: PlaneError)
     assert bench.chosen_first() == [1, 2]
     await fail(bench, 1, 1, error)
     assert bench.chosen_first() == [2]
-    assert bench.client.instance_ids() == [1, 2]  # it is there, and shown
-    await answer(bench, 1)  # and can be asked for by its id
+    assert bench.client.instance_ids() == [1, 2]  # it is listed
+    await answer(bench, 1)  # and can be called by its id
 
 
 async def test_success_ends_the_failure_streak(bench: Bench) -> None:

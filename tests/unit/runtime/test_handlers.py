@@ -1,4 +1,4 @@
-"""Handlers as people write them."""
+"""Adapters of user handlers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Word(BaseModel):
 
 
 async def answers(handler: AnyHandler, request: Any, context: Context | None = None) -> list[Any]:
-    """What a plane would send back."""
+    """Return the items that a plane would send."""
     answer = adapt(handler)(request, context or Context("r1"))
     if isinstance(answer, AsyncIterator):
         return [item async for item in answer]
@@ -103,7 +103,7 @@ async def test_invalid_request_error_names_the_field(request_: object, named: st
 
 
 async def test_plain_types_are_not_validated() -> None:
-    """As in `dynamo.runtime`, where they are the way to get requests as they come."""
+    """As in `dynamo.runtime`, where a plain type stands for unchanged requests."""
 
     @dynamo_endpoint(str, str)
     async def say(request: str) -> AsyncIterator[str]:
@@ -127,7 +127,7 @@ async def test_collect_one_needs_exactly_one_item() -> None:
 
 
 async def test_declared_handler_ends_with_its_answer() -> None:
-    """At once, and in the task that runs it: what it has opened is closed there."""
+    """It ends at once, in the task that runs it, so that its resources are closed there."""
     ended_in: list[asyncio.Task[Any] | None] = []
 
     @dynamo_endpoint(Prompt, Word)

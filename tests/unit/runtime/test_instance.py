@@ -1,4 +1,4 @@
-"""Instance records: their stored form, and what is refused."""
+"""Instance records: their stored form, and refused records."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ID = InstanceId(7587888160958627806)
 
 
 def record(**changes: object) -> bytes:
-    """A record as Dynamo writes it, with `changes`."""
+    """Return a record as Dynamo writes it, with `changes`."""
     fields = {
         "type": "Endpoint",
         "namespace": "dynamo",

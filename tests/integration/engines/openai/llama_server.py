@@ -2,8 +2,8 @@
 
     .bench/llama/bin/python llama_server.py MODEL_DIRECTORY FILE.gguf PORT
 
-It runs in an environment of its own, which `test_llama_cpp.py` says how to make. The model has the tokenizer
-of the directory, so that tokens mean the same on both sides.
+It runs in an environment of its own; `test_llama_cpp.py` describes how to make it. The model has the
+tokenizer of the directory, so that both sides have the same tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CONTEXT_LENGTH = 2048
 
 
 def write_model(directory: Path, target: Path) -> None:
-    """A Llama of two narrow layers; what it says is noise, and always the same."""
+    """Write a Llama of two narrow layers; its answers are noise, and always the same."""
     import numpy as np
     from gguf import GGUFWriter
 
@@ -70,7 +70,7 @@ def write_model(directory: Path, target: Path) -> None:
 
 
 def serve(model: Path, port: int) -> None:
-    """Until this process ends."""
+    """Serve until this process ends."""
     import xllamacpp
 
     params: Any = xllamacpp.CommonParams()
@@ -83,7 +83,7 @@ def serve(model: Path, port: int) -> None:
     params.warmup = False
     params.cpuparams.n_threads = 1
     server = xllamacpp.Server(params)
-    while server:  # it serves as long as the object lives
+    while server:  # the server runs as long as the object lives
         time.sleep(3600)
 
 

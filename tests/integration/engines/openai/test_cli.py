@@ -87,7 +87,7 @@ async def test_worker_that_waits_for_its_engine_can_be_ended(
 async def test_missing_model_path_is_warned_of(
     dynamo_redis_url: str, dynamo_redis_prefix: str, options: list[str]
 ) -> None:
-    """Token ids go from this model's tokenizer to the engine: they must be of one model."""
+    """The engine gets token ids of this model's tokenizer: both must be of one model."""
     nobody = "http://127.0.0.1:9"
     said = b""
     async with worker(nobody, dynamo_redis_url, dynamo_redis_prefix, *options) as process:

@@ -1,4 +1,5 @@
-"""The whole way: frontend, router, worker, an engine with an HTTP server and KV events of its own."""
+"""A whole deployment: frontend, router, worker, and an engine with an HTTP server and KV events of its
+own."""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ async def until(condition: Callable[[], object]) -> None:
 
 
 class Services:
-    """Workers, a frontend and an index over one Redis; each in a runtime of its own."""
+    """Workers, a frontend and an index over one Redis, each in its own runtime."""
 
     def __init__(self, deployment: Deployment, stack: AsyncExitStack, cache: Path) -> None:
         self._deployment = deployment
@@ -162,7 +163,7 @@ async def test_chats_follow_their_prefix_and_the_index_is_exact(services: Servic
     assert sorted(len(engine.requests) for engine in engines) == [0, 4]
 
     chats = [chat(frontend, f"{number} {LONG * 2}", max_tokens=50) for number in range(16)]
-    await asyncio.gather(*chats)  # at once, so that both get some; and enough for evictions
+    await asyncio.gather(*chats)  # concurrent, so that both workers get some; and enough for evictions
     await until(
         lambda: all(
             held(indexer, worker) == engine.mock.cache.stored()
@@ -200,7 +201,7 @@ async def test_engine_is_killed_and_comes_back(services: Services) -> None:
     place = 0 if held(indexer, workers[0]) else 1
 
     await engines[place].stop()
-    for number in range(3):  # its prefix is there, but nobody answers
+    for number in range(3):  # the prefix is there, but its engine does not answer
         await chat(frontend, f"{LONG} {number}")
     assert len(engines[1 - place].requests) == 3
     endpoint = workers[place].endpoint(ENDPOINT)
@@ -215,7 +216,7 @@ async def test_engine_is_killed_and_comes_back(services: Services) -> None:
 
 
 async def test_worker_learns_a_warm_engines_cache_from_chats(services: Services) -> None:
-    """Without replay: nobody tells again what stands at the beginning of every prompt."""
+    """Without replay no event has the blocks of the prefix that all prompts share."""
     engine = await services.engine()
     first = await services.worker(engine)
     frontend = await services.frontend()
@@ -234,7 +235,7 @@ async def test_worker_learns_a_warm_engines_cache_from_chats(services: Services)
     async with asyncio.timeout(30):
         number = 0
         while not (len(engine.requests) > 1 and known()):
-            number += 1  # the subscription takes effect some time after it is made
+            number += 1  # the subscription takes effect some time after it was made
             response = await frontend.post(
                 "/v1/chat/completions",
                 json=body(f"{LONG} Now write {number} lines about the {number}th boat."),
@@ -311,7 +312,7 @@ async def test_unary_chat_is_sent_again_when_its_engine_dies(services: Services)
 
 
 async def test_failing_engine_is_ejected(services: Services, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is well by its health, and idle by its load; it even holds the prompt."""
+    """Its health is good, its load is low, and its cache even has the prompt."""
     monkeypatch.setattr(ejection, "PAUSE_S", (600.0, 600.0))
     engines = [await services.engine() for _ in range(2)]
     for engine in engines:
@@ -325,7 +326,7 @@ async def test_failing_engine_is_ejected(services: Services, monkeypatch: pytest
     assert len(failing.requests) <= 1 + ejection.FAILURE_COUNT
     assert len(other.requests) == 30
 
-    other.refuse_with = (401, "who are you?")  # the last one stays, whatever it answers
+    other.refuse_with = (401, "who are you?")  # the last instance is never ejected
     for _ in range(ejection.FAILURE_COUNT + 1):
         response = await frontend.post("/v1/chat/completions", json=body("Hello!"))
         assert response.status_code == 502

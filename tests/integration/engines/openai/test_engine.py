@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server as an engine: over real HTTP, before a small engine of our own."""
+"""An OpenAI-compatible server as an engine: over real HTTP, with a small engine in the test."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ async def test_tokens_are_sent_and_received_unchanged() -> None:
     async with running_engine() as server, engine_at(server) as engine:
         items = await answer(engine, request())
         assert token_ids(items) == token_ids(await answer(server.mock, request()))
-        assert len(items) > 5  # as they are made, not at the end
+        assert len(items) > 5  # as tokens are made, not at the end
         assert items[-1]["finish_reason"] == "length"
         assert items[-1]["cached_tokens"] == 0
         sent = server.requests[0]
@@ -268,7 +268,7 @@ async def test_request_goes_to_the_chosen_rank() -> None:
 
 
 async def test_relayed_blocks_are_the_engines_blocks() -> None:
-    """Through evictions, a cleared cache, and another engine in its place."""
+    """They stay equal through evictions, a cleared cache, and another engine in its place."""
     async with running_engine(total_kv_blocks=24, block_size=4) as server, following(server) as pair:
         engine, publisher = pair
         for first in range(0, 400, 40):
@@ -290,7 +290,7 @@ async def test_relayed_blocks_are_the_engines_blocks() -> None:
 async def following(
     server: TestEngine, *, replay: bool = True, **settings: Any
 ) -> AsyncIterator[tuple[OpenAIEngine, KvPublisher]]:
-    """An engine whose KV events are relayed to that publisher."""
+    """Run an engine whose KV events are relayed to that publisher."""
     events, publisher = server.events[0], KvPublisher(None, block_size=4)
     replay_endpoint = events.replay_endpoint if replay else None
     async with engine_at(
@@ -301,11 +301,11 @@ async def following(
 
 
 async def test_cache_of_an_ended_engine_is_forgotten_at_once() -> None:
-    """Without a replay socket nothing but its next start's first message would tell."""
+    """Without a replay socket only the first message after its next start would show it."""
     async with running_engine(block_size=4) as server, following(server, replay=False) as pair:
         engine, publisher = pair
         async with asyncio.timeout(20):
-            while not publisher.block_count:  # the subscription takes effect some time after it is made
+            while not publisher.block_count:  # the subscription takes effect some time after it was made
                 await engine.clear_kv_blocks()
                 await answer(engine, request())
         await server.stop()
@@ -333,7 +333,7 @@ async def test_each_rank_reports_its_own_cache() -> None:
             caches = [rank.cache for rank in server.mock.ranks]
             async with asyncio.timeout(20):
                 while not all(publisher.block_count for publisher in publishers):
-                    await engine.clear_kv_blocks()  # what was said before the subscription took effect
+                    await engine.clear_kv_blocks()  # blocks stored before the subscription took effect
                     for rank in range(2):
                         await answer(engine, request(token_ids=list(range(30 + rank)), dp_rank=rank))
             await until(
@@ -349,7 +349,7 @@ async def test_each_rank_reports_its_own_cache() -> None:
 
 @pytest.mark.parametrize("clear", [False, True])
 async def test_warm_engine_without_replay_becomes_known(clear: bool) -> None:
-    """What it stores stands behind blocks of which nobody heard: prompts tell them, or it begins anew."""
+    """Its new blocks follow blocks without events, which prompts show; or its cache is cleared."""
     prefix = list(range(64))
     async with running_engine(block_size=4) as server:
         for number in range(3):
@@ -362,7 +362,7 @@ async def test_warm_engine_without_replay_becomes_known(clear: bool) -> None:
                     await answer(engine, request(token_ids=prompt))
                     await asyncio.sleep(0.02)
             held = server.mock.cache.stored
-            # A cache that is cleared just now is empty before the event that says so has arrived.
+            # A cache that was just cleared is empty before its event has arrived.
             await until(lambda: set(publisher.blocks()) <= held())
             if clear:
                 await until(lambda: set(publisher.blocks()) == held())
@@ -387,7 +387,7 @@ async def test_model_that_the_engine_lacks_is_refused() -> None:
 
 @pytest.mark.parametrize("says_use", [True, False])
 async def test_unknown_use_removes_no_booking(says_use: bool) -> None:
-    """A router goes by what it has booked where the engine does not say how much of its cache is in use."""
+    """Without the engine's cache usage a router uses its own bookings."""
     async with running_engine() as server:
         server.says_use = says_use
         async with engine_at(server) as engine:
@@ -401,7 +401,7 @@ async def test_unknown_use_removes_no_booking(says_use: bool) -> None:
 
 @pytest.mark.parametrize("way", ["stays open", "breaks off", "closes"])
 async def test_answer_ends_with_done(way: str) -> None:
-    """A server that says that it is done may keep the connection, or break it without an end."""
+    """After `[DONE]` a server may keep the connection open, or break it without an end."""
     event = b'data: {"choices": [{"text": "hi", "finish_reason": "stop"}]}\n\ndata: [DONE]\n\n'
     over = asyncio.Event()
 

@@ -1,4 +1,4 @@
-"""An engine is asked what it is: at start, when it comes back, and whenever it seems to be another one."""
+"""An engine is identified at the start, when it comes back, and when it seems to be another one."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ async def test_sizes_stay_while_metrics_lack_them() -> None:
 
 
 async def test_load_becomes_unknown_when_it_cannot_be_read() -> None:
-    """What was read last is told again and again, and would count as what is so now."""
+    """The last load is published repeatedly, and routers would take it for the present load."""
     async with (
         running_engine(data_parallel_size=2) as server,
         engine_at(server, engine_data_parallel_size=2) as engine,
@@ -121,7 +121,7 @@ async def test_engine_renamed_between_two_checks_answers() -> None:
 
 
 async def test_begun_answer_is_not_requested_again() -> None:
-    """Not by an engine either that has another name when it gives the answer up with a 404."""
+    """Nor if the engine aborts the answer with a 404 and has another name then."""
     async with running_engine() as server, engine_at(server, engine_poll_interval_s=600) as engine:
         server.give_up_as = "renamed"
         async with aclosing(engine.generate(request(), Context())) as items:
@@ -157,7 +157,7 @@ async def test_health_path_can_be_set() -> None:
 
 
 async def test_answers_are_read_to_their_end() -> None:
-    """They come in pieces, of which the client's buffer holds a few."""
+    """They arrive in more pieces than the client's buffer holds."""
     whole = b"x" * 600_000
 
     async def slowly(http: web.Request) -> web.StreamResponse:

@@ -1,4 +1,4 @@
-"""What a worker tells of its KV caches: over real Redis, equal to what its engine really holds."""
+"""The KV events of a worker over real Redis: equal to the true contents of its engine's caches."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ Deploy = Callable[..., Deployment]
 
 
 class Belief:
-    """What a reader of batches takes the ranks to hold, and what it has applied of each."""
+    """The blocks of each rank as a reader of batches sees them, and the batches that it has applied."""
 
     def __init__(self) -> None:
         self.held: dict[int, set[int]] = {}
@@ -85,7 +85,7 @@ async def _ask(runtime: DistributedRuntime, endpoint: str, request: Any = None) 
 
 
 async def _work(runtime: DistributedRuntime, count: int = 12, **more: Any) -> None:
-    """Requests that share prefixes, and more than the small cache holds."""
+    """Return requests that share prefixes and need more blocks than the small cache has."""
     async with await runtime.endpoint(ENDPOINT).client() as client:
 
         async def one(number: int) -> None:
@@ -266,7 +266,7 @@ async def test_restarted_worker_is_another_publisher(deployment: Deployment) -> 
 async def test_worker_that_registers_again_stays_the_publisher(
     deploy: Deploy, own_redis_server: EmbeddedServer
 ) -> None:
-    """Redis loses everything; the worker, its cache and its numbers stay."""
+    """Redis loses its data; the worker, its cache and its sequence numbers stay."""
     deployment = deploy(own_redis_server.url, "wiped")
     async with deployment.worker(**SMALL) as worker, deployment.runtime() as runtime:
         await _work(runtime)

@@ -1,4 +1,4 @@
-"""A server that is not ours: llama.cpp's, with a tiny model of random weights, on the CPU.
+"""llama.cpp's own server with a tiny model of random weights, on the CPU.
 
 python -m venv .bench/llama
 .bench/llama/bin/pip install xllamacpp gguf
@@ -119,7 +119,7 @@ async def test_llama_cpp_serves_behind_a_worker(tmp_path: Path) -> None:
 
 
 async def own_answer(url: str, prompt: list[int]) -> str:
-    """What the server says when it is asked directly, at once and not as a stream."""
+    """Return the server's answer to a direct request without streaming."""
     body = {"prompt": prompt, "max_tokens": 40, "ignore_eos": True, "temperature": 0.0, "seed": 1}
     async with httpx.AsyncClient() as client:
         response = await client.post(f"{url}/v1/completions", content=json.dumps(body))

@@ -1,4 +1,4 @@
-"""The relay of an engine's KV events, over real ZeroMQ sockets: afterwards it knows what the engine holds."""
+"""The relay of an engine's KV events over real ZeroMQ sockets: it ends with the engine's blocks."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ BLOCK_SIZE = 4
 
 
 def tokens(number: int) -> list[int]:
-    """Those of the block that the engine calls `number`."""
+    """Return the tokens of the block with the engine hash `number`."""
     return [number * 10 + place for place in range(BLOCK_SIZE)]
 
 
 def names(*numbers: int) -> set[int]:
-    """Sequence hashes of blocks that each begin a sequence."""
+    """Return the sequence hashes of blocks that each begin a sequence."""
     return {chain(local_hashes(tokens(number), BLOCK_SIZE))[0] for number in numbers}
 
 
@@ -57,7 +57,7 @@ async def server(port: int = 0, replay_port: int | None = 0, **options: int) -> 
 async def following(
     engine: KvEventServer, *, replay: bool = True, topic: str = "", idle_s: float = 30
 ) -> AsyncIterator[tuple[RankRelay, KvPublisher]]:
-    """A relay of that engine's one rank, connected."""
+    """Start a relay of that engine's only rank, connected."""
     publisher = KvPublisher(None, block_size=BLOCK_SIZE)
     relay = EventRelay(
         [publisher],
@@ -75,7 +75,7 @@ async def following(
 
 
 async def joined(engine: KvEventServer, rank: RankRelay) -> None:
-    """Publish nothing of interest until it arrives: a subscription takes effect only after a while."""
+    """Publish empty batches until one arrives: a subscription takes effect after a while."""
     before = rank.counts["message"]
     async with asyncio.timeout(20):
         while rank.counts["message"] == before:
@@ -200,7 +200,7 @@ async def test_dropped_end_of_a_burst_is_replayed_when_idle() -> None:
 async def test_restarted_engine_is_followed_again(replay: bool) -> None:
     async with server() as engine, following(engine, replay=replay) as (rank, publisher):
         engine.publish([root(1), root(2)])
-        for _ in range(2000):  # so that the next engine's first message to arrive has a lower sequence
+        for _ in range(2000):  # so that the first message of the next engine has a lower sequence
             engine.publish([])
         await until(lambda: rank.counts["message"] > 2000)
         await engine.aclose()
@@ -214,7 +214,7 @@ async def test_restarted_engine_is_followed_again(replay: bool) -> None:
 
 
 async def test_restart_with_a_higher_sequence_is_noticed() -> None:
-    """Its next message looks like a gap, or like the very one that is awaited."""
+    """Its next message looks like one after a gap, or like the expected one."""
     async with server() as engine, following(engine) as (rank, publisher):
         engine.publish([root(1)])
         await until(lambda: set(publisher.blocks()) == names(1))
@@ -230,7 +230,7 @@ async def test_restart_with_a_higher_sequence_is_noticed() -> None:
 
 
 async def test_reconnected_engine_is_recognized() -> None:
-    """A connection that broke and came back costs nothing, with messages missed meanwhile."""
+    """A connection that broke loses no block, and messages missed meanwhile are replayed."""
     async with server() as engine, following(engine) as (rank, publisher):
         engine.publish([root(1)])
         await until(lambda: set(publisher.blocks()) == names(1))
@@ -259,7 +259,7 @@ async def test_each_rank_is_followed_at_its_own_port() -> None:
 
 
 async def test_slow_relay_loses_messages_and_recovers() -> None:
-    """The engine drops past its high-water mark; what it drops at the very end is found in quiet times."""
+    """The engine drops messages at its high-water mark; a drop at the end is found when it is idle."""
     async with server(high_water_mark=1) as engine, following(engine, idle_s=0.05) as (rank, publisher):
         last = 0
         for number in range(3000):

@@ -115,7 +115,7 @@ def test_newest_sequence_is_preempted_and_resumes() -> None:
     batch.remove(old)
     step, due = _step(batch)
     assert due == [new]
-    assert new.cached_count == 0  # what the first admission found
+    assert new.cached_count == 0  # as found by the first admission
     assert step.prefill_token_count < len(new.tokens)  # its own blocks were still stored
 
 
@@ -170,7 +170,7 @@ def test_blocked_sequence_waits_for_a_release_of_blocks() -> None:
 def test_any_history_keeps_the_cache_consistent(
     make_oracle: Callable[[], Oracle], data: st.DataObject
 ) -> None:
-    """Submit, step, cancel and clear in any order: the books balance, events tell all, nobody is stuck."""
+    """Submit, step, cancel and clear in any order: counts and events are right, and all sequences end."""
     oracle = make_oracle()
     total = data.draw(st.integers(4, 12), label="blocks")
     batch = _batch(total, oracle, max_num_seqs=4, max_num_batched_tokens=data.draw(st.integers(4, 24)))

@@ -1,4 +1,4 @@
-"""The mock engine: what a request gets, in which order, and what it leaves behind."""
+"""The mock engine: the items of a request, their order, and the state after it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class StartEngine(Protocol):
 
 @pytest.fixture
 def running(demo_model: ModelDirectory) -> StartEngine:
-    """Runs an engine that does not wait, unless told so."""
+    """A starter of engines without delays, unless the settings have them."""
 
     @asynccontextmanager
     async def run(*, kv_events: KvEventSink | None = None, **settings: Any) -> AsyncIterator[MockEngine]:

@@ -1,4 +1,4 @@
-"""The block cache: sharing, eviction, and what it reports."""
+"""The block cache: sharing, eviction and events."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _hashes(tokens: list[int]) -> list[int]:
 
 
 def _store(cache: BlockCache, tokens: list[int]) -> BlockTable:
-    """A sequence that has computed all of its tokens, whole blocks only."""
+    """Store the blocks of a sequence whose tokens are all computed; return its table."""
     table = BlockTable()
     hashes = _hashes(tokens)
     held = cache.match(hashes, len(hashes))
@@ -112,7 +112,7 @@ def test_clear_keeps_held_blocks(oracle: Oracle) -> None:
 
 
 def test_block_after_a_shared_one_has_it_as_parent(oracle: Oracle) -> None:
-    """Another sequence stored the first of two blocks while both were computed."""
+    """Another sequence has stored the first of two blocks while both were computed."""
     cache = BlockCache(8, BLOCK, oracle)
     tokens = list(range(8))
     table = BlockTable()

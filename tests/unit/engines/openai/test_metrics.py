@@ -1,4 +1,4 @@
-"""What is read of engines' metrics pages; the lines are in the form that each engine writes."""
+"""Reading of engines' metrics pages; the lines are in the form that each engine writes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What servers say of themselves and of their models."""
+"""Reading of servers' descriptions of themselves and of their models."""
 
 from __future__ import annotations
 

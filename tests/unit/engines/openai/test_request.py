@@ -1,4 +1,4 @@
-"""What an OpenAI-compatible server is asked, in its own words."""
+"""Completion requests in the form of each kind of server."""
 
 from __future__ import annotations
 

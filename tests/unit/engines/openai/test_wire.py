@@ -1,4 +1,4 @@
-"""What an OpenAI-compatible server is asked, and how its answer becomes tokens."""
+"""Answers and errors of an OpenAI-compatible server, as tokens and typed errors."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Tokens:
 
 
 def words_with_spaces_before_them() -> Tokenizer:
-    """A tokenizer in the manner of SentencePiece: what is not in its vocabulary is spelled in bytes."""
+    """A tokenizer as of SentencePiece: characters outside its vocabulary become byte tokens."""
     names = [f"<0x{byte:02X}>" for byte in range(256)]
     names += [*"▁abcdefghijklmnopqrstuvwxyz.,", "▁t", "▁th", "▁the", "he"]
     merges = [("▁", "t"), ("▁t", "h"), ("▁th", "e"), ("h", "e")]

@@ -1,4 +1,4 @@
-"""The engines' wire, against messages of the engines' own publishers and against nonsense."""
+"""The engines' wire format: messages of the engines' own publishers, and invalid ones."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ SAID: dict[str, list[EngineEvent]] = {
     "all cleared": [Cleared()],
     "store after clear": [stored([A, B], None, 0)],
 }
-"""What each golden message says, in integer hashes; the 32-byte ones repeat the eight bytes four times."""
+"""The events of each golden message, with integer hashes; the 32-byte ones repeat the eight bytes four
+times."""
 
 
 def as_int(block: EngineHash) -> int:
@@ -145,7 +146,7 @@ def test_signed_hashes_become_unsigned() -> None:
 
 
 def test_blocks_with_extra_keys_are_left_out() -> None:
-    """An image or a cache salt changes what a block holds, and not its token ids."""
+    """An image or a cache salt changes a block's content, but not its token ids."""
     salted = STORED | {"extra_keys": [None, ["salt"]]}
     adapter = STORED | {"lora_id": 4, "lora_name": "poet", "extra_keys": [["poet"], ["poet"]]}
     unnamed = STORED | {"lora_id": 4}
