@@ -74,8 +74,8 @@ async def test_worker_waits_for_its_engine_and_serves_it(
 async def test_worker_that_waits_for_its_engine_can_be_ended(
     dynamo_redis_url: str, dynamo_redis_prefix: str
 ) -> None:
-    nobody = "http://127.0.0.1:9"
-    async with worker(nobody, dynamo_redis_url, dynamo_redis_prefix) as process:
+    closed_url = "http://127.0.0.1:9"
+    async with worker(closed_url, dynamo_redis_url, dynamo_redis_prefix) as process:
         assert process.stderr is not None
         async with asyncio.timeout(30):
             while b"waiting for the engine" not in await process.stderr.readline():
@@ -88,9 +88,9 @@ async def test_missing_model_path_is_warned_of(
     dynamo_redis_url: str, dynamo_redis_prefix: str, options: list[str]
 ) -> None:
     """The engine gets token ids of this model's tokenizer: both must be of one model."""
-    nobody = "http://127.0.0.1:9"
+    closed_url = "http://127.0.0.1:9"
     said = b""
-    async with worker(nobody, dynamo_redis_url, dynamo_redis_prefix, *options) as process:
+    async with worker(closed_url, dynamo_redis_url, dynamo_redis_prefix, *options) as process:
         assert process.stderr is not None
         async with asyncio.timeout(30):
             while b"waiting for the engine" not in said:

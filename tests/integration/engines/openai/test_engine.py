@@ -118,7 +118,7 @@ async def test_capacity_and_load_are_read_from_the_engine() -> None:
             assert (engine.capacity.kv_block_size, engine.capacity.total_kv_blocks) == (8, 5)
 
 
-@pytest.mark.parametrize("owner", ["sglang", "llamacpp", "somebody"])
+@pytest.mark.parametrize("owner", ["sglang", "llamacpp", "another"])
 async def test_text_answer_becomes_tokens_of_that_text(owner: str) -> None:
     async with running_engine(owner=owner) as server, engine_at(server) as engine:
         wanted = request(stop_conditions={"max_tokens": 150})
@@ -130,7 +130,7 @@ async def test_text_answer_becomes_tokens_of_that_text(owner: str) -> None:
 
 
 async def test_server_that_takes_no_ids_gets_text() -> None:
-    async with running_engine(owner="somebody", takes_ids=False) as server, engine_at(server) as engine:
+    async with running_engine(owner="another", takes_ids=False) as server, engine_at(server) as engine:
         prompt = server.tokenizer.encode("<|im_start|>user\nWho waits at the café?").ids
         wanted = request(token_ids=prompt, stop_conditions={"max_tokens": 20})
         made = token_ids(await answer(server.mock, wanted))

@@ -44,7 +44,7 @@ async def test_unset_limit_is_what_the_engines_context_leaves() -> None:
         items = await answer(engine, request(stop_conditions=NO_LIMIT))
         assert items[-1]["finish_reason"] == "length"
         assert server.requests[0]["max_tokens"] == 100 - len(PROMPT)
-    async with running_engine(owner="somebody") as server, engine_at(server) as engine:
+    async with running_engine(owner="another") as server, engine_at(server) as engine:
         await answer(engine, request(stop_conditions={"min_tokens": 0}))
         assert "max_tokens" not in server.requests[0]
 
