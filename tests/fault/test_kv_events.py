@@ -24,7 +24,7 @@ NO_ANSWERS = Conditions(swallow_answers=True)
 
 @pytest.fixture(autouse=True)
 def no_defects(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """What heals is no excuse for what has broken."""
+    """Fail on errors in the log, even if the index has healed."""
     yield
     ours = [record for record in caplog.get_records("call") if record.name.startswith("dynamo_redis")]
     assert not [record for record in ours if record.levelno >= logging.ERROR]
@@ -183,7 +183,7 @@ async def test_a_full_queue_leaves_a_gap_that_the_worker_fills(
 @pytest.mark.parametrize(
     "content", [b"", b"\xc1 no batch", b"\x92\x02\x90"], ids=["empty", "garbage", "newer"]
 )
-async def test_an_entry_that_cannot_be_read_is_made_up_for_by_the_workers(
+async def test_workers_make_up_for_an_unreadable_entry(
     deployed: Deployment, monkeypatch: pytest.MonkeyPatch, content: bytes
 ) -> None:
     worker = await deployed.worker()
@@ -194,7 +194,7 @@ async def test_an_entry_that_cannot_be_read_is_made_up_for_by_the_workers(
     append = streams.append
 
     async def damage(stream: Any, entries: Any, **options: Any) -> None:
-        """What is stored is not what was sent; and then the publisher falls silent."""
+        """The stored entry differs from the one that was sent, and then the publisher falls silent."""
         await append(stream, [NewEntry(content, 1) for _ in entries], **options)
 
     monkeypatch.setattr(streams, "append", damage)
@@ -230,7 +230,7 @@ async def test_a_stream_that_is_deleted_costs_nothing(
     await redis.delete(*keys.all)
     deployed.chat(20)
     await flush(deployed.workers)
-    await redis.delete(keys.events)  # once more, with what nobody may have read
+    await redis.delete(keys.events)  # once more, with entries that no router may have read
     await deployed.wait_until_equal()
     await wait_until(lambda: all(each.state().cut_off_count for each in routers), "they find it gone")
     deployed.chat(5)
@@ -323,7 +323,7 @@ async def test_a_redis_that_is_killed_and_restarted_costs_nothing(
     await on_own_server.wait_until_equal()
 
 
-async def test_what_a_failover_forgot_is_asked_of_workers_that_say_no_more(
+async def test_events_lost_by_a_failover_are_asked_of_silent_workers(
     dynamo_redis_url: str, dynamo_redis_prefix: str, redis: Redis, keys: StreamKeys
 ) -> None:
     """A batch was acknowledged and is forgotten before a router has read it, and nothing follows it."""
@@ -371,7 +371,7 @@ async def test_a_router_that_is_restarted_knows_all(
         await deployed.wait_until_equal()
 
 
-async def test_a_worker_that_hangs_is_taken_to_hold_nothing_until_it_answers(
+async def test_hanging_worker_holds_nothing_until_it_answers(
     deployed: Deployment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recovery, "ANSWER_S", 0.2)
@@ -390,7 +390,7 @@ async def test_a_worker_that_hangs_is_taken_to_hold_nothing_until_it_answers(
     await deployed.wait_until_equal()
 
 
-async def test_all_routers_may_ask_a_worker_at_once_and_each_does_so_once(deployed: Deployment) -> None:
+async def test_all_routers_ask_a_worker_at_once_each_once(deployed: Deployment) -> None:
     worker = await deployed.worker()
     routers = [await deployed.router() for _ in range(4)]
     asked_before = worker.asked_count
@@ -405,7 +405,7 @@ async def test_all_routers_may_ask_a_worker_at_once_and_each_does_so_once(deploy
 # --------------------------------------------------------------------------- without a stream
 
 
-async def test_pubsub_heals_what_was_published_while_nobody_listened(
+async def test_pubsub_heals_messages_without_a_listener(
     dynamo_redis_url: str, dynamo_redis_prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(event_publisher, "TOPIC_SILENCE_S", 1000.0)
@@ -426,7 +426,7 @@ async def test_pubsub_heals_what_was_published_while_nobody_listened(
         deployed.chat(20)
         await flush(deployed.workers)
         proxy.heal()
-        await deployed.wait_until_equal()  # though nobody says any more
+        await deployed.wait_until_equal()  # although no further event comes
         deployed.chat(5)
         await deployed.wait_until_equal()
 

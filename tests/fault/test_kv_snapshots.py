@@ -45,7 +45,7 @@ def always(_: EntryId) -> bool:
 # --------------------------------------------------------------------------- the normal way
 
 
-async def test_a_restart_is_the_snapshot_and_what_followed_it(deployed: Deployment) -> None:
+async def test_restart_reads_the_snapshot_and_later_events(deployed: Deployment) -> None:
     router = await deployed.router()
     await router.save_snapshot()
     info = await deployed.workers[0].runtime.events.info(STREAM)
@@ -63,7 +63,7 @@ async def test_a_restart_is_the_snapshot_and_what_followed_it(deployed: Deployme
     assert restarted.state().events_count < router.state().events_count
 
 
-async def test_a_worker_that_was_restarted_while_no_router_ran_begins_empty(
+async def test_worker_restarted_without_a_router_begins_empty(
     deployed: Deployment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The snapshot has its blocks, and the stream nothing new of it."""
@@ -100,7 +100,7 @@ async def test_the_threshold_s_snapshot_is_stored_by_one_of_many(
         assert 2 <= stored <= events // 100, "one a threshold, of all together"
 
 
-async def test_snapshots_are_not_stored_more_often_than_redis_forgets_them(
+async def test_snapshots_keep_their_spacing(
     dynamo_redis_url: str, dynamo_redis_prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(snapshotter, "CHECK_S", 0.01)
@@ -274,7 +274,7 @@ def encoded(router: Indexer) -> bytes:
     return b"".join(encode_snapshot(router._take_snapshot()))
 
 
-async def test_uploaders_killed_at_each_chunk_leave_the_old_snapshot_and_all_behind_it(
+async def test_killed_uploaders_leave_the_old_snapshot_and_its_events(
     deployed: Deployment, dynamo_redis_url: str, dynamo_redis_prefix: str, tmp_path: Path
 ) -> None:
     router = await deployed.router()
@@ -343,7 +343,7 @@ def stopped_children(pid: int) -> list[int]:
 
 
 async def save(router: Indexer) -> EntryId:
-    """Store a snapshot as soon as nobody has the lock."""
+    """Store a snapshot as soon as the lock is free."""
     async with asyncio.timeout(WAIT_S):
         while True:
             try:

@@ -9,7 +9,7 @@ from tests.kv_soak import soak
 
 
 @pytest.mark.parametrize("seed", [1])
-async def test_indexes_equal_caches_whatever_happens(
+async def test_indexes_equal_caches_after_every_fault(
     own_redis_server: EmbeddedServer, dynamo_redis_prefix: str, seed: int
 ) -> None:
     done = await soak(own_redis_server, dynamo_redis_prefix, seed=seed, duration_s=0.0)

@@ -1,1 +1,1 @@
-"""Choosing workers by what their KV caches hold."""
+"""Chooses workers by the blocks in their KV caches and by their load."""

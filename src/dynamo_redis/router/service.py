@@ -210,7 +210,7 @@ class _ServiceRoute:
             return True
         if isinstance(error, HandlerFailed):
             return False  # a worker's error, which the router passed on: it has tried others if that helps
-        # A router that says that all workers are busy, or gone, is to be believed.
+        # A router's answer that all workers are busy, or gone, is true: only an unreachable one is bypassed.
         self._may_bypass = isinstance(error, _UNREACHABLE)
         self._routers.note_failure(member, error)
         if self._may_bypass and was_answered:

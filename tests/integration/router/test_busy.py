@@ -79,7 +79,7 @@ async def test_waiting_ends_with_the_requests_deadline(deployment: Deployment) -
     assert worker.engine.request_count == 1
 
 
-async def test_who_is_not_busy_is_chosen_even_if_the_other_holds_the_prefix(deployment: Deployment) -> None:
+async def test_idle_worker_is_chosen_before_a_busy_one_with_hits(deployment: Deployment) -> None:
     for _ in range(2):
         await deployment.worker()
     router, _ = await deployment.router(**THRESHOLD)
@@ -88,20 +88,20 @@ async def test_who_is_not_busy_is_chosen_even_if_the_other_holds_the_prefix(depl
     [item async for item in first]
     holder = first.choice.worker
     await until(lambda: router.indexer and router.indexer.index.block_counts().get(holder) == 10)
-    # Somebody else gives it much to read.
+    # Another router gives it much to read.
     router.chooser._book.add("other", "r", holder, prefill_tokens=101, blocks=0, deadline=1e12)
     call = await ask(router)
     assert call.choice.worker != holder
     await call.aclose()
 
 
-async def test_a_worker_that_says_that_it_is_full_is_busy(deployment: Deployment) -> None:
+async def test_worker_is_busy_by_its_own_report(deployment: Deployment) -> None:
     worker = await deployment.worker(speedup_ratio=0.1, total_kv_blocks=20)
     router, _ = await deployment.router(active_decode_blocks_threshold=0.4, router_queue_count=0)
     other, _ = await deployment.router(router_replica_sync=False, use_kv_events=False)
     metrics = router._metrics
     assert metrics is not None
-    call = await ask(other, max_tokens=100)  # which this router hears of from nobody but the worker
+    call = await ask(other, max_tokens=100)  # this router hears of it from the worker alone
     await anext(call)
     choice = call.choice.worker
 

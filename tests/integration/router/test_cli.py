@@ -17,7 +17,7 @@ async def call(cli: Cli, *arguments: str) -> Done:
     return await asyncio.to_thread(cli, *arguments)
 
 
-async def test_a_router_says_how_it_is_and_explains_a_choice(deployment: Deployment, cli: Cli) -> None:
+async def test_router_shows_state_and_explains_a_choice(deployment: Deployment, cli: Cli) -> None:
     worker = await deployment.worker(data_parallel_size=2)
     router, _ = await deployment.router()
     prompt = list(range(2, 162))
@@ -49,7 +49,7 @@ async def test_a_router_says_how_it_is_and_explains_a_choice(deployment: Deploym
     chat = await call(cli, "best-worker", "--message", "Once upon a time", "--json")
     assert json.loads(chat.out)["token_count"] > 5  # the template's own
     predicting, _ = await deployment.router(use_kv_events=False)
-    async with asyncio.timeout(60):  # what it has read, and from whom, goes on changing
+    async with asyncio.timeout(60):  # its position, and the workers it asks, go on changing
         while True:
             told = (await call(cli, "router-state", "--json")).json
             states = {str(state["router_id"]): state for state in told}
@@ -73,7 +73,7 @@ async def test_a_router_says_how_it_is_and_explains_a_choice(deployment: Deploym
         (["--prompt", "a"], 1, "start a frontend with --router-mode kv"),
     ],
 )
-async def test_what_is_wrong_is_said_with_what_to_do(
+async def test_errors_name_their_remedy(
     deployment: Deployment, cli: Cli, arguments: list[str], code: int, said: str
 ) -> None:
     await deployment.worker()

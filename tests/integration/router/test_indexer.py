@@ -32,7 +32,7 @@ async def deployed(dynamo_redis_url: str, dynamo_redis_prefix: str) -> AsyncIter
         yield made
 
 
-async def test_a_router_whose_events_cannot_be_read_starts_all_the_same_and_heals(
+async def test_router_starts_without_readable_events_and_heals(
     deployed: Deployment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(indexer, "START_S", 0.1)
@@ -53,7 +53,7 @@ async def test_a_router_whose_events_cannot_be_read_starts_all_the_same_and_heal
     await wait_until(lambda: router.state().caught_up, "it has caught up")
 
 
-async def test_who_does_not_answer_keeps_nobody_from_being_asked(
+async def test_silent_worker_delays_no_other_ask(
     deployed: Deployment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recovery, "ANSWER_S", 0.1)
@@ -76,7 +76,7 @@ async def test_who_does_not_answer_keeps_nobody_from_being_asked(
     await wait_until(lambda: indexed_blocks(router) == other.truth(), "the other has answered")
 
 
-async def test_a_worker_of_another_event_plane_is_named_and_taken_to_hold_nothing(
+async def test_worker_of_another_event_plane_holds_nothing(
     deployed: Deployment, caplog: pytest.LogCaptureFixture
 ) -> None:
     await deployed.worker(event_plane="pubsub")
@@ -132,7 +132,7 @@ async def test_a_router_that_follows_no_stream_has_no_group(deployed: Deployment
     await runtime.aclose()
 
 
-def test_fields_of_later_releases_are_kept_and_other_versions_refused() -> None:
+def test_later_fields_are_kept_and_other_versions_refused() -> None:
     record = RouterRecord(namespace="n", component="c", router_id="r", instance_id=7)
     later = json.loads(record.to_bytes()) | {"colour": "red"}
     again = json.loads(RouterRecord.from_bytes(json.dumps(later).encode()).to_bytes())

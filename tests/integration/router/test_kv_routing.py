@@ -48,7 +48,7 @@ def knows(router: KvRouter, *, blocks: int = 10) -> bool:
     return sum(router.indexer.index.block_counts().values()) >= blocks
 
 
-async def test_a_prefix_that_was_read_once_is_read_by_nobody_again(deployment: Deployment) -> None:
+async def test_prefix_is_read_by_one_worker_only(deployment: Deployment) -> None:
     workers = [await deployment.worker() for _ in range(2)]
     frontend = await deployment.frontend()
     await until_served(frontend, instances=2)
@@ -88,7 +88,7 @@ async def test_a_prefix_that_was_read_once_is_read_by_nobody_again(deployment: D
     assert cached_tokens(await complete(frontend, STORY)) == 0
 
 
-async def test_clearing_caches_says_whom_it_did_not_reach(deployment: Deployment) -> None:
+async def test_clearing_caches_names_unreachable_workers(deployment: Deployment) -> None:
     frontend = await deployment.frontend()
     answer = await frontend.post("/clear_kv_blocks", json={})
     assert answer.status_code == 503
@@ -106,7 +106,7 @@ async def test_clearing_caches_says_whom_it_did_not_reach(deployment: Deployment
     assert cleared["response"] == {"status": "success", "cleared": 0}
 
 
-async def test_a_frontend_that_clears_caches_predicts_nothing_of_before(deployment: Deployment) -> None:
+async def test_clearing_caches_drops_predictions(deployment: Deployment) -> None:
     await deployment.worker()
     frontend = await deployment.frontend(use_kv_events=False)
     await until_served(frontend)
@@ -121,7 +121,7 @@ async def test_a_frontend_that_clears_caches_predicts_nothing_of_before(deployme
     assert answer.state["index"]["block_count"] == 0
 
 
-async def test_what_an_engine_found_counts_whenever_it_says_so(deployment: Deployment) -> None:
+async def test_cached_tokens_count_in_any_item(deployment: Deployment) -> None:
     """Engines over HTTP say it with the last item."""
     runtime = await deployment.open_runtime()
     caller = await deployment.open_runtime()

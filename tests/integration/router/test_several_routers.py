@@ -47,7 +47,7 @@ def knows_blocks(index: KvIndex) -> bool:
     return index.block_count >= 10
 
 
-async def test_routers_know_of_each_others_requests_also_one_that_starts_late(deployment: Deployment) -> None:
+async def test_routers_know_each_others_requests_also_a_late_one(deployment: Deployment) -> None:
     worker = await deployment.worker()
     one, _ = await deployment.router()
     two, _ = await deployment.router()
@@ -68,7 +68,7 @@ async def test_routers_know_of_each_others_requests_also_one_that_starts_late(de
     assert load_of(alone) == (0, 0, 0)
 
 
-async def test_a_router_alone_says_nothing_until_another_comes(deployment: Deployment) -> None:
+async def test_router_alone_sends_nothing_until_another_comes(deployment: Deployment) -> None:
     worker = await deployment.worker()
     one, runtime = await deployment.router()
     await deployment.router(router_replica_sync=False)
@@ -145,7 +145,7 @@ async def test_frontends_use_a_router_service_and_do_without_it(deployment: Depl
     assert sum(router.state().counts.request_count for router, _, _ in routers) < sum(chosen) + 8
 
 
-async def test_the_service_only_chooses_if_that_is_what_is_asked(deployment: Deployment) -> None:
+async def test_service_only_chooses_on_request(deployment: Deployment) -> None:
     worker = await deployment.worker()
     router, _, _ = await open_service(deployment)
     caller = await deployment.open_runtime()
@@ -172,7 +172,7 @@ async def test_the_service_only_chooses_if_that_is_what_is_asked(deployment: Dep
             await anext(await client.generate({}, annotated=False))
 
 
-async def test_a_router_of_other_workers_says_so(deployment: Deployment) -> None:
+async def test_router_of_other_workers_refuses_with_the_reason(deployment: Deployment) -> None:
     await deployment.worker()
     await open_service(deployment)
     caller = await deployment.open_runtime()
@@ -199,7 +199,7 @@ async def test_a_worker_that_is_lost_is_not_taken_for_the_router(deployment: Dep
         assert len(client.instance_ids()) == 1  # the router is there as before
 
 
-async def test_routers_choose_on_while_redis_is_away_and_hear_of_each_other_afterwards(
+async def test_routers_choose_without_redis_and_sync_afterwards(
     own_redis_server: EmbeddedServer, deployment: Deployment
 ) -> None:
     there = {"redis_url": own_redis_server.url}
@@ -220,7 +220,7 @@ async def test_routers_choose_on_while_redis_is_away_and_hear_of_each_other_afte
 
 
 @pytest.mark.parametrize("among", [3, "abc", [[1]], [1.5], {"1": 2}])
-async def test_service_refuses_what_are_no_instances(deployment: Deployment, among: Any) -> None:
+async def test_service_refuses_wrong_instance_ids(deployment: Deployment, among: Any) -> None:
     await deployment.worker()
     await open_service(deployment)
     caller = await deployment.open_runtime()

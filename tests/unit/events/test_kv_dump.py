@@ -33,7 +33,7 @@ def _of(item: dict[str, Any]) -> tuple[EventBatch, list[KvEvent]]:
     return batch, read_kv_events(batch.events)
 
 
-async def test_a_rank_that_changes_meanwhile_is_told_as_it_was() -> None:
+async def test_rank_is_dumped_as_of_one_moment() -> None:
     rank = KvPublisher(None, block_size=1)
     rank.stored(range(COUNT), range(COUNT), None)
     then = set(rank.blocks())
@@ -73,7 +73,7 @@ async def test_a_range_goes_on_where_the_caller_is() -> None:
     assert (expected, len(items)) == (600, 3)
 
 
-async def test_who_has_all_is_told_so() -> None:
+async def test_caller_with_all_events_gets_an_empty_range() -> None:
     rank = KvPublisher(None, block_size=1)
     rank.stored([1], [1], None)
     items = [item async for item in KvDump({ME: rank}).generate({"have": [[8, 0, 1]]})]
@@ -81,7 +81,7 @@ async def test_who_has_all_is_told_so() -> None:
 
 
 @pytest.mark.parametrize("next_sequence", [-1, 2, 1 << 70])
-async def test_who_claims_what_never_was_gets_everything(next_sequence: int) -> None:
+async def test_unknown_sequence_gets_a_dump(next_sequence: int) -> None:
     rank = KvPublisher(None, block_size=1)
     rank.stored([1], [1], None)
     header, item = [item async for item in KvDump({ME: rank}).generate({"have": [[8, 0, next_sequence]]})]
@@ -90,6 +90,6 @@ async def test_who_claims_what_never_was_gets_everything(next_sequence: int) -> 
 
 
 @pytest.mark.parametrize("request_", [None, [], {"have": 3}, {"have": [3]}, {"have": [[1, 2, "3"]]}])
-async def test_what_is_no_request_is_refused(request_: Any) -> None:
+async def test_malformed_request_is_refused(request_: Any) -> None:
     with pytest.raises(InvalidRequest, match="next_sequence"):
         await anext(KvDump({}).generate(request_))

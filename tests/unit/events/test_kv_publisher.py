@@ -1,4 +1,4 @@
-"""What a worker tells of its engine's KV cache: whatever the engine does, who listens knows what it holds."""
+"""A worker's KV events: after every report of the engine, a reader of them knows the blocks it holds."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Listener:
 
 @dataclass(eq=True)
 class Belief:
-    """What follows from events: what is held on each tier, and which blocks are missing before others."""
+    """The state that follows from events: the blocks held on each tier, and the holes before others."""
 
     held: list[set[int]] = field(default_factory=lambda: [set() for _ in TIERS])
     holes: list[set[int]] = field(default_factory=lambda: [set() for _ in TIERS])
@@ -113,7 +113,7 @@ def test_an_adapters_blocks_have_names_of_their_own(rank: KvPublisher, listener:
     assert not set(expected) & set(_names([1, 2, 3, 4, 5, 6]))
 
 
-def test_content_under_two_hashes_is_told_once(rank: KvPublisher, listener: Listener) -> None:
+def test_content_under_two_hashes_is_published_once(rank: KvPublisher, listener: Listener) -> None:
     rank.stored([b"a"], [1, 2], None)
     rank.stored([b"b"], [1, 2], None)
     assert len(listener.events) == 1
@@ -155,7 +155,7 @@ def test_block_that_was_stored_once_is_not_revived(rank: KvPublisher) -> None:
     assert set(rank.blocks()) == set(_names([1, 2, 3, 4, 5, 6])[1:])
 
 
-def test_a_removal_that_leaves_followers_says_so(rank: KvPublisher, listener: Listener) -> None:
+def test_removal_before_held_blocks_is_announced(rank: KvPublisher, listener: Listener) -> None:
     first, second, third = _names([1, 2, 3, 4, 5, 6])
     rank.stored([1, 2, 3], [1, 2, 3, 4, 5, 6], None)
     rank.removed([2])
@@ -167,7 +167,7 @@ def test_a_removal_that_leaves_followers_says_so(rank: KvPublisher, listener: Li
 
 
 def test_blocks_without_tokens_are_those_of_another_tier(rank: KvPublisher, listener: Listener) -> None:
-    """So vLLM's offloading connector reports them."""
+    """vLLM's offloading connector reports them in this way."""
     first, second = _names([1, 2, 3, 4])
     rank.stored([1, 2], [1, 2, 3, 4], None)
     rank.stored([2, 7], [], None, tier=HOST)
@@ -193,7 +193,7 @@ def test_blocks_without_tokens_are_those_of_another_tier(rank: KvPublisher, list
         ([1], [], None, "unknown_block"),
     ],
 )
-def test_what_cannot_be_told_is_counted_and_said_once(
+def test_unnamed_blocks_are_counted_and_logged_once(
     rank: KvPublisher,
     listener: Listener,
     caplog: pytest.LogCaptureFixture,
@@ -219,7 +219,7 @@ def test_a_hash_that_names_two_blocks_counts_for_the_first(rank: KvPublisher, li
     assert list(rank.blocks()) == _names([5, 6])
 
 
-def test_a_reset_empties_what_was_told(rank: KvPublisher, listener: Listener) -> None:
+def test_reset_withdraws_all_blocks(rank: KvPublisher, listener: Listener) -> None:
     rank.stored([1], [1, 2], None)
     rank.reset()
     assert (rank.block_count, listener.events[-1].kind) == (0, CLEARED)
@@ -347,7 +347,7 @@ def _live_a_little(engine: ToyEngine, data: st.DataObject) -> None:
 
 @given(st.data())
 @settings(max_examples=80, deadline=None)
-def test_who_listens_knows_what_the_engine_holds_at_every_point(data: st.DataObject) -> None:
+def test_reader_knows_the_cache_at_every_point(data: st.DataObject) -> None:
     listener = Listener()
     engine = ToyEngine(KvPublisher(listener, block_size=BLOCK, ring_count=6))
     belief = Belief()

@@ -1,4 +1,4 @@
-"""What is told of a worker's load, and how often."""
+"""The values of a worker's load that are sent, and their pace."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ async def tell(streams: Counting, publisher: LoadPublisher, number: int) -> None
             await asyncio.sleep(0.001)
 
 
-async def test_load_without_a_listener_is_told_rarely(streams: Counting, publisher: LoadPublisher) -> None:
+async def test_load_without_a_listener_is_sent_rarely(streams: Counting, publisher: LoadPublisher) -> None:
     await tell(streams, publisher, 0)
     for number in range(1, 20):
         publisher.set_value(KV_METRICS, 0, {"n": number})

@@ -148,7 +148,7 @@ async def test_a_full_batch_does_not_linger(store: Store, publisher_of: Publish)
     assert [len(batch.events) for batch in store.batches] == [4, 1]
 
 
-async def test_one_trip_at_a_time_takes_what_has_come_meanwhile(store: Store, publisher_of: Publish) -> None:
+async def test_next_trip_takes_events_that_came_meanwhile(store: Store, publisher_of: Publish) -> None:
     publisher = publisher_of(event_batch_count=4)
     await publisher.start()
     store.open.clear()
@@ -165,7 +165,7 @@ async def test_one_trip_at_a_time_takes_what_has_come_meanwhile(store: Store, pu
     assert [batch.first_sequence for batch in store.batches] == [0, *range(1, 100, 4)]
 
 
-async def test_what_was_published_before_the_start_is_sent(store: Store, publisher_of: Publish) -> None:
+async def test_events_before_the_start_are_sent(store: Store, publisher_of: Publish) -> None:
     publisher = publisher_of()
     publisher.publish("early")
     await publisher.start()
@@ -183,7 +183,7 @@ async def test_an_event_may_change_after_it_was_published(store: Store, publishe
     assert store.batches[0].events == [[1, 2]]
 
 
-async def test_what_cannot_be_packed_takes_no_sequence(store: Store, publisher_of: Publish) -> None:
+async def test_unpackable_event_takes_no_sequence(store: Store, publisher_of: Publish) -> None:
     publisher = publisher_of()
     with pytest.raises(TypeError):
         publisher.publish(object())
@@ -245,7 +245,7 @@ def has_tried(store: Store, before: int) -> bool:
     return store.attempt_count > before
 
 
-async def test_failures_that_come_and_go_are_told_once(
+async def test_recurring_failures_are_logged_once(
     store: Store, publisher_of: Publish, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
@@ -261,7 +261,7 @@ async def test_failures_that_come_and_go_are_told_once(
     assert caplog.text.count("are not sent") == caplog.text.count("are sent again") == 1
 
 
-async def test_a_failure_is_not_told_while_no_event_waits(
+async def test_failure_is_not_logged_while_no_event_waits(
     store: Store, publisher_of: Publish, caplog: pytest.LogCaptureFixture
 ) -> None:
     publisher = publisher_of()
@@ -309,7 +309,7 @@ async def test_none_is_taken_in_again_before_the_gap_can_be_shown(
     assert len(missed) == publisher.left_out_count > 0
 
 
-async def test_a_silent_publisher_says_how_far_it_is(
+async def test_silent_publisher_sends_its_next_sequence(
     store: Store, publisher_of: Publish, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(event_publisher, "SILENCE_S", 0.01)
@@ -343,7 +343,7 @@ async def test_flush_and_close_are_bounded(
     assert (publisher.left_out_count, store.trips) == (1, [])
 
 
-async def test_closing_sends_what_waits(store: Store, publisher_of: Publish) -> None:
+async def test_closing_sends_waiting_events(store: Store, publisher_of: Publish) -> None:
     publisher = publisher_of(event_linger_s=60.0)
     await publisher.start()
     publisher.publish("last")
@@ -410,7 +410,7 @@ async def test_an_answer_from_before_the_wake_counts_not(
     assert not publisher.is_resting
 
 
-async def test_a_publisher_told_to_rest_gives_up_a_trip(store: Store, publisher_of: Publish) -> None:
+async def test_rest_ends_a_round_trip(store: Store, publisher_of: Publish) -> None:
     publisher = publisher_of()
     await publisher.start()
     store.is_away = True
@@ -425,7 +425,7 @@ async def test_a_publisher_told_to_rest_gives_up_a_trip(store: Store, publisher_
     assert publisher.queued_count == 0
 
 
-async def test_a_publisher_at_rest_says_nothing(store: Store, publisher_of: Publish) -> None:
+async def test_publisher_at_rest_sends_nothing(store: Store, publisher_of: Publish) -> None:
     publisher = publisher_of()
     publisher._silence_s = 0.01
     publisher.rest()

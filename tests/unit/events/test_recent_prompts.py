@@ -44,7 +44,7 @@ def _said(rank: KvPublisher) -> list[KvEvent]:
 # --------------------------------------------------------------------------- one step at a time
 
 
-def test_a_block_without_a_name_gets_it_from_the_prompt_that_goes_on_with_what_is_stored(
+def test_unnamed_block_gets_its_name_from_the_prompt(
     rank: KvPublisher,
 ) -> None:
     prompt = [1, 2, 3, 4, 5, 6, 7, 8]
@@ -57,7 +57,7 @@ def test_a_block_without_a_name_gets_it_from_the_prompt_that_goes_on_with_what_i
     assert not rank.left_out
 
 
-def test_what_had_to_be_there_goes_with_the_last_that_follows_it(rank: KvPublisher) -> None:
+def test_inferred_blocks_go_with_their_last_follower(rank: KvPublisher) -> None:
     prompt = [1, 2, 3, 4, 5, 6, 7, 8]
     first, second, third, fourth = _names(prompt)
     rank.note_prompt(prompt)
@@ -79,7 +79,7 @@ def test_what_had_to_be_there_goes_with_the_last_that_follows_it(rank: KvPublish
     ]
 
 
-def test_what_had_to_be_there_stays_once_the_engine_names_it(rank: KvPublisher) -> None:
+def test_inferred_block_stays_once_the_engine_names_it(rank: KvPublisher) -> None:
     prompt = [1, 2, 3, 4, 5, 6]
     first, _, _ = _names(prompt)
     rank.note_prompt(prompt)
@@ -152,7 +152,7 @@ def test_blocks_that_were_left_out_come_with_those_behind_them(rank: KvPublisher
 
 
 @pytest.mark.parametrize("how", ["removed", "cleared", "reset"])
-def test_blocks_that_were_left_out_and_are_gone_contradict_nothing(rank: KvPublisher, how: str) -> None:
+def test_removed_loose_blocks_contradict_no_place(rank: KvPublisher, how: str) -> None:
     """An engine that names blocks by numbers may give another one the number later."""
     rank.stored([30], [5, 6], 20)
     if how == "removed":
@@ -165,7 +165,7 @@ def test_blocks_that_were_left_out_and_are_gone_contradict_nothing(rank: KvPubli
     assert list(rank.blocks()) == _names(prompt)
 
 
-def test_behind_what_is_more_than_its_tokens_nothing_looks_like_a_prompt(rank: KvPublisher) -> None:
+def test_blocks_behind_a_nameless_one_match_no_prompt(rank: KvPublisher) -> None:
     """Salted, or with an image: the blocks behind look as if they were plain."""
     rank.note_prompt([1, 2, 3, 4, 5, 6, 7, 8])
     rank.stored_nameless([10])
@@ -191,7 +191,7 @@ def test_other_tiers_learn_nothing_of_prompts(rank: KvPublisher) -> None:
     assert (rank.block_count, rank.left_out) == (0, Counter(unknown_parent=1))
 
 
-def test_the_log_says_what_helps(rank: KvPublisher, caplog: pytest.LogCaptureFixture) -> None:
+def test_log_names_the_remedy(rank: KvPublisher, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         rank.stored([20], [3, 4], 10)
     assert "replay its events" in caplog.text
@@ -226,7 +226,7 @@ def test_the_oldest_half_is_forgotten_when_the_younger_is_full() -> None:
     assert 2 <= len(found) <= 5
 
 
-def test_content_that_stands_everywhere_says_nothing_and_costs_little() -> None:
+def test_common_content_finds_no_place_and_costs_little() -> None:
     prompts = RecentPrompts(BLOCK)
     prompts.note([7] * 4096, SEED)
     assert prompts.find(_content([7, 7]), SEED) is None
@@ -240,7 +240,7 @@ def test_a_single_token_is_no_evidence(monkeypatch: pytest.MonkeyPatch) -> None:
     assert prompts.find(_content([3, 4, 5, 6]), SEED) == _names([1, 2])
 
 
-def test_what_is_left_out_is_remembered_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loose_blocks_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kv_publisher, "LOOSE_BLOCK_COUNT", 3)
     few = KvPublisher(None, block_size=BLOCK)
     few.stored([20, 30, 40, 50], [3, 3, 4, 4, 5, 5, 6, 6], 10)
@@ -346,7 +346,7 @@ def _serve_a_little(engine: WarmEngine, said: list[tuple[int, ...]], data: st.Da
 
 @given(st.data())
 @settings(max_examples=150, deadline=None)
-def test_who_comes_late_believes_nothing_wrong_and_soon_knows_what_is_hot(data: st.DataObject) -> None:
+def test_late_publisher_is_never_wrong_and_learns_hot_blocks(data: st.DataObject) -> None:
     engine = WarmEngine(KvPublisher(None, block_size=BLOCK))
     engine.answer((*HOT, 1), (), chunk=2)
     said: list[tuple[int, ...]] = []

@@ -14,7 +14,7 @@ FULL = 100
 
 @pytest.fixture
 def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """How long it has waited; no time passes."""
+    """Return the time that it has waited; no real time passes."""
     waits: list[float] = []
 
     async def sleep(wait_s: float) -> None:

@@ -1,4 +1,4 @@
-"""What a request says of its prompt, and of how its choice weighs."""
+"""Reading a request's prompt, and the weights of its choice."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_request_without_a_prompt_is_refused(request_: Any) -> None:
 
 
 @pytest.mark.parametrize("tokens", [["a"], [-1], [1 << 32], [1.5], [None]])
-def test_what_are_no_token_ids_is_refused(tokens: list[Any]) -> None:
+def test_wrong_token_ids_are_refused(tokens: list[Any]) -> None:
     with pytest.raises(InvalidRequest, match="token_ids"):
         block_hashes(tokens * 16, 16)
 

@@ -121,7 +121,7 @@ class StreamFollower(_Follower):
         self._load_snapshot = load_snapshot
         self._restored = False
         self._end: EntryId | None = None  # of the stream, when reading began; None: begin anew
-        self._may_have_lost = False  # since the last read: the intake is to be told
+        self._may_have_lost = False  # since the last read: the intake does not know yet
         self._pace = Pace(PACE_S, UNPACED_COUNT)
 
     async def run(self) -> None:

@@ -240,7 +240,8 @@ class KvIndex:
         if before.count(bit) != len(before):
             joined: dict[int, int] = {}
             for block, mask in zip(blocks, before, strict=True):
-                if not mask & bit and held[block] == mask:  # not if it stands here twice
+                # The masks differ at the second place of a block that the event has twice.
+                if not mask & bit and held[block] == mask:
                     held[block] = joined.get(mask) or joined.setdefault(mask, self._share(mask | bit))
                     added += 1
         self._counts[slot_of(bit)] += added

@@ -24,7 +24,7 @@ FAR = 1e12
 
 
 class Crowd:
-    """Who may be chosen, and who is busy."""
+    """The workers to choose from, and the busy ones."""
 
     def __init__(self, *workers: Worker) -> None:
         self.workers = list(workers)
@@ -90,7 +90,7 @@ def request(request_id: str = "r", tokens: int = 100, **more: Any) -> RoutingReq
     )
 
 
-async def test_what_a_worker_holds_it_does_not_have_to_read() -> None:
+async def test_worker_need_not_read_blocks_that_it_holds() -> None:
     bench = Bench(ONE, TWO, held={TWO: Matched(4)})
     choice = await bench.chooser.choose(request())
     assert choice.worker == TWO
@@ -133,7 +133,7 @@ async def test_a_request_that_is_booked_has_its_choice_again() -> None:
     assert bench.book.booking_count == 1
 
 
-async def test_a_retry_gives_back_the_old_booking_and_takes_another_worker() -> None:
+async def test_retry_ends_old_booking_and_takes_another_worker() -> None:
     bench = Bench(ONE, TWO, held={ONE: Matched(6)})
     assert (await bench.chooser.choose(request())).worker == ONE
     again = await bench.chooser.choose(replace(request(), excluded={ONE.instance_id}))
@@ -145,7 +145,7 @@ async def test_a_retry_gives_back_the_old_booking_and_takes_another_worker() -> 
     assert bench.book.booking_count == 0
 
 
-async def test_nothing_is_told_twice() -> None:
+async def test_listener_hears_of_each_change_once() -> None:
     bench = Bench(ONE)
     await bench.chooser.choose(request())
     for _ in range(2):
@@ -183,7 +183,7 @@ async def test_busy_workers_are_left_alone_and_requests_wait_for_them() -> None:
         await asyncio.sleep(0)
         assert len(bench.lines) == 1
         bench.crowd.busy = {ONE}
-        bench.chooser.free("a")  # which wakes who waits
+        bench.chooser.free("a")  # this wakes the requests that wait
         assert (await waits).worker == TWO
 
 

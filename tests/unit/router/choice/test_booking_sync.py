@@ -1,4 +1,4 @@
-"""What routers tell each other of their bookings, and what becomes of it when messages are lost."""
+"""The exchange of bookings between routers, also when messages are lost."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class Router:
         await self.chooser.choose(RoutingRequest(request_id, named, tokens, self.clock.now + deadline_s))
 
     def messages(self) -> Iterator[Entry]:
-        """What it has said since the last time, an event an entry."""
+        """Return the messages that it has sent since the last call, an event an entry."""
         said, self.said = self.said, []
         for event in said:
             batch = EventBatch("active_sequences_events", self.publisher, 0, 0, [event])
@@ -139,7 +139,7 @@ def beats(teller: Router, hearer: Router, for_s: float) -> None:
         hearer.book.expire(hearer.clock.now)
 
 
-async def test_what_one_books_the_other_knows(one: Router, other: Router) -> None:
+async def test_booking_reaches_the_other_router(one: Router, other: Router) -> None:
     await one.book_one("r")
     tell(one, other)
     assert other.load() == WorkerLoad(40, 3, 1) == one.load()
@@ -164,7 +164,7 @@ async def test_a_free_that_is_lost_leaves_no_phantom_load(one: Router, other: Ro
     await one.book_one("r")
     tell(one, other)
     one.chooser.free("r")
-    list(one.messages())  # nobody hears it
+    list(one.messages())  # it reaches no router
     assert other.load().request_count == 1
     beats(one, other, LEASE_S)
     assert other.load() == IDLE
@@ -303,7 +303,7 @@ async def test_a_router_waits_for_the_word_of_those_listed(one: Router, other: R
     assert one.load().request_count == 1
 
 
-async def test_a_router_that_does_not_listen_is_not_told(one: Router) -> None:
+async def test_router_that_reads_no_bookings_gets_none(one: Router) -> None:
     await one.book_one("r")
     one.said.clear()
     one.sync.apply_records(listed("deaf", router_replica_sync=False))
@@ -322,7 +322,7 @@ async def test_a_record_that_cannot_be_read_is_named(other: Router, caplog: pyte
     assert f"`dynamo-redis del {key}` removes it" in caplog.text
 
 
-async def test_what_cannot_be_read_is_passed_over(one: Router, other: Router) -> None:
+async def test_unreadable_messages_are_skipped(one: Router, other: Router) -> None:
     def say(*events: Any) -> None:
         batch = EventBatch("active_sequences_events", one.publisher, 0, 0, list(events))
         other.sync.apply(Entry(EntryId("1-0"), batch.to_bytes()))
@@ -358,7 +358,7 @@ async def store(teller: Router, streams: MemoryEventStreams) -> None:
         await streams.append(STREAM, [NewEntry(entry.content, 1)])
 
 
-async def test_a_starting_router_counts_from_when_it_was_said(clock: HeldClock) -> None:
+async def test_old_bookings_count_from_the_time_they_were_sent(clock: HeldClock) -> None:
     """Also where it is said to last for long; and what the dead have said counts for nothing."""
     streams, registry = MemoryEventStreams(clock=clock), MemoryRegistry(MemoryServer())
     alive, dead, late = (Router(epoch, clock, streams, registry) for epoch in (1, 2, 3))

@@ -25,7 +25,7 @@ def booked(book: LoadBook, request_id: str, worker: Worker = A, *, deadline: flo
 
 
 def _prefixes(hashes: list[int]) -> set[tuple[int, ...]]:
-    """What names a block: all of its prompt up to its end."""
+    """The name of a block: all tokens of its prompt up to its end."""
     return {tuple(hashes[: end + 1]) for end in range(len(hashes))}
 
 
@@ -164,7 +164,7 @@ class Book(RuleBasedStateMachine):
         assert found == {worker: len(blocks) for worker, blocks in active.items()}
 
     def teardown(self) -> None:
-        """When all routers are gone, nobody has anything to do."""
+        """When all routers are gone no worker has any load."""
         for owner in ("one", "two"):
             self.book.drop_owner(owner)
         assert self.book.loads() == {}
@@ -185,7 +185,7 @@ def test_a_free_that_comes_first_leaves_no_load() -> None:
 
 
 def test_a_request_that_is_freed_twice_may_be_booked_again() -> None:
-    """As a retry does; and a dead instance's bookings are freed again by whoever made them."""
+    """As a retry does; and the router that made a dead instance's bookings frees them again."""
     book = LoadBook()
     booked(book, "a")
     book.free("router", "a")
@@ -245,7 +245,7 @@ def test_a_booking_made_anew_has_its_new_deadline() -> None:
     assert book.expire(20.0) == 1
 
 
-def test_deadlines_of_what_was_freed_take_no_room() -> None:
+def test_deadlines_of_freed_bookings_take_no_memory() -> None:
     book = LoadBook()
     for number in range(10_000):
         booked(book, str(number))

@@ -1,4 +1,4 @@
-"""What a choice costs, literally, and who is chosen."""
+"""The cost of a choice, term by term, and the worker chosen."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_a_warm_worker_stays_attractive(running: int) -> None:
     assert choice.worker == warm
 
 
-def test_what_is_held_decides_among_equally_loaded() -> None:
+def test_match_decides_between_equal_loads() -> None:
     assert chosen({}, {W[1]: Matched(5)}).worker == W[1]
     assert chosen({}, {W[1]: Matched(5), W[2]: Matched(3, 3)}).worker == W[2]
 
@@ -148,7 +148,7 @@ def test_ties_are_drawn_evenly_and_repeatably() -> None:
     assert chosen({}, {}, seed=7).worker == chosen({}, {}, seed=7).worker
 
 
-def test_a_temperature_draws_by_softmax_of_costs_scaled_by_their_range() -> None:
+def test_temperature_draws_by_softmax_of_scaled_costs() -> None:
     """Costs 20, 30 and 40 at temperature 0.5: chances as 1 : e^-1 : e^-2."""
     loads = {W[1]: (0, 10), W[2]: (0, 20)}
     weights = CostWeights(temperature=0.5)
@@ -167,12 +167,12 @@ def test_a_temperature_over_equal_costs_draws_evenly() -> None:
     assert min(drawn[worker] for worker in W[:3]) > 60
 
 
-def test_of_nobody_nobody_is_chosen() -> None:
+def test_choice_without_candidates_is_refused() -> None:
     with pytest.raises(ValueError, match="no worker"):
         chosen({}, {}, candidates=[])
 
 
-def test_costs_are_told_only_if_asked_for() -> None:
+def test_choice_has_costs_only_on_request() -> None:
     choice = Selector(random.Random(1)).select(
         W, {}, LoadBook(), token_count=1, block_size=16, weights=CostWeights()
     )

@@ -42,14 +42,14 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
-async def test_who_finds_something_does_not_wait() -> None:
+async def test_request_with_a_free_worker_does_not_wait() -> None:
     line, door = WaitingLine(0), Door(1)
     await door.enter(line, "a")
     assert door.passed == ["a"]
     assert len(line) == 0
 
 
-async def test_first_come_first_served_however_many_become_free_at_once() -> None:
+async def test_order_holds_when_many_become_free_at_once() -> None:
     line, door = WaitingLine(10), Door()
     async with asyncio.TaskGroup() as tasks:
         for name in "abc":
@@ -60,7 +60,7 @@ async def test_first_come_first_served_however_many_become_free_at_once() -> Non
         await waiting(line, 1)
         await settle()  # the third has looked, too
         assert door.passed == ["a", "b"]
-        # A place becomes free just as another comes: it stands behind who waits.
+        # A place becomes free just as another comes: it waits behind the earlier ones.
         door.places = 1
         tasks.create_task(door.enter(line, "d"))
         await waiting(line, 2)
@@ -112,7 +112,7 @@ async def test_one_that_is_cancelled_at_its_turn_hands_it_on() -> None:
     assert door.passed == ["b"]
 
 
-async def test_what_looking_raises_ends_the_waiting() -> None:
+async def test_error_of_a_try_ends_the_wait() -> None:
     line = WaitingLine(10)
     answers: list[Exception | None] = [None, NoInstances("all have left")]
 

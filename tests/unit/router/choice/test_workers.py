@@ -1,4 +1,4 @@
-"""Who may be chosen, and who is busy: by what is booked, and by what workers say."""
+"""The workers to choose from, and the busy ones: by bookings, and by the workers' reports."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_every_rank_may_be_chosen_as_soon_as_its_card_is_known() -> None:
     assert scene.workers.candidates(None, ()) == [Worker(1, 0), Worker(1, 1)]
 
 
-def test_an_instance_is_known_until_neither_card_nor_record_is_left() -> None:
+def test_instance_is_known_while_card_or_record_is_left() -> None:
     scene = Scene()
     scene.card(1, data_parallel_size=2)
     scene.cards.forget_unlisted([])  # its engine is down, say: the record is away, the card is not
@@ -125,7 +125,7 @@ def test_the_less_trusted_are_a_last_resort() -> None:
     assert scene.workers.candidates(None, {8, 9}) == []
 
 
-def test_nobody_is_busy_where_no_threshold_is_set() -> None:
+def test_no_worker_is_busy_without_a_threshold() -> None:
     scene = Scene()
     scene.book.add("me", "r", WORKER, prefill_tokens=10**9, blocks=10**9, deadline=1e12)
     assert not scene.is_busy()
@@ -142,7 +142,7 @@ def test_a_worker_with_too_much_to_read_is_busy() -> None:
 
 
 @pytest.mark.parametrize("booked", [True, False])
-def test_a_worker_is_as_full_as_is_booked_or_as_it_says(booked: bool) -> None:
+def test_worker_load_is_by_bookings_or_its_report(booked: bool) -> None:
     scene = Scene(active_decode_blocks_threshold=0.5)
     scene.card(1, total_kv_blocks=10)
     if booked:
@@ -153,7 +153,7 @@ def test_a_worker_is_as_full_as_is_booked_or_as_it_says(booked: bool) -> None:
     assert scene.is_busy()
 
 
-def test_what_a_worker_said_is_replaced_and_grows_old() -> None:
+def test_report_is_replaced_and_expires() -> None:
     scene = Scene(active_decode_blocks_threshold=0.5)
     scene.says({"kv_stats": {"kv_active_blocks": 60, "kv_total_blocks": 100}})
     assert scene.is_busy()
@@ -186,7 +186,7 @@ def test_a_worker_that_shares_blocks_is_not_full() -> None:
     "event",
     [None, [], {}, {"kv_stats": None}, {"kv_stats": {}}, {"kv_stats": {"kv_active_blocks": "9"}}],
 )
-def test_what_says_nothing_of_blocks_changes_nothing(event: Any) -> None:
+def test_report_without_blocks_changes_nothing(event: Any) -> None:
     scene = Scene(active_decode_blocks_threshold=0.5)
     scene.says({"kv_stats": {"kv_active_blocks": 60, "kv_total_blocks": 100}})
     scene.says(event)

@@ -1,4 +1,4 @@
-"""Each event counts once, whatever repetition and loss batches go through, and a worker's word heals all."""
+"""Each event counts once, however batches are repeated and lost, and a worker's answer repairs every loss."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def head(kind: str, next_sequence: int, *, epoch: int = 1, rank: int = 0) -> dic
 
 
 def answered(ledger: Ledger, *items: dict[str, Any]) -> bool:
-    """Ask, and take such an answer; whether to ask again."""
+    """Ask, and apply an answer of these items; return whether to ask again."""
     reader = ledger.begin_ask(7)
     for item in items:
         reader.apply(item)
@@ -78,7 +78,7 @@ def test_of_a_batch_that_is_half_repeated_the_rest_is_applied(exact: Ledger) -> 
     assert blocks(exact) == {2, 3}
 
 
-def test_a_batch_without_events_says_how_far_its_publisher_is(exact: Ledger) -> None:
+def test_batch_without_events_has_the_next_sequence(exact: Ledger) -> None:
     assert exact.apply(batch(2)) is Outcome.REPEATED
     assert exact.apply(batch(1)) is Outcome.REPEATED
     assert exact.apply(batch(3)) is Outcome.MISSING
@@ -94,7 +94,7 @@ def test_a_gap_makes_the_instance_lost_until_it_has_answered(exact: Ledger) -> N
     assert exact.standing(7) is Standing.EXACT
 
 
-def test_an_unknown_publisher_that_does_not_begin_at_its_beginning_is_a_gap(ledger: Ledger) -> None:
+def test_unknown_publisher_above_sequence_0_is_a_gap(ledger: Ledger) -> None:
     assert ledger.apply(batch(1, stored([1]))) is Outcome.MISSING
     assert blocks(ledger) == set()
 
@@ -128,7 +128,7 @@ def test_an_epoch_that_has_passed_does_not_come_back(exact: Ledger) -> None:
     assert exact.apply(batch(2, stored([3]), epoch=1)) is Outcome.REPEATED
 
 
-def test_a_worker_s_word_counts_more_than_what_epochs_were_taken_to_be_past(exact: Ledger) -> None:
+def test_answer_of_an_old_epoch_makes_it_count_again(exact: Ledger) -> None:
     """A late batch of an epoch that was not known any more looks like a new start."""
     again = Ledger(KvIndex())
     answered(again, head("dump", 0, epoch=2))
@@ -149,7 +149,7 @@ def test_a_late_batch_of_a_rank_that_is_no_more_changes_nothing(exact: Ledger) -
 # --------------------------------------------------------------------------- answers
 
 
-def test_what_comes_while_a_worker_is_asked_is_held_and_applied_once(exact: Ledger) -> None:
+def test_batches_during_an_ask_are_held_and_applied_once(exact: Ledger) -> None:
     reader = exact.begin_ask(7)
     assert reader.have == [[1, 0, 2]]
     assert exact.apply(batch(2, stored([3]))) is Outcome.HELD
@@ -160,7 +160,7 @@ def test_what_comes_while_a_worker_is_asked_is_held_and_applied_once(exact: Ledg
     assert blocks(exact) == {1, 2}
 
 
-def test_a_gap_in_what_was_held_asks_again(exact: Ledger) -> None:
+def test_gap_in_held_batches_asks_again(exact: Ledger) -> None:
     reader = exact.begin_ask(7)
     exact.apply(batch(5, stored([5])))
     reader.apply(head("range", 2))
@@ -193,7 +193,7 @@ def test_a_rank_that_the_worker_has_no_more_is_dropped(exact: Ledger) -> None:
     assert blocks(exact) == {1, 2}
 
 
-def test_an_answer_for_an_instance_that_was_forgotten_changes_nothing(exact: Ledger) -> None:
+def test_answer_of_a_forgotten_instance_changes_nothing(exact: Ledger) -> None:
     reader = exact.begin_ask(7)
     exact.forget(7)
     reader.fail()
@@ -219,7 +219,7 @@ def test_an_answer_for_an_instance_that_was_forgotten_changes_nothing(exact: Led
         [head("dump", 1) | {"epoch": True}],
     ],
 )
-def test_what_is_no_answer_is_refused(exact: Ledger, items: list[Any]) -> None:
+def test_malformed_answer_is_refused(exact: Ledger, items: list[Any]) -> None:
     with pytest.raises(ValueError):
         answered(exact, *items)
 
@@ -227,7 +227,7 @@ def test_what_is_no_answer_is_refused(exact: Ledger, items: list[Any]) -> None:
 # --------------------------------------------------------------------------- snapshots
 
 
-def test_a_restored_ledger_goes_on_and_drops_who_was_in_doubt(exact: Ledger) -> None:
+def test_restored_ledger_drops_workers_not_known_exactly(exact: Ledger) -> None:
     exact.apply(EventBatch(KV_EVENTS, PublisherId(8, 1, 0), 0, 0, [stored([5]).to_wire()]))
     exact.apply(EventBatch(KV_EVENTS, PublisherId(8, 1, 0), 5, 0, [stored([6]).to_wire()]))
     again = Ledger(KvIndex())
@@ -265,7 +265,7 @@ class _Process:
             self.publisher.stored([self._next], [self._next], None)
 
     def send(self) -> EventBatch | None:
-        """What has not been sent yet, as a batch; what is forgotten leaves a gap."""
+        """Return the events that have not been sent yet, as a batch; forgotten events leave a gap."""
         first, self.sent = self.sent, self.publisher.next_sequence
         events = self.publisher.events_from(first)
         return None if not events else EventBatch(KV_EVENTS, self.id, first, 0, [e.to_wire() for e in events])
@@ -312,7 +312,7 @@ def test_an_answer_at_the_end_makes_index_and_cache_equal(seed: int) -> None:
 
 
 def _ask(ledger: Ledger, process: _Process, under_way: list[EventBatch], rng: random.Random) -> bool:
-    """Ask the worker, while it lives and batches come; whether to ask again."""
+    """Ask the worker, while its cache changes and batches come; return whether to ask again."""
     reader = ledger.begin_ask(7)
     for item in _items(process, reader):
         reader.apply(item)

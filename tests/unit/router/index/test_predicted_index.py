@@ -1,4 +1,4 @@
-"""What is predicted of workers: within TTL and bound, and never an end without its beginning."""
+"""Predictions of the workers' blocks: within TTL and bound, and never a block without those before it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ A, B = Worker(1), Worker(2)
 PROMPTS = [[1, 2, 3, 4], [1, 2, 30, 40], [5, 6]]
 
 
-def test_a_worker_should_hold_what_was_sent_to_it_until_the_ttl_is_over() -> None:
+def test_prediction_lasts_for_the_ttl() -> None:
     index = PredictedIndex(ttl_s=10.0)
     index.predict(A, [1, 2, 3], 0.0)
     assert index.find([1, 2, 9]) == {A: Matched(2)}
@@ -40,7 +40,7 @@ def test_past_the_bound_the_oldest_predictions_are_given_up() -> None:
     assert index.find([20, 21, 22]) == {A: Matched(3)}
 
 
-def test_a_prompt_longer_than_the_bound_is_predicted_as_far_as_it_fits() -> None:
+def test_prompt_above_the_bound_is_predicted_up_to_it() -> None:
     index = PredictedIndex(max_blocks=5)
     index.predict(A, list(range(9)), 0.0)
     assert index.find(list(range(9))) == {A: Matched(5)}

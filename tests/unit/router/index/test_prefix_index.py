@@ -1,4 +1,4 @@
-"""The prefix index, against what anybody would write: a set a worker and tier, walked block by block."""
+"""The prefix index, against a plain model: a set for each worker and tier, walked block by block."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ WORKERS = [Worker(1), Worker(2), Worker(2, 1), Worker(1 << 63), Worker(5)]
 
 
 def walked(truth: dict[Worker, Blocks], prompt: Sequence[int]) -> dict[Worker, Matched]:
-    """What each worker holds of a prompt: on its device, then on its host, then on its disk."""
+    """Return the match of each worker: on its device, then on its host, then on its disk."""
     found = {}
     for worker, held in truth.items():
         counts, position = [], 0
@@ -222,7 +222,7 @@ def test_an_answer_is_the_caller_s_own() -> None:
     assert len(index.find([1, 2, 3])) == 40
 
 
-def test_a_hole_ends_what_a_worker_holds() -> None:
+def test_hole_ends_a_match() -> None:
     """Galloping over a hole would find the end that lies behind it."""
     index = KvIndex()
     blocks = list(range(10, 74))
@@ -248,7 +248,7 @@ def test_other_tiers_go_on_where_the_device_ends() -> None:
     assert index.find([1, 2, 3, 4, 5, 6, 7]) == {Worker(1): Matched(2, 2, 1), Worker(2): Matched(0, 0, 2)}
 
 
-def test_repetitions_and_unknown_removals_are_counted_and_harmless() -> None:
+def test_repetitions_and_unknown_removals_are_harmless() -> None:
     index = KvIndex()
     index.apply(Worker(1), [stored([1, 2])])
     index.apply(Worker(2), [stored([2, 2, 2]), stored([2, 3, 3]), removed([1, 9, 3, 3])])
@@ -273,8 +273,8 @@ def test_a_slot_has_no_new_worker_before_its_blocks_are_swept() -> None:
     assert len(index.copy_state().workers) == 2, "the slot is used again"
 
 
-def test_an_answer_of_before_names_nobody_who_is_gone() -> None:
-    """Answers are kept by set, and a set may mean somebody else once a slot is used again."""
+def test_cached_match_names_no_removed_worker() -> None:
+    """Matches are cached by set, and a set may name another worker once a slot is used again."""
     index = KvIndex()
     for number in (1, 2, 3):
         index.apply(Worker(number), [stored([1, 2])])
@@ -287,7 +287,7 @@ def test_an_answer_of_before_names_nobody_who_is_gone() -> None:
 
 
 def test_workers_that_come_and_go_leave_no_slots_behind() -> None:
-    """Without anybody who sweeps: sets of workers stay narrow."""
+    """Without calls of `sweep`: sets of workers stay narrow."""
     index = KvIndex()
     for number in range(1000):
         index.apply(Worker(number), [stored([number, number + 1])])
@@ -324,7 +324,7 @@ def test_of_a_full_index_shared_and_young_blocks_are_kept() -> None:
     assert index.blocks_of(Worker(2)) == {DEVICE: {1, 2, 3, 20}, HOST: set(), DISK: set()}
 
 
-def test_shared_blocks_are_kept_however_long_nobody_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shared_blocks_stay_without_a_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     """A pass over all blocks is then as long as it takes others to come."""
     monkeypatch.setattr(index_module, "_STEP_COUNT", 3)
     index = KvIndex(max_blocks=100, prune_target_ratio=0.5)
@@ -347,7 +347,7 @@ def test_if_all_are_shared_some_of_these_are_forgotten() -> None:
     assert index.find(list(range(11))) == {Worker(1): Matched(11), Worker(2): Matched(11)}, "ends imply"
 
 
-def test_who_is_gone_is_swept_before_anything_is_forgotten() -> None:
+def test_removed_workers_are_swept_before_blocks_are_forgotten() -> None:
     index = KvIndex(max_blocks=10)
     index.apply(Worker(1), [stored([1, 2, 3])])
     index.apply(Worker(2), [stored(range(100, 107))])
@@ -358,7 +358,7 @@ def test_who_is_gone_is_swept_before_anything_is_forgotten() -> None:
     assert (index.forgotten_count, index.block_count) == (0, 4)
 
 
-def test_a_forgotten_beginning_is_implied_by_what_follows() -> None:
+def test_forgotten_beginning_is_implied_by_later_blocks() -> None:
     """A chat that goes on is found, though its first blocks are the oldest of all."""
     index = KvIndex(max_blocks=6, prune_target_ratio=0.5)
     chat = list(range(20, 30))

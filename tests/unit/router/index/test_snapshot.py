@@ -43,7 +43,7 @@ def some_index(seed: int = 3, blocks: int = 60) -> KvIndex:
     return index
 
 
-def test_what_is_read_is_what_was_written() -> None:
+def test_snapshot_is_read_as_written() -> None:
     index = some_index()
     read = decode_snapshot(encoded(index))
     assert (read.position, read.publishers) == (POSITION, PUBLISHERS)
@@ -111,7 +111,7 @@ def test_the_position_stands_at_the_beginning() -> None:
             snapshot_position(cut)
 
 
-def test_another_version_is_told_apart_from_damage() -> None:
+def test_other_version_is_distinct_from_damage() -> None:
     content = codec._MAGIC + codec._piece([2, POSITION])
     for read in (decode_snapshot, snapshot_position):
         with pytest.raises(SchemaMismatch):
@@ -176,7 +176,7 @@ block_piece = [0, [b"\1"], [0], [1], b"12345678"]
         (4, None),
     ],
 )
-def test_what_makes_no_sense_is_refused_though_its_sum_is_right(place: int, value: object) -> None:
+def test_wrong_fields_with_a_right_checksum_are_refused(place: int, value: object) -> None:
     def made(piece: list[object]) -> bytes:
         head = codec._MAGIC + codec._piece([1, POSITION]) + codec._piece([[], [[1, 0]], b""])
         return head + codec._piece(piece) + codec._piece([[1, 0, 0]])
