@@ -4,7 +4,7 @@
     ├── ConfigError                 a setting or an argument is wrong
     ├── StoreError                  the registry, a lock or the object store
     │   ├── StoreUnavailable        no answer from Redis in time, or it is no primary now   (retryable)
-    │   ├── StoreRefused            Redis answers, and says no: password, permission, memory, too old
+    │   ├── StoreRefused            Redis answers and refuses: password, permission, memory, too old
     │   ├── InvalidRecord           a value that was read cannot be used
     │   │   └── SchemaMismatch      an incompatible release wrote it
     │   ├── KeyExists               create-if-absent found the key
@@ -74,7 +74,7 @@ def _shortened(value: object) -> str:
 
 
 class ConfigError(DynamoRedisError, ValueError):
-    """A setting or argument is wrong. The message names it and says what to write instead."""
+    """A setting or argument is wrong. The message names it and its remedy."""
 
     code = "config"
 
@@ -198,7 +198,7 @@ class LeaseNotFound(StoreError):
 
 
 class Compacted(StoreError):
-    """The change log no longer holds the wanted revision; take a snapshot and go on from there."""
+    """The change log no longer holds the wanted revision; take a snapshot and continue from there."""
 
     code = "compacted"
 

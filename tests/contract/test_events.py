@@ -433,7 +433,7 @@ async def test_a_reader_that_was_cut_off_by_the_ceiling_is_told(plane: Plane) ->
     asleep, awake = await reader(plane, "asleep"), await reader(plane, "awake")
     for _ in range(12):
         await append(plane, b"x" * 1000)
-        assert await awake.read(count=10, block_s=0.0)  # what has been read may go
+        assert await awake.read(count=10, block_s=0.0)  # entries that were read may be dropped
     with pytest.raises(StreamTrimmed):
         await asleep.read(count=100, block_s=0.0)
     with pytest.raises(StreamTrimmed):
@@ -530,7 +530,7 @@ async def test_streams_are_listed_with_their_groups(plane: Plane) -> None:
     assert entry_order(odd.last_entry_id) > entry_order(second)
     (told,) = odd.groups
     assert told.name == "router"
-    assert told.lag_count in (2, 3)  # servers before 7.0 tell at most how many
+    assert told.lag_count in (2, 3)  # servers before 7.0 count only an upper bound
     assert entry_order(first) <= entry_order(told.position) < entry_order(second)
     assert 0.0 <= told.silent_s < WAIT_S
     await group.aclose()
@@ -640,7 +640,7 @@ async def test_entry_of_another_program_is_read_as_empty(redis_plane: RedisPlane
     assert contents(entries) == ["a", "", "b"]
     held = await info(redis_plane)
     assert (held.entry_count, held.size_bytes) == (3, 2)
-    with pytest.raises(StreamTrimmed):  # what has changed by hand is not to be trusted
+    with pytest.raises(StreamTrimmed):  # entries changed by hand are not trusted
         await group.read(count=1, block_s=0.0)
     await group.create()
     await group.aclose()

@@ -610,7 +610,7 @@ async def test_update_does_not_restore_a_deleted_key(deployment: Deployment) -> 
     worker, other = await deployment.process(), await deployment.process()
     registration = await worker.register("i/1", b"v")
     await other.delete("i/1")
-    with pytest.raises(LeaseNotFound):  # whether or not the log has told yet
+    with pytest.raises(LeaseNotFound):  # whether or not the log was read yet
         await registration.update(b"2")
     assert await other.get("i/1") is None
 

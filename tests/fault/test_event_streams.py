@@ -111,14 +111,14 @@ async def test_a_reader_is_exact_whatever_is_lost_on_the_way(
     proxy: Proxy, publisher: EventPublisher, reader: Reader
 ) -> None:
     first = 0
-    # What is swallowed may be the answer to another exchange than a put: go on until it was one.
+    # The lost answer may be that of another exchange than an append: repeat until it was an append's.
     while first < 1500 or not reader.duplicate_count:
         assert first < 50_000
         for number in range(first, first + 200):
             publisher.publish(number)
         await reader.has_applied(first + 199)
-        assert await publisher.flush(WAIT_S)  # its connection stands
-        proxy.conditions = NO_ANSWERS  # what is sent now is stored, and sent again
+        assert await publisher.flush(WAIT_S)  # its connection is open
+        proxy.conditions = NO_ANSWERS  # entries sent now are stored, and sent again
         for number in range(first + 200, first + 500):
             publisher.publish(number)
         await until(lambda: proxy.has_swallowed)

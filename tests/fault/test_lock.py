@@ -268,7 +268,7 @@ async def test_a_clock_that_is_set_costs_a_lock_or_a_ttl(
     server = await clocked_server(0.0)
     lock, other = (open_locks(server.url).lock("a", ttl_s=ttl_s) for ttl_s in (0.6, LONG_S))
     tokens = []
-    with is_lost():  # set forward: the lock ends at once, its holder hears of it at the next renewal
+    with is_lost():  # set forward: the lock ends at once, its holder learns that at the next renewal
         async with lock.hold() as held:
             tokens.append(held.fencing_token)
             server.set_clock(3600.0)

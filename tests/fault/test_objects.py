@@ -325,7 +325,7 @@ async def test_an_upload_gives_up_on_a_server_that_stays_away(
     async with asyncio.timeout(WAIT_S):
         with pytest.raises(StoreUnavailable, match="connection refused"):
             await objects.put("b", "n", pieces())
-    patient = open_objects(own_redis_server.url, recovery_s=1000.0)  # with what is under way only
+    patient = open_objects(own_redis_server.url, recovery_s=1000.0)  # only with the chunks under way
     async with asyncio.timeout(WAIT_S):
         for call in (patient.put("b", "n", b"x"), patient.read("b", "n"), anext(reader)):
             with pytest.raises(StoreUnavailable):
@@ -357,7 +357,7 @@ async def heal_after(proxy: Proxy, pause_s: float) -> None:
 
 @contextlib.asynccontextmanager
 async def silence(proxy: Proxy, pause_s: float) -> AsyncIterator[Callable[[], None]]:
-    """When called, starts a time in which the server gets all requests and its answers are lost."""
+    """Starts, when called, a time in which the server gets all requests and its answers are lost."""
     tasks: list[asyncio.Task[None]] = []
 
     def begin() -> None:

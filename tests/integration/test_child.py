@@ -19,7 +19,7 @@ import pytest
 from dynamo_redis.child import ChildProcess
 from tests.processes import command_line
 
-# A program that starts another one, ignores SIGTERM if it is told to, and waits.
+# A program that starts another one, ignores SIGTERM on request, and waits.
 _FAMILY = """
 import os, signal, subprocess, sys, time
 if "stubborn" in sys.argv:

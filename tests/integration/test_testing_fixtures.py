@@ -337,7 +337,7 @@ def test_other_event_loops_are_skipped(users: pytest.Pytester) -> None:
     result.stdout.fnmatch_lines(["*runs on asyncio, not on trio*"])
 
 
-# --------------------------------------------------------------------------- what the fixtures give
+# --------------------------------------------------------------------------- values of the fixtures
 
 
 def test_each_test_has_a_prefix_of_its_own(

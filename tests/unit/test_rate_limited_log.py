@@ -13,7 +13,7 @@ LOG = logging.getLogger("dynamo_redis.test")
 
 
 class Clock:
-    """Stands in for `time`."""
+    """A replacement of the module `time`."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -55,7 +55,9 @@ def test_kinds_are_bounded_and_the_rest_is_counted(caplog: pytest.LogCaptureFixt
         limited.log("kind %d", 0, kind=0)
         caplog.clear()
         clock.now += PAUSE_S
-        limited.log("kind %d", MAX_KINDS, kind=MAX_KINDS)  # in the place of 0, of which one was left out
+        limited.log(
+            "kind %d", MAX_KINDS, kind=MAX_KINDS
+        )  # takes the place of kind 0, of which one line was left out
         assert caplog.messages == [f"kind {MAX_KINDS} (10 of other kinds since the last such line)"]
 
 

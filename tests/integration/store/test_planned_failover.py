@@ -104,7 +104,7 @@ async def test_the_registry_goes_on_at_the_new_primary(pair: Pair, open_registry
     await view.until_state({"i/1": b"w"})
     await watcher.put("i/2", b"v")
     await view.until_state({"i/1": b"w", "i/2": b"v"})
-    await asyncio.sleep(4.5)  # longer than a TTL: the keepalive's connection is made anew as well
+    await asyncio.sleep(4.5)  # longer than a TTL: the keepalive's connection is replaced as well
     assert worker.lease_losses == 0
     assert worker.connected
     assert watcher.connected
@@ -172,7 +172,7 @@ async def test_event_streams_go_on_at_the_new_primary(pair: Pair, dynamo_redis_p
     assert await _next(group.read) == b"2"
     assert await _next(tail.read) == b"2"
     with pytest.raises(StoreError, match="subscribe again"):
-        await topic.next(WAIT_S)  # the gap is told
+        await topic.next(WAIT_S)  # the gap is reported
     topic = await works_again(lambda: router.subscribe(STREAM))
     await works_again(lambda: publisher.publish(STREAM, b"message"))
     assert await topic.next(WAIT_S) == b"message"

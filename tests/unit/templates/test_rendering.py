@@ -148,7 +148,7 @@ def test_developer_message_becomes_system_for_older_templates() -> None:
     assert chat(knowing).render(messages) == "developer:Be kind. user:Hi "
 
 
-# --------------------------------------------------------------------------- what goes wrong
+# --------------------------------------------------------------------------- failures
 
 
 def test_exception_of_a_template_keeps_its_message() -> None:

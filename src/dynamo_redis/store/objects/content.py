@@ -130,7 +130,20 @@ class ObjectReads(ABC):
         async def attempt() -> ObjectInfo:
             info, pieces = await self._open(bucket, name)
             async with contextlib.aclosing(pieces):
-                await _write_file(path, pieces, progress, info.size_bytes)
+                # Write to a draft, then rename it: no reader sees half a file, and a failure leaves none.
+                draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+                try:
+                    done_bytes = 0
+                    async with await anyio.open_file(draft, "xb") as file:
+                        async for piece in pieces:
+                            await file.write(piece)
+                            done_bytes += len(piece)
+                            if progress is not None:
+                                progress(done_bytes, info.size_bytes)
+                    await run_sync(draft.replace, path)
+                except BaseException:
+                    draft.unlink(missing_ok=True)
+                    raise
             return info
 
         return await _twice(attempt)
@@ -143,23 +156,3 @@ async def _twice(attempt: Callable[[], Awaitable[T]]) -> T:
         return await attempt()
     except ObjectChanged:
         return await attempt()
-
-
-async def _write_file(
-    path: Path, pieces: AsyncGenerator[bytes], progress: Progress | None, size_bytes: int
-) -> None:
-    """Write to a draft beside `path`, then rename it: no reader sees half a file, and a failure leaves
-    none."""
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        done_bytes = 0
-        async with await anyio.open_file(draft, "xb") as file:
-            async for piece in pieces:
-                await file.write(piece)
-                done_bytes += len(piece)
-                if progress is not None:
-                    progress(done_bytes, size_bytes)
-        await run_sync(draft.replace, path)
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise

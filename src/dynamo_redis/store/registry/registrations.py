@@ -167,7 +167,7 @@ class Registrations:
         entries = list(self._entries.values())
         return [(entry.key, entry.stalled_value) for entry in entries if entry.stalled_value is not None]
 
-    # ------------------------------------------------------------------ what users call
+    # ------------------------------------------------------------------ called by users
 
     async def register(
         self,

@@ -180,7 +180,7 @@ async def test_a_user_with_the_least_rights_is_enough(
     await view.until_state({"i/1": b"v"})
     worker._registrations._held = False  # so that closing it does not revoke the lease
     await worker.aclose()
-    await view.until_state({})  # by ticks and by whatever notifications there are
+    await view.until_state({})  # by ticks, and by notifications if there are any
     await watcher.aclose()
     assert SECRET not in caplog.text
     assert QUOTED not in caplog.text

@@ -109,7 +109,7 @@ async def in_subscription(client: RedisClient) -> None:
 WAYS = [in_pool, in_pipeline, in_script, in_blocking_read, in_thread, in_subscription]
 
 ERRORS: list[tuple[str, type[StoreError], bool]] = [
-    # (what the server sends, what it becomes, whether all connections are made anew)
+    # (text from the server, resulting error, whether all connections are replaced)
     ("READONLY You can't write against a read only replica.", StoreUnavailable, True),
     ("UNBLOCKED force unblock from blocking operation, instance state changed", StoreUnavailable, True),
     ("MASTERDOWN Link with MASTER is down and replica-serve-stale-data is 'no'.", StoreUnavailable, True),

@@ -1,4 +1,4 @@
-"""Links that are slow but work: what takes longer than a time-out arrives, and a peer that drips is given up.
+"""Slow links that work: transfers longer than a time-out complete, and a peer that drips is given up.
 
 Time-outs are short here and links slow in proportion, so that each exchange takes several time-outs.
 """

@@ -75,7 +75,7 @@ async def test_registration_with_grant_is_one_round_trip(
         calls.append(str(command[0]))
         return await execute(*command)
 
-    await asyncio.sleep(0.1)  # what happens at start has happened
+    await asyncio.sleep(0.1)  # the work at the start is done
     monkeypatch.setattr(registry._kv.client, "script", counted_script)
     monkeypatch.setattr(registry._kv.client, "execute", counted_execute)
     await registry.register("i/1", b"v", exclusive=True)

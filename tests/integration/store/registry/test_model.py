@@ -155,7 +155,7 @@ async def test_redis_and_memory_agree(
         process = rng.randrange(2)
         answers = [await side.run(action, process, arguments) for side in (real, model)]
         assert answers[0] == answers[1], (seed, step, action, arguments)
-        # Losses are told by the log: let both sides hear of them before the next step.
+        # The log shows losses: let both sides read it before the next step.
         if action in ("put", "delete", "transact", "register", "compare_and_put"):
             await settle(real)
             await settle(model)
@@ -186,12 +186,12 @@ async def test_a_paged_snapshot_is_one_moment(
     monkeypatch.setattr("dynamo_redis.store.registry.scripts_api.PAGE_KEYS_COUNT", 7)
     monkeypatch.setattr("dynamo_redis.store.registry.scripts_api.PAGE_ENTRIES_COUNT", 5)
     reader, writer = await open_registry(dynamo_redis_url), await open_registry(dynamo_redis_url)
-    # Every state of the registry, by its revision, as the log tells it.
+    # Every state of the registry, by its revision, from the log.
     history: dict[Revision, dict[str, bytes]] = {}
     state: dict[str, bytes] = {}
 
     async def record(watch: Any) -> None:
-        first = await anext(watch)  # one moment, whatever its records' own revisions are
+        first = await anext(watch)  # one moment, for any revisions of its records
         state.update((event.record.key, event.record.value) for event in first.events)
         history[first.revision] = dict(state)
         async for batch in watch:

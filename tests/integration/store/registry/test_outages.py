@@ -331,7 +331,7 @@ async def test_a_key_deleted_while_its_owner_was_away_stays_deleted(
     proxy.cut()
     await other.delete("k/1")
     await other.put("k/3", b"w")
-    # Nor can the log tell the owner.
+    # Nor does the log show it to the owner.
     await other._client.execute("XTRIM", RegistryKeys(dynamo_redis_prefix).log, "MAXLEN", 1)
     proxy.refuse = False
     async with asyncio.timeout(30):

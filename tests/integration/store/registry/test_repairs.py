@@ -157,7 +157,7 @@ async def test_revision_before_a_wipe_or_of_a_lost_tail_is_compacted(
     lost = await reader.put("a", b"2")
     position = await kv.position()
     assert position is not None
-    # As after a failover that lost the tail: the log and the head say so.
+    # As after a failover that lost the tail, in the log and in the head.
     entry = (await kv.client.execute("XRANGE", kv.keys.log, lost, lost))[0][1]
     await kv.client.pipeline(
         [
