@@ -5,8 +5,9 @@ of the requests as token ids: real sockets, real KV events, in scaled time. Work
 each, with a runtime, an instance and connections of their own. The omniscient router is simulated, on the
 same engines and caches.
 
+
 Times are the trace's: with a speedup of 5, a millisecond of this machine counts as five. Without --trace it
-is ../shared/data/mooncake/conversation_trace.jsonl.gz beside the checkout, or else a made-up one.
+is Mooncake's hour of chats where that lies beside the checkout, or else a made-up one.
 """
 
 from __future__ import annotations
