@@ -150,18 +150,14 @@ async def _register(
     if without_effect := config.without_effect():
         log.warning("ModelRuntimeConfig: %s: not known here, no effect", ", ".join(without_effect))
     model = await asyncio.to_thread(_read, path, template, config.context_length)
-    model_type: ModelKind
-    if not model.chat_templates:
-        if not completes:
-            raise ModelError(
-                f"{path} has no chat template, so it cannot be served as ModelType.Chat: give "
-                "custom_template_path, or add ModelType.Completions"
-            )
-        model_type = "completions"
-    elif chats:
+    if not model.chat_templates and not completes:
+        raise ModelError(
+            f"{path} has no chat template, so it cannot be served as ModelType.Chat: give "
+            "custom_template_path, or add ModelType.Completions"
+        )
+    model_type: ModelKind = "completions"
+    if model.chat_templates and chats:
         model_type = "chat+completions" if completes else "chat"
-    else:
-        model_type = "completions"
     if config.data_parallel_start_rank:
         raise ConfigError(
             f"data_parallel_start_rank={config.data_parallel_start_rank}: a worker's ranks begin at 0 here"

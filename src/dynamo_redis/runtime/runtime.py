@@ -169,7 +169,12 @@ class DistributedRuntime:
                 return
             if self._closed:
                 raise RuntimeError("the runtime is closed")
-            plane_client = make_client(self.settings.plane, on_quiet=self._on_quiet)
+
+            def on_quiet(target: Target) -> None:
+                for shared in self._views.values():
+                    shared.view.note_quiet(target)
+
+            plane_client = make_client(self.settings.plane, on_quiet=on_quiet)
             try:
                 waits = self.settings.runtime.wait_for_redis
                 await start_registry(self.registry, self._shutdown, waits=waits)
@@ -410,10 +415,6 @@ class DistributedRuntime:
             await client.aclose()
             raise
         return client
-
-    def _on_quiet(self, target: Target) -> None:
-        for shared in self._views.values():
-            shared.view.note_quiet(target)
 
     def _release_dropped(self, loop: asyncio.AbstractEventLoop, name: EndpointName, user: object) -> None:
         """Release a dropped client. The garbage collector calls this, in any thread."""

@@ -212,6 +212,11 @@ def _read_request(
     seed = _integer(sampling, "seed", default=0, least=-(1 << 63)) if sampling.get("temperature") != 0 else 0
     key = xxh3_64_intdigest(prompt.tobytes(), seed & (1 << 64) - 1)
     ignore_eos = bool(stop.get("ignore_eos"))
+    try:
+        eos_ids = frozenset(() if ignore_eos else request.get("eos_token_ids") or ())
+        stop_ids = eos_ids | frozenset(stop.get("stop_token_ids_hidden") or ())
+    except TypeError as exc:
+        raise InvalidRequest(f"stop token ids are not a list of token ids: {exc}") from exc
     return StreamedSequence(
         tokens=prompt,
         prompt_count=len(prompt),
@@ -220,7 +225,7 @@ def _read_request(
         natural_length=room_count if ignore_eos else phrasebook.length(key),
         min_tokens=_integer(stop, "min_tokens", default=0, least=0),
         max_tokens=min(max_tokens, room_count),
-        stop_ids=_stop_ids(request, stop, ignore_eos=ignore_eos),
+        stop_ids=stop_ids,
     )
 
 
@@ -240,11 +245,3 @@ def _integer(options: Mapping[str, Any], name: str, *, default: int, least: int)
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise InvalidRequest(f"{name}={value!r} must be a whole number of at least {least}")
     return value
-
-
-def _stop_ids(request: Mapping[str, Any], stop: Mapping[str, Any], *, ignore_eos: bool) -> frozenset[int]:
-    eos = [] if ignore_eos else request.get("eos_token_ids") or []
-    try:
-        return frozenset(eos) | frozenset(stop.get("stop_token_ids_hidden") or [])
-    except TypeError as exc:
-        raise InvalidRequest(f"stop token ids are not a list of token ids: {exc}") from exc

@@ -111,7 +111,10 @@ class Completion:
         body: Mapping[str, Any],
         headers: Mapping[str, str],
     ) -> None:
-        self._opening = asyncio.ensure_future(_post(session, url, body, headers))
+        async def post() -> aiohttp.ClientResponse:
+            return await session.post(url, json=body, headers=headers)
+
+        self._opening = asyncio.ensure_future(post())
         self._closed: PlaneError | None = None
 
     def close(self, reason: PlaneError | None = None) -> None:
@@ -194,9 +197,3 @@ async def _read_to_end(response: aiohttp.ClientResponse) -> None:
         async with asyncio.timeout(_END_S):
             while not response.content.at_eof():
                 await response.content.readany()
-
-
-async def _post(
-    session: aiohttp.ClientSession, url: str, body: Mapping[str, Any], headers: Mapping[str, str]
-) -> aiohttp.ClientResponse:
-    return await session.post(url, json=body, headers=headers)

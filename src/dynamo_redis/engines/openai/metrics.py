@@ -7,7 +7,7 @@ read. vLLM labels its data-parallel ranks `engine`, SGLang `dp_rank`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -79,25 +79,22 @@ def read_metrics(text: str) -> EngineMetrics:
         rank = labels.get("engine") or labels.get("dp_rank") or "0"
         values = samples.setdefault(name, {})
         values.setdefault(int(rank) if rank.isdecimal() else 0, value)
+    running, waiting = _first(samples, _RUNNING), _first(samples, _WAITING)
+    used, rates = _first(samples, _USED_RATIO), _first(samples, _HIT_RATE)
+    queries, hits = _first(samples, _QUERIES), _first(samples, _HITS)
+    ranks = {}
+    for dp_rank, count in running.items():
+        rate = rates.get(dp_rank)
+        if rate is None and queries.get(dp_rank):
+            rate = hits.get(dp_rank, 0.0) / queries[dp_rank]
+        ranks[dp_rank] = RankMetrics(int(count), int(waiting.get(dp_rank, 0)), used.get(dp_rank), rate)
     tokens = _first(samples, _TOKENS)
     return EngineMetrics(
-        ranks=dict(_ranks(samples)),
+        ranks=ranks,
         block_size=_whole(config.get("block_size")),
         block_count=_whole(config.get("num_gpu_blocks")),
         token_count=int(min(tokens.values())) if tokens else None,
     )
-
-
-def _ranks(samples: dict[str, dict[int, float]]) -> Iterator[tuple[int, RankMetrics]]:
-    """Yield each rank that has a number of running requests, with its load."""
-    running, waiting = _first(samples, _RUNNING), _first(samples, _WAITING)
-    used, rates = _first(samples, _USED_RATIO), _first(samples, _HIT_RATE)
-    queries, hits = _first(samples, _QUERIES), _first(samples, _HITS)
-    for rank, count in running.items():
-        rate = rates.get(rank)
-        if rate is None and queries.get(rank):
-            rate = hits.get(rank, 0.0) / queries[rank]
-        yield rank, RankMetrics(int(count), int(waiting.get(rank, 0)), used.get(rank), rate)
 
 
 def _first(samples: dict[str, dict[int, float]], names: Iterable[str]) -> dict[int, float]:

@@ -60,9 +60,12 @@ def refusal(status: int, content: bytes, retry_after: str | None) -> PlaneError:
     """Return the error of an answer with this HTTP status. `content` is its body, in any form."""
     message = f"the engine answered {status}: {_message(content)}"
     if status in (429, 503):
-        seconds = _seconds(retry_after)
+        try:
+            seconds = float(retry_after or "")
+        except ValueError:  # a date, or no value
+            seconds = math.nan
         kind = RateLimited if status == 429 else Overloaded
-        return kind(message, retry_after_s=seconds)
+        return kind(message, retry_after_s=seconds if 0 <= seconds < math.inf else None)
     if status in (400, 413, 422) and _OVERFLOW.search(content):
         return ContextLengthExceeded(message)
     if status in (400, 413, 422):
@@ -74,15 +77,6 @@ def refusal(status: int, content: bytes, retry_after: str | None) -> PlaneError:
             f"the engine answered {status}: it does not take this worker's DYN_ENGINE_API_KEY"
         )
     return EngineFailed(message)
-
-
-def _seconds(retry_after: str | None) -> float | None:
-    """Return the seconds of a `Retry-After`; None for a date or an invalid value."""
-    try:
-        seconds = float(retry_after or "")
-    except ValueError:
-        return None
-    return seconds if 0 <= seconds < math.inf else None
 
 
 def _message(content: bytes) -> str:
