@@ -149,8 +149,14 @@ def watch(prefix_of_keys: str, as_json: bool, show_secrets: bool, **options: str
                 for line in _event_lines(batch, secrets=show_secrets):
                     if as_json:
                         print_json_line(line)
+                        continue
+                    note = f"   (resync: {line['resync']})" if line["resync"] else ""
+                    if line["event"] == "delete":
+                        text = f"delete  {line['key']}   ({line['cause']}){note}"
                     else:
-                        print_line(printable(_event_text(line)))
+                        value = ShownValue(line["encoding"], line["value"]).compact()
+                        text = f"put     {line['key']}   {value}{note}"
+                    print_line(printable(text))
 
     connect.run(follow())
 
@@ -194,10 +200,3 @@ def _event_lines(batch: WatchBatch, *, secrets: bool) -> list[dict[str, Any]]:
             }
         lines.append({**line, "resync": batch.resync})
     return lines
-
-
-def _event_text(line: dict[str, Any]) -> str:
-    note = f"   (resync: {line['resync']})" if line["resync"] else ""
-    if line["event"] == "delete":
-        return f"delete  {line['key']}   ({line['cause']}){note}"
-    return f"put     {line['key']}   {ShownValue(line['encoding'], line['value']).compact()}{note}"

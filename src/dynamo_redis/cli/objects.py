@@ -68,7 +68,15 @@ def ls(bucket: str | None, as_json: bool, **options: str | None) -> None:
         print_json([*map(_object_json, found), *({"error": reason} for reason in unreadable)])
     else:
         now_s = time.time()
-        rows = [_object_row(info, now_s) for info in found]
+        rows = [
+            [
+                f"{info.bucket}/{info.name}",
+                human_size(info.size_bytes),
+                human_time(info.created_at, now_s),
+                info.sha256[:16],
+            ]
+            for info in found
+        ]
         print_table(["OBJECT", "SIZE", "CREATED", "SHA256"], rows, empty="no objects")
         print_reasons(unreadable)
     end_listing(len(unreadable), "object")
@@ -92,10 +100,14 @@ def put(name: str, file: Path, as_json: bool, **options: str | None) -> None:
     standard_input = str(file) == "-"
     size_bytes = None if standard_input else file.stat().st_size
 
+    async def read_standard_input() -> AsyncIterator[bytes]:
+        while piece := sys.stdin.buffer.read(_PIECE_BYTES):  # it may block the loop: no other task runs
+            yield piece
+
     async def write() -> ObjectInfo:
         with progress_bar(f"put {bucket}/{name}", size_bytes) as report:
             async with connect.open_objects(options, read_only=False) as store:
-                source = _standard_input() if standard_input else file
+                source = read_standard_input() if standard_input else file
                 return await store.put(bucket, name, source, progress=report)
 
     info = connect.run(write())
@@ -162,22 +174,12 @@ def rm(name: str, as_json: bool, **options: str | None) -> None:
         print_json([{"bucket": bucket, "name": name, "removed": True}])
 
 
-async def _standard_input() -> AsyncIterator[bytes]:
-    while piece := sys.stdin.buffer.read(_PIECE_BYTES):  # it may block the loop: no other task runs
-        yield piece
-
-
 def _split(name: str) -> tuple[str, str]:
     """Return the bucket and the name of `bucket/name` or of an object URL. Raises ConfigError."""
     try:
         return parse_object_url(name if name.startswith(_SCHEME) else f"{_SCHEME}{name}")
     except ValueError:
         raise ConfigError(f"{name!r} does not name an object: write BUCKET/NAME") from None
-
-
-def _object_row(info: ObjectInfo, now_s: float) -> list[str]:
-    size, created = human_size(info.size_bytes), human_time(info.created_at, now_s)
-    return [f"{info.bucket}/{info.name}", size, created, info.sha256[:16]]
 
 
 def _object_json(info: ObjectInfo) -> dict[str, Any]:

@@ -76,9 +76,12 @@ async def keep_listed(
 
     Only commands read the record: a frontend whose Redis user may not write serves all the same.
     """
+    host, port = listener.getsockname()[:2]
+    if host in ("0.0.0.0", "::"):  # noqa: S104 - all addresses: other machines use this machine's name
+        host = socket.gethostname()
     record = FrontendRecord(
         instance_id=runtime.instance_id,
-        http_url=_url_of(listener),
+        http_url=f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}",
         router_mode=settings.router_mode,
         router_endpoint=settings.router_endpoint,
         started_at=SYSTEM_CLOCK.wall(),
@@ -96,11 +99,3 @@ async def keep_listed(
             await asyncio.sleep(RETRY_PAUSE_S)
     await runtime.wait_for_shutdown()
     await withdraw((registration,))
-
-
-def _url_of(listener: socket.socket) -> str:
-    """Return the server's URL for other machines: with this machine's name if it listens on all addresses."""
-    host, port = listener.getsockname()[:2]
-    if host in ("0.0.0.0", "::"):  # noqa: S104 - what a wildcard looks like
-        host = socket.gethostname()
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -138,20 +138,18 @@ def bind(host: str, port: int) -> socket.socket:
         listener.bind(address)
     except OSError as exc:
         listener.close()
-        raise ConfigError(_bind_failure(host, port, exc)) from exc
+        if exc.errno == errno.EADDRINUSE:
+            failure = (
+                f"port {port} is in use: stop the program that has it, "
+                "or choose another with --http-port (DYN_HTTP_PORT); 0 takes a free one"
+            )
+        elif exc.errno == errno.EACCES:
+            failure = f"port {port} needs a privilege: choose one above 1023 with --http-port (DYN_HTTP_PORT)"
+        else:
+            failure = f"cannot listen on {host}:{port}: {exc.strerror}: set --http-host (DYN_HTTP_HOST)"
+        raise ConfigError(failure) from exc
     listener.setblocking(False)
     return listener
-
-
-def _bind_failure(host: str, port: int, exc: OSError) -> str:
-    if exc.errno == errno.EADDRINUSE:
-        return (
-            f"port {port} is in use: stop the program that has it, "
-            "or choose another with --http-port (DYN_HTTP_PORT); 0 takes a free one"
-        )
-    if exc.errno == errno.EACCES:
-        return f"port {port} needs a privilege: choose one above 1023 with --http-port (DYN_HTTP_PORT)"
-    return f"cannot listen on {host}:{port}: {exc.strerror}: set --http-host (DYN_HTTP_HOST)"
 
 
 def url_of(listener: socket.socket) -> str:
