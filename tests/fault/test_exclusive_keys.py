@@ -25,6 +25,7 @@ from dynamo_redis.store.base import LostReason, Registration, Registry
 from dynamo_redis.store.registry.redis_registry import RedisRegistry
 from faults.proxy import BLACK_HOLE, Conditions, Proxy
 from faults.servers import ServerUnderTest, installed_servers
+from tests.processes import PROGRAMS
 
 HOST = "10.20.56.81"
 DATA = {"master": "10.0.0.1:29500"}
@@ -32,19 +33,7 @@ WAIT_S = 45.0
 
 Open = Callable[..., Awaitable[RedisRegistry]]
 
-LEADER = """
-import asyncio, sys
-from dynamo_redis.config import StoreSettings
-from dynamo_redis.runtime.barrier import LeaderBarrier
-from dynamo_redis.store.registry.redis_registry import RedisRegistry
-
-async def main(url):
-    registry = RedisRegistry(StoreSettings.load(redis_url=url, lease_ttl_s=2))
-    await registry.start()
-    await LeaderBarrier("group", 9, 60).sync(registry, "of the dead")
-
-asyncio.run(main(sys.argv[1]))
-"""
+LEADER = PROGRAMS / "barrier_leader.py"
 
 
 @pytest.fixture
@@ -320,7 +309,7 @@ async def test_killed_leader_frees_its_workers_for_the_next_leader(
     It waits also for the end of a dead worker. A worker that dies in another barrier is no longer counted
     there."""
     expiring = asyncio.create_task(a_worker_whose_lease_ends_is_counted_no_more(open_registry))
-    child = ChildProcess.start([sys.executable, "-c", LEADER, server.url])
+    child = ChildProcess.start([sys.executable, LEADER, server.url])
     dying = await open_registry(ttl_s=1)
     next_leader, worker, reborn = [await open_registry() for _ in range(3)]
     waiting = asyncio.create_task(WorkerBarrier("group", "one", 30).sync(worker))

@@ -22,6 +22,7 @@ from dynamo_redis.store.redis.client import RedisClient
 from dynamo_redis.store.server import EmbeddedServer
 from faults.proxy import BLACK_HOLE, Conditions, Proxy
 from faults.servers import ServerUnderTest, faketime_library, installed_servers
+from tests.processes import PROGRAMS
 
 WAIT_S = 20.0
 LONG_S = 30.0
@@ -69,38 +70,7 @@ async def value_of(lock: Lock) -> bytes | None:
 
 # --------------------------------------------------------------------------- holders that stop
 
-HOLDER = """
-import asyncio, sys
-from dynamo_redis.errors import LockLost
-from dynamo_redis.store.redis.client import RedisClient
-from dynamo_redis.store.locks.redis_locks import RedisLocks
-
-async def write_for_ever(held):
-    try:
-        while True:
-            await held.write(b"old")
-            await asyncio.sleep(0.01)
-    except LockLost:
-        print("refused", flush=True)
-        await asyncio.sleep(60)
-
-async def main():
-    url, prefix = sys.argv[1:]
-    locks = RedisLocks(RedisClient(url, timeout_s=1.0), prefix)
-    try:
-        async with locks.lock("a", ttl_s=0.6).hold() as held:
-            print(held.fencing_token, flush=True)
-            try:
-                await write_for_ever(held)
-            except asyncio.CancelledError:
-                print("cancelled", flush=True)
-                raise
-    except LockLost:
-        print("lost", flush=True)
-    await locks.aclose()
-
-asyncio.run(main())
-"""
+HOLDER = PROGRAMS / "lock_holder.py"
 
 
 async def test_holder_stopped_past_its_ttl_is_cancelled(
@@ -108,7 +78,7 @@ async def test_holder_stopped_past_its_ttl_is_cancelled(
 ) -> None:
     process = await asyncio.create_subprocess_exec(
         sys.executable,
-        *("-c", HOLDER, own_redis_server.url, dynamo_redis_prefix),
+        *(HOLDER, own_redis_server.url, dynamo_redis_prefix),
         stdout=asyncio.subprocess.PIPE,
     )
     assert process.stdout is not None

@@ -28,6 +28,7 @@ from dynamo_redis.store.objects.redis_objects import CHUNKS_UNDER_WAY_COUNT, Red
 from dynamo_redis.store.redis.client import RedisClient
 from dynamo_redis.store.scripts import Script
 from dynamo_redis.store.server import EmbeddedServer
+from tests.processes import PROGRAMS
 
 CHUNK_BYTES = 1000
 CHUNKS = 6
@@ -124,22 +125,7 @@ async def test_an_uploader_cancelled_anywhere_leaves_one_object_whole(
         await objects.put("b", "n", old)
 
 
-_UPLOADER = """
-import asyncio, sys
-from dynamo_redis.store.redis.client import RedisClient
-from dynamo_redis.store.objects.redis_objects import RedisObjectStore
-from dynamo_redis.store.scripts import Script
-
-async def main():
-    url, prefix = sys.argv[1:]
-    async def pieces():
-        yield bytes(2500)
-        print("uploading", flush=True)
-        await asyncio.sleep(60)
-    await RedisObjectStore(RedisClient(url, timeout_s=3), prefix, chunk_bytes=1000).put("b", "n", pieces())
-
-asyncio.run(main())
-"""
+_UPLOADER = PROGRAMS / "slow_uploader.py"
 
 
 async def test_a_process_killed_while_it_uploads(
@@ -153,7 +139,7 @@ async def test_a_process_killed_while_it_uploads(
     await objects.put("b", "n", b"old")
     chunk = chunk_keys(keys, bytes(1000))[0]
     with (tmp_path / "out").open("wb") as out:
-        argv = [sys.executable, "-c", _UPLOADER, dynamo_redis_url, dynamo_redis_prefix]
+        argv = [sys.executable, str(_UPLOADER), dynamo_redis_url, dynamo_redis_prefix]
         uploader = ChildProcess.start(argv, stdout=out)
     try:
         with anyio.fail_after(20):

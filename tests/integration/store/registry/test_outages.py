@@ -24,6 +24,7 @@ from dynamo_redis.store.registry.redis_registry import RedisRegistry
 from dynamo_redis.store.registry.scripts_api import KeyValue, OwnedPut
 from dynamo_redis.store.server import EmbeddedServer
 from faults.proxy import Conditions
+from tests.processes import PROGRAMS
 
 
 async def test_restart_with_data_causes_no_resync(
@@ -171,20 +172,7 @@ async def test_a_frozen_server_costs_no_lease(
     assert worker.lease_losses == 0
 
 
-WORKER = """
-import asyncio, sys
-from dynamo_redis.config import StoreSettings
-from dynamo_redis.store.registry.redis_registry import RedisRegistry
-
-async def main(url, prefix):
-    registry = RedisRegistry(StoreSettings.load(redis_url=url, prefix=prefix, lease_ttl_s=1.5))
-    await registry.start()
-    await registry.register("i/killed", b"v")
-    print(registry.lease_id, flush=True)
-    await asyncio.sleep(60)
-
-asyncio.run(main(*sys.argv[1:]))
-"""
+WORKER = PROGRAMS / "registry_worker.py"
 
 
 async def test_a_killed_worker_process_expires(
@@ -192,7 +180,7 @@ async def test_a_killed_worker_process_expires(
 ) -> None:
     view = await mirror(await open_registry(dynamo_redis_url), "i/")
     process = subprocess.Popen(
-        [sys.executable, "-c", WORKER, dynamo_redis_url, dynamo_redis_prefix], stdout=subprocess.PIPE
+        [sys.executable, WORKER, dynamo_redis_url, dynamo_redis_prefix], stdout=subprocess.PIPE
     )
     try:
         await view.until_state({"i/killed": b"v"})
@@ -565,28 +553,7 @@ async def test_a_lost_write_is_found_by_the_keepalive_alone(
 # --------------------------------------------------------------------------- a hanging event loop
 
 
-HANGING_WORKER = """
-import asyncio, sys, time
-from dynamo_redis.config import StoreSettings
-from dynamo_redis.store.registry.redis_registry import RedisRegistry
-
-async def main(url, prefix):
-    registry = RedisRegistry(
-        StoreSettings.load(redis_url=url, prefix=prefix, lease_ttl_s=1, loop_stall_s=float(sys.argv[4]))
-    )
-    await registry.start()
-    await registry.register("i/1", b"ready", stalled_value=b"not ready")
-    await registry.register("i/2", b"plain")
-    await asyncio.sleep(1)
-    until = time.monotonic() + float(sys.argv[3])
-    if sys.argv[5] == "C":
-        time.sleep(until - time.monotonic())
-    while time.monotonic() < until:
-        pass
-    await asyncio.sleep(60)
-
-asyncio.run(main(*sys.argv[1:3]))
-"""
+HANGING_WORKER = PROGRAMS / "hanging_worker.py"
 
 
 @pytest.mark.parametrize(
@@ -604,7 +571,7 @@ async def test_hung_worker_is_marked_then_gone_then_back(
     view = await mirror(await open_registry(dynamo_redis_url), "i/")
     arguments = [dynamo_redis_url, dynamo_redis_prefix, str(hang_s), str(loop_stall_s), where]
     process = subprocess.Popen(
-        [sys.executable, "-c", HANGING_WORKER, *arguments], stderr=subprocess.DEVNULL, env=dict(os.environ)
+        [sys.executable, HANGING_WORKER, *arguments], stderr=subprocess.DEVNULL, env=dict(os.environ)
     )
     try:
         await view.until_state({"i/1": b"ready", "i/2": b"plain"})
