@@ -167,17 +167,13 @@ class WorkerCards:
         if self._capacities.get(instance_id) != capacity:
             self._capacities[instance_id] = capacity
             self.version += 1
-            self._use_if_common(capacity.block_size)
-            self.note_block_size(instance_id, capacity.block_size)
+            size = capacity.block_size
+            if self._on_block_size is not None and self._expected is not None and size != self._expected[0]:
+                carded = (c for i, c in self._capacities.items() if i not in self._without_card)
+                if all(known.block_size == size for known in carded):
+                    self._on_block_size(size)
+            self.note_block_size(instance_id, size)
             self._check_plane(instance_id, capacity.event_plane)
-
-    def _use_if_common(self, block_size: int) -> None:
-        """Call `on_block_size` with another size than the expected one, if all cards have it."""
-        if self._on_block_size is None or self._expected is None or block_size == self._expected[0]:
-            return
-        carded = (c for instance_id, c in self._capacities.items() if instance_id not in self._without_card)
-        if all(capacity.block_size == block_size for capacity in carded):
-            self._on_block_size(block_size)
 
 
 class Workers:

@@ -133,7 +133,12 @@ class StreamFollower(_Follower):
                     self._end = await self._begin()
                     self._note_caught_up(self._end)
                 entries = await self._group.read(count=READ_COUNT, block_s=BLOCK_S)
-                self._note_read()
+                if self._may_have_lost:
+                    self._intake.note_possible_loss()
+                    self._may_have_lost = False
+                if not self.connected:
+                    log.info("KV events of %s are followed from %s", self._stream.path, self.position)
+                    self._set_connected(True)
                 await self._apply(entries)
                 self._note_caught_up(self._end if entries else self.position)
                 await self._pace.wait(len(entries))
@@ -182,15 +187,6 @@ class StreamFollower(_Follower):
         self._restored = True
         self.position = position
         return end
-
-    def _note_read(self) -> None:
-        """Tell the intake of a possible loss, if there was one before this read, and note the connection."""
-        if self._may_have_lost:
-            self._intake.note_possible_loss()
-            self._may_have_lost = False
-        if not self.connected:
-            log.info("KV events of %s are followed from %s", self._stream.path, self.position)
-            self._set_connected(True)
 
     async def _apply(self, entries: Sequence[Entry]) -> None:
         """Apply entries, with pauses for other tasks, and acknowledge them."""

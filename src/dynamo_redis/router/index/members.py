@@ -41,8 +41,14 @@ class Members:
 
     def start(self) -> None:
         """Begin to follow."""
+
+        async def follow() -> None:
+            while True:
+                await self._client.wait_for_change(TICK_S)
+                self._compare()
+
         self._compare()
-        self._task = asyncio.create_task(self._supervisor.run(self._follow), name="follow KV workers")
+        self._task = asyncio.create_task(self._supervisor.run(follow), name="follow KV workers")
 
     def note_caught_up(self) -> None:
         """Note that the events of before have been read: forget instances that are not listed, and from now
@@ -64,11 +70,6 @@ class Members:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-
-    async def _follow(self) -> None:
-        while True:
-            await self._client.wait_for_change(TICK_S)
-            self._compare()
 
     def _compare(self) -> None:
         """Compare the listed instances with the known ones: forget those that left, ask those that were

@@ -12,7 +12,7 @@ import logging
 import random
 import time
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 from dynamo_redis.backoff import Backoff
 from dynamo_redis.errors import InvalidRecord, PlaneError
@@ -210,7 +210,13 @@ class Recovery:
             async with call:
                 began_at = time.monotonic()
                 async for item in call:
-                    self._check_plane(item)
+                    worker_plane = item.get("event_plane") if isinstance(item, dict) else None
+                    if worker_plane not in (None, self._event_plane):
+                        raise InvalidRecord(
+                            "an answer to this router",
+                            f"it publishes by {worker_plane}, but this router follows by {self._event_plane}:"
+                            " set DYN_EVENT_PLANE alike",
+                        )
                     reader.apply(item)
                     block_size = item.get("block_size")
                     if self._on_block_size is not None and type(block_size) is int and block_size > 0:
@@ -219,16 +225,6 @@ class Recovery:
                         await asyncio.sleep(0)
                         began_at = time.monotonic()
                     deadline.reschedule(loop.time() + ANSWER_S)
-
-    def _check_plane(self, item: Any) -> None:
-        """Raise InvalidRecord if the worker publishes by another event plane than the one followed here."""
-        worker_plane = item.get("event_plane") if isinstance(item, dict) else None
-        if worker_plane not in (None, self._event_plane):
-            raise InvalidRecord(
-                "an answer to this router",
-                f"it publishes by {worker_plane}, but this router follows by {self._event_plane}:"
-                " set DYN_EVENT_PLANE alike",
-            )
 
     def _note_idle(self) -> None:
         if not self._tasks:
