@@ -24,7 +24,7 @@ async def follow(
             is_first = supervisor.failed_count > 0
             async for batch in watch:
                 puts = {event.record.key for event in batch.events if isinstance(event, Put)}
-                if is_first:
+                if is_first:  # the first batch has puts only: add deletes for keys of the watch before
                     gone = sorted(known - puts)
                     deletes = (Delete(key, batch.revision, DeleteCause.RESYNC) for key in gone)
                     events = (*deletes, *batch.events)

@@ -114,7 +114,7 @@ async def test_wrong_arguments_are_refused_at_once(open_runtime: OpenRuntime) ->
         WorkerMetricsPublisher().publish(kv_used_blocks=3)
 
 
-async def test_without_an_event_plane_nothing_is_told(open_runtime: OpenRuntime) -> None:
+async def test_publishers_without_an_event_plane_send_no_event(open_runtime: OpenRuntime) -> None:
     runtime = await open_runtime(event_plane="none")
     endpoint = runtime.endpoint("demo.llm.generate")
     publisher = KvEventPublisher(endpoint, kv_block_size=BLOCK)
@@ -128,7 +128,7 @@ async def test_without_an_event_plane_nothing_is_told(open_runtime: OpenRuntime)
     assert await runtime.events.list() == []
 
 
-async def test_load_is_told_with_what_is_known(open_runtime: OpenRuntime) -> None:
+async def test_load_has_the_known_values_only(open_runtime: OpenRuntime) -> None:
     runtime = await open_runtime()
     load = WorkerMetricsPublisher()
     await load.create_endpoint(runtime.endpoint("demo.llm.generate"))

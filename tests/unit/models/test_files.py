@@ -334,7 +334,7 @@ async def test_versions_of_a_model_do_not_collide(
     assert len(await objects.list("models")) == len(card.files) + 1
 
 
-async def test_other_content_than_the_card_says_is_refused(
+async def test_content_other_than_the_cards_is_refused(
     objects: MemoryObjectStore, directory: Path, card: ModelCard, tmp_path: Path
 ) -> None:
     await _uploaded(objects, directory, card)

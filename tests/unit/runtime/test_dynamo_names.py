@@ -67,7 +67,7 @@ def test_every_name_has_its_row(names: dict[str, Any], table: dict[str, str]) ->
     assert set(wanted(names)) == set(table)
 
 
-def test_table_names_only_what_exists(names: dict[str, Any], table: dict[str, str]) -> None:
+def test_table_has_existing_names_only(names: dict[str, Any], table: dict[str, str]) -> None:
     for name, parameters in wanted(names).items():
         cls, _, member = name.partition(".")
         if not member:

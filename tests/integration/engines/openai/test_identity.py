@@ -39,7 +39,7 @@ async def test_settings_that_contradict_the_engine_are_named(caplog: pytest.LogC
             assert engine.capacity.context_length == 1024
 
 
-async def test_unset_limit_is_what_the_engines_context_leaves() -> None:
+async def test_unset_limit_is_the_rest_of_the_context() -> None:
     async with running_engine(max_model_len=100) as server, engine_at(server) as engine:
         items = await answer(engine, request(stop_conditions=NO_LIMIT))
         assert items[-1]["finish_reason"] == "length"
