@@ -197,7 +197,16 @@ class _Up:
         held, self._held_lines = self._held_lines or [], None
         for service, line in held:
             self._display.log(service, line)
-        self._announce(url)
+        notice, store = self._display.notice, self._store
+        embedded = "an embedded Redis" if self._deployment.server is not None else "Redis"
+        notice(f"dynamo-redis is up at {url}")
+        notice(f"  {embedded} at {redact(store.require_url())}, prefix {store.prefix}")
+        if self._deployment.models:
+            notice("Try it:")
+            notice(f"  {curl_line(url, self._deployment.models[0])}")
+        else:
+            notice("No worker runs. Start one beside it: dynamo-redis worker mock")
+        notice("Ctrl-C stops everything.")
         while True:
             self._display.status(status)
             await asyncio.sleep(_LOOK_S)
@@ -261,19 +270,6 @@ class _Up:
             models=tuple(str(model["name"]) for model in body.get("models", ())),
             hit_percent=None if body.get("hit_rate") is None else round(100 * body["hit_rate"]),
         )
-
-    def _announce(self, url: str) -> None:
-        notice = self._display.notice
-        store = self._store
-        embedded = "an embedded Redis" if self._deployment.server is not None else "Redis"
-        notice(f"dynamo-redis is up at {url}")
-        notice(f"  {embedded} at {redact(store.require_url())}, prefix {store.prefix}")
-        if self._deployment.models:
-            notice("Try it:")
-            notice(f"  {curl_line(url, self._deployment.models[0])}")
-        else:
-            notice("No worker runs. Start one beside it: dynamo-redis worker mock")
-        notice("Ctrl-C stops everything.")
 
     def _environment(self) -> dict[str, str]:
         """Return the services' environment: the options of `up`, and the registry's address."""

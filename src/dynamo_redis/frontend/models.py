@@ -108,8 +108,11 @@ class LiveModels:
     # ----------------------------------------------------------------- lifetime
 
     async def __aenter__(self) -> Self:
-        registry = self._runtime.registry
-        self._start(follow(registry, MODEL_CARDS, self._on_batch, self._supervisor))
+        def on_batch(batch: WatchBatch) -> None:
+            self.apply(batch)
+            self.first_state.set()
+
+        self._start(follow(self._runtime.registry, MODEL_CARDS, on_batch, self._supervisor))
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -190,10 +193,6 @@ class LiveModels:
         return await model.client.generate(request, False, context, among=model.among)
 
     # ----------------------------------------------------------------- the watch
-
-    def _on_batch(self, batch: WatchBatch) -> None:
-        self.apply(batch)
-        self.first_state.set()
 
     def apply(self, batch: WatchBatch) -> None:
         """Apply a batch to the set. Loading goes on in the background.

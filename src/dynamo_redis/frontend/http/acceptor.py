@@ -75,7 +75,12 @@ class Acceptor:
 
     def _accept(self, sock: socket.socket) -> None:
         """Open a connection, or refuse it at the maximum."""
-        if len(self._connections) + len(self._opening) >= self._max_count and not self._evict_one():
+        is_full = len(self._connections) + len(self._opening) >= self._max_count
+        if is_full and self._waiting:
+            oldest = next(iter(self._waiting))
+            del self._waiting[oldest]
+            oldest.evict()
+        elif is_full:
             self._log.log(
                 "connections are refused: %d are open, and all have a request (DYN_HTTP_MAX_CONNECTIONS, or "
                 "the limit of open files)",
@@ -94,15 +99,6 @@ class Acceptor:
             await self._loop.connect_accepted_socket(self._make_protocol, sock)
         except OSError:  # the client has left already
             sock.close()
-
-    def _evict_one(self) -> bool:
-        """Close the connection that has waited longest. Return False if all have a request."""
-        if not self._waiting:
-            return False
-        connection = next(iter(self._waiting))
-        del self._waiting[connection]
-        connection.evict()
-        return True
 
 
 def refuse_connection(sock: socket.socket, error: PlaneError) -> None:
