@@ -541,7 +541,7 @@ async def test_streams_are_listed_with_their_groups(plane: Plane) -> None:
 
 
 async def test_topic_reaches_its_subscribers(plane: Plane) -> None:
-    assert await plane.streams.publish(ODD, b"nobody hears it") == 0
+    assert await plane.streams.publish(ODD, b"without a subscriber") == 0
     one, two = await plane.streams.subscribe(ODD), await plane.streams.subscribe(ODD)
     other = await plane.streams.subscribe(STREAM)
     for number in range(100):
@@ -551,7 +551,7 @@ async def test_topic_reaches_its_subscribers(plane: Plane) -> None:
     assert await other.next(0.01) is None
     for subscription in (one, two, other):
         await subscription.aclose()
-    await plane.streams.publish(ODD, b"nobody hears it")
+    await plane.streams.publish(ODD, b"without a subscriber")
 
 
 # ---------------------------------------------------------------------------- by hand, on servers

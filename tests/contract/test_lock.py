@@ -149,7 +149,7 @@ async def test_waiting_ends_at_the_deadline(deployed: Deployed) -> None:
 
 async def test_the_lock_of_a_dead_holder_ends_with_its_ttl(deployed: Deployed) -> None:
     lock, keys = deployed.locks.lock("a"), deployed.keys("a")
-    token = await deployed.storage.acquire(keys, "dead", 0.1, "nobody")
+    token = await deployed.storage.acquire(keys, "dead", 0.1, "p")
     assert isinstance(token, int)
     async with lock.hold(timeout_s=WAIT_S) as held:
         assert held.fencing_token > token
