@@ -18,7 +18,7 @@ from dynamo_redis.engines.demo_model import DEMO_MODEL_PATH
 from dynamo_redis.engines.mock.engine import MockEngine
 from dynamo_redis.engines.worker import serve_engine
 from dynamo_redis.frontend.http.server import serve_frontend
-from dynamo_redis.models.files import ModelDirectory, read_model_directory
+from dynamo_redis.models.directory import ModelDirectory, read_model_directory
 from dynamo_redis.models.llm_protocol import GenerateItem, GenerateRequest
 from dynamo_redis.names import EndpointName
 from dynamo_redis.planes.context import Context

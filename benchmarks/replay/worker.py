@@ -24,7 +24,7 @@ from dynamo_redis.config import ModelSettings
 from dynamo_redis.engines.mock.engine import MockEngine
 from dynamo_redis.engines.worker import open_model, serve_engine
 from dynamo_redis.events.kv_publisher import KvPublisher
-from dynamo_redis.models.files import ModelDirectory
+from dynamo_redis.models.directory import ModelDirectory
 from dynamo_redis.runtime import DistributedRuntime
 
 

@@ -19,13 +19,8 @@ from dynamo_redis.events.load_publisher import LoadPublisher
 from dynamo_redis.events.worker_events import WorkerEvents
 from dynamo_redis.models.card import ModelCard, RuntimeConfig
 from dynamo_redis.models.chat_template import ChatTemplate
-from dynamo_redis.models.files import (
-    ModelDirectory,
-    keep_model_files,
-    make_card,
-    publish_model,
-    read_model_directory,
-)
+from dynamo_redis.models.directory import ModelDirectory, read_model_directory
+from dynamo_redis.models.upload import keep_model_files, make_card, publish_model
 from dynamo_redis.names import EndpointName
 from dynamo_redis.runtime.handlers import AnyHandler
 from dynamo_redis.runtime.runtime import DistributedRuntime

@@ -11,7 +11,8 @@ from dynamo_redis.errors import DynamoRedisError, ModelCacheError, ModelError
 from dynamo_redis.frontend.tokens import Tokenizer
 from dynamo_redis.models.card import ModelCard
 from dynamo_redis.models.chat_template import ChatTemplate
-from dynamo_redis.models.files import fetch_model_files, read_model_directory
+from dynamo_redis.models.directory import read_model_directory
+from dynamo_redis.models.download import fetch_model_files
 from dynamo_redis.store.base import ObjectStore
 
 

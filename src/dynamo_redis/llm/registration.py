@@ -15,13 +15,8 @@ from dynamo_redis.llm.model_names import ModelInput, ModelRuntimeConfig, ModelTy
 from dynamo_redis.llm.publishers import place_of
 from dynamo_redis.models.card import ModelCard, ModelKind, RuntimeConfig
 from dynamo_redis.models.chat_template import ChatTemplate
-from dynamo_redis.models.files import (
-    ModelDirectory,
-    keep_model_files,
-    make_card,
-    publish_model,
-    read_model_directory,
-)
+from dynamo_redis.models.directory import ModelDirectory, read_model_directory
+from dynamo_redis.models.upload import keep_model_files, make_card, publish_model
 from dynamo_redis.names import EndpointName
 from dynamo_redis.runtime.awaitables import started
 from dynamo_redis.runtime.endpoint import Endpoint

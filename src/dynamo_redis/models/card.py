@@ -14,7 +14,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from dynamo_redis.decoding import StoredModel, VersionedModel
-from dynamo_redis.errors import InvalidRecord
+from dynamo_redis.errors import InvalidRecord, ModelError
 from dynamo_redis.names import MODEL_CARDS, EndpointName, InstanceId, decode_segment, parse_instance_id
 
 CARD_VERSION = 1
@@ -47,6 +47,7 @@ ModelKind = Literal["chat", "completions", "chat+completions"]
 MAX_RANKS = 4096
 """The greatest `data_parallel_size` of a card: a router has an entry for each rank."""
 
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _Count = Annotated[int, Field(ge=1, lt=1 << 63)]
 
 
@@ -92,6 +93,27 @@ class ModelCard(VersionedModel):
         files = sorted((name, file.sha256) for name, file in self.files.items())
         content = [self.context_length, self.model_type, self.model_input, files]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+    def checked_files(self) -> dict[str, FileReference]:
+        """Return the references of the files that a frontend fetches, by name, in the order of upload.
+
+        Only known names are among them, since a frontend makes paths of these names, and the registry's data
+        is not trusted. Raises ModelError if a required file is missing, there are too many templates, or a
+        sha256 is not valid.
+        """
+        for name in REQUIRED_MODEL_FILES:
+            if name not in self.files:
+                raise ModelError(f"the card of model {self.display_name!r} names no {name}")
+        additional = sorted(name for name in self.files if ADDITIONAL_TEMPLATE.fullmatch(name))
+        if len(additional) > MAX_ADDITIONAL_TEMPLATES:
+            raise ModelError(
+                f"the card of model {self.display_name!r} names {len(additional)} chat templates"
+            )
+        wanted = {name: self.files[name] for name in (*MODEL_FILES, *additional) if name in self.files}
+        for name, reference in wanted.items():
+            if not _SHA256.fullmatch(reference.sha256):
+                raise ModelError(f"the card of model {self.display_name!r} has no valid sha256 for {name}")
+        return wanted
 
 
 def parse_card_key(key: str) -> tuple[EndpointName, InstanceId]:

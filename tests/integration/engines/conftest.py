@@ -14,7 +14,7 @@ from dynamo_redis.config import MockEngineSettings
 from dynamo_redis.engines.demo_model import DEMO_MODEL_PATH
 from dynamo_redis.engines.mock.engine import MockEngine
 from dynamo_redis.engines.worker import serve_engine
-from dynamo_redis.models.files import read_model_directory
+from dynamo_redis.models.directory import read_model_directory
 from dynamo_redis.runtime import DistributedRuntime, Settings
 
 ENDPOINT = "dynamo.backend.generate"

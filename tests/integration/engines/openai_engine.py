@@ -16,7 +16,7 @@ from dynamo_redis.engines.base import BlocksRemoved, BlocksStored, KvEvent
 from dynamo_redis.engines.demo_model import DEMO_MODEL_PATH
 from dynamo_redis.engines.mock.engine import MockEngine
 from dynamo_redis.errors import InvalidRequest
-from dynamo_redis.models.files import read_model_directory
+from dynamo_redis.models.directory import read_model_directory
 from dynamo_redis.models.llm_protocol import GenerateItem, GenerateRequest
 from dynamo_redis.planes.context import Context
 from tests.integration.engines.kv_event_server import ALL_CLEARED, KvEventServer, block_removed, block_stored

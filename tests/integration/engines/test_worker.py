@@ -17,7 +17,8 @@ from dynamo_redis.engines.mock.engine import MockEngine
 from dynamo_redis.engines.worker import serve_engine
 from dynamo_redis.errors import InvalidRequest, ModelError, Overloaded
 from dynamo_redis.models.card import ModelCard
-from dynamo_redis.models.files import fetch_model_files, read_model_directory
+from dynamo_redis.models.directory import read_model_directory
+from dynamo_redis.models.download import fetch_model_files
 from dynamo_redis.names import INSTANCES, MODEL_CARDS
 from dynamo_redis.runtime import Context, DistributedRuntime
 from dynamo_redis.store.base import Delete, DeleteCause, Put, Registry

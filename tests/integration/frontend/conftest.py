@@ -22,8 +22,9 @@ from dynamo_redis.frontend.http.server import bind, run_server, url_of
 from dynamo_redis.frontend.models import LiveModels
 from dynamo_redis.frontend.prompts import Preparation
 from dynamo_redis.frontend.tokens import Tokenizer
-from dynamo_redis.models.files import make_card, read_model_directory, upload_model_files
+from dynamo_redis.models.directory import read_model_directory
 from dynamo_redis.models.llm_protocol import GenerateItem, GenerateRequest
+from dynamo_redis.models.upload import make_card, upload_model_files
 from dynamo_redis.names import EndpointName, InstanceId
 from dynamo_redis.planes.context import Context
 from dynamo_redis.runtime.instance import Instance

@@ -18,7 +18,7 @@ from dynamo_redis.errors import StoreUnavailable
 from dynamo_redis.frontend import model_loading, models
 from dynamo_redis.frontend.http.errors import ApiError
 from dynamo_redis.models import chat_template
-from dynamo_redis.models import files as model_files
+from dynamo_redis.models.download import fetch_model_files
 from dynamo_redis.names import EndpointName
 from dynamo_redis.planes.context import Context
 from dynamo_redis.store.base import DeleteCause
@@ -119,7 +119,7 @@ async def test_requests_that_race_the_load_are_told_to_come_back(
     await frontend.until(lambda: frontend.models.first_state.is_set())
     assert status_of(frontend, "m") == 404
     go_on = asyncio.Event()
-    fetch = model_files.fetch_model_files
+    fetch = fetch_model_files
 
     async def slow(*args: Any) -> Path:
         await go_on.wait()
@@ -265,7 +265,7 @@ async def test_a_broken_card_beside_a_good_one_of_the_same_model(frontend: Any, 
 async def test_loading_goes_on_when_redis_comes_back(
     frontend: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    fetch = model_files.fetch_model_files
+    fetch = fetch_model_files
     attempts = 0
 
     async def failing(*args: Any) -> Path:
@@ -293,7 +293,7 @@ async def test_cache_that_is_put_right_heals_by_itself(
 ) -> None:
     """A file takes the place of the directory, or the directory is emptied before its files are read."""
     monkeypatch.setattr(models, "_RETRY_PAUSE_S", (0.02, 0.1))
-    cache, fetch = tmp_path / "cache", model_files.fetch_model_files
+    cache, fetch = tmp_path / "cache", fetch_model_files
 
     async def emptied(*args: Any) -> Path:
         directory = await fetch(*args)

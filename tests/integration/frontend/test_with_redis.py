@@ -21,7 +21,7 @@ from dynamo_redis.engines.mock.engine import MockEngine
 from dynamo_redis.engines.worker import serve_engine
 from dynamo_redis.errors import ConfigError
 from dynamo_redis.frontend.http.server import bind, serve_frontend
-from dynamo_redis.models.files import ModelDirectory, read_model_directory
+from dynamo_redis.models.directory import ModelDirectory, read_model_directory
 from dynamo_redis.models.llm_protocol import GenerateItem, GenerateRequest
 from dynamo_redis.planes.context import Context
 from dynamo_redis.runtime import DistributedRuntime, Settings
@@ -277,7 +277,7 @@ async def test_files_that_vanish_come_back_from_their_workers(
 
     A frontend without a cache then starts.
     """
-    monkeypatch.setattr("dynamo_redis.models.files.CHECK_S", 0.2)
+    monkeypatch.setattr("dynamo_redis.models.upload.CHECK_S", 0.2)
     await deployment.worker()
     with Redis.from_url(dynamo_redis_url) as redis:
         keys = list(redis.scan_iter(f"{{{dynamo_redis_prefix}/object*"))

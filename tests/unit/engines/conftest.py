@@ -9,7 +9,7 @@ import pytest
 from dynamo_redis.engines.base import AllBlocksCleared, BlocksRemoved, BlocksStored, KvEvent
 from dynamo_redis.engines.demo_model import DEMO_MODEL_PATH
 from dynamo_redis.events.block_hashes import chain, local_hashes
-from dynamo_redis.models.files import ModelDirectory, read_model_directory
+from dynamo_redis.models.directory import ModelDirectory, read_model_directory
 
 
 class EventOracle:

@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from dynamo_redis.engines.demo_model import DEMO_MODEL_PATH
-from dynamo_redis.models.files import ModelDirectory
+from dynamo_redis.models.directory import ModelDirectory
 
 
 @pytest.fixture(scope="module")

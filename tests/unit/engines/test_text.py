@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from dynamo_redis.engines.text import SENTENCE_COUNT, Phrasebook, sentences
-from dynamo_redis.models.files import ModelDirectory
+from dynamo_redis.models.directory import ModelDirectory
 
 
 @pytest.fixture(scope="module")

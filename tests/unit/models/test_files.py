@@ -16,14 +16,9 @@ import pytest
 from dynamo_redis.engines.demo_model import DEMO_MODEL_PATH
 from dynamo_redis.errors import ModelCacheError, ModelError, ObjectChanged, ObjectNotFound, StoreRefused
 from dynamo_redis.models.card import FileReference, ModelCard, RuntimeConfig
-from dynamo_redis.models.files import (
-    fetch_model_files,
-    keep_model_files,
-    make_card,
-    publish_model,
-    read_model_directory,
-    upload_model_files,
-)
+from dynamo_redis.models.directory import read_model_directory
+from dynamo_redis.models.download import fetch_model_files
+from dynamo_redis.models.upload import keep_model_files, make_card, publish_model, upload_model_files
 from dynamo_redis.names import EndpointName, InstanceId
 from dynamo_redis.store.base import ObjectInfo, Registration, Registry
 from dynamo_redis.store.objects.memory import MemoryObjectStore
@@ -409,7 +404,7 @@ async def test_files_that_vanish_are_uploaded_again(
     """Also after a time in which uploads failed."""
     objects = Refusing()
     await _uploaded(objects, directory, card)
-    monkeypatch.setattr("dynamo_redis.models.files.CHECK_S", 0.01)
+    monkeypatch.setattr("dynamo_redis.models.upload.CHECK_S", 0.01)
     keeping = asyncio.create_task(keep_model_files(objects, read_model_directory(directory), card))
     try:
         async with asyncio.timeout(20):

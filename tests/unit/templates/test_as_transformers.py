@@ -14,7 +14,7 @@ import pytest
 
 from dynamo_redis.engines.demo_model import DEMO_MODEL_PATH
 from dynamo_redis.errors import TemplateError
-from dynamo_redis.models.files import read_model_directory
+from dynamo_redis.models.directory import read_model_directory
 from dynamo_redis.templates.rendering import CompiledTemplates
 
 VECTORS: dict[str, Any] = json.loads(

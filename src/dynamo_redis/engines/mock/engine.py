@@ -26,7 +26,7 @@ from dynamo_redis.engines.text import Phrasebook
 from dynamo_redis.errors import ConfigError, Draining, InvalidRequest, ModelError
 from dynamo_redis.events.block_hashes import chain, local_hashes
 from dynamo_redis.events.kv_publisher import KvPublisher
-from dynamo_redis.models.files import ModelDirectory
+from dynamo_redis.models.directory import ModelDirectory
 from dynamo_redis.models.llm_protocol import GUIDED_BY, GenerateItem, GenerateRequest
 from dynamo_redis.planes.context import Context
 from dynamo_redis.runtime.handlers import AnyHandler

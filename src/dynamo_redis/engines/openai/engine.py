@@ -39,7 +39,7 @@ from dynamo_redis.errors import (
     RequestCancelled,
 )
 from dynamo_redis.events.kv_publisher import KvPublisher
-from dynamo_redis.models.files import ModelDirectory
+from dynamo_redis.models.directory import ModelDirectory
 from dynamo_redis.models.llm_protocol import GenerateItem, GenerateRequest
 from dynamo_redis.planes.context import Context
 from dynamo_redis.runtime.handlers import AnyHandler

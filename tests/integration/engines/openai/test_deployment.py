@@ -18,7 +18,7 @@ from dynamo_redis.engines.openai.engine import OpenAIEngine
 from dynamo_redis.engines.worker import serve_engine
 from dynamo_redis.events.block_hashes import chain, local_hashes
 from dynamo_redis.frontend.http.server import serve_frontend
-from dynamo_redis.models.files import read_model_directory
+from dynamo_redis.models.directory import read_model_directory
 from dynamo_redis.router.base import Worker
 from dynamo_redis.router.index.indexer import Indexer
 from dynamo_redis.runtime import DistributedRuntime, ejection

@@ -26,7 +26,7 @@ from dynamo_redis.errors import (
 )
 from dynamo_redis.events.block_hashes import chain, local_hashes
 from dynamo_redis.events.kv_publisher import KvPublisher
-from dynamo_redis.models.files import read_model_directory
+from dynamo_redis.models.directory import read_model_directory
 from dynamo_redis.models.llm_protocol import GenerateItem, GenerateRequest
 from dynamo_redis.planes.context import Context
 from dynamo_redis.router.base import Worker

@@ -23,7 +23,7 @@ from dynamo_redis.config import OpenAIEngineSettings
 from dynamo_redis.engines.demo_model import DEMO_MODEL_PATH
 from dynamo_redis.engines.openai.engine import OpenAIEngine
 from dynamo_redis.errors import InvalidRequest
-from dynamo_redis.models.files import read_model_directory
+from dynamo_redis.models.directory import read_model_directory
 from dynamo_redis.models.llm_protocol import GenerateItem, GenerateRequest
 from dynamo_redis.planes.context import Context
 

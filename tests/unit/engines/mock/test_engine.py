@@ -19,7 +19,7 @@ from dynamo_redis.config import MockEngineSettings
 from dynamo_redis.engines.base import AllBlocksCleared, Engine, KvEvent, KvEventSink
 from dynamo_redis.engines.mock.engine import MockEngine
 from dynamo_redis.errors import ConfigError, Draining, InvalidRequest, ModelError, Overloaded
-from dynamo_redis.models.files import ModelDirectory, ModelFile
+from dynamo_redis.models.directory import ModelDirectory, ModelFile
 from dynamo_redis.models.llm_protocol import GenerateItem, GenerateRequest
 from dynamo_redis.planes.context import Context
 
