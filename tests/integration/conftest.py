@@ -77,7 +77,9 @@ async def open_runtime(dynamo_redis_url: str, dynamo_redis_prefix: str) -> Async
     opened: list[DistributedRuntime] = []
 
     async def open_(**overrides: Any) -> DistributedRuntime:
-        settings = {"redis_url": dynamo_redis_url, "prefix": dynamo_redis_prefix, "drain_s": 2, **overrides}
+        here = {"redis_url": dynamo_redis_url, "prefix": dynamo_redis_prefix}
+        # A call that is not read has one try to connect: on a busy machine that takes its time.
+        settings = {**here, "drain_s": 2, "connect_timeout_s": 30, **overrides}
         runtime = DistributedRuntime(settings=Settings.load(**settings))
         opened.append(runtime)
         await runtime.start()
