@@ -36,9 +36,22 @@ class RouterAnswer:
 async def ask_states(runtime: DistributedRuntime) -> list[RouterAnswer]:
     """Return the states of all routers, each asked for 5 s at most, ordered by component and instance; at the
     end, the records of routers that cannot be read. Raises StoreError."""
+
+    async def ask(record: Record) -> RouterAnswer:
+        """Ask the router with this record."""
+        try:
+            instance = Instance.from_record(record)
+            async with await runtime.endpoint(str(instance.name)).client() as client:
+                call = await client.direct({}, instance.instance_id, False, _context())
+                return RouterAnswer(record.key, check_state(await collect_one(call)))
+        except InvalidRecord as exc:
+            return RouterAnswer(record.key, None, str(exc), is_readable=False)
+        except (DynamoRedisError, RuntimeError) as exc:
+            return RouterAnswer(record.key, None, str(exc))
+
     found = await runtime.registry.get_prefix(INSTANCES)
     routers = [record for record in found.records if _is_of_router(record.key)]
-    answers = await asyncio.gather(*(_ask_state(runtime, record) for record in routers))
+    answers = await asyncio.gather(*map(ask, routers))
     _, invalid = await list_routers(runtime.registry)
     unreadable = [*(exc for exc in found.invalid if _is_of_router(exc.key)), *invalid]
     return [*answers, *(RouterAnswer(exc.key, None, str(exc), is_readable=False) for exc in unreadable)]
@@ -51,19 +64,6 @@ def _is_of_router(key: str) -> bool:
         return is_state_endpoint(EndpointName(namespace, component, endpoint))
     except ValueError:
         return False
-
-
-async def _ask_state(runtime: DistributedRuntime, record: Record) -> RouterAnswer:
-    """Ask the router with this record."""
-    try:
-        instance = Instance.from_record(record)
-        async with await runtime.endpoint(str(instance.name)).client() as client:
-            call = await client.direct({}, instance.instance_id, False, _context())
-            return RouterAnswer(record.key, check_state(await collect_one(call)))
-    except InvalidRecord as exc:
-        return RouterAnswer(record.key, None, str(exc), is_readable=False)
-    except (DynamoRedisError, RuntimeError) as exc:
-        return RouterAnswer(record.key, None, str(exc))
 
 
 async def ask_best_worker(

@@ -139,8 +139,6 @@ class KvRouter:
         self._cards.start()
         closes(self._cards.aclose)
         index = self._make_index()
-        if self._runtime.settings.events.event_plane != "none":
-            self._make_load_sources()
         self._make_chooser(index)
         if not self._learns_block_size:
             self._expect_cards()
@@ -234,7 +232,24 @@ class KvRouter:
         return self._predicted
 
     def _make_chooser(self, index: Indexer | PredictedIndex) -> None:
-        """Make the chooser, of all other parts."""
+        """Make the chooser, and the readers of load that is not of this router's own choices: the workers'
+        reports, and the bookings of other routers."""
+        runtime, place = self._runtime, (self.endpoint.namespace, self.endpoint.component)
+        events = runtime.settings.events
+        has_events = events.event_plane != "none"
+        if has_events and self._settings.active_decode_blocks_threshold is not None:
+            self._metrics = LoadMetrics(runtime.events, *place, self._book, on_change=self._lines.wake)
+        if has_events and self._settings.router_replica_sync:
+            self._sync = BookingSync(
+                runtime.events,
+                runtime.registry,
+                *place,
+                self._publisher,
+                # Events are not held back to fill a batch: late bookings make other routers choose wrongly.
+                events.model_copy(update={"event_linger_s": 0.0}),
+                self._book,
+                lambda: self.chooser.bookings.values(),
+            )
 
         def predict(worker: Worker, hashes: Sequence[int]) -> None:
             if self._predicted is not None:
@@ -253,25 +268,6 @@ class KvRouter:
             predict=None if self._predicted is None else predict,
             listener=self._sync,
         )
-
-    def _make_load_sources(self) -> None:
-        """Make the readers of load that is not of this router's choices: the workers' reports, and the
-        bookings of other routers."""
-        runtime, place = self._runtime, (self.endpoint.namespace, self.endpoint.component)
-        if self._settings.active_decode_blocks_threshold is not None:
-            self._metrics = LoadMetrics(runtime.events, *place, self._book, on_change=self._lines.wake)
-        if self._settings.router_replica_sync:
-            # Late bookings make other routers choose wrongly, so events are not held back to fill a batch.
-            at_once = runtime.settings.events.model_copy(update={"event_linger_s": 0.0})
-            self._sync = BookingSync(
-                runtime.events,
-                runtime.registry,
-                *place,
-                self._publisher,
-                at_once,
-                self._book,
-                lambda: self.chooser.bookings.values(),
-            )
 
     # ----------------------------------------------------------------- requests
 

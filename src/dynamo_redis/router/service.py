@@ -81,9 +81,17 @@ class RouterService:
                 f"this router chooses among {self._router.endpoint}, not among {wanted}: start another with "
                 f"--endpoint {wanted}, and let the frontend that serves that model use it"
             )
+        among = routing.get("among")
+        if among is not None:
+            if not isinstance(among, list) or not all(type(instance_id) is int for instance_id in among):
+                raise InvalidRequest("routing.among must be a list of instance ids")
+            among = frozenset(among)
+            if among != self._among:
+                self._among = among
+            among = self._among  # the same object for the same ids: their workers are found again by it
         is_answered = False
         try:
-            call = await self._router.generate(request, False, context, among=self._read_among(routing))
+            call = await self._router.generate(request, False, context, among=among)
             async for item in call:
                 is_answered = True
                 yield item
@@ -103,19 +111,6 @@ class RouterService:
         async with self._router.reserve(request, context) as choice:
             yield describe_choice(choice, self._router.block_size)
             await context.async_killed_or_stopped()
-
-    def _read_among(self, routing: dict[str, Any]) -> Collection[int] | None:
-        """Return the instances to choose among. It is the same object for the same ids as before, so that
-        their workers are found again by it. Raises InvalidRequest."""
-        among = routing.get("among")
-        if among is None:
-            return None
-        if not isinstance(among, list) or not all(type(instance_id) is int for instance_id in among):
-            raise InvalidRequest("routing.among must be a list of instance ids")
-        ids = frozenset(among)
-        if ids != self._among:
-            self._among = ids
-        return self._among
 
 
 class RouterClient:

@@ -41,8 +41,8 @@ from dynamo_redis.router.choice.load_book import LoadBook
 from dynamo_redis.router.choice.peers import Peers
 from dynamo_redis.router.pace import Pace
 from dynamo_redis.runtime.following import follow, key_of
-from dynamo_redis.store.base import DeleteCause, Put, Record, Registry, WatchBatch
-from dynamo_redis.store.event_base import Entry, EventStreams, EventTail, StreamName, entry_order
+from dynamo_redis.store.base import DeleteCause, Put, Registry, WatchBatch
+from dynamo_redis.store.event_base import Entry, EventStreams, StreamName, entry_order
 from dynamo_redis.supervision import Supervisor
 from dynamo_redis.wire.event import EventBatch, PublisherId
 from dynamo_redis.wire.topics import ACTIVE_SEQUENCES
@@ -192,7 +192,13 @@ class BookingSync:
             owner = decode_segment(key_of(event).removeprefix(self._records))
             if isinstance(event, Put):
                 routers.add(owner)
-                if not self._reads_bookings(event.record):
+                try:
+                    settings = RouterRecord.from_record(event.record).settings
+                    reads_bookings = settings.get("router_replica_sync") is not False
+                except InvalidRecord as exc:
+                    self._supervisor.skip(event.record.key, exc)
+                    reads_bookings = True
+                if not reads_bookings:
                     self._peers.remove(owner)
                 elif owner != self._owner:
                     has_come |= self._peers.note_listed(owner)
@@ -211,21 +217,22 @@ class BookingSync:
         self._rest_if_alone()
         self._peers_changed.set()
 
-    def _reads_bookings(self, record: Record) -> bool:
-        """Return whether a router reads the bookings of other routers, by its record."""
-        try:
-            return RouterRecord.from_record(record).settings.get("router_replica_sync") is not False
-        except InvalidRecord as exc:
-            self._supervisor.skip(record.key, exc)
-            return True
-
     async def _read(self) -> None:
         """Read the stream: its last `LEASE_S`, and then each entry as it comes."""
         tail = self._streams.tail(self._stream, max_age_s=LEASE_S)
         pace = Pace(PACE_S, _READ_COUNT)
 
         async def read_on() -> None:
-            await self._catch_up(tail)
+            now_ms = await self._streams.time_ms()
+            # A read of large entries may return fewer than asked for, although more follow.
+            while entries := await tail.read(count=_READ_COUNT, block_s=_OLD_BLOCK_S):
+                for entry in entries:
+                    self.apply(entry, age_s=max(now_ms - entry_order(entry.entry_id)[0], 0) / 1000)
+                if entry_order(entries[-1].entry_id)[0] > now_ms:
+                    break
+            if not self._has_caught_up:
+                self._has_caught_up = True
+                self._drop_dead_routers()
             while True:
                 entries = await tail.read(count=_READ_COUNT, block_s=_BLOCK_S)
                 for entry in entries:
@@ -236,19 +243,6 @@ class BookingSync:
             await self._supervisor.run(read_on)
         finally:
             await tail.aclose()
-
-    async def _catch_up(self, tail: EventTail) -> None:
-        """Read the messages that are in the stream already."""
-        now_ms = await self._streams.time_ms()
-        # A read of large entries may return fewer than asked for, although more follow.
-        while entries := await tail.read(count=_READ_COUNT, block_s=_OLD_BLOCK_S):
-            for entry in entries:
-                self.apply(entry, age_s=max(now_ms - entry_order(entry.entry_id)[0], 0) / 1000)
-            if entry_order(entries[-1].entry_id)[0] > now_ms:
-                break
-        if not self._has_caught_up:
-            self._has_caught_up = True
-            self._drop_dead_routers()
 
     def _drop_dead_routers(self) -> None:
         """End the bookings of routers that died before this one started, once both the old messages and the
@@ -261,6 +255,18 @@ class BookingSync:
     def apply(self, entry: Entry, *, age_s: float = 0.0) -> None:
         """Apply an entry that was sent `age_s` ago. This router's own entries, and entries that cannot be
         read, are skipped."""
+
+        def apply_event(event: Any) -> None:
+            match event:
+                case ["add", *described]:
+                    self._add(owner, read_booking(described), age_s)
+                case ["prefill_done", str(request_id), *_]:
+                    self._book.prefill_done(owner, request_id)
+                case ["free", str(request_id), *_]:
+                    self._book.free(owner, request_id)
+                case ["active", list(active), *_]:
+                    self._add_all(owner, active, age_s)
+
         try:
             batch = EventBatch.from_bytes(entry.content)
         except InvalidRecord as exc:
@@ -276,23 +282,7 @@ class BookingSync:
                 self._greet()
             self._peers_changed.set()
         # An event that is broken is skipped alone: the next renewal has the bookings that count.
-        self._supervisor.each(
-            batch.events,
-            lambda event: self._apply_event(owner, event, age_s),
-            lambda _: f"an event of {owner}",
-        )
-
-    def _apply_event(self, owner: str, event: Any, age_s: float) -> None:
-        """Apply one message of another router."""
-        match event:
-            case ["add", *described]:
-                self._add(owner, read_booking(described), age_s)
-            case ["prefill_done", str(request_id), *_]:
-                self._book.prefill_done(owner, request_id)
-            case ["free", str(request_id), *_]:
-                self._book.free(owner, request_id)
-            case ["active", list(active), *_]:
-                self._add_all(owner, active, age_s)
+        self._supervisor.each(batch.events, apply_event, lambda _: f"an event of {owner}")
 
     def _add_all(self, owner: str, active: list[Any], age_s: float) -> None:
         """Book all bookings of an "active" message."""

@@ -51,9 +51,20 @@ class LoadMetrics:
 
     def start(self) -> None:
         """Begin to listen."""
+
+        async def listen() -> None:
+            subscription = await self._streams.subscribe(self._topic)
+            try:
+                while True:
+                    message = await subscription.next(_LISTEN_S)
+                    if message is not None:
+                        self.apply(message)
+            finally:
+                await subscription.aclose()
+
         if self._reader is None:
             self._reader = asyncio.create_task(
-                self._supervisor.run(self._listen), name=f"load metrics {self._topic.path}"
+                self._supervisor.run(listen), name=f"load metrics {self._topic.path}"
             )
 
     async def aclose(self) -> None:
@@ -96,13 +107,3 @@ class LoadMetrics:
             self._used[worker] = (active, known_total, self._clock.monotonic())
             self._book.report(worker, active)
         self._on_change()
-
-    async def _listen(self) -> None:
-        subscription = await self._streams.subscribe(self._topic)
-        try:
-            while True:
-                message = await subscription.next(_LISTEN_S)
-                if message is not None:
-                    self.apply(message)
-        finally:
-            await subscription.aclose()

@@ -226,10 +226,28 @@ class Workers:
         return []
 
     def without_busy(self, workers: Sequence[Worker], book: LoadBook) -> Sequence[Worker]:
-        """Return the workers whose load is below the thresholds; all of them where no threshold is set."""
-        if self._most_used is None and self._most_prefill_tokens is None:
+        """Return the workers whose load is below the thresholds; all of them where no threshold is set.
+
+        The threshold of used KV blocks does not count for a worker whose total of blocks is not known.
+        """
+        most_used, most_prefill_tokens = self._most_used, self._most_prefill_tokens
+        if most_used is None and most_prefill_tokens is None:
             return workers
-        return [worker for worker in workers if not self._is_busy(worker, book)]
+        free = []
+        for worker in workers:
+            load = book.load(worker)
+            if most_prefill_tokens is not None and load.prefill_tokens > most_prefill_tokens:
+                continue
+            if most_used is not None:
+                capacity = self._cards.get(worker.instance_id)
+                total_blocks = None if capacity is None else capacity.total_blocks
+                reported = None if self._metrics is None else self._metrics.used_blocks(worker)
+                if reported is not None:
+                    total_blocks = reported[1] or total_blocks
+                if total_blocks is not None and total_blocks > 0 and load.blocks / total_blocks > most_used:
+                    continue
+            free.append(worker)
+        return free
 
     def _ranks(self, members: Iterable[Member]) -> list[Worker]:
         """Return all ranks of these instances; one each where the card is not known."""
@@ -239,18 +257,3 @@ class Workers:
             rank_count = 1 if capacity is None else capacity.rank_count
             workers += [Worker(member.instance_id, rank) for rank in range(rank_count)]
         return workers
-
-    def _is_busy(self, worker: Worker, book: LoadBook) -> bool:
-        """Return whether a worker's load is above a threshold. Without a known total of its KV blocks, their
-        use is not."""
-        load = book.load(worker)
-        if self._most_prefill_tokens is not None and load.prefill_tokens > self._most_prefill_tokens:
-            return True
-        if self._most_used is None:
-            return False
-        capacity = self._cards.get(worker.instance_id)
-        total_blocks = None if capacity is None else capacity.total_blocks
-        reported = None if self._metrics is None else self._metrics.used_blocks(worker)
-        if reported is not None:
-            total_blocks = reported[1] or total_blocks
-        return total_blocks is not None and total_blocks > 0 and load.blocks / total_blocks > self._most_used

@@ -230,7 +230,15 @@ class TopicFollower(_Follower):
                     self._set_connected(True)
                     self._intake.note_possible_loss()
                     self._intake.note_caught_up()
-                await self._read(self._subscription)
+                subscription = self._subscription
+                message = await subscription.next(BLOCK_S)
+                until = time.monotonic() + SLICE_S
+                while message is not None:
+                    self._intake.apply(message)
+                    if time.monotonic() > until:
+                        await asyncio.sleep(0)
+                        break
+                    message = await subscription.next(BLOCK_S)
             except StoreError as exc:
                 if self.connected:
                     log.warning("KV events of %s are interrupted: %s", self._topic.path, exc)
@@ -251,14 +259,3 @@ class TopicFollower(_Follower):
         subscription, self._subscription = self._subscription, None
         if subscription is not None:
             await subscription.aclose()
-
-    async def _read(self, subscription: TopicSubscription) -> None:
-        """Apply messages for one slice of time, or wait for the next one."""
-        message = await subscription.next(BLOCK_S)
-        until = time.monotonic() + SLICE_S
-        while message is not None:
-            self._intake.apply(message)
-            if time.monotonic() > until:
-                await asyncio.sleep(0)
-                return
-            message = await subscription.next(BLOCK_S)

@@ -132,7 +132,15 @@ class Indexer:
         It returns after `START_S` and some seconds at the latest: the index then goes on to heal. Raises
         StoreError if the workers cannot be listed for `START_S`.
         """
-        self._client = await self._list_workers()
+        until = time.monotonic() + START_S
+        backoff = Backoff()
+        while self._client is None:
+            try:
+                self._client = await self._runtime.endpoint(self._workers).client()
+            except StoreUnavailable:
+                if time.monotonic() > until:
+                    raise
+                await asyncio.sleep(backoff.next_s())
         self._recovery = Recovery(self._ledger, self._client, self._mode, self._on_block_size)
         self._members = Members(self._ledger, self._recovery, self._client)
         self._members.start()
@@ -146,18 +154,6 @@ class Indexer:
             await self._recovery.wait_until_idle(_ANSWERS_S)
         except TimeoutError:
             log.warning("%r serves with what it has: the events of before cannot be read yet", self)
-
-    async def _list_workers(self) -> Client:
-        """Return a client of the workers' `kv_dump`. Raises StoreError if Redis is away for `START_S`."""
-        until = time.monotonic() + START_S
-        backoff = Backoff()
-        while True:
-            try:
-                return await self._runtime.endpoint(self._workers).client()
-            except StoreUnavailable:
-                if time.monotonic() > until:
-                    raise
-                await asyncio.sleep(backoff.next_s())
 
     async def aclose(self) -> None:
         """End all tasks and leave the stream. Idempotent."""
@@ -302,24 +298,24 @@ class Indexer:
         await self._follower.run()
 
     async def _keep(self) -> None:
-        """Free the memory of workers that are gone, and measure the lag behind the stream."""
+        """Free the memory of workers that are gone, and measure the lag: the entries and seconds by which
+        this router's group is behind the stream's end."""
         measured_at = 0.0
         while True:
             has_more = self.index.sweep(_SWEEP_COUNT)
             await asyncio.sleep(0 if has_more else _KEEP_S)
-            if self._mode == "stream" and time.monotonic() - measured_at > _LAG_S:
-                measured_at = time.monotonic()
-                self._lag = await self._measure_lag()
-
-    async def _measure_lag(self) -> _Lag:
-        """Return the entries and seconds by which this router's group is behind the stream's end."""
-        assert isinstance(self._follower, StreamFollower)
-        try:
-            info = await self._streams.info(self._stream)
-        except StoreError:
-            return None, None
-        group = next((group for group in info.groups if group.name == self.router_id), None) if info else None
-        if info is None or group is None:
-            return None, None
-        behind_ms = entry_order(info.last_entry_id)[0] - entry_order(self._follower.position)[0]
-        return group.lag_count, max(0, behind_ms) / 1000
+            if self._mode != "stream" or time.monotonic() - measured_at <= _LAG_S:
+                continue
+            measured_at = time.monotonic()
+            assert isinstance(self._follower, StreamFollower)
+            try:
+                info = await self._streams.info(self._stream)
+            except StoreError:
+                info = None
+            groups = info.groups if info else ()
+            group = next((group for group in groups if group.name == self.router_id), None)
+            if info is None or group is None:
+                self._lag = None, None
+            else:
+                behind_ms = entry_order(info.last_entry_id)[0] - entry_order(self._follower.position)[0]
+                self._lag = group.lag_count, max(0, behind_ms) / 1000

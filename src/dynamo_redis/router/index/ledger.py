@@ -271,11 +271,17 @@ class DumpReader:
             raise InvalidRecord(_ANSWER, "no map")
         if not self._ledger.is_current(self.instance_id, self._known):
             raise InvalidRecord(_ANSWER, "the worker has been forgotten meanwhile")
-        if "batch" in item:
-            self._apply_batch(EventBatch.from_bytes(item["batch"]))
-        else:
+        if "batch" not in item:
             self._end_rank()
             self._begin_rank(item)
+            return
+        batch, rank, worker = EventBatch.from_bytes(item["batch"]), self._rank, self._worker
+        if rank is None or batch.publisher != (worker.instance_id, rank.epoch, worker.dp_rank):
+            raise InvalidRecord(_ANSWER, "a batch of another rank than the one before it")
+        if self._is_dump:
+            self._ledger.index.apply(worker, read_kv_events(batch.events))
+        elif self._ledger._apply_next(self._known, worker, rank, batch) is Outcome.MISSING:
+            raise InvalidRecord(_ANSWER, f"rank {worker.dp_rank} answers with a range that has holes")
 
     def finish(self) -> bool:
         """End an answer that is whole, and apply the batches that were held. Return True if the instance must
@@ -315,16 +321,6 @@ class DumpReader:
             raise InvalidRecord(_ANSWER, f"rank {dp_rank} answers with a range that was not asked for")
         self._missing.discard(dp_rank)
         self._rank, self._is_dump, self._next_sequence = rank, kind == "dump", next_sequence
-
-    def _apply_batch(self, batch: EventBatch) -> None:
-        """Apply a batch of the rank that the last head began."""
-        rank, worker = self._rank, self._worker
-        if rank is None or batch.publisher != (worker.instance_id, rank.epoch, worker.dp_rank):
-            raise InvalidRecord(_ANSWER, "a batch of another rank than the one before it")
-        if self._is_dump:
-            self._ledger.index.apply(worker, read_kv_events(batch.events))
-        elif self._ledger._apply_next(self._known, worker, rank, batch) is Outcome.MISSING:
-            raise InvalidRecord(_ANSWER, f"rank {worker.dp_rank} answers with a range that has holes")
 
     def _end_rank(self) -> None:
         """Check that the rank's range was whole, and note its next sequence."""

@@ -94,7 +94,15 @@ class PredictedIndex:
         self._logged_count += len(kept)
         self._index.apply(worker, [KvEvent(STORED, DEVICE, kept)])
         if self._logged_count > 2 * self._pair_count + _SLACK_COUNT:
-            self._compact()
+            # Leave out of the log the blocks that a later prediction has named again.
+            log: deque[_Prediction] = deque()
+            for number, ends_at, of, logged in self._log:
+                latest = self._latest.get(of, {})
+                still = array("Q", [block for block in logged if latest.get(block) == number])
+                if still:
+                    log.append(_Prediction(number, ends_at, of, still))
+            self._log = log
+            self._logged_count = sum(len(prediction.hashes) for prediction in log)
 
     def expire(self, now: float) -> int:
         """End the predictions whose TTL is over; return the number of their blocks. Amortised O(1) a
@@ -125,14 +133,3 @@ class PredictedIndex:
         if not latest:
             del self._latest[worker]
             self._index.remove(worker)
-
-    def _compact(self) -> None:
-        """Leave out of the log the blocks that a later prediction has named again."""
-        log: deque[_Prediction] = deque()
-        for number, ends_at, worker, hashes in self._log:
-            latest = self._latest.get(worker, {})
-            still = array("Q", [block for block in hashes if latest.get(block) == number])
-            if still:
-                log.append(_Prediction(number, ends_at, worker, still))
-        self._log = log
-        self._logged_count = sum(len(prediction.hashes) for prediction in log)

@@ -16,7 +16,7 @@ from typing import Final
 
 from dynamo_redis.backoff import Backoff
 from dynamo_redis.errors import InvalidRecord, PlaneError
-from dynamo_redis.router.index.ledger import DumpReader, Ledger
+from dynamo_redis.router.index.ledger import Ledger
 from dynamo_redis.runtime.client import Client
 
 log = logging.getLogger(__name__)
@@ -178,10 +178,30 @@ class Recovery:
 
     async def _ask_once(self, instance_id: int) -> str | None:
         """Ask an instance; return None if its answer was applied, else the reason why not."""
-        reader = self._ledger.begin_ask(instance_id)
+        reader, loop = self._ledger.begin_ask(instance_id), asyncio.get_running_loop()
         self._sent.add(instance_id)
         try:
-            await self._read_answer(reader)
+            async with (
+                asyncio.timeout(ANSWER_S) as deadline,
+                await self._client.direct({"have": reader.have}, instance_id, annotated=False) as call,
+            ):
+                began_at = time.monotonic()
+                async for item in call:
+                    worker_plane = item.get("event_plane") if isinstance(item, dict) else None
+                    if worker_plane not in (None, self._event_plane):
+                        raise InvalidRecord(
+                            "an answer to this router",
+                            f"it publishes by {worker_plane}, but this router follows by {self._event_plane}:"
+                            " set DYN_EVENT_PLANE alike",
+                        )
+                    reader.apply(item)
+                    block_size = item.get("block_size")
+                    if self._on_block_size is not None and type(block_size) is int and block_size > 0:
+                        self._on_block_size(instance_id, block_size)
+                    if time.monotonic() - began_at > SLICE_S:
+                        await asyncio.sleep(0)
+                        began_at = time.monotonic()
+                    deadline.reschedule(loop.time() + ANSWER_S)
             if reader.finish():
                 self._again.add(instance_id)
         except (PlaneError, InvalidRecord) as exc:
@@ -201,30 +221,6 @@ class Recovery:
         finally:
             self._sent.discard(instance_id)
         return None
-
-    async def _read_answer(self, reader: DumpReader) -> None:
-        """Send the request and apply the answer. Raises PlaneError, InvalidRecord, TimeoutError."""
-        loop = asyncio.get_running_loop()
-        async with asyncio.timeout(ANSWER_S) as deadline:
-            call = await self._client.direct({"have": reader.have}, reader.instance_id, annotated=False)
-            async with call:
-                began_at = time.monotonic()
-                async for item in call:
-                    worker_plane = item.get("event_plane") if isinstance(item, dict) else None
-                    if worker_plane not in (None, self._event_plane):
-                        raise InvalidRecord(
-                            "an answer to this router",
-                            f"it publishes by {worker_plane}, but this router follows by {self._event_plane}:"
-                            " set DYN_EVENT_PLANE alike",
-                        )
-                    reader.apply(item)
-                    block_size = item.get("block_size")
-                    if self._on_block_size is not None and type(block_size) is int and block_size > 0:
-                        self._on_block_size(reader.instance_id, block_size)
-                    if time.monotonic() - began_at > SLICE_S:
-                        await asyncio.sleep(0)
-                        began_at = time.monotonic()
-                    deadline.reschedule(loop.time() + ANSWER_S)
 
     def _note_idle(self) -> None:
         if not self._tasks:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import sys
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from struct import Struct
@@ -68,9 +68,9 @@ def encode_snapshot(snapshot: IndexSnapshot) -> Iterator[bytes]:
         counts.append(0)
         blocks = iter(held.items())
         for _ in range(0, len(held), _PIECE_COUNT):
-            groups = _grouped(islice(blocks, _PIECE_COUNT), live)
-            counts[tier] += sum(map(len, groups.values()))
-            yield _piece(_blocks(tier, groups, numbers))
+            fields = _blocks(tier, islice(blocks, _PIECE_COUNT), live, numbers)
+            counts[tier] += sum(fields[3])
+            yield _piece(fields)
     yield _piece([counts])
 
 
@@ -114,23 +114,19 @@ def snapshot_position(head: bytes) -> EntryId:
     return _read_position(next(_pieces(head), None))
 
 
-def _grouped(blocks: Iterable[tuple[int, int]], live: int) -> dict[int, list[int]]:
-    """Group blocks by the set of live workers that holds them, without blocks that no live worker holds."""
-    groups: dict[int, list[int]] = {}
+def _blocks(tier: int, blocks: Iterable[tuple[int, int]], live: int, numbers: dict[int, int]) -> list[Any]:
+    """Return the fields of a piece: blocks by the set of live workers that holds them, without blocks that no
+    live worker holds. New sets are added to `numbers`."""
+    by_mask: dict[int, list[int]] = {}
     for block, mask in blocks:
-        group = groups.get(mask)
+        group = by_mask.get(mask)
         if group is None:
-            group = groups[mask] = []
+            group = by_mask[mask] = []
         group.append(block)
-    living: dict[int, list[int]] = {}
-    for mask, group in groups.items():
+    groups: dict[int, list[int]] = {}
+    for mask, group in by_mask.items():
         if kept := mask & live:
-            living.setdefault(kept, []).extend(group)
-    return living
-
-
-def _blocks(tier: int, groups: Mapping[int, list[int]], numbers: dict[int, int]) -> list[Any]:
-    """Return the fields of a piece of blocks; its new sets are added to `numbers`."""
+            groups.setdefault(kept, []).extend(group)
     new = []
     for mask in groups:
         if mask not in numbers:

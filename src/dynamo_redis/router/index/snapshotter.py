@@ -185,7 +185,27 @@ class Snapshotter:
 
     def start(self) -> None:
         """Begin to check every `CHECK_S` whether a snapshot is due."""
-        self._task = asyncio.create_task(self._supervisor.run(self._run), name="store KV snapshots")
+
+        async def store_on() -> None:
+            while True:
+                await asyncio.sleep(CHECK_S)
+                is_due = self._event_count - self._done_count >= self._threshold
+                if not is_due or time.monotonic() - self._done_at < SPACING_S:
+                    continue
+                await self._wait_until_idle(RETRY_S)
+                try:
+                    snapshot = await self.save()
+                except StoreError as exc:
+                    if isinstance(exc, LockNotAcquired):
+                        log.debug("%s", exc)
+                    else:
+                        self.failed_count += 1
+                        log.warning("a KV snapshot was not stored, trying again: %s", exc)
+                    await asyncio.sleep(RETRY_S * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
+                else:
+                    log.info("KV snapshot at %s: %d bytes", snapshot.position, snapshot.size_bytes)
+
+        self._task = asyncio.create_task(self._supervisor.run(store_on), name="store KV snapshots")
 
     async def aclose(self) -> None:
         """Stop. If a snapshot is being stored that ends, and the old one stays."""
@@ -226,22 +246,3 @@ class Snapshotter:
         order = entry_order(position)
         counts = [count for marked, count in self._marks if entry_order(marked) <= order]
         return counts[-1] if counts else 0
-
-    async def _run(self) -> None:
-        while True:
-            await asyncio.sleep(CHECK_S)
-            is_due = self._event_count - self._done_count >= self._threshold
-            if not is_due or time.monotonic() - self._done_at < SPACING_S:
-                continue
-            await self._wait_until_idle(RETRY_S)
-            try:
-                snapshot = await self.save()
-            except StoreError as exc:
-                if isinstance(exc, LockNotAcquired):
-                    log.debug("%s", exc)
-                else:
-                    self.failed_count += 1
-                    log.warning("a KV snapshot was not stored, trying again: %s", exc)
-                await asyncio.sleep(RETRY_S * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
-            else:
-                log.info("KV snapshot at %s: %d bytes", snapshot.position, snapshot.size_bytes)
