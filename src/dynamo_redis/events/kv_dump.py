@@ -45,11 +45,19 @@ class KvDump:
 
     async def generate(self, request: Any) -> AsyncGenerator[dict[str, Any], None]:
         """Answer in pieces of some 32 KiB, one a turn of the loop. Raises InvalidRequest."""
-        have = _read(request)
+        have = request.get("have", []) if isinstance(request, Mapping) else None
+        if not isinstance(have, list):
+            raise InvalidRequest('kv_dump takes {"have": [[epoch, dp_rank, next_sequence], …]}')
+        next_sequences: dict[tuple[int, int], int] = {}
+        for entry in have:
+            if not isinstance(entry, list) or len(entry) != 3 or not all(type(part) is int for part in entry):
+                raise InvalidRequest(f"not [epoch, dp_rank, next_sequence]: {str(entry)[:80]}")
+            epoch, dp_rank, next_sequence = entry
+            next_sequences[epoch, dp_rank] = next_sequence
         if self._on_asked is not None:
             self._on_asked()
         for publisher_id, rank in tuple(self._ranks.items()):
-            wanted = have.get((publisher_id.epoch, publisher_id.dp_rank))
+            wanted = next_sequences.get((publisher_id.epoch, publisher_id.dp_rank))
             events = None if wanted is None else rank.events_from(wanted)
             if events is not None and wanted is not None:
                 kind, batches = "range", _batches(publisher_id, events, wanted, step=1)
@@ -91,17 +99,3 @@ def _batches(
         block_count += len(event.hashes)
     if batch:
         yield closed()
-
-
-def _read(request: Any) -> dict[tuple[int, int], int]:
-    """Read the request: (epoch, rank) → next sequence. Raises InvalidRequest."""
-    have = request.get("have", []) if isinstance(request, Mapping) else None
-    if not isinstance(have, list):
-        raise InvalidRequest('kv_dump takes {"have": [[epoch, dp_rank, next_sequence], …]}')
-    known: dict[tuple[int, int], int] = {}
-    for entry in have:
-        if not isinstance(entry, list) or len(entry) != 3 or not all(type(part) is int for part in entry):
-            raise InvalidRequest(f"not [epoch, dp_rank, next_sequence]: {str(entry)[:80]}")
-        epoch, dp_rank, next_sequence = entry
-        known[epoch, dp_rank] = next_sequence
-    return known

@@ -97,10 +97,25 @@ class LoadPublisher:
 
     def start(self) -> None:
         """Begin to publish. Idempotent."""
+
+        async def publish_on() -> None:
+            while True:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(REPEAT_S):
+                        await self._changed.wait()
+                self._changed.clear()
+                try:
+                    await self._publish()
+                except StoreError as exc:
+                    log.debug("the load of %s.%s was not sent: %s", self._namespace, self._component, exc)
+                    await asyncio.sleep(_AFTER_FAILURE_S)
+                else:
+                    await asyncio.sleep(INTERVAL_S)
+
         if not self._tasks:
             routers = kv_routers_prefix(self._namespace, self._component)
             for task_name, work in (
-                ("load", Supervisor(log, f"load of {self._namespace}.{self._component}").run(self._run)),
+                ("load", Supervisor(log, f"load of {self._namespace}.{self._component}").run(publish_on)),
                 ("listeners", follow(self._registry, routers, self.note_routers, self._supervisor)),
             ):
                 name = f"{task_name} of {self._namespace}.{self._component}"
@@ -127,20 +142,6 @@ class LoadPublisher:
                 self._routers.add(key_of(event))
             else:
                 self._routers.discard(key_of(event))
-
-    async def _run(self) -> None:
-        while True:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(REPEAT_S):
-                    await self._changed.wait()
-            self._changed.clear()
-            try:
-                await self._publish()
-            except StoreError as exc:
-                log.debug("the load of %s.%s was not sent: %s", self._namespace, self._component, exc)
-                await asyncio.sleep(_AFTER_FAILURE_S)
-            else:
-                await asyncio.sleep(INTERVAL_S)
 
     async def _publish(self) -> None:
         """Send the values that are due."""

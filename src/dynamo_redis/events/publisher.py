@@ -129,9 +129,22 @@ class EventPublisher:
 
     async def start(self) -> None:
         """Begin to send. To be called once. Does not wait for Redis."""
+
+        async def send_on() -> None:
+            while True:
+                await self._due.wait()
+                self._due.clear()
+                self._stop_timer()
+                await self._send()
+                if self._open or self._ready or self._is_gap:
+                    if self._ready or self._timer is None:  # the events were left over, and have waited
+                        self._due.set()
+                elif self._only_while_read or not self.is_resting:
+                    self._set_timer(self._silence_s)
+
         assert self._task is None, "the publisher has been started"
         self._look_at = asyncio.get_running_loop().time() + LOOK_S
-        self._task = asyncio.create_task(self._run(), name=f"event publisher of {self._stream.path}")
+        self._task = asyncio.create_task(send_on(), name=f"event publisher of {self._stream.path}")
         if self._open or self._ready:
             self._due.set()
 
@@ -152,7 +165,11 @@ class EventPublisher:
         queued_count, open_bytes = self.queued_count, self._open_bytes
         is_full = queued_count >= self._limit_count or open_bytes + self._closed_bytes >= self._limit_bytes
         if is_full or self._is_gap:
-            self._leave_out()
+            if not self._is_gap and not self._closed:
+                self._overflows.log("%s: the queue of events is full, some are left out", self._stream.path)
+                self._is_gap = True
+                self._due.set()
+            self.left_out_count += 1
             return sequence
         events = self._open
         events.append(packed)
@@ -174,14 +191,6 @@ class EventPublisher:
         self._ready.append(NewEntry(content, len(packed)))
         self._closed_bytes += len(content)
         self._first += len(packed)
-
-    def _leave_out(self) -> None:
-        """Count an event that is left out; log the first one of a gap."""
-        if not self._is_gap and not self._closed:
-            self._overflows.log("%s: the queue of events is full, some are left out", self._stream.path)
-            self._is_gap = True
-            self._due.set()
-        self.left_out_count += 1
 
     # ------------------------------------------------------------------ rest
 
@@ -220,18 +229,6 @@ class EventPublisher:
 
     # ------------------------------------------------------------------ sending
 
-    async def _run(self) -> None:
-        while True:
-            await self._due.wait()
-            self._due.clear()
-            self._stop_timer()
-            await self._send()
-            if self._open or self._ready or self._is_gap:
-                if self._ready or self._timer is None:  # the events were left over, and have waited
-                    self._due.set()
-            elif self._only_while_read or not self.is_resting:
-                self._set_timer(self._silence_s)
-
     def _next_batches(self) -> list[NewEntry]:
         """Return the batches of the next round trip. If no event waits: one without events."""
         if not self._ready:
@@ -259,7 +256,12 @@ class EventPublisher:
                         await self._streams.publish(self._stream, entry.content)
                 break
             except StoreError as exc:
-                self._log_failure(exc)
+                if not self.queued_count:  # it was a batch without events
+                    log.debug("%s: %s", self._stream.path, exc)
+                elif self._trouble.begin(exc.answer_code):  # once for each reason and `REPORT_S`
+                    log.warning(
+                        "%s: events are not sent, %d wait: %s", self._stream.path, self.queued_count, exc
+                    )
                 await asyncio.sleep(backoff.next_s())
         if self._trouble.end() is not None:
             log.info("%s: events are sent again", self._stream.path)
@@ -270,13 +272,6 @@ class EventPublisher:
         self._closed_bytes -= sum(len(entry.content) for entry in entries)
         self._sent_sequence += event_count
         self._sent.set()
-
-    def _log_failure(self, exc: StoreError) -> None:
-        """Log that events wait, once for each reason and `REPORT_S`."""
-        if not self.queued_count:  # it was a batch without events
-            log.debug("%s: %s", self._stream.path, exc)
-        elif self._trouble.begin(exc.answer_code):
-            log.warning("%s: events are not sent, %d wait: %s", self._stream.path, self.queued_count, exc)
 
     def _set_timer(self, wait_s: float) -> None:
         """Have the task look for events in `wait_s`."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from itertools import repeat
 from typing import Final, NamedTuple
 
 from dynamo_redis.events.block_hashes import chain, local_hashes
@@ -126,18 +125,14 @@ class RecentPrompts:
             passed.append(name)
             (name,) = chain((block.local,), name, seed=seed)
             if not any(name in half.parents for half in halves):
-                # An answer has begun here or before; its first blocks may be equal to another prompt's.
-                if any(map(self._may_end, passed, run, repeat(seed))):
-                    return _Fit(len(passed) - 1, is_rest=False)
+                # An answer has begun here or before, behind the last whole block of a prompt or within the
+                # block that follows it; its first blocks may be equal to another prompt's.
+                for last, following in zip(passed, run, strict=False):
+                    is_end = any(last in half.ends.get((seed, b""), ()) for half in halves)
+                    if is_end or last in self._ends_before(following, seed):
+                        return _Fit(len(passed) - 1, is_rest=False)
                 return None
         return _Fit(len(run), is_rest=any(name in half.lasts for half in halves))
-
-    def _may_end(self, name: int, following: Content, seed: int) -> bool:
-        """Return whether a prompt ends with the block `name`, or within the block that follows it."""
-        halves = (self._old, self._young)
-        return any(name in half.ends.get((seed, b""), ()) for half in halves) or (
-            name in self._ends_before(following, seed)
-        )
 
 
 class _Half:

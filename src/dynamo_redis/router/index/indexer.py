@@ -109,7 +109,9 @@ class Indexer:
         if self._mode == "pubsub":
             self._follower = TopicFollower(self._streams, self._stream, self)
         else:
-            self._follower = StreamFollower(self._streams, self._stream, router_id, self, self._load_snapshot)
+            self._follower = StreamFollower(
+                self._streams, self._stream, router_id, self, self._snapshotter.load
+            )
         self._client: Client | None = None
         self._recovery: Recovery
         self._members: Members
@@ -132,6 +134,22 @@ class Indexer:
         It returns after `START_S` and some seconds at the latest: the index then goes on to heal. Raises
         StoreError if the workers cannot be listed for `START_S`.
         """
+
+        async def follow() -> None:
+            """Reset the stored states if that is wanted, then follow the events."""
+            is_reset = not self._settings.router_reset_states or self._mode != "stream"
+            backoff = Backoff()
+            while not is_reset:
+                try:
+                    await self._snapshots.reset()
+                except StoreError as exc:
+                    log.warning("snapshot and stream of %s are not reset yet: %s", self._stream.path, exc)
+                    await asyncio.sleep(backoff.next_s())
+                else:
+                    log.info("snapshot and stream of %s are reset", self._stream.path)
+                    is_reset = True
+            await self._follower.run()
+
         until = time.monotonic() + START_S
         backoff = Backoff()
         while self._client is None:
@@ -144,7 +162,7 @@ class Indexer:
         self._recovery = Recovery(self._ledger, self._client, self._mode, self._on_block_size)
         self._members = Members(self._ledger, self._recovery, self._client)
         self._members.start()
-        self._spawn(self._follow(), "follow KV events")
+        self._spawn(follow(), "follow KV events")
         self._spawn(self._supervisor.run(self._keep), "keep KV index")
         if self._mode == "stream":
             self._snapshotter.start()
@@ -266,36 +284,12 @@ class Indexer:
 
     # ----------------------------------------------------------------- snapshots
 
-    async def _load_snapshot(self) -> IndexSnapshot | None:
-        """Load the stored snapshot, as `LoadSnapshot`, and count events from there on."""
-        stored = await self._snapshots.load()
-        if stored is None:
-            return None
-        snapshot, described = stored
-        self._snapshotter.note_stored(described)
-        return snapshot
-
     def _take_snapshot(self) -> IndexSnapshot:
         """Return the present index, as a snapshot to store."""
         assert isinstance(self._follower, StreamFollower)
         return IndexSnapshot(self._follower.position, self._ledger.exact(), self._ledger.index)
 
     # ----------------------------------------------------------------- tasks
-
-    async def _follow(self) -> None:
-        """Reset the stored states if that is wanted, then follow the events."""
-        is_reset = not self._settings.router_reset_states or self._mode != "stream"
-        backoff = Backoff()
-        while not is_reset:
-            try:
-                await self._snapshots.reset()
-            except StoreError as exc:
-                log.warning("snapshot and stream of %s are not reset yet: %s", self._stream.path, exc)
-                await asyncio.sleep(backoff.next_s())
-            else:
-                log.info("snapshot and stream of %s are reset", self._stream.path)
-                is_reset = True
-        await self._follower.run()
 
     async def _keep(self) -> None:
         """Free the memory of workers that are gone, and measure the lag: the entries and seconds by which

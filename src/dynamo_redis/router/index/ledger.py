@@ -271,17 +271,30 @@ class DumpReader:
             raise InvalidRecord(_ANSWER, "no map")
         if not self._ledger.is_current(self.instance_id, self._known):
             raise InvalidRecord(_ANSWER, "the worker has been forgotten meanwhile")
-        if "batch" not in item:
-            self._end_rank()
-            self._begin_rank(item)
+        if "batch" in item:
+            batch, rank, worker = EventBatch.from_bytes(item["batch"]), self._rank, self._worker
+            if rank is None or batch.publisher != (worker.instance_id, rank.epoch, worker.dp_rank):
+                raise InvalidRecord(_ANSWER, "a batch of another rank than the one before it")
+            if self._is_dump:
+                self._ledger.index.apply(worker, read_kv_events(batch.events))
+            elif self._ledger._apply_next(self._known, worker, rank, batch) is Outcome.MISSING:
+                raise InvalidRecord(_ANSWER, f"rank {worker.dp_rank} answers with a range that has holes")
             return
-        batch, rank, worker = EventBatch.from_bytes(item["batch"]), self._rank, self._worker
-        if rank is None or batch.publisher != (worker.instance_id, rank.epoch, worker.dp_rank):
-            raise InvalidRecord(_ANSWER, "a batch of another rank than the one before it")
-        if self._is_dump:
-            self._ledger.index.apply(worker, read_kv_events(batch.events))
-        elif self._ledger._apply_next(self._known, worker, rank, batch) is Outcome.MISSING:
-            raise InvalidRecord(_ANSWER, f"rank {worker.dp_rank} answers with a range that has holes")
+        self._end_rank()
+        epoch, dp_rank = _read_number(item, "epoch"), _read_number(item, "dp_rank")
+        next_sequence = _read_number(item, "next_sequence")
+        kind = item.get("kind")
+        if kind not in ("range", "dump"):
+            raise InvalidRecord(_ANSWER, "neither a rank nor a batch")
+        rank = self._known.ranks.setdefault(dp_rank, _Rank())
+        self._worker = Worker(self.instance_id, dp_rank)
+        if kind == "dump":
+            self._ledger.index.remove(self._worker)
+            rank.restart(epoch)
+        elif rank.epoch != epoch or rank.next_sequence is None:
+            raise InvalidRecord(_ANSWER, f"rank {dp_rank} answers with a range that was not asked for")
+        self._missing.discard(dp_rank)
+        self._rank, self._is_dump, self._next_sequence = rank, kind == "dump", next_sequence
 
     def finish(self) -> bool:
         """End an answer that is whole, and apply the batches that were held. Return True if the instance must
@@ -303,24 +316,6 @@ class DumpReader:
         """End an ask that has no answer, or not a whole one: the instance is lost, its blocks are dropped."""
         if self._ledger.is_current(self.instance_id, self._known):
             self._ledger.lose(self.instance_id)
-
-    def _begin_rank(self, head: dict[Any, Any]) -> None:
-        """Read the item that begins a rank."""
-        epoch = _read_number(head, "epoch")
-        dp_rank = _read_number(head, "dp_rank")
-        next_sequence = _read_number(head, "next_sequence")
-        kind = head.get("kind")
-        if kind not in ("range", "dump"):
-            raise InvalidRecord(_ANSWER, "neither a rank nor a batch")
-        rank = self._known.ranks.setdefault(dp_rank, _Rank())
-        self._worker = Worker(self.instance_id, dp_rank)
-        if kind == "dump":
-            self._ledger.index.remove(self._worker)
-            rank.restart(epoch)
-        elif rank.epoch != epoch or rank.next_sequence is None:
-            raise InvalidRecord(_ANSWER, f"rank {dp_rank} answers with a range that was not asked for")
-        self._missing.discard(dp_rank)
-        self._rank, self._is_dump, self._next_sequence = rank, kind == "dump", next_sequence
 
     def _end_rank(self) -> None:
         """Check that the rank's range was whole, and note its next sequence."""

@@ -85,7 +85,17 @@ def decode_snapshot(
     pieces = _pieces(content)
     position = _read_position(next(pieces, None))
     try:
-        publishers, state = _read_workers(next(pieces))
+        numbered, listed, holed = next(pieces)[:3]
+        publishers = {
+            PublisherId(_number(instance_id), _number(epoch), _number(dp_rank)): _number(sequence)
+            for instance_id, epoch, dp_rank, sequence in numbered
+        }
+        workers = [None if worker is None else Worker(*map(_number, worker)) for worker in listed]
+        named = [worker for worker in workers if worker is not None]
+        if len(set(named)) != len(named):
+            raise ValueError("a worker is listed twice")
+        state = IndexState(workers, 0, tuple({} for _ in TIERS))
+        state = replace(state, holed=_read_set(holed, state.live))
         sets: list[int] = []
         sizes: Counter[int] = Counter()
         counts = None
@@ -185,20 +195,6 @@ def _read_position(fields: list[Any] | None) -> EntryId:
     if len(fields) < 2 or not isinstance(fields[1], str):
         raise InvalidRecord(_WHAT, "no position")
     return check_entry_id(fields[1], _WHAT)
-
-
-def _read_workers(fields: list[Any]) -> tuple[dict[PublisherId, int], IndexState]:
-    """Return the publishers in piece 2, and an index state with its workers and no blocks."""
-    publishers = {
-        PublisherId(_number(instance_id), _number(epoch), _number(dp_rank)): _number(sequence)
-        for instance_id, epoch, dp_rank, sequence in fields[0]
-    }
-    workers = [None if worker is None else Worker(*map(_number, worker)) for worker in fields[1]]
-    named = [worker for worker in workers if worker is not None]
-    if len(set(named)) != len(named):
-        raise ValueError("a worker is listed twice")
-    state = IndexState(workers, 0, tuple({} for _ in TIERS))
-    return publishers, replace(state, holed=_read_set(fields[2], state.live))
 
 
 def _read_blocks(fields: list[Any], sets: list[int], sizes: Counter[int], state: IndexState) -> None:

@@ -219,6 +219,16 @@ class Snapshotter:
         if not self._marks or self._event_count - self._marks[-1][1] >= self._threshold / _MARKS_COUNT:
             self._marks.append((position, self._event_count))
 
+    async def load(self) -> IndexSnapshot | None:
+        """Load the stored snapshot, and count events from there on. Return None if there is none that can be
+        read. Raises StoreError."""
+        stored = await self._snapshots.load()
+        if stored is None:
+            return None
+        snapshot, described = stored
+        self.note_stored(described)
+        return snapshot
+
     def note_stored(self, snapshot: StoredSnapshot) -> None:
         """Note the snapshot that is stored now: the next is due `threshold` events after it."""
         self.last = snapshot
