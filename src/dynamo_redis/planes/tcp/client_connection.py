@@ -255,10 +255,22 @@ class ClientConnection(CallerConnection):
                 stream.on_frame(received)
 
     def _on_other(self, received: list[Any]) -> None:
-        """Handle a frame about the connection, or of a closed stream."""
+        """Handle a frame about the connection, or of a closed stream. After a GOAWAY start no more streams if
+        the server drains; else close with the error that it sent."""
         kind, stream_id = received[0], received[1]
         if stream_id == 0 and kind == frame.GOAWAY:
-            self._on_goaway(received)
+            code, message = received[2], received[3]
+            if type(code) is not str or type(message) is not str:
+                raise ProtocolViolation("a malformed GOAWAY")
+            error = plane_error(code, message)
+            if not isinstance(error, Draining):
+                self.error = error
+                self.close()
+                return
+            self.usable = False
+            self._owner.on_draining(error)
+            if not self.streams:
+                self.close()
             return
         was_opened = type(stream_id) is int and 0 < stream_id <= self._last_stream_id
         state = ClientStream.CLOSED if was_opened else ClientStream.UNOPENED
@@ -269,21 +281,6 @@ class ClientConnection(CallerConnection):
         """Handle a frame that the state table does not list. Raises ProtocolViolation."""
         if not self._on_connection_frame(received):
             raise ProtocolViolation(f"a frame of type {received[0]!r} is not allowed here")
-
-    def _on_goaway(self, received: list[Any]) -> None:
-        """Stop starting streams if the server drains; else close with the error that it sent."""
-        code, message = received[2], received[3]
-        if type(code) is not str or type(message) is not str:
-            raise ProtocolViolation("a malformed GOAWAY")
-        error = plane_error(code, message)
-        if not isinstance(error, Draining):
-            self.error = error
-            self.close()
-            return
-        self.usable = False
-        self._owner.on_draining(error)
-        if not self.streams:
-            self.close()
 
     def on_ping(self, token: int) -> None:
         if not self.paused:  # else the PONGs for a server that does not read would pile up
@@ -346,15 +343,15 @@ class ClientConnection(CallerConnection):
         super().start_sweeping()
 
     def on_idle(self) -> None:
+        def close_unless_probed() -> None:
+            if self._pings:  # a probe waits for its answer
+                self.on_idle()
+            else:
+                self.close()
+
         self._stop_idling()
         self._idle_from = self._loop.time()
-        self._idle_handle = self._loop.call_later(IDLE_CLOSE_S, self._close_idle)
-
-    def _close_idle(self) -> None:
-        if self._pings:  # a probe waits for its answer
-            self.on_idle()
-        else:
-            self.close()
+        self._idle_handle = self._loop.call_later(IDLE_CLOSE_S, close_unless_probed)
 
     def _stop_idling(self) -> None:
         if self._idle_handle is not None:

@@ -488,8 +488,12 @@ class Connection(asyncio.BufferedProtocol):
     def _verdict(self, *, stuck: bool) -> PlaneError | None:
         """Return the error to fail the connection with, or None."""
         silent_s = self._silent_sweeps * self._sweep_interval_s
-        if self._silent_sweeps >= _CUT_OFF_AT - 1 and self._is_cut_off():
-            return PeerSilent(f"the peer's host has acknowledged nothing for {silent_s:.1f} s")
+        if self._silent_sweeps >= _CUT_OFF_AT - 1 and _TCP_INFO is not None:
+            with contextlib.suppress(OSError):  # the system does not tell
+                sock = self.transport.get_extra_info("socket")
+                info = sock.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, _TCP_INFO_BYTES)
+                if info[_RETRANSMITS_AT] >= _CUT_OFF_RETRANSMITS:
+                    return PeerSilent(f"the peer's host has acknowledged nothing for {silent_s:.1f} s")
         if self._silent_sweeps >= self._lost_at:
             if self.streams or not stuck:
                 return PeerSilent(f"the peer has been silent for {silent_s:.1f} s")
@@ -498,18 +502,6 @@ class Connection(asyncio.BufferedProtocol):
             stuck_s = self._stuck_sweeps * self._sweep_interval_s
             return ProtocolViolation(f"a frame has made no progress for {stuck_s:.1f} s")
         return None
-
-    def _is_cut_off(self) -> bool:
-        """Return whether the peer's kernel does not acknowledge either; False where the system does not
-        tell."""
-        if _TCP_INFO is None:
-            return False
-        try:
-            sock = self.transport.get_extra_info("socket")
-            info = sock.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, _TCP_INFO_BYTES)
-        except OSError:
-            return False
-        return bool(info[_RETRANSMITS_AT] >= _CUT_OFF_RETRANSMITS)
 
     def note_life(self) -> None:
         """Note that the peer's process has answered on another connection: it is slow, not dead."""

@@ -126,30 +126,31 @@ class LifeThread:
 
     def _decide(self, sock: socket.socket) -> None:
         """Answer an accepted connection, or hand it to the event loop."""
+
+        def note_turn() -> None:
+            """Note on the event loop that it runs."""
+            self._busy_since = None
+
+        def hand_on() -> None:
+            """Take over the connection on the event loop."""
+            self._handed_on_count += 1
+            if self._waker.fileno() >= 0:
+                self._on_socket(sock)
+            else:
+                sock.close()
+
         try:
             now = time.monotonic()
             busy_since = self._busy_since  # read once: the event loop may reset it at any moment
             if busy_since is None:
                 busy_since = self._busy_since = now
-                self._loop.call_soon_threadsafe(self._note_turn, context=self._variables)
+                self._loop.call_soon_threadsafe(note_turn, context=self._variables)
             hangs = now - busy_since > self._loop_stall_s
             if not hangs and self._answer(sock):
                 self._taken_count -= 1
             else:
-                self._loop.call_soon_threadsafe(self._hand_on, sock, context=self._variables)
+                self._loop.call_soon_threadsafe(hand_on, context=self._variables)
         except RuntimeError:  # the event loop has ended
-            sock.close()
-
-    def _note_turn(self) -> None:
-        """Note that the event loop runs."""
-        self._busy_since = None
-
-    def _hand_on(self, sock: socket.socket) -> None:
-        """Take over a connection on the event loop."""
-        self._handed_on_count += 1
-        if self._waker.fileno() >= 0:
-            self._on_socket(sock)
-        else:
             sock.close()
 
 

@@ -208,17 +208,18 @@ class Pool:
         later."""
         if self._connecting is not None:
             return
+
+        def dial_if_wanted() -> None:
+            self._dial_timer = None
+            if self._parked or self._connections:
+                self._dial(give_up_at)
+
         now = self.loop.time()
         give_up_at = now + self.settings.connect_timeout_s
         if at_once or now >= self._dial_from:
             self._dial(give_up_at)
         elif self._dial_timer is None:
-            self._dial_timer = self.loop.call_at(self._dial_from, self._dial_if_wanted, give_up_at)
-
-    def _dial_if_wanted(self, give_up_at: float) -> None:
-        self._dial_timer = None
-        if self._parked or self._connections:
-            self._dial(give_up_at)
+            self._dial_timer = self.loop.call_at(self._dial_from, dial_if_wanted)
 
     def _dial(self, give_up_at: float) -> None:
         self._stop_dial_timer()
@@ -227,7 +228,8 @@ class Pool:
         )
 
     async def _open_connection(self, give_up_at: float) -> None:
-        """Dial once. Then start or end the parked requests and probes by the outcome."""
+        """Dial once. Then start the parked requests on the connection or on a busy one, or end them with the
+        error; and hand the connection or the error to the probes that wait for it."""
         quiet_after_s = self.settings.keepalive_interval_s * QUIET_AT / SWEEPS_PER_INTERVAL
         quiet_timer = self.loop.call_later(quiet_after_s, self._note_quiet_dial)
         make = partial(ClientConnection, self, self.target, self.settings, self.loop, self._buffers)
@@ -250,22 +252,18 @@ class Pool:
             quiet_timer.cancel()
             self._dial_is_quiet = False
             self._connecting = None
-            usable = connection is not None and connection.usable
-            self._settle_waiters(connection if usable else None, error)
+            if connection is not None and not connection.usable:
+                connection = None
+            self._start_parked(connection or self._least_busy(), error)
+            waiters, self._dial_waiters = self._dial_waiters, []
+            for connected in waiters:
+                if connected.done():
+                    continue
+                if connection is not None:
+                    connected.set_result(connection)
+                else:
+                    connected.set_exception(error)
             self._discard_if_empty()
-
-    def _settle_waiters(self, connection: ClientConnection | None, error: PlaneError) -> None:
-        """After a dial, start the parked requests on its connection or a busy one, or end them with `error`;
-        and hand the connection or `error` to probes that wait for it."""
-        self._start_parked(connection or self._least_busy(), error)
-        waiters, self._dial_waiters = self._dial_waiters, []
-        for connected in waiters:
-            if connected.done():
-                continue
-            if connection is not None:
-                connected.set_result(connection)
-            else:
-                connected.set_exception(error)
 
     def _start_parked(self, connection: ClientConnection | None, error: PlaneError) -> None:
         """Start the parked requests on the connection; without one, end them with `error`."""
@@ -313,8 +311,17 @@ class Pool:
 
         Raises PlaneError: NotAccepted if its process lives but its event loop is busy.
         """
+
+        async def shows_life() -> bool:
+            """Ask for a sign of life after a third of the time; return whether the process gives one."""
+            await asyncio.sleep(timeout_s / 3)
+            try:
+                return await ask_for_life(self.target.address, self.target.secret, self.target.instance_id)
+            except (OSError, ValueError):
+                return False
+
         connection: ClientConnection | None = None
-        life = self.loop.create_task(self._shows_life(timeout_s / 3), context=self._variables.copy())
+        life = self.loop.create_task(shows_life(), context=self._variables.copy())
         try:
             async with asyncio.timeout(timeout_s):
                 connection = self._pick_for_ping()
@@ -335,14 +342,6 @@ class Pool:
             raise CannotConnect(f"no answer from {self.target.address} in {timeout_s} s") from None
         finally:
             life.cancel()
-
-    async def _shows_life(self, after_s: float) -> bool:
-        """Return whether the process gives a sign of life, asked after `after_s`."""
-        await asyncio.sleep(after_s)
-        try:
-            return await ask_for_life(self.target.address, self.target.secret, self.target.instance_id)
-        except (OSError, ValueError):
-            return False
 
     def _pick_for_ping(self) -> ClientConnection | None:
         """Choose a connection that is neither busy with a large payload nor stale; None to dial another

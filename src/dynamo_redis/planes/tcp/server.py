@@ -253,6 +253,13 @@ class TcpServer:
 
     def _on_socket(self, sock: socket.socket) -> None:
         """Set up or refuse an accepted connection."""
+
+        async def set_up() -> None:
+            try:
+                await self._loop.connect_accepted_socket(self._new_connection, sock)
+            except OSError:  # it was reset before it was set up
+                sock.close()
+
         if self._gate is not None:
             if self.connection_count >= self._max_authenticated_count + self._max_handshake_count:
                 self._gate.drop_oldest()
@@ -260,15 +267,9 @@ class TcpServer:
         elif self._authenticated_count >= self._max_authenticated_count:
             refuse_socket(sock, self._too_many_connections())
         else:
-            arrival = self._loop.create_task(self._set_up(sock))
+            arrival = self._loop.create_task(set_up())
             self._arriving.add(arrival)
             arrival.add_done_callback(self._arriving.discard)
-
-    async def _set_up(self, sock: socket.socket) -> None:
-        try:
-            await self._loop.connect_accepted_socket(self._new_connection, sock)
-        except OSError:  # it was reset before it was set up
-            sock.close()
 
     def _new_connection(self) -> ServerConnection:
         settings = self._settings

@@ -121,8 +121,12 @@ class ServerConnection(Connection):
     # ------------------------------------------------------------------- the connection
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        def give_up() -> None:
+            self._handshake_timer = None
+            self.on_handshake_failed(ProtocolViolation("the handshake took too long"))
+
         super().connection_made(transport)
-        self._handshake_timer = self._loop.call_later(self._handshake_timeout_s, self._handshake_late)
+        self._handshake_timer = self._loop.call_later(self._handshake_timeout_s, give_up)
         self._host.on_made(self)
 
     def eof_received(self) -> bool:
@@ -211,10 +215,6 @@ class ServerConnection(Connection):
     def _peer(self) -> str:
         name = self.transport.get_extra_info("peername")
         return format_address(*name[:2]) if name else "a caller"
-
-    def _handshake_late(self) -> None:
-        self._handshake_timer = None
-        self.on_handshake_failed(ProtocolViolation("the handshake took too long"))
 
     def _cancel_handshake_timer(self) -> None:
         if self._handshake_timer is not None:

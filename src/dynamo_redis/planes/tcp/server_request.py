@@ -315,10 +315,8 @@ class Request(Sender):
         """End the request when its deadline passes."""
         remaining_s = self.context.remaining_s()
         if remaining_s is not None and self.open:
-            self._timer = loop.call_later(max(0.0, remaining_s), self._deadline_passed)
-
-    def _deadline_passed(self) -> None:
-        self.abort(DeadlineExceeded("the request's deadline passed"))
+            late = "the request's deadline passed"
+            self._timer = loop.call_later(max(0.0, remaining_s), lambda: self.abort(DeadlineExceeded(late)))
 
     def accept(self) -> None:
         """Send ACCEPT: the request is accepted, and its first item is not ready yet."""

@@ -282,8 +282,15 @@ def _check_certificate(cert: Path, key: Path, side: Side) -> None:
     checking.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     for context in (server, client):
         _load_certificate(context, cert, key)
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
     try:
-        _handshake_in_memory(server, client)
+        ends = (
+            client.wrap_bio(to_client, to_server),
+            server.wrap_bio(to_server, to_client, server_side=True),
+        )
+        for end in ends * 2:  # hello, the server's flight, the client's end, the server's
+            with suppress(ssl.SSLWantReadError):
+                end.do_handshake()
     except ssl.SSLCertVerificationError as exc:
         raise ConfigError(
             f"DYN_TCP_TLS_CERT={cert}: cannot be used by a {side}: {exc.verify_message}"
@@ -292,18 +299,6 @@ def _check_certificate(cert: Path, key: Path, side: Side) -> None:
         raise ConfigError(
             f"DYN_TCP_TLS_CERT={cert}: cannot be used by a {side}: {exc.reason or exc}"
         ) from exc
-
-
-def _handshake_in_memory(server: ssl.SSLContext, client: ssl.SSLContext) -> None:
-    """Do a TLS handshake of both sides. Raises ssl.SSLError."""
-    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
-    sides = (
-        client.wrap_bio(to_client, to_server),
-        server.wrap_bio(to_server, to_client, server_side=True),
-    )
-    for side in sides * 2:  # hello, the server's flight, the client's end, the server's
-        with suppress(ssl.SSLWantReadError):
-            side.do_handshake()
 
 
 def _check_readable(env: str, path: Path) -> None:

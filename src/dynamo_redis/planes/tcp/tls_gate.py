@@ -110,7 +110,12 @@ class TlsGate:
         """Wait for the first byte, and return it without removing it; empty if the peer closes. Raises
         OSError."""
         readable = self._loop.create_future()
-        self._loop.add_reader(sock, _wake, readable)
+
+        def wake() -> None:
+            if not readable.done():
+                readable.set_result(None)
+
+        self._loop.add_reader(sock, wake)
         try:
             await readable
         finally:
@@ -152,8 +157,3 @@ class _Arrival:
         """Close the socket. Idempotent."""
         if self._owns_socket:
             self.sock.close()
-
-
-def _wake(waiter: asyncio.Future[None]) -> None:
-    if not waiter.done():
-        waiter.set_result(None)
