@@ -1,4 +1,4 @@
-"""A model's tokenizer, for engines that send or take text."""
+"""A model's tokenizer, for engines."""
 
 from __future__ import annotations
 
@@ -10,19 +10,22 @@ from dynamo_redis.errors import ModelError
 from dynamo_redis.models.directory import ModelDirectory
 
 
+def load_tokenizer(model: ModelDirectory) -> Tokenizer:
+    """Return the model's tokenizer. Blocks (about 0.5 s for 11 MiB). Raises ModelError."""
+    try:
+        return Tokenizer.from_buffer(model.read_tokenizer())
+    except ModelError:
+        raise
+    except Exception as exc:  # the library raises bare Exception
+        raise ModelError(f"{model.files['tokenizer.json'].path} is not a usable tokenizer: {exc}") from exc
+
+
 class ModelTokens:
     """Conversions between text and tokens, for answers in text and prompts as text."""
 
     def __init__(self, model: ModelDirectory) -> None:
-        """Load the tokenizer. Blocks (about 0.5 s for 11 MiB). Raises ModelError."""
-        try:
-            self._tokenizer = Tokenizer.from_buffer(model.read_tokenizer())
-        except ModelError:
-            raise
-        except Exception as exc:  # the library raises bare Exception
-            raise ModelError(
-                f"{model.files['tokenizer.json'].path} is not a usable tokenizer: {exc}"
-            ) from exc
+        """Load the tokenizer. Blocks, and raises ModelError, as `load_tokenizer` does."""
+        self._tokenizer = load_tokenizer(model)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         # In an answer's text "<|im_end|>" is plain text of the model; as a special token it would have no

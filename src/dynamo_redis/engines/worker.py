@@ -94,17 +94,14 @@ async def serve_engine(
         generate = runtime.endpoint(endpoint)
         served = await generate.start_serving(engine.generate)
         stack.push_async_callback(served.unregister)
-
-        def card_of(capacity: EngineCapacity) -> ModelCard:
-            return _card(model, model_name, capacity, runtime.settings.events.event_plane)
-
-        capacity = engine.capacity
-        card = card_of(capacity)
+        follower = CardFollower(engine, model, model_name, runtime.settings.events.event_plane)
+        card = follower.first_card()
         registration = await publish_model(runtime, name, model, card)
         stack.push_async_callback(runtime.leave, registration)
         files, health = f"files of model {model_name}", f"health of {name}"
-        follower = CardFollower(engine, registration, card_of, capacity)
-        await stack.enter_async_context(_running(follower.run, f"card of model {model_name}"))
+        await stack.enter_async_context(
+            _running(lambda: follower.run(registration), f"card of model {model_name}")
+        )
         await stack.enter_async_context(
             _running(lambda: keep_model_files(runtime.objects, model, card), files)
         )
@@ -163,22 +160,22 @@ async def _running(work: Callable[[], Awaitable[None]], what: str) -> AsyncItera
 
 
 class CardFollower:
-    """Updates a model's card when its engine comes back with another capacity."""
+    """Makes the card of a model on an engine, and updates it when the engine comes back with another
+    capacity."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        registration: Registration,
-        card_of: Callable[[EngineCapacity], ModelCard],
-        published: EngineCapacity,
-    ) -> None:
+    def __init__(self, engine: Engine, model: ModelDirectory, model_name: str, event_plane: str) -> None:
         self._engine = engine
-        self._registration = registration
-        self._card_of = card_of
-        self._published = published
+        self._model = model
+        self._model_name = model_name
+        self._event_plane = event_plane
+        self._published = engine.capacity
 
-    async def run(self) -> None:
-        """Compare the engine's capacity with the card every `CAPACITY_S`. Runs until cancelled."""
+    def first_card(self) -> ModelCard:
+        """Return the card for the capacity that the engine had when this object was made."""
+        return self._card_of(self._published)
+
+    async def run(self, registration: Registration) -> None:
+        """Compare the engine's capacity with the registered card every `CAPACITY_S`. Runs until cancelled."""
         while True:
             await asyncio.sleep(CAPACITY_S)
             capacity = self._engine.capacity
@@ -186,7 +183,7 @@ class CardFollower:
                 continue
             card = self._card_of(capacity)
             try:
-                await self._registration.update(card.to_bytes())
+                await registration.update(card.to_bytes())
             except StoreError as exc:
                 log.warning(
                     "the card of model %s cannot be updated to its engine's capacity yet: %s",
@@ -202,22 +199,21 @@ class CardFollower:
             )
             self._published = capacity
 
-
-def _card(model: ModelDirectory, model_name: str, capacity: EngineCapacity, event_plane: str) -> ModelCard:
-    """Return the card of a model on an engine of this capacity."""
-    length = capacity.context_length or model.context_length
-    if length != model.context_length:
-        log.info("model %s: the context length is the engine's, %d tokens", model_name, length)
-        model = replace(model, context_length=length)
-    return make_card(
-        model,
-        model_name=model_name,
-        kv_cache_block_size=capacity.kv_block_size,
-        runtime_config=RuntimeConfig(
-            total_kv_blocks=capacity.total_kv_blocks,
-            max_num_seqs=capacity.max_num_seqs,
-            max_num_batched_tokens=capacity.max_num_batched_tokens,
-            data_parallel_size=capacity.data_parallel_size,
-            event_plane=event_plane,
-        ),
-    )
+    def _card_of(self, capacity: EngineCapacity) -> ModelCard:
+        model = self._model
+        length = capacity.context_length or model.context_length
+        if length != model.context_length:
+            log.info("model %s: the context length is the engine's, %d tokens", self._model_name, length)
+            model = replace(model, context_length=length)
+        return make_card(
+            model,
+            model_name=self._model_name,
+            kv_cache_block_size=capacity.kv_block_size,
+            runtime_config=RuntimeConfig(
+                total_kv_blocks=capacity.total_kv_blocks,
+                max_num_seqs=capacity.max_num_seqs,
+                max_num_batched_tokens=capacity.max_num_batched_tokens,
+                data_parallel_size=capacity.data_parallel_size,
+                event_plane=self._event_plane,
+            ),
+        )

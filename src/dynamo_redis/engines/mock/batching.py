@@ -144,13 +144,37 @@ class Batch(Generic[S]):
         sequence.state = "removed"
 
     def plan(self) -> StepPlan[S] | None:
-        """Plan the next step and reserve its blocks; return None if there is no work."""
+        """Plan the next step and reserve its blocks; return None if there is no work.
+
+        Running sequences come first. Then waiting ones are admitted, in order, until one does not fit; none
+        is admitted in a step that preempted one.
+        """
         work: list[tuple[S, int]] = []
+        budget = self._max_num_batched_tokens  # tokens that the step has left
         preempted_before = self.preemption_count
         with self.cache.batched_removal():
-            budget = self._plan_running(work)
-            if self.preemption_count == preempted_before:
-                self._plan_waiting(work, budget)
+            index = 0
+            while index < len(self._running) and budget:
+                sequence = self._running[index]
+                count = min(len(sequence.tokens) - sequence.computed_count, budget)
+                if self._make_room(sequence, sequence.computed_count + count):
+                    work.append((sequence, count))
+                    budget -= count
+                index += 1
+            may_admit = self.preemption_count == preempted_before
+            while may_admit and self._waiting and budget and len(self._running) < self._max_num_seqs:
+                sequence = self._waiting[0]
+                if self._blocked == (sequence, self.cache.release_count):
+                    break
+                if not self._admit(sequence):
+                    self._blocked = (sequence, self.cache.release_count)
+                    break
+                self._waiting.popleft()
+                self._running.append(sequence)
+                sequence.state = "running"
+                count = min(len(sequence.tokens) - sequence.computed_count, budget)
+                work.append((sequence, count))
+                budget -= count
         if not work:
             return None
         decode_count = sum(1 for sequence, _ in work if sequence.computed_count >= sequence.prompt_count)
@@ -179,19 +203,6 @@ class Batch(Generic[S]):
                 due.append(sequence)
         return due
 
-    def _plan_running(self, work: list[tuple[S, int]]) -> int:
-        """Add the work of running sequences; return the number of tokens that the step has left."""
-        budget = self._max_num_batched_tokens
-        index = 0
-        while index < len(self._running) and budget:
-            sequence = self._running[index]
-            count = min(len(sequence.tokens) - sequence.computed_count, budget)
-            if self._make_room(sequence, sequence.computed_count + count):
-                work.append((sequence, count))
-                budget -= count
-            index += 1
-        return budget
-
     def _make_room(self, sequence: S, token_count: int) -> bool:
         """Reserve blocks for `token_count` tokens of a running sequence, preempting later ones if needed.
 
@@ -208,22 +219,6 @@ class Batch(Generic[S]):
             if victim is sequence:
                 return False
         return True
-
-    def _plan_waiting(self, work: list[tuple[S, int]], budget: int) -> None:
-        """Admit waiting sequences, in order, while one fits, and add their work."""
-        while self._waiting and budget and len(self._running) < self._max_num_seqs:
-            sequence = self._waiting[0]
-            if self._blocked == (sequence, self.cache.release_count):
-                return
-            if not self._admit(sequence):
-                self._blocked = (sequence, self.cache.release_count)
-                return
-            self._waiting.popleft()
-            self._running.append(sequence)
-            sequence.state = "running"
-            count = min(len(sequence.tokens) - sequence.computed_count, budget)
-            work.append((sequence, count))
-            budget -= count
 
     def _admit(self, sequence: S) -> bool:
         """Reserve the blocks of a waiting sequence; return False if they do not fit into the cache now."""

@@ -15,15 +15,15 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Final
 
 import anyio.to_thread
-from tokenizers import Tokenizer
 from xxhash import xxh3_64_intdigest
 
 from dynamo_redis.config import MockEngineSettings
 from dynamo_redis.engines.base import EngineCapacity, EngineLoad, report_to
 from dynamo_redis.engines.mock.kv_cache import BlockCache
 from dynamo_redis.engines.mock.rank import MockRank, StreamedSequence
+from dynamo_redis.engines.model_tokens import load_tokenizer
 from dynamo_redis.engines.text import Phrasebook
-from dynamo_redis.errors import ConfigError, Draining, InvalidRequest, ModelError
+from dynamo_redis.errors import ConfigError, Draining, InvalidRequest
 from dynamo_redis.events.block_hashes import chain, local_hashes
 from dynamo_redis.events.kv_publisher import KvPublisher
 from dynamo_redis.models.directory import ModelDirectory
@@ -84,7 +84,7 @@ class MockEngine:
 
     async def start(self) -> None:
         """Load the tokenizer and start the step loops. Raises ModelError."""
-        self._phrasebook = await anyio.to_thread.run_sync(_load_phrasebook, self._model)
+        self._phrasebook = await anyio.to_thread.run_sync(lambda: Phrasebook(load_tokenizer(self._model)))
         for rank in self.ranks:
             rank.start()
 
@@ -140,7 +140,13 @@ class MockEngine:
         if self._phrasebook is None:
             raise Draining("the engine is not running")
         sequence = _read_request(request, self._phrasebook, self._settings, self._model.context_length)
-        rank = self._choose_rank(request.get("dp_rank"))
+        wanted: object = request.get("dp_rank")
+        if wanted is None:
+            rank = min(self.ranks, key=lambda each: each.request_count)
+        elif isinstance(wanted, int) and not isinstance(wanted, bool) and 0 <= wanted < len(self.ranks):
+            rank = self.ranks[wanted]
+        else:
+            raise InvalidRequest(f"dp_rank={wanted!r} must be one of 0 to {len(self.ranks) - 1}")
         rank.submit(sequence)
         unsubscribe = context.on_cancel(lambda _: rank.cancel(sequence))
         try:
@@ -157,24 +163,6 @@ class MockEngine:
         finally:
             unsubscribe()
             rank.batch.remove(sequence)
-
-    def _choose_rank(self, wanted: object) -> MockRank:
-        """Return the wanted rank, or the least loaded one for None. Raises InvalidRequest."""
-        if wanted is None:
-            return min(self.ranks, key=lambda rank: rank.request_count)
-        if isinstance(wanted, bool) or not isinstance(wanted, int) or not 0 <= wanted < len(self.ranks):
-            raise InvalidRequest(f"dp_rank={wanted!r} must be one of 0 to {len(self.ranks) - 1}")
-        return self.ranks[wanted]
-
-
-def _load_phrasebook(model: ModelDirectory) -> Phrasebook:
-    try:
-        tokenizer = Tokenizer.from_buffer(model.read_tokenizer())
-    except ModelError:
-        raise
-    except Exception as exc:  # the library raises bare Exception
-        raise ModelError(f"{model.files['tokenizer.json'].path} is not a usable tokenizer: {exc}") from exc
-    return Phrasebook(tokenizer)
 
 
 # --------------------------------------------------------------------------- reading a request

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any, Final
 
 import anyio.to_thread
@@ -25,6 +25,7 @@ from dynamo_redis.engines.openai.request import (
     hidden_stop_ids,
     prompt_ids,
     token_limit,
+    wanted_rank,
 )
 from dynamo_redis.engines.openai.server import EngineServer
 from dynamo_redis.engines.openai.wire import CompletionReader, UnknownModel
@@ -108,11 +109,24 @@ class OpenAIEngine:
         await self._server.wait_until_up()
 
     async def start(self) -> None:
-        """Wait for the server, identify it, and start to poll it. Raises ConfigError, ModelError."""
+        """Wait for the server, identify it, and start to poll its health and load. Raises ConfigError,
+        ModelError."""
+
+        async def poll() -> None:
+            while True:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(self._settings.engine_poll_interval_s):
+                        await self._poll_now.wait()  # set by a request that has found no server
+                self._poll_now.clear()
+                if await self._server.check():
+                    await self._server.poll_metrics()
+                    self._resize_publishers()
+                    await self._clear_partial_cache()
+
         self._tokens = await anyio.to_thread.run_sync(ModelTokens, self._model)
         await self._server.wait_until_up()
         self._poller = asyncio.create_task(
-            Supervisor(log, "health and load of the engine").run(self._poll), name="engine health and load"
+            Supervisor(log, "health and load of the engine").run(poll), name="engine health and load"
         )
 
     async def aclose(self) -> None:
@@ -269,7 +283,7 @@ class OpenAIEngine:
         self, request: Mapping[str, Any], prompt: Sequence[int] | str, context: Context
     ) -> AsyncGenerator[GenerateItem, None]:
         """Send one completion and yield its items. `prompt` is token ids or text."""
-        dp_rank = self._rank(request)
+        dp_rank = wanted_rank(request, self._settings.engine_data_parallel_size)
         context_length = self._server.capacity.context_length
         body = completion_body(
             request,
@@ -317,15 +331,6 @@ class OpenAIEngine:
             unsubscribe()
             completion.close()
 
-    def _rank(self, request: Mapping[str, Any]) -> int | None:
-        """Return the rank that a router chose; None: the engine chooses. Raises InvalidRequest."""
-        wanted, rank_count = request.get("dp_rank"), self._settings.engine_data_parallel_size
-        if wanted is None or rank_count == 1:
-            return None
-        if type(wanted) is not int or not 0 <= wanted < rank_count:
-            raise InvalidRequest(f"dp_rank={wanted!r} must be one of 0 to {rank_count - 1}")
-        return wanted
-
     # ----------------------------------------------------------------- health and load
 
     async def wait_health(self, healthy: bool) -> None:
@@ -345,17 +350,3 @@ class OpenAIEngine:
             self.relay.forget("no process listens at the engine's address")
         for completion in list(self._unanswered):
             completion.close(Draining("the engine does not answer"))
-
-    async def _poll(self) -> None:
-        """Poll health and load until cancelled; at once after a request has found no server."""
-        while True:
-            try:
-                async with asyncio.timeout(self._settings.engine_poll_interval_s):
-                    await self._poll_now.wait()
-            except TimeoutError:
-                pass
-            self._poll_now.clear()
-            if await self._server.check():
-                await self._server.poll_metrics()
-                self._resize_publishers()
-                await self._clear_partial_cache()

@@ -163,27 +163,28 @@ class RankRelay:
         self._subscriber.close()
 
     async def run(self) -> None:
-        """Relay until cancelled."""
+        """Receive and handle messages; check the connection at each, and after `idle_s` without one. Runs
+        until cancelled."""
+
+        async def follow() -> None:
+            while True:
+                quiet = not await self._subscriber.wait(self._idle_s)
+                await self._check_connection(quiet=quiet)
+                for _ in range(_TURN_COUNT):
+                    frames = await self._subscriber.receive_now()
+                    if frames is None:
+                        break
+                    try:
+                        await self._handle(frames)
+                    except Exception as exc:  # noqa: BLE001 - logged, with its traceback
+                        self._supervisor.skip("a message of the engine", exc)
+                        self.start_over("malformed", "a message could not be handled")
+                await asyncio.sleep(0)
+
         try:
-            await self._supervisor.run(self._follow)
+            await self._supervisor.run(follow)
         finally:
             self.close()
-
-    async def _follow(self) -> None:
-        """Receive and handle messages; check the connection at each, and after `idle_s` without one."""
-        while True:
-            quiet = not await self._subscriber.wait(self._idle_s)
-            await self._check_connection(quiet=quiet)
-            for _ in range(_TURN_COUNT):
-                frames = await self._subscriber.receive_now()
-                if frames is None:
-                    break
-                try:
-                    await self._handle(frames)
-                except Exception as exc:  # noqa: BLE001 - logged, with its traceback
-                    self._supervisor.skip("a message of the engine", exc)
-                    self.start_over("malformed", "a message could not be handled")
-            await asyncio.sleep(0)
 
     # ----------------------------------------------------------------- messages
 

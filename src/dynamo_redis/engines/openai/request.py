@@ -180,6 +180,16 @@ def hidden_stop_ids(request: Mapping[str, Any]) -> frozenset[int]:
         raise InvalidRequest(f"stop token ids are not a list of token ids: {exc}") from exc
 
 
+def wanted_rank(request: Mapping[str, Any], rank_count: int) -> int | None:
+    """Return the data-parallel rank that a router chose; None: the engine chooses. Raises InvalidRequest."""
+    wanted = request.get("dp_rank")
+    if wanted is None or rank_count == 1:
+        return None
+    if type(wanted) is not int or not 0 <= wanted < rank_count:
+        raise InvalidRequest(f"dp_rank={wanted!r} must be one of 0 to {rank_count - 1}")
+    return wanted
+
+
 def token_limit(request: Mapping[str, Any]) -> int | None:
     """Return the most tokens of the answer; None without a limit in the request."""
     limit = _options(request, "stop_conditions").get("max_tokens")

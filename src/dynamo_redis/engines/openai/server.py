@@ -19,7 +19,6 @@ from dynamo_redis.engines.openai.models import (
     read_details,
     read_models,
 )
-from dynamo_redis.engines.openai.request import Dialect
 from dynamo_redis.errors import CannotConnect, ConfigError, PlaneError
 
 log = logging.getLogger(__name__)
@@ -218,25 +217,20 @@ class EngineServer:
         found = found or ListedModel(wanted or "", "openai")
         if settings.engine_kind != "auto":
             found = replace(found, dialect=settings.engine_kind)
-        details = await self._ask_details(found.dialect)
+        details, path = ServerDetails(), DETAILS_PATHS.get(found.dialect)
+        if path is not None:
+            try:
+                status, content = await self.http.ask("GET", path, settings.engine_poll_timeout_s)
+                details = read_details(content) if status == 200 else details
+            except PlaneError as exc:
+                log.debug("the engine at %s: %s", self.http.url, exc)
+                details = self._details  # the last ones
         is_same = self._known and found == self.listed
         if not is_same:
             self._metrics_path = "/metrics"
         await self.poll_metrics(is_same=is_same)
         self._set_identity(found, details)
         return True
-
-    async def _ask_details(self, dialect: Dialect) -> ServerDetails:
-        """Return the sizes of `DETAILS_PATHS`; the last ones if the server does not answer."""
-        path = DETAILS_PATHS.get(dialect)
-        if path is None:
-            return ServerDetails()
-        try:
-            status, content = await self.http.ask("GET", path, self._settings.engine_poll_timeout_s)
-        except PlaneError as exc:
-            log.debug("the engine at %s: %s", self.http.url, exc)
-            return self._details
-        return read_details(content) if status == 200 else ServerDetails()
 
     def _set_identity(self, found: ListedModel, details: ServerDetails) -> None:
         """Store the identity, log a change of it, and warn of settings that contradict it."""

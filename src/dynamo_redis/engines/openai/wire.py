@@ -58,7 +58,15 @@ class UnknownModel(EngineFailed):
 
 def refusal(status: int, content: bytes, retry_after: str | None) -> PlaneError:
     """Return the error of an answer with this HTTP status. `content` is its body, in any form."""
-    message = f"the engine answered {status}: {_message(content)}"
+    try:  # the message in the body, if it is of a known form
+        body = json.loads(content)
+    except ValueError:
+        body = content.decode("utf-8", "replace")
+    if isinstance(body, dict):
+        body = body.get("error", body.get("detail", body.get("message", body)))
+    if isinstance(body, dict):
+        body = body.get("message", body)
+    message = f"the engine answered {status}: {str(body)[:500]}"
     if status in (429, 503):
         try:
             seconds = float(retry_after or "")
@@ -77,19 +85,6 @@ def refusal(status: int, content: bytes, retry_after: str | None) -> PlaneError:
             f"the engine answered {status}: it does not take this worker's DYN_ENGINE_API_KEY"
         )
     return EngineFailed(message)
-
-
-def _message(content: bytes) -> str:
-    """Return the message in the body of an error, at most 500 characters."""
-    try:
-        body = json.loads(content)
-    except ValueError:
-        body = content.decode("utf-8", "replace")
-    if isinstance(body, dict):
-        body = body.get("error", body.get("detail", body.get("message", body)))
-    if isinstance(body, dict):
-        body = body.get("message", body)
-    return str(body)[:500]
 
 
 # --------------------------------------------------------------------------- the answer
@@ -213,8 +208,19 @@ class CompletionReader:
             error = event["error"]
             code = error.get("code") if isinstance(error, dict) else None
             raise refusal(code if isinstance(code, int) else 500, data, None)
-        choices = event.get("choices")
-        self._note_usage(event, is_last=not choices)
+        choices, usage, timings = event.get("choices"), event.get("usage"), event.get("timings")
+        details = None
+        if isinstance(usage, dict):
+            self._done |= not choices  # counts without a choice end the answer
+            for name in ("prompt_tokens", "completion_tokens"):
+                if is_count(usage.get(name)):
+                    self._usage[name] = usage[name]
+            details = usage.get("prompt_tokens_details")
+        cached = details.get("cached_tokens") if isinstance(details, dict) else None
+        if cached is None and isinstance(timings, dict):  # llama.cpp
+            cached = timings.get("cache_n")
+        if is_count(cached):
+            self._cached = cached
         if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
             return None
         self._begun = True
@@ -265,18 +271,3 @@ class CompletionReader:
             token_ids = token_ids[:-1]
         given, self._held = self._held, token_ids
         return {"token_ids": given} if given else None
-
-    def _note_usage(self, event: dict[str, Any], *, is_last: bool) -> None:
-        """Note the counts of tokens and of cached tokens; counts without a choice end the answer."""
-        usage, timings = event.get("usage"), event.get("timings")
-        if isinstance(usage, dict):
-            self._done |= is_last
-            for name in ("prompt_tokens", "completion_tokens"):
-                if is_count(usage.get(name)):
-                    self._usage[name] = usage[name]
-        details = usage.get("prompt_tokens_details") if isinstance(usage, dict) else None
-        count = details.get("cached_tokens") if isinstance(details, dict) else None
-        if count is None and isinstance(timings, dict):  # llama.cpp
-            count = timings.get("cache_n")
-        if is_count(count):
-            self._cached = count

@@ -190,11 +190,18 @@ def _stored(fields: Mapping[Any, Any], tier: int, left_out: Counter[str]) -> Sto
     if lora_name is None and fields.get("lora_id") is not None:
         left_out["unnamed_adapter"] += len(block_hashes)
         return None
-    plain_count = _plain_count(fields.get("extra_keys"), len(block_hashes), lora_name)
-    if plain_count < len(block_hashes):
-        left_out["extra_keys"] += len(block_hashes) - plain_count
+    extra_keys = fields.get("extra_keys")
+    if extra_keys is not None and not isinstance(extra_keys, list):
+        raise ValueError(f"not a BlockStored: extra_keys is {type(extra_keys).__name__}")
+    # The number of blocks, from the first on, whose hashes depend on tokens and adapter alone.
+    plain_count = len(block_hashes)
+    for index, keys in enumerate((extra_keys or [])[:plain_count]):
+        if keys is not None and not (isinstance(keys, list) and all(key == lora_name for key in keys)):
+            plain_count = index
+            break
     nameless_hashes = block_hashes[plain_count:]
     if nameless_hashes:
+        left_out["extra_keys"] += len(nameless_hashes)
         block_hashes, token_ids = block_hashes[:plain_count], token_ids[: plain_count * block_size]
     window, kind = fields.get("kv_cache_spec_sliding_window"), fields.get("kv_cache_spec_kind")
     if kind is not None and not isinstance(kind, str):
@@ -210,18 +217,6 @@ def _stored(fields: Mapping[Any, Any], tier: int, left_out: Counter[str]) -> Sto
         full_attention=window is None and kind in _FULL_ATTENTION_KINDS,
         nameless_hashes=nameless_hashes,
     )
-
-
-def _plain_count(extra_keys: object, block_count: int, lora_name: str | None) -> int:
-    """Return the number of blocks, from the first on, whose hashes depend on tokens and adapter alone."""
-    if extra_keys is None:
-        return block_count
-    if not isinstance(extra_keys, list):
-        raise ValueError(f"not a BlockStored: extra_keys is {type(extra_keys).__name__}")
-    for index, keys in enumerate(extra_keys[:block_count]):
-        if keys is not None and not (isinstance(keys, list) and all(key == lora_name for key in keys)):
-            return index
-    return block_count
 
 
 # --------------------------------------------------------------------------- fields
