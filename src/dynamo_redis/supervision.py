@@ -11,7 +11,8 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager
 from typing import Final, TypeVar
 
 from dynamo_redis.errors import DynamoRedisError, InvalidRecord, StoreUnavailable
@@ -90,3 +91,16 @@ class Supervisor:
         is_defect = not isinstance(exc, DynamoRedisError)
         shown = f"{type(exc).__name__}: {exc}" if is_defect else exc
         self._lines.log("%s: %s: %s", self._task, text, shown, kind=kind, exc_info=exc if is_defect else None)
+
+
+@asynccontextmanager
+async def supervised(
+    log: logging.Logger, task: str, work: Callable[[], Awaitable[None]]
+) -> AsyncIterator[None]:
+    """Run `work` in a task that ends with the block. A failure is logged, and `work` starts again."""
+    running = asyncio.create_task(Supervisor(log, task).run(work), name=task)
+    try:
+        yield
+    finally:
+        running.cancel()
+        await asyncio.wait([running])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Callable
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +25,7 @@ from dynamo_redis.names import EndpointName
 from dynamo_redis.runtime.handlers import AnyHandler
 from dynamo_redis.runtime.runtime import DistributedRuntime
 from dynamo_redis.store.base import Registration
-from dynamo_redis.supervision import Supervisor
+from dynamo_redis.supervision import supervised
 from dynamo_redis.wire.topics import CLEAR_KV_BLOCKS, LOAD_METRICS
 
 log = logging.getLogger(__name__)
@@ -98,14 +98,12 @@ async def serve_engine(
         card = follower.first_card()
         registration = await publish_model(runtime, name, model, card)
         stack.push_async_callback(runtime.leave, registration)
-        files, health = f"files of model {model_name}", f"health of {name}"
-        await stack.enter_async_context(
-            _running(lambda: follower.run(registration), f"card of model {model_name}")
-        )
-        await stack.enter_async_context(
-            _running(lambda: keep_model_files(runtime.objects, model, card), files)
-        )
-        await stack.enter_async_context(_running(lambda: follow_health(generate, engine), health))
+        for task, work in (
+            (f"card of model {model_name}", lambda: follower.run(registration)),
+            (f"files of model {model_name}", lambda: keep_model_files(runtime.objects, model, card)),
+            (f"health of {name}", lambda: follow_health(generate, engine)),
+        ):
+            await stack.enter_async_context(supervised(log, task, work))
         log.info("serving model %s at %s, instance %x", model_name, name, runtime.instance_id)
         if on_ready is not None:
             on_ready(f"{model_name} at {name}, instance {runtime.instance_id:x}")
@@ -126,7 +124,9 @@ async def _publish(
     )
     stack.push_async_callback(load.aclose)
     load.start()
-    await stack.enter_async_context(_running(lambda: report_load(engine, load), f"load reports of {name}"))
+    await stack.enter_async_context(
+        supervised(log, f"load reports of {name}", lambda: report_load(engine, load))
+    )
 
 
 async def _serve_beside(
@@ -146,17 +146,6 @@ async def _serve_beside(
         beside = EndpointName(name.namespace, name.component, endpoint)
         served = await runtime.endpoint(str(beside)).start_serving(handler, graceful_shutdown=False)
         stack.push_async_callback(served.unregister)
-
-
-@asynccontextmanager
-async def _running(work: Callable[[], Awaitable[None]], what: str) -> AsyncIterator[None]:
-    """Run `work` in a task that ends with the block. A failure is logged, and `work` starts again."""
-    task = asyncio.create_task(Supervisor(log, what).run(work), name=what)
-    try:
-        yield
-    finally:
-        task.cancel()
-        await asyncio.wait([task])
 
 
 class CardFollower:

@@ -34,21 +34,6 @@ def serve(answer: Callable[[bytearray], bytes], *, memory_bytes: int, time_s: fl
     limits it). Each may use `time_s` of processor time, rounded up to whole seconds. A job that uses more
     ends the process: by MemoryError if it is not caught, or by SIGXCPU.
     """
-    _limit_memory(memory_bytes)
-    used = FRAME.unpack
-    while (head := _read(FRAME.size)) is not None:
-        content = _read(used(head)[0])
-        if content is None:
-            return
-        _limit_time(time_s)
-        answered = answer(content)
-        signal.alarm(0)
-        del content
-        _write(FRAME.pack(len(answered)))
-        _write(answered)
-
-
-def _limit_memory(memory_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with suppress(OSError, ValueError):  # only Linux tells the present size and enforces the limit
         with open("/proc/self/statm") as file:  # noqa: PTH123 - pathlib is not imported
@@ -57,15 +42,21 @@ def _limit_memory(memory_bytes: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:  # noqa: PTH123
         file.write("1000")  # when the system itself has no memory left, this process goes first
-
-
-def _limit_time(time_s: float) -> None:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    ends_at = math.ceil(usage.ru_utime + usage.ru_stime + time_s)
-    signal.signal(signal.SIGXCPU, signal.SIG_DFL)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.alarm(math.ceil(WALL_FACTOR * time_s) + 1)  # for a job that sleeps after its parent has died
-    resource.setrlimit(resource.RLIMIT_CPU, (ends_at, resource.getrlimit(resource.RLIMIT_CPU)[1]))
+    while (head := _read(FRAME.size)) is not None:
+        content = _read(FRAME.unpack(head)[0])
+        if content is None:
+            return
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        ends_at = math.ceil(usage.ru_utime + usage.ru_stime + time_s)
+        signal.signal(signal.SIGXCPU, signal.SIG_DFL)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(math.ceil(WALL_FACTOR * time_s) + 1)  # for a job that sleeps after its parent has died
+        resource.setrlimit(resource.RLIMIT_CPU, (ends_at, resource.getrlimit(resource.RLIMIT_CPU)[1]))
+        answered = answer(content)
+        signal.alarm(0)
+        del content
+        _write(FRAME.pack(len(answered)))
+        _write(answered)
 
 
 def _read(size: int) -> bytearray | None:

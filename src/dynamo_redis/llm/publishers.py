@@ -149,28 +149,29 @@ class WorkerMetricsPublisher:
 
     def create_endpoint(self, endpoint: Endpoint | Component) -> asyncio.Task[None]:
         """Start to publish for the worker's component, and serve `load_metrics` there. Raises StoreError."""
-        return started(self._create_endpoint(endpoint))
 
-    async def _create_endpoint(self, endpoint: Endpoint | Component) -> None:
-        runtime, name = place_of(endpoint)
-        key = ("load", name.namespace, name.component)
-        load = runtime.attach(
-            key,
-            lambda: LoadPublisher(
-                runtime.events, runtime.registry, name.namespace, name.component, runtime.instance_id
-            ),
-        )
-        self._load = load
-        if runtime.settings.events.event_plane != "none":
-            load.start()
+        async def create() -> None:
+            runtime, name = place_of(endpoint)
+            key = ("load", name.namespace, name.component)
+            load = runtime.attach(
+                key,
+                lambda: LoadPublisher(
+                    runtime.events, runtime.registry, name.namespace, name.component, runtime.instance_id
+                ),
+            )
+            self._load = load
+            if runtime.settings.events.event_plane != "none":
+                load.start()
 
-        async def load_metrics(_: Any) -> AsyncGenerator[dict[str, Any], None]:
-            for event in load.values(KV_METRICS):
-                yield event | {"forward_pass": None}
+            async def load_metrics(_: Any) -> AsyncGenerator[dict[str, Any], None]:
+                for event in load.values(KV_METRICS):
+                    yield event | {"forward_pass": None}
 
-        beside = EndpointName(name.namespace, name.component, LOAD_METRICS)
-        if runtime.served(beside) is None:
-            await runtime.endpoint(str(beside)).start_serving(load_metrics, graceful_shutdown=False)
+            beside = EndpointName(name.namespace, name.component, LOAD_METRICS)
+            if runtime.served(beside) is None:
+                await runtime.endpoint(str(beside)).start_serving(load_metrics, graceful_shutdown=False)
+
+        return started(create())
 
     def publish(
         self,

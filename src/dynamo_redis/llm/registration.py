@@ -23,7 +23,7 @@ from dynamo_redis.runtime.endpoint import Endpoint
 from dynamo_redis.runtime.runtime import DistributedRuntime
 from dynamo_redis.runtime.withdrawal import withdraw
 from dynamo_redis.store.base import Registration
-from dynamo_redis.supervision import Supervisor
+from dynamo_redis.supervision import supervised
 
 log = logging.getLogger(__name__)
 
@@ -216,10 +216,14 @@ class _RegisteredModels:
         if name not in self._models:  # withdrawn meanwhile
             await withdraw([registration])
             return
-        keeping = asyncio.create_task(
-            self._keep(registration, model, card), name=f"files of model {card.display_name}"
-        )
-        self._models[name] = registration, keeping
+        task = f"files of model {card.display_name}"
+
+        async def keep_until_shutdown() -> None:
+            async with supervised(log, task, lambda: keep_model_files(self._runtime.objects, model, card)):
+                await self._runtime.wait_for_shutdown()
+                await withdraw([registration])  # frontends stop sending before the endpoint is gone
+
+        self._models[name] = registration, asyncio.create_task(keep_until_shutdown(), name=task)
         log.info("model %s is registered at %s", card.display_name, name)
 
     async def withdraw(self, name: EndpointName) -> None:
@@ -234,21 +238,3 @@ class _RegisteredModels:
     async def aclose(self) -> None:
         """Withdraw all cards."""
         await asyncio.gather(*map(self.withdraw, tuple(self._models)))
-
-    async def _keep(self, registration: Registration, model: ModelDirectory, card: ModelCard) -> None:
-        """Keep the files in Redis until the shutdown, and then withdraw the card.
-
-        Ends also when cancelled.
-        """
-        what = f"files of model {card.display_name}"
-
-        async def keep() -> None:
-            await keep_model_files(self._runtime.objects, model, card)
-
-        keeping = asyncio.create_task(Supervisor(log, what).run(keep), name=what)
-        try:
-            await self._runtime.wait_for_shutdown()
-            await withdraw([registration])  # frontends stop sending before the endpoint is gone
-        finally:
-            keeping.cancel()
-            await asyncio.wait([keeping])

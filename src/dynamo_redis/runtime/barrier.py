@@ -38,7 +38,6 @@ from dynamo_redis.store.base import (
     Put,
     Registration,
     Registry,
-    Watch,
     WatchBatch,
 )
 
@@ -92,8 +91,16 @@ class LeaderBarrier:
             workers = await self._wait_for_workers(registry, deadline)
             await self._publish(registry, _COMPLETE, {"workers": workers}, deadline)
         except BaseException as exc:
+            # Tell the workers the reason. If that fails, remove the barrier, which ends their waits, too.
             reason = str(exc) if isinstance(exc, BarrierError) else "the leader stopped waiting"
-            await self._abort(registry, reason)
+            aborted = _encode(self._round, {"reason": reason})
+            try:
+                registration = await registry.register(self._prefix + _ABORT, aborted, exclusive=True)
+            except StoreError as failure:
+                log.warning("%s: could not be aborted in the registry, removing it: %s", self._name, failure)
+                await self.aclose()
+            else:
+                self._registrations.append(registration)
             raise
         return sorted(workers)
 
@@ -116,18 +123,6 @@ class LeaderBarrier:
         key = self._prefix + name
         registration = await _claim(registry, key, value, deadline, taken, self._wait.on_lost)
         self._registrations.append(registration)
-
-    async def _abort(self, registry: Registry, reason: str) -> None:
-        """Publish `reason` for the workers; if that fails, remove the barrier, which also ends their
-        waits."""
-        value = _encode(self._round, {"reason": reason})
-        try:
-            registration = await registry.register(self._prefix + _ABORT, value, exclusive=True)
-        except StoreError as exc:
-            log.warning("%s: could not be aborted in the registry, removing it: %s", self._name, exc)
-            await self.aclose()
-        else:
-            self._registrations.append(registration)
 
     async def _wait_for_workers(self, registry: Registry, deadline: float) -> dict[str, str]:
         """Wait for `worker_count` workers; return the first ones, id → token, in the order of their
@@ -215,9 +210,8 @@ class WorkerBarrier:
         own_key = f"{self._prefix}{_WORKERS}{encode_segment(self._worker_id)}"
         taken = f"{self._name} has a worker {self._worker_id!r} already"
         async with registry.watch(self._prefix) as watch:
-            while state.leader is None:
+            while (joined := state.leader) is None:
                 state.apply(await anext(watch, None))
-            joined = state.leader
             end = state.ends.get(joined["round"])
             if end is not None:
                 self._raise_if_aborted(end)
@@ -225,7 +219,16 @@ class WorkerBarrier:
             value = _encode(joined["round"], {"token": self._token})
             self._registration = await _claim(registry, own_key, value, deadline, taken, self._wait.on_lost)
             while (end := state.ends.get(joined["round"])) is None:
-                await self._wait_for_change(registry, state, watch, joined)
+                if state.leader is None and not state.history_lost:
+                    raise BarrierError(f"{self._name}: the leader is gone")
+                if state.leader is not None and state.leader["round"] != joined["round"]:
+                    raise BarrierError(f"{self._name}: the leader is gone, another has begun")
+                limit_s = registry.lease_ttl_s + GRACE_S if state.leader is None else None
+                try:
+                    async with asyncio.timeout(limit_s):
+                        state.apply(await anext(watch, None))
+                except TimeoutError:
+                    raise BarrierError(f"{self._name}: the leader is gone") from None
         self._raise_if_aborted(end)
         if end.get("workers", {}).get(self._worker_id) != self._token:
             raise BarrierError(f"{self._name} was complete without {self._worker_id!r}")
@@ -234,24 +237,6 @@ class WorkerBarrier:
     def _raise_if_aborted(self, end: Mapping[str, Any]) -> None:
         if "reason" in end:
             raise BarrierError(f"{self._name} was aborted: {end['reason']}")
-
-    async def _wait_for_change(
-        self, registry: Registry, state: _State, watch: Watch, joined: Mapping[str, Any]
-    ) -> None:
-        """Apply the next batch of the watch.
-
-        Raises BarrierError if the leader of the joined round is gone.
-        """
-        if state.leader is None and not state.history_lost:
-            raise BarrierError(f"{self._name}: the leader is gone")
-        if state.leader is not None and state.leader["round"] != joined["round"]:
-            raise BarrierError(f"{self._name}: the leader is gone, another has begun")
-        limit_s = registry.lease_ttl_s + GRACE_S if state.leader is None else None
-        try:
-            async with asyncio.timeout(limit_s):
-                state.apply(await anext(watch, None))
-        except TimeoutError:
-            raise BarrierError(f"{self._name}: the leader is gone") from None
 
 
 class _State:

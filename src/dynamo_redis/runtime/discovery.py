@@ -267,7 +267,14 @@ class EndpointView:
         )
         member.state = State.EJECTED
         self._rebuild()
-        self._spawn(self._readmit(member, pause_s))
+
+        async def readmit() -> None:
+            await asyncio.sleep(pause_s)
+            if self._is_current(member, State.EJECTED):
+                member.state = State.UP
+                self._rebuild()
+
+        self._spawn(readmit())
 
     async def answers_probe(self, member: Member) -> bool:
         """Probe an instance; return whether it answered. Marks it down or quiet if it did not."""
@@ -299,10 +306,20 @@ class EndpointView:
             if isinstance(event, Put):
                 self._put(event.record)
                 lost.pop(event.record.key, None)  # it expired and was registered again within this batch
-            else:
-                member = self._delete(event)
-                if member is not None:
-                    lost[event.key] = member
+                return
+            member = None
+            with suppress(ValueError):  # a key that no process of this package writes
+                member = self._members.get(parse_instance_id(event.key.rpartition("/")[2]))
+            if member is None:
+                return
+            # An expired instance that is down in this view, too, is dead beyond doubt.
+            is_dead = event.cause is DeleteCause.EXPIRED and member.state is State.DOWN
+            if event.cause in (DeleteCause.EXPIRED, DeleteCause.RESYNC) and not is_dead:
+                lost[event.key] = member
+                return
+            del self._members[member.instance_id]
+            if event.cause is DeleteCause.REVOKED or is_dead:
+                self._fail_pending(member, is_over=not is_dead)
 
         self._supervisor.each(batch.events, apply_event, key_of)
         if lost:
@@ -335,21 +352,6 @@ class EndpointView:
             known.instance = instance
             if known.state is not State.EJECTED:  # the record does not tell whether its requests fail
                 known.state = State.UP
-
-    def _delete(self, event: Delete) -> Member | None:
-        """Forget an instance that left on purpose; return the member of one that was lost, else None."""
-        with suppress(ValueError):
-            member = self._members.get(parse_instance_id(event.key.rpartition("/")[2]))
-            if member is None:
-                return None
-            # An expired instance that is down in this view, too, is dead beyond doubt.
-            is_dead = event.cause is DeleteCause.EXPIRED and member.state is State.DOWN
-            if event.cause in (DeleteCause.EXPIRED, DeleteCause.RESYNC) and not is_dead:
-                return member
-            del self._members[member.instance_id]
-            if event.cause is DeleteCause.REVOKED or is_dead:
-                self._fail_pending(member, is_over=not is_dead)
-        return None
 
     def _lose(self, lost: list[Member], *, history_lost: bool) -> None:
         """Forget instances that expired; make them suspects if too many were lost within one lease TTL."""
@@ -428,13 +430,6 @@ class EndpointView:
             self._supervisor.skip(f"the probe of instance {member.instance_id:x}", exc)
             return _ProbeOutcome.NONE
         return _ProbeOutcome.READY
-
-    async def _readmit(self, member: Member, pause_s: float) -> None:
-        """Let an ejected instance be chosen again after its pause."""
-        await asyncio.sleep(pause_s)
-        if self._is_current(member, State.EJECTED):
-            member.state = State.UP
-            self._rebuild()
 
     async def _probe_suspect(self, member: Member) -> None:
         """Probe a suspect until it is registered again; drop it at the first probe that it does not

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -66,7 +66,13 @@ def dynamo_endpoint(request_type: type[Any], response_type: type[Any]) -> Callab
         @functools.wraps(handler)
         def answer(*args: Any, **kwargs: Any) -> Any:
             result = handler(*args[:position], validate(args[position]), *args[position + 1 :], **kwargs)
-            return _plain_items(result) if hasattr(result, "__anext__") else _plain_item(result)
+            if hasattr(result, "__anext__"):
+                return _plain_items(result)
+
+            async def plain_item() -> Any:
+                return _plain(await result)
+
+            return plain_item()
 
         return answer
 
@@ -84,10 +90,6 @@ async def _plain_items(items: AsyncIterator[Any]) -> AsyncIterator[Any]:
     finally:
         if isinstance(items, AsyncGenerator):
             await items.aclose()
-
-
-async def _plain_item(item: Awaitable[Any]) -> Any:
-    return _plain(await item)
 
 
 def _plain(item: Any) -> Any:

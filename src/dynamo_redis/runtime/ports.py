@@ -115,10 +115,9 @@ async def reserve_ports(
     for step in range(starts):
         start = first + (offset + step) % starts
         ports = range(start, start + count)
-        if _can_bind(ports):
-            reservation = await _reserve(registry, host, ports, record, on_lost)
-            if reservation is not None:
-                return reservation
+        reservation = await _reserve(registry, host, ports, record, on_lost)
+        if reservation is not None:
+            return reservation
     raise PortUnavailable(
         f"no {count} consecutive free port{'s' if count > 1 else ''} of {host} in {first}-{end - 1}"
     )
@@ -129,8 +128,17 @@ async def _reserve(
 ) -> PortReservation | None:
     """Reserve these ports.
 
-    Returns None if one of them is taken; then, as after an error, none stays reserved.
+    Returns None if this machine cannot bind all of them now, or if one is reserved; then, as after an error,
+    none stays reserved.
     """
+    with ExitStack() as sockets:
+        for port in ports:
+            listener = sockets.enter_context(socket.socket())
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                listener.bind(("", port))
+            except OSError:
+                return None
 
     def report_lost(port: int, why: LostReason) -> None:
         log.error("port %d of %s is no longer reserved by this process: %s", port, host, why)
@@ -150,16 +158,3 @@ async def _reserve(
         await PortReservation(host, ports, taken).release()
         raise
     return PortReservation(host, ports, taken)
-
-
-def _can_bind(ports: range) -> bool:
-    """Return whether this machine can bind all these ports now."""
-    with ExitStack() as sockets:
-        for port in ports:
-            listener = sockets.enter_context(socket.socket())
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                listener.bind(("", port))
-            except OSError:
-                return False
-    return True

@@ -134,7 +134,9 @@ class _Variant:
         try:
             self._template = environment.from_string(source)
         except Exception as exc:  # Jinja's own errors, and Python's for too deep nesting
-            raise ModelError(f"chat template {name!r} does not compile: {_one_line(exc)}") from exc
+            reason = " ".join(str(getattr(exc, "message", None) or str(exc) or type(exc).__name__).split())
+            line = f", line {exc.lineno}" if isinstance(exc, jinja2.TemplateSyntaxError) else ""
+            raise ModelError(f"chat template {name!r} does not compile: {reason.rstrip('.')}{line}") from exc
         self._content_form: ContentForm = "text"
         self._writes_string_arguments = False
         self._knows_developers = True
@@ -142,8 +144,8 @@ class _Variant:
         self._takes_absence = _ByCalls(False, False)
 
     def examine(self, variables: Mapping[str, Any]) -> None:
-        """Find out, by rendering probes, the form of content and of tool call arguments that the template
-        reads."""
+        """Find out, by rendering probes, the forms of content, of an assistant's message without content, and
+        of tool call arguments that the template reads."""
         probe = "content-probe"
         as_text = self._try([{"role": "user", "content": probe}], variables)
         as_parts = self._try([{"role": "user", "content": [{"type": "text", "text": probe}]}], variables)
@@ -151,20 +153,15 @@ class _Variant:
         reads_parts = reads_parts and as_parts is not None and '"text"' not in as_parts
         if reads_parts:
             self._content_form = "either" if as_text is not None and probe in as_text else "parts"
-        developer = self.normalise({"role": "developer", "content": probe})
-        written = self._try([developer, self.normalise({"role": "user", "content": "Hi"})], variables)
-        self._knows_developers = written is not None and probe in written
-        self._examine_empty_messages(variables)
+        user = self.normalise({"role": "user", "content": "Hi"})
+        text = self._try([self.normalise({"role": "developer", "content": probe}), user], variables)
+        self._knows_developers = text is not None and probe in text
 
-    def _examine_empty_messages(self, variables: Mapping[str, Any]) -> None:
-        """Find out how the template renders an assistant's message without content, and tool calls.
-
-        The content may be null, absent or empty, and the arguments a string or an object. A template that
-        reads one form may fail on another, or leave out the call.
-        """
+        # An assistant's message without content may have it null, absent or empty, and the arguments of its
+        # tool calls a string or an object. A template that reads one form may fail on another, or leave out
+        # the call.
         arguments = {"probe-name": "probe-argument"}
         written = json.dumps(arguments)
-        user = self.normalise({"role": "user", "content": "Hi"})
 
         def answers(**message: Any) -> _Contents:
             message["role"] = "assistant"
@@ -276,14 +273,6 @@ class _Contents(NamedTuple):
         writes_calls = any(other is not None and "probe-call" in other for other in self)
         writes_null = text.count("None") > (self.empty or "").count("None")
         return not writes_null and ("probe-call" in text or not writes_calls)
-
-
-def _one_line(exc: Exception) -> str:
-    line = f", line {exc.lineno}" if isinstance(exc, jinja2.TemplateSyntaxError) else ""
-    return (
-        " ".join(f"{getattr(exc, 'message', None) or str(exc) or type(exc).__name__}".split()).rstrip(".")
-        + line
-    )
 
 
 def _with_parsed_arguments(call: dict[str, Any]) -> dict[str, Any]:

@@ -123,12 +123,12 @@ class TemplateEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             finalize=self.bounded,
         )
         self._budget = _Budget()
-        self.filters["tojson"] = self._to_json
-        self.filters["join"] = self._join
+        self.filters["tojson"] = self.do_tojson
+        self.filters["join"] = self.do_join
         self.filters = {name: self._limited(name, function) for name, function in self.filters.items()}
         del self.globals["lipsum"]
-        self.globals["raise_exception"] = _raise_exception
-        self.globals["strftime_now"] = _strftime_now
+        self.globals["raise_exception"] = raise_exception
+        self.globals["strftime_now"] = strftime_now
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> jinja2.nodes.Template:
         tree = super()._parse(source, name, filename)
@@ -240,8 +240,13 @@ class TemplateEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         owner = getattr(obj, "__self__", None)
         if isinstance(owner, (str, bytes, int)):
             name = getattr(obj, "__name__", "")
-            if name == "join" and args:
-                args = (self._listed(args[0]), *args[1:])
+            joined = args[0] if name == "join" and args else ()
+            if isinstance(joined, Iterable) and not isinstance(joined, Collection):
+                items: list[Any] = []  # a list can be checked before use
+                for item in joined:
+                    items.append(item)
+                    self.expect(len(items) * 8)
+                args = (items, *args[1:])
             self._expect_method(owner, name, [*args, *kwargs.values()])
         return self.charged(super().call(context, obj, *args, **kwargs))
 
@@ -273,16 +278,6 @@ class TemplateEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         if isinstance(old, type(text)) and isinstance(new, type(text)):
             count = text.count(old) if old else len(text) + 1
             self.expect(len(text) + count * len(new))
-
-    def _listed(self, items: Any) -> Any:
-        """Return items as a collection, so that they can be checked before use."""
-        if isinstance(items, Collection) or not isinstance(items, Iterable):
-            return items
-        found: list[Any] = []
-        for item in items:
-            found.append(item)
-            self.expect(len(found) * 8)
-        return found
 
     def _expect_printf(self, form: str, values: Any) -> None:
         fields = _PRINTF_FIELD.findall(form)
@@ -345,14 +340,14 @@ class TemplateEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
                 self.text_chars(value if isinstance(value, Collection) else None)
 
     @jinja2.utils.pass_eval_context
-    def _join(
+    def do_join(
         self,
         eval_ctx: jinja2.nodes.EvalContext,
         value: Iterable[Any],
         d: str = "",
         attribute: str | int | None = None,
     ) -> str:
-        # As Jinja's own filter, but the size is checked after each item.
+        """Join values, as Jinja's own filter does; the size is checked after each."""
         if attribute is not None:
             value = map(jinja2.filters.make_attrgetter(self, attribute), value)
         separator = str(self.bounded(d))
@@ -364,7 +359,7 @@ class TemplateEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             self.expect(size)
         return separator.join(parts)
 
-    def _to_json(
+    def do_tojson(
         self,
         value: Any,
         ensure_ascii: bool = False,
@@ -372,7 +367,7 @@ class TemplateEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         separators: tuple[str, str] | None = None,
         sort_keys: bool = False,
     ) -> str:
-        # Jinja's own filter escapes HTML, which is wrong in a prompt.
+        """Return a value as JSON. Jinja's own filter escapes HTML, which is wrong in a prompt."""
         depth = len(indent) if isinstance(indent, str) else indent or 0
         if max(depth, *map(len, separators or ("", ""))) > _JSON_INDENT:
             raise Runaway("the chat template indents JSON too far")
@@ -415,11 +410,13 @@ def _largest(args: Iterable[Any]) -> int:
     return max((arg for arg in args if isinstance(arg, int)), default=0)
 
 
-def _raise_exception(message: str) -> None:
+def raise_exception(message: str) -> None:
+    """Refuse the conversation with this message: a global function of templates."""
     raise TemplateError(str(message))
 
 
-def _strftime_now(form: str) -> str:
+def strftime_now(form: str) -> str:
+    """Return the present time in this form: a global function of templates."""
     if len(form) > _DATE_FORM_CHARS:
         raise Runaway("the chat template asks for too long a date")
     return datetime.now().strftime(form)  # noqa: DTZ005 - local time, as templates expect

@@ -17,10 +17,10 @@ import anyio.to_thread
 from dynamo_redis.config import OpenAIEngineSettings
 from dynamo_redis.engines.base import EngineCapacity, EngineLoad
 from dynamo_redis.engines.model_tokens import ModelTokens
+from dynamo_redis.engines.openai.dialects import Dialect
 from dynamo_redis.engines.openai.http import Completion
 from dynamo_redis.engines.openai.relay import EventRelay
 from dynamo_redis.engines.openai.request import (
-    Dialect,
     completion_body,
     hidden_stop_ids,
     prompt_ids,

@@ -132,7 +132,11 @@ class EngineServer:
         """
         refused, identified = False, True
         try:
-            status = await self._health_status()
+            timeout_s = self._settings.engine_poll_timeout_s
+            status, _ = await self.http.ask("GET", self._health_path, timeout_s)
+            if status in (404, 405) and self._health_path == "/health":  # the server has no such path
+                self._health_path = "/v1/models"
+                status, _ = await self.http.ask("GET", self._health_path, timeout_s)
             well = status == 200
             if not well:
                 self._log_problem(f"answered {self._health_path} with HTTP {status}")
@@ -164,15 +168,6 @@ class EngineServer:
             self.down.set()
             self.up.clear()
         return False
-
-    async def _health_status(self) -> int:
-        """Return the HTTP status of the health check; a server without `/health` is asked for its models."""
-        timeout_s = self._settings.engine_poll_timeout_s
-        status, _ = await self.http.ask("GET", self._health_path, timeout_s)
-        if status in (404, 405) and self._health_path == "/health":
-            self._health_path = "/v1/models"
-            status, _ = await self.http.ask("GET", self._health_path, timeout_s)
-        return status
 
     # ----------------------------------------------------------------- identity
 

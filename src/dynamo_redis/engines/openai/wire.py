@@ -144,26 +144,25 @@ class TextTokens:
         """Return the tokens of the next piece."""
         if not text:
             return []
-        decode = self._tokens.decode
+        encode, decode = self._tokens.encode, self._tokens.decode
+
+        def encodings() -> Iterator[list[int]]:  # the likeliest first
+            for anchor in _ANCHORS:
+                yield encode(anchor + text)[len(encode(anchor)) if anchor else 0 :]
+            yield encode(f" {text}")
+            byte_ids = self._tokens.encode_bytes(text)
+            if byte_ids is not None:
+                yield byte_ids
+
         wanted = decode(self._before) + text
-        for ids in self._encodings(text):
+        for ids in encodings():
             if decode([*self._before, *ids]) == wanted:
                 break
         else:
-            ids = self._tokens.encode(text)
+            ids = encode(text)
             self.inexact_count += 1
         self._before = ids or self._before
         return ids
-
-    def _encodings(self, text: str) -> Iterator[list[int]]:
-        """Yield the ways to encode a piece, the likeliest first."""
-        encode = self._tokens.encode
-        for anchor in _ANCHORS:
-            yield encode(anchor + text)[len(encode(anchor)) if anchor else 0 :]
-        yield encode(f" {text}")
-        byte_ids = self._tokens.encode_bytes(text)
-        if byte_ids is not None:
-            yield byte_ids
 
 
 class CompletionReader:

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from dynamo_redis.engines.openai.request import Dialect, completion_body, hidden_stop_ids, prompt_ids
+from dynamo_redis.engines.openai.dialects import Dialect
+from dynamo_redis.engines.openai.request import completion_body, hidden_stop_ids, prompt_ids
 from dynamo_redis.errors import InvalidRequest
 from dynamo_redis.models.llm_protocol import SamplingOptions, StopConditions
 
