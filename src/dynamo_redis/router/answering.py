@@ -1,11 +1,12 @@
-"""The endpoints by which a router shows its state and explains choices: of services, and of frontends.
+"""The endpoints by which a router shows its state and explains its choices. Routers in frontends have them,
+and router services have them, too.
 
 | endpoint | request | answer |
 |---|---|---|
 | `<ns>.<component>.<endpoint>_router_state` | anything | one item, `RouterState.to_json()` |
 | `<ns>.<component>.<endpoint>_best_worker` | `{"token_ids": […]}` | one item, see `describe_choice` |
 
-`<ns>.<component>.<endpoint>` is that of the workers.
+`<ns>.<component>.<endpoint>` is the workers' endpoint.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ def best_worker_endpoint(workers: EndpointName) -> EndpointName:
 
 
 async def serve_answers(runtime: DistributedRuntime, router: Router) -> list[ServedEndpoint]:
-    """Open both endpoints. Raises StoreError, ConfigError, and ValueError if they are open already."""
+    """Serve both endpoints, and return them. Raises StoreError, ConfigError, and ValueError if they are open
+    already."""
 
     async def state(_: Any) -> Any:
         return router.state().to_json()

@@ -24,7 +24,8 @@ ANSWER_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class RouterAnswer:
-    """The answer of one router: its state as JSON, or the reason why there is none. `key` is its record's."""
+    """The answer of one router: its state as JSON, or the reason why there is none. `key` is its
+    record's key."""
 
     key: str
     state: dict[str, Any] | None
@@ -34,8 +35,8 @@ class RouterAnswer:
 
 
 async def ask_states(runtime: DistributedRuntime) -> list[RouterAnswer]:
-    """Return the states of all routers, each asked for 5 s at most, ordered by component and instance; at the
-    end, the records of routers that cannot be read. Raises StoreError."""
+    """Ask all routers for their states, each for 5 s at most. Return their answers, ordered by component and
+    instance, and after them the records of routers that cannot be read. Raises StoreError."""
 
     async def ask(record: Record) -> RouterAnswer:
         """Ask the router with this record."""

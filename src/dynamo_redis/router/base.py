@@ -20,8 +20,8 @@ class Worker(NamedTuple):
 
 
 class Matched(NamedTuple):
-    """The number of blocks that a worker holds of a prompt's beginning: first on its device, the next ones on
-    its host, the next ones on its disk."""
+    """The number of blocks at a prompt's beginning that a worker holds: the first ones on its device, those
+    after them on its host, and those after these on its disk."""
 
     device: int
     host: int = 0
@@ -80,7 +80,7 @@ class WorkerLoad(NamedTuple):
     """The load of a worker, by the bookings known here."""
 
     prefill_tokens: int
-    """Prompt tokens that it has yet to read, without those that were in its cache."""
+    """Prompt tokens that it has yet to read. Tokens that were in its cache do not count."""
     blocks: int
     """Blocks that its running requests hold."""
     request_count: int
@@ -95,9 +95,9 @@ class Chooser(Protocol):
     async def choose(self, request: RoutingRequest) -> WorkerChoice:
         """Choose a worker and book the request there.
 
-        A request id that is booked already gets its choice again, unless that worker is excluded now: then it
-        is booked anew. Raises NoInstances if there is no worker, Overloaded if all are busy and no more
-        requests may wait.
+        A request that is booked already gets the same choice again. If that worker is excluded now, the
+        request is booked anew. Raises NoInstances if there is no worker, Overloaded if all are busy and no
+        more requests may wait.
         """
         ...
 

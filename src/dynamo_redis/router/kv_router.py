@@ -48,7 +48,7 @@ BOOKING_S = 600.0
 """Longest booking of a request without a deadline: the frontend's own limit."""
 
 _TICK_S = 1.0
-"""Longest pause between two looks for bookings and predictions that have expired."""
+"""Longest pause between two checks for bookings and predictions that have expired."""
 _SYNC_START_S = 2.0
 """Longest wait at the start for the bookings in the stream."""
 _PEERS_S = 1.0
@@ -123,8 +123,10 @@ class KvRouter:
     # ----------------------------------------------------------------- lifetime
 
     async def start(self) -> None:
-        """Return when the router can choose, within seconds, whether or not there is a worker. Raises
-        StoreError, and leaves nothing open then."""
+        """Start the router; return when it can choose, within seconds, also if there is no worker.
+
+        Raises StoreError; then nothing stays open.
+        """
         try:
             await self._start()
         except BaseException:
@@ -132,7 +134,7 @@ class KvRouter:
             raise
 
     async def _start(self) -> None:
-        """Start all parts; `_closing` gets the way to end each."""
+        """Start all parts; `_closing` gets the function that ends each."""
         closes = self._closing.append
         self._client = await self._runtime.endpoint(str(self.endpoint)).client()
         closes(self._client.aclose)
@@ -161,8 +163,8 @@ class KvRouter:
             has_workers = bool(self._client.known_ids())
             if not await self._cards.wait_for_block_size(_BLOCK_SIZE_S if has_workers else 0.0):
                 log.info(
-                    "no worker of %s has said yet how many tokens its KV blocks have: until one does they "
-                    "are taken to have %d",
+                    "no worker of %s has reported the size of its KV blocks yet: until one does, blocks of "
+                    "%d tokens are assumed",
                     self.endpoint,
                     self.block_size,
                 )
@@ -186,7 +188,7 @@ class KvRouter:
         self._expect_cards()
 
     def _expect_cards(self) -> None:
-        """Have the cards of workers checked against the router's block size and event plane."""
+        """Have the workers' cards checked against the router's block size and event plane."""
         followed = None if self.indexer is None else self._runtime.settings.events.event_plane
         self._cards.expect(self.block_size, followed)
 

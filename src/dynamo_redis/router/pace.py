@@ -1,5 +1,5 @@
-"""The pause between reads of a stream whose entries come one by one: each read costs the server much, however
-few entries it returns."""
+"""The pause between reads of a stream whose entries come one by one. A read costs the server much, even if it
+returns one entry."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import asyncio
 class Pace:
     """Keeps `pause_s` between reads that return entries.
 
-    The first read after a silence does not wait; nor does a read while more entries are there than one read
-    returns.
+    The first read after a silence does not wait. A read does not wait either if the one before it returned as
+    many entries as a read can.
     """
 
     def __init__(self, pause_s: float, full_count: int) -> None:

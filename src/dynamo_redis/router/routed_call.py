@@ -52,7 +52,7 @@ class BookedRoute:
     def note_first_item(self) -> None:
         """Note that the worker has read the prompt."""
         self._chooser.prefill_done(self.routing.request_id)
-        self.routing = replace(self.routing, hashes=())  # long, and needed no more
+        self.routing = replace(self.routing, hashes=())  # they are long, and not needed again
 
     # ----------------------------------------------------------------- the route
 
@@ -76,8 +76,8 @@ class BookedRoute:
 
 
 class RoutedCall(Call):
-    """A `Call` along a `BookedRoute`. The first item ends the prompt's half of the booking; the end of the
-    call, however it comes, ends the rest."""
+    """A `Call` along a `BookedRoute`. With the first item the prompt's tokens are booked no more. The booking
+    ends with the call, also if the call fails or is cancelled."""
 
     __slots__ = ("_booked", "_has_item", "_on_item")
 

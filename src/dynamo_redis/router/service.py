@@ -3,12 +3,12 @@
     <ns>.router.generate        a generate request → the worker's answer, streamed through
     <ns>.router.best_worker_id  `{"token_ids": […]}` → one item, see `answering.describe_choice`
 
-`generate` takes, beside a generate request's own keys, `routing`: `{"endpoint": …, "among": […]}`, the
-workers' endpoint, as a check, and the instances to choose among.
+`generate` takes a generate request with one more key, `routing`: `{"endpoint": …, "among": […]}`. `endpoint`
+is the workers' endpoint, as a check; `among` are the instances to choose among.
 
-`best_worker_id` books nothing, unless the request has `"hold": true`: then the answer stays open after its
-item, and the booking lasts until the caller ends the call, is gone, or the deadline passes. The caller sends
-the request itself.
+`best_worker_id` books nothing, unless the request has `"hold": true`. Then the answer stays open after its
+item, and the booking lasts until the caller ends the call or is gone, or the deadline passes. The caller
+sends the request to the worker itself.
 """
 
 from __future__ import annotations
@@ -199,13 +199,13 @@ class _ServiceRoute:
         self._is_bypassing = False
 
     def failed(self, member: Member, error: PlaneError, *, was_answered: bool) -> bool:
-        """As `Route.failed`. Raises InstanceRemoved if the router was lost that passed an answer on."""
+        """As `Route.failed`. Raises InstanceRemoved if the router that passed an answer on was lost."""
         if self._is_bypassing:
             self._workers.note_failure(member, error)
             return True
         if isinstance(error, HandlerFailed):
-            return False  # a worker's error, which the router passed on: it has tried others if that helps
-        # A router's answer that all workers are busy, or gone, is true: only an unreachable one is bypassed.
+            return False  # a worker's error, passed on: the router has tried others if that could help
+        # A router that answers that all workers are busy, or gone, is right: it is not bypassed.
         self._may_bypass = isinstance(error, _UNREACHABLE)
         self._routers.note_failure(member, error)
         if self._may_bypass and was_answered:

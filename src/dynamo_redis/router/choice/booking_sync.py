@@ -3,12 +3,12 @@
 Each router publishes its bookings to one stream a component, bounded by time, and reads the bookings of the
 other routers; `booking_messages.py` has the messages. Every `RENEW_S` a router sends all its bookings again.
 Another router's booking counts for `LEASE_S` after it was last sent, and no longer than its request's
-deadline. This rule ends the load of requests whose "free" was lost. It brings back an "add" that was lost.
-And a router that starts needs no more of the stream than its last `LEASE_S`.
+deadline. So the load of a request whose "free" was lost ends, a lost "add" is made good by the next renewal,
+and a router that starts needs only the last `LEASE_S` of the stream.
 
-The bookings of a router that died end with its lease, by its record in the registry. A router that starts, or
-that could not read for a while, reads old messages: their bookings count from the time at which they were
-sent, by the stream's own clock, and not at all if the sender has no record any more.
+The bookings of a router that died end when its lease, and with it its record in the registry, is gone. A
+router that starts, or that could not read for a while, reads old messages. Their bookings count from the time
+at which they were sent, by the stream's own clock. If the sender has no record any more, they do not count.
 
 A router that is alone sends nothing: its publisher rests. When the registry lists another router, or a
 message of one comes, it sends all its bookings, and further ones from then on.
@@ -128,7 +128,7 @@ class BookingSync:
             async with asyncio.timeout(timeout_s):
                 await self._ready.wait()
         except TimeoutError:
-            log.warning("what other routers have under way is not known yet: Redis is slow, or away")
+            log.warning("the bookings of other routers are not known yet: Redis is slow, or away")
 
     async def wait_for_peers(self, timeout_s: float) -> None:
         """Wait until all routers that the registry lists have sent their bookings, for `timeout_s` at most.

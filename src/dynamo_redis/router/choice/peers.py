@@ -49,7 +49,7 @@ class Peers:
         now = self._clock.monotonic()
         until = self._until.get(owner)
         if until is None:
-            # The last messages of a router often come after its record has gone: it would be kept for ever.
+            # A router's last messages often come after its record has gone, and nothing else would remove it.
             for old in [old for old, old_until in self._until.items() if old_until <= now]:
                 self.remove(old)
         self._heard.add(owner)

@@ -6,8 +6,8 @@
     cost           = prefill_load_scale · max(prefill_blocks − credit, 0) + decode_blocks
 
 where device, host and disk are the blocks of the prompt that the worker holds there. A block that several
-requests hold counts once, as it does on the worker. The lowest cost wins. Among equal costs chance decides:
-of two workers that cost the same, the one with less load holds less of the prompt, and neither is better.
+requests hold counts once, as it does on the worker. The lowest cost wins. Among workers of equal cost one is
+drawn at random: the one with less load holds less of the prompt, so neither is better.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 bound and deadlines.
 
 Requests for the same workers wait in one line, and each set of workers has a line of its own. So requests for
-one model neither wait behind requests for another, nor for a place in line because of them. Where sets
+one model do not wait behind requests for another, and do not find their line full because of them. Where sets
 overlap, a worker that becomes free takes the request that has waited longest.
 """
 
@@ -21,7 +21,7 @@ from dynamo_redis.runtime.among import LiveIds
 T = TypeVar("T")
 
 RETRY_AFTER_S = 1.0
-"""Seconds after which a client may try again whose request could not even wait."""
+"""Seconds after which a client may send a request again that found its line full."""
 
 
 class WaitingLines:
@@ -98,7 +98,7 @@ class WaitingLine:
         if not self._line and (found := try_now()) is not None:
             return found
         if len(self._line) >= self._limit:
-            raise Overloaded("all workers are busy, and as many requests wait as may", RETRY_AFTER_S)
+            raise Overloaded("all workers are busy, and the line of waiting requests is full", RETRY_AFTER_S)
         loop = asyncio.get_running_loop()
         waiter = _Waiter(next(self._numbers), loop.create_future())
         self._line.append(waiter)

@@ -125,7 +125,7 @@ class WorkerCards:
             self._warn(
                 instance_id,
                 f"sends its KV events by the event plane {event_plane!r}, and this router follows "
-                f"{followed!r}: it hears of none of its blocks. Set DYN_EVENT_PLANE alike",
+                f"{followed!r}: none of its blocks will be known. Set DYN_EVENT_PLANE alike",
             )
 
     def _warn(self, instance_id: int, complaint: str) -> None:

@@ -1,6 +1,6 @@
 """Reads a component's KV events: from a durable stream through a group of its own, or from a topic.
 
-Both call an `Intake` with each batch, in order, and when events may have been missed.
+Both give each batch to an `Intake`, in order, and tell it when events may have been missed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from dynamo_redis.store.event_base import (
 log = logging.getLogger(__name__)
 
 READ_COUNT: Final = 1024
-"""Most entries of one read. The group itself reads fewer where they are large."""
+"""Most entries of one read. The group reads fewer if the entries are large."""
 
 BLOCK_S: Final = 1.0
 
@@ -44,7 +44,7 @@ DEFECT_PAUSE_S: Final = 1.0
 
 
 class Intake(Protocol):
-    """Applies the batches that were read. All its methods but `apply` and `note_applied` are rare."""
+    """Applies the batches that were read. Only `apply` and `note_applied` are called often."""
 
     def apply(self, content: bytes) -> int:
         """Apply one message or entry; return the number of its events. Never raises."""
@@ -63,7 +63,7 @@ class Intake(Protocol):
         ...
 
     def note_caught_up(self) -> None:
-        """Note that all events have been read that were there when reading began. Idempotent."""
+        """Note that all events that were there when reading began have been read. Idempotent."""
         ...
 
 
@@ -120,8 +120,8 @@ class StreamFollower(_Follower):
         self._intake = intake
         self._load_snapshot = load_snapshot
         self._restored = False
-        self._end: EntryId | None = None  # of the stream, when reading began; None: begin anew
-        self._may_have_lost = False  # since the last read: the intake does not know yet
+        self._end: EntryId | None = None  # the stream's, when reading began; None: begin anew
+        self._may_have_lost = False  # events, since the last read; the intake is not told yet
         self._pace = Pace(PACE_S, UNPACED_COUNT)
 
     async def run(self) -> None:
@@ -209,7 +209,7 @@ class StreamFollower(_Follower):
 class TopicFollower(_Follower):
     """Follows a topic. `run` ends only by cancellation.
 
-    Messages of before cannot be read, so the workers are asked at the start, and after each broken
+    Earlier messages cannot be read, so the workers are asked at the start, and after each broken
     connection.
     """
 

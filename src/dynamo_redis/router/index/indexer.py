@@ -39,7 +39,7 @@ from dynamo_redis.wire.topics import KV_DUMP, KV_EVENTS
 log = logging.getLogger(__name__)
 
 START_S: Final = 10.0
-"""Longest time that `start` waits until the events of before have been read."""
+"""Longest time that `start` waits until the earlier events have been read."""
 
 VERIFY_S: Final = 1.0
 """Time from the start until all workers are asked, jittered."""
@@ -129,7 +129,7 @@ class Indexer:
     # ----------------------------------------------------------------- lifetime
 
     async def start(self) -> None:
-        """Return when the events of before have been read, and workers that were not known have answered.
+        """Return when the earlier events have been read, and workers that were not known have answered.
 
         It returns after `START_S` and some seconds at the latest: the index then goes on to heal. Raises
         StoreError if the workers cannot be listed for `START_S`.
@@ -171,7 +171,7 @@ class Indexer:
                 await self._has_caught_up.wait()
             await self._recovery.wait_until_idle(_ANSWERS_S)
         except TimeoutError:
-            log.warning("%r serves with what it has: the events of before cannot be read yet", self)
+            log.warning("%r serves with the blocks that it knows: earlier events cannot be read yet", self)
 
     async def aclose(self) -> None:
         """End all tasks and leave the stream. Idempotent."""
@@ -244,7 +244,7 @@ class Indexer:
     # ----------------------------------------------------------------- the intake of the follower
 
     def apply(self, content: bytes) -> int:
-        """As `Intake.apply`. A batch that leaves a gap has its worker asked; one that cannot be read, all."""
+        """As `Intake.apply`. A gap before a batch has its worker asked; a batch that cannot be read, all."""
         try:
             batch = EventBatch.from_bytes(content)
             if batch.topic != KV_EVENTS:
@@ -277,8 +277,9 @@ class Indexer:
         """As `Intake.note_caught_up`."""
         if not self._has_caught_up.is_set():
             self._members.note_caught_up()
-            # A worker's process may have been replaced since the snapshot was taken. That is rare, and
-            # routers may start together: they ask a little later, while requests are served already.
+            # A worker's process may have been replaced since the snapshot was taken. That is rare, so the
+            # workers are asked a little later, when requests are served already. The time is random, since
+            # routers may start together.
             self._recovery.ask_all(after_s=VERIFY_S * random.uniform(0.5, 1.5))  # noqa: S311 - jitter
             self._has_caught_up.set()
 

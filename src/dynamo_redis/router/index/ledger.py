@@ -89,7 +89,7 @@ class _Instance:
     held: list[EventBatch] = field(default_factory=list)
     held_count: int = 0
     overflowed: bool = False
-    """True if more was to be held than may be."""
+    """True if batches were dropped, because too many were to be held."""
 
     def hold(self, batch: EventBatch) -> None:
         self.held_count += 1 + len(batch.events)
@@ -244,8 +244,9 @@ class Ledger:
 class DumpReader:
     """Reads a worker's answer from `kv_dump`, item by item, into a ledger.
 
-    For each rank comes `{"epoch", "dp_rank", "kind", "next_sequence", …}`, then its `{"batch"}` items: of a
-    `range` the events from the caller's next sequence on, of a `dump` the rank's blocks as stored events.
+    For each rank comes a head `{"epoch", "dp_rank", "kind", "next_sequence", …}`, then its `{"batch"}` items.
+    Those of a `range` have the events from the caller's next sequence on; those of a `dump` have the rank's
+    blocks, as stored events.
     `apply` and `finish` raise InvalidRecord for an answer that is not of this form; then call `fail`.
     """
 
@@ -303,7 +304,7 @@ class DumpReader:
         known = self._known
         if not self._ledger.is_current(self.instance_id, known):
             return False
-        for dp_rank in self._missing:  # ranks that the worker has no more
+        for dp_rank in self._missing:  # ranks that the worker no longer has
             self._ledger.index.remove(Worker(self.instance_id, dp_rank))
             known.ranks[dp_rank].restart(None)
         known.standing = Standing.LOST if known.overflowed else Standing.EXACT

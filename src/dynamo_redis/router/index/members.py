@@ -24,7 +24,7 @@ class Members:
 
     An instance that leaves the view loses its blocks; suspects, instances that are down for the moment, and
     instances that hang have not left. An instance that is listed and not known exactly is asked, once the
-    events of before have been read (`note_caught_up`). An instance that was started anew under its old id is
+    earlier events have been read (`note_caught_up`). An instance that was started anew under its old id is
     asked, too.
     """
 
@@ -51,7 +51,7 @@ class Members:
         self._task = asyncio.create_task(self._supervisor.run(follow), name="follow KV workers")
 
     def note_caught_up(self) -> None:
-        """Note that the events of before have been read: forget instances that are not listed, and from now
+        """Note that the earlier events have been read: forget instances that are not listed, and from now
         on ask listed instances that are not known exactly."""
         self._has_caught_up = True
         self._compare()

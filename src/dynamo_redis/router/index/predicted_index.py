@@ -47,7 +47,7 @@ class PredictedIndex:
         self._ttl_s = ttl_s
         self._max_blocks = max_blocks
         self._target_blocks = int(max_blocks * prune_target_ratio)
-        # It never forgets by itself: there are no more blocks than pairs of a block and a worker.
+        # It forgets nothing by itself: it has no more blocks than there are pairs of a block and a worker.
         self._index = KvIndex(max_blocks=max_blocks)
         self._latest: dict[Worker, dict[int, int]] = {}
         self._log: deque[_Prediction] = deque()

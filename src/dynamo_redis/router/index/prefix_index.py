@@ -51,7 +51,7 @@ MAX_BLOCKS = 4_194_304
 PRUNE_TARGET_RATIO = 0.8
 
 _SETS_COUNT = 65_536
-"""Most different sets of workers that blocks share as one integer; of further sets there may be copies."""
+"""Most different sets of workers that are kept as one integer each; further sets may have copies."""
 _SPARE_SLOTS_COUNT = 64
 """Dead slots beyond the number of workers, after which a new worker waits for a whole sweep."""
 _GUESSES_COUNT = 4096

@@ -1,8 +1,8 @@
-"""Asks workers for their blocks: a worker of which events are missing, and all workers if any events may be.
+"""Asks workers for their blocks: one worker if its events are missing, all if events of any may be missing.
 
 An ask is one request to the worker's `kv_dump` endpoint. It has the next sequence of each rank; the worker
 answers with the events from there on, or with all its blocks. Where no event is missing the answer is empty.
-So every possible loss is answered in this one way, and an ask too many costs a round trip.
+So an ask makes good every possible loss, and an ask without need costs one round trip.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ OnBlockSize = Callable[[int, int], None]
 class Recovery:
     """Asks instances, each in one task, at most one task an instance.
 
-    `ASKS_AT_ONCE_COUNT` of the tasks ask at a time, and `RETRIES_AT_ONCE_COUNT` of those whose last ask
-    failed; these ask again after growing, jittered pauses. A task ends with an answer, by `forget`, or by
-    `aclose`.
+    At most `ASKS_AT_ONCE_COUNT` of the tasks ask at a time. Beside them at most `RETRIES_AT_ONCE_COUNT` tasks
+    ask whose last ask failed; they do so after growing, jittered pauses. A task ends with an answer, by
+    `forget`, or by `aclose`.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class Recovery:
             self._note_idle()
 
     async def wait_until_idle(self, timeout_s: float) -> bool:
-        """Wait until no instance is being asked; return whether that is so."""
+        """Wait until no instance is being asked. Return False if that takes longer than `timeout_s`."""
         try:
             async with asyncio.timeout(timeout_s):
                 await self._idle.wait()

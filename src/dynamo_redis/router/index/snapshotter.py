@@ -167,8 +167,8 @@ class Snapshotter:
         wait_until_idle: Callable[[float], Awaitable[bool]],
         threshold: int,
     ) -> None:
-        """`take` returns the present index. `wait_until_idle` is awaited before, with a time-out, so that few
-        workers are missing in it."""
+        """`take` returns the present index. `wait_until_idle` is awaited before it, with a time-out, so that
+        few workers are missing from the snapshot."""
         self.last: StoredSnapshot | None = None
         self.stored_count = 0
         self.failed_count = 0
@@ -208,7 +208,7 @@ class Snapshotter:
         self._task = asyncio.create_task(self._supervisor.run(store_on), name="store KV snapshots")
 
     async def aclose(self) -> None:
-        """Stop. If a snapshot is being stored that ends, and the old one stays."""
+        """Stop. A snapshot that is being stored is given up, and the old one stays."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)

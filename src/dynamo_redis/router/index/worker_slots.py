@@ -89,9 +89,9 @@ class WorkerSlots:
         """Return the blocks that each worker holds on its device, by the ends of the live workers' runs.
 
         Ends are taken from the shortest run on. Where few runs end, their workers are written one by one.
-        Where many end, all workers that reach this end are written, also those that reach further and are
-        written again later: the set of all of them is the mask of a block, comes again with the next
-        prompts, and is therefore cached as a dict.
+        Where many end, all workers that reach this end are written; those that reach further are overwritten
+        later. The set of all of them is the mask of a block and comes again with the next prompts, so it is
+        cached as a dict.
         """
         found: dict[Worker, Matched] = {}
         reaching = 0
