@@ -19,7 +19,6 @@ from dynamo_redis.templates.protocol import render_job
 
 if TYPE_CHECKING:
     from dynamo_redis.frontend.model import CardEntry
-    from dynamo_redis.frontend.model_loading import LoadedModel
     from dynamo_redis.runtime.runtime import DistributedRuntime
 
 
@@ -68,7 +67,15 @@ def best_worker(
         f"{block_size}"
     )
     columns = ["WORKER", "RANK", "MATCHED", "PREFILL", "DECODE", "COST", ""]
-    print_table(columns, [_cost_row(cost, explained) for cost in explained["costs"]], empty="no workers")
+    rows = []
+    for cost in explained["costs"]:
+        instance_id, dp_rank = cost["instance_id"], cost["dp_rank"]
+        matched = ", ".join(f"{count} {tier}" for tier, count in cost["matched"].items() if count) or "0"
+        blocks = [f"{cost[name]:g}" for name in ("prefill_blocks", "decode_blocks", "cost")]
+        is_chosen = (instance_id, dp_rank) == (explained["instance_id"], explained["dp_rank"])
+        chosen = "chosen" if is_chosen else ""
+        rows.append([format_instance_id(instance_id), str(dp_rank), matched, *blocks, chosen])
+    print_table(columns, rows, empty="no workers")
 
 
 def _parse_token_ids(token_ids: str | None) -> list[int] | None:
@@ -90,12 +97,20 @@ async def _ask(
     model: str | None,
     options: dict[str, str | None],
 ) -> dict[str, Any]:
+    from dynamo_redis.frontend.http.server import model_cache
+    from dynamo_redis.frontend.model_loading import load_model
     from dynamo_redis.router.asking import ask_best_worker
 
     async with connect.open_runtime(options) as runtime:
         entry = await _served_card(runtime, model)
         if token_ids is None:
-            loaded = await _load_served_model(runtime, entry, options)
+            wanted_cache = load(FrontendSettings, options).model_cache
+            with model_cache(wanted_cache) as cache_dir, ThreadPoolExecutor(1) as executor:
+                try:
+                    loaded = await load_model(runtime.objects, entry.card, cache_dir, executor)
+                except ModelError as exc:
+                    name = entry.card.display_name
+                    raise CommandFailed(f"model {name!r} cannot be loaded: {exc}") from exc
             try:
                 if prompt is not None:
                     token_ids = loaded.tokenizer.encode(prompt, add_special_tokens=True)
@@ -132,32 +147,3 @@ async def _served_card(runtime: DistributedRuntime, wanted: str | None) -> CardE
     if wanted is None:
         raise CommandFailed(f"several models are served: choose one with --model: {names}")
     raise CommandFailed(f"no model {wanted!r} is served; the served models are: {names}")
-
-
-async def _load_served_model(
-    runtime: DistributedRuntime, entry: CardEntry, options: dict[str, str | None]
-) -> LoadedModel:
-    from dynamo_redis.frontend.http.server import model_cache
-    from dynamo_redis.frontend.model_loading import load_model
-
-    wanted = load(FrontendSettings, options).model_cache
-    with model_cache(wanted) as cache_dir, ThreadPoolExecutor(1) as executor:
-        try:
-            return await load_model(runtime.objects, entry.card, cache_dir, executor)
-        except ModelError as exc:
-            raise CommandFailed(f"model {entry.card.display_name!r} cannot be loaded: {exc}") from exc
-
-
-def _cost_row(cost: dict[str, Any], explained: dict[str, Any]) -> list[str]:
-    matched = cost["matched"]
-    tiers = [f"{count} {tier}" for tier, count in matched.items() if count]
-    chosen = all(cost[name] == explained[name] for name in ("instance_id", "dp_rank"))
-    return [
-        format_instance_id(cost["instance_id"]),
-        str(cost["dp_rank"]),
-        ", ".join(tiers) or "0",
-        f"{cost['prefill_blocks']:g}",
-        f"{cost['decode_blocks']:g}",
-        f"{cost['cost']:g}",
-        "chosen" if chosen else "",
-    ]

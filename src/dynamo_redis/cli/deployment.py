@@ -15,15 +15,12 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 from dynamo_redis.cli.children import LineSink, ServiceCommand, ServiceProcess
 from dynamo_redis.cli.failures import CommandFailed
 from dynamo_redis.store.server import EmbeddedServer
-
-Result = TypeVar("Result")
 
 START_TIMEOUT_S = 30.0
 SERVER_GRACE_S = 1.0
@@ -65,15 +62,20 @@ class Deployment:
             await self.server.start()
         services = (self.frontend, *self.workers)
         processes = [await self._launch(service) for service in services]
+        waits = [asyncio.create_task(_wait_until_ready(process)) for process in processes]
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
-                self.url, *lines = await _all_or_first_error(map(_wait_until_ready, processes))
+                self.url, *lines = await asyncio.gather(*waits)
             self.models = [line.rpartition(" at ")[0] for line in lines]
         except TimeoutError:
             late = next(process for process in processes if not process.is_ready)
             raise CommandFailed(
                 f"{late.service.name} was not ready within {START_TIMEOUT_S:g} s: {late.last_words()}"
             ) from None
+        finally:
+            for wait in waits:
+                wait.cancel()
+            await asyncio.gather(*waits, return_exceptions=True)
         self._keepers = [asyncio.create_task(self._keep(process)) for process in processes]
         if self.server is not None:
             self._keepers.append(asyncio.create_task(self._keep_server(self.server)))
@@ -157,14 +159,3 @@ async def _wait_until_ready(process: ServiceProcess) -> str:
         ready.cancel()
         ended.cancel()
         await asyncio.gather(ready, ended, return_exceptions=True)
-
-
-async def _all_or_first_error(waits: Iterable[Awaitable[Result]]) -> list[Result]:
-    """Return all results in order. The first error cancels the rest."""
-    tasks = [asyncio.ensure_future(wait) for wait in waits]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

@@ -8,6 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import click
@@ -75,8 +76,15 @@ def ls(as_json: bool, **options: str | None) -> None:
         print_json([*map(_stream_json, found), *({"error": reason} for reason in unreadable)])
     else:
         now_s = time.time()
+        rows = []
+        for info in found:
+            last = "" if info.last_entry_id == BEGINNING else human_time(_time_s(info.last_entry_id), now_s)
+            alive = [group.lag_count for group in info.groups if group.silent_s <= 3 * GROUP_TTL_S]
+            counts = [str(info.entry_count), str(info.event_count), human_size(info.size_bytes)]
+            slowest = str(max(alive)) if alive else ""
+            rows.append([_name(info.name), *counts, last, str(len(info.groups)), slowest])
         columns = ["STREAM", "ENTRIES", "EVENTS", "SIZE", "LAST ENTRY", "GROUPS", "LAG"]
-        print_table(columns, [_stream_row(info, now_s) for info in found], empty="no event streams")
+        print_table(columns, rows, empty="no event streams")
         print_reasons(unreadable)
     end_listing(len(unreadable), "event stream")
 
@@ -142,7 +150,35 @@ def tail(
       dynamo-redis events tail dynamo/backend/kv_events --since 5m
       dynamo-redis events tail dynamo/backend/kv_events --json | jq .event
     """
-    connect.run(_follow(stream, age_s, event_count, as_json, options))
+
+    async def follow() -> None:
+        shown_count = 0
+        async with connect.open_events(options) as streams:
+            name = _parse(stream) if stream else await _find_only_stream(streams)
+            source = streams.tail(name, max_age_s=age_s)
+            is_away = False
+            try:
+                while event_count is None or shown_count < event_count:
+                    try:
+                        entries = await source.read(count=_READ_ENTRIES_COUNT, block_s=_BLOCK_S)
+                    except StoreUnavailable as exc:
+                        if not is_away:
+                            log.warning("%s; waiting for it", exc)
+                        is_away = True
+                        continue
+                    is_away = False
+                    for line in (line for entry in entries for line in _event_lines(entry)):
+                        if shown_count == event_count:
+                            break
+                        shown_count += 1
+                        if as_json:
+                            print_json_line(line)
+                        else:
+                            print_line(printable(_line_text(line)))
+            finally:
+                await source.aclose()
+
+    connect.run(follow())
 
 
 @events.command("rm", cls=SettingsCommand)
@@ -201,21 +237,6 @@ def _absent(stream: StreamName) -> CommandFailed:
     return CommandFailed(f"no such event stream: {_name(stream)} (`dynamo-redis events ls` lists them)")
 
 
-def _stream_row(info: StreamInfo, now_s: float) -> list[str]:
-    last = "" if info.last_entry_id == BEGINNING else human_time(_time_s(info.last_entry_id), now_s)
-    alive = (group.lag_count for group in info.groups if group.silent_s <= 3 * GROUP_TTL_S)
-    slowest = max(alive, default=None)
-    return [
-        _name(info.name),
-        str(info.entry_count),
-        str(info.event_count),
-        human_size(info.size_bytes),
-        last,
-        str(len(info.groups)),
-        "" if slowest is None else str(slowest),
-    ]
-
-
 def _stream_json(info: StreamInfo) -> dict[str, Any]:
     return {
         "stream": _name(info.name),
@@ -248,36 +269,6 @@ def _time_s(entry_id: str) -> float:
 # --------------------------------------------------------------------------- events
 
 
-async def _follow(
-    stream: str | None, age_s: float, limit_count: int | None, as_json: bool, options: dict[str, str | None]
-) -> None:
-    shown_count = 0
-    async with connect.open_events(options) as streams:
-        name = _parse(stream) if stream else await _find_only_stream(streams)
-        source = streams.tail(name, max_age_s=age_s)
-        is_away = False
-        try:
-            while limit_count is None or shown_count < limit_count:
-                try:
-                    entries = await source.read(count=_READ_ENTRIES_COUNT, block_s=_BLOCK_S)
-                except StoreUnavailable as exc:
-                    if not is_away:
-                        log.warning("%s; waiting for it", exc)
-                    is_away = True
-                    continue
-                is_away = False
-                for line in (line for entry in entries for line in _event_lines(entry)):
-                    if shown_count == limit_count:
-                        break
-                    shown_count += 1
-                    if as_json:
-                        print_json_line(line)
-                    else:
-                        print_line(printable(_line_text(line)))
-        finally:
-            await source.aclose()
-
-
 async def _find_only_stream(streams: EventStreams) -> StreamName:
     names = [info.name for info in await streams.list()]
     if len(names) == 1:
@@ -288,7 +279,10 @@ async def _find_only_stream(streams: EventStreams) -> StreamName:
 
 
 def _event_lines(entry: Entry) -> Iterator[dict[str, Any]]:
-    """Return an object for each event of an entry; one with the event None if the entry has no event."""
+    """Yield an object for each event of an entry; one with the event None if the entry has no event.
+
+    KV events are shown by name, other events as `_plain` shows them.
+    """
     head: dict[str, Any] = {"entry_id": entry.entry_id}
     try:
         batch = EventBatch.from_bytes(entry.content)
@@ -305,20 +299,13 @@ def _event_lines(entry: Entry) -> Iterator[dict[str, Any]]:
     if not batch.events:
         yield {**head, "sequence": batch.next_sequence, "event": None}
     for sequence, event in enumerate(batch.events, batch.first_sequence):
-        yield {**head, "sequence": sequence, "event": _event_json(batch.topic, event)}
-
-
-def _event_json(topic: str, event: Any) -> Any:
-    """Return an event as JSON: KV events by name, bytes in base64."""
-    if topic == KV_EVENTS:
-        try:
-            (known,) = kv_event.read_kv_events([event])
-        except ValueError:
-            pass  # an event of a later release, or no KV event
-        else:
-            hashes = [f"{value:016x}" for value in known.hashes]
-            return {"kind": _KINDS[known.kind], "tier": _TIERS[known.tier], "hashes": hashes}
-    return _plain(event)
+        shown = _plain(event)
+        if batch.topic == KV_EVENTS:
+            with suppress(ValueError):  # an event of a later release, or no KV event
+                (known,) = kv_event.read_kv_events([event])
+                hashes = [f"{value:016x}" for value in known.hashes]
+                shown = {"kind": _KINDS[known.kind], "tier": _TIERS[known.tier], "hashes": hashes}
+        yield {**head, "sequence": sequence, "event": shown}
 
 
 def _plain(value: Any) -> Any:

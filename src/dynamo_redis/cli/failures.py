@@ -33,6 +33,7 @@ _EXTRAS = {
     "engines": ("aiohttp", "zmq"),
 }
 """The optional extras of the package: the names of the modules that each installs."""
+_EXTRA_OF = {module: extra for extra, modules in _EXTRAS.items() for module in modules}
 
 
 class CommandFailed(DynamoRedisError):
@@ -68,7 +69,7 @@ def report(exc: BaseException) -> int:
         case DynamoRedisError():
             print_stderr(str(exc))
             return WRONG_USE if isinstance(exc, ConfigError) else FAILED
-        case ModuleNotFoundError() if (extra := _extra_with(exc.name)) is not None:
+        case ModuleNotFoundError() if extra := _EXTRA_OF.get((exc.name or "").partition(".")[0]):
             print_stderr(f"this needs further packages ({exc.name}): pip install 'dynamo-redis[{extra}]'")
             return WRONG_USE
         case OSError() if exc.filename is not None:
@@ -100,12 +101,6 @@ def require_extra(extra: str) -> None:
     for module in _EXTRAS[extra]:
         if find_spec(module) is None:
             raise ModuleNotFoundError(f"No module named {module!r}", name=module)
-
-
-def _extra_with(module: str | None) -> str | None:
-    """Return the extra that a missing module belongs to, or None."""
-    top = (module or "").partition(".")[0]
-    return next((extra for extra, modules in _EXTRAS.items() if top in modules), None)
 
 
 def _report_unexpected(exc: BaseException) -> int:

@@ -14,7 +14,7 @@ from dynamo_redis.cli.options import SettingsCommand, store_options
 from dynamo_redis.cli.output import json_option, print_json, print_json_line, print_line, print_table
 from dynamo_redis.errors import InvalidRecord
 from dynamo_redis.names import format_instance_id
-from dynamo_redis.store.base import Put, Record, WatchBatch
+from dynamo_redis.store.base import Put, Record
 
 _secrets_option = click.option("--show-secrets", is_flag=True, help="Show the secrets of instances.")
 
@@ -146,17 +146,20 @@ def watch(prefix_of_keys: str, as_json: bool, show_secrets: bool, **options: str
     async def follow() -> None:
         async with connect.open_registry(options) as registry, registry.watch(prefix_of_keys) as changes:
             async for batch in changes:
-                for line in _event_lines(batch, secrets=show_secrets):
-                    if as_json:
-                        print_json_line(line)
-                        continue
-                    note = f"   (resync: {line['resync']})" if line["resync"] else ""
-                    if line["event"] == "delete":
-                        text = f"delete  {line['key']}   ({line['cause']}){note}"
-                    else:
+                note = f"   (resync: {batch.resync})" if batch.resync else ""
+                for event in batch.events:
+                    if isinstance(event, Put):
+                        line = {"event": "put", **record_json(event.record, secrets=show_secrets)}
                         value = ShownValue(line["encoding"], line["value"]).compact()
                         text = f"put     {line['key']}   {value}{note}"
-                    print_line(printable(text))
+                    else:
+                        cause, revision = str(event.cause), event.revision
+                        line = {"event": "delete", "key": event.key, "cause": cause, "mod_revision": revision}
+                        text = f"delete  {event.key}   ({cause}){note}"
+                    if as_json:
+                        print_json_line({**line, "resync": batch.resync})
+                    else:
+                        print_line(printable(text))
 
     connect.run(follow())
 
@@ -184,19 +187,3 @@ def _record_row(record: Record, *, secrets: bool) -> list[str]:
     value = show_value(record.key, record.value, secrets=secrets).compact()
     lease = "" if record.lease is None else format_instance_id(record.lease)
     return [record.key, human_size(len(record.value)), str(record.version), lease, value]
-
-
-def _event_lines(batch: WatchBatch, *, secrets: bool) -> list[dict[str, Any]]:
-    lines: list[dict[str, Any]] = []
-    for event in batch.events:
-        if isinstance(event, Put):
-            line = {"event": "put", **record_json(event.record, secrets=secrets)}
-        else:
-            line = {
-                "event": "delete",
-                "key": event.key,
-                "cause": str(event.cause),
-                "mod_revision": event.revision,
-            }
-        lines.append({**line, "resync": batch.resync})
-    return lines

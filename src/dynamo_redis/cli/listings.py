@@ -57,8 +57,11 @@ def instances(endpoint: str | None, as_json: bool, show_secrets: bool, **options
         print_json([_instance_json(entry, secrets=show_secrets) for entry in found])
     else:
         columns = ["INSTANCE", "SERVES", "ADDRESS", "STATE", "UP"] + ["SECRET"] * show_secrets
-        rows = [_process_row(process, secrets=show_secrets) for process in _group_by_process(found)]
-        rows += [_unreadable_row(entry, secrets=show_secrets) for entry in unreadable]
+        rows = _process_rows(found, secrets=show_secrets)
+        for entry in unreadable:
+            prefix = FRONTENDS if entry.key.startswith(FRONTENDS) else INSTANCES
+            *name, instance_id = _path(entry.key, prefix)
+            rows.append([instance_id, ".".join(name), "", "unreadable", ""] + [""] * show_secrets)
         print_table(columns, rows, empty=f"no instances{f' of {endpoint}' if endpoint else ''}")
         print_reasons(str(entry.instance) for entry in unreadable)
     end_listing(len(unreadable), "instance record")
@@ -87,7 +90,17 @@ def models(as_json: bool, **options: str | None) -> None:
         print_json(served)
     else:
         columns = ["MODEL", "TYPE", "ENDPOINT", "WORKERS", "CONTEXT", "BLOCK", "FILES", "CARD"]
-        print_table(columns, [_model_row(model) for model in served], empty="no models")
+        rows = []
+        for model in served:
+            if "error" in model:
+                rows.append(["unreadable", *[""] * 7])
+                continue
+            card, files = model["card"], model["card"]["files"].values()
+            size = human_size(sum(file["size_bytes"] for file in files)) if files else ""
+            counts = (len(model["instance_ids"]), card["context_length"], card["kv_cache_block_size"])
+            names = [model["model"], card["model_type"], model["endpoint"]]
+            rows.append([*names, *map(str, counts), size, model["fingerprint"][:8]])
+        print_table(columns, rows, empty="no models")
         print_reasons(model["error"] for model in served if "error" in model)
         versions = Counter(model["model"] for model in served if "error" not in model)
         for name, count in versions.items():
@@ -134,53 +147,39 @@ def _instance_json(found: _Found, *, secrets: bool) -> dict[str, Any]:
     return {"key": found.key, **(shown if isinstance(shown, dict) else {"value": shown}), **error}
 
 
-@dataclass(slots=True)
-class _Process:
-    """One process, and the endpoints that it serves."""
-
-    instances: list[Instance] = field(default_factory=list)
-    frontend: FrontendRecord | None = None
-
-
-def _group_by_process(found: Sequence[_Found]) -> list[tuple[int, _Process]]:
-    """Return each process with its id, in the order in which they were found."""
-    processes: dict[int, _Process] = {}
+def _process_rows(found: Sequence[_Found], *, secrets: bool) -> list[list[str]]:
+    """Return a row for each process, in the order in which they were found."""
+    processes: dict[int, list[Instance | FrontendRecord]] = {}
     for entry in found:
-        if isinstance(entry.instance, Instance):
-            processes.setdefault(entry.instance.instance_id, _Process()).instances.append(entry.instance)
-        elif isinstance(entry.instance, FrontendRecord):
-            processes.setdefault(entry.instance.instance_id, _Process()).frontend = entry.instance
-    return list(processes.items())
-
-
-def _process_row(found: tuple[int, _Process], *, secrets: bool) -> list[str]:
-    instance_id, process = found
-    serves, addresses, started_at, secret = [], [], [], ""
-    if (frontend := process.frontend) is not None:
-        serves.append(f"OpenAI API ({frontend.router_mode})")
-        addresses.append(frontend.http_url)
-        started_at.append(frontend.started_at)
-    for instance in process.instances:
-        serves.append(str(instance.name))
-        addresses += (
-            f"{plane} {address.partition('/')[0]}" for plane, address in instance.transports.items()
+        if not isinstance(entry.instance, InvalidRecord):
+            processes.setdefault(entry.instance.instance_id, []).append(entry.instance)
+    rows = []
+    for instance_id, parts in processes.items():
+        serves, addresses, secret = [], [], ""
+        # The frontend of a process stands before its endpoints.
+        for part in sorted(parts, key=lambda part: isinstance(part, Instance)):
+            if isinstance(part, FrontendRecord):
+                serves.append(f"OpenAI API ({part.router_mode})")
+                addresses.append(part.http_url)
+                continue
+            serves.append(str(part.name))
+            addresses += (
+                f"{plane} {address.partition('/')[0]}" for plane, address in part.transports.items()
+            )
+            secret = part.secret.hex() if part.secret else secret
+        started_at = min((part.started_at for part in parts if part.started_at), default=0.0)
+        is_ready = all(part.ready for part in parts if isinstance(part, Instance))
+        rows.append(
+            [
+                format_instance_id(instance_id),
+                " + ".join(serves),
+                ", ".join(dict.fromkeys(addresses)),
+                "ready" if is_ready else "stalled",
+                human_duration(time.time() - started_at) if started_at else "",
+            ]
+            + [secret] * secrets
         )
-        started_at.append(instance.started_at)
-        secret = instance.secret.hex() if instance.secret else secret
-    began_at = min((at for at in started_at if at), default=0.0)
-    return [
-        format_instance_id(instance_id),
-        " + ".join(serves),
-        ", ".join(dict.fromkeys(addresses)),
-        "ready" if all(instance.ready for instance in process.instances) else "stalled",
-        human_duration(time.time() - began_at) if began_at else "",
-    ] + [secret] * secrets
-
-
-def _unreadable_row(found: _Found, *, secrets: bool) -> list[str]:
-    prefix = FRONTENDS if found.key.startswith(FRONTENDS) else INSTANCES
-    *endpoint, instance_id = _path(found.key, prefix)
-    return [instance_id, ".".join(endpoint), "", "unreadable", ""] + [""] * secrets
+    return rows
 
 
 def _group_by_model(snapshot: Snapshot) -> list[dict[str, Any]]:
@@ -211,20 +210,3 @@ def _group_by_model(snapshot: Snapshot) -> list[dict[str, Any]]:
             entry["lora"] = decode_segment(lora)
         entry["instance_ids"].append(instance_id)
     return [found[name] for name in sorted(found)] + unreadable
-
-
-def _model_row(model: dict[str, Any]) -> list[str]:
-    if "error" in model:
-        return ["unreadable", *[""] * 7]
-    card = model["card"]
-    files = card["files"].values()
-    return [
-        model["model"],
-        card["model_type"],
-        model["endpoint"],
-        str(len(model["instance_ids"])),
-        str(card["context_length"]),
-        str(card["kv_cache_block_size"]),
-        human_size(sum(file["size_bytes"] for file in files)) if files else "",
-        model["fingerprint"][:8],
-    ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from collections.abc import Sequence
 
 import click
 
@@ -13,7 +12,7 @@ from dynamo_redis.child import ChildProcess
 from dynamo_redis.cli import connect
 from dynamo_redis.cli.options import SettingsCommand, duration_value, store_options
 from dynamo_redis.config import LOCK_TOKEN, child_environment
-from dynamo_redis.store.base import LOCK_TTL_S, HeldLock
+from dynamo_redis.store.base import LOCK_TTL_S
 
 _GRACE_S = 5.0
 _FOR_EVER_S = float("inf")
@@ -67,31 +66,26 @@ def lock(name: str, command: tuple[str, ...], timeout_s: float, ttl_s: float, **
             connect.open_locks(options) as locks,
             locks.lock(name, ttl_s=ttl_s).hold(timeout_s=timeout_s) as held,
         ):
-            return await _run_child(held, argv)
+            environment = child_environment({LOCK_TOKEN: str(held.fencing_token)})
+            child: ChildProcess
+            loop = asyncio.get_running_loop()
+            with contextlib.suppress(NotImplementedError):  # Windows
+                # Set before the child starts: another process may see the child and send SIGTERM at once.
+                loop.add_signal_handler(signal.SIGTERM, lambda: child.send_signal(signal.SIGTERM))
+            try:
+                child = ChildProcess.start(argv, env=environment)
+                try:
+                    code = await child.wait()
+                except asyncio.CancelledError:
+                    if held.lost:
+                        child.kill()  # no time for SIGINT: another process may have the lock
+                        await child.wait()
+                    else:
+                        await child.stop(_GRACE_S, number=signal.SIGINT)
+                    raise
+            finally:
+                with contextlib.suppress(NotImplementedError):
+                    loop.remove_signal_handler(signal.SIGTERM)
+            return code if code >= 0 else 128 - code  # as a shell does
 
     return connect.run(run())
-
-
-async def _run_child(held: HeldLock, command: Sequence[str]) -> int:
-    """Run a command while the lock is held. Return its exit code as a shell does."""
-    environment = child_environment({LOCK_TOKEN: str(held.fencing_token)})
-    child: ChildProcess
-    loop = asyncio.get_running_loop()
-    with contextlib.suppress(NotImplementedError):  # Windows
-        # Set before the child starts: another process may see the child and send SIGTERM at once.
-        loop.add_signal_handler(signal.SIGTERM, lambda: child.send_signal(signal.SIGTERM))
-    try:
-        child = ChildProcess.start(command, env=environment)
-        try:
-            code = await child.wait()
-        except asyncio.CancelledError:
-            if held.lost:
-                child.kill()  # no time for SIGINT: another process may have the lock
-                await child.wait()
-            else:
-                await child.stop(_GRACE_S, number=signal.SIGINT)
-            raise
-    finally:
-        with contextlib.suppress(NotImplementedError):
-            loop.remove_signal_handler(signal.SIGTERM)
-    return code if code >= 0 else 128 - code

@@ -72,7 +72,10 @@ def router_state(as_json: bool, **options: str | None) -> None:
     else:
         empty = "no routers: start a frontend with --router-mode kv, or `dynamo-redis router`"
         rows = [_router_row(answer, urls) for answer in answers]
-        rows += [_frontend_row(frontend) for frontend in plain]
+        for frontend in plain:
+            chosen_by = frontend.router_endpoint or frontend.router_mode
+            process = f"{format_instance_id(frontend.instance_id)} {frontend.http_url}"
+            rows.append(["-", process, f"chosen by {chosen_by}", *["-"] * (len(_COLUMNS) - 3)])
         print_table(_COLUMNS, rows, empty=empty)
         print_reasons(answer.failure or "" for answer in answers if not answer.is_readable)
     end_listing(sum(not answer.is_readable for answer in answers), "router")
@@ -88,13 +91,6 @@ def _state_json(answer: RouterAnswer) -> dict[str, Any]:
     return {"key": answer.key, "instance_id": instance_id, "error": answer.failure}
 
 
-def _frontend_row(frontend: FrontendRecord) -> list[str]:
-    """Return the row of a frontend that has no router of its own."""
-    chosen_by = frontend.router_endpoint or frontend.router_mode
-    process = f"{format_instance_id(frontend.instance_id)} {frontend.http_url}"
-    return ["-", process, f"chosen by {chosen_by}", *["-"] * (len(_COLUMNS) - 3)]
-
-
 def _router_row(answer: RouterAnswer, urls: Mapping[int, str]) -> list[str]:
     state = answer.state
     if state is None:
@@ -107,11 +103,19 @@ def _router_row(answer: RouterAnswer, urls: Mapping[int, str]) -> list[str]:
     lag = "-"
     if lag_count is not None:
         lag = f"{lag_count} entries, {human_duration(index['lag_s'] or 0.0)}" if lag_count else "0"
+    if state["mode"] == "predicted":
+        knows_by = "prediction"
+    elif index["caught_up"]:
+        knows_by = f"events ({index['mode']})"
+    elif index["connected"]:
+        knows_by = f"events ({index['mode']}, catching up)"
+    else:
+        knows_by = f"events ({index['mode']}, unreadable for {human_duration(index['disconnected_s'])})"
     return [
         state["router_id"],
         " ".join((format_instance_id(instance_id), *([urls[instance_id]] if instance_id in urls else []))),
         state["endpoint"],
-        _knows_by(state, index),
+        knows_by,
         str(len(state["workers"])),
         str(index["block_count"]),
         index.get("position") or "-",
@@ -122,13 +126,3 @@ def _router_row(answer: RouterAnswer, urls: Mapping[int, str]) -> list[str]:
         str(state["waiting_count"]),
         "-" if hit_rate is None else f"{hit_rate:.1%}",
     ]
-
-
-def _knows_by(state: dict[str, Any], index: dict[str, Any]) -> str:
-    if state["mode"] == "predicted":
-        return "prediction"
-    if index["caught_up"]:
-        return f"events ({index['mode']})"
-    if index["connected"]:
-        return f"events ({index['mode']}, catching up)"
-    return f"events ({index['mode']}, unreadable for {human_duration(index['disconnected_s'])})"

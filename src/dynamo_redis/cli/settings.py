@@ -43,8 +43,17 @@ def settings(as_json: bool, markdown: bool, **options: str | None) -> None:
     if as_json:
         print_json(rows)
         return
-    columns = ["SETTING", "VALUE", "SOURCE", "OPTION"]
-    print_table(columns, [[row["env"], _shown(row), row["source"], row["option"]] for row in rows], empty="")
+    table = []
+    for row in rows:
+        value, unit = row["value"], row["unit"]
+        if value is None:
+            shown = "-"
+        elif isinstance(value, ByteSize):
+            shown = human_size(value)
+        else:
+            shown = f"{value:g} {unit}" if isinstance(value, float) else f"{value} {unit}".strip()
+        table.append([row["env"], shown, row["source"], row["option"]])
+    print_table(["SETTING", "VALUE", "SOURCE", "OPTION"], table, empty="")
 
 
 def describe(group: type[SettingsGroup], options: dict[str, str | None]) -> list[dict[str, Any]]:
@@ -57,30 +66,19 @@ def describe(group: type[SettingsGroup], options: dict[str, str | None]) -> list
         source: str = sources[name]
         if source == "default" and value != field.default:
             source = "running up"
+        if isinstance(value, SecretStr):
+            text = value.get_secret_value()
+            # A URL is shown without its password, any other secret not at all.
+            is_url = "://" in text and not any(c.isspace() or c in "'\"" for c in text)
+            value = redact(text) if is_url else HIDDEN
         rows.append(
             {
                 "env": env_name(field),
                 "option": option_name(name),
-                "value": _mask(value) if isinstance(value, SecretStr) else value,
+                "value": value,
                 "unit": unit_of(field),
                 "source": source,
                 "description": field.description,
             }
         )
     return rows
-
-
-def _mask(value: SecretStr) -> str:
-    """Return a URL without its password; `***` for any other secret."""
-    text = value.get_secret_value()
-    is_plain = "://" in text and not any(c.isspace() or c in "'\"" for c in text)
-    return redact(text) if is_plain else HIDDEN
-
-
-def _shown(row: dict[str, Any]) -> str:
-    value, unit = row["value"], row["unit"]
-    if value is None:
-        return "-"
-    if isinstance(value, ByteSize):
-        return human_size(value)
-    return f"{value:g} {unit}" if isinstance(value, float) else f"{value} {unit}".strip()

@@ -147,9 +147,17 @@ class _Up:
 
         Raises the errors of `Deployment.start`; then everything is stopped.
         """
+
+        def stop() -> None:
+            if self._stopping.is_set():
+                self._deployment.kill()  # the second signal: do not wait for requests under way
+                return
+            self._stopping.set()
+            self._display.notice("Stopping.")
+
         loop = asyncio.get_running_loop()
         for number in _STOP_SIGNALS:
-            loop.add_signal_handler(number, self._stop)
+            loop.add_signal_handler(number, stop)
         work = asyncio.create_task(self._work())
         stopping = asyncio.create_task(self._stopping.wait())
         try:
@@ -176,17 +184,9 @@ class _Up:
         else:
             self._held_lines.append((service, line))
 
-    def _stop(self) -> None:
-        if self._stopping.is_set():
-            self._deployment.kill()  # the second signal: do not wait for requests under way
-            return
-        self._stopping.set()
-        self._display.notice("Stopping.")
-
     async def _work(self) -> None:
         """Start the deployment, announce it, and show its status until cancelled."""
-        self._note_other_deployments()
-        await self._note_registered_processes()
+        await self._note_neighbours()
         await self._deployment.start()
         url = self._deployment.url
         # A restarted frontend has the same port, also if port 0 chose it.
@@ -212,8 +212,12 @@ class _Up:
             await asyncio.sleep(_LOOK_S)
             status = await self._look(url)
 
-    def _note_other_deployments(self) -> None:
-        """Print variables without effect, and other running `up`s, which commands no longer find."""
+    async def _note_neighbours(self) -> None:
+        """Print variables without effect, and the processes that this deployment runs beside.
+
+        They are other running `up`s, which commands no longer find, and processes that are registered
+        already: the frontend sends them requests, too.
+        """
         for sentence in unknown_settings().values():
             self._display.notice(sentence)
         urls = [deployment.get("http_url", "?") for deployment in running_deployments()]
@@ -222,9 +226,6 @@ class _Up:
                 f"Another `up` of yours runs, at {', '.join(urls)}. While this one runs, commands without "
                 "--redis-url (DYN_REDIS_URL) use this one."
             )
-
-    async def _note_registered_processes(self) -> None:
-        """Print how many processes are registered already: the frontend sends them requests, too."""
         if self._deployment.server is not None:
             return
         try:
