@@ -8,7 +8,6 @@ from typing import Annotated, Any, NewType, Self
 
 from pydantic import BeforeValidator, ByteSize, Field, ValidationError
 from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from dynamo_redis.errors import ConfigError
@@ -73,18 +72,14 @@ class SettingsGroup(BaseSettings):
             for field in cls.model_fields.values()
         )
         unit = next((unit_of(f) for f in cls.model_fields.values() if env_name(f) == env), "")
-        reason = _bound(error, unit) or error["msg"].removeprefix("Value error, ")
+        reason = error["msg"].removeprefix("Value error, ")
+        words = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+        for bound, limit in error.get("ctx", {}).items():
+            if bound in words:
+                reason = f"must be {words[bound]} {limit:g} {unit}".rstrip()
+                break
         shown = "" if secret or repr(error["input"]) in reason else f"={error['input']!r}"
         return f"{env}{shown}: {reason}"
-
-
-def _bound(error: ErrorDetails, unit: str) -> str:
-    """Return the bound that a number violates, with its unit; an empty string for any other error."""
-    words = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
-    for name, limit in error.get("ctx", {}).items():
-        if name in words:
-            return f"must be {words[name]} {limit:g} {unit}".rstrip()
-    return ""
 
 
 def unreadable_dotenv(exc: Exception) -> ConfigError:

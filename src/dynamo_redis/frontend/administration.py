@@ -33,10 +33,18 @@ def changes_state(handler: Handler) -> Handler:
     async def guarded(request: Request) -> Response:
         _check_origin_and_type(request)
         try:
-            content = await read_limited(request.scope, request.receive, _BODY_LIMIT_BYTES)
+            content = b"".join(await read_limited(request.scope, request.receive, _BODY_LIMIT_BYTES))
         except ClientGone:
             return Response(status_code=400)
-        _check_no_parameters(b"".join(content))
+        try:
+            body: Any = json.loads(content) if content.strip() else {}
+        except (ValueError, RecursionError) as exc:
+            raise invalid("The request body is not valid JSON.", code="invalid_json") from exc
+        if not isinstance(body, dict):
+            raise invalid("The request body is not a JSON object.")
+        if body:
+            name = next(iter(body))[:64]
+            raise invalid(f"Unknown parameter: '{name}'.", name, "unknown_parameter")
         return await handler(request)
 
     return guarded
@@ -60,15 +68,3 @@ def _check_origin_and_type(request: Request) -> None:
             "This request changes state: send it with the header 'Content-Type: application/json'.",
             code="unsupported_media_type",
         )
-
-
-def _check_no_parameters(content: bytes) -> None:
-    try:
-        body: Any = json.loads(content) if content.strip() else {}
-    except (ValueError, RecursionError) as exc:
-        raise invalid("The request body is not valid JSON.", code="invalid_json") from exc
-    if not isinstance(body, dict):
-        raise invalid("The request body is not a JSON object.")
-    if body:
-        name = next(iter(body))[:64]
-        raise invalid(f"Unknown parameter: '{name}'.", name, "unknown_parameter")

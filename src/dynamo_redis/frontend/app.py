@@ -126,7 +126,13 @@ class Completions:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         started_at = time.monotonic()
-        request_id = _request_id(scope)
+        request_id, traceparent = "", None
+        for name, value in scope["headers"]:
+            if name == b"x-request-id" and not request_id and _REQUEST_ID.fullmatch(value):
+                request_id = str(value, "ascii")
+            elif name == b"traceparent" and _TRACEPARENT.fullmatch(value):
+                traceparent = str(value, "latin-1")
+        request_id = request_id or uuid.uuid4().hex
         headers = [(b"x-request-id", request_id.encode())]
         try:
             check_headers(scope["headers"])
@@ -142,7 +148,9 @@ class Completions:
             await send_error(send, api_error(exc), headers)
             return
         deadline = None if self._timeout_s is None else started_at + self._timeout_s
-        contexts = _contexts(scope, request_id, len(requests), deadline)
+        count = len(requests)
+        ids = [request_id] if count == 1 else [f"{request_id}-{index}" for index in range(count)]
+        contexts = [Context(given, deadline=deadline, traceparent=traceparent) for given in ids]
         exchange = self._make_exchange(model, body, requests, contexts)
         if body.stream:
             scope[STREAMS_EVENTS] = True
@@ -202,22 +210,6 @@ class Completions:
             return await self._models.generate(model, request, context)
 
         return Exchange(self._kind, frame, choices, generate)
-
-
-def _request_id(scope: Scope) -> str:
-    for name, value in scope["headers"]:
-        if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
-            return str(value, "ascii")
-    return uuid.uuid4().hex
-
-
-def _contexts(scope: Scope, request_id: str, count: int, deadline: float | None) -> list[Context]:
-    traceparent = None
-    for name, value in scope["headers"]:
-        if name == b"traceparent" and _TRACEPARENT.fullmatch(value):
-            traceparent = str(value, "latin-1")
-    ids = [request_id] if count == 1 else [f"{request_id}-{index}" for index in range(count)]
-    return [Context(given, deadline=deadline, traceparent=traceparent) for given in ids]
 
 
 def _describe(model: NamedModel) -> dict[str, Any]:

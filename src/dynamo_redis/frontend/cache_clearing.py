@@ -10,7 +10,6 @@ from dynamo_redis.clock import SYSTEM_CLOCK
 from dynamo_redis.errors import NoInstances, PlaneError
 from dynamo_redis.names import EndpointName
 from dynamo_redis.planes.context import Context
-from dynamo_redis.runtime.client import Client
 from dynamo_redis.runtime.handlers import collect_one
 from dynamo_redis.runtime.runtime import DistributedRuntime
 from dynamo_redis.wire.topics import CLEAR_KV_BLOCKS
@@ -30,11 +29,20 @@ async def clear_kv_blocks(
 
     async def clear_component(namespace: str, component: str) -> list[dict[str, Any]]:
         name = f"{namespace}.{component}.{CLEAR_KV_BLOCKS}"
+
+        async def clear_instance(instance_id: int) -> dict[str, Any]:
+            worker: dict[str, Any] = {"endpoint": name, "instance_id": instance_id}
+            context = Context(deadline=SYSTEM_CLOCK.monotonic() + ANSWER_S)
+            try:
+                worker["response"] = await collect_one(await client.direct({}, instance_id, False, context))
+            except NoInstances:
+                worker["error"] = "the worker has left"
+            except (PlaneError, RuntimeError) as exc:
+                worker["error"] = str(exc)
+            return worker
+
         async with await runtime.endpoint(name).client() as client:
-            asked = client.instance_ids()
-            return list(
-                await asyncio.gather(*(_clear_instance(client, name, instance) for instance in asked))
-            )
+            return list(await asyncio.gather(*map(clear_instance, client.instance_ids())))
 
     components = {(endpoint.namespace, endpoint.component) for endpoint in endpoints}
     outcomes = await asyncio.gather(*(clear_component(*component) for component in sorted(components)))
@@ -44,15 +52,3 @@ async def clear_kv_blocks(
     if not cleared and not failed:
         return 503, {**body, "message": "no worker can be asked: is one running?"}
     return (502 if failed else 200), body
-
-
-async def _clear_instance(client: Client, name: str, instance_id: int) -> dict[str, Any]:
-    worker: dict[str, Any] = {"endpoint": name, "instance_id": instance_id}
-    context = Context(deadline=SYSTEM_CLOCK.monotonic() + ANSWER_S)
-    try:
-        worker["response"] = await collect_one(await client.direct({}, instance_id, False, context))
-    except NoInstances:
-        worker["error"] = "the worker has left"
-    except (PlaneError, RuntimeError) as exc:
-        worker["error"] = str(exc)
-    return worker

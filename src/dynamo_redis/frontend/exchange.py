@@ -113,10 +113,6 @@ class Exchange:
         if self._error is not None:
             await send_error(send, self._error, headers)
             return
-        content = json.dumps(self._whole_completion(), ensure_ascii=False).encode(errors="replace")
-        await send_json(send, 200, content, headers)
-
-    def _whole_completion(self) -> dict[str, Any]:
         choices: list[dict[str, Any]] = []
         for choice in self._choices:
             text = "".join(choice.pieces)
@@ -132,7 +128,9 @@ class Exchange:
                 }
             )
         kind = "chat.completion" if self._kind == "chat" else "text_completion"
-        return {**_ordered(self._frame, kind), "choices": choices, "usage": self._usage()}
+        completion = {**_ordered(self._frame, kind), "choices": choices, "usage": self._usage()}
+        body = json.dumps(completion, ensure_ascii=False).encode(errors="replace")
+        await send_json(send, 200, body, headers)
 
     # ----------------------------------------------------------------- streamed
 
@@ -279,7 +277,11 @@ class Exchange:
                     break
             answer.check_complete()
             if not answer.cut_off:
-                await _read_to_end(items)
+                # The worker has sent its last item, and ends by itself: a close now would count as a kill.
+                with contextlib.suppress(TimeoutError, DynamoRedisError):
+                    async with asyncio.timeout(_END_GRACE_S):
+                        async for _ in items:
+                            pass
         except DynamoRedisError as exc:
             lost = worker_lost(exc) or isinstance(exc, EngineFailed)
             if is_last or not lost or not choice.begun or choice.context.is_stopped():
@@ -329,14 +331,6 @@ def _log_failure(choice: CompletionChoice, error: Exception) -> None:
     """Log that a request lost its worker, or failed there without a line in the worker's own log."""
     failure = "lost its worker" if worker_lost(error) else "failed at its worker"
     _failures.log("request %s %s: %s", choice.context.id(), failure, error)
-
-
-async def _read_to_end(items: AsyncIterator[Any]) -> None:
-    """Wait until a worker that has sent its last item ends by itself: a close now would count as a kill."""
-    with contextlib.suppress(TimeoutError, DynamoRedisError):
-        async with asyncio.timeout(_END_GRACE_S):
-            async for _ in items:
-                pass
 
 
 # --------------------------------------------------------------------------- plain responses

@@ -13,7 +13,8 @@ def health(models: list[NamedModel], registry: Registry) -> tuple[int, dict[str,
     """Return status and body: 200 once an instance of a loaded model can be reached, else 503.
 
     The instances are those that the registry lists (in the last view, while Redis is away) and that can
-    serve, without their secrets. `hit_rate` is present in the router mode `kv` after the first answer.
+    serve, without their secrets. `hit_rate`, the fraction of prompt tokens found in workers'
+    caches, is present in the router mode `kv` after the first answer.
     """
     endpoints: set[str] = set()
     instances: dict[tuple[str, int], dict[str, Any]] = {}
@@ -40,18 +41,11 @@ def health(models: list[NamedModel], registry: Registry) -> tuple[int, dict[str,
     }
     if registry.connected and registry.write_refusal is not None:
         body["registry_reason"] = registry.write_refusal
-    hit_rate = _hit_rate(models)
-    if hit_rate is not None:
-        body["hit_rate"] = hit_rate
-    if not instances:
-        body["reason"] = "no model can be served yet: start a worker, or wait until it has registered"
-    return (200 if instances else 503), body
-
-
-def _hit_rate(models: list[NamedModel]) -> float | None:
-    """Return the fraction of prompt tokens found in workers' caches; None if no router here counts them."""
     clients = {version.client for model in models for version in model.loaded()}
     routers = [client for client in clients if isinstance(client, KvRouter)]
     prompt_tokens = sum(router.counts.prompt_tokens for router in routers)
-    cached_tokens = sum(router.counts.cached_tokens for router in routers)
-    return cached_tokens / prompt_tokens if prompt_tokens else None
+    if prompt_tokens:
+        body["hit_rate"] = sum(router.counts.cached_tokens for router in routers) / prompt_tokens
+    if not instances:
+        body["reason"] = "no model can be served yet: start a worker, or wait until it has registered"
+    return (200 if instances else 503), body

@@ -254,7 +254,7 @@ class LiveModels:
     # ----------------------------------------------------------------- loading
 
     def _reconcile(self, names: Collection[str]) -> None:
-        """Update models to their cards, and restrict each to its own instances.
+        """Update models to their cards, drop those without a card, and restrict each to its own instances.
 
         An instance without a card is not chosen: it may be about to announce another model.
         """
@@ -263,23 +263,20 @@ class LiveModels:
             if named.cards:
                 self._choose_versions(named)
                 self._log_versions(named)
-            else:
-                self._drop(named)
+                continue
+            for model in named.versions.values():
+                self._retire(named, model)
+            del self._models[name]
+            if named.loaded():
+                self._gone.pop(name, None)
+                self._gone[name] = self._clock.monotonic()
+                if len(self._gone) > _REMEMBERED_COUNT:
+                    del self._gone[next(iter(self._gone))]
+            self._start(self._release_clients())
+            log.info("model %r is no longer served", name)
         for named in self._models.values():
             for model in named.loaded():
                 model.among.set(named.instance_ids(model))
-
-    def _drop(self, named: NamedModel) -> None:
-        for model in named.versions.values():
-            self._retire(named, model)
-        del self._models[named.name]
-        if named.loaded():
-            self._gone.pop(named.name, None)
-            self._gone[named.name] = self._clock.monotonic()
-            if len(self._gone) > _REMEMBERED_COUNT:
-                del self._gone[next(iter(self._gone))]
-        self._start(self._release_clients())
-        log.info("model %r is no longer served", named.name)
 
     def _choose_versions(self, named: NamedModel) -> None:
         """Drop the versions without a card, and load new ones, up to `MAX_VERSIONS`.
@@ -363,18 +360,15 @@ class LiveModels:
         self._templates.update(v.template for v in versions if v is not None and v.template is not None)
         if loaded.template is not None:
             self._templates.add(loaded.template)
-        client = await self._endpoint_client(entry.endpoint)
+        async with self._client_lock:
+            if entry.endpoint not in self._clients:
+                self._clients[entry.endpoint] = await self._open_client(entry.endpoint)
+            client = self._clients[entry.endpoint]
         log.info("model %r is %s", model.name, "served from new files" if named.loaded() else "served")
         model.loaded, model.client, model.failure, model.loading = loaded, client, None, None
         named.created_at = named.created_at or self._clock.wall()
         self._reconcile({named.name})
         await self._release_clients()
-
-    async def _endpoint_client(self, endpoint: EndpointName) -> EndpointClient:
-        async with self._client_lock:
-            if endpoint not in self._clients:
-                self._clients[endpoint] = await self._open_client(endpoint)
-            return self._clients[endpoint]
 
     async def _release_clients(self) -> None:
         """Close the clients of endpoints without a card. Requests under way go on."""

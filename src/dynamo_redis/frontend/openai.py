@@ -15,7 +15,7 @@ from pydantic import ConfigDict, Discriminator, Field, Tag, ValidationError, Wra
 from typing_extensions import TypedDict
 
 from dynamo_redis.frontend import parameters
-from dynamo_redis.frontend.http.errors import ApiError, invalid
+from dynamo_redis.frontend.http.errors import invalid
 from dynamo_redis.frontend.options import CompletionOptions, TokenId, by_type, twice
 from dynamo_redis.frontend.parameters import unsupported
 
@@ -213,26 +213,24 @@ def read_body(kind: type[B], content: bytes | bytearray) -> B:
     try:
         body = kind.model_validate_json(content)
     except ValidationError as exc:
-        raise _explain(exc) from exc
+        error = exc.errors(include_url=False, include_input=False)[0]
+        param = ""
+        for part in error["loc"]:
+            if isinstance(part, int):
+                param += f"[{part}]"
+            elif not _NO_FIELD.fullmatch(part):
+                part = part if len(part) <= _LONGEST_PART else part[:_LONGEST_PART] + "…"
+                param += f".{part}" if param else part
+        reason = error["msg"].removeprefix("Value error, ")
+        if error["type"] == "json_invalid":
+            reason = str(error.get("ctx", {}).get("error") or error["msg"])
+            refusal = invalid(f"The request body is not valid JSON: {reason}.", code="invalid_json")
+        elif not param:
+            refusal = invalid(f"The request body is not a JSON object: {reason}.")
+        elif error["type"] == "missing":
+            refusal = invalid(f"Missing required parameter: '{param}'.", param, "missing_required_parameter")
+        else:
+            refusal = invalid(f"Invalid value for '{param}': {reason}.", param, "invalid_value")
+        raise refusal from exc
     body.refuse_unsupported()
     return body
-
-
-def _explain(exc: ValidationError) -> ApiError:
-    error = exc.errors(include_url=False, include_input=False)[0]
-    param = ""
-    for part in error["loc"]:
-        if isinstance(part, int):
-            param += f"[{part}]"
-        elif not _NO_FIELD.fullmatch(part):
-            part = part if len(part) <= _LONGEST_PART else part[:_LONGEST_PART] + "…"
-            param += f".{part}" if param else part
-    reason = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "json_invalid":
-        reason = str(error.get("ctx", {}).get("error") or error["msg"])
-        return invalid(f"The request body is not valid JSON: {reason}.", code="invalid_json")
-    if not param:
-        return invalid(f"The request body is not a JSON object: {reason}.")
-    if error["type"] == "missing":
-        return invalid(f"Missing required parameter: '{param}'.", param, "missing_required_parameter")
-    return invalid(f"Invalid value for '{param}': {reason}.", param, "invalid_value")

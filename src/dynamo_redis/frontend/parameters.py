@@ -47,19 +47,17 @@ class Parameters:
             if value is None or name in self.harmless:
                 continue
             refusal = self.refused.get(name)
-            if refusal is None:
-                raise self._unknown(name, fields, at)
-            if not refusal.permits(value):
+            if refusal is not None:
+                if refusal.permits(value):
+                    continue
                 raise unsupported(at + name, refusal.reason)
-
-    def _unknown(self, name: str, fields: Iterable[str], at: str) -> ApiError:
-        if len(name) > _LONGEST_NAME:
-            return invalid(f"Unknown parameter: '{at}{name[:_LONGEST_NAME]}…'.", code="unknown_parameter")
-        written = re.sub("(?<=[a-z])(?=[A-Z])", "_", name).lower().replace("-", "_")
-        known = {*fields, *self.refused, *self.harmless}
-        alike = difflib.get_close_matches(written, known, n=1, cutoff=_LEAST_LIKENESS)
-        hint = f" Did you mean '{at}{alike[0]}'?" if alike else ""
-        return invalid(f"Unknown parameter: '{at}{name}'.{hint}", at + name, "unknown_parameter")
+            if len(name) > _LONGEST_NAME:
+                raise invalid(f"Unknown parameter: '{at}{name[:_LONGEST_NAME]}…'.", code="unknown_parameter")
+            written = re.sub("(?<=[a-z])(?=[A-Z])", "_", name).lower().replace("-", "_")
+            known = {*fields, *self.refused, *self.harmless}
+            alike = difflib.get_close_matches(written, known, n=1, cutoff=_LEAST_LIKENESS)
+            hint = f" Did you mean '{at}{alike[0]}'?" if alike else ""
+            raise invalid(f"Unknown parameter: '{at}{name}'.{hint}", at + name, "unknown_parameter")
 
 
 def unsupported(name: str, reason: str) -> ApiError:

@@ -63,6 +63,8 @@ class Preparation:
     async def requests(self, model: LoadedModel, body: Body) -> list[GenerateRequest]:
         """Return a request for each choice: `n` for the first prompt, then `n` for the next one.
 
+        Each choice of a prompt has a seed of its own, so that they differ.
+
         Raises ApiError for a request that the model cannot serve, TemplateError, and Overloaded.
         """
         options = body.options
@@ -71,10 +73,19 @@ class Preparation:
         if size <= INLINE_BYTES and not model.tokenizer.has_expressions:
             tokenized = tokenize(model, options, prompts)
         else:
+            if model.tokenizer not in self._threads:
+                count = os.cpu_count() or 1
+                self._threads[model.tokenizer] = (
+                    ThreadPoolExecutor(count, thread_name_prefix="prompt"),
+                    ThreadPoolExecutor(count, thread_name_prefix="large-prompt"),
+                )
+            executor = self._threads[model.tokenizer][size > LARGE_BYTES]
             loop = asyncio.get_running_loop()
-            executor = self._threads_of(model.tokenizer)[size > LARGE_BYTES]
             tokenized = await loop.run_in_executor(executor, tokenize, model, options, prompts)
-        seeds = _seeds_of_choices(options)
+        seeds = [options.seed]
+        if (choice_count := options.n or 1) > 1:
+            first = options.seed if options.seed is not None else secrets.randbits(31)
+            seeds = [min(first + offset, 2**63 - 1) for offset in range(choice_count)]
         requests = []
         for token_ids in tokenized:
             conditions = _stop_conditions(token_ids, model, options)
@@ -90,16 +101,6 @@ class Preparation:
                 for seed in seeds
             ]
         return requests
-
-    def _threads_of(self, tokenizer: Tokenizer) -> tuple[Executor, Executor]:
-        """Return a model's threads for small texts, and those for large ones."""
-        if tokenizer not in self._threads:
-            count = os.cpu_count() or 1
-            self._threads[tokenizer] = (
-                ThreadPoolExecutor(count, thread_name_prefix="prompt"),
-                ThreadPoolExecutor(count, thread_name_prefix="large-prompt"),
-            )
-        return self._threads[tokenizer]
 
     async def _render_prompts(self, model: LoadedModel, body: Body) -> list[Prompt]:
         if isinstance(body.source, list):
@@ -131,7 +132,26 @@ def tokenize(model: LoadedModel, body: CompletionOptions, prompts: Sequence[Prom
             "model",
             "unsupported_model",
         )
-    return [_tokenize_text(model, body, prompt, index) for index, prompt in enumerate(prompts)]
+    tokenized = []
+    for index, prompt in enumerate(prompts):
+        if not isinstance(prompt, (list, array)):
+            special = body.add_special_tokens is not False
+            token_ids = _encode(model, body, prompt, add_special_tokens=special)
+            if not token_ids:
+                raise invalid("The prompt is empty.", "prompt")
+            tokenized.append(token_ids)
+            continue
+        if len(prompt) > model.context_length:
+            raise _too_long(body, len(prompt), None, model.context_length)
+        largest = max(prompt)
+        if largest >= model.tokenizer.vocabulary_size:
+            raise invalid(
+                f"Token id {largest} of prompt {index} is not in the model's vocabulary of "
+                f"{model.tokenizer.vocabulary_size}.",
+                "prompt",
+            )
+        tokenized.append(list(prompt))
+    return tokenized
 
 
 def _encode(
@@ -155,34 +175,6 @@ def _start(text: Text, size: int) -> str:
     if isinstance(text, str):
         return text[:size]
     return bytes(text[:size]).decode(errors="ignore")
-
-
-def _tokenize_text(model: LoadedModel, body: TextBody, prompt: Prompt, index: int) -> list[int]:
-    if not isinstance(prompt, (list, array)):
-        special = body.add_special_tokens is not False
-        token_ids = _encode(model, body, prompt, add_special_tokens=special)
-        if not token_ids:
-            raise invalid("The prompt is empty.", "prompt")
-        return token_ids
-    if len(prompt) > model.context_length:
-        raise _too_long(body, len(prompt), None, model.context_length)
-    largest = max(prompt)
-    if largest >= model.tokenizer.vocabulary_size:
-        raise invalid(
-            f"Token id {largest} of prompt {index} is not in the model's vocabulary of "
-            f"{model.tokenizer.vocabulary_size}.",
-            "prompt",
-        )
-    return list(prompt)
-
-
-def _seeds_of_choices(body: CompletionOptions) -> list[int | None]:
-    """Return a seed for each choice of a prompt, so that the choices differ."""
-    count = body.n or 1
-    if count == 1:
-        return [body.seed]
-    first = body.seed if body.seed is not None else secrets.randbits(31)
-    return [min(first + offset, 2**63 - 1) for offset in range(count)]
 
 
 def _sampling_options(model: LoadedModel, body: CompletionOptions) -> SamplingOptions:

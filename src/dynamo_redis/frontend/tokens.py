@@ -8,6 +8,7 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -114,17 +115,11 @@ def is_byte_level(decoder: Any) -> bool:
     return decoder.get("type") == "ByteLevel"
 
 
-def _byte_alphabet() -> dict[str, int]:
-    """Return GPT-2's map of visible characters to bytes, in which byte-level tokenizers write their tokens.
-
-    A printable Latin-1 character is its own byte. The other 68 bytes, in order, are U+0100 and following.
-    """
-    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    hidden = [byte for byte in range(256) if byte not in visible]
-    return {chr(byte): byte for byte in visible} | {chr(0x100 + i): byte for i, byte in enumerate(hidden)}
-
-
-_BYTES = _byte_alphabet()
+# GPT-2's map of visible characters to bytes, in which byte-level tokenizers write their tokens: a printable
+# Latin-1 character is its own byte; the other 68 bytes, in order, are U+0100 and following.
+_VISIBLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+_HIDDEN = [byte for byte in range(256) if byte not in _VISIBLE]
+_BYTES = {chr(byte): byte for byte in _VISIBLE} | {chr(0x100 + i): byte for i, byte in enumerate(_HIDDEN)}
 
 
 class TokenTexts(dict[int, "str | bytes"]):
@@ -139,28 +134,24 @@ class TokenTexts(dict[int, "str | bytes"]):
         self._special = special
 
     def __missing__(self, token_id: int) -> str | bytes:
-        text = self._find_text(token_id)
-        if text != "" or token_id in self._special:
-            self[token_id] = text
-        return text
-
-    def _find_text(self, token_id: int) -> str | bytes:
         if token_id in self._special:
+            self[token_id] = ""
             return ""
         try:
             token = self._token_of(token_id)
         except OverflowError:  # not a valid id: negative, or over 32 bits
             token = None
-        if token is None:
+        if not token:
             return ""
         try:
             raw = bytes([_BYTES[character] for character in token])
         except KeyError:  # an added token, written as plain text
             raw = token.encode()
-        try:
-            return raw.decode()
-        except UnicodeDecodeError:
-            return raw
+        text: str | bytes = raw
+        with suppress(UnicodeDecodeError):
+            text = raw.decode()
+        self[token_id] = text
+        return text
 
 
 class ByteLevelDetokenizer:
@@ -270,20 +261,16 @@ class StopStrings:
             _, start, self.found = min(ends)
             self._held = ""
             return text[: start + len(self.found) if self._keeps_found else start]
-        length = self._undecided_length(text)
-        self._held = text[len(text) - length :]
-        return text[: len(text) - length]
+        # Hold the longest end of the text that is the beginning of a stop string.
+        for start in range(max(0, len(text) - max(map(len, self._stops)) + 1), len(text)):
+            if text[start] in self._first and any(stop.startswith(text[start:]) for stop in self._stops):
+                break
+        else:
+            start = len(text)
+        self._held = text[start:]
+        return text[:start]
 
     def finish(self) -> str:
         """Return the held text, at the end of an answer without a stop string."""
         held, self._held = self._held, ""
         return held
-
-    def _undecided_length(self, text: str) -> int:
-        """Return the length of the longest end of the text that is the beginning of a stop string."""
-        longest = min(len(text), max(map(len, self._stops)) - 1)
-        for length in range(longest, 0, -1):
-            tail = text[len(text) - length :]
-            if tail[0] in self._first and any(stop.startswith(tail) for stop in self._stops):
-                return length
-        return 0

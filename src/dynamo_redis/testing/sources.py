@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -55,8 +55,15 @@ def session_redis(wanted: str, directories: pytest.TempPathFactory, *, skips: bo
         )
     else:
         binary = _find_binary(wanted, skips=skips)
-        with _embedded(binary, directories) as url:
-            yield SessionRedis(url, binary.source)
+        from dynamo_redis.store.server import EmbeddedServer
+
+        # Loopback TCP, so that a test can also reach it through a proxy or from a container of its own.
+        server = EmbeddedServer(directories.mktemp("redis"), port=0, binary=binary)
+        run_apart(server.start)
+        try:
+            yield SessionRedis(server.url, binary.source)
+        finally:
+            run_apart(server.stop)
 
 
 def _find_binary(wanted: str, *, skips: bool) -> ServerBinary:
@@ -74,19 +81,6 @@ def _find_binary(wanted: str, *, skips: bool) -> ServerBinary:
     if skips:
         pytest.skip(missing)
     pytest.fail(f"{missing}; --dynamo-skip-without-redis skips the tests that need one", pytrace=False)
-
-
-@contextmanager
-def _embedded(binary: ServerBinary, directories: pytest.TempPathFactory) -> Iterator[str]:
-    from dynamo_redis.store.server import EmbeddedServer
-
-    # Loopback TCP, so that a test can also reach it through a proxy or from a container of its own.
-    server = EmbeddedServer(directories.mktemp("redis"), port=0, binary=binary)
-    run_apart(server.start)
-    try:
-        yield server.url
-    finally:
-        run_apart(server.stop)
 
 
 def run_apart(function: Callable[[], Awaitable[object]]) -> None:
@@ -124,19 +118,15 @@ def _container() -> Iterator[str]:
 
     with DockerContainer(_CONTAINER_IMAGE).with_exposed_ports(_CONTAINER_PORT) as container:
         host, port = container.get_container_host_ip(), int(container.get_exposed_port(_CONTAINER_PORT))
-        _wait_for_pong(host, port)
-        yield f"redis://{host}:{port}"
-
-
-def _wait_for_pong(host: str, port: int) -> None:
-    deadline = time.monotonic() + _CONTAINER_START_S
-    while time.monotonic() < deadline:
-        try:
-            with socket.create_connection((host, port), timeout=1.0) as connection:
+        deadline = time.monotonic() + _CONTAINER_START_S
+        is_ready = False
+        while not is_ready:
+            if time.monotonic() >= deadline:
+                late = f"did not answer within {_CONTAINER_START_S:g} s"
+                pytest.fail(f"the Redis container at {host}:{port} {late}")
+            with suppress(OSError), socket.create_connection((host, port), timeout=1.0) as connection:
                 connection.sendall(b"PING\r\n")
-                if connection.recv(64).startswith(b"+PONG"):
-                    return
-        except OSError:
-            pass
-        time.sleep(0.05)
-    pytest.fail(f"the Redis container at {host}:{port} did not answer within {_CONTAINER_START_S:g} s")
+                is_ready = connection.recv(64).startswith(b"+PONG")
+            if not is_ready:
+                time.sleep(0.05)
+        yield f"redis://{host}:{port}"

@@ -90,15 +90,16 @@ class Acceptor:
                 sock, Overloaded(f"{self._max_count} connections are open (DYN_HTTP_MAX_CONNECTIONS)")
             )
             return
-        task = self._loop.create_task(self._open(sock))
+
+        async def connect() -> None:
+            try:
+                await self._loop.connect_accepted_socket(self._make_protocol, sock)
+            except OSError:  # the client has left already
+                sock.close()
+
+        task = self._loop.create_task(connect())
         self._opening.add(task)
         task.add_done_callback(self._opening.discard)
-
-    async def _open(self, sock: socket.socket) -> None:
-        try:
-            await self._loop.connect_accepted_socket(self._make_protocol, sock)
-        except OSError:  # the client has left already
-            sock.close()
 
 
 def refuse_connection(sock: socket.socket, error: PlaneError) -> None:

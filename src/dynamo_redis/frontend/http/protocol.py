@@ -161,18 +161,14 @@ class HttpProtocol(HttpToolsProtocol):
                 self._refuse(431, f"The request's headers are over {HEAD_LIMIT_BYTES} bytes.")
         elif self._in_body:
             self._barren_bytes = 0 if self._body_bytes > body_bytes else self._barren_bytes + size
-            self._check_body()
-
-    def _check_body(self) -> None:
-        """Refuse a body with too much framing, and bound the time until its end."""
-        if self._receive_timer is None:
-            left_s = self._begun_at + self._limits.receive_timeout_s - self.loop.time()
-            self._start_receive_timer(max(0.0, left_s))
-        most_bytes = HEAD_LIMIT_BYTES + FRAMING_FACTOR * self._body_bytes
-        if self._barren_bytes > HEAD_LIMIT_BYTES or self._framing_bytes > most_bytes:
-            self._refuse(
-                431, f"The request's chunks and trailers have over {HEAD_LIMIT_BYTES} bytes of framing."
-            )
+            if self._receive_timer is None:
+                left_s = self._begun_at + self._limits.receive_timeout_s - self.loop.time()
+                self._start_receive_timer(max(0.0, left_s))
+            most_bytes = HEAD_LIMIT_BYTES + FRAMING_FACTOR * self._body_bytes
+            if self._barren_bytes > HEAD_LIMIT_BYTES or self._framing_bytes > most_bytes:
+                self._refuse(
+                    431, f"The request's chunks and trailers have over {HEAD_LIMIT_BYTES} bytes of framing."
+                )
 
     def on_message_begin(self) -> None:
         """Begin a request: its first byte was parsed."""
@@ -323,7 +319,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._stop_receive_timer()
         self._end_after_answers()
         if self._probe_timer is None:
-            self._probe_after(FIRST_PROBE_S)
+            self._probe_timer = self.loop.call_later(FIRST_PROBE_S, self._probe, FIRST_PROBE_S)
 
     def _owes_answers(self) -> bool:
         running = self._running
@@ -340,13 +336,11 @@ class HttpProtocol(HttpToolsProtocol):
         last.keep_alive = False
         self._ended = True
 
-    def _probe_after(self, pause_s: float) -> None:
-        self._probe_timer = self.loop.call_later(pause_s, self._probe, pause_s)
-
     def _probe(self, pause_s: float) -> None:
         if self._running is not None and not self.transport.is_closing():
             self.transport.write(sign_of_life(self._running))
-            self._probe_after(min(2 * pause_s, LONGEST_PROBE_S))
+            pause_s = min(2 * pause_s, LONGEST_PROBE_S)
+            self._probe_timer = self.loop.call_later(pause_s, self._probe, pause_s)
 
     # ----------------------------------------------------------------- refusals
 

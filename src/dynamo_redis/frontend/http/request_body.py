@@ -75,7 +75,12 @@ async def read_limited(
     most clients read no response before they have sent everything.
     """
     headers = dict(scope["headers"])
-    _refuse_encoding(headers)
+    if headers.get(b"content-encoding", b"identity").strip().lower() not in (b"", b"identity"):
+        raise ApiError(
+            415,
+            "The request body has a Content-Encoding: send it without one.",
+            code="unsupported_content_encoding",
+        )
     length = headers.get(b"content-length")
     announced = None if length is None else int(length)  # the HTTP parser has checked that it is a number
     if announced is not None and announced > limit_bytes:
@@ -102,16 +107,6 @@ async def read_limited(
         else:
             pieces.append(bytearray(piece))
     return pieces
-
-
-def _refuse_encoding(headers: Mapping[bytes, bytes]) -> None:
-    encoding = headers.get(b"content-encoding", b"identity").strip().lower()
-    if encoding not in (b"", b"identity"):
-        raise ApiError(
-            415,
-            "The request body has a Content-Encoding: send it without one.",
-            code="unsupported_content_encoding",
-        )
 
 
 async def _pieces(receive: Receive) -> Any:
