@@ -234,8 +234,27 @@ class _Process(asyncio.Protocol):
     @classmethod
     async def start(cls, command: Sequence[str], limit_s: float, on_answer: Callable[[], None]) -> _Process:
         """Start a process. `on_answer` is called after each answer. Raises NoProcess."""
+
+        def spawn() -> tuple[subprocess.Popen[bytes], socket.socket]:
+            ours, theirs = socket.socketpair()
+            with theirs:
+                try:
+                    popen = subprocess.Popen(  # noqa: S603 - a module of this package
+                        command,
+                        stdin=theirs.fileno(),
+                        stdout=theirs.fileno(),
+                        stderr=subprocess.DEVNULL,
+                        env=job_environment(),
+                        start_new_session=True,  # Ctrl-C in the terminal is its parent's
+                    )
+                except BaseException:
+                    ours.close()
+                    raise
+            ours.setblocking(False)
+            return popen, ours
+
         loop = asyncio.get_running_loop()
-        starting = loop.run_in_executor(None, _spawn, command)
+        starting = loop.run_in_executor(None, spawn)
         try:
             popen, ours = await asyncio.shield(starting)
         except OSError as exc:
@@ -337,22 +356,3 @@ def job_environment() -> dict[str, str]:
     DYN_REDIS_URL."""
     kept = {name: value for name, value in os.environ.items() if name in _KEPT_NAMES}
     return kept | {"RUST_BACKTRACE": "0"}  # a backtrace taken without memory can deadlock
-
-
-def _spawn(command: Sequence[str]) -> tuple[subprocess.Popen[bytes], socket.socket]:
-    ours, theirs = socket.socketpair()
-    with theirs:
-        try:
-            popen = subprocess.Popen(  # noqa: S603 - a module of this package
-                command,
-                stdin=theirs.fileno(),
-                stdout=theirs.fileno(),
-                stderr=subprocess.DEVNULL,
-                env=job_environment(),
-                start_new_session=True,  # Ctrl-C in the terminal is its parent's
-            )
-        except BaseException:
-            ours.close()
-            raise
-    ours.setblocking(False)
-    return popen, ours

@@ -218,7 +218,19 @@ class _SelfStartingEvents(WorkerEvents):
     def __init__(self, runtime: DistributedRuntime, name: EndpointName, block_size: int) -> None:
         super().__init__(runtime, name.namespace, name.component, block_size=block_size)
         self._rank_added = asyncio.Event()
-        self._starter = asyncio.create_task(self._start_ranks(), name=f"KV events of {name}")
+
+        async def start_ranks() -> None:
+            while True:
+                await self._rank_added.wait()
+                self._rank_added.clear()
+                try:
+                    await self.start()
+                except StoreError as exc:
+                    log.warning("routers cannot ask for KV blocks yet: %s", exc)
+                    await asyncio.sleep(_RETRY_S)
+                    self._rank_added.set()
+
+        self._starter = asyncio.create_task(start_ranks(), name=f"KV events of {name}")
 
     def rank(self, dp_rank: int) -> KvPublisher:
         self._rank_added.set()
@@ -228,17 +240,6 @@ class _SelfStartingEvents(WorkerEvents):
         self._starter.cancel()
         await asyncio.wait([self._starter])
         await super().aclose()
-
-    async def _start_ranks(self) -> None:
-        while True:
-            await self._rank_added.wait()
-            self._rank_added.clear()
-            try:
-                await self.start()
-            except StoreError as exc:
-                log.warning("routers cannot ask for KV blocks yet: %s", exc)
-                await asyncio.sleep(_RETRY_S)
-                self._rank_added.set()
 
 
 class _LoopThread:

@@ -31,34 +31,27 @@ async def fetch_model_files(objects: ObjectStore, card: ModelCard, cache_dir: Pa
         blobs.mkdir(parents=True, exist_ok=True)
         for reference in wanted.values():
             blob = blobs / reference.sha256
-            if not await anyio.to_thread.run_sync(_is_whole, blob, reference):
-                await _download(objects, reference, blob)
+            if await anyio.to_thread.run_sync(_is_whole, blob, reference):
+                continue
+            try:
+                bucket, name = parse_object_url(reference.url)
+            except ValueError as exc:
+                raise ModelError(str(exc)) from exc
+            draft = blob.with_name(f"{blob.name}.{os.getpid()}.{secrets.token_hex(4)}")
+            try:
+                info = await objects.fetch(bucket, name, draft)
+                if not await anyio.to_thread.run_sync(_is_whole, draft, reference):
+                    raise ObjectChanged(
+                        reference.url,
+                        f"it has {info.size_bytes} bytes and sha256 {info.sha256[:16]}…, "
+                        f"the card says {reference.size_bytes} and {reference.sha256[:16]}…",
+                    )
+                draft.replace(blob)
+            finally:
+                draft.unlink(missing_ok=True)
         return _link(cache_dir, wanted)
     except OSError as exc:
         raise ModelCacheError(f"cannot write the model cache {cache_dir}: {exc.strerror or exc}") from exc
-
-
-async def _download(objects: ObjectStore, reference: FileReference, blob: Path) -> None:
-    """Fetch a file to a draft beside `blob`, check it, and rename it.
-
-    Raises ModelError, StoreError, OSError.
-    """
-    try:
-        bucket, name = parse_object_url(reference.url)
-    except ValueError as exc:
-        raise ModelError(str(exc)) from exc
-    draft = blob.with_name(f"{blob.name}.{os.getpid()}.{secrets.token_hex(4)}")
-    try:
-        info = await objects.fetch(bucket, name, draft)
-        if not await anyio.to_thread.run_sync(_is_whole, draft, reference):
-            raise ObjectChanged(
-                reference.url,
-                f"it has {info.size_bytes} bytes and sha256 {info.sha256[:16]}…, "
-                f"the card says {reference.size_bytes} and {reference.sha256[:16]}…",
-            )
-        draft.replace(blob)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def _is_whole(path: Path, reference: FileReference) -> bool:
