@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -19,27 +18,9 @@ import psutil
 import pytest
 
 from dynamo_redis.jobs.lane import FirstJobRefused, JobDied, JobOverrun, Lane, NoProcess, QueueFull
-from tests.processes import is_alive
+from tests.processes import PROGRAMS, is_alive
 
-WORK = """
-import os, time
-from dynamo_redis.jobs.serving import serve
-def answer(job):
-    match bytes(job).partition(b" "):
-        case b"spin", _, _:
-            while True: pass
-        case b"sleep", _, _: time.sleep(600)
-        case b"hoard", _, _: return bytes(1 << 30)
-        case b"die", _, _: os._exit(3)
-        case b"pid", _, _: return str(os.getpid()).encode()
-        case b"echo", _, rest: return rest
-        case b"environment", _, _: return repr(sorted(os.environ)).encode()
-        case b"wait", _, path:
-            while not os.path.exists(path): time.sleep(0.005)
-            return b"waited"
-    return b"first"
-serve(answer, memory_bytes=64 << 20, time_s=1)
-"""
+JOB_PROCESS = str(PROGRAMS / "job_process.py")
 
 OpenLane = Callable[..., Lane]
 
@@ -48,9 +29,9 @@ OpenLane = Callable[..., Lane]
 async def open_lane() -> AsyncIterator[OpenLane]:
     lanes: list[Lane] = []
 
-    def open_(program: str = WORK, **options: Any) -> Lane:
+    def open_(*arguments: str, **options: Any) -> Lane:
         settings: dict[str, Any] = {"time_s": 1, "idle_s": 60, "queue_count": 64, **options}
-        lanes.append(Lane((sys.executable, "-c", program), **settings))
+        lanes.append(Lane((sys.executable, *(arguments or (JOB_PROCESS,))), **settings))
         return lanes[-1]
 
     yield open_
@@ -205,24 +186,15 @@ async def test_program_that_is_not_there_is_said() -> None:
 
 
 async def test_unexpected_answer_ends_the_process(open_lane: OpenLane) -> None:
-    lane = open_lane("import os, time; os.write(1, bytes([255]) * 4096); time.sleep(600)")
+    lane = open_lane("-c", "import os, time; os.write(1, bytes([255]) * 4096); time.sleep(600)")
     with pytest.raises(JobDied):
         await lane.run(b"x")
 
 
 def test_process_does_not_outlive_its_parent(tmp_path: Any) -> None:
     """The parent is killed: an idle process ends at once, one that works or sleeps at its limit."""
-    program = f"""
-        import asyncio, sys
-        from dynamo_redis.jobs.lane import Lane
-        async def main():
-            command = (sys.executable, "-c", {WORK!r})
-            lanes = [Lane(command, time_s=1, idle_s=60, queue_count=9) for _ in "abc"]
-            print(*[int(await lane.run(b"pid")) for lane in lanes], flush=True)
-            await asyncio.gather(lanes[0].run(b"spin"), lanes[1].run(b"sleep"))
-        asyncio.run(main())
-    """
-    parent = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE)
+    owner = str(PROGRAMS / "lane_owner.py")
+    parent = subprocess.Popen([sys.executable, owner, JOB_PROCESS], stdout=subprocess.PIPE)
     assert parent.stdout is not None
     with parent.stdout:
         children = [psutil.Process(int(pid)) for pid in parent.stdout.readline().split()]
