@@ -17,25 +17,17 @@ import psutil
 import pytest
 
 from dynamo_redis.child import ChildProcess
-from tests.processes import command_line
+from tests.processes import PROGRAMS, command_line
 
-# A program that starts another one, ignores SIGTERM on request, and waits.
-_FAMILY = """
-import os, signal, subprocess, sys, time
-if "stubborn" in sys.argv:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-subprocess.Popen(["sleep", "100"])
-print("ready", flush=True)
-time.sleep(100)
-"""
+FAMILY = PROGRAMS / "family.py"
 
 
 @asynccontextmanager
 async def family(directory: Path, *arguments: str) -> AsyncIterator[ChildProcess]:
-    """Start the program above, with a grandchild in its group."""
+    """Start `FAMILY`, with a grandchild in its group."""
     out = directory / "family.out"
     with out.open("wb") as file:
-        child = ChildProcess.start([sys.executable, "-c", _FAMILY, *arguments], stdout=file)
+        child = ChildProcess.start([sys.executable, FAMILY, *arguments], stdout=file)
     try:
         await until(lambda: "ready" in out.read_text())
         yield child
@@ -152,20 +144,14 @@ async def test_a_signal_to_its_group_does_not_disarm_the_watchdog(tmp_path: Path
         assert watchdog in group(child.pid)
 
 
-_PARENT = """
-import sys, time
-from dynamo_redis.child import ChildProcess
-children = [ChildProcess.start([sys.executable, "-c", sys.argv[1], "stubborn"]) for _ in range(2)]
-print(*[child.pid for child in children], flush=True)
-time.sleep(100)
-"""
+PARENT = PROGRAMS / "family_parent.py"
 
 
 @pytest.mark.parametrize("after_s", [0.0, 0.01, 0.3])
 async def test_no_process_is_left_after_kill_9_of_the_parent(tmp_path: Path, after_s: float) -> None:
     out = tmp_path / "pids"
     with out.open("wb") as file:
-        parent = ChildProcess.start([sys.executable, "-c", _PARENT, _FAMILY], stdout=file)
+        parent = ChildProcess.start([sys.executable, PARENT, FAMILY], stdout=file)
     try:
         await until(lambda: out.read_text().count("\n") >= 1)
         children = [int(pid) for pid in out.read_text().splitlines()[0].split()]

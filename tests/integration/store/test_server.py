@@ -16,7 +16,7 @@ from redis import Redis
 from dynamo_redis.child import ChildProcess
 from dynamo_redis.errors import ConfigError, StoreUnavailable
 from dynamo_redis.store.server import EmbeddedServer, ServerBinary, find_server
-from tests.processes import is_alive
+from tests.processes import PROGRAMS, is_alive
 
 
 @pytest.fixture(params=["path", "wheel"])
@@ -155,22 +155,13 @@ def test_missing_server_program_is_an_error_with_remedy(monkeypatch: pytest.Monk
         find_server("path")
 
 
-_PARENT = """
-import anyio, sys, time
-from pathlib import Path
-from dynamo_redis.store.server import EmbeddedServer
-
-server = EmbeddedServer(Path(sys.argv[1]))
-anyio.run(server.start)
-print(server.pid, flush=True)
-time.sleep(60)
-"""
+PARENT = PROGRAMS / "server_parent.py"
 
 
 async def test_the_server_dies_with_its_parent_even_by_kill_9(tmp_path: Path) -> None:
     out = tmp_path / "pid"
     with out.open("wb") as file:
-        parent = ChildProcess.start([sys.executable, "-c", _PARENT, tmp_path], stdout=file)
+        parent = ChildProcess.start([sys.executable, PARENT, tmp_path], stdout=file)
     try:
         with anyio.fail_after(20):
             while not out.read_text().endswith("\n"):
