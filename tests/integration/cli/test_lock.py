@@ -15,6 +15,7 @@ from dynamo_redis.store.base import Lock
 from dynamo_redis.store.locks.redis_locks import RedisLocks
 from dynamo_redis.store.redis.client import RedisClient
 from dynamo_redis.store.server import EmbeddedServer
+from tests.processes import PROGRAMS
 
 WAIT_S = 30.0
 
@@ -103,19 +104,7 @@ async def test_a_signal_ends_the_command_in_peace_and_frees_the_lock(
     assert await lock.holder() is None
 
 
-SIGNALLED_AT_ONCE = """
-import os, signal, sys
-from dynamo_redis.child import ChildProcess
-from dynamo_redis.cli.app import run
-
-start = ChildProcess.start
-def start_and_be_ended(*args, **options):
-    child = start(*args, **options)
-    os.kill(os.getpid(), signal.SIGTERM)
-    return child
-ChildProcess.start = start_and_be_ended
-sys.exit(run(sys.argv[1:]))
-"""
+SIGNALLED_AT_START = PROGRAMS / "signalled_at_start.py"
 
 
 async def test_signal_that_comes_as_the_command_starts_is_passed_on(
@@ -123,7 +112,7 @@ async def test_signal_that_comes_as_the_command_starts_is_passed_on(
 ) -> None:
     argv = ("lock", "--redis-url", own_redis_server.url, "nightly", "--", "sleep", "60")
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", SIGNALLED_AT_ONCE, *argv, stdout=PIPE, stderr=PIPE
+        sys.executable, SIGNALLED_AT_START, *argv, stdout=PIPE, stderr=PIPE
     )
     assert await end_of(process) == (128 + signal.SIGTERM, "", "")
     assert await lock.holder() is None

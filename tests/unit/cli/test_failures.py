@@ -12,6 +12,7 @@ import pytest
 from dynamo_redis.cli import failures
 from dynamo_redis.cli.app import run
 from dynamo_redis.errors import ConfigError, StoreUnavailable
+from tests.processes import PROGRAMS
 
 
 @pytest.fixture(autouse=True)
@@ -126,20 +127,7 @@ def test_unexpected_error_with_unreadable_settings(
     )
 
 
-_WITHOUT_EXTRAS = """
-import sys
-
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {
-            "aiohttp", "httptools", "jinja2", "starlette", "tokenizers", "uvicorn", "zmq"
-        }:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-sys.meta_path.insert(0, Absent())
-from dynamo_redis.cli.app import run
-raise SystemExit(run())
-"""
+WITHOUT_EXTRAS = PROGRAMS / "without_extras.py"
 
 
 @pytest.mark.parametrize(
@@ -155,7 +143,7 @@ def test_a_missing_extra_is_named_with_how_to_install_it(
 ) -> None:
     store = ["--redis-url", dynamo_redis_url, "--redis-prefix", dynamo_redis_prefix]
     done = subprocess.run(
-        [sys.executable, "-c", _WITHOUT_EXTRAS, *arguments, *store, "--log", "warn"],
+        [sys.executable, WITHOUT_EXTRAS, *arguments, *store, "--log", "warn"],
         capture_output=True,
         text=True,
         check=False,

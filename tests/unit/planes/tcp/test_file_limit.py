@@ -8,9 +8,9 @@ import sys
 import pytest
 
 SOURCE = """
-import resource
+import resource, sys
 from dynamo_redis.planes.tcp.listener import describe_file_limit
-resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))
+resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]), int(sys.argv[2])))
 print(describe_file_limit())
 """
 
@@ -23,6 +23,6 @@ print(describe_file_limit())
     ],
 )
 def test_file_limit_is_described_with_its_remedy(soft: int, hard: int, said: str) -> None:
-    source = SOURCE.format(soft=soft, hard=hard)
-    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True)
+    argv = [sys.executable, "-c", SOURCE, str(soft), str(hard)]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True)
     assert done.stdout.startswith(said)
