@@ -25,25 +25,13 @@ from dynamo_redis.errors import ConnectionLost, DeadlineExceeded, HandlerFailed,
 from dynamo_redis.planes.tcp.client import TcpClient
 from dynamo_redis.planes.tcp.server import TcpServer
 from dynamo_redis.runtime import Call, Client, Context, DistributedRuntime
+from tests.processes import PROGRAMS
 
 OpenRuntime = Callable[..., Awaitable[DistributedRuntime]]
 
 ENDPOINT = "dynamo.backend.generate"
 
-CALLER = f"""
-import asyncio, sys
-from dynamo_redis.runtime import DistributedRuntime
-
-async def main():
-    async with DistributedRuntime() as runtime:
-        client = await runtime.endpoint("{ENDPOINT}").client()
-        await client.wait_for_instances(10)
-        async for item in await client.round_robin(1000, annotated=False):
-            sys.stdout.write("answered\\n")
-            sys.stdout.flush()
-
-asyncio.run(main())
-"""
+CALLER = PROGRAMS / "long_caller.py"
 
 
 async def until(condition: Callable[[], bool], within_s: float = 5) -> None:
@@ -188,7 +176,9 @@ async def test_killed_caller_ends_its_requests(
     worker: Worker, dynamo_redis_url: str, dynamo_redis_prefix: str
 ) -> None:
     environment = os.environ | {"DYN_REDIS_URL": dynamo_redis_url, "DYN_REDIS_PREFIX": dynamo_redis_prefix}
-    caller = await asyncio.create_subprocess_exec(sys.executable, "-c", CALLER, env=environment, stdout=PIPE)
+    caller = await asyncio.create_subprocess_exec(
+        sys.executable, CALLER, ENDPOINT, env=environment, stdout=PIPE
+    )
     try:
         assert caller.stdout is not None
         assert await caller.stdout.readline() == b"answered\n"

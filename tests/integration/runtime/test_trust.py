@@ -21,6 +21,7 @@ from dynamo_redis.planes.tcp.server import TcpServer
 from dynamo_redis.runtime import Client, DistributedRuntime
 from dynamo_redis.runtime.instance import Instance
 from tests.certificates import Authority
+from tests.processes import PROGRAMS
 
 OpenRuntime = Callable[..., Awaitable[DistributedRuntime]]
 
@@ -29,22 +30,7 @@ NAME = EndpointName.parse(ENDPOINT)
 INSTANCE = InstanceId(0x5EC)
 LEASE_TTL_S = 30.0
 
-WORKER = """
-import asyncio, uvloop
-from dynamo_redis.runtime import DistributedRuntime
-
-async def main():
-    runtime = DistributedRuntime()
-
-    async def who(request, context):
-        yield runtime.instance_id
-
-    served = await runtime.endpoint("dynamo.backend.generate").start_serving(who)
-    print(runtime.instance_id, served.instance.transport.address, flush=True)
-    await asyncio.Event().wait()
-
-uvloop.run(main())
-"""
+WORKER = PROGRAMS / "runtime_worker.py"
 
 
 @dataclass
@@ -81,7 +67,7 @@ async def start_worker(
         settings |= {"DYN_LEASE_TTL_S": str(LEASE_TTL_S), "DYN_TCP_RPC_PORT": port}
         environment = child_environment(settings | {"DYN_TCP_RPC_HOST": "127.0.0.1"})
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-c", WORKER, env=environment, stdout=PIPE
+            sys.executable, WORKER, ENDPOINT, env=environment, stdout=PIPE
         )
         processes.append(process)
         assert process.stdout is not None

@@ -14,19 +14,10 @@ import pytest
 
 from dynamo_redis.errors import NoInstances
 from tests.integration.conftest import OpenRuntime
+from tests.processes import PROGRAMS
 
 WAIT_S = 60.0
-CLIENT = """
-import asyncio
-from dynamo_redis.runtime import DistributedRuntime, dynamo_worker
-
-@dynamo_worker()
-async def main(runtime: DistributedRuntime) -> None:
-    client = await runtime.endpoint("a.b.c").client()
-    await client.wait_for_instances()
-
-asyncio.run(main())
-"""
+CLIENT = PROGRAMS / "waiting_client.py"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -44,7 +35,7 @@ def test_first_signal_ends_a_waiting_client(
     }
     written = tmp_path / "log"
     with written.open("wb") as log:
-        client = subprocess.Popen([sys.executable, "-c", CLIENT], env=environment, stderr=log)
+        client = subprocess.Popen([sys.executable, CLIENT, "a.b.c"], env=environment, stderr=log)
     try:
         said = (
             r"no instance of a\.b\.c is registered, waiting since" if redis == "there" else "waiting for it"
