@@ -11,40 +11,21 @@ from dynamo_redis.child import ChildProcess
 from dynamo_redis.names import INSTANCES
 from dynamo_redis.runtime.client import Client
 from dynamo_redis.testing import RuntimeFactory
+from tests.processes import PROGRAMS
 
 NAME = "test.hung.echo"
 START_S = 60.0
 HANG_S = 3.2
 
-WORKER = """
-import asyncio, sys, time
-import uvloop
-from dynamo_redis.runtime import DistributedRuntime, Settings
-
-async def handler(request, context):
-    until = time.monotonic() + float(sys.argv[3])
-    if request == "sleep":
-        time.sleep(until - time.monotonic())  # C that releases the interpreter
-    while request == "spin" and time.monotonic() < until:
-        pass
-    return request
-
-async def main():
-    url, prefix = sys.argv[1:3]
-    settings = Settings.load(redis_url=url, prefix=prefix, lease_ttl_s=1, tcp_host="127.0.0.1")
-    async with DistributedRuntime(settings=settings) as runtime:
-        await runtime.endpoint("test.hung.echo").serve_endpoint(handler)
-
-uvloop.run(main())
-"""
+WORKER = PROGRAMS / "hanging_handler.py"
 
 
 async def test_hung_worker_is_avoided_until_it_is_back(
     dynamo_runtime_factory: RuntimeFactory, dynamo_redis_url: str, dynamo_redis_prefix: str
 ) -> None:
     """One hangs in Python, one in C. No request fails, and their leases are kept."""
-    command = [sys.executable, "-c", WORKER, dynamo_redis_url, dynamo_redis_prefix, str(HANG_S)]
-    children = [ChildProcess.start(command) for _ in range(2)]
+    arguments = [dynamo_redis_url, dynamo_redis_prefix, NAME, str(HANG_S)]
+    children = [ChildProcess.start([sys.executable, WORKER, *arguments]) for _ in range(2)]
     try:
         runtime = await dynamo_runtime_factory(lease_ttl_s=1)
         client = await runtime.endpoint(NAME).client()

@@ -32,38 +32,13 @@ from dynamo_redis.runtime.instance import Instance
 from dynamo_redis.store.base import LeaseId
 from dynamo_redis.store.registry.memory import MemoryRegistry, MemoryServer
 from faults.proxy import BLACK_HOLE, Proxy
+from tests.processes import PROGRAMS
 
 NAME = EndpointName("test", "words", "echo")
 START_S = 60.0
 BACK_S = 15.0
 
-WORKERS = """
-import asyncio, sys, time
-import uvloop
-from dynamo_redis.config import PlaneSettings
-from dynamo_redis.config import PlaneSettings
-from dynamo_redis.errors import CannotConnect
-from dynamo_redis.names import EndpointName
-from dynamo_redis.planes.tcp.server import TcpServer
-
-async def handler(number, request):
-    if request == "pause":
-        time.sleep(1.2)
-    for _ in range(60 if request == "tick" else 1):
-        await asyncio.sleep(0.01)
-        yield number if request == "who" else request
-
-async def main(host, *numbers):
-    for number in map(int, numbers):
-        server = TcpServer(PlaneSettings.load(tcp_host=host, auth="off"), secret=None, instance_id=number)
-        subject = EndpointName("test", "words", "echo").subject(number)
-        server.register(subject, lambda request, _, number=number: handler(number, request))
-        await server.start()
-        print(server.address, flush=True)
-    await asyncio.Event().wait()
-
-uvloop.run(main(*sys.argv[1:]))
-"""
+WORKERS = PROGRAMS / "pausing_workers.py"
 
 
 class Deployment:
@@ -95,7 +70,8 @@ class Deployment:
         """
         prefix = ("ip", "netns", "exec", within) if within else ()
         process = await asyncio.create_subprocess_exec(
-            *prefix, sys.executable, "-c", WORKERS, host, *map(str, numbers), stdout=asyncio.subprocess.PIPE
+            *(*prefix, sys.executable, WORKERS, host, str(NAME), *map(str, numbers)),
+            stdout=asyncio.subprocess.PIPE,
         )
         assert process.stdout is not None
         try:
