@@ -22,6 +22,7 @@ from dynamo_redis.router.index.snapshot import IndexSnapshot, encode_snapshot
 from dynamo_redis.router.index.snapshotter import SNAPSHOT_BUCKET
 from dynamo_redis.store.event_base import EntryId, entry_order
 from tests.kv_deployment import STREAM, WAIT_S, Deployment, deployment, flush, wait_until
+from tests.processes import PROGRAMS
 
 
 @pytest.fixture
@@ -185,89 +186,7 @@ async def test_a_snapshot_never_replaces_one_that_is_further(deployed: Deploymen
 
 # --------------------------------------------------------------------------- writers that die or sleep
 
-_UPLOADER = """
-import asyncio, contextlib, os, signal, sys
-from redis.asyncio import Redis
-from dynamo_redis.config import EventSettings
-from dynamo_redis.errors import LockLost, LockNotAcquired
-from dynamo_redis.router.index.snapshot import decode_snapshot
-from dynamo_redis.router.index.snapshotter import Snapshots
-from dynamo_redis.store.redis.client import RedisClient
-from dynamo_redis.store.event_base import StreamName
-from dynamo_redis.store.locks.redis_locks import RedisLocks
-from dynamo_redis.store.objects.chunks import ObjectTimes
-from dynamo_redis.store.objects.redis_objects import RedisObjectStore
-from dynamo_redis.store.streams.redis_streams import RedisEventStreams
-
-url, prefix, path, chunk_bytes, how, *points = sys.argv[1:]
-
-class PlainLock:
-    # What a lock without fencing is: SET NX PX.
-    @contextlib.asynccontextmanager
-    async def hold(self):
-        async with Redis.from_url(url) as redis:
-            while not await redis.set(f"{{{prefix}/plain}}", "me", nx=True, px=300):
-                await asyncio.sleep(0.01)
-            yield None
-
-
-async def upload(point):
-    client = RedisClient(url, timeout_s=3)
-    objects = RedisObjectStore(client, prefix, chunk_bytes=int(chunk_bytes), times=ObjectTimes(claim_s=0.1))
-    streams = RedisEventStreams(client, prefix, EventSettings.load())
-    number = signal.SIGSTOP if how in ("stop", "plain") else signal.SIGKILL
-    run_script, put, seen, pending = client.script, objects.put, 0, [number]
-
-    def signalled():
-        if pending:
-            os.kill(os.getpid(), pending.pop())
-
-    async def script(script, *arguments):
-        if script.name == "object_commit" and point == "before the commit":
-            signalled()
-        if script.name == "stream_trim" and point == "before the trim":
-            signalled()
-        return await run_script(script, *arguments)
-
-    def progress(done, total):
-        nonlocal seen
-        seen += 1
-        if point == str(seen):
-            signalled()
-
-    writes = []
-
-    async def put_on(*args, **options):
-        # As a thread, or a computer that sleeps: what cancels a holder does not stop it.
-        writes.append(asyncio.ensure_future(put(*args, progress=progress, **options)))
-        return await asyncio.shield(writes[-1])
-
-    client.script = script
-    objects.put = put_on
-    stream = StreamName("test", "backend", "kv_events")
-    snapshots = Snapshots(objects, RedisLocks(client, prefix), streams, stream, lock_ttl_s=0.2)
-    if how == "plain":
-        snapshots._lock = PlainLock()
-    content = open(path, "rb").read()
-    while True:
-        try:
-            await snapshots.save(lambda: decode_snapshot(content), lambda _: True)
-        except LockNotAcquired:
-            await asyncio.sleep(0.01)
-        except LockLost:
-            await asyncio.wait(writes)
-            return 3 if isinstance(writes[-1].exception(), LockLost) else 4
-        else:
-            return 0
-
-for point in points:
-    child = os.fork()
-    if not child:
-        os._exit(asyncio.run(upload(point)))
-    if how != "kill":
-        sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL, point
-"""
+UPLOADER = PROGRAMS / "snapshot_uploader.py"
 
 
 def encoded(router: Indexer) -> bytes:
@@ -290,7 +209,7 @@ async def test_killed_uploaders_leave_the_old_snapshot_and_its_events(
 
     async def run(*points: str) -> tuple[EntryId | None, EntryId]:
         arguments = [dynamo_redis_url, dynamo_redis_prefix, str(tmp_path / "new"), str(chunk_bytes)]
-        uploaders = ChildProcess.start([sys.executable, "-c", _UPLOADER, *arguments, "kill", *points])
+        uploaders = ChildProcess.start([sys.executable, UPLOADER, *arguments, "kill", *points])
         async with asyncio.timeout(WAIT_S):
             assert await uploaders.wait() == 0
         info = await streams.info(STREAM)
@@ -317,7 +236,7 @@ async def test_an_uploader_that_sleeps_past_its_lock_is_refused(
     late = router.state().position
     (tmp_path / "late").write_bytes(encoded(router))
     arguments = [dynamo_redis_url, dynamo_redis_prefix, str(tmp_path / "late"), "1000", how]
-    uploader = ChildProcess.start([sys.executable, "-c", _UPLOADER, *arguments, "before the commit"])
+    uploader = ChildProcess.start([sys.executable, UPLOADER, *arguments, "before the commit"])
     await wait_until(lambda: stopped_children(uploader.pid), "it sleeps")
     (child,) = stopped_children(uploader.pid)
     deployed.chat(20)

@@ -29,6 +29,7 @@ from dynamo_redis.store.redis.client import RedisClient
 from dynamo_redis.store.scripts import Script
 from dynamo_redis.store.server import EmbeddedServer
 from faults.proxy import Conditions, Proxy
+from tests.processes import PROGRAMS
 
 CHUNK_BYTES = 1000
 CHUNKS = 6
@@ -106,47 +107,7 @@ def at_commit(
 
 # --------------------------------------------------------------------------- uploaders killed
 
-_UPLOADERS = """
-import asyncio, os, signal, sys
-from dynamo_redis.store.redis.client import RedisClient
-from dynamo_redis.store.objects.chunks import ObjectTimes
-from dynamo_redis.store.objects.redis_objects import RedisObjectStore
-
-url, prefix, path, chunks = *sys.argv[1:4], int(sys.argv[4])
-
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-async def upload(point):
-    client = RedisClient(url, timeout_s=3)
-    store = RedisObjectStore(client, prefix, chunk_bytes=1000, times=ObjectTimes(claim_s=0.1))
-    run_script = client.script
-
-    async def script(script, *arguments):
-        if script.name == "object_commit" and point == "before the commit":
-            die()
-        answer = await run_script(script, *arguments)
-        if script.name == "object_commit" and point == "after the commit":
-            die()
-        return answer
-
-    client.script = script
-    stored = 0
-    def progress(done, total):
-        nonlocal stored
-        stored += 1
-        if point == str(stored):
-            die()
-    await store.put("b", point, open(path, "rb").read(), progress=progress)
-
-points = [*map(str, range(1, chunks + 1)), "before the commit", "after the commit"]
-for point in points:
-    if not os.fork():
-        asyncio.run(upload(point))
-        os._exit(0)
-killed = [os.WTERMSIG(os.wait()[1]) for _ in points]
-assert killed == [signal.SIGKILL] * len(points), killed
-"""
+UPLOADER = PROGRAMS / "killed_uploader.py"
 
 
 async def test_uploaders_killed_at_each_chunk_and_around_the_commit(
@@ -158,8 +119,8 @@ async def test_uploaders_killed_at_each_chunk_and_around_the_commit(
     before = [*map(str, range(1, CHUNKS + 1)), "before the commit"]
     for point in (*before, "after the commit"):
         await objects.put("b", point, old)
-    argv = ["-c", _UPLOADERS, dynamo_redis_url, dynamo_redis_prefix, str(tmp_path / "new"), str(CHUNKS)]
-    uploaders = ChildProcess.start([sys.executable, *argv])
+    argv = [dynamo_redis_url, dynamo_redis_prefix, str(tmp_path / "new"), str(CHUNKS)]
+    uploaders = ChildProcess.start([sys.executable, UPLOADER, *argv])
     async with asyncio.timeout(WAIT_S):
         assert await uploaders.wait() == 0
     for point in before:
