@@ -14,7 +14,7 @@ A publisher that is silent sends a batch without events from time to time. A rea
 (a message without a receiver, a write lost with a failover) then need not wait for the next event to see it.
 
 While no reader wants its events a publisher *rests*: events take their sequences and are dropped. A reader
-that comes later gets the state of before in another way, and wakes the publisher first.
+that comes later gets the earlier state in another way, and wakes the publisher first.
 """
 
 from __future__ import annotations

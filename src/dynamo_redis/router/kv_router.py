@@ -112,7 +112,6 @@ class KvRouter:
         self._sync: BookingSync | None = None
         self._record: Registration | None = None
         self._served: list[ServedEndpoint] = []
-        self._tending: asyncio.Task[None] | None = None
         self._supervisor = Supervisor(log, f"router of {endpoint}")
         self._closing: list[Callable[[], Awaitable[None]]] = []
         self.chooser: BookingChooser
@@ -154,10 +153,13 @@ class KvRouter:
         if self._metrics is not None:
             closes(self._metrics.aclose)
             self._metrics.start()
-        self._tending = asyncio.create_task(
-            self._supervisor.run(self._tend), name=f"router of {self.endpoint}"
-        )
-        closes(self._stop_tending)
+        tending = asyncio.create_task(self._supervisor.run(self._tend), name=f"router of {self.endpoint}")
+
+        async def stop_tending() -> None:
+            tending.cancel()
+            await asyncio.gather(tending, return_exceptions=True)
+
+        closes(stop_tending)
         await asyncio.gather(*starting)
         if self._learns_block_size:
             has_workers = bool(self._client.known_ids())
@@ -378,11 +380,6 @@ class KvRouter:
             if self._metrics is not None:
                 self._metrics.expire()
             self._lines.wake()
-
-    async def _stop_tending(self) -> None:
-        if self._tending is not None:
-            self._tending.cancel()
-            await asyncio.gather(self._tending, return_exceptions=True)
 
     def forget_predictions(self, instance_id: int) -> None:
         """Forget the predictions of an instance that has emptied its cache, or left. No effect on an index by
