@@ -66,30 +66,23 @@ def dynamo_endpoint(request_type: type[Any], response_type: type[Any]) -> Callab
         @functools.wraps(handler)
         def answer(*args: Any, **kwargs: Any) -> Any:
             result = handler(*args[:position], validate(args[position]), *args[position + 1 :], **kwargs)
-            if hasattr(result, "__anext__"):
-                return _plain_items(result)
+
+            async def plain_items() -> AsyncIterator[Any]:
+                try:
+                    async for item in result:
+                        yield _plain(item)
+                finally:
+                    if isinstance(result, AsyncGenerator):  # close it here, in the same task
+                        await result.aclose()
 
             async def plain_item() -> Any:
                 return _plain(await result)
 
-            return plain_item()
+            return plain_items() if hasattr(result, "__anext__") else plain_item()
 
         return answer
 
     return decorate
-
-
-async def _plain_items(items: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    """Yield the items, models as plain values.
-
-    Closes the handler's generator at its own end, in the same task.
-    """
-    try:
-        async for item in items:
-            yield _plain(item)
-    finally:
-        if isinstance(items, AsyncGenerator):
-            await items.aclose()
 
 
 def _plain(item: Any) -> Any:
