@@ -176,11 +176,11 @@ async def test_gap_that_the_engine_has_forgotten_starts_over() -> None:
 async def test_silent_replay_socket_delays_for_a_limited_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(relay_module, "REPLAY_S", 0.1)
     async with server() as engine, following(engine) as (rank, publisher):
         engine.publish([root(1)])
         await until(lambda: set(publisher.blocks()) == names(1))
         await engine.stop_replays()
+        monkeypatch.setattr(relay_module, "REPLAY_S", 0.1)
         engine.publish([root(2)], lose=True)
         engine.publish([root(3)])
         await until(lambda: set(publisher.blocks()) == names(3))
