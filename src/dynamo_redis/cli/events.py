@@ -73,7 +73,19 @@ def ls(as_json: bool, **options: str | None) -> None:
     """
     found, unreadable = connect.run(_read(None, options))
     if as_json:
-        print_json([*map(_stream_json, found), *({"error": reason} for reason in unreadable)])
+        streams = [
+            {
+                "stream": _name(info.name),
+                "entry_count": info.entry_count,
+                "event_count": info.event_count,
+                "size_bytes": info.size_bytes,
+                "last_entry_id": info.last_entry_id,
+                "trim_floor": info.trim_floor,
+                "groups": _groups_json(info),
+            }
+            for info in found
+        ]
+        print_json([*streams, *({"error": reason} for reason in unreadable)])
     else:
         now_s = time.time()
         rows = []
@@ -235,18 +247,6 @@ def _name(stream: StreamName) -> str:
 
 def _absent(stream: StreamName) -> CommandFailed:
     return CommandFailed(f"no such event stream: {_name(stream)} (`dynamo-redis events ls` lists them)")
-
-
-def _stream_json(info: StreamInfo) -> dict[str, Any]:
-    return {
-        "stream": _name(info.name),
-        "entry_count": info.entry_count,
-        "event_count": info.event_count,
-        "size_bytes": info.size_bytes,
-        "last_entry_id": info.last_entry_id,
-        "trim_floor": info.trim_floor,
-        "groups": _groups_json(info),
-    }
 
 
 def _groups_json(info: StreamInfo) -> list[dict[str, Any]]:

@@ -54,7 +54,15 @@ def instances(endpoint: str | None, as_json: bool, show_secrets: bool, **options
         found += [_Found(exc.key, exc) for exc in frontends.invalid]
     unreadable = [entry for entry in found if isinstance(entry.instance, InvalidRecord)]
     if as_json:
-        print_json([_instance_json(entry, secrets=show_secrets) for entry in found])
+        records = []
+        for entry in found:
+            record: Any = {}
+            if entry.value is not None:
+                record = show_value(entry.key, entry.value, secrets=show_secrets).value
+            fields = record if isinstance(record, dict) else {"value": record}
+            error = {"error": str(entry.instance)} if isinstance(entry.instance, InvalidRecord) else {}
+            records.append({"key": entry.key, **fields, **error})
+        print_json(records)
     else:
         columns = ["INSTANCE", "SERVES", "ADDRESS", "STATE", "UP"] + ["SECRET"] * show_secrets
         rows = _process_rows(found, secrets=show_secrets)
@@ -137,14 +145,6 @@ def _decode(record: Record, kind: type[Instance | FrontendRecord]) -> _Found:
         return _Found(record.key, kind.from_record(record), record.value)
     except InvalidRecord as exc:
         return _Found(record.key, exc, record.value)
-
-
-def _instance_json(found: _Found, *, secrets: bool) -> dict[str, Any]:
-    error = {"error": str(found.instance)} if isinstance(found.instance, InvalidRecord) else {}
-    if found.value is None:
-        return {"key": found.key, **error}
-    shown = show_value(found.key, found.value, secrets=secrets).value
-    return {"key": found.key, **(shown if isinstance(shown, dict) else {"value": shown}), **error}
 
 
 def _process_rows(found: Sequence[_Found], *, secrets: bool) -> list[list[str]]:

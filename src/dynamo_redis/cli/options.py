@@ -96,12 +96,20 @@ def setting_options(
             option, default = option_name(name), _shown(field, defaults.get(name, field.default))
             source = f"{env_name(field)}; default {default}" if default else env_name(field)
             shape: dict[str, Any] = {"cls": option_class, "help": f"{field.description}  [{source}]"}
-            if _bare(field.annotation) is bool:
+            kind = _bare(field.annotation)
+            if kind is bool:
                 spellings = (f"{option}/--no-{option.removeprefix('--')}",)
                 shape |= {"is_flag": True, "default": None}  # None: the flag was not given
             else:
                 spellings = (option, *_FURTHER_NAMES.get(name, ()))
-                shape["metavar"] = _metavar(field)
+                if typing.get_origin(kind) is typing.Literal:
+                    shape["metavar"] = "|".join(map(str, typing.get_args(kind)))
+                elif unit_of(field) == "s":
+                    shape["metavar"] = "DURATION"
+                elif kind is SecretStr:
+                    shape["metavar"] = "URL" if env_name(field).endswith("_URL") else "TEXT"
+                else:
+                    shape["metavar"] = _METAVARS.get(kind, "TEXT")
             command = click.option(*spellings, name, **shape)(command)
         return command
 
@@ -167,17 +175,6 @@ def _shown(field: FieldInfo, default: object) -> str:
 def section_title(group: type[SettingsGroup]) -> str:
     """Return the first line of the group's docstring up to the colon: `The request plane`."""
     return (group.__doc__ or group.__name__).splitlines()[0].rstrip(".").partition(":")[0]
-
-
-def _metavar(field: FieldInfo) -> str:
-    kind = _bare(field.annotation)
-    if typing.get_origin(kind) is typing.Literal:
-        return "|".join(map(str, typing.get_args(kind)))
-    if unit_of(field) == "s":
-        return "DURATION"
-    if kind is SecretStr:
-        return "URL" if env_name(field).endswith("_URL") else "TEXT"
-    return _METAVARS.get(kind, "TEXT")
 
 
 def _bare(annotation: Any) -> Any:

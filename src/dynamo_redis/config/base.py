@@ -58,28 +58,24 @@ class SettingsGroup(BaseSettings):
         try:
             return cls(**{name: value for name, value in overrides.items() if value is not None})
         except ValidationError as exc:
-            raise ConfigError(cls._explain(exc)) from exc
+            error = exc.errors(include_url=False)[0]
+            name = str(error["loc"][0]) if error["loc"] else cls.__name__
+            env = next((env_name(f) for n, f in cls.model_fields.items() if name in (n, env_name(f))), name)
+            secret = any(
+                env_name(field) == env and field.annotation is not str and "Secret" in str(field.annotation)
+                for field in cls.model_fields.values()
+            )
+            unit = next((unit_of(f) for f in cls.model_fields.values() if env_name(f) == env), "")
+            reason = error["msg"].removeprefix("Value error, ")
+            words = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+            for bound, limit in error.get("ctx", {}).items():
+                if bound in words:
+                    reason = f"must be {words[bound]} {limit:g} {unit}".rstrip()
+                    break
+            shown = "" if secret or repr(error["input"]) in reason else f"={error['input']!r}"
+            raise ConfigError(f"{env}{shown}: {reason}") from exc
         except (UnicodeDecodeError, OSError) as exc:
             raise unreadable_dotenv(exc) from exc
-
-    @classmethod
-    def _explain(cls, exc: ValidationError) -> str:
-        error = exc.errors(include_url=False)[0]
-        name = str(error["loc"][0]) if error["loc"] else cls.__name__
-        env = next((env_name(f) for n, f in cls.model_fields.items() if name in (n, env_name(f))), name)
-        secret = any(
-            env_name(field) == env and field.annotation is not str and "Secret" in str(field.annotation)
-            for field in cls.model_fields.values()
-        )
-        unit = next((unit_of(f) for f in cls.model_fields.values() if env_name(f) == env), "")
-        reason = error["msg"].removeprefix("Value error, ")
-        words = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
-        for bound, limit in error.get("ctx", {}).items():
-            if bound in words:
-                reason = f"must be {words[bound]} {limit:g} {unit}".rstrip()
-                break
-        shown = "" if secret or repr(error["input"]) in reason else f"={error['input']!r}"
-        return f"{env}{shown}: {reason}"
 
 
 def unreadable_dotenv(exc: Exception) -> ConfigError:

@@ -31,7 +31,23 @@ def changes_state(handler: Handler) -> Handler:
     """
 
     async def guarded(request: Request) -> Response:
-        _check_origin_and_type(request)
+        origin, host = request.headers.get("origin"), request.headers.get("host")
+        if origin is not None:
+            try:
+                is_own = bool(host) and urlsplit(origin).netloc == host
+            except ValueError:  # brackets without an address
+                is_own = False
+            if not is_own:
+                raise ApiError(
+                    403, f"A page of {origin[:100]!r} may not change anything here.", code="foreign_origin"
+                )
+        content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if content_type != "application/json":
+            raise ApiError(
+                415,
+                "This request changes state: send it with the header 'Content-Type: application/json'.",
+                code="unsupported_media_type",
+            )
         try:
             content = b"".join(await read_limited(request.scope, request.receive, _BODY_LIMIT_BYTES))
         except ClientGone:
@@ -48,23 +64,3 @@ def changes_state(handler: Handler) -> Handler:
         return await handler(request)
 
     return guarded
-
-
-def _check_origin_and_type(request: Request) -> None:
-    origin, host = request.headers.get("origin"), request.headers.get("host")
-    if origin is not None:
-        try:
-            is_own = bool(host) and urlsplit(origin).netloc == host
-        except ValueError:  # brackets without an address
-            is_own = False
-        if not is_own:
-            raise ApiError(
-                403, f"A page of {origin[:100]!r} may not change anything here.", code="foreign_origin"
-            )
-    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if content_type != "application/json":
-        raise ApiError(
-            415,
-            "This request changes state: send it with the header 'Content-Type: application/json'.",
-            code="unsupported_media_type",
-        )

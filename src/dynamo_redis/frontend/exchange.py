@@ -212,8 +212,17 @@ class Exchange:
         tries: int,
     ) -> None:
         """Read all choices while `respond` runs, and end every task when it returns or is cancelled."""
+
+        async def wait_for_hang_up() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            self._hung_up = True
+            for choice in self._choices:
+                choice.context.kill()
+            self._wake.set()
+
         tasks = [asyncio.create_task(self._read(choice, deliver, tries)) for choice in self._choices]
-        tasks.append(asyncio.create_task(self._wait_for_hang_up(receive)))
+        tasks.append(asyncio.create_task(wait_for_hang_up()))
         try:
             await respond()
         finally:
@@ -293,14 +302,6 @@ class Exchange:
             if items is not None:
                 await items.aclose()
         return True
-
-    async def _wait_for_hang_up(self, receive: Receive) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        self._hung_up = True
-        for choice in self._choices:
-            choice.context.kill()
-        self._wake.set()
 
     def _usage(self) -> dict[str, Any]:
         completion = sum(choice.answer.token_count for choice in self._choices)

@@ -20,7 +20,7 @@ from dynamo_redis.models.llm_protocol import GenerateRequest
 from dynamo_redis.names import MODEL_CARDS, EndpointName
 from dynamo_redis.planes.context import Context
 from dynamo_redis.runtime.following import follow, key_of
-from dynamo_redis.store.base import Delete, DeleteCause, ObjectStore, Put, Record, Registry, WatchBatch
+from dynamo_redis.store.base import Delete, DeleteCause, ObjectStore, Put, Registry, WatchBatch
 from dynamo_redis.supervision import Supervisor
 
 log = logging.getLogger(__name__)
@@ -202,32 +202,28 @@ class LiveModels:
         touched: set[str] = set()
 
         def take(event: Put | Delete) -> None:
-            touched.update(self._put(event.record) if isinstance(event, Put) else self._delete(event))
+            if isinstance(event, Put):
+                key, entry = event.record.key, CardEntry.from_record(event.record, self._puts)
+                self._puts += 1
+                self._lingering.pop(key, None)
+                name = entry.card.display_name
+                touched.update(self._forget(key, keep=name), (name,))
+                self._models.setdefault(name, NamedModel(name)).cards[key] = entry
+                self._names[key] = name
+            elif event.key not in self._names:
+                return
+            elif event.cause in (DeleteCause.EXPIRED, DeleteCause.RESYNC):
+                is_expired = event.cause is DeleteCause.EXPIRED
+                linger_s = LINGER_S if is_expired else max(LINGER_S, self._lease_ttl_s)
+                self._lingering[event.key] = self._clock.monotonic() + linger_s
+                if self._sweeper is None or self._sweeper.done():
+                    self._sweeper = self._start(self._sweep())
+            else:
+                self._lingering.pop(event.key, None)
+                touched.update(self._forget(event.key))
 
         self._supervisor.each(batch.events, take, key_of)
         self._reconcile(touched)
-
-    def _put(self, record: Record) -> set[str]:
-        entry = CardEntry.from_record(record, self._puts)
-        self._puts += 1
-        self._lingering.pop(record.key, None)
-        name = entry.card.display_name
-        touched = self._forget(record.key, keep=name)
-        self._models.setdefault(name, NamedModel(name)).cards[record.key] = entry
-        self._names[record.key] = name
-        return touched | {name}
-
-    def _delete(self, event: Delete) -> set[str]:
-        if event.key not in self._names:
-            return set()
-        if event.cause in (DeleteCause.EXPIRED, DeleteCause.RESYNC):
-            linger_s = LINGER_S if event.cause is DeleteCause.EXPIRED else max(LINGER_S, self._lease_ttl_s)
-            self._lingering[event.key] = self._clock.monotonic() + linger_s
-            if self._sweeper is None or self._sweeper.done():
-                self._sweeper = self._start(self._sweep())
-            return set()
-        self._lingering.pop(event.key, None)
-        return self._forget(event.key)
 
     def _forget(self, key: str, *, keep: str | None = None) -> set[str]:
         """Remove a card from its model, unless that is `keep`. Return the names of the changed models."""
