@@ -53,7 +53,14 @@ class AnswerDecoder:
         reason = item.get("finish_reason") or None  # some engines send "" while there is no reason
         if reason is not None:
             text += self._detokenizer.finish()
-            self._use_engine_counts(item.get("completion_usage"))
+            usage = item.get("completion_usage")
+            if isinstance(usage, dict):
+                # The engine's counts may differ from the number of tokens received here.
+                prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
+                if is_count(completion):
+                    self.token_count = completion
+                if is_count(prompt) and prompt > 0:
+                    self.prompt_token_count = prompt
         if self._stops is not None:
             text = self._stops.feed(text)
             if self._stops.found is not None:
@@ -64,16 +71,6 @@ class AnswerDecoder:
         if reason is not None:
             self.finish_reason = _openai_reason(reason)
         return text
-
-    def _use_engine_counts(self, usage: Any) -> None:
-        """Replace the counts by the engine's, which may differ from the number of tokens received here."""
-        if not isinstance(usage, dict):
-            return
-        prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
-        if is_count(completion):
-            self.token_count = completion
-        if is_count(prompt) and prompt > 0:
-            self.prompt_token_count = prompt
 
     def restart(self) -> None:
         """Forget all items: another worker answers from the beginning."""

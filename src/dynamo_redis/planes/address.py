@@ -50,8 +50,13 @@ async def choose_binding(host: str | None, advertise_host: str | None, redis_hos
 
     Raises ConfigError if the route to Redis is needed and cannot be found.
     """
-    if host is not None and not _is_wildcard(host):
-        return Binding(host, advertise_host or host)
+    if host is not None:
+        try:
+            is_wildcard = ipaddress.ip_address(host).is_unspecified
+        except ValueError:
+            is_wildcard = not host
+        if not is_wildcard:
+            return Binding(host, advertise_host or host)
     local = await _local_address(redis_host) if host is None or advertise_host is None else _LOOPBACK
     if host is None:
         if ipaddress.ip_address(local.partition("%")[0]).is_loopback:
@@ -75,10 +80,3 @@ async def _local_address(redis_host: str | None) -> str:
             f"cannot tell which of this machine's addresses others should dial (no route to {redis_host}: "
             f"{exc.strerror or exc}): set DYN_TCP_ADVERTISE_HOST"
         ) from exc
-
-
-def _is_wildcard(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_unspecified
-    except ValueError:
-        return not host

@@ -55,16 +55,28 @@ class EngineHttp:
 
     def _opened(self) -> aiohttp.ClientSession:
         """Return the session; open it at the first call."""
-        if self._session is None:
-            self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(
-                    limit=0, keepalive_timeout=_IDLE_CONNECTION_S, socket_factory=_open_socket
-                ),
-                headers=self._headers,
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._connect_timeout_s),
-                raise_for_status=False,
-                trust_env=False,
-            )
+        if self._session is not None:
+            return self._session
+
+        def open_socket(address: AddrInfoType) -> socket.socket:
+            # Keepalive probes fail if the engine's host is gone: an answer has no time limit.
+            family, kind, protocol, *_ = address
+            opened = socket.socket(family, kind, protocol)
+            opened.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for name, value in _KEEPALIVE.items():
+                if hasattr(socket, name):
+                    opened.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+            return opened
+
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(
+                limit=0, keepalive_timeout=_IDLE_CONNECTION_S, socket_factory=open_socket
+            ),
+            headers=self._headers,
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._connect_timeout_s),
+            raise_for_status=False,
+            trust_env=False,
+        )
         return self._session
 
     async def ask(self, method: str, path: str, timeout_s: float) -> tuple[int, bytes]:
@@ -164,18 +176,6 @@ class Completion:
             if self._closed is not None:
                 raise self._closed from exc
             raise ConnectionLost(f"the connection to the engine broke: {exc!r}") from exc
-
-
-def _open_socket(address: AddrInfoType) -> socket.socket:
-    """Return a socket with keepalive probes, which fail if the engine's host is gone: an answer has no time
-    limit."""
-    family, kind, protocol, *_ = address
-    opened = socket.socket(family, kind, protocol)
-    opened.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in _KEEPALIVE.items():
-        if hasattr(socket, name):
-            opened.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-    return opened
 
 
 async def _content(response: aiohttp.ClientResponse, limit_bytes: int) -> bytes:

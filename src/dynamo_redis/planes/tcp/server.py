@@ -146,7 +146,16 @@ class TcpServer:
                 self._loop, binding.listen_host, settings.tcp_port, self._on_socket
             )
         except OSError as exc:
-            raise ConfigError(_explain(exc, binding.listen_host, settings.tcp_port)) from exc
+            host, port = binding.listen_host, settings.tcp_port
+            address = format_address(host, port)
+            if exc.errno == errno.EADDRINUSE:
+                problem = f"{address} is in use; choose another port, or 0 for a free one"
+                raise ConfigError(f"DYN_TCP_RPC_PORT={port}: {problem}") from exc
+            if exc.errno == errno.EACCES:
+                problem = f"no permission to listen on {address}; choose a port above 1023"
+                raise ConfigError(f"DYN_TCP_RPC_PORT={port}: {problem}") from exc
+            problem = f"cannot listen on {address}: {exc.strerror or exc}"
+            raise ConfigError(f"DYN_TCP_RPC_HOST={host}: {problem}") from exc
         self._life = LifeThread(
             self._loop,
             self._listener.sockets,
@@ -329,13 +338,3 @@ class TcpServer:
         if endpoint is None:
             raise EndpointNotFound(f"{subject} is not served here")
         return endpoint
-
-
-def _explain(exc: OSError, host: str, port: int) -> str:
-    """Describe a failure to listen in one line that names the setting."""
-    address = format_address(host, port)
-    if exc.errno == errno.EADDRINUSE:
-        return f"DYN_TCP_RPC_PORT={port}: {address} is in use; choose another port, or 0 for a free one"
-    if exc.errno == errno.EACCES:
-        return f"DYN_TCP_RPC_PORT={port}: no permission to listen on {address}; choose a port above 1023"
-    return f"DYN_TCP_RPC_HOST={host}: cannot listen on {address}: {exc.strerror or exc}"

@@ -117,16 +117,15 @@ class LeaseGuard:
         return self._sent_at + LEASE_SHARE * self._ttl_s
 
     def _watch_deadline(self) -> None:
-        # The loop's clock is coarser than the monotonic clock of the deadline: the timer may fire early.
-        left_s = self._deadline - time.monotonic()
-        self._pending = asyncio.get_running_loop().call_later(max(0.0, left_s), self._at_deadline)
+        def check() -> None:
+            reason = self.lost
+            if reason is None:  # the loop's clock is coarser than that of the deadline: the timer fired early
+                self._watch_deadline()
+            else:
+                self.lose(reason)
 
-    def _at_deadline(self) -> None:
-        reason = self.lost
-        if reason is None:
-            self._watch_deadline()
-        else:
-            self.lose(reason)
+        left_s = self._deadline - time.monotonic()
+        self._pending = asyncio.get_running_loop().call_later(max(0.0, left_s), check)
 
     def _cancel(self) -> None:
         assert self._task is not None

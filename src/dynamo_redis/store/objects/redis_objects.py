@@ -190,7 +190,11 @@ class RedisObjectStore(ObjectReads):
 
     async def _commit(self, keys: ObjectKeys, new: Manifest, fence: HeldLock | None) -> ObjectInfo | None:
         """Make the manifest current; return None if chunks are missing."""
-        await self._recovering(partial(self._add_to_index, keys))
+
+        async def add_to_index() -> None:
+            await self._client.execute("ZADD", self._names, await self._server_time_s(), keys.path)
+
+        await self._recovering(add_to_index)
         done, new_chunks = keys.done(new.version), keys.chunks(new.chunks)
         lock = LockKeys.of_object(self._prefix, keys.bucket, keys.name).lock
         kept = set(new.chunks)
@@ -251,31 +255,28 @@ class RedisObjectStore(ObjectReads):
 
     async def _verified(self, keys: ObjectKeys, manifest: Manifest) -> AsyncGenerator[bytes]:
         """Yield the content, each chunk after its digest is verified."""
-        count = len(manifest.digests)
+        chunks, names = self._chunks(keys), manifest.chunks
+
+        async def fetches() -> AsyncGenerator[Coroutine[Any, Any, bytes | None]]:
+            renewed_at = time.monotonic()
+            for index, name in enumerate(names):
+                if not self._read_only and time.monotonic() - renewed_at > self._times.expiry_s / 3:
+                    renewed_at = time.monotonic()
+                    await self._recovering(partial(chunks.renew, names[index:]))  # those still to be read
+                yield chunks.fetch(name)
+
         whole = hashlib.sha256()
-        contents = overlapped(self._fetches(keys, manifest), limit_count=CHUNKS_UNDER_WAY_COUNT)
+        contents = overlapped(fetches(), limit_count=CHUNKS_UNDER_WAY_COUNT)
         async with contextlib.aclosing(contents):
             for index, digest in enumerate(manifest.digests):
                 content = await anext(contents)
                 if content is None:
-                    raise ObjectChanged(keys.url, f"chunk {index} of {count} is gone")
+                    raise ObjectChanged(keys.url, f"chunk {index} of {len(names)} is gone")
                 if (await next_chunk(content, whole)).digest != digest:
                     if not self._read_only:
-                        await self._chunks(keys).report_damage(manifest.chunks[index])
-                    raise ObjectChanged(keys.url, f"chunk {index} of {count} is damaged")
+                        await chunks.report_damage(names[index])
+                    raise ObjectChanged(keys.url, f"chunk {index} of {len(names)} is damaged")
                 yield content
-
-    async def _fetches(
-        self, keys: ObjectKeys, manifest: Manifest
-    ) -> AsyncGenerator[Coroutine[Any, Any, bytes | None]]:
-        """Yield a call for each chunk, and keep the chunks alive whose call is still to come."""
-        chunks, names = self._chunks(keys), manifest.chunks
-        renewed_at = time.monotonic()
-        for index, name in enumerate(names):
-            if not self._read_only and time.monotonic() - renewed_at > self._times.expiry_s / 3:
-                renewed_at = time.monotonic()
-                await self._recovering(partial(chunks.renew, names[index:]))
-            yield chunks.fetch(name)
 
     async def info(self, bucket: str, name: str) -> ObjectInfo | None:
         """As `ObjectStore.info`."""
@@ -385,9 +386,6 @@ class RedisObjectStore(ObjectReads):
     @property
     def _names(self) -> str:
         return f"{{{self._prefix}/object}}:names"
-
-    async def _add_to_index(self, keys: ObjectKeys) -> None:
-        await self._client.execute("ZADD", self._names, await self._server_time_s(), keys.path)
 
     async def _drop_from_index(self, unused: Sequence[tuple[bytes, bytes]]) -> None:
         """Drop names without an object that are too old to belong to a put under way."""

@@ -328,7 +328,11 @@ class RedisClient:
             if reply(exc) is not None:
                 self._log_refusal(exc)
                 raise
-            if (error := _unread_error(reader)) is not None:
+            # At its limit of connections, and in protected mode, a server sends an error and closes the new
+            # connection. If a write fails first, the error is still in the reader's buffer.
+            line, end, _ = bytes(reader._buffer).partition(b"\r\n")
+            if end and line[:1] == b"-":
+                error = ErrorReply(line[1:].decode("utf-8", "replace"))
                 self._log_refusal(error)
                 raise error from exc
             if self._has_logged_in or not self._names_connections or not is_cut_off(exc):
@@ -587,15 +591,6 @@ class _Pool(redis.asyncio.BlockingConnectionPool):
         if not connection.is_connected:
             connection.made_in = epoch
         await super().ensure_connection(connection)
-
-
-def _unread_error(reader: Any) -> ErrorReply | None:
-    """Return the error that a server sent before it closed a new connection; None if there is none.
-
-    A server does so at its limit of connections, and in protected mode. If a write fails first, the error is
-    still in the reader's buffer."""
-    line, end, _ = bytes(reader._buffer).partition(b"\r\n")
-    return ErrorReply(line[1:].decode("utf-8", "replace")) if end and line[:1] == b"-" else None
 
 
 def _prepare(connection: Any) -> None:

@@ -77,6 +77,10 @@ class LogReader:
         assert self._position is not None, "the registry has not been started"
         return self._position
 
+    def note_process_count(self, count: int) -> None:
+        """Take over the number of processes, by which the load of a resync is spread."""
+        self.process_count = count
+
     def start(self, position: Position) -> None:
         """Follow the log from `position` on."""
         self._position = position
@@ -98,7 +102,15 @@ class LogReader:
         while True:
             try:
                 await self._verify()
-                await self._read_once()
+                # Read once without blocking, which also shows whether the log can be read at all.
+                self._cursor = self.position.revision
+                read = pack("XREAD", "COUNT", 1, "STREAMS", self._kv.keys.log, self._cursor)
+                reply = await self._connection.execute(read, block_s=0.0)
+                if not self._health.connected:
+                    self._health.succeeded()
+                    self._on_disturbance("the connection was lost")
+                if reply is not None:
+                    self._advance(reply[0][1])
                 backoff.reset()
                 await self._follow()
             except HistoryLost as exc:
@@ -112,17 +124,6 @@ class LogReader:
                 self._supervisor.failed(exc)
                 self._lost = "the change log could not be read"
                 await asyncio.sleep(backoff.next_s())
-
-    async def _read_once(self) -> None:
-        """Read once without blocking, which also shows whether the log can be read at all."""
-        self._cursor = self.position.revision
-        read = pack("XREAD", "COUNT", 1, "STREAMS", self._kv.keys.log, self._cursor)
-        reply = await self._connection.execute(read, block_s=0.0)
-        if not self._health.connected:
-            self._health.succeeded()
-            self._on_disturbance("the connection was lost")
-        if reply is not None:
-            self._advance(reply[0][1])
 
     async def _follow(self) -> None:
         """Read entries until a read fails."""

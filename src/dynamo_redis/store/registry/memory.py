@@ -294,8 +294,13 @@ class MemoryRegistry(KeyOperations):
         self._incarnation = ""
         self._renew_at = float("inf")
         self._fanout = Fanout()
+
+        def on_grant(incarnation: str, _sent_at: float) -> None:
+            self._incarnation = incarnation
+            self._renew_at = clock.monotonic() + ttl_s / 2
+
         self._registrations = Registrations(
-            storage, self._lease, ttl_s, WriterChain(), on_grant=self._on_grant, spread_s=lambda: 0.0
+            storage, self._lease, ttl_s, WriterChain(), on_grant=on_grant, spread_s=lambda: 0.0
         )
         self._pulse: asyncio.Task[None] | None = None
 
@@ -314,10 +319,22 @@ class MemoryRegistry(KeyOperations):
     async def start(self) -> None:
         if self._pulse is not None:
             return
+
+        async def keep_alive() -> None:
+            while True:
+                await asyncio.sleep(min(PULSE_S, self._ttl_s / 8))
+                self._server.reap()
+                if self._clock.monotonic() >= self._renew_at:
+                    if self._server.renew(self._incarnation, self._lease, self._ttl_s):
+                        self._renew_at = self._clock.monotonic() + self._ttl_s / 2
+                    else:
+                        self._renew_at = float("inf")
+                        self._registrations.disturb("the lease has ended")
+
         self.connected = True
         self._server.follow(self._on_changes, self._on_wipe)
         self._registrations.start(self._server.incarnation)
-        self._pulse = asyncio.create_task(self._keep_alive(), name="memory registry")
+        self._pulse = asyncio.create_task(keep_alive(), name="memory registry")
 
     async def aclose(self) -> None:
         if self._pulse is None:
@@ -376,10 +393,6 @@ class MemoryRegistry(KeyOperations):
 
     # ------------------------------------------------------------------ called by the server
 
-    def _on_grant(self, incarnation: str, _sent_at: float) -> None:
-        self._incarnation = incarnation
-        self._renew_at = self._clock.monotonic() + self._ttl_s / 2
-
     def _on_changes(self, changes: Sequence[Change]) -> None:
         self._fanout.follow(changes)
         self._registrations.note(changes)
@@ -389,14 +402,3 @@ class MemoryRegistry(KeyOperations):
         for view in self._fanout.views.values():
             view.replace(self._server.snapshot(view.prefix), self._server.position, reason)
         self._registrations.disturb(reason)
-
-    async def _keep_alive(self) -> None:
-        while True:
-            await asyncio.sleep(min(PULSE_S, self._ttl_s / 8))
-            self._server.reap()
-            if self._clock.monotonic() >= self._renew_at:
-                if self._server.renew(self._incarnation, self._lease, self._ttl_s):
-                    self._renew_at = self._clock.monotonic() + self._ttl_s / 2
-                else:
-                    self._renew_at = float("inf")
-                    self._registrations.disturb("the lease has ended")

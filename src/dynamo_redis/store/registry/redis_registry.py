@@ -51,7 +51,7 @@ class RedisRegistry(KeyOperations):
         self._reader = LogReader(
             self._kv, self._health, on_changes=self._on_changes, on_disturbance=self._on_disturbance
         )
-        self._reaper = Reaper(self._kv, self._health, self._on_tick)
+        self._reaper = Reaper(self._kv, self._health, self._reader.note_process_count)
         self._registrations = Registrations(
             self._kv,
             self._lease,
@@ -127,22 +127,23 @@ class RedisRegistry(KeyOperations):
         # A server that has not answered the last write gets less time.
         limit_s = self._client.timeout_s if self._registrations.settled else CLOSE_TIMEOUT_S
         await self._registrations.aclose()
+
+        async def revoke() -> None:
+            try:
+                async with asyncio.timeout(limit_s):
+                    await self._kv.revoke(self._lease)
+            except TimeoutError:
+                logger.warning("the lease could not be revoked within %g s, it ends with its TTL", limit_s)
+            except StoreError as exc:
+                logger.warning("the lease could not be revoked, it ends with its TTL: %s", exc)
+
         parts = [self._keepalive.aclose(), self._reaper.aclose(), self._reader.aclose()]
         if self._started and self._registrations.held:
-            parts.append(self._revoke(limit_s))
+            parts.append(revoke())
         try:
             await asyncio.gather(*parts)
         finally:
             await self._client.aclose()
-
-    async def _revoke(self, limit_s: float) -> None:
-        try:
-            async with asyncio.timeout(limit_s):
-                await self._kv.revoke(self._lease)
-        except TimeoutError:
-            logger.warning("the lease could not be revoked within %g s, it ends with its TTL", limit_s)
-        except StoreError as exc:
-            logger.warning("the lease could not be revoked, it ends with its TTL: %s", exc)
 
     # ------------------------------------------------------------------ kept keys and watches
 
@@ -177,6 +178,3 @@ class RedisRegistry(KeyOperations):
 
     def _on_disturbance(self, reason: str) -> None:
         self._registrations.disturb(reason)
-
-    def _on_tick(self, process_count: int) -> None:
-        self._reader.process_count = process_count

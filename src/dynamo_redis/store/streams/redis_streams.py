@@ -99,19 +99,18 @@ class RedisEventStreams:
             event_sum > self._settings.event_stream_events_count
             or byte_sum > self._settings.event_stream_size_bytes
         )
-        is_new = event_sum <= sum(entry.event_count for entry in entries)  # its keys have no expiry yet
-        if is_over or (max_age_s is not None and (self._is_aged(stream, max_age_s) or is_new)):
+        is_due = is_over
+        if not is_over and max_age_s is not None:
+            is_new = event_sum <= sum(entry.event_count for entry in entries)  # its keys have no expiry yet
+            now = asyncio.get_running_loop().time()
+            is_aged = now - self._bounded_at.get(stream, float("-inf")) >= max_age_s * AGE_STEP
+            if is_aged:
+                self._bounded_at[stream] = now
+            is_due = is_aged or is_new
+        if is_due:
             limits = (self._settings.event_stream_events_count, int(self._settings.event_stream_size_bytes))
             age_ms = "" if max_age_s is None else max(1, round(max_age_s * 1000))
             await stream_script(self._client, _BOUND, keys, (*limits, age_ms))
-
-    def _is_aged(self, stream: StreamName, max_age_s: float) -> bool:
-        """Return whether entries may have become too old since the last True."""
-        now = asyncio.get_running_loop().time()
-        if now - self._bounded_at.get(stream, float("-inf")) < max_age_s * AGE_STEP:
-            return False
-        self._bounded_at[stream] = now
-        return True
 
     def group(self, stream: StreamName, name: str) -> EventGroup:
         """As `EventStreams.group`."""
