@@ -83,12 +83,33 @@ class LeaseGuard:
             self._pending = asyncio.get_running_loop().call_soon(self._cancel)
 
     async def __aenter__(self) -> Self:
+
+        async def renew_until_lost() -> None:
+            backoff = Backoff(cap_s=self._ttl_s / 10)
+            wait_s = self._sent_at + self._ttl_s / 3 - time.monotonic()
+            while self.lost is None:
+                await asyncio.sleep(wait_s)
+                sent_at = time.monotonic()
+                try:
+                    async with asyncio.timeout(self._attempt_s):
+                        renewed = await self._renew()
+                except Exception as exc:  # noqa: BLE001 - the deadline holds after any failure
+                    log.debug("lock %s is not renewed: %r", self._name, exc)
+                    wait_s = backoff.next_s()
+                    continue
+                if not renewed:
+                    self.lose("it ended on the server, or has another holder")
+                else:
+                    self._sent_at = sent_at
+                    wait_s = sent_at + self._ttl_s / 3 - time.monotonic()
+                    backoff.reset()
+
         task = asyncio.current_task()
         assert task is not None
         self._task = task
         self._cancelling_count = task.cancelling()
         self._watch_deadline()
-        self._renewal = asyncio.create_task(self._renew_until_lost(), name=f"renew lock {self._name}")
+        self._renewal = asyncio.create_task(renew_until_lost(), name=f"renew lock {self._name}")
         return self
 
     async def __aexit__(
@@ -132,23 +153,3 @@ class LeaseGuard:
         log.warning("lock %s is lost, cancelling what it guards: %s", self._name, self._reason)
         self._cancelled = True
         self._task.cancel()
-
-    async def _renew_until_lost(self) -> None:
-        backoff = Backoff(cap_s=self._ttl_s / 10)
-        wait_s = self._sent_at + self._ttl_s / 3 - time.monotonic()
-        while self.lost is None:
-            await asyncio.sleep(wait_s)
-            sent_at = time.monotonic()
-            try:
-                async with asyncio.timeout(self._attempt_s):
-                    renewed = await self._renew()
-            except Exception as exc:  # noqa: BLE001 - the deadline holds after any failure
-                log.debug("lock %s is not renewed: %r", self._name, exc)
-                wait_s = backoff.next_s()
-                continue
-            if not renewed:
-                self.lose("it ended on the server, or has another holder")
-            else:
-                self._sent_at = sent_at
-                wait_s = sent_at + self._ttl_s / 3 - time.monotonic()
-                backoff.reset()

@@ -98,31 +98,28 @@ class ObjectChunks:
         again. Raises StoreError.
         """
 
+        key, expiry_ms = self._keys.chunk(name), self._times.expiry_ms
+
         async def attempt() -> bool:
-            return await self._try_to_send(name, content, upload)
+            state: int = await self._client.script(
+                _CLAIM,
+                [key, self._keys.claim(name), self._keys.damaged],
+                [name, expiry_ms, len(content), upload, self._times.claim_ms],
+            )
+            if state == _ABSENT:
+                async with self._claiming(name, upload):
+                    # NX: another upload of the same content may have written it first.
+                    await self._client.execute("SET", key, content, "PX", expiry_ms, "NX")
+            elif state == _DAMAGED:
+                async with self._claiming(name, upload):
+                    await self._client.execute("SET", key, content, "KEEPTTL", "XX")
+                await self._client.execute("SREM", self._keys.damaged, name)
+            return state != _CLAIMED  # by another upload
 
         while True:
             if await recovering(self._client, self._times.recovery_s, attempt):
                 return
             await asyncio.sleep(random.uniform(*_POLL_S))  # noqa: S311 - jitter, not a secret
-
-    async def _try_to_send(self, name: str, content: bytes, upload: str) -> bool:
-        """Store a chunk unless Redis has it; return False if another upload is sending it."""
-        key, expiry_ms = self._keys.chunk(name), self._times.expiry_ms
-        state: int = await self._client.script(
-            _CLAIM,
-            [key, self._keys.claim(name), self._keys.damaged],
-            [name, expiry_ms, len(content), upload, self._times.claim_ms],
-        )
-        if state == _ABSENT:
-            async with self._claiming(name, upload):
-                # NX: another upload of the same content may have written it first.
-                await self._client.execute("SET", key, content, "PX", expiry_ms, "NX")
-        elif state == _DAMAGED:
-            async with self._claiming(name, upload):
-                await self._client.execute("SET", key, content, "KEEPTTL", "XX")
-            await self._client.execute("SREM", self._keys.damaged, name)
-        return state != _CLAIMED
 
     @contextlib.asynccontextmanager
     async def _claiming(self, name: str, upload: str) -> AsyncIterator[None]:

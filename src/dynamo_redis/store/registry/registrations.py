@@ -142,8 +142,25 @@ class Registrations:
 
     def start(self, incarnation: str) -> None:
         """Start repairs in the background."""
+
+        async def repair_on() -> None:
+            backoff = Backoff()
+            while True:
+                await self._disturbed.wait()
+                try:
+                    await self._repair()
+                    backoff.reset()
+                except StoreError as exc:
+                    self._disturbed.set()
+                    logger.debug("repair: %s", exc)
+                    await asyncio.sleep(backoff.next_s())
+                except Exception as exc:  # noqa: BLE001 - logged, with its traceback
+                    self._disturbed.set()
+                    self._supervisor.failed(exc)
+                    await asyncio.sleep(backoff.next_s())
+
         self._incarnation = incarnation
-        self._task = asyncio.create_task(self._repair_on(), name="registry repair")
+        self._task = asyncio.create_task(repair_on(), name="registry repair")
 
     async def aclose(self) -> None:
         """Stop repairs, and forget the keys."""
@@ -395,22 +412,6 @@ class Registrations:
         entry.lose(reason)
 
     # ------------------------------------------------------------------ repairing
-
-    async def _repair_on(self) -> None:
-        backoff = Backoff()
-        while True:
-            await self._disturbed.wait()
-            try:
-                await self._repair()
-                backoff.reset()
-            except StoreError as exc:
-                self._disturbed.set()
-                logger.debug("repair: %s", exc)
-                await asyncio.sleep(backoff.next_s())
-            except Exception as exc:  # noqa: BLE001 - logged, with its traceback
-                self._disturbed.set()
-                self._supervisor.failed(exc)
-                await asyncio.sleep(backoff.next_s())
 
     async def _repair(self) -> None:
         async with self._repairing:
