@@ -75,15 +75,7 @@ def pack(job: bytearray) -> bytes:
         job.clear()
         source = source_of(options)
         options = options.model_copy(update=_WITHOUT_SOURCE[kind])
-        parts: list[tuple[str, bytes]] = []
-        for part in source if isinstance(source, list) else [source]:
-            if isinstance(part, str):
-                parts.append(("text", part.encode()))
-            elif isinstance(part, list):
-                parts.append(("ids", array("I", part).tobytes()))
-            else:
-                assert isinstance(part, bytes)
-                parts.append(("conversation", part))
+        parts = [_packed(part) for part in (source if isinstance(source, list) else [source])]
         del source
         head = pickle.dumps((options, [(form, len(part)) for form, part in parts]))
         if len(head) > MOST_OPTIONS_BYTES:
@@ -100,6 +92,17 @@ _WITHOUT_SOURCE: Final[dict[type[CompletionOptions], dict[str, Any]]] = {
     ChatBody: {"messages": [], "tools": None, "documents": None, "chat_template_kwargs": None},
     TextBody: {"prompt": ""},
 }
+
+
+def _packed(part: Prompt | bytes) -> tuple[str, bytes]:
+    """Encode one source. In a function of its own: no variable of `pack` may keep the part, which can be most
+    of the body."""
+    if isinstance(part, str):
+        return "text", part.encode()
+    if isinstance(part, list):
+        return "ids", array("I", part).tobytes()
+    assert isinstance(part, bytes)
+    return "conversation", part
 
 
 def unpack(answer: bytearray) -> Body:
