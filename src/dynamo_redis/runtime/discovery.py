@@ -368,7 +368,7 @@ class EndpointView:
                 len(self._losses),
                 self.name,
             )
-            for member, _ in self._losses.values():
+            for member, _ in tuple(self._losses.values()):  # an eager task may drop its suspect at once
                 if member.state is not State.SUSPECT:
                     member.state = State.SUSPECT
                     member.answered_probe = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from typing import Any
 
 import pytest
 
@@ -166,6 +167,31 @@ async def test_suspect_that_refuses_is_dropped(bench: Bench) -> None:
     await settled()
     assert bench.known() == {2}
     assert bench.client.instance_ids() == [2]
+
+
+async def test_suspects_may_be_dropped_by_eager_tasks(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def refuse(target: Target, timeout_s: float) -> None:
+        raise CannotConnect("refused")
+
+    class Done(asyncio.Future[None]):
+        def set_name(self, name: str) -> None: ...
+
+    def run_at_once(loop: asyncio.AbstractEventLoop, work: Any, **_: Any) -> Any:
+        with pytest.raises(StopIteration):
+            work.send(None)
+        done = Done(loop=loop)
+        done.set_result(None)
+        return done
+
+    bench.register(1, 2, 3)
+    monkeypatch.setattr(bench.plane, "probe", refuse)
+    loop = asyncio.get_running_loop()
+    loop.set_task_factory(run_at_once)
+    try:
+        bench.view.apply(batch(*(gone(number, RESYNC) for number in (1, 2, 3)), resync="incarnation changed"))
+    finally:
+        loop.set_task_factory(None)
+    assert bench.known() == set()
 
 
 async def test_suspects_that_answer_stay_in_service(bench: Bench) -> None:
