@@ -80,14 +80,17 @@ def find_chat_templates(
     They come from the template files, else from tokenizer_config.json, else from chat_template.json, which
     transformers has for multi-modal models.
     """
-    templates: dict[str, str] = {}
-    for file, content in contents.items():
+    files: dict[str, str] = {}  # an additional template named `default` takes the place of the usual one
+    for file in contents:
         additional = ADDITIONAL_TEMPLATE.fullmatch(file)
         if additional is not None or file == "chat_template.jinja":
-            try:
-                templates["default" if additional is None else additional[1]] = content.decode()
-            except UnicodeDecodeError as exc:
-                raise ModelError(f"{path / file} is not UTF-8: {exc}") from exc
+            files["default" if additional is None else additional[1]] = file
+    templates: dict[str, str] = {}
+    for name, file in files.items():
+        try:
+            templates[name] = contents[file].decode()
+        except UnicodeDecodeError as exc:
+            raise ModelError(f"{path / file} is not UTF-8: {exc}") from exc
     if templates:
         return templates
     for file in ("tokenizer_config.json", "chat_template.json"):

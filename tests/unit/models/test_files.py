@@ -181,6 +181,13 @@ def test_additional_template_needs_a_plain_name(directory: Path, name: str) -> N
         read_model_directory(directory)
 
 
+def test_additional_default_template_replaces_an_unreadable_one(directory: Path) -> None:
+    (directory / "chat_template.jinja").write_bytes(b"\xff")
+    (directory / "additional_chat_templates").mkdir()
+    (directory / "additional_chat_templates" / "default.jinja").write_text("T")
+    assert read_model_directory(directory).chat_templates == {"default": "T"}
+
+
 def test_additional_templates_have_a_bound(directory: Path) -> None:
     (directory / "additional_chat_templates").mkdir()
     for number in range(33):
