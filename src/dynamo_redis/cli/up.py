@@ -111,7 +111,9 @@ def up(workers_count: int, data_dir: Path | None, **options: str | None) -> None
         load(group, options)  # a wrong setting fails before any process starts
     external = origins(StoreSettings, _given(options))["redis_url"] != "default"
     if external and data_dir is not None:
-        raise click.UsageError("--data-dir is for the embedded Redis, but --redis-url names another Redis")
+        raise click.UsageError(
+            "--data-dir is for the embedded Redis, but --redis-url (DYN_REDIS_URL) names another Redis"
+        )
     data: AbstractContextManager[Path | None] = nullcontext() if external else data_directory(data_dir)
     with data as directory:
         asyncio.run(_Up(options, workers_count, directory).run())

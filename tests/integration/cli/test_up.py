@@ -599,6 +599,13 @@ def test_a_wrong_setting_in_the_environment_is_one_line(start: Start) -> None:
     assert line.startswith("DYN_LEASE_TTL_S: 'abc' is not a duration")
 
 
+def test_data_directory_is_refused_with_a_given_redis(start: Start) -> None:
+    line = failed_in_one_line(start(*up("--data-dir", "data"), DYN_REDIS_URL="redis://127.0.0.1:1"), 2)
+    assert line.startswith(
+        "--data-dir is for the embedded Redis, but --redis-url (DYN_REDIS_URL) names another"
+    )
+
+
 def test_a_missing_extra_is_one_line_that_says_what_to_install(start: Start, tmp_path: Path) -> None:
     (tmp_path / "modules").mkdir()
     (tmp_path / "modules" / "sitecustomize.py").write_text(

@@ -84,6 +84,7 @@ async def test_worker_of_another_event_plane_holds_nothing(
     deployed.chat(10)
     router = await deployed.router()
     await wait_until(lambda: "set DYN_EVENT_PLANE alike" in caplog.text, "it says so")
+    assert "gives no usable answer, asking again: InvalidRecord: " in caplog.text
     assert indexed_blocks(router) == worker.truth()
 
 

@@ -169,7 +169,7 @@ class Recovery:
                 self.failed_count += 1
                 # One line in the log for each worker, after its second failure.
                 level = logging.WARNING if failure_count == 2 else logging.DEBUG
-                log.log(level, "worker %x does not answer, asking again: %s", instance_id, failure)
+                log.log(level, "worker %x gives no usable answer, asking again: %s", instance_id, failure)
                 await asyncio.sleep(backoff.next_s())
         finally:
             if self._tasks.get(instance_id) is asyncio.current_task():
