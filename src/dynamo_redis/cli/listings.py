@@ -114,8 +114,8 @@ def models(as_json: bool, **options: str | None) -> None:
         for name, count in versions.items():
             if count > 1:
                 click.echo(
-                    f"model {name} has workers with {count} versions of its card: frontends share its "
-                    "requests out among all that can take them",
+                    f"model {name} has workers in {count} groups that differ in endpoint or card: frontends "
+                    "share its requests out among all that can take them",
                     err=True,
                 )
     end_listing(sum("error" in model for model in served), "model card")

@@ -309,14 +309,14 @@ class LiveModels:
                 for source, cards in versions.items()
             )
             log.warning(
-                "model %r has workers with %d versions of its card, and its requests are shared out among "
-                "all that can take them: %s",
+                "model %r has workers in %d groups that differ in endpoint or card, and its requests are "
+                "shared out among all that can take them: %s",
                 named.name,
                 len(versions),
                 described,
             )
         elif len(before) > 1:
-            log.info("all workers of model %r have one version of its card again", named.name)
+            log.info("all workers of model %r have one endpoint and one card again", named.name)
 
     def _retire(self, named: NamedModel, model: Model) -> None:
         """Stop loading a version. Its waiting requests go to the instances that replace it."""

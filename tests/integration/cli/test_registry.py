@@ -249,7 +249,7 @@ def test_models_show_workers_whose_cards_differ(cli: Cli) -> None:
     assert sorted((row[3], row[4]) for row in rows) == [("1", "4096"), ("2", "1000")]
     assert len({row[-1] for row in rows}) == 2
     assert shown.err.startswith(
-        "model m has workers with 2 versions of its card: frontends share its requests "
+        "model m has workers in 2 groups that differ in endpoint or card: frontends share its requests "
     )
     assert shown.code == 0
     found = json.loads(cli("models", "--json").out)

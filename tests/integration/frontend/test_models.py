@@ -164,6 +164,18 @@ def versions(frontend: Any) -> dict[int, Any]:
     return {model.loaded.context_length: set(model.among) for model in named.loaded()}
 
 
+async def test_one_card_at_two_endpoints_is_logged_as_such(
+    frontend: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    await frontend.runtime.publish("m", instance_id=1)
+    await frontend.until_served("m")
+    await frontend.runtime.publish("m", endpoint=OTHER, instance_id=2)
+    await frontend.until(lambda: "model 'm' has workers in 2 groups" in caplog.text)
+    [line] = [record.message for record in caplog.records if "in 2 groups" in record.message]
+    assert "that differ in endpoint or card" in line
+    assert len({part.partition(" with card ")[2][:8] for part in line.split("; ")}) == 1
+
+
 async def test_workers_of_different_cards_share_the_requests(
     frontend: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -175,7 +187,7 @@ async def test_workers_of_different_cards_share_the_requests(
     for instance_id in (2, 3):
         await frontend.runtime.publish("m", instance_id=instance_id, path=new)
     await frontend.until(lambda: versions(frontend) == {32768: {1}, 777: {2, 3}})
-    assert caplog.text.count("model 'm' has workers with 2 versions of its card") == 1
+    assert caplog.text.count("model 'm' has workers in 2 groups that differ in endpoint or card") == 1
     for _ in range(60):
         await frontend.http.post("/v1/completions", json={"model": "m", "prompt": "x"})
     asked = [set(among) for among in frontend.worker.among]
@@ -184,7 +196,7 @@ async def test_workers_of_different_cards_share_the_requests(
     assert [(model["id"], model["max_model_len"]) for model in listed] == [("m", 32768)]
     frontend.runtime.registry.delete(old)
     await frontend.until(lambda: versions(frontend) == {777: {2, 3}})
-    assert "all workers of model 'm' have one version of its card again" in caplog.text
+    assert "all workers of model 'm' have one endpoint and one card again" in caplog.text
 
 
 async def test_request_goes_to_workers_whose_card_it_fits(frontend: Any, tmp_path: Path) -> None:
