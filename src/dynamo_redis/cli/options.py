@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 
 from dynamo_redis.cli.formats import human_size
 from dynamo_redis.config import (
+    GROUPS,
     PemFile,
     RuntimeSettings,
     SettingsGroup,
@@ -122,6 +123,13 @@ def duration_value(ctx: click.Context, param: click.Parameter, value: object) ->
         return parse_duration(value)
     except ValueError as exc:
         raise click.BadParameter(str(exc), ctx, param) from exc
+
+
+def all_setting_options(command: Command) -> Command:
+    """Decorate a command with the options of every setting."""
+    for group in reversed(GROUPS):
+        command = setting_options(group)(command)
+    return command
 
 
 def store_options(command: Command) -> Command:

@@ -8,22 +8,16 @@ import click
 from pydantic import ByteSize, SecretStr
 
 from dynamo_redis.cli.formats import HIDDEN, human_size, redact
-from dynamo_redis.cli.options import SettingsCommand, load, option_name, setting_options
+from dynamo_redis.cli.options import SettingsCommand, all_setting_options, load, option_name
 from dynamo_redis.cli.output import json_option, print_json, print_line, print_table
 from dynamo_redis.cli.settings_page import render
 from dynamo_redis.config import GROUPS, SettingsGroup, env_name, origins, unit_of
 
 
-def _all_options(command: Any) -> Any:
-    for group in reversed(GROUPS):
-        command = setting_options(group)(command)
-    return command
-
-
 @click.command("settings", cls=SettingsCommand)
 @json_option
 @click.option("--markdown", is_flag=True, help="Print the tables of docs/settings.md instead.")
-@_all_options
+@all_setting_options
 def settings(as_json: bool, markdown: bool, **options: str | None) -> None:
     """List every setting: its variable, its value with the unit, the source of the value, and its option.
 

@@ -134,11 +134,23 @@ class LiveDisplay:
         if self._live is None:
             from rich.console import Console
             from rich.live import Live
+            from rich.text import Text
+
+            def render() -> Text:
+                shown = self._status
+                if shown is None:
+                    return Text()
+                colour = "red" if not shown.answering else "green" if shown.serving else "yellow"
+                line = Text(no_wrap=True, overflow="ellipsis")
+                line.append("● ", colour)
+                line.append(shown.headline, f"bold {colour}")
+                up = f"up {human_duration(time.monotonic() - self._started_s)}"
+                for part in (*shown.details(), up, "Ctrl-C stops"):
+                    line.append("  ·  ", "dim").append(part)
+                return line
 
             console = Console(highlight=False, markup=False, emoji=False)
-            self._live = Live(
-                get_renderable=self._render, console=console, refresh_per_second=2, transient=True
-            )
+            self._live = Live(get_renderable=render, console=console, refresh_per_second=2, transient=True)
             with suppress(OSError):
                 self._live.start()
 
@@ -148,21 +160,6 @@ class LiveDisplay:
             with suppress(OSError):
                 self._live.stop()
             self._live = None
-
-    def _render(self) -> Text:
-        from rich.text import Text
-
-        status = self._status
-        if status is None:
-            return Text()
-        colour = "red" if not status.answering else "green" if status.serving else "yellow"
-        line = Text(no_wrap=True, overflow="ellipsis")
-        line.append("● ", colour)
-        line.append(status.headline, f"bold {colour}")
-        up = f"up {human_duration(time.monotonic() - self._started_s)}"
-        for part in (*status.details(), up, "Ctrl-C stops"):
-            line.append("  ·  ", "dim").append(part)
-        return line
 
 
 def make_display() -> Display:

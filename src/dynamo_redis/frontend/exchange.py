@@ -89,7 +89,6 @@ class Exchange:
         self._hung_up = False
         self._wake = asyncio.Event()
         self._room = asyncio.Event()
-        self._encoders: list[ChunkEncoder] = []
 
     # ----------------------------------------------------------------- whole
 
@@ -143,31 +142,31 @@ class Exchange:
         """
         kind = "chat.completion.chunk" if self._kind == "chat" else "text_completion"
         frame = _ordered(self._frame, kind)
-        self._encoders = [
+        encoders = [
             ChunkEncoder(self._kind, frame, choice.index, includes_usage=includes_usage)
             for choice in self._choices
         ]
 
+        async def encode(choice: CompletionChoice, text: str) -> None:
+            encoder = encoders[choice.index]
+            answer = choice.answer
+            piece = encoder.delta(text) if text or answer.finish_reason is None else b""
+            if not choice.pieces:
+                piece = encoder.begin() + piece
+                choice.pieces.append("")
+            if answer.finish_reason is not None:
+                piece += encoder.end(answer.finish_reason)
+            self._events.append(piece)
+            self._buffered += len(piece)
+            self._wake.set()
+            while self._buffered > BUFFER_BYTES:
+                self._room.clear()
+                await self._room.wait()
+
         async def write() -> None:
             await self._write(send, headers, frame if includes_usage else None)
 
-        await self._run(receive, self._encode, write, tries=1)
-
-    async def _encode(self, choice: CompletionChoice, text: str) -> None:
-        encoder = self._encoders[choice.index]
-        answer = choice.answer
-        piece = encoder.delta(text) if text or answer.finish_reason is None else b""
-        if not choice.pieces:
-            piece = encoder.begin() + piece
-            choice.pieces.append("")
-        if answer.finish_reason is not None:
-            piece += encoder.end(answer.finish_reason)
-        self._events.append(piece)
-        self._buffered += len(piece)
-        self._wake.set()
-        while self._buffered > BUFFER_BYTES:
-            self._room.clear()
-            await self._room.wait()
+        await self._run(receive, encode, write, tries=1)
 
     async def _write(
         self, send: Send, headers: list[tuple[bytes, bytes]], usage_frame: dict[str, Any] | None

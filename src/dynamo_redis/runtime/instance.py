@@ -110,10 +110,18 @@ class Instance:
                 raise TypeError(f"its ready is {ready!r}, neither true nor false")
             if type(started_at) not in (int, float) or not math.isfinite(started_at):
                 raise TypeError("its started_at is not a time")
+            name = EndpointName(record["namespace"], record["component"], record["endpoint"])
+            instance_id = check_instance_id(record["instance_id"])
+            transports = record["transport"]
+            if type(transports) is not dict or not transports:
+                raise ValueError("it names no transport")
+            for plane, address in transports.items():
+                if type(address) is not str:
+                    raise TypeError(f"its transport {plane!r} is no address")
             return cls(
-                name=EndpointName(record["namespace"], record["component"], record["endpoint"]),
-                instance_id=check_instance_id(record["instance_id"]),
-                transports=_transports(record["transport"]),
+                name=name,
+                instance_id=instance_id,
+                transports=transports,
                 ready=ready,
                 secret=_secret(record.get("secret")),
                 started_at=float(started_at),
@@ -141,15 +149,6 @@ class Instance:
             reason = f"it is the record of {own_key}"
             raise InvalidRecord(_WHAT, reason, key=record.key, remedy=removal(record.key))
         return instance
-
-
-def _transports(found: Any) -> dict[str, str]:
-    if type(found) is not dict or not found:
-        raise ValueError("it names no transport")
-    for plane, address in found.items():
-        if type(address) is not str:
-            raise TypeError(f"its transport {plane!r} is no address")
-    return found
 
 
 def _secret(found: Any) -> bytes | None:

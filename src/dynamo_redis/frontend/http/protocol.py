@@ -286,16 +286,17 @@ class HttpProtocol(HttpToolsProtocol):
     def _watch_sending(self) -> None:
         """Drop the connection if the client reads nothing of the unsent bytes for too long."""
         self._stop_send_timer()
-        if left_bytes := self.transport.get_write_buffer_size():
-            self._send_timer = self.loop.call_later(
-                self._limits.send_timeout_s, self._on_send_timeout, left_bytes
-            )
+        left_bytes = self.transport.get_write_buffer_size()
+        if not left_bytes:
+            return
 
-    def _on_send_timeout(self, left_bytes: int) -> None:
-        if self.transport.get_write_buffer_size() >= left_bytes:
-            self.transport.abort()
-        else:
-            self._watch_sending()
+        def check() -> None:
+            if self.transport.get_write_buffer_size() >= left_bytes:
+                self.transport.abort()
+            else:
+                self._watch_sending()
+
+        self._send_timer = self.loop.call_later(self._limits.send_timeout_s, check)
 
     def _stop_send_timer(self) -> None:
         if self._send_timer is not None:
@@ -349,19 +350,19 @@ class HttpProtocol(HttpToolsProtocol):
         self._refuse(400, msg)
 
     def _start_receive_timer(self, limit_s: float) -> None:
+        def refuse() -> None:
+            if self._in_body:
+                self._refuse(408, f"No whole request within {self._limits.receive_timeout_s:g} s.")
+            else:
+                self._refuse(408, f"No whole request head within {HEAD_TIMEOUT_S:g} s.")
+
         self._stop_receive_timer()
-        self._receive_timer = self.loop.call_later(limit_s, self._on_receive_timeout)
+        self._receive_timer = self.loop.call_later(limit_s, refuse)
 
     def _stop_receive_timer(self) -> None:
         if self._receive_timer is not None:
             self._receive_timer.cancel()
             self._receive_timer = None
-
-    def _on_receive_timeout(self) -> None:
-        if self._in_body:
-            self._refuse(408, f"No whole request within {self._limits.receive_timeout_s:g} s.")
-        else:
-            self._refuse(408, f"No whole request head within {HEAD_TIMEOUT_S:g} s.")
 
     def _refuse(self, status: int, message: str) -> None:
         self._stop_receive_timer()

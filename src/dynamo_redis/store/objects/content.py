@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -56,25 +56,18 @@ async def chunks_of(source: ObjectSource, chunk_bytes: int, whole: hashlib._Hash
 
             while (chunk := await run_sync(read)).content:
                 yield chunk
-    else:
-        async with contextlib.aclosing(_cut(source, chunk_bytes)) as contents:
-            async for content in contents:
-                yield await next_chunk(content, whole)
-
-
-async def _cut(source: bytes | AsyncIterable[bytes], chunk_bytes: int) -> AsyncGenerator[bytes]:
-    if isinstance(source, bytes):
+    elif isinstance(source, bytes):
         for start in range(0, len(source), chunk_bytes):
-            yield source[start : start + chunk_bytes]
+            yield await next_chunk(source[start : start + chunk_bytes], whole)
     else:
         held = bytearray()
         async for piece in source:
             held += piece
             while len(held) >= chunk_bytes:
-                yield bytes(held[:chunk_bytes])
+                yield await next_chunk(bytes(held[:chunk_bytes]), whole)
                 del held[:chunk_bytes]
         if held:
-            yield bytes(held)
+            yield await next_chunk(bytes(held), whole)
 
 
 def _hashed(content: bytes, whole: hashlib._Hash) -> Chunk:

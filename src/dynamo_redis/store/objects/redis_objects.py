@@ -340,7 +340,13 @@ class RedisObjectStore(ObjectReads):
                     found.append(info)
                 else:
                     unused.append((path, score))
-        await self._drop_from_index(unused)
+        if unused and not self._read_only:
+            # An older name without an object cannot belong to a put under way.
+            limit = await self._server_time_s() - _FORGET_AFTER_S
+            for start in range(0, len(unused), _KEYS_A_CALL):
+                old = [pair for pair in unused[start : start + _KEYS_A_CALL] if float(pair[1]) < limit]
+                if old:
+                    await self._client.script(_FORGET, [self._names], [word for pair in old for word in pair])
         return sorted(found, key=lambda info: (info.bucket, info.name))
 
     async def _all_names(self) -> dict[bytes, bytes]:
@@ -386,16 +392,6 @@ class RedisObjectStore(ObjectReads):
     @property
     def _names(self) -> str:
         return f"{{{self._prefix}/object}}:names"
-
-    async def _drop_from_index(self, unused: Sequence[tuple[bytes, bytes]]) -> None:
-        """Drop names without an object that are too old to belong to a put under way."""
-        if not unused or self._read_only:
-            return
-        limit = await self._server_time_s() - _FORGET_AFTER_S
-        for start in range(0, len(unused), _KEYS_A_CALL):
-            part = [pair for pair in unused[start : start + _KEYS_A_CALL] if float(pair[1]) < limit]
-            if part:
-                await self._client.script(_FORGET, [self._names], [word for pair in part for word in pair])
 
     async def _server_time_s(self) -> int:
         seconds, _ = await self._client.execute("TIME")

@@ -83,8 +83,37 @@ class LogReader:
 
     def start(self, position: Position) -> None:
         """Follow the log from `position` on."""
+
+        async def read_on() -> None:
+            backoff = Backoff()
+            while True:
+                try:
+                    await self._verify()
+                    # Read once without blocking, which also shows whether the log can be read at all.
+                    self._cursor = self.position.revision
+                    read = pack("XREAD", "COUNT", 1, "STREAMS", self._kv.keys.log, self._cursor)
+                    reply = await self._connection.execute(read, block_s=0.0)
+                    if not self._health.connected:
+                        self._health.succeeded()
+                        self._on_disturbance("the connection was lost")
+                    if reply is not None:
+                        self._advance(reply[0][1])
+                    backoff.reset()
+                    await self._follow()
+                except HistoryLost as exc:
+                    self._lost = str(exc)
+                    await asyncio.sleep(backoff.next_s())  # an entry of another program may be found again
+                except StoreError as exc:
+                    self._kv.log_page.failed()
+                    self._health.failed(await self._kv.client.named(exc, self._kv.keys.structures))
+                    await asyncio.sleep(backoff.next_s())
+                except Exception as exc:  # noqa: BLE001 - logged, with its traceback
+                    self._supervisor.failed(exc)
+                    self._lost = "the change log could not be read"
+                    await asyncio.sleep(backoff.next_s())
+
         self._position = position
-        self._task = asyncio.create_task(self._run(), name="registry log reader")
+        self._task = asyncio.create_task(read_on(), name="registry log reader")
 
     async def aclose(self) -> None:
         """Stop reading and end every watch."""
@@ -96,34 +125,6 @@ class LogReader:
         await self._connection.aclose()
 
     # ------------------------------------------------------------------ following
-
-    async def _run(self) -> None:
-        backoff = Backoff()
-        while True:
-            try:
-                await self._verify()
-                # Read once without blocking, which also shows whether the log can be read at all.
-                self._cursor = self.position.revision
-                read = pack("XREAD", "COUNT", 1, "STREAMS", self._kv.keys.log, self._cursor)
-                reply = await self._connection.execute(read, block_s=0.0)
-                if not self._health.connected:
-                    self._health.succeeded()
-                    self._on_disturbance("the connection was lost")
-                if reply is not None:
-                    self._advance(reply[0][1])
-                backoff.reset()
-                await self._follow()
-            except HistoryLost as exc:
-                self._lost = str(exc)
-                await asyncio.sleep(backoff.next_s())  # an entry of another program may be found again
-            except StoreError as exc:
-                self._kv.log_page.failed()
-                self._health.failed(await self._kv.client.named(exc, self._kv.keys.structures))
-                await asyncio.sleep(backoff.next_s())
-            except Exception as exc:  # noqa: BLE001 - logged, with its traceback
-                self._supervisor.failed(exc)
-                self._lost = "the change log could not be read"
-                await asyncio.sleep(backoff.next_s())
 
     async def _follow(self) -> None:
         """Read entries until a read fails."""

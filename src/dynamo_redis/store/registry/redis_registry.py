@@ -48,8 +48,13 @@ class RedisRegistry(KeyOperations):
         self._kv = KeyValue(self._client, keys)
         super().__init__(self._kv)
         self._health = Health(self._client.address)
+
+        def on_changes(changes: Sequence[Change]) -> None:
+            self._reaper.note(changes)
+            self._registrations.note(changes)
+
         self._reader = LogReader(
-            self._kv, self._health, on_changes=self._on_changes, on_disturbance=self._on_disturbance
+            self._kv, self._health, on_changes=on_changes, on_disturbance=self._on_disturbance
         )
         self._reaper = Reaper(self._kv, self._health, self._reader.note_process_count)
         self._registrations = Registrations(
@@ -171,10 +176,6 @@ class RedisRegistry(KeyOperations):
         return self._reader.watch(check_prefix(prefix), start)
 
     # ------------------------------------------------------------------ connections between the parts
-
-    def _on_changes(self, changes: Sequence[Change]) -> None:
-        self._reaper.note(changes)
-        self._registrations.note(changes)
 
     def _on_disturbance(self, reason: str) -> None:
         self._registrations.disturb(reason)

@@ -432,7 +432,14 @@ class Registrations:
         left."""
         async with self._serial:
             state = await self._kv.read(list(self._entries), self._lease)
-            self._note_state(state)
+            # Note whether the lease's history is intact, and accept the registry's state as the present one.
+            is_replaced = state.position.incarnation != self._incarnation
+            self._incarnation = state.position.incarnation
+            if self._held:
+                if is_replaced or not state.alive or not self._chain.agrees(state.last_write):
+                    self._break_count += 1
+                self._may_grant = not state.alive
+                self._chain.settle(state.last_write)
             breaks = self._break_count
             is_whole = breaks == self._repaired_count
             restore = self._compare(state, is_whole)
@@ -446,19 +453,6 @@ class Registrations:
         for entry, found in restore:
             left |= not await self._restore(entry, found)
         return breaks, left
-
-    def _note_state(self, state: LeaseState) -> None:
-        """Note whether the lease's history is intact, and accept the registry's state as the present one."""
-        if not self._held:
-            self._incarnation = state.position.incarnation
-            return
-        if state.position.incarnation != self._incarnation:
-            self._incarnation = state.position.incarnation
-            self._break_count += 1
-        elif not state.alive or not self._chain.agrees(state.last_write):
-            self._break_count += 1
-        self._may_grant = not state.alive
-        self._chain.settle(state.last_write)
 
     def _compare(self, state: LeaseState, is_whole: bool) -> list[tuple[KeyRegistration, Record | None]]:
         """Return the keys that have to be written again, with their present records; mark lost ones as lost.

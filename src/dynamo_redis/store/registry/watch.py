@@ -323,11 +323,20 @@ class Fanout:
 
     def watch(self, prefix: str, *, after: bool = False) -> QueueWatch:
         """Return a new watch, on a view that may still have to be loaded. `after`: it begins with history."""
-        view = self.views.get(prefix)
-        if view is None:
-            view = self.views[prefix] = PrefixView(prefix)
+        if prefix not in self.views:
+            self.views[prefix] = PrefixView(prefix)
             self._lengths[len(prefix)] += 1
-        watch = QueueWatch(view, self._forget, after=after)
+        view = self.views[prefix]
+
+        def forget(closed: QueueWatch) -> None:
+            view.watches.remove(closed)
+            if not view.watches and self.views.get(prefix) is view:
+                del self.views[prefix]
+                self._lengths[len(prefix)] -= 1
+                if not self._lengths[len(prefix)]:
+                    del self._lengths[len(prefix)]
+
+        watch = QueueWatch(view, forget, after=after)
         view.watches.append(watch)
         if view.is_loaded:
             watch.loaded()
@@ -349,15 +358,6 @@ class Fanout:
                 view.reach(last)
             else:
                 view.keep(changes)
-
-    def _forget(self, watch: QueueWatch) -> None:
-        view = watch.view
-        view.watches.remove(watch)
-        if not view.watches and self.views.get(view.prefix) is view:
-            del self.views[view.prefix]
-            self._lengths[len(view.prefix)] -= 1
-            if not self._lengths[len(view.prefix)]:
-                del self._lengths[len(view.prefix)]
 
     async def aclose(self) -> None:
         """End every watch."""

@@ -19,13 +19,13 @@ from dynamo_redis.store.event_base import (
     StreamInfo,
     StreamName,
     entry_order,
+    just_before,
 )
 from dynamo_redis.store.keys import StreamKeys
 from dynamo_redis.store.redis.client import RedisClient
 from dynamo_redis.store.streams.readers import RedisEventTail, check_schema, server_time_ms
 from dynamo_redis.store.streams.redis_streams import RedisEventStreams
 
-_LAST_NUMBER: Final = (1 << 64) - 1
 _HEAD: Final = ("v", "events", "bytes", "floor", "clock", "seen")
 _LONGEST_STEP_MS: Final = 10_000
 """Most time that passes on a stream's clock between two writes to it, as its scripts count."""
@@ -87,7 +87,9 @@ class ReadOnlyEventStreams(RedisEventStreams):
         lag_count = group.get("lag")
         if pending:
             _, first, *_ = await self._client.execute("XPENDING", keys.events, name)
-            position = _before(EntryId(first.decode())) if first else position
+            if first:  # every entry before the first pending one is applied
+                ms, number = entry_order(EntryId(first.decode()))
+                position = EntryId(f"{ms}-{number - 1}") if number > 0 else just_before(ms)
         return GroupInfo(
             name.decode("utf-8", "replace"),
             position,
@@ -112,11 +114,3 @@ async def _time_ms(client: RedisClient) -> int:
 def _named(flat: Sequence[Any]) -> dict[str, Any]:
     """Return a flat reply of names and values as a dict."""
     return {flat[i].decode(): flat[i + 1] for i in range(0, len(flat), 2)}
-
-
-def _before(entry_id: EntryId) -> EntryId:
-    """Return the position directly before an entry."""
-    ms, number = entry_order(entry_id)
-    if number > 0:
-        return EntryId(f"{ms}-{number - 1}")
-    return EntryId(f"{ms - 1}-{_LAST_NUMBER}") if ms > 0 else BEGINNING

@@ -22,7 +22,7 @@ from __future__ import annotations
 import asyncio
 import builtins
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final, Self
 
@@ -92,16 +92,22 @@ class RedisEventStreams:
         if stream not in self._opened:
             await stream_script(self._client, _OPEN, keys, ())
             self._opened.add(stream)
-        event_sum, byte_sum = (
-            await self._client.pipeline(_append_commands(keys, entries), transaction=True)
-        )[-2:]
+        event_count = sum(entry.event_count for entry in entries)
+        byte_count = sum(len(entry.content) for entry in entries)
+        commands: list[Sequence[Argument]] = [
+            *(("XADD", keys.events, "*", "c", entry.content) for entry in entries),
+            ("RPUSH", keys.sizes, *(b"%d %d" % (entry.event_count, len(entry.content)) for entry in entries)),
+            ("HINCRBY", keys.meta, "events", event_count),
+            ("HINCRBY", keys.meta, "bytes", byte_count),
+        ]
+        *_, event_sum, byte_sum = await self._client.pipeline(commands, transaction=True)
         is_over = (
             event_sum > self._settings.event_stream_events_count
             or byte_sum > self._settings.event_stream_size_bytes
         )
         is_due = is_over
         if not is_over and max_age_s is not None:
-            is_new = event_sum <= sum(entry.event_count for entry in entries)  # its keys have no expiry yet
+            is_new = event_sum <= event_count  # its keys have no expiry yet
             now = asyncio.get_running_loop().time()
             is_aged = now - self._bounded_at.get(stream, float("-inf")) >= max_age_s * AGE_STEP
             if is_aged:
@@ -226,17 +232,3 @@ class _ChannelTopic:
 
     async def aclose(self) -> None:
         await self._subscription.aclose()
-
-
-def _append_commands(keys: StreamKeys, entries: Sequence[NewEntry]) -> Iterator[Sequence[Argument]]:
-    """Yield the commands that append entries. The last two answer the new sums of events and of bytes."""
-    event_count = byte_count = 0
-    sizes: list[Argument] = []
-    for entry in entries:
-        yield ("XADD", keys.events, "*", "c", entry.content)
-        sizes.append(b"%d %d" % (entry.event_count, len(entry.content)))
-        event_count += entry.event_count
-        byte_count += len(entry.content)
-    yield ("RPUSH", keys.sizes, *sizes)
-    yield ("HINCRBY", keys.meta, "events", event_count)
-    yield ("HINCRBY", keys.meta, "bytes", byte_count)
