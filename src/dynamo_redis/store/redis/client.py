@@ -576,10 +576,10 @@ class _Pool(redis.asyncio.BlockingConnectionPool):
 
     def close(self) -> None:
         """Close every connection without waiting. A `disconnect` that is cancelled leaves them open."""
-        self.sweep()
-        used: Any
-        for used in self._in_use_connections:
-            used._close()
+        connection: Any
+        for connection in (*self._available_connections, *self._in_use_connections):
+            with suppress(RuntimeError):  # its event loop is closed
+                connection._close()
 
     async def ensure_connection(self, connection: Any) -> None:
         epoch = self.epoch()

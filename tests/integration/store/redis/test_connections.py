@@ -220,6 +220,20 @@ async def test_cancelled_close_leaves_no_connection_open(turns: int, dynamo_redi
     await watcher.aclose()
 
 
+async def test_close_passes_a_connection_of_an_ended_event_loop(
+    dynamo_redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise RuntimeError("Event loop is closed")
+
+    client = RedisClient(dynamo_redis_url, timeout_s=5.0)
+    await asyncio.gather(*(client.execute("PING") for _ in range(3)))
+    connections = tuple(client._pool._available_connections)
+    monkeypatch.setattr(connections[0], "_close", fail)
+    await client.aclose()
+    assert not any(connection.is_connected for connection in connections)
+
+
 async def test_a_process_starts_and_reads_on_a_replica(
     own_redis_server: EmbeddedServer, tmp_path: Path, open_registry: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
