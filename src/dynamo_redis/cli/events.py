@@ -27,7 +27,7 @@ from dynamo_redis.cli.output import (
 )
 from dynamo_redis.errors import InvalidRecord, StoreUnavailable
 from dynamo_redis.names import decode_segment, format_instance_id
-from dynamo_redis.store.event_base import BEGINNING, GROUP_TTL_S, Entry, EventStreams, StreamInfo, StreamName
+from dynamo_redis.store.event_base import BEGINNING, GROUP_TTL_S, Entry, StreamInfo, StreamName
 from dynamo_redis.wire import kv_event
 from dynamo_redis.wire.event import EventBatch
 from dynamo_redis.wire.topics import KV_EVENTS
@@ -166,7 +166,16 @@ def tail(
     async def follow() -> None:
         shown_count = 0
         async with connect.open_events(options) as streams:
-            name = _parse(stream) if stream else await _find_only_stream(streams)
+            if stream:
+                name = _parse(stream)
+            else:
+                names = [info.name for info in await streams.list()]
+                if not names:
+                    raise CommandFailed("there are no event streams yet: give the STREAM to wait for")
+                if len(names) > 1:
+                    known = ", ".join(map(_name, names))
+                    raise click.UsageError(f"there are several event streams: give one of {known}")
+                name = names[0]
             source = streams.tail(name, max_age_s=age_s)
             is_away = False
             try:
@@ -267,15 +276,6 @@ def _time_s(entry_id: str) -> float:
 
 
 # --------------------------------------------------------------------------- events
-
-
-async def _find_only_stream(streams: EventStreams) -> StreamName:
-    names = [info.name for info in await streams.list()]
-    if len(names) == 1:
-        return names[0]
-    if not names:
-        raise CommandFailed("there are no event streams yet: give the STREAM to wait for")
-    raise click.UsageError(f"there are several event streams: give one of {', '.join(map(_name, names))}")
 
 
 def _event_lines(entry: Entry) -> Iterator[dict[str, Any]]:

@@ -87,10 +87,36 @@ class Recovery:
             return
         if instance_id in self._sent:
             self._again.add(instance_id)
-        if instance_id not in self._tasks:
-            task = asyncio.create_task(self._ask_until_known(instance_id), name=f"ask {instance_id:x}")
-            self._tasks[instance_id] = task
-            self._idle.clear()
+        if instance_id in self._tasks:
+            return
+
+        async def ask_until_known() -> None:
+            # Until it has answered, and no further ask was wanted meanwhile.
+            backoff = Backoff(*_RETRY_S)
+            failure_count = 0
+            try:
+                while True:
+                    self._again.discard(instance_id)
+                    async with self._retry_slots if failure_count else self._slots:
+                        failure = await self._ask_once(instance_id)
+                    if failure is None:
+                        self.recovered_count += 1
+                        if instance_id not in self._again:
+                            return
+                        continue
+                    failure_count += 1
+                    self.failed_count += 1
+                    # One line in the log for each worker, after its second failure.
+                    level = logging.WARNING if failure_count == 2 else logging.DEBUG
+                    log.log(level, "worker %x gives no usable answer, asking again: %s", instance_id, failure)
+                    await asyncio.sleep(backoff.next_s())
+            finally:
+                if self._tasks.get(instance_id) is asyncio.current_task():
+                    del self._tasks[instance_id]
+                    self._note_idle()
+
+        self._tasks[instance_id] = asyncio.create_task(ask_until_known(), name=f"ask {instance_id:x}")
+        self._idle.clear()
 
     def ask_all(self, *, after_s: float = 0.0) -> None:
         """Ask all instances, because events of any of them may be missing: `after_s` from now at the
@@ -150,31 +176,6 @@ class Recovery:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     # ----------------------------------------------------------------- asking
-
-    async def _ask_until_known(self, instance_id: int) -> None:
-        """Ask an instance until it has answered, and no further ask was wanted meanwhile."""
-        backoff = Backoff(*_RETRY_S)
-        failure_count = 0
-        try:
-            while True:
-                self._again.discard(instance_id)
-                async with self._retry_slots if failure_count else self._slots:
-                    failure = await self._ask_once(instance_id)
-                if failure is None:
-                    self.recovered_count += 1
-                    if instance_id not in self._again:
-                        return
-                    continue
-                failure_count += 1
-                self.failed_count += 1
-                # One line in the log for each worker, after its second failure.
-                level = logging.WARNING if failure_count == 2 else logging.DEBUG
-                log.log(level, "worker %x gives no usable answer, asking again: %s", instance_id, failure)
-                await asyncio.sleep(backoff.next_s())
-        finally:
-            if self._tasks.get(instance_id) is asyncio.current_task():
-                del self._tasks[instance_id]
-                self._note_idle()
 
     async def _ask_once(self, instance_id: int) -> str | None:
         """Ask an instance; return None if its answer was applied, else the reason why not."""
