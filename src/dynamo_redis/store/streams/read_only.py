@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, Final
 
-from dynamo_redis.errors import StoreRefused
+from dynamo_redis.errors import StoreRefused, StreamLost
 from dynamo_redis.store.event_base import (
     BEGINNING,
     EntryId,
@@ -53,14 +53,20 @@ class ReadOnlyEventStreams(RedisEventStreams):
         check_schema(stream, schema)
         if not exists:
             return None
-        state, groups = await self._client.pipeline(
-            [("XINFO", "STREAM", keys.events), ("XINFO", "GROUPS", keys.events)]
-        )
+        try:
+            state, groups = await self._client.pipeline(
+                [("XINFO", "STREAM", keys.events), ("XINFO", "GROUPS", keys.events)]
+            )
+        except StoreRefused:
+            if await self._client.execute("EXISTS", keys.events):
+                raise
+            return None  # it was deleted between the two reads
         seen = dict(zip(signs[::2], map(float, signs[1::2]), strict=True))
         now_ms = int(clock_ms or 0)
         if int(seen_ms or 0) > 0:
             passed_ms = await _time_ms(self._client) - int(seen_ms)
             now_ms += max(0, min(passed_ms, _LONGEST_STEP_MS))
+        found = [await self._group(keys, length, _named(group), seen, now_ms) for group in groups]
         return StreamInfo(
             stream,
             length,
@@ -68,13 +74,13 @@ class ReadOnlyEventStreams(RedisEventStreams):
             int(size_bytes or 0),
             EntryId(_named(state)["last-generated-id"].decode()),
             EntryId((floor or BEGINNING.encode()).decode()),
-            tuple([await self._group(keys, length, _named(group), seen, now_ms) for group in groups]),
+            tuple(group for group in found if group is not None),
         )
 
     async def _group(
         self, keys: StreamKeys, length: int, group: dict[str, Any], seen: dict[bytes, float], now_ms: int
-    ) -> GroupInfo:
-        """Return the state of one group, as XINFO describes it.
+    ) -> GroupInfo | None:
+        """Return the state of one group, as XINFO describes it; None if it has been removed since.
 
         `seen` has the last sign of life of each group, and `now_ms` is the time, both by the stream's clock.
         """
@@ -86,7 +92,10 @@ class ReadOnlyEventStreams(RedisEventStreams):
         # Servers before 7.0 do not count the entries behind a group, later ones not always.
         lag_count = group.get("lag")
         if pending:
-            _, first, *_ = await self._client.execute("XPENDING", keys.events, name)
+            try:
+                _, first, *_ = await self._client.execute("XPENDING", keys.events, name)
+            except StreamLost:
+                return None
             if first:  # every entry before the first pending one is applied
                 ms, number = entry_order(EntryId(first.decode()))
                 position = EntryId(f"{ms}-{number - 1}") if number > 0 else just_before(ms)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from dynamo_redis.runtime.instance import Instance
 from dynamo_redis.store.base import Put, Registry
 from dynamo_redis.store.connect import open_events, open_read_only_events
 from dynamo_redis.store.event_base import EventStreams, NewEntry, StreamInfo, StreamName
+from dynamo_redis.store.keys import StreamKeys
 from dynamo_redis.store.objects.redis_objects import RedisObjectStore
 from dynamo_redis.store.redis.client import RedisClient
 from dynamo_redis.store.registry import read_only
@@ -242,6 +244,46 @@ async def test_streams_look_alike_to_a_reader_without_rights(
         await admin.execute("HSET", "{dynamo/dynamo/backend/kv_events/0}:meta", "v", "2")
         with pytest.raises(SchemaMismatch, match="dynamo/backend/kv_events"):
             await reader.info(STREAM)
+
+
+async def test_stream_deleted_while_it_is_read_is_no_stream(
+    admin: RedisClient, server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with event_streams(server.url) as streams, event_streams(only_reading(server.url)) as reader:
+        await streams.append(STREAM, [NewEntry(b"x", 1)])
+        run_after_pipeline(monkeypatch, 1, lambda: streams.delete(STREAM))
+        assert await reader.info(STREAM) is None
+
+
+async def test_group_removed_while_its_stream_is_read_is_left_out(
+    admin: RedisClient, server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with event_streams(server.url) as streams, event_streams(only_reading(server.url)) as reader:
+        group = streams.group(STREAM, "reader")
+        await group.create()
+        await streams.append(STREAM, [NewEntry(b"x", 1)])
+        await group.read(count=1, block_s=1.0)
+        events = StreamKeys("dynamo", STREAM).events
+        run_after_pipeline(monkeypatch, 2, lambda: admin.execute("XGROUP", "DESTROY", events, "reader"))
+        info = await reader.info(STREAM)
+        assert info is not None
+        assert info.groups == ()
+        await group.aclose()
+
+
+def run_after_pipeline(
+    monkeypatch: pytest.MonkeyPatch, number: int, call: Callable[[], Awaitable[object]]
+) -> None:
+    """Let `call` run directly after the pipeline of this number, counted from 1, of all clients."""
+    pipeline, numbers = RedisClient.pipeline, count(1)
+
+    async def then_call(client: RedisClient, commands: Any, **options: Any) -> list[Any]:
+        answers = await pipeline(client, commands, **options)
+        if next(numbers) == number:
+            await call()
+        return answers
+
+    monkeypatch.setattr(RedisClient, "pipeline", then_call)
 
 
 def without_silence(info: StreamInfo) -> StreamInfo:
