@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from dynamo_redis.errors import StoreRefused, StreamLost
 from dynamo_redis.store.event_base import (
     BEGINNING,
     EntryId,
+    EventGroup,
     EventTail,
     GroupInfo,
+    NewEntry,
     StreamInfo,
     StreamName,
     entry_order,
@@ -32,7 +34,36 @@ _LONGEST_STEP_MS: Final = 10_000
 
 
 class ReadOnlyEventStreams(RedisEventStreams):
-    """`info`, `list` and `tail` of `EventStreams`. They need only commands of the category @read."""
+    """`EventStreams` that only reads: `info`, `list`, `tail`, `subscribe`. Other methods raise StoreRefused.
+
+    `info`, `list` and `tail` need only commands of the category @read.
+    """
+
+    async def append(
+        self, stream: StreamName, entries: Sequence[NewEntry], *, max_age_s: float | None = None
+    ) -> None:
+        """Refuse: raises StoreRefused."""
+        _refuse()
+
+    def group(self, stream: StreamName, name: str) -> EventGroup:
+        """Refuse: raises StoreRefused."""
+        _refuse()
+
+    async def trim(self, stream: StreamName, snapshot: EntryId) -> EntryId:
+        """Refuse: raises StoreRefused."""
+        _refuse()
+
+    async def keep_if_wanted(self, stream: StreamName) -> bool:
+        """Refuse: raises StoreRefused."""
+        _refuse()
+
+    async def delete(self, stream: StreamName) -> bool:
+        """Refuse: raises StoreRefused."""
+        _refuse()
+
+    async def publish(self, topic: StreamName, message: bytes) -> int:
+        """Refuse: raises StoreRefused."""
+        _refuse()
 
     def tail(self, stream: StreamName, *, after: EntryId | None = None, max_age_s: float = 0.0) -> EventTail:
         """As `EventStreams.tail`. Without the right to TIME, age counts by this machine's clock."""
@@ -105,6 +136,10 @@ class ReadOnlyEventStreams(RedisEventStreams):
             min(length, pending + (length if lag_count is None else lag_count)),
             max(0.0, now_ms - seen.get(name, now_ms)) / 1000,
         )
+
+
+def _refuse() -> NoReturn:
+    raise StoreRefused("these event streams are open read-only: nothing is written")
 
 
 class _ReadOnlyTail(RedisEventTail):

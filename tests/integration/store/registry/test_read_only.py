@@ -242,6 +242,10 @@ async def test_streams_look_alike_to_a_reader_without_rights(
         assert [entry.content for entry in await tail.read(count=10, block_s=1.0)] == [b"x" * 100] * 5
         await tail.aclose()
         await admin.execute("HSET", "{dynamo/dynamo/backend/kv_events/0}:meta", "v", "2")
+        with pytest.raises(StoreRefused, match="read-only"):
+            await reader.append(STREAM, [NewEntry(b"x", 1)])
+        with pytest.raises(StoreRefused, match="read-only"):
+            await reader.delete(STREAM)
         with pytest.raises(SchemaMismatch, match="dynamo/backend/kv_events"):
             await reader.info(STREAM)
 
