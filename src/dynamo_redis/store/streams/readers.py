@@ -68,7 +68,7 @@ async def stream_script(
         answer, *rest = await client.script(script, keys.all, args)
     rest += more
     if answer == b"schema":
-        check_schema(keys.stream, rest[0])
+        raise _schema_mismatch(keys.stream, rest[0])
     if answer == b"lost":
         raise StreamLost(f"the event stream {keys.stream.path}, or the reader's group in it, is gone")
     if answer == b"trimmed":
@@ -79,12 +79,17 @@ async def stream_script(
 def check_schema(stream: StreamName, found: bytes | None) -> None:
     """Raise SchemaMismatch if a stream has another schema version; `found` is None where it has no head."""
     if found is not None and found.partition(b".")[0] != SCHEMA.encode():
-        raise SchemaMismatch(
-            f"the event stream {stream.path}",
-            found.decode("utf-8", "replace"),
-            SCHEMA,
-            remedy=f"upgrade the older side, or `dynamo-redis events rm {stream.path}`",
-        )
+        raise _schema_mismatch(stream, found)
+
+
+def _schema_mismatch(stream: StreamName, found: bytes) -> SchemaMismatch:
+    """Return the error for a stream with this schema version."""
+    return SchemaMismatch(
+        f"the event stream {stream.path}",
+        found.decode("utf-8", "replace"),
+        SCHEMA,
+        remedy=f"upgrade the older side, or `dynamo-redis events rm {stream.path}`",
+    )
 
 
 class _Reader(ABC):
