@@ -13,14 +13,14 @@ class Backoff:
     ) -> None:
         self._first_s = first_s
         self._cap_s = cap_s
-        self._rng = rng or random.Random()  # noqa: S311 - jitter, not a secret
+        self._uniform = (rng or random).uniform
         self._attempts = 0
 
     def next_s(self) -> float:
         """Return the next wait in seconds; the one after it may be twice as long."""
         ceiling = min(self._cap_s, self._first_s * 2 ** min(self._attempts, 16))
         self._attempts += 1
-        return self._rng.uniform(0, ceiling)
+        return self._uniform(0, ceiling)
 
     def reset(self) -> None:
         """Start from `first_s` again, after an attempt that succeeded."""

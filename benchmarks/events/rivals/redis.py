@@ -38,8 +38,8 @@ class RedisPeer:
             publisher.publish(event_bytes(number)[_BIN_16_BYTES:])
             if number % _TURN_COUNT == 0:
                 await asyncio.sleep(0)
-            while publisher.queued_count >= _QUEUE_COUNT:
-                await asyncio.sleep(_PAUSE_S)
+                while publisher.queued_count >= _QUEUE_COUNT:
+                    await asyncio.sleep(_PAUSE_S)
         while not await publisher.flush(1.0):
             pass
         if publisher.left_out_count:

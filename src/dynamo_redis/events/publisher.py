@@ -60,6 +60,44 @@ class EventPublisher:
     events, and a timer, for the end of the linger or of the silence.
     """
 
+    # With slots, since CPython keeps up to 30 attributes of other instances inline, and is slower with more.
+    __slots__ = (
+        "_batch_count",
+        "_closed",
+        "_closed_bytes",
+        "_due",
+        "_durable",
+        "_first",
+        "_full_at",
+        "_full_bytes",
+        "_is_gap",
+        "_last",
+        "_limit_bytes",
+        "_limit_count",
+        "_linger_s",
+        "_look_at",
+        "_max_age_s",
+        "_only_while_read",
+        "_open",
+        "_open_bytes",
+        "_overflows",
+        "_publisher",
+        "_ready",
+        "_rests_count",
+        "_sent",
+        "_sent_sequence",
+        "_silence_s",
+        "_stream",
+        "_streams",
+        "_task",
+        "_timer",
+        "_trouble",
+        "_wakes_count",
+        "is_resting",
+        "left_out_count",
+        "next_sequence",
+    )
+
     def __init__(
         self,
         streams: EventStreams,
@@ -95,8 +133,6 @@ class EventPublisher:
         self._silence_s = SILENCE_S if durable else TOPIC_SILENCE_S
 
         self.next_sequence = 0
-        self.queued_count = 0
-        """Events that wait, or are being sent."""
         self.left_out_count = 0
         self.is_resting = False
         """True while events only take their sequences, because no reader wants them."""
@@ -107,6 +143,8 @@ class EventPublisher:
         self._open_bytes = 0
         self._first = 0
         """The sequence of the first of them."""
+        self._last = self._batch_count - 1
+        """The sequence of the event that fills this batch."""
         self._ready: deque[NewEntry] = deque()
         """Batches that are full, or have waited for the linger."""
         self._closed_bytes = 0
@@ -115,6 +153,10 @@ class EventPublisher:
         """True if events after the last one that waits have been left out."""
         self._sent_sequence = 0
         """The first sequence that may still wait: all events below it have been sent, or left out."""
+        self._full_at = self._limit_count
+        """The first sequence that has no room in the queue; 0 during a gap."""
+        self._full_bytes = self._limit_bytes
+        """Size of the open batch at which the queue is full."""
         self._due = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._sent = asyncio.Event()
@@ -150,6 +192,11 @@ class EventPublisher:
 
     # ------------------------------------------------------------------ the queue
 
+    @property
+    def queued_count(self) -> int:
+        """Events that wait, or are being sent."""
+        return self._first + len(self._open) - self._sent_sequence
+
     def publish(self, event: Any) -> int:
         """Queue an event; return its sequence. Never waits, and raises no StoreError.
 
@@ -162,26 +209,39 @@ class EventPublisher:
         packed = pack_known(event)
         sequence = self.next_sequence
         self.next_sequence = sequence + 1
-        queued_count, open_bytes = self.queued_count, self._open_bytes
-        is_full = queued_count >= self._limit_count or open_bytes + self._closed_bytes >= self._limit_bytes
-        if is_full or self._is_gap:
-            if not self._is_gap and not self._closed:
-                self._overflows.log("%s: the queue of events is full, some are left out", self._stream.path)
-                self._is_gap = True
-                self._due.set()
-            self.left_out_count += 1
+        open_bytes = self._open_bytes
+        if sequence >= self._full_at or open_bytes >= self._full_bytes:
+            self._leave_out()
             return sequence
-        events = self._open
-        events.append(packed)
-        count = len(events)
-        self.queued_count = queued_count + 1
+        self._open.append(packed)
         self._open_bytes = open_bytes = open_bytes + len(packed)
-        if count >= self._batch_count or open_bytes >= BATCH_BYTES:
+        if sequence >= self._last or open_bytes >= BATCH_BYTES:
             self._close_batch()
             self._due.set()
-        elif count == 1:
+        elif sequence == self._first:
             self._set_timer(self._linger_s)
         return sequence
+
+    def _leave_out(self) -> None:
+        """Count an event that has no room. The first one begins a gap."""
+        self.left_out_count += 1
+        if not self._is_gap and not self._closed:
+            self._overflows.log("%s: the queue of events is full, some are left out", self._stream.path)
+            self._is_gap = True
+            self._measure_room()
+            self._due.set()
+
+    def _measure_room(self) -> None:
+        """Compute at which event the queue is full."""
+        self._full_at = 0 if self._is_gap else self._sent_sequence + self._limit_count
+        self._full_bytes = self._limit_bytes - self._closed_bytes
+
+    def _begin_at_next(self) -> None:
+        """Begin an empty queue with the next event."""
+        self._first = self._sent_sequence = self.next_sequence
+        self._last = self._first + self._batch_count - 1
+        self._is_gap = self._closed
+        self._measure_room()
 
     def _close_batch(self) -> None:
         """Close the open batch as it is, with events or without."""
@@ -190,7 +250,9 @@ class EventPublisher:
         content = EventBatch.of_packed(self._stream.topic, self._publisher, self._first, now_ms, packed)
         self._ready.append(NewEntry(content, len(packed)))
         self._closed_bytes += len(content)
+        self._full_bytes = self._limit_bytes - self._closed_bytes
         self._first += len(packed)
+        self._last = self._first + self._batch_count - 1
 
     # ------------------------------------------------------------------ rest
 
@@ -198,10 +260,11 @@ class EventPublisher:
         """Stop sending until `wake`, and drop the events that wait. Idempotent."""
         if self.is_resting:
             return
-        self.is_resting, self._is_gap = True, False
+        self.is_resting = True
         self._rests_count += 1
-        self._open, self._open_bytes, self._closed_bytes, self.queued_count = [], 0, 0, 0
+        self._open, self._open_bytes, self._closed_bytes = [], 0, 0
         self._ready.clear()
+        self._begin_at_next()
         self._stop_timer()
         self._sent.set()
 
@@ -210,7 +273,7 @@ class EventPublisher:
         self._wakes_count += 1
         if self.is_resting and not self._closed:
             self.is_resting = False
-            self._first = self._sent_sequence = self.next_sequence
+            self._begin_at_next()
             self._set_timer(self._silence_s)
 
     async def _has_readers(self) -> bool:
@@ -233,8 +296,7 @@ class EventPublisher:
         """Return the batches of the next round trip. If no event waits: one without events."""
         if not self._ready:
             if not self._open:
-                self._is_gap = False
-                self._first = self._sent_sequence = self.next_sequence
+                self._begin_at_next()
             self._close_batch()
         count = min(len(self._ready), TRIP_BATCHES_COUNT)
         return [self._ready.popleft() for _ in range(count)]
@@ -268,9 +330,9 @@ class EventPublisher:
         if rests_count != self._rests_count:  # `rest` has dropped these events meanwhile
             return
         event_count = sum(entry.event_count for entry in entries)
-        self.queued_count -= event_count
         self._closed_bytes -= sum(len(entry.content) for entry in entries)
         self._sent_sequence += event_count
+        self._measure_room()
         self._sent.set()
 
     def _set_timer(self, wait_s: float) -> None:
@@ -306,6 +368,7 @@ class EventPublisher:
         if self._task is not None:
             await self.flush(CLOSE_S)
         self._closed = self._is_gap = True
+        self._measure_room()
         self._stop_timer()
         if self._task is not None:
             self._task.cancel()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from dynamo_redis.errors import ConfigError
 from dynamo_redis.names import decode_segment, encode_segment, format_instance_id
@@ -178,43 +179,43 @@ class LockKeys:
         return (self.value,) if self.object_pointer is None else (self.value, self.object_pointer)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class StreamKeys:
-    """The keys of an event stream, all with one hash tag."""
+    """The keys of an event stream, all with one hash tag. Each is computed once: an append needs several."""
 
     prefix: str
     stream: StreamName
 
-    @property
+    @cached_property
     def tag(self) -> str:
         return f"{{{self.prefix}/{self.stream.path}}}"
 
-    @property
+    @cached_property
     def events(self) -> str:
         """The stream of entries."""
         return self.tag + _EVENTS
 
-    @property
+    @cached_property
     def meta(self) -> str:
         """Hash of the stream's head."""
         return f"{self.tag}:meta"
 
-    @property
+    @cached_property
     def sizes(self) -> str:
         """List of the event count and size of each entry."""
         return f"{self.tag}:sizes"
 
-    @property
+    @cached_property
     def all(self) -> tuple[str, ...]:
         """Keys of the entries, the head, the groups and the sizes, in the order of the scripts' KEYS."""
         return (self.events, self.meta, self.groups, self.sizes)
 
-    @property
+    @cached_property
     def groups(self) -> str:
         """Sorted set of each group's last sign of life."""
         return f"{self.tag}:groups"
 
-    @property
+    @cached_property
     def messages(self) -> str:
         """Pub/sub channel of a topic; not a key."""
         return f"{self.tag}:messages"

@@ -69,6 +69,7 @@ class RedisEventStreams:
         self._client = client
         self._prefix = prefix
         self._settings = settings
+        self._keys_of: dict[StreamName, StreamKeys] = {}
         self._opened: set[StreamName] = set()
         self._bounded_at: dict[StreamName, float] = {}
 
@@ -207,7 +208,10 @@ class RedisEventStreams:
     # ------------------------------------------------------------------ lifetime
 
     def _keys(self, stream: StreamName) -> StreamKeys:
-        return StreamKeys(self._prefix, stream)
+        keys = self._keys_of.get(stream)
+        if keys is None:
+            keys = self._keys_of[stream] = StreamKeys(self._prefix, stream)
+        return keys
 
     async def aclose(self) -> None:
         """Close the connections. Never raises for a dead server."""
