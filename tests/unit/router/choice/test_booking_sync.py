@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 
 from dynamo_redis.config import EventSettings
+from dynamo_redis.events.publisher import EventPublisher
 from dynamo_redis.events.router_record import RouterRecord
 from dynamo_redis.router.base import CostWeights, RoutingRequest, Worker, WorkerLoad
 from dynamo_redis.router.choice.booking import BookingChooser
@@ -27,6 +28,17 @@ WORKER = Worker(7, 1)
 IDLE = WorkerLoad(0, 0, 0)
 STREAM = StreamName("dynamo", "backend", "active_sequences_events")
 RECORD = b'{"version": 1}'
+
+
+class _Heard:
+    """A publisher of which `publish` is another function."""
+
+    def __init__(self, publisher: EventPublisher, publish: Callable[[Any], int]) -> None:
+        self._publisher = publisher
+        self.publish = publish
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._publisher, name)
 
 
 class HeldClock:
@@ -66,7 +78,7 @@ class Router:
             clock=clock,
         )
         self.said: list[Any] = []
-        self.sync._publisher.publish = self._say  # type: ignore[method-assign]
+        self.sync._publisher = _Heard(self.sync._publisher, self._say)  # type: ignore[assignment]
         self.chooser = BookingChooser(
             self.owner,
             lambda hashes: {},
