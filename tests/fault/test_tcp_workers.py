@@ -24,8 +24,8 @@ from dynamo_redis.errors import (
 )
 from dynamo_redis.planes.base import Target
 from dynamo_redis.planes.context import Context
+from dynamo_redis.planes.frames.connection import SILENT_S
 from dynamo_redis.planes.tcp.client import TcpClient
-from dynamo_redis.planes.tcp.connection import SILENT_S
 from tests.processes import PROGRAMS
 from tests.tcp_plane import SECRET
 

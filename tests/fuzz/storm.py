@@ -27,7 +27,7 @@ from dynamo_redis.config import PlaneSettings
 from dynamo_redis.errors import InstanceRemoved, InvalidRequest, Overloaded, PlaneError
 from dynamo_redis.planes.base import ResponseStream, Target
 from dynamo_redis.planes.context import Context
-from dynamo_redis.planes.tcp import connection as tcp_connection
+from dynamo_redis.planes.frames import connection as tcp_connection
 from dynamo_redis.planes.tcp.client import TcpClient
 from dynamo_redis.planes.tcp.server import TcpServer
 from tests.fuzz.watch import MemoryMark, Newcomers, complaints, contents, settled
@@ -48,7 +48,7 @@ OBJECTS_LEFT, BLOCKS_LEFT = 60, 6_000
 
 _DESCRIPTORS: Final = Path("/proc/self/fd")
 _PER_REQUEST: Final = frozenset(
-    {"TcpResponseStream", "Request", "RequestMessages", "Mailbox", "Sender", "Context", "_Raw"}
+    {"FrameResponseStream", "Request", "RequestMessages", "Mailbox", "Sender", "Context", "_Raw"}
 )
 
 
@@ -431,7 +431,7 @@ class Storm:
             {name: found[name] for name in _PER_REQUEST & found.keys()}
             | {
                 repr(endpoint.subject): endpoint.active_count
-                for endpoint in self._new.living("planes.tcp.server_request")
+                for endpoint in self._new.living("planes.frames.server_request")
                 if type(endpoint).__name__ == "RegisteredEndpoint"
                 and (endpoint.active_count or endpoint.idle)
             }

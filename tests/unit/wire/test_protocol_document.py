@@ -13,7 +13,7 @@ import pytest
 from dynamo_redis import errors
 from dynamo_redis.config import PlaneSettings
 from dynamo_redis.errors import AuthenticationFailed, PlaneError
-from dynamo_redis.planes.tcp import client_connection, connection, response_stream
+from dynamo_redis.planes.frames import client_connection, connection, response_stream
 from dynamo_redis.wire import codec, decoder, frame, handshake
 from dynamo_redis.wire.decoder import FrameDecoder, ReadBuffers
 from dynamo_redis.wire.handshake import ClientHandshake, MessageReader, ServerHandshake

@@ -16,9 +16,9 @@ from dynamo_redis.config import PlaneSettings
 from dynamo_redis.errors import DeadlineExceeded, Overloaded
 from dynamo_redis.planes.base import Target
 from dynamo_redis.planes.context import Context
-from dynamo_redis.planes.tcp.admission import RESERVED_COUNT
+from dynamo_redis.planes.frames.admission import RESERVED_COUNT
+from dynamo_redis.planes.frames.response_stream import FrameResponseStream
 from dynamo_redis.planes.tcp.client import TcpClient
-from dynamo_redis.planes.tcp.response_stream import TcpResponseStream
 from dynamo_redis.planes.tcp.server import TcpServer
 from tests.tcp_plane import INSTANCE, SECRET, eventually
 
@@ -87,7 +87,7 @@ class Caller:
         )
 
 
-async def _answer(stream: TcpResponseStream) -> str | Exception:
+async def _answer(stream: FrameResponseStream) -> str | Exception:
     try:
         return str(await anext(stream))
     except Exception as exc:  # noqa: BLE001 - the test looks at it

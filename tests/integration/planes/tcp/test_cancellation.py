@@ -11,8 +11,8 @@ import pytest
 
 from dynamo_redis.config import PlaneSettings
 from dynamo_redis.planes.context import Context, Strength
+from dynamo_redis.planes.frames.server_connection import ServerConnection
 from dynamo_redis.planes.tcp.server import TcpServer
-from dynamo_redis.planes.tcp.server_connection import ServerConnection
 from dynamo_redis.wire import frame
 from dynamo_redis.wire.codec import pack
 from dynamo_redis.wire.handshake import ClientHandshake

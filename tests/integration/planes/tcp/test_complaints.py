@@ -14,6 +14,7 @@ from dynamo_redis.config import PlaneSettings
 from dynamo_redis.errors import AuthenticationFailed, Overloaded, PlaneError
 from dynamo_redis.planes.base import Target
 from dynamo_redis.planes.context import Context
+from dynamo_redis.planes.frames import server as frame_server
 from dynamo_redis.planes.tcp import server as tcp_server
 from dynamo_redis.planes.tcp.client import TcpClient
 from dynamo_redis.planes.tcp.server import TcpServer
@@ -65,7 +66,7 @@ def complaints(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
         return [
             record.message
             for record in caplog.records
-            if record.name == tcp_server.__name__ and record.levelno == logging.WARNING
+            if record.name == frame_server.__name__ and record.levelno == logging.WARNING
         ]
 
     return said

@@ -160,7 +160,7 @@ async def test_server_that_closes_while_callers_arrive_keeps_nothing() -> None:
     with complaints():
         for turns in range(8):
             await _close_after(turns)
-        assert not new.census("planes.tcp.server_connection")
+        assert not new.census("planes.frames.server_connection")
 
 
 async def _close_after(turns: int) -> None:

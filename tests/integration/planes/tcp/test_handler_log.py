@@ -12,7 +12,7 @@ from dynamo_redis.config import PlaneSettings
 from dynamo_redis.errors import HandlerFailed
 from dynamo_redis.planes.base import Target
 from dynamo_redis.planes.context import Context
-from dynamo_redis.planes.tcp import server_request
+from dynamo_redis.planes.frames import server_request
 from dynamo_redis.planes.tcp.client import TcpClient
 from dynamo_redis.planes.tcp.server import TcpServer
 from tests.tcp_plane import INSTANCE, SECRET

@@ -12,7 +12,7 @@ import pytest
 from dynamo_redis.errors import CannotConnect, ConnectionLost, InstanceRemoved
 from dynamo_redis.planes.base import Target
 from dynamo_redis.planes.context import Context
-from dynamo_redis.planes.tcp import client_connection
+from dynamo_redis.planes.frames import client_connection
 from dynamo_redis.planes.tcp.client import TcpClient
 from dynamo_redis.wire import frame
 from dynamo_redis.wire.handshake import ServerHandshake

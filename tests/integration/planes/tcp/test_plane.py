@@ -30,9 +30,9 @@ from dynamo_redis.errors import (
 )
 from dynamo_redis.planes.base import Target
 from dynamo_redis.planes.context import Context
+from dynamo_redis.planes.frames.connection import SILENT_S
+from dynamo_redis.planes.frames.response_stream import FrameResponseStream
 from dynamo_redis.planes.tcp.client import TcpClient
-from dynamo_redis.planes.tcp.connection import SILENT_S
-from dynamo_redis.planes.tcp.response_stream import TcpResponseStream
 from dynamo_redis.planes.tcp.server import TcpServer
 from dynamo_redis.wire import frame
 from dynamo_redis.wire.codec import pack
@@ -316,7 +316,7 @@ async def test_streams_that_bring_items_turn_after_turn_share_frames(
     server: TcpServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Items of a single stream, and the last ones before a pause, leave at once."""
-    monkeypatch.setattr("dynamo_redis.planes.tcp.connection._GATHER_S", 60.0)
+    monkeypatch.setattr("dynamo_redis.planes.frames.connection._GATHER_S", 60.0)
 
     async def ticking(request: int, context: Context) -> AsyncIterator[int]:
         for number in range(request):
@@ -548,7 +548,7 @@ async def raw_server(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def items_of(stream: TcpResponseStream) -> tuple[list[Any], Exception | None]:
+async def items_of(stream: FrameResponseStream) -> tuple[list[Any], Exception | None]:
     """Return the items of a stream, and the error that ends it."""
     items: list[Any] = []
     try:

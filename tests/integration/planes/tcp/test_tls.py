@@ -22,10 +22,10 @@ import pytest
 from dynamo_redis.errors import AuthenticationFailed, CannotConnect, Overloaded, PlaneError
 from dynamo_redis.planes.base import Target
 from dynamo_redis.planes.context import Context
+from dynamo_redis.planes.frames.server_connection import ServerConnection
 from dynamo_redis.planes.tcp import tls, tls_gate
 from dynamo_redis.planes.tcp.client import TcpClient
 from dynamo_redis.planes.tcp.server import TcpServer
-from dynamo_redis.planes.tcp.server_connection import ServerConnection
 from dynamo_redis.wire import frame
 from dynamo_redis.wire.codec import pack, unpack
 from dynamo_redis.wire.handshake import ClientHandshake

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamo_redis.planes.tcp.fair_queue import FairQueue
+from dynamo_redis.planes.frames.fair_queue import FairQueue
 
 OWNERS = "abcd"
 

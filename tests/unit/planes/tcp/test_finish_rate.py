@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dynamo_redis.planes.tcp.admission import FinishRate
+from dynamo_redis.planes.frames.admission import FinishRate
 
 
 def test_rate_is_unknown_at_first() -> None:

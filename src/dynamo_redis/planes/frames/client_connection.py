@@ -9,14 +9,13 @@ from typing import Any, ClassVar, Final, Protocol
 from dynamo_redis.config import PlaneSettings
 from dynamo_redis.errors import Draining, NotAccepted, PlaneError, ProtocolViolation, plane_error
 from dynamo_redis.planes.base import Target
-from dynamo_redis.planes.tcp.connection import (
+from dynamo_redis.planes.frames.connection import (
     QUIET_AT,
     SWEEPS_PER_INTERVAL,
     WRITE_HIGH_WATER_BYTES,
     unacknowledged_bytes,
 )
-from dynamo_redis.planes.tcp.life_signs import ask_for_life
-from dynamo_redis.planes.tcp.response_stream import CallerConnection, TcpResponseStream
+from dynamo_redis.planes.frames.response_stream import CallerConnection, FrameResponseStream
 from dynamo_redis.wire import frame
 from dynamo_redis.wire.decoder import ReadBuffers
 from dynamo_redis.wire.frame import DATA, LAST
@@ -54,7 +53,11 @@ class ConnectionOwner(Protocol):
         """Handle an instance that is silent on a connection with pending requests."""
         ...
 
-    def resend(self, stream: TcpResponseStream) -> None:
+    async def ask_for_life(self) -> bool:
+        """See `Carrier.ask_for_life`."""
+        ...
+
+    def resend(self, stream: FrameResponseStream) -> None:
         """Send a request again that was lost with a stale connection."""
         ...
 
@@ -73,7 +76,6 @@ class ClientConnection(CallerConnection):
         "_owner",
         "_ping_tokens",
         "_pings",
-        "_target",
         "_unproven",
         "handshake_done",
         "receives_large",
@@ -103,7 +105,6 @@ class ClientConnection(CallerConnection):
             keepalive_interval_s=settings.keepalive_interval_s,
         )
         self._owner = owner
-        self._target = target
         self._life_check: asyncio.Task[None] | None = None
         self._handshake: ClientHandshake | None = ClientHandshake(
             target.secret, settings.channel_buffer_count, target.instance_id
@@ -115,8 +116,8 @@ class ClientConnection(CallerConnection):
         self._ping_tokens = itertools.count(1 << 32)
         self._idle_handle: asyncio.TimerHandle | None = None
         self._idle_from = 0.0
-        self._unproven: list[TcpResponseStream] | None = None
-        self.streams: dict[int, TcpResponseStream] = {}
+        self._unproven: list[FrameResponseStream] | None = None
+        self.streams: dict[int, FrameResponseStream] = {}
         self.usable = False
         """True while new streams may start here: from the handshake until the server drains, the stream ids
         are used up, or the connection ends."""
@@ -131,7 +132,7 @@ class ClientConnection(CallerConnection):
         """Written bytes that the kernel has not taken yet, with those that wait for the next flush."""
         return super().unsent_bytes + sum(map(len, self._out))
 
-    def send_request(self, stream: TcpResponseStream) -> None:
+    def send_request(self, stream: FrameResponseStream) -> None:
         """Start the stream on this connection: send its request."""
         self._last_stream_id = stream_id = self._last_stream_id + 1
         if stream_id >= frame.MAX_STREAM_ID:
@@ -147,7 +148,7 @@ class ClientConnection(CallerConnection):
         stream.waits_from_sweep = self.sweeps
         stream.ends_at_bytes = self.written_bytes
 
-    def remove(self, stream: TcpResponseStream) -> None:
+    def remove(self, stream: FrameResponseStream) -> None:
         """Forget a stream that has ended."""
         del self.streams[stream.stream_id]
         if not self.streams and not self.usable:
@@ -304,7 +305,7 @@ class ClientConnection(CallerConnection):
             self._life_check = self._loop.create_task(self._check_life(), context=self.variables.copy())
         oldest = self.sweeps - self._accept_sweeps
         gone_bytes = self.written_bytes - self.unsent_bytes
-        late: list[TcpResponseStream] = []
+        late: list[FrameResponseStream] = []
         for stream in self.streams.values():
             if stream.state is not ClientStream.WAITING:
                 continue
@@ -322,10 +323,9 @@ class ClientConnection(CallerConnection):
 
     async def _check_life(self) -> None:
         """Ask for a sign of life once. The sweep may ask again after a keepalive interval."""
-        target = self._target
         try:
             async with asyncio.timeout(LIFE_TIMEOUT_S):
-                if await ask_for_life(target.address, target.secret, target.instance_id):
+                if await self._owner.ask_for_life():
                     self.note_life()
         except (OSError, ValueError):  # TimeoutError is an OSError
             pass

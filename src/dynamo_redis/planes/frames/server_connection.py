@@ -15,8 +15,8 @@ from dynamo_redis.errors import (
 )
 from dynamo_redis.planes.address import format_address
 from dynamo_redis.planes.context import Context
-from dynamo_redis.planes.tcp.connection import Connection
-from dynamo_redis.planes.tcp.server_request import (
+from dynamo_redis.planes.frames.connection import Connection
+from dynamo_redis.planes.frames.server_request import (
     Admission,
     RegisteredEndpoint,
     Request,

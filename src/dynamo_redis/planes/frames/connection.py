@@ -51,7 +51,7 @@ from contextvars import Context, copy_context
 from typing import Any, ClassVar, Final, Protocol, cast
 
 from dynamo_redis.errors import ConnectionLost, PeerSilent, PlaneError, ProtocolViolation
-from dynamo_redis.planes.tcp.paced_writes import PACED_HIGH_WATER_BYTES, PacedWriter
+from dynamo_redis.planes.frames.paced_writes import PACED_HIGH_WATER_BYTES, PacedWriter
 from dynamo_redis.wire import frame
 from dynamo_redis.wire.decoder import FrameDecoder, ReadBuffers
 

@@ -37,12 +37,10 @@ from dynamo_redis.errors import (
     PlaneError,
 )
 from dynamo_redis.planes.base import Target
-from dynamo_redis.planes.tcp.client_connection import LARGE_BYTES, ClientConnection
-from dynamo_redis.planes.tcp.connection import QUIET_AT, SWEEPS_PER_INTERVAL
-from dynamo_redis.planes.tcp.dial import dial
-from dynamo_redis.planes.tcp.life_signs import ask_for_life
-from dynamo_redis.planes.tcp.response_stream import TcpResponseStream
-from dynamo_redis.planes.tcp.tls import TlsContext
+from dynamo_redis.planes.frames.carrier import Carrier
+from dynamo_redis.planes.frames.client_connection import LARGE_BYTES, ClientConnection
+from dynamo_redis.planes.frames.connection import QUIET_AT, SWEEPS_PER_INTERVAL
+from dynamo_redis.planes.frames.response_stream import FrameResponseStream
 from dynamo_redis.wire.decoder import ReadBuffers
 
 MAX_PARKED_COUNT: Final = 4096
@@ -61,7 +59,7 @@ class Pool:
         self,
         target: Target,
         settings: PlaneSettings,
-        tls: TlsContext | None,
+        carrier: Carrier,
         loop: asyncio.AbstractEventLoop,
         buffers: ReadBuffers,
         variables: Context,
@@ -73,7 +71,7 @@ class Pool:
         Args:
             target: any endpoint of the instance.
             settings: the plane's settings.
-            tls: this side's TLS; None without.
+            carrier: opens the connections.
             loop: the event loop of the connections.
             buffers: the read buffers that the client's connections share.
             variables: the context variables that the connections run in, not a request's.
@@ -82,7 +80,7 @@ class Pool:
         """
         self.target = target
         self.settings = settings
-        self._tls = tls
+        self._carrier = carrier
         self.loop = loop
         self._variables = variables
         self._on_empty = on_empty
@@ -90,7 +88,7 @@ class Pool:
         self._buffers = buffers
         self._connections: list[ClientConnection] = []
         self._large_answers: set[str] = set()
-        self._parked: dict[TcpResponseStream, int] = {}
+        self._parked: dict[FrameResponseStream, int] = {}
         self._parked_bytes = 0
         self._max_queued_bytes = MAX_QUEUED_MESSAGES * settings.max_message_bytes
         self._dial_waiters: list[asyncio.Future[ClientConnection]] = []
@@ -121,7 +119,7 @@ class Pool:
 
     # ------------------------------------------------------------------- requests
 
-    def submit(self, stream: TcpResponseStream) -> None:
+    def submit(self, stream: FrameResponseStream) -> None:
         """Send the stream's request, or park it until there is a connection."""
         if stream.payload_bytes > LARGE_BYTES or stream.subject in self._large_answers:
             connection = self._pick_for_large()
@@ -138,7 +136,7 @@ class Pool:
         else:
             connection.send_request(stream)
 
-    def remove(self, stream: TcpResponseStream) -> None:
+    def remove(self, stream: FrameResponseStream) -> None:
         """Forget a parked stream that has ended."""
         self._parked_bytes -= self._parked.pop(stream, 0)
 
@@ -184,7 +182,7 @@ class Pool:
         """Note an endpoint that answers small requests with large items."""
         self._large_answers.add(subject)
 
-    def _park(self, stream: TcpResponseStream) -> None:
+    def _park(self, stream: FrameResponseStream) -> None:
         """Let the stream wait for a connection, within the bounds, and dial."""
         if self._draining is not None:
             stream.end_without_cancel(self._draining)
@@ -236,9 +234,7 @@ class Pool:
         connection: ClientConnection | None = None
         error: PlaneError = ConnectionLost("the client was closed")
         try:
-            connection = await dial(
-                self.target.address, self._tls, make, self._connections.append, give_up_at
-            )
+            connection = await self._carrier.dial(self.target, make, self._connections.append, give_up_at)
             error = connection.error or self._draining or ConnectionLost("the connection broke")
             self._forget_failures()
             for other in tuple(self._connections):
@@ -316,7 +312,7 @@ class Pool:
             """Ask for a sign of life after a third of the time; return whether the process gives one."""
             await asyncio.sleep(timeout_s / 3)
             try:
-                return await ask_for_life(self.target.address, self.target.secret, self.target.instance_id)
+                return await self.ask_for_life()
             except (OSError, ValueError):
                 return False
 
@@ -368,13 +364,17 @@ class Pool:
                 stream.end_without_cancel(error)
         self._on_quiet(self.target)
 
+    async def ask_for_life(self) -> bool:
+        """See `Carrier.ask_for_life`."""
+        return await self._carrier.ask_for_life(self.target)
+
     def on_quiet(self, connection: ClientConnection) -> None:
         """Handle a silent instance. If its connection may be stale, dial another one to find out."""
         if connection.is_stale:
             self._connect(at_once=True)
         self._on_quiet(self.target)
 
-    def resend(self, stream: TcpResponseStream) -> None:
+    def resend(self, stream: FrameResponseStream) -> None:
         """Park a request that was lost with a stale connection, until there is a fresh one."""
         if self._dial_is_quiet:
             stream.end_without_cancel(CannotConnect(f"no connection to {self.target.address} yet"))

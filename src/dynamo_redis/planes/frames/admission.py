@@ -19,9 +19,9 @@ from collections.abc import Collection, Iterator
 from typing import Final
 
 from dynamo_redis.errors import Overloaded, PlaneError
-from dynamo_redis.planes.tcp.connection import Connection
-from dynamo_redis.planes.tcp.fair_queue import FairQueue
-from dynamo_redis.planes.tcp.server_request import RegisteredEndpoint, Request
+from dynamo_redis.planes.frames.connection import Connection
+from dynamo_redis.planes.frames.fair_queue import FairQueue
+from dynamo_redis.planes.frames.server_request import RegisteredEndpoint, Request
 from dynamo_redis.rate_limited_log import RateLimitedLog
 
 RESERVED_COUNT: Final = 16

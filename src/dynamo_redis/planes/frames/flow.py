@@ -16,7 +16,7 @@ from contextlib import suppress
 from typing import Any, Final, Self
 
 from dynamo_redis.errors import PayloadTooLarge, PlaneError, ProtocolViolation, RequestCancelled
-from dynamo_redis.planes.tcp.connection import Connection
+from dynamo_redis.planes.frames.connection import Connection
 from dynamo_redis.wire.budget import PayloadShare
 from dynamo_redis.wire.codec import MAX_INLINE_BYTES
 from dynamo_redis.wire.frame import (

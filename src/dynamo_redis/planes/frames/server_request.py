@@ -33,8 +33,8 @@ from dynamo_redis.errors import (
 )
 from dynamo_redis.planes.base import Handler
 from dynamo_redis.planes.context import Context
-from dynamo_redis.planes.tcp.connection import Connection
-from dynamo_redis.planes.tcp.flow import RequestMessages, Sender
+from dynamo_redis.planes.frames.connection import Connection
+from dynamo_redis.planes.frames.flow import RequestMessages, Sender
 from dynamo_redis.rate_limited_log import RateLimitedLog
 from dynamo_redis.wire import frame
 from dynamo_redis.wire.decoder import Unusable

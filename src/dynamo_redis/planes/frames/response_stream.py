@@ -32,8 +32,8 @@ from dynamo_redis.errors import (
     plane_error,
 )
 from dynamo_redis.planes.context import Context, Strength
-from dynamo_redis.planes.tcp.connection import Connection
-from dynamo_redis.planes.tcp.flow import Mailbox, Sender, check_size
+from dynamo_redis.planes.frames.connection import Connection
+from dynamo_redis.planes.frames.flow import Mailbox, Sender, check_size
 from dynamo_redis.wire import frame
 from dynamo_redis.wire.codec import MAX_INLINE_BYTES
 from dynamo_redis.wire.decoder import Unusable
@@ -49,7 +49,7 @@ _UNOPENED, _WAITING, _CLOSED = ClientStream.UNOPENED, ClientStream.WAITING, Clie
 class StreamHolder(Protocol):
     """The object that lists a stream: its pool while it is parked, its connection once it is started."""
 
-    def remove(self, stream: TcpResponseStream) -> None:
+    def remove(self, stream: FrameResponseStream) -> None:
         """Forget the stream."""
         ...
 
@@ -60,11 +60,11 @@ class CallerConnection(Connection):
     __slots__ = ()
 
     @abstractmethod
-    def remove(self, stream: TcpResponseStream) -> None:
+    def remove(self, stream: FrameResponseStream) -> None:
         """Forget a stream that has ended."""
 
 
-class TcpResponseStream(Mailbox):
+class FrameResponseStream(Mailbox):
     """Implements `ResponseStream`."""
 
     __slots__ = (
@@ -141,7 +141,7 @@ class TcpResponseStream(Mailbox):
         """The connection's `written_bytes` at the end of the request."""
 
     def __repr__(self) -> str:
-        return f"<TcpResponseStream {self.stream_id} of {self.subject}: {self.state.name.lower()}>"
+        return f"<FrameResponseStream {self.stream_id} of {self.subject}: {self.state.name.lower()}>"
 
     @property
     def sent(self) -> bool:
