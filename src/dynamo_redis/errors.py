@@ -384,7 +384,8 @@ class PayloadTooLarge(PlaneError):
     ) -> None:
         super().__init__(
             message
-            or f"message of {size_bytes} bytes is over the limit of {limit_bytes} (DYN_TCP_MAX_MESSAGE_SIZE)"
+            or f"message of {size_bytes} bytes is over the limit of {limit_bytes} "
+            "(DYN_TCP_MAX_MESSAGE_SIZE; on the nats plane 16 MiB at most)"
         )
         self.size_bytes = size_bytes
         self.limit_bytes = limit_bytes

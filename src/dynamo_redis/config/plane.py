@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, ByteSize, Field
+from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, SecretStr
 
 from dynamo_redis.config.base import Duration, PemFile, Port, SettingsGroup, Size, setting
 
@@ -17,10 +18,14 @@ _HOST_NAME = re.compile(
 )
 
 
+PLANES = ("tcp", "nats", "redis")
+"""The request planes, by the names that `DYN_REQUEST_PLANE` gives them."""
+
+
 def _parse_request_plane(value: object) -> object:
-    if isinstance(value, str) and value.lower() == "tcp":
-        return "tcp"
-    raise ValueError("must be tcp, the only request plane of this release; unset it")
+    if isinstance(value, str) and value.strip().lower() in PLANES:
+        return value.strip().lower()
+    raise ValueError(f"Invalid request plane mode: {value!r}. Valid options are: {', '.join(PLANES)}")
 
 
 def _check_message_size(value: ByteSize) -> ByteSize:
@@ -68,14 +73,17 @@ def _is_address(text: str) -> bool:
 
 ListenedHost = Annotated[str, AfterValidator(_check_host)]
 DialledHost = Annotated[str, AfterValidator(_check_dialled_host)]
-RequestPlane = Annotated[Literal["tcp"], BeforeValidator(_parse_request_plane)]
+RequestPlane = Annotated[Literal["tcp", "nats", "redis"], BeforeValidator(_parse_request_plane)]
 
 
 class PlaneSettings(SettingsGroup):
     """The request plane: how requests reach workers."""
 
     request_plane: RequestPlane = setting(
-        "DYN_REQUEST_PLANE", "tcp", "How requests reach workers: tcp, the only plane of this release."
+        "DYN_REQUEST_PLANE",
+        "tcp",
+        "How requests reach workers. tcp: directly; nats: through a NATS server; redis: through the "
+        "deployment's Redis.",
     )
     tcp_host: ListenedHost | None = setting(
         "DYN_TCP_RPC_HOST",
@@ -191,3 +199,20 @@ class PlaneSettings(SettingsGroup):
         None,
         "Host name that every worker's certificate has. Unset: the host that is dialled.",
     )
+    nats_server: str = setting(
+        "NATS_SERVER", "nats://localhost:4222", "The NATS server of the nats plane; tls://… for TLS."
+    )
+    nats_username: str | None = setting("NATS_AUTH_USERNAME", None, "User name at the NATS server.")
+    nats_password: SecretStr | None = setting("NATS_AUTH_PASSWORD", None, "Password at the NATS server.")
+    nats_token: SecretStr | None = setting("NATS_AUTH_TOKEN", None, "Token that the NATS server asks for.")
+    nats_nkey: SecretStr | None = setting("NATS_AUTH_NKEY", None, "Seed of the NKey at the NATS server.")
+    nats_credentials_file: Path | None = setting(
+        "NATS_AUTH_CREDENTIALS_FILE", None, "Credentials file (JWT and NKey) for the NATS server."
+    )
+    nats_tls_ca: PemFile | None = setting(
+        "NATS_TLS_CA", None, "PEM file with the authorities that sign the NATS server's certificate."
+    )
+    nats_tls_cert: PemFile | None = setting(
+        "NATS_TLS_CERT", None, "PEM file with this process's certificate for the NATS server."
+    )
+    nats_tls_key: PemFile | None = setting("NATS_TLS_KEY", None, "PEM file with that certificate's key.")

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
-from dynamo_redis.config import PlaneSettings
+from pydantic import ByteSize
+
+from dynamo_redis.config import PlaneSettings, StoreSettings
+from dynamo_redis.errors import ConfigError
+from dynamo_redis.names import format_instance_id
 from dynamo_redis.planes.base import RequestPlaneClient, RequestPlaneServer, Target
+from dynamo_redis.planes.frames.client import FrameClient
 from dynamo_redis.planes.tcp.client import TcpClient
 from dynamo_redis.planes.tcp.server import TcpServer
+from dynamo_redis.planes.tunnel.carrier import TunnelCarrier
+from dynamo_redis.planes.tunnel.link import Link
+from dynamo_redis.planes.tunnel.server import TunnelServer
 
 
 def make_server(
@@ -16,6 +25,7 @@ def make_server(
     *,
     secret: bytes | None,
     instance_id: int,
+    store: StoreSettings | None = None,
     redis_url: str | None = None,
     loop_stall_s: float = 0.0,
 ) -> RequestPlaneServer:
@@ -25,24 +35,57 @@ def make_server(
         settings: the plane's settings.
         secret: the instance's secret, which callers must prove; None where `DYN_PLANE_AUTH` is off.
         instance_id: the instance that callers must ask for.
+        store: the deployment's Redis, and the prefix of its names; None: as the environment says.
         redis_url: this process's Redis, if it has one. It decides the advertised address when the settings
             name none (loopback without a Redis, or for one on a unix socket).
         loop_stall_s: seconds that the event loop may hang before callers take the process for dead; 0: for
             ever.
     """
-    redis_host = urlsplit(redis_url).hostname if redis_url else None
-    return TcpServer(
-        settings, secret=secret, instance_id=instance_id, redis_host=redis_host, loop_stall_s=loop_stall_s
-    )
+    if settings.request_plane == "tcp":
+        redis_host = urlsplit(redis_url).hostname if redis_url else None
+        return TcpServer(
+            settings, secret=secret, instance_id=instance_id, redis_host=redis_host, loop_stall_s=loop_stall_s
+        )
+    settings, link = _through_broker(settings, store, format_instance_id(instance_id))
+    return TunnelServer(settings.request_plane, link, settings, secret=secret, instance_id=instance_id)
 
 
 def make_client(
-    settings: PlaneSettings, *, on_quiet: Callable[[Target], None] | None = None
+    settings: PlaneSettings,
+    *,
+    store: StoreSettings | None = None,
+    on_quiet: Callable[[Target], None] | None = None,
 ) -> RequestPlaneClient:
     """Make the client of the plane that `DYN_REQUEST_PLANE` names. Raises ConfigError.
 
-    `on_quiet` is called on the event loop, with any target of the instance, when an instance with pending
-    requests has given no sign of life for three quarters of `DYN_TCP_KEEPALIVE_S`. These requests continue:
-    the instance may be slow. Code that chooses instances should prefer other ones, and probe this one.
+    `store` is the deployment's Redis; None: as the environment says. `on_quiet` is called on the event loop,
+    with any target of the instance, when an instance with pending requests has given no sign of life for
+    three quarters of `DYN_TCP_KEEPALIVE_S`. These requests continue: the instance may be slow. Code that
+    chooses instances should prefer other ones, and probe this one.
     """
-    return TcpClient(settings, on_quiet)
+    if settings.request_plane == "tcp":
+        return TcpClient(settings, on_quiet)
+    settings, link = _through_broker(settings, store, f"caller-{secrets.token_hex(12)}")
+    return FrameClient(settings, TunnelCarrier(link), on_quiet)
+
+
+def _through_broker(
+    settings: PlaneSettings, store: StoreSettings | None, name: str
+) -> tuple[PlaneSettings, Link]:
+    """Return the settings and the link of a plane with a broker. `name` is unique among the processes."""
+    store = store or StoreSettings.load()
+    if settings.request_plane == "redis":
+        from dynamo_redis.planes.redis.link import RedisLink
+
+        return settings, RedisLink(
+            store.require_url(), store.command_timeout_s, f"{{{store.prefix}/plane/{name}}}:in"
+        )
+    try:
+        from dynamo_redis.planes.nats.link import MAX_MESSAGE_BYTES, NatsLink, encode_token
+    except ImportError as exc:
+        raise ConfigError(
+            "DYN_REQUEST_PLANE=nats needs the extra `nats`: pip install 'dynamo-redis[nats]'"
+        ) from exc
+    limit_bytes = ByteSize(min(settings.max_message_bytes, MAX_MESSAGE_BYTES))
+    settings = settings.model_copy(update={"max_message_bytes": limit_bytes})
+    return settings, NatsLink(settings, f"{encode_token(store.prefix)}.plane.{name}", f"dynamo-redis {name}")

@@ -27,8 +27,6 @@ class FrameClient:
         settings: PlaneSettings,
         carrier: Carrier,
         on_quiet: Callable[[Target], None] | None = None,
-        *,
-        max_message_bytes: int | None = None,
     ) -> None:
         """Make a client without connections.
 
@@ -36,12 +34,11 @@ class FrameClient:
             settings: the plane's settings.
             carrier: opens the connections; `aclose` closes it.
             on_quiet: see `select.make_client`.
-            max_message_bytes: the largest message of the plane; None: as the settings say.
         """
         self._settings = settings
         self._carrier = carrier
         self._window_count = settings.channel_buffer_count
-        self._max_message_bytes = max_message_bytes or settings.max_message_bytes
+        self._max_message_bytes = settings.max_message_bytes
         self._on_quiet = on_quiet or (lambda _: None)
         self._variables = copy_context()
         self._pools: dict[_PoolKey, Pool] = {}

@@ -224,7 +224,7 @@ class Connection(asyncio.BufferedProtocol):
             self.transport.set_write_buffer_limits(high=PACED_HIGH_WATER_BYTES)
             self._paced = PacedWriter(self.transport)
         sock = transport.get_extra_info("socket")
-        with contextlib.suppress(OSError):  # a unix socket, or a platform without the option
+        with contextlib.suppress(OSError, AttributeError):  # a unix socket; no such option; no socket
             # asyncio does not set TCP_NODELAY on a socket that was accepted elsewhere. Keepalive is for idle
             # connections: the sweep watches those with streams.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -489,7 +489,7 @@ class Connection(asyncio.BufferedProtocol):
         """Return the error to fail the connection with, or None."""
         silent_s = self._silent_sweeps * self._sweep_interval_s
         if self._silent_sweeps >= _CUT_OFF_AT - 1 and _TCP_INFO is not None:
-            with contextlib.suppress(OSError):  # the system does not tell
+            with contextlib.suppress(OSError, AttributeError):  # the system does not tell; no socket
                 sock = self.transport.get_extra_info("socket")
                 info = sock.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, _TCP_INFO_BYTES)
                 if info[_RETRANSMITS_AT] >= _CUT_OFF_RETRANSMITS:

@@ -50,14 +50,11 @@ class FrameServer(ABC):
         *,
         secret: bytes | None,
         instance_id: int,
-        max_message_bytes: int | None = None,
     ) -> None:
-        """See `select.make_server`. `max_message_bytes`: the largest message of the plane; None: as the
-        settings say."""
+        """See `select.make_server`."""
         self._settings = settings
         self._secret = secret
         self._instance_id = instance_id
-        self._max_message_bytes = max_message_bytes or settings.max_message_bytes
         self._buffers = ReadBuffers(settings.max_payload_in_flight_bytes)
         self._address = ""
         self._endpoints: dict[str, RegisteredEndpoint] = {}
@@ -221,7 +218,7 @@ class FrameServer(ABC):
             ServerHandshake(self._secret, settings.channel_buffer_count, self._instance_id),
             self._loop,
             self._buffers,
-            max_message_bytes=self._max_message_bytes,
+            max_message_bytes=settings.max_message_bytes,
             keepalive_interval_s=settings.keepalive_interval_s,
             handshake_timeout_s=settings.connect_timeout_s,
         )

@@ -17,9 +17,9 @@ from dynamo_redis.config import PlaneSettings
 from dynamo_redis.errors import ConnectionLost, PayloadBudgetExceeded
 from dynamo_redis.planes.base import Target
 from dynamo_redis.planes.context import Context
+from dynamo_redis.planes.frames import connection as tcp_connection
 from dynamo_redis.planes.frames.client_connection import ClientConnection
 from dynamo_redis.planes.frames.connection import WRITE_HIGH_WATER_BYTES
-from dynamo_redis.planes.frames import connection as tcp_connection
 from dynamo_redis.planes.tcp.client import TcpClient
 from dynamo_redis.planes.tcp.server import TcpServer
 from dynamo_redis.wire import frame

@@ -23,9 +23,9 @@ from dynamo_redis.errors import CannotConnect, DeadlineExceeded, Overloaded, Pla
 from dynamo_redis.planes.base import Target
 from dynamo_redis.planes.context import Context
 from dynamo_redis.planes.frames import client_connection
+from dynamo_redis.planes.frames import pool as tcp_pool
 from dynamo_redis.planes.tcp import dial as tcp_dialing
 from dynamo_redis.planes.tcp import listener as tcp_listener
-from dynamo_redis.planes.frames import pool as tcp_pool
 from dynamo_redis.planes.tcp import server as tcp_server
 from dynamo_redis.planes.tcp.client import TcpClient
 from dynamo_redis.planes.tcp.listener import SocketListener

@@ -1,0 +1,1 @@
+"""The request plane over a NATS server, for deployments that keep theirs."""

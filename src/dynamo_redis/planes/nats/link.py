@@ -1,0 +1,231 @@
+"""A process's link to NATS: one subject of its own, and core NATS messages to the subjects of others.
+
+Nothing is stored: a message that nobody receives is gone, and the server says so at once (its status 503, "no
+responders"). Each message names its connection in the reply subject, `<own subject>.<connection>`, so that
+the status finds its way to it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import ssl
+from collections import deque
+from contextlib import suppress
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import nats
+import nats.errors
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+
+from dynamo_redis.config import PlaneSettings
+from dynamo_redis.errors import CannotConnect, ConfigError
+from dynamo_redis.planes.tunnel.link import LinkOwner
+from dynamo_redis.rate_limited_log import RateLimitedLog
+from dynamo_redis.wire.tunnel import HEAD_BYTES
+
+MAX_MESSAGE_BYTES: Final = 16 << 20
+"""The largest request or item of this plane."""
+
+_NO_RESPONDERS: Final = "503"
+_RECONNECT_S: Final = 1
+_PING_S: Final = 5
+_FLUSH_S: Final = 1.0
+_NO_LIMIT: Final = 1 << 31
+"""The client's own limits of unread messages, which drop them. The windows of the connections bound them."""
+_MINIMUM_VERSION: Final = (2, 2)
+"""The first version that says that a subject has no responders."""
+
+_SPECIAL: Final = re.compile(r"[^A-Za-z0-9_-]")
+
+_log = logging.getLogger(__name__)
+
+
+class NatsLink:
+    """Implements `Link`. It owns the client's tasks, and one that sends."""
+
+    def __init__(self, settings: PlaneSettings, subject: str, name: str) -> None:
+        """`subject` is the link's own; `name` shows in the server's list of connections."""
+        self._settings = settings
+        self._subject = subject
+        self._name = name
+        self._server = _without_password(settings.nats_server)
+        self._client: Client | None = None
+        self._owner: LinkOwner
+        self._is_up = False
+        self._waiting: deque[tuple[str, str, bytes]] = deque()
+        self._wake = asyncio.Event()
+        self._is_drained = asyncio.Event()
+        self._is_drained.set()
+        self._sender: asyncio.Task[None] | None = None
+        self._complaints = RateLimitedLog(_log)
+
+    @property
+    def address(self) -> str:
+        """See `Link.address`."""
+        return self._subject
+
+    @property
+    def content_bytes(self) -> int:
+        """See `Link.content_bytes`."""
+        assert self._client is not None
+        return int(self._client.max_payload) - HEAD_BYTES
+
+    async def open(self, owner: LinkOwner) -> None:
+        """See `Link.open`."""
+        if self._client is not None:
+            if not self._is_up:
+                raise CannotConnect(f"the connection to NATS at {self._server} is lost")
+            return
+        self._owner = owner
+        client = Client()
+        try:
+            await client.connect(
+                self._settings.nats_server,
+                name=self._name,
+                error_cb=self._on_error,
+                disconnected_cb=self._on_disconnected,
+                reconnected_cb=self._on_reconnected,
+                closed_cb=self._on_disconnected,
+                connect_timeout=max(1, round(self._settings.connect_timeout_s)),
+                reconnect_time_wait=_RECONNECT_S,
+                max_reconnect_attempts=-1,
+                ping_interval=_PING_S,
+                allow_reconnect=True,
+                **_credentials(self._settings),
+            )
+            version = client.connected_server_version
+            if (version.major, version.minor) < _MINIMUM_VERSION:
+                raise ConfigError(f"NATS at {self._server} is version {version}: upgrade it to 2.2 or later")
+            for subject, callback in (
+                (self._subject, self._on_message),
+                (f"{self._subject}.*", self._on_status),
+            ):
+                await client.subscribe(
+                    subject, cb=callback, pending_msgs_limit=_NO_LIMIT, pending_bytes_limit=_NO_LIMIT
+                )
+            await client.flush(max(1, round(self._settings.connect_timeout_s)))
+        except (OSError, nats.errors.Error, TimeoutError) as exc:
+            await _close(client)
+            raise CannotConnect(f"cannot connect to NATS at {self._server}: {_reason(exc)}") from exc
+        except BaseException:
+            await _close(client)
+            raise
+        self._client = client
+        self._is_up = True
+        self._sender = asyncio.create_task(self._send_waiting(), name=f"NATS link of {self._subject}")
+
+    def send(self, receiver: str, connection_id: bytes, message: bytes) -> None:
+        """See `Link.send`."""
+        if self._is_up:
+            self._waiting.append((receiver, f"{self._subject}.{connection_id.hex()}", message))
+            self._is_drained.clear()
+            self._wake.set()
+
+    async def _send_waiting(self) -> None:
+        """Hand messages to the client; its own bound holds this task up while the server does not read."""
+        assert self._client is not None
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while self._waiting:
+                receiver, reply, message = self._waiting.popleft()
+                try:
+                    await self._client.publish(receiver, message, reply)
+                except (OSError, nats.errors.Error, ValueError) as exc:
+                    self._complaints.log("NATS at %s does not take a message: %s", self._server, exc)
+                    self._lose(f"a message was not sent: {exc}")
+            self._is_drained.set()
+
+    # ------------------------------------------------------------------- callbacks of the client
+
+    async def _on_message(self, message: Msg) -> None:
+        self._owner.on_message(message.data, message.reply.rpartition(".")[0])
+
+    async def _on_status(self, message: Msg) -> None:
+        if message.headers and message.headers.get("Status") == _NO_RESPONDERS:
+            with suppress(ValueError):
+                self._owner.on_unreachable(bytes.fromhex(message.subject.rpartition(".")[2]))
+
+    async def _on_disconnected(self) -> None:
+        if self._is_up:
+            self._is_up = False
+            self._lose(f"the connection to NATS at {self._server} was lost")
+            _log.warning("the connection to NATS at %s is lost", self._server)
+
+    async def _on_reconnected(self) -> None:
+        self._is_up = True
+        _log.info("connected to NATS at %s again", self._server)
+
+    async def _on_error(self, error: Exception) -> None:
+        if isinstance(error, nats.errors.SlowConsumerError):
+            self._lose("this process did not read NATS messages in time")
+        self._complaints.log("NATS at %s: %s", self._server, _reason(error))
+
+    def _lose(self, reason: str) -> None:
+        self._waiting.clear()
+        self._owner.on_lost(reason)
+
+    async def aclose(self) -> None:
+        """See `Link.aclose`."""
+        self._is_up = False
+        if self._sender is not None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_FLUSH_S):
+                    await self._is_drained.wait()
+            self._sender.cancel()
+            await asyncio.wait([self._sender])
+            self._sender = None
+        if self._client is not None:
+            with suppress(OSError, nats.errors.Error, TimeoutError):
+                await self._client.flush(1)
+            await _close(self._client)
+            self._client = None
+
+
+def encode_token(text: str) -> str:
+    """Return a text as one part of a subject."""
+    return _SPECIAL.sub(lambda found: "".join(f"%{byte:02x}" for byte in found[0].encode()), text)
+
+
+async def _close(client: Client) -> None:
+    with suppress(OSError, nats.errors.Error, TimeoutError):
+        async with asyncio.timeout(_FLUSH_S):
+            await client.close()
+
+
+def _credentials(settings: PlaneSettings) -> dict[str, Any]:
+    """Return the client's options that log in."""
+    options: dict[str, Any] = {}
+    if settings.nats_username is not None:
+        options["user"] = settings.nats_username
+    if settings.nats_password is not None:
+        options["password"] = settings.nats_password.get_secret_value()
+    if settings.nats_token is not None:
+        options["token"] = settings.nats_token.get_secret_value()
+    if settings.nats_nkey is not None:
+        options["nkeys_seed_str"] = settings.nats_nkey.get_secret_value()
+    if settings.nats_credentials_file is not None:
+        options["user_credentials"] = str(settings.nats_credentials_file)
+    if settings.nats_tls_ca is not None or urlsplit(settings.nats_server).scheme == "tls":
+        try:
+            context = ssl.create_default_context(cafile=settings.nats_tls_ca)
+            if settings.nats_tls_cert is not None:
+                context.load_cert_chain(settings.nats_tls_cert, settings.nats_tls_key)
+        except (OSError, ssl.SSLError) as exc:
+            raise ConfigError(f"NATS_TLS_CA, NATS_TLS_CERT or NATS_TLS_KEY: {_reason(exc)}") from exc
+        options["tls"] = context
+    return options
+
+
+def _without_password(url: str) -> str:
+    """Return the URL for messages."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
+
+
+def _reason(exc: BaseException) -> str:
+    return (exc.strerror if isinstance(exc, OSError) else None) or str(exc) or type(exc).__name__

@@ -1,0 +1,220 @@
+"""A process's link through Redis: a stream of its own for what it receives, and appends to those of others.
+
+Each process removes what it has read, and keeps its stream's expiry ahead while it lives. An append names no
+stream that is not there, so messages to a process that has ended are refused at once, and nothing runs later.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import defaultdict
+from contextlib import suppress
+from typing import Final
+
+from dynamo_redis.backoff import Backoff
+from dynamo_redis.errors import CannotConnect, StoreError
+from dynamo_redis.planes.tunnel.link import LinkOwner
+from dynamo_redis.rate_limited_log import RateLimitedLog
+from dynamo_redis.store.redis.blocking import pack
+from dynamo_redis.store.redis.client import RedisClient
+
+EXPIRY_S: Final = 30.0
+"""Seconds after which the stream of a process that has ended is removed."""
+
+_BLOCK_S: Final = 1.0
+_READ_COUNT: Final = 256
+_CONTENT_BYTES: Final = 256 << 10
+_TRIP_BYTES: Final = 1 << 20
+_FLUSH_S: Final = 1.0
+
+_log = logging.getLogger(__name__)
+
+
+class RedisLink:
+    """Implements `Link`. It owns a task that reads and one that sends, each with a connection."""
+
+    def __init__(self, url: str, timeout_s: float, key: str) -> None:
+        """`key` is the link's own stream."""
+        self._client = RedisClient(url, timeout_s=timeout_s, client_name="dynamo-redis-plane")
+        self._key = key
+        self._owner: LinkOwner
+        self._position = b"0-0"
+        self._is_up = False
+        self._is_open = False
+        self._waiting: list[tuple[str, bytes, bytes]] = []
+        self._wake = asyncio.Event()
+        self._is_drained = asyncio.Event()
+        self._is_drained.set()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._complaints = RateLimitedLog(_log)
+
+    @property
+    def address(self) -> str:
+        """See `Link.address`."""
+        return self._key
+
+    @property
+    def content_bytes(self) -> int:
+        """See `Link.content_bytes`."""
+        return _CONTENT_BYTES
+
+    async def open(self, owner: LinkOwner) -> None:
+        """See `Link.open`."""
+        if self._is_open:
+            if not self._is_up:
+                raise CannotConnect(f"the connection to Redis at {self._client.address} is lost")
+            return
+        self._owner = owner
+        try:
+            await self._create()
+        except StoreError as exc:
+            raise CannotConnect(str(exc)) from exc
+        self._is_open = self._is_up = True
+        self._tasks = [
+            asyncio.create_task(self._read(), name=f"reader of {self._key}"),
+            asyncio.create_task(self._send_waiting(), name=f"sender to others of {self._key}"),
+        ]
+
+    async def _create(self) -> None:
+        """Create the stream, empty. Raises StoreError."""
+        commands = (
+            ("XADD", self._key, "MAXLEN", "0", "*", "f", ""),
+            ("PEXPIRE", self._key, round(EXPIRY_S * 1000)),
+        )
+        self._position, _ = await self._client.pipeline(commands, transaction=True)
+
+    def send(self, receiver: str, connection_id: bytes, message: bytes) -> None:
+        """See `Link.send`."""
+        if self._is_up:
+            self._waiting.append((receiver, connection_id, message))
+            self._is_drained.clear()
+            self._wake.set()
+
+    async def _send_waiting(self) -> None:
+        """Append the messages that wait: one entry for each receiver and trip."""
+        connection = self._client.blocking()
+        try:
+            while True:
+                await self._wake.wait()
+                self._wake.clear()
+                while self._waiting:
+                    trip = self._take_trip()
+                    commands = [
+                        pack("XADD", receiver, "NOMKSTREAM", "*", "f", self._key, *_fields(messages))
+                        for receiver, messages in trip.items()
+                    ]
+                    try:
+                        answers = await connection.execute_all(commands, block_s=0.0)
+                    except StoreError as exc:
+                        self._lose(exc)
+                        continue
+                    for answer, messages in zip(answers, trip.values(), strict=True):
+                        if answer is None:
+                            for connection_id, _ in messages:
+                                self._owner.on_unreachable(connection_id)
+                self._is_drained.set()
+        finally:
+            await connection.aclose()
+
+    def _take_trip(self) -> dict[str, list[tuple[bytes, bytes]]]:
+        """Return the messages of one round trip, by receiver, in order."""
+        trip: dict[str, list[tuple[bytes, bytes]]] = defaultdict(list)
+        size_bytes = count = 0
+        for receiver, connection_id, message in self._waiting:
+            if size_bytes and size_bytes + len(message) > _TRIP_BYTES:
+                break
+            size_bytes += len(message)
+            count += 1
+            trip[receiver].append((connection_id, message))
+        del self._waiting[:count]
+        return trip
+
+    async def _read(self) -> None:
+        """Read the own stream, remove what was read, and keep its expiry ahead."""
+        loop = asyncio.get_running_loop()
+        connection = self._client.blocking()
+        backoff = Backoff()
+        renew_at = loop.time() + EXPIRY_S / 3
+        expire = pack("PEXPIRE", self._key, round(EXPIRY_S * 1000))
+        try:
+            while True:
+                try:
+                    if not self._is_up:
+                        await self._create()
+                        self._is_up = True
+                        renew_at = loop.time() + EXPIRY_S / 3
+                        backoff.reset()
+                        _log.info("messages arrive through Redis at %s again", self._client.address)
+                    read = pack(
+                        "XREAD", "COUNT", _READ_COUNT, "BLOCK", round(_BLOCK_S * 1000),
+                        "STREAMS", self._key, self._position,
+                    )  # fmt: skip
+                    commands = [read]
+                    if loop.time() >= renew_at:
+                        renew_at = loop.time() + EXPIRY_S / 3
+                        commands.insert(0, expire)
+                    *renewed, found = await connection.execute_all(commands, block_s=_BLOCK_S)
+                    if renewed == [0]:
+                        self._lose("the stream of this process was removed")
+                        continue
+                    if found:
+                        entries = found[0][1]
+                        self._position = entries[-1][0]
+                        for _, fields in entries:
+                            self._hand_over(fields)
+                        await connection.execute(
+                            pack("XTRIM", self._key, "MINID", _behind(self._position)), block_s=0.0
+                        )
+                except StoreError as exc:
+                    self._lose(exc)
+                    await asyncio.sleep(backoff.next_s())
+        finally:
+            await connection.aclose()
+
+    def _hand_over(self, fields: list[bytes]) -> None:
+        """Hand the messages of an entry to the owner. Fields of other names are ignored."""
+        sender = ""
+        for name, value in zip(fields[::2], fields[1::2], strict=False):
+            if name == b"f":
+                sender = value.decode("utf-8", "replace")
+            elif name == b"m":
+                self._owner.on_message(value, sender)
+
+    def _lose(self, reason: object) -> None:
+        """End all connections: what was on its way may be lost."""
+        if self._is_up:
+            _log.warning("messages through Redis at %s may be lost: %s", self._client.address, reason)
+        self._is_up = False
+        self._waiting.clear()
+        self._owner.on_lost(f"messages through Redis may be lost: {reason}")
+
+    async def aclose(self) -> None:
+        """See `Link.aclose`."""
+        self._is_up = False
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_FLUSH_S):
+                await self._is_drained.wait()
+        tasks, self._tasks = self._tasks, []
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+            try:
+                await self._client.execute("UNLINK", self._key)
+            except StoreError as exc:
+                _log.debug("the stream of this process expires by itself: %s", exc)
+        await self._client.aclose()
+
+
+def _fields(messages: list[tuple[bytes, bytes]]) -> list[bytes]:
+    fields: list[bytes] = []
+    for _, message in messages:
+        fields += (b"m", message)
+    return fields
+
+
+def _behind(entry_id: bytes) -> bytes:
+    """Return the id behind an entry's."""
+    ms, _, number = entry_id.partition(b"-")
+    return b"%b-%d" % (ms, int(number) + 1)
