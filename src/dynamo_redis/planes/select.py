@@ -77,9 +77,7 @@ def _through_broker(
     if settings.request_plane == "redis":
         from dynamo_redis.planes.redis.link import RedisLink
 
-        return settings, RedisLink(
-            store.require_url(), store.command_timeout_s, f"{{{store.prefix}/plane/{name}}}:in"
-        )
+        return settings, RedisLink(store.require_url(), store.command_timeout_s, store.prefix, name)
     try:
         from dynamo_redis.planes.nats.link import MAX_MESSAGE_BYTES, NatsLink, encode_token
     except ImportError as exc:

@@ -17,10 +17,11 @@ async def check_advertised(client: RequestPlaneClient, own: Target, settings: Pl
     Logs a warning if the server does not answer there within `DYN_TCP_CONNECT_TIMEOUT`: behind some network
     routers an address leads here only from other machines. Raises ConfigError instead if
     `DYN_TCP_ADVERTISE_CHECK` requires an answer. With TLS and without `DYN_TCP_TLS_CA` nothing is dialled:
-    the process could not verify its own certificate.
+    the process could not verify its own certificate. Planes
+    with a broker advertise no address of this process.
     """
     can_verify = settings.tcp_tls == "off" or settings.tcp_tls_ca is not None
-    if settings.tcp_advertise_check == "off" or not can_verify:
+    if settings.request_plane != "tcp" or settings.tcp_advertise_check == "off" or not can_verify:
         return
     try:
         await client.probe(own, settings.connect_timeout_s)

@@ -110,11 +110,7 @@ class Client:
         The call fails with NoInstances if it is not known.
         """
         if self._view.get(instance_id) is None:
-            return failed(
-                NoInstances(
-                    f"instance {instance_id:x} is not among the {len(self._view)} known of {self._view.name}"
-                )
-            )
+            return failed(NoInstances(self._view.absence(instance_id)))
         return self._call(Only(instance_id), request, annotated, context)
 
     def _call(
@@ -193,12 +189,10 @@ class Client:
                         async with asyncio.timeout(WAIT_LOG_INTERVAL_S):
                             await view.wait_for_change()
                     except TimeoutError:
-                        problem = f"no instance of {view.name} is registered"
-                        if len(view):
-                            problem = f"none of the {len(view)} known instances of {view.name} can be chosen"
-                        log.warning("%s, waiting since %.0f s", problem, time.monotonic() - began_at)
+                        waited_s = time.monotonic() - began_at
+                        log.warning("%s (waiting since %.0f s)", view.absence(), waited_s)
         except TimeoutError:
-            raise NoInstances(f"no instance of {view.name} within {timeout_s} s") from None
+            raise NoInstances(f"no instance within {timeout_s} s: {view.absence()}") from None
         return self.instance_ids()
 
     async def aclose(self) -> None:

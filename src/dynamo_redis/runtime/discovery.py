@@ -152,6 +152,8 @@ class EndpointView:
         """True after `end_waits`: the process shuts down, and waits for an instance end."""
         self._members: dict[int, Member] = {}
         self._losses: dict[int, tuple[Member, float]] = {}
+        self._elsewhere: dict[int, str] = {}
+        """The planes of the instances that do not serve this client's."""
         self._registry = registry
         self._plane = plane
         self._plane_client = plane_client
@@ -295,6 +297,24 @@ class EndpointView:
         self._rebuild()
         return self._members.get(member.instance_id)
 
+    def absence(self, instance_id: int | None = None) -> str:
+        """Say why no instance, or not this one, can be chosen."""
+        if instance_id is not None and instance_id in self._elsewhere:
+            return self._other_plane(instance_id)
+        if instance_id is not None:
+            return f"instance {instance_id:x} is not among the {len(self)} known of {self.name}"
+        if self._members:
+            return f"none of the {len(self)} known instances of {self.name} can be chosen"
+        if self._elsewhere:
+            return self._other_plane(next(iter(self._elsewhere)))
+        return f"no instance of {self.name} is known: is a worker running?"
+
+    def _other_plane(self, instance_id: int) -> str:
+        return (
+            f"instance {instance_id:x} of {self.name} serves {self._elsewhere[instance_id]}, "
+            f"this client speaks {self._plane}: set the same DYN_REQUEST_PLANE"
+        )
+
     # ----------------------------------------------------------------- the watch
 
     def apply(self, batch: WatchBatch) -> None:
@@ -309,7 +329,9 @@ class EndpointView:
                 return
             member = None
             with suppress(ValueError):  # a key that no process of this package writes
-                member = self._members.get(parse_instance_id(event.key.rpartition("/")[2]))
+                instance_id = parse_instance_id(event.key.rpartition("/")[2])
+                member = self._members.get(instance_id)
+                self._elsewhere.pop(instance_id, None)
             if member is None:
                 return
             # An expired instance that is down in this view, too, is dead beyond doubt.
@@ -331,14 +353,12 @@ class EndpointView:
         instance = Instance.from_record(record)
         target = instance.target(self._plane)
         if target is None:
-            log.warning(
-                "instance %x of %s offers %s, not this process's plane %s: set the same DYN_REQUEST_PLANE",
-                instance.instance_id,
-                self.name,
-                ", ".join(instance.transports),
-                self._plane,
-            )
+            self._elsewhere[instance.instance_id] = instance.planes
+            log.warning("%s", self._other_plane(instance.instance_id))
+            if (member := self._members.pop(instance.instance_id, None)) is not None:
+                self._fail_pending(member, is_over=True)
             return
+        self._elsewhere.pop(instance.instance_id, None)
         self._losses.pop(instance.instance_id, None)
         known = self._members.get(instance.instance_id)
         if known is None:

@@ -59,7 +59,7 @@ class Dispatcher:
             if allowed:
                 with suppress(NoInstances):  # the wanted instance may be in a later list
                     return select(allowed)
-        raise NoInstances(f"no instance of {view.name} is known: is a worker running?")
+        raise NoInstances(view.absence())
 
     def _candidates(self, among: Collection[int] | None) -> list[Member]:
         """Return the candidates with those ids.

@@ -14,6 +14,8 @@ from dynamo_redis.planes.base import Target
 from dynamo_redis.store.base import Record
 
 RECORD_VERSION = 1
+_TRANSPORTS = {"nats": "nats_tcp"}
+"""Names of planes in the record, where Dynamo has another one."""
 
 _WHAT = "an instance record"
 
@@ -61,6 +63,12 @@ class Instance:
         return self.name.endpoint
 
     @property
+    def planes(self) -> str:
+        """The planes that it serves: `tcp`, or `nats, tcp`."""
+        planes = {transport: plane for plane, transport in _TRANSPORTS.items()}
+        return ", ".join(planes.get(transport, transport) for transport in self.transports)
+
+    @property
     def device_type(self) -> str | None:
         """Always None: the record has no device type. Kept for users of `dynamo.runtime`."""
         return None
@@ -73,7 +81,7 @@ class Instance:
 
     def target(self, plane: str) -> Target | None:
         """Return the target of requests on a plane; None if the instance does not offer that plane."""
-        transport = self.transports.get(plane)
+        transport = self.transports.get(transport_name(plane))
         if transport is None:
             return None
         address, _, subject = transport.partition("/")
@@ -149,6 +157,11 @@ class Instance:
             reason = f"it is the record of {own_key}"
             raise InvalidRecord(_WHAT, reason, key=record.key, remedy=removal(record.key))
         return instance
+
+
+def transport_name(plane: str) -> str:
+    """Return the name of a plane in the `transport` of a record."""
+    return _TRANSPORTS.get(plane, plane)
 
 
 def _secret(found: Any) -> bytes | None:

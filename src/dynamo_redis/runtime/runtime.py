@@ -26,7 +26,7 @@ from dynamo_redis.runtime.connecting import start_registry
 from dynamo_redis.runtime.discovery import EndpointView
 from dynamo_redis.runtime.endpoint import Endpoint, Namespace, note_ignored
 from dynamo_redis.runtime.handlers import AnyHandler
-from dynamo_redis.runtime.instance import Instance
+from dynamo_redis.runtime.instance import Instance, transport_name
 from dynamo_redis.runtime.serving import ServedEndpoint
 from dynamo_redis.runtime.shutdown import ShutdownDeadline
 from dynamo_redis.runtime.withdrawal import withdraw
@@ -174,7 +174,7 @@ class DistributedRuntime:
                 for shared in self._views.values():
                     shared.view.note_quiet(target)
 
-            plane_client = make_client(self.settings.plane, on_quiet=on_quiet)
+            plane_client = make_client(self.settings.plane, store=self.settings.store, on_quiet=on_quiet)
             try:
                 waits = self.settings.runtime.wait_for_redis
                 await start_registry(self.registry, self._shutdown, waits=waits)
@@ -359,7 +359,7 @@ class DistributedRuntime:
         instance = Instance(
             name=name,
             instance_id=instance_id,
-            transports={server.plane: f"{server.address}/{name.subject(instance_id)}"},
+            transports={transport_name(server.plane): f"{server.address}/{name.subject(instance_id)}"},
             secret=self._secret,
             started_at=SYSTEM_CLOCK.wall(),
         )
@@ -441,6 +441,7 @@ class DistributedRuntime:
                     self.settings.plane,
                     instance_id=self.instance_id,
                     secret=self._secret,
+                    store=self.settings.store,
                     redis_url=self._redis_url,
                     loop_stall_s=self.settings.store.loop_stall_s,
                 )

@@ -221,6 +221,11 @@ class StreamKeys:
         return f"{self.tag}:messages"
 
 
+def inbox_key(prefix: str, name: str) -> str:
+    """Return the stream of the messages to one process, on the redis plane."""
+    return f"{{{prefix}/plane/{encode_segment(name)}}}:inbox"
+
+
 def stream_pattern(prefix: str) -> str:
     """Return the glob pattern of the keys that hold the entries of streams."""
     return _GLOB.sub(r"\\\1", f"{{{prefix}/") + "*}" + _EVENTS

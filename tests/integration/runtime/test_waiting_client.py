@@ -38,7 +38,9 @@ def test_first_signal_ends_a_waiting_client(
         client = subprocess.Popen([sys.executable, CLIENT, "a.b.c"], env=environment, stderr=log)
     try:
         said = (
-            r"no instance of a\.b\.c is registered, waiting since" if redis == "there" else "waiting for it"
+            r"no instance of a\.b\.c is known: is a worker running\? \(waiting since"
+            if redis == "there"
+            else "waiting for it"
         )
         deadline = time.monotonic() + WAIT_S
         while not re.search(said, written.read_text()):

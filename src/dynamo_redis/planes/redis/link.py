@@ -16,6 +16,7 @@ from dynamo_redis.backoff import Backoff
 from dynamo_redis.errors import CannotConnect, StoreError
 from dynamo_redis.planes.tunnel.link import LinkOwner
 from dynamo_redis.rate_limited_log import RateLimitedLog
+from dynamo_redis.store.keys import inbox_key
 from dynamo_redis.store.redis.blocking import pack
 from dynamo_redis.store.redis.client import RedisClient
 
@@ -34,10 +35,12 @@ _log = logging.getLogger(__name__)
 class RedisLink:
     """Implements `Link`. It owns a task that reads and one that sends, each with a connection."""
 
-    def __init__(self, url: str, timeout_s: float, key: str) -> None:
-        """`key` is the link's own stream."""
+    def __init__(self, url: str, timeout_s: float, prefix: str, name: str) -> None:
+        """`name` is unique among the processes of the deployment, whose keys have the prefix."""
         self._client = RedisClient(url, timeout_s=timeout_s, client_name="dynamo-redis-plane")
-        self._key = key
+        self._prefix = prefix
+        self._name = name
+        self._key = inbox_key(prefix, name)
         self._owner: LinkOwner
         self._position = b"0-0"
         self._is_up = False
@@ -51,8 +54,9 @@ class RedisLink:
 
     @property
     def address(self) -> str:
-        """See `Link.address`."""
-        return self._key
+        """See `Link.address`: the name of the process, never a key, so that no record or message can have
+        this process write to another key."""
+        return self._name
 
     @property
     def content_bytes(self) -> int:
@@ -101,7 +105,15 @@ class RedisLink:
                 while self._waiting:
                     trip = self._take_trip()
                     commands = [
-                        pack("XADD", receiver, "NOMKSTREAM", "*", "f", self._key, *_fields(messages))
+                        pack(
+                            "XADD",
+                            inbox_key(self._prefix, receiver),
+                            "NOMKSTREAM",
+                            "*",
+                            "f",
+                            self._name,
+                            *_fields(messages),
+                        )
                         for receiver, messages in trip.items()
                     ]
                     try:
