@@ -39,7 +39,7 @@ from dynamo_redis.planes.select import make_client, make_server
 from tests.certificates import Authority
 from tests.nats_server import NatsServer, find_nats_server
 
-PLANES = ("tcp", "tcp over TLS", "nats", "redis")
+PLANES = ("tcp", "tcp over TLS", "http", "nats", "redis")
 SECRET = b"a secret of the instance, random"
 INSTANCE = 0x694D98147D54BFDE
 MIB = 1 << 20
@@ -113,6 +113,8 @@ def plane(
     request: pytest.FixtureRequest, tls_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> str:
     name = str(request.param).removesuffix(" over TLS")
+    if name == "http":
+        monkeypatch.setenv("DYN_HTTP_RPC_PORT", "0")
     if name == "nats":
         monkeypatch.setenv("NATS_SERVER", request.getfixturevalue("nats_url"))
     if name == "redis":

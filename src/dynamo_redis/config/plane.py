@@ -18,7 +18,9 @@ _HOST_NAME = re.compile(
 )
 
 
-PLANES = ("tcp", "nats", "redis")
+_ROOT_PATH = re.compile(r"(/[A-Za-z0-9._-]+)+")
+
+PLANES = ("tcp", "http", "nats", "redis")
 """The request planes, by the names that `DYN_REQUEST_PLANE` gives them."""
 
 
@@ -71,9 +73,16 @@ def _is_address(text: str) -> bool:
     return True
 
 
+def _check_root_path(value: str) -> str:
+    path = "/" + value.strip("/")
+    if path == "/" or not _ROOT_PATH.fullmatch(path):
+        raise ValueError("must be a path of letters, digits, '.', '_' and '-', such as /v1/rpc")
+    return path
+
+
 ListenedHost = Annotated[str, AfterValidator(_check_host)]
 DialledHost = Annotated[str, AfterValidator(_check_dialled_host)]
-RequestPlane = Annotated[Literal["tcp", "nats", "redis"], BeforeValidator(_parse_request_plane)]
+RequestPlane = Annotated[Literal["tcp", "http", "nats", "redis"], BeforeValidator(_parse_request_plane)]
 
 
 class PlaneSettings(SettingsGroup):
@@ -82,8 +91,8 @@ class PlaneSettings(SettingsGroup):
     request_plane: RequestPlane = setting(
         "DYN_REQUEST_PLANE",
         "tcp",
-        "How requests reach workers. tcp: directly; nats: through a NATS server; redis: through the "
-        "deployment's Redis.",
+        "How requests reach workers. tcp: directly; http: directly, by HTTP/2; nats: through a NATS server; "
+        "redis: through the deployment's Redis.",
     )
     tcp_host: ListenedHost | None = setting(
         "DYN_TCP_RPC_HOST",
@@ -198,6 +207,66 @@ class PlaneSettings(SettingsGroup):
         "DYN_TCP_TLS_SERVER_NAME",
         None,
         "Host name that every worker's certificate has. Unset: the host that is dialled.",
+    )
+    http_host: ListenedHost | None = setting(
+        "DYN_HTTP_RPC_HOST",
+        None,
+        "Address that the http plane listens on. Unset: as DYN_TCP_RPC_HOST.",
+    )
+    http_port: Port | None = setting(
+        "DYN_HTTP_RPC_PORT",
+        None,
+        "Port that the http plane listens on; 0 takes a free one. Unset: 8888, or a free one if it is in use.",
+    )
+    http_advertise_host: DialledHost | None = setting(
+        "DYN_HTTP_ADVERTISE_HOST", None, "As DYN_TCP_ADVERTISE_HOST, for the http plane."
+    )
+    http_advertise_port: Annotated[Port, Field(ge=1)] | None = setting(
+        "DYN_HTTP_ADVERTISE_PORT", None, "As DYN_TCP_ADVERTISE_PORT, for the http plane."
+    )
+    http_root_path: Annotated[str, AfterValidator(_check_root_path)] = setting(
+        "DYN_HTTP_RPC_ROOT_PATH",
+        "/v1/rpc",
+        "Path of the http plane: requests go to PATH/NAMESPACE/COMPONENT/ENDPOINT.",
+    )
+    http2_max_frame_bytes: Annotated[Size, Field(ge=16_384, le=16_777_215)] = setting(
+        "DYN_HTTP2_MAX_FRAME_SIZE", ByteSize(1 << 20), "Largest HTTP/2 frame that is received.", unit="bytes"
+    )
+    http2_max_concurrent_streams: Annotated[int, Field(ge=1)] = setting(
+        "DYN_HTTP2_MAX_CONCURRENT_STREAMS",
+        1000,
+        "Most requests at once on one HTTP/2 connection; a caller opens further connections.",
+        unit="requests",
+    )
+    http2_pool_max_idle_count: Annotated[int, Field(ge=0)] = setting(
+        "DYN_HTTP2_POOL_MAX_IDLE_PER_HOST",
+        100,
+        "Most HTTP/2 connections without requests that a caller keeps to one instance.",
+        unit="connections",
+    )
+    http2_pool_idle_timeout_s: Annotated[Duration, Field(gt=0)] = setting(
+        "DYN_HTTP2_POOL_IDLE_TIMEOUT_SECS",
+        90.0,
+        "An HTTP/2 connection without requests is closed after this time.",
+        unit="s",
+    )
+    http2_keep_alive_interval_s: Annotated[Duration, Field(gt=0)] = setting(
+        "DYN_HTTP2_KEEP_ALIVE_INTERVAL_SECS",
+        30.0,
+        "An HTTP/2 connection with requests gets a PING after this time without traffic.",
+        unit="s",
+    )
+    http2_keep_alive_timeout_s: Annotated[Duration, Field(gt=0)] = setting(
+        "DYN_HTTP2_KEEP_ALIVE_TIMEOUT_SECS",
+        10.0,
+        "A worker that does not answer this PING within this time is given up.",
+        unit="s",
+    )
+    http2_adaptive_window: bool = setting(
+        "DYN_HTTP2_ADAPTIVE_WINDOW",
+        True,
+        "true: windows of HTTP/2 for fast networks (1 MiB a request, 16 MiB a connection); false: those of "
+        "the standard (64 KiB).",
     )
     nats_server: str = setting(
         "NATS_SERVER", "nats://localhost:4222", "The NATS server of the nats plane; tls://… for TLS."

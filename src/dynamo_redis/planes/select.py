@@ -41,11 +41,15 @@ def make_server(
         loop_stall_s: seconds that the event loop may hang before callers take the process for dead; 0: for
             ever.
     """
+    redis_host = urlsplit(redis_url).hostname if redis_url else None
     if settings.request_plane == "tcp":
-        redis_host = urlsplit(redis_url).hostname if redis_url else None
         return TcpServer(
             settings, secret=secret, instance_id=instance_id, redis_host=redis_host, loop_stall_s=loop_stall_s
         )
+    if settings.request_plane == "http":
+        from dynamo_redis.planes.http.server import HttpServer
+
+        return HttpServer(settings, secret=secret, instance_id=instance_id, redis_host=redis_host)
     settings, link = _through_broker(settings, store, format_instance_id(instance_id))
     return TunnelServer(settings.request_plane, link, settings, secret=secret, instance_id=instance_id)
 
@@ -65,6 +69,10 @@ def make_client(
     """
     if settings.request_plane == "tcp":
         return TcpClient(settings, on_quiet)
+    if settings.request_plane == "http":
+        from dynamo_redis.planes.http.forward import HttpClient
+
+        return HttpClient(settings, on_quiet)
     settings, link = _through_broker(settings, store, f"caller-{secrets.token_hex(12)}")
     return FrameClient(settings, TunnelCarrier(link), on_quiet)
 

@@ -268,6 +268,16 @@ class Mailbox:
                 self._give_credit()
         return item
 
+    async def next_items(self) -> list[Any]:
+        """Wait for the next item; return it and all that have come behind it. Empty at the end."""
+        try:
+            items = [await self.__anext__()]
+        except StopAsyncIteration:
+            return []
+        while self._items:
+            items.append(await self.__anext__())
+        return items
+
     def _own_error(self, error: Exception) -> Exception:
         """Return a copy of the error that the stream ends with.
 

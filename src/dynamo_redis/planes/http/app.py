@@ -1,0 +1,385 @@
+"""The ASGI application of the http plane: each POST is a request to an endpoint of this process.
+
+    POST {root}/{namespace}/{component}/{endpoint}      a request; the answer streams
+    POST {root}/-/stop/{exchange}                       stop a request that has this id
+    GET  {root}/-/live                                  204, from the instance that it names
+
+Requests run behind the same admission, deadlines and flow control as on every plane: each HTTP connection has
+a session of frames to this process's own server, without a socket (`tunnel/pair.py`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping
+from contextlib import suppress
+from typing import Any, Final
+from urllib.parse import unquote
+
+import msgpack
+
+from dynamo_redis.config import PlaneSettings
+from dynamo_redis.errors import (
+    AuthenticationFailed,
+    ConnectionLost,
+    EndpointNotFound,
+    InvalidRequest,
+    Overloaded,
+    PayloadTooLarge,
+    PlaneError,
+)
+from dynamo_redis.names import format_instance_id
+from dynamo_redis.planes.base import Target
+from dynamo_redis.planes.context import Context
+from dynamo_redis.planes.frames.client import FrameClient
+from dynamo_redis.planes.frames.response_stream import FrameResponseStream
+from dynamo_redis.planes.http import content
+from dynamo_redis.planes.http.token import check_token
+from dynamo_redis.rate_limited_log import RateLimitedLog
+from dynamo_redis.wire.codec import pack, unpack
+
+ACCEPT_AFTER_S: Final = 0.5
+"""Time without an item after which the head of the answer tells that the request is accepted."""
+
+DEADLINE_HEADER: Final = b"x-request-timeout-ms"
+REQUEST_ID_HEADER: Final = b"x-request-id"
+EXCHANGE_HEADER: Final = b"x-dynamo-exchange"
+META_HEADER: Final = b"x-dynamo-meta"
+STREAM_HEADER: Final = b"x-dynamo-request-stream"
+INSTANCE_HEADER: Final = b"x-dynamo-instance"
+
+_MAX_DEADLINE_MS: Final = 2**53
+_UNREAD_MESSAGE_BYTES: Final = 64 << 10
+
+Message = MutableMapping[str, Any]
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+
+class HttpApp:
+    """Serves the plane's paths. `target` is this process's own server, by its local client."""
+
+    def __init__(
+        self,
+        settings: PlaneSettings,
+        client: FrameClient,
+        secret: bytes | None,
+        instance_id: int,
+        is_served: Callable[[str], bool],
+        complaints: RateLimitedLog,
+    ) -> None:
+        """`is_served` tells if this process has an endpoint of that subject."""
+        self._settings = settings
+        self._root = settings.http_root_path
+        self._client = client
+        self._secret = secret
+        self._instance_id = instance_id
+        self._instance = format_instance_id(instance_id)
+        self._is_served = is_served
+        self._complaints = complaints
+        self._contexts: dict[str, Context] = {}
+        self._receiving_bytes = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            raise RuntimeError(f"{scope['type']} is not served here")
+        reply = _Reply(send)
+        try:
+            await self._answer(scope, receive, reply)
+        except PlaneError as exc:
+            if isinstance(exc, AuthenticationFailed):
+                self._complaints.log("%s does not get in: %s", _client_of(scope), exc)
+            with suppress(OSError):
+                await reply.fail(exc)
+
+    async def _answer(self, scope: Scope, receive: Receive, reply: _Reply) -> None:
+        path: str = scope["path"]
+        if not path.startswith(f"{self._root}/"):
+            raise EndpointNotFound(
+                f"{path} is not below {self._root}: POST {self._root}/NAMESPACE/COMPONENT/ENDPOINT"
+            )
+        raw = (scope.get("raw_path") or path.encode()).decode("ascii", "replace").partition("?")[0]
+        rest = raw[len(self._root) + 1 :] if raw.startswith(f"{self._root}/") else path[len(self._root) + 1 :]
+        headers: dict[bytes, bytes] = dict(scope["headers"])
+        method = scope["method"]
+        if rest == "-/live":
+            await reply.empty(204, [(INSTANCE_HEADER, self._instance.encode())])
+            return
+        self._authorize(headers)
+        if method != "POST":
+            await reply.refuse(405, "only POST is served here", [(b"allow", b"POST")])
+            return
+        if rest.startswith("-/stop/"):
+            context = self._contexts.get(rest.removeprefix("-/stop/"))
+            if context is not None:
+                context.stop_generating()
+            await reply.empty(204, [])
+            return
+        await self._serve(self._subject(rest), scope, headers, receive, reply)
+
+    def _authorize(self, headers: dict[bytes, bytes]) -> None:
+        """Raise AuthenticationFailed for a request without a valid token."""
+        if self._secret is None:
+            return
+        kind, _, token = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
+        if kind.lower() != "bearer" or not token:
+            raise AuthenticationFailed(
+                "send `Authorization: Bearer TOKEN`; `dynamo-redis token INSTANCE` makes a token"
+            )
+        check_token(token.strip(), self._secret, self._instance_id, time.time())
+
+    def _subject(self, path: str) -> str:
+        own = f"{self._instance}/{path}"
+        if self._is_served(own):
+            return own
+        plain = unquote(path)
+        return plain if self._is_served(plain) else own
+
+    # ------------------------------------------------------------------- one request
+
+    async def _serve(
+        self, subject: str, scope: Scope, headers: dict[bytes, bytes], receive: Receive, reply: _Reply
+    ) -> None:
+        is_msgpack = content.is_msgpack(headers.get(b"content-type", b"").decode("latin-1"))
+        if is_msgpack is None:
+            await reply.refuse(415, f"write the request as {content.JSON} or {content.MSGPACK}", [])
+            return
+        context = _context_of(headers)
+        body = _Body(self, receive, headers, self._settings)
+        exchange = headers.get(EXCHANGE_HEADER, b"").decode("latin-1")
+        try:
+            messages: AsyncIterator[Any] | None = None
+            if STREAM_HEADER in headers and is_msgpack:
+                messages = body.messages()
+                request = await anext(messages, None)
+            else:
+                data = await body.read()
+                request = content.read_msgpack(data) if is_msgpack else content.read_json(data)
+            host, port = scope.get("client") or ("", 0)
+            target = Target(self._instance_id, f"{host}:{port}", subject, self._secret)
+            stream = self._open(target, request, context, messages)
+            if exchange:
+                self._contexts[exchange] = context
+            watch = None if messages is not None else asyncio.ensure_future(body.wait_for_disconnect(context))
+            try:
+                await _send_answer(stream, reply, is_msgpack=is_msgpack)
+            finally:
+                if watch is not None:
+                    watch.cancel()
+                await stream.aclose()
+        finally:
+            self._contexts.pop(exchange, None)
+            body.release()
+
+    def _open(
+        self, target: Target, request: Any, context: Context, messages: AsyncIterator[Any] | None
+    ) -> FrameResponseStream:
+        try:
+            return self._client.open(target, request, context, messages=messages)
+        except TypeError as exc:  # JSON may nest deeper than a frame
+            raise InvalidRequest(str(exc)) from exc
+
+    def reserve(self, size_bytes: int) -> None:
+        """Count bytes of a body that is being received. Raises Overloaded past the plane's budget."""
+        if self._receiving_bytes + size_bytes > self._settings.max_payload_in_flight_bytes:
+            raise Overloaded("the worker holds as many bytes of large requests as it may")
+        self._receiving_bytes += size_bytes
+
+    def release(self, size_bytes: int) -> None:
+        """Count bytes of a body as freed."""
+        self._receiving_bytes -= size_bytes
+
+
+class _Body:
+    """The body of a request, as ASGI delivers it."""
+
+    def __init__(
+        self, app: HttpApp, receive: Receive, headers: dict[bytes, bytes], settings: PlaneSettings
+    ) -> None:
+        self._app = app
+        self._receive = receive
+        self._limit_bytes = int(settings.max_message_bytes)
+        self._announced = headers.get(b"content-length", b"")
+        self._reserved_bytes = 0
+        self._is_over = False
+
+    async def _next(self) -> bytes | None:
+        """Return the next part; None at the end. Raises ConnectionLost if the caller has left."""
+        if self._is_over:
+            return None
+        message = await self._receive()
+        if message["type"] != "http.request":
+            raise ConnectionLost("the caller has left")
+        self._is_over = not message.get("more_body", False)
+        part: bytes = message.get("body", b"")
+        return part
+
+    async def read(self) -> bytes:
+        """Return the whole body. Raises PayloadTooLarge, Overloaded and ConnectionLost."""
+        if self._announced.isdigit() and int(self._announced) > self._limit_bytes:
+            raise PayloadTooLarge(size_bytes=int(self._announced), limit_bytes=self._limit_bytes)
+        parts: list[bytes] = []
+        while (part := await self._next()) is not None:
+            self._reserve(len(part))
+            parts.append(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _reserve(self, size_bytes: int) -> None:
+        if self._reserved_bytes + size_bytes > self._limit_bytes:
+            raise PayloadTooLarge(size_bytes=None, limit_bytes=self._limit_bytes)
+        self._app.reserve(size_bytes)
+        self._reserved_bytes += size_bytes
+
+    async def messages(self) -> AsyncIterator[Any]:
+        """Yield the MessagePack values of the body as they come. Raises InvalidRequest."""
+        unpacker = msgpack.Unpacker(max_buffer_size=self._limit_bytes, strict_map_key=False, timestamp=1)
+        while (part := await self._next()) is not None:
+            try:
+                unpacker.feed(part)
+                for value in unpacker:
+                    yield value
+            except msgpack.BufferFull:
+                raise PayloadTooLarge(size_bytes=None, limit_bytes=self._limit_bytes) from None
+            except (ValueError, msgpack.UnpackException, TypeError) as exc:
+                raise InvalidRequest(f"a message is not MessagePack: {exc}") from exc
+
+    async def wait_for_disconnect(self, context: Context) -> None:
+        """Kill the request once its caller has left."""
+        while True:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                context.kill()
+                return
+
+    def release(self) -> None:
+        """Free the body's share of the budget. Idempotent."""
+        self._app.release(self._reserved_bytes)
+        self._reserved_bytes = 0
+
+
+async def _send_answer(stream: FrameResponseStream, reply: _Reply, *, is_msgpack: bool) -> None:
+    """Send the items as they come, and the end. Raises PlaneError before the first item."""
+    encode = _encode_msgpack if is_msgpack else content.json_lines
+    content_type = content.MSGPACK if is_msgpack else content.JSON_LINES
+    try:
+        try:
+            async with asyncio.timeout(ACCEPT_AFTER_S):
+                items = await stream.next_items()
+        except TimeoutError:
+            await reply.start(200, content_type)
+            items = await stream.next_items()
+        while items:
+            data = _encoded(items, encode)
+            if stream.is_over:
+                await reply.finish(content_type, data + (content.msgpack_end() if is_msgpack else b""))
+                return
+            await reply.body(content_type, data)
+            items = await stream.next_items()
+        await reply.finish(content_type, content.msgpack_end() if is_msgpack else b"")
+    except PlaneError as exc:
+        if not reply.has_started:
+            raise
+        end = (
+            content.msgpack_end(exc) if is_msgpack else content.json_lines([{"error": content.problem(exc)}])
+        )
+        await reply.finish(content_type, end)
+
+
+def _encode_msgpack(items: Iterable[Any]) -> bytes:
+    return b"".join(map(pack, items))
+
+
+def _encoded(items: list[Any], encode: Callable[[list[Any]], bytes]) -> bytes:
+    try:
+        return encode(items)
+    except (TypeError, ValueError) as exc:
+        raise InvalidRequest(f"an item cannot be written in this content type: {exc}") from exc
+
+
+class _Reply:
+    """The answer to one request."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.has_started = False
+
+    async def start(
+        self, status: int, content_type: str, headers: Iterable[tuple[bytes, bytes]] = ()
+    ) -> None:
+        self.has_started = True
+        head = [(b"content-type", content_type.encode()), *headers]
+        await self._send({"type": "http.response.start", "status": status, "headers": head})
+
+    async def body(self, content_type: str, data: bytes) -> None:
+        if not self.has_started:
+            await self.start(200, content_type)
+        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def finish(self, content_type: str, data: bytes) -> None:
+        if not self.has_started:
+            await self.start(200, content_type)
+        await self._send({"type": "http.response.body", "body": data, "more_body": False})
+
+    async def empty(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
+        self.has_started = True
+        await self._send({"type": "http.response.start", "status": status, "headers": list(headers)})
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def refuse(self, status: int, detail: str, headers: Iterable[tuple[bytes, bytes]]) -> None:
+        """Answer with an error of HTTP itself."""
+        document = {"type": "about:blank", "title": "Refused", "status": status, "detail": detail,
+                    "code": InvalidRequest.code}  # fmt: skip
+        await self.start(status, content.PROBLEM, headers)
+        await self._send({"type": "http.response.body", "body": json.dumps(document).encode()})
+
+    async def fail(self, error: PlaneError) -> None:
+        """Answer with an error of the plane."""
+        if self.has_started:
+            return
+        document = content.problem(error)
+        headers = []
+        if "retry_after_ms" in document:
+            headers.append((b"retry-after", b"%d" % -(-document["retry_after_ms"] // 1000)))
+        if isinstance(error, AuthenticationFailed):
+            headers.append((b"www-authenticate", b"Bearer"))
+        await self.start(document["status"], content.PROBLEM, headers)
+        await self._send({"type": "http.response.body", "body": json.dumps(document).encode()})
+
+
+def _context_of(headers: dict[bytes, bytes]) -> Context:
+    """Make the request's context. Raises InvalidRequest."""
+    deadline = None
+    timeout = headers.get(DEADLINE_HEADER)
+    if timeout is not None:
+        if not timeout.isdigit() or int(timeout) > _MAX_DEADLINE_MS:
+            raise InvalidRequest(f"{DEADLINE_HEADER.decode()} is a number of milliseconds")
+        deadline = time.monotonic() + int(timeout) / 1000
+    metadata: Any = None
+    if META_HEADER in headers:
+        try:
+            metadata = unpack(base64.urlsafe_b64decode(headers[META_HEADER]))
+            if metadata is not None and not isinstance(metadata, dict):
+                raise ValueError("no map")
+        except (ValueError, binascii.Error) as exc:
+            raise InvalidRequest(f"{META_HEADER.decode()} is malformed: {exc}") from exc
+    request_id = headers.get(REQUEST_ID_HEADER)
+    traceparent = headers.get(b"traceparent")
+    try:
+        return Context(
+            None if request_id is None else unquote(request_id.decode("latin-1")),
+            metadata,
+            deadline=deadline,
+            traceparent=None if traceparent is None else traceparent.decode("latin-1"),
+        )
+    except TypeError as exc:
+        raise InvalidRequest(str(exc)) from exc
+
+
+def _client_of(scope: Scope) -> str:
+    client = scope.get("client")
+    return "a caller" if not client else f"{client[0]}:{client[1]}"

@@ -1,0 +1,132 @@
+"""The serving side of the http plane: h2corn receives the requests, and this process's own server runs them."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import socket
+from typing import Final
+
+from h2corn import Config, Server
+
+from dynamo_redis.config import PlaneSettings
+from dynamo_redis.errors import ConfigError
+from dynamo_redis.planes.address import choose_binding, format_address
+from dynamo_redis.planes.frames.client import FrameClient
+from dynamo_redis.planes.frames.server import FrameServer
+from dynamo_redis.planes.http.app import HttpApp
+from dynamo_redis.planes.http.local import LocalCarrier
+
+DEFAULT_PORT: Final = 8888
+
+_CLOSE_S: Final = 2.0
+_KEEP_ALIVE_S: Final = 120.0
+_HANDSHAKE_S: Final = 5.0
+_MAX_HEAD_BYTES: Final = 64 << 10
+_WIDE_WINDOW_BYTES: Final = 1 << 20
+_WIDE_CONNECTION_BYTES: Final = 1 << 24
+_PLAIN_WINDOW_BYTES: Final = 65_535
+
+_log = logging.getLogger(__name__)
+
+
+class HttpServer(FrameServer):
+    """Implements `RequestPlaneServer`. It owns the task of the HTTP server."""
+
+    def __init__(
+        self,
+        settings: PlaneSettings,
+        *,
+        secret: bytes | None,
+        instance_id: int,
+        redis_host: str | None = None,
+    ) -> None:
+        """See `select.make_server`; `redis_host` as in `TcpServer`."""
+        super().__init__(settings, secret=secret, instance_id=instance_id)
+        self._redis_host = redis_host
+        self._client = FrameClient(settings, LocalCarrier(self._new_connection))
+        self._http: Server | None = None
+        self._serving: asyncio.Task[None] | None = None
+
+    @property
+    def plane(self) -> str:
+        """`http`."""
+        return "http"
+
+    async def start(self) -> None:
+        """See `RequestPlaneServer.start`."""
+        settings = self._settings
+        self._use_running_loop()
+        binding = await choose_binding(settings.http_host, settings.http_advertise_host, self._redis_host)
+        sock = _listen(binding.listen_host, settings.http_port)
+        port = sock.getsockname()[1]
+        app = HttpApp(
+            settings,
+            self._client,
+            self._secret,
+            self._instance_id,
+            self._endpoints.__contains__,
+            self._complaints,
+        )
+        is_wide = settings.http2_adaptive_window
+        config = Config(
+            bind=(f"fd://{sock.fileno()}",),
+            lifespan="off",
+            access_log=False,
+            server_header="off",
+            max_concurrent_streams=settings.http2_max_concurrent_streams,
+            h2_max_inbound_frame_size=int(settings.http2_max_frame_bytes),
+            h2_initial_stream_window_size=_WIDE_WINDOW_BYTES if is_wide else _PLAIN_WINDOW_BYTES,
+            h2_initial_connection_window_size=_WIDE_CONNECTION_BYTES if is_wide else _PLAIN_WINDOW_BYTES,
+            h2_max_header_list_size=_MAX_HEAD_BYTES,
+            limit_connections=settings.max_connections_count,
+            max_request_body_size=0,  # the application has its own limit, with a typed error
+            timeout_graceful_shutdown=0.0,  # the drain has waited for the requests
+            timeout_handshake=_HANDSHAKE_S,
+            timeout_keep_alive=_KEEP_ALIVE_S,
+        )
+        self._http = Server(app, config)
+        self._serving = self._loop.create_task(self._http.serve(), name="http plane")
+        started = self._loop.create_task(self._http.wait_started())
+        await asyncio.wait([self._serving, started], return_when=asyncio.FIRST_COMPLETED)
+        sock.close()
+        if self._serving.done():
+            started.cancel()
+            raise ConfigError(f"the http plane does not start: {self._serving.exception()}")
+        self._address = format_address(binding.advertise_host, settings.http_advertise_port or port)
+
+    async def _stop_accepting(self) -> None:
+        if self._http is not None:
+            self._http.shutdown()
+
+    async def _release(self) -> None:
+        await self._client.aclose()
+        if self._serving is not None:
+            await asyncio.wait([self._serving], timeout=_CLOSE_S)
+            self._serving.cancel()
+            self._serving = None
+
+
+def _listen(host: str, port: int | None) -> socket.socket:
+    """Listen on the port; without one on `DEFAULT_PORT`, or on a free one if that is in use. Raises
+    ConfigError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    wanted = DEFAULT_PORT if port is None else port
+    try:
+        return socket.create_server((host, wanted), family=family, backlog=4096)
+    except OSError as exc:
+        if exc.errno == errno.EADDRINUSE and port is None:
+            sock = socket.create_server((host, 0), family=family, backlog=4096)
+            _log.warning(
+                "port %d is in use, port %d serves the http plane; DYN_HTTP_RPC_PORT names a fixed one",
+                wanted,
+                sock.getsockname()[1],
+            )
+            return sock
+        if exc.errno == errno.EADDRINUSE:
+            raise ConfigError(
+                f"DYN_HTTP_RPC_PORT={wanted}: {format_address(host, wanted)} is in use; choose another port, or "
+                "0 for a free one"
+            ) from exc
+        raise ConfigError(f"DYN_HTTP_RPC_HOST={host}: cannot listen: {exc.strerror or exc}") from exc
