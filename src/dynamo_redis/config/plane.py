@@ -216,7 +216,8 @@ class PlaneSettings(SettingsGroup):
     http_port: Port | None = setting(
         "DYN_HTTP_RPC_PORT",
         None,
-        "Port that the http plane listens on; 0 takes a free one. Unset: 8888, or a free one if it is in use.",
+        "Port that the http plane listens on; 0 takes a free one. Unset: 8888, or a free one if that is "
+        "in use.",
     )
     http_advertise_host: DialledHost | None = setting(
         "DYN_HTTP_ADVERTISE_HOST", None, "As DYN_TCP_ADVERTISE_HOST, for the http plane."

@@ -2,7 +2,8 @@
 
     POST {root}/{namespace}/{component}/{endpoint}      a request; the answer streams
     POST {root}/-/stop/{exchange}                       stop a request that has this id
-    GET  {root}/-/live                                  204, from the instance that it names
+    POST {root}/-/probe                                 204, with the proof of the instance that answers
+    GET  {root}/-/live                                  204, for health checks of proxies
 
 Requests run behind the same admission, deadlines and flow control as on every plane: each HTTP connection has
 a session of frames to this process's own server, without a socket (`tunnel/pair.py`).
@@ -38,7 +39,7 @@ from dynamo_redis.planes.context import Context
 from dynamo_redis.planes.frames.client import FrameClient
 from dynamo_redis.planes.frames.response_stream import FrameResponseStream
 from dynamo_redis.planes.http import content
-from dynamo_redis.planes.http.token import check_token
+from dynamo_redis.planes.http.token import check_token, make_proof
 from dynamo_redis.rate_limited_log import RateLimitedLog
 from dynamo_redis.wire.codec import pack, unpack
 
@@ -51,6 +52,8 @@ EXCHANGE_HEADER: Final = b"x-dynamo-exchange"
 META_HEADER: Final = b"x-dynamo-meta"
 STREAM_HEADER: Final = b"x-dynamo-request-stream"
 INSTANCE_HEADER: Final = b"x-dynamo-instance"
+NONCE_HEADER: Final = b"x-dynamo-nonce"
+PROOF_HEADER: Final = b"x-dynamo-proof"
 
 _MAX_DEADLINE_MS: Final = 2**53
 _UNREAD_MESSAGE_BYTES: Final = 64 << 10
@@ -108,9 +111,16 @@ class HttpApp:
         headers: dict[bytes, bytes] = dict(scope["headers"])
         method = scope["method"]
         if rest == "-/live":
-            await reply.empty(204, [(INSTANCE_HEADER, self._instance.encode())])
+            await reply.empty(204, [])
             return
         self._authorize(headers)
+        if rest == "-/probe":
+            nonce = headers.get(NONCE_HEADER, b"").decode("latin-1")
+            proof = make_proof(self._secret, self._instance_id, nonce)
+            await reply.empty(
+                204, [(INSTANCE_HEADER, self._instance.encode()), (PROOF_HEADER, proof.encode())]
+            )
+            return
         if method != "POST":
             await reply.refuse(405, "only POST is served here", [(b"allow", b"POST")])
             return

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import hmac
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
@@ -20,7 +21,14 @@ from urllib.parse import quote
 import msgpack
 
 from dynamo_redis.config import PlaneSettings
-from dynamo_redis.errors import CannotConnect, ConnectionLost, NotAccepted, PayloadTooLarge, PlaneError
+from dynamo_redis.errors import (
+    AuthenticationFailed,
+    CannotConnect,
+    ConnectionLost,
+    NotAccepted,
+    PayloadTooLarge,
+    PlaneError,
+)
 from dynamo_redis.names import format_instance_id
 from dynamo_redis.planes.address import parse_address
 from dynamo_redis.planes.base import Target
@@ -34,12 +42,14 @@ from dynamo_redis.planes.http.app import (
     DEADLINE_HEADER,
     EXCHANGE_HEADER,
     META_HEADER,
+    NONCE_HEADER,
+    PROOF_HEADER,
     REQUEST_ID_HEADER,
     STREAM_HEADER,
 )
 from dynamo_redis.planes.http.h2_client import Exchange, H2ClientConnection, Headers
 from dynamo_redis.planes.http.local import LocalCarrier
-from dynamo_redis.planes.http.token import make_token
+from dynamo_redis.planes.http.token import make_proof, make_token
 from dynamo_redis.wire.codec import pack
 
 _TOKEN_S: Final = 300.0
@@ -90,9 +100,36 @@ class HttpPeer:
             raise CannotConnect(f"no answer from {address} in {self._settings.connect_timeout_s} s") from None
         except (OSError, ValueError) as exc:
             raise CannotConnect(f"cannot connect to {address}: {exc}") from exc
+        try:
+            async with asyncio.timeout(self._settings.connect_timeout_s):
+                await self.check(connection)
+        except TimeoutError:
+            connection.close()
+            raise CannotConnect(f"no answer from {address} in {self._settings.connect_timeout_s} s") from None
+        except PlaneError:
+            connection.close()
+            raise
         self._connections.append(connection)
         self._sweep_later()
         return connection
+
+    async def check(self, connection: H2ClientConnection) -> None:
+        """Have the instance prove that it is the wanted one. Raises AuthenticationFailed, CannotConnect."""
+        target, nonce = self._target, secrets.token_hex(16)
+        headers = [*self.headers(), (NONCE_HEADER.decode(), nonce)]
+        exchange = connection.begin(f"{self._settings.http_root_path}/-/probe", headers, b"")
+        try:
+            status = await exchange.wait_status()
+            if status != 204:
+                error = content.read_problem(status, await _read_problem(exchange))
+                raise error if isinstance(error, AuthenticationFailed) else CannotConnect(str(error))
+        finally:
+            exchange.close()
+        proof = make_proof(target.secret, target.instance_id, nonce)
+        if not hmac.compare_digest(exchange.headers.get(PROOF_HEADER.decode(), ""), proof):
+            raise AuthenticationFailed(
+                f"the server at {target.address} does not know the secret of the instance"
+            )
 
     def _sweep_later(self) -> None:
         if self._sweep is None:
@@ -266,18 +303,9 @@ class ForwardServer(FrameServer):
         address = self.peer._target.address
         try:
             async with asyncio.timeout(timeout_s):
-                connection = await self.peer.connect()
-                exchange = connection.begin(
-                    f"{self._settings.http_root_path}/-/live", self.peer.headers(), b""
-                )
-                try:
-                    status = await exchange.wait_status()
-                finally:
-                    exchange.close()
+                await self.peer.check(await self.peer.connect())
         except TimeoutError:
             raise CannotConnect(f"no answer from {address} in {timeout_s} s") from None
-        if status != 204:
-            raise CannotConnect(f"{address} answers HTTP {status}: it is no worker")
 
 
 class HttpCarrier:

@@ -41,7 +41,7 @@ class Exchange:
     """One request and its answer. One task reads it."""
 
     __slots__ = (
-        "_chunks", "_connection", "_ended", "_error", "_waiter", "is_sent", "status", "stream_id",
+        "_chunks", "_connection", "_ended", "_error", "_waiter", "headers", "is_sent", "status", "stream_id",
         "window_waiter",
     )  # fmt: skip
 
@@ -56,6 +56,8 @@ class Exchange:
         """True if `begin` has sent the whole request."""
         self.status: int | None = None
         """The status, once the head of the answer has come."""
+        self.headers: dict[str, str] = {}
+        """The head of the answer."""
         self.window_waiter: asyncio.Future[None] | None = None
 
     async def wait_status(self) -> int:
@@ -222,8 +224,9 @@ class H2ClientConnection(asyncio.Protocol):
         elif isinstance(event, h2.events.ResponseReceived):
             exchange = self._exchanges.get(event.stream_id)
             if exchange is not None:
-                status = {str(name): value for name, value in event.headers}.get(":status", "0")
-                exchange.status = int(status) if str(status).isdigit() else 0
+                exchange.headers = {str(name): str(value) for name, value in event.headers}
+                status = exchange.headers.get(":status", "")
+                exchange.status = int(status) if status.isdigit() else 0
                 exchange.wake()
         elif isinstance(event, h2.events.StreamEnded):
             self._finish(event.stream_id, None)

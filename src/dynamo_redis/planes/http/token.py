@@ -19,6 +19,7 @@ TOKEN_S: Final = 3600.0
 
 _VERSION: Final = "v1"
 _LABEL: Final = b"dynamo-redis http token\0"
+_PROOF_LABEL: Final = b"dynamo-redis http instance\0"
 
 
 def make_token(secret: bytes, instance_id: int, expires_at: float) -> str:
@@ -37,6 +38,14 @@ def check_token(token: str, secret: bytes, instance_id: int, now: float) -> None
         raise AuthenticationFailed("the token is for another instance")
     if now >= int(expires_at):
         raise AuthenticationFailed("the token has expired: `dynamo-redis token` makes a new one")
+
+
+def make_proof(secret: bytes | None, instance_id: int, nonce: str) -> str:
+    """Return the proof by which an instance shows that it knows its secret; empty without a secret."""
+    if secret is None:
+        return ""
+    head = f"{format_instance_id(instance_id)}.{nonce}".encode()
+    return hmac.new(secret, _PROOF_LABEL + head, hashlib.sha256).hexdigest()
 
 
 def _sign(secret: bytes, head: str) -> str:
