@@ -44,6 +44,19 @@ SECTIONS: dict[str, dict[str, LazyCommand]] = {
         "del": LazyCommand("dynamo_redis.cli.keys:delete", "Delete a key."),
         "watch": LazyCommand("dynamo_redis.cli.keys:watch", "Follow the changes under a prefix."),
     },
+    "Instances": {
+        "ping": LazyCommand("dynamo_redis.cli.services:ping", "Ask all instances for a sign of life."),
+        "stats": LazyCommand(
+            "dynamo_redis.cli.services:stats", "Requests, errors and times of each endpoint of each instance."
+        ),
+        "call": LazyCommand("dynamo_redis.cli.requests:call", "Send one request to an endpoint."),
+        "bench": LazyCommand(
+            "dynamo_redis.cli.requests:bench", "A short load on an endpoint, with percentiles."
+        ),
+        "token": LazyCommand(
+            "dynamo_redis.cli.services:token", "A bearer token for an instance of the http plane."
+        ),
+    },
     "Routing": {
         "router-state": LazyCommand(
             "dynamo_redis.cli.router_state:router_state", "The state of each router."

@@ -12,6 +12,7 @@ from dynamo_redis.cli.failures import print_stderr
 from dynamo_redis.cli.options import load
 from dynamo_redis.config import (
     EventSettings,
+    PlaneSettings,
     RuntimeSettings,
     StoreSettings,
     origins,
@@ -110,7 +111,8 @@ async def open_runtime(options: Mapping[str, Any]) -> AsyncIterator[DistributedR
     from dynamo_redis.store.connect import open_read_only
 
     _start_command(options)
-    settings = Settings(store=load(StoreSettings, options))
+    plane = PlaneSettings.load(request_plane=options.get("request_plane"))
+    settings = Settings(store=load(StoreSettings, options), plane=plane)
     registry, objects = open_read_only(settings.store)
     async with DistributedRuntime(settings=settings, registry=registry, objects=objects) as runtime:
         yield runtime

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
 
 from dynamo_redis.planes.context import Context
+from dynamo_redis.planes.stats import EndpointStats
 from dynamo_redis.wire.frame import Packed
 
 Handler = Callable[[Any, Context], AsyncIterator[Any] | Awaitable[Any]]
@@ -162,6 +163,10 @@ class RequestPlaneServer(Protocol):
 
     def register(self, subject: str, handler: Handler, *, request_stream: bool = False) -> None:
         """Serve an endpoint from now on. Raises ValueError if the subject is taken."""
+        ...
+
+    def stats(self, subject: str) -> EndpointStats | None:
+        """Return the counts of an endpoint since it was registered; None if it is not served."""
         ...
 
     async def unregister(self, subject: str, *, grace_s: float) -> None:

@@ -10,7 +10,8 @@ from collections.abc import Awaitable, Callable, Collection, Iterable
 from contextlib import suppress
 from typing import Any, Self
 
-from dynamo_redis.errors import NoInstances
+from dynamo_redis.errors import NoInstances, PlaneError
+from dynamo_redis.names import format_instance_id
 from dynamo_redis.planes.base import RequestPlaneClient
 from dynamo_redis.planes.context import Context
 from dynamo_redis.runtime.awaitables import failed, started
@@ -18,6 +19,7 @@ from dynamo_redis.runtime.call import Call
 from dynamo_redis.runtime.discovery import EndpointView
 from dynamo_redis.runtime.dispatch import Dispatcher
 from dynamo_redis.runtime.instance import Instance
+from dynamo_redis.runtime.service import SCRAPE_S, ask_all
 from dynamo_redis.runtime.selection import Only, Policy, policy
 
 log = logging.getLogger(__name__)
@@ -52,6 +54,7 @@ class Client:
     ) -> None:
         rng = rng or random.Random()  # noqa: S311 - spreading load, no secret
         self._view = view
+        self._plane_client = plane_client
         self.dispatcher = Dispatcher(view, plane_client)
         """For callers that choose an instance by themselves and send as this client does."""
         self._release = release
@@ -169,6 +172,25 @@ class Client:
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._view.wait_for_change()
+
+    async def scrape_stats(self, timeout_s: float = SCRAPE_S) -> list[dict[str, Any]]:
+        """Ask all instances at once for their stats of this endpoint.
+
+        Each answer has the form of a NATS service's (ADR-32): `id`, `version`, `started`, and `endpoints` with
+        `num_requests`, `num_errors`, `processing_time` and `average_processing_time` in nanoseconds, `data` of
+        the endpoint's stats handler, and beside it `in_flight` and the percentiles `p50_processing_time` and
+        `p99_processing_time`. An instance that does not answer within `timeout_s` has `id` and `error` instead.
+        """
+        targets = [member.target for member in self._view if member.listed]
+        answers = await ask_all(
+            self._plane_client, targets, "stats", endpoint=str(self._view.name), timeout_s=timeout_s
+        )
+        return [
+            {"id": format_instance_id(instance_id), "error": str(answer)}
+            if isinstance(answer, PlaneError)
+            else answer
+            for instance_id, answer in sorted(answers.items())
+        ]
 
     def wait_for_instances(self, timeout_s: float | None = None) -> asyncio.Task[list[int]]:
         """Wait until an instance can be chosen; return the ids. Every 5 s the log says why none can be.

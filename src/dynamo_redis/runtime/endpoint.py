@@ -12,6 +12,7 @@ from dynamo_redis.names import EndpointName, InstanceId
 from dynamo_redis.runtime.awaitables import started
 from dynamo_redis.runtime.client import Client
 from dynamo_redis.runtime.handlers import AnyHandler
+from dynamo_redis.runtime.service import StatsHandler
 from dynamo_redis.runtime.serving import ServedEndpoint
 
 log = logging.getLogger(__name__)
@@ -28,7 +29,12 @@ class Host(Protocol):
     """The part of the runtime that an endpoint uses."""
 
     async def serve(
-        self, name: EndpointName, handler: AnyHandler, *, graceful_shutdown: bool
+        self,
+        name: EndpointName,
+        handler: AnyHandler,
+        *,
+        graceful_shutdown: bool,
+        stats_handler: StatsHandler | None = None,
     ) -> ServedEndpoint: ...
 
     def served(self, name: EndpointName) -> ServedEndpoint | None: ...
@@ -60,6 +66,7 @@ class Endpoint:
         graceful_shutdown: bool = True,
         metrics_labels: list[tuple[str, str]] | None = None,
         health_check_payload: dict[str, Any] | None = None,
+        stats_handler: StatsHandler | None = None,
         **later: object,
     ) -> asyncio.Task[None]:
         """Serve until the runtime shuts down; then leave the registry and let requests under way finish.
@@ -72,13 +79,15 @@ class Endpoint:
                 items, a coroutine function with one item.
             graceful_shutdown: False kills requests under way at the shutdown.
             metrics_labels, health_check_payload: accepted for existing workers, without effect.
+            stats_handler: returns what the endpoint adds to its stats, any JSON value, as `data`. Called for
+                each `dynamo-redis stats` and `Client.scrape_stats`.
             later: arguments of later releases of `dynamo.runtime`, named in the log, without effect.
         """
         note_ignored("serve_endpoint", later)
 
         async def serve() -> None:
             try:
-                served = await self.start_serving(handler, graceful_shutdown)
+                served = await self.start_serving(handler, graceful_shutdown, stats_handler=stats_handler)
             except (StoreUnavailable, RuntimeError) as exc:
                 if not self._host.is_shutting_down:
                     raise
@@ -98,9 +107,12 @@ class Endpoint:
         *,
         metrics_labels: list[tuple[str, str]] | None = None,
         health_check_payload: dict[str, Any] | None = None,
+        stats_handler: StatsHandler | None = None,
     ) -> ServedEndpoint:
         """Serve as `serve_endpoint` does, but return as soon as callers can find the endpoint."""
-        return await self._host.serve(self.name, handler, graceful_shutdown=graceful_shutdown)
+        return await self._host.serve(
+            self.name, handler, graceful_shutdown=graceful_shutdown, stats_handler=stats_handler
+        )
 
     def unregister_endpoint_instance(self) -> asyncio.Task[None]:
         """Take this process's instance out of the registry, as while its engine sleeps.

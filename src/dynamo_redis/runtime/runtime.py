@@ -27,6 +27,7 @@ from dynamo_redis.runtime.discovery import EndpointView
 from dynamo_redis.runtime.endpoint import Endpoint, Namespace, note_ignored
 from dynamo_redis.runtime.handlers import AnyHandler
 from dynamo_redis.runtime.instance import Instance, transport_name
+from dynamo_redis.runtime.service import Service, StatsHandler, service_subject
 from dynamo_redis.runtime.serving import ServedEndpoint
 from dynamo_redis.runtime.shutdown import ShutdownDeadline
 from dynamo_redis.runtime.withdrawal import withdraw
@@ -146,6 +147,7 @@ class DistributedRuntime:
         self._events = events
         self._plane_client: RequestPlaneClient | None = None
         self._server: RequestPlaneServer | None = None
+        self._service: Service
         self._secret = secrets.token_bytes(32) if settings.plane.auth == "secret" else None
         self._served: list[ServedEndpoint] = []
         self._views: dict[EndpointName, _SharedView] = {}
@@ -350,7 +352,12 @@ class DistributedRuntime:
     # ----------------------------------------------------------------- for endpoints
 
     async def serve(
-        self, name: EndpointName, handler: AnyHandler, *, graceful_shutdown: bool
+        self,
+        name: EndpointName,
+        handler: AnyHandler,
+        *,
+        graceful_shutdown: bool,
+        stats_handler: StatsHandler | None = None,
     ) -> ServedEndpoint:
         """Open an endpoint for requests and register it. Raises StoreError and ConfigError."""
         await self.start()
@@ -369,8 +376,9 @@ class DistributedRuntime:
             instance,
             graceful_shutdown=graceful_shutdown,
             shutdown=self._deadline,
+            service=self._service,
         )
-        await served.start(handler)
+        await served.start(handler, stats_handler)
         self._served = [other for other in self._served if not other.closed]
         self._served.append(served)
         return served
@@ -455,6 +463,8 @@ class DistributedRuntime:
                 except BaseException:
                     await server.aclose()
                     raise
+                self._service = Service(server, self.instance_id)
+                server.register(service_subject(self.instance_id), self._service.answer)
                 self._server = server
             return self._server
 

@@ -7,6 +7,7 @@ import logging
 from dynamo_redis.planes.base import RequestPlaneServer
 from dynamo_redis.runtime.handlers import AnyHandler, adapt
 from dynamo_redis.runtime.instance import Instance
+from dynamo_redis.runtime.service import Service, StatsHandler
 from dynamo_redis.runtime.shutdown import ShutdownDeadline
 from dynamo_redis.runtime.withdrawal import withdraw
 from dynamo_redis.store.base import LostReason, Registration, Registry
@@ -25,6 +26,7 @@ class ServedEndpoint:
         *,
         graceful_shutdown: bool,
         shutdown: ShutdownDeadline,
+        service: Service,
     ) -> None:
         self.instance = instance
         self.closed = False
@@ -32,15 +34,18 @@ class ServedEndpoint:
         self._subject = instance.name.subject(instance.instance_id)
         self._graceful_shutdown = graceful_shutdown
         self._shutdown = shutdown
+        self._service = service
         self._registry = registry
         self._registration: Registration | None = None
 
-    async def start(self, handler: AnyHandler) -> None:
+    async def start(self, handler: AnyHandler, stats_handler: StatsHandler | None = None) -> None:
         """Open the endpoint for requests, then register it. If that raises StoreError, it is closed again."""
         self._server.register(self._subject, adapt(handler))
+        self._service.add(self.instance, stats_handler)
         try:
             await self.announce()
         except BaseException:
+            self._service.remove(self.instance)
             await self._server.unregister(self._subject, grace_s=0)
             raise
 
@@ -82,3 +87,4 @@ class ServedEndpoint:
         await self.leave()
         grace_s = self._shutdown.requests_left_s if self._graceful_shutdown else 0.0
         await self._server.unregister(self._subject, grace_s=grace_s)
+        self._service.remove(self.instance)

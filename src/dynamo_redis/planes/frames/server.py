@@ -19,6 +19,7 @@ from dynamo_redis.planes.base import Handler
 from dynamo_redis.planes.frames.admission import AdmissionControl
 from dynamo_redis.planes.frames.server_connection import ServerConnection
 from dynamo_redis.planes.frames.server_request import RegisteredEndpoint
+from dynamo_redis.planes.stats import EndpointStats
 from dynamo_redis.rate_limited_log import RateLimitedLog
 from dynamo_redis.wire.decoder import ReadBuffers
 from dynamo_redis.wire.handshake import ServerHandshake
@@ -135,6 +136,11 @@ class FrameServer(ABC):
 
     async def _release(self) -> None:  # noqa: B027 - most planes have nothing to do
         """Release what the connections shared, after they are closed. Idempotent."""
+
+    def stats(self, subject: str) -> EndpointStats | None:
+        """See `RequestPlaneServer.stats`."""
+        endpoint = self._endpoints.get(subject)
+        return None if endpoint is None else endpoint.counts.snapshot(endpoint.active_count)
 
     def register(self, subject: str, handler: Handler, *, request_stream: bool = False) -> None:
         """See `RequestPlaneServer.register`."""

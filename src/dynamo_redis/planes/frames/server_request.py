@@ -35,6 +35,7 @@ from dynamo_redis.planes.base import Handler
 from dynamo_redis.planes.context import Context
 from dynamo_redis.planes.frames.connection import Connection
 from dynamo_redis.planes.frames.flow import RequestMessages, Sender
+from dynamo_redis.planes.stats import RequestCounts
 from dynamo_redis.rate_limited_log import RateLimitedLog
 from dynamo_redis.wire import frame
 from dynamo_redis.wire.decoder import Unusable
@@ -59,6 +60,7 @@ class RegisteredEndpoint:
         "_failures",
         "active_count",
         "cancel_grace_s",
+        "counts",
         "draining",
         "handler",
         "idle",
@@ -74,6 +76,7 @@ class RegisteredEndpoint:
         self.handler = handler
         self.request_stream = request_stream
         self.active_count = 0
+        self.counts = RequestCounts()
         self.draining = False
         self.idle: asyncio.Future[None] | None = None
         self._failures = RateLimitedLog(_log, logging.ERROR)
@@ -225,6 +228,7 @@ class Request(Sender):
     async def run(self) -> None:
         """Run the handler, and send its items."""
         self._has_begun = True
+        began_at = time.perf_counter()
         try:
             result: Any = self.endpoint.handler(self._argument, self.context)
             if type(result) is CoroutineType or not hasattr(result, "__anext__"):
@@ -252,6 +256,7 @@ class Request(Sender):
             if isinstance(exc, KeyboardInterrupt | SystemExit):  # for the event loop
                 raise
         finally:
+            self.endpoint.counts.add(time.perf_counter() - began_at)
             self._task = None
             if self._timer is not None:
                 self._timer.cancel()
@@ -326,6 +331,7 @@ class Request(Sender):
     def fail(self, error: PlaneError) -> None:
         """End with an error, after the items that were sent before it."""
         if self.open:
+            self.endpoint.counts.add_error(_describe(error))
             self.flush_batch()
             self._connection.send(error_frame(self._stream_id, error))
             self._close()
