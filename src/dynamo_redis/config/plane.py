@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, SecretStr
 
 from dynamo_redis.config.base import Duration, PemFile, Port, SettingsGroup, Size, setting
+from dynamo_redis.errors import ConfigError
 
 _LARGEST_MESSAGE_BYTES = 2**32 - 1
 
@@ -25,9 +26,15 @@ PLANES = ("tcp", "http", "nats", "redis")
 
 
 def _parse_request_plane(value: object) -> object:
-    if isinstance(value, str) and value.strip().lower() in PLANES:
-        return value.strip().lower()
-    raise ValueError(f"Invalid request plane mode: {value!r}. Valid options are: {', '.join(PLANES)}")
+    names = [name.strip().lower() for name in value.split(",")] if isinstance(value, str) else []
+    if names and all(name in PLANES for name in names):
+        return ",".join(dict.fromkeys(names))
+    raise invalid_plane(value)
+
+
+def invalid_plane(value: object) -> ValueError:
+    """Make the error for a value that names no request plane."""
+    return ValueError(f"Invalid request plane mode: {value!r}. Valid options are: {', '.join(PLANES)}")
 
 
 def _check_message_size(value: ByteSize) -> ByteSize:
@@ -82,7 +89,7 @@ def _check_root_path(value: str) -> str:
 
 ListenedHost = Annotated[str, AfterValidator(_check_host)]
 DialledHost = Annotated[str, AfterValidator(_check_dialled_host)]
-RequestPlane = Annotated[Literal["tcp", "http", "nats", "redis"], BeforeValidator(_parse_request_plane)]
+RequestPlane = Annotated[str, BeforeValidator(_parse_request_plane)]
 
 
 class PlaneSettings(SettingsGroup):
@@ -286,3 +293,16 @@ class PlaneSettings(SettingsGroup):
         "NATS_TLS_CERT", None, "PEM file with this process's certificate for the NATS server."
     )
     nats_tls_key: PemFile | None = setting("NATS_TLS_KEY", None, "PEM file with that certificate's key.")
+
+    @property
+    def planes(self) -> tuple[str, ...]:
+        """The planes of `DYN_REQUEST_PLANE`: one, or for servers several, the preferred one first."""
+        return tuple(self.request_plane.split(","))
+
+    def require_one_plane(self) -> str:
+        """Return the plane of a client. Raises ConfigError if several are named."""
+        if len(self.planes) > 1:
+            raise ConfigError(
+                f"{invalid_plane(self.request_plane)} (several are for workers only: a client names one)"
+            )
+        return self.planes[0]

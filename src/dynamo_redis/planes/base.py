@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 from dynamo_redis.planes.context import Context
 from dynamo_redis.planes.stats import EndpointStats
@@ -24,6 +24,10 @@ when the deadline passes, the context is stopped or killed. A generator is close
 `DYN_CANCEL_GRACE_S` the handler is cancelled (`CancelledError` at its current await). A `PlaneError` that the
 handler raises is the answer; any other exception becomes `HandlerFailed`.
 """
+
+
+Describe = Callable[[Literal["ping", "info", "stats"]], dict[str, Any]]
+"""Returns what a process says of itself, as a JSON object."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +157,11 @@ class RequestPlaneServer(Protocol):
         ...
 
     @property
+    def addresses(self) -> dict[str, str]:
+        """The address on each plane that it serves, the preferred one first. Valid after `start`."""
+        ...
+
+    @property
     def in_flight_count(self) -> int:
         """Count of requests admitted and not yet answered, over all endpoints."""
         ...
@@ -167,6 +176,10 @@ class RequestPlaneServer(Protocol):
 
     def stats(self, subject: str) -> EndpointStats | None:
         """Return the counts of an endpoint since it was registered; None if it is not served."""
+        ...
+
+    async def announce(self, describe: Describe) -> None:
+        """Answer the discovery of the plane's own tools with `describe`, if the plane has such tools."""
         ...
 
     async def unregister(self, subject: str, *, grace_s: float) -> None:

@@ -13,6 +13,8 @@ from dynamo_redis.errors import ConfigError
 from dynamo_redis.names import format_instance_id
 from dynamo_redis.planes.base import RequestPlaneClient, RequestPlaneServer, Target
 from dynamo_redis.planes.frames.client import FrameClient
+from dynamo_redis.planes.frames.server import FrameServer, ServerCore
+from dynamo_redis.planes.several import SeveralServers
 from dynamo_redis.planes.tcp.client import TcpClient
 from dynamo_redis.planes.tcp.server import TcpServer
 from dynamo_redis.planes.tunnel.carrier import TunnelCarrier
@@ -29,7 +31,7 @@ def make_server(
     redis_url: str | None = None,
     loop_stall_s: float = 0.0,
 ) -> RequestPlaneServer:
-    """Make the server of the plane that `DYN_REQUEST_PLANE` names. Raises ConfigError.
+    """Make the server of the planes that `DYN_REQUEST_PLANE` names. Raises ConfigError.
 
     Args:
         settings: the plane's settings.
@@ -41,17 +43,31 @@ def make_server(
         loop_stall_s: seconds that the event loop may hang before callers take the process for dead; 0: for
             ever.
     """
+    core = ServerCore(settings)
     redis_host = urlsplit(redis_url).hostname if redis_url else None
-    if settings.request_plane == "tcp":
-        return TcpServer(
-            settings, secret=secret, instance_id=instance_id, redis_host=redis_host, loop_stall_s=loop_stall_s
-        )
-    if settings.request_plane == "http":
-        from dynamo_redis.planes.http.server import HttpServer
+    servers: list[FrameServer] = []
+    for plane in settings.planes:
+        if plane == "tcp":
+            servers.append(
+                TcpServer(
+                    settings,
+                    secret=secret,
+                    instance_id=instance_id,
+                    core=core,
+                    redis_host=redis_host,
+                    loop_stall_s=loop_stall_s,
+                )
+            )
+        elif plane == "http":
+            from dynamo_redis.planes.http.server import HttpServer
 
-        return HttpServer(settings, secret=secret, instance_id=instance_id, redis_host=redis_host)
-    settings, link = _through_broker(settings, store, format_instance_id(instance_id))
-    return TunnelServer(settings.request_plane, link, settings, secret=secret, instance_id=instance_id)
+            servers.append(
+                HttpServer(settings, secret=secret, instance_id=instance_id, core=core, redis_host=redis_host)
+            )
+        else:
+            own, link = _through_broker(plane, settings, store, format_instance_id(instance_id))
+            servers.append(TunnelServer(plane, link, own, secret=secret, instance_id=instance_id, core=core))
+    return servers[0] if len(servers) == 1 else SeveralServers(servers)
 
 
 def make_client(
@@ -60,29 +76,30 @@ def make_client(
     store: StoreSettings | None = None,
     on_quiet: Callable[[Target], None] | None = None,
 ) -> RequestPlaneClient:
-    """Make the client of the plane that `DYN_REQUEST_PLANE` names. Raises ConfigError.
+    """Make the client of the plane that `DYN_REQUEST_PLANE` names, the first of several. Raises ConfigError.
 
     `store` is the deployment's Redis; None: as the environment says. `on_quiet` is called on the event loop,
     with any target of the instance, when an instance with pending requests has given no sign of life for
     three quarters of `DYN_TCP_KEEPALIVE_S`. These requests continue: the instance may be slow. Code that
     chooses instances should prefer other ones, and probe this one.
     """
-    if settings.request_plane == "tcp":
+    plane = settings.planes[0]
+    if plane == "tcp":
         return TcpClient(settings, on_quiet)
-    if settings.request_plane == "http":
+    if plane == "http":
         from dynamo_redis.planes.http.forward import HttpClient
 
         return HttpClient(settings, on_quiet)
-    settings, link = _through_broker(settings, store, f"caller-{secrets.token_hex(12)}")
+    settings, link = _through_broker(plane, settings, store, f"caller-{secrets.token_hex(12)}")
     return FrameClient(settings, TunnelCarrier(link), on_quiet)
 
 
 def _through_broker(
-    settings: PlaneSettings, store: StoreSettings | None, name: str
+    plane: str, settings: PlaneSettings, store: StoreSettings | None, name: str
 ) -> tuple[PlaneSettings, Link]:
     """Return the settings and the link of a plane with a broker. `name` is unique among the processes."""
     store = store or StoreSettings.load()
-    if settings.request_plane == "redis":
+    if plane == "redis":
         from dynamo_redis.planes.redis.link import RedisLink
 
         return settings, RedisLink(store.require_url(), store.command_timeout_s, store.prefix, name)

@@ -21,7 +21,7 @@ async def check_advertised(client: RequestPlaneClient, own: Target, settings: Pl
     with a broker advertise no address of this process.
     """
     can_verify = settings.tcp_tls == "off" or settings.tcp_tls_ca is not None
-    if settings.request_plane != "tcp" or settings.tcp_advertise_check == "off" or not can_verify:
+    if settings.planes[0] != "tcp" or settings.tcp_advertise_check == "off" or not can_verify:
         return
     try:
         await client.probe(own, settings.connect_timeout_s)

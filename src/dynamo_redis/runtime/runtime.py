@@ -366,7 +366,10 @@ class DistributedRuntime:
         instance = Instance(
             name=name,
             instance_id=instance_id,
-            transports={transport_name(server.plane): f"{server.address}/{name.subject(instance_id)}"},
+            transports={
+                transport_name(plane): f"{address}/{name.subject(instance_id)}"
+                for plane, address in server.addresses.items()
+            },
             secret=self._secret,
             started_at=SYSTEM_CLOCK.wall(),
         )
@@ -396,6 +399,7 @@ class DistributedRuntime:
         The garbage collector releases a client that was dropped without `aclose`, as happens if the task that
         waits for it is cancelled in the same turn of the event loop in which it is ready.
         """
+        plane = self.settings.plane.require_one_plane()
         await self.start()
         assert self._plane_client is not None
         shared = self._views.get(name)
@@ -403,7 +407,7 @@ class DistributedRuntime:
             view = EndpointView(
                 name,
                 self.registry,
-                self.settings.plane.request_plane,
+                plane,
                 self._plane_client,
                 lease_ttl_s=self.settings.store.lease_ttl_s,
             )
@@ -465,6 +469,7 @@ class DistributedRuntime:
                     raise
                 self._service = Service(server, self.instance_id)
                 server.register(service_subject(self.instance_id), self._service.answer)
+                await server.announce(self._service.describe)
                 self._server = server
             return self._server
 

@@ -15,7 +15,7 @@ from typing import Final
 
 from dynamo_redis.config import PlaneSettings
 from dynamo_redis.errors import Draining, EndpointNotFound, Overloaded
-from dynamo_redis.planes.base import Handler
+from dynamo_redis.planes.base import Describe, Handler
 from dynamo_redis.planes.frames.admission import AdmissionControl
 from dynamo_redis.planes.frames.server_connection import ServerConnection
 from dynamo_redis.planes.frames.server_request import RegisteredEndpoint
@@ -39,6 +39,20 @@ _MANY_IN_HANDSHAKE: Final = (
 _log = logging.getLogger(__name__)
 
 
+class ServerCore:
+    """What the servers of one process share: its endpoints, and the requests to them."""
+
+    def __init__(self, settings: PlaneSettings) -> None:
+        self.endpoints: dict[str, RegisteredEndpoint] = {}
+        self.buffers = ReadBuffers(settings.max_payload_in_flight_bytes)
+        self.complaints = RateLimitedLog(_log)
+        self.admission = AdmissionControl(
+            max_in_flight_count=settings.max_in_flight_count,
+            max_queued_count=settings.max_queued_count,
+            complaints=self.complaints,
+        )
+
+
 class FrameServer(ABC):
     """Implements `RequestPlaneServer` but for `plane` and `start`. Use it on the event loop that starts it.
 
@@ -51,24 +65,23 @@ class FrameServer(ABC):
         *,
         secret: bytes | None,
         instance_id: int,
+        core: ServerCore | None = None,
     ) -> None:
-        """See `select.make_server`."""
+        """See `select.make_server`. `core` is shared with the process's other servers; None for the only
+        one."""
         self._settings = settings
         self._secret = secret
         self._instance_id = instance_id
-        self._buffers = ReadBuffers(settings.max_payload_in_flight_bytes)
         self._address = ""
-        self._endpoints: dict[str, RegisteredEndpoint] = {}
+        core = core or ServerCore(settings)
+        self._buffers = core.buffers
+        self._endpoints = core.endpoints
+        self._complaints = core.complaints
+        self._admission = core.admission
         self._connections: set[ServerConnection] = set()
         self._in_handshake: dict[ServerConnection, None] = {}  # oldest first
         self._max_authenticated_count = settings.max_connections_count
         self._max_handshake_count = MAX_HANDSHAKE_COUNT
-        self._complaints = RateLimitedLog(_log)
-        self._admission = AdmissionControl(
-            max_in_flight_count=settings.max_in_flight_count,
-            max_queued_count=settings.max_queued_count,
-            complaints=self._complaints,
-        )
         self._draining = False
         self._all_closed: asyncio.Future[None] | None = None
         self._loop: asyncio.AbstractEventLoop
@@ -88,6 +101,11 @@ class FrameServer(ABC):
     def address(self) -> str:
         """See `RequestPlaneServer.address`."""
         return self._address
+
+    @property
+    def addresses(self) -> dict[str, str]:
+        """See `RequestPlaneServer.addresses`."""
+        return {self.plane: self._address}
 
     @property
     def in_flight_count(self) -> int:
@@ -141,6 +159,9 @@ class FrameServer(ABC):
         """See `RequestPlaneServer.stats`."""
         endpoint = self._endpoints.get(subject)
         return None if endpoint is None else endpoint.counts.snapshot(endpoint.active_count)
+
+    async def announce(self, describe: Describe) -> None:  # noqa: B027 - most planes have nothing to do
+        """See `RequestPlaneServer.announce`: most planes have no such tools."""
 
     def register(self, subject: str, handler: Handler, *, request_stream: bool = False) -> None:
         """See `RequestPlaneServer.register`."""

@@ -14,7 +14,7 @@ from dynamo_redis.config import PlaneSettings
 from dynamo_redis.errors import ConfigError
 from dynamo_redis.planes.address import choose_binding, format_address
 from dynamo_redis.planes.frames.client import FrameClient
-from dynamo_redis.planes.frames.server import FrameServer
+from dynamo_redis.planes.frames.server import FrameServer, ServerCore
 from dynamo_redis.planes.http.app import HttpApp
 from dynamo_redis.planes.http.local import LocalCarrier
 
@@ -40,10 +40,11 @@ class HttpServer(FrameServer):
         *,
         secret: bytes | None,
         instance_id: int,
+        core: ServerCore | None = None,
         redis_host: str | None = None,
     ) -> None:
         """See `select.make_server`; `redis_host` as in `TcpServer`."""
-        super().__init__(settings, secret=secret, instance_id=instance_id)
+        super().__init__(settings, secret=secret, instance_id=instance_id, core=core)
         self._redis_host = redis_host
         self._client = FrameClient(settings, LocalCarrier(self._new_connection))
         self._http: Server | None = None

@@ -8,12 +8,14 @@ the status finds its way to it.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import re
 import ssl
 from collections import deque
 from contextlib import suppress
-from typing import Any, Final
+from functools import partial
+from typing import Any, Final, Literal
 from urllib.parse import urlsplit
 
 import nats
@@ -23,6 +25,7 @@ from nats.aio.msg import Msg
 
 from dynamo_redis.config import PlaneSettings
 from dynamo_redis.errors import CannotConnect, ConfigError
+from dynamo_redis.planes.base import Describe
 from dynamo_redis.planes.tunnel.link import LinkOwner
 from dynamo_redis.rate_limited_log import RateLimitedLog
 from dynamo_redis.wire.tunnel import HEAD_BYTES
@@ -124,6 +127,34 @@ class NatsLink:
             self._waiting.append((receiver, f"{self._subject}.{connection_id.hex()}", message))
             self._is_drained.clear()
             self._wake.set()
+
+    async def announce(self, describe: Describe) -> None:
+        """Answer PING, INFO and STATS as a NATS service does (ADR-32), so that tools made for these list this
+        process. Raises CannotConnect."""
+        assert self._client is not None
+        for question in ("ping", "info", "stats"):
+            described = describe("ping")
+            subject = f"$SRV.{question.upper()}"
+            for asked in (
+                subject,
+                f"{subject}.{described['name']}",
+                f"{subject}.{described['name']}.{described['id']}",
+            ):
+                try:
+                    await self._client.subscribe(asked, cb=partial(self._answer, describe, question))
+                except nats.errors.Error as exc:
+                    raise CannotConnect(f"NATS at {self._server}: {_reason(exc)}") from exc
+
+    async def _answer(
+        self, describe: Describe, question: Literal["ping", "info", "stats"], message: Msg
+    ) -> None:
+        """Answer a question about this process."""
+        if message.reply and self._client is not None:
+            described = describe(question)
+            for endpoint in described.get("endpoints", ()):
+                endpoint["subject"] = self._subject
+            with suppress(OSError, nats.errors.Error):
+                await self._client.publish(message.reply, json.dumps(described, default=repr).encode())
 
     async def _send_waiting(self) -> None:
         """Hand messages to the client; its own bound holds this task up while the server does not read."""

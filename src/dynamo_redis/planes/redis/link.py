@@ -14,6 +14,7 @@ from typing import Final
 
 from dynamo_redis.backoff import Backoff
 from dynamo_redis.errors import CannotConnect, StoreError
+from dynamo_redis.planes.base import Describe
 from dynamo_redis.planes.tunnel.link import LinkOwner
 from dynamo_redis.rate_limited_log import RateLimitedLog
 from dynamo_redis.store.keys import inbox_key
@@ -94,6 +95,9 @@ class RedisLink:
             self._waiting.append((receiver, connection_id, message))
             self._is_drained.clear()
             self._wake.set()
+
+    async def announce(self, describe: Describe) -> None:
+        """See `Link.announce`: Redis has no tools for services."""
 
     async def _send_waiting(self) -> None:
         """Append the messages that wait: one entry for each receiver and trip."""

@@ -12,7 +12,7 @@ from typing import Final
 from dynamo_redis.config import PlaneSettings
 from dynamo_redis.errors import ConfigError
 from dynamo_redis.planes.address import choose_binding, format_address
-from dynamo_redis.planes.frames.server import MAX_HANDSHAKE_COUNT, FrameServer
+from dynamo_redis.planes.frames.server import MAX_HANDSHAKE_COUNT, FrameServer, ServerCore
 from dynamo_redis.planes.tcp.life_signs import LifeThread, answer_question
 from dynamo_redis.planes.tcp.listener import (
     SocketListener,
@@ -37,6 +37,7 @@ class TcpServer(FrameServer):
         *,
         secret: bytes | None,
         instance_id: int,
+        core: ServerCore | None = None,
         redis_host: str | None = None,
         loop_stall_s: float = 0.0,
     ) -> None:
@@ -44,7 +45,7 @@ class TcpServer(FrameServer):
 
         Raises ConfigError for TLS files that cannot be used.
         """
-        super().__init__(settings, secret=secret, instance_id=instance_id)
+        super().__init__(settings, secret=secret, instance_id=instance_id, core=core)
         self._tls = make_tls(settings, "server")
         self._gate: TlsGate | None = None
         self._redis_host = redis_host

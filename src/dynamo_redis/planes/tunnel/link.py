@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from dynamo_redis.planes.base import Describe
+
 
 class LinkOwner(Protocol):
     """Receives what a link brings. Called on the event loop; must not raise."""
@@ -42,6 +44,10 @@ class Link(Protocol):
     def send(self, receiver: str, connection_id: bytes, message: bytes) -> None:
         """Send a message, without waiting, behind those sent before. It is dropped while the broker is
         away: `on_lost` tells."""
+        ...
+
+    async def announce(self, describe: Describe) -> None:
+        """See `RequestPlaneServer.announce`. Raises CannotConnect."""
         ...
 
     async def aclose(self) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dynamo_redis.config import PlaneSettings
 from dynamo_redis.errors import CannotConnect, ConfigError
-from dynamo_redis.planes.frames.server import FrameServer
+from dynamo_redis.planes.base import Describe
+from dynamo_redis.planes.frames.server import FrameServer, ServerCore
 from dynamo_redis.planes.tunnel.link import Link
 from dynamo_redis.planes.tunnel.tunnels import Tunnels
 
@@ -20,9 +21,10 @@ class TunnelServer(FrameServer):
         *,
         secret: bytes | None,
         instance_id: int,
+        core: ServerCore | None = None,
     ) -> None:
         """See `select.make_server`."""
-        super().__init__(settings, secret=secret, instance_id=instance_id)
+        super().__init__(settings, secret=secret, instance_id=instance_id, core=core)
         self._plane = plane
         self._link = link
         self._tunnels = Tunnels(link, self._new_connection)
@@ -40,6 +42,10 @@ class TunnelServer(FrameServer):
         except CannotConnect as exc:
             raise ConfigError(f"DYN_REQUEST_PLANE={self._plane}: {exc}") from exc
         self._address = self._link.address
+
+    async def announce(self, describe: Describe) -> None:
+        """See `RequestPlaneServer.announce`."""
+        await self._link.announce(describe)
 
     async def _stop_accepting(self) -> None:
         self._tunnels.stop_accepting()
