@@ -215,12 +215,12 @@ class PlaneSettings(SettingsGroup):
         None,
         "Host name that every worker's certificate has. Unset: the host that is dialled.",
     )
-    http_host: ListenedHost | None = setting(
+    http_rpc_host: ListenedHost | None = setting(
         "DYN_HTTP_RPC_HOST",
         None,
         "Address that the http plane listens on. Unset: as DYN_TCP_RPC_HOST.",
     )
-    http_port: Port | None = setting(
+    http_rpc_port: Port | None = setting(
         "DYN_HTTP_RPC_PORT",
         None,
         "Port that the http plane listens on; 0 takes a free one. Unset: 8888, or a free one if that is "

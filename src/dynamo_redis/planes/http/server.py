@@ -59,8 +59,8 @@ class HttpServer(FrameServer):
         """See `RequestPlaneServer.start`."""
         settings = self._settings
         self._use_running_loop()
-        binding = await choose_binding(settings.http_host, settings.http_advertise_host, self._redis_host)
-        sock = _listen(binding.listen_host, settings.http_port)
+        binding = await choose_binding(settings.http_rpc_host, settings.http_advertise_host, self._redis_host)
+        sock = _listen(binding.listen_host, settings.http_rpc_port)
         port = sock.getsockname()[1]
         app = HttpApp(
             settings,
