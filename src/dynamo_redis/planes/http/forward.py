@@ -212,9 +212,7 @@ class ForwardServer(FrameServer):
 
     async def _forward(self, path: str, messages: Any, context: Context) -> AsyncIterator[Any]:
         """Make the exchange of one request, and yield its items."""
-        settings = self._settings
-        first = await anext(messages)
-        body = pack(first)
+        body = pack(await anext(messages))
         is_stream = not messages.is_over
         exchange_id = secrets.token_hex(8)
         headers = [
@@ -228,40 +226,45 @@ class ForwardServer(FrameServer):
         connection = await self.peer.connect()
         exchange = connection.begin(path, headers, None if is_stream else body)
         sending: asyncio.Task[None] | None = None
-        unsubscribe: Callable[[], None] | None = None
+        if is_stream:
+            sending = asyncio.create_task(connection.send_body(exchange, _packed(body, messages)))
+        elif not exchange.is_sent:
+            sending = asyncio.create_task(connection.send_whole(exchange, body))
+        unsubscribe = context.on_cancel(partial(self._on_cancel, exchange_id))
         try:
-            if is_stream:
-                sending = asyncio.create_task(connection.send_body(exchange, _packed(body, messages)))
-            elif not exchange.is_sent:
-                sending = asyncio.create_task(connection.send_whole(exchange, body))
-            unsubscribe = context.on_cancel(partial(self._on_cancel, exchange_id))
-            await self._wait_accepted(exchange, sending if not is_stream else None)
-            status = await exchange.wait_status()
-            if status != 200:
-                raise content.read_problem(status, await _read_problem(exchange))
-            unpacker = content.new_answer_unpacker(int(settings.max_message_bytes))
+            await self._wait_accepted(exchange, None if is_stream else sending)
+            async for item in self._items(exchange):
+                yield item
+        finally:
+            unsubscribe()
+            if sending is not None:
+                sending.cancel()
+            exchange.close()
+
+    async def _items(self, exchange: Exchange) -> AsyncIterator[Any]:
+        """Yield the items of an answer. Raises its error, and ConnectionLost if its end is missing."""
+        status = await exchange.wait_status()
+        if status != 200:
+            raise content.read_problem(status, await _read_problem(exchange))
+        limit_bytes = int(self._settings.max_message_bytes)
+        unpacker = content.new_answer_unpacker(limit_bytes)
+        try:
             while data := await exchange.read():
                 unpacker.feed(data)
                 for item in unpacker:
-                    if type(item) is content.End:
-                        error = content.read_end(item.content)
-                        if error is not None:
-                            raise error
+                    if type(item) is not content.End:
+                        yield item
+                    elif (error := content.read_end(item.content)) is not None:
+                        raise error
+                    else:
                         return
-                    yield item
-            raise ConnectionLost("the answer was cut off")
         except msgpack.BufferFull:
-            raise PayloadTooLarge(size_bytes=None, limit_bytes=int(settings.max_message_bytes)) from None
+            raise PayloadTooLarge(size_bytes=None, limit_bytes=limit_bytes) from None
         except (ValueError, msgpack.UnpackException) as exc:
             if isinstance(exc, PlaneError):
                 raise
             raise ConnectionLost(f"the answer is not MessagePack: {exc}") from exc
-        finally:
-            if unsubscribe is not None:
-                unsubscribe()
-            if sending is not None:
-                sending.cancel()
-            exchange.close()
+        raise ConnectionLost("the answer was cut off")
 
     async def _wait_accepted(self, exchange: Exchange, sending: asyncio.Task[None] | None) -> None:
         """Wait for the head of the answer, after the request has been sent. Raises NotAccepted."""

@@ -1,0 +1,251 @@
+"""The nats and redis planes while their broker is killed and restarted, and their peers die."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+from redis.asyncio import Redis
+
+from dynamo_redis.config import PlaneSettings, StoreSettings
+from dynamo_redis.errors import CannotConnect, ConfigError, ConnectionLost, PlaneError
+from dynamo_redis.planes.base import RequestPlaneClient, RequestPlaneServer, Target
+from dynamo_redis.planes.context import Context
+from dynamo_redis.planes.frames.client import FrameClient
+from dynamo_redis.planes.redis import link as redis_link
+from dynamo_redis.planes.select import make_client, make_server
+from dynamo_redis.planes.tunnel.server import TunnelServer
+from dynamo_redis.store.keys import inbox_key
+from dynamo_redis.store.server import EmbeddedServer, find_server
+from tests.nats_server import NatsServer, find_nats_server
+from tests.tcp_plane import INSTANCE, SECRET, echo, eventually
+
+RECOVERY_S = 30.0
+
+
+class Broker(Protocol):
+    plane: str
+
+    async def kill(self) -> None: ...
+    async def start(self) -> None: ...
+
+
+class NatsBroker:
+    plane = "nats"
+
+    def __init__(self, server: NatsServer) -> None:
+        self._server = server
+
+    async def kill(self) -> None:
+        await asyncio.to_thread(self._server.kill)
+
+    async def start(self) -> None:
+        await asyncio.to_thread(self._server.start)
+
+
+class RedisBroker:
+    plane = "redis"
+
+    def __init__(self, server: EmbeddedServer) -> None:
+        self._server = server
+
+    async def kill(self) -> None:
+        await self._server.kill()
+
+    async def start(self) -> None:
+        await self._server.start()
+
+
+@pytest.fixture
+async def redis_broker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[RedisBroker]:
+    server = EmbeddedServer(tmp_path, binary=find_server())
+    await server.start()
+    monkeypatch.setenv("DYN_REDIS_URL", server.url)
+    yield RedisBroker(server)
+    await server.stop()
+
+
+@pytest.fixture
+def nats_broker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[NatsBroker]:
+    if find_nats_server() is None:
+        pytest.skip("no nats-server on this machine; on Debian and Ubuntu: apt-get install nats-server")
+    with NatsServer(tmp_path) as server:
+        monkeypatch.setenv("NATS_SERVER", server.url)
+        yield NatsBroker(server)
+
+
+@pytest.fixture(params=["nats", "redis"])
+def broker(request: pytest.FixtureRequest) -> Broker:
+    found: Broker = request.getfixturevalue(f"{request.param}_broker")
+    return found
+
+
+@asynccontextmanager
+async def serving(plane: str, **overrides: Any) -> AsyncIterator[tuple[RequestPlaneServer, RequestPlaneClient]]:
+    settings = PlaneSettings.load(request_plane=plane, connect_timeout_s=1.0, **overrides)
+    server = make_server(settings, secret=SECRET, instance_id=INSTANCE)
+    await server.start()
+    server.register("echo", echo)
+    client = make_client(settings)
+    try:
+        yield server, client
+    finally:
+        await client.aclose()
+        await server.aclose()
+
+
+def target(server: RequestPlaneServer, subject: str = "echo") -> Target:
+    return Target(INSTANCE, server.address, subject, SECRET)
+
+
+async def ask(client: RequestPlaneClient, to: Target, request: Any) -> list[Any]:
+    return [item async for item in client.open(to, request, Context())]
+
+
+async def test_a_broker_that_is_killed_under_load_costs_retryable_errors_only(broker: Broker) -> None:
+    async with serving(broker.plane) as (server, client):
+        to, errors, answered, stop = target(server), [], [], asyncio.Event()
+
+        async def call_on() -> None:
+            number = 0
+            while not stop.is_set():
+                number += 1
+                try:
+                    assert await ask(client, to, number) == [number]
+                    answered.append(time.monotonic())
+                except PlaneError as exc:
+                    errors.append(exc)
+                    await asyncio.sleep(0.02)
+
+        callers = [asyncio.create_task(call_on()) for _ in range(8)]
+        await eventually(lambda: len(answered) > 100)
+        await broker.kill()
+        await eventually(lambda: len(errors) > 8)
+        await asyncio.sleep(1.0)
+        restarted_at = time.monotonic()
+        await broker.start()
+        await eventually(lambda: answered[-1] > restarted_at, RECOVERY_S)
+        stop.set()
+        await asyncio.gather(*callers)
+        assert all(error.retryable for error in errors)
+        assert {type(error) for error in errors} <= {CannotConnect, ConnectionLost}
+
+
+async def test_a_request_under_way_ends_when_the_broker_is_lost(broker: Broker) -> None:
+    async with serving(broker.plane) as (server, client):
+
+        async def wait(_: Any, context: Context) -> AsyncIterator[int]:
+            yield 1
+            await context.async_killed_or_stopped()
+
+        server.register("wait", wait)
+        stream = client.open(target(server, "wait"), None, Context())
+        assert await anext(stream) == 1
+        await broker.kill()
+        began_at = time.monotonic()
+        with pytest.raises(ConnectionLost):
+            await anext(stream)
+        assert time.monotonic() - began_at < RECOVERY_S
+        await eventually(lambda: not server.in_flight_count)
+
+
+async def test_a_server_without_its_broker_says_so_at_once(broker: Broker) -> None:
+    await broker.kill()
+    settings = PlaneSettings.load(request_plane=broker.plane, connect_timeout_s=1.0)
+    server = make_server(settings, secret=SECRET, instance_id=INSTANCE)
+    with pytest.raises(ConfigError, match=f"DYN_REQUEST_PLANE={broker.plane}"):
+        await server.start()
+    await server.aclose()
+
+
+async def test_a_worker_that_has_ended_is_refused_at_once(broker: Broker) -> None:
+    async with serving(broker.plane) as (server, client):
+        to = target(server)
+        await server.aclose()
+        with pytest.raises(CannotConnect, match="no process listens there"):
+            await ask(client, to, 1)
+
+
+async def test_a_caller_that_vanishes_leaves_nothing_at_the_server(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server finds out by a message that nobody receives."""
+    monkeypatch.setattr("dynamo_redis.planes.tunnel.tunnels.CHECK_S", 0.2)
+    monkeypatch.setattr(redis_link, "EXPIRY_S", 1.0)
+    async with serving(broker.plane) as (server, client):
+        assert isinstance(server, TunnelServer)
+        assert await ask(client, target(server), 1) == [1]
+        assert server.connection_count == 1
+        assert isinstance(client, FrameClient)
+        link = client._carrier._tunnels._link  # type: ignore[attr-defined]
+        await vanish(link)
+        await eventually(lambda: not server.connection_count, RECOVERY_S)
+
+
+async def vanish(link: Any) -> None:
+    """End a link as the death of its process does: without a word to its peers."""
+    if link._client.__class__.__module__.startswith("nats"):
+        link._is_up = False
+        link._owner = _Nobody()
+        await link._client.close()
+    else:
+        link._is_up = False
+        for task in link._tasks:
+            task.cancel()
+        link._tasks = []
+
+
+class _Nobody:
+    def on_message(self, message: bytes, sender: str) -> None: ...
+
+    def on_unreachable(self, connection_id: bytes) -> None: ...
+
+    def on_lost(self, reason: str) -> None: ...
+
+
+async def test_requests_to_a_dead_worker_on_redis_fail_and_never_run(
+    redis_broker: RedisBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis_link, "EXPIRY_S", 2.0)
+    async with serving("redis") as (server, client):
+        assert isinstance(server, TunnelServer)
+        ran: list[Any] = []
+
+        async def note(request: Any, _: Context) -> Any:
+            ran.append(request)
+            return request
+
+        server.register("note", note)
+        to = target(server, "note")
+        await vanish(server._link)
+        with pytest.raises(CannotConnect):
+            await ask(client, to, "too late")
+        store = StoreSettings.load()
+        redis = Redis.from_url(store.require_url())
+        key = inbox_key(store.prefix, server.address)
+        deadline = time.monotonic() + RECOVERY_S
+        while await redis.exists(key):
+            assert time.monotonic() < deadline, "the dead worker's stream stays"
+            await asyncio.sleep(0.1)
+        await redis.aclose()
+        assert not ran
+
+
+async def test_redis_holds_nothing_that_was_read(redis_broker: RedisBroker) -> None:
+    async with serving("redis") as (server, client):
+        for size_bytes in (10, 100_000, 3 << 20):
+            assert await ask(client, target(server), bytes(size_bytes)) == [bytes(size_bytes)]
+        store = StoreSettings.load()
+        redis = Redis.from_url(store.require_url())
+        key = inbox_key(store.prefix, server.address)
+        deadline = time.monotonic() + RECOVERY_S
+        while await redis.xlen(key):
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.02)
+        assert 0 < await redis.pttl(key) <= redis_link.EXPIRY_S * 1000
+        await redis.aclose()

@@ -1,0 +1,252 @@
+"""Connections through a broker: bytes arrive whole and in order, or the connection ends."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+
+from dynamo_redis.planes.base import Describe
+from dynamo_redis.planes.tunnel.link import LinkOwner
+from dynamo_redis.planes.tunnel.transport import TunnelTransport
+from dynamo_redis.planes.tunnel.tunnels import Tunnels
+from dynamo_redis.wire import tunnel
+from dynamo_redis.wire.tunnel import WINDOW_BYTES, Kind
+from tests.tcp_plane import eventually
+
+CONTENT_BYTES = 1000
+
+
+class Broker:
+    """Carries messages between links, in order. `fate` says how often each arrives: 0, 1 or 2 times."""
+
+    def __init__(self) -> None:
+        self.links: dict[str, BrokerLink] = {}
+        self.fate: Callable[[bytes], int] = lambda message: 1
+        self.carried_count = 0
+
+    def link(self, address: str) -> BrokerLink:
+        self.links[address] = BrokerLink(self, address)
+        return self.links[address]
+
+
+class BrokerLink:
+    """Implements `Link` on a `Broker`."""
+
+    def __init__(self, broker: Broker, address: str) -> None:
+        self._broker = broker
+        self._address = address
+        self.owner: LinkOwner | None = None
+
+    @property
+    def address(self) -> str:
+        return self._address
+
+    @property
+    def content_bytes(self) -> int:
+        return CONTENT_BYTES
+
+    async def open(self, owner: LinkOwner) -> None:
+        self.owner = owner
+
+    async def announce(self, describe: Describe) -> None:
+        raise NotImplementedError
+
+    def send(self, receiver: str, connection_id: bytes, message: bytes) -> None:
+        loop = asyncio.get_running_loop()
+        link = self._broker.links.get(receiver)
+        if link is None or link.owner is None:
+            assert self.owner is not None
+            loop.call_soon(self.owner.on_unreachable, connection_id)
+            return
+        for _ in range(self._broker.fate(message)):
+            self._broker.carried_count += 1
+            loop.call_soon(link.owner.on_message, message, self._address)
+
+    async def aclose(self) -> None:
+        self._broker.links.pop(self._address, None)
+
+
+class Peer(asyncio.BufferedProtocol):
+    """Keeps what it receives."""
+
+    def __init__(self) -> None:
+        self.received = bytearray()
+        self.lost: list[Exception | None] = []
+        self.ended = False
+        self.is_paused = False
+        self._buffer = bytearray(777)
+        self.transport: TunnelTransport
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, TunnelTransport)
+        self.transport = transport
+
+    def get_buffer(self, sizehint: int) -> bytearray:
+        return self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.received += self._buffer[:nbytes]
+
+    def eof_received(self) -> bool:
+        self.ended = True
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.lost.append(exc)
+
+    def pause_writing(self) -> None:
+        self.is_paused = True
+
+    def resume_writing(self) -> None:
+        self.is_paused = False
+
+
+@asynccontextmanager
+async def connected(broker: Broker) -> AsyncIterator[tuple[Peer, Peer]]:
+    accepted: list[Peer] = []
+
+    def accept() -> Peer:
+        accepted.append(Peer())
+        return accepted[-1]
+
+    server, client = Tunnels(broker.link("server"), accept), Tunnels(broker.link("client"))
+    await server.start()
+    await client.start()
+    caller = Peer()
+    client.connect("server", caller)
+    await eventually(lambda: bool(accepted))
+    try:
+        yield caller, accepted[0]
+    finally:
+        await client.aclose()
+        await server.aclose()
+
+
+@pytest.mark.parametrize("size_bytes", [1, CONTENT_BYTES, CONTENT_BYTES + 1, 100_000, 3 * WINDOW_BYTES])
+async def test_bytes_arrive_whole_both_ways(size_bytes: int) -> None:
+    data = random.Random(1).randbytes(size_bytes)
+    async with connected(Broker()) as (caller, server):
+        caller.transport.write(data)
+        server.transport.writelines([data[:10], data[10:]])
+        await eventually(lambda: len(caller.received) == len(server.received) == size_bytes, 10)
+        assert bytes(server.received) == bytes(caller.received) == data
+
+
+async def test_a_slow_reader_holds_up_its_writer() -> None:
+    broker = Broker()
+    async with connected(broker) as (caller, server):
+        server.transport.pause_reading()
+        caller.transport.set_write_buffer_limits(high=10_000)
+        caller.transport.write(bytes(3 * WINDOW_BYTES))
+        await asyncio.sleep(0.05)
+        assert caller.is_paused
+        assert caller.transport.get_write_buffer_size() == 2 * WINDOW_BYTES
+        assert broker.carried_count <= WINDOW_BYTES // CONTENT_BYTES + 3
+        assert not server.received
+        server.transport.resume_reading()
+        await eventually(lambda: len(server.received) == 3 * WINDOW_BYTES, 10)
+        assert not caller.is_paused
+
+
+@pytest.mark.parametrize("fate", [0, 2], ids=["lost", "twice"])
+async def test_a_message_that_is_lost_or_comes_twice_ends_the_connection(fate: int) -> None:
+    broker = Broker()
+    async with connected(broker) as (caller, server):
+        caller.transport.write(b"first")
+        await eventually(lambda: bytes(server.received) == b"first")
+        broker.fate = lambda message: fate if message[0] == Kind.DATA else 1
+        caller.transport.write(b"second")
+        await asyncio.sleep(0.01)
+        broker.fate = lambda message: 1
+        caller.transport.write(b"third")
+        await eventually(lambda: bool(caller.lost) and bool(server.lost))
+        assert isinstance(server.lost[0], ConnectionResetError)
+        assert bytes(server.received) in (b"first", b"firstsecond")
+
+
+async def test_close_hands_over_what_was_written() -> None:
+    async with connected(Broker()) as (caller, server):
+        data = bytes(2 * WINDOW_BYTES)
+        caller.transport.write(data)
+        caller.transport.close()
+        await eventually(lambda: server.ended and bool(caller.lost) and bool(server.lost), 10)
+        assert bytes(server.received) == data
+        assert caller.lost == [None]
+
+
+async def test_abort_ends_the_peer_too() -> None:
+    async with connected(Broker()) as (caller, server):
+        caller.transport.abort()
+        await eventually(lambda: bool(server.lost))
+        assert isinstance(server.lost[0], ConnectionResetError)
+        assert caller.lost == [None]
+
+
+async def test_a_receiver_that_is_not_there_ends_the_connection() -> None:
+    broker = Broker()
+    client = Tunnels(broker.link("client"))
+    await client.start()
+    caller = Peer()
+    client.connect("nobody", caller)
+    await eventually(lambda: bool(caller.lost))
+    assert isinstance(caller.lost[0], ConnectionRefusedError)
+    await client.aclose()
+
+
+async def test_a_peer_that_forgot_the_connection_resets_it() -> None:
+    broker = Broker()
+    async with connected(broker) as (caller, server):
+        server.transport.end(None)
+        caller.transport.write(b"anybody?")
+        await eventually(lambda: bool(caller.lost))
+        assert isinstance(caller.lost[0], ConnectionResetError)
+
+
+async def test_messages_that_are_none_of_a_tunnel_are_skipped() -> None:
+    broker = Broker()
+    async with connected(broker) as (caller, server):
+        owner = broker.links["server"].owner
+        assert owner is not None
+        for message in (b"", b"GET / HTTP/1.1", b"\xff" * 100, bytes(25), bytes([Kind.DATA]) + bytes(24)):
+            owner.on_message(message, "")
+            owner.on_message(message, "client")
+        caller.transport.write(b"still there")
+        await eventually(lambda: bytes(server.received) == b"still there")
+
+
+async def test_another_version_is_refused() -> None:
+    broker = Broker()
+    async with connected(broker):
+        owner, other = broker.links["server"].owner, broker.links["client"]
+        assert owner is not None
+        answers: list[bytes] = []
+        other.owner = None
+        broker.fate = lambda message: answers.append(message) or 1  # type: ignore[func-returns-value]
+        connection_id = bytes(range(16))
+        broker.links["other"] = other
+        other.owner = _Ignores()
+        owner.on_message(tunnel.encode_head(Kind.OPEN, connection_id, tunnel.VERSION + 1), "other")
+        await eventually(lambda: bool(answers))
+        assert tunnel.decode(answers[0])[:2] == (Kind.RESET, connection_id)
+
+
+class _Ignores:
+    def on_message(self, message: bytes, sender: str) -> None: ...
+
+    def on_unreachable(self, connection_id: bytes) -> None: ...
+
+    def on_lost(self, reason: str) -> None: ...
+
+
+async def test_a_broker_that_was_away_ends_all_connections() -> None:
+    broker = Broker()
+    async with connected(broker) as (caller, server):
+        for link in broker.links.values():
+            assert link.owner is not None
+            link.owner.on_lost("the broker was away")
+        await eventually(lambda: bool(caller.lost) and bool(server.lost))
+        assert str(caller.lost[0]) == str(server.lost[0]) == "the broker was away"
