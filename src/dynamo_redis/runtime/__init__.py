@@ -1,6 +1,7 @@
 """The names that workers and clients import, as in `dynamo.runtime`."""
 
 from dynamo_redis.planes.context import Context
+from dynamo_redis.planes.frames.flow import RequestMessages as PyAsyncRequestStream
 from dynamo_redis.runtime.annotated import Annotated
 from dynamo_redis.runtime.call import Call
 from dynamo_redis.runtime.client import Client
@@ -22,6 +23,7 @@ __all__ = [
     "Endpoint",
     "Instance",
     "Namespace",
+    "PyAsyncRequestStream",
     "ServedEndpoint",
     "Settings",
     "UnaryClient",

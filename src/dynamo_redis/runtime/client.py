@@ -6,14 +6,15 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterable
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Collection, Iterable
 from contextlib import suppress
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from dynamo_redis.errors import NoInstances, PlaneError
 from dynamo_redis.names import format_instance_id
 from dynamo_redis.planes.base import RequestPlaneClient
 from dynamo_redis.planes.context import Context
+from dynamo_redis.runtime.annotated import Annotated
 from dynamo_redis.runtime.awaitables import failed, started
 from dynamo_redis.runtime.call import Call
 from dynamo_redis.runtime.discovery import EndpointView
@@ -26,6 +27,7 @@ log = logging.getLogger(__name__)
 
 WAIT_LOG_INTERVAL_S = 5.0
 """Seconds between two warnings while a client waits for an instance."""
+_NOTHING: Final = object()
 
 
 class Client:
@@ -115,6 +117,35 @@ class Client:
         if self._view.get(instance_id) is None:
             return failed(NoInstances(self._view.absence(instance_id)))
         return self._call(Only(instance_id), request, annotated, context)
+
+    async def bidirectional(
+        self,
+        messages: AsyncIterable[Any],
+        annotated: bool | None = True,
+        context: Context | None = None,
+        *,
+        instance_id: int | None = None,
+    ) -> AsyncIterator[Any]:
+        """Send a stream of messages to an endpoint of `serve_bidirectional_endpoint`, and return its answer.
+
+        The request begins with the first message. It is sent to one instance, chosen by the client's router
+        mode or named by `instance_id`, and is not repeated if that fails. Raises NoInstances, and ValueError
+        without a message. The iterator of the answer raises PlaneError.
+        """
+        source = aiter(messages)
+        first = await anext(source, _NOTHING)
+        if first is _NOTHING:
+            raise ValueError("a request has at least one message")
+        select = self._default if instance_id is None else Only(instance_id)
+        member = self.dispatcher.choose(select, None, None)
+        stream = self._plane_client.open(member.target, first, context, messages=source)
+
+        async def answer() -> AsyncIterator[Any]:
+            async with stream:
+                async for item in stream:
+                    yield Annotated(item) if annotated else item
+
+        return answer()
 
     def _call(
         self,

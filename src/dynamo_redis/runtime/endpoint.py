@@ -35,6 +35,7 @@ class Host(Protocol):
         *,
         graceful_shutdown: bool,
         stats_handler: StatsHandler | None = None,
+        is_bidirectional: bool = False,
     ) -> ServedEndpoint: ...
 
     def served(self, name: EndpointName) -> ServedEndpoint | None: ...
@@ -84,21 +85,51 @@ class Endpoint:
             later: arguments of later releases of `dynamo.runtime`, named in the log, without effect.
         """
         note_ignored("serve_endpoint", later)
+        return started(self._serve(handler, graceful_shutdown, stats_handler=stats_handler))
 
-        async def serve() -> None:
-            try:
-                served = await self.start_serving(handler, graceful_shutdown, stats_handler=stats_handler)
-            except (StoreUnavailable, RuntimeError) as exc:
-                if not self._host.is_shutting_down:
-                    raise
-                log.info("the shutdown came before %s was served: %s", self.name, exc)
-                return
-            try:
-                await self._host.wait_for_shutdown()
-            finally:
-                await served.unregister()
+    def serve_bidirectional_endpoint(
+        self,
+        handler: AnyHandler,
+        graceful_shutdown: bool = True,
+        metrics_labels: list[tuple[str, str]] | None = None,
+        **later: object,
+    ) -> asyncio.Task[None]:
+        """Serve as `serve_endpoint`, an endpoint that gets a stream of messages and answers with a stream.
 
-        return started(serve())
+        The handler is an async generator function that takes `(request_stream)` or `(request_stream,
+        context)`. `request_stream` yields the caller's messages as they come, and ends when the caller has
+        sent the last one; the answer may go on. An error of the caller's source is raised from it. Callers
+        use `Client.bidirectional`.
+        """
+        note_ignored("serve_bidirectional_endpoint", later)
+        return started(self._serve(handler, graceful_shutdown, is_bidirectional=True))
+
+    async def _serve(
+        self,
+        handler: AnyHandler,
+        graceful_shutdown: bool,
+        *,
+        stats_handler: StatsHandler | None = None,
+        is_bidirectional: bool = False,
+    ) -> None:
+        """Serve until the shutdown."""
+        try:
+            served = await self._host.serve(
+                self.name,
+                handler,
+                graceful_shutdown=graceful_shutdown,
+                stats_handler=stats_handler,
+                is_bidirectional=is_bidirectional,
+            )
+        except (StoreUnavailable, RuntimeError) as exc:
+            if not self._host.is_shutting_down:
+                raise
+            log.info("the shutdown came before %s was served: %s", self.name, exc)
+            return
+        try:
+            await self._host.wait_for_shutdown()
+        finally:
+            await served.unregister()
 
     async def start_serving(
         self,

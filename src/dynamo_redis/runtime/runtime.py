@@ -358,6 +358,7 @@ class DistributedRuntime:
         *,
         graceful_shutdown: bool,
         stats_handler: StatsHandler | None = None,
+        is_bidirectional: bool = False,
     ) -> ServedEndpoint:
         """Open an endpoint for requests and register it. Raises StoreError and ConfigError."""
         await self.start()
@@ -381,7 +382,7 @@ class DistributedRuntime:
             shutdown=self._deadline,
             service=self._service,
         )
-        await served.start(handler, stats_handler)
+        await served.start(handler, stats_handler, is_bidirectional=is_bidirectional)
         self._served = [other for other in self._served if not other.closed]
         self._served.append(served)
         return served

@@ -38,9 +38,15 @@ class ServedEndpoint:
         self._registry = registry
         self._registration: Registration | None = None
 
-    async def start(self, handler: AnyHandler, stats_handler: StatsHandler | None = None) -> None:
+    async def start(
+        self,
+        handler: AnyHandler,
+        stats_handler: StatsHandler | None = None,
+        *,
+        is_bidirectional: bool = False,
+    ) -> None:
         """Open the endpoint for requests, then register it. If that raises StoreError, it is closed again."""
-        self._server.register(self._subject, adapt(handler))
+        self._server.register(self._subject, adapt(handler), request_stream=is_bidirectional)
         self._service.add(self.instance, stats_handler)
         try:
             await self.announce()
