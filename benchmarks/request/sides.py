@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,11 +110,15 @@ def idle_share(sides: Sequence[Side], seconds: float) -> float:
 
 
 @contextmanager
-def peers(python: str, module: str, *how: str) -> Iterator[Side]:
+def peers(
+    python: str, module: str, *how: str, environment: Mapping[str, str] | None = None
+) -> Iterator[Side]:
     """Run a serving process, and one that calls it (`how`: arguments of its `connect`)."""
     with ExitStack() as stack:
-        server = stack.enter_context(driver(python, PEERS, "serve", module))
-        caller = stack.enter_context(driver(python, PEERS, "call", module, announced(server), *how))
+        server = stack.enter_context(driver(python, PEERS, "serve", module, environment=environment))
+        caller = stack.enter_context(
+            driver(python, PEERS, "call", module, announced(server), *how, environment=environment)
+        )
         announced(caller)
         yield Side(caller, [server.pid])
 
