@@ -99,11 +99,20 @@ def main() -> None:
     report(
         "planes",
         [
-            Row(name, text, found[name].ours, found[name].rival, found[name].ratio, must, aim, found[name].rounds)
+            Row(
+                name,
+                text,
+                found[name].ours,
+                found[name].rival,
+                found[name].ratio,
+                must,
+                aim,
+                found[name].rounds,
+            )
             for name, (text, must, aim) in BOUNDS.items()
             if name in found
         ],
-        [f"{arguments.rounds} rounds of {arguments.seconds:g} s, in turn; one server a side; all over loopback"],
+        [f"{arguments.rounds} rounds of {arguments.seconds:g} s, in turn; one server a side; on loopback"],
     )
     if missing := set(rows) - found.keys():
         parser.exit(1, f"could not be measured: {', '.join(sorted(missing))}\n")

@@ -37,14 +37,16 @@ def _ours(plane: str, environment: dict[str, str] | None = None) -> Iterator[Sid
     """Run a plane of ours, with its broker if it has one."""
     variables = {"DYN_REQUEST_PLANE": plane, "DYN_HTTP_RPC_PORT": "0", **(environment or {})}
     if plane == "nats":
-        with nats_server() as (url, _), peers(
-            sys.executable, "plane", environment=variables | {"NATS_SERVER": url}
-        ) as side:
+        with (
+            nats_server() as (url, _),
+            peers(sys.executable, "plane", environment=variables | {"NATS_SERVER": url}) as side,
+        ):
             yield side
     elif plane == "redis":
-        with redis_server() as server, peers(
-            sys.executable, "plane", environment=variables | {"DYN_REDIS_URL": server.url}
-        ) as side:
+        with (
+            redis_server() as server,
+            peers(sys.executable, "plane", environment=variables | {"DYN_REDIS_URL": server.url}) as side,
+        ):
             yield side
     else:
         with peers(sys.executable, "plane", environment=variables) as side:

@@ -43,6 +43,8 @@ PLANES = ("tcp", "tcp over TLS", "http", "nats", "redis")
 SECRET = b"a secret of the instance, random"
 INSTANCE = 0x694D98147D54BFDE
 MIB = 1 << 20
+HTTP_UNREAD_BYTES = 16 * MIB
+"""What the windows of HTTP/2 and the buffers of its server hold of one answer at most."""
 
 
 @dataclass
@@ -63,6 +65,14 @@ class Deployment:
                 **changes,
             }
         )
+
+    def most_unread_count(self, size_bytes: int) -> int:
+        """Return the most items of a size that are under way while nobody reads them.
+
+        Where a proxy may stand between, the bytes of HTTP are bounded, and not the items.
+        """
+        count = 2 * self.settings.channel_buffer_count if size_bytes < MIB else 0
+        return count + (HTTP_UNREAD_BYTES // size_bytes if self.server.plane == "http" else 0)
 
     def serve(self, handler: Handler, subject: str = "test", **options: Any) -> Target:
         self.server.register(subject, handler, **options)
@@ -506,7 +516,7 @@ async def test_handler_that_does_not_read_stops_the_source(deployed: Deployment)
     stream = deployed.open(deployed.serve(handler, request_stream=True), None, messages=source())
     reader = asyncio.ensure_future(anext(stream))
     await asyncio.sleep(0.2)
-    assert 0 < sent <= 2 * deployed.settings.channel_buffer_count
+    assert 0 < sent <= deployed.most_unread_count(1)
     release.set()
     assert await reader == 10_001
 
@@ -549,11 +559,15 @@ async def test_source_that_waits_ends_with_the_answer(deployed: Deployment) -> N
 async def test_error_of_the_message_source_reaches_the_reader(deployed: Deployment) -> None:
     killed = asyncio.Event()
 
+    begun = asyncio.Event()
+
     async def source() -> AsyncIterator[int]:
         yield 1
+        await begun.wait()
         raise LookupError("no more")
 
     async def handler(messages: AsyncIterator[int], _: Context) -> int:
+        begun.set()
         try:
             return len([message async for message in messages])
         finally:
@@ -1041,9 +1055,9 @@ async def test_stopped_reader_costs_bounded_memory(deployed: Deployment) -> None
     assert len(await anext(stopped)) == 1000
     assert await deployed.ask(deployed.serve(count_to, "other"), 2000) == list(range(2000))
     await asyncio.sleep(0.1)
-    assert made <= 2 * deployed.settings.channel_buffer_count
+    assert made <= deployed.most_unread_count(1000)
     before = made
-    for _ in range(deployed.settings.channel_buffer_count):
+    for _ in range(deployed.most_unread_count(1000) // 2):
         await anext(stopped)
     await eventually(lambda: made > before)
     await stopped.aclose()
@@ -1061,7 +1075,7 @@ async def test_large_items_are_bounded_by_size_too(deployed: Deployment) -> None
     stream = deployed.open(deployed.serve(handler))
     assert len(await anext(stream)) == MIB
     await asyncio.sleep(0.2)
-    assert made <= 10
+    assert made <= 10 + deployed.most_unread_count(MIB)
     assert [len(item) async for item in stream] == [MIB] * 49
 
 
@@ -1106,8 +1120,10 @@ async def test_flood_of_a_caller_costs_another_one_turn(plane: str) -> None:
             flood = [asyncio.ensure_future(deployed.ask(target, "flood")) for _ in range(41)]
             await eventually(lambda: deployed.server.in_flight_count == 41 and len(started) == 1)
             modest = asyncio.ensure_future(anext(other.open(target, "modest", Context())))
-            with pytest.raises(Overloaded):  # the newest of the flood makes room
-                await flood[-1]
+            # The newest of the flood makes room; requests of one HTTP connection may overtake each other.
+            (evicted,), _ = await asyncio.wait(flood, return_when=asyncio.FIRST_COMPLETED)
+            assert isinstance(evicted.exception(), Overloaded)
+            assert evicted is flood[-1] or plane == "http"
             assert deployed.server.in_flight_count == 41
             for _ in range(2):
                 count = len(started)
@@ -1118,7 +1134,8 @@ async def test_flood_of_a_caller_costs_another_one_turn(plane: str) -> None:
                 gates[-1].set()
                 await asyncio.sleep(0.001)
             assert await modest == "modest"
-            assert [await answer for answer in flood[:-1]] == [["flood"]] * 40
+            flood.remove(evicted)
+            assert [await answer for answer in flood] == [["flood"]] * 40
         finally:
             await other.aclose()
 

@@ -86,7 +86,9 @@ def broker(request: pytest.FixtureRequest) -> Broker:
 
 
 @asynccontextmanager
-async def serving(plane: str, **overrides: Any) -> AsyncIterator[tuple[RequestPlaneServer, RequestPlaneClient]]:
+async def serving(
+    plane: str, **overrides: Any
+) -> AsyncIterator[tuple[RequestPlaneServer, RequestPlaneClient]]:
     settings = PlaneSettings.load(request_plane=plane, connect_timeout_s=1.0, **overrides)
     server = make_server(settings, secret=SECRET, instance_id=INSTANCE)
     await server.start()

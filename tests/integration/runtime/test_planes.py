@@ -62,7 +62,9 @@ async def ask(client: Client, request: int) -> list[int]:
     return [item async for item in await client.round_robin(request, annotated=False)]
 
 
-async def test_a_worker_and_a_client_on_each_plane(plane: str, dynamo_runtime_factory: RuntimeFactory) -> None:
+async def test_a_worker_and_a_client_on_each_plane(
+    plane: str, dynamo_runtime_factory: RuntimeFactory
+) -> None:
     worker = await dynamo_runtime_factory(request_plane=plane.upper())
     await serve(worker)
     client = await open_client(await dynamo_runtime_factory(request_plane=plane))
@@ -203,7 +205,9 @@ async def test_a_deployment_moves_to_another_plane_without_a_failed_request(
     assert not failures
 
 
-async def test_tools_of_nats_see_every_instance(nats_url: str, dynamo_runtime_factory: RuntimeFactory) -> None:
+async def test_tools_of_nats_see_every_instance(
+    nats_url: str, dynamo_runtime_factory: RuntimeFactory
+) -> None:
     workers = [await dynamo_runtime_factory(request_plane="nats") for _ in range(3)]
     for worker in workers:
         await serve(worker, stats_handler=lambda: [1])

@@ -281,7 +281,7 @@ async def _send_answer(stream: FrameResponseStream, reply: _Reply, *, is_msgpack
             async with asyncio.timeout(ACCEPT_AFTER_S):
                 items = await stream.next_items()
         except TimeoutError:
-            await reply.start(200, content_type)
+            await reply.body(content_type, b"")  # a head alone would wait for the first item
             items = await stream.next_items()
         while items:
             data = _encoded(items, encode)

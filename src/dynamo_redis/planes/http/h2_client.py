@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterable
-from typing import Final, cast
+from collections.abc import AsyncIterable, Callable
+from contextlib import suppress
+from typing import Any, ClassVar, Final, cast
 
 import h2.config
 import h2.connection
@@ -27,9 +28,9 @@ _WIDE_WINDOW_BYTES: Final = 1 << 20
 _WIDE_CONNECTION_BYTES: Final = 1 << 24
 _PLAIN_WINDOW_BYTES: Final = 65_535
 _MAX_HEADERS_BYTES: Final = 64 << 10
-_RESET_REASONS: Final = {
-    h2.errors.ErrorCodes.REFUSED_STREAM: "the server refused the stream",
-    h2.errors.ErrorCodes.ENHANCE_YOUR_CALM: "the server asks for fewer requests",
+_RESET_REASONS: Final[dict[int, str]] = {
+    int(h2.errors.ErrorCodes.REFUSED_STREAM): "the server refused the stream",
+    int(h2.errors.ErrorCodes.ENHANCE_YOUR_CALM): "the server asks for fewer requests",
 }
 
 Headers = list[tuple[str, str]]
@@ -96,6 +97,18 @@ class Exchange:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
+    def wake_writer(self) -> None:
+        """Let the writer look again for room."""
+        if self.window_waiter is not None and not self.window_waiter.done():
+            self.window_waiter.set_result(None)
+
+    def on_head(self, headers: dict[str, str]) -> None:
+        """Take the head of the answer."""
+        self.headers = headers
+        status = headers.get(":status", "")
+        self.status = int(status) if status.isdigit() else 0
+        self.wake()
+
     def on_data(self, data: bytes, size_bytes: int) -> None:
         """Take received bytes; `size_bytes` is what they cost of the window."""
         self._chunks.append((data, size_bytes))
@@ -106,8 +119,7 @@ class Exchange:
         if not self._ended:
             self._ended = True
             self._error = error
-            if self.window_waiter is not None and not self.window_waiter.done():
-                self.window_waiter.set_result(None)
+            self.wake_writer()
             self.wake()
 
     @property
@@ -215,40 +227,39 @@ class H2ClientConnection(asyncio.Protocol):
     # ------------------------------------------------------------------- events
 
     def _on_event(self, event: h2.events.Event) -> None:
-        if isinstance(event, h2.events.DataReceived):
-            exchange = self._exchanges.get(event.stream_id)
+        handle = self._HANDLERS.get(type(event))
+        if handle is not None:
+            handle(self, event)
+
+    def _on_data(self, event: h2.events.DataReceived) -> None:
+        exchange = self._exchanges.get(event.stream_id)
+        if exchange is not None:
+            exchange.on_data(event.data, event.flow_controlled_length)
+        else:  # of an exchange that was closed here
+            self.acknowledge(event.stream_id, event.flow_controlled_length)
+
+    def _on_head(self, event: h2.events.ResponseReceived) -> None:
+        exchange = self._exchanges.get(event.stream_id)
+        if exchange is not None:
+            exchange.on_head({str(name): str(value) for name, value in event.headers})
+
+    def _on_end(self, event: h2.events.StreamEnded) -> None:
+        self._finish(event.stream_id, None)
+
+    def _on_reset(self, event: h2.events.StreamReset) -> None:
+        reason = _RESET_REASONS.get(event.error_code, f"the server reset the stream ({event.error_code})")
+        self._finish(event.stream_id, ConnectionLost(reason))
+
+    def _on_room(self, event: h2.events.WindowUpdated | h2.events.RemoteSettingsChanged) -> None:
+        """Let exchanges go on that wait for room."""
+        stream_id = event.stream_id if isinstance(event, h2.events.WindowUpdated) else 0
+        waiting = [self._exchanges.get(stream_id)] if stream_id else list(self._exchanges.values())
+        for exchange in waiting:
             if exchange is not None:
-                exchange.on_data(event.data, event.flow_controlled_length)
-            else:  # of an exchange that was closed here
-                self.acknowledge(event.stream_id, event.flow_controlled_length)
-        elif isinstance(event, h2.events.ResponseReceived):
-            exchange = self._exchanges.get(event.stream_id)
-            if exchange is not None:
-                exchange.headers = {str(name): str(value) for name, value in event.headers}
-                status = exchange.headers.get(":status", "")
-                exchange.status = int(status) if status.isdigit() else 0
-                exchange.wake()
-        elif isinstance(event, h2.events.StreamEnded):
-            self._finish(event.stream_id, None)
-        elif isinstance(event, h2.events.StreamReset):
-            code = event.error_code
-            reason = _RESET_REASONS.get(h2.errors.ErrorCodes(code) if code in _CODES else None)  # type: ignore[arg-type]
-            self._finish(event.stream_id, ConnectionLost(reason or f"the server reset the stream ({code})"))
-        elif isinstance(event, h2.events.WindowUpdated):
-            waiting = (
-                [self._exchanges.get(event.stream_id)] if event.stream_id else list(self._exchanges.values())
-            )
-            for exchange in waiting:
-                if exchange is not None and (waiter := exchange.window_waiter) and not waiter.done():
-                    waiter.set_result(None)
-        elif isinstance(event, h2.events.RemoteSettingsChanged):
-            for exchange in self._exchanges.values():
-                if (waiter := exchange.window_waiter) and not waiter.done():
-                    waiter.set_result(None)
-        elif isinstance(event, h2.events.PingAckReceived):
-            self._pinged_at = None
-        elif isinstance(event, h2.events.ConnectionTerminated):
-            self._on_goaway(event)
+                exchange.wake_writer()
+
+    def _on_ping_answer(self, _: h2.events.PingAckReceived) -> None:
+        self._pinged_at = None
 
     def _on_goaway(self, event: h2.events.ConnectionTerminated) -> None:
         """Begin no more exchanges; end those that the server will not handle."""
@@ -357,10 +368,8 @@ class H2ClientConnection(asyncio.Protocol):
     def close_exchange(self, exchange: Exchange) -> None:
         """Reset an exchange that is not wanted any more."""
         if self._exchanges.get(exchange.stream_id) is exchange:
-            try:
+            with suppress(h2.exceptions.ProtocolError):
                 self._h2.reset_stream(exchange.stream_id, h2.errors.ErrorCodes.CANCEL)
-            except h2.exceptions.ProtocolError:
-                pass
             self._schedule_flush()
             self._finish(exchange.stream_id, ConnectionLost("the exchange was closed"))
 
@@ -402,10 +411,8 @@ class H2ClientConnection(asyncio.Protocol):
     def close(self) -> None:
         """Close the connection; open exchanges end. Idempotent."""
         if self._error is None:
-            try:
+            with suppress(h2.exceptions.ProtocolError):
                 self._h2.close_connection()
-            except h2.exceptions.ProtocolError:
-                pass
             self._flush()
         self._end(ConnectionLost("the connection was closed"))
 
@@ -422,5 +429,13 @@ class H2ClientConnection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.close()
 
-
-_CODES: Final = frozenset(int(code) for code in h2.errors.ErrorCodes)
+    _HANDLERS: ClassVar[dict[type[h2.events.Event], Callable[[Any, Any], None]]] = {
+        h2.events.DataReceived: _on_data,
+        h2.events.ResponseReceived: _on_head,
+        h2.events.StreamEnded: _on_end,
+        h2.events.StreamReset: _on_reset,
+        h2.events.WindowUpdated: _on_room,
+        h2.events.RemoteSettingsChanged: _on_room,
+        h2.events.PingAckReceived: _on_ping_answer,
+        h2.events.ConnectionTerminated: _on_goaway,
+    }

@@ -1,4 +1,4 @@
-"""The serving side of the http plane: h2corn receives the requests, and this process's own server runs them."""
+"""The serving side of the http plane: h2corn receives requests, and this process's own server runs them."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def _listen(host: str, port: int | None) -> socket.socket:
             return sock
         if exc.errno == errno.EADDRINUSE:
             raise ConfigError(
-                f"DYN_HTTP_RPC_PORT={wanted}: {format_address(host, wanted)} is in use; choose another port, or "
-                "0 for a free one"
+                f"DYN_HTTP_RPC_PORT={wanted}: {format_address(host, wanted)} is in use; choose another port, "
+                "or 0 for a free one"
             ) from exc
         raise ConfigError(f"DYN_HTTP_RPC_HOST={host}: cannot listen: {exc.strerror or exc}") from exc

@@ -59,6 +59,7 @@ class NatsLink:
         self._client: Client | None = None
         self._owner: LinkOwner
         self._is_up = False
+        self._last_error: Exception | None = None
         self._waiting: deque[tuple[str, str, bytes]] = deque()
         self._wake = asyncio.Event()
         self._is_drained = asyncio.Event()
@@ -86,40 +87,46 @@ class NatsLink:
         self._owner = owner
         client = Client()
         try:
-            await client.connect(
-                self._settings.nats_server,
-                name=self._name,
-                error_cb=self._on_error,
-                disconnected_cb=self._on_disconnected,
-                reconnected_cb=self._on_reconnected,
-                closed_cb=self._on_disconnected,
-                connect_timeout=max(1, round(self._settings.connect_timeout_s)),
-                reconnect_time_wait=_RECONNECT_S,
-                max_reconnect_attempts=-1,
-                ping_interval=_PING_S,
-                allow_reconnect=True,
-                **_credentials(self._settings),
-            )
-            version = client.connected_server_version
-            if (version.major, version.minor) < _MINIMUM_VERSION:
-                raise ConfigError(f"NATS at {self._server} is version {version}: upgrade it to 2.2 or later")
-            for subject, callback in (
-                (self._subject, self._on_message),
-                (f"{self._subject}.*", self._on_status),
-            ):
-                await client.subscribe(
-                    subject, cb=callback, pending_msgs_limit=_NO_LIMIT, pending_bytes_limit=_NO_LIMIT
-                )
-            await client.flush(max(1, round(self._settings.connect_timeout_s)))
+            async with asyncio.timeout(self._settings.connect_timeout_s):  # the client tries for ever
+                await self._connect(client)
         except (OSError, nats.errors.Error, TimeoutError) as exc:
             await _close(client)
-            raise CannotConnect(f"cannot connect to NATS at {self._server}: {_reason(exc)}") from exc
+            reason = self._last_error if isinstance(exc, TimeoutError) and self._last_error else exc
+            raise CannotConnect(f"cannot connect to NATS at {self._server}: {_reason(reason)}") from exc
         except BaseException:
             await _close(client)
             raise
         self._client = client
         self._is_up = True
         self._sender = asyncio.create_task(self._send_waiting(), name=f"NATS link of {self._subject}")
+
+    async def _connect(self, client: Client) -> None:
+        """Log in, and subscribe the own subjects. Raises ConfigError for a server that is too old."""
+        await client.connect(
+            self._settings.nats_server,
+            name=self._name,
+            error_cb=self._on_error,
+            disconnected_cb=self._on_disconnected,
+            reconnected_cb=self._on_reconnected,
+            closed_cb=self._on_disconnected,
+            connect_timeout=max(1, round(self._settings.connect_timeout_s)),
+            reconnect_time_wait=_RECONNECT_S,
+            max_reconnect_attempts=-1,
+            ping_interval=_PING_S,
+            allow_reconnect=True,
+            **_credentials(self._settings),
+        )
+        version = client.connected_server_version
+        if (version.major, version.minor) < _MINIMUM_VERSION:
+            raise ConfigError(f"NATS at {self._server} is version {version}: upgrade it to 2.2 or later")
+        for subject, callback in (
+            (self._subject, self._on_message),
+            (f"{self._subject}.*", self._on_status),
+        ):
+            await client.subscribe(
+                subject, cb=callback, pending_msgs_limit=_NO_LIMIT, pending_bytes_limit=_NO_LIMIT
+            )
+        await client.flush(max(1, round(self._settings.connect_timeout_s)))
 
     def send(self, receiver: str, connection_id: bytes, message: bytes) -> None:
         """See `Link.send`."""
@@ -194,7 +201,9 @@ class NatsLink:
     async def _on_error(self, error: Exception) -> None:
         if isinstance(error, nats.errors.SlowConsumerError):
             self._lose("this process did not read NATS messages in time")
-        self._complaints.log("NATS at %s: %s", self._server, _reason(error))
+        self._last_error = error
+        if self._client is not None:  # else `open` reports it
+            self._complaints.log("NATS at %s: %s", self._server, _reason(error))
 
     def _lose(self, reason: str) -> None:
         self._waiting.clear()

@@ -225,7 +225,12 @@ async def test_another_version_is_refused() -> None:
         assert owner is not None
         answers: list[bytes] = []
         other.owner = None
-        broker.fate = lambda message: answers.append(message) or 1  # type: ignore[func-returns-value]
+
+        def note(message: bytes) -> int:
+            answers.append(message)
+            return 1
+
+        broker.fate = note
         connection_id = bytes(range(16))
         broker.links["other"] = other
         other.owner = _Ignores()
