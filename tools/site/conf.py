@@ -19,6 +19,10 @@ CONTENTS: Final[Mapping[str, Sequence[str]]] = {
     "Operate": (
         "docs/operations",
         "docs/settings",
+        "docs/request-planes",
+        "docs/migration",
+        "docs/request-planes",
+        "docs/migration",
         "docs/security",
         "docs/tls",
         "docs/guarantees",

@@ -21,6 +21,8 @@ from dynamo_redis.planes.tunnel.carrier import TunnelCarrier
 from dynamo_redis.planes.tunnel.link import Link
 from dynamo_redis.planes.tunnel.server import TunnelServer
 
+_NO_HTTP = "DYN_REQUEST_PLANE=http needs h2 and h2corn: install the extra `planes`"
+
 
 def make_server(
     settings: PlaneSettings,
@@ -59,8 +61,10 @@ def make_server(
                 )
             )
         elif plane == "http":
-            from dynamo_redis.planes.http.server import HttpServer
-
+            try:
+                from dynamo_redis.planes.http.server import HttpServer
+            except ImportError as exc:
+                raise ConfigError(_NO_HTTP) from exc
             servers.append(
                 HttpServer(settings, secret=secret, instance_id=instance_id, core=core, redis_host=redis_host)
             )
@@ -87,8 +91,10 @@ def make_client(
     if plane == "tcp":
         return TcpClient(settings, on_quiet)
     if plane == "http":
-        from dynamo_redis.planes.http.forward import HttpClient
-
+        try:
+            from dynamo_redis.planes.http.forward import HttpClient
+        except ImportError as exc:
+            raise ConfigError(_NO_HTTP) from exc
         return HttpClient(settings, on_quiet)
     settings, link = _through_broker(plane, settings, store, f"caller-{secrets.token_hex(12)}")
     return FrameClient(settings, TunnelCarrier(link), on_quiet)
@@ -106,9 +112,7 @@ def _through_broker(
     try:
         from dynamo_redis.planes.nats.link import MAX_MESSAGE_BYTES, NatsLink, encode_token
     except ImportError as exc:
-        raise ConfigError(
-            "DYN_REQUEST_PLANE=nats needs the extra `nats`: pip install 'dynamo-redis[nats]'"
-        ) from exc
+        raise ConfigError("DYN_REQUEST_PLANE=nats needs nats-py: install the extra `planes`") from exc
     limit_bytes = ByteSize(min(settings.max_message_bytes, MAX_MESSAGE_BYTES))
     settings = settings.model_copy(update={"max_message_bytes": limit_bytes})
     return settings, NatsLink(settings, f"{encode_token(store.prefix)}.plane.{name}", f"dynamo-redis {name}")

@@ -20,8 +20,8 @@ from dynamo_redis.runtime.call import Call
 from dynamo_redis.runtime.discovery import EndpointView
 from dynamo_redis.runtime.dispatch import Dispatcher
 from dynamo_redis.runtime.instance import Instance
-from dynamo_redis.runtime.service import SCRAPE_S, ask_all
 from dynamo_redis.runtime.selection import Only, Policy, policy
+from dynamo_redis.runtime.service import SCRAPE_S, ask_all
 
 log = logging.getLogger(__name__)
 
@@ -207,10 +207,11 @@ class Client:
     async def scrape_stats(self, timeout_s: float = SCRAPE_S) -> list[dict[str, Any]]:
         """Ask all instances at once for their stats of this endpoint.
 
-        Each answer has the form of a NATS service's (ADR-32): `id`, `version`, `started`, and `endpoints` with
-        `num_requests`, `num_errors`, `processing_time` and `average_processing_time` in nanoseconds, `data` of
-        the endpoint's stats handler, and beside it `in_flight` and the percentiles `p50_processing_time` and
-        `p99_processing_time`. An instance that does not answer within `timeout_s` has `id` and `error` instead.
+        Each answer has the form of a NATS service's (ADR-32): `id`, `version`, `started`, and `endpoints`
+        with `num_requests`, `num_errors`, `processing_time` and `average_processing_time` in nanoseconds,
+        `data` of the endpoint's stats handler, and beside it `in_flight`, `p50_processing_time` and
+        `p99_processing_time`. An instance that does not answer within `timeout_s` has `id` and `error`
+        instead.
         """
         targets = [member.target for member in self._view if member.listed]
         answers = await ask_all(

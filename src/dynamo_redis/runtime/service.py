@@ -1,4 +1,4 @@
-"""What an instance says of itself on every plane: PING, INFO and STATS, in the form of NATS services.
+"""An instance's answers to PING, INFO and STATS, on every plane, in the form of NATS services.
 
 Each process answers at an endpoint of its own (`service_subject`), which is in no record: who can call an
 instance can ask it. The form is that of ADR-32 (https://github.com/nats-io/nats-architecture-and-design), so

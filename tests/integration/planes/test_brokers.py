@@ -109,7 +109,7 @@ async def ask(client: RequestPlaneClient, to: Target, request: Any) -> list[Any]
     return [item async for item in client.open(to, request, Context())]
 
 
-async def test_a_broker_that_is_killed_under_load_costs_retryable_errors_only(broker: Broker) -> None:
+async def test_a_broker_killed_under_load_costs_retryable_errors(broker: Broker) -> None:
     async with serving(broker.plane) as (server, client):
         to, errors, answered, stop = target(server), [], [], asyncio.Event()
 

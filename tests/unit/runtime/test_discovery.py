@@ -60,7 +60,7 @@ async def test_instance_on_another_plane_is_left_out_and_logged(
     with caplog.at_level(logging.WARNING):
         bench.view.apply(batch(put(instance(1), value=other)))
     assert bench.known() == set()
-    assert "offers http" in caplog.text
+    assert "serves http, this client speaks tcp" in caplog.text
 
 
 async def test_hanging_instance_is_not_chosen_until_ready(bench: Bench) -> None:

@@ -26,6 +26,7 @@ HERE: dict[str, type[Any]] = {
     "ModelInput": llm.ModelInput,
     "ModelRuntimeConfig": llm.ModelRuntimeConfig,
     "ModelType": llm.ModelType,
+    "PyAsyncRequestStream": runtime.PyAsyncRequestStream,
     "TransportType": Transport,
     "WorkerMetricsPublisher": llm.WorkerMetricsPublisher,
     "WorkerType": llm.WorkerType,

@@ -1,4 +1,4 @@
-"""What carries the bytes of sessions: how a caller reaches an instance."""
+"""The ways in which callers reach instances, below the sessions of frames."""
 
 from __future__ import annotations
 

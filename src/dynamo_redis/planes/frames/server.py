@@ -40,7 +40,7 @@ _log = logging.getLogger(__name__)
 
 
 class ServerCore:
-    """What the servers of one process share: its endpoints, and the requests to them."""
+    """The endpoints of a process and the requests to them, which its servers share."""
 
     def __init__(self, settings: PlaneSettings) -> None:
         self.endpoints: dict[str, RegisteredEndpoint] = {}

@@ -1,4 +1,4 @@
-"""How a caller reaches instances through the broker."""
+"""The way of callers to instances through the broker."""
 
 from __future__ import annotations
 

@@ -153,7 +153,7 @@ async def test_a_slow_reader_holds_up_its_writer() -> None:
 
 
 @pytest.mark.parametrize("fate", [0, 2], ids=["lost", "twice"])
-async def test_a_message_that_is_lost_or_comes_twice_ends_the_connection(fate: int) -> None:
+async def test_a_message_lost_or_repeated_ends_the_connection(fate: int) -> None:
     broker = Broker()
     async with connected(broker) as (caller, server):
         caller.transport.write(b"first")
