@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,6 +19,7 @@ from dynamo_redis.events.block_hashes import chain, local_hashes
 from dynamo_redis.runtime import DistributedRuntime, Settings
 from dynamo_redis.wire.event import EventBatch
 from dynamo_redis.wire.kv_event import read_kv_events
+from tests.nats_server import find_nats_server
 
 RUN = "uvloop.run(main())"
 
@@ -105,3 +108,45 @@ def test_the_readme_shows_the_examples(repository: Path) -> None:
         for line in lines:
             assert line in readme
             assert line in source
+
+
+@pytest.mark.parametrize("plane", ["tcp", "http", "nats", "redis"])
+def test_a_whole_deployment_on_each_plane(repository: Path, plane: str, tmp_path: Path) -> None:
+    """The script starts its own Redis, and its own nats-server if none answers."""
+    if plane == "nats" and find_nats_server() is None:
+        pytest.skip("no nats-server on this machine; on Debian and Ubuntu: apt-get install nats-server")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        nats_port = free.getsockname()[1]
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("DYN_", "NATS_"))
+    } | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "XDG_RUNTIME_DIR": str(tmp_path),
+        "NATS_SERVER": f"nats://127.0.0.1:{nats_port}",
+        "DYN_HTTP_RPC_PORT": "0",
+    }
+    ran = subprocess.run(
+        ["sh", str(repository / "examples" / "agg_request_planes.sh"), f"--{plane}"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    heading, answer = ran.stdout.splitlines()
+    assert heading == f"A chat over the {plane} plane:"
+    assert json.loads(answer)["choices"][0]["message"]["content"]
+
+
+def test_the_script_of_planes_explains_itself(repository: Path) -> None:
+    ran = subprocess.run(
+        ["sh", str(repository / "examples" / "agg_request_planes.sh"), "--pigeon"],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert "--tcp | --http | --nats | --redis" in ran.stderr

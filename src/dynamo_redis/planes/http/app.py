@@ -16,7 +16,7 @@ import base64
 import binascii
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping, Sequence
 from contextlib import suppress
 from typing import Any, Final
 from urllib.parse import unquote
@@ -56,7 +56,8 @@ NONCE_HEADER: Final = b"x-dynamo-nonce"
 PROOF_HEADER: Final = b"x-dynamo-proof"
 
 _MAX_DEADLINE_MS: Final = 2**53
-_UNREAD_MESSAGE_BYTES: Final = 64 << 10
+_DRAIN_BYTES: Final = 256 << 10
+_DRAIN_S: Final = 1.0
 
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
@@ -91,14 +92,15 @@ class HttpApp:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             raise RuntimeError(f"{scope['type']} is not served here")
-        reply = _Reply(send)
+        reply, bodies = _Reply(send), _Receiver(receive)
         try:
-            await self._answer(scope, receive, reply)
-        except PlaneError as exc:
+            await self._answer(scope, bodies, reply)
+        except (PlaneError, _Refused) as exc:
             if isinstance(exc, AuthenticationFailed):
                 self._complaints.log("%s does not get in: %s", _client_of(scope), exc)
             with suppress(OSError):
-                await reply.fail(exc)
+                await bodies.drain()
+                await (reply.refuse(exc) if isinstance(exc, _Refused) else reply.fail(exc))
 
     async def _answer(self, scope: Scope, receive: Receive, reply: _Reply) -> None:
         path: str = scope["path"]
@@ -113,6 +115,8 @@ class HttpApp:
         if rest == "-/live":
             await reply.empty(204, [])
             return
+        if b"origin" in headers:  # of a web page; a form could send what is read as JSON
+            raise _Refused(403, "web pages may not call this plane")
         self._authorize(headers)
         if rest == "-/probe":
             nonce = headers.get(NONCE_HEADER, b"").decode("latin-1")
@@ -122,8 +126,7 @@ class HttpApp:
             )
             return
         if method != "POST":
-            await reply.refuse(405, "only POST is served here", [(b"allow", b"POST")])
-            return
+            raise _Refused(405, "only POST is served here", [(b"allow", b"POST")])
         if rest.startswith("-/stop/"):
             context = self._contexts.get(rest.removeprefix("-/stop/"))
             if context is not None:
@@ -157,8 +160,7 @@ class HttpApp:
     ) -> None:
         is_msgpack = content.is_msgpack(headers.get(b"content-type", b"").decode("latin-1"))
         if is_msgpack is None:
-            await reply.refuse(415, f"write the request as {content.JSON} or {content.MSGPACK}", [])
-            return
+            raise _Refused(415, f"write the request as {content.JSON} or {content.MSGPACK}")
         context = _context_of(headers)
         body = _Body(self, receive, headers, self._settings)
         exchange = headers.get(EXCHANGE_HEADER, b"").decode("latin-1")
@@ -203,6 +205,37 @@ class HttpApp:
     def release(self, size_bytes: int) -> None:
         """Count bytes of a body as freed."""
         self._receiving_bytes -= size_bytes
+
+
+class _Refused(Exception):
+    """A request that HTTP itself forbids."""
+
+    def __init__(self, status: int, detail: str, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.detail = detail
+        self.headers = headers
+
+
+class _Receiver:
+    """The events of a request, and whether its body has come whole."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._is_over = False
+
+    async def __call__(self) -> Message:
+        message = await self._receive()
+        self._is_over = message["type"] != "http.request" or not message.get("more_body", False)
+        return message
+
+    async def drain(self) -> None:
+        """Read the rest of a small body: a client that still writes may not read an early answer."""
+        size_bytes = 0
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_DRAIN_S):
+                while not self._is_over and size_bytes <= _DRAIN_BYTES:
+                    size_bytes += len((await self()).get("body", b""))
 
 
 class _Body:
@@ -340,11 +373,16 @@ class _Reply:
         await self._send({"type": "http.response.start", "status": status, "headers": list(headers)})
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def refuse(self, status: int, detail: str, headers: Iterable[tuple[bytes, bytes]]) -> None:
+    async def refuse(self, refused: _Refused) -> None:
         """Answer with an error of HTTP itself."""
-        document = {"type": "about:blank", "title": "Refused", "status": status, "detail": detail,
-                    "code": InvalidRequest.code}  # fmt: skip
-        await self.start(status, content.PROBLEM, headers)
+        document = {
+            "type": "about:blank",
+            "title": "Refused",
+            "status": refused.status,
+            "detail": refused.detail,
+            "code": InvalidRequest.code,
+        }
+        await self.start(refused.status, content.PROBLEM, refused.headers)
         await self._send({"type": "http.response.body", "body": json.dumps(document).encode()})
 
     async def fail(self, error: PlaneError) -> None:

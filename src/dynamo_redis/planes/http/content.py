@@ -36,6 +36,8 @@ END_TYPE: Final = -2
 """A type that MessagePack reserves, so no item can have it."""
 
 _MSGPACK_TYPES: Final = frozenset({MSGPACK, "application/x-msgpack", "application/vnd.msgpack"})
+_JSON_TYPES: Final = frozenset({JSON, JSON_LINES, "", "application/x-www-form-urlencoded"})
+"""With the type that `curl --data` gives."""
 _STATUS: Final[tuple[tuple[type[PlaneError], int], ...]] = (
     (AuthenticationFailed, 401),
     (EndpointNotFound, 404),
@@ -56,7 +58,7 @@ def is_msgpack(content_type: str) -> bool | None:
     name = content_type.partition(";")[0].strip().lower()
     if name in _MSGPACK_TYPES:
         return True
-    return False if name in (JSON, JSON_LINES, "") else None
+    return False if name in _JSON_TYPES else None
 
 
 def read_json(body: bytes) -> Any:
