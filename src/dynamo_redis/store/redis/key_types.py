@@ -25,6 +25,8 @@ TYPES: Final = {
     "events": "stream",
     "sizes": "list",
     "groups": "zset",
+    # the request plane through Redis
+    "inbox": "stream",
 }
 """By the last part of a key, behind its hash tag. `docs/redis-schema.md` describes each."""
 
