@@ -58,6 +58,8 @@ PROOF_HEADER: Final = b"x-dynamo-proof"
 _MAX_DEADLINE_MS: Final = 2**53
 _DRAIN_BYTES: Final = 256 << 10
 _DRAIN_S: Final = 1.0
+_BEAT_S: Final = 1.0
+"""Longest silence of an answer over HTTP/1."""
 
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
@@ -179,7 +181,9 @@ class HttpApp:
                 self._contexts[exchange] = context
             watch = None if messages is not None else asyncio.ensure_future(body.wait_for_disconnect(context))
             try:
-                await _send_answer(stream, reply, is_msgpack=is_msgpack)
+                # The server of HTTP/1 notices that a caller has left only when it writes.
+                beat_s = _BEAT_S if scope["http_version"].startswith("1") else None
+                await _send_answer(stream, reply, is_msgpack=is_msgpack, beat_s=beat_s)
             finally:
                 if watch is not None:
                     watch.cancel()
@@ -305,8 +309,13 @@ class _Body:
         self._reserved_bytes = 0
 
 
-async def _send_answer(stream: FrameResponseStream, reply: _Reply, *, is_msgpack: bool) -> None:
-    """Send the items as they come, and the end. Raises PlaneError before the first item."""
+async def _send_answer(
+    stream: FrameResponseStream, reply: _Reply, *, is_msgpack: bool, beat_s: float | None
+) -> None:
+    """Send the items as they come, and the end. Raises PlaneError before the first item.
+
+    `beat_s`: after this time without an item an empty sign is sent, again and again; None: never.
+    """
     encode = _encode_msgpack if is_msgpack else content.json_lines
     content_type = content.MSGPACK if is_msgpack else content.JSON_LINES
     try:
@@ -315,14 +324,14 @@ async def _send_answer(stream: FrameResponseStream, reply: _Reply, *, is_msgpack
                 items = await stream.next_items()
         except TimeoutError:
             await reply.body(content_type, b"")  # a head alone would wait for the first item
-            items = await stream.next_items()
+            items = await _next_items(stream, reply, content_type, beat_s)
         while items:
             data = _encoded(items, encode)
             if stream.is_over:
                 await reply.finish(content_type, data + (content.msgpack_end() if is_msgpack else b""))
                 return
             await reply.body(content_type, data)
-            items = await stream.next_items()
+            items = await _next_items(stream, reply, content_type, beat_s)
         await reply.finish(content_type, content.msgpack_end() if is_msgpack else b"")
     except PlaneError as exc:
         if not reply.has_started:
@@ -331,6 +340,20 @@ async def _send_answer(stream: FrameResponseStream, reply: _Reply, *, is_msgpack
             content.msgpack_end(exc) if is_msgpack else content.json_lines([{"error": content.problem(exc)}])
         )
         await reply.finish(content_type, end)
+
+
+async def _next_items(
+    stream: FrameResponseStream, reply: _Reply, content_type: str, beat_s: float | None
+) -> list[Any]:
+    """Wait for the next items, and send signs meanwhile."""
+    if beat_s is None:
+        return await stream.next_items()
+    while True:
+        try:
+            async with asyncio.timeout(beat_s):
+                return await stream.next_items()
+        except TimeoutError:
+            await reply.body(content_type, content.MSGPACK_BEAT if content_type == content.MSGPACK else b"\n")
 
 
 def _encode_msgpack(items: Iterable[Any]) -> bytes:

@@ -1,9 +1,12 @@
 """Requests, answers and errors as HTTP carries them. Pure.
 
-JSON in, JSON lines out: each item is a line, and an error behind the first item is a last line
-`{"error": {…}}`. `bytes` become base64 text. MessagePack in, MessagePack out: the items one behind the other,
-then an extension value of type `END_TYPE`: empty, or the packed error `[code, message, details]`. An error
-before the first item is a problem document (RFC 9457) with the code that every plane uses.
+JSON in, JSON lines out: each item is a line, empty lines mean nothing, and an error behind the first item is
+a last line `{"error": {…}}`. `bytes` become base64 text.
+
+MessagePack in, MessagePack out: the items one behind the other, then an extension value of type `END_TYPE`:
+empty, or the packed error `[code, message, details]`. Empty ones of type `BEAT_TYPE` mean nothing.
+
+An error before the first item is a problem document (RFC 9457) with the code that every plane uses.
 """
 
 from __future__ import annotations
@@ -34,6 +37,10 @@ MSGPACK: Final = "application/msgpack"
 PROBLEM: Final = "application/problem+json"
 END_TYPE: Final = -2
 """A type that MessagePack reserves, so no item can have it."""
+
+BEAT_TYPE: Final = -3
+MSGPACK_BEAT: Final = b"\xc7\x00\xfd"
+"""An empty extension value of `BEAT_TYPE`: no item, the answer goes on."""
 
 _MSGPACK_TYPES: Final = frozenset({MSGPACK, "application/x-msgpack", "application/vnd.msgpack"})
 _JSON_TYPES: Final = frozenset({JSON, JSON_LINES, "", "application/x-www-form-urlencoded"})
@@ -133,11 +140,17 @@ class End:
         self.content = content
 
 
+BEAT: Final = object()
+"""A sign between items, as `new_answer_unpacker` returns it."""
+
+
 def new_answer_unpacker(max_item_bytes: int) -> msgpack.Unpacker:
     """Make an unpacker of the items of an answer, and its `End`."""
 
     def read_extension(code: int, data: bytes) -> Any:
-        return End(data) if code == END_TYPE else msgpack.ExtType(code, data)
+        if code == END_TYPE:
+            return End(data)
+        return BEAT if code == BEAT_TYPE else msgpack.ExtType(code, data)
 
     return msgpack.Unpacker(
         max_buffer_size=max_item_bytes + _MAX_READ_BYTES,

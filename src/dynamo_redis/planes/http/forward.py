@@ -252,6 +252,8 @@ class ForwardServer(FrameServer):
             while data := await exchange.read():
                 unpacker.feed(data)
                 for item in unpacker:
+                    if item is content.BEAT:
+                        continue
                     if type(item) is not content.End:
                         yield item
                     elif (error := content.read_end(item.content)) is not None:
