@@ -383,6 +383,9 @@ class H2ClientConnection(asyncio.Protocol):
     def _flush(self) -> None:
         self._flush_scheduled = False
         if self._transport is not None and self._error is None:
+            if self._transport.is_closing():  # uvloop raises on a write, until it has called connection_lost
+                self._end(ConnectionLost("the connection broke"))
+                return
             data = self._h2.data_to_send()
             if data:
                 self._transport.write(data)
