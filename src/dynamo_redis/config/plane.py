@@ -19,6 +19,7 @@ _HOST_NAME = re.compile(
 )
 
 
+_NATS_URL = "nats://localhost:4222"
 _ROOT_PATH = re.compile(r"(/[A-Za-z0-9._-]+)+")
 
 PLANES = ("tcp", "http", "nats", "redis")
@@ -276,8 +277,10 @@ class PlaneSettings(SettingsGroup):
         "true: windows of HTTP/2 for fast networks (1 MiB a request, 16 MiB a connection); false: those of "
         "the standard (64 KiB).",
     )
-    nats_server: str = setting(
-        "NATS_SERVER", "nats://localhost:4222", "The NATS server of the nats plane; tls://… for TLS."
+    nats_server: SecretStr | None = setting(
+        "NATS_SERVER",
+        None,
+        "URL of the NATS server of the nats plane; tls://… for TLS. Unset: nats://localhost:4222.",
     )
     nats_username: str | None = setting("NATS_AUTH_USERNAME", None, "User name at the NATS server.")
     nats_password: SecretStr | None = setting("NATS_AUTH_PASSWORD", None, "Password at the NATS server.")
@@ -306,3 +309,8 @@ class PlaneSettings(SettingsGroup):
                 f"{invalid_plane(self.request_plane)} (several are for workers only: a client names one)"
             )
         return self.planes[0]
+
+    @property
+    def nats_url(self) -> str:
+        """The URL of the NATS server, with the password if it has one."""
+        return _NATS_URL if self.nats_server is None else self.nats_server.get_secret_value()

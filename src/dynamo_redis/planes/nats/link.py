@@ -55,7 +55,7 @@ class NatsLink:
         self._settings = settings
         self._subject = subject
         self._name = name
-        self._server = _without_password(settings.nats_server)
+        self._server = _without_password(settings.nats_url)
         self._client: Client | None = None
         self._owner: LinkOwner
         self._is_up = False
@@ -103,7 +103,7 @@ class NatsLink:
     async def _connect(self, client: Client) -> None:
         """Log in, and subscribe the own subjects. Raises ConfigError for a server that is too old."""
         await client.connect(
-            self._settings.nats_server,
+            self._settings.nats_url,
             name=self._name,
             error_cb=self._on_error,
             disconnected_cb=self._on_disconnected,
@@ -250,7 +250,7 @@ def _credentials(settings: PlaneSettings) -> dict[str, Any]:
         options["nkeys_seed_str"] = settings.nats_nkey.get_secret_value()
     if settings.nats_credentials_file is not None:
         options["user_credentials"] = str(settings.nats_credentials_file)
-    if settings.nats_tls_ca is not None or urlsplit(settings.nats_server).scheme == "tls":
+    if settings.nats_tls_ca is not None or urlsplit(settings.nats_url).scheme == "tls":
         try:
             context = ssl.create_default_context(cafile=settings.nats_tls_ca)
             if settings.nats_tls_cert is not None:
