@@ -201,7 +201,8 @@ class NatsLink:
     async def _on_error(self, error: Exception) -> None:
         if isinstance(error, nats.errors.SlowConsumerError):
             self._lose("this process did not read NATS messages in time")
-        self._last_error = error
+        if not isinstance(self._last_error, nats.errors.Error):  # a refused login is followed by others
+            self._last_error = error
         if self._client is not None:  # else `open` reports it
             self._complaints.log("NATS at %s: %s", self._server, _reason(error))
 
