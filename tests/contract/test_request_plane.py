@@ -39,7 +39,7 @@ from dynamo_redis.planes.select import make_client, make_server
 from tests.certificates import Authority
 from tests.nats_server import NatsServer, find_nats_server
 
-PLANES = ("tcp", "tcp over TLS", "http", "nats", "redis")
+PLANES = ("tcp", "tcp over TLS", "http", "http over TLS", "nats", "redis")
 SECRET = b"a secret of the instance, random"
 INSTANCE = 0x694D98147D54BFDE
 MIB = 1 << 20

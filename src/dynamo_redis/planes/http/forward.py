@@ -30,7 +30,6 @@ from dynamo_redis.errors import (
     PlaneError,
 )
 from dynamo_redis.names import format_instance_id
-from dynamo_redis.planes.address import parse_address
 from dynamo_redis.planes.base import Target
 from dynamo_redis.planes.context import Context, Strength
 from dynamo_redis.planes.frames.client import FrameClient
@@ -50,6 +49,7 @@ from dynamo_redis.planes.http.app import (
 from dynamo_redis.planes.http.h2_client import Exchange, H2ClientConnection, Headers
 from dynamo_redis.planes.http.local import LocalCarrier
 from dynamo_redis.planes.http.token import make_proof, make_token
+from dynamo_redis.planes.tcp.tls import TlsContext, dial_options, explain, make_tls
 from dynamo_redis.wire.codec import pack
 
 _TOKEN_S: Final = 300.0
@@ -61,8 +61,9 @@ _MAX_PROBLEM_BYTES: Final = 64 << 10
 class HttpPeer:
     """The HTTP connections to one address."""
 
-    def __init__(self, target: Target, settings: PlaneSettings) -> None:
+    def __init__(self, target: Target, settings: PlaneSettings, tls: TlsContext | None) -> None:
         self._target = target
+        self._tls = tls
         self._settings = settings
         self._connections: list[H2ClientConnection] = []
         self._dialling: asyncio.Lock = asyncio.Lock()
@@ -92,14 +93,17 @@ class HttpPeer:
             )
         loop, address = asyncio.get_running_loop(), self._target.address
         try:
-            host, port = parse_address(address)
-            make = partial(H2ClientConnection, self._settings, address, "http")
+            host, port, options = dial_options(address, self._tls)
+            if options:
+                options["ssl"].set_alpn_protocols(["h2"])
+            scheme = "https" if options else "http"
+            make = partial(H2ClientConnection, self._settings, address.partition("+")[0], scheme)
             async with asyncio.timeout(self._settings.connect_timeout_s):
-                _, connection = await loop.create_connection(make, host, port)
+                _, connection = await loop.create_connection(make, host, port, **options)
         except TimeoutError:
             raise CannotConnect(f"no answer from {address} in {self._settings.connect_timeout_s} s") from None
         except (OSError, ValueError) as exc:
-            raise CannotConnect(f"cannot connect to {address}: {exc}") from exc
+            raise CannotConnect(f"cannot connect to {address}: {explain(exc, address)}") from exc
         try:
             async with asyncio.timeout(self._settings.connect_timeout_s):
                 await self.check(connection)
@@ -174,10 +178,10 @@ class HttpPeer:
 class ForwardServer(FrameServer):
     """This process's own end of the requests to one instance: its handler makes the exchanges."""
 
-    def __init__(self, settings: PlaneSettings, target: Target) -> None:
+    def __init__(self, settings: PlaneSettings, target: Target, tls: TlsContext | None) -> None:
         unlimited = settings.model_copy(update={"max_in_flight_count": 1 << 30, "max_queued_count": 0})
         super().__init__(unlimited, secret=target.secret, instance_id=target.instance_id)
-        self.peer = HttpPeer(target, settings)
+        self.peer = HttpPeer(target, settings, tls)
         self._own = f"{format_instance_id(target.instance_id)}/"
         self._stops: set[asyncio.Task[None]] = set()
 
@@ -317,7 +321,9 @@ class HttpCarrier:
     """Implements `Carrier`: to the own ends of the requests, once the instance can be reached."""
 
     def __init__(self, settings: PlaneSettings) -> None:
+        """Raises ConfigError for TLS files that cannot be used."""
         self._settings = settings
+        self._tls = make_tls(settings, "client")
         self._servers: dict[Target, ForwardServer] = {}
 
     async def server(self, target: Target) -> ForwardServer:
@@ -325,7 +331,7 @@ class HttpCarrier:
         key = Target(target.instance_id, target.address, "", target.secret)
         server = self._servers.get(key)
         if server is None:
-            server = self._servers[key] = ForwardServer(self._settings, key)
+            server = self._servers[key] = ForwardServer(self._settings, key, self._tls)
             await server.start()
         return server
 
@@ -356,7 +362,7 @@ class HttpClient(FrameClient):
     """Implements `RequestPlaneClient` over HTTP/2."""
 
     def __init__(self, settings: PlaneSettings, on_quiet: Callable[[Target], None] | None = None) -> None:
-        """`on_quiet`: see `select.make_client`."""
+        """`on_quiet`: see `select.make_client`. Raises ConfigError for TLS files that cannot be used."""
         self._http = HttpCarrier(settings)
         super().__init__(settings, self._http, on_quiet)
 

@@ -17,6 +17,7 @@ from dynamo_redis.planes.frames.client import FrameClient
 from dynamo_redis.planes.frames.server import FrameServer, ServerCore
 from dynamo_redis.planes.http.app import HttpApp
 from dynamo_redis.planes.http.local import LocalCarrier
+from dynamo_redis.planes.tcp.tls import make_tls
 
 DEFAULT_PORT: Final = 8888
 
@@ -46,6 +47,7 @@ class HttpServer(FrameServer):
         """See `select.make_server`; `redis_host` as in `TcpServer`."""
         super().__init__(settings, secret=secret, instance_id=instance_id, core=core)
         self._redis_host = redis_host
+        self._tls = make_tls(settings, "server")
         self._client = FrameClient(settings, LocalCarrier(self._new_connection))
         self._http: Server | None = None
         self._serving: asyncio.Task[None] | None = None
@@ -71,8 +73,13 @@ class HttpServer(FrameServer):
             self._complaints,
         )
         is_wide = settings.http2_adaptive_window
+        is_tls, is_mutual = settings.tcp_tls != "off", settings.tcp_tls == "mutual"
         config = Config(
             bind=(f"fd://{sock.fileno()}",),
+            certfile=settings.tcp_tls_cert if is_tls else None,
+            keyfile=settings.tcp_tls_key if is_tls else None,
+            ca_certs=settings.tcp_tls_ca if is_mutual else None,
+            cert_reqs="required" if is_mutual else "none",
             lifespan="off",
             access_log=False,
             server_header="off",
@@ -95,7 +102,8 @@ class HttpServer(FrameServer):
         if self._serving.done():
             started.cancel()
             raise ConfigError(f"the http plane does not start: {self._serving.exception()}")
-        self._address = format_address(binding.advertise_host, settings.http_advertise_port or port)
+        mark = "" if self._tls is None else self._tls.mark
+        self._address = format_address(binding.advertise_host, settings.http_advertise_port or port) + mark
 
     async def _stop_accepting(self) -> None:
         if self._http is not None:
