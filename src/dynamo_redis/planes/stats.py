@@ -10,6 +10,9 @@ from typing import Final
 RECENT_COUNT: Final = 1000
 """The latest requests, of which the percentiles are computed."""
 
+FOLD_COUNT: Final = 256
+"""Requests whose processing times are added to the sums at once."""
+
 _LAST_ERROR_CHARS: Final = 200
 
 
@@ -36,23 +39,38 @@ class EndpointStats:
 
 
 class RequestCounts:
-    """Counts requests as they finish: a few tenths of a microsecond each."""
+    """Counts requests as they finish.
 
-    __slots__ = ("_recent_s", "error_count", "last_error", "processing_s", "request_count", "started_at")
+    A request costs one `durations_s.append` and a look at its length, 0.1 µs: the sums are made for
+    `FOLD_COUNT` requests at once.
+    """
+
+    __slots__ = (
+        "_processing_s",
+        "_recent_s",
+        "_request_count",
+        "durations_s",
+        "error_count",
+        "last_error",
+        "started_at",
+    )
 
     def __init__(self) -> None:
         self.started_at = time.time()
-        self.request_count = 0
+        self.durations_s: list[float] = []
+        """The processing times of the latest requests, which are in no sum yet."""
+        self._request_count = 0
+        self._processing_s = 0.0
         self.error_count = 0
-        self.processing_s = 0.0
         self.last_error = ""
         self._recent_s: deque[float] = deque(maxlen=RECENT_COUNT)
 
-    def add(self, seconds: float) -> None:
-        """Count a request whose handler has ended."""
-        self.request_count += 1
-        self.processing_s += seconds
-        self._recent_s.append(seconds)
+    def fold(self) -> None:
+        """Add the latest processing times to the sums."""
+        self._request_count += len(self.durations_s)
+        self._processing_s += sum(self.durations_s)
+        self._recent_s.extend(self.durations_s)
+        self.durations_s.clear()
 
     def add_error(self, text: str) -> None:
         """Count a request that ends with an error."""
@@ -61,13 +79,14 @@ class RequestCounts:
 
     def snapshot(self, in_flight_count: int) -> EndpointStats:
         """Return the counts of now."""
+        self.fold()
         recent_s = sorted(self._recent_s)
         return EndpointStats(
             started_at=self.started_at,
-            request_count=self.request_count,
+            request_count=self._request_count,
             error_count=self.error_count,
             in_flight_count=in_flight_count,
-            processing_s=self.processing_s,
+            processing_s=self._processing_s,
             p50_s=_percentile(recent_s, 0.5),
             p99_s=_percentile(recent_s, 0.99),
             last_error=self.last_error,

@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextvars import copy_context
+from time import perf_counter
 from types import CoroutineType
 from typing import Any, Final, Protocol
 
@@ -35,7 +36,7 @@ from dynamo_redis.planes.base import Handler
 from dynamo_redis.planes.context import Context
 from dynamo_redis.planes.frames.connection import Connection
 from dynamo_redis.planes.frames.flow import RequestMessages, Sender
-from dynamo_redis.planes.stats import RequestCounts
+from dynamo_redis.planes.stats import FOLD_COUNT, RequestCounts
 from dynamo_redis.rate_limited_log import RateLimitedLog
 from dynamo_redis.wire import frame
 from dynamo_redis.wire.decoder import Unusable
@@ -228,7 +229,7 @@ class Request(Sender):
     async def run(self) -> None:
         """Run the handler, and send its items."""
         self._has_begun = True
-        began_at = time.perf_counter()
+        began_at = perf_counter()
         try:
             result: Any = self.endpoint.handler(self._argument, self.context)
             if type(result) is CoroutineType or not hasattr(result, "__anext__"):
@@ -256,7 +257,10 @@ class Request(Sender):
             if isinstance(exc, KeyboardInterrupt | SystemExit):  # for the event loop
                 raise
         finally:
-            self.endpoint.counts.add(time.perf_counter() - began_at)
+            durations_s = self.endpoint.counts.durations_s
+            durations_s.append(perf_counter() - began_at)
+            if len(durations_s) >= FOLD_COUNT:
+                self.endpoint.counts.fold()
             self._task = None
             if self._timer is not None:
                 self._timer.cancel()
