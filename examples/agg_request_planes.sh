@@ -19,6 +19,13 @@ case $1 in
 *) usage ;;
 esac
 
+for program in curl dynamo-redis; do
+    command -v "$program" >/dev/null || {
+        echo "$program is not installed, or not on PATH" >&2
+        exit 1
+    }
+done
+
 directory=$(mktemp -d)
 deployment= nats=
 stop() {

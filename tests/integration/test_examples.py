@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -110,6 +111,7 @@ def test_the_readme_shows_the_examples(repository: Path) -> None:
             assert line in source
 
 
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl on this machine: apt-get install curl")
 @pytest.mark.parametrize("plane", ["tcp", "http", "nats", "redis"])
 def test_a_whole_deployment_on_each_plane(repository: Path, plane: str, tmp_path: Path) -> None:
     """The script starts its own Redis, and its own nats-server if none answers."""

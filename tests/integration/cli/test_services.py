@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -128,6 +129,7 @@ async def test_bench_prints_rates_and_percentiles(cli: Cli, dynamo_runtime_facto
     assert "invalid_request" in failing.stderr
 
 
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl on this machine: apt-get install curl")
 async def test_curl_with_a_token(cli: Cli, dynamo_runtime_factory: RuntimeFactory) -> None:
     worker = await greeting(dynamo_runtime_factory, "http")
     assert worker._server is not None
