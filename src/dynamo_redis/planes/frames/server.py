@@ -141,7 +141,12 @@ class FrameServer(ABC):
         await asyncio.sleep(
             0
         )  # handlers that were started in this turn of the loop have their tasks after it
-        tasks = [request.task for request in self._admission if request.task is not None]
+        tasks = [
+            request.task
+            for request in self._admission
+            if request.task is not None
+            and request.connection.closed  # not those of the process's other planes
+        ]
         for task in tasks:
             task.cancel()
         if tasks:

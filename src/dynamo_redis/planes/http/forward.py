@@ -66,32 +66,43 @@ class HttpPeer:
         self._tls = tls
         self._settings = settings
         self._connections: list[H2ClientConnection] = []
-        self._dialling: asyncio.Lock = asyncio.Lock()
+        self._dialling: asyncio.Task[None] | None = None
         self._token = ""
         self._token_at = float("-inf")
         self._sweep: asyncio.TimerHandle | None = None
 
     async def connect(self) -> H2ClientConnection:
-        """Return a connection with room for an exchange. Raises CannotConnect."""
-        connection = self._usable()
-        if connection is not None:
-            return connection
-        async with self._dialling:
-            connection = self._usable()
-            if connection is not None:
-                return connection
-            return await self._dial()
+        """Return a connection with room for an exchange, within the connect time-out. Those who wait share a
+        dial and its error. Raises CannotConnect."""
+        timeout_s = self._settings.connect_timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                while (connection := self._usable()) is None:
+                    if self._dialling is None:
+                        self._dialling = asyncio.create_task(self._dial())
+                        self._dialling.add_done_callback(self._on_dialled)
+                    await asyncio.shield(self._dialling)
+        except TimeoutError:
+            raise CannotConnect(f"no answer from {self._target.address} in {timeout_s} s") from None
+        return connection
 
     def _usable(self) -> H2ClientConnection | None:
         return next((connection for connection in self._connections if connection.is_usable), None)
 
-    async def _dial(self) -> H2ClientConnection:
+    def _on_dialled(self, dialling: asyncio.Task[None]) -> None:
+        self._dialling = None
+        if not dialling.cancelled():
+            dialling.exception()  # retrieved: those who wait may have left
+
+    async def _dial(self) -> None:
+        """Add a connection to an instance that has proved itself. Raises PlaneError."""
         self._connections = [connection for connection in self._connections if not connection.has_ended]
         if len(self._connections) >= self._settings.pool_size:
             raise CannotConnect(
                 f"all {len(self._connections)} connections to {self._target.address} are full"
             )
         loop, address = asyncio.get_running_loop(), self._target.address
+        connection: H2ClientConnection | None = None
         try:
             host, port, options = dial_options(address, self._tls)
             if options:
@@ -100,22 +111,18 @@ class HttpPeer:
             make = partial(H2ClientConnection, self._settings, address.partition("+")[0], scheme)
             async with asyncio.timeout(self._settings.connect_timeout_s):
                 _, connection = await loop.create_connection(make, host, port, **options)
-        except TimeoutError:
-            raise CannotConnect(f"no answer from {address} in {self._settings.connect_timeout_s} s") from None
-        except (OSError, ValueError) as exc:
-            raise CannotConnect(f"cannot connect to {address}: {explain(exc, address)}") from exc
-        try:
-            async with asyncio.timeout(self._settings.connect_timeout_s):
                 await self.check(connection)
-        except TimeoutError:
-            connection.close()
-            raise CannotConnect(f"no answer from {address} in {self._settings.connect_timeout_s} s") from None
-        except PlaneError:
-            connection.close()
+        except BaseException as exc:
+            if connection is not None:
+                connection.close()
+            if isinstance(exc, TimeoutError):
+                timeout_s = self._settings.connect_timeout_s
+                raise CannotConnect(f"no answer from {address} in {timeout_s} s") from None
+            if isinstance(exc, OSError | ValueError) and not isinstance(exc, PlaneError):
+                raise CannotConnect(f"cannot connect to {address}: {explain(exc, address)}") from exc
             raise
         self._connections.append(connection)
         self._sweep_later()
-        return connection
 
     async def check(self, connection: H2ClientConnection) -> None:
         """Have the instance prove that it is the wanted one. Raises AuthenticationFailed, CannotConnect."""
@@ -168,6 +175,8 @@ class HttpPeer:
 
     def close(self) -> None:
         """Close all connections."""
+        if self._dialling is not None:
+            self._dialling.cancel()
         if self._sweep is not None:
             self._sweep.cancel()
         for connection in self._connections:
@@ -276,11 +285,13 @@ class ForwardServer(FrameServer):
         """Wait for the head of the answer, after the request has been sent. Raises NotAccepted."""
         if sending is not None:
             status = asyncio.ensure_future(exchange.wait_status())
-            await asyncio.wait([sending, status], return_when=asyncio.FIRST_COMPLETED)
-            if status.done():
-                status.result()
-                return
-            status.cancel()
+            try:
+                await asyncio.wait([sending, status], return_when=asyncio.FIRST_COMPLETED)
+                if status.done():
+                    status.result()
+                    return
+            finally:
+                status.cancel()
             await asyncio.wait([status])
         timeout_s = self._settings.accept_timeout_s
         try:

@@ -28,6 +28,8 @@ _WIDE_WINDOW_BYTES: Final = 1 << 20
 _WIDE_CONNECTION_BYTES: Final = 1 << 24
 _PLAIN_WINDOW_BYTES: Final = 65_535
 _MAX_HEADERS_BYTES: Final = 64 << 10
+_LINGER_S: Final = 1.0
+"""Seconds that a closing connection may take to hand over the written bytes."""
 _RESET_REASONS: Final[dict[int, str]] = {
     int(h2.errors.ErrorCodes.REFUSED_STREAM): "the server refused the stream",
     int(h2.errors.ErrorCodes.ENHANCE_YOUR_CALM): "the server asks for fewer requests",
@@ -79,11 +81,15 @@ class Exchange:
             if self._ended:
                 return b""
             await self._wait()
-        size_bytes = sum(size for _, size in self._chunks)
         data = b"".join([chunk for chunk, _ in self._chunks])
+        self._drop_chunks()
+        return data
+
+    def _drop_chunks(self) -> None:
+        """Give the server room again for the received bytes."""
+        size_bytes = sum(size for _, size in self._chunks)
         self._chunks.clear()
         self._connection.acknowledge(self.stream_id, size_bytes)
-        return data
 
     async def _wait(self) -> None:
         self._waiter = asyncio.get_running_loop().create_future()
@@ -129,6 +135,7 @@ class Exchange:
 
     def close(self) -> None:
         """Reset the stream, unless the answer has ended. Idempotent."""
+        self._drop_chunks()  # they take room from the connection's other exchanges
         self._connection.close_exchange(self)
 
 
@@ -150,6 +157,7 @@ class H2ClientConnection(asyncio.Protocol):
         self._flush_scheduled = False
         self._paused: asyncio.Future[None] | None = None
         self._keepalive: asyncio.TimerHandle | None = None
+        self._abort_timer: asyncio.TimerHandle | None = None
         self._heard_at = self._loop.time()
         self._pinged_at: float | None = None
         self._is_going = False
@@ -215,6 +223,8 @@ class H2ClientConnection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         reason = f": {exc}" if exc is not None else ""
         self._end(ConnectionLost(f"the connection broke{reason}"))
+        if self._abort_timer is not None:
+            self._abort_timer.cancel()
 
     def pause_writing(self) -> None:
         self._paused = self._loop.create_future()
@@ -431,6 +441,7 @@ class H2ClientConnection(asyncio.Protocol):
         self.resume_writing()
         if self._transport is not None:
             self._transport.close()
+            self._abort_timer = self._loop.call_later(_LINGER_S, self._transport.abort)
 
     _HANDLERS: ClassVar[dict[type[h2.events.Event], Callable[[Any, Any], None]]] = {
         h2.events.DataReceived: _on_data,

@@ -1,0 +1,123 @@
+"""HTTP connections between callers and workers: their windows, their dials, and what is left of them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any
+
+import pytest
+
+from dynamo_redis.config import PlaneSettings
+from dynamo_redis.errors import CannotConnect
+from dynamo_redis.planes.base import RequestPlaneServer, Target
+from dynamo_redis.planes.context import Context
+from dynamo_redis.planes.http.forward import HttpClient, HttpPeer
+from dynamo_redis.planes.http.h2_client import H2ClientConnection
+from dynamo_redis.planes.select import make_server
+from tests.tcp_plane import INSTANCE, SECRET, echo, eventually
+
+
+def settings(**overrides: Any) -> PlaneSettings:
+    return PlaneSettings.load(
+        request_plane="http",
+        http_rpc_host="127.0.0.1",
+        http_rpc_port=0,
+        http_advertise_host="127.0.0.1",
+        **overrides,
+    )
+
+
+@asynccontextmanager
+async def serving() -> AsyncIterator[tuple[RequestPlaneServer, HttpClient]]:
+    server = make_server(settings(), secret=SECRET, instance_id=INSTANCE)
+    await server.start()
+    server.register("echo", echo)
+    client = HttpClient(settings(channel_buffer_count=4))
+    try:
+        yield server, client
+    finally:
+        await client.aclose()
+        await server.aclose()
+
+
+def target(server: RequestPlaneServer, subject: str = "echo") -> Target:
+    return Target(INSTANCE, server.address, subject, SECRET)
+
+
+@asynccontextmanager
+async def silent_server() -> AsyncIterator[tuple[str, set[asyncio.StreamWriter]]]:
+    """Accept connections, and say nothing; yield the address and the open connections."""
+    opened: set[asyncio.StreamWriter] = set()
+
+    async def read_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        opened.add(writer)
+        while await reader.read(65_536):
+            pass
+        opened.discard(writer)
+        writer.close()
+
+    server = await asyncio.start_server(read_on, "127.0.0.1", 0)
+    try:
+        yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}", opened
+    finally:
+        for writer in tuple(opened):
+            writer.close()
+        server.close()
+        await server.wait_closed()
+
+
+def has_much_unread(connection: H2ClientConnection) -> bool:
+    unread_bytes = sum(size for exchange in connection._exchanges.values() for _, size in exchange._chunks)
+    return unread_bytes > 700_000
+
+
+async def test_answers_given_up_take_no_room_from_later_ones() -> None:
+    """The bytes of an answer that came and were not read counted for ever against the connection's window."""
+    async with serving() as (server, client):
+
+        async def big(_: Any, __: Context) -> AsyncIterator[bytes]:
+            while True:
+                yield bytes(100_000)
+
+        server.register("big", big)
+        for _ in range(28):
+            async with asyncio.timeout(20), client.open(target(server, "big"), None, Context()) as stream:
+                await anext(stream)
+                (connection,) = client._http._servers.copy().popitem()[1].peer._connections
+                await eventually(partial(has_much_unread, connection))
+        await eventually(lambda: not connection.exchange_count)
+        async with asyncio.timeout(20):
+            assert len(await anext(client.open(target(server), bytes(200_000), Context()))) == 200_000
+
+
+async def test_requests_that_wait_for_a_dial_share_its_error() -> None:
+    async with silent_server() as (address, _):
+        peer = HttpPeer(Target(INSTANCE, address, "", SECRET), settings(connect_timeout_s=0.5), None)
+        began_at = time.monotonic()
+        found = await asyncio.gather(*(peer.connect() for _ in range(40)), return_exceptions=True)
+        assert {type(error) for error in found} == {CannotConnect}
+        assert time.monotonic() - began_at < 10  # 20 s one after the other
+        peer.close()
+
+
+async def test_a_dial_that_is_not_wanted_leaves_no_connection() -> None:
+    async with silent_server() as (address, opened):
+        peer = HttpPeer(Target(INSTANCE, address, "", SECRET), settings(), None)
+        waiting = asyncio.create_task(peer.connect())
+        await eventually(lambda: opened)
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        peer.close()
+        await eventually(lambda: not opened)
+
+
+async def test_a_dial_without_an_answer_ends_its_connection() -> None:
+    async with silent_server() as (address, opened):
+        peer = HttpPeer(Target(INSTANCE, address, "", SECRET), settings(connect_timeout_s=0.3), None)
+        with pytest.raises(CannotConnect, match="no answer"):
+            await peer.connect()
+        await eventually(lambda: not opened)
