@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -36,10 +37,21 @@ class NatsServer:
     def url(self) -> str:
         return f"nats://127.0.0.1:{self.port}"
 
-    def start(self) -> None:
-        """Start it, and wait until it accepts connections."""
+    def _write_config(self) -> Path:
         config = self._directory / "nats.conf"
         config.write_text(f'listen: "127.0.0.1:{self.port}"\n{self._settings}\n')
+        return config
+
+    def reload(self, settings: str) -> None:
+        """Have it run with other settings; it ends the connections that these do not let in."""
+        assert self._process is not None
+        self._settings = settings
+        self._write_config()
+        self._process.send_signal(signal.SIGHUP)
+
+    def start(self) -> None:
+        """Start it, and wait until it accepts connections."""
+        config = self._write_config()
         self._process = subprocess.Popen(
             [self._binary, "--config", config], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )

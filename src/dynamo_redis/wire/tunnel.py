@@ -17,6 +17,7 @@ at most `WINDOW_BYTES` that the other has not taken.
 
 from __future__ import annotations
 
+import re
 import struct
 from enum import IntEnum
 from typing import Final, NamedTuple
@@ -29,6 +30,14 @@ WINDOW_BYTES: Final = 1 << 20
 
 _HEAD: Final = struct.Struct(f">B{ID_BYTES}sQ")
 HEAD_BYTES: Final = _HEAD.size
+
+
+_ADDRESS: Final = re.compile(r"[\w%-]+(\.[\w%-]+)*", re.ASCII)
+
+
+def is_address(text: str) -> bool:
+    """Return whether a text can be the address of a process: parts of letters, digits, `_`, `-`, `%`."""
+    return _ADDRESS.fullmatch(text) is not None
 
 
 class Kind(IntEnum):

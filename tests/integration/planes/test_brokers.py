@@ -251,3 +251,21 @@ async def test_redis_holds_nothing_that_was_read(redis_broker: RedisBroker) -> N
             await asyncio.sleep(0.02)
         assert 0 < await redis.pttl(key) <= redis_link.EXPIRY_S * 1000
         await redis.aclose()
+
+
+@pytest.mark.parametrize("address", ["\ud800", "a b", "", "a.*", "x\r\ny"])
+async def test_an_unusable_address_fails_its_own_requests_only(broker: Broker, address: str) -> None:
+    async with serving(broker.plane) as (server, client):
+
+        async def count(_: Any, __: Context) -> AsyncIterator[int]:
+            yield 1
+            await asyncio.sleep(0)
+            yield 2
+
+        server.register("count", count)
+        stream = client.open(target(server, "count"), None, Context())
+        assert await anext(stream) == 1
+        with pytest.raises(CannotConnect, match="no address"):
+            await ask(client, Target(INSTANCE, address, "echo", SECRET), 1)
+        assert await anext(stream) == 2
+        assert await ask(client, target(server), 1) == [1]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dynamo_redis.config import PlaneSettings
-from dynamo_redis.errors import ConfigError
+from dynamo_redis.errors import ConfigError, PlaneError
 from dynamo_redis.planes.base import Target
 from dynamo_redis.planes.context import Context
 from dynamo_redis.planes.select import make_client, make_server
@@ -68,3 +69,52 @@ async def test_a_wrong_login_is_named_without_its_secret(
         for shown in (str(caught.value), caplog.text, repr(settings)):
             assert "-wrong" not in shown.replace("dyn-wrong", "")
             assert "a-secret-in-the-url" not in shown
+
+
+async def test_a_login_refused_for_a_while_is_tried_again(tmp_path: Path) -> None:
+    """The client of NATS gives up for good when a server ends its connection with an error."""
+    login, options = WAYS["token"]
+    with NatsServer(tmp_path, login) as nats:
+        settings = PlaneSettings.load(
+            request_plane="nats", nats_server=nats.url, connect_timeout_s=1.0, **options
+        )
+        server = make_server(settings, secret=SECRET, instance_id=INSTANCE)
+        await server.start()
+        server.register("echo", echo)
+        client = make_client(settings)
+        to = Target(INSTANCE, server.address, "echo", SECRET)
+
+        async def is_answered() -> bool:
+            try:
+                return [item async for item in client.open(to, "hi", Context())] == ["hi"]
+            except PlaneError:
+                return False
+
+        async def until(is_wanted: bool) -> None:
+            async with asyncio.timeout(30):
+                while await is_answered() is not is_wanted:
+                    await asyncio.sleep(0.05)
+
+        try:
+            await until(True)
+            nats.reload('authorization { token: "another" }')
+            await until(False)
+            nats.reload(login)
+            await until(True)
+        finally:
+            await client.aclose()
+            await server.aclose()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"nats_nkey": "SU-of-the-test"}, {"nats_server": "nats://127.0.0.1:99999"}],
+    ids=["nkey", "port"],
+)
+async def test_a_setting_without_use_is_a_config_error(wrong: dict[str, Any]) -> None:
+    settings = PlaneSettings.load(request_plane="nats", **wrong)
+    server = make_server(settings, secret=SECRET, instance_id=INSTANCE)
+    with pytest.raises(ConfigError, match="NATS") as found:
+        await server.start()
+    assert "of-the-test" not in str(found.value)
+    await server.aclose()

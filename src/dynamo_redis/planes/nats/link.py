@@ -23,6 +23,7 @@ import nats.errors
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
+from dynamo_redis.backoff import Backoff
 from dynamo_redis.config import PlaneSettings
 from dynamo_redis.errors import CannotConnect, ConfigError
 from dynamo_redis.planes.base import Describe
@@ -48,7 +49,8 @@ _log = logging.getLogger(__name__)
 
 
 class NatsLink:
-    """Implements `Link`. It owns the client's tasks, and one that sends."""
+    """Implements `Link`. It owns the tasks of the client, one that sends, and one that replaces a client that
+    has given up."""
 
     def __init__(self, settings: PlaneSettings, subject: str, name: str) -> None:
         """`subject` is the link's own; `name` shows in the server's list of connections."""
@@ -59,12 +61,15 @@ class NatsLink:
         self._client: Client | None = None
         self._owner: LinkOwner
         self._is_up = False
+        self._is_closing = False
         self._last_error: Exception | None = None
         self._waiting: deque[tuple[str, str, bytes]] = deque()
         self._wake = asyncio.Event()
         self._is_drained = asyncio.Event()
         self._is_drained.set()
         self._sender: asyncio.Task[None] | None = None
+        self._renewal: asyncio.Task[None] | None = None
+        self._describe: Describe | None = None
         self._complaints = RateLimitedLog(_log)
 
     @property
@@ -85,6 +90,12 @@ class NatsLink:
                 raise CannotConnect(f"the connection to NATS at {self._server} is lost")
             return
         self._owner = owner
+        self._client = await self._new_client()
+        self._is_up = True
+        self._sender = asyncio.create_task(self._send_waiting(), name=f"NATS link of {self._subject}")
+
+    async def _new_client(self) -> Client:
+        """Return a client that is connected. Raises CannotConnect or ConfigError."""
         client = Client()
         try:
             async with asyncio.timeout(self._settings.connect_timeout_s):  # the client tries for ever
@@ -93,12 +104,18 @@ class NatsLink:
             await _close(client)
             reason = self._last_error if isinstance(exc, TimeoutError) and self._last_error else exc
             raise CannotConnect(f"cannot connect to NATS at {self._server}: {_reason(reason)}") from exc
+        except ConfigError:
+            await _close(client)
+            raise
+        except Exception as exc:  # noqa: BLE001 - of the client's libraries; its text may show a secret
+            await _close(client)
+            raise ConfigError(
+                f"NATS_SERVER or a NATS_AUTH_ setting cannot be used ({type(exc).__name__})"
+            ) from None
         except BaseException:
             await _close(client)
             raise
-        self._client = client
-        self._is_up = True
-        self._sender = asyncio.create_task(self._send_waiting(), name=f"NATS link of {self._subject}")
+        return client
 
     async def _connect(self, client: Client) -> None:
         """Log in, and subscribe the own subjects. Raises ConfigError for a server that is too old."""
@@ -108,7 +125,7 @@ class NatsLink:
             error_cb=self._on_error,
             disconnected_cb=self._on_disconnected,
             reconnected_cb=self._on_reconnected,
-            closed_cb=self._on_disconnected,
+            closed_cb=self._on_closed,
             connect_timeout=max(1, round(self._settings.connect_timeout_s)),
             reconnect_time_wait=_RECONNECT_S,
             max_reconnect_attempts=-1,
@@ -126,6 +143,8 @@ class NatsLink:
             await client.subscribe(
                 subject, cb=callback, pending_msgs_limit=_NO_LIMIT, pending_bytes_limit=_NO_LIMIT
             )
+        if self._describe is not None:
+            await self._subscribe_questions(client, self._describe)
         await client.flush(max(1, round(self._settings.connect_timeout_s)))
 
     def send(self, receiver: str, connection_id: bytes, message: bytes) -> None:
@@ -139,6 +158,13 @@ class NatsLink:
         """Answer PING, INFO and STATS as a NATS service does (ADR-32), so that tools made for these list this
         process. Raises CannotConnect."""
         assert self._client is not None
+        self._describe = describe
+        try:
+            await self._subscribe_questions(self._client, describe)
+        except nats.errors.Error as exc:
+            raise CannotConnect(f"NATS at {self._server}: {_reason(exc)}") from exc
+
+    async def _subscribe_questions(self, client: Client, describe: Describe) -> None:
         for question in ("ping", "info", "stats"):
             described = describe("ping")
             subject = f"$SRV.{question.upper()}"
@@ -147,10 +173,7 @@ class NatsLink:
                 f"{subject}.{described['name']}",
                 f"{subject}.{described['name']}.{described['id']}",
             ):
-                try:
-                    await self._client.subscribe(asked, cb=partial(self._answer, describe, question))
-                except nats.errors.Error as exc:
-                    raise CannotConnect(f"NATS at {self._server}: {_reason(exc)}") from exc
+                await client.subscribe(asked, cb=partial(self._answer, describe, question))
 
     async def _answer(
         self, describe: Describe, question: Literal["ping", "info", "stats"], message: Msg
@@ -194,6 +217,29 @@ class NatsLink:
             self._lose(f"the connection to NATS at {self._server} was lost")
             _log.warning("the connection to NATS at %s is lost", self._server)
 
+    async def _on_closed(self) -> None:
+        """Replace a client that has given up: it does so when a server refuses it, even for a moment."""
+        await self._on_disconnected()
+        if self._client is None or self._is_closing:
+            return
+        if self._renewal is None or self._renewal.done():
+            self._renewal = asyncio.create_task(self._renew(), name=f"renewal of {self._subject}")
+
+    async def _renew(self) -> None:
+        """Connect a new client, however long it takes."""
+        backoff = Backoff()
+        while True:
+            await asyncio.sleep(backoff.next_s())
+            try:
+                client = await self._new_client()
+            except (CannotConnect, ConfigError) as exc:
+                self._complaints.log("%s", exc)
+                continue
+            if not client.is_closed:
+                self._client = client
+                await self._on_reconnected()
+                return
+
     async def _on_reconnected(self) -> None:
         self._is_up = True
         _log.info("connected to NATS at %s again", self._server)
@@ -213,13 +259,17 @@ class NatsLink:
     async def aclose(self) -> None:
         """See `Link.aclose`."""
         self._is_up = False
+        self._is_closing = True
         if self._sender is not None:
             with suppress(TimeoutError):
                 async with asyncio.timeout(_FLUSH_S):
                     await self._is_drained.wait()
-            self._sender.cancel()
-            await asyncio.wait([self._sender])
-            self._sender = None
+        tasks = [task for task in (self._sender, self._renewal) if task is not None]
+        self._sender = self._renewal = None
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
         if self._client is not None:
             with suppress(OSError, nats.errors.Error, TimeoutError):
                 await self._client.flush(1)
@@ -233,7 +283,7 @@ def encode_token(text: str) -> str:
 
 
 async def _close(client: Client) -> None:
-    with suppress(OSError, nats.errors.Error, TimeoutError):
+    with suppress(OSError, nats.errors.Error, TimeoutError, AssertionError):  # the last: it never began
         async with asyncio.timeout(_FLUSH_S):
             await client.close()
 

@@ -10,6 +10,7 @@ from dynamo_redis.planes.base import Target
 from dynamo_redis.planes.frames.client_connection import ClientConnection
 from dynamo_redis.planes.tunnel.link import Link
 from dynamo_redis.planes.tunnel.tunnels import Tunnels
+from dynamo_redis.wire.tunnel import is_address
 
 
 class TunnelCarrier:
@@ -27,6 +28,8 @@ class TunnelCarrier:
         give_up_at: float,
     ) -> ClientConnection:
         """See `Carrier.dial`."""
+        if not is_address(target.address):
+            raise CannotConnect(f"{target.address!a} is no address of this plane")
         connection: ClientConnection | None = None
         began = asyncio.get_running_loop().time()
         try:

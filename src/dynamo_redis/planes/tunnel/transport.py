@@ -57,7 +57,7 @@ class TunnelTransport(asyncio.Transport):
         self._peer_taken_bytes = 0
         self._held: deque[memoryview] = deque()  # received, while reading is paused
         self._taken_bytes = self._reported_bytes = 0
-        self._received_count = 0
+        self._received_count = self._received_bytes = 0
         self._is_reading = True
         self._is_writer_paused = False
         self._is_closing = False
@@ -130,6 +130,10 @@ class TunnelTransport(asyncio.Transport):
                 self._break(ConnectionResetError("messages of the connection were lost"))
                 return
             self._received_count += 1
+            self._received_bytes += len(content)
+            if self._received_bytes - self._reported_bytes > WINDOW_BYTES:
+                self._break(ConnectionResetError("the peer sent more than there was room for"))
+                return
             self._held.append(content)
             self._deliver()
         elif kind is Kind.TAKEN:
@@ -143,7 +147,7 @@ class TunnelTransport(asyncio.Transport):
                 return
             self._is_peer_done = True
             self._deliver()
-        elif kind is Kind.RESET:
+        elif kind is Kind.RESET and not self._is_peer_done:  # else its bytes have all come, if unread
             self.end(ConnectionResetError("the peer ended the connection"))
 
     def _deliver(self) -> None:

@@ -14,7 +14,7 @@ from dynamo_redis.planes.tunnel.link import Link
 from dynamo_redis.planes.tunnel.transport import TunnelTransport
 from dynamo_redis.rate_limited_log import RateLimitedLog
 from dynamo_redis.wire import tunnel
-from dynamo_redis.wire.tunnel import ID_BYTES, Kind
+from dynamo_redis.wire.tunnel import ID_BYTES, Kind, Message
 
 CHECK_S: Final = 30.0
 """Pause between two messages on each connection that show whether its peer still receives."""
@@ -85,14 +85,20 @@ class Tunnels:
 
     def on_message(self, message: bytes, sender: str) -> None:
         """See `LinkOwner.on_message`. A message that is none of a tunnel is counted in the log."""
+        sender = sender if tunnel.is_address(sender) else ""
         try:
-            received = tunnel.decode(message)
+            self._handle(tunnel.decode(message), sender)
         except ProtocolViolation as exc:
-            self._complaints.log("%s sent what is no message of this plane: %s", sender or "somebody", exc)
-            return
+            self._complaints.log("%s sent what is no message of this plane: %s", sender or "a process", exc)
+
+    def _handle(self, received: Message, sender: str) -> None:
         transport = self._open.get(received.connection_id)
         if transport is not None:
-            transport.on_message(received)
+            try:
+                transport.on_message(received)
+            except Exception as exc:  # noqa: BLE001 - as in asyncio, it ends this connection alone
+                _log.exception("a message could not be handled")
+                transport.end(exc)
         elif received.kind is Kind.OPEN and self._accept is not None and sender:
             if received.number == tunnel.VERSION:
                 self._add(sender, received.connection_id, self._accept())

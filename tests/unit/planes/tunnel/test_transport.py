@@ -255,3 +255,65 @@ async def test_a_broker_that_was_away_ends_all_connections() -> None:
             link.owner.on_lost("the broker was away")
         await eventually(lambda: bool(caller.lost) and bool(server.lost))
         assert str(caller.lost[0]) == str(server.lost[0]) == "the broker was away"
+
+
+async def test_a_peer_that_sends_too_much_is_cut_off() -> None:
+    """What is held for a paused reader is bounded, whatever the peer does."""
+    sent: list[bytes] = []
+    protocol, connection_id = Peer(), bytes(16)
+    transport = TunnelTransport(
+        asyncio.get_running_loop(),
+        connection_id,
+        protocol,
+        content_bytes=CONTENT_BYTES,
+        send=sent.append,
+        on_end=lambda: None,
+    )
+    transport.pause_reading()
+    part = bytes(WINDOW_BYTES // 4)
+    for number in range(4):
+        transport.on_message(tunnel.Message(Kind.DATA, connection_id, number, memoryview(part)))
+    assert not transport.is_closing()
+    transport.on_message(tunnel.Message(Kind.DATA, connection_id, 4, memoryview(b"x")))
+    assert transport.is_closing()
+    assert [tunnel.decode(message).kind for message in sent] == [Kind.RESET]
+
+
+async def test_a_reset_behind_the_end_costs_no_bytes() -> None:
+    """The peer answers reports with RESET once it has closed, while bytes may still wait for the reader."""
+    protocol, connection_id = Peer(), bytes(16)
+    transport = TunnelTransport(
+        asyncio.get_running_loop(),
+        connection_id,
+        protocol,
+        content_bytes=CONTENT_BYTES,
+        send=lambda _: None,
+        on_end=lambda: None,
+    )
+    transport.pause_reading()
+    transport.on_message(tunnel.Message(Kind.DATA, connection_id, 0, memoryview(b"all")))
+    transport.on_message(tunnel.Message(Kind.CLOSE, connection_id, 1, memoryview(b"")))
+    transport.on_message(tunnel.Message(Kind.RESET, connection_id, 0, memoryview(b"")))
+    transport.resume_reading()
+    await eventually(lambda: protocol.lost)
+    assert bytes(protocol.received) == b"all"
+
+
+async def test_a_protocol_that_raises_ends_its_connection_only() -> None:
+    """The task that reads the broker's messages goes on."""
+
+    class Broken(Peer):
+        def buffer_updated(self, nbytes: int) -> None:
+            raise LookupError("broken")
+
+    broker, broken = Broker(), Broken()
+    accepting = Tunnels(broker.link("server"), lambda: broken)
+    await accepting.start()
+    caller = Tunnels(broker.link("caller"))
+    await caller.start()
+    peer = Peer()
+    caller.connect("server", peer).write(b"bytes")
+    await eventually(lambda: broken.lost)
+    assert isinstance(broken.lost[0], LookupError)
+    await caller.aclose()
+    await accepting.aclose()
