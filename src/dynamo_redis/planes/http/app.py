@@ -46,6 +46,9 @@ from dynamo_redis.wire.codec import pack, unpack
 ACCEPT_AFTER_S: Final = 0.5
 """Time without an item after which the head of the answer tells that the request is accepted."""
 
+MAX_IDLE_SESSIONS: Final = 256
+"""The most sessions of HTTP connections without requests."""
+
 DEADLINE_HEADER: Final = b"x-request-timeout-ms"
 REQUEST_ID_HEADER: Final = b"x-request-id"
 EXCHANGE_HEADER: Final = b"x-dynamo-exchange"
@@ -90,6 +93,8 @@ class HttpApp:
         self._complaints = complaints
         self._contexts: dict[str, Context] = {}
         self._receiving_bytes = 0
+        self._open_counts: dict[str, int] = {}
+        self._idle: dict[str, Target] = {}  # the oldest first
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -177,6 +182,7 @@ class HttpApp:
             host, port = scope.get("client") or ("", 0)
             target = Target(self._instance_id, f"{host}:{port}", subject, self._secret)
             stream = self._open(target, request, context, messages)
+            self._note_begun(target)
             if exchange:
                 self._contexts[exchange] = context
             watch = None if messages is not None else asyncio.ensure_future(body.wait_for_disconnect(context))
@@ -188,6 +194,7 @@ class HttpApp:
                 if watch is not None:
                     watch.cancel()
                 await stream.aclose()
+                self._note_over(target)
         finally:
             self._contexts.pop(exchange, None)
             body.release()
@@ -199,6 +206,21 @@ class HttpApp:
             return self._client.open(target, request, context, messages=messages)
         except TypeError as exc:  # JSON may nest deeper than a frame
             raise InvalidRequest(str(exc)) from exc
+
+    def _note_begun(self, target: Target) -> None:
+        self._idle.pop(target.address, None)
+        self._open_counts[target.address] = self._open_counts.get(target.address, 0) + 1
+
+    def _note_over(self, target: Target) -> None:
+        """Keep the session of an HTTP connection without requests, but not of any number of them: a caller
+        may use a new connection for each request."""
+        self._open_counts[target.address] -= 1
+        if self._open_counts[target.address]:
+            return
+        del self._open_counts[target.address]
+        self._idle[target.address] = target
+        if len(self._idle) > MAX_IDLE_SESSIONS:
+            self._client.forget(self._idle.pop(next(iter(self._idle))))
 
     def reserve(self, size_bytes: int) -> None:
         """Count bytes of a body that is being received. Raises Overloaded past the plane's budget."""

@@ -69,7 +69,6 @@ class HttpPeer:
         self._dialling: asyncio.Task[None] | None = None
         self._token = ""
         self._token_at = float("-inf")
-        self._sweep: asyncio.TimerHandle | None = None
 
     async def connect(self) -> H2ClientConnection:
         """Return a connection with room for an exchange, within the connect time-out. Those who wait share a
@@ -122,7 +121,6 @@ class HttpPeer:
                 raise CannotConnect(f"cannot connect to {address}: {explain(exc, address)}") from exc
             raise
         self._connections.append(connection)
-        self._sweep_later()
 
     async def check(self, connection: H2ClientConnection) -> None:
         """Have the instance prove that it is the wanted one. Raises AuthenticationFailed, CannotConnect."""
@@ -142,14 +140,13 @@ class HttpPeer:
                 f"the server at {target.address} does not know the secret of the instance"
             )
 
-    def _sweep_later(self) -> None:
-        if self._sweep is None:
-            wait_s = max(1.0, self._settings.http2_pool_idle_timeout_s / 4)
-            self._sweep = asyncio.get_running_loop().call_later(wait_s, self._close_idle)
+    @property
+    def is_used(self) -> bool:
+        """True while there is a connection, or a dial under way."""
+        return bool(self._connections) or self._dialling is not None
 
-    def _close_idle(self) -> None:
+    def close_idle(self) -> None:
         """Close connections that have been idle for long, and those past the limit of idle ones."""
-        self._sweep = None
         now, idle_count = asyncio.get_running_loop().time(), 0
         for connection in tuple(self._connections):
             if connection.has_ended:
@@ -160,8 +157,6 @@ class HttpPeer:
                 if is_old or idle_count > self._settings.http2_pool_max_idle_count:
                     self._connections.remove(connection)
                     connection.close()
-        if self._connections:
-            self._sweep_later()
 
     def headers(self) -> Headers:
         """Return the headers that authenticate."""
@@ -177,8 +172,6 @@ class HttpPeer:
         """Close all connections."""
         if self._dialling is not None:
             self._dialling.cancel()
-        if self._sweep is not None:
-            self._sweep.cancel()
         for connection in self._connections:
             connection.close()
         self._connections.clear()
@@ -202,6 +195,11 @@ class ForwardServer(FrameServer):
     async def start(self) -> None:
         """See `FrameServer.start`."""
         self._use_running_loop()
+
+    @property
+    def is_used(self) -> bool:
+        """True while a request, a connection or a dial needs it."""
+        return bool(self._connections or self._stops or self.in_flight_count or self.peer.is_used)
 
     async def _stop_accepting(self) -> None:
         pass
@@ -336,6 +334,7 @@ class HttpCarrier:
         self._settings = settings
         self._tls = make_tls(settings, "client")
         self._servers: dict[Target, ForwardServer] = {}
+        self._sweep_timer: asyncio.TimerHandle | None = None
 
     async def server(self, target: Target) -> ForwardServer:
         """Return this process's own end of the requests to an instance."""
@@ -344,7 +343,23 @@ class HttpCarrier:
         if server is None:
             server = self._servers[key] = ForwardServer(self._settings, key, self._tls)
             await server.start()
+            if self._sweep_timer is None:
+                self._sweep_later()
         return server
+
+    def _sweep_later(self) -> None:
+        wait_s = max(1.0, self._settings.http2_pool_idle_timeout_s / 4)
+        self._sweep_timer = asyncio.get_running_loop().call_later(wait_s, self._sweep)
+
+    def _sweep(self) -> None:
+        """Close idle connections, and forget the instances that nothing goes to any more."""
+        self._sweep_timer = None
+        for key, server in tuple(self._servers.items()):
+            server.peer.close_idle()
+            if not server.is_used:
+                del self._servers[key]
+        if self._servers:
+            self._sweep_later()
 
     async def dial(
         self,
@@ -364,9 +379,11 @@ class HttpCarrier:
 
     async def aclose(self) -> None:
         """See `Carrier.aclose`."""
-        for server in self._servers.values():
+        if self._sweep_timer is not None:
+            self._sweep_timer.cancel()
+        servers, self._servers = self._servers, {}
+        for server in servers.values():
             await server.aclose()
-        self._servers.clear()
 
 
 class HttpClient(FrameClient):
