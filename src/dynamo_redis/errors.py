@@ -382,9 +382,10 @@ class PayloadTooLarge(PlaneError):
     def __init__(
         self, message: str | None = None, *, size_bytes: int | None = None, limit_bytes: int | None = None
     ) -> None:
+        subject = "message" if size_bytes is None else f"message of {size_bytes} bytes"
         super().__init__(
             message
-            or f"message of {size_bytes} bytes is over the limit of {limit_bytes} "
+            or f"{subject} is over the limit of {limit_bytes} "
             "(DYN_TCP_MAX_MESSAGE_SIZE; on the nats plane 16 MiB at most)"
         )
         self.size_bytes = size_bytes

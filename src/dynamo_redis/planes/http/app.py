@@ -14,9 +14,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, MutableMapping
 from contextlib import suppress
 from typing import Any, Final
 from urllib.parse import unquote
@@ -39,6 +38,7 @@ from dynamo_redis.planes.context import Context
 from dynamo_redis.planes.frames.client import FrameClient
 from dynamo_redis.planes.frames.response_stream import FrameResponseStream
 from dynamo_redis.planes.http import content
+from dynamo_redis.planes.http.reply import Receive, Receiver, Refused, Reply, Send
 from dynamo_redis.planes.http.token import check_token, make_proof
 from dynamo_redis.rate_limited_log import RateLimitedLog
 from dynamo_redis.wire.codec import pack, unpack
@@ -49,6 +49,9 @@ ACCEPT_AFTER_S: Final = 0.5
 MAX_IDLE_SESSIONS: Final = 256
 """The most sessions of HTTP connections without requests."""
 
+BODY_IDLE_S: Final = 60.0
+"""Longest time between two parts of a request's body. Messages of a request stream may be further apart."""
+
 DEADLINE_HEADER: Final = b"x-request-timeout-ms"
 REQUEST_ID_HEADER: Final = b"x-request-id"
 EXCHANGE_HEADER: Final = b"x-dynamo-exchange"
@@ -58,16 +61,12 @@ INSTANCE_HEADER: Final = b"x-dynamo-instance"
 NONCE_HEADER: Final = b"x-dynamo-nonce"
 PROOF_HEADER: Final = b"x-dynamo-proof"
 
-_MAX_DEADLINE_MS: Final = 2**53
-_DRAIN_BYTES: Final = 256 << 10
-_DRAIN_S: Final = 1.0
-_BEAT_S: Final = 1.0
+BEAT_S: Final = 1.0
 """Longest silence of an answer over HTTP/1."""
 
-Message = MutableMapping[str, Any]
+_MAX_DEADLINE_DIGITS: Final = 15
+
 Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
 
 
 class HttpApp:
@@ -98,18 +97,20 @@ class HttpApp:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            raise RuntimeError(f"{scope['type']} is not served here")
-        reply, bodies = _Reply(send), _Receiver(receive)
+            await send({"type": "websocket.close"})  # before it is accepted: the answer is 403
+            return
+        is_http1 = scope["http_version"].startswith("1")
+        bodies = Receiver(receive)
+        reply = Reply(send, bodies, BEAT_S if is_http1 else None)
         try:
             await self._answer(scope, bodies, reply)
-        except (PlaneError, _Refused) as exc:
+        except (PlaneError, Refused) as exc:
             if isinstance(exc, AuthenticationFailed):
                 self._complaints.log("%s does not get in: %s", _client_of(scope), exc)
-            with suppress(OSError):
-                await bodies.drain()
-                await (reply.refuse(exc) if isinstance(exc, _Refused) else reply.fail(exc))
+            with suppress(ConnectionLost):
+                await (reply.refuse(exc) if isinstance(exc, Refused) else reply.fail(exc))
 
-    async def _answer(self, scope: Scope, receive: Receive, reply: _Reply) -> None:
+    async def _answer(self, scope: Scope, receive: Receive, reply: Reply) -> None:
         path: str = scope["path"]
         if not path.startswith(f"{self._root}/"):
             raise EndpointNotFound(
@@ -123,7 +124,7 @@ class HttpApp:
             await reply.empty(204, [])
             return
         if b"origin" in headers:  # of a web page; a form could send what is read as JSON
-            raise _Refused(403, "web pages may not call this plane")
+            raise Refused(403, "web pages may not call this plane")
         self._authorize(headers)
         if rest == "-/probe":
             nonce = headers.get(NONCE_HEADER, b"").decode("latin-1")
@@ -133,7 +134,7 @@ class HttpApp:
             )
             return
         if method != "POST":
-            raise _Refused(405, "only POST is served here", [(b"allow", b"POST")])
+            raise Refused(405, "only POST is served here", [(b"allow", b"POST")])
         if rest.startswith("-/stop/"):
             context = self._contexts.get(rest.removeprefix("-/stop/"))
             if context is not None:
@@ -163,11 +164,11 @@ class HttpApp:
     # ------------------------------------------------------------------- one request
 
     async def _serve(
-        self, subject: str, scope: Scope, headers: dict[bytes, bytes], receive: Receive, reply: _Reply
+        self, subject: str, scope: Scope, headers: dict[bytes, bytes], receive: Receive, reply: Reply
     ) -> None:
         is_msgpack = content.is_msgpack(headers.get(b"content-type", b"").decode("latin-1"))
         if is_msgpack is None:
-            raise _Refused(415, f"write the request as {content.JSON} or {content.MSGPACK}")
+            raise Refused(415, f"write the request as {content.JSON} or {content.MSGPACK}")
         context = _context_of(headers)
         body = _Body(self, receive, headers, self._settings)
         exchange = headers.get(EXCHANGE_HEADER, b"").decode("latin-1")
@@ -175,6 +176,7 @@ class HttpApp:
             messages: AsyncIterator[Any] | None = None
             if STREAM_HEADER in headers and is_msgpack:
                 messages = body.messages()
+                reply.may_keep_connection = False  # the answer may end before the body
                 request = await anext(messages, None)
             else:
                 data = await body.read()
@@ -187,9 +189,7 @@ class HttpApp:
                 self._contexts[exchange] = context
             watch = None if messages is not None else asyncio.ensure_future(body.wait_for_disconnect(context))
             try:
-                # The server of HTTP/1 notices that a caller has left only when it writes.
-                beat_s = _BEAT_S if scope["http_version"].startswith("1") else None
-                await _send_answer(stream, reply, is_msgpack=is_msgpack, beat_s=beat_s)
+                await _send_answer(stream, reply, is_msgpack=is_msgpack)
             finally:
                 if watch is not None:
                     watch.cancel()
@@ -233,37 +233,6 @@ class HttpApp:
         self._receiving_bytes -= size_bytes
 
 
-class _Refused(Exception):
-    """A request that HTTP itself forbids."""
-
-    def __init__(self, status: int, detail: str, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
-        super().__init__(detail)
-        self.status = status
-        self.detail = detail
-        self.headers = headers
-
-
-class _Receiver:
-    """The events of a request, and whether its body has come whole."""
-
-    def __init__(self, receive: Receive) -> None:
-        self._receive = receive
-        self._is_over = False
-
-    async def __call__(self) -> Message:
-        message = await self._receive()
-        self._is_over = message["type"] != "http.request" or not message.get("more_body", False)
-        return message
-
-    async def drain(self) -> None:
-        """Read the rest of a small body: a client that still writes may not read an early answer."""
-        size_bytes = 0
-        with suppress(TimeoutError):
-            async with asyncio.timeout(_DRAIN_S):
-                while not self._is_over and size_bytes <= _DRAIN_BYTES:
-                    size_bytes += len((await self()).get("body", b""))
-
-
 class _Body:
     """The body of a request, as ASGI delivers it."""
 
@@ -274,7 +243,7 @@ class _Body:
         self._receive = receive
         self._limit_bytes = int(settings.max_message_bytes)
         self._announced = headers.get(b"content-length", b"")
-        self._reserved_bytes = 0
+        self._held_bytes = 0
         self._is_over = False
 
     async def _next(self) -> bytes | None:
@@ -293,29 +262,44 @@ class _Body:
         if self._announced.isdigit() and int(self._announced) > self._limit_bytes:
             raise PayloadTooLarge(size_bytes=int(self._announced), limit_bytes=self._limit_bytes)
         parts: list[bytes] = []
-        while (part := await self._next()) is not None:
-            self._reserve(len(part))
+        while (part := await self._next_in_time()) is not None:
+            self._hold(self._held_bytes + len(part))
             parts.append(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    def _reserve(self, size_bytes: int) -> None:
-        if self._reserved_bytes + size_bytes > self._limit_bytes:
+    async def _next_in_time(self) -> bytes | None:
+        try:
+            async with asyncio.timeout(BODY_IDLE_S):
+                return await self._next()
+        except TimeoutError:
+            raise InvalidRequest(f"nothing of the body came for {BODY_IDLE_S:g} s") from None
+
+    def _hold(self, size_bytes: int) -> None:
+        """Count the bytes that are held now. Raises PayloadTooLarge and Overloaded."""
+        if size_bytes > self._limit_bytes:
             raise PayloadTooLarge(size_bytes=None, limit_bytes=self._limit_bytes)
-        self._app.reserve(size_bytes)
-        self._reserved_bytes += size_bytes
+        self._app.reserve(size_bytes - self._held_bytes)
+        self._held_bytes = size_bytes
 
     async def messages(self) -> AsyncIterator[Any]:
-        """Yield the MessagePack values of the body as they come. Raises InvalidRequest."""
+        """Yield the MessagePack values of the body as they come. Raises InvalidRequest, PayloadTooLarge and
+        Overloaded."""
         unpacker = msgpack.Unpacker(max_buffer_size=self._limit_bytes, strict_map_key=False, timestamp=1)
+        received_bytes = taken_bytes = 0
         while (part := await self._next()) is not None:
+            received_bytes += len(part)
             try:
                 unpacker.feed(part)
                 for value in unpacker:
+                    taken_bytes = unpacker.tell()
                     yield value
             except msgpack.BufferFull:
                 raise PayloadTooLarge(size_bytes=None, limit_bytes=self._limit_bytes) from None
-            except (ValueError, msgpack.UnpackException, TypeError) as exc:
-                raise InvalidRequest(f"a message is not MessagePack: {exc}") from exc
+            except content.UNPACK_ERRORS as exc:
+                raise InvalidRequest(f"a message is not MessagePack: {exc!r}") from exc
+            self._hold(received_bytes - taken_bytes)
+        if self._held_bytes:
+            raise InvalidRequest("the body ends inside a message")
 
     async def wait_for_disconnect(self, context: Context) -> None:
         """Kill the request once its caller has left."""
@@ -327,17 +311,12 @@ class _Body:
 
     def release(self) -> None:
         """Free the body's share of the budget. Idempotent."""
-        self._app.release(self._reserved_bytes)
-        self._reserved_bytes = 0
+        self._app.release(self._held_bytes)
+        self._held_bytes = 0
 
 
-async def _send_answer(
-    stream: FrameResponseStream, reply: _Reply, *, is_msgpack: bool, beat_s: float | None
-) -> None:
-    """Send the items as they come, and the end. Raises PlaneError before the first item.
-
-    `beat_s`: after this time without an item an empty sign is sent, again and again; None: never.
-    """
+async def _send_answer(stream: FrameResponseStream, reply: Reply, *, is_msgpack: bool) -> None:
+    """Send the items as they come, and the end. Raises PlaneError before the first item."""
     encode = _encode_msgpack if is_msgpack else content.json_lines
     content_type = content.MSGPACK if is_msgpack else content.JSON_LINES
     try:
@@ -346,14 +325,14 @@ async def _send_answer(
                 items = await stream.next_items()
         except TimeoutError:
             await reply.body(content_type, b"")  # a head alone would wait for the first item
-            items = await _next_items(stream, reply, content_type, beat_s)
+            items = await _next_items(stream, reply, content_type)
         while items:
             data = _encoded(items, encode)
             if stream.is_over:
                 await reply.finish(content_type, data + (content.msgpack_end() if is_msgpack else b""))
                 return
             await reply.body(content_type, data)
-            items = await _next_items(stream, reply, content_type, beat_s)
+            items = await _next_items(stream, reply, content_type)
         await reply.finish(content_type, content.msgpack_end() if is_msgpack else b"")
     except PlaneError as exc:
         if not reply.has_started:
@@ -364,15 +343,13 @@ async def _send_answer(
         await reply.finish(content_type, end)
 
 
-async def _next_items(
-    stream: FrameResponseStream, reply: _Reply, content_type: str, beat_s: float | None
-) -> list[Any]:
-    """Wait for the next items, and send signs meanwhile."""
-    if beat_s is None:
+async def _next_items(stream: FrameResponseStream, reply: Reply, content_type: str) -> list[Any]:
+    """Wait for items. On HTTP/1 only a write shows that the caller has left, so a beat is sent meanwhile."""
+    if reply.beat_s is None:
         return await stream.next_items()
     while True:
         try:
-            async with asyncio.timeout(beat_s):
+            async with asyncio.timeout(reply.beat_s):
                 return await stream.next_items()
         except TimeoutError:
             await reply.body(content_type, content.MSGPACK_BEAT if content_type == content.MSGPACK else b"\n")
@@ -389,67 +366,12 @@ def _encoded(items: list[Any], encode: Callable[[list[Any]], bytes]) -> bytes:
         raise InvalidRequest(f"an item cannot be written in this content type: {exc}") from exc
 
 
-class _Reply:
-    """The answer to one request."""
-
-    def __init__(self, send: Send) -> None:
-        self._send = send
-        self.has_started = False
-
-    async def start(
-        self, status: int, content_type: str, headers: Iterable[tuple[bytes, bytes]] = ()
-    ) -> None:
-        self.has_started = True
-        head = [(b"content-type", content_type.encode()), *headers]
-        await self._send({"type": "http.response.start", "status": status, "headers": head})
-
-    async def body(self, content_type: str, data: bytes) -> None:
-        if not self.has_started:
-            await self.start(200, content_type)
-        await self._send({"type": "http.response.body", "body": data, "more_body": True})
-
-    async def finish(self, content_type: str, data: bytes) -> None:
-        if not self.has_started:
-            await self.start(200, content_type)
-        await self._send({"type": "http.response.body", "body": data, "more_body": False})
-
-    async def empty(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
-        self.has_started = True
-        await self._send({"type": "http.response.start", "status": status, "headers": list(headers)})
-        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def refuse(self, refused: _Refused) -> None:
-        """Answer with an error of HTTP itself."""
-        document = {
-            "type": "about:blank",
-            "title": "Refused",
-            "status": refused.status,
-            "detail": refused.detail,
-            "code": InvalidRequest.code,
-        }
-        await self.start(refused.status, content.PROBLEM, refused.headers)
-        await self._send({"type": "http.response.body", "body": json.dumps(document).encode()})
-
-    async def fail(self, error: PlaneError) -> None:
-        """Answer with an error of the plane."""
-        if self.has_started:
-            return
-        document = content.problem(error)
-        headers = []
-        if "retry_after_ms" in document:
-            headers.append((b"retry-after", b"%d" % -(-document["retry_after_ms"] // 1000)))
-        if isinstance(error, AuthenticationFailed):
-            headers.append((b"www-authenticate", b"Bearer"))
-        await self.start(document["status"], content.PROBLEM, headers)
-        await self._send({"type": "http.response.body", "body": json.dumps(document).encode()})
-
-
 def _context_of(headers: dict[bytes, bytes]) -> Context:
     """Make the request's context. Raises InvalidRequest."""
     deadline = None
     timeout = headers.get(DEADLINE_HEADER)
     if timeout is not None:
-        if not timeout.isdigit() or int(timeout) > _MAX_DEADLINE_MS:
+        if not timeout.isdigit() or len(timeout) > _MAX_DEADLINE_DIGITS:
             raise InvalidRequest(f"{DEADLINE_HEADER.decode()} is a number of milliseconds")
         deadline = time.monotonic() + int(timeout) / 1000
     metadata: Any = None

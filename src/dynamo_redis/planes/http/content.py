@@ -37,6 +37,8 @@ MSGPACK: Final = "application/msgpack"
 PROBLEM: Final = "application/problem+json"
 END_TYPE: Final = -2
 """A type that MessagePack reserves, so no item can have it."""
+UNPACK_ERRORS: Final = (ValueError, msgpack.UnpackException, TypeError, MemoryError)
+"""The errors of unpackers for bytes that are not MessagePack; TypeError: a map or an array as a key."""
 
 BEAT_TYPE: Final = -3
 MSGPACK_BEAT: Final = b"\xc7\x00\xfd"
@@ -145,7 +147,7 @@ BEAT: Final = object()
 
 
 def new_answer_unpacker(max_item_bytes: int) -> msgpack.Unpacker:
-    """Make an unpacker of the items of an answer, and its `End`."""
+    """Make an unpacker of the items of an answer, and its `End`. It raises `UNPACK_ERRORS`."""
 
     def read_extension(code: int, data: bytes) -> Any:
         if code == END_TYPE:
@@ -176,7 +178,7 @@ def read_error(code: str, message: str, details: Any) -> PlaneError:
     if isinstance(error, Overloaded) and isinstance(details, dict):
         retry_after_ms = details.get("retry_after_ms")
         if type(retry_after_ms) is int and retry_after_ms >= 0:
-            error.retry_after_s = min(retry_after_ms / 1000, _LONGEST_RETRY_S)
+            error.retry_after_s = min(retry_after_ms, _LONGEST_RETRY_S * 1000) / 1000
     return error
 
 

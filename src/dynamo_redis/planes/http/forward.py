@@ -273,7 +273,7 @@ class ForwardServer(FrameServer):
                         return
         except msgpack.BufferFull:
             raise PayloadTooLarge(size_bytes=None, limit_bytes=limit_bytes) from None
-        except (ValueError, msgpack.UnpackException) as exc:
+        except content.UNPACK_ERRORS as exc:
             if isinstance(exc, PlaneError):
                 raise
             raise ConnectionLost(f"the answer is not MessagePack: {exc}") from exc

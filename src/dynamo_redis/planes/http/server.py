@@ -17,6 +17,7 @@ from dynamo_redis.planes.frames.client import FrameClient
 from dynamo_redis.planes.frames.server import FrameServer, ServerCore
 from dynamo_redis.planes.http.app import HttpApp
 from dynamo_redis.planes.http.local import LocalCarrier
+from dynamo_redis.planes.http.reply import UNREAD_S
 from dynamo_redis.planes.tcp.tls import make_tls
 
 DEFAULT_PORT: Final = 8888
@@ -24,6 +25,7 @@ DEFAULT_PORT: Final = 8888
 _CLOSE_S: Final = 2.0
 _KEEP_ALIVE_S: Final = 120.0
 _HANDSHAKE_S: Final = 5.0
+_PROBE_AFTER_S: Final = 20
 _MAX_HEAD_BYTES: Final = 64 << 10
 _WIDE_WINDOW_BYTES: Final = 1 << 20
 _WIDE_CONNECTION_BYTES: Final = 1 << 24
@@ -88,11 +90,17 @@ class HttpServer(FrameServer):
             h2_initial_stream_window_size=_WIDE_WINDOW_BYTES if is_wide else _PLAIN_WINDOW_BYTES,
             h2_initial_connection_window_size=_WIDE_CONNECTION_BYTES if is_wide else _PLAIN_WINDOW_BYTES,
             h2_max_header_list_size=_MAX_HEAD_BYTES,
+            h2_max_header_block_size=_MAX_HEAD_BYTES,
+            limit_request_head_size=_MAX_HEAD_BYTES,
             limit_connections=settings.max_connections_count,
             max_request_body_size=0,  # the application has its own limit, with a typed error
             timeout_graceful_shutdown=0.0,  # the drain has waited for the requests
             timeout_handshake=_HANDSHAKE_S,
             timeout_keep_alive=_KEEP_ALIVE_S,
+            timeout_request_header=_HANDSHAKE_S,
+            timeout_request_body_idle=0.0,  # the application has its own: a request stream may be idle
+            h2_timeout_response_stall=UNREAD_S,
+            h2_timeout_write=UNREAD_S,
         )
         self._http = Server(app, config)
         self._serving = self._loop.create_task(self._http.serve(), name="http plane")
@@ -120,13 +128,12 @@ class HttpServer(FrameServer):
 def _listen(host: str, port: int | None) -> socket.socket:
     """Listen on the port; without one on `DEFAULT_PORT`, or on a free one if that is in use. Raises
     ConfigError."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     wanted = DEFAULT_PORT if port is None else port
     try:
-        return socket.create_server((host, wanted), family=family, backlog=4096)
+        return _create_server(host, wanted)
     except OSError as exc:
         if exc.errno == errno.EADDRINUSE and port is None:
-            sock = socket.create_server((host, 0), family=family, backlog=4096)
+            sock = _create_server(host, 0)
             _log.warning(
                 "port %d is in use, port %d serves the http plane; DYN_HTTP_RPC_PORT names a fixed one",
                 wanted,
@@ -139,3 +146,15 @@ def _listen(host: str, port: int | None) -> socket.socket:
                 "or 0 for a free one"
             ) from exc
         raise ConfigError(f"DYN_HTTP_RPC_HOST={host}: cannot listen: {exc.strerror or exc}") from exc
+
+
+def _create_server(host: str, port: int) -> socket.socket:
+    """Listen; the kernel notices callers whose host has vanished, also where nothing is sent."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.create_server((host, port), family=family, backlog=4096)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # accepted sockets inherit these
+    if hasattr(socket, "TCP_KEEPIDLE"):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _PROBE_AFTER_S)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _PROBE_AFTER_S)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+    return sock
