@@ -465,12 +465,12 @@ class DistributedRuntime:
                     await check_advertised(self._plane_client, target, self.settings.plane)
                     if self._closed:
                         raise RuntimeError("the runtime is closed")
+                    self._service = Service(server, self.instance_id)
+                    server.register(service_subject(self.instance_id), self._service.answer)
+                    await server.announce(self._service.describe)
                 except BaseException:
                     await server.aclose()
                     raise
-                self._service = Service(server, self.instance_id)
-                server.register(service_subject(self.instance_id), self._service.answer)
-                await server.announce(self._service.describe)
                 self._server = server
             return self._server
 

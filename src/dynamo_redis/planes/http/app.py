@@ -207,6 +207,11 @@ class HttpApp:
         except TypeError as exc:  # JSON may nest deeper than a frame
             raise InvalidRequest(str(exc)) from exc
 
+    @property
+    def is_busy(self) -> bool:
+        """True while answers are being written."""
+        return bool(self._open_counts)
+
     def _note_begun(self, target: Target) -> None:
         self._idle.pop(target.address, None)
         self._open_counts[target.address] = self._open_counts.get(target.address, 0) + 1

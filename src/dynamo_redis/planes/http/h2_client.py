@@ -19,6 +19,7 @@ import h2.connection
 import h2.errors
 import h2.events
 import h2.exceptions
+from h2.connection import ConnectionInputs, ConnectionState, H2ConnectionStateMachine
 from h2.settings import SettingCodes, Settings
 
 from dynamo_redis.config import PlaneSettings
@@ -38,6 +39,15 @@ _RESET_REASONS: Final[dict[int, str]] = {
 Headers = list[tuple[str, str]]
 
 logging.getLogger("hpack").setLevel(logging.WARNING)  # at DEBUG it writes each header, tokens too
+
+
+class _StateMachine(H2ConnectionStateMachine):
+    """Lets exchanges go on behind a GOAWAY, as HTTP/2 has it; for h2 it is the end of the connection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        going = ConnectionState.CLIENT_OPEN, ConnectionInputs.RECV_GOAWAY
+        self._transitions = {**self._transitions, going: (None, ConnectionState.CLIENT_OPEN)}
 
 
 class Exchange:
@@ -152,6 +162,7 @@ class H2ClientConnection(asyncio.Protocol):
             normalize_outbound_headers=False,
         )  # fmt: skip
         self._h2 = h2.connection.H2Connection(config)
+        self._h2.state_machine = _StateMachine()
         self._transport: asyncio.Transport | None = None
         self._exchanges: dict[int, Exchange] = {}
         self._flush_scheduled = False
@@ -210,6 +221,7 @@ class H2ClientConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._heard_at = self._loop.time()
+        self._flush()  # h2 drops unsent bytes at a GOAWAY
         try:
             events = self._h2.receive_data(data)
         except h2.exceptions.ProtocolError as exc:

@@ -22,7 +22,10 @@ from dynamo_redis.planes.tcp.tls import make_tls
 
 DEFAULT_PORT: Final = 8888
 
-_CLOSE_S: Final = 2.0
+_READ_S: Final = 2.0
+"""Seconds that callers have at the end to read answers which have left their handlers."""
+_CLOSE_S: Final = 3.0
+_LOOK_S: Final = 0.05
 _KEEP_ALIVE_S: Final = 120.0
 _HANDSHAKE_S: Final = 5.0
 _PROBE_AFTER_S: Final = 20
@@ -51,6 +54,7 @@ class HttpServer(FrameServer):
         self._redis_host = redis_host
         self._tls = make_tls(settings, "server")
         self._client = FrameClient(settings, LocalCarrier(self._new_connection))
+        self._app: HttpApp | None = None
         self._http: Server | None = None
         self._serving: asyncio.Task[None] | None = None
 
@@ -66,7 +70,7 @@ class HttpServer(FrameServer):
         binding = await choose_binding(settings.http_rpc_host, settings.http_advertise_host, self._redis_host)
         sock = _listen(binding.listen_host, settings.http_rpc_port)
         port = sock.getsockname()[1]
-        app = HttpApp(
+        self._app = HttpApp(
             settings,
             self._client,
             self._secret,
@@ -94,7 +98,7 @@ class HttpServer(FrameServer):
             limit_request_head_size=_MAX_HEAD_BYTES,
             limit_connections=settings.max_connections_count,
             max_request_body_size=0,  # the application has its own limit, with a typed error
-            timeout_graceful_shutdown=0.0,  # the drain has waited for the requests
+            timeout_graceful_shutdown=_READ_S,
             timeout_handshake=_HANDSHAKE_S,
             timeout_keep_alive=_KEEP_ALIVE_S,
             timeout_request_header=_HANDSHAKE_S,
@@ -102,7 +106,7 @@ class HttpServer(FrameServer):
             h2_timeout_response_stall=UNREAD_S,
             h2_timeout_write=UNREAD_S,
         )
-        self._http = Server(app, config)
+        self._http = Server(self._app, config)
         self._serving = self._loop.create_task(self._http.serve(), name="http plane")
         started = self._loop.create_task(self._http.wait_started())
         await asyncio.wait([self._serving, started], return_when=asyncio.FIRST_COMPLETED)
@@ -112,6 +116,14 @@ class HttpServer(FrameServer):
             raise ConfigError(f"the http plane does not start: {self._serving.exception()}")
         mark = "" if self._tls is None else self._tls.mark
         self._address = format_address(binding.advertise_host, settings.http_advertise_port or port) + mark
+
+    async def drain(self, grace_s: float) -> None:
+        """See `RequestPlaneServer.drain`. Answers that have left the handler may still wait for their
+        callers."""
+        deadline = self._loop.time() + grace_s
+        await super().drain(grace_s)
+        while self._app is not None and self._app.is_busy and self._loop.time() < deadline:  # noqa: ASYNC110 - as rare as a shutdown
+            await asyncio.sleep(_LOOK_S)
 
     async def _stop_accepting(self) -> None:
         if self._http is not None:

@@ -154,3 +154,30 @@ async def test_callers_that_connect_anew_leave_few_sessions(monkeypatch: pytest.
     await eventually(lambda: server.connection_count <= 4)
     await server.aclose()
     assert not server.connection_count
+
+
+async def test_a_drain_waits_for_callers_that_still_read() -> None:
+    """The handler is done long before: the answer waits in the worker's HTTP server and on its way."""
+    async with serving() as (server, client):
+        done = asyncio.Event()
+
+        async def many(_: Any, __: Context) -> AsyncIterator[bytes]:
+            for _number in range(120):
+                yield bytes(50_000)
+            done.set()
+
+        server.register("many", many)
+        stream = client.open(target(server, "many"), None, Context())
+        count = len([await anext(stream)])
+
+        async def end() -> None:
+            await server.drain(30)
+            await server.aclose()
+
+        ending = asyncio.create_task(end())
+        await done.wait()
+        await asyncio.wait([ending], timeout=1)
+        async for _ in stream:
+            count += 1
+        assert count == 120
+        await ending
