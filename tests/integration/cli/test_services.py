@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import anyio
@@ -61,12 +61,12 @@ async def run(cli: Cli, *arguments: str, given: str | None = None) -> subprocess
 
 
 @pytest.fixture
-def nats_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[None]:
+def nats_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if find_nats_server() is None:
         pytest.skip("no nats-server on this machine; on Debian and Ubuntu: apt-get install nats-server")
     with NatsServer(tmp_path) as server:
         monkeypatch.setenv("NATS_SERVER", server.url)
-        yield  # type: ignore[misc]
+        yield
 
 
 async def test_all_planes_are_asked_at_once(

@@ -19,7 +19,7 @@ from dynamo_redis.wire.tunnel import HEAD_BYTES, ID_BYTES, Kind
 )
 def test_messages_are_read_as_written(kind: Kind, connection_id: bytes, number: int, content: bytes) -> None:
     message = tunnel.decode(tunnel.encode_head(kind, connection_id, number) + content)
-    assert message == (kind, connection_id, number, content)
+    assert tuple(message) == (kind, connection_id, number, content)
 
 
 @given(st.binary(max_size=200))

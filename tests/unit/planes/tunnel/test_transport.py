@@ -258,7 +258,7 @@ async def test_a_broker_that_was_away_ends_all_connections() -> None:
 
 
 async def test_a_peer_that_sends_too_much_is_cut_off() -> None:
-    """What is held for a paused reader is bounded, whatever the peer does."""
+    """A paused reader holds a bounded amount, whatever the peer does."""
     sent: list[bytes] = []
     protocol, connection_id = Peer(), bytes(16)
     transport = TunnelTransport(
