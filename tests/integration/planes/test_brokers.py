@@ -192,7 +192,7 @@ async def test_a_caller_that_vanishes_leaves_nothing_at_the_server(
 async def vanish(link: Any) -> None:
     """End a link as the death of its process does: without a word to its peers."""
     if link._client.__class__.__module__.startswith("nats"):
-        link._is_up = False
+        link._is_up, link._is_closing = False, True  # else the link connects anew
         link._owner = _Nobody()
         await link._client.close()
     else:
