@@ -156,9 +156,10 @@ class TunnelTransport(asyncio.Transport):
             data = self._held.popleft()
             size_bytes = len(data)
             while data and not self._is_closing:
-                buffer = memoryview(self._protocol.get_buffer(len(data)))
-                part_bytes = min(len(buffer), len(data))
-                buffer[:part_bytes] = data[:part_bytes]
+                # Released before the protocol goes on: it may drop the buffer that this is a view of.
+                with memoryview(self._protocol.get_buffer(len(data))) as buffer:
+                    part_bytes = min(len(buffer), len(data))
+                    buffer[:part_bytes] = data[:part_bytes]
                 self._protocol.buffer_updated(part_bytes)
                 data = data[part_bytes:]
             self._taken_bytes += size_bytes
