@@ -44,7 +44,7 @@ SECRET = b"a secret of the instance, random"
 INSTANCE = 0x694D98147D54BFDE
 MIB = 1 << 20
 HTTP_UNREAD_BYTES = 16 * MIB
-"""What the windows of HTTP/2 and the buffers of its server hold of one answer at most."""
+"""Most bytes of one answer in the windows of HTTP/2 and the buffers of its server."""
 
 
 @dataclass
@@ -67,7 +67,7 @@ class Deployment:
         )
 
     def most_unread_count(self, size_bytes: int) -> int:
-        """Return the most items of a size that are under way while nobody reads them.
+        """Return the most items of a size that are under way and unread.
 
         Where a proxy may stand between, the bytes of HTTP are bounded, and not the items.
         """

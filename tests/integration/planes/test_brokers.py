@@ -176,7 +176,7 @@ async def test_a_worker_that_has_ended_is_refused_at_once(broker: Broker) -> Non
 async def test_a_caller_that_vanishes_leaves_nothing_at_the_server(
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The server finds out by a message that nobody receives."""
+    """The server notices it by a message that reaches no process."""
     monkeypatch.setattr("dynamo_redis.planes.tunnel.tunnels.CHECK_S", 0.2)
     monkeypatch.setattr(redis_link, "EXPIRY_S", 1.0)
     async with serving(broker.plane) as (server, client):

@@ -1,8 +1,8 @@
 """A process's link to NATS: one subject of its own, and core NATS messages to the subjects of others.
 
-Nothing is stored: a message that nobody receives is gone, and the server says so at once (its status 503, "no
-responders"). Each message names its connection in the reply subject, `<own subject>.<connection>`, so that
-the status finds its way to it.
+Nothing is stored. The server drops a message that no process receives, and tells the sender at once (status
+503, "no responders"). Each message names its connection in the reply subject, `<own subject>.<connection>`,
+so that the status finds its way to it.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ class LinkOwner(Protocol):
         ...
 
     def on_unreachable(self, connection_id: bytes) -> None:
-        """Handle that nobody receives the messages of a connection."""
+        """Handle a connection whose messages reach no process."""
         ...
 
     def on_lost(self, reason: str) -> None:

@@ -191,7 +191,7 @@ async def test_a_receiver_that_is_not_there_ends_the_connection() -> None:
     client = Tunnels(broker.link("client"))
     await client.start()
     caller = Peer()
-    client.connect("nobody", caller)
+    client.connect("absent", caller)
     await eventually(lambda: bool(caller.lost))
     assert isinstance(caller.lost[0], ConnectionRefusedError)
     await client.aclose()
@@ -201,7 +201,7 @@ async def test_a_peer_that_forgot_the_connection_resets_it() -> None:
     broker = Broker()
     async with connected(broker) as (caller, server):
         server.transport.end(None)
-        caller.transport.write(b"anybody?")
+        caller.transport.write(b"more")
         await eventually(lambda: bool(caller.lost))
         assert isinstance(caller.lost[0], ConnectionResetError)
 
