@@ -31,6 +31,10 @@ OUR_NATS_RUNTIME, DYNAMO_NATS_RUNTIME = "ours nats, runtime API", "Dynamo 1.6.1 
 LAST_RELEASE_COMMIT: Final = "4d5b804"
 """The commit before there was another plane than tcp."""
 
+DYNAMO_THREADS: Final = 4
+"""The fewest threads of Dynamo's runtime, which by default has one a core. The registration of an endpoint
+with NATS holds one: with two threads, three endpoints that are registered at once wait for ever."""
+
 
 @contextmanager
 def _ours(plane: str, environment: dict[str, str] | None = None) -> Iterator[Side]:
@@ -87,7 +91,12 @@ def _our_nats_runtime() -> Iterator[Side]:
 @contextmanager
 def _dynamo_nats_runtime() -> Iterator[Side]:
     with nats_server() as (url, _), dynamo_environment() as environment:
-        variables = {**environment, "DYN_REQUEST_PLANE": "nats", "NATS_SERVER": url}
+        variables = {
+            **environment,
+            "DYN_REQUEST_PLANE": "nats",
+            "NATS_SERVER": url,
+            "DYN_RUNTIME_NUM_WORKER_THREADS": str(max(DYNAMO_THREADS, os.cpu_count() or 1)),
+        }
         with runtime(rival_python("dynamo", DYNAMO, "uvloop"), "dynamo.runtime", variables, WORKERS) as side:
             yield side
 
