@@ -20,6 +20,8 @@ from dynamo_redis.planes.tcp.server import TcpServer
 from dynamo_redis.planes.tunnel.carrier import TunnelCarrier
 from dynamo_redis.planes.tunnel.link import Link
 from dynamo_redis.planes.tunnel.server import TunnelServer
+from dynamo_redis.store.keys import Inbox
+from dynamo_redis.wire.tunnel import encode_part
 
 _NO_HTTP = "DYN_REQUEST_PLANE=http needs h2 and h2corn: install the extra `planes`"
 
@@ -69,7 +71,7 @@ def make_server(
                 HttpServer(settings, secret=secret, instance_id=instance_id, core=core, redis_host=redis_host)
             )
         else:
-            own, link = _through_broker(plane, settings, store, format_instance_id(instance_id))
+            own, link = _through_broker(plane, settings, store, format_instance_id(instance_id), "requests")
             servers.append(TunnelServer(plane, link, own, secret=secret, instance_id=instance_id, core=core))
     return servers[0] if len(servers) == 1 else SeveralServers(servers)
 
@@ -96,23 +98,23 @@ def make_client(
         except ImportError as exc:
             raise ConfigError(_NO_HTTP) from exc
         return HttpClient(settings, on_quiet)
-    settings, link = _through_broker(plane, settings, store, f"caller-{secrets.token_hex(12)}")
+    settings, link = _through_broker(plane, settings, store, f"caller-{secrets.token_hex(12)}", "replies")
     return FrameClient(settings, TunnelCarrier(link), on_quiet)
 
 
 def _through_broker(
-    plane: str, settings: PlaneSettings, store: StoreSettings | None, name: str
+    plane: str, settings: PlaneSettings, store: StoreSettings | None, name: str, reads: Inbox
 ) -> tuple[PlaneSettings, Link]:
     """Return the settings and the link of a plane with a broker. `name` is unique among the processes."""
     store = store or StoreSettings.load()
     if plane == "redis":
         from dynamo_redis.planes.redis.link import RedisLink
 
-        return settings, RedisLink(store.require_url(), store.command_timeout_s, store.prefix, name)
+        return settings, RedisLink(store.require_url(), store.command_timeout_s, store.prefix, name, reads)
     try:
-        from dynamo_redis.planes.nats.link import MAX_MESSAGE_BYTES, NatsLink, encode_token
+        from dynamo_redis.planes.nats.link import MAX_MESSAGE_BYTES, NatsLink
     except ImportError as exc:
         raise ConfigError("DYN_REQUEST_PLANE=nats needs nats-py: install the extra `planes`") from exc
     limit_bytes = ByteSize(min(settings.max_message_bytes, MAX_MESSAGE_BYTES))
     settings = settings.model_copy(update={"max_message_bytes": limit_bytes})
-    return settings, NatsLink(settings, f"{encode_token(store.prefix)}.plane.{name}", f"dynamo-redis {name}")
+    return settings, NatsLink(settings, f"{encode_part(store.prefix)}.plane.{name}", f"dynamo-redis {name}")

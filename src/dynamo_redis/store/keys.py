@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 from dynamo_redis.errors import ConfigError
 from dynamo_redis.names import decode_segment, encode_segment, format_instance_id
@@ -38,6 +39,9 @@ TRANSACTION_MAX_BYTES = 2 << 20
 ALWAYS_FIT_COUNT = 2
 """Largest number of operations that is never refused for its size: each value is `VALUE_MAX_BYTES` at
 most."""
+
+Inbox = Literal["requests", "replies"]
+"""The two kinds of a process's stream on the redis plane: workers read requests, callers read replies."""
 
 _EVENTS = ":events"
 _GLOB = re.compile(r"([*?\[\]\\^])")
@@ -221,9 +225,17 @@ class StreamKeys:
         return f"{self.tag}:messages"
 
 
-def inbox_key(prefix: str, name: str) -> str:
-    """Return the stream of the messages to one process, on the redis plane."""
-    return f"{{{prefix}/plane/{encode_segment(name)}}}:inbox"
+def inbox_key(prefix: str, kind: Inbox, address: str) -> str:
+    """Return the stream of the messages to one process, by its address on the redis plane.
+
+    An address is `<user>.<name>`: rules for users in Redis name the keys by their beginning.
+    """
+    return f"{{{prefix}/plane/{kind}/{address.replace('.', '/')}}}:inbox"
+
+
+def inbox_pattern(prefix: str, kind: Inbox, user: str = "") -> str:
+    """Return the pattern, as in Redis's rules for users, of the inboxes of a user's processes, or of all."""
+    return f"{{{prefix}/plane/{kind}/{user}{'/' * bool(user)}*"
 
 
 def stream_pattern(prefix: str) -> str:

@@ -33,11 +33,17 @@ HEAD_BYTES: Final = _HEAD.size
 
 
 _ADDRESS: Final = re.compile(r"[\w%-]+(\.[\w%-]+)*", re.ASCII)
+_SPECIAL: Final = re.compile(r"[^A-Za-z0-9_-]")
 
 
 def is_address(text: str) -> bool:
     """Return whether a text can be the address of a process: parts of letters, digits, `_`, `-`, `%`."""
     return _ADDRESS.fullmatch(text) is not None
+
+
+def encode_part(text: str) -> str:
+    """Return a text as one part of an address, percent-encoded."""
+    return _SPECIAL.sub(lambda found: "".join(f"%{byte:02x}" for byte in found[0].encode()), text)
 
 
 class Kind(IntEnum):

@@ -205,7 +205,7 @@ async def vanish(link: Any) -> None:
 class _Nobody:
     def on_message(self, message: bytes, sender: str) -> None: ...
 
-    def on_unreachable(self, connection_id: bytes) -> None: ...
+    def on_unreachable(self, connection_id: bytes, reason: str = "") -> None: ...
 
     def on_lost(self, reason: str) -> None: ...
 
@@ -229,7 +229,7 @@ async def test_requests_to_a_dead_worker_on_redis_fail_and_never_run(
             await ask(client, to, "too late")
         store = StoreSettings.load()
         redis = Redis.from_url(store.require_url())
-        key = inbox_key(store.prefix, server.address)
+        key = inbox_key(store.prefix, "requests", server.address)
         deadline = time.monotonic() + RECOVERY_S
         while await redis.exists(key):
             assert time.monotonic() < deadline, "the dead worker's stream stays"
@@ -244,7 +244,7 @@ async def test_redis_holds_nothing_that_was_read(redis_broker: RedisBroker) -> N
             assert await ask(client, target(server), bytes(size_bytes)) == [bytes(size_bytes)]
         store = StoreSettings.load()
         redis = Redis.from_url(store.require_url())
-        key = inbox_key(store.prefix, server.address)
+        key = inbox_key(store.prefix, "requests", server.address)
         deadline = time.monotonic() + RECOVERY_S
         while await redis.xlen(key):
             assert time.monotonic() < deadline

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import re
 import ssl
 from collections import deque
 from contextlib import suppress
@@ -42,8 +41,6 @@ _NO_LIMIT: Final = 1 << 31
 """The client's own limits of unread messages, which drop them. The windows of the connections bound them."""
 _MINIMUM_VERSION: Final = (2, 2)
 """The first version that says that a subject has no responders."""
-
-_SPECIAL: Final = re.compile(r"[^A-Za-z0-9_-]")
 
 _log = logging.getLogger(__name__)
 
@@ -275,11 +272,6 @@ class NatsLink:
                 await self._client.flush(1)
             await _close(self._client)
             self._client = None
-
-
-def encode_token(text: str) -> str:
-    """Return a text as one part of a subject."""
-    return _SPECIAL.sub(lambda found: "".join(f"%{byte:02x}" for byte in found[0].encode()), text)
 
 
 async def _close(client: Client) -> None:

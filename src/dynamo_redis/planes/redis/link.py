@@ -1,7 +1,9 @@
 """A process's link through Redis: a stream of its own for what it receives, and appends to those of others.
 
-Each process removes what it has read, and keeps its stream's expiry ahead while it lives. An append names no
+Each process removes what it has read, and keeps its stream's expiry ahead while it lives. An append makes no
 stream that is not there, so messages to a process that has ended are refused at once, and nothing runs later.
+Workers read requests and append to replies, callers the other way round: the keys are named so that Redis can
+hold its users to that.
 """
 
 from __future__ import annotations
@@ -17,9 +19,10 @@ from dynamo_redis.errors import CannotConnect, StoreError
 from dynamo_redis.planes.base import Describe
 from dynamo_redis.planes.tunnel.link import LinkOwner
 from dynamo_redis.rate_limited_log import RateLimitedLog
-from dynamo_redis.store.keys import inbox_key
+from dynamo_redis.store.keys import Inbox, inbox_key, inbox_pattern
 from dynamo_redis.store.redis.blocking import pack
 from dynamo_redis.store.redis.client import RedisClient
+from dynamo_redis.wire.tunnel import encode_part
 
 EXPIRY_S: Final = 30.0
 """Seconds after which the stream of a process that has ended is removed."""
@@ -36,16 +39,21 @@ _log = logging.getLogger(__name__)
 class RedisLink:
     """Implements `Link`. It owns a task that reads and one that sends, each with a connection."""
 
-    def __init__(self, url: str, timeout_s: float, prefix: str, name: str) -> None:
-        """`name` is unique among the processes of the deployment, whose keys have the prefix."""
+    def __init__(self, url: str, timeout_s: float, prefix: str, name: str, reads: Inbox) -> None:
+        """`name` is unique among the processes of the deployment, whose keys have the prefix. A worker reads
+        requests, a caller replies."""
         self._client = RedisClient(url, timeout_s=timeout_s, client_name="dynamo-redis-plane")
         self._prefix = prefix
-        self._name = name
-        self._key = inbox_key(prefix, name)
+        self._user = encode_part(self._client.user)
+        self._address = f"{self._user}.{name}"
+        self._reads: Inbox = reads
+        self._writes: Inbox = "replies" if reads == "requests" else "requests"
+        self._key = inbox_key(prefix, reads, self._address)
         self._owner: LinkOwner
         self._position = b"0-0"
         self._is_up = False
         self._is_open = False
+        self._loss = ""
         self._waiting: list[tuple[str, bytes, bytes]] = []
         self._wake = asyncio.Event()
         self._is_drained = asyncio.Event()
@@ -55,9 +63,9 @@ class RedisLink:
 
     @property
     def address(self) -> str:
-        """See `Link.address`: the name of the process, never a key, so that no record or message can have
-        this process write to another key."""
-        return self._name
+        """See `Link.address`: the Redis user and the name of the process, never a key, so that no record or
+        message can have a process write to another key."""
+        return self._address
 
     @property
     def content_bytes(self) -> int:
@@ -68,13 +76,13 @@ class RedisLink:
         """See `Link.open`."""
         if self._is_open:
             if not self._is_up:
-                raise CannotConnect(f"the connection to Redis at {self._client.address} is lost")
+                raise CannotConnect(self._loss)
             return
         self._owner = owner
         try:
             await self._create()
         except StoreError as exc:
-            raise CannotConnect(str(exc)) from exc
+            raise CannotConnect(self._explain(exc)) from exc
         self._is_open = self._is_up = True
         self._tasks = [
             asyncio.create_task(self._read(), name=f"reader of {self._key}"),
@@ -82,12 +90,16 @@ class RedisLink:
         ]
 
     async def _create(self) -> None:
-        """Create the stream, empty. Raises StoreError."""
+        """Create the stream, empty, by all commands that the reader needs, so that a missing right shows
+        now. Raises StoreError."""
         commands = (
-            ("XADD", self._key, "MAXLEN", "0", "*", "f", ""),
+            ("UNLINK", self._key),  # also one whose ids a sender has used up
+            ("XADD", self._key, "MAXLEN", 0, "*", "f", ""),
             ("PEXPIRE", self._key, round(EXPIRY_S * 1000)),
+            ("XREAD", "COUNT", 1, "STREAMS", self._key, "0-0"),
+            ("XTRIM", self._key, "MAXLEN", 0),
         )
-        self._position, _ = await self._client.pipeline(commands, transaction=True)
+        _, self._position, *_ = await self._client.pipeline(commands, transaction=True)
 
     def send(self, receiver: str, connection_id: bytes, message: bytes) -> None:
         """See `Link.send`."""
@@ -111,27 +123,47 @@ class RedisLink:
                     commands = [
                         pack(
                             "XADD",
-                            inbox_key(self._prefix, receiver),
+                            inbox_key(self._prefix, self._writes, receiver),
                             "NOMKSTREAM",
                             "*",
                             "f",
-                            self._name,
+                            self._address,
                             *_fields(messages),
                         )
                         for receiver, messages in trip.items()
                     ]
                     try:
-                        answers = await connection.execute_all(commands, block_s=0.0)
+                        answers = await connection.execute_each(commands)
                     except StoreError as exc:
                         self._lose(exc)
                         continue
-                    for answer, messages in zip(answers, trip.values(), strict=True):
-                        if answer is None:
+                    for answer, (receiver, messages) in zip(answers, trip.items(), strict=True):
+                        if isinstance(answer, StoreError):
+                            self._refuse(receiver, messages, answer)
+                        elif answer is None:
                             for connection_id, _ in messages:
                                 self._owner.on_unreachable(connection_id)
                 self._is_drained.set()
         finally:
             await connection.aclose()
+
+    def _refuse(self, receiver: str, messages: list[tuple[bytes, bytes]], error: StoreError) -> None:
+        """End the connections whose messages Redis refuses."""
+        reason = self._explain(error)
+        self._complaints.log("a message to %s was not sent: %s", receiver, reason, kind=error.answer_code)
+        for connection_id, _ in messages:
+            self._owner.on_unreachable(connection_id, reason)
+
+    def _explain(self, error: StoreError) -> str:
+        """Return the text of an error; with the rules that the user needs, if Redis denied a command."""
+        if error.answer_code != "NOPERM":
+            return str(error)
+        return (
+            f"{error}; on this plane the user {self._user} needs"
+            f" (+xadd %W~{inbox_pattern(self._prefix, self._writes)})"
+            f" (+xadd +xread +xtrim +pexpire +unlink"
+            f" ~{inbox_pattern(self._prefix, self._reads, self._user)})"
+        )
 
     def _take_trip(self) -> dict[str, list[tuple[bytes, bytes]]]:
         """Return the messages of one round trip, by receiver, in order."""
@@ -197,13 +229,15 @@ class RedisLink:
             elif name == b"m":
                 self._owner.on_message(value, sender)
 
-    def _lose(self, reason: object) -> None:
+    def _lose(self, reason: StoreError | str) -> None:
         """End all connections: what was on its way may be lost."""
+        text = self._explain(reason) if isinstance(reason, StoreError) else reason
+        self._loss = f"messages through Redis at {self._client.address} may be lost: {text}"
         if self._is_up:
-            _log.warning("messages through Redis at %s may be lost: %s", self._client.address, reason)
+            _log.warning("%s", self._loss)
         self._is_up = False
         self._waiting.clear()
-        self._owner.on_lost(f"messages through Redis may be lost: {reason}")
+        self._owner.on_lost(self._loss)
 
     async def aclose(self) -> None:
         """See `Link.aclose`."""

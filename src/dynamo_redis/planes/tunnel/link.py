@@ -14,8 +14,8 @@ class LinkOwner(Protocol):
         """Handle a message of `sender`, an address that answers reach."""
         ...
 
-    def on_unreachable(self, connection_id: bytes) -> None:
-        """Handle a connection whose messages reach no process."""
+    def on_unreachable(self, connection_id: bytes, reason: str = "no process listens there") -> None:
+        """Handle a connection whose messages do not reach their receiver."""
         ...
 
     def on_lost(self, reason: str) -> None:

@@ -111,11 +111,11 @@ class Tunnels:
     def _refuse(self, sender: str, connection_id: bytes) -> None:
         self._link.send(sender, connection_id, tunnel.encode_head(Kind.RESET, connection_id, 0))
 
-    def on_unreachable(self, connection_id: bytes) -> None:
+    def on_unreachable(self, connection_id: bytes, reason: str = "no process listens there") -> None:
         """See `LinkOwner.on_unreachable`."""
         transport = self._open.get(connection_id)
         if transport is not None:
-            transport.end(ConnectionRefusedError("no process listens there"))
+            transport.end(ConnectionRefusedError(reason))
 
     def on_lost(self, reason: str) -> None:
         """See `LinkOwner.on_lost`."""

@@ -40,9 +40,11 @@ def pack_word(word: Argument) -> bytes:
 class Link(Protocol):
     """A connection that sends one request at a time: several commands, sent and answered together."""
 
-    async def exchange(self, request: bytes, answer_count: int, limit_s: float) -> list[Any]:
+    async def exchange(
+        self, request: bytes, answer_count: int, limit_s: float, *, keeps_errors: bool = False
+    ) -> list[Any]:
         """Send commands and return all answers; `limit_s` is the longest time between two bytes, as in
-        `Deadline`.
+        `Deadline`. With `keeps_errors`, errors of the server are among the answers.
 
         Raises one of FAILURES; then abort the connection."""
         ...
@@ -78,6 +80,18 @@ class BlockingConnection:
 
     async def execute_all(self, commands: Sequence[bytes], *, block_s: float) -> list[Any]:
         """Run several commands as `execute`, in order and in one round trip. Raises the first error."""
+        return await self._exchange(commands, block_s)
+
+    async def execute_each(self, commands: Sequence[bytes]) -> list[Any]:
+        """Run commands as `execute_all`; the StoreError of one that the server refuses is its answer.
+
+        Raises StoreError if the connection breaks."""
+        answers = await self._exchange(commands, 0.0, keeps_errors=True)
+        return [self._error(one) if isinstance(one, Exception) else one for one in answers]
+
+    async def _exchange(
+        self, commands: Sequence[bytes], block_s: float, *, keeps_errors: bool = False
+    ) -> list[Any]:
         if self._made_in != self._epoch():
             self._drop()
         try:
@@ -87,7 +101,9 @@ class BlockingConnection:
                     made = await self._connect()
                     self._link = _ParserLink(made) if HAS_HIREDIS else _StreamLink(made)
             request = commands[0] if len(commands) == 1 else b"".join(commands)
-            return await self._link.exchange(request, len(commands), block_s + self._timeout_s)
+            return await self._link.exchange(
+                request, len(commands), block_s + self._timeout_s, keeps_errors=keeps_errors
+            )
         except FAILURES as exc:
             self._drop()
             raise self._error(exc) from exc
@@ -126,6 +142,7 @@ class _ParserLink(asyncio.Protocol):
         self._answer: asyncio.Future[list[Any]] | None = None
         self._answers: list[Any] = []
         self._wanted_count = 0
+        self._keeps_errors = False
         self._limit_s = 0.0
         self._deadline = 0.0
         self._latest = 0.0
@@ -133,9 +150,12 @@ class _ParserLink(asyncio.Protocol):
         self._lost: Exception | None = None
         self._transport.set_protocol(self)
 
-    async def exchange(self, request: bytes, answer_count: int, limit_s: float) -> list[Any]:
+    async def exchange(
+        self, request: bytes, answer_count: int, limit_s: float, *, keeps_errors: bool = False
+    ) -> list[Any]:
         if self._lost is not None:
             raise self._lost
+        self._keeps_errors = keeps_errors
         self._answer = self._loop.create_future()
         self._answers = []
         self._wanted_count = answer_count
@@ -171,7 +191,7 @@ class _ParserLink(asyncio.Protocol):
         try:
             self._parser.feed(data)
             while (answer := self._parser.gets()) is not _PART:
-                if isinstance(answer, Exception):
+                if isinstance(answer, Exception) and not self._keeps_errors:
                     self._finish(answer)
                     return
                 self._answers.append(answer)
@@ -199,10 +219,20 @@ class _StreamLink:
     def __init__(self, connection: Any) -> None:
         self._connection = connection
 
-    async def exchange(self, request: bytes, answer_count: int, limit_s: float) -> list[Any]:
+    async def exchange(
+        self, request: bytes, answer_count: int, limit_s: float, *, keeps_errors: bool = False
+    ) -> list[Any]:
+        answers: list[Any] = []
         async with Deadline(limit_s):
             await self._connection.send_packed_command(request, check_health=False)
-            return [await self._connection.read_response() for _ in range(answer_count)]
+            while len(answers) < answer_count:
+                try:
+                    answers.append(await self._connection.read_response())
+                except redis_errors.ResponseError as exc:
+                    if not keeps_errors:
+                        raise
+                    answers.append(exc)
+        return answers
 
     def abort(self) -> None:
         self._connection._close()

@@ -90,6 +90,7 @@ class RedisClient:
         self._url = url
         options = parse_url(url, redis.asyncio.connection.parse_url)
         self.address: Final = address(options)
+        self.user: Final = str(options.get("username") or "default")
         pool = _Pool(
             max_connections=MAX_CONNECTIONS_COUNT,
             timeout=timeout_s,
