@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection
+from collections.abc import AsyncIterable, Collection
 from typing import Any, Self
 
 from dynamo_redis.errors import (
@@ -53,6 +53,7 @@ class Call:
         "_error",
         "_failures",
         "_member",
+        "_messages",
         "_request",
         "_route",
         "_select",
@@ -71,10 +72,12 @@ class Call:
         *,
         member: Member | None = None,
         route: Route | None = None,
+        messages: AsyncIterable[Any] | None = None,
     ) -> None:
         """Send the request to `member`, or to an instance that `select` chooses.
 
         After a failure `route` chooses the next instance; without a route, `select` does, `among` these ids.
+        A request that `messages` follow is sent once: they cannot be read again.
         Raises NoInstances, and the errors of `RequestPlaneClient.open`.
         """
         self._stream: ResponseStream | None = None
@@ -84,6 +87,7 @@ class Call:
         self._among = among
         self._route = route
         self._request = request
+        self._messages = messages
         self._annotated = annotated
         self._context = context
         self._answered = False
@@ -160,7 +164,9 @@ class Call:
     # ----------------------------------------------------------------- inner steps
 
     def _open(self, member: Member) -> None:
-        self._stream = stream = self._dispatcher.open(member.target, self._request, self._context)
+        self._stream = stream = self._dispatcher.open(
+            member.target, self._request, self._context, messages=self._messages
+        )
         self._request = None  # the stream has it, packed: the caller may reuse its object
         self._error = None
         self._member = member
@@ -194,7 +200,7 @@ class Call:
         elif not self._route.failed(failed, error, was_answered=self._answered):
             return False
         is_stopped = self._context is not None and self._context.is_stopped()
-        if self._answered or not error.retryable or is_stopped:
+        if self._answered or not error.retryable or is_stopped or self._messages is not None:
             return False
         if self._failures is None:
             self._failures = _Failures()

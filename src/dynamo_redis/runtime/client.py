@@ -6,7 +6,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Collection, Iterable
+from collections.abc import AsyncIterable, Awaitable, Callable, Collection, Iterable
 from contextlib import suppress
 from typing import Any, Final, Self
 
@@ -14,7 +14,6 @@ from dynamo_redis.errors import NoInstances, PlaneError
 from dynamo_redis.names import format_instance_id
 from dynamo_redis.planes.base import RequestPlaneClient
 from dynamo_redis.planes.context import Context
-from dynamo_redis.runtime.annotated import Annotated
 from dynamo_redis.runtime.awaitables import failed, started
 from dynamo_redis.runtime.call import Call
 from dynamo_redis.runtime.discovery import EndpointView
@@ -125,27 +124,19 @@ class Client:
         context: Context | None = None,
         *,
         instance_id: int | None = None,
-    ) -> AsyncIterator[Any]:
+    ) -> Call:
         """Send a stream of messages to an endpoint of `serve_bidirectional_endpoint`, and return its answer.
 
         The request begins with the first message. It is sent to one instance, chosen by the client's router
         mode or named by `instance_id`, and is not repeated if that fails. Raises NoInstances, and ValueError
-        without a message. The iterator of the answer raises PlaneError.
+        without a message. The answer is read and ended as that of the other calls.
         """
         source = aiter(messages)
         first = await anext(source, _NOTHING)
         if first is _NOTHING:
             raise ValueError("a request has at least one message")
         select = self._default if instance_id is None else Only(instance_id)
-        member = self.dispatcher.choose(select, None, None)
-        stream = self._plane_client.open(member.target, first, context, messages=source)
-
-        async def answer() -> AsyncIterator[Any]:
-            async with stream:
-                async for item in stream:
-                    yield Annotated(item) if annotated else item
-
-        return answer()
+        return Call(self.dispatcher, select, first, bool(annotated), context, messages=source)
 
     def _call(
         self,
