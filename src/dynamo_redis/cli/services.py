@@ -81,6 +81,8 @@ def stats(endpoint: str | None, watch: bool, as_json: bool, timeout_s: float, **
 def ping(endpoint: str | None, as_json: bool, timeout_s: float, **options: str | None) -> None:
     """Ask all instances for a sign of life, through the same connections and checks as requests.
 
+    TOOK is the time of each instance's own answer, with the connection to it.
+
     \b
     Examples:
       dynamo-redis ping
@@ -96,7 +98,7 @@ def ping(endpoint: str | None, as_json: bool, timeout_s: float, **options: str |
                 format_instance_id(one.instance_id),
                 one.plane,
                 f"{one.took_s * 1000:.1f} ms" if isinstance(one.answer, dict) else "",
-                str(one.answer) if isinstance(one.answer, PlaneError) else one.answer.get("version", ""),
+                str(one.answer if isinstance(one.answer, PlaneError) else one.answer.get("version", "")),
             ]
             for one in asked
         ]
@@ -165,15 +167,15 @@ async def _ask(
             asked += [_Asked(instance_id, plane, 0.0, error) for instance_id in targets]
             continue
         try:
-            began_at = time.perf_counter()
             answers = await ask_all(
                 client, targets.values(), question, endpoint=None if name is None else str(name),
                 timeout_s=timeout_s,
             )  # fmt: skip
-            took_s = time.perf_counter() - began_at
         finally:
             await client.aclose()
-        asked += [_Asked(instance_id, plane, took_s, answer) for instance_id, answer in answers.items()]
+        asked += [
+            _Asked(instance_id, plane, answer.took_s, answer.found) for instance_id, answer in answers.items()
+        ]
     return sorted(asked, key=lambda one: one.instance_id)
 
 

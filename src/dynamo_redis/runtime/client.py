@@ -209,9 +209,9 @@ class Client:
             self._plane_client, targets, "stats", endpoint=str(self._view.name), timeout_s=timeout_s
         )
         return [
-            {"id": format_instance_id(instance_id), "error": str(answer)}
-            if isinstance(answer, PlaneError)
-            else answer
+            {"id": format_instance_id(instance_id), "error": str(answer.found)}
+            if isinstance(answer.found, PlaneError)
+            else answer.found
             for instance_id, answer in sorted(answers.items())
         ]
 

@@ -9,8 +9,10 @@ the processing time. All times are in nanoseconds, as there.
 from __future__ import annotations
 
 import asyncio
+import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final, Literal
 
@@ -30,10 +32,17 @@ Question = Literal["ping", "info", "stats"]
 StatsHandler = Callable[[], Any]
 """Returns what an endpoint adds to its stats, any JSON value."""
 
-_TYPE: Final[dict[str, str]] = {
-    kind: f"io.nats.micro.v1.{kind}_response" for kind in ("ping", "info", "stats")
-}
+_QUESTIONS: Final[tuple[Question, ...]] = ("ping", "info", "stats")
 _NS: Final = 1_000_000_000
+_NUMBERS: Final = (
+    "num_requests",
+    "num_errors",
+    "in_flight",
+    "processing_time",
+    "average_processing_time",
+    "p50_processing_time",
+    "p99_processing_time",
+)
 
 
 def service_subject(instance_id: int) -> str:
@@ -65,14 +74,14 @@ class Service:
         Raises InvalidRequest.
         """
         question = request.get("question") if isinstance(request, dict) else None
-        if question not in _TYPE:
+        if question not in _QUESTIONS:
             raise InvalidRequest('ask {"question": "ping"}, "info" or "stats"')
         return self.describe(question, request.get("endpoint"))
 
     def describe(self, question: Question, endpoint: str | None = None) -> dict[str, Any]:
         """Return the answer to a question."""
         described: dict[str, Any] = {
-            "type": _TYPE[question],
+            "type": f"io.nats.micro.v1.{question}_response",
             "name": SERVICE_NAME,
             "id": self._id,
             "version": __version__,
@@ -104,7 +113,9 @@ class Service:
             found |= _in_nanoseconds(stats)
         if handler is not None:
             try:
-                found["data"] = handler()
+                data = handler()
+                json.dumps(data)
+                found["data"] = data
             except Exception as exc:  # noqa: BLE001 - the handler is the user's
                 found["data_error"] = f"{type(exc).__name__}: {exc}"
         return found
@@ -128,6 +139,15 @@ def _rfc3339(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat().replace("+00:00", "Z")
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An instance's answer to a question, or the error that it ended with."""
+
+    found: dict[str, Any] | PlaneError
+    took_s: float
+    """The time from the question to this instance's answer, with the connection if there was none."""
+
+
 async def ask_all(
     client: RequestPlaneClient,
     targets: Iterable[Target],
@@ -135,22 +155,42 @@ async def ask_all(
     *,
     endpoint: str | None = None,
     timeout_s: float = SCRAPE_S,
-) -> dict[int, dict[str, Any] | PlaneError]:
-    """Ask instances at once; return each one's answer, or the error that it ended with, by its id."""
+) -> dict[int, Answer]:
+    """Ask instances at once; return each one's answer by its id."""
     request = {"question": question, "endpoint": endpoint}
 
-    async def ask(target: Target) -> dict[str, Any] | PlaneError:
+    async def ask(target: Target) -> Answer:
         own = Target(target.instance_id, target.address, service_subject(target.instance_id), target.secret)
-        context = Context(deadline=time.monotonic() + timeout_s)
+        began_at = time.monotonic()
+        found: dict[str, Any] | PlaneError = InvalidRequest("the instance gave no answer")
         try:
-            async with client.open(own, request, context) as stream:
-                async for answer in stream:
-                    if isinstance(answer, Mapping):
-                        return dict(answer)
-            return InvalidRequest("the instance gave no answer")
+            async with client.open(own, request, Context(deadline=began_at + timeout_s)) as stream:
+                async for item in stream:
+                    found = read_answer(item)
+                    break
         except PlaneError as exc:
-            return exc
+            found = exc
+        return Answer(found, time.monotonic() - began_at)
 
     wanted = {target.instance_id: target for target in targets}
     answers = await asyncio.gather(*map(ask, wanted.values()))
     return dict(zip(wanted, answers, strict=True))
+
+
+def read_answer(item: Any) -> dict[str, Any]:
+    """Return an instance's answer, whose endpoints have names and numbers as `Service` gives them. Raises
+    InvalidRequest."""
+    try:
+        json.dumps(item)
+    except (TypeError, ValueError, RecursionError) as exc:
+        raise InvalidRequest(f"the instance's answer is no JSON: {exc}") from exc
+    endpoints = item.get("endpoints", []) if isinstance(item, dict) else None
+    if not isinstance(endpoints, list) or not all(map(_is_endpoint, endpoints)):
+        raise InvalidRequest("the instance's answer does not have the form of a NATS service's")
+    return dict(item)
+
+
+def _is_endpoint(described: Any) -> bool:
+    if not isinstance(described, dict) or not isinstance(described.get("name"), str):
+        return False
+    return all(isinstance(described.get(name, 0), int | float) for name in _NUMBERS)
