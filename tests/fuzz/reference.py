@@ -65,7 +65,7 @@ def decode(data: bytes, max_payload_bytes: int) -> Decoded:
 def _decode(data: bytes, max_payload_bytes: int) -> Decoded:
     decoded, offset = Decoded(), 0
     while offset < len(data) and not decoded.violation:
-        reader = _Reader(data, offset)
+        reader = Reader(data, offset)
         try:
             frame = reader.frame()
             if reader.offset - offset > MAX_FRAME_BYTES:
@@ -105,7 +105,7 @@ def _raw(frame: list[Any], data: bytes, offset: int, limit: int, decoded: Decode
 
 def _value(payload: bytes) -> Any:
     """Return the one value of a raw payload, or the words that stand for none."""
-    reader = _Reader(payload, 0)
+    reader = Reader(payload, 0)
     try:
         value = reader.value(0)
     except (Broken, Partial):
@@ -113,7 +113,7 @@ def _value(payload: bytes) -> Any:
     return value if reader.offset == len(payload) else "no msgpack"
 
 
-class _Reader:
+class Reader:
     """Reads msgpack from an offset on."""
 
     def __init__(self, data: bytes, offset: int) -> None:
@@ -142,7 +142,7 @@ class _Reader:
         if first in (0xC0, 0xC2, 0xC3):
             return {0xC0: None, 0xC2: False, 0xC3: True}[first]
         if first in (0xD4, 0xD5, 0xD6, 0xD7, 0xD8):
-            return self._extension(1 << (first - 0xD4))
+            return self.extension(1 << (first - 0xD4))
         if first == 0xC1:
             raise Broken
         return self._sized(first, depth)
@@ -158,7 +158,7 @@ class _Reader:
         if first <= 0xC6:
             return self._take(length)
         if first <= 0xC9:
-            return self._extension(length)
+            return self.extension(length)
         if first <= 0xDB:
             return self._string(length)
         return self._array(length, depth) if first <= 0xDD else self._map(length, depth)
@@ -185,7 +185,7 @@ class _Reader:
         except UnicodeDecodeError:
             raise Broken from None
 
-    def _extension(self, length: int) -> Any:
+    def extension(self, length: int) -> Any:
         if length == 2**32 - 1:
             raise Broken  # with its type it is longer than any length
         [code] = struct.unpack(">b", self._take(1))
