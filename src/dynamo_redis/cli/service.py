@@ -13,7 +13,14 @@ from dynamo_redis.cli import collection
 from dynamo_redis.cli.connect import note_chosen_deployment
 from dynamo_redis.cli.options import load, setting_options
 from dynamo_redis.cli.output import print_line
-from dynamo_redis.config import EventSettings, PlaneSettings, RuntimeSettings, StoreSettings, unknown_settings
+from dynamo_redis.config import (
+    EventSettings,
+    PlaneSettings,
+    RuntimeSettings,
+    StoreSettings,
+    SystemSettings,
+    unknown_settings,
+)
 from dynamo_redis.errors import StoreUnavailable
 from dynamo_redis.names import format_instance_id
 
@@ -33,7 +40,7 @@ READY = "ready"
 
 def runtime_options(command: Command) -> Command:
     """Decorate a command with all options of a process that has a runtime."""
-    for group in (RuntimeSettings, PlaneSettings, EventSettings, StoreSettings):
+    for group in (RuntimeSettings, SystemSettings, PlaneSettings, EventSettings, StoreSettings):
         command = setting_options(group)(command)
     return command
 
@@ -56,6 +63,7 @@ def run_service(
         plane=load(PlaneSettings, options),
         runtime=load(RuntimeSettings, options),
         events=load(EventSettings, options),
+        system=load(SystemSettings, options),
     )
 
     raise_file_limit()

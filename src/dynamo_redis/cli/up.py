@@ -32,6 +32,7 @@ from dynamo_redis.config import (
     RuntimeSettings,
     SettingsGroup,
     StoreSettings,
+    SystemSettings,
     child_environment,
     env_name,
     origins,
@@ -288,6 +289,8 @@ class _Up:
         for name, value in (("router_mode", ROUTER_MODE), ("http_host", HTTP_HOST)):
             if chosen[name] == "default":
                 values[env_name(fields[name])] = value
+        if SystemSettings.load().system_port > 0:  # one port is not enough for several processes
+            values[env_name(SystemSettings.model_fields["system_port"])] = "0"
         unknown = unknown_settings()  # `up` has printed them; the services must not do so again
         environment = child_environment(values)
         return {name: value for name, value in environment.items() if name.upper() not in unknown}

@@ -24,6 +24,7 @@ from dynamo_redis.config.runtime_files import (
 )
 from dynamo_redis.config.services import FixtureSettings, FrontendSettings, RuntimeSettings
 from dynamo_redis.config.store import StoreSettings
+from dynamo_redis.config.system import SystemSettings
 from dynamo_redis.config.unknown import unknown_names
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "RuntimeSettings",
     "SettingsGroup",
     "StoreSettings",
+    "SystemSettings",
     "child_environment",
     "env_name",
     "origins",
@@ -61,6 +63,7 @@ GROUPS: tuple[type[SettingsGroup], ...] = (
     PlaneSettings,
     EventSettings,
     RuntimeSettings,
+    SystemSettings,
     FrontendSettings,
     RouterSettings,
     ModelSettings,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections import deque
+from bisect import bisect_right
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -13,6 +15,9 @@ RECENT_COUNT: Final = 1000
 FOLD_COUNT: Final = 256
 """Requests whose processing times are added to the sums at once."""
 
+DURATION_BUCKETS_S: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+"""Upper limits of the processing times that are counted together."""
+
 _LAST_ERROR_CHARS: Final = 200
 
 
@@ -21,6 +26,9 @@ class EndpointStats:
     """The counts of one endpoint. Times are in seconds; `started_at` is in seconds since 1970.
 
     The processing time of a request runs from the start of its handler to the end of its answer.
+    `duration_counts` are the requests that took at most each of `DURATION_BUCKETS_S`, then all.
+    `error_counts` are by the errors' codes. `cancelled_count` is of requests whose caller did not want the
+    rest of the answer.
     """
 
     started_at: float
@@ -31,6 +39,9 @@ class EndpointStats:
     p50_s: float
     p99_s: float
     last_error: str
+    error_counts: Mapping[str, int]
+    cancelled_count: int
+    duration_counts: Sequence[int]
 
     @property
     def average_s(self) -> float:
@@ -46,11 +57,13 @@ class RequestCounts:
     """
 
     __slots__ = (
+        "_duration_counts",
+        "_error_counts",
         "_processing_s",
         "_recent_s",
         "_request_count",
+        "cancelled_count",
         "durations_s",
-        "error_count",
         "last_error",
         "started_at",
     )
@@ -61,7 +74,9 @@ class RequestCounts:
         """The processing times of the latest requests, which are in no sum yet."""
         self._request_count = 0
         self._processing_s = 0.0
-        self.error_count = 0
+        self._duration_counts = [0] * len(DURATION_BUCKETS_S)
+        self._error_counts: Counter[str] = Counter()
+        self.cancelled_count = 0
         self.last_error = ""
         self._recent_s: deque[float] = deque(maxlen=RECENT_COUNT)
 
@@ -70,11 +85,14 @@ class RequestCounts:
         self._request_count += len(self.durations_s)
         self._processing_s += sum(self.durations_s)
         self._recent_s.extend(self.durations_s)
+        self.durations_s.sort()
+        for place, limit_s in enumerate(DURATION_BUCKETS_S):
+            self._duration_counts[place] += bisect_right(self.durations_s, limit_s)
         self.durations_s.clear()
 
-    def add_error(self, text: str) -> None:
+    def add_error(self, code: str, text: str) -> None:
         """Count a request that ends with an error."""
-        self.error_count += 1
+        self._error_counts[code] += 1
         self.last_error = text[:_LAST_ERROR_CHARS]
 
     def snapshot(self, in_flight_count: int) -> EndpointStats:
@@ -84,12 +102,15 @@ class RequestCounts:
         return EndpointStats(
             started_at=self.started_at,
             request_count=self._request_count,
-            error_count=self.error_count,
+            error_count=self._error_counts.total(),
             in_flight_count=in_flight_count,
             processing_s=self._processing_s,
             p50_s=_percentile(recent_s, 0.5),
             p99_s=_percentile(recent_s, 0.99),
             last_error=self.last_error,
+            error_counts=dict(self._error_counts),
+            cancelled_count=self.cancelled_count,
+            duration_counts=(*self._duration_counts, self._request_count),
         )
 
 

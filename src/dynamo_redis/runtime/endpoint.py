@@ -36,6 +36,8 @@ class Host(Protocol):
         graceful_shutdown: bool,
         stats_handler: StatsHandler | None = None,
         is_bidirectional: bool = False,
+        metrics_labels: list[tuple[str, str]] | None = None,
+        health_check_payload: Any = None,
     ) -> ServedEndpoint: ...
 
     def served(self, name: EndpointName) -> ServedEndpoint | None: ...
@@ -79,13 +81,24 @@ class Endpoint:
             handler: takes `(request)` or `(request, context)`. An async generator function answers with its
                 items, a coroutine function with one item.
             graceful_shutdown: False kills requests under way at the shutdown.
-            metrics_labels, health_check_payload: accepted for existing workers, without effect.
+            metrics_labels: labels and their values, which the endpoint's metrics get beside their own. Names
+                that are no label names of Prometheus, or are there already, raise ValueError.
+            health_check_payload: with `DYN_HEALTH_CHECK_ENABLED`, a request that the handler gets while it is
+                idle. Until it answers, callers do not choose the instance, and `/health` says so.
             stats_handler: returns what the endpoint adds to its stats, any JSON value, as `data`. Called for
                 each `dynamo-redis stats` and `Client.scrape_stats`.
             later: arguments of later releases of `dynamo.runtime`, named in the log, without effect.
         """
         note_ignored("serve_endpoint", later)
-        return started(self._serve(handler, graceful_shutdown, stats_handler=stats_handler))
+        return started(
+            self._serve(
+                handler,
+                graceful_shutdown,
+                stats_handler=stats_handler,
+                metrics_labels=metrics_labels,
+                health_check_payload=health_check_payload,
+            )
+        )
 
     def serve_bidirectional_endpoint(
         self,
@@ -102,7 +115,9 @@ class Endpoint:
         use `Client.bidirectional`.
         """
         note_ignored("serve_bidirectional_endpoint", later)
-        return started(self._serve(handler, graceful_shutdown, is_bidirectional=True))
+        return started(
+            self._serve(handler, graceful_shutdown, is_bidirectional=True, metrics_labels=metrics_labels)
+        )
 
     async def _serve(
         self,
@@ -111,6 +126,8 @@ class Endpoint:
         *,
         stats_handler: StatsHandler | None = None,
         is_bidirectional: bool = False,
+        metrics_labels: list[tuple[str, str]] | None = None,
+        health_check_payload: dict[str, Any] | None = None,
     ) -> None:
         """Serve until the shutdown."""
         try:
@@ -120,6 +137,8 @@ class Endpoint:
                 graceful_shutdown=graceful_shutdown,
                 stats_handler=stats_handler,
                 is_bidirectional=is_bidirectional,
+                metrics_labels=metrics_labels,
+                health_check_payload=health_check_payload,
             )
         except (StoreUnavailable, RuntimeError) as exc:
             if not self._host.is_shutting_down:
@@ -142,7 +161,12 @@ class Endpoint:
     ) -> ServedEndpoint:
         """Serve as `serve_endpoint` does, but return as soon as callers can find the endpoint."""
         return await self._host.serve(
-            self.name, handler, graceful_shutdown=graceful_shutdown, stats_handler=stats_handler
+            self.name,
+            handler,
+            graceful_shutdown=graceful_shutdown,
+            stats_handler=stats_handler,
+            metrics_labels=metrics_labels,
+            health_check_payload=health_check_payload,
         )
 
     def unregister_endpoint_instance(self) -> asyncio.Task[None]:

@@ -10,11 +10,18 @@ from collections.abc import Awaitable, Callable, Hashable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Final, Protocol, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, Protocol, Self, TypeVar, cast
 from weakref import finalize
 
 from dynamo_redis.clock import SYSTEM_CLOCK
-from dynamo_redis.config import EventSettings, PlaneSettings, RuntimeSettings, SettingsGroup, StoreSettings
+from dynamo_redis.config import (
+    EventSettings,
+    PlaneSettings,
+    RuntimeSettings,
+    SettingsGroup,
+    StoreSettings,
+    SystemSettings,
+)
 from dynamo_redis.errors import ConfigError
 from dynamo_redis.names import EndpointName, InstanceId
 from dynamo_redis.planes.base import RequestPlaneClient, RequestPlaneServer, Target
@@ -30,10 +37,14 @@ from dynamo_redis.runtime.instance import Instance, transport_name
 from dynamo_redis.runtime.service import Service, StatsHandler, service_subject
 from dynamo_redis.runtime.serving import ServedEndpoint
 from dynamo_redis.runtime.shutdown import ShutdownDeadline
+from dynamo_redis.runtime.system.labels import check_labels
 from dynamo_redis.runtime.withdrawal import withdraw
 from dynamo_redis.store.base import Locks, ObjectStore, Registration, Registry
 from dynamo_redis.store.connect import open_events, open_locks, open_store
 from dynamo_redis.store.event_base import EventStreams
+
+if TYPE_CHECKING:
+    from dynamo_redis.runtime.system.server import SystemServer
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +71,7 @@ class Settings:
     plane: PlaneSettings = field(default_factory=PlaneSettings.load)
     runtime: RuntimeSettings = field(default_factory=RuntimeSettings.load)
     events: EventSettings = field(default_factory=EventSettings.load)
+    system: SystemSettings = field(default_factory=SystemSettings.load)
 
     @classmethod
     def load(cls, **overrides: Any) -> Self:
@@ -76,6 +88,7 @@ class Settings:
             plane=PlaneSettings.load(**of(PlaneSettings)),
             runtime=RuntimeSettings.load(**of(RuntimeSettings)),
             events=EventSettings.load(**of(EventSettings)),
+            system=SystemSettings.load(**of(SystemSettings)),
         )
         if overrides:
             raise ConfigError(f"unknown settings: {', '.join(sorted(overrides))}")
@@ -156,6 +169,8 @@ class DistributedRuntime:
         self._shutdown = asyncio.Event()
         self._deadline = ShutdownDeadline(settings.runtime.drain_s, settings.runtime.closing_s)
         self._signals: list[signal.Signals] = []
+        self._system: SystemServer | None = None
+        self._is_serving = False
         self._closed = False
 
     # ----------------------------------------------------------------- lifetime
@@ -171,6 +186,7 @@ class DistributedRuntime:
                 return
             if self._closed:
                 raise RuntimeError("the runtime is closed")
+            self._open_system_port()
 
             def on_quiet(target: Target) -> None:
                 for shared in self._views.values():
@@ -184,6 +200,33 @@ class DistributedRuntime:
                 await plane_client.aclose()
                 raise
             self._plane_client = plane_client
+
+    def _open_system_port(self) -> None:
+        """Serve `/health`, `/live` and `/metrics` if `DYN_SYSTEM_PORT` is set. Raises ConfigError."""
+        settings = self.settings.system
+        if settings.system_port < 0 or self._system is not None:
+            return
+        from dynamo_redis.runtime.system.health import ProcessState
+        from dynamo_redis.runtime.system.server import SystemServer
+
+        state = ProcessState(
+            self.registry,
+            endpoints=lambda: self._served,
+            server=lambda: self._server,
+            is_serving=lambda: self._is_serving,
+            is_shutting_down=lambda: self.is_shutting_down,
+        )
+        self._system = SystemServer(settings, state, self.settings.store.loop_stall_s)
+
+    def note_serving(self) -> None:
+        """Let `/health` say that this process serves, as from its first endpoint on. A process without
+        endpoints calls this."""
+        self._is_serving = True
+
+    @property
+    def system_address(self) -> str | None:
+        """`host:port` of `/health`, `/live` and `/metrics`; None without `DYN_SYSTEM_PORT`."""
+        return None if self._system is None else self._system.address
 
     def shutdown(self) -> None:
         """Start the shutdown: served endpoints end, and waits for instances. Returns at once; idempotent.
@@ -262,6 +305,8 @@ class DistributedRuntime:
             await self._locks.aclose()
         if self._events is not None:
             await self._events.aclose()
+        if self._system is not None:
+            await self._system.aclose()
         self._release_signals()
 
     async def _in_time(self, closing: Awaitable[None], what: str) -> None:
@@ -359,8 +404,14 @@ class DistributedRuntime:
         graceful_shutdown: bool,
         stats_handler: StatsHandler | None = None,
         is_bidirectional: bool = False,
+        metrics_labels: list[tuple[str, str]] | None = None,
+        health_check_payload: Any = None,
     ) -> ServedEndpoint:
-        """Open an endpoint for requests and register it. Raises StoreError and ConfigError."""
+        """Open an endpoint for requests and register it.
+
+        Raises StoreError, ConfigError, and ValueError for wrong `metrics_labels`.
+        """
+        labels = check_labels(metrics_labels)
         await self.start()
         server = await self._plane_server()
         instance_id = self.instance_id
@@ -381,8 +432,16 @@ class DistributedRuntime:
             graceful_shutdown=graceful_shutdown,
             shutdown=self._deadline,
             service=self._service,
+            metrics_labels=labels,
         )
-        await served.start(handler, stats_handler, is_bidirectional=is_bidirectional)
+        await served.start(
+            handler,
+            stats_handler,
+            is_bidirectional=is_bidirectional,
+            health_check_payload=health_check_payload,
+            settings=self.settings.system,
+        )
+        self._is_serving = True
         self._served = [other for other in self._served if not other.closed]
         self._served.append(served)
         return served

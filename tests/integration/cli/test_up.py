@@ -270,6 +270,20 @@ def test_up_listens_on_loopback_unless_told(start: Start) -> None:
     assert program.stop() <= STOP_WITHIN_S
 
 
+def test_each_process_has_a_system_port_of_its_own(start: Start) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:  # no process could listen there
+        program = start(*up("--log", "info"), DYN_SYSTEM_PORT=str(taken.getsockname()[1]))
+        program.url()
+    deadline = time.monotonic() + UP_WITHIN_S
+    pattern = r"http://0\.0\.0\.0:(\d+) serves /health"
+    while len(ports := set(re.findall(pattern, program.out + program.err))) < 3:  # a frontend, two workers
+        assert time.monotonic() < deadline, program.out + program.err
+        time.sleep(0.01)
+    for port in ports:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/live") as response:
+            assert response.status == 200
+
+
 def test_router_service_finds_workers_and_leaves(start: Start, command: Callable[..., Any]) -> None:
     program = start(*up("--workers", "1", "--router-mode", "round_robin"))
     program.url()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dynamo_redis.planes.stats import FOLD_COUNT, RECENT_COUNT, RequestCounts
+from dynamo_redis.planes.stats import DURATION_BUCKETS_S, FOLD_COUNT, RECENT_COUNT, RequestCounts
 
 
 def test_sums_are_over_all_requests_and_percentiles_over_recent() -> None:
@@ -24,8 +24,19 @@ def test_sums_are_over_all_requests_and_percentiles_over_recent() -> None:
 
 def test_errors_are_counted_and_the_last_one_kept() -> None:
     counts = RequestCounts()
-    for text in ("first", "x" * 1000):
-        counts.add_error(text)
+    for code, text in (("overloaded", "first"), ("handler_failed", "y"), ("overloaded", "x" * 1000)):
+        counts.add_error(code, text)
     stats = counts.snapshot(0)
-    assert stats.error_count == 2
+    assert stats.error_count == 3
+    assert stats.error_counts == {"overloaded": 2, "handler_failed": 1}
     assert stats.last_error == "x" * 200
+
+
+def test_durations_are_counted_up_to_each_limit() -> None:
+    counts = RequestCounts()
+    for limit_s in DURATION_BUCKETS_S:
+        counts.durations_s.append(limit_s)
+    counts.durations_s.append(1e6)
+    counts.fold()
+    stats = counts.snapshot(0)
+    assert stats.duration_counts == tuple(range(1, len(DURATION_BUCKETS_S) + 2))

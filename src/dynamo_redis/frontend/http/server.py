@@ -52,6 +52,12 @@ async def serve_frontend(
     port is bound first; raises ConfigError if that fails. `router_settings` are used in the router mode `kv`;
     None: those of the environment.
     """
+
+    def note_ready(url: str) -> None:
+        runtime.note_serving()
+        if on_ready is not None:
+            on_ready(url)
+
     open_client = client_opener(runtime, settings, router_settings or RouterSettings.load())
     listener = bind(settings.http_host, settings.http_port)
     with contextlib.closing(listener), model_cache(settings.model_cache) as cache_dir:
@@ -78,7 +84,7 @@ async def serve_frontend(
                     runtime.wait_for_shutdown,
                     settings,
                     drain_s=runtime.shutdown_deadline.requests_left_s,
-                    on_ready=on_ready,
+                    on_ready=note_ready,
                 )
         finally:
             listing.cancel()

@@ -335,7 +335,7 @@ class Request(Sender):
     def fail(self, error: PlaneError) -> None:
         """End with an error, after the items that were sent before it."""
         if self.open:
-            self.endpoint.counts.add_error(_describe(error))
+            self.endpoint.counts.add_error(error.code, _describe(error))
             self.flush_batch()
             self._connection.send(error_frame(self._stream_id, error))
             self._close()
@@ -349,6 +349,7 @@ class Request(Sender):
     def kill(self) -> None:
         """End without a frame, and have the handler end: the caller does not read the answer any more."""
         if self.open:
+            self.endpoint.counts.cancelled_count += 1
             self._close()
             self._end_handler()
 

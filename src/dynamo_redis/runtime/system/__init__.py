@@ -1,0 +1,1 @@
+"""Health and metrics of a process, for Kubernetes, Prometheus and people: `/health`, `/live`, `/metrics`."""
