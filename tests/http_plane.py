@@ -183,7 +183,7 @@ class H2Caller:
     """A connection of HTTP/2, of which the test sees every event."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader, self.writer = reader, writer
+        self.reader, self.writer = reader, writer
         config = h2.config.H2Configuration(
             validate_outbound_headers=False, normalize_outbound_headers=False, header_encoding="utf-8"
         )
@@ -208,7 +208,7 @@ class H2Caller:
         """Take in the next bytes of the server."""
         async with asyncio.timeout(WITHIN_S):
             try:
-                data = await self._reader.read(1 << 16)
+                data = await self.reader.read(1 << 16)
             except ConnectionError:
                 data = b""
         if not data:

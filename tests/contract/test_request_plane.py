@@ -1063,6 +1063,36 @@ async def test_stopped_reader_costs_bounded_memory(deployed: Deployment) -> None
     await stopped.aclose()
 
 
+@pytest.mark.parametrize("stopped_count", [1, 5])
+async def test_stopped_reader_holds_up_no_other(deployed: Deployment, stopped_count: int) -> None:
+    """Not even once its answer has filled each buffer on the way, and waits at the worker."""
+    made = 0
+
+    async def handler(_: Any, __: Context) -> AsyncIterator[bytes]:
+        nonlocal made
+        while True:
+            made += 1
+            yield b"x" * 1000
+
+    target, other = deployed.serve(handler), deployed.serve(count_to, "other")
+    stopped = [deployed.open(target) for _ in range(stopped_count)]
+    for stream in stopped:
+        assert len(await anext(stream)) == 1000
+    last = 0
+    while made > last:
+        last = made
+        await asyncio.sleep(1.0)
+    async with asyncio.timeout(30):
+        for _ in range(3):
+            assert await deployed.ask(other, 2000) == list(range(2000))
+    before = made
+    for stream in stopped:
+        for _ in range(deployed.most_unread_count(1000)):
+            await anext(stream)
+        await stream.aclose()
+    assert made > before
+
+
 async def test_large_items_are_bounded_by_size_too(deployed: Deployment) -> None:
     made = 0
 

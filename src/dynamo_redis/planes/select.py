@@ -23,7 +23,7 @@ from dynamo_redis.planes.tunnel.server import TunnelServer
 from dynamo_redis.store.keys import Inbox
 from dynamo_redis.wire.tunnel import encode_part
 
-_NO_HTTP = "DYN_REQUEST_PLANE=http needs h2 and h2corn: install the extra `planes`"
+_NO_HTTP = "DYN_REQUEST_PLANE=http needs h2 and granian: install the extra `planes`"
 
 
 def make_server(

@@ -64,7 +64,11 @@ PROOF_HEADER: Final = b"x-dynamo-proof"
 BEAT_S: Final = 1.0
 """Longest silence of an answer over HTTP/1."""
 
+MAX_FIELD_COUNT: Final = 100
+
+_VERSIONS: Final = ("1.1", "2")
 _MAX_DEADLINE_DIGITS: Final = 15
+_AHEAD_COUNT: Final = 16
 
 Scope = MutableMapping[str, Any]
 
@@ -80,8 +84,10 @@ class HttpApp:
         instance_id: int,
         is_served: Callable[[str], bool],
         complaints: RateLimitedLog,
+        asked: set[str],
     ) -> None:
-        """`is_served` tells if this process has an endpoint of that subject."""
+        """`is_served` tells if this process has an endpoint of that subject. The address of each connection
+        that sends a request is added to `asked`."""
         self._settings = settings
         self._root = settings.http_root_path
         self._client = client
@@ -90,25 +96,29 @@ class HttpApp:
         self._instance = format_instance_id(instance_id)
         self._is_served = is_served
         self._complaints = complaints
+        self._asked = asked
         self._contexts: dict[str, Context] = {}
         self._receiving_bytes = 0
         self._open_counts: dict[str, int] = {}
         self._idle: dict[str, Target] = {}  # the oldest first
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await send({"type": "websocket.close"})  # before it is accepted: the answer is 403
-            return
-        is_http1 = scope["http_version"].startswith("1")
+        version = scope["http_version"]
         bodies = Receiver(receive)
-        reply = Reply(send, bodies, BEAT_S if is_http1 else None)
+        reply = Reply(send, bodies, None if version == "2" else BEAT_S)
+        self._asked.add(_client_of(scope))
         try:
+            if version not in _VERSIONS:
+                raise Refused(505, "this plane speaks HTTP/1.1 and HTTP/2")
+            if len(scope["headers"]) > MAX_FIELD_COUNT:
+                raise Refused(431, f"a request has at most {MAX_FIELD_COUNT} header fields")
             await self._answer(scope, bodies, reply)
         except (PlaneError, Refused) as exc:
             if isinstance(exc, AuthenticationFailed):
                 self._complaints.log("%s does not get in: %s", _client_of(scope), exc)
-            with suppress(ConnectionLost):
-                await (reply.refuse(exc) if isinstance(exc, Refused) else reply.fail(exc))
+            await (reply.refuse(exc) if isinstance(exc, Refused) else reply.fail(exc))
+        except asyncio.CancelledError:
+            return  # the event loop ends: granian would log it as a failure
 
     async def _answer(self, scope: Scope, receive: Receive, reply: Reply) -> None:
         path: str = scope["path"]
@@ -172,30 +182,31 @@ class HttpApp:
         context = _context_of(headers)
         body = _Body(self, receive, headers, self._settings)
         exchange = headers.get(EXCHANGE_HEADER, b"").decode("latin-1")
+        messages: AsyncIterator[Any] | None = None
+        reading: asyncio.Task[None] | None = None
         try:
-            messages: AsyncIterator[Any] | None = None
             if STREAM_HEADER in headers and is_msgpack:
+                reading = asyncio.create_task(body.read_ahead(context))
                 messages = body.messages()
-                reply.may_keep_connection = False  # the answer may end before the body
                 request = await anext(messages, None)
             else:
                 data = await body.read()
                 request = content.read_msgpack(data) if is_msgpack else content.read_json(data)
-            host, port = scope.get("client") or ("", 0)
-            target = Target(self._instance_id, f"{host}:{port}", subject, self._secret)
+            target = Target(self._instance_id, _client_of(scope), subject, self._secret)
             stream = self._open(target, request, context, messages)
             self._note_begun(target)
             if exchange:
                 self._contexts[exchange] = context
-            watch = None if messages is not None else asyncio.ensure_future(body.wait_for_disconnect(context))
+            if reading is None:
+                reading = asyncio.create_task(body.wait_for_disconnect(context))
             try:
                 await _send_answer(stream, reply, is_msgpack=is_msgpack)
             finally:
-                if watch is not None:
-                    watch.cancel()
                 await stream.aclose()
                 self._note_over(target)
         finally:
+            if reading is not None:
+                reading.cancel()
             self._contexts.pop(exchange, None)
             body.release()
 
@@ -250,6 +261,7 @@ class _Body:
         self._announced = headers.get(b"content-length", b"")
         self._held_bytes = 0
         self._is_over = False
+        self._ahead: asyncio.Queue[bytes | ConnectionLost | None] = asyncio.Queue(_AHEAD_COUNT)
 
     async def _next(self) -> bytes | None:
         """Return the next part; None at the end. Raises ConnectionLost if the caller has left."""
@@ -270,6 +282,8 @@ class _Body:
         while (part := await self._next_in_time()) is not None:
             self._hold(self._held_bytes + len(part))
             parts.append(part)
+            if self._announced == b"%d" % self._held_bytes:  # whole: its end costs a further turn
+                break
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     async def _next_in_time(self) -> bytes | None:
@@ -286,12 +300,27 @@ class _Body:
         self._app.reserve(size_bytes - self._held_bytes)
         self._held_bytes = size_bytes
 
+    async def read_ahead(self, context: Context) -> None:
+        """Take in the parts of a request stream, so that the end of its caller is seen, and kill the request
+        then. What it holds is bounded: past that, the caller waits."""
+        try:
+            while (part := await self._next()) is not None:
+                await self._ahead.put(part)
+            await self._ahead.put(None)
+            await self.wait_for_disconnect(context)
+        except ConnectionLost as exc:
+            context.kill()
+            with suppress(asyncio.QueueFull):  # then no reader waits
+                self._ahead.put_nowait(exc)
+
     async def messages(self) -> AsyncIterator[Any]:
         """Yield the MessagePack values of the body as they come. Raises InvalidRequest, PayloadTooLarge and
         Overloaded."""
         unpacker = msgpack.Unpacker(max_buffer_size=self._limit_bytes, strict_map_key=False, timestamp=1)
         received_bytes = taken_bytes = 0
-        while (part := await self._next()) is not None:
+        while (part := await self._ahead.get()) is not None:
+            if isinstance(part, ConnectionLost):
+                raise part
             received_bytes += len(part)
             try:
                 unpacker.feed(part)
@@ -401,5 +430,5 @@ def _context_of(headers: dict[bytes, bytes]) -> Context:
 
 
 def _client_of(scope: Scope) -> str:
-    client = scope.get("client")
-    return "a caller" if not client else f"{client[0]}:{client[1]}"
+    host, port = scope["client"]
+    return f"{host}:{port}"

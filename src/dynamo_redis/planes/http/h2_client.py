@@ -127,8 +127,11 @@ class Exchange:
 
     def on_data(self, data: bytes, size_bytes: int) -> None:
         """Take received bytes; `size_bytes` is what they cost of the window."""
-        self._chunks.append((data, size_bytes))
-        self.wake()
+        if data:  # a frame of DATA may be empty, and is not the end then
+            self._chunks.append((data, size_bytes))
+            self.wake()
+        else:
+            self._connection.acknowledge(self.stream_id, size_bytes)
 
     def on_end(self, error: PlaneError | None = None) -> None:
         """End the answer; with an error, if it is not complete."""

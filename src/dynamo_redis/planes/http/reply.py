@@ -8,13 +8,10 @@ from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Seque
 from contextlib import suppress
 from typing import Any, Final
 
-from dynamo_redis.errors import AuthenticationFailed, ConnectionLost, InvalidRequest, PlaneError
+from dynamo_redis.errors import AuthenticationFailed, InvalidRequest, PlaneError
 from dynamo_redis.planes.http import content
 
-UNREAD_S: Final = 60.0
-"""Longest time that a caller may take nothing of an answer that waits for it."""
-
-_PART_BYTES: Final = 1 << 20
+_PART_BYTES: Final = 256 << 10
 _DRAIN_BYTES: Final = 256 << 10
 _DRAIN_S: Final = 1.0
 
@@ -55,8 +52,8 @@ class Receiver:
 
 
 class Reply:
-    """The answer to one request. Its methods raise ConnectionLost once the caller has left, or reads
-    nothing."""
+    """The answer to one request. A write waits for a caller that reads slowly; once the caller has left, it
+    does nothing."""
 
     def __init__(self, send: Send, bodies: Receiver, beat_s: float | None) -> None:
         """`beat_s` is the time without items after which a beat is sent on HTTP/1; None for HTTP/2."""
@@ -64,19 +61,6 @@ class Reply:
         self._bodies = bodies
         self.beat_s = beat_s
         self.has_started = False
-        self.may_keep_connection = True
-
-    async def _send(self, message: Message) -> None:
-        try:
-            if self.beat_s is None:  # h2corn has this limit for HTTP/2
-                await self._to_caller(message)
-            else:
-                async with asyncio.timeout(UNREAD_S):
-                    await self._to_caller(message)
-        except TimeoutError:
-            raise ConnectionLost(f"the caller took nothing of its answer for {UNREAD_S:g} s") from None
-        except OSError as exc:
-            raise ConnectionLost("the caller has left") from exc
 
     async def start(
         self, status: int, content_type: str, headers: Iterable[tuple[bytes, bytes]] = ()
@@ -85,13 +69,7 @@ class Reply:
 
     async def _head(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         self.has_started = True
-        if self.beat_s is not None and not self.may_keep_connection:
-            headers.append((b"connection", b"close"))  # h2corn would wait for the rest of the body, for ever
-        await self._send({"type": "http.response.start", "status": status, "headers": headers})
-
-    async def _skip_body(self) -> None:
-        await self._bodies.drain()
-        self.may_keep_connection = self._bodies.is_over
+        await self._to_caller({"type": "http.response.start", "status": status, "headers": headers})
 
     async def body(self, content_type: str, data: bytes) -> None:
         if not self.has_started:
@@ -104,17 +82,18 @@ class Reply:
         await self._send_data(data, is_last=True)
 
     async def _send_data(self, data: bytes, *, is_last: bool) -> None:
-        if self.beat_s is not None and len(data) > _PART_BYTES:  # a slow caller has time for each part
+        """Send bytes, a part at a time: granian holds a few parts of each answer, of any size."""
+        if len(data) > _PART_BYTES:
             for start in range(0, len(data), _PART_BYTES):
                 part = data[start : start + _PART_BYTES]
-                await self._send({"type": "http.response.body", "body": part, "more_body": True})
+                await self._to_caller({"type": "http.response.body", "body": part, "more_body": True})
             data = b""
-        await self._send({"type": "http.response.body", "body": data, "more_body": not is_last})
+        await self._to_caller({"type": "http.response.body", "body": data, "more_body": not is_last})
 
     async def empty(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
-        await self._skip_body()
+        await self._bodies.drain()
         await self._head(status, list(headers))
-        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+        await self._to_caller({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def refuse(self, refused: Refused) -> None:
         """Answer with an error of HTTP itself."""
@@ -125,9 +104,9 @@ class Reply:
             "detail": refused.detail,
             "code": InvalidRequest.code,
         }
-        await self._skip_body()
+        await self._bodies.drain()
         await self.start(refused.status, content.PROBLEM, refused.headers)
-        await self._send({"type": "http.response.body", "body": json.dumps(document).encode()})
+        await self._to_caller({"type": "http.response.body", "body": json.dumps(document).encode()})
 
     async def fail(self, error: PlaneError) -> None:
         """Answer with an error of the plane."""
@@ -139,6 +118,6 @@ class Reply:
             headers.append((b"retry-after", b"%d" % -(-document["retry_after_ms"] // 1000)))
         if isinstance(error, AuthenticationFailed):
             headers.append((b"www-authenticate", b"Bearer"))
-        await self._skip_body()
+        await self._bodies.drain()
         await self.start(document["status"], content.PROBLEM, headers)
-        await self._send({"type": "http.response.body", "body": json.dumps(document).encode()})
+        await self._to_caller({"type": "http.response.body", "body": json.dumps(document).encode()})
