@@ -107,14 +107,31 @@ async def test_a_login_refused_for_a_while_is_tried_again(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "wrong",
-    [{"nats_nkey": "SU-of-the-test"}, {"nats_server": "nats://127.0.0.1:99999"}],
-    ids=["nkey", "port"],
+    ("wrong", "said"),
+    [
+        ({"nats_server": "nats://127.0.0.1:99999"}, "NATS_SERVER is not nats://"),
+        ({"nats_server": "ws://user:secret-of-the-test@127.0.0.1:80"}, "NATS_SERVER is not nats://"),
+        ({"nats_server": "redis://127.0.0.1:4222"}, "NATS_SERVER is not nats://"),
+        ({"nats_username": "dyn"}, "NATS_AUTH_USERNAME is set and NATS_AUTH_PASSWORD is not"),
+        ({"nats_password": "secret-of-the-test"}, "NATS_AUTH_PASSWORD is set and NATS_AUTH_USERNAME is not"),
+        (
+            {"nats_token": "secret-of-the-test", "nats_nkey": "SU-secret-of-the-test"},
+            "NATS_AUTH_TOKEN and NATS_AUTH_NKEY are set",
+        ),
+        ({"nats_nkey": "SU-secret-of-the-test"}, "NATS_AUTH_NKEY (is no seed|needs nkeys)"),
+        (
+            {"nats_credentials_file": "/does/not/exist"},
+            "NATS_AUTH_CREDENTIALS_FILE(=.* cannot be read| needs nkeys)",
+        ),
+        ({"nats_credentials_file": __file__}, "NATS_AUTH_CREDENTIALS_FILE(=.* does not have| needs nkeys)"),
+    ],
 )
-async def test_a_setting_without_use_is_a_config_error(wrong: dict[str, Any]) -> None:
+def test_a_setting_without_use_is_named_at_once(wrong: dict[str, Any], said: str) -> None:
     settings = PlaneSettings.load(request_plane="nats", **wrong)
-    server = make_server(settings, secret=SECRET, instance_id=INSTANCE)
-    with pytest.raises(ConfigError, match="NATS") as found:
-        await server.start()
-    assert "of-the-test" not in str(found.value)
-    await server.aclose()
+    for make in (
+        lambda: make_server(settings, secret=SECRET, instance_id=INSTANCE),
+        lambda: make_client(settings),
+    ):
+        with pytest.raises(ConfigError, match=said) as found:
+            make()
+        assert "secret-of-the-test" not in str(found.value)

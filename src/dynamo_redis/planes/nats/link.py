@@ -10,12 +10,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import ssl
 from collections import deque
 from contextlib import suppress
 from functools import partial
-from typing import Any, Final, Literal
-from urllib.parse import urlsplit
+from typing import Final, Literal
 
 import nats
 import nats.errors
@@ -26,6 +24,7 @@ from dynamo_redis.backoff import Backoff
 from dynamo_redis.config import PlaneSettings
 from dynamo_redis.errors import CannotConnect, ConfigError
 from dynamo_redis.planes.base import Describe
+from dynamo_redis.planes.nats.login import SafeClient, check_server, explain, login_options
 from dynamo_redis.planes.tunnel.link import LinkOwner
 from dynamo_redis.rate_limited_log import RateLimitedLog
 from dynamo_redis.wire.tunnel import HEAD_BYTES
@@ -50,16 +49,17 @@ class NatsLink:
     has given up."""
 
     def __init__(self, settings: PlaneSettings, subject: str, name: str) -> None:
-        """`subject` is the link's own; `name` shows in the server's list of connections."""
+        """`subject` is the link's own; `name` shows in the server's list of connections. Raises
+        ConfigError."""
         self._settings = settings
         self._subject = subject
         self._name = name
-        self._server = _without_password(settings.nats_url)
-        self._client: Client | None = None
+        self._server = check_server(settings)
+        login_options(settings)  # so that a wrong setting shows at the start
+        self._client: SafeClient | None = None
         self._owner: LinkOwner
         self._is_up = False
         self._is_closing = False
-        self._last_error: Exception | None = None
         self._waiting: deque[tuple[str, str, bytes]] = deque()
         self._wake = asyncio.Event()
         self._is_drained = asyncio.Event()
@@ -91,16 +91,18 @@ class NatsLink:
         self._is_up = True
         self._sender = asyncio.create_task(self._send_waiting(), name=f"NATS link of {self._subject}")
 
-    async def _new_client(self) -> Client:
+    async def _new_client(self) -> SafeClient:
         """Return a client that is connected. Raises CannotConnect or ConfigError."""
-        client = Client()
+        client = SafeClient()
+        client.has_certificate = self._settings.nats_tls_cert is not None
         try:
-            async with asyncio.timeout(self._settings.connect_timeout_s):  # the client tries for ever
+            async with asyncio.timeout(self._settings.connect_timeout_s):
                 await self._connect(client)
         except (OSError, nats.errors.Error, TimeoutError) as exc:
             await _close(client)
-            reason = self._last_error if isinstance(exc, TimeoutError) and self._last_error else exc
-            raise CannotConnect(f"cannot connect to NATS at {self._server}: {_reason(reason)}") from exc
+            raise CannotConnect(
+                f"cannot connect to NATS at {self._server}: {explain(exc, self._settings)}"
+            ) from exc
         except ConfigError:
             await _close(client)
             raise
@@ -114,12 +116,12 @@ class NatsLink:
             raise
         return client
 
-    async def _connect(self, client: Client) -> None:
+    async def _connect(self, client: SafeClient) -> None:
         """Log in, and subscribe the own subjects. Raises ConfigError for a server that is too old."""
         await client.connect(
             self._settings.nats_url,
             name=self._name,
-            error_cb=self._on_error,
+            error_cb=partial(self._on_error, client),
             disconnected_cb=self._on_disconnected,
             reconnected_cb=self._on_reconnected,
             closed_cb=self._on_closed,
@@ -128,8 +130,9 @@ class NatsLink:
             max_reconnect_attempts=-1,
             ping_interval=_PING_S,
             allow_reconnect=True,
-            **_credentials(self._settings),
+            **login_options(self._settings),
         )
+        client.has_connected = True
         version = client.connected_server_version
         if (version.major, version.minor) < _MINIMUM_VERSION:
             raise ConfigError(f"NATS at {self._server} is version {version}: upgrade it to 2.2 or later")
@@ -159,7 +162,7 @@ class NatsLink:
         try:
             await self._subscribe_questions(self._client, describe)
         except nats.errors.Error as exc:
-            raise CannotConnect(f"NATS at {self._server}: {_reason(exc)}") from exc
+            raise CannotConnect(f"NATS at {self._server}: {explain(exc, self._settings)}") from exc
 
     async def _subscribe_questions(self, client: Client, describe: Describe) -> None:
         for question in ("ping", "info", "stats"):
@@ -241,13 +244,12 @@ class NatsLink:
         self._is_up = True
         _log.info("connected to NATS at %s again", self._server)
 
-    async def _on_error(self, error: Exception) -> None:
+    async def _on_error(self, client: SafeClient, error: Exception) -> None:
+        if not client.has_connected:
+            raise error  # else it would try for ever, and tell no reason
         if isinstance(error, nats.errors.SlowConsumerError):
             self._lose("this process did not read NATS messages in time")
-        if not isinstance(self._last_error, nats.errors.Error):  # a refused login is followed by others
-            self._last_error = error
-        if self._client is not None:  # else `open` reports it
-            self._complaints.log("NATS at %s: %s", self._server, _reason(error))
+        self._complaints.log("NATS at %s: %s", self._server, explain(error, self._settings))
 
     def _lose(self, reason: str) -> None:
         self._waiting.clear()
@@ -278,37 +280,3 @@ async def _close(client: Client) -> None:
     with suppress(OSError, nats.errors.Error, TimeoutError, AssertionError):  # the last: it never began
         async with asyncio.timeout(_FLUSH_S):
             await client.close()
-
-
-def _credentials(settings: PlaneSettings) -> dict[str, Any]:
-    """Return the client's options that log in."""
-    options: dict[str, Any] = {}
-    if settings.nats_username is not None:
-        options["user"] = settings.nats_username
-    if settings.nats_password is not None:
-        options["password"] = settings.nats_password.get_secret_value()
-    if settings.nats_token is not None:
-        options["token"] = settings.nats_token.get_secret_value()
-    if settings.nats_nkey is not None:
-        options["nkeys_seed_str"] = settings.nats_nkey.get_secret_value()
-    if settings.nats_credentials_file is not None:
-        options["user_credentials"] = str(settings.nats_credentials_file)
-    if settings.nats_tls_ca is not None or urlsplit(settings.nats_url).scheme == "tls":
-        try:
-            context = ssl.create_default_context(cafile=settings.nats_tls_ca)
-            if settings.nats_tls_cert is not None:
-                context.load_cert_chain(settings.nats_tls_cert, settings.nats_tls_key)
-        except (OSError, ssl.SSLError) as exc:
-            raise ConfigError(f"NATS_TLS_CA, NATS_TLS_CERT or NATS_TLS_KEY: {_reason(exc)}") from exc
-        options["tls"] = context
-    return options
-
-
-def _without_password(url: str) -> str:
-    """Return the URL for messages."""
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
-
-
-def _reason(exc: BaseException) -> str:
-    return (exc.strerror if isinstance(exc, OSError) else None) or str(exc) or type(exc).__name__

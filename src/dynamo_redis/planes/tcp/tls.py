@@ -16,16 +16,15 @@ from __future__ import annotations
 
 import logging
 import ssl
-import stat
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from dynamo_redis.clock import SYSTEM_CLOCK, Clock
 from dynamo_redis.config import PlaneSettings
 from dynamo_redis.errors import CannotConnect, ConfigError, ConnectionLost
 from dynamo_redis.planes.address import parse_address
+from dynamo_redis.planes.pem import Side, check_pair, load_authorities, load_certificate, new_context
 
 LOOK_S: Final = 1.0
 """Seconds for which a changed file may go unnoticed while connections are made."""
@@ -47,9 +46,7 @@ _CERTIFICATE: Final = {  # X509_V_ERR_…: https://docs.openssl.org/3.0/man3/X50
     "DYN_TCP_TLS_SERVER_NAME to a name that it has",
 }
 
-_NO_CERTIFICATE: Final = "{}={}: holds no certificate that can be read, in PEM"
-
-Side = Literal["server", "client"]
+_SETTINGS: Final = "DYN_TCP_TLS"
 
 _log = logging.getLogger(__name__)
 
@@ -109,20 +106,15 @@ class TlsContext:
     def _make(self) -> ssl.SSLContext:
         """Make a context from the files. Raises ConfigError."""
         files = self._files
-        context = _new_context(self._side)
+        context = new_context(self._side)
         if self._side == "client" or self._mutual:
             context.verify_mode = ssl.CERT_REQUIRED
-            _check_readable("DYN_TCP_TLS_CA", files.ca)
-            try:
-                context.load_verify_locations(cafile=files.ca)
-            except OSError as exc:  # ssl.SSLError is one
-                raise ConfigError(_NO_CERTIFICATE.format("DYN_TCP_TLS_CA", files.ca)) from exc
+            load_authorities(context, _SETTINGS, files.ca)
             ends = [ssl.cert_time_to_seconds(str(found["notAfter"])) for found in context.get_ca_certs()]
             if ends and max(ends) < self._clock.wall():
                 raise ConfigError(f"DYN_TCP_TLS_CA={files.ca}: every authority in it has expired: renew it")
         if files.cert is not None and files.key is not None:
-            _check_certificate(files.cert, files.key, self._side)
-            _load_certificate(context, files.cert, files.key)
+            load_certificate(context, _SETTINGS, files.cert, files.key, self._side)
         return context
 
 
@@ -221,90 +213,10 @@ def _files(settings: PlaneSettings, side: Side) -> _Files:
         raise ConfigError(
             f"{mode}: set DYN_TCP_TLS_CA to the PEM file of the authority that signs the certificates"
         )
-    if (cert is None) != (key is None):
-        there, missing = ("CERT", "KEY") if key is None else ("KEY", "CERT")
-        raise ConfigError(
-            f"DYN_TCP_TLS_{there} is set and DYN_TCP_TLS_{missing} is not: set both, or neither"
-        )
+    check_pair(_SETTINGS, cert, key)
     if cert is None and (side == "server" or settings.tcp_tls == "mutual"):
         who = "a worker" if side == "server" else "a caller"
         raise ConfigError(
             f"{mode}: {who} needs a certificate: set DYN_TCP_TLS_CERT and DYN_TCP_TLS_KEY to PEM files"
         )
     return _Files(ca, cert, key)
-
-
-def _new_context(side: Side) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if side == "server" else ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    if side == "server":
-        context.num_tickets = 0  # no session is resumed: each connection is checked against the present files
-    return context
-
-
-def _load_certificate(context: ssl.SSLContext, cert: Path, key: Path) -> None:
-    """Load a certificate whose files are readable. Raises ConfigError, mostly about the key."""
-
-    def refuse() -> str:
-        raise ConfigError(
-            f"DYN_TCP_TLS_KEY={key}: is encrypted: write it without a passphrase, for its owner only"
-        )
-
-    try:
-        context.load_cert_chain(cert, key, password=refuse)
-    except ssl.SSLError as exc:
-        if exc.reason == "KEY_VALUES_MISMATCH":
-            raise ConfigError(f"DYN_TCP_TLS_KEY={key}: is not the key of the certificate in {cert}") from exc
-        if exc.reason and exc.reason.endswith("KEY_TOO_SMALL"):
-            raise ConfigError(f"DYN_TCP_TLS_CERT={cert}: its key is too short to be safe") from exc
-        raise ConfigError(f"DYN_TCP_TLS_KEY={key}: holds no private key that can be read, in PEM") from exc
-    except OSError as exc:
-        raise ConfigError(f"DYN_TCP_TLS_CERT={cert}: cannot be read: {exc.strerror or exc}") from exc
-
-
-def _check_certificate(cert: Path, key: Path, side: Side) -> None:
-    """Check the expiry and purpose of this side's certificate. Raises ConfigError.
-
-    The standard library reads them only of a peer's certificate, so both sides do a handshake in memory. The
-    certificate is its own authority there: this side's authority need not be that of the other side.
-    """
-    _check_readable("DYN_TCP_TLS_CERT", cert)
-    _check_readable("DYN_TCP_TLS_KEY", key)
-    server, client = _new_context("server"), _new_context("client")
-    client.check_hostname = False
-    client.verify_mode = ssl.CERT_NONE  # unless it is the checking side, below; nothing leaves this function
-    checking = client if side == "server" else server
-    try:
-        checking.load_verify_locations(cafile=cert)
-    except OSError as exc:  # ssl.SSLError is one
-        raise ConfigError(_NO_CERTIFICATE.format("DYN_TCP_TLS_CERT", cert)) from exc
-    checking.verify_mode = ssl.CERT_REQUIRED
-    checking.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-    for context in (server, client):
-        _load_certificate(context, cert, key)
-    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
-    try:
-        ends = (
-            client.wrap_bio(to_client, to_server),
-            server.wrap_bio(to_server, to_client, server_side=True),
-        )
-        for end in ends * 2:  # hello, the server's flight, the client's end, the server's
-            with suppress(ssl.SSLWantReadError):
-                end.do_handshake()
-    except ssl.SSLCertVerificationError as exc:
-        raise ConfigError(
-            f"DYN_TCP_TLS_CERT={cert}: cannot be used by a {side}: {exc.verify_message}"
-        ) from exc
-    except ssl.SSLError as exc:
-        raise ConfigError(
-            f"DYN_TCP_TLS_CERT={cert}: cannot be used by a {side}: {exc.reason or exc}"
-        ) from exc
-
-
-def _check_readable(env: str, path: Path) -> None:
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise ConfigError(f"{env}={path}: is not a file")
-        path.open("rb").close()
-    except OSError as exc:
-        raise ConfigError(f"{env}={path}: cannot be read: {exc.strerror or exc}") from exc
