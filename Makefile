@@ -67,7 +67,7 @@ soak: $(STAMP)   ## the same for ten minutes while parts are killed; memory must
 faults: $(STAMP) ## faults of every kind against a real deployment, short (ARGS="--help" shows the long form)
 	$(BIN)/python -m faults $(ARGS)
 
-fuzz: $(STAMP)   ## a minute of fuzzing the request plane (ARGS="--seconds 600 --seed 7")
+fuzz: $(STAMP)   ## a minute of fuzzing the request planes (ARGS="--seconds 600 --seed 7")
 	@$(BIN)/python -c 'import atheris' 2>/dev/null || \
 	    $(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary :all: --group fuzz || \
 	    echo 'no atheris for this platform: the decoder is fuzzed without looking at coverage'

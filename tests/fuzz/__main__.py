@@ -11,13 +11,25 @@ from typing import Final
 import click
 import uvloop
 
+from tests.fuzz.contents import contents_property
 from tests.fuzz.decoding import decoder_property
 from tests.fuzz.rounds import Property, rounds
 from tests.fuzz.session import Arena, properties
 from tests.fuzz.storm import Storm
+from tests.fuzz.tunnels import tunnels_property
 
 STORM_REQUESTS: Final = 100_000
-SHARES: Final = {"storm": 0.4, "decoder": 0.2, "server": 0.16, "client": 0.16, "handshake": 0.08}
+SHARES: Final = {
+    "storm": 0.3,
+    "decoder": 0.16,
+    "server": 0.13,
+    "client": 0.13,
+    "handshake": 0.06,
+    "contents": 0.12,
+    "tunnels": 0.1,
+}
+PURE: Final = {"decoder": decoder_property, "contents": contents_property}
+"""The parts without an event loop, which can be fuzzed with coverage, too."""
 _REPORT_EVERY_S: Final = 2.0
 
 
@@ -27,7 +39,7 @@ _REPORT_EVERY_S: Final = 2.0
 @click.option("--part", "parts", multiple=True, type=click.Choice(list(SHARES)), help="Only these.")
 @click.option("--requests", type=click.IntRange(min=1), default=STORM_REQUESTS, show_default=True)
 def main(seconds: int, seed: int | None, parts: tuple[str, ...], requests: int) -> None:
-    """Look for what breaks the request plane: its decoder, its sessions, its bookkeeping.
+    """Look for what breaks the request planes: their decoders, their sessions, their bookkeeping.
 
     The storm of randomly cancelled requests is always run to its end; the others take the time that is left,
     and a second at least.
@@ -51,13 +63,15 @@ def main(seconds: int, seed: int | None, parts: tuple[str, ...], requests: int) 
 def _run(part: str, seed: int, seconds: float, requests: int) -> None:
     if part == "storm":
         _storms(seed, seconds, requests)
-    elif part == "decoder":
+    elif part in PURE:
         guided = importlib.util.find_spec("atheris") is not None
-        rounds(decoder_property, seed, seconds / 2 if guided else seconds, Report(part))
+        rounds(PURE[part], seed, seconds / 2 if guided else seconds, Report(part))
         if guided:
-            _guided(seed, seconds / 2)
+            _guided(part, seed, seconds / 2)
         else:
-            click.echo("decoder: without atheris no coverage is looked at")
+            click.echo(f"{part}: without atheris no coverage is looked at")
+    elif part == "tunnels":
+        rounds(tunnels_property, seed, seconds, Report(part))
     else:
         with Arena() as arena:
             rounds(lambda: _property(arena, part), seed, seconds, Report(part))
@@ -82,13 +96,14 @@ def _storms(seed: int, seconds: float, requests: int) -> None:
             return
 
 
-def _guided(seed: int, seconds: float) -> None:
-    """Run the decoder in a process that atheris drives."""
-    command = [sys.executable, "-m", "tests.fuzz.guided", str(max(1, round(seconds))), str(seed & 0x7FFFFFFF)]
+def _guided(part: str, seed: int, seconds: float) -> None:
+    """Run a part in a process that atheris drives."""
+    numbers = str(max(1, round(seconds))), str(seed & 0x7FFFFFFF)
+    command = [sys.executable, "-m", "tests.fuzz.guided", part, *numbers]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds + 120)
     found = [line for line in done.stdout.splitlines() if line.startswith("failed: ")]
     last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-    click.echo("\n".join([f"decoder, guided: {last}", *found]))
+    click.echo("\n".join([f"{part}, guided: {last}", *found]))
     if done.returncode:
         raise AssertionError(found[0] if found else done.stderr[-2000:])
 

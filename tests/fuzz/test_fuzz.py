@@ -6,11 +6,15 @@ from collections.abc import Iterator
 
 import pytest
 
+from dynamo_redis.wire.tunnel import WINDOW_BYTES
+from tests.fuzz import contents
+from tests.fuzz.contents import contents_property
 from tests.fuzz.decoding import check, decoder_property
 from tests.fuzz.rounds import one_round
 from tests.fuzz.session import Arena, properties
 from tests.fuzz.storm import ENDS, KINDS, Storm
 from tests.fuzz.streams import Long
+from tests.fuzz.tunnels import Act, Conversation, Write, tunnels_property
 
 SEED = 1
 
@@ -27,6 +31,14 @@ async def test_randomly_cancelled_requests_leave_nothing_behind() -> None:
 
 def test_decoder_equals_the_reference() -> None:
     one_round(decoder_property, SEED, 150)
+
+
+def test_contents_are_read_or_of_documented_errors() -> None:
+    one_round(contents_property, SEED, 150)
+
+
+def test_tunnels_deliver_in_order_or_end() -> None:
+    one_round(tunnels_property, SEED, 60)
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +87,22 @@ def test_findings_in_the_handshake(arena: Arena, data: bytes, by_client: bool) -
     arena.run(
         arena.at_the_door([data], "close") if by_client else arena.with_client([data], "close", shakes=False)
     )
+
+
+CONTENTS_FOUND: list[tuple[str, bytes | Long]] = [
+    # A signed text that is no token, and a question that is an array, raised other errors.
+    ("token", b"v1.7.1700000060.5"),
+    ("question", b'{"question": []}'),
+    # An item that nests deeper than JSON is written.
+    ("msgpack", Long(b"", b"\x91", 1010, b"\xc0")),
+]
+
+
+@pytest.mark.parametrize(("name", "data"), CONTENTS_FOUND)
+def test_findings_in_contents(name: str, data: bytes | Long) -> None:
+    contents.check(name, bytes(data), [])
+
+
+async def test_finding_in_a_tunnel() -> None:
+    """Bytes that waited when their reader ended the connection kept the writer's end of it."""
+    await Conversation().hold([Write("caller", WINDOW_BYTES + 1), Act("server", "close")])

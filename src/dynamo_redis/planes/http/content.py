@@ -1,7 +1,7 @@
 """Requests, answers and errors as HTTP carries them. Pure.
 
 JSON in, JSON lines out: each item is a line, empty lines mean nothing, and an error behind the first item is
-a last line `{"error": {…}}`. `bytes` become base64 text.
+a last line `{"error": {…}}`. `bytes` become base64 text, an extension value `[type, base64 text]`.
 
 MessagePack in, MessagePack out: the items one behind the other, then an extension value of type `END_TYPE`:
 empty, or the packed error `[code, message, details]`. Empty ones of type `BEAT_TYPE` mean nothing.
@@ -87,17 +87,18 @@ def read_msgpack(body: bytes) -> Any:
 
 
 def json_lines(items: list[Any]) -> bytes:
-    """Write items as JSON lines."""
-    return "".join(
-        [json.dumps(item, separators=(",", ":"), default=_to_json) + "\n" for item in items]
-    ).encode()
+    """Write items as JSON lines. Raises TypeError and ValueError for an item that JSON cannot carry."""
+    try:
+        return "".join(
+            [json.dumps(item, separators=(",", ":"), default=_to_json) + "\n" for item in items]
+        ).encode()
+    except RecursionError as exc:
+        raise ValueError("an item nests too deep") from exc
 
 
 def _to_json(value: Any) -> Any:
     if isinstance(value, bytes):
         return base64.b64encode(value).decode()
-    if isinstance(value, msgpack.ExtType):
-        return {"type": value.code, "data": base64.b64encode(value.data).decode()}
     raise TypeError(f"{type(value).__name__} is no JSON")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 from typing import Final
 
 from dynamo_redis.errors import AuthenticationFailed
@@ -18,6 +19,7 @@ TOKEN_S: Final = 3600.0
 """Default lifetime of a token that a person asks for."""
 
 _VERSION: Final = "v1"
+_HEAD: Final = re.compile(rf"{_VERSION}\.([0-9a-f]+)\.([0-9]{{1,15}})")
 _LABEL: Final = b"dynamo-redis http token\0"
 _PROOF_LABEL: Final = b"dynamo-redis http instance\0"
 
@@ -33,10 +35,12 @@ def check_token(token: str, secret: bytes, instance_id: int, now: float) -> None
     head, _, signature = token.rpartition(".")
     if not hmac.compare_digest(signature.encode(), _sign(secret, head).encode()):
         raise AuthenticationFailed("the token was not made with this instance's secret")
-    version, instance, expires_at = head.split(".")
-    if version != _VERSION or instance != format_instance_id(instance_id):
+    found = _HEAD.fullmatch(head)
+    if found is None:
+        raise AuthenticationFailed(f"the token does not have the form {_VERSION}.INSTANCE.EXPIRY.SIGNATURE")
+    if found[1] != format_instance_id(instance_id):
         raise AuthenticationFailed("the token is for another instance")
-    if now >= int(expires_at):
+    if now >= int(found[2]):
         raise AuthenticationFailed("the token has expired: `dynamo-redis token` makes a new one")
 
 

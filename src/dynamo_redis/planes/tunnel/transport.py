@@ -170,7 +170,7 @@ class TunnelTransport(asyncio.Transport):
         if self._is_peer_done and not self._held and not self._has_ended:
             if not self._is_closing:
                 self._protocol.eof_received()
-            self.close()
+            self.end(None)  # bytes that still wait have no reader: the peer ended in both directions
 
     def report(self) -> None:
         """Tell the peer how many bytes have been taken."""

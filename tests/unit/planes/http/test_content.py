@@ -7,6 +7,7 @@ import math
 from contextlib import suppress
 from typing import Any
 
+import msgpack
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -103,6 +104,16 @@ def test_problem_with_an_endless_wait_is_bounded() -> None:
     error = content.read_problem(503, body)
     assert isinstance(error, Overloaded)
     assert error.retry_after_s == 3600
+
+
+def test_item_too_deep_for_json_is_a_value_error() -> None:
+    """MessagePack carries items that nest deeper than Python's JSON writer goes."""
+    with pytest.raises(ValueError, match="too deep"):
+        content.json_lines([content.read_msgpack(b"\x91" * 1010 + b"\xc0")])
+
+
+def test_items_beyond_json_have_a_form_of_their_own() -> None:
+    assert content.json_lines([b"\0", msgpack.ExtType(5, b"\0")]) == b'"AA=="\n[5,"AA=="]\n'
 
 
 def read_items(parts: list[bytes]) -> list[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dynamo_redis.errors import AuthenticationFailed
-from dynamo_redis.planes.http.token import check_token, make_proof, make_token
+from dynamo_redis.planes.http.token import _sign, check_token, make_proof, make_token
 
 SECRET, INSTANCE, NOW = b"secret", 0x694D98147D54BFDE, 1_000_000.0
 
@@ -35,6 +35,12 @@ def test_no_part_of_a_token_can_be_changed() -> None:
     for other in ("", ".", "....", "v1..x.y", "é", token + "0", token.replace(".", "")):
         with pytest.raises(AuthenticationFailed):
             check_token(other, SECRET, INSTANCE, NOW)
+
+
+@pytest.mark.parametrize("head", ["", "v1.7", "v1.7.1.2", "v2.7.9", "v1.7.", "v1.7.-1", "v1.7." + "9" * 5000])
+def test_signed_text_of_another_form_is_refused(head: str) -> None:
+    with pytest.raises(AuthenticationFailed, match="form"):
+        check_token(f"{head}.{_sign(SECRET, head)}", SECRET, 7, NOW)
 
 
 def test_a_proof_shows_the_secret_for_one_nonce() -> None:

@@ -178,6 +178,17 @@ async def test_close_hands_over_what_was_written() -> None:
         assert caller.lost == [None]
 
 
+async def test_waiting_bytes_end_with_a_peer_that_closes() -> None:
+    """The peer takes none of them any more, and says nothing else."""
+    async with connected(Broker()) as (caller, server):
+        server.transport.pause_reading()
+        caller.transport.write(bytes(WINDOW_BYTES + 1))
+        server.transport.close()
+        await eventually(lambda: caller.lost and server.lost)
+        assert caller.ended
+        assert caller.transport.get_write_buffer_size() == 0
+
+
 async def test_abort_ends_the_peer_too() -> None:
     async with connected(Broker()) as (caller, server):
         caller.transport.abort()
