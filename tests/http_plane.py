@@ -98,6 +98,12 @@ class Hosted:
         async for item in self.wait(None, context):
             yield item
 
+    async def deaf(self, _: AsyncIterator[Any], __: Context) -> AsyncIterator[int]:
+        """Read no message, and answer with an item each 10 ms, for ever."""
+        while True:
+            yield 1
+            await asyncio.sleep(0.01)
+
     async def unread(self, _: AsyncIterator[Any], context: Context) -> AsyncIterator[int]:
         """Read no message, and `wait`."""
         async for item in self.wait(None, context):

@@ -17,7 +17,7 @@ import binascii
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, MutableMapping
 from contextlib import suppress
-from typing import Any, Final
+from typing import Any, Final, cast
 from urllib.parse import unquote
 
 import msgpack
@@ -69,6 +69,7 @@ MAX_FIELD_COUNT: Final = 100
 _VERSIONS: Final = ("1.1", "2")
 _MAX_DEADLINE_DIGITS: Final = 15
 _AHEAD_COUNT: Final = 16
+_CLOSE_S: Final = 2.0
 
 Scope = MutableMapping[str, Any]
 
@@ -84,10 +85,8 @@ class HttpApp:
         instance_id: int,
         is_served: Callable[[str], bool],
         complaints: RateLimitedLog,
-        asked: set[str],
     ) -> None:
-        """`is_served` tells if this process has an endpoint of that subject. The address of each connection
-        that sends a request is added to `asked`."""
+        """`is_served` tells if this process has an endpoint of that subject."""
         self._settings = settings
         self._root = settings.http_root_path
         self._client = client
@@ -96,17 +95,22 @@ class HttpApp:
         self._instance = format_instance_id(instance_id)
         self._is_served = is_served
         self._complaints = complaints
-        self._asked = asked
+        self.asked: set[str] = set()
+        """The addresses of the connections that have sent a request. The HTTP server forgets those that have
+        ended."""
+        self._calls: set[asyncio.Task[None]] = set()
         self._contexts: dict[str, Context] = {}
         self._receiving_bytes = 0
-        self._open_counts: dict[str, int] = {}
+        self._under_way: dict[str, set[Context]] = {}  # by the address of the connection
         self._idle: dict[str, Target] = {}  # the oldest first
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         version = scope["http_version"]
         bodies = Receiver(receive)
         reply = Reply(send, bodies, None if version == "2" else BEAT_S)
-        self._asked.add(_client_of(scope))
+        self.asked.add(_client_of(scope))
+        call = cast("asyncio.Task[None]", asyncio.current_task())
+        self._calls.add(call)
         try:
             if version not in _VERSIONS:
                 raise Refused(505, "this plane speaks HTTP/1.1 and HTTP/2")
@@ -118,7 +122,16 @@ class HttpApp:
                 self._complaints.log("%s does not get in: %s", _client_of(scope), exc)
             await (reply.refuse(exc) if isinstance(exc, Refused) else reply.fail(exc))
         except asyncio.CancelledError:
-            return  # the event loop ends: granian would log it as a failure
+            return  # granian would log it as a failure
+        finally:
+            self._calls.discard(call)
+
+    async def aclose(self) -> None:
+        """End what is left of the requests, once their connections have ended."""
+        for call in self._calls:
+            call.cancel()
+        if self._calls:
+            await asyncio.wait(self._calls, timeout=_CLOSE_S)
 
     async def _answer(self, scope: Scope, receive: Receive, reply: Reply) -> None:
         path: str = scope["path"]
@@ -193,8 +206,8 @@ class HttpApp:
                 data = await body.read()
                 request = content.read_msgpack(data) if is_msgpack else content.read_json(data)
             target = Target(self._instance_id, _client_of(scope), subject, self._secret)
-            stream = self._open(target, request, context, messages)
-            self._note_begun(target)
+            stream = self._begin(target, request, context, messages)
+            self._note_begun(target, context)
             if exchange:
                 self._contexts[exchange] = context
             if reading is None:
@@ -203,14 +216,14 @@ class HttpApp:
                 await _send_answer(stream, reply, is_msgpack=is_msgpack)
             finally:
                 await stream.aclose()
-                self._note_over(target)
+                self._note_over(target, context)
         finally:
             if reading is not None:
                 reading.cancel()
             self._contexts.pop(exchange, None)
             body.release()
 
-    def _open(
+    def _begin(
         self, target: Target, request: Any, context: Context, messages: AsyncIterator[Any] | None
     ) -> FrameResponseStream:
         try:
@@ -221,19 +234,30 @@ class HttpApp:
     @property
     def is_busy(self) -> bool:
         """True while answers are being written."""
-        return bool(self._open_counts)
+        return bool(self._under_way)
 
-    def _note_begun(self, target: Target) -> None:
+    def addresses(self) -> set[str]:
+        """Return the addresses of the connections with requests under way."""
+        return set(self._under_way)
+
+    def kill(self, addresses: set[str]) -> None:
+        """Kill the requests of connections that have ended."""
+        for address in addresses:
+            for context in tuple(self._under_way.get(address, ())):
+                context.kill()
+
+    def _note_begun(self, target: Target, context: Context) -> None:
         self._idle.pop(target.address, None)
-        self._open_counts[target.address] = self._open_counts.get(target.address, 0) + 1
+        self._under_way.setdefault(target.address, set()).add(context)
 
-    def _note_over(self, target: Target) -> None:
+    def _note_over(self, target: Target, context: Context) -> None:
         """Keep the session of an HTTP connection without requests, but not of any number of them: a caller
         may use a new connection for each request."""
-        self._open_counts[target.address] -= 1
-        if self._open_counts[target.address]:
+        contexts = self._under_way[target.address]
+        contexts.discard(context)
+        if contexts:
             return
-        del self._open_counts[target.address]
+        del self._under_way[target.address]
         self._idle[target.address] = target
         if len(self._idle) > MAX_IDLE_SESSIONS:
             self._client.forget(self._idle.pop(next(iter(self._idle))))

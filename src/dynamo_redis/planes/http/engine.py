@@ -8,11 +8,12 @@ Their sockets are in this process, so both are done here (`accepted`).
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import math
 import os
 import socket
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
@@ -24,6 +25,7 @@ from granian.net import SocketHolder  # type: ignore[attr-defined]
 from granian.server.embed import Server
 
 from dynamo_redis.config import PlaneSettings
+from dynamo_redis.planes.http.app import HttpApp
 
 SILENT_S: Final = 60.0
 """A connection without any request is ended after this many seconds, or up to twice as many."""
@@ -50,13 +52,11 @@ _FULL: Final = (
 
 _log = logging.getLogger(__name__)
 
-Application = Callable[[Any, Any, Any], Awaitable[None]]
-
 
 class _Embedded(Server):
     """Serves on a socket that listens already; granian's own would share its port with other processes."""
 
-    def __init__(self, app: Application, holder: SocketHolder, **options: Any) -> None:
+    def __init__(self, app: HttpApp, holder: SocketHolder, **options: Any) -> None:
         super().__init__(app, interface=Interfaces.ASGINL, **options)
         self._holder = holder
 
@@ -65,17 +65,14 @@ class _Embedded(Server):
 
 
 class HttpEngine:
-    """Serves an ASGI application on a listening socket, which it owns from then on."""
+    """Serves the application on a listening socket, which it owns from then on."""
 
-    def __init__(
-        self, app: Application, settings: PlaneSettings, sock: socket.socket, asked: set[str]
-    ) -> None:
-        """`sock` listens. The application adds the address of each connection that sends a request to
-        `asked`."""
+    def __init__(self, app: HttpApp, settings: PlaneSettings, sock: socket.socket) -> None:
+        """`sock` listens."""
+        self._app = app
         self._port: int = sock.getsockname()[1]
         self._listener = os.fstat(sock.fileno()).st_ino
         self._fd = sock.detach()
-        self._asked = asked
         self._silent: set[str] = set()
         self._max_count = settings.max_connections_count
         holder = SocketHolder(self._fd, False, BACKLOG_COUNT)  # type: ignore[call-arg]
@@ -109,6 +106,7 @@ class HttpEngine:
         """Stop, and end the connections that are still open. Idempotent."""
         self.stop()
         self._sweeping.cancel()
+        await asyncio.wait([self._sweeping])
         if not self._serving.done():
             with suppress(OSError):
                 await asyncio.to_thread(self._end_connections)
@@ -127,30 +125,35 @@ class HttpEngine:
         return found
 
     async def _sweep(self) -> None:
-        """End connections that have never sent a request."""
+        """End connections that have never sent a request, and requests whose connection has ended: granian
+        does not tell that of a caller while messages of its request wait unread."""
+        asked = self._app.asked
         while True:
             await asyncio.sleep(SILENT_S)
-            ended, asked = self._silent - self._asked, set(self._asked)
+            ended, had_asked, under_way = self._silent - asked, set(asked), self._app.addresses()
             try:
                 found = await asyncio.to_thread(self._end_connections, ended)
             except OSError as exc:  # no file is left for the look
                 _log.warning("the connections of the http plane cannot be looked at: %s", exc)
                 continue
-            self._asked -= asked - found
-            self._silent = found - ended - self._asked
+            self._app.kill(under_way - found)
+            asked -= had_asked - found
+            self._silent = found - ended - asked
             if len(found) >= self._max_count:
                 _log.warning(_FULL, len(found), self._max_count)
 
 
 def accepted(port: int) -> Iterator[tuple[str, socket.socket]]:
     """Yield this process's accepted connections of a port: the caller's `host:port`, and a duplicate of the
-    socket."""
+    socket. Raises OSError if no file is left for one."""
     directory = _OWN_FILES if _OWN_FILES.exists() else Path("/dev/fd")
     for path in tuple(directory.iterdir()):
         try:
             fd = os.dup(int(path.name))
-        except OSError:  # closed meanwhile
-            continue
+        except OSError as exc:
+            if exc.errno != errno.EBADF:
+                raise
+            continue  # closed meanwhile
         try:
             found = socket.socket(fileno=fd)
         except OSError:  # no socket

@@ -47,7 +47,6 @@ class HttpServer(FrameServer):
         self._max_authenticated_count = settings.max_connections_count + MAX_IDLE_SESSIONS
         self._tls = make_tls(settings, "server")
         self._client = FrameClient(settings, LocalCarrier(self._new_connection))
-        self._asked: set[str] = set()
         self._app = HttpApp(
             settings,
             self._client,
@@ -55,7 +54,6 @@ class HttpServer(FrameServer):
             instance_id,
             self._endpoints.__contains__,
             self._complaints,
-            self._asked,
         )
         self._engine: HttpEngine | None = None
         self._watching: asyncio.Task[None] | None = None
@@ -72,7 +70,7 @@ class HttpServer(FrameServer):
         binding = await choose_binding(settings.http_rpc_host, settings.http_advertise_host, self._redis_host)
         sock = _listen(binding.listen_host, settings.http_rpc_port)
         port = sock.getsockname()[1]
-        self._engine = HttpEngine(self._app, settings, sock, self._asked)
+        self._engine = HttpEngine(self._app, settings, sock)
         self._watching = self._loop.create_task(
             self._watch(binding.listen_host, port), name="watch over the http plane"
         )
@@ -88,7 +86,7 @@ class HttpServer(FrameServer):
             await self._engine.aclose()
             while (sock := _listen_again(host, port)) is None:  # noqa: ASYNC110 - as rare as such an end
                 await asyncio.sleep(_AGAIN_S)
-            self._engine = HttpEngine(self._app, self._settings, sock, self._asked)
+            self._engine = HttpEngine(self._app, self._settings, sock)
 
     async def drain(self, grace_s: float) -> None:
         """See `RequestPlaneServer.drain`. Answers that have left the handler may still wait for their
@@ -109,6 +107,7 @@ class HttpServer(FrameServer):
         if self._engine is not None:
             await self._engine.wait_ended(_READ_S)
             await self._engine.aclose()
+        await self._app.aclose()
 
 
 def _listen(host: str, port: int | None) -> socket.socket:

@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 
+import h2.events
 import pytest
 
 from dynamo_redis.config import PlaneSettings
@@ -25,6 +26,9 @@ from tests.http_plane import (
     read_all,
     read_answer,
 )
+
+STREAM = ("Content-Type: application/msgpack", "X-Dynamo-Request-Stream: 1")
+H2_STREAM = [("content-type", "application/msgpack"), ("x-dynamo-request-stream", "1")]
 
 
 @pytest.fixture
@@ -111,3 +115,33 @@ async def test_end_waits_not_for_a_stopped_reader(host: Hosted, protocol: str) -
         assert await read_all(silent) == b""
     with pytest.raises(ConnectionRefusedError):
         await asyncio.open_connection(host.host, host.port)
+
+
+async def test_end_of_a_server_leaves_no_task() -> None:
+    before = asyncio.all_tasks()
+    async with hosted() as host, AsyncExitStack() as opened:
+        for path in ("endless", "wait", "total"):
+            _, writer = await opened.enter_async_context(connect(host))
+            writer.transport.pause_reading()  # type: ignore[attr-defined]
+            lines = STREAM if path == "total" else ()
+            writer.write(host.head(path, *lines, "Content-Length: 100") + b"1" + b" " * (99 * (not lines)))
+        await eventually(lambda: host.server.in_flight_count == 3)
+        await host.server.aclose()
+        assert asyncio.all_tasks() <= before
+
+
+async def test_request_ends_with_its_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where more messages than the window wait unread, and so nothing is read of the connection."""
+    monkeypatch.setattr(engine, "SILENT_S", 0.3)
+    async with hosted() as host:
+        host.server.register("deaf", host.deaf, request_stream=True)
+        async with h2_caller(host) as caller:
+            stream = caller.request(host.headers("deaf", *H2_STREAM), None)
+            caller.h2.send_data(stream, b"\x01")
+            caller.flush()
+            await caller.until(lambda: caller.of(stream, h2.events.DataReceived))
+            while caller.h2.local_flow_control_window(stream) > 60_000:
+                caller.h2.send_data(stream, b"\x01" * 16_000)
+                caller.flush()
+                await caller.read()
+        await eventually(lambda: host.server.in_flight_count == 0)
