@@ -1,6 +1,6 @@
 """Slow links that work: transfers longer than a time-out complete, and a peer that drips is given up.
 
-Time-outs are short here and links slow in proportion, so that each exchange takes several time-outs.
+Time-outs are short here and links slow in proportion, so that each exchange takes longer than a time-out.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from dynamo_redis.store.streams.redis_streams import RedisEventStreams
 from faults.proxy import Conditions, Proxy
 
 MIB = 1 << 20
-TIMEOUT_S = 0.5
+TIMEOUT_S = 1.0
+"""The proxy is in this process: one that is held up for so long looks like a dead server."""
 WAIT_S = 60.0
 STREAM = StreamName("test", "backend", "kv_events")
 
@@ -39,9 +40,9 @@ def content_of(seed: object, size_bytes: int = MIB) -> bytes:
 
 @pytest.fixture
 async def slow(own_redis_server: EmbeddedServer) -> AsyncIterator[Proxy]:
-    """A link to the server on which 1 MiB takes two time-outs in each direction."""
+    """A link to the server on which 1 MiB takes longer than a time-out in each direction."""
     async with Proxy(own_redis_server.url) as proxy:
-        proxy.conditions = Conditions(bytes_per_s=MIB / (2 * TIMEOUT_S))
+        proxy.conditions = Conditions(bytes_per_s=MIB / (1.3 * TIMEOUT_S))
         yield proxy
 
 
@@ -49,6 +50,20 @@ async def slow(own_redis_server: EmbeddedServer) -> AsyncIterator[Proxy]:
 def parser(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The parser of the answers of blocking reads: hiredis or redis-py."""
     monkeypatch.setattr("dynamo_redis.store.redis.blocking.HAS_HIREDIS", request.param == "hiredis")
+
+
+@pytest.fixture
+async def open_client() -> AsyncIterator[Callable[..., RedisClient]]:
+    """Open clients, and close them after the test, also after one that fails."""
+    opened: list[RedisClient] = []
+
+    def open_one(url: str, timeout_s: float = TIMEOUT_S) -> RedisClient:
+        opened.append(RedisClient(url, timeout_s=timeout_s))
+        return opened[-1]
+
+    yield open_one
+    for client in opened:
+        await client.aclose()
 
 
 @pytest.fixture
@@ -68,29 +83,23 @@ async def open_streams(dynamo_redis_prefix: str) -> AsyncIterator[Callable[[str]
 # --------------------------------------------------------------------------- one exchange
 
 
-async def test_large_answer_arrives_over_a_slow_link(own_redis_server: EmbeddedServer, slow: Proxy) -> None:
-    direct, client = (
-        RedisClient(own_redis_server.url, timeout_s=3.0),
-        RedisClient(slow.url, timeout_s=TIMEOUT_S),
-    )
+async def test_large_answer_arrives_over_a_slow_link(
+    own_redis_server: EmbeddedServer, slow: Proxy, open_client: Callable[..., RedisClient]
+) -> None:
+    direct, client = open_client(own_redis_server.url, 3.0), open_client(slow.url)
     await direct.execute("SET", "large", content_of("x"))
     async with asyncio.timeout(WAIT_S):
         assert await client.execute("GET", "large") == content_of("x")
         assert await client.pipeline([("GET", "large"), ("ECHO", "y")]) == [content_of("x"), b"y"]
-    await client.aclose()
-    await direct.aclose()
 
 
-async def test_large_request_leaves_over_a_slow_link(own_redis_server: EmbeddedServer, slow: Proxy) -> None:
-    direct, client = (
-        RedisClient(own_redis_server.url, timeout_s=3.0),
-        RedisClient(slow.url, timeout_s=TIMEOUT_S),
-    )
+async def test_large_request_leaves_over_a_slow_link(
+    own_redis_server: EmbeddedServer, slow: Proxy, open_client: Callable[..., RedisClient]
+) -> None:
+    direct, client = open_client(own_redis_server.url, 3.0), open_client(slow.url)
     async with asyncio.timeout(WAIT_S):
         await client.execute("SET", "large", content_of("x"))
     assert await direct.execute("GET", "large") == content_of("x")
-    await client.aclose()
-    await direct.aclose()
 
 
 @pytest.fixture
@@ -117,12 +126,15 @@ async def dripping() -> AsyncIterator[str]:
 
 
 async def test_answer_that_drips_is_given_up(
-    dripping: str, parser: None, monkeypatch: pytest.MonkeyPatch
+    dripping: str,
+    parser: None,
+    open_client: Callable[..., RedisClient],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for module in (deadline, blocking):
         monkeypatch.setattr(module, "LONGEST_TIMES", 3)
     limit_s = 0.5  # so long that a busy machine does not keep a byte back for all of it
-    client, loop = RedisClient(dripping, timeout_s=limit_s), asyncio.get_running_loop()
+    client, loop = open_client(dripping, limit_s), asyncio.get_running_loop()
     reader = client.blocking()
     async with asyncio.timeout(WAIT_S):
         for exchange in (client.execute("DRIP"), reader.execute(pack("DRIP"), block_s=0.0)):
@@ -131,7 +143,6 @@ async def test_answer_that_drips_is_given_up(
                 await exchange
             assert loop.time() - began_at >= 0.99 * 3 * limit_s
     await reader.aclose()
-    await client.aclose()
 
 
 # --------------------------------------------------------------------------- the registry
@@ -238,19 +249,21 @@ async def test_large_message_arrives_over_a_slow_link(
 # --------------------------------------------------------------------------- objects
 
 
-async def test_object_goes_and_comes_over_a_slow_link(slow: Proxy, dynamo_redis_prefix: str) -> None:
-    client = RedisClient(slow.url, timeout_s=TIMEOUT_S)
-    objects = RedisObjectStore(client, dynamo_redis_prefix)
+async def test_object_goes_and_comes_over_a_slow_link(
+    slow: Proxy, open_client: Callable[..., RedisClient], dynamo_redis_prefix: str
+) -> None:
+    objects = RedisObjectStore(open_client(slow.url), dynamo_redis_prefix)
     content = content_of("object", 2 * CHUNK_BYTES + 1)
     async with asyncio.timeout(WAIT_S):
         await objects.put("b", "n", content)
         assert await objects.read("b", "n") == content
-    await objects.aclose()
 
 
-async def test_same_content_is_sent_once_over_a_slow_link(slow: Proxy, dynamo_redis_prefix: str) -> None:
+async def test_same_content_is_sent_once_over_a_slow_link(
+    slow: Proxy, open_client: Callable[..., RedisClient], dynamo_redis_prefix: str
+) -> None:
     """Only one of several uploads sends a chunk, though that takes longer than a claim lives."""
-    content, clients = content_of("object"), [RedisClient(slow.url, timeout_s=TIMEOUT_S) for _ in range(3)]
+    content, clients = content_of("object"), [open_client(slow.url) for _ in range(3)]
     uploads = [
         RedisObjectStore(client, dynamo_redis_prefix, times=ObjectTimes(claim_s=0.4)) for client in clients
     ]
@@ -261,8 +274,6 @@ async def test_same_content_is_sent_once_over_a_slow_link(slow: Proxy, dynamo_re
         await asyncio.gather(*(objects.put("b", "n", content) for objects in uploads))
         assert await uploads[0].read("b", "n") == content
     assert sent == [len(content)]
-    for objects in uploads:
-        await objects.aclose()
 
 
 def _note_sizes(client: RedisClient, sent: list[int]) -> None:
