@@ -4,110 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 from redis.asyncio import Redis
 
 from dynamo_redis.config import PlaneSettings, StoreSettings
 from dynamo_redis.errors import CannotConnect, ConfigError, ConnectionLost, PlaneError
-from dynamo_redis.planes.base import RequestPlaneClient, RequestPlaneServer, Target
+from dynamo_redis.planes.base import Target
 from dynamo_redis.planes.context import Context
 from dynamo_redis.planes.frames.client import FrameClient
 from dynamo_redis.planes.nats.link import NatsLink
 from dynamo_redis.planes.redis import link as redis_link
-from dynamo_redis.planes.select import make_client, make_server
+from dynamo_redis.planes.select import make_server
 from dynamo_redis.planes.tunnel.server import TunnelServer
 from dynamo_redis.store.keys import inbox_key
-from dynamo_redis.store.server import EmbeddedServer, find_server
-from tests.nats_server import NatsServer, find_nats_server
-from tests.tcp_plane import INSTANCE, SECRET, echo, eventually
+from tests.broker_plane import Broker, RedisBroker, ask, serving, target
+from tests.tcp_plane import INSTANCE, SECRET, eventually
 
 RECOVERY_S = 30.0
-
-
-class Broker(Protocol):
-    plane: str
-
-    async def kill(self) -> None: ...
-    async def start(self) -> None: ...
-
-
-class NatsBroker:
-    plane = "nats"
-
-    def __init__(self, server: NatsServer) -> None:
-        self._server = server
-
-    async def kill(self) -> None:
-        await asyncio.to_thread(self._server.kill)
-
-    async def start(self) -> None:
-        await asyncio.to_thread(self._server.start)
-
-
-class RedisBroker:
-    plane = "redis"
-
-    def __init__(self, server: EmbeddedServer) -> None:
-        self._server = server
-
-    async def kill(self) -> None:
-        await self._server.kill()
-
-    async def start(self) -> None:
-        await self._server.start()
-
-
-@pytest.fixture
-async def redis_broker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[RedisBroker]:
-    server = EmbeddedServer(tmp_path, binary=find_server())
-    await server.start()
-    monkeypatch.setenv("DYN_REDIS_URL", server.url)
-    yield RedisBroker(server)
-    await server.stop()
-
-
-@pytest.fixture
-def nats_broker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[NatsBroker]:
-    if find_nats_server() is None:
-        pytest.skip("no nats-server on this machine; on Debian and Ubuntu: apt-get install nats-server")
-    with NatsServer(tmp_path) as server:
-        monkeypatch.setenv("NATS_SERVER", server.url)
-        yield NatsBroker(server)
-
-
-@pytest.fixture(params=["nats", "redis"])
-def broker(request: pytest.FixtureRequest) -> Broker:
-    found: Broker = request.getfixturevalue(f"{request.param}_broker")
-    return found
-
-
-@asynccontextmanager
-async def serving(
-    plane: str, **overrides: Any
-) -> AsyncIterator[tuple[RequestPlaneServer, RequestPlaneClient]]:
-    settings = PlaneSettings.load(request_plane=plane, connect_timeout_s=1.0, **overrides)
-    server = make_server(settings, secret=SECRET, instance_id=INSTANCE)
-    await server.start()
-    server.register("echo", echo)
-    client = make_client(settings)
-    try:
-        yield server, client
-    finally:
-        await client.aclose()
-        await server.aclose()
-
-
-def target(server: RequestPlaneServer, subject: str = "echo") -> Target:
-    return Target(INSTANCE, server.address, subject, SECRET)
-
-
-async def ask(client: RequestPlaneClient, to: Target, request: Any) -> list[Any]:
-    return [item async for item in client.open(to, request, Context())]
 
 
 async def test_a_broker_killed_under_load_costs_retryable_errors(broker: Broker) -> None:

@@ -25,7 +25,7 @@ from dynamo_redis.config import PlaneSettings
 from dynamo_redis.errors import CannotConnect, ConfigError
 from dynamo_redis.planes.base import Describe
 from dynamo_redis.planes.nats.login import SafeClient, check_server, explain, login_options
-from dynamo_redis.planes.tunnel.link import LinkOwner
+from dynamo_redis.planes.tunnel.link import BEHIND_COUNT, LinkOwner
 from dynamo_redis.rate_limited_log import RateLimitedLog
 from dynamo_redis.wire.tunnel import HEAD_BYTES
 
@@ -53,6 +53,7 @@ class NatsLink:
         ConfigError."""
         self._settings = settings
         self._subject = subject
+        self._space = subject[: subject.rindex(".") + 1]
         self._name = name
         self._server = check_server(settings)
         login_options(settings)  # so that a wrong setting shows at the start
@@ -154,6 +155,11 @@ class NatsLink:
             self._is_drained.clear()
             self._wake.set()
 
+    @property
+    def is_behind(self) -> bool:
+        """See `Link.is_behind`."""
+        return len(self._waiting) >= BEHIND_COUNT
+
     async def announce(self, describe: Describe) -> None:
         """Answer PING, INFO and STATS as a NATS service does (ADR-32), so that tools made for these list this
         process. Raises CannotConnect."""
@@ -204,7 +210,9 @@ class NatsLink:
     # ------------------------------------------------------------------- callbacks of the client
 
     async def _on_message(self, message: Msg) -> None:
-        self._owner.on_message(message.data, message.reply.rpartition(".")[0])
+        sender = message.reply.rpartition(".")[0]
+        # No message must have this process publish on another program's subjects.
+        self._owner.on_message(message.data, sender if sender.startswith(self._space) else "")
 
     async def _on_status(self, message: Msg) -> None:
         if message.headers and message.headers.get("Status") == _NO_RESPONDERS:

@@ -17,7 +17,7 @@ from typing import Final
 from dynamo_redis.backoff import Backoff
 from dynamo_redis.errors import CannotConnect, StoreError
 from dynamo_redis.planes.base import Describe
-from dynamo_redis.planes.tunnel.link import LinkOwner
+from dynamo_redis.planes.tunnel.link import BEHIND_COUNT, LinkOwner
 from dynamo_redis.rate_limited_log import RateLimitedLog
 from dynamo_redis.store.keys import Inbox, inbox_key, inbox_pattern
 from dynamo_redis.store.redis.blocking import pack
@@ -107,6 +107,11 @@ class RedisLink:
             self._waiting.append((receiver, connection_id, message))
             self._is_drained.clear()
             self._wake.set()
+
+    @property
+    def is_behind(self) -> bool:
+        """See `Link.is_behind`."""
+        return len(self._waiting) >= BEHIND_COUNT
 
     async def announce(self, describe: Describe) -> None:
         """See `Link.announce`: Redis has no tools for services."""

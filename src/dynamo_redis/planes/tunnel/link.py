@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Final, Protocol
 
 from dynamo_redis.planes.base import Describe
+
+BEHIND_COUNT: Final = 1000
+"""Messages that wait to be sent, from which on a link is behind."""
 
 
 class LinkOwner(Protocol):
@@ -44,6 +47,11 @@ class Link(Protocol):
     def send(self, receiver: str, connection_id: bytes, message: bytes) -> None:
         """Send a message, without waiting, behind those sent before. It is dropped while the broker is
         away: `on_lost` tells."""
+        ...
+
+    @property
+    def is_behind(self) -> bool:
+        """True while so many messages wait to be sent that only those of connections should follow."""
         ...
 
     async def announce(self, describe: Describe) -> None:

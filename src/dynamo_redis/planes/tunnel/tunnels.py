@@ -109,7 +109,8 @@ class Tunnels:
             self._refuse(sender, received.connection_id)
 
     def _refuse(self, sender: str, connection_id: bytes) -> None:
-        self._link.send(sender, connection_id, tunnel.encode_head(Kind.RESET, connection_id, 0))
+        if not self._link.is_behind:  # else this process would hold an answer to each message of a flood
+            self._link.send(sender, connection_id, tunnel.encode_head(Kind.RESET, connection_id, 0))
 
     def on_unreachable(self, connection_id: bytes, reason: str = "no process listens there") -> None:
         """See `LinkOwner.on_unreachable`."""

@@ -52,6 +52,10 @@ class BrokerLink:
     async def open(self, owner: LinkOwner) -> None:
         self.owner = owner
 
+    @property
+    def is_behind(self) -> bool:
+        return False
+
     async def announce(self, describe: Describe) -> None:
         raise NotImplementedError
 
