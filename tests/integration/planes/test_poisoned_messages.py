@@ -258,12 +258,8 @@ async def test_content_past_the_window_ends_its_connection(redis_broker: RedisBr
 async def test_callers_that_open_and_stay_silent_are_bounded(broker: Broker) -> None:
     async with serving_throughout(broker, connect_timeout_s=30.0) as (server, client, probe):
         count = 2 * MAX_HANDSHAKE_COUNT
-        last = an_id()
-        await probe.send(
-            *[tunnel.encode_head(Kind.OPEN, an_id(), tunnel.VERSION) for _ in range(count)],
-            tunnel.encode_head(Kind.OPEN, last, tunnel.VERSION + 1),
-        )
-        await eventually_answered(probe, {(Kind.RESET, last)})
+        await probe.send(*[tunnel.encode_head(Kind.OPEN, an_id(), tunnel.VERSION) for _ in range(count)])
+        await until_caught_up(probe)
         assert server.connection_count <= MAX_HANDSHAKE_COUNT + 1
         assert await ask(client, target(server), 1) == [1]
 
