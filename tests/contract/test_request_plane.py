@@ -521,6 +521,34 @@ async def test_handler_that_does_not_read_stops_the_source(deployed: Deployment)
     assert await reader == 10_001
 
 
+async def test_closing_kills_beside_unread_messages(deployed: Deployment) -> None:
+    """The handler reads none of its messages, and they fill each buffer on the way."""
+    sent, ended = 0, asyncio.Event()
+
+    async def source() -> AsyncIterator[bytes]:
+        nonlocal sent
+        while True:
+            sent += 1
+            yield bytes(10_000)
+
+    async def handler(_: AsyncIterator[bytes], __: Context) -> AsyncIterator[int]:
+        try:
+            while True:
+                yield 1
+                await asyncio.sleep(0.01)
+        finally:
+            ended.set()
+
+    stream = deployed.open(deployed.serve(handler, request_stream=True), None, messages=source())
+    last = -1
+    while sent > last:
+        last = sent
+        for _ in range(20):
+            await anext(stream)
+    await stream.aclose()
+    await asyncio.wait_for(ended.wait(), 30)
+
+
 async def test_answer_may_end_before_its_request_stream(deployed: Deployment) -> None:
     ended = asyncio.Event()
 

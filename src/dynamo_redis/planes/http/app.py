@@ -2,6 +2,7 @@
 
     POST {root}/{namespace}/{component}/{endpoint}      a request; the answer streams
     POST {root}/-/stop/{exchange}                       stop a request that has this id
+    POST {root}/-/kill/{exchange}                       kill it
     POST {root}/-/probe                                 204, with the proof of the instance that answers
     GET  {root}/-/live                                  204, for health checks of proxies
 
@@ -158,10 +159,11 @@ class HttpApp:
             return
         if method != "POST":
             raise Refused(405, "only POST is served here", [(b"allow", b"POST")])
-        if rest.startswith("-/stop/"):
-            context = self._contexts.get(rest.removeprefix("-/stop/"))
+        if rest.startswith(("-/stop/", "-/kill/")):
+            _, action, exchange = rest.split("/", 2)
+            context = self._contexts.get(exchange)
             if context is not None:
-                context.stop_generating()
+                (context.kill if action == "kill" else context.stop_generating)()
             await reply.empty(204, [])
             return
         await self._serve(self._subject(rest), scope, headers, receive, reply)
@@ -197,6 +199,8 @@ class HttpApp:
         exchange = headers.get(EXCHANGE_HEADER, b"").decode("latin-1")
         messages: AsyncIterator[Any] | None = None
         reading: asyncio.Task[None] | None = None
+        if exchange:
+            self._contexts[exchange] = context
         try:
             if STREAM_HEADER in headers and is_msgpack:
                 reading = asyncio.create_task(body.read_ahead(context))
@@ -208,8 +212,6 @@ class HttpApp:
             target = Target(self._instance_id, _client_of(scope), subject, self._secret)
             stream = self._begin(target, request, context, messages)
             self._note_begun(target, context)
-            if exchange:
-                self._contexts[exchange] = context
             if reading is None:
                 reading = asyncio.create_task(body.wait_for_disconnect(context))
             try:

@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -28,7 +29,10 @@ from dynamo_redis.config import PlaneSettings
 from dynamo_redis.planes.http.app import HttpApp
 
 SILENT_S: Final = 60.0
-"""A connection without any request is ended after this many seconds, or up to twice as many."""
+"""A connection without any request is ended after this many seconds."""
+
+SWEEP_S: Final = 10.0
+"""Seconds between two looks at the connections."""
 
 HEAD_S: Final = 75.0
 """Longest time from an answer of HTTP/1 to the end of the next head. Proxies keep idle ones for less."""
@@ -73,7 +77,7 @@ class HttpEngine:
         self._port: int = sock.getsockname()[1]
         self._listener = os.fstat(sock.fileno()).st_ino
         self._fd = sock.detach()
-        self._silent: set[str] = set()
+        self._silent: dict[str, float] = {}  # the time when the connection was first seen
         self._max_count = settings.max_connections_count
         holder = SocketHolder(self._fd, False, BACKLOG_COUNT)  # type: ignore[call-arg]
         self._server = _Embedded(app, holder, **_options(settings))
@@ -129,8 +133,10 @@ class HttpEngine:
         does not tell that of a caller while messages of its request wait unread."""
         asked = self._app.asked
         while True:
-            await asyncio.sleep(SILENT_S)
-            ended, had_asked, under_way = self._silent - asked, set(asked), self._app.addresses()
+            await asyncio.sleep(SWEEP_S)
+            now, had_asked, under_way = time.monotonic(), set(asked), self._app.addresses()
+            silent = {address: seen_at for address, seen_at in self._silent.items() if address not in asked}
+            ended = {address for address, seen_at in silent.items() if now - seen_at >= SILENT_S}
             try:
                 found = await asyncio.to_thread(self._end_connections, ended)
             except OSError as exc:  # no file is left for the look
@@ -138,7 +144,7 @@ class HttpEngine:
                 continue
             self._app.kill(under_way - found)
             asked -= had_asked - found
-            self._silent = found - ended - asked
+            self._silent = {address: silent.get(address, now) for address in found - ended - asked}
             if len(found) >= self._max_count:
                 _log.warning(_FULL, len(found), self._max_count)
 

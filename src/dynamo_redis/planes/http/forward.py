@@ -25,6 +25,7 @@ from dynamo_redis.errors import (
     AuthenticationFailed,
     CannotConnect,
     ConnectionLost,
+    InvalidRequest,
     NotAccepted,
     PayloadTooLarge,
     PlaneError,
@@ -56,6 +57,7 @@ _TOKEN_S: Final = 300.0
 _TOKEN_RENEWED_S: Final = 120.0
 _STOP_S: Final = 3.0
 _MAX_PROBLEM_BYTES: Final = 64 << 10
+_PROBLEM_S: Final = 5.0
 
 
 class HttpPeer:
@@ -248,6 +250,8 @@ class ForwardServer(FrameServer):
                 yield item
         finally:
             unsubscribe()
+            if is_stream and not exchange.has_ended:  # its unread messages may hide the end of the stream
+                self._tell("kill", exchange_id)
             if sending is not None:
                 sending.cancel()
             exchange.close()
@@ -300,13 +304,16 @@ class ForwardServer(FrameServer):
 
     def _on_cancel(self, exchange_id: str, strength: Strength) -> None:
         if strength == "stop":
-            task = asyncio.create_task(self._stop(exchange_id))
-            self._stops.add(task)
-            task.add_done_callback(self._stops.discard)
+            self._tell(strength, exchange_id)
 
-    async def _stop(self, exchange_id: str) -> None:
+    def _tell(self, strength: Strength, exchange_id: str) -> None:
         """Tell the instance that the caller wants no more items."""
-        path = f"{self._settings.http_root_path}/-/stop/{exchange_id}"
+        task = asyncio.create_task(self._post_cancellation(strength, exchange_id))
+        self._stops.add(task)
+        task.add_done_callback(self._stops.discard)
+
+    async def _post_cancellation(self, strength: Strength, exchange_id: str) -> None:
+        path = f"{self._settings.http_root_path}/-/{strength}/{exchange_id}"
         with suppress(PlaneError, TimeoutError):
             async with asyncio.timeout(_STOP_S):
                 connection = await self.peer.connect()
@@ -370,7 +377,11 @@ class HttpCarrier:
     ) -> ClientConnection:
         """See `Carrier.dial`."""
         server = await self.server(target)
-        await server.peer.connect()
+        try:
+            async with asyncio.timeout_at(give_up_at):
+                await server.peer.connect()
+        except TimeoutError:
+            raise CannotConnect(f"no answer from {target.address} in time") from None
         return await LocalCarrier(server._new_connection).dial(target, make, on_made, give_up_at)
 
     async def ask_for_life(self, target: Target) -> bool:
@@ -400,11 +411,14 @@ class HttpClient(FrameClient):
 
 
 def _context_headers(context: Context) -> Headers:
+    """Return the headers of a context. Raises InvalidRequest."""
     headers = [(REQUEST_ID_HEADER.decode(), quote(context.id(), safe=""))]
     remaining_s = context.remaining_s()
     if remaining_s is not None:
         headers.append((DEADLINE_HEADER.decode(), str(max(0, round(remaining_s * 1000)))))
     if context.traceparent is not None:
+        if not (context.traceparent.isascii() and context.traceparent.isprintable()):
+            raise InvalidRequest(f"the traceparent {context.traceparent!r} cannot be a header of HTTP")
         headers.append(("traceparent", context.traceparent))
     if context.given_metadata is not None:
         headers.append(
@@ -420,7 +434,10 @@ async def _packed(first: bytes, messages: AsyncIterator[Any]) -> AsyncIterator[b
 
 
 async def _read_problem(exchange: Exchange) -> bytes:
+    """Read the body of an answer without items: what comes of it, since its status tells enough."""
     body = b""
-    while len(body) < _MAX_PROBLEM_BYTES and (part := await exchange.read()):
-        body += part
+    with suppress(ConnectionLost, TimeoutError):
+        async with asyncio.timeout(_PROBLEM_S):
+            while len(body) < _MAX_PROBLEM_BYTES and (part := await exchange.read()):
+                body += part
     return body

@@ -9,14 +9,17 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
+import h2.config
+import h2.connection
+import h2.events
 import pytest
 
 from dynamo_redis.config import PlaneSettings
-from dynamo_redis.errors import CannotConnect
+from dynamo_redis.errors import CannotConnect, InvalidRequest
 from dynamo_redis.planes.base import RequestPlaneServer, Target
 from dynamo_redis.planes.context import Context
-from dynamo_redis.planes.http import app
-from dynamo_redis.planes.http.forward import HttpClient, HttpPeer
+from dynamo_redis.planes.http import app, forward
+from dynamo_redis.planes.http.forward import HttpCarrier, HttpClient, HttpPeer
 from dynamo_redis.planes.http.h2_client import H2ClientConnection
 from dynamo_redis.planes.http.server import HttpServer
 from dynamo_redis.planes.select import make_server
@@ -72,6 +75,10 @@ async def silent_server() -> AsyncIterator[tuple[str, set[asyncio.StreamWriter]]
         await server.wait_closed()
 
 
+def never_made(*_: Any) -> Any:
+    raise AssertionError("there is no connection to make a session for")
+
+
 def has_much_unread(connection: H2ClientConnection) -> bool:
     unread_bytes = sum(size for exchange in connection._exchanges.values() for _, size in exchange._chunks)
     return unread_bytes > 300_000  # h2 may give half a window of 1 MiB back later
@@ -123,6 +130,52 @@ async def test_a_dial_without_an_answer_ends_its_connection() -> None:
         with pytest.raises(CannotConnect, match="no answer"):
             await peer.connect()
         await eventually(lambda: not opened)
+
+
+async def test_dial_keeps_its_time_limit() -> None:
+    async with silent_server() as (address, _):
+        carrier = HttpCarrier(settings(connect_timeout_s=60))
+        loop = asyncio.get_running_loop()
+        dial = carrier.dial(
+            Target(INSTANCE, address, "echo", SECRET), never_made, never_made, loop.time() + 0.2
+        )
+        async with asyncio.timeout(30):
+            with pytest.raises(CannotConnect):
+                await dial
+        await carrier.aclose()
+
+
+@pytest.mark.parametrize("traceparent", ["a\r\nb: c", "\n", "é"])
+async def test_traceparent_that_is_no_header_is_invalid(traceparent: str) -> None:
+    async with serving() as (server, client):
+        with pytest.raises(InvalidRequest):
+            await anext(client.open(target(server), 1, Context(traceparent=traceparent)))
+        assert await anext(client.open(target(server), 1, Context())) == 1
+
+
+async def test_refusal_that_never_ends_keeps_its_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a proxy that breaks."""
+    monkeypatch.setattr(forward, "_PROBLEM_S", 0.2)
+    head = b"HEAD"
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connection = h2.connection.H2Connection(h2.config.H2Configuration(client_side=False))
+        connection.initiate_connection()
+        while data := await reader.read(65_536):
+            for event in connection.receive_data(data):
+                if isinstance(event, h2.events.RequestReceived):
+                    connection.send_headers(event.stream_id, [(":status", "503")])
+                    connection.send_data(event.stream_id, head)
+            writer.write(connection.data_to_send())
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as proxy:
+        address = f"127.0.0.1:{proxy.sockets[0].getsockname()[1]}"
+        client = HttpClient(settings())
+        async with asyncio.timeout(30):
+            with pytest.raises(CannotConnect, match="HTTP 503 of a proxy: HEAD"):
+                await client.probe(Target(INSTANCE, address, "echo", SECRET), 20)
+        await client.aclose()
 
 
 async def test_instances_that_left_are_forgotten() -> None:

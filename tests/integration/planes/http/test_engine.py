@@ -82,8 +82,7 @@ async def test_server_that_ended_serves_again(host: Hosted, caplog: pytest.LogCa
 async def test_connections_past_the_limit_wait(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(engine, "SILENT_S", 0.3)
-    monkeypatch.setattr(engine, "HEAD_S", 30.0)
+    monkeypatch.setattr(engine, "SWEEP_S", 0.3)
     async with hosted(max_connections_count=2) as host, AsyncExitStack() as opened:
         callers = [await opened.enter_async_context(h2_caller(host)) for _ in range(2)]
         for caller in callers:
@@ -132,7 +131,7 @@ async def test_end_of_a_server_leaves_no_task() -> None:
 
 async def test_request_ends_with_its_connection(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where more messages than the window wait unread, and so nothing is read of the connection."""
-    monkeypatch.setattr(engine, "SILENT_S", 0.3)
+    monkeypatch.setattr(engine, "SWEEP_S", 0.3)
     async with hosted() as host:
         host.server.register("deaf", host.deaf, request_stream=True)
         async with h2_caller(host) as caller:

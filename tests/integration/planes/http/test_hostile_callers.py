@@ -57,6 +57,7 @@ async def host() -> AsyncIterator[Hosted]:
 @pytest.fixture
 async def hasty(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Hosted]:
     """A server with little patience for connections without a request."""
+    monkeypatch.setattr(engine, "SWEEP_S", 0.2)
     monkeypatch.setattr(engine, "SILENT_S", 0.5)
     monkeypatch.setattr(engine, "HEAD_S", 1.0)
     async with hosted() as found:
@@ -591,6 +592,20 @@ async def test_slow_reader_of_a_large_item_gets_it_whole(host: Hosted) -> None:
         body = b'"' + b"x" * (5 << 20) + b'"'
         writer.write(host.request("echo", body))
         assert await read_answer(reader) == (200, body + b"\n")
+
+
+@pytest.mark.parametrize("action", ["stop", "kill"])
+async def test_early_cancellation_is_not_lost(host: Hosted, action: str) -> None:
+    """It comes before the body has come whole."""
+    async with connect(host) as (reader, writer):
+        writer.write(
+            host.head("wait", "Content-Length: 5", "X-Dynamo-Exchange: some-id", "Expect: 100-continue")
+        )
+        assert (await read_answer(reader))[0] == 100
+        assert (await host.ask(host.request(f"-/{action}/some-id", b"")))[0] == 204
+        writer.write(b"12345")
+        status, _ = await read_answer(reader)
+        assert status != 200 or host.cancelled == ["stopped"]
 
 
 # ------------------------------------------------------------------------- callers that leave
