@@ -13,6 +13,7 @@ import uvloop
 
 from tests.fuzz.contents import contents_property
 from tests.fuzz.decoding import decoder_property
+from tests.fuzz.exchanges import Host, exchanges_property
 from tests.fuzz.rounds import Property, rounds
 from tests.fuzz.session import Arena, properties
 from tests.fuzz.storm import Storm
@@ -25,8 +26,9 @@ SHARES: Final = {
     "server": 0.13,
     "client": 0.13,
     "handshake": 0.06,
-    "contents": 0.12,
-    "tunnels": 0.1,
+    "contents": 0.1,
+    "tunnels": 0.06,
+    "exchanges": 0.06,
 }
 PURE: Final = {"decoder": decoder_property, "contents": contents_property}
 """The parts without an event loop, which can be fuzzed with coverage, too."""
@@ -72,6 +74,9 @@ def _run(part: str, seed: int, seconds: float, requests: int) -> None:
             click.echo(f"{part}: without atheris no coverage is looked at")
     elif part == "tunnels":
         rounds(tunnels_property, seed, seconds, Report(part))
+    elif part == "exchanges":
+        with Host() as host:
+            rounds(lambda: exchanges_property(host), seed, seconds, Report(part))
     else:
         with Arena() as arena:
             rounds(lambda: _property(arena, part), seed, seconds, Report(part))

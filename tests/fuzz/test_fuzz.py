@@ -10,6 +10,7 @@ from dynamo_redis.wire.tunnel import WINDOW_BYTES
 from tests.fuzz import contents
 from tests.fuzz.contents import contents_property
 from tests.fuzz.decoding import check, decoder_property
+from tests.fuzz.exchanges import Host, exchanges_property
 from tests.fuzz.rounds import one_round
 from tests.fuzz.session import Arena, properties
 from tests.fuzz.storm import ENDS, KINDS, Storm
@@ -38,7 +39,12 @@ def test_contents_are_read_or_of_documented_errors() -> None:
 
 
 def test_tunnels_deliver_in_order_or_end() -> None:
-    one_round(tunnels_property, SEED, 60)
+    one_round(tunnels_property, SEED, 150)
+
+
+def test_exchanges_end_with_documented_answers() -> None:
+    with Host() as host:
+        one_round(lambda: exchanges_property(host), SEED, 80)
 
 
 @pytest.fixture(scope="module")

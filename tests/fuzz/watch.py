@@ -54,8 +54,9 @@ class _Recorder(logging.Handler):
 
 
 @contextmanager
-def complaints() -> Iterator[Complaints]:
-    """Collect the complaints of the running event loop; check them at the end."""
+def complaints(*, with_garbage: bool = True) -> Iterator[Complaints]:
+    """Collect the complaints of the running event loop; check them at the end, by default with those of
+    objects that the garbage collector frees there."""
     found, loop = Complaints(), asyncio.get_running_loop()
     recorder, log = _Recorder(found), logging.getLogger(_PACKAGE)
     hooks = loop.get_exception_handler(), sys.unraisablehook, log.propagate
@@ -67,7 +68,8 @@ def complaints() -> Iterator[Complaints]:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             yield found
-            gc.collect()
+            if with_garbage:
+                gc.collect()
         found.check()
     finally:
         loop.set_exception_handler(hooks[0])
