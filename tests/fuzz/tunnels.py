@@ -105,6 +105,7 @@ class Link:
         self._broker = broker
         self.address = address
         self.content_bytes = CONTENT_BYTES
+        self.is_behind = False
 
     async def open(self, owner: LinkOwner) -> None:
         self._broker.owners[self.address] = owner
