@@ -71,6 +71,7 @@ _VERSIONS: Final = ("1.1", "2")
 _MAX_DEADLINE_DIGITS: Final = 15
 _AHEAD_COUNT: Final = 16
 _CLOSE_S: Final = 2.0
+_WATCH_AFTER_S: Final = 0.05
 
 Scope = MutableMapping[str, Any]
 
@@ -213,7 +214,7 @@ class HttpApp:
             stream = self._begin(target, request, context, messages)
             self._note_begun(target, context)
             if reading is None:
-                reading = asyncio.create_task(body.wait_for_disconnect(context))
+                reading = asyncio.create_task(body.wait_for_disconnect(context, _WATCH_AFTER_S))
             try:
                 await _send_answer(stream, reply, is_msgpack=is_msgpack)
             finally:
@@ -361,8 +362,10 @@ class _Body:
         if self._held_bytes:
             raise InvalidRequest("the body ends inside a message")
 
-    async def wait_for_disconnect(self, context: Context) -> None:
-        """Kill the request once its caller has left."""
+    async def wait_for_disconnect(self, context: Context, after_s: float = 0.0) -> None:
+        """Kill the request once its caller has left. Look from `after_s` on: most answers take less, and a
+        look costs as much as a small answer."""
+        await asyncio.sleep(after_s)
         while True:
             message = await self._receive()
             if message["type"] == "http.disconnect":

@@ -236,6 +236,8 @@ class ForwardServer(FrameServer):
         ]
         if is_stream:
             headers.append((STREAM_HEADER.decode(), "1"))
+        else:
+            headers.append(("content-length", str(len(body))))
         connection = await self.peer.connect()
         exchange = connection.begin(path, headers, None if is_stream else body)
         sending: asyncio.Task[None] | None = None

@@ -58,8 +58,8 @@ async def host() -> AsyncIterator[Hosted]:
 async def hasty(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Hosted]:
     """A server with little patience for connections without a request."""
     monkeypatch.setattr(engine, "SWEEP_S", 0.2)
-    monkeypatch.setattr(engine, "SILENT_S", 0.5)
-    monkeypatch.setattr(engine, "HEAD_S", 1.0)
+    monkeypatch.setattr(engine, "SILENT_S", 4.0)
+    monkeypatch.setattr(engine, "HEAD_S", 4.0)
     async with hosted() as found:
         yield found
         assert await found.answers()
@@ -517,7 +517,7 @@ async def test_head_byte_by_byte_has_a_deadline(hasty: Hosted) -> None:
 async def test_connection_with_requests_is_kept(hasty: Hosted) -> None:
     async with h2_caller(hasty) as caller:
         assert await caller.answer(caller.request(hasty.headers("echo"))) == (200, b"1\n")
-        await asyncio.sleep(4 * engine.SILENT_S)
+        await asyncio.sleep(engine.SILENT_S + 5 * engine.SWEEP_S)
         assert await caller.answer(caller.request(hasty.headers("echo"))) == (200, b"1\n")
 
 
