@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -17,9 +18,11 @@ from dynamo_redis.planes.context import Context
 from dynamo_redis.planes.frames.client import FrameClient
 from dynamo_redis.planes.nats.link import NatsLink
 from dynamo_redis.planes.redis import link as redis_link
+from dynamo_redis.planes.redis.link import RedisLink
 from dynamo_redis.planes.select import make_server
 from dynamo_redis.planes.tunnel.server import TunnelServer
 from dynamo_redis.store.keys import inbox_key
+from dynamo_redis.wire import tunnel
 from tests.broker_plane import Broker, RedisBroker, ask, serving, target
 from tests.tcp_plane import INSTANCE, SECRET, eventually
 
@@ -154,6 +157,63 @@ async def test_requests_to_a_dead_worker_on_redis_fail_and_never_run(
             await asyncio.sleep(0.1)
         await redis.aclose()
         assert not ran
+
+
+@pytest.mark.parametrize("dead", ["caller", "worker"])
+async def test_stream_of_a_dead_process_is_bounded_and_goes(
+    dead: str, redis_broker: RedisBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other side goes on sending to it until the stream is removed, and does not make it anew."""
+    monkeypatch.setattr(redis_link, "EXPIRY_S", 6.0)
+    async with serving("redis") as (server, client):
+        assert isinstance(server, TunnelServer)
+        assert isinstance(client, FrameClient)
+
+        async def send_on(_: Any, __: Context) -> AsyncIterator[bytes]:
+            while True:
+                yield bytes(50_000)
+
+        async def read_on(messages: AsyncIterator[bytes], _: Context) -> AsyncIterator[int]:
+            async for message in messages:
+                yield len(message)
+
+        async def endless() -> AsyncIterator[bytes]:
+            while True:
+                yield bytes(50_000)
+
+        server.register("send", send_on)
+        server.register("read", read_on, request_stream=True)
+        if dead == "caller":
+            stream = client.open(target(server, "send"), None, Context())
+        else:
+            stream = client.open(target(server, "read"), bytes(1), Context(), messages=endless())
+        await anext(stream)
+        caller_link = client._carrier._tunnels._link  # type: ignore[attr-defined]
+        link = caller_link if dead == "caller" else server._link
+        assert isinstance(link, RedisLink)
+        await vanish(link)
+        async with reading() as redis:
+            largest_bytes, deadline = 0, time.monotonic() + RECOVERY_S
+            while await redis.exists(link._key):
+                assert time.monotonic() < deadline, "the stream stays"
+                largest_bytes = max(largest_bytes, await redis.memory_usage(link._key, samples=0) or 0)
+                await asyncio.sleep(0.02)
+            assert largest_bytes < 2 * tunnel.WINDOW_BYTES
+            if dead == "worker":
+                with pytest.raises((CannotConnect, ConnectionLost)):
+                    await ask(client, target(server), 1)
+            else:
+                server._tunnels._check()  # as every 30 s
+                await eventually(lambda: not server.connection_count, RECOVERY_S)
+            assert not await redis.exists(link._key)
+        await stream.aclose()
+
+
+@asynccontextmanager
+async def reading() -> AsyncIterator[Redis]:
+    redis = Redis.from_url(StoreSettings.load().require_url())
+    yield redis
+    await redis.aclose()
 
 
 async def test_redis_holds_nothing_that_was_read(redis_broker: RedisBroker) -> None:
