@@ -6,6 +6,7 @@ applies the precedence (command line > environment > `.env` > default) and check
 
 from __future__ import annotations
 
+import math
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -61,6 +62,19 @@ class SettingOption(click.Option):
     """An option made from a setting. `section` is its heading in the help."""
 
     section = "Settings"
+
+
+class Number(click.FloatRange):
+    """A number in a range; unlike the base class, it refuses nan."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return the number. Raises BadParameter."""
+        found = float(super().convert(value, param, ctx))
+        if math.isnan(found):
+            self.fail(f"{value!r} is not a number.", param, ctx)
+        return found
 
 
 class SettingsCommand(click.Command):

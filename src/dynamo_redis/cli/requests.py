@@ -13,10 +13,11 @@ import click
 
 from dynamo_redis.cli import connect
 from dynamo_redis.cli.failures import CommandFailed, print_stderr
-from dynamo_redis.cli.options import SettingsCommand, store_options
+from dynamo_redis.cli.options import Number, SettingsCommand, store_options
 from dynamo_redis.cli.output import print_line, print_table
 from dynamo_redis.errors import PlaneError
 from dynamo_redis.names import format_instance_id, parse_instance_id
+from dynamo_redis.wire.frame import payload_of
 
 if TYPE_CHECKING:
     from dynamo_redis.runtime.client import Client
@@ -32,7 +33,7 @@ _plane_option = click.option(
 @click.argument("request", metavar="[JSON]", default="null")
 @click.option("--instance", metavar="ID", help="The instance, as `instances` shows it.  [default: any]")
 @_plane_option
-@click.option("--timeout", "timeout_s", type=float, metavar="S", help="Deadline of the request.")
+@click.option("--timeout", "timeout_s", type=Number(min=0), metavar="S", help="Deadline of the request.")
 @store_options
 def call(
     endpoint: str, request: str, instance: str | None, timeout_s: float | None, **options: str | None
@@ -62,7 +63,7 @@ def call(
     help="Requests under way at once.",
 )  # fmt: skip
 @click.option(
-    "-d", "--duration", "duration_s", type=click.FloatRange(0.1, 600), default=5.0, show_default=True,
+    "-d", "--duration", "duration_s", type=Number(0.1, 600), default=5.0, show_default=True,
     metavar="S", help="How long requests are started.",
 )  # fmt: skip
 @store_options
@@ -90,7 +91,11 @@ def bench(
 
 def _parse(text: str) -> Any:
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        payload_of(value)
+        return value
+    except TypeError as exc:
+        raise click.UsageError(f"the request cannot be sent: {exc}") from exc
     except (ValueError, RecursionError) as exc:
         raise click.UsageError(f"the request is not JSON: {exc}; write a text as '\"text\"'") from exc
 

@@ -12,7 +12,7 @@ import click
 
 from dynamo_redis.cli import connect
 from dynamo_redis.cli.failures import CommandFailed
-from dynamo_redis.cli.options import SettingsCommand, load, store_options
+from dynamo_redis.cli.options import Number, SettingsCommand, load, store_options
 from dynamo_redis.cli.output import json_option, print_json, print_line, print_table
 from dynamo_redis.config import PlaneSettings, StoreSettings
 from dynamo_redis.errors import ConfigError, InvalidRecord, PlaneError
@@ -24,10 +24,11 @@ from dynamo_redis.runtime.instance import Instance
 from dynamo_redis.runtime.service import SCRAPE_S, Question, ask_all
 
 _WATCH_S = 2.0
+_MAX_TOKEN_S = 10 * 365 * 86_400.0
 _NS = 1_000_000_000
 _endpoint_argument = click.argument("endpoint", required=False)
 _timeout_option = click.option(
-    "--timeout", "timeout_s", type=float, default=SCRAPE_S, show_default=True, metavar="S",
+    "--timeout", "timeout_s", type=Number(min=0), default=SCRAPE_S, show_default=True, metavar="S",
     help="Longest wait for the answers.",
 )  # fmt: skip
 
@@ -109,7 +110,7 @@ def ping(endpoint: str | None, as_json: bool, timeout_s: float, **options: str |
 @click.command("token", cls=SettingsCommand)
 @click.argument("instance", metavar="INSTANCE")
 @click.option(
-    "--lifetime", "lifetime_s", type=click.FloatRange(min=1), default=TOKEN_S, show_default=True, metavar="S",
+    "--lifetime", "lifetime_s", type=Number(1, _MAX_TOKEN_S), default=TOKEN_S, show_default=True, metavar="S",
     help="Seconds until the token expires.",
 )  # fmt: skip
 @store_options

@@ -26,9 +26,9 @@ class EndpointStats:
     """The counts of one endpoint. Times are in seconds; `started_at` is in seconds since 1970.
 
     The processing time of a request runs from the start of its handler to the end of its answer.
-    `duration_counts` are the requests that took at most each of `DURATION_BUCKETS_S`, then all.
-    `error_counts` are by the errors' codes. `cancelled_count` is of requests whose caller did not want the
-    rest of the answer.
+    `duration_counts` are the requests that took at most each of `DURATION_BUCKETS_S`, then all whose handler
+    began. A request may end before that, as at its deadline in the queue. `error_counts` are by the errors'
+    codes. `cancelled_count` is of requests whose caller did not want the rest of the answer.
     """
 
     started_at: float
@@ -45,8 +45,8 @@ class EndpointStats:
 
     @property
     def average_s(self) -> float:
-        """The mean processing time."""
-        return self.processing_s / self.request_count if self.request_count else 0.0
+        """The mean processing time of the requests whose handler began."""
+        return self.processing_s / self.duration_counts[-1] if self.duration_counts[-1] else 0.0
 
 
 class RequestCounts:
@@ -66,6 +66,7 @@ class RequestCounts:
         "durations_s",
         "last_error",
         "started_at",
+        "unstarted_count",
     )
 
     def __init__(self) -> None:
@@ -77,6 +78,8 @@ class RequestCounts:
         self._duration_counts = [0] * len(DURATION_BUCKETS_S)
         self._error_counts: Counter[str] = Counter()
         self.cancelled_count = 0
+        self.unstarted_count = 0
+        """Requests that ended while they waited for a handler."""
         self.last_error = ""
         self._recent_s: deque[float] = deque(maxlen=RECENT_COUNT)
 
@@ -101,7 +104,7 @@ class RequestCounts:
         recent_s = sorted(self._recent_s)
         return EndpointStats(
             started_at=self.started_at,
-            request_count=self._request_count,
+            request_count=self._request_count + self.unstarted_count,
             error_count=self._error_counts.total(),
             in_flight_count=in_flight_count,
             processing_s=self._processing_s,

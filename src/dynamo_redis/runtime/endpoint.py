@@ -85,8 +85,8 @@ class Endpoint:
                 that are no label names of Prometheus, or are there already, raise ValueError.
             health_check_payload: with `DYN_HEALTH_CHECK_ENABLED`, a request that the handler gets while it is
                 idle. Until it answers, callers do not choose the instance, and `/health` says so.
-            stats_handler: returns what the endpoint adds to its stats, any JSON value, as `data`. Called for
-                each `dynamo-redis stats` and `Client.scrape_stats`.
+            stats_handler: returns what the endpoint adds to its stats, any JSON value of up to 256 KiB, as
+                `data`. Called for each `dynamo-redis stats` and `Client.scrape_stats`.
             later: arguments of later releases of `dynamo.runtime`, named in the log, without effect.
         """
         note_ignored("serve_endpoint", later)

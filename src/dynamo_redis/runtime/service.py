@@ -23,10 +23,14 @@ from dynamo_redis.planes.base import RequestPlaneClient, RequestPlaneServer, Tar
 from dynamo_redis.planes.context import Context
 from dynamo_redis.planes.stats import EndpointStats
 from dynamo_redis.runtime.instance import Instance
+from dynamo_redis.wire.frame import payload_of
 
 SERVICE_NAME: Final = "dynamo_redis"
 SCRAPE_S: Final = 2.0
 """Longest wait for the answers of all instances."""
+
+MAX_DATA_BYTES: Final = 256 << 10
+"""The most that an endpoint's stats handler adds to its stats, packed."""
 
 Question = Literal["ping", "info", "stats"]
 StatsHandler = Callable[[], Any]
@@ -113,12 +117,20 @@ class Service:
             found |= _in_nanoseconds(stats)
         if handler is not None:
             try:
-                data = handler()
-                json.dumps(data)
-                found["data"] = data
+                found["data"] = _checked(handler())
             except Exception as exc:  # noqa: BLE001 - the handler is the user's
                 found["data_error"] = f"{type(exc).__name__}: {exc}"
         return found
+
+
+def _checked(data: Any) -> Any:
+    """Return what a stats handler has returned, if each plane can carry it: one handler's data must not cost
+    the others' figures. Raises TypeError or ValueError."""
+    json.dumps(data)
+    size_bytes = len(payload_of({"endpoints": [{"data": data}]}))
+    if size_bytes > MAX_DATA_BYTES:
+        raise ValueError(f"{size_bytes} bytes are over the limit of {MAX_DATA_BYTES}")
+    return data
 
 
 def _in_nanoseconds(stats: EndpointStats) -> dict[str, Any]:

@@ -129,6 +129,24 @@ async def test_bench_prints_rates_and_percentiles(cli: Cli, dynamo_runtime_facto
     assert "invalid_request" in failing.stderr
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("token", "10151d906d3c1719", "--lifetime", "inf"),
+        ("token", "10151d906d3c1719", "--lifetime", "nan"),
+        ("ping", "--timeout", "nan"),
+        ("call", ENDPOINT, "--timeout", "-1"),
+        ("bench", ENDPOINT, "--duration", "nan"),
+        ("call", ENDPOINT, r'"\ud800"'),
+        ("call", ENDPOINT, str(1 << 64)),
+    ],
+)
+async def test_unusable_argument_is_a_usage_error(cli: Cli, arguments: tuple[str, ...]) -> None:
+    refused = await run(cli, *arguments)
+    assert refused.returncode == 2
+    assert "unexpected" not in refused.stderr
+
+
 @pytest.mark.skipif(shutil.which("curl") is None, reason="no curl on this machine: apt-get install curl")
 async def test_curl_with_a_token(cli: Cli, dynamo_runtime_factory: RuntimeFactory) -> None:
     worker = await greeting(dynamo_runtime_factory, "http")

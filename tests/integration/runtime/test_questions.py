@@ -16,7 +16,7 @@ from dynamo_redis.planes.base import Target
 from dynamo_redis.planes.context import Context
 from dynamo_redis.planes.tcp.server import TcpServer
 from dynamo_redis.runtime.instance import Instance
-from dynamo_redis.runtime.service import Service, ask_all, read_answer, service_subject
+from dynamo_redis.runtime.service import MAX_DATA_BYTES, Service, ask_all, read_answer, service_subject
 from tests.tcp_plane import SECRET, running_client
 
 LATE_S = 0.2
@@ -91,3 +91,26 @@ async def test_stats_that_are_no_json_are_told() -> None:
     [endpoint] = service.describe("stats")["endpoints"]
     assert "data" not in endpoint
     assert endpoint["data_error"].startswith("TypeError")
+
+
+@pytest.mark.parametrize("data", [2**70, "\ud800", "x" * (MAX_DATA_BYTES + 1)], ids=["int", "text", "size"])
+async def test_stats_that_no_plane_carries_cost_no_others(data: Any) -> None:
+    settings = PlaneSettings.load(tcp_host="127.0.0.1")
+    server = TcpServer(settings, secret=SECRET, instance_id=1)
+    service = Service(server, 1)
+    server.register(service_subject(1), service.answer)
+    for endpoint, handler in (("good", lambda: 5), ("bad", lambda: data)):
+        instance = Instance(EndpointName("a", "b", endpoint), InstanceId(1), {}, True, None, 0.0)
+        service.add(instance, handler)
+    await server.start()
+    try:
+        async with running_client() as client:
+            target = Target(1, server.address, "", SECRET)
+            found = (await ask_all(client, [target], "stats", timeout_s=60))[1].found
+    finally:
+        await server.aclose()
+    assert isinstance(found, dict)
+    good, bad = found["endpoints"]
+    assert good["data"] == 5
+    assert "data" not in bad
+    assert bad["data_error"]

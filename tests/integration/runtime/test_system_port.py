@@ -9,15 +9,19 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, cast
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from dynamo_redis.config import SystemSettings
 from dynamo_redis.errors import ConfigError, InvalidRequest, NoInstances
 from dynamo_redis.names import format_instance_id
+from dynamo_redis.planes.context import Context
 from dynamo_redis.runtime import Client, DistributedRuntime
-from dynamo_redis.runtime.system.server import MAX_REQUEST_COUNT, EventLoop, LoopBusy
+from dynamo_redis.runtime.system.health import ProcessState
+from dynamo_redis.runtime.system.server import MAX_REQUEST_COUNT, EventLoop, LoopBusy, SystemServer
 from dynamo_redis.testing import RuntimeFactory
 
 ENDPOINT = "dynamo.backend.generate"
@@ -209,6 +213,26 @@ async def test_the_port_closes_with_the_runtime(worker: DistributedRuntime) -> N
         await asyncio.to_thread(fetch, worker.system_address, "/live")
 
 
+async def test_port_closes_while_the_executor_is_taken() -> None:
+    loop, release = asyncio.get_running_loop(), threading.Event()
+    executor = ThreadPoolExecutor(1)
+    loop.set_default_executor(executor)
+    taken = loop.run_in_executor(None, release.wait)
+    settings = SystemSettings.load(system_port=0, system_host="127.0.0.1")
+    server = SystemServer(settings, cast("ProcessState", None), 0.0)
+    try:
+        async with asyncio.timeout(WITHIN_S):
+            await server.aclose()
+            await server.aclose()
+    finally:
+        release.set()
+        await taken
+        executor.shutdown()
+    host, _, port = server.address.rpartition(":")
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((host, int(port)), timeout=WITHIN_S)
+
+
 async def test_idle_connections_do_not_keep_probes_out(worker: DistributedRuntime) -> None:
     assert worker.system_address is not None
     host, _, port = worker.system_address.rpartition(":")
@@ -381,6 +405,40 @@ async def test_canaries_are_no_requests(canary_worker: DistributedRuntime) -> No
 
     await until(has_asked)
     assert (await samples(canary_worker))["dynamo_component_requests_total", ""][0] == 0
+
+
+async def test_handler_may_take_its_canary_apart(canary_worker: DistributedRuntime) -> None:
+    canaries = []
+
+    async def take_apart(request: dict[str, list[int]]) -> AsyncIterator[int]:
+        canaries.append(dict(request))
+        yield request.pop("tokens").pop()
+
+    await canary_worker.endpoint(ENDPOINT).start_serving(take_apart, health_check_payload={"tokens": [1]})
+
+    async def has_asked() -> bool:
+        return len(canaries) >= 3
+
+    await until(has_asked)
+    assert [canary.keys() for canary in canaries] == [{"tokens"}] * len(canaries)
+    assert await has_health(canary_worker, 200)
+
+
+async def test_canary_survives_callbacks_that_raise(canary_worker: DistributedRuntime) -> None:
+    answers = asyncio.Event()
+
+    def fail(_: Any) -> None:
+        raise RuntimeError("a bug of the handler")
+
+    async def generate(_: Any, context: Context) -> AsyncIterator[int]:
+        context.on_cancel(fail)
+        await answers.wait()
+        yield 1
+
+    await canary_worker.endpoint(ENDPOINT).start_serving(generate, health_check_payload={"canary": True})
+    await until(lambda: has_health(canary_worker, 503))
+    answers.set()
+    await until(lambda: has_health(canary_worker, 200))
 
 
 async def test_a_busy_endpoint_gets_no_canary(

@@ -156,6 +156,7 @@ class AdmissionControl:
         """See `server_request.Admission.dequeue`."""
         if self._waiting.remove(request.connection, request):
             self._release_payload(request)
+            request.endpoint.counts.unstarted_count += 1
             request.endpoint.release()
 
     def refuse_waiting(self, endpoints: Collection[RegisteredEndpoint], error: PlaneError) -> None:

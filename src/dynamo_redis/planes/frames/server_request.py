@@ -223,6 +223,7 @@ class Request(Sender):
         if not self._has_begun:
             self._has_begun = True
             self._task = None
+            self.endpoint.counts.unstarted_count += 1
             self.fail(HandlerFailed("the handler was cancelled before it began"))
             self._admission.finished(self)
 

@@ -7,12 +7,16 @@ not counted among them.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Callable
+from copy import deepcopy
 from typing import Any, Final
 
 from dynamo_redis.planes.base import Handler
 from dynamo_redis.planes.context import Context
 from dynamo_redis.planes.stats import EndpointStats
+
+_log = logging.getLogger(__name__)
 
 _END_S: Final = 1.0
 """Seconds that a handler has to end after its context was killed, before it is cancelled."""
@@ -64,7 +68,7 @@ class Canary:
         self._asking = asyncio.create_task(self._first_item(context), name="canary request")
         done, _ = await asyncio.wait([self._asking], timeout=self._timeout_s)
         if not done:
-            context.kill()
+            _kill(context)
             await asyncio.wait([self._asking], timeout=_END_S)
             self._asking.cancel()
             return f"the canary request had no answer within {self._timeout_s:g} s"
@@ -75,13 +79,22 @@ class Canary:
 
     async def _first_item(self, context: Context) -> None:
         """Read the handler's answer to its first item, or its end."""
-        answer: Any = self._handler(self._payload, context)
+        request = deepcopy(self._payload)  # the handler may take it apart
+        answer: Any = self._handler(request, context)
         if not hasattr(answer, "__anext__"):
             await answer
             return
         try:
             await anext(answer, None)
         finally:
-            context.kill()
+            _kill(context)
             if isinstance(answer, AsyncGenerator):
                 await answer.aclose()
+
+
+def _kill(context: Context) -> None:
+    """Kill a canary's context, and log what the handler's own callbacks raise, as for any request."""
+    try:
+        context.kill()
+    except Exception:  # noqa: BLE001 - see above
+        _log.exception("a cancellation callback of a canary request raised")

@@ -91,5 +91,5 @@ class _Readings(Collector):
                 le = "+Inf" if limit_s is None else str(limit_s)
                 durations.add_sample(f"{durations.name}_bucket", {**labels, "le": le}, count)
             durations.add_sample(f"{durations.name}_sum", labels, stats.processing_s)
-            durations.add_sample(f"{durations.name}_count", labels, stats.request_count)
+            durations.add_sample(f"{durations.name}_count", labels, stats.duration_counts[-1])
         return [uptime, connected, requests, errors, cancellations, in_flight, ready, durations]

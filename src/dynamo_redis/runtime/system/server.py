@@ -34,6 +34,7 @@ LOOP_S: Final = 1.0
 """Longest wait for the event loop."""
 
 _POLL_S: Final = 0.1
+_END_S: Final = 2.0
 _PATHS: Final = "/health, /live, /metrics"
 
 _log = logging.getLogger(__name__)
@@ -135,7 +136,17 @@ class SystemServer:
 
     async def aclose(self) -> None:
         """Stop listening. Idempotent."""
-        await asyncio.to_thread(self._http.shutdown)
+        loop = asyncio.get_running_loop()
+        stopped = loop.create_future()
+
+        def stop() -> None:
+            self._http.shutdown()
+            with suppress(RuntimeError):  # the event loop is closed
+                loop.call_soon_threadsafe(stopped.cancel)
+
+        # Not in the event loop's executor: all its threads may be taken by handlers.
+        threading.Thread(target=stop, name="end of the system port", daemon=True).start()
+        await asyncio.wait([stopped], timeout=_END_S)
         self._http.server_close()
 
 

@@ -229,6 +229,10 @@ async def test_waiting_request_that_ends_frees_its_place(ending: str) -> None:
             assert isinstance(end, DeadlineExceeded)
         await worker.has(1)
         assert worker.server.admission.waiting_count == 0
+        stats = worker.server.stats("test")
+        assert stats is not None
+        assert (stats.request_count, stats.error_count + stats.cancelled_count) == (1, 1)
+        assert stats.duration_counts[-1] == stats.average_s == 0  # its handler has not begun
         third.ask("third")
         await worker.has(2)
         await worker.finish_all()
