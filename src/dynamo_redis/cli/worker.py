@@ -63,6 +63,7 @@ def mock(endpoint: str | None, **options: str | None) -> None:
             model,
             endpoint=str(name),
             model_name=model_name,
+            migration_limit=model_settings.model_migration_limit,
             on_ready=announce_ready,
         )
 

@@ -74,7 +74,13 @@ def openai(endpoint: str | None, **options: str | None) -> None:
         engine = OpenAIEngine(engine_settings, model, context_length=model_settings.context_length)
         if await _is_up(engine, runtime):
             await serve_engine(
-                runtime, engine, model, endpoint=str(name), model_name=model_name, on_ready=announce_ready
+                runtime,
+                engine,
+                model,
+                endpoint=str(name),
+                model_name=model_name,
+                migration_limit=model_settings.model_migration_limit,
+                on_ready=announce_ready,
             )
 
     run_service("worker", options, serve)

@@ -34,6 +34,12 @@ class ModelSettings(SettingsGroup):
         "Most tokens of a prompt and its answer. Unset: the engine's value, else that of the model's files.",
         unit="tokens",
     )
+    model_migration_limit: Annotated[int, Field(ge=0)] = setting(
+        "DYN_MODEL_MIGRATION_LIMIT",
+        0,
+        "How often an answer of this model goes on at another worker after its worker was lost, unless the "
+        "frontend has a limit of its own (`--migration-limit`).",
+    )
 
 
 class MockEngineSettings(SettingsGroup):

@@ -94,6 +94,18 @@ class FrontendSettings(SettingsGroup):
     request_timeout_s: Duration = setting(
         "DYN_HTTP_REQUEST_TIMEOUT_S", 600.0, "Longest time of one request; 0: no limit.", unit="s"
     )
+    migration_limit: Annotated[int, Field(ge=0)] | None = setting(
+        "DYN_MIGRATION_LIMIT",
+        None,
+        "How often an answer whose worker is lost goes on at another one; 0: it ends with an error. Unset: "
+        "as the model's workers say (`--model-migration-limit`).",
+    )
+    migration_max_seq_len: Annotated[int, Field(ge=1)] | None = setting(
+        "DYN_MIGRATION_MAX_SEQ_LEN",
+        None,
+        "Answers go on only up to this many tokens, with their prompt. Unset: without a limit.",
+        unit="tokens",
+    )
     model_cache: Path | None = setting(
         "DYN_MODEL_CACHE",
         None,

@@ -58,6 +58,7 @@ async def serve_engine(
     *,
     endpoint: str,
     model_name: str,
+    migration_limit: int = 0,
     on_ready: Callable[[str], None] | None = None,
 ) -> None:
     """Serve the engine at `endpoint` (`namespace.component.generate`) until the runtime shuts down.
@@ -81,6 +82,7 @@ async def serve_engine(
         model: the model's files.
         endpoint: the endpoint's whole name.
         model_name: the model's name in requests.
+        migration_limit: how often an answer may go on at another worker after its worker was lost.
         on_ready: called with a line of text for the user when callers can find the model.
     """
     name = EndpointName.parse(endpoint)
@@ -94,7 +96,9 @@ async def serve_engine(
         generate = runtime.endpoint(endpoint)
         served = await generate.start_serving(engine.generate)
         stack.push_async_callback(served.unregister)
-        follower = CardFollower(engine, model, model_name, runtime.settings.events.event_plane)
+        follower = CardFollower(
+            engine, model, model_name, runtime.settings.events.event_plane, migration_limit
+        )
         card = follower.first_card()
         registration = await publish_model(runtime, name, model, card)
         stack.push_async_callback(runtime.leave, registration)
@@ -152,11 +156,19 @@ class CardFollower:
     """Makes the card of a model on an engine, and updates it when the engine comes back with another
     capacity."""
 
-    def __init__(self, engine: Engine, model: ModelDirectory, model_name: str, event_plane: str) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        model: ModelDirectory,
+        model_name: str,
+        event_plane: str,
+        migration_limit: int,
+    ) -> None:
         self._engine = engine
         self._model = model
         self._model_name = model_name
         self._event_plane = event_plane
+        self._migration_limit = migration_limit
         self._published = engine.capacity
 
     def first_card(self) -> ModelCard:
@@ -197,6 +209,7 @@ class CardFollower:
         return make_card(
             model,
             model_name=self._model_name,
+            migration_limit=self._migration_limit,
             kv_cache_block_size=capacity.kv_block_size,
             runtime_config=RuntimeConfig(
                 total_kv_blocks=capacity.total_kv_blocks,

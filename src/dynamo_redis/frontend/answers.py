@@ -19,18 +19,30 @@ class AnswerDecoder:
 
     __slots__ = (
         "_detokenizer",
+        "_moved_count",
         "_stops",
         "cached_tokens",
         "finish_reason",
         "prompt_token_count",
         "token_count",
+        "token_ids",
     )
 
-    def __init__(self, detokenizer: Detokenizer, stops: Sequence[str], *, keeps_stop: bool = False) -> None:
+    def __init__(
+        self,
+        detokenizer: Detokenizer,
+        stops: Sequence[str],
+        *,
+        keeps_stop: bool = False,
+        keeps_tokens: bool = False,
+    ) -> None:
         self._detokenizer = detokenizer
         self._stops = StopStrings(stops, keeps_found=keeps_stop) if stops else None
         self.finish_reason: str | None = None
         self.token_count = 0
+        self.token_ids: list[int] | None = [] if keeps_tokens else None
+        """The tokens so far, if they are kept."""
+        self._moved_count = 0
         self.prompt_token_count: int | None = None
         """As counted by the engine; None if it did not count."""
         self.cached_tokens: int | None = None
@@ -46,6 +58,8 @@ class AnswerDecoder:
         try:
             self.token_count += len(token_ids)
             text = self._detokenizer.feed(token_ids)
+            if self.token_ids is not None:
+                self.token_ids.extend(token_ids)
         except (TypeError, OverflowError) as exc:
             raise ProtocolViolation("the worker answered with 'token_ids' that are not token ids") from exc
         if self.cached_tokens is None and is_count(cached := item.get("cached_tokens")):
@@ -53,14 +67,7 @@ class AnswerDecoder:
         reason = item.get("finish_reason") or None  # some engines send "" while there is no reason
         if reason is not None:
             text += self._detokenizer.finish()
-            usage = item.get("completion_usage")
-            if isinstance(usage, dict):
-                # The engine's counts may differ from the number of tokens received here.
-                prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
-                if is_count(completion):
-                    self.token_count = completion
-                if is_count(prompt) and prompt > 0:
-                    self.prompt_token_count = prompt
+            self._take_counts(item.get("completion_usage"))
         if self._stops is not None:
             text = self._stops.feed(text)
             if self._stops.found is not None:
@@ -72,12 +79,28 @@ class AnswerDecoder:
             self.finish_reason = _openai_reason(reason)
         return text
 
+    def _take_counts(self, usage: Any) -> None:
+        """Take the engine's counts, which may differ from the number of tokens received here."""
+        if isinstance(usage, dict):
+            prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
+            if is_count(completion):
+                self.token_count = self._moved_count + completion
+            if is_count(prompt) and prompt > self._moved_count:
+                self.prompt_token_count = prompt - self._moved_count
+
     def restart(self) -> None:
         """Forget all items: another worker answers from the beginning."""
         self._detokenizer.finish()
         if self._stops is not None:
             self._stops.finish()
         self.token_count, self.prompt_token_count, self.cached_tokens = 0, None, None
+        self._moved_count = 0
+        if self.token_ids is not None:
+            self.token_ids = []
+
+    def note_move(self) -> None:
+        """Note that the next items are of another worker, whose prompt includes the answer so far."""
+        self._moved_count = self.token_count
 
     @property
     def cut_off(self) -> bool:

@@ -27,6 +27,7 @@ from dynamo_redis.frontend.http.errors import ApiError, api_error, invalid, too_
 from dynamo_redis.frontend.http.framing import STREAMS_EVENTS
 from dynamo_redis.frontend.http.request_body import BodyBudget, ClientGone, read_limited
 from dynamo_redis.frontend.http.sse import Kind
+from dynamo_redis.frontend.migration import Migration
 from dynamo_redis.frontend.model import Model, NamedModel
 from dynamo_redis.frontend.model_loading import LoadedModel
 from dynamo_redis.frontend.models import LiveModels
@@ -122,6 +123,8 @@ class Completions:
         self._limit_bytes = int(settings.max_body_bytes)
         self._max_choices_count = settings.max_choices_count
         self._timeout_s = settings.request_timeout_s or None
+        self._migration_limit = settings.migration_limit
+        self._migration_max_length = settings.migration_max_seq_len
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -194,20 +197,27 @@ class Completions:
     ) -> Exchange:
         assert model.loaded is not None
         tokenizer = model.loaded.tokenizer
+        limit = self._migration_limit
+        if limit is None:
+            limit = self._models.migration_limit(model)
+        max_length = self._migration_max_length
         choices = [
             CompletionChoice(
                 index,
                 request,
-                AnswerDecoder(tokenizer.detokenizer(), body.stops, keeps_stop=body.keeps_stops),
+                AnswerDecoder(
+                    tokenizer.detokenizer(), body.stops, keeps_stop=body.keeps_stops, keeps_tokens=limit > 0
+                ),
                 context,
+                Migration(request, limit, max_length) if limit else None,
             )
             for index, (request, context) in enumerate(zip(requests, contexts, strict=True))
         ]
         prefix = "chatcmpl" if self._kind == "chat" else "cmpl"
         frame = {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model.name}
 
-        async def generate(request: GenerateRequest, context: Context) -> Any:
-            return await self._models.generate(model, request, context)
+        async def generate(request: GenerateRequest, context: Context, excluded: Collection[int]) -> Any:
+            return await self._models.generate(model, request, context, excluded)
 
         return Exchange(self._kind, frame, choices, generate)
 

@@ -17,13 +17,14 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, MutableMapping, Sequence
 from typing import Any
 
 from dynamo_redis.errors import DynamoRedisError, EngineFailed, ProtocolViolation
 from dynamo_redis.frontend.answers import AnswerDecoder
 from dynamo_redis.frontend.http.errors import ApiError, worker_error, worker_lost
 from dynamo_redis.frontend.http.sse import DONE, ChunkEncoder, Kind, event
+from dynamo_redis.frontend.migration import Migration
 from dynamo_redis.models.llm_protocol import GenerateRequest
 from dynamo_redis.planes.context import Context
 from dynamo_redis.rate_limited_log import RateLimitedLog
@@ -42,20 +43,30 @@ _WHOLE_TRIES = 3
 _END_GRACE_S = 1.0
 """Longest time from the item with the finish reason to the end of a worker's answer, in seconds."""
 
-Generate = Callable[[GenerateRequest, Context], Awaitable[AsyncIterator[Any]]]
-"""Sends a request to a worker; awaited, and then iterated. Raises PlaneError at either step."""
+Generate = Callable[[GenerateRequest, Context, Collection[int]], Awaitable[AsyncIterator[Any]]]
+"""Sends a request to a worker other than those of these ids; awaited, and then iterated. Raises PlaneError at
+either step."""
 
 
 class CompletionChoice:
     """One choice of a completion: its request, and the part of the answer that has arrived."""
 
-    __slots__ = ("answer", "begun", "context", "index", "pieces", "request")
+    __slots__ = ("answer", "begun", "context", "index", "migration", "pieces", "request")
 
-    def __init__(self, index: int, request: GenerateRequest, answer: AnswerDecoder, context: Context) -> None:
+    def __init__(
+        self,
+        index: int,
+        request: GenerateRequest,
+        answer: AnswerDecoder,
+        context: Context,
+        migration: Migration | None = None,
+    ) -> None:
+        """`migration` has the answer go on at another worker if its worker is lost; None: it ends then."""
         self.index = index
         self.request = request
         self.answer = answer
         self.context = context
+        self.migration = migration
         self.begun = False
         """True once part of the answer has arrived."""
         self.pieces: list[str] = []
@@ -273,11 +284,14 @@ class Exchange:
         *,
         is_last: bool,
     ) -> bool:
-        """Read an answer to its end. Return False if its worker was lost and it may be tried again."""
-        answer = choice.answer
+        """Read an answer to its end. Return False if its worker was lost, and another is to be asked."""
+        answer, migration = choice.answer, choice.migration
         items: Any = None
         try:
-            items = await self._generate(choice.request, choice.context)
+            if migration is None:
+                items = await self._generate(choice.request, choice.context, ())
+            else:
+                items = await migration.send(self._generate, choice.context)
             async for item in items:
                 choice.begun = True
                 await deliver(choice, answer.feed(item))
@@ -292,7 +306,16 @@ class Exchange:
                             pass
         except DynamoRedisError as exc:
             lost = worker_lost(exc) or isinstance(exc, EngineFailed)
-            if is_last or not lost or not choice.begun or choice.context.is_stopped():
+            if not lost or not choice.begun or choice.context.is_stopped():
+                raise
+            if migration is not None and migration.is_whole(answer):
+                await deliver(choice, answer.feed({"finish_reason": "length"}))
+                return True
+            if migration is not None and migration.may_move(answer):
+                _log_failure(choice, exc)
+                migration.move(answer, lost_at=getattr(items, "instance_id", None))
+                return False
+            if is_last:
                 raise
             _log_failure(choice, exc)
             choice.restart()

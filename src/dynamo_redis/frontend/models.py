@@ -19,6 +19,7 @@ from dynamo_redis.models.chat_template import ChatTemplate
 from dynamo_redis.models.llm_protocol import GenerateRequest
 from dynamo_redis.names import MODEL_CARDS, EndpointName
 from dynamo_redis.planes.context import Context
+from dynamo_redis.runtime.among import IdsWithout
 from dynamo_redis.runtime.following import follow, key_of
 from dynamo_redis.store.base import Delete, DeleteCause, ObjectStore, Put, Registry, WatchBatch
 from dynamo_redis.supervision import Supervisor
@@ -187,10 +188,23 @@ class LiveModels:
                     best, found = rank, other
         return found
 
-    async def generate(self, model: Model, request: GenerateRequest, context: Context) -> AsyncIterator[Any]:
-        """Send a request to one of the model's instances. Raises PlaneError."""
+    async def generate(
+        self,
+        model: Model,
+        request: GenerateRequest,
+        context: Context,
+        excluded: Collection[int] = (),
+    ) -> AsyncIterator[Any]:
+        """Send a request to one of the model's instances that are not excluded. Raises PlaneError."""
         assert model.client is not None
-        return await model.client.generate(request, False, context, among=model.among)
+        among = IdsWithout(model.among, excluded) if excluded else model.among
+        return await model.client.generate(request, False, context, among=among)
+
+    def migration_limit(self, model: Model) -> int:
+        """Return the limit that the cards of this version of a model name: the highest."""
+        named = self._models.get(model.name)
+        cards = named.cards.values() if named is not None else ()
+        return max((entry.card.migration_limit for entry in cards if entry.source == model.source), default=0)
 
     # ----------------------------------------------------------------- the watch
 

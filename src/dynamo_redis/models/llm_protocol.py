@@ -79,6 +79,8 @@ class GenerateRequest(TypedDict):
     """A request to a worker's `generate` endpoint.
 
     `dp_rank` is the data-parallel rank that has to answer it; without it, the worker chooses one.
+    `answered_count` says that this many tokens at the end of `token_ids` are the beginning of the answer,
+    given by a worker that was lost: `stop_conditions` count from there on.
     """
 
     model: str
@@ -88,6 +90,7 @@ class GenerateRequest(TypedDict):
     eos_token_ids: list[int]
     annotations: NotRequired[list[str]]
     dp_rank: NotRequired[int]
+    answered_count: NotRequired[int]
 
 
 class CompletionUsage(TypedDict, total=False):

@@ -52,6 +52,7 @@ def make_card(
     kv_cache_block_size: int,
     runtime_config: RuntimeConfig | None = None,
     model_type: ModelKind | None = None,
+    migration_limit: int = 0,
 ) -> ModelCard:
     """Return the card of a model as a worker serves it.
 
@@ -64,6 +65,7 @@ def make_card(
         model_type=model_type or model.model_type,
         context_length=model.context_length,
         kv_cache_block_size=kv_cache_block_size,
+        migration_limit=migration_limit,
         runtime_config=runtime_config or RuntimeConfig(),
         files={
             file.name: FileReference(

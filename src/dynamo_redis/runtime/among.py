@@ -36,9 +36,38 @@ class LiveIds(Collection[int]):
         return f"<LiveIds {sorted(self.ids)}>"
 
 
+class IdsWithout(Collection[int]):
+    """The ids of `LiveIds` at each moment, without some that a request must not be sent to."""
+
+    __slots__ = ("_live", "_of", "_without", "excluded")
+
+    def __init__(self, live: LiveIds, excluded: Collection[int]) -> None:
+        self.excluded = frozenset(excluded)
+        self._live = live
+        self._of = live.ids
+        self._without = live.ids - self.excluded
+
+    @property
+    def ids(self) -> frozenset[int]:
+        """The ids now: the same object until they change."""
+        if self._of is not self._live.ids:
+            self._of = self._live.ids
+            self._without = self._of - self.excluded
+        return self._without
+
+    def __contains__(self, instance_id: object) -> bool:
+        return instance_id in self.ids
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.ids)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
 def ids_now(among: Collection[int] | None) -> Collection[int] | None:
     """Return the ids that a request may be sent to now; None if it may be sent to any instance.
 
-    For `LiveIds` the result is the same object until the ids change.
+    For `LiveIds` and `IdsWithout` the result is the same object until the ids change.
     """
-    return among.ids if isinstance(among, LiveIds) else among
+    return among.ids if isinstance(among, LiveIds | IdsWithout) else among

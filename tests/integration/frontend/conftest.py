@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -27,9 +27,11 @@ from dynamo_redis.models.llm_protocol import GenerateItem, GenerateRequest
 from dynamo_redis.models.upload import make_card, upload_model_files
 from dynamo_redis.names import EndpointName, InstanceId
 from dynamo_redis.planes.context import Context
+from dynamo_redis.runtime import DistributedRuntime, Settings
 from dynamo_redis.runtime.instance import Instance
 from dynamo_redis.store.base import Delete, DeleteCause, LeaseId, Put, Record, Revision, WatchBatch
 from dynamo_redis.store.objects.memory import MemoryObjectStore
+from tests.frontend_deployment import Deployment
 
 ENDPOINT = EndpointName("dynamo", "backend", "generate")
 Script = Callable[[GenerateRequest, Context], AsyncGenerator[Any]]
@@ -273,3 +275,24 @@ async def _frontend(
             shutdown.set()
             await serving
     await preparation.aclose()
+
+
+@pytest.fixture
+async def deployment(
+    dynamo_redis_url: str, dynamo_redis_prefix: str, tmp_path: Path
+) -> AsyncIterator[Deployment]:
+    executor = ThreadPoolExecutor(4)
+    asyncio.get_running_loop().set_default_executor(executor)
+
+    async with AsyncExitStack() as ending:
+
+        async def open_runtime() -> DistributedRuntime:
+            settings = Settings.load(redis_url=dynamo_redis_url, prefix=dynamo_redis_prefix, drain_s=2)
+            return await ending.enter_async_context(DistributedRuntime(settings=settings))
+
+        deployment = Deployment(open_runtime, tmp_path / "cache", [])
+        yield deployment
+        for process in reversed(deployment.processes):
+            await process.end()
+    executor.shutdown()
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(4))

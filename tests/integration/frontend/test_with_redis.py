@@ -3,148 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
-import httpx
 import openai
 import pytest
 from redis import Redis
 
-from dynamo_redis.config import FrontendSettings, MockEngineSettings
-from dynamo_redis.engines.demo_model import DEMO_MODEL_PATH
-from dynamo_redis.engines.mock.engine import MockEngine
-from dynamo_redis.engines.worker import serve_engine
 from dynamo_redis.errors import ConfigError
-from dynamo_redis.frontend.http.server import bind, serve_frontend
-from dynamo_redis.models.directory import ModelDirectory, read_model_directory
-from dynamo_redis.models.llm_protocol import GenerateItem, GenerateRequest
-from dynamo_redis.planes.context import Context
-from dynamo_redis.runtime import DistributedRuntime, Settings
+from dynamo_redis.frontend.http.server import bind
+from tests.frontend_deployment import Deployment, Process, until_healthy
 
 MESSAGES: Any = [{"role": "user", "content": "Hello!"}]
-
-
-class NotingEngine(MockEngine):
-    """A mock engine that records the models of its requests."""
-
-    def __init__(self, settings: MockEngineSettings, model: ModelDirectory) -> None:
-        super().__init__(settings, model)
-        self.asked_for: list[str] = []
-
-    def generate(self, request: GenerateRequest, context: Context) -> AsyncGenerator[GenerateItem]:
-        self.asked_for.append(request["model"])
-        return super().generate(request, context)
-
-
-@dataclass
-class Process:
-    """A service in a runtime of its own."""
-
-    runtime: DistributedRuntime
-    serving: asyncio.Task[None]
-
-    async def end(self) -> None:
-        self.runtime.shutdown()
-        try:
-            await self.serving
-        finally:
-            await self.runtime.aclose()
-
-
-@dataclass
-class Deployment:
-    """Starts the services of one registry."""
-
-    open_runtime: Callable[[], Awaitable[DistributedRuntime]]
-    cache: Path
-    processes: list[Process]
-
-    async def worker(self, name: str = "demo", **engine: Any) -> NotingEngine:
-        runtime = await self.open_runtime()
-        model = read_model_directory(DEMO_MODEL_PATH)
-        mock = NotingEngine(MockEngineSettings.load(**{"speedup_ratio": 0, **engine}), model)
-        ready = asyncio.Event()
-        serving = asyncio.create_task(
-            serve_engine(
-                runtime,
-                mock,
-                model,
-                endpoint="dynamo.backend.generate",
-                model_name=name,
-                on_ready=lambda _: ready.set(),
-            )
-        )
-        await self._started(runtime, serving, ready)
-        return mock
-
-    async def frontend(self, **settings: Any) -> str:
-        runtime = await self.open_runtime()
-        ready = asyncio.Event()
-        urls: list[str] = []
-
-        def on_ready(url: str) -> None:
-            urls.append(url)
-            ready.set()
-
-        given = {"http_host": "127.0.0.1", "http_port": 0, "model_cache": self.cache, **settings}
-        serving = asyncio.create_task(
-            serve_frontend(runtime, FrontendSettings.load(**given), on_ready=on_ready)
-        )
-        await self._started(runtime, serving, ready)
-        return urls[0]
-
-    async def _started(
-        self, runtime: DistributedRuntime, serving: asyncio.Task[None], ready: asyncio.Event
-    ) -> None:
-        self.processes.append(Process(runtime, serving))
-        waiting = asyncio.create_task(ready.wait())
-        await asyncio.wait({serving, waiting}, return_when=asyncio.FIRST_COMPLETED)
-        waiting.cancel()
-        if serving.done():
-            await serving
-
-
-@pytest.fixture
-async def deployment(
-    dynamo_redis_url: str, dynamo_redis_prefix: str, tmp_path: Path
-) -> AsyncIterator[Deployment]:
-    executor = ThreadPoolExecutor(4)
-    asyncio.get_running_loop().set_default_executor(executor)
-
-    async with AsyncExitStack() as ending:
-
-        async def open_runtime() -> DistributedRuntime:
-            settings = Settings.load(redis_url=dynamo_redis_url, prefix=dynamo_redis_prefix, drain_s=2)
-            return await ending.enter_async_context(DistributedRuntime(settings=settings))
-
-        deployment = Deployment(open_runtime, tmp_path / "cache", [])
-        yield deployment
-        for process in reversed(deployment.processes):
-            await process.end()
-    executor.shutdown()
-    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(4))
 
 
 @asynccontextmanager
 async def client_of(url: str) -> AsyncIterator[openai.AsyncOpenAI]:
     async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
         yield client
-
-
-async def until_healthy(url: str, instances: int = 1) -> dict[str, Any]:
-    async with httpx.AsyncClient() as http, asyncio.timeout(30):
-        while True:
-            response = await http.get(f"{url}/health")
-            body: dict[str, Any] = response.json()
-            if len(body["instances"]) == instances:
-                assert response.status_code == (200 if instances else 503)
-                return body
-            await asyncio.sleep(0.02)
 
 
 async def test_chats_with_workers_found_through_redis(deployment: Deployment) -> None:

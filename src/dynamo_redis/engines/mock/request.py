@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any, Final
 
 from xxhash import xxh3_64_intdigest
@@ -47,9 +48,13 @@ def read_request(
             raise InvalidRequest(
                 f"the mock engine has no model, and cannot hold an answer to {name!r}{asked}"
             )
+    answered_count = _integer(request, "answered_count", default=0, least=0)
+    if answered_count >= len(prompt):
+        raise InvalidRequest(f"answered_count={answered_count} leaves no prompt of {len(prompt)} tokens")
     max_tokens = _integer(stop, "max_tokens", default=room_count, least=1)
     seed = _integer(sampling, "seed", default=0, least=-(1 << 63)) if sampling.get("temperature") != 0 else 0
-    key = xxh3_64_intdigest(prompt.tobytes(), seed & (1 << 64) - 1)
+    unanswered = prompt[: len(prompt) - answered_count]
+    key = xxh3_64_intdigest(unanswered.tobytes(), seed & (1 << 64) - 1)
     ignore_eos = bool(stop.get("ignore_eos"))
     try:
         eos_ids = frozenset(() if ignore_eos else request.get("eos_token_ids") or ())
@@ -60,8 +65,8 @@ def read_request(
         tokens=prompt,
         prompt_count=len(prompt),
         hashes=chain(local_hashes(prompt, settings.block_size)),
-        text=phrasebook.tokens(key),
-        natural_length=room_count if ignore_eos else phrasebook.length(key),
+        text=islice(phrasebook.tokens(key), answered_count, None),
+        natural_length=room_count if ignore_eos else max(phrasebook.length(key) - answered_count, 0),
         min_tokens=_integer(stop, "min_tokens", default=0, least=0),
         max_tokens=min(max_tokens, room_count),
         stop_ids=stop_ids,

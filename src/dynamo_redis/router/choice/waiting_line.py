@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from dynamo_redis.clock import SYSTEM_CLOCK
 from dynamo_redis.errors import DeadlineExceeded, Overloaded
-from dynamo_redis.runtime.among import LiveIds
+from dynamo_redis.runtime.among import IdsWithout, LiveIds
 
 T = TypeVar("T")
 
@@ -44,8 +44,8 @@ class WaitingLines:
         self, try_now: Callable[[], T | None], deadline: float, among: Collection[int] | None = None
     ) -> T:
         """Wait as in `WaitingLine.enter`, in the line of the requests for the same instances: those with the
-        same `LiveIds`, or with equal ids."""
-        key = among if among is None or isinstance(among, LiveIds) else frozenset(among)
+        same `LiveIds` or `IdsWithout`, or with equal ids."""
+        key = among if among is None or isinstance(among, LiveIds | IdsWithout) else frozenset(among)
         line = self._lines.setdefault(key, WaitingLine(self._limit, self._numbers))
         try:
             return await line.enter(try_now, deadline)

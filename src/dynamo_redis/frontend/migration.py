@@ -1,0 +1,100 @@
+"""Migration: an answer whose worker is lost goes on at another one, and its client sees one answer.
+
+The next worker gets the tokens so far at the end of the prompt, and the rest of the budget of tokens. An
+answer is not moved if the lost worker had more state than its tokens, as for guided decoding.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from typing import Any, Final
+
+from dynamo_redis.errors import NoInstances
+from dynamo_redis.frontend.answers import AnswerDecoder
+from dynamo_redis.models.llm_protocol import GenerateRequest, StopConditions
+from dynamo_redis.planes.context import Context
+
+WAIT_S: Final = 10.0
+"""Longest wait for a worker that can go on with an answer."""
+
+_FIRST_PAUSE_S: Final = 0.05
+_LONGEST_PAUSE_S: Final = 1.0
+
+Send = Callable[[GenerateRequest, Context, Collection[int]], Awaitable[AsyncIterator[Any]]]
+
+
+class Migration:
+    """The migrations of one answer: at most `limit`, and none beyond `max_length` tokens of prompt and answer
+    together."""
+
+    __slots__ = ("_excluded", "_left", "_max_length", "_request", "count", "request")
+
+    def __init__(self, request: GenerateRequest, limit: int, max_length: int | None) -> None:
+        self._request = request
+        self._left = limit
+        self._max_length = max_length
+        self._excluded: set[int] = set()
+        self.request = request
+        """The request to the next worker."""
+        self.count = 0
+        """The number of migrations so far."""
+
+    def may_move(self, answer: AnswerDecoder) -> bool:
+        """Return whether the answer can go on at another worker."""
+        token_ids = answer.token_ids
+        if not self._left or token_ids is None or not can_move(self._request):
+            return False
+        length = len(self._request["token_ids"]) + len(token_ids)
+        return self._max_length is None or length <= self._max_length
+
+    def is_whole(self, answer: AnswerDecoder) -> bool:
+        """Return whether all tokens of the answer have come, and only its end is missing."""
+        max_tokens = self._request["stop_conditions"].get("max_tokens")
+        return max_tokens is not None and answer.token_ids is not None and len(answer.token_ids) >= max_tokens
+
+    def move(self, answer: AnswerDecoder, lost_at: int | None) -> None:
+        """Make the request for the rest of the answer. `lost_at` is the instance that was lost."""
+        assert answer.token_ids is not None
+        self._left -= 1
+        self.count += 1
+        if lost_at is not None:
+            self._excluded.add(lost_at)
+        answered = answer.token_ids
+        stop: StopConditions = {**self._request["stop_conditions"]}
+        if "max_tokens" in stop:
+            stop["max_tokens"] -= len(answered)
+        if "min_tokens" in stop:
+            stop["min_tokens"] = max(stop["min_tokens"] - len(answered), 0)
+        self.request = {
+            **self._request,
+            "token_ids": [*self._request["token_ids"], *answered],
+            "stop_conditions": stop,
+            "answered_count": len(answered),
+        }
+        answer.note_move()
+
+    async def send(self, send: Send, context: Context) -> AsyncIterator[Any]:
+        """Send the request. After a migration wait for a worker up to `WAIT_S`; if there is none but those
+        that were lost, ask these again. Raises PlaneError."""
+        if not self.count:
+            return await send(self.request, context, ())
+        pause_s, loop = _FIRST_PAUSE_S, asyncio.get_running_loop()
+        give_up_at = loop.time() + WAIT_S
+        while True:
+            for excluded in (self._excluded, ()):
+                try:
+                    return await send(self.request, context, excluded)
+                except NoInstances:
+                    if context.is_stopped() or (not excluded and loop.time() + pause_s > give_up_at):
+                        raise
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+
+def can_move(request: GenerateRequest) -> bool:
+    """Return whether the tokens of an answer are all that another worker needs to go on with it."""
+    return (
+        not request["sampling_options"].get("guided_decoding")
+        and request["stop_conditions"].get("max_thinking_tokens") is None
+    )
