@@ -20,6 +20,7 @@ from dynamo_redis.errors import ConfigError, InvalidRequest, NoInstances
 from dynamo_redis.names import format_instance_id
 from dynamo_redis.planes.context import Context
 from dynamo_redis.runtime import Client, DistributedRuntime
+from dynamo_redis.runtime.system import server as system_server
 from dynamo_redis.runtime.system.health import ProcessState
 from dynamo_redis.runtime.system.server import MAX_REQUEST_COUNT, EventLoop, LoopBusy, SystemServer
 from dynamo_redis.testing import RuntimeFactory
@@ -233,13 +234,23 @@ async def test_port_closes_while_the_executor_is_taken() -> None:
         socket.create_connection((host, int(port)), timeout=WITHIN_S)
 
 
-async def test_idle_connections_do_not_keep_probes_out(worker: DistributedRuntime) -> None:
+async def test_idle_connections_do_not_keep_probes_out(
+    worker: DistributedRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(system_server._Handler, "timeout", 10 * WITHIN_S)
     assert worker.system_address is not None
     host, _, port = worker.system_address.rpartition(":")
     idle = [socket.create_connection((host, int(port))) for _ in range(2 * MAX_REQUEST_COUNT)]
     try:
         for _ in range(3):
             assert (await get(worker, "/live"))[0] == 200
+
+        async def are_few() -> bool:
+            return (
+                sum("process_request" in thread.name for thread in threading.enumerate()) <= MAX_REQUEST_COUNT
+            )
+
+        await until(are_few)
     finally:
         for connection in idle:
             connection.close()
