@@ -151,8 +151,11 @@ class ClientConnection(CallerConnection):
     def remove(self, stream: FrameResponseStream) -> None:
         """Forget a stream that has ended."""
         del self.streams[stream.stream_id]
-        if not self.streams and not self.usable:
-            self._loop.call_soon(self.close)
+        if not self.streams:
+            if self._unproven:
+                self._unproven.clear()  # all have ended, and the peer may answer none of them
+            if not self.usable:
+                self._loop.call_soon(self.close)
 
     @property
     def is_stale(self) -> bool:

@@ -18,6 +18,7 @@ from dynamo_redis.wire import frame
 from dynamo_redis.wire.handshake import ServerHandshake
 from dynamo_redis.wire.session import ClientStream
 from faults.proxy import BLACK_HOLE, Proxy
+from tests.fuzz.watch import Newcomers, settled
 from tests.integration.planes.tcp.test_memory import (
     MIB,
     WINDOW,
@@ -27,7 +28,7 @@ from tests.integration.planes.tcp.test_memory import (
     serving,
     settings,
 )
-from tests.tcp_plane import INSTANCE, SECRET, eventually
+from tests.tcp_plane import INSTANCE, SECRET, eventually, running_client
 
 
 async def ask(client: TcpClient, target: Target, request: Any = 1) -> list[Any]:
@@ -299,3 +300,24 @@ async def test_answered_connection_is_not_stale() -> None:
             await anext(stream)
         assert client.connection_count == 0
         await client.aclose()
+
+
+async def test_killed_requests_without_an_answer_are_freed() -> None:
+    """The connection stays, though its peer says nothing on it since it was idle."""
+    new = Newcomers()
+
+    def left_count() -> int:
+        return new.census("planes.frames")["FrameResponseStream"]
+
+    async def kill_one(client: TcpClient, port: int) -> None:
+        async with client.open(target_at(port), 1, None) as stream:
+            await eventually(lambda: stream.sent)
+
+    async with bare_servers() as (port, arrived), running_client(keepalive_interval_s=0.4) as client:
+        first = asyncio.ensure_future(ask(client, target_at(port)))
+        await answer_one(await shake(*await arrived()), "first")
+        await first
+        await has_been_idle(client)
+        await kill_one(client, port)
+        await settled(lambda: not left_count(), left_count)
+        assert client.connection_count == 1
