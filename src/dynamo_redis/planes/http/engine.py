@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -42,10 +43,13 @@ BACKLOG_COUNT: Final = 4096
 
 _LOOK_S: Final = 1.0
 _END_S: Final = 3.0
+_THREADS_END_S: Final = 0.5
+_THREADS_LOOK_S: Final = 0.002
 _WIDE_WINDOW_BYTES: Final = 1 << 20
 _WIDE_CONNECTION_BYTES: Final = 1 << 24
 _PLAIN_WINDOW_BYTES: Final = 65_535
 _OWN_FILES: Final = Path("/proc/self/fd")
+_OWN_THREADS: Final = Path("/proc/self/task")
 _QUIET: Final[dict[str, Any]] = {"incremental": True, "handlers": {}, "loggers": {}}
 """Has granian set the level of its own logger, and leave the process's logging alone otherwise."""
 
@@ -81,6 +85,7 @@ class HttpEngine:
         self._max_count = settings.max_connections_count
         holder = SocketHolder(self._fd, False, BACKLOG_COUNT)  # type: ignore[call-arg]
         self._server = _Embedded(app, holder, **_options(settings))
+        self._other_threads = _native_threads()
         self._serving = asyncio.create_task(self._server.serve(), name="http plane")
         self._sweeping = asyncio.create_task(self._sweep(), name="connections of the http plane")
 
@@ -112,10 +117,19 @@ class HttpEngine:
         self._sweeping.cancel()
         await asyncio.wait([self._sweeping])
         if not self._serving.done():
-            with suppress(OSError):
-                await asyncio.to_thread(self._end_connections)
+            with suppress(OSError):  # not in the loop's executor: handlers may have taken all its threads
+                self._end_connections()
             await self.wait_ended(_END_S)
             self._serving.cancel()
+        await self._wait_threads_ended()
+
+    async def _wait_threads_ended(self) -> None:
+        """Wait until granian's threads have ended, for a moment at most: it tells of its end before that. A
+        thread of granian's that is left when Python ends aborts the process."""
+        loop = asyncio.get_running_loop()
+        give_up_at = loop.time() + _THREADS_END_S
+        while _native_threads() - self._other_threads and loop.time() < give_up_at:  # noqa: ASYNC110
+            await asyncio.sleep(_THREADS_LOOK_S)
 
     def _end_connections(self, addresses: set[str] | None = None) -> set[str]:
         """End the connections from these addresses, or all. Return the addresses of all."""
@@ -147,6 +161,15 @@ class HttpEngine:
             self._silent = {address: silent.get(address, now) for address in found - ended - asked}
             if len(found) >= self._max_count:
                 _log.warning(_FULL, len(found), self._max_count)
+
+
+def _native_threads() -> set[int]:
+    """Return the ids of this process's threads that Python has not started; empty where the system does not
+    tell."""
+    own = {thread.native_id for thread in threading.enumerate()}
+    with suppress(OSError):
+        return {int(path.name) for path in _OWN_THREADS.iterdir()} - own
+    return set()
 
 
 def accepted(port: int) -> Iterator[tuple[str, socket.socket]]:

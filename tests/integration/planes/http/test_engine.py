@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
+from pathlib import Path
 
 import h2.events
 import pytest
@@ -127,6 +130,33 @@ async def test_end_of_a_server_leaves_no_task() -> None:
         await eventually(lambda: host.server.in_flight_count == 3)
         await host.server.aclose()
         await eventually(lambda: asyncio.all_tasks() <= before)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the system lists no threads")
+async def test_end_of_a_server_leaves_no_thread() -> None:
+    """A thread of granian's that is left when Python ends aborts the process, with exit code 134."""
+    for _ in range(20):
+        before = engine._native_threads()
+        async with hosted() as host:
+            assert await host.answers()
+        assert engine._native_threads() <= before
+
+
+async def test_end_waits_not_for_the_executor() -> None:
+    loop, release = asyncio.get_running_loop(), threading.Event()
+    executor = ThreadPoolExecutor(1)
+    loop.set_default_executor(executor)
+    taken = loop.run_in_executor(None, release.wait)
+    try:
+        async with hosted() as host, connect(host) as (reader, writer), asyncio.timeout(30):
+            writer.write(host.request("echo"))
+            assert (await read_answer(reader))[0] == 200
+            writer.write(b"POST /v1/rpc/x HTTP/1.1\r\n")
+            await host.server.aclose()
+    finally:
+        release.set()
+        await taken
+        executor.shutdown()
 
 
 async def test_request_ends_with_its_connection(monkeypatch: pytest.MonkeyPatch) -> None:
