@@ -9,14 +9,13 @@
 set -eu
 
 usage() {
-    echo "usage: $0 --tcp | --http | --nats | --redis" >&2
-    exit 2
+    echo "usage: $0 --tcp | --http | --nats | --redis"
 }
 
-[ $# -eq 1 ] || usage
-case $1 in
---tcp | --http | --nats | --redis) plane=${1#--} ;;
-*) usage ;;
+case $#${1-} in
+1--tcp | 1--http | 1--nats | 1--redis) plane=${1#--} ;;
+1-h | 1--help) usage && exit 0 ;;
+*) usage >&2 && exit 2 ;;
 esac
 
 for program in curl dynamo-redis; do
@@ -27,11 +26,13 @@ for program in curl dynamo-redis; do
 done
 
 directory=$(mktemp -d)
+: >"$directory/up.log"
 deployment= nats=
 stop() {
     status=$?
     trap - EXIT INT TERM
-    [ -z "$deployment" ] || { kill -INT "$deployment" && wait "$deployment"; } || status=1
+    # Not SIGINT: sh has its jobs ignore it.
+    [ -z "$deployment" ] || { kill "$deployment" && wait "$deployment"; } || [ $status -ne 0 ] || status=1
     [ -z "$nats" ] || { kill "$nats" && wait "$nats"; } || true
     [ $status -eq 0 ] || tail -n 20 "$directory"/*.log >&2
     rm -rf "$directory"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -9,11 +10,13 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from dynamo_redis.events.block_hashes import chain, local_hashes
@@ -117,20 +120,9 @@ def test_a_whole_deployment_on_each_plane(repository: Path, plane: str, tmp_path
     """The script starts its own Redis, and its own nats-server if none answers."""
     if plane == "nats" and find_nats_server() is None:
         pytest.skip("no nats-server on this machine; on Debian and Ubuntu: apt-get install nats-server")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        nats_port = free.getsockname()[1]
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith(("DYN_", "NATS_"))
-    } | {
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "XDG_RUNTIME_DIR": str(tmp_path),
-        "NATS_SERVER": f"nats://127.0.0.1:{nats_port}",
-        "DYN_HTTP_RPC_PORT": "0",
-    }
     ran = subprocess.run(
         ["sh", str(repository / "examples" / "agg_request_planes.sh"), f"--{plane}"],
-        env=environment,
+        env=_environment(tmp_path),
         capture_output=True,
         text=True,
         timeout=120,
@@ -140,6 +132,46 @@ def test_a_whole_deployment_on_each_plane(repository: Path, plane: str, tmp_path
     heading, answer = ran.stdout.splitlines()
     assert heading == f"A chat over the {plane} plane:"
     assert json.loads(answer)["choices"][0]["message"]["content"]
+
+
+def _environment(directory: Path) -> dict[str, str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        nats_port = free.getsockname()[1]
+    return {name: value for name, value in os.environ.items() if not name.startswith(("DYN_", "NATS_"))} | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "XDG_RUNTIME_DIR": str(directory),
+        "NATS_SERVER": f"nats://127.0.0.1:{nats_port}",
+        "DYN_HTTP_RPC_PORT": "0",
+    }
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl on this machine: apt-get install curl")
+def test_the_script_of_planes_stops_while_it_starts(repository: Path, tmp_path: Path) -> None:
+    """Also before `up` has handlers of its own for signals: nothing is left then, and nothing waits."""
+    script = subprocess.Popen(
+        ["sh", str(repository / "examples" / "agg_request_planes.sh"), "--redis"],
+        env=_environment(tmp_path),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deployment: list[psutil.Process] = []
+    try:
+        deadline = time.monotonic() + 60
+        while not deployment and time.monotonic() < deadline:
+            for child in psutil.Process(script.pid).children():
+                with contextlib.suppress(psutil.Error):
+                    if "up" in child.cmdline():
+                        deployment.append(child)
+        assert deployment
+        script.terminate()
+        assert script.wait(45) == 128 + signal.SIGTERM
+        assert not deployment[0].is_running()
+    finally:
+        for process in deployment:
+            with contextlib.suppress(psutil.Error):
+                process.terminate()
+        script.kill()
 
 
 def test_the_script_of_planes_explains_itself(repository: Path) -> None:

@@ -8,7 +8,7 @@ import click
 
 from dynamo_redis.cli.options import SettingsCommand, load, setting_options
 from dynamo_redis.cli.service import announce_ready, run_service, runtime_options
-from dynamo_redis.config import FrontendSettings, RouterSettings
+from dynamo_redis.config import FrontendSettings, PlaneSettings, RouterSettings
 
 if TYPE_CHECKING:
     from dynamo_redis.runtime.runtime import DistributedRuntime
@@ -34,6 +34,7 @@ def frontend(**options: str | None) -> None:
     """
     settings = load(FrontendSettings, options)
     router_settings = load(RouterSettings, options)
+    load(PlaneSettings, options).require_one_plane()
 
     async def serve(runtime: DistributedRuntime) -> None:
         from dynamo_redis.frontend.http.server import serve_frontend

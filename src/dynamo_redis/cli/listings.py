@@ -163,9 +163,7 @@ def _process_rows(found: Sequence[_Found], *, secrets: bool) -> list[list[str]]:
                 addresses.append(part.http_url)
                 continue
             serves.append(str(part.name))
-            addresses += (
-                f"{plane} {address.partition('/')[0]}" for plane, address in part.transports.items()
-            )
+            addresses += (f"{plane} {address}" for plane, address in part.addresses.items())
             secret = part.secret.hex() if part.secret else secret
         started_at = min((part.started_at for part in parts if part.started_at), default=0.0)
         is_ready = all(part.ready for part in parts if isinstance(part, Instance))

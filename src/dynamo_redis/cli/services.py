@@ -13,7 +13,7 @@ import click
 from dynamo_redis.cli import connect
 from dynamo_redis.cli.failures import CommandFailed
 from dynamo_redis.cli.options import Number, SettingsCommand, load, store_options
-from dynamo_redis.cli.output import json_option, print_json, print_line, print_table
+from dynamo_redis.cli.output import json_option, print_json, print_json_line, print_line, print_table
 from dynamo_redis.config import PlaneSettings, StoreSettings
 from dynamo_redis.errors import ConfigError, InvalidRecord, PlaneError
 from dynamo_redis.names import INSTANCES, EndpointName, format_instance_id
@@ -45,7 +45,10 @@ class _Asked:
 
 @click.command("stats", cls=SettingsCommand)
 @_endpoint_argument
-@click.option("--watch", is_flag=True, help="Ask again every 2 s, until Ctrl-C.")
+@click.option(
+    "--watch", is_flag=True,
+    help="Ask again every 2 s, until Ctrl-C. With --json each round is a list on one line.",
+)  # fmt: skip
 @json_option
 @_timeout_option
 @store_options
@@ -67,7 +70,10 @@ def stats(endpoint: str | None, watch: bool, as_json: bool, timeout_s: float, **
         asked = connect.run(_ask(options, "stats", name, timeout_s))
         if watch and not as_json:
             click.clear()
-        _print_stats(asked, as_json=as_json)
+        if as_json:
+            (print_json_line if watch else print_json)([_as_json(one) for one in asked])
+        else:
+            _print_stats(asked)
         if not watch:
             break
         time.sleep(_WATCH_S)
@@ -186,10 +192,7 @@ def _as_json(one: _Asked) -> dict[str, Any]:
     return one.answer
 
 
-def _print_stats(asked: Sequence[_Asked], *, as_json: bool) -> None:
-    if as_json:
-        print_json([_as_json(one) for one in asked])
-        return
+def _print_stats(asked: Sequence[_Asked]) -> None:
     columns = ["INSTANCE", "PLANE", "ENDPOINT", "REQUESTS", "ERRORS", "IN FLIGHT", "MEAN", "P50", "P99"]
     rows: list[list[str]] = []
     for one in asked:

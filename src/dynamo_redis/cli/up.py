@@ -110,6 +110,7 @@ def up(workers_count: int, data_dir: Path | None, **options: str | None) -> None
     require_extra("http")
     for group in _GROUPS:
         load(group, options)  # a wrong setting fails before any process starts
+    load(PlaneSettings, options).require_one_plane()  # the frontend's
     external = origins(StoreSettings, _given(options))["redis_url"] != "default"
     if external and data_dir is not None:
         raise click.UsageError(

@@ -65,8 +65,16 @@ class Instance:
     @property
     def planes(self) -> str:
         """The planes that it serves: `tcp`, or `nats, tcp`."""
+        return ", ".join(self.addresses)
+
+    @property
+    def addresses(self) -> dict[str, str]:
+        """The planes by the names of `DYN_REQUEST_PLANE`, and where each is reached."""
         planes = {transport: plane for plane, transport in _TRANSPORTS.items()}
-        return ", ".join(planes.get(transport, transport) for transport in self.transports)
+        return {
+            planes.get(transport, transport): address.partition("/")[0]
+            for transport, address in self.transports.items()
+        }
 
     @property
     def device_type(self) -> str | None:

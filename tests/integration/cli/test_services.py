@@ -187,3 +187,17 @@ async def test_curl_with_a_token(cli: Cli, dynamo_runtime_factory: RuntimeFactor
         assert status == 403
         status, _ = await curl(version, f"http://{worker._server.address}/v1/rpc/-/live")
         assert status == 204
+
+
+async def test_watched_stats_are_a_line_of_json_a_round(
+    cli: Cli, dynamo_runtime_factory: RuntimeFactory
+) -> None:
+    worker = await greeting(dynamo_runtime_factory, "tcp")
+    argv = [sys.executable, "-m", "dynamo_redis", "stats", "--watch", "--json"]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as watching:
+        try:
+            assert watching.stdout is not None
+            (row,) = json.loads(await anyio.to_thread.run_sync(watching.stdout.readline))
+            assert row["id"] == format_instance_id(worker.instance_id)
+        finally:
+            watching.terminate()

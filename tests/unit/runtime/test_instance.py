@@ -42,6 +42,12 @@ def test_record_of_dynamo_is_read() -> None:
     assert (instance.ready, instance.transport.kind) == (True, "tcp")
 
 
+def test_planes_have_the_names_of_the_setting() -> None:
+    instance = Instance(NAME, ID, {"nats_tcp": f"dynamo.plane.x/{NAME.subject(ID)}", "tcp": "10.0.0.7:1/x"})
+    assert instance.planes == "nats, tcp"
+    assert instance.addresses == {"nats": "dynamo.plane.x", "tcp": "10.0.0.7:1"}
+
+
 def test_stalled_form_differs_in_ready_only() -> None:
     instance = Instance.from_bytes(record())
     stalled = json.loads(instance.to_bytes(ready=False))

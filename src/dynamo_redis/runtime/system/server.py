@@ -99,8 +99,8 @@ class SystemServer:
         except OSError as exc:
             where = format_address(settings.system_host, settings.system_port)
             raise ConfigError(
-                f"DYN_SYSTEM_PORT: cannot listen on {where}: {exc.strerror or exc}; choose another port, 0 "
-                "for a free one, or -1 for none"
+                f"DYN_SYSTEM_HOST, DYN_SYSTEM_PORT: cannot listen on {where}: {exc.strerror or exc}; choose "
+                "another address or port, 0 for a free port, or -1 for none"
             ) from exc
         self.address = format_address(settings.system_host, self._http.server_address[1])
         self._thread = threading.Thread(
