@@ -42,7 +42,9 @@ async def test_connect_timeout_bounds_the_handshake(broker: Broker) -> None:
 
 
 async def test_request_timeout_bounds_the_acceptance(broker: Broker) -> None:
-    async with serving(broker.plane, accept_timeout_s=0.5, keepalive_interval_s=0.2) as (server, client):
+    async with serving(
+        broker.plane, accept_timeout_s=3.0, keepalive_interval_s=10.0, connect_timeout_s=WAIT_S
+    ) as (server, client):
         assert await ask(client, target(server), 1) == [1]
         freeze(server)
         with pytest.raises(NotAccepted):
@@ -50,7 +52,7 @@ async def test_request_timeout_bounds_the_acceptance(broker: Broker) -> None:
 
 
 async def test_keepalive_finds_a_worker_that_hangs(broker: Broker) -> None:
-    async with serving(broker.plane, keepalive_interval_s=0.2) as (server, client):
+    async with serving(broker.plane, keepalive_interval_s=0.2, connect_timeout_s=WAIT_S) as (server, client):
 
         async def wait(_: Any, context: Context) -> AsyncIterator[int]:
             yield 1
@@ -67,7 +69,7 @@ async def test_keepalive_finds_a_worker_that_hangs(broker: Broker) -> None:
 
 
 async def test_connections_of_callers_are_bounded(broker: Broker) -> None:
-    async with serving(broker.plane, max_connections_count=1) as (server, client):
+    async with serving(broker.plane, max_connections_count=1, connect_timeout_s=WAIT_S) as (server, client):
         assert await ask(client, target(server), 1) == [1]
         second = make_client(PlaneSettings.load(request_plane=broker.plane, connect_timeout_s=WAIT_S))
         try:

@@ -165,7 +165,7 @@ async def test_stream_of_a_dead_process_is_bounded_and_goes(
 ) -> None:
     """The other side goes on sending to it until the stream is removed, and does not make it anew."""
     monkeypatch.setattr(redis_link, "EXPIRY_S", 6.0)
-    async with serving("redis") as (server, client):
+    async with serving("redis", connect_timeout_s=RECOVERY_S) as (server, client):
         assert isinstance(server, TunnelServer)
         assert isinstance(client, FrameClient)
 

@@ -112,7 +112,7 @@ async def serving_throughout(
     broker: Broker, **settings: Any
 ) -> AsyncIterator[tuple[TunnelServer, RequestPlaneClient, Probe]]:
     """Have a request under way all the time, and at the end some more served over the same connection."""
-    async with serving(broker.plane, **settings) as (server, client):
+    async with serving(broker.plane, **{"connect_timeout_s": 30.0, **settings}) as (server, client):
         assert isinstance(server, TunnelServer)
         go_on = asyncio.Event()
 
@@ -256,7 +256,7 @@ async def test_content_past_the_window_ends_its_connection(redis_broker: RedisBr
 
 
 async def test_callers_that_open_and_stay_silent_are_bounded(broker: Broker) -> None:
-    async with serving_throughout(broker, connect_timeout_s=30.0) as (server, client, probe):
+    async with serving_throughout(broker) as (server, client, probe):
         count = 2 * MAX_HANDSHAKE_COUNT
         await probe.send(*[tunnel.encode_head(Kind.OPEN, an_id(), tunnel.VERSION) for _ in range(count)])
         await until_caught_up(probe)

@@ -96,7 +96,12 @@ async def test_worker_and_caller_serve_under_their_own_users(
         worker, caller = [
             await stack.enter_async_context(
                 DistributedRuntime(
-                    settings=Settings.load(request_plane="redis", drain_s=2.0, **store_of(server, user))
+                    settings=Settings.load(
+                        request_plane="redis",
+                        connect_timeout_s=WAIT_S,
+                        drain_s=2.0,
+                        **store_of(server, user),
+                    )
                 )
             )
             for user in ("worker", "caller")
@@ -262,7 +267,7 @@ async def serving(
     server: EmbeddedServer, **settings: Any
 ) -> AsyncIterator[tuple[RequestPlaneServer, RequestPlaneClient, Target]]:
     """A worker's and a caller's end of the plane, each under its user."""
-    chosen = PlaneSettings.load(request_plane="redis", **settings)
+    chosen = PlaneSettings.load(**{"request_plane": "redis", "connect_timeout_s": WAIT_S, **settings})
     worker = make_server(chosen, secret=SECRET, instance_id=INSTANCE, store=settings_of(server, "worker"))
     worker.register("echo", echo)
     worker.register("numbers", serve_numbers)
