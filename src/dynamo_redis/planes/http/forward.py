@@ -27,6 +27,7 @@ from dynamo_redis.errors import (
     ConnectionLost,
     InvalidRequest,
     NotAccepted,
+    Overloaded,
     PayloadTooLarge,
     PlaneError,
 )
@@ -74,7 +75,7 @@ class HttpPeer:
 
     async def connect(self) -> H2ClientConnection:
         """Return a connection with room for an exchange, within the connect time-out. Those who wait share a
-        dial and its error. Raises CannotConnect."""
+        dial and its error. Raises CannotConnect, and Overloaded if all connections are full."""
         timeout_s = self._settings.connect_timeout_s
         try:
             async with asyncio.timeout(timeout_s):
@@ -99,8 +100,9 @@ class HttpPeer:
         """Add a connection to an instance that has proved itself. Raises PlaneError."""
         self._connections = [connection for connection in self._connections if not connection.has_ended]
         if len(self._connections) >= self._settings.pool_size:
-            raise CannotConnect(
-                f"all {len(self._connections)} connections to {self._target.address} are full"
+            raise Overloaded(
+                f"all {len(self._connections)} connections to {self._target.address} are full "
+                "(DYN_TCP_POOL_SIZE, DYN_HTTP2_MAX_CONCURRENT_STREAMS)"
             )
         loop, address = asyncio.get_running_loop(), self._target.address
         connection: H2ClientConnection | None = None
@@ -331,6 +333,8 @@ class ForwardServer(FrameServer):
         try:
             async with asyncio.timeout(timeout_s):
                 await self.peer.check(await self.peer.connect())
+        except Overloaded:
+            return  # full of requests, whose connections are watched by PINGs: it is busy, not gone
         except TimeoutError:
             raise CannotConnect(f"no answer from {address} in {timeout_s} s") from None
 

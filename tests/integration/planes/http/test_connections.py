@@ -15,7 +15,7 @@ import h2.events
 import pytest
 
 from dynamo_redis.config import PlaneSettings
-from dynamo_redis.errors import CannotConnect, InvalidRequest
+from dynamo_redis.errors import CannotConnect, InvalidRequest, Overloaded
 from dynamo_redis.planes.base import RequestPlaneServer, Target
 from dynamo_redis.planes.context import Context
 from dynamo_redis.planes.http import app, forward
@@ -23,7 +23,7 @@ from dynamo_redis.planes.http.forward import HttpCarrier, HttpClient, HttpPeer
 from dynamo_redis.planes.http.h2_client import H2ClientConnection
 from dynamo_redis.planes.http.server import HttpServer
 from dynamo_redis.planes.select import make_server
-from tests.tcp_plane import INSTANCE, SECRET, echo, eventually
+from tests.tcp_plane import INSTANCE, SECRET, echo, eventually, wait
 
 
 def settings(**overrides: Any) -> PlaneSettings:
@@ -234,3 +234,18 @@ async def test_a_drain_waits_for_callers_that_still_read() -> None:
             count += 1
         assert count == 120
         await ending
+
+
+async def test_full_connections_are_no_sign_of_death() -> None:
+    async with serving() as (server, _):
+        server.register("wait", wait)
+        client = HttpClient(settings(pool_size=1, http2_max_concurrent_streams=2))
+        target = Target(INSTANCE, server.address, "wait", SECRET)
+        streams = [client.open(target, None, None) for _ in range(2)]
+        assert [await anext(stream) for stream in streams] == [1, 1]
+        with pytest.raises(Overloaded):
+            await anext(client.open(target, None, None))
+        await client.probe(target, 20)
+        for stream in streams:
+            await stream.aclose()
+        await client.aclose()
