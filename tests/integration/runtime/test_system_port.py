@@ -6,6 +6,7 @@ import asyncio
 import http.client
 import json
 import socket
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -232,6 +233,38 @@ async def test_port_closes_while_the_executor_is_taken() -> None:
     host, _, port = server.address.rpartition(":")
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection((host, int(port)), timeout=WITHIN_S)
+
+
+WITHOUT_FILES = """
+import asyncio, os, resource, socket, time
+from contextlib import suppress
+from dynamo_redis.config import SystemSettings
+from dynamo_redis.runtime.system.server import SystemServer
+
+async def main():
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+    server = SystemServer(SystemSettings.load(system_port=0, system_host="127.0.0.1"), None, 0.0)
+    caller = socket.socket()
+    with suppress(OSError):
+        while True:
+            os.dup(0)
+    host, _, port = server.address.rpartition(":")
+    caller.connect((host, int(port)))
+    before_s = time.process_time()
+    await asyncio.sleep(1)
+    print(time.process_time() - before_s, flush=True)
+    os._exit(0)
+
+asyncio.run(main())
+"""
+
+
+async def test_port_without_files_takes_no_cpu() -> None:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", WITHOUT_FILES, stdout=asyncio.subprocess.PIPE
+    )
+    shown, _ = await process.communicate()
+    assert float(shown) < 0.5
 
 
 async def test_idle_connections_do_not_keep_probes_out(

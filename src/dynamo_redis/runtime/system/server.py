@@ -172,6 +172,14 @@ class _HttpServer(ThreadingHTTPServer):
         self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
 
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """Accept a connection; where no file is left for it, do not try again at once."""
+        try:
+            return super().get_request()
+        except OSError:
+            time.sleep(_POLL_S)
+            raise
+
     def process_request(self, request: Any, client_address: Any) -> None:
         """Serve a connection in a thread of its own, in place of the oldest one if they are too many."""
         with self._lock:
