@@ -41,7 +41,8 @@ def call(
     """Send one request to NAMESPACE.COMPONENT.ENDPOINT, and print each item of the answer as it comes.
 
     JSON is the request; `-` reads it from the standard input. Each item is a line of JSON. The timing follows
-    on the standard error.
+    on the standard error. The plane's own settings come from the environment (`NATS_SERVER`, `DYN_TCP_TLS`
+    and others).
 
     \b
     Examples:
@@ -77,7 +78,8 @@ def bench(
 ) -> None:
     """Send the same request again and again for a short time, and print rates and percentiles.
 
-    Every request reaches real workers: do not point it at a deployment that users need.
+    Every request reaches real workers: do not point it at a deployment that users need. The plane's own
+    settings come from the environment (`NATS_SERVER`, `DYN_TCP_TLS` and others).
 
     \b
     Examples:
@@ -85,7 +87,6 @@ def bench(
       dynamo-redis bench my.hello.generate '{"name": "Ada"}' -c 64 -d 10
     """
     value = _parse(request)
-    print_line(f"{concurrency} at once for {duration_s:g} s …")
     connect.run(_bench(endpoint, value, instance, concurrency, duration_s, options))
 
 
@@ -104,11 +105,13 @@ def _instance_id(text: str | None) -> int | None:
     try:
         return None if text is None else int(parse_instance_id(text))
     except ValueError as exc:
-        raise click.UsageError(f"--instance: {exc}") from exc
+        raise click.UsageError(f"--instance: {exc}; `dynamo-redis instances` shows the ids") from exc
 
 
 async def _open(endpoint: str, options: Mapping[str, Any], runtime: Any) -> Client:
     client: Client = await runtime.endpoint(endpoint).client()
+    if client.wrong_plane is not None:
+        raise CommandFailed(f"{client.wrong_plane}, or name the plane with --plane")
     await client.wait_for_instances(_WAIT_S)
     return client
 
@@ -150,9 +153,11 @@ async def _bench(
     wanted = _instance_id(instance)
     async with connect.open_runtime(options) as runtime:
         client = await _open(endpoint, options, runtime)
+        print_line(f"{concurrency} at once for {duration_s:g} s …")
         first_s: list[float] = []
         whole_s: list[float] = []
         errors: dict[str, int] = {}
+        sentences: dict[str, str] = {}
         item_count = 0
         stop_at = time.perf_counter() + duration_s
 
@@ -172,20 +177,21 @@ async def _bench(
                     whole_s.append(time.perf_counter() - began_at)
                 except PlaneError as exc:
                     errors[exc.code] = errors.get(exc.code, 0) + 1
+                    sentences.setdefault(exc.code, str(exc))
                     await asyncio.sleep(0.01)
 
         began_at = time.perf_counter()
         await asyncio.gather(*(send_on() for _ in range(concurrency)))
         took_s = time.perf_counter() - began_at
     if not whole_s:
-        shown = ", ".join(f"{count} × {code}" for code, count in errors.items())
+        shown = "; ".join(f"{count} × {code} ({sentences[code]})" for code, count in errors.items())
         raise CommandFailed(f"no request was answered: {shown}")
     print_line(f"{len(whole_s) / took_s:,.0f} requests/s, {item_count / took_s:,.0f} items/s")
     rows = [[name, *(_percentile(times, part) for part in (0.5, 0.9, 0.99, 1.0))]
             for name, times in (("first item", first_s), ("whole answer", whole_s))]  # fmt: skip
     print_table(["MS", "P50", "P90", "P99", "MOST"], rows, empty="")
     for code, count in errors.items():
-        print_line(f"{count} requests ended with {code}")
+        print_line(f"{count} requests ended with {code}, the first: {sentences[code]}")
 
 
 def _percentile(times_s: list[float], part: float) -> str:

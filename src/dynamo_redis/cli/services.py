@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -55,9 +56,10 @@ class _Asked:
 def stats(endpoint: str | None, watch: bool, as_json: bool, timeout_s: float, **options: str | None) -> None:
     """Ask all instances at once how many requests each endpoint has had, and how long they took.
 
-    ENDPOINT is NAMESPACE.COMPONENT.ENDPOINT. Instances are asked on the plane that each serves. MEAN is over
-    all requests since the endpoint began; P50 and P99 are over its last 1,000. With --json each answer has
-    the form of a NATS service (ADR-32): times in nanoseconds, and `data` of the endpoint's own stats handler.
+    ENDPOINT is NAMESPACE.COMPONENT.ENDPOINT. Instances are asked on the plane that each serves; the planes'
+    own settings come from the environment (`NATS_SERVER`, `DYN_TCP_TLS` and others). MEAN is over all
+    requests since the endpoint began; P50 and P99 are over its last 1,000. With --json each answer has the
+    form of a NATS service (ADR-32): times in nanoseconds, and `data` of the endpoint's own stats handler.
 
     \b
     Examples:
@@ -88,7 +90,8 @@ def stats(endpoint: str | None, watch: bool, as_json: bool, timeout_s: float, **
 def ping(endpoint: str | None, as_json: bool, timeout_s: float, **options: str | None) -> None:
     """Ask all instances for a sign of life, through the same connections and checks as requests.
 
-    TOOK is the time of each instance's own answer, with the connection to it.
+    TOOK is the time of each instance's own answer, with the connection to it. The planes' own settings come
+    from the environment (`NATS_SERVER`, `DYN_TCP_TLS` and others).
 
     \b
     Examples:
@@ -131,7 +134,7 @@ def token(instance: str, lifetime_s: float, **options: str | None) -> None:
     found = [
         record
         for record in connect.run(_instances(options))
-        if format_instance_id(record.instance_id) == instance
+        if instance in (format_instance_id(record.instance_id), str(record.instance_id))
     ]
     if not found:
         raise CommandFailed(f"no instance {instance}: `dynamo-redis instances` lists them")
@@ -156,34 +159,54 @@ async def _instances(options: Mapping[str, Any]) -> list[Instance]:
 async def _ask(
     options: Mapping[str, Any], question: Question, name: EndpointName | None, timeout_s: float
 ) -> list[_Asked]:
-    """Ask each process on a plane that it serves."""
-    store = load(StoreSettings, dict(options))
-    by_plane: dict[str, dict[int, Target]] = defaultdict(dict)
-    for instance in await _instances(options):
-        if name is None or instance.name == name:
-            plane = instance.planes.split(", ")[0]
-            target = instance.target(plane)
+    """Ask each process, on its other planes too if the first one gives no answer. Raises CommandFailed if a
+    named endpoint has no instance."""
+    instances = [one for one in await _instances(options) if name is None or one.name == name]
+    if name is not None and not instances:
+        raise CommandFailed(f"no instance of {name}: `dynamo-redis instances` lists them")
+    unasked = {instance.instance_id: (instance, instance.planes.split(", ")) for instance in instances}
+    answers: dict[int, _Asked] = {}
+    while unasked:
+        by_plane: dict[str, list[Target]] = defaultdict(list)
+        for instance, planes in unasked.values():
+            target = instance.target(planes[0])
             if target is not None:
-                by_plane[plane][target.instance_id] = target
-    asked: list[_Asked] = []
-    for plane, targets in by_plane.items():
-        try:
-            client = make_client(PlaneSettings.load(request_plane=plane), store=store)
-        except ConfigError as exc:
-            error = PlaneError(str(exc))
-            asked += [_Asked(instance_id, plane, 0.0, error) for instance_id in targets]
-            continue
-        try:
-            answers = await ask_all(
-                client, targets.values(), question, endpoint=None if name is None else str(name),
-                timeout_s=timeout_s,
-            )  # fmt: skip
-        finally:
-            await client.aclose()
-        asked += [
-            _Asked(instance_id, plane, answer.took_s, answer.found) for instance_id, answer in answers.items()
-        ]
-    return sorted(asked, key=lambda one: one.instance_id)
+                by_plane[planes.pop(0)].append(target)
+        asking = (
+            _ask_on(plane, targets, options, question, name, timeout_s) for plane, targets in by_plane.items()
+        )
+        asked = await asyncio.gather(*asking)
+        answers |= {one.instance_id: one for some in asked for one in some}
+        unasked = {
+            instance_id: (instance, planes)
+            for instance_id, (instance, planes) in unasked.items()
+            if planes and isinstance(answers[instance_id].answer, PlaneError)
+        }
+    return sorted(answers.values(), key=lambda one: one.instance_id)
+
+
+async def _ask_on(
+    plane: str,
+    targets: Sequence[Target],
+    options: Mapping[str, Any],
+    question: Question,
+    name: EndpointName | None,
+    timeout_s: float,
+) -> list[_Asked]:
+    """Ask processes on one plane."""
+    store = load(StoreSettings, dict(options))
+    try:
+        client = make_client(PlaneSettings.load(request_plane=plane), store=store)
+    except ConfigError as exc:
+        return [_Asked(target.instance_id, plane, 0.0, PlaneError(str(exc))) for target in targets]
+    endpoint = None if name is None else str(name)
+    try:
+        answers = await ask_all(client, targets, question, endpoint=endpoint, timeout_s=timeout_s)
+    finally:
+        await client.aclose()
+    return [
+        _Asked(instance_id, plane, answer.took_s, answer.found) for instance_id, answer in answers.items()
+    ]
 
 
 def _as_json(one: _Asked) -> dict[str, Any]:

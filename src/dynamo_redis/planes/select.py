@@ -23,7 +23,7 @@ from dynamo_redis.planes.tunnel.server import TunnelServer
 from dynamo_redis.store.keys import Inbox
 from dynamo_redis.wire.tunnel import encode_part
 
-_NO_HTTP = "DYN_REQUEST_PLANE=http needs h2 and granian: install the extra `planes`"
+_NO_HTTP = "DYN_REQUEST_PLANE=http needs h2 and granian: pip install 'dynamo-redis[planes]'"
 
 
 def make_server(
@@ -114,7 +114,7 @@ def _through_broker(
     try:
         from dynamo_redis.planes.nats.link import MAX_MESSAGE_BYTES, NatsLink
     except ImportError as exc:
-        raise ConfigError("DYN_REQUEST_PLANE=nats needs nats-py: install the extra `planes`") from exc
+        raise ConfigError("DYN_REQUEST_PLANE=nats needs nats-py: pip install 'dynamo-redis[planes]'") from exc
     limit_bytes = ByteSize(min(settings.max_message_bytes, MAX_MESSAGE_BYTES))
     settings = settings.model_copy(update={"max_message_bytes": limit_bytes})
     return settings, NatsLink(settings, f"{encode_part(store.prefix)}.plane.{name}", f"dynamo-redis {name}")

@@ -185,6 +185,11 @@ class Client:
         """
         return sorted(member.instance_id for member in self._view)
 
+    @property
+    def wrong_plane(self) -> str | None:
+        """The reason if all known instances serve other request planes than this client; else None."""
+        return self._view.wrong_plane
+
     async def wait_for_change(self, timeout_s: float) -> None:
         """Wait until the set of instances that can be chosen changes, or `timeout_s` has passed.
 

@@ -305,9 +305,14 @@ class EndpointView:
             return f"instance {instance_id:x} is not among the {len(self)} known of {self.name}"
         if self._members:
             return f"none of the {len(self)} known instances of {self.name} can be chosen"
-        if self._elsewhere:
-            return self._other_plane(next(iter(self._elsewhere)))
-        return f"no instance of {self.name} is known: is a worker running?"
+        return self.wrong_plane or f"no instance of {self.name} is known: is a worker running?"
+
+    @property
+    def wrong_plane(self) -> str | None:
+        """The sentence that says so if all known instances serve other planes; else None."""
+        if self._members or not self._elsewhere:
+            return None
+        return self._other_plane(next(iter(self._elsewhere)))
 
     def _other_plane(self, instance_id: int) -> str:
         return (

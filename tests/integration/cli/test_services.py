@@ -201,3 +201,45 @@ async def test_watched_stats_are_a_line_of_json_a_round(
             assert row["id"] == format_instance_id(worker.instance_id)
         finally:
             watching.terminate()
+
+
+async def test_a_wrong_plane_is_said_at_once(cli: Cli, dynamo_runtime_factory: RuntimeFactory) -> None:
+    await greeting(dynamo_runtime_factory, "tcp")
+    for command in ("call", "bench"):
+        said = await run(cli, command, ENDPOINT, "{}", "--plane", "redis")
+        assert said.returncode == 1
+        assert said.stdout == ""
+        assert "serves tcp, this client speaks redis" in said.stderr
+        assert "--plane" in said.stderr
+
+
+async def test_another_plane_of_an_instance_is_asked(
+    cli: Cli, nats_server: None, dynamo_runtime_factory: RuntimeFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = await greeting(dynamo_runtime_factory, "nats,tcp")
+    shown = format_instance_id(worker.instance_id)
+    assert re.search(rf"{shown} +nats +[\d.]+ ms", (await run(cli, "ping")).stdout)
+    monkeypatch.setenv("NATS_SERVER", "nats://127.0.0.1:1")
+    pinged = await run(cli, "ping")
+    assert pinged.returncode == 0, pinged.stderr
+    assert re.search(rf"{shown} +tcp +[\d.]+ ms", pinged.stdout)
+
+
+async def test_an_endpoint_without_instances_fails_the_command(cli: Cli) -> None:
+    for command in ("ping", "stats"):
+        said = await run(cli, command, "foo.bar.baz")
+        assert said.returncode == 1
+        assert "no instance of foo.bar.baz" in said.stderr
+
+
+async def test_bench_says_why_requests_failed(cli: Cli, dynamo_runtime_factory: RuntimeFactory) -> None:
+    await greeting(dynamo_runtime_factory, "tcp")
+    said = await run(cli, "bench", ENDPOINT, "{}", "-d", "0.2", "-c", "1")
+    assert said.returncode == 1
+    assert re.search(r"\d+ × invalid_request \(whom\?\)", said.stderr)
+
+
+async def test_token_takes_both_forms_of_an_id(cli: Cli, dynamo_runtime_factory: RuntimeFactory) -> None:
+    worker = await greeting(dynamo_runtime_factory, "http")
+    for instance in (format_instance_id(worker.instance_id), str(worker.instance_id)):
+        assert (await run(cli, "token", instance)).returncode == 0

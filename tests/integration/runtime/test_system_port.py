@@ -198,7 +198,8 @@ async def test_other_paths_and_methods_are_answered(worker: DistributedRuntime) 
     status, body = await get(worker, "/other?x=1")
     assert (status, body["error"]) == (404, "there is no /other here: /health, /live, /metrics")
     assert await asyncio.to_thread(fetch, worker.system_address, "/live", "HEAD") == (200, "")
-    assert (await asyncio.to_thread(fetch, worker.system_address, "/live", "POST"))[0] == 501
+    status, text = await asyncio.to_thread(fetch, worker.system_address, "/live", "POST")
+    assert (status, json.loads(text)) == (501, {"error": "Unsupported method ('POST')"})
 
 
 async def test_a_port_in_use_is_an_error(dynamo_runtime_factory: RuntimeFactory) -> None:

@@ -98,7 +98,7 @@ def _check_ways(settings: PlaneSettings) -> None:
     if len(ways) > 1:
         raise ConfigError(f"{' and '.join(ways)} are set: the login at NATS takes one of them")
     if (settings.nats_nkey or settings.nats_credentials_file) and find_spec("nkeys") is None:
-        raise ConfigError(f"{ways[0]} needs nkeys: install the extra `planes`")
+        raise ConfigError(f"{ways[0]} needs nkeys: pip install 'dynamo-redis[planes]'")
     if settings.nats_nkey is not None:
         import nkeys
 

@@ -219,6 +219,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     do_HEAD = do_GET  # noqa: N815 - the base class calls this name
+    error_message_format = '{"error": "%(message)s"}\n'
+    error_content_type = "application/json"
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class's name
         """Log nothing: probes ask every few seconds."""
