@@ -17,7 +17,7 @@ import base64
 import binascii
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, MutableMapping
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from typing import Any, Final, cast
 from urllib.parse import unquote
 
@@ -27,6 +27,7 @@ from dynamo_redis.config import PlaneSettings
 from dynamo_redis.errors import (
     AuthenticationFailed,
     ConnectionLost,
+    DeadlineExceeded,
     EndpointNotFound,
     InvalidRequest,
     Overloaded,
@@ -51,7 +52,8 @@ MAX_IDLE_SESSIONS: Final = 256
 """The most sessions of HTTP connections without requests."""
 
 BODY_IDLE_S: Final = 60.0
-"""Longest time between two parts of a request's body. Messages of a request stream may be further apart."""
+"""Longest time between two parts of a request's body, and before the first message of a request stream. Its
+later messages may be further apart."""
 
 DEADLINE_HEADER: Final = b"x-request-timeout-ms"
 REQUEST_ID_HEADER: Final = b"x-request-id"
@@ -206,10 +208,7 @@ class HttpApp:
             if STREAM_HEADER in headers and is_msgpack:
                 reading = asyncio.create_task(body.read_ahead(context))
                 messages = body.messages()
-                request = await anext(messages, None)
-            else:
-                data = await body.read()
-                request = content.read_msgpack(data) if is_msgpack else content.read_json(data)
+            request = await _read_request(body, messages, context, is_msgpack=is_msgpack)
             target = Target(self._instance_id, _client_of(scope), subject, self._secret)
             stream = self._begin(target, request, context, messages)
             self._note_begun(target, context)
@@ -314,11 +313,8 @@ class _Body:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     async def _next_in_time(self) -> bytes | None:
-        try:
-            async with asyncio.timeout(BODY_IDLE_S):
-                return await self._next()
-        except TimeoutError:
-            raise InvalidRequest(f"nothing of the body came for {BODY_IDLE_S:g} s") from None
+        async with _body_idle_time():
+            return await self._next()
 
     def _hold(self, size_bytes: int) -> None:
         """Count the bytes that are held now. Raises PayloadTooLarge and Overloaded."""
@@ -376,6 +372,38 @@ class _Body:
         """Free the body's share of the budget. Idempotent."""
         self._app.release(self._held_bytes)
         self._held_bytes = 0
+
+
+@asynccontextmanager
+async def _body_idle_time() -> AsyncIterator[None]:
+    """Bound the wait for a part of a body. Raises InvalidRequest."""
+    limit = asyncio.timeout(BODY_IDLE_S)
+    try:
+        async with limit:
+            yield
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        raise InvalidRequest(f"nothing of the body came for {BODY_IDLE_S:g} s") from None
+
+
+async def _read_request(
+    body: _Body, messages: AsyncIterator[Any] | None, context: Context, *, is_msgpack: bool
+) -> Any:
+    """Return the request: the first of the messages, or the whole body. Raises PlaneError: DeadlineExceeded
+    if it has not come before the request's deadline."""
+    limit = asyncio.timeout(context.remaining_s())
+    try:
+        async with limit:
+            if messages is not None:
+                async with _body_idle_time():
+                    return await anext(messages, None)
+            data = await body.read()
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        raise DeadlineExceeded("the request's deadline passed before it had come") from None
+    return content.read_msgpack(data) if is_msgpack else content.read_json(data)
 
 
 async def _send_answer(stream: FrameResponseStream, reply: Reply, *, is_msgpack: bool) -> None:

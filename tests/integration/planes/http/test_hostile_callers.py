@@ -542,6 +542,21 @@ async def test_body_that_never_comes_has_a_deadline(host: Hosted, monkeypatch: p
         assert problem_of(await caller.answer(stream)) == (400, "invalid_request")
 
 
+async def test_request_that_never_comes_has_its_deadline(host: Hosted) -> None:
+    stream = ("Content-Type: application/msgpack", "X-Dynamo-Request-Stream: 1", "Transfer-Encoding: chunked")
+    for path, lines in (("echo", ("Content-Length: 100",)), ("total", stream)):
+        async with connect(host) as (reader, writer):
+            writer.write(host.head(path, "X-Request-Timeout-Ms: 300", *lines))
+            assert problem_of(await read_answer(reader)) == (504, "deadline_exceeded")
+
+
+async def test_stream_without_a_message_has_a_deadline(host: Hosted, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "BODY_IDLE_S", 0.2)
+    async with h2_caller(host) as caller:
+        stream = caller.request(host.headers("total", *H2_STREAM), None)
+        assert problem_of(await caller.answer(stream)) == (400, "invalid_request")
+
+
 @pytest.mark.parametrize("path", ["-/live", "-/probe", "nope", "echo"])
 async def test_missing_body_behind_an_answer_ends_it(host: Hosted, path: str) -> None:
     async with connect(host) as (reader, writer):
@@ -552,13 +567,13 @@ async def test_missing_body_behind_an_answer_ends_it(host: Hosted, path: str) ->
 
 
 async def test_stream_of_messages_may_pause(host: Hosted, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app, "BODY_IDLE_S", 0.01)
+    monkeypatch.setattr(app, "BODY_IDLE_S", 1.0)
     async with h2_caller(host) as caller:
         stream = caller.request(host.headers("total", *H2_STREAM), None)
-        for _ in range(3):
+        for pause_s in (1.5, 1.5, 0):
             caller.h2.send_data(stream, b"\x01")
             caller.flush()
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(pause_s)
         caller.h2.end_stream(stream)
         caller.flush()
         assert await caller.answer(stream) == (200, b"\x03\xc9\x00\x00\x00\x00\xfe")
