@@ -27,6 +27,8 @@ from dynamo_redis.frontend.http.errors import ApiError, api_error, invalid, too_
 from dynamo_redis.frontend.http.framing import STREAMS_EVENTS
 from dynamo_redis.frontend.http.request_body import BodyBudget, ClientGone, read_limited
 from dynamo_redis.frontend.http.sse import Kind
+from dynamo_redis.frontend.metrics.recording import FrontendMetrics, RequestRecord
+from dynamo_redis.frontend.metrics.text import CONTENT_TYPE, FrontendReading, ServedModel, render
 from dynamo_redis.frontend.migration import Migration
 from dynamo_redis.frontend.model import Model, NamedModel
 from dynamo_redis.frontend.model_loading import LoadedModel
@@ -73,13 +75,21 @@ def make_app(
             )
         )
 
+    async def show_metrics(_: Request) -> Response:
+        reading = FrontendReading.of(
+            metrics, [describe_served(model, models) for model in models.served()],
+            is_connected=registry.connected,
+        )  # fmt: skip
+        return Response(await asyncio.to_thread(render, reading), media_type=CONTENT_TYPE)
+
     async def show_live(_: Request) -> Response:
         return _json(200, {"status": "live"})
 
     def completions(kind: Kind, body: type[CompletionOptions]) -> Completions:
-        return Completions(kind, body, models, preparation, bodies, settings)
+        return Completions(kind, body, models, preparation, bodies, settings, metrics)
 
     bodies = BodyBudget(int(settings.max_bodies_bytes))
+    metrics = FrontendMetrics()
 
     return Starlette(
         routes=[
@@ -90,6 +100,7 @@ def make_app(
             Route("/clear_kv_blocks", changes_state(clear_kv_blocks), methods=["POST"]),
             Route("/health", show_health),
             Route("/live", show_live),
+            Route("/metrics", show_metrics),
         ],
         exception_handlers={
             HTTPException: _on_http_exception,
@@ -114,7 +125,9 @@ class Completions:
         preparation: Preparation,
         bodies: BodyBudget,
         settings: FrontendSettings,
+        metrics: FrontendMetrics,
     ) -> None:
+        self._metrics = metrics
         self._kind: Kind = kind
         self._body = body
         self._models = models
@@ -128,7 +141,7 @@ class Completions:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        started_at = time.monotonic()
+        started_at, arrived_at = time.monotonic(), time.perf_counter()
         request_id, traceparent = "", None
         for name, value in scope["headers"]:
             if name == b"x-request-id" and not request_id and _REQUEST_ID.fullmatch(value):
@@ -143,18 +156,20 @@ class Completions:
                 body, model, requests = await self._read(scope, receive)
         except ClientGone:
             return
-        except TimeoutError:
+        except (TimeoutError, ApiError, DynamoRedisError) as exc:
             late = DeadlineExceeded("the request was not read and tokenized before its deadline")
-            await send_error(send, api_error(late), headers)
-            return
-        except (ApiError, DynamoRedisError) as exc:
-            await send_error(send, api_error(exc), headers)
+            error = api_error(late if isinstance(exc, TimeoutError) else exc)
+            self._metrics.refuse(self._kind, error)
+            await send_error(send, error, headers)
             return
         deadline = None if self._timeout_s is None else started_at + self._timeout_s
         count = len(requests)
         ids = [request_id] if count == 1 else [f"{request_id}-{index}" for index in range(count)]
         contexts = [Context(given, deadline=deadline, traceparent=traceparent) for given in ids]
-        exchange = self._make_exchange(model, body, requests, contexts)
+        record = self._metrics.begin(
+            model.name, self._kind, is_stream=bool(body.stream), started_at=arrived_at
+        )
+        exchange = self._make_exchange(model, body, requests, contexts, record)
         if body.stream:
             scope[STREAMS_EVENTS] = True
             await exchange.stream(receive, send, headers, includes_usage=body.includes_usage)
@@ -194,6 +209,7 @@ class Completions:
         body: CompletionOptions,
         requests: list[GenerateRequest],
         contexts: list[Context],
+        record: RequestRecord,
     ) -> Exchange:
         assert model.loaded is not None
         tokenizer = model.loaded.tokenizer
@@ -219,7 +235,19 @@ class Completions:
         async def generate(request: GenerateRequest, context: Context, excluded: Collection[int]) -> Any:
             return await self._models.generate(model, request, context, excluded)
 
-        return Exchange(self._kind, frame, choices, generate)
+        return Exchange(self._kind, frame, choices, generate, record)
+
+
+def describe_served(model: NamedModel, models: LiveModels) -> ServedModel:
+    """Return what the metrics tell of a served model."""
+    cards = [entry.card for entry in model.cards.values()]
+    return ServedModel(
+        name=model.name,
+        context_length=model.context_length,
+        kv_block_size=max((card.kv_cache_block_size for card in cards), default=0),
+        migration_limit=max((models.migration_limit(version) for version in model.loaded()), default=0),
+        instance_count=len(model.instances()),
+    )
 
 
 def _describe(model: NamedModel) -> dict[str, Any]:

@@ -18,12 +18,14 @@ import contextlib
 import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, MutableMapping, Sequence
+from time import perf_counter
 from typing import Any
 
 from dynamo_redis.errors import DynamoRedisError, EngineFailed, ProtocolViolation
 from dynamo_redis.frontend.answers import AnswerDecoder
 from dynamo_redis.frontend.http.errors import ApiError, worker_error, worker_lost
 from dynamo_redis.frontend.http.sse import DONE, ChunkEncoder, Kind, event
+from dynamo_redis.frontend.metrics.recording import RequestRecord
 from dynamo_redis.frontend.migration import Migration
 from dynamo_redis.models.llm_protocol import GenerateRequest
 from dynamo_redis.planes.context import Context
@@ -51,7 +53,7 @@ either step."""
 class CompletionChoice:
     """One choice of a completion: its request, and the part of the answer that has arrived."""
 
-    __slots__ = ("answer", "begun", "context", "index", "migration", "pieces", "request")
+    __slots__ = ("answer", "begun", "context", "index", "item_at", "migration", "pieces", "request")
 
     def __init__(
         self,
@@ -69,6 +71,8 @@ class CompletionChoice:
         self.migration = migration
         self.begun = False
         """True once part of the answer has arrived."""
+        self.item_at = 0.0
+        """The time of its last item, on `time.perf_counter`."""
         self.pieces: list[str] = []
 
     def restart(self) -> None:
@@ -87,12 +91,15 @@ class Exchange:
         frame: dict[str, Any],
         choices: Sequence[CompletionChoice],
         generate: Generate,
+        record: RequestRecord,
     ) -> None:
-        """`frame` holds the fields of every chunk and of the whole response: id, created, model."""
+        """`frame` holds the fields of every chunk and of the whole response: id, created, model. The exchange
+        ends the `record`."""
         self._kind: Kind = kind
         self._frame = frame
         self._choices = choices
         self._generate = generate
+        self._record = record
         self._events: list[bytes] = []
         self._buffered = 0
         self._open = len(choices)
@@ -241,6 +248,14 @@ class Exchange:
             for choice in self._choices:
                 choice.context.kill()  # no effect on one that has ended
             await asyncio.gather(*tasks, return_exceptions=True)
+            usage = self._usage()
+            self._record.end(
+                self._error,
+                has_hung_up=self._hung_up,
+                prompt_token_count=usage["prompt_tokens"],
+                answer_token_count=usage["completion_tokens"],
+                cached_token_count=usage.get("prompt_tokens_details", {}).get("cached_tokens"),
+            )
 
     async def _read(
         self,
@@ -285,7 +300,7 @@ class Exchange:
         is_last: bool,
     ) -> bool:
         """Read an answer to its end. Return False if its worker was lost, and another is to be asked."""
-        answer, migration = choice.answer, choice.migration
+        answer, migration, gaps_s = choice.answer, choice.migration, self._record.gaps_s
         items: Any = None
         try:
             if migration is None:
@@ -293,7 +308,13 @@ class Exchange:
             else:
                 items = await migration.send(self._generate, choice.context)
             async for item in items:
-                choice.begun = True
+                now = perf_counter()
+                if choice.begun:
+                    gaps_s.add(now - choice.item_at)
+                else:
+                    choice.begun = True
+                    self._record.note_first_item(now)
+                choice.item_at = now
                 await deliver(choice, answer.feed(item))
                 if answer.finish_reason is not None:
                     break
@@ -311,19 +332,27 @@ class Exchange:
             if migration is not None and migration.is_whole(answer):
                 await deliver(choice, answer.feed({"finish_reason": "length"}))
                 return True
-            if migration is not None and migration.may_move(answer):
-                _log_failure(choice, exc)
-                migration.move(answer, lost_at=getattr(items, "instance_id", None))
-                return False
-            if is_last:
+            if not self._goes_on(choice, getattr(items, "instance_id", None), is_last=is_last):
                 raise
             _log_failure(choice, exc)
-            choice.restart()
             return False
         finally:
             if items is not None:
                 await items.aclose()
         return True
+
+    def _goes_on(self, choice: CompletionChoice, lost_at: int | None, *, is_last: bool) -> bool:
+        """Prepare another try after a worker was lost: from where the answer is, or from its beginning.
+
+        Return False if there is none."""
+        migration = choice.migration
+        if migration is not None and migration.may_move(choice.answer):
+            migration.move(choice.answer, lost_at)
+            self._record.note_migration()
+            return True
+        if not is_last:
+            choice.restart()
+        return not is_last
 
     def _usage(self) -> dict[str, Any]:
         completion = sum(choice.answer.token_count for choice in self._choices)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import time
-from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from dynamo_redis.histogram import Histogram
+
 RECENT_COUNT: Final = 1000
 """The latest requests, of which the percentiles are computed."""
-
-FOLD_COUNT: Final = 256
-"""Requests whose processing times are added to the sums at once."""
 
 DURATION_BUCKETS_S: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 """Upper limits of the processing times that are counted together."""
@@ -57,11 +55,9 @@ class RequestCounts:
     """
 
     __slots__ = (
-        "_duration_counts",
+        "_durations_s",
         "_error_counts",
-        "_processing_s",
         "_recent_s",
-        "_request_count",
         "cancelled_count",
         "durations_s",
         "last_error",
@@ -71,11 +67,9 @@ class RequestCounts:
 
     def __init__(self) -> None:
         self.started_at = time.time()
-        self.durations_s: list[float] = []
+        self._durations_s = Histogram(DURATION_BUCKETS_S)
+        self.durations_s = self._durations_s.pending
         """The processing times of the latest requests, which are in no sum yet."""
-        self._request_count = 0
-        self._processing_s = 0.0
-        self._duration_counts = [0] * len(DURATION_BUCKETS_S)
         self._error_counts: Counter[str] = Counter()
         self.cancelled_count = 0
         self.unstarted_count = 0
@@ -85,13 +79,8 @@ class RequestCounts:
 
     def fold(self) -> None:
         """Add the latest processing times to the sums."""
-        self._request_count += len(self.durations_s)
-        self._processing_s += sum(self.durations_s)
         self._recent_s.extend(self.durations_s)
-        self.durations_s.sort()
-        for place, limit_s in enumerate(DURATION_BUCKETS_S):
-            self._duration_counts[place] += bisect_right(self.durations_s, limit_s)
-        self.durations_s.clear()
+        self._durations_s.fold()
 
     def add_error(self, code: str, text: str) -> None:
         """Count a request that ends with an error."""
@@ -101,19 +90,19 @@ class RequestCounts:
     def snapshot(self, in_flight_count: int) -> EndpointStats:
         """Return the counts of now."""
         self.fold()
-        recent_s = sorted(self._recent_s)
+        durations_s, recent_s = self._durations_s.read(), sorted(self._recent_s)
         return EndpointStats(
             started_at=self.started_at,
-            request_count=self._request_count + self.unstarted_count,
+            request_count=durations_s.counts[-1] + self.unstarted_count,
             error_count=self._error_counts.total(),
             in_flight_count=in_flight_count,
-            processing_s=self._processing_s,
+            processing_s=durations_s.total,
             p50_s=_percentile(recent_s, 0.5),
             p99_s=_percentile(recent_s, 0.99),
             last_error=self.last_error,
             error_counts=dict(self._error_counts),
             cancelled_count=self.cancelled_count,
-            duration_counts=(*self._duration_counts, self._request_count),
+            duration_counts=durations_s.counts,
         )
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from dynamo_redis.planes.stats import DURATION_BUCKETS_S, FOLD_COUNT, RECENT_COUNT, RequestCounts
+from dynamo_redis.histogram import FOLD_COUNT
+from dynamo_redis.planes.stats import DURATION_BUCKETS_S, RECENT_COUNT, RequestCounts
 
 
 def test_sums_are_over_all_requests_and_percentiles_over_recent() -> None:

@@ -32,11 +32,12 @@ from dynamo_redis.errors import (
     PlaneError,
     ProtocolViolation,
 )
+from dynamo_redis.histogram import FOLD_COUNT
 from dynamo_redis.planes.base import Handler
 from dynamo_redis.planes.context import Context
 from dynamo_redis.planes.frames.connection import Connection
 from dynamo_redis.planes.frames.flow import RequestMessages, Sender
-from dynamo_redis.planes.stats import FOLD_COUNT, RequestCounts
+from dynamo_redis.planes.stats import RequestCounts
 from dynamo_redis.rate_limited_log import RateLimitedLog
 from dynamo_redis.wire import frame
 from dynamo_redis.wire.decoder import Unusable
