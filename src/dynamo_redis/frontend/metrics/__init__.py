@@ -1,1 +1,1 @@
-"""The figures of a frontend: what is counted of each request, and the text of `/metrics`."""
+"""The figures of a frontend: counts of requests, and the text of `/metrics`."""

@@ -1,4 +1,4 @@
-"""What a frontend counts of its requests, by model. Names of outcomes are those of Dynamo.
+"""The counts of a frontend's requests, by model. Names of outcomes are those of Dynamo.
 
 A streamed item costs a reading of the clock and an append.
 """
