@@ -27,8 +27,8 @@ _HISTOGRAMS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """What the cards say of a model."""
-
+    """A model as its cards describe it."""
+    """A model as its cards describe it."""
     name: str
     context_length: int
     kv_block_size: int
