@@ -25,6 +25,8 @@ from dynamo_redis.planes.select import make_server
 SECRET: Final = b"a secret of the instance, random"
 INSTANCE: Final = 7
 WITHIN_S: Final = 30.0
+ENDED_WITHIN_S: Final = 100.0
+"""The server ends connections without a request after a minute at most, most of them at once."""
 
 Headers = list[tuple[str, str]]
 
@@ -144,7 +146,7 @@ async def connect(host: Hosted) -> AsyncIterator[tuple[asyncio.StreamReader, asy
 async def read_all(reader: asyncio.StreamReader) -> bytes:
     """Read until the server ends the connection."""
     found = b""
-    async with asyncio.timeout(WITHIN_S):
+    async with asyncio.timeout(ENDED_WITHIN_S):
         with suppress(ConnectionError):
             while part := await reader.read(1 << 16):
                 found += part

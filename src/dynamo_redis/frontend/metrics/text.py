@@ -28,6 +28,7 @@ _HISTOGRAMS: Final = (
 @dataclass(frozen=True, slots=True)
 class ServedModel:
     """A model as its cards describe it."""
+
     """A model as its cards describe it."""
     name: str
     context_length: int

@@ -531,14 +531,14 @@ async def test_heads_byte_by_byte_hold_up_no_other(host: Hosted) -> None:
             assert await host.answers()
 
 
-async def test_body_that_never_comes_has_a_deadline(host: Hosted, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_body_that_never_comes_has_a_deadline(hasty: Hosted, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(app, "BODY_IDLE_S", 0.2)
-    async with connect(host) as (reader, writer):
-        writer.write(host.head("echo", "Content-Length: 100") + b"1")
+    async with connect(hasty) as (reader, writer):
+        writer.write(hasty.head("echo", "Content-Length: 100") + b"1")
         assert problem_of(await read_answer(reader)) == (400, "invalid_request")
         assert await read_all(reader) == b""
-    async with h2_caller(host) as caller:
-        stream = caller.request(host.headers("echo", ("content-length", "100")), None)
+    async with h2_caller(hasty) as caller:
+        stream = caller.request(hasty.headers("echo", ("content-length", "100")), None)
         assert problem_of(await caller.answer(stream)) == (400, "invalid_request")
 
 
@@ -558,9 +558,9 @@ async def test_stream_without_a_message_has_a_deadline(host: Hosted, monkeypatch
 
 
 @pytest.mark.parametrize("path", ["-/live", "-/probe", "nope", "echo"])
-async def test_missing_body_behind_an_answer_ends_it(host: Hosted, path: str) -> None:
-    async with connect(host) as (reader, writer):
-        head = host.head(path, "Content-Length: 100000000")
+async def test_missing_body_behind_an_answer_ends_it(hasty: Hosted, path: str) -> None:
+    async with connect(hasty) as (reader, writer):
+        head = hasty.head(path, "Content-Length: 100000000")
         writer.write(head.replace(b"Bearer", b"Basic") if path == "nope" else head)
         assert (await read_answer(reader))[0] in (204, 401, 413)
         assert await read_all(reader) == b""

@@ -106,10 +106,15 @@ def test_problem_with_an_endless_wait_is_bounded() -> None:
     assert error.retry_after_s == 3600
 
 
-def test_item_too_deep_for_json_is_a_value_error() -> None:
-    """MessagePack carries items that nest deeper than Python's JSON writer goes."""
-    with pytest.raises(ValueError, match="too deep"):
-        content.json_lines([content.read_msgpack(b"\x91" * 1010 + b"\xc0")])
+def test_deepest_item_is_json_or_a_value_error() -> None:
+    """MessagePack carries items that nest deeper than the JSON writer of some Pythons goes."""
+    item = content.read_msgpack(b"\x91" * 1010 + b"\xc0")
+    try:
+        written = content.json_lines([item])
+    except ValueError as exc:
+        assert "too deep" in str(exc)  # noqa: PT017 - one of two right ends
+    else:
+        assert written == b"[" * 1010 + b"null" + b"]" * 1010 + b"\n"
 
 
 def test_items_beyond_json_have_a_form_of_their_own() -> None:
