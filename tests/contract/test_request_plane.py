@@ -1157,6 +1157,9 @@ async def test_admission_is_bounded(plane: str) -> None:
             await deployed.ask(target, 5)
         assert caught.value.retry_after_s
         assert running == 2
+        stats = deployed.server.stats("test")
+        assert stats is not None
+        assert (stats.request_count, stats.error_counts) == (1, {Overloaded.code: 1})
         release.set()
         assert await asyncio.gather(*readers) == [[number] for number in range(5)]
         assert deployed.server.in_flight_count == 0

@@ -73,7 +73,7 @@ class RequestCounts:
         self._error_counts: Counter[str] = Counter()
         self.cancelled_count = 0
         self.unstarted_count = 0
-        """Requests that ended while they waited for a handler."""
+        """Requests that ended before their handler began."""
         self.last_error = ""
         self._recent_s: deque[float] = deque(maxlen=RECENT_COUNT)
 
@@ -86,6 +86,11 @@ class RequestCounts:
         """Count a request that ends with an error."""
         self._error_counts[code] += 1
         self.last_error = text[:_LAST_ERROR_CHARS]
+
+    def add_refused(self, code: str, text: str) -> None:
+        """Count a request that is answered with an error before it waits for a handler."""
+        self.unstarted_count += 1
+        self.add_error(code, text)
 
     def snapshot(self, in_flight_count: int) -> EndpointStats:
         """Return the counts of now."""

@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from typing import Final
 
 from dynamo_redis.config import PlaneSettings
-from dynamo_redis.errors import Draining, EndpointNotFound, Overloaded
+from dynamo_redis.errors import Draining, EndpointNotFound, Overloaded, PlaneError
 from dynamo_redis.planes.base import Describe, Handler
 from dynamo_redis.planes.frames.admission import AdmissionControl
 from dynamo_redis.planes.frames.server_connection import ServerConnection
@@ -292,6 +292,12 @@ class FrameServer(ABC):
         self._in_handshake.pop(connection, None)
         if not self._connections and self._all_closed is not None and not self._all_closed.done():
             self._all_closed.set_result(None)
+
+    def note_refused(self, subject: str, error: PlaneError) -> None:
+        """Count a request that is answered with an error at once, if its endpoint is served here."""
+        endpoint = self._endpoints.get(subject)
+        if endpoint is not None:
+            endpoint.counts.add_refused(error.code, f"{type(error).__name__}: {error}")
 
     def endpoint(self, subject: str) -> RegisteredEndpoint:
         """Return the endpoint of an incoming request. Raises Draining or EndpointNotFound."""

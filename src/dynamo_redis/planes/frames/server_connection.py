@@ -63,6 +63,10 @@ class ConnectionHost(Protocol):
         """Return the endpoint of a request. Raises EndpointNotFound or Draining."""
         ...
 
+    def note_refused(self, subject: str, error: PlaneError) -> None:
+        """Count a request that is answered with an error at once."""
+        ...
+
     def on_made(self, connection: ServerConnection) -> None:
         """Handle a new connection, before its handshake."""
         ...
@@ -279,6 +283,7 @@ class ServerConnection(Connection):
                 request.watch_deadline(self._loop)
         except PlaneError as exc:
             self.streams.pop(stream_id, None)
+            self._host.note_refused(subject, exc)
             self.send(error_frame(stream_id, exc))
             return
         if not self.sweeping:
