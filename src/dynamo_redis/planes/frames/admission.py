@@ -81,7 +81,6 @@ class AdmissionControl:
         "_reserved_count",
         "_running",
         "_starting",
-        "_unbegun",
         "_waiting",
         "loop",
     )
@@ -100,7 +99,6 @@ class AdmissionControl:
         self._large: dict[Request, int] = {}  # their sizes in bytes
         self._waiting: FairQueue[Connection, Request] = FairQueue()
         self._starting = False
-        self._unbegun: list[Request] = []
         self._finished_count = 0
         self._finish_rate = FinishRate()
 
@@ -153,25 +151,6 @@ class AdmissionControl:
         except Overloaded:
             self._release_payload(request)
             raise
-
-    def launched(self, request: Request) -> None:
-        """See `server_request.Admission.launched`. One look at all that start in a turn of the event loop
-        costs less than a callback of each task."""
-        if not self._unbegun:
-            self.loop.call_soon(self._look_at_unbegun)
-        self._unbegun.append(request)
-
-    def _look_at_unbegun(self) -> None:
-        """End the requests whose tasks were cancelled before their first step."""
-        unbegun = [request for request in self._unbegun if not request.has_begun]
-        self._unbegun = [
-            request for request in unbegun if request.task is not None and not request.task.done()
-        ]
-        if self._unbegun:
-            self.loop.call_soon(self._look_at_unbegun)
-        for request in unbegun:
-            if request.task is None or request.task.done():
-                request.end_unbegun()
 
     def dequeue(self, request: Request) -> None:
         """See `server_request.Admission.dequeue`."""

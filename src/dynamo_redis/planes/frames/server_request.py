@@ -123,10 +123,6 @@ class Admission(Protocol):
         """Return the seconds after which a caller that is refused now should retry."""
         ...
 
-    def launched(self, request: Request) -> None:
-        """Watch a request whose task has not made its first step yet."""
-        ...
-
     def dequeue(self, request: Request) -> None:
         """Remove a waiting request that has ended before its handler started."""
         ...
@@ -219,22 +215,18 @@ class Request(Sender):
             return
         self._task = task
         if not self._has_begun:
-            self._admission.launched(self)
+            task.add_done_callback(self._on_task_done)
         elif not self.open:  # its first step ended the request
             self._schedule_cancel(task)
 
-    @property
-    def has_begun(self) -> bool:
-        """True once the task has made its first step."""
-        return self._has_begun
-
-    def end_unbegun(self) -> None:
+    def _on_task_done(self, _: asyncio.Task[None]) -> None:
         """End a request whose task was cancelled before its first step: `run` was not entered."""
-        self._has_begun = True
-        self._task = None
-        self.endpoint.counts.unstarted_count += 1
-        self.fail(HandlerFailed("the handler was cancelled before it began"))
-        self._admission.finished(self)
+        if not self._has_begun:
+            self._has_begun = True
+            self._task = None
+            self.endpoint.counts.unstarted_count += 1
+            self.fail(HandlerFailed("the handler was cancelled before it began"))
+            self._admission.finished(self)
 
     async def run(self) -> None:
         """Run the handler, and send its items."""
