@@ -24,6 +24,7 @@ from dynamo_redis.names import EndpointName
 from dynamo_redis.planes.context import Context
 from dynamo_redis.router.kv_router import KvRouter
 from dynamo_redis.runtime import DistributedRuntime, Settings
+from tests.frontend_deployment import Process
 
 WORKERS = EndpointName("dynamo", "backend", "generate")
 
@@ -42,21 +43,6 @@ class NotingEngine(MockEngine):
         await self.gate.wait()
         async for item in super().generate(request, context):
             yield item
-
-
-@dataclass
-class Process:
-    """A service in a runtime of its own."""
-
-    runtime: DistributedRuntime
-    serving: asyncio.Task[None]
-
-    async def end(self) -> None:
-        self.runtime.shutdown()
-        try:
-            await self.serving
-        finally:
-            await self.runtime.aclose()
 
 
 @dataclass

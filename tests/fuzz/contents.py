@@ -43,7 +43,7 @@ INSTANCE: Final = 7
 NOW: Final = 1_700_000_000.0
 MAX_ITEM_BYTES: Final = 200_000
 _USUAL_DEPTH: Final = 950
-"""What is left of the interpreter's limit of 1,000 in a handler."""
+"""The part of the interpreter's limit of 1,000 that a handler has left."""
 
 Check = Callable[[bytes, list[int]], None]
 

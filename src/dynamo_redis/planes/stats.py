@@ -50,7 +50,7 @@ class EndpointStats:
 class RequestCounts:
     """Counts requests as they finish.
 
-    A request costs one `durations_s.append` and a look at its length, 0.1 µs: the sums are made for
+    A request costs two readings of the clock and one append, some 0.4 µs in all: the sums are made for
     `FOLD_COUNT` requests at once.
     """
 

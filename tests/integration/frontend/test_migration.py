@@ -67,10 +67,12 @@ class Losses:
         return [request for engine in self.engines for request in engine.requests]
 
 
-async def losing_engines(deployment: Deployment, count: int = 2, **options: Any) -> Losses:
+async def losing_engines(
+    deployment: Deployment, count: int = 2, *, kind: type[LosingEngine] = LosingEngine, **options: Any
+) -> Losses:
     engines = []
     for _ in range(count):
-        engine = await deployment.worker(kind=LosingEngine, **options)
+        engine = await deployment.worker(kind=kind, **options)
         assert isinstance(engine, LosingEngine)
         engines.append(engine)
     return Losses(*engines)
@@ -132,6 +134,31 @@ async def test_the_next_worker_gets_the_rest_of_the_budget(deployment: Deploymen
     assert second["answered_count"] == 20
     assert (second["stop_conditions"]["max_tokens"], second["stop_conditions"]["min_tokens"]) == (40, 10)
     assert "answered_count" not in first
+
+
+class CountingEngine(LosingEngine):
+    """Sends its own counts with the last item, as engines do that cannot send each token by itself."""
+
+    async def generate(self, request: GenerateRequest, context: Context) -> AsyncGenerator[GenerateItem]:
+        count = 0
+        async for item in super().generate(request, context):
+            count += len(item["token_ids"])
+            if item.get("finish_reason"):
+                prompt_count = len(request["token_ids"])
+                item["completion_usage"] = {"prompt_tokens": prompt_count, "completion_tokens": count}
+            yield item
+
+
+async def test_counts_of_an_engine_cover_the_whole_answer(deployment: Deployment) -> None:
+    engines = await losing_engines(deployment, kind=CountingEngine)
+    url = await deployment.frontend(migration_limit=1)
+    await until_healthy(url, 2)
+    _, unbroken = await complete(url)
+    engines.set(20)
+    usage = (await stream(url))[-1]["usage"]
+    assert len(engines.requests) == 2
+    assert usage["completion_tokens"] == 60
+    assert usage["prompt_tokens"] == unbroken["usage"]["prompt_tokens"]
 
 
 async def test_the_lost_worker_is_not_asked_again(deployment: Deployment) -> None:
