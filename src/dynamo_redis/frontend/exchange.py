@@ -1,14 +1,13 @@
 """One request and its response: from workers' items to HTTP, whole or as server-sent events.
 
-Each request has these tasks, all ended before the response ends: the server's own task, which writes; one
-task that waits for the client to hang up, and then kills the request at its workers; and one task for each
-choice, which reads a worker's items. Readers and writer share one list of encoded events. The writer writes
-the whole list when it gets its turn, so all events of one tick share a write. The list is bounded: over
-`BUFFER_BYTES` the readers wait, and the plane's flow control holds the worker back. So a slow client costs
-no more memory.
+Each request has these tasks, all ended before the response ends: the server's own task, which waits for the
+others and ends the response; one task that waits for the client to hang up, and then kills the request at its
+workers; and one task for each choice, which reads a worker's items and writes their events. All items that
+have come meanwhile share a write. The HTTP server bounds the unsent bytes: over its limit a task waits in its
+write, and the plane's flow control holds the worker back. So a slow client costs no more memory.
 
-Only the server's task writes, never the code that receives frames from a worker: a client that has left
-delays no other client's stream.
+These tasks write, never the code that receives frames from a worker: a client that has left delays no other
+client's stream.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from time import perf_counter
 from typing import Any
 
@@ -27,6 +26,7 @@ from dynamo_redis.frontend.http.errors import ApiError, worker_error, worker_los
 from dynamo_redis.frontend.http.sse import DONE, ChunkEncoder, Kind, event
 from dynamo_redis.frontend.metrics.recording import RequestRecord
 from dynamo_redis.frontend.migration import Migration
+from dynamo_redis.frontend.model import Answer, Generate
 from dynamo_redis.models.llm_protocol import GenerateRequest
 from dynamo_redis.planes.context import Context
 from dynamo_redis.rate_limited_log import RateLimitedLog
@@ -37,17 +37,14 @@ Event = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Event]]
 Send = Callable[[Event], Awaitable[None]]
 
-BUFFER_BYTES = 64 * 1024
-
 _WHOLE_TRIES = 3
 """Most workers that are tried, one after another, for an answer that is sent whole."""
 
 _END_GRACE_S = 1.0
 """Longest time from the item with the finish reason to the end of a worker's answer, in seconds."""
 
-Generate = Callable[[GenerateRequest, Context, Collection[int]], Awaitable[AsyncIterator[Any]]]
-"""Sends a request to a worker other than those of these ids; awaited, and then iterated. Raises PlaneError at
-either step."""
+Deliver = Callable[["CompletionChoice", list[str]], Awaitable[None]]
+"""Takes the texts of a choice's next items, and its finish reason if the last one has it."""
 
 
 class CompletionChoice:
@@ -100,13 +97,10 @@ class Exchange:
         self._choices = choices
         self._generate = generate
         self._record = record
-        self._events: list[bytes] = []
-        self._buffered = 0
         self._open = len(choices)
         self._error: ApiError | None = None
         self._hung_up = False
         self._wake = asyncio.Event()
-        self._room = asyncio.Event()
 
     # ----------------------------------------------------------------- whole
 
@@ -116,15 +110,10 @@ class Exchange:
         If a worker is lost half-way, another worker answers that choice from the beginning.
         """
 
-        async def collect(choice: CompletionChoice, text: str) -> None:
-            choice.pieces.append(text)
+        async def collect(choice: CompletionChoice, texts: list[str]) -> None:
+            choice.pieces += texts
 
-        async def wait_for_end() -> None:
-            while self._open and self._error is None and not self._hung_up:
-                self._wake.clear()
-                await self._wake.wait()
-
-        await self._run(receive, collect, wait_for_end, tries=_WHOLE_TRIES)
+        await self._run(receive, collect, tries=_WHOLE_TRIES)
         if self._hung_up:
             return
         if self._error is not None:
@@ -164,71 +153,48 @@ class Exchange:
             ChunkEncoder(self._kind, frame, choice.index, includes_usage=includes_usage)
             for choice in self._choices
         ]
+        response = EventResponse(send, headers)
 
-        async def encode(choice: CompletionChoice, text: str) -> None:
-            encoder = encoders[choice.index]
-            answer = choice.answer
-            piece = encoder.delta(text) if text or answer.finish_reason is None else b""
+        async def encode(choice: CompletionChoice, texts: list[str]) -> None:
+            encoder, reason = encoders[choice.index], choice.answer.finish_reason
+            events: list[bytes] = []
             if not choice.pieces:
-                piece = encoder.begin() + piece
+                events.append(encoder.begin())
                 choice.pieces.append("")
-            if answer.finish_reason is not None:
-                piece += encoder.end(answer.finish_reason)
-            self._events.append(piece)
-            self._buffered += len(piece)
-            self._wake.set()
-            while self._buffered > BUFFER_BYTES:
-                self._room.clear()
-                await self._room.wait()
+            if reason is not None and not texts[-1]:
+                texts.pop()
+            events += map(encoder.delta, texts)
+            if reason is not None:
+                events.append(encoder.end(reason))
+            if reason is not None and self._open == 1:
+                response.hold(b"".join(events))
+            else:
+                await response.write(b"".join(events))
 
-        async def write() -> None:
-            await self._write(send, headers, frame if includes_usage else None)
-
-        await self._run(receive, encode, write, tries=1)
-
-    async def _write(
-        self, send: Send, headers: list[tuple[bytes, bytes]], usage_frame: dict[str, Any] | None
-    ) -> None:
-        started = False
-        while not self._hung_up:
-            if not self._events and self._open and self._error is None:
-                self._wake.clear()
-                await self._wake.wait()
-                continue
-            if not started and self._error is not None and not self._events:
+        await self._run(receive, encode, tries=1)
+        if self._hung_up:
+            return
+        if self._error is not None:
+            if response.begun:
+                await response.end(event(self._error.body()))
+            else:
                 await send_error(send, self._error, headers)
-                return
-            if not started:
-                started = True
-                await send({"type": "http.response.start", "status": 200, "headers": [*_SSE, *headers]})
-            ended = not self._open or self._error is not None
-            if ended:
-                if self._error is not None:
-                    last = event(self._error.body())
-                elif usage_frame is None:
-                    last = DONE
-                else:
-                    last = event({**usage_frame, "choices": [], "usage": self._usage()}) + DONE
-                self._events.append(last)
-            content = b"".join(self._events)
-            self._events.clear()
-            self._buffered = 0
-            self._room.set()
-            await send({"type": "http.response.body", "body": content, "more_body": not ended})
-            if ended:
-                return
+        elif includes_usage:
+            await response.end(event({**frame, "choices": [], "usage": self._usage()}) + DONE)
+        else:
+            await response.end(DONE)
 
     # ----------------------------------------------------------------- both
 
     async def _run(
         self,
         receive: Receive,
-        deliver: Callable[[CompletionChoice, str], Awaitable[None]],
-        respond: Callable[[], Awaitable[None]],
+        deliver: Deliver,
         *,
         tries: int,
     ) -> None:
-        """Read all choices while `respond` runs, and end every task when it returns or is cancelled."""
+        """Read all choices, until the first error or the client's leave. End every task then, or when this is
+        cancelled."""
 
         async def wait_for_hang_up() -> None:
             while (await receive())["type"] != "http.disconnect":
@@ -241,7 +207,9 @@ class Exchange:
         tasks = [asyncio.create_task(self._read(choice, deliver, tries)) for choice in self._choices]
         tasks.append(asyncio.create_task(wait_for_hang_up()))
         try:
-            await respond()
+            while self._open and self._error is None and not self._hung_up:
+                self._wake.clear()
+                await self._wake.wait()
         finally:
             for task in tasks:
                 task.cancel()
@@ -260,7 +228,7 @@ class Exchange:
     async def _read(
         self,
         choice: CompletionChoice,
-        deliver: Callable[[CompletionChoice, str], Awaitable[None]],
+        deliver: Deliver,
         tries: int,
     ) -> None:
         """Read an answer to its end.
@@ -295,44 +263,35 @@ class Exchange:
     async def _read_once(
         self,
         choice: CompletionChoice,
-        deliver: Callable[[CompletionChoice, str], Awaitable[None]],
+        deliver: Deliver,
         *,
         is_last: bool,
     ) -> bool:
         """Read an answer to its end. Return False if its worker was lost, and another is to be asked."""
-        answer, migration, gaps_s = choice.answer, choice.migration, self._record.gaps_s
-        items: Any = None
+        answer, migration = choice.answer, choice.migration
+        items: Answer | None = None
         try:
             if migration is None:
                 items = await self._generate(choice.request, choice.context, ())
             else:
                 items = await migration.send(self._generate, choice.context)
-            async for item in items:
-                now = perf_counter()
-                if choice.begun:
-                    gaps_s.add(now - choice.item_at)
-                else:
-                    choice.begun = True
-                    self._record.note_first_item(now)
-                choice.item_at = now
-                await deliver(choice, answer.feed(item))
-                if answer.finish_reason is not None:
-                    break
+            while answer.finish_reason is None and (arrived := await items.next_items()):
+                await self._take(choice, arrived, deliver)
             answer.check_complete()
-            if not answer.cut_off:
+            if not answer.cut_off and not items.is_over:
                 # The worker has sent its last item, and ends by itself: a close now would count as a kill.
                 with contextlib.suppress(TimeoutError, DynamoRedisError):
                     async with asyncio.timeout(_END_GRACE_S):
-                        async for _ in items:
+                        while await items.next_items():
                             pass
         except DynamoRedisError as exc:
             lost = worker_lost(exc) or isinstance(exc, EngineFailed)
             if not lost or not choice.begun or choice.context.is_stopped():
                 raise
             if migration is not None and migration.is_whole(answer):
-                await deliver(choice, answer.feed({"finish_reason": "length"}))
+                await deliver(choice, [answer.feed({"finish_reason": "length"})])
                 return True
-            if not self._goes_on(choice, getattr(items, "instance_id", None), is_last=is_last):
+            if not self._goes_on(choice, items.instance_id if items else None, is_last=is_last):
                 raise
             _log_failure(choice, exc)
             return False
@@ -340,6 +299,25 @@ class Exchange:
             if items is not None:
                 await items.aclose()
         return True
+
+    async def _take(self, choice: CompletionChoice, items: list[Any], deliver: Deliver) -> None:
+        """Decode items that came together, up to the finish reason, and deliver their texts."""
+        answer, now = choice.answer, perf_counter()
+        texts: list[str] = []
+        try:
+            for item in items:
+                if choice.begun:
+                    self._record.gaps_s.add(now - choice.item_at)
+                else:
+                    choice.begun = True
+                    self._record.note_first_item(now)
+                choice.item_at = now
+                texts.append(answer.feed(item))
+                if answer.finish_reason is not None:
+                    break
+        finally:  # also before an item that is none
+            if texts:
+                await deliver(choice, texts)
 
     def _goes_on(self, choice: CompletionChoice, lost_at: int | None, *, is_last: bool) -> bool:
         """Prepare another try after a worker was lost: from where the answer is, or from its beginning.
@@ -383,6 +361,39 @@ def _log_failure(choice: CompletionChoice, error: Exception) -> None:
     """Log that a request lost its worker, or failed there without a line in the worker's own log."""
     failure = "lost its worker" if worker_lost(error) else "failed at its worker"
     _failures.log("request %s %s: %s", choice.context.id(), failure, error)
+
+
+class EventResponse:
+    """A response of server-sent events, which several tasks may write."""
+
+    def __init__(self, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
+        self._send = send
+        self._headers = headers
+        self._starting = asyncio.Lock()
+        self._held = b""
+        self.begun = False
+        """True once there is a part of the response."""
+
+    async def write(self, events: bytes) -> None:
+        """Write events, and before the first ones the head. Waits for a client that reads slowly."""
+        if not self.begun:
+            async with self._starting:
+                if not self.begun:
+                    await self._send(
+                        {"type": "http.response.start", "status": 200, "headers": [*_SSE, *self._headers]}
+                    )
+                    self.begun = True
+        await self._send({"type": "http.response.body", "body": events, "more_body": True})
+
+    def hold(self, events: bytes) -> None:
+        """Keep the last events, to be written with the end."""
+        self._held = events
+
+    async def end(self, events: bytes) -> None:
+        """Write the held events and the last ones, and end the response."""
+        if not self.begun:
+            await self.write(b"")
+        await self._send({"type": "http.response.body", "body": self._held + events, "more_body": False})
 
 
 # --------------------------------------------------------------------------- plain responses

@@ -7,11 +7,11 @@ answer is not moved if the lost worker had more state than its tokens, as for gu
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
-from typing import Any, Final
+from typing import Final
 
 from dynamo_redis.errors import NoInstances
 from dynamo_redis.frontend.answers import AnswerDecoder
+from dynamo_redis.frontend.model import Answer, Generate
 from dynamo_redis.models.llm_protocol import GenerateRequest, StopConditions
 from dynamo_redis.planes.context import Context
 
@@ -20,8 +20,6 @@ WAIT_S: Final = 10.0
 
 _FIRST_PAUSE_S: Final = 0.05
 _LONGEST_PAUSE_S: Final = 1.0
-
-Send = Callable[[GenerateRequest, Context, Collection[int]], Awaitable[AsyncIterator[Any]]]
 
 
 class Migration:
@@ -74,7 +72,7 @@ class Migration:
         }
         answer.note_move()
 
-    async def send(self, send: Send, context: Context) -> AsyncIterator[Any]:
+    async def send(self, send: Generate, context: Context) -> Answer:
         """Send the request. After a migration wait for a worker up to `WAIT_S`; if there is none but those
         that were lost, ask these again. Raises PlaneError."""
         if not self.count:

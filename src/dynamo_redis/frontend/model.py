@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Collection
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
 
@@ -11,11 +11,23 @@ from dynamo_redis.decoding import removal
 from dynamo_redis.errors import InvalidRecord
 from dynamo_redis.frontend.model_loading import LoadedModel
 from dynamo_redis.models.card import ModelCard, parse_card_key
+from dynamo_redis.models.llm_protocol import GenerateRequest
 from dynamo_redis.names import EndpointName, InstanceId
 from dynamo_redis.planes.context import Context
 from dynamo_redis.runtime.among import LiveIds
 from dynamo_redis.runtime.instance import Instance
 from dynamo_redis.store.base import Record
+
+
+class Answer(Protocol):
+    """The part of a `runtime.Call` that serving needs."""
+
+    @property
+    def instance_id(self) -> int: ...
+    @property
+    def is_over(self) -> bool: ...
+    async def next_items(self) -> list[Any]: ...
+    async def aclose(self) -> None: ...
 
 
 class EndpointClient(Protocol):
@@ -28,10 +40,15 @@ class EndpointClient(Protocol):
         context: Context | None = None,
         *,
         among: Collection[int] | None = None,
-    ) -> Awaitable[AsyncIterator[Any]]: ...
+    ) -> Awaitable[Answer]: ...
     def confirmed_instances(self) -> list[Instance]: ...
     def instance_ids(self) -> list[int]: ...
     async def aclose(self) -> None: ...
+
+
+Generate = Callable[[GenerateRequest, Context, Collection[int]], Awaitable[Answer]]
+"""Sends a request to a worker other than those of these ids; awaited, and then read. Raises PlaneError at
+either step."""
 
 
 @dataclass(frozen=True, slots=True)

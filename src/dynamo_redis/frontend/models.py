@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine
+from collections.abc import Awaitable, Callable, Collection, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -13,7 +13,7 @@ from typing import Any, Protocol, Self
 from dynamo_redis.clock import SYSTEM_CLOCK, Clock
 from dynamo_redis.errors import DynamoRedisError, ModelCacheError, Overloaded, StoreError
 from dynamo_redis.frontend.http.errors import model_broken, model_loading, model_not_found, no_workers
-from dynamo_redis.frontend.model import CardEntry, EndpointClient, Model, NamedModel
+from dynamo_redis.frontend.model import Answer, CardEntry, EndpointClient, Model, NamedModel
 from dynamo_redis.frontend.model_loading import LoadedModel, load_model
 from dynamo_redis.models.chat_template import ChatTemplate
 from dynamo_redis.models.llm_protocol import GenerateRequest
@@ -194,7 +194,7 @@ class LiveModels:
         request: GenerateRequest,
         context: Context,
         excluded: Collection[int] = (),
-    ) -> AsyncIterator[Any]:
+    ) -> Answer:
         """Send a request to one of the model's instances that are not excluded. Raises PlaneError."""
         assert model.client is not None
         among = IdsWithout(model.among, excluded) if excluded else model.among

@@ -79,6 +79,10 @@ class ResponseStream(Protocol):
         """True once the answer has ended without an error and all items have been read."""
         ...
 
+    def take_ready(self) -> list[Any]:
+        """Return the items that have come and were not read, without waiting."""
+        ...
+
     def call_soon(self, callback: Callable[[], None]) -> None:
         """Have the event loop of the stream call `callback`; may be called from any thread.
 

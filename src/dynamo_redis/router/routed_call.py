@@ -114,8 +114,21 @@ class RoutedCall(Call):
         if not self._has_item:
             self._has_item = True
             self._booked.note_first_item()
+        self._show(item)
+        return item
+
+    async def next_items(self) -> list[Any]:
+        """See `Call.next_items`."""
+        items = await Call.next_items(self)
+        for item in items[1:]:
+            if self._on_item is None:
+                break
+            self._show(item)
+        return items
+
+    def _show(self, item: Any) -> None:
+        """Call `on_item` with the item, unless it has returned True before."""
         if self._on_item is not None:
             content = item.data() if isinstance(item, Annotated) else item
             if self._on_item(self._booked.routing, self._booked.choice, content):
                 self._on_item = None
-        return item

@@ -133,6 +133,27 @@ class Call:
                 if self._annotated or item is not None:
                     return Annotated(item) if self._annotated else item
 
+    async def next_items(self) -> list[Any]:
+        """Wait for the next item; return it and all that have come behind it. Empty at the end."""
+        try:
+            items = [await self.__anext__()]
+        except StopAsyncIteration:
+            return []
+        stream = self._stream
+        if stream is not None:
+            ready = stream.take_ready()
+            items += (
+                map(Annotated, ready) if self._annotated else (item for item in ready if item is not None)
+            )
+            if stream.is_over:
+                self._close()
+        return items
+
+    @property
+    def is_over(self) -> bool:
+        """True once the answer has ended: no more items and no error come."""
+        return self._stream is None and self._error is None
+
     async def aclose(self) -> None:
         """End the call; the worker is told to kill it if it is still under way."""
         stream, self._error = self._stream, None

@@ -34,7 +34,50 @@ from dynamo_redis.store.objects.memory import MemoryObjectStore
 from tests.frontend_deployment import Deployment
 
 ENDPOINT = EndpointName("dynamo", "backend", "generate")
+WINDOW_COUNT = 64
 Script = Callable[[GenerateRequest, Context], AsyncGenerator[Any]]
+
+
+class FakeCall:
+    """An answer that a test wrote. It runs ahead of its reader as a worker does, within a window."""
+
+    instance_id = 1
+
+    def __init__(self, items: AsyncGenerator[Any]) -> None:
+        self._arrived: asyncio.Queue[Any] = asyncio.Queue(WINDOW_COUNT)
+        self._reading = asyncio.create_task(self._read(items))
+        self.is_over = False
+
+    async def _read(self, items: AsyncGenerator[Any]) -> None:
+        end: Any = StopAsyncIteration()
+        try:
+            async for item in items:
+                await self._arrived.put(item)
+        except Exception as exc:  # noqa: BLE001 - the reader gets it
+            end = exc
+        finally:
+            await items.aclose()
+        await self._arrived.put(end)
+
+    async def next_items(self) -> list[Any]:
+        """Return the next item and all that have come behind it; nothing at the end."""
+        items = [await self._arrived.get()]
+        while not self._arrived.empty():
+            items.append(self._arrived.get_nowait())
+        if isinstance(items[-1], Exception):
+            end = items.pop()
+            if items:
+                self._arrived.put_nowait(end)
+            else:
+                self.is_over = True
+                if not isinstance(end, StopAsyncIteration):
+                    raise end
+        return items
+
+    async def aclose(self) -> None:
+        """Close the generator."""
+        self._reading.cancel()
+        await asyncio.wait([self._reading])
 
 
 class FakeWatch:
@@ -116,7 +159,7 @@ class Worker:
         context: Context | None = None,
         *,
         among: Collection[int] | None = None,
-    ) -> AsyncIterator[Any]:
+    ) -> FakeCall:
         assert annotated is False
         assert context is not None
         if not self.ids:
@@ -124,7 +167,7 @@ class Worker:
         self.requests.append(request)
         self.contexts.append(context)
         self.among.append(among)
-        return self._answer(request, context)
+        return FakeCall(self._answer(request, context))
 
     async def _answer(self, request: GenerateRequest, context: Context) -> AsyncGenerator[Any]:
         ended = "closed"

@@ -401,7 +401,9 @@ async def test_requests_under_way_outlive_their_model(frontend: Any) -> None:
     items = await frontend.models.generate(model, request, Context())
     frontend.runtime.registry.delete(key)
     await frontend.until(lambda: names(frontend) == [])
-    received = [item async for item in items]
+    received: list[Any] = []
+    while arrived := await items.next_items():
+        received += arrived
     assert received[-1]["finish_reason"] == "stop"
 
 

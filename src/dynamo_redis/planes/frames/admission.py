@@ -81,6 +81,7 @@ class AdmissionControl:
         "_reserved_count",
         "_running",
         "_starting",
+        "_unbegun",
         "_waiting",
         "loop",
     )
@@ -99,6 +100,7 @@ class AdmissionControl:
         self._large: dict[Request, int] = {}  # their sizes in bytes
         self._waiting: FairQueue[Connection, Request] = FairQueue()
         self._starting = False
+        self._unbegun: list[Request] = []  # started in this turn of the event loop
         self._finished_count = 0
         self._finish_rate = FinishRate()
 
@@ -122,8 +124,7 @@ class AdmissionControl:
         running = self._running
         if len(running) < self._max_in_flight_count or request.endpoint.active_count < self._reserved_count:
             request.endpoint.active_count += 1
-            running.add(request)
-            request.launch(self.loop)
+            self._start(request)
             return
         waiting = self._waiting
         if not waiting.size:
@@ -141,6 +142,27 @@ class AdmissionControl:
             newest.abort(error)  # it leaves by `dequeue`
         request.endpoint.active_count += 1
         waiting.push(request.connection, request)
+
+    def _start(self, request: Request) -> None:
+        """Start the request's handler."""
+        self._running.add(request)
+        request.launch(self.loop)
+        if not request.has_begun:
+            self._look_after(request)
+
+    def _look_after(self, request: Request) -> None:
+        """Look in the next turn of the event loop whether the handler has begun. One look at all that were
+        started in a turn costs less than a callback of each task."""
+        if not self._unbegun:
+            self.loop.call_soon(self._end_unbegun)
+        self._unbegun.append(request)
+
+    def _end_unbegun(self) -> None:
+        """End the requests whose handlers were cancelled before they began."""
+        started, self._unbegun = self._unbegun, []
+        for request in [request for request in started if not request.has_begun]:
+            if not request.end_if_cancelled():
+                self._look_after(request)
 
     def admit_large(self, request: Request, size_bytes: int) -> None:
         """See `server_request.Admission.admit_large`. Raises Overloaded."""
@@ -182,8 +204,7 @@ class AdmissionControl:
         try:
             while self._waiting.size and len(self._running) < self._max_in_flight_count:
                 following = self._waiting.pop()
-                self._running.add(following)
-                following.launch(self.loop)
+                self._start(following)
         finally:
             self._starting = False
 

@@ -258,25 +258,38 @@ class Mailbox:
                 raise self._own_error(self._error)
             item = self._items.popleft()
         if type(item) is _Raw:
-            self._unreturned_credit += item.cost - 1
-            self._extra_cost -= item.cost - 1
-            item.release()
-            item = item.item
+            item = self._unwrap(item)
         if not self._ended:
             self._unreturned_credit = count = self._unreturned_credit + 1
             if count * 2 >= self._window:
                 self._give_credit()
         return item
 
+    def take_ready(self) -> list[Any]:
+        """Return the items that have come and were not read, without waiting."""
+        items = [self._unwrap(item) if type(item) is _Raw else item for item in self._items]
+        if items:
+            self._items.clear()
+            if not self._ended:
+                self._unreturned_credit = count = self._unreturned_credit + len(items)
+                if count * 2 >= self._window:
+                    self._give_credit()
+        return items
+
     async def next_items(self) -> list[Any]:
         """Wait for the next item; return it and all that have come behind it. Empty at the end."""
         try:
-            items = [await self.__anext__()]
+            first = await self.__anext__()
         except StopAsyncIteration:
             return []
-        while self._items:
-            items.append(await self.__anext__())
-        return items
+        return [first, *self.take_ready()]
+
+    def _unwrap(self, raw: _Raw) -> Any:
+        """Return the item that came as a raw payload, and release its size."""
+        self._unreturned_credit += raw.cost - 1
+        self._extra_cost -= raw.cost - 1
+        raw.release()
+        return raw.item
 
     def _own_error(self, error: Exception) -> Exception:
         """Return a copy of the error that the stream ends with.

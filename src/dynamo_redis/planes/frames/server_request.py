@@ -138,12 +138,12 @@ class Request(Sender):
     __slots__ = (
         "_admission",
         "_argument",
-        "_has_begun",
         "_messages",
         "_task",
         "_timer",
         "context",
         "endpoint",
+        "has_begun",
         "opened_at_sweep",
         "state",
     )
@@ -171,7 +171,8 @@ class Request(Sender):
         """
         Sender.__init__(self, connection, stream_id)
         self._admission = admission
-        self._has_begun = False
+        self.has_begun = False
+        """True once its handler's task has taken its first step."""
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._messages: RequestMessages | None = None
@@ -214,23 +215,27 @@ class Request(Sender):
         if task.done():
             return
         self._task = task
-        if not self._has_begun:
-            task.add_done_callback(self._on_task_done)
-        elif not self.open:  # its first step ended the request
+        if self.has_begun and not self.open:  # its first step ended the request
             self._schedule_cancel(task)
 
-    def _on_task_done(self, _: asyncio.Task[None]) -> None:
-        """End a request whose task was cancelled before its first step: `run` was not entered."""
-        if not self._has_begun:
-            self._has_begun = True
-            self._task = None
-            self.endpoint.counts.unstarted_count += 1
-            self.fail(HandlerFailed("the handler was cancelled before it began"))
-            self._admission.finished(self)
+    def end_if_cancelled(self) -> bool:
+        """End the request if its task was cancelled before its first step: `run` was not entered.
+
+        Return False if the first step is still to come.
+        """
+        assert self._task is not None
+        if not self._task.done():
+            return False
+        self.has_begun = True
+        self._task = None
+        self.endpoint.counts.unstarted_count += 1
+        self.fail(HandlerFailed("the handler was cancelled before it began"))
+        self._admission.finished(self)
+        return True
 
     async def run(self) -> None:
         """Run the handler, and send its items."""
-        self._has_begun = True
+        self.has_begun = True
         began_at = perf_counter()
         try:
             result: Any = self.endpoint.handler(self._argument, self.context)
@@ -365,7 +370,7 @@ class Request(Sender):
         _quietly(self.context.kill)
         if self._task is not None:  # started, or about to start in the next turn of the event loop
             self._schedule_cancel(self._task)
-        elif not self._has_begun:
+        elif not self.has_begun:
             self._admission.dequeue(self)
 
     def _schedule_cancel(self, task: asyncio.Task[None]) -> None:
