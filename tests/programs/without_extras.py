@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-EXTRAS = {"aiohttp", "httptools", "jinja2", "starlette", "tokenizers", "uvicorn", "zmq"}
+EXTRAS = {"aiohttp", "httptools", "jinja2", "opentelemetry", "starlette", "tokenizers", "uvicorn", "zmq"}
 
 
 class Absent:

@@ -21,6 +21,7 @@ CONTENTS: Final[Mapping[str, Sequence[str]]] = {
         "docs/settings",
         "docs/request-planes",
         "docs/health-and-metrics",
+        "docs/observability",
         "docs/migration",
         "docs/security",
         "docs/tls",

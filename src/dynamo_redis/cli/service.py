@@ -19,6 +19,7 @@ from dynamo_redis.config import (
     RuntimeSettings,
     StoreSettings,
     SystemSettings,
+    TracingSettings,
     unknown_settings,
 )
 from dynamo_redis.errors import StoreUnavailable
@@ -40,7 +41,14 @@ READY = "ready"
 
 def runtime_options(command: Command) -> Command:
     """Decorate a command with all options of a process that has a runtime."""
-    for group in (RuntimeSettings, SystemSettings, PlaneSettings, EventSettings, StoreSettings):
+    for group in (
+        RuntimeSettings,
+        SystemSettings,
+        TracingSettings,
+        PlaneSettings,
+        EventSettings,
+        StoreSettings,
+    ):
         command = setting_options(group)(command)
     return command
 
@@ -56,6 +64,7 @@ def run_service(
     """
     from dynamo_redis.runtime.logging import configure_dynamo_logging
     from dynamo_redis.runtime.runtime import DistributedRuntime, Settings
+    from dynamo_redis.runtime.tracing import close_tracing, configure_tracing
 
     note_chosen_deployment(options)
     settings = Settings(
@@ -65,14 +74,17 @@ def run_service(
         events=load(EventSettings, options),
         system=load(SystemSettings, options),
     )
+    tracing = load(TracingSettings, options)
 
     raise_file_limit()
 
     async def main() -> None:
         runtime = DistributedRuntime(settings=settings)
         # Many workers may log to one place: the log names each by the id that `instances` lists.
-        service_name = f"{name}-{format_instance_id(runtime.instance_id)}"
-        configure_dynamo_logging(service_name=service_name, level=settings.runtime.log)
+        instance_id = format_instance_id(runtime.instance_id)
+        service_name = f"{name}-{instance_id}"
+        configure_dynamo_logging(service_name=service_name, settings=settings.runtime)
+        configure_tracing(f"dynamo-{name}", instance_id, settings=tracing)
         for sentence in unknown_settings().values():
             log.warning("%s", sentence)
         runtime.handle_signals()  # before it starts: it may have to wait for Redis
@@ -86,6 +98,7 @@ def run_service(
             await serve(runtime)
         finally:
             await runtime.aclose()
+            await close_tracing()
 
     loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None
     if sys.platform != "win32":

@@ -25,6 +25,7 @@ from dynamo_redis.config.runtime_files import (
 from dynamo_redis.config.services import FixtureSettings, FrontendSettings, RuntimeSettings
 from dynamo_redis.config.store import StoreSettings
 from dynamo_redis.config.system import SystemSettings
+from dynamo_redis.config.tracing import TracingSettings
 from dynamo_redis.config.unknown import unknown_names
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "SettingsGroup",
     "StoreSettings",
     "SystemSettings",
+    "TracingSettings",
     "child_environment",
     "env_name",
     "origins",
@@ -64,6 +66,7 @@ GROUPS: tuple[type[SettingsGroup], ...] = (
     EventSettings,
     RuntimeSettings,
     SystemSettings,
+    TracingSettings,
     FrontendSettings,
     RouterSettings,
     ModelSettings,

@@ -37,6 +37,15 @@ class RuntimeSettings(SettingsGroup):
         "ending at once.",
     )
     log: str = setting("DYN_LOG", "info", "Log level: error, warn, info or debug; `off` for none.")
+    log_format: Literal["text", "json"] = setting(
+        "DYN_LOG_FORMAT", "text", "Form of log lines: text for people, json for collectors: an object a line."
+    )
+    logging_jsonl: bool = setting("DYN_LOGGING_JSONL", False, "Dynamo's name for `DYN_LOG_FORMAT=json`.")
+
+    @property
+    def logs_json(self) -> bool:
+        """True if log lines are JSON."""
+        return self.logging_jsonl or self.log_format == "json"
 
     @property
     def closing_s(self) -> float:
@@ -105,6 +114,11 @@ class FrontendSettings(SettingsGroup):
         None,
         "Answers go on only up to this many tokens, with their prompt. Unset: without a limit.",
         unit="tokens",
+    )
+    access_log: bool = setting(
+        "DYN_HTTP_ACCESS_LOG",
+        False,
+        "Log a line for each HTTP request: method, path, status, model, tokens, times and request id.",
     )
     model_cache: Path | None = setting(
         "DYN_MODEL_CACHE",

@@ -13,6 +13,7 @@ from dynamo_redis.config import ModelSettings
 from dynamo_redis.engines.availability import follow_health
 from dynamo_redis.engines.base import Engine, EngineCapacity
 from dynamo_redis.engines.demo_model import DEMO_MODEL_NAME, DEMO_MODEL_PATH
+from dynamo_redis.engines.engine_span import with_engine_span
 from dynamo_redis.engines.load_reports import load_metrics, report_load
 from dynamo_redis.errors import ModelError, StoreError
 from dynamo_redis.events.load_publisher import LoadPublisher
@@ -94,7 +95,7 @@ async def serve_engine(
             await _publish(runtime, engine, name, stack)
         await _serve_beside(runtime, engine, name, stack)
         generate = runtime.endpoint(endpoint)
-        served = await generate.start_serving(engine.generate)
+        served = await generate.start_serving(with_engine_span(engine.generate))
         stack.push_async_callback(served.unregister)
         follower = CardFollower(
             engine, model, model_name, runtime.settings.events.event_plane, migration_limit

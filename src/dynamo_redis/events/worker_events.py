@@ -9,6 +9,7 @@ from typing import Self
 from dynamo_redis.config import EventSettings
 from dynamo_redis.events.kv_dump import KvDump
 from dynamo_redis.events.kv_publisher import KvPublisher
+from dynamo_redis.events.metrics import publisher_families
 from dynamo_redis.events.publisher import EventPublisher
 from dynamo_redis.names import EndpointName
 from dynamo_redis.runtime.runtime import DistributedRuntime
@@ -48,6 +49,7 @@ class WorkerEvents:
         self._started: set[int] = set()
         self._starting = asyncio.Lock()
         self._served: ServedEndpoint | None = None
+        self._end_metrics = runtime.add_metrics(lambda: publisher_families(self._stream, self._publishers))
 
     def rank(self, dp_rank: int) -> KvPublisher:
         """Return the publisher of a rank, made at the first call. Reports before `start` wait."""
@@ -92,6 +94,7 @@ class WorkerEvents:
 
     async def aclose(self) -> None:
         """Close the endpoint, send the events that wait (for a second at most), and end. Idempotent."""
+        self._end_metrics()
         if self._served is not None:
             await self._served.unregister()
         await asyncio.gather(*(publisher.aclose() for publisher in self._publishers.values()))

@@ -19,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 from dynamo_redis.config import FrontendSettings
 from dynamo_redis.errors import DeadlineExceeded, DynamoRedisError
+from dynamo_redis.exposition import CONTENT_TYPE, Source, render
 from dynamo_redis.frontend.administration import changes_state
 from dynamo_redis.frontend.answers import AnswerDecoder
 from dynamo_redis.frontend.exchange import CompletionChoice, Exchange, send_error
@@ -27,19 +28,20 @@ from dynamo_redis.frontend.http.errors import ApiError, api_error, invalid, too_
 from dynamo_redis.frontend.http.framing import STREAMS_EVENTS
 from dynamo_redis.frontend.http.request_body import BodyBudget, ClientGone, read_limited
 from dynamo_redis.frontend.http.sse import Kind
-from dynamo_redis.frontend.metrics.recording import FrontendMetrics, RequestRecord
-from dynamo_redis.frontend.metrics.text import CONTENT_TYPE, FrontendReading, ServedModel, render
+from dynamo_redis.frontend.metrics.recording import FrontendMetrics, RequestRecord, error_type
+from dynamo_redis.frontend.metrics.text import FrontendReading, ServedModel, families
 from dynamo_redis.frontend.migration import Migration
 from dynamo_redis.frontend.model import Model, NamedModel
 from dynamo_redis.frontend.model_loading import LoadedModel
 from dynamo_redis.frontend.models import LiveModels
+from dynamo_redis.frontend.observation import OBSERVATION, Observation
 from dynamo_redis.frontend.openai import ChatBody, TextBody
 from dynamo_redis.frontend.options import CompletionOptions
 from dynamo_redis.frontend.parameters import check_headers
 from dynamo_redis.frontend.prompts import Preparation
 from dynamo_redis.models.llm_protocol import GenerateRequest
 from dynamo_redis.names import EndpointName, with_hex_ids
-from dynamo_redis.planes.context import Context
+from dynamo_redis.planes.context import Context, current_request
 from dynamo_redis.store.base import Registry
 
 ClearCaches = Callable[[Collection[EndpointName]], Awaitable[tuple[int, dict[str, Any]]]]
@@ -55,8 +57,10 @@ def make_app(
     settings: FrontendSettings,
     registry: Registry,
     clear_caches: ClearCaches,
+    process_metrics: Source = tuple,
 ) -> Starlette:
-    """Return the ASGI application. The caller makes and ends its parts."""
+    """Return the ASGI application. The caller makes and ends its parts. `process_metrics` are shown beside
+    those of the frontend itself."""
 
     async def list_models(_: Request) -> Response:
         listed = [_describe(model) for model in models.served()]
@@ -76,11 +80,9 @@ def make_app(
         )
 
     async def show_metrics(_: Request) -> Response:
-        reading = FrontendReading.of(
-            metrics, [describe_served(model, models) for model in models.served()],
-            is_connected=registry.connected,
-        )  # fmt: skip
-        return Response(await asyncio.to_thread(render, reading), media_type=CONTENT_TYPE)
+        served = [describe_served(model, models) for model in models.served()]
+        found = [*families(FrontendReading.of(metrics, served)), *process_metrics()]
+        return Response(await asyncio.to_thread(render, found), media_type=CONTENT_TYPE)
 
     async def show_live(_: Request) -> Response:
         return _json(200, {"status": "live"})
@@ -150,6 +152,12 @@ class Completions:
                 traceparent = str(value, "latin-1")
         request_id = request_id or uuid.uuid4().hex
         headers = [(b"x-request-id", request_id.encode())]
+        deadline = None if self._timeout_s is None else started_at + self._timeout_s
+        context = Context(request_id, deadline=deadline, traceparent=traceparent)
+        current_request.set(context)
+        observation: Observation | None = scope.get(OBSERVATION)
+        if observation is not None:
+            observation.begin(self._kind, context)
         try:
             check_headers(scope["headers"])
             async with asyncio.timeout(self._timeout_s):
@@ -160,15 +168,25 @@ class Completions:
             late = DeadlineExceeded("the request was not read and tokenized before its deadline")
             error = api_error(late if isinstance(exc, TimeoutError) else exc)
             self._metrics.refuse(self._kind, error)
+            if observation is not None:
+                observation.error_type = error_type(error)
             await send_error(send, error, headers)
             return
-        deadline = None if self._timeout_s is None else started_at + self._timeout_s
         count = len(requests)
-        ids = [request_id] if count == 1 else [f"{request_id}-{index}" for index in range(count)]
-        contexts = [Context(given, deadline=deadline, traceparent=traceparent) for given in ids]
+        contexts = [context]
+        if count > 1:
+            contexts = [
+                Context(f"{request_id}-{index}", deadline=deadline, traceparent=context.traceparent)
+                for index in range(count)
+            ]
         record = self._metrics.begin(
             model.name, self._kind, is_stream=bool(body.stream), started_at=arrived_at
         )
+        if observation is not None:
+            record.observation = observation
+            observation.note_prepared(
+                model.name, count, is_stream=bool(body.stream), max_tokens=body.wanted_tokens
+            )
         exchange = self._make_exchange(model, body, requests, contexts, record)
         if body.stream:
             scope[STREAMS_EVENTS] = True

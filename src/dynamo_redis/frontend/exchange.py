@@ -30,6 +30,7 @@ from dynamo_redis.frontend.model import Answer, Generate
 from dynamo_redis.models.llm_protocol import GenerateRequest
 from dynamo_redis.planes.context import Context
 from dynamo_redis.rate_limited_log import RateLimitedLog
+from dynamo_redis.runtime.tracing import Span
 
 log = logging.getLogger(__name__)
 
@@ -217,6 +218,10 @@ class Exchange:
                 choice.context.kill()  # no effect on one that has ended
             await asyncio.gather(*tasks, return_exceptions=True)
             usage = self._usage()
+            if self._record.observation is not None:
+                self._record.observation.finish_reasons = [
+                    choice.answer.finish_reason for choice in self._choices if choice.answer.finish_reason
+                ]
             self._record.end(
                 self._error,
                 has_hung_up=self._hung_up,
@@ -268,7 +273,8 @@ class Exchange:
         is_last: bool,
     ) -> bool:
         """Read an answer to its end. Return False if its worker was lost, and another is to be asked."""
-        answer, migration = choice.answer, choice.migration
+        answer, migration, observation = choice.answer, choice.migration, self._record.observation
+        call = None if observation is None else observation.begin_call(choice.context, choice.index)
         items: Answer | None = None
         try:
             if migration is None:
@@ -279,14 +285,9 @@ class Exchange:
                 await self._take(choice, arrived, deliver)
             answer.check_complete()
             if not answer.cut_off and not items.is_over:
-                # The worker has sent its last item, and ends by itself: a close now would count as a kill.
-                with contextlib.suppress(TimeoutError, DynamoRedisError):
-                    async with asyncio.timeout(_END_GRACE_S):
-                        while await items.next_items():
-                            pass
+                await _wait_for_end(items)
         except DynamoRedisError as exc:
-            lost = worker_lost(exc) or isinstance(exc, EngineFailed)
-            if not lost or not choice.begun or choice.context.is_stopped():
+            if not _breaks_off(choice, exc, call):
                 raise
             if migration is not None and migration.is_whole(answer):
                 await deliver(choice, [answer.feed({"finish_reason": "length"})])
@@ -296,6 +297,8 @@ class Exchange:
             _log_failure(choice, exc)
             return False
         finally:
+            if observation is not None:
+                observation.end_call(call, choice.context, items.instance_id if items else None)
             if items is not None:
                 await items.aclose()
         return True
@@ -352,6 +355,22 @@ class Exchange:
         if cached:
             usage["prompt_tokens_details"] = {"cached_tokens": sum(cached)}
         return usage
+
+
+def _breaks_off(choice: CompletionChoice, error: DynamoRedisError, call: Span | None) -> bool:
+    """Return whether an answer has lost its worker half-way, and its client still waits for it."""
+    if call is not None:
+        call.fail_with(error)
+    lost = worker_lost(error) or isinstance(error, EngineFailed)
+    return lost and choice.begun and not choice.context.is_stopped()
+
+
+async def _wait_for_end(items: Answer) -> None:
+    """Wait until a worker that has sent its last item ends by itself: a close now would count as a kill."""
+    with contextlib.suppress(TimeoutError, DynamoRedisError):
+        async with asyncio.timeout(_END_GRACE_S):
+            while await items.next_items():
+                pass
 
 
 _failures = RateLimitedLog(log, pause_s=1.0)  # a worker that dies ends thousands of requests

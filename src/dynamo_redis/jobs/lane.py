@@ -16,6 +16,7 @@ import subprocess
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from contextvars import Context
 from typing import Any, Final, cast
 
 from dynamo_redis.jobs.serving import FRAME, WALL_FACTOR
@@ -132,7 +133,10 @@ class Lane:
         del pieces
         self._waiting.append(job)
         if not self.is_running:
-            self._running = asyncio.create_task(self._run(), name=f"jobs of {self._command[-1]}")
+            # It goes on after the request that begins it, whose context variables are not its own.
+            self._running = asyncio.create_task(
+                self._run(), name=f"jobs of {self._command[-1]}", context=Context()
+            )
         self._send_waiting()
         try:
             return await job.answer

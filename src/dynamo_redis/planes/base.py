@@ -105,6 +105,16 @@ class ResponseStream(Protocol):
 class RequestPlaneClient(Protocol):
     """Sends requests. A process has one client; it owns and shares the connections."""
 
+    @property
+    def pending_count(self) -> int:
+        """Count of requests whose answer has not ended."""
+        ...
+
+    @property
+    def connection_count(self) -> int:
+        """Count of open connections."""
+        ...
+
     def open(
         self,
         target: Target,
@@ -163,6 +173,11 @@ class RequestPlaneServer(Protocol):
     @property
     def addresses(self) -> dict[str, str]:
         """The address on each plane that it serves, the preferred one first. Valid after `start`."""
+        ...
+
+    @property
+    def connection_count(self) -> int:
+        """Count of open connections."""
         ...
 
     @property

@@ -8,6 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from contextvars import ContextVar
 from functools import partial
 from typing import Literal, Protocol
 
@@ -104,8 +105,12 @@ class Context:
 
     @property
     def traceparent(self) -> str | None:
-        """The W3C trace context that the request came with."""
+        """The W3C trace context that the request came with, or that of a span that was begun for it since."""
         return self._traceparent
+
+    @traceparent.setter
+    def traceparent(self, traceparent: str | None) -> None:
+        self._traceparent = traceparent
 
     @property
     def trace_id(self) -> str | None:
@@ -199,6 +204,10 @@ class Context:
         for subscriber in (self._subscriber, *(self._other_subscribers or ())):
             if subscriber is not None:
                 subscriber.on_cancelled(strength)
+
+
+current_request: ContextVar[Context | None] = ContextVar("current_request", default=None)
+"""The request that this code serves, for log lines. Handlers and their tasks have it."""
 
 
 class _Ids:

@@ -38,6 +38,11 @@ class SeveralServers:
         return {server.plane: server.address for server in self._servers}
 
     @property
+    def connection_count(self) -> int:
+        """See `RequestPlaneServer.connection_count`."""
+        return sum(server.connection_count for server in self._servers)
+
+    @property
     def in_flight_count(self) -> int:
         """See `RequestPlaneServer.in_flight_count`."""
         return self._first.in_flight_count

@@ -16,8 +16,9 @@ from dynamo_redis.clock import SYSTEM_CLOCK
 from dynamo_redis.config import RouterSettings
 from dynamo_redis.errors import ConfigError
 from dynamo_redis.events.router_record import register_router
+from dynamo_redis.histogram import Histogram
 from dynamo_redis.models.llm_protocol import is_count
-from dynamo_redis.names import EndpointName
+from dynamo_redis.names import EndpointName, format_instance_id
 from dynamo_redis.planes.context import Context
 from dynamo_redis.router.answering import serve_answers
 from dynamo_redis.router.base import CostWeights, RoutingRequest, Worker, WorkerChoice
@@ -30,9 +31,11 @@ from dynamo_redis.router.choice.waiting_line import WaitingLines
 from dynamo_redis.router.choice.workers import WorkerCards, Workers
 from dynamo_redis.router.index.indexer import Indexer
 from dynamo_redis.router.index.predicted_index import PredictedIndex
+from dynamo_redis.router.metrics import HIT_RATES, router_families
 from dynamo_redis.router.prompts import block_hashes, token_ids_of, weights_of
 from dynamo_redis.router.routed_call import BookedRoute, RoutedCall
 from dynamo_redis.router.router_state import Counts, RouterState, describe_workers
+from dynamo_redis.runtime import tracing
 from dynamo_redis.runtime.client import Client
 from dynamo_redis.runtime.instance import Instance
 from dynamo_redis.runtime.runtime import DistributedRuntime
@@ -96,6 +99,7 @@ class KvRouter:
         )
         self.counts = Counts()
         """Its counts since it was made."""
+        self._hit_rates = Histogram(HIT_RATES)
         self._lines = WaitingLines(settings.router_queue_count)
         given_block_size = settings.kv_cache_block_size or block_size
         self.block_size = given_block_size or _USUAL_BLOCK_SIZE
@@ -174,6 +178,12 @@ class KvRouter:
             self._runtime, self.endpoint.namespace, self.endpoint.component, self.router_id, self._settings
         )
         closes(self._leave)
+        end_metrics = self._runtime.add_metrics(lambda: router_families(self.state(), self._hit_rates.read()))
+
+        async def stop_metrics() -> None:
+            end_metrics()
+
+        closes(stop_metrics)
         if self._sync is not None:
             await self._sync.wait_for_peers(_PEERS_S)
         try:
@@ -290,8 +300,7 @@ class KvRouter:
         Overloaded and DeadlineExceeded, beside the errors of the call.
         """
         routing = self._routing(request, context, among)
-        choice = await self.chooser.choose(routing)
-        self.counts.request_count += 1
+        choice = await self._choose(routing, context)
         route = BookedRoute(self._client.dispatcher, self.chooser, routing, choice)
         try:
             return RoutedCall(route, route.hop(request), bool(annotated), context, on_item=self._count)
@@ -316,12 +325,36 @@ class KvRouter:
         """Choose a worker for a request that another process sends. It is booked while the block runs, and no
         longer than its deadline. Raises as `generate`."""
         routing = self._routing(request, context, None)
-        choice = await self.chooser.choose(routing)
-        self.counts.request_count += 1
+        choice = await self._choose(routing, context)
         try:
             yield choice
         finally:
             self.chooser.free(routing.request_id)
+
+    async def _choose(self, routing: RoutingRequest, context: Context | None) -> WorkerChoice:
+        """Choose a worker and count the choice, in a span of its own while traces are exported."""
+        span = None
+        if tracing.tracer is not None and context is not None:
+            span = tracing.tracer.begin("choose worker", "internal", context.traceparent)
+        try:
+            choice = await self.chooser.choose(routing)
+        except BaseException as exc:
+            if span is not None:
+                span.fail_with(exc)
+                span.end()
+            raise
+        expected_count = choice.matched.device * self.block_size
+        self.counts.request_count += 1
+        self._hit_rates.add(min(expected_count / max(routing.token_count, 1), 1.0))
+        if span is not None:
+            span.set(
+                {
+                    "dynamo.instance.id": format_instance_id(choice.worker.instance_id),
+                    "dynamo.router.cached_tokens": expected_count,
+                }
+            )
+            span.end()
+        return choice
 
     def _routing(
         self, request: Any, context: Context | None, among: Collection[int] | None

@@ -23,6 +23,7 @@ from dynamo_redis.config import (
     SystemSettings,
 )
 from dynamo_redis.errors import ConfigError
+from dynamo_redis.exposition import Family, Source
 from dynamo_redis.names import EndpointName, InstanceId
 from dynamo_redis.planes.base import RequestPlaneClient, RequestPlaneServer, Target
 from dynamo_redis.planes.select import make_client, make_server
@@ -37,6 +38,7 @@ from dynamo_redis.runtime.instance import Instance, transport_name
 from dynamo_redis.runtime.service import Service, StatsHandler, service_subject
 from dynamo_redis.runtime.serving import ServedEndpoint
 from dynamo_redis.runtime.shutdown import ShutdownDeadline
+from dynamo_redis.runtime.system.health import ProcessState
 from dynamo_redis.runtime.system.labels import check_labels
 from dynamo_redis.runtime.withdrawal import withdraw
 from dynamo_redis.store.base import Locks, ObjectStore, Registration, Registry
@@ -169,6 +171,16 @@ class DistributedRuntime:
         self._shutdown = asyncio.Event()
         self._deadline = ShutdownDeadline(settings.runtime.drain_s, settings.runtime.closing_s)
         self._signals: list[signal.Signals] = []
+        self._metric_sources: dict[object, Source] = {}
+        self._state = ProcessState(
+            self.registry,
+            endpoints=lambda: self._served,
+            server=lambda: self._server,
+            client=lambda: self._plane_client,
+            sources=self._metric_sources.values(),
+            is_serving=lambda: self._is_serving,
+            is_shutting_down=lambda: self.is_shutting_down,
+        )
         self._system: SystemServer | None = None
         self._is_serving = False
         self._closed = False
@@ -206,22 +218,28 @@ class DistributedRuntime:
         settings = self.settings.system
         if settings.system_port < 0 or self._system is not None:
             return
-        from dynamo_redis.runtime.system.health import ProcessState
         from dynamo_redis.runtime.system.server import SystemServer
 
-        state = ProcessState(
-            self.registry,
-            endpoints=lambda: self._served,
-            server=lambda: self._server,
-            is_serving=lambda: self._is_serving,
-            is_shutting_down=lambda: self.is_shutting_down,
-        )
-        self._system = SystemServer(settings, state, self.settings.store.loop_stall_s)
+        self._system = SystemServer(settings, self._state, self.settings.store.loop_stall_s)
 
     def note_serving(self) -> None:
         """Let `/health` say that this process serves, as from its first endpoint on. A process without
         endpoints calls this."""
         self._is_serving = True
+
+    def metrics(self) -> list[Family]:
+        """Return the figures of `/metrics` of now."""
+        return self._state.metrics()
+
+    def add_metrics(self, source: Source) -> Callable[[], None]:
+        """Show further metrics of this process on `/metrics`. Return the function that ends that."""
+        key = object()
+        self._metric_sources[key] = source
+
+        def remove() -> None:
+            self._metric_sources.pop(key, None)
+
+        return remove
 
     @property
     def system_address(self) -> str | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from dynamo_redis.config import SystemSettings
 from dynamo_redis.errors import StoreError
+from dynamo_redis.names import format_instance_id
 from dynamo_redis.planes.base import RequestPlaneServer
 from dynamo_redis.runtime.handlers import AnyHandler, adapt
 from dynamo_redis.runtime.instance import Instance
@@ -16,6 +17,7 @@ from dynamo_redis.runtime.service import Service, StatsHandler
 from dynamo_redis.runtime.shutdown import ShutdownDeadline
 from dynamo_redis.runtime.system.canary import Canary
 from dynamo_redis.runtime.system.labels import Labels
+from dynamo_redis.runtime.tracing import in_request
 from dynamo_redis.runtime.withdrawal import withdraw
 from dynamo_redis.store.base import LostReason, Registration, Registry
 
@@ -65,7 +67,9 @@ class ServedEndpoint:
         A `health_check_payload` is sent to the handler while it is idle, if `settings` have that enabled.
         """
         adapted = adapt(handler)
-        self._server.register(self._subject, adapted, request_stream=is_bidirectional)
+        name, instance_id = str(self.instance.name), format_instance_id(self.instance.instance_id)
+        observed = in_request(adapted, name, {"rpc.method": name, "dynamo.instance.id": instance_id})
+        self._server.register(self._subject, observed, request_stream=is_bidirectional)
         self._service.add(self.instance, stats_handler)
         try:
             await self.announce()

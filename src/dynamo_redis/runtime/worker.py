@@ -12,8 +12,10 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from dynamo_redis.config import unknown_settings
 from dynamo_redis.errors import NoInstances, StoreUnavailable
+from dynamo_redis.names import format_instance_id
 from dynamo_redis.runtime.logging import configure_dynamo_logging
 from dynamo_redis.runtime.runtime import DistributedRuntime
+from dynamo_redis.runtime.tracing import close_tracing, configure_tracing
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +55,7 @@ def dynamo_worker(
             for sentence in unknown_settings().values():
                 log.warning("%s", sentence)
             runtime = DistributedRuntime(asyncio.get_running_loop())
+            configure_tracing("dynamo-worker", format_instance_id(runtime.instance_id))
             runtime.handle_signals()
             try:
                 try:
@@ -66,6 +69,7 @@ def dynamo_worker(
                     return await main(runtime, *args, **kwargs)
             finally:
                 await runtime.aclose()
+                await close_tracing()
 
         return run
 

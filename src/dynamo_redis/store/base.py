@@ -200,6 +200,11 @@ class Registry(Protocol):
         """Number of times that the lease was granted again since the start."""
         ...
 
+    @property
+    def outages(self) -> int:
+        """Number of times that Redis ceased to answer since the start."""
+        ...
+
     async def start(self) -> None:
         """Connect, check server and schema, and start the log reader.
 

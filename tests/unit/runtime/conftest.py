@@ -100,6 +100,9 @@ class ScriptedPlane:
         self.forgotten: list[Target] = []
         self.probed: list[int] = []
 
+    pending_count = 0
+    connection_count = 0
+
     def open(
         self,
         target: Target,

@@ -293,7 +293,7 @@ class OpenAIEngine:
             dp_rank=dp_rank,
             token_room=None if context_length is None else context_length - len(prompt_ids(request)),
         )
-        headers = {"X-Request-Id": context.id()}
+        headers = {"X-Request-Id": context.id(), **(context.trace_headers() or {})}
         if dp_rank is not None and self._server.listed.dialect == "vllm":
             headers["X-data-parallel-rank"] = str(dp_rank)
         if self._tokens is None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
-from starlette.applications import Starlette
+from starlette.types import ASGIApp
 
 from dynamo_redis.config import FrontendSettings, RouterSettings, user_model_cache
 from dynamo_redis.errors import ConfigError
@@ -26,6 +26,7 @@ from dynamo_redis.frontend.http.acceptor import Acceptor
 from dynamo_redis.frontend.http.limits import HttpLimits
 from dynamo_redis.frontend.http.protocol import HttpProtocol
 from dynamo_redis.frontend.models import LiveModels
+from dynamo_redis.frontend.observation import observed
 from dynamo_redis.frontend.prompts import Preparation
 from dynamo_redis.frontend.record import keep_listed
 from dynamo_redis.frontend.routing import client_opener
@@ -72,14 +73,16 @@ async def serve_frontend(
         listing = asyncio.create_task(keep_listed(runtime, settings, listener), name="list frontend")
         try:
             async with models:
+                app = make_app(
+                    models,
+                    preparation,
+                    settings,
+                    runtime.registry,
+                    partial(_clear_caches, runtime, models),
+                    runtime.metrics,
+                )
                 await run_server(
-                    make_app(
-                        models,
-                        preparation,
-                        settings,
-                        runtime.registry,
-                        partial(_clear_caches, runtime, models),
-                    ),
+                    observed(app, logs=settings.access_log),
                     listener,
                     runtime.wait_for_shutdown,
                     settings,
@@ -171,7 +174,7 @@ def url_of(listener: socket.socket) -> str:
 
 
 async def run_server(
-    app: Starlette,
+    app: ASGIApp,
     listener: socket.socket,
     wait_for_shutdown: Callable[[], Awaitable[None]],
     settings: FrontendSettings,

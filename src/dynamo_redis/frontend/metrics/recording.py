@@ -11,6 +11,7 @@ from typing import Final, Literal
 
 from dynamo_redis.frontend.http.errors import ApiError
 from dynamo_redis.frontend.http.sse import Kind
+from dynamo_redis.frontend.observation import Observation
 from dynamo_redis.histogram import Histogram
 
 _SECONDS: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
@@ -93,7 +94,16 @@ class FrontendMetrics:
 class RequestRecord:
     """One request under way."""
 
-    __slots__ = ("_all", "_endpoint", "_is_queued", "_request_type", "_started_at", "gaps_s", "model")
+    __slots__ = (
+        "_all",
+        "_endpoint",
+        "_is_queued",
+        "_request_type",
+        "_started_at",
+        "gaps_s",
+        "model",
+        "observation",
+    )
 
     def __init__(
         self, metrics: FrontendMetrics, model: ModelRecord, kind: Kind, request_type: str, started_at: float
@@ -105,6 +115,8 @@ class RequestRecord:
         self._is_queued = True
         self.model = model
         self.gaps_s = model.token_gaps_s
+        self.observation: Observation | None = None
+        """Also gets what is noted here, for the access line and the trace."""
         model.in_flight_count += 1
         model.queued_count += 1
 
@@ -114,10 +126,14 @@ class RequestRecord:
             self._is_queued = False
             self.model.queued_count -= 1
             self.model.first_token_s.add(now - self._started_at)
+            if self.observation is not None:
+                self.observation.note_first_item(now)
 
     def note_migration(self) -> None:
         """Note that an answer goes on at another worker."""
         self.model.migrations["ongoing_request"] += 1
+        if self.observation is not None:
+            self.observation.note_migration()
 
     def end(
         self,
@@ -148,3 +164,8 @@ class RequestRecord:
         model.answer_token_count += answer_token_count
         if cached_token_count is not None:
             model.cached_tokens.add(cached_token_count)
+        if self.observation is not None:
+            self.observation.error_type = kind
+            self.observation.prompt_token_count = prompt_token_count
+            self.observation.answer_token_count = answer_token_count
+            self.observation.cached_token_count = cached_token_count

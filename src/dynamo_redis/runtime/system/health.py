@@ -6,10 +6,11 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from dynamo_redis.exposition import Family, Source
 from dynamo_redis.names import format_instance_id
-from dynamo_redis.planes.base import RequestPlaneServer
+from dynamo_redis.planes.base import RequestPlaneClient, RequestPlaneServer
 from dynamo_redis.runtime.serving import ServedEndpoint
-from dynamo_redis.runtime.system.metrics import EndpointReading, Reading
+from dynamo_redis.runtime.system.metrics import EndpointReading, endpoint_families, process_families
 from dynamo_redis.store.base import Registry
 
 
@@ -21,13 +22,18 @@ class ProcessState:
         registry: Registry,
         endpoints: Callable[[], Iterable[ServedEndpoint]],
         server: Callable[[], RequestPlaneServer | None],
+        client: Callable[[], RequestPlaneClient | None],
+        sources: Iterable[Source],
         is_serving: Callable[[], bool],
         is_shutting_down: Callable[[], bool],
     ) -> None:
-        """`endpoints` are those that the process serves, `server` is their server once there is one."""
+        """`endpoints` are those that the process serves, `server` is their server once there is one, and
+        `sources` are the metrics of other parts of the process."""
         self._registry = registry
         self._endpoints = endpoints
         self._server = server
+        self._client = client
+        self._sources = sources
         self._is_serving = is_serving
         self._is_shutting_down = is_shutting_down
         self._started_at = time.monotonic()
@@ -63,18 +69,19 @@ class ProcessState:
         names = [other.instance.name.endpoint for other in endpoints]
         return str(name) if names.count(name.endpoint) > 1 else name.endpoint
 
-    def read(self) -> Reading:
+    def metrics(self) -> list[Family]:
         """Return the figures of now."""
-        server = self._server()
+        server, client = self._server(), self._client()
+        worker_id = format_instance_id(self._registry.lease_id)
         readings = []
         for served in self._endpoints():
             name = served.instance.name
             stats = None if server is None else server.stats(name.subject(served.instance.instance_id))
             if stats is not None and not served.closed:
                 readings.append(EndpointReading(name, served.metrics_labels, not served.not_ready, stats))
-        return Reading(
-            worker_id=format_instance_id(self._registry.lease_id),
-            uptime_s=time.monotonic() - self._started_at,
-            is_connected=self._registry.connected,
-            endpoints=readings,
-        )
+        uptime_s = time.monotonic() - self._started_at
+        return [
+            *endpoint_families(worker_id, readings),
+            *process_families(worker_id, uptime_s, self._registry, client, server),
+            *(family for source in tuple(self._sources) for family in source()),
+        ]

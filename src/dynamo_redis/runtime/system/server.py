@@ -20,9 +20,9 @@ from typing import Any, Final, TypeVar
 
 from dynamo_redis.config import SystemSettings
 from dynamo_redis.errors import ConfigError
+from dynamo_redis.exposition import CONTENT_TYPE, render
 from dynamo_redis.planes.address import format_address
 from dynamo_redis.runtime.system.health import ProcessState
-from dynamo_redis.runtime.system.metrics import CONTENT_TYPE, render
 
 MAX_REQUEST_COUNT: Final = 32
 """Requests at once; a further one ends the oldest."""
@@ -120,7 +120,7 @@ class SystemServer:
             if path == "/health":
                 return _json(*self._loop.call(self._state.health))
             if path == "/metrics":
-                return 200, CONTENT_TYPE, render(self._loop.call(self._state.read))
+                return 200, CONTENT_TYPE, render(self._loop.call(self._state.metrics))
         except LoopBusy as exc:
             return _json(503, {"status": "notready", "reasons": [str(exc)]})
         return _json(404, {"error": f"there is no {path[:100]} here: {_PATHS}"})

@@ -57,6 +57,8 @@ class Health:
 
     def __init__(self, address: str) -> None:
         self.connected = False
+        self.outage_count = 0
+        """Times that the server ceased to answer."""
         self._address = address
         self._refusals: dict[Writer, str] = {}
         self._away = Trouble(FLAP_S)
@@ -76,6 +78,7 @@ class Health:
 
     def failed(self, exc: StoreError) -> None:
         """Note that the server did not answer a read, or refused it."""
+        self.outage_count += self.connected
         self.connected = False
         if self._away.begin(exc.answer_code):
             logger.warning("%s; going on from the last view, trying again", exc)

@@ -316,6 +316,10 @@ class MemoryRegistry(KeyOperations):
     def lease_losses(self) -> int:
         return self._registrations.lease_losses
 
+    @property
+    def outages(self) -> int:
+        return 0
+
     async def start(self) -> None:
         if self._pulse is not None:
             return

@@ -219,6 +219,10 @@ class ReadOnlyRegistry(KeyOperations):
     def lease_losses(self) -> int:
         return 0
 
+    @property
+    def outages(self) -> int:
+        return self._health.outage_count
+
     async def start(self) -> None:
         if self._started:
             return

@@ -110,6 +110,10 @@ class RedisRegistry(KeyOperations):
     def lease_losses(self) -> int:
         return self._registrations.lease_losses
 
+    @property
+    def outages(self) -> int:
+        return self._health.outage_count
+
     async def start(self) -> None:
         if self._started:
             return
