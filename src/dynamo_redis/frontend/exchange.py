@@ -298,7 +298,7 @@ class Exchange:
             return False
         finally:
             if observation is not None:
-                observation.end_call(call, choice.context, items.instance_id if items else None)
+                observation.end_call(call, choice.context, None if items is None else items.instance_id)
             if items is not None:
                 await items.aclose()
         return True

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import math
 import os
+import re
 import time
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -15,6 +16,8 @@ from typing import Literal, Protocol
 Strength = Literal["stop", "kill"]
 
 _RUNNING, _STOPPED, _KILLED = 0, 1, 2
+
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(-[!-~]{0,128})?")
 
 
 class Subscriber(Protocol):
@@ -123,8 +126,10 @@ class Context:
         return self._trace_part(2, 16)
 
     def trace_headers(self) -> dict[str, str] | None:
-        """Return W3C trace headers for a call to an engine; None without a trace context."""
-        return None if self._traceparent is None else {"traceparent": self._traceparent}
+        """Return W3C trace headers for a call to an engine; None without a (valid) trace context."""
+        if self._traceparent is None or not _TRACEPARENT.fullmatch(self._traceparent):
+            return None
+        return {"traceparent": self._traceparent}
 
     def _trace_part(self, index: int, length: int) -> str | None:
         parts = (self._traceparent or "").split("-")

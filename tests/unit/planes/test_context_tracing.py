@@ -19,6 +19,7 @@ def test_trace_is_read_from_the_header() -> None:
 @pytest.mark.parametrize("traceparent", [None, "", "00", "00-short-00f067aa0ba902b7-01", "a-b-c-d"])
 def test_without_a_valid_header_there_is_no_trace(traceparent: str | None) -> None:
     assert Context("r", traceparent=traceparent).trace_id is None
+    assert Context("r", traceparent=traceparent).trace_headers() is None
 
 
 def test_detached_context_shares_the_trace_and_nothing_else() -> None:

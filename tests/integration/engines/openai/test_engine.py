@@ -104,6 +104,15 @@ async def test_tokens_are_sent_and_received_unchanged() -> None:
         assert again[-1]["cached_tokens"] == len(PROMPT) - 16  # the last block is computed in any case
 
 
+@pytest.mark.parametrize("given", [None, f"00-{'1' * 32}-{'2' * 16}-01", "no\r\ntrace: context"])
+async def test_engine_gets_the_trace_of_its_request(given: str | None) -> None:
+    async with running_engine() as server, engine_at(server) as engine:
+        await answer(engine, request(), Context("mine", traceparent=given))
+        headers = {name.lower(): value for name, value in server.headers[-1].items()}
+        assert headers["x-request-id"] == "mine"
+        assert headers.get("traceparent") == (given if given and given.isprintable() else None)
+
+
 async def test_capacity_and_load_are_read_from_the_engine() -> None:
     async with running_engine(total_kv_blocks=321, block_size=32, speedup_ratio=1) as server:
         async with engine_at(server) as engine:
