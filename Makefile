@@ -9,7 +9,7 @@ RUNS   := $(VENV)/.installed-to-run
 STAMP  := $(VENV)/.installed
 DOCS   := $(VENV)/.installed-for-docs
 
-.PHONY: up test check format docs bench replay soak faults fuzz clean help
+.PHONY: up test check format docs bench flame replay soak faults fuzz clean help
 
 help:            ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -57,6 +57,9 @@ docs: $(DOCS)    ## the pages as a site in .site/; a dead link is an error (ARGS
 
 bench: $(STAMP)  ## a benchmark suite against its rivals (SUITE=start)
 	$(BIN)/python -m benchmarks.$(SUITE) $(ARGS)
+
+flame: $(STAMP)  ## a flame graph of the frontend under load, and where its time goes (ARGS="--seconds 20")
+	$(BIN)/python -m benchmarks.frontend.flame $(ARGS)
 
 replay: $(STAMP) ## a real trace through workers and routers (TRACE=file, ARGS="--requests 2000 --modes kv,rr")
 	@$(BIN)/python -m benchmarks.replay $(if $(TRACE),--trace $(TRACE)) $(ARGS)

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import venv
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -28,15 +28,19 @@ INSTANCES = 4
 _READY_S = 60
 
 
-def rival_python(name: str, *requirements: str) -> str:
-    """Return the interpreter of a rival's own virtual environment, which is made on first use."""
+def rival_python(name: str, *requirements: str, alone: Sequence[str] = ()) -> str:
+    """Return the interpreter of a rival's own virtual environment, which is made on first use. The
+    requirements in `alone` are installed without those that they name themselves."""
     directory = BENCH / name
     python = directory / "bin" / "python"
     done = directory / ".installed"
     if not done.exists():
-        print(f"installing {', '.join(requirements)} into {directory.name} …", flush=True)
+        print(f"installing {', '.join([*requirements, *alone])} into {directory.name} …", flush=True)
         venv.create(directory, with_pip=True, clear=True)  # also over an unfinished installation
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *requirements], check=True)
+        install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        subprocess.run([*install, *requirements], check=True)
+        if alone:
+            subprocess.run([*install, "--no-deps", *alone], check=True)
         done.touch()
     return str(python)
 
