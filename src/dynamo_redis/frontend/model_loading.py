@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,14 @@ class LoadedModel:
     eos_token_ids: tuple[int, ...]
     context_length: int
     completes_text: bool = True
+    read_tokenizer: Callable[[], bytes] | None = None
+    """Reads the tokenizer's file again. Blocks. Raises ModelError."""
+
+    def accelerate(self) -> None:
+        """Encode prompts by `fastokens` from now on, as `Tokenizer.accelerate` does. Blocks. Raises
+        ModelError."""
+        assert self.read_tokenizer is not None
+        self.tokenizer.accelerate(self.read_tokenizer())
 
 
 async def load_model(
@@ -76,4 +85,5 @@ def build_model(card: ModelCard, directory: Path) -> LoadedModel:
         eos_token_ids=files.eos_token_ids,
         context_length=files.context_length,
         completes_text=card.model_type != "chat",
+        read_tokenizer=files.read_tokenizer,
     )

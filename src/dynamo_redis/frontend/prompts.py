@@ -19,10 +19,6 @@ from dynamo_redis.frontend.options import CompletionOptions
 from dynamo_redis.frontend.tokens import Tokenizer
 from dynamo_redis.models.llm_protocol import GenerateRequest, SamplingOptions, StopConditions
 
-INLINE_BYTES = 1024
-"""Texts up to this size (at most some 200 tokens, under a millisecond) are tokenized on the event loop,
-unless the tokenizer has regular expressions of its own."""
-
 LARGE_BYTES = 64 * 1024
 """Texts over this size are tokenized in threads of their own, so that smaller ones do not wait for them."""
 
@@ -70,7 +66,7 @@ class Preparation:
         options = body.options
         prompts = await self._render_prompts(model, body)
         size = sum(map(len, prompts))
-        if size <= INLINE_BYTES and not model.tokenizer.has_expressions:
+        if size <= model.tokenizer.inline_bytes:
             tokenized = tokenize(model, options, prompts)
         else:
             if model.tokenizer not in self._threads:

@@ -287,7 +287,9 @@ async def frontend(open_frontend: OpenFrontend) -> Frontend:
 async def _frontend(
     directory: Path, tokenizer: Tokenizer, overrides: dict[str, Any]
 ) -> AsyncIterator[Frontend]:
-    settings = FrontendSettings.load(http_host="127.0.0.1", http_port=0, **overrides)
+    settings = FrontendSettings.load(
+        http_host="127.0.0.1", http_port=0, **{"tokenizer": "default", **overrides}
+    )
     runtime = FakeRuntime()
     worker = runtime.workers[str(ENDPOINT)] = Worker(ENDPOINT, tokenizer)
     preparation = Preparation(int(settings.max_body_bytes))
@@ -300,7 +302,11 @@ async def _frontend(
 
     with listener:
         async with LiveModels(
-            runtime, open_client=runtime.client, cache_dir=directory / "cache", lease_ttl_s=1.0
+            runtime,
+            open_client=runtime.client,
+            cache_dir=directory / "cache",
+            lease_ttl_s=1.0,
+            tokenizer=settings.tokenizer,
         ) as models:
             app = make_app(models, preparation, settings, runtime.registry, runtime.clear_caches)
             serving = asyncio.create_task(

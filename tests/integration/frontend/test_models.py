@@ -392,6 +392,21 @@ async def test_a_large_model_does_not_hold_up_the_watch(
     await frontend.until_served("large")
 
 
+async def test_served_model_gets_the_faster_tokenizer(open_frontend: Any) -> None:
+    pytest.importorskip("fastokens", reason="fastokens has no wheel for this platform")
+    frontend = await open_frontend(tokenizer="fastokens")
+    slow = await open_frontend(tokenizer="default")
+    tokenizer = frontend.models.get("demo").loaded.tokenizer
+    limit = slow.models.get("demo").loaded.tokenizer.inline_bytes
+    await frontend.until(lambda: tokenizer.inline_bytes > limit)
+    for each in (frontend, slow):
+        answer = await each.client.chat.completions.create(
+            model="demo", messages=[{"role": "user", "content": "Two wörds\u0301."}], max_tokens=2
+        )
+        assert answer.choices
+    assert frontend.worker.requests[-1]["token_ids"] == slow.worker.requests[-1]["token_ids"]
+
+
 async def test_requests_under_way_outlive_their_model(frontend: Any) -> None:
     key = await frontend.runtime.publish("m")
     await frontend.until_served("m")

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from dynamo_redis.frontend.fast_encoding import FastEncoder
 from dynamo_redis.frontend.http.bodies import source_of
 from dynamo_redis.frontend.model_loading import LoadedModel, build_model
 from dynamo_redis.frontend.openai import ChatBody, read_body
@@ -38,10 +39,14 @@ def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.fixture(scope="module")
-def model(qwen3: Path) -> LoadedModel:
+@pytest.fixture(scope="module", params=["tokenizers", "fastokens"])
+def model(qwen3: Path, request: pytest.FixtureRequest) -> LoadedModel:
     card = ModelCard(display_name="qwen3", slug="qwen3", context_length=131072, kv_cache_block_size=16)
-    return build_model(card, qwen3)
+    model = build_model(card, qwen3)
+    if request.param == "fastokens":
+        pytest.importorskip("fastokens", reason="fastokens has no wheel for this platform")
+        model.accelerate()
+    return model
 
 
 def prompt_ids(model: LoadedModel, case: dict[str, Any]) -> list[int]:
@@ -84,6 +89,33 @@ def test_text_round_trips(model: LoadedModel) -> None:
         start = rng.randrange(len(ids) + 1)
         for part in (ids, ids[start:], ids[:start]):
             assert streamed(model.tokenizer, part) == model.tokenizer.decode(part)
+
+
+def test_fast_encoder_agrees_on_random_texts(qwen3: Path) -> None:
+    pytest.importorskip("fastokens", reason="fastokens has no wheel for this platform")
+    content = (qwen3 / "tokenizer.json").read_bytes()
+    slow, fast = Tokenizer(content), FastEncoder(content)
+    rng = random.Random(11)
+    blocks = (
+        (32, 127),
+        (0x20, 0x300),
+        (0x300, 0x3000),
+        (0x3000, 0xD800),
+        (0xE000, 0x20000),
+        (0x1F300, 0x1FAFF),
+    )
+    for size in (*(rng.randrange(200) for _ in range(2000)), 10_000, 40_000):
+        low, high = rng.choice(blocks)
+        text = "".join(chr(rng.randrange(low, high)) if rng.random() < 0.8 else " " for _ in range(size))
+        assert fast.encode(text, False) == slow.encode(text)
+
+
+def test_known_expressions_are_quick_for_long_runs(qwen3: Path) -> None:
+    """Texts that make other expressions take forever."""
+    tokenizer = Tokenizer((qwen3 / "tokenizer.json").read_bytes())
+    assert not tokenizer.has_expressions
+    for run in (" ", "\n", "a", "1", "!", "'", "\u0301", " \n", "a'"):
+        assert tokenizer.encode(run * 20_000)
 
 
 def test_any_tokens_round_trip(model: LoadedModel) -> None:

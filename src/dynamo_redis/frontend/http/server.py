@@ -69,6 +69,7 @@ async def serve_frontend(
             open_client=open_client,
             cache_dir=cache_dir,
             lease_ttl_s=runtime.settings.store.lease_ttl_s,
+            tokenizer=settings.tokenizer,
         )
         listing = asyncio.create_task(keep_listed(runtime, settings, listener), name="list frontend")
         try:
