@@ -11,7 +11,8 @@ import re
 import shutil
 import subprocess
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from dynamo_redis.child import ChildProcess
 from dynamo_redis.errors import ConnectionLost, HandlerFailed
 from dynamo_redis.models.llm_protocol import GenerateItem, GenerateRequest
 from dynamo_redis.planes.context import Context
@@ -169,8 +171,8 @@ def labels_by_metric(*texts: str) -> dict[str, set[str]]:
     return found
 
 
-async def exposed(deployment: Deployment) -> dict[str, set[str]]:
-    """Run requests that end in each way, and return the metrics of frontend, router and worker."""
+async def addresses_of(deployment: Deployment) -> list[str]:
+    """Run requests that end in each way; return the addresses of the metrics of frontend and workers."""
     ports = {"system_port": 0, "system_host": "127.0.0.1"}
     workers = [await deployment.worker(ports) for _ in range(2)]
     frontend = await deployment.frontend(migration_limit=1)
@@ -180,11 +182,18 @@ async def exposed(deployment: Deployment) -> dict[str, set[str]]:
         FailingEngine.failure = failure
         await frontend.post("/v1/completions", json=PROMPT)
     assert (await frontend.post("/v1/completions", json={**PROMPT, "model": "no"})).status_code == 404
-    urls = [f"http://{worker.process.runtime.system_address}/metrics" for worker in workers]
-    while "dynamo_redis_router_index_lag_seconds{" not in (await frontend.get("/metrics")).text:
-        await asyncio.sleep(0.1)  # the lag is measured each 2 s
+    with suppress(TimeoutError):
+        async with asyncio.timeout(WITHIN_S):
+            while "dynamo_redis_router_index_lag_seconds{" not in (await frontend.get("/metrics")).text:
+                await asyncio.sleep(0.1)  # the lag is measured each 2 s
+    addresses = [str(worker.process.runtime.system_address) for worker in workers]
+    return [f"{frontend.base_url.host}:{frontend.base_url.port}", *addresses]
+
+
+async def exposed(addresses: list[str]) -> dict[str, set[str]]:
+    """Return the labels of all metrics there, by name."""
     async with httpx.AsyncClient(timeout=WITHIN_S) as http:
-        answers = [await frontend.get("/metrics"), *[await http.get(url) for url in urls]]
+        answers = [await http.get(f"http://{address}/metrics") for address in addresses]
     return labels_by_metric(*(answer.text for answer in answers))
 
 
@@ -206,8 +215,7 @@ def failing_engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 async def test_dashboard_and_alerts_name_what_exists(
     deployment: Deployment, dashboard: dict[str, Any], alerts: list[dict[str, Any]], failing_engine: None
 ) -> None:
-    async with asyncio.timeout(4 * WITHIN_S):
-        found = await exposed(deployment)
+    found = await exposed(await addresses_of(deployment))
     assert unknown_names("sum by (nothing) (no_such_metric)", found) == {"nothing", "no_such_metric"}
     for expression in [*expressions_of(dashboard), *(alert["expr"] for alert in alerts)]:
         assert not unknown_names(expression, found), expression
@@ -217,6 +225,17 @@ async def test_dashboard_and_alerts_name_what_exists(
     for query in variables:
         metric, label = re.fullmatch(r"label_values\((\w+), (\w+)\)", query).groups()  # type: ignore[union-attr]
         assert label in found[metric]
+
+
+async def test_page_of_metrics_has_all_names(
+    deployment: Deployment, repository: Path, failing_engine: None
+) -> None:
+    page = (repository / "docs/health-and-metrics.md").read_text()
+    shown = set(re.findall(r"`(…?\w+)`", page))
+    for name in await exposed(await addresses_of(deployment)):
+        base = re.sub(r"_(bucket|sum|count)$", "", name)
+        endings = {f"…{base[place:]}" for place, letter in enumerate(base) if letter == "_"}
+        assert base.startswith("process_") or {base, *endings} & shown, name
 
 
 def test_alert_annotations_name_what_exists(alerts: list[dict[str, Any]]) -> None:
@@ -246,3 +265,66 @@ def test_promtool_accepts_rules_and_expressions(
     ):
         done = subprocess.run([promtool, *command], capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+# --------------------------------------------------------------------------- a real Prometheus
+
+
+@asynccontextmanager
+async def prometheus(directory: Path, alerts: Path, addresses: list[str]) -> AsyncIterator[httpx.AsyncClient]:
+    """Run Prometheus on a port of its own, with the frontend and the workers as targets."""
+    program = shutil.which("prometheus")
+    if program is None:
+        pytest.skip("prometheus is not installed: apt-get install prometheus")
+    jobs = {"frontend": addresses[:1], "worker": addresses[1:]}
+    config = {
+        "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
+        "rule_files": [str(alerts)],
+        "scrape_configs": [
+            {"job_name": name, "static_configs": [{"targets": targets}]} for name, targets in jobs.items()
+        ],
+    }
+    (directory / "prometheus.yml").write_text(yaml.safe_dump(config))
+    log = directory / "prometheus.log"
+    with log.open("wb") as output:
+        process = ChildProcess.start(
+            [
+                program,
+                f"--config.file={directory / 'prometheus.yml'}",
+                f"--storage.tsdb.path={directory / 'data'}",
+                "--web.listen-address=127.0.0.1:0",
+            ],
+            stdout=output,
+            stderr=output,
+        )
+    try:
+        async with asyncio.timeout(WITHIN_S):
+            while not (found := re.search(r"[Ll]istening on.*127\.0\.0\.1:([1-9]\d*)", log.read_text())):
+                assert process.returncode is None, log.read_text()
+                await asyncio.sleep(0.05)
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{found[1]}", timeout=WITHIN_S) as http:
+            yield http
+    finally:
+        await process.stop(5.0)
+
+
+async def value_of(http: httpx.AsyncClient, expression: str) -> list[Any]:
+    answer = (await http.get("/api/v1/query", params={"query": expression})).json()
+    assert answer["status"] == "success", answer
+    found: list[Any] = answer["data"]["result"]
+    return found
+
+
+async def test_prometheus_answers_every_panel(
+    deployment: Deployment, dashboard: dict[str, Any], directory: Path, tmp_path: Path, failing_engine: None
+) -> None:
+    addresses = await addresses_of(deployment)
+    alerts = directory / "observability/alerts.yml"
+    left = expressions_of(dashboard)
+    async with prometheus(tmp_path, alerts, addresses) as http, asyncio.timeout(2 * WITHIN_S):
+        while left := [expression for expression in left if not await value_of(http, expression)]:
+            await asyncio.sleep(0.5)  # a rate needs two scrapes
+        rules = (await http.get("/api/v1/rules")).json()["data"]["groups"][0]["rules"]
+        assert {rule["health"] for rule in rules} <= {"ok", "unknown"}
+        up = await value_of(http, "sum by (job) (up)")
+        assert {(one["metric"]["job"], one["value"][1]) for one in up} == {("frontend", "1"), ("worker", "2")}
