@@ -109,10 +109,17 @@ async def test_client_that_leaves_has_a_line(deployment: Deployment, lines: Line
     assert line["completion_tokens"] < 2000
 
 
-async def test_lines_are_off_by_default(deployment: Deployment, lines: Lines) -> None:
+async def test_requests_have_no_line_by_default(
+    deployment: Deployment, lines: Lines, caplog: pytest.LogCaptureFixture
+) -> None:
     await deployment.worker()
     url = await deployment.frontend()
     await until_healthy(url)
-    async with httpx.AsyncClient(base_url=url, timeout=WITHIN_S) as http:
-        assert (await http.post("/v1/completions", json=PROMPT)).status_code == 200
+    with caplog.at_level(logging.INFO, logger="dynamo_redis"):
+        caplog.clear()
+        async with httpx.AsyncClient(base_url=url, timeout=WITHIN_S) as http:
+            for stream in (False, True):
+                answer = await http.post("/v1/completions", json={**PROMPT, "stream": stream})
+                assert answer.status_code == 200
     assert not lines.texts
+    assert not [record.getMessage() for record in caplog.records if record.name.startswith("dynamo_redis")]
