@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Final
+
+import httpx
 
 from benchmarks.frontend.prompts import MODEL, model_directory
 from benchmarks.frontend.saturated import alternate
 from benchmarks.frontend.sides import (
+    READY_S,
     Side,
-    await_model,
     callers,
     our_frontend,
     our_redis,
     our_worker,
 )
+from benchmarks.harness.chats import chat_body
 from benchmarks.harness.processes import REPOSITORY, free_port, rival_python, running
 from benchmarks.harness.report import Measured, median
 
@@ -79,5 +83,20 @@ def _gateway(name: str, engines: list[str]) -> Iterator[Side]:
     command = [rival_python(name, package), *program, *options]
     with running(command, {}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         side = Side(port, {"frontend": [process.pid]})
-        await_model(side)
+        _await_answers(side)
         yield side
+
+
+def _await_answers(side: Side) -> None:
+    """Wait until a gateway answers as often as there are engines: it lists no models of its own. Raises
+    RuntimeError."""
+    deadline = time.monotonic() + READY_S
+    body = chat_body(MODEL, "Hello!", stream=True)
+    answer_count = 0
+    while answer_count < ENGINES:
+        with suppress(httpx.TransportError):
+            answer = httpx.post(f"{side.url}/v1/chat/completions", json=body, timeout=5)
+            answer_count += answer.status_code == 200
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"the gateway at {side.url} does not answer after {READY_S:g} s")
+        time.sleep(0.1)

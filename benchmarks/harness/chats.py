@@ -21,7 +21,7 @@ def first_model(url: str, patience_s: float) -> str:
             models = httpx.get(f"{url}/v1/models", timeout=1).json()["data"]
             if models:
                 return str(models[0]["id"])
-        except httpx.TransportError:
+        except (httpx.TransportError, ValueError, KeyError):  # it is not up, or has no list yet
             pass
         time.sleep(0.01)
     raise RuntimeError(f"no model within {patience_s} s")

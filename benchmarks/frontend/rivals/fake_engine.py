@@ -146,7 +146,11 @@ class Connection(asyncio.Protocol):
         self._steps.remove(self)
 
     def data_received(self, data: bytes) -> None:
-        self._parser.feed_data(data)
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError:  # a gateway that tries whether this engine knows HTTP/2
+            assert self._transport is not None
+            self._transport.close()
 
     def on_url(self, url: bytes) -> None:
         self._path = url.partition(b"?")[0]
