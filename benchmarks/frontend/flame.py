@@ -1,7 +1,8 @@
 """A flame graph of our frontend under the load of row F1, and the CPU time of its parts.
 
-`python -m benchmarks.frontend.flame` writes `results/frontend_flame.svg` with py-spy, and prints the table
-"where the time goes" for the README. py-spy reads another process's memory: that takes root, or
+`python -m benchmarks.frontend.flame` writes `results/frontend_flame.svg` with py-spy, and the table of the
+parts into the README. With `--paced` the load is that of row F5, and the graph
+`results/frontend_flame_paced.svg`. py-spy reads another process's memory: that takes root, or
 `kernel.yama.ptrace_scope` 0. Processes of the frontend's own, for templates and for large bodies, are
 included.
 """
@@ -13,17 +14,22 @@ import re
 import subprocess
 import threading
 from collections import Counter
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from benchmarks.frontend.caller import Load
+from benchmarks.frontend.paced import LOAD, OUR_PACE
 from benchmarks.frontend.prompts import MODEL, model_directory
-from benchmarks.frontend.sides import Figures, Side, callers, ours
+from benchmarks.frontend.sides import STEP_APART, Figures, Side, callers, our_frontend, our_workers
 from benchmarks.harness.options import length_s
 from benchmarks.harness.processes import Driver, rival_python
 from benchmarks.harness.report import RESULTS
 
 GRAPH: Final = RESULTS / "frontend_flame.svg"
+README: Final = RESULTS.parent / "README.md"
+PACED_GRAPH: Final = RESULTS / "frontend_flame_paced.svg"
 SAMPLES_PER_S: Final = 500
 AROUND_S: Final = 3.0
 """Seconds of load before and after the samples are taken."""
@@ -47,25 +53,40 @@ def main() -> None:
         prog="python -m benchmarks.frontend.flame", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
+    parser.add_argument("--paced", action="store_true", help="the load of row F5 instead of F1's")
     parser.add_argument(
         "--seconds", type=length_s, default=10.0, help="length of each recording (default 10)"
     )
-    seconds = parser.parse_args().seconds
-    with model_directory() as model, callers(model) as caller, ours(model) as side:
-        record(side, caller, "flamegraph", GRAPH, seconds)
-        print(f"wrote {GRAPH}", flush=True)
+    arguments = parser.parse_args()
+    load: Mapping[str, Any] = LOAD if arguments.paced else {}
+    load = {**load, "seconds": arguments.seconds + 2 * AROUND_S}
+    with ExitStack() as stack:
+        model = stack.enter_context(model_directory())
+        caller = stack.enter_context(callers(model))
+        pace = OUR_PACE if arguments.paced else ("--speedup-ratio", STEP_APART)
+        side = stack.enter_context(our_frontend(stack.enter_context(our_workers(model, *pace))))
+        graph = PACED_GRAPH if arguments.paced else GRAPH
+        record(side, caller, load, "flamegraph", graph, arguments.seconds)
+        print(f"wrote {graph}", flush=True)
         raw = model.with_name("stacks.txt")
-        figures = record(side, caller, "raw", raw, seconds)
-        shares = shares_of(raw.read_text())
-    frontend_ms = figures.cpu_ms("frontend")
-    print(f"\nfrontend: {frontend_ms:.2f} ms of CPU a request, at {figures.per_s:.0f} requests/s\n")
-    print("| part of the frontend | share | ms a request |\n|---|---|---|")
-    for group, _ in GROUPS:
-        print(f"| {group} | {100 * shares[group]:.0f} % | {shares[group] * frontend_ms:.2f} |")
+        figures = record(side, caller, load, "raw", raw, arguments.seconds)
+        stacks = raw.read_text()
+    table = table_of(shares_of(stacks), figures)
+    print(f"\n{table}")
+    mark = "paced parts" if arguments.paced else "parts"
+    page = README.read_text()
+    README.write_text(
+        re.sub(f"(<!-- {mark} -->\n).*(<!-- /{mark} -->)", rf"\1{table}\2", page, flags=re.DOTALL)
+    )
+    print("\nby innermost function of this package:")
+    for function, share in heaviest(stacks):
+        print(f"{100 * share:5.1f} %  {function}")
 
 
-def record(side: Side, caller: Driver, form: str, path: Path, seconds: float) -> Figures:
-    """Record the frontend under load, in a form of py-spy; return the figures of the load."""
+def record(
+    side: Side, caller: Driver, load: Mapping[str, Any], form: str, path: Path, seconds: float
+) -> Figures:
+    """Record the frontend under a load, in a form of py-spy; return the figures of the load."""
     spy = Path(rival_python("py-spy", "py-spy")).with_name("py-spy")
     command = [spy, "record", "--pid", str(side.pids("frontend")[0]), "--subprocesses", "--format", form]
     command += ["--rate", str(SAMPLES_PER_S), "--duration", f"{seconds:.0f}", "--output", path]
@@ -73,10 +94,19 @@ def record(side: Side, caller: Driver, form: str, path: Path, seconds: float) ->
         AROUND_S, subprocess.run, [command], {"check": True, "stdout": subprocess.DEVNULL}
     )
     recorder.start()
-    load = Load(port=side.port, model=MODEL, seconds=seconds + 2 * AROUND_S)
-    figures = side.measure(caller, load)
+    figures = side.measure(caller, Load(port=side.port, model=MODEL, **load))
     recorder.join()
     return figures
+
+
+def table_of(shares: Mapping[str, float], figures: Figures) -> str:
+    """Return the parts as a table in Markdown."""
+    frontend_ms = figures.cpu_ms("frontend")
+    lines = ["| part of the frontend | share | ms a request |", "|---|---|---|"]
+    for group, _ in GROUPS:
+        lines.append(f"| {group} | {100 * shares[group]:.0f} % | {shares[group] * frontend_ms:.2f} |")
+    lines.append(f"| all, at {figures.per_s:.0f} requests/s | 100 % | {frontend_ms:.2f} |")
+    return "".join(f"{line}\n" for line in lines)
 
 
 def shares_of(stacks: str) -> dict[str, float]:
@@ -88,6 +118,18 @@ def shares_of(stacks: str) -> dict[str, float]:
         counts[group_of(stack.split(";"))] += int(count)
     total = counts.total() or 1
     return {group: counts[group] / total for group, _ in GROUPS}
+
+
+def heaviest(stacks: str, count: int = 15) -> list[tuple[str, float]]:
+    """Return the functions of this package with the most samples of their own, without those that they call
+    in this package, and their shares."""
+    counts: Counter[str] = Counter()
+    for line in stacks.splitlines():
+        stack, _, samples = line.rpartition(" ")
+        ours = [frame for frame in stack.split(";") if "dynamo_redis/" in frame]
+        counts[re.sub(r":\d+\)$", ")", ours[-1]) if ours else "none"] += int(samples)
+    total = counts.total() or 1
+    return [(function, samples / total) for function, samples in counts.most_common(count)]
 
 
 def group_of(frames: list[str]) -> str:
