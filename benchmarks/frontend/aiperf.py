@@ -1,8 +1,8 @@
 """NVIDIA's aiperf, unmodified, against our frontend: `python -m benchmarks.frontend.aiperf`.
 
 It is installed into a virtual environment of its own, gets the tokenizer as a local directory, and sends 500
-chats of 200 tokens, 32 at a time, for 64 streamed tokens each. The report that it prints is kept in
-`results/frontend_aiperf.txt`.
+chats of 200 tokens, 32 at a time, for 64 streamed tokens each, of which the mock engines send one each 20 ms.
+The report that it prints is kept in `results/frontend_aiperf.txt`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import subprocess
 from pathlib import Path
 from typing import Final
 
+from benchmarks.frontend.paced import OUR_PACE
 from benchmarks.frontend.prompts import MODEL, NoTokenizer, model_directory
-from benchmarks.frontend.sides import ours
+from benchmarks.frontend.sides import our_frontend, our_workers
 from benchmarks.harness.processes import rival_python
 from benchmarks.harness.report import RESULTS
 
@@ -32,14 +33,15 @@ def main() -> None:
     """Run it, and keep its report."""
     program = Path(rival_python("aiperf", AIPERF)).with_name("aiperf")
     environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
-    with model_directory() as model, ours(model) as side:
+    with model_directory() as model, our_workers(model, *OUR_PACE) as workers, our_frontend(workers) as side:
         artifacts = model.with_name("aiperf")
         place = ("--model", MODEL, "--url", side.url, "--tokenizer", str(model))
         command = [str(program), "profile", *place, *OPTIONS, "--output-artifact-dir", str(artifacts)]
         subprocess.run(command, check=True, env={**environment, "COLUMNS": "120"}, cwd=model.parent)
         [report] = artifacts.rglob("*console*.txt")
         shown = " ".join(("aiperf profile", "--model", MODEL, "--url", "http://127.0.0.1:PORT", *OPTIONS))
-        REPORT.write_text(f"{AIPERF}\n{shown}\n\n{report.read_text().strip()}\n")
+        tables = report.read_text().partition("╭")[0].strip()  # without a box about GPUs
+        REPORT.write_text(f"{AIPERF}\n{shown}\n\n{tables}\n")
     print(f"wrote {REPORT}", flush=True)
 
 
