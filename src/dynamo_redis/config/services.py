@@ -58,6 +58,12 @@ class FrontendSettings(SettingsGroup):
 
     http_host: str = setting("DYN_HTTP_HOST", "0.0.0.0", "Address to listen on.")  # noqa: S104
     http_port: Port = setting("DYN_HTTP_PORT", 8000, "Port to listen on; 0 takes a free one.")
+    frontend_processes_count: Annotated[int, Field(ge=1, le=64)] = setting(
+        "DYN_FRONTEND_PROCESSES",
+        1,
+        "Frontend processes on that port. One uses one core. Limits of connections, bodies and requests are "
+        "those of each process.",
+    )
     router_mode: Literal["round_robin", "random", "p2c", "least_loaded", "kv"] = setting(
         "DYN_ROUTER_MODE",
         "round_robin",

@@ -36,6 +36,8 @@ _REMEMBERED_COUNT = 1024  # beyond it, the model that ended first is forgotten
 
 _RETRY_PAUSE_S = (0.25, 5.0)
 
+_LOOK_S = 0.1
+
 MAX_VERSIONS = 4
 """Most versions of one model that are loaded at once: each takes the memory of a tokenizer."""
 
@@ -141,6 +143,17 @@ class LiveModels:
     def served(self) -> list[NamedModel]:
         """Return the loaded models, ordered by name."""
         return sorted((m for m in self._models.values() if m.loaded()), key=lambda m: m.name)
+
+    async def until_loaded(self) -> None:
+        """Wait until each model of the first state is served, or cannot be loaded for now."""
+        await self.first_state.wait()
+        while loading := [
+            version.loading
+            for named in self._models.values()
+            for version in named.versions.values()
+            if version.loading is not None and version.failure is None
+        ]:
+            await asyncio.wait(loading, timeout=_LOOK_S, return_when=asyncio.FIRST_COMPLETED)
 
     def named(self, name: str) -> NamedModel:
         """Return the loaded model of that name.

@@ -46,7 +46,7 @@ from dynamo_redis.store.connect import open_events, open_locks, open_store
 from dynamo_redis.store.event_base import EventStreams
 
 if TYPE_CHECKING:
-    from dynamo_redis.runtime.system.server import SystemServer
+    from dynamo_redis.runtime.system.server import RuntimeServer
 
 log = logging.getLogger(__name__)
 
@@ -181,7 +181,7 @@ class DistributedRuntime:
             is_serving=lambda: self._is_serving,
             is_shutting_down=lambda: self.is_shutting_down,
         )
-        self._system: SystemServer | None = None
+        self._system: RuntimeServer | None = None
         self._is_serving = False
         self._closed = False
 
@@ -218,9 +218,9 @@ class DistributedRuntime:
         settings = self.settings.system
         if settings.system_port < 0 or self._system is not None:
             return
-        from dynamo_redis.runtime.system.server import SystemServer
+        from dynamo_redis.runtime.system.server import RuntimeServer
 
-        self._system = SystemServer(settings, self._state, self.settings.store.loop_stall_s)
+        self._system = RuntimeServer(settings, self._state, self.settings.store.loop_stall_s)
 
     def note_serving(self) -> None:
         """Let `/health` say that this process serves, as from its first endpoint on. A process without

@@ -18,7 +18,8 @@ from dynamo_redis.config import FrontendSettings
 from dynamo_redis.engines.demo_model import DEMO_MODEL_PATH
 from dynamo_redis.errors import NoInstances
 from dynamo_redis.frontend.app import make_app
-from dynamo_redis.frontend.http.server import bind, run_server, url_of
+from dynamo_redis.frontend.http.port import bind, url_of
+from dynamo_redis.frontend.http.server import run_server
 from dynamo_redis.frontend.models import LiveModels
 from dynamo_redis.frontend.prompts import Preparation
 from dynamo_redis.frontend.tokens import Tokenizer
@@ -311,7 +312,12 @@ async def _frontend(
             app = make_app(models, preparation, settings, runtime.registry, runtime.clear_caches)
             serving = asyncio.create_task(
                 run_server(
-                    app, listener, wait_for_shutdown, settings, drain_s=2, on_ready=lambda _: accepting.set()
+                    app,
+                    [listener],
+                    wait_for_shutdown,
+                    settings,
+                    drain_s=2,
+                    on_ready=lambda _: accepting.set(),
                 )
             )
             await accepting.wait()

@@ -12,7 +12,7 @@ import pytest
 from redis import Redis
 
 from dynamo_redis.errors import ConfigError
-from dynamo_redis.frontend.http.server import bind
+from dynamo_redis.frontend.http.port import bind
 from tests.frontend_deployment import Deployment, Process, until_healthy
 
 MESSAGES: Any = [{"role": "user", "content": "Hello!"}]

@@ -23,7 +23,7 @@ from dynamo_redis.planes.context import Context
 from dynamo_redis.runtime import Client, DistributedRuntime
 from dynamo_redis.runtime.system import server as system_server
 from dynamo_redis.runtime.system.health import ProcessState
-from dynamo_redis.runtime.system.server import MAX_REQUEST_COUNT, EventLoop, LoopBusy, SystemServer
+from dynamo_redis.runtime.system.server import MAX_REQUEST_COUNT, EventLoop, LoopBusy, RuntimeServer
 from dynamo_redis.testing import RuntimeFactory
 
 ENDPOINT = "dynamo.backend.generate"
@@ -222,7 +222,7 @@ async def test_port_closes_while_the_executor_is_taken() -> None:
     loop.set_default_executor(executor)
     taken = loop.run_in_executor(None, release.wait)
     settings = SystemSettings.load(system_port=0, system_host="127.0.0.1")
-    server = SystemServer(settings, cast("ProcessState", None), 0.0)
+    server = RuntimeServer(settings, cast("ProcessState", None), 0.0)
     try:
         async with asyncio.timeout(WITHIN_S):
             await server.aclose()
@@ -240,11 +240,11 @@ WITHOUT_FILES = """
 import asyncio, os, resource, socket, time
 from contextlib import suppress
 from dynamo_redis.config import SystemSettings
-from dynamo_redis.runtime.system.server import SystemServer
+from dynamo_redis.runtime.system.server import RuntimeServer
 
 async def main():
     resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
-    server = SystemServer(SystemSettings.load(system_port=0, system_host="127.0.0.1"), None, 0.0)
+    server = RuntimeServer(SystemSettings.load(system_port=0, system_host="127.0.0.1"), None, 0.0)
     caller = socket.socket()
     with suppress(OSError):
         while True:

@@ -11,16 +11,15 @@ import logging
 import socket
 from collections.abc import Callable, Collection
 from contextlib import suppress
-from typing import Final, Protocol
+from typing import Protocol
 
 from dynamo_redis.errors import Overloaded, PlaneError
 from dynamo_redis.frontend.http.errors import api_error
+from dynamo_redis.frontend.http.port import BACKLOG
 from dynamo_redis.planes.tcp.listener import SocketListener, connection_limit
 from dynamo_redis.rate_limited_log import RateLimitedLog
 
 log = logging.getLogger(__name__)
-
-BACKLOG: Final = 2048
 
 
 class Evictable(Protocol):
@@ -66,7 +65,11 @@ class Acceptor:
         self._listener = SocketListener(self._loop, [listening], self._accept, refuse=refuse_connection)
 
     def close(self) -> None:
-        """Accept no more connections. Idempotent."""
+        """Accept the connections that have arrived, and no more. Idempotent.
+
+        The kernel resets those that wait when the last copy of the socket is closed.
+        """
+        self._listener.accept_waiting()
         self._listener.close()
 
     async def wait_closed(self) -> None:

@@ -13,16 +13,19 @@ MOST_UNPARSED_BYTES = 64 * 1024
 """Reading pauses while more than this is received and not yet parsed."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class HttpLimits:
-    """Limits of one connection, and the connections that may be closed in favour of new ones."""
+    """Limits of each connection, and what all connections of a server share."""
 
     receive_timeout_s: float = 60.0
     """Longest time from the first byte of a request to its last."""
     send_timeout_s: float = 60.0
     """Longest time that a client may read nothing of its response."""
     waiting: dict[Evictable, None] = field(default_factory=dict)
-    """The connections without a whole request, the longest-waiting first."""
+    """The connections without a whole request, the longest-waiting first. They may be closed in favour of new
+    ones."""
+    is_draining: bool = False
+    """True once the server ends: each connection ends with its next answer."""
 
 
 class Flow(FlowControl):

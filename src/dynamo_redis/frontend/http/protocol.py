@@ -7,6 +7,9 @@ RFC 9112 (sections 3.2 "Request Target", 6.1 "Transfer-Encoding", 9.6 "Tear-down
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import termios
+from contextlib import suppress
 from typing import Any
 
 import httptools
@@ -35,6 +38,11 @@ TURN_BYTES = 32 * 1024
 FIRST_PROBE_S = 0.05
 LONGEST_PROBE_S = 5.0
 """First and longest pause between probes of a client that sends nothing more; each is twice the last."""
+
+DRAIN_IDLE_S = 1
+"""Seconds that a connection has for its next request once the server drains. Clients cannot know that their
+connection is about to be closed, and a request that crosses the close is lost. With the answer to this next
+request they are told."""
 
 _FRAMING_HEADERS = (b"content-length", b"transfer-encoding")
 
@@ -79,6 +87,8 @@ class HttpProtocol(HttpToolsProtocol):
         self.flow = Flow(transport, self._unparsed)
         self._limits.waiting[self] = None
         self._start_receive_timer(HEAD_TIMEOUT_S)
+        if self._limits.is_draining:
+            self.shutdown()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop all timers."""
@@ -196,6 +206,8 @@ class HttpProtocol(HttpToolsProtocol):
             self._refuse(*fault)
             return
         super().on_headers_complete()
+        if self._limits.is_draining:
+            self.cycle.keep_alive = False
 
     def on_url(self, url: bytes) -> None:
         """Add a part of a request's first line."""
@@ -260,9 +272,38 @@ class HttpProtocol(HttpToolsProtocol):
             self._limits.waiting[self] = None
 
     def timeout_keep_alive_handler(self) -> None:
-        """Close a connection that has been idle for long."""
+        """Close a connection that has been idle for long, unless a request has arrived in this moment."""
+        if not self.transport.is_closing() and self._has_unread_bytes():
+            self._start_keep_alive_timer()
+            return
         super().timeout_keep_alive_handler()
         self._watch_sending()
+
+    def _start_keep_alive_timer(self) -> None:
+        self._unset_keepalive_if_required()
+        self.timeout_keep_alive_task = self.loop.call_later(
+            self.timeout_keep_alive, self.timeout_keep_alive_handler
+        )
+
+    def _has_unread_bytes(self) -> bool:
+        """Return whether the kernel has bytes that the event loop, busy with other work, has not read yet."""
+        unread = bytearray(4)
+        with suppress(OSError):
+            fcntl.ioctl(self.transport.get_extra_info("socket").fileno(), termios.FIONREAD, unread)
+        return any(unread)
+
+    def shutdown(self) -> None:
+        """Begin to drain: end with the next answer, or after `DRAIN_IDLE_S` without a request.
+
+        A response whose head was sent did not tell the client that the connection ends. So it stays open for
+        one more request.
+        """
+        self.timeout_keep_alive = DRAIN_IDLE_S
+        if self._running is not None and not self.cycle.response_complete:
+            if not self.cycle.response_started:
+                self.cycle.keep_alive = False
+        elif not (self._in_head and self._head_bytes) and not self._in_body:
+            self._start_keep_alive_timer()
 
     def evict(self) -> None:
         """Close the connection in favour of a new one."""

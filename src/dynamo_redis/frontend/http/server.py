@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
-import ipaddress
 import logging
 import math
 import socket
 import tempfile
-from collections.abc import Awaitable, Callable, Collection, Generator, Iterator
+from collections.abc import Awaitable, Callable, Collection, Generator, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,9 @@ from dynamo_redis.frontend.app import make_app
 from dynamo_redis.frontend.cache_clearing import clear_kv_blocks
 from dynamo_redis.frontend.http.acceptor import Acceptor
 from dynamo_redis.frontend.http.limits import HttpLimits
+from dynamo_redis.frontend.http.port import bind, url_of
 from dynamo_redis.frontend.http.protocol import HttpProtocol
+from dynamo_redis.frontend.http.siblings import sibling_socket, with_all_metrics
 from dynamo_redis.frontend.models import LiveModels
 from dynamo_redis.frontend.observation import observed
 from dynamo_redis.frontend.prompts import Preparation
@@ -39,6 +39,10 @@ log = logging.getLogger(__name__)
 KEEP_ALIVE_S = 75
 """Seconds that an idle connection stays open: longer than clients' pools and proxies keep theirs."""
 
+LOAD_S = 20.0
+"""Longest time in which one of several processes loads the models that are served, before it accepts
+connections."""
+
 
 async def serve_frontend(
     runtime: DistributedRuntime,
@@ -46,12 +50,16 @@ async def serve_frontend(
     router_settings: RouterSettings | None = None,
     *,
     on_ready: Callable[[str], None] | None = None,
+    listener: socket.socket | None = None,
+    siblings: Path | None = None,
 ) -> None:
     """Serve HTTP until the runtime shuts down; then finish requests under way, within the runtime's grace.
 
-    `on_ready` is called with the server's URL once it accepts connections; models may not be loaded yet. The
-    port is bound first; raises ConfigError if that fails. `router_settings` are used in the router mode `kv`;
-    None: those of the environment.
+    `on_ready` is called with the server's URL once it accepts connections; models may not be loaded yet.
+    `listener` is a bound socket, which is closed here. Without one the port of the settings is bound first;
+    raises ConfigError if that fails. `siblings` is the directory of the sockets of all processes that listen
+    on this port, if there are others. `router_settings` are used in the router mode `kv`; None: those of the
+    environment.
     """
 
     def note_ready(url: str) -> None:
@@ -60,7 +68,7 @@ async def serve_frontend(
             on_ready(url)
 
     open_client = client_opener(runtime, settings, router_settings or RouterSettings.load())
-    listener = bind(settings.http_host, settings.http_port)
+    listener = listener or bind(settings.http_host, settings.http_port)
     with contextlib.closing(listener), model_cache(settings.model_cache) as cache_dir:
         await runtime.start()
         preparation = Preparation(int(settings.max_body_bytes))
@@ -74,7 +82,7 @@ async def serve_frontend(
         listing = asyncio.create_task(keep_listed(runtime, settings, listener), name="list frontend")
         try:
             async with models:
-                app = make_app(
+                app: ASGIApp = make_app(
                     models,
                     preparation,
                     settings,
@@ -82,18 +90,34 @@ async def serve_frontend(
                     partial(_clear_caches, runtime, models),
                     runtime.metrics,
                 )
-                await run_server(
-                    observed(app, logs=settings.access_log),
-                    listener,
-                    runtime.wait_for_shutdown,
-                    settings,
-                    drain_s=runtime.shutdown_deadline.requests_left_s,
-                    on_ready=note_ready,
-                )
+                with contextlib.ExitStack() as stack:
+                    sockets = [listener]
+                    if siblings is not None:
+                        sockets.append(stack.enter_context(sibling_socket(siblings)))
+                        app = with_all_metrics(app, siblings)
+                        await _load_first(runtime, models)
+                    await run_server(
+                        observed(app, logs=settings.access_log),
+                        sockets,
+                        runtime.wait_for_shutdown,
+                        settings,
+                        drain_s=runtime.shutdown_deadline.requests_left_s,
+                        on_ready=note_ready,
+                    )
         finally:
             listing.cancel()
             await asyncio.gather(listing, return_exceptions=True)
             await preparation.aclose()
+
+
+async def _load_first(runtime: DistributedRuntime, models: LiveModels) -> None:
+    """Wait until the models are loaded: the other processes of the port serve them meanwhile."""
+    loading = asyncio.create_task(models.until_loaded())
+    shutdown = asyncio.ensure_future(runtime.wait_for_shutdown())
+    await asyncio.wait({loading, shutdown}, timeout=LOAD_S, return_when=asyncio.FIRST_COMPLETED)
+    for waiting in (loading, shutdown):
+        waiting.cancel()
+    await asyncio.gather(loading, shutdown, return_exceptions=True)
 
 
 async def _clear_caches(
@@ -132,59 +156,21 @@ def model_cache(wanted: Path | None) -> Iterator[Path]:
         yield Path(temporary)
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """Return a socket bound to an address, not listening yet. Raises ConfigError, which says what to do."""
-    try:
-        [(family, _, _, _, address), *_] = socket.getaddrinfo(
-            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
-    except OSError as exc:
-        raise ConfigError(
-            f"DYN_HTTP_HOST={host!r}: {exc.strerror}: write an address of this machine"
-        ) from exc
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError as exc:
-        listener.close()
-        if exc.errno == errno.EADDRINUSE:
-            failure = (
-                f"port {port} is in use: stop the program that has it, "
-                "or choose another with --http-port (DYN_HTTP_PORT); 0 takes a free one"
-            )
-        elif exc.errno == errno.EACCES:
-            failure = f"port {port} needs a privilege: choose one above 1023 with --http-port (DYN_HTTP_PORT)"
-        else:
-            failure = f"cannot listen on {host}:{port}: {exc.strerror}: set --http-host (DYN_HTTP_HOST)"
-        raise ConfigError(failure) from exc
-    listener.setblocking(False)
-    return listener
-
-
-def url_of(listener: socket.socket) -> str:
-    """Return the URL that a browser on this machine opens."""
-    host, port = listener.getsockname()[:2]
-    address = ipaddress.ip_address(host.partition("%")[0])
-    if address.is_unspecified:
-        return f"http://localhost:{port}"
-    return f"http://[{host}]:{port}" if address.version == 6 else f"http://{host}:{port}"
-
-
 # --------------------------------------------------------------------------- uvicorn
 
 
 async def run_server(
     app: ASGIApp,
-    listener: socket.socket,
+    sockets: Sequence[socket.socket],
     wait_for_shutdown: Callable[[], Awaitable[None]],
     settings: FrontendSettings,
     *,
     drain_s: float,
     on_ready: Callable[[str], None] | None = None,
 ) -> None:
-    """Serve an application on a bound socket until `wait_for_shutdown()` returns, then drain.
+    """Serve an application on bound sockets until `wait_for_shutdown()` returns, then drain.
 
+    `on_ready` gets the URL of the first one.
     Draining takes at most `drain_s`; requests that are still under way then are cancelled. Cancelling this
     coroutine ends everything at once.
     """
@@ -205,12 +191,12 @@ async def run_server(
     )
     server_log = logging.getLogger("uvicorn.error")
     server_log.addFilter(quiet := _QuietServerLog())
-    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    serving = asyncio.create_task(server.serve(sockets=list(sockets)))
     shutdown = asyncio.ensure_future(wait_for_shutdown())
     try:
         await asyncio.wait({serving, server.accepting}, return_when=asyncio.FIRST_COMPLETED)
         if on_ready is not None and not serving.done():
-            on_ready(url_of(listener))
+            on_ready(url_of(sockets[0]))
         await asyncio.wait({serving, shutdown}, return_when=asyncio.FIRST_COMPLETED)
         server.stop()
         await serving
@@ -263,6 +249,11 @@ class _Server(uvicorn.Server):
     def capture_signals(self) -> Generator[None, None, None]:
         """Install no handlers."""
         yield
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Drain: accept no more connections, and end those that are open with their next answer."""
+        self._limits.is_draining = True
+        await super().shutdown(sockets)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to accept connections, by an `Acceptor`."""

@@ -100,6 +100,13 @@ class SocketListener:
         """The port that all its sockets listen on."""
         return int(self._sockets[0].getsockname()[1])
 
+    def accept_waiting(self) -> None:
+        """Accept the connections that are in the backlog now, as before `close`."""
+        for listening in self._sockets:
+            turns = 0 if listening in self._paused else BACKLOG // ACCEPTS_A_TURN
+            while turns and self._accept(listening):
+                turns -= 1
+
     def close(self) -> None:
         """Stop listening. Connections in the backlog are reset. Idempotent."""
         for listening in self._sockets:
@@ -113,13 +120,16 @@ class SocketListener:
             os.close(self._reserve)
             self._reserve = None
 
-    def _accept(self, listening: socket.socket) -> None:
-        """Accept up to `ACCEPTS_A_TURN` connections; pause if the system refuses the sockets."""
+    def _accept(self, listening: socket.socket) -> bool:
+        """Accept up to `ACCEPTS_A_TURN` connections; pause if the system refuses the sockets.
+
+        Return whether there may be more.
+        """
         for _ in range(ACCEPTS_A_TURN):
             try:
                 sock, _address = listening.accept()
             except (BlockingIOError, InterruptedError):
-                return
+                return False
             except ConnectionAbortedError:  # the caller has gone meanwhile
                 continue
             except OSError as exc:
@@ -127,12 +137,13 @@ class SocketListener:
                     self._complaints.log("connections have to wait: %s", exc)
                     self._loop.remove_reader(listening)
                     self._paused[listening] = self._loop.call_later(_PAUSE_S, self._resume, listening)
-                    return
+                    return False
             else:
                 sock.setblocking(False)
                 self._on_socket(sock)
                 if not self._sockets:  # closed meanwhile
-                    return
+                    return False
+        return True
 
     def _refuse_one(self, listening: socket.socket) -> bool:
         """Refuse one connection, with the file in reserve. Return False if that is in use, too."""

@@ -12,6 +12,7 @@ import logging
 import socket
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
@@ -85,13 +86,16 @@ class EventLoop:
             raise LoopBusy(time.monotonic() - self._silent_since) from None
 
 
-class SystemServer:
-    """Serves until `aclose`."""
+class SystemServer(ABC):
+    """Serves until `aclose`. A subclass has the metrics."""
 
-    def __init__(self, settings: SystemSettings, state: ProcessState, loop_stall_s: float) -> None:
-        """Listen, on the running event loop's behalf. `/live` fails once that loop has hung for
-        `loop_stall_s`; 0: never. Raises ConfigError if it cannot listen."""
-        self._state = state
+    def __init__(
+        self, settings: SystemSettings, health: Callable[[], tuple[int, dict[str, Any]]], loop_stall_s: float
+    ) -> None:
+        """Listen, on the running event loop's behalf. `health` is called there, for status and body of
+        `/health`. `/live` fails once that loop has hung for `loop_stall_s`; 0: never. Raises ConfigError if
+        it cannot listen."""
+        self._health = health
         self._loop_stall_s = loop_stall_s
         self._loop = EventLoop(asyncio.get_running_loop())
         try:
@@ -118,12 +122,16 @@ class SystemServer:
             if path == "/live":
                 return self._live()
             if path == "/health":
-                return _json(*self._loop.call(self._state.health))
+                return _json(*self._loop.call(self._health))
             if path == "/metrics":
-                return 200, CONTENT_TYPE, render(self._loop.call(self._state.metrics))
+                return 200, CONTENT_TYPE, self.metrics()
         except LoopBusy as exc:
             return _json(503, {"status": "notready", "reasons": [str(exc)]})
         return _json(404, {"error": f"there is no {path[:100]} here: {_PATHS}"})
+
+    @abstractmethod
+    def metrics(self) -> bytes:
+        """Return the text of `/metrics`. Called in the requests' threads. Raises LoopBusy."""
 
     def _live(self) -> tuple[int, str, bytes]:
         try:
@@ -148,6 +156,18 @@ class SystemServer:
         threading.Thread(target=stop, name="end of the system port", daemon=True).start()
         await asyncio.wait([stopped], timeout=_END_S)
         self._http.server_close()
+
+
+class RuntimeServer(SystemServer):
+    """The system port of one runtime."""
+
+    def __init__(self, settings: SystemSettings, state: ProcessState, loop_stall_s: float) -> None:
+        super().__init__(settings, state.health, loop_stall_s)
+        self._state = state
+
+    def metrics(self) -> bytes:
+        """Return the metrics of the runtime's endpoints."""
+        return render(self._loop.call(self._state.metrics))
 
 
 def _json(status: int, body: dict[str, Any]) -> tuple[int, str, bytes]:

@@ -14,7 +14,8 @@ import pytest
 
 from dynamo_redis.errors import ConfigError
 from dynamo_redis.frontend.http import protocol, server
-from dynamo_redis.frontend.http.server import bind, model_cache, url_of
+from dynamo_redis.frontend.http.port import SharedPort, bind, url_of
+from dynamo_redis.frontend.http.server import model_cache
 
 
 def test_a_port_in_use_is_one_line_that_says_what_to_do() -> None:
@@ -109,6 +110,104 @@ async def test_a_shutdown_lets_streams_finish(frontend: Any) -> None:
     pieces += [chunk.choices[0].delta.content or "" async for chunk in stream]
     assert "".join(pieces) == "one two three four five six"
     assert frontend.worker.ended == ["complete"]
+
+
+CHAT = {"model": "demo", "messages": [{"role": "user", "content": "Hi"}]}
+
+
+async def test_kept_connection_has_a_last_answer(frontend: Any) -> None:
+    """A client that reuses its connection in the moment of a shutdown is answered, and told to close."""
+    assert "connection" not in (await frontend.http.get("/live")).headers
+    frontend.shutdown.set()
+    await until_refused(frontend.url)
+    response = await frontend.http.get("/live")
+    assert (response.status_code, response.headers["connection"]) == (200, "close")
+    with pytest.raises(httpx.ConnectError):
+        await frontend.http.get("/live")
+
+
+async def test_stream_at_shutdown_leaves_one_more_request(frontend: Any) -> None:
+    """The stream's head did not say that the connection ends with it."""
+    frontend.worker.script = frontend.worker.says("one two three four", pause_s=0.05)
+    async with frontend.http.stream("POST", "/v1/chat/completions", json={**CHAT, "stream": True}) as stream:
+        pieces = stream.aiter_bytes()
+        await anext(pieces)
+        frontend.shutdown.set()
+        await until_refused(frontend.url)
+        assert b"".join([piece async for piece in pieces]).endswith(b"data: [DONE]\n\n")
+    assert (await frontend.http.get("/live")).headers["connection"] == "close"
+
+
+async def test_shutdown_answers_connections_in_the_backlog(
+    open_frontend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server accepts 64 connections a turn, so most of these wait in the kernel when it closes."""
+    monkeypatch.setattr(protocol, "DRAIN_IDLE_S", 0.05)
+    frontend = await open_frontend()
+    host, port = frontend.url.removeprefix("http://").split(":")
+    clients = [socket.create_connection((host, int(port))) for _ in range(600)]
+    for client in clients:
+        client.send(b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n")
+        client.setblocking(False)
+    silent = socket.create_connection((host, int(port)))
+    silent.setblocking(False)
+    frontend.shutdown.set()
+    loop = asyncio.get_running_loop()
+    async with asyncio.timeout(20):
+        answers = [await loop.sock_recv(client, 4096) for client in clients]
+        assert await loop.sock_recv(silent, 4096) == b""
+    for client in (*clients, silent):
+        client.close()
+    assert {answer[:15] for answer in answers} == {b"HTTP/1.1 200 OK"}
+
+
+async def test_idle_connections_end_soon_after_a_shutdown(
+    open_frontend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "DRAIN_IDLE_S", 0.05)
+    frontend = await open_frontend()
+    await frontend.http.get("/live")
+    host, port = frontend.url.removeprefix("http://").split(":")
+    silent, writer = await asyncio.open_connection(host, int(port))
+    await asyncio.sleep(0)
+    frontend.shutdown.set()
+    async with asyncio.timeout(20):
+        assert await silent.read() == b""
+    writer.close()
+
+
+async def until_refused(url: str) -> None:
+    """Wait until the server does not accept connections any more."""
+    async with asyncio.timeout(20):
+        while True:
+            async with httpx.AsyncClient() as other:
+                try:
+                    await other.get(f"{url}/live")
+                except httpx.ConnectError:
+                    return
+
+
+def test_shared_port_is_reserved() -> None:
+    """Neither another such port nor a single socket can have it, also while no process listens."""
+    port = SharedPort("127.0.0.1", 0)
+    number = int(port.url.rpartition(":")[2])
+    sockets = [port.open() for _ in range(3)]
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=f"port {number} is in use"):
+            SharedPort("127.0.0.1", number)
+        with pytest.raises(ConfigError, match=f"port {number} is in use"):
+            bind("127.0.0.1", number)
+        for listener in sockets:
+            listener.close()
+    port.close()
+    SharedPort("127.0.0.1", number).close()
+
+
+def test_shared_port_refuses_a_port_in_use() -> None:
+    with bind("127.0.0.1", 0) as taken:
+        taken.listen()
+        with pytest.raises(ConfigError, match="is in use"):
+            SharedPort("127.0.0.1", taken.getsockname()[1])
 
 
 async def test_model_files_go_where_they_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

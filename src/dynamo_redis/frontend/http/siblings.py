@@ -1,0 +1,118 @@
+"""Frontend processes on one port, and the metrics of all of them.
+
+A scrape of the port reaches one process, which asks all. Each also listens on a unix socket in a directory
+that they share, under its process id. Only their user can reach it. A process that has died, or does not
+answer in time, is left out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Final
+
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from dynamo_redis.frontend.metrics.text import CONTENT_TYPE
+
+ANSWER_S: Final = 2.0
+MOST_ANSWER_BYTES: Final = 16 << 20
+_NAME: Final = re.compile(r"[^{ ]+")
+_REQUEST: Final = b"GET /metrics HTTP/1.0\r\nHost: sibling\r\n\r\n"
+
+
+@contextmanager
+def sibling_socket(directory: Path) -> Iterator[socket.socket]:
+    """Yield this process's own socket in the directory, bound. It is removed afterwards."""
+    path = directory / str(os.getpid())
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(path))
+        listener.setblocking(False)
+        try:
+            yield listener
+        finally:
+            path.unlink(missing_ok=True)
+
+
+async def all_metrics(directory: Path) -> str:
+    """Return the metrics of all processes in one text."""
+    paths = _sockets(directory)
+    texts = await asyncio.gather(*map(_ask, paths))
+    return merge({path.name: text for path, text in zip(paths, texts, strict=True) if text is not None})
+
+
+def with_all_metrics(app: ASGIApp, directory: Path) -> ASGIApp:
+    """Wrap an application: `GET /metrics` on its port has the metrics of all processes."""
+
+    async def serve(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope.get("path") != "/metrics" or scope["method"] not in ("GET", "HEAD") or _is_sibling(scope):
+            await app(scope, receive, send)
+            return
+        response = Response(await all_metrics(directory), media_type=CONTENT_TYPE)
+        await response(scope, receive, send)
+
+    return serve
+
+
+def merge(texts: Mapping[str, str]) -> str:
+    """Join Prometheus texts by metric. Each sample gets its process's id as the label `pid`.
+
+    So the counters of each process stay series of their own: `sum` adds them, and `rate` sees the restart of
+    one process as such.
+    """
+    metrics: dict[str, dict[str, None]] = {}
+    for process, text in sorted(texts.items()):
+        lines: dict[str, None] = {}
+        for line in text.splitlines():
+            if line.startswith("#"):
+                lines = metrics.setdefault(line.split(" ", 3)[2], {})
+                lines[line] = None  # the same for each process
+            else:
+                lines[_labelled(line, process)] = None
+    return "".join(f"{line}\n" for lines in metrics.values() for line in lines)
+
+
+def _labelled(sample: str, process: str) -> str:
+    name = _NAME.match(sample)
+    if name is None:
+        return sample
+    rest = sample[name.end() :]
+    label = f'{{pid="{process}"'
+    return f"{name[0]}{label},{rest[1:]}" if rest.startswith("{") else f"{name[0]}{label}}}{rest}"
+
+
+def _is_sibling(scope: Mapping[str, Any]) -> bool:
+    """Return whether a request came through a unix socket: its address has no port."""
+    server = scope.get("server")
+    return server is None or server[1] is None
+
+
+def _sockets(directory: Path) -> list[Path]:
+    try:
+        return list(directory.iterdir())
+    except OSError:  # removed, since the processes end
+        return []
+
+
+async def _ask(path: Path) -> str | None:
+    """Return a process's own metrics; None if it does not answer."""
+    content = bytearray()
+    with suppress(OSError, ValueError):  # TimeoutError is an OSError
+        async with asyncio.timeout(ANSWER_S):
+            reader, writer = await asyncio.open_unix_connection(path)
+            try:
+                writer.write(_REQUEST)
+                while (piece := await reader.read(64 << 10)) and len(content) <= MOST_ANSWER_BYTES:
+                    content += piece
+            finally:
+                writer.close()
+        head, _, body = bytes(content).partition(b"\r\n\r\n")
+        if b" 200 " in head.partition(b"\r\n")[0]:
+            return body.decode()
+    return None

@@ -1,0 +1,164 @@
+"""`dynamo-redis frontend --frontend-processes`: real processes on one port."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import socket
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.frontend_deployment import Deployment
+from tests.frontend_programs import (
+    WITHIN_S,
+    Load,
+    Programs,
+    serving_pids,
+    until_served_everywhere,
+    until_serving,
+)
+from tests.processes import is_alive
+
+LONG = {
+    "model": "demo",
+    "messages": [{"role": "user", "content": "Hello!"}],
+    "max_tokens": 200,
+    "ignore_eos": True,
+    "stream": True,
+}
+
+
+@pytest.fixture
+def programs(tmp_path: Path, dynamo_redis_url: str, dynamo_redis_prefix: str) -> Iterator[Programs]:
+    started = Programs(tmp_path, dynamo_redis_url, dynamo_redis_prefix)
+    yield started
+    started.kill()
+
+
+async def test_processes_share_a_port(programs: Programs, deployment: Deployment) -> None:
+    """Each gets connections; one scrape has the requests of both."""
+    await deployment.worker()
+    frontend = programs.frontend("--frontend-processes", "2")
+    url = await frontend.url()
+    pids = set(frontend.children())
+    assert len(pids) == 2
+    await until_served_everywhere(url)
+    load = Load(url, max_tokens=2)
+    for _ in range(40):
+        async with httpx.AsyncClient(timeout=WITHIN_S) as http:
+            await load.chat(http)
+    assert load.failures == []
+    async with httpx.AsyncClient(timeout=WITHIN_S) as http:
+        text = (await http.get(f"{url}/metrics")).text
+    counts = re.findall(r'^dynamo_frontend_requests_total\{pid="(\d+)".*\} (\S+)$', text, re.MULTILINE)
+    assert sum(float(count) for _, count in counts) == 40
+    assert {int(pid) for pid, _ in counts} == pids
+    assert text.count("# TYPE dynamo_frontend_requests_total ") == 1
+    frontend.send(signal.SIGTERM)
+    assert await frontend.ended() == 0
+
+
+async def test_port_in_use_is_an_error(programs: Programs) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        frontend = programs.frontend("--frontend-processes", "2", "--http-port", str(port))
+        assert await frontend.ended() == 2
+    assert re.fullmatch(rf"dynamo-redis: port {port} is in use: .*\n", frontend.err)
+
+
+async def test_process_that_cannot_start_ends_the_command(programs: Programs) -> None:
+    frontend = programs.frontend("--frontend-processes", "2", DYN_REDIS_URL="redis://127.0.0.1:1")
+    assert await frontend.ended() == 1
+    assert frontend.err.count("dynamo-redis: ") == 1
+
+
+async def test_killed_process_is_started_again(programs: Programs) -> None:
+    frontend = programs.frontend(
+        "--frontend-processes", "2", DYN_SYSTEM_PORT="0", DYN_SYSTEM_HOST="127.0.0.1"
+    )
+    url = await frontend.url()
+    system = (await frontend.until(r"(http://127\.0\.0\.1:\d+) serves /health", in_err=True))[1]
+    first, second = await serving_pids(url)
+    async with httpx.AsyncClient(timeout=WITHIN_S) as http:
+        assert set((await http.get(f"{system}/health")).json()["processes"]) == {first, second}
+        os.kill(first, signal.SIGKILL)
+        await frontend.until(rf"process {first} was killed by SIGKILL", in_err=True)
+        assert (await http.get(f"{system}/health")).status_code == 503
+        for _ in range(20):  # all go to the other process
+            async with httpx.AsyncClient() as fresh:
+                assert (await fresh.get(f"{url}/live")).status_code == 200
+        pids = await until_serving(url, 2, without=[first])
+        assert second in pids
+        async with asyncio.timeout(WITHIN_S):
+            while (await http.get(f"{system}/health")).status_code != 200:
+                await asyncio.sleep(0.02)
+        assert f'pid="{second}"' in (await http.get(f"{system}/metrics")).text
+
+
+async def test_killed_parent_leaves_no_process(programs: Programs, deployment: Deployment) -> None:
+    """An answer under way is finished first."""
+    await deployment.worker(speedup_ratio=1)
+    frontend = programs.frontend("--frontend-processes", "2")
+    url = await frontend.url()
+    await until_served_everywhere(url)
+    children = frontend.children()
+    [siblings] = siblings_of(children[min(children)].cmdline())
+    async with (
+        httpx.AsyncClient(timeout=WITHIN_S) as http,
+        http.stream("POST", f"{url}/v1/chat/completions", json=LONG) as response,
+    ):
+        lines = response.aiter_lines()
+        await anext(lines)
+        frontend.process.kill()
+        assert [line async for line in lines if line][-1] == "data: [DONE]"
+    async with asyncio.timeout(WITHIN_S):
+        while any(map(is_alive, children.values())):
+            await asyncio.sleep(0.02)
+    assert not siblings.exists()
+
+
+def siblings_of(command: list[str]) -> list[Path]:
+    """Return the directory of the processes' sockets, by a process's command line."""
+    return [Path(value) for option, value in pairwise(command) if option == "--siblings"]
+
+
+async def test_signal_lets_answers_finish(programs: Programs, deployment: Deployment) -> None:
+    await deployment.worker(speedup_ratio=1)
+    frontend = programs.frontend("--frontend-processes", "2")
+    url = await frontend.url()
+    await until_served_everywhere(url)
+    children = frontend.children()
+    async with (
+        httpx.AsyncClient(timeout=WITHIN_S) as http,
+        http.stream("POST", f"{url}/v1/chat/completions", json=LONG) as response,
+    ):
+        lines = response.aiter_lines()
+        await anext(lines)
+        frontend.send(signal.SIGINT)
+        assert [line async for line in lines if line][-1] == "data: [DONE]"
+    assert await frontend.ended() == 0
+    assert not any(map(is_alive, children.values()))
+
+
+async def test_second_signal_ends_all_at_once(programs: Programs, deployment: Deployment) -> None:
+    await deployment.worker(speedup_ratio=1)
+    frontend = programs.frontend("--frontend-processes", "2", DYN_GRACEFUL_SHUTDOWN_S="3600")
+    url = await frontend.url()
+    await until_served_everywhere(url)
+    children = frontend.children()
+    async with (
+        httpx.AsyncClient(timeout=WITHIN_S) as http,
+        http.stream("POST", f"{url}/v1/chat/completions", json={**LONG, "max_tokens": 100_000}) as response,
+    ):
+        await anext(response.aiter_lines())
+        frontend.send(signal.SIGTERM)
+        await frontend.until("SIGTERM: the frontend processes drain", in_err=True)
+        frontend.send(signal.SIGTERM)
+        assert await frontend.ended() == 128 + signal.SIGTERM
+    assert not any(map(is_alive, children.values()))

@@ -1,0 +1,31 @@
+"""The metrics of several processes in one text."""
+
+from __future__ import annotations
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from dynamo_redis.frontend.http.siblings import merge
+
+TEXT = """# HELP requests_total Requests
+# TYPE requests_total counter
+requests_total{model="a b {c}",status="success"} 3.0
+# HELP connected 1 while Redis answers
+# TYPE connected gauge
+connected 1.0
+"""
+
+
+def test_samples_are_grouped_and_named_by_process() -> None:
+    merged = merge({"12": TEXT, "7": TEXT.replace("3.0", "4.0")})
+    families = {family.name: family for family in text_string_to_metric_families(merged)}
+    assert merged.count("# TYPE") == 2
+    assert [(s.labels, s.value) for s in families["requests"].samples] == [
+        ({"pid": "12", "model": "a b {c}", "status": "success"}, 3.0),
+        ({"pid": "7", "model": "a b {c}", "status": "success"}, 4.0),
+    ]
+    assert [s.labels for s in families["connected"].samples] == [{"pid": "12"}, {"pid": "7"}]
+
+
+def test_metric_of_one_process_only_stays() -> None:
+    assert merge({"1": "", "2": TEXT}).count('pid="2"') == 2
+    assert merge({}) == ""
