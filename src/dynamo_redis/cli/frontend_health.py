@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 from dynamo_redis.cli.frontend_processes import FrontendProcesses
 from dynamo_redis.config import SystemSettings
@@ -30,8 +31,13 @@ async def serve_system_port(
 
 class _Server(SystemServer):
     def __init__(self, settings: SystemSettings, processes: FrontendProcesses, directory: Path) -> None:
-        super().__init__(settings, processes.health, loop_stall_s=0.0)
+        self._processes = processes
         self._directory = directory
+        super().__init__(settings, loop_stall_s=0.0)
+
+    def health(self) -> tuple[int, dict[str, Any]]:
+        """Return the health of all processes together."""
+        return self._processes.health()
 
     def metrics(self) -> bytes:
         """Return the metrics of the processes."""

@@ -87,15 +87,11 @@ class EventLoop:
 
 
 class SystemServer(ABC):
-    """Serves until `aclose`. A subclass has the metrics."""
+    """Serves until `aclose`. A subclass has the health and the metrics."""
 
-    def __init__(
-        self, settings: SystemSettings, health: Callable[[], tuple[int, dict[str, Any]]], loop_stall_s: float
-    ) -> None:
-        """Listen, on the running event loop's behalf. `health` is called there, for status and body of
-        `/health`. `/live` fails once that loop has hung for `loop_stall_s`; 0: never. Raises ConfigError if
-        it cannot listen."""
-        self._health = health
+    def __init__(self, settings: SystemSettings, loop_stall_s: float) -> None:
+        """Listen, on the running event loop's behalf. `/live` fails once that loop has hung for
+        `loop_stall_s`; 0: never. Raises ConfigError if it cannot listen."""
         self._loop_stall_s = loop_stall_s
         self._loop = EventLoop(asyncio.get_running_loop())
         try:
@@ -122,12 +118,16 @@ class SystemServer(ABC):
             if path == "/live":
                 return self._live()
             if path == "/health":
-                return _json(*self._loop.call(self._health))
+                return _json(*self._loop.call(self.health))
             if path == "/metrics":
                 return 200, CONTENT_TYPE, self.metrics()
         except LoopBusy as exc:
             return _json(503, {"status": "notready", "reasons": [str(exc)]})
         return _json(404, {"error": f"there is no {path[:100]} here: {_PATHS}"})
+
+    @abstractmethod
+    def health(self) -> tuple[int, dict[str, Any]]:
+        """Return status and body of `/health`. Called on the event loop."""
 
     @abstractmethod
     def metrics(self) -> bytes:
@@ -162,8 +162,12 @@ class RuntimeServer(SystemServer):
     """The system port of one runtime."""
 
     def __init__(self, settings: SystemSettings, state: ProcessState, loop_stall_s: float) -> None:
-        super().__init__(settings, state.health, loop_stall_s)
         self._state = state
+        super().__init__(settings, loop_stall_s)
+
+    def health(self) -> tuple[int, dict[str, Any]]:
+        """Return the health of the runtime's endpoints."""
+        return self._state.health()
 
     def metrics(self) -> bytes:
         """Return the metrics of the runtime's endpoints."""
