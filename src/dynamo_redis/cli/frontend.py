@@ -104,7 +104,7 @@ def _run_processes(settings: FrontendSettings, options: Mapping[str, str | None]
 
     require_extra("http")
     runtime, system = load(RuntimeSettings, options), load(SystemSettings, options)
-    configure_dynamo_logging(service_name="frontend", level=runtime.log)
+    configure_dynamo_logging(service_name="frontend", settings=runtime)
     for sentence in unknown_settings().values():
         log.warning("%s", sentence)
     port = SharedPort(settings.http_host, settings.http_port)

@@ -19,7 +19,7 @@ from typing import Any, Final
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from dynamo_redis.frontend.metrics.text import CONTENT_TYPE
+from dynamo_redis.exposition import CONTENT_TYPE
 
 ANSWER_S: Final = 2.0
 MOST_ANSWER_BYTES: Final = 16 << 20
