@@ -55,6 +55,9 @@ def render_job(
     )
 
 
+_compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
 def to_json(value: Any) -> bytes:
     """Return a value as JSON for the process. Lone surrogates are kept."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(errors="surrogatepass")
+    return _compact(value).encode(errors="surrogatepass")

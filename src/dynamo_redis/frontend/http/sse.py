@@ -16,12 +16,13 @@ Kind = Literal["chat", "text"]
 _LINE_SEPARATORS = frozenset("\x85\u2028\u2029")
 """Line ends in Unicode, but not in server-sent events: clients that split lines by Unicode break at them."""
 
-_MARK = "\x00"
+_ascii = json.JSONEncoder(separators=(",", ":")).encode
+_unicode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 def event(value: Any) -> bytes:
     """Return an event that carries a JSON value."""
-    return b"data: " + json.dumps(value, separators=(",", ":")).encode() + b"\n\n"
+    return f"data: {_ascii(value)}\n\n".encode()
 
 
 def escape(text: str) -> bytes:
@@ -31,6 +32,16 @@ def escape(text: str) -> bytes:
     return encode_basestring_ascii(text).encode()
 
 
+_CONTENT: dict[Kind, bytes] = {"chat": b'"delta":{"content":', "text": b'"text":'}
+_AFTER: dict[Kind, bytes] = {
+    "chat": b'},"finish_reason":null,"logprobs":null}]}\n\n',
+    "text": b',"finish_reason":null,"logprobs":null}]}\n\n',
+}
+_BEGIN = b'"delta":{"role":"assistant","content":""},"finish_reason":null,"logprobs":null}]}\n\n'
+_END: dict[Kind, bytes] = {"chat": b'"delta":{},"finish_reason":', "text": b'"text":"","finish_reason":'}
+_AFTER_REASON = b',"logprobs":null}]}\n\n'
+
+
 class ChunkEncoder:
     """Encodes the chunks of one choice of a streamed completion.
 
@@ -38,25 +49,21 @@ class ChunkEncoder:
     20 µs for serializing a model of it.
     """
 
-    __slots__ = ("_after", "_before", "_frame", "_index", "_kind")
+    __slots__ = ("_after", "_before", "_kind", "_start")
 
     def __init__(self, kind: Kind, frame: dict[str, Any], index: int, *, includes_usage: bool) -> None:
         """`frame` has the constant fields (id, object, created, model); `index` is the choice's."""
+        fields = _unicode(frame)[1:-1]
+        usage = '"usage":null,' if includes_usage else ""
+        start = f'data: {{{fields},{usage}"choices":[{{"index":{index},'
         self._kind = kind
-        self._index = index
-        self._frame = {**frame, "usage": None} if includes_usage else frame
-        template = json.dumps(self._chunk(_MARK, None), separators=(",", ":"), ensure_ascii=False)
-        before, after = template.split(json.dumps(_MARK))
-        self._before = f"data: {before}".encode(errors="replace")
-        self._after = f"{after}\n\n".encode()
+        self._start = start.encode(errors="replace")
+        self._before = self._start + _CONTENT[kind]
+        self._after = _AFTER[kind]
 
     def begin(self) -> bytes:
         """Return the chunk before the first delta: the role, for a chat; else nothing."""
-        if self._kind == "text":
-            return b""
-        return event(
-            self._with_choice({"delta": {"role": "assistant", "content": ""}, "finish_reason": None})
-        )
+        return b"" if self._kind == "text" else self._start + _BEGIN
 
     def delta(self, text: str) -> bytes:
         """Return the chunk of a piece of the answer."""
@@ -64,13 +71,4 @@ class ChunkEncoder:
 
     def end(self, finish_reason: str) -> bytes:
         """Return the choice's last chunk, with the finish reason."""
-        if self._kind == "text":
-            return event(self._chunk("", finish_reason))
-        return event(self._with_choice({"delta": {}, "finish_reason": finish_reason}))
-
-    def _chunk(self, text: str, finish_reason: str | None) -> dict[str, Any]:
-        content = {"text": text} if self._kind == "text" else {"delta": {"content": text}}
-        return self._with_choice({**content, "finish_reason": finish_reason})
-
-    def _with_choice(self, choice: dict[str, Any]) -> dict[str, Any]:
-        return {**self._frame, "choices": [{"index": self._index, **choice, "logprobs": None}]}
+        return self._start + _END[self._kind] + escape(finish_reason) + _AFTER_REASON

@@ -443,3 +443,19 @@ async def test_a_lost_worker_is_told_without_its_address(
         assert "127.0.0.1" not in response.text + streamed.text
         lines = [record.levelname for record in caplog.records if detail in record.message]
         assert lines.count("WARNING") == 1
+
+
+async def test_defect_is_a_500_in_the_form_of_the_api(frontend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("secret detail")
+
+    monkeypatch.setattr(frontend.models, "get", fail)
+    body = {"model": "demo", "messages": [{"role": "user", "content": "Hi"}]}
+    response = await frontend.http.post("/v1/chat/completions", json=body)
+    assert response.status_code == 500
+    assert response.json()["error"] == {
+        "message": "Internal error: RuntimeError.",
+        "type": "server_error",
+        "param": None,
+        "code": "internal",
+    }
