@@ -40,6 +40,12 @@ class Histogram:
         if len(self.pending) >= FOLD_COUNT:
             self.fold()
 
+    def add_all(self, values: Sequence[float]) -> None:
+        """Count values."""
+        self.pending += values
+        if len(self.pending) >= FOLD_COUNT:
+            self.fold()
+
     def fold(self) -> None:
         """Count the values that are pending."""
         pending = self.pending

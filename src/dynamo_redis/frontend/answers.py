@@ -62,6 +62,8 @@ class AnswerDecoder:
                 self.token_ids.extend(token_ids)
         except (TypeError, OverflowError) as exc:
             raise ProtocolViolation("the worker answered with 'token_ids' that are not token ids") from exc
+        if len(item) == 1 and self._stops is None:
+            return text
         if self.cached_tokens is None and is_count(cached := item.get("cached_tokens")):
             self.cached_tokens = cached
         reason = item.get("finish_reason") or None  # some engines send "" while there is no reason

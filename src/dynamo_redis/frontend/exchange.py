@@ -205,18 +205,24 @@ class Exchange:
                 choice.context.kill()
             self._wake.set()
 
-        tasks = [asyncio.create_task(self._read(choice, deliver, tries)) for choice in self._choices]
-        tasks.append(asyncio.create_task(wait_for_hang_up()))
+        readers = [asyncio.create_task(self._read(choice, deliver, tries)) for choice in self._choices]
+        watcher = asyncio.create_task(wait_for_hang_up())
         try:
             while self._open and self._error is None and not self._hung_up:
                 self._wake.clear()
                 await self._wake.wait()
         finally:
-            for task in tasks:
-                task.cancel()
+            watcher.cancel()
             for choice in self._choices:
                 choice.context.kill()  # no effect on one that has ended
-            await asyncio.gather(*tasks, return_exceptions=True)
+            left = [reader for reader in readers if not reader.done()]
+            for reader in left:
+                reader.cancel()
+            if left:
+                await asyncio.wait(left)
+            for reader in readers:
+                if not reader.cancelled() and (defect := reader.exception()) is not None:
+                    log.error("the reader of an answer failed", exc_info=defect)
             usage = self._usage()
             if self._record.observation is not None:
                 self._record.observation.finish_reasons = [
@@ -305,20 +311,22 @@ class Exchange:
 
     async def _take(self, choice: CompletionChoice, items: list[Any], deliver: Deliver) -> None:
         """Decode items that came together, up to the finish reason, and deliver their texts."""
-        answer, now = choice.answer, perf_counter()
+        answer, record, now = choice.answer, self._record, perf_counter()
+        if choice.begun:
+            record.gaps_s.add(now - choice.item_at)
+        else:
+            choice.begun = True
+            record.note_first_item(now)
+        choice.item_at = now
         texts: list[str] = []
         try:
             for item in items:
-                if choice.begun:
-                    self._record.gaps_s.add(now - choice.item_at)
-                else:
-                    choice.begun = True
-                    self._record.note_first_item(now)
-                choice.item_at = now
                 texts.append(answer.feed(item))
                 if answer.finish_reason is not None:
                     break
         finally:  # also before an item that is none
+            if len(texts) > 1:
+                record.gaps_s.add_all([0.0] * (len(texts) - 1))
             if texts:
                 await deliver(choice, texts)
 

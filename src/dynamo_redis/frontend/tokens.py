@@ -160,7 +160,7 @@ class Detokenizer(Protocol):
     a character: its bytes are held until the rest arrives, or until `finish`.
     """
 
-    def feed(self, token_ids: Iterable[int]) -> str:
+    def feed(self, token_ids: Sequence[int]) -> str:
         """Return the text that these tokens complete."""
         ...
 
@@ -228,9 +228,13 @@ class ByteLevelDetokenizer:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._inside = False  # true while the decoder holds part of a character
 
-    def feed(self, token_ids: Iterable[int]) -> str:
+    def feed(self, token_ids: Sequence[int]) -> str:
         """See `Detokenizer`."""
         texts = self._texts
+        if len(token_ids) == 1 and not self._inside:
+            text = texts[token_ids[0]]
+            if type(text) is str:
+                return text
         pieces = []
         for token_id in token_ids:
             text = texts[token_id]
@@ -266,7 +270,7 @@ class WindowDetokenizer:
         self._ids: list[int] = []
         self._read = 0  # number of tokens at the window's beginning with text that was returned
 
-    def feed(self, token_ids: Iterable[int]) -> str:
+    def feed(self, token_ids: Sequence[int]) -> str:
         """See `Detokenizer`."""
         return "".join(map(self._feed_one, token_ids))
 

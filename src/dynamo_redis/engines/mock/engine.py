@@ -145,6 +145,7 @@ class MockEngine:
             raise InvalidRequest(f"dp_rank={wanted!r} must be one of 0 to {len(self.ranks) - 1}")
         rank.submit(sequence)
         unsubscribe = context.on_cancel(lambda _: rank.cancel(sequence))
+        loop = asyncio.get_running_loop()  # a system call, on Python 3.11
         try:
             while True:
                 while sequence.ready:
@@ -154,7 +155,7 @@ class MockEngine:
                         return
                 if sequence.ended is not None:
                     raise sequence.ended
-                sequence.waiter = asyncio.get_running_loop().create_future()
+                sequence.waiter = loop.create_future()
                 await sequence.waiter
         finally:
             unsubscribe()
