@@ -12,7 +12,7 @@ RUN python -m venv /opt/dynamo-redis
 COPY pyproject.toml README.md LICENSE /source/
 RUN mkdir -p /source/src/dynamo_redis \
     && touch /source/src/dynamo_redis/__init__.py \
-    && /opt/dynamo-redis/bin/pip install --no-cache-dir '/source[http,engines]'
+    && /opt/dynamo-redis/bin/pip install --no-cache-dir '/source[http,engines,otel]'
 COPY src /source/src
 RUN /opt/dynamo-redis/bin/pip install --no-cache-dir --no-deps --force-reinstall /source
 

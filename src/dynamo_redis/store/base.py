@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal, NewType, Protocol, Self
 
 from dynamo_redis.errors import InvalidRecord
+from dynamo_redis.histogram import HistogramReading
 
 Revision = NewType("Revision", str)
 """The entry id of a change in the change log, `<ms>-<n>`. Opaque: compare for equality only."""
@@ -203,6 +204,11 @@ class Registry(Protocol):
     @property
     def outages(self) -> int:
         """Number of times that Redis ceased to answer since the start."""
+        ...
+
+    @property
+    def trips(self) -> HistogramReading | None:
+        """The durations in seconds of this registry's commands that Redis answered; None without a Redis."""
         ...
 
     async def start(self) -> None:

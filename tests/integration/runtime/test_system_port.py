@@ -160,6 +160,9 @@ async def test_metrics_have_the_names_of_dynamo(
     assert 0 < found["dynamo_component_request_duration_seconds_sum", ""][0] < 4 * WITHIN_S
     assert found["dynamo_component_uptime_seconds", ""][1] == {"worker_id": worker_id}
     assert found["dynamo_redis_registry_connected", ""][0] == 1
+    assert found["dynamo_redis_registry_outages_total", ""][0] == 0
+    assert found["dynamo_redis_registry_command_duration_seconds_count", ""][0] > 0
+    assert 0 < found["dynamo_redis_registry_command_duration_seconds_sum", ""][0] < WITHIN_S
     assert found["dynamo_redis_endpoint_ready", ""][0] == 1
 
 

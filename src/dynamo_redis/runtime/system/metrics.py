@@ -74,6 +74,11 @@ def process_families(
     """Return the figures of a process's runtime: its registry, and its side of the request plane."""
     own = {"worker_id": worker_id}
     connections = Family("dynamo_redis_plane_connections", "gauge", "Open connections of the request plane")
+    trips = Family(
+        "dynamo_redis_registry_command_duration_seconds", "histogram", "Seconds to the answer of Redis"
+    )
+    if registry.trips is not None:
+        trips.add_histogram(registry.trips, own)
     under_way = Family("dynamo_request_plane_inflight", "gauge", "Requests to other processes under way")
     if client is not None:
         under_way.add(client.pending_count, own)
@@ -96,6 +101,7 @@ def process_families(
         Family("dynamo_redis_lease_losses_total", "counter", "Times that the lease was lost").add(
             registry.lease_losses, own
         ),
+        trips,
         under_way,
         connections,
     ]

@@ -34,6 +34,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from dynamo_redis.errors import StoreError, StoreRefused, StoreUnavailable
+from dynamo_redis.histogram import Histogram
 from dynamo_redis.rate_limited_log import RateLimitedLog
 from dynamo_redis.store.redis.blocking import Argument as Argument
 from dynamo_redis.store.redis.blocking import BlockingConnection
@@ -57,6 +58,9 @@ from dynamo_redis.store.redis.url import address, make_connection, parse_url
 from dynamo_redis.store.scripts import Script
 
 logger = logging.getLogger(__name__)
+
+TRIP_LIMITS_S: Final = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0)
+"""Upper limits of the durations of commands that are counted together."""
 
 MINIMUM_VERSION: Final = (6, 2)
 MAX_CONNECTIONS_COUNT: Final = 32
@@ -99,6 +103,8 @@ class RedisClient:
         pool.epoch = self._current_epoch
         self._pool = pool
         self._redis = _raw(redis.asyncio.Redis(connection_pool=pool))
+        self.trips_s = Histogram(TRIP_LIMITS_S)
+        """The durations of commands, scripts and pipelines that were answered."""
         self._closed = False
         self._has_logged_in = False
         self._sends_hashes = True
@@ -164,7 +170,7 @@ class RedisClient:
         """Run one command once; return the raw reply. Raises StoreError."""
         self._check_open()
         try:
-            async with Deadline(self.timeout_s):
+            async with Deadline(self.timeout_s, self.trips_s):
                 return await self._redis.execute_command(*command)
         except FAILURES as exc:
             raise await self.named(self.error(exc, command[0]), command[1:2]) from exc
@@ -178,7 +184,7 @@ class RedisClient:
         self._check_open()
         rest = (len(keys), *keys, *args)
         try:
-            async with Deadline(self.timeout_s):
+            async with Deadline(self.timeout_s, self.trips_s):
                 if self._sends_hashes:
                     try:
                         return await self._redis.execute_command("EVALSHA", script.sha, *rest)
@@ -211,7 +217,7 @@ class RedisClient:
             pipe.execute_command(*command)
             keys.update(dict.fromkeys(command[1:2]))
         try:
-            async with Deadline(self.timeout_s):
+            async with Deadline(self.timeout_s, self.trips_s):
                 return list(await pipe.execute())
         except FAILURES as exc:
             raise await self.named(self.error(exc), tuple(keys)) from exc

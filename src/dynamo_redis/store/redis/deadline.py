@@ -14,8 +14,11 @@ import asyncio
 from collections.abc import Iterable
 from contextvars import ContextVar
 from functools import cache
+from time import perf_counter
 from types import TracebackType
 from typing import Any, Final, Self
+
+from dynamo_redis.histogram import Histogram
 
 LONGEST_TIMES: Final = 20
 """Longest duration of an exchange, as a multiple of its limit."""
@@ -48,10 +51,14 @@ class Deadline:
         "_timeout",
         "_timer",
         "_token",
+        "_trip_began_at",
+        "_trips_s",
     )
 
-    def __init__(self, limit_s: float) -> None:
+    def __init__(self, limit_s: float, trips_s: Histogram | None = None) -> None:
+        """`trips_s` gets the duration of the block, if it ends without an exception."""
         self._limit_s = limit_s
+        self._trips_s = trips_s
         self._loop = asyncio.get_running_loop()
         self._connection: Any = None
         self._request_bytes = 0
@@ -61,6 +68,7 @@ class Deadline:
         self._timeout = asyncio.timeout(None)
         await self._timeout.__aenter__()
         self._began_at = self._loop.time()
+        self._trip_began_at = perf_counter()  # uvloop's own time has milliseconds
         self._timer = self._loop.call_later(self._limit_s, self._check)
         self._token = _CURRENT.set(self)
         return self
@@ -71,6 +79,8 @@ class Deadline:
         _CURRENT.reset(self._token)
         self._timer.cancel()
         await self._timeout.__aexit__(kind, exc, traceback)
+        if kind is None and self._trips_s is not None:
+            self._trips_s.add(perf_counter() - self._trip_began_at)
 
     def watch(self, connection: Any, request_bytes: int) -> None:
         """Note that a request of that size is sent over this connection now."""

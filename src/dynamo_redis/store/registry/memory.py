@@ -320,6 +320,10 @@ class MemoryRegistry(KeyOperations):
     def outages(self) -> int:
         return 0
 
+    @property
+    def trips(self) -> None:
+        return None
+
     async def start(self) -> None:
         if self._pulse is not None:
             return

@@ -14,6 +14,7 @@ from typing import Any, Final, NoReturn
 
 from dynamo_redis.config import StoreSettings
 from dynamo_redis.errors import InvalidRecord, SchemaMismatch, StoreRefused
+from dynamo_redis.histogram import HistogramReading
 from dynamo_redis.names import new_instance_id
 from dynamo_redis.store.base import LeaseId, LostReason, Record, Registration, Revision, Snapshot, Watch
 from dynamo_redis.store.keys import SCHEMA_VERSION, RegistryKeys, check_prefix, format_lease
@@ -222,6 +223,10 @@ class ReadOnlyRegistry(KeyOperations):
     @property
     def outages(self) -> int:
         return self._health.outage_count
+
+    @property
+    def trips(self) -> HistogramReading:
+        return self._client.trips_s.read()
 
     async def start(self) -> None:
         if self._started:

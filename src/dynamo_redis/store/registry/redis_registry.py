@@ -17,6 +17,7 @@ from functools import partial
 
 from dynamo_redis.config import StoreSettings
 from dynamo_redis.errors import StoreError
+from dynamo_redis.histogram import HistogramReading
 from dynamo_redis.names import new_instance_id
 from dynamo_redis.store.base import LeaseId, LostReason, Registration, Revision, Watch
 from dynamo_redis.store.keys import RegistryKeys, check_key, check_prefix
@@ -113,6 +114,10 @@ class RedisRegistry(KeyOperations):
     @property
     def outages(self) -> int:
         return self._health.outage_count
+
+    @property
+    def trips(self) -> HistogramReading:
+        return self._client.trips_s.read()
 
     async def start(self) -> None:
         if self._started:

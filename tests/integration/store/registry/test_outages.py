@@ -51,6 +51,7 @@ async def test_restart_with_data_causes_no_resync(
     assert view.state == {"i/1": b"v", "i/2": b"w"}
     assert view.resyncs == []
     assert worker.lease_losses == 0
+    assert watcher.outages >= 1
 
 
 async def test_after_an_empty_restart_all_is_back_within_5_s(
