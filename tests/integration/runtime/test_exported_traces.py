@@ -102,6 +102,11 @@ def test_sampler_of_the_environment_counts(
     assert not collector.requests
 
 
+def test_console_leaves_stdout_to_the_program(dynamo_redis_url: str, dynamo_redis_prefix: str) -> None:
+    shown = run_service("", dynamo_redis_url, dynamo_redis_prefix, OTEL_TRACES_EXPORTER="console")
+    assert shown.count('"name": "dynamo.traced.count"') == ASKED_COUNT
+
+
 def test_collector_that_is_away_stalls_nothing(dynamo_redis_url: str, dynamo_redis_prefix: str) -> None:
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))  # and never listens
